@@ -1,5 +1,36 @@
 """vlmzip: answer questions about pictures with a fraction of the visual tokens."""
 
+from vlmzip.catalogue import available
+from vlmzip.compressor import BudgetError, Compressor, Profile
+from vlmzip.errors import UserError
+from vlmzip.keep import Keep
+from vlmzip.methods import NoCompression, Pool2d, RandomTokens, VisionZip
+from vlmzip.runtime.facade import CompressedModel, attach
+from vlmzip.runtime.prepare import compress_inputs
+from vlmzip.runtime.report import Report
+from vlmzip.token_map import TokenMap
 from vlmzip.version import __version__
+from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
-__all__ = ["__version__"]
+__all__ = [
+    "BudgetError",
+    "CompressedModel",
+    "Compressor",
+    "Grid",
+    "Keep",
+    "NoCompression",
+    "Pool2d",
+    "Profile",
+    "RandomTokens",
+    "Report",
+    "Signal",
+    "Site",
+    "TokenMap",
+    "UserError",
+    "VisionZip",
+    "VisualTokens",
+    "__version__",
+    "attach",
+    "available",
+    "compress_inputs",
+]

@@ -1,0 +1,21 @@
+"""The families of models: one file, one family."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from vlmzip.errors import UserError
+from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.llava import Llava
+
+FAMILIES: tuple[type[ModelAdapter], ...] = (Llava,)
+
+
+def adapter_for(model: nn.Module) -> ModelAdapter:
+    """The adapter of the model's family. Raises `UserError` for a model that vlmzip cannot compress."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    for family in FAMILIES:
+        if model_type in family.model_types:
+            return family(model)
+    supported = ", ".join(name for family in FAMILIES for name in family.model_types)
+    raise UserError(f"vlmzip cannot compress {type(model).__name__} (model type {model_type!r}); it supports: {supported}")

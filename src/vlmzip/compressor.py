@@ -1,0 +1,123 @@
+"""The base of every method: a frozen dataclass whose fields are its settings, and one method, `assign`."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+import torch
+
+from vlmzip.errors import UserError, closest
+from vlmzip.keep import Keep
+from vlmzip.token_map import TokenMap
+from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from torch import nn
+
+Positions = Literal["contiguous", "original"]
+
+#: What methods keep when nothing is asked: a ninth, as VisionZip's 64 of 576 and DFMR's 3 x 3 windows.
+A_NINTH = 1 / 9
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The shape of a model, as far as a budget depends on it."""
+
+    grid: Grid
+    """The visual tokens of one picture."""
+    layers: int
+    """Decoder layers of the LLM."""
+
+
+class BudgetError(UserError):
+    """A method cannot reach the budget; the message says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressor(ABC):
+    """Decides which output token each visual token joins, and with what weight; knows no model.
+
+    A method is a frozen dataclass with `assign`. Its fields are at once the options of the command line, the keys of
+    a saved `compressor.json` and the rows of the documentation's table.
+    """
+
+    needs: ClassVar[frozenset[Signal]] = frozenset()
+    sites: ClassVar[tuple[Site, ...]] = (Site.PRE_PROJECTOR,)
+    """The sites that it can work at."""
+
+    site: Site = Site.PRE_PROJECTOR
+    """Where it acts: on the vision encoder's features ("pre_projector") or on projected tokens ("post_projector")."""
+    positions: Positions = "contiguous"
+    """Positions in the LLM: "contiguous" renumbers what is left, "original" keeps each output token's anchor's."""
+
+    @abstractmethod
+    def assign(self, tokens: VisualTokens) -> TokenMap:
+        """The map for visual tokens of which fewer than all are wanted. Runs without gradients."""
+
+    def token_count(self, grid: Grid) -> int | None:
+        """Output tokens for one picture of this grid, known from its shape alone; `None` if its content decides."""
+        return None
+
+    def __call__(self, tokens: VisualTokens) -> TokenMap:
+        """The map for `tokens`: `assign`, or the identity where as many tokens are wanted as there are."""
+        batch, prefix = tokens.features.shape[0], tokens.features.shape[1] - tokens.plain_count
+        wanted = self.token_count(tokens.grid) if tokens.grid is not None else None
+        if wanted is not None and wanted >= tokens.plain_count:
+            return TokenMap.identity(batch, tokens.plain_count, tokens.features.device).after_dropping(prefix)
+        with torch.no_grad():
+            return self.assign(tokens)
+
+    def at_budget(self, keep: Keep, profile: Profile) -> tuple[Self, float]:
+        """The nearest configuration to an average budget, and the retention ratio that it really reaches.
+
+        Raises `BudgetError` with the reason where the method has no such configuration.
+        """
+        if "keep" not in self.field_names():
+            raise BudgetError(f"{self.name()} has no budget to set")
+        chosen = dataclasses.replace(self, **{"keep": keep})
+        return chosen, chosen.reached(profile)
+
+    def reached(self, profile: Profile) -> float:
+        """The retention ratio on a picture of the profile's grid, over all layers of the LLM."""
+        count = self.token_count(profile.grid)
+        if count is None:
+            raise BudgetError(f"what {self.name()} keeps depends on the picture")
+        return min(count, profile.grid.size) / profile.grid.size
+
+    def on(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """`with compressor.on(model) as small:` attaches for a block and leaves no trace."""
+        from vlmzip.runtime.facade import attached
+
+        return attached(model, self)
+
+    @classmethod
+    def name(cls) -> str:
+        """The name on the command line: the stem of the file that holds the method."""
+        return cls.__module__.rpartition(".")[2]
+
+    @classmethod
+    def field_names(cls) -> list[str]:
+        return [field.name for field in fields(cls)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The method's name and fields, as JSON can hold them."""
+        return {"method": self.name(), **{name: getattr(self, name) for name in self.field_names()}}
+
+    def __post_init__(self) -> None:
+        check_choice("positions", self.positions, ("contiguous", "original"))
+        check_choice("site", self.site, self.sites)
+        object.__setattr__(self, "site", Site(self.site))
+
+
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raises `UserError` if a field's value is none of its choices."""
+    if value not in tuple(choices):
+        raise UserError(f"{name}={str(value)!r} is no choice{closest(str(value), map(str, choices))}")
+

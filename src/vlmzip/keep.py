@@ -1,0 +1,59 @@
+"""How many visual tokens to keep: read, checked and rounded here and nowhere else."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+from vlmzip.errors import UserError
+
+#: An int is a number of tokens per picture, a float in (0, 1] a fraction of them, a string either ("64", "0.25", "11%").
+Keep = int | float | str
+
+
+def parse_keep(keep: Keep) -> int | float:
+    """Turns `keep` into a count (int) or a fraction (float).
+
+    Raises `UserError` for anything that is neither a whole number of at least 1 nor a fraction in (0, 1].
+    """
+    value = _number(keep)
+    if isinstance(value, int):
+        if value < 1:
+            raise UserError(f"keep={keep!r} keeps nothing; give at least 1 token, or a fraction such as 0.25 or '25%'")
+        return value
+    if math.isnan(value) or not 0 < value <= 1:
+        raise UserError(f"keep={keep!r} is no fraction in (0, 1]; write 64 for 64 tokens, 0.25 or '25%' for a quarter")
+    return value
+
+
+def count_to_keep(keep: Keep, available: int) -> int:
+    """The number of tokens that `keep` means out of `available`: at least 1, never more than there are.
+
+    A fraction is rounded to the nearest whole token, halves up: 11 % of 576 is 63, 1/9 of it 64.
+    """
+    value = parse_keep(keep)
+    wanted = value if isinstance(value, int) else round_half_up(value * available)
+    return min(max(wanted, 1), available)
+
+
+def round_half_up(value: float) -> int:
+    """Rounds to the nearest integer, halves up; Python's own `round` would send 2.5 to 2."""
+    return math.floor(value + 0.5)
+
+
+def _number(keep: Keep) -> int | float:
+    if isinstance(keep, str):
+        return _from_text(keep)
+    if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
+        raise UserError(f"keep={keep!r} is no number; write 64, 0.25 or '25%'")
+    return int(keep) if isinstance(keep, numbers.Integral) else float(keep)
+
+
+def _from_text(text: str) -> int | float:
+    stripped = text.strip()
+    try:
+        if stripped.endswith("%"):
+            return float(stripped[:-1]) / 100
+        return int(stripped) if stripped.lstrip("+-").isdigit() else float(stripped)
+    except ValueError:
+        raise UserError(f"keep={text!r} is no number; write 64, 0.25 or '25%'") from None

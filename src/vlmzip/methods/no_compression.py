@@ -1,0 +1,22 @@
+"""No compression: the model as it is, through the same code path as every method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vlmzip.compressor import Compressor
+from vlmzip.token_map import TokenMap
+from vlmzip.visual_tokens import Grid, VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoCompression(Compressor):
+    """Keep every visual token: the baseline of every comparison."""
+
+    def token_count(self, grid: Grid) -> int:
+        return grid.size
+
+    def assign(self, tokens: VisualTokens) -> TokenMap:
+        batch, count, _ = tokens.features.shape
+        dropped = count - tokens.plain_count
+        return TokenMap.identity(batch, tokens.plain_count, tokens.features.device).after_dropping(dropped)

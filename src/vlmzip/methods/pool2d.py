@@ -1,0 +1,64 @@
+"""Average pooling over square windows of the grid."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+
+from vlmzip.compressor import Compressor, Profile
+from vlmzip.errors import UserError
+from vlmzip.keep import Keep, count_to_keep
+from vlmzip.token_map import TokenMap
+from vlmzip.visual_tokens import Grid, Site, VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pool2d(Compressor):
+    """Average each `factor` x `factor` window of visual tokens into one.
+
+    The fixed-factor baseline of LLaVA-Zip (arXiv:2412.08771), which pools LLaVA-1.5's 24 x 24 tokens by 1, 2 or 3 to
+    576, 144 or 64. Where the factor does not divide the grid, the last windows of a row or column are smaller and
+    their mean is taken over fewer tokens; nothing is dropped.
+    """
+
+    sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR)
+
+    factor: int = 3
+    """Side of the window, in tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.factor, bool) or not isinstance(self.factor, int) or self.factor < 1:
+            raise UserError(f"factor={self.factor!r} is no side of a window; give a whole number of at least 1")
+
+    def token_count(self, grid: Grid) -> int:
+        return grid.frames * _windows(grid.rows, self.factor) * _windows(grid.cols, self.factor)
+
+    def at_budget(self, keep: Keep, profile: Profile) -> tuple[Pool2d, float]:
+        wanted = count_to_keep(keep, profile.grid.size)
+        candidates = [dataclasses.replace(self, factor=f) for f in range(1, max(profile.grid.rows, profile.grid.cols) + 1)]
+        # Between two equally near factors take the smaller count: a budget is kept rather than broken.
+        nearest = min(candidates, key=lambda c: (abs(c.token_count(profile.grid) - wanted), c.token_count(profile.grid)))
+        return nearest, nearest.reached(profile)
+
+    def assign(self, tokens: VisualTokens) -> TokenMap:
+        if tokens.grid is None:
+            raise UserError("pool2d needs tokens that lie on a grid; put it before the method that leaves none")
+        group = window_of_each(tokens.grid, self.factor, tokens.features.device)
+        batch = tokens.features.shape[0]
+        return TokenMap.merge(group.expand(batch, -1)).after_dropping(tokens.prefix)
+
+
+def window_of_each(grid: Grid, factor: int, device: torch.device) -> torch.Tensor:
+    """The number of the window that each token of the grid lies in, windows in raster order; shape [grid.size]."""
+    frame = torch.arange(grid.frames, device=device)[:, None, None]
+    row = torch.arange(grid.rows, device=device)[None, :, None] // factor
+    col = torch.arange(grid.cols, device=device)[None, None, :] // factor
+    down, across = _windows(grid.rows, factor), _windows(grid.cols, factor)
+    return ((frame * down + row) * across + col).reshape(-1)
+
+
+def _windows(length: int, factor: int) -> int:
+    return -(-length // factor)

@@ -1,0 +1,45 @@
+"""Random drop: the baseline that every selection must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vlmzip.compressor import A_NINTH, Compressor
+from vlmzip.keep import Keep, count_to_keep, parse_keep
+from vlmzip.token_map import TokenMap
+from vlmzip.visual_tokens import Grid, Site, VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomTokens(Compressor):
+    """Keep a random subset of the visual tokens, in raster order.
+
+    The random-drop baseline of LLaVolta (arXiv:2406.20092, Table 3). The subset depends on `seed` and the number of
+    tokens alone, so a picture gets the same answer in any batch, on any device and in any precision; run several seeds
+    to see the spread. The authors draw anew for every batch.
+    """
+
+    sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR)
+
+    keep: Keep = A_NINTH
+    """Tokens per picture (int), or a fraction of them (float, "25%")."""
+    seed: int = 0
+    """Seed of the draw."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_keep(self.keep)
+
+    def token_count(self, grid: Grid) -> int:
+        return count_to_keep(self.keep, grid.size)
+
+    def assign(self, tokens: VisualTokens) -> TokenMap:
+        batch, count, _ = tokens.features.shape
+        size = count - tokens.prefix
+        # Drawn on the CPU: other devices have random generators of their own.
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed))
+        kept = torch.zeros(count, dtype=torch.bool)
+        kept[tokens.prefix + order[: count_to_keep(self.keep, size)]] = True
+        return TokenMap.keep(kept.to(tokens.features.device).expand(batch, count))

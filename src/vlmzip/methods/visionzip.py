@@ -1,0 +1,134 @@
+"""VisionZip: keep what the vision encoder attends to, merge the rest into a few contextual tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from vlmzip.compressor import A_NINTH, Compressor, Profile, check_choice
+from vlmzip.errors import UserError
+from vlmzip.keep import Keep, count_to_keep, parse_keep, round_half_up
+from vlmzip.token_map import TokenMap
+from vlmzip.visual_tokens import Grid, Signal, VisualTokens
+
+#: Dominant to contextual is 5.4 : 1 in every setting of the paper (54+10, 108+20, 162+30): one contextual in 6.4.
+TOKENS_PER_CONTEXTUAL = 6.4
+
+
+@dataclass(frozen=True, kw_only=True)
+class VisionZip(Compressor):
+    """Keep the dominant tokens that CLS attends to most, and merge the rest into a few contextual ones.
+
+    Yang et al., CVPR 2025 (arXiv:2412.04467), Algorithms 1 and 2. Dominant tokens (CLS among them) come first, in raster
+    order; then the contextual ones, each an evenly spaced target token of the rest together with the rest tokens whose
+    keys are nearest to the target's (cosine). Encoders without CLS: attention received from all tokens (paper, A.2).
+
+    Differences between the paper and the authors' code: the paper averages each cluster (`merge="mean"`), the code adds
+    the mean of the assigned tokens to the target (`merge="reference"`, the default: the published numbers come from it).
+    Differences from the authors' code: any batch size; `contextual=0` works; where the attention of two tokens is
+    exactly equal, which of them is dominant may differ.
+    """
+
+    needs = frozenset({Signal.CLS_ATTENTION, Signal.KEYS})
+
+    keep: Keep | None = None
+    """Tokens per picture (int) or a fraction (float, "11%"), split 5.4 : 1 into dominant and contextual. Default 1/9."""
+    dominant: int | None = None
+    """Dominant tokens, CLS included; together with `contextual`, instead of `keep`."""
+    contextual: int | None = None
+    """Contextual tokens."""
+    merge: Literal["reference", "mean"] = "reference"
+    """"reference": target + mean of the assigned tokens, as the authors' code; "mean": mean of all, as their paper."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("merge", self.merge, ("reference", "mean"))
+        split = (self.dominant, self.contextual)
+        if split == (None, None):
+            parse_keep(self.budget)
+        elif None in split or self.keep is not None:
+            raise UserError("visionzip takes keep alone, or dominant and contextual together")
+        elif any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in split) or sum(split) < 1:
+            raise UserError(f"dominant={self.dominant!r}, contextual={self.contextual!r}: counts of at least 1 together")
+
+    @property
+    def budget(self) -> Keep:
+        return A_NINTH if self.keep is None else self.keep
+
+    def split(self, size: int) -> tuple[int, int]:
+        """Dominant (with CLS) and contextual tokens out of a grid of `size`."""
+        if self.dominant is not None and self.contextual is not None:
+            return self.dominant, self.contextual
+        count = count_to_keep(self.budget, size)
+        contextual = round_half_up(count / TOKENS_PER_CONTEXTUAL)
+        return count - contextual, contextual
+
+    def token_count(self, grid: Grid) -> int:
+        return sum(self.split(grid.size))
+
+    def at_budget(self, keep: Keep, profile: Profile) -> tuple[VisionZip, float]:
+        chosen = dataclasses.replace(self, keep=keep, dominant=None, contextual=None)
+        return chosen, chosen.reached(profile)
+
+    def assign(self, tokens: VisualTokens) -> TokenMap:
+        assert tokens.cls_attention is not None
+        assert tokens.keys is not None
+        batch, count, _ = tokens.features.shape
+        dominant, contextual = self.split(count - tokens.prefix)
+        is_dominant = _most_attended(tokens.cls_attention, tokens.prefix, dominant)
+        # The rest in raster order: a stable sort puts the tokens that are neither dominant nor CLS first.
+        taken = is_dominant.clone()
+        taken[:, : tokens.prefix] = True
+        rest_count = count - tokens.prefix - max(dominant - tokens.prefix, 0)
+        rest = taken.to(torch.uint8).argsort(dim=1, stable=True)[:, :rest_count]
+        nearest, target = _nearest_target(tokens.keys, rest, contextual)
+
+        start = is_dominant.sum(dim=1, keepdim=True)
+        group = torch.where(is_dominant, is_dominant.cumsum(dim=1) - 1, -1)
+        group = group.scatter(1, rest, torch.where(nearest >= 0, nearest + start, -1))
+        weight = is_dominant.to(torch.float32).scatter(1, rest, self._weights(nearest, target, contextual))
+        anchor = is_dominant.scatter(1, rest, target)
+        return TokenMap(group, weight, anchor, start[:, 0] + contextual)
+
+    def _weights(
+        self, nearest: Int[Tensor, "batch rest"], target: Tensor, contextual: int
+    ) -> Float[Tensor, "batch rest"]:
+        """The weight of each rest token in its contextual token."""
+        if contextual == 0:
+            return torch.zeros_like(nearest, dtype=torch.float32)
+        others = torch.zeros(len(nearest), contextual, device=nearest.device)
+        others = others.scatter_add(1, nearest, (~target).to(torch.float32)).gather(1, nearest)
+        if self.merge == "mean":
+            return 1 / (others + 1)
+        return torch.where(target, 1.0, 1 / others.clamp(min=1))
+
+
+def _most_attended(score: Float[Tensor, "batch tokens"], prefix: int, dominant: int) -> Tensor:
+    """Marks the dominant tokens: the prefix (as far as `dominant` reaches), and the patches that score highest."""
+    top = score[:, prefix:].topk(max(dominant - prefix, 0), dim=1, sorted=False).indices + prefix
+    marked = torch.zeros_like(score, dtype=torch.bool).scatter(1, top, True)
+    marked[:, : min(prefix, dominant)] = True
+    return marked
+
+
+def _nearest_target(
+    keys: Float[Tensor, "batch tokens key_dim"], rest: Int[Tensor, "batch rest"], contextual: int
+) -> tuple[Int[Tensor, "batch rest"], Tensor]:
+    """For each rest token the number of its contextual token, and whether it is that one's target.
+
+    Without contextual tokens the number is -1 everywhere: the rest is dropped.
+    """
+    place = torch.arange(rest.shape[1], device=rest.device).expand_as(rest)
+    if contextual == 0:
+        return torch.full_like(rest, -1), torch.zeros_like(rest, dtype=torch.bool)
+    step = max(1, rest.shape[1] // contextual)
+    target = (place % step == 0) & (place < step * contextual)
+    metric = normalize(keys.float().gather(1, rest[..., None].expand(-1, -1, keys.shape[-1])), dim=-1)
+    cosine = metric @ metric[:, : step * contextual : step].transpose(1, 2)
+    return torch.where(target, place // step, cosine.argmax(dim=-1)), target

@@ -1,0 +1,192 @@
+"""Before the LLM: encode the pictures, compress their tokens, shorten the prompt. Data in, data out; no hook stays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from vlmzip.compressor import Compressor
+from vlmzip.errors import UserError
+from vlmzip.models import adapter_for
+from vlmzip.models.adapter import ModelAdapter
+from vlmzip.runtime.report import PictureReport, Report, Stopwatch
+from vlmzip.token_map import TokenMap
+
+#: Inputs with one value per token of the prompt, and the value that padding gets. `input_ids` gets the pad token.
+PER_TOKEN = {"attention_mask": 0, "labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0, "position_ids": 0}
+
+
+class CompressedInputs(dict[str, Any]):
+    """Inputs for the model's own `forward` or `generate`, with the `report` of what was done to the pictures."""
+
+    report: Report
+
+
+@dataclass(frozen=True)
+class CompressedPicture:
+    """The tokens of one picture on their way to the LLM."""
+
+    features: Float[Tensor, "after llm_dim"]
+    offsets: list[int]
+    """For each token left, which of the picture's placeholders (0-based) gives it its position."""
+    token_map: TokenMap
+    report: PictureReport
+
+
+def compress_inputs(
+    model: nn.Module, inputs: Mapping[str, Any], compressor: Compressor, *, adapter: ModelAdapter | None = None
+) -> CompressedInputs:
+    """Replaces the pictures in `inputs` by their compressed visual tokens, and shortens the prompt to match.
+
+    `inputs` are what the processor returns, with labels or generation arguments if you like; what is not about the
+    prompt or the pictures is passed through. The result goes into `model(**...)` or `model.generate(**...)` of the plain
+    model. Rows may end up with different numbers of tokens: they are padded again, on the side that was padded before.
+
+    Raises `UserError` where placeholders and pictures do not match.
+    """
+    adapter = adapter or adapter_for(model)
+    out = CompressedInputs(inputs)
+    watch = Stopwatch(next(model.parameters()).device)
+    if inputs.get(adapter.picture_inputs[0]) is None:
+        _refuse_placeholders_without_pictures(adapter, inputs)
+        out.report = Report(compressor, [], None, watch)
+        return out
+
+    ids = inputs.get("input_ids")
+    if ids is None:
+        raise UserError("give input_ids together with the pictures: vlmzip finds a picture's place by its placeholders")
+    pictures = compress_pictures(adapter, inputs, compressor, watch)
+    places = find_placeholders(ids, adapter.placeholder_id, [picture.report.before for picture in pictures])
+    mask = inputs.get("attention_mask")
+    mask = torch.ones_like(ids) if mask is None else mask
+    source = shorten(mask, places, [picture.offsets for picture in pictures])
+
+    for name in adapter.picture_inputs:
+        out.pop(name, None)
+    out["mm_encoder_outputs"] = adapter.encoder_outputs([picture.features for picture in pictures])
+    out["input_ids"] = gather(ids, source, _pad_id(model))
+    out["attention_mask"] = gather(mask, source, PER_TOKEN["attention_mask"])
+    if compressor.positions == "original" and inputs.get("position_ids") is None:
+        out["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    for name in PER_TOKEN.keys() - {"attention_mask"}:
+        if out.get(name) is not None:
+            out[name] = gather(out[name], source, PER_TOKEN[name])
+    rows = [row for row, _ in places]
+    reports = [_in_row(picture.report, row) for picture, row in zip(pictures, rows, strict=True)]
+    out.report = Report(compressor, reports, source, watch)
+    return out
+
+
+def compress_pictures(
+    adapter: ModelAdapter, inputs: Mapping[str, Any], compressor: Compressor, watch: Stopwatch
+) -> list[CompressedPicture]:
+    """Encodes, selects, applies and projects; the projector sees nothing but what is left."""
+    site = compressor.site
+    with watch.time("encoder"):
+        groups = adapter.encode(inputs, site, compressor.needs)
+    found: dict[int, CompressedPicture] = {}
+    for tokens, indices in groups:
+        with watch.time("selection"):
+            token_map = compressor(tokens)
+            compressed = token_map.apply(tokens.features)
+            anchors = token_map.anchor_index().tolist()
+        lengths = token_map.lengths
+        with watch.time("projector"):
+            flat = torch.cat([row[:length] for row, length in zip(compressed, lengths, strict=True)])
+            projected = adapter.project(flat, site).split(lengths)
+        hidden = tokens.features.shape[1] - tokens.plain_count
+        for place, index in enumerate(indices):
+            # A token outside the grid (CLS) has no placeholder of its own: it takes the position of the first.
+            offsets = [max(anchor - hidden, 0) for anchor in anchors[place][: lengths[place]]]
+            own_map = token_map.rows(slice(place, place + 1))
+            report = PictureReport(-1, tokens.plain_count, lengths[place], own_map, tokens.grid, tokens.prefix)
+            found[index] = CompressedPicture(projected[place], offsets, own_map, report)
+    return [found[index] for index in sorted(found)]
+
+
+def find_placeholders(
+    ids: Int[Tensor, "batch length"], placeholder_id: int, counts: Sequence[int]
+) -> list[tuple[int, list[int]]]:
+    """For each picture its row and the columns of its placeholders, in order of appearance.
+
+    `counts` are the pictures' visual tokens. Raises `UserError` where they do not fill the placeholders, row by row.
+    """
+    columns_of = [(row == placeholder_id).nonzero()[:, 0].tolist() for row in ids.cpu()]
+    total = sum(map(len, columns_of))
+    if total != sum(counts):
+        raise UserError(
+            f"the prompt has {total} image placeholders, but its {len(counts)} picture(s) have {sum(counts)} visual tokens; "
+            "use the model's own processor, and one <image> for each picture"
+        )
+    places: list[tuple[int, list[int]]] = []
+    row = used = 0
+    for count in counts:
+        while used == len(columns_of[row]):
+            row, used = row + 1, 0
+        columns = columns_of[row][used : used + count]
+        if len(columns) < count:
+            raise UserError(f"row {row} of the prompt ends in the middle of a picture: {len(columns)} of {count} placeholders")
+        places.append((row, columns))
+        used += count
+    return places
+
+
+def shorten(
+    mask: Int[Tensor, "batch length"], places: Sequence[tuple[int, list[int]]], offsets: Sequence[Sequence[int]]
+) -> Int[Tensor, "batch new_length"]:
+    """Where each position of the shortened prompt comes from; -1 for padding.
+
+    The tokens left of a picture stand where its first placeholder stood, each with the placeholder that its offset names.
+    """
+    attended = mask.cpu().bool()
+    kept_rows: list[list[int]] = []
+    for row in range(len(mask)):
+        columns = attended[row].nonzero()[:, 0]
+        first, last = (int(columns[0]), int(columns[-1])) if len(columns) else (0, -1)
+        kept, at = [], first
+        for (place_row, placeholders), picture_offsets in zip(places, offsets, strict=True):
+            if place_row == row:
+                dropped = set(placeholders)
+                kept += [column for column in range(at, placeholders[0])]
+                kept += [placeholders[offset] for offset in picture_offsets]
+                kept += [column for column in range(placeholders[0], placeholders[-1]) if column not in dropped]
+                at = placeholders[-1] + 1
+        kept_rows.append(kept + list(range(at, last + 1)))
+    longest = max(map(len, kept_rows))
+    pad_right = bool((~attended[:, -1]).any())
+    padded = [
+        row + [-1] * (longest - len(row)) if pad_right else [-1] * (longest - len(row)) + row for row in kept_rows
+    ]
+    return torch.tensor(padded, dtype=torch.long, device=mask.device)
+
+
+def gather(
+    values: Int[Tensor, "batch length"], source: Int[Tensor, "batch new_length"], fill: int
+) -> Int[Tensor, "batch new_length"]:
+    """`values` at `source`, `fill` where that is -1."""
+    if values.ndim != 2:
+        raise UserError(f"per-token inputs must be [batch, length]; got one of shape {tuple(values.shape)}")
+    return values.expand(len(source), -1).gather(1, source.clamp(min=0)).masked_fill(source < 0, fill)
+
+
+def _in_row(report: PictureReport, row: int) -> PictureReport:
+    return PictureReport(row, report.before, report.after, report.token_map, report.grid, report.prefix)
+
+
+def _pad_id(model: nn.Module) -> int:
+    config = model.config.get_text_config()
+    pad = getattr(config, "pad_token_id", None)
+    return 0 if pad is None else pad
+
+
+def _refuse_placeholders_without_pictures(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> None:
+    ids = inputs.get("input_ids")
+    if ids is None or inputs.get("mm_encoder_outputs") or inputs.get("past_key_values") is not None:
+        return
+    if bool((ids == adapter.placeholder_id).any()):
+        raise UserError(f"the prompt has image placeholders, but there is no {adapter.picture_inputs[0]}")

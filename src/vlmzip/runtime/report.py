@@ -1,0 +1,89 @@
+"""What the runtime did to the pictures of one call: counts, maps and times."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from vlmzip.compressor import Compressor
+from vlmzip.token_map import TokenMap
+from vlmzip.visual_tokens import Grid
+
+
+@dataclass(frozen=True)
+class PictureReport:
+    """One picture: where it stands in the batch, and what became of its visual tokens."""
+
+    row: int
+    before: int
+    """Visual tokens that the LLM would get without compression."""
+    after: int
+    token_map: TokenMap
+    """The map of this picture alone (a batch of one), over prefix and grid."""
+    grid: Grid | None
+    prefix: int
+
+
+@dataclass
+class Stopwatch:
+    """Adds up milliseconds by name; on a GPU with events, so that measuring never makes the device wait."""
+
+    device: torch.device
+    _spans: list[tuple[str, object, object]] = field(default_factory=list)
+
+    @contextmanager
+    def time(self, name: str) -> Iterator[None]:
+        start = self._now()
+        yield
+        self._spans.append((name, start, self._now()))
+
+    def milliseconds(self) -> dict[str, float]:
+        total: dict[str, float] = {}
+        for name, start, end in self._spans:
+            total[name] = total.get(name, 0.0) + self._between(start, end)
+        return total
+
+    def _now(self) -> object:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def _between(self, start: object, end: object) -> float:
+        if isinstance(start, float) and isinstance(end, float):
+            return 1000 * (end - start)
+        end.synchronize()  # type: ignore[attr-defined]
+        return start.elapsed_time(end)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one call of the runtime did: every picture in order of appearance, and where each position came from."""
+
+    compressor: Compressor
+    pictures: list[PictureReport]
+    source: Int[Tensor, "batch new_length"] | None
+    """For each position of the compressed prompt the position in the original one; -1: padding. `None`: no pictures."""
+    stopwatch: Stopwatch
+
+    @property
+    def before(self) -> int:
+        """Visual tokens of all pictures without compression."""
+        return sum(picture.before for picture in self.pictures)
+
+    @property
+    def after(self) -> int:
+        """Visual tokens of all pictures that the LLM got."""
+        return sum(picture.after for picture in self.pictures)
+
+    @property
+    def milliseconds(self) -> dict[str, float]:
+        """Time by stage: "encoder" (with the projector, where the compressor acts behind it), "selection", "projector"."""
+        return self.stopwatch.milliseconds()

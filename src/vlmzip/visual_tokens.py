@@ -1,0 +1,76 @@
+"""What a compressor may look at: the visual tokens of pictures that share one grid."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+class Site(enum.StrEnum):
+    """Where on the way from picture to answer a compressor acts."""
+
+    PIXELS = "pixels"
+    PRE_PROJECTOR = "pre_projector"  #: the last point where one token still becomes one LLM token
+    POST_PROJECTOR = "post_projector"
+    IN_LLM = "in_llm"
+
+
+class Signal(enum.StrEnum):
+    """What a compressor may ask for beside the features; the names are fields of `VisualTokens`."""
+
+    CLS_ATTENTION = "cls_attention"
+    KEYS = "keys"
+    TEXT_ATTENTION = "text_attention"
+    TEXT_FEATURES = "text_features"
+
+
+class Grid(NamedTuple):
+    """How the visual tokens of one picture lie: `frames` pictures of `rows` by `cols`, in raster order."""
+
+    frames: int
+    rows: int
+    cols: int
+
+    @property
+    def size(self) -> int:
+        """Number of visual tokens in the grid."""
+        return self.frames * self.rows * self.cols
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """The visual tokens of a batch of pictures of equal grid, at one site.
+
+    What a compressor's `needs` did not ask for is `None`. `tokens` counts the prefix and the grid together.
+    """
+
+    features: Float[Tensor, "batch tokens dim"]
+    grid: Grid | None
+    """`None` after a map that leaves no grid; `prefix` is 0 then."""
+    prefix: int = 0
+    """Leading tokens outside the grid: 1 where the encoder has a CLS token that the family can pass on."""
+    passes_prefix: bool = False
+    """Whether the model without compression gives the prefix to its LLM (LLaVA's "default" strategy does not)."""
+    cls_attention: Float[Tensor, "batch tokens"] | None = None
+    """Attention that each token gets from CLS, mean over heads; without CLS, attention received from all tokens."""
+    keys: Float[Tensor, "batch tokens key_dim"] | None = None
+    """Attention keys of the feature layer, mean over heads."""
+    text_attention: Float[Tensor, "batch queries tokens"] | None = None
+    query_mask: Bool[Tensor, "batch queries"] | None = None
+    text_features: Float[Tensor, "batch queries dim"] | None = None
+    layer: int | None = None
+    """The LLM layer about to run, for compressors inside the LLM."""
+
+    def __post_init__(self) -> None:
+        tokens = self.features.shape[1]
+        if self.grid is not None and self.prefix + self.grid.size != tokens:
+            raise ValueError(f"{tokens} tokens do not fill prefix {self.prefix} + grid {tuple(self.grid)}")
+
+    @property
+    def plain_count(self) -> int:
+        """Visual tokens per picture that the LLM gets without compression."""
+        return self.features.shape[1] - (0 if self.passes_prefix else self.prefix)
