@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import enum
 import importlib
 import inspect
 from importlib.metadata import entry_points
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from vlmzip import methods
-from vlmzip.compressor import Compressor
+from vlmzip.compressor import Compressor, check_choice
 from vlmzip.errors import UserError, closest
 
 ENTRY_POINTS = "vlmzip.methods"
@@ -33,11 +36,38 @@ def find(name: str) -> type[Compressor]:
 
 
 def make(cls: type[Compressor], settings: dict[str, Any]) -> Compressor:
-    """`cls(**settings)`, with unknown fields named. Raises `UserError`."""
+    """`cls(**settings)` for settings from the command line, YAML or JSON: text is read by the field's type.
+
+    Raises `UserError` for unknown fields and unreadable values.
+    """
+    hints = get_type_hints(cls)
     for name in settings:
         if name not in cls.field_names():
             raise UserError(f"{cls.name()} has no field {name!r}{closest(name, cls.field_names())}")
-    return cls(**settings)
+    return cls(**{name: read_field(name, value, hints[name]) for name, value in settings.items()})
+
+
+def read_field(name: str, value: Any, hint: Any) -> Any:
+    """A value for a field of type `hint`; text becomes a number, a truth value or an enum member where the type asks."""
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if not isinstance(value, str) or str in kinds:
+        return value
+    if value.lower() == "none" and NoneType in kinds:
+        return None
+    for kind in kinds:
+        if get_origin(kind) is Literal:
+            check_choice(name, value, get_args(kind))
+            return value
+        if inspect.isclass(kind) and issubclass(kind, enum.Enum):
+            check_choice(name, value, [str(member) for member in kind])
+            return kind(value)
+        if kind is bool and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+        if kind in (int, float):
+            with contextlib.suppress(ValueError):
+                return kind(value)
+    expected = " or ".join(kind.__name__ for kind in kinds if kind is not NoneType)
+    raise UserError(f"{name}={value!r} cannot be read as {expected}")
 
 
 def _import(path: str) -> type[Compressor]:

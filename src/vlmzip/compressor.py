@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
@@ -74,7 +74,7 @@ class Compressor(ABC):
         with torch.no_grad():
             return self.assign(tokens)
 
-    def at_budget(self, keep: Keep, profile: Profile) -> tuple[Self, float]:
+    def at_budget(self, keep: Keep, profile: Profile) -> tuple[Compressor, float]:
         """The nearest configuration to an average budget, and the retention ratio that it really reaches.
 
         Raises `BudgetError` with the reason where the method has no such configuration.

@@ -56,6 +56,6 @@ class ModelAdapter(ABC):
     def project(self, features: Float[Tensor, "tokens dim"], site: Site) -> Float[Tensor, "tokens llm_dim"]:
         """What the LLM gets for tokens that left `site`."""
 
-    def encoder_outputs(self, features: list[Float[Tensor, "tokens llm_dim"]]) -> dict[str, BaseModelOutputWithPooling]:
+    def encoder_outputs(self, features: list[Float[Tensor, "_ llm_dim"]]) -> dict[str, BaseModelOutputWithPooling]:
         """`mm_encoder_outputs` for the model's `forward` and `generate`: projected tokens, one entry a picture."""
         return {"image": BaseModelOutputWithPooling(pooler_output=features)}

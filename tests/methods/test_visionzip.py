@@ -1,0 +1,93 @@
+import pytest
+import torch
+
+from tests.references.visionzip import visionzip as naive
+from vlmzip import Grid, UserError, VisionZip, VisualTokens, catalogue
+
+
+def tokens_of(batch=3, rows=6, cols=6, dim=20, key_dim=8, prefix=1, seed=0) -> VisualTokens:
+    generator = torch.Generator().manual_seed(seed)
+    count = rows * cols + prefix
+    attention = torch.rand(batch, count, generator=generator)
+    return VisualTokens(
+        torch.randn(batch, count, dim, generator=generator), Grid(1, rows, cols), prefix=prefix,
+        cls_attention=attention / attention.sum(1, keepdim=True),
+        keys=torch.randn(batch, count, key_dim, generator=generator),
+    )
+
+
+@pytest.mark.parametrize("merge", ["reference", "mean"])
+@pytest.mark.parametrize(
+    ("rows", "cols", "dominant", "contextual"),
+    [(24, 24, 54, 10), (6, 6, 5, 3), (6, 6, 1, 4), (6, 6, 8, 0), (5, 7, 20, 12), (4, 4, 8, 7), (3, 9, 2, 1), (6, 6, 17, 18)],
+)
+def test_equals_the_naive_loop(rows, cols, dominant, contextual, merge):
+    tokens = tokens_of(rows=rows, cols=cols, seed=rows * cols)
+    method = VisionZip(dominant=dominant, contextual=contextual, merge=merge)
+    token_map = method(tokens)
+    token_map.check()
+    out = token_map.apply(tokens.features)
+    for row in range(3):
+        expected = naive(
+            tokens.features[row], tokens.cls_attention[row][None], tokens.keys[row], dominant, contextual, merge
+        )
+        torch.testing.assert_close(out[row], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("keep", "split"), [(64, (54, 10)), (128, (108, 20)), (192, (162, 30)), (None, (54, 10)), (17, (14, 3))])
+def test_the_papers_splits(keep, split):
+    assert VisionZip(keep=keep).split(576) == split
+
+
+def test_reference_merge_has_about_twice_the_norm():
+    tokens = tokens_of()
+    by_code = VisionZip(keep=8, merge="reference")(tokens).apply(tokens.features)[:, 7:]
+    by_paper = VisionZip(keep=8, merge="mean")(tokens).apply(tokens.features)[:, 7:]
+    assert by_code.norm() > 1.4 * by_paper.norm()
+
+
+def test_cls_comes_first_and_dominants_in_raster_order():
+    tokens = tokens_of()
+    anchors = VisionZip(dominant=6, contextual=3)(tokens).anchor_index()
+    assert (anchors[:, 0] == 0).all()
+    assert (anchors[:, :6].diff(dim=1) > 0).all()
+
+
+def test_without_cls_the_count_is_kept():
+    tokens = tokens_of(prefix=0)
+    assert VisionZip(keep=10)(tokens).lengths == [10, 10, 10]
+
+
+def test_no_dominant_tokens_leaves_cls_out():
+    tokens = tokens_of()
+    token_map = VisionZip(dominant=0, contextual=4)(tokens)
+    assert token_map.lengths == [4, 4, 4]
+    assert (token_map.group[:, 0] == -1).all()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"keep": 8, "dominant": 4, "contextual": 1}, {"dominant": 4}, {"contextual": 3}, {"dominant": -1, "contextual": 4},
+     {"dominant": 0, "contextual": 0}, {"dominant": "2.5", "contextual": 1}, {"merge": "median"}, {"positions": "nowhere"},
+     {"site": "in_llm"}, {"keep": "abc"}],
+)
+def test_wrong_fields_are_refused(fields):
+    with pytest.raises(UserError):
+        catalogue.make(VisionZip, fields)
+
+
+def test_memory_has_no_square_of_the_tokens():
+    """At 9,216 tokens a square of floats would be 340 MB; the largest tensor here must stay near targets x rest."""
+    tokens = tokens_of(batch=1, rows=96, cols=96, dim=4, key_dim=4)
+    sizes = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                sizes.append(out.numel())
+            return out
+
+    with Watch():
+        VisionZip(dominant=54, contextual=10)(tokens)
+    assert max(sizes) <= 10 * 9216

@@ -1,0 +1,102 @@
+"""Recorded signals against eager attention, and the family's settings."""
+
+import pytest
+import torch
+
+from tests.tiny import batch, prompt, tiny_llava
+from vlmzip import Signal, Site, UserError
+from vlmzip.models import adapter_for
+from vlmzip.models.recording import record
+
+NEEDS = frozenset({Signal.CLS_ATTENTION, Signal.KEYS})
+
+
+def eager_truth(model, pixels):
+    """The attention matrix and hidden states as transformers itself gives them."""
+    model = tiny_llava("eager")
+    with torch.no_grad():
+        return model.model.vision_tower(pixels, output_attentions=True, output_hidden_states=True)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("layer", [-2, -1, 1, 3])
+def test_attention_row_features_and_keys_equal_eager(attention, layer):
+    model = tiny_llava(attention, vision_feature_layer=layer)
+    inputs = batch(prompt("image"), prompt("image"), pictures=2)
+    [(tokens, indices)] = adapter_for(model).encode(inputs, Site.PRE_PROJECTOR, NEEDS)
+    truth = eager_truth(model, inputs["pixel_values"])
+    block = layer % 4 - 1
+    assert indices == [0, 1]
+    row = truth.attentions[block][:, :, 0].mean(1)
+    torch.testing.assert_close(tokens.cls_attention, row, atol=1e-6, rtol=0)
+    torch.testing.assert_close(tokens.features, truth.hidden_states[layer], atol=1e-5, rtol=1e-5)
+    tower = model.model.vision_tower
+    with torch.no_grad(), record({"in": tower.encoder.layers[block].layer_norm1}) as seen:
+        tower(inputs["pixel_values"])
+    keys = tower.encoder.layers[block].self_attn.k_proj(seen["in"])
+    by_head = torch.stack(keys.split(8, dim=-1)).mean(0)
+    torch.testing.assert_close(tokens.keys, by_head, atol=1e-6, rtol=0)
+
+
+def test_the_attention_is_far_from_uniform():
+    """Otherwise the comparison above would compare constants."""
+    tower = tiny_llava("eager").model.vision_tower
+    rows = tower(batch([1], pictures=1)["pixel_values"], output_attentions=True).attentions[1][0, :, 0]
+    assert rows.max() > 5 * rows.mean()
+
+
+def test_features_of_several_layers_are_put_side_by_side():
+    model = tiny_llava(vision_feature_layer=[-2, -1])
+    [(tokens, _)] = adapter_for(model).encode(batch([1], pictures=1), Site.PRE_PROJECTOR, NEEDS)
+    assert tokens.features.shape == (1, 37, 64)
+
+
+def test_no_hook_is_left_behind_not_even_after_an_error(llava):
+    tower = llava.model.vision_tower
+    block = tower.encoder.layers[1]
+    with pytest.raises(RuntimeError, match="boom"), record({"x": block}):
+        raise RuntimeError("boom")
+    adapter_for(llava).encode(batch([1], pictures=1), Site.PRE_PROJECTOR, NEEDS)
+    assert not block._forward_hooks
+    assert not block.self_attn.q_proj._forward_hooks
+
+
+def test_threads_record_their_own_pictures(llava):
+    from concurrent.futures import ThreadPoolExecutor
+
+    adapter = adapter_for(llava)
+    inputs = [batch([1], pictures=1, seed=seed) for seed in range(16)]
+
+    def encode(one):
+        with torch.no_grad():
+            return adapter.encode(one, Site.PRE_PROJECTOR, NEEDS)[0][0].cls_attention
+
+    alone = [encode(one) for one in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(encode, inputs))
+    for a, b in zip(alone, together, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+
+
+def test_post_projector_tokens_are_projected(llava):
+    adapter = adapter_for(llava)
+    inputs = batch([1], pictures=2)
+    [(before, _)] = adapter.encode(inputs, Site.PRE_PROJECTOR, frozenset())
+    [(after, _)] = adapter.encode(inputs, Site.POST_PROJECTOR, frozenset())
+    torch.testing.assert_close(after.features, llava.model.multi_modal_projector(before.features))
+    assert before.cls_attention is None
+
+
+def test_other_models_are_refused():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    with pytest.raises(UserError, match="cannot compress LlamaForCausalLM.*supports: llava"):
+        adapter_for(LlamaForCausalLM(LlamaConfig(hidden_size=8, num_hidden_layers=1, intermediate_size=8, vocab_size=8, num_attention_heads=1)))
+    with pytest.raises(UserError, match="cannot compress Linear"):
+        adapter_for(torch.nn.Linear(1, 1))
+
+
+def test_embeddings_have_no_attention():
+    model = tiny_llava(vision_feature_layer=0)
+    with pytest.raises(UserError, match="patch embeddings"):
+        adapter_for(model).encode(batch([1], pictures=1), Site.PRE_PROJECTOR, NEEDS)

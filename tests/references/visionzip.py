@@ -1,0 +1,30 @@
+"""VisionZip as loops over one picture, written from the paper and a description of the authors' code."""
+
+import torch
+
+
+def visionzip(features, attention, keys, dominant, contextual, merge):
+    """features [1 + patches, dim], CLS first; attention [heads, 1 + patches], the CLS row; keys [1 + patches, key_dim]."""
+    patches = range(1, len(features))
+    score = {j: sum(float(head[j]) for head in attention) for j in patches}
+    best = sorted(patches, key=lambda j: score[j], reverse=True)[: dominant - 1]
+    kept = sorted([0, *best])
+    rest = [j for j in patches if j not in kept]
+    out = [features[j] for j in kept]
+    if contextual == 0:
+        return torch.stack(out)
+
+    step = max(1, len(rest) // contextual)
+    targets = [rest[k] for k in range(0, len(rest), step)][:contextual]
+    clusters = {t: [] for t in targets}
+    for j in rest:
+        if j not in targets:
+            similarity = {t: float(torch.cosine_similarity(keys[j], keys[t], dim=0)) for t in targets}
+            clusters[max(targets, key=lambda t: similarity[t])].append(j)
+    for t in targets:
+        members = [features[j] for j in clusters[t]]
+        if merge == "reference":
+            out.append(features[t] + (torch.stack(members).mean(0) if members else 0))
+        else:
+            out.append(torch.stack([features[t], *members]).mean(0))
+    return torch.stack(out)

@@ -1,0 +1,221 @@
+import copy
+
+import pytest
+import torch
+
+import vlmzip
+from tests.tiny import IMAGE_TOKEN, batch, prompt, tiny_llava
+from vlmzip import NoCompression, Pool2d, RandomTokens, UserError, VisionZip
+from vlmzip.compressor import Compressor
+from vlmzip.token_map import TokenMap
+
+MIXED = (prompt(1, "image", 5, 6, 7), prompt(1, "image", 4, "image", 5), prompt(1, 2, 3, 4), prompt("image", 8))
+GREEDY = {"max_new_tokens": 8, "do_sample": False}
+
+
+class Ragged(Compressor):
+    """Keeps a number of tokens that depends on the picture, pooled in pairs here and there."""
+
+    def assign(self, tokens):
+        assert tokens.grid is not None
+        count = 3 + (tokens.features[..., :4] > 0).sum((1, 2)) % 9
+        place = torch.arange(tokens.features.shape[1]).expand(len(count), -1)
+        return TokenMap.merge(torch.where((place >= 1) & (place <= 2 * count[:, None]), (place - 1) // 2, -1))
+
+
+def alone(inputs, row, pictures):
+    """One row of a batch as a batch of its own, without padding."""
+    mask = inputs["attention_mask"][row].bool()
+    out = {name: inputs[name][row][mask][None] for name in ("input_ids", "attention_mask")}
+    if pictures:
+        out["pixel_values"] = inputs["pixel_values"][pictures]
+    return out
+
+
+@pytest.mark.parametrize("pad", ["left", "right"])
+def test_no_compression_is_the_plain_model(llava, pad):
+    inputs = batch(*MIXED, pictures=4, pad=pad)
+    small = vlmzip.attach(llava, NoCompression())
+    with torch.no_grad():
+        torch.testing.assert_close(small(**inputs).logits, llava(**inputs).logits, atol=1e-5, rtol=0)
+    assert torch.equal(small.generate(**inputs, **GREEDY), llava.generate(**inputs, **GREEDY))
+
+
+@pytest.mark.parametrize("positions", ["contiguous", "original"])
+@pytest.mark.parametrize("method", [VisionZip(keep=8), Pool2d(factor=4), RandomTokens(keep=5), Ragged()], ids=lambda m: m.name())
+def test_every_row_of_a_ragged_batch_is_that_row_alone(llava, method, positions):
+    method = type(method)(**{**{n: getattr(method, n) for n in method.field_names()}, "positions": positions})
+    inputs = batch(*MIXED, pictures=4)
+    small = vlmzip.attach(llava, method)
+    with torch.no_grad():
+        together = small(**inputs).logits
+    generated = small.generate(**inputs, **GREEDY)
+    width = inputs["input_ids"].shape[1]
+    for row, pictures in enumerate([[0], [1, 2], [], [3]]):
+        one = alone(inputs, row, pictures)
+        with torch.no_grad():
+            logits = small(**one).logits[0]
+        torch.testing.assert_close(together[row, -len(logits) :], logits, atol=1e-5, rtol=0)
+        new = small.generate(**one, **GREEDY)[0, one["input_ids"].shape[1] :]
+        assert generated[row, width : width + len(new)].tolist() == new.tolist()
+
+
+def test_ragged_counts_really_differ(llava):
+    small = vlmzip.attach(llava, Ragged())
+    small.generate(**batch(*MIXED, pictures=4), **GREEDY)
+    assert len({picture.after for picture in small.report.pictures}) > 1
+
+
+def test_compressed_forward_equals_a_hand_made_one(llava):
+    """Encode, select, project and embed by hand; only the language model is shared."""
+    from tests.references.visionzip import visionzip as naive
+
+    inputs = batch(prompt(1, "image", 5, 6), pictures=1)
+    eager = tiny_llava("eager")
+    with torch.no_grad():
+        tower = eager.model.vision_tower
+        seen = tower(inputs["pixel_values"], output_attentions=True, output_hidden_states=True)
+        norm = tower.encoder.layers[1].layer_norm1(seen.hidden_states[1])
+        keys = torch.stack(tower.encoder.layers[1].self_attn.k_proj(norm)[0].split(8, dim=-1)).mean(0)
+        kept = naive(seen.hidden_states[-2][0], seen.attentions[1][0, :, 0], keys, 7, 1, "reference")
+        embed = llava.get_input_embeddings()
+        sequence = torch.cat(
+            [embed(torch.tensor([1])), llava.model.multi_modal_projector(kept), embed(torch.tensor([5, 6]))]
+        )
+        expected = llava.lm_head(llava.model.language_model(inputs_embeds=sequence[None]).last_hidden_state)
+        small = vlmzip.attach(llava, VisionZip(dominant=7, contextual=1))
+        torch.testing.assert_close(small(**inputs).logits, expected, atol=1e-5, rtol=0)
+
+
+def test_generate_returns_the_original_prompt_then_the_new_tokens(llava):
+    inputs = batch(*MIXED, pictures=4)
+    small = vlmzip.attach(llava, VisionZip(keep=8))
+    out = small.generate(**inputs, **GREEDY)
+    width = inputs["input_ids"].shape[1]
+    assert torch.equal(out[:, :width], inputs["input_ids"])
+    assert out.shape[1] <= width + 8
+    full = small.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_scores=True)
+    assert torch.equal(full.sequences, out)
+    assert len(full.scores) == out.shape[1] - width
+
+
+def test_max_length_counts_the_prompt_as_the_user_sees_it(llava):
+    inputs = batch(prompt(1, "image", 5), pictures=1)
+    small = vlmzip.attach(llava, VisionZip(keep=8))
+    out = small.generate(**inputs, max_length=38 + 5, min_length=38 + 5, do_sample=False)
+    assert out.shape[1] == 43
+
+
+def test_loss_and_gradients_reach_projector_and_tower(llava):
+    model = copy.deepcopy(llava)
+    inputs = batch(*MIXED, pictures=4)
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE_TOKEN, -100)
+    small = vlmzip.attach(model, VisionZip(keep=8))
+    out = small(**inputs)
+    shrunk = vlmzip.compress_inputs(model, inputs, VisionZip(keep=8))
+    torch.testing.assert_close(out.loss, model(**shrunk).loss)
+    out.loss.backward()
+    for part in (model.model.multi_modal_projector.linear_1, model.model.vision_tower.encoder.layers[0].mlp.fc1):
+        assert part.weight.grad.isfinite().all()
+        assert part.weight.grad.abs().sum() > 0
+
+
+def test_gradient_of_a_projector_weight_is_the_finite_difference(llava):
+    model = copy.deepcopy(llava).double()
+    inputs = batch(prompt("image", 5, 6), pictures=1)
+    inputs["labels"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE_TOKEN, -100)
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    small = vlmzip.attach(model, VisionZip(keep=8))
+    weight = model.model.multi_modal_projector.linear_1.weight
+    small(**inputs).loss.backward()
+    losses = []
+    for step in (1e-4, -1e-4):
+        with torch.no_grad():
+            weight[3, 4] += step
+            losses.append(small(**inputs).loss)
+            weight[3, 4] -= step
+    assert weight.grad[3, 4].item() == pytest.approx((losses[0] - losses[1]).item() / 2e-4, rel=1e-3)
+
+
+class TestNoTrace:
+    def hooks(self, model):
+        names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+        return {(n, kind): len(getattr(m, kind)) for n, m in model.named_modules() for kind in names}
+
+    @pytest.mark.parametrize("broken", [False, True])
+    def test_after_detach_the_model_is_as_it_was(self, llava, broken):
+        model = copy.deepcopy(llava)
+        inputs = batch(*MIXED, pictures=4)
+        with torch.no_grad():
+            logits = model(**inputs).logits
+        hooks, attributes = self.hooks(model), {n: set(vars(m)) for n, m in model.named_modules()}
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+
+        def work():
+            with VisionZip(keep=8).on(model) as small:
+                small.generate(**inputs, **GREEDY)
+                if broken:
+                    small(**{**inputs, "pixel_values": torch.zeros(4, 3, 7, 7)})
+
+        if broken:
+            with pytest.raises(Exception, match=".+"):
+                work()
+        else:
+            work()
+        assert self.hooks(model) == hooks
+        assert {n: set(vars(m)) for n, m in model.named_modules()} == attributes
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        assert list(model.state_dict()) == list(state)
+        with torch.no_grad():
+            assert torch.equal(model(**inputs).logits, logits)
+
+    def test_a_detached_facade_says_so(self, llava):
+        with VisionZip(keep=8).on(llava) as small:
+            pass
+        with pytest.raises(UserError, match="was detached"):
+            small.generate(**batch(prompt("image"), pictures=1), **GREEDY)
+        assert small.detach() is llava
+
+
+def test_two_facades_on_one_model_do_not_mix(llava):
+    inputs = batch(prompt(1, "image", 5), pictures=1)
+    a, b = vlmzip.attach(llava, VisionZip(keep=8)), vlmzip.attach(llava, VisionZip(keep=20))
+    with torch.no_grad():
+        first = a(**inputs).logits
+        assert b(**inputs).logits.shape[1] == 22
+        assert torch.equal(a(**inputs).logits, first)
+    assert (a.report.after, b.report.after) == (8, 20)
+
+
+def test_it_can_be_used_like_the_model(llava):
+    small = vlmzip.attach(llava, VisionZip(keep=8))
+    assert small.config is llava.config
+    assert small.model is llava.model
+    assert small.device == llava.device
+    assert small.training == llava.training
+    with pytest.raises(AttributeError):
+        small.no_such_thing  # noqa: B018
+
+
+def test_mistakes_are_refused(llava):
+    small = vlmzip.attach(llava, VisionZip(keep=8))
+    with pytest.raises(UserError, match="already has a compressor"):
+        vlmzip.attach(small, VisionZip(keep=8))
+    with pytest.raises(UserError, match="is no compressor"):
+        vlmzip.attach(llava, "visionzip")
+    with pytest.raises(UserError, match="no report yet"):
+        small.report  # noqa: B018
+
+
+def test_a_budget_above_what_there_is_is_said_once(llava):
+    with pytest.warns(UserWarning, match="keeps 36 tokens, a picture has 36") as said:
+        small = vlmzip.attach(llava, VisionZip(keep=99))
+        small.generate(**batch(prompt("image", 5), pictures=1), **GREEDY)
+    assert len([w for w in said if "changes nothing" in str(w.message)]) == 1
+    assert small.report.after == 36
+
+
+def test_text_only_prompts_work(llava):
+    inputs = batch([1, 2, 3], [4, 5])
+    small = vlmzip.attach(llava, VisionZip(keep=8))
+    assert torch.equal(small.generate(**inputs, **GREEDY), llava.generate(**inputs, **GREEDY))

@@ -1,0 +1,38 @@
+import pytest
+
+from vlmzip import Pool2d, UserError, VisionZip, available, catalogue
+
+
+def test_available_is_sorted_and_named_by_file():
+    assert list(available()) == sorted(available())
+    assert available()["visionzip"] is VisionZip
+
+
+def test_a_method_from_anywhere():
+    assert catalogue.find("vlmzip.methods.pool2d:Pool2d") is Pool2d
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("visonzip", "did you mean 'visionzip'"), ("xyz", "there are: no_compression"), ("no.such:Thing", "cannot import"),
+     ("vlmzip.methods.pool2d:Nothing", "cannot import"), ("vlmzip:Compressor", "is no method"), (":", "cannot import"),
+     ("math:sqrt", "is no method")],
+)
+def test_what_is_no_method_is_refused_with_the_closest(name, message):
+    with pytest.raises(UserError, match=message):
+        catalogue.find(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [("dominant", "many", "cannot be read as int"), ("merge", "meen", "did you mean 'mean'"), ("site", "in", "site='in'"), ("tau", "1", "no field 'tau'")],
+)
+def test_unreadable_settings_are_refused(name, text, message):
+    with pytest.raises(UserError, match=message):
+        catalogue.make(VisionZip, {name: text})
+
+
+def test_settings_from_text():
+    assert catalogue.make(VisionZip, {"dominant": "5", "contextual": "2", "merge": "mean"}) == VisionZip(
+        dominant=5, contextual=2, merge="mean"
+    )

@@ -1,0 +1,39 @@
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vlmzip.errors import UserError
+from vlmzip.keep import count_to_keep, parse_keep, round_half_up
+
+
+@pytest.mark.parametrize(
+    ("keep", "count"),
+    [(64, 64), ("64", 64), (0.25, 144), ("25%", 144), ("0.25", 144), ("11%", 63), (1 / 9, 64), (1, 1), (1.0, 576),
+     ("100%", 576), (1000, 576), (1e-9, 1), (np.int64(5), 5), (np.float32(0.5), 288)],
+)
+def test_counts_of_576(keep, count):
+    assert count_to_keep(keep, 576) == count
+
+
+@pytest.mark.parametrize(
+    "keep", [0, -3, "0", "-1", 0.0, -0.5, 1.5, "150%", "0%", "abc", "", "%", math.nan, "nan", math.inf, "inf", True, None, [3], "1e400"]
+)
+def test_nonsense_is_refused_in_one_line(keep):
+    with pytest.raises(UserError) as error:
+        parse_keep(keep)
+    assert "keep=" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@given(st.floats(0, 1, exclude_min=True), st.integers(1, 5000))
+def test_a_fraction_is_off_by_half_a_token_at_most(fraction, available):
+    count = count_to_keep(fraction, available)
+    assert 1 <= count <= available
+    assert abs(count - fraction * available) <= 0.5 or count == 1
+
+
+def test_halves_round_up():
+    assert [round_half_up(x) for x in (0.5, 1.5, 2.5, 2.4)] == [1, 2, 3, 2]

@@ -1,0 +1,162 @@
+"""The laws of TokenMap, as properties."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vlmzip.token_map import TokenMap
+
+seeds = st.integers(0, 10**6)
+
+
+def random_map(seed: int, batch: int, lengths: list[int]) -> TokenMap:
+    """Any valid map over inputs padded to the longest of `lengths`, built without the class's own helpers."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = max(lengths)
+    group = torch.full((batch, tokens), -1)
+    anchor = torch.zeros(batch, tokens, dtype=torch.bool)
+    outputs = []
+    for row in range(batch):
+        count = int(torch.randint(1, lengths[row] + 1, (1,), generator=generator))
+        members = torch.randint(-1, count, (lengths[row],), generator=generator)
+        chosen = torch.randperm(lengths[row], generator=generator)[:count]
+        members[chosen] = torch.arange(count)  # every output token has a member: its anchor
+        group[row, : lengths[row]] = members
+        anchor[row, chosen] = True
+        outputs.append(count)
+    weight = torch.rand(batch, tokens, generator=generator) * (group >= 0)
+    return TokenMap(group, weight, anchor, torch.tensor(outputs))
+
+
+def chain_of_maps(seed: int, count: int) -> list[TokenMap]:
+    maps, lengths = [], [9, 7, 12]
+    for step in range(count):
+        maps.append(random_map(seed + step, 3, lengths))
+        lengths = maps[-1].lengths
+    return maps
+
+
+def as_matrix(m: TokenMap) -> torch.Tensor:
+    """The map as a dense [batch, out, tokens] matrix, by loops."""
+    dense = torch.zeros(len(m.group), m.max_length, m.group.shape[1])
+    for b, row in enumerate(m.group.tolist()):
+        for i, g in enumerate(row):
+            if g >= 0:
+                dense[b, g, i] = m.weight[b, i]
+    return dense
+
+
+@given(seeds)
+@settings(deadline=None, max_examples=50)
+def test_apply_is_the_weighted_sum(seed):
+    m = random_map(seed, 3, [9, 7, 12])
+    x = torch.randn(3, 12, 5)
+    torch.testing.assert_close(m.apply(x), as_matrix(m) @ x)
+
+
+@given(seeds)
+@settings(deadline=None, max_examples=50)
+def test_apply_is_linear(seed):
+    m = random_map(seed, 2, [6, 8])
+    x, y = torch.randn(2, 2, 8, 3)
+    torch.testing.assert_close(m.apply(2 * x + y), 2 * m.apply(x) + m.apply(y))
+
+
+@given(seeds)
+@settings(deadline=None, max_examples=50)
+def test_then_is_composition(seed):
+    first, second = chain_of_maps(seed, 2)
+    x = torch.randn(3, 12, 4)
+    both = first.then(second)
+    torch.testing.assert_close(both.apply(x), second.apply(first.apply(x)))
+    assert both.lengths == second.lengths
+
+
+@given(seeds)
+@settings(deadline=None, max_examples=50)
+def test_then_is_associative(seed):
+    a, b, c = chain_of_maps(seed, 3)
+    left, right = a.then(b).then(c), a.then(b.then(c))
+    assert torch.equal(left.group, right.group)
+    assert torch.equal(left.anchor, right.anchor)
+    torch.testing.assert_close(left.weight, right.weight)
+
+
+@given(seeds)
+@settings(deadline=None, max_examples=50)
+def test_the_anchor_of_the_whole_is_the_anchor_of_the_anchor(seed):
+    first, second = chain_of_maps(seed, 2)
+    both = first.then(second)
+    both.check()
+    for b in range(3):
+        for g in range(second.lengths[b]):
+            middle = int(second.anchor_index()[b, g])
+            assert int(both.anchor_index()[b, g]) == int(first.anchor_index()[b, middle])
+
+
+@given(seeds)
+@settings(deadline=None, max_examples=50)
+def test_means_of_equal_groups_preserve_the_mean(seed):
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
+    m = TokenMap.merge((order % 4).expand(2, -1))
+    x = torch.randn(2, 12, 3)
+    torch.testing.assert_close(m.apply(x).mean(1), x.mean(1))
+
+
+def test_identity_changes_nothing_and_is_neutral():
+    m = random_map(3, 3, [9, 7, 12])
+    x = torch.randn(3, 12, 4)
+    assert torch.equal(TokenMap.identity(3, 12).apply(x), x)
+    assert torch.equal(TokenMap.identity(3, 12).then(m).group, m.group)
+
+
+def test_keep_prunes_in_order():
+    m = TokenMap.keep(torch.tensor([[True, False, True, False], [False, True, True, True]]))
+    assert m.group.tolist() == [[0, -1, 1, -1], [-1, 0, 1, 2]]
+    assert m.lengths == [2, 3]
+    x = torch.arange(8.0).reshape(2, 4, 1)
+    assert m.apply(x)[..., 0].tolist() == [[0, 2, 0], [5, 6, 7]]
+    assert m.anchor_index().tolist() == [[0, 2, -1], [1, 2, 3]]
+
+
+def test_merge_anchors_the_middle_member():
+    m = TokenMap.merge(torch.tensor([[0, 1, 0, 0, 1, -1]]))
+    assert m.anchor.tolist() == [[False, True, True, False, False, False]]
+    assert m.weight[0].tolist() == pytest.approx([1 / 3, 1 / 2, 1 / 3, 1 / 3, 1 / 2, 0])
+
+
+def test_dropped_infinities_do_not_leak():
+    m = TokenMap.keep(torch.tensor([[True, False]]))
+    assert m.apply(torch.tensor([[[1.0], [float("inf")]]])).tolist() == [[[1.0]]]
+
+
+def test_half_precision_is_summed_in_single():
+    ones = torch.ones(1, 4096, 1, dtype=torch.bfloat16)
+    m = TokenMap.merge(torch.zeros(1, 4096, dtype=torch.long), weight=torch.ones(1, 4096))
+    assert m.apply(ones).item() == 4096  # summed in bfloat16 it would stop at 256
+
+
+def test_gradients_flow_through_apply():
+    m = random_map(5, 1, [6])
+    x = torch.randn(1, 6, 2, requires_grad=True)
+    m.apply(x).sum().backward()
+    torch.testing.assert_close(x.grad[0, :, 0], m.weight[0])
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        TokenMap(torch.tensor([[0, 2]]), torch.ones(1, 2), torch.ones(1, 2).bool(), torch.tensor([2])),
+        TokenMap(torch.tensor([[0, 0]]), torch.ones(1, 2), torch.ones(1, 2).bool(), torch.tensor([1])),
+        TokenMap(torch.tensor([[0, -1]]), torch.ones(1, 2), torch.tensor([[False, True]]), torch.tensor([1])),
+    ],
+)
+def test_check_finds_broken_maps(broken):
+    with pytest.raises(ValueError, match="group|anchor"):
+        broken.check()
+
+
+def test_maps_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="cannot follow"):
+        TokenMap.identity(1, 4).then(TokenMap.identity(1, 5))
