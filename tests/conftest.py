@@ -6,13 +6,22 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from jaxtyping import install_import_hook
 
-CHECKED = ["visual_tokens", "token_map", "methods", "models", "runtime.prepare", "runtime.report", "measure", "visualize"]
+CHECKED = [
+    "visual_tokens",
+    "token_map",
+    "methods",
+    "models",
+    "runtime.prepare",
+    "runtime.report",
+    "measure",
+    "visualize",
+]
 install_import_hook([f"vlmzip.{name}" for name in CHECKED], "beartype.beartype")
 
-import pytest
-import torch
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
-from tests.tiny import IMAGE_TOKEN, tiny_llava
+from tests.tiny import IMAGE_TOKEN, tiny_llava  # noqa: E402
 
 
 @pytest.fixture(scope="session")

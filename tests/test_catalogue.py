@@ -14,9 +14,15 @@ def test_a_method_from_anywhere():
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("visonzip", "did you mean 'visionzip'"), ("xyz", "there are: no_compression"), ("no.such:Thing", "cannot import"),
-     ("vlmzip.methods.pool2d:Nothing", "cannot import"), ("vlmzip:Compressor", "is no method"), (":", "cannot import"),
-     ("math:sqrt", "is no method")],
+    [
+        ("visonzip", "did you mean 'visionzip'"),
+        ("xyz", "there are: no_compression"),
+        ("no.such:Thing", "cannot import"),
+        ("vlmzip.methods.pool2d:Nothing", "cannot import"),
+        ("vlmzip:Compressor", "is no method"),
+        (":", "cannot import"),
+        ("math:sqrt", "is no method"),
+    ],
 )
 def test_what_is_no_method_is_refused_with_the_closest(name, message):
     with pytest.raises(UserError, match=message):
@@ -25,7 +31,12 @@ def test_what_is_no_method_is_refused_with_the_closest(name, message):
 
 @pytest.mark.parametrize(
     ("name", "text", "message"),
-    [("dominant", "many", "cannot be read as int"), ("merge", "meen", "did you mean 'mean'"), ("site", "in", "site='in'"), ("tau", "1", "no field 'tau'")],
+    [
+        ("dominant", "many", "cannot be read as int"),
+        ("merge", "meen", "did you mean 'mean'"),
+        ("site", "in", "site='in'"),
+        ("tau", "1", "no field 'tau'"),
+    ],
 )
 def test_unreadable_settings_are_refused(name, text, message):
     with pytest.raises(UserError, match=message):

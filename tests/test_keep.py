@@ -11,15 +11,51 @@ from vlmzip.keep import count_to_keep, parse_keep, round_half_up
 
 @pytest.mark.parametrize(
     ("keep", "count"),
-    [(64, 64), ("64", 64), (0.25, 144), ("25%", 144), ("0.25", 144), ("11%", 63), (1 / 9, 64), (1, 1), (1.0, 576),
-     ("100%", 576), (1000, 576), (1e-9, 1), (np.int64(5), 5), (np.float32(0.5), 288)],
+    [
+        (64, 64),
+        ("64", 64),
+        (0.25, 144),
+        ("25%", 144),
+        ("0.25", 144),
+        ("11%", 63),
+        (1 / 9, 64),
+        (1, 1),
+        (1.0, 576),
+        ("100%", 576),
+        (1000, 576),
+        (1e-9, 1),
+        (np.int64(5), 5),
+        (np.float32(0.5), 288),
+    ],
 )
 def test_counts_of_576(keep, count):
     assert count_to_keep(keep, 576) == count
 
 
 @pytest.mark.parametrize(
-    "keep", [0, -3, "0", "-1", 0.0, -0.5, 1.5, "150%", "0%", "abc", "", "%", math.nan, "nan", math.inf, "inf", True, None, [3], "1e400"]
+    "keep",
+    [
+        0,
+        -3,
+        "0",
+        "-1",
+        0.0,
+        -0.5,
+        1.5,
+        "150%",
+        "0%",
+        "abc",
+        "",
+        "%",
+        math.nan,
+        "nan",
+        math.inf,
+        "inf",
+        True,
+        None,
+        [3],
+        "1e400",
+    ],
 )
 def test_nonsense_is_refused_in_one_line(keep):
     with pytest.raises(UserError) as error:

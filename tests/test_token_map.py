@@ -153,7 +153,7 @@ def test_gradients_flow_through_apply():
     ],
 )
 def test_check_finds_broken_maps(broken):
-    with pytest.raises(ValueError, match="group|anchor"):
+    with pytest.raises(ValueError, match=r"group|anchor"):
         broken.check()
 
 

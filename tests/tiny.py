@@ -12,13 +12,28 @@ def tiny_llava(attention: str = "sdpa", **settings) -> LlavaForConditionalGenera
     torch.manual_seed(0)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=SIDE, patch_size=PATCH
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            image_size=SIDE,
+            patch_size=PATCH,
         ),
         text_config=LlamaConfig(
-            hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2,
-            vocab_size=VOCABULARY, pad_token_id=PAD, bos_token_id=1, eos_token_id=2, max_position_embeddings=512,
+            hidden_size=48,
+            intermediate_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            vocab_size=VOCABULARY,
+            pad_token_id=PAD,
+            bos_token_id=1,
+            eos_token_id=2,
+            max_position_embeddings=512,
         ),
-        image_token_index=IMAGE_TOKEN, image_seq_length=TOKENS, **settings,
+        image_token_index=IMAGE_TOKEN,
+        image_seq_length=TOKENS,
+        **settings,
     )
     config._attn_implementation = attention
     model = LlavaForConditionalGeneration(config).eval()

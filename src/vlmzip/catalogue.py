@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import dataclasses
 import enum
 import importlib
 import inspect
+import textwrap
+from dataclasses import dataclass
 from importlib.metadata import entry_points
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -13,6 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from vlmzip import methods
 from vlmzip.compressor import Compressor, check_choice
 from vlmzip.errors import UserError, closest
+from vlmzip.visual_tokens import Site
 
 ENTRY_POINTS = "vlmzip.methods"
 
@@ -48,7 +53,7 @@ def make(cls: type[Compressor], settings: dict[str, Any]) -> Compressor:
 
 
 def read_field(name: str, value: Any, hint: Any) -> Any:
-    """A value for a field of type `hint`; text becomes a number, a truth value or an enum member where the type asks."""
+    """A value for a field of type `hint`: text is read as a number, truth value or enum member where the type asks."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     if not isinstance(value, str) or str in kinds:
         return value
@@ -68,6 +73,60 @@ def read_field(name: str, value: Any, hint: Any) -> Any:
                 return kind(value)
     expected = " or ".join(kind.__name__ for kind in kinds if kind is not NoneType)
     raise UserError(f"{name}={value!r} cannot be read as {expected}")
+
+
+@dataclass(frozen=True)
+class FieldDescription:
+    """One field of a method, for help texts and tables."""
+
+    name: str
+    type: str
+    default: Any
+    doc: str
+
+
+def describe(cls: type[Compressor]) -> list[FieldDescription]:
+    """The fields of a method, its own before the shared ones, each with the string written below it."""
+    docs: dict[str, str] = {}
+    own: list[str] = []
+    for owner in cls.__mro__[::-1]:
+        if issubclass(owner, Compressor):
+            own = _documented_fields(owner, docs)
+    shared = [name for name in cls.field_names() if name not in own]
+    by_name = {field.name: field for field in dataclasses.fields(cls)}
+    return [
+        FieldDescription(name, _type(by_name[name], cls), _default(by_name[name]), docs.get(name, ""))
+        for name in [*(n for n in own if n in by_name), *shared]
+    ]
+
+
+def _type(field: dataclasses.Field, cls: type[Compressor]) -> str:
+    hint = get_type_hints(cls)[field.name]
+    if hint is Site:
+        return " | ".join(cls.sites)
+    if get_origin(hint) is Literal:
+        return " | ".join(map(str, get_args(hint)))
+    return str(field.type)
+
+
+def _default(field: dataclasses.Field) -> Any:
+    value = field.default
+    return round(value, 4) if isinstance(value, float) else str(value) if isinstance(value, enum.Enum) else value
+
+
+def _documented_fields(owner: type, docs: dict[str, str]) -> list[str]:
+    """Adds the strings below `owner`'s fields to `docs`; returns the names of the fields it declares."""
+    try:
+        body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
+    except (OSError, TypeError, SyntaxError):  # a class without source, made in a console
+        return []
+    declared: list[str] = []
+    for statement in getattr(body, "body", []):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            declared.append(statement.target.id)
+        elif declared and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+            docs[declared[-1]] = " ".join(str(statement.value.value).split())
+    return declared
 
 
 def _import(path: str) -> type[Compressor]:

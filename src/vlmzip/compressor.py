@@ -81,7 +81,7 @@ class Compressor(ABC):
         """
         if "keep" not in self.field_names():
             raise BudgetError(f"{self.name()} has no budget to set")
-        chosen = dataclasses.replace(self, **{"keep": keep})
+        chosen = dataclasses.replace(self, keep=keep)  # type: ignore[call-arg]
         return chosen, chosen.reached(profile)
 
     def reached(self, profile: Profile) -> float:
@@ -120,4 +120,3 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raises `UserError` if a field's value is none of its choices."""
     if value not in tuple(choices):
         raise UserError(f"{name}={str(value)!r} is no choice{closest(str(value), map(str, choices))}")
-

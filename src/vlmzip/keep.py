@@ -7,7 +7,7 @@ import numbers
 
 from vlmzip.errors import UserError
 
-#: An int is a number of tokens per picture, a float in (0, 1] a fraction of them, a string either ("64", "0.25", "11%").
+#: An int is a number of tokens per picture, a float in (0, 1] a fraction of them, a string either ("64", "11%").
 Keep = int | float | str
 
 

@@ -78,9 +78,8 @@ class TestEveryMethod:
     def test_the_budget_reached_is_the_one_reported(self, method, keep):
         try:
             chosen, reached = method.at_budget(keep, PROFILE)
-        except BudgetError as reason:
-            assert "\n" not in str(reason)
-            return
+        except BudgetError:
+            return  # it says that it cannot; what it says is tested with each method
         assert chosen(tokens_of()).lengths[0] / 36 == pytest.approx(reached)
         if "keep" in method.field_names():
             assert reached == count_to_keep(keep, 36) / 36

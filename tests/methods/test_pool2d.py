@@ -28,7 +28,9 @@ def test_the_papers_counts():
     assert [Pool2d(factor=f).token_count(Grid(1, 24, 24)) for f in (1, 2, 3)] == [576, 144, 64]
 
 
-@pytest.mark.parametrize(("keep", "factor", "reached"), [("25%", 2, 0.25), ("11%", 3, 1 / 9), ("50%", 2, 0.25), (0.9, 1, 1.0)])
+@pytest.mark.parametrize(
+    ("keep", "factor", "reached"), [("25%", 2, 0.25), ("11%", 3, 1 / 9), ("50%", 2, 0.25), (0.9, 1, 1.0)]
+)
 def test_nearest_factor_to_a_budget(keep, factor, reached):
     chosen, got = Pool2d().at_budget(keep, Profile(Grid(1, 24, 24), 32))
     assert (chosen.factor, got) == (factor, pytest.approx(reached))

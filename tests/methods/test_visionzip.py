@@ -10,7 +10,9 @@ def tokens_of(batch=3, rows=6, cols=6, dim=20, key_dim=8, prefix=1, seed=0) -> V
     count = rows * cols + prefix
     attention = torch.rand(batch, count, generator=generator)
     return VisualTokens(
-        torch.randn(batch, count, dim, generator=generator), Grid(1, rows, cols), prefix=prefix,
+        torch.randn(batch, count, dim, generator=generator),
+        Grid(1, rows, cols),
+        prefix=prefix,
         cls_attention=attention / attention.sum(1, keepdim=True),
         keys=torch.randn(batch, count, key_dim, generator=generator),
     )
@@ -19,7 +21,16 @@ def tokens_of(batch=3, rows=6, cols=6, dim=20, key_dim=8, prefix=1, seed=0) -> V
 @pytest.mark.parametrize("merge", ["reference", "mean"])
 @pytest.mark.parametrize(
     ("rows", "cols", "dominant", "contextual"),
-    [(24, 24, 54, 10), (6, 6, 5, 3), (6, 6, 1, 4), (6, 6, 8, 0), (5, 7, 20, 12), (4, 4, 8, 7), (3, 9, 2, 1), (6, 6, 17, 18)],
+    [
+        (24, 24, 54, 10),
+        (6, 6, 5, 3),
+        (6, 6, 1, 4),
+        (6, 6, 8, 0),
+        (5, 7, 20, 12),
+        (4, 4, 8, 7),
+        (3, 9, 2, 1),
+        (6, 6, 17, 18),
+    ],
 )
 def test_equals_the_naive_loop(rows, cols, dominant, contextual, merge):
     tokens = tokens_of(rows=rows, cols=cols, seed=rows * cols)
@@ -34,7 +45,9 @@ def test_equals_the_naive_loop(rows, cols, dominant, contextual, merge):
         torch.testing.assert_close(out[row], expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(("keep", "split"), [(64, (54, 10)), (128, (108, 20)), (192, (162, 30)), (None, (54, 10)), (17, (14, 3))])
+@pytest.mark.parametrize(
+    ("keep", "split"), [(64, (54, 10)), (128, (108, 20)), (192, (162, 30)), (None, (54, 10)), (17, (14, 3))]
+)
 def test_the_papers_splits(keep, split):
     assert VisionZip(keep=keep).split(576) == split
 
@@ -67,9 +80,18 @@ def test_no_dominant_tokens_leaves_cls_out():
 
 @pytest.mark.parametrize(
     "fields",
-    [{"keep": 8, "dominant": 4, "contextual": 1}, {"dominant": 4}, {"contextual": 3}, {"dominant": -1, "contextual": 4},
-     {"dominant": 0, "contextual": 0}, {"dominant": "2.5", "contextual": 1}, {"merge": "median"}, {"positions": "nowhere"},
-     {"site": "in_llm"}, {"keep": "abc"}],
+    [
+        {"keep": 8, "dominant": 4, "contextual": 1},
+        {"dominant": 4},
+        {"contextual": 3},
+        {"dominant": -1, "contextual": 4},
+        {"dominant": 0, "contextual": 0},
+        {"dominant": "2.5", "contextual": 1},
+        {"merge": "median"},
+        {"positions": "nowhere"},
+        {"site": "in_llm"},
+        {"keep": "abc"},
+    ],
 )
 def test_wrong_fields_are_refused(fields):
     with pytest.raises(UserError):

@@ -90,8 +90,14 @@ def test_post_projector_tokens_are_projected(llava):
 def test_other_models_are_refused():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    with pytest.raises(UserError, match="cannot compress LlamaForCausalLM.*supports: llava"):
-        adapter_for(LlamaForCausalLM(LlamaConfig(hidden_size=8, num_hidden_layers=1, intermediate_size=8, vocab_size=8, num_attention_heads=1)))
+    with pytest.raises(UserError, match=r"cannot compress LlamaForCausalLM.*supports: llava"):
+        adapter_for(
+            LlamaForCausalLM(
+                LlamaConfig(
+                    hidden_size=8, num_hidden_layers=1, intermediate_size=8, vocab_size=8, num_attention_heads=1
+                )
+            )
+        )
     with pytest.raises(UserError, match="cannot compress Linear"):
         adapter_for(torch.nn.Linear(1, 1))
 

@@ -4,7 +4,7 @@ import torch
 
 
 def visionzip(features, attention, keys, dominant, contextual, merge):
-    """features [1 + patches, dim], CLS first; attention [heads, 1 + patches], the CLS row; keys [1 + patches, key_dim]."""
+    """features [1 + patches, dim], CLS first; attention [heads, 1 + patches], the CLS row; keys [1 + patches, key]."""
     patches = range(1, len(features))
     score = {j: sum(float(head[j]) for head in attention) for j in patches}
     best = sorted(patches, key=lambda j: score[j], reverse=True)[: dominant - 1]

@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import pytest
 import torch
@@ -42,7 +43,9 @@ def test_no_compression_is_the_plain_model(llava, pad):
 
 
 @pytest.mark.parametrize("positions", ["contiguous", "original"])
-@pytest.mark.parametrize("method", [VisionZip(keep=8), Pool2d(factor=4), RandomTokens(keep=5), Ragged()], ids=lambda m: m.name())
+@pytest.mark.parametrize(
+    "method", [VisionZip(keep=8), Pool2d(factor=4), RandomTokens(keep=5), Ragged()], ids=lambda m: m.name()
+)
 def test_every_row_of_a_ragged_batch_is_that_row_alone(llava, method, positions):
     method = type(method)(**{**{n: getattr(method, n) for n in method.field_names()}, "positions": positions})
     inputs = batch(*MIXED, pictures=4)
@@ -158,7 +161,7 @@ class TestNoTrace:
                     small(**{**inputs, "pixel_values": torch.zeros(4, 3, 7, 7)})
 
         if broken:
-            with pytest.raises(Exception, match=".+"):
+            with pytest.raises(Exception, match="Input image size"):
                 work()
         else:
             work()
@@ -208,10 +211,11 @@ def test_mistakes_are_refused(llava):
 
 
 def test_a_budget_above_what_there_is_is_said_once(llava):
-    with pytest.warns(UserWarning, match="keeps 36 tokens, a picture has 36") as said:
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         small = vlmzip.attach(llava, VisionZip(keep=99))
         small.generate(**batch(prompt("image", 5), pictures=1), **GREEDY)
-    assert len([w for w in said if "changes nothing" in str(w.message)]) == 1
+    assert [str(w.message) for w in said] == ["visionzip keeps 36 tokens, a picture has 36: it changes nothing"]
     assert small.report.after == 36
 
 

@@ -25,7 +25,9 @@ def test_text_stays_and_placeholders_shrink(llava, pad):
 
 def test_every_per_token_input_is_shortened_alike(llava):
     inputs = batch(*MIXED, pictures=3)
-    labels = torch.where(inputs["input_ids"] > 3, inputs["input_ids"], -100).masked_fill(inputs["input_ids"] == IMAGE_TOKEN, -100)
+    labels = torch.where(inputs["input_ids"] > 3, inputs["input_ids"], -100).masked_fill(
+        inputs["input_ids"] == IMAGE_TOKEN, -100
+    )
     inputs |= {"labels": labels, "token_type_ids": (inputs["input_ids"] == IMAGE_TOKEN).long()}
     small = compress_inputs(llava, inputs, VisionZip(keep=8))
     assert [row[row != -100].tolist() for row in small["labels"]] == [[5, 6, 7], [4, 5], [4]]

@@ -38,9 +38,13 @@ class Pool2d(Compressor):
 
     def at_budget(self, keep: Keep, profile: Profile) -> tuple[Pool2d, float]:
         wanted = count_to_keep(keep, profile.grid.size)
-        candidates = [dataclasses.replace(self, factor=f) for f in range(1, max(profile.grid.rows, profile.grid.cols) + 1)]
+        candidates = [
+            dataclasses.replace(self, factor=f) for f in range(1, max(profile.grid.rows, profile.grid.cols) + 1)
+        ]
         # Between two equally near factors take the smaller count: a budget is kept rather than broken.
-        nearest = min(candidates, key=lambda c: (abs(c.token_count(profile.grid) - wanted), c.token_count(profile.grid)))
+        nearest = min(
+            candidates, key=lambda c: (abs(c.token_count(profile.grid) - wanted), c.token_count(profile.grid))
+        )
         return nearest, nearest.reached(profile)
 
     def assign(self, tokens: VisualTokens) -> TokenMap:

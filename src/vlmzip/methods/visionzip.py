@@ -25,12 +25,12 @@ TOKENS_PER_CONTEXTUAL = 6.4
 class VisionZip(Compressor):
     """Keep the dominant tokens that CLS attends to most, and merge the rest into a few contextual ones.
 
-    Yang et al., CVPR 2025 (arXiv:2412.04467), Algorithms 1 and 2. Dominant tokens (CLS among them) come first, in raster
-    order; then the contextual ones, each an evenly spaced target token of the rest together with the rest tokens whose
-    keys are nearest to the target's (cosine). Encoders without CLS: attention received from all tokens (paper, A.2).
+    Yang et al., CVPR 2025 (arXiv:2412.04467), Algorithms 1 and 2. Dominant tokens (CLS among them) come first, in
+    raster order; then the contextual ones, each an evenly spaced target token of the rest together with the rest tokens
+    whose keys are nearest to the target's (cosine). Encoders without CLS: attention received (paper, A.2).
 
-    Differences between the paper and the authors' code: the paper averages each cluster (`merge="mean"`), the code adds
-    the mean of the assigned tokens to the target (`merge="reference"`, the default: the published numbers come from it).
+    The paper and the authors' code differ: the paper averages each cluster (`merge="mean"`), the code adds
+    the mean of the assigned tokens to the target (`merge="reference"`, the default: the published numbers are its).
     Differences from the authors' code: any batch size; `contextual=0` works; where the attention of two tokens is
     exactly equal, which of them is dominant may differ.
     """
@@ -38,7 +38,7 @@ class VisionZip(Compressor):
     needs = frozenset({Signal.CLS_ATTENTION, Signal.KEYS})
 
     keep: Keep | None = None
-    """Tokens per picture (int) or a fraction (float, "11%"), split 5.4 : 1 into dominant and contextual. Default 1/9."""
+    """Tokens per picture (int) or a fraction (float, "11%"), split 5.4 : 1 into dominant and contextual; else 1/9."""
     dominant: int | None = None
     """Dominant tokens, CLS included; together with `contextual`, instead of `keep`."""
     contextual: int | None = None
@@ -54,8 +54,10 @@ class VisionZip(Compressor):
             parse_keep(self.budget)
         elif None in split or self.keep is not None:
             raise UserError("visionzip takes keep alone, or dominant and contextual together")
-        elif any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in split) or sum(split) < 1:
-            raise UserError(f"dominant={self.dominant!r}, contextual={self.contextual!r}: counts of at least 1 together")
+        elif any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in split) or split == (0, 0):
+            raise UserError(
+                f"dominant={self.dominant!r}, contextual={self.contextual!r}: counts of at least 1 together"
+            )
 
     @property
     def budget(self) -> Keep:
@@ -79,7 +81,7 @@ class VisionZip(Compressor):
     def assign(self, tokens: VisualTokens) -> TokenMap:
         assert tokens.cls_attention is not None
         assert tokens.keys is not None
-        batch, count, _ = tokens.features.shape
+        count = tokens.features.shape[1]
         dominant, contextual = self.split(count - tokens.prefix)
         is_dominant = _most_attended(tokens.cls_attention, tokens.prefix, dominant)
         # The rest in raster order: a stable sort puts the tokens that are neither dominant nor CLS first.

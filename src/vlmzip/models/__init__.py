@@ -18,4 +18,6 @@ def adapter_for(model: nn.Module) -> ModelAdapter:
         if model_type in family.model_types:
             return family(model)
     supported = ", ".join(name for family in FAMILIES for name in family.model_types)
-    raise UserError(f"vlmzip cannot compress {type(model).__name__} (model type {model_type!r}); it supports: {supported}")
+    raise UserError(
+        f"vlmzip cannot compress {type(model).__name__} (model type {model_type!r}); it supports: {supported}"
+    )

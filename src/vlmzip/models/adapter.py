@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class ModelAdapter(ABC):
     """The model inputs that describe pictures; the first is there whenever there is a picture."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        self.model: Any = model  # a family's own attributes are known to its adapter, not to a type checker
 
     @property
     @abstractmethod
@@ -38,6 +38,11 @@ class ModelAdapter(ABC):
     @abstractmethod
     def llm(self) -> nn.Module:
         """The decoder, without vision encoder, projector and head."""
+
+    @property
+    def llm_config(self) -> Any:
+        """The config of the decoder."""
+        return self.model.config.get_text_config()
 
     @abstractmethod
     def profile(self) -> Profile:
@@ -58,4 +63,4 @@ class ModelAdapter(ABC):
 
     def encoder_outputs(self, features: list[Float[Tensor, "_ llm_dim"]]) -> dict[str, BaseModelOutputWithPooling]:
         """`mm_encoder_outputs` for the model's `forward` and `generate`: projected tokens, one entry a picture."""
-        return {"image": BaseModelOutputWithPooling(pooler_output=features)}
+        return {"image": BaseModelOutputWithPooling(pooler_output=cast(Any, features))}

@@ -30,9 +30,11 @@ class Llava(ModelAdapter):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
-        vision = model.config.vision_config
+        vision = self.model.config.vision_config
         if vision.model_type != "clip_vision_model":
-            raise UserError(f"LLaVA with a {vision.model_type} encoder is not supported yet; with clip_vision_model it is")
+            raise UserError(
+                f"LLaVA with a {vision.model_type} encoder is not supported yet; with clip_vision_model it is"
+            )
 
     @property
     def placeholder_id(self) -> int:
@@ -65,7 +67,7 @@ class Llava(ModelAdapter):
 
     def _run_encoder(
         self, pixels: Tensor, layers: list[int], needs: frozenset[Signal]
-    ) -> tuple[Float[Tensor, "batch tokens dim"], dict[str, Tensor]]:
+    ) -> tuple[Float[Tensor, "batch tokens dim"], dict[str, Any]]:
         """Features (CLS first) of the wanted layers side by side, and the signals of the last of them."""
         tower = self.model.model.vision_tower
         blocks = tower.encoder.layers
@@ -78,9 +80,9 @@ class Llava(ModelAdapter):
         features = torch.cat([recording[f"features.{layer}"] for layer in layers], dim=-1)
         return features, self._signals(recording, needs)
 
-    def _signals(self, recording: Recording, needs: frozenset[Signal]) -> dict[str, Tensor]:
+    def _signals(self, recording: Recording, needs: frozenset[Signal]) -> dict[str, Any]:
         heads = self.model.config.vision_config.num_attention_heads
-        signals = {}
+        signals: dict[str, Any] = {}
         with torch.no_grad():
             if Signal.CLS_ATTENTION in needs:
                 head_dim = recording["key"].shape[-1] // heads

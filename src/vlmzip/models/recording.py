@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -29,8 +30,8 @@ def record(modules: dict[str, nn.Module]) -> Iterator[Recording]:
     """Records what `modules` put out inside the block, for this thread only; leaves no hook behind."""
     recording = Recording()
 
-    def hook(name: str) -> object:
-        def keep(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
             if _recording.get() is recording:
                 recording.outputs[name] = output[0] if isinstance(output, tuple) else output
 

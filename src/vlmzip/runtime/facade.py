@@ -52,8 +52,10 @@ class CompressedModel(nn.Module):
             raise UserError(f"{compressor!r} is no compressor; try vlmzip.VisionZip(keep=64)")
         adapter = adapter_for(model)
         if compressor.site not in adapter.sites:
-            raise UserError(f"{type(model).__name__} has no site {compressor.site.value!r}{closest(compressor.site, adapter.sites)}")
-        self.inner = model
+            raise UserError(
+                f"{type(model).__name__} has no site {compressor.site.value!r}{closest(compressor.site, adapter.sites)}"
+            )
+        self.inner: Any = model
         self.compressor = compressor
         self._adapter = adapter
         self._report: Report | None = None

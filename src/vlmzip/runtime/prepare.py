@@ -44,8 +44,8 @@ def compress_inputs(
     """Replaces the pictures in `inputs` by their compressed visual tokens, and shortens the prompt to match.
 
     `inputs` are what the processor returns, with labels or generation arguments if you like; what is not about the
-    prompt or the pictures is passed through. The result goes into `model(**...)` or `model.generate(**...)` of the plain
-    model. Rows may end up with different numbers of tokens: they are padded again, on the side that was padded before.
+    prompt or the pictures is passed through. The result goes into `model(**...)` or `model.generate(**...)` of the
+    plain model. Rows may end up with different numbers of tokens: they are padded again, on the side that was padded.
 
     Raises `UserError` where placeholders and pictures do not match.
     """
@@ -69,7 +69,7 @@ def compress_inputs(
     for name in adapter.picture_inputs:
         out.pop(name, None)
     out["mm_encoder_outputs"] = adapter.encoder_outputs([picture.features for picture in pictures])
-    out["input_ids"] = gather(ids, source, _pad_id(model))
+    out["input_ids"] = gather(ids, source, _pad_id(adapter))
     out["attention_mask"] = gather(mask, source, PER_TOKEN["attention_mask"])
     if compressor.positions == "original" and inputs.get("position_ids") is None:
         out["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -120,8 +120,8 @@ def find_placeholders(
     total = sum(map(len, columns_of))
     if total != sum(counts):
         raise UserError(
-            f"the prompt has {total} image placeholders, but its {len(counts)} picture(s) have {sum(counts)} visual tokens; "
-            "use the model's own processor, and one <image> for each picture"
+            f"the prompt has {total} image placeholders, but its {len(counts)} picture(s) have {sum(counts)} visual"
+            " tokens; use the model's own processor, and one <image> for each picture"
         )
     places: list[tuple[int, list[int]]] = []
     row = used = 0
@@ -130,7 +130,9 @@ def find_placeholders(
             row, used = row + 1, 0
         columns = columns_of[row][used : used + count]
         if len(columns) < count:
-            raise UserError(f"row {row} of the prompt ends in the middle of a picture: {len(columns)} of {count} placeholders")
+            raise UserError(
+                f"row {row} of the prompt ends in the middle of a picture: {len(columns)} of {count} placeholders"
+            )
         places.append((row, columns))
         used += count
     return places
@@ -141,18 +143,19 @@ def shorten(
 ) -> Int[Tensor, "batch new_length"]:
     """Where each position of the shortened prompt comes from; -1 for padding.
 
-    The tokens left of a picture stand where its first placeholder stood, each with the placeholder that its offset names.
+    The tokens left of a picture stand where its first placeholder stood; an offset names the placeholder of each.
     """
     attended = mask.cpu().bool()
     kept_rows: list[list[int]] = []
     for row in range(len(mask)):
         columns = attended[row].nonzero()[:, 0]
         first, last = (int(columns[0]), int(columns[-1])) if len(columns) else (0, -1)
-        kept, at = [], first
+        kept: list[int] = []
+        at = first
         for (place_row, placeholders), picture_offsets in zip(places, offsets, strict=True):
             if place_row == row:
                 dropped = set(placeholders)
-                kept += [column for column in range(at, placeholders[0])]
+                kept += range(at, placeholders[0])
                 kept += [placeholders[offset] for offset in picture_offsets]
                 kept += [column for column in range(placeholders[0], placeholders[-1]) if column not in dropped]
                 at = placeholders[-1] + 1
@@ -178,9 +181,8 @@ def _in_row(report: PictureReport, row: int) -> PictureReport:
     return PictureReport(row, report.before, report.after, report.token_map, report.grid, report.prefix)
 
 
-def _pad_id(model: nn.Module) -> int:
-    config = model.config.get_text_config()
-    pad = getattr(config, "pad_token_id", None)
+def _pad_id(adapter: ModelAdapter) -> int:
+    pad = getattr(adapter.llm_config, "pad_token_id", None)
     return 0 if pad is None else pad
 
 

@@ -85,5 +85,5 @@ class Report:
 
     @property
     def milliseconds(self) -> dict[str, float]:
-        """Time by stage: "encoder" (with the projector, where the compressor acts behind it), "selection", "projector"."""
+        """Time by stage: "encoder" (and projector, where the compressor acts behind it), "selection", "projector"."""
         return self.stopwatch.milliseconds()

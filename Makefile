@@ -1,0 +1,56 @@
+# The two commands of the README are `make demo` and `make test`; `make help` lists the rest.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# Another version of transformers gets an environment of its own: make test-transformers TRANSFORMERS=5.19
+TRANSFORMERS ?= 5.19
+
+.PHONY: help demo test test-transformers check fmt lint types bench figures mini
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s%s\n", $$1, $$2}'
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(INSTALLED) ## set up, then ask the small model about a picture, with and without compression
+	$(BIN)/vlmzip ask examples/cluttered.png "$$(cat examples/cluttered.txt)" --baseline --overlay runs/demo.png
+
+test: $(INSTALLED) ## set up, then run the tests
+	$(BIN)/python -m pytest
+
+test-transformers: ## run the tests with another version of transformers
+	$(PYTHON) -m venv .venv-transformers-$(TRANSFORMERS)
+	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > .venv-transformers-$(TRANSFORMERS)/constraints.txt
+	.venv-transformers-$(TRANSFORMERS)/bin/python -m pip install --quiet --upgrade pip
+	.venv-transformers-$(TRANSFORMERS)/bin/python -m pip install --quiet -c .venv-transformers-$(TRANSFORMERS)/constraints.txt -e ".[dev]" "transformers==$(TRANSFORMERS).*"
+	.venv-transformers-$(TRANSFORMERS)/bin/python -m pytest
+
+check: lint types test-transformers test ## what CI runs
+
+fmt: $(INSTALLED) ## format the code
+	$(BIN)/ruff format src tests benchmarks docs
+	$(BIN)/ruff check --fix src tests benchmarks docs
+
+lint: $(INSTALLED) ## check style
+	$(BIN)/ruff format --check src tests benchmarks docs
+	$(BIN)/ruff check src tests benchmarks docs
+
+types: $(INSTALLED) ## check types
+	$(BIN)/mypy
+
+bench: $(INSTALLED) ## time and memory of encoder and selection; writes a CSV into benchmarks/results
+	$(BIN)/python benchmarks/selection_cost.py
+
+figures: $(INSTALLED) ## make the pictures in docs/figures again
+	$(BIN)/python docs/figures/make.py
+
+mini: $(INSTALLED) ## train the small model again from nothing; resumes where it was stopped
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train]"
+	$(BIN)/python -m vlmzip.mini.train --out runs/mini

@@ -1,0 +1,129 @@
+"""`vlmzip ask IMAGE… QUESTION`."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from vlmzip.cli.options import add_method, add_model, check_method, make_method
+from vlmzip.errors import UserError
+
+HELP = "ask a vision-language model about one or several pictures"
+EXAMPLES = """  vlmzip ask examples/flat.png "what color is the circle ?"
+  vlmzip ask street.jpg "What does the sign say?" --model llava-hf/llava-1.5-7b-hf --keep 64
+  vlmzip ask a.png b.png "What differs?" --method pool2d --factor 2 --overlay tokens.png
+  vlmzip ask a.png "How many?" --dominant 13 --contextual 3 --merge mean --baseline --json"""
+
+
+def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
+    parser.usage = f"{parser.prog} IMAGE… QUESTION [options]"
+    parser.add_argument(
+        "words", nargs="+", metavar="IMAGE… QUESTION", help="one or several pictures, then the question"
+    )
+    add_model(parser)
+    add_method(parser, arguments)
+    parser.add_argument("--baseline", action="store_true", help="also answer without compression, and compare")
+    parser.add_argument(
+        "--overlay", type=Path, metavar="FILE", help="write a picture of the tokens kept, merged and dropped"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=32, metavar="N", help="length of the answer; default: %(default)s"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: Namespace) -> None:
+    from vlmzip.cli.asking import answer, build_inputs, compressed, draw, plain_account, split_pictures_and_question
+    from vlmzip.cli.loading import load, progress
+    from vlmzip.cli.pictures import load_picture, save_picture
+    from vlmzip.methods import NoCompression
+
+    paths, question = split_pictures_and_question(args.words)
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens}: give at least 1")
+    check_method(args)
+    for path in paths:
+        load_picture(path)
+    loaded = load(args.model, args.device, args.dtype)
+    small = compressed(loaded, make_method(args, loaded.adapter.profile()))
+    inputs = build_inputs(loaded, paths, question)
+    with progress("answering"):
+        plain = None
+        if args.baseline:
+            whole = compressed(loaded, NoCompression())
+            answer(loaded, whole, inputs, 1)  # the first run pays for one-time set-up, which belongs to neither side
+            plain = answer(loaded, whole, inputs, args.max_new_tokens)
+        result = answer(loaded, small, inputs, args.max_new_tokens)
+    out: dict[str, Any] = {
+        "model": args.model,
+        "compressor": small.compressor.to_dict(),
+        "question": question,
+        "answer": result.text,
+        "pictures": [
+            {"path": path, "before": p.before, "after": p.after}
+            for path, p in zip(paths, result.report.pictures, strict=True)
+        ],
+        "compressed": asdict(result.account),
+        "plain": plain_account(loaded, inputs, result.report),
+    }
+    if plain:
+        out["plain"] = asdict(plain.account)
+        out["plain_answer"] = plain.text
+    if args.overlay:
+        save_picture(draw(loaded, inputs, result.report), args.overlay, sources=paths)
+        out["overlay"] = str(args.overlay)
+    print(json.dumps(out, indent=2)) if args.json else _print_table(out)
+
+
+def _print_table(out: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    plain, small = out["plain"], out["compressed"]
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    table.add_column("plain", justify="right")
+    table.add_column(out["compressor"]["method"], justify="right", style="bold")
+    table.add_column("", justify="right")
+    if "plain_answer" in out:
+        table.add_row("answer", escape(out["plain_answer"]), escape(out["answer"]))
+    rows = [
+        ("visual tokens", "visual_tokens", _count),
+        ("prompt tokens", "prompt_tokens", _count),
+        ("prefill FLOPs", "prefill_flops", _flops),
+        ("KV cache", "kv_cache_bytes", _bytes),
+    ]
+    for name, key, show in rows:
+        table.add_row(name, show(plain[key]), show(small[key]), f"{plain[key] / small[key]:.1f}x less")
+    for part, spent in small["milliseconds"].items():
+        before = plain.get("milliseconds", {}).get(part)
+        table.add_row(f"ms {part}", "" if before is None else f"{before:.1f}", f"{spent:.1f}")
+    console = Console(highlight=False)
+    if "plain_answer" not in out:
+        console.print(escape(out["answer"]), style="bold")
+    console.print(table)
+    if "overlay" in out:
+        console.print(f"tokens drawn in {escape(out['overlay'])}", soft_wrap=True)
+
+
+def _count(value: int) -> str:
+    return f"{value:,}"
+
+
+def _flops(value: float) -> str:
+    return _scaled(value, 1000, ("", "k", "M", "G", "T", "P"))
+
+
+def _bytes(value: float) -> str:
+    return _scaled(value, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+
+
+def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
+    step = 0
+    while value >= base and step + 1 < len(units):
+        value, step = value / base, step + 1
+    return f"{value:.4g} {units[step]}".strip()

@@ -1,0 +1,126 @@
+"""One question about some pictures, answered and accounted for; what `ask` and `show` have in common."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vlmzip.cli.loading import Loaded, console
+from vlmzip.cli.pictures import load_picture
+from vlmzip.compressor import Compressor
+from vlmzip.errors import UserError
+from vlmzip.measure.flops import kv_cache_bytes, prefill_flops
+from vlmzip.runtime.facade import CompressedModel, attach
+from vlmzip.runtime.report import Report
+from vlmzip.visualize.overlay import draw_tokens, seen_picture, stack
+
+
+@dataclass(frozen=True)
+class Account:
+    """What an answer cost."""
+
+    visual_tokens: int
+    prompt_tokens: int
+    prefill_flops: int
+    kv_cache_bytes: int
+    milliseconds: dict[str, float]
+    """vision encoder, selection and LLM (projector, prefill and decoding)."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+    account: Account
+    report: Report
+
+
+def build_inputs(loaded: Loaded, paths: list[str], question: str) -> dict[str, Any]:
+    """Model inputs for one conversation turn with all pictures before the question."""
+    pictures = [load_picture(path) for path in paths]
+    content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": question}]
+    prompt = _chat(loaded.processor, content, len(pictures), question)
+    inputs = loaded.processor(images=pictures or None, text=prompt, return_tensors="pt")
+    return dict(inputs.to(loaded.model.device, loaded.model.dtype))
+
+
+def compressed(loaded: Loaded, compressor: Compressor) -> CompressedModel:
+    """`attach`, with its warnings as one note each."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        small = attach(loaded.model, compressor)
+    for warning in said:
+        console.print(f"note: {warning.message}", highlight=False, soft_wrap=True)
+    return small
+
+
+def answer(loaded: Loaded, small: CompressedModel, inputs: dict[str, Any], max_new_tokens: int) -> Answer:
+    """Greedy decoding, timed as a whole and by part."""
+    _wait(loaded)
+    start = time.perf_counter()
+    out = small.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    _wait(loaded)
+    total = 1000 * (time.perf_counter() - start)
+    new = out[0, inputs["input_ids"].shape[1] :]
+    text = loaded.processor.decode(new, skip_special_tokens=True).strip()
+    parts = small.report.milliseconds
+    spent = {"vision encoder": parts["encoder"], "selection": parts["selection"]}
+    spent["LLM"] = total - sum(spent.values())
+    prompt = inputs["input_ids"].shape[1] - small.report.before + small.report.after
+    account = Account(
+        small.report.after, prompt, prefill_flops(loaded.adapter, prompt), kv_cache_bytes(loaded.adapter, prompt), spent
+    )
+    return Answer(text, account, small.report)
+
+
+def plain_account(loaded: Loaded, inputs: dict[str, Any], report: Report) -> dict[str, Any]:
+    """What the same prompt costs without compression; counted, not run."""
+    prompt = inputs["input_ids"].shape[1]
+    account = Account(
+        report.before, prompt, prefill_flops(loaded.adapter, prompt), kv_cache_bytes(loaded.adapter, prompt), {}
+    )
+    counted = asdict(account)
+    del counted["milliseconds"]
+    return counted
+
+
+def draw(loaded: Loaded, inputs: dict[str, Any], report: Report) -> Image.Image:
+    """The token maps of all pictures below one another."""
+    image_processor = loaded.processor.image_processor
+    pages = []
+    for picture, pixels in zip(report.pictures, inputs[loaded.adapter.picture_inputs[0]], strict=True):
+        if picture.grid is None:
+            raise UserError("the tokens left lie on no grid, so there is nothing to draw them on")
+        seen = seen_picture(pixels, image_processor.image_mean, image_processor.image_std)
+        title = f"{report.compressor.name()}: {picture.before} → {picture.after} visual tokens"
+        pages.append(draw_tokens(seen, picture.token_map, picture.grid, picture.prefix, title))
+    return stack(pages)
+
+
+def split_pictures_and_question(words: list[str]) -> tuple[list[str], str]:
+    """`IMAGE… QUESTION`: the last word is the question. Raises `UserError` where it looks like a forgotten one."""
+    *paths, question = words
+    if not paths:
+        if Path(question).suffix.lower() in Image.registered_extensions():
+            raise UserError(f'there is a picture but no question; try: vlmzip ask {question} "What is there?"')
+        raise UserError('give at least one picture before the question: vlmzip ask picture.png "What is there?"')
+    if not question.strip():
+        raise UserError("the question is empty")
+    return paths, question
+
+
+def _chat(processor: Any, content: list[dict[str, str]], pictures: int, question: str) -> str:
+    """The prompt by the processor's chat template, or LLaVA's own form where the checkpoint has none."""
+    if getattr(processor, "chat_template", None):
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return f"USER: {'<image>' * pictures}\n{question} ASSISTANT:"
+
+
+def _wait(loaded: Loaded) -> None:
+    if loaded.model.device.type == "cuda":
+        torch.cuda.synchronize(loaded.model.device)

@@ -1,0 +1,111 @@
+"""Model and processor from a folder or a hub id; whatever is none, refused in one line before anything slow."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from vlmzip.errors import UserError, closest
+from vlmzip.models import FAMILIES, adapter_for
+from vlmzip.models.adapter import ModelAdapter
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+console = Console(stderr=True)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model ready to be asked."""
+
+    name: str
+    model: Any
+    processor: Any
+    adapter: ModelAdapter
+
+
+def load(name: str, device: str | None = None, dtype: str | None = None) -> Loaded:
+    """Loads `mini`, a checkpoint folder or a hub id. Raises `UserError` for anything else."""
+    target = _device(device)
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype!r} is none{closest(dtype, DTYPES)}")
+    source = _source(name)
+    with progress(f"loading {name}"):
+        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+        from transformers.utils import logging
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            config = AutoConfig.from_pretrained(source)
+            _check_family(name, config)
+            processor = AutoProcessor.from_pretrained(source)
+            model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=DTYPES.get(dtype or "", "auto"))
+        except UserError:
+            raise
+        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+            raise UserError(f"cannot load {name!r}: {_first_sentence(error)}") from error
+        model.to(target).eval()
+    return Loaded(name, model, processor, adapter_for(model))
+
+
+@contextmanager
+def progress(what: str) -> Iterator[None]:
+    """A spinner on a terminal, nothing elsewhere."""
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(f"{what} …"):
+        yield
+
+
+def _source(name: str) -> str:
+    if name == "mini":
+        from vlmzip import mini
+
+        return str(mini.weights_folder())
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"{name!r} is no checkpoint: there is no config.json in it")
+    elif path.is_file():
+        raise UserError(f"{name!r} is a file; --model takes a checkpoint folder or a hub id")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or name.count(os.sep) > 1 or "/" not in name:
+        raise UserError(
+            f"there is no folder {name!r}; --model takes mini, a checkpoint folder or a hub id, "
+            f"such as {FAMILIES[0].example}"
+        )
+    return name
+
+
+def _check_family(name: str, config: Any) -> None:
+    supported = [model_type for family in FAMILIES for model_type in family.model_types]
+    if config.model_type in supported:
+        return
+    if not hasattr(config, "vision_config"):
+        raise UserError(f"{name!r} is no vision-language model: its model type is {config.model_type!r}")
+    raise UserError(
+        f"vlmzip does not support the model type {config.model_type!r} yet; it supports: {', '.join(supported)}"
+    )
+
+
+def _device(device: str | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device!r} cannot be used: {_first_sentence(error)}") from None
+    return target
+
+
+def _first_sentence(error: BaseException) -> str:
+    return " ".join(str(error).split("\n")[0].split())[:300]

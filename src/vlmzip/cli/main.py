@@ -1,0 +1,79 @@
+"""`vlmzip COMMAND …`: finds the command, runs it, turns a user's mistake into one line and exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from importlib import import_module
+from typing import NoReturn
+
+from vlmzip.errors import UserError, closest
+from vlmzip.version import __version__
+
+#: One module of this package each: `HELP`, `EXAMPLES`, `add_arguments(parser)` and `run(args, parser)`.
+COMMANDS = ("ask", "methods", "models", "show")
+
+
+class Parser(ArgumentParser):
+    """Says what is wrong in one line instead of printing the usage first."""
+
+    def __init__(self, prog: str, description: str, epilog: str) -> None:
+        super().__init__(
+            prog, None, description, epilog, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+    def refuse_unknown(self, unknown: list[str]) -> None:
+        """Raises `UserError` for arguments that nothing has taken, with the closest option."""
+        options = [option for option in self._option_string_actions if option.startswith("--")]
+        for word in unknown:
+            name = word.partition("=")[0]
+            raise UserError(f"{self.prog} has no option {name}{closest(name, options)}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command. Returns the exit code: 0 done, 2 the input is wrong, 130 interrupted."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        _run(arguments)
+    except UserError as error:
+        print(f"vlmzip: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("vlmzip: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output stopped (`vlmzip methods | head -1`): nothing is wrong, but Python would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _run(arguments: list[str]) -> None:
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help"):
+        print(_overview())
+    elif name == "--version":
+        print(f"vlmzip {__version__}")
+    elif name not in COMMANDS:
+        raise UserError(f"there is no command {name!r}{closest(name, COMMANDS)}; see vlmzip --help")
+    else:
+        command = import_module(f"vlmzip.cli.{name}")
+        parser = Parser(prog=f"vlmzip {name}", description=command.HELP, epilog=f"examples:\n{command.EXAMPLES}")
+        command.add_arguments(parser, arguments[1:])
+        args, unknown = parser.parse_known_args(arguments[1:])
+        parser.refuse_unknown(unknown)
+        command.run(args)
+
+
+def _overview() -> str:
+    lines = ["usage: vlmzip COMMAND …", "", "Answer questions about pictures with a fraction of the visual tokens.", ""]
+    for name in COMMANDS:
+        lines.append(f"  {name:<10}{import_module(f'vlmzip.cli.{name}').HELP}")
+    return "\n".join([*lines, "", "vlmzip COMMAND --help shows a command's options and examples."])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""`vlmzip methods [NAME]`: what there is, and the fields of one."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
+from typing import Any
+
+from vlmzip import catalogue
+from vlmzip.cli.tables import print_table
+
+HELP = "list the compression methods, or the fields of one"
+EXAMPLES = """  vlmzip methods
+  vlmzip methods visionzip
+  vlmzip methods my_package.my_method:MyMethod --json"""
+
+
+def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
+    parser.add_argument("name", nargs="?", help="a method, or package.module:Class")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: Namespace) -> None:
+    if args.name:
+        cls = catalogue.find(args.name)
+        _print_one(cls, as_json=args.json)
+    else:
+        _print_all(as_json=args.json)
+
+
+def _print_all(*, as_json: bool) -> None:
+    rows: list[dict[str, Any]] = [
+        {
+            "name": name,
+            "sites": [str(site) for site in cls.sites],
+            "needs": sorted(map(str, cls.needs)),
+            "summary": _summary(cls),
+        }
+        for name, cls in catalogue.available().items()
+    ]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    print_table(
+        ["method", "acts at", "looks at", "what it does"],
+        [
+            [row["name"], ", ".join(row["sites"]), ", ".join(["features", *row["needs"]]), row["summary"]]
+            for row in rows
+        ],
+    )
+
+
+def _print_one(cls: Any, *, as_json: bool) -> None:
+    fields = catalogue.describe(cls)
+    if as_json:
+        print(
+            json.dumps(
+                {"name": cls.name(), "doc": inspect.getdoc(cls), "fields": [asdict(f) for f in fields]}, indent=2
+            )
+        )
+        return
+    print(f"{cls.name()}\n\n{inspect.getdoc(cls)}\n")
+    print_table(
+        ["field", "type", "default", "meaning"], [[f"--{f.name}", f.type, str(f.default), f.doc] for f in fields]
+    )
+
+
+def _summary(cls: Any) -> str:
+    return (inspect.getdoc(cls) or "").split("\n")[0]

@@ -1,0 +1,59 @@
+"""`vlmzip show IMAGE`: which visual tokens of a picture are kept, merged and dropped."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from vlmzip.cli.options import add_method, add_model, check_method, make_method
+
+HELP = "draw which visual tokens of pictures are kept, merged and dropped"
+EXAMPLES = """  vlmzip show examples/cluttered.png
+  vlmzip show examples/flat.png examples/cluttered.png --keep 25% --out tokens.png
+  vlmzip show photo.jpg --method pool2d --factor 2 --model ./llava-1.5-7b"""
+
+
+def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
+    parser.add_argument("pictures", nargs="+", metavar="IMAGE", help="one or several pictures")
+    add_model(parser)
+    add_method(parser, arguments)
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="where to draw; default: IMAGE_METHOD.png in this folder"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: Namespace) -> None:
+    import torch
+
+    from vlmzip.cli.asking import build_inputs, compressed, draw
+    from vlmzip.cli.loading import load, progress
+    from vlmzip.cli.pictures import load_picture, save_picture
+    from vlmzip.runtime.prepare import compress_inputs
+
+    check_method(args)
+    for path in args.pictures:
+        load_picture(path)
+    loaded = load(args.model, args.device, args.dtype)
+    compressor = compressed(loaded, make_method(args, loaded.adapter.profile())).compressor
+    with progress("encoding"), torch.no_grad():
+        inputs = build_inputs(loaded, args.pictures, "")
+        report = compress_inputs(loaded.model, inputs, compressor).report
+    out = args.out or Path(f"{Path(args.pictures[0]).stem}_{compressor.name()}.png")
+    save_picture(draw(loaded, inputs, report), out, sources=args.pictures)
+    counts = [
+        {"path": path, "before": p.before, "after": p.after}
+        for path, p in zip(args.pictures, report.pictures, strict=True)
+    ]
+    if args.json:
+        print(
+            json.dumps(
+                {"model": args.model, "compressor": compressor.to_dict(), "pictures": counts, "overlay": str(out)},
+                indent=2,
+            )
+        )
+        return
+    for one in counts:
+        print(f"{one['path']}: {one['before']} → {one['after']} visual tokens")
+    print(f"tokens drawn in {out}")

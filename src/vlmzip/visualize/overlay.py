@@ -1,0 +1,118 @@
+"""Which visual tokens were kept, merged (one colour per group) and dropped, drawn over the picture."""
+
+from __future__ import annotations
+
+import colorsys
+from collections import Counter
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from vlmzip.token_map import TokenMap
+from vlmzip.visual_tokens import Grid
+
+SIDE = 480
+"""Width in pixels of each of the two panels, about."""
+WHITE, INK, PAPER = (255, 255, 255), (30, 30, 30), (250, 250, 248)
+
+
+def seen_picture(pixels: Float[Tensor, "3 height width"], mean: list[float], std: list[float]) -> Image.Image:
+    """The picture as the vision encoder saw it: resized and cropped, its normalisation undone."""
+    values = pixels.float().cpu().numpy().transpose(1, 2, 0) * np.array(std) + np.array(mean)
+    return Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def draw_tokens(picture: Image.Image, token_map: TokenMap, grid: Grid, prefix: int, title: str = "") -> Image.Image:
+    """The picture, and beside it the fate of each of its tokens; `token_map` is of this picture alone."""
+    cell = max(8, SIDE // max(grid.rows, grid.cols))
+    width, height = cell * grid.cols, cell * grid.rows
+    large = picture.resize(
+        (width, height), Image.Resampling.NEAREST if picture.width < width else Image.Resampling.LANCZOS
+    )
+    fates = large.copy()
+    group = token_map.group[0, prefix:].tolist()
+    anchor = token_map.anchor[0, prefix:].tolist()
+    sizes = Counter(group)
+    colours = _colours(sorted(g for g, size in sizes.items() if g >= 0 and size > 1))
+    for place, (g, is_anchor) in enumerate(zip(group, anchor, strict=True)):
+        row, col = divmod(place % (grid.rows * grid.cols), grid.cols)
+        box = (col * cell, row * cell, (col + 1) * cell, (row + 1) * cell)
+        if g < 0:
+            fates.paste(_dimmed(fates.crop(box)), box)
+        elif sizes[g] > 1:
+            tint = Image.new("RGB", (cell, cell), colours[g])
+            fates.paste(Image.blend(fates.crop(box), tint, 0.75 if is_anchor else 0.5), box)
+            if is_anchor:
+                ImageDraw.Draw(fates).rectangle((box[0] + 2, box[1] + 2, box[2] - 3, box[3] - 3), outline=INK, width=2)
+        else:
+            ImageDraw.Draw(fates).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=WHITE, width=2)
+    return _page(large, fates, title, _caption(sizes, token_map, prefix), colours)
+
+
+def stack(pages: list[Image.Image]) -> Image.Image:
+    """Several pages below one another."""
+    out = Image.new("RGB", (max(p.width for p in pages), sum(p.height for p in pages)), PAPER)
+    top = 0
+    for page in pages:
+        out.paste(page, (0, top))
+        top += page.height
+    return out
+
+
+def _page(
+    picture: Image.Image, fates: Image.Image, title: str, caption: str, colours: dict[int, tuple[int, int, int]]
+) -> Image.Image:
+    margin, line = 16, 26
+    page = Image.new("RGB", (2 * picture.width + 3 * margin, picture.height + 2 * margin + 3 * line), PAPER)
+    draw = ImageDraw.Draw(page)
+    font = ImageFont.load_default(size=16)
+    draw.text((margin, margin - 8), title, fill=INK, font=font)
+    top = margin + line - 8
+    page.paste(picture, (margin, top))
+    page.paste(fates, (2 * margin + picture.width, top))
+    draw.text((margin, top + picture.height + 6), caption, fill=INK, font=font)
+    _legend(draw, (margin, top + picture.height + 6 + line), font, colours)
+    return page
+
+
+def _legend(
+    draw: ImageDraw.ImageDraw, at: tuple[int, int], font: ImageFont.ImageFont | ImageFont.FreeTypeFont, colours: dict
+) -> None:
+    x, y = at
+    swatches: list[tuple[str, list[tuple[int, int, int]], tuple[int, int, int]]] = [("kept", [WHITE], (160, 160, 160))]
+    if colours:
+        swatches.append(("merged, one colour per group, anchor framed", list(colours.values())[:4], INK))
+    swatches.append(("dropped", [(52, 52, 52)], INK))
+    for name, fills, outline in swatches:
+        for fill in fills:
+            draw.rectangle((x, y + 3, x + 14, y + 17), fill=fill, outline=outline)
+            x += 18
+        draw.text((x + 4, y), name, fill=INK, font=font)
+        x += int(draw.textlength(name, font=font)) + 28
+
+
+def _caption(sizes: Counter[int], token_map: TokenMap, prefix: int) -> str:
+    kept = sum(1 for g, size in sizes.items() if g >= 0 and size == 1)
+    merged = [size for g, size in sizes.items() if g >= 0 and size > 1]
+    parts = [
+        f"{kept} kept",
+        f"{sum(merged)} merged into {len(merged)}" if merged else "none merged",
+        f"{sizes[-1]} dropped",
+    ]
+    outside = int((token_map.group[0, :prefix] >= 0).sum())
+    return ", ".join(parts) + (f", and {outside} from outside the grid (CLS)" if outside else "")
+
+
+def _dimmed(tile: Image.Image) -> Image.Image:
+    return Image.blend(tile.convert("L").convert("RGB"), Image.new("RGB", tile.size, (20, 20, 20)), 0.8)
+
+
+def _colours(groups: list[int]) -> dict[int, tuple[int, int, int]]:
+    """Colours far apart: hues a golden section from one to the next."""
+    out = {}
+    for n, g in enumerate(groups):
+        red, green, blue = colorsys.hsv_to_rgb((0.05 + n * 0.618034) % 1, 0.85, 0.95 if n % 2 == 0 else 0.7)
+        out[g] = (int(red * 255), int(green * 255), int(blue * 255))
+    return out
