@@ -1,0 +1,42 @@
+"""Random choices that are the same on every machine and in every version of Python and numpy."""
+
+import random
+from collections.abc import Sequence
+from typing import TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+
+class Dice:
+    """Draws from `random.Random.random()`, the one stream that Python promises never to change.
+
+    `randrange`, `choice` and `shuffle` carry no such promise, so they are spelt out here.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed).random
+
+    def below(self, end: int) -> int:
+        """0 <= result < end."""
+        return int(self._random() * end)
+
+    def between(self, low: int, high: int) -> int:
+        """low <= result <= high."""
+        return low + self.below(high - low + 1)
+
+    def chance(self, percent: int) -> bool:
+        return self.below(100) < percent
+
+    def pick(self, options: Sequence[T]) -> T:
+        return options[self.below(len(options))]
+
+    def shuffled(self, options: Sequence[T]) -> list[T]:
+        rest = list(options)
+        return [rest.pop(self.below(len(rest))) for _ in options]
+
+    def noise(self, shape: tuple[int, ...], low: int, high: int) -> np.ndarray:
+        """Integers in [low, high] from numpy's legacy stream, which NEP 19 froze."""
+        stream = np.random.RandomState(self.below(2**31))
+        return stream.randint(low, high + 1, size=shape).astype(np.int32)

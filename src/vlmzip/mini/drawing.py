@@ -1,0 +1,224 @@
+"""From a scene to pixels, in whole-number arithmetic only: the same bytes on every machine."""
+
+from functools import cache
+
+import numpy as np
+
+from vlmzip.mini.assets import Assets
+from vlmzip.mini.dice import Dice
+from vlmzip.mini.scene import SIDE, Scene, Thing
+
+RGB = {
+    "red": (215, 35, 35),
+    "orange": (245, 135, 20),
+    "yellow": (240, 225, 50),
+    "green": (40, 165, 60),
+    "cyan": (70, 215, 225),
+    "blue": (35, 70, 215),
+    "purple": (135, 45, 185),
+    "pink": (250, 150, 205),
+}
+FINE = 8  # shapes are drawn on a grid this many times finer, then averaged
+DIGITS = {
+    "0": "01110 10001 10011 10101 11001 10001 01110",
+    "1": "00100 01100 00100 00100 00100 00100 01110",
+    "2": "01110 10001 00001 00110 01000 10000 11111",
+    "3": "11110 00001 00001 01110 00001 00001 11110",
+    "4": "00010 00110 01010 10010 11111 00010 00010",
+    "5": "11111 10000 11110 00001 00001 10001 01110",
+    "6": "00110 01000 10000 11110 10001 10001 01110",
+    "7": "11111 00001 00010 00100 01000 01000 01000",
+    "8": "01110 10001 10001 01110 10001 10001 01110",
+    "9": "01110 10001 10001 01111 00001 00010 01100",
+}
+TALL_ROWS = (0, 1, 1, 2, 3, 4, 5, 5, 6)
+# Ten corners of a five-pointed star in a square of side 1000, so that no sine is needed.
+STAR = (
+    (500, 0),
+    (618, 345),
+    (1000, 363),
+    (691, 588),
+    (809, 950),
+    (500, 725),
+    (191, 950),
+    (309, 588),
+    (0, 363),
+    (382, 345),
+)
+
+
+def draw(scene: Scene, assets: Assets) -> np.ndarray:
+    """The picture, uint8 [96 96 3]."""
+    dice = Dice(scene.seed * 2 + 1_000_003)
+    canvas = _ground(scene, dice, assets)
+    for thing in scene.things:
+        _draw_thing(canvas, thing, assets)
+    return canvas.astype(np.uint8)
+
+
+# ---------------------------------------------------------------- grounds
+
+
+def _ground(scene: Scene, dice: Dice, assets: Assets) -> np.ndarray:
+    """int32 [96 96 3]."""
+    if scene.ground == "photo":
+        canvas = _photo(dice, assets)
+    elif scene.ground == "lines":
+        canvas = _lines(np.zeros((SIDE, SIDE, 3), np.int32) + _muted(dice, 40), dice, 45)
+    elif scene.ground == "noise":
+        cell = dice.between(2, 5)
+        cells = -(-SIDE // cell)
+        blocks = _muted(dice, 40) + dice.noise((cells, cells, 3), -70, 70)
+        canvas = blocks.repeat(cell, 0).repeat(cell, 1)[:SIDE, :SIDE]
+    else:
+        canvas = _pattern(scene.ground, dice)
+    return canvas.clip(0, 255).astype(np.int32)
+
+
+def _muted(dice: Dice, tint: int) -> np.ndarray:
+    grey = dice.between(35, 220)
+    return np.array([grey + dice.between(-tint, tint) for _ in range(3)], np.int32)
+
+
+def _pattern(ground: str, dice: Dice) -> np.ndarray:
+    first = _muted(dice, 25)
+    if ground == "plain":
+        return np.zeros((SIDE, SIDE, 3), np.int32) + first
+    if ground == "soft noise":
+        return first + dice.noise((SIDE, SIDE, 1), -18, 18)
+    y, x = np.mgrid[0:SIDE, 0:SIDE]
+    way = (x, y, (x + y) // 2, (x - y + SIDE) // 2)[dice.below(4)][..., None]
+    if ground == "gradient":
+        second = _muted(dice, 25)
+        return first + (second - first) * way // SIDE
+    step = dice.between(3, 9)
+    second = first + dice.pick((-1, 1)) * dice.between(15, 40)
+    odd = (way // step) % 2 if ground == "stripes" else ((x // step + y // step) % 2)[..., None]
+    return np.where(odd == 1, second, first)
+
+
+def _photo(dice: Dice, assets: Assets) -> np.ndarray:
+    crop = assets.grounds[dice.below(len(assets.grounds))].astype(np.int32)
+    if dice.chance(50):
+        crop = crop[:, ::-1]
+    if dice.chance(50):
+        crop = crop[::-1]
+    canvas = crop + dice.between(-25, 25)
+    return _lines(canvas.copy(), dice, 8) if dice.chance(40) else canvas
+
+
+def _lines(canvas: np.ndarray, dice: Dice, count: int) -> np.ndarray:
+    """Straight lines one or two pixels wide, in any color: clutter that resembles the edges of things."""
+    for _ in range(count):
+        x, y = dice.below(SIDE), dice.below(SIDE)
+        across, down = dice.between(-40, 40), dice.between(-40, 40)
+        steps = max(abs(across), abs(down), 1)
+        walk = np.arange(steps + 1)
+        rows = (y + down * walk // steps).clip(0, SIDE - 2)
+        columns = (x + across * walk // steps).clip(0, SIDE - 2)
+        color = np.array([dice.between(20, 235) for _ in range(3)])
+        canvas[rows, columns] = color
+        if dice.chance(50):
+            canvas[rows + (steps == abs(across)), columns + (steps != abs(across))] = color
+    return canvas
+
+
+# ---------------------------------------------------------------- things
+
+
+def _draw_thing(canvas: np.ndarray, thing: Thing, assets: Assets) -> None:
+    part = canvas[thing.top : thing.top + thing.height, thing.left : thing.left + thing.width]
+    color = (np.array(RGB[thing.color]) + thing.shade).clip(0, 255)
+    if thing.kind == "shape":
+        mask, edge = _shape_masks(thing.name, thing.width)
+        _blend(part, color * 2 // 5, edge)
+        _blend(part, color, mask)
+    elif thing.kind == "number":
+        light = int(color.sum()) > 330
+        part[:] = color
+        ink = _number_mask(thing.name, thing.look)
+        part[2:-2, 2 : 2 + ink.shape[1]][ink] = 15 if light else 245
+    else:
+        crop = _resized(assets.item(thing.name, thing.look), thing.width)
+        # A dark cloth keeps its color: brightness runs from two fifths to one.
+        _blend(part, color * (100 + crop[..., None] * 155 // 255) // 255, (crop * 5).clip(0, 255))
+
+
+def _blend(part: np.ndarray, color: np.ndarray, mask: np.ndarray) -> None:
+    alpha = mask[..., None]
+    part[:] = (part * (255 - alpha) + color * alpha + 127) // 255
+
+
+def _number_mask(name: str, tall: int) -> np.ndarray:
+    """bool [7 or 9, 6 * digits - 1]."""
+    rows = TALL_ROWS if tall else range(7)
+    glyphs = [DIGITS[digit].split() for digit in name]
+    return np.array([[cell == "1" for cell in "0".join(glyph[row] for glyph in glyphs)] for row in rows])
+
+
+@cache
+def _shape_masks(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """(inside, with its one-pixel rim), each int [size size] from 0 to 255."""
+    return _average(_inside(name, size, FINE)), _average(_inside(name, size, 0))
+
+
+def _average(fine: np.ndarray) -> np.ndarray:
+    size = len(fine) // FINE
+    return fine.reshape(size, FINE, size, FINE).sum((1, 3)) * 255 // FINE**2
+
+
+def _inside(name: str, size: int, rim: int) -> np.ndarray:
+    """Which fine cells lie inside the shape, `rim` fine cells away from its edge: int [size*FINE, size*FINE]."""
+    side = size * FINE
+    # Odd numbers put cell centers between the corners: x and y run over -(side-1) .. side-1 in steps of two.
+    y, x = np.mgrid[0:side, 0:side] * 2 + 1 - side
+    reach = side - 2 * rim
+    if name == "circle":
+        inside = x * x + y * y <= reach * reach
+    elif name == "ring":
+        hole = side * 45 // 100 + 2 * rim
+        inside = (x * x + y * y <= reach * reach) & (x * x + y * y >= hole * hole)
+    elif name == "square":
+        short = side * 88 // 100 - 2 * rim
+        inside = (abs(x) <= short) & (abs(y) <= short)
+    elif name == "cross":
+        arm = side * 36 // 100 - rim
+        inside = ((abs(x) <= arm) | (abs(y) <= arm)) & (abs(x) <= reach) & (abs(y) <= reach)
+    elif name == "triangle":
+        inside = (2 * abs(x) <= y + side - 4 * rim) & (y <= reach)
+    else:
+        inside = _in_polygon(x, y, side, rim)
+    return inside.astype(np.int64)
+
+
+def _in_polygon(x: np.ndarray, y: np.ndarray, side: int, rim: int) -> np.ndarray:
+    """Even-odd rule for the star, shrunk towards its center by twice the rim (its points are narrow)."""
+    reach = side - 2 * rim
+    corners = [((a - 500) * 2 * reach, (b - 500) * 2 * reach) for a, b in STAR]
+    px, py = x * 1000, y * 1000
+    inside = np.zeros(x.shape, bool)
+    for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1], strict=True):
+        if ay == by:
+            continue
+        straddles = (ay > py) != (by > py)
+        left = (px - ax) * (by - ay) - (bx - ax) * (py - ay)
+        inside ^= straddles & ((left < 0) == (by > ay))
+    return inside
+
+
+@cache
+def _resize_weights(size: int, full: int = 28) -> np.ndarray:
+    """Row i: how much each of 28 pixels counts towards pixel i of `size`, in 1/1024: int [size 28]."""
+    weights = np.zeros((size, full), np.int64)
+    for i in range(size):
+        for j in range(full):
+            weights[i, j] = max(0, min((i + 1) * full, (j + 1) * size) - max(i * full, j * size)) * 1024 // full
+    return weights
+
+
+def _resized(crop: np.ndarray, size: int) -> np.ndarray:
+    """int [size size] from uint8 [28 28], by area."""
+    if size == len(crop):
+        return crop.astype(np.int64)
+    weights = _resize_weights(size)
+    return (weights @ crop.astype(np.int64) @ weights.T + 2**19) >> 20
