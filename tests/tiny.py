@@ -67,3 +67,28 @@ def batch(*rows: list[int], pictures: int = 0, pad: str = "left", seed: int = 1)
         generator = torch.Generator().manual_seed(seed)
         inputs["pixel_values"] = torch.randn(pictures, 3, SIDE, SIDE, generator=generator)
     return inputs
+
+
+def save_checkpoint(folder) -> None:
+    """A tiny LLaVA with processor, as a folder that `from_pretrained` loads; words are numbers and a few letters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+    words = {"<pad>": PAD, "<s>": 1, "</s>": 2, "<unk>": 3, "<image>": IMAGE_TOKEN}
+    words |= {f"w{n}": n for n in range(4, IMAGE_TOKEN)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="left",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    size = {"height": SIDE, "width": SIDE}
+    images = CLIPImageProcessor(size=size, do_center_crop=False)
+    processor = LlavaProcessor(images, fast, PATCH, "default", num_additional_image_tokens=1)
+    processor.save_pretrained(folder)
+    tiny_llava().save_pretrained(folder)

@@ -38,13 +38,15 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
 def run(args: Namespace) -> None:
     from vlmzip.cli.asking import answer, build_inputs, compressed, draw, plain_account, split_pictures_and_question
     from vlmzip.cli.loading import load, progress
-    from vlmzip.cli.pictures import load_picture, save_picture
+    from vlmzip.cli.pictures import check_target, load_picture, save_picture
     from vlmzip.methods import NoCompression
 
     paths, question = split_pictures_and_question(args.words)
     if args.max_new_tokens < 1:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: give at least 1")
     check_method(args)
+    if args.overlay:
+        check_target(args.overlay, paths)
     for path in paths:
         load_picture(path)
     loaded = load(args.model, args.device, args.dtype)
@@ -73,7 +75,7 @@ def run(args: Namespace) -> None:
         out["plain"] = asdict(plain.account)
         out["plain_answer"] = plain.text
     if args.overlay:
-        save_picture(draw(loaded, inputs, result.report), args.overlay, sources=paths)
+        save_picture(draw(loaded, inputs, result.report), args.overlay, paths)
         out["overlay"] = str(args.overlay)
     print(json.dumps(out, indent=2)) if args.json else _print_table(out)
 

@@ -54,7 +54,10 @@ def check_method(args: Namespace) -> None:
     """Raises `UserError` for wrong fields, before anything slow happens."""
     if args.keep is not None:
         parse_keep(args.keep)
-    _without_budget(args)
+    method = _without_budget(args)
+    takes_keep = "keep" in method.field_names()
+    if args.keep is not None and not takes_keep and set(settings(args)) - {"site", "positions"}:
+        raise UserError(f"give --keep, or the fields of {method.name()}, not both")
 
 
 def make_method(args: Namespace, profile: Profile) -> Compressor:
@@ -62,8 +65,6 @@ def make_method(args: Namespace, profile: Profile) -> Compressor:
     method = _without_budget(args)
     if args.keep is None or "keep" in method.field_names():
         return method
-    if set(settings(args)) - {"site", "positions"}:
-        raise UserError(f"give --keep, or the fields of {method.name()}, not both")
     return method.at_budget(args.keep, profile)[0]
 
 

@@ -59,12 +59,17 @@ def squeeze(picture: Image.Image) -> Image.Image:
     return picture.resize((min(picture.width, limit), min(picture.height, limit)), Image.Resampling.BOX)
 
 
-def save_picture(picture: Image.Image, path: Path, *, sources: list[str]) -> None:
-    """Writes PNG, JPEG or whatever the suffix says; whole or not at all, and never over one of its `sources`."""
+def check_target(path: Path, sources: list[str]) -> None:
+    """Raises `UserError` for a result that would replace one of its `sources`, or whose format is unknown."""
     if any(path.exists() and Path(source).exists() and path.samefile(source) for source in sources):
         raise UserError(f"{str(path)!r} is one of the pictures asked about; choose another name for the result")
     if path.suffix.lower() not in Image.registered_extensions():
         raise UserError(f"{str(path)!r} has no suffix of a picture format; try {path.stem}.png")
+
+
+def save_picture(picture: Image.Image, path: Path, sources: list[str]) -> None:
+    """Writes PNG, JPEG or whatever the suffix says: whole or not at all, and never over one of its `sources`."""
+    check_target(path, sources)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)

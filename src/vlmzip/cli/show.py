@@ -29,10 +29,12 @@ def run(args: Namespace) -> None:
 
     from vlmzip.cli.asking import build_inputs, compressed, draw
     from vlmzip.cli.loading import load, progress
-    from vlmzip.cli.pictures import load_picture, save_picture
+    from vlmzip.cli.pictures import check_target, load_picture, save_picture
     from vlmzip.runtime.prepare import compress_inputs
 
     check_method(args)
+    if args.out:
+        check_target(args.out, args.pictures)
     for path in args.pictures:
         load_picture(path)
     loaded = load(args.model, args.device, args.dtype)
@@ -41,7 +43,7 @@ def run(args: Namespace) -> None:
         inputs = build_inputs(loaded, args.pictures, "")
         report = compress_inputs(loaded.model, inputs, compressor).report
     out = args.out or Path(f"{Path(args.pictures[0]).stem}_{compressor.name()}.png")
-    save_picture(draw(loaded, inputs, report), out, sources=args.pictures)
+    save_picture(draw(loaded, inputs, report), out, args.pictures)
     counts = [
         {"path": path, "before": p.before, "after": p.after}
         for path, p in zip(args.pictures, report.pictures, strict=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import colorsys
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -18,7 +19,7 @@ SIDE = 480
 WHITE, INK, PAPER = (255, 255, 255), (30, 30, 30), (250, 250, 248)
 
 
-def seen_picture(pixels: Float[Tensor, "3 height width"], mean: list[float], std: list[float]) -> Image.Image:
+def seen_picture(pixels: Float[Tensor, "3 height width"], mean: Sequence[float], std: Sequence[float]) -> Image.Image:
     """The picture as the vision encoder saw it: resized and cropped, its normalisation undone."""
     values = pixels.float().cpu().numpy().transpose(1, 2, 0) * np.array(std) + np.array(mean)
     return Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8))

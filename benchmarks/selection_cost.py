@@ -1,0 +1,190 @@
+"""What VisionZip's selection costs: time and peak memory of the vision encoder with and without it.
+
+    python benchmarks/selection_cost.py            # CLIP ViT-L/14-336 with random weights, on what is there
+
+Three variants, interleaved in one run, so that a noisy machine troubles them alike:
+
+* plain:     the vision encoder as the model runs it (SDPA);
+* visionzip: the same, and the attention row, keys, selection and merging of VisionZip at 64 tokens;
+* eager:     eager attention with `output_attentions=True`, as the published implementations run the encoder; their
+             selection, which comes on top, is not counted.
+
+Writes one row a variant to benchmarks/results/, the hardware and versions in the file's name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from vlmzip import Signal, Site, VisionZip
+from vlmzip.models import adapter_for
+
+VARIANTS = ("plain", "visionzip", "eager")
+METHOD = VisionZip(keep=64)
+
+
+def build(args: argparse.Namespace) -> LlavaForConditionalGeneration:
+    """LLaVA-1.5's vision encoder and projector; the language model is a stump that never runs."""
+    vision = CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=args.layers, num_attention_heads=16,
+        image_size=336, patch_size=14, projection_dim=768,
+    )  # fmt: skip
+    text = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=32, pad_token_id=0
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=31))
+    return model.to(args.device, getattr(torch, args.dtype)).eval()
+
+
+def variant(name: str, args: argparse.Namespace) -> Callable[[], dict[str, float]]:
+    """A function that runs the variant once and says how many seconds each part took."""
+    model = build(args)
+    pixels = torch.randn(args.batch, 3, 336, 336, device=args.device, dtype=getattr(torch, args.dtype))
+    adapter = adapter_for(model)
+    model.set_attn_implementation("eager" if name == "eager" else "sdpa")
+    needs = frozenset({Signal.CLS_ATTENTION, Signal.KEYS})
+
+    def run() -> dict[str, float]:
+        start = now(args.device)
+        if name == "visionzip":
+            [(tokens, _)] = adapter.encode({"pixel_values": pixels}, Site.PRE_PROJECTOR, needs)
+            encoded = now(args.device)
+            METHOD(tokens).apply(tokens.features)
+            end = now(args.device)
+            return {"seconds": end - start, "selection": end - encoded}
+        tower = model.model.vision_tower
+        tower(pixels, output_hidden_states=True, output_attentions=name == "eager")
+        return {"seconds": now(args.device) - start, "selection": 0.0}
+
+    return torch.inference_mode()(run)
+
+
+def now(device: str) -> float:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_bytes(run: Callable[[], object], device: str) -> int:
+    """Memory that one run takes at its highest, beyond what is there before it."""
+    run()
+    if device.startswith("cuda"):
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts again from here
+    before = resident("VmRSS")
+    run()
+    return resident("VmHWM") - before
+
+
+def resident(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    found = re.search(rf"{field}:\s+(\d+) kB", status)
+    assert found, "no /proc/self/status as on Linux"
+    return 1024 * int(found.group(1))
+
+
+def memory_in_a_fresh_process(name: str, arguments: list[str]) -> int:
+    """Peak memory without what other variants left in the allocator, which gives back at once what is freed."""
+    command = [sys.executable, __file__, *arguments, "--memory-of", name]
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
+
+
+def hardware(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    return f"{cpu.group(1) if cpu else platform.machine()} {torch.get_num_threads()} threads"
+
+
+def commit() -> str:
+    out = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
+    return out.stdout.strip() or "unknown"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--batch", type=int, default=1, help="pictures at once")
+    parser.add_argument("--layers", type=int, default=24, help="encoder layers; 24 is CLIP ViT-L")
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.memory_of:
+        print(peak_bytes(variant(args.memory_of, args), args.device))
+        return
+
+    runs = {name: variant(name, args) for name in VARIANTS}
+    for run in runs.values():
+        run()
+    times = {name: [] for name in VARIANTS}
+    for _ in range(args.repeats):
+        for name, run in runs.items():
+            times[name].append(run())
+    memory = {name: memory_in_a_fresh_process(name, sys.argv[1:]) for name in VARIANTS}
+    rows = [row(name, times, memory, args) for name in VARIANTS]
+    write(rows, args)
+
+
+def row(name: str, times: dict, memory: dict, args: argparse.Namespace) -> dict[str, object]:
+    """One line of the table. Ratios are medians of the ratios within each round, to plain in the same round."""
+    ratios = [own["seconds"] / plain["seconds"] for own, plain in zip(times[name], times["plain"], strict=True)]
+    selection = [own["selection"] / plain["seconds"] for own, plain in zip(times[name], times["plain"], strict=True)]
+    quartiles = statistics.quantiles(ratios, n=4)
+    return {
+        "variant": name,
+        "time_ratio": f"{statistics.median(ratios):.4f}",
+        "time_ratio_q1": f"{quartiles[0]:.4f}",
+        "time_ratio_q3": f"{quartiles[2]:.4f}",
+        "selection_over_encoder": f"{statistics.median(selection):.5f}",
+        "memory_ratio": f"{memory[name] / memory['plain']:.3f}",
+        "median_ms": f"{1000 * statistics.median(t['seconds'] for t in times[name]):.1f}",
+        "peak_mib": f"{memory[name] / 2**20:.1f}",
+        "batch": args.batch,
+        "layers": args.layers,
+        "dtype": args.dtype,
+        "repeats": args.repeats,
+        "method": str(METHOD.to_dict()),
+        "commit": commit(),
+    }
+
+
+def write(rows: list[dict[str, object]], args: argparse.Namespace) -> None:
+    words = f"selection-cost {hardware(args.device)} torch{torch.__version__} transformers{transformers.__version__}"
+    name = re.sub(r"[^A-Za-z0-9.+]+", "-", f"{words} {args.dtype} batch{args.batch}").strip("-")
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / f"{name}.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    for line in rows:
+        print(
+            f"{line['variant']:<10} time {line['time_ratio']}x  selection {line['selection_over_encoder']} of the encoder"
+            f"  peak memory {line['memory_ratio']}x ({line['peak_mib']} MiB)"
+        )
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

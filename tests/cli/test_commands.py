@@ -1,0 +1,172 @@
+"""The commands as a user runs them: output, exit codes, one line for each mistake."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.tiny import save_checkpoint
+from vlmzip.cli.main import main
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny-llava")
+    save_checkpoint(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pictures") / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(path)
+    return str(path)
+
+
+def run(capsys, *arguments):
+    code = main(list(arguments))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_ask_prints_answer_and_account(capsys, checkpoint, picture):
+    code, out, _ = run(capsys, "ask", picture, "w4 w5", "--model", checkpoint, "--keep", "8", "--max-new-tokens", "4")
+    assert code == 0
+    for expected in ("visual tokens", "36", "8", "prefill FLOPs", "KV cache", "ms selection", "ms LLM"):
+        assert expected in out
+
+
+def test_ask_as_json_with_baseline_and_overlay(capsys, checkpoint, picture, tmp_path):
+    overlay = tmp_path / "tokens.png"
+    arguments = ["--dominant", "5", "--contextual", "2", "--merge=mean", "--baseline", "--overlay", str(overlay)]
+    code, out, _ = run(
+        capsys, "ask", picture, picture, "w4", "--model", checkpoint, "--json", "--max-new-tokens", "3", *arguments
+    )
+    assert code == 0
+    result = json.loads(out)
+    assert [p["after"] for p in result["pictures"]] == [7, 7]
+    assert (result["plain"]["visual_tokens"], result["compressed"]["visual_tokens"]) == (72, 14)
+    assert result["plain"]["prompt_tokens"] - result["compressed"]["prompt_tokens"] == 58
+    assert result["compressor"]["merge"] == "mean"
+    assert set(result["compressed"]["milliseconds"]) == {"vision encoder", "selection", "LLM"}
+    assert "plain_answer" in result
+    assert Image.open(overlay).height > 960
+
+
+def test_the_answer_is_that_of_the_model(capsys, checkpoint, picture):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(checkpoint)
+    model = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    inputs = processor(images=Image.open(picture), text="USER: <image>\nw4 ASSISTANT:", return_tensors="pt")
+    with torch.no_grad():
+        out = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    expected = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    arguments = ["--model", checkpoint, "--method", "no_compression", "--max-new-tokens", "5", "--json"]
+    _, printed, _ = run(capsys, "ask", picture, "w4", *arguments)
+    assert json.loads(printed)["answer"] == expected
+
+
+@pytest.mark.parametrize("method", ["no_compression", "random_tokens", "pool2d", "visionzip"])
+def test_show_draws_every_method(capsys, checkpoint, picture, tmp_path, method):
+    out = tmp_path / "out.png"
+    code, text, _ = run(capsys, "show", picture, "--method", method, "--model", checkpoint, "--out", str(out))
+    assert code == 0
+    assert "36 →" in text
+    assert Image.open(out).width > 900
+
+
+def test_keep_means_the_nearest_factor_for_pooling(capsys, checkpoint, picture):
+    arguments = ["--method", "pool2d", "--keep", "25%", "--model", checkpoint, "--json"]
+    _, out, _ = run(capsys, "ask", picture, "w4", *arguments)
+    assert json.loads(out)["compressor"]["factor"] == 2
+
+
+def test_keeping_more_than_there_is_is_said_once(capsys, checkpoint, picture):
+    code, out, err = run(capsys, "ask", picture, "w4", "--keep", "999", "--model", checkpoint, "--json")
+    assert code == 0
+    assert err.count("changes nothing") == 1
+    assert json.loads(out)["pictures"][0]["after"] == 36
+
+
+def test_odd_pictures_are_answered(capsys, checkpoint, tmp_path):
+    for name, odd in {
+        "dot.png": Image.new("RGB", (1, 1)),
+        "strip.png": Image.new("RGB", (20000, 3)),
+        "cmyk.tiff": Image.new("CMYK", (9, 9)),
+        "alpha.png": Image.new("RGBA", (9, 9)),
+        "palette.png": Image.new("P", (9, 9)),
+        "deep.png": Image.fromarray(np.zeros((9, 9), dtype=np.uint16)),
+    }.items():
+        odd.save(tmp_path / name)
+        code, _, err = run(capsys, "ask", str(tmp_path / name), "w4", "--model", checkpoint, "--max-new-tokens", "2")
+        assert (code, err) == (0, "")
+
+
+def test_methods_models_and_help(capsys):
+    assert "visionzip" in run(capsys, "methods")[1]
+    assert {"name": "dominant"}.items() <= json.loads(run(capsys, "methods", "visionzip", "--json")[1])["fields"][
+        1
+    ].items()
+    assert "2412.04467" in run(capsys, "methods", "visionzip")[1]
+    assert json.loads(run(capsys, "models", "--json")[1])[0]["family"] == "llava"
+    for arguments in ([], ["--help"], ["--version"]):
+        assert run(capsys, *arguments)[0] == 0
+    for command in ("ask", "show", "methods", "models"):
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--help"])
+        assert stop.value.code == 0
+        assert "examples:" in capsys.readouterr().out
+
+
+MISTAKES = [
+    (["ask"], "required"),
+    (["ask", "{picture}"], "no question"),
+    (["ask", "What is there?"], "at least one picture"),
+    (["ask", "{picture}", "  "], "question is empty"),
+    (["ask", "missing.png", "w4"], "no file 'missing.png'"),
+    (["ask", "{checkpoint}/config.json", "w4"], "no picture"),
+    (["ask", "{picture}", "w4", "--keep", "0"], "keeps nothing"),
+    (["ask", "{picture}", "w4", "--keep", "-3"], "keeps nothing"),
+    (["ask", "{picture}", "w4", "--keep", "abc"], "is no number"),
+    (["ask", "{picture}", "w4", "--keep", "nan"], "is no fraction"),
+    (["ask", "{picture}", "w4", "--method", "visionsip"], "did you mean 'visionzip'"),
+    (["ask", "{picture}", "w4", "--method", "nowhere:Method"], "cannot import"),
+    (["ask", "{picture}", "w4", "--dominent", "3"], "did you mean '--dominant'"),
+    (["ask", "{picture}", "w4", "--method", "pool2d", "--dominant", "3"], "has no option --dominant"),
+    (["ask", "{picture}", "w4", "--method", "pool2d", "--factor", "2", "--keep", "8"], "not both"),
+    (["ask", "{picture}", "w4", "--dominant", "3", "--contextual", "1", "--keep", "8"], "keep alone"),
+    (["ask", "{picture}", "w4", "--max-new-tokens", "0"], "at least 1"),
+    (["ask", "{picture}", "w4", "--max-new-tokens", "x"], "invalid int"),
+    (["ask", "{picture}", "w4", "--model", "{empty}"], "no checkpoint"),
+    (["ask", "{picture}", "w4", "--model", "./nowhere"], "no folder './nowhere'"),
+    (["ask", "{picture}", "w4", "--model", "{picture}"], "is a file"),
+    (["ask", "{picture}", "w4", "--model", "{text_model}"], "no vision-language model"),
+    (["ask", "{picture}", "w4", "--model", "{broken}"], "cannot load"),
+    (["ask", "{picture}", "w4", "--device", "warp"], "cannot be used"),
+    (["ask", "{picture}", "w4", "--dtype", "float3"], "did you mean 'float32'"),
+    (["ask", "{picture}", "w4", "--overlay", "{picture}", "--model", "{checkpoint}"], "choose another name"),
+    (["ask", "{picture}", "w4", "--overlay", "out.xyz", "--model", "{checkpoint}"], "no suffix"),
+    (["shoe", "{picture}"], "did you mean 'show'"),
+    (["methods", "vision"], "did you mean 'visionzip'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(a) for a, _ in MISTAKES])
+def test_mistakes_get_one_line_and_exit_code_2(capsys, checkpoint, picture, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "text_model", "broken"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "text_model" / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "broken" / "config.json").write_text("{")
+    places = {"checkpoint": checkpoint, "picture": picture}
+    places |= {name: str(tmp_path / name) for name in ("empty", "text_model", "broken")}
+    code, out, err = run(capsys, *[a.format(**places) for a in arguments])
+    assert code == 2
+    assert message in err
+    assert err.count("\n") == 1
+    assert err.startswith("vlmzip: ")
+    assert out == ""
+    assert not [p for p in tmp_path.iterdir() if p.is_file()]
