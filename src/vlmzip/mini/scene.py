@@ -71,14 +71,14 @@ def make_scene(seed: int, crowded: bool = True) -> Scene:
     return Scene(seed, level, ground, _placed(dice, things, crowded), counted)
 
 
-def make_dense_scene(seed: int, crowded: bool = True) -> Scene:
+def make_dense_scene(seed: int, crowded: bool = True, numbers: int = 3, shapes: int = 4) -> Scene:
     """A scene for the encoder only, with more to read and to recognize than the questions' scenes hold."""
     dice = Dice(seed)
     level = LEVELS[seed % len(LEVELS)]
     ground = dice.pick(GROUNDS[level])
-    things = [_number(dice, dice.pick(COLORS)) for _ in range(dice.between(3, 4))]
+    things = [_number(dice, dice.pick(COLORS)) for _ in range(dice.between(numbers, numbers + 1))]
     things += [_item(dice, dice.pick(COLORS)) for _ in range(2)]
-    things += [_shape(dice, dice.pick(SHAPES), dice.pick(COLORS)) for _ in range(4)]
+    things += [_shape(dice, dice.pick(SHAPES), dice.pick(COLORS)) for _ in range(shapes)]
     return Scene(seed, level, ground, _placed(dice, things, crowded), "")
 
 

@@ -1,0 +1,147 @@
+"""The training loop that all stages share, with checkpoints that survive a kill at any moment."""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vlmzip.mini.processes import Processes
+from vlmzip.mini.recipe import ENCODER_TURNS, STAGES, Recipe, Stage
+
+CHECKPOINT = "checkpoint.pt"
+
+
+class OtherRecipe(Exception):
+    """The folder holds a run of another recipe; going on would mix the two."""
+
+
+@dataclass
+class Run:
+    """A training run: its folder, its recipe, its processes and what the last checkpoint says."""
+
+    folder: Path
+    recipe: Recipe
+    processes: Processes
+    saved: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        path = self.folder / CHECKPOINT
+        if path.exists():
+            self.saved = torch.load(path, map_location=self.processes.device, weights_only=True)
+            self._check_recipe(self.saved["recipe"])
+
+    def _check_recipe(self, saved: dict[str, Any]) -> None:
+        """Stages that have not begun may change; the others, the shape and the seed may not."""
+        assert self.saved is not None
+        begun = STAGES[: STAGES.index(self.saved["stage"]) + 1]
+        mine = asdict(self.recipe)
+        for name in (*begun, *ENCODER_TURNS, "shape", "seed"):
+            if mine[name] != saved[name]:
+                raise OtherRecipe(f"{self.folder} holds a run with another {name}: {saved[name]}, not {mine[name]}")
+
+    def finished(self, stage: str) -> bool:
+        """Whether the checkpoint lies after that stage."""
+        return self.saved is not None and STAGES.index(self.saved["stage"]) > STAGES.index(stage)
+
+    def load_model(self, model: nn.Module) -> None:
+        if self.saved is not None:
+            model.load_state_dict(self.saved["model"])
+
+    def save(self, stage: str, step: int, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
+        if not self.processes.first:
+            return
+        states = {name: module.state_dict() for name, module in modules.items()}
+        write_atomically(
+            {
+                "stage": stage,
+                "step": step,
+                "recipe": asdict(self.recipe),
+                "optimizer": optimizer.state_dict(),
+                **states,
+            },
+            self.folder / CHECKPOINT,
+        )
+
+
+def write_atomically(content: dict[str, Any], path: Path) -> None:
+    """A reader, or a run after a kill, finds the old file or the new one, never half of one."""
+    partial = path.with_suffix(".partial")
+    torch.save(content, partial)
+    os.replace(partial, path)
+
+
+def train_stage(
+    run: Run,
+    name: str,
+    modules: dict[str, nn.Module],
+    learning: list[nn.Parameter],
+    loss_of: Callable[[range], Tensor],
+    report: Callable[[int], str] | None = None,
+    stop_at: int | None = None,
+) -> None:
+    """Trains `learning` for the stage's steps on the mean loss of the pictures numbered in a range.
+
+    Nothing in a step is random but the numbers of its pictures, so a run that was killed goes on exactly as it would
+    have. `stop_at` leaves after that step, as a kill would.
+    """
+    stage: Stage = getattr(run.recipe, name)
+    optimizer = make_optimizer(modules, learning, stage)
+    start = _resume(run, name, modules, optimizer)
+    bar = tqdm(range(start, stage.steps), name, initial=start, total=stage.steps, disable=not run.processes.first)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(stage, step)
+        with torch.autocast(run.processes.device.type, torch.bfloat16):
+            loss = loss_of(run.processes.share(stage.batch, step))
+        optimizer.zero_grad(set_to_none=False)
+        loss.backward()
+        run.processes.average_gradients(learning)
+        nn.utils.clip_grad_norm_(learning, 1.0)
+        optimizer.step()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+        done = step + 1
+        if done % run.recipe.save_every == 0 or done == stage.steps:
+            run.save(name, done, modules, optimizer)
+            if report is not None and run.processes.first:
+                bar.write(f"{name} {done}: {report(done)}")
+        if done == stop_at:
+            break
+    run.processes.wait()
+
+
+def _resume(run: Run, name: str, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
+    """Loads what the checkpoint holds of this stage; the step to go on from."""
+    if run.saved is None or run.saved["stage"] != name:
+        return 0
+    for key, module in modules.items():
+        module.load_state_dict(run.saved[key])
+    optimizer.load_state_dict(run.saved["optimizer"])
+    return int(run.saved["step"])
+
+
+def make_optimizer(modules: dict[str, nn.Module], learning: list[nn.Parameter], stage: Stage) -> torch.optim.Optimizer:
+    """AdamW; biases, norms and embeddings of places are not decayed."""
+    for module in modules.values():
+        module.requires_grad_(False)
+    for parameter in learning:
+        parameter.requires_grad_(True)
+    groups = [
+        {"params": [p for p in learning if p.dim() >= 2], "weight_decay": stage.weight_decay},
+        {"params": [p for p in learning if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.98), fused=True)
+
+
+def learning_rate(stage: Stage, step: int) -> float:
+    """Up in a line, down in a cosine to a hundredth."""
+    if step < stage.warmup:
+        return stage.learning_rate * (step + 1) / stage.warmup
+    done = (step - stage.warmup) / max(1, stage.steps - stage.warmup)
+    return stage.learning_rate * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
