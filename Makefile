@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # Another version of transformers gets an environment of its own: make test-transformers TRANSFORMERS=5.19
 TRANSFORMERS ?= 5.19
 
-.PHONY: help demo test test-transformers check fmt lint types bench figures mini
+.PHONY: help demo test test-transformers check fmt lint types bench figures support mini
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -50,6 +50,9 @@ bench: $(INSTALLED) ## time and memory of encoder and selection; writes a CSV in
 
 figures: $(INSTALLED) ## make the pictures in docs/figures again
 	$(BIN)/python docs/figures/make.py
+
+support: $(INSTALLED) ## run the promises of the façade and write docs/support.md
+	$(BIN)/python -m pytest tests/runtime/test_promises.py --support-table docs/support.md
 
 mini: $(INSTALLED) ## train the small model again from nothing; resumes where it was stopped
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train]"

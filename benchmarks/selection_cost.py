@@ -180,7 +180,7 @@ def write(rows: list[dict[str, object]], args: argparse.Namespace) -> None:
         writer.writerows(rows)
     for line in rows:
         print(
-            f"{line['variant']:<10} time {line['time_ratio']}x  selection {line['selection_over_encoder']} of the encoder"
+            f"{line['variant']:<10} time {line['time_ratio']}x  selection {line['selection_over_encoder']} of it"
             f"  peak memory {line['memory_ratio']}x ({line['peak_mib']} MiB)"
         )
     print(f"written to {path}")

@@ -38,3 +38,52 @@ def image_token():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+# --- docs/support.md: which promise holds in which family, written by the tests that prove it -----------------------
+
+
+def pytest_addoption(parser):
+    parser.addoption("--support-table", metavar="FILE", help="write what the `promise` tests found as a table")
+
+
+def pytest_configure(config):
+    config.support = {}
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = (yield).get_result()
+    promise = item.get_closest_marker("promise")
+    if promise is None or (report.when != "call" and not report.failed):
+        return
+    cell = item.config.support.setdefault(promise.args[0], {}).setdefault(item.callspec.params["family"], [])
+    cell.append("fails" if not report.passed else "refused" if promise.kwargs.get("refused") else "works")
+
+
+def pytest_sessionfinish(session):
+    path = session.config.getoption("--support-table")
+    if path:
+        write_support_table(path, session.config.support)
+
+
+def write_support_table(path, support):
+    import transformers
+
+    families = list(dict.fromkeys(family for row in support.values() for family in row))
+    worst = {"works": 0, "refused": 1, "fails": 2}
+    lines = [
+        "# What works",
+        "",
+        "Written by `make support` from a run of `tests/runtime/test_promises.py`, whose tests prove each cell on",
+        f"tiny models with random weights (torch {torch.__version__}, transformers {transformers.__version__}, CPU).",
+        "*refused*: a `UserError` says in one sentence why not and what to do.",
+        "",
+        "| | " + " | ".join(families) + " |",
+        "| --- " * (len(families) + 1) + "|",
+    ]
+    for promise, row in support.items():
+        cells = [max(row[family], key=worst.get) if family in row else "" for family in families]
+        lines.append(f"| {promise} | " + " | ".join(cells) + " |")
+    with open(path, "w") as file:
+        file.write("\n".join(lines) + "\n")

@@ -1,7 +1,21 @@
 """Models of every supported family, built tiny from their configs, and inputs for them."""
 
+from dataclasses import dataclass
+
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PaliGemmaConfig,
+    PaliGemmaForConditionalGeneration,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
+)
 
 IMAGE_TOKEN, PAD, VOCABULARY, SIDE, PATCH = 99, 0, 100, 48, 8
 TOKENS = (SIDE // PATCH) ** 2
@@ -35,15 +49,7 @@ def tiny_llava(attention: str = "sdpa", **settings) -> LlavaForConditionalGenera
         image_seq_length=TOKENS,
         **settings,
     )
-    config._attn_implementation = attention
-    model = LlavaForConditionalGeneration(config).eval()
-    model.set_attn_implementation(attention)
-    # Weights of the usual 0.02 make every token alike; larger ones make attention and answers depend on the picture.
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim >= 2:
-                parameter.normal_(0, 0.3 if "vision_tower" in name else 0.15)
-    return model
+    return _with_large_weights(LlavaForConditionalGeneration(config), attention)
 
 
 def prompt(*parts: int | str, tokens: int = TOKENS) -> list[int]:
@@ -92,3 +98,121 @@ def save_checkpoint(folder) -> None:
     processor = LlavaProcessor(images, fast, PATCH, "default", num_additional_image_tokens=1)
     processor.save_pretrained(folder)
     tiny_llava().save_pretrained(folder)
+
+
+@dataclass
+class Family:
+    """A tiny model of a family, and how its inputs are made."""
+
+    name: str
+    model: PreTrainedModel
+    sizes: list[tuple[int, int]]
+    """Rows and columns of the tokens of picture 0, 1, 2, …; the last repeats."""
+
+    def tokens(self, picture: int) -> int:
+        rows, cols = self.sizes[min(picture, len(self.sizes) - 1)]
+        return rows * cols
+
+    def ids(self, *rows: list[int | str], first_picture: int = 0) -> list[list[int]]:
+        """Token ids of prompts; "image" stands for the placeholders of the next picture."""
+        out, picture = [], first_picture
+        for row in rows:
+            ids: list[int] = []
+            for part in row:
+                if part == "image":
+                    ids += [IMAGE_TOKEN] * self.tokens(picture)
+                    picture += 1
+                else:
+                    ids.append(int(part))
+            out.append(ids)
+        return out
+
+    def pictures(self, first: int, count: int) -> dict[str, torch.Tensor]:
+        """The inputs of some pictures; picture n always looks the same."""
+        if count == 0:
+            return {}
+        noise = [torch.Generator().manual_seed(100 + n) for n in range(first, first + count)]
+        if self.name != "qwen2_5_vl":
+            return {"pixel_values": torch.stack([torch.randn(3, SIDE, SIDE, generator=g) for g in noise])}
+        grids = [self.sizes[min(n, len(self.sizes) - 1)] for n in range(first, first + count)]
+        thw = torch.tensor([[1, 2 * rows, 2 * cols] for rows, cols in grids])
+        pixels = [torch.randn(4 * r * c, 3 * 2 * 4 * 4, generator=g) for (r, c), g in zip(grids, noise, strict=True)]
+        return {"pixel_values": torch.cat(pixels), "image_grid_thw": thw}
+
+    def batch(self, *rows: list[int | str], pad: str = "left", first_picture: int = 0) -> dict[str, torch.Tensor]:
+        """Padded model inputs for prompts with pictures."""
+        inputs = batch(*self.ids(*rows, first_picture=first_picture), pad=pad)
+        inputs |= self.pictures(first_picture, sum(row.count("image") for row in rows))
+        if self.name == "qwen2_5_vl":
+            inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE_TOKEN).int()
+        if self.name == "paligemma":
+            inputs["token_type_ids"] = torch.zeros_like(inputs["input_ids"])
+        return inputs
+
+
+def tiny_paligemma(attention: str = "sdpa") -> PreTrainedModel:
+    """36 visual tokens from a SigLIP without CLS, into a Gemma."""
+    torch.manual_seed(0)
+    config = PaliGemmaConfig(
+        vision_config=dict(
+            model_type="siglip_vision_model", hidden_size=32, intermediate_size=64, num_hidden_layers=3,
+            num_attention_heads=4, image_size=SIDE, patch_size=PATCH, projection_dim=48, vision_use_head=False,
+        ),
+        text_config=dict(
+            model_type="gemma", hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=6,
+            num_key_value_heads=2, head_dim=8, vocab_size=VOCABULARY, pad_token_id=PAD, max_position_embeddings=512,
+        ),
+        image_token_index=IMAGE_TOKEN, projection_dim=48, hidden_size=48,
+    )  # fmt: skip
+    return _with_large_weights(PaliGemmaForConditionalGeneration(config), attention)
+
+
+def tiny_qwen(attention: str = "sdpa") -> PreTrainedModel:
+    """Any grid; windows of 2 x 2 merged tokens in the first vision block, full attention in the last; M-RoPE."""
+    torch.manual_seed(0)
+    config = Qwen2_5_VLConfig(
+        vision_config=dict(
+            depth=2, hidden_size=32, intermediate_size=64, num_heads=4, patch_size=4, spatial_merge_size=2,
+            temporal_patch_size=2, window_size=16, fullatt_block_indexes=[1], out_hidden_size=48,
+        ),
+        text_config=dict(
+            hidden_size=48, intermediate_size=96, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2,
+            vocab_size=VOCABULARY, pad_token_id=PAD, bos_token_id=1, eos_token_id=2, max_position_embeddings=512,
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+        ),
+        image_token_id=IMAGE_TOKEN, video_token_id=98, vision_start_token_id=97, vision_end_token_id=96,
+    )  # fmt: skip
+    return _with_large_weights(Qwen2_5_VLForConditionalGeneration(config), attention)
+
+
+def tiny_vipllava(attention: str = "sdpa") -> PreTrainedModel:
+    """36 visual tokens whose features come from two layers of CLIP side by side."""
+    torch.manual_seed(0)
+    base = tiny_llava().config
+    config = VipLlavaConfig(
+        vision_config=base.vision_config, text_config=base.text_config, image_token_index=IMAGE_TOKEN,
+        vision_feature_layers=[-2, 1],
+    )  # fmt: skip
+    return _with_large_weights(VipLlavaForConditionalGeneration(config), attention)
+
+
+FAMILIES = {
+    "llava": lambda: Family("llava", tiny_llava(), [(6, 6)]),
+    "vipllava": lambda: Family("vipllava", tiny_vipllava(), [(6, 6)]),
+    "paligemma": lambda: Family("paligemma", tiny_paligemma(), [(6, 6)]),
+    "qwen2_5_vl": lambda: Family("qwen2_5_vl", tiny_qwen(), [(4, 6), (5, 3), (4, 6), (6, 7)]),
+}
+
+
+def _with_large_weights(model: PreTrainedModel, attention: str) -> PreTrainedModel:
+    """Weights of the usual 0.02 make all tokens alike; larger ones make attention and answers depend on the picture."""
+    model.eval().set_attn_implementation(attention)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                vision = "vision_tower" in name or "visual" in name
+                parameter.normal_(0, 0.3 if vision else 0.15, generator=generator)
+        # No trained model answers with a placeholder or a marker of pictures.
+        model.get_output_embeddings().weight[96:] = 0
+    return model

@@ -8,6 +8,7 @@ from vlmzip.methods import NoCompression, Pool2d, RandomTokens, VisionZip
 from vlmzip.runtime.facade import CompressedModel, attach
 from vlmzip.runtime.prepare import compress_inputs
 from vlmzip.runtime.report import Report
+from vlmzip.runtime.saving import from_pretrained
 from vlmzip.token_map import TokenMap
 from vlmzip.version import __version__
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
@@ -33,4 +34,5 @@ __all__ = [
     "attach",
     "available",
     "compress_inputs",
+    "from_pretrained",
 ]

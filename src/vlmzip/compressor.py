@@ -54,8 +54,9 @@ class Compressor(ABC):
 
     site: Site = Site.PRE_PROJECTOR
     """Where it acts: on the vision encoder's features ("pre_projector") or on projected tokens ("post_projector")."""
-    positions: Positions = "contiguous"
-    """Positions in the LLM: "contiguous" renumbers what is left, "original" keeps each output token's anchor's."""
+    positions: Positions | None = None
+    """Positions in the LLM: "contiguous" renumbers what is left, "original" keeps each output token's anchor's. Left
+    out, what the papers use: contiguous, or original in families whose positions have several axes (Qwen)."""
 
     @abstractmethod
     def assign(self, tokens: VisualTokens) -> TokenMap:
@@ -107,11 +108,14 @@ class Compressor(ABC):
         return [field.name for field in fields(cls)]
 
     def to_dict(self) -> dict[str, Any]:
-        """The method's name and fields, as JSON can hold them."""
-        return {"method": self.name(), **{name: getattr(self, name) for name in self.field_names()}}
+        """The method's name (module and class, for a method from elsewhere) and fields, as JSON can hold them."""
+        own = type(self).__module__.startswith("vlmzip.methods.")
+        method = self.name() if own else f"{type(self).__module__}:{type(self).__qualname__}"
+        return {"method": method, **{name: getattr(self, name) for name in self.field_names()}}
 
     def __post_init__(self) -> None:
-        check_choice("positions", self.positions, ("contiguous", "original"))
+        if self.positions is not None:
+            check_choice("positions", self.positions, ("contiguous", "original"))
         check_choice("site", self.site, self.sites)
         object.__setattr__(self, "site", Site(self.site))
 

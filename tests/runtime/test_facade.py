@@ -5,23 +5,12 @@ import pytest
 import torch
 
 import vlmzip
+from tests.runtime.ragged import Ragged
 from tests.tiny import IMAGE_TOKEN, batch, prompt, tiny_llava
 from vlmzip import NoCompression, Pool2d, RandomTokens, UserError, VisionZip
-from vlmzip.compressor import Compressor
-from vlmzip.token_map import TokenMap
 
 MIXED = (prompt(1, "image", 5, 6, 7), prompt(1, "image", 4, "image", 5), prompt(1, 2, 3, 4), prompt("image", 8))
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
-
-
-class Ragged(Compressor):
-    """Keeps a number of tokens that depends on the picture, pooled in pairs here and there."""
-
-    def assign(self, tokens):
-        assert tokens.grid is not None
-        count = 3 + (tokens.features[..., :4] > 0).sum((1, 2)) % 9
-        place = torch.arange(tokens.features.shape[1]).expand(len(count), -1)
-        return TokenMap.merge(torch.where((place >= 1) & (place <= 2 * count[:, None]), (place - 1) // 2, -1))
 
 
 def alone(inputs, row, pictures):

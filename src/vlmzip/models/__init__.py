@@ -7,8 +7,11 @@ from torch import nn
 from vlmzip.errors import UserError
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.models.llava import Llava
+from vlmzip.models.paligemma import PaliGemma
+from vlmzip.models.qwen2_5_vl import Qwen25VL
+from vlmzip.models.vipllava import VipLlava
 
-FAMILIES: tuple[type[ModelAdapter], ...] = (Llava,)
+FAMILIES: tuple[type[ModelAdapter], ...] = (Llava, PaliGemma, Qwen25VL, VipLlava)
 
 
 def adapter_for(model: nn.Module) -> ModelAdapter:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlmzip.compressor import Profile
+from vlmzip.compressor import Positions, Profile
 from vlmzip.visual_tokens import Signal, Site, VisualTokens
 
 
@@ -25,9 +26,15 @@ class ModelAdapter(ABC):
     """Where compressors can act in this family."""
     picture_inputs: ClassVar[tuple[str, ...]]
     """The model inputs that describe pictures; the first is there whenever there is a picture."""
+    default_positions: ClassVar[Positions] = "contiguous"
+    """What `positions=None` means: as VisionZip and DFMR do before LLaVA's LLM, unless positions have several axes."""
+    features_as_list: ClassVar[bool] = True
+    """Whether the model takes a list of features, one entry a picture, or one tensor for all pictures."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model  # a family's own attributes are known to its adapter, not to a type checker
+        # Adapters such as LoRA's hold the model; the modules inside are the ones that run.
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        self.model: Any = inner  # a family's own attributes are known to its adapter, not to a type checker
 
     @property
     @abstractmethod
@@ -35,9 +42,9 @@ class ModelAdapter(ABC):
         """The token id that stands for one visual token in `input_ids`."""
 
     @property
-    @abstractmethod
     def llm(self) -> nn.Module:
         """The decoder, without vision encoder, projector and head."""
+        return self.model.model.language_model
 
     @property
     def llm_config(self) -> Any:
@@ -58,9 +65,29 @@ class ModelAdapter(ABC):
         """
 
     @abstractmethod
+    def plain_counts(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Visual tokens of each picture in `inputs` without compression, from shapes alone."""
+
+    def pictures_from(self, inputs: Mapping[str, Any], first: int) -> dict[str, Any]:
+        """The picture inputs without the first pictures; one row a picture, unless the family says otherwise."""
+        return {name: inputs[name][first:] for name in self.picture_inputs if inputs.get(name) is not None}
+
+    @abstractmethod
     def project(self, features: Float[Tensor, "tokens dim"], site: Site) -> Float[Tensor, "tokens llm_dim"]:
         """What the LLM gets for tokens that left `site`."""
 
+    def original_positions(
+        self, inputs: Mapping[str, Any], mask: Int[Tensor, "batch length"]
+    ) -> tuple[Int[Tensor, "*axes batch length"], Int[Tensor, " batch"]]:
+        """The positions of the uncompressed prompt, counted from 0, and the position of each row's next token."""
+        return (mask.long().cumsum(-1) - 1).clamp(min=0), mask.sum(-1)
+
+    def forward_positions(self, positions: Int[Tensor, "*axes batch length"]) -> Int[Tensor, "*axes batch length"]:
+        """What the model's `forward` wants for positions counted from 0; `generate` always takes those."""
+        return positions
+
     def encoder_outputs(self, features: list[Float[Tensor, "_ llm_dim"]]) -> dict[str, BaseModelOutputWithPooling]:
         """`mm_encoder_outputs` for the model's `forward` and `generate`: projected tokens, one entry a picture."""
-        return {"image": BaseModelOutputWithPooling(pooler_output=cast(Any, features))}
+        # A tensor is scattered over the placeholders as a whole: one row can hold pictures of different lengths.
+        form: Any = features if self.features_as_list else torch.cat(features)[None]
+        return {"image": BaseModelOutputWithPooling(pooler_output=form)}

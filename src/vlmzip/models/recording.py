@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -17,27 +18,40 @@ _recording: ContextVar[Recording | None] = ContextVar("vlmzip_recording", defaul
 
 @dataclass
 class Recording:
-    """The outputs of some modules, by the name they were asked under."""
+    """What some modules put out and were given, by the names they were asked under."""
 
     outputs: dict[str, Tensor] = field(default_factory=dict)
+    arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.outputs[name]
 
 
 @contextmanager
-def record(modules: dict[str, nn.Module]) -> Iterator[Recording]:
-    """Records what `modules` put out inside the block, for this thread only; leaves no hook behind."""
+def record(modules: dict[str, nn.Module], arguments: dict[str, nn.Module] | None = None) -> Iterator[Recording]:
+    """Records what `modules` put out inside the block, for this thread only; leaves no hook behind.
+
+    Of the modules in `arguments` it records the keyword arguments that they are called with.
+    """
     recording = Recording()
 
-    def hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+    def output_hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def keep(_module: nn.Module, _args: Any, output: Any) -> None:
             if _recording.get() is recording:
                 recording.outputs[name] = output[0] if isinstance(output, tuple) else output
 
         return keep
 
-    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
+    def argument_hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def keep(_module: nn.Module, _args: Any, keywords: Any) -> None:
+            if _recording.get() is recording:
+                recording.arguments[name] = dict(keywords)
+
+        return keep
+
+    handles = [module.register_forward_hook(output_hook(name)) for name, module in modules.items()]
+    for name, module in (arguments or {}).items():
+        handles.append(module.register_forward_pre_hook(argument_hook(name), with_kwargs=True))
     token = _recording.set(recording)
     try:
         yield recording
@@ -57,6 +71,25 @@ def cls_attention_row(
     first = _by_head(query[:, :1].float(), heads)
     scores = first @ _by_head(key.float(), heads).transpose(2, 3) * scale
     return scores.softmax(dim=-1).mean(dim=1)[:, 0]
+
+
+def attention_received(
+    query: Float[Tensor, "batch tokens dim"],
+    key: Float[Tensor, "batch tokens dim"],
+    heads: int,
+    scale: float,
+    chunk: int = 256,
+) -> Float[Tensor, "batch tokens"]:
+    """The attention that each token gets, mean over heads and over all tokens that attend (VisionZip, A.2).
+
+    For encoders without CLS. Every query is needed, but only `chunk` of them at a time: memory grows with the tokens,
+    not with their square. Computed in float32.
+    """
+    queries, keys = _by_head(query.float(), heads), _by_head(key.float(), heads).transpose(2, 3)
+    total = torch.zeros(key.shape[:2], device=key.device)
+    for part in queries.split(chunk, dim=2):
+        total += (part @ keys * scale).softmax(dim=-1).sum(dim=2).mean(dim=1)
+    return total / key.shape[1]
 
 
 def mean_over_heads(key: Float[Tensor, "batch tokens dim"], heads: int) -> Float[Tensor, "batch tokens head_dim"]:

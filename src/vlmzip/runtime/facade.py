@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import inspect
+import os
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +17,19 @@ from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, closest
 from vlmzip.methods import NoCompression
 from vlmzip.models import adapter_for
-from vlmzip.runtime.prepare import CompressedInputs, compress_inputs
+from vlmzip.models.adapter import ModelAdapter
+from vlmzip.runtime.prepare import PER_TOKEN, CompressedInputs, compress_inputs, pad_id
 from vlmzip.runtime.report import Report
+from vlmzip.runtime.saving import write_compressor
+from vlmzip.runtime.turns import Seen, Turns, first_turn, next_turn
+
+#: Values of an untouched generation config; `generate` counts those from the end of the prompt by itself.
+DEFAULT_LIMITS = {"max_length": 20, "min_length": 0}
+
+#: Inputs with one row for each prompt.
+ONE_A_ROW = {"input_ids", *PER_TOKEN}
+
+_per_thread = threading.local()
 
 
 def attach(model: nn.Module, compressor: Compressor) -> CompressedModel:
@@ -52,58 +65,151 @@ class CompressedModel(nn.Module):
             raise UserError(f"{compressor!r} is no compressor; try vlmzip.VisionZip(keep=64)")
         adapter = adapter_for(model)
         if compressor.site not in adapter.sites:
-            raise UserError(
-                f"{type(model).__name__} has no site {compressor.site.value!r}{closest(compressor.site, adapter.sites)}"
-            )
+            known = closest(compressor.site, adapter.sites)
+            raise UserError(f"{type(model).__name__} has no site {compressor.site.value!r}{known}")
         self.inner: Any = model
         self.compressor = compressor
-        self._adapter = adapter
-        self._report: Report | None = None
+        self._turns = Turns()
         self._detached = False
         self.train(model.training)
         _warn_if_nothing_to_do(compressor, adapter)
 
     @property
     def report(self) -> Report:
-        """What the last `forward` or `generate` with pictures did. Raises `UserError` before the first."""
-        if self._report is None:
+        """What the last `forward` or `generate` with pictures did, in this thread. `UserError` before the first."""
+        report = _reports().get(self)
+        if report is None:
             raise UserError("there is no report yet: call the model with a picture first")
-        return self._report
+        return report
 
     def detach(self) -> nn.Module:
         """Ends the façade and returns the plain model. Detaching twice is harmless."""
         self._detached = True
         return self.inner
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own `forward` on the compressed inputs; logits cover the compressed sequence."""
-        named = inspect.signature(self.inner.forward).bind_partial(*args).arguments
-        return self.inner(**self._compress({**named, **kwargs}))
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        labels: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        mm_token_type_ids: Tensor | None = None,
+        image_grid_thw: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The model's own `forward` on the compressed inputs; logits cover the compressed sequence.
+
+        The named arguments are those that processors return and trainers look for; every other goes through as it is.
+        A cache filled here can be continued by `forward` (new tokens only) and by `generate`.
+        """
+        named = dict(
+            input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, labels=labels,
+            position_ids=position_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds,
+            token_type_ids=token_type_ids, mm_token_type_ids=mm_token_type_ids, image_grid_thw=image_grid_thw,
+        )  # fmt: skip
+        inputs = {**{name: value for name, value in named.items() if value is not None}, **kwargs}
+        small, seen = self._compress(inputs, generating=False)
+        out = self.inner(**small)
+        cache = getattr(out, "past_key_values", None)
+        if seen is not None and cache is not None:
+            self._turns.remember(cache, seen)
+        return out
 
     @torch.no_grad()
     def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
-        """The model's own `generate`; returns the original prompt followed by the new tokens."""
+        """The model's own `generate`; returns the original prompt followed by the new tokens.
+
+        With a cache that this model has filled, the prompt is the whole conversation or its new part alone.
+        """
         if inputs is not None:
             kwargs["input_ids"] = inputs
-        small = self._compress(kwargs)
-        if small.report.source is None:
+        if kwargs.get("assistant_model") is not None:
+            raise UserError("assisted decoding is not supported: the assistant would need the compressed prompt too")
+        small, seen = self._compress(kwargs, generating=True)
+        if seen is None:
             return self.inner.generate(**small)
         prompt: Tensor = kwargs["input_ids"]
-        removed = prompt.shape[1] - small["input_ids"].shape[1]
-        self._keep_length_limits(small, removed)
+        short = small["input_ids"].shape[1]
+        self._keep_length_limits(small, prompt.shape[1] - short)
+        if small.get("streamer") is not None:
+            small["streamer"] = _PromptStreamer(small["streamer"], prompt)
+        if _expanding(small, self.inner) and not adapter_for(self.inner).features_as_list:
+            return self._row_by_row(prompt, small)
         out = self.inner.generate(**small)
+        sequences = out if isinstance(out, Tensor) else out.sequences
+        new_tokens = sequences[:, short:]
+        copies = len(new_tokens) // len(prompt)
+        if copies == 1:
+            cache = kwargs.get("past_key_values", getattr(out, "past_key_values", None))
+            if cache is not None:
+                self._turns.remember(cache, seen.and_generated(new_tokens))
+        whole = torch.cat([prompt.to(new_tokens.device).repeat_interleave(copies, dim=0), new_tokens], dim=1)
         if isinstance(out, Tensor):
-            return _with_prompt(out, prompt, removed)
-        out.sequences = _with_prompt(out.sequences, prompt, removed)
+            return whole
+        out.sequences = whole
         return out
 
-    def _compress(self, inputs: dict[str, Any]) -> CompressedInputs:
+    def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Writes the inner model under its own names, so that transformers alone loads it, and `compressor.json`."""
+        self.inner.save_pretrained(folder, **kwargs)
+        write_compressor(self.compressor, folder)
+
+    @torch.compiler.disable  # reads counts off the device and walks Python lists; what follows it is compiled
+    def _compress(self, inputs: dict[str, Any], *, generating: bool) -> tuple[CompressedInputs, Seen | None]:
+        """The inputs for the inner model, and what its cache will hold; `None` where there are no token ids."""
         if self._detached:
             raise UserError("this model was detached; call vlmzip.attach(model, compressor) again")
-        small = compress_inputs(self.inner, inputs, self.compressor, adapter=self._adapter)
+        adapter = adapter_for(self.inner)
+        before = self._turns.recall(inputs.get("past_key_values"))
+        if before is not None:
+            small, seen = next_turn(self.inner, adapter, inputs, self.compressor, before, generating=generating)
+        else:
+            small = compress_inputs(self.inner, inputs, self.compressor, generating=generating, adapter=adapter)
+            seen = None
+            if inputs.get("input_ids") is not None:
+                seen = first_turn(adapter, inputs, small, self.compressor, generating=generating)
         if small.report.pictures:
-            self._report = small.report
-        return small
+            _reports()[self] = small.report
+        return small, seen
+
+    def _row_by_row(self, prompt: Tensor, small: CompressedInputs) -> Tensor:
+        """`generate` for each row alone, where `generate` itself would repeat pictures of different rows wrongly.
+
+        It repeats rows for beams picture by picture; features that are one tensor have no pictures to tell apart.
+        """
+        if small.get("return_dict_in_generate") or small.get("streamer") is not None:
+            raise UserError(
+                "beams and several sequences a prompt give tokens only in this family: no dict, no streamer"
+            )
+        features = small["mm_encoder_outputs"]["image"].pooler_output[0] if small.report.pictures else None
+        rows, at = [], 0
+        for row in range(len(prompt)):
+            one = {name: value[row : row + 1] if name in ONE_A_ROW else value for name, value in small.items()}
+            if features is not None:
+                count = sum(picture.after for picture in small.report.pictures if picture.row == row)
+                one["mm_encoder_outputs"] = adapter_for(self.inner).encoder_outputs([features[at : at + count]])
+                at += count
+                if count == 0:
+                    del one["mm_encoder_outputs"]
+            out = self.inner.generate(**one)[:, small["input_ids"].shape[1] :]
+            rows += list(torch.cat([prompt[row].to(out.device).expand(len(out), -1), out], dim=1))
+        padding = pad_id(adapter_for(self.inner))
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The inner model's state under `inner.`; tied weights are copies, since safetensors saves no shared ones."""
+        state = super().state_dict(*args, **kwargs)
+        seen: set[int] = set()
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.numel():
+                if value.data_ptr() in seen:
+                    state[name] = value.clone()
+                seen.add(value.data_ptr())
+        return state
 
     def _keep_length_limits(self, arguments: dict[str, Any], removed: int) -> None:
         """Lets `max_length` and `min_length` count the prompt as the user sees it."""
@@ -125,18 +231,36 @@ class CompressedModel(nn.Module):
             return getattr(self.inner, name)
 
 
-#: Values of an untouched generation config; `generate` counts those from the end of the prompt by itself.
-DEFAULT_LIMITS = {"max_length": 20, "min_length": 0}
+class _PromptStreamer:
+    """Shows a streamer the prompt as the user gave it, then the new tokens."""
+
+    def __init__(self, streamer: Any, prompt: Tensor) -> None:
+        self._streamer, self._prompt = streamer, prompt
+
+    def put(self, value: Tensor) -> None:
+        # The first thing that `generate` streams is its own, shortened prompt.
+        self._streamer.put(value if self._prompt is None else self._prompt.cpu())
+        self._prompt = None  # type: ignore[assignment]
+
+    def end(self) -> None:
+        self._streamer.end()
 
 
-def _with_prompt(sequences: Tensor, prompt: Tensor, removed: int) -> Tensor:
-    """Puts the original prompt in place of the shortened one, once for each returned sequence."""
-    new_tokens = sequences[:, prompt.shape[1] - removed :]
-    prompt = prompt.to(sequences.device).repeat_interleave(len(sequences) // len(prompt), dim=0)
-    return torch.cat([prompt, new_tokens], dim=1)
+def _reports() -> WeakKeyDictionary[CompressedModel, Report]:
+    """The last report of each façade in this thread: threads that share a façade do not see each other's."""
+    if not hasattr(_per_thread, "reports"):
+        _per_thread.reports = WeakKeyDictionary()
+    return _per_thread.reports
 
 
-def _warn_if_nothing_to_do(compressor: Compressor, adapter: Any) -> None:
+def _expanding(arguments: dict[str, Any], model: Any) -> bool:
+    """Whether `generate` will repeat rows, for beams or for several sequences."""
+    config = arguments.get("generation_config") or getattr(model, "generation_config", None)
+    wanted = ("num_beams", "num_return_sequences")
+    return any((arguments.get(name) or getattr(config, name, None) or 1) > 1 for name in wanted)
+
+
+def _warn_if_nothing_to_do(compressor: Compressor, adapter: ModelAdapter) -> None:
     grid = adapter.profile().grid
     count = compressor.token_count(grid)
     if count is not None and count >= grid.size and not isinstance(compressor, NoCompression):

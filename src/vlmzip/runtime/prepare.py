@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,8 +14,8 @@ from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.models import adapter_for
 from vlmzip.models.adapter import ModelAdapter
+from vlmzip.runtime.detail import detail_lost
 from vlmzip.runtime.report import PictureReport, Report, Stopwatch
-from vlmzip.token_map import TokenMap
 
 #: Inputs with one value per token of the prompt, and the value that padding gets. `input_ids` gets the pad token.
 PER_TOKEN = {"attention_mask": 0, "labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0, "position_ids": 0}
@@ -34,18 +34,24 @@ class CompressedPicture:
     features: Float[Tensor, "after llm_dim"]
     offsets: list[int]
     """For each token left, which of the picture's placeholders (0-based) gives it its position."""
-    token_map: TokenMap
     report: PictureReport
 
 
 def compress_inputs(
-    model: nn.Module, inputs: Mapping[str, Any], compressor: Compressor, *, adapter: ModelAdapter | None = None
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    compressor: Compressor,
+    *,
+    generating: bool = False,
+    adapter: ModelAdapter | None = None,
 ) -> CompressedInputs:
     """Replaces the pictures in `inputs` by their compressed visual tokens, and shortens the prompt to match.
 
     `inputs` are what the processor returns, with labels or generation arguments if you like; what is not about the
-    prompt or the pictures is passed through. The result goes into `model(**...)` or `model.generate(**...)` of the
-    plain model. Rows may end up with different numbers of tokens: they are padded again, on the side that was padded.
+    prompt or the pictures is passed through. The result goes into the plain model's `model(**...)`, or with
+    `generating=True` into `model.generate(**...)` (a family may count positions differently there). Rows may end up
+    with different numbers of tokens: they are padded again, on the side that was padded. Position ids that you give
+    yourself are kept, whatever the compressor's `positions`.
 
     Raises `UserError` where placeholders and pictures do not match.
     """
@@ -57,29 +63,32 @@ def compress_inputs(
         out.report = Report(compressor, [], None, watch)
         return out
 
-    ids = inputs.get("input_ids")
-    if ids is None:
-        raise UserError("give input_ids together with the pictures: vlmzip finds a picture's place by its placeholders")
+    ids, mask = _prompt(inputs)
     pictures = compress_pictures(adapter, inputs, compressor, watch)
     places = find_placeholders(ids, adapter.placeholder_id, [picture.report.before for picture in pictures])
-    mask = inputs.get("attention_mask")
-    mask = torch.ones_like(ids) if mask is None else mask
     source = shorten(mask, places, [picture.offsets for picture in pictures])
 
     for name in adapter.picture_inputs:
         out.pop(name, None)
     out["mm_encoder_outputs"] = adapter.encoder_outputs([picture.features for picture in pictures])
-    out["input_ids"] = gather(ids, source, _pad_id(adapter))
+    out["input_ids"] = gather(ids, source, pad_id(adapter))
     out["attention_mask"] = gather(mask, source, PER_TOKEN["attention_mask"])
-    if compressor.positions == "original" and inputs.get("position_ids") is None:
-        out["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    if positions_of(compressor, adapter) == "original" and inputs.get("position_ids") is None:
+        positions, _ = adapter.original_positions({**inputs, "input_ids": ids}, mask)
+        out["position_ids"] = positions if generating else adapter.forward_positions(positions)
     for name in PER_TOKEN.keys() - {"attention_mask"}:
         if out.get(name) is not None:
+            if out[name].ndim < 2 or out[name].shape[-1] != ids.shape[1]:
+                raise UserError(f"{name} must be [batch, length] as input_ids; got shape {tuple(out[name].shape)}")
             out[name] = gather(out[name], source, PER_TOKEN[name])
-    rows = [row for row, _ in places]
-    reports = [_in_row(picture.report, row) for picture, row in zip(pictures, rows, strict=True)]
+    reports = [replace(picture.report, row=row) for picture, (row, _) in zip(pictures, places, strict=True)]
     out.report = Report(compressor, reports, source, watch)
     return out
+
+
+def positions_of(compressor: Compressor, adapter: ModelAdapter) -> str:
+    """The policy for kept positions: the compressor's own, or what the papers use in this family."""
+    return compressor.positions or adapter.default_positions
 
 
 def compress_pictures(
@@ -94,18 +103,27 @@ def compress_pictures(
         with watch.time("selection"):
             token_map = compressor(tokens)
             compressed = token_map.apply(tokens.features)
-            anchors = token_map.anchor_index().tolist()
         lengths = token_map.lengths
         with watch.time("projector"):
             flat = torch.cat([row[:length] for row, length in zip(compressed, lengths, strict=True)])
             projected = adapter.project(flat, site).split(lengths)
+        with watch.time("report"):
+            anchors = token_map.anchor_index().tolist()
+            lost = detail_lost(tokens, token_map).tolist()
         hidden = tokens.features.shape[1] - tokens.plain_count
         for place, index in enumerate(indices):
             # A token outside the grid (CLS) has no placeholder of its own: it takes the position of the first.
             offsets = [max(anchor - hidden, 0) for anchor in anchors[place][: lengths[place]]]
-            own_map = token_map.rows(slice(place, place + 1))
-            report = PictureReport(-1, tokens.plain_count, lengths[place], own_map, tokens.grid, tokens.prefix)
-            found[index] = CompressedPicture(projected[place], offsets, own_map, report)
+            report = PictureReport(
+                row=-1,
+                before=tokens.plain_count,
+                after=lengths[place],
+                detail_lost=lost[place],
+                token_map=token_map.rows(slice(place, place + 1)),
+                grid=tokens.grid,
+                prefix=tokens.prefix,
+            )
+            found[index] = CompressedPicture(projected[place], offsets, report)
     return [found[index] for index in sorted(found)]
 
 
@@ -169,26 +187,33 @@ def shorten(
 
 
 def gather(
-    values: Int[Tensor, "batch length"], source: Int[Tensor, "batch new_length"], fill: int
-) -> Int[Tensor, "batch new_length"]:
+    values: Int[Tensor, "*axes _ length"], source: Int[Tensor, "batch new_length"], fill: int
+) -> Int[Tensor, "*axes batch new_length"]:
     """`values` at `source`, `fill` where that is -1."""
-    if values.ndim != 2:
-        raise UserError(f"per-token inputs must be [batch, length]; got one of shape {tuple(values.shape)}")
-    return values.expand(len(source), -1).gather(1, source.clamp(min=0)).masked_fill(source < 0, fill)
+    shape = (*values.shape[:-2], len(source))
+    index = source.clamp(min=0).expand(*shape, -1)
+    return values.expand(*shape, -1).gather(-1, index).masked_fill(source < 0, fill)
 
 
-def _in_row(report: PictureReport, row: int) -> PictureReport:
-    return PictureReport(row, report.before, report.after, report.token_map, report.grid, report.prefix)
-
-
-def _pad_id(adapter: ModelAdapter) -> int:
+def pad_id(adapter: ModelAdapter) -> int:
     pad = getattr(adapter.llm_config, "pad_token_id", None)
     return 0 if pad is None else pad
 
 
+def _prompt(inputs: Mapping[str, Any]) -> tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]:
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if ids is None:
+        raise UserError("give input_ids together with the pictures: vlmzip finds a picture's place by its placeholders")
+    if inputs.get("inputs_embeds") is not None:
+        raise UserError("give input_ids or inputs_embeds, not both, with pictures: embeddings have no placeholders")
+    if mask is not None and mask.ndim != 2:
+        raise UserError(f"attention_mask must be [batch, length] with pictures; got shape {tuple(mask.shape)}")
+    return ids, torch.ones_like(ids) if mask is None else mask
+
+
 def _refuse_placeholders_without_pictures(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> None:
     ids = inputs.get("input_ids")
-    if ids is None or inputs.get("mm_encoder_outputs") or inputs.get("past_key_values") is not None:
+    if ids is None or inputs.get("mm_encoder_outputs"):
         return
     if bool((ids == adapter.placeholder_id).any()):
         raise UserError(f"the prompt has image placeholders, but there is no {adapter.picture_inputs[0]}")

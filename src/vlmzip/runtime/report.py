@@ -24,6 +24,8 @@ class PictureReport:
     before: int
     """Visual tokens that the LLM would get without compression."""
     after: int
+    detail_lost: float
+    """Share of the features' variance that the tokens left do not explain, 0 to about 1 (see `detail.py`)."""
     token_map: TokenMap
     """The map of this picture alone (a batch of one), over prefix and grid."""
     grid: Grid | None
@@ -85,5 +87,5 @@ class Report:
 
     @property
     def milliseconds(self) -> dict[str, float]:
-        """Time by stage: "encoder" (and projector, where the compressor acts behind it), "selection", "projector"."""
+        """Time by stage: "encoder" (and projector, where one acts behind it), "selection", "projector" and "report"."""
         return self.stopwatch.milliseconds()

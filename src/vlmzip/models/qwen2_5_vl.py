@@ -1,0 +1,134 @@
+"""Qwen2.5-VL, pictures only: grids of any size, windows in the encoder, a merger, positions with three axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers.vision_utils import get_vision_window_index
+
+from vlmzip.compressor import Positions, Profile
+from vlmzip.errors import UserError
+from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.recording import Recording, attention_received, mean_over_heads, record
+from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
+
+
+class Qwen25VL(ModelAdapter):
+    """`Qwen2_5_VLForConditionalGeneration`.
+
+    One token becomes one LLM token behind the merger, so that is where compressors act. Score and keys follow
+    VisionZip's Qwen2.5-VL variant: attention received in the last vision block, with rotated queries and keys, mean
+    over heads and over the patches that the merger joins.
+    """
+
+    model_types = ("qwen2_5_vl",)
+    example = "Qwen/Qwen2.5-VL-7B-Instruct"
+    sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR)
+    picture_inputs = ("pixel_values", "image_grid_thw")
+    default_positions: ClassVar[Positions] = "original"
+
+    @property
+    def placeholder_id(self) -> int:
+        return self.model.config.image_token_id
+
+    def profile(self) -> Profile:
+        # Any size is native to this family; 448 x 448 pixels stand for a common picture.
+        vision = self.model.config.vision_config
+        side = 448 // vision.patch_size // vision.spatial_merge_size
+        return Profile(Grid(1, side, side), self.llm_config.num_hidden_layers)
+
+    def encode(
+        self, inputs: Mapping[str, Any], site: Site, needs: frozenset[Signal]
+    ) -> Sequence[tuple[VisualTokens, list[int]]]:
+        if inputs.get("pixel_values_videos") is not None:
+            raise UserError("videos are not supported in this family yet; pictures are")
+        visual, thw = self.model.model.visual, inputs["image_grid_thw"]
+        merge = visual.spatial_merge_size
+        block = visual.blocks[-1].attn
+        with record({"qkv": block.qkv} if needs else {}, {"block": block} if needs else {}) as recording:
+            out = visual(inputs["pixel_values"].type(visual.dtype), grid_thw=thw, return_dict=True)
+        signals = self._signals(recording, thw, needs)
+        grids = [Grid(t, rows // merge, cols // merge) for t, rows, cols in thw.tolist()]
+        ends = torch.tensor([grid.size for grid in grids]).cumsum(0).tolist()
+        groups = []
+        for grid in dict.fromkeys(grids):
+            indices = [index for index, own in enumerate(grids) if own == grid]
+            spans = [slice(ends[index] - grid.size, ends[index]) for index in indices]
+            own: dict[str, Any] = {
+                name: torch.stack([values[span] for span in spans]) for name, values in signals.items()
+            }
+            features = torch.stack([out.pooler_output[span] for span in spans])
+            groups.append((VisualTokens(features, grid, **own), indices))
+        return groups
+
+    def plain_counts(self, inputs: Mapping[str, Any]) -> list[int]:
+        unit = self.model.config.vision_config.spatial_merge_size**2
+        return (inputs["image_grid_thw"].prod(-1) // unit).tolist()
+
+    def pictures_from(self, inputs: Mapping[str, Any], first: int) -> dict[str, Any]:
+        patches = int(inputs["image_grid_thw"][:first].prod(-1).sum())
+        return {
+            "pixel_values": inputs["pixel_values"][patches:],
+            "image_grid_thw": inputs["image_grid_thw"][first:],
+        }
+
+    def project(self, features: Float[Tensor, "tokens dim"], site: Site) -> Float[Tensor, "tokens llm_dim"]:
+        return features  # the merger projects, and it comes before both sites
+
+    def original_positions(
+        self, inputs: Mapping[str, Any], mask: Int[Tensor, "batch length"]
+    ) -> tuple[Int[Tensor, "3 batch length"], Int[Tensor, " batch"]]:
+        """Positions on three axes, computed for the full grids (the authors re-slice them likewise)."""
+        ids = inputs["input_ids"]
+        positions, deltas = self.model.model.get_rope_index(
+            ids,
+            mm_token_type_ids=(ids == self.placeholder_id).int(),
+            image_grid_thw=inputs.get("image_grid_thw"),
+            attention_mask=mask,
+        )
+        return positions, deltas[:, 0] + mask.sum(-1)
+
+    @torch.no_grad()
+    def _signals(
+        self, recording: Recording, thw: Int[Tensor, "pictures 3"], needs: frozenset[Signal]
+    ) -> dict[str, Float[Tensor, tokens * key_dim]]:
+        """Score and keys of each merged token of all pictures, in raster order."""
+        if not needs:
+            return {}
+        visual = self.model.model.visual
+        query, key = self._rotated(recording)
+        heads, unit = visual.blocks[-1].attn.num_heads, visual.spatial_merge_unit
+        # The sequences of this block: whole pictures, or windows where the last block attends in windows.
+        lengths = recording.arguments["block"]["cu_seqlens"].diff().tolist()
+        found: dict[str, Tensor] = {}
+        if Signal.CLS_ATTENTION in needs:
+            scale = visual.blocks[-1].attn.scaling
+            parts = zip(query.split(lengths), key.split(lengths), strict=True)
+            scores = [attention_received(q[None], k[None], heads, scale)[0] * len(k) for q, k in parts]
+            found["cls_attention"] = torch.cat(scores).unflatten(0, (-1, unit)).mean(1)
+        if Signal.KEYS in needs:
+            found["keys"] = mean_over_heads(key[None], heads)[0].unflatten(0, (-1, unit)).mean(1)
+        back = get_vision_window_index(
+            thw,
+            spatial_merge_size=visual.spatial_merge_size,
+            window_size=visual.window_size,
+            patch_size=visual.patch_size,
+        )[0].argsort()
+        return {name: values[back.to(values.device)] for name, values in found.items()}
+
+    def _rotated(self, recording: Recording) -> tuple[Float[Tensor, "patches dim"], Float[Tensor, "patches dim"]]:
+        """Queries and keys of the last block with rotary positions, heads side by side."""
+        attention = self.model.model.visual.blocks[-1].attn
+        query, key, _ = recording["qkv"].float().unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
+        cos, sin = (table.float()[:, None] for table in recording.arguments["block"]["position_embeddings"])
+        query, key = ((x * cos + _rotate_half(x) * sin).flatten(1) for x in (query, key))
+        return query, key
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)

@@ -1,0 +1,21 @@
+"""ViP-LLaVA: LLaVA with the features of several encoder layers side by side, and one tensor for all pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from vlmzip.models.llava import Llava
+
+
+class VipLlava(Llava):
+    """`VipLlavaForConditionalGeneration`. Attention row and keys are those of the deepest feature layer."""
+
+    model_types = ("vipllava",)
+    example = "llava-hf/vip-llava-7b-hf"
+    features_as_list = False
+
+    def _setting(self, inputs: Mapping[str, Any], name: str, default: Any = None) -> Any:
+        if name == "vision_feature_layer" and not hasattr(self.model.config, name):
+            name = "vision_feature_layers"  # its name up to transformers 5.21
+        return super()._setting(inputs, name, default)

@@ -1,0 +1,60 @@
+"""CLIP and SigLIP vision encoders, which several families share: features of some layers, signals of the deepest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vlmzip.errors import UserError
+from vlmzip.models.recording import Recording, attention_received, cls_attention_row, mean_over_heads, record
+from vlmzip.visual_tokens import Signal
+
+#: Encoders of this form, and the tokens that they put before the patches.
+PREFIX = {"clip_vision_model": 1, "siglip_vision_model": 0}
+
+
+def prefix_of(vision_config: Any) -> int:
+    """Tokens before the patches: 1 for CLIP's CLS. Raises `UserError` for other encoders."""
+    if vision_config.model_type not in PREFIX:
+        known = " and ".join(PREFIX)
+        raise UserError(f"vision encoders of type {vision_config.model_type} are not supported yet; {known} are")
+    return PREFIX[vision_config.model_type]
+
+
+def feature_layers(wanted: int | list[int], depth: int) -> list[int]:
+    """The encoder layers, 0-based, that put out `hidden_states[i]` for each i wanted; number 0 is before them all."""
+    layers = [index % (depth + 1) - 1 for index in ([wanted] if isinstance(wanted, int) else wanted)]
+    if min(layers) < 0:
+        raise UserError("vision_feature_layer points at the patch embeddings, where nothing has been attended to")
+    return layers
+
+
+def run_vit(
+    tower: Any, pixels: Float[Tensor, "batch 3 height width"], layers: list[int], needs: frozenset[Signal]
+) -> tuple[Float[Tensor, "batch tokens dim"], dict[str, Any], Any]:
+    """Features of the layers side by side, the signals of the deepest of them, and what the encoder itself returned."""
+    blocks = tower.encoder.layers
+    modules: dict[str, nn.Module] = {f"features.{layer}": blocks[layer] for layer in layers}
+    if needs:
+        attention = blocks[max(layers)].self_attn
+        modules |= {"query": attention.q_proj, "key": attention.k_proj}
+    with record(modules) as recording:
+        out = tower(pixel_values=pixels, return_dict=True)
+    features = torch.cat([recording[f"features.{layer}"] for layer in layers], dim=-1)
+    return features, _signals(recording, tower.config, needs), out
+
+
+@torch.no_grad()
+def _signals(recording: Recording, vision_config: Any, needs: frozenset[Signal]) -> dict[str, Any]:
+    heads = vision_config.num_attention_heads
+    scale = (vision_config.hidden_size // heads) ** -0.5
+    signals: dict[str, Any] = {}
+    if Signal.CLS_ATTENTION in needs:
+        rule = cls_attention_row if prefix_of(vision_config) else attention_received
+        signals["cls_attention"] = rule(recording["query"], recording["key"], heads, scale)
+    if Signal.KEYS in needs:
+        signals["keys"] = mean_over_heads(recording["key"], heads)
+    return signals

@@ -1,0 +1,74 @@
+"""`compressor.json`: the compressor beside the weights, as data; nothing in a saved folder is ever executed."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmzip import catalogue
+from vlmzip.compressor import Compressor
+from vlmzip.errors import UserError
+from vlmzip.version import __version__
+
+if TYPE_CHECKING:
+    from vlmzip.runtime.facade import CompressedModel
+
+FILE = "compressor.json"
+#: Raised when the file's layout changes in a way that older versions would misread.
+FORMAT = 1
+
+
+def from_pretrained(
+    folder: str | os.PathLike[str], compressor: Compressor | None = None, **kwargs: Any
+) -> CompressedModel:
+    """Loads what `save_pretrained` wrote: the model with its compressor. `kwargs` go to transformers.
+
+    `compressor` replaces the saved one. Raises `UserError` for a folder without `compressor.json`, an unknown method or
+    field, or a file that a newer vlmzip wrote.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    from vlmzip.runtime.facade import attach
+
+    compressor = compressor or read_compressor(folder)
+    return attach(AutoModelForImageTextToText.from_pretrained(folder, **kwargs), compressor)
+
+
+def write_compressor(compressor: Compressor, folder: str | os.PathLike[str]) -> None:
+    """Writes `compressor.json` whole or not at all."""
+    settings = compressor.to_dict()
+    content = {"format": FORMAT, "vlmzip": __version__, "method": settings.pop("method"), "fields": settings}
+    handle, unfinished = tempfile.mkstemp(dir=folder, prefix=f".{FILE}-")
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(content, file, indent=2)
+        Path(unfinished).chmod(0o644)
+        Path(unfinished).replace(Path(folder) / FILE)
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
+
+
+def read_compressor(folder: str | os.PathLike[str]) -> Compressor:
+    """The compressor saved in `folder`; only methods that are installed here are found, none is imported by name."""
+    path = Path(folder) / FILE
+    if not path.is_file():
+        raise UserError(f"there is no {FILE} in {str(folder)!r}; load it with transformers and vlmzip.attach()")
+    try:
+        content = json.loads(path.read_text())
+        version, method, settings = int(content["format"]), str(content["method"]), dict(content["fields"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{str(path)!r} cannot be read: {type(error).__name__}: {error}") from None
+    if version > FORMAT:
+        raise UserError(
+            f"{str(path)!r} was written by vlmzip {content.get('vlmzip')}, newer than {__version__}: update vlmzip"
+        )
+    installed = {f"{cls.__module__}:{cls.__qualname__}": cls for cls in catalogue.available().values()}
+    if ":" in method and method not in installed:
+        raise UserError(
+            f"{str(path)!r} names code that is not an installed method ({method});"
+            " pass it yourself: vlmzip.from_pretrained(folder, compressor=…)"
+        )
+    return catalogue.make(installed.get(method) or catalogue.find(method), settings)

@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from tests.methods.test_visionzip import tokens_of
+from vlmzip import NoCompression, Pool2d, RandomTokens, TokenMap, VisionZip
+from vlmzip.runtime.detail import detail_lost
+
+
+def test_nothing_is_lost_without_compression():
+    tokens = tokens_of()
+    torch.testing.assert_close(detail_lost(tokens, NoCompression()(tokens)), torch.zeros(3))
+
+
+def test_the_mean_of_all_loses_everything():
+    tokens = tokens_of(prefix=0)
+    everything = TokenMap.merge(torch.zeros(3, 36, dtype=torch.long))
+    torch.testing.assert_close(detail_lost(tokens, everything), torch.ones(3))
+
+
+def test_pooling_loses_the_variance_inside_the_windows():
+    tokens = tokens_of(rows=4, cols=4, prefix=0)
+    grid = tokens.features.unflatten(1, (4, 4))
+    inside = sum(
+        (window - window.mean((1, 2), keepdim=True)).square().sum((1, 2, 3))
+        for window in (grid[:, r : r + 2, c : c + 2] for r in (0, 2) for c in (0, 2))
+    )
+    spread = (tokens.features - tokens.features.mean(1, keepdim=True)).square().sum((1, 2))
+    torch.testing.assert_close(detail_lost(tokens, Pool2d(factor=2)(tokens)), inside / spread)
+
+
+def test_dropped_tokens_count_as_their_nearest_kept_one():
+    tokens = tokens_of(batch=1, rows=2, cols=2, prefix=0)
+    features = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [2.0, 0.1], [0.0, 3.0]]])
+    tokens = type(tokens)(features, tokens.grid)
+    kept = TokenMap.keep(torch.tensor([[True, True, False, False]]))
+    error = (1 + 0.01) + 4  # token 2 stands for token 0, token 3 for token 1
+    spread = (features - features.mean(1, keepdim=True)).square().sum()
+    assert detail_lost(tokens, kept).item() == pytest.approx((error / spread).item())
+
+
+def test_fewer_tokens_lose_more():
+    tokens = tokens_of()
+    lost = [detail_lost(tokens, RandomTokens(keep=k)(tokens)).mean() for k in (30, 20, 10, 2)]
+    assert lost == sorted(lost)
+
+
+@pytest.mark.parametrize("merge", ["reference", "mean"])
+def test_the_reference_merge_is_not_punished_for_its_norm(merge):
+    tokens = tokens_of()
+    lost = detail_lost(tokens, VisionZip(keep=30, merge=merge)(tokens))
+    assert (lost < 0.7).all()
+
+
+def test_cls_is_no_detail():
+    tokens = tokens_of()
+    loud = tokens.features.clone()
+    loud[:, 0] *= 1000
+    token_map = Pool2d(factor=2)(tokens)
+    torch.testing.assert_close(
+        detail_lost(type(tokens)(loud, tokens.grid, 1), token_map), detail_lost(tokens, token_map)
+    )

@@ -1,0 +1,56 @@
+import json
+
+import pytest
+
+import vlmzip
+from tests.runtime.ragged import Ragged
+from vlmzip import Pool2d, UserError, VisionZip, available
+from vlmzip.runtime.saving import FORMAT, read_compressor, write_compressor
+
+
+@pytest.mark.parametrize(
+    "method", [cls() for cls in available().values()] + [VisionZip(dominant=5, contextual=0, merge="mean")]
+)
+def test_round_trip(tmp_path, method):
+    write_compressor(method, tmp_path)
+    assert read_compressor(tmp_path) == method
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "there is no compressor.json"),
+        ("{", "cannot be read"),
+        ({"format": 1, "fields": {}}, "cannot be read: KeyError"),
+        (
+            {"format": FORMAT + 1, "vlmzip": "9.0", "method": "visionzip", "fields": {}},
+            "written by vlmzip 9.0, newer than",
+        ),
+        ({"format": 1, "method": "visionsip", "fields": {}}, "did you mean 'visionzip'"),
+        ({"format": 1, "method": "visionzip", "fields": {"kep": 3}}, "did you mean 'keep'"),
+        ({"format": 1, "method": "visionzip", "fields": {"keep": -3}}, "keeps nothing"),
+        ({"format": 1, "method": "os:system", "fields": {}}, "names code that is not an installed method"),
+    ],
+)
+def test_files_that_cannot_be_used_are_refused(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "compressor.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(UserError, match=message) as error:
+        vlmzip.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_method_from_elsewhere_is_named_but_not_imported(tmp_path):
+    write_compressor(Ragged(), tmp_path)
+    with pytest.raises(UserError, match=r"tests.runtime.ragged:Ragged.*pass it yourself"):
+        read_compressor(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    write_compressor(VisionZip(keep=8), tmp_path)
+    monkeypatch.setattr(json, "dump", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_compressor(Pool2d(), tmp_path)
+    monkeypatch.undo()
+    assert read_compressor(tmp_path) == VisionZip(keep=8)
+    assert [p.name for p in tmp_path.iterdir()] == ["compressor.json"]
