@@ -36,7 +36,15 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
 
 
 def run(args: Namespace) -> None:
-    from vlmzip.cli.asking import answer, build_inputs, compressed, draw, plain_account, split_pictures_and_question
+    from vlmzip.cli.asking import (
+        answer,
+        build_inputs,
+        compressed,
+        draw,
+        plain_account,
+        split_pictures_and_question,
+        warn_about_detail,
+    )
     from vlmzip.cli.loading import load, progress
     from vlmzip.cli.pictures import check_target, load_picture, save_picture
     from vlmzip.methods import NoCompression
@@ -65,7 +73,7 @@ def run(args: Namespace) -> None:
         "question": question,
         "answer": result.text,
         "pictures": [
-            {"path": path, "before": p.before, "after": p.after}
+            {"path": path, "before": p.before, "after": p.after, "detail_lost": round(p.detail_lost, 3)}
             for path, p in zip(paths, result.report.pictures, strict=True)
         ],
         "compressed": asdict(result.account),
@@ -74,6 +82,7 @@ def run(args: Namespace) -> None:
     if plain:
         out["plain"] = asdict(plain.account)
         out["plain_answer"] = plain.text
+    warn_about_detail(result.report, paths)
     if args.overlay:
         save_picture(draw(loaded, inputs, result.report), args.overlay, paths)
         out["overlay"] = str(args.overlay)

@@ -16,6 +16,7 @@ from vlmzip.cli.pictures import load_picture
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.measure.flops import kv_cache_bytes, prefill_flops
+from vlmzip.runtime.detail import WORRYING
 from vlmzip.runtime.facade import CompressedModel, attach
 from vlmzip.runtime.report import Report
 from vlmzip.visualize.overlay import draw_tokens, seen_picture, stack
@@ -87,6 +88,19 @@ def plain_account(loaded: Loaded, inputs: dict[str, Any], report: Report) -> dic
     counted = asdict(account)
     del counted["milliseconds"]
     return counted
+
+
+def warn_about_detail(report: Report, paths: list[str]) -> None:
+    """One note for each picture that lost more detail than reading can spare."""
+    for picture, path in zip(report.pictures, paths, strict=True):
+        if picture.detail_lost > WORRYING:
+            console.print(
+                f"note: {picture.after} tokens leave out {picture.detail_lost:.0%} of the detail in {path};"
+                " dense text and small print need more (--keep 50%)",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
 
 
 def draw(loaded: Loaded, inputs: dict[str, Any], report: Report) -> Image.Image:

@@ -10,6 +10,8 @@ from torch.nn.functional import normalize
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import VisualTokens
 
+WORRYING = 0.5
+"""Lost detail from which on reading suffers: benchmarks/detail_lost.py on mini; other encoders may differ."""
 CHUNK = 1024
 """Dropped tokens compared with the kept ones at a time."""
 

@@ -28,15 +28,17 @@ def seen_picture(pixels: Float[Tensor, "3 height width"], mean: Sequence[float],
 def draw_tokens(picture: Image.Image, token_map: TokenMap, grid: Grid, prefix: int, title: str = "") -> Image.Image:
     """The picture, and beside it the fate of each of its tokens; `token_map` is of this picture alone."""
     cell = max(8, SIDE // max(grid.rows, grid.cols))
-    width, height = cell * grid.cols, cell * grid.rows
-    large = picture.resize(
-        (width, height), Image.Resampling.NEAREST if picture.width < width else Image.Resampling.LANCZOS
-    )
-    fates = large.copy()
-    group = token_map.group[0, prefix:].tolist()
-    anchor = token_map.anchor[0, prefix:].tolist()
-    sizes = Counter(group)
-    colours = _colours(sorted(g for g, size in sizes.items() if g >= 0 and size > 1))
+    sizes = _sizes(token_map, prefix)
+    fates = draw_fates(picture, token_map, grid, prefix, cell)
+    return _page(_enlarged(picture, grid, cell), fates, title, _caption(sizes, token_map, prefix), _colours(sizes))
+
+
+def draw_fates(picture: Image.Image, token_map: TokenMap, grid: Grid, prefix: int, cell: int) -> Image.Image:
+    """The picture with `cell` pixels a token: kept ones framed white, merged ones tinted, dropped ones dark."""
+    fates = _enlarged(picture, grid, cell)
+    group, anchor = token_map.group[0, prefix:].tolist(), token_map.anchor[0, prefix:].tolist()
+    sizes = _sizes(token_map, prefix)
+    colours = _colours(sizes)
     for place, (g, is_anchor) in enumerate(zip(group, anchor, strict=True)):
         row, col = divmod(place % (grid.rows * grid.cols), grid.cols)
         box = (col * cell, row * cell, (col + 1) * cell, (row + 1) * cell)
@@ -49,7 +51,7 @@ def draw_tokens(picture: Image.Image, token_map: TokenMap, grid: Grid, prefix: i
                 ImageDraw.Draw(fates).rectangle((box[0] + 2, box[1] + 2, box[2] - 3, box[3] - 3), outline=INK, width=2)
         else:
             ImageDraw.Draw(fates).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=WHITE, width=2)
-    return _page(large, fates, title, _caption(sizes, token_map, prefix), colours)
+    return fates
 
 
 def stack(pages: list[Image.Image]) -> Image.Image:
@@ -106,14 +108,25 @@ def _caption(sizes: Counter[int], token_map: TokenMap, prefix: int) -> str:
     return ", ".join(parts) + (f", and {outside} from outside the grid (CLS)" if outside else "")
 
 
+def _enlarged(picture: Image.Image, grid: Grid, cell: int) -> Image.Image:
+    """A copy with `cell` pixels a token; enlarged without smoothing, so that small pictures stay what they are."""
+    size = (cell * grid.cols, cell * grid.rows)
+    return picture.resize(size, Image.Resampling.NEAREST if picture.width < size[0] else Image.Resampling.LANCZOS)
+
+
+def _sizes(token_map: TokenMap, prefix: int) -> Counter[int]:
+    """How many tokens of the grid joined each output token; -1 counts the dropped ones."""
+    return Counter(token_map.group[0, prefix:].tolist())
+
+
 def _dimmed(tile: Image.Image) -> Image.Image:
     return Image.blend(tile.convert("L").convert("RGB"), Image.new("RGB", tile.size, (20, 20, 20)), 0.8)
 
 
-def _colours(groups: list[int]) -> dict[int, tuple[int, int, int]]:
-    """Colours far apart: hues a golden section from one to the next."""
+def _colours(sizes: Counter[int]) -> dict[int, tuple[int, int, int]]:
+    """A colour for each group of several tokens, far apart: hues a golden section from one to the next."""
     out = {}
-    for n, g in enumerate(groups):
+    for n, g in enumerate(sorted(g for g, size in sizes.items() if g >= 0 and size > 1)):
         red, green, blue = colorsys.hsv_to_rgb((0.05 + n * 0.618034) % 1, 0.85, 0.95 if n % 2 == 0 else 0.7)
         out[g] = (int(red * 255), int(green * 255), int(blue * 255))
     return out

@@ -1,0 +1,76 @@
+"""Where does lost detail cost answers? The threshold of `ask`'s warning, measured on mini's reading questions.
+
+    python benchmarks/detail_lost.py
+
+Asks the reading questions of mini's validation split with several methods and budgets, and puts each answer beside the
+`detail_lost` of its picture. The threshold is the start of the first bin from which on reading keeps less than
+nine tenths of its accuracy without compression. Writes benchmarks/results/detail-lost.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+from pathlib import Path
+
+import vlmzip
+from vlmzip import NoCompression, Pool2d, RandomTokens, VisionZip
+from vlmzip.mini import load
+from vlmzip.mini.evaluate import ModelAnswer, accuracy
+from vlmzip.mini.splits import validation_split
+
+METHODS = [
+    *(VisionZip(keep=k) for k in (16, 24, 36, 72, 108)),
+    *(RandomTokens(keep=k) for k in (16, 36, 72, 108, 130)),
+    *(Pool2d(factor=f) for f in (2, 3)),
+]
+BIN = 0.1
+KEEPS_AT_LEAST = 0.9
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "detail-lost.csv")
+    args = parser.parse_args()
+    model, processor = load()
+    samples = [sample for sample in validation_split() if sample.type == "read"]
+    plain = accuracy(ModelAnswer(vlmzip.attach(model, NoCompression()), processor), samples)
+    base = sum(record.right for record in plain) / len(plain)
+    answers: list[tuple[float, bool]] = []
+    for method in METHODS:
+        small = vlmzip.attach(model, method)
+        records = accuracy(ModelAnswer(small, processor), samples, batch=len(samples))
+        lost = [picture.detail_lost for picture in small.report.pictures]
+        answers += zip(lost, [record.right for record in records], strict=True)
+    rows = table(answers, base)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with args.out.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    for row in rows:
+        print(f"{row['from']:.1f} to {row['to']:.1f} lost: reading {row['accuracy']:.3f} of {row['answers']} answers")
+    print(f"without compression: {base:.3f} of {len(plain)}; threshold: {threshold(rows, base):.1f}")
+    print(f"written to {args.out}")
+
+
+def table(answers: list[tuple[float, bool]], base: float) -> list[dict[str, float]]:
+    rows = []
+    for number in range(12):
+        low, high = number * BIN, (number + 1) * BIN
+        right = [is_right for lost, is_right in answers if low <= lost < high]
+        if right:
+            rows.append(
+                {"from": low, "to": high, "answers": len(right), "accuracy": sum(right) / len(right), "plain": base}
+            )
+    return rows
+
+
+def threshold(rows: list[dict[str, float]], base: float) -> float:
+    """The start of the first bin from which on every bin keeps less than KEEPS_AT_LEAST of the plain accuracy."""
+    low = [row["accuracy"] < KEEPS_AT_LEAST * base for row in rows]
+    return next(row["from"] for n, row in enumerate(rows) if all(low[n:]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""Makes the pictures of README and docs: `make figures`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+import vlmzip
+from vlmzip import NoCompression, Pool2d, RandomTokens, VisionZip
+from vlmzip.compressor import Compressor
+from vlmzip.mini import load
+from vlmzip.visualize.overlay import INK, PAPER, draw_fates, draw_tokens, seen_picture
+
+HERE = Path(__file__).parent
+EXAMPLES = HERE.parent.parent / "examples"
+SHOWN: list[tuple[str, Compressor]] = [
+    ("all 144 tokens", NoCompression()),
+    ("random_tokens, 16", RandomTokens(keep=16)),
+    ("pool2d, 16", Pool2d(factor=3)),
+    ("visionzip, 16", VisionZip(keep=16)),
+]
+
+
+def main() -> None:
+    model, processor = load()
+    for name in ("flat", "cluttered"):
+        question = (EXAMPLES / f"{name}.txt").read_text().strip()
+        inputs = processor(
+            images=Image.open(EXAMPLES / f"{name}.png").convert("RGB"),
+            text=f"USER: <image>\n{question} ASSISTANT:",
+            return_tensors="pt",
+        )
+        panels = [panel(model, processor, inputs, title, method) for title, method in SHOWN]
+        side_by_side(panels, question).save(HERE / f"methods_{name}.png")
+        small = vlmzip.attach(model, VisionZip(keep=16))
+        with torch.no_grad():
+            small(**inputs)
+        picture = small.report.pictures[0]
+        page = draw_tokens(
+            seen(processor, inputs), picture.token_map, picture.grid, picture.prefix, "visionzip: 144 → 16"
+        )
+        page.save(HERE / f"tokens_{name}.png")
+
+
+def panel(model, processor, inputs, title: str, method: Compressor) -> tuple[Image.Image, str, str]:
+    """The fate of the tokens under one method, and the answer."""
+    small = vlmzip.attach(model, method)
+    out = small.generate(**inputs, max_new_tokens=8, do_sample=False)
+    answer = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    picture = small.report.pictures[0]
+    if isinstance(method, NoCompression):
+        fates = seen(processor, inputs).resize((360, 360), Image.Resampling.NEAREST)
+    else:
+        fates = draw_fates(seen(processor, inputs), picture.token_map, picture.grid, picture.prefix, cell=30)
+    return fates, title, answer
+
+
+def seen(processor, inputs) -> Image.Image:
+    images = processor.image_processor
+    return seen_picture(inputs["pixel_values"][0], images.image_mean, images.image_std)
+
+
+def side_by_side(panels: list[tuple[Image.Image, str, str]], question: str) -> Image.Image:
+    margin, line = 16, 30
+    width = sum(image.width + margin for image, _, _ in panels) + margin
+    page = Image.new("RGB", (width, panels[0][0].height + 3 * line + 2 * margin), PAPER)
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=18)
+    draw.text((margin, margin - 6), question, fill=INK, font=font)
+    left = margin
+    for image, title, answer in panels:
+        page.paste(image, (left, margin + line))
+        draw.text((left, margin + line + image.height + 6), title, fill=INK, font=font)
+        draw.text((left, margin + 2 * line + image.height), f"“{answer}”", fill=INK, font=font)
+        left += image.width + margin
+    return page
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""Signals of encoders without CLS, against attention matrices that the model itself computes."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AttentionInterface
+
+from tests.tiny import FAMILIES, tiny_paligemma
+from vlmzip import Signal, Site, UserError
+from vlmzip.models import adapter_for
+from vlmzip.models.recording import attention_received
+
+NEEDS = frozenset({Signal.CLS_ATTENTION, Signal.KEYS})
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 256])
+def test_attention_received_equals_the_matrix(chunk):
+    query, key = torch.randn(2, 3, 17, 24)
+    q, k = (x.unflatten(-1, (4, 6)).transpose(1, 2) for x in (query, key))
+    matrix = (q @ k.transpose(2, 3) * 0.3).softmax(-1)
+    torch.testing.assert_close(attention_received(query, key, 4, 0.3, chunk), matrix.mean((1, 2)), atol=1e-6, rtol=0)
+
+
+def test_paligemma_takes_the_attention_of_the_last_layer():
+    family = FAMILIES["paligemma"]()
+    inputs = family.batch([1, "image"], ["image", 4])
+    [(tokens, _)] = adapter_for(family.model).encode(inputs, Site.PRE_PROJECTOR, NEEDS)
+    tower = tiny_paligemma("eager").model.vision_tower
+    with torch.no_grad():
+        truth = tower(inputs["pixel_values"], output_attentions=True)
+    torch.testing.assert_close(tokens.cls_attention, truth.attentions[-1].mean((1, 2)), atol=1e-6, rtol=0)
+    torch.testing.assert_close(tokens.features, truth.last_hidden_state, atol=1e-5, rtol=1e-5)
+    assert tokens.prefix == 0
+
+
+class TestQwen:
+    @pytest.fixture
+    def family(self):
+        return FAMILIES["qwen2_5_vl"]()
+
+    def signals(self, model, inputs):
+        """Score and keys of each picture, in order."""
+        found = {}
+        for tokens, indices in adapter_for(model).encode(inputs, Site.PRE_PROJECTOR, NEEDS):
+            found |= {n: (tokens.cls_attention[i], tokens.keys[i], tokens.grid) for i, n in enumerate(indices)}
+        return [found[n] for n in sorted(found)]
+
+    def test_score_is_the_attention_that_the_model_computes(self, family):
+        """The model's own attention of the last block, caught where it is computed; summed, then averaged per merger."""
+        seen = []
+
+        def catch(module, query, key, value, attention_mask, scaling, **kwargs):
+            weights = (query @ key.transpose(2, 3) * scaling).softmax(-1)
+            seen.append((module, weights, key))
+            return (weights @ value).transpose(1, 2), None
+
+        AttentionInterface.register("catching", catch)
+        inputs = family.batch([1, "image", "image", 4])
+        model = copy.deepcopy(family.model)
+        model.set_attn_implementation({"vision_config": "catching"})
+        with torch.no_grad():
+            model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+        last = [(weights, key) for module, weights, key in seen if module is model.model.visual.blocks[-1].attn]
+        assert len(last) == 2  # one sequence a picture
+        for (weights, key), (score, keys, grid) in zip(last, self.signals(family.model, inputs), strict=True):
+            received = weights[0].mean(0).sum(0).unflatten(0, (-1, 4)).mean(1)
+            merged = key[0].mean(0).unflatten(0, (-1, 4)).mean(1)
+            order = self.window_order(grid)
+            torch.testing.assert_close(score[order], received, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(keys[order], merged, atol=1e-5, rtol=1e-5)
+
+    def window_order(self, grid):
+        """Raster numbers of merged tokens, window by window of 2 x 2, as the encoder runs over them."""
+        rows, cols = range(grid.rows), range(grid.cols)
+        windows = [(r, c) for r in range(0, grid.rows, 2) for c in range(0, grid.cols, 2)]
+        return [r * grid.cols + c for top, left in windows for r in rows[top : top + 2] for c in cols[left : left + 2]]
+
+    def test_pictures_of_equal_grid_come_together(self, family):
+        groups = adapter_for(family.model).encode(
+            family.batch(["image", "image"], ["image", 3]), Site.PRE_PROJECTOR, frozenset()
+        )
+        assert [(tuple(tokens.grid), indices) for tokens, indices in groups] == [((1, 4, 6), [0, 2]), ((1, 5, 3), [1])]
+        assert groups[0][0].cls_attention is None
+
+    def test_videos_are_refused(self, family):
+        inputs = {**family.batch(["image"]), "pixel_values_videos": torch.zeros(1)}
+        with pytest.raises(UserError, match="videos are not supported"):
+            adapter_for(family.model).encode(inputs, Site.PRE_PROJECTOR, frozenset())
+
+    def test_positions_are_those_of_the_full_grid(self, family):
+        """Kept tokens keep their three axes, and the text goes on where the full grid says."""
+        from vlmzip import RandomTokens, compress_inputs
+
+        inputs = family.batch([1, 2, "image", 5, 6])
+        small = compress_inputs(family.model, inputs, RandomTokens(keep=5))
+        full, _ = family.model.model.get_rope_index(
+            inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"]
+        )
+        source = small.report.source[0]
+        assert torch.equal(small["position_ids"][:, 0], full[:, 0, source])
+        assert small["position_ids"][:, 0, -2:].tolist() == [[8, 9]] * 3  # 2 + max(4, 6), not 2 + 5
+
+
+def test_other_encoders_are_refused(llava):
+    model = copy.deepcopy(llava)
+    model.config.vision_config.model_type = "pixtral"
+    with pytest.raises(UserError, match="type pixtral are not supported yet"):
+        adapter_for(model)
