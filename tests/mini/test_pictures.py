@@ -269,5 +269,5 @@ def test_targets_spell_the_number() -> None:
     assert rows == {tuple([int(digit) for digit in name] + [10] * (3 - len(name)))}
 
 
-PICTURES_DIGEST = ""
-QUESTIONS_DIGEST = ""
+PICTURES_DIGEST = "47633d4e8eb42a67c4828c051e6ef56399a7b98e6afbb4ff440465b5da1f5cce"
+QUESTIONS_DIGEST = "503fa9ed55b46f9dde0a571460efb880d4218ff29511aca2f66983d4d32a2a65"
