@@ -15,10 +15,10 @@ from vlmzip.mini.loop import Run, train_stage
 from vlmzip.mini.model import visual_features
 from vlmzip.mini.packing import IGNORE, Packed, Packer
 from vlmzip.mini.questions import ask, ask_all
-from vlmzip.mini.scene import Scene, make_scene
+from vlmzip.mini.scene import SIDE, Scene, Thing, make_scene
 from vlmzip.mini.splits import TRAIN_LANGUAGE, VALIDATION, questions_of, train_seed
 from vlmzip.mini.tokenizer import make_tokenizer
-from vlmzip.mini.words import TYPES, with_article
+from vlmzip.mini.words import TYPES
 
 CAPTION_QUESTION = "what do you see ?"
 MOST_IN_CAPTION = 6
@@ -32,14 +32,32 @@ def training_questions(scene: Scene, most: int) -> list[tuple[str, str]]:
     return list({question.text: (question.text, question.answer) for question in asked}.values())
 
 
-def caption(scene: Scene) -> str:
-    """'a red circle , the number 34 , a blue dress .' from top to bottom."""
-    shown = sorted(scene.things, key=lambda thing: thing.top)[:MOST_IN_CAPTION]
-    return " , ".join(_described(thing.kind, thing.color, thing.name) for thing in shown) + " ."
+def captions(scene: Scene, count: int) -> list[tuple[str, str]]:
+    """'red circle top left , dress blue bottom right .': what is there, in any order, its words in several orders.
+
+    A word just written names the thing that the next word is about: the shortest way to learn to look things up.
+    """
+    dice = Dice(scene.seed * 2 + 4_000_003)
+    return [(CAPTION_QUESTION, _caption(scene, dice)) for _ in range(count)]
 
 
-def _described(kind: str, color: str, name: str) -> str:
-    return f"the {color} number {name}" if kind == "number" else with_article(f"{color} {name}")
+def _caption(scene: Scene, dice: Dice) -> str:
+    shown = dice.shuffled(scene.things)[:MOST_IN_CAPTION]
+    return " , ".join(_described(thing, dice) for thing in shown) + " ."
+
+
+def _described(thing: Thing, dice: Dice) -> str:
+    x, y = thing.center
+    place = f"{'top' if y < SIDE / 2 else 'bottom'} {'left' if x < SIDE / 2 else 'right'}"
+    name = f"number {thing.name}" if thing.kind == "number" else thing.name
+    order = dice.below(5)
+    if order < 2:
+        return f"{thing.color} {name} {place}"
+    if order < 4:
+        # "number red 347": the word that tells the thing first, what is read off it last.
+        first, *rest = name.split()
+        return " ".join([first, thing.color, *rest, place])
+    return f"{thing.color} {thing.kind} {place}"
 
 
 def answer_states(model: LlavaForConditionalGeneration, packed: Packed, visual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -77,18 +95,18 @@ class Lessons:
 
     def text_loss(self, numbers: range) -> Tensor:
         """Questions, answers and captions as text: every word is to be foretold from those before it."""
-        scenes = _scenes(numbers)
-        pairs = [[(CAPTION_QUESTION, caption(scene)), *training_questions(scene, self.most)] for scene in scenes]
+        pairs = [[*captions(scene, 1), *training_questions(scene, self.most)] for scene in _scenes(numbers)]
         return self._loss(self.without_picture.pack(pairs, True, self.device), None)
 
     def caption_loss(self, numbers: range) -> Tensor:
         scenes = _scenes(numbers)
-        pairs = [[(CAPTION_QUESTION, caption(scene))] for scene in scenes]
-        return self._loss(self.with_picture.pack(pairs, False, self.device), self.features(scenes, self.assets))
+        return self._seen_loss(scenes, [captions(scene, 2) for scene in scenes])
 
     def answer_loss(self, numbers: range) -> Tensor:
         scenes = _scenes(numbers)
-        pairs = [training_questions(scene, self.most) for scene in scenes]
+        return self._seen_loss(scenes, [training_questions(scene, self.most) for scene in scenes])
+
+    def _seen_loss(self, scenes: list[Scene], pairs: list[list[tuple[str, str]]]) -> Tensor:
         return self._loss(self.with_picture.pack(pairs, False, self.device), self.features(scenes, self.assets))
 
     def _loss(self, packed: Packed, visual: Tensor | None) -> Tensor:
@@ -104,14 +122,15 @@ def train_language(run: Run, model: LlavaForConditionalGeneration, assets: Asset
     """The stages after the encoder, each skipped if the run is past it. `stop_at` leaves within the instruct stage."""
     lessons = Lessons(run, model, assets)
     language: list[nn.Parameter] = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
-    projector: list[nn.Parameter] = list(model.model.multi_modal_projector.parameters())
+    both = [*language, *model.model.multi_modal_projector.parameters()]
     modules: dict[str, nn.Module] = {"model": model}
     if not run.finished("text"):
         train_stage(run, "text", modules, language, lessons.text_loss)
     if not run.finished("projector"):
-        train_stage(run, "projector", modules, projector, lessons.caption_loss)
+        # LLaVA holds its LLM here. This one is new: it has to learn along with the projector what to look for.
+        train_stage(run, "projector", modules, both, lessons.caption_loss)
     report = _reporter(lessons)
-    train_stage(run, "instruct", modules, [*language, *projector], lessons.answer_loss, report, stop_at)
+    train_stage(run, "instruct", modules, both, lessons.answer_loss, report, stop_at)
 
 
 def _reporter(lessons: Lessons) -> Callable[[int], str]:

@@ -49,11 +49,11 @@ class Recipe:
     # The same lessons once more from a high learning rate: reading needs it, the rest was learned before.
     detail: Stage = field(default_factory=lambda: Stage(steps=1800, learning_rate=7e-4, warmup=100))
     # An LLM that has never seen a word has nothing to align to: a little text without pictures first.
-    text: Stage = field(default_factory=lambda: Stage(steps=100, learning_rate=1e-3, warmup=20))
-    # Step 2: only the projector learns, the LLM is held.
-    projector: Stage = field(default_factory=lambda: Stage(steps=100, learning_rate=2e-3, warmup=10, weight_decay=0.0))
+    text: Stage = field(default_factory=lambda: Stage(steps=60, learning_rate=1e-3, warmup=10))
+    # Step 2: captions, for the projector and for an LLM that has to learn what to look for.
+    projector: Stage = field(default_factory=lambda: Stage(steps=350, learning_rate=1.5e-3, warmup=30))
     # Step 3: projector and LLM learn to answer, the encoder is held.
-    instruct: Stage = field(default_factory=lambda: Stage(steps=2000, learning_rate=1.5e-3, warmup=100))
+    instruct: Stage = field(default_factory=lambda: Stage(steps=1000, learning_rate=1.2e-3, warmup=40))
     questions: int = 12  # questions about a picture in one training sequence
     save_every: int = 200  # steps between checkpoints
 
