@@ -13,6 +13,8 @@ CHECKED = [
     "models",
     "runtime.prepare",
     "runtime.report",
+    "runtime.detail",
+    "runtime.turns",
     "measure",
     "visualize",
 ]

@@ -159,4 +159,4 @@ def test_check_finds_broken_maps(broken):
 
 def test_maps_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="cannot follow"):
-        TokenMap.identity(1, 4).then(TokenMap.identity(1, 5))
+        TokenMap.identity(1, 5).then(TokenMap.identity(1, 4))

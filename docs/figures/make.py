@@ -39,7 +39,7 @@ def main() -> None:
             small(**inputs)
         picture = small.report.pictures[0]
         page = draw_tokens(
-            seen(processor, inputs), picture.token_map, picture.grid, picture.prefix, "visionzip: 144 → 16"
+            seen(processor, inputs), picture.token_map, picture.grid, picture.prefix, "visionzip: 144 to 16"
         )
         page.save(HERE / f"tokens_{name}.png")
 

@@ -9,6 +9,7 @@ import enum
 import importlib
 import inspect
 import textwrap
+import warnings
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from types import NoneType, UnionType
@@ -20,13 +21,17 @@ from vlmzip.errors import UserError, closest
 from vlmzip.visual_tokens import Site
 
 ENTRY_POINTS = "vlmzip.methods"
+REQUIRED = "required"
 
 
 def available() -> dict[str, type[Compressor]]:
     """Every method by name: those of `vlmzip.methods`, and those that installed packages offer as entry points."""
     found = {cls.name(): cls for cls in vars(methods).values() if _is_method(cls)}
     for entry in entry_points(group=ENTRY_POINTS):
-        found.setdefault(entry.name, entry.load())
+        try:
+            found.setdefault(entry.name, entry.load())
+        except Exception as error:  # one broken package must not take the others along
+            warnings.warn(f"the method {entry.name!r} of an installed package cannot be loaded: {error}", stacklevel=2)
     return dict(sorted(found.items()))
 
 
@@ -49,6 +54,9 @@ def make(cls: type[Compressor], settings: dict[str, Any]) -> Compressor:
     for name in settings:
         if name not in cls.field_names():
             raise UserError(f"{cls.name()} has no field {name!r}{closest(name, cls.field_names())}")
+    for field in dataclasses.fields(cls):
+        if field.name not in settings and _default(field) == REQUIRED:
+            raise UserError(f"{cls.name()} needs a value for its field {field.name!r}")
     return cls(**{name: read_field(name, value, hints[name]) for name, value in settings.items()})
 
 
@@ -110,6 +118,10 @@ def _type(field: dataclasses.Field, cls: type[Compressor]) -> str:
 
 
 def _default(field: dataclasses.Field) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return str(field.default_factory())
+    if field.default is dataclasses.MISSING:
+        return REQUIRED
     value = field.default
     return round(value, 4) if isinstance(value, float) else str(value) if isinstance(value, enum.Enum) else value
 
@@ -133,8 +145,8 @@ def _import(path: str) -> type[Compressor]:
     module, _, attribute = path.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"cannot import the method {path!r}: {error}") from error
+    except Exception as error:  # whatever somebody's module does while it is imported
+        raise UserError(f"cannot import the method {path!r}: {type(error).__name__}: {error}") from error
     if not _is_method(found):
         raise UserError(f"{path!r} is no method: a method is a subclass of vlmzip.Compressor that has assign()")
     return found

@@ -68,12 +68,20 @@ class Compressor(ABC):
 
     def __call__(self, tokens: VisualTokens) -> TokenMap:
         """The map for `tokens`: `assign`, or the identity where as many tokens are wanted as there are."""
-        batch, prefix = tokens.features.shape[0], tokens.features.shape[1] - tokens.plain_count
-        wanted = self.token_count(tokens.grid) if tokens.grid is not None else None
-        if wanted is not None and wanted >= tokens.plain_count:
-            return TokenMap.identity(batch, tokens.plain_count, tokens.features.device).after_dropping(prefix)
+        for signal in self.needs:
+            if getattr(tokens, signal) is None:
+                raise UserError(f"{self.name()} needs {signal}, which these visual tokens came without")
+        batch, count, _ = tokens.features.shape
+        grid = tokens.grid or Grid(1, 1, count - tokens.prefix)
+        wanted = self.token_count(grid)
+        if wanted is not None and wanted >= grid.size:
+            plain = TokenMap.identity(batch, tokens.plain_count, tokens.features.device)
+            return plain.after_dropping(count - tokens.plain_count)
         with torch.no_grad():
-            return self.assign(tokens)
+            token_map = self.assign(tokens)
+        if not type(self).__module__.startswith("vlmzip.methods."):
+            token_map.check()
+        return token_map
 
     def at_budget(self, keep: Keep, profile: Profile) -> tuple[Compressor, float]:
         """The nearest configuration to an average budget, and the retention ratio that it really reaches.

@@ -91,7 +91,7 @@ class TokenMap:
 
     def then(self, second: TokenMap) -> TokenMap:
         """This map followed by `second`, which works on this map's (padded) output tokens. Associative."""
-        if second.group.shape != (len(self.group), self.max_length):
+        if len(second.group) != len(self.group) or second.group.shape[1] < self.max_length:
             raise ValueError(f"a map of {tuple(second.group.shape)} cannot follow one with {self.max_length} outputs")
         gone = self.group < 0
         group = torch.where(gone, -1, _look_up(second.group, self.group))

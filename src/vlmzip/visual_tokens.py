@@ -53,8 +53,6 @@ class VisualTokens:
     """`None` after a map that leaves no grid; `prefix` is 0 then."""
     prefix: int = 0
     """Leading tokens outside the grid: 1 where the encoder has a CLS token that the family can pass on."""
-    passes_prefix: bool = False
-    """Whether the model without compression gives the prefix to its LLM (LLaVA's "default" strategy does not)."""
     cls_attention: Float[Tensor, "batch tokens"] | None = None
     """Attention that each token gets from CLS, mean over heads; without CLS, attention received from all tokens."""
     keys: Float[Tensor, "batch tokens key_dim"] | None = None
@@ -64,6 +62,8 @@ class VisualTokens:
     text_features: Float[Tensor, "batch queries dim"] | None = None
     layer: int | None = None
     """The LLM layer about to run, for compressors inside the LLM."""
+    passes_prefix: bool = False
+    """Whether the model without compression gives the prefix to its LLM (LLaVA's "default" strategy does not)."""
 
     def __post_init__(self) -> None:
         tokens = self.features.shape[1]

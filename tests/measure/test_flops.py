@@ -13,7 +13,12 @@ def test_flops_are_those_that_torch_counts(tokens):
     model = tiny_llava("eager")
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(input_ids=torch.ones(1, tokens, dtype=torch.long), logits_to_keep=1)
-    assert prefill_flops(adapter_for(model), tokens) == counter.get_total_flops()
+    # Some versions make the rotary table by a matrix product of positions and frequencies: no work of the layers.
+    by_module = counter.get_flop_counts()
+    rotary = sum(
+        sum(counts.values()) for name, counts in by_module.items() if name.endswith("language_model.rotary_emb")
+    )
+    assert prefill_flops(adapter_for(model), tokens) == counter.get_total_flops() - rotary
 
 
 def test_kv_bytes_are_those_of_the_cache(llava):

@@ -47,7 +47,7 @@ class TestQwen:
         return [found[n] for n in sorted(found)]
 
     def test_score_is_the_attention_that_the_model_computes(self, family):
-        """The model's own attention of the last block, caught where it is computed; summed, then averaged per merger."""
+        """The model's own attention of the last block, caught where it is computed, averaged as the merger joins."""
         seen = []
 
         def catch(module, query, key, value, attention_mask, scaling, **kwargs):

@@ -33,7 +33,7 @@ def unchanged(llava):
 
 
 class Failing(Compressor):
-    """Fails at the second group of pictures that it sees, or interrupts like Ctrl-C."""
+    """Fails when it is asked, or interrupts like Ctrl-C."""
 
     error = RuntimeError("broken in the middle of a batch")
 
@@ -94,6 +94,56 @@ def test_attach_twice_and_detach_twice(unchanged):
     assert small.detach() is unchanged
     with pytest.raises(UserError, match="was detached"):
         small(**batch(ONE, pictures=1))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_attach_around_peft_around_a_facade(unchanged):
+    from peft import LoraConfig, get_peft_model
+
+    around = get_peft_model(
+        vlmzip.attach(copy.deepcopy(unchanged), VisionZip(keep=8)), LoraConfig(target_modules=["q_proj"])
+    )
+    with pytest.raises(UserError, match="already has a compressor"):
+        vlmzip.attach(around, VisionZip(keep=4))
+
+
+def test_attach_leaves_the_mode_of_every_part(unchanged):
+    unchanged.train()
+    unchanged.model.vision_tower.eval()
+    small = vlmzip.attach(unchanged, VisionZip(keep=8))
+    assert small.training
+    assert unchanged.lm_head.training
+    assert not unchanged.model.vision_tower.training
+    unchanged.eval()
+
+
+def test_pictures_that_a_later_turn_has_no_place_for(unchanged):
+    from transformers import DynamicCache
+
+    small, cache = vlmzip.attach(unchanged, VisionZip(keep=8)), DynamicCache()
+    small.generate(**batch(ONE, pictures=1), **GREEDY, past_key_values=cache)
+    with pytest.raises(UserError, match="has 0 image placeholders"):
+        small.generate(**batch([4, 5], pictures=1), **GREEDY, past_key_values=cache)
+
+
+def test_a_method_that_keeps_nothing(unchanged):
+    class Nothing(Compressor):
+        def assign(self, tokens):
+            return vlmzip.TokenMap.keep(torch.zeros(tokens.features.shape[:2], dtype=torch.bool))
+
+    with pytest.raises(UserError, match="left no token"):
+        vlmzip.attach(unchanged, Nothing())(**batch(ONE, pictures=1))
+
+
+def test_a_generation_config_set_on_the_facade_counts(unchanged):
+    from transformers import GenerationConfig
+
+    small, old = vlmzip.attach(unchanged, VisionZip(keep=8)), unchanged.generation_config
+    small.generation_config = GenerationConfig(max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
+    inputs = batch(ONE, pictures=1)
+    assert small.generate(**inputs).shape[1] == inputs["input_ids"].shape[1] + 3
+    assert unchanged.generation_config.max_new_tokens == 3
+    unchanged.generation_config = old
 
 
 def test_attach_inside_on(unchanged):

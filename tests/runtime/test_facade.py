@@ -121,12 +121,14 @@ def test_gradient_of_a_projector_weight_is_the_finite_difference(llava):
     weight = model.model.multi_modal_projector.linear_1.weight
     small(**inputs).loss.backward()
     losses = []
-    for step in (1e-4, -1e-4):
+    for step in (1e-3, -1e-3):
         with torch.no_grad():
             weight[3, 4] += step
             losses.append(small(**inputs).loss)
             weight[3, 4] -= step
-    assert weight.grad[3, 4].item() == pytest.approx((losses[0] - losses[1]).item() / 2e-4, rel=1e-3)
+    assert weight.grad[3, 4].item() == pytest.approx(
+        (losses[0] - losses[1]).item() / 2e-3, rel=1e-2
+    )  # some versions of transformers take the loss in float32
 
 
 class TestNoTrace:
@@ -204,7 +206,7 @@ def test_a_budget_above_what_there_is_is_said_once(llava):
         warnings.simplefilter("always")
         small = vlmzip.attach(llava, VisionZip(keep=99))
         small.generate(**batch(prompt("image", 5), pictures=1), **GREEDY)
-    assert [str(w.message) for w in said] == ["visionzip keeps 36 tokens, a picture has 36: it changes nothing"]
+    assert [str(w.message) for w in said] == ["visionzip keeps all of a picture's 36 visual tokens: it changes nothing"]
     assert small.report.after == 36
 
 

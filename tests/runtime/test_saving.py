@@ -54,3 +54,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.undo()
     assert read_compressor(tmp_path) == VisionZip(keep=8)
     assert [p.name for p in tmp_path.iterdir()] == ["compressor.json"]
+
+
+def test_a_state_dict_of_the_facade_saves_the_models_names(tmp_path, llava):
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    small = vlmzip.attach(llava, VisionZip(keep=8))
+    small.save_pretrained(tmp_path, state_dict=small.state_dict())
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(value, loaded[name]) for name, value in llava.state_dict().items())

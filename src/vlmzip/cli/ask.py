@@ -82,43 +82,40 @@ def run(args: Namespace) -> None:
     if plain:
         out["plain"] = asdict(plain.account)
         out["plain_answer"] = plain.text
+    if args.overlay:
+        out["overlay"] = str(args.overlay)
+    print(json.dumps(out, indent=2)) if args.json else _print_account(out)
     warn_about_detail(result.report, paths)
     if args.overlay:
-        save_picture(draw(loaded, inputs, result.report), args.overlay, paths)
-        out["overlay"] = str(args.overlay)
-    print(json.dumps(out, indent=2)) if args.json else _print_table(out)
+        save_picture(draw(loaded, inputs, result.report, paths), args.overlay, paths)
 
 
-def _print_table(out: dict[str, Any]) -> None:
+def _print_account(out: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    plain, small = out["plain"], out["compressed"]
-    table = Table(box=None, pad_edge=False)
-    table.add_column("")
-    table.add_column("plain", justify="right")
-    table.add_column(out["compressor"]["method"], justify="right", style="bold")
-    table.add_column("", justify="right")
+    plain, small, method = out["plain"], out["compressed"], out["compressor"]["method"]
+    console = Console(highlight=False, soft_wrap=True)
     if "plain_answer" in out:
-        table.add_row("answer", escape(out["plain_answer"]), escape(out["answer"]))
-    rows = [
+        console.print(f"{'plain':<{len(method)}}  {escape(out['plain_answer'])}")
+        console.print(f"{method:<5}  [bold]{escape(out['answer'])}[/bold]\n")
+    else:
+        console.print(f"[bold]{escape(out['answer'])}[/bold]\n")
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, key, show in (
         ("visual tokens", "visual_tokens", _count),
         ("prompt tokens", "prompt_tokens", _count),
         ("prefill FLOPs", "prefill_flops", _flops),
         ("KV cache", "kv_cache_bytes", _bytes),
-    ]
-    for name, key, show in rows:
-        table.add_row(name, show(plain[key]), show(small[key]), f"{plain[key] / small[key]:.1f}x less")
+    ):
+        table.add_row(name, f"{show(plain[key])} → {show(small[key])}", f"{plain[key] / small[key]:.1f}x")
     for part, spent in small["milliseconds"].items():
         before = plain.get("milliseconds", {}).get(part)
-        table.add_row(f"ms {part}", "" if before is None else f"{before:.1f}", f"{spent:.1f}")
-    console = Console(highlight=False)
-    if "plain_answer" not in out:
-        console.print(escape(out["answer"]), style="bold")
+        table.add_row(f"{part} ms", ("" if before is None else f"{before:.1f} → ") + f"{spent:.1f}")
     console.print(table)
     if "overlay" in out:
-        console.print(f"tokens drawn in {escape(out['overlay'])}", soft_wrap=True)
+        console.print(f"tokens drawn in {escape(out['overlay'])}")
 
 
 def _count(value: int) -> str:

@@ -45,7 +45,9 @@ def build_inputs(loaded: Loaded, paths: list[str], question: str) -> dict[str, A
     """Model inputs for one conversation turn with all pictures before the question."""
     pictures = [load_picture(path) for path in paths]
     content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": question}]
-    prompt = _chat(loaded.processor, content, len(pictures), question)
+    if "<image>" in question or getattr(loaded.processor, "image_token", "<image>") in question:
+        raise UserError("the question must not contain <image>: pictures are placed before it")
+    prompt = _chat(loaded, content, len(pictures), question)
     inputs = loaded.processor(images=pictures or None, text=prompt, return_tensors="pt")
     return dict(inputs.to(loaded.model.device, loaded.model.dtype))
 
@@ -56,7 +58,7 @@ def compressed(loaded: Loaded, compressor: Compressor) -> CompressedModel:
         warnings.simplefilter("always")
         small = attach(loaded.model, compressor)
     for warning in said:
-        console.print(f"note: {warning.message}", highlight=False, soft_wrap=True)
+        console.print(f"note: {warning.message}", highlight=False, markup=False, soft_wrap=True)
     return small
 
 
@@ -71,7 +73,7 @@ def answer(loaded: Loaded, small: CompressedModel, inputs: dict[str, Any], max_n
     text = loaded.processor.decode(new, skip_special_tokens=True).strip()
     parts = small.report.milliseconds
     spent = {"vision encoder": parts["encoder"], "selection": parts["selection"]}
-    spent["LLM"] = total - sum(spent.values())
+    spent["LLM"] = total - sum(spent.values()) - parts["bookkeeping"]
     prompt = inputs["input_ids"].shape[1] - small.report.before + small.report.after
     account = Account(
         small.report.after, prompt, prefill_flops(loaded.adapter, prompt), kv_cache_bytes(loaded.adapter, prompt), spent
@@ -103,15 +105,18 @@ def warn_about_detail(report: Report, paths: list[str]) -> None:
             )
 
 
-def draw(loaded: Loaded, inputs: dict[str, Any], report: Report) -> Image.Image:
+def draw(loaded: Loaded, inputs: dict[str, Any], report: Report, paths: list[str]) -> Image.Image:
     """The token maps of all pictures below one another."""
-    image_processor = loaded.processor.image_processor
+    image_processor, pixels = loaded.processor.image_processor, inputs[loaded.adapter.picture_inputs[0]]
     pages = []
-    for picture, pixels in zip(report.pictures, inputs[loaded.adapter.picture_inputs[0]], strict=True):
+    for number, (picture, path) in enumerate(zip(report.pictures, paths, strict=True)):
         if picture.grid is None:
             raise UserError("the tokens left lie on no grid, so there is nothing to draw them on")
-        seen = seen_picture(pixels, image_processor.image_mean, image_processor.image_std)
-        title = f"{report.compressor.name()}: {picture.before} → {picture.after} visual tokens"
+        if pixels.ndim == 4:  # a picture as the encoder sees it, cropped and scaled
+            seen = seen_picture(pixels[number], image_processor.image_mean, image_processor.image_std)
+        else:  # patches of any number: the grid covers the whole picture
+            seen = load_picture(path)
+        title = f"{report.compressor.name()}: {picture.before} to {picture.after} visual tokens"
         pages.append(draw_tokens(seen, picture.token_map, picture.grid, picture.prefix, title))
     return stack(pages)
 
@@ -123,16 +128,18 @@ def split_pictures_and_question(words: list[str]) -> tuple[list[str], str]:
         if Path(question).suffix.lower() in Image.registered_extensions():
             raise UserError(f'there is a picture but no question; try: vlmzip ask {question} "What is there?"')
         raise UserError('give at least one picture before the question: vlmzip ask picture.png "What is there?"')
+    if Path(question).is_file() or Path(question).suffix.lower() in Image.registered_extensions():
+        raise UserError(f"the last word is the question, but {question!r} is a picture: add a question behind it")
     if not question.strip():
         raise UserError("the question is empty")
     return paths, question
 
 
-def _chat(processor: Any, content: list[dict[str, str]], pictures: int, question: str) -> str:
-    """The prompt by the processor's chat template, or LLaVA's own form where the checkpoint has none."""
-    if getattr(processor, "chat_template", None):
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return f"USER: {'<image>' * pictures}\n{question} ASSISTANT:"
+def _chat(loaded: Loaded, content: list[dict[str, str]], pictures: int, question: str) -> str:
+    """The prompt by the processor's chat template, or the family's own form where the checkpoint has none."""
+    if getattr(loaded.processor, "chat_template", None):
+        return loaded.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    return loaded.adapter.prompt(question, pictures)
 
 
 def _wait(loaded: Loaded) -> None:

@@ -47,10 +47,14 @@ def load(name: str, device: str | None = None, dtype: str | None = None) -> Load
             config = AutoConfig.from_pretrained(source)
             _check_family(name, config)
             processor = AutoProcessor.from_pretrained(source)
-            model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=DTYPES.get(dtype or "", "auto"))
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                source, dtype=DTYPES.get(dtype or "", "auto"), output_loading_info=True
+            )
+            model, report = loaded
+            _check_complete(name, report)
         except UserError:
             raise
-        except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        except Exception as error:  # a checkpoint can be broken in as many ways as there are loaders
             raise UserError(f"cannot load {name!r}: {_first_sentence(error)}") from error
         model.to(target).eval()
     return Loaded(name, model, processor, adapter_for(model))
@@ -70,6 +74,8 @@ def _source(name: str) -> str:
     if name == "mini":
         from vlmzip import mini
 
+        if not (mini.weights_folder() / "config.json").is_file():
+            raise UserError("mini's weights are not in this installation; make them with `make mini`")
         return str(mini.weights_folder())
     path = Path(name)
     if path.is_dir():
@@ -83,6 +89,13 @@ def _source(name: str) -> str:
             f"such as {FAMILIES[0].example}"
         )
     return name
+
+
+def _check_complete(name: str, report: Any) -> None:
+    """Raises `UserError` for weights that are missing: transformers fills them with random numbers."""
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UserError(f"{name!r} lacks {len(missing)} of its weights, {missing[0]} for one; fetch it again")
 
 
 def _check_family(name: str, config: Any) -> None:

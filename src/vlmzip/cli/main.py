@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
@@ -11,7 +12,7 @@ from typing import NoReturn
 from vlmzip.errors import UserError, closest
 from vlmzip.version import __version__
 
-#: One module of this package each: `HELP`, `EXAMPLES`, `add_arguments(parser)` and `run(args, parser)`.
+#: One module of this package each: `HELP`, `EXAMPLES`, `add_arguments(parser, arguments)` and `run(args)`.
 COMMANDS = ("ask", "methods", "models", "show")
 
 
@@ -31,12 +32,17 @@ class Parser(ArgumentParser):
         options = [option for option in self._option_string_actions if option.startswith("--")]
         for word in unknown:
             name = word.partition("=")[0]
+            if not name.startswith("-"):
+                raise UserError(f"{self.prog} has no use for {word!r}; see {self.prog} --help")
             raise UserError(f"{self.prog} has no option {name}{closest(name, options)}")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command. Returns the exit code: 0 done, 2 the input is wrong, 130 interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # an arrow must not end a command on an ASCII terminal
+    sys.path.append(os.getcwd())  # for --method my_file:MyMethod
     try:
         _run(arguments)
     except UserError as error:
@@ -63,7 +69,7 @@ def _run(arguments: list[str]) -> None:
         command = import_module(f"vlmzip.cli.{name}")
         parser = Parser(prog=f"vlmzip {name}", description=command.HELP, epilog=f"examples:\n{command.EXAMPLES}")
         command.add_arguments(parser, arguments[1:])
-        args, unknown = parser.parse_known_args(arguments[1:])
+        args, unknown = parser.parse_known_intermixed_args(arguments[1:])
         parser.refuse_unknown(unknown)
         command.run(args)
 

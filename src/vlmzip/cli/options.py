@@ -11,6 +11,8 @@ from vlmzip.errors import UserError
 from vlmzip.keep import parse_keep
 
 DEFAULT_METHOD = "visionzip"
+#: Options of commands that draw or ask; a method's fields cannot have these names.
+OWN_OPTIONS = {"model", "device", "dtype", "method", "baseline", "overlay", "max_new_tokens", "json", "out", "help"}
 
 
 def add_model(parser: ArgumentParser) -> None:
@@ -35,6 +37,8 @@ def add_method(parser: ArgumentParser, arguments: list[str]) -> None:
     cls = catalogue.find(chosen)
     fields = parser.add_argument_group(f"fields of {cls.name()}")
     for field in catalogue.describe(cls):
+        if field.name in OWN_OPTIONS:
+            raise UserError(f"{cls.name()} has a field {field.name!r}, which is an option of vlmzip itself: rename it")
         if field.name != "keep":
             fields.add_argument(
                 f"--{field.name.replace('_', '-')}",

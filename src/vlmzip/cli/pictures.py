@@ -63,7 +63,7 @@ def check_target(path: Path, sources: list[str]) -> None:
     """Raises `UserError` for a result that would replace one of its `sources`, or whose format is unknown."""
     if any(path.exists() and Path(source).exists() and path.samefile(source) for source in sources):
         raise UserError(f"{str(path)!r} is one of the pictures asked about; choose another name for the result")
-    if path.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise UserError(f"{str(path)!r} has no suffix of a picture format; try {path.stem}.png")
 
 

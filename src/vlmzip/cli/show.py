@@ -43,7 +43,7 @@ def run(args: Namespace) -> None:
         inputs = build_inputs(loaded, args.pictures, "")
         report = compress_inputs(loaded.model, inputs, compressor).report
     out = args.out or Path(f"{Path(args.pictures[0]).stem}_{compressor.name()}.png")
-    save_picture(draw(loaded, inputs, report), out, args.pictures)
+    save_picture(draw(loaded, inputs, report, args.pictures), out, args.pictures)
     counts = [
         {"path": path, "before": p.before, "after": p.after}
         for path, p in zip(args.pictures, report.pictures, strict=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vlmzip.compressor import A_NINTH, Compressor
+from vlmzip.errors import UserError
 from vlmzip.keep import Keep, count_to_keep, parse_keep
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Site, VisualTokens
@@ -31,6 +32,8 @@ class RandomTokens(Compressor):
     def __post_init__(self) -> None:
         super().__post_init__()
         parse_keep(self.keep)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
+            raise UserError(f"seed={self.seed!r} is no seed; give a whole number from 0 to 2**63 - 1")
 
     def token_count(self, grid: Grid) -> int:
         return count_to_keep(self.keep, grid.size)

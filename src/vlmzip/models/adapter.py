@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmzip.compressor import Positions, Profile
-from vlmzip.visual_tokens import Signal, Site, VisualTokens
+from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 
 class ModelAdapter(ABC):
@@ -28,6 +28,8 @@ class ModelAdapter(ABC):
     """The model inputs that describe pictures; the first is there whenever there is a picture."""
     default_positions: ClassVar[Positions] = "contiguous"
     """What `positions=None` means: as VisionZip and DFMR do before LLaVA's LLM, unless positions have several axes."""
+    position_axes: ClassVar[tuple[int, ...]] = ()
+    """Axes of `position_ids` before batch and length: (3,) where positions are temporal, height and width."""
     features_as_list: ClassVar[bool] = True
     """Whether the model takes a list of features, one entry a picture, or one tensor for all pictures."""
 
@@ -37,9 +39,9 @@ class ModelAdapter(ABC):
         self.model: Any = inner  # a family's own attributes are known to its adapter, not to a type checker
 
     @property
-    @abstractmethod
     def placeholder_id(self) -> int:
         """The token id that stands for one visual token in `input_ids`."""
+        return self.model.config.image_token_id
 
     @property
     def llm(self) -> nn.Module:
@@ -51,9 +53,15 @@ class ModelAdapter(ABC):
         """The config of the decoder."""
         return self.model.config.get_text_config()
 
-    @abstractmethod
     def profile(self) -> Profile:
         """The grid of one picture at the model's own resolution, and the depth of its LLM."""
+        vision = self.model.config.vision_config
+        side = vision.image_size // vision.patch_size
+        return Profile(Grid(1, side, side), self.llm_config.num_hidden_layers)
+
+    def prompt(self, question: str, pictures: int) -> str:
+        """The text of a prompt, for checkpoints without a chat template."""
+        return "<image>" * pictures + question
 
     @abstractmethod
     def encode(

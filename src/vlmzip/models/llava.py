@@ -8,10 +8,10 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vlmzip.compressor import Profile
+from vlmzip.errors import UserError
 from vlmzip.models.adapter import ModelAdapter
-from vlmzip.models.vit import feature_layers, prefix_of, run_vit
-from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
+from vlmzip.models.vit import feature_layers, grid_of, prefix_of, run_vit
+from vlmzip.visual_tokens import Signal, Site, VisualTokens
 
 
 class Llava(ModelAdapter):
@@ -31,38 +31,35 @@ class Llava(ModelAdapter):
         super().__init__(model)
         self.prefix = prefix_of(self.model.config.vision_config)
 
-    @property
-    def placeholder_id(self) -> int:
-        return self.model.config.image_token_id
-
-    def profile(self) -> Profile:
-        vision = self.model.config.vision_config
-        side = vision.image_size // vision.patch_size
-        return Profile(Grid(1, side, side), self.llm_config.num_hidden_layers)
-
     def encode(
         self, inputs: Mapping[str, Any], site: Site, needs: frozenset[Signal]
     ) -> Sequence[tuple[VisualTokens, list[int]]]:
         pixels = inputs["pixel_values"]
         full = self._setting(inputs, "vision_feature_select_strategy", "default") == "full"
+        if not full and not self.prefix:
+            raise UserError(
+                "this model drops the first patch of an encoder that has no CLS;"
+                ' set vision_feature_select_strategy="full"'
+            )
         layers = feature_layers(self._setting(inputs, "vision_feature_layer"), self._depth)
         features, signals, _ = run_vit(self.model.model.vision_tower, pixels, layers, needs)
         if site is Site.POST_PROJECTOR:
             features = self.project(features.flatten(0, 1), Site.PRE_PROJECTOR).unflatten(0, features.shape[:2])
-        tokens = VisualTokens(features, self._grid(pixels), self.prefix, passes_prefix=full, **signals)
+        tokens = VisualTokens(
+            features, grid_of(self.model.config.vision_config, pixels), self.prefix, passes_prefix=full, **signals
+        )
         return [(tokens, list(range(len(pixels))))]
+
+    def prompt(self, question: str, pictures: int) -> str:
+        return f"USER: {'<image>' * pictures}\n{question} ASSISTANT:"
 
     def plain_counts(self, inputs: Mapping[str, Any]) -> list[int]:
         pixels = inputs["pixel_values"]
         full = self._setting(inputs, "vision_feature_select_strategy", "default") == "full"
-        return [self._grid(pixels).size + (self.prefix if full else 0)] * len(pixels)
+        return [grid_of(self.model.config.vision_config, pixels).size + (self.prefix if full else 0)] * len(pixels)
 
     def project(self, features: Float[Tensor, "tokens dim"], site: Site) -> Float[Tensor, "tokens llm_dim"]:
         return features if site is Site.POST_PROJECTOR else self.model.model.multi_modal_projector(features)
-
-    def _grid(self, pixels: Tensor) -> Grid:
-        patch = self.model.config.vision_config.patch_size
-        return Grid(1, pixels.shape[-2] // patch, pixels.shape[-1] // patch)
 
     @property
     def _depth(self) -> int:

@@ -30,10 +30,7 @@ class Qwen25VL(ModelAdapter):
     sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR)
     picture_inputs = ("pixel_values", "image_grid_thw")
     default_positions: ClassVar[Positions] = "original"
-
-    @property
-    def placeholder_id(self) -> int:
-        return self.model.config.image_token_id
+    position_axes = (3,)
 
     def profile(self) -> Profile:
         # Any size is native to this family; 448 x 448 pixels stand for a common picture.

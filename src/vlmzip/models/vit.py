@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vlmzip.errors import UserError
 from vlmzip.models.recording import Recording, attention_received, cls_attention_row, mean_over_heads, record
-from vlmzip.visual_tokens import Signal
+from vlmzip.visual_tokens import Grid, Signal
 
 #: Encoders of this form, and the tokens that they put before the patches.
 PREFIX = {"clip_vision_model": 1, "siglip_vision_model": 0}
@@ -22,6 +22,11 @@ def prefix_of(vision_config: Any) -> int:
         known = " and ".join(PREFIX)
         raise UserError(f"vision encoders of type {vision_config.model_type} are not supported yet; {known} are")
     return PREFIX[vision_config.model_type]
+
+
+def grid_of(vision_config: Any, pixels: Float[Tensor, "batch 3 height width"]) -> Grid:
+    """The grid of each picture in a batch of equal size."""
+    return Grid(1, pixels.shape[-2] // vision_config.patch_size, pixels.shape[-1] // vision_config.patch_size)
 
 
 def feature_layers(wanted: int | list[int], depth: int) -> list[int]:

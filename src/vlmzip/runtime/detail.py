@@ -12,6 +12,8 @@ from vlmzip.visual_tokens import VisualTokens
 
 WORRYING = 0.5
 """Lost detail from which on reading suffers: benchmarks/detail_lost.py on mini; other encoders may differ."""
+LEAST_DETAIL = 1e-3
+"""Variance, as a share of the features' energy, below which a picture counts as having this little."""
 CHUNK = 1024
 """Dropped tokens compared with the kept ones at a time."""
 
@@ -37,7 +39,9 @@ def detail_lost(tokens: VisualTokens, token_map: TokenMap) -> Float[Tensor, " ba
         error = torch.where(dropped, _distance_to_nearest(x, out, token_map), error)
     grid = slice(tokens.prefix, None)
     spread = (x[:, grid] - x[:, grid].mean(1, keepdim=True)).square().sum((1, 2))
-    return error[:, grid].sum(1) / spread.clamp(min=1e-12)
+    # Of a picture without detail nothing can be lost; what its features differ by is rounding.
+    floor = LEAST_DETAIL * x[:, grid].square().sum((1, 2))
+    return (error[:, grid].sum(1) / torch.maximum(spread, floor).clamp(min=1e-12)).clamp(max=1)
 
 
 def _distance_to_nearest(

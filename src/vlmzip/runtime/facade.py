@@ -11,6 +11,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from vlmzip.compressor import Compressor
@@ -26,10 +27,14 @@ from vlmzip.runtime.turns import Seen, Turns, first_turn, next_turn
 #: Values of an untouched generation config; `generate` counts those from the end of the prompt by itself.
 DEFAULT_LIMITS = {"max_length": 20, "min_length": 0}
 
+#: Whether chunked prefill gives each chunk its own part of the pictures' features.
+CAN_CUT_FEATURES = hasattr(transformers.generation.utils, "_slice_mm_encoder_output")
+
 #: Inputs with one row for each prompt.
 ONE_A_ROW = {"input_ids", *PER_TOKEN}
 
 _per_thread = threading.local()
+_latest: WeakKeyDictionary[CompressedModel, Report] = WeakKeyDictionary()
 
 
 def attach(model: nn.Module, compressor: Compressor) -> CompressedModel:
@@ -59,7 +64,7 @@ class CompressedModel(nn.Module):
 
     def __init__(self, model: nn.Module, compressor: Compressor) -> None:
         super().__init__()
-        if isinstance(model, CompressedModel):
+        if any(isinstance(module, CompressedModel) for module in model.modules()):
             raise UserError("this model already has a compressor: detach() it first, or attach to the plain model")
         if not isinstance(compressor, Compressor):
             raise UserError(f"{compressor!r} is no compressor; try vlmzip.VisionZip(keep=64)")
@@ -71,13 +76,16 @@ class CompressedModel(nn.Module):
         self.compressor = compressor
         self._turns = Turns()
         self._detached = False
-        self.train(model.training)
+        self.training = model.training  # not train(): parts of the model may be in another mode
         _warn_if_nothing_to_do(compressor, adapter)
 
     @property
     def report(self) -> Report:
-        """What the last `forward` or `generate` with pictures did, in this thread. `UserError` before the first."""
-        report = _reports().get(self)
+        """What the last `forward` or `generate` with pictures did: in this thread, or in any if there was none here.
+
+        Raises `UserError` before the first.
+        """
+        report = _reports().get(self) or _latest.get(self)
         if report is None:
             raise UserError("there is no report yet: call the model with a picture first")
         return report
@@ -87,9 +95,19 @@ class CompressedModel(nn.Module):
         self._detached = True
         return self.inner
 
+    @property
+    def generation_config(self) -> Any:
+        """The inner model's; setting it here sets it there."""
+        return self.inner.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        self.inner.generation_config = config
+
     def forward(
         self,
         input_ids: Tensor | None = None,
+        *,
         attention_mask: Tensor | None = None,
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
@@ -114,22 +132,30 @@ class CompressedModel(nn.Module):
         inputs = {**{name: value for name, value in named.items() if value is not None}, **kwargs}
         small, seen = self._compress(inputs, generating=False)
         out = self.inner(**small)
-        cache = getattr(out, "past_key_values", None)
+        cache = getattr(out, "past_key_values", inputs.get("past_key_values"))
         if seen is not None and cache is not None:
             self._turns.remember(cache, seen)
         return out
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
         """The model's own `generate`; returns the original prompt followed by the new tokens.
 
-        With a cache that this model has filled, the prompt is the whole conversation or its new part alone.
+        With a cache that this model has filled, the prompt is the whole conversation or its new part alone. Logits
+        processors and stopping criteria of your own see the compressed prompt.
         """
         if inputs is not None:
             kwargs["input_ids"] = inputs
+        if generation_config is not None:
+            kwargs["generation_config"] = generation_config
+        repeating = self._setting(kwargs, "num_beams", 1) > 1 or self._setting(kwargs, "num_return_sequences", 1) > 1
+        if repeating and kwargs.get("past_key_values") is not None:
+            raise UserError("a cache can be neither filled nor continued with beams or several sequences a prompt")
+        self._infer_mask(kwargs)
         if kwargs.get("assistant_model") is not None:
             raise UserError("assisted decoding is not supported: the assistant would need the compressed prompt too")
         small, seen = self._compress(kwargs, generating=True)
+        self._refuse_wrong_chunks(small)
         if seen is None:
             return self.inner.generate(**small)
         prompt: Tensor = kwargs["input_ids"]
@@ -137,16 +163,15 @@ class CompressedModel(nn.Module):
         self._keep_length_limits(small, prompt.shape[1] - short)
         if small.get("streamer") is not None:
             small["streamer"] = _PromptStreamer(small["streamer"], prompt)
-        if _expanding(small, self.inner) and not adapter_for(self.inner).features_as_list:
+        if repeating and not adapter_for(self.inner).features_as_list:
             return self._row_by_row(prompt, small)
         out = self.inner.generate(**small)
         sequences = out if isinstance(out, Tensor) else out.sequences
         new_tokens = sequences[:, short:]
         copies = len(new_tokens) // len(prompt)
-        if copies == 1:
-            cache = kwargs.get("past_key_values", getattr(out, "past_key_values", None))
-            if cache is not None:
-                self._turns.remember(cache, seen.and_generated(new_tokens))
+        cache = kwargs.get("past_key_values", getattr(out, "past_key_values", None))
+        if cache is not None and not repeating:
+            self._turns.remember(cache, seen.and_generated(new_tokens, self._filler(new_tokens, kwargs)))
         whole = torch.cat([prompt.to(new_tokens.device).repeat_interleave(copies, dim=0), new_tokens], dim=1)
         if isinstance(out, Tensor):
             return whole
@@ -155,6 +180,8 @@ class CompressedModel(nn.Module):
 
     def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
         """Writes the inner model under its own names, so that transformers alone loads it, and `compressor.json`."""
+        if "state_dict" in kwargs:  # trainers pass the façade's own
+            kwargs["state_dict"] = {name.removeprefix("inner."): value for name, value in kwargs["state_dict"].items()}
         self.inner.save_pretrained(folder, **kwargs)
         write_compressor(self.compressor, folder)
 
@@ -165,25 +192,41 @@ class CompressedModel(nn.Module):
             raise UserError("this model was detached; call vlmzip.attach(model, compressor) again")
         adapter = adapter_for(self.inner)
         before = self._turns.recall(inputs.get("past_key_values"))
+        if before is not None and inputs.get("position_ids") is not None:
+            raise UserError("position_ids cannot be given with a filled cache: this model counts positions itself")
         if before is not None:
             small, seen = next_turn(self.inner, adapter, inputs, self.compressor, before, generating=generating)
         else:
             small = compress_inputs(self.inner, inputs, self.compressor, generating=generating, adapter=adapter)
             seen = None
-            if inputs.get("input_ids") is not None:
+            # Positions that the user chose are not continued: a cache with them is not remembered.
+            if inputs.get("input_ids") is not None and (generating or inputs.get("position_ids") is None):
                 seen = first_turn(adapter, inputs, small, self.compressor, generating=generating)
         if small.report.pictures:
-            _reports()[self] = small.report
+            _reports()[self] = _latest[self] = small.report
         return small, seen
+
+    def _refuse_wrong_chunks(self, arguments: CompressedInputs) -> None:
+        """Older transformers prefill in chunks without cutting the pictures' features to match: wrong, and no error."""
+        if (
+            self._setting(arguments, "prefill_chunk_size", None)
+            and "mm_encoder_outputs" in arguments
+            and not CAN_CUT_FEATURES
+        ):
+            version = transformers.__version__
+            raise UserError(
+                f"prefill_chunk_size with pictures gives wrong answers in transformers {version}; update it"
+            )
 
     def _row_by_row(self, prompt: Tensor, small: CompressedInputs) -> Tensor:
         """`generate` for each row alone, where `generate` itself would repeat pictures of different rows wrongly.
 
         It repeats rows for beams picture by picture; features that are one tensor have no pictures to tell apart.
         """
-        if small.get("return_dict_in_generate") or small.get("streamer") is not None:
+        refused = ("return_dict_in_generate", "streamer", "prefix_allowed_tokens_fn")
+        if any(self._setting(small, name, None) for name in refused):
             raise UserError(
-                "beams and several sequences a prompt give tokens only in this family: no dict, no streamer"
+                f"beams and several sequences a prompt do not go with {' or '.join(refused)} in this family"
             )
         features = small["mm_encoder_outputs"]["image"].pooler_output[0] if small.report.pictures else None
         rows, at = [], 0
@@ -197,7 +240,7 @@ class CompressedModel(nn.Module):
                     del one["mm_encoder_outputs"]
             out = self.inner.generate(**one)[:, small["input_ids"].shape[1] :]
             rows += list(torch.cat([prompt[row].to(out.device).expand(len(out), -1), out], dim=1))
-        padding = pad_id(adapter_for(self.inner))
+        padding = self._setting(small, "pad_token_id", pad_id(adapter_for(self.inner)))
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -211,15 +254,33 @@ class CompressedModel(nn.Module):
                 seen.add(value.data_ptr())
         return state
 
+    def _setting(self, arguments: dict[str, Any], name: str, default: Any) -> Any:
+        """A setting of `generate`: as an argument, in the given generation config or in the model's own."""
+        configs = (arguments.get("generation_config"), getattr(self.inner, "generation_config", None))
+        values = (arguments.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in values if value is not None), default)
+
+    def _infer_mask(self, arguments: dict[str, Any]) -> None:
+        """Without `attention_mask`, `generate` takes pad tokens for padding; so do we, before counting tokens."""
+        ids, pad = arguments.get("input_ids"), self._setting(arguments, "pad_token_id", None)
+        eos = torch.as_tensor(self._setting(arguments, "eos_token_id", -1)).flatten().tolist()
+        told = arguments.get("attention_mask") is not None or arguments.get("past_key_values") is not None
+        if ids is not None and not told and pad is not None and pad not in eos and bool((ids == pad).any()):
+            arguments["attention_mask"] = (ids != pad).long()
+
+    def _filler(self, tokens: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Marks what `generate` wrote behind the end of rows that were done before the longest."""
+        pad = self._setting(arguments, "pad_token_id", pad_id(adapter_for(self.inner)))
+        eos = torch.as_tensor(self._setting(arguments, "eos_token_id", -1), device=tokens.device).flatten()
+        ended = torch.isin(tokens, eos).cumsum(1) - torch.isin(tokens, eos).long() > 0
+        return ended & (tokens == pad)
+
     def _keep_length_limits(self, arguments: dict[str, Any], removed: int) -> None:
         """Lets `max_length` and `min_length` count the prompt as the user sees it."""
-        config = arguments.get("generation_config") or getattr(self.inner, "generation_config", None)
         for limit, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-            if arguments.get(new_tokens) is not None or getattr(config, new_tokens, None) is not None:
-                continue
-            value = arguments.get(limit)
-            value = getattr(config, limit, None) if value is None else value
-            if value is not None and (limit in arguments or value != DEFAULT_LIMITS[limit]):
+            value = self._setting(arguments, limit, None)
+            given = limit in arguments or value != DEFAULT_LIMITS[limit]
+            if value is not None and given and self._setting(arguments, new_tokens, None) is None:
                 arguments[limit] = max(value - removed, 0)
 
     def __getattr__(self, name: str) -> Any:
@@ -253,17 +314,10 @@ def _reports() -> WeakKeyDictionary[CompressedModel, Report]:
     return _per_thread.reports
 
 
-def _expanding(arguments: dict[str, Any], model: Any) -> bool:
-    """Whether `generate` will repeat rows, for beams or for several sequences."""
-    config = arguments.get("generation_config") or getattr(model, "generation_config", None)
-    wanted = ("num_beams", "num_return_sequences")
-    return any((arguments.get(name) or getattr(config, name, None) or 1) > 1 for name in wanted)
-
-
 def _warn_if_nothing_to_do(compressor: Compressor, adapter: ModelAdapter) -> None:
     grid = adapter.profile().grid
     count = compressor.token_count(grid)
     if count is not None and count >= grid.size and not isinstance(compressor, NoCompression):
         warnings.warn(
-            f"{compressor.name()} keeps {count} tokens, a picture has {grid.size}: it changes nothing", stacklevel=4
+            f"{compressor.name()} keeps all of a picture's {grid.size} visual tokens: it changes nothing", stacklevel=4
         )

@@ -14,7 +14,6 @@ from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.models import adapter_for
 from vlmzip.models.adapter import ModelAdapter
-from vlmzip.runtime.detail import detail_lost
 from vlmzip.runtime.report import PictureReport, Report, Stopwatch
 
 #: Inputs with one value per token of the prompt, and the value that padding gets. `input_ids` gets the pad token.
@@ -76,11 +75,16 @@ def compress_inputs(
     if positions_of(compressor, adapter) == "original" and inputs.get("position_ids") is None:
         positions, _ = adapter.original_positions({**inputs, "input_ids": ids}, mask)
         out["position_ids"] = positions if generating else adapter.forward_positions(positions)
+    contiguous = out.get("position_ids") is None
     for name in PER_TOKEN.keys() - {"attention_mask"}:
         if out.get(name) is not None:
             if out[name].ndim < 2 or out[name].shape[-1] != ids.shape[1]:
                 raise UserError(f"{name} must be [batch, length] as input_ids; got shape {tuple(out[name].shape)}")
             out[name] = gather(out[name], source, PER_TOKEN[name])
+    if contiguous and generating and adapter.position_axes:
+        # Left to itself, `generate` would leave the positions' offsets on the model, for others to stumble over.
+        positions = (out["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
+        out["position_ids"] = positions.expand(*adapter.position_axes, -1, -1)
     reports = [replace(picture.report, row=row) for picture, (row, _) in zip(pictures, places, strict=True)]
     out.report = Report(compressor, reports, source, watch)
     return out
@@ -104,12 +108,13 @@ def compress_pictures(
             token_map = compressor(tokens)
             compressed = token_map.apply(tokens.features)
         lengths = token_map.lengths
+        if 0 in lengths:
+            raise UserError(f"{compressor.name()} left no token of a picture; it must keep at least one")
         with watch.time("projector"):
             flat = torch.cat([row[:length] for row, length in zip(compressed, lengths, strict=True)])
             projected = adapter.project(flat, site).split(lengths)
-        with watch.time("report"):
+        with watch.time("bookkeeping"):
             anchors = token_map.anchor_index().tolist()
-            lost = detail_lost(tokens, token_map).tolist()
         hidden = tokens.features.shape[1] - tokens.plain_count
         for place, index in enumerate(indices):
             # A token outside the grid (CLS) has no placeholder of its own: it takes the position of the first.
@@ -118,10 +123,10 @@ def compress_pictures(
                 row=-1,
                 before=tokens.plain_count,
                 after=lengths[place],
-                detail_lost=lost[place],
                 token_map=token_map.rows(slice(place, place + 1)),
                 grid=tokens.grid,
                 prefix=tokens.prefix,
+                features=tokens.features[place].detach(),
             )
             found[index] = CompressedPicture(projected[place], offsets, report)
     return [found[index] for index in sorted(found)]

@@ -6,14 +6,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vlmzip.compressor import Compressor
+from vlmzip.runtime.detail import detail_lost
 from vlmzip.token_map import TokenMap
-from vlmzip.visual_tokens import Grid
+from vlmzip.visual_tokens import Grid, VisualTokens
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,18 @@ class PictureReport:
     before: int
     """Visual tokens that the LLM would get without compression."""
     after: int
-    detail_lost: float
-    """Share of the features' variance that the tokens left do not explain, 0 to about 1 (see `detail.py`)."""
     token_map: TokenMap
     """The map of this picture alone (a batch of one), over prefix and grid."""
     grid: Grid | None
     prefix: int
+    features: Float[Tensor, "tokens dim"]
+    """The visual tokens before compression, without gradients; kept until the next call, for `detail_lost`."""
+
+    @cached_property
+    def detail_lost(self) -> float:
+        """Share of the picture's detail that the tokens left do not explain, 0 to 1 (see `detail.py`)."""
+        tokens = VisualTokens(self.features[None], self.grid, self.prefix)
+        return float(detail_lost(tokens, self.token_map))
 
 
 @dataclass
@@ -87,5 +95,5 @@ class Report:
 
     @property
     def milliseconds(self) -> dict[str, float]:
-        """Time by stage: "encoder" (and projector, where one acts behind it), "selection", "projector" and "report"."""
+        """Time by stage: "encoder" (and projector, where one acts behind it), "selection", "projector" and others."""
         return self.stopwatch.milliseconds()

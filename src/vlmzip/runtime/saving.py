@@ -61,6 +61,8 @@ def read_compressor(folder: str | os.PathLike[str]) -> Compressor:
         version, method, settings = int(content["format"]), str(content["method"]), dict(content["fields"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{str(path)!r} cannot be read: {type(error).__name__}: {error}") from None
+    if version < 1:
+        raise UserError(f"{str(path)!r} cannot be read: there is no format {version}")
     if version > FORMAT:
         raise UserError(
             f"{str(path)!r} was written by vlmzip {content.get('vlmzip')}, newer than {__version__}: update vlmzip"

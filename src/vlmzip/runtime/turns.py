@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.runtime.prepare import PER_TOKEN, CompressedInputs, compress_inputs, gather, pad_id, positions_of
+from vlmzip.runtime.report import Report, Stopwatch
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Seen:
 
     ids: Int[Tensor, "batch length"]
     """The tokens so far, placeholders of uncompressed pictures included."""
+    real: Bool[Tensor, "batch length"]
+    """Which of them are no padding."""
     source: Int[Tensor, "batch short"]
     """For each compressed position the one in `ids` that it stands for; -1: padding."""
     mask: Int[Tensor, "batch short"]
@@ -35,20 +38,18 @@ class Seen:
     pictures: int
     """Pictures so far."""
 
-    def and_generated(self, tokens: Int[Tensor, "batch new"]) -> Seen:
-        """The conversation after the model has answered with `tokens`."""
-        count = tokens.shape[1]
-        steps = torch.arange(count, device=tokens.device)
-        source = (self.ids.shape[1] + steps).expand(len(tokens), -1)
-        positions = self.next_position[:, None] + steps
-        return Seen(
+    def and_generated(self, tokens: Int[Tensor, "batch new"], filler: Bool[Tensor, "batch new"]) -> Seen:
+        """The conversation after the model has answered with `tokens`; `filler` follows the end of short answers."""
+        steps = torch.arange(tokens.shape[1], device=tokens.device)
+        mask = (~filler).to(self.mask.dtype)
+        positions = (self.next_position[:, None] + steps).expand(*self.positions.shape[:-1], -1)
+        return replace(
+            self,
             ids=torch.cat([self.ids, tokens], 1),
-            source=torch.cat([self.source, source], 1),
-            mask=torch.cat([self.mask, torch.ones_like(tokens)], 1),
-            positions=torch.cat([self.positions, positions.expand(*self.positions.shape[:-1], -1)], -1),
-            prompt_length=self.prompt_length,
-            next_position=self.next_position,
-            pictures=self.pictures,
+            real=torch.cat([self.real, ~filler], 1),
+            source=torch.cat([self.source, (self.ids.shape[1] + steps).expand(len(tokens), -1)], 1),
+            mask=torch.cat([self.mask, mask], 1),
+            positions=torch.cat([self.positions, positions], -1),
         )
 
 
@@ -107,7 +108,9 @@ def first_turn(
     else:  # a model's `forward` counts padding too
         positions = torch.arange(source.shape[1], device=ids.device).expand_as(gather(original, source, 0))
         next_position = torch.full_like(next_position, source.shape[1])
-    return Seen(ids, source, short_mask, positions, source.shape[1], next_position, len(small.report.pictures))
+    return Seen(
+        ids, mask.bool(), source, short_mask, positions, source.shape[1], next_position, len(small.report.pictures)
+    )
 
 
 def next_turn(
@@ -122,53 +125,72 @@ def next_turn(
     """Inputs for a later turn, given as the whole conversation or as its new part alone; and what is seen after it.
 
     Only pictures of the new part are encoded. For `generate` the prompt is the whole compressed conversation, of which
-    it skips what the cache holds; for `forward` it is the new part.
+    it skips what the cache holds; for `forward` it is what the cache does not hold.
     """
-    new, seen_mask = _new_part(adapter, inputs, seen)
-    part = compress_inputs(model, new, compressor, generating=True, adapter=adapter)
-    after = first_turn(adapter, new, part, compressor, generating=True)
-    offset = seen.next_position + seen_mask[:, seen.prompt_length :].sum(-1)
-    mask = torch.cat([seen_mask, after.mask], 1)
-    positions = torch.cat([seen.positions, after.positions + offset[:, None]], -1)
-    whole = Seen(
-        ids=torch.cat([seen.ids, new["input_ids"]], 1),
-        source=torch.cat([seen.source, torch.where(after.source < 0, -1, after.source + seen.ids.shape[1])], 1),
-        mask=mask,
-        positions=positions,
-        prompt_length=mask.shape[1],
-        next_position=after.next_position + offset,
-        pictures=seen.pictures + after.pictures,
-    )
+    # After `generate` the last token of the answer has not been through the model.
+    pending = seen.source.shape[1] - inputs["past_key_values"].get_seq_length()
+    new, seen_mask = _new_part(adapter, inputs, seen, 0 if generating else pending)
     out = CompressedInputs(inputs)
-    out.report = part.report
     for name in (*adapter.picture_inputs, *PER_TOKEN):
         out.pop(name, None)
-    if "mm_encoder_outputs" in part:
-        out["mm_encoder_outputs"] = part["mm_encoder_outputs"]
-    out["attention_mask"] = mask
-    if generating:
-        out["input_ids"] = gather(whole.ids, whole.source, pad_id(adapter))
-        out["position_ids"] = positions
+    whole = replace(seen, mask=seen_mask)
+    if new["input_ids"].shape[1]:
+        part = compress_inputs(model, new, compressor, generating=True, adapter=adapter)
+        whole = _joined(whole, first_turn(adapter, new, part, compressor, generating=True))
+        out |= {name: part[name] for name in ("mm_encoder_outputs", "labels") if part.get(name) is not None}
+        report = part.report
     else:
-        out["input_ids"] = part["input_ids"]
-        out["position_ids"] = adapter.forward_positions(positions[..., seen.mask.shape[1] :])
-        if part.get("labels") is not None:
-            out["labels"] = part["labels"]
+        report = Report(compressor, [], None, Stopwatch(seen.ids.device))
+    start = 0 if generating else seen.source.shape[1] - pending
+    positions = whole.positions if generating else adapter.forward_positions(whole.positions[..., start:])
+    out["input_ids"] = gather(whole.ids, whole.source, pad_id(adapter))[:, start:]
+    out["attention_mask"], out["position_ids"] = whole.mask, positions
+    if "labels" in out and pending and not generating:
+        out["labels"] = torch.nn.functional.pad(out["labels"], (pending, 0), value=PER_TOKEN["labels"])
+    out.report = replace(report, source=whole.source[:, start:])
     return out, whole
 
 
+def _joined(seen: Seen, new: Seen) -> Seen:
+    """A conversation and what follows it, whose positions still count from 0."""
+    length, generated = seen.ids.shape[1], seen.mask[:, seen.prompt_length :].sum(-1)
+    offset = seen.next_position + generated
+    mask = torch.cat([seen.mask, new.mask], 1)
+    return Seen(
+        ids=torch.cat([seen.ids, new.ids], 1),
+        real=torch.cat([seen.real, new.real], 1),
+        source=torch.cat([seen.source, torch.where(new.source < 0, -1, new.source + length)], 1),
+        mask=mask,
+        positions=torch.cat([seen.positions, new.positions + offset[:, None]], -1),
+        prompt_length=mask.shape[1],
+        next_position=new.next_position + offset,
+        pictures=seen.pictures + new.pictures,
+    )
+
+
 def _new_part(
-    adapter: ModelAdapter, inputs: Mapping[str, Any], seen: Seen
+    adapter: ModelAdapter, inputs: Mapping[str, Any], seen: Seen, pending: int
 ) -> tuple[dict[str, Any], Int[Tensor, "batch short"]]:
-    """The inputs of the part of the conversation that is not in the cache, and the mask of the part that is."""
-    ids = inputs["input_ids"]
+    """The inputs of the part of the conversation that has not been seen, and the mask of the part that has."""
+    ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     old = seen.ids.shape[1]
-    whole = ids.shape[1] > old and torch.equal(ids[:, :old], seen.ids)
-    new_ids = ids[:, old:] if whole else ids
     if len(ids) != len(seen.ids):
         raise UserError(f"this KV cache holds {len(seen.ids)} rows, the prompt has {len(ids)}")
+    if ids.shape[1] >= old and torch.equal(ids[:, :old], seen.ids):
+        whole, new_ids = True, ids[:, old:]
+    elif (rows := _rows_after(ids, mask, seen)) is not None:  # the same conversation, padded in another way
+        whole, (new_ids, mask) = True, rows
+    elif ids.shape[1] >= old and (mask is None or mask.shape[1] == ids.shape[1]):
+        raise UserError(
+            "this conversation does not begin with what is in the KV cache (the answer may have been tokenised anew);"
+            " append new tokens to the ids that generate returned, or start with an empty cache"
+        )
+    else:
+        whole, new_ids = False, ids
+        if pending and torch.equal(ids[:, :pending], seen.ids[:, old - pending :]):
+            new_ids = ids[:, pending:]  # given once more, as transformers wants it
     new: dict[str, Any] = {"input_ids": new_ids, "attention_mask": torch.ones_like(new_ids)}
-    seen_mask, mask = seen.mask, inputs.get("attention_mask")
+    seen_mask = seen.mask
     if mask is not None and mask.shape[1] == old + new_ids.shape[1]:
         seen_mask = gather(mask[:, :old], seen.source, 0)
         new["attention_mask"] = mask[:, old:]
@@ -180,19 +202,40 @@ def _new_part(
             f" or {new_ids.shape[1]} for its new part"
         )
     if inputs.get("labels") is not None:
-        new["labels"] = inputs["labels"][:, -new_ids.shape[1] :]
-    new |= _new_pictures(adapter, inputs, new_ids, seen.pictures)
+        new["labels"] = inputs["labels"][:, inputs["labels"].shape[1] - new_ids.shape[1] :]
+    new |= _new_pictures(adapter, inputs, new_ids, seen.pictures, whole=whole)
     return new, seen_mask
 
 
+def _rows_after(
+    ids: Int[Tensor, "batch length"], mask: Tensor | None, seen: Seen
+) -> tuple[Int[Tensor, "batch new"], Int[Tensor, "batch new"]] | None:
+    """What follows the seen conversation in each row, padding aside, and its mask; `None` if a row begins otherwise."""
+    if mask is None or mask.shape != ids.shape:
+        return None
+    rows = []
+    for row, own_mask, old, real in zip(ids, mask.bool(), seen.ids, seen.real, strict=True):
+        given, known = row[own_mask], old[real]
+        if len(given) < len(known) or not torch.equal(given[: len(known)], known):
+            return None
+        rows.append(given[len(known) :].flip(0))
+    new = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).flip(1)
+    ones = [torch.ones_like(row) for row in rows]
+    return new, torch.nn.utils.rnn.pad_sequence(ones, batch_first=True).flip(1)
+
+
 def _new_pictures(
-    adapter: ModelAdapter, inputs: Mapping[str, Any], new_ids: Int[Tensor, "batch new"], old: int
+    adapter: ModelAdapter, inputs: Mapping[str, Any], new_ids: Int[Tensor, "batch new"], old: int, *, whole: bool
 ) -> dict[str, Any]:
     """The inputs of the pictures in the new part; `inputs` may hold all pictures of the conversation or these alone."""
     wanted = int((new_ids == adapter.placeholder_id).sum())
-    if wanted == 0 or inputs.get(adapter.picture_inputs[0]) is None:
+    if inputs.get(adapter.picture_inputs[0]) is None:
         return {}
     counts = adapter.plain_counts(inputs)
-    if len(counts) > old and sum(counts[old:]) == wanted:
-        return adapter.pictures_from(inputs, old)
+    if len(counts) >= old and sum(counts[old:]) == wanted and (whole or wanted):
+        return adapter.pictures_from(inputs, old) if wanted else {}
+    if sum(counts) != wanted:
+        raise UserError(
+            f"the new part of the prompt has {wanted} image placeholders; its pictures have {sum(counts)} visual tokens"
+        )
     return {name: inputs[name] for name in adapter.picture_inputs if inputs.get(name) is not None}

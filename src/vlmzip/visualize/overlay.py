@@ -30,11 +30,11 @@ def draw_tokens(picture: Image.Image, token_map: TokenMap, grid: Grid, prefix: i
     cell = max(8, SIDE // max(grid.rows, grid.cols))
     sizes = _sizes(token_map, prefix)
     fates = draw_fates(picture, token_map, grid, prefix, cell)
-    return _page(_enlarged(picture, grid, cell), fates, title, _caption(sizes, token_map, prefix), _colours(sizes))
+    return _page(_enlarged(picture, grid, cell), fates, title, _caption(sizes, token_map, prefix), sizes)
 
 
 def draw_fates(picture: Image.Image, token_map: TokenMap, grid: Grid, prefix: int, cell: int) -> Image.Image:
-    """The picture with `cell` pixels a token: kept ones framed white, merged ones tinted, dropped ones dark."""
+    """The picture with `cell` pixels a token: kept ones framed, merged ones tinted, dropped ones dark."""
     fates = _enlarged(picture, grid, cell)
     group, anchor = token_map.group[0, prefix:].tolist(), token_map.anchor[0, prefix:].tolist()
     sizes = _sizes(token_map, prefix)
@@ -46,11 +46,14 @@ def draw_fates(picture: Image.Image, token_map: TokenMap, grid: Grid, prefix: in
             fates.paste(_dimmed(fates.crop(box)), box)
         elif sizes[g] > 1:
             tint = Image.new("RGB", (cell, cell), colours[g])
-            fates.paste(Image.blend(fates.crop(box), tint, 0.75 if is_anchor else 0.5), box)
+            grey = fates.crop(box).convert("L").convert("RGB")  # the picture's own colours must not look like a group's
+            fates.paste(Image.blend(grey, tint, 0.75 if is_anchor else 0.5), box)
             if is_anchor:
                 ImageDraw.Draw(fates).rectangle((box[0] + 2, box[1] + 2, box[2] - 3, box[3] - 3), outline=INK, width=2)
         else:
-            ImageDraw.Draw(fates).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=WHITE, width=2)
+            # White inside black shows on any ground.
+            ImageDraw.Draw(fates).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=INK)
+            ImageDraw.Draw(fates).rectangle((box[0] + 1, box[1] + 1, box[2] - 2, box[3] - 2), outline=WHITE, width=2)
     return fates
 
 
@@ -64,9 +67,7 @@ def stack(pages: list[Image.Image]) -> Image.Image:
     return out
 
 
-def _page(
-    picture: Image.Image, fates: Image.Image, title: str, caption: str, colours: dict[int, tuple[int, int, int]]
-) -> Image.Image:
+def _page(picture: Image.Image, fates: Image.Image, title: str, caption: str, sizes: Counter[int]) -> Image.Image:
     margin, line = 16, 26
     page = Image.new("RGB", (2 * picture.width + 3 * margin, picture.height + 2 * margin + 3 * line), PAPER)
     draw = ImageDraw.Draw(page)
@@ -76,21 +77,31 @@ def _page(
     page.paste(picture, (margin, top))
     page.paste(fates, (2 * margin + picture.width, top))
     draw.text((margin, top + picture.height + 6), caption, fill=INK, font=font)
-    _legend(draw, (margin, top + picture.height + 6 + line), font, colours)
+    _legend(draw, (margin, top + picture.height + 6 + line), font, sizes)
     return page
 
 
 def _legend(
-    draw: ImageDraw.ImageDraw, at: tuple[int, int], font: ImageFont.ImageFont | ImageFont.FreeTypeFont, colours: dict
+    draw: ImageDraw.ImageDraw,
+    at: tuple[int, int],
+    font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
+    sizes: Counter[int],
 ) -> None:
-    x, y = at
-    swatches: list[tuple[str, list[tuple[int, int, int]], tuple[int, int, int]]] = [("kept", [WHITE], (160, 160, 160))]
+    """A swatch for each fate that occurs."""
+    colours = list(_colours(sizes).values())
+    swatches: list[tuple[str, list[tuple[int, int, int]]]] = []
+    if any(g >= 0 and size == 1 for g, size in sizes.items()):
+        swatches.append(("kept", [WHITE]))
     if colours:
-        swatches.append(("merged, one colour per group, anchor framed", list(colours.values())[:4], INK))
-    swatches.append(("dropped", [(52, 52, 52)], INK))
-    for name, fills, outline in swatches:
+        swatches.append(
+            (("… " if len(colours) > 4 else "") + "merged, one colour per group, anchor framed", colours[:4])
+        )
+    if sizes[-1]:
+        swatches.append(("dropped", [(52, 52, 52)]))
+    x, y = at
+    for name, fills in swatches:
         for fill in fills:
-            draw.rectangle((x, y + 3, x + 14, y + 17), fill=fill, outline=outline)
+            draw.rectangle((x, y + 3, x + 14, y + 17), fill=fill, outline=INK)
             x += 18
         draw.text((x + 4, y), name, fill=INK, font=font)
         x += int(draw.textlength(name, font=font)) + 28
