@@ -34,7 +34,17 @@ def run(capsys, *arguments):
 def test_ask_prints_answer_and_account(capsys, checkpoint, picture):
     code, out, _ = run(capsys, "ask", picture, "w4 w5", "--model", checkpoint, "--keep", "8", "--max-new-tokens", "4")
     assert code == 0
-    for expected in ("visual tokens", "36", "8", "prefill FLOPs", "KV cache", "36 → 8", "4.5x", "selection ms", "LLM ms"):
+    for expected in (
+        "visual tokens",
+        "36",
+        "8",
+        "prefill FLOPs",
+        "KV cache",
+        "36 → 8",
+        "4.5x",
+        "selection ms",
+        "LLM ms",
+    ):
         assert expected in out
 
 
