@@ -63,7 +63,7 @@ def measure(budget: str, method: Compressor, limit: int | None) -> dict[str, obj
         "budget": budget,
         "method": method.name(),
         "merge": getattr(method, "merge", ""),
-        "positions": method.positions,
+        "positions": method.positions or "contiguous",
         "tokens": max(tokens),
         "accuracy": f"{100 * right:.1f}",
         "standard_error": f"{100 * math.sqrt(right * (1 - right) / len(records)):.1f}",
@@ -99,7 +99,7 @@ def main() -> None:
     rows = []
     for budget, method in configurations():
         rows.append(measure(budget, method, args.limit))
-        print(f"{budget:>5} {method.name():<15}{rows[-1]['positions']:<11} {rows[-1]['accuracy']} %", flush=True)
+        print(f"{budget:>5} {method.name():<15}{rows[-1]['positions']!s:<11} {rows[-1]['accuracy']} %", flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with args.out.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
