@@ -20,6 +20,7 @@ from vlmzip.mini.evaluate import ModelAnswer, accuracy, share_right
 from vlmzip.mini.examples import CHOSEN, picture
 from vlmzip.mini.scene import make_scene
 from vlmzip.mini.splits import VALIDATION, questions_of, validation_split
+from vlmzip.mini.tokenizer import make_tokenizer
 
 FOLDER = weights_folder()
 EXAMPLES_FOLDER = Path(__file__).parents[2] / "examples"
@@ -135,6 +136,14 @@ def test_questions_may_be_typed_naturally(typed: str, meant: str) -> None:
     tokenizer = AutoProcessor.from_pretrained(FOLDER).tokenizer
     assert tokenizer(typed)["input_ids"] == tokenizer(meant)["input_ids"]
     assert tokenizer.unk_token_id not in tokenizer(typed)["input_ids"]
+
+
+def test_the_shipped_tokenizer_is_the_one_the_code_makes() -> None:
+    shipped = AutoProcessor.from_pretrained(FOLDER).tokenizer.backend_tokenizer
+    made = make_tokenizer().backend_tokenizer
+    assert shipped.get_vocab() == made.get_vocab()
+    for text in ("What COLOUR is the T-shirt?", "read 347.", "USER: <image>\nwhere is it ? ASSISTANT:", "zebra"):
+        assert shipped.encode(text).ids == made.encode(text).ids
 
 
 def test_numbers_come_back_in_one_piece_and_unknown_words_as_unknown() -> None:
