@@ -10,8 +10,10 @@ from torch.nn.functional import normalize
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import VisualTokens
 
-WORRYING = 0.5
-"""Lost detail from which on reading suffers: benchmarks/detail_lost.py on mini; other encoders may differ."""
+WORRYING = 0.3
+"""Lost detail from which on reading falls below three quarters of what it was: benchmarks/detail_lost.py, on mini.
+
+Features of other encoders vary differently: what it says there is unmeasured."""
 LEAST_DETAIL = 1e-3
 """Variance, as a share of the features' energy, below which a picture counts as having this little."""
 CHUNK = 1024
