@@ -73,7 +73,7 @@ class Stopwatch:
         return start.elapsed_time(end)  # type: ignore[attr-defined]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What one call of the runtime did: every picture in order of appearance, and where each position came from."""
 
@@ -82,6 +82,10 @@ class Report:
     source: Int[Tensor, "batch new_length"] | None
     """For each position of the compressed prompt the position in the original one; -1: padding. `None`: no pictures."""
     stopwatch: Stopwatch
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{picture.before} → {picture.after}" for picture in self.pictures)
+        return f"Report({self.compressor.name()}: {counts or 'no pictures'})"
 
     @property
     def before(self) -> int:
