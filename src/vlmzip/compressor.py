@@ -93,12 +93,30 @@ class Compressor(ABC):
         chosen = dataclasses.replace(self, keep=keep)  # type: ignore[call-arg]
         return chosen, chosen.reached(profile)
 
-    def reached(self, profile: Profile) -> float:
-        """The retention ratio on a picture of the profile's grid, over all layers of the LLM."""
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The LLM layers, 0-based, before which it acts: the first that see fewer tokens. Empty before the LLM."""
+        layer = getattr(self, "layer", None)
+        return (layer,) if self.site is Site.IN_LLM and layer is not None else ()
+
+    def stages(self) -> tuple[Compressor, ...]:
+        """The compressors that it consists of, in the order in which tokens meet them."""
+        return (self,)
+
+    def tokens_by_layer(self, profile: Profile) -> list[int] | None:
+        """Visual tokens of one picture of the profile's grid at each LLM layer; `None` if its content decides."""
         count = self.token_count(profile.grid)
         if count is None:
+            return None
+        first = min(self.layers, default=0)
+        return [profile.grid.size] * first + [min(count, profile.grid.size)] * (profile.layers - first)
+
+    def reached(self, profile: Profile) -> float:
+        """The retention ratio on a picture of the profile's grid, over all layers of the LLM."""
+        counts = self.tokens_by_layer(profile)
+        if counts is None:
             raise BudgetError(f"what {self.name()} keeps depends on the picture")
-        return min(count, profile.grid.size) / profile.grid.size
+        return sum(counts) / (profile.grid.size * profile.layers)
 
     def on(self, model: nn.Module) -> AbstractContextManager[Any]:
         """`with compressor.on(model) as small:` attaches for a block and leaves no trace."""

@@ -74,11 +74,12 @@ def answer(loaded: Loaded, small: CompressedModel, inputs: dict[str, Any], max_n
     parts = small.report.milliseconds
     spent = {"vision encoder": parts["encoder"], "selection": parts["selection"]}
     spent["LLM"] = total - sum(spent.values()) - parts["bookkeeping"]
-    prompt = inputs["input_ids"].shape[1] - small.report.before + small.report.after
-    account = Account(
-        small.report.after, prompt, prefill_flops(loaded.adapter, prompt), kv_cache_bytes(loaded.adapter, prompt), spent
-    )
-    return Answer(text, account, small.report)
+    report = small.report
+    text_tokens = inputs["input_ids"].shape[1] - report.before
+    by_layer = [text_tokens + count for count in report.by_layer]
+    flops, kv_bytes = prefill_flops(loaded.adapter, by_layer), kv_cache_bytes(loaded.adapter, by_layer)
+    account = Account(report.after, text_tokens + report.after, flops, kv_bytes, spent)
+    return Answer(text, account, report)
 
 
 def plain_account(loaded: Loaded, inputs: dict[str, Any], report: Report) -> dict[str, Any]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from vlmzip.models.adapter import ModelAdapter
 
 
-def prefill_flops(adapter: ModelAdapter, tokens: int) -> int:
+def prefill_flops(adapter: ModelAdapter, tokens: int | Sequence[int]) -> int:
     """Floating-point operations of the LLM for a prompt of `tokens` tokens (text and visual), one row.
+
+    `tokens`: one number, or one for each layer where some of them see fewer.
 
     Two per weight and token of every linear layer; 4 * tokens^2 * heads * head size per layer for attention scores and
     their application (the full square, as `torch.utils.flop_counter` counts; a causal kernel does half); and the output
@@ -18,16 +22,23 @@ def prefill_flops(adapter: ModelAdapter, tokens: int) -> int:
     an MLP of two matrices; this counts two, and the matrices that are there.
     """
     config = adapter.llm_config
-    weights = sum(m.in_features * m.out_features for m in adapter.llm.modules() if isinstance(m, nn.Linear))
-    attention = 4 * tokens**2 * config.num_attention_heads * head_size(adapter) * config.num_hidden_layers
-    return 2 * weights * tokens + attention + 2 * config.hidden_size * config.vocab_size
+    width = config.num_attention_heads * head_size(adapter)
+    flops = 2 * config.hidden_size * config.vocab_size
+    for layer, count in zip(adapter.decoder_layers, _by_layer(adapter, tokens), strict=True):
+        weights = sum(m.in_features * m.out_features for m in layer.modules() if isinstance(m, nn.Linear))
+        flops += 2 * weights * count + 4 * count**2 * width
+    return flops
 
 
-def kv_cache_bytes(adapter: ModelAdapter, tokens: int) -> int:
-    """Bytes of keys and values that `tokens` tokens take in the LLM's cache, one row, in the model's own precision."""
+def kv_cache_bytes(adapter: ModelAdapter, tokens: int | Sequence[int]) -> int:
+    """Bytes of keys and values that `tokens` tokens (at each layer) take in the LLM's cache, one row."""
     config = adapter.llm_config
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * head_size(adapter)
-    return per_token * tokens * next(adapter.llm.parameters()).element_size()
+    element = next(adapter.llm.parameters()).element_size()
+    return 2 * config.num_key_value_heads * head_size(adapter) * element * sum(_by_layer(adapter, tokens))
+
+
+def _by_layer(adapter: ModelAdapter, tokens: int | Sequence[int]) -> Sequence[int]:
+    return [tokens] * len(adapter.decoder_layers) if isinstance(tokens, int) else tokens
 
 
 def head_size(adapter: ModelAdapter) -> int:

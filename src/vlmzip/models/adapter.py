@@ -49,6 +49,11 @@ class ModelAdapter(ABC):
         return self.model.model.language_model
 
     @property
+    def decoder_layers(self) -> nn.ModuleList:
+        """The layers of the LLM, in order."""
+        return self.llm.layers  # type: ignore[return-value]
+
+    @property
     def llm_config(self) -> Any:
         """The config of the decoder."""
         return self.model.config.get_text_config()

@@ -123,6 +123,7 @@ def compress_pictures(
                 row=-1,
                 before=tokens.plain_count,
                 after=lengths[place],
+                by_layer=(lengths[place],) * len(adapter.decoder_layers),
                 token_map=token_map.rows(slice(place, place + 1)),
                 grid=tokens.grid,
                 prefix=tokens.prefix,

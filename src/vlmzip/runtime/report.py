@@ -26,8 +26,11 @@ class PictureReport:
     before: int
     """Visual tokens that the LLM would get without compression."""
     after: int
+    """Visual tokens that the LLM gets; inside it they may become fewer, see `by_layer`."""
+    by_layer: tuple[int, ...]
+    """Visual tokens at each layer of the LLM."""
     token_map: TokenMap
-    """The map of this picture alone (a batch of one), over prefix and grid."""
+    """The map of this picture alone (a batch of one), over prefix and grid, to the tokens of the last layer."""
     grid: Grid | None
     prefix: int
     features: Float[Tensor, "tokens dim"]
@@ -96,6 +99,16 @@ class Report:
     def after(self) -> int:
         """Visual tokens of all pictures that the LLM got."""
         return sum(picture.after for picture in self.pictures)
+
+    @property
+    def by_layer(self) -> list[int]:
+        """Visual tokens of all pictures at each layer of the LLM."""
+        return [sum(counts) for counts in zip(*(picture.by_layer for picture in self.pictures), strict=True)]
+
+    @property
+    def retention(self) -> float:
+        """Visual tokens over all layers of the LLM, as a share of what they would be without compression."""
+        return sum(self.by_layer) / (self.before * len(self.by_layer)) if self.pictures else 1.0
 
     @property
     def milliseconds(self) -> dict[str, float]:
