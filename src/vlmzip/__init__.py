@@ -4,7 +4,7 @@ from vlmzip.catalogue import available
 from vlmzip.compressor import BudgetError, Compressor, Profile
 from vlmzip.errors import UserError
 from vlmzip.keep import Keep
-from vlmzip.methods import NoCompression, Pool2d, RandomTokens, VisionZip
+from vlmzip.methods import Chain, FastV, LLaVolta, NoCompression, Pool2d, RandomTokens, VisionZip
 from vlmzip.runtime.facade import CompressedModel, attach
 from vlmzip.runtime.prepare import compress_inputs
 from vlmzip.runtime.report import Report
@@ -15,10 +15,13 @@ from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 __all__ = [
     "BudgetError",
+    "Chain",
     "CompressedModel",
     "Compressor",
+    "FastV",
     "Grid",
     "Keep",
+    "LLaVolta",
     "NoCompression",
     "Pool2d",
     "Profile",

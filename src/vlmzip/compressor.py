@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 
 from vlmzip.errors import UserError, closest
-from vlmzip.keep import Keep
+from vlmzip.keep import Keep, count_to_keep, round_half_up
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
@@ -90,8 +90,21 @@ class Compressor(ABC):
         """
         if "keep" not in self.field_names():
             raise BudgetError(f"{self.name()} has no budget to set")
+        if self.layers:
+            keep = self._count_inside(keep, profile)
         chosen = dataclasses.replace(self, keep=keep)  # type: ignore[call-arg]
         return chosen, chosen.reached(profile)
+
+    def _count_inside(self, keep: Keep, profile: Profile) -> int:
+        """Tokens to keep from its first layer on, so that the average over all layers of the LLM is `keep`."""
+        size, depth, first = profile.grid.size, profile.layers, min(self.layers)
+        left = (count_to_keep(keep, size) * depth - size * first) / (depth - first)
+        if left < 1:
+            least = (first + (depth - first) / size) / depth
+            raise BudgetError(
+                f"{first} of {depth} layers see all tokens before {self.name()} acts: on average at least {least:.1%}"
+            )
+        return min(round_half_up(left), size)
 
     @property
     def layers(self) -> tuple[int, ...]:

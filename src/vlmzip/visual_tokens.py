@@ -58,8 +58,14 @@ class VisualTokens:
     keys: Float[Tensor, "batch tokens key_dim"] | None = None
     """Attention keys of the feature layer, mean over heads."""
     text_attention: Float[Tensor, "batch queries tokens"] | None = None
+    """Attention of the question's tokens in the layer before `layer`, mean over heads. They are the text behind the
+    picture, up to the last question token: the one before the first label, or the last of the prompt."""
     query_mask: Bool[Tensor, "batch queries"] | None = None
+    """Which queries are there; rows are padded on the left, so that the last question token is the last in each."""
     text_features: Float[Tensor, "batch queries dim"] | None = None
+    """The question's tokens as they entered the LLM."""
+    llm_input: Float[Tensor, "batch entered dim"] | None = None
+    """All of the picture's tokens as they entered the LLM; comes with `text_features`."""
     layer: int | None = None
     """The LLM layer about to run, for compressors inside the LLM."""
     passes_prefix: bool = False

@@ -68,9 +68,13 @@ def read_compressor(folder: str | os.PathLike[str]) -> Compressor:
             f"{str(path)!r} was written by vlmzip {content.get('vlmzip')}, newer than {__version__}: update vlmzip"
         )
     installed = {f"{cls.__module__}:{cls.__qualname__}": cls for cls in catalogue.available().values()}
-    if ":" in method and method not in installed:
-        raise UserError(
-            f"{str(path)!r} names code that is not an installed method ({method});"
-            " pass it yourself: vlmzip.from_pretrained(folder, compressor=…)"
-        )
-    return catalogue.make(installed.get(method) or catalogue.find(method), settings)
+
+    def find(name: str) -> type[Compressor]:
+        if ":" in name and name not in installed:
+            raise UserError(
+                f"{str(path)!r} names code that is not an installed method ({name});"
+                " pass it yourself: vlmzip.from_pretrained(folder, compressor=…)"
+            )
+        return installed.get(name) or catalogue.find(name)
+
+    return catalogue.from_dict({"method": method, **settings}, find)
