@@ -19,6 +19,7 @@ import vlmzip
 from tests.runtime.ragged import Ragged
 from tests.tiny import FAMILIES, IMAGE_TOKEN, PAD, batch, save_checkpoint
 from vlmzip import NoCompression, UserError, VisionZip
+from vlmzip.models import adapter_for
 
 ROWS = ([1, "image", 5, 6, 7], [1, "image", 4, "image", 5], [1, 2, 3, 4], ["image", 8])
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -156,6 +157,14 @@ def test_length_limits(family, small):
     config = copy.deepcopy(family.model.generation_config)
     config.max_length, config.min_length = width + 3, width + 3
     assert small.generate(**inputs, generation_config=config, do_sample=False).shape[1] == width + 3
+    assert small.generate(**inputs, max_length=width + 1, do_sample=False).shape[1] == width + 1
+    for limit in (width, width // 2):
+        with pytest.raises(ValueError, match=f"`max_length` is set to {limit}"):
+            copy.deepcopy(family.model).generate(**inputs, max_length=limit)
+        with pytest.raises(
+            UserError, match=f"max_length={limit} leaves no room .* the prompt alone has {width} tokens"
+        ):
+            small.generate(**inputs, max_length=limit)
 
 
 @promise("generate: stop strings")
@@ -362,6 +371,9 @@ def test_foreign_caches(family, small):
     own = DynamicCache()
     one = alone(family, 0)
     out = small.generate(**one, **GREEDY, past_key_values=own)
+    for copied in (copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
+        with pytest.raises(UserError, match=r"or is a copy \(deepcopy, pickle\) of one"):
+            small.generate(input_ids=out, past_key_values=copied, **GREEDY)
     own.crop(-3)
     with pytest.raises(UserError, match="has changed"):
         small.generate(input_ids=out, past_key_values=own, **GREEDY)
@@ -404,6 +416,22 @@ def test_loss(family, pad):
     patch = next(p for name, p in model.named_parameters() if "patch_emb" in name)
     assert patch.grad is not None
     assert patch.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("positions", ["contiguous", "original"])
+def test_training_counts_positions_no_more_than_it_must(family, positions, monkeypatch):
+    """What a cache holds is worked out only where one comes back: not in training."""
+    small = vlmzip.attach(family.model, Ragged(positions=positions))
+    counted = []
+    kind = type(adapter_for(family.model))
+    original = kind.original_positions
+    monkeypatch.setattr(kind, "original_positions", lambda *a: counted.append(1) or original(*a))
+    small(**with_labels(family.batch(*ROWS)), use_cache=False).loss.backward()
+    family.model.zero_grad()
+    needed = int(positions == "original")
+    assert len(counted) == needed
+    small(**family.batch(*ROWS), use_cache=True)
+    assert len(counted) == 2 * needed + 1
 
 
 @promise("forward: gradient checkpointing")
