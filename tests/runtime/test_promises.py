@@ -450,28 +450,75 @@ def test_gradient_checkpointing(family):
         torch.testing.assert_close(gradient, gradients[1][name], atol=1e-5, rtol=1e-3, msg=name)
 
 
-@promise("Trainer on the façade")
-def test_trainer(family, tmp_path):
+def trainer_for(family, small, folder, steps=4, **settings):
     from transformers import Trainer, TrainingArguments
-
-    model = copy.deepcopy(family.model)
-    small = vlmzip.attach(model, VisionZip(keep=8))
-    inputs = with_labels(family.batch([1, "image", 5, 6]))
-    picture = family.pictures(0, 1)
 
     def collate(rows):
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
-    rows = [{**inputs, **picture}] * 8
+    rows = [with_labels(family.batch([1, "image", 5, 6]))] * 8
     arguments = TrainingArguments(
-        tmp_path, max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], logging_steps=1,
-        save_steps=4, use_cpu=True,
+        folder, max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], logging_steps=1,
+        save_steps=4, use_cpu=True, lr_scheduler_type="constant", per_device_eval_batch_size=1,
     )  # fmt: skip
-    trainer = Trainer(small, arguments, train_dataset=rows, data_collator=collate)
+    return Trainer(small, arguments, train_dataset=rows, data_collator=collate, **settings)
+
+
+@promise("Trainer on the façade; trainer.model.save_pretrained afterwards")
+def test_trainer(family, tmp_path):
+    small = vlmzip.attach(copy.deepcopy(family.model), VisionZip(keep=8))
+    trainer = trainer_for(family, small, tmp_path)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
-    assert (tmp_path / "checkpoint-4").is_dir()
+    trainer.model.save_pretrained(tmp_path / "whole")
+    loaded = vlmzip.from_pretrained(tmp_path / "whole")
+    assert loaded.compressor == small.compressor
+    weights = loaded.inner.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in small.inner.state_dict().items())
+    assert any(not torch.equal(value, weights[name]) for name, value in family.model.state_dict().items())
+    trainer.save_model(tmp_path / "weights")
+    for folder in ("checkpoint-4", "weights"):
+        with pytest.raises(UserError, match=r"a Trainer wrote weights alone; .* trainer.model.save_pretrained"):
+            vlmzip.from_pretrained(tmp_path / folder)
+
+
+@promise("Trainer: resumed from a checkpoint")
+def test_trainer_resumes(family, tmp_path):
+    one = vlmzip.attach(copy.deepcopy(family.model), VisionZip(keep=8))
+    trainer_for(family, one, tmp_path / "one", steps=6).train()
+    other = vlmzip.attach(copy.deepcopy(family.model), VisionZip(keep=8))
+    trainer_for(family, other, tmp_path / "other").train()
+    fresh = vlmzip.attach(copy.deepcopy(family.model), VisionZip(keep=8))
+    trainer_for(family, fresh, tmp_path / "other", steps=6).train(resume_from_checkpoint=True)
+    for name, value in one.inner.state_dict().items():
+        torch.testing.assert_close(fresh.inner.state_dict()[name], value, msg=name)
+
+
+@promise("Trainer.predict, lined up with the labels")
+def test_predictions_line_up_with_the_labels(family, tmp_path):
+    """Cross entropy of predictions and labels, as a user compares them, is the loss that the Trainer reports."""
+    small = vlmzip.attach(family.model, Ragged())
+    lengths = []
+
+    def line_up(logits, labels):
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        lengths.append((logits.shape[1], labels.shape[1]))
+        return small.report.lined_up(logits, labels.shape[1])
+
+    trainer = trainer_for(family, small, tmp_path, preprocess_logits_for_metrics=line_up)
+    first = with_labels(family.batch(*ROWS, pad="right"))
+    second = with_labels(family.batch(["image", 9, 4, 8], [3, "image", 7]))
+    out = trainer.predict([first, second])
+    assert all(short < long for short, long in lengths)
+    logits, labels = torch.tensor(out.predictions)[:, :-1], torch.tensor(out.label_ids)[:, 1:]
+    assert logits.shape[:2] == labels.shape
+    for rows, inputs in ((slice(0, 4), first), (slice(4, 6), second)):
+        loss = torch.nn.functional.cross_entropy(logits[rows].flatten(0, 1), labels[rows].flatten(), ignore_index=-100)
+        with torch.no_grad():
+            torch.testing.assert_close(loss, small(**inputs).loss, atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="not of the call that this report is about"):
+        small.report.lined_up(logits, labels.shape[1])
 
 
 @promise("peft: LoRA under the façade")

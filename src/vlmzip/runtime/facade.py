@@ -62,6 +62,10 @@ class CompressedModel(nn.Module):
     """A vision-language model whose pictures go through a compressor; holds the model as `inner`.
 
     `forward` and `generate` take what the model takes. What is not defined here is looked up on the model.
+
+    `Trainer` trains it and resumes it, but `Trainer.save_model` and checkpoints write weights alone: save with
+    `trainer.model.save_pretrained(folder)`. What `Trainer.predict` returns covers the compressed sequence, the labels
+    beside it the prompt; `report.lined_up`, called in `preprocess_logits_for_metrics`, brings them together.
     """
 
     def __init__(self, model: nn.Module, compressor: Compressor) -> None:
