@@ -502,14 +502,14 @@ def test_predictions_line_up_with_the_labels(family, tmp_path):
     lengths = []
 
     def line_up(logits, labels):
-        logits = logits[0] if isinstance(logits, tuple) else logits
         lengths.append((logits.shape[1], labels.shape[1]))
         return small.report.lined_up(logits, labels.shape[1])
 
     trainer = trainer_for(family, small, tmp_path, preprocess_logits_for_metrics=line_up)
     first = with_labels(family.batch(*ROWS, pad="right"))
     second = with_labels(family.batch(["image", 9, 4, 8], [3, "image", 7]))
-    out = trainer.predict([first, second])
+    # As with the plain model: in some versions and families a Trainer stumbles over outputs that are no tensors.
+    out = trainer.predict([first, second], ignore_keys=["past_key_values", "image_hidden_states"])
     assert all(short < long for short, long in lengths)
     logits, labels = torch.tensor(out.predictions)[:, :-1], torch.tensor(out.label_ids)[:, 1:]
     assert logits.shape[:2] == labels.shape
