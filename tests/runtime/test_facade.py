@@ -136,10 +136,10 @@ def traces(model):
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
     found = {}
     for name, module in model.named_modules():
-        found |= {(name, kind): len(getattr(module, kind)) for kind in kinds}
         plain = (type(None), bool, int, float, str, torch.Tensor)
         # Their text compares tensors, too: Qwen2.5-VL keeps an offset of positions between calls.
         found |= {(name, key): str(value) if isinstance(value, plain) else "" for key, value in vars(module).items()}
+        found |= {(name, kind): len(getattr(module, kind)) for kind in kinds}
     return found
 
 
