@@ -1,5 +1,6 @@
 """Models of every supported family, built tiny from their configs, and inputs for them."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -227,6 +228,19 @@ FAMILIES = {
     "paligemma": lambda: Family("paligemma", tiny_paligemma(), [(6, 6)]),
     "qwen2_5_vl": lambda: Family("qwen2_5_vl", tiny_qwen(), [(4, 6), (5, 3), (4, 6), (6, 7)]),
 }
+
+
+def wider(model: PreTrainedModel) -> PreTrainedModel:
+    """A model like this one whose widths are multiples of 64, as 4-bit weights need them; its weights are others."""
+    config = copy.deepcopy(model.config)
+    for part in (config, config.vision_config, config.text_config):
+        for name, value in {"hidden_size": 64, "intermediate_size": 128, "projection_dim": 64}.items():
+            if name in vars(part):
+                setattr(part, name, value)
+    config.text_config.num_attention_heads, config.text_config.num_key_value_heads = 8, 4
+    config.vision_config.out_hidden_size = 64
+    torch.manual_seed(0)
+    return _with_large_weights(type(model)(config), "sdpa")
 
 
 def _with_large_weights(model: PreTrainedModel, attention: str) -> PreTrainedModel:
