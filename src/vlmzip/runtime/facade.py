@@ -6,9 +6,10 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -65,6 +66,10 @@ class CompressedModel(nn.Module):
     """A vision-language model whose pictures go through a compressor; holds the model as `inner`.
 
     `forward` and `generate` take what the model takes. What is not defined here is looked up on the model.
+
+    `Trainer` trains it and resumes it, but `Trainer.save_model` and checkpoints write weights alone: save with
+    `trainer.model.save_pretrained(folder)`. What `Trainer.predict` returns covers the compressed sequence, the labels
+    beside it the prompt; `report.lined_up`, called in `preprocess_logits_for_metrics`, brings them together.
     """
 
     def __init__(self, model: nn.Module, compressor: Compressor) -> None:
@@ -170,7 +175,7 @@ class CompressedModel(nn.Module):
             return self.inner.generate(**small)
         prompt: Tensor = kwargs["input_ids"]
         short = small["input_ids"].shape[1]
-        self._keep_length_limits(small, prompt.shape[1] - short)
+        self._keep_length_limits(small, prompt.shape[1], short)
         if small.get("streamer") is not None:
             small["streamer"] = _PromptStreamer(small["streamer"], prompt)
         if repeating and not adapter_for(self.inner).features_as_list:
@@ -183,7 +188,8 @@ class CompressedModel(nn.Module):
         copies = len(new_tokens) // len(prompt)
         cache = kwargs.get("past_key_values", getattr(out, "past_key_values", None))
         if cache is not None and not repeating:
-            self._remember(cache, seen.and_generated(new_tokens, self._filler(new_tokens, kwargs)), inside)
+            answered = partial(seen().and_generated, new_tokens, self._filler(new_tokens, kwargs))
+            self._remember(cache, answered, inside)
         whole = torch.cat([prompt.to(new_tokens.device).repeat_interleave(copies, dim=0), new_tokens], dim=1)
         if isinstance(out, Tensor):
             return whole
@@ -200,23 +206,25 @@ class CompressedModel(nn.Module):
     @torch.compiler.disable  # reads counts off the device and walks Python lists; what follows it is compiled
     def _compress(
         self, inputs: dict[str, Any], *, generating: bool
-    ) -> tuple[CompressedInputs, Seen | None, Inside | None]:
-        """The inputs for the inner model; what its cache will hold, `None` where there are no token ids; and what acts
-        inside the LLM, `None` where nothing does."""
+    ) -> tuple[CompressedInputs, Callable[[], Seen] | None, Inside | None]:
+        """The inputs for the inner model; what tells what its cache holds, `None` where there are no token ids; and what
+        acts inside the LLM, `None` where nothing does."""
         if self._detached:
             raise UserError("this model was detached; call vlmzip.attach(model, compressor) again")
         adapter = adapter_for(self.inner)
         before = self._turns.recall(inputs.get("past_key_values"))
         if before is not None and inputs.get("position_ids") is not None:
             raise UserError("position_ids cannot be given with a filled cache: this model counts positions itself")
+        seen: Callable[[], Seen] | None = None
         if before is not None:
-            small, seen = next_turn(self.inner, adapter, inputs, self.compressor, before, generating=generating)
+            small, after = next_turn(self.inner, adapter, inputs, self.compressor, before, generating=generating)
+            seen = partial(replace, after)
         else:
             small = compress_inputs(self.inner, inputs, self.compressor, generating=generating, adapter=adapter)
-            seen = None
             # Positions that the user chose are not continued: a cache with them is not remembered.
             if inputs.get("input_ids") is not None and (generating or inputs.get("position_ids") is None):
-                seen = first_turn(adapter, inputs, small, self.compressor, generating=generating)
+                # Counting positions takes time, and training keeps no cache: done only when one comes back.
+                seen = partial(first_turn, adapter, inputs, small, self.compressor, generating=generating)
         if small.report.pictures:
             _reports()[self] = _latest[self] = small.report
         inside = None
@@ -254,9 +262,6 @@ class CompressedModel(nn.Module):
         if steps:
             _reports()[self] = _latest[self] = extend(report, steps)
 
-    def _remember(self, cache: Any, seen: Seen, inside: Inside | None) -> None:
-        self._turns.remember(cache, replace(seen, keys=inside.keys) if inside else seen)
-
     def _put_hooks(self) -> None:
         """Hooks on the LLM, where a compressor acts inside it; they go with `detach` or with the façade itself."""
         adapter = adapter_for(self.inner)
@@ -276,6 +281,10 @@ class CompressedModel(nn.Module):
         for name in ("prefill_chunk_size", "prompt_lookup_num_tokens"):
             if inside is not None and self._setting(arguments, name, None):
                 raise UserError(f"{name} does not go with a compressor inside the LLM; leave it out")
+
+    @torch.compiler.disable  # as `_compress`
+    def _remember(self, cache: Any, seen: Callable[[], Seen], inside: Inside | None) -> None:
+        self._turns.remember(cache, seen() if inside is None else replace(seen(), keys=inside.keys))
 
     def _refuse_wrong_chunks(self, arguments: CompressedInputs) -> None:
         """Older transformers prefill in chunks without cutting the pictures' features to match: wrong, and no error."""
@@ -349,13 +358,18 @@ class CompressedModel(nn.Module):
         ended = torch.isin(tokens, eos).cumsum(1) - torch.isin(tokens, eos).long() > 0
         return ended & (tokens == pad)
 
-    def _keep_length_limits(self, arguments: dict[str, Any], removed: int) -> None:
-        """Lets `max_length` and `min_length` count the prompt as the user sees it."""
+    def _keep_length_limits(self, arguments: dict[str, Any], prompt: int, short: int) -> None:
+        """Lets `max_length` and `min_length` count the prompt as the user sees it: `prompt` tokens, not `short`."""
         for limit, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
             value = self._setting(arguments, limit, None)
             given = limit in arguments or value != DEFAULT_LIMITS[limit]
             if value is not None and given and self._setting(arguments, new_tokens, None) is None:
-                arguments[limit] = max(value - removed, 0)
+                if limit == "max_length" and value <= prompt:
+                    raise UserError(
+                        f"max_length={value} leaves no room for an answer: the prompt alone has {prompt} tokens,"
+                        " pictures counted uncompressed; raise it, or give max_new_tokens"
+                    )
+                arguments[limit] = max(value - prompt + short, 0)
 
     def __getattr__(self, name: str) -> Any:
         try:

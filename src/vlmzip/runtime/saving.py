@@ -55,6 +55,11 @@ def read_compressor(folder: str | os.PathLike[str]) -> Compressor:
     """The compressor saved in `folder`; only methods that are installed here are found, none is imported by name."""
     path = Path(folder) / FILE
     if not path.is_file():
+        if (path.parent / "training_args.bin").is_file():
+            raise UserError(
+                f"there is no {FILE} in {str(folder)!r}: a Trainer wrote weights alone;"
+                " write the whole model with trainer.model.save_pretrained(folder)"
+            )
         raise UserError(f"there is no {FILE} in {str(folder)!r}; load it with transformers and vlmzip.attach()")
     try:
         content = json.loads(path.read_text())

@@ -74,8 +74,8 @@ class Turns:
         seen = self._seen.get(cache)
         if seen is None:
             raise UserError(
-                "this KV cache was not made by this model with this compressor, so what is in it is not known;"
-                " start with an empty cache and the whole conversation"
+                "this KV cache was not made by this model with this compressor, or is a copy (deepcopy, pickle) of one"
+                " that was, so what is in it is not known; start with an empty cache and the whole conversation"
             )
         short = seen.source.shape[1]
         if length not in (short, short - 1):  # the last generated token has not been through the model yet
