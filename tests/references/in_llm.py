@@ -1,4 +1,4 @@
-"""Compressors inside the LLM, the naive way: one row, no cache, nothing is removed; dropped tokens are masked instead."""
+"""Compressors inside the LLM, the naive way: one row, no cache, nothing is removed; dropped tokens are masked."""
 
 import torch
 
@@ -23,9 +23,9 @@ def attention_of(layer, hidden, cos, sin, mask):
 def logits_of(model, inputs, new_tokens, placeholder, pictures, rules, bidirectional=False):
     """Logits of every position of one row's prompt followed by `new_tokens`, and which positions are left at the end.
 
-    `pictures`: for each picture its columns. `rules`: {layer: rule}, a rule being a function of the hidden states of one
-    picture's remaining tokens, of the question's attention to them (in the layer before) and of the layer; it returns
-    groups: lists of (index, weight), the first being the anchor.
+    `pictures`: for each picture its columns. `rules`: {layer: rule}, a rule being a function of the hidden states of
+    one picture's remaining tokens, of the question's attention to them (in the layer before) and of the picture's
+    number; it returns groups: lists of (index, weight), the first being the anchor.
     """
     seen = {}
 

@@ -21,7 +21,7 @@ STEPS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class RaggedInside(Compressor):
-    """Averages neighbours in pairs, as many pairs as the picture's tokens say, anchored at the second; drops the rest."""
+    """Averages neighbours in pairs, as many as the picture's tokens say, anchored at the second; drops the rest."""
 
     sites = (Site.IN_LLM,)
     site: Site = Site.IN_LLM
@@ -214,7 +214,8 @@ def test_beams(family, case, how):
     torch.manual_seed(0)
     together = small.generate(**inputs, max_new_tokens=5, min_new_tokens=5, **how)
     if how.get("do_sample"):
-        assert len(together) == 4 and torch.equal(together[:, :width], inputs["input_ids"].repeat_interleave(2, 0))
+        assert len(together) == 4
+        assert torch.equal(together[:, :width], inputs["input_ids"].repeat_interleave(2, 0))
         return
     for row in range(2):
         one, _ = alone(family, row)

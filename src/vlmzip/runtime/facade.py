@@ -207,8 +207,8 @@ class CompressedModel(nn.Module):
     def _compress(
         self, inputs: dict[str, Any], *, generating: bool
     ) -> tuple[CompressedInputs, Callable[[], Seen] | None, Inside | None]:
-        """The inputs for the inner model; what tells what its cache holds, `None` where there are no token ids; and what
-        acts inside the LLM, `None` where nothing does."""
+        """The inputs for the inner model; what tells what its cache holds, `None` where there are no token ids; and
+        what acts inside the LLM, `None` where nothing does."""
         if self._detached:
             raise UserError("this model was detached; call vlmzip.attach(model, compressor) again")
         adapter = adapter_for(self.inner)

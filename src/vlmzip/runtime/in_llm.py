@@ -269,7 +269,7 @@ class Step:
         keys = torch.arange(self.past + self.length, device=hidden.device).expand(self.batch, -1)
         if decision is not None:
             here, keys = decision.here, decision.keys
-        # Where the question's tokens stand now. Text is never dropped; a picture's last token may be, then the one before.
+        # Where the question's tokens stand now. Text is never dropped; a picture's last token may be: the one before.
         slot = torch.arange(here.shape[1], device=here.device)
         standing = (here >= 0)[:, None] & (here[:, None] <= self.queries.clamp(min=0)[..., None])
         queries = torch.where(standing, slot, 0).amax(-1)
