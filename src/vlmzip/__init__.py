@@ -4,7 +4,7 @@ from vlmzip.catalogue import available
 from vlmzip.compressor import BudgetError, Compressor, Profile
 from vlmzip.errors import UserError
 from vlmzip.keep import Keep
-from vlmzip.methods import NoCompression, Pool2d, RandomTokens, VisionZip
+from vlmzip.methods import DFMR, AdaptiveVisionZip, KMeans, NoCompression, Pool2d, RandomTokens, VisionZip
 from vlmzip.runtime.facade import CompressedModel, attach
 from vlmzip.runtime.prepare import compress_inputs
 from vlmzip.runtime.report import Report
@@ -14,10 +14,13 @@ from vlmzip.version import __version__
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 __all__ = [
+    "DFMR",
+    "AdaptiveVisionZip",
     "BudgetError",
     "CompressedModel",
     "Compressor",
     "Grid",
+    "KMeans",
     "Keep",
     "NoCompression",
     "Pool2d",

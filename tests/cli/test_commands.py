@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from tests.tiny import save_checkpoint
+from vlmzip import available
 from vlmzip.cli.main import main
 
 
@@ -79,7 +80,7 @@ def test_the_answer_is_that_of_the_model(capsys, checkpoint, picture):
     assert json.loads(printed)["answer"] == expected
 
 
-@pytest.mark.parametrize("method", ["no_compression", "random_tokens", "pool2d", "visionzip"])
+@pytest.mark.parametrize("method", available())
 def test_show_draws_every_method(capsys, checkpoint, picture, tmp_path, method):
     out = tmp_path / "out.png"
     code, text, _ = run(capsys, "show", picture, "--method", method, "--model", checkpoint, "--out", str(out))

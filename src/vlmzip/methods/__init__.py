@@ -3,6 +3,9 @@
 To add one, write its file and add one line here.
 """
 
+from vlmzip.methods.adaptive_visionzip import AdaptiveVisionZip as AdaptiveVisionZip
+from vlmzip.methods.dfmr import DFMR as DFMR
+from vlmzip.methods.kmeans import KMeans as KMeans
 from vlmzip.methods.no_compression import NoCompression as NoCompression
 from vlmzip.methods.pool2d import Pool2d as Pool2d
 from vlmzip.methods.random_tokens import RandomTokens as RandomTokens
