@@ -5,6 +5,7 @@ from vlmzip.compressor import BudgetError, Compressor, Profile
 from vlmzip.errors import UserError
 from vlmzip.keep import Keep
 from vlmzip.methods import DFMR, AdaptiveVisionZip, KMeans, NoCompression, Pool2d, RandomTokens, VisionZip
+from vlmzip.runtime.calibration import Calibration, calibrate
 from vlmzip.runtime.facade import CompressedModel, attach
 from vlmzip.runtime.prepare import compress_inputs
 from vlmzip.runtime.report import Report
@@ -17,6 +18,7 @@ __all__ = [
     "DFMR",
     "AdaptiveVisionZip",
     "BudgetError",
+    "Calibration",
     "CompressedModel",
     "Compressor",
     "Grid",
@@ -36,6 +38,7 @@ __all__ = [
     "__version__",
     "attach",
     "available",
+    "calibrate",
     "compress_inputs",
     "from_pretrained",
 ]
