@@ -26,13 +26,13 @@ import torch
 import transformers
 from PIL import Image
 
-from vlmzip import DFMR, calibrate, mini
+from vlmzip import DFMR, mini
 from vlmzip.mini.assets import shipped_assets
 from vlmzip.mini.drawing import draw
 from vlmzip.mini.scene import make_scene
 from vlmzip.mini.splits import TEST, VALIDATION
 from vlmzip.mini.words import LEVELS
-from vlmzip.runtime.calibration import Calibration
+from vlmzip.runtime.calibration import Calibration, measure, meet
 
 METHODS = [DFMR(), DFMR(normalize="l2"), DFMR(normalize="none"), DFMR(windows="max"), DFMR(measure="pixels")]
 BUDGETS = ["75%", "50%", "25%", "15%"]
@@ -68,8 +68,9 @@ def commit() -> str:
 def rows_of(method: DFMR, model: torch.nn.Module, processor: object, splits: dict) -> list[dict[str, object]]:
     levels = [make_scene(seed).level for seed in TEST]
     rows = []
+    measured = {name: measure(model, images, method, processor=processor) for name, images in splits.items()}
     for keep in BUDGETS:
-        found = {name: calibrate(model, images, method, keep, processor=processor) for name, images in splits.items()}
+        found = {name: meet(method, pictures, keep) for name, pictures in measured.items()}
         spread = by_level([fmean(one.values()) for one in found["test"].deviations], levels)
         for source, calibration in found.items():
             threshold = calibration.compressor.tau  # type: ignore[attr-defined]

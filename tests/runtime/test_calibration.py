@@ -13,7 +13,7 @@ from vlmzip.mini.assets import shipped_assets
 from vlmzip.mini.drawing import draw
 from vlmzip.mini.scene import make_scene
 from vlmzip.mini.splits import VALIDATION
-from vlmzip.runtime.calibration import _Measured, _Steps
+from vlmzip.runtime.calibration import Measured, _Steps
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_the_nearest_step_is_the_best_of_all_thresholds():
     """Against trying every threshold there is: 40 pictures, three factors, deviations that need not rise with them."""
     dice = np.random.default_rng(0)
     pictures = [
-        _Measured(36, {1: 36, 2: 9, 3: 4}, dict(zip((2, 3), dice.random(2).astype(np.float32).tolist(), strict=True)))
+        Measured(36, {1: 36, 2: 9, 3: 4}, dict(zip((2, 3), dice.random(2).astype(np.float32).tolist(), strict=True)))
         for _ in range(40)
     ]
     steps = _Steps(pictures)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -73,14 +73,34 @@ def calibrate(
     Raises `BudgetError` where no step does, with the averages that can be reached; `UserError` for a compressor without
     a threshold, pictures that cannot be read, or none at all.
     """
-    if not isinstance(compressor, Calibratable):
-        raise UserError(f"{compressor.name()} has no threshold to calibrate; give keep to the method itself")
+    _calibratable(compressor)
     parse_keep(keep)
+    return meet(compressor, measure(model, images, compressor, processor=processor, batch=batch), keep)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One picture: its visual tokens, its output tokens by factor, and its deviation by factor beyond 1."""
+
+    size: int
+    counts: dict[int, int]
+    deviations: dict[int, float]
+
+
+def measure(
+    model: nn.Module, images: Iterable[Picture], compressor: Compressor, *, processor: Any = None, batch: int = 16
+) -> list[Measured]:
+    """The first half of `calibrate`: encodes the pictures and measures them, once for any number of budgets."""
     adapter = adapter_for(model)
     processor = processor or _processor_of(model)
-    rest, pictures = iter(images), []
+    rest, found = iter(images), []
     while some := list(islice(rest, batch)):
-        pictures += _measure(adapter, processor, compressor, some)
+        found += _measure_together(adapter, processor, _calibratable(compressor), some)
+    return found
+
+
+def meet(compressor: Compressor, pictures: Sequence[Measured], keep: Keep) -> Calibration:
+    """The second half of `calibrate`: the threshold that comes nearest to the budget."""
     if not pictures:
         raise UserError("there is no picture to calibrate on")
     steps = _Steps(pictures)
@@ -89,7 +109,7 @@ def calibrate(
     if abs(steps.average(number) - wanted) > TOLERANCE * wanted:
         raise _out_of_reach(compressor.name(), wanted, steps)
     choice = steps.choice(number)
-    setting: dict[str, Any] = {compressor.threshold: steps.threshold(number)}
+    setting: dict[str, Any] = {_calibratable(compressor).threshold: steps.threshold(number)}
     return Calibration(
         dataclasses.replace(compressor, **setting),
         before=[one.size for one in pictures],
@@ -99,26 +119,23 @@ def calibrate(
     )
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """One picture: its visual tokens, its output tokens by factor, and its deviation by factor beyond 1."""
-
-    size: int
-    counts: dict[int, int]
-    deviations: dict[int, float]
+def _calibratable(compressor: Compressor) -> Any:
+    if not isinstance(compressor, Calibratable):
+        raise UserError(f"{compressor.name()} has no threshold to calibrate; give keep to the method itself")
+    return compressor
 
 
-def _measure(adapter: ModelAdapter, processor: Any, compressor: Any, images: list[Picture]) -> list[_Measured]:
+def _measure_together(adapter: ModelAdapter, processor: Any, compressor: Any, images: list[Picture]) -> list[Measured]:
     pictures = [_as_rgb(image) for image in images]
     inputs = processor.image_processor(pictures, return_tensors="pt").to(adapter.model.device, adapter.model.dtype)
-    found: dict[int, _Measured] = {}
+    found: dict[int, Measured] = {}
     with torch.no_grad():
         for tokens, indices in adapter.encode(inputs, compressor.site, compressor.needs):
             assert tokens.grid is not None  # encoders have grids
             counts = compressor.counts_by_factor(tokens.grid)
             beyond = list(counts)[1:]
             for index, row in zip(indices, compressor.deviations(tokens).tolist(), strict=True):
-                found[index] = _Measured(tokens.grid.size, counts, dict(zip(beyond, row, strict=True)))
+                found[index] = Measured(tokens.grid.size, counts, dict(zip(beyond, row, strict=True)))
     return [found[index] for index in sorted(found)]
 
 
@@ -128,7 +145,7 @@ class _Steps:
     Step 0 is every threshold up to the smallest deviation, step i those beyond i deviations.
     """
 
-    def __init__(self, pictures: list[_Measured]) -> None:
+    def __init__(self, pictures: Sequence[Measured]) -> None:
         self.factors = sorted({factor for one in pictures for factor in one.counts})
         none = float("inf")  # a factor that does not divide a picture's grid never lies below a threshold
         beyond = self.factors[1:]
