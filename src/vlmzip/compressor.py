@@ -6,9 +6,11 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from vlmzip.errors import UserError, closest
 from vlmzip.keep import Keep, count_to_keep, round_half_up
@@ -49,6 +51,7 @@ class Compressor(ABC):
     """
 
     needs: ClassVar[frozenset[Signal]] = frozenset()
+    """What it looks at beside the features. Settings can ask for more: an instance's own value is what counts."""
     sites: ClassVar[tuple[Site, ...]] = (Site.PRE_PROJECTOR,)
     """The sites that it can work at."""
 
@@ -163,3 +166,22 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raises `UserError` if a field's value is none of its choices."""
     if value not in tuple(choices):
         raise UserError(f"{name}={str(value)!r} is no choice{closest(str(value), map(str, choices))}")
+
+
+@runtime_checkable
+class Calibratable(Protocol):
+    """A compressor whose threshold decides by a picture's content how many tokens it keeps; see `vlmzip.calibrate`.
+
+    Each picture gets a factor: 1, or the largest whose deviation lies below the threshold.
+    """
+
+    threshold: ClassVar[str]
+    """The field that calibration sets: a number of at least 0."""
+
+    def counts_by_factor(self, grid: Grid) -> dict[int, int]:
+        """Output tokens of a picture of this grid for each factor it can get, factors ascending from 1."""
+        ...
+
+    def deviations(self, tokens: VisualTokens) -> Float[Tensor, "batch factors"]:
+        """What is compared with the threshold: a column for each factor of `counts_by_factor` beyond 1."""
+        ...

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -26,6 +27,7 @@ class Signal(enum.StrEnum):
     KEYS = "keys"
     TEXT_ATTENTION = "text_attention"
     TEXT_FEATURES = "text_features"
+    PIXELS = "pixels"
 
 
 class Grid(NamedTuple):
@@ -66,6 +68,8 @@ class VisualTokens:
     """The question's tokens as they entered the LLM."""
     llm_input: Float[Tensor, "batch entered dim"] | None = None
     """All of the picture's tokens as they entered the LLM; comes with `text_features`."""
+    pixels: Float[Tensor, "batch 3 height width"] | None = None
+    """What the patches of the grid cover of the picture that the encoder sees, in [0, 1]."""
     layer: int | None = None
     """The LLM layer about to run, for compressors inside the LLM."""
     passes_prefix: bool = False
@@ -80,3 +84,9 @@ class VisualTokens:
     def plain_count(self) -> int:
         """Visual tokens per picture that the LLM gets without compression."""
         return self.features.shape[1] - (0 if self.passes_prefix else self.prefix)
+
+    def rows(self, index: Int[Tensor, " rows"]) -> VisualTokens:
+        """The visual tokens of some pictures of the batch."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        chosen: dict[str, Any] = {name: value[index] for name, value in values.items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **chosen)

@@ -43,6 +43,8 @@ class Qwen25VL(ModelAdapter):
     ) -> Sequence[tuple[VisualTokens, list[int]]]:
         if inputs.get("pixel_values_videos") is not None:
             raise UserError("videos are not supported in this family yet; pictures are")
+        if Signal.PIXELS in needs:
+            raise UserError("this family's inputs are patches, not pictures, so pixels cannot be looked at")
         visual, thw = self.model.model.visual, inputs["image_grid_thw"]
         merge = visual.spatial_merge_size
         block = visual.blocks[-1].attn
