@@ -51,6 +51,8 @@ class Compressor(ABC):
     needs: ClassVar[frozenset[Signal]] = frozenset()
     sites: ClassVar[tuple[Site, ...]] = (Site.PRE_PROJECTOR,)
     """The sites that it can work at."""
+    trained_weights: ClassVar[bool] = False
+    """Whether it has weights of its own: before they are trained, answers through it mean nothing."""
 
     site: Site = Site.PRE_PROJECTOR
     """Where it acts: on the vision encoder's features ("pre_projector") or on projected tokens ("post_projector")."""
