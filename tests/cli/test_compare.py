@@ -1,5 +1,6 @@
 """`compare` as a user runs it: every method a row, no row lost to another, pages that need nothing else."""
 
+import dataclasses
 import json
 import re
 import sys
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 
 from vlmzip import TokenMap
+from vlmzip.cli.asking import answer
 from vlmzip.cli.compare_output import printable
 from vlmzip.cli.comparing import Candidate, compact, configure
 from vlmzip.cli.main import main
@@ -127,6 +129,12 @@ class TestTables:
         _, out, _ = run(capsys, PICTURE, "where is [bold]it[/bold] [/] ?\x1b[31m", "--methods", "pool2d", *QUICK)
         assert "where is [bold]it[/bold] [/] ?" in out
         assert "\x1b" not in out
+
+    def test_markup_in_an_answer_is_printed_not_obeyed(self, capsys, monkeypatch):
+        monkeypatch.setattr(
+            "vlmzip.cli.comparing.answer", lambda *args: dataclasses.replace(answer(*args), text="[red]a[/red]")
+        )
+        assert run(capsys, PICTURE, QUESTION, "--methods", "pool2d", *QUICK)[1].count("[red]a[/red]") == 2
 
 
 class TestRowsThatCannotBe:
@@ -300,6 +308,8 @@ def test_mistakes_get_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, ar
     picture = tmp_path / "noise.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(picture)
     before = picture.read_bytes()
+    if not (arguments and "<image>" in arguments[-1]):  # only the model's own placeholder can be known no sooner
+        monkeypatch.setattr("vlmzip.cli.loading.load", lambda *_: pytest.fail("loaded before it refused"))
     code, out, err = run(capsys, *[a.format(picture=picture) for a in arguments])
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("vlmzip: ")
