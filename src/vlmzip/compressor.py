@@ -54,6 +54,8 @@ class Compressor(ABC):
     """What it looks at beside the features. Settings can ask for more: an instance's own value is what counts."""
     sites: ClassVar[tuple[Site, ...]] = (Site.PRE_PROJECTOR,)
     """The sites that it can work at."""
+    trained_weights: ClassVar[bool] = False
+    """Whether it has weights of its own: before they are trained, answers through it mean nothing."""
 
     site: Site = Site.PRE_PROJECTOR
     """Where it acts: on the vision encoder's features ("pre_projector") or on projected tokens ("post_projector")."""

@@ -8,8 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from vlmzip.cli.options import add_method, add_model, check_method, make_method
-from vlmzip.errors import UserError
+from vlmzip.cli.options import add_answer_length, add_method, add_model, check_answer_length, check_method, make_method
 
 HELP = "ask a vision-language model about one or several pictures"
 EXAMPLES = """  vlmzip ask examples/flat.png "what color is the circle ?"
@@ -29,9 +28,7 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument(
         "--overlay", type=Path, metavar="FILE", help="write a picture of the tokens kept, merged and dropped"
     )
-    parser.add_argument(
-        "--max-new-tokens", type=int, default=32, metavar="N", help="length of the answer; default: %(default)s"
-    )
+    add_answer_length(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -49,9 +46,8 @@ def run(args: Namespace) -> None:
     from vlmzip.cli.pictures import check_target, load_picture, save_picture
     from vlmzip.methods import NoCompression
 
-    paths, question = split_pictures_and_question(args.words)
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {args.max_new_tokens}: give at least 1")
+    paths, question = split_pictures_and_question(args.words, "ask")
+    check_answer_length(args)
     check_method(args)
     if args.overlay:
         check_target(args.overlay, paths)
@@ -95,6 +91,8 @@ def _print_account(out: dict[str, Any]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from vlmzip.cli.tables import show_bytes, show_count, show_flops
+
     plain, small, method = out["plain"], out["compressed"], out["compressor"]["method"]
     console = Console(highlight=False, soft_wrap=True)
     if "plain_answer" in out:
@@ -104,10 +102,10 @@ def _print_account(out: dict[str, Any]) -> None:
         console.print(f"[bold]{escape(out['answer'])}[/bold]\n")
     table = Table(box=None, pad_edge=False, show_header=False)
     for name, key, show in (
-        ("visual tokens", "visual_tokens", _count),
-        ("prompt tokens", "prompt_tokens", _count),
-        ("prefill FLOPs", "prefill_flops", _flops),
-        ("KV cache", "kv_cache_bytes", _bytes),
+        ("visual tokens", "visual_tokens", show_count),
+        ("prompt tokens", "prompt_tokens", show_count),
+        ("prefill FLOPs", "prefill_flops", show_flops),
+        ("KV cache", "kv_cache_bytes", show_bytes),
     ):
         table.add_row(name, f"{show(plain[key])} → {show(small[key])}", f"{plain[key] / small[key]:.1f}x")
     for part, spent in small["milliseconds"].items():
@@ -116,22 +114,3 @@ def _print_account(out: dict[str, Any]) -> None:
     console.print(table)
     if "overlay" in out:
         console.print(f"tokens drawn in {escape(out['overlay'])}")
-
-
-def _count(value: int) -> str:
-    return f"{value:,}"
-
-
-def _flops(value: float) -> str:
-    return _scaled(value, 1000, ("", "k", "M", "G", "T", "P"))
-
-
-def _bytes(value: float) -> str:
-    return _scaled(value, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
-
-
-def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
-    step = 0
-    while value >= base and step + 1 < len(units):
-        value, step = value / base, step + 1
-    return f"{value:.4g} {units[step]}".strip()

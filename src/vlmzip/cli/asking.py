@@ -1,4 +1,4 @@
-"""One question about some pictures, answered and accounted for; what `ask` and `show` have in common."""
+"""One question about some pictures, answered and accounted for; what `ask`, `show` and `compare` have in common."""
 
 from __future__ import annotations
 
@@ -108,27 +108,30 @@ def warn_about_detail(report: Report, paths: list[str]) -> None:
 
 def draw(loaded: Loaded, inputs: dict[str, Any], report: Report, paths: list[str]) -> Image.Image:
     """The token maps of all pictures below one another."""
-    image_processor, pixels = loaded.processor.image_processor, inputs[loaded.adapter.picture_inputs[0]]
     pages = []
-    for number, (picture, path) in enumerate(zip(report.pictures, paths, strict=True)):
+    for seen, picture in zip(seen_pictures(loaded, inputs, paths), report.pictures, strict=True):
         if picture.grid is None:
             raise UserError("the tokens left lie on no grid, so there is nothing to draw them on")
-        if pixels.ndim == 4:  # a picture as the encoder sees it, cropped and scaled
-            seen = seen_picture(pixels[number], image_processor.image_mean, image_processor.image_std)
-        else:  # patches of any number: the grid covers the whole picture
-            seen = load_picture(path)
         title = f"{report.compressor.name()}: {picture.before} to {picture.after} visual tokens"
         pages.append(draw_tokens(seen, picture.token_map, picture.grid, picture.prefix, title))
     return stack(pages)
 
 
-def split_pictures_and_question(words: list[str]) -> tuple[list[str], str]:
+def seen_pictures(loaded: Loaded, inputs: dict[str, Any], paths: list[str]) -> list[Image.Image]:
+    """The pictures as their grids cover them."""
+    images, pixels = loaded.processor.image_processor, inputs[loaded.adapter.picture_inputs[0]]
+    if pixels.ndim == 4:  # pictures as the encoder sees them, cropped and scaled
+        return [seen_picture(one, images.image_mean, images.image_std) for one in pixels]
+    return [load_picture(path) for path in paths]  # patches of any number: the grid covers the whole picture
+
+
+def split_pictures_and_question(words: list[str], command: str) -> tuple[list[str], str]:
     """`IMAGE… QUESTION`: the last word is the question. Raises `UserError` where it looks like a forgotten one."""
     *paths, question = words
     if not paths:
         if Path(question).suffix.lower() in Image.registered_extensions():
-            raise UserError(f'there is a picture but no question; try: vlmzip ask {question} "What is there?"')
-        raise UserError('give at least one picture before the question: vlmzip ask picture.png "What is there?"')
+            raise UserError(f'there is a picture but no question; try: vlmzip {command} {question} "What is there?"')
+        raise UserError(f'give at least one picture before the question: vlmzip {command} picture.png "What is there?"')
     if Path(question).is_file() or Path(question).suffix.lower() in Image.registered_extensions():
         raise UserError(f"the last word is the question, but {question!r} is a picture: add a question behind it")
     if not question.strip():

@@ -25,6 +25,17 @@ def add_model(parser: ArgumentParser) -> None:
     parser.add_argument("--dtype", default=None, help="float32, bfloat16 or float16; default: the checkpoint's")
 
 
+def add_answer_length(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=32, metavar="N", help="length of the answer; default: %(default)s"
+    )
+
+
+def check_answer_length(args: Namespace) -> None:
+    if args.max_new_tokens < 1:
+        raise UserError(f"--max-new-tokens {args.max_new_tokens}: give at least 1")
+
+
 def add_method(parser: ArgumentParser, arguments: list[str], default: str = DEFAULT_METHOD) -> None:
     """`--method`, `--keep`, and every field of the method that `arguments` choose."""
     parser.add_argument(

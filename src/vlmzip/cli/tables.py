@@ -17,3 +17,22 @@ def print_table(columns: list[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*map(escape, row))
     Console(highlight=False).print(table)
+
+
+def show_count(value: int) -> str:
+    return f"{value:,}"
+
+
+def show_flops(value: float) -> str:
+    return _scaled(value, 1000, ("", "k", "M", "G", "T", "P"))
+
+
+def show_bytes(value: float) -> str:
+    return _scaled(value, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
+
+
+def _scaled(value: float, base: int, units: tuple[str, ...]) -> str:
+    step = 0
+    while value >= base and step + 1 < len(units):
+        value, step = value / base, step + 1
+    return f"{value:.4g} {units[step]}".strip()

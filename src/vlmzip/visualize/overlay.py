@@ -30,12 +30,12 @@ def draw_tokens(picture: Image.Image, token_map: TokenMap, grid: Grid, prefix: i
     cell = max(8, SIDE // max(grid.rows, grid.cols))
     sizes = _sizes(token_map, prefix)
     fates = draw_fates(picture, token_map, grid, prefix, cell)
-    return _page(_enlarged(picture, grid, cell), fates, title, _caption(sizes, token_map, prefix), sizes)
+    return _page(enlarged(picture, grid, cell), fates, title, _caption(sizes, token_map, prefix), sizes)
 
 
 def draw_fates(picture: Image.Image, token_map: TokenMap, grid: Grid, prefix: int, cell: int) -> Image.Image:
     """The picture with `cell` pixels a token: kept ones framed, merged ones tinted, dropped ones dark."""
-    fates = _enlarged(picture, grid, cell)
+    fates = enlarged(picture, grid, cell)
     group, anchor = token_map.group[0, prefix:].tolist(), token_map.anchor[0, prefix:].tolist()
     sizes = _sizes(token_map, prefix)
     colours = _colours(sizes)
@@ -119,7 +119,7 @@ def _caption(sizes: Counter[int], token_map: TokenMap, prefix: int) -> str:
     return ", ".join(parts) + (f", and {outside} from outside the grid (CLS)" if outside else "")
 
 
-def _enlarged(picture: Image.Image, grid: Grid, cell: int) -> Image.Image:
+def enlarged(picture: Image.Image, grid: Grid, cell: int) -> Image.Image:
     """A copy with `cell` pixels a token; enlarged without smoothing, so that small pictures stay what they are."""
     size = (cell * grid.cols, cell * grid.rows)
     return picture.resize(size, Image.Resampling.NEAREST if picture.width < size[0] else Image.Resampling.LANCZOS)

@@ -1,0 +1,131 @@
+"""`vlmzip compare IMAGE… QUESTION`: what each method makes of one question, side by side."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlmzip.cli.options import add_answer_length, add_model, check_answer_length
+from vlmzip.compressor import A_NINTH
+from vlmzip.errors import UserError
+from vlmzip.keep import parse_keep
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from vlmzip.cli.compare_output import Comparison
+
+HELP = "ask one question with every method at one budget, and show the answers side by side"
+EXAMPLES = """  vlmzip compare examples/cluttered.png "what color is the ring ?" --keep 25%
+  vlmzip compare photo.jpg "What is on the table?" --methods visionzip,pool2d --sheet tokens.png
+  vlmzip compare a.png b.png "What differs?" --keep 64 --html page.html --model llava-hf/llava-1.5-7b-hf"""
+
+#: Characters; where a terminal or pipe has fewer, what came out and what it cost get a table each.
+WIDE = 112
+
+
+def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
+    parser.usage = f"{parser.prog} IMAGE… QUESTION [options]"
+    parser.add_argument(
+        "words", nargs="+", metavar="IMAGE… QUESTION", help="one or several pictures, then the question"
+    )
+    add_model(parser)
+    parser.add_argument(
+        "--methods", metavar="A,B,…", help="names from `vlmzip methods`, or package.module:Class; default: all"
+    )
+    parser.add_argument(
+        "--keep", default=A_NINTH, help="visual tokens to keep per picture: 64, 0.25 or 25%%; default: a ninth"
+    )
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help="draw the tokens of every method on one picture")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write everything as one page for the browser")
+    parser.add_argument(
+        "--repeats", type=int, default=3, metavar="N", help="timed runs of each method; default: %(default)s"
+    )
+    add_answer_length(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: Namespace) -> None:
+    from vlmzip.cli.asking import build_inputs, seen_pictures, split_pictures_and_question
+    from vlmzip.cli.compare_output import Comparison, as_json, page, sheet
+    from vlmzip.cli.comparing import candidates, compare
+    from vlmzip.cli.files import write_whole
+    from vlmzip.cli.loading import load
+    from vlmzip.cli.pictures import load_picture, save_picture
+
+    paths, question = split_pictures_and_question(args.words, "compare")
+    _check(args, paths)
+    methods = candidates(args.methods)
+    for path in paths:
+        load_picture(path)
+    loaded = load(args.model, args.device, args.dtype)
+    inputs = build_inputs(loaded, paths, question)
+    rows = compare(loaded, inputs, methods, args.keep, repeats=args.repeats, max_new_tokens=args.max_new_tokens)
+    device, dtype = loaded.model.device, loaded.model.dtype
+    found = Comparison(rows, args.model, question, paths, args.keep, args.repeats, device, dtype)
+    if args.json:
+        files = {name: str(path) for name, path in (("sheet", args.sheet), ("html", args.html)) if path}
+        print(json.dumps(as_json(found) | files, indent=2))
+    else:
+        _print_tables(found)
+    seen = seen_pictures(loaded, inputs, paths)
+    if args.sheet:
+        save_picture(sheet(found, seen), args.sheet, paths)
+    if args.html:
+        text = page(found, seen)
+        write_whole(args.html, lambda name: Path(name).write_text(text, encoding="utf-8"))
+
+
+def _check(args: Namespace, paths: list[str]) -> None:
+    """Raises `UserError` for what can be refused before anything slow happens."""
+    from vlmzip.cli.files import refuse_source
+    from vlmzip.cli.pictures import check_target
+
+    parse_keep(args.keep)
+    check_answer_length(args)
+    if args.repeats < 1:
+        raise UserError(f"--repeats {args.repeats}: give at least 1")
+    if args.sheet:
+        check_target(args.sheet, paths)
+    if args.html:
+        refuse_source(args.html, paths)
+        if args.html.suffix.lower() not in (".html", ".htm"):
+            raise UserError(f"{str(args.html)!r} would not open in a browser; try {args.html.stem}.html")
+
+
+def _print_tables(found: Comparison) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from vlmzip.cli.compare_output import COLUMNS, OUTCOME
+
+    console = Console(highlight=False)
+    console.print(Text(found.title, style="bold"), Text(found.budget), "", sep="\n")
+    everything = range(len(COLUMNS))
+    parts = [everything] if console.width >= WIDE else [everything[:OUTCOME], [0, *everything[OUTCOME:]]]
+    for columns in parts:
+        console.print(_table(found, columns), "", sep="\n")
+    for note in found.notes:
+        console.print(Text(note))
+
+
+def _table(found: Comparison, columns: Sequence[int]) -> Table:
+    """Some of the columns; numbers are never broken, answers are."""
+    from rich.table import Table
+    from rich.text import Text
+
+    from vlmzip.cli.compare_output import COLUMNS
+
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        words = COLUMNS[column] in ("method", "answer", "visual tokens")
+        header = Text(COLUMNS[column].replace(" ", "\n"))
+        table.add_column(header, justify="left" if words else "right", no_wrap=not words, overflow="fold")
+    for row in found.rows:
+        cells = found.cells(row)
+        styles = {1: "yellow"} if row.differs else {}
+        table.add_row(*(Text(cells[column], style=styles.get(column, "")) for column in columns))
+    return table

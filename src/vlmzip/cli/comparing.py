@@ -1,0 +1,141 @@
+"""One question answered by many methods at one budget; a method that fails costs the others nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from statistics import median
+from typing import Any
+
+from vlmzip import catalogue
+from vlmzip.cli.asking import Answer, answer, compressed
+from vlmzip.cli.loading import Loaded, progress
+from vlmzip.compressor import BudgetError, Compressor, Profile
+from vlmzip.errors import UserError
+from vlmzip.keep import Keep
+from vlmzip.methods import NoCompression
+from vlmzip.runtime.facade import CompressedModel
+
+PLAIN = NoCompression.name()
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method that is to be compared."""
+
+    name: str
+    cls: type[Compressor]
+    named: bool
+    """Whether the user asked for it; else it is there because all are."""
+
+
+@dataclass
+class Row:
+    """What came of one method."""
+
+    method: str
+    note: str = ""
+    """Why there is no answer, or what is unusual about it."""
+    small: CompressedModel | None = None
+    first: Answer | None = None
+    differs: bool = False
+    """Whether the answer is another than the plain model's."""
+    spent: list[dict[str, float]] = field(default_factory=list)
+
+    @property
+    def milliseconds(self) -> dict[str, float]:
+        """The median of the timed runs, by part."""
+        return {part: median(run[part] for run in self.spent) for part in self.spent[0]} if self.spent else {}
+
+    def run(self, loaded: Loaded, inputs: dict[str, Any], max_new_tokens: int) -> Answer:
+        assert self.small is not None
+        with progress(self.method):
+            return answer(loaded, self.small, inputs, max_new_tokens)
+
+    def give_up(self, error: Exception) -> None:
+        self.note, self.first, self.small, self.differs = _reason(error), None, None, False
+
+
+def candidates(names: str | None) -> list[Candidate]:
+    """The methods of a list with commas, in its order, or all. Raises `UserError` for a name that there is none of."""
+    if names is None:
+        return [Candidate(name, cls, False) for name, cls in catalogue.available().items() if name != PLAIN]
+    asked = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    if not asked:
+        raise UserError("--methods names no method; separate names with commas: --methods visionzip,pool2d")
+    return [Candidate(name, catalogue.find(name), True) for name in asked if name != PLAIN]
+
+
+def compare(
+    loaded: Loaded,
+    inputs: dict[str, Any],
+    methods: Iterable[Candidate],
+    keep: Keep,
+    *,
+    repeats: int,
+    max_new_tokens: int,
+) -> list[Row]:
+    """A row for each method, the plain model's first. The runs of all methods are interleaved, so that none of them
+    has the machine to itself while another shares it."""
+    plain = Row(PLAIN, small=compressed(loaded, NoCompression()))
+    plain.first = plain.run(loaded, inputs, max_new_tokens)  # without it there is nothing to compare: errors are told
+    profile = picture_profile(loaded, plain.first)
+    rows = [plain, *(_first_run(loaded, inputs, one, keep, profile, max_new_tokens) for one in methods)]
+    for _ in range(repeats):
+        for row in rows:
+            if row.small is not None:
+                try:
+                    row.spent.append(row.run(loaded, inputs, max_new_tokens).account.milliseconds)
+                except Exception as error:
+                    if row is plain:
+                        raise
+                    row.give_up(error)
+    for row in rows:
+        row.differs = row.first is not None and row.first.text != plain.first.text
+    return rows
+
+
+def picture_profile(loaded: Loaded, plain: Answer) -> Profile:
+    """The shape that budgets are set for: the pictures' own grid, the largest if they differ."""
+    grids = [picture.grid for picture in plain.report.pictures if picture.grid is not None]
+    usual = loaded.adapter.profile()
+    return replace(usual, grid=max(grids, key=lambda grid: grid.size)) if grids else usual
+
+
+def configure(candidate: Candidate, keep: Keep, profile: Profile) -> tuple[Compressor, str]:
+    """The method at the budget, and what to say about it. Raises `UserError` with the reason where it cannot run."""
+    if candidate.cls.trained_weights and not candidate.named:
+        raise UserError("left out: its weights have to be trained first; name it in --methods to run it all the same")
+    method = catalogue.make(candidate.cls, {})
+    try:
+        return method.at_budget(keep, profile)[0], ""
+    except BudgetError as error:
+        if not candidate.named or method.tokens_by_layer(profile) is not None:
+            raise
+        return method, f"not at this budget, but with its default settings: {error}"
+
+
+def compact(counts: Iterable[int]) -> str:
+    """Visual tokens by layer in few words: "64", or "576×2 → 64×30" for 576 in two layers and 64 in thirty."""
+    runs = [(count, len(list(run))) for count, run in groupby(counts)]
+    return str(runs[0][0]) if len(runs) == 1 else " → ".join(f"{count}×{layers}" for count, layers in runs)
+
+
+def _first_run(
+    loaded: Loaded, inputs: dict[str, Any], one: Candidate, keep: Keep, profile: Profile, max_new_tokens: int
+) -> Row:
+    """Sets a method up and runs it once: the answer, and the warm-up of the timing."""
+    row = Row(one.name)
+    try:
+        compressor, row.note = configure(one, keep, profile)
+        row.small = compressed(loaded, compressor)
+        row.first = row.run(loaded, inputs, max_new_tokens)
+    except Exception as error:  # whatever is wrong with one method, the others are still worth comparing
+        row.give_up(error)
+    return row
+
+
+def _reason(error: Exception) -> str:
+    said = " ".join(str(error).split())
+    return said if isinstance(error, UserError) else f"failed with {type(error).__name__}: {said}"[:300]

@@ -1,0 +1,34 @@
+"""Results on disk: whole or not at all, and never over what they were made from."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from vlmzip.errors import UserError
+
+
+def refuse_source(path: Path, sources: list[str]) -> None:
+    """Raises `UserError` for a result that would replace one of its `sources`, or that is a folder."""
+    if path.is_dir():
+        raise UserError(f"{str(path)!r} is a folder; give the result a name inside it")
+    if any(path.exists() and Path(source).exists() and path.samefile(source) for source in sources):
+        raise UserError(f"{str(path)!r} is one of the pictures asked about; choose another name for the result")
+
+
+def write_whole(path: Path, write: Callable[[str], object]) -> None:
+    """Has `write` fill a file beside `path`, which takes the name only when it is whole."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+        os.close(handle)
+        try:
+            write(unfinished)
+            Path(unfinished).chmod(0o644)
+            Path(unfinished).replace(path)
+        finally:
+            Path(unfinished).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}") from None

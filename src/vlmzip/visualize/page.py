@@ -1,0 +1,151 @@
+"""A comparison as one web page that needs nothing else: styles inside, pictures as data URIs, no script."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+from PIL import Image
+
+#: The browser itself sees to it that nothing is fetched or run.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+STYLE = """
+:root { color-scheme: light dark; --paper: #fafaf8; --card: #fff; --ink: #1e1e1e; --soft: #5c5c58; --line: #dddcd6;
+  --mark: #a83800; --shade: #0003; }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #141619; --card: #1d2024; --ink: #e8e8e4; --soft: #a3a7ad; --line: #34383e; --mark: #ffab70;
+    --shade: #fff3; }
+}
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 84rem; padding: 1rem; background: var(--paper); color: var(--ink);
+  font: 1rem/1.45 system-ui, sans-serif; }
+h1 { margin: 0 0 .25rem; font-size: 1.5rem; overflow-wrap: anywhere; }
+p { margin: 0; }
+.facts, .counts, .legend, .notes { color: var(--soft); font-size: .875rem; overflow-wrap: anywhere; }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 9.5rem), 1fr)); gap: .75rem;
+  margin: 1rem 0 .5rem; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: .5rem; overflow: hidden; }
+.card img { display: block; width: 100%; height: auto; }
+.card div { padding: .5rem .625rem .625rem; }
+.card h2 { margin: 0; font-size: .9375rem; overflow-wrap: anywhere; }
+.answer { overflow-wrap: anywhere; }
+.marked .answer { color: var(--mark); font-weight: 600; }
+.swatch { display: inline-block; width: .8em; height: .8em; margin-right: .3em; border: 1px solid var(--soft); }
+.legend span { margin-right: 1rem; white-space: nowrap; }
+.scroll { overflow-x: auto; margin: 1.25rem 0 .75rem; border: 1px solid var(--line); border-radius: .5rem;
+  /* A shade at the right edge as long as there is more to scroll to. */
+  background: linear-gradient(to left, var(--card) 50%, transparent) right / 2.5rem 100% no-repeat local,
+    linear-gradient(to left, var(--shade), transparent) right / 1rem 100% no-repeat scroll, var(--card); }
+table { border-collapse: collapse; width: 100%; font-size: .9375rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .45rem .75rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); }
+thead th { border-top: 0; color: var(--soft); font-weight: 600; vertical-align: bottom; }
+th:first-child { position: sticky; left: 0; background: var(--card); text-align: left;
+  white-space: normal; overflow-wrap: anywhere; min-width: 7.5rem; }
+th:nth-child(2), td.answer { text-align: left; white-space: normal; min-width: 7rem; }
+.notes { margin: 0; padding: 0; list-style: none; }
+.notes li { margin: .25rem 0; }
+@media (min-width: 48rem) {
+  body { padding: 2rem; }
+  th:first-child, thead th:nth-child(2) { min-width: 10rem; }
+  .cards { grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; }
+}
+"""
+
+LEGEND = (
+    ("#fff", "kept, framed"),
+    ("linear-gradient(90deg, #f2672b 34%, #2bb26f 34% 67%, #7a4be0 67%)", "merged, one colour a group, anchor framed"),
+    ("#343434", "dropped"),
+)
+
+
+@dataclass(frozen=True)
+class Card:
+    """One method: its pictures, its answer and its counts."""
+
+    title: str
+    answer: str
+    counts: str
+    marked: bool
+    """Whether the answer stands out."""
+    images: Sequence[Image.Image]
+
+
+def render(
+    title: str,
+    facts: Sequence[str],
+    cards: Sequence[Card],
+    columns: Sequence[str],
+    rows: Sequence[tuple[Sequence[str], bool]],
+    notes: Sequence[str],
+) -> str:
+    """The page. A row is its cells and whether its answer, the second cell, stands out; all text is escaped here."""
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<title>{escape(title)}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+<header>
+<h1>{escape(title)}</h1>
+<p class="facts">{escape(" · ".join(facts))}</p>
+</header>
+<main>
+<section class="cards">
+{"".join(map(_card, cards))}</section>
+<p class="legend">{"".join(_swatch(fill, name) for fill, name in LEGEND)}</p>
+{_table(columns, rows)}
+<ul class="notes">
+{"".join(f"<li>{escape(note)}</li>" for note in notes)}
+</ul>
+</main>
+</body>
+</html>
+"""
+
+
+def data_uri(picture: Image.Image) -> str:
+    """The picture itself in place of an address; PNG, since frames of one pixel do not survive JPEG."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _card(card: Card) -> str:
+    images = "".join(
+        f'<img src="{data_uri(image)}" width="{image.width}" height="{image.height}"'
+        f' alt="visual tokens of picture {number} under {escape(card.title)}">'
+        for number, image in enumerate(card.images, 1)
+    )
+    return (
+        f'<article class="card{" marked" * card.marked}">{images}<div><h2>{escape(card.title)}</h2>'
+        f'<p class="answer">{escape(card.answer)}</p><p class="counts">{escape(card.counts)}</p></div></article>\n'
+    )
+
+
+def _breakable(name: str) -> str:
+    """A method's name, which may go on in a new line behind its underscores."""
+    return escape(name).replace("_", "_<wbr>")
+
+
+def _swatch(fill: str, name: str) -> str:
+    return f'<span><i class="swatch" style="background: {fill}"></i>{escape(name)}</span>'
+
+
+def _table(columns: Sequence[str], rows: Sequence[tuple[Sequence[str], bool]]) -> str:
+    head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
+    body = "".join(
+        f'<tr{" class=marked" * marked}><th scope="row">{_breakable(name)}</th><td class="answer">{escape(answer)}</td>'
+        f"{''.join(f'<td>{escape(cell)}</td>' for cell in numbers)}</tr>\n"
+        for (name, answer, *numbers), marked in rows
+    )
+    return (
+        f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table></div>'
+    )

@@ -1,0 +1,140 @@
+"""A contact sheet: the token maps of many methods on one page, each with its name, its counts and its answer."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
+
+from vlmzip.token_map import TokenMap
+from vlmzip.visual_tokens import Grid
+from vlmzip.visualize.overlay import INK, PAPER, draw_fates, enlarged
+
+SIDE = 312
+"""Width in pixels of one panel, about."""
+ACROSS = 4
+"""Panels in one line."""
+MARGIN, LINE = 16, 24
+MARKED = (168, 56, 0)
+LEGEND = "white frame: kept · tinted: merged, one colour a group, its anchor framed · dark: dropped"
+#: Pillow's own font has hardly more than ASCII; answers come in many scripts.
+FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf")
+
+Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture under one method."""
+
+    image: Image.Image
+    title: str
+    counts: str
+    answer: str
+    marked: bool = False
+    """Whether the answer stands out."""
+
+
+def fates_panel(seen: Image.Image, token_map: TokenMap | None, grid: Grid | None, prefix: int) -> Image.Image:
+    """The tokens of one picture drawn on it; where they lie on no grid, the picture in grey."""
+    if token_map is None or grid is None or token_map.group.shape[1] != prefix + grid.size:
+        return plain_panel(seen, None).convert("L").convert("RGB")
+    return draw_fates(seen, token_map, grid, prefix, _cell(grid))
+
+
+def plain_panel(seen: Image.Image, grid: Grid | None) -> Image.Image:
+    """The picture alone, as large as its tokens would be drawn."""
+    if grid is not None:
+        return enlarged(seen, grid, _cell(grid))
+    scale = SIDE / max(seen.size)
+    return seen.resize((max(1, round(seen.width * scale)), max(1, round(seen.height * scale))))
+
+
+def contact_sheet(title: str, panels: Sequence[Panel], notes: Sequence[str] = (), together: int = 1) -> Image.Image:
+    """Panels in lines of `ACROSS`, the title above them, the legend and the notes below.
+
+    `together` panels that follow one another are of one method: they stay in one line.
+    """
+    across = min(max(ACROSS // together, 1) * together, len(panels))
+    width = max(SIDE, *(panel.image.width for panel in panels))
+    height = max(panel.image.height for panel in panels) + 3 * LINE + MARGIN
+    down = -(-len(panels) // across)
+    page_width = max(across * (width + MARGIN) + MARGIN, 2 * (SIDE + MARGIN) + MARGIN)
+    inner = page_width - 2 * MARGIN
+    head = _wrapped(title, inner, _font(18))
+    foot = [line for text in (LEGEND, *notes) for line in _wrapped(text, inner, _font(14))]
+    top = MARGIN + LINE * len(head) + MARGIN // 2
+    page = Image.new("RGB", (page_width, top + down * height + LINE * len(foot) + MARGIN), PAPER)
+    _write(page, (MARGIN, MARGIN), head, _font(18))
+    for number, panel in enumerate(panels):
+        _put(page, panel, (MARGIN + number % across * (width + MARGIN), top + number // across * height), width)
+    _write(page, (MARGIN, top + down * height), foot, _font(14))
+    return page
+
+
+def _put(page: Image.Image, panel: Panel, at: tuple[int, int], width: int) -> None:
+    page.paste(panel.image, at)
+    x, y = at[0], at[1] + panel.image.height + 4
+    _write(page, (x, y), [_cut(panel.title, width, _font(16))], _font(16))
+    _write(page, (x, y + LINE), [_cut(panel.counts, width, _font(14))], _font(14))
+    colour = MARKED if panel.marked else INK
+    _write(page, (x, y + 2 * LINE), [_cut(f"“{panel.answer}”", width, _font(16))], _font(16), colour)
+
+
+def _write(
+    page: Image.Image, at: tuple[int, int], lines: Sequence[str], font: Font, colour: tuple[int, int, int] = INK
+) -> None:
+    draw = ImageDraw.Draw(page)
+    for number, line in enumerate(lines):
+        draw.text((at[0], at[1] + number * LINE), line, fill=colour, font=font)
+
+
+def _cell(grid: Grid) -> int:
+    """Pixels a token; with fewer than 8 its frame would hide it."""
+    return max(8, SIDE // max(grid.rows, grid.cols))
+
+
+def _font(size: int) -> Font:
+    for name in FONTS:
+        try:
+            return ImageFont.truetype(name, size)
+        except OSError:
+            continue
+    return ImageFont.load_default(size=size)
+
+
+def _cut(text: str, width: int, font: Font) -> str:
+    """One line of what can be written, ended by "…" where it is too long."""
+    text = _writable(text, font)
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def _wrapped(text: str, width: int, font: Font) -> list[str]:
+    lines = [""]
+    for word in _writable(text, font).split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return [_cut(line, width, font) for line in lines]
+
+
+def _writable(text: str, font: Font) -> str:
+    """The text on one line, with "?" for what the font lacks (é becomes e), not a box."""
+    missing = bytes(font.getmask("\U0010ffff"))
+
+    def known(character: str) -> bool:
+        return character.isspace() or (character.isprintable() and bytes(font.getmask(character)) != missing)
+
+    out = ""
+    for character in " ".join(text.split()):
+        bare = unicodedata.normalize("NFKD", character)[0]
+        out += character if known(character) else bare if known(bare) else "?"
+    return out
