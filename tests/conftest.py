@@ -13,6 +13,7 @@ CHECKED = [
     "models",
     "runtime.prepare",
     "runtime.report",
+    "runtime.pixels",
     "runtime.detail",
     "runtime.turns",
     "measure",

@@ -4,7 +4,7 @@ from vlmzip.catalogue import available
 from vlmzip.compressor import BudgetError, Compressor, Profile
 from vlmzip.errors import UserError
 from vlmzip.keep import Keep
-from vlmzip.methods import NoCompression, Pool2d, RandomTokens, VisionZip
+from vlmzip.methods import Downsample, NoCompression, Pool2d, RandomTokens, VisionZip
 from vlmzip.runtime.facade import CompressedModel, attach
 from vlmzip.runtime.prepare import compress_inputs
 from vlmzip.runtime.report import Report
@@ -17,6 +17,7 @@ __all__ = [
     "BudgetError",
     "CompressedModel",
     "Compressor",
+    "Downsample",
     "Grid",
     "Keep",
     "NoCompression",

@@ -10,7 +10,7 @@ import torch
 
 import vlmzip.methods
 from tests.methods.test_visionzip import tokens_of
-from vlmzip import BudgetError, Profile, UserError, available, catalogue
+from vlmzip import BudgetError, Downsample, Profile, UserError, available, catalogue
 from vlmzip.keep import count_to_keep
 
 METHODS = available()
@@ -81,7 +81,7 @@ class TestEveryMethod:
         except BudgetError:
             return  # it says that it cannot; what it says is tested with each method
         assert chosen(tokens_of()).lengths[0] / 36 == pytest.approx(reached)
-        if "keep" in method.field_names():
+        if "keep" in method.field_names() and type(method) is not Downsample:  # which reaches whole grids only
             assert reached == count_to_keep(keep, 36) / 36
 
 

@@ -3,6 +3,7 @@
 To add one, write its file and add one line here.
 """
 
+from vlmzip.methods.downsample import Downsample as Downsample
 from vlmzip.methods.no_compression import NoCompression as NoCompression
 from vlmzip.methods.pool2d import Pool2d as Pool2d
 from vlmzip.methods.random_tokens import RandomTokens as RandomTokens

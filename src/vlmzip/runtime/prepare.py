@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.models import adapter_for
 from vlmzip.models.adapter import ModelAdapter
-from vlmzip.runtime.report import PictureReport, Report, Stopwatch
+from vlmzip.runtime.pixels import encode_smaller
+from vlmzip.runtime.report import CompressedPicture, PictureReport, Report, Stopwatch
+from vlmzip.visual_tokens import Site
 
 #: Inputs with one value per token of the prompt, and the value that padding gets. `input_ids` gets the pad token.
 PER_TOKEN = {"attention_mask": 0, "labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0, "position_ids": 0}
@@ -24,16 +26,8 @@ class CompressedInputs(dict[str, Any]):
     """Inputs for the model's own `forward` or `generate`, with the `report` of what was done to the pictures."""
 
     report: Report
-
-
-@dataclass(frozen=True)
-class CompressedPicture:
-    """The tokens of one picture on their way to the LLM."""
-
-    features: Float[Tensor, "after llm_dim"]
-    offsets: list[int]
-    """For each token left, which of the picture's placeholders (0-based) gives it its position."""
-    report: PictureReport
+    smaller: Mapping[str, Any] | None = None
+    """The inputs with smaller pictures in them, where the encoder saw such."""
 
 
 def compress_inputs(
@@ -63,7 +57,10 @@ def compress_inputs(
         return out
 
     ids, mask = _prompt(inputs)
-    pictures = compress_pictures(adapter, inputs, compressor, watch)
+    if compressor.site is Site.PIXELS:
+        pictures, out.smaller = encode_smaller(adapter, inputs, compressor, watch)
+    else:
+        pictures = compress_pictures(adapter, inputs, compressor, watch)
     places = find_placeholders(ids, adapter.placeholder_id, [picture.report.before for picture in pictures])
     source = shorten(mask, places, [picture.offsets for picture in pictures])
 
@@ -75,16 +72,15 @@ def compress_inputs(
     if positions_of(compressor, adapter) == "original" and inputs.get("position_ids") is None:
         positions, _ = adapter.original_positions({**inputs, "input_ids": ids}, mask)
         out["position_ids"] = positions if generating else adapter.forward_positions(positions)
-    contiguous = out.get("position_ids") is None
+    counted = out.get("position_ids") is None
     for name in PER_TOKEN.keys() - {"attention_mask"}:
         if out.get(name) is not None:
             if out[name].ndim < 2 or out[name].shape[-1] != ids.shape[1]:
                 raise UserError(f"{name} must be [batch, length] as input_ids; got shape {tuple(out[name].shape)}")
             out[name] = gather(out[name], source, PER_TOKEN[name])
-    if contiguous and generating and adapter.position_axes:
+    if counted and adapter.position_axes and (generating or out.smaller is not None):
         # Left to itself, `generate` would leave the positions' offsets on the model, for others to stumble over.
-        positions = (out["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
-        out["position_ids"] = positions.expand(*adapter.position_axes, -1, -1)
+        out["position_ids"] = contiguous_positions(adapter, out, out["attention_mask"])[0]
     reports = [replace(picture.report, row=row) for picture, (row, _) in zip(pictures, places, strict=True)]
     out.report = Report(compressor, reports, source, watch)
     return out
@@ -92,7 +88,20 @@ def compress_inputs(
 
 def positions_of(compressor: Compressor, adapter: ModelAdapter) -> str:
     """The policy for kept positions: the compressor's own, or what the papers use in this family."""
-    return compressor.positions or adapter.default_positions
+    return compressor.positions or compressor.default_positions or adapter.default_positions
+
+
+def contiguous_positions(
+    adapter: ModelAdapter, small: CompressedInputs, mask: Int[Tensor, "batch length"]
+) -> tuple[Int[Tensor, "*axes batch length"], Int[Tensor, " batch"]]:
+    """Positions of the compressed prompt, counted from 0 as `generate` does, and the position of each next token.
+
+    One after another on every axis; smaller pictures keep a grid, which the family counts as it counts any other.
+    """
+    if small.smaller is not None:
+        return adapter.original_positions({**small.smaller, "input_ids": small["input_ids"]}, mask)
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return positions.expand(*adapter.position_axes, *mask.shape), mask.sum(-1)
 
 
 def compress_pictures(
