@@ -15,6 +15,7 @@ CHECKED = [
     "models",
     "runtime.prepare",
     "runtime.report",
+    "runtime.pixels",
     "runtime.detail",
     "runtime.turns",
     "measure",

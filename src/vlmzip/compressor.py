@@ -56,6 +56,8 @@ class Compressor(ABC):
     """The sites that it can work at."""
     trained_weights: ClassVar[bool] = False
     """Whether it has weights of its own: before they are trained, answers through it mean nothing."""
+    default_positions: ClassVar[Positions | None] = None
+    """What `positions=None` means for this method; `None`: what it means in the model's family."""
 
     site: Site = Site.PRE_PROJECTOR
     """Where it acts: on the vision encoder's features ("pre_projector") or on projected tokens ("post_projector")."""
@@ -70,6 +72,10 @@ class Compressor(ABC):
     def token_count(self, grid: Grid) -> int | None:
         """Output tokens for one picture of this grid, known from its shape alone; `None` if its content decides."""
         return None
+
+    def smaller(self, grid: Grid) -> Grid:
+        """The grid of the smaller picture to encode instead of one of this grid; asked at the pixel site only."""
+        return grid
 
     def __call__(self, tokens: VisualTokens) -> TokenMap:
         """The map for `tokens`: `assign`, or the identity where as many tokens are wanted as there are."""

@@ -10,7 +10,7 @@ import torch
 
 import vlmzip.methods
 from tests.methods import test_visionzip
-from vlmzip import BudgetError, Chain, Pool2d, Profile, UserError, available, catalogue
+from vlmzip import BudgetError, Chain, Downsample, Pool2d, Profile, UserError, available, catalogue
 from vlmzip.compressor import Calibratable
 from vlmzip.keep import count_to_keep
 
@@ -118,7 +118,7 @@ class TestEveryMethod:
         by_layer = chosen.tokens_by_layer(PROFILE)
         assert chosen(tokens_of()).lengths[0] == by_layer[-1]
         assert reached == pytest.approx(sum(by_layer) / (36 * PROFILE.layers))
-        if "keep" in method.field_names():
+        if "keep" in method.field_names() and type(method) is not Downsample:  # which reaches whole grids only
             # Inside the LLM a token more or less counts for some of its layers.
             assert abs(reached - count_to_keep(keep, 36) / 36) <= (0.5 / 36 if method.layers else 0)
 

@@ -69,7 +69,12 @@ def run(args: Namespace) -> None:
         "question": question,
         "answer": result.text,
         "pictures": [
-            {"path": path, "before": p.before, "after": p.after, "detail_lost": round(p.detail_lost, 3)}
+            {
+                "path": path,
+                "before": p.before,
+                "after": p.after,
+                "detail_lost": p.detail_lost and round(p.detail_lost, 3),
+            }
             for path, p in zip(paths, result.report.pictures, strict=True)
         ],
         "compressed": asdict(result.account),

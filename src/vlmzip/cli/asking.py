@@ -96,7 +96,7 @@ def plain_account(loaded: Loaded, inputs: dict[str, Any], report: Report) -> dic
 def warn_about_detail(report: Report, paths: list[str]) -> None:
     """One note for each picture that lost more detail than reading can spare."""
     for picture, path in zip(report.pictures, paths, strict=True):
-        if picture.detail_lost > WORRYING:
+        if (picture.detail_lost or 0) > WORRYING:
             console.print(
                 f"note: {picture.after} tokens leave out {picture.detail_lost:.0%} of the detail in {path};"
                 " dense text and small print need more (--keep 50%)",

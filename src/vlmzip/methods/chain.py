@@ -41,6 +41,9 @@ class Chain(Compressor):
             if places.count(place) > 1:
                 where = place[0].value if place[1] is None else f"layer {place[1]}"
                 raise UserError(f"a chain has two compressors at {where}; give each a site or layer of its own")
+        sites = {stage.site for stage in stages}
+        if Site.PIXELS in sites and sites & {Site.PRE_PROJECTOR, Site.POST_PROJECTOR}:
+            raise UserError("behind smaller pictures a chain can go on inside the LLM only, for now")
         positions = {self.positions, *(stage.positions for stage in stages)} - {None}
         if len(positions) > 1:
             raise UserError("the compressors of a chain ask for different positions; positions are one setting for all")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmzip.compressor import Positions, Profile
+from vlmzip.errors import UserError
 from vlmzip.models.recording import rotate
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
@@ -81,6 +82,18 @@ class ModelAdapter(ABC):
     @abstractmethod
     def plain_counts(self, inputs: Mapping[str, Any]) -> list[int]:
         """Visual tokens of each picture in `inputs` without compression, from shapes alone."""
+
+    @abstractmethod
+    def grids(self, inputs: Mapping[str, Any]) -> list[Grid]:
+        """The grid of each picture in `inputs`, from shapes alone."""
+
+    def downsample(self, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> dict[str, Any]:
+        """The picture inputs of the same pictures made smaller, one grid each; for `encode`, not for the model.
+
+        Antialiased bicubic interpolation, in float32: what the processors of these families resize with, so that the
+        result is the smaller picture that they would have made, but for their rounding to 8 bits.
+        """
+        raise UserError(f"{type(self.model).__name__} cannot be shown smaller pictures")
 
     def pictures_from(self, inputs: Mapping[str, Any], first: int) -> dict[str, Any]:
         """The picture inputs without the first pictures; one row a picture, unless the family says otherwise."""

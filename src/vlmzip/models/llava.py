@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from vlmzip.errors import UserError
 from vlmzip.models.adapter import ModelAdapter
-from vlmzip.models.vit import feature_layers, grid_of, prefix_of, run_vit
-from vlmzip.visual_tokens import Signal, Site, VisualTokens
+from vlmzip.models.vit import downsampled, feature_layers, grid_of, prefix_of, run_vit
+from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 
 class Llava(ModelAdapter):
@@ -24,7 +24,7 @@ class Llava(ModelAdapter):
 
     model_types = ("llava",)
     example = "llava-hf/llava-1.5-7b-hf"
-    sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
+    sites = (Site.PIXELS, Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
     picture_inputs = ("pixel_values",)
 
     def __init__(self, model: nn.Module) -> None:
@@ -42,7 +42,10 @@ class Llava(ModelAdapter):
                 ' set vision_feature_select_strategy="full"'
             )
         layers = feature_layers(self._setting(inputs, "vision_feature_layer"), self._depth)
-        features, signals, _ = run_vit(self.model.model.vision_tower, pixels, layers, needs)
+        features, signals, _ = run_vit(
+            self.model.model.vision_tower, pixels, layers, needs,
+            interpolate_pos_encoding=inputs.get("interpolate_pos_encoding", False),
+        )  # fmt: skip
         if site is Site.POST_PROJECTOR:
             features = self.project(features.flatten(0, 1), Site.PRE_PROJECTOR).unflatten(0, features.shape[:2])
         tokens = VisualTokens(
@@ -57,6 +60,13 @@ class Llava(ModelAdapter):
         pixels = inputs["pixel_values"]
         full = self._setting(inputs, "vision_feature_select_strategy", "default") == "full"
         return [grid_of(self.model.config.vision_config, pixels).size + (self.prefix if full else 0)] * len(pixels)
+
+    def grids(self, inputs: Mapping[str, Any]) -> list[Grid]:
+        pixels = inputs["pixel_values"]
+        return [grid_of(self.model.config.vision_config, pixels)] * len(pixels)
+
+    def downsample(self, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> dict[str, Any]:
+        return downsampled(self.model.config.vision_config, inputs["pixel_values"], grids[0])
 
     def project(self, features: Float[Tensor, "tokens dim"], site: Site) -> Float[Tensor, "tokens llm_dim"]:
         return features if site is Site.POST_PROJECTOR else self.model.model.multi_modal_projector(features)

@@ -9,8 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vlmzip.models.adapter import ModelAdapter
-from vlmzip.models.vit import grid_of, run_vit
-from vlmzip.visual_tokens import Signal, Site, VisualTokens
+from vlmzip.models.vit import downsampled, grid_of, run_vit
+from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 
 class PaliGemma(ModelAdapter):
@@ -21,7 +21,7 @@ class PaliGemma(ModelAdapter):
 
     model_types = ("paligemma",)
     example = "google/paligemma2-3b-mix-224"
-    sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
+    sites = (Site.PIXELS, Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
     picture_inputs = ("pixel_values",)
     features_as_list = False
 
@@ -30,7 +30,10 @@ class PaliGemma(ModelAdapter):
     ) -> Sequence[tuple[VisualTokens, list[int]]]:
         pixels = inputs["pixel_values"]
         last = self.model.config.vision_config.num_hidden_layers - 1
-        _, signals, out = run_vit(self.model.model.vision_tower, pixels, [last], needs)
+        _, signals, out = run_vit(
+            self.model.model.vision_tower, pixels, [last], needs,
+            interpolate_pos_encoding=inputs.get("interpolate_pos_encoding", False),
+        )  # fmt: skip
         features = out.last_hidden_state  # behind the encoder's last norm
         if site is Site.POST_PROJECTOR:
             features = self.project(features, Site.PRE_PROJECTOR)
@@ -42,7 +45,14 @@ class PaliGemma(ModelAdapter):
         ]
 
     def plain_counts(self, inputs: Mapping[str, Any]) -> list[int]:
-        return [grid_of(self.model.config.vision_config, inputs["pixel_values"]).size] * len(inputs["pixel_values"])
+        return [grid.size for grid in self.grids(inputs)]
+
+    def grids(self, inputs: Mapping[str, Any]) -> list[Grid]:
+        pixels = inputs["pixel_values"]
+        return [grid_of(self.model.config.vision_config, pixels)] * len(pixels)
+
+    def downsample(self, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> dict[str, Any]:
+        return downsampled(self.model.config.vision_config, inputs["pixel_values"], grids[0])
 
     def project(self, features: Float[Tensor, "*tokens dim"], site: Site) -> Float[Tensor, "*tokens llm_dim"]:
         return features if site is Site.POST_PROJECTOR else self.model.model.multi_modal_projector(features)

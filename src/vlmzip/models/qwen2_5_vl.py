@@ -13,6 +13,7 @@ from transformers.vision_utils import get_vision_window_index
 from vlmzip.compressor import Positions, Profile
 from vlmzip.errors import UserError
 from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.pixels import resized
 from vlmzip.models.recording import Recording, attention_received, mean_over_heads, record, rotate
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
@@ -27,7 +28,7 @@ class Qwen25VL(ModelAdapter):
 
     model_types = ("qwen2_5_vl",)
     example = "Qwen/Qwen2.5-VL-7B-Instruct"
-    sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
+    sites = (Site.PIXELS, Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
     picture_inputs = ("pixel_values", "image_grid_thw")
     default_positions: ClassVar[Positions] = "original"
     position_axes = (3,)
@@ -46,12 +47,11 @@ class Qwen25VL(ModelAdapter):
         if Signal.PIXELS in needs:
             raise UserError("this family's inputs are patches, not pictures, so pixels cannot be looked at")
         visual, thw = self.model.model.visual, inputs["image_grid_thw"]
-        merge = visual.spatial_merge_size
         block = visual.blocks[-1].attn
         with record({"qkv": block.qkv} if needs else {}, {"block": block} if needs else {}) as recording:
             out = visual(inputs["pixel_values"].type(visual.dtype), grid_thw=thw, return_dict=True)
         signals = self._signals(recording, thw, needs)
-        grids = [Grid(t, rows // merge, cols // merge) for t, rows, cols in thw.tolist()]
+        grids = self.grids(inputs)
         ends = torch.tensor([grid.size for grid in grids]).cumsum(0).tolist()
         groups = []
         for grid in dict.fromkeys(grids):
@@ -65,8 +65,24 @@ class Qwen25VL(ModelAdapter):
         return groups
 
     def plain_counts(self, inputs: Mapping[str, Any]) -> list[int]:
-        unit = self.model.config.vision_config.spatial_merge_size**2
-        return (inputs["image_grid_thw"].prod(-1) // unit).tolist()
+        return [grid.size for grid in self.grids(inputs)]
+
+    def grids(self, inputs: Mapping[str, Any]) -> list[Grid]:
+        merge = self.model.config.vision_config.spatial_merge_size
+        return [Grid(t, rows // merge, cols // merge) for t, rows, cols in inputs["image_grid_thw"].tolist()]
+
+    def downsample(self, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> dict[str, Any]:
+        """Patches to pictures, pictures resized, pictures to patches."""
+        config, thw = self.model.config.vision_config, inputs["image_grid_thw"]
+        merge, side = config.spatial_merge_size, config.patch_size * config.spatial_merge_size
+        parts = []
+        for patches, old, new in zip(
+            inputs["pixel_values"].split(thw.prod(-1).tolist()), self.grids(inputs), grids, strict=True
+        ):
+            pictures = resized(pictures_of(patches, old, config), new.rows * side, new.cols * side)
+            parts.append(patches_of(pictures, new, config))
+        sizes = [(grid.frames, grid.rows * merge, grid.cols * merge) for grid in grids]
+        return {"pixel_values": torch.cat(parts), "image_grid_thw": thw.new_tensor(sizes)}
 
     def pictures_from(self, inputs: Mapping[str, Any], first: int) -> dict[str, Any]:
         patches = int(inputs["image_grid_thw"][:first].prod(-1).sum())
@@ -126,3 +142,27 @@ class Qwen25VL(ModelAdapter):
         cos, sin = (table.float()[:, None] for table in recording.arguments["block"]["position_embeddings"])
         query, key = (rotate(x, cos.expand_as(x), sin.expand_as(x)).flatten(1) for x in (query, key))
         return query, key
+
+
+def pictures_of(
+    patches: Float[Tensor, "patches values"], grid: Grid, vision_config: Any
+) -> Float[Tensor, "frames 3 height width"]:
+    """The frames that the processor cut into patches: `temporal_patch_size` of them for each of the grid's."""
+    patch, merge, together = _patch_sizes(vision_config)
+    # The four patches that the merger joins lie one after another: rows and columns come in two steps each.
+    cut = patches.reshape(grid.frames, grid.rows, grid.cols, merge, merge, -1, together, patch, patch)
+    whole = cut.permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
+    return whole.reshape(grid.frames * together, -1, grid.rows * merge * patch, grid.cols * merge * patch)
+
+
+def patches_of(
+    pictures: Float[Tensor, "frames 3 height width"], grid: Grid, vision_config: Any
+) -> Float[Tensor, "patches values"]:
+    """The reverse of `pictures_of`."""
+    patch, merge, together = _patch_sizes(vision_config)
+    cut = pictures.reshape(grid.frames, together, -1, grid.rows, merge, patch, grid.cols, merge, patch)
+    return cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(grid.size * merge**2, -1)
+
+
+def _patch_sizes(vision_config: Any) -> tuple[int, int, int]:
+    return vision_config.patch_size, vision_config.spatial_merge_size, vision_config.temporal_patch_size

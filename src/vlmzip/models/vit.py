@@ -15,6 +15,7 @@ from transformers.image_utils import (
 )
 
 from vlmzip.errors import UserError
+from vlmzip.models.pixels import resized
 from vlmzip.models.recording import Recording, attention_received, cls_attention_row, mean_over_heads, record
 from vlmzip.visual_tokens import Grid, Signal
 
@@ -41,6 +42,14 @@ def grid_of(vision_config: Any, pixels: Float[Tensor, "batch 3 height width"]) -
     return Grid(1, pixels.shape[-2] // vision_config.patch_size, pixels.shape[-1] // vision_config.patch_size)
 
 
+def downsampled(vision_config: Any, pixels: Float[Tensor, "batch 3 height width"], grid: Grid) -> dict[str, Any]:
+    """The inputs of smaller pictures, one size for all, and the word to the encoder to interpolate its positions."""
+    patch = vision_config.patch_size
+    if grid == grid_of(vision_config, pixels):  # whose last pixels may fill no patch: they would be squeezed in
+        return {"pixel_values": pixels}
+    return {"pixel_values": resized(pixels, grid.rows * patch, grid.cols * patch), "interpolate_pos_encoding": True}
+
+
 def feature_layers(wanted: int | list[int], depth: int) -> list[int]:
     """The encoder layers, 0-based, that put out `hidden_states[i]` for each i wanted; number 0 is before them all."""
     layers = [index % (depth + 1) - 1 for index in ([wanted] if isinstance(wanted, int) else wanted)]
@@ -50,16 +59,24 @@ def feature_layers(wanted: int | list[int], depth: int) -> list[int]:
 
 
 def run_vit(
-    tower: Any, pixels: Float[Tensor, "batch 3 height width"], layers: list[int], needs: frozenset[Signal]
+    tower: Any,
+    pixels: Float[Tensor, "batch 3 height width"],
+    layers: list[int],
+    needs: frozenset[Signal],
+    *,
+    interpolate_pos_encoding: bool = False,
 ) -> tuple[Float[Tensor, "batch tokens dim"], dict[str, Any], Any]:
-    """Features of the layers side by side, the signals of the deepest of them, and what the encoder itself returned."""
+    """Features of the layers side by side, the signals of the deepest of them, and what the encoder itself returned.
+
+    `interpolate_pos_encoding` is for pictures of another size than the encoder's own, which it refuses otherwise.
+    """
     blocks = tower.encoder.layers
     modules: dict[str, nn.Module] = {f"features.{layer}": blocks[layer] for layer in layers}
     if needs & {Signal.CLS_ATTENTION, Signal.KEYS}:
         attention = blocks[max(layers)].self_attn
         modules |= {"query": attention.q_proj, "key": attention.k_proj}
     with record(modules) as recording:
-        out = tower(pixel_values=pixels, return_dict=True)
+        out = tower(pixel_values=pixels, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True)
     features = torch.cat([recording[f"features.{layer}"] for layer in layers], dim=-1)
     signals = _signals(recording, tower.config, needs)
     if Signal.PIXELS in needs:

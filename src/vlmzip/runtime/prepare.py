@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from vlmzip.compressor import Compressor
@@ -15,7 +15,8 @@ from vlmzip.errors import UserError
 from vlmzip.methods import NoCompression
 from vlmzip.models import adapter_for
 from vlmzip.models.adapter import ModelAdapter
-from vlmzip.runtime.report import PictureReport, Report, Stopwatch
+from vlmzip.runtime.pixels import encode_smaller
+from vlmzip.runtime.report import CompressedPicture, PictureReport, Report, Stopwatch
 from vlmzip.visual_tokens import Grid, Site, VisualTokens
 
 #: Inputs with one value per token of the prompt, and the value that padding gets. `input_ids` gets the pad token.
@@ -39,16 +40,8 @@ class CompressedInputs(dict[str, Any]):
     report: Report
     spans: list[Span]
     """Where the pictures' tokens stand in the shortened prompt."""
-
-
-@dataclass(frozen=True)
-class CompressedPicture:
-    """The tokens of one picture on their way to the LLM."""
-
-    features: Float[Tensor, "after llm_dim"]
-    offsets: list[int]
-    """For each token left, which of the picture's placeholders (0-based) gives it its position."""
-    report: PictureReport
+    smaller: Mapping[str, Any] | None = None
+    """The inputs with smaller pictures in them, where the encoder saw such."""
 
 
 def compress_inputs(
@@ -79,7 +72,7 @@ def compress_inputs(
         return out
 
     ids, mask = _prompt(inputs)
-    pictures = compress_pictures(adapter, inputs, compressor, watch)
+    pictures, out.smaller = compress_pictures(adapter, inputs, compressor, watch)
     places = find_placeholders(ids, adapter.placeholder_id, [picture.report.before for picture in pictures])
     source = shorten(mask, places, [picture.offsets for picture in pictures])
 
@@ -91,16 +84,15 @@ def compress_inputs(
     if positions_of(compressor, adapter) == "original" and inputs.get("position_ids") is None:
         positions, _ = adapter.original_positions({**inputs, "input_ids": ids}, mask)
         out["position_ids"] = positions if generating else adapter.forward_positions(positions)
-    contiguous = out.get("position_ids") is None
+    counted = out.get("position_ids") is None
     for name in PER_TOKEN.keys() - {"attention_mask"}:
         if out.get(name) is not None:
             if out[name].ndim < 2 or out[name].shape[-1] != ids.shape[1]:
                 raise UserError(f"{name} must be [batch, length] as input_ids; got shape {tuple(out[name].shape)}")
             out[name] = gather(out[name], source, PER_TOKEN[name])
-    if contiguous and generating and adapter.position_axes:
+    if counted and adapter.position_axes and (generating or out.smaller is not None):
         # Left to itself, `generate` would leave the positions' offsets on the model, for others to stumble over.
-        positions = (out["attention_mask"].long().cumsum(-1) - 1).clamp(min=0)
-        out["position_ids"] = positions.expand(*adapter.position_axes, -1, -1)
+        out["position_ids"] = contiguous_positions(adapter, out, out["attention_mask"])[0]
     reports = [replace(picture.report, row=row) for picture, (row, _) in zip(pictures, places, strict=True)]
     out.report = Report(compressor, reports, source, watch)
     out.spans = _spans(out["input_ids"], adapter.placeholder_id, reports)
@@ -124,19 +116,39 @@ def left_on_grid(picture: PictureReport) -> tuple[Grid | None, int]:
 
 def positions_of(compressor: Compressor, adapter: ModelAdapter) -> str:
     """The policy for kept positions: the compressor's own, or what the papers use in this family."""
-    return compressor.positions or adapter.default_positions
+    return compressor.positions or compressor.stages()[0].default_positions or adapter.default_positions
+
+
+def contiguous_positions(
+    adapter: ModelAdapter, small: CompressedInputs, mask: Int[Tensor, "batch length"]
+) -> tuple[Int[Tensor, "*axes batch length"], Int[Tensor, " batch"]]:
+    """Positions of the compressed prompt, counted from 0 as `generate` does, and the position of each next token.
+
+    One after another on every axis; smaller pictures keep a grid, which the family counts as it counts any other.
+    """
+    if small.smaller is not None:
+        return adapter.original_positions({**small.smaller, "input_ids": small["input_ids"]}, mask)
+    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    return positions.expand(*adapter.position_axes, *mask.shape), mask.sum(-1)
 
 
 def compress_pictures(
     adapter: ModelAdapter, inputs: Mapping[str, Any], compressor: Compressor, watch: Stopwatch
-) -> list[CompressedPicture]:
-    """Encodes, selects, applies and projects; the projector sees nothing but what is left."""
+) -> tuple[list[CompressedPicture], Mapping[str, Any] | None]:
+    """Encodes, selects, applies and projects; the projector sees nothing but what is left.
+
+    With it the inputs that the encoder saw, where its pictures were made smaller.
+    """
     first, *later = [stage for stage in compressor.stages() if stage.site is not Site.IN_LLM] or [NoCompression()]
-    pictures = _encode_and_compress(adapter, inputs, first, watch)
+    smaller = None
+    if first.site is Site.PIXELS:
+        pictures, smaller = encode_smaller(adapter, inputs, first, watch)
+    else:
+        pictures = _encode_and_compress(adapter, inputs, first, watch)
     for stage in later:
         with watch.time("selection"):
             pictures = [_compress_projected(stage, picture) for picture in pictures]
-    return pictures
+    return pictures, smaller
 
 
 def _compress_projected(compressor: Compressor, picture: CompressedPicture) -> CompressedPicture:

@@ -34,14 +34,30 @@ class PictureReport:
     """The map of this picture alone (a batch of one), over prefix and grid, to the tokens of the last layer."""
     grid: Grid | None
     prefix: int
-    features: Float[Tensor, "tokens dim"]
-    """The visual tokens before compression, without gradients; kept until the next call, for `detail_lost`."""
+    features: Float[Tensor, "tokens dim"] | None
+    """The visual tokens before compression, without gradients; kept until the next call, for `detail_lost`.
+
+    `None` where only a smaller picture was encoded."""
 
     @cached_property
-    def detail_lost(self) -> float:
-        """Share of the picture's detail that the tokens left do not explain, 0 to 1 (see `detail.py`)."""
+    def detail_lost(self) -> float | None:
+        """Share of the picture's detail that the tokens left do not explain, 0 to 1 (see `detail.py`).
+
+        `None` where that cannot be told: there are no tokens before compression."""
+        if self.features is None:
+            return None
         tokens = VisualTokens(self.features[None], self.grid, self.prefix)
         return float(detail_lost(tokens, self.token_map))
+
+
+@dataclass(frozen=True)
+class CompressedPicture:
+    """The tokens of one picture on their way to the LLM."""
+
+    features: Float[Tensor, "after llm_dim"]
+    offsets: list[int]
+    """For each token left, which of the picture's placeholders (0-based) gives it its position."""
+    report: PictureReport
 
 
 @dataclass

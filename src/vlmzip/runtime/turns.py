@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.models.adapter import ModelAdapter
-from vlmzip.runtime.prepare import PER_TOKEN, CompressedInputs, compress_inputs, gather, pad_id, positions_of
+from vlmzip.runtime.prepare import (
+    PER_TOKEN,
+    CompressedInputs,
+    compress_inputs,
+    contiguous_positions,
+    gather,
+    pad_id,
+    positions_of,
+)
 from vlmzip.runtime.report import Report, Stopwatch
 
 
@@ -104,9 +112,8 @@ def first_turn(
     original, next_position = adapter.original_positions(inputs, mask)
     if positions_of(compressor, adapter) == "original":
         positions = gather(original, source, 0)
-    elif generating:
-        positions = (short_mask.long().cumsum(-1) - 1).clamp(min=0).expand_as(gather(original, source, 0))
-        next_position = short_mask.sum(-1)
+    elif generating or (small.smaller is not None and adapter.position_axes):
+        positions, next_position = contiguous_positions(adapter, small, short_mask)
     else:  # a model's `forward` counts padding too
         positions = torch.arange(source.shape[1], device=ids.device).expand_as(gather(original, source, 0))
         next_position = torch.full_like(next_position, source.shape[1])

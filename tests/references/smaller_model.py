@@ -1,0 +1,29 @@
+"""The plain model as if it had been built for smaller pictures, and smaller pictures, both made by hand."""
+
+import copy
+
+import numpy as np
+import torch
+from PIL import Image
+
+
+def smaller_picture(pixels, height, width):
+    """One picture [3, height, width], resized channel by channel with Pillow."""
+    channels = [Image.fromarray(c.numpy(), mode="F").resize((width, height), Image.Resampling.BICUBIC) for c in pixels]
+    return torch.from_numpy(np.stack([np.asarray(c) for c in channels]))
+
+
+def model_for(model, side):
+    """A copy of a model with a CLIP or SigLIP encoder whose own resolution is `side` x `side` pixels."""
+    model = copy.deepcopy(model)
+    embeddings = model.model.vision_tower.embeddings
+    old = embeddings.position_embedding.weight
+    grid, new = int(old.shape[0] ** 0.5), side // embeddings.patch_size
+    front, patches = old[: -grid * grid], old[-grid * grid :]
+    picture = patches.T.reshape(1, -1, grid, grid)
+    scaled = torch.nn.functional.interpolate(picture, (new, new), mode="bicubic", align_corners=False)
+    table = torch.cat([front, scaled[0].flatten(1).T])
+    embeddings.position_embedding = torch.nn.Embedding.from_pretrained(table)
+    embeddings.position_ids = torch.arange(len(table))[None]
+    embeddings.image_size = side
+    return model
