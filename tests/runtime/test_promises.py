@@ -587,7 +587,7 @@ def trainer_for(family, small, folder, steps=4, **settings):
     rows = [with_labels(family.batch([1, "image", 5, 6]))] * 8
     arguments = TrainingArguments(
         folder, max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], logging_steps=1,
-        save_steps=4, use_cpu=True, lr_scheduler_type="constant", per_device_eval_batch_size=1,
+        save_steps=2, use_cpu=True, lr_scheduler_type="constant", per_device_eval_batch_size=1,
     )  # fmt: skip
     return Trainer(small, arguments, train_dataset=rows, data_collator=collate, **settings)
 
@@ -614,11 +614,11 @@ def test_trainer(family, tmp_path):
 @promise("Trainer: resumed from a checkpoint")
 def test_trainer_resumes(family, tmp_path):
     one = vlmzip.attach(copy.deepcopy(family.model), VisionZip(keep=8))
-    trainer_for(family, one, tmp_path / "one", steps=6).train()
+    trainer_for(family, one, tmp_path / "one", steps=3).train()
     other = vlmzip.attach(copy.deepcopy(family.model), VisionZip(keep=8))
-    trainer_for(family, other, tmp_path / "other").train()
+    trainer_for(family, other, tmp_path / "other", steps=2).train()
     fresh = vlmzip.attach(copy.deepcopy(family.model), VisionZip(keep=8))
-    trainer_for(family, fresh, tmp_path / "other", steps=6).train(resume_from_checkpoint=True)
+    trainer_for(family, fresh, tmp_path / "other", steps=3).train(resume_from_checkpoint=True)
     for name, value in one.inner.state_dict().items():
         torch.testing.assert_close(fresh.inner.state_dict()[name], value, msg=name)
 
