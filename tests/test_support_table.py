@@ -1,0 +1,38 @@
+"""docs/support.md shows what differs from version to version, and counts it."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "docs" / "support.py"
+
+
+@pytest.fixture
+def support(tmp_path):
+    """The script, as if it lay in another folder: what it writes goes there."""
+    spec = importlib.util.spec_from_file_location("support", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.__file__ = str(tmp_path / "support.py")
+    return module
+
+
+def run(folder, version, cells):
+    path = folder / f"{version}.json"
+    path.write_text(json.dumps({"torch": "2.0", "transformers": version, "cells": cells}))
+    return str(path)
+
+
+def test_a_cell_says_where_versions_differ(tmp_path, support):
+    new = run(tmp_path, "5.23.0", {"a": {"x": ["works"], "y": ["works", "refused"]}, "b": {"x": ["works"]}})
+    old = run(tmp_path, "5.9.0", {"a": {"x": ["works"], "y": ["works", "fails"]}, "b": {"x": ["refused"]}})
+    support.main([new, old])
+    lines = (tmp_path / "support.md").read_text().splitlines()
+    assert "| a | works | 5.23.0: refused; 5.9.0: fails |" in lines
+    assert "| b | 5.23.0: works; 5.9.0: refused | not run |" in lines
+    assert lines[-2:] == [
+        "- transformers 5.23.0: 2 works, 1 refused, 1 not run",
+        "- transformers 5.9.0: 1 works, 1 refused, 1 not run, 1 fails",
+    ]
