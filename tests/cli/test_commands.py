@@ -138,9 +138,9 @@ def test_calibrate_finds_a_threshold_that_ask_takes(capsys, checkpoint, folder, 
         assert json.loads(run(capsys, "ask", *arguments)[1])["pictures"][0]["after"] == after
 
 
-def test_a_histogram_without_matplotlib_is_refused(capsys, checkpoint, folder, tmp_path, monkeypatch):
+def test_a_histogram_without_matplotlib_is_refused_before_anything_slow(capsys, folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    arguments = [folder, "--model", checkpoint, "--keep", "50%"]
+    arguments = [folder, "--model", "./nowhere", "--keep", "50%"]
     code, _, err = run(capsys, "calibrate", *arguments, "--histogram", str(tmp_path / "x.png"))
     assert (code, err) == (2, "vlmzip: histograms need matplotlib: pip install 'vlmzip[eval]'\n")
 

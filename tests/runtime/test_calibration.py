@@ -84,6 +84,12 @@ def test_the_whole_budget_pools_nothing(loaded, pictures):
     assert (found.compressor.tau, found.reached, found.factors) == (0, 1, [1, 1, 1])
 
 
+def test_the_smallest_budget_pools_every_picture(loaded, pictures):
+    found = calibrate(loaded[0], pictures[:3], DFMR(), 16, processor=loaded[1])
+    assert found.factors == [3, 3, 3]
+    assert all(one[3] < found.compressor.tau for one in found.deviations)
+
+
 @pytest.mark.parametrize(
     ("count", "fields", "keep", "message"),
     [
