@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Another version of transformers gets an environment of its own: make test-transformers TRANSFORMERS=5.19
 TRANSFORMERS ?= 5.19
+OTHER ?= .venv-transformers-$(TRANSFORMERS)
 
 .PHONY: help demo test test-transformers check fmt lint types bench figures support mini
 .DEFAULT_GOAL := help
@@ -25,12 +26,15 @@ demo: $(INSTALLED) ## set up, then ask the small model about a picture, with and
 test: $(INSTALLED) ## set up, then run the tests
 	$(BIN)/python -m pytest
 
-test-transformers: ## run the tests with another version of transformers
-	$(PYTHON) -m venv .venv-transformers-$(TRANSFORMERS)
-	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > .venv-transformers-$(TRANSFORMERS)/constraints.txt
-	.venv-transformers-$(TRANSFORMERS)/bin/python -m pip install --quiet --upgrade pip
-	.venv-transformers-$(TRANSFORMERS)/bin/python -m pip install --quiet -c .venv-transformers-$(TRANSFORMERS)/constraints.txt -e ".[dev]" "transformers==$(TRANSFORMERS).*"
-	.venv-transformers-$(TRANSFORMERS)/bin/python -m pytest
+$(OTHER)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(OTHER)
+	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > $(OTHER)/constraints.txt
+	$(OTHER)/bin/python -m pip install --quiet --upgrade pip
+	$(OTHER)/bin/python -m pip install --quiet -c $(OTHER)/constraints.txt -e ".[dev]" "transformers==$(TRANSFORMERS).*"
+	@touch $@
+
+test-transformers: $(OTHER)/.installed ## run the tests with another version of transformers
+	$(OTHER)/bin/python -m pytest
 
 check: lint types test-transformers test ## what CI runs
 
@@ -51,8 +55,10 @@ bench: $(INSTALLED) ## time and memory of encoder and selection; writes a CSV in
 figures: $(INSTALLED) ## make the pictures in docs/figures again
 	$(BIN)/python docs/figures/make.py
 
-support: $(INSTALLED) ## run the promises of the façade and write docs/support.md
-	$(BIN)/python -m pytest tests/runtime/test_promises.py --support-table docs/support.md
+support: $(INSTALLED) $(OTHER)/.installed ## run the promises of the façade in two versions of transformers; writes docs/support.md
+	$(BIN)/python -m pytest tests/runtime/test_promises.py --support-cells runs/support-newest.json
+	$(OTHER)/bin/python -m pytest tests/runtime/test_promises.py --support-cells runs/support-$(TRANSFORMERS).json
+	$(BIN)/python docs/support.py runs/support-newest.json runs/support-$(TRANSFORMERS).json
 
 mini: $(INSTALLED) ## train the small model again from nothing; resumes where it was stopped
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train]"

@@ -1,6 +1,8 @@
 """Shapes and types in signatures are executed: a wrong one fails the test that runs the code."""
 
+import json
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -42,11 +44,13 @@ def _seed():
     torch.manual_seed(0)
 
 
-# --- docs/support.md: which promise holds in which family, written by the tests that prove it -----------------------
+# --- docs/support.md: which promise holds in which family; docs/support.py makes the table -----------------------
 
 
 def pytest_addoption(parser):
-    parser.addoption("--support-table", metavar="FILE", help="write what the `promise` tests found as a table")
+    parser.addoption(
+        "--support-cells", metavar="FILE", help="write what the `promise` tests found, for docs/support.py"
+    )
 
 
 def pytest_configure(config):
@@ -55,37 +59,22 @@ def pytest_configure(config):
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
+    """Notes the cell that a test proves: "works" or "refused", or what the test itself recorded as its `cell`."""
     report = (yield).get_result()
     promise = item.get_closest_marker("promise")
-    if promise is None or (report.when != "call" and not report.failed):
+    if promise is None or (report.when != "call" and report.passed):
         return
-    cell = item.config.support.setdefault(promise.args[0], {}).setdefault(item.callspec.params["family"], [])
-    cell.append("fails" if not report.passed else "refused" if promise.kwargs.get("refused") else "works")
+    found = "refused" if promise.kwargs.get("refused") else "works"
+    found = "not run" if report.skipped else "fails" if report.failed else dict(item.user_properties).get("cell", found)
+    cells = item.config.support.setdefault(promise.args[0], {})
+    cells.setdefault(item.callspec.params["family"], []).append(found)
 
 
 def pytest_sessionfinish(session):
-    path = session.config.getoption("--support-table")
+    path = session.config.getoption("--support-cells")
     if path:
-        write_support_table(path, session.config.support)
+        import transformers
 
-
-def write_support_table(path, support):
-    import transformers
-
-    families = list(dict.fromkeys(family for row in support.values() for family in row))
-    worst = {"works": 0, "refused": 1, "fails": 2}
-    lines = [
-        "# What works",
-        "",
-        "Written by `make support` from a run of `tests/runtime/test_promises.py`, whose tests prove each cell on",
-        f"tiny models with random weights (torch {torch.__version__}, transformers {transformers.__version__}, CPU).",
-        "*refused*: a `UserError` says in one sentence why not and what to do.",
-        "",
-        "| | " + " | ".join(families) + " |",
-        "| --- " * (len(families) + 1) + "|",
-    ]
-    for promise, row in support.items():
-        cells = [max(row[family], key=worst.get) if family in row else "" for family in families]
-        lines.append(f"| {promise} | " + " | ".join(cells) + " |")
-    with open(path, "w") as file:
-        file.write("\n".join(lines) + "\n")
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        Path(path).write_text(json.dumps({**versions, "cells": session.config.support}, indent=1))

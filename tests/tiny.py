@@ -1,5 +1,6 @@
 """Models of every supported family, built tiny from their configs, and inputs for them."""
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -75,16 +76,16 @@ def batch(*rows: list[int], pictures: int = 0, pad: str = "left", seed: int = 1)
     return inputs
 
 
-def save_checkpoint(folder) -> None:
-    """A tiny LLaVA with processor, as a folder that `from_pretrained` loads; words are numbers and a few letters."""
+def tiny_tokenizer():
+    """Words are numbers and a few letters."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     words = {"<pad>": PAD, "<s>": 1, "</s>": 2, "<unk>": 3, "<image>": IMAGE_TOKEN}
     words |= {f"w{n}": n for n in range(4, IMAGE_TOKEN)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    fast = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
@@ -93,10 +94,35 @@ def save_checkpoint(folder) -> None:
         padding_side="left",
         extra_special_tokens={"image_token": "<image>"},
     )
-    size = {"height": SIDE, "width": SIDE}
+
+
+def tiny_processor(family: str):
+    """A processor of a family from its parts: no file of a hub, no torchvision."""
+    from transformers import CLIPImageProcessor, LlavaProcessor, PaliGemmaProcessor, Qwen2_5_VLProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+
+    tokenizer, size = tiny_tokenizer(), {"height": SIDE, "width": SIDE}
+    if family == "paligemma":
+        images = SiglipImageProcessorPil(size=size)
+        images.image_seq_length = TOKENS
+        return PaliGemmaProcessor(images, tokenizer)
+    if family == "qwen2_5_vl":
+        limits = {"shortest_edge": 16 * 16, "longest_edge": SIDE * SIDE}
+        images = Qwen2VLImageProcessorPil(size=limits, patch_size=4, merge_size=2, temporal_patch_size=2)
+
+        class PicturesOnly(Qwen2_5_VLProcessor):
+            def check_argument_for_proper_class(self, name, part):  # its part for videos needs torchvision
+                return type(part)
+
+        return PicturesOnly(images, tokenizer)
     images = CLIPImageProcessor(size=size, do_center_crop=False)
-    processor = LlavaProcessor(images, fast, PATCH, "default", num_additional_image_tokens=1)
-    processor.save_pretrained(folder)
+    return LlavaProcessor(images, tokenizer, PATCH, "default", num_additional_image_tokens=1)
+
+
+def save_checkpoint(folder) -> None:
+    """A tiny LLaVA with processor, as a folder that `from_pretrained` loads."""
+    tiny_processor("llava").save_pretrained(folder)
     tiny_llava().save_pretrained(folder)
 
 
@@ -202,6 +228,19 @@ FAMILIES = {
     "paligemma": lambda: Family("paligemma", tiny_paligemma(), [(6, 6)]),
     "qwen2_5_vl": lambda: Family("qwen2_5_vl", tiny_qwen(), [(4, 6), (5, 3), (4, 6), (6, 7)]),
 }
+
+
+def wider(model: PreTrainedModel) -> PreTrainedModel:
+    """A model like this one whose widths are multiples of 64, as 4-bit weights need them; its weights are others."""
+    config = copy.deepcopy(model.config)
+    for part in (config, config.vision_config, config.text_config):
+        for name, value in {"hidden_size": 64, "intermediate_size": 128, "projection_dim": 64}.items():
+            if name in vars(part):
+                setattr(part, name, value)
+    config.text_config.num_attention_heads, config.text_config.num_key_value_heads = 8, 4
+    config.vision_config.out_hidden_size = 64
+    torch.manual_seed(0)
+    return _with_large_weights(type(model)(config), "sdpa")
 
 
 def _with_large_weights(model: PreTrainedModel, attention: str) -> PreTrainedModel:

@@ -4,7 +4,19 @@ from vlmzip.catalogue import available
 from vlmzip.compressor import BudgetError, Compressor, Profile
 from vlmzip.errors import UserError
 from vlmzip.keep import Keep
-from vlmzip.methods import NoCompression, Pool2d, RandomTokens, VisionZip
+from vlmzip.methods import (
+    DFMR,
+    AdaptiveVisionZip,
+    Chain,
+    FastV,
+    KMeans,
+    LLaVolta,
+    NoCompression,
+    Pool2d,
+    RandomTokens,
+    VisionZip,
+)
+from vlmzip.runtime.calibration import Calibration, calibrate
 from vlmzip.runtime.facade import CompressedModel, attach
 from vlmzip.runtime.prepare import compress_inputs
 from vlmzip.runtime.report import Report
@@ -14,11 +26,18 @@ from vlmzip.version import __version__
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 __all__ = [
+    "DFMR",
+    "AdaptiveVisionZip",
     "BudgetError",
+    "Calibration",
+    "Chain",
     "CompressedModel",
     "Compressor",
+    "FastV",
     "Grid",
+    "KMeans",
     "Keep",
+    "LLaVolta",
     "NoCompression",
     "Pool2d",
     "Profile",
@@ -33,6 +52,7 @@ __all__ = [
     "__version__",
     "attach",
     "available",
+    "calibrate",
     "compress_inputs",
     "from_pretrained",
 ]

@@ -10,6 +10,7 @@ import importlib
 import inspect
 import textwrap
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from types import NoneType, UnionType
@@ -58,6 +59,15 @@ def make(cls: type[Compressor], settings: dict[str, Any]) -> Compressor:
         if field.name not in settings and _default(field) == REQUIRED:
             raise UserError(f"{cls.name()} needs a value for its field {field.name!r}")
     return cls(**{name: read_field(name, value, hints[name]) for name, value in settings.items()})
+
+
+def from_dict(content: Mapping[str, Any], find: Callable[[str], type[Compressor]] = find) -> Compressor:
+    """The compressor that `Compressor.to_dict` described; `find` turns the methods' names into classes."""
+    settings = dict(content)
+    cls = find(str(settings.pop("method")))
+    if isinstance(settings.get("compressors"), list):  # a chain holds others
+        settings["compressors"] = tuple(from_dict(part, find) for part in settings["compressors"])
+    return make(cls, settings)
 
 
 def read_field(name: str, value: Any, hint: Any) -> Any:

@@ -6,12 +6,14 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from vlmzip.errors import UserError, closest
-from vlmzip.keep import Keep
+from vlmzip.keep import Keep, count_to_keep, round_half_up
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
@@ -49,6 +51,7 @@ class Compressor(ABC):
     """
 
     needs: ClassVar[frozenset[Signal]] = frozenset()
+    """What it looks at beside the features. Settings can ask for more: an instance's own value is what counts."""
     sites: ClassVar[tuple[Site, ...]] = (Site.PRE_PROJECTOR,)
     """The sites that it can work at."""
     trained_weights: ClassVar[bool] = False
@@ -92,8 +95,21 @@ class Compressor(ABC):
         """
         if "keep" not in self.field_names():
             raise BudgetError(f"{self.name()} has no budget to set")
+        if self.layers:
+            keep = self._count_inside(keep, profile)
         chosen = dataclasses.replace(self, keep=keep)  # type: ignore[call-arg]
         return chosen, chosen.reached(profile)
+
+    def _count_inside(self, keep: Keep, profile: Profile) -> int:
+        """Tokens to keep from its first layer on, so that the average over all layers of the LLM is `keep`."""
+        size, depth, first = profile.grid.size, profile.layers, min(self.layers)
+        left = (count_to_keep(keep, size) * depth - size * first) / (depth - first)
+        if left < 1:
+            least = (first + (depth - first) / size) / depth
+            raise BudgetError(
+                f"{first} of {depth} layers see all tokens before {self.name()} acts: on average at least {least:.1%}"
+            )
+        return min(round_half_up(left), size)
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -152,3 +168,22 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
     """Raises `UserError` if a field's value is none of its choices."""
     if value not in tuple(choices):
         raise UserError(f"{name}={str(value)!r} is no choice{closest(str(value), map(str, choices))}")
+
+
+@runtime_checkable
+class Calibratable(Protocol):
+    """A compressor whose threshold decides by a picture's content how many tokens it keeps; see `vlmzip.calibrate`.
+
+    Each picture gets a factor: 1, or the largest whose deviation lies below the threshold.
+    """
+
+    threshold: ClassVar[str]
+    """The field that calibration sets: a number of at least 0."""
+
+    def counts_by_factor(self, grid: Grid) -> dict[int, int]:
+        """Output tokens of a picture of this grid for each factor it can get, factors ascending from 1."""
+        ...
+
+    def deviations(self, tokens: VisualTokens) -> Float[Tensor, "batch factors"]:
+        """What is compared with the threshold: a column for each factor of `counts_by_factor` beyond 1."""
+        ...

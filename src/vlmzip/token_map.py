@@ -89,6 +89,15 @@ class TokenMap:
         out = torch.full((len(self.group), self.max_length + 1), -1, dtype=torch.long, device=self.group.device)
         return out.scatter(1, slot, torch.where(self.anchor, index, -1))[:, :-1]
 
+    def in_anchor_order(self) -> TokenMap:
+        """The same map with output tokens in the order of their anchors."""
+        anchors = self.anchor_index()
+        beyond = torch.where(anchors < 0, self.group.shape[1], anchors)
+        rank = beyond.argsort(dim=1).argsort(dim=1)
+        return TokenMap(
+            torch.where(self.group < 0, -1, _look_up(rank, self.group)), self.weight, self.anchor, self.length
+        )
+
     def then(self, second: TokenMap) -> TokenMap:
         """This map followed by `second`, which works on this map's (padded) output tokens. Associative."""
         if len(second.group) != len(self.group) or second.group.shape[1] < self.max_length:

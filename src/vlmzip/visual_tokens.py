@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -26,6 +27,7 @@ class Signal(enum.StrEnum):
     KEYS = "keys"
     TEXT_ATTENTION = "text_attention"
     TEXT_FEATURES = "text_features"
+    PIXELS = "pixels"
 
 
 class Grid(NamedTuple):
@@ -58,8 +60,16 @@ class VisualTokens:
     keys: Float[Tensor, "batch tokens key_dim"] | None = None
     """Attention keys of the feature layer, mean over heads."""
     text_attention: Float[Tensor, "batch queries tokens"] | None = None
+    """Attention of the question's tokens in the layer before `layer`, mean over heads. They are the text behind the
+    picture, up to the last question token: the one before the first label, or the last of the prompt."""
     query_mask: Bool[Tensor, "batch queries"] | None = None
+    """Which queries are there; rows are padded on the left, so that the last question token is the last in each."""
     text_features: Float[Tensor, "batch queries dim"] | None = None
+    """The question's tokens as they entered the LLM."""
+    llm_input: Float[Tensor, "batch entered dim"] | None = None
+    """All of the picture's tokens as they entered the LLM; comes with `text_features`."""
+    pixels: Float[Tensor, "batch 3 height width"] | None = None
+    """What the patches of the grid cover of the picture that the encoder sees, in [0, 1]."""
     layer: int | None = None
     """The LLM layer about to run, for compressors inside the LLM."""
     passes_prefix: bool = False
@@ -74,3 +84,9 @@ class VisualTokens:
     def plain_count(self) -> int:
         """Visual tokens per picture that the LLM gets without compression."""
         return self.features.shape[1] - (0 if self.passes_prefix else self.prefix)
+
+    def rows(self, index: Int[Tensor, " rows"]) -> VisualTokens:
+        """The visual tokens of some pictures of the batch."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        chosen: dict[str, Any] = {name: value[index] for name, value in values.items() if isinstance(value, Tensor)}
+        return dataclasses.replace(self, **chosen)

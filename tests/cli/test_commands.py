@@ -1,6 +1,7 @@
 """The commands as a user runs them: output, exit codes, one line for each mistake."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from tests.tiny import save_checkpoint
+from vlmzip import available
 from vlmzip.cli.main import main
 
 
@@ -79,7 +81,7 @@ def test_the_answer_is_that_of_the_model(capsys, checkpoint, picture):
     assert json.loads(printed)["answer"] == expected
 
 
-@pytest.mark.parametrize("method", ["no_compression", "random_tokens", "pool2d", "visionzip"])
+@pytest.mark.parametrize("method", available())
 def test_show_draws_every_method(capsys, checkpoint, picture, tmp_path, method):
     out = tmp_path / "out.png"
     code, text, _ = run(capsys, "show", picture, "--method", method, "--model", checkpoint, "--out", str(out))
@@ -99,6 +101,48 @@ def test_keeping_more_than_there_is_is_said_once(capsys, checkpoint, picture):
     assert code == 0
     assert err.count("changes nothing") == 1
     assert json.loads(out)["pictures"][0]["after"] == 36
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Twelve pictures from plain to noisy, among other files."""
+    path = tmp_path_factory.mktemp("folder")
+    dice = np.random.default_rng(0)
+    for number in range(12):
+        noise = dice.integers(-10 * number, 10 * number + 1, (48, 48, 3))
+        Image.fromarray((128 + noise).astype(np.uint8)).save(path / f"{number:02}.PNG")
+    (path / "notes.txt").write_text("no picture")
+    (path / "below").mkdir()
+    return str(path)
+
+
+def test_calibrate_finds_a_threshold_that_ask_takes(capsys, checkpoint, folder, tmp_path):
+    histogram = tmp_path / "deviations.png"
+    arguments = [folder, "--model", checkpoint, "--keep", "50%", "--max-factor", "2", "--measure", "pixels"]
+    code, out, _ = run(capsys, "calibrate", *arguments, "--histogram", str(histogram), "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert found["pictures"] == 12
+    assert found["average"] == pytest.approx(18, rel=0.05)
+    assert found["by_factor"] == {"1": 4, "2": 8}
+    assert found["histogram"] == str(histogram)
+    assert np.asarray(Image.open(histogram)).std() > 10
+    tau = found["compressor"]["tau"]
+
+    _, text, _ = run(capsys, "calibrate", *arguments)
+    options = f"--method dfmr --max-factor 2 --measure pixels --tau {tau}"
+    assert f"use it: vlmzip ask IMAGE QUESTION {options}\n" in text
+    assert [line.split() for line in text.split("\n")[3:5]] == [["1", "4", "36"], ["2", "8", "9"]]
+    for name, after in (("07.PNG", 9), ("08.PNG", 36)):
+        arguments = [f"{folder}/{name}", "w4", "--model", checkpoint, *options.split(), "--json"]
+        assert json.loads(run(capsys, "ask", *arguments)[1])["pictures"][0]["after"] == after
+
+
+def test_a_histogram_without_matplotlib_is_refused(capsys, checkpoint, folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    arguments = [folder, "--model", checkpoint, "--keep", "50%"]
+    code, _, err = run(capsys, "calibrate", *arguments, "--histogram", str(tmp_path / "x.png"))
+    assert (code, err) == (2, "vlmzip: histograms need matplotlib: pip install 'vlmzip[eval]'\n")
 
 
 def test_odd_pictures_are_answered(capsys, checkpoint, tmp_path):
@@ -125,7 +169,7 @@ def test_methods_models_and_help(capsys):
     assert json.loads(run(capsys, "models", "--json")[1])[0]["family"] == "llava"
     for arguments in ([], ["--help"], ["--version"]):
         assert run(capsys, *arguments)[0] == 0
-    for command in ("ask", "show", "methods", "models"):
+    for command in ("ask", "calibrate", "show", "methods", "models"):
         with pytest.raises(SystemExit) as stop:
             main([command, "--help"])
         assert stop.value.code == 0
@@ -160,6 +204,17 @@ MISTAKES = [
     (["ask", "{picture}", "w4", "--dtype", "float3"], "did you mean 'float32'"),
     (["ask", "{picture}", "w4", "--overlay", "{picture}", "--model", "{checkpoint}"], "choose another name"),
     (["ask", "{picture}", "w4", "--overlay", "out.xyz", "--model", "{checkpoint}"], "no suffix"),
+    (["ask", "{picture}", "w4", "--method", "dfmr", "--keep", "25%"], "vlmzip calibrate"),
+    (["calibrate", "--keep", "25%"], "required"),
+    (["calibrate", "{picture}"], "needs a budget"),
+    (["calibrate", "{picture}", "--keep", "1.5"], "is no fraction"),
+    (["calibrate", "{empty}", "--keep", "25%"], "no picture in the folder"),
+    (["calibrate", "{checkpoint}/config.json", "--keep", "25%", "--model", "{checkpoint}"], "is no picture"),
+    (["calibrate", "{picture}", "--keep", "1", "--model", "{checkpoint}"], "it can average 4 to 36"),
+    (["calibrate", "{picture}", "--keep", "25%", "--method", "pool2d"], "these methods have: adaptive_visionzip, dfmr"),
+    (["calibrate", "{picture}", "--keep", "25%", "--tau", "1"], "leave it out"),
+    (["calibrate", "{picture}", "--keep", "25%", "--histogram", "x.txt"], "no suffix"),
+    (["calibrate", "{picture}", "--keep", "25%", "--factor", "2"], "did you mean '--max-factor'"),
     (["shoe", "{picture}"], "did you mean 'show'"),
     (["methods", "vision"], "did you mean 'visionzip'"),
 ]

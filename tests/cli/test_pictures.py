@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmzip.cli.pictures import load_picture, save_picture, to_rgb
+from vlmzip.cli.pictures import load_picture, save_picture
 from vlmzip.errors import UserError
+from vlmzip.runtime.pictures import to_rgb
 
 
 def write(folder, mode, size=(20, 10)):

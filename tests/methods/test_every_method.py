@@ -9,16 +9,47 @@ import pytest
 import torch
 
 import vlmzip.methods
-from tests.methods.test_visionzip import tokens_of
-from vlmzip import BudgetError, Profile, UserError, available, catalogue
+from tests.methods import test_visionzip
+from vlmzip import BudgetError, Chain, Pool2d, Profile, UserError, available, catalogue
+from vlmzip.compressor import Calibratable
 from vlmzip.keep import count_to_keep
 
 METHODS = available()
+
+
+def tokens_of():
+    """Three pictures: one varies from token to token, one between 2 x 2 windows only, one between 3 x 3 windows."""
+    tokens = test_visionzip.tokens_of()
+    features, pixels = tokens.features.clone(), torch.rand(3, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+    for row, factor in ((1, 2), (2, 3)):
+        blocks = Pool2d(factor=factor)(tokens)
+        features[row] = blocks.apply(tokens.features)[row, blocks.group[row].clamp(min=0)]
+        pixels[row] = (
+            pixels[row, :, :: 4 * factor, :: 4 * factor]
+            .repeat_interleave(4 * factor, 1)
+            .repeat_interleave(4 * factor, 2)
+        )
+    features += 0.01 * tokens.features
+    asked = torch.rand(3, 4, features.shape[1], generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[False, True, True, True], [True] * 4, [True] * 4])
+    return dataclasses.replace(tokens, features=features, pixels=pixels, text_attention=asked, query_mask=mask)
+
+
+def settings_of(cls):
+    """Settings to test a method with: its defaults, budgets, and thresholds with pictures on both sides."""
+    yield {}
+    if "keep" in cls.field_names():
+        yield from ({"keep": keep} for keep in (1, 5, "50%"))
+    if isinstance(cls(), Calibratable):
+        yield from ({cls.threshold: 0.1, "measure": measure} for measure in ("features", "pixels"))
+
+
 PROFILE = Profile(tokens_of().grid, layers=4)
 CONFIGURED = [
     pytest.param(cls(**fields), id=f"{name}-{i}")
     for name, cls in METHODS.items()
-    for i, fields in enumerate([{}, *([{"keep": k} for k in (1, 5, "50%")] if "keep" in cls.field_names() else [])])
+    if cls is not Chain  # it acts at several places of a model, see tests/runtime/test_in_llm.py
+    for i, fields in enumerate(settings_of(cls))
 ]
 
 
@@ -40,23 +71,27 @@ class TestEveryMethod:
         tokens = tokens_of()
         whole = method(tokens).apply(tokens.features)
         for row in range(3):
-            alone = only(tokens, [row])
-            torch.testing.assert_close(method(alone).apply(alone.features)[0], whole[row])
+            alone = tokens.rows(torch.tensor([row]))
+            out = method(alone).apply(alone.features)[0]
+            torch.testing.assert_close(out, whole[row, : len(out)])
+            assert not whole[row, len(out) :].any()
 
     def test_permuting_the_batch_permutes_the_result(self, method):
         tokens = tokens_of()
-        swapped = only(tokens, [2, 0, 1])
+        swapped = tokens.rows(torch.tensor([2, 0, 1]))
         assert torch.equal(method(swapped).group, method(tokens).group[[2, 0, 1]])
 
     def test_bfloat16_decides_like_float32(self, method):
         tokens = tokens_of()
-        # Scores a clear distance apart, and keys in clear directions: rounding must not change a decision.
+        # Scores a clear distance apart, and keys in clear directions: rounding must not change a decision. Features are
+        # numbers that both types have: what is computed from them must not be rounded on the way.
         separated = torch.rand(3, 37).argsort(1).float() + 1
         keys = torch.eye(37)[None].repeat(3, 1, 1) + 0.3 * torch.eye(37).roll(1, 0)
-        tokens = dataclasses.replace(tokens, cls_attention=separated, keys=keys)
-        half = dataclasses.replace(
-            tokens, features=tokens.features.bfloat16(), cls_attention=separated.bfloat16(), keys=keys.bfloat16()
-        )
+        features = tokens.features.bfloat16().float()
+        tokens = dataclasses.replace(tokens, features=features, cls_attention=separated, keys=keys)
+        tokens = dataclasses.replace(tokens, text_attention=separated[:, None].expand(-1, 4, -1))
+        scores = ("features", "cls_attention", "keys", "text_attention")
+        half = dataclasses.replace(tokens, **{name: getattr(tokens, name).bfloat16() for name in scores})
         assert torch.equal(method(tokens).group, method(half).group)
 
     def test_gradients_are_finite(self, method):
@@ -72,7 +107,7 @@ class TestEveryMethod:
     def test_pickle_and_json_round_trip(self, method):
         assert pickle.loads(pickle.dumps(method)) == method
         saved = json.loads(json.dumps(method.to_dict()))
-        assert catalogue.make(catalogue.find(saved.pop("method")), saved) == method
+        assert catalogue.from_dict(saved) == method
 
     @pytest.mark.parametrize("keep", ["50%", "25%", 4])
     def test_the_budget_reached_is_the_one_reported(self, method, keep):
@@ -80,9 +115,12 @@ class TestEveryMethod:
             chosen, reached = method.at_budget(keep, PROFILE)
         except BudgetError:
             return  # it says that it cannot; what it says is tested with each method
-        assert chosen(tokens_of()).lengths[0] / 36 == pytest.approx(reached)
+        by_layer = chosen.tokens_by_layer(PROFILE)
+        assert chosen(tokens_of()).lengths[0] == by_layer[-1]
+        assert reached == pytest.approx(sum(by_layer) / (36 * PROFILE.layers))
         if "keep" in method.field_names():
-            assert reached == count_to_keep(keep, 36) / 36
+            # Inside the LLM a token more or less counts for some of its layers.
+            assert abs(reached - count_to_keep(keep, 36) / 36) <= (0.5 / 36 if method.layers else 0)
 
 
 @pytest.mark.parametrize("cls", [cls for cls in METHODS.values() if "keep" in cls.field_names()])
@@ -93,15 +131,36 @@ def test_keeping_all_is_the_identity(cls, keep):
     assert torch.equal(token_map.apply(tokens.features), tokens.features[:, 1:])
 
 
+@pytest.mark.parametrize("cls", [cls for cls in METHODS.values() if isinstance(cls(), Calibratable)])
+class TestEveryCalibratableMethod:
+    def test_a_threshold_of_nothing_is_the_identity(self, cls):
+        tokens = tokens_of()
+        method = cls(**{cls.threshold: 0.0})
+        assert torch.equal(method(tokens).apply(tokens.features), tokens.features[:, 1:])
+        full = dataclasses.replace(tokens, passes_prefix=True)
+        assert torch.equal(method(full).apply(full.features), full.features)
+
+    @pytest.mark.parametrize("measure", ["features", "pixels"])
+    def test_the_count_is_that_of_the_largest_factor_below_the_threshold(self, cls, measure):
+        method, tokens = cls(**{cls.threshold: 0.1, "measure": measure}), tokens_of()
+        assert method.counts_by_factor(tokens.grid) == {1: 36, 2: 9, 3: 4}
+        assert method(tokens).lengths == [36, 9, 4]
+        below = (method.deviations(tokens) < 0.1).tolist()
+        assert below[:2] == [[False, False], [True, False]]
+        # 3 x 3 windows are found although features vary inside 2 x 2 ones.
+        assert below[2] == [measure == "pixels", True]
+
+    def test_it_has_no_budget_without_pictures(self, cls):
+        assert cls().tokens_by_layer(PROFILE) is None
+        for ask in (lambda: cls().at_budget("25%", PROFILE), lambda: cls().reached(PROFILE)):
+            with pytest.raises(BudgetError, match=r"depends on the pictures.*vlmzip calibrate"):
+                ask()
+        assert cls(max_factor=1).reached(PROFILE) == 1
+
+
 @pytest.mark.parametrize("cls", METHODS.values(), ids=METHODS)
 def test_unknown_fields_and_positions_are_refused(cls):
     with pytest.raises(UserError, match="did you mean 'positions'"):
         catalogue.make(cls, {"position": "original"})
     with pytest.raises(UserError, match="positions="):
         cls(positions="elsewhere")
-
-
-def only(tokens, rows):
-    return dataclasses.replace(
-        tokens, features=tokens.features[rows], cls_attention=tokens.cls_attention[rows], keys=tokens.keys[rows]
-    )

@@ -71,6 +71,25 @@ def test_without_cls_the_count_is_kept():
     assert VisionZip(keep=10)(tokens).lengths == [10, 10, 10]
 
 
+@pytest.mark.parametrize(("dominant", "contextual"), [(5, 3), (1, 4), (9, 0), (17, 18)])
+def test_without_cls_it_equals_the_naive_loop(dominant, contextual):
+    tokens = tokens_of(prefix=0)
+    out = VisionZip(dominant=dominant, contextual=contextual)(tokens).apply(tokens.features)
+    for row in range(3):
+        received, keys = tokens.cls_attention[row][None], tokens.keys[row]
+        expected = naive(tokens.features[row], received, keys, dominant, contextual, "reference", cls=0)
+        torch.testing.assert_close(out[row], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("keep", [16, 36])
+def test_equals_the_naive_loop_on_mini(mini_tokens, keep):
+    out = VisionZip(keep=keep)(mini_tokens).apply(mini_tokens.features)
+    for row, features in enumerate(mini_tokens.features):
+        attention, keys = mini_tokens.cls_attention[row][None], mini_tokens.keys[row]
+        expected = naive(features, attention, keys, *VisionZip(keep=keep).split(144), "reference")
+        torch.testing.assert_close(out[row], expected, atol=1e-5, rtol=1e-5)
+
+
 def test_no_dominant_tokens_leaves_cls_out():
     tokens = tokens_of()
     token_map = VisionZip(dominant=0, contextual=4)(tokens)

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from transformers import AttentionInterface
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
-from tests.tiny import FAMILIES, tiny_paligemma
+from tests.tiny import FAMILIES, _with_large_weights, tiny_llava, tiny_paligemma, tiny_vipllava
 from vlmzip import Signal, Site, UserError
 from vlmzip.models import adapter_for
 from vlmzip.models.recording import attention_received
@@ -32,6 +33,74 @@ def test_paligemma_takes_the_attention_of_the_last_layer():
     torch.testing.assert_close(tokens.cls_attention, truth.attentions[-1].mean((1, 2)), atol=1e-6, rtol=0)
     torch.testing.assert_close(tokens.features, truth.last_hidden_state, atol=1e-5, rtol=1e-5)
     assert tokens.prefix == 0
+
+
+@pytest.mark.parametrize("layer", [-1, -2, 1])
+def test_llava_on_siglip_takes_the_attention_of_its_feature_layer(layer):
+    """No CLS: the attention received in the layer whose output the features are, whichever that is."""
+    model = llava_on_siglip(side=48, vision_feature_layer=layer)
+    inputs = {"pixel_values": torch.randn(2, 3, 48, 48)}
+    [(tokens, _)] = adapter_for(model).encode(inputs, Site.PRE_PROJECTOR, NEEDS)
+    tower = model.model.vision_tower
+    tower.set_attn_implementation("eager")
+    with torch.no_grad():
+        truth = tower(inputs["pixel_values"], output_attentions=True, output_hidden_states=True)
+    block = layer % 4 - 1
+    torch.testing.assert_close(tokens.cls_attention, truth.attentions[block].mean((1, 2)), atol=1e-6, rtol=0)
+    torch.testing.assert_close(tokens.features, truth.hidden_states[layer], atol=1e-5, rtol=1e-5)
+    others = [matrix.mean((1, 2)) for number, matrix in enumerate(truth.attentions) if number != block]
+    assert all((tokens.cls_attention - other).abs().max() > 1e-3 for other in others)
+    assert tokens.prefix == 0
+
+
+def test_vipllava_takes_the_attention_of_its_deepest_feature_layer():
+    family = FAMILIES["vipllava"]()
+    inputs = family.batch([1, "image"], ["image", 4])
+    [(tokens, _)] = adapter_for(family.model).encode(inputs, Site.PRE_PROJECTOR, NEEDS)
+    tower = tiny_vipllava("eager").model.vision_tower
+    with torch.no_grad():
+        truth = tower(inputs["pixel_values"], output_attentions=True, output_hidden_states=True)
+    side_by_side = torch.cat([truth.hidden_states[-2], truth.hidden_states[1]], dim=-1)
+    torch.testing.assert_close(tokens.features, side_by_side, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tokens.cls_attention, truth.attentions[1][:, :, 0].mean(1), atol=1e-6, rtol=0)
+    assert (tokens.cls_attention - truth.attentions[0][:, :, 0].mean(1)).abs().max() > 1e-3
+
+
+def test_signals_take_no_square_of_the_tokens():
+    """2,304 tokens and 4 heads: a matrix of all attention would be 9 times the largest tensor allowed here."""
+    model = llava_on_siglip(side=384)
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(o.numel() for o in (out if isinstance(out, tuple | list) else [out]) if torch.is_tensor(o))
+            return out
+
+    with torch.no_grad(), Watch():
+        [(tokens, _)] = adapter_for(model).encode(
+            {"pixel_values": torch.zeros(1, 3, 384, 384)}, Site.PRE_PROJECTOR, NEEDS
+        )
+    assert tokens.grid.size == 2304
+    assert max(sizes) <= 256 * 2304 * 4
+
+
+def llava_on_siglip(side, **settings):
+    """A LLaVA whose encoder has no CLS, so that every patch is a visual token."""
+    torch.manual_seed(0)
+    small = tiny_llava().config
+    vision = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=side, patch_size=8,
+        vision_use_head=False,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=small.text_config,
+        image_token_index=small.image_token_id,
+        vision_feature_select_strategy="full",
+        **settings,
+    )
+    return _with_large_weights(LlavaForConditionalGeneration(config), "sdpa")
 
 
 class TestQwen:

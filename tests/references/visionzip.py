@@ -3,12 +3,13 @@
 import torch
 
 
-def visionzip(features, attention, keys, dominant, contextual, merge):
-    """features [1 + patches, dim], CLS first; attention [heads, 1 + patches], the CLS row; keys [1 + patches, key]."""
-    patches = range(1, len(features))
+def visionzip(features, attention, keys, dominant, contextual, merge, cls=1):
+    """features [cls + patches, dim], CLS first if there is one (`cls` is 1 or 0); attention [heads, cls + patches], the
+    CLS row or what each patch receives; keys [cls + patches, key]."""
+    patches = range(cls, len(features))
     score = {j: sum(float(head[j]) for head in attention) for j in patches}
-    best = sorted(patches, key=lambda j: score[j], reverse=True)[: dominant - 1]
-    kept = sorted([0, *best])
+    best = sorted(patches, key=lambda j: score[j], reverse=True)[: dominant - cls]
+    kept = sorted([*range(cls), *best])
     rest = [j for j in patches if j not in kept]
     out = [features[j] for j in kept]
     if contextual == 0:

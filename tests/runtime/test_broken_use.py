@@ -1,4 +1,4 @@
-"""Mistakes, exceptions and interruptions: a clear sentence, and the model afterwards as before."""
+"""Mistakes, exceptions and interruptions, in every family: a clear sentence, and the model afterwards as before."""
 
 import copy
 
@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import vlmzip
-from tests.tiny import IMAGE_TOKEN, batch, prompt
+from tests.tiny import FAMILIES, IMAGE_TOKEN
 from vlmzip import UserError, VisionZip
 from vlmzip.compressor import Compressor
 
-ONE = prompt(1, "image", 5)
+ONE = [1, "image", 5]
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
 
 
@@ -19,11 +19,16 @@ def hooks(model):
     return {name: [len(getattr(module, kind)) for kind in kinds] for name, module in model.named_modules()}
 
 
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return FAMILIES[request.param]()
+
+
 @pytest.fixture
-def unchanged(llava):
+def unchanged(family):
     """The model before the test and after it must agree in weights, hooks and answers."""
-    model = copy.deepcopy(llava)
-    inputs = batch(ONE, pictures=1)
+    model = copy.deepcopy(family.model)
+    inputs = family.batch(ONE)
     before = model.generate(**inputs, **GREEDY)
     state, hooked = {n: p.clone() for n, p in model.state_dict().items()}, hooks(model)
     yield model
@@ -45,36 +50,41 @@ class Interrupted(Failing):
     error = KeyboardInterrupt()
 
 
+def without(inputs, name):
+    return {other: value for other, value in inputs.items() if other != name}
+
+
 @pytest.mark.parametrize(
-    ("inputs", "message"),
+    ("wrong", "message"),
     [
-        ({**batch([1, IMAGE_TOKEN, 4], pictures=1)}, "1 image placeholders, but its 1 picture"),
-        ({**batch([1, 4, 5], pictures=1)}, "0 image placeholders"),
-        ({**batch(ONE)}, "no pixel_values"),
-        ({**batch(ONE, ONE, pictures=1)}, "72 image placeholders"),
-        ({**batch(ONE, pictures=1), "attention_mask": torch.ones(1, 1, 38, 38)}, "attention_mask must be"),
-        ({**batch(ONE, pictures=1), "token_type_ids": torch.ones(38).long()}, "token_type_ids must be"),
+        (lambda f: f.batch([1, IMAGE_TOKEN, 4]) | f.pictures(0, 1), "1 image placeholders, but its 1 picture"),
+        (lambda f: f.batch([1, 4, 5]) | f.pictures(0, 1), "has 0 image placeholders"),
+        (lambda f: without(f.batch(ONE), "pixel_values"), "has image placeholders, but there is no pixel_values"),
+        (lambda f: f.batch(ONE, ONE) | f.pictures(0, 1), r"image placeholders, but its 1 picture\(s\) have"),
+        (lambda f: f.batch(ONE) | {"attention_mask": torch.ones(1, 1, 38, 38)}, "attention_mask must be"),
+        (lambda f: f.batch(ONE) | {"token_type_ids": torch.ones(38).long()}, "token_type_ids must be"),
+        (lambda f: without(f.batch(ONE), "input_ids"), "give input_ids together with the pictures"),
     ],
 )
-def test_inputs_that_do_not_match(unchanged, inputs, message):
+def test_inputs_that_do_not_match(family, unchanged, wrong, message):
     small = vlmzip.attach(unchanged, VisionZip(keep=8))
     for call in (small, small.generate):
         with pytest.raises(UserError, match=message):
-            call(**inputs)
+            call(**wrong(family))
 
 
-def test_an_exception_in_the_middle_of_a_batch(unchanged):
+def test_an_exception_in_the_middle_of_a_batch(family, unchanged):
     with pytest.raises(RuntimeError, match="in the middle"), Failing().on(unchanged) as small:
-        small.generate(**batch(ONE, ONE, pictures=2), **GREEDY)
+        small.generate(**family.batch(ONE, ONE), **GREEDY)
 
 
-def test_ctrl_c_in_generate(unchanged):
+def test_ctrl_c_in_generate(family, unchanged):
     small = vlmzip.attach(unchanged, Interrupted())
     with pytest.raises(KeyboardInterrupt):
-        small.generate(**batch(ONE, pictures=1), **GREEDY)
+        small.generate(**family.batch(ONE), **GREEDY)
 
 
-def test_ctrl_c_while_decoding(unchanged):
+def test_ctrl_c_while_decoding(family, unchanged):
     from transformers import StoppingCriteria
 
     class Stop(StoppingCriteria):
@@ -83,17 +93,17 @@ def test_ctrl_c_while_decoding(unchanged):
 
     small = vlmzip.attach(unchanged, VisionZip(keep=8))
     with pytest.raises(KeyboardInterrupt):
-        small.generate(**batch(ONE, pictures=1), **GREEDY, stopping_criteria=[Stop()])
+        small.generate(**family.batch(ONE), **GREEDY, stopping_criteria=[Stop()])
 
 
-def test_attach_twice_and_detach_twice(unchanged):
+def test_attach_twice_and_detach_twice(family, unchanged):
     small = vlmzip.attach(unchanged, VisionZip(keep=8))
     with pytest.raises(UserError, match="already has a compressor"):
         vlmzip.attach(small, VisionZip(keep=4))
     assert small.detach() is unchanged
     assert small.detach() is unchanged
     with pytest.raises(UserError, match="was detached"):
-        small(**batch(ONE, pictures=1))
+        small(**family.batch(ONE))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -109,46 +119,47 @@ def test_attach_around_peft_around_a_facade(unchanged):
 
 def test_attach_leaves_the_mode_of_every_part(unchanged):
     unchanged.train()
-    unchanged.model.vision_tower.eval()
+    tower = next(module for name, module in unchanged.named_modules() if name.endswith(("vision_tower", "visual")))
+    tower.eval()
     small = vlmzip.attach(unchanged, VisionZip(keep=8))
     assert small.training
     assert unchanged.lm_head.training
-    assert not unchanged.model.vision_tower.training
+    assert not tower.training
     unchanged.eval()
 
 
-def test_pictures_that_a_later_turn_has_no_place_for(unchanged):
+def test_pictures_that_a_later_turn_has_no_place_for(family, unchanged):
     from transformers import DynamicCache
 
     small, cache = vlmzip.attach(unchanged, VisionZip(keep=8)), DynamicCache()
-    small.generate(**batch(ONE, pictures=1), **GREEDY, past_key_values=cache)
+    small.generate(**family.batch(ONE), **GREEDY, past_key_values=cache)
     with pytest.raises(UserError, match="has 0 image placeholders"):
-        small.generate(**batch([4, 5], pictures=1), **GREEDY, past_key_values=cache)
+        small.generate(**family.batch([4, 5]), **family.pictures(0, 1), **GREEDY, past_key_values=cache)
 
 
-def test_a_method_that_keeps_nothing(unchanged):
+def test_a_method_that_keeps_nothing(family, unchanged):
     class Nothing(Compressor):
         def assign(self, tokens):
             return vlmzip.TokenMap.keep(torch.zeros(tokens.features.shape[:2], dtype=torch.bool))
 
     with pytest.raises(UserError, match="left no token"):
-        vlmzip.attach(unchanged, Nothing())(**batch(ONE, pictures=1))
+        vlmzip.attach(unchanged, Nothing())(**family.batch(ONE))
 
 
-def test_a_generation_config_set_on_the_facade_counts(unchanged):
+def test_a_generation_config_set_on_the_facade_counts(family, unchanged):
     from transformers import GenerationConfig
 
     small, old = vlmzip.attach(unchanged, VisionZip(keep=8)), unchanged.generation_config
     small.generation_config = GenerationConfig(max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
-    inputs = batch(ONE, pictures=1)
+    inputs = family.batch(ONE)
     assert small.generate(**inputs).shape[1] == inputs["input_ids"].shape[1] + 3
     assert unchanged.generation_config.max_new_tokens == 3
     unchanged.generation_config = old
 
 
-def test_attach_inside_on(unchanged):
+def test_attach_inside_on(family, unchanged):
     """Two façades on one model, one inside the other's block: each keeps its own budget."""
-    inputs = batch(ONE, pictures=1)
+    inputs = family.batch(ONE)
     with VisionZip(keep=8).on(unchanged) as outer:
         inner = vlmzip.attach(unchanged, VisionZip(keep=4))
         with torch.no_grad():
@@ -168,18 +179,19 @@ def test_a_site_the_model_has_not(unchanged):
         vlmzip.attach(unchanged, compressor)
 
 
-def test_500_pictures_leave_nothing_behind(unchanged):
-    """A soak: memory held by tensors, and hooks, are flat after the first few pictures."""
+def test_many_pictures_leave_nothing_behind(family, unchanged):
+    """A soak, five times as long in one family: memory held by tensors, and hooks, are flat after the first few."""
     import gc
 
     def held():
         gc.collect()
-        return sum(t.numel() for t in gc.get_objects() if isinstance(t, torch.Tensor))
+        return sum(t.numel() for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter))
 
     small = vlmzip.attach(unchanged, VisionZip(keep=8))
-    counts = []
-    for n in range(500):
-        small.generate(**batch(ONE, pictures=1, seed=n), max_new_tokens=2, do_sample=False)
-        if n % 100 == 49:
+    counts, many = [], 500 if family.name == "llava" else 100
+    for n in range(many):
+        small.generate(**family.batch(ONE, first_picture=n), max_new_tokens=2, do_sample=False)
+        if n % (many // 5) == many // 10:
             counts.append((held(), sum(map(sum, hooks(unchanged).values()))))
+    assert len(counts) == 5
     assert len(set(counts)) == 1, counts

@@ -6,7 +6,7 @@ import torch
 
 import vlmzip
 from tests.runtime.ragged import Ragged
-from tests.tiny import IMAGE_TOKEN, batch, prompt, tiny_llava
+from tests.tiny import FAMILIES, IMAGE_TOKEN, batch, prompt, tiny_llava
 from vlmzip import NoCompression, Pool2d, RandomTokens, UserError, VisionZip
 
 MIXED = (prompt(1, "image", 5, 6, 7), prompt(1, "image", 4, "image", 5), prompt(1, 2, 3, 4), prompt("image", 8))
@@ -131,33 +131,47 @@ def test_gradient_of_a_projector_weight_is_the_finite_difference(llava):
     )  # some versions of transformers take the loss in float32
 
 
-class TestNoTrace:
-    def hooks(self, model):
-        names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-        return {(n, kind): len(getattr(m, kind)) for n, m in model.named_modules() for kind in names}
+def traces(model):
+    """Hooks and attributes of every module: what a façade could leave behind, beside weights."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    found = {}
+    for name, module in model.named_modules():
+        plain = (type(None), bool, int, float, str, torch.Tensor)
+        # Their text compares tensors, too: Qwen2.5-VL keeps an offset of positions between calls.
+        found |= {(name, key): str(value) if isinstance(value, plain) else "" for key, value in vars(module).items()}
+        found |= {(name, kind): len(getattr(module, kind)) for kind in kinds}
+    return found
 
+
+class TestNoTrace:
+    @pytest.mark.parametrize("family", FAMILIES)
+    @pytest.mark.parametrize("positions", ["contiguous", "original"])
     @pytest.mark.parametrize("broken", [False, True])
-    def test_after_detach_the_model_is_as_it_was(self, llava, broken):
-        model = copy.deepcopy(llava)
-        inputs = batch(*MIXED, pictures=4)
+    def test_after_detach_the_model_is_as_it_was(self, family, positions, broken):
+        family = FAMILIES[family]()
+        model = family.model
+        inputs = family.batch([1, "image", 5, 6, 7], [1, "image", 4, "image", 5], [1, 2, 3, 4])
         with torch.no_grad():
             logits = model(**inputs).logits
-        hooks, attributes = self.hooks(model), {n: set(vars(m)) for n, m in model.named_modules()}
+        before = traces(model)
         state = {name: value.clone() for name, value in model.state_dict().items()}
 
         def work():
-            with VisionZip(keep=8).on(model) as small:
+            with VisionZip(keep=8, positions=positions).on(model) as small:
+                small(**inputs)
                 small.generate(**inputs, **GREEDY)
+                small.generate(**inputs, **GREEDY, num_beams=2)
                 if broken:
-                    small(**{**inputs, "pixel_values": torch.zeros(4, 3, 7, 7)})
+                    small(**{**inputs, "pixel_values": torch.zeros(3, 3, 7, 7)})
 
         if broken:
-            with pytest.raises(Exception, match="Input image size"):
+            with pytest.raises(
+                (ValueError, RuntimeError), match=r"Input image size|input size per channel|is invalid for input"
+            ):
                 work()
         else:
             work()
-        assert self.hooks(model) == hooks
-        assert {n: set(vars(m)) for n, m in model.named_modules()} == attributes
+        assert traces(model) == before
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
         assert list(model.state_dict()) == list(state)
         with torch.no_grad():

@@ -13,7 +13,7 @@ from vlmzip.errors import UserError, closest
 from vlmzip.version import __version__
 
 #: One module of this package each: `HELP`, `EXAMPLES`, `add_arguments(parser, arguments)` and `run(args)`.
-COMMANDS = ("ask", "compare", "methods", "models", "show")
+COMMANDS = ("ask", "calibrate", "compare", "methods", "models", "show")
 
 
 class Parser(ArgumentParser):
@@ -77,7 +77,7 @@ def _run(arguments: list[str]) -> None:
 def _overview() -> str:
     lines = ["usage: vlmzip COMMAND …", "", "Answer questions about pictures with a fraction of the visual tokens.", ""]
     for name in COMMANDS:
-        lines.append(f"  {name:<10}{import_module(f'vlmzip.cli.{name}').HELP}")
+        lines.append(f"  {name:<11}{import_module(f'vlmzip.cli.{name}').HELP}")
     return "\n".join([*lines, "", "vlmzip COMMAND --help shows a command's options and examples."])
 
 

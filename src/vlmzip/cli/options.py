@@ -12,7 +12,9 @@ from vlmzip.keep import parse_keep
 
 DEFAULT_METHOD = "visionzip"
 #: Options of commands that draw or ask; a method's fields cannot have these names.
-OWN_OPTIONS = {"model", "device", "dtype", "method", "baseline", "overlay", "max_new_tokens", "json", "out", "help"}
+OWN_OPTIONS = {
+    "model", "device", "dtype", "method", "baseline", "overlay", "max_new_tokens", "json", "out", "histogram", "help"
+}  # fmt: skip
 
 
 def add_model(parser: ArgumentParser) -> None:
@@ -34,17 +36,17 @@ def check_answer_length(args: Namespace) -> None:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: give at least 1")
 
 
-def add_method(parser: ArgumentParser, arguments: list[str]) -> None:
+def add_method(parser: ArgumentParser, arguments: list[str], default: str = DEFAULT_METHOD) -> None:
     """`--method`, `--keep`, and every field of the method that `arguments` choose."""
     parser.add_argument(
         "--method",
-        default=DEFAULT_METHOD,
+        default=default,
         help="a name from `vlmzip methods`, or package.module:Class; default: %(default)s",
     )
     parser.add_argument("--keep", help="visual tokens to keep per picture: 64, 0.25 or 25%%")
     first = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--method", nargs="?", default=DEFAULT_METHOD)
-    chosen = first.parse_known_args(arguments)[0].method or DEFAULT_METHOD
+    first.add_argument("--method", nargs="?", default=default)
+    chosen = first.parse_known_args(arguments)[0].method or default
     cls = catalogue.find(chosen)
     fields = parser.add_argument_group(f"fields of {cls.name()}")
     for field in catalogue.describe(cls):

@@ -3,6 +3,12 @@
 To add one, write its file and add one line here.
 """
 
+from vlmzip.methods.adaptive_visionzip import AdaptiveVisionZip as AdaptiveVisionZip
+from vlmzip.methods.chain import Chain as Chain
+from vlmzip.methods.dfmr import DFMR as DFMR
+from vlmzip.methods.fastv import FastV as FastV
+from vlmzip.methods.kmeans import KMeans as KMeans
+from vlmzip.methods.llavolta import LLaVolta as LLaVolta
 from vlmzip.methods.no_compression import NoCompression as NoCompression
 from vlmzip.methods.pool2d import Pool2d as Pool2d
 from vlmzip.methods.random_tokens import RandomTokens as RandomTokens

@@ -22,12 +22,14 @@ class RandomTokens(Compressor):
     to see the spread. The authors draw anew for every batch.
     """
 
-    sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR)
+    sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
 
     keep: Keep = A_NINTH
     """Tokens per picture (int), or a fraction of them (float, "25%")."""
     seed: int = 0
     """Seed of the draw."""
+    layer: int = 2
+    """Inside the LLM: the first layer that sees fewer tokens, 0-based."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmzip.compressor import Positions, Profile
+from vlmzip.models.recording import rotate
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 
@@ -104,3 +105,29 @@ class ModelAdapter(ABC):
         # A tensor is scattered over the placeholders as a whole: one row can hold pictures of different lengths.
         form: Any = features if self.features_as_list else torch.cat(features)[None]
         return {"image": BaseModelOutputWithPooling(pooler_output=form)}
+
+    def queries_and_keys(
+        self,
+        layer: nn.Module,
+        hidden: Float[Tensor, "batch length dim"],
+        positions: tuple[Float[Tensor, "_ length head_dim"], Float[Tensor, "_ length head_dim"]],
+        rows: Int[Tensor, "batch queries"],
+    ) -> tuple[Float[Tensor, "batch heads queries head_dim"], Float[Tensor, "batch key_heads length head_dim"]]:
+        """Rotated queries of the tokens in `rows` and rotated keys of all, as the decoder layer's attention has them.
+
+        `hidden` is what the layer is given; `positions` are cosine and sine.
+        """
+        attention: Any = layer.self_attn
+        normed = layer.input_layernorm(hidden)  # type: ignore[operator]
+        queries = normed.gather(1, rows[..., None].expand(-1, -1, normed.shape[-1]))
+        out = []
+        for states, name in ((queries, "q"), (normed, "k")):
+            heads = getattr(attention, f"{name}_proj")(states).unflatten(-1, (-1, attention.head_dim))
+            if (norm := getattr(attention, f"{name}_norm", None)) is not None:
+                heads = norm(heads)
+            heads = heads.transpose(1, 2)
+            cos, sin = (table.expand(len(hidden), -1, -1) for table in positions)
+            if name == "q":
+                cos, sin = (table.gather(1, rows[..., None].expand(-1, -1, table.shape[-1])) for table in (cos, sin))
+            out.append(rotate(heads, cos[:, None].expand_as(heads), sin[:, None].expand_as(heads)))
+        return out[0], out[1]

@@ -24,7 +24,7 @@ class Llava(ModelAdapter):
 
     model_types = ("llava",)
     example = "llava-hf/llava-1.5-7b-hf"
-    sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR)
+    sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
     picture_inputs = ("pixel_values",)
 
     def __init__(self, model: nn.Module) -> None:

@@ -13,7 +13,7 @@ from transformers.vision_utils import get_vision_window_index
 from vlmzip.compressor import Positions, Profile
 from vlmzip.errors import UserError
 from vlmzip.models.adapter import ModelAdapter
-from vlmzip.models.recording import Recording, attention_received, mean_over_heads, record
+from vlmzip.models.recording import Recording, attention_received, mean_over_heads, record, rotate
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 
@@ -27,7 +27,7 @@ class Qwen25VL(ModelAdapter):
 
     model_types = ("qwen2_5_vl",)
     example = "Qwen/Qwen2.5-VL-7B-Instruct"
-    sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR)
+    sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
     picture_inputs = ("pixel_values", "image_grid_thw")
     default_positions: ClassVar[Positions] = "original"
     position_axes = (3,)
@@ -43,6 +43,8 @@ class Qwen25VL(ModelAdapter):
     ) -> Sequence[tuple[VisualTokens, list[int]]]:
         if inputs.get("pixel_values_videos") is not None:
             raise UserError("videos are not supported in this family yet; pictures are")
+        if Signal.PIXELS in needs:
+            raise UserError("this family's inputs are patches, not pictures, so pixels cannot be looked at")
         visual, thw = self.model.model.visual, inputs["image_grid_thw"]
         merge = visual.spatial_merge_size
         block = visual.blocks[-1].attn
@@ -122,10 +124,5 @@ class Qwen25VL(ModelAdapter):
         attention = self.model.model.visual.blocks[-1].attn
         query, key, _ = recording["qkv"].float().unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
         cos, sin = (table.float()[:, None] for table in recording.arguments["block"]["position_embeddings"])
-        query, key = ((x * cos + _rotate_half(x) * sin).flatten(1) for x in (query, key))
+        query, key = (rotate(x, cos.expand_as(x), sin.expand_as(x)).flatten(1) for x in (query, key))
         return query, key
-
-
-def _rotate_half(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([-second, first], dim=-1)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 #: Recordings of the running thread. Hooks see every thread's forward; they write only into their own.
@@ -90,6 +90,34 @@ def attention_received(
     for part in queries.split(chunk, dim=2):
         total += (part @ keys * scale).softmax(dim=-1).sum(dim=2).mean(dim=1)
     return total / key.shape[1]
+
+
+def attention_rows(
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch key_heads keys head_dim"],
+    allowed: Bool[Tensor, "batch queries keys"],
+    scale: float,
+    chunk: int = 32,
+) -> Float[Tensor, "batch queries keys"]:
+    """The attention of some queries to all keys, mean over heads, where the mask allows it; other rows are never made.
+
+    `query` and `key` as the kernel gets them, rotated; several query heads may share a key head. Computed in float32.
+    """
+    shared = query.shape[1] // key.shape[1]
+    keys = key.float().transpose(2, 3)[:, :, None]
+    rows = []
+    for part, mask in zip(query.split(chunk, dim=2), allowed.split(chunk, dim=1), strict=True):
+        scores = part.float().unflatten(1, (-1, shared)) @ keys * scale
+        rows.append(scores.masked_fill(~mask[:, None, None], -torch.inf).softmax(dim=-1).nan_to_num().mean(dim=(1, 2)))
+    return torch.cat(rows, dim=1)
+
+
+def rotate(
+    x: Float[Tensor, "*batch dim"], cos: Float[Tensor, "*batch dim"], sin: Float[Tensor, "*batch dim"]
+) -> Tensor:
+    """Rotary positions: each pair of entries, half the width apart, turned by its angle."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def mean_over_heads(key: Float[Tensor, "batch tokens dim"], heads: int) -> Float[Tensor, "batch tokens head_dim"]:

@@ -7,6 +7,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers.image_utils import (
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
 
 from vlmzip.errors import UserError
 from vlmzip.models.recording import Recording, attention_received, cls_attention_row, mean_over_heads, record
@@ -14,6 +20,12 @@ from vlmzip.visual_tokens import Grid, Signal
 
 #: Encoders of this form, and the tokens that they put before the patches.
 PREFIX = {"clip_vision_model": 1, "siglip_vision_model": 0}
+
+#: Mean and deviation of each color channel by which the processors of published checkpoints normalise pictures.
+NORMALISED_BY = {
+    "clip_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "siglip_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
+}
 
 
 def prefix_of(vision_config: Any) -> int:
@@ -43,13 +55,32 @@ def run_vit(
     """Features of the layers side by side, the signals of the deepest of them, and what the encoder itself returned."""
     blocks = tower.encoder.layers
     modules: dict[str, nn.Module] = {f"features.{layer}": blocks[layer] for layer in layers}
-    if needs:
+    if needs & {Signal.CLS_ATTENTION, Signal.KEYS}:
         attention = blocks[max(layers)].self_attn
         modules |= {"query": attention.q_proj, "key": attention.k_proj}
     with record(modules) as recording:
         out = tower(pixel_values=pixels, return_dict=True)
     features = torch.cat([recording[f"features.{layer}"] for layer in layers], dim=-1)
-    return features, _signals(recording, tower.config, needs), out
+    signals = _signals(recording, tower.config, needs)
+    if Signal.PIXELS in needs:
+        signals["pixels"] = picture_of(tower.config, pixels)
+    return features, signals, out
+
+
+def picture_of(
+    vision_config: Any, pixels: Float[Tensor, "batch 3 height width"]
+) -> Float[Tensor, "batch 3 rows_px cols_px"]:
+    """What the patches cover of the pictures, in [0, 1] and float32: the processor's normalisation undone.
+
+    A model does not know its processor. Assumed is what published checkpoints use: CLIP's own mean and deviation for
+    CLIP encoders, 0.5 for SigLIP. Where a processor differs (mini has CLIP's encoder and normalises by 0.5), brightness
+    and contrast come out on another scale, the same for all pictures of the model.
+    """
+    mean, deviation = (
+        torch.tensor(v, device=pixels.device)[:, None, None] for v in NORMALISED_BY[vision_config.model_type]
+    )
+    patch, (_, rows, cols) = vision_config.patch_size, grid_of(vision_config, pixels)
+    return (pixels.float() * deviation + mean).clamp(0, 1)[..., : rows * patch, : cols * patch]
 
 
 @torch.no_grad()

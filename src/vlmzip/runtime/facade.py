@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,10 +22,13 @@ from vlmzip.errors import UserError, closest
 from vlmzip.methods import NoCompression
 from vlmzip.models import adapter_for
 from vlmzip.models.adapter import ModelAdapter
-from vlmzip.runtime.prepare import PER_TOKEN, CompressedInputs, compress_inputs, pad_id
+from vlmzip.runtime.decoder_hooks import Hooks, running
+from vlmzip.runtime.in_llm import Inside, check_place, extend, prompt_of
+from vlmzip.runtime.prepare import PER_TOKEN, CompressedInputs, compress_inputs, gather, pad_id
 from vlmzip.runtime.report import Report
 from vlmzip.runtime.saving import write_compressor
 from vlmzip.runtime.turns import Seen, Turns, first_turn, next_turn
+from vlmzip.visual_tokens import Site
 
 #: Values of an untouched generation config; `generate` counts those from the end of the prompt by itself.
 DEFAULT_LIMITS = {"max_length": 20, "min_length": 0}
@@ -60,6 +66,10 @@ class CompressedModel(nn.Module):
     """A vision-language model whose pictures go through a compressor; holds the model as `inner`.
 
     `forward` and `generate` take what the model takes. What is not defined here is looked up on the model.
+
+    `Trainer` trains it and resumes it, but `Trainer.save_model` and checkpoints write weights alone: save with
+    `trainer.model.save_pretrained(folder)`. What `Trainer.predict` returns covers the compressed sequence, the labels
+    beside it the prompt; `report.lined_up`, called in `preprocess_logits_for_metrics`, brings them together.
     """
 
     def __init__(self, model: nn.Module, compressor: Compressor) -> None:
@@ -69,13 +79,16 @@ class CompressedModel(nn.Module):
         if not isinstance(compressor, Compressor):
             raise UserError(f"{compressor!r} is no compressor; try vlmzip.VisionZip(keep=64)")
         adapter = adapter_for(model)
-        if compressor.site not in adapter.sites:
-            known = closest(compressor.site, adapter.sites)
-            raise UserError(f"{type(model).__name__} has no site {compressor.site.value!r}{known}")
+        for stage in compressor.stages():
+            if stage.site not in adapter.sites:
+                known = closest(stage.site, adapter.sites)
+                raise UserError(f"{type(model).__name__} has no site {stage.site.value!r}{known}")
+        check_place(adapter, _inside_the_llm(compressor))
         self.inner: Any = model
         self.compressor = compressor
         self._turns = Turns()
         self._detached = False
+        self._put_hooks()
         self.training = model.training  # not train(): parts of the model may be in another mode
         _warn_if_nothing_to_do(compressor, adapter)
 
@@ -93,6 +106,7 @@ class CompressedModel(nn.Module):
     def detach(self) -> nn.Module:
         """Ends the façade and returns the plain model. Detaching twice is harmless."""
         self._detached = True
+        self._hooks.remove()
         return self.inner
 
     @property
@@ -130,11 +144,11 @@ class CompressedModel(nn.Module):
             token_type_ids=token_type_ids, mm_token_type_ids=mm_token_type_ids, image_grid_thw=image_grid_thw,
         )  # fmt: skip
         inputs = {**{name: value for name, value in named.items() if value is not None}, **kwargs}
-        small, seen = self._compress(inputs, generating=False)
-        out = self.inner(**small)
+        small, seen, inside = self._compress(inputs, generating=False)
+        out = self.inner(**small) if inside is None else self._forward_inside(small, inside)
         cache = getattr(out, "past_key_values", inputs.get("past_key_values"))
         if seen is not None and cache is not None:
-            self._turns.remember(cache, seen)
+            self._remember(cache, seen, inside)
         return out
 
     @torch.no_grad()
@@ -154,24 +168,28 @@ class CompressedModel(nn.Module):
         self._infer_mask(kwargs)
         if kwargs.get("assistant_model") is not None:
             raise UserError("assisted decoding is not supported: the assistant would need the compressed prompt too")
-        small, seen = self._compress(kwargs, generating=True)
+        small, seen, inside = self._compress(kwargs, generating=True)
         self._refuse_wrong_chunks(small)
+        self._refuse_inside(small, inside)
         if seen is None:
             return self.inner.generate(**small)
         prompt: Tensor = kwargs["input_ids"]
         short = small["input_ids"].shape[1]
-        self._keep_length_limits(small, prompt.shape[1] - short)
+        self._keep_length_limits(small, prompt.shape[1], short)
         if small.get("streamer") is not None:
             small["streamer"] = _PromptStreamer(small["streamer"], prompt)
         if repeating and not adapter_for(self.inner).features_as_list:
-            return self._row_by_row(prompt, small)
-        out = self.inner.generate(**small)
+            return self._row_by_row(prompt, small, inside)
+        with running(inside):
+            out = self.inner.generate(**small)
+        self._report_inside(small.report, [inside])
         sequences = out if isinstance(out, Tensor) else out.sequences
         new_tokens = sequences[:, short:]
         copies = len(new_tokens) // len(prompt)
         cache = kwargs.get("past_key_values", getattr(out, "past_key_values", None))
         if cache is not None and not repeating:
-            self._turns.remember(cache, seen.and_generated(new_tokens, self._filler(new_tokens, kwargs)))
+            answered = partial(seen().and_generated, new_tokens, self._filler(new_tokens, kwargs))
+            self._remember(cache, answered, inside)
         whole = torch.cat([prompt.to(new_tokens.device).repeat_interleave(copies, dim=0), new_tokens], dim=1)
         if isinstance(out, Tensor):
             return whole
@@ -186,25 +204,87 @@ class CompressedModel(nn.Module):
         write_compressor(self.compressor, folder)
 
     @torch.compiler.disable  # reads counts off the device and walks Python lists; what follows it is compiled
-    def _compress(self, inputs: dict[str, Any], *, generating: bool) -> tuple[CompressedInputs, Seen | None]:
-        """The inputs for the inner model, and what its cache will hold; `None` where there are no token ids."""
+    def _compress(
+        self, inputs: dict[str, Any], *, generating: bool
+    ) -> tuple[CompressedInputs, Callable[[], Seen] | None, Inside | None]:
+        """The inputs for the inner model; what tells what its cache holds, `None` where there are no token ids; and
+        what acts inside the LLM, `None` where nothing does."""
         if self._detached:
             raise UserError("this model was detached; call vlmzip.attach(model, compressor) again")
         adapter = adapter_for(self.inner)
         before = self._turns.recall(inputs.get("past_key_values"))
         if before is not None and inputs.get("position_ids") is not None:
             raise UserError("position_ids cannot be given with a filled cache: this model counts positions itself")
+        seen: Callable[[], Seen] | None = None
         if before is not None:
-            small, seen = next_turn(self.inner, adapter, inputs, self.compressor, before, generating=generating)
+            small, after = next_turn(self.inner, adapter, inputs, self.compressor, before, generating=generating)
+            seen = partial(replace, after)
         else:
             small = compress_inputs(self.inner, inputs, self.compressor, generating=generating, adapter=adapter)
-            seen = None
             # Positions that the user chose are not continued: a cache with them is not remembered.
             if inputs.get("input_ids") is not None and (generating or inputs.get("position_ids") is None):
-                seen = first_turn(adapter, inputs, small, self.compressor, generating=generating)
+                # Counting positions takes time, and training keeps no cache: done only when one comes back.
+                seen = partial(first_turn, adapter, inputs, small, self.compressor, generating=generating)
         if small.report.pictures:
             _reports()[self] = _latest[self] = small.report
-        return small, seen
+        inside = None
+        if compressors := _inside_the_llm(self.compressor):
+            inside = Inside(adapter, compressors, prompt_of(small.spans, small), before.keys if before else None)
+        return small, seen, inside
+
+    @torch.compiler.disable(recursive=False)  # what is around the LLM; its layers are compiled each for itself
+    def _forward_inside(self, small: CompressedInputs, inside: Inside) -> Any:
+        """The model's `forward` with compressors inside its LLM; the loss is taken on the tokens of the last layer."""
+        labels = small.pop("labels", None) if small.spans else None
+        with running(inside):
+            out = self.inner(**small)
+        self._report_inside(small.report, [inside])
+        if labels is None:
+            return out
+        assert inside.first is not None  # labels were taken out because there are pictures
+        here = inside.first.here()
+        short = labels if here is None else gather(labels, here, PER_TOKEN["labels"])
+        given = {name: small[name] for name in ("num_items_in_batch",) if name in small}
+        model = adapter_for(self.inner).model
+        as_tuple = isinstance(out, tuple)
+        logits = out[0] if as_tuple else out.logits
+        loss = model.loss_function(logits=logits, labels=short, vocab_size=self._vocabulary, **given)
+        return (
+            (loss, *out) if as_tuple else type(out)(**{"loss": loss, **{k: v for k, v in out.items() if k != "loss"}})
+        )
+
+    @property
+    def _vocabulary(self) -> int:
+        return adapter_for(self.inner).llm_config.vocab_size
+
+    def _report_inside(self, report: Report, calls: list[Inside | None]) -> None:
+        steps = [call.first for call in calls if call is not None and call.first is not None]
+        if steps:
+            _reports()[self] = _latest[self] = extend(report, steps)
+
+    def _put_hooks(self) -> None:
+        """Hooks on the LLM, where a compressor acts inside it; they go with `detach` or with the façade itself."""
+        adapter = adapter_for(self.inner)
+        inside = _inside_the_llm(self.compressor) and not self._detached
+        self._hooks = Hooks(adapter.llm, list(adapter.decoder_layers)) if inside else Hooks(None)
+        weakref.finalize(self, self._hooks.remove).atexit = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_hooks"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._put_hooks()
+
+    def _refuse_inside(self, arguments: CompressedInputs, inside: Inside | None) -> None:
+        """What `generate` would do with a cache whose layers differ, without an error."""
+        for name in ("prefill_chunk_size", "prompt_lookup_num_tokens"):
+            if inside is not None and self._setting(arguments, name, None):
+                raise UserError(f"{name} does not go with a compressor inside the LLM; leave it out")
+
+    @torch.compiler.disable  # as `_compress`
+    def _remember(self, cache: Any, seen: Callable[[], Seen], inside: Inside | None) -> None:
+        self._turns.remember(cache, seen() if inside is None else replace(seen(), keys=inside.keys))
 
     def _refuse_wrong_chunks(self, arguments: CompressedInputs) -> None:
         """Older transformers prefill in chunks without cutting the pictures' features to match: wrong, and no error."""
@@ -218,7 +298,7 @@ class CompressedModel(nn.Module):
                 f"prefill_chunk_size with pictures gives wrong answers in transformers {version}; update it"
             )
 
-    def _row_by_row(self, prompt: Tensor, small: CompressedInputs) -> Tensor:
+    def _row_by_row(self, prompt: Tensor, small: CompressedInputs, inside: Inside | None) -> Tensor:
         """`generate` for each row alone, where `generate` itself would repeat pictures of different rows wrongly.
 
         It repeats rows for beams picture by picture; features that are one tensor have no pictures to tell apart.
@@ -229,8 +309,9 @@ class CompressedModel(nn.Module):
                 f"beams and several sequences a prompt do not go with {' or '.join(refused)} in this family"
             )
         features = small["mm_encoder_outputs"]["image"].pooler_output[0] if small.report.pictures else None
-        rows, at = [], 0
+        rows, at, calls = [], 0, []
         for row in range(len(prompt)):
+            calls.append(None if inside is None else inside.row(row))
             one = {name: value[row : row + 1] if name in ONE_A_ROW else value for name, value in small.items()}
             if features is not None:
                 count = sum(picture.after for picture in small.report.pictures if picture.row == row)
@@ -238,8 +319,10 @@ class CompressedModel(nn.Module):
                 at += count
                 if count == 0:
                     del one["mm_encoder_outputs"]
-            out = self.inner.generate(**one)[:, small["input_ids"].shape[1] :]
+            with running(calls[-1]):
+                out = self.inner.generate(**one)[:, small["input_ids"].shape[1] :]
             rows += list(torch.cat([prompt[row].to(out.device).expand(len(out), -1), out], dim=1))
+        self._report_inside(small.report, calls)
         padding = self._setting(small, "pad_token_id", pad_id(adapter_for(self.inner)))
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
 
@@ -275,13 +358,18 @@ class CompressedModel(nn.Module):
         ended = torch.isin(tokens, eos).cumsum(1) - torch.isin(tokens, eos).long() > 0
         return ended & (tokens == pad)
 
-    def _keep_length_limits(self, arguments: dict[str, Any], removed: int) -> None:
-        """Lets `max_length` and `min_length` count the prompt as the user sees it."""
+    def _keep_length_limits(self, arguments: dict[str, Any], prompt: int, short: int) -> None:
+        """Lets `max_length` and `min_length` count the prompt as the user sees it: `prompt` tokens, not `short`."""
         for limit, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
             value = self._setting(arguments, limit, None)
             given = limit in arguments or value != DEFAULT_LIMITS[limit]
             if value is not None and given and self._setting(arguments, new_tokens, None) is None:
-                arguments[limit] = max(value - removed, 0)
+                if limit == "max_length" and value <= prompt:
+                    raise UserError(
+                        f"max_length={value} leaves no room for an answer: the prompt alone has {prompt} tokens,"
+                        " pictures counted uncompressed; raise it, or give max_new_tokens"
+                    )
+                arguments[limit] = max(value - prompt + short, 0)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -307,6 +395,10 @@ class _PromptStreamer:
         self._streamer.end()
 
 
+def _inside_the_llm(compressor: Compressor) -> list[Compressor]:
+    return [stage for stage in compressor.stages() if stage.site is Site.IN_LLM]
+
+
 def _reports() -> WeakKeyDictionary[CompressedModel, Report]:
     """The last report of each façade in this thread: threads that share a façade do not see each other's."""
     if not hasattr(_per_thread, "reports"):
@@ -316,8 +408,8 @@ def _reports() -> WeakKeyDictionary[CompressedModel, Report]:
 
 def _warn_if_nothing_to_do(compressor: Compressor, adapter: ModelAdapter) -> None:
     grid = adapter.profile().grid
-    count = compressor.token_count(grid)
-    if count is not None and count >= grid.size and not isinstance(compressor, NoCompression):
+    counts = compressor.tokens_by_layer(adapter.profile())
+    if counts is not None and min(counts) >= grid.size and not isinstance(compressor, NoCompression):
         warnings.warn(
             f"{compressor.name()} keeps all of a picture's {grid.size} visual tokens: it changes nothing", stacklevel=4
         )

@@ -12,18 +12,33 @@ from torch import Tensor, nn
 
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
+from vlmzip.methods import NoCompression
 from vlmzip.models import adapter_for
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.runtime.report import PictureReport, Report, Stopwatch
+from vlmzip.visual_tokens import Grid, Site, VisualTokens
 
 #: Inputs with one value per token of the prompt, and the value that padding gets. `input_ids` gets the pad token.
 PER_TOKEN = {"attention_mask": 0, "labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0, "position_ids": 0}
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where the visual tokens of one picture stand in the prompt that the LLM gets."""
+
+    row: int
+    columns: list[int]
+    grid: Grid | None
+    """`None` where they lie on no grid any more."""
+    prefix: int = 0
 
 
 class CompressedInputs(dict[str, Any]):
     """Inputs for the model's own `forward` or `generate`, with the `report` of what was done to the pictures."""
 
     report: Report
+    spans: list[Span]
+    """Where the pictures' tokens stand in the shortened prompt."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +65,8 @@ def compress_inputs(
     prompt or the pictures is passed through. The result goes into the plain model's `model(**...)`, or with
     `generating=True` into `model.generate(**...)` (a family may count positions differently there). Rows may end up
     with different numbers of tokens: they are padded again, on the side that was padded. Position ids that you give
-    yourself are kept, whatever the compressor's `positions`.
+    yourself are kept, whatever the compressor's `positions`. What acts inside the LLM does not act here: for
+    that there is `vlmzip.attach`.
 
     Raises `UserError` where placeholders and pictures do not match.
     """
@@ -59,7 +75,7 @@ def compress_inputs(
     watch = Stopwatch(next(model.parameters()).device)
     if inputs.get(adapter.picture_inputs[0]) is None:
         _refuse_placeholders_without_pictures(adapter, inputs)
-        out.report = Report(compressor, [], None, watch)
+        out.report, out.spans = Report(compressor, [], None, watch), []
         return out
 
     ids, mask = _prompt(inputs)
@@ -87,7 +103,23 @@ def compress_inputs(
         out["position_ids"] = positions.expand(*adapter.position_axes, -1, -1)
     reports = [replace(picture.report, row=row) for picture, (row, _) in zip(pictures, places, strict=True)]
     out.report = Report(compressor, reports, source, watch)
+    out.spans = _spans(out["input_ids"], adapter.placeholder_id, reports)
     return out
+
+
+def _spans(ids: Int[Tensor, "batch length"], placeholder_id: int, pictures: Sequence[PictureReport]) -> list[Span]:
+    """Where the pictures stand in the shortened prompt."""
+    places = find_placeholders(ids, placeholder_id, [picture.after for picture in pictures])
+    return [
+        Span(row, columns, *left_on_grid(picture)) for (row, columns), picture in zip(places, pictures, strict=True)
+    ]
+
+
+def left_on_grid(picture: PictureReport) -> tuple[Grid | None, int]:
+    """The grid on which a picture's tokens still lie, and the tokens before it."""
+    if picture.grid is None or picture.after != picture.before:
+        return None, 0
+    return picture.grid, picture.before - picture.grid.size
 
 
 def positions_of(compressor: Compressor, adapter: ModelAdapter) -> str:
@@ -99,6 +131,35 @@ def compress_pictures(
     adapter: ModelAdapter, inputs: Mapping[str, Any], compressor: Compressor, watch: Stopwatch
 ) -> list[CompressedPicture]:
     """Encodes, selects, applies and projects; the projector sees nothing but what is left."""
+    first, *later = [stage for stage in compressor.stages() if stage.site is not Site.IN_LLM] or [NoCompression()]
+    pictures = _encode_and_compress(adapter, inputs, first, watch)
+    for stage in later:
+        with watch.time("selection"):
+            pictures = [_compress_projected(stage, picture) for picture in pictures]
+    return pictures
+
+
+def _compress_projected(compressor: Compressor, picture: CompressedPicture) -> CompressedPicture:
+    """What a second compressor, behind the projector, makes of one picture."""
+    grid, prefix = left_on_grid(picture.report)
+    token_map = compressor(VisualTokens(picture.features[None], grid, prefix, passes_prefix=True))
+    count = token_map.lengths[0]
+    if count == 0:
+        raise UserError(f"{compressor.name()} left no token of a picture; it must keep at least one")
+    report = replace(
+        picture.report,
+        after=count,
+        by_layer=(count,) * len(picture.report.by_layer),
+        token_map=picture.report.token_map.then(token_map),
+    )
+    anchors = token_map.anchor_index()[0].tolist()
+    return CompressedPicture(token_map.apply(picture.features[None])[0], [picture.offsets[a] for a in anchors], report)
+
+
+def _encode_and_compress(
+    adapter: ModelAdapter, inputs: Mapping[str, Any], compressor: Compressor, watch: Stopwatch
+) -> list[CompressedPicture]:
+    """The pictures behind the projector, through the first compressor before the LLM."""
     site = compressor.site
     with watch.time("encoder"):
         groups = adapter.encode(inputs, site, compressor.needs)

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from vlmzip.compressor import Compressor
+from vlmzip.errors import UserError
 from vlmzip.runtime.detail import detail_lost
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, VisualTokens
@@ -99,6 +100,23 @@ class Report:
     def after(self) -> int:
         """Visual tokens of all pictures that the LLM got."""
         return sum(picture.after for picture in self.pictures)
+
+    def lined_up(
+        self, predictions: Shaped[Tensor, "batch new_length *rest"], length: int, fill: float = -100
+    ) -> Shaped[Tensor, "batch {length} *rest"]:
+        """Logits of this call, or tokens chosen from them, as they would stand in the prompt of `length` tokens.
+
+        Each is moved to just before the token that it predicts, so that `[:, :-1]` goes with the prompt's `[:, 1:]`;
+        `fill` is where no token of a picture was left, and in padding.
+        """
+        if self.source is None or predictions.shape[:2] != self.source.shape:
+            raise UserError("these predictions are not of the call that this report is about")
+        after = torch.nn.functional.pad(self.source[:, 1:], (0, 1), value=-1)
+        place = torch.where(after >= 0, after - 1, self.source)  # nothing follows the last
+        rows, columns = (self.source >= 0).nonzero(as_tuple=True)
+        out = predictions.new_full((len(predictions), length, *predictions.shape[2:]), fill)
+        out[rows, place[rows, columns].to(out.device)] = predictions[rows, columns]
+        return out
 
     @property
     def by_layer(self) -> list[int]:

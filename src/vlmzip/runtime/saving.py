@@ -55,6 +55,11 @@ def read_compressor(folder: str | os.PathLike[str]) -> Compressor:
     """The compressor saved in `folder`; only methods that are installed here are found, none is imported by name."""
     path = Path(folder) / FILE
     if not path.is_file():
+        if (path.parent / "training_args.bin").is_file():
+            raise UserError(
+                f"there is no {FILE} in {str(folder)!r}: a Trainer wrote weights alone;"
+                " write the whole model with trainer.model.save_pretrained(folder)"
+            )
         raise UserError(f"there is no {FILE} in {str(folder)!r}; load it with transformers and vlmzip.attach()")
     try:
         content = json.loads(path.read_text())
@@ -68,9 +73,13 @@ def read_compressor(folder: str | os.PathLike[str]) -> Compressor:
             f"{str(path)!r} was written by vlmzip {content.get('vlmzip')}, newer than {__version__}: update vlmzip"
         )
     installed = {f"{cls.__module__}:{cls.__qualname__}": cls for cls in catalogue.available().values()}
-    if ":" in method and method not in installed:
-        raise UserError(
-            f"{str(path)!r} names code that is not an installed method ({method});"
-            " pass it yourself: vlmzip.from_pretrained(folder, compressor=…)"
-        )
-    return catalogue.make(installed.get(method) or catalogue.find(method), settings)
+
+    def find(name: str) -> type[Compressor]:
+        if ":" in name and name not in installed:
+            raise UserError(
+                f"{str(path)!r} names code that is not an installed method ({name});"
+                " pass it yourself: vlmzip.from_pretrained(folder, compressor=…)"
+            )
+        return installed.get(name) or catalogue.find(name)
+
+    return catalogue.from_dict({"method": method, **settings}, find)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -37,6 +37,8 @@ class Seen:
     """The position that follows the last prompt."""
     pictures: int
     """Pictures so far."""
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    """For each layer at which a compressor acts inside the LLM, what the caches from there on hold (`in_llm.py`)."""
 
     def and_generated(self, tokens: Int[Tensor, "batch new"], filler: Bool[Tensor, "batch new"]) -> Seen:
         """The conversation after the model has answered with `tokens`; `filler` follows the end of short answers."""
@@ -72,8 +74,8 @@ class Turns:
         seen = self._seen.get(cache)
         if seen is None:
             raise UserError(
-                "this KV cache was not made by this model with this compressor, so what is in it is not known;"
-                " start with an empty cache and the whole conversation"
+                "this KV cache was not made by this model with this compressor, or is a copy (deepcopy, pickle) of one"
+                " that was, so what is in it is not known; start with an empty cache and the whole conversation"
             )
         short = seen.source.shape[1]
         if length not in (short, short - 1):  # the last generated token has not been through the model yet
@@ -139,15 +141,17 @@ def next_turn(
         whole = _joined(whole, first_turn(adapter, new, part, compressor, generating=True))
         out |= {name: part[name] for name in ("mm_encoder_outputs", "labels") if part.get(name) is not None}
         report = part.report
+        start_of_part = seen.source.shape[1]
+        spans = [replace(s, columns=[start_of_part + c for c in s.columns]) for s in part.spans]
     else:
-        report = Report(compressor, [], None, Stopwatch(seen.ids.device))
+        report, spans = Report(compressor, [], None, Stopwatch(seen.ids.device)), []
     start = 0 if generating else seen.source.shape[1] - pending
     positions = whole.positions if generating else adapter.forward_positions(whole.positions[..., start:])
     out["input_ids"] = gather(whole.ids, whole.source, pad_id(adapter))[:, start:]
     out["attention_mask"], out["position_ids"] = whole.mask, positions
     if "labels" in out and pending and not generating:
         out["labels"] = torch.nn.functional.pad(out["labels"], (pending, 0), value=PER_TOKEN["labels"])
-    out.report = replace(report, source=whole.source[:, start:])
+    out.report, out.spans = replace(report, source=whole.source[:, start:]), spans
     return out, whole
 
 

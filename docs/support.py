@@ -1,0 +1,61 @@
+"""Writes docs/support.md from what the tests found in each version of transformers: `make support`."""
+
+import json
+import sys
+from collections import Counter
+from pathlib import Path
+
+#: Several tests can prove one cell; the worst of them counts.
+WORST = ["works", "plain model fails", "refused", "not run", "fails"]
+
+HEAD = """# What works
+
+Written by `make support` from runs of `tests/runtime/test_promises.py`, whose tests prove each cell on tiny models with
+random weights, on a CPU ({versions}).
+
+- *works*: as the row says, in every version of the list, unless the cell names versions.
+- *refused*: a `UserError` says in one sentence why not and what to do.
+- *plain model fails*: transformers itself cannot do this here, with or without vlmzip.
+"""
+
+
+def table(runs: list[dict]) -> list[str]:
+    """The lines of the table: a cell says in which version it differs from the newest."""
+    newest = runs[-1]["cells"]
+    families = list(dict.fromkeys(family for row in newest.values() for family in row))
+    lines = ["| | " + " | ".join(families) + " |", "| --- " * (len(families) + 1) + "|"]
+    for promise in newest:
+        cells = [cell([(run["transformers"], found(run, promise, family)) for run in runs]) for family in families]
+        lines.append(f"| {promise} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def found(run: dict, promise: str, family: str) -> str:
+    return max(run["cells"].get(promise, {}).get(family, ["not run"]), key=WORST.index)
+
+
+def cell(by_version: list[tuple[str, str]]) -> str:
+    newest, word = by_version[-1]
+    if all(other == word for _, other in by_version):
+        return word
+    return f"{newest}: {word}; " + "; ".join(f"{version}: {other}" for version, other in by_version[:-1])
+
+
+def counts(run: dict, promises: list[str]) -> str:
+    """How many cells there are of each kind, in one version."""
+    families = {family for row in run["cells"].values() for family in row}
+    count = Counter(found(run, promise, family) for promise in promises for family in families)
+    return f"transformers {run['transformers']}: " + ", ".join(f"{count[word]} {word}" for word in WORST if count[word])
+
+
+def main(paths: list[str]) -> None:
+    runs = [json.loads(Path(path).read_text()) for path in paths]
+    runs.sort(key=lambda run: [int(part) for part in run["transformers"].split(".")[:3] if part.isdigit()])
+    versions = ", ".join(f"torch {run['torch']} with transformers {run['transformers']}" for run in reversed(runs))
+    totals = "".join(f"\n- {counts(run, list(runs[-1]['cells']))}" for run in reversed(runs))
+    text = [HEAD.format(versions=versions), *table(runs), "", f"Cells:\n{totals}"]
+    (Path(__file__).parent / "support.md").write_text("\n".join(text) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,122 @@
+"""`vlmzip calibrate FOLDER|IMAGE…`: the threshold with which pictures like these meet a budget on average."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmzip import catalogue
+from vlmzip.cli.options import add_method, add_model, settings
+from vlmzip.compressor import Calibratable, Compressor
+from vlmzip.errors import UserError
+from vlmzip.keep import parse_keep
+
+if TYPE_CHECKING:
+    from vlmzip.runtime.calibration import Calibration
+
+HELP = "set a method's threshold so that your pictures meet a budget on average"
+EXAMPLES = """  vlmzip calibrate photos --keep 50%
+  vlmzip calibrate photos --keep 160 --model llava-hf/llava-1.5-7b-hf --histogram deviations.png
+  vlmzip calibrate a.png b.png c.png --method adaptive_visionzip --keep 25% --json"""
+
+
+def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
+    parser.usage = f"{parser.prog} FOLDER|IMAGE… --keep KEEP [options]"
+    parser.add_argument(
+        "pictures", nargs="+", metavar="FOLDER|IMAGE", help="pictures, and folders of them (without their subfolders)"
+    )
+    add_model(parser)
+    add_method(parser, arguments, default="dfmr")
+    parser.add_argument("--histogram", type=Path, metavar="FILE", help="draw how the pictures' deviations lie (PNG)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: Namespace) -> None:
+    from vlmzip.cli.loading import load, progress
+    from vlmzip.cli.pictures import check_target, save_picture
+    from vlmzip.runtime.calibration import calibrate
+    from vlmzip.visualize.histogram import draw_deviations, import_matplotlib
+
+    compressor = _compressor(args)
+    paths = _pictures(args.pictures)
+    if args.histogram:
+        import_matplotlib()
+        check_target(args.histogram, paths)
+    loaded = load(args.model, args.device, args.dtype)
+    with progress(f"measuring {len(paths)} pictures"):
+        found = calibrate(loaded.model, paths, compressor, args.keep, processor=loaded.processor)
+    threshold = getattr(found.compressor, _threshold(compressor))
+    out: dict[str, Any] = {
+        "model": args.model,
+        "compressor": found.compressor.to_dict(),
+        "keep": args.keep,
+        "pictures": len(paths),
+        "average": found.average,
+        "reached": found.reached,
+        "by_factor": dict(sorted(Counter(found.factors).items())),
+    }
+    if args.histogram:
+        save_picture(draw_deviations(found.deviations, threshold, compressor.name()), args.histogram, paths)
+        out["histogram"] = str(args.histogram)
+    print(json.dumps(out, indent=2)) if args.json else _print(out, found, threshold, args)
+
+
+def _compressor(args: Namespace) -> Compressor:
+    """The method with its settings, without a budget; raises `UserError` where there is nothing to calibrate."""
+    if args.keep is None:
+        raise UserError("calibrate needs a budget: --keep 64, --keep 0.25 or --keep 25%")
+    parse_keep(args.keep)
+    compressor = catalogue.make(catalogue.find(args.method), settings(args))
+    if not isinstance(compressor, Calibratable):
+        able = [name for name, cls in catalogue.available().items() if hasattr(cls, "threshold")]
+        raise UserError(f"{compressor.name()} has no threshold to calibrate; these methods have: {', '.join(able)}")
+    if compressor.threshold in settings(args):
+        raise UserError(f"--{compressor.threshold} is what calibrate finds: leave it out")
+    return compressor
+
+
+def _threshold(compressor: Compressor) -> str:
+    assert isinstance(compressor, Calibratable)
+    return compressor.threshold
+
+
+def _pictures(words: list[str]) -> list[str]:
+    """The pictures meant: those named, and those in the folders named, in the order of their names."""
+    from PIL import Image
+
+    known = Image.registered_extensions()
+    paths: list[str] = []
+    for word in words:
+        if not Path(word).is_dir():
+            paths.append(word)
+            continue
+        inside = sorted(str(path) for path in Path(word).iterdir() if path.is_file() and path.suffix.lower() in known)
+        if not inside:
+            raise UserError(f"there is no picture in the folder {word!r} (subfolders are not searched)")
+        paths += inside
+    return paths
+
+
+def _print(out: dict[str, Any], found: Calibration, threshold: float, args: Namespace) -> None:
+    from vlmzip.cli.tables import print_table
+
+    name = _threshold(found.compressor)
+    print(
+        f"{name} {threshold}: {out['average']:.4g} visual tokens per picture on average, {out['reached']:.1%} of all\n"
+    )
+    after: dict[int, set[int]] = {}
+    for factor, count in zip(found.factors, found.after, strict=True):
+        after.setdefault(factor, set()).add(count)
+    rows = [
+        [str(factor), str(pictures), " to ".join(str(n) for n in sorted({min(after[factor]), max(after[factor])}))]
+        for factor, pictures in out["by_factor"].items()
+    ]
+    print_table(["factor", "pictures", "visual tokens"], rows)
+    fields = {**settings(args), name: threshold}
+    options = " ".join(f"--{field.replace('_', '-')} {value}" for field, value in fields.items())
+    print(f"\nuse it: vlmzip ask IMAGE QUESTION --method {args.method} {options}")
+    if "histogram" in out:
+        print(f"deviations drawn in {out['histogram']}")

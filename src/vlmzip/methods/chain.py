@@ -1,0 +1,102 @@
+"""Several compressors in one model, one after the other: DFMR before the LLM, FastV inside."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from vlmzip.compressor import BudgetError, Compressor, Profile
+from vlmzip.errors import UserError
+from vlmzip.keep import Keep, count_to_keep
+from vlmzip.methods.fastv import FastV
+from vlmzip.methods.visionzip import VisionZip
+from vlmzip.token_map import TokenMap
+from vlmzip.visual_tokens import Grid, Site, VisualTokens
+
+#: The way of a token: a chain follows it.
+ORDER = (Site.PIXELS, Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chain(Compressor):
+    """Let several compressors act, each on what the one before has left.
+
+    Each site and each layer takes one compressor; they are put in the order in which tokens meet them. Behind a
+    compressor that leaves no grid, methods that need one refuse. Our own combination; the papers combine nothing.
+    """
+
+    sites = ORDER
+
+    compressors: tuple[Compressor, ...] = (VisionZip(), FastV())
+    """The compressors, such as `(Pool2d(factor=2), FastV(layer=8))`."""
+
+    def __post_init__(self) -> None:
+        stages = [stage for compressor in self.compressors for stage in compressor.stages()]
+        if not stages:
+            raise UserError("a chain needs at least one compressor")
+        stages.sort(key=lambda stage: (ORDER.index(stage.site), min(stage.layers, default=0)))
+        places = [(s.site, layer) for s in stages for layer in (s.layers or (None,))]
+        for place in places:
+            if places.count(place) > 1:
+                where = place[0].value if place[1] is None else f"layer {place[1]}"
+                raise UserError(f"a chain has two compressors at {where}; give each a site or layer of its own")
+        positions = {self.positions, *(stage.positions for stage in stages)} - {None}
+        if len(positions) > 1:
+            raise UserError("the compressors of a chain ask for different positions; positions are one setting for all")
+        object.__setattr__(self, "compressors", tuple(stages))
+        object.__setattr__(self, "positions", next(iter(positions), None))
+        object.__setattr__(self, "site", stages[0].site)
+        super().__post_init__()
+
+    def stages(self) -> tuple[Compressor, ...]:
+        return self.compressors
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(layer for stage in self.compressors for layer in stage.layers)
+
+    def token_count(self, grid: Grid) -> int | None:
+        """Tokens that enter the LLM."""
+        for stage in self.compressors:
+            if stage.site is not Site.IN_LLM:
+                count = stage.token_count(grid)
+                if count is None:
+                    return None
+                grid = Grid(1, 1, min(count, grid.size))
+        return grid.size
+
+    def tokens_by_layer(self, profile: Profile) -> list[int] | None:
+        counts: list[int] | None = [profile.grid.size] * profile.layers
+        grid = profile.grid
+        for stage in self.compressors:
+            own = stage.tokens_by_layer(Profile(grid, profile.layers))
+            if own is None or counts is None:
+                return None
+            counts = [min(before, after) for before, after in zip(counts, own, strict=True)]
+            if counts[-1] < grid.size:
+                grid = Grid(1, 1, counts[-1])
+        return counts
+
+    def at_budget(self, keep: Keep, profile: Profile) -> tuple[Chain, float]:
+        """Fits the first compressor; the others stay as they are set."""
+        first, *others = self.compressors
+        wanted = count_to_keep(keep, profile.grid.size) / profile.grid.size
+        best: tuple[float, Chain] | None = None
+        for count in range(1, profile.grid.size + 1):
+            try:
+                candidate = dataclasses.replace(self, compressors=(first.at_budget(count, profile)[0], *others))
+            except BudgetError:
+                continue
+            miss = abs(candidate.reached(profile) - wanted)
+            if best is None or miss < best[0]:
+                best = miss, candidate
+        if best is None or best[0] > 0.5 * wanted:
+            raise BudgetError(f"fitting {first.name()} alone does not bring the chain near {wanted:.1%}")
+        return best[1], best[1].reached(profile)
+
+    def assign(self, tokens: VisualTokens) -> TokenMap:
+        raise UserError("a chain acts at several places: attach it to a model")
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "compressors": [stage.to_dict() for stage in self.compressors]}

@@ -1,0 +1,131 @@
+"""DFMR: pool plain pictures by a large factor and pictures with much detail by a small one, or not at all."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NoReturn
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import layer_norm, normalize, pad
+
+from vlmzip.compressor import BudgetError, Compressor, Profile, check_choice
+from vlmzip.errors import UserError
+from vlmzip.keep import Keep
+from vlmzip.methods.pool2d import window_of_each
+from vlmzip.token_map import TokenMap
+from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class DFMR(Compressor):
+    """Average square windows, with a factor for each picture that its own variation decides.
+
+    "Dynamic feature map reduction" of LLaVA-Zip (arXiv:2412.08771). No code of the authors is public and sources of
+    the method's details disagree, so this is our reading. The factor is the largest of 1 to `max_factor` that divides
+    the grid's sides and whose deviation lies below `tau`. The deviation of factor s is the population standard
+    deviation inside each of the non-overlapping s x s windows, averaged over channels and windows. Factor 1 always
+    qualifies (inside windows of one token nothing deviates), so a picture with much detail keeps its tokens as they
+    are.
+
+    Not confirmed by any source, hence fields or choices of ours: whether features or pixels are measured, the
+    normalisation, the averaging over channels, the value of `tau`, and that factor 3 is tried where 2 has failed.
+    LLaVA-1.5's 24 x 24 tokens become 576, 144 or 64. Rows of a batch get different numbers of tokens.
+    """
+
+    sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR)
+    threshold: ClassVar[str] = "tau"
+
+    tau: float = 0.3
+    """The deviation from which on a factor is too coarse. The paper's value is unknown: with this one mini's pictures
+    get all three factors. For another model or budget set it with `vlmzip calibrate`."""
+    max_factor: int = 3
+    """Side of the largest window, in tokens."""
+    normalize: Literal["layer", "l2", "none"] = "layer"
+    """Features of each token before measuring: "layer" to mean 0 and variance 1, "l2" to length 1, "none" as is."""
+    measure: Literal["features", "pixels"] = "features"
+    """What is to vary: the visual tokens at `site`, or the picture's pixels in [0, 1] under the windows' patches."""
+    windows: Literal["mean", "max"] = "mean"
+    """Over windows: their "mean" deviation, or "max", so that one detailed spot suffices to keep tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.tau, int | float) or isinstance(self.tau, bool) or not 0 <= self.tau < math.inf:
+            raise UserError(f"tau={self.tau!r} is no threshold; give a number of at least 0")
+        if isinstance(self.max_factor, bool) or not isinstance(self.max_factor, int) or self.max_factor < 1:
+            raise UserError(f"max_factor={self.max_factor!r} is no side of a window; give a whole number of at least 1")
+        check_choice("normalize", self.normalize, ("layer", "l2", "none"))
+        check_choice("measure", self.measure, ("features", "pixels"))
+        check_choice("windows", self.windows, ("mean", "max"))
+        if self.measure == "pixels":
+            object.__setattr__(self, "needs", type(self).needs | {Signal.PIXELS})
+
+    def counts_by_factor(self, grid: Grid) -> dict[int, int]:
+        factors = range(1, self.max_factor + 1)
+        return {f: grid.size // f**2 for f in factors if grid.rows % f == 0 and grid.cols % f == 0}
+
+    def token_count(self, grid: Grid) -> int | None:
+        return grid.size if len(self.counts_by_factor(grid)) == 1 else None
+
+    def at_budget(self, keep: Keep, profile: Profile) -> NoReturn:
+        raise content_decides(self.name())
+
+    def reached(self, profile: Profile) -> float:
+        if self.token_count(profile.grid) is None:
+            raise content_decides(self.name())
+        return super().reached(profile)
+
+    def deviations(self, tokens: VisualTokens) -> Float[Tensor, "batch factors"]:
+        """The deviation of every factor beyond 1, ascending; in float32."""
+        grid = tokens.grid
+        if grid is None:
+            raise UserError(f"{self.name()} needs tokens that lie on a grid; put it before the method that leaves none")
+        if self.measure == "pixels":
+            assert tokens.pixels is not None  # the base class has seen to it; this is for the type checker
+            values = tokens.pixels.float().permute(0, 2, 3, 1)[:, None]
+        else:
+            values = self._normalized(tokens.features[:, tokens.prefix :].float()).unflatten(1, tuple(grid))
+        side = values.shape[2] // grid.rows
+        found = [self._deviation(values, f * side) for f in self.counts_by_factor(grid) if f > 1]
+        return torch.stack(found, dim=1) if found else values.new_zeros(len(values), 0)
+
+    def choose(self, tokens: VisualTokens) -> Int[Tensor, " batch"]:
+        """For each picture which of the factors in `counts_by_factor` it gets, counted from 0."""
+        deviations = self.deviations(tokens)
+        qualifies = pad(deviations < self.tau, (1, 0), value=True)  # factor 1 always does
+        return (qualifies * torch.arange(qualifies.shape[1], device=qualifies.device)).amax(1)
+
+    def assign(self, tokens: VisualTokens) -> TokenMap:
+        choice = self.choose(tokens)
+        assert tokens.grid is not None
+        device = tokens.features.device
+        groups = []
+        for factor in self.counts_by_factor(tokens.grid):
+            # A picture that is not pooled is left as the model has it, with CLS where its LLM gets CLS.
+            kept = tokens.prefix if factor == 1 and tokens.passes_prefix else 0
+            front = (
+                torch.arange(tokens.prefix, device=device) if kept else torch.full((tokens.prefix,), -1, device=device)
+            )
+            groups.append(torch.cat([front, window_of_each(tokens.grid, factor, device) + kept]))
+        return TokenMap.merge(torch.stack(groups)[choice])
+
+    def _normalized(self, features: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:
+        if self.normalize == "layer":
+            return layer_norm(features, features.shape[-1:])
+        return normalize(features, dim=-1) if self.normalize == "l2" else features
+
+    def _deviation(
+        self, values: Float[Tensor, "batch frames rows cols channels"], side: int
+    ) -> Float[Tensor, " batch"]:
+        inside = values.unflatten(3, (-1, side)).unflatten(2, (-1, side))
+        by_window = inside.var(dim=(3, 5), correction=0).sqrt().mean(-1).flatten(1)
+        return by_window.mean(1) if self.windows == "mean" else by_window.amax(1)
+
+
+def content_decides(name: str) -> BudgetError:
+    """What a method says that cannot keep a budget without seeing the pictures."""
+    return BudgetError(
+        f"what {name} keeps depends on the pictures: set its threshold from pictures of yours with `vlmzip calibrate`"
+    )

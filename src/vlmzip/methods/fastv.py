@@ -1,0 +1,46 @@
+"""FastV: drop, inside the LLM, the visual tokens that the question attends to least."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from vlmzip.compressor import Compressor
+from vlmzip.keep import Keep, count_to_keep, parse_keep
+from vlmzip.token_map import TokenMap
+from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class FastV(Compressor):
+    """Keep the visual tokens that the last question token attends to most in layer K-1.
+
+    Chen et al., ECCV 2024 (arXiv:2403.06764), section 4: ranking by attention, mean over heads, K=2 and R=50 % as
+    defaults; tokens keep their positions. Differences from the authors' code: every row of a batch is ranked by its own
+    attention (theirs uses the first row's), the picture's tokens are ranked picture by picture, and no attention matrix
+    is made: the one row is computed from the layer's queries and keys, so SDPA and FlashAttention stay on.
+    """
+
+    needs = frozenset({Signal.TEXT_ATTENTION})
+    sites = (Site.IN_LLM,)
+
+    site: Site = Site.IN_LLM
+    keep: Keep = 0.5
+    """Tokens per picture that layer K and those behind it see (int), or a fraction (float, "50%")."""
+    layer: int = 2
+    """K, the first layer that sees fewer tokens, 0-based; at least 1."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        parse_keep(self.keep)
+
+    def token_count(self, grid: Grid) -> int:
+        return count_to_keep(self.keep, grid.size)
+
+    def assign(self, tokens: VisualTokens) -> TokenMap:
+        assert tokens.text_attention is not None  # the base class has seen to it; this is for the type checker
+        score = tokens.text_attention[:, -1]
+        count = count_to_keep(self.keep, score.shape[1] - tokens.prefix)
+        top = score[:, tokens.prefix :].topk(count, dim=1, sorted=False).indices + tokens.prefix
+        return TokenMap.keep(torch.zeros_like(score, dtype=torch.bool).scatter(1, top, True))

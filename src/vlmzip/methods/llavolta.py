@@ -1,0 +1,143 @@
+"""LLaVolta's visual context compressor: average pooling along the sequence of visual tokens, inside the LLM."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from vlmzip.compressor import BudgetError, Compressor, Profile, check_choice
+from vlmzip.errors import UserError
+from vlmzip.keep import Keep, count_to_keep
+from vlmzip.token_map import TokenMap
+from vlmzip.visual_tokens import Grid, Site, VisualTokens
+
+BEFORE_THE_LLM = -1
+
+
+@dataclass(frozen=True, kw_only=True)
+class LLaVolta(Compressor):
+    """Average each run of `stride` visual tokens into one, from layer K on.
+
+    Chen et al., NeurIPS 2024 (arXiv:2406.20092), section 3.2. Runs follow the raster order of one picture, so a run of
+    8 is a strip of one row of LLaVA's 24 x 24 grid, and runs cross rows where the stride does not divide them. Each
+    average takes the position of its run's middle token, number (stride - 1) // 2; text keeps its positions.
+
+    Several layers are the paper's layer-wise variant (Table 7): each pools what the one before has left.
+    `window="2d"` pools squares of stride x stride tokens instead, which the authors did not try.
+
+    Differences from the authors' code: any number of tokens and pictures, rows of text alone, ragged batches, padding
+    on either side; positions are exact (theirs are averaged in float16); a picture of fewer tokens than the stride
+    becomes one token (theirs vanishes).
+    """
+
+    sites = (Site.IN_LLM, Site.POST_PROJECTOR)
+
+    site: Site = Site.IN_LLM
+    layer: int | tuple[int, ...] = 2
+    """K, the first layer that sees fewer tokens, 0-based; -1: on the projected tokens, before the LLM; several: 4,8."""
+    stride: int | tuple[int, ...] = 8
+    """Tokens averaged into one; one number, or one for each layer: 2,4."""
+    window: Literal["1d", "2d"] = "1d"
+    """"1d": runs of tokens in raster order, as the paper; "2d": squares of the grid."""
+    last: Literal["drop", "keep"] = "drop"
+    """The last run, where the stride does not divide the tokens: "drop" it as the authors do, or "keep" its mean."""
+
+    def __post_init__(self) -> None:
+        for name in ("layer", "stride"):  # JSON has lists
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+        if self.layer == BEFORE_THE_LLM:
+            object.__setattr__(self, "site", Site.POST_PROJECTOR)
+        elif self.site == Site.POST_PROJECTOR:
+            object.__setattr__(self, "layer", BEFORE_THE_LLM)
+        super().__post_init__()
+        check_choice("window", self.window, ("1d", "2d"))
+        check_choice("last", self.last, ("drop", "keep"))
+        layers, strides = _several(self.layer), _several(self.stride)
+        if not layers or list(layers) != sorted(set(layers)) or (len(layers) > 1 and layers[0] < 1):
+            raise UserError(f"layer={self.layer!r}: give one layer, or several in ascending order")
+        if any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in strides):
+            raise UserError(f"stride={self.stride!r} is no stride; give whole numbers of at least 1")
+        if len(strides) not in (1, len(layers)):
+            raise UserError(f"{len(strides)} strides for {len(layers)} layers: give one, or one for each layer")
+        if len(layers) > 1 and self.window == "2d":
+            raise UserError("squares need a grid, which the first pooling ends: give one layer with window='2d'")
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return _several(self.layer) if self.site is Site.IN_LLM else ()
+
+    def stride_at(self, layer: int | None) -> int:
+        strides = _several(self.stride)
+        return strides[0] if len(strides) == 1 or layer is None else strides[self.layers.index(layer)]
+
+    def token_count(self, grid: Grid) -> int | None:
+        return self._count(grid, _several(self.stride)[0]) if len(self.layers) < 2 else None
+
+    def tokens_by_layer(self, profile: Profile) -> list[int]:
+        if not self.layers:
+            return [self._count(profile.grid, self.stride_at(None))] * profile.layers
+        grid, counts = profile.grid, []
+        for layer in range(profile.layers):
+            if layer in self.layers:
+                grid = Grid(1, 1, self._count(grid, self.stride_at(layer)))
+            counts.append(grid.size)
+        return counts
+
+    def at_budget(self, keep: Keep, profile: Profile) -> tuple[LLaVolta, float]:
+        """The stride that comes nearest, at the layers that are set; at several layers one stride for all."""
+        wanted = count_to_keep(keep, profile.grid.size) / profile.grid.size
+        strides = range(1, profile.grid.size + 1)
+        candidates = [dataclasses.replace(self, stride=stride) for stride in strides]
+        nearest = min(candidates, key=lambda c: (abs(c.reached(profile) - wanted), c.reached(profile)))
+        if self.layers and self.layers[0] / profile.layers >= wanted:
+            raise BudgetError(
+                f"{self.layers[0]} of {profile.layers} layers see all tokens before llavolta acts: on average more than"
+                f" {self.layers[0] / profile.layers:.1%}"
+            )
+        return nearest, nearest.reached(profile)
+
+    def assign(self, tokens: VisualTokens) -> TokenMap:
+        stride = self.stride_at(tokens.layer)
+        batch, count, _ = tokens.features.shape
+        device = tokens.features.device
+        if self.window == "2d":
+            if tokens.grid is None:
+                raise UserError(
+                    "squares need tokens that lie on a grid; put llavolta before the method that leaves none"
+                )
+            group = self._squares(tokens.grid, stride, device)
+        else:
+            group = self._runs(count - tokens.prefix, stride, device)
+        return TokenMap.merge(group.expand(batch, -1)).after_dropping(tokens.prefix)
+
+    def _count(self, grid: Grid, stride: int) -> int:
+        if self.window == "1d":
+            return _windows(grid.size, stride, self.last)
+        return grid.frames * _windows(grid.rows, stride, self.last) * _windows(grid.cols, stride, self.last)
+
+    def _runs(self, count: int, stride: int, device: torch.device) -> Int[Tensor, " tokens"]:
+        group = torch.arange(count, device=device) // stride
+        return torch.where(group < _windows(count, stride, self.last), group, -1)
+
+    def _squares(self, grid: Grid, stride: int, device: torch.device) -> Int[Tensor, " tokens"]:
+        down, across = _windows(grid.rows, stride, self.last), _windows(grid.cols, stride, self.last)
+        frame = torch.arange(grid.frames, device=device)[:, None, None]
+        row = (torch.arange(grid.rows, device=device) // stride)[None, :, None]
+        col = (torch.arange(grid.cols, device=device) // stride)[None, None, :]
+        inside = (row < down) & (col < across)
+        return torch.where(inside, (frame * down + row) * across + col, -1).reshape(-1)
+
+
+def _windows(count: int, stride: int, last: str) -> int:
+    """How many windows: the last, partial one counts if it is kept; a picture smaller than one window keeps one."""
+    return max(count // stride, 1) if last == "drop" else -(-count // stride)
+
+
+def _several(value: int | tuple[int, ...]) -> tuple[int, ...]:
+    return value if isinstance(value, tuple) else (value,)

@@ -1,0 +1,97 @@
+"""Hooks on the LLM and its layers, through which compressors inside it act. Without a running call they do nothing.
+
+They stay while a façade is attached, since gradient checkpointing may run layers again during backward. The state of a
+call travels with the arguments of the layers, so that a recomputation, perhaps in another thread, finds it there.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from vlmzip.runtime.in_llm import Inside, Step
+
+#: The name under which the state of a call travels from the LLM to its layers.
+STEP = "vlmzip_step"
+
+_running: ContextVar[Inside | None] = ContextVar("vlmzip_inside", default=None)
+_lock = threading.Lock()
+
+
+@contextmanager
+def running(inside: Inside | None) -> Iterator[None]:
+    """Lets `inside`, if there is one, act on the LLM for the block, in this thread alone."""
+    token = _running.set(inside)
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+class LLMHook:
+    """Before the LLM runs: hands the state of the running call to its layers."""
+
+    @torch.compiler.disable
+    def __call__(self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        inside = _running.get()
+        if inside is None or inside.adapter.llm is not llm:
+            return None
+        step = inside.step(kwargs["inputs_embeds"], kwargs.get("past_key_values"))
+        return None if step is None else (args, {**kwargs, STEP: step})
+
+
+class LayerHook:
+    """Before a decoder layer runs: shortens its inputs as the state of the call says."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+    @torch.compiler.disable
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        step: Step | None = kwargs.pop(STEP, None)
+        if step is None:
+            return None
+        kwargs = dict(kwargs)
+        if args:
+            return (step.enter(self.index, layer, args[0], kwargs), *args[1:]), kwargs
+        kwargs["hidden_states"] = step.enter(self.index, layer, kwargs["hidden_states"], kwargs)
+        return args, kwargs
+
+
+#: How many façades need the hooks of a module.
+_users: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+
+
+class Hooks:
+    """The hooks that a façade needs on a model. Several façades share them; the last one's removal leaves nothing."""
+
+    def __init__(self, llm: nn.Module | None, layers: Sequence[nn.Module] = ()) -> None:
+        self._modules = [] if llm is None else [llm, *layers]
+        with _lock:
+            for number, module in enumerate(self._modules):
+                hook: Any = LayerHook(number - 1) if number else LLMHook()
+                if not _ours(module):  # a copied model brings the hooks of the original along
+                    module.register_forward_pre_hook(hook, with_kwargs=True)
+                _users[module] = _users.get(module, 0) + 1
+
+    def remove(self) -> None:
+        """Gives up this façade's claim. Twice is harmless."""
+        with _lock:
+            for module in self._modules:
+                _users[module] -= 1
+                if _users[module] == 0:
+                    for number in _ours(module):
+                        del module._forward_pre_hooks[number]
+                        module._forward_pre_hooks_with_kwargs.pop(number, None)
+            self._modules = []
+
+
+def _ours(module: nn.Module) -> list[int]:
+    return [number for number, hook in module._forward_pre_hooks.items() if isinstance(hook, LLMHook | LayerHook)]

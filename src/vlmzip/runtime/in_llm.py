@@ -1,0 +1,404 @@
+"""Inside the LLM: what the compressors decide at their layers, and what every later layer sees of it.
+
+At layer K the hidden states of dropped tokens go, and merged states are written at their group's anchor. From there on
+hidden states, position tables, mask and KV cache are shorter; tokens keep their positions. Outside the LLM everything
+keeps its full length: prompt, mask, and the cache of the layers before K, from which transformers counts positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from vlmzip.compressor import Compressor
+from vlmzip.errors import UserError
+from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.recording import attention_rows
+from vlmzip.runtime.masks import shrink_mask
+from vlmzip.runtime.prepare import Span
+from vlmzip.runtime.report import Report
+from vlmzip.token_map import TokenMap
+from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The part of a prompt that goes through the LLM in one call, as far as compressors inside it need to know."""
+
+    spans: list[Span]
+    """Its pictures; columns count from the beginning of the conversation."""
+    real: Bool[Tensor, "batch length"]
+    """Which tokens of the conversation are no padding."""
+    question_end: list[int]
+    """Column of each row's last question token: the one before the first label, or the last of all."""
+
+    def row(self, row: int) -> Prompt:
+        """One row as a prompt of its own."""
+        spans = [replace(span, row=0) for span in self.spans if span.row == row]
+        return Prompt(spans, self.real[row : row + 1], self.question_end[row : row + 1])
+
+
+@dataclass
+class Decision:
+    """What became of the tokens that entered one layer."""
+
+    merges: list[tuple[Int[Tensor, " pictures"], Int[Tensor, "pictures tokens"], TokenMap]]
+    """Rows, columns and map of the pictures, by groups of equal grid and count."""
+    source: Int[Tensor, "batch kept"]
+    """For each token left its column among those that entered the layer; -1: padding."""
+    here: Int[Tensor, "batch kept"]
+    """For each token left its column among those that entered the LLM in this forward; -1: padding."""
+    keys: Int[Tensor, "batch all_kept"]
+    """Column in the conversation of every token in the layer's cache; -1: padding."""
+    places: list[Int[Tensor, " tokens"]]
+    """For each picture the columns of what is left of it."""
+    padded: bool
+    tables: dict[str, Any] = field(default_factory=dict)
+    """Mask and positions for the layers behind; they are the same for all, and made once."""
+
+
+class Inside:
+    """One call of the model: carries the decisions from layer to layer, and from step to step of `generate`."""
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        compressors: Sequence[Compressor],
+        prompt: Prompt | None,
+        keys: dict[int, Tensor] | None = None,
+    ) -> None:
+        self.adapter = adapter
+        self.at = {layer: compressor for compressor in compressors for layer in compressor.layers}
+        self.watched = {layer - 1 for layer, c in self.at.items() if Signal.TEXT_ATTENTION in c.needs}
+        self.prompt = prompt
+        self.keys = dict(keys or {})
+        """For each compressing layer, what its cache holds (see `Decision.keys`)."""
+        self.first: Step | None = None
+        """The step that took in the pictures."""
+
+    def row(self, row: int) -> Inside:
+        """The same for one row of the prompt alone."""
+        prompt = None if self.prompt is None else self.prompt.row(row)
+        keys = {layer: own[row : row + 1] for layer, own in self.keys.items()}
+        return Inside(self.adapter, list(dict.fromkeys(self.at.values())), prompt, keys)
+
+    def step(self, embeddings: Float[Tensor, "batch length dim"], cache: Any) -> Step | None:
+        """The state of one forward of the LLM, `None` where no layer has anything to do."""
+        past = 0 if cache is None else cache.get_seq_length()
+        prompt, self.prompt = self.prompt, None
+        if prompt is None and not self.keys:
+            return None
+        _refuse_other_caches(cache)
+        step = Step(self, prompt, embeddings.detach(), past, cache)
+        if prompt is not None and prompt.spans:
+            self.first = step
+        return step
+
+
+class Step:
+    """One forward of the LLM. It travels with the arguments of the layers, also into a recomputation of them."""
+
+    def __init__(self, inside: Inside, prompt: Prompt | None, embeddings: Tensor, past: int, cache: Any) -> None:
+        self.inside, self.past, self.cache, self.embeddings = inside, past, cache, embeddings
+        self.batch, self.length = embeddings.shape[:2]
+        rows = self.batch if prompt is None else len(prompt.real)
+        self.copies = self.batch // rows
+        """`generate` repeats the rows of a prompt for beams and several sequences."""
+        spans = [] if prompt is None else prompt.spans
+        self.spans = [replace(s, row=s.row * self.copies + c) for s in spans for c in range(self.copies)]
+        device = embeddings.device
+        if prompt is not None:
+            self.real = prompt.real[:, past : past + self.length].to(device).repeat_interleave(self.copies, 0)
+            self.ends = [end - past for end in prompt.question_end for _ in range(self.copies)]
+        self.places = [torch.tensor(span.columns, device=device) - past for span in self.spans]
+        self.decided: dict[int, Decision | None] = {}
+        self.maps: list[list[tuple[int, TokenMap]]] = [[] for _ in self.spans]
+        """For each picture the maps of the layers, in order."""
+        self.attention: dict[int, Float[Tensor, "batch queries kept"]] = {}
+        """For each watched layer the attention of the question to the tokens of this forward."""
+        if self.spans:
+            self.is_text, self.queries, self.query_mask = self._question()
+
+    # --- at a layer -------------------------------------------------------------------------------------------
+
+    def enter(
+        self, index: int, layer: nn.Module, hidden: Float[Tensor, "batch length dim"], arguments: dict[str, Any]
+    ) -> Float[Tensor, "batch kept dim"]:
+        """The hidden states for layer `index`; shortens mask and positions in `arguments` to match."""
+        if index in self.inside.at:
+            if index not in self.decided:  # a recomputation finds the decision of the first run
+                with torch.no_grad():
+                    self.decided[index] = self._decide(index, hidden)
+            hidden = _merge_and_drop(hidden, self.decided[index])
+        decision = self._latest(index)
+        if decision is not None:
+            self._shorten_arguments(decision, hidden, arguments)
+        if index in self.inside.watched and index + 1 not in self.decided and self.spans:
+            with torch.no_grad():
+                self.attention[index] = self._attention(index, layer, hidden, arguments)
+        return hidden
+
+    def _latest(self, index: int) -> Decision | None:
+        layers = [layer for layer in self.decided if layer <= index]
+        return self.decided[max(layers)] if layers else None
+
+    def _decide(self, index: int, hidden: Float[Tensor, "batch length dim"]) -> Decision | None:
+        before = self._latest(index)
+        past_keys = self.inside.keys.get(index)
+        if not self.spans and past_keys is None:
+            return None
+        batch, length, device = *hidden.shape[:2], hidden.device
+        if self.spans:
+            merges, kept, targets = self._compress(index, hidden, before)
+            source = _compact(kept, self._pad_right)
+            places = _follow(targets, [span.row for span in self.spans], source, length)
+        else:
+            merges, places = [], []
+            source = torch.arange(length, device=device).expand(batch, -1)
+        here = source if before is None else _gather(before.here, source)
+        past_keys = torch.arange(self.past, device=device).expand(batch, -1) if past_keys is None else past_keys
+        keys = torch.cat([past_keys, torch.where(here < 0, -1, here + self.past)], 1)
+        self.inside.keys[index] = keys
+        return Decision(merges, source, here, keys, places, padded=bool((keys < 0).any()))
+
+    def _compress(
+        self, index: int, hidden: Float[Tensor, "batch length dim"], before: Decision | None
+    ) -> tuple[list[Any], Bool[Tensor, "batch length"], list[Tensor]]:
+        """Maps for all pictures; which tokens stay; for each picture the columns of its output tokens."""
+        kept = self.real.clone() if before is None else before.here >= 0
+        places = self.places if before is None else before.places
+        targets: list[Any] = [None] * len(places)
+        merges = []
+        for pictures in self._alike(index, places):
+            rows = torch.tensor([self.spans[p].row for p in pictures], device=hidden.device)
+            columns = torch.stack([places[p] for p in pictures])
+            tokens = self._tokens(index, pictures, rows, columns, hidden, before)
+            token_map = self.inside.at[index](tokens).in_anchor_order()
+            if 0 in token_map.lengths:
+                raise UserError(f"{self.inside.at[index].name()} left no token of a picture; it must keep at least one")
+            anchors = token_map.anchor_index()
+            kept[rows[:, None], columns] = False
+            for n, picture in enumerate(pictures):
+                own = token_map.rows(slice(n, n + 1))
+                targets[picture] = columns[n, anchors[n, : own.lengths[0]]]
+                kept[rows[n], targets[picture]] = True
+                self.maps[picture].append((index, own))
+            merges.append((rows, columns, token_map))
+        return merges, kept, targets
+
+    def _alike(self, index: int, places: list[Tensor]) -> list[list[int]]:
+        """Pictures of equal grid and count, whose tokens form one `VisualTokens`."""
+        groups: dict[Any, list[int]] = {}
+        for picture, span in enumerate(self.spans):
+            groups.setdefault((self._grid(picture), span.prefix, len(places[picture])), []).append(picture)
+        return list(groups.values())
+
+    def _grid(self, picture: int) -> Grid | None:
+        return None if self.maps[picture] else self.spans[picture].grid
+
+    def _tokens(
+        self, index: int, pictures: list[int], rows: Tensor, columns: Tensor, hidden: Tensor, before: Decision | None
+    ) -> VisualTokens:
+        """What the compressor at layer `index` may look at, for pictures of equal grid."""
+        grid, needs = self._grid(pictures[0]), self.inside.at[index].needs
+        prefix = self.spans[pictures[0]].prefix if grid is not None else 0
+        optional: dict[str, Any] = {}
+        if needs:
+            after = self.queries[rows] > torch.stack([self.places[p][0] for p in pictures])[:, None]
+            optional["query_mask"] = self.query_mask[rows] & after
+        if Signal.TEXT_ATTENTION in needs:
+            picked = columns[:, None].expand(-1, self.queries.shape[1], -1)
+            optional["text_attention"] = self.attention[index - 1][rows].gather(2, picked)
+        if Signal.TEXT_FEATURES in needs:
+            optional["text_features"] = self.embeddings[rows[:, None], self.queries[rows].clamp(min=0)]
+            optional["llm_input"] = torch.stack([self.embeddings[self.spans[p].row, self.places[p]] for p in pictures])
+        features = hidden[rows[:, None], columns].detach()
+        return VisualTokens(features, grid, prefix, layer=index, passes_prefix=True, **optional)
+
+    # --- what travels along -----------------------------------------------------------------------------------
+
+    def _shorten_arguments(self, decision: Decision, hidden: Tensor, arguments: dict[str, Any]) -> None:
+        tables = decision.tables
+        given = arguments.get("attention_mask")
+        if tables.get("mask_given") is not given or "mask" not in tables:
+            flash = "flash" in (self.inside.adapter.llm_config._attn_implementation or "")
+            tables["mask_given"] = given
+            tables["mask"] = shrink_mask(given, decision.here, decision.keys, self.past, decision.padded, flash=flash)
+        arguments["attention_mask"] = tables["mask"]
+        if "positions" not in tables:
+            here = decision.here.clamp(min=0)
+            cos_sin = arguments["position_embeddings"]
+            tables["positions"] = tuple(
+                table.expand(self.batch, -1, -1).gather(1, here[..., None].expand(-1, -1, table.shape[-1]))
+                for table in cos_sin
+            )
+            ids = arguments.get("position_ids")
+            tables["ids"] = None if ids is None else ids.expand(self.batch, -1).gather(1, here)
+        arguments["position_embeddings"], arguments["position_ids"] = tables["positions"], tables["ids"]
+
+    def _question(self) -> tuple[Tensor, Int[Tensor, "batch queries"], Bool[Tensor, "batch queries"]]:
+        """Which tokens are text; the columns of the question's text behind each row's first picture; which are real.
+
+        Where no text follows the picture, the last question token alone, whatever it is.
+        """
+        device = self.real.device
+        is_text = self.real.clone()
+        first = torch.full((self.batch,), self.length, device=device)
+        for span, columns in zip(self.spans, self.places, strict=True):
+            is_text[span.row, columns] = False
+            first[span.row] = torch.minimum(first[span.row], columns[0])
+        column = torch.arange(self.length, device=device)
+        ends = torch.tensor(self.ends, device=device)
+        asks = is_text & (column > first[:, None]) & (column <= ends[:, None])
+        with_picture = first < self.length
+        asks |= (column == ends[:, None]) & (with_picture & ~asks.any(1))[:, None]
+        queries = _compact(asks, pad_right=False)
+        return is_text, queries, queries >= 0
+
+    def _attention(
+        self, index: int, layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]
+    ) -> Float[Tensor, "batch queries kept"]:
+        """The question's attention at layer `index` to the tokens of this forward, mean over heads."""
+        decision = self._latest(index)
+        here = torch.arange(self.length, device=hidden.device).expand(self.batch, -1)
+        keys = torch.arange(self.past + self.length, device=hidden.device).expand(self.batch, -1)
+        if decision is not None:
+            here, keys = decision.here, decision.keys
+        # Where the question's tokens stand now. Text is never dropped; a picture's last token may be: the one before.
+        slot = torch.arange(here.shape[1], device=here.device)
+        standing = (here >= 0)[:, None] & (here[:, None] <= self.queries.clamp(min=0)[..., None])
+        queries = torch.where(standing, slot, 0).amax(-1)
+        query, key = self.inside.adapter.queries_and_keys(layer, hidden, arguments["position_embeddings"], queries)
+        if self.past:
+            key = torch.cat([self.cache.layers[index].keys.to(key.device), key], dim=2)
+        mask = arguments.get("attention_mask")
+        if mask is None or mask.ndim == 2:
+            real = (keys >= 0) if mask is None else mask.bool()
+            column = _gather(here, queries) + self.past
+            allowed = real[:, None] & (keys[:, None] <= column[..., None])
+        else:
+            rows = mask.expand(self.batch, 1, -1, -1)[:, 0]
+            rows = rows.gather(1, queries[..., None].expand(-1, -1, rows.shape[-1]))
+            allowed = rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
+        rows = attention_rows(query, key, allowed, query.shape[-1] ** -0.5)
+        return rows[..., -hidden.shape[1] :]
+
+    @property
+    def _pad_right(self) -> bool:
+        return bool((~self.real[:, -1]).any())
+
+    def here(self) -> Int[Tensor, "batch kept"] | None:
+        """For each token behind the last layer its column in this forward, without the copies of rows."""
+        last = self._latest(len(self.inside.adapter.decoder_layers))
+        return None if last is None else last.here[:: self.copies]
+
+
+def extend(report: Report, steps: Sequence[Step]) -> Report:
+    """The report with what happened inside the LLM in one step, or in a step for each row in turn.
+
+    Behind one step, `source` follows to the tokens of the last layer.
+    """
+    maps = [own for step in steps for own in step.maps[:: step.copies]]
+    pictures = []
+    for picture, own_maps in zip(report.pictures, maps, strict=True):
+        by_layer, token_map = list(picture.by_layer), picture.token_map
+        for layer, own in own_maps:
+            by_layer[layer:] = [own.lengths[0]] * (len(by_layer) - layer)
+            token_map = token_map.then(own)
+        pictures.append(replace(picture, by_layer=tuple(by_layer), token_map=token_map))
+    source, here = report.source, steps[0].here()
+    if len(steps) == 1 and source is not None and here is not None:
+        source = _gather(source[:, -steps[0].length :], here)
+    return replace(report, pictures=pictures, source=source)
+
+
+def prompt_of(spans: list[Span], small: Mapping[str, Any]) -> Prompt | None:
+    """The prompt that goes into the LLM with `small`; `None` where it brings no pictures."""
+    if not spans:
+        return None
+    real = small["attention_mask"].bool()
+    last = (real.long() * torch.arange(1, real.shape[1] + 1, device=real.device)).argmax(1)
+    if (labels := small.get("labels")) is not None:
+        target = labels != -100
+        first = target.long().argmax(1) + real.shape[1] - labels.shape[1]
+        last = torch.where(target.any(1), first - 1, last).clamp(min=0)
+    return Prompt(spans, real, last.tolist())
+
+
+def check_place(adapter: ModelAdapter, compressors: Sequence[Compressor]) -> None:
+    """Raises `UserError` for compressors that have no place in this LLM."""
+    depth, config = len(adapter.decoder_layers), adapter.llm_config
+    kinds = getattr(config, "layer_types", None)
+    sliding = "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None)
+    if compressors and sliding:
+        raise UserError(SLIDING)
+    for compressor in compressors:
+        if compressor.positions == "contiguous":
+            raise UserError("inside the LLM tokens keep their positions: positions='contiguous' is not possible there")
+        if not compressor.layers:
+            raise UserError(f"{compressor.name()} inside the LLM needs a layer to act at")
+        for layer in compressor.layers:
+            if not 1 <= layer < depth:
+                raise UserError(
+                    f"layer={layer} is no place inside this LLM of {depth} layers: give 1 to {depth - 1};"
+                    f" before the LLM there are site={Site.PRE_PROJECTOR} and {Site.POST_PROJECTOR}"
+                )
+
+
+SLIDING = "this LLM has sliding-window layers, inside which tokens cannot be dropped yet; choose a site before the LLM"
+
+
+def _refuse_other_caches(cache: Any) -> None:
+    from transformers import DynamicCache
+    from transformers.cache_utils import DynamicLayer
+
+    if cache is None:
+        return
+    if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        raise UserError(
+            f"compressors inside the LLM need a DynamicCache of full-attention layers, not {type(cache).__name__}:"
+            " layers hold different numbers of tokens"
+        )
+
+
+def _merge_and_drop(hidden: Float[Tensor, "batch length dim"], decision: Decision | None) -> Tensor:
+    """Writes merged states at their anchors, and leaves the rest of each group out."""
+    if decision is None:
+        return hidden
+    for rows, columns, token_map in decision.merges:
+        merged = token_map.apply(hidden[rows[:, None], columns])
+        anchors = token_map.anchor_index()
+        picture, output = (anchors >= 0).nonzero(as_tuple=True)
+        place = (rows[picture], columns[picture, anchors[picture, output]])
+        hidden = hidden.index_put(place, merged[picture, output])
+    index = decision.source.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1])
+    return hidden.gather(1, index)
+
+
+def _compact(kept: Bool[Tensor, "batch length"], pad_right: bool) -> Int[Tensor, "batch kept"]:
+    """The columns of the kept tokens of each row in order, padded with -1 to the longest row."""
+    counts = kept.sum(1)
+    longest = int(counts.max()) if len(counts) else 0
+    front = (~kept).to(torch.uint8).argsort(dim=1, stable=True)[:, :longest]
+    slot = torch.arange(longest, device=kept.device).expand(len(kept), -1)
+    if not pad_right:
+        slot = slot - (longest - counts)[:, None]
+    valid = (slot >= 0) & (slot < counts[:, None])
+    return torch.where(valid, front.gather(1, slot.clamp(0, max(longest - 1, 0))), -1)
+
+
+def _follow(columns: list[Tensor], rows: list[int], source: Int[Tensor, "batch kept"], length: int) -> list[Tensor]:
+    """Where tokens stand after a decision that kept them all."""
+    place = torch.full((len(source), length + 1), -1, device=source.device)
+    slot = torch.arange(source.shape[1], device=source.device).expand_as(source)
+    place = place.scatter(1, torch.where(source < 0, length, source), slot)
+    return [place[row, own] for row, own in zip(rows, columns, strict=True)]
+
+
+def _gather(values: Int[Tensor, "batch length"], index: Int[Tensor, "batch kept"]) -> Int[Tensor, "batch kept"]:
+    return torch.where(index < 0, -1, values.expand(len(index), -1).gather(1, index.clamp(min=0)))

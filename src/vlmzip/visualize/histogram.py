@@ -1,0 +1,45 @@
+"""How the deviations of pictures lie around the threshold that was set from them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from vlmzip.errors import UserError
+
+BINS = 30
+
+
+def import_matplotlib() -> Any:
+    """Raises `UserError` where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("histograms need matplotlib: pip install 'vlmzip[eval]'") from None
+    return matplotlib
+
+
+def draw_deviations(deviations: Sequence[dict[int, float]], threshold: float, title: str) -> Image.Image:
+    """One outline for each factor: how many pictures have which deviation; those left of the line can be pooled."""
+    import_matplotlib()
+    from matplotlib.figure import Figure  # without pyplot: no window, no state that lasts
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    factors = sorted({factor for one in deviations for factor in one})
+    values = {factor: [one[factor] for one in deviations if factor in one] for factor in factors}
+    most = max([threshold, *(max(found) for found in values.values())], default=threshold)
+    for factor, found in values.items():
+        axes.hist(found, bins=BINS, range=(0, 1.05 * most), histtype="step", linewidth=1.5, label=f"factor {factor}")
+    axes.axvline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold:.4g}")
+    axes.set(xlabel="deviation inside windows", ylabel="pictures", title=f"{title}: {len(deviations)} pictures")
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")

@@ -1,0 +1,22 @@
+import pytest
+import torch
+from PIL import Image
+
+from vlmzip import Signal, Site, mini
+from vlmzip.mini.assets import shipped_assets
+from vlmzip.mini.drawing import draw
+from vlmzip.mini.scene import make_scene
+from vlmzip.mini.splits import VALIDATION
+from vlmzip.models import adapter_for
+
+
+@pytest.fixture(scope="session")
+def mini_tokens():
+    """The visual tokens of six of mini's validation pictures, two of each level."""
+    model, processor = mini.load()
+    pictures = [Image.fromarray(draw(make_scene(seed), shipped_assets("validation"))) for seed in VALIDATION[:6]]
+    pixels = processor.image_processor(pictures, return_tensors="pt")
+    needs = frozenset({Signal.CLS_ATTENTION, Signal.KEYS, Signal.PIXELS})
+    with torch.no_grad():
+        [(tokens, _)] = adapter_for(model).encode(pixels, Site.PRE_PROJECTOR, needs)
+    return tokens

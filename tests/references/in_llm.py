@@ -1,0 +1,79 @@
+"""Compressors inside the LLM, the naive way: one row, no cache, nothing is removed; dropped tokens are masked."""
+
+import torch
+
+
+def rotated(x, cos, sin):
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+
+def attention_of(layer, hidden, cos, sin, mask):
+    """The whole attention matrix of a layer, mean over heads: [length, length]."""
+    attention = layer.self_attn
+    x = layer.input_layernorm(hidden[None])[0]
+    query = attention.q_proj(x).unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
+    key = attention.k_proj(x).unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
+    query, key = rotated(query, cos, sin), rotated(key, cos, sin)
+    key = key.repeat_interleave(len(query) // len(key), 0)
+    return ((query @ key.transpose(1, 2)) * attention.head_dim**-0.5 + mask).softmax(-1).mean(0)
+
+
+@torch.no_grad()
+def logits_of(model, inputs, new_tokens, placeholder, pictures, rules, bidirectional=False):
+    """Logits of every position of one row's prompt followed by `new_tokens`, and which positions are left at the end.
+
+    `pictures`: for each picture its columns. `rules`: {layer: rule}, a rule being a function of the hidden states of
+    one picture's remaining tokens, of the question's attention to them (in the layer before) and of the picture's
+    number; it returns groups: lists of (index, weight), the first being the anchor.
+    """
+    seen = {}
+
+    def capture(_module, _args, kwargs):
+        seen.update(kwargs)
+
+    llm = model.model.language_model
+    handle = llm.register_forward_pre_hook(capture, with_kwargs=True)
+    model(**inputs)
+    handle.remove()
+    hidden, positions = seen["inputs_embeds"][0], seen["position_ids"]
+    prompt = len(hidden)
+    if positions is None:
+        positions = torch.arange(prompt)[None]
+    if len(new_tokens):
+        hidden = torch.cat([hidden, model.get_input_embeddings()(new_tokens) * embedding_scale(model, inputs, hidden)])
+        further = positions[..., -1:] + torch.arange(1, len(new_tokens) + 1)
+        positions = torch.cat([positions, further], -1)
+    cos, sin = (table[0] for table in llm.rotary_emb(hidden[None], position_ids=positions))
+    length = len(hidden)
+    allowed = torch.ones(length, length).tril().bool()
+    if bidirectional:
+        allowed[:prompt, :prompt] = True
+    alive = torch.ones(length, dtype=torch.bool)
+    places = [list(columns) for columns in pictures]
+    visual = {column for columns in pictures for column in columns}
+    attention = None
+    for number, layer in enumerate(llm.layers):
+        if number in rules:
+            hidden = hidden.clone()
+            for picture, columns in enumerate(places):
+                last = int(alive[:prompt].nonzero()[-1])
+                questions = [q for q in range(pictures[picture][0], prompt) if q not in visual]
+                groups = rules[number](hidden[columns], attention[questions or [last]][:, columns], picture)
+                states = {columns[g[0][0]]: sum(w * hidden[columns[i]] for i, w in g) for g in groups}
+                alive[columns] = False
+                for anchor, state in states.items():
+                    hidden[anchor], alive[anchor] = state, True
+                places[picture] = sorted(states)
+        mask = torch.zeros(length, length).masked_fill(~(allowed & (alive | torch.eye(length).bool())), -torch.inf)
+        attention = attention_of(layer, hidden, cos, sin, mask)
+        out = layer(hidden[None], attention_mask=mask[None, None], position_embeddings=(cos[None], sin[None]))
+        hidden = (out if isinstance(out, torch.Tensor) else out[0])[0]
+    return model.lm_head(llm.norm(hidden[None]))[0], alive
+
+
+def embedding_scale(model, inputs, hidden):
+    """Some families scale embeddings on the way into the LLM."""
+    text = (inputs["input_ids"][0] != model.config.image_token_id).nonzero()[-1]
+    plain = model.get_input_embeddings()(inputs["input_ids"][0, text])[0]
+    return (hidden[text][0] @ plain) / (plain @ plain)

@@ -1,0 +1,379 @@
+"""Compressors inside the LLM against the oracle: dropping is masking, merging is writing at the anchor's place."""
+
+import copy
+import pickle
+from dataclasses import dataclass
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import vlmzip
+from tests.references.in_llm import logits_of
+from tests.tiny import FAMILIES, IMAGE_TOKEN, tiny_llava
+from vlmzip import Chain, FastV, LLaVolta, RandomTokens, Site, TokenMap, UserError
+from vlmzip.compressor import Compressor
+from vlmzip.runtime.decoder_hooks import LayerHook, LLMHook
+
+ROWS = ([1, "image", 5, 6, 7], [1, "image", 4, "image", 5], [1, 2, 3, 4], ["image", 8], [1, 7, "image"])
+STEPS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaggedInside(Compressor):
+    """Averages neighbours in pairs, as many as the picture's tokens say, anchored at the second; drops the rest."""
+
+    sites = (Site.IN_LLM,)
+    site: Site = Site.IN_LLM
+    layer: int = 1
+
+    def assign(self, tokens):
+        features = tokens.features
+        count = pairs_of(features)
+        place = torch.arange(features.shape[1]).expand(len(count), -1)
+        group = torch.where(place < 2 * count[:, None], place // 2, -1)
+        return TokenMap.merge(group, anchor=(group >= 0) & (place % 2 == 1))
+
+
+def pairs_of(features):
+    return 1 + (features[..., :2] > 0).sum((-2, -1)) % max(features.shape[-2] // 2 - 1, 1)
+
+
+def fastv_rule(keep):
+    def rule(hidden, attention, _picture):
+        ranking = sorted(range(len(hidden)), key=lambda i: -float(attention[-1, i]))
+        return [[(i, 1.0)] for i in ranking[: max(1, int(keep * len(hidden) + 0.5))]]
+
+    return rule
+
+
+def pooling_rule(stride):
+    def rule(hidden, _attention, _picture):
+        runs = [list(range(start, start + stride)) for start in range(0, len(hidden) - stride + 1, stride)]
+        return [[(i, 1 / stride) for i in (run[(stride - 1) // 2], *(j for j in run if j != run[(stride - 1) // 2]))]
+                for run in runs]  # fmt: skip
+
+    return rule
+
+
+def ragged_rule(hidden, _attention, _picture):
+    return [[(2 * n + 1, 0.5), (2 * n, 0.5)] for n in range(int(pairs_of(hidden)))]
+
+
+def random_rule(keep, seed):
+    def rule(hidden, _attention, _picture):
+        order = torch.randperm(len(hidden), generator=torch.Generator().manual_seed(seed))
+        return [[(int(i), 1.0)] for i in order[: int(keep * len(hidden) + 0.5)]]
+
+    return rule
+
+
+CASES = {
+    "fastv": (FastV(keep=0.3, layer=2), {2: fastv_rule(0.3)}),
+    "fastv at 1": (FastV(keep=0.5, layer=1), {1: fastv_rule(0.5)}),
+    "llavolta": (LLaVolta(stride=5, layer=2), {2: pooling_rule(5)}),
+    "llavolta, layer-wise": (LLaVolta(stride=(2, 3), layer=(1, 3)), {1: pooling_rule(2), 3: pooling_rule(3)}),
+    "random_tokens": (RandomTokens(keep=0.25, site=Site.IN_LLM, layer=3, seed=7), {3: random_rule(0.25, 7)}),
+    "ragged merging": (RaggedInside(), {1: ragged_rule}),
+    "chain of two layers": (
+        Chain(compressors=(RaggedInside(layer=1), FastV(keep=0.5, layer=3))), {1: ragged_rule, 3: fastv_rule(0.5)},
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    return FAMILIES[request.param]()
+
+
+@pytest.fixture(params=CASES)
+def case(request):
+    return CASES[request.param]
+
+
+def alone(family, row):
+    first = sum(other.count("image") for other in ROWS[:row])
+    return family.batch(ROWS[row], first_picture=first), columns_of(family, row, first)
+
+
+def columns_of(family, row, first):
+    columns, at = [], 0
+    for part in ROWS[row]:
+        size = family.tokens(first + len(columns)) if part == "image" else 1
+        if part == "image":
+            columns.append(range(at, at + size))
+        at += size
+    return columns
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_every_row_of_a_ragged_batch_equals_masking(family, case, attention):
+    """Prefill logits and 16 decode steps with a KV cache, left-padded, against the full forward of each row alone."""
+    compressor, rules = case
+    family.model.set_attn_implementation(attention)
+    small = vlmzip.attach(family.model, compressor)
+    inputs = family.batch(*ROWS)
+    out = small.generate(
+        **inputs, max_new_tokens=STEPS + 1, min_new_tokens=STEPS + 1, do_sample=False,
+        output_logits=True, return_dict_in_generate=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        prefill = small(**inputs).logits
+    width = inputs["input_ids"].shape[1]
+    assert torch.equal(out.sequences[:, :width], inputs["input_ids"])
+    family.model.set_attn_implementation("eager")
+    for row in range(len(ROWS)):
+        one, pictures = alone(family, row)
+        new = out.sequences[row, width:-1]
+        expected, alive = logits_of(
+            family.model, one, new, IMAGE_TOKEN, pictures, rules, bidirectional=family.name == "paligemma"
+        )
+        got = torch.stack([step[row] for step in out.logits])
+        # A masked row of the reference still holds numbers of its own; only those that are left count.
+        left = expected[:-STEPS][alive[:-STEPS]]
+        # Where a prompt ends with a picture, the last of its tokens that is left begins the answer.
+        torch.testing.assert_close(got, torch.cat([left[-1:], expected[-STEPS:]]), atol=1e-5, rtol=0)
+        torch.testing.assert_close(prefill[row, -len(left) :], left, atol=1e-5, rtol=0)
+    family.model.set_attn_implementation("sdpa")
+    small.detach()
+
+
+def test_something_was_dropped(family, case):
+    """The oracle would hold for methods that do nothing."""
+    small = vlmzip.attach(family.model, case[0])
+    inputs = family.batch(*ROWS)
+    with torch.no_grad():
+        logits = small(**inputs).logits
+    report = small.report
+    assert logits.shape[1] == report.source.shape[1] < inputs["input_ids"].shape[1]
+    for picture in report.pictures:
+        first = min(case[0].layers)
+        assert picture.by_layer[:first] == (picture.before,) * first
+        assert picture.by_layer[-1] == picture.token_map.lengths[0] < picture.before
+        picture.token_map.check()
+    small.detach()
+
+
+def test_without_a_cache_and_padded_on_the_right(family, case):
+    small = vlmzip.attach(family.model, case[0])
+    with torch.no_grad():
+        left, right = family.batch(*ROWS), family.batch(*ROWS, pad="right")
+        logits = small(**left).logits
+        torch.testing.assert_close(small(**left, use_cache=False).logits, logits, atol=1e-5, rtol=0)
+        if family.name == "qwen2_5_vl" or family.name == "paligemma":
+            return  # padding on the right changes nothing more there
+        mirrored = small(**right).logits
+    source = small.report.source
+    for row in range(len(ROWS)):
+        count = int((source[row] >= 0).sum())
+        # Positions count padding on the left in `forward`, so only relative positions agree: enough for rotary ones.
+        torch.testing.assert_close(mirrored[row, :count], logits[row, -count:], atol=1e-5, rtol=0)
+    small.detach()
+
+
+def checkpoint(model):
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_loss_and_gradients(family, case, checkpointing):
+    """The loss is taken on the tokens left; checkpointing computes layers again and must decide nothing anew."""
+    compressor, _ = case
+    model = copy.deepcopy(family.model).train()
+    inputs = family.batch(*ROWS)
+    inputs["labels"] = torch.where(inputs["attention_mask"].bool(), inputs["input_ids"], -100)
+    inputs["labels"][inputs["labels"] == IMAGE_TOKEN] = -100
+    inputs["labels"][:, :-2] = -100
+    small = vlmzip.attach(model, compressor)
+    if checkpointing:
+        checkpoint(small)
+    out = small(**inputs)
+    out.loss.backward()
+    labels = torch.where(small.report.source < 0, -100, inputs["labels"].gather(1, small.report.source.clamp(min=0)))
+    expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+    torch.testing.assert_close(out.loss, expected)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert all(g.isfinite().all() for g in gradients.values())
+    vision = [g.abs().sum() for name, g in gradients.items() if "vision_tower" in name or "visual" in name]
+    assert sum(vision) > 0
+    if checkpointing:
+        return
+    again = vlmzip.attach(copy.deepcopy(family.model).train(), compressor)
+    checkpoint(again)
+    again(**inputs).loss.backward()
+    for name, parameter in again.inner.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True, "num_beams": 2}])
+def test_beams(family, case, how):
+    small = vlmzip.attach(family.model, case[0])
+    inputs = family.batch(*ROWS[:2])
+    width = inputs["input_ids"].shape[1]
+    torch.manual_seed(0)
+    together = small.generate(**inputs, max_new_tokens=5, min_new_tokens=5, **how)
+    if how.get("do_sample"):
+        assert len(together) == 4
+        assert torch.equal(together[:, :width], inputs["input_ids"].repeat_interleave(2, 0))
+        return
+    for row in range(2):
+        one, _ = alone(family, row)
+        single = small.generate(**one, max_new_tokens=5, min_new_tokens=5, **how)
+        assert torch.equal(together[row, width:], single[0, one["input_ids"].shape[1] :])
+    assert small.report.retention < 1
+
+
+def test_second_turn_on_one_cache_equals_a_fresh_run(family, case):
+    """Turn 2 brings a new picture; masks and caches of the layers behind K are as if the turns had been one."""
+    compressor, _ = case
+    if family.name == "paligemma":
+        pytest.skip("its first turn sees the prompt both ways, which one run over both turns would not")
+    needs_question = compressor.needs or any(stage.needs for stage in compressor.stages())
+    if needs_question:
+        pytest.skip("one run over both turns asks with the last question, two turns ask with each its own")
+    small = vlmzip.attach(family.model, compressor)
+    first, second = [1, "image", 5, 6], [7, "image", 8, 9]
+    cache, how = DynamicCache(), {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    answered = small.generate(**family.batch(first), past_key_values=cache, **how)
+    answer = answered[0, -4:].tolist()
+    new = family.batch(second, first_picture=1)
+    ids = torch.cat([answered, new["input_ids"]], 1)
+    together = {**family.batch([*first, *answer, *second])}
+    assert torch.equal(ids, together["input_ids"])
+    fresh = small.generate(**together, **how)
+    continued = small.generate(**{**together, "input_ids": ids}, past_key_values=cache, **how)
+    assert torch.equal(continued, fresh)
+
+
+def test_a_turn_without_pictures_sees_what_the_first_left(family, case):
+    small = vlmzip.attach(family.model, case[0])
+    cache, how = DynamicCache(), {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
+    inputs = family.batch(*ROWS)
+    answered = small.generate(**inputs, past_key_values=cache, **how)
+    held = [layer.keys.shape[2] for layer in cache.layers]
+    further = torch.cat([answered, torch.tensor([[11, 12]] * len(ROWS))], 1)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(len(ROWS), 5, dtype=torch.long)], 1)
+    out = small.generate(input_ids=further, attention_mask=mask, past_key_values=cache, **how)
+    assert [layer.keys.shape[2] - before for layer, before in zip(cache.layers, held, strict=True)] == [5] * len(held)
+    for row in range(len(ROWS)):
+        one, _ = alone(family, row)
+        own = DynamicCache()
+        before = small.generate(**one, past_key_values=own, **how)
+        again = small.generate(torch.cat([before, torch.tensor([[11, 12]])], 1), past_key_values=own, **how)
+        assert torch.equal(again[0, -3:], out[row, -3:])
+
+
+class TestHooks:
+    """Hooks stand on the model as long as a façade needs them, and no longer."""
+
+    def hooks(self, model):
+        return [h for m in model.modules() for h in m._forward_pre_hooks.values() if isinstance(h, LLMHook | LayerHook)]
+
+    def test_counted(self, llava):
+        one, two = vlmzip.attach(llava, FastV()), vlmzip.attach(llava, LLaVolta(layer=1))
+        assert len(self.hooks(llava)) == 5
+        one.detach()
+        one.detach()
+        assert len(self.hooks(llava)) == 5
+        two.detach()
+        assert not self.hooks(llava)
+
+    def test_go_with_the_facade(self, llava):
+        small = vlmzip.attach(llava, FastV())
+        assert self.hooks(llava)
+        del small
+        assert not self.hooks(llava)
+
+    def test_before_the_llm_there_are_none(self, llava):
+        small = vlmzip.attach(llava, vlmzip.VisionZip())
+        assert not self.hooks(llava)
+        small.detach()
+
+    def test_copies_have_their_own(self):
+        family = FAMILIES["llava"]()
+        small = vlmzip.attach(family.model, FastV(keep=0.3))
+        inputs = family.batch(*ROWS)
+        with torch.no_grad():
+            expected = small(**inputs).logits
+            for other in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+                assert len(self.hooks(other.inner)) == 5
+                assert torch.equal(other(**inputs).logits, expected)
+                assert not self.hooks(other.detach())
+        assert len(self.hooks(family.model)) == 5
+
+    def test_the_plain_model_beside_it_is_untouched(self):
+        family = FAMILIES["llava"]()
+        inputs = family.batch(*ROWS)
+        with torch.no_grad():
+            plain = family.model(**inputs).logits
+            small = vlmzip.attach(family.model, FastV(keep=0.3))
+            small(**inputs)
+            assert torch.equal(family.model(**inputs).logits, plain)
+        small.detach()
+
+
+@pytest.mark.parametrize(
+    ("compressor", "message"),
+    [
+        (FastV(layer=0), "no place inside this LLM of 4 layers: give 1 to 3"),
+        (FastV(layer=4), "give 1 to 3"),
+        (FastV(positions="contiguous"), "tokens keep their positions"),
+    ],
+)
+def test_compressors_without_a_place_are_refused(llava, compressor, message):
+    with pytest.raises(UserError, match=message):
+        vlmzip.attach(llava, compressor)
+
+
+def test_two_compressors_at_one_place_are_refused():
+    with pytest.raises(UserError, match="two compressors at layer 2"):
+        Chain(compressors=(FastV(layer=2), LLaVolta(layer=(1, 2), stride=2)))
+    with pytest.raises(UserError, match="two compressors at pre_projector"):
+        Chain(compressors=(vlmzip.VisionZip(), RandomTokens()))
+
+
+def test_sliding_windows_are_refused():
+    model = tiny_llava()
+    model.config.text_config.sliding_window = 8
+    with pytest.raises(UserError, match="sliding-window"):
+        vlmzip.attach(model, FastV())
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"cache_implementation": "static"}, {"prefill_chunk_size": 8}, {"prompt_lookup_num_tokens": 2}],
+    ids=lambda how: next(iter(how)),
+)
+def test_generate_refuses_what_would_be_wrong(how):
+    family = FAMILIES["llava"]()
+    small = vlmzip.attach(family.model, FastV())
+    with pytest.raises(UserError):
+        small.generate(**family.batch(ROWS[0]), max_new_tokens=4, **how)
+
+
+def test_two_rows_that_ask_differently_keep_different_tokens():
+    """The same picture, two questions: FastV follows the question."""
+    family = FAMILIES["llava"]()
+    small = vlmzip.attach(family.model, FastV(keep=6, layer=2))
+    inputs = family.batch([1, "image", 5, 6], [1, "image", 77, 31])
+    inputs["pixel_values"][1] = inputs["pixel_values"][0]
+    with torch.no_grad():
+        small(**inputs)
+    first, second = small.report.pictures
+    assert not torch.equal(first.token_map.group, second.token_map.group)
+
+
+def test_with_labels_the_question_ends_before_the_first_label():
+    family = FAMILIES["llava"]()
+    small = vlmzip.attach(family.model, FastV(keep=6, layer=2))
+    question, answered = family.batch([1, "image", 5, 6]), family.batch([1, "image", 5, 6, 44, 45])
+    labels = torch.full_like(answered["input_ids"], -100)
+    labels[:, -2:] = answered["input_ids"][:, -2:]
+    with torch.no_grad():
+        small(**question)
+        asked = small.report.pictures[0].token_map.group
+        small(**answered, labels=labels)
+        assert torch.equal(small.report.pictures[0].token_map.group, asked)
+        small(**answered)
+        assert not torch.equal(small.report.pictures[0].token_map.group, asked)
