@@ -107,6 +107,7 @@ class TestTables:
         assert re.search(r"bottom left +144 +100\.0% +1\.0x +1\.2\d+ G +1\.8\d+ MiB +\d+\.\d +\d+\.\d +\d+\.\d$", plain)
         assert re.search(r" 36 +25\.0% +4\.0x ", pooled)
         assert "ms, median of 1, " in out
+        assert "with what is selected inside it" in out
         assert "float32" in out
 
     @pytest.mark.parametrize("columns", [80, 100, 120])

@@ -104,7 +104,7 @@ class Comparison:
         machine = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
         return (
             f"ms, median of {self.repeats}, {machine}, {str(self.dtype).removeprefix('torch.')}, "
-            f"{threads} thread{'s' * (threads > 1)}; LLM: prefill and decoding of the answer"
+            f"{threads} thread{'s' * (threads > 1)}; LLM: prefill and decoding, with what is selected inside it"
         )
 
 
