@@ -107,6 +107,7 @@ class TestTables:
         assert re.search(r"bottom left +144 +100\.0% +1\.0x +1\.2\d+ G +1\.8\d+ MiB +\d+\.\d +\d+\.\d +\d+\.\d$", plain)
         assert re.search(r" 36 +25\.0% +4\.0x ", pooled)
         assert "ms, median of 1, " in out
+        assert "with what is selected inside it" in out
         assert "float32" in out
 
     @pytest.mark.parametrize("columns", [80, 100, 120])
@@ -261,6 +262,15 @@ class TestSheet:
         run(capsys, PICTURE, PICTURE, QUESTION, "--methods", "pool2d,visionzip", "--sheet", two, *QUICK)
         assert Image.open(two).width > 1.8 * Image.open(one).width
         assert Image.open(two).height > 1.5 * Image.open(one).height
+
+    def test_a_reader_that_stops_early_does_not_cost_the_files(self, capsys, tmp_path, monkeypatch):
+        def stop(*_):
+            raise UserError("nobody reads on")
+
+        monkeypatch.setattr("vlmzip.cli.compare._print_tables", stop)
+        files = [tmp_path / "sheet.png", tmp_path / "page.html"]
+        run(capsys, PICTURE, QUESTION, "--methods", "pool2d", "--sheet", files[0], "--html", files[1], *QUICK)
+        assert all(file.stat().st_size for file in files)
 
     def test_a_failed_write_leaves_nothing(self, capsys, tmp_path, monkeypatch):
         def fail(*_):

@@ -14,6 +14,7 @@ from vlmzip.errors import UserError
 from vlmzip.keep import parse_keep
 
 if TYPE_CHECKING:
+    from PIL import Image
     from rich.table import Table
 
     from vlmzip.cli.compare_output import Comparison
@@ -50,11 +51,10 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
 
 def run(args: Namespace) -> None:
     from vlmzip.cli.asking import build_inputs, seen_pictures, split_pictures_and_question
-    from vlmzip.cli.compare_output import Comparison, as_json, page, sheet
+    from vlmzip.cli.compare_output import Comparison
     from vlmzip.cli.comparing import candidates, compare
-    from vlmzip.cli.files import write_whole
     from vlmzip.cli.loading import load
-    from vlmzip.cli.pictures import load_picture, save_picture
+    from vlmzip.cli.pictures import load_picture
 
     paths, question = split_pictures_and_question(args.words, "compare")
     _check(args, paths)
@@ -66,17 +66,32 @@ def run(args: Namespace) -> None:
     rows = compare(loaded, inputs, methods, args.keep, repeats=args.repeats, max_new_tokens=args.max_new_tokens)
     device, dtype = loaded.model.device, loaded.model.dtype
     found = Comparison(rows, args.model, question, paths, args.keep, args.repeats, device, dtype)
-    if args.json:
-        files = {name: str(path) for name, path in (("sheet", args.sheet), ("html", args.html)) if path}
-        print(json.dumps(as_json(found) | files, indent=2))
-    else:
-        _print_tables(found)
-    seen = seen_pictures(loaded, inputs, paths)
-    if args.sheet:
-        save_picture(sheet(found, seen), args.sheet, paths)
-    if args.html:
+    try:
+        _write(found, seen_pictures(loaded, inputs, paths), args.sheet, args.html)
+    finally:  # a full disk must not cost the answers, nor a reader that stops early (`| head -5`) the files
+        _print(found, args)
+
+
+def _write(found: Comparison, seen: list[Image.Image], sheet_file: Path | None, html_file: Path | None) -> None:
+    from vlmzip.cli.compare_output import page, sheet
+    from vlmzip.cli.files import write_whole
+    from vlmzip.cli.pictures import save_picture
+
+    if sheet_file:
+        save_picture(sheet(found, seen), sheet_file, found.paths)
+    if html_file:
         text = page(found, seen)
-        write_whole(args.html, lambda name: Path(name).write_text(text, encoding="utf-8"))
+        write_whole(html_file, lambda name: Path(name).write_text(text, encoding="utf-8"))
+
+
+def _print(found: Comparison, args: Namespace) -> None:
+    from vlmzip.cli.compare_output import as_json
+
+    if not args.json:
+        _print_tables(found)
+        return
+    files = {name: str(path) for name, path in (("sheet", args.sheet), ("html", args.html)) if path}
+    print(json.dumps(as_json(found) | files, indent=2))
 
 
 def _check(args: Namespace, paths: list[str]) -> None:

@@ -104,7 +104,7 @@ class Comparison:
         machine = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
         return (
             f"ms, median of {self.repeats}, {machine}, {str(self.dtype).removeprefix('torch.')}, "
-            f"{threads} thread{'s' * (threads > 1)}; LLM: prefill and decoding of the answer"
+            f"{threads} thread{'s' * (threads > 1)}; LLM: prefill and decoding, with what is selected inside it"
         )
 
 
@@ -156,10 +156,10 @@ def sheet(found: Comparison, seen: list[Image.Image]) -> Image.Image:
             continue
         images = _images(row, row.first, seen)
         for number, (image, picture) in enumerate(zip(images, row.first.report.pictures, strict=True), 1):
-            which = f", picture {number}" if len(images) > 1 else ""
+            title = row.method + f", picture {number}" * (len(images) > 1) + " (answer differs)" * row.differs
             ratio = picture.before * len(picture.by_layer) / sum(picture.by_layer)
-            counts = f"{_counts(picture.by_layer)}, {ratio:.1f}x" + ", answer differs" * row.differs
-            panels.append(Panel(image, row.method + which, counts, printable(row.first.text), row.differs))
+            counts = _counts(ratio, picture.by_layer)
+            panels.append(Panel(image, title, counts, printable(row.first.text), row.differs))
     absent = [f"{row.method}: {printable(row.note)}" for row in found.rows if row.first is None]
     return contact_sheet(f"{found.title}   ({found.budget})", panels, absent, together=len(seen))
 
@@ -170,7 +170,7 @@ def page(found: Comparison, seen: list[Image.Image]) -> str:
     for row in found.rows:
         if row.first is not None:
             report = row.first.report
-            caption = f"{_counts(report.by_layer)}, {1 / report.retention:.1f}x"
+            caption = _counts(1 / report.retention, report.by_layer)
             cards.append(Card(row.method, found.answer(row), caption, row.differs, _images(row, row.first, seen)))
     facts = [found.budget, ", ".join(map(printable, found.paths)), f"vlmzip {__version__}"]
     rows = [(found.cells(row), row.differs) for row in found.rows]
@@ -182,8 +182,8 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
 
 
-def _counts(by_layer: list[int] | tuple[int, ...]) -> str:
-    return f"{compact(by_layer)} visual tokens"
+def _counts(ratio: float, by_layer: list[int] | tuple[int, ...]) -> str:
+    return f"{ratio:.1f}x, {compact(by_layer)} visual tokens"
 
 
 def _images(row: Row, first: Answer, seen: list[Image.Image]) -> list[Image.Image]:

@@ -41,16 +41,17 @@ p { margin: 0; }
   background: linear-gradient(to left, var(--card) 50%, transparent) right / 2.5rem 100% no-repeat local,
     linear-gradient(to left, var(--shade), transparent) right / 1rem 100% no-repeat scroll, var(--card); }
 table { border-collapse: collapse; width: 100%; font-size: .9375rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .45rem .75rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); }
+th, td { padding: .45rem .6rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); }
 thead th { border-top: 0; color: var(--soft); font-weight: 600; vertical-align: bottom; }
 th:first-child { position: sticky; left: 0; background: var(--card); text-align: left;
-  white-space: normal; overflow-wrap: anywhere; min-width: 7.5rem; }
-th:nth-child(2), td.answer { text-align: left; white-space: normal; min-width: 7rem; }
+  white-space: normal; overflow-wrap: anywhere; min-width: 8.25rem; }
+th:nth-child(2), td.answer { text-align: left; white-space: normal; min-width: 11rem; }
 .notes { margin: 0; padding: 0; list-style: none; }
 .notes li { margin: .25rem 0; }
 @media (min-width: 48rem) {
   body { padding: 2rem; }
-  th:first-child, thead th:nth-child(2) { min-width: 10rem; }
+  th:first-child { min-width: 10rem; }
+  th:nth-child(2), td.answer { min-width: 9rem; }
   .cards { grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1rem; }
 }
 """

@@ -59,7 +59,7 @@ def contact_sheet(title: str, panels: Sequence[Panel], notes: Sequence[str] = ()
     """
     across = min(max(ACROSS // together, 1) * together, len(panels))
     width = max(SIDE, *(panel.image.width for panel in panels))
-    height = max(panel.image.height for panel in panels) + 3 * LINE + MARGIN
+    height = max(panel.image.height + LINE * (2 + len(_answer(panel, width))) for panel in panels) + MARGIN
     down = -(-len(panels) // across)
     page_width = max(across * (width + MARGIN) + MARGIN, 2 * (SIDE + MARGIN) + MARGIN)
     inner = page_width - 2 * MARGIN
@@ -80,7 +80,14 @@ def _put(page: Image.Image, panel: Panel, at: tuple[int, int], width: int) -> No
     _write(page, (x, y), [_cut(panel.title, width, _font(16))], _font(16))
     _write(page, (x, y + LINE), [_cut(panel.counts, width, _font(14))], _font(14))
     colour = MARKED if panel.marked else INK
-    _write(page, (x, y + 2 * LINE), [_cut(f"“{panel.answer}”", width, _font(16))], _font(16), colour)
+    _write(page, (x, y + 2 * LINE), _answer(panel, width), _font(16), colour)
+
+
+def _answer(panel: Panel, width: int) -> list[str]:
+    """The answer on one line or two."""
+    font = _font(16)
+    first, *rest = _wrapped(f"“{panel.answer}”", width, font)
+    return [first, _cut(" ".join(rest), width, font)] if rest else [first]
 
 
 def _write(
