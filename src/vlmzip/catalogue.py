@@ -86,6 +86,9 @@ def read_field(name: str, value: Any, hint: Any) -> Any:
             return kind(value)
         if kind is bool and value.lower() in ("true", "false"):
             return value.lower() == "true"
+        if get_origin(kind) is tuple and "," in value:
+            with contextlib.suppress(ValueError):
+                return tuple(int(part) for part in value.split(","))
         if kind in (int, float):
             with contextlib.suppress(ValueError):
                 return kind(value)

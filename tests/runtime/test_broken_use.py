@@ -9,6 +9,7 @@ import vlmzip
 from tests.tiny import FAMILIES, IMAGE_TOKEN
 from vlmzip import UserError, VisionZip
 from vlmzip.compressor import Compressor
+from vlmzip.models import adapter_for
 
 ONE = [1, "image", 5]
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
@@ -169,14 +170,18 @@ def test_attach_inside_on(family, unchanged):
         assert inner(**inputs).logits.shape[1] == 6
 
 
-def test_a_site_the_model_has_not(unchanged):
+def test_a_site_the_model_has_not(unchanged, monkeypatch):
+    monkeypatch.setattr(type(adapter_for(unchanged)), "sites", (vlmzip.Site.PRE_PROJECTOR,))
+    with pytest.raises(UserError, match="has no site 'in_llm'"):
+        vlmzip.attach(unchanged, vlmzip.FastV())
+
+
+def test_a_method_inside_the_llm_without_a_layer(unchanged):
     class Inside(VisionZip):
         sites = (vlmzip.Site.IN_LLM,)
-        site = vlmzip.Site.IN_LLM
 
-    compressor = Inside(site=vlmzip.Site.IN_LLM)
-    with pytest.raises(UserError, match="has no site 'in_llm'"):
-        vlmzip.attach(unchanged, compressor)
+    with pytest.raises(UserError, match="needs a layer to act at"):
+        vlmzip.attach(unchanged, Inside(site=vlmzip.Site.IN_LLM))
 
 
 def test_many_pictures_leave_nothing_behind(family, unchanged):

@@ -73,6 +73,7 @@ def run(args: Namespace) -> None:
                 "path": path,
                 "before": p.before,
                 "after": p.after,
+                "by_layer": p.by_layer,
                 "detail_lost": p.detail_lost and round(p.detail_lost, 3),
             }
             for path, p in zip(paths, result.report.pictures, strict=True)
@@ -113,6 +114,11 @@ def _print_account(out: dict[str, Any]) -> None:
         ("KV cache", "kv_cache_bytes", show_bytes),
     ):
         table.add_row(name, f"{show(plain[key])} → {show(small[key])}", f"{plain[key] / small[key]:.1f}x")
+    last = sum(picture["by_layer"][-1] for picture in out["pictures"])
+    if last < small["visual_tokens"]:
+        table.add_row(
+            "at the last layer", f"{plain['visual_tokens']} → {last}", f"{plain['visual_tokens'] / last:.1f}x"
+        )
     for part, spent in small["milliseconds"].items():
         before = plain.get("milliseconds", {}).get(part)
         table.add_row(f"{part} ms", ("" if before is None else f"{before:.1f} → ") + f"{spent:.1f}")

@@ -98,7 +98,7 @@ def warn_about_detail(report: Report, paths: list[str]) -> None:
     for picture, path in zip(report.pictures, paths, strict=True):
         if (picture.detail_lost or 0) > WORRYING:
             console.print(
-                f"note: {picture.after} tokens leave out {picture.detail_lost:.0%} of the detail in {path};"
+                f"note: {picture.by_layer[-1]} tokens leave out {picture.detail_lost:.0%} of the detail in {path};"
                 " dense text and small print need more (--keep 50%)",
                 highlight=False,
                 markup=False,

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor, nn
 
 from vlmzip.compressor import Compressor
@@ -46,7 +47,8 @@ _latest: WeakKeyDictionary[CompressedModel, Report] = WeakKeyDictionary()
 def attach(model: nn.Module, compressor: Compressor) -> CompressedModel:
     """The same model, answering with fewer visual tokens.
 
-    Nothing on `model` is changed: it can be used beside the result, and in several of them with different compressors.
+    `model` answers as before: it can be used beside the result, and in several of them with different compressors. A
+    compressor inside the LLM puts hooks on its layers, which act in calls of the result alone; `detach` takes them off.
     Raises `UserError` for a model that vlmzip cannot compress, or a compressor that has no place in it.
     """
     return CompressedModel(model, compressor)
@@ -170,6 +172,8 @@ class CompressedModel(nn.Module):
             raise UserError("assisted decoding is not supported: the assistant would need the compressed prompt too")
         small, seen, inside = self._compress(kwargs, generating=True)
         self._refuse_wrong_chunks(small)
+        if repeating:
+            self._refuse_wrong_copies(small)
         self._refuse_inside(small, inside)
         if seen is None:
             return self.inner.generate(**small)
@@ -296,6 +300,15 @@ class CompressedModel(nn.Module):
             version = transformers.__version__
             raise UserError(
                 f"prefill_chunk_size with pictures gives wrong answers in transformers {version}; update it"
+            )
+
+    def _refuse_wrong_copies(self, small: CompressedInputs) -> None:
+        """Before 5.19 transformers gives the copies of a row the pictures of its neighbours, and no error."""
+        rows = [picture.row for picture in small.report.pictures]
+        if len(rows) != len(set(rows)) and Version(transformers.__version__) < Version("5.19"):
+            raise UserError(
+                "beams and several sequences of prompts with several pictures give wrong answers in transformers"
+                f" {transformers.__version__}; update it"
             )
 
     def _row_by_row(self, prompt: Tensor, small: CompressedInputs, inside: Inside | None) -> Tensor:
