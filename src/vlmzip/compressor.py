@@ -99,6 +99,8 @@ class Compressor(ABC):
 
         Raises `BudgetError` with the reason where the method has no such configuration.
         """
+        if isinstance(self, Calibratable):
+            raise self._content_decides()
         if "keep" not in self.field_names():
             raise BudgetError(f"{self.name()} has no budget to set")
         if self.layers:
@@ -139,8 +141,16 @@ class Compressor(ABC):
         """The retention ratio on a picture of the profile's grid, over all layers of the LLM."""
         counts = self.tokens_by_layer(profile)
         if counts is None:
-            raise BudgetError(f"what {self.name()} keeps depends on the picture")
+            raise self._content_decides()
         return sum(counts) / (profile.grid.size * profile.layers)
+
+    def _content_decides(self) -> BudgetError:
+        if not isinstance(self, Calibratable):
+            return BudgetError(f"what {self.name()} keeps depends on the picture")
+        return BudgetError(
+            f"what {self.name()} keeps depends on the pictures: set its threshold from pictures of yours with"
+            " `vlmzip calibrate`"
+        )
 
     def on(self, model: nn.Module) -> AbstractContextManager[Any]:
         """`with compressor.on(model) as small:` attaches for a block and leaves no trace."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NoReturn
+from typing import ClassVar, Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
-from vlmzip.compressor import Compressor, Profile
-from vlmzip.keep import Keep
-from vlmzip.methods.dfmr import DFMR, content_decides
+from vlmzip.compressor import Compressor
+from vlmzip.methods.dfmr import DFMR
 from vlmzip.methods.visionzip import VisionZip
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, VisualTokens
@@ -66,14 +65,6 @@ class AdaptiveVisionZip(Compressor):
 
     def token_count(self, grid: Grid) -> int | None:
         return self.chooser.token_count(grid)
-
-    def at_budget(self, keep: Keep, profile: Profile) -> NoReturn:
-        raise content_decides(self.name())
-
-    def reached(self, profile: Profile) -> float:
-        if self.token_count(profile.grid) is None:
-            raise content_decides(self.name())
-        return super().reached(profile)
 
     def assign(self, tokens: VisualTokens) -> TokenMap:
         choice = self.chooser.choose(tokens)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NoReturn
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import layer_norm, normalize, pad
 
-from vlmzip.compressor import BudgetError, Compressor, Profile, check_choice
+from vlmzip.compressor import Compressor, check_choice
 from vlmzip.errors import UserError
-from vlmzip.keep import Keep
 from vlmzip.methods.pool2d import window_of_each
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
@@ -69,14 +68,6 @@ class DFMR(Compressor):
     def token_count(self, grid: Grid) -> int | None:
         return grid.size if len(self.counts_by_factor(grid)) == 1 else None
 
-    def at_budget(self, keep: Keep, profile: Profile) -> NoReturn:
-        raise content_decides(self.name())
-
-    def reached(self, profile: Profile) -> float:
-        if self.token_count(profile.grid) is None:
-            raise content_decides(self.name())
-        return super().reached(profile)
-
     def deviations(self, tokens: VisualTokens) -> Float[Tensor, "batch factors"]:
         """The deviation of every factor beyond 1, ascending; in float32."""
         grid = tokens.grid
@@ -122,10 +113,3 @@ class DFMR(Compressor):
         inside = values.unflatten(3, (-1, side)).unflatten(2, (-1, side))
         by_window = inside.var(dim=(3, 5), correction=0).sqrt().mean(-1).flatten(1)
         return by_window.mean(1) if self.windows == "mean" else by_window.amax(1)
-
-
-def content_decides(name: str) -> BudgetError:
-    """What a method says that cannot keep a budget without seeing the pictures."""
-    return BudgetError(
-        f"what {name} keeps depends on the pictures: set its threshold from pictures of yours with `vlmzip calibrate`"
-    )

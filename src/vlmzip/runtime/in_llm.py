@@ -122,7 +122,7 @@ class Step:
         self.attention: dict[int, Float[Tensor, "batch queries kept"]] = {}
         """For each watched layer the attention of the question to the tokens of this forward."""
         if self.spans:
-            self.is_text, self.queries, self.query_mask = self._question()
+            self.queries, self.query_mask = self._question()
 
     # --- at a layer -------------------------------------------------------------------------------------------
 
@@ -241,8 +241,8 @@ class Step:
             tables["ids"] = None if ids is None else ids.expand(self.batch, -1).gather(1, here)
         arguments["position_embeddings"], arguments["position_ids"] = tables["positions"], tables["ids"]
 
-    def _question(self) -> tuple[Tensor, Int[Tensor, "batch queries"], Bool[Tensor, "batch queries"]]:
-        """Which tokens are text; the columns of the question's text behind each row's first picture; which are real.
+    def _question(self) -> tuple[Int[Tensor, "batch queries"], Bool[Tensor, "batch queries"]]:
+        """The columns of the question's text behind each row's first picture, and which are there.
 
         Where no text follows the picture, the last question token alone, whatever it is.
         """
@@ -258,7 +258,7 @@ class Step:
         with_picture = first < self.length
         asks |= (column == ends[:, None]) & (with_picture & ~asks.any(1))[:, None]
         queries = _compact(asks, pad_right=False)
-        return is_text, queries, queries >= 0
+        return queries, queries >= 0
 
     def _attention(
         self, index: int, layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]

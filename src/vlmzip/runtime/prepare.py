@@ -39,7 +39,7 @@ class CompressedInputs(dict[str, Any]):
 
     report: Report
     spans: list[Span]
-    """Where the pictures' tokens stand in the shortened prompt."""
+    """Where the pictures' tokens stand in the shortened prompt; only for compressors that go on inside the LLM."""
     smaller: Mapping[str, Any] | None = None
     """The inputs with smaller pictures in them, where the encoder saw such."""
 
@@ -95,7 +95,8 @@ def compress_inputs(
         out["position_ids"] = contiguous_positions(adapter, out, out["attention_mask"])[0]
     reports = [replace(picture.report, row=row) for picture, (row, _) in zip(pictures, places, strict=True)]
     out.report = Report(compressor, reports, source, watch)
-    out.spans = _spans(out["input_ids"], adapter.placeholder_id, reports)
+    goes_on = any(stage.site is Site.IN_LLM for stage in compressor.stages())
+    out.spans = _spans(out["input_ids"], adapter.placeholder_id, reports) if goes_on else []
     return out
 
 
