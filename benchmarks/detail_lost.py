@@ -10,11 +10,11 @@ three quarters of its accuracy without compression. Writes benchmarks/results/de
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 
 import vlmzip
 from vlmzip import NoCompression, Pool2d, RandomTokens, VisionZip
+from vlmzip.files import write_csv
 from vlmzip.mini import load
 from vlmzip.mini.evaluate import ModelAnswer, accuracy
 from vlmzip.mini.splits import validation_split
@@ -43,11 +43,7 @@ def main() -> None:
         lost = [picture.detail_lost for picture in small.report.pictures]
         answers += zip(lost, [record.right for record in records], strict=True)
     rows = table(answers, base)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(args.out, rows)
     for row in rows:
         print(f"{row['from']:.1f} to {row['to']:.1f} lost: reading {row['accuracy']:.3f} of {row['answers']} answers")
     print(f"without compression: {base:.3f} of {len(plain)}; threshold: {threshold(rows, base):.1f}")

@@ -14,19 +14,16 @@ Writes the mean deviation and the mean token count of every level to benchmarks/
 from __future__ import annotations
 
 import argparse
-import csv
-import platform
-import re
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 
 import torch
-import transformers
 from PIL import Image
 
 from vlmzip import DFMR, mini
+from vlmzip.files import write_csv
+from vlmzip.measure.machine import about
 from vlmzip.mini.assets import shipped_assets
 from vlmzip.mini.drawing import draw
 from vlmzip.mini.scene import make_scene
@@ -53,16 +50,6 @@ def after(found: Calibration, threshold: float) -> list[int]:
 
 def by_level(values: list[float], levels: list[str]) -> dict[str, float]:
     return {level: fmean(v for v, own in zip(values, levels, strict=True) if own == level) for level in LEVELS}
-
-
-def hardware() -> str:
-    cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return f"{cpu.group(1) if cpu else platform.machine()} {torch.get_num_threads()} threads"
-
-
-def commit() -> str:
-    out = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return out.stdout.strip() or "unknown"
 
 
 def rows_of(method: DFMR, model: torch.nn.Module, processor: object, splits: dict) -> list[dict[str, object]]:
@@ -98,18 +85,8 @@ def main() -> None:
     args = parser.parse_args()
     model, processor = mini.load()
     splits = {"test": pictures(TEST, "test"), "validation": pictures(VALIDATION, "validation")}
-    about = {
-        "device": hardware(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": commit(),
-    }
-    rows = [row | about for method in METHODS for row in rows_of(method, model, processor, splits)]
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    rows = [row | about() for method in METHODS for row in rows_of(method, model, processor, splits)]
+    write_csv(args.out, rows)
     for row in rows:
         words = f"{row['measure']} {row['normalize']} {row['windows']}"
         levels = "  ".join(f"{level} {row[f'tokens_{level}']:>5}" for level in LEVELS)

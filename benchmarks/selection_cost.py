@@ -15,14 +15,11 @@ Writes one row a variant to benchmarks/results/, the hardware and versions in th
 from __future__ import annotations
 
 import argparse
-import csv
 import os
-import platform
 import re
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,6 +28,10 @@ import transformers
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from vlmzip import Signal, Site, VisionZip
+from vlmzip.files import write_csv
+from vlmzip.measure.machine import commit, hardware
+from vlmzip.measure.memory import FRUGAL, peak_bytes
+from vlmzip.measure.timing import now
 from vlmzip.models import adapter_for
 
 VARIANTS = ("plain", "visionzip", "eager")
@@ -75,50 +76,10 @@ def variant(name: str, args: argparse.Namespace) -> Callable[[], dict[str, float
     return torch.inference_mode()(run)
 
 
-def now(device: str) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def peak_bytes(run: Callable[[], object], device: str) -> int:
-    """Memory that one run takes at its highest, beyond what is there before it."""
-    run()
-    if device.startswith("cuda"):
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark starts again from here
-    before = resident("VmRSS")
-    run()
-    return resident("VmHWM") - before
-
-
-def resident(field: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    found = re.search(rf"{field}:\s+(\d+) kB", status)
-    assert found, "no /proc/self/status as on Linux"
-    return 1024 * int(found.group(1))
-
-
 def memory_in_a_fresh_process(name: str, arguments: list[str]) -> int:
     """Peak memory without what other variants left in the allocator, which gives back at once what is freed."""
     command = [sys.executable, __file__, *arguments, "--memory-of", name]
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout)
-
-
-def hardware(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name()
-    cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return f"{cpu.group(1) if cpu else platform.machine()} {torch.get_num_threads()} threads"
-
-
-def commit() -> str:
-    out = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return out.stdout.strip() or "unknown"
+    return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | FRUGAL).stdout)
 
 
 def main() -> None:
@@ -173,12 +134,8 @@ def row(name: str, times: dict, memory: dict, args: argparse.Namespace) -> dict[
 def write(rows: list[dict[str, object]], args: argparse.Namespace) -> None:
     words = f"selection-cost {hardware(args.device)} torch{torch.__version__} transformers{transformers.__version__}"
     name = re.sub(r"[^A-Za-z0-9.+]+", "-", f"{words} {args.dtype} batch{args.batch}").strip("-")
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"{name}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path, rows)
     for line in rows:
         print(
             f"{line['variant']:<10} time {line['time_ratio']}x  selection {line['selection_over_encoder']} of it"

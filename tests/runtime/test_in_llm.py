@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import DynamicCache
 
 import vlmzip
 from tests.references.in_llm import logits_of
-from tests.tiny import FAMILIES, IMAGE_TOKEN, tiny_llava
+from tests.tiny import FAMILIES, IMAGE_TOKEN, batch, prompt, tiny_llava
 from vlmzip import Chain, FastV, LLaVolta, RandomTokens, Site, TokenMap, UserError
 from vlmzip.compressor import Compressor
 from vlmzip.runtime.decoder_hooks import LayerHook, LLMHook
@@ -366,6 +367,17 @@ def test_two_rows_that_ask_differently_keep_different_tokens():
         small(**inputs)
     first, second = small.report.pictures
     assert not torch.equal(first.token_map.group, second.token_map.group)
+
+
+def test_its_time_counts_as_selection():
+    class Slow(FastV):
+        def assign(self, tokens):
+            time.sleep(0.2)
+            return super().assign(tokens)
+
+    small = vlmzip.attach(tiny_llava(), Slow(keep=2, layer=2))
+    small(**batch(prompt(1, "image", 5), pictures=1))
+    assert small.report.milliseconds["selection"] >= 200
 
 
 def test_with_labels_the_question_ends_before_the_first_label():

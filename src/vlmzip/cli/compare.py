@@ -74,8 +74,8 @@ def run(args: Namespace) -> None:
 
 def _write(found: Comparison, seen: list[Image.Image], sheet_file: Path | None, html_file: Path | None) -> None:
     from vlmzip.cli.compare_output import page, sheet
-    from vlmzip.cli.files import write_whole
     from vlmzip.cli.pictures import save_picture
+    from vlmzip.files import write_whole
 
     if sheet_file:
         save_picture(sheet(found, seen), sheet_file, found.paths)
@@ -96,8 +96,8 @@ def _print(found: Comparison, args: Namespace) -> None:
 
 def _check(args: Namespace, paths: list[str]) -> None:
     """Raises `UserError` for what can be refused before anything slow happens."""
-    from vlmzip.cli.files import refuse_source
     from vlmzip.cli.pictures import check_target
+    from vlmzip.files import refuse_source
 
     parse_keep(args.keep)
     check_answer_length(args)

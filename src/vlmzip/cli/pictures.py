@@ -6,8 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from vlmzip.cli.files import refuse_source, write_whole
 from vlmzip.errors import UserError
+from vlmzip.files import refuse_source, write_whole
 from vlmzip.runtime.pictures import load_picture as load_picture
 
 

@@ -233,7 +233,8 @@ class CompressedModel(nn.Module):
             _reports()[self] = _latest[self] = small.report
         inside = None
         if compressors := _inside_the_llm(self.compressor):
-            inside = Inside(adapter, compressors, prompt_of(small.spans, small), before.keys if before else None)
+            keys = before.keys if before else None
+            inside = Inside(adapter, compressors, prompt_of(small.spans, small), small.report.stopwatch, keys)
         return small, seen, inside
 
     @torch.compiler.disable(recursive=False)  # what is around the LLM; its layers are compiled each for itself

@@ -8,6 +8,7 @@ keeps its full length: prompt, mask, and the cache of the layers before K, from 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,7 +22,7 @@ from vlmzip.models.adapter import ModelAdapter
 from vlmzip.models.recording import attention_rows
 from vlmzip.runtime.masks import shrink_mask
 from vlmzip.runtime.prepare import Span
-from vlmzip.runtime.report import Report
+from vlmzip.runtime.report import Report, Stopwatch
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
@@ -70,9 +71,10 @@ class Inside:
         adapter: ModelAdapter,
         compressors: Sequence[Compressor],
         prompt: Prompt | None,
+        watch: Stopwatch,
         keys: dict[int, Tensor] | None = None,
     ) -> None:
-        self.adapter = adapter
+        self.adapter, self.watch = adapter, watch
         self.at = {layer: compressor for compressor in compressors for layer in compressor.layers}
         self.watched = {layer - 1 for layer, c in self.at.items() if Signal.TEXT_ATTENTION in c.needs}
         self.prompt = prompt
@@ -85,7 +87,7 @@ class Inside:
         """The same for one row of the prompt alone."""
         prompt = None if self.prompt is None else self.prompt.row(row)
         keys = {layer: own[row : row + 1] for layer, own in self.keys.items()}
-        return Inside(self.adapter, list(dict.fromkeys(self.at.values())), prompt, keys)
+        return Inside(self.adapter, list(dict.fromkeys(self.at.values())), prompt, self.watch, keys)
 
     def step(self, embeddings: Float[Tensor, "batch length dim"], cache: Any) -> Step | None:
         """The state of one forward of the LLM, `None` where no layer has anything to do."""
@@ -132,16 +134,20 @@ class Step:
         """The hidden states for layer `index`; shortens mask and positions in `arguments` to match."""
         if index in self.inside.at:
             if index not in self.decided:  # a recomputation finds the decision of the first run
-                with torch.no_grad():
+                with torch.no_grad(), self._timed():
                     self.decided[index] = self._decide(index, hidden)
             hidden = _merge_and_drop(hidden, self.decided[index])
         decision = self._latest(index)
         if decision is not None:
             self._shorten_arguments(decision, hidden, arguments)
         if index in self.inside.watched and index + 1 not in self.decided and self.spans:
-            with torch.no_grad():
+            with torch.no_grad(), self._timed():
                 self.attention[index] = self._attention(index, layer, hidden, arguments)
         return hidden
+
+    def _timed(self) -> AbstractContextManager[None]:
+        """Selection is where pictures come in; what later steps do is to follow it."""
+        return self.inside.watch.time("selection") if self.spans else nullcontext()
 
     def _latest(self, index: int) -> Decision | None:
         layers = [layer for layer in self.decided if layer <= index]

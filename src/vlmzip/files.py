@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from vlmzip.errors import UserError
@@ -32,3 +33,15 @@ def write_whole(path: Path, write: Callable[[str], object]) -> None:
             Path(unfinished).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Writes a table: a column for each key of the first row, which every row has."""
+
+    def fill(name: str) -> None:
+        with Path(name).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    write_whole(path, fill)

@@ -1,0 +1,204 @@
+"""Every method on mini's test split, at three budgets: accuracy, what it costs, and which of the simplest it beats.
+
+    python benchmarks/methods_on_mini.py                  # all 3,414 questions
+    python benchmarks/methods_on_mini.py --limit 1026
+
+Budgets are average shares of the visual tokens over all layers of the LLM; where a method has no such setting, the
+table has no row. Methods whose threshold decides by content are calibrated on mini's validation pictures. Each
+configuration is appended to benchmarks/results/methods-on-mini.csv as soon as it is done; a second run goes on where
+the first was stopped. mini is a test-bed: what wins here need not win on a model of seven billion parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import nn
+
+import vlmzip
+from vlmzip import KMeans, LLaVolta, NoCompression, RandomTokens, Site, VisionZip, catalogue
+from vlmzip.compressor import BudgetError, Calibratable, Compressor, Profile
+from vlmzip.files import write_csv
+from vlmzip.measure.flops import prefill_flops
+from vlmzip.measure.machine import about
+from vlmzip.mini import load
+from vlmzip.mini.assets import shipped_assets
+from vlmzip.mini.drawing import draw
+from vlmzip.mini.evaluate import ModelAnswer, Record, by, share_right
+from vlmzip.mini.scene import make_scene
+from vlmzip.mini.splits import VALIDATION, test_split
+from vlmzip.models import adapter_for
+from vlmzip.runtime.calibration import Measured, measure, meet
+
+BUDGETS = ("50%", "25%", "11%")
+SIMPLEST = ("random_tokens", "pool2d", "downsample")
+#: Further settings of methods that are there with their defaults anyway.
+VARIANTS = [
+    VisionZip(merge="mean"),
+    RandomTokens(site=Site.IN_LLM, layer=1),
+    KMeans(site=Site.POST_PROJECTOR),
+    LLaVolta(layer=1),
+    LLaVolta(layer=-1),
+]
+BATCH = 57
+
+
+@cache
+def mini() -> tuple[nn.Module, Any]:
+    return load()
+
+
+def settings() -> Iterator[Compressor]:
+    """Every method with its defaults; before the LLM also with original positions."""
+    for cls in catalogue.available().values():
+        if cls is NoCompression or cls.trained_weights:
+            continue
+        method = catalogue.make(cls, {})
+        yield method
+        if not method.layers and method.default_positions is None:
+            yield replace(method, positions="original")
+    yield from VARIANTS
+
+
+def at_budget(
+    method: Compressor, budget: str, profile: Profile, measured: dict[Compressor, list[Measured]]
+) -> Compressor:
+    if not isinstance(method, Calibratable):
+        return method.at_budget(budget, profile)[0]
+    alike = replace(method, positions=None)  # positions change nothing about what is measured
+    if alike not in measured:
+        pictures = [Image.fromarray(draw(make_scene(seed), shipped_assets("validation"))) for seed in VALIDATION]
+        measured[alike] = measure(mini()[0], pictures, alike, processor=mini()[1])
+    return replace(meet(alike, measured[alike], budget).compressor, positions=method.positions)
+
+
+def ask(small: nn.Module, limit: int | None) -> tuple[list[Record], list[float], float, float]:
+    """Answers, visual tokens by layer (the mean picture's), milliseconds of selection a picture, seconds in all."""
+    answer, samples = ModelAnswer(small, mini()[1]), test_split(limit)
+    records, layers, milliseconds, start = [], [], 0.0, time.perf_counter()
+    for first in range(0, len(samples), BATCH):
+        some = samples[first : first + BATCH]
+        texts = answer([sample.image for sample in some], [sample.question for sample in some])
+        records += [
+            Record(s.picture, s.question, s.answer, t, s.type, s.level) for s, t in zip(some, texts, strict=True)
+        ]
+        layers.append(small.report.by_layer)
+        milliseconds += small.report.milliseconds["selection"]
+    mean = [sum(counts) / len(samples) for counts in zip(*layers, strict=True)]
+    return records, mean, milliseconds / len(samples), time.perf_counter() - start
+
+
+def row_of(budget: str, setting: str, method: Compressor, limit: int | None) -> dict[str, object]:
+    model, processor = mini()
+    small = vlmzip.attach(model, method)
+    records, tokens, milliseconds, seconds = ask(small, limit)
+    adapter, right = adapter_for(model), share_right(records)
+    text = len(processor.tokenizer("USER: \nwhat color is the ring ? ASSISTANT:").input_ids)
+    whole = adapter.profile().grid.size
+    flops = prefill_flops(adapter, [text + count for count in tokens])
+    return {
+        "budget": budget,
+        "method": method.name(),
+        "setting": setting,
+        "positions": positions_of(method),
+        "reached": f"{sum(tokens) / (len(tokens) * whole):.4f}",
+        "tokens_first_layer": f"{tokens[0]:.1f}",
+        "tokens_last_layer": f"{tokens[-1]:.1f}",
+        "prefill_flops_share": f"{flops / prefill_flops(adapter, text + whole):.4f}",
+        "selection_ms": f"{milliseconds:.3f}",
+        "accuracy": f"{100 * right:.2f}",
+        "standard_error": f"{100 * math.sqrt(right * (1 - right) / len(records)):.2f}",
+        **{f"type_{name}": f"{100 * share:.1f}" for name, share in by(records, "type").items()},
+        **{f"level_{name}": f"{100 * share:.1f}" for name, share in by(records, "level").items()},
+        "questions": len(records),
+        "seconds": f"{seconds:.0f}",
+        "right": "".join("01"[record.right] for record in records),
+        "compressor": str(method.to_dict()),
+        **about(),
+    }
+
+
+def setting_of(method: Compressor) -> str:
+    """What tells this method, not yet at a budget, from the same with its defaults; positions have a column."""
+    usual = catalogue.make(type(method), {})
+    names = [name for name in method.field_names() if name != "positions"]
+    told = [f"{name}={value}" for name in names if (value := getattr(method, name)) != getattr(usual, name)]
+    return " ".join(told)
+
+
+def positions_of(method: Compressor) -> str:
+    own = method.positions or method.stages()[0].default_positions or "contiguous"
+    return "original" if method.stages()[0].layers else own
+
+
+def markdown(rows: Sequence[dict[str, str]]) -> str:
+    """The table for the documents; the last column names the simplest methods, same budget, that are not beaten."""
+    lines = [
+        "| budget | method | setting | positions | reached | FLOPs | selection ms | accuracy | not ahead of |",
+        "| --- " * 9 + "|",
+    ]
+    for row in rows:
+        cells = [row["budget"], row["method"], row["setting"], row["positions"], f"{float(row['reached']):.1%}"]
+        cells += [f"{float(row['prefill_flops_share']):.1%}", row["selection_ms"]]
+        cells += [
+            f"{float(row['accuracy']):.1f} ± {float(row['standard_error']):.1f}",
+            ", ".join(not_beaten(row, rows)),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def not_beaten(row: dict[str, str], rows: Sequence[dict[str, str]]) -> list[str]:
+    """The simplest methods at the same budget, each with its better positions, that this one is not ahead of by two
+    standard errors of the paired difference."""
+    found = []
+    for name in SIMPLEST:
+        rivals = [r for r in rows if r["method"] == name and r["budget"] == row["budget"] and not r["setting"]]
+        if row["method"] == name or row["method"] == "no_compression" or not rivals:
+            continue
+        rival = max(rivals, key=lambda r: float(r["accuracy"]))
+        differences = [int(a) - int(b) for a, b in zip(row["right"], rival["right"], strict=True)]
+        mean = sum(differences) / len(differences)
+        error = math.sqrt(sum((d - mean) ** 2 for d in differences)) / len(differences)
+        if mean <= 2 * error:
+            found.append(name)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=int, help="ask only the first questions")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "methods-on-mini.csv")
+    args = parser.parse_args()
+    rows: list[dict[str, object]] = list(csv.DictReader(args.out.open())) if args.out.exists() else []
+    profile, measured = adapter_for(mini()[0]).profile(), {}
+    for budget, method in [("100%", NoCompression()), *((b, m) for b in BUDGETS for m in settings())]:
+        try:
+            chosen = method if budget == "100%" else at_budget(method, budget, profile, measured)
+        except BudgetError as error:
+            print(f"{budget:>5} {method.name():<18} — {error}")
+            continue
+        count = min(args.limit or 10**9, len(test_split()))
+        if any(
+            (row["compressor"], int(row["questions"])) == (str(chosen.to_dict()), count) and row["budget"] == budget
+            for row in rows
+        ):
+            continue
+        rows.append(row_of(budget, setting_of(method), chosen, args.limit))
+        write_csv(args.out, rows)
+        print(f"{budget:>5} {method.name():<18}{rows[-1]['positions']!s:<11} {rows[-1]['accuracy']} %", flush=True)
+    print(markdown([{key: str(value) for key, value in row.items()} for row in rows]))
+    print(f"written to {args.out}")
+
+
+if __name__ == "__main__":
+    main()

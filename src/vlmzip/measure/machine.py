@@ -1,0 +1,43 @@
+"""What a number was measured on: device, versions, commit."""
+
+from __future__ import annotations
+
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import torch
+import transformers
+
+from vlmzip.version import __version__
+
+
+def hardware(device: str | torch.device = "cpu") -> str:
+    """The GPU's name, or the CPU's and how many threads torch uses."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpus = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", cpus.read_text()) if cpus.exists() else None
+    threads = torch.get_num_threads()
+    return f"{model.group(1) if model else platform.machine()}, {threads} thread{'s'[: threads != 1]}"
+
+
+def commit() -> str:
+    """The commit of the sources that run, with `-dirty` if they were changed; the version where there is no git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        found = ""
+    return found or f"vlmzip {__version__}"
+
+
+def about(device: str | torch.device = "cpu") -> dict[str, str]:
+    """Columns that every row of a results file ends with."""
+    return {
+        "device": hardware(device),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": commit(),
+    }

@@ -1,0 +1,43 @@
+"""The memory that a run takes at its highest, beyond what is there before it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from vlmzip.errors import UserError
+
+#: For the environment of a process whose memory is measured on the CPU: its allocator gives back at once what is freed,
+#: so that what ran before is not taken for what runs now.
+FRUGAL = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+
+
+def peak_bytes(run: Callable[[], object], device: str | torch.device = "cpu") -> int:
+    """Peak of one run, after another that is not counted: what libraries set up at their first use is there to stay.
+
+    On a CPU this is the process's resident memory (Linux only): measure in a fresh process with `FRUGAL` set.
+    """
+    run()
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+        before = _resident("VmRSS")
+        run()
+        return max(_resident("VmHWM") - before, 0)
+    except OSError:
+        raise UserError("peak memory on a CPU is read from /proc, which only Linux has") from None
+
+
+def _resident(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if found is None:
+        raise OSError(f"/proc/self/status does not tell {field}")
+    return 1024 * int(found.group(1))
