@@ -74,13 +74,12 @@ class TokenMap:
         """The output tokens, zero-padded to the longest row. Sums run in at least float32; gradients flow to `x`."""
         batch, _, dim = x.shape
         wide = torch.promote_types(x.dtype, torch.float32)
-        # One extra slot at the end takes the dropped tokens, so that no row needs its own code path.
-        slot = torch.where(self.group >= 0, self.group, self.max_length)
-        out = torch.zeros(batch, self.max_length + 1, dim, dtype=wide, device=x.device)
-        # A dropped token is masked, not multiplied by 0: it may hold an infinity, and 0 times that is not 0.
-        weighted = (x.to(wide) * self.weight.to(wide)[..., None]).masked_fill((self.group < 0)[..., None], 0.0)
-        out = out.scatter_add(1, slot[..., None].expand_as(weighted), weighted)
-        return out[:, :-1].to(x.dtype)
+        # Only members are touched: dropped tokens may be many, or hold an infinity, which times 0 is not 0.
+        row, token = (self.group >= 0).nonzero(as_tuple=True)
+        weighted = x[row, token].to(wide) * self.weight[row, token].to(wide)[:, None]
+        place = row * self.max_length + self.group[row, token]
+        out = torch.zeros(batch * self.max_length, dim, dtype=wide, device=x.device).index_add(0, place, weighted)
+        return out.view(batch, self.max_length, dim).to(x.dtype)
 
     def anchor_index(self) -> Int[Tensor, "batch max_out"]:
         """For each output token the index of its anchor among the input tokens; -1 beyond a row's length."""
