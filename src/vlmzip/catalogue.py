@@ -73,7 +73,7 @@ def from_dict(content: Mapping[str, Any], find: Callable[[str], type[Compressor]
 def read_field(name: str, value: Any, hint: Any) -> Any:
     """A value for a field of type `hint`: text is read as a number, truth value or enum member where the type asks."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    if not isinstance(value, str) or str in kinds:
+    if not isinstance(value, str):
         return value
     if value.lower() == "none" and NoneType in kinds:
         return None
@@ -92,6 +92,8 @@ def read_field(name: str, value: Any, hint: Any) -> Any:
         if kind in (int, float):
             with contextlib.suppress(ValueError):
                 return kind(value)
+    if str in kinds:
+        return value
     expected = " or ".join(kind.__name__ for kind in kinds if kind is not NoneType)
     raise UserError(f"{name}={value!r} cannot be read as {expected}")
 

@@ -171,14 +171,14 @@ class TestRowsThatCannotBe:
         _, out, _ = run(capsys, PICTURE, QUESTION, "--methods", odd("ByPicture"), "--json", *QUICK)
         row = rows_of(out)["odd_methods:ByPicture"]
         assert row["retention"] == pytest.approx(29 / 144)
-        assert row["note"].startswith("not at this budget, but with its default settings: ")
+        assert row["note"].startswith("not at this budget, but as it is set: ")
 
     @pytest.mark.parametrize(("cls", "reason"), [(ByPicture, "no budget to set"), (Untrained, "have to be trained")])
     def test_and_not_when_all_methods_are_compared(self, cls, reason):
         profile = Profile(Grid(1, 12, 12), 6)
         with pytest.raises(UserError, match=reason):
-            configure(Candidate("it", cls, named=False), "25%", profile)
-        assert isinstance(configure(Candidate("it", cls, named=True), "25%", profile)[0], cls)
+            configure(Candidate("it", cls(), named=False), "25%", profile)
+        assert isinstance(configure(Candidate("it", cls(), named=True), "25%", profile)[0], cls)
 
     def test_a_model_without_a_site_says_so_in_a_footnote(self, capsys, odd, monkeypatch):
         monkeypatch.setattr("vlmzip.models.llava.Llava.sites", (Site.PRE_PROJECTOR,))

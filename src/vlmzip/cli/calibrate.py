@@ -8,8 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmzip import catalogue
-from vlmzip.cli.options import add_method, add_model, settings
+from vlmzip import catalogue, spec
+from vlmzip.cli.options import add_method, add_model, settings, without_budget
 from vlmzip.compressor import Calibratable, Compressor
 from vlmzip.errors import UserError
 from vlmzip.keep import parse_keep
@@ -69,7 +69,7 @@ def _compressor(args: Namespace) -> Compressor:
     if args.keep is None:
         raise UserError("calibrate needs a budget: --keep 64, --keep 0.25 or --keep 25%")
     parse_keep(args.keep)
-    compressor = catalogue.make(catalogue.find(args.method), settings(args))
+    compressor = without_budget(args)
     if not isinstance(compressor, Calibratable):
         able = [name for name, cls in catalogue.available().items() if hasattr(cls, "threshold")]
         raise UserError(f"{compressor.name()} has no threshold to calibrate; these methods have: {', '.join(able)}")
@@ -115,8 +115,6 @@ def _print(out: dict[str, Any], found: Calibration, threshold: float, args: Name
         for factor, pictures in out["by_factor"].items()
     ]
     print_table(["factor", "pictures", "visual tokens"], rows)
-    fields = {**settings(args), name: threshold}
-    options = " ".join(f"--{field.replace('_', '-')} {value}" for field, value in fields.items())
-    print(f"\nuse it: vlmzip ask IMAGE QUESTION --method {args.method} {options}")
+    print(f'\nuse it: vlmzip ask IMAGE QUESTION --method "{spec.write(found.compressor)}"')
     if "histogram" in out:
         print(f"deviations drawn in {out['histogram']}")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlmzip import spec
 from vlmzip.cli.options import add_answer_length, add_model, check_answer_length
 from vlmzip.compressor import A_NINTH
 from vlmzip.errors import UserError
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 HELP = "ask one question with every method at one budget, and show the answers side by side"
 EXAMPLES = """  vlmzip compare examples/cluttered.png "what color is the ring ?" --keep 25%
-  vlmzip compare photo.jpg "What is on the table?" --methods visionzip,pool2d --sheet tokens.png
+  vlmzip compare photo.jpg "What is on the table?" --methods "visionzip(merge=mean),pool2d+fastv" --sheet tokens.png
   vlmzip compare a.png b.png "What differs?" --keep 64 --html page.html --model llava-hf/llava-1.5-7b-hf"""
 
 #: Characters; where a terminal or pipe has fewer, what came out and what it cost get a table each.
@@ -34,9 +35,7 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
         "words", nargs="+", metavar="IMAGE… QUESTION", help="one or several pictures, then the question"
     )
     add_model(parser)
-    parser.add_argument(
-        "--methods", metavar="A,B,…", help="names from `vlmzip methods`, or package.module:Class; default: all"
-    )
+    parser.add_argument("--methods", metavar="A,B,…", help=f"separated by commas, each {spec.FORMS}; default: all")
     parser.add_argument(
         "--keep", default=A_NINTH, help="visual tokens to keep per picture: 64, 0.25 or 25%%; default: a ninth"
     )

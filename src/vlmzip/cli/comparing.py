@@ -8,7 +8,7 @@ from itertools import groupby
 from statistics import median
 from typing import Any
 
-from vlmzip import catalogue
+from vlmzip import catalogue, spec
 from vlmzip.cli.asking import Answer, answer, compressed
 from vlmzip.cli.loading import Loaded, progress
 from vlmzip.compressor import BudgetError, Compressor, Profile
@@ -25,7 +25,9 @@ class Candidate:
     """A method that is to be compared."""
 
     name: str
-    cls: type[Compressor]
+    """As it was written."""
+    method: Compressor | None
+    """`None` where its class cannot be made without settings."""
     named: bool
     """Whether the user asked for it; else it is there because all are."""
 
@@ -57,14 +59,14 @@ class Row:
         self.note, self.first, self.small, self.differs = _reason(error), None, None, False
 
 
-def candidates(names: str | None) -> list[Candidate]:
-    """The methods of a list with commas, in its order, or all. Raises `UserError` for a name that there is none of."""
-    if names is None:
-        return [Candidate(name, cls, False) for name, cls in catalogue.available().items() if name != PLAIN]
-    asked = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+def candidates(text: str | None) -> list[Candidate]:
+    """The methods of a list with commas, in its order, or all. Raises `UserError` for one that there is not."""
+    if text is None:
+        return [Candidate(name, _usual(cls), False) for name, cls in catalogue.available().items() if name != PLAIN]
+    asked = spec.read_several(text)
     if not asked:
-        raise UserError("--methods names no method; separate names with commas: --methods visionzip,pool2d")
-    return [Candidate(name, catalogue.find(name), True) for name in asked if name != PLAIN]
+        raise UserError("--methods names no method; separate them with commas: --methods visionzip,pool2d")
+    return [Candidate(name, method, True) for name, method in asked if name != PLAIN]
 
 
 def compare(
@@ -105,15 +107,24 @@ def picture_profile(loaded: Loaded, plain: Answer) -> Profile:
 
 def configure(candidate: Candidate, keep: Keep, profile: Profile) -> tuple[Compressor, str]:
     """The method at the budget, and what to say about it. Raises `UserError` with the reason where it cannot run."""
-    if candidate.cls.trained_weights and not candidate.named:
+    method = candidate.method
+    if method is None:
+        raise UserError("left out: it needs settings; name it in --methods with them: name(field=value)")
+    if method.trained_weights and not candidate.named:
         raise UserError("left out: its weights have to be trained first; name it in --methods to run it all the same")
-    method = catalogue.make(candidate.cls, {})
     try:
         return method.at_budget(keep, profile)[0], ""
     except BudgetError as error:
         if not candidate.named or method.tokens_by_layer(profile) is not None:
             raise
-        return method, f"not at this budget, but with its default settings: {error}"
+        return method, f"not at this budget, but as it is set: {error}"
+
+
+def _usual(cls: type[Compressor]) -> Compressor | None:
+    try:
+        return catalogue.make(cls, {})
+    except UserError:
+        return None
 
 
 def compact(counts: Iterable[int]) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from typing import Any
 
-from vlmzip import catalogue
+from vlmzip import catalogue, spec
 from vlmzip.compressor import Compressor, Profile
 from vlmzip.errors import UserError
 from vlmzip.keep import parse_keep
@@ -37,16 +38,18 @@ def check_answer_length(args: Namespace) -> None:
 
 
 def add_method(parser: ArgumentParser, arguments: list[str], default: str = DEFAULT_METHOD) -> None:
-    """`--method`, `--keep`, and every field of the method that `arguments` choose."""
+    """`--method`, `--keep`, and every field of the method that `arguments` choose, if it is given by name alone."""
     parser.add_argument(
         "--method",
         default=default,
-        help="a name from `vlmzip methods`, or package.module:Class; default: %(default)s",
+        help=f"{spec.FORMS}; default: %(default)s",
     )
     parser.add_argument("--keep", help="visual tokens to keep per picture: 64, 0.25 or 25%%")
     first = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--method", nargs="?", default=default)
     chosen = first.parse_known_args(arguments)[0].method or default
+    if not spec.is_name(chosen):
+        return
     cls = catalogue.find(chosen)
     fields = parser.add_argument_group(f"fields of {cls.name()}")
     for field in catalogue.describe(cls):
@@ -71,7 +74,7 @@ def check_method(args: Namespace) -> None:
     """Raises `UserError` for wrong fields, before anything slow happens."""
     if args.keep is not None:
         parse_keep(args.keep)
-    method = _without_budget(args)
+    method = without_budget(args)
     takes_keep = "keep" in method.field_names()
     if args.keep is not None and not takes_keep and set(settings(args)) - {"site", "positions"}:
         raise UserError(f"give --keep, or the fields of {method.name()}, not both")
@@ -79,13 +82,18 @@ def check_method(args: Namespace) -> None:
 
 def make_method(args: Namespace, profile: Profile) -> Compressor:
     """The compressor that the options ask for; where the method has no `keep`, its nearest configuration."""
-    method = _without_budget(args)
+    method = without_budget(args)
     if args.keep is None or "keep" in method.field_names():
         return method
     return method.at_budget(args.keep, profile)[0]
 
 
-def _without_budget(args: Namespace) -> Compressor:
+def without_budget(args: Namespace) -> Compressor:
+    """The compressor that the options ask for; `--keep` counts only where the method has such a field."""
+    if not spec.is_name(args.method):
+        method = spec.read(args.method)
+        takes_keep = args.keep is not None and "keep" in method.field_names()
+        return dataclasses.replace(method, keep=args.keep) if takes_keep else method  # type: ignore[call-arg]
     cls = catalogue.find(args.method)
     given = settings(args)
     if args.keep is not None and "keep" in cls.field_names():

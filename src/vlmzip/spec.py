@@ -1,0 +1,86 @@
+"""What people write for a compressor, in one line: a name, settings, several methods, or a saved file."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from vlmzip import catalogue
+from vlmzip.compressor import Compressor
+from vlmzip.errors import UserError
+from vlmzip.methods import Chain
+
+#: For help texts.
+FORMS = 'a name from `vlmzip methods`, "visionzip(merge=mean)", "dfmr+fastv(layer=8)" or a saved compressor.json'
+
+_STAGE = re.compile(r"\s*([^()+]+?)\s*(?:\(([^()]*)\))?\s*")
+_BETWEEN_FIELDS = re.compile(r",(?=\s*[A-Za-z_]\w*\s*=)")  # values may have commas themselves: stride=2,4
+
+
+def read(text: str) -> Compressor:
+    """The compressor that `text` asks for.
+
+    `NAME` or `package.module:Class`, each with settings in brackets if you like; several joined by `+` become a
+    `Chain`; a path names a saved `compressor.json`, or the folder that holds one. Raises `UserError` for anything else.
+    """
+    if is_saved(text):
+        from vlmzip.runtime.saving import FILE, read_compressor
+
+        path = Path(text)
+        if path.is_file() and path.name != FILE:
+            raise UserError(f"{text!r} is no {FILE}; save_pretrained writes such files")
+        return read_compressor(path.parent if path.is_file() else path)
+    stages = [_stage(part, text) for part in text.split("+")]
+    return stages[0] if len(stages) == 1 else Chain(compressors=tuple(stages))
+
+
+def read_several(text: str) -> list[tuple[str, Compressor]]:
+    """Compressors separated by commas, each with what was written for it; brackets hold commas of their own."""
+    parts = [part.strip() for part in re.split(r",(?![^()]*\))", text)]
+    return [(part, read(part)) for part in dict.fromkeys(parts) if part]
+
+
+def is_name(text: str) -> bool:
+    """Whether this is one method without settings, which options of their own can add."""
+    return not is_saved(text) and not set("+()") & set(text)
+
+
+def is_saved(text: str) -> bool:
+    """Whether this can only be a path."""
+    return text.endswith(".json") or "/" in text or Path(text).is_dir()
+
+
+def write(compressor: Compressor) -> str:
+    """The shortest text from which `read` makes `compressor` again."""
+    stages = compressor.stages() if isinstance(compressor, Chain) else (compressor,)
+    return "+".join(map(_written, stages))
+
+
+def _written(compressor: Compressor) -> str:
+    usual = catalogue.make(type(compressor), {})
+    told = []
+    for name in compressor.field_names():
+        value = getattr(compressor, name)
+        if value != getattr(usual, name):
+            told.append(f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
+    method = str(compressor.to_dict()["method"])
+    return f"{method}({','.join(told)})" if told else method
+
+
+def _stage(part: str, whole: str) -> Compressor:
+    match = _STAGE.fullmatch(part)
+    if match is None:
+        raise UserError(f"{whole!r} cannot be read as a method; write {FORMS}")
+    name, inside = match.groups()
+    settings: dict[str, Any] = {}
+    for field in _BETWEEN_FIELDS.split(inside or ""):
+        if not field.strip():
+            continue
+        key, equals, value = field.partition("=")
+        if not equals:
+            raise UserError(f"{field.strip()!r} in {whole!r} is no setting; write field=value")
+        if key.strip() in settings:
+            raise UserError(f"{whole!r} sets {key.strip()} twice")
+        settings[key.strip()] = value.strip()
+    return catalogue.make(catalogue.find(name), settings)

@@ -1,0 +1,65 @@
+"""Compressors as people write them in one line."""
+
+import pytest
+
+from vlmzip import Chain, FastV, LLaVolta, Pool2d, RandomTokens, Site, UserError, VisionZip, spec
+from vlmzip.runtime.saving import write_compressor
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("visionzip", VisionZip()),
+        ("visionzip()", VisionZip()),
+        (" visionzip( keep = 64 , merge=mean ) ", VisionZip(keep=64, merge="mean")),
+        ("visionzip(dominant=54,contextual=10)", VisionZip(dominant=54, contextual=10)),
+        ("llavolta(stride=2,4,layer=1,3)", LLaVolta(stride=(2, 4), layer=(1, 3))),
+        ("pool2d(factor=2)+fastv(layer=8)", Chain(compressors=(Pool2d(factor=2), FastV(layer=8)))),
+        ("vlmzip.methods.fastv:FastV(keep=25%)", FastV(keep="25%")),
+        ("random_tokens(site=in_llm,layer=3)", RandomTokens(site=Site.IN_LLM, layer=3)),
+    ],
+)
+def test_reading(text, expected):
+    assert spec.read(text) == expected
+
+
+def test_a_saved_compressor_by_folder_or_file(tmp_path):
+    write_compressor(VisionZip(keep=7), tmp_path)
+    assert spec.read(str(tmp_path)) == spec.read(str(tmp_path / "compressor.json")) == VisionZip(keep=7)
+
+
+def test_several():
+    found = spec.read_several("visionzip(keep=64,merge=mean), fastv ,,llavolta(stride=2,4,layer=1,3)+pool2d,fastv")
+    assert [text for text, _ in found] == [
+        "visionzip(keep=64,merge=mean)", "fastv", "llavolta(stride=2,4,layer=1,3)+pool2d"
+    ]  # fmt: skip
+    assert found[1][1] == FastV()
+
+
+@pytest.mark.parametrize(
+    "compressor",
+    [VisionZip(), VisionZip(keep=0.25, merge="mean", positions="original"), FastV(keep="30%", layer=3)]
+    + [LLaVolta(stride=(2, 4), layer=(1, 3)), Chain(compressors=(Pool2d(factor=2), FastV(layer=8)))]
+    + [LLaVolta(layer=-1), Chain(compressors=(Pool2d(positions="original"), FastV()))],
+)
+def test_writing_is_read_again(compressor):
+    assert spec.read(spec.write(compressor)) == compressor
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("visionzap", "there is no method 'visionzap'; did you mean 'visionzip'"),
+        ("visionzip(kep=64)", "has no field 'kep'"),
+        ("visionzip(64)", "'64' in .* is no setting; write field=value"),
+        ("visionzip(keep=1,keep=2)", "sets keep twice"),
+        ("visionzip(keep=64", "cannot be read as a method"),
+        ("visionzip+", "cannot be read as a method"),
+        ("fastv(layer=2)+fastv(layer=2)", "two compressors at layer 2"),
+        ("no/such/folder", "there is no compressor.json"),
+        ("setup.json", "compressor.json"),
+    ],
+)
+def test_what_cannot_be_read(text, message):
+    with pytest.raises(UserError, match=message):
+        spec.read(text)
