@@ -14,6 +14,7 @@ CHECKED = [
     "runtime.prepare",
     "runtime.report",
     "runtime.pixels",
+    "runtime.resample",
     "runtime.detail",
     "runtime.turns",
     "measure",

@@ -4,7 +4,8 @@ from vlmzip.catalogue import available
 from vlmzip.compressor import BudgetError, Compressor, Profile
 from vlmzip.errors import UserError
 from vlmzip.keep import Keep
-from vlmzip.methods import Downsample, NoCompression, Pool2d, RandomTokens, VisionZip
+from vlmzip.methods import Downsample, NoCompression, Pool2d, QFormer, RandomTokens, VisionZip
+from vlmzip.resampler import Resampler
 from vlmzip.runtime.facade import CompressedModel, attach
 from vlmzip.runtime.prepare import compress_inputs
 from vlmzip.runtime.report import Report
@@ -23,8 +24,10 @@ __all__ = [
     "NoCompression",
     "Pool2d",
     "Profile",
+    "QFormer",
     "RandomTokens",
     "Report",
+    "Resampler",
     "Signal",
     "Site",
     "TokenMap",

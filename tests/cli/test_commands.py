@@ -181,3 +181,34 @@ def test_mistakes_get_one_line_and_exit_code_2(capsys, checkpoint, picture, tmp_
     assert err.startswith("vlmzip: ")
     assert out == ""
     assert not [p for p in tmp_path.iterdir() if p.is_file()]
+
+
+def test_ask_with_fewer_pixels_has_no_detail_to_tell_of(capsys, checkpoint, picture, tmp_path):
+    arguments = ["--method", "downsample", "--keep", "9", "--json", "--overlay", str(tmp_path / "tokens.png")]
+    code, out, err = run(capsys, "ask", picture, "w4", "--model", checkpoint, "--max-new-tokens", "2", *arguments)
+    assert code == 0
+    assert json.loads(out)["pictures"] == [{"path": picture, "before": 36, "after": 9, "detail_lost": None}]
+    assert "leave out" not in err
+    assert (tmp_path / "tokens.png").exists()
+
+
+QFORMER = ["--method", "qformer", "--queries", "4", "--depth", "1", "--width", "8", "--heads", "2"]
+
+
+def test_ask_with_a_resampler_says_that_it_is_untrained(capsys, checkpoint, picture):
+    code, out, err = run(
+        capsys, "ask", picture, "w4", "--model", checkpoint, "--json", "--max-new-tokens", "2", *QFORMER
+    )
+    assert code == 0
+    assert json.loads(out)["pictures"] == [{"path": picture, "before": 36, "after": 4, "detail_lost": None}]
+    assert "note: qformer is untrained" in err
+
+
+@pytest.mark.parametrize("command", [["show", "--out"], ["ask", "w4", "--overlay"]])
+def test_a_resampler_has_nothing_to_draw(capsys, checkpoint, picture, tmp_path, command):
+    name, *words, option = command
+    target = tmp_path / "tokens.png"
+    code, _, err = run(capsys, name, picture, *words, "--model", checkpoint, *QFORMER, option, str(target))
+    assert code == 2
+    assert err.splitlines()[-1].startswith("vlmzip: qformer computes its tokens from all others: there is no map")
+    assert not target.exists()

@@ -10,14 +10,16 @@ import torch
 
 import vlmzip.methods
 from tests.methods.test_visionzip import tokens_of
-from vlmzip import BudgetError, Downsample, Profile, UserError, available, catalogue
+from vlmzip import BudgetError, Downsample, Profile, Resampler, UserError, available, catalogue
 from vlmzip.keep import count_to_keep
 
 METHODS = available()
+#: Methods with a token map; the others do their work behind `attach` and have their own tests of the same behaviours.
+MAPPING = {name: cls for name, cls in METHODS.items() if not issubclass(cls, Resampler)}
 PROFILE = Profile(tokens_of().grid, layers=4)
 CONFIGURED = [
     pytest.param(cls(**fields), id=f"{name}-{i}")
-    for name, cls in METHODS.items()
+    for name, cls in MAPPING.items()
     for i, fields in enumerate([{}, *([{"keep": k} for k in (1, 5, "50%")] if "keep" in cls.field_names() else [])])
 ]
 

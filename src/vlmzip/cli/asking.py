@@ -73,7 +73,7 @@ def answer(loaded: Loaded, small: CompressedModel, inputs: dict[str, Any], max_n
     text = loaded.processor.decode(new, skip_special_tokens=True).strip()
     parts = small.report.milliseconds
     spent = {"vision encoder": parts["encoder"], "selection": parts["selection"]}
-    spent["LLM"] = total - sum(spent.values()) - parts["bookkeeping"]
+    spent["LLM"] = total - sum(spent.values()) - parts.get("bookkeeping", 0.0)
     report = small.report
     text_tokens = inputs["input_ids"].shape[1] - report.before
     by_layer = [text_tokens + count for count in report.by_layer]
@@ -111,6 +111,8 @@ def draw(loaded: Loaded, inputs: dict[str, Any], report: Report, paths: list[str
     image_processor, pixels = loaded.processor.image_processor, inputs[loaded.adapter.picture_inputs[0]]
     pages = []
     for number, (picture, path) in enumerate(zip(report.pictures, paths, strict=True)):
+        if picture.token_map is None:
+            raise UserError(f"{report.compressor.name()} computes its tokens from all others: there is no map to draw")
         if picture.grid is None:
             raise UserError("the tokens left lie on no grid, so there is nothing to draw them on")
         if pixels.ndim == 4:  # a picture as the encoder sees it, cropped and scaled

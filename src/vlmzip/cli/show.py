@@ -38,10 +38,11 @@ def run(args: Namespace) -> None:
     for path in args.pictures:
         load_picture(path)
     loaded = load(args.model, args.device, args.dtype)
-    compressor = compressed(loaded, make_method(args, loaded.adapter.profile())).compressor
+    small = compressed(loaded, make_method(args, loaded.adapter.profile()))
+    compressor = small.compressor
     with progress("encoding"), torch.no_grad():
         inputs = build_inputs(loaded, args.pictures, "")
-        report = compress_inputs(loaded.model, inputs, compressor).report
+        report = compress_inputs(loaded.model, inputs, compressor, resampler=small.resampler).report
     out = args.out or Path(f"{Path(args.pictures[0]).stem}_{compressor.name()}.png")
     save_picture(draw(loaded, inputs, report, args.pictures), out, args.pictures)
     counts = [

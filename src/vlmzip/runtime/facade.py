@@ -19,8 +19,10 @@ from vlmzip.errors import UserError, closest
 from vlmzip.methods import NoCompression
 from vlmzip.models import adapter_for
 from vlmzip.models.adapter import ModelAdapter
+from vlmzip.resampler import Resampler
 from vlmzip.runtime.prepare import PER_TOKEN, CompressedInputs, compress_inputs, pad_id
 from vlmzip.runtime.report import Report
+from vlmzip.runtime.resample import build_resampler, write_weights
 from vlmzip.runtime.saving import write_compressor
 from vlmzip.runtime.turns import Seen, Turns, first_turn, next_turn
 
@@ -43,7 +45,9 @@ def attach(model: nn.Module, compressor: Compressor) -> CompressedModel:
     Nothing on `model` is changed: it can be used beside the result, and in several of them with different compressors.
     Raises `UserError` for a model that vlmzip cannot compress, or a compressor that has no place in it.
     """
-    return CompressedModel(model, compressor)
+    small = CompressedModel(model, compressor)
+    _warn_untrained(compressor, small.resampler)
+    return small
 
 
 @contextmanager
@@ -74,9 +78,13 @@ class CompressedModel(nn.Module):
             raise UserError(f"{type(model).__name__} has no site {compressor.site.value!r}{known}")
         self.inner: Any = model
         self.compressor = compressor
+        #: The weights of a method that has some, else `None`.
+        self.resampler: nn.Module | None = build_resampler(adapter, compressor)
         self._turns = Turns()
         self._detached = False
         self.training = model.training  # not train(): parts of the model may be in another mode
+        if self.resampler is not None:
+            self.resampler.train(model.training)
         _warn_if_nothing_to_do(compressor, adapter)
 
     @property
@@ -179,10 +187,18 @@ class CompressedModel(nn.Module):
         return out
 
     def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Writes the inner model under its own names, so that transformers alone loads it, and `compressor.json`."""
-        if "state_dict" in kwargs:  # trainers pass the façade's own
-            kwargs["state_dict"] = {name.removeprefix("inner."): value for name, value in kwargs["state_dict"].items()}
+        """Writes the inner model under its own names, so that transformers alone loads it, and `compressor.json`.
+
+        The weights of a method that has some go into `resampler.safetensors`.
+        """
+        state = kwargs.get("state_dict")
+        if state is not None:  # trainers pass the façade's own
+            kwargs["state_dict"] = {
+                name.removeprefix("inner."): value for name, value in state.items() if not name.startswith("resampler.")
+            }
         self.inner.save_pretrained(folder, **kwargs)
+        if self.resampler is not None:
+            write_weights(self.resampler.state_dict() if state is None else _under("resampler.", state), folder)
         write_compressor(self.compressor, folder)
 
     @torch.compiler.disable  # reads counts off the device and walks Python lists; what follows it is compiled
@@ -195,9 +211,13 @@ class CompressedModel(nn.Module):
         if before is not None and inputs.get("position_ids") is not None:
             raise UserError("position_ids cannot be given with a filled cache: this model counts positions itself")
         if before is not None:
-            small, seen = next_turn(self.inner, adapter, inputs, self.compressor, before, generating=generating)
+            small, seen = next_turn(
+                self.inner, adapter, inputs, self.compressor, before, generating=generating, resampler=self.resampler
+            )
         else:
-            small = compress_inputs(self.inner, inputs, self.compressor, generating=generating, adapter=adapter)
+            small = compress_inputs(
+                self.inner, inputs, self.compressor, generating=generating, adapter=adapter, resampler=self.resampler
+            )
             seen = None
             # Positions that the user chose are not continued: a cache with them is not remembered.
             if inputs.get("input_ids") is not None and (generating or inputs.get("position_ids") is None):
@@ -314,9 +334,24 @@ def _reports() -> WeakKeyDictionary[CompressedModel, Report]:
     return _per_thread.reports
 
 
+def _warn_untrained(compressor: Compressor, resampler: nn.Module | None) -> None:
+    if resampler is not None:
+        count = sum(parameter.numel() for parameter in resampler.parameters())
+        warnings.warn(
+            f"{compressor.name()} is untrained: its {count:,} weights are random, and so are answers about pictures;"
+            " train it first, or load a trained one with vlmzip.from_pretrained",
+            stacklevel=3,
+        )
+
+
+def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a state dict whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
 def _warn_if_nothing_to_do(compressor: Compressor, adapter: ModelAdapter) -> None:
     grid = adapter.profile().grid
-    count = compressor.token_count(grid)
+    count = None if isinstance(compressor, Resampler) else compressor.token_count(grid)
     if count is not None and count >= grid.size and not isinstance(compressor, NoCompression):
         warnings.warn(
             f"{compressor.name()} keeps all of a picture's {grid.size} visual tokens: it changes nothing", stacklevel=4

@@ -14,8 +14,10 @@ from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.models import adapter_for
 from vlmzip.models.adapter import ModelAdapter
+from vlmzip.resampler import Resampler
 from vlmzip.runtime.pixels import encode_smaller
 from vlmzip.runtime.report import CompressedPicture, PictureReport, Report, Stopwatch
+from vlmzip.runtime.resample import resample_pictures
 from vlmzip.visual_tokens import Site
 
 #: Inputs with one value per token of the prompt, and the value that padding gets. `input_ids` gets the pad token.
@@ -37,6 +39,7 @@ def compress_inputs(
     *,
     generating: bool = False,
     adapter: ModelAdapter | None = None,
+    resampler: nn.Module | None = None,
 ) -> CompressedInputs:
     """Replaces the pictures in `inputs` by their compressed visual tokens, and shortens the prompt to match.
 
@@ -45,6 +48,8 @@ def compress_inputs(
     `generating=True` into `model.generate(**...)` (a family may count positions differently there). Rows may end up
     with different numbers of tokens: they are padded again, on the side that was padded. Position ids that you give
     yourself are kept, whatever the compressor's `positions`.
+
+    A method with weights needs `resampler`, the module that holds them: the façade's attribute of this name.
 
     Raises `UserError` where placeholders and pictures do not match.
     """
@@ -57,7 +62,9 @@ def compress_inputs(
         return out
 
     ids, mask = _prompt(inputs)
-    if compressor.site is Site.PIXELS:
+    if isinstance(compressor, Resampler):
+        pictures = resample_pictures(adapter, inputs, compressor, resampler, watch)
+    elif compressor.site is Site.PIXELS:
         pictures, out.smaller = encode_smaller(adapter, inputs, compressor, watch)
     else:
         pictures = compress_pictures(adapter, inputs, compressor, watch)
