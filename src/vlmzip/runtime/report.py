@@ -130,5 +130,8 @@ class Report:
 
     @property
     def milliseconds(self) -> dict[str, float]:
-        """Time by stage: "encoder" (and projector, where one acts behind it), "selection", "projector" and others."""
+        """Time by stage: "encoder" (and projector, where one acts behind it), "selection", "projector" and others.
+
+        "selection" is the method's own work: choosing, resizing pixels, or running a resampler.
+        """
         return self.stopwatch.milliseconds()
