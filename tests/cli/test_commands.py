@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from tests.tiny import save_checkpoint
-from vlmzip import available
+from vlmzip import Resampler, available
 from vlmzip.cli.main import main
 
 
@@ -81,7 +81,7 @@ def test_the_answer_is_that_of_the_model(capsys, checkpoint, picture):
     assert json.loads(printed)["answer"] == expected
 
 
-@pytest.mark.parametrize("method", available())
+@pytest.mark.parametrize("method", [name for name, cls in available().items() if not issubclass(cls, Resampler)])
 def test_show_draws_every_method(capsys, checkpoint, picture, tmp_path, method):
     out = tmp_path / "out.png"
     code, text, _ = run(capsys, "show", picture, "--method", method, "--model", checkpoint, "--out", str(out))
@@ -236,3 +236,37 @@ def test_mistakes_get_one_line_and_exit_code_2(capsys, checkpoint, picture, tmp_
     assert err.startswith("vlmzip: ")
     assert out == ""
     assert not [p for p in tmp_path.iterdir() if p.is_file()]
+
+
+def test_ask_with_fewer_pixels_has_no_detail_to_tell_of(capsys, checkpoint, picture, tmp_path):
+    arguments = ["--method", "downsample", "--keep", "9", "--json", "--overlay", str(tmp_path / "tokens.png")]
+    code, out, err = run(capsys, "ask", picture, "w4", "--model", checkpoint, "--max-new-tokens", "2", *arguments)
+    assert code == 0
+    (found,) = json.loads(out)["pictures"]
+    assert (found["before"], found["after"], found["detail_lost"]) == (36, 9, None)
+    assert "leave out" not in err
+    assert (tmp_path / "tokens.png").exists()
+
+
+QFORMER = ["--method", "qformer", "--queries", "4", "--depth", "1", "--width", "8", "--heads", "2"]
+
+
+def test_ask_with_a_resampler_says_that_it_is_untrained(capsys, checkpoint, picture):
+    code, out, err = run(
+        capsys, "ask", picture, "w4", "--model", checkpoint, "--json", "--max-new-tokens", "2", *QFORMER
+    )
+    assert code == 0
+    (found,) = json.loads(out)["pictures"]
+    assert (found["before"], found["after"], found["by_layer"], found["detail_lost"]) == (36, 4, [4] * 4, None)
+    assert err.count("\n") == 1
+    assert err.startswith("note: qformer is untrained: ")
+
+
+@pytest.mark.parametrize("command", [["show", "--out"], ["ask", "w4", "--overlay"]])
+def test_a_resampler_has_nothing_to_draw(capsys, checkpoint, picture, tmp_path, command):
+    name, *words, option = command
+    target = tmp_path / "tokens.png"
+    code, out, err = run(capsys, name, picture, *words, "--model", checkpoint, *QFORMER, option, str(target))
+    assert (code, out) == (2, "")
+    assert err == "vlmzip: each token of qformer comes from the whole picture: there is no token map to draw\n"
+    assert not target.exists()

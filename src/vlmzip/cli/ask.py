@@ -48,7 +48,7 @@ def run(args: Namespace) -> None:
 
     paths, question = split_pictures_and_question(args.words, "ask")
     check_answer_length(args)
-    check_method(args)
+    check_method(args, draws=bool(args.overlay))
     if args.overlay:
         check_target(args.overlay, paths)
     for path in paths:

@@ -54,12 +54,18 @@ def build_inputs(loaded: Loaded, paths: list[str], question: str) -> dict[str, A
 
 def compressed(loaded: Loaded, compressor: Compressor) -> CompressedModel:
     """`attach`, with its warnings as one note each."""
+    small, notes = attach_with_notes(loaded, compressor)
+    for note in notes:
+        console.print(f"note: {note}", highlight=False, markup=False, soft_wrap=True)
+    return small
+
+
+def attach_with_notes(loaded: Loaded, compressor: Compressor) -> tuple[CompressedModel, list[str]]:
+    """`attach`, and what it warns of."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         small = attach(loaded.model, compressor)
-    for warning in said:
-        console.print(f"note: {warning.message}", highlight=False, markup=False, soft_wrap=True)
-    return small
+    return small, [str(warning.message) for warning in said]
 
 
 def answer(loaded: Loaded, small: CompressedModel, inputs: dict[str, Any], max_new_tokens: int) -> Answer:
@@ -73,7 +79,7 @@ def answer(loaded: Loaded, small: CompressedModel, inputs: dict[str, Any], max_n
     text = loaded.processor.decode(new, skip_special_tokens=True).strip()
     parts = small.report.milliseconds
     spent = {"vision encoder": parts["encoder"], "selection": parts["selection"]}
-    spent["LLM"] = total - sum(spent.values()) - parts["bookkeeping"]
+    spent["LLM"] = total - sum(spent.values()) - parts.get("bookkeeping", 0.0)
     report = small.report
     text_tokens = inputs["input_ids"].shape[1] - report.before
     by_layer = [text_tokens + count for count in report.by_layer]
@@ -112,6 +118,7 @@ def draw(loaded: Loaded, inputs: dict[str, Any], report: Report, paths: list[str
     for seen, picture in zip(seen_pictures(loaded, inputs, paths), report.pictures, strict=True):
         if picture.grid is None:
             raise UserError("the tokens left lie on no grid, so there is nothing to draw them on")
+        assert picture.token_map is not None  # what has none is refused at the beginning, see `check_method`
         title = f"{report.compressor.name()}: {picture.before} to {picture.after} visual tokens"
         pages.append(draw_tokens(seen, picture.token_map, picture.grid, picture.prefix, title))
     return stack(pages)

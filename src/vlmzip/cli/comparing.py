@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any
 
 from vlmzip import catalogue
-from vlmzip.cli.asking import Answer, answer, compressed
+from vlmzip.cli.asking import Answer, answer, attach_with_notes, compressed
 from vlmzip.cli.loading import Loaded, progress
 from vlmzip.compressor import BudgetError, Compressor, Profile
 from vlmzip.errors import UserError
@@ -128,8 +128,9 @@ def _first_run(
     """Sets a method up and runs it once: the answer, and the warm-up of the timing."""
     row = Row(one.name)
     try:
-        compressor, row.note = configure(one, keep, profile)
-        row.small = compressed(loaded, compressor)
+        compressor, note = configure(one, keep, profile)
+        row.small, notes = attach_with_notes(loaded, compressor)
+        row.note = "; ".join(filter(None, [note, *notes]))
         row.first = row.run(loaded, inputs, max_new_tokens)
     except Exception as error:  # whatever is wrong with one method, the others are still worth comparing
         row.give_up(error)

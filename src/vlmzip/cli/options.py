@@ -9,6 +9,7 @@ from vlmzip import catalogue
 from vlmzip.compressor import Compressor, Profile
 from vlmzip.errors import UserError
 from vlmzip.keep import parse_keep
+from vlmzip.runtime.resample import resampling
 
 DEFAULT_METHOD = "visionzip"
 #: Options of commands that draw or ask; a method's fields cannot have these names.
@@ -67,14 +68,16 @@ def settings(args: Namespace) -> dict[str, Any]:
     return {name.removeprefix("field_"): value for name, value in vars(args).items() if name.startswith("field_")}
 
 
-def check_method(args: Namespace) -> None:
-    """Raises `UserError` for wrong fields, before anything slow happens."""
+def check_method(args: Namespace, *, draws: bool = False) -> None:
+    """Raises `UserError` for wrong fields, or where nothing can be drawn, before anything slow happens."""
     if args.keep is not None:
         parse_keep(args.keep)
     method = _without_budget(args)
     takes_keep = "keep" in method.field_names()
     if args.keep is not None and not takes_keep and set(settings(args)) - {"site", "positions"}:
         raise UserError(f"give --keep, or the fields of {method.name()}, not both")
+    if draws and resampling(method) is not None:
+        raise UserError(f"each token of {method.name()} comes from the whole picture: there is no token map to draw")
 
 
 def make_method(args: Namespace, profile: Profile) -> Compressor:

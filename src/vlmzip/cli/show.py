@@ -32,7 +32,7 @@ def run(args: Namespace) -> None:
     from vlmzip.cli.pictures import check_target, load_picture, save_picture
     from vlmzip.runtime.prepare import compress_inputs
 
-    check_method(args)
+    check_method(args, draws=True)
     if args.out:
         check_target(args.out, args.pictures)
     for path in args.pictures:

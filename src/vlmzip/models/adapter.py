@@ -99,6 +99,12 @@ class ModelAdapter(ABC):
         """The picture inputs without the first pictures; one row a picture, unless the family says otherwise."""
         return {name: inputs[name][first:] for name in self.picture_inputs if inputs.get(name) is not None}
 
+    def feature_width(self, site: Site) -> int:
+        """The width of the visual tokens at `site`."""
+        return (
+            self.llm_config.hidden_size if site is Site.POST_PROJECTOR else self.model.config.vision_config.hidden_size
+        )
+
     @abstractmethod
     def project(self, features: Float[Tensor, "tokens dim"], site: Site) -> Float[Tensor, "tokens llm_dim"]:
         """What the LLM gets for tokens that left `site`."""

@@ -91,6 +91,9 @@ class Qwen25VL(ModelAdapter):
             "image_grid_thw": inputs["image_grid_thw"][first:],
         }
 
+    def feature_width(self, site: Site) -> int:
+        return self.model.config.vision_config.out_hidden_size
+
     def project(self, features: Float[Tensor, "tokens dim"], site: Site) -> Float[Tensor, "tokens llm_dim"]:
         return features  # the merger projects, and it comes before both sites
 

@@ -27,6 +27,7 @@ from vlmzip.runtime.decoder_hooks import Hooks, running
 from vlmzip.runtime.in_llm import Inside, check_place, extend, prompt_of
 from vlmzip.runtime.prepare import PER_TOKEN, CompressedInputs, compress_inputs, gather, pad_id
 from vlmzip.runtime.report import Report
+from vlmzip.runtime.resample import build_resampler, resampling, write_weights
 from vlmzip.runtime.saving import write_compressor
 from vlmzip.runtime.turns import Seen, Turns, first_turn, next_turn
 from vlmzip.visual_tokens import Site
@@ -36,6 +37,9 @@ DEFAULT_LIMITS = {"max_length": 20, "min_length": 0}
 
 #: Whether chunked prefill gives each chunk its own part of the pictures' features.
 CAN_CUT_FEATURES = hasattr(transformers.generation.utils, "_slice_mm_encoder_output")
+
+#: The switches of gradient checkpointing: "activation" is what transformers 5.23 calls it.
+CHECKPOINTING = {f"{kind}_checkpointing_{to}" for kind in ("gradient", "activation") for to in ("enable", "disable")}
 
 #: Inputs with one row for each prompt.
 ONE_A_ROW = {"input_ids", *PER_TOKEN}
@@ -51,7 +55,9 @@ def attach(model: nn.Module, compressor: Compressor) -> CompressedModel:
     compressor inside the LLM puts hooks on its layers, which act in calls of the result alone; `detach` takes them off.
     Raises `UserError` for a model that vlmzip cannot compress, or a compressor that has no place in it.
     """
-    return CompressedModel(model, compressor)
+    small = CompressedModel(model, compressor)
+    _warn_if_untrained(small)
+    return small
 
 
 @contextmanager
@@ -88,10 +94,14 @@ class CompressedModel(nn.Module):
         check_place(adapter, _inside_the_llm(compressor))
         self.inner: Any = model
         self.compressor = compressor
+        #: The weights of a method that has some, else `None`.
+        self.resampler: nn.Module | None = build_resampler(adapter, compressor)
         self._turns = Turns()
         self._detached = False
         self._put_hooks()
         self.training = model.training  # not train(): parts of the model may be in another mode
+        if self.resampler is not None:
+            self.resampler.train(model.training)
         _warn_if_nothing_to_do(compressor, adapter)
 
     @property
@@ -201,10 +211,18 @@ class CompressedModel(nn.Module):
         return out
 
     def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Writes the inner model under its own names, so that transformers alone loads it, and `compressor.json`."""
-        if "state_dict" in kwargs:  # trainers pass the façade's own
-            kwargs["state_dict"] = {name.removeprefix("inner."): value for name, value in kwargs["state_dict"].items()}
+        """Writes the inner model under its own names, so that transformers alone loads it, and `compressor.json`.
+
+        The weights of a method that has some go into `resampler.safetensors`.
+        """
+        state = kwargs.get("state_dict")
+        if state is not None:  # trainers pass the façade's own
+            kwargs["state_dict"] = {
+                name.removeprefix("inner."): value for name, value in state.items() if not name.startswith("resampler.")
+            }
         self.inner.save_pretrained(folder, **kwargs)
+        if self.resampler is not None:
+            write_weights(self.resampler.state_dict() if state is None else _under("resampler.", state), folder)
         write_compressor(self.compressor, folder)
 
     @torch.compiler.disable  # reads counts off the device and walks Python lists; what follows it is compiled
@@ -221,10 +239,14 @@ class CompressedModel(nn.Module):
             raise UserError("position_ids cannot be given with a filled cache: this model counts positions itself")
         seen: Callable[[], Seen] | None = None
         if before is not None:
-            small, after = next_turn(self.inner, adapter, inputs, self.compressor, before, generating=generating)
+            small, after = next_turn(
+                self.inner, adapter, inputs, self.compressor, before, generating=generating, resampler=self.resampler
+            )
             seen = partial(replace, after)
         else:
-            small = compress_inputs(self.inner, inputs, self.compressor, generating=generating, adapter=adapter)
+            small = compress_inputs(
+                self.inner, inputs, self.compressor, generating=generating, adapter=adapter, resampler=self.resampler
+            )
             # Positions that the user chose are not continued: a cache with them is not remembered.
             if inputs.get("input_ids") is not None and (generating or inputs.get("position_ids") is None):
                 # Counting positions takes time, and training keeps no cache: done only when one comes back.
@@ -384,13 +406,21 @@ class CompressedModel(nn.Module):
                     )
                 arguments[limit] = max(value - prompt + short, 0)
 
+    def _switch_checkpointing(self, name: str, *args: Any, **kwargs: Any) -> None:
+        """Switches it in the model and in what a resampler has of transformers, which alone knows these switches."""
+        getattr(self.inner, name)(*args, **kwargs)
+        for module in () if self.resampler is None else self.resampler.modules():
+            if getattr(module, "supports_gradient_checkpointing", False):
+                getattr(module, name)(*args, **kwargs)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name == "inner":
                 raise
-            return getattr(self.inner, name)
+            found = getattr(self.inner, name)
+            return partial(self._switch_checkpointing, name) if name in CHECKPOINTING else found
 
 
 class _PromptStreamer:
@@ -419,10 +449,28 @@ def _reports() -> WeakKeyDictionary[CompressedModel, Report]:
     return _per_thread.reports
 
 
+def _warn_if_untrained(small: CompressedModel) -> None:
+    method = resampling(small.compressor)
+    if method is not None and small.resampler is not None:
+        count = sum(parameter.numel() for parameter in small.resampler.parameters())
+        warnings.warn(
+            f"{method.name()} is untrained: its {count:,} weights are random, and so are answers about pictures;"
+            " train it first, or load a trained one with vlmzip.from_pretrained",
+            stacklevel=3,
+        )
+
+
+def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a state dict whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
 def _warn_if_nothing_to_do(compressor: Compressor, adapter: ModelAdapter) -> None:
+    if isinstance(compressor, NoCompression) or resampling(compressor) is not None:
+        return
     grid = adapter.profile().grid
     counts = compressor.tokens_by_layer(adapter.profile())
-    if counts is not None and min(counts) >= grid.size and not isinstance(compressor, NoCompression):
+    if counts is not None and min(counts) >= grid.size:
         warnings.warn(
             f"{compressor.name()} keeps all of a picture's {grid.size} visual tokens: it changes nothing", stacklevel=4
         )

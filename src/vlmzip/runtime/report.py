@@ -30,21 +30,23 @@ class PictureReport:
     """Visual tokens that the LLM gets; inside it they may become fewer, see `by_layer`."""
     by_layer: tuple[int, ...]
     """Visual tokens at each layer of the LLM."""
-    token_map: TokenMap
-    """The map of this picture alone (a batch of one), over prefix and grid, to the tokens of the last layer."""
+    token_map: TokenMap | None
+    """The map of this picture alone (a batch of one), over prefix and grid, to the tokens of the last layer.
+
+    `None` after a resampler, whose tokens come from everywhere in the picture."""
     grid: Grid | None
     prefix: int
     features: Float[Tensor, "tokens dim"] | None
     """The visual tokens before compression, without gradients; kept until the next call, for `detail_lost`.
 
-    `None` where only a smaller picture was encoded."""
+    `None` where they are not to be compared: only a smaller picture was encoded, or they were resampled."""
 
     @cached_property
     def detail_lost(self) -> float | None:
         """Share of the picture's detail that the tokens left do not explain, 0 to 1 (see `detail.py`).
 
-        `None` where that cannot be told: there are no tokens before compression."""
-        if self.features is None:
+        `None` where that cannot be told: after a resampler, or where only a smaller picture was encoded."""
+        if self.features is None or self.token_map is None:
             return None
         tokens = VisualTokens(self.features[None], self.grid, self.prefix)
         return float(detail_lost(tokens, self.token_map))
@@ -146,5 +148,8 @@ class Report:
 
     @property
     def milliseconds(self) -> dict[str, float]:
-        """Time by stage: "encoder" (and projector, where one acts behind it), "selection", "projector" and others."""
+        """Time by stage: "encoder" (and projector, where one acts behind it), "selection", "projector" and others.
+
+        "selection" is the method's own work: choosing, resizing pixels, or running a resampler.
+        """
         return self.stopwatch.milliseconds()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vlmzip import catalogue
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
+from vlmzip.runtime.resample import read_weights
 from vlmzip.version import __version__
 
 if TYPE_CHECKING:
@@ -26,15 +27,19 @@ def from_pretrained(
 ) -> CompressedModel:
     """Loads what `save_pretrained` wrote: the model with its compressor. `kwargs` go to transformers.
 
-    `compressor` replaces the saved one. Raises `UserError` for a folder without `compressor.json`, an unknown method or
-    field, or a file that a newer vlmzip wrote.
+    `compressor` replaces the saved one. The weights of a method that has some come from `resampler.safetensors`. Raises
+    `UserError` for a folder without `compressor.json`, an unknown method or field, weights that are missing or do not
+    fit, or a file that a newer vlmzip wrote.
     """
     from transformers import AutoModelForImageTextToText
 
-    from vlmzip.runtime.facade import attach
+    from vlmzip.runtime.facade import CompressedModel
 
     compressor = compressor or read_compressor(folder)
-    return attach(AutoModelForImageTextToText.from_pretrained(folder, **kwargs), compressor)
+    small = CompressedModel(AutoModelForImageTextToText.from_pretrained(folder, **kwargs), compressor)
+    if small.resampler is not None:
+        read_weights(small.resampler, folder)
+    return small
 
 
 def write_compressor(compressor: Compressor, folder: str | os.PathLike[str]) -> None:

@@ -130,6 +130,7 @@ def next_turn(
     seen: Seen,
     *,
     generating: bool,
+    resampler: nn.Module | None = None,
 ) -> tuple[CompressedInputs, Seen]:
     """Inputs for a later turn, given as the whole conversation or as its new part alone; and what is seen after it.
 
@@ -144,7 +145,7 @@ def next_turn(
         out.pop(name, None)
     whole = replace(seen, mask=seen_mask)
     if new["input_ids"].shape[1]:
-        part = compress_inputs(model, new, compressor, generating=True, adapter=adapter)
+        part = compress_inputs(model, new, compressor, generating=True, adapter=adapter, resampler=resampler)
         whole = _joined(whole, first_turn(adapter, new, part, compressor, generating=True))
         out |= {name: part[name] for name in ("mm_encoder_outputs", "labels") if part.get(name) is not None}
         report = part.report
