@@ -16,6 +16,7 @@ CHECKED = [
     "runtime.prepare",
     "runtime.report",
     "runtime.pixels",
+    "runtime.resample",
     "runtime.detail",
     "runtime.turns",
     "measure",

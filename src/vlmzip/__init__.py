@@ -14,9 +14,11 @@ from vlmzip.methods import (
     LLaVolta,
     NoCompression,
     Pool2d,
+    QFormer,
     RandomTokens,
     VisionZip,
 )
+from vlmzip.resampler import Resampler
 from vlmzip.runtime.calibration import Calibration, calibrate
 from vlmzip.runtime.facade import CompressedModel, attach
 from vlmzip.runtime.prepare import compress_inputs
@@ -43,8 +45,10 @@ __all__ = [
     "NoCompression",
     "Pool2d",
     "Profile",
+    "QFormer",
     "RandomTokens",
     "Report",
+    "Resampler",
     "Signal",
     "Site",
     "TokenMap",

@@ -73,6 +73,8 @@ def from_dict(content: Mapping[str, Any], find: Callable[[str], type[Compressor]
 def read_field(name: str, value: Any, hint: Any) -> Any:
     """A value for a field of type `hint`: text is read as a number, truth value or enum member where the type asks."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if isinstance(value, float) and int in kinds and float not in kinds:
+        raise UserError(f"{name}={value!r} cannot be read as int")
     if not isinstance(value, str):
         return value
     if value.lower() == "none" and NoneType in kinds:

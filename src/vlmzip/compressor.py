@@ -60,7 +60,7 @@ class Compressor(ABC):
     """What `positions=None` means for this method; `None`: what it means in the model's family."""
 
     site: Site = Site.PRE_PROJECTOR
-    """Where it acts: on the vision encoder's features ("pre_projector") or on projected tokens ("post_projector")."""
+    """Where on the way from picture to answer it acts."""
     positions: Positions | None = None
     """Positions in the LLM: "contiguous" renumbers what is left, "original" keeps each output token's anchor's. Left
     out, what the papers use: contiguous, or original in families whose positions have several axes (Qwen)."""

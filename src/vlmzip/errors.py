@@ -13,5 +13,5 @@ class UserError(ValueError):
 def closest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'visionzip'?"` for a near miss, else the list of what there is."""
     known = sorted(known)
-    near = get_close_matches(word, known, n=1, cutoff=0.5)
+    near = get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(known)}"

@@ -28,9 +28,11 @@ def read(text: str) -> Compressor:
         from vlmzip.runtime.saving import FILE, read_compressor
 
         path = Path(text)
-        if path.is_file() and path.name != FILE:
-            raise UserError(f"{text!r} is no {FILE}; save_pretrained writes such files")
-        return read_compressor(path.parent if path.is_file() else path)
+        if path.is_dir():
+            return read_compressor(path)
+        if path.name != FILE or not path.is_file():
+            raise UserError(f"there is no folder or {FILE} at {text!r}; save_pretrained writes such files")
+        return read_compressor(path.parent)
     stages = [_stage(part, text) for part in text.split("+")]
     return stages[0] if len(stages) == 1 else Chain(compressors=tuple(stages))
 

@@ -1,6 +1,7 @@
 """The commands as a user runs them: output, exit codes, one line for each mistake."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -9,8 +10,9 @@ import torch
 from PIL import Image
 
 from tests.tiny import save_checkpoint
-from vlmzip import available
+from vlmzip import RandomTokens, Resampler, available
 from vlmzip.cli.main import main
+from vlmzip.runtime.saving import write_compressor
 
 
 @pytest.fixture(scope="session")
@@ -81,13 +83,60 @@ def test_the_answer_is_that_of_the_model(capsys, checkpoint, picture):
     assert json.loads(printed)["answer"] == expected
 
 
-@pytest.mark.parametrize("method", available())
+def in_the_llm(cls):
+    return any(stage.site == "in_llm" for stage in cls().stages())
+
+
+DRAWN = [name for name, cls in available().items() if not issubclass(cls, Resampler) and not in_the_llm(cls)]
+
+
+@pytest.mark.parametrize("method", DRAWN)
 def test_show_draws_every_method(capsys, checkpoint, picture, tmp_path, method):
     out = tmp_path / "out.png"
     code, text, _ = run(capsys, "show", picture, "--method", method, "--model", checkpoint, "--out", str(out))
     assert code == 0
     assert "36 →" in text
     assert Image.open(out).width > 900
+
+
+@pytest.mark.parametrize("method", ["fastv", "chain", "pool2d+fastv", "random_tokens(site=in_llm)"])
+def test_show_refuses_what_the_question_decides(capsys, checkpoint, picture, method):
+    code, _, err = run(capsys, "show", picture, "--method", method, "--model", checkpoint)
+    assert code == 2
+    assert "chooses inside the LLM, by the question" in err
+
+
+def test_methods_in_one_line(capsys, checkpoint, picture):
+    spec = "pool2d(factor=2)+random_tokens(site=in_llm,layer=1,keep=4)"
+    code, out, _ = run(capsys, "ask", picture, "w4", "--method", spec, "--model", checkpoint, "--json")
+    assert code == 0
+    assert set(json.loads(out)["pictures"][0]["by_layer"][1:]) == {4}
+    code, out, _ = run(capsys, "ask", picture, "w4", "--method", "visionzip(merge=mean)", "--keep", "5", "--model",
+                       checkpoint, "--json")  # fmt: skip
+    fields = json.loads(out)["compressor"]
+    assert (code, fields["keep"], fields["merge"]) == (0, "5", "mean")
+
+
+def test_the_saved_compressor_is_what_a_saved_model_answers_with(capsys, checkpoint, picture, tmp_path):
+    folder = tmp_path / "saved"
+    shutil.copytree(checkpoint, folder)
+    write_compressor(RandomTokens(keep=7, seed=3), folder)
+    _, out, _ = run(capsys, "ask", picture, "w4", "--model", str(folder), "--json")
+    assert json.loads(out)["compressor"] == RandomTokens(keep=7, seed=3).to_dict()
+    _, out, _ = run(capsys, "ask", picture, "w4", "--model", str(folder), "--method", "visionzip", "--json")
+    assert json.loads(out)["compressor"]["method"] == "visionzip"
+
+
+def test_a_budget_that_is_not_met_is_said(capsys, checkpoint, picture):
+    code, _, err = run(capsys, "ask", picture, "w4", "--method", "pool2d", "--keep", "70%", "--model", checkpoint)
+    assert code == 0
+    assert "note: pool2d: the nearest to 69.4% that it has is 100.0%" in err
+
+
+def test_a_field_of_another_method_is_named(capsys, picture):
+    code, _, err = run(capsys, "ask", picture, "w4", "--factor", "2")
+    assert code == 2
+    assert "pool2d has such a field: --method pool2d" in err
 
 
 def test_keep_means_the_nearest_factor_for_pooling(capsys, checkpoint, picture):
@@ -130,11 +179,11 @@ def test_calibrate_finds_a_threshold_that_ask_takes(capsys, checkpoint, folder, 
     tau = found["compressor"]["tau"]
 
     _, text, _ = run(capsys, "calibrate", *arguments)
-    options = f"--method dfmr --max-factor 2 --measure pixels --tau {tau}"
-    assert f"use it: vlmzip ask IMAGE QUESTION {options}\n" in text
+    method = f"dfmr(tau={tau},max_factor=2,measure=pixels)"
+    assert f'use it: vlmzip ask IMAGE QUESTION --method "{method}"\n' in text
     assert [line.split() for line in text.split("\n")[3:5]] == [["1", "4", "36"], ["2", "8", "9"]]
     for name, after in (("07.PNG", 9), ("08.PNG", 36)):
-        arguments = [f"{folder}/{name}", "w4", "--model", checkpoint, *options.split(), "--json"]
+        arguments = [f"{folder}/{name}", "w4", "--model", checkpoint, "--method", method, "--json"]
         assert json.loads(run(capsys, "ask", *arguments)[1])["pictures"][0]["after"] == after
 
 
@@ -236,3 +285,37 @@ def test_mistakes_get_one_line_and_exit_code_2(capsys, checkpoint, picture, tmp_
     assert err.startswith("vlmzip: ")
     assert out == ""
     assert not [p for p in tmp_path.iterdir() if p.is_file()]
+
+
+def test_ask_with_fewer_pixels_has_no_detail_to_tell_of(capsys, checkpoint, picture, tmp_path):
+    arguments = ["--method", "downsample", "--keep", "9", "--json", "--overlay", str(tmp_path / "tokens.png")]
+    code, out, err = run(capsys, "ask", picture, "w4", "--model", checkpoint, "--max-new-tokens", "2", *arguments)
+    assert code == 0
+    (found,) = json.loads(out)["pictures"]
+    assert (found["before"], found["after"], found["detail_lost"]) == (36, 9, None)
+    assert "leave out" not in err
+    assert (tmp_path / "tokens.png").exists()
+
+
+QFORMER = ["--method", "qformer", "--queries", "4", "--depth", "1", "--width", "8", "--heads", "2"]
+
+
+def test_ask_with_a_resampler_says_that_it_is_untrained(capsys, checkpoint, picture):
+    code, out, err = run(
+        capsys, "ask", picture, "w4", "--model", checkpoint, "--json", "--max-new-tokens", "2", *QFORMER
+    )
+    assert code == 0
+    (found,) = json.loads(out)["pictures"]
+    assert (found["before"], found["after"], found["by_layer"], found["detail_lost"]) == (36, 4, [4] * 4, None)
+    assert err.count("\n") == 1
+    assert err.startswith("note: qformer is untrained: ")
+
+
+@pytest.mark.parametrize("command", [["show", "--out"], ["ask", "w4", "--overlay"]])
+def test_a_resampler_has_nothing_to_draw(capsys, checkpoint, picture, tmp_path, command):
+    name, *words, option = command
+    target = tmp_path / "tokens.png"
+    code, out, err = run(capsys, name, picture, *words, "--model", checkpoint, *QFORMER, option, str(target))
+    assert (code, out) == (2, "")
+    assert err == "vlmzip: each token of qformer comes from the whole picture: there is no token map to draw\n"
+    assert not target.exists()

@@ -14,13 +14,14 @@ import pytest
 import torch
 from PIL import Image
 
-from vlmzip import TokenMap
+from vlmzip import QFormer, TokenMap
 from vlmzip.cli.asking import answer
 from vlmzip.cli.compare_output import printable
-from vlmzip.cli.comparing import Candidate, compact, configure
+from vlmzip.cli.comparing import Candidate, configure
 from vlmzip.cli.main import main
 from vlmzip.compressor import BudgetError, Compressor, Profile
 from vlmzip.errors import UserError
+from vlmzip.runtime.report import compact
 from vlmzip.visual_tokens import Grid, Site
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
@@ -68,6 +69,13 @@ class Untrained(ByPicture):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Small(QFormer):
+    depth: int = 1
+    width: int = 8
+    heads: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
 class Elsewhere(ByPicture):
     sites = (Site.POST_PROJECTOR,)
 
@@ -78,7 +86,7 @@ class Elsewhere(ByPicture):
 def odd(monkeypatch):
     """Methods that cannot do what is asked, in a module of the user's."""
     module = types.ModuleType("odd_methods")
-    for cls in (Broken, Unreachable, ByPicture, Untrained, Elsewhere):
+    for cls in (Broken, Unreachable, ByPicture, Untrained, Small, Elsewhere):
         setattr(module, cls.__name__, cls)
     monkeypatch.setitem(sys.modules, "odd_methods", module)
     return lambda *names: ",".join(f"odd_methods:{name}" for name in names)
@@ -107,7 +115,7 @@ class TestTables:
         assert re.search(r"bottom left +144 +100\.0% +1\.0x +1\.2\d+ G +1\.8\d+ MiB +\d+\.\d +\d+\.\d +\d+\.\d$", plain)
         assert re.search(r" 36 +25\.0% +4\.0x ", pooled)
         assert "ms, median of 1, " in out
-        assert "with what is selected inside it" in out
+        assert "LLM: projector, prefill and decoding" in out
         assert "float32" in out
 
     @pytest.mark.parametrize("columns", [80, 100, 120])
@@ -173,12 +181,30 @@ class TestRowsThatCannotBe:
         assert row["retention"] == pytest.approx(29 / 144)
         assert row["note"].startswith("not at this budget, but as it is set: ")
 
-    @pytest.mark.parametrize(("cls", "reason"), [(ByPicture, "no budget to set"), (Untrained, "have to be trained")])
+    @pytest.mark.parametrize(
+        ("cls", "reason"), [(ByPicture, "no budget"), (Untrained, "to be trained"), (QFormer, "to be trained")]
+    )
     def test_and_not_when_all_methods_are_compared(self, cls, reason):
         profile = Profile(Grid(1, 12, 12), 6)
         with pytest.raises(UserError, match=reason):
             configure(Candidate("it", cls(), named=False), "25%", profile)
         assert isinstance(configure(Candidate("it", cls(), named=True), "25%", profile)[0], cls)
+
+    def test_an_untrained_method_says_so_in_a_footnote(self, capsys, odd, tmp_path):
+        sheet, page = tmp_path / "sheet.png", tmp_path / "page.html"
+        files = ("--sheet", sheet, "--html", page)
+        code, out, err = run(capsys, PICTURE, QUESTION, "--methods", odd("Small"), "--json", *files, *QUICK)
+        row = rows_of(out)["odd_methods:Small"]
+        assert (code, err, set(row["visual_tokens_by_layer"])) == (0, "", {16})
+        assert re.match(r"test_compare is untrained: its [\d,]+ weights are random", row["note"])
+        assert sheet.exists()
+        assert "is untrained" in page.read_text()
+
+    def test_what_attaching_warns_of_is_a_footnote(self, capsys):
+        _, out, err = run(capsys, PICTURE, QUESTION, "--methods", "pool2d", "--keep", "100%", "--json", *QUICK)
+        assert (err, rows_of(out)["pool2d"]["note"]) == (
+            "", "pool2d keeps all of a picture's 144 visual tokens: it changes nothing"
+        )  # fmt: skip
 
     def test_a_model_without_a_site_says_so_in_a_footnote(self, capsys, odd, monkeypatch):
         monkeypatch.setattr("vlmzip.models.llava.Llava.sites", (Site.PRE_PROJECTOR,))

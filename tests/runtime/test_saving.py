@@ -29,6 +29,11 @@ def test_round_trip(tmp_path, method):
         ({"format": 1, "method": "visionsip", "fields": {}}, "did you mean 'visionzip'"),
         ({"format": 1, "method": "visionzip", "fields": {"kep": 3}}, "did you mean 'keep'"),
         ({"format": 1, "method": "visionzip", "fields": {"keep": -3}}, "keeps nothing"),
+        ({"format": 1.5, "method": "visionzip", "fields": {}}, "format must be a whole number"),
+        ('{"format": 1e999, "method": "visionzip", "fields": {}}', "format must be a whole number"),
+        ("[" * 100_000, "cannot be read: RecursionError"),
+        ({"format": 1, "method": "visionzip", "fields": {"method": "pool2d"}}, "method no field"),
+        ({"format": 1, "method": "fastv", "fields": {"layer": 1.5}}, "layer=1.5 cannot be read as int"),
         ({"format": 1, "method": "os:system", "fields": {}}, "names code that is not an installed method"),
     ],
 )

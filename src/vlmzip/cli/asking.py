@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vlmzip.cli.loading import Loaded, console
+from vlmzip.cli.loading import Loaded, note
 from vlmzip.cli.pictures import load_picture
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
@@ -19,6 +19,7 @@ from vlmzip.measure.flops import kv_cache_bytes, prefill_flops
 from vlmzip.runtime.detail import WORRYING
 from vlmzip.runtime.facade import CompressedModel, attach
 from vlmzip.runtime.report import Report
+from vlmzip.runtime.saving import FILE, read_compressor, reattach
 from vlmzip.visualize.overlay import draw_tokens, seen_picture, stack
 
 
@@ -54,12 +55,22 @@ def build_inputs(loaded: Loaded, paths: list[str], question: str) -> dict[str, A
 
 def compressed(loaded: Loaded, compressor: Compressor) -> CompressedModel:
     """`attach`, with its warnings as one note each."""
+    small, notes = attach_with_notes(loaded, compressor)
+    for said in notes:
+        note(said)
+    return small
+
+
+def attach_with_notes(loaded: Loaded, compressor: Compressor) -> tuple[CompressedModel, list[str]]:
+    """`attach`, and what it warns of."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        small = attach(loaded.model, compressor)
-    for warning in said:
-        console.print(f"note: {warning.message}", highlight=False, markup=False, soft_wrap=True)
-    return small
+        saved = Path(loaded.name) / FILE
+        if saved.is_file() and read_compressor(loaded.name) == compressor:
+            small = reattach(loaded.model, compressor, loaded.name)
+        else:
+            small = attach(loaded.model, compressor)
+    return small, [str(warning.message) for warning in said]
 
 
 def answer(loaded: Loaded, small: CompressedModel, inputs: dict[str, Any], max_new_tokens: int) -> Answer:
@@ -73,7 +84,7 @@ def answer(loaded: Loaded, small: CompressedModel, inputs: dict[str, Any], max_n
     text = loaded.processor.decode(new, skip_special_tokens=True).strip()
     parts = small.report.milliseconds
     spent = {"vision encoder": parts["encoder"], "selection": parts["selection"]}
-    spent["LLM"] = total - sum(spent.values()) - parts["bookkeeping"]
+    spent["LLM"] = total - sum(spent.values()) - parts.get("bookkeeping", 0.0)
     report = small.report
     text_tokens = inputs["input_ids"].shape[1] - report.before
     by_layer = [text_tokens + count for count in report.by_layer]
@@ -97,12 +108,10 @@ def warn_about_detail(report: Report, paths: list[str]) -> None:
     """One note for each picture that lost more detail than reading can spare."""
     for picture, path in zip(report.pictures, paths, strict=True):
         if (picture.detail_lost or 0) > WORRYING:
-            console.print(
-                f"note: {picture.by_layer[-1]} tokens leave out {picture.detail_lost:.0%} of the detail in {path};"
-                " dense text and small print need more (--keep 50%)",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
+            count = picture.by_layer[-1]
+            note(
+                f"{count} token{'s leave' if count > 1 else ' leaves'} out {picture.detail_lost:.0%} of the detail in"
+                f" {path}; dense text and small print need more (--keep 50%)"
             )
 
 
@@ -112,6 +121,7 @@ def draw(loaded: Loaded, inputs: dict[str, Any], report: Report, paths: list[str
     for seen, picture in zip(seen_pictures(loaded, inputs, paths), report.pictures, strict=True):
         if picture.grid is None:
             raise UserError("the tokens left lie on no grid, so there is nothing to draw them on")
+        assert picture.token_map is not None  # what has none is refused at the beginning, see `check_method`
         title = f"{report.compressor.name()}: {picture.before} to {picture.after} visual tokens"
         pages.append(draw_tokens(seen, picture.token_map, picture.grid, picture.prefix, title))
     return stack(pages)

@@ -90,6 +90,8 @@ def _pictures(words: list[str]) -> list[str]:
     known = Image.registered_extensions()
     paths: list[str] = []
     for word in words:
+        if not Path(word).exists():
+            raise UserError(f"there is no picture or folder {word!r}")
         if not Path(word).is_dir():
             paths.append(word)
             continue

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from vlmzip.cli.asking import Answer
-from vlmzip.cli.comparing import PLAIN, Row, compact
+from vlmzip.cli.comparing import PLAIN, Row
 from vlmzip.cli.tables import show_bytes, show_flops
 from vlmzip.keep import Keep, parse_keep
+from vlmzip.runtime.report import compact
 from vlmzip.version import __version__
 from vlmzip.visualize.page import Card, render
 from vlmzip.visualize.sheet import Panel, contact_sheet, fates_panel, plain_panel
@@ -53,7 +54,8 @@ class Comparison:
     @property
     def budget(self) -> str:
         """The budget in words."""
-        asked = parse_keep(self.keep)
+        asked, most = parse_keep(self.keep), max(picture.before for picture in self.plain.report.pictures)
+        asked = min(asked, most)
         share = str(asked) if isinstance(asked, int) else f"{100 * asked:.3g}%"
         before = " and ".join(dict.fromkeys(f"{picture.before:,}" for picture in self.plain.report.pictures))
         return f"{share} of {before} visual tokens a picture, {self.model}"
@@ -104,7 +106,7 @@ class Comparison:
         machine = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else str(self.device)
         return (
             f"ms, median of {self.repeats}, {machine}, {str(self.dtype).removeprefix('torch.')}, "
-            f"{threads} thread{'s' * (threads > 1)}; LLM: prefill and decoding, with what is selected inside it"
+            f"{threads} thread{'s' * (threads > 1)}; LLM: projector, prefill and decoding"
         )
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from statistics import median
 from typing import Any
 
 from vlmzip import catalogue, spec
-from vlmzip.cli.asking import Answer, answer, compressed
+from vlmzip.cli.asking import Answer, answer, attach_with_notes, compressed
 from vlmzip.cli.loading import Loaded, progress
+from vlmzip.cli.options import missed
 from vlmzip.compressor import BudgetError, Compressor, Profile
 from vlmzip.errors import UserError
 from vlmzip.keep import Keep
@@ -113,7 +113,8 @@ def configure(candidate: Candidate, keep: Keep, profile: Profile) -> tuple[Compr
     if method.trained_weights and not candidate.named:
         raise UserError("left out: its weights have to be trained first; name it in --methods to run it all the same")
     try:
-        return method.at_budget(keep, profile)[0], ""
+        chosen, reached = method.at_budget(keep, profile)
+        return chosen, missed(keep, reached, profile)
     except BudgetError as error:
         if not candidate.named or method.tokens_by_layer(profile) is not None:
             raise
@@ -127,20 +128,15 @@ def _usual(cls: type[Compressor]) -> Compressor | None:
         return None
 
 
-def compact(counts: Iterable[int]) -> str:
-    """Visual tokens by layer in few words: "64", or "576×2 → 64×30" for 576 in two layers and 64 in thirty."""
-    runs = [(count, len(list(run))) for count, run in groupby(counts)]
-    return str(runs[0][0]) if len(runs) == 1 else " → ".join(f"{count}×{layers}" for count, layers in runs)
-
-
 def _first_run(
     loaded: Loaded, inputs: dict[str, Any], one: Candidate, keep: Keep, profile: Profile, max_new_tokens: int
 ) -> Row:
     """Sets a method up and runs it once: the answer, and the warm-up of the timing."""
     row = Row(one.name)
     try:
-        compressor, row.note = configure(one, keep, profile)
-        row.small = compressed(loaded, compressor)
+        compressor, note = configure(one, keep, profile)
+        row.small, notes = attach_with_notes(loaded, compressor)
+        row.note = "; ".join(filter(None, [note, *notes]))
         row.first = row.run(loaded, inputs, max_new_tokens)
     except Exception as error:  # whatever is wrong with one method, the others are still worth comparing
         row.give_up(error)

@@ -38,11 +38,13 @@ def load(name: str, device: str | None = None, dtype: str | None = None) -> Load
         raise UserError(f"--dtype {dtype!r} is none{closest(dtype, DTYPES)}")
     source = _source(name)
     with progress(f"loading {name}"):
+        from huggingface_hub.utils import logging as hub_logging
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
         from transformers.utils import logging
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+        hub_logging.set_verbosity_error()  # the error that ends its retries says what they would
         try:
             config = AutoConfig.from_pretrained(source)
             _check_family(name, config)
@@ -58,6 +60,11 @@ def load(name: str, device: str | None = None, dtype: str | None = None) -> Load
             raise UserError(f"cannot load {name!r}: {_first_sentence(error)}") from error
         model.to(target).eval()
     return Loaded(name, model, processor, adapter_for(model))
+
+
+def note(text: str) -> None:
+    """Says on stderr, in a line, what the user should know but did not ask."""
+    console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager

@@ -34,7 +34,7 @@ class Parser(ArgumentParser):
             name = word.partition("=")[0]
             if not name.startswith("-"):
                 raise UserError(f"{self.prog} has no use for {word!r}; see {self.prog} --help")
-            raise UserError(f"{self.prog} has no option {name}{closest(name, options)}")
+            raise UserError(f"{self.prog} has no option {name}{closest(name, options)}{_owners(name)}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,7 +64,7 @@ def _run(arguments: list[str]) -> None:
     elif name == "--version":
         print(f"vlmzip {__version__}")
     elif name not in COMMANDS:
-        raise UserError(f"there is no command {name!r}{closest(name, COMMANDS)}; see vlmzip --help")
+        raise UserError(f"there is no command {name!r}{closest(name, COMMANDS)}")
     else:
         command = import_module(f"vlmzip.cli.{name}")
         parser = Parser(prog=f"vlmzip {name}", description=command.HELP, epilog=f"examples:\n{command.EXAMPLES}")
@@ -72,6 +72,15 @@ def _run(arguments: list[str]) -> None:
         args, unknown = parser.parse_known_intermixed_args(arguments[1:])
         parser.refuse_unknown(unknown)
         command.run(args)
+
+
+def _owners(option: str) -> str:
+    """The methods that have the field of an option, which only `--method` brings in."""
+    from vlmzip import catalogue
+
+    field = option.removeprefix("--").replace("-", "_")
+    names = [name for name, cls in catalogue.available().items() if field in cls.field_names()]
+    return f"; {', '.join(names)} has such a field: --method {names[0]}" if names else ""
 
 
 def _overview() -> str:

@@ -36,4 +36,5 @@ def run(args: Namespace) -> None:
         ["family", "model types", "sites", "example"],
         [[row["family"], ", ".join(row["model_types"]), ", ".join(row["sites"]), row["example"]] for row in rows],
     )
-    print("\nmini, the small model that ships with vlmzip, is a llava; --model takes any checkpoint of these families.")
+    print("\nin_llm: not in LLMs with sliding-window layers, such as PaliGemma 2's.")
+    print("mini, the small model that ships with vlmzip, is a llava; --model takes any checkpoint of these families.")

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from argparse import SUPPRESS, ArgumentParser, Namespace
+from pathlib import Path
 from typing import Any
 
 from vlmzip import catalogue, spec
+from vlmzip.cli.loading import note
 from vlmzip.compressor import Compressor, Profile
 from vlmzip.errors import UserError
-from vlmzip.keep import parse_keep
+from vlmzip.keep import Keep, count_to_keep, parse_keep
+from vlmzip.runtime.resample import resampling
+from vlmzip.runtime.saving import FILE
 
 DEFAULT_METHOD = "visionzip"
+#: A budget is met if what is reached is off by this share of it at most.
+NEAR = 0.05
 #: Options of commands that draw or ask; a method's fields cannot have these names.
 OWN_OPTIONS = {
     "model", "device", "dtype", "method", "baseline", "overlay", "max_new_tokens", "json", "out", "histogram", "help"
@@ -38,16 +44,23 @@ def check_answer_length(args: Namespace) -> None:
 
 
 def add_method(parser: ArgumentParser, arguments: list[str], default: str = DEFAULT_METHOD) -> None:
-    """`--method`, `--keep`, and every field of the method that `arguments` choose, if it is given by name alone."""
+    """`--method`, `--keep`, and every field of the method that `arguments` choose, if it is given by name alone.
+
+    Left out, it is the compressor saved with the model, if there is one.
+    """
     parser.add_argument(
         "--method",
-        default=default,
-        help=f"{spec.FORMS}; default: %(default)s",
+        help=f"{spec.FORMS}; default: what is saved with the model, else {default}",
     )
     parser.add_argument("--keep", help="visual tokens to keep per picture: 64, 0.25 or 25%%")
     first = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    first.add_argument("--method", nargs="?", default=default)
-    chosen = first.parse_known_args(arguments)[0].method or default
+    first.add_argument("--method", nargs="?")
+    first.add_argument("--model", nargs="?")
+    given = first.parse_known_args(arguments)[0]
+    saved = default == DEFAULT_METHOD and bool(given.model) and Path(given.model, FILE).is_file()
+    default = given.model if saved else default
+    chosen = given.method or default
+    parser.set_defaults(method=default)
     if not spec.is_name(chosen):
         return
     cls = catalogue.find(chosen)
@@ -70,22 +83,36 @@ def settings(args: Namespace) -> dict[str, Any]:
     return {name.removeprefix("field_"): value for name, value in vars(args).items() if name.startswith("field_")}
 
 
-def check_method(args: Namespace) -> None:
-    """Raises `UserError` for wrong fields, before anything slow happens."""
+def check_method(args: Namespace, *, draws: bool = False) -> None:
+    """Raises `UserError` for wrong fields, or where nothing can be drawn, before anything slow happens."""
     if args.keep is not None:
         parse_keep(args.keep)
     method = without_budget(args)
     takes_keep = "keep" in method.field_names()
     if args.keep is not None and not takes_keep and set(settings(args)) - {"site", "positions"}:
         raise UserError(f"give --keep, or the fields of {method.name()}, not both")
+    if draws and resampling(method) is not None:
+        raise UserError(f"each token of {method.name()} comes from the whole picture: there is no token map to draw")
 
 
 def make_method(args: Namespace, profile: Profile) -> Compressor:
-    """The compressor that the options ask for; where the method has no `keep`, its nearest configuration."""
+    """The compressor that the options ask for; where the method has no `keep`, its nearest configuration.
+
+    Tells where that is not near.
+    """
     method = without_budget(args)
     if args.keep is None or "keep" in method.field_names():
         return method
-    return method.at_budget(args.keep, profile)[0]
+    chosen, reached = method.at_budget(args.keep, profile)
+    if said := missed(args.keep, reached, profile):
+        note(f"{method.name()}: {said}")
+    return chosen
+
+
+def missed(keep: Keep, reached: float, profile: Profile) -> str:
+    """What to say about a budget that was not met; nothing where it was, nearly."""
+    wanted = count_to_keep(keep, profile.grid.size) / profile.grid.size
+    return "" if abs(reached - wanted) <= NEAR * wanted else f"the nearest to {wanted:.1%} that it has is {reached:.1%}"
 
 
 def without_budget(args: Namespace) -> Compressor:

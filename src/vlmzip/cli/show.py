@@ -6,7 +6,9 @@ import json
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from vlmzip.cli.options import add_method, add_model, check_method, make_method
+from vlmzip.cli.options import add_method, add_model, check_method, make_method, without_budget
+from vlmzip.errors import UserError
+from vlmzip.visual_tokens import Site
 
 HELP = "draw which visual tokens of pictures are kept, merged and dropped"
 EXAMPLES = """  vlmzip show examples/cluttered.png
@@ -32,7 +34,10 @@ def run(args: Namespace) -> None:
     from vlmzip.cli.pictures import check_target, load_picture, save_picture
     from vlmzip.runtime.prepare import compress_inputs
 
-    check_method(args)
+    check_method(args, draws=True)
+    method = without_budget(args)
+    if any(stage.site is Site.IN_LLM for stage in method.stages()):
+        raise UserError(f"{method.name()} chooses inside the LLM, by the question; use vlmzip ask … --overlay FILE")
     if args.out:
         check_target(args.out, args.pictures)
     for path in args.pictures:

@@ -11,6 +11,7 @@ from vlmzip.errors import UserError
 from vlmzip.keep import Keep, count_to_keep
 from vlmzip.methods.fastv import FastV
 from vlmzip.methods.visionzip import VisionZip
+from vlmzip.resampler import Resampler
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Site, VisualTokens
 
@@ -23,7 +24,8 @@ class Chain(Compressor):
     """Let several compressors act, each on what the one before has left.
 
     Each site and each layer takes one compressor; they are put in the order in which tokens meet them. Behind a
-    compressor that leaves no grid, methods that need one refuse. Our own combination; the papers combine nothing.
+    compressor that leaves no grid, methods that need one refuse; before one with weights (`qformer`) nothing can act.
+    Our own combination; the papers combine nothing.
     """
 
     sites = ORDER
@@ -44,9 +46,16 @@ class Chain(Compressor):
         sites = {stage.site for stage in stages}
         if Site.PIXELS in sites and sites & {Site.PRE_PROJECTOR, Site.POST_PROJECTOR}:
             raise UserError("behind smaller pictures a chain can go on inside the LLM only, for now")
+        for stage in stages[1:]:
+            if isinstance(stage, Resampler):
+                raise UserError(
+                    f"{stage.name()} reads what the encoder puts out: in a chain nothing can come before it"
+                )
         positions = {self.positions, *(stage.positions for stage in stages)} - {None}
         if len(positions) > 1:
             raise UserError("the compressors of a chain ask for different positions; positions are one setting for all")
+        for stage in stages:  # which may refuse the positions of the others
+            dataclasses.replace(stage, positions=next(iter(positions), None))
         object.__setattr__(self, "compressors", tuple(stages))
         object.__setattr__(self, "positions", next(iter(positions), None))
         object.__setattr__(self, "site", stages[0].site)
@@ -63,21 +72,22 @@ class Chain(Compressor):
         """Tokens that enter the LLM."""
         for stage in self.compressors:
             if stage.site is not Site.IN_LLM:
-                count = stage.token_count(grid)
-                if count is None:
+                counts = stage.tokens_by_layer(Profile(grid, layers=1))
+                if counts is None:
                     return None
-                grid = Grid(1, 1, min(count, grid.size))
+                grid = Grid(1, 1, counts[0])
         return grid.size
 
     def tokens_by_layer(self, profile: Profile) -> list[int] | None:
-        counts: list[int] | None = [profile.grid.size] * profile.layers
+        counts = [profile.grid.size] * profile.layers
         grid = profile.grid
         for stage in self.compressors:
             own = stage.tokens_by_layer(Profile(grid, profile.layers))
-            if own is None or counts is None:
+            if own is None:
                 return None
-            counts = [min(before, after) for before, after in zip(counts, own, strict=True)]
-            if counts[-1] < grid.size:
+            first = min(stage.layers, default=0)
+            counts[first:] = own[first:]
+            if counts[-1] != grid.size:
                 grid = Grid(1, 1, counts[-1])
         return counts
 

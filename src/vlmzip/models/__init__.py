@@ -19,7 +19,10 @@ def adapter_for(model: nn.Module) -> ModelAdapter:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     for family in FAMILIES:
         if model_type in family.model_types:
-            return family(model)
+            adapter = family(model)
+            if adapter.model.get_output_embeddings() is None:
+                raise UserError(f"{type(model).__name__} has no head that answers: load AutoModelForImageTextToText")
+            return adapter
     supported = ", ".join(name for family in FAMILIES for name in family.model_types)
     raise UserError(
         f"vlmzip cannot compress {type(model).__name__} (model type {model_type!r}); it supports: {supported}"

@@ -95,9 +95,15 @@ class ModelAdapter(ABC):
         """
         raise UserError(f"{type(self.model).__name__} cannot be shown smaller pictures")
 
-    def pictures_from(self, inputs: Mapping[str, Any], first: int) -> dict[str, Any]:
-        """The picture inputs without the first pictures; one row a picture, unless the family says otherwise."""
-        return {name: inputs[name][first:] for name in self.picture_inputs if inputs.get(name) is not None}
+    def choose_pictures(self, inputs: Mapping[str, Any], chosen: list[int]) -> dict[str, Any]:
+        """The picture inputs of some of the pictures; one row a picture, unless the family says otherwise."""
+        return {name: inputs[name][chosen] for name in self.picture_inputs if inputs.get(name) is not None}
+
+    def feature_width(self, site: Site) -> int:
+        """The width of the visual tokens at `site`."""
+        return (
+            self.llm_config.hidden_size if site is Site.POST_PROJECTOR else self.model.config.vision_config.hidden_size
+        )
 
     @abstractmethod
     def project(self, features: Float[Tensor, "tokens dim"], site: Site) -> Float[Tensor, "tokens llm_dim"]:

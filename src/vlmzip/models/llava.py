@@ -68,6 +68,10 @@ class Llava(ModelAdapter):
     def downsample(self, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> dict[str, Any]:
         return downsampled(self.model.config.vision_config, inputs["pixel_values"], grids[0])
 
+    def feature_width(self, site: Site) -> int:
+        layers = feature_layers(self._setting({}, "vision_feature_layer"), self._depth)
+        return super().feature_width(site) * (len(layers) if site is Site.PRE_PROJECTOR else 1)
+
     def project(self, features: Float[Tensor, "tokens dim"], site: Site) -> Float[Tensor, "tokens llm_dim"]:
         return features if site is Site.POST_PROJECTOR else self.model.model.multi_modal_projector(features)
 

@@ -46,7 +46,7 @@ class Qwen25VL(ModelAdapter):
             raise UserError("videos are not supported in this family yet; pictures are")
         if Signal.PIXELS in needs:
             raise UserError("this family's inputs are patches, not pictures, so pixels cannot be looked at")
-        visual, thw = self.model.model.visual, inputs["image_grid_thw"]
+        visual, thw = self.model.model.visual, _sizes(inputs)
         block = visual.blocks[-1].attn
         with record({"qkv": block.qkv} if needs else {}, {"block": block} if needs else {}) as recording:
             out = visual(inputs["pixel_values"].type(visual.dtype), grid_thw=thw, return_dict=True)
@@ -69,11 +69,11 @@ class Qwen25VL(ModelAdapter):
 
     def grids(self, inputs: Mapping[str, Any]) -> list[Grid]:
         merge = self.model.config.vision_config.spatial_merge_size
-        return [Grid(t, rows // merge, cols // merge) for t, rows, cols in inputs["image_grid_thw"].tolist()]
+        return [Grid(t, rows // merge, cols // merge) for t, rows, cols in _sizes(inputs).tolist()]
 
     def downsample(self, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> dict[str, Any]:
         """Patches to pictures, pictures resized, pictures to patches."""
-        config, thw = self.model.config.vision_config, inputs["image_grid_thw"]
+        config, thw = self.model.config.vision_config, _sizes(inputs)
         merge, side = config.spatial_merge_size, config.patch_size * config.spatial_merge_size
         parts = []
         for patches, old, new in zip(
@@ -84,12 +84,13 @@ class Qwen25VL(ModelAdapter):
         sizes = [(grid.frames, grid.rows * merge, grid.cols * merge) for grid in grids]
         return {"pixel_values": torch.cat(parts), "image_grid_thw": thw.new_tensor(sizes)}
 
-    def pictures_from(self, inputs: Mapping[str, Any], first: int) -> dict[str, Any]:
-        patches = int(inputs["image_grid_thw"][:first].prod(-1).sum())
-        return {
-            "pixel_values": inputs["pixel_values"][patches:],
-            "image_grid_thw": inputs["image_grid_thw"][first:],
-        }
+    def choose_pictures(self, inputs: Mapping[str, Any], chosen: list[int]) -> dict[str, Any]:
+        sizes = _sizes(inputs)
+        parts = inputs["pixel_values"].split(sizes.prod(-1).tolist())
+        return {"pixel_values": torch.cat([parts[n] for n in chosen]), "image_grid_thw": sizes[chosen]}
+
+    def feature_width(self, site: Site) -> int:
+        return self.model.config.vision_config.out_hidden_size
 
     def project(self, features: Float[Tensor, "tokens dim"], site: Site) -> Float[Tensor, "tokens llm_dim"]:
         return features  # the merger projects, and it comes before both sites
@@ -142,6 +143,16 @@ class Qwen25VL(ModelAdapter):
         cos, sin = (table.float()[:, None] for table in recording.arguments["block"]["position_embeddings"])
         query, key = (rotate(x, cos.expand_as(x), sin.expand_as(x)).flatten(1) for x in (query, key))
         return query, key
+
+
+def _sizes(inputs: Mapping[str, Any]) -> Int[Tensor, "pictures 3"]:
+    """`image_grid_thw`, which must say of every patch to which picture it belongs."""
+    sizes, patches = inputs.get("image_grid_thw"), len(inputs["pixel_values"])
+    if sizes is None:
+        raise UserError("image_grid_thw is missing: give the model everything that its processor returns")
+    if int(sizes.prod(-1).sum()) != patches:
+        raise UserError(f"image_grid_thw tells of {int(sizes.prod(-1).sum())} patches, pixel_values has {patches}")
+    return sizes
 
 
 def pictures_of(

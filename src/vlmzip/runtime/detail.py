@@ -36,7 +36,6 @@ def detail_lost(tokens: VisualTokens, token_map: TokenMap) -> Float[Tensor, " ba
     back = out.gather(1, group.clamp(min=0)[..., None].expand_as(x))
     error = (x - back).square().sum(-1)
     dropped = group < 0
-    dropped[:, : tokens.prefix] = False
     if dropped.any():
         error = torch.where(dropped, _distance_to_nearest(x, out, token_map), error)
     grid = slice(tokens.prefix, None)

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
 import transformers
 from packaging.version import Version
 from torch import Tensor, nn
+from transformers import Cache
 
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, closest
@@ -27,15 +28,16 @@ from vlmzip.runtime.decoder_hooks import Hooks, running
 from vlmzip.runtime.in_llm import Inside, check_place, extend, prompt_of
 from vlmzip.runtime.prepare import PER_TOKEN, CompressedInputs, compress_inputs, gather, pad_id
 from vlmzip.runtime.report import Report
+from vlmzip.runtime.resample import build_resampler, resampling, write_weights
 from vlmzip.runtime.saving import write_compressor
 from vlmzip.runtime.turns import Seen, Turns, first_turn, next_turn
 from vlmzip.visual_tokens import Site
 
-#: Values of an untouched generation config; `generate` counts those from the end of the prompt by itself.
-DEFAULT_LIMITS = {"max_length": 20, "min_length": 0}
-
 #: Whether chunked prefill gives each chunk its own part of the pictures' features.
 CAN_CUT_FEATURES = hasattr(transformers.generation.utils, "_slice_mm_encoder_output")
+
+#: The switches of gradient checkpointing: "activation" is what transformers 5.23 calls it.
+CHECKPOINTING = {f"{kind}_checkpointing_{to}" for kind in ("gradient", "activation") for to in ("enable", "disable")}
 
 #: Inputs with one row for each prompt.
 ONE_A_ROW = {"input_ids", *PER_TOKEN}
@@ -51,7 +53,9 @@ def attach(model: nn.Module, compressor: Compressor) -> CompressedModel:
     compressor inside the LLM puts hooks on its layers, which act in calls of the result alone; `detach` takes them off.
     Raises `UserError` for a model that vlmzip cannot compress, or a compressor that has no place in it.
     """
-    return CompressedModel(model, compressor)
+    small = CompressedModel(model, compressor)
+    _warn_if_untrained(small)
+    return small
 
 
 @contextmanager
@@ -67,7 +71,7 @@ def attached(model: nn.Module, compressor: Compressor) -> Iterator[CompressedMod
 class CompressedModel(nn.Module):
     """A vision-language model whose pictures go through a compressor; holds the model as `inner`.
 
-    `forward` and `generate` take what the model takes. What is not defined here is looked up on the model.
+    `forward` and `generate` take what the model takes, by name. What is not defined here is looked up on the model.
 
     `Trainer` trains it and resumes it, but `Trainer.save_model` and checkpoints write weights alone: save with
     `trainer.model.save_pretrained(folder)`. What `Trainer.predict` returns covers the compressed sequence, the labels
@@ -76,6 +80,8 @@ class CompressedModel(nn.Module):
 
     def __init__(self, model: nn.Module, compressor: Compressor) -> None:
         super().__init__()
+        if not isinstance(model, nn.Module):
+            raise UserError(f"{model!r} is no model: load it first, or use vlmzip.from_pretrained(folder, compressor)")
         if any(isinstance(module, CompressedModel) for module in model.modules()):
             raise UserError("this model already has a compressor: detach() it first, or attach to the plain model")
         if not isinstance(compressor, Compressor):
@@ -88,21 +94,27 @@ class CompressedModel(nn.Module):
         check_place(adapter, _inside_the_llm(compressor))
         self.inner: Any = model
         self.compressor = compressor
+        #: The weights of a method that has some, else `None`.
+        self.resampler: nn.Module | None = build_resampler(adapter, compressor)
         self._turns = Turns()
         self._detached = False
         self._put_hooks()
         self.training = model.training  # not train(): parts of the model may be in another mode
+        if self.resampler is not None:
+            self.resampler.train(model.training)
         _warn_if_nothing_to_do(compressor, adapter)
 
     @property
     def report(self) -> Report:
-        """What the last `forward` or `generate` with pictures did: in this thread, or in any if there was none here.
+        """What the last `forward` or `generate` did: in this thread, or in any if there was none here.
+
+        Calls that continue a KV cache without new pictures leave it as it is.
 
         Raises `UserError` before the first.
         """
         report = _reports().get(self) or _latest.get(self)
         if report is None:
-            raise UserError("there is no report yet: call the model with a picture first")
+            raise UserError("there is no report yet: call the model first")
         return report
 
     def detach(self) -> nn.Module:
@@ -148,7 +160,7 @@ class CompressedModel(nn.Module):
         inputs = {**{name: value for name, value in named.items() if value is not None}, **kwargs}
         small, seen, inside = self._compress(inputs, generating=False)
         out = self.inner(**small) if inside is None else self._forward_inside(small, inside)
-        cache = getattr(out, "past_key_values", inputs.get("past_key_values"))
+        cache = _cache_in(out) if inputs.get("past_key_values") is None else inputs["past_key_values"]
         if seen is not None and cache is not None:
             self._remember(cache, seen, inside)
         return out
@@ -168,7 +180,7 @@ class CompressedModel(nn.Module):
         if repeating and kwargs.get("past_key_values") is not None:
             raise UserError("a cache can be neither filled nor continued with beams or several sequences a prompt")
         self._infer_mask(kwargs)
-        if kwargs.get("assistant_model") is not None:
+        if kwargs.get("assistant_model") is not None or self._setting(kwargs, "assistant_early_exit", None):
             raise UserError("assisted decoding is not supported: the assistant would need the compressed prompt too")
         small, seen, inside = self._compress(kwargs, generating=True)
         self._refuse_wrong_chunks(small)
@@ -201,11 +213,27 @@ class CompressedModel(nn.Module):
         return out
 
     def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Writes the inner model under its own names, so that transformers alone loads it, and `compressor.json`."""
-        if "state_dict" in kwargs:  # trainers pass the façade's own
-            kwargs["state_dict"] = {name.removeprefix("inner."): value for name, value in kwargs["state_dict"].items()}
+        """Writes the inner model under its own names, so that transformers alone loads it, and `compressor.json`.
+
+        The weights of a method that has some go into `resampler.safetensors`.
+        """
+        if kwargs.get("push_to_hub"):
+            self.push_to_hub()
+        state = kwargs.get("state_dict")
+        if state is not None:  # trainers pass the façade's own
+            kwargs["state_dict"] = {
+                name.removeprefix("inner."): value for name, value in state.items() if not name.startswith("resampler.")
+            }
         self.inner.save_pretrained(folder, **kwargs)
+        if not kwargs.get("is_main_process", True):
+            return
+        if self.resampler is not None:
+            write_weights(self.resampler.state_dict() if state is None else _under("resampler.", state), folder)
         write_compressor(self.compressor, folder)
+
+    def push_to_hub(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+        """Refused: transformers would upload the model without its compressor."""
+        raise UserError("save_pretrained(folder) first, then upload the folder: huggingface_hub.upload_folder")
 
     @torch.compiler.disable  # reads counts off the device and walks Python lists; what follows it is compiled
     def _compress(
@@ -217,19 +245,27 @@ class CompressedModel(nn.Module):
             raise UserError("this model was detached; call vlmzip.attach(model, compressor) again")
         adapter = adapter_for(self.inner)
         before = self._turns.recall(inputs.get("past_key_values"))
+        if before is not None and inputs.get("input_ids") is None:
+            raise UserError("a filled KV cache is continued by input_ids: embeddings do not tell what was said")
+        if isinstance(inputs.get("logits_to_keep"), Tensor):
+            raise UserError("logits_to_keep as a tensor names tokens of the uncompressed prompt: give a number")
         if before is not None and inputs.get("position_ids") is not None:
             raise UserError("position_ids cannot be given with a filled cache: this model counts positions itself")
         seen: Callable[[], Seen] | None = None
         if before is not None:
-            small, after = next_turn(self.inner, adapter, inputs, self.compressor, before, generating=generating)
+            small, after = next_turn(
+                self.inner, adapter, inputs, self.compressor, before, generating=generating, resampler=self.resampler
+            )
             seen = partial(replace, after)
         else:
-            small = compress_inputs(self.inner, inputs, self.compressor, generating=generating, adapter=adapter)
+            small = compress_inputs(
+                self.inner, inputs, self.compressor, generating=generating, adapter=adapter, resampler=self.resampler
+            )
             # Positions that the user chose are not continued: a cache with them is not remembered.
             if inputs.get("input_ids") is not None and (generating or inputs.get("position_ids") is None):
                 # Counting positions takes time, and training keeps no cache: done only when one comes back.
                 seen = partial(first_turn, adapter, inputs, small, self.compressor, generating=generating)
-        if small.report.pictures:
+        if small.report.pictures or before is None:  # a loop over new tokens keeps the report of its pictures
             _reports()[self] = _latest[self] = small.report
         inside = None
         if compressors := _inside_the_llm(self.compressor):
@@ -368,16 +404,17 @@ class CompressedModel(nn.Module):
     def _filler(self, tokens: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Marks what `generate` wrote behind the end of rows that were done before the longest."""
         pad = self._setting(arguments, "pad_token_id", pad_id(adapter_for(self.inner)))
-        eos = torch.as_tensor(self._setting(arguments, "eos_token_id", -1), device=tokens.device).flatten()
-        ended = torch.isin(tokens, eos).cumsum(1) - torch.isin(tokens, eos).long() > 0
-        return ended & (tokens == pad)
+        eos = torch.as_tensor(self._setting(arguments, "eos_token_id", -1)).flatten().tolist()
+        after = (tokens == pad).flip(1).cumprod(1).sum(1)
+        # Whatever ended a row, nothing is behind the row that ended last; a pad that is the end itself was generated.
+        after = after - (after.clamp(max=1) if pad in eos else after.min())
+        return torch.arange(tokens.shape[1], 0, -1, device=tokens.device) <= after[:, None]
 
     def _keep_length_limits(self, arguments: dict[str, Any], prompt: int, short: int) -> None:
         """Lets `max_length` and `min_length` count the prompt as the user sees it: `prompt` tokens, not `short`."""
         for limit, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
             value = self._setting(arguments, limit, None)
-            given = limit in arguments or value != DEFAULT_LIMITS[limit]
-            if value is not None and given and self._setting(arguments, new_tokens, None) is None:
+            if value is not None and self._setting(arguments, new_tokens, None) is None:
                 if limit == "max_length" and value <= prompt:
                     raise UserError(
                         f"max_length={value} leaves no room for an answer: the prompt alone has {prompt} tokens,"
@@ -385,13 +422,21 @@ class CompressedModel(nn.Module):
                     )
                 arguments[limit] = max(value - prompt + short, 0)
 
+    def _switch_checkpointing(self, name: str, *args: Any, **kwargs: Any) -> None:
+        """Switches it in the model and in what a resampler has of transformers, which alone knows these switches."""
+        getattr(self.inner, name)(*args, **kwargs)
+        for module in () if self.resampler is None else self.resampler.modules():
+            if getattr(module, "supports_gradient_checkpointing", False):
+                getattr(module, name)(*args, **kwargs)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name == "inner":
                 raise
-            return getattr(self.inner, name)
+            found = getattr(self.inner, name)
+            return partial(self._switch_checkpointing, name) if name in CHECKPOINTING else found
 
 
 class _PromptStreamer:
@@ -401,12 +446,20 @@ class _PromptStreamer:
         self._streamer, self._prompt = streamer, prompt
 
     def put(self, value: Tensor) -> None:
-        # The first thing that `generate` streams is its own, shortened prompt.
-        self._streamer.put(value if self._prompt is None else self._prompt.cpu())
+        # The first thing that `generate` streams is its own, shortened prompt, repeated for several sequences.
+        if self._prompt is not None:
+            value = self._prompt.cpu().repeat_interleave(len(value) // len(self._prompt), dim=0)
+        self._streamer.put(value)
         self._prompt = None  # type: ignore[assignment]
 
     def end(self) -> None:
         self._streamer.end()
+
+
+def _cache_in(out: Any) -> Any:
+    """The KV cache that a model's `forward` returns, if it does."""
+    values = out if isinstance(out, tuple) else (getattr(out, "past_key_values", None),)
+    return next((value for value in values if isinstance(value, Cache)), None)
 
 
 def _inside_the_llm(compressor: Compressor) -> list[Compressor]:
@@ -420,10 +473,28 @@ def _reports() -> WeakKeyDictionary[CompressedModel, Report]:
     return _per_thread.reports
 
 
+def _warn_if_untrained(small: CompressedModel) -> None:
+    method = resampling(small.compressor)
+    if method is not None and small.resampler is not None:
+        count = sum(parameter.numel() for parameter in small.resampler.parameters())
+        warnings.warn(
+            f"{method.name()} is untrained: its {count:,} weights are random, and so are answers about pictures;"
+            " train it first, or load a trained one with vlmzip.from_pretrained",
+            stacklevel=3,
+        )
+
+
+def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a state dict whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
 def _warn_if_nothing_to_do(compressor: Compressor, adapter: ModelAdapter) -> None:
+    if isinstance(compressor, NoCompression) or resampling(compressor) is not None:
+        return
     grid = adapter.profile().grid
     counts = compressor.tokens_by_layer(adapter.profile())
-    if counts is not None and min(counts) >= grid.size and not isinstance(compressor, NoCompression):
+    if counts is not None and min(counts) >= grid.size:
         warnings.warn(
             f"{compressor.name()} keeps all of a picture's {grid.size} visual tokens: it changes nothing", stacklevel=4
         )

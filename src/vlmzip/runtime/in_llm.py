@@ -315,7 +315,7 @@ def extend(report: Report, steps: Sequence[Step]) -> Report:
         by_layer, token_map = list(picture.by_layer), picture.token_map
         for layer, own in own_maps:
             by_layer[layer:] = [own.lengths[0]] * (len(by_layer) - layer)
-            token_map = token_map.then(own)
+            token_map = token_map and token_map.then(own)
         pictures.append(replace(picture, by_layer=tuple(by_layer), token_map=token_map))
     source, here = report.source, steps[0].here()
     if len(steps) == 1 and source is not None and here is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,8 +16,10 @@ from vlmzip.errors import UserError
 from vlmzip.methods import NoCompression
 from vlmzip.models import adapter_for
 from vlmzip.models.adapter import ModelAdapter
+from vlmzip.resampler import Resampler
 from vlmzip.runtime.pixels import encode_smaller
 from vlmzip.runtime.report import CompressedPicture, PictureReport, Report, Stopwatch
+from vlmzip.runtime.resample import resample_pictures
 from vlmzip.visual_tokens import Grid, Site, VisualTokens
 
 #: Inputs with one value per token of the prompt, and the value that padding gets. `input_ids` gets the pad token.
@@ -51,6 +54,7 @@ def compress_inputs(
     *,
     generating: bool = False,
     adapter: ModelAdapter | None = None,
+    resampler: nn.Module | None = None,
 ) -> CompressedInputs:
     """Replaces the pictures in `inputs` by their compressed visual tokens, and shortens the prompt to match.
 
@@ -61,18 +65,24 @@ def compress_inputs(
     yourself are kept, whatever the compressor's `positions`. What acts inside the LLM does not act here: for
     that there is `vlmzip.attach`.
 
+    A method with weights needs `resampler`, the module that holds them: the façade's attribute of this name.
+
     Raises `UserError` where placeholders and pictures do not match.
     """
     adapter = adapter or adapter_for(model)
     out = CompressedInputs(inputs)
     watch = Stopwatch(next(model.parameters()).device)
+    if inputs.get("pixel_values_videos") is not None:
+        warnings.warn("videos go through uncompressed: this version compresses pictures", stacklevel=2)
     if inputs.get(adapter.picture_inputs[0]) is None:
         _refuse_placeholders_without_pictures(adapter, inputs)
         out.report, out.spans = Report(compressor, [], None, watch), []
         return out
 
     ids, mask = _prompt(inputs)
-    pictures, out.smaller = compress_pictures(adapter, inputs, compressor, watch)
+    if len(inputs[adapter.picture_inputs[0]]) == 0:
+        raise UserError(f"{adapter.picture_inputs[0]} is empty; leave it out where there are no pictures")
+    pictures, out.smaller = compress_pictures(adapter, inputs, compressor, watch, resampler)
     places = find_placeholders(ids, adapter.placeholder_id, [picture.report.before for picture in pictures])
     source = shorten(mask, places, [picture.offsets for picture in pictures])
 
@@ -110,7 +120,7 @@ def _spans(ids: Int[Tensor, "batch length"], placeholder_id: int, pictures: Sequ
 
 def left_on_grid(picture: PictureReport) -> tuple[Grid | None, int]:
     """The grid on which a picture's tokens still lie, and the tokens before it."""
-    if picture.grid is None or picture.after != picture.before:
+    if picture.grid is None or picture.token_map is None or picture.after != picture.before:
         return None, 0
     return picture.grid, picture.before - picture.grid.size
 
@@ -134,7 +144,11 @@ def contiguous_positions(
 
 
 def compress_pictures(
-    adapter: ModelAdapter, inputs: Mapping[str, Any], compressor: Compressor, watch: Stopwatch
+    adapter: ModelAdapter,
+    inputs: Mapping[str, Any],
+    compressor: Compressor,
+    watch: Stopwatch,
+    resampler: nn.Module | None,
 ) -> tuple[list[CompressedPicture], Mapping[str, Any] | None]:
     """Encodes, selects, applies and projects; the projector sees nothing but what is left.
 
@@ -142,7 +156,9 @@ def compress_pictures(
     """
     first, *later = [stage for stage in compressor.stages() if stage.site is not Site.IN_LLM] or [NoCompression()]
     smaller = None
-    if first.site is Site.PIXELS:
+    if isinstance(first, Resampler):
+        pictures = resample_pictures(adapter, inputs, first, resampler, watch)
+    elif first.site is Site.PIXELS:
         pictures, smaller = encode_smaller(adapter, inputs, first, watch)
     else:
         pictures = _encode_and_compress(adapter, inputs, first, watch)
@@ -159,11 +175,12 @@ def _compress_projected(compressor: Compressor, picture: CompressedPicture) -> C
     count = token_map.lengths[0]
     if count == 0:
         raise UserError(f"{compressor.name()} left no token of a picture; it must keep at least one")
+    before = picture.report.token_map
     report = replace(
         picture.report,
         after=count,
         by_layer=(count,) * len(picture.report.by_layer),
-        token_map=picture.report.token_map.then(token_map),
+        token_map=before and before.then(token_map),
     )
     anchors = token_map.anchor_index()[0].tolist()
     return CompressedPicture(token_map.apply(picture.features[None])[0], [picture.offsets[a] for a in anchors], report)
@@ -286,8 +303,11 @@ def _prompt(inputs: Mapping[str, Any]) -> tuple[Int[Tensor, "batch length"], Int
         raise UserError("give input_ids together with the pictures: vlmzip finds a picture's place by its placeholders")
     if inputs.get("inputs_embeds") is not None:
         raise UserError("give input_ids or inputs_embeds, not both, with pictures: embeddings have no placeholders")
-    if mask is not None and mask.ndim != 2:
-        raise UserError(f"attention_mask must be [batch, length] with pictures; got shape {tuple(mask.shape)}")
+    if not isinstance(ids, Tensor) or ids.ndim != 2:
+        raise UserError(f"input_ids must be a tensor [batch, length]; got {getattr(ids, 'shape', type(ids).__name__)}")
+    if mask is not None and mask.shape != ids.shape:
+        wanted = f"{list(ids.shape)} as input_ids"
+        raise UserError(f"attention_mask must be [batch, length] with pictures: {wanted}; got {list(mask.shape)}")
     return ids, torch.ones_like(ids) if mask is None else mask
 
 

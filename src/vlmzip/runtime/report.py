@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -30,21 +31,23 @@ class PictureReport:
     """Visual tokens that the LLM gets; inside it they may become fewer, see `by_layer`."""
     by_layer: tuple[int, ...]
     """Visual tokens at each layer of the LLM."""
-    token_map: TokenMap
-    """The map of this picture alone (a batch of one), over prefix and grid, to the tokens of the last layer."""
+    token_map: TokenMap | None
+    """The map of this picture alone (a batch of one), over prefix and grid, to the tokens of the last layer.
+
+    `None` after a resampler, whose tokens come from everywhere in the picture."""
     grid: Grid | None
     prefix: int
     features: Float[Tensor, "tokens dim"] | None
     """The visual tokens before compression, without gradients; kept until the next call, for `detail_lost`.
 
-    `None` where only a smaller picture was encoded."""
+    `None` where they are not to be compared: only a smaller picture was encoded, or they were resampled."""
 
     @cached_property
     def detail_lost(self) -> float | None:
         """Share of the picture's detail that the tokens left do not explain, 0 to 1 (see `detail.py`).
 
-        `None` where that cannot be told: there are no tokens before compression."""
-        if self.features is None:
+        `None` where that cannot be told: after a resampler, or where only a smaller picture was encoded."""
+        if self.features is None or self.token_map is None:
             return None
         tokens = VisualTokens(self.features[None], self.grid, self.prefix)
         return float(detail_lost(tokens, self.token_map))
@@ -104,7 +107,7 @@ class Report:
     stopwatch: Stopwatch
 
     def __repr__(self) -> str:
-        counts = ", ".join(f"{picture.before} → {picture.after}" for picture in self.pictures)
+        counts = ", ".join(f"{picture.before} → {compact(picture.by_layer)}" for picture in self.pictures)
         return f"Report({self.compressor.name()}: {counts or 'no pictures'})"
 
     @property
@@ -123,10 +126,14 @@ class Report:
         """Logits of this call, or tokens chosen from them, as they would stand in the prompt of `length` tokens.
 
         Each is moved to just before the token that it predicts, so that `[:, :-1]` goes with the prompt's `[:, 1:]`;
-        `fill` is where no token of a picture was left, and in padding.
+        `fill` is where no token of a picture was left, and in padding. Without pictures they stand there already.
         """
-        if self.source is None or predictions.shape[:2] != self.source.shape:
+        if self.source is None:
+            return predictions
+        if predictions.shape[:2] != self.source.shape:
             raise UserError("these predictions are not of the call that this report is about")
+        if int(self.source.max()) >= length:
+            raise UserError(f"the prompt of this call had more than {length} tokens")
         after = torch.nn.functional.pad(self.source[:, 1:], (0, 1), value=-1)
         place = torch.where(after >= 0, after - 1, self.source)  # nothing follows the last
         rows, columns = (self.source >= 0).nonzero(as_tuple=True)
@@ -146,5 +153,14 @@ class Report:
 
     @property
     def milliseconds(self) -> dict[str, float]:
-        """Time by stage: "encoder" (and projector, where one acts behind it), "selection", "projector" and others."""
+        """Time by stage: "encoder" (and projector, where one acts behind it), "selection", "projector" and others.
+
+        "selection" is the method's own work: choosing, resizing pixels, or running a resampler.
+        """
         return self.stopwatch.milliseconds()
+
+
+def compact(counts: Iterable[int]) -> str:
+    """Visual tokens by layer in few words: "64", or "576×2 → 64×30" for 576 in two layers and 64 in thirty."""
+    runs = [(count, len(list(run))) for count, run in groupby(counts)]
+    return str(runs[0][0]) if len(runs) == 1 else " → ".join(f"{count}×{layers}" for count, layers in runs)

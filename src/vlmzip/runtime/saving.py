@@ -8,9 +8,12 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from vlmzip import catalogue
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
+from vlmzip.runtime.resample import read_weights
 from vlmzip.version import __version__
 
 if TYPE_CHECKING:
@@ -26,15 +29,25 @@ def from_pretrained(
 ) -> CompressedModel:
     """Loads what `save_pretrained` wrote: the model with its compressor. `kwargs` go to transformers.
 
-    `compressor` replaces the saved one. Raises `UserError` for a folder without `compressor.json`, an unknown method or
-    field, or a file that a newer vlmzip wrote.
+    `compressor` replaces the saved one. The weights of a method that has some come from `resampler.safetensors`. Raises
+    `UserError` for a folder without `compressor.json`, an unknown method or field, weights that are missing or do not
+    fit, or a file that a newer vlmzip wrote.
     """
     from transformers import AutoModelForImageTextToText
 
-    from vlmzip.runtime.facade import attach
-
     compressor = compressor or read_compressor(folder)
-    return attach(AutoModelForImageTextToText.from_pretrained(folder, **kwargs), compressor)
+    _check_model(Path(folder))
+    return reattach(AutoModelForImageTextToText.from_pretrained(folder, **kwargs), compressor, folder)
+
+
+def reattach(model: nn.Module, compressor: Compressor, folder: str | os.PathLike[str]) -> CompressedModel:
+    """`attach` for a compressor saved in `folder`, with the weights that it may have there."""
+    from vlmzip.runtime.facade import CompressedModel
+
+    small = CompressedModel(model, compressor)
+    if small.resampler is not None:
+        read_weights(small.resampler, folder)
+    return small
 
 
 def write_compressor(compressor: Compressor, folder: str | os.PathLike[str]) -> None:
@@ -51,20 +64,41 @@ def write_compressor(compressor: Compressor, folder: str | os.PathLike[str]) -> 
         Path(unfinished).unlink(missing_ok=True)
 
 
+def _check_model(folder: Path) -> None:
+    """Raises `UserError` for a folder without a model; a path that is no folder may be a hub id."""
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        _refuse_lora(folder)
+        raise UserError(f"{str(folder)!r} holds no model (config.json is missing)")
+
+
+def _refuse_lora(folder: Path) -> None:
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{str(folder)!r} holds a LoRA alone: load it with peft.PeftModel.from_pretrained, onto what it was trained"
+            " around: vlmzip.attach(model, compressor), or the plain model that is attached to afterwards"
+        )
+
+
 def read_compressor(folder: str | os.PathLike[str]) -> Compressor:
     """The compressor saved in `folder`; only methods that are installed here are found, none is imported by name."""
     path = Path(folder) / FILE
     if not path.is_file():
+        _refuse_lora(path.parent)
         if (path.parent / "training_args.bin").is_file():
             raise UserError(
                 f"there is no {FILE} in {str(folder)!r}: a Trainer wrote weights alone;"
                 " write the whole model with trainer.model.save_pretrained(folder)"
             )
-        raise UserError(f"there is no {FILE} in {str(folder)!r}; load it with transformers and vlmzip.attach()")
+        where = (
+            f"there is no {FILE} in {str(folder)!r}" if path.parent.is_dir() else f"there is no folder {str(folder)!r}"
+        )
+        raise UserError(f"{where}; give compressor=…, or load the model with transformers and vlmzip.attach()")
     try:
         content = json.loads(path.read_text())
-        version, method, settings = int(content["format"]), str(content["method"]), dict(content["fields"])
-    except (ValueError, KeyError, TypeError) as error:
+        version, method, settings = content["format"], str(content["method"]), dict(content["fields"])
+        if type(version) is not int or "method" in settings:
+            raise TypeError("format must be a whole number, and method no field")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{str(path)!r} cannot be read: {type(error).__name__}: {error}") from None
     if version < 1:
         raise UserError(f"{str(path)!r} cannot be read: there is no format {version}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -19,6 +19,7 @@ from vlmzip.runtime.prepare import (
     CompressedInputs,
     compress_inputs,
     contiguous_positions,
+    find_placeholders,
     gather,
     pad_id,
     positions_of,
@@ -43,8 +44,8 @@ class Seen:
     """Compressed positions up to the end of the last prompt; what follows was generated."""
     next_position: Int[Tensor, " batch"]
     """The position that follows the last prompt."""
-    pictures: int
-    """Pictures so far."""
+    pictures: list[int]
+    """Pictures so far, by row."""
     keys: dict[int, Tensor] = field(default_factory=dict)
     """For each layer at which a compressor acts inside the LLM, what the caches from there on hold (`in_llm.py`)."""
 
@@ -82,8 +83,9 @@ class Turns:
         seen = self._seen.get(cache)
         if seen is None:
             raise UserError(
-                "this KV cache was not made by this model with this compressor, or is a copy (deepcopy, pickle) of one"
-                " that was, so what is in it is not known; start with an empty cache and the whole conversation"
+                "what is in this KV cache is not known: another model or compressor filled it, or a call with"
+                " inputs_embeds or position_ids of your own, or it is a copy (deepcopy, pickle); start with an empty"
+                " cache and the whole conversation"
             )
         short = seen.source.shape[1]
         if length not in (short, short - 1):  # the last generated token has not been through the model yet
@@ -118,8 +120,9 @@ def first_turn(
         positions = torch.arange(source.shape[1], device=ids.device).expand_as(gather(original, source, 0))
         next_position = torch.full_like(next_position, source.shape[1])
     return Seen(
-        ids, mask.bool(), source, short_mask, positions, source.shape[1], next_position, len(small.report.pictures)
-    )
+        ids, mask.bool(), source, short_mask, positions, source.shape[1], next_position,
+        [sum(picture.row == row for picture in small.report.pictures) for row in range(len(ids))],
+    )  # fmt: skip
 
 
 def next_turn(
@@ -130,6 +133,7 @@ def next_turn(
     seen: Seen,
     *,
     generating: bool,
+    resampler: nn.Module | None = None,
 ) -> tuple[CompressedInputs, Seen]:
     """Inputs for a later turn, given as the whole conversation or as its new part alone; and what is seen after it.
 
@@ -144,7 +148,7 @@ def next_turn(
         out.pop(name, None)
     whole = replace(seen, mask=seen_mask)
     if new["input_ids"].shape[1]:
-        part = compress_inputs(model, new, compressor, generating=True, adapter=adapter)
+        part = compress_inputs(model, new, compressor, generating=True, adapter=adapter, resampler=resampler)
         whole = _joined(whole, first_turn(adapter, new, part, compressor, generating=True))
         out |= {name: part[name] for name in ("mm_encoder_outputs", "labels") if part.get(name) is not None}
         report = part.report
@@ -175,7 +179,7 @@ def _joined(seen: Seen, new: Seen) -> Seen:
         positions=torch.cat([seen.positions, new.positions + offset[:, None]], -1),
         prompt_length=mask.shape[1],
         next_position=new.next_position + offset,
-        pictures=seen.pictures + new.pictures,
+        pictures=[old + own for old, own in zip(seen.pictures, new.pictures, strict=True)],
     )
 
 
@@ -191,10 +195,11 @@ def _new_part(
         whole, new_ids = True, ids[:, old:]
     elif (rows := _rows_after(ids, mask, seen)) is not None:  # the same conversation, padded in another way
         whole, (new_ids, mask) = True, rows
-    elif ids.shape[1] >= old and (mask is None or mask.shape[1] == ids.shape[1]):
+    elif ids.shape[1] >= old and (mask is None or mask.shape[1] == ids.shape[1]) and _begins_alike(ids, mask, seen):
         raise UserError(
-            "this conversation does not begin with what is in the KV cache (the answer may have been tokenised anew);"
-            " append new tokens to the ids that generate returned, or start with an empty cache"
+            "this looks like the whole conversation, but does not begin with what is in the KV cache (the answer may"
+            " have been tokenised anew): append new tokens to the ids that generate returned, or start with an empty"
+            f" cache; if it is the new part alone, give an attention_mask of {old + ids.shape[1]} columns with it"
         )
     else:
         whole, new_ids = False, ids
@@ -214,7 +219,7 @@ def _new_part(
         )
     if inputs.get("labels") is not None:
         new["labels"] = inputs["labels"][:, inputs["labels"].shape[1] - new_ids.shape[1] :]
-    new |= _new_pictures(adapter, inputs, new_ids, seen.pictures, whole=whole)
+    new |= _new_pictures(adapter, inputs, new_ids, seen, whole=whole)
     return new, seen_mask
 
 
@@ -235,18 +240,48 @@ def _rows_after(
     return new, torch.nn.utils.rnn.pad_sequence(ones, batch_first=True).flip(1)
 
 
+def _begins_alike(ids: Int[Tensor, "batch length"], mask: Tensor | None, seen: Seen) -> bool:
+    """Whether some row shares the first half of what its conversation has so far: a new part rarely does."""
+    for row, own_mask, old, real in zip(
+        ids, ids >= 0 if mask is None else mask.bool(), seen.ids, seen.real, strict=True
+    ):
+        given, known = row[own_mask], old[real]
+        shared = min(len(given), len(known))
+        same = (given[:shared] == known[:shared]).long().cumprod(0).sum()
+        if len(known) and 2 * int(same) >= len(known):
+            return True
+    return False
+
+
 def _new_pictures(
-    adapter: ModelAdapter, inputs: Mapping[str, Any], new_ids: Int[Tensor, "batch new"], old: int, *, whole: bool
+    adapter: ModelAdapter, inputs: Mapping[str, Any], new_ids: Int[Tensor, "batch new"], seen: Seen, *, whole: bool
 ) -> dict[str, Any]:
     """The inputs of the pictures in the new part; `inputs` may hold all pictures of the conversation or these alone."""
     wanted = int((new_ids == adapter.placeholder_id).sum())
     if inputs.get(adapter.picture_inputs[0]) is None:
         return {}
     counts = adapter.plain_counts(inputs)
-    if len(counts) >= old and sum(counts[old:]) == wanted and (whole or wanted):
-        return adapter.pictures_from(inputs, old) if wanted else {}
+    conversation = torch.cat([seen.ids, new_ids], 1)
+    if sum(counts) == int((conversation == adapter.placeholder_id).sum()) and (whole or wanted):
+        return _later_pictures(adapter, inputs, conversation, counts, seen.pictures) if wanted else {}
     if sum(counts) != wanted:
         raise UserError(
             f"the new part of the prompt has {wanted} image placeholders; its pictures have {sum(counts)} visual tokens"
         )
     return {name: inputs[name] for name in adapter.picture_inputs if inputs.get(name) is not None}
+
+
+def _later_pictures(
+    adapter: ModelAdapter,
+    inputs: Mapping[str, Any],
+    conversation: Int[Tensor, "batch length"],
+    counts: Sequence[int],
+    seen: Sequence[int],
+) -> dict[str, Any]:
+    """All pictures of a conversation come row by row: without the first `seen` of each row."""
+    chosen, at = [], [0] * len(conversation)
+    for index, (row, _) in enumerate(find_placeholders(conversation, adapter.placeholder_id, counts)):
+        if at[row] >= seen[row]:
+            chosen.append(index)
+        at[row] += 1
+    return adapter.choose_pictures(inputs, chosen)
