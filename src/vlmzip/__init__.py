@@ -15,6 +15,7 @@ from vlmzip.methods import (
     NoCompression,
     Pool2d,
     RandomTokens,
+    SparseVLM,
     VisionZip,
 )
 from vlmzip.runtime.calibration import Calibration, calibrate
@@ -47,6 +48,7 @@ __all__ = [
     "Report",
     "Signal",
     "Site",
+    "SparseVLM",
     "TokenMap",
     "UserError",
     "VisionZip",

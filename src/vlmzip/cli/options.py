@@ -80,6 +80,8 @@ def check_method(args: Namespace) -> None:
 def make_method(args: Namespace, profile: Profile) -> Compressor:
     """The compressor that the options ask for; where the method has no `keep`, its nearest configuration."""
     method = _without_budget(args)
+    if args.keep is None and "layer" not in settings(args):
+        return method.placed(profile)
     if args.keep is None or "keep" in method.field_names():
         return method
     return method.at_budget(args.keep, profile)[0]

@@ -13,4 +13,5 @@ from vlmzip.methods.llavolta import LLaVolta as LLaVolta
 from vlmzip.methods.no_compression import NoCompression as NoCompression
 from vlmzip.methods.pool2d import Pool2d as Pool2d
 from vlmzip.methods.random_tokens import RandomTokens as RandomTokens
+from vlmzip.methods.sparsevlm import SparseVLM as SparseVLM
 from vlmzip.methods.visionzip import VisionZip as VisionZip
