@@ -16,6 +16,7 @@ from vlmzip.methods import (
     Pool2d,
     QFormer,
     RandomTokens,
+    SparseVLM,
     VisionZip,
 )
 from vlmzip.resampler import Resampler
@@ -51,6 +52,7 @@ __all__ = [
     "Resampler",
     "Signal",
     "Site",
+    "SparseVLM",
     "TokenMap",
     "UserError",
     "VisionZip",

@@ -73,6 +73,8 @@ def from_dict(content: Mapping[str, Any], find: Callable[[str], type[Compressor]
 def read_field(name: str, value: Any, hint: Any) -> Any:
     """A value for a field of type `hint`: text is read as a number, truth value or enum member where the type asks."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if isinstance(value, list) and any(get_origin(kind) is tuple for kind in kinds):
+        return tuple(value)  # JSON has lists
     if isinstance(value, float) and int in kinds and float not in kinds:
         raise UserError(f"{name}={value!r} cannot be read as int")
     if not isinstance(value, str):
@@ -88,9 +90,8 @@ def read_field(name: str, value: Any, hint: Any) -> Any:
             return kind(value)
         if kind is bool and value.lower() in ("true", "false"):
             return value.lower() == "true"
-        if get_origin(kind) is tuple and "," in value:
-            with contextlib.suppress(ValueError):
-                return tuple(int(part) for part in value.split(","))
+        if get_origin(kind) is tuple:
+            return tuple(read_field(name, part.strip(), get_args(kind)[0]) for part in value.split(","))
         if kind in (int, float):
             with contextlib.suppress(ValueError):
                 return kind(value)

@@ -108,6 +108,10 @@ class Compressor(ABC):
         chosen = dataclasses.replace(self, keep=keep)  # type: ignore[call-arg]
         return chosen, chosen.reached(profile)
 
+    def placed(self, profile: Profile) -> Compressor:
+        """The same at layers that this LLM has, for methods whose default layers suit large ones only."""
+        return self
+
     def _count_inside(self, keep: Keep, profile: Profile) -> int:
         """Tokens to keep from its first layer on, so that the average over all layers of the LLM is `keep`."""
         size, depth, first = profile.grid.size, profile.layers, min(self.layers)

@@ -145,6 +145,22 @@ def test_keep_means_the_nearest_factor_for_pooling(capsys, checkpoint, picture):
     assert json.loads(out)["compressor"]["factor"] == 2
 
 
+def test_published_layers_move_into_a_smaller_llm_unless_they_are_asked_for(capsys, checkpoint, picture):
+    """SparseVLM's layers 3, 7 and 16 of 32, in an LLM of 4."""
+    ask = ["ask", picture, "w4", "--method", "sparsevlm", "--model", checkpoint, "--max-new-tokens", "2", "--json"]
+    code, out, _ = run(capsys, *ask)
+    assert code == 0
+    assert json.loads(out)["compressor"]["layer"] == [1, 2]
+    assert json.loads(out)["pictures"][0]["by_layer"] == [36, 14, 9, 9]
+    _, out, _ = run(capsys, *ask, "--layer", "1,3", "--counts", "12,0.5", "--recycle", "0")
+    assert json.loads(out)["pictures"][0]["by_layer"] == [36, 12, 12, 6]
+    _, out, _ = run(capsys, *ask, "--keep", "60%")
+    assert abs(sum(json.loads(out)["pictures"][0]["by_layer"]) / (4 * 36) - 0.6) < 0.02
+    code, _, err = run(capsys, *ask, "--layer", "3,7,15")
+    assert code == 2
+    assert "layer=7 is no place inside this LLM of 4 layers" in err
+
+
 def test_keeping_more_than_there_is_is_said_once(capsys, checkpoint, picture):
     code, out, err = run(capsys, "ask", picture, "w4", "--keep", "999", "--model", checkpoint, "--json")
     assert code == 0

@@ -24,8 +24,8 @@ def logits_of(model, inputs, new_tokens, placeholder, pictures, rules, bidirecti
     """Logits of every position of one row's prompt followed by `new_tokens`, and which positions are left at the end.
 
     `pictures`: for each picture its columns. `rules`: {layer: rule}, a rule being a function of the hidden states of
-    one picture's remaining tokens, of the question's attention to them (in the layer before) and of the picture's
-    number; it returns groups: lists of (index, weight), the first being the anchor.
+    one picture's remaining tokens, of the question's attention to them (in the layer before), and of the picture and
+    the question as they entered the LLM; it returns groups: lists of (index, weight), the first being the anchor.
     """
     seen = {}
 
@@ -36,7 +36,8 @@ def logits_of(model, inputs, new_tokens, placeholder, pictures, rules, bidirecti
     handle = llm.register_forward_pre_hook(capture, with_kwargs=True)
     model(**inputs)
     handle.remove()
-    hidden, positions = seen["inputs_embeds"][0], seen["position_ids"]
+    entered, positions = seen["inputs_embeds"][0], seen["position_ids"]
+    hidden = entered
     prompt = len(hidden)
     if positions is None:
         positions = torch.arange(prompt)[None]
@@ -58,8 +59,9 @@ def logits_of(model, inputs, new_tokens, placeholder, pictures, rules, bidirecti
             hidden = hidden.clone()
             for picture, columns in enumerate(places):
                 last = int(alive[:prompt].nonzero()[-1])
-                questions = [q for q in range(pictures[picture][0], prompt) if q not in visual]
-                groups = rules[number](hidden[columns], attention[questions or [last]][:, columns], picture)
+                questions = [q for q in range(pictures[picture][0], prompt) if q not in visual] or [last]
+                whole = entered[list(pictures[picture])]
+                groups = rules[number](hidden[columns], attention[questions][:, columns], whole, entered[questions])
                 states = {columns[g[0][0]]: sum(w * hidden[columns[i]] for i, w in g) for g in groups}
                 alive[columns] = False
                 for anchor, state in states.items():

@@ -11,8 +11,9 @@ from transformers import DynamicCache
 
 import vlmzip
 from tests.references.in_llm import logits_of
+from tests.references.sparsevlm import raters, sparsevlm
 from tests.tiny import FAMILIES, IMAGE_TOKEN, batch, prompt, tiny_llava
-from vlmzip import Chain, FastV, LLaVolta, RandomTokens, Site, TokenMap, UserError
+from vlmzip import Chain, FastV, LLaVolta, RandomTokens, Site, SparseVLM, TokenMap, UserError
 from vlmzip.compressor import Compressor
 from vlmzip.runtime.decoder_hooks import LayerHook, LLMHook
 
@@ -41,7 +42,7 @@ def pairs_of(features):
 
 
 def fastv_rule(keep):
-    def rule(hidden, attention, _picture):
+    def rule(hidden, attention, *_):
         ranking = sorted(range(len(hidden)), key=lambda i: -float(attention[-1, i]))
         return [[(i, 1.0)] for i in ranking[: max(1, int(keep * len(hidden) + 0.5))]]
 
@@ -49,7 +50,7 @@ def fastv_rule(keep):
 
 
 def pooling_rule(stride):
-    def rule(hidden, _attention, _picture):
+    def rule(hidden, *_):
         runs = [list(range(start, start + stride)) for start in range(0, len(hidden) - stride + 1, stride)]
         return [[(i, 1 / stride) for i in (run[(stride - 1) // 2], *(j for j in run if j != run[(stride - 1) // 2]))]
                 for run in runs]  # fmt: skip
@@ -57,14 +58,21 @@ def pooling_rule(stride):
     return rule
 
 
-def ragged_rule(hidden, _attention, _picture):
+def ragged_rule(hidden, *_):
     return [[(2 * n + 1, 0.5), (2 * n, 0.5)] for n in range(int(pairs_of(hidden)))]
 
 
 def random_rule(keep, seed):
-    def rule(hidden, _attention, _picture):
+    def rule(hidden, *_):
         order = torch.randperm(len(hidden), generator=torch.Generator().manual_seed(seed))
         return [[(int(i), 1.0)] for i in order[: int(keep * len(hidden) + 0.5)]]
+
+    return rule
+
+
+def sparsevlm_rule(count, recycle):
+    def rule(hidden, attention, picture, question):
+        return sparsevlm(hidden, attention, raters(picture, question), min(count, len(hidden)), recycle)
 
     return rule
 
@@ -74,6 +82,13 @@ CASES = {
     "fastv at 1": (FastV(keep=0.5, layer=1), {1: fastv_rule(0.5)}),
     "llavolta": (LLaVolta(stride=5, layer=2), {2: pooling_rule(5)}),
     "llavolta, layer-wise": (LLaVolta(stride=(2, 3), layer=(1, 3)), {1: pooling_rule(2), 3: pooling_rule(3)}),
+    "sparsevlm": (
+        SparseVLM(counts=(12, 8, 3), layer=(1, 2, 3)), 
+        {layer: sparsevlm_rule(count, 0.3) for layer, count in ((1, 12), (2, 8), (3, 3))},
+    ),
+    "sparsevlm, all recycled": (
+        SparseVLM(counts=(5, 4), layer=(1, 3), recycle=1.0), {1: sparsevlm_rule(5, 1.0), 3: sparsevlm_rule(4, 1.0)},
+    ),
     "random_tokens": (RandomTokens(keep=0.25, site=Site.IN_LLM, layer=3, seed=7), {3: random_rule(0.25, 7)}),
     "ragged merging": (RaggedInside(), {1: ragged_rule}),
     "chain of two layers": (

@@ -101,7 +101,9 @@ def make_method(args: Namespace, profile: Profile) -> Compressor:
     Tells where that is not near.
     """
     method = without_budget(args)
-    if args.keep is None or "keep" in method.field_names():
+    if args.keep is None:
+        return method.placed(profile)
+    if "keep" in method.field_names():
         return method
     chosen, reached = method.at_budget(args.keep, profile)
     if said := missed(args.keep, reached, profile):

@@ -108,6 +108,9 @@ class Chain(Compressor):
             raise BudgetError(f"fitting {first.name()} alone does not bring the chain near {wanted:.1%}")
         return best[1], best[1].reached(profile)
 
+    def placed(self, profile: Profile) -> Chain:
+        return dataclasses.replace(self, compressors=tuple(stage.placed(profile) for stage in self.compressors))
+
     def assign(self, tokens: VisualTokens) -> TokenMap:
         raise UserError("a chain acts at several places: attach it to a model")
 

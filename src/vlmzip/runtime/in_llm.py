@@ -198,10 +198,11 @@ class Step:
         return merges, kept, targets
 
     def _alike(self, index: int, places: list[Tensor]) -> list[list[int]]:
-        """Pictures of equal grid and count, whose tokens form one `VisualTokens`."""
+        """Pictures of equal grid and count, now and when they entered, whose tokens form one `VisualTokens`."""
         groups: dict[Any, list[int]] = {}
         for picture, span in enumerate(self.spans):
-            groups.setdefault((self._grid(picture), span.prefix, len(places[picture])), []).append(picture)
+            kind = (self._grid(picture), span.prefix, len(self.places[picture]), len(places[picture]))
+            groups.setdefault(kind, []).append(picture)
         return list(groups.values())
 
     def _grid(self, picture: int) -> Grid | None:
