@@ -224,7 +224,8 @@ def test_length_limits(family, small):
     config.max_length, config.min_length = width + 3, width + 3
     assert small.generate(**inputs, generation_config=config, do_sample=False).shape[1] == width + 3
     assert small.generate(**inputs, max_length=width + 1, do_sample=False).shape[1] == width + 1
-    assert small.generate(**inputs, max_length=width + 1, max_new_tokens=3, do_sample=False).shape[1] == width + 3
+    for length in (width + 1, 5):  # the number of new tokens counts
+        assert small.generate(**inputs, max_length=length, max_new_tokens=3, do_sample=False).shape[1] == width + 3
     config.max_length, config.min_length = 20, None  # shorter than the prompt: refused, as the plain model does
     with pytest.raises(UserError, match="max_length=20 leaves no room"):
         small.generate(**inputs, generation_config=config)
