@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,8 +40,15 @@ LEFT_OUT = ("chain", "downsample", "no_compression")
 VARIANTS: list[Compressor] = [VisionZip(merge="mean"), LLaVolta(window="2d"), RandomTokens(site=Site.IN_LLM, layer=2)]
 VARIANTS += [KMeans(site=Site.IN_LLM)]
 #: Attention received from all tokens is a sum over all pairs, in time though not in memory; kmeans with a fraction of
-#: the tokens compares each with a number of centroids that grows with them, as does visionzip's merging, more mildly.
-MAY_BE_QUADRATIC = {("signal: attention received", ""), ("kmeans", "a ninth"), ("visionzip", "a ninth")}
+#: the tokens compares each with a number of centroids that grows with them, as does visionzip's merging, more mildly; sparsevlm compares the tokens that it recycles with one another.
+MAY_BE_QUADRATIC = {
+    ("sparsevlm", ""),
+    ("sparsevlm", "a ninth"),
+    ("sparsevlm", "64 tokens"),
+    ("signal: attention received", ""),
+    ("kmeans", "a ninth"),
+    ("visionzip", "a ninth"),
+}
 
 Run = Callable[[], object]
 
@@ -49,7 +57,7 @@ def visual_tokens(size: int) -> VisualTokens:
     torch.manual_seed(0)
     attention = torch.randn(1, QUESTION, size).softmax(-1)
     return VisualTokens(
-        features=torch.randn(1, size, WIDTH), grid=SIZES[size], passes_prefix=True, layer=2,
+        features=torch.randn(1, size, WIDTH), grid=SIZES[size], passes_prefix=True,
         cls_attention=torch.randn(1, size).softmax(-1), keys=torch.randn(1, size, WIDTH // HEADS),
         text_attention=attention, query_mask=torch.ones(1, QUESTION, dtype=torch.bool),
         text_features=torch.randn(1, QUESTION, WIDTH), llm_input=torch.randn(1, size, WIDTH),
@@ -77,7 +85,8 @@ def selections(size: int) -> Iterator[tuple[tuple[str, str, str], Run]]:
                 if keep_name != "64 tokens":
                     continue
                 chosen, keep_name = method, ""
-            yield (name, setting, keep_name), lambda chosen=chosen: chosen(tokens).apply(tokens.features)
+            own = replace(tokens, layer=min(chosen.layers, default=None))
+            yield (name, setting, keep_name), lambda chosen=chosen, own=own: chosen(own).apply(own.features)
 
 
 def signals(size: int) -> Iterator[tuple[tuple[str, str, str], Run]]:
