@@ -244,6 +244,9 @@ def test_the_table_as_text_and_as_markdown():
     assert markdown[2].startswith("| LLaVA-1.5-7B | visionzip |  | 64 | MME | 1690 | 1700.2 | +10.2 | Table 1")
     assert {line.count("|") for line in markdown[:5]} == {10}
     assert show([]) == ""
+    assert "(measured by others; accuracy)" in show(
+        against("visionzip", [mine("POPE")])
+    )  # the note, where there is one
 
 
 # --- the page -----------------------------------------------------------------------------------------------------

@@ -151,7 +151,7 @@ def _cells(comparison: Comparison, row: Published) -> list[str]:
         f"{row.value:.{row.decimals}f}",
         f"{mine.value:.{places}f}",
         f"{comparison.difference:+.{places}f}",
-        f"{row.source} ({row.certainty})",
+        f"{row.source} ({'; '.join(filter(None, (row.certainty, row.note)))})",
     ]
 
 
