@@ -1,0 +1,1 @@
+"""Measuring answers: tasks, records, tables, reports."""
