@@ -103,6 +103,7 @@ class Compressor(ABC):
             raise self._content_decides()
         if "keep" not in self.field_names():
             raise BudgetError(f"{self.name()} has no budget to set")
+        self.check_layers(profile.layers)
         if self.layers:
             keep = self._count_inside(keep, profile)
         chosen = dataclasses.replace(self, keep=keep)  # type: ignore[call-arg]
@@ -111,6 +112,15 @@ class Compressor(ABC):
     def placed(self, profile: Profile) -> Compressor:
         """The same at layers that this LLM has, for methods whose default layers suit large ones only."""
         return self
+
+    def check_layers(self, depth: int) -> None:
+        """Raises `BudgetError` for layers that are no places inside an LLM of `depth` layers."""
+        for layer in self.layers:
+            if not 1 <= layer < depth:
+                raise BudgetError(
+                    f"layer={layer} is no place inside this LLM of {depth} layers: give 1 to {depth - 1};"
+                    f" before the LLM there are site={Site.PRE_PROJECTOR} and {Site.POST_PROJECTOR}"
+                )
 
     def _count_inside(self, keep: Keep, profile: Profile) -> int:
         """Tokens to keep from its first layer on, so that the average over all layers of the LLM is `keep`."""
@@ -143,6 +153,7 @@ class Compressor(ABC):
 
     def reached(self, profile: Profile) -> float:
         """The retention ratio on a picture of the profile's grid, over all layers of the LLM."""
+        self.check_layers(profile.layers)
         counts = self.tokens_by_layer(profile)
         if counts is None:
             raise self._content_decides()
@@ -182,6 +193,9 @@ class Compressor(ABC):
             check_choice("positions", self.positions, ("contiguous", "original"))
         check_choice("site", self.site, self.sites)
         object.__setattr__(self, "site", Site(self.site))
+        for layer in self.layers:
+            if type(layer) is not int:
+                raise UserError(f"layer={layer!r}: give a whole number")
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:

@@ -12,7 +12,7 @@ from vlmzip.errors import UserError
 from vlmzip.methods import Chain
 
 #: For help texts.
-FORMS = 'a name from `vlmzip methods`, "visionzip(merge=mean)", "dfmr+fastv(layer=8)" or a saved compressor.json'
+FORMS = 'a name from `vlmzip methods`, "visionzip(merge=mean)", "dfmr+fastv(layer=3)" or a saved compressor.json'
 
 _STAGE = re.compile(r"\s*([^()+]+?)\s*(?:\(([^()]*)\))?\s*")
 _BETWEEN_FIELDS = re.compile(r",(?=\s*[A-Za-z_]\w*\s*=)")  # values may have commas themselves: stride=2,4
@@ -50,7 +50,7 @@ def is_name(text: str) -> bool:
 
 def is_saved(text: str) -> bool:
     """Whether this can only be a path."""
-    return text.endswith(".json") or "/" in text or Path(text).is_dir()
+    return text.endswith(".json") or "/" in text or (Path(text).is_dir() and text not in ("", *catalogue.available()))
 
 
 def write(compressor: Compressor) -> str:

@@ -61,7 +61,7 @@ class VisualTokens:
     """Attention keys of the feature layer, mean over heads."""
     text_attention: Float[Tensor, "batch queries tokens"] | None = None
     """Attention of the question's tokens in the layer before `layer`, mean over heads. They are the text behind the
-    picture, up to the last question token: the one before the first label, or the last of the prompt."""
+    picture, up to the last question token: the one before the first label behind it, or the last of the prompt."""
     query_mask: Bool[Tensor, "batch queries"] | None = None
     """Which queries are there; rows are padded on the left, so that the last question token is the last in each."""
     text_features: Float[Tensor, "batch queries dim"] | None = None

@@ -11,9 +11,10 @@ from transformers import DynamicCache
 
 import vlmzip
 from tests.references.in_llm import logits_of
+from tests.references.kmeans import kmeans
 from tests.references.sparsevlm import raters, sparsevlm
 from tests.tiny import FAMILIES, IMAGE_TOKEN, batch, prompt, tiny_llava
-from vlmzip import Chain, FastV, LLaVolta, RandomTokens, Site, SparseVLM, TokenMap, UserError
+from vlmzip import Chain, FastV, KMeans, LLaVolta, Pool2d, RandomTokens, Site, SparseVLM, TokenMap, UserError, VisionZip
 from vlmzip.compressor import Compressor
 from vlmzip.runtime.decoder_hooks import LayerHook, LLMHook
 
@@ -77,6 +78,30 @@ def sparsevlm_rule(count, recycle):
     return rule
 
 
+def kmeans_rule(clusters):
+    def rule(hidden, *_):
+        groups = []
+        for members in kmeans(hidden - hidden.mean(0), clusters, 10):
+            distance = (hidden[members] - hidden[members].mean(0)).square().sum(-1)
+            # Two members are equally far from their mean but for rounding: the first of such is the anchor.
+            anchor = members[int((distance <= (1 + 1e-4) * distance.min()).nonzero()[0])]
+            groups.append([(i, 1 / len(members)) for i in (anchor, *(j for j in members if j != anchor))])
+        return groups
+
+    return rule
+
+
+def kept_last_rule(stride):
+    def rule(hidden, *_):
+        runs = [list(range(start, min(start + stride, len(hidden)))) for start in range(0, len(hidden), stride)]
+        middle = [run[(len(run) - 1) // 2] for run in runs]
+        return [
+            [(i, 1 / len(run)) for i in (m, *(j for j in run if j != m))] for run, m in zip(runs, middle, strict=True)
+        ]
+
+    return rule
+
+
 CASES = {
     "fastv": (FastV(keep=0.3, layer=2), {2: fastv_rule(0.3)}),
     "fastv at 1": (FastV(keep=0.5, layer=1), {1: fastv_rule(0.5)}),
@@ -88,6 +113,12 @@ CASES = {
     ),
     "sparsevlm, all recycled": (
         SparseVLM(counts=(5, 4), layer=(1, 3), recycle=1.0), {1: sparsevlm_rule(5, 1.0), 3: sparsevlm_rule(4, 1.0)},
+    ),
+    "llavolta, last run kept": (LLaVolta(stride=5, layer=2, last="keep"), {2: kept_last_rule(5)}),
+    "kmeans": (KMeans(keep=4, site=Site.IN_LLM, layer=2), {2: kmeans_rule(4)}),
+    "chain given in reverse": (
+        Chain(compressors=(FastV(keep=0.5, layer=3), LLaVolta(stride=2, layer=1))),
+        {1: pooling_rule(2), 3: fastv_rule(0.5)},
     ),
     "random_tokens": (RandomTokens(keep=0.25, site=Site.IN_LLM, layer=3, seed=7), {3: random_rule(0.25, 7)}),
     "ragged merging": (RaggedInside(), {1: ragged_rule}),
@@ -393,6 +424,51 @@ def test_its_time_counts_as_selection():
     small = vlmzip.attach(tiny_llava(), Slow(keep=2, layer=2))
     small(**batch(prompt(1, "image", 5), pictures=1))
     assert small.report.milliseconds["selection"] >= 200
+
+
+@pytest.mark.parametrize("method", [FastV(keep=6, layer=2), SparseVLM(counts=(6,), layer=(2,), recycle=0.0)])
+def test_in_training_every_picture_is_asked_about_by_the_question_before_its_answer(family, method):
+    """Picture, question, answer, picture, question, answer: each decision is that of the prompt up to its question."""
+    small = vlmzip.attach(family.model, method)
+    first, second = [1, "image", 5, 6], [7, "image", 8, 9]
+    row = family.batch([*first, 44, 45, *second, 50, 51])
+    labels = torch.where(torch.isin(row["input_ids"], torch.tensor([44, 45, 50, 51])), row["input_ids"], -100)
+    with torch.no_grad():
+        small(**row, labels=labels)
+        trained = [picture.token_map.group for picture in small.report.pictures]
+        small(**family.batch(first))
+        alone = small.report.pictures[0].token_map.group
+        small(**family.batch([*first, 44, 45, *second]), labels=labels[:, :-2])
+        last = small.report.pictures[1].token_map.group
+        other = family.batch([*first, 44, 45, *second, 50, 51], first_picture=2)
+        small(**other, labels=torch.where(torch.isin(other["input_ids"], torch.tensor([44, 45])), 44, -100))
+    assert torch.equal(trained[0], alone)
+    assert torch.equal(trained[1], last)
+    if trained[1].shape == small.report.pictures[1].token_map.group.shape:  # another picture, other tokens
+        assert not torch.equal(trained[1], small.report.pictures[1].token_map.group)
+
+
+@pytest.mark.parametrize(
+    ("before", "inside", "rules"),
+    [
+        (VisionZip(keep=12), FastV(keep=5, layer=2), {2: fastv_rule(5 / 12)}),
+        (Pool2d(factor=2), LLaVolta(stride=2, layer=1), {1: pooling_rule(2)}),
+    ],
+)
+def test_a_chain_from_before_the_llm_into_it(family, before, inside, rules):
+    """What the first leaves, compressed by hand, is the prompt that the oracle masks."""
+    small = vlmzip.attach(family.model, Chain(compressors=(before, inside)))
+    inputs = family.batch(ROWS[0])
+    with torch.no_grad():
+        got = small(**inputs).logits[0]
+    hand = vlmzip.compress_inputs(family.model, inputs, before)
+    columns = (hand["input_ids"][0] == IMAGE_TOKEN).nonzero()[:, 0].tolist()
+    expected, alive = logits_of(
+        family.model, hand, torch.tensor([], dtype=torch.long), IMAGE_TOKEN, [columns], rules,
+        bidirectional=family.name == "paligemma",
+    )  # fmt: skip
+    torch.testing.assert_close(got, expected[alive], atol=1e-5, rtol=0)
+    small.detach()
 
 
 def test_with_labels_the_question_ends_before_the_first_label():

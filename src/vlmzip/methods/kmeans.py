@@ -50,10 +50,8 @@ class KMeans(Compressor):
         super().__post_init__()
         parse_keep(self.keep)
         check_choice("metric", self.metric, ("euclidean", "cosine"))
-        for name, least in (("iterations", 1), ("layer", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UserError(f"{name}={value!r}: give a whole number of at least {least}")
+        if type(self.iterations) is not int or self.iterations < 1:
+            raise UserError(f"iterations={self.iterations!r}: give a whole number of at least 1")
 
     def token_count(self, grid: Grid) -> int:
         return count_to_keep(self.keep, grid.size)

@@ -54,6 +54,10 @@ class LLaVolta(Compressor):
         if self.layer == BEFORE_THE_LLM:
             object.__setattr__(self, "site", Site.POST_PROJECTOR)
         elif self.site == Site.POST_PROJECTOR:
+            if self.layer != LLaVolta.layer:
+                raise UserError(
+                    f"layer={self.layer!r} is inside the LLM, site={self.site!s} before it: give one of them"
+                )
             object.__setattr__(self, "layer", BEFORE_THE_LLM)
         super().__post_init__()
         check_choice("window", self.window, ("1d", "2d"))
@@ -91,15 +95,16 @@ class LLaVolta(Compressor):
 
     def at_budget(self, keep: Keep, profile: Profile) -> tuple[LLaVolta, float]:
         """The stride that comes nearest, at the layers that are set; at several layers one stride for all."""
+        self.check_layers(profile.layers)
         wanted = count_to_keep(keep, profile.grid.size) / profile.grid.size
-        strides = range(1, profile.grid.size + 1)
-        candidates = [dataclasses.replace(self, stride=stride) for stride in strides]
-        nearest = min(candidates, key=lambda c: (abs(c.reached(profile) - wanted), c.reached(profile)))
         if self.layers and self.layers[0] / profile.layers >= wanted:
             raise BudgetError(
                 f"{self.layers[0]} of {profile.layers} layers see all tokens before llavolta acts: on average more than"
                 f" {self.layers[0] / profile.layers:.1%}"
             )
+        strides = range(1, profile.grid.size + 1)
+        candidates = [dataclasses.replace(self, stride=stride) for stride in strides]
+        nearest = min(candidates, key=lambda c: (abs(c.reached(profile) - wanted), c.reached(profile)))
         return nearest, nearest.reached(profile)
 
     def assign(self, tokens: VisualTokens) -> TokenMap:

@@ -20,7 +20,7 @@ from vlmzip.visual_tokens import Signal, Site, VisualTokens
 
 #: Tokens that are compared with all others at a time.
 CHUNK = 1024
-#: Densities whose mean squared distances differ by this share count as equal.
+#: Similarities, and densities' mean squared distances, that differ by this share count as equal.
 SAME = 1e-5
 #: What the published schedules were made for: LLaVA-1.5-7B.
 PUBLISHED_TOKENS, PUBLISHED_DEPTH, PUBLISHED_LAYERS = 576, 32, (3, 7, 16)
@@ -207,7 +207,7 @@ def _raters(tokens: VisualTokens) -> Bool[Tensor, "batch queries"]:
     for part in tokens.llm_input.split(CHUNK, dim=1):
         products = (part.float() @ text).masked_fill(~asked[:, None], -torch.inf)
         similarity += products.softmax(dim=-1).sum(dim=1)
-    raters = asked & (similarity > _mean(similarity[..., None], asked))
+    raters = asked & (similarity > (1 + SAME) * _mean(similarity[..., None], asked))  # rounding must not rate
     raters[:, -1] |= ~raters.any(dim=1)
     return raters
 

@@ -91,6 +91,8 @@ def measure(
     model: nn.Module, images: Iterable[Picture], compressor: Compressor, *, processor: Any = None, batch: int = 16
 ) -> list[Measured]:
     """The first half of `calibrate`: encodes the pictures and measures them, once for any number of budgets."""
+    if batch < 1:
+        raise UserError(f"batch={batch}: give at least 1")
     adapter = adapter_for(model)
     processor = processor or _processor_of(model)
     rest, found = iter(images), []

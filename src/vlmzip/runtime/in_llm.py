@@ -24,7 +24,7 @@ from vlmzip.runtime.masks import shrink_mask
 from vlmzip.runtime.prepare import Span
 from vlmzip.runtime.report import Report, Stopwatch
 from vlmzip.token_map import TokenMap
-from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
+from vlmzip.visual_tokens import Grid, Signal, VisualTokens
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,14 @@ class Prompt:
     """Its pictures; columns count from the beginning of the conversation."""
     real: Bool[Tensor, "batch length"]
     """Which tokens of the conversation are no padding."""
-    question_end: list[int]
-    """Column of each row's last question token: the one before the first label, or the last of all."""
+    question_ends: list[int]
+    """For each picture the column of its question's last token: the one before the next label, or the last of all."""
 
     def row(self, row: int) -> Prompt:
         """One row as a prompt of its own."""
-        spans = [replace(span, row=0) for span in self.spans if span.row == row]
-        return Prompt(spans, self.real[row : row + 1], self.question_end[row : row + 1])
+        own = [n for n, span in enumerate(self.spans) if span.row == row]
+        spans = [replace(self.spans[n], row=0) for n in own]
+        return Prompt(spans, self.real[row : row + 1], [self.question_ends[n] for n in own])
 
 
 @dataclass
@@ -116,7 +117,7 @@ class Step:
         device = embeddings.device
         if prompt is not None:
             self.real = prompt.real[:, past : past + self.length].to(device).repeat_interleave(self.copies, 0)
-            self.ends = [end - past for end in prompt.question_end for _ in range(self.copies)]
+            self.ends = [end - past for end in prompt.question_ends for _ in range(self.copies)]
         self.places = [torch.tensor(span.columns, device=device) - past for span in self.spans]
         self.decided: dict[int, Decision | None] = {}
         self.maps: list[list[tuple[int, TokenMap]]] = [[] for _ in self.spans]
@@ -124,7 +125,7 @@ class Step:
         self.attention: dict[int, Float[Tensor, "batch queries kept"]] = {}
         """For each watched layer the attention of the question to the tokens of this forward."""
         if self.spans:
-            self.queries, self.query_mask = self._question()
+            self.queries = self._queries()
 
     # --- at a layer -------------------------------------------------------------------------------------------
 
@@ -216,13 +217,13 @@ class Step:
         prefix = self.spans[pictures[0]].prefix if grid is not None else 0
         optional: dict[str, Any] = {}
         if needs:
-            after = self.queries[rows] > torch.stack([self.places[p][0] for p in pictures])[:, None]
-            optional["query_mask"] = self.query_mask[rows] & after
+            asks = _compact(self._question(pictures, rows), pad_right=False)
+            optional["query_mask"] = asks >= 0
         if Signal.TEXT_ATTENTION in needs:
-            picked = columns[:, None].expand(-1, self.queries.shape[1], -1)
-            optional["text_attention"] = self.attention[index - 1][rows].gather(2, picked)
+            attention = self.attention[index - 1][rows[:, None], asks.clamp(min=0)]
+            optional["text_attention"] = attention.gather(2, columns[:, None].expand(-1, asks.shape[1], -1))
         if Signal.TEXT_FEATURES in needs:
-            optional["text_features"] = self.embeddings[rows[:, None], self.queries[rows].clamp(min=0)]
+            optional["text_features"] = self.embeddings[rows[:, None], self.queries[rows].gather(1, asks.clamp(min=0))]
             optional["llm_input"] = torch.stack([self.embeddings[self.spans[p].row, self.places[p]] for p in pictures])
         features = hidden[rows[:, None], columns].detach()
         return VisualTokens(features, grid, prefix, layer=index, passes_prefix=True, **optional)
@@ -248,24 +249,40 @@ class Step:
             tables["ids"] = None if ids is None else ids.expand(self.batch, -1).gather(1, here)
         arguments["position_embeddings"], arguments["position_ids"] = tables["positions"], tables["ids"]
 
-    def _question(self) -> tuple[Int[Tensor, "batch queries"], Bool[Tensor, "batch queries"]]:
-        """The columns of the question's text behind each row's first picture, and which are there.
-
-        Where no text follows the picture, the last question token alone, whatever it is.
-        """
+    def _queries(self) -> Int[Tensor, "batch queries"]:
+        """The columns of the text behind each row's first picture, and of the ends of questions; -1: padding."""
         device = self.real.device
         is_text = self.real.clone()
         first = torch.full((self.batch,), self.length, device=device)
-        for span, columns in zip(self.spans, self.places, strict=True):
+        last = torch.full((self.batch,), -1, device=device)
+        ends = torch.zeros_like(self.real)
+        for span, columns, end in zip(self.spans, self.places, self.ends, strict=True):
             is_text[span.row, columns] = False
+            ends[span.row, end] = True
             first[span.row] = torch.minimum(first[span.row], columns[0])
+            last[span.row] = last[span.row].clamp(min=end)
         column = torch.arange(self.length, device=device)
-        ends = torch.tensor(self.ends, device=device)
-        asks = is_text & (column > first[:, None]) & (column <= ends[:, None])
-        with_picture = first < self.length
-        asks |= (column == ends[:, None]) & (with_picture & ~asks.any(1))[:, None]
-        queries = _compact(asks, pad_right=False)
-        return queries, queries >= 0
+        asks = is_text & (column > first[:, None]) & (column <= last[:, None]) | ends
+        return _compact(asks, pad_right=False)
+
+    def _question(self, pictures: list[int], rows: Int[Tensor, " pictures"]) -> Bool[Tensor, "pictures queries"]:
+        """Which of their row's queries ask about each picture: the text behind it, up to the end of its question.
+
+        Where no text follows the picture, the end alone, whatever it is.
+        """
+        queries = self.queries[rows]
+        ends = torch.tensor([self.ends[p] for p in pictures], device=queries.device)[:, None]
+        asks = (queries > torch.stack([self.places[p][-1] for p in pictures])[:, None]) & (queries <= ends)
+        asks &= ~self._is_visual(rows, queries)
+        return asks | ((queries == ends) & ~asks.any(1, keepdim=True))
+
+    def _is_visual(
+        self, rows: Int[Tensor, " pictures"], queries: Int[Tensor, "pictures queries"]
+    ) -> Bool[Tensor, "pictures queries"]:
+        visual = torch.zeros_like(self.real)
+        for span, columns in zip(self.spans, self.places, strict=True):
+            visual[span.row, columns] = True
+        return visual[rows].gather(1, queries.clamp(min=0))
 
     def _attention(
         self, index: int, layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]
@@ -329,12 +346,15 @@ def prompt_of(spans: list[Span], small: Mapping[str, Any]) -> Prompt | None:
     if not spans:
         return None
     real = small["attention_mask"].bool()
-    last = (real.long() * torch.arange(1, real.shape[1] + 1, device=real.device)).argmax(1)
+    last = (real.long() * torch.arange(1, real.shape[1] + 1, device=real.device)).argmax(1).tolist()
+    ends = [last[span.row] for span in spans]
     if (labels := small.get("labels")) is not None:
-        target = labels != -100
-        first = target.long().argmax(1) + real.shape[1] - labels.shape[1]
-        last = torch.where(target.any(1), first - 1, last).clamp(min=0)
-    return Prompt(spans, real, last.tolist())
+        known = real.shape[1] - labels.shape[1]
+        answers = [(row != -100).nonzero()[:, 0] + known for row in labels.cpu()]
+        for n, span in enumerate(spans):  # in training, every picture is asked about by the question before its answer
+            following = answers[span.row][answers[span.row] > span.columns[-1]]
+            ends[n] = int(following[0]) - 1 if len(following) else ends[n]
+    return Prompt(spans, real, ends)
 
 
 def check_place(adapter: ModelAdapter, compressors: Sequence[Compressor]) -> None:
@@ -349,12 +369,7 @@ def check_place(adapter: ModelAdapter, compressors: Sequence[Compressor]) -> Non
             raise UserError("inside the LLM tokens keep their positions: positions='contiguous' is not possible there")
         if not compressor.layers:
             raise UserError(f"{compressor.name()} inside the LLM needs a layer to act at")
-        for layer in compressor.layers:
-            if not 1 <= layer < depth:
-                raise UserError(
-                    f"layer={layer} is no place inside this LLM of {depth} layers: give 1 to {depth - 1};"
-                    f" before the LLM there are site={Site.PRE_PROJECTOR} and {Site.POST_PROJECTOR}"
-                )
+        compressor.check_layers(depth)
 
 
 SLIDING = "this LLM has sliding-window layers, inside which tokens cannot be dropped yet; choose a site before the LLM"
