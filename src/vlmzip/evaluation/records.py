@@ -50,7 +50,7 @@ def _whole_lines(path: Path) -> list[bytes]:
 
 def _record(path: Path, number: int, line: bytes) -> Record:
     try:
-        record = json.loads(line)
+        record = json.loads(line.decode())
     except ValueError as error:
         _refuse(path, number, f"it cannot be read as JSON ({str(error)[:80]})")
     if not isinstance(record, dict) or not record.keys() >= KEYS:
@@ -72,14 +72,13 @@ class Shard:
         self.path = path
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
             raise self._cannot_write(error) from None
         try:
             self._lock()
             self._end = _end_of_whole_lines(path)
             os.ftruncate(self._file, self._end)
-            os.lseek(self._file, self._end, os.SEEK_SET)
         except BaseException:
             self.close()
             raise
