@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.evaluation.test_tasks import question, write
-from tests.tiny import tiny_llava, tiny_processor
+from tests.tiny import FAMILIES, tiny_llava, tiny_processor
 from vlmzip import Pool2d, TokenMap
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
@@ -102,8 +102,12 @@ def test_one_record_for_each_question_with_all_it_takes_to_check_it(study, task)
     assert sum(1 for file in everything(study).values() for _ in file.splitlines()) == 14
 
 
-def test_each_answer_is_the_models_own(study, task, model):
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # PaliGemma's processor and NumPy's newest
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_answer_is_the_models_own(family, task, tmp_path):
     """What is recorded is what `generate` answers to that question alone."""
+    model = FAMILIES[family]().model
+    study = Study(model, tiny_processor(family), "tiny", tmp_path / "out", 3, Processes(), lambda text: None)
     (one,) = study.configure([task], candidates("no_compression"), ["25%"])
     study.run([task], [one])
     for sample, record in zip(task.samples, study.records(task, one), strict=True):
@@ -112,6 +116,17 @@ def test_each_answer_is_the_models_own(study, task, model):
         text = study.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert record["given"] == text.strip()
     assert len({record["given"] for record in study.records(task, one)}) > 1
+
+
+def test_budgets_are_set_for_the_grids_of_the_pictures(task, tmp_path):
+    """A tiny Qwen could see pictures of 16 x 16 tokens; these have 36."""
+    model = FAMILIES["qwen2_5_vl"]().model
+    study = Study(model, tiny_processor("qwen2_5_vl"), "tiny", tmp_path / "out", 3, Processes(), lambda text: None)
+    configurations = study.configure([task], candidates("fastv"), ["75%"])
+    study.run([task], configurations)
+    assert {tuple(record["visual_tokens_by_layer"]) for record in study.records(task, configurations[1])} == {
+        (36, 36, 18, 18)
+    }
 
 
 class TestGoingOn:

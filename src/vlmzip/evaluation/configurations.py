@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from torch import nn
 from vlmzip import catalogue, spec
 from vlmzip.compressor import Calibratable, Compressor, Profile, missed
 from vlmzip.errors import UserError
+from vlmzip.evaluation.answering import Asker
 from vlmzip.evaluation.task import Task
 from vlmzip.keep import count_to_keep, parse_keep
 from vlmzip.methods import NoCompression
@@ -24,6 +25,8 @@ WHOLE = "100%"
 AS_SET = "as-set"
 #: A nearest setting farther from the budget than this share of it is no answer to the question.
 TOO_FAR = 0.25
+#: Questions whose pictures tell how large the grids of a task are.
+LOOK_AT = 32
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,9 @@ class Configurator:
     """Sets methods to budgets on one model; what calibration measures is measured once for all budgets."""
 
     model: nn.Module
-    processor: Any
+    asker: Asker
     name: str
     """Where the model came from; a compressor saved there brings its weights."""
-    profile: Profile
     calibrated: list[dict[str, Any]] = field(default_factory=list)
     """Calibrations that were made before, and those that are made now; as JSON. A run that goes on, perhaps elsewhere,
     must go on with the same thresholds."""
@@ -102,14 +104,15 @@ class Configurator:
     def rows(self, task: Task, methods: Sequence[Candidate], budgets: Sequence[str]) -> Iterator[Configuration]:
         """The uncompressed model, then every method at every budget; where one cannot be, the reason."""
         yield Configuration(task.name, PLAIN, WHOLE, NoCompression())
+        profile = self._profile(task)
         for candidate in methods:
             for budget in budgets:
                 try:
-                    yield self._row(task, candidate, budget)
+                    yield self._row(task, candidate, budget, profile)
                 except UserError as error:
                     yield Configuration(task.name, candidate.name, budget, None, " ".join(str(error).split()))
 
-    def _row(self, task: Task, candidate: Candidate, budget: str) -> Configuration:
+    def _row(self, task: Task, candidate: Candidate, budget: str, profile: Profile) -> Configuration:
         method = candidate.method
         if method is None:
             raise UserError("left out: it needs settings; name it in --methods with them: name(field=value)")
@@ -119,13 +122,13 @@ class Configurator:
             )
         calibrated_on = ""
         if budget == AS_SET:
-            chosen, note = method.placed(self.profile), ""
+            chosen, note = method.placed(profile), ""
         elif isinstance(method, Calibratable):
             chosen, note = self._calibrated(task, method, budget), ""
             calibrated_on = task.calibration.about if task.calibration else ""
         else:
-            chosen, reached = method.at_budget(budget, self.profile)
-            note = self._near(budget, reached)
+            chosen, reached = method.at_budget(budget, profile)
+            note = _near(budget, reached, profile)
         small, notes = attach_saved(self.model, chosen, self.name)  # whether it has a place in the model
         small.detach()
         told = "; ".join(filter(None, [note, *notes]))
@@ -141,19 +144,27 @@ class Configurator:
         pictures = key["method"], key["on"]
         if pictures not in self._measured:
             self._measured[pictures] = measure(
-                self.model, task.calibration.pictures(), method, processor=self.processor
+                self.model, task.calibration.pictures(), method, processor=self.asker.processor
             )
         found = meet(method, self._measured[pictures], budget).compressor
         self.calibrated.append({**key, "compressor": plain_json(found.to_dict())})
         return found
 
-    def _near(self, budget: str, reached: float) -> str:
-        """What to say about a budget that is missed. Raises `UserError` where it is missed by far."""
-        wanted = count_to_keep(budget, self.profile.grid.size) / self.profile.grid.size
-        said = missed(budget, reached, self.profile)
-        if abs(reached - wanted) > TOO_FAR * wanted:
-            raise UserError(said)
-        return said
+    def _profile(self, task: Task) -> Profile:
+        """The shape that budgets are set for: where pictures have grids of their own, the median of the first ones."""
+        first = {sample.picture: sample for sample in task.samples[:LOOK_AT]}.values()
+        inputs = self.asker.inputs([sample.load() for sample in first], [""] * len(first))
+        grids = sorted(self.asker.adapter.grids(inputs), key=lambda grid: grid.size)
+        return replace(self.asker.adapter.profile(), grid=grids[(len(grids) - 1) // 2])
+
+
+def _near(budget: str, reached: float, profile: Profile) -> str:
+    """What to say about a budget that is missed. Raises `UserError` where it is missed by far."""
+    wanted = count_to_keep(budget, profile.grid.size) / profile.grid.size
+    said = missed(budget, reached, profile)
+    if abs(reached - wanted) > TOO_FAR * wanted:
+        raise UserError(said)
+    return said
 
 
 def plain_json(content: dict[str, Any]) -> dict[str, Any]:

@@ -91,9 +91,7 @@ class Study:
         for name, how in asked.items():
             if known.get("tasks", {}).get(name, how) != how:
                 raise UserError(f"in {str(self.folder)!r} {name} was asked with {known['tasks'][name]}, not {how}")
-        configurator = Configurator(
-            self.model, self.processor, self.name, self.adapter.profile(), list(known.get("calibrated", []))
-        )
+        configurator = Configurator(self.model, self.asker, self.name, list(known.get("calibrated", [])))
         found = [row for task in tasks for row in configurator.rows(task, methods, budgets)]
         content = {**now, "tasks": known.get("tasks", {}) | asked, "calibrated": configurator.calibrated}
         text = json.dumps(content, indent=1) + "\n"
