@@ -13,7 +13,7 @@ from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.evaluation.configurations import Candidate, candidates, read_budgets
 from vlmzip.evaluation.processes import Processes
-from vlmzip.evaluation.results import pareto, results
+from vlmzip.evaluation.results import results
 from vlmzip.evaluation.study import Study
 from vlmzip.evaluation.tasks import read_task
 
@@ -285,11 +285,6 @@ def test_a_question_with_a_placeholder_is_refused_before_anything_is_asked(study
     with pytest.raises(UserError, match="must not contain <image>"):
         study.configure([task], candidates("pool2d"), ["25%"])
     assert not study.folder.exists()
-
-
-def test_the_pareto_front():
-    points = [(100, 80), (50, 80), (50, 70), (25, 60), (30, 60), (10, 65), (75, 85)]
-    assert [points[place] for place in pareto(points)] == [(10, 65), (50, 80), (75, 85)]
 
 
 def test_records_are_json_lines(study, task):

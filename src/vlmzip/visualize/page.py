@@ -50,7 +50,7 @@ h2 { font-size: 1.2rem; margin: 2rem 0 .25rem; }
 h3 { font-size: 1rem; margin: 1.5rem 0 0; }
 .curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem; }
 .curves img { width: 100%; height: auto; border-radius: .5rem; background: #fff; }
-.cards.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); }
+.cards.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)); }
 .plain th:nth-child(2), .plain td.answer { min-width: 0; }
 details { border-top: 1px solid var(--line); padding: .5rem 0; }
 summary { cursor: pointer; }
