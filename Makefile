@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 TRANSFORMERS ?= 5.19
 OTHER ?= .venv-transformers-$(TRANSFORMERS)
 
-.PHONY: help demo test test-transformers check fmt lint types tables bench figures support mini
+.PHONY: help demo test test-transformers check fmt lint types tables bench figures support papers mini
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -62,6 +62,9 @@ support: $(INSTALLED) $(OTHER)/.installed ## run the promises of the façade in 
 	$(BIN)/python -m pytest tests/runtime/test_promises.py --support-cells runs/support-newest.json
 	$(OTHER)/bin/python -m pytest tests/runtime/test_promises.py --support-cells runs/support-$(TRANSFORMERS).json
 	$(BIN)/python docs/support.py runs/support-newest.json runs/support-$(TRANSFORMERS).json
+
+papers: $(INSTALLED) ## recompute what the papers print; writes docs/papers.md
+	$(BIN)/python docs/papers.py
 
 mini: $(INSTALLED) ## train the small model again from nothing; resumes where it was stopped
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train]"

@@ -135,6 +135,22 @@ def setting_of(method: Compressor) -> str:
     return " ".join(told)
 
 
+def save(rows: list[dict[str, object]], path: Path) -> None:
+    rows.sort(key=lambda row: ("100%", *BUDGETS).index(str(row["budget"])))
+    write_csv(path, [{name: row.get(name, "") for name in rows[0]} for row in rows])
+
+
+def cannot(budget: str, method: Compressor, error: BudgetError) -> dict[str, object]:
+    """The row of a method that has no such budget: the reason in place of the compressor."""
+    own = {"budget": budget, "method": method.name(), "setting": setting_of(method)}
+    return {**own, "positions": positions_of(method), "questions": 0, "compressor": str(error)}
+
+
+def is_row_of(row: dict[str, object], budget: str, method: Compressor) -> bool:
+    asked = (budget, method.name(), setting_of(method), positions_of(method))
+    return (row["budget"], row["method"], row["setting"], row["positions"]) == asked
+
+
 def positions_of(method: Compressor) -> str:
     own = method.positions or method.stages()[0].default_positions or "contiguous"
     return "original" if method.stages()[0].layers else own
@@ -147,6 +163,9 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
         "| --- " * 9 + "|",
     ]
     for row in rows:
+        if not row.get("accuracy"):
+            lines.append(f"| {row['budget']} | {row['method']} | {row['setting']} | {row['positions']} |" + " — |" * 5)
+            continue
         cells = [row["budget"], row["method"], row["setting"], row["positions"], f"{float(row['reached']):.1%}"]
         cells += [f"{float(row['prefill_flops_share']):.1%}", row["selection_ms"]]
         cells += [
@@ -163,6 +182,7 @@ def not_beaten(row: dict[str, str], rows: Sequence[dict[str, str]]) -> list[str]
     found = []
     for name in SIMPLEST:
         rivals = [r for r in rows if r["method"] == name and r["budget"] == row["budget"] and not r["setting"]]
+        rivals = [r for r in rivals if r.get("accuracy")]
         if row["method"] == name or row["method"] == "no_compression" or not rivals:
             continue
         rival = max(rivals, key=lambda r: float(r["accuracy"]))
@@ -185,7 +205,7 @@ def main() -> None:
         try:
             chosen = method if budget == "100%" else at_budget(method, budget, profile, measured)
         except BudgetError as error:
-            print(f"{budget:>5} {method.name():<18} — {error}")
+            rows = [row for row in rows if not is_row_of(row, budget, method)] + [cannot(budget, method, error)]
             continue
         count = min(args.limit or 10**9, len(test_split()))
         if any(
@@ -194,8 +214,9 @@ def main() -> None:
         ):
             continue
         rows.append(row_of(budget, setting_of(method), chosen, args.limit))
-        write_csv(args.out, rows)
+        save(rows, args.out)
         print(f"{budget:>5} {method.name():<18}{rows[-1]['positions']!s:<11} {rows[-1]['accuracy']} %", flush=True)
+    save(rows, args.out)
     print(markdown([{key: str(value) for key, value in row.items()} for row in rows]))
     print(f"written to {args.out}")
 

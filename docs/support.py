@@ -13,9 +13,12 @@ HEAD = """# What works
 Written by `make support` from runs of `tests/runtime/test_promises.py`, whose tests prove each cell on tiny models with
 random weights, on a CPU ({versions}).
 
-- *works*: as the row says, in every version of the list, unless the cell names versions.
+- *works*: as the row says, in every version of the list, unless the cell names versions. The tests' compressors act
+  before the LLM; inside it static caches, chunked prefill, prompt lookup and LLMs with sliding-window layers are
+  refused.
 - *refused*: a `UserError` says in one sentence why not and what to do.
-- *plain model fails*: transformers itself cannot do this here, with or without vlmzip.
+- *plain model fails*: transformers itself cannot do this here, with or without vlmzip. There are more such cases
+  than the table has rows: [what may surprise](using.md#what-may-surprise).
 """
 
 

@@ -3,7 +3,10 @@
 import copy
 from dataclasses import dataclass
 
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -18,8 +21,15 @@ from transformers import (
     VipLlavaForConditionalGeneration,
 )
 
+from vlmzip import UserError
+
 IMAGE_TOKEN, PAD, VOCABULARY, SIDE, PATCH = 99, 0, 100, 48, 8
 TOKENS = (SIDE // PATCH) ** 2
+
+
+#: Before 5.19 transformers gives copies of a row the pictures of its neighbours: refused, where a row has several.
+WRONG_COPIES = Version(transformers.__version__) < Version("5.19")
+wrong_copies = pytest.mark.xfail(WRONG_COPIES, raises=UserError, strict=True, reason="refused before 5.19")
 
 
 def tiny_llava(attention: str = "sdpa", **settings) -> LlavaForConditionalGeneration:

@@ -1,5 +1,6 @@
 """vlmzip: answer questions about pictures with a fraction of the visual tokens."""
 
+from vlmzip import mini, spec
 from vlmzip.catalogue import available
 from vlmzip.compressor import BudgetError, Compressor, Profile
 from vlmzip.errors import UserError
@@ -63,4 +64,6 @@ __all__ = [
     "calibrate",
     "compress_inputs",
     "from_pretrained",
+    "mini",
+    "spec",
 ]

@@ -7,7 +7,7 @@ import torch
 
 import vlmzip
 from tests.tiny import FAMILIES, IMAGE_TOKEN
-from vlmzip import UserError, VisionZip
+from vlmzip import FastV, UserError, VisionZip
 from vlmzip.compressor import Compressor
 from vlmzip.models import adapter_for
 
@@ -38,6 +38,28 @@ def unchanged(family):
     assert torch.equal(model.generate(**inputs, **GREEDY), before)
 
 
+def test_what_is_no_model_is_refused(family, unchanged):
+    with pytest.raises(UserError, match="'some/name' is no model: load it first"):
+        vlmzip.attach("some/name", VisionZip())
+    with pytest.raises(UserError, match="has no head that answers"):
+        vlmzip.attach(unchanged.model, VisionZip())
+
+
+def test_patches_without_or_with_other_sizes_are_refused(family):
+    if family.name != "qwen2_5_vl":
+        return
+    inputs, small = family.batch(ONE), vlmzip.attach(family.model, VisionZip(keep=8))
+    with pytest.raises(UserError, match="image_grid_thw is missing"):
+        small(**without(inputs, "image_grid_thw"))
+    with pytest.raises(UserError, match="image_grid_thw tells of"):
+        small(**inputs | {"image_grid_thw": inputs["image_grid_thw"] * 2})
+
+
+def test_assisted_decoding_by_early_exit_is_refused(family, unchanged):
+    with pytest.raises(UserError, match="assisted decoding is not supported"):
+        vlmzip.attach(unchanged, VisionZip(keep=8)).generate(**family.batch(ONE), assistant_early_exit=1)
+
+
 class Failing(Compressor):
     """Fails when it is asked, or interrupts like Ctrl-C."""
 
@@ -65,6 +87,10 @@ def without(inputs, name):
         (lambda f: f.batch(ONE) | {"attention_mask": torch.ones(1, 1, 38, 38)}, "attention_mask must be"),
         (lambda f: f.batch(ONE) | {"token_type_ids": torch.ones(38).long()}, "token_type_ids must be"),
         (lambda f: without(f.batch(ONE), "input_ids"), "give input_ids together with the pictures"),
+        (lambda f: f.batch(ONE) | {"input_ids": f.batch(ONE)["input_ids"][0]}, r"input_ids must be a tensor \[batch"),
+        (lambda f: f.batch(ONE) | {"attention_mask": torch.ones(1, 5)}, "attention_mask must be"),
+        (lambda f: f.batch(ONE) | {"pixel_values": f.batch(ONE)["pixel_values"][:0]}, "pixel_values is empty"),
+        (lambda f: f.batch(ONE) | {"logits_to_keep": torch.tensor([3])}, "logits_to_keep as a tensor"),
     ],
 )
 def test_inputs_that_do_not_match(family, unchanged, wrong, message):
@@ -74,9 +100,17 @@ def test_inputs_that_do_not_match(family, unchanged, wrong, message):
             call(**wrong(family))
 
 
-def test_an_exception_in_the_middle_of_a_batch(family, unchanged):
-    with pytest.raises(RuntimeError, match="in the middle"), Failing().on(unchanged) as small:
+@pytest.mark.parametrize("compressor", [Failing(), VisionZip(keep=8), FastV(keep=8, layer=1)])
+def test_an_exception_in_the_middle_of_a_batch(family, unchanged, compressor):
+    """In the selection, or behind it in the second layer of the LLM."""
+
+    def fail(*_):
+        raise Failing.error
+
+    handle = adapter_for(unchanged).decoder_layers[1].register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="in the middle"), compressor.on(unchanged) as small:
         small.generate(**family.batch(ONE, ONE), **GREEDY)
+    handle.remove()
 
 
 def test_ctrl_c_in_generate(family, unchanged):
@@ -185,18 +219,28 @@ def test_a_method_inside_the_llm_without_a_layer(unchanged):
 
 
 def test_many_pictures_leave_nothing_behind(family, unchanged):
-    """A soak, five times as long in one family: memory held by tensors, and hooks, are flat after the first few."""
+    """A soak, five times as long in one family: memory held by tensors, and hooks, are flat after the first few.
+
+    Nothing waits for the garbage collector: it runs once, before the first count.
+    """
     import gc
 
     def held():
-        gc.collect()
         return sum(t.numel() for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter))
 
     small = vlmzip.attach(unchanged, VisionZip(keep=8))
     counts, many = [], 500 if family.name == "llava" else 100
     for n in range(many):
-        small.generate(**family.batch(ONE, first_picture=n), max_new_tokens=2, do_sample=False)
+        inputs = family.batch(ONE, first_picture=n)
+        small.generate(**inputs, max_new_tokens=2, do_sample=False)
+        if n == 0:
+            gc.collect()
+            gc.disable()
+        if n % 10 == 0:
+            small(**inputs, labels=inputs["input_ids"]).loss.backward()
+            small.zero_grad()
         if n % (many // 5) == many // 10:
             counts.append((held(), sum(map(sum, hooks(unchanged).values()))))
+    gc.enable()
     assert len(counts) == 5
     assert len(set(counts)) == 1, counts

@@ -1,9 +1,15 @@
+import csv
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from tests.methods.test_visionzip import tokens_of
 from vlmzip import NoCompression, Pool2d, RandomTokens, TokenMap, VisionZip
-from vlmzip.runtime.detail import detail_lost
+from vlmzip.cli.asking import warn_about_detail
+from vlmzip.runtime.detail import WORRYING, detail_lost
 
 
 def test_nothing_is_lost_without_compression():
@@ -59,3 +65,22 @@ def test_cls_is_no_detail():
     torch.testing.assert_close(
         detail_lost(type(tokens)(loud, tokens.grid, 1), token_map), detail_lost(tokens, token_map)
     )
+
+
+def test_the_threshold_of_the_warning_is_the_measured_one():
+    """`benchmarks/detail_lost.py` made the table; what it says there is what `ask` warns at."""
+    root = Path(__file__).parents[2]
+    spec = importlib.util.spec_from_file_location("detail_lost", root / "benchmarks" / "detail_lost.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    with (root / "benchmarks" / "results" / "detail-lost.csv").open() as file:
+        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+    assert benchmark.threshold(rows, rows[0]["plain"]) == pytest.approx(WORRYING)
+
+
+@pytest.mark.parametrize(("lost", "warns"), [(WORRYING + 0.01, True), (WORRYING - 0.01, False), (None, False)])
+def test_ask_warns_above_the_threshold(lost, warns, capsys):
+    picture = SimpleNamespace(detail_lost=lost, by_layer=(64, 16))
+    warn_about_detail(SimpleNamespace(pictures=[picture]), ["letter.png"])
+    said = capsys.readouterr().err
+    assert ("16 tokens leave out" in said and "letter.png" in said) is warns

@@ -17,7 +17,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import vlmzip
 from tests.runtime.ragged import Ragged
-from tests.tiny import FAMILIES, IMAGE_TOKEN, PAD, batch, tiny_processor, wider
+from tests.tiny import FAMILIES, IMAGE_TOKEN, PAD, WRONG_COPIES, batch, tiny_processor, wider, wrong_copies
 from vlmzip import NoCompression, UserError, VisionZip
 from vlmzip.models import adapter_for
 
@@ -119,11 +119,13 @@ def test_sampling(family, small):
     assert torch.equal(got[:, inputs["input_ids"].shape[1] :], expected[:, hand["input_ids"].shape[1] :])
 
 
+@wrong_copies
 @promise("generate: beam search")
 def test_beams(family, small):
     rows_equal_rows_alone(family, small, max_new_tokens=5, num_beams=3, do_sample=False)
 
 
+@wrong_copies
 @promise("generate: several sequences a prompt")
 def test_several_sequences(family, small):
     new = rows_equal_rows_alone(family, small, max_new_tokens=5, num_beams=3, num_return_sequences=3, do_sample=False)
@@ -135,6 +137,7 @@ def test_several_sequences(family, small):
     assert torch.equal(cold[0::2], cold[1::2])
 
 
+@pytest.mark.skipif(WRONG_COPIES, reason="refused before 5.19: see test_beams")
 @promise("generate: beams and several sequences with dicts and prefix functions; several with streamers")
 @pytest.mark.parametrize("repeats", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True, "top_k": 1}])
 @pytest.mark.parametrize("extra", ["return_dict_in_generate", "streamer", "prefix_allowed_tokens_fn"])
@@ -224,7 +227,8 @@ def test_length_limits(family, small):
     config.max_length, config.min_length = width + 3, width + 3
     assert small.generate(**inputs, generation_config=config, do_sample=False).shape[1] == width + 3
     assert small.generate(**inputs, max_length=width + 1, do_sample=False).shape[1] == width + 1
-    assert small.generate(**inputs, max_length=width + 1, max_new_tokens=3, do_sample=False).shape[1] == width + 3
+    for length in (width + 1, 5):  # the number of new tokens counts
+        assert small.generate(**inputs, max_length=length, max_new_tokens=3, do_sample=False).shape[1] == width + 3
     config.max_length, config.min_length = 20, None  # shorter than the prompt: refused, as the plain model does
     with pytest.raises(UserError, match="max_length=20 leaves no room"):
         small.generate(**inputs, generation_config=config)

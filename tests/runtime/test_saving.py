@@ -4,7 +4,7 @@ import pytest
 
 import vlmzip
 from tests.runtime.ragged import Ragged
-from vlmzip import Pool2d, UserError, VisionZip, available
+from vlmzip import Pool2d, RandomTokens, UserError, VisionZip, available
 from vlmzip.runtime.saving import FORMAT, read_compressor, write_compressor
 
 
@@ -69,3 +69,33 @@ def test_a_state_dict_of_the_facade_saves_the_models_names(tmp_path, llava):
     small.save_pretrained(tmp_path, state_dict=small.state_dict())
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in llava.state_dict().items())
+
+
+def test_another_compressor_can_be_given(tmp_path, llava):
+    vlmzip.attach(llava, VisionZip(keep=5)).save_pretrained(tmp_path)
+    assert vlmzip.from_pretrained(tmp_path).compressor == VisionZip(keep=5)
+    assert vlmzip.from_pretrained(tmp_path, RandomTokens(keep=3)).compressor == RandomTokens(keep=3)
+
+
+def test_a_process_that_is_not_the_main_one_writes_no_compressor(tmp_path, llava):
+    vlmzip.attach(llava, VisionZip(keep=5)).save_pretrained(tmp_path, is_main_process=False)
+    assert not (tmp_path / "compressor.json").exists()
+
+
+def test_pushing_is_refused_since_it_would_lose_the_compressor(tmp_path, llava):
+    small = vlmzip.attach(llava, VisionZip(keep=5))
+    for push in (lambda: small.push_to_hub("me/it"), lambda: small.save_pretrained(tmp_path, push_to_hub=True)):
+        with pytest.raises(UserError, match="upload the folder"):
+            push()
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_that_hold_no_model(tmp_path):
+    with pytest.raises(UserError, match="there is no folder"):
+        vlmzip.from_pretrained(tmp_path / "none")
+    with pytest.raises(UserError, match="holds no model"):
+        vlmzip.from_pretrained(tmp_path, VisionZip())
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for compressor in (None, VisionZip()):
+        with pytest.raises(UserError, match="holds a LoRA alone"):
+            vlmzip.from_pretrained(tmp_path, compressor)

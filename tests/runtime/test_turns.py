@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, StoppingCriteria
+from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
 
 import vlmzip
 from tests.runtime.ragged import Ragged
@@ -84,6 +84,22 @@ def test_answers_that_a_criterion_ended(family, ends):
     fresh = {"input_ids": conversation, **family.pictures(0, 1), **types(family, conversation, one)}
     expected = small.generate(**fresh, attention_mask=torch.ones_like(conversation), **GREEDY)
     assert without_padding(out[0, 2:].tolist()) == without_padding(expected[0, conversation.shape[1] :].tolist())
+
+
+class AlwaysPad(LogitsProcessor):
+    def __call__(self, input_ids, scores):
+        return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([PAD]), 0.0)
+
+
+def test_pads_that_the_model_itself_wrote_are_part_of_the_answer(family, small):
+    first, cache = family.batch([1, "image", 5, 6]), DynamicCache()
+    ids = small.generate(**first, **GREEDY, eos_token_id=2, logits_processor=[AlwaysPad()], past_key_values=cache)
+    new = torch.tensor([[8, 9]])
+    out = small.generate(input_ids=new, **GREEDY, past_key_values=cache)
+    whole = torch.cat([ids, new], 1)
+    fresh = {"input_ids": whole, "attention_mask": torch.ones_like(whole), **family.pictures(0, 1)}
+    expected = small.generate(**fresh, **types(family, whole, first), **GREEDY)
+    assert torch.equal(out[:, 2:], expected[:, whole.shape[1] :])
 
 
 def test_embeddings_do_not_continue_a_cache(family, small):

@@ -22,7 +22,7 @@ def run(args: Namespace) -> None:
 
     rows: list[dict[str, Any]] = [
         {
-            "family": family.__name__.lower(),
+            "family": family.__module__.rpartition(".")[2],
             "model_types": list(family.model_types),
             "sites": [str(s) for s in family.sites],
             "example": family.example,
