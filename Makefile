@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 TRANSFORMERS ?= 5.19
 OTHER ?= .venv-transformers-$(TRANSFORMERS)
 
-.PHONY: help demo test test-transformers check fmt lint types bench figures support papers mini
+.PHONY: help demo test test-transformers check fmt lint types tables bench figures support papers mini
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -36,7 +36,7 @@ $(OTHER)/.installed: pyproject.toml constraints.txt
 test-transformers: $(OTHER)/.installed ## run the tests with another version of transformers
 	$(OTHER)/bin/python -m pytest
 
-check: lint types test-transformers test ## what CI runs
+check: lint types tables test-transformers test ## what CI runs
 
 fmt: $(INSTALLED) ## format the code
 	$(BIN)/ruff format src tests benchmarks docs
@@ -48,6 +48,9 @@ lint: $(INSTALLED) ## check style
 
 types: $(INSTALLED) ## check types
 	$(BIN)/mypy
+
+tables: $(INSTALLED) ## check that the README's table agrees with the committed results (docs/tables.py makes it)
+	$(BIN)/python docs/tables.py --check
 
 bench: $(INSTALLED) ## time and memory of encoder and selection; writes a CSV into benchmarks/results
 	$(BIN)/python benchmarks/selection_cost.py

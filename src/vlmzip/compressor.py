@@ -26,6 +26,8 @@ Positions = Literal["contiguous", "original"]
 
 #: What methods keep when nothing is asked: a ninth, as VisionZip's 64 of 576 and DFMR's 3 x 3 windows.
 A_NINTH = 1 / 9
+#: A budget is met if what is reached is off by this share of it at most.
+NEAR = 0.05
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,12 @@ class Profile:
 
 class BudgetError(UserError):
     """A method cannot reach the budget; the message says why."""
+
+
+def missed(keep: Keep, reached: float, profile: Profile) -> str:
+    """What to say about a budget that was not met; nothing where it was, nearly."""
+    wanted = count_to_keep(keep, profile.grid.size) / profile.grid.size
+    return "" if abs(reached - wanted) <= NEAR * wanted else f"the nearest to {wanted:.1%} that it has is {reached:.1%}"
 
 
 @dataclass(frozen=True, kw_only=True)

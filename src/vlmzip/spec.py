@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -60,14 +61,23 @@ def write(compressor: Compressor) -> str:
 
 
 def _written(compressor: Compressor) -> str:
-    usual = catalogue.make(type(compressor), {})
+    usual = {field.name: field.default for field in dataclasses.fields(compressor)} | _usual(type(compressor))
     told = []
     for name in compressor.field_names():
         value = getattr(compressor, name)
-        if value != getattr(usual, name):
+        if value != usual[name]:
             told.append(f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
     method = str(compressor.to_dict()["method"])
     return f"{method}({','.join(told)})" if told else method
+
+
+def _usual(cls: type[Compressor]) -> dict[str, Any]:
+    """What a method's fields are when nothing is asked; nothing is known where some have to be asked for."""
+    try:
+        usual = catalogue.make(cls, {})
+    except UserError:
+        return {}
+    return {name: getattr(usual, name) for name in cls.field_names()}
 
 
 def _stage(part: str, whole: str) -> Compressor:

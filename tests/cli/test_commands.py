@@ -207,7 +207,7 @@ def test_a_histogram_without_matplotlib_is_refused_before_anything_slow(capsys, 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     arguments = [folder, "--model", "./nowhere", "--keep", "50%"]
     code, _, err = run(capsys, "calibrate", *arguments, "--histogram", str(tmp_path / "x.png"))
-    assert (code, err) == (2, "vlmzip: histograms need matplotlib: pip install 'vlmzip[eval]'\n")
+    assert (code, err) == (2, "vlmzip: figures need matplotlib: pip install 'vlmzip[eval]'\n")
 
 
 def test_odd_pictures_are_answered(capsys, checkpoint, tmp_path):

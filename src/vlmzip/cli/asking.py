@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.measure.flops import kv_cache_bytes, prefill_flops
 from vlmzip.runtime.detail import WORRYING
-from vlmzip.runtime.facade import CompressedModel, attach
+from vlmzip.runtime.facade import CompressedModel
+from vlmzip.runtime.prompts import chat_prompt
 from vlmzip.runtime.report import Report
-from vlmzip.runtime.saving import FILE, read_compressor, reattach
+from vlmzip.runtime.saving import attach_saved
 from vlmzip.visualize.overlay import draw_tokens, seen_picture, stack
 
 
@@ -45,10 +45,9 @@ class Answer:
 def build_inputs(loaded: Loaded, paths: list[str], question: str) -> dict[str, Any]:
     """Model inputs for one conversation turn with all pictures before the question."""
     pictures = [load_picture(path) for path in paths]
-    content = [{"type": "image"} for _ in pictures] + [{"type": "text", "text": question}]
     if "<image>" in question or getattr(loaded.processor, "image_token", "<image>") in question:
         raise UserError("the question must not contain <image>: pictures are placed before it")
-    prompt = _chat(loaded, content, len(pictures), question)
+    prompt = chat_prompt(loaded.adapter, loaded.processor, question, len(pictures))
     inputs = loaded.processor(images=pictures or None, text=prompt, return_tensors="pt")
     return dict(inputs.to(loaded.model.device, loaded.model.dtype))
 
@@ -63,14 +62,7 @@ def compressed(loaded: Loaded, compressor: Compressor) -> CompressedModel:
 
 def attach_with_notes(loaded: Loaded, compressor: Compressor) -> tuple[CompressedModel, list[str]]:
     """`attach`, and what it warns of."""
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        saved = Path(loaded.name) / FILE
-        if saved.is_file() and read_compressor(loaded.name) == compressor:
-            small = reattach(loaded.model, compressor, loaded.name)
-        else:
-            small = attach(loaded.model, compressor)
-    return small, [str(warning.message) for warning in said]
+    return attach_saved(loaded.model, compressor, loaded.name)
 
 
 def answer(loaded: Loaded, small: CompressedModel, inputs: dict[str, Any], max_new_tokens: int) -> Answer:
@@ -147,13 +139,6 @@ def split_pictures_and_question(words: list[str], command: str) -> tuple[list[st
     if not question.strip():
         raise UserError("the question is empty")
     return paths, question
-
-
-def _chat(loaded: Loaded, content: list[dict[str, str]], pictures: int, question: str) -> str:
-    """The prompt by the processor's chat template, or the family's own form where the checkpoint has none."""
-    if getattr(loaded.processor, "chat_template", None):
-        return loaded.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return loaded.adapter.prompt(question, pictures)
 
 
 def _wait(loaded: Loaded) -> None:

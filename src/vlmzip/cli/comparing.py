@@ -10,8 +10,7 @@ from typing import Any
 from vlmzip import catalogue, spec
 from vlmzip.cli.asking import Answer, answer, attach_with_notes, compressed
 from vlmzip.cli.loading import Loaded, progress
-from vlmzip.cli.options import missed
-from vlmzip.compressor import BudgetError, Compressor, Profile
+from vlmzip.compressor import BudgetError, Compressor, Profile, missed
 from vlmzip.errors import UserError
 from vlmzip.keep import Keep
 from vlmzip.methods import NoCompression

@@ -9,15 +9,13 @@ from typing import Any
 
 from vlmzip import catalogue, spec
 from vlmzip.cli.loading import note
-from vlmzip.compressor import Compressor, Profile
+from vlmzip.compressor import Compressor, Profile, missed
 from vlmzip.errors import UserError
-from vlmzip.keep import Keep, count_to_keep, parse_keep
+from vlmzip.keep import parse_keep
 from vlmzip.runtime.resample import resampling
 from vlmzip.runtime.saving import FILE
 
 DEFAULT_METHOD = "visionzip"
-#: A budget is met if what is reached is off by this share of it at most.
-NEAR = 0.05
 #: Options of commands that draw or ask; a method's fields cannot have these names.
 OWN_OPTIONS = {
     "model", "device", "dtype", "method", "baseline", "overlay", "max_new_tokens", "json", "out", "histogram", "help"
@@ -109,12 +107,6 @@ def make_method(args: Namespace, profile: Profile) -> Compressor:
     if said := missed(args.keep, reached, profile):
         note(f"{method.name()}: {said}")
     return chosen
-
-
-def missed(keep: Keep, reached: float, profile: Profile) -> str:
-    """What to say about a budget that was not met; nothing where it was, nearly."""
-    wanted = count_to_keep(keep, profile.grid.size) / profile.grid.size
-    return "" if abs(reached - wanted) <= NEAR * wanted else f"the nearest to {wanted:.1%} that it has is {reached:.1%}"
 
 
 def without_budget(args: Namespace) -> Compressor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,19 @@ def reattach(model: nn.Module, compressor: Compressor, folder: str | os.PathLike
     if small.resampler is not None:
         read_weights(small.resampler, folder)
     return small
+
+
+def attach_saved(
+    model: nn.Module, compressor: Compressor, folder: str | os.PathLike[str]
+) -> tuple[CompressedModel, list[str]]:
+    """`attach`, with the weights in `folder` if it is the compressor saved there; and what it warns of."""
+    from vlmzip.runtime.facade import attach
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        saved = (Path(folder) / FILE).is_file() and read_compressor(folder) == compressor
+        small = reattach(model, compressor, folder) if saved else attach(model, compressor)
+    return small, [str(warning.message) for warning in said]
 
 
 def write_compressor(compressor: Compressor, folder: str | os.PathLike[str]) -> None:

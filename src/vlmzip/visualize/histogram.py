@@ -18,7 +18,7 @@ def import_matplotlib() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise UserError("histograms need matplotlib: pip install 'vlmzip[eval]'") from None
+        raise UserError("figures need matplotlib: pip install 'vlmzip[eval]'") from None
     return matplotlib
 
 

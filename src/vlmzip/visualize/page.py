@@ -46,6 +46,14 @@ thead th { border-top: 0; color: var(--soft); font-weight: 600; vertical-align: 
 th:first-child { position: sticky; left: 0; background: var(--card); text-align: left;
   white-space: normal; overflow-wrap: anywhere; min-width: 8.25rem; }
 th:nth-child(2), td.answer { text-align: left; white-space: normal; min-width: 11rem; }
+h2 { font-size: 1.2rem; margin: 2rem 0 .25rem; }
+h3 { font-size: 1rem; margin: 1.5rem 0 0; }
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); gap: 1rem; }
+.curves img { width: 100%; height: auto; border-radius: .5rem; background: #fff; }
+.cards.wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 18rem), 1fr)); }
+.plain th:nth-child(2), .plain td.answer { min-width: 0; }
+details { border-top: 1px solid var(--line); padding: .5rem 0; }
+summary { cursor: pointer; }
 .notes { margin: 0; padding: 0; list-style: none; }
 .notes li { margin: .25rem 0; }
 @media (min-width: 48rem) {
@@ -84,6 +92,19 @@ def render(
     notes: Sequence[str],
 ) -> str:
     """The page. A row is its cells and whether its answer, the second cell, stands out; all text is escaped here."""
+    return document(
+        title,
+        facts,
+        f"""<section class="cards">
+{"".join(map(card_html, cards))}</section>
+{legend_html()}
+{table_html(columns, rows)}
+{notes_html(notes)}""",
+    )
+
+
+def document(title: str, facts: Sequence[str], body: str) -> str:
+    """A whole page around `body`, which is HTML."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -99,17 +120,22 @@ def render(
 <p class="facts">{escape(" · ".join(facts))}</p>
 </header>
 <main>
-<section class="cards">
-{"".join(map(_card, cards))}</section>
-<p class="legend">{"".join(_swatch(fill, name) for fill, name in LEGEND)}</p>
-{_table(columns, rows)}
-<ul class="notes">
-{"".join(f"<li>{escape(note)}</li>" for note in notes)}
-</ul>
+{body}
 </main>
 </body>
 </html>
 """
+
+
+def legend_html() -> str:
+    """What the marks on token maps mean."""
+    return f'<p class="legend">{"".join(_swatch(fill, name) for fill, name in LEGEND)}</p>'
+
+
+def notes_html(notes: Sequence[str]) -> str:
+    return f"""<ul class="notes">
+{"".join(f"<li>{escape(note)}</li>" for note in notes)}
+</ul>"""
 
 
 def data_uri(picture: Image.Image) -> str:
@@ -119,7 +145,8 @@ def data_uri(picture: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def _card(card: Card) -> str:
+def card_html(card: Card) -> str:
+    """One card of a `section` of class cards."""
     images = "".join(
         f'<img src="{data_uri(image)}" width="{image.width}" height="{image.height}"'
         f' alt="visual tokens of picture {number} under {escape(card.title)}">'
@@ -140,7 +167,8 @@ def _swatch(fill: str, name: str) -> str:
     return f'<span><i class="swatch" style="background: {fill}"></i>{escape(name)}</span>'
 
 
-def _table(columns: Sequence[str], rows: Sequence[tuple[Sequence[str], bool]]) -> str:
+def table_html(columns: Sequence[str], rows: Sequence[tuple[Sequence[str], bool]]) -> str:
+    """A table that scrolls sideways where it has to; each row with whether it is marked."""
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
     body = "".join(
         f'<tr{" class=marked" * marked}><th scope="row">{_breakable(name)}</th><td class="answer">{escape(answer)}</td>'

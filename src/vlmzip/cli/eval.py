@@ -1,0 +1,182 @@
+"""`vlmzip eval`: what methods lose and gain at several budgets, on mini's questions, easy-VQA or yours."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlmzip import spec
+from vlmzip.cli.options import add_model
+from vlmzip.errors import UserError
+from vlmzip.evaluation.tasks import FORMS as TASKS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from vlmzip.evaluation.results import Result
+    from vlmzip.evaluation.study import Study
+    from vlmzip.evaluation.task import Task
+
+HELP = "score methods at several budgets on whole sets of questions, with intervals, curves and a report"
+EXAMPLES = """  vlmzip eval --limit 300 --methods visionzip,pool2d --keep 25%,11% --report
+  vlmzip eval --tasks mini,easy-vqa --keep 75%,50%,25%,11%,5.6% --out runs/eval/all
+  vlmzip eval --model llava-hf/llava-1.5-7b-hf --tasks my_questions:vqa --calibrate-on other_photos --keep 192,64
+  vlmzip eval --methods "dfmr(tau=0.3),tuned/compressor.json" --keep as-set
+  accelerate launch --multi_gpu --num_processes 4 -m vlmzip.cli.main eval --model llava-hf/llava-1.5-7b-hf …
+
+Run the same command again to go on where it was stopped: nothing is asked twice."""
+
+
+def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
+    add_model(parser)
+    parser.add_argument(
+        "--methods",
+        metavar="A,B,…",
+        help=f"separated by commas, each {spec.FORMS}; default: all that need no training",
+    )
+    parser.add_argument(
+        "--keep",
+        default="75%,50%,25%,11%",
+        metavar="K,K,…",
+        help="average budgets, tokens per picture or shares of them, or as-set: methods as they are written;"
+        " default: 75%%,50%%,25%%,11%%",
+    )
+    parser.add_argument("--tasks", default="mini", metavar="T,T,…", help=f"{TASKS}; default: %(default)s")
+    parser.add_argument("--limit", type=int, metavar="N", help="ask only the first questions of each task")
+    parser.add_argument(
+        "--calibrate-on", metavar="FOLDER", help="pictures for the thresholds of methods that decide by content"
+    )
+    parser.add_argument("--batch", type=int, default=32, metavar="N", help="questions at a time; default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="length of answers; default: the task's")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go; default: runs/eval/MODEL")
+    parser.add_argument("--report", action="store_true", help="write report.html, with pictures whose answers changed")
+    parser.add_argument(
+        "--examples", type=int, default=4, metavar="N", help="pictures for each row of the report; default: %(default)s"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of intervals and of the report's choice of pictures")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: Namespace) -> None:
+    from dataclasses import replace
+
+    from vlmzip.cli.loading import load
+    from vlmzip.evaluation.configurations import candidates, read_budgets
+    from vlmzip.evaluation.processes import Processes
+    from vlmzip.evaluation.study import Study
+    from vlmzip.evaluation.tasks import read_tasks
+
+    _check(args)
+    methods, budgets = candidates(args.methods), read_budgets(args.keep)
+    tasks = read_tasks(args.tasks, args.limit, args.calibrate_on)
+    if args.max_new_tokens is not None:
+        tasks = [replace(task, max_new_tokens=args.max_new_tokens) for task in tasks]
+    folder = args.out or Path("runs", "eval", Path(args.model).name)
+    with Processes() as processes:
+        loaded = load(args.model, processes.device(args.device), args.dtype)
+        study = Study(loaded.model, loaded.processor, args.model, folder, args.batch, processes, _tell)
+        configurations = study.configure(tasks, methods, budgets)
+        study.run(tasks, configurations)
+        if not processes.first:
+            return
+        from vlmzip.evaluation.results import results
+
+        found = [(task, list(results(study, task, configurations, args.seed))) for task in tasks]
+        try:
+            _write(study, found, args)
+        finally:  # a full disk must not cost the table
+            _print(folder, args.model, found, seed=args.seed, as_json=args.json)
+    if study.failures:
+        _tell(f"{len(study.failures)} configurations broke; see the notes above")
+        sys.exit(1)
+
+
+def _check(args: Namespace) -> None:
+    """Raises `UserError` for what can be refused before anything slow happens."""
+    for name in ("limit", "batch", "max_new_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give at least 1")
+    if args.examples < 0:
+        raise UserError(f"--examples {args.examples}: give at least 0")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: give at least 0")
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {str(args.out)!r} is a file; give a folder")
+
+
+def _tell(text: str) -> None:
+    from vlmzip.cli.loading import console
+
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _write(study: Study, found: list[tuple[Task, list[Result]]], args: Namespace) -> None:
+    """The table as CSV, the curves, and the report if it is wanted."""
+    from vlmzip.evaluation.results import write_table
+
+    write_table(study.folder / "results.csv", [result for _, of_task in found for result in of_task])
+    figures = [_curves(study, task, of_task) for task, of_task in found]
+    if args.report:
+        _write_report(study, found, figures, args)
+
+
+def _curves(study: Study, task: Task, found: list[Result]) -> list[Figure]:
+    from vlmzip.cli.loading import note
+    from vlmzip.evaluation.curves import COSTS, draw_curve, save_figure
+    from vlmzip.evaluation.study import slug
+    from vlmzip.visualize.histogram import import_matplotlib
+
+    try:
+        import_matplotlib()
+    except UserError as error:
+        note(f"there are no curves: {error}")
+        return []
+    figures = []
+    for cost in COSTS:
+        title = f"{study.name} on {task.name}, {len(task.samples):,} questions"
+        figures.append(draw_curve(found, cost, title))
+        save_figure(figures[-1], study.folder / f"{slug(task.name)}-{cost}.png")
+    return figures
+
+
+def _write_report(
+    study: Study, found: list[tuple[Task, list[Result]]], figures: list[list[Figure]], args: Namespace
+) -> None:
+    from vlmzip.cli.loading import progress
+    from vlmzip.evaluation.examples import examples
+    from vlmzip.evaluation.report import Chapter, notes, render_report
+    from vlmzip.files import write_whole
+
+    chapters = []
+    with progress("drawing what was dropped"):
+        for (task, of_task), curves in zip(found, figures, strict=True):
+            changed = [result for result in of_task if result.changed]
+            some = [(one, examples(study, task, of_task[0], one, args.examples, args.seed)) for one in changed]
+            chapters.append(Chapter(task, of_task, curves, some))
+    conditions = study.conditions
+    facts = [f"{conditions['model']}, {conditions['dtype']}", conditions["device"], f"vlmzip {conditions['vlmzip']}"]
+    facts += [f"commit {conditions['commit']}", f"torch {conditions['torch']}"]
+    facts += [f"transformers {conditions['transformers']}"]
+    text = render_report(f"Visual token compression of {study.name}", facts, chapters, notes(args.seed))
+    write_whole(study.folder / "report.html", lambda name: Path(name).write_text(text, encoding="utf-8"))
+
+
+def _print(folder: Path, model: str, found: list[tuple[Task, list[Result]]], *, seed: int, as_json: bool) -> None:
+    from vlmzip.cli.tables import print_table
+    from vlmzip.evaluation import results
+    from vlmzip.evaluation.report import SHORT_COLUMNS, notes, reasons, short_cells
+
+    if as_json:
+        rows = [results.as_json(result) for _, of_task in found for result in of_task]
+        print(json.dumps({"model": model, "out": str(folder), "rows": rows}, indent=2))
+        return
+    for task, of_task in found:
+        print(f"{task.name}: {task.about}; {task.metric.about}; {len(task.samples):,} questions\n")
+        print_table([*SHORT_COLUMNS, *task.metric.shares], [short_cells(result) for result in of_task])
+        print("".join(f"\n{reason}" for reason in reasons(of_task)) + "\n")
+    print("\n".join(notes(seed)))
+    print(f"written to {folder}")

@@ -1,0 +1,179 @@
+"""Methods at budgets, for each task: what will run, and why the rest cannot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+
+from vlmzip import catalogue, spec
+from vlmzip.compressor import Calibratable, Compressor, Profile, missed
+from vlmzip.errors import UserError
+from vlmzip.evaluation.answering import Asker
+from vlmzip.evaluation.task import Task
+from vlmzip.keep import count_to_keep, parse_keep
+from vlmzip.methods import NoCompression
+from vlmzip.runtime.calibration import Measured, measure, meet
+from vlmzip.runtime.saving import attach_saved
+
+PLAIN = NoCompression.name()
+WHOLE = "100%"
+#: In place of a budget: methods as they are written, with their own settings.
+AS_SET = "as-set"
+#: A nearest setting farther from the budget than this share of it is no answer to the question.
+TOO_FAR = 0.25
+#: Questions whose pictures tell how large the grids of a task are.
+LOOK_AT = 32
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method that is to be evaluated."""
+
+    name: str
+    """As it was written."""
+    method: Compressor | None
+    """`None` where its class cannot be made without settings."""
+    named: bool
+    """Whether the user asked for it; else it is there because all are."""
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """A method at a budget on a task: a row of the tables."""
+
+    task: str
+    method: str
+    """As it was written."""
+    budget: str
+    """As it was written."""
+    compressor: Compressor | None
+    note: str = ""
+    """Why there is no compressor, or what is unusual about it."""
+    calibrated_on: str = ""
+    """The pictures that set the method's threshold."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is the uncompressed model, which all others are compared with."""
+        return self.method == PLAIN
+
+    @property
+    def settings(self) -> dict[str, Any] | None:
+        """The compressor as JSON gives it back."""
+        return None if self.compressor is None else plain_json(self.compressor.to_dict())
+
+
+def candidates(text: str | None) -> list[Candidate]:
+    """The methods of a list with commas, in its order, or all. Raises `UserError` for one that there is not."""
+    if text is None:
+        return [Candidate(name, _usual(cls), False) for name, cls in catalogue.available().items() if name != PLAIN]
+    asked = spec.read_several(text)
+    if not asked:
+        raise UserError("--methods names no method; separate them with commas: --methods visionzip,pool2d")
+    return [Candidate(name, method, True) for name, method in asked if name != PLAIN]
+
+
+def read_budgets(text: str) -> list[str]:
+    """The budgets of a list with commas. Raises `UserError` for what is none."""
+    budgets = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not budgets:
+        raise UserError("--keep names no budget; separate them with commas: --keep 50%,25%")
+    for budget in budgets:
+        if budget != AS_SET:
+            parse_keep(budget)
+    return budgets
+
+
+@dataclass
+class Configurator:
+    """Sets methods to budgets on one model; what calibration measures is measured once for all budgets."""
+
+    model: nn.Module
+    asker: Asker
+    name: str
+    """Where the model came from; a compressor saved there brings its weights."""
+    calibrated: list[dict[str, Any]] = field(default_factory=list)
+    """Calibrations that were made before, and those that are made now; as JSON. A run that goes on, perhaps elsewhere,
+    must go on with the same thresholds."""
+    _measured: dict[tuple[str, str], list[Measured]] = field(default_factory=dict)
+
+    def rows(self, task: Task, methods: Sequence[Candidate], budgets: Sequence[str]) -> Iterator[Configuration]:
+        """The uncompressed model, then every method at every budget; where one cannot be, the reason."""
+        yield Configuration(task.name, PLAIN, WHOLE, NoCompression())
+        profile = self._profile(task)
+        for candidate in methods:
+            for budget in budgets:
+                try:
+                    yield self._row(task, candidate, budget, profile)
+                except UserError as error:
+                    yield Configuration(task.name, candidate.name, budget, None, " ".join(str(error).split()))
+
+    def _row(self, task: Task, candidate: Candidate, budget: str, profile: Profile) -> Configuration:
+        method = candidate.method
+        if method is None:
+            raise UserError("left out: it needs settings; name it in --methods with them: name(field=value)")
+        if method.trained_weights and not candidate.named:
+            raise UserError(
+                "left out: its weights have to be trained first; name it in --methods to run it all the same"
+            )
+        calibrated_on = ""
+        if budget == AS_SET:
+            chosen, note = method.placed(profile), ""
+        elif isinstance(method, Calibratable):
+            chosen, note = self._calibrated(task, method, budget), ""
+            calibrated_on = task.calibration.about if task.calibration else ""
+        else:
+            chosen, reached = method.at_budget(budget, profile)
+            note = _near(budget, reached, profile)
+        small, notes = attach_saved(self.model, chosen, self.name)  # whether it has a place in the model
+        small.detach()
+        told = "; ".join(filter(None, [note, *notes]))
+        return Configuration(task.name, candidate.name, budget, chosen, told, calibrated_on)
+
+    def _calibrated(self, task: Task, method: Compressor, budget: str) -> Compressor:
+        if task.calibration is None:
+            raise UserError(task.uncalibrated)
+        key = {"task": task.name, "method": spec.write(method), "budget": budget, "on": task.calibration.about}
+        for known in self.calibrated:
+            if key.items() <= known.items():
+                return catalogue.from_dict(known["compressor"])
+        pictures = key["method"], key["on"]
+        if pictures not in self._measured:
+            self._measured[pictures] = measure(
+                self.model, task.calibration.pictures(), method, processor=self.asker.processor
+            )
+        found = meet(method, self._measured[pictures], budget).compressor
+        self.calibrated.append({**key, "compressor": plain_json(found.to_dict())})
+        return found
+
+    def _profile(self, task: Task) -> Profile:
+        """The shape that budgets are set for: where pictures have grids of their own, the median of the first ones."""
+        first = {sample.picture: sample for sample in task.samples[:LOOK_AT]}.values()
+        inputs = self.asker.inputs([sample.load() for sample in first], [""] * len(first))
+        grids = sorted(self.asker.adapter.grids(inputs), key=lambda grid: grid.size)
+        return replace(self.asker.adapter.profile(), grid=grids[(len(grids) - 1) // 2])
+
+
+def _near(budget: str, reached: float, profile: Profile) -> str:
+    """What to say about a budget that is missed. Raises `UserError` where it is missed by far."""
+    wanted = count_to_keep(budget, profile.grid.size) / profile.grid.size
+    said = missed(budget, reached, profile)
+    if abs(reached - wanted) > TOO_FAR * wanted:
+        raise UserError(said)
+    return said
+
+
+def plain_json(content: dict[str, Any]) -> dict[str, Any]:
+    """The content as JSON gives it back: lists for tuples, text for members of enumerations."""
+    return json.loads(json.dumps(content))
+
+
+def _usual(cls: type[Compressor]) -> Compressor | None:
+    try:
+        return catalogue.make(cls, {})
+    except UserError:
+        return None

@@ -1,0 +1,78 @@
+"""Some of the questions whose answers compression has changed, with what became of the visual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vlmzip.evaluation.records import Record
+from vlmzip.evaluation.results import Result
+from vlmzip.evaluation.study import Study
+from vlmzip.evaluation.task import Sample, Task
+from vlmzip.runtime.facade import CompressedModel
+from vlmzip.runtime.report import compact
+from vlmzip.visualize.overlay import seen_picture
+from vlmzip.visualize.sheet import fates_panel, plain_panel
+
+GAP = 6
+"""Pixels between a picture and its tokens."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question, answered without and with compression."""
+
+    sample: Sample
+    plain: Record
+    small: Record
+    image: Image.Image
+    """The picture, and beside it the fate of its tokens."""
+    tokens: str
+
+    @property
+    def kind(self) -> str:
+        """What the change is worth."""
+        gain = self.small["score"] - self.plain["score"]
+        return "lost" if gain < 0 else "gained" if gain > 0 else "changed"
+
+
+def examples(study: Study, task: Task, plain: Result, result: Result, most: int, seed: int) -> list[Example]:
+    """Up to `most` of the changed answers, chosen by chance; their questions are asked once more for the token maps."""
+    chosen = np.random.default_rng(seed).permutation(result.changed)[:most]
+    compressor = result.configuration.compressor
+    if compressor is None or not len(chosen):
+        return []
+    small = study.attach(compressor)
+    try:
+        found = []
+        for place in sorted(chosen):
+            sample = task.samples[place]
+            image, counts = _drawn(study, small, sample)
+            found.append(Example(sample, plain.records[place], result.records[place], image, compact(counts)))
+        return found
+    finally:
+        small.detach()
+
+
+def _drawn(study: Study, small: CompressedModel, sample: Sample) -> tuple[Image.Image, Sequence[int]]:
+    picture = sample.load()
+    inputs = study.asker.inputs([picture], [sample.question])
+    with torch.inference_mode():
+        small.generate(**inputs, max_new_tokens=1, do_sample=False)
+    pixels, images = inputs[study.adapter.picture_inputs[0]], study.processor.image_processor
+    if pixels.ndim == 4:  # as the encoder sees it, cropped and scaled; else the grid covers the whole picture
+        picture = seen_picture(pixels[0], images.image_mean, images.image_std)
+    (report,) = small.report.pictures
+    panels = plain_panel(picture, report.grid), fates_panel(picture, report.token_map, report.grid, report.prefix)
+    return _side_by_side(*panels), report.by_layer
+
+
+def _side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
+    both = Image.new("RGB", (left.width + GAP + right.width, max(left.height, right.height)), "white")
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width + GAP, 0))
+    return both

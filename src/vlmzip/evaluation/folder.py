@@ -1,0 +1,129 @@
+"""Questions of one's own: a JSONL file, one object a line, beside the pictures that it names.
+
+    {"image": "street.jpg", "question": "What does the sign say?", "answers": ["stop"], "type": "reading"}
+
+`answers` is a list, or one text; `id` (default: the line's number) and `type` can be left out. Everything is read and
+every picture is decoded before the model is loaded: a broken one ends the command at once, with its name, since a
+question left out in silence would change the score.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from vlmzip.errors import UserError, closest
+from vlmzip.evaluation.metrics import METRICS, Metric
+from vlmzip.evaluation.task import Calibration, Sample, Task
+from vlmzip.runtime.pictures import load_picture
+
+FIELDS = ("image", "question", "answers", "id", "type")
+UNCALIBRATED = "its threshold has to be set from pictures that are not asked about: name them, --calibrate-on FOLDER"
+
+
+def folder_task(place: str, metric: str, limit: int | None, calibrate_on: str | None) -> Task:
+    """The questions of a JSONL file, or of the only one in a folder.
+
+    Raises `UserError` naming file and line for what cannot be read, and for pictures that cannot be read.
+    """
+    path, how = _questions_file(Path(place)), METRICS[metric]
+    samples = _read(path, how)[:limit]
+    if not samples:
+        raise UserError(f"there is no question in {str(path)!r}")
+    check_pictures(samples)
+    return Task(
+        name=place,
+        about=f"{len(samples):,} questions of {path.name}",
+        metric=how,
+        samples=samples,
+        max_new_tokens=16,
+        calibration=_calibration(calibrate_on, samples) if calibrate_on else None,
+        uncalibrated=UNCALIBRATED,
+    )
+
+
+def check_pictures(samples: Sequence[Sample]) -> None:
+    """Decodes every picture once. Raises `UserError` with how many cannot be read, and why the first cannot."""
+    wrong: dict[str, str] = {}
+    for picture, load in {sample.picture: sample.load for sample in samples}.items():
+        try:
+            load()
+        except UserError as error:
+            wrong[picture] = str(error)
+    if wrong:
+        all_of = len({sample.picture for sample in samples})
+        first = next(iter(wrong.values()))
+        raise UserError(f"{len(wrong)} of {all_of} pictures cannot be read; the first: {first}")
+
+
+def _questions_file(place: Path) -> Path:
+    if not place.exists():
+        raise UserError(f"there is no file or folder {str(place)!r}")
+    if not place.is_dir():
+        return place
+    found = sorted(place.glob("*.jsonl"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise UserError(f"{str(place)!r} should hold one .jsonl file with the questions, there are: {names}")
+    return found[0]
+
+
+def _read(path: Path, metric: Metric) -> list[Sample]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error}") from None
+    samples: dict[str, Sample] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            sample = _sample(path.parent, number, json.loads(line), metric)
+            if sample.id in samples:
+                raise UserError(f"the id {sample.id!r} occurs twice")
+        except ValueError as error:  # json's errors are ones, and so are UserErrors
+            raise UserError(f"{path}:{number}: {error}") from None
+        samples[sample.id] = sample
+    return list(samples.values())
+
+
+def _sample(folder: Path, number: int, content: Any, metric: Metric) -> Sample:
+    if not isinstance(content, dict):
+        raise UserError("this is no object with image, question and answers")
+    if unknown := [name for name in content if name not in FIELDS]:
+        raise UserError(f"there is no field {unknown[0]!r}{closest(unknown[0], FIELDS)}")
+    if missing := [name for name in FIELDS[:3] if name not in content]:
+        raise UserError(f"the field {missing[0]!r} is missing")
+    answers = content["answers"] if isinstance(content["answers"], list) else [content["answers"]]
+    answers = [str(answer) if isinstance(answer, int | float) else answer for answer in answers]
+    if not answers or not all(isinstance(text, str) for text in (content["image"], content["question"], *answers)):
+        raise UserError("image and question are texts, answers is a list of texts")
+    if reason := metric.unfit(answers):
+        raise UserError(reason)
+    path = folder / content["image"]
+    return Sample(
+        id=str(content.get("id", number)),
+        picture=str(path),
+        question=content["question"],
+        answers=tuple(answers),
+        load=partial(load_picture, path),
+        groups={"type": str(content["type"])} if "type" in content else {},
+    )
+
+
+def _calibration(folder: str, samples: Sequence[Sample]) -> Calibration:
+    if not Path(folder).is_dir():
+        raise UserError(f"--calibrate-on {folder!r} is no folder of pictures")
+    known = Image.registered_extensions()
+    paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in known)
+    if not paths:
+        raise UserError(f"there is no picture in the folder {folder!r} (subfolders are not searched)")
+    asked = {Path(sample.picture).resolve() for sample in samples}
+    if shared := [path for path in paths if path.resolve() in asked]:
+        raise UserError(f"--calibrate-on {folder!r} holds pictures that are asked about, {shared[0].name} for one")
+    return Calibration(f"the {len(paths)} pictures of {folder}", lambda: map(str, paths))

@@ -1,0 +1,46 @@
+"""mini's own test split, by type of question and by complexity of the picture."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from PIL import Image
+
+from vlmzip.evaluation.metrics import METRICS
+from vlmzip.evaluation.task import Calibration, Sample, Task
+from vlmzip.mini.assets import shipped_assets
+from vlmzip.mini.drawing import draw
+from vlmzip.mini.evaluate import MOST_NEW_TOKENS
+from vlmzip.mini.scene import make_scene
+from vlmzip.mini.splits import TEST, VALIDATION, samples
+
+NAME = "mini"
+
+
+def mini_task(limit: int | None) -> Task:
+    """All 3,414 questions, or the first `limit`."""
+    asked = samples(TEST, shipped_assets("test"), limit)
+    return Task(
+        name=NAME,
+        about="mini's test split: pictures and photos that mini has not seen",
+        metric=METRICS["exact"],
+        samples=[
+            Sample(
+                id=f"{one.picture}-{one.type}",  # a picture is asked once about each type
+                picture=str(one.picture),
+                question=one.question,
+                answers=(one.answer,),
+                load=partial(Image.Image.copy, one.image),
+                groups={"type": one.type, "level": one.level},
+            )
+            for one in asked
+        ],
+        max_new_tokens=MOST_NEW_TOKENS,
+        calibration=Calibration(f"mini's {len(VALIDATION)} validation pictures", _validation_pictures),
+    )
+
+
+def _validation_pictures() -> Iterator[Image.Image]:
+    assets = shipped_assets("validation")
+    return (Image.fromarray(draw(make_scene(seed), assets)) for seed in VALIDATION)

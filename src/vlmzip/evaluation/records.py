@@ -1,0 +1,127 @@
+"""One line of JSON for each answered question; a run that was killed goes on where its files end.
+
+Lines are only ever added, a batch at a time, and each process has a file of its own. A last line without its end was
+cut short by a kill or a full disk: it does not count, and the process that goes on writing there cuts it off. Any other
+line that is no record is an error that names it: nobody knows what it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmzip.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs into one folder are not told apart there
+    fcntl = None  # type: ignore[assignment]
+
+Record = dict[str, Any]
+#: What a line must have to be a record.
+KEYS = {"task", "sample", "question", "answers", "given", "score", "compressor", "visual_tokens_by_layer"}
+
+
+def read_records(paths: Iterable[Path]) -> dict[str, Record]:
+    """The records of several files of one configuration, by sample.
+
+    Raises `UserError` naming file and line for what is no record, or a sample that was there before.
+    """
+    found: dict[str, Record] = {}
+    for path in paths:
+        for number, line in enumerate(_whole_lines(path), 1):
+            record = _record(path, number, line)
+            if record["sample"] in found:
+                _refuse(path, number, f"the sample {record['sample']!r} has a record before this one")
+            found[record["sample"]] = record
+    return found
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    try:
+        return path.read_bytes().split(b"\n")[:-1]  # behind the last line's end there is nothing, or a torn line
+    except OSError as error:
+        raise UserError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
+
+
+def _record(path: Path, number: int, line: bytes) -> Record:
+    try:
+        record = json.loads(line.decode())
+    except ValueError as error:
+        _refuse(path, number, f"it cannot be read as JSON ({str(error)[:80]})")
+    if not isinstance(record, dict) or not record.keys() >= KEYS:
+        _refuse(path, number, "it lacks " + ", ".join(sorted(KEYS - set(record if isinstance(record, dict) else ()))))
+    return record
+
+
+def _refuse(path: Path, number: int, reason: str) -> Any:
+    raise UserError(
+        f"{path}:{number} is no record of this run: {reason}; delete the line and run the same command again:"
+        " its question will be asked again, all other records are kept"
+    )
+
+
+class Shard:
+    """The file that one process adds its records to. Raises `UserError` where another one does already."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        except OSError as error:
+            raise self._cannot_write(error) from None
+        try:
+            self._lock()
+            self._end = _end_of_whole_lines(path)
+            os.ftruncate(self._file, self._end)
+        except BaseException:
+            self.close()
+            raise
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Writes the records, and waits until the disk has them. Raises `UserError` where that fails."""
+        rest = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+        size = len(rest)
+        try:
+            while rest:
+                rest = rest[os.write(self._file, rest) :]
+            os.fsync(self._file)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._end)
+            raise self._cannot_write(error) from None
+        self._end += size
+
+    def close(self) -> None:
+        os.close(self._file)
+
+    def __enter__(self) -> Shard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _lock(self) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is writing {str(self.path)!r}; wait for it, or give another --out") from None
+        except OSError:  # file systems without locks
+            return
+
+    def _cannot_write(self, error: OSError) -> UserError:
+        return UserError(
+            f"cannot write {str(self.path)!r}: {error.strerror or error}; the records so far are kept, and the same"
+            " command goes on from them"
+        )
+
+
+def _end_of_whole_lines(path: Path) -> int:
+    return path.read_bytes().rfind(b"\n") + 1

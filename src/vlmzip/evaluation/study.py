@@ -1,0 +1,267 @@
+"""Every configuration asked every question of its task; whatever was answered before is not asked again.
+
+In the output folder, `study.json` says what was asked of which model, and records/TASK/COMPRESSOR.PROCESS.jsonl holds
+the answers. Budgets that come out at the same settings share their records.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmzip import spec
+from vlmzip.compressor import Compressor
+from vlmzip.errors import UserError
+from vlmzip.evaluation.answering import Answer, Asker
+from vlmzip.evaluation.configurations import Candidate, Configuration, Configurator, plain_json
+from vlmzip.evaluation.processes import Processes
+from vlmzip.evaluation.records import Record, Shard, read_records
+from vlmzip.evaluation.task import Sample, Task
+from vlmzip.files import write_whole
+from vlmzip.measure.machine import about
+from vlmzip.models import adapter_for
+from vlmzip.runtime.facade import CompressedModel
+from vlmzip.runtime.saving import attach_saved
+from vlmzip.version import __version__
+
+FILE = "study.json"
+
+
+class MethodFailed(Exception):
+    """A method broke while it was answering; the others can go on."""
+
+
+@dataclass
+class Study:
+    """One model, one output folder."""
+
+    model: nn.Module
+    processor: Any
+    name: str
+    """Where the model came from, as written."""
+    folder: Path
+    batch: int
+    processes: Processes
+    tell: Callable[[str], None] = print
+    """Is told, by the first process, what was done."""
+    failures: dict[str, str] = field(default_factory=dict)
+    """Why a configuration could not be finished, by the folder and name of its records."""
+
+    def __post_init__(self) -> None:
+        self.adapter = adapter_for(self.model)
+        self.asker = Asker(self.adapter, self.processor)
+        self.device = self.adapter.model.device
+        dtype = str(self.adapter.model.dtype).removeprefix("torch.")
+        self.conditions = {"model": self.name, "dtype": dtype, "vlmzip": __version__, **about(self.device)}
+
+    def configure(
+        self, tasks: Sequence[Task], methods: Sequence[Candidate], budgets: Sequence[str]
+    ) -> list[Configuration]:
+        """What is to be asked; notes it in the folder.
+
+        Raises `UserError` where the folder holds answers of another model, or to other questions.
+        """
+        for task in tasks:
+            for sample in task.samples:
+                self.asker.check(sample.question)
+        return self.processes.from_first(lambda: self._configure(tasks, methods, budgets))
+
+    def _configure(
+        self, tasks: Sequence[Task], methods: Sequence[Candidate], budgets: Sequence[str]
+    ) -> list[Configuration]:
+        path = self.folder / FILE
+        known = _read_study(path)
+        now = {"model": self.name, "fingerprint": fingerprint(self.model), "dtype": self.conditions["dtype"]}
+        for name, value in now.items():
+            if known.get(name, value) != value:
+                raise UserError(
+                    f"{str(self.folder)!r} holds answers of another model: {name} is {known[name]!r} there and"
+                    f" {value!r} here; give another --out"
+                )
+        asked = {task.name: {"metric": task.metric.name, "max_new_tokens": task.max_new_tokens} for task in tasks}
+        for name, how in asked.items():
+            if known.get("tasks", {}).get(name, how) != how:
+                raise UserError(f"in {str(self.folder)!r} {name} was asked with {known['tasks'][name]}, not {how}")
+        configurator = Configurator(self.model, self.asker, self.name, list(known.get("calibrated", [])))
+        found = [row for task in tasks for row in configurator.rows(task, methods, budgets)]
+        content = {**now, "tasks": known.get("tasks", {}) | asked, "calibrated": configurator.calibrated}
+        text = json.dumps(content, indent=1) + "\n"
+        write_whole(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+        return found
+
+    def run(self, tasks: Sequence[Task], configurations: Sequence[Configuration]) -> None:
+        """Asks whatever has no record yet. Returns when all processes are done; `failures` has what went wrong.
+
+        Raises `UserError` for records that cannot be read or written, and for pictures that cannot be read (any more).
+        """
+        by_name = {task.name: task for task in tasks}
+        runs = {_key(one): one for one in configurations if one.compressor is not None}
+        mine = {}
+        for number, (key, one) in enumerate(runs.items(), 1):
+            start = time.perf_counter()
+            try:
+                count = self._ask_all(by_name[one.task], one)
+            except MethodFailed as failure:
+                mine[key] = str(failure)
+                continue
+            if count and self.processes.first:
+                spent = time.perf_counter() - start
+                told = f"{one.task}, {spec.write(_of(one))}: {count:,} questions in {spent:.0f} s"
+                self.tell(f"[{number}/{len(runs)}] {told}")
+        self.failures = self.processes.together(mine)
+
+    def records(self, task: Task, one: Configuration) -> list[Record]:
+        """The records of a configuration, in the order of the task's questions, as far as there are any."""
+        found = self._read(task, one)
+        return [found[sample.id] for sample in task.samples if sample.id in found]
+
+    def failure(self, one: Configuration) -> str:
+        """Why a configuration could not be finished; empty where it could."""
+        return self.failures.get(_key(one), "") if one.compressor else ""
+
+    def attach(self, compressor: Compressor) -> CompressedModel:
+        """The model with a compressor; weights that were never trained are the same at every start."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return attach_saved(self.model, compressor, self.name)[0]
+
+    def _ask_all(self, task: Task, one: Configuration) -> int:
+        """Asks this process's share of the questions that have no record. Returns how many were asked."""
+        if not self._open_batches(task, self._read(task, one)):
+            return 0
+        count = 0
+        with Shard(self._path(one, str(self.processes.rank))) as shard:
+            done = self._read(task, one)  # once more: now nobody else can write here
+            small = _guarded(one, lambda: self.attach(_of(one)))
+            try:
+                for some in self._open_batches(task, done):
+                    pictures, questions = [sample.load() for sample in some], [sample.question for sample in some]
+                    ask = lambda p=pictures, q=questions: self.asker.answer(small, p, q, task.max_new_tokens)  # noqa: E731
+                    answers = _guarded(one, ask)
+                    new = [
+                        self._record(task, one, sample, answer)
+                        for sample, answer in zip(some, answers, strict=True)
+                        if sample.id not in done
+                    ]
+                    shard.append(new)
+                    count += len(new)
+            finally:
+                small.detach()
+        return count
+
+    def _open_batches(self, task: Task, done: dict[str, Record]) -> list[Sequence[Sample]]:
+        """This process's batches in which a record is missing.
+
+        Batches are cut from all questions, never from those left: who stands beside whom, and with it every rounding,
+        does not depend on how often a run was interrupted, nor on the number of processes.
+        """
+        starts = range(0, len(task.samples), self.batch)[self.processes.rank :: self.processes.count]
+        batches = [task.samples[start : start + self.batch] for start in starts]
+        return [some for some in batches if any(sample.id not in done for sample in some)]
+
+    def _record(self, task: Task, one: Configuration, sample: Sample, answer: Answer) -> Record:
+        layers = len(answer.by_layer)
+        return {
+            "task": task.name,
+            "sample": sample.id,
+            "picture": sample.picture,
+            "groups": dict(sample.groups),
+            "question": sample.question,
+            "answers": list(sample.answers),
+            "given": answer.text,
+            "score": task.metric.score(answer.text, sample.answers),
+            "method": spec.write(_of(one)),
+            "compressor": one.settings,
+            "visual_tokens": answer.visual_tokens,
+            "visual_tokens_by_layer": list(answer.by_layer),
+            "retention": round(sum(answer.by_layer) / (answer.visual_tokens * layers), 6),
+            "text_tokens": answer.text_tokens,
+            "prefill_flops": self.asker.flops(answer.text_tokens, answer.by_layer),
+            **self.conditions,
+        }
+
+    def _read(self, task: Task, one: Configuration) -> dict[str, Record]:
+        """The records that there are. Raises `UserError` for those of other questions or settings."""
+        paths = sorted(self._path(one, "*").parent.glob(self._path(one, "*").name))
+        found, settings = read_records(paths), plain_json(_of(one).to_dict())
+        for sample in task.samples:
+            record = found.get(sample.id)
+            if record is None:
+                continue
+            if (record["question"], record["answers"]) != (sample.question, list(sample.answers)):
+                raise UserError(
+                    f"{str(paths[0].parent)!r} has another question or other answers for the sample {sample.id!r} of"
+                    f" {task.name}: the task has changed; give another --out"
+                )
+            if record["compressor"] != settings:
+                raise UserError(f"the records in {str(paths[0])!r} are of other settings than {settings}")
+        return found
+
+    def _path(self, one: Configuration, process: str) -> Path:
+        return self.folder / "records" / f"{_key(one)}.{process}.jsonl"
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Tells models apart: names, shapes and the first values of all weights."""
+    found = hashlib.sha256()
+    for name, weights in model.state_dict().items():
+        first = weights.flatten()[:8].float().cpu().numpy().tobytes() if weights.is_floating_point() else b""
+        found.update(f"{name} {tuple(weights.shape)}".encode() + first)
+    return found.hexdigest()[:16]
+
+
+def _key(one: Configuration) -> str:
+    """Folder and name of the records of a configuration."""
+    text = json.dumps(one.settings, sort_keys=True)
+    return f"{slug(one.task)}/{_plain(spec.write(_of(one)))}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def slug(text: str) -> str:
+    """What every file system takes as a name: the text itself, or something like it that no other text has."""
+    plain = _plain(text)
+    return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._=-]+", "-", text).strip("-.")[:60]
+
+
+def _of(one: Configuration) -> Compressor:
+    assert one.compressor is not None  # others are not run
+    return one.compressor
+
+
+def _guarded(one: Configuration, work: Callable[[], Any]) -> Any:
+    """The work's result; whatever breaks in a method ends that method. Without compression, nothing is left to say."""
+    try:
+        return work()
+    except Exception as error:
+        if one.is_plain:
+            raise
+        said = " ".join(str(error).split())[:300]
+        raise MethodFailed(
+            said if isinstance(error, UserError) else f"failed with {type(error).__name__}: {said}"
+        ) from error
+
+
+def _read_study(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        if (path.parent / "records").exists():
+            raise UserError(f"{str(path.parent)!r} has records but no {FILE}: nobody knows whose; give another --out")
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error}; give another --out") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{str(path)!r} is no {FILE} of vlmzip; give another --out")
+    return content

@@ -1,0 +1,46 @@
+"""From what is written after --tasks to the tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlmzip.errors import UserError, closest
+from vlmzip.evaluation import easy_vqa, mini_task
+from vlmzip.evaluation.folder import folder_task
+from vlmzip.evaluation.metrics import METRICS
+from vlmzip.evaluation.task import Task
+
+#: For help texts.
+FORMS = (
+    "mini, easy-vqa, easy-vqa:tuned (for a model fine-tuned on it), or FOLDER:METRIC, a folder with pictures and a"
+    f" JSONL of image, question and answers, under {', '.join(METRICS)}"
+)
+
+
+def read_tasks(text: str, limit: int | None, calibrate_on: str | None) -> list[Task]:
+    """The tasks of a list with commas. Raises `UserError` for one that there is not, or that cannot be read."""
+    names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not names:
+        raise UserError("--tasks names no task; separate them with commas: --tasks mini,easy-vqa")
+    return [read_task(name, limit, calibrate_on) for name in names]
+
+
+def read_task(text: str, limit: int | None, calibrate_on: str | None) -> Task:
+    name, _, how = text.rpartition(":") if ":" in text else (text, "", "")
+    if name == mini_task.NAME and not how:
+        return mini_task.mini_task(limit)
+    if name == easy_vqa.NAME:
+        relation = how or "transfer"
+        if relation not in easy_vqa.RELATIONS:
+            raise UserError(f"{text!r} is no task{closest(relation, easy_vqa.RELATIONS)}")
+        return easy_vqa.easy_vqa_task(limit, relation)
+    if not Path(name).exists():
+        known = (mini_task.NAME, easy_vqa.NAME)
+        raise UserError(f"there is no task and no folder {name!r}{closest(name, known)}, FOLDER:METRIC")
+    if how and how not in METRICS:
+        raise UserError(f"there is no metric {how!r}{closest(how, METRICS)}")
+    if not how:
+        raise UserError(
+            f"{name!r} needs a metric behind a colon, such as {name}:exact; there are: {', '.join(METRICS)}"
+        )
+    return folder_task(name, how, limit, calibrate_on)

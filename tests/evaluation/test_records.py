@@ -1,0 +1,103 @@
+"""Files of records: what a kill, an editor or a full disk does to them."""
+
+import errno
+import json
+import os
+
+import pytest
+
+from vlmzip.errors import UserError
+from vlmzip.evaluation.records import KEYS, Shard, read_records
+
+
+def record(number):
+    return dict.fromkeys(KEYS) | {"sample": str(number), "given": f"é {number}"}
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "deep" / "it.0.jsonl"
+    with Shard(path) as shard:
+        shard.append([record(0), record(1)])
+        shard.append([record(2)])
+    return path
+
+
+def test_what_was_written_is_read(path):
+    assert read_records([path]) == {str(n): record(n) for n in range(3)}
+
+
+@pytest.mark.parametrize("torn", ['{"task": "mi', json.dumps(record(3)), "", "{"])
+def test_a_torn_last_line_is_dropped_and_written_again(path, torn):
+    with path.open("a") as file:
+        file.write(torn)
+    assert set(read_records([path])) == {"0", "1", "2"}
+    with Shard(path) as shard:
+        shard.append([record(3)])
+    assert read_records([path]) == {str(n): record(n) for n in range(4)}
+
+
+def test_a_torn_character_is_no_matter(path):
+    with path.open("ab") as file:
+        file.write(b'{"given": "\xc3')
+    assert set(read_records([path])) == {"0", "1", "2"}
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{broken", "cannot be read as JSON"),
+        ("[1]", "it lacks answers, compressor"),
+        ('{"sample": "7"}', "it lacks answers, compressor"),
+        ("", "cannot be read as JSON"),
+        (b"\xff\x00", "cannot be read as JSON"),
+        (json.dumps(record(0)), "'0' has a record before this one"),
+    ],
+)
+def test_a_corrupt_line_in_the_middle_is_named_and_everything_is_kept(path, line, reason):
+    lines = path.read_bytes().split(b"\n")
+    lines[1] = line if isinstance(line, bytes) else line.encode()
+    path.write_bytes(b"\n".join(lines))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=f"it.0.jsonl:2 is no record of this run: .*{reason}.*delete the line"):
+        read_records([path])
+    assert path.read_bytes() == before
+
+
+def test_a_sample_in_two_files_is_no_sample_twice(path):
+    other = path.with_name("it.1.jsonl")
+    with Shard(other) as shard:
+        shard.append([record(9), record(2)])
+    with pytest.raises(UserError, match=r"it\.1\.jsonl:2 is no record"):
+        read_records([path, other])
+
+
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_a_full_disk_keeps_what_was_written_and_says_so(path, monkeypatch, call):
+    before, real = path.read_bytes(), getattr(os, call)
+
+    def full(file, *rest):
+        if call == "write" and len(rest[0]) > 10:
+            return real(file, rest[0][:10])  # a disk can take some of it
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with Shard(path) as shard:
+        with monkeypatch.context() as patched:
+            patched.setattr(f"vlmzip.evaluation.records.os.{call}", full)
+            with pytest.raises(UserError, match=r"it\.0\.jsonl.*No space left on device; the records so far are kept"):
+                shard.append([record(3)])
+        assert path.read_bytes() == before
+        shard.append([record(3)])  # there is room again
+    assert set(read_records([path])) == {"0", "1", "2", "3"}
+
+
+def test_two_runs_cannot_write_one_file(path):
+    with Shard(path), pytest.raises(UserError, match="another run is writing"):
+        Shard(path)
+    Shard(path).close()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        Shard(tmp_path / "file" / "it.jsonl")

@@ -1,0 +1,293 @@
+"""A study with a tiny model: what is asked, what is not asked again, and what costs nothing but its own row."""
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from tests.evaluation.test_tasks import question, write
+from tests.tiny import FAMILIES, tiny_llava, tiny_processor
+from vlmzip import Pool2d, TokenMap
+from vlmzip.compressor import Compressor
+from vlmzip.errors import UserError
+from vlmzip.evaluation.configurations import Candidate, candidates, read_budgets
+from vlmzip.evaluation.processes import Processes
+from vlmzip.evaluation.results import results
+from vlmzip.evaluation.study import Study
+from vlmzip.evaluation.tasks import read_task
+
+WORDS = ("w4 w5", "w6", "w7 w8 w9", "w10", "w11 w12", "w13", "w14")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BreaksLater(Compressor):
+    """Works on a batch of three, not on the last one, which is smaller."""
+
+    def token_count(self, grid):
+        return 9
+
+    def assign(self, tokens):
+        if len(tokens.features) < 3:
+            raise RuntimeError("boom")
+        return Pool2d(factor=2).assign(tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demanding(Compressor):
+    """Cannot be made without a setting."""
+
+    every: int
+
+    def token_count(self, grid):
+        return -(-grid.size // self.every)
+
+    def assign(self, tokens):
+        place = torch.arange(tokens.features.shape[1]) - tokens.prefix
+        return TokenMap.keep(((place >= 0) & (place % self.every == 0)).expand(len(tokens.features), -1))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llava()
+
+
+@pytest.fixture
+def task(tmp_path):
+    lines = [question("abc"[n % 3] + ".png", question=words, type="xy"[n % 2]) for n, words in enumerate(WORDS)]
+    return read_task(write(tmp_path / "q", *lines) + ":exact", None, None)
+
+
+@pytest.fixture
+def study(model, tmp_path):
+    return make_study(model, tmp_path / "out")
+
+
+def make_study(model, folder, batch=3):
+    return Study(model, tiny_processor("llava"), "tiny", folder, batch, Processes(), lambda text: None)
+
+
+def asked(monkeypatch):
+    """The questions that a model is asked from now on."""
+    from vlmzip.evaluation.answering import Asker
+
+    heard, real = [], Asker.answer
+
+    def answer(self, small, pictures, questions, most):
+        heard.append(questions)
+        return real(self, small, pictures, questions, most)
+
+    monkeypatch.setattr(Asker, "answer", answer)
+    return heard
+
+
+def everything(study):
+    """All records by file, as they lie on disk."""
+    return {path.name: path.read_text() for path in sorted((study.folder / "records").rglob("*.jsonl"))}
+
+
+def test_one_record_for_each_question_with_all_it_takes_to_check_it(study, task):
+    configurations = study.configure([task], candidates("pool2d"), ["25%"])
+    study.run([task], configurations)
+    plain, small = (study.records(task, one) for one in configurations)
+    assert [r["sample"] for r in small] == [r["sample"] for r in plain] == [str(n) for n in range(1, 8)]
+    record = small[2]
+    assert (record["question"], record["answers"], record["score"]) == ("w7 w8 w9", ["it"], 0)
+    assert (record["method"], record["compressor"]["factor"]) == ("pool2d(factor=2)", 2)
+    assert (record["visual_tokens"], record["visual_tokens_by_layer"], record["retention"]) == (36, [9] * 4, 0.25)
+    assert record["text_tokens"] == 7  # USER : w7 w8 w9 ASSISTANT :
+    assert record["prefill_flops"] < plain[2]["prefill_flops"]
+    assert record["groups"] == {"type": "x"}
+    assert {"model", "dtype", "device", "vlmzip", "torch", "transformers", "commit"} < set(record)
+    assert sum(1 for file in everything(study).values() for _ in file.splitlines()) == 14
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation")  # PaliGemma's processor and NumPy's newest
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_answer_is_the_models_own(family, task, tmp_path):
+    """What is recorded is what `generate` answers to that question alone."""
+    model = FAMILIES[family]().model
+    study = Study(model, tiny_processor(family), "tiny", tmp_path / "out", 3, Processes(), lambda text: None)
+    (one,) = study.configure([task], candidates("no_compression"), ["25%"])
+    study.run([task], [one])
+    for sample, record in zip(task.samples, study.records(task, one), strict=True):
+        inputs = study.asker.inputs([sample.load()], [sample.question])
+        ids = model.generate(**inputs, max_new_tokens=task.max_new_tokens, do_sample=False)
+        text = study.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert record["given"] == text.strip()
+    assert len({record["given"] for record in study.records(task, one)}) > 1
+
+
+def test_budgets_are_set_for_the_grids_of_the_pictures(task, tmp_path):
+    """A tiny Qwen could see pictures of 16 x 16 tokens; these have 36."""
+    model = FAMILIES["qwen2_5_vl"]().model
+    study = Study(model, tiny_processor("qwen2_5_vl"), "tiny", tmp_path / "out", 3, Processes(), lambda text: None)
+    configurations = study.configure([task], candidates("fastv"), ["75%"])
+    study.run([task], configurations)
+    assert {tuple(record["visual_tokens_by_layer"]) for record in study.records(task, configurations[1])} == {
+        (36, 36, 18, 18)
+    }
+
+
+class TestGoingOn:
+    def test_nothing_is_asked_twice(self, study, task, monkeypatch):
+        study.run([task], study.configure([task], candidates("pool2d"), ["25%"]))
+        before, heard = everything(study), asked(monkeypatch)
+        study.run([task], study.configure([task], candidates("pool2d,visionzip"), ["25%"]))
+        assert [question for some in heard for question in some] == list(WORDS)  # visionzip alone
+        assert before.items() < everything(study).items()
+
+    def test_a_stop_in_the_middle_leaves_the_same_records(self, model, task, tmp_path, monkeypatch):
+        whole, cut = make_study(model, tmp_path / "whole"), make_study(model, tmp_path / "cut")
+        for study in (whole, cut):
+            study.run([task], study.configure([task], candidates("pool2d"), ["25%"]))
+        assert everything(whole) == everything(cut)
+        path = next((cut.folder / "records").rglob("pool2d*"))
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join(lines[:4]) + lines[4][:50])
+        heard = asked(monkeypatch)
+        cut.run([task], cut.configure([task], candidates("pool2d"), ["25%"]))
+        assert heard == [list(WORDS[3:6]), list(WORDS[6:])]  # whole batches: who stands beside whom stays the same
+        assert everything(whole) == everything(cut)
+
+    def test_more_questions_than_before(self, model, task, tmp_path, monkeypatch):
+        from dataclasses import replace
+
+        study, few = make_study(model, tmp_path / "out"), replace(task, samples=task.samples[:3])
+        study.run([few], study.configure([few], candidates("pool2d"), ["25%"]))
+        heard = asked(monkeypatch)
+        study.run([task], study.configure([task], candidates("pool2d"), ["25%"]))
+        assert [len(some) for some in heard] == [3, 1] * 2
+        assert len(study.records(few, study.configure([few], candidates("pool2d"), ["25%"])[1])) == 3
+
+    def test_another_model_is_refused(self, study, task, tmp_path):
+        study.configure([task], candidates("pool2d"), ["25%"])
+        other = tiny_llava()
+        with torch.no_grad():
+            other.model.language_model.layers[1].mlp.up_proj.weight[0, 0] += 1
+        with pytest.raises(UserError, match="answers of another model: fingerprint is"):
+            make_study(other, study.folder).configure([task], candidates("pool2d"), ["25%"])
+
+    def test_other_questions_are_refused(self, study, task, tmp_path):
+        study.run([task], study.configure([task], candidates("pool2d"), ["25%"]))
+        path = tmp_path / "q" / "questions.jsonl"
+        path.write_text(path.read_text().replace("w13", "w15"))
+        changed = read_task(f"{task.name}:exact", None, None)
+        with pytest.raises(
+            UserError, match=r"another question or other answers for the sample '6' of .*the task has chang"
+        ):
+            study.run([changed], study.configure([changed], candidates("pool2d"), ["25%"]))
+
+    def test_another_metric_is_refused(self, study, task):
+        study.configure([task], candidates("pool2d"), ["25%"])
+        other = read_task(f"{task.name}:relaxed", None, None)
+        with pytest.raises(UserError, match=r"was asked with .*exact.* not .*relaxed"):
+            study.configure([other], candidates("pool2d"), ["25%"])
+
+    @pytest.mark.parametrize("content", [None, "{", "[]"])
+    def test_records_that_belong_to_nothing_are_refused(self, study, task, content):
+        study.run([task], study.configure([task], candidates("pool2d"), ["25%"]))
+        path = study.folder / "study.json"
+        path.unlink() if content is None else path.write_text(content)
+        with pytest.raises(UserError, match="give another --out"):
+            study.configure([task], candidates("pool2d"), ["25%"])
+
+    def test_a_picture_that_vanishes_ends_the_run_and_keeps_the_rest(self, study, task, tmp_path):
+        configurations = study.configure([task], candidates("pool2d"), ["25%"])
+        (tmp_path / "q" / "a.png").rename(tmp_path / "q" / "d.png")
+        for name in ("b.png", "c.png"):
+            assert (tmp_path / "q" / name).exists()
+        with pytest.raises(UserError, match=r"there is no file '.*a\.png'"):
+            study.run([task], configurations)
+        (tmp_path / "q" / "d.png").rename(tmp_path / "q" / "a.png")
+        study.run([task], configurations)
+        assert len(study.records(task, configurations[1])) == 7
+
+
+class TestRows:
+    def rows(self, study, task, methods, budgets):
+        configurations = study.configure([task], methods, budgets)
+        study.run([task], configurations)
+        return list(results(study, task, configurations, 0))
+
+    def test_the_plain_model_is_always_there_once(self, study, task):
+        found = self.rows(study, task, candidates("no_compression,pool2d"), ["25%", "50%"])
+        assert [r.configuration.method for r in found] == ["no_compression", "pool2d", "pool2d"]
+        plain = found[0]
+        assert (plain.reached, plain.flops, plain.against_plain.value, list(plain.changed)) == (1, 1, 0, [])
+
+    def test_what_cannot_reach_a_budget_says_why(self, study, task):
+        found = self.rows(study, task, candidates("pool2d,fastv,dfmr"), ["50%", "11%"])
+        notes = {(r.configuration.method, r.configuration.budget): r.note for r in found if r.score is None}
+        assert notes == {
+            ("pool2d", "50%"): "the nearest to 50.0% that it has is 25.0%",
+            ("fastv", "11%"): "2 of 4 layers see all tokens before fastv acts: on average at least 51.4%",
+            ("fastv", "50%"): "2 of 4 layers see all tokens before fastv acts: on average at least 51.4%",
+            ("dfmr", "50%"): task.uncalibrated,
+            ("dfmr", "11%"): task.uncalibrated,
+        }
+
+    def test_all_methods_are_there_when_none_is_named(self, study, task):
+        found = study.configure([task], candidates(None), ["25%"])
+        notes = {one.method: one.note for one in found}
+        assert "has to be trained" in notes["qformer"] or "have to be trained" in notes["qformer"]
+        assert notes["visionzip"] == ""
+        assert [one.method for one in found].count("no_compression") == 1
+
+    def test_a_method_that_breaks_costs_the_others_nothing(self, study, task):
+        found = self.rows(study, task, [Candidate("it", BreaksLater(), True), *candidates("pool2d")], ["as-set"])
+        assert [r.score is None for r in found] == [False, True, False]
+        assert found[1].note == "failed with RuntimeError: boom (6 of 7 questions were answered)"
+        assert len(study.failures) == 1
+
+    def test_without_compression_an_error_is_an_error(self, study, task, monkeypatch):
+        configurations = study.configure([task], candidates("pool2d"), ["25%"])
+
+        def broken(*_):
+            raise RuntimeError("boom")
+
+        monkeypatch.setattr("vlmzip.evaluation.answering.Asker.answer", broken)
+        with pytest.raises(RuntimeError, match="boom"):
+            study.run([task], configurations)
+
+    def test_a_method_that_needs_settings(self, study, task):
+        found = self.rows(
+            study, task, [Candidate("it", Demanding(every=4), True), Candidate("no", None, False)], ["as-set"]
+        )
+        assert found[1].records[0]["method"].endswith("Demanding(every=4)")
+        assert found[1].reached == 0.25
+        assert "needs settings" in found[2].note
+
+    def test_thresholds_are_set_from_other_pictures_once(self, model, task, tmp_path, monkeypatch):
+        lines = [question(question=words) for words in WORDS]
+        place = write(tmp_path / "asked", *lines)
+        names = [f"{n}.png" for n in range(20, 32)]
+        other = write(tmp_path / "others", pictures=names)
+        task = read_task(f"{place}:exact", None, other)
+        study = make_study(model, tmp_path / "out")
+        first = study.configure([task], candidates("dfmr"), ["40%", "60%"])
+        ran = [one for one in first if one.calibrated_on]
+        assert {one.calibrated_on for one in ran} == {f"the 12 pictures of {other}"}
+        monkeypatch.setattr("vlmzip.evaluation.configurations.measure", lambda *_, **__: pytest.fail("measured again"))
+        assert make_study(model, study.folder).configure([task], candidates("dfmr"), ["40%", "60%"]) == first
+
+
+def test_budgets_are_read_in_order_and_checked():
+    assert read_budgets("75%, 64,64,as-set") == ["75%", "64", "as-set"]
+    with pytest.raises(UserError, match="keeps nothing"):
+        read_budgets("75%,0")
+    with pytest.raises(UserError, match="names no budget"):
+        read_budgets(" ,")
+
+
+def test_a_question_with_a_placeholder_is_refused_before_anything_is_asked(study, tmp_path):
+    task = read_task(write(tmp_path / "p", question(), question(question="<image> ?")) + ":exact", None, None)
+    with pytest.raises(UserError, match="must not contain <image>"):
+        study.configure([task], candidates("pool2d"), ["25%"])
+    assert not study.folder.exists()
+
+
+def test_records_are_json_lines(study, task):
+    study.run([task], study.configure([task], candidates("visionzip"), ["25%"]))
+    for text in everything(study).values():
+        assert all(isinstance(json.loads(line), dict) for line in text.splitlines())
