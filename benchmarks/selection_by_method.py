@@ -39,8 +39,8 @@ KEEPS = {"64 tokens": 64, "a ninth": 1 / 9}
 LEFT_OUT = ("chain", "downsample", "no_compression")
 VARIANTS: list[Compressor] = [VisionZip(merge="mean"), LLaVolta(window="2d"), RandomTokens(site=Site.IN_LLM, layer=2)]
 VARIANTS += [KMeans(site=Site.IN_LLM)]
-#: kmeans with a fraction of the tokens compares each with a number of centroids that grows with them, as does visionzip's
-#: merging, more mildly; sparsevlm compares the tokens that it recycles with one another.
+#: kmeans with a fraction of the tokens compares each with a number of centroids that grows with them, as does the
+#: merging of visionzip, more mildly; sparsevlm compares the tokens that it recycles with one another.
 MAY_BE_QUADRATIC = {
     ("sparsevlm", ""),
     ("sparsevlm", "a ninth"),
