@@ -411,7 +411,7 @@ def test_compress_inputs_needs_the_weights(llava):
 # --- in a chain -------------------------------------------------------------------------------------------------
 
 
-def every_third(hidden, _attention, _picture):
+def every_third(hidden, *_):
     runs = [range(start, start + 3) for start in range(0, len(hidden) - 2, 3)]
     return [[(i, 1 / 3) for i in (run[1], run[0], run[2])] for run in runs]
 
