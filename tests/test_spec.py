@@ -69,3 +69,19 @@ def test_writing_is_read_again(compressor):
 def test_what_cannot_be_read(text, message):
     with pytest.raises(UserError, match=message):
         spec.read(text)
+
+
+def test_a_folder_does_not_hide_a_method(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "visionzip").mkdir()
+    assert spec.read("visionzip") == VisionZip()
+    with pytest.raises(UserError, match="cannot be read as a method"):
+        spec.read("")
+
+
+@pytest.mark.parametrize(
+    "text", ["fastv(layer=2.5)", "random_tokens(layer=x)", "llavolta(site=post_projector,layer=5)"]
+)
+def test_layers_that_are_none_are_refused(text):
+    with pytest.raises(UserError, match="layer"):
+        spec.read(text)

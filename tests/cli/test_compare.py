@@ -17,7 +17,7 @@ from PIL import Image
 from vlmzip import QFormer, TokenMap
 from vlmzip.cli.asking import answer
 from vlmzip.cli.compare_output import printable
-from vlmzip.cli.comparing import Candidate, configure
+from vlmzip.cli.comparing import Candidate, Row, configure, picture_profile
 from vlmzip.cli.main import main
 from vlmzip.compressor import BudgetError, Compressor, Profile
 from vlmzip.errors import UserError
@@ -352,3 +352,26 @@ def test_mistakes_get_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, ar
     assert message in err
     assert picture.read_bytes() == before
     assert list(tmp_path.iterdir()) == [picture]
+
+
+def test_times_are_medians_of_the_runs():
+    row = Row("it", spent=[{"LLM": 1.0}, {"LLM": 9.0}, {"LLM": 2.0}])
+    assert row.milliseconds == {"LLM": 2.0}
+
+
+def test_budgets_are_set_for_the_largest_picture():
+    grids = [Grid(1, 4, 4), Grid(1, 6, 6), Grid(1, 5, 5)]
+    plain = types.SimpleNamespace(
+        report=types.SimpleNamespace(pictures=[types.SimpleNamespace(grid=grid) for grid in grids])
+    )
+    loaded = types.SimpleNamespace(adapter=types.SimpleNamespace(profile=lambda: Profile(Grid(1, 9, 9), 4)))
+    assert picture_profile(loaded, plain) == Profile(Grid(1, 6, 6), 4)
+
+
+def test_a_layer_that_the_llm_has_not_is_said_in_a_footnote(capsys):
+    _, out, _ = run(
+        capsys, PICTURE, QUESTION, "--methods", "kmeans(site=in_llm,layer=8),fastv(layer=40)", "--json", *QUICK
+    )
+    for row in rows_of(out).values():
+        assert "is no place inside this LLM of 8 layers: give 1 to 7" in (row["note"] or "plain") or row["note"] is None
+    assert sum(bool(row["note"]) for row in rows_of(out).values()) == 2

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.methods.test_visionzip import tokens_of
-from vlmzip import BudgetError, Grid, LLaVolta, Profile, Site, UserError
+from vlmzip import BudgetError, Grid, LLaVolta, Profile, Site, UserError, VisualTokens
 
 #: LLaVA-1.5-7B, as in the paper.
 PAPER = Profile(Grid(1, 24, 24), layers=32)
@@ -58,7 +58,19 @@ def test_squares(last, count):
     token_map = LLaVolta(stride=2, window="2d", last=last)(tokens)
     assert token_map.lengths == [count] * 3
     grid = tokens.features[:, 1:].unflatten(1, (5, 5))
-    torch.testing.assert_close(token_map.apply(tokens.features)[:, 0], grid[:, :2, :2].mean((1, 2)))
+    ends = range(0, 5, 2) if last == "keep" else (0, 2)
+    squares = [grid[:, r : r + 2, c : c + 2].flatten(1, 2).mean(1) for r in ends for c in ends]
+    torch.testing.assert_close(token_map.apply(tokens.features), torch.stack(squares, 1))
+
+
+def test_squares_lie_within_one_frame():
+    tokens = VisualTokens(torch.randn(1, 32, 3, generator=torch.Generator().manual_seed(0)), Grid(2, 4, 4))
+    out = LLaVolta(stride=2, window="2d")(tokens).apply(tokens.features)
+    frames = [
+        LLaVolta(stride=2, window="2d")(half).apply(half.features)
+        for half in (VisualTokens(part, Grid(1, 4, 4)) for part in tokens.features.split(16, dim=1))
+    ]
+    torch.testing.assert_close(out, torch.cat(frames, 1))
 
 
 def test_a_run_takes_the_position_of_its_middle():

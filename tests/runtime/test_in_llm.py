@@ -102,6 +102,10 @@ def kept_last_rule(stride):
     return rule
 
 
+def next_key(setting):
+    return next(iter(setting))
+
+
 CASES = {
     "fastv": (FastV(keep=0.3, layer=2), {2: fastv_rule(0.3)}),
     "fastv at 1": (FastV(keep=0.5, layer=1), {1: fastv_rule(0.5)}),
@@ -384,9 +388,13 @@ def test_two_compressors_at_one_place_are_refused():
         Chain(compressors=(vlmzip.VisionZip(), RandomTokens()))
 
 
-def test_sliding_windows_are_refused():
+@pytest.mark.parametrize(
+    "setting", [{"sliding_window": 8}, {"layer_types": ["full_attention", "sliding_attention"] * 2}], ids=next_key
+)
+def test_sliding_windows_are_refused(setting):
     model = tiny_llava()
-    model.config.text_config.sliding_window = 8
+    for name, value in setting.items():
+        setattr(model.config.text_config, name, value)
     with pytest.raises(UserError, match="sliding-window"):
         vlmzip.attach(model, FastV())
 
@@ -394,7 +402,7 @@ def test_sliding_windows_are_refused():
 @pytest.mark.parametrize(
     "how",
     [{"cache_implementation": "static"}, {"prefill_chunk_size": 8}, {"prompt_lookup_num_tokens": 2}],
-    ids=lambda how: next(iter(how)),
+    ids=next_key,
 )
 def test_generate_refuses_what_would_be_wrong(how):
     family = FAMILIES["llava"]()
