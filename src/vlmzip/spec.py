@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vlmzip import catalogue
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
-from vlmzip.methods import Chain
+from vlmzip.methods import Chain, NoCompression
 
 #: For help texts.
 FORMS = 'a name from `vlmzip methods`, "visionzip(merge=mean)", "dfmr+fastv(layer=3)" or a saved compressor.json'
@@ -42,6 +43,42 @@ def read_several(text: str) -> list[tuple[str, Compressor]]:
     """Compressors separated by commas, each with what was written for it; brackets hold commas of their own."""
     parts = [part.strip() for part in re.split(r",(?![^()]*\))", text)]
     return [(part, read(part)) for part in dict.fromkeys(parts) if part]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method of a list, or of all that there are."""
+
+    name: str
+    """As it was written."""
+    method: Compressor | None
+    """`None` where its class cannot be made without settings."""
+    named: bool
+    """Whether the user asked for it; else it is there because all are."""
+
+
+def candidates(text: str | None) -> list[Candidate]:
+    """The methods of a list with commas, in its order, or all; the uncompressed model is left out.
+
+    Raises `UserError` for one that there is not.
+    """
+    if text is None:
+        return [
+            Candidate(name, _with_defaults(cls), False)
+            for name, cls in catalogue.available().items()
+            if name != NoCompression.name()
+        ]
+    asked = read_several(text)
+    if not asked:
+        raise UserError("--methods names no method; separate them with commas: --methods visionzip,pool2d")
+    return [Candidate(name, method, True) for name, method in asked if name != NoCompression.name()]
+
+
+def _with_defaults(cls: type[Compressor]) -> Compressor | None:
+    try:
+        return catalogue.make(cls, {})
+    except UserError:
+        return None
 
 
 def is_name(text: str) -> bool:

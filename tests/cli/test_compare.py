@@ -17,11 +17,12 @@ from PIL import Image
 from vlmzip import QFormer, TokenMap
 from vlmzip.cli.asking import answer
 from vlmzip.cli.compare_output import printable
-from vlmzip.cli.comparing import Candidate, Row, configure, picture_profile
+from vlmzip.cli.comparing import Row, configure, picture_profile
 from vlmzip.cli.main import main
 from vlmzip.compressor import BudgetError, Compressor, Profile
 from vlmzip.errors import UserError
 from vlmzip.runtime.report import compact
+from vlmzip.spec import Candidate
 from vlmzip.visual_tokens import Grid, Site
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"

@@ -11,11 +11,12 @@ from tests.tiny import FAMILIES, tiny_llava, tiny_processor
 from vlmzip import Pool2d, TokenMap
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
-from vlmzip.evaluation.configurations import Candidate, candidates, read_budgets
+from vlmzip.evaluation.configurations import read_budgets
 from vlmzip.evaluation.processes import Processes
 from vlmzip.evaluation.results import results
 from vlmzip.evaluation.study import Study
 from vlmzip.evaluation.tasks import read_task
+from vlmzip.spec import Candidate, candidates
 
 WORDS = ("w4 w5", "w6", "w7 w8 w9", "w10", "w11 w12", "w13", "w14")
 

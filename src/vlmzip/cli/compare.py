@@ -51,13 +51,13 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
 def run(args: Namespace) -> None:
     from vlmzip.cli.asking import build_inputs, seen_pictures, split_pictures_and_question
     from vlmzip.cli.compare_output import Comparison
-    from vlmzip.cli.comparing import candidates, compare
+    from vlmzip.cli.comparing import compare
     from vlmzip.cli.loading import load
     from vlmzip.cli.pictures import load_picture
 
     paths, question = split_pictures_and_question(args.words, "compare")
     _check(args, paths)
-    methods = candidates(args.methods)
+    methods = spec.candidates(args.methods)
     for path in paths:
         load_picture(path)
     loaded = load(args.model, args.device, args.dtype)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
-from vlmzip import catalogue, spec
 from vlmzip.cli.asking import Answer, answer, attach_with_notes, compressed
 from vlmzip.cli.loading import Loaded, progress
 from vlmzip.compressor import BudgetError, Compressor, Profile, missed
@@ -15,20 +14,9 @@ from vlmzip.errors import UserError
 from vlmzip.keep import Keep
 from vlmzip.methods import NoCompression
 from vlmzip.runtime.facade import CompressedModel
+from vlmzip.spec import Candidate
 
 PLAIN = NoCompression.name()
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A method that is to be compared."""
-
-    name: str
-    """As it was written."""
-    method: Compressor | None
-    """`None` where its class cannot be made without settings."""
-    named: bool
-    """Whether the user asked for it; else it is there because all are."""
 
 
 @dataclass
@@ -56,16 +44,6 @@ class Row:
 
     def give_up(self, error: Exception) -> None:
         self.note, self.first, self.small, self.differs = _reason(error), None, None, False
-
-
-def candidates(text: str | None) -> list[Candidate]:
-    """The methods of a list with commas, in its order, or all. Raises `UserError` for one that there is not."""
-    if text is None:
-        return [Candidate(name, _usual(cls), False) for name, cls in catalogue.available().items() if name != PLAIN]
-    asked = spec.read_several(text)
-    if not asked:
-        raise UserError("--methods names no method; separate them with commas: --methods visionzip,pool2d")
-    return [Candidate(name, method, True) for name, method in asked if name != PLAIN]
 
 
 def compare(
@@ -118,13 +96,6 @@ def configure(candidate: Candidate, keep: Keep, profile: Profile) -> tuple[Compr
         if not candidate.named or method.tokens_by_layer(profile) is not None:
             raise
         return method, f"not at this budget, but as it is set: {error}"
-
-
-def _usual(cls: type[Compressor]) -> Compressor | None:
-    try:
-        return catalogue.make(cls, {})
-    except UserError:
-        return None
 
 
 def _first_run(

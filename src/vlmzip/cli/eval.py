@@ -64,13 +64,13 @@ def run(args: Namespace) -> None:
     from dataclasses import replace
 
     from vlmzip.cli.loading import load
-    from vlmzip.evaluation.configurations import candidates, read_budgets
+    from vlmzip.evaluation.configurations import read_budgets
     from vlmzip.evaluation.processes import Processes
     from vlmzip.evaluation.study import Study
     from vlmzip.evaluation.tasks import read_tasks
 
     _check(args)
-    methods, budgets = candidates(args.methods), read_budgets(args.keep)
+    methods, budgets = spec.candidates(args.methods), read_budgets(args.keep)
     tasks = read_tasks(args.tasks, args.limit, args.calibrate_on)
     if args.max_new_tokens is not None:
         tasks = [replace(task, max_new_tokens=args.max_new_tokens) for task in tasks]

@@ -18,6 +18,7 @@ from vlmzip.keep import count_to_keep, parse_keep
 from vlmzip.methods import NoCompression
 from vlmzip.runtime.calibration import Measured, measure, meet
 from vlmzip.runtime.saving import attach_saved
+from vlmzip.spec import Candidate
 
 PLAIN = NoCompression.name()
 WHOLE = "100%"
@@ -27,18 +28,6 @@ AS_SET = "as-set"
 TOO_FAR = 0.25
 #: Questions whose pictures tell how large the grids of a task are.
 LOOK_AT = 32
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A method that is to be evaluated."""
-
-    name: str
-    """As it was written."""
-    method: Compressor | None
-    """`None` where its class cannot be made without settings."""
-    named: bool
-    """Whether the user asked for it; else it is there because all are."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +54,6 @@ class Configuration:
     def settings(self) -> dict[str, Any] | None:
         """The compressor as JSON gives it back."""
         return None if self.compressor is None else plain_json(self.compressor.to_dict())
-
-
-def candidates(text: str | None) -> list[Candidate]:
-    """The methods of a list with commas, in its order, or all. Raises `UserError` for one that there is not."""
-    if text is None:
-        return [Candidate(name, _usual(cls), False) for name, cls in catalogue.available().items() if name != PLAIN]
-    asked = spec.read_several(text)
-    if not asked:
-        raise UserError("--methods names no method; separate them with commas: --methods visionzip,pool2d")
-    return [Candidate(name, method, True) for name, method in asked if name != PLAIN]
 
 
 def read_budgets(text: str) -> list[str]:
@@ -170,10 +149,3 @@ def _near(budget: str, reached: float, profile: Profile) -> str:
 def plain_json(content: dict[str, Any]) -> dict[str, Any]:
     """The content as JSON gives it back: lists for tuples, text for members of enumerations."""
     return json.loads(json.dumps(content))
-
-
-def _usual(cls: type[Compressor]) -> Compressor | None:
-    try:
-        return catalogue.make(cls, {})
-    except UserError:
-        return None
