@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,11 +17,39 @@ from vlmzip.errors import UserError
 #: so that what ran before is not taken for what runs now.
 FRUGAL = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
+#: The same settings by their numbers in glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+
+def available_bytes(device: str | torch.device = "cpu") -> int | None:
+    """Memory that a process can still take there; `None` where nobody tells."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError):
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        return 1024 * int(found.group(1)) if found else None
+    return None
+
+
+def free_at_once() -> None:
+    """From now on this process's allocator gives back at once what is freed, as with `FRUGAL`, and now what it holds.
+
+    With glibc; elsewhere nothing happens. Runs become slower: measure time before.
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
+        for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
+            libc.mallopt(parameter, 65536)
+        libc.malloc_trim(0)
+
 
 def peak_bytes(run: Callable[[], object], device: str | torch.device = "cpu") -> int:
     """Peak of one run, after another that is not counted: what libraries set up at their first use is there to stay.
 
-    On a CPU this is the process's resident memory (Linux only): measure in a fresh process with `FRUGAL` set.
+    On a CPU this is the process's resident memory (Linux only): measure in a fresh process with `FRUGAL` set,
+    or after `free_at_once`.
     """
     run()
     if torch.device(device).type == "cuda":
