@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 TRANSFORMERS ?= 5.19
 OTHER ?= .venv-transformers-$(TRANSFORMERS)
 
-.PHONY: help demo test test-transformers check fmt lint types bench figures support mini
+.PHONY: help demo test test-transformers check fmt lint types bench bench-gpu flops figures support mini
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -51,6 +51,12 @@ types: $(INSTALLED) ## check types
 
 bench: $(INSTALLED) ## time and memory of encoder and selection; writes a CSV into benchmarks/results
 	$(BIN)/python benchmarks/selection_cost.py
+
+bench-gpu: ## speed and memory on one GPU, within 8 minutes; installs nothing and writes CSVs into benchmarks/results
+	PYTHON=$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.sh
+
+flops: $(INSTALLED) ## count prefill FLOPs beside the papers'; writes docs/flops.md
+	$(BIN)/python docs/flops.py
 
 figures: $(INSTALLED) ## make the pictures in docs/figures again
 	$(BIN)/python docs/figures/make.py

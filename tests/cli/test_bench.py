@@ -95,6 +95,16 @@ def test_the_table_and_the_file(capsys, tmp_path, monkeypatch):
     assert {"layers", "width", "mlp", "vision_layers", "dtype", "commit", "torch"} <= rows[0].keys()
 
 
+def test_seconds_that_the_cpu_computed(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    code, out, _ = run(capsys, "--methods", "pool2d", "--keep", 9, "--clock", "cpu", "--out", tmp_path)
+    assert code == 0
+    assert "in seconds that the CPU computed" in out
+    [path] = tmp_path.iterdir()
+    assert path.name.endswith("keep9-cpu-seconds.csv")
+    assert {row["clock"] for row in csv.DictReader(path.open())} == {"cpu"}
+
+
 def test_one_that_fails_costs_the_others_nothing(capsys, monkeypatch):
     def broken(self, tokens):
         raise RuntimeError("boom")
@@ -130,6 +140,7 @@ def test_a_budget_out_of_reach_is_measured_as_set_and_said():
         (["--keep", "0"], "keeps nothing"),
         (["--dtype", "int8"], "--dtype 'int8' is none"),
         (["--attention", "flash"], "--attention 'flash' is none"),
+        (["--clock", "sun"], "--clock 'sun' is none"),
         (["--methods", ","], "--methods names no method"),
         (["--methods", "visonzip"], "no method 'visonzip'; did you mean 'visionzip'?"),
         (["--device", "tpu"], "--device 'tpu' cannot be used"),

@@ -13,7 +13,7 @@ from vlmzip import FastV, VisionZip, attach
 from vlmzip.files import write_csv
 from vlmzip.measure.machine import about, commit, file_name, hardware
 from vlmzip.measure.memory import FRUGAL
-from vlmzip.measure.timing import in_turns, interleaved, quartiles, ratios, time_answer
+from vlmzip.measure.timing import cpu_seconds, in_turns, interleaved, quartiles, ratios, time_answer
 from vlmzip.models import adapter_for
 
 
@@ -58,6 +58,13 @@ class TestAnAnswer:
         assert 0.15 <= spans.prefill < 0.3
         assert 0.35 <= spans.ttft < 0.55
         assert 0.15 <= spans.token < 0.3
+
+    def test_cpu_seconds_leave_waiting_out(self, llava, monkeypatch):
+        inputs, adapter = batch(prompt(1, "image", 7), pictures=1), adapter_for(llava)
+        self.slow(monkeypatch, llava.model.language_model.layers[2], 0.5)
+        spans = time_answer(llava, adapter, inputs, 2, cpu_seconds)
+        assert 0 < spans.prefill < spans.ttft < 0.4
+        assert 0 < spans.token < 0.4
 
     def test_nothing_stays_on_the_model_even_after_an_error(self, llava, monkeypatch):
         def broken(*_, **__):
@@ -111,8 +118,8 @@ def test_peak_memory_is_what_a_run_takes():
 def test_peak_memory_in_a_process_that_has_used_much_before():
     code = (
         "import torch; from vlmzip.measure.memory import free_at_once, peak_bytes\n"
-        "freed = [torch.ones(1_000_000) for _ in range(20)]\n"  # 4 MB each: glibc would keep such from now on
-        "del freed\n"
+        # Small enough for the heap, and the last one keeps the heap from shrinking when the others go.
+        "freed = [torch.ones(20_000) for _ in range(500)]; pin = torch.ones(20_000); del freed\n"
         "free_at_once()\n"
         "print(peak_bytes(lambda: [torch.ones(1_000_000) for _ in range(5)]))"
     )

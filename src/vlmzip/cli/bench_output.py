@@ -66,6 +66,7 @@ def _row(one: Contender, scope: Scope, measured: Compared, args: Namespace, pres
         "batch": args.batch,
         "new_tokens": args.new_tokens,
         "repeats": args.repeats,
+        "clock": args.clock,
         "dtype": args.dtype,
         "attention": args.attention,
         "note": one.note,
@@ -89,11 +90,12 @@ def print_tables(
     console.print(Text(_title(args, preset, device), style="bold"), "", _table(found), "", sep="\n")
     for number, one in enumerate(_noted(found), 1):
         console.print(Text(f"({number}) {one.name}: {one.note}"))
+    clock = ", in seconds that the CPU computed" if args.clock == "cpu" else ""
     console.print(
         Text(
-            f"Medians of {args.repeats} interleaved rounds; speed-ups are ratios within a round. limit: FLOPs of the"
-            " plain model over FLOPs of the method, without selection. LLM prefill: with output head; TTFT: from the"
-            " call to the first token. Peak memory is beyond the weights."
+            f"Medians of {args.repeats} interleaved rounds{clock}; speed-ups are ratios within a round. limit: FLOPs of"
+            " the plain model over FLOPs of the method, without selection. LLM prefill: with output head; TTFT: from"
+            " the call to the first token. Peak memory is beyond the weights."
         )
     )
     if path:

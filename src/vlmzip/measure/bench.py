@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.measure.flops import flops_inside
 from vlmzip.measure.memory import free_at_once, peak_bytes
-from vlmzip.measure.timing import Quartiles, Spans, in_turns, quartiles, ratios, time_answer
+from vlmzip.measure.timing import Quartiles, Spans, in_turns, now, quartiles, ratios, time_answer
 from vlmzip.measure.token_profile import TokenProfile
 from vlmzip.methods import NoCompression
 from vlmzip.models.adapter import ModelAdapter
@@ -99,6 +100,7 @@ def bench(
     *,
     repeats: int,
     new_tokens: int,
+    clock: Callable[[torch.device], float] = now,
     telling: Callable[[str], Any] = lambda _: None,
 ) -> list[Contender]:
     """The plain model and the contenders, timed in turns; whoever fails keeps a note and costs the others nothing.
@@ -121,7 +123,7 @@ def bench(
     def run(one: Contender) -> Spans:
         telling(f"timing: {one.name}")
         with one.on(model) as small:
-            return time_answer(small, adapter, inputs, new_tokens)
+            return time_answer(small, adapter, inputs, new_tokens, clock)
 
     names = {str(number): partial(run, one) for number, one in enumerate(running)}
     for one, spans in zip(running, in_turns(names, repeats).values(), strict=True):

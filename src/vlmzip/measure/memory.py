@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,17 +34,14 @@ def available_bytes(device: str | torch.device = "cpu") -> int | None:
 
 
 def free_at_once() -> None:
-    """From now on this process's allocator gives back at once what is freed, as with `FRUGAL`, and now what it holds.
+    """From now on this process's allocator gives back at once what is freed, as with `FRUGAL`.
 
     With glibc; elsewhere nothing happens. Runs become slower: measure time before.
     """
-    if sys.platform != "linux":
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim"):
+    libc = _libc()
+    if libc is not None:
         for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
             libc.mallopt(parameter, 65536)
-        libc.malloc_trim(0)
 
 
 def peak_bytes(run: Callable[[], object], device: str | torch.device = "cpu") -> int:
@@ -52,6 +51,7 @@ def peak_bytes(run: Callable[[], object], device: str | torch.device = "cpu") ->
     or after `free_at_once`.
     """
     run()
+    gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -59,12 +59,23 @@ def peak_bytes(run: Callable[[], object], device: str | torch.device = "cpu") ->
         run()
         return torch.cuda.max_memory_allocated(device) - before
     try:
+        libc = _libc()
+        if libc is not None:
+            libc.malloc_trim(0)  # what the allocator holds back would be used again, and not seen
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
         before = _resident("VmRSS")
         run()
         return max(_resident("VmHWM") - before, 0)
     except OSError:
         raise UserError("peak memory on a CPU is read from /proc, which only Linux has") from None
+
+
+def _libc() -> Any:
+    """glibc, if that is what this process runs on."""
+    if sys.platform != "linux":
+        return None
+    libc = ctypes.CDLL(None)
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
 
 
 def _resident(field: str) -> int:

@@ -31,6 +31,12 @@ def now(device: str | torch.device = "cpu") -> float:
     return time.perf_counter()
 
 
+def cpu_seconds(device: str | torch.device = "cpu") -> float:
+    """What this process has computed, all threads together: on a CPU that others use too, and with one thread, what
+    `now` would tell on a quiet one. Waiting does not count, so it says nothing of a GPU."""
+    return time.process_time()
+
+
 def in_turns(runs: Mapping[str, Callable[[], T]], repeats: int, *, warmup: int = 1) -> dict[str, list[T]]:
     """What each run of each variant returned. One round runs every variant once, in turns forwards and backwards, so
     that none of them always follows the same other; `warmup` rounds come first and are left out."""
@@ -68,7 +74,13 @@ class Spans(NamedTuple):
     """Each further token."""
 
 
-def time_answer(model: Any, adapter: ModelAdapter, inputs: Mapping[str, Tensor], new_tokens: int) -> Spans:
+def time_answer(
+    model: Any,
+    adapter: ModelAdapter,
+    inputs: Mapping[str, Tensor],
+    new_tokens: int,
+    clock: Callable[[torch.device], float] = now,
+) -> Spans:
     """One call of `generate`, greedy and without an end before `new_tokens` (at least 2).
 
     `model` is a plain model or what `vlmzip.attach` makes of one; `adapter` is the plain model's. On a GPU every mark
@@ -83,10 +95,10 @@ def time_answer(model: Any, adapter: ModelAdapter, inputs: Mapping[str, Tensor],
 
     def mark(times: list[float], *_: object) -> None:
         if not times:  # the prompt; what follows are single tokens
-            times.append(now(device))
+            times.append(clock(device))
 
     def each_token(ids: Tensor, *_: object, **__: object) -> Tensor:
-        tokens.append(now(device))
+        tokens.append(clock(device))
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
     head: nn.Module = adapter.model.get_output_embeddings()
@@ -96,7 +108,7 @@ def time_answer(model: Any, adapter: ModelAdapter, inputs: Mapping[str, Tensor],
     ]
     length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     try:
-        start = now(device)
+        start = clock(device)
         model.generate(**inputs, do_sample=False, stopping_criteria=[each_token], **length)
     finally:
         for handle in handles:
