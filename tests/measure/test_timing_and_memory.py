@@ -117,11 +117,11 @@ def test_peak_memory_is_what_a_run_takes():
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_peak_memory_in_a_process_that_has_used_much_before():
     code = (
-        "import torch; from vlmzip.measure.memory import free_at_once, peak_bytes\n"
+        "import torch; from vlmzip.measure.memory import freeing_at_once, peak_bytes\n"
         # Small enough for the heap, and the last one keeps the heap from shrinking when the others go.
         "freed = [torch.ones(20_000) for _ in range(500)]; pin = torch.ones(20_000); del freed\n"
-        "free_at_once()\n"
-        "print(peak_bytes(lambda: [torch.ones(1_000_000) for _ in range(5)]))"
+        "with freeing_at_once():\n"
+        "    print(peak_bytes(lambda: [torch.ones(1_000_000) for _ in range(5)]))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert 19e6 <= int(out.stdout) < 24e6

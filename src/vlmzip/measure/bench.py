@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.measure.flops import flops_inside
-from vlmzip.measure.memory import free_at_once, peak_bytes
+from vlmzip.measure.memory import freeing_at_once, peak_bytes
 from vlmzip.measure.timing import Quartiles, Spans, in_turns, now, quartiles, ratios, time_answer
 from vlmzip.measure.token_profile import TokenProfile
 from vlmzip.methods import NoCompression
@@ -112,7 +113,8 @@ def bench(
     for one in (plain, *contenders):
         telling(f"counting: {one.name}")
         try:
-            with one.on(model) as small:
+            # Memory before time: a process that has freed much cannot tell what a run takes.
+            with freeing_at_once(), one.on(model) as small:
                 _count(one, small, adapter, inputs, new_tokens)
             running.append(one)
         except Exception as error:  # whatever is wrong with one method, the others are still worth measuring
@@ -128,15 +130,11 @@ def bench(
     names = {str(number): partial(run, one) for number, one in enumerate(running)}
     for one, spans in zip(running, in_turns(names, repeats).values(), strict=True):
         one.spans = spans
-    free_at_once()  # not before the timing: memory that comes from the system each time is slow
-    for one in running:
-        telling(f"memory: {one.name}")
-        one.peak_bytes = _peak(one, model, inputs, new_tokens)
     return [plain, *contenders]
 
 
 def _count(one: Contender, small: Any, adapter: ModelAdapter, inputs: Mapping[str, Tensor], new_tokens: int) -> None:
-    """Tokens, FLOPs and KV bytes of one run, which is the first and warms up."""
+    """Tokens, FLOPs, KV bytes and peak memory."""
     ids = inputs["input_ids"]
     vision = [adapter.model.model.vision_tower, adapter.model.model.multi_modal_projector]
     vision += [module for module in (getattr(small, "resampler", None),) if isinstance(module, nn.Module)]
@@ -152,15 +150,9 @@ def _count(one: Contender, small: Any, adapter: ModelAdapter, inputs: Mapping[st
     prefill = sum(profile.prefill_flops(adapter) for profile in one.profiles)
     one.flops = {"prefill": prefill, "ttft": before_llm + prefill}
     one.kv_bytes = sum(profile.kv_bytes(adapter) for profile in one.profiles)
-
-
-def _peak(one: Contender, model: Any, inputs: Mapping[str, Tensor], new_tokens: int) -> int | None:
-    try:
-        with one.on(model) as small:
-            run = partial(small.generate, **inputs, do_sample=False, max_new_tokens=new_tokens)
-            return peak_bytes(run, inputs["input_ids"].device)
-    except UserError:  # not on this system
-        return None
+    run = partial(small.generate, **inputs, do_sample=False, max_new_tokens=new_tokens)
+    with contextlib.suppress(UserError):  # not every system tells
+        one.peak_bytes = peak_bytes(run, ids.device)
 
 
 def _reason(error: Exception) -> str:

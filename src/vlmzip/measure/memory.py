@@ -7,7 +7,8 @@ import ctypes
 import gc
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,22 +34,31 @@ def available_bytes(device: str | torch.device = "cpu") -> int | None:
     return None
 
 
-def free_at_once() -> None:
-    """From now on this process's allocator gives back at once what is freed, as with `FRUGAL`.
+@contextmanager
+def freeing_at_once() -> Iterator[None]:
+    """In the block this process's allocator gives back at once what is freed, as with `FRUGAL`. Time outside it.
 
-    With glibc; elsewhere nothing happens. Runs become slower: measure time before.
+    With glibc; elsewhere nothing happens. Begin before there was much to free: what lies between used memory is filled
+    again, in pieces that fit badly. Behind the block it keeps what is freed up to where glibc's own thresholds grow to.
     """
     libc = _libc()
-    if libc is not None:
-        for parameter in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            libc.mallopt(parameter, 65536)
+    if libc is None:
+        yield
+        return
+    libc.mallopt(M_TRIM_THRESHOLD, 65536)
+    libc.mallopt(M_MMAP_THRESHOLD, 65536)
+    try:
+        yield
+    finally:
+        libc.mallopt(M_TRIM_THRESHOLD, 64 * 2**20)
+        libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
 
 
 def peak_bytes(run: Callable[[], object], device: str | torch.device = "cpu") -> int:
     """Peak of one run, after another that is not counted: what libraries set up at their first use is there to stay.
 
     On a CPU this is the process's resident memory (Linux only): measure in a fresh process with `FRUGAL` set,
-    or after `free_at_once`.
+    or inside `freeing_at_once`.
     """
     run()
     gc.collect()
