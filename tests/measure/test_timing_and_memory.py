@@ -1,5 +1,6 @@
 """Timing, memory and where they were measured."""
 
+import os
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from tests.tiny import batch, prompt
 from vlmzip import FastV, VisionZip, attach
 from vlmzip.files import write_csv
 from vlmzip.measure.machine import about, commit, file_name, hardware
-from vlmzip.measure.memory import FRUGAL
+from vlmzip.measure.memory import FRUGAL, in_frugal_process
 from vlmzip.measure.timing import cpu_seconds, in_turns, interleaved, quartiles, ratios, time_answer
 from vlmzip.models import adapter_for
 
@@ -117,14 +118,20 @@ def test_peak_memory_is_what_a_run_takes():
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_peak_memory_in_a_process_that_has_used_much_before():
     code = (
-        "import torch; from vlmzip.measure.memory import freeing_at_once, peak_bytes\n"
+        "import torch; from vlmzip.measure.memory import peak_bytes\n"
         # Small enough for the heap, and the last one keeps the heap from shrinking when the others go.
-        "freed = [torch.ones(20_000) for _ in range(500)]; pin = torch.ones(20_000); del freed\n"
-        "with freeing_at_once():\n"
-        "    print(peak_bytes(lambda: [torch.ones(1_000_000) for _ in range(5)]))"
+        "freed = [torch.ones(10_000) for _ in range(1000)]; pin = torch.ones(10_000); del freed\n"
+        "print(peak_bytes(lambda: [torch.ones(15_000) for _ in range(300)]))"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 19e6 <= int(out.stdout) < 24e6
+    out = subprocess.run([sys.executable, "-c", code], env=FRUGAL, capture_output=True, text=True, check=True)
+    assert 17e6 <= int(out.stdout) < 24e6
+
+
+def test_a_frugal_process_is_another_one_and_this_one_stays_as_it_is():
+    assert in_frugal_process(os.getpid) != os.getpid()
+    name = next(iter(FRUGAL))
+    assert in_frugal_process(os.getenv, name) == FRUGAL[name]
+    assert name not in os.environ
 
 
 def test_the_name_of_a_results_file():

@@ -114,21 +114,17 @@ def _measure(
 ) -> list[Contender]:
     from vlmzip.cli.loading import console
     from vlmzip.measure.bench import PLAIN, bench
-    from vlmzip.measure.presets import make_config, make_inputs, make_model
+    from vlmzip.measure.memory import in_frugal_process
+    from vlmzip.measure.presets import make_config
     from vlmzip.measure.timing import cpu_seconds, now
     from vlmzip.models import adapter_for
 
-    config = make_config(preset, args.text_tokens, args.new_tokens)
-    _refuse_what_does_not_fit(config, device, dtype)
+    _refuse_what_does_not_fit(make_config(preset, args.text_tokens, args.new_tokens), device, dtype)
     with console.status("making the model …") as status:
-        try:
-            model = make_model(config, device, dtype, args.attention)
-        except (ImportError, ValueError) as error:  # no FlashAttention here, or none for this precision
-            raise UserError(f"--attention {args.attention} cannot be used: {error}") from None
+        model, inputs = _make(args, preset, device, dtype)
         adapter = adapter_for(model)
         contenders = [_set_up(name, method, args.keep, adapter.profile()) for name, method in methods if name != PLAIN]
-        inputs = make_inputs(preset, args.batch, args.text_tokens, device, dtype)
-        return bench(
+        found = bench(
             model,
             adapter,
             inputs,
@@ -138,6 +134,42 @@ def _measure(
             clock=cpu_seconds if args.clock == "cpu" else now,
             telling=status.update,
         )
+        status.update("memory")
+        recipe = (args, preset, device, dtype, [one.compressor for one in found])
+        if device.type == "cpu":
+            del model, adapter  # the other process makes its own
+            measured = in_frugal_process(_peaks, *recipe)
+        else:
+            measured = _peaks(*recipe, model=model)
+    for one, peak in zip(found, measured, strict=True):
+        one.peak_bytes = peak
+    return found
+
+
+def _make(args: Namespace, preset: Preset, device: torch.device, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The model and what it is asked."""
+    from vlmzip.measure.presets import make_config, make_inputs, make_model
+
+    try:
+        model = make_model(make_config(preset, args.text_tokens, args.new_tokens), device, dtype, args.attention)
+    except (ImportError, ValueError) as error:  # no FlashAttention here, or none for this precision
+        raise UserError(f"--attention {args.attention} cannot be used: {error}") from None
+    return model, make_inputs(preset, args.batch, args.text_tokens, device, dtype)
+
+
+def _peaks(
+    args: Namespace,
+    preset: Preset,
+    device: torch.device,
+    dtype: torch.dtype,
+    compressors: list[Compressor | None],
+    model: Any = None,
+) -> list[int | None]:
+    from vlmzip.measure.bench import peaks
+    from vlmzip.measure.presets import make_inputs
+
+    model = _make(args, preset, device, dtype)[0] if model is None else model
+    return peaks(model, make_inputs(preset, args.batch, args.text_tokens, device, dtype), compressors, args.new_tokens)
 
 
 def _set_up(name: str, method: Compressor, keep: Any, profile: Profile) -> Contender:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.measure.flops import flops_inside
-from vlmzip.measure.memory import freeing_at_once, peak_bytes
+from vlmzip.measure.memory import peak_bytes
 from vlmzip.measure.timing import Quartiles, Spans, in_turns, now, quartiles, ratios, time_answer
 from vlmzip.measure.token_profile import TokenProfile
 from vlmzip.methods import NoCompression
@@ -113,9 +112,8 @@ def bench(
     for one in (plain, *contenders):
         telling(f"counting: {one.name}")
         try:
-            # Memory before time: a process that has freed much cannot tell what a run takes.
-            with freeing_at_once(), one.on(model) as small:
-                _count(one, small, adapter, inputs, new_tokens)
+            with one.on(model) as small:
+                _count(one, small, adapter, inputs)
             running.append(one)
         except Exception as error:  # whatever is wrong with one method, the others are still worth measuring
             if one is plain:
@@ -133,8 +131,8 @@ def bench(
     return [plain, *contenders]
 
 
-def _count(one: Contender, small: Any, adapter: ModelAdapter, inputs: Mapping[str, Tensor], new_tokens: int) -> None:
-    """Tokens, FLOPs, KV bytes and peak memory."""
+def _count(one: Contender, small: Any, adapter: ModelAdapter, inputs: Mapping[str, Tensor]) -> None:
+    """Tokens, FLOPs and KV bytes of one run."""
     ids = inputs["input_ids"]
     vision = [adapter.model.model.vision_tower, adapter.model.model.multi_modal_projector]
     vision += [module for module in (getattr(small, "resampler", None),) if isinstance(module, nn.Module)]
@@ -150,9 +148,22 @@ def _count(one: Contender, small: Any, adapter: ModelAdapter, inputs: Mapping[st
     prefill = sum(profile.prefill_flops(adapter) for profile in one.profiles)
     one.flops = {"prefill": prefill, "ttft": before_llm + prefill}
     one.kv_bytes = sum(profile.kv_bytes(adapter) for profile in one.profiles)
-    run = partial(small.generate, **inputs, do_sample=False, max_new_tokens=new_tokens)
-    with contextlib.suppress(UserError):  # not every system tells
-        one.peak_bytes = peak_bytes(run, ids.device)
+
+
+def peaks(
+    model: Any, inputs: Mapping[str, Tensor], compressors: Sequence[Compressor | None], new_tokens: int
+) -> list[int | None]:
+    """Peak memory of an answer of the plain model (`None`) or through compressors, beyond the weights; `None` where it
+    fails or the system does not tell. On a CPU to be called in a process of its own, see `peak_bytes`."""
+    found: list[int | None] = []
+    for compressor in compressors:
+        try:
+            with Contender("", compressor).on(model) as small:
+                run = partial(small.generate, **inputs, do_sample=False, max_new_tokens=new_tokens)
+                found.append(peak_bytes(run, inputs["input_ids"].device))
+        except Exception:  # `bench` runs the same and says why
+            found.append(None)
+    return found
 
 
 def _reason(error: Exception) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import multiprocessing
+import os
 import re
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,8 +21,7 @@ from vlmzip.errors import UserError
 #: so that what ran before is not taken for what runs now.
 FRUGAL = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
-#: The same settings by their numbers in glibc's malloc.h.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+T = TypeVar("T")
 
 
 def available_bytes(device: str | torch.device = "cpu") -> int | None:
@@ -34,31 +34,22 @@ def available_bytes(device: str | torch.device = "cpu") -> int | None:
     return None
 
 
-@contextmanager
-def freeing_at_once() -> Iterator[None]:
-    """In the block this process's allocator gives back at once what is freed, as with `FRUGAL`. Time outside it.
-
-    With glibc; elsewhere nothing happens. Begin before there was much to free: what lies between used memory is filled
-    again, in pieces that fit badly. Behind the block it keeps what is freed up to where glibc's own thresholds grow to.
-    """
-    libc = _libc()
-    if libc is None:
-        yield
-        return
-    libc.mallopt(M_TRIM_THRESHOLD, 65536)
-    libc.mallopt(M_MMAP_THRESHOLD, 65536)
+def in_frugal_process(run: Callable[..., T], *arguments: Any) -> T:
+    """`run(*arguments)` in a fresh process with `FRUGAL` set; what goes in and out is pickled, `run` by its name."""
+    before = dict(os.environ)
+    os.environ.update(FRUGAL)  # read once, when a process starts: this one stays as it is
     try:
-        yield
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            return process.submit(run, *arguments).result()
     finally:
-        libc.mallopt(M_TRIM_THRESHOLD, 64 * 2**20)
-        libc.mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def peak_bytes(run: Callable[[], object], device: str | torch.device = "cpu") -> int:
     """Peak of one run, after another that is not counted: what libraries set up at their first use is there to stay.
 
-    On a CPU this is the process's resident memory (Linux only): measure in a fresh process with `FRUGAL` set,
-    or inside `freeing_at_once`.
+    On a CPU this is the process's resident memory (Linux only): measure in a fresh process with `FRUGAL` set.
     """
     run()
     gc.collect()
@@ -69,9 +60,7 @@ def peak_bytes(run: Callable[[], object], device: str | torch.device = "cpu") ->
         run()
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        libc = _libc()
-        if libc is not None:
-            libc.malloc_trim(0)  # what the allocator holds back would be used again, and not seen
+        _trim()
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
         before = _resident("VmRSS")
         run()
@@ -80,12 +69,11 @@ def peak_bytes(run: Callable[[], object], device: str | torch.device = "cpu") ->
         raise UserError("peak memory on a CPU is read from /proc, which only Linux has") from None
 
 
-def _libc() -> Any:
-    """glibc, if that is what this process runs on."""
-    if sys.platform != "linux":
-        return None
+def _trim() -> None:
+    """Gives back what glibc's allocator holds between used memory: it would be used again, and not seen."""
     libc = ctypes.CDLL(None)
-    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _resident(field: str) -> int:
