@@ -3,8 +3,8 @@
 #
 #     benchmarks/gpu.sh [FOLDER]        # CSVs go there; default: benchmarks/results
 #
-# Needs a Python with torch for CUDA and transformers (PYTHON=…); vlmzip itself is taken from src. bfloat16, with SDPA and
-# then FlashAttention where it is installed. Stops after LIMIT seconds: what is done by then is kept, and the rest named.
+# Needs a Python with torch for CUDA and transformers (PYTHON=…); vlmzip itself is taken from src. bfloat16 and SDPA,
+# with two presets FlashAttention too where it is installed. Stops after LIMIT seconds: what is done by then is kept, and the rest named.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -22,16 +22,15 @@ bench() {
     local left=$((limit - (SECONDS - started)))
     if ((left < 10)); then echo "left out, the time is up: $*" >&2; failed=1; return; fi
     echo "--- $*"
-    timeout "$left" "$python" -m vlmzip.cli.main bench --device cuda --dtype bfloat16 --out "$folder" "$@" \
+    timeout "$left" "$python" -m vlmzip.cli.main bench --device cuda --dtype bfloat16 --repeats 7 --out "$folder" "$@" \
         || { echo "not finished: $*" >&2; failed=1; }
 }
 
 for attention in "${attentions[@]}"; do
-    for preset in llava-1.5-7b llava-next-7b video-llava-7b llava-1.5-13b; do
-        bench --preset "$preset" --attention "$attention"
-    done
-    bench --preset llava-1.5-7b --batch 8 --repeats 5 --attention "$attention"
-    bench --preset llava-next-13b --repeats 5 --attention "$attention"
+    for preset in llava-1.5-7b llava-next-7b; do bench --preset "$preset" --attention "$attention"; done
 done
+for preset in video-llava-7b llava-1.5-13b; do bench --preset "$preset"; done
+bench --preset llava-1.5-7b --batch 8
+bench --preset llava-next-13b
 echo "$((SECONDS - started)) seconds"
 exit "$failed"
