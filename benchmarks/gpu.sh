@@ -4,7 +4,8 @@
 #     benchmarks/gpu.sh [FOLDER]        # CSVs go there; default: benchmarks/results
 #
 # Needs a Python with torch for CUDA and transformers (PYTHON=…); vlmzip itself is taken from src. bfloat16 and SDPA,
-# with two presets FlashAttention too where it is installed. Stops after LIMIT seconds: what is done by then is kept, and the rest named.
+# with two presets FlashAttention too where it is installed. Stops after LIMIT seconds: what is done by then is kept, and
+# the rest named.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
