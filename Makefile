@@ -8,7 +8,7 @@ INSTALLED := $(VENV)/.installed
 TRANSFORMERS ?= 5.19
 OTHER ?= .venv-transformers-$(TRANSFORMERS)
 
-.PHONY: help demo test test-transformers check fmt lint types tables bench figures support papers mini
+.PHONY: help demo test test-transformers check fmt lint types tables bench bench-gpu flops figures support papers mini
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -54,6 +54,12 @@ tables: $(INSTALLED) ## check that the README's table agrees with the committed 
 
 bench: $(INSTALLED) ## time and memory of encoder and selection; writes a CSV into benchmarks/results
 	$(BIN)/python benchmarks/selection_cost.py
+
+bench-gpu: ## speed and memory on one GPU, within 8 minutes; installs nothing and writes CSVs into benchmarks/results
+	PYTHON=$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.sh
+
+flops: $(INSTALLED) ## count prefill FLOPs beside the papers'; writes docs/flops.md
+	$(BIN)/python docs/flops.py
 
 figures: $(INSTALLED) ## make the pictures in docs/figures again
 	$(BIN)/python docs/figures/make.py

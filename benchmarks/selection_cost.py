@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -24,12 +23,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import transformers
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from vlmzip import Signal, Site, VisionZip
 from vlmzip.files import write_csv
-from vlmzip.measure.machine import commit, hardware
+from vlmzip.measure.machine import commit, file_name
 from vlmzip.measure.memory import FRUGAL, peak_bytes
 from vlmzip.measure.timing import now
 from vlmzip.models import adapter_for
@@ -132,9 +130,7 @@ def row(name: str, times: dict, memory: dict, args: argparse.Namespace) -> dict[
 
 
 def write(rows: list[dict[str, object]], args: argparse.Namespace) -> None:
-    words = f"selection-cost {hardware(args.device)} torch{torch.__version__} transformers{transformers.__version__}"
-    name = re.sub(r"[^A-Za-z0-9.+]+", "-", f"{words} {args.dtype} batch{args.batch}").strip("-")
-    path = args.out / f"{name}.csv"
+    path = args.out / file_name("selection-cost", args.device, args.dtype, f"batch{args.batch}")
     write_csv(path, rows)
     for line in rows:
         print(

@@ -1,5 +1,6 @@
 """Timing, memory and where they were measured."""
 
+import os
 import re
 import subprocess
 import sys
@@ -8,10 +9,13 @@ import time
 import pytest
 import torch
 
+from tests.tiny import batch, prompt
+from vlmzip import FastV, VisionZip, attach
 from vlmzip.files import write_csv
-from vlmzip.measure.machine import about, commit, hardware
-from vlmzip.measure.memory import FRUGAL
-from vlmzip.measure.timing import interleaved, quartiles, ratios
+from vlmzip.measure.machine import about, commit, file_name, hardware
+from vlmzip.measure.memory import FRUGAL, in_frugal_process
+from vlmzip.measure.timing import cpu_seconds, in_turns, interleaved, quartiles, ratios, time_answer
+from vlmzip.models import adapter_for
 
 
 def test_variants_take_turns_and_the_warm_up_does_not_count():
@@ -24,6 +28,67 @@ def test_variants_take_turns_and_the_warm_up_does_not_count():
 def test_seconds_are_seconds():
     seconds = interleaved({"short": lambda: None, "long": lambda: time.sleep(0.05)}, repeats=2)
     assert min(seconds["long"]) >= 0.05 > max(seconds["short"])
+
+
+def test_what_variants_return_is_kept_in_order():
+    numbers = iter(range(100))
+    found = in_turns({name: lambda: next(numbers) for name in "ab"}, repeats=3, warmup=1)
+    assert found == {"a": [3, 4, 7], "b": [2, 5, 6]}
+
+
+class TestAnAnswer:
+    def slow(self, monkeypatch, module, seconds):
+        """Makes a module take longer by `seconds`; for the LLM's own modules, at every call."""
+        run = module.forward
+
+        def forward(*args, **kwargs):
+            time.sleep(seconds)
+            return run(*args, **kwargs)
+
+        monkeypatch.setattr(module, "forward", forward)
+
+    @pytest.mark.parametrize("method", [None, VisionZip(keep=9), FastV(layer=1, keep=9)])
+    def test_the_spans_hold_what_they_say(self, llava, monkeypatch, method):
+        inputs = batch(prompt(1, "image", 7, 8), prompt(1, "image", 9, 5), pictures=2)
+        model, adapter = (attach(llava, method) if method else llava), adapter_for(llava)
+        time_answer(model, adapter, inputs, 2)
+        self.slow(monkeypatch, llava.model.vision_tower, 0.2)
+        self.slow(monkeypatch, llava.model.language_model.layers[2], 0.1)
+        self.slow(monkeypatch, llava.lm_head, 0.05)
+        spans = time_answer(model, adapter, inputs, 4)
+        assert 0.15 <= spans.prefill < 0.3
+        assert 0.35 <= spans.ttft < 0.55
+        assert 0.15 <= spans.token < 0.3
+
+    def test_cpu_seconds_leave_waiting_out(self, llava, monkeypatch):
+        inputs, adapter = batch(prompt(1, "image", 7), pictures=1), adapter_for(llava)
+        self.slow(monkeypatch, llava.model.language_model.layers[2], 0.5)
+        spans = time_answer(llava, adapter, inputs, 2, cpu_seconds)
+        assert 0 < spans.prefill < spans.ttft < 0.4
+        assert 0 < spans.token < 0.4
+
+    def test_nothing_stays_on_the_model_even_after_an_error(self, llava, monkeypatch):
+        def broken(*_, **__):
+            raise RuntimeError("boom")
+
+        modules = (llava.model.language_model, llava.lm_head)
+        before = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules]
+        monkeypatch.setattr(llava.lm_head, "forward", broken)
+        with pytest.raises(RuntimeError, match="boom"):
+            time_answer(llava, adapter_for(llava), batch(prompt(1, "image", 7), pictures=1), 2)
+        assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules] == before
+
+    def test_an_end_of_sequence_ends_nothing(self, llava, monkeypatch):
+        monkeypatch.setattr(llava.generation_config, "eos_token_id", list(range(50)))
+        calls = []
+        handle = llava.lm_head.register_forward_hook(lambda *_: calls.append(1))
+        time_answer(llava, adapter_for(llava), batch(prompt(1, "image", 7), pictures=1), 5)
+        handle.remove()
+        assert len(calls) == 5
+
+    def test_one_token_has_no_further_ones(self, llava):
+        with pytest.raises(ValueError, match="at least 2"):
+            time_answer(llava, adapter_for(llava), {}, 1)
 
 
 def test_quartiles_and_ratios_round_by_round():
@@ -44,10 +109,40 @@ def test_peak_memory_is_what_a_run_takes():
         "kept = torch.ones(30_000_000)\n"
         "print(peak_bytes(lambda: torch.ones(10_000_000).sum()), peak_bytes(lambda: kept.sum()))"
     )
-    out = subprocess.run([sys.executable, "-c", code], env=FRUGAL, capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | FRUGAL, capture_output=True, text=True, check=True
+    )
     large, none = map(int, out.stdout.split())
     assert 39e6 <= large < 48e6  # Linux counts pages in batches
     assert none < 4e6
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_peak_memory_in_a_process_that_has_used_much_before():
+    code = (
+        "import torch; from vlmzip.measure.memory import peak_bytes\n"
+        # Small enough for the heap, and the last one keeps the heap from shrinking when the others go.
+        "freed = [torch.ones(10_000) for _ in range(1000)]; pin = torch.ones(10_000); del freed\n"
+        "print(peak_bytes(lambda: [torch.ones(15_000) for _ in range(300)]))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | FRUGAL, capture_output=True, text=True, check=True
+    )
+    assert 17e6 <= int(out.stdout) < 24e6
+
+
+def test_a_frugal_process_is_another_one_and_this_one_stays_as_it_is():
+    assert in_frugal_process(os.getpid) != os.getpid()
+    name = next(iter(FRUGAL))
+    assert in_frugal_process(os.getenv, name) == FRUGAL[name]
+    assert name not in os.environ
+
+
+def test_the_name_of_a_results_file():
+    name = file_name("bench mini", "cpu", "float32", "batch2")
+    assert re.fullmatch(
+        r"bench-mini-[A-Za-z0-9.+-]+-threads?-torch[0-9.+a-z]+-transformers[0-9.a-z]+-float32-batch2\.csv", name
+    )
 
 
 def test_what_a_number_was_measured_on():

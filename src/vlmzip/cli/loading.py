@@ -33,9 +33,8 @@ class Loaded:
 
 def load(name: str, device: str | None = None, dtype: str | None = None) -> Loaded:
     """Loads `mini`, a checkpoint folder or a hub id. Raises `UserError` for anything else."""
-    target = _device(device)
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype!r} is none{closest(dtype, DTYPES)}")
+    target = find_device(device)
+    check_dtype(dtype)
     source = _source(name)
     with progress(f"loading {name}"):
         from huggingface_hub.utils import logging as hub_logging
@@ -60,6 +59,11 @@ def load(name: str, device: str | None = None, dtype: str | None = None) -> Load
             raise UserError(f"cannot load {name!r}: {_first_sentence(error)}") from error
         model.to(target).eval()
     return Loaded(name, model, processor, adapter_for(model))
+
+
+def check_dtype(dtype: str | None) -> None:
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype!r} is none{closest(dtype, DTYPES)}")
 
 
 def note(text: str) -> None:
@@ -116,7 +120,8 @@ def _check_family(name: str, config: Any) -> None:
     )
 
 
-def _device(device: str | None) -> torch.device:
+def find_device(device: str | None) -> torch.device:
+    """The device of that name, or a GPU if there is one. Raises `UserError` for one that cannot be used."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

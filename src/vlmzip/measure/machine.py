@@ -41,3 +41,9 @@ def about(device: str | torch.device = "cpu") -> dict[str, str]:
         "transformers": transformers.__version__,
         "commit": commit(),
     }
+
+
+def file_name(what: str, device: str | torch.device = "cpu", *settings: str) -> str:
+    """The name of a CSV that says what was measured, on which hardware, with which versions and settings."""
+    words = [what, hardware(device), f"torch{torch.__version__}", f"transformers{transformers.__version__}", *settings]
+    return re.sub(r"[^A-Za-z0-9.+]+", "-", " ".join(words)).strip("-") + ".csv"

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
+import multiprocessing
+import os
 import re
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -14,6 +21,30 @@ from vlmzip.errors import UserError
 #: so that what ran before is not taken for what runs now.
 FRUGAL = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
+T = TypeVar("T")
+
+
+def available_bytes(device: str | torch.device = "cpu") -> int | None:
+    """Memory that a process can still take there; `None` where nobody tells."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with contextlib.suppress(OSError):
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        return 1024 * int(found.group(1)) if found else None
+    return None
+
+
+def in_frugal_process(run: Callable[..., T], *arguments: Any) -> T:
+    """`run(*arguments)` in a fresh process with `FRUGAL` set; what goes in and out is pickled, `run` by its name."""
+    before = dict(os.environ)
+    os.environ.update(FRUGAL)  # read once, when a process starts: this one stays as it is
+    try:
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            return process.submit(run, *arguments).result()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
 
 def peak_bytes(run: Callable[[], object], device: str | torch.device = "cpu") -> int:
     """Peak of one run, after another that is not counted: what libraries set up at their first use is there to stay.
@@ -21,6 +52,7 @@ def peak_bytes(run: Callable[[], object], device: str | torch.device = "cpu") ->
     On a CPU this is the process's resident memory (Linux only): measure in a fresh process with `FRUGAL` set.
     """
     run()
+    gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -28,12 +60,20 @@ def peak_bytes(run: Callable[[], object], device: str | torch.device = "cpu") ->
         run()
         return torch.cuda.max_memory_allocated(device) - before
     try:
+        _trim()
         Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
         before = _resident("VmRSS")
         run()
         return max(_resident("VmHWM") - before, 0)
     except OSError:
         raise UserError("peak memory on a CPU is read from /proc, which only Linux has") from None
+
+
+def _trim() -> None:
+    """Gives back what glibc's allocator holds between used memory: it would be used again, and not seen."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _resident(field: str) -> int:

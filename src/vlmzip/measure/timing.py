@@ -5,9 +5,15 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor, nn
+
+from vlmzip.models.adapter import ModelAdapter
+
+T = TypeVar("T")
 
 
 class Quartiles(NamedTuple):
@@ -25,24 +31,89 @@ def now(device: str | torch.device = "cpu") -> float:
     return time.perf_counter()
 
 
-def interleaved(
-    runs: Mapping[str, Callable[[], object]], repeats: int, *, warmup: int = 1, device: str | torch.device = "cpu"
-) -> dict[str, list[float]]:
-    """Seconds of each run of each variant. One round runs every variant once, in turns forwards and backwards, so
-    that none of them always follows the same other; `warmup` rounds come first and are not counted."""
+def cpu_seconds(device: str | torch.device = "cpu") -> float:
+    """What this process has computed, all threads together: on a CPU that others use too, and with one thread, what
+    `now` would tell on a quiet one. Waiting does not count, so it says nothing of a GPU."""
+    return time.process_time()
+
+
+def in_turns(runs: Mapping[str, Callable[[], T]], repeats: int, *, warmup: int = 1) -> dict[str, list[T]]:
+    """What each run of each variant returned. One round runs every variant once, in turns forwards and backwards, so
+    that none of them always follows the same other; `warmup` rounds come first and are left out."""
     if repeats < 1:
         raise ValueError(f"{repeats} repeats measure nothing")
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    found: dict[str, list[T]] = {name: [] for name in runs}
     for turn in range(warmup + repeats):
         names = list(runs) if turn % 2 == 0 else list(runs)[::-1]
         for name in names:
-            start = now(device)
-            runs[name]()
-            if turn >= warmup:
-                seconds[name].append(now(device) - start)
-            else:
-                now(device)
-    return seconds
+            found[name].append(runs[name]())
+    return {name: values[warmup:] for name, values in found.items()}
+
+
+def interleaved(
+    runs: Mapping[str, Callable[[], object]], repeats: int, *, warmup: int = 1, device: str | torch.device = "cpu"
+) -> dict[str, list[float]]:
+    """Seconds of each run of each variant, `in_turns`."""
+
+    def timed(run: Callable[[], object]) -> float:
+        start = now(device)
+        run()
+        return now(device) - start
+
+    return in_turns({name: partial(timed, run) for name, run in runs.items()}, repeats, warmup=warmup)
+
+
+class Spans(NamedTuple):
+    """Where the time of one answer went; seconds."""
+
+    prefill: float
+    """The prompt in the LLM: its layers, what acts inside them, and the output head."""
+    ttft: float
+    """From the call of `generate` to the first token: vision encoder, selection, projector, prefill."""
+    token: float
+    """Each further token."""
+
+
+def time_answer(
+    model: Any,
+    adapter: ModelAdapter,
+    inputs: Mapping[str, Tensor],
+    new_tokens: int,
+    clock: Callable[[torch.device], float] = now,
+) -> Spans:
+    """One call of `generate`, greedy and without an end before `new_tokens` (at least 2).
+
+    `model` is a plain model or what `vlmzip.attach` makes of one; `adapter` is the plain model's. On a GPU every mark
+    waits for what was sent before it: one wait more than without a clock, where the LLM begins.
+    """
+    if new_tokens < 2:
+        raise ValueError("the time of further tokens needs at least 2")
+    device = inputs["input_ids"].device
+    begun: list[float] = []
+    done: list[float] = []
+    tokens: list[float] = []
+
+    def mark(times: list[float], *_: object) -> None:
+        if not times:  # the prompt; what follows are single tokens
+            times.append(clock(device))
+
+    def each_token(ids: Tensor, *_: object, **__: object) -> Tensor:
+        tokens.append(clock(device))
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+
+    head: nn.Module = adapter.model.get_output_embeddings()
+    handles = [
+        adapter.llm.register_forward_pre_hook(partial(mark, begun), prepend=True),
+        head.register_forward_hook(partial(mark, done)),
+    ]
+    length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
+    try:
+        start = clock(device)
+        model.generate(**inputs, do_sample=False, stopping_criteria=[each_token], **length)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Spans(done[0] - begun[0], tokens[0] - start, (tokens[-1] - tokens[0]) / (new_tokens - 1))
 
 
 def quartiles(values: Sequence[float]) -> Quartiles:

@@ -1,0 +1,73 @@
+"""Why a method's prefill stays short of its FLOPs limit: prompts of text alone beside it, in CPU seconds.
+
+    OMP_NUM_THREADS=1 python benchmarks/rest_of_the_limit.py     # LLaVA-1.5-7B with heads and MLPs at 1/8, one thread
+
+A prompt of text has no compressor and no pictures. Layers that see n tokens cannot be faster than those of a text of n
+tokens; what a method takes beyond the sum of such layers is its own work, of which the report's "selection" is a part.
+"""
+
+import argparse
+from collections import defaultdict
+from functools import partial
+from statistics import median
+from unittest import mock
+
+import torch
+
+from vlmzip import spec
+from vlmzip.compressor import A_NINTH
+from vlmzip.measure.flops import prefill_flops
+from vlmzip.measure.machine import about
+from vlmzip.measure.presets import PRESETS, make_config, make_inputs, make_model
+from vlmzip.measure.timing import cpu_seconds, in_turns, time_answer
+from vlmzip.models import adapter_for
+
+METHODS = "visionzip,pool2d,llavolta,fastv"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", default=METHODS)
+    parser.add_argument("--text-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=7)
+    args = parser.parse_args()
+
+    preset = PRESETS["llava-1.5-7b"].scaled(1 / 8)
+    model = make_model(make_config(preset), "cpu", torch.float32)
+    adapter, inputs = adapter_for(model), make_inputs(preset, 1, args.text_tokens, "cpu", torch.float32)
+    profile = adapter.profile()
+    methods = {name: method.at_budget(A_NINTH, profile)[0] for name, method in spec.read_several(args.methods)}
+    by_layer = {n: [count + args.text_tokens for count in m.tokens_by_layer(profile)] for n, m in methods.items()}
+    lengths = {preset.visual_tokens + args.text_tokens, *(count for counts in by_layer.values() for count in counts)}
+    selection = defaultdict(list)
+
+    def of_text(length: int) -> float:
+        ids = torch.randint(3, 32_000, (1, length))
+        return time_answer(model, adapter, {"input_ids": ids}, 2, cpu_seconds).prefill
+
+    def of_method(name: str) -> float:
+        with methods[name].on(model) as small:
+            spans = time_answer(small, adapter, inputs, 2, cpu_seconds)
+            selection[name].append(small.report.milliseconds["selection"])
+        return spans.prefill
+
+    runs = {f"text {n}": partial(of_text, n) for n in sorted(lengths)} | {n: partial(of_method, n) for n in methods}
+    with mock.patch("time.perf_counter", cpu_seconds):  # the report's stopwatch too
+        found = {name: 1000 * median(seconds) for name, seconds in in_turns(runs, args.repeats).items()}
+
+    print("| prefill of | ms | GFLOP/s |\n| --- | --- | --- |")
+    for n in sorted(lengths):
+        spent = found[f"text {n}"]
+        print(f"| text, {n} tokens | {spent:.1f} | {prefill_flops(adapter, n) / spent / 1e6:.1f} |")
+    print("\n| method | ms | layers as in text alone | the rest | selection |\n| --- | --- | --- | --- | --- |")
+    for name, counts in by_layer.items():
+        layers = sum(found[f"text {count}"] for count in counts) / len(counts)
+        rest, selecting = found[name] - layers, median(selection[name])
+        print(
+            f"| {name} | {found[name]:.1f} | {layers:.1f} | {rest:.1f} ({rest / found[name]:.1%}) | {selecting:.1f} |"
+        )
+    print("\nSelection before the LLM is no part of the prefill.", about("cpu"))
+
+
+if __name__ == "__main__":
+    main()

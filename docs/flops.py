@@ -1,0 +1,156 @@
+"""Writes docs/flops.md, our count of prefill FLOPs beside the papers': `python docs/flops.py`. Nothing is timed."""
+
+from pathlib import Path
+
+import torch
+
+from vlmzip import LLaVolta, NoCompression
+from vlmzip.compressor import A_NINTH, Profile
+from vlmzip.keep import count_to_keep
+from vlmzip.measure.flops import flops_inside, llavolta_flops, prefill_flops, visionzip_flops
+from vlmzip.measure.presets import PRESETS, VOCABULARY, Preset, make_config, make_model
+from vlmzip.measure.token_profile import TokenProfile
+from vlmzip.models import adapter_for
+from vlmzip.models.adapter import ModelAdapter
+
+PAGE = Path(__file__).parent / "flops.md"
+#: LLaVolta's printed TFLOPs (arXiv:2406.20092v2, Tables 2 and 5) by K and S; stride 1: no compression.
+PRINTED = {(0, 1): 8.26, (2, 8): 2.14, (2, 4): 3.02, (2, 2): 4.77, (16, 8): 5.00, (16, 4): 5.47, (16, 2): 6.40}
+#: Tokens of text with which one formula gives all of LLaVolta's figures, and those that `vlmzip bench` puts in.
+LLAVOLTA_TEXT, BENCH_TEXT = 62, 64
+
+HEAD = """# FLOPs: three ways to count the same prefill
+
+Written by `python docs/flops.py`, from shapes alone; nothing here is timed. Ours (`vlmzip.measure.flops.prefill_flops`)
+is read off the model's own layers, and within 1 % of `torch.utils.flop_counter` on `mini` and, on the meta device, at
+the dimensions of LLaVA-1.5-7B and 13B (`tests/measure/test_flops.py`).
+
+## LLaVolta's printed figures
+
+LLaVA-1.5-7B, 576 visual tokens, pooled at layer K with stride S; TFLOPs. *CR*: Eq. 3 of arXiv:2406.20092. *printed*:
+its Tables 2 and 5. *VisionZip's*: T·(4nd² + 2n²d + 2ndm) of arXiv:2412.04467, n the visual tokens of each layer.
+"""
+
+DIFFERENCES = """
+- **LLaVolta** prints figures and no formula. All seven lie within {worst:.3f} of 2·(4d² + 3dm) per token and layer with
+  {text} tokens of text in the prompt (*as we read it*): two operations for each multiply-add, all three MLP matrices of
+  Llama, but neither the products between tokens (attention scores and their application) nor the output head. What we
+  read as text is a constant in all seven; a vision encoder counted in would look the same, with about 30 tokens of
+  text left. The paper does not say.
+- **Ours** on the same tokens is larger by those products: {products:.2f} TFLOPs of {ours:.2f} without compression.
+- **VisionZip's** formula counts a multiply-add once, and an MLP of two matrices where Vicuna's has three. From its
+  {zip:.2f} to our {visual:.2f} for 576 visual tokens alone: doubled {doubled:.2f}, with the third matrix {third:.2f}; the output head for the
+  last token does not show. Whether n holds text is the reader's choice; here it does not.
+- VisionZip's and ours count the full square of attention; a causal kernel may do half.
+- So figures cannot be compared across papers, and ratios only with the text in mind, which nobody compresses: from no
+  compression to K=2 S=8 the printed ratio is {printed_ratio:.2f}, ours {our_ratio:.2f} with that text and {visual_ratio:.2f} without.
+
+## The limits of a ninth
+
+What `vlmzip bench` could reach with {bench} tokens of text and a ninth of the visual tokens before the LLM, if time were
+FLOPs: TFLOPs of one prompt, and plain over compressed as the limit. *TTFT* adds vision encoder and projector, not the
+selection. *at 1/8*: the limits of the preset with `--scale 1/8`, where products between tokens weigh more.
+"""  # noqa: E501
+
+
+def markdown(columns: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def scheme(layer: int, stride: int) -> tuple[int, ...]:
+    """Visual tokens of LLaVA-1.5-7B at each layer."""
+    method = NoCompression() if stride == 1 else LLaVolta(layer=layer, stride=stride)
+    return tuple(method.tokens_by_layer(Profile(adapter_of("llava-1.5-7b").profile().grid, 32)))
+
+
+def adapter_of(name: str, scale: float = 1.0) -> ModelAdapter:
+    """Of a model without weights."""
+    return adapter_for(make_model(make_config(PRESETS[name].scaled(scale)), "meta", torch.bfloat16))
+
+
+def printed_beside_ours() -> tuple[list[str], float]:
+    """The table, and by how much our reading of LLaVolta's count is off at most."""
+    adapter, preset, rows, worst = adapter_of("llava-1.5-7b"), PRESETS["llava-1.5-7b"], [], 0.0
+    for (layer, stride), printed in PRINTED.items():
+        profile = TokenProfile(576, scheme(layer, stride), LLAVOLTA_TEXT)
+        read = llavolta_flops(profile.all, preset.width, preset.mlp) / 1e12
+        ours, visual = (prefill_flops(adapter, tokens) / 1e12 for tokens in (profile.all, profile.visual))
+        theirs = visionzip_flops(profile.visual, preset.width, preset.mlp) / 1e12
+        worst = max(worst, abs(read - printed))
+        name = "none" if stride == 1 else f"K={layer} S={stride}"
+        cells = (printed, read, ours, visual, theirs)
+        rows.append(
+            [name, f"{sum(profile.visual):,}", f"{profile.compression_ratio:.2f}x", *(f"{c:.2f}" for c in cells)]
+        )
+    columns = ["scheme", "tokens over layers", "CR", "printed", "as we read it", "ours, with that text"]
+    return markdown([*columns, "ours, visual tokens alone", "VisionZip's"], rows), worst
+
+
+def differences(worst: float) -> str:
+    adapter, preset, plain, pooled = adapter_of("llava-1.5-7b"), PRESETS["llava-1.5-7b"], [576] * 32, scheme(2, 8)
+    zip_flops = visionzip_flops(plain, preset.width, preset.mlp)
+    third = 2 * zip_flops + 2 * preset.width * preset.mlp * sum(plain)
+    visual, with_text = prefill_flops(adapter, 576), prefill_flops(adapter, 576 + LLAVOLTA_TEXT)
+    assert third + 2 * preset.width * VOCABULARY == visual  # the page must not say what does not add up
+    pooled_with_text = prefill_flops(adapter, TokenProfile(576, pooled, LLAVOLTA_TEXT).all)
+    figures = dict(
+        zip=zip_flops,
+        doubled=2 * zip_flops,
+        third=third,
+        visual=visual,
+        ours=with_text,
+        products=4 * (576 + LLAVOLTA_TEXT) ** 2 * preset.width * 32,
+    )
+    return DIFFERENCES.format(
+        worst=worst,
+        text=LLAVOLTA_TEXT,
+        bench=BENCH_TEXT,
+        printed_ratio=PRINTED[0, 1] / PRINTED[2, 8],
+        our_ratio=with_text / pooled_with_text,
+        visual_ratio=visual / prefill_flops(adapter, pooled),
+        **{name: value / 1e12 for name, value in figures.items()},
+    )
+
+
+def scopes(name: str, scale: float = 1.0) -> list[tuple[float, float]]:
+    """FLOPs of LLM prefill and of TTFT, plain and at a ninth."""
+    preset = PRESETS[name].scaled(scale)
+    adapter, each = adapter_of(name, scale), preset.visual_tokens // preset.pictures
+    kept = preset.pictures * count_to_keep(A_NINTH, each)
+    out = []
+    for tokens in (preset.visual_tokens, kept):
+        prefill = prefill_flops(adapter, tokens + BENCH_TEXT)
+        out.append((prefill, prefill + before_the_llm(adapter, preset, tokens)))
+    return out
+
+
+def before_the_llm(adapter: ModelAdapter, preset: Preset, projected: int) -> int:
+    tower, projector = adapter.model.model.vision_tower, adapter.model.model.multi_modal_projector
+    pixels = torch.empty(preset.pictures, 3, preset.side, preset.side, device="meta", dtype=torch.bfloat16)
+    features = torch.empty(projected, preset.vision_width, device="meta", dtype=torch.bfloat16)
+    tower.set_attn_implementation("eager")  # whose products the counter sees on every device
+    with torch.no_grad():
+        return flops_inside([tower, projector], lambda: (tower(pixels), projector(features)))
+
+
+def limits() -> list[str]:
+    rows = []
+    for name, preset in PRESETS.items():
+        whole, eighth = scopes(name), scopes(name, 1 / 8)
+        cells = [name, f"{preset.visual_tokens:,}"]
+        for plain, small in zip(*whole, strict=True):
+            cells += [f"{plain / 1e12:.2f}", f"{small / 1e12:.2f}", f"{plain / small:.2f}x"]
+        rows.append(cells + [f"{plain / small:.2f}x" for plain, small in zip(*eighth, strict=True)])
+    scope = ["compressed", "limit"]
+    columns = ["preset", "visual tokens", "prefill", *scope, "TTFT", *scope, "prefill at 1/8", "TTFT at 1/8"]
+    return markdown(columns, rows)
+
+
+def page() -> str:
+    table, worst = printed_beside_ours()
+    return "\n".join([HEAD, *table, differences(worst), *limits(), ""])
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")

@@ -1,0 +1,250 @@
+"""`vlmzip bench`: speed and memory at chosen dimensions, with random weights."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmzip import spec
+from vlmzip.compressor import A_NINTH, BudgetError, Compressor, Profile
+from vlmzip.errors import UserError, closest
+from vlmzip.keep import parse_keep
+
+if TYPE_CHECKING:
+    import torch
+
+    from vlmzip.measure.bench import Contender
+    from vlmzip.measure.presets import Preset
+
+HELP = "measure speed and memory at the dimensions of a large model, with random weights"
+EXAMPLES = """  vlmzip bench
+  vlmzip bench --preset llava-next-7b --methods visionzip,pool2d --keep 11% --scale 1/16
+  vlmzip bench --preset llava-1.5-13b --device cuda --dtype bfloat16 --batch 8 --out benchmarks/results
+  vlmzip bench --methods "llavolta(layer=2,stride=8),fastv(layer=3,keep=50%)" --keep none --json"""
+
+METHODS = "visionzip,pool2d,kmeans,downsample,random_tokens,llavolta,fastv,sparsevlm"
+ATTENTION = ("sdpa", "eager", "flash_attention_2")
+CLOCKS = ("wall", "cpu")
+#: What a small CPU does in a minute or two.
+SMALL = "1/8"
+#: Options that are whole numbers: name, default, least, what it is.
+WHOLE = (
+    ("text-tokens", 64, 1, "tokens of text in a prompt"),
+    ("new-tokens", 8, 2, "tokens of an answer"),
+    ("batch", 1, 1, "prompts at once"),
+    ("repeats", 11, 1, "timed rounds"),
+)
+
+
+def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
+    parser.add_argument("--preset", default="llava-1.5-7b", help=_presets_help())
+    parser.add_argument(
+        "--scale",
+        metavar="S",
+        help="make LLM and vision encoder narrower: attention heads and MLP widths times S (0.125 or 1/8; at least one"
+        f" head); layers, tokens and vocabulary stay; default: 1 on a GPU, {SMALL} on a CPU",
+    )
+    parser.add_argument("--methods", default=METHODS, metavar="A,B,…", help=f"each {spec.FORMS}; default: {METHODS}")
+    parser.add_argument(
+        "--keep",
+        default=A_NINTH,
+        help="visual tokens kept per picture: 64, 0.25 or 25%%; none: methods as they are written; default: a ninth",
+    )
+    for name, usual, least, what in WHOLE:
+        parser.add_argument(
+            f"--{name}", type=int, metavar="N", default=usual, help=f"{what}, at least {least}; default: {usual}"
+        )
+    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, …; default: a GPU if there is one")
+    parser.add_argument("--dtype", default=None, help="float32, bfloat16 or float16; default: bfloat16 on a GPU")
+    parser.add_argument("--attention", default=ATTENTION[0], help=f"{', '.join(ATTENTION)}; default: %(default)s")
+    parser.add_argument(
+        "--clock",
+        default=CLOCKS[0],
+        help="wall, or cpu: seconds that this process computed, for a CPU that others use too (with one thread);"
+        " default: %(default)s",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write a CSV there, named by hardware and versions")
+
+
+def run(args: Namespace) -> None:
+    _check(args)
+    methods = spec.read_several(args.methods)
+    if not methods:
+        raise UserError("--methods names no method; separate them with commas: --methods visionzip,pool2d")
+    from vlmzip.cli.bench_output import as_json, print_tables, rows
+    from vlmzip.cli.loading import DTYPES, find_device
+    from vlmzip.files import write_csv
+    from vlmzip.measure.machine import about, file_name
+
+    device = find_device(args.device)
+    on_gpu = device.type == "cuda"
+    if on_gpu and args.clock == "cpu":
+        raise UserError("--clock cpu does not see what a GPU does; leave it out, or give --device cpu")
+    args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
+    args.scale = args.scale or ("1" if on_gpu else SMALL)
+    preset = _preset(args)
+    machine = about(device)  # of the sources that run now, whatever is changed meanwhile
+    found = _measure(args, preset, methods, device, DTYPES[args.dtype])
+    table = rows(found, args, preset, machine)
+    path = None
+    if args.out:
+        scaled = f"scale{_number(args.scale):g}"
+        settings = [scaled, args.dtype, args.attention, f"batch{args.batch}", f"keep{_keep_in_words(args.keep)}"]
+        settings += ["cpu-seconds"] * (args.clock == "cpu")
+        path = args.out / file_name(f"bench-{args.preset}", device, *settings)
+    try:
+        if path is not None:
+            write_csv(path, table)
+    finally:  # a full disk must not cost what was measured
+        if args.json:
+            print(json.dumps(as_json(found, table, path), indent=2))
+        else:
+            print_tables(found, args, preset, device, path)
+
+
+def _measure(
+    args: Namespace,
+    preset: Preset,
+    methods: list[tuple[str, Compressor]],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> list[Contender]:
+    from vlmzip.cli.loading import console
+    from vlmzip.measure.bench import PLAIN, bench
+    from vlmzip.measure.memory import in_frugal_process
+    from vlmzip.measure.presets import make_config
+    from vlmzip.measure.timing import cpu_seconds, now
+    from vlmzip.models import adapter_for
+
+    _refuse_what_does_not_fit(make_config(preset, args.text_tokens, args.new_tokens), device, dtype)
+    with console.status("making the model …") as status:
+        model, inputs = _make(args, preset, device, dtype)
+        adapter = adapter_for(model)
+        contenders = [_set_up(name, method, args.keep, adapter.profile()) for name, method in methods if name != PLAIN]
+        found = bench(
+            model,
+            adapter,
+            inputs,
+            contenders,
+            repeats=args.repeats,
+            new_tokens=args.new_tokens,
+            clock=cpu_seconds if args.clock == "cpu" else now,
+            telling=status.update,
+        )
+        status.update("memory")
+        recipe = (args, preset, device, dtype, [one.compressor for one in found])
+        if device.type == "cpu":
+            del model, adapter  # the other process makes its own
+            measured = in_frugal_process(_peaks, *recipe)
+        else:
+            measured = _peaks(*recipe, model=model)
+    for one, peak in zip(found, measured, strict=True):
+        one.peak_bytes = peak
+    return found
+
+
+def _make(args: Namespace, preset: Preset, device: torch.device, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """The model and what it is asked."""
+    from vlmzip.measure.presets import make_config, make_inputs, make_model
+
+    try:
+        model = make_model(make_config(preset, args.text_tokens, args.new_tokens), device, dtype, args.attention)
+    except (ImportError, ValueError) as error:  # no FlashAttention here, or none for this precision
+        raise UserError(f"--attention {args.attention} cannot be used: {error}") from None
+    return model, make_inputs(preset, args.batch, args.text_tokens, device, dtype)
+
+
+def _peaks(
+    args: Namespace,
+    preset: Preset,
+    device: torch.device,
+    dtype: torch.dtype,
+    compressors: list[Compressor | None],
+    model: Any = None,
+) -> list[int | None]:
+    from vlmzip.measure.bench import peaks
+    from vlmzip.measure.presets import make_inputs
+
+    model = _make(args, preset, device, dtype)[0] if model is None else model
+    return peaks(model, make_inputs(preset, args.batch, args.text_tokens, device, dtype), compressors, args.new_tokens)
+
+
+def _set_up(name: str, method: Compressor, keep: Any, profile: Profile) -> Contender:
+    """The method at the budget; where it cannot reach it, as it is written: cost and limit stand beside it anyway."""
+    from vlmzip.cli.options import missed
+    from vlmzip.measure.bench import Contender
+
+    if keep is None:
+        return Contender(name, method.placed(profile))
+    try:
+        chosen, reached = method.at_budget(keep, profile)
+        return Contender(name, chosen, missed(keep, reached, profile))
+    except BudgetError as error:
+        return Contender(name, method.placed(profile), f"not at this budget, but as it is set: {error}")
+
+
+def _refuse_what_does_not_fit(config: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises `UserError` for weights that the memory has no room for: the system would end the process instead."""
+    from vlmzip.cli.tables import show_bytes
+    from vlmzip.measure.memory import available_bytes
+    from vlmzip.measure.presets import make_model
+
+    weights = sum(p.numel() for p in make_model(config, "meta", dtype).parameters()) * dtype.itemsize
+    room = available_bytes(device)
+    if room is not None and weights > room:
+        raise UserError(
+            f"the weights take {show_bytes(weights)}, and there are {show_bytes(room)} of memory: give --scale"
+        )
+
+
+def _check(args: Namespace) -> None:
+    """Raises `UserError` for what can be refused before anything slow happens, and reads `keep`."""
+    from vlmzip.cli.loading import check_dtype
+    from vlmzip.measure.presets import PRESETS
+
+    if args.preset not in PRESETS:
+        raise UserError(f"there is no preset {args.preset!r}{closest(args.preset, PRESETS)}")
+    for name, choices in (("attention", ATTENTION), ("clock", CLOCKS)):
+        if (value := getattr(args, name)) not in choices:
+            raise UserError(f"--{name} {value!r} is none{closest(value, choices)}")
+    for name, _, least, _ in WHOLE:
+        if (value := getattr(args, name.replace("-", "_"))) < least:
+            raise UserError(f"--{name} {value}: give at least {least}")
+    check_dtype(args.dtype)
+    if args.keep == "none":
+        args.keep = None
+    else:
+        parse_keep(args.keep)
+    if args.scale is not None:
+        _preset(args)
+    if args.out and args.out.is_file():
+        raise UserError(f"--out {str(args.out)!r} is a file; it takes a folder")
+
+
+def _preset(args: Namespace) -> Preset:
+    from vlmzip.measure.presets import PRESETS
+
+    return PRESETS[args.preset].scaled(_number(args.scale))
+
+
+def _number(text: str) -> float:
+    from fractions import Fraction
+
+    try:
+        return float(Fraction(text))
+    except (ValueError, ZeroDivisionError):
+        raise UserError(f"--scale {text!r} is no number; write 0.125 or 1/8") from None
+
+
+def _keep_in_words(keep: Any) -> str:
+    return "none" if keep is None else f"{keep:.3g}" if isinstance(keep, float) else str(keep).replace("%", "pc")
+
+
+def _presets_help() -> str:
+    return (
+        "llava-1.5-7b, llava-1.5-13b: 576 visual tokens; llava-next-7b, llava-next-13b: the same models at LLaVA-NeXT's"
+        " 2,880, as five pictures; video-llava-7b: at Video-LLaVA's 2,048, as eight; default: %(default)s"
+    )

@@ -1,0 +1,225 @@
+"""`bench` as a user runs it, on a model so small that it takes seconds."""
+
+import csv
+import json
+
+import pytest
+import torch
+
+from vlmzip import LLaVolta, VisionZip
+from vlmzip.cli.bench import _set_up
+from vlmzip.cli.main import main
+from vlmzip.compressor import Profile
+from vlmzip.errors import UserError
+from vlmzip.measure import presets
+from vlmzip.measure.bench import Contender, compare
+from vlmzip.measure.presets import PRESETS, Preset, make_config, make_inputs, make_model
+from vlmzip.measure.timing import Spans
+from vlmzip.visual_tokens import Grid
+
+QUICK = ("--repeats", "2", "--new-tokens", "2", "--text-tokens", "6", "--device", "cpu", "--scale", "1")
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    """Two pictures of 36 visual tokens, an LLM of 4 layers."""
+    small = Preset(
+        pictures=2, side=84, layers=4, heads=1, mlp=64, vision_layers=2, vision_heads=1, vision_mlp=32
+    )  # fmt: skip
+    monkeypatch.setitem(presets.PRESETS, "llava-1.5-7b", small)
+    monkeypatch.setattr(presets, "VOCABULARY", 32_064)
+
+
+def run(capsys, *arguments):
+    code = main(["bench", *QUICK, *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_two_rows_a_method_each_beside_its_limit(capsys):
+    code, out, _ = run(capsys, "--methods", "visionzip,llavolta(layer=1)", "--keep", "50%", "--json")
+    assert code == 0
+    rows = json.loads(out)["rows"]
+    assert [(row["method"], row["scope"]) for row in rows] == [
+        (method, scope)
+        for method in ("no_compression", "visionzip", "llavolta(layer=1)")
+        for scope in ("LLM prefill", "TTFT")
+    ]
+    plain, _, before, before_ttft, inside, _ = rows
+    assert (plain["visual_tokens"], before["visual_tokens"], inside["visual_tokens"]) == ("72", "36", "72×1 → 24×3")
+    assert (plain["speed_up"], plain["flops_limit"], plain["share_of_limit"]) == ("1.000", "1.000", "1.000")
+    assert before["compression_ratio"] == "2.000"
+    assert float(before["flops_limit"]) == pytest.approx(plain["flops"] / before["flops"], abs=1e-3)
+    assert float(before_ttft["flops_limit"]) < float(before["flops_limit"])  # the encoder does the same for both
+    for row in rows:
+        assert float(row["speed_up_q1"]) <= float(row["speed_up"]) <= float(row["speed_up_q3"])
+        assert float(row["share_of_limit"]) == pytest.approx(
+            float(row["speed_up"]) / float(row["flops_limit"]), rel=0.02
+        )
+        assert float(row["tokens_per_second"]) > 0
+        assert row["device"]
+    assert (plain["kv_bytes"], before["kv_bytes"]) == (2 * 128 * 4 * 4 * 78, 2 * 128 * 4 * 4 * 42)
+    assert plain["peak_bytes"] > 0
+
+
+def test_a_batch_counts_all_of_its_rows(capsys):
+    single, double = (
+        json.loads(run(capsys, "--methods", "pool2d", "--keep", 9, "--batch", batch, "--json")[1])["rows"]
+        for batch in (1, 2)
+    )
+    for one, two in zip(single, double, strict=True):
+        assert (two["flops"], two["kv_bytes"]) == (2 * one["flops"], 2 * one["kv_bytes"])
+        assert (two["visual_tokens"], two["flops_limit"]) == (one["visual_tokens"], one["flops_limit"])
+
+
+def test_a_smaller_picture_saves_the_encoders_work_too(capsys):
+    rows = json.loads(run(capsys, "--methods", "downsample,pool2d", "--keep", 9, "--json")[1])["rows"]
+    limits = {(row["method"], row["scope"]): float(row["flops_limit"]) for row in rows}
+    assert limits["downsample", "LLM prefill"] == limits["pool2d", "LLM prefill"]
+    assert limits["downsample", "TTFT"] > limits["pool2d", "TTFT"]
+
+
+def test_the_table_and_the_file(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    code, out, _ = run(capsys, "--methods", "pool2d", "--keep", "25%", "--out", tmp_path)
+    assert code == 0
+    assert "72 visual tokens and 6 of text, batch 1, float32, sdpa, cpu" in out
+    assert "written to" in out
+    [path] = tmp_path.iterdir()
+    assert path.name.startswith("bench-llava-1.5-7b-")
+    assert f"torch{torch.__version__}" in path.name
+    assert path.name.endswith("scale1-float32-sdpa-batch1-keep25pc.csv")
+    rows = list(csv.DictReader(path.open()))
+    assert len(rows) == 4
+    assert rows[2]["compressor"] == "pool2d(factor=2)"
+    assert {"layers", "width", "mlp", "vision_layers", "dtype", "commit", "torch"} <= rows[0].keys()
+
+
+def test_seconds_that_the_cpu_computed(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    code, out, _ = run(capsys, "--methods", "pool2d", "--keep", 9, "--clock", "cpu", "--out", tmp_path)
+    assert code == 0
+    assert "in seconds that the CPU computed" in out
+    [path] = tmp_path.iterdir()
+    assert path.name.endswith("keep9-cpu-seconds.csv")
+    assert {row["clock"] for row in csv.DictReader(path.open())} == {"cpu"}
+
+
+def test_one_that_fails_costs_the_others_nothing(capsys, monkeypatch):
+    def broken(self, tokens):
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(VisionZip, "assign", broken)
+    code, out, _ = run(capsys, "--methods", "visionzip,pool2d", "--keep", "25%", "--json")
+    assert code == 0
+    found = json.loads(out)
+    assert {row["method"] for row in found["rows"]} == {"no_compression", "pool2d"}
+    assert found["not_measured"] == [{"method": "visionzip", "note": "failed with RuntimeError: boom"}]
+    monkeypatch.setenv("COLUMNS", "160")
+    assert "(1) visionzip: failed with RuntimeError: boom" in run(capsys, "--methods", "visionzip,pool2d")[1]
+
+
+def test_a_budget_out_of_reach_is_measured_as_set_and_said():
+    profile = Profile(Grid(1, 24, 24), 8)
+    late = LLaVolta(layer=4, stride=8)
+    one = _set_up("late", late, "11%", profile)
+    assert one.compressor == late
+    assert one.note.startswith("not at this budget, but as it is set: 4 of 8 layers see all tokens")
+    assert _set_up("as written", LLaVolta(stride=8), None, profile).compressor == LLaVolta(stride=8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--preset", "llava-7b"], "no preset 'llava-7b'; did you mean 'llava-1.5-7b'?"),
+        (["--scale", "2"], "scale 2: give a number above 0 and up to 1"),
+        (["--scale", "1/0"], "--scale '1/0' is no number"),
+        (["--scale", "nan"], "--scale 'nan' is no number"),
+        (["--batch", "0"], "--batch 0: give at least 1"),
+        (["--new-tokens", "1"], "--new-tokens 1: give at least 2"),
+        (["--keep", "0"], "keeps nothing"),
+        (["--dtype", "int8"], "--dtype 'int8' is none"),
+        (["--attention", "flash"], "--attention 'flash' is none"),
+        (["--clock", "sun"], "--clock 'sun' is none"),
+        (["--methods", ","], "--methods names no method"),
+        (["--methods", "visonzip"], "no method 'visonzip'; did you mean 'visionzip'?"),
+        (["--device", "tpu"], "--device 'tpu' cannot be used"),
+        (["--out", __file__], "is a file; it takes a folder"),
+        (["--attention", "flash_attention_2"], "--attention flash_attention_2 cannot be used"),
+    ],
+)
+def test_wrong_input_is_one_line_and_exit_code_2(capsys, arguments, said):
+    code, out, err = run(capsys, *arguments)
+    assert code == 2
+    assert said in err
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_made(capsys, monkeypatch):
+    monkeypatch.setattr("vlmzip.measure.memory.available_bytes", lambda device: 1_000_000)
+    code, _, err = run(capsys)
+    assert code == 2
+    assert "the weights take" in err
+    assert "give --scale" in err
+
+
+def test_a_full_disk_costs_nothing_that_was_measured(capsys, monkeypatch, tmp_path):
+    def full(path, rows):
+        raise UserError("no space left")
+
+    monkeypatch.setattr("vlmzip.files.write_csv", full)
+    code, out, err = run(capsys, "--methods", "pool2d", "--keep", 9, "--out", tmp_path, "--json")
+    assert code == 2
+    assert "no space left" in err
+    assert len(json.loads(out)["rows"]) == 4
+
+
+class TestPresets:
+    @pytest.mark.parametrize(
+        ("name", "tokens", "parameters"),
+        [
+            ("llava-1.5-13b", 576, 13.4e9),
+            ("llava-next-7b", 2880, 7.06e9),
+            ("llava-next-13b", 2880, 13.4e9),
+            ("video-llava-7b", 2048, 7.06e9),
+        ],
+    )
+    def test_published_sizes(self, name, tokens, parameters):
+        preset = PRESETS[name]
+        model = make_model(make_config(preset), "meta", torch.bfloat16)
+        assert preset.visual_tokens == tokens
+        assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.01)
+
+    def test_scaling_narrows_and_leaves_layers_and_tokens(self):
+        preset = PRESETS["llava-next-13b"]
+        small = preset.scaled(1 / 8)
+        assert (small.heads, small.mlp, small.vision_heads, small.vision_mlp) == (5, 1728, 2, 512)
+        assert (small.layers, small.vision_layers, small.visual_tokens) == (40, 24, 2880)
+        assert (small.width, small.vision_width) == (640, 128)
+        assert preset.scaled(1.0) == preset
+        assert preset.scaled(0.001).heads == 1
+
+    def test_prompts_have_text_on_both_sides_of_the_pictures(self):
+        preset = PRESETS["llava-1.5-7b"]  # the tiny one
+        inputs = make_inputs(preset, 3, 7, "cpu", torch.float32)
+        picture = inputs["input_ids"] == presets.PLACEHOLDER
+        assert inputs["input_ids"].shape == (3, 79)
+        assert picture[:, 3:75].all()
+        assert not picture[:, :3].any()
+        assert not picture[:, 75:].any()
+        assert inputs["pixel_values"].shape == (6, 3, 84, 84)
+
+
+def test_speed_up_is_the_median_of_ratios_within_rounds():
+    plain, fast = Contender("plain", None), Contender("fast", None)
+    plain.flops, fast.flops = {"prefill": 100, "ttft": 120}, {"prefill": 10, "ttft": 30}
+    plain.spans = [Spans(4.0, 5.0, 0.1), Spans(8.0, 10.0, 0.1), Spans(6.0, 6.0, 0.1)]
+    fast.spans = [Spans(1.0, 2.0, 0.1), Spans(1.0, 5.0, 0.1), Spans(1.0, 1.0, 0.1)]
+    found = compare(fast, plain, "prefill")
+    assert found.speed_up == (6.0, 5.0, 7.0)
+    assert found.limit == 10
+    assert found.share.median == pytest.approx(0.6)
+    assert found.milliseconds.median == 1000
+    ttft = compare(fast, plain, "ttft")
+    assert (ttft.speed_up.median, ttft.limit) == (2.5, 4)

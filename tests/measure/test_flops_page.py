@@ -1,0 +1,27 @@
+"""docs/flops.md is what its command writes."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "docs" / "flops.py"
+
+
+@pytest.fixture(scope="module")
+def flops():
+    spec = importlib.util.spec_from_file_location("flops_page", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_is_what_the_command_writes(flops):
+    assert flops.PAGE.read_text(encoding="utf-8") == flops.page()
+
+
+def test_the_limits_are_ratios_of_the_same_scope(flops):
+    (plain, plain_ttft), (small, small_ttft) = flops.scopes("llava-1.5-7b")
+    # Encoder alike, projector on 576 or 64 tokens: two matrices, 1024 to 4096 to 4096.
+    assert (plain_ttft - plain) - (small_ttft - small) == 2 * 512 * (1024 * 4096 + 4096 * 4096)
+    assert plain_ttft / small_ttft < plain / small
