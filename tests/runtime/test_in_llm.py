@@ -437,6 +437,8 @@ def test_its_time_counts_as_selection():
 @pytest.mark.parametrize("method", [FastV(keep=6, layer=2), SparseVLM(counts=(6,), layer=(2,), recycle=0.0)])
 def test_in_training_every_picture_is_asked_about_by_the_question_before_its_answer(family, method):
     """Picture, question, answer, picture, question, answer: each decision is that of the prompt up to its question."""
+    if family.name == "paligemma":
+        pytest.skip("sees the prompt both ways: what follows a question changes its attention")
     small = vlmzip.attach(family.model, method)
     first, second = [1, "image", 5, 6], [7, "image", 8, 9]
     row = family.batch([*first, 44, 45, *second, 50, 51])

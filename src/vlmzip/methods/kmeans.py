@@ -50,8 +50,10 @@ class KMeans(Compressor):
         super().__post_init__()
         parse_keep(self.keep)
         check_choice("metric", self.metric, ("euclidean", "cosine"))
-        if type(self.iterations) is not int or self.iterations < 1:
-            raise UserError(f"iterations={self.iterations!r}: give a whole number of at least 1")
+        for name, least in (("iterations", 1), ("layer", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise UserError(f"{name}={value!r}: give a whole number of at least {least}")
 
     def token_count(self, grid: Grid) -> int:
         return count_to_keep(self.keep, grid.size)
