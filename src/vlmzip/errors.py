@@ -15,3 +15,9 @@ def closest(word: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = get_close_matches(word, known, n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(known)}"
+
+
+def reason(error: Exception) -> str:
+    """Why something could not be done, in one line: the message, after its kind where nobody wrote it for users."""
+    said = " ".join(str(error).split())
+    return said if isinstance(error, UserError) else f"failed with {type(error).__name__}: {said}"[:300]

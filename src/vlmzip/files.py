@@ -19,18 +19,23 @@ def refuse_source(path: Path, sources: list[str]) -> None:
         raise UserError(f"{str(path)!r} is one of the pictures asked about; choose another name for the result")
 
 
+def replace_whole(path: Path, write: Callable[[str], object]) -> None:
+    """Has `write` fill a file beside `path`, which takes the name only when it is whole. Raises what `write` raises."""
+    handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    try:
+        write(unfinished)
+        Path(unfinished).chmod(0o644)
+        Path(unfinished).replace(path)
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
+
+
 def write_whole(path: Path, write: Callable[[str], object]) -> None:
-    """Has `write` fill a file beside `path`, which takes the name only when it is whole."""
+    """`replace_whole`, in a folder that need not be there yet. Raises `UserError` where the disk refuses."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-        os.close(handle)
-        try:
-            write(unfinished)
-            Path(unfinished).chmod(0o644)
-            Path(unfinished).replace(path)
-        finally:
-            Path(unfinished).unlink(missing_ok=True)
+        replace_whole(path, write)
     except OSError as error:
         raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
 

@@ -56,6 +56,16 @@ class Candidate:
     named: bool
     """Whether the user asked for it; else it is there because all are."""
 
+    def usable(self) -> Compressor:
+        """The method. Raises `UserError` with the reason where it cannot run as it is."""
+        if self.method is None:
+            raise UserError("left out: it needs settings; name it in --methods with them: name(field=value)")
+        if self.method.trained_weights and not self.named:
+            raise UserError(
+                "left out: its weights have to be trained first; name it in --methods to run it all the same"
+            )
+        return self.method
+
 
 def candidates(text: str | None) -> list[Candidate]:
     """The methods of a list with commas, in its order, or all; the uncompressed model is left out.
@@ -110,11 +120,8 @@ def _written(compressor: Compressor) -> str:
 
 def _usual(cls: type[Compressor]) -> dict[str, Any]:
     """What a method's fields are when nothing is asked; nothing is known where some have to be asked for."""
-    try:
-        usual = catalogue.make(cls, {})
-    except UserError:
-        return {}
-    return {name: getattr(usual, name) for name in cls.field_names()}
+    usual = _with_defaults(cls)
+    return {} if usual is None else {name: getattr(usual, name) for name in cls.field_names()}
 
 
 def _stage(part: str, whole: str) -> Compressor:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from vlmzip.cli.loading import Loaded, note
@@ -15,6 +13,7 @@ from vlmzip.cli.pictures import load_picture
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.measure.flops import kv_cache_bytes, prefill_flops
+from vlmzip.measure.timing import now
 from vlmzip.runtime.detail import WORRYING
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.prompts import chat_prompt
@@ -67,11 +66,9 @@ def attach_with_notes(loaded: Loaded, compressor: Compressor) -> tuple[Compresse
 
 def answer(loaded: Loaded, small: CompressedModel, inputs: dict[str, Any], max_new_tokens: int) -> Answer:
     """Greedy decoding, timed as a whole and by part."""
-    _wait(loaded)
-    start = time.perf_counter()
+    start = now(loaded.model.device)
     out = small.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    _wait(loaded)
-    total = 1000 * (time.perf_counter() - start)
+    total = 1000 * (now(loaded.model.device) - start)
     new = out[0, inputs["input_ids"].shape[1] :]
     text = loaded.processor.decode(new, skip_special_tokens=True).strip()
     parts = small.report.milliseconds
@@ -139,8 +136,3 @@ def split_pictures_and_question(words: list[str], command: str) -> tuple[list[st
     if not question.strip():
         raise UserError("the question is empty")
     return paths, question
-
-
-def _wait(loaded: Loaded) -> None:
-    if loaded.model.device.type == "cuda":
-        torch.cuda.synchronize(loaded.model.device)

@@ -10,7 +10,7 @@ from typing import Any
 from vlmzip.cli.asking import Answer, answer, attach_with_notes, compressed
 from vlmzip.cli.loading import Loaded, progress
 from vlmzip.compressor import BudgetError, Compressor, Profile, missed
-from vlmzip.errors import UserError
+from vlmzip.errors import reason
 from vlmzip.keep import Keep
 from vlmzip.methods import NoCompression
 from vlmzip.runtime.facade import CompressedModel
@@ -43,7 +43,7 @@ class Row:
             return answer(loaded, self.small, inputs, max_new_tokens)
 
     def give_up(self, error: Exception) -> None:
-        self.note, self.first, self.small, self.differs = _reason(error), None, None, False
+        self.note, self.first, self.small, self.differs = reason(error), None, None, False
 
 
 def compare(
@@ -84,11 +84,7 @@ def picture_profile(loaded: Loaded, plain: Answer) -> Profile:
 
 def configure(candidate: Candidate, keep: Keep, profile: Profile) -> tuple[Compressor, str]:
     """The method at the budget, and what to say about it. Raises `UserError` with the reason where it cannot run."""
-    method = candidate.method
-    if method is None:
-        raise UserError("left out: it needs settings; name it in --methods with them: name(field=value)")
-    if method.trained_weights and not candidate.named:
-        raise UserError("left out: its weights have to be trained first; name it in --methods to run it all the same")
+    method = candidate.usable()
     try:
         chosen, reached = method.at_budget(keep, profile)
         return chosen, missed(keep, reached, profile)
@@ -111,8 +107,3 @@ def _first_run(
     except Exception as error:  # whatever is wrong with one method, the others are still worth comparing
         row.give_up(error)
     return row
-
-
-def _reason(error: Exception) -> str:
-    said = " ".join(str(error).split())
-    return said if isinstance(error, UserError) else f"failed with {type(error).__name__}: {said}"[:300]

@@ -92,13 +92,7 @@ class Configurator:
                     yield Configuration(task.name, candidate.name, budget, None, " ".join(str(error).split()))
 
     def _row(self, task: Task, candidate: Candidate, budget: str, profile: Profile) -> Configuration:
-        method = candidate.method
-        if method is None:
-            raise UserError("left out: it needs settings; name it in --methods with them: name(field=value)")
-        if method.trained_weights and not candidate.named:
-            raise UserError(
-                "left out: its weights have to be trained first; name it in --methods to run it all the same"
-            )
+        method = candidate.usable()
         calibrated_on = ""
         if budget == AS_SET:
             chosen, note = method.placed(profile), ""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError
+from vlmzip.errors import reason
 from vlmzip.measure.flops import flops_inside
 from vlmzip.measure.memory import peak_bytes
 from vlmzip.measure.timing import Quartiles, Spans, in_turns, now, quartiles, ratios, time_answer
@@ -118,7 +118,7 @@ def bench(
         except Exception as error:  # whatever is wrong with one method, the others are still worth measuring
             if one is plain:
                 raise
-            one.note = _reason(error)
+            one.note = reason(error)
 
     def run(one: Contender) -> Spans:
         telling(f"timing: {one.name}")
@@ -164,8 +164,3 @@ def peaks(
         except Exception:  # `bench` runs the same and says why
             found.append(None)
     return found
-
-
-def _reason(error: Exception) -> str:
-    said = " ".join(str(error).split())
-    return said if isinstance(error, UserError) else f"failed with {type(error).__name__}: {said}"[:300]

@@ -125,6 +125,9 @@ class Step:
         self.attention: dict[int, Float[Tensor, "batch queries kept"]] = {}
         """For each watched layer the attention of the question to the tokens of this forward."""
         if self.spans:
+            self.is_text = self.real.clone()
+            for span, columns in zip(self.spans, self.places, strict=True):
+                self.is_text[span.row, columns] = False
             self.queries = self._queries()
 
     # --- at a layer -------------------------------------------------------------------------------------------
@@ -252,17 +255,15 @@ class Step:
     def _queries(self) -> Int[Tensor, "batch queries"]:
         """The columns of the text behind each row's first picture, and of the ends of questions; -1: padding."""
         device = self.real.device
-        is_text = self.real.clone()
         first = torch.full((self.batch,), self.length, device=device)
         last = torch.full((self.batch,), -1, device=device)
         ends = torch.zeros_like(self.real)
         for span, columns, end in zip(self.spans, self.places, self.ends, strict=True):
-            is_text[span.row, columns] = False
             ends[span.row, end] = True
             first[span.row] = torch.minimum(first[span.row], columns[0])
             last[span.row] = last[span.row].clamp(min=end)
         column = torch.arange(self.length, device=device)
-        asks = is_text & (column > first[:, None]) & (column <= last[:, None]) | ends
+        asks = self.is_text & (column > first[:, None]) & (column <= last[:, None]) | ends
         return _compact(asks, pad_right=False)
 
     def _question(self, pictures: list[int], rows: Int[Tensor, " pictures"]) -> Bool[Tensor, "pictures queries"]:
@@ -273,16 +274,8 @@ class Step:
         queries = self.queries[rows]
         ends = torch.tensor([self.ends[p] for p in pictures], device=queries.device)[:, None]
         asks = (queries > torch.stack([self.places[p][-1] for p in pictures])[:, None]) & (queries <= ends)
-        asks &= ~self._is_visual(rows, queries)
+        asks &= self.is_text[rows].gather(1, queries.clamp(min=0))
         return asks | ((queries == ends) & ~asks.any(1, keepdim=True))
-
-    def _is_visual(
-        self, rows: Int[Tensor, " pictures"], queries: Int[Tensor, "pictures queries"]
-    ) -> Bool[Tensor, "pictures queries"]:
-        visual = torch.zeros_like(self.real)
-        for span, columns in zip(self.spans, self.places, strict=True):
-            visual[span.row, columns] = True
-        return visual[rows].gather(1, queries.clamp(min=0))
 
     def _attention(
         self, index: int, layer: nn.Module, hidden: Tensor, arguments: dict[str, Any]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
+from vlmzip.files import replace_whole
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.resampler import Resampler
 from vlmzip.runtime.report import CompressedPicture, PictureReport, Stopwatch
@@ -75,14 +75,8 @@ def resample_pictures(
 
 def write_weights(weights: Mapping[str, Tensor], folder: str | os.PathLike[str]) -> None:
     """Writes `resampler.safetensors` whole or not at all."""
-    handle, unfinished = tempfile.mkstemp(dir=folder, prefix=f".{FILE}-")
-    os.close(handle)
-    try:
-        save_file({name: value.detach().contiguous().cpu() for name, value in weights.items()}, unfinished)
-        Path(unfinished).chmod(0o644)
-        Path(unfinished).replace(Path(folder) / FILE)
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
+    whole = {name: value.detach().contiguous().cpu() for name, value in weights.items()}
+    replace_whole(Path(folder) / FILE, lambda name: save_file(whole, name))
 
 
 def read_weights(resampler: nn.Module, folder: str | os.PathLike[str]) -> None:

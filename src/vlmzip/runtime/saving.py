@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from torch import nn
 from vlmzip import catalogue
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
+from vlmzip.files import replace_whole
 from vlmzip.runtime.resample import read_weights
 from vlmzip.version import __version__
 
@@ -68,14 +68,12 @@ def write_compressor(compressor: Compressor, folder: str | os.PathLike[str]) -> 
     """Writes `compressor.json` whole or not at all."""
     settings = compressor.to_dict()
     content = {"format": FORMAT, "vlmzip": __version__, "method": settings.pop("method"), "fields": settings}
-    handle, unfinished = tempfile.mkstemp(dir=folder, prefix=f".{FILE}-")
-    try:
-        with os.fdopen(handle, "w") as file:
+
+    def fill(name: str) -> None:
+        with Path(name).open("w") as file:
             json.dump(content, file, indent=2)
-        Path(unfinished).chmod(0o644)
-        Path(unfinished).replace(Path(folder) / FILE)
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
+
+    replace_whole(Path(folder) / FILE, fill)
 
 
 def _check_model(folder: Path) -> None:
