@@ -1,0 +1,98 @@
+"""`vlmzip study`: the papers' analyses on any model, each a figure and a table."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlmzip.cli.options import add_model
+from vlmzip.errors import UserError
+from vlmzip.evaluation.analyses import NAMES, about, find
+from vlmzip.evaluation.tasks import FORMS as TASKS
+
+if TYPE_CHECKING:
+    from vlmzip.evaluation.analyses.subject import Row, Subject
+
+HELP = "repeat the papers' analyses on a model: what attends to what, which tokens matter, at which layer"
+EXAMPLES = """  vlmzip study tau --limit 300
+  vlmzip study all --model llava-hf/llava-1.5-7b-hf --task my_questions:vqa --limit 500
+
+Each writes NAME.csv, NAME.png and NAME.svg into --out. Run the same command again to go on where it was stopped."""
+
+
+def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
+    names = parser.add_argument_group("analyses", "\n".join(f"{name:<20} {about(name)}" for name in NAMES))
+    names.add_argument("names", nargs="+", metavar="NAME", help="analyses by name, or all")
+    add_model(parser)
+    parser.add_argument("--task", default="mini", metavar="T", help=f"{TASKS}; default: %(default)s")
+    parser.add_argument("--limit", type=int, metavar="N", help="ask only the first questions of the task")
+    parser.add_argument("--batch", type=int, default=32, metavar="N", help="questions at a time; default: %(default)s")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go; default: runs/study/MODEL")
+    parser.add_argument("--seed", type=int, default=0, help="of intervals and of whatever is drawn by lot")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: Namespace) -> None:
+    from vlmzip.cli.loading import load
+    from vlmzip.evaluation.analyses.subject import Subject
+    from vlmzip.evaluation.processes import Processes
+    from vlmzip.evaluation.tasks import read_task
+
+    names = list(dict.fromkeys(NAMES if "all" in args.names else args.names))
+    analyses = {name: find(name) for name in names}
+    _check(args)
+    task = read_task(args.task, args.limit, None)
+    folder = args.out or Path("runs", "study", Path(args.model).name)
+    found: dict[str, list[Row]] = {}
+    with Processes() as processes:
+        loaded = load(args.model, processes.device(args.device), args.dtype)
+        subject = Subject(
+            loaded.model, loaded.processor, args.model, task, folder, args.batch, args.seed, processes, _tell
+        )
+        for name, analysis in analyses.items():
+            rows = analysis.measure(subject)
+            if processes.first:
+                found[name] = rows
+                _write(subject, name, rows)
+                if not args.json:
+                    print("\n".join([f"{name}: {about(name)}", *analysis.findings(rows), ""]))
+    if found and args.json:
+        print(json.dumps({"model": args.model, "task": task.name, "out": str(folder), "analyses": found}, indent=2))
+    elif found:
+        print(f"written to {folder}")
+
+
+def _check(args: Namespace) -> None:
+    """Raises `UserError` for what can be refused before anything slow happens."""
+    for name in ("limit", "batch"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value}: give at least 1")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: give at least 0")
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {str(args.out)!r} is a file; give a folder")
+
+
+def _write(subject: Subject, name: str, rows: list[Row]) -> None:
+    """The table, each line with what it was measured on, and the figure where matplotlib is there."""
+    from vlmzip.cli.loading import note
+    from vlmzip.evaluation.curves import save_figure
+    from vlmzip.files import write_csv
+    from vlmzip.measure.machine import about as machine
+
+    conditions = {"model": subject.name, "task": subject.task.name, **machine(subject.model.device)}
+    write_csv(subject.folder / f"{name}.csv", [{**row, **conditions} for row in rows])
+    title = f"{subject.name} on {subject.task.name}, {len(subject.task.samples):,} questions"
+    try:
+        save_figure(find(name).draw(rows, title), subject.folder / f"{name}.png")
+    except UserError as error:
+        note(f"there is no figure of {name}: {error}")
+
+
+def _tell(text: str) -> None:
+    from vlmzip.cli.loading import console
+
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
