@@ -13,7 +13,7 @@ from torch.nn.functional import layer_norm, normalize, pad
 
 from vlmzip.compressor import Compressor, check_choice
 from vlmzip.errors import UserError
-from vlmzip.methods.pool2d import window_of_each
+from vlmzip.methods.pool2d import output_of_each
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
@@ -91,15 +91,7 @@ class DFMR(Compressor):
     def assign(self, tokens: VisualTokens) -> TokenMap:
         choice = self.choose(tokens)
         assert tokens.grid is not None
-        device = tokens.features.device
-        groups = []
-        for factor in self.counts_by_factor(tokens.grid):
-            # A picture that is not pooled is left as the model has it, with CLS where its LLM gets CLS.
-            kept = tokens.prefix if factor == 1 and tokens.passes_prefix else 0
-            front = (
-                torch.arange(tokens.prefix, device=device) if kept else torch.full((tokens.prefix,), -1, device=device)
-            )
-            groups.append(torch.cat([front, window_of_each(tokens.grid, factor, device) + kept]))
+        groups = [output_of_each(tokens, tokens.grid, factor) for factor in self.counts_by_factor(tokens.grid)]
         return TokenMap.merge(torch.stack(groups)[choice])
 
     def _normalized(self, features: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:

@@ -64,5 +64,16 @@ def window_of_each(grid: Grid, factor: int, device: torch.device) -> torch.Tenso
     return ((frame * down + row) * across + col).reshape(-1)
 
 
+def output_of_each(tokens: VisualTokens, grid: Grid, factor: int) -> torch.Tensor:
+    """The output token that each token of a picture joins, prefix included; shape [prefix + grid.size].
+
+    A picture that is not pooled is left as the model has it, with CLS where its LLM gets CLS.
+    """
+    device = tokens.features.device
+    kept = tokens.prefix if factor == 1 and tokens.passes_prefix else 0
+    front = torch.arange(tokens.prefix, device=device) if kept else torch.full((tokens.prefix,), -1, device=device)
+    return torch.cat([front, window_of_each(grid, factor, device) + kept])
+
+
 def _windows(length: int, factor: int) -> int:
     return -(-length // factor)

@@ -1,0 +1,81 @@
+"""LLaVA-Zip's Random: pooling factors drawn by lot while training, so that the LLM meets every number of tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from vlmzip.compressor import Compressor, check_choice
+from vlmzip.errors import UserError
+from vlmzip.methods import Pool2d
+from vlmzip.methods.pool2d import output_of_each
+from vlmzip.token_map import TokenMap
+from vlmzip.visual_tokens import Grid, Site, VisualTokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomFactor(Compressor):
+    """Average square windows whose side is drawn from `factors`, each equally likely.
+
+    The "Random" variant of LLaVA-Zip (arXiv:2412.08771), which trains with a factor from {1, 2, 3}; whether it is drawn
+    for each step or each picture is not known, hence `per`. For training alone: a trainer calls `drawn` before each
+    forward; without that, every call draws the same.
+    """
+
+    sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR)
+
+    factors: tuple[int, ...] = (1, 2, 3)
+    """Sides of the windows, in tokens."""
+    per: Literal["picture", "step"] = "picture"
+    """Whether each "picture" has a draw of its own, or all pictures of an optimiser "step", in all processes, share it."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.factors, list):  # JSON has lists
+            object.__setattr__(self, "factors", tuple(self.factors))
+        super().__post_init__()
+        check_choice("per", self.per, ("picture", "step"))
+        if not isinstance(self.factors, tuple) or not self.factors:
+            raise UserError(f"factors={self.factors!r}: give sides of windows, such as 1,2,3")
+        for factor in self.factors:
+            Pool2d(factor=factor)  # refuses what is no side
+
+    def drawn(self, step: int, salt: int = 0) -> Compressor:
+        """What to compress with in an optimiser step; the same whenever the same is asked, so that a run can resume.
+
+        `salt` tells apart the forwards of one step: processes, and batches that are accumulated.
+        """
+        if self.per == "step":
+            return self._pool(self._factors_for(1, _mixed(self.seed, step))[0])
+        return dataclasses.replace(self, seed=_mixed(self.seed, step, salt))
+
+    def expected_count(self, grid: Grid) -> float:
+        """The mean number of a picture's output tokens."""
+        return sum(self._pool(factor).token_count(grid) for factor in self.factors) / len(self.factors)
+
+    def token_count(self, grid: Grid) -> int | None:
+        counts = {self._pool(factor).token_count(grid) for factor in self.factors}
+        return counts.pop() if len(counts) == 1 else None
+
+    def assign(self, tokens: VisualTokens) -> TokenMap:
+        if tokens.grid is None:
+            raise UserError("random_factor needs tokens that lie on a grid; put it before the method that leaves none")
+        outputs = {factor: output_of_each(tokens, tokens.grid, factor) for factor in self.factors}
+        factors = self._factors_for(len(tokens.features), self.seed)
+        return TokenMap.merge(torch.stack([outputs[factor] for factor in factors]))
+
+    def _factors_for(self, count: int, seed: int) -> list[int]:
+        dice = torch.Generator().manual_seed(seed)
+        return [self.factors[i] for i in torch.randint(len(self.factors), (count,), generator=dice).tolist()]
+
+    def _pool(self, factor: int) -> Pool2d:
+        return Pool2d(factor=factor, site=self.site, positions=self.positions)
+
+
+def _mixed(*numbers: int) -> int:
+    """A seed from several numbers; neighbours do not resemble each other."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7])

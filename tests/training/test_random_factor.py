@@ -1,0 +1,72 @@
+"""Factors by lot: evenly, again the same after a resume, other ones elsewhere."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from vlmzip import Grid, Pool2d, VisualTokens
+from vlmzip.errors import UserError
+from vlmzip.training.random_factor import RandomFactor
+from vlmzip.training.schedule import read_compressor
+
+GRID = Grid(1, 12, 12)
+
+
+def pictures(count):
+    return VisualTokens(torch.randn(count, 145, 4), GRID, prefix=1)
+
+
+def lengths(compressor, count=600):
+    return compressor(pictures(count)).length.tolist()
+
+
+def test_each_picture_has_a_draw_of_its_own_and_every_factor_comes_equally_often():
+    counts = Counter(lengths(RandomFactor().drawn(step=3)))
+    assert set(counts) == {144, 36, 16}
+    assert all(160 < count < 240 for count in counts.values())  # 200 expected, deviation 12
+
+
+def test_pictures_are_pooled_as_by_their_factor_alone():
+    random, tokens = RandomFactor().drawn(7), pictures(9)
+    token_map = random(tokens)
+    pooled = token_map.apply(tokens.features)
+    for row, length in enumerate(token_map.length.tolist()):
+        alone = Pool2d(factor={144: 1, 36: 2, 16: 3}[length]).assign(tokens).apply(tokens.features)
+        torch.testing.assert_close(pooled[row, :length], alone[row])
+
+
+def test_the_same_step_draws_the_same_and_other_steps_and_processes_do_not():
+    random = RandomFactor(seed=5)
+    assert lengths(random.drawn(3, 1)) == lengths(random.drawn(3, 1))
+    drawn = [lengths(one) for one in (random.drawn(3, 1), random.drawn(3, 2), random.drawn(4, 1))]
+    drawn.append(lengths(RandomFactor(seed=6).drawn(3, 1)))
+    assert len({tuple(one) for one in drawn}) == 4
+
+
+def test_per_step_all_processes_share_one_factor():
+    random = RandomFactor(per="step")
+    steps = [random.drawn(step, salt=0) for step in range(300)]
+    assert steps == [random.drawn(step, salt=1) for step in range(300)]
+    assert {type(one) for one in steps} == {Pool2d}
+    counts = Counter(one.factor for one in steps)
+    assert set(counts) == {1, 2, 3}
+    assert all(70 < count < 130 for count in counts.values())
+
+
+def test_counts_before_anything_runs():
+    assert RandomFactor().expected_count(GRID) == pytest.approx((144 + 36 + 16) / 3)
+    assert RandomFactor().token_count(GRID) is None
+    assert RandomFactor(factors=(2,)).token_count(GRID) == 36
+
+
+def test_it_is_written_in_one_line():
+    assert read_compressor("random_factor") == RandomFactor()
+    asked = read_compressor("random_factor(factors=1,3,per=step,seed=4)")
+    assert asked == RandomFactor(factors=(1, 3), per="step", seed=4)
+
+
+@pytest.mark.parametrize("settings", [{"factors": ()}, {"factors": (0, 1)}, {"factors": 3}, {"per": "epoch"}])
+def test_nonsense_is_refused(settings):
+    with pytest.raises(UserError):
+        RandomFactor(**settings)
