@@ -31,7 +31,7 @@ class RandomFactor(Compressor):
     factors: tuple[int, ...] = (1, 2, 3)
     """Sides of the windows, in tokens."""
     per: Literal["picture", "step"] = "picture"
-    """Whether each "picture" has a draw of its own, or all pictures of an optimiser "step", in all processes, share it."""
+    """Whether each "picture" has a draw of its own, or all of an optimiser "step", in all processes, share it."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -53,12 +53,12 @@ class RandomFactor(Compressor):
             return self._pool(self._factors_for(1, _mixed(self.seed, step))[0])
         return dataclasses.replace(self, seed=_mixed(self.seed, step, salt))
 
-    def expected_count(self, grid: Grid) -> float:
-        """The mean number of a picture's output tokens."""
-        return sum(self._pool(factor).token_count(grid) for factor in self.factors) / len(self.factors)
+    def counts(self, grid: Grid) -> list[int]:
+        """A picture's output tokens for each of the factors."""
+        return [self._pool(factor).token_count(grid) for factor in self.factors]
 
     def token_count(self, grid: Grid) -> int | None:
-        counts = {self._pool(factor).token_count(grid) for factor in self.factors}
+        counts = set(self.counts(grid))
         return counts.pop() if len(counts) == 1 else None
 
     def assign(self, tokens: VisualTokens) -> TokenMap:

@@ -137,10 +137,7 @@ def read_schedule(content: Any, depth: int = PUBLISHED_DEPTH) -> Schedule:
     refuse_unknown("schedule", content, ("name", "split", "stages", "afterwards"))
     if ("name" in content) == ("stages" in content):
         raise UserError("schedule: give name or stages, one of them")
-    if "name" in content:
-        found = read_schedule(str(content["name"]), depth)
-    else:
-        found = _of_stages(content["stages"])
+    found = read_schedule(str(content["name"]), depth) if "name" in content else _of_stages(content["stages"])
     if "split" in content:
         if not isinstance(content["split"], list):
             raise UserError(f"schedule: split={content['split']!r} is no list of shares, such as [25, 75]")

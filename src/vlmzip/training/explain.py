@@ -1,0 +1,209 @@
+"""What a schedule costs, before a step is taken: visual tokens, compression ratio and FLOPs of each stage."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING
+
+from vlmzip import spec
+from vlmzip.compressor import Compressor, Profile
+from vlmzip.evaluation.papers import Published, published
+from vlmzip.measure.flops import prefill_flops
+from vlmzip.methods import LLaVolta
+from vlmzip.models.adapter import ModelAdapter
+from vlmzip.training.random_factor import RandomFactor
+from vlmzip.training.schedule import PUBLISHED_DEPTH, Schedule
+from vlmzip.visualize.histogram import import_matplotlib
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: Names of LLaVolta's schemes in its tables.
+IN_THE_PAPER = {
+    "two-stage": "two",
+    "three-stage-deeper": "deeper",
+    "three-stage-wider": "wider",
+    "four-stage-wider-then-deeper": "wider then deeper",
+    "four-stage-deeper-then-wider": "deeper then wider",
+    "last-stage-compression": "last stage",
+}
+#: Visual tokens of a picture in LLaVA-1.5, for which the paper's numbers are.
+PUBLISHED_TOKENS = 576
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What training in one stage takes for one picture and its text."""
+
+    compressor: str
+    begins: Fraction
+    ends: Fraction
+    steps: int
+    tokens: float | None
+    """Visual tokens of a picture, summed over all layers of the LLM; `None` where its content decides."""
+    of: int
+    """The same without compression."""
+    flops: float | None
+    """Of the LLM's forward, as a share of that without compression; forward and backward together are three times
+    both, so the share is theirs too."""
+    printed: tuple[str, ...] = ()
+    """What the paper prints for this stage."""
+
+    @property
+    def ratio(self) -> float | None:
+        """Compression ratio (LLaVolta's Eq. 3)."""
+        return None if self.tokens is None else self.of / self.tokens
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a whole schedule takes; means are over its steps."""
+
+    stages: tuple[StageCost, ...]
+    tokens: float | None
+    flops: float | None
+    printed: tuple[str, ...] = ()
+
+    @property
+    def ratio(self) -> float | None:
+        return None if self.tokens is None else self.stages[0].of / self.tokens
+
+
+def explain(schedule: Schedule, adapter: ModelAdapter, steps: int, text_tokens: int) -> Cost:
+    """The cost of a schedule for pictures at the model's own resolution, each with `text_tokens` tokens of text.
+
+    The adapter's model needs no weights: one on the "meta" device does. Raises `UserError` for a stage whose layers the
+    LLM does not have.
+    """
+    profile, whole = adapter.profile(), schedule.ends
+    plain = prefill_flops(adapter, profile.grid.size + text_tokens)
+    stages = []
+    for number, (stage, count) in enumerate(zip(schedule.stages, schedule.steps(steps), strict=True)):
+        by_layer = tokens_by_layer(stage.compressor, profile)
+        flops = None
+        if by_layer is not None:
+            flops = (
+                sum(prefill_flops(adapter, [text_tokens + n for n in one]) for one in by_layer) / len(by_layer) / plain
+            )
+        stages.append(
+            StageCost(
+                _written(stage.compressor),
+                whole[number - 1] if number else Fraction(),
+                whole[number],
+                count,
+                None if by_layer is None else sum(map(sum, by_layer)) / len(by_layer),
+                profile.grid.size * profile.layers,
+                flops,
+                _printed_of_stage(schedule, number, profile),
+            )
+        )
+    shares = [end - begin for begin, end in zip([Fraction(), *whole], whole, strict=False)]
+    return Cost(
+        tuple(stages),
+        _mean([stage.tokens for stage in stages], shares),
+        _mean([stage.flops for stage in stages], shares),
+        _printed_in_all(schedule, profile),
+    )
+
+
+def tokens_by_layer(compressor: Compressor, profile: Profile) -> list[list[int]] | None:
+    """Visual tokens of a picture at each layer, for each of equally likely cases; `None` if its content decides."""
+    compressor.check_layers(profile.layers)
+    if isinstance(compressor, RandomFactor):
+        return [[count] * profile.layers for count in compressor.counts(profile.grid)]
+    found = compressor.tokens_by_layer(profile)
+    return None if found is None else [found]
+
+
+def _written(compressor: Compressor) -> str:
+    """In one line; of LLaVolta's compressor also the usual layer and stride: they are what stages differ in."""
+    if isinstance(compressor, LLaVolta) and dataclasses.replace(compressor, layer=2, stride=8) == LLaVolta():
+        return f"llavolta(layer={compressor.layer},stride={compressor.stride})"
+    return spec.write(compressor)
+
+
+def _mean(values: Sequence[float | None], shares: Sequence[Fraction]) -> float | None:
+    known = [value * float(share) for value, share in zip(values, shares, strict=True) if value is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
+# ---------------------------------------------------------------- beside the paper
+
+
+def _printed_of_stage(schedule: Schedule, number: int, profile: Profile) -> tuple[str, ...]:
+    rows = [row for row in _paper_rows(schedule, profile, "Table 1") if row.settings.get("stage") == str(number + 1)]
+    return tuple(f"CR {row.value:g} %" for row in rows)
+
+
+def _printed_in_all(schedule: Schedule, profile: Profile) -> tuple[str, ...]:
+    rows = _paper_rows(schedule, profile, "Table 2")
+    names = {"tokens over all layers": "{:g} tokens", "compression ratio": "CR {:g} %", "training time": "{:g} h"}
+    return tuple(form.format(row.value) for name, form in names.items() for row in rows if row.metric == name)
+
+
+def _paper_rows(schedule: Schedule, profile: Profile, table: str) -> list[Published]:
+    """The paper's rows on this scheme; none for a model or a split of other dimensions."""
+    equal = len({stage.share for stage in schedule.stages}) == 1
+    if (profile.layers, profile.grid.size) != (PUBLISHED_DEPTH, PUBLISHED_TOKENS) or not equal:
+        return []
+    if schedule.name not in IN_THE_PAPER:
+        return []
+    own = IN_THE_PAPER[schedule.name]
+    return [row for row in published("llavolta") if row.table == table and row.settings.get("scheme") == own]
+
+
+# ---------------------------------------------------------------- to be read
+
+
+COLUMNS = ("stage", "progress", "steps", "compressor", "tokens over all layers", "CR", "LLM FLOPs", "paper")
+
+
+def lines(cost: Cost) -> list[list[str]]:
+    """A line for each stage and one for all, in `COLUMNS`."""
+    found = [
+        [
+            str(number),
+            f"{float(stage.begins):.0%} to {float(stage.ends):.0%}",
+            f"{stage.steps:,}",
+            stage.compressor,
+            _number(stage.tokens, "{:,.0f}"),
+            _number(stage.ratio and 100 * stage.ratio, "{:.2f} %"),
+            _number(stage.flops, "{:.1%}"),
+            ", ".join(stage.printed),
+        ]
+        for number, stage in enumerate(cost.stages, 1)
+    ]
+    total = ["all", "", f"{sum(stage.steps for stage in cost.stages):,}", "", _number(cost.tokens, "{:,.0f}")]
+    total += [_number(cost.ratio and 100 * cost.ratio, "{:.2f} %"), _number(cost.flops, "{:.1%}")]
+    return [*found, [*total, ", ".join(cost.printed)]]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "the pictures decide" if value is None else form.format(value)
+
+
+def draw_staircase(cost: Cost, title: str) -> Figure:
+    """Visual tokens over the course of training, as a share of those without compression.
+
+    Stages in which the pictures decide are hatched over the whole height. Raises `UserError` where matplotlib is not
+    installed.
+    """
+    import_matplotlib()
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for stage in cost.stages:
+        left, right = 100 * float(stage.begins), 100 * float(stage.ends)
+        height = 100.0 if stage.tokens is None else 100 * stage.tokens / stage.of
+        look = {"hatch": "//", "facecolor": "none"} if stage.tokens is None else {"facecolor": "C0", "alpha": 0.35}
+        axes.bar(left, height, right - left, align="edge", edgecolor="C0", linewidth=1.5, **look)
+        said = f"{stage.compressor}\n{'the pictures decide' if stage.ratio is None else f'CR {stage.ratio:.2f}x'}"
+        axes.text((left + right) / 2, min(height, 100) / 2, said, ha="center", va="center", fontsize="small", wrap=True)
+    axes.set(xlabel="optimiser steps taken, %", ylabel="visual tokens over all LLM layers, %", title=title)
+    axes.set(xlim=(0, 100), ylim=(0, 105))
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
