@@ -84,14 +84,8 @@ class CompressedModel(nn.Module):
             raise UserError(f"{model!r} is no model: load it first, or use vlmzip.from_pretrained(folder, compressor)")
         if any(isinstance(module, CompressedModel) for module in model.modules()):
             raise UserError("this model already has a compressor: detach() it first, or attach to the plain model")
-        if not isinstance(compressor, Compressor):
-            raise UserError(f"{compressor!r} is no compressor; try vlmzip.VisionZip(keep=64)")
         adapter = adapter_for(model)
-        for stage in compressor.stages():
-            if stage.site not in adapter.sites:
-                known = closest(stage.site, adapter.sites)
-                raise UserError(f"{type(model).__name__} has no site {stage.site.value!r}{known}")
-        check_place(adapter, _inside_the_llm(compressor))
+        _check(compressor, adapter)
         self.inner: Any = model
         self.compressor = compressor
         #: The weights of a method that has some, else `None`.
@@ -116,6 +110,23 @@ class CompressedModel(nn.Module):
         if report is None:
             raise UserError("there is no report yet: call the model first")
         return report
+
+    def switch(self, compressor: Compressor) -> None:
+        """Goes on with another compressor; parameters, and whatever is wrapped around this façade, stay as they are.
+
+        For training in stages. What a KV cache has seen, it has seen: begin new ones. Raises `UserError` for a
+        compressor that has no place in the model, or that brings or needs other weights of its own.
+        """
+        adapter = adapter_for(self.inner)
+        _check(compressor, adapter)
+        if resampling(compressor) != resampling(self.compressor):
+            raise UserError("a method with weights of its own cannot be switched on or off: attach it anew")
+        moved = bool(_inside_the_llm(compressor)) != bool(_inside_the_llm(self.compressor))
+        self.compressor = compressor
+        self._turns = Turns()
+        if moved:
+            self._hooks.remove()
+            self._put_hooks()
 
     def detach(self) -> nn.Module:
         """Ends the façade and returns the plain model. Detaching twice is harmless."""
@@ -460,6 +471,17 @@ def _cache_in(out: Any) -> Any:
     """The KV cache that a model's `forward` returns, if it does."""
     values = out if isinstance(out, tuple) else (getattr(out, "past_key_values", None),)
     return next((value for value in values if isinstance(value, Cache)), None)
+
+
+def _check(compressor: Compressor, adapter: ModelAdapter) -> None:
+    """Raises `UserError` for what is no compressor, or has no place in the model."""
+    if not isinstance(compressor, Compressor):
+        raise UserError(f"{compressor!r} is no compressor; try vlmzip.VisionZip(keep=64)")
+    for stage in compressor.stages():
+        if stage.site not in adapter.sites:
+            known = closest(stage.site, adapter.sites)
+            raise UserError(f"{type(adapter.model).__name__} has no site {stage.site.value!r}{known}")
+    check_place(adapter, _inside_the_llm(compressor))
 
 
 def _inside_the_llm(compressor: Compressor) -> list[Compressor]:

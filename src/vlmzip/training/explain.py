@@ -30,6 +30,8 @@ IN_THE_PAPER = {
     "four-stage-deeper-then-wider": "deeper then wider",
     "last-stage-compression": "last stage",
 }
+#: A bar of at most this height, in percent, has its text above it.
+LOW = 20
 #: Visual tokens of a picture in LLaVA-1.5, for which the paper's numbers are.
 PUBLISHED_TOKENS = 576
 
@@ -201,8 +203,13 @@ def draw_staircase(cost: Cost, title: str) -> Figure:
         height = 100.0 if stage.tokens is None else 100 * stage.tokens / stage.of
         look = {"hatch": "//", "facecolor": "none"} if stage.tokens is None else {"facecolor": "C0", "alpha": 0.35}
         axes.bar(left, height, right - left, align="edge", edgecolor="C0", linewidth=1.5, **look)
-        said = f"{stage.compressor}\n{'the pictures decide' if stage.ratio is None else f'CR {stage.ratio:.2f}x'}"
-        axes.text((left + right) / 2, min(height, 100) / 2, said, ha="center", va="center", fontsize="small", wrap=True)
+        ratio = "the pictures decide" if stage.ratio is None else f"CR {stage.ratio:.2f}x"
+        axes.text(
+            (left + right) / 2,
+            height / 2 if height > LOW else height + LOW / 2,
+            stage.compressor.replace("+", "\n+") + "\n" + ratio,
+            ha="center", va="center", fontsize="small", bbox={"facecolor": "white", "alpha": 0.8, "linewidth": 0},
+        )  # fmt: skip
     axes.set(xlabel="optimiser steps taken, %", ylabel="visual tokens over all LLM layers, %", title=title)
     axes.set(xlim=(0, 100), ylim=(0, 105))
     axes.spines[["top", "right"]].set_visible(False)
