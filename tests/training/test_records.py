@@ -74,6 +74,9 @@ def test_bad_records_are_counted_and_the_others_are_read(tmp_path, lines):
     found = Records(path)
     assert [one.id for one in found] == ["0", "3"]
     assert found.bad == [(1, "no JSON"), (2, "not as many <image> as pictures")]
+    assert list(found.numbers) == [0, 3]
+    assert found.pictures(1) == 1
+    assert found.size(1) == len(texts[3])
 
 
 def test_a_line_cut_short_is_one_bad_record(tmp_path):
@@ -116,7 +119,7 @@ def test_files_that_are_none_are_refused(tmp_path, text, message):
 
 
 def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(UserError, match="cannot read .*: No such file"):
+    with pytest.raises(UserError, match=r"cannot read .*: No such file"):
         Records(tmp_path / "data.json")
 
 

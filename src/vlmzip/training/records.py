@@ -103,25 +103,27 @@ def _said(part: Any, who: tuple[str, ...]) -> str:
 
 
 class Records:
-    """The records of a file, by number; each is read from the disk when it is asked for.
+    """The records of a file; each is read from the disk when it is asked for.
 
-    `bad` has what was found to be none while the file was indexed: number in the file and reason.
+    Records that are none are left out. `numbers` has the place in the file of each of those that are here; `bad` the
+    place of each that is not, and the reason.
     """
 
     def __init__(self, path: Path) -> None:
         """Raises `UserError` for a file that cannot be read, that ends in the middle of a record, or that has none."""
         self.path = path
         self.bad: list[tuple[int, str]] = []
-        self._begins, self._ends = array("Q"), array("Q")
+        self.numbers = array("Q")
+        self._begins, self._ends, self._pictures = array("Q"), array("Q"), array("Q")
         try:
             for number, (begin, end) in enumerate(_places(path)):
                 try:
-                    read_record(self._parse(begin, end))
+                    pictures = len(read_record(self._parse(begin, end)).pictures)
                 except BadRecord as reason:
                     self.bad.append((number, str(reason)))
                     continue
-                self._begins.append(begin)
-                self._ends.append(end)
+                for values, value in zip(self._columns(), (number, begin, end, pictures), strict=True):
+                    values.append(value)
         except OSError as error:
             raise UserError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
         if not self._begins:
@@ -133,9 +135,16 @@ class Records:
     def __getitem__(self, number: int) -> Record:
         return read_record(self._parse(self._begins[number], self._ends[number]))
 
+    def pictures(self, number: int) -> int:
+        """How many pictures the record is about."""
+        return self._pictures[number]
+
     def size(self, number: int) -> int:
         """Bytes of the record in the file: about how long it is."""
         return self._ends[number] - self._begins[number]
+
+    def _columns(self) -> tuple[array, ...]:
+        return self.numbers, self._begins, self._ends, self._pictures
 
     def _parse(self, begin: int, end: int) -> Any:
         with self.path.open("rb") as file:

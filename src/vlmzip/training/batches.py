@@ -1,0 +1,176 @@
+"""From records to tensors: prompts by the processor's chat template, labels on answers alone, rows padded together."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vlmzip.errors import UserError
+from vlmzip.models.adapter import ModelAdapter
+from vlmzip.runtime.prepare import PER_TOKEN
+from vlmzip.training.records import PLACE, BadRecord, Record, Records, Turn
+
+#: What the loss leaves out.
+IGNORE = -100
+#: One line for each record that was left out, with the reason.
+BAD = "bad_records.jsonl"
+
+
+class Conversations:
+    """Turns a record into the inputs of a model, and labels.
+
+    What is said is put into words by the processor's chat template. Labels are the answers and, behind each, the end of
+    the text, which is added where the template has none: a model that never saw it would not know when to stop.
+    """
+
+    def __init__(self, processor: Any, adapter: ModelAdapter, max_length: int) -> None:
+        """`max_length`: tokens, visual ones uncompressed. Raises `UserError` for a processor without chat template."""
+        self.processor, self.tokenizer, self.max_length = processor, processor.tokenizer, max_length
+        self.placeholder = adapter.placeholder_id
+        if not getattr(processor, "chat_template", None):
+            raise UserError(
+                "the checkpoint's processor has no chat template: save one with it (processor.chat_template)"
+            )
+        if not self.tokenizer.is_fast:
+            raise UserError("the checkpoint has no fast tokenizer, which is needed to tell answers from questions")
+        if self.tokenizer.eos_token is None:
+            raise UserError("the checkpoint's tokenizer has no end-of-text token for the ends of answers")
+        text, (answer,) = self._rendered(Record("", (Turn("?", "!"),), ()), end="")
+        self._end = "" if self.tokenizer.eos_token in text[slice(*answer)] else self.tokenizer.eos_token
+
+    def __call__(self, record: Record, folder: Path) -> dict[str, Tensor]:
+        """Inputs of one row, without a batch axis but for the pictures' own, and `labels` [tokens].
+
+        Raises `BadRecord` for pictures that cannot be read and for what is longer than `max_length`.
+        """
+        pictures = record.load_pictures(folder)
+        text, answers = self._rendered(record, self._end)
+        made = self.processor(images=pictures or None, text=[text], return_tensors="pt")
+        row = {name: value[0] if name in ("input_ids", *PER_TOKEN) else value for name, value in made.items()}
+        if len(row["input_ids"]) > self.max_length:
+            raise BadRecord(f"longer than {self.max_length} tokens")
+        return {**row, "labels": self._labels(row["input_ids"], text, answers)}
+
+    def _rendered(self, record: Record, end: str) -> tuple[str, list[tuple[int, int]]]:
+        """The conversation as the model reads it, and where in it the answers are, their ends included."""
+        messages: list[dict[str, Any]] = []
+        for turn in record.turns:
+            messages.append({"role": "user", "content": _parts(turn.question)})
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer.strip() + end}]})
+        render = self.processor.apply_chat_template
+        whole, answers = render(messages), []
+        for count in range(1, len(messages), 2):
+            before = render(messages[:count], add_generation_prompt=True)
+            after = render(messages[: count + 1])
+            if not (after.startswith(before) and whole.startswith(after)):
+                raise UserError(
+                    "the chat template says a conversation in another way once it goes on: it cannot be labelled"
+                )
+            begin, stop = len(before), len(after)
+            said = after.find(self.tokenizer.eos_token, begin)
+            answers.append((begin, stop if said < 0 else said + len(self.tokenizer.eos_token)))
+        return whole, answers
+
+    def _labels(self, ids: Tensor, text: str, answers: Sequence[tuple[int, int]]) -> Tensor:
+        """The ids of the answers, `IGNORE` elsewhere.
+
+        The processor writes many placeholders where the text has one; all other tokens are the text's own, in order.
+        """
+        plain = self.tokenizer(text, return_offsets_mapping=True)
+        own = [n for n, token in enumerate(plain["input_ids"]) if token != self.placeholder]
+        places = (ids != self.placeholder).nonzero()[:, 0].tolist()
+        if [plain["input_ids"][n] for n in own] != ids[places].tolist():
+            raise UserError(f"{type(self.processor).__name__} rewrites prompts: answers cannot be told from questions")
+        labels = torch.full_like(ids, IGNORE)
+        for place, n in zip(places, own, strict=True):
+            begin, stop = plain["offset_mapping"][n]
+            if begin < stop and any(first <= begin and stop <= last for first, last in answers):
+                labels[place] = ids[place]
+        if bool((labels == IGNORE).all()):
+            raise BadRecord("no token of the answers is left")
+        return labels
+
+
+def _parts(question: str) -> list[dict[str, str]]:
+    """A question as chat templates take it: its pictures and the text around them, in order."""
+    parts: list[dict[str, str]] = []
+    for number, text in enumerate(question.split(PLACE)):
+        if number:
+            parts.append({"type": "image"})
+        if text := text.strip("\n" if text.strip() else None):
+            parts.append({"type": "text", "text": text})
+    return parts
+
+
+class Examples(Dataset):
+    """Rows for training. In place of a record that turns out to be bad stands the next good one.
+
+    Bad records are noted in a file, each once for each process that met it; `count_bad` sums up.
+    """
+
+    def __init__(self, records: Records, folder: Path, conversations: Conversations, notes: Path) -> None:
+        self.records, self.folder, self.conversations, self.notes = records, folder, conversations, notes
+        self._noted: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        for step in range(len(self)):
+            here = (number + step) % len(self)
+            try:
+                return self.conversations(self.records[here], self.folder)
+            except BadRecord as reason:
+                self._note(here, str(reason))
+        raise UserError(f"not one record of {str(self.records.path)!r} can be trained on; see {str(self.notes)!r}")
+
+    def lengths(self, visual_tokens: int) -> list[int]:
+        """About how many tokens each record has, to put rows of like length together: four bytes for a token."""
+        return [self.records.size(n) // 4 + visual_tokens * self.records.pictures(n) for n in range(len(self))]
+
+    def _note(self, number: int, reason: str) -> None:
+        if number not in self._noted:
+            self._noted.add(number)
+            note_bad(self.notes, [(self.records.numbers[number], reason)])
+
+
+def note_bad(notes: Path, bad: Sequence[tuple[int, str]]) -> None:
+    """Adds records, by their number in the file, to those that were left out."""
+    with notes.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps({"record": number, "reason": reason}) + "\n" for number, reason in bad))
+
+
+def count_bad(notes: Path) -> Counter[str]:
+    """How many records were left out so far, by reason."""
+    if not notes.exists():
+        return Counter()
+    lines = [json.loads(line) for line in notes.read_text(encoding="utf-8").splitlines()]
+    return Counter({line["record"]: line["reason"] for line in lines}.values())
+
+
+class Padded:
+    """Puts rows together: padded on the right to the longest of them, pictures one after the other."""
+
+    def __init__(self, pad_id: int) -> None:
+        self._fill = {"input_ids": pad_id, "labels": IGNORE}
+
+    def __call__(self, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+        batch = {}
+        for name in dict.fromkeys(name for row in rows for name in row):
+            have = [row[name] for row in rows if name in row]  # rows without pictures lack theirs
+            if name in ("input_ids", *PER_TOKEN):
+                batch[name] = torch.stack([self._padded(name, value, longest) for value in have])
+            else:
+                batch[name] = torch.cat(have)
+        return batch
+
+    def _padded(self, name: str, value: Tensor, length: int) -> Tensor:
+        return torch.nn.functional.pad(value, (0, length - len(value)), value=self._fill.get(name, 0))

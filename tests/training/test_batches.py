@@ -1,0 +1,173 @@
+"""From records to tensors: what the model reads, what it is to learn, and what is left out."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.tiny import IMAGE_TOKEN, TOKENS, tiny_llava, tiny_processor
+from tests.training.test_records import record, said, write
+from vlmzip import Pool2d, attach
+from vlmzip.errors import UserError
+from vlmzip.models import adapter_for
+from vlmzip.training.batches import IGNORE, Conversations, Examples, Padded, count_bad
+from vlmzip.training.records import BadRecord, Records, read_record
+
+#: As LLaVA-1.5's: no end of text.
+TEMPLATE = (
+    "{% for m in messages %}{{ 'w4 ' if m.role == 'user' else 'w5 ' }}"
+    "{% for part in m.content if part.type == 'image' %}<image> {% endfor %}"
+    "{% for part in m.content if part.type == 'text' %}{{ part.text }} {% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}w5 {% endif %}"
+)
+USER, MODEL, END = 4, 5, 2
+
+
+@pytest.fixture(scope="module")
+def processor():
+    made = tiny_processor("llava")
+    made.chat_template = TEMPLATE
+    return made
+
+
+@pytest.fixture
+def conversations(processor, llava):
+    return Conversations(processor, adapter_for(llava), max_length=150)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name, colour in (("a.png", 9), ("b.png", 200)):
+        Image.new("RGB", (24, 24), (colour, 0, 0)).save(tmp_path / name)
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG")
+    return tmp_path
+
+
+def without_pictures(ids):
+    return [token for token in ids.tolist() if token != IMAGE_TOKEN]
+
+
+def test_labels_are_the_answers_and_their_ends(conversations, folder):
+    row = conversations(read_record(record("<image>\nw10 w11", "w20 w21", "w12", "w22")), folder)
+    said = [USER, 10, 11, MODEL, 20, 21, END, USER, 12, MODEL, 22, END]
+    assert without_pictures(row["input_ids"]) == said
+    assert (row["input_ids"] == IMAGE_TOKEN).sum() == TOKENS
+    labels = row["labels"][row["input_ids"] != IMAGE_TOKEN].tolist()
+    assert labels == [-100] * 4 + [20, 21, END] + [-100] * 3 + [22, END]
+    assert (row["labels"][row["input_ids"] == IMAGE_TOKEN] == IGNORE).all()
+    assert row["pixel_values"].shape[0] == 1
+
+
+def test_a_template_with_an_end_gets_no_second_one(processor, llava, folder):
+    ending = tiny_processor("llava")
+    ending.chat_template = TEMPLATE.replace(
+        "{% endfor %}{% endfor %}", "{% endfor %}{{ '</s> ' if m.role != 'user' }}{% endfor %}"
+    )
+    row = Conversations(ending, adapter_for(llava), 150)(
+        read_record(record("<image> w10", "w20", "w11", "w21")), folder
+    )
+    assert without_pictures(row["input_ids"]) == [USER, 10, MODEL, 20, END, USER, 11, MODEL, 21, END]
+    kept = row["labels"][row["labels"] != IGNORE].tolist()
+    assert kept == [20, END, 21, END]
+
+
+def test_the_words_of_a_question_that_are_also_the_answers_are_not_learned(conversations, folder):
+    row = conversations(read_record(record("<image> w20 w5 w20", "w20")), folder)
+    assert row["labels"][row["labels"] != IGNORE].tolist() == [20, END]
+    assert row["labels"][-2:].tolist() == [20, END]
+
+
+def test_several_pictures_and_none(conversations, folder):
+    two = conversations(read_record(record("<image> w9 <image>", "w20", image=["a.png", "b.png"])), folder)
+    assert two["pixel_values"].shape[0] == 2
+    assert two["pixel_values"][0].mean() < two["pixel_values"][1].mean()
+    assert (two["input_ids"] == IMAGE_TOKEN).sum() == 2 * TOKENS
+    none = conversations(read_record({"conversations": said("w9", "w20")}), folder)
+    assert "pixel_values" not in none
+    assert none["input_ids"].tolist() == [USER, 9, MODEL, 20, END]
+
+
+def test_what_is_too_long_or_broken_is_a_bad_record(processor, llava, folder):
+    short = Conversations(processor, adapter_for(llava), max_length=TOKENS + 5)
+    assert len(short(read_record(record("<image> w10", "w20")), folder)["input_ids"]) == TOKENS + 5
+    for content, reason in (
+        (record("<image> w10", "w20 w21"), f"longer than {TOKENS + 5} tokens"),
+        (record("<image>", "w20", image="none.png"), "a picture is missing"),
+        (record("<image>", "w20", image="broken.png"), "cannot be read"),
+    ):
+        with pytest.raises(BadRecord, match=reason):
+            short(read_record(content), folder)
+
+
+def test_bad_records_are_replaced_noted_once_and_counted(conversations, folder):
+    content = [record("<image> w10", f"w{20 + n}") for n in range(4)]
+    content[1]["image"], content[3]["image"] = "none.png", "broken.png"
+    found = Records(write(folder / "data.json", [{"id": "no record"}, *content], lines=True))
+    examples = Examples(found, folder, conversations, folder / "bad.jsonl")
+    for _ in range(2):
+        learned = [row["labels"][row["labels"] != IGNORE][0].item() for row in map(examples.__getitem__, range(4))]
+        assert learned == [20, 22, 22, 20]  # the next good one; behind the last comes the first
+    assert count_bad(folder / "bad.jsonl") == {"a picture is missing": 1, "a picture cannot be read": 1}
+    noted = [json.loads(line)["record"] for line in (folder / "bad.jsonl").read_text().splitlines()]
+    assert noted == [2, 4]  # as they stand in the file, the first of which was no record at all
+
+
+def test_where_nothing_can_be_trained_on_it_says_so(conversations, folder):
+    found = Records(write(folder / "data.json", [record("<image>", "w20", image="none.png")], lines=True))
+    with pytest.raises(UserError, match="not one record"):
+        Examples(found, folder, conversations, folder / "bad.jsonl")[0]
+
+
+def test_rows_stand_together_as_they_stand_alone(conversations, folder):
+    """The loss of a batch, text-only row and two pictures among it, is that of its rows."""
+    contents = [
+        record("<image> w10 w11 w12", "w20 w21"),
+        {"conversations": said("w9", "w20")},
+        record("<image> w9 <image>", "w22", image=["a.png", "b.png"]),
+    ]
+    rows = [conversations(read_record(content), folder) for content in contents]
+    pad = Padded(pad_id=0)
+    small = attach(tiny_llava(), Pool2d(factor=2))
+    losses, counts = [], []
+    for row in rows:
+        alone = pad([row])
+        losses.append(small(**alone).loss.item())
+        counts.append(int((alone["labels"][:, 1:] != IGNORE).sum()))
+    together = small(**pad(rows)).loss.item()
+    wanted = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    assert together == pytest.approx(wanted, rel=1e-5)
+
+
+def test_lengths_tell_long_records_from_short_ones(conversations, folder):
+    content = [
+        record("<image> w10", "w20"),
+        {"conversations": said("w9", "w20")},
+        {"conversations": said("w9 " * 90, "w2")},
+    ]
+    found = Records(write(folder / "data.json", content, lines=True))
+    one, none, words = Examples(found, folder, conversations, folder / "bad.jsonl").lengths(visual_tokens=TOKENS)
+    assert none < one
+    assert none + 60 < words
+
+
+def test_processors_that_cannot_be_used_are_refused(llava):
+    bare = tiny_processor("llava")
+    with pytest.raises(UserError, match="no chat template"):
+        Conversations(bare, adapter_for(llava), 100)
+    bare.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content[0].text }}{% endfor %}"
+    with pytest.raises(UserError, match="in another way once it goes on"):
+        Conversations(bare, adapter_for(llava), 100)
+
+
+def test_mini_learns_what_its_own_template_says(tmp_path):
+    from vlmzip.cli.loading import load
+
+    loaded = load("mini")
+    Image.new("RGB", (96, 96)).save(tmp_path / "a.png")
+    row = Conversations(loaded.processor, loaded.adapter, 400)(
+        read_record(record("<image>\nwhat color is the ring ?", "red", "where is it ?", "top left")), tmp_path
+    )
+    kept = row["labels"][row["labels"] != IGNORE]
+    assert loaded.processor.tokenizer.convert_ids_to_tokens(kept) == ["red", "</s>", "top", "left", "</s>"]
+    assert torch.equal(row["attention_mask"], torch.ones_like(row["input_ids"]))
