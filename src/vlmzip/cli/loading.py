@@ -35,7 +35,7 @@ def load(name: str, device: str | None = None, dtype: str | None = None) -> Load
     """Loads `mini`, a checkpoint folder or a hub id. Raises `UserError` for anything else."""
     target = find_device(device)
     check_dtype(dtype)
-    source = _source(name)
+    source = source_of(name)
     with progress(f"loading {name}"):
         from huggingface_hub.utils import logging as hub_logging
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -81,7 +81,8 @@ def progress(what: str) -> Iterator[None]:
         yield
 
 
-def _source(name: str) -> str:
+def source_of(name: str) -> str:
+    """Where transformers finds a model. Raises `UserError` for what is neither a checkpoint folder nor a hub id."""
     if name == "mini":
         from vlmzip import mini
 

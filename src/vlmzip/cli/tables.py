@@ -9,14 +9,19 @@ from rich.markup import escape
 from rich.table import Table
 
 
+#: Characters of a line that nobody's screen limits: what reads it may.
+WIDE = 240
+
+
 def print_table(columns: list[str], rows: Sequence[Sequence[str]]) -> None:
     """Columns side by side, without lines between them."""
     table = Table(box=None, pad_edge=False)
     for column in columns:
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    console.print(table, width=None if console.is_terminal else WIDE)
 
 
 def show_count(value: int) -> str:

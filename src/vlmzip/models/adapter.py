@@ -56,6 +56,16 @@ class ModelAdapter(ABC):
         return self.llm.layers  # type: ignore[return-value]
 
     @property
+    def vision_encoder(self) -> nn.Module:
+        """What sees the pixels."""
+        return self.model.model.vision_tower
+
+    @property
+    def projector(self) -> nn.Module:
+        """What makes the encoder's features into tokens of the LLM."""
+        return self.model.model.multi_modal_projector
+
+    @property
     def llm_config(self) -> Any:
         """The config of the decoder."""
         return self.model.config.get_text_config()

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
 from vlmzip.compressor import Positions, Profile
@@ -91,6 +91,14 @@ class Qwen25VL(ModelAdapter):
 
     def feature_width(self, site: Site) -> int:
         return self.model.config.vision_config.out_hidden_size
+
+    @property
+    def vision_encoder(self) -> nn.Module:
+        return self.model.model.visual  # the projector is a part of it
+
+    @property
+    def projector(self) -> nn.Module:
+        return self.model.model.visual.merger
 
     def project(self, features: Float[Tensor, "tokens dim"], site: Site) -> Float[Tensor, "tokens llm_dim"]:
         return features  # the merger projects, and it comes before both sites

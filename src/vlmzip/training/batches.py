@@ -115,16 +115,25 @@ class Examples(Dataset):
     Bad records are noted in a file, each once for each process that met it; `count_bad` sums up.
     """
 
-    def __init__(self, records: Records, folder: Path, conversations: Conversations, notes: Path) -> None:
+    def __init__(
+        self,
+        records: Records,
+        folder: Path,
+        conversations: Conversations,
+        notes: Path,
+        chosen: Sequence[int] | None = None,
+    ) -> None:
+        """`chosen`: which of the records are used; default: all."""
         self.records, self.folder, self.conversations, self.notes = records, folder, conversations, notes
+        self.chosen = range(len(records)) if chosen is None else chosen
         self._noted: set[int] = set()
 
     def __len__(self) -> int:
-        return len(self.records)
+        return len(self.chosen)
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         for step in range(len(self)):
-            here = (number + step) % len(self)
+            here = self.chosen[(number + step) % len(self)]
             try:
                 return self.conversations(self.records[here], self.folder)
             except BadRecord as reason:
@@ -133,7 +142,7 @@ class Examples(Dataset):
 
     def lengths(self, visual_tokens: int) -> list[int]:
         """About how many tokens each record has, to put rows of like length together: four bytes for a token."""
-        return [self.records.size(n) // 4 + visual_tokens * self.records.pictures(n) for n in range(len(self))]
+        return [self.records.size(n) // 4 + visual_tokens * self.records.pictures(n) for n in self.chosen]
 
     def _note(self, number: int, reason: str) -> None:
         if number not in self._noted:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlmzip import spec
 from vlmzip.compressor import Compressor, Profile
@@ -185,6 +185,15 @@ def lines(cost: Cost) -> list[list[str]]:
 
 def _number(value: float | None, form: str) -> str:
     return "the pictures decide" if value is None else form.format(value)
+
+
+def as_json(cost: Cost) -> dict[str, Any]:
+    """The cost with plain numbers; what the pictures decide is `None`."""
+    stages = [
+        {**dataclasses.asdict(stage), "begins": float(stage.begins), "ends": float(stage.ends), "ratio": stage.ratio}
+        for stage in cost.stages
+    ]
+    return {**dataclasses.asdict(cost), "stages": stages, "ratio": cost.ratio}
 
 
 def draw_staircase(cost: Cost, title: str) -> Figure:

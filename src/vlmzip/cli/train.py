@@ -1,0 +1,124 @@
+"""`vlmzip train`: trains a model with compression, in stages, from a YAML file."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmzip.errors import UserError
+
+if TYPE_CHECKING:
+    from vlmzip.training.config import Config
+    from vlmzip.training.explain import Cost
+
+HELP = "train a model with compression, in stages that a YAML file describes"
+EXAMPLES = """  vlmzip train configs/mini.yaml --explain
+  vlmzip train configs/mini.yaml --set steps=200 --set schedule=two-stage
+  torchrun --nproc-per-node 8 -m vlmzip.cli.main train configs/llava-1.5-7b-llavolta.yaml
+
+Run the same command again to go on from the last checkpoint."""
+
+
+def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="what the run is; see configs/")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="instead of what the file says")
+    parser.add_argument("--explain", action="store_true", help="print what the schedule costs, and train nothing")
+    parser.add_argument("--staircase", type=Path, metavar="FILE.png", help="with --explain: draw it")
+    parser.add_argument("--json", action="store_true", help="with --explain: print JSON")
+
+
+def run(args: Namespace) -> None:
+    from vlmzip.training.config import read_config
+
+    config = read_config(args.config, args.set)
+    if args.explain:
+        _explain(config, args)
+        return
+    for name in ("staircase", "json"):
+        if getattr(args, name):
+            raise UserError(f"--{name} goes with --explain")
+    _train(config)
+
+
+def _train(config: Config) -> None:
+    from vlmzip.cli.loading import console, load, note
+
+    try:
+        import accelerate  # noqa: F401
+    except ImportError:
+        raise UserError("training needs accelerate: pip install 'vlmzip[train]'") from None
+    from vlmzip.training.run import train
+
+    first = os.environ.get("RANK", "0") == "0"
+    loaded = load(config.model, "cpu", config.weights)  # Trainer moves it to where it belongs
+    loaded.model.set_attn_implementation(config.attention)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is untrained")  # here it is trained
+        folder = train(config, loaded.model, loaded.processor, loaded.adapter, note if first else _say_nothing)
+    if first:
+        console.print(f"the trained model is in {folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _say_nothing(_text: str) -> None:
+    return
+
+
+def _explain(config: Config, args: Namespace) -> None:
+    from vlmzip.cli.tables import print_table
+    from vlmzip.training.explain import COLUMNS, as_json, explain, lines
+
+    adapter, steps = _on_paper(config), config.steps or _steps(config)
+    schedule = config.schedule_for(adapter.profile().layers)
+    cost = explain(schedule, adapter, steps, config.text_tokens)
+    if args.json:
+        print(json.dumps(as_json(cost), indent=2))
+    else:
+        print_table(list(COLUMNS), lines(cost))
+        print(
+            f"\nCR: compression ratio; LLM FLOPs: with {config.text_tokens} tokens of text, as a share of those without"
+        )
+        print("compression; paper: as LLaVolta prints it, whose totals do not all follow from its stages")
+    if args.staircase:
+        _draw(cost, f"{config.model}: {schedule.name}", args.staircase)
+
+
+def _on_paper(config: Config) -> Any:
+    """The model's adapter without its weights: shapes are all that costs need."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    from vlmzip.cli.loading import source_of
+    from vlmzip.models import adapter_for
+
+    try:
+        shape = AutoConfig.from_pretrained(source_of(config.model))
+        with torch.device("meta"):
+            return adapter_for(AutoModelForImageTextToText.from_config(shape))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"cannot read the shape of {config.model!r}: {' '.join(str(error).split())[:200]}") from error
+
+
+def _steps(config: Config) -> int:
+    """How many optimiser steps the records make."""
+    from vlmzip.training.records import Records
+
+    return max(1, int(config.epochs * round(config.share * len(Records(Path(config.records))) // config.batch)))
+
+
+def _draw(cost: Cost, title: str, path: Path) -> None:
+    from vlmzip.cli.loading import note
+    from vlmzip.files import refuse_source, write_whole
+    from vlmzip.training.explain import draw_staircase
+
+    if path.suffix not in (".png", ".svg"):
+        raise UserError(f"--staircase {str(path)!r}: give a name that ends in .png or .svg")
+    refuse_source(path, [])
+    figure = draw_staircase(cost, title)
+    write_whole(path, lambda name: figure.savefig(name))
+    note(f"the staircase is in {path}")

@@ -1,0 +1,236 @@
+"""A training run from its configuration to the trained model: what learns, on what, how it is resumed and saved."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainingArguments, set_seed
+
+from vlmzip.errors import UserError
+from vlmzip.evaluation.answering import Asker
+from vlmzip.evaluation.task import Task
+from vlmzip.evaluation.tasks import read_task
+from vlmzip.models.adapter import ModelAdapter
+from vlmzip.runtime.facade import CompressedModel, attach
+from vlmzip.runtime.prepare import pad_id
+from vlmzip.training.batches import BAD, Conversations, Examples, Padded, count_bad, note_bad
+from vlmzip.training.config import Config, Lora
+from vlmzip.training.records import Records
+from vlmzip.training.schedule import Schedule, read_compressor
+from vlmzip.training.trainer import LOG, JsonLog, StagedTrainer, latest_checkpoint
+
+#: The folder of the trained model, in the folder of the run.
+MODEL = "model"
+#: transformers 5.23 has a new name for it, and warns of the old one.
+NAMES = {field.name for field in dataclasses.fields(TrainingArguments)}
+CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in NAMES else "gradient_checkpointing"
+#: Questions answered together while training.
+ASK = 32
+
+
+def train(config: Config, model: nn.Module, processor: Any, adapter: ModelAdapter, tell: Callable[[str], None]) -> Path:
+    """Trains `model` as `config` says and saves it with the compressor for afterwards; returns its folder.
+
+    A run that was stopped goes on from its last whole checkpoint. Raises `UserError` for what cannot be trained, and
+    where the disk refuses; what was saved before stays.
+    """
+    set_seed(config.seed)
+    schedule = config.schedule_for(adapter.profile().layers)
+    out = Path(config.out)
+    examples, records = _examples(config, processor, adapter, out, tell)
+    small = attach(_with_lora(model, config.lora), schedule.stages[0].compressor)
+    _choose_what_learns(small, adapter, config.learn, config.lora)
+    trainer = make_trainer(config, small, schedule, examples, adapter, processor)
+    checkpoint = latest_checkpoint(out) if trainer.args.should_save else None
+    checkpoint = _same_everywhere(checkpoint)
+    if checkpoint is not None:
+        tell(f"going on from {checkpoint}")
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        if trainer.args.should_save:
+            _save(small, trainer.evaluated_with, processor, out / MODEL)
+    except OSError as error:
+        raise UserError(
+            f"cannot write into {str(out)!r}: {error.strerror or error}; the last whole checkpoint is kept, and the"
+            " same command goes on from it"
+        ) from None
+    if trainer.args.should_save:
+        for reason, count in count_bad(out / BAD).most_common():
+            tell(f"{count:,} of {len(records) + len(records.bad):,} records left out: {reason}")
+    return out / MODEL
+
+
+def make_trainer(
+    config: Config,
+    small: CompressedModel,
+    schedule: Schedule,
+    examples: Examples,
+    adapter: ModelAdapter,
+    processor: Any,
+) -> StagedTrainer:
+    """The trainer for a façade; the compressor that it evaluates with is the schedule's for afterwards, or another."""
+    asked = config.evaluation
+    evaluated_with = read_compressor(asked.compressor) if asked and asked.compressor else schedule.afterwards
+    task = read_task(asked.task, asked.limit, None) if asked else None
+    return StagedTrainer(
+        small,
+        schedule,
+        evaluated_with=evaluated_with,
+        score=None if task is None else Score(Asker(adapter, processor), task),
+        lengths=examples.lengths(adapter.profile().grid.size) if config.group_by_length else None,
+        args=arguments(config),
+        train_dataset=examples,
+        eval_dataset=examples if task else None,  # only so that Trainer evaluates; `score` has questions of its own
+        data_collator=Padded(pad_id(adapter)),
+        callbacks=[JsonLog(Path(config.out) / LOG, schedule)],
+    )
+
+
+def arguments(config: Config) -> TrainingArguments:
+    """The configuration in transformers' words. Raises `UserError` for a batch that processes cannot share evenly."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.batch % processes:
+        raise UserError(f"batch: {config.batch} records cannot be shared evenly by {processes} processes")
+    share = config.batch // processes
+    at_once = config.batch_per_process or share
+    if share % at_once:
+        raise UserError(f"batch_per_process: {at_once} does not divide each process's {share} records of a step")
+    settings: dict[str, Any] = {
+        "output_dir": config.out,
+        "per_device_train_batch_size": at_once,
+        "gradient_accumulation_steps": share // at_once,
+        "num_train_epochs": config.epochs,
+        "max_steps": config.steps or -1,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": config.warmup,
+        "weight_decay": config.weight_decay,
+        "bf16": config.precision == "bf16",
+        CHECKPOINTING: config.gradient_checkpointing,
+        "logging_steps": config.log_every,
+        "logging_first_step": True,
+        "save_steps": config.save_every,
+        "save_total_limit": config.checkpoints,
+        "eval_strategy": "steps" if config.evaluation else "no",
+        "eval_steps": config.evaluation.every if config.evaluation else None,
+        "dataloader_num_workers": config.workers,
+        "dataloader_drop_last": True,
+        "remove_unused_columns": False,
+        "seed": config.seed,
+        "use_cpu": not torch.cuda.is_available(),
+        "report_to": ["tensorboard"] if _has_tensorboard() else [],
+    }
+    try:
+        return TrainingArguments(**{**settings, **config.trainer})
+    except (TypeError, ValueError, ImportError) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+
+
+class Score:
+    """Answers the questions of a task; each process its share, and all get the same score."""
+
+    def __init__(self, asker: Asker, task: Task) -> None:
+        self.asker, self.task = asker, task
+
+    def __call__(self, small: CompressedModel) -> dict[str, float]:
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        starts = range(0, len(self.task.samples), ASK)[rank::world]
+        total, seen, of = 0.0, 0.0, 0.0
+        for start in starts:
+            some = self.task.samples[start : start + ASK]
+            pictures = [sample.load() for sample in some]
+            answers = self.asker.answer(small, pictures, [one.question for one in some], self.task.max_new_tokens)
+            total += sum(self.task.metric.score(a.text, s.answers) for a, s in zip(answers, some, strict=True))
+            seen += sum(sum(answer.by_layer) for answer in answers)
+            of += sum(answer.visual_tokens * len(answer.by_layer) for answer in answers)
+        sums = torch.tensor([total, seen, of], dtype=torch.float64)
+        if world > 1:
+            sums = sums.to(small.device)
+            torch.distributed.all_reduce(sums)
+        return {
+            "score": round(100 * float(sums[0]) / len(self.task.samples), 3),
+            "retention": round(float(sums[1] / sums[2]), 4),
+        }
+
+
+def _examples(
+    config: Config, processor: Any, adapter: ModelAdapter, out: Path, tell: Callable[[str], None]
+) -> tuple[Examples, Records]:
+    path = Path(config.records)
+    records = Records(path)
+    folder = Path(config.pictures) if config.pictures is not None else path.parent
+    if not folder.is_dir():
+        raise UserError(f"pictures: there is no folder {str(folder)!r}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if records.bad and int(os.environ.get("RANK", "0")) == 0:
+            note_bad(out / BAD, records.bad)
+    except OSError as error:
+        raise UserError(f"cannot write into {str(out)!r}: {error.strerror or error}") from None
+    if records.bad:
+        tell(f"{len(records.bad):,} of {len(records) + len(records.bad):,} records are none; see {out / BAD}")
+    conversations = Conversations(processor, adapter, config.max_length)
+    return Examples(records, folder, conversations, out / BAD, _subset(len(records), config)), records
+
+
+def _subset(count: int, config: Config) -> Sequence[int]:
+    """The records that are used, in the order of the file."""
+    if config.share == 1:
+        return range(count)
+    chosen = random.Random(config.seed).sample(range(count), max(1, round(config.share * count)))
+    return sorted(chosen)
+
+
+def _with_lora(model: nn.Module, lora: Lora | None) -> nn.Module:
+    if lora is None:
+        return model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise UserError("lora needs peft: pip install 'vlmzip[train]'") from None
+    on_llm = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+    wanted = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=on_llm)
+    return get_peft_model(model, wanted)
+
+
+def _choose_what_learns(small: CompressedModel, adapter: ModelAdapter, learn: Sequence[str], lora: Lora | None) -> None:
+    """Freezes everything but the parts that learn, and what compression has of its own."""
+    for name, parameter in small.inner.named_parameters():
+        parameter.requires_grad_(lora is not None and "lora_" in name)
+    if lora is None:
+        for module in (adapter.llm, adapter.model.get_output_embeddings()):
+            module.requires_grad_("llm" in learn)
+    adapter.vision_encoder.requires_grad_("vision" in learn)
+    adapter.projector.requires_grad_("projector" in learn)  # last: in some families the encoder holds it
+
+
+def _save(small: CompressedModel, compressor: Any, processor: Any, folder: Path) -> None:
+    """The model as transformers alone loads it, LoRA merged into it, with the compressor and the processor."""
+    small.switch(compressor)
+    if hasattr(small.inner, "merge_and_unload"):
+        small.detach()
+        small = attach(small.inner.merge_and_unload(), compressor)
+    small.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _same_everywhere(checkpoint: Path | None) -> Path | None:
+    """What the first process found, in all of them."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return checkpoint
+    box = [checkpoint]
+    torch.distributed.broadcast_object_list(box)
+    return box[0]
+
+
+def _has_tensorboard() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("tensorboard") is not None
