@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-
 
 #: Characters of a line that nobody's screen limits: what reads it may.
 WIDE = 240
@@ -20,8 +20,7 @@ def print_table(columns: list[str], rows: Sequence[Sequence[str]]) -> None:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
-    console = Console(highlight=False)
-    console.print(table, width=None if console.is_terminal else WIDE)
+    Console(highlight=False, width=None if sys.stdout.isatty() else WIDE).print(table)
 
 
 def show_count(value: int) -> str:
