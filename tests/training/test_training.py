@@ -1,0 +1,222 @@
+"""Whole runs of `vlmzip train` on a tiny model: stages, resumes, what learns, what is saved, what goes wrong."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText
+
+import vlmzip
+from tests.training.runs import COUNT, losses, stages, write_config, write_run
+from vlmzip import LLaVolta, NoCompression
+from vlmzip.cli.main import main
+
+pytest.importorskip("accelerate")
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """A folder whose run is complete."""
+    folder = tmp_path_factory.mktemp("run")
+    assert main(["train", str(write_run(folder))]) == 0
+    return folder
+
+
+@pytest.fixture
+def again(start, tmp_path, capsys):
+    """Runs the same data with other settings, into a folder of its own; the folder and what was said."""
+
+    def run(code=0, **settings):
+        settings = {"out": str(tmp_path / "out")} | settings
+        path = write_config(start, name=f"{tmp_path.name}.yaml", **settings)
+        assert main(["train", str(path)]) == code
+        return tmp_path / "out", capsys.readouterr().err
+
+    return run
+
+
+def weights(folder):
+    return AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+
+
+def changed(before, after):
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_stages_switch_on_their_step_and_the_loss_falls(start):
+    deeper = ["llavolta(layer=1)", "llavolta", "no_compression"]  # layers 2 and 16 of 32 are 1 and 2 of 4
+    assert stages(start / "out") == [(1, deeper[0])] * 2 + [(2, deeper[1])] * 2 + [(3, deeper[2])] * 2
+    found = losses(start / "out")
+    assert len(found) == 6
+    assert found[-1] < found[0]
+
+
+def test_accumulation_changes_neither_stages_nor_losses(start, again):
+    out, _ = again(batch_per_process=1)
+    assert stages(out) == stages(start / "out")
+    assert losses(out) == pytest.approx(losses(start / "out"), rel=2e-4)
+
+
+def test_evaluation_during_training_leaves_the_losses_as_they_are(start, again):
+    out, _ = again(evaluation={"every": 1, "task": f"{start / 'questions'}:exact", "compressor": "pool2d(factor=2)"})
+    assert losses(out) == losses(start / "out")
+    scored = [line for line in map(json.loads, (out / "log.jsonl").open()) if "eval_score" in line]
+    assert [line["step"] for line in scored] == [1, 2, 3, 4, 5, 6]
+    assert {line["eval_retention"] for line in scored} == {0.25}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def questions(start):
+    folder = start / "questions"
+    folder.mkdir()
+    (folder / "0.png").write_bytes((start / "0.png").read_bytes())
+    (folder / "q.jsonl").write_text(json.dumps({"image": "0.png", "question": "w9", "answers": ["w50"]}) + "\n")
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(start, again):
+    """Stopped in the middle of stage two, whose steps are the third and the fourth."""
+    out, _ = again(save_every=3)
+    subprocess.run(["rm", "-r", out / "checkpoint-6", out / "model"], check=True)
+    (out / "checkpoint-5").mkdir()  # cut short: it does not say that it is whole
+    out, said = again(save_every=3)
+    assert f"going on from {out / 'checkpoint-3'}" in said.replace("\n", "")
+    assert losses(out) == losses(start / "out")
+
+
+def test_killed_in_the_middle_of_stage_two(start, tmp_path):
+    """`kill -9`, then the same command: the losses are those of a run that was never stopped."""
+    path = write_config(start, name="killed.yaml", out=str(tmp_path / "out"), save_every=1)
+    command = [sys.executable, "-m", "vlmzip.cli.main", "train", str(path)]
+    process = subprocess.Popen(command, env={**os.environ}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    while not (tmp_path / "out" / "checkpoint-3" / "whole").exists():
+        assert process.poll() is None, process.stderr.read().decode()[-2000:]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "out" / "model").exists()
+    assert main(["train", str(path)]) == 0
+    assert losses(tmp_path / "out") == losses(start / "out")
+    assert changed(weights(tmp_path / "out" / "model"), weights(start / "out" / "model")) == set()
+
+
+def test_what_is_saved_loads_in_transformers_alone_and_answers_with_the_compressor_for_afterwards(start, again):
+    small = vlmzip.from_pretrained(start / "out" / "model")
+    assert small.compressor == NoCompression()
+    before, after = weights(start / "model"), weights(start / "out" / "model")
+    learned = changed(before, after)
+    assert {name for name in before if "vision_tower" in name} & learned == set()
+    assert {"model.multi_modal_projector.linear_1.weight", "lm_head.weight"} <= learned
+    out, _ = again(schedule="last-stage-compression", steps=3)
+    assert vlmzip.from_pretrained(out / "model").compressor == LLaVolta(layer=2, stride=4)
+
+
+def test_visionzips_tuning_trains_the_projector_alone(start, again):
+    out, _ = again(learn="projector", schedule="visionzip(keep=9)", fraction="50%", steps=3)
+    learned = changed(weights(start / "model"), weights(out / "model"))
+    assert learned
+    assert all("multi_modal_projector" in name for name in learned)
+    assert vlmzip.from_pretrained(out / "model").compressor == vlmzip.VisionZip(keep=9)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks it
+def test_lora_trains_the_llm_and_is_merged(start, again):
+    out, _ = again(lora={"r": 4, "alpha": 8}, learn=["projector", "llm"], steps=3)
+    learned = changed(weights(start / "model"), weights(out / "model"))
+    layers = {name for name in learned if "language_model.layers" in name}
+    assert {name.split(".")[-2] for name in layers} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"
+    }  # fmt: skip
+    assert "lm_head.weight" not in learned
+    assert not any("vision_tower" in name for name in learned)
+
+
+@pytest.mark.filterwarnings("ignore:.*is untrained")
+def test_a_qformer_is_trained_and_saved_with_its_weights(start, again):
+    out, _ = again(schedule="qformer(queries=4,width=32,heads=2,depth=2)", steps=2, learn="projector")
+    assert (out / "model" / "resampler.safetensors").exists()
+    assert vlmzip.from_pretrained(out / "model").compressor == vlmzip.QFormer(queries=4, width=32, heads=2, depth=2)
+
+
+@pytest.mark.parametrize("schedule", ["random_factor", "random_factor(per=step)", "dfmr"])
+def test_varying_lengths_train_and_resume(again, schedule):
+    out, _ = again(schedule=schedule, steps=4, save_every=2)
+    whole = losses(out)
+    subprocess.run(["rm", "-r", out / "checkpoint-4", out / "model"], check=True)
+    out, said = again(schedule=schedule, steps=4, save_every=2)
+    assert "going on from" in said
+    assert losses(out) == whole
+    retained = {line.get("retention") for line in map(json.loads, (out / "log.jsonl").open()) if "loss" in line}
+    assert len(retained) > 1 or schedule == "dfmr"
+
+
+def test_bad_records_are_reported_and_training_goes_on(start, again, tmp_path):
+    content = json.loads((start / "data.json").read_text())
+    content[0]["image"] = "missing.png"
+    content[1]["conversations"][1]["value"] = "w9 " * 300
+    content[2]["image"] = ["2.png", "3.png"]
+    text = json.dumps(content).replace(json.dumps(content[3]), '{"id": , "conversations": []}')
+    (start / "bad.json").write_text(text)
+    out, said = again(records=str(start / "bad.json"), pictures=str(start), steps=10)
+    assert len(losses(out)) == 10
+    for reason in ("a picture is missing", "longer than 200 tokens", "not as many <image> as pictures", "no JSON"):
+        assert f"1 of {COUNT} records left out: {reason}" in said
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(start, again, monkeypatch):
+    """The disk is full while the second checkpoint is written; with room again, the same command goes on."""
+    import safetensors.torch
+
+    write, calls = safetensors.torch.save_file, []
+
+    def full(tensors, filename, *args, **kwargs):
+        calls.append(filename)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(tensors, filename, *args, **kwargs)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    out, said = again(code=2)
+    assert "No space left on device; the last whole checkpoint is kept" in said.replace("\n", " ")
+    assert len(said.strip().splitlines()) >= 1
+    assert (out / "checkpoint-2" / "whole").exists()
+    monkeypatch.undo()
+    out, said = again()
+    assert f"going on from {out / 'checkpoint-2'}" in said.replace("\n", "")
+    assert losses(out) == losses(start / "out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"schedule": "llavolta(layer=9)"}, "layer=9 is no place"),
+        ({"pictures": "nowhere"}, "there is no folder 'nowhere'"),
+        ({"records": "nowhere.json"}, "cannot read 'nowhere.json'"),
+        ({"batch": 4, "batch_per_process": 3}, "does not divide"),
+        ({"trainer": {"optimm": "sgd"}}, "trainer: .*optimm"),
+        ({"evaluation": {"every": 1, "task": "nothing"}}, "no task and no folder 'nothing'"),
+    ],
+)
+def test_what_cannot_be_trained_is_said_in_a_line(again, settings, said):
+    import re
+
+    _, err = again(code=2, **settings)
+    assert re.search(said, err)
+    assert err.count("vlmzip: ") == 1
+
+
+def test_explain_takes_no_step(start, tmp_path, capsys):
+    path = write_config(start, name="explained.yaml", out=str(tmp_path / "out"))
+    assert main(["train", str(path), "--explain", "--staircase", str(tmp_path / "stairs.png")]) == 0
+    out = capsys.readouterr().out
+    assert "llavolta(layer=1,stride=8)" in out
+    assert (tmp_path / "stairs.png").stat().st_size > 5000
+    assert not (tmp_path / "out").exists()
+    assert main(["train", str(path), "--explain", "--json"]) == 0
+    assert [stage["steps"] for stage in json.loads(capsys.readouterr().out)["stages"]] == [2, 2, 2]
+    assert main(["train", str(path), "--staircase", "x.png"]) == 2
