@@ -50,8 +50,8 @@ class RandomFactor(Compressor):
         `salt` tells apart the forwards of one step: processes, and batches that are accumulated.
         """
         if self.per == "step":
-            return self._pool(self._factors_for(1, _mixed(self.seed, step))[0])
-        return dataclasses.replace(self, seed=_mixed(self.seed, step, salt))
+            return self._pool(self._factors_for(1, mixed(self.seed, step))[0])
+        return dataclasses.replace(self, seed=mixed(self.seed, step, salt))
 
     def counts(self, grid: Grid) -> list[int]:
         """A picture's output tokens for each of the factors."""
@@ -76,6 +76,6 @@ class RandomFactor(Compressor):
         return Pool2d(factor=factor, site=self.site, positions=self.positions)
 
 
-def _mixed(*numbers: int) -> int:
+def mixed(*numbers: int) -> int:
     """A seed from several numbers; neighbours do not resemble each other."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7])

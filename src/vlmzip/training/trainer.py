@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from vlmzip import spec
 from vlmzip.compressor import Compressor
+from vlmzip.methods import RandomTokens
 from vlmzip.runtime.facade import CompressedModel
-from vlmzip.training.random_factor import RandomFactor
+from vlmzip.training.random_factor import RandomFactor, mixed
 from vlmzip.training.schedule import Schedule
 
 #: Written into a checkpoint when everything else is: one without it was cut short.
@@ -66,9 +68,12 @@ class StagedTrainer(Trainer):
     def _compressor(self) -> Compressor:
         step = self.state.global_step
         self._forwards = (step, self._forwards[1] + 1 if self._forwards[0] == step else 0)
-        compressor = self.schedule.stages[self._trained].compressor
+        compressor, salt = self.schedule.stages[self._trained].compressor, self.args.process_index
+        salt += self.args.world_size * self._forwards[1]
         if isinstance(compressor, RandomFactor):
-            return compressor.drawn(step, self.args.process_index + self.args.world_size * self._forwards[1])
+            return compressor.drawn(step, salt)
+        if isinstance(compressor, RandomTokens):  # not the same places at every step
+            return replace(compressor, seed=mixed(compressor.seed, step, salt))
         return compressor
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
