@@ -89,6 +89,13 @@ def _result(
     )
 
 
+def difference(one: Result, other: Result, seed: int) -> Estimate:
+    """The score of one minus that of another, paired: both answered the same questions."""
+    bootstrap = Bootstrap([record["picture"] for record in one.records], seed)
+    ones = np.ones(len(one.records))
+    return estimate(bootstrap.share(_scores(one.records), ones) - bootstrap.share(_scores(other.records), ones))
+
+
 def _scores(records: Sequence[Record]) -> np.ndarray:
     return np.array([record["score"] for record in records], dtype=float)
 
