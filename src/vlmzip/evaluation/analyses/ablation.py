@@ -12,7 +12,7 @@ and one patch fewer, and contextual alone has no CLS, so that the LLM sees merge
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from vlmzip.errors import UserError
 from vlmzip.evaluation.analyses.subject import Row, Subject, scored
@@ -25,16 +25,24 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHARES = ("25%", "11%", "5.6%")
-MERGES = ("reference", "mean")
+MERGES: tuple[Literal["reference", "mean"], ...] = ("reference", "mean")
 BOTH, DOMINANT, CONTEXTUAL = "both", "dominant", "contextual"
 COLOURS = {BOTH: "C0", DOMINANT: "C1", CONTEXTUAL: "C2"}
 
 
 def measure(subject: Subject) -> list[Row]:
     size = subject.profile().grid.size
+    shares = [share for share in SHARES if VisionZip(keep=share).split(size)[1]]
+    if len(shares) < len(SHARES):
+        less = ", ".join(share for share in SHARES if share not in shares)
+        if not shares:
+            raise UserError(
+                f"ablation needs budgets of tokens of both kinds, and {less} of {size} are too few for that"
+            )
+        subject.tell(f"ablation leaves {less} out: of {size} tokens that is too few for both kinds")
     variants = [
         (share, merge, part, _variant(size, share, merge, part))
-        for share in SHARES
+        for share in shares
         for merge in MERGES
         for part in COLOURS
     ]
@@ -43,32 +51,29 @@ def measure(subject: Subject) -> list[Row]:
     results = dict(zip(asked, found, strict=True))
     both = {(share, merge): results[one] for share, merge, part, one in variants if part == BOTH}
     first = {"budget": "100%", "merge": "", "part": "no_compression", "dominant": "", "contextual": ""}
-    rows: list[Row] = [{**first, **_numbers(plain, plain, subject.seed)}]
+    rows: list[Row] = [{**first, **scored(plain), "against_both": "", "against_both_low": "", "against_both_high": ""}]
     for share, merge, part, one in variants:
+        names = {"budget": share, "merge": merge, "part": part}
         counts = {"dominant": one.dominant, "contextual": one.contextual}
-        numbers = _numbers(results[one], both[share, merge], subject.seed)
-        rows.append({"budget": share, "merge": merge, "part": part, **counts, **numbers})
+        against = _against(results[one], both[share, merge], subject.seed)
+        rows.append({**names, **counts, **scored(results[one]), **against})
     return rows
 
 
-def _variant(size: int, share: str, merge: str, part: str) -> VisionZip:
-    """Raises `UserError` where the budget is too small for tokens of both kinds."""
+def _variant(size: int, share: str, merge: Literal["reference", "mean"], part: str) -> VisionZip:
     count = count_to_keep(share, size)
-    dominant, contextual = VisionZip(keep=count).split(size)
-    if not contextual:
-        raise UserError(f"{share} of {size} tokens are {count}: too few for dominant and contextual ones")
     if part == DOMINANT:  # nothing is merged, so that it is one and the same under both merges
         return VisionZip(dominant=count, contextual=0)
     if part == CONTEXTUAL:
-        return VisionZip(dominant=0, contextual=count, merge=merge)  # type: ignore[arg-type]
-    return VisionZip(dominant=dominant, contextual=contextual, merge=merge)  # type: ignore[arg-type]
+        return VisionZip(dominant=0, contextual=count, merge=merge)
+    dominant, contextual = VisionZip(keep=share).split(size)
+    return VisionZip(dominant=dominant, contextual=contextual, merge=merge)
 
 
-def _numbers(result: Result, both: Result, seed: int) -> Row:
-    """What is told of every result, and its paired difference from both kinds together, in points."""
+def _against(result: Result, both: Result, seed: int) -> Row:
+    """The paired difference from both kinds together, in points."""
     against = difference(result, both, seed)
     return {
-        **scored(result),
         "against_both": round(100 * against.value, 2),
         "against_both_low": round(100 * against.low, 2),
         "against_both_high": round(100 * against.high, 2),
@@ -103,7 +108,7 @@ def draw(rows: Sequence[Row], title: str) -> Figure:
 def findings(rows: Sequence[Row]) -> list[str]:
     plain, *rest = rows
     said = [f"Without compression the score is {plain['score']:.1f} ({plain['questions']} questions)."]
-    for share in SHARES:
+    for share in dict.fromkeys(row["budget"] for row in rest):
         for merge in MERGES:
             both, dominant, contextual = (
                 next(row for row in rest if (row["budget"], row["merge"], row["part"]) == (share, merge, part))
