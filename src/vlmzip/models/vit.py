@@ -129,7 +129,7 @@ def encoder_attention(
 
     Queries and keys of all layers are held at once: as much memory as two hidden states a layer.
     """
-    modules = {}
+    modules: dict[str, nn.Module] = {}
     for layer, block in enumerate(tower.encoder.layers):
         modules |= {f"query.{layer}": block.self_attn.q_proj, f"key.{layer}": block.self_attn.k_proj}
     with record(modules) as recording:
