@@ -91,7 +91,8 @@ def draw(rows: Sequence[Row], title: str) -> Figure:
         axes.axhline(plain["score"], color="black", linestyle="--", linewidth=1, label="no compression")
         for part, colour in COLOURS.items():
             mine = [row for row in rest if (row["merge"], row["part"]) == (merge, part)]
-            gaps = [[row["score"] - row["low"] for row in mine], [row["high"] - row["score"] for row in mine]]
+            ends = ([row["score"] - row["low"] for row in mine], [row["high"] - row["score"] for row in mine])
+            gaps = [[max(0.0, gap) for gap in side] for side in ends]  # rounded, a gap can be a hair below 0
             places = [row["reached"] for row in mine]
             scores = [row["score"] for row in mine]
             axes.errorbar(places, scores, yerr=gaps, color=colour, marker="o", capsize=2, linewidth=1.2, label=part)
