@@ -89,11 +89,10 @@ def _result(
     )
 
 
-def difference(one: Result, other: Result, seed: int) -> Estimate:
-    """The score of one minus that of another, paired: both answered the same questions."""
-    bootstrap = Bootstrap([record["picture"] for record in one.records], seed)
-    ones = np.ones(len(one.records))
-    return estimate(bootstrap.share(_scores(one.records), ones) - bootstrap.share(_scores(other.records), ones))
+def difference(records: Sequence[Record], others: Sequence[Record], seed: int) -> Estimate:
+    """The mean score of some records minus that of others, which answer the same questions: paired."""
+    bootstrap, ones = Bootstrap([record["picture"] for record in records], seed), np.ones(len(records))
+    return estimate(bootstrap.share(_scores(records), ones) - bootstrap.share(_scores(others), ones))
 
 
 def _scores(records: Sequence[Record]) -> np.ndarray:

@@ -55,6 +55,7 @@ def test_tokens_and_scores_of_groups_are_those_of_their_records(measured):
         assert rows[1][f"questions_level_{level}"] == len(mine) == count
         assert rows[1][f"tokens_level_{level}"] == pytest.approx(tokens, abs=0.006)
         assert rows[1][f"score_level_{level}"] == pytest.approx(score, abs=0.006)
+        assert rows[1][f"difference_level_{level}"] == pytest.approx(score - rows[0][f"score_level_{level}"], abs=0.02)
     assert rows[1]["tokens_level_plain"] != rows[1]["tokens_level_rich"]
     assert not any("type" in name for name in rows[1])
 
@@ -73,6 +74,8 @@ def row(tau, reached, difference, low, high):
         "tau": tau, "reached": reached, "score": 80 + difference, "questions": 400, "tokens": reached,
         "difference": difference, "difference_low": low, "difference_high": high,
         "score_level_flat": 80 + 2 * difference, "tokens_level_flat": reached / 2, "questions_level_flat": 100,
+        "difference_level_flat": 2 * difference, "difference_level_flat_low": 2 * low,
+        "difference_level_flat_high": 2 * high,
     }  # fmt: skip
 
 
@@ -80,22 +83,31 @@ class TestFindings:
     def test_a_sure_loss_ends_the_search_for_savings(self):
         rows = [
             row(0, 100, 0, 0, 0),
-            row(0.2, 60, -1, -2.5, 0.5),
-            row(0.3, 40, -3, -5, -1),
+            row(0.2, 70, -1, -2.5, 0.5),
+            row(0.3, 48, -3, -5, -1),
             row(0.4, 30, -2, -4.5, 0.5),
         ]
         _, text, flat = findings(rows)
         assert text == (
-            "The largest saving at which no loss can be told from none with 400 questions is at tau=0.2: 60.0 % of the"
-            " tokens, -1.0 points (95 % interval -2.5 to +0.5): a loss of up to 2.5 points is not ruled out."
+            "The largest saving at which no loss can be told from none with 400 questions is at tau=0.2: 70.0 % of the"
+            " tokens, -1.0 points (-2.5 to +0.5), so that a loss of up to 2.5 points is not ruled out."
         )
-        assert flat == "At this tau, level flat: 30.0 tokens a picture, -2.0 points (100 questions)."
+        assert flat == (
+            "At tau=0.3, with 48.0 % kept, level flat has 24.0 tokens a picture and -6.0 points (-10.0 to -2.0) of 100"
+            " questions."
+        )
 
     def test_no_loss_at_all(self):
-        rows = [row(0, 100, 0, 0, 0), row(0.2, 60, 2, 1, 3)]
-        assert "at tau=0.2: 60.0 %" in findings(rows)[1]
-        assert "a loss of up to 0.0 points is not ruled out" in findings(rows)[1]
+        text = findings([row(0, 100, 0, 0, 0), row(0.2, 60, 2, 1, 3)])[1]
+        assert "at tau=0.2: 60.0 % of the tokens, +2.0 points" in text
+        assert "a loss of up to 0.0 points is not ruled out" in text
 
-    def test_a_loss_from_the_first_step_on(self):
-        rows = [row(0, 100, 0, 0, 0), row(0.2, 60, -8, -9, -7)]
-        assert "at tau=0: 100.0 % of the tokens, +0.0 points" in findings(rows)[1]
+    def test_a_loss_from_the_first_saving_on(self):
+        rows = [row(0, 100, 0, 0, 0), row(0.1, 100, 0, 0, 0), row(0.2, 60, -8, -9, -7), row(0.3, 50, -1, -3, 1)]
+        assert findings(rows)[1] == (
+            "With 400 questions, the smallest saving that was tried already costs a loss beyond the 95 % interval:"
+            " tau=0.2 keeps 60.0 % of the tokens, -8.0 points (-9.0 to -7.0)."
+        )
+
+    def test_nothing_saved(self):
+        assert findings([row(0, 100, 0, 0, 0), row(0.1, 100, 0, 0, 0)])[1] == "No tau that was tried saves tokens."

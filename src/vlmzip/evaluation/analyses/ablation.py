@@ -12,7 +12,7 @@ and one patch fewer, and contextual alone has no CLS, so that the LLM sees merge
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from vlmzip.errors import UserError
 from vlmzip.evaluation.analyses.subject import Row, Subject, scored
@@ -28,6 +28,8 @@ SHARES = ("25%", "11%", "5.6%")
 MERGES: tuple[Literal["reference", "mean"], ...] = ("reference", "mean")
 BOTH, DOMINANT, CONTEXTUAL = "both", "dominant", "contextual"
 COLOURS = {BOTH: "C0", DOMINANT: "C1", CONTEXTUAL: "C2"}
+#: Points of equal counts are drawn beside one another, so that their intervals can be told apart.
+BESIDE = {BOTH: 1.0, DOMINANT: 0.97, CONTEXTUAL: 1.03}
 
 
 def measure(subject: Subject) -> list[Row]:
@@ -72,7 +74,7 @@ def _variant(size: int, share: str, merge: Literal["reference", "mean"], part: s
 
 def _against(result: Result, both: Result, seed: int) -> Row:
     """The paired difference from both kinds together, in points."""
-    against = difference(result, both, seed)
+    against = difference(result.records, both.records, seed)
     return {
         "against_both": round(100 * against.value, 2),
         "against_both_low": round(100 * against.low, 2),
@@ -85,25 +87,35 @@ def draw(rows: Sequence[Row], title: str) -> Figure:
     from matplotlib.figure import Figure
 
     plain, *rest = rows
-    figure = Figure(figsize=(9, 4.5), dpi=150, layout="constrained")
-    figure.suptitle(title, fontsize="medium")
+    figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
+    figure.suptitle(title)
     for axes, merge in zip(figure.subplots(1, len(MERGES), sharey=True), MERGES, strict=True):
         axes.axhline(plain["score"], color="black", linestyle="--", linewidth=1, label="no compression")
-        for part, colour in COLOURS.items():
-            mine = [row for row in rest if (row["merge"], row["part"]) == (merge, part)]
-            ends = ([row["score"] - row["low"] for row in mine], [row["high"] - row["score"] for row in mine])
-            gaps = [[max(0.0, gap) for gap in side] for side in ends]  # rounded, a gap can be a hair below 0
-            places = [row["reached"] for row in mine]
-            scores = [row["score"] for row in mine]
-            axes.errorbar(places, scores, yerr=gaps, color=colour, marker="o", capsize=2, linewidth=1.2, label=part)
-        axes.set(xlabel="visual tokens kept, %", title=f"merge: {merge}", xscale="log")
+        for part in COLOURS:
+            _line(axes, [row for row in rest if (row["merge"], row["part"]) == (merge, part)], part)
+        places = sorted({row["reached"] for row in rest})
+        axes.set(xlabel="visual tokens kept, %", xscale="log")
+        axes.set_title(f"merge: {merge}", fontsize="medium")
         axes.set_xticks(places, [f"{place:.3g}" for place in places])
         axes.minorticks_off()
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].set(ylabel="score, % (95 % intervals)")
-    figure.axes[-1].legend(frameon=False)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     return figure
+
+
+def _line(axes: Any, mine: Sequence[Row], part: str) -> None:
+    """One part's scores over its tokens; differences of rounded numbers can lie a hair below 0."""
+    places, scores = [BESIDE[part] * row["reached"] for row in mine], [row["score"] for row in mine]
+    below, above = (
+        [max(0.0, sign * (row[end] - row["score"])) for row in mine] for end, sign in (("low", -1), ("high", 1))
+    )
+    label = part if part == BOTH else f"{part} alone"
+    axes.errorbar(
+        places, scores, yerr=[below, above], color=COLOURS[part], marker="o", capsize=2, linewidth=1.2, label=label
+    )
 
 
 def findings(rows: Sequence[Row]) -> list[str]:

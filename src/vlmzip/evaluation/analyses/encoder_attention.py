@@ -129,7 +129,8 @@ def draw(rows: Sequence[Row], title: str) -> Figure:
     layers = [row["layer"] for row in rows]
     for number, top in enumerate(reversed(TOPS)):
         _line(above, rows, f"top_{top}", f"C{number}", f"most attended {top} % of tokens")
-        above.axhline(top, color=f"C{number}", linestyle=":", linewidth=0.8, label="the same, evenly spread")
+        label = "their share if evenly spread" if number == 0 else "_"  # "_": no entry of its own
+        above.axhline(top, color=f"C{number}", linestyle=":", linewidth=1, label=label)
     _line(below, rows, "effective_tokens", "C3", "")
     above.set(ylabel="share of the attention, %", title=title, ylim=(0, None))
     below.set(xlabel="layer of the vision encoder, from 0", ylabel="effective number of tokens", ylim=(0, None))
@@ -157,7 +158,7 @@ def _mark_layers(axes: Any, rows: Sequence[Row]) -> None:
     axes.axvline(read, color="0.5", linestyle="--", linewidth=1, label="read by VisionZip")
     windowed = [row["layer"] for row in rows if "window" in row["attends"]]
     for layer in windowed:
-        label = "inside of windows" if layer == windowed[0] else "_"  # "_": no entry of its own
+        label = "inside of windows" if layer == windowed[0] else "_"
         axes.axvspan(layer - 0.5, layer + 0.5, color="0.92", zorder=0, label=label)
 
 
@@ -165,14 +166,17 @@ def findings(rows: Sequence[Row]) -> list[str]:
     read = next(row for row in rows if row["read_by_visionzip"])
     like = [row for row in rows if row["attends"] == read["attends"]]
     most, least = (choose(like, key=lambda row: row["top_10"]) for choose in (max, min))
+    fewest = min(like, key=lambda row: row["effective_tokens"])
     more = [str(row["layer"]) for row in like if row["top_10_beyond_read_low"] > 0]
     said = [
         f"In layer {read['layer']} of {len(rows)} (from 0), which VisionZip reads, the most attended tenth of tokens"
         f" gets {_percent(read, 'top_10')} of the attention of {read['attends']}, and the effective number of tokens is"
         f" {read['effective_tokens']:.0f} ({read['pictures']} pictures).",
         f"The most concentrated layer is {most['layer']} ({_percent(most, 'top_10')}), the least is {least['layer']}"
-        f" ({_percent(least, 'top_10')}).",
-        f"More concentrated than the layer that is read, beyond the 95 % interval: {', '.join(more) or 'none'}.",
+        f" ({_percent(least, 'top_10')}); by the effective number of tokens the most concentrated one is"
+        f" {fewest['layer']} ({fewest['effective_tokens']:.0f}).",
+        f"More concentrated than the layer that is read, by their tenths and beyond the 95 % interval:"
+        f" {', '.join(more) or 'none'}.",
     ]
     if read is not rows[-1]:
         last = rows[-1]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmzip.evaluation.analyses.subject import Row, Subject, scored
 from vlmzip.evaluation.records import Record
+from vlmzip.evaluation.results import difference
 from vlmzip.methods import DFMR
 from vlmzip.visualize.histogram import import_matplotlib
 
@@ -27,12 +28,14 @@ MOST_VALUES = 6
 
 
 def measure(subject: Subject) -> list[Row]:
-    _, *found = subject.ask([DFMR(tau=tau) for tau in TAUS])
-    groups = picture_groups(found[0].records)
-    return [
-        {"tau": tau, **scored(result), **_tokens(result.records), **_by_group(result.records, groups)}
-        for tau, result in zip(TAUS, found, strict=True)
-    ]
+    plain, *found = subject.ask([DFMR(tau=tau) for tau in TAUS])
+    rows = []
+    for tau, result in zip(TAUS, found, strict=True):
+        row = {"tau": tau, **scored(result), **_tokens(result.records)}
+        for group in picture_groups(plain.records):
+            row |= _of_group(group, result.records, plain.records, subject.seed)
+        rows.append(row)
+    return rows
 
 
 def picture_groups(records: Sequence[Record]) -> list[tuple[str, str]]:
@@ -56,15 +59,19 @@ def _tokens(records: Sequence[Record]) -> Row:
     }
 
 
-def _by_group(records: Sequence[Record], groups: Sequence[tuple[str, str]]) -> Row:
-    """Questions, score in percent and mean number of tokens of each group."""
-    row: Row = {}
-    for name, value in groups:
-        mine = [record for record in records if record["groups"][name] == value]
-        row[f"questions_{name}_{value}"] = len(mine)
-        row[f"score_{name}_{value}"] = round(100 * sum(record["score"] for record in mine) / len(mine), 2)
-        row[f"tokens_{name}_{value}"] = _tokens(mine)["tokens"]
-    return row
+def _of_group(group: tuple[str, str], records: Sequence[Record], plain: Sequence[Record], seed: int) -> Row:
+    """A group's questions, score in percent, its paired difference from no compression, and mean number of tokens."""
+    name, value = group
+    mine, before = ([one for one in some if one["groups"][name] == value] for some in (records, plain))
+    against = difference(mine, before, seed)
+    return {
+        f"questions_{name}_{value}": len(mine),
+        f"score_{name}_{value}": round(100 * sum(record["score"] for record in mine) / len(mine), 2),
+        f"difference_{name}_{value}": round(100 * against.value, 2),
+        f"difference_{name}_{value}_low": round(100 * against.low, 2),
+        f"difference_{name}_{value}_high": round(100 * against.high, 2),
+        f"tokens_{name}_{value}": _tokens(mine)["tokens"],
+    }
 
 
 def draw(rows: Sequence[Row], title: str) -> Figure:
@@ -102,22 +109,45 @@ def _thin_lines(above: Any, below: Any, rows: Sequence[Row], group: str, colour:
 
 def findings(rows: Sequence[Row]) -> list[str]:
     first, last = rows[0], rows[-1]
-    # Any loss that is sure at a smaller tau ends the search, so that no lucky draw behind it counts.
-    lost = next((place for place, row in enumerate(rows) if row["difference_high"] < 0), len(rows))
-    least = min(rows[:lost] or [first], key=lambda row: row["reached"])
     said = [
         f"From tau={first['tau']:g} to tau={last['tau']:g} the share of tokens kept goes from {first['reached']:.1f} %"
         f" to {last['reached']:.1f} %, the score from {first['score']:.1f} to {last['score']:.1f}.",
-        f"The largest saving at which no loss can be told from none with {least['questions']} questions is at"
-        f" tau={least['tau']:g}: {least['reached']:.1f} % of the tokens, {least['difference']:+.1f} points"
-        f" (95 % interval {least['difference_low']:+.1f} to {least['difference_high']:+.1f}): a loss of up to"
-        f" {max(0.0, -least['difference_low']):.1f} points is not ruled out.",
+        _largest_saving(rows),
     ]
-    for group in _groups(rows):
-        tokens = least[f"tokens_{group}"]
-        gap = least[f"score_{group}"] - first[f"score_{group}"]
-        count = f"{least[f'questions_{group}']} questions"
-        said.append(
-            f"At this tau, {group.replace('_', ' ')}: {tokens:.1f} tokens a picture, {gap:+.1f} points ({count})."
-        )
+    half = min(rows, key=lambda row: abs(row["reached"] - 50))
+    said += [
+        f"At tau={half['tau']:g}, with {half['reached']:.1f} % kept, {_group(half, name)}." for name in _groups(rows)
+    ]
     return said
+
+
+def _largest_saving(rows: Sequence[Row]) -> str:
+    """Any loss that is sure at a smaller tau ends the search, so that no lucky draw behind it counts."""
+    saving = [row for row in rows if row["reached"] < 100]
+    if not saving:
+        return "No tau that was tried saves tokens."
+    first = saving[0]
+    if first["difference_high"] < 0:
+        return (
+            f"With {first['questions']} questions, the smallest saving that was tried already costs a loss beyond the"
+            f" 95 % interval: tau={first['tau']:g} keeps {first['reached']:.1f} % of the tokens,"
+            f" {_points(first, 'difference')}."
+        )
+    lost = next((place for place, row in enumerate(saving) if row["difference_high"] < 0), len(saving))
+    least = min(saving[:lost], key=lambda row: row["reached"])
+    return (
+        f"The largest saving at which no loss can be told from none with {least['questions']} questions is at"
+        f" tau={least['tau']:g}: {least['reached']:.1f} % of the tokens, {_points(least, 'difference')}, so that a loss"
+        f" of up to {max(0.0, -least['difference_low']):.1f} points is not ruled out."
+    )
+
+
+def _group(row: Row, group: str) -> str:
+    return (
+        f"{group.replace('_', ' ')} has {row[f'tokens_{group}']:.1f} tokens a picture and"
+        f" {_points(row, f'difference_{group}')} of {row[f'questions_{group}']} questions"
+    )
+
+
+def _points(row: Row, name: str) -> str:
+    return f"{row[name]:+.1f} points ({row[f'{name}_low']:+.1f} to {row[f'{name}_high']:+.1f})"
