@@ -127,9 +127,10 @@ def draw(rows: Sequence[Row], title: str) -> Figure:
     figure = Figure(figsize=(7, 7), dpi=150, layout="constrained")
     above, below = figure.subplots(2, sharex=True)
     layers = [row["layer"] for row in rows]
-    for number, top in enumerate(reversed(TOPS)):
+    for number, top in enumerate(TOPS):
         _line(above, rows, f"top_{top}", f"C{number}", f"most attended {top} % of tokens")
-        label = "their share if evenly spread" if number == 0 else "_"  # "_": no entry of its own
+    for number, top in enumerate(TOPS):
+        label = "their shares if evenly spread" if number == 0 else "_"  # "_": no entry of its own
         above.axhline(top, color=f"C{number}", linestyle=":", linewidth=1, label=label)
     _line(below, rows, "effective_tokens", "C3", "")
     above.set(ylabel="share of the attention, %", title=title, ylim=(0, None))
