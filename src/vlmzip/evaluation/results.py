@@ -90,6 +90,12 @@ def _result(
     )
 
 
+def difference(records: Sequence[Record], others: Sequence[Record], seed: int) -> Estimate:
+    """The mean score of some records minus that of others, which answer the same questions: paired."""
+    bootstrap, ones = Bootstrap([record["picture"] for record in records], seed), np.ones(len(records))
+    return estimate(bootstrap.share(_scores(records), ones) - bootstrap.share(_scores(others), ones))
+
+
 def _scores(records: Sequence[Record]) -> np.ndarray:
     return np.array([record["score"] for record in records], dtype=float)
 

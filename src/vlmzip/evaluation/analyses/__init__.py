@@ -15,7 +15,7 @@ from types import ModuleType
 from vlmzip.errors import UserError, closest
 
 #: The files of this folder.
-NAMES = ("tau",)
+NAMES = ("ablation", "encoder_attention", "tau")
 
 
 def find(name: str) -> ModuleType:
