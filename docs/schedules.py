@@ -1,0 +1,61 @@
+"""What LLaVolta's training schemes cost, counted, beside what the paper prints: `python docs/schedules.py [--check]`.
+
+Writes docs/schedules.md. Shapes alone are needed: LLaVA-1.5-7B and -13B without weights.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+from vlmzip.measure.presets import PRESETS, make_config, make_model
+from vlmzip.models import adapter_for
+from vlmzip.training.explain import COLUMNS, Cost, explain, lines
+from vlmzip.training.schedule import SCHEMES, scheme
+
+PAGE = Path(__file__).with_suffix(".md")
+#: LLaVA-1.5's second step: 665k records, 128 to a step, one epoch.
+STEPS = 5197
+TEXT = 62
+
+HEAD = f"""# What training schedules cost
+
+Made by `python docs/schedules.py`, and checked by the tests. LLaVolta's schemes (arXiv:2406.20092, Table 1) on
+LLaVA-1.5-7B: visual tokens of a picture summed over all 32 layers, compression ratio (CR, Eq. 3), and FLOPs of the LLM's forward
+with {TEXT} tokens of text, as a share of those without compression; forward and backward together have the same share. Steps
+are those of one epoch of LLaVA-1.5's instruction data, {STEPS:,}. *paper*: as it prints them.
+
+The ratios of the stages agree with the paper's to the percent that it prints. Its totals (Table 2) do not all follow from its
+stages: only `last-stage-compression` does exactly. In `four-stage-deeper-then-wider` the first stage seems to have been
+divided by 4 already, in `four-stage-wider-then-deeper` to have 72 x 32 tokens instead of 3,312; the means of three stages
+are a little low, as if each weighed 0.33; for the total of `two-stage` no such reading was found. Training times are the
+paper's, on its hardware, and nothing that this repository has measured.
+"""
+
+
+def page() -> str:
+    adapter = adapter_for(make_model(make_config(PRESETS["llava-1.5-7b"]), "meta", torch.bfloat16))
+    parts = [HEAD]
+    for name in SCHEMES:
+        parts.append(f"## {name}\n\n{_table(explain(scheme(name), adapter, STEPS, TEXT))}\n")
+    return "\n".join(parts)
+
+
+def _table(cost: Cost) -> str:
+    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *lines(cost)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the page differs")
+    text = page()
+    if parser.parse_args().check:
+        return int(PAGE.read_text(encoding="utf-8") != text)
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
