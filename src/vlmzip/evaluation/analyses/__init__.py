@@ -15,7 +15,7 @@ from types import ModuleType
 from vlmzip.errors import UserError, closest
 
 #: The files of this folder.
-NAMES = ("tau",)
+NAMES = ("layer_stride", "tau")
 
 
 def find(name: str) -> ModuleType:
