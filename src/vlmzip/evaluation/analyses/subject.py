@@ -36,12 +36,16 @@ class Subject:
     processes: Processes
     tell: Callable[[str], None] = print
 
+    def study(self) -> Study:
+        """What asks, and keeps answers in the folder."""
+        return Study(self.model, self.processor, self.name, self.folder, self.batch, self.processes, self.tell)
+
     def ask(self, compressors: Sequence[Compressor]) -> list[Result]:
         """The results of the uncompressed model and of each compressor, in this order, as `vlmzip eval` has them.
 
         Raises `UserError` where one of them has no place in the model, or breaks.
         """
-        study = Study(self.model, self.processor, self.name, self.folder, self.batch, self.processes, self.tell)
+        study = self.study()
         written = ",".join(map(spec.write, compressors))
         configurations = study.configure([self.task], spec.candidates(written) if written else [], [AS_SET])
         study.run([self.task], configurations)
