@@ -14,7 +14,7 @@ STEPS = 5
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_rows_are_those_of_eager_attention(name, attention):
-    """Under grouped queries, rotary positions on one and three axes, padding, and prompts that see each other both ways."""
+    """Grouped queries, rotary positions on one and three axes, padding, prompts that see each other both ways."""
     family = FAMILIES[name]()
     inputs = family.batch([1, "image", 5, 6], [1, 3, "image", 7, 5, 6, 8])
     visual = inputs["input_ids"] == IMAGE_TOKEN

@@ -187,10 +187,10 @@ def findings(rows: Sequence[Row]) -> list[str]:
     most = max(rows, key=lambda row: row["attention"])
     least = min(rows, key=lambda row: row["attention"])
     half = len(rows) // 2
-    first, second = (sum(row["attention"] for row in part) / len(part) for part in (rows[:half] or rows, rows[half:]))
+    first, second = (np.mean([row["attention"] for row in part]) for part in (rows[:half] or rows, rows[half:]))
     return [
-        f"{rows[0]['visual_tokens']:.0f} visual tokens would get {rows[0]['uniform']:.1f} % of the answer's attention if"
-        f" it were uniform; they get from {least['attention']:.1f} % (layer {least['layer']}) to"
-        f" {most['attention']:.1f} % (layer {most['layer']}).",
+        f"If it were uniform, {rows[0]['uniform']:.1f} % of the answer's attention would go to the"
+        f" {rows[0]['visual_tokens']:.0f} visual tokens; they get from {least['attention']:.1f} % (layer"
+        f" {least['layer']}) to {most['attention']:.1f} % (layer {most['layer']}).",
         f"Mean of the first half of the layers {first:.1f} %, of the second half {second:.1f} %.",
     ]

@@ -1,0 +1,122 @@
+"""Second turns, against the whole conversation without a cache; replayed tokens, against those that were kept."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.evaluation.analyses.subjects import numbered_subject
+from tests.tiny import tiny_llava
+from vlmzip import FastV, NoCompression, UserError, VisionZip
+from vlmzip.evaluation.analyses import turns
+from vlmzip.evaluation.bootstrap import Bootstrap
+
+
+def ending_tiny_llava():
+    """Some of its answers end before the longest: their rows are padded, and their end is said."""
+    model = tiny_llava()
+    model.generation_config.eos_token_id = [2, 10, 59, 73]
+    return model
+
+
+@pytest.fixture
+def subject(tmp_path):
+    return numbered_subject(tmp_path, model=ending_tiny_llava(), batch=2)
+
+
+def test_every_question_stands_in_both_places_once(subject):
+    samples = subject.task.samples
+    places = [(samples.index(first), samples.index(second)) for first, second in turns.pairs(samples)]
+    assert places == [(4, 0), (0, 1), (1, 4), (3, 2), (2, 3)]
+
+
+@pytest.mark.parametrize("compressor", [NoCompression(), VisionZip(keep=9), FastV(keep=9, layer=2)])
+def test_a_second_turn_is_the_whole_conversation(subject, compressor):
+    """Both answers of a batch of pairs, beside each pair alone with its conversation in one prompt and no cache.
+
+    Of FastV the first answers alone: in one prompt the last question chooses its tokens, not the first.
+    """
+    study, pairs = subject.study(), turns.pairs(subject.task.samples)
+    with compressor.on(subject.model) as small:
+        found = turns.converse(study, subject.task, small, pairs)
+    ended = []
+    for (first, second), record in zip(pairs, found, strict=True):
+        with compressor.on(subject.model) as small:
+            inputs = study.asker.inputs([first.load()], [first.question])
+            length = inputs["input_ids"].shape[1]
+            ids = small.generate(**inputs, max_new_tokens=subject.task.max_new_tokens, do_sample=False)
+            assert record["first"]["given"] == said(subject, ids[:, length:])
+            ended.append(bool(torch.isin(ids[0, -1], torch.tensor(subject.model.generation_config.eos_token_id))))
+            end = "" if ended[-1] else "</s>"
+            more = subject.processor.tokenizer(
+                f"{end}w90 {second.question} w91", add_special_tokens=False, return_tensors="pt"
+            )
+            whole = torch.cat([ids, more["input_ids"]], 1)
+            if isinstance(compressor, FastV):
+                continue
+            inputs = {**inputs, "input_ids": whole, "attention_mask": torch.ones_like(whole)}
+            out = small.generate(**inputs, max_new_tokens=subject.task.max_new_tokens, do_sample=False)
+            assert record["given"] == said(subject, out[:, whole.shape[1] :])
+    assert len(set(ended)) == 2  # some answers ended, some were cut
+
+
+def said(subject, ids):
+    return subject.processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+
+
+def test_what_is_replayed_was_kept_for_the_other_question(subject):
+    study, fastv = subject.study(), FastV(keep=3, layer=1)
+    masks = []
+    for first, second in turns.pairs(subject.task.samples):
+        own, other = turns.kept_for(study, fastv, second), turns.kept_for(study, fastv, first)
+        with fastv.on(subject.model) as small:
+            (answer,) = study.asker.answer(small, [second.load()], [second.question], subject.task.max_new_tokens)
+            kept = small.report.pictures[0].token_map.group[:, -36:] >= 0
+        assert torch.equal(own.kept, kept)
+        again = turns.replay(study, subject.task, fastv, second, second)
+        assert (again["given"], again["visual_tokens_by_layer"]) == (answer.text, [36, 3, 3, 3])
+        with other.on(subject.model) as small:
+            study.asker.answer(small, [second.load()], [second.question], 1)
+            used = small.report.pictures[0].token_map.group[:, -36:] >= 0
+        assert torch.equal(used, other.kept)
+        masks.append(torch.equal(own.kept, other.kept))
+    assert not all(masks)
+
+
+def test_rows_compare_with_the_plain_model_in_the_same_place():
+    def records(*scores):
+        return [{"score": score, "visual_tokens_by_layer": [36, 4]} for score in scores]
+
+    plain = {"first": records(1, 1, 1, 0), "second": records(1, 1, 0, 0)}
+    small = {"first": records(1, 1, 0, 0), "second": records(0, 0, 0, 0), "replayed": records(1, 0, 0, 0)}
+    bootstrap = Bootstrap("aabb", 0)
+    rows = {place: turns._row(bootstrap, "fastv", "50%", place, small, plain) for place in small}
+    assert {place: row["score"] for place, row in rows.items()} == {"first": 50, "second": 0, "replayed": 25}
+    assert {place: row["difference"] for place, row in rows.items()} == {"first": -25, "second": -50, "replayed": -50}
+    assert {place: row["extra_loss"] for place, row in rows.items()} == {"first": 0, "second": 25, "replayed": 25}
+    assert rows["second"]["tokens"] == 20
+    # Pictures a and b: of the plain model's 1 and 0 in second place nothing is left, whichever are drawn.
+    assert (rows["second"]["difference_low"], rows["second"]["difference_high"]) == (-100, 0)
+    assert np.isclose(rows["second"]["extra_loss_high"], 100)
+
+
+def test_the_table_has_each_method_in_its_places_and_is_kept(subject, monkeypatch):
+    rows = turns.measure(subject)
+    places = [(row["method"], row["budget"], row["place"]) for row in rows]
+    expected = [("no_compression", "100%", "first"), ("no_compression", "100%", "second")]
+    expected += [("visionzip", budget, place) for budget in ("50%", "33%") for place in ("first", "second")]
+    # Two of four layers before FastV leave more than 33 %.
+    assert [one for one in places if one[0] != "fastv"] == expected
+    assert ("fastv", "33%", "first") not in places
+    assert {row["questions"] for row in rows} == {5}
+    monkeypatch.setattr(turns, "converse", None)
+    monkeypatch.setattr(turns, "replay", None)
+    assert turns.measure(subject) == rows
+
+
+def test_it_says_what_it_cannot_do(tmp_path, subject):
+    alone = numbered_subject(tmp_path / "alone", words=("w4", "w5"), pictures="ab")
+    with pytest.raises(UserError, match="two questions or more"):
+        turns.measure(alone)
+    subject.processor.chat_template = None
+    with pytest.raises(UserError, match="chat template"):
+        turns.measure(subject)
