@@ -42,25 +42,28 @@ class Asker:
             raise UserError(f"the question {question!r} must not contain <image>: pictures are placed before it")
 
     def inputs(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> dict[str, Any]:
-        """Model inputs of one prompt for each question, with its picture."""
-        prompts = [chat_prompt(self.adapter, self.processor, question, 1) for question in questions]
+        """Model inputs of one prompt for each question, with its picture, or with its pictures: as many for each."""
+        each = len(pictures) // len(questions)
+        prompts = [chat_prompt(self.adapter, self.processor, question, each) for question in questions]
         made = self.processor(images=list(pictures), text=prompts, padding=True, return_tensors="pt")
         return dict(made.to(self.adapter.model.device, self.adapter.model.dtype))
 
     def answer(
         self, small: CompressedModel, pictures: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int
     ) -> list[Answer]:
-        """The answers in the order of the questions."""
+        """The answers in the order of the questions; tokens are those of all pictures of a prompt."""
         inputs = self.inputs(pictures, questions)
         with torch.inference_mode():
             ids = small.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         texts = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         lengths = inputs["attention_mask"].sum(1).tolist()
-        by_row = {picture.row: picture for picture in small.report.pictures}
-        return [
-            Answer(text.strip(), picture.before, picture.by_layer, length - picture.before)
-            for text, length, picture in zip(texts, lengths, (by_row[row] for row in range(len(texts))), strict=True)
-        ]
+        found = []
+        for row, (text, length) in enumerate(zip(texts, lengths, strict=True)):
+            own = [picture for picture in small.report.pictures if picture.row == row]
+            before = sum(picture.before for picture in own)
+            by_layer = tuple(map(sum, zip(*(picture.by_layer for picture in own), strict=True)))
+            found.append(Answer(text.strip(), before, by_layer, length - before))
+        return found
 
     def _flops(self, text_tokens: int, by_layer: tuple[int, ...]) -> int:
         """Prefill FLOPs of the LLM."""
