@@ -100,14 +100,16 @@ def test_rows_compare_with_the_plain_model_in_the_same_place():
 
 
 def test_the_table_has_each_method_in_its_places_and_is_kept(subject, monkeypatch):
+    monkeypatch.setattr(turns, "BUDGETS", ("75%", "33%"))
     rows = turns.measure(subject)
     places = [(row["method"], row["budget"], row["place"]) for row in rows]
     expected = [("no_compression", "100%", "first"), ("no_compression", "100%", "second")]
-    expected += [("visionzip", budget, place) for budget in ("50%", "33%") for place in ("first", "second")]
-    # Two of four layers before FastV leave more than 33 %.
-    assert [one for one in places if one[0] != "fastv"] == expected
-    assert ("fastv", "33%", "first") not in places
+    expected += [("visionzip", budget, place) for budget in ("75%", "33%") for place in ("first", "second")]
+    # FastV acts after two of the four layers, which leaves it more than 33 %.
+    expected += [("fastv", "75%", place) for place in ("first", "second", "replayed")]
+    assert places == expected
     assert {row["questions"] for row in rows} == {5}
+    assert [row["tokens"] for row in rows] == [36] * 2 + [27] * 2 + [12] * 2 + [27] * 3
     monkeypatch.setattr(turns, "converse", None)
     monkeypatch.setattr(turns, "replay", None)
     assert turns.measure(subject) == rows
