@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 FITS, ASKED = "fits", "asked"
 BUDGETS = (WHOLE, "50%", "25%", "11%")
-METHODS, BUDGET = "visionzip,dfmr,pool2d", "25%"
+METHODS, BUDGET = "visionzip,dfmr", "25%"
 COUNTS = (1, 2, 4, 8)
 ONLY, FIRST, LAST = "only", "first", "last"
 #: How a prompt says which picture is meant.
