@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.evaluation.analyses.subjects import numbered_subject
+from tests.evaluation.analyses.numbered import numbered_subject
 from tests.tiny import FAMILIES, IMAGE_TOKEN
 from vlmzip.evaluation.analyses import attention_by_depth as analysis
 from vlmzip.models import adapter_for

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.evaluation.analyses.subjects import numbered_subject
+from tests.evaluation.analyses.numbered import numbered_subject
 from vlmzip import NoCompression, Pool2d
 from vlmzip.evaluation.analyses import context
 from vlmzip.evaluation.answering import Asker
@@ -18,7 +18,7 @@ def test_what_fits_is_the_longest_prompt_within_the_positions(subject):
     """Counted by making longer and longer prompts."""
     study = subject.study()
     study.adapter.llm_config.max_position_embeddings = 200
-    room, between = context._room(study, subject.task)
+    tokens, room, between = context._room(study, subject.task)
     picture, count = subject.task.samples[0].load(), 1
     longest = max((sample.question for sample in subject.task.samples), key=lambda text: len(text.split()))
     while True:
@@ -26,12 +26,12 @@ def test_what_fits_is_the_longest_prompt_within_the_positions(subject):
         if length + subject.task.max_new_tokens > 200:
             break
         count += 1
-    assert (context.fitting(36, room, between), count) == (4, 4)
+    assert (context.fitting(tokens, room, between), count) == (4, 4)
     # One position fewer than five pictures need.
     length = study.asker.inputs([picture] * 5, [longest])["input_ids"].shape[1] + subject.task.max_new_tokens
     for positions, fits in ((length, 5), (length - 1, 4)):
         study.adapter.llm_config.max_position_embeddings = positions
-        assert context.fitting(36, *context._room(study, subject.task)) == fits
+        assert context.fitting(*context._room(study, subject.task)) == fits
 
 
 def test_text_between_pictures_counts():

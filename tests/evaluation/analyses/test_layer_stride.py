@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.evaluation.analyses.subjects import numbered_subject
+from tests.evaluation.analyses.numbered import numbered_subject
 from vlmzip import LLaVolta
 from vlmzip.evaluation.analyses import layer_stride
 

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from tests.evaluation.analyses.subjects import numbered_subject
-from tests.tiny import tiny_llava
-from vlmzip import FastV, NoCompression, UserError, VisionZip
+from tests.evaluation.analyses.numbered import numbered_subject
+from tests.tiny import tiny_llava, tiny_processor, tiny_qwen
+from vlmzip import FastV, NoCompression, TokenMap, UserError, VisionZip
 from vlmzip.evaluation.analyses import turns
 from vlmzip.evaluation.bootstrap import Bootstrap
 
@@ -64,22 +65,42 @@ def said(subject, ids):
 
 
 def test_what_is_replayed_was_kept_for_the_other_question(subject):
+    """The tokens that the LLM is left with, beside those that FastV keeps of each pair alone."""
     study, fastv = subject.study(), FastV(keep=3, layer=1)
-    masks = []
-    for first, second in turns.pairs(subject.task.samples):
-        own, other = turns.kept_for(study, fastv, second), turns.kept_for(study, fastv, first)
-        with fastv.on(subject.model) as small:
-            (answer,) = study.asker.answer(small, [second.load()], [second.question], subject.task.max_new_tokens)
-            kept = small.report.pictures[0].token_map.group[:, -36:] >= 0
-        assert torch.equal(own.kept, kept)
-        again = turns.replay(study, subject.task, fastv, second, second)
-        assert (again["given"], again["visual_tokens_by_layer"]) == (answer.text, [36, 3, 3, 3])
-        with other.on(subject.model) as small:
-            study.asker.answer(small, [second.load()], [second.question], 1)
-            used = small.report.pictures[0].token_map.group[:, -36:] >= 0
-        assert torch.equal(used, other.kept)
-        masks.append(torch.equal(own.kept, other.kept))
-    assert not all(masks)
+    pairs = turns.pairs(subject.task.samples)
+    own, other = (turns.kept_for(study, fastv, [pair[n] for pair in pairs]) for n in (1, 0))
+    assert [turns.left(one).sum() for one in own] == [3] * 5
+    assert not all(torch.equal(turns.left(a), turns.left(b)) for a, b in zip(own, other, strict=True))
+    used = []
+
+    def spy(compressor, tokens):
+        used.append(compressor.kept)
+        return TokenMap.keep(compressor.kept)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(turns.Replayed, "assign", spy)
+        turns.replay(study, subject.task, fastv, pairs)
+    assert torch.equal(used[0], torch.cat([turns.left(report) for report in other]))
+
+
+def test_replaying_a_questions_own_tokens_changes_nothing(subject):
+    study, fastv = subject.study(), FastV(keep=3, layer=1)
+    samples = [second for _, second in turns.pairs(subject.task.samples)]
+    found = turns.replay(study, subject.task, fastv, [(sample, sample) for sample in samples])
+    images, questions = [sample.load() for sample in samples], [sample.question for sample in samples]
+    with fastv.on(subject.model) as small:
+        expected = study.asker.answer(small, images, questions, subject.task.max_new_tokens)
+    assert [record["given"] for record in found] == [answer.text for answer in expected]
+    assert {tuple(record["visual_tokens_by_layer"]) for record in found} == {(36, 3, 3, 3)}
+
+
+def test_pictures_of_several_sizes_get_their_own_tokens(tmp_path):
+    subject = numbered_subject(tmp_path, model=tiny_qwen(), processor=tiny_processor("qwen2_5_vl"))
+    Image.open(tmp_path / "q" / "b.png").resize((32, 48)).save(tmp_path / "q" / "b.png")
+    study, fastv, pairs = subject.study(), FastV(keep=3, layer=1), turns.pairs(subject.task.samples)
+    found = turns.replay(study, subject.task, fastv, pairs)
+    assert len({record["visual_tokens_by_layer"][0] for record in found}) == 2
+    assert found == [turns.replay(study, subject.task, fastv, [pair])[0] for pair in pairs]
 
 
 def test_rows_compare_with_the_plain_model_in_the_same_place():

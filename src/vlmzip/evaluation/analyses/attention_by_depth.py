@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vlmzip.errors import UserError
-from vlmzip.evaluation.analyses.kept import kept
+from vlmzip.evaluation.kept import kept
 from vlmzip.evaluation.analyses.subject import Row, Subject
 from vlmzip.evaluation.bootstrap import Bootstrap, estimate
 from vlmzip.evaluation.records import Record

@@ -3,7 +3,7 @@
 LLaVA-Zip (arXiv:2412.08771) promises that fewer tokens a picture make room for several pictures and for video frames.
 
 * `fits` is arithmetic: the pictures whose tokens fit the model's positions beside the text, at each budget; for the
-  model's own grid, and for LLaVA-1.5's pictures and Video-LLaVA's frames in the 4,096 positions of Vicuna. Where kept
+  task's pictures, and for LLaVA-1.5's pictures and Video-LLaVA's frames in the 4,096 positions of Vicuna. Where kept
   tokens keep their positions (`positions="original"`, and inside the LLM) no positions are saved, only work and cache.
 * `asked` is measured: every question of the task, about the first or the last of n pictures; the others are the
   pictures that follow in the task. Numbers of pictures are tried as far as they fit. The prompt says which picture is
@@ -23,7 +23,7 @@ from PIL import Image
 
 from vlmzip import spec
 from vlmzip.compressor import Compressor
-from vlmzip.evaluation.analyses.kept import kept
+from vlmzip.evaluation.kept import kept
 from vlmzip.evaluation.analyses.subject import Row, Subject
 from vlmzip.evaluation.bootstrap import Bootstrap, Estimate, estimate
 from vlmzip.evaluation.configurations import WHOLE, Configuration
@@ -52,18 +52,17 @@ TYPICAL = {"LLaVA-1.5 picture": "llava-1.5-7b", "Video-LLaVA frame": "video-llav
 def measure(subject: Subject) -> list[Row]:
     study = subject.study()
     configurations = study.configure([subject.task], spec.candidates(METHODS), [BUDGET])
-    room, between = _room(study, subject.task)
-    grid = study.adapter.profile().grid.size
-    rows = list(_fits("this model's picture", grid, room, between))
+    tokens, room, between = _room(study, subject.task)
+    rows = list(_fits("this model's picture", tokens, room, between))
     for name, preset in TYPICAL.items():
-        tokens = PRESETS[preset].visual_tokens // PRESETS[preset].pictures
-        rows += _fits(name, tokens, POSITIONS - TEXT, 0)
+        frame = PRESETS[preset].visual_tokens // PRESETS[preset].pictures
+        rows += _fits(name, frame, POSITIONS - TEXT, 0)
     bootstrap = Bootstrap([sample.picture for sample in subject.task.samples], subject.seed)
     for one in configurations:
         if one.compressor is None:
             study.tell(f"context goes without {one.method} at {one.budget}: {one.note}")
             continue
-        most = fitting(count_to_keep(one.budget, grid), room, between)
+        most = fitting(count_to_keep(one.budget, tokens), room, between)
         rows += _asked(study, subject.task, one, bootstrap, most)
     return rows
 
@@ -71,21 +70,23 @@ def measure(subject: Subject) -> list[Row]:
 # ---------------------------------------------------------------- what fits
 
 
-def _room(study: Study, task: Task) -> tuple[int, int]:
-    """Positions for pictures beside the longest question and its answer; those that each picture takes beside its own.
+def _room(study: Study, task: Task) -> tuple[int, int, int]:
+    """Visual tokens of a picture; positions for pictures beside the longest question and its answer; and the text that
+    comes with each further picture.
 
     The task's first picture stands for all.
     """
     picture = task.samples[0].load()
 
-    def text_tokens(question: str, count: int) -> int:
-        inputs = study.asker.inputs([picture] * count, [question])
-        return int(inputs["attention_mask"].sum()) - sum(study.adapter.plain_counts(inputs))
+    def counts(count: int) -> tuple[int, int]:
+        inputs = study.asker.inputs([picture] * count, [longest])
+        visual = sum(study.adapter.plain_counts(inputs))
+        return visual, int(inputs["attention_mask"].sum()) - visual
 
     longest = max(task.samples, key=lambda sample: len(study.processor.tokenizer(sample.question).input_ids)).question
-    one, two = (text_tokens(longest, count) for count in (1, 2))
+    (tokens, text), (_, more) = counts(1), counts(2)
     positions = study.adapter.llm_config.max_position_embeddings
-    return positions - task.max_new_tokens - one + (two - one), two - one
+    return tokens, positions - task.max_new_tokens - text + (more - text), more - text
 
 
 def fitting(tokens: int, room: int, between: int) -> int:

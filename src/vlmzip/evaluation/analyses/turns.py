@@ -30,17 +30,18 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from vlmzip import spec
-from vlmzip.compressor import BudgetError, Compressor
+from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
-from vlmzip.evaluation.analyses.kept import kept
+from vlmzip.evaluation.kept import kept
 from vlmzip.evaluation.analyses.subject import Row, Subject
 from vlmzip.evaluation.bootstrap import Bootstrap, Estimate, estimate
 from vlmzip.evaluation.configurations import PLAIN
 from vlmzip.evaluation.records import Record
 from vlmzip.evaluation.study import Study
 from vlmzip.evaluation.task import Sample, Task
-from vlmzip.methods import FastV, NoCompression, VisionZip
+from vlmzip.methods import FastV, NoCompression
 from vlmzip.runtime.facade import CompressedModel
+from vlmzip.runtime.report import PictureReport
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Site, VisualTokens
 from vlmzip.visualize.histogram import import_matplotlib
@@ -48,6 +49,8 @@ from vlmzip.visualize.histogram import import_matplotlib
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+#: One that does not look at the question, and one that does.
+METHODS = "visionzip,fastv"
 #: Shares of the visual tokens, mean over all layers of the LLM.
 BUDGETS = ("50%", "33%")
 FIRST, SECOND, REPLAYED = "first", "second", "replayed"
@@ -57,13 +60,13 @@ _ANSWER = "ANSWER"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Replayed(Compressor):
-    """Keeps, at a layer of the LLM, given tokens of the one picture in the prompt, whatever the question."""
+    """Keeps, at a layer of the LLM, given tokens of each picture in a batch of equal grids, whatever the question."""
 
     sites = (Site.IN_LLM,)
 
     site: Site = Site.IN_LLM
     layer: int
-    kept: Bool[Tensor, "1 tokens"]
+    kept: Bool[Tensor, "pictures tokens"]
 
     def assign(self, tokens: VisualTokens) -> TokenMap:
         return TokenMap.keep(self.kept.to(tokens.features.device))
@@ -89,23 +92,16 @@ def measure(subject: Subject) -> list[Row]:
     bootstrap = Bootstrap([second.picture for _, second in both], subject.seed)
     plain = _asked(study, subject.task, NoCompression(), both)
     rows = [_row(bootstrap, PLAIN, "100%", place, plain, plain) for place in (FIRST, SECOND)]
-    for method, budget, compressor in _compressors(study):
-        found = _asked(study, subject.task, compressor, both)
-        if isinstance(compressor, FastV):
-            found |= _replayed(study, subject.task, compressor, both)
-        rows += [_row(bootstrap, method, budget, place, found, plain) for place in found]
+    _, *configurations = study.configure([subject.task], spec.candidates(METHODS), BUDGETS)
+    for one in configurations:
+        if one.compressor is None:
+            study.tell(f"turns goes without {one.method} at {one.budget}: {one.note}")
+            continue
+        found = _asked(study, subject.task, one.compressor, both)
+        if isinstance(one.compressor, FastV):
+            found |= _replayed(study, subject.task, one.compressor, both)
+        rows += [_row(bootstrap, one.method, one.budget, place, found, plain) for place in found]
     return rows
-
-
-def _compressors(study: Study) -> list[tuple[str, str, Compressor]]:
-    profile, found = study.adapter.profile(), []
-    for method in (VisionZip(), FastV()):
-        for budget in BUDGETS:
-            try:
-                found.append((method.name(), budget, method.placed(profile).at_budget(budget, profile)[0]))
-            except BudgetError as error:
-                study.tell(f"turns goes without {method.name()} at {budget}: {error}")
-    return found
 
 
 # ---------------------------------------------------------------- asking
@@ -185,24 +181,35 @@ def _replayed(
     """The records of each pair's second question with the tokens that were kept for the first."""
     samples = [dataclasses.replace(second, id=f"{second.id} with {first.id}'s") for first, second in both]
     settings = {"compressor": compressor.to_dict(), "method": f"{spec.write(compressor)}, replayed"}
-    answer = lambda places: [replay(study, task, compressor, *both[place]) for place in places]  # noqa: E731
+    answer = lambda places: replay(study, task, compressor, [both[place] for place in places])  # noqa: E731
     return {REPLAYED: kept(study, task, "turns-replayed", settings, samples, answer)}
 
 
-def replay(study: Study, task: Task, compressor: FastV, first: Sample, second: Sample) -> Record:
-    """One pair alone: a batch could hold grids of several sizes, each with tokens of its own."""
-    with kept_for(study, compressor, first).on(study.model) as small:
-        (answer,) = study.asker.answer(small, [second.load()], [second.question], task.max_new_tokens)
-    return {"given": answer.text, "visual_tokens_by_layer": list(answer.by_layer)}
+def replay(study: Study, task: Task, compressor: FastV, some: Sequence[tuple[Sample, Sample]]) -> list[Record]:
+    """The answers to the second questions of pairs, from the tokens that were kept for the first ones."""
+    reports = kept_for(study, compressor, [first for first, _ in some])
+    if len({report.grid for report in reports}) > 1:
+        # A compressor is asked about each grid of a batch by itself, and would not know whose tokens those are.
+        return [record for pair in some for record in replay(study, task, compressor, [pair])]
+    seconds = [second for _, second in some]
+    with Replayed(layer=compressor.layer, kept=torch.cat(list(map(left, reports)))).on(study.model) as small:
+        answers = study.asker.answer(
+            small, [second.load() for second in seconds], [second.question for second in seconds], task.max_new_tokens
+        )
+    return [{"given": answer.text, "visual_tokens_by_layer": list(answer.by_layer)} for answer in answers]
 
 
-def kept_for(study: Study, compressor: FastV, sample: Sample) -> Replayed:
-    """What keeps the tokens that `compressor` keeps for this question."""
+def kept_for(study: Study, compressor: FastV, samples: Sequence[Sample]) -> list[PictureReport]:
+    """What became of the samples' pictures, each asked its own question."""
     with compressor.on(study.model) as small:
-        study.asker.answer(small, [sample.load()], [sample.question], 1)
-        (report,) = small.report.pictures
+        study.asker.answer(small, [sample.load() for sample in samples], [sample.question for sample in samples], 1)
+        return list(small.report.pictures)
+
+
+def left(report: PictureReport) -> Bool[Tensor, "1 tokens"]:
+    """Which of the tokens that a picture brought to the LLM were left of it."""
     assert report.token_map is not None  # only a resampler leaves none
-    return Replayed(layer=compressor.layer, kept=report.token_map.group[:, -report.before :] >= 0)
+    return report.token_map.group[:, -report.before :] >= 0
 
 
 # ---------------------------------------------------------------- summing up

@@ -17,12 +17,13 @@ TEMPLATE = (
 )
 
 
-def numbered_subject(folder, words=WORDS, pictures="aabbacd", batch=3, model=None):
+def numbered_subject(folder, words=WORDS, pictures="aabbacd", batch=3, model=None, processor=None):
     """Questions number n is about picture `pictures[n]`; the right answers are what nobody says."""
     lines = [question(f"{name}.png", question=text) for name, text in zip(pictures, words, strict=True)]
     names = [f"{name}.png" for name in sorted(set(pictures))]
     task = read_task(write(folder / "q", *lines, pictures=names) + ":exact", None, None)
-    processor = tiny_processor("llava")
-    processor.chat_template = TEMPLATE
+    if processor is None:
+        processor = tiny_processor("llava")
+        processor.chat_template = TEMPLATE
     model = model or tiny_llava()
     return Subject(model, processor, "tiny", task, folder / "out", batch, 0, Processes(), lambda text: None)

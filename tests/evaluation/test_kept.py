@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from tests.evaluation.analyses.subjects import numbered_subject
+from tests.evaluation.analyses.numbered import numbered_subject
 from vlmzip.errors import UserError
-from vlmzip.evaluation.analyses.kept import kept
+from vlmzip.evaluation.kept import kept
 
 
 class Asked:
