@@ -23,9 +23,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vlmzip.errors import UserError
-from vlmzip.evaluation.kept import kept
 from vlmzip.evaluation.analyses.subject import Row, Subject
 from vlmzip.evaluation.bootstrap import Bootstrap, estimate
+from vlmzip.evaluation.kept import kept
 from vlmzip.evaluation.records import Record
 from vlmzip.evaluation.study import Study
 from vlmzip.evaluation.task import Task

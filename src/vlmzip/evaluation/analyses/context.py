@@ -23,10 +23,10 @@ from PIL import Image
 
 from vlmzip import spec
 from vlmzip.compressor import Compressor
-from vlmzip.evaluation.kept import kept
 from vlmzip.evaluation.analyses.subject import Row, Subject
 from vlmzip.evaluation.bootstrap import Bootstrap, Estimate, estimate
 from vlmzip.evaluation.configurations import WHOLE, Configuration
+from vlmzip.evaluation.kept import kept
 from vlmzip.evaluation.records import Record
 from vlmzip.evaluation.study import Study
 from vlmzip.evaluation.task import Sample, Task

@@ -32,10 +32,10 @@ from transformers import DynamicCache
 from vlmzip import spec
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
-from vlmzip.evaluation.kept import kept
 from vlmzip.evaluation.analyses.subject import Row, Subject
 from vlmzip.evaluation.bootstrap import Bootstrap, Estimate, estimate
 from vlmzip.evaluation.configurations import PLAIN
+from vlmzip.evaluation.kept import kept
 from vlmzip.evaluation.records import Record
 from vlmzip.evaluation.study import Study
 from vlmzip.evaluation.task import Sample, Task
