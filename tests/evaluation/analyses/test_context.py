@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.evaluation.analyses.numbered import numbered_subject
+from tests.evaluation.analyses.numbered import TEMPLATE, numbered_subject
 from vlmzip import NoCompression, Pool2d
 from vlmzip.evaluation.analyses import context
 from vlmzip.evaluation.answering import Asker
@@ -15,7 +15,8 @@ def subject(tmp_path):
 
 
 def test_what_fits_is_the_longest_prompt_within_the_positions(subject):
-    """Counted by making longer and longer prompts."""
+    """Counted by making longer and longer prompts, in which a word follows each picture."""
+    subject.processor.chat_template = TEMPLATE.replace("<image>", "<image> w92")
     study = subject.study()
     study.adapter.llm_config.max_position_embeddings = 200
     tokens, room, between = context._room(study, subject.task)

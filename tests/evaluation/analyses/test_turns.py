@@ -118,6 +118,18 @@ def test_rows_compare_with_the_plain_model_in_the_same_place():
     # Pictures a and b: of the plain model's 1 and 0 in second place nothing is left, whichever are drawn.
     assert (rows["second"]["difference_low"], rows["second"]["difference_high"]) == (-100, 0)
     assert np.isclose(rows["second"]["extra_loss_high"], 100)
+    told = turns.findings(
+        [
+            {**rows["first"], "method": "no_compression"},
+            turns._row(bootstrap, "no_compression", "100%", "second", plain, plain),
+            *rows.values(),
+        ]
+    )
+    assert "50.0 on first questions, 50.0 on second ones" in told[0]
+    assert (
+        "second turns: -50.0 points beside the plain model, where first questions have -25.0; extra loss 25.0"
+        in told[1]
+    )
 
 
 def test_the_table_has_each_method_in_its_places_and_is_kept(subject, monkeypatch):

@@ -227,8 +227,10 @@ def _draw_scores(axes: Any, asked: Sequence[Row]) -> None:
     axes.set_xscale("log", base=2)
     counts = sorted({row["pictures"] for row in asked})
     axes.set_xticks(counts, [str(count) for count in counts])
-    axes.set(xlabel="pictures in the prompt, the asked one first or last", ylabel="score, % (95 % intervals)", ylim=0)
-    axes.legend(frameon=False, fontsize="x-small", ncols=2)
+    axes.set(
+        xlabel="pictures in the prompt, the asked one first or last", ylabel="score, % (95 % intervals)", ylim=(0, 105)
+    )
+    axes.legend(frameon=False, fontsize="x-small", ncols=2, handlelength=4)
 
 
 def findings(rows: Sequence[Row]) -> list[str]:

@@ -291,7 +291,7 @@ def findings(rows: Sequence[Row]) -> list[str]:
         if row["method"] != PLAIN and row["place"] in words:
             said.append(
                 f"{row['method']} at {row['budget']} {words[row['place']]}: {row['difference']:+.1f} points beside the"
-                f" plain model; it loses {row['extra_loss']:.1f} points more than on first questions"
-                f" (95 %: {row['extra_loss_low']:.1f} to {row['extra_loss_high']:.1f})."
+                f" plain model, where first questions have {row['difference'] + row['extra_loss']:+.1f}; extra loss"
+                f" {row['extra_loss']:.1f} (95 %: {row['extra_loss_low']:.1f} to {row['extra_loss_high']:.1f})."
             )
     return said
