@@ -5,7 +5,9 @@ import errno
 import json
 import os
 import re
+import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -260,3 +262,32 @@ def test_an_unreadable_picture_is_named_before_the_model_is_loaded(capsys, monke
     (tmp_path / "asked" / "b.png").write_bytes((tmp_path / "asked" / "b.png").read_bytes()[:200])
     assert main(["eval", "--tasks", asked + ":exact", "--out", str(tmp_path / "out")]) == 2
     assert re.search(r"^vlmzip: 1 of 3 pictures cannot be read; the first: '.*b\.png' .*$", capsys.readouterr().err)
+
+
+def test_papers_numbers_stand_beside_what_was_measured(capsys, checkpoint, asked, tmp_path, monkeypatch):
+    """The tiny model goes by a name the paper knows; what the paper has for its 36 tokens is made up."""
+    from vlmzip.evaluation.papers import published
+
+    (tmp_path / "llava-1.5-7b-hf").symlink_to(checkpoint)
+    (tmp_path / "GQA").symlink_to(asked)
+    rows = [row for row in published("visionzip") if (row.model, row.benchmark) == ("LLaVA-1.5-7B", "GQA")]
+    made_up = [replace(row, keep={"576": "36", "64": "9"}.get(row.keep, row.keep)) for row in rows]
+    module = sys.modules["vlmzip.evaluation.papers.against"]  # the package has a function of that name
+    monkeypatch.setattr(module, "published", lambda name: made_up)
+    run = ["eval", "--model", str(tmp_path / "llava-1.5-7b-hf"), "--tasks", f"{tmp_path / 'GQA'}:exact"]
+    run += ["--methods", "visionzip,pool2d", "--keep", "25%", "--max-new-tokens", "3", "--out", str(tmp_path / "out")]
+    assert main([*run, "--against", "visionzip"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"LLaVA-1\.5-7B +no_compression +36 +GQA +61\.9 +0\.0 +-61\.9 ", out)
+    assert re.search(r"LLaVA-1\.5-7B +visionzip +9 +GQA +55\.1 +0\.0 +-55\.1 ", out)
+    assert re.search(r"pool2d, 9 tokens, GQA = 0: visionzip has no score for this method; it has ", out)
+    assert main([*run, "--against", "visionzip", "--json"]) == 0
+    beside = json.loads(capsys.readouterr().out)["against"]
+    assert beside[0]["published"]["value"] == 61.9
+
+
+def test_an_unknown_paper_is_refused_before_anything_is_asked(evaluate, tmp_path):
+    code, _, err = evaluate("--against", "visonzip")
+    assert code == 2
+    assert err == "vlmzip: no published numbers of 'visonzip' are here; did you mean 'visionzip'?\n"
+    assert not (tmp_path / "out").exists()

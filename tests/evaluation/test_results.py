@@ -8,7 +8,7 @@ from vlmzip import NoCompression, Pool2d
 from vlmzip.evaluation.configurations import Configuration
 from vlmzip.evaluation.metrics import METRICS
 from vlmzip.evaluation.report import cells, reasons, short_cells
-from vlmzip.evaluation.results import as_json, pareto, results, write_table
+from vlmzip.evaluation.results import as_json, difference, pareto, results, write_table
 from vlmzip.evaluation.task import Sample, Task
 
 CONDITIONS = ("model", "dtype", "device", "vlmzip", "torch", "transformers", "commit")
@@ -53,6 +53,13 @@ def found(task):
     ]
     kept = {"no_compression": records(PLAIN, [40, 40], 1000), "pool2d": records(SMALL, [20, 10], 300)}
     return list(results(Kept(kept), task, configurations, 0))
+
+
+def test_the_difference_of_two_results_is_paired(found):
+    plain, small = found[:2]
+    assert difference(small.records, plain.records, 0) == small.against_plain
+    turned = difference(plain.records, small.records, 0)
+    assert (turned.value, turned.low, turned.high) == (0.25, 0, 0.5)
 
 
 def test_scores_differences_and_shares(found):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmzip import spec
 from vlmzip.cli.options import add_model
 from vlmzip.errors import UserError
+from vlmzip.evaluation.papers import published
 from vlmzip.evaluation.tasks import FORMS as TASKS
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ EXAMPLES = """  vlmzip eval --limit 300 --methods visionzip,pool2d --keep 25%,11
   vlmzip eval --tasks mini,easy-vqa --keep 75%,50%,25%,11%,5.6% --out runs/eval/all
   vlmzip eval --model llava-hf/llava-1.5-7b-hf --tasks my_questions:vqa --calibrate-on other_photos --keep 192,64
   vlmzip eval --methods "dfmr(tau=0.3),tuned/compressor.json" --keep as-set
+  vlmzip eval --tasks gqa:exact --model llava-hf/llava-1.5-7b-hf --methods visionzip --keep 64 --against visionzip
   accelerate launch --multi_gpu --num_processes 4 -m vlmzip.cli.main eval --model llava-hf/llava-1.5-7b-hf …
 
 Run the same command again to go on where it was stopped: nothing is asked twice."""
@@ -55,6 +58,11 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("--report", action="store_true", help="write report.html, with pictures whose answers changed")
     parser.add_argument(
         "--examples", type=int, default=4, metavar="N", help="pictures for each row of the report; default: %(default)s"
+    )
+    parser.add_argument(
+        "--against",
+        metavar="PAPER",
+        help="print a paper's numbers for the same model, method and budget, and the difference",
     )
     parser.add_argument("--seed", type=int, default=0, help="of intervals and of the report's choice of pictures")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -88,7 +96,7 @@ def run(args: Namespace) -> None:
         try:
             _write(study, found, args)
         finally:  # a full disk must not cost the table
-            _print(folder, args.model, found, seed=args.seed, as_json=args.json)
+            _print(folder, args, found)
     if study.failures:
         _tell(f"{len(study.failures)} configurations broke; see the notes above")
         sys.exit(1)
@@ -104,6 +112,8 @@ def _check(args: Namespace) -> None:
         raise UserError(f"--examples {args.examples}: give at least 0")
     if args.seed < 0:
         raise UserError(f"--seed {args.seed}: give at least 0")
+    if args.against is not None:
+        published(args.against)
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {str(args.out)!r} is a file; give a folder")
 
@@ -165,18 +175,24 @@ def _write_report(
     write_whole(study.folder / "report.html", lambda name: Path(name).write_text(text, encoding="utf-8"))
 
 
-def _print(folder: Path, model: str, found: list[tuple[Task, list[Result]]], *, seed: int, as_json: bool) -> None:
+def _print(folder: Path, args: Namespace, found: list[tuple[Task, list[Result]]]) -> None:
     from vlmzip.cli.tables import print_table
     from vlmzip.evaluation import results
+    from vlmzip.evaluation.papers import against, show
     from vlmzip.evaluation.report import SHORT_COLUMNS, notes, reasons, short_cells
 
-    if as_json:
+    ran = [result for _, of_task in found for result in of_task if result.score is not None]
+    beside = against(args.against, [results.measured(result, args.model) for result in ran]) if args.against else []
+    if args.json:
         rows = [results.as_json(result) for _, of_task in found for result in of_task]
-        print(json.dumps({"model": model, "out": str(folder), "rows": rows}, indent=2))
+        content = {"model": args.model, "out": str(folder), "rows": rows}
+        print(json.dumps(content | ({"against": list(map(asdict, beside))} if beside else {}), indent=2))
         return
     for task, of_task in found:
         print(f"{task.name}: {task.about}; {task.metric.about}; {len(task.samples):,} questions\n")
         print_table([*SHORT_COLUMNS, *task.metric.shares], [short_cells(result) for result in of_task])
         print("".join(f"\n{reason}" for reason in reasons(of_task)) + "\n")
-    print("\n".join(notes(seed)))
+    print("\n".join(notes(args.seed)))
+    if beside:
+        print(f"\n{show(beside)}")
     print(f"written to {folder}")

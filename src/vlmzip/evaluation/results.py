@@ -12,6 +12,7 @@ import numpy as np
 from vlmzip import spec
 from vlmzip.evaluation.bootstrap import Bootstrap, Estimate, estimate
 from vlmzip.evaluation.configurations import Configuration
+from vlmzip.evaluation.papers import Measured
 from vlmzip.evaluation.records import Record
 from vlmzip.evaluation.study import Study
 from vlmzip.evaluation.task import Task
@@ -89,6 +90,12 @@ def _result(
     )
 
 
+def difference(records: Sequence[Record], others: Sequence[Record], seed: int) -> Estimate:
+    """The mean score of some records minus that of others, which answer the same questions: paired."""
+    bootstrap, ones = Bootstrap([record["picture"] for record in records], seed), np.ones(len(records))
+    return estimate(bootstrap.share(_scores(records), ones) - bootstrap.share(_scores(others), ones))
+
+
 def _scores(records: Sequence[Record]) -> np.ndarray:
     return np.array([record["score"] for record in records], dtype=float)
 
@@ -99,6 +106,22 @@ def _groups(records: Sequence[Record]) -> dict[tuple[str, str], tuple[float, int
         for group in record["groups"].items():
             found.setdefault(group, []).append(record["score"])
     return {group: (sum(scores) / len(scores), len(scores)) for group, scores in found.items()}
+
+
+def measured(result: Result, model: str) -> Measured:
+    """A result as papers print theirs; what the papers call the benchmark is the task's name or its folder's."""
+    one = result.configuration
+    assert one.compressor is not None  # the caller has those that ran
+    assert result.score is not None
+    tokens = sum(record["visual_tokens"] * record["retention"] for record in result.records) / len(result.records)
+    return Measured(
+        model=model,
+        method=one.compressor.name(),
+        benchmark=Path(one.task.partition(":")[0]).name,
+        value=100 * result.score.value,
+        tokens=tokens,
+        retention=result.reached,
+    )
 
 
 # ---------------------------------------------------------------- as text

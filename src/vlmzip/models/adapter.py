@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,18 @@ from vlmzip.compressor import Positions, Profile
 from vlmzip.errors import UserError
 from vlmzip.models.recording import rotate
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
+
+
+@dataclass(frozen=True)
+class EncoderAttention:
+    """The attention that VisionZip ranks visual tokens by, in every layer of a vision encoder."""
+
+    by_picture: Sequence[Float[Tensor, "layers tokens"]]
+    """For each picture: of each token of its grid, in raster order; mean over heads. Rows need not sum to 1."""
+    whose: Sequence[str]
+    """For each layer, in a few words: who attends."""
+    scored: int
+    """The layer, 0-based, that VisionZip reads."""
 
 
 class ModelAdapter(ABC):
@@ -78,6 +91,13 @@ class ModelAdapter(ABC):
 
         Pictures of equal grid come together: each group with the indices of its pictures, in order of appearance.
         """
+
+    def encoder_attention(self, inputs: Mapping[str, Any]) -> EncoderAttention:
+        """What VisionZip ranks visual tokens by, as it is in every layer of the encoder, from one run of it.
+
+        Raises `UserError` for a family that does not tell.
+        """
+        raise UserError(f"{type(self).__name__} does not tell what its encoder attends to, layer by layer")
 
     @abstractmethod
     def plain_counts(self, inputs: Mapping[str, Any]) -> list[int]:

@@ -9,8 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vlmzip.errors import UserError
-from vlmzip.models.adapter import ModelAdapter
-from vlmzip.models.vit import downsampled, feature_layers, grid_of, prefix_of, run_vit
+from vlmzip.models.adapter import EncoderAttention, ModelAdapter
+from vlmzip.models.vit import downsampled, encoder_attention, feature_layers, grid_of, prefix_of, run_vit
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 
@@ -52,6 +52,13 @@ class Llava(ModelAdapter):
             features, grid_of(self.model.config.vision_config, pixels), self.prefix, passes_prefix=full, **signals
         )
         return [(tokens, list(range(len(pixels))))]
+
+    def encoder_attention(self, inputs: Mapping[str, Any]) -> EncoderAttention:
+        scored = max(feature_layers(self._setting(inputs, "vision_feature_layer"), self._depth))
+        return encoder_attention(
+            self.model.model.vision_tower, inputs["pixel_values"], scored,
+            interpolate_pos_encoding=inputs.get("interpolate_pos_encoding", False),
+        )  # fmt: skip
 
     def prompt(self, question: str, pictures: int) -> str:
         return f"USER: {'<image>' * pictures}\n{question} ASSISTANT:"

@@ -8,8 +8,8 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vlmzip.models.adapter import ModelAdapter
-from vlmzip.models.vit import downsampled, grid_of, run_vit
+from vlmzip.models.adapter import EncoderAttention, ModelAdapter
+from vlmzip.models.vit import downsampled, encoder_attention, grid_of, run_vit
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 
@@ -43,6 +43,13 @@ class PaliGemma(ModelAdapter):
                 list(range(len(pixels))),
             )
         ]
+
+    def encoder_attention(self, inputs: Mapping[str, Any]) -> EncoderAttention:
+        return encoder_attention(
+            self.model.model.vision_tower, inputs["pixel_values"],
+            self.model.config.vision_config.num_hidden_layers - 1,
+            interpolate_pos_encoding=inputs.get("interpolate_pos_encoding", False),
+        )  # fmt: skip
 
     def plain_counts(self, inputs: Mapping[str, Any]) -> list[int]:
         return [grid.size for grid in self.grids(inputs)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +13,7 @@ from transformers.vision_utils import get_vision_window_index
 
 from vlmzip.compressor import Positions, Profile
 from vlmzip.errors import UserError
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.adapter import EncoderAttention, ModelAdapter
 from vlmzip.models.pixels import resized
 from vlmzip.models.recording import Recording, attention_received, mean_over_heads, record, rotate
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
@@ -47,8 +48,7 @@ class Qwen25VL(ModelAdapter):
         if Signal.PIXELS in needs:
             raise UserError("this family's inputs are patches, not pictures, so pixels cannot be looked at")
         visual, thw = self.model.model.visual, _sizes(inputs)
-        block = visual.blocks[-1].attn
-        with record({"qkv": block.qkv} if needs else {}, {"block": block} if needs else {}) as recording:
+        with self._record([len(visual.blocks) - 1] if needs else []) as recording:
             out = visual(inputs["pixel_values"].type(visual.dtype), grid_thw=thw, return_dict=True)
         signals = self._signals(recording, thw, needs)
         grids = self.grids(inputs)
@@ -109,6 +109,26 @@ class Qwen25VL(ModelAdapter):
         return positions, deltas[:, 0] + mask.sum(-1)
 
     @torch.no_grad()
+    def encoder_attention(self, inputs: Mapping[str, Any]) -> EncoderAttention:
+        """The attention received in every block. In most of them a patch attends to its own window only, and each
+        window gets the same in all: what is concentrated there, is so inside of windows."""
+        visual, thw = self.model.model.visual, _sizes(inputs)
+        layers = range(len(visual.blocks))
+        with self._record(layers) as recording:
+            visual(inputs["pixel_values"].type(visual.dtype), grid_thw=thw)
+        order = self._raster_order(thw)
+        scores = torch.stack([self._received(recording, layer) for layer in layers])
+        scores = scores[:, order.to(scores.device)]
+        whole = visual.fullatt_block_indexes
+        whose = ["all tokens" if layer in whole else "all tokens of the same window" for layer in layers]
+        return EncoderAttention(scores.split([grid.size for grid in self.grids(inputs)], dim=1), whose, layers[-1])
+
+    def _record(self, layers: Sequence[int]) -> AbstractContextManager[Recording]:
+        """Queries and keys of some blocks, and what their attention is called with."""
+        blocks = {str(layer): self.model.model.visual.blocks[layer].attn for layer in layers}
+        return record({name: block.qkv for name, block in blocks.items()}, blocks)
+
+    @torch.no_grad()
     def _signals(
         self, recording: Recording, thw: Int[Tensor, "pictures 3"], needs: frozenset[Signal]
     ) -> dict[str, Float[Tensor, tokens * key_dim]]:
@@ -116,33 +136,48 @@ class Qwen25VL(ModelAdapter):
         if not needs:
             return {}
         visual = self.model.model.visual
-        query, key = self._rotated(recording)
-        heads, unit = visual.blocks[-1].attn.num_heads, visual.spatial_merge_unit
-        # The sequences of this block: whole pictures, or windows where the last block attends in windows.
-        lengths = recording.arguments["block"]["cu_seqlens"].diff().tolist()
+        last = len(visual.blocks) - 1
         found: dict[str, Tensor] = {}
         if Signal.CLS_ATTENTION in needs:
-            scale = visual.blocks[-1].attn.scaling
-            parts = zip(query.split(lengths), key.split(lengths), strict=True)
-            scores = [attention_received(q[None], k[None], heads, scale)[0] * len(k) for q, k in parts]
-            found["cls_attention"] = torch.cat(scores).unflatten(0, (-1, unit)).mean(1)
+            found["cls_attention"] = self._received(recording, last)
         if Signal.KEYS in needs:
-            found["keys"] = mean_over_heads(key[None], heads)[0].unflatten(0, (-1, unit)).mean(1)
-        back = get_vision_window_index(
+            _, key = self._rotated(recording, last)
+            keys = mean_over_heads(key[None], visual.blocks[last].attn.num_heads)[0]
+            found["keys"] = keys.unflatten(0, (-1, visual.spatial_merge_unit)).mean(1)
+        order = self._raster_order(thw)
+        return {name: values[order.to(values.device)] for name, values in found.items()}
+
+    def _received(self, recording: Recording, layer: int) -> Float[Tensor, " tokens"]:
+        """The attention that each merged token gets in a block, window by window as the encoder runs over them."""
+        attention = self.model.model.visual.blocks[layer].attn
+        query, key = self._rotated(recording, layer)
+        # The sequences of this block: whole pictures, or windows where it attends in windows.
+        lengths = recording.arguments[str(layer)]["cu_seqlens"].diff().tolist()
+        parts = zip(query.split(lengths), key.split(lengths), strict=True)
+        scores = [
+            attention_received(q[None], k[None], attention.num_heads, attention.scaling)[0] * len(k) for q, k in parts
+        ]
+        return torch.cat(scores).unflatten(0, (-1, self.model.model.visual.spatial_merge_unit)).mean(1)
+
+    def _rotated(
+        self, recording: Recording, layer: int
+    ) -> tuple[Float[Tensor, "patches dim"], Float[Tensor, "patches dim"]]:
+        """Queries and keys of a block with rotary positions, heads side by side."""
+        heads = self.model.model.visual.blocks[layer].attn.num_heads
+        query, key, _ = recording[str(layer)].float().unflatten(-1, (3, heads, -1)).unbind(1)
+        cos, sin = (table.float()[:, None] for table in recording.arguments[str(layer)]["position_embeddings"])
+        query, key = (rotate(x, cos.expand_as(x), sin.expand_as(x)).flatten(1) for x in (query, key))
+        return query, key
+
+    def _raster_order(self, thw: Int[Tensor, "pictures 3"]) -> Int[Tensor, " tokens"]:
+        """For each merged token of all pictures in raster order, its place in the encoder's window by window."""
+        visual = self.model.model.visual
+        return get_vision_window_index(
             thw,
             spatial_merge_size=visual.spatial_merge_size,
             window_size=visual.window_size,
             patch_size=visual.patch_size,
         )[0].argsort()
-        return {name: values[back.to(values.device)] for name, values in found.items()}
-
-    def _rotated(self, recording: Recording) -> tuple[Float[Tensor, "patches dim"], Float[Tensor, "patches dim"]]:
-        """Queries and keys of the last block with rotary positions, heads side by side."""
-        attention = self.model.model.visual.blocks[-1].attn
-        query, key, _ = recording["qkv"].float().unflatten(-1, (3, attention.num_heads, -1)).unbind(1)
-        cos, sin = (table.float()[:, None] for table in recording.arguments["block"]["position_embeddings"])
-        query, key = (rotate(x, cos.expand_as(x), sin.expand_as(x)).flatten(1) for x in (query, key))
-        return query, key
 
 
 def _sizes(inputs: Mapping[str, Any]) -> Int[Tensor, "pictures 3"]:

@@ -15,6 +15,7 @@ from transformers.image_utils import (
 )
 
 from vlmzip.errors import UserError
+from vlmzip.models.adapter import EncoderAttention
 from vlmzip.models.pixels import resized
 from vlmzip.models.recording import Recording, attention_received, cls_attention_row, mean_over_heads, record
 from vlmzip.visual_tokens import Grid, Signal
@@ -102,12 +103,38 @@ def picture_of(
 
 @torch.no_grad()
 def _signals(recording: Recording, vision_config: Any, needs: frozenset[Signal]) -> dict[str, Any]:
-    heads = vision_config.num_attention_heads
-    scale = (vision_config.hidden_size // heads) ** -0.5
     signals: dict[str, Any] = {}
     if Signal.CLS_ATTENTION in needs:
-        rule = cls_attention_row if prefix_of(vision_config) else attention_received
-        signals["cls_attention"] = rule(recording["query"], recording["key"], heads, scale)
+        signals["cls_attention"] = _score(recording["query"], recording["key"], vision_config)
     if Signal.KEYS in needs:
-        signals["keys"] = mean_over_heads(recording["key"], heads)
+        signals["keys"] = mean_over_heads(recording["key"], vision_config.num_attention_heads)
     return signals
+
+
+def _score(
+    query: Float[Tensor, "batch tokens dim"], key: Float[Tensor, "batch tokens dim"], vision_config: Any
+) -> Float[Tensor, "batch tokens"]:
+    """What VisionZip ranks tokens by: the row of CLS, or the attention received where there is none."""
+    heads = vision_config.num_attention_heads
+    scale = (vision_config.hidden_size // heads) ** -0.5
+    rule = cls_attention_row if prefix_of(vision_config) else attention_received
+    return rule(query, key, heads, scale)
+
+
+@torch.no_grad()
+def encoder_attention(
+    tower: Any, pixels: Float[Tensor, "batch 3 height width"], scored: int, *, interpolate_pos_encoding: bool = False
+) -> EncoderAttention:
+    """What VisionZip ranks patches by, in every layer; `scored` is the one that it reads.
+
+    Queries and keys of all layers are held at once: as much memory as two hidden states a layer.
+    """
+    modules: dict[str, nn.Module] = {}
+    for layer, block in enumerate(tower.encoder.layers):
+        modules |= {f"query.{layer}": block.self_attn.q_proj, f"key.{layer}": block.self_attn.k_proj}
+    with record(modules) as recording:
+        tower(pixel_values=pixels, interpolate_pos_encoding=interpolate_pos_encoding)
+    depth, prefix = len(tower.encoder.layers), prefix_of(tower.config)
+    scores = [_score(recording[f"query.{layer}"], recording[f"key.{layer}"], tower.config) for layer in range(depth)]
+    whose = "CLS" if prefix else "all tokens"
+    return EncoderAttention(list(torch.stack(scores, dim=1)[..., prefix:]), [whose] * depth, scored)

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from vlmzip import spec
-from vlmzip.compressor import Compressor
+from vlmzip.compressor import Compressor, Profile
 from vlmzip.errors import UserError
-from vlmzip.evaluation.configurations import AS_SET
+from vlmzip.evaluation.answering import Asker
+from vlmzip.evaluation.configurations import AS_SET, Configurator
 from vlmzip.evaluation.processes import Processes
 from vlmzip.evaluation.results import Result, results
 from vlmzip.evaluation.study import Study
 from vlmzip.evaluation.task import Task
+from vlmzip.models import adapter_for
 
 #: A line of an analysis' CSV: the same columns in all of its lines.
 Row = dict[str, Any]
@@ -39,6 +41,11 @@ class Subject:
     def study(self) -> Study:
         """What asks, and keeps answers in the folder."""
         return Study(self.model, self.processor, self.name, self.folder, self.batch, self.processes, self.tell)
+
+    def profile(self) -> Profile:
+        """The depth of the LLM, and the grid of the task's pictures: the median where they have grids of their own."""
+        asker = Asker(adapter_for(self.model), self.processor)
+        return Configurator(self.model, asker, self.name).profile(self.task)
 
     def ask(self, compressors: Sequence[Compressor]) -> list[Result]:
         """The results of the uncompressed model and of each compressor, in this order, as `vlmzip eval` has them.

@@ -1,15 +1,20 @@
 """What DFMR's threshold does: tokens and score over tau, in all and by complexity of the picture.
 
-LLaVA-Zip (arXiv:2412.08771) leaves open how tau is to be chosen. Each tau is asked as it is, without calibration.
+LLaVA-Zip (arXiv:2412.08771) promises fewer tokens for plain pictures and more for those with much detail, and leaves
+open how tau is to be chosen. Each tau is asked as it is, without calibration.
+
+Complexity is what the task itself says of a picture: every group that all questions about a picture share (mini's
+levels: flat, patterned, cluttered) has its own columns and lines. Other tasks have the columns of all questions alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlmzip.evaluation.analyses.subject import Row, Subject, scored
-from vlmzip.evaluation.results import Result
+from vlmzip.evaluation.records import Record
+from vlmzip.evaluation.results import difference
 from vlmzip.methods import DFMR
 from vlmzip.visualize.histogram import import_matplotlib
 
@@ -18,16 +23,35 @@ if TYPE_CHECKING:
 
 #: From where every picture keeps its tokens to where every one is pooled by the largest factor.
 TAUS = (0.0, 0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8)
+#: A group with more values than this is no complexity, and would be no figure.
+MOST_VALUES = 6
 
 
 def measure(subject: Subject) -> list[Row]:
-    _, *found = subject.ask([DFMR(tau=tau) for tau in TAUS])
-    return [{"tau": tau, **scored(result), **_by_count(result)} for tau, result in zip(TAUS, found, strict=True)]
+    plain, *found = subject.ask([DFMR(tau=tau) for tau in TAUS])
+    rows = []
+    for tau, result in zip(TAUS, found, strict=True):
+        row = {"tau": tau, **scored(result), **_tokens(result.records)}
+        for group in picture_groups(plain.records):
+            row |= _of_group(group, result.records, plain.records, subject.seed)
+        rows.append(row)
+    return rows
 
 
-def _by_count(result: Result) -> Row:
+def picture_groups(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """The groups, such as ("level", "flat"), that sort pictures, not questions: by name, then as they first occur."""
+    found = []
+    for name in sorted({name for record in records for name in record["groups"]}):
+        pairs = {(record["picture"], record["groups"].get(name)) for record in records}
+        values = list(dict.fromkeys(record["groups"].get(name) for record in records))
+        if len(pairs) == len({picture for picture, _ in pairs}) and None not in values and len(values) <= MOST_VALUES:
+            found += [(name, value) for value in values]
+    return found
+
+
+def _tokens(records: Sequence[Record]) -> Row:
     """The mean number of tokens, and the questions whose picture kept so and so many of them."""
-    counts = [record["visual_tokens_by_layer"][0] for record in result.records]
+    counts = [record["visual_tokens_by_layer"][0] for record in records]
     shares = {count: 100 * counts.count(count) / len(counts) for count in sorted(set(counts), reverse=True)}
     return {
         "tokens": round(sum(counts) / len(counts), 2),
@@ -35,31 +59,95 @@ def _by_count(result: Result) -> Row:
     }
 
 
+def _of_group(group: tuple[str, str], records: Sequence[Record], plain: Sequence[Record], seed: int) -> Row:
+    """A group's questions, score in percent, its paired difference from no compression, and mean number of tokens."""
+    name, value = group
+    mine, before = ([one for one in some if one["groups"][name] == value] for some in (records, plain))
+    against = difference(mine, before, seed)
+    return {
+        f"questions_{name}_{value}": len(mine),
+        f"score_{name}_{value}": round(100 * sum(record["score"] for record in mine) / len(mine), 2),
+        f"difference_{name}_{value}": round(100 * against.value, 2),
+        f"difference_{name}_{value}_low": round(100 * against.low, 2),
+        f"difference_{name}_{value}_high": round(100 * against.high, 2),
+        f"tokens_{name}_{value}": _tokens(mine)["tokens"],
+    }
+
+
 def draw(rows: Sequence[Row], title: str) -> Figure:
     import_matplotlib()
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(7, 6), dpi=150, layout="constrained")
     above, below = figure.subplots(2, sharex=True)
     taus = [row["tau"] for row in rows]
-    above.plot(taus, [row["score"] for row in rows], marker="o")
-    above.fill_between(taus, [row["low"] for row in rows], [row["high"] for row in rows], alpha=0.2)
+    above.plot(taus, [row["score"] for row in rows], marker="o", color="black", label="all pictures")
+    above.fill_between(taus, [row["low"] for row in rows], [row["high"] for row in rows], color="black", alpha=0.12)
+    below.plot(taus, [row["tokens"] for row in rows], marker="o", color="black")
+    for number, group in enumerate(_groups(rows)):
+        _thin_lines(above, below, rows, group, f"C{number}")
     above.set(ylabel="score, % (95 % intervals)", title=title)
-    below.plot(taus, [row["reached"] for row in rows], marker="o", color="C1")
-    below.set(xlabel="tau", ylabel="visual tokens kept, %")
+    below.set(xlabel="tau", ylabel="visual tokens a picture", ylim=(0, None))
     for axes in (above, below):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+    if _groups(rows):
+        figure.legend(*above.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     return figure
+
+
+def _groups(rows: Sequence[Row]) -> list[str]:
+    """The groups that have columns, such as "level_flat"."""
+    return [name.removeprefix("score_") for name in rows[0] if name.startswith("score_")]
+
+
+def _thin_lines(above: Any, below: Any, rows: Sequence[Row], group: str, colour: str) -> None:
+    for axes, name in ((above, "score"), (below, "tokens")):
+        values = [row[f"{name}_{group}"] for row in rows]
+        axes.plot([row["tau"] for row in rows], values, color=colour, linewidth=1, label=group.replace("_", ": ", 1))
 
 
 def findings(rows: Sequence[Row]) -> list[str]:
     first, last = rows[0], rows[-1]
-    near = [row for row in rows if row["difference_high"] >= 0]
-    least = min(near, key=lambda row: row["reached"]) if near else first
-    return [
+    said = [
         f"From tau={first['tau']:g} to tau={last['tau']:g} the share of tokens kept goes from {first['reached']:.1f} %"
         f" to {last['reached']:.1f} %, the score from {first['score']:.1f} to {last['score']:.1f}.",
-        f"The largest saving whose loss is within the 95 % interval is at tau={least['tau']:g}:"
-        f" {least['reached']:.1f} % of the tokens, {least['difference']:+.1f} points.",
+        _largest_saving(rows),
     ]
+    half = min(rows, key=lambda row: abs(row["reached"] - 50))
+    said += [
+        f"At tau={half['tau']:g}, with {half['reached']:.1f} % kept, {_group(half, name)}." for name in _groups(rows)
+    ]
+    return said
+
+
+def _largest_saving(rows: Sequence[Row]) -> str:
+    """Any loss that is sure at a smaller tau ends the search, so that no lucky draw behind it counts."""
+    saving = [row for row in rows if row["reached"] < 100]
+    if not saving:
+        return "No tau that was tried saves tokens."
+    first = saving[0]
+    if first["difference_high"] < 0:
+        return (
+            f"With {first['questions']} questions, the smallest saving that was tried already costs a loss beyond the"
+            f" 95 % interval: tau={first['tau']:g} keeps {first['reached']:.1f} % of the tokens,"
+            f" {_points(first, 'difference')}."
+        )
+    lost = next((place for place, row in enumerate(saving) if row["difference_high"] < 0), len(saving))
+    least = min(saving[:lost], key=lambda row: row["reached"])
+    return (
+        f"The largest saving at which no loss can be told from none with {least['questions']} questions is at"
+        f" tau={least['tau']:g}: {least['reached']:.1f} % of the tokens, {_points(least, 'difference')}, so that a loss"
+        f" of up to {max(0.0, -least['difference_low']):.1f} points is not ruled out."
+    )
+
+
+def _group(row: Row, group: str) -> str:
+    return (
+        f"{group.replace('_', ' ')} has {row[f'tokens_{group}']:.1f} tokens a picture and"
+        f" {_points(row, f'difference_{group}')} of {row[f'questions_{group}']} questions"
+    )
+
+
+def _points(row: Row, name: str) -> str:
+    return f"{row[name]:+.1f} points ({row[f'{name}_low']:+.1f} to {row[f'{name}_high']:+.1f})"
