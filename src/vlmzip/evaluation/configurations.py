@@ -83,7 +83,7 @@ class Configurator:
     def rows(self, task: Task, methods: Sequence[Candidate], budgets: Sequence[str]) -> Iterator[Configuration]:
         """The uncompressed model, then every method at every budget; where one cannot be, the reason."""
         yield Configuration(task.name, PLAIN, WHOLE, NoCompression())
-        profile = self._profile(task)
+        profile = self.profile(task)
         for candidate in methods:
             for budget in budgets:
                 try:
@@ -123,7 +123,7 @@ class Configurator:
         self.calibrated.append({**key, "compressor": plain_json(found.to_dict())})
         return found
 
-    def _profile(self, task: Task) -> Profile:
+    def profile(self, task: Task) -> Profile:
         """The shape that budgets are set for: where pictures have grids of their own, the median of the first ones."""
         first = {sample.picture: sample for sample in task.samples[:LOOK_AT]}.values()
         inputs = self.asker.inputs([sample.load() for sample in first], [""] * len(first))
