@@ -124,8 +124,8 @@ def _search(study: Study, task: Task, rows: list[Configuration], args: Namespace
         Wish(_most(args, asked), loss),
         study.batch,
         args.seed,
-        0.0 if asked.cost == "ms" else TOO_FAR,
-        study.tell if processes.first else lambda _: None,
+        margin=0.0 if asked.cost == "ms" else TOO_FAR,
+        tell=study.tell if processes.first else lambda _: None,
     )
     return Found(asked, tuning, tuning.run(), [row for row in rows if row.compressor is None])
 

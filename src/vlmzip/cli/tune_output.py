@@ -24,6 +24,14 @@ from vlmzip.runtime.saving import FILE, write_compressor
 
 UNITS: dict[Cost, str] = {"tokens": "visual tokens", "flops": "of the prefill FLOPs", "ms": "ms prefill"}
 
+FATES = {
+    "cost": "costs too much",
+    "loss": "loses too much",
+    "behind": "clearly behind",
+    "broke": "broke",
+    "unconfirmed": "not confirmed",
+}
+
 
 @dataclass(frozen=True)
 class Found:
@@ -64,11 +72,14 @@ class Found:
             return "chosen"
         if row.out is None:
             return "dearer than what meets it" if row in self.tuning.waiting() else "to the end"
-        if row.out.why == "behind":
-            return f"behind {self.name(self.tuning.rows[row.out.than])}"
-        if row.out.why == "broke":
-            return self.asked.failures.get(row.number, "broke")
-        return {"cost": "costs too much", "loss": "loses too much", "unconfirmed": "not confirmed"}[row.out.why]
+        return FATES[row.out.why]
+
+    def detail(self, row: Row) -> str:
+        """Whom a dropped candidate was clearly behind, or how it broke."""
+        if row.out is None or row.out.why not in ("behind", "broke"):
+            return ""
+        behind = row.out.why == "behind"
+        return self.name(self.tuning.rows[row.out.than]) if behind else self.asked.failures.get(row.number, "")
 
     def costs(self, row: Row) -> dict[str, float]:
         """What is known of a candidate's costs."""
@@ -160,6 +171,9 @@ def _print(found: Found, folder: Path, args: Namespace) -> None:
     print(f"{task.name}: {task.about}; {task.metric.about}; {len(task.samples):,} questions\n")
     costs = ["tokens", "FLOPs", *(["ms"] if found.asked.cost == "ms" else [])]
     print_table(["candidate", *costs, "asked", "score %", "loss", ""], [_cells(found, row) for row in found.rows])
+    for row in found.rows:
+        if row.out and row.out.why == "broke":
+            print(f"\n{found.name(row)} {found.detail(row)}")
     if found.impossible:
         print(f"\n{len(found.impossible)} methods at budgets cannot be: tune.csv says why")
     print("\n" + "\n".join(sentences(found)))
@@ -229,6 +243,7 @@ def _candidate(found: Found, row: Row) -> dict[str, Any]:
     one = found.asked.configurations[row.number]
     out: dict[str, Any] = {"method": one.method, "budget": one.budget, "compressor": found.name(row)}
     out |= {**found.costs(row), "asked": row.asked, "rounds": row.round, "fate": found.fate(row)}
+    out["detail"] = found.detail(row) or None
     if row.loss:
         out |= {"score": row.score, "lost": vars(row.loss)}
     if row.held:
@@ -240,7 +255,7 @@ def _candidate(found: Found, row: Row) -> dict[str, Any]:
 def _csv(found: Found) -> list[dict[str, object]]:
     """A line for the uncompressed model and each candidate, scores in percent; then what cannot be, and why."""
     rows = [_plain_line(found), *(_line(found, row) for row in found.rows)]
-    rows += [{"method": one.method, "budget": one.budget, "fate": one.note} for one in found.impossible]
+    rows += [{"method": one.method, "budget": one.budget, "detail": one.note} for one in found.impossible]
     columns = dict.fromkeys(name for row in rows for name in row)
     return [{name: row.get(name, "") for name in columns} for row in rows]
 
@@ -265,7 +280,11 @@ def _line(found: Found, row: Row) -> dict[str, object]:
     if row.held:
         line |= {"confirmed_loss": _percent(row.held.loss.value), "confirmed_low": _percent(row.held.loss.low)}
         line |= {"confirmed_high": _percent(row.held.loss.high), "confirmed_bound": _percent(row.held.bound)}
-    return line | {"fate": found.fate(row), **(found.asked.study.conditions if row is found.chosen else {})}
+    return line | {
+        "fate": found.fate(row),
+        "detail": found.detail(row),
+        **(found.asked.study.conditions if row is found.chosen else {}),
+    }
 
 
 def _percent(share: float) -> str:

@@ -30,8 +30,8 @@ ALIKE = 0.05
 ERROR = 0.025
 #: With fewer pictures than this the draws say too little to certify anything.
 LEAST_PICTURES = 20
-#: Draws for the bound that certifies, which lies far out.
-BOUND_DRAWS = 5 * DRAWS
+#: How many times as many draws the bound takes that certifies, since it lies far out.
+FAR_OUT = 5
 
 Part = Literal["choose", "confirm"]
 
@@ -81,7 +81,7 @@ class Held(NamedTuple):
     """1 for the first candidate that was tried."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
     """A candidate and what is known of it from the choosing half."""
 
@@ -140,6 +140,7 @@ class Tuning:
     batch: int = 1
     """Rounds are multiples of it, so that no batch is cut differently because a candidate was dropped."""
     seed: int = 0
+    draws: int = DRAWS
     margin: float = 0.0
     """By which share a cost known beforehand may be wrong: more above `wish.most` than that is not even asked."""
     tell: Callable[[str], None] = lambda _: None
@@ -151,7 +152,7 @@ class Tuning:
         self.plain = Row(PLAIN, math.inf)
         self.counts = rounds(len(self.pictures["choose"]), self.batch)
         self.tries: list[Row] = []
-        self._bootstrap = cache(lambda count: Bootstrap(self.pictures["choose"][:count], self.seed))
+        self._bootstrap = cache(lambda count: Bootstrap(self.pictures["choose"][:count], self.seed, self.draws))
         for row in self.rows.values():
             if self.wish.most is not None and row.cost > self.wish.most * (1 + self.margin):
                 row.out = Out("cost")
@@ -246,15 +247,15 @@ class Tuning:
         if self.wish.loss is None or row.loss.high > self.wish.loss:
             return math.inf  # it lies above the interval's end: not worth the draws
         losses = self.plain.scores[:count] - row.scores[:count]
-        return bound(losses, self.pictures["choose"][:count], error_of(1), self.seed, DRAWS)
+        return bound(losses, self.pictures["choose"][:count], error_of(1), self.seed, self.draws)
 
     def _good(self) -> list[Row]:
         """Those that would be certified here, had nothing been chosen, and that look better than all tried in vain."""
         if self.wish.loss is None:
             return []
-        least = min((row.loss.value for row in self.tries if row.loss), default=math.inf)
-        running = [row for row in self.rows.values() if row.out is None]
-        return [row for row in running if row.bound <= self.wish.loss and row.lost < least]
+        least = min((row.loss.value for row in self.tries if row.out and row.loss), default=math.inf)
+        judged = [(row, row.loss) for row in self.rows.values() if row.out is None and row.loss]
+        return [row for row, loss in judged if row.bound <= self.wish.loss and loss.value < least]
 
     def _active(self) -> list[Row]:
         running = [row for row in self.rows.values() if row.out is None]
@@ -295,8 +296,10 @@ class Tuning:
             return None
         self.tries.append(row)
         scores = np.stack([found[PLAIN].scores, found[row.number].scores], axis=1)
-        drawn = Bootstrap(pictures, self.seed).means(scores)
-        highest = bound(scores[:, 0] - scores[:, 1], pictures, error_of(len(self.tries)), self.seed, BOUND_DRAWS)
+        drawn = Bootstrap(pictures, self.seed, self.draws).means(scores)
+        highest = bound(
+            scores[:, 0] - scores[:, 1], pictures, error_of(len(self.tries)), self.seed, FAR_OUT * self.draws
+        )
         plain, score = map(float, scores.mean(0))
         loss = estimate(drawn[:, 0] - drawn[:, 1])
         row.held = Held(score, plain, loss, highest, found[row.number].cost, len(self.tries))

@@ -18,6 +18,8 @@ LABELS: dict[Cost, str] = {
     "flops": "prefill FLOPs of the LLM, % of the uncompressed model's",
     "ms": "prefill of the LLM, milliseconds",
 }
+#: Inches between methods that cost the same, so that their intervals can be told apart.
+ASIDE = 0.05
 
 
 def draw(tuning: Tuning, chosen: Row | None, methods: Mapping[int, str], cost: Cost, title: str) -> Figure:
@@ -35,7 +37,9 @@ def draw(tuning: Tuning, chosen: Row | None, methods: Mapping[int, str], cost: C
     axes.axhline(0, color="black", linewidth=1, label="no_compression")
     for number, method in enumerate(dict.fromkeys(methods.values())):
         mine = [row for row in tuning.rows.values() if methods[row.number] == method and row.loss is not None]
-        _points(axes, sorted(mine, key=lambda row: row.cost), method, number, scale, tuning.counts[-1])
+        _points(axes, mine, method, number, scale, tuning.counts[-1])
+    if any(0 < row.asked < tuning.counts[-1] for row in tuning.rows.values()):
+        axes.plot([], [], "o", color="0.5", markersize=4, fillstyle="none", label="hollow: asked fewer questions")
     _limits(axes, tuning, scale)
     if chosen is not None and chosen.held is not None:
         _choice(axes, chosen, scale)
@@ -48,7 +52,11 @@ def draw(tuning: Tuning, chosen: Row | None, methods: Mapping[int, str], cost: C
 
 def _points(axes: Any, rows: Sequence[Row], method: str, number: int, scale: float, whole: int) -> None:
     """A method's candidates: filled and with an interval where the whole choosing half was asked, else hollow."""
+    from matplotlib.transforms import ScaledTranslation
+
+    aside = ScaledTranslation((number % 5 - 2) * ASIDE, 0, axes.figure.dpi_scale_trans)
     look = {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)], "linestyle": "none"}
+    look["transform"] = axes.transData + aside
     asked = [row for row in rows if row.asked == whole]
     fewer = [row for row in rows if row.asked < whole]
     if fewer:
