@@ -179,15 +179,18 @@ MISTAKES = [
     (["--max-loss", "1", "--batch", "0"], "--batch 0: give at least 1"),
     (["--max-loss", "1", "--seed", "-1"], "--seed -1: give at least 0"),
     (["--max-loss", "1", "--out", "{folder}/p0.png"], "is a file; give a folder"),
+    (["--max-loss", "1", "--out", "{model}"], "holds a model"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(a) for a, _ in MISTAKES])
-def test_mistakes_get_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, questions, arguments, message):
+def test_mistakes_get_one_line_and_exit_code_2(
+    capsys, tmp_path, monkeypatch, questions, checkpoint, arguments, message
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("vlmzip.cli.loading.load", lambda *_: pytest.fail("loaded before it refused"))
     before = sorted(tmp_path.rglob("*"))
-    code = main(["tune", *(argument.format(folder=questions) for argument in arguments)])
+    code = main(["tune", *(argument.format(folder=questions, model=checkpoint) for argument in arguments)])
     out, err = capsys.readouterr()
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert message in err

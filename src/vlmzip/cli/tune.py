@@ -84,6 +84,7 @@ def run(args: Namespace) -> None:
     from vlmzip.evaluation.study import Study
     from vlmzip.evaluation.tasks import read_tasks
     from vlmzip.evaluation.tuned_study import halves
+    from vlmzip.runtime.saving import FILE
 
     _check(args)
     methods, budgets = spec.candidates(args.methods), read_budgets(args.keep)
@@ -98,7 +99,7 @@ def run(args: Namespace) -> None:
         study = Study(loaded.model, loaded.processor, args.model, folder, args.batch, processes, tell)
         rows = study.configure([task], methods, budgets)
         if processes.first:
-            (folder / "compressor.json").unlink(missing_ok=True)  # an earlier choice must not pass for this one
+            (folder / FILE).unlink(missing_ok=True)  # an earlier choice must not pass for this one
         found = _search(study, task, rows, args, processes)
         if processes.first:
             show(found, args)
@@ -170,3 +171,5 @@ def _check(args: Namespace) -> None:
         raise UserError(f"--seed {args.seed}: give at least 0")
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {str(args.out)!r} is a file; give a folder")
+    if args.out is not None and (args.out / "config.json").exists():
+        raise UserError(f"--out {str(args.out)!r} holds a model, whose own compressor.json is not tune's to replace")

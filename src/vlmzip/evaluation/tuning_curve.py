@@ -18,8 +18,8 @@ LABELS: dict[Cost, str] = {
     "flops": "prefill FLOPs of the LLM, % of the uncompressed model's",
     "ms": "prefill of the LLM, milliseconds",
 }
-#: Inches between methods that cost the same, so that their intervals can be told apart.
-ASIDE = 0.05
+#: Methods that cost the same stand this share of all costs apart, so that their intervals can be told apart.
+ASIDE = 0.007
 
 
 def draw(tuning: Tuning, chosen: Row | None, methods: Mapping[int, str], cost: Cost, title: str) -> Figure:
@@ -37,7 +37,8 @@ def draw(tuning: Tuning, chosen: Row | None, methods: Mapping[int, str], cost: C
     axes.axhline(0, color="black", linewidth=1, label="no_compression")
     for number, method in enumerate(dict.fromkeys(methods.values())):
         mine = [row for row in tuning.rows.values() if methods[row.number] == method and row.loss is not None]
-        _points(axes, mine, method, number, scale, tuning.counts[-1])
+        aside = (number % 5 - 2) * ASIDE * scale * max(row.cost for row in tuning.rows.values())
+        _points(axes, mine, method, number, scale, tuning.counts[-1], aside)
     if any(0 < row.asked < tuning.counts[-1] for row in tuning.rows.values()):
         axes.plot([], [], "o", color="0.5", markersize=4, fillstyle="none", label="hollow: asked fewer questions")
     _limits(axes, tuning, scale)
@@ -50,28 +51,29 @@ def draw(tuning: Tuning, chosen: Row | None, methods: Mapping[int, str], cost: C
     return figure
 
 
-def _points(axes: Any, rows: Sequence[Row], method: str, number: int, scale: float, whole: int) -> None:
+def _points(axes: Any, rows: Sequence[Row], method: str, number: int, scale: float, whole: int, aside: float) -> None:
     """A method's candidates: filled and with an interval where the whole choosing half was asked, else hollow."""
-    from matplotlib.transforms import ScaledTranslation
-
-    aside = ScaledTranslation((number % 5 - 2) * ASIDE, 0, axes.figure.dpi_scale_trans)
     look = {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)], "linestyle": "none"}
-    look["transform"] = axes.transData + aside
     asked = [row for row in rows if row.asked == whole]
     fewer = [row for row in rows if row.asked < whole]
     if fewer:
         axes.plot(
-            *_places(fewer, scale), **look, markersize=4, fillstyle="none", alpha=0.5, label=None if asked else method
+            *_places(fewer, scale, aside),
+            **look,
+            markersize=4,
+            fillstyle="none",
+            alpha=0.5,
+            label=None if asked else method,
         )
     if asked:
         errors = [100 * row.loss.half for row in asked if row.loss]
         axes.errorbar(
-            *_places(asked, scale), yerr=errors, **look, markersize=6, elinewidth=0.8, capsize=2, label=method
+            *_places(asked, scale, aside), yerr=errors, **look, markersize=6, elinewidth=0.8, capsize=2, label=method
         )
 
 
-def _places(rows: Sequence[Row], scale: float) -> tuple[list[float], list[float]]:
-    return [scale * row.cost for row in rows], [-100 * row.loss.value for row in rows if row.loss]
+def _places(rows: Sequence[Row], scale: float, aside: float) -> tuple[list[float], list[float]]:
+    return [scale * row.cost + aside for row in rows], [-100 * row.loss.value for row in rows if row.loss]
 
 
 def _limits(axes: Any, tuning: Tuning, scale: float) -> None:
