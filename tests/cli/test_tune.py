@@ -105,8 +105,10 @@ def test_milliseconds_are_measured_once(tune, monkeypatch):
 
 
 def test_a_stop_in_the_middle_costs_nothing(tune, tmp_path, monkeypatch):
+    """Nor do rounds: three of them here, of 4, 8 and 12 questions."""
     from vlmzip.evaluation.answering import Asker
 
+    monkeypatch.setattr("vlmzip.evaluation.tuning.FIRST", 4)
     whole = json.loads(tune("--max-flops", "60%", "--max-loss", "5", "--json", out="whole")[1])
     heard, real = listen(monkeypatch), Asker.answer
 
@@ -122,6 +124,7 @@ def test_a_stop_in_the_middle_costs_nothing(tune, tmp_path, monkeypatch):
     again = json.loads(tune("--max-flops", "60%", "--max-loss", "5", "--json")[1])
     assert {**again, "out": 0, "compressor": 0} == {**whole, "out": 0, "compressor": 0}
     assert sum(map(len, heard)) == whole["answers"]
+    assert {one["rounds"] for one in whole["candidates"]} == {3}
 
 
 def test_the_table_says_what_is_certain_and_what_is_not(tune, checkpoint, tmp_path):
