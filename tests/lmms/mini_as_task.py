@@ -2,7 +2,7 @@
 
     python -m tests.lmms.mini_as_task FOLDER --limit 300
 
-writes the tasks `mini_exact` (all questions), and what goes with it: the same questions in other forms that tasks have.
+writes the task `mini_exact`, for `vlmzip eval --suite mini_exact --include-path FOLDER`.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def score(doc, results):
 '''
 
 
-def write_task(folder: Path, limit: int, task: str = "mini_exact", changed: str = "", utils: str = "") -> None:
-    """Writes the first `limit` questions as `task`; `changed` and `utils` are added to the YAML and to its functions."""
+def write_task(folder: Path, limit: int, task: str = "mini_exact") -> None:
+    """Writes the first `limit` questions as a task of that name."""
     asked = mini_task(limit)
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -68,8 +68,8 @@ def write_task(folder: Path, limit: int, task: str = "mini_exact", changed: str 
     data = (folder / f"{task}.jsonl").resolve()
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     yaml = YAML.format(task=task, data=json.dumps(str(data)), length=asked.max_new_tokens)
-    (folder / f"{task}.yaml").write_text(yaml.replace("utils.", f"{task}_utils.") + changed)
-    (folder / f"{task}_utils.py").write_text(UTILS + utils)
+    (folder / f"{task}.yaml").write_text(yaml.replace("utils.", f"{task}_utils."))
+    (folder / f"{task}_utils.py").write_text(UTILS)
 
 
 if __name__ == "__main__":
