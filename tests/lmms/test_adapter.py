@@ -229,9 +229,10 @@ def test_what_is_not_supported_is_refused_in_a_sentence(adapter, content, said):
 
 
 def test_likelihoods_are_refused_with_the_name_of_the_task(adapter):
+    arguments = ("", " yes", None, 0, "seedbench_ppl", "test")
+    request = Instance("loglikelihood", arguments, 0, {"task": "t", "doc_id": 0, "repeats": 1})
     with pytest.raises(UserError, match=r"^seedbench_ppl compares log-likelihoods"):
-        one = ("", " yes", None, 0, "seedbench_ppl", "test")
-        adapter.loglikelihood([Instance("loglikelihood", one, 0, {"task": "t", "doc_id": 0, "repeats": 1})])
+        adapter.loglikelihood([request])
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,10 @@ class SuiteRun:
     def _manager(self) -> Any:
         from lmms_eval.tasks import TaskManager
 
+        if self.include is not None:  # reading all of lmms-eval's own task files takes a while
+            own = TaskManager("ERROR", include_path=self.include, include_defaults=False, model_name="vlmzip")
+            if all(benchmark.task in own.task_index for benchmark in self.suite.benchmarks):
+                return own
         return TaskManager("ERROR", include_path=self.include, model_name="vlmzip")
 
     @property
