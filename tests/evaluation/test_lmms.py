@@ -47,6 +47,7 @@ def test_a_score_is_in_the_papers_unit():
     assert Benchmark("x", "x").score(found) == 0.5
     assert Benchmark("x", "x", ("f1", "missing")).score(found) is None
     assert Benchmark("x", "x").score({"alias": "x", "submission,none": None}) is None
+    assert Benchmark("x", "x").score({"a,none": None, "a_stderr,none": 0.1, "b,none": 0.5}) == 0.5
 
 
 class Configured:
