@@ -1,0 +1,109 @@
+"""Time of a training step in each stage of LLaVolta's schemes, beside what FLOPs promise.
+
+    OMP_NUM_THREADS=1 python benchmarks/train_step.py --clock cpu     # LLaVA-1.5-7B with heads and MLPs at 1/8
+
+A step is forward, loss and backward; projector and LLM learn, the vision encoder is frozen; without the optimiser,
+which no compression touches. FLOPs: the encoder's forward once; three times the forward of projector and LLM, whose
+output head sees every token. *share of the saving*: of the time that the FLOPs say is saved, how much is.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from vlmzip import LLaVolta, NoCompression, attach
+from vlmzip.files import write_csv
+from vlmzip.measure.flops import flops_inside
+from vlmzip.measure.machine import about
+from vlmzip.measure.presets import PRESETS, make_config, make_inputs, make_model
+from vlmzip.measure.timing import cpu_seconds, in_turns, now, quartiles, ratios
+from vlmzip.measure.token_profile import TokenProfile
+from vlmzip.methods import Pool2d, VisionZip
+from vlmzip.models import adapter_for
+
+#: The stages of Table 1, and two methods before the LLM.
+STAGES = {
+    "none": NoCompression(),
+    **{f"layer {k}, stride {s}": LLaVolta(layer=k, stride=s) for k, s in ((2, 8), (2, 2), (2, 16), (16, 8), (16, 2))},
+    **{f"layer {k}, stride {s}": LLaVolta(layer=k, stride=s) for k, s in ((16, 16), (16, 4))},
+    "pool2d(factor=3)": Pool2d(factor=3),
+    "visionzip(keep=64)": VisionZip(keep=64),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", type=float, default=1 / 8)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--text-tokens", type=int, default=62)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: where others use the cores too")
+    parser.add_argument("--device", default="cpu")
+    results = Path(__file__).parent / "results" / "train-step.csv"
+    parser.add_argument("--results", type=Path, default=results, metavar="CSV")
+    args = parser.parse_args()
+
+    dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
+    preset = PRESETS["llava-1.5-7b"].scaled(args.scale)
+    model = make_model(make_config(preset), args.device, dtype).train()
+    model.model.vision_tower.requires_grad_(False)
+    adapter = adapter_for(model)
+    inputs = make_inputs(preset, args.batch, args.text_tokens, args.device, dtype)
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == adapter.placeholder_id, -100)
+    small = attach(model, NoCompression())
+    clock = {"wall": now, "cpu": cpu_seconds}[args.clock]
+
+    def step(name: str) -> float:
+        small.switch(STAGES[name])
+        start = clock(args.device)
+        small(**inputs, labels=labels).loss.backward()
+        spent = clock(args.device) - start
+        model.zero_grad()
+        return spent
+
+    flops = {}
+    for name, compressor in STAGES.items():
+        small.switch(compressor)
+        flops[name] = step_flops(small, inputs)
+    seconds = in_turns({name: partial(step, name) for name in STAGES}, args.repeats)
+    rows = []
+    for name in STAGES:
+        speed, limit = ratios(seconds[name], seconds["none"]), flops["none"] / flops[name]
+        share = (1 - 1 / speed.median) / (1 - 1 / limit) if limit > 1 else float("nan")
+        rows.append(
+            {
+                "stage": name,
+                "ms": f"{1000 * quartiles(seconds[name]).median:.0f}",
+                "speed-up": f"{speed.median:.3f}",
+                "first quartile": f"{speed.first:.3f}",
+                "third quartile": f"{speed.third:.3f}",
+                "limit": f"{limit:.3f}",
+                "share of the saving": "" if limit == 1 else f"{share:.3f}",
+                "scale": args.scale,
+                "batch": args.batch,
+                "clock": args.clock,
+                **about(args.device),
+            }
+        )
+        print(" ".join(f"{value:>12}" for value in list(rows[-1].values())[:7]))
+    write_csv(args.results, rows)
+
+
+def step_flops(small: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
+    """Forward and backward of one step; selection and pooling are left out."""
+    adapter = adapter_for(small.inner)
+    with torch.no_grad():
+        encoder = flops_inside([adapter.vision_encoder], lambda: small(**inputs))
+        projector = flops_inside([adapter.projector], lambda: small(**inputs))
+    llm = 0
+    head = 2 * adapter.llm_config.hidden_size * adapter.llm_config.vocab_size
+    for profile in TokenProfile.rows(small.report, inputs["attention_mask"].sum(1).tolist()):
+        llm += profile.prefill_flops(adapter) + head * (profile.all[-1] - 1)
+    return encoder + 3 * (projector + llm)
+
+
+if __name__ == "__main__":
+    main()
