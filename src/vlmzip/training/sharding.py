@@ -22,17 +22,17 @@ from vlmzip.runtime.facade import CompressedModel
 def shard(small: CompressedModel, device: torch.device, *, bf16: bool) -> None:
     """Shares the parameters out among all processes, which each must call this.
 
-    Each decoder layer, the projector and the vision encoder are gathered when they run; all else (embeddings, head,
-    the weights of a method) at the beginning of the façade's `forward` or `generate`. With `bf16` weights are gathered
+    Each decoder layer and the projector are gathered when they run, and freed; the vision encoder is kept from there to
+    the end of the backward, all else (embeddings, head, the weights of a method) for all of a step. With `bf16` weights are gathered
     and computed with in bfloat16, gradients are summed in float32. Raises `UserError` for what stayed whole.
     """
     adapter, mesh = adapter_for(small.inner), init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     for part in (*adapter.decoder_layers, adapter.projector):  # the projector may be a part of the encoder
         fully_shard(part, mesh=mesh, mp_policy=policy)
-    # Features are those of an inner layer: where the encoder learns, nothing would gather it again for the backward.
-    learns = any(parameter.requires_grad for parameter in adapter.vision_encoder.parameters())
-    fully_shard(adapter.vision_encoder, mesh=mesh, mp_policy=policy, reshard_after_forward=not learns)
+    # Features are those of an inner layer, so that nothing would gather the encoder again for its backward; with
+    # gradient checkpointing transformers sends gradients through a frozen one too.
+    fully_shard(adapter.vision_encoder, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     # Not the model but the façade is the root: it runs the encoder before the model's own forward.
     fully_shard(small, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(small, "generate")
@@ -75,6 +75,9 @@ def make_whole(small: CompressedModel, keep: bool) -> None:
 
     For saving and merging; the model cannot run any more.
     """
+    for module in small.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # what an evaluation has gathered is still there, perhaps in bfloat16
     done: dict[nn.Parameter, nn.Parameter] = {}
     for module in small.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
