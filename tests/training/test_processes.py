@@ -1,4 +1,4 @@
-"""Two processes on the CPU against one: losses, weights, stages and checkpoints, with copies and with shared-out weights.
+"""Two processes on the CPU against one: losses, weights, stages, checkpoints; with copies and with shared-out weights.
 
 What two processes do is done in two launches, the first of which is killed; the tests look at what they left.
 """
@@ -15,12 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
 
-from tests.tiny import tiny_llava
+from tests.tiny import tiny_llava, tiny_processor
 from tests.training.runs import losses, stages, write_config, write_run
-from vlmzip import UserError
+from vlmzip import NoCompression, UserError
 from vlmzip.cli.main import main
 from vlmzip.runtime.facade import attach
+from vlmzip.training.run import _save
 from vlmzip.training.sharding import check_sharded
 
 pytest.importorskip("accelerate")
@@ -216,8 +218,6 @@ def test_evaluation_between_processes_that_share_weights(runs):
 
 
 def test_what_is_not_shared_out_is_refused():
-    from vlmzip import NoCompression
-
     with pytest.raises(UserError, match=r"sharding: inner\..* is not shared out"):
         check_sharded(attach(tiny_llava(), NoCompression()))
 
@@ -233,6 +233,22 @@ def test_what_is_not_shared_out_is_refused():
 def test_other_ways_of_sharing_are_refused(tmp_path, capsys, settings, said):
     assert main(["train", str(write_config(tmp_path, **settings))]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_lora_is_refused_under_zero_3(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.deepspeed.is_deepspeed_zero3_enabled", lambda: True)
+    assert main(["train", str(write_run(tmp_path, lora={"r": 4}))]) == 2
+    assert "take ZeRO-2 or sharding: fsdp" in capsys.readouterr().err
+
+
+def test_what_is_saved_is_the_gathered_state_where_there_is_one(tmp_path):
+    """As under ZeRO-3, where the model itself has no weights to save."""
+    small = attach(tiny_llava(), NoCompression())
+    gathered = {name: value + 1 for name, value in small.state_dict().items()}
+    _save(small, NoCompression(), tiny_processor("llava"), tmp_path, gathered)
+    saved = AutoModelForImageTextToText.from_pretrained(tmp_path).state_dict()
+    for name, value in small.inner.state_dict().items():
+        torch.testing.assert_close(saved[name], value + 1)
 
 
 def test_accelerates_own_way_is_refused(tmp_path, capsys, monkeypatch):

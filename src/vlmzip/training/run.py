@@ -49,6 +49,10 @@ def train(config: Config, model: nn.Module, processor: Any, adapter: ModelAdapte
     small = attach(_with_lora(model, config.lora), schedule.stages[0].compressor)
     _choose_what_learns(small, adapter, config.learn, config.lora)
     trainer = make_trainer(config, small, schedule, examples, adapter, processor)
+    if config.lora is not None and not trainer.sharded and moves_together(small):
+        raise UserError(
+            "lora: ZeRO-3 holds weights in parts that nothing is merged into; take ZeRO-2 or sharding: fsdp"
+        )
     checkpoint = latest_checkpoint(out) if trainer.args.should_save else None
     checkpoint = _same_everywhere(checkpoint)
     if checkpoint is not None:

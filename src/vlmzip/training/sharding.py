@@ -23,8 +23,9 @@ def shard(small: CompressedModel, device: torch.device, *, bf16: bool) -> None:
     """Shares the parameters out among all processes, which each must call this.
 
     Each decoder layer and the projector are gathered when they run, and freed; the vision encoder is kept from there to
-    the end of the backward, all else (embeddings, head, the weights of a method) for all of a step. With `bf16` weights are gathered
-    and computed with in bfloat16, gradients are summed in float32. Raises `UserError` for what stayed whole.
+    the end of the backward, all else (embeddings, head, the weights of a method) for all of a step. With `bf16` weights
+    are gathered and computed with in bfloat16, gradients are summed in float32. Raises `UserError` for what stayed
+    whole.
     """
     adapter, mesh = adapter_for(small.inner), init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
@@ -61,7 +62,7 @@ def whole(value: Any, keep: bool) -> Any:
     """
     if not isinstance(value, DTensor):
         return value
-    together = value.detach().full_tensor()
+    together = value.full_tensor().detach()
     return together.cpu() if keep else torch.empty(0)
 
 

@@ -40,6 +40,9 @@ class StagedTrainer(Trainer):
     they are the same whether parameters were shared out among processes or not.
     """
 
+    optimizer: Any  # to a type checker they may be None; they are before training alone
+    lr_scheduler: Any
+
     def __init__(
         self,
         small: CompressedModel,
@@ -129,9 +132,10 @@ class StagedTrainer(Trainer):
         """Shares the parameters out before: a checkpoint is loaded by now, and the optimiser takes what is left."""
         if self.sharded and self.optimizer is None:
             sharding.shard(self.small, self.args.device, bf16=self.args.bf16)
-            # The mark of what needs no wrapping any more. accelerate would refuse to put DDP around it, and its autocast
-            # would keep a copy of every gathered weight until the end of the forward.
-            self.small._is_accelerate_prepared = True
+            # accelerate's mark of what it need not wrap any more. It would refuse to put DDP around this, and its
+            # autocast would keep a copy of every gathered weight until the end of the forward.
+            small: Any = self.small
+            small._is_accelerate_prepared = True
         return super().create_optimizer(model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
