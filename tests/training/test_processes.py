@@ -39,7 +39,9 @@ USUAL = {"schedule": {"stages": [{"compressor": one} for one in STAGES]}, "save_
 SINGLY = {"batch_per_process": 1}
 FSDP = {"sharding": "fsdp", **SINGLY}
 LORA = {"lora": {"r": 4, "alpha": 8, "dropout": 0.0}, "learn": ["vision", "projector", "llm"]}
-EVALUATED = {"precision": "bf16", "evaluation": {"every": 4, "task": "QUESTIONS:exact"}, "save_every": 4, "steps": 4}
+#: A checkpoint behind the last evaluation would undo what that has gathered.
+UNSAVED = {"trainer": {"save_strategy": "no"}}
+EVALUATED = {"precision": "bf16", "evaluation": {"every": 4, "task": "QUESTIONS:exact"}, "steps": 4, **UNSAVED}
 QFORMER = {"schedule": "qformer(queries=4,width=32,heads=2,depth=2)", "learn": "projector", "steps": 3}
 ALONE = {"one": {}, "lora-one": LORA, "qformer-one": QFORMER, "evaluated-one": EVALUATED}
 TOGETHER = {
