@@ -7,8 +7,10 @@ INSTALLED := $(VENV)/.installed
 # Another version of transformers gets an environment of its own: make test-transformers TRANSFORMERS=5.19
 TRANSFORMERS ?= 5.19
 OTHER ?= .venv-transformers-$(TRANSFORMERS)
+# lmms-eval brings a hundred packages along, 2.4 GB: it has an environment of its own too.
+LMMS ?= .venv-lmms
 
-.PHONY: help demo test test-transformers check fmt lint types tables bench bench-gpu flops figures support papers mini
+.PHONY: help demo test test-transformers test-lmms check fmt lint types tables bench bench-gpu flops figures support papers mini
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -35,6 +37,18 @@ $(OTHER)/.installed: pyproject.toml constraints.txt
 
 test-transformers: $(OTHER)/.installed ## run the tests with another version of transformers
 	$(OTHER)/bin/python -m pytest
+
+$(LMMS)/.installed: pyproject.toml constraints.txt tests/lmms/torchvision_beside_cpu_torch.py
+	$(PYTHON) -m venv $(LMMS)
+	$(LMMS)/bin/python -m pip install --quiet --upgrade pip
+	$(LMMS)/bin/python -m pip install --quiet -c constraints.txt -e ".[dev,lmms]"
+	site=$$($(LMMS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
+	cp tests/lmms/torchvision_beside_cpu_torch.py $$site; \
+	echo "import torchvision_beside_cpu_torch" > $$site/torchvision_beside_cpu_torch.pth
+	@touch $@
+
+test-lmms: $(LMMS)/.installed ## install lmms-eval beside vlmzip, and run the tests of the two together
+	$(LMMS)/bin/python -m pytest tests/lmms tests/evaluation/test_lmms.py
 
 check: lint types tables test-transformers test ## what CI runs
 

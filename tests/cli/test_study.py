@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.cli.test_eval import write_questions
 from tests.evaluation.test_study import asked as listen
 from tests.tiny import save_checkpoint
 from vlmzip.cli.main import main
+from vlmzip.errors import UserError
 from vlmzip.evaluation.analyses import NAMES, about
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +90,27 @@ def test_all_are_run_once(study, monkeypatch):
     code, out, _ = study("tau", "all", "tau")
     assert (code, ran) == (0, list(NAMES))
     assert [line for line in out.splitlines() if line.endswith("was run")] == [f"{name} was run" for name in NAMES]
+
+
+def test_all_go_without_one_that_does_not_suit_the_task(study, monkeypatch):
+    def measure(subject, name):
+        if name not in suited:
+            raise UserError(f"{name} needs more")
+        return [{"name": name}]
+
+    for name in NAMES:
+        module = f"vlmzip.evaluation.analyses.{name}"
+        monkeypatch.setattr(f"{module}.measure", partial(measure, name=name))
+        monkeypatch.setattr(f"{module}.findings", lambda rows: [f"{rows[0]['name']} was run"])
+        monkeypatch.setattr("vlmzip.cli.study._write", lambda *_: None)
+    suited = set(NAMES) - {"turns"}
+    code, out, err = study("all")
+    assert (code, out.count("was run")) == (0, len(NAMES) - 1)
+    assert err == "note: there is no turns: turns needs more\n"
+    assert study("turns")[0] == 2
+    suited = set()
+    code, out, err = study("all")
+    assert (code, out) == (2, "")
 
 
 def test_the_same_command_again_asks_nothing(study, monkeypatch, tmp_path):

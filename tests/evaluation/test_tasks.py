@@ -14,7 +14,7 @@ from vlmzip.mini.splits import test_split as mini_test_split
 
 
 def write(folder, *lines, pictures=("a.png", "b.png", "c.png")):
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for number, name in enumerate(pictures):
         noise = np.random.default_rng(number).integers(0, 256, (48, 48, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / name)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmzip import spec
+from vlmzip.cli import suite
 from vlmzip.cli.options import add_model
 from vlmzip.errors import UserError
 from vlmzip.evaluation.papers import published
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
     from vlmzip.evaluation.study import Study
     from vlmzip.evaluation.task import Task
 
+DEFAULT_TASKS = "mini"
 HELP = "score methods at several budgets on whole sets of questions, with intervals, curves and a report"
 EXAMPLES = """  vlmzip eval --limit 300 --methods visionzip,pool2d --keep 25%,11% --report
   vlmzip eval --tasks mini,easy-vqa --keep 75%,50%,25%,11%,5.6% --out runs/eval/all
   vlmzip eval --model llava-hf/llava-1.5-7b-hf --tasks my_questions:vqa --calibrate-on other_photos --keep 192,64
   vlmzip eval --methods "dfmr(tau=0.3),tuned/compressor.json" --keep as-set
   vlmzip eval --tasks gqa:exact --model llava-hf/llava-1.5-7b-hf --methods visionzip --keep 64 --against visionzip
+  vlmzip eval --suite llavolta13 --model llava-hf/llava-1.5-7b-hf --methods visionzip --keep 64
   accelerate launch --multi_gpu --num_processes 4 -m vlmzip.cli.main eval --model llava-hf/llava-1.5-7b-hf …
 
 Run the same command again to go on where it was stopped: nothing is asked twice."""
@@ -47,7 +50,7 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
         help="average budgets, tokens per picture or shares of them, or as-set: methods as they are written;"
         " default: 75%%,50%%,25%%,11%%",
     )
-    parser.add_argument("--tasks", default="mini", metavar="T,T,…", help=f"{TASKS}; default: %(default)s")
+    parser.add_argument("--tasks", metavar="T,T,…", help=f"{TASKS}; default: {DEFAULT_TASKS}")
     parser.add_argument("--limit", type=int, metavar="N", help="ask only the first questions of each task")
     parser.add_argument(
         "--calibrate-on", metavar="FOLDER", help="pictures for the thresholds of methods that decide by content"
@@ -66,6 +69,7 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of intervals and of the report's choice of pictures")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    suite.add_arguments(parser)
 
 
 def run(args: Namespace) -> None:
@@ -78,14 +82,17 @@ def run(args: Namespace) -> None:
     from vlmzip.evaluation.tasks import read_tasks
 
     _check(args)
+    if args.suite is not None:
+        suite.run(args)
+        return
     methods, budgets = spec.candidates(args.methods), read_budgets(args.keep)
-    tasks = read_tasks(args.tasks, args.limit, args.calibrate_on)
+    tasks = read_tasks(DEFAULT_TASKS if args.tasks is None else args.tasks, args.limit, args.calibrate_on)
     if args.max_new_tokens is not None:
         tasks = [replace(task, max_new_tokens=args.max_new_tokens) for task in tasks]
     folder = args.out or Path("runs", "eval", Path(args.model).name)
     with Processes() as processes:
         loaded = load(args.model, processes.device(args.device), args.dtype)
-        study = Study(loaded.model, loaded.processor, args.model, folder, args.batch, processes, _tell)
+        study = Study(loaded.model, loaded.processor, args.model, folder, args.batch, processes, tell)
         configurations = study.configure(tasks, methods, budgets)
         study.run(tasks, configurations)
         if not processes.first:
@@ -98,7 +105,7 @@ def run(args: Namespace) -> None:
         finally:  # a full disk must not cost the table
             _print(folder, args, found)
     if study.failures:
-        _tell(f"{len(study.failures)} configurations broke; see the notes above")
+        tell(f"{len(study.failures)} configurations broke; see the notes above")
         sys.exit(1)
 
 
@@ -116,9 +123,10 @@ def _check(args: Namespace) -> None:
         published(args.against)
     if args.out is not None and args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {str(args.out)!r} is a file; give a folder")
+    suite.check(args)
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
     from vlmzip.cli.loading import console
 
     console.print(text, highlight=False, markup=False, soft_wrap=True)

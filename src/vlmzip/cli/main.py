@@ -13,7 +13,9 @@ from vlmzip.errors import UserError, closest
 from vlmzip.version import __version__
 
 #: One module of this package each: `HELP`, `EXAMPLES`, `add_arguments(parser, arguments)` and `run(args)`.
-COMMANDS = ("ask", "bench", "calibrate", "compare", "eval", "methods", "models", "show", "study", "train")
+COMMANDS = (
+    "ask", "bench", "calibrate", "compare", "eval", "methods", "models", "show", "study", "train", "tune"
+)  # fmt: skip
 
 
 class Parser(ArgumentParser):

@@ -35,7 +35,7 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
 
 
 def run(args: Namespace) -> None:
-    from vlmzip.cli.loading import load
+    from vlmzip.cli.loading import load, note
     from vlmzip.evaluation.analyses.subject import Subject
     from vlmzip.evaluation.processes import Processes
     from vlmzip.evaluation.tasks import read_task
@@ -51,8 +51,16 @@ def run(args: Namespace) -> None:
         subject = Subject(
             loaded.model, loaded.processor, args.model, task, folder, args.batch, args.seed, processes, _tell
         )
+        refused: list[UserError] = []
         for name, analysis in analyses.items():
-            rows = analysis.measure(subject)
+            try:
+                rows = analysis.measure(subject)
+            except UserError as error:  # not every task or model suits every analysis
+                refused.append(error)
+                if "all" not in args.names or len(refused) == len(analyses):
+                    raise
+                note(f"there is no {name}: {error}")
+                continue
             if processes.first:
                 found[name] = rows
                 _write(subject, name, rows)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from vlmzip.errors import UserError
 from vlmzip.measure.flops import prefill_flops
@@ -21,10 +22,18 @@ from vlmzip.runtime.prompts import chat_prompt
 class Answer:
     text: str
     visual_tokens: int
-    """Without compression."""
+    """Of all pictures of the prompt, without compression."""
     by_layer: tuple[int, ...]
     """Visual tokens left at each layer of the LLM."""
     text_tokens: int
+    """Of the prompt."""
+    new_tokens: int = 0
+    """Of the answer, its end included."""
+
+    @property
+    def retention(self) -> float:
+        """Visual tokens over all layers, as a share of what they would be without compression; 1 without pictures."""
+        return sum(self.by_layer) / (self.visual_tokens * len(self.by_layer)) if self.visual_tokens else 1.0
 
 
 class Asker:
@@ -42,26 +51,68 @@ class Asker:
             raise UserError(f"the question {question!r} must not contain <image>: pictures are placed before it")
 
     def inputs(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> dict[str, Any]:
-        """Model inputs of one prompt for each question, with its picture."""
-        prompts = [chat_prompt(self.adapter, self.processor, question, 1) for question in questions]
-        made = self.processor(images=list(pictures), text=prompts, padding=True, return_tensors="pt")
-        return dict(made.to(self.adapter.model.device, self.adapter.model.dtype))
+        """Model inputs of one prompt for each question, with its picture, or with its pictures: as many for each."""
+        rows = _shared_out(pictures, len(questions))
+        return self._inputs(self._prompts(questions, rows), rows)
 
     def answer(
         self, small: CompressedModel, pictures: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int
     ) -> list[Answer]:
-        """The answers in the order of the questions."""
-        inputs = self.inputs(pictures, questions)
+        """The answers in the order of the questions, each about its picture, or its pictures: as many for each."""
+        rows = _shared_out(pictures, len(questions))
+        prompts = self._prompts(questions, rows)
+        return self.answer_prompts(small, prompts, rows, max_new_tokens=max_new_tokens, do_sample=False)
+
+    def answer_prompts(
+        self,
+        small: CompressedModel,
+        prompts: Sequence[str],
+        pictures: Sequence[Sequence[Image.Image]],
+        **generation: Any,
+    ) -> list[Answer]:
+        """The answers in the order of the prompts, each with equally many pictures; `generation` is for `generate`."""
+        inputs = self._inputs(prompts, pictures)
         with torch.inference_mode():
-            ids = small.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        texts = self.processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        lengths = inputs["attention_mask"].sum(1).tolist()
-        by_row = {picture.row: picture for picture in small.report.pictures}
+            ids = small.generate(**inputs, **generation)
+        new = ids[:, inputs["input_ids"].shape[1] :]
+        texts = self.processor.batch_decode(new, skip_special_tokens=True)
+        lengths, counts = inputs["attention_mask"].sum(1).tolist(), self._written(small, new)
         return [
-            Answer(text.strip(), picture.before, picture.by_layer, length - picture.before)
-            for text, length, picture in zip(texts, lengths, (by_row[row] for row in range(len(texts))), strict=True)
+            self._answer(small, row, text.strip(), length, count)
+            for row, (text, length, count) in enumerate(zip(texts, lengths, counts, strict=True))
         ]
+
+    def _prompts(self, questions: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> list[str]:
+        both = zip(questions, pictures, strict=True)
+        return [chat_prompt(self.adapter, self.processor, question, len(own)) for question, own in both]
+
+    def _inputs(self, prompts: Sequence[str], pictures: Sequence[Sequence[Image.Image]]) -> dict[str, Any]:
+        """Model inputs of prompts that have their pictures' places in them."""
+        alone = all(len(row) == 1 for row in pictures)  # processors agree on the form of one picture a prompt
+        images: Any = [row[0] for row in pictures] if alone else [list(row) for row in pictures]
+        images = images if any(pictures) else None
+        made = self.processor(images=images, text=list(prompts), padding=True, return_tensors="pt")
+        return dict(made.to(self.adapter.model.device, self.adapter.model.dtype))
+
+    def _answer(self, small: CompressedModel, row: int, text: str, length: int, count: int) -> Answer:
+        mine = [picture for picture in small.report.pictures if picture.row == row]
+        before = sum(picture.before for picture in mine)
+        by_layer = tuple(map(sum, zip(*(picture.by_layer for picture in mine), strict=True)))
+        return Answer(text, before, by_layer, length - before, count)
+
+    def _written(self, small: CompressedModel, new: Tensor) -> list[int]:
+        """How many tokens of each row were generated: those up to its first end, which is one of them."""
+        config = small.generation_config
+        ends = torch.as_tensor(config.eos_token_id if config.eos_token_id is not None else -1).flatten()
+        ended = torch.isin(new, ends.to(new.device)).long().cumsum(1)
+        return ((ended == 0).sum(1) + (ended[:, -1:] > 0).sum(1)).tolist() if new.shape[1] else [0] * len(new)
 
     def _flops(self, text_tokens: int, by_layer: tuple[int, ...]) -> int:
         """Prefill FLOPs of the LLM."""
         return prefill_flops(self.adapter, [text_tokens + count for count in by_layer])
+
+
+def _shared_out(pictures: Sequence[Image.Image], count: int) -> list[Sequence[Image.Image]]:
+    """The pictures of each of `count` prompts, which have equally many."""
+    each = len(pictures) // count
+    return [pictures[start : start + each] for start in range(0, len(pictures), each)]

@@ -46,6 +46,16 @@ class Bootstrap:
         drawn = np.concatenate([sums.sum(0)[None], *(times @ sums for times in self._times())])
         return np.divide(drawn[:, 0], drawn[:, 1], out=np.zeros(len(drawn)), where=drawn[:, 1] != 0)
 
+    def means(self, columns: np.ndarray) -> np.ndarray:
+        """The mean of each column (questions by columns) for each draw, after the means for all pictures as they are.
+
+        Columns share their draws, so differences between them are paired.
+        """
+        counts = np.bincount(self._place, minlength=self._count)
+        sums = np.stack([counts, *(np.bincount(self._place, column, self._count) for column in columns.T)], axis=1)
+        drawn = np.concatenate([sums.sum(0)[None], *(times @ sums for times in self._times())])
+        return drawn[:, 1:] / drawn[:, :1]
+
     def _times(self) -> Iterator[np.ndarray]:
         """How often each picture is drawn, some draws at a time; the same each time it is called."""
         dice = np.random.default_rng(self._seed)

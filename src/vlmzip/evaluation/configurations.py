@@ -124,7 +124,12 @@ class Configurator:
         return found
 
     def profile(self, task: Task) -> Profile:
-        """The shape that budgets are set for: where pictures have grids of their own, the median of the first ones."""
+        """The shape that budgets are set for: where pictures have grids of their own, the median of the first ones.
+
+        A task that does not tell its questions beforehand has the model's own.
+        """
+        if not task.samples:
+            return self.asker.adapter.profile()
         first = {sample.picture: sample for sample in task.samples[:LOOK_AT]}.values()
         inputs = self.asker.inputs([sample.load() for sample in first], [""] * len(first))
         grids = sorted(self.asker.adapter.grids(inputs), key=lambda grid: grid.size)

@@ -42,7 +42,7 @@ def folder_task(place: str, metric: str, limit: int | None, calibrate_on: str | 
         metric=how,
         samples=samples,
         max_new_tokens=16,
-        calibration=_calibration(calibrate_on, samples) if calibrate_on else None,
+        calibration=calibration_on(calibrate_on, samples) if calibrate_on else None,
         uncalibrated=UNCALIBRATED,
     )
 
@@ -116,7 +116,8 @@ def _sample(folder: Path, number: int, content: Any, metric: Metric) -> Sample:
     )
 
 
-def _calibration(folder: str, samples: Sequence[Sample]) -> Calibration:
+def calibration_on(folder: str, samples: Sequence[Sample]) -> Calibration:
+    """The pictures of a folder. Raises `UserError` where there are none, or some that `samples` ask about."""
     if not Path(folder).is_dir():
         raise UserError(f"--calibrate-on {folder!r} is no folder of pictures")
     known = Image.registered_extensions()

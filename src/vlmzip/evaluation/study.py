@@ -129,10 +129,7 @@ class Study:
         return self.failures.get(_key(one), "") if one.compressor else ""
 
     def attach(self, compressor: Compressor) -> CompressedModel:
-        """The model with a compressor; weights that were never trained are the same at every start."""
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return attach_saved(self.model, compressor, self.name)[0]
+        return attach_alike(self.model, compressor, self.name)
 
     def _ask_all(self, task: Task, one: Configuration) -> int:
         """Asks this process's share of the questions that have no record. Returns how many were asked."""
@@ -169,7 +166,6 @@ class Study:
         return [some for some in batches if any(sample.id not in done for sample in some)]
 
     def _record(self, task: Task, one: Configuration, sample: Sample, answer: Answer) -> Record:
-        layers = len(answer.by_layer)
         return {
             "task": task.name,
             "sample": sample.id,
@@ -183,7 +179,7 @@ class Study:
             "compressor": one.settings,
             "visual_tokens": answer.visual_tokens,
             "visual_tokens_by_layer": list(answer.by_layer),
-            "retention": round(sum(answer.by_layer) / (answer.visual_tokens * layers), 6),
+            "retention": round(answer.retention, 6),
             "text_tokens": answer.text_tokens,
             "prefill_flops": self.asker.flops(answer.text_tokens, answer.by_layer),
             **self.conditions,
@@ -210,6 +206,13 @@ class Study:
         return self.folder / "records" / f"{_key(one)}.{process}.jsonl"
 
 
+def attach_alike(model: nn.Module, compressor: Compressor, name: str) -> CompressedModel:
+    """The model with a compressor; weights that were never trained are the same at every start."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return attach_saved(model, compressor, name)[0]
+
+
 def fingerprint(model: nn.Module) -> str:
     """Tells models apart: names, shapes and the first values of all weights."""
     found = hashlib.sha256()
@@ -221,8 +224,13 @@ def fingerprint(model: nn.Module) -> str:
 
 def _key(one: Configuration) -> str:
     """Folder and name of the records of a configuration."""
+    return f"{slug(one.task)}/{file_stem(one)}"
+
+
+def file_stem(one: Configuration) -> str:
+    """A name for files of a configuration, of its settings alone: budgets that come out the same share it."""
     text = json.dumps(one.settings, sort_keys=True)
-    return f"{slug(one.task)}/{_plain(spec.write(_of(one)))}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    return f"{_plain(spec.write(_of(one)))}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def slug(text: str) -> str:

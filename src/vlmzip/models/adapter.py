@@ -22,7 +22,7 @@ from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 class EncoderAttention:
     """The attention that VisionZip ranks visual tokens by, in every layer of a vision encoder."""
 
-    by_picture: Sequence[Float[Tensor, "layers tokens"]]
+    by_picture: Sequence[Float[Tensor, "layers _"]]
     """For each picture: of each token of its grid, in raster order; mean over heads. Rows need not sum to 1."""
     whose: Sequence[str]
     """For each layer, in a few words: who attends."""

@@ -352,10 +352,8 @@ def prompt_of(spans: list[Span], small: Mapping[str, Any]) -> Prompt | None:
 
 def check_place(adapter: ModelAdapter, compressors: Sequence[Compressor]) -> None:
     """Raises `UserError` for compressors that have no place in this LLM."""
-    depth, config = len(adapter.decoder_layers), adapter.llm_config
-    kinds = getattr(config, "layer_types", None)
-    sliding = "sliding_attention" in kinds if kinds else getattr(config, "sliding_window", None)
-    if compressors and sliding:
+    depth = len(adapter.decoder_layers)
+    if compressors and has_sliding_windows(adapter):
         raise UserError(SLIDING)
     for compressor in compressors:
         if compressor.positions == "contiguous":
@@ -363,6 +361,13 @@ def check_place(adapter: ModelAdapter, compressors: Sequence[Compressor]) -> Non
         if not compressor.layers:
             raise UserError(f"{compressor.name()} inside the LLM needs a layer to act at")
         compressor.check_layers(depth)
+
+
+def has_sliding_windows(adapter: ModelAdapter) -> bool:
+    """Whether layers of the LLM attend to the latest tokens alone."""
+    kinds = getattr(adapter.llm_config, "layer_types", None)
+    window = getattr(adapter.llm_config, "sliding_window", None)
+    return "sliding_attention" in kinds if kinds else bool(window)
 
 
 SLIDING = "this LLM has sliding-window layers, inside which tokens cannot be dropped yet; choose a site before the LLM"

@@ -1,15 +1,33 @@
-"""The text of one conversation turn: all pictures, then the question."""
+"""The text of a prompt: one turn with its pictures before the question, or a whole conversation."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from vlmzip.errors import UserError
 from vlmzip.models.adapter import ModelAdapter
 
 
 def chat_prompt(adapter: ModelAdapter, processor: Any, question: str, pictures: int) -> str:
     """The prompt by the processor's chat template, or the family's own form where the checkpoint has none."""
+    content = [{"type": "image"} for _ in range(pictures)] + [{"type": "text", "text": question}]
+    return conversation_prompt(adapter, processor, [{"role": "user", "content": content}])
+
+
+def conversation_prompt(adapter: ModelAdapter, processor: Any, messages: Sequence[dict[str, Any]]) -> str:
+    """As `chat_prompt`, for messages whose `content` is a list of {"type": "image"} and {"type": "text", "text": …}.
+
+    Raises `UserError` for what a checkpoint without chat template has no form for: several turns, or pictures after
+    text.
+    """
     if getattr(processor, "chat_template", None):
-        content = [{"type": "image"} for _ in range(pictures)] + [{"type": "text", "text": question}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    return adapter.prompt(question, pictures)
+        return processor.apply_chat_template(list(messages), add_generation_prompt=True)
+    kinds = [part["type"] for message in messages for part in message["content"]]
+    if [message["role"] for message in messages] != ["user"] or kinds != sorted(kinds):  # "image" before "text"
+        raise UserError(
+            "this checkpoint has no chat template: only one question with all pictures before it can be asked, no"
+            " conversation and no picture after text"
+        )
+    texts = [part["text"] for part in messages[0]["content"] if part["type"] == "text"]
+    return adapter.prompt("\n".join(texts), kinds.count("image"))

@@ -15,7 +15,7 @@ from types import ModuleType
 from vlmzip.errors import UserError, closest
 
 #: The files of this folder.
-NAMES = ("ablation", "encoder_attention", "tau")
+NAMES = ("ablation", "attention_by_depth", "context", "encoder_attention", "layer_stride", "tau", "turns")
 
 
 def find(name: str) -> ModuleType:

@@ -38,6 +38,10 @@ class Subject:
     processes: Processes
     tell: Callable[[str], None] = print
 
+    def study(self) -> Study:
+        """What asks, and keeps answers in the folder."""
+        return Study(self.model, self.processor, self.name, self.folder, self.batch, self.processes, self.tell)
+
     def profile(self) -> Profile:
         """The depth of the LLM, and the grid of the task's pictures: the median where they have grids of their own."""
         asker = Asker(adapter_for(self.model), self.processor)
@@ -48,7 +52,7 @@ class Subject:
 
         Raises `UserError` where one of them has no place in the model, or breaks.
         """
-        study = Study(self.model, self.processor, self.name, self.folder, self.batch, self.processes, self.tell)
+        study = self.study()
         written = ",".join(map(spec.write, compressors))
         configurations = study.configure([self.task], spec.candidates(written) if written else [], [AS_SET])
         study.run([self.task], configurations)

@@ -75,6 +75,11 @@ def averages(paper: str) -> list[Average]:
     return [average for average in found if average is not None]
 
 
+def weight(benchmark: str) -> float:
+    """How many percent a unit of a benchmark's score counts in LLaVolta's averages."""
+    return 100 / MME_FULL if benchmark == "MME" else 1.0
+
+
 def sets_that_fit(rows: Iterable[Average]) -> list[tuple[str, ...]]:
     """Every choice of as many columns as these averages count that gives each of them within rounding.
 
@@ -126,7 +131,7 @@ def _is_column(row: Published) -> bool:
 def _part(column: Published, row: Published, columns: list[Published]) -> tuple[float, float]:
     """What a column contributes, in percent, and how far rounding may have moved it."""
     if row.metric == "score":
-        scale = 100 / MME_FULL if column.benchmark == "MME" else 1.0
+        scale = weight(column.benchmark)
         return scale * column.value, scale * column.half_unit
     base = next(
         c

@@ -1,0 +1,126 @@
+"""`vlmzip eval --suite`: the field's benchmarks by way of lmms-eval, beside the uncompressed model."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+from vlmzip import spec
+from vlmzip.errors import UserError
+from vlmzip.evaluation.lmms.scores import Column, columns, lines, measured, write_table
+from vlmzip.evaluation.lmms.suites import FORMS, Suite, read_suite
+from vlmzip.evaluation.papers import against, show
+
+#: Options of `eval` that are about its own tasks, and what they are where nobody gives them.
+OTHERS = {"tasks": None, "report": False, "max_new_tokens": None, "examples": 4, "seed": 0}
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    group = parser.add_argument_group("benchmarks of the field, by way of lmms-eval (pip install 'vlmzip[lmms]')")
+    group.add_argument("--suite", metavar="SUITE", help=f"in place of --tasks: {FORMS}")
+    group.add_argument("--include-path", metavar="FOLDER", help="tasks of your own in lmms-eval's format, for --suite")
+
+
+def check(args: Namespace) -> None:
+    """Raises `UserError` for options that do not combine."""
+    if args.suite is None:
+        if args.include_path is not None:
+            raise UserError("--include-path is for --suite: name the tasks in that folder, --suite my_task")
+        return
+    for name, default in OTHERS.items():
+        if getattr(args, name) != default:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} is for vlmzip's own tasks and does not go with --suite; leave one of them out")
+    if args.include_path is not None and not Path(args.include_path).is_dir():
+        raise UserError(f"--include-path {args.include_path!r} is no folder")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("--suite runs in one process; for several: accelerate launch -m lmms_eval --model vlmzip …")
+
+
+def run(args: Namespace) -> None:
+    suite = read_suite(args.suite)
+    from vlmzip.cli.eval import tell
+    from vlmzip.cli.loading import load
+    from vlmzip.evaluation.configurations import read_budgets
+    from vlmzip.evaluation.folder import UNCALIBRATED, calibration_on
+    from vlmzip.evaluation.lmms.requests import AnswerFailed
+    from vlmzip.evaluation.lmms.run import SuiteRun, import_lmms_eval
+
+    methods, budgets = spec.candidates(args.methods), read_budgets(args.keep)
+    calibration = calibration_on(args.calibrate_on, []) if args.calibrate_on else None
+    import_lmms_eval()
+    folder = args.out or Path("runs", "lmms", Path(args.model).name)
+    loaded = load(args.model, args.device, args.dtype)
+    study = SuiteRun(loaded, suite, folder, args.batch, args.limit, args.include_path, tell)
+    configurations = study.configure(methods, budgets, calibration, UNCALIBRATED)
+    try:
+        study.run(configurations)
+    except AnswerFailed as error:
+        tell(f"vlmzip: {error}; what is finished is kept in {folder}")
+        sys.exit(1)
+    found = columns(suite, configurations, study.result, study.left_out)
+    try:
+        write_table(folder / f"{suite_file(suite)}.csv", suite, found)
+    finally:  # a full disk must not cost the table
+        _print(suite, found, folder, args)
+
+
+def suite_file(suite: Suite) -> str:
+    """The name of a suite's table, without its ending."""
+    from vlmzip.evaluation.study import slug
+
+    return slug(suite.name)
+
+
+def _print(suite: Suite, found: list[Column], folder: Path, args: Namespace) -> None:
+    mine = [one for column in found for one in measured(suite, column, args.model)]
+    beside = against(args.against, mine) if args.against else []
+    if args.json:
+        rows = [line for column in found for line in lines(suite, column)]
+        content = {"model": args.model, "suite": suite.name, "out": str(folder), "rows": rows}
+        print(json.dumps(content | ({"against": list(map(asdict, beside))} if beside else {}), indent=2))
+        return
+    print(f"{suite.about}, by lmms-eval" + (f"; the first {args.limit:,} questions of each" if args.limit else ""))
+    for column in found:
+        _print_column(suite, column)
+    for note in dict.fromkeys(f"{row.benchmark.name}: {row.note}" for one in found for row in one.rows if row.note):
+        print(note)
+    if beside:
+        print(f"\n{show(beside)}\n")
+    print(f"written to {folder}")
+
+
+def _print_column(suite: Suite, column: Column) -> None:
+    from vlmzip.cli.tables import print_table
+
+    one = column.configuration
+    print(f"\n{one.method} at {one.budget}" + (f": {one.note}" if one.note else ""))
+    if not column.rows:
+        return
+    cells = [
+        [row.benchmark.name, *map(_show, (row.score, row.plain)), _signed(row.difference), _share(row.found)]
+        for row in column.rows
+    ]
+    if column.average is not None:
+        difference = None if column.plain_average is None else column.average - column.plain_average
+        head = f"average of {column.averaged}"
+        cells.append([head, _show(column.average), _show(column.plain_average), _signed(difference), ""])
+    print_table(["benchmark", "score", "plain", "difference", "tokens kept"], cells)
+    print()
+
+
+def _show(value: float | None) -> str:
+    return "—" if value is None else f"{value:.1f}" if abs(value) >= 2 else f"{value:.3f}"
+
+
+def _signed(value: float | None) -> str:
+    return "—" if value is None else f"{value:+.1f}" if abs(value) >= 2 else f"{value:+.3f}"
+
+
+def _share(found: object) -> str:
+    kept = found.get("retention") if isinstance(found, dict) else None
+    return "—" if kept is None else f"{kept:.1%}"

@@ -1,0 +1,175 @@
+"""`vlmzip tune`: from what may be spent and what may be lost to a method and its budget, by asking your questions."""
+
+from __future__ import annotations
+
+import math
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlmzip import spec
+from vlmzip.cli.options import add_model
+from vlmzip.errors import UserError
+from vlmzip.evaluation.tasks import FORMS as TASKS
+from vlmzip.keep import count_to_keep, parse_keep
+
+if TYPE_CHECKING:
+    from vlmzip.cli.tune_output import Found
+    from vlmzip.evaluation.configurations import Configuration
+    from vlmzip.evaluation.processes import Processes
+    from vlmzip.evaluation.study import Study
+    from vlmzip.evaluation.task import Task
+    from vlmzip.evaluation.tuned_study import Cost, TunedStudy
+
+HELP = "find the method and budget that stay within a cost and a loss on your questions"
+EXAMPLES = """  vlmzip tune --max-loss 5 --limit 1000
+  vlmzip tune --max-tokens 16 --methods visionzip,kmeans,pool2d
+  vlmzip tune --model llava-hf/llava-1.5-7b-hf --tasks my_questions:vqa --max-prefill-ms 60 --max-loss 2
+  vlmzip tune --tasks my_questions:exact --calibrate-on other_photos --max-flops 30% --keep 40%,30%,20%,10%
+
+With a cost and a loss: the cheapest that meets both. With a cost alone: the best score within it. With a loss alone:
+the cheapest within it, in visual tokens. Half of the pictures choose, the other half confirms. A loss counts as within
+the limit only where the confirming half leaves no doubt; where it is the estimate alone, that is said. If nothing meets
+the limits there is no compressor.json, and the exit code is 0 all the same.
+Run the same command again to go on where it was stopped: nothing is asked twice."""
+
+KEEP = "75%,50%,36%,25%,18%,11%,8%,5.6%"
+
+
+def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
+    add_model(parser)
+    limits = parser.add_argument_group("limits, one of the costs or --max-loss or both")
+    costs = limits.add_mutually_exclusive_group()
+    costs.add_argument(
+        "--max-tokens", metavar="Y", help="visual tokens per picture, the mean over all layers of the LLM: 64 or 11%%"
+    )
+    costs.add_argument("--max-flops", metavar="SHARE", help="prefill FLOPs of the LLM, of the uncompressed: 30%%")
+    costs.add_argument(
+        "--max-prefill-ms",
+        type=float,
+        metavar="X",
+        help="milliseconds of the LLM's prefill on this machine, one question at a time, measured at the beginning",
+    )
+    limits.add_argument(
+        "--max-loss", type=float, metavar="Z", help="points of a hundred below the uncompressed model's score"
+    )
+    parser.add_argument("--tasks", default="mini", metavar="T", help=f"one of {TASKS}; default: %(default)s")
+    parser.add_argument(
+        "--methods", metavar="A,B,…", help=f"separated by commas, each {spec.FORMS}; default: all that need no training"
+    )
+    parser.add_argument(
+        "--keep",
+        default=KEEP,
+        metavar="K,K,…",
+        help=f"average budgets to try, tokens per picture or shares of them; default: {KEEP}".replace("%", "%%"),
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="use only the first questions of the task")
+    parser.add_argument(
+        "--calibrate-on", metavar="FOLDER", help="pictures for the thresholds of methods that decide by content"
+    )
+    parser.add_argument("--batch", type=int, default=32, metavar="N", help="questions at a time; default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="length of answers; default: the task's")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go; default: runs/tune/MODEL")
+    parser.add_argument("--seed", type=int, default=0, help="of the halves, the order of questions and the intervals")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(args: Namespace) -> None:
+    from dataclasses import replace
+
+    from vlmzip.cli.loading import load
+    from vlmzip.cli.tune_output import show, tell
+    from vlmzip.evaluation.configurations import read_budgets
+    from vlmzip.evaluation.processes import Processes
+    from vlmzip.evaluation.study import Study
+    from vlmzip.evaluation.tasks import read_tasks
+    from vlmzip.evaluation.tuned_study import halves
+    from vlmzip.runtime.saving import FILE
+
+    _check(args)
+    methods, budgets = spec.candidates(args.methods), read_budgets(args.keep)
+    tasks = read_tasks(args.tasks, args.limit, args.calibrate_on)
+    if len(tasks) != 1:
+        raise UserError(f"--tasks {args.tasks}: tune takes one task")
+    task = tasks[0] if args.max_new_tokens is None else replace(tasks[0], max_new_tokens=args.max_new_tokens)
+    halves(task.samples, args.seed)  # refuses what has too few pictures before the model is loaded
+    folder = args.out or Path("runs", "tune", Path(args.model).name)
+    with Processes() as processes:
+        loaded = load(args.model, processes.device(args.device), args.dtype)
+        study = Study(loaded.model, loaded.processor, args.model, folder, args.batch, processes, tell)
+        rows = study.configure([task], methods, budgets)
+        if processes.first:
+            (folder / FILE).unlink(missing_ok=True)  # an earlier choice must not pass for this one
+        found = _search(study, task, rows, args, processes)
+        if processes.first:
+            show(found, args)
+
+
+def _search(study: Study, task: Task, rows: list[Configuration], args: Namespace, processes: Processes) -> Found:
+    from vlmzip.cli.tune_output import Found
+    from vlmzip.evaluation.configurations import TOO_FAR
+    from vlmzip.evaluation.tuned_study import TunedStudy, prefill_milliseconds
+    from vlmzip.evaluation.tuning import Tuning, Wish
+
+    configurations = _distinct(rows)
+    asked = TunedStudy(study, task, configurations, _cost(args), args.seed)
+    if asked.cost == "ms":
+        asked.milliseconds, asked.failures = processes.from_first(
+            lambda: prefill_milliseconds(study, task, configurations, study.tell)
+        )
+    loss = None if args.max_loss is None else args.max_loss / 100
+    tuning = Tuning(
+        asked,
+        asked.expected(),
+        {part: [sample.picture for sample in some.samples] for part, some in asked.parts.items()},
+        Wish(_most(args, asked), loss),
+        study.batch,
+        args.seed,
+        margin=0.0 if asked.cost == "ms" else TOO_FAR,
+        tell=study.tell if processes.first else lambda _: None,
+    )
+    return Found(asked, tuning, tuning.run(), [row for row in rows if row.compressor is None])
+
+
+def _distinct(rows: list[Configuration]) -> list[Configuration]:
+    """What can run, each setting once, the uncompressed model first."""
+    found: dict[str, Configuration] = {}
+    for row in rows:
+        if row.compressor is not None:
+            found.setdefault(spec.write(row.compressor), row)
+    return list(found.values())
+
+
+def _cost(args: Namespace) -> Cost:
+    return "ms" if args.max_prefill_ms is not None else "flops" if args.max_flops is not None else "tokens"
+
+
+def _most(args: Namespace, asked: TunedStudy) -> float | None:
+    """The wished limit in the unit of the cost; a share of the tokens is one of the middle picture's."""
+    if args.max_tokens is not None:
+        return float(count_to_keep(args.max_tokens, asked.profile.grid.size))
+    return args.max_prefill_ms if args.max_flops is None else float(parse_keep(args.max_flops))
+
+
+def _check(args: Namespace) -> None:
+    """Raises `UserError` for what can be refused before anything slow happens."""
+    if args.max_loss is None and args.max_tokens is None and args.max_flops is None and args.max_prefill_ms is None:
+        raise UserError("tune needs a limit: --max-tokens, --max-flops or --max-prefill-ms, or --max-loss, or both")
+    if args.max_tokens is not None:
+        parse_keep(args.max_tokens)
+    if args.max_flops is not None and isinstance(parse_keep(args.max_flops), int):
+        raise UserError(f"--max-flops {args.max_flops}: give a share, such as 30% or 0.3")
+    if args.max_prefill_ms is not None and not (args.max_prefill_ms > 0 and math.isfinite(args.max_prefill_ms)):
+        raise UserError(f"--max-prefill-ms {args.max_prefill_ms:g}: give more than 0")
+    if args.max_loss is not None and not 0 <= args.max_loss <= 100:
+        raise UserError(f"--max-loss {args.max_loss:g}: give points from 0 to 100")
+    for name in ("limit", "batch", "max_new_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give at least 1")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: give at least 0")
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {str(args.out)!r} is a file; give a folder")
+    if args.out is not None and (args.out / "config.json").exists():
+        raise UserError(f"--out {str(args.out)!r} holds a model, whose own compressor.json is not tune's to replace")

@@ -1,0 +1,291 @@
+"""What `vlmzip tune` found: in words, as a table, JSON and CSV, as a curve, and the compressor itself."""
+
+from __future__ import annotations
+
+import json
+import math
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmzip import spec
+from vlmzip.cli.loading import console, note
+from vlmzip.cli.tables import print_table
+from vlmzip.compressor import Compressor
+from vlmzip.errors import UserError
+from vlmzip.evaluation.configurations import Configuration
+from vlmzip.evaluation.report import NOTHING
+from vlmzip.evaluation.tuned_study import Cost, TunedStudy
+from vlmzip.evaluation.tuning import LEAST_PICTURES, PLAIN, Row, Tuning, Verdict
+from vlmzip.files import write_csv
+from vlmzip.runtime.saving import FILE, write_compressor
+
+UNITS: dict[Cost, str] = {"tokens": "visual tokens", "flops": "of the prefill FLOPs", "ms": "ms prefill"}
+
+FATES = {
+    "cost": "costs too much",
+    "loss": "loses too much",
+    "behind": "clearly behind",
+    "broke": "broke",
+    "unconfirmed": "not confirmed",
+}
+
+
+@dataclass(frozen=True)
+class Found:
+    """A search that has ended."""
+
+    asked: TunedStudy
+    tuning: Tuning
+    verdict: Verdict
+    impossible: Sequence[Configuration]
+    """Methods at budgets that cannot be."""
+
+    @property
+    def chosen(self) -> Row | None:
+        return None if self.verdict.kind == "nothing" else self.verdict.row
+
+    @property
+    def rows(self) -> list[Row]:
+        """Those that were asked most come first, and among them the best."""
+        return sorted(self.tuning.rows.values(), key=lambda row: (-row.asked, row.cost if not row.asked else row.lost))
+
+    @property
+    def grid(self) -> int:
+        """Answers if everything that was asked at all had been asked everything, and the uncompressed model."""
+        return len(self.asked.task.samples) * (1 + sum(row.asked > 0 for row in self.rows))
+
+    def name(self, row: Row) -> str:
+        """A candidate in one line, as `--method` takes it."""
+        return spec.write(self.compressor(row))
+
+    def compressor(self, row: Row) -> Compressor:
+        compressor = self.asked.configurations[row.number].compressor
+        assert compressor is not None
+        return compressor
+
+    def fate(self, row: Row) -> str:
+        """What became of a candidate."""
+        if row is self.chosen:
+            return "chosen"
+        if row.out is None:
+            return "dearer than what meets it" if row in self.tuning.waiting() else "to the end"
+        return FATES[row.out.why]
+
+    def detail(self, row: Row) -> str:
+        """Whom a dropped candidate was clearly behind, or how it broke."""
+        if row.out is None or row.out.why not in ("behind", "broke"):
+            return ""
+        behind = row.out.why == "behind"
+        return self.name(self.tuning.rows[row.out.than]) if behind else self.asked.failures.get(row.number, "")
+
+    def costs(self, row: Row) -> dict[str, float]:
+        """What is known of a candidate's costs."""
+        return self.asked.means(row.number) if row.asked else {self.asked.cost: row.cost} if row.cost else {}
+
+
+def tell(text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def show(found: Found, args: Namespace) -> None:
+    """Writes everything and prints what came out; a full disk must not cost the table."""
+    folder = found.asked.study.folder
+    try:
+        write_csv(folder / "tune.csv", [*_csv(found)])
+        _draw(found, folder)
+        if found.chosen:
+            write_compressor(found.compressor(found.chosen), folder)
+    finally:
+        print(json.dumps(as_json(found, args), indent=2)) if args.json else _print(found, folder, args)
+
+
+def _draw(found: Found, folder: Path) -> None:
+    from vlmzip.evaluation.curves import save_figure
+    from vlmzip.evaluation.tuning_curve import draw
+    from vlmzip.visualize.histogram import import_matplotlib
+
+    try:
+        import_matplotlib()
+    except UserError as error:
+        note(f"there is no curve: {error}")
+        return
+    names = {number: found.asked.configurations[number].method for number in found.tuning.rows}
+    title = f"{found.asked.study.name} on {found.asked.task.name}, {len(found.asked.task.samples):,} questions"
+    save_figure(draw(found.tuning, found.chosen, names, found.asked.cost, title), folder / "curve.png")
+
+
+# ---------------------------------------------------------------- in words
+
+
+def sentences(found: Found) -> list[str]:
+    """The verdict."""
+    row, wish = found.verdict.row, found.tuning.wish
+    if found.verdict.kind == "nothing":
+        return [_nothing(found)]
+    assert row is not None
+    assert row.held is not None
+    held, confirming = row.held, len(found.tuning.pictures["confirm"])
+    where = f"on {confirming:,} questions that chose nothing ({100 * held.score:.1f} % for {100 * held.plain:.1f} %)"
+    said = [f"{found.name(row)}: {_cost(held.cost, found.asked.cost)}, loses {_interval(row)} points {where}"]
+    if found.verdict.kind == "certified":
+        said.append(
+            f"The loss is within {_points(wish.loss)}: with all tries considered at most {100 * held.bound:.1f}."
+        )
+    elif found.verdict.kind == "likely":
+        said.append(_unsure(found, row))
+    if held.attempt > 1 or (found.verdict.kind == "certified" and len(found.tuning.tries) > 1):
+        said.append(f"{len(found.tuning.tries)} candidates were tried there, the cheapest first.")
+    return said
+
+
+def _unsure(found: Found, row: Row) -> str:
+    assert row.held is not None
+    count, pictures = len(found.tuning.pictures["confirm"]), len(set(found.tuning.pictures["confirm"]))
+    within = f"The estimate is within {_points(found.tuning.wish.loss)}, but"
+    if math.isinf(row.held.bound):
+        return f"{within} {pictures} pictures cannot tell: at least {LEAST_PICTURES} have to confirm."
+    return (
+        f"{within} {count:,} questions cannot tell: the loss may reach {100 * row.held.bound:.1f}. Ask more questions."
+    )
+
+
+def _nothing(found: Found) -> str:
+    row, wish = found.verdict.row, found.tuning.wish
+    if row is None:
+        return "Nothing meets it: no candidate can run; tune.csv says why."
+    if row.out and row.out.why == "cost":
+        most = _cost(wish.most, found.asked.cost)
+        return f"Nothing costs at most {most}; the cheapest is {found.name(row)}, {_cost(row.cost, found.asked.cost)}."
+    within = f" at {_cost(wish.most, found.asked.cost)}" if wish.most is not None else ""
+    return (
+        f"Nothing loses at most {_points(wish.loss)}{within}; the nearest is {found.name(row)},"
+        f" {_cost(row.cost, found.asked.cost)}: it loses {_interval(row)} points."
+    )
+
+
+def _print(found: Found, folder: Path, args: Namespace) -> None:
+    task = found.asked.task
+    print(f"{task.name}: {task.about}; {task.metric.about}; {len(task.samples):,} questions\n")
+    costs = ["tokens", "FLOPs", *(["ms"] if found.asked.cost == "ms" else [])]
+    print_table(["candidate", *costs, "asked", "score %", "loss", ""], [_cells(found, row) for row in found.rows])
+    for row in found.rows:
+        if row.out and row.out.why == "broke":
+            print(f"\n{found.name(row)} {found.detail(row)}")
+    if found.impossible:
+        print(f"\n{len(found.impossible)} methods at budgets cannot be: tune.csv says why")
+    print("\n" + "\n".join(sentences(found)))
+    print(f"{found.tuning.answers:,} of the {found.grid:,} answers that the whole grid would take")
+    if found.chosen:
+        print(f"use it: vlmzip ask IMAGE QUESTION --model {args.model} --method {folder / FILE}")
+    print(f"written to {folder}")
+
+
+def _cells(found: Found, row: Row) -> list[str]:
+    costs = found.costs(row)
+    shown = [_shown(costs.get("tokens"), "{:.1f}"), _shown(costs.get("flops"), "{:.1%}")]
+    shown += [_shown(costs.get("ms"), "{:.1f}")] if found.asked.cost == "ms" else []
+    loss = NOTHING if row.loss is None else f"{100 * row.loss.value:.1f} ± {100 * row.loss.half:.1f}"
+    score = f"{100 * row.score:.1f}" if row.asked else NOTHING
+    return [found.name(row), *shown, f"{row.asked:,}", score, loss, found.fate(row)]
+
+
+def _shown(value: float | None, how: str) -> str:
+    return NOTHING if value is None else how.format(value)
+
+
+def _cost(value: float | None, cost: Cost) -> str:
+    assert value is not None
+    amount = f"{value:.1%}" if cost == "flops" else f"{value:.1f}".removesuffix(".0")
+    return f"{amount} {UNITS[cost]}"
+
+
+def _points(loss: float | None) -> str:
+    assert loss is not None
+    return f"{100 * loss:g} points"
+
+
+def _interval(row: Row) -> str:
+    """The loss on the confirming half, or on the choosing one where nothing was confirmed."""
+    loss = row.held.loss if row.held else row.loss
+    return f"{100 * loss.value:.1f} [{100 * loss.low:.1f}, {100 * loss.high:.1f}]" if loss else NOTHING
+
+
+# ---------------------------------------------------------------- as data
+
+
+def as_json(found: Found, args: Namespace) -> dict[str, Any]:
+    """Scores, losses and shares are from 0 to 1; a bound that nobody knows is null."""
+    folder, wish = found.asked.study.folder, found.tuning.wish
+    return {
+        "model": args.model,
+        "task": found.asked.task.name,
+        "out": str(folder),
+        "cost": found.asked.cost,
+        "most": wish.most,
+        "loss": wish.loss,
+        "verdict": found.verdict.kind,
+        "said": sentences(found),
+        "chosen": _candidate(found, found.chosen) if found.chosen else None,
+        "compressor": str(folder / FILE) if found.chosen else None,
+        "tries": len(found.tuning.tries),
+        "answers": found.tuning.answers,
+        "grid": found.grid,
+        "questions": {part: len(pictures) for part, pictures in found.tuning.pictures.items()},
+        "candidates": [_candidate(found, row) for row in found.rows],
+        "impossible": [{"method": one.method, "budget": one.budget, "note": one.note} for one in found.impossible],
+    }
+
+
+def _candidate(found: Found, row: Row) -> dict[str, Any]:
+    one = found.asked.configurations[row.number]
+    out: dict[str, Any] = {"method": one.method, "budget": one.budget, "compressor": found.name(row)}
+    out |= {**found.costs(row), "asked": row.asked, "rounds": row.round, "fate": found.fate(row)}
+    out["detail"] = found.detail(row) or None
+    if row.loss:
+        out |= {"score": row.score, "lost": vars(row.loss)}
+    if row.held:
+        held = row.held._asdict() | {"loss": vars(row.held.loss)}
+        out["confirmed"] = held | {"bound": None if math.isinf(row.held.bound) else row.held.bound}
+    return out
+
+
+def _csv(found: Found) -> list[dict[str, object]]:
+    """A line for the uncompressed model and each candidate, scores in percent; then what cannot be, and why."""
+    rows = [_plain_line(found), *(_line(found, row) for row in found.rows)]
+    rows += [{"method": one.method, "budget": one.budget, "detail": one.note} for one in found.impossible]
+    columns = dict.fromkeys(name for row in rows for name in row)
+    return [{name: row.get(name, "") for name in columns} for row in rows]
+
+
+def _plain_line(found: Found) -> dict[str, object]:
+    one, plain = found.asked.configurations[PLAIN], found.tuning.plain
+    line: dict[str, object] = {"method": one.method, "budget": one.budget, "compressor": one.method}
+    if not plain.asked:
+        return line
+    costs = {name: f"{value:.4f}" for name, value in found.asked.means(PLAIN).items()}
+    return line | costs | {"asked": plain.asked, "score": _percent(plain.score)}
+
+
+def _line(found: Found, row: Row) -> dict[str, object]:
+    one = found.asked.configurations[row.number]
+    line: dict[str, object] = {"method": one.method, "budget": one.budget, "compressor": found.name(row)}
+    line |= {name: f"{value:.4f}" for name, value in found.costs(row).items()}
+    line |= {"asked": row.asked, "rounds": row.round, "score": _percent(row.score) if row.asked else ""}
+    if row.loss:
+        line |= {"loss": _percent(row.loss.value), "loss_low": _percent(row.loss.low)}
+        line |= {"loss_high": _percent(row.loss.high)}
+    if row.held:
+        line |= {"confirmed_loss": _percent(row.held.loss.value), "confirmed_low": _percent(row.held.loss.low)}
+        line |= {"confirmed_high": _percent(row.held.loss.high), "confirmed_bound": _percent(row.held.bound)}
+    return line | {
+        "fate": found.fate(row),
+        "detail": found.detail(row),
+        **(found.asked.study.conditions if row is found.chosen else {}),
+    }
+
+
+def _percent(share: float) -> str:
+    return "" if math.isinf(share) else f"{100 * share:.2f}"

@@ -1,0 +1,148 @@
+"""What lmms-eval hands over, in the form that this library takes: settings in one line, messages, ways to generate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+from vlmzip.errors import UserError, closest
+from vlmzip.runtime.pictures import load_picture, squeeze, to_rgb
+
+#: What can stand in `--model_args`.
+SETTINGS = ("pretrained", "method", "device", "dtype", "batch_size", "max_batch_size")
+#: The length of answers where a task sets none; the usual one of lmms-eval's own adapters.
+MAX_NEW_TOKENS = 1024
+#: Said of a task that compares log-likelihoods. lmms-eval itself does not ask adapters that take messages for them.
+NO_LIKELIHOODS = (
+    "compares log-likelihoods (output_type loglikelihood or multiple_choice, as in seedbench_ppl), which vlmzip does"
+    " not give: take a task that has answers generated"
+)
+_OPEN, _CLOSE = "([{", ")]}"
+
+
+class AnswerFailed(Exception):
+    """A request that could not be answered. It ends the run: an answer left empty would count as a wrong one."""
+
+
+def read_settings(text: str) -> dict[str, str]:
+    """The settings in `a=1,b=visionzip(dominant=10,contextual=6)`: commas inside brackets or quotes separate nothing.
+
+    lmms-eval's own parser knows no round brackets. Raises `UserError` for a setting that there is not.
+    """
+    found: dict[str, str] = {}
+    for part in _split(text):
+        name, equals, value = part.partition("=")
+        name, value = name.strip(), value.strip()
+        if not equals:
+            raise UserError(f"{part!r} in --model_args is no setting; write name=value")
+        if name not in SETTINGS:
+            raise UserError(f"--model_args has no setting {name!r}{closest(name, SETTINGS)}")
+        if name in found:
+            raise UserError(f"--model_args sets {name} twice")
+        quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
+        found[name] = value[1:-1] if quoted else value
+    return found
+
+
+def _split(text: str) -> list[str]:
+    parts, depth, quote = [""], 0, ""
+    for char in text:
+        if quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        else:
+            depth += (char in _OPEN) - (char in _CLOSE)
+        if char == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += char
+    if depth or quote:
+        raise UserError(f"--model_args {text!r} has a bracket or a quote without its other half")
+    return [part.strip() for part in parts if part.strip()]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How an answer is to be generated."""
+
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """For `generate`."""
+    until: tuple[str, ...] = ()
+    """An answer ends before the first of these."""
+    unused: tuple[str, ...] = ()
+    """Settings that mean nothing to `generate`."""
+
+    def cut(self, text: str) -> str:
+        """The answer up to where it should have ended."""
+        ends = [text.find(end) for end in self.until]
+        return text[: min((end for end in ends if end >= 0), default=len(text))].strip()
+
+
+def read_generation(settings: Mapping[str, Any] | None) -> Generation:
+    """A task's `generation_kwargs`. Greedy unless `do_sample` or, without it, a temperature above 0 says otherwise."""
+    from transformers import GenerationConfig
+
+    given = {name: value for name, value in (settings or {}).items() if value is not None}
+    until = given.pop("until", ())
+    until = (until,) if isinstance(until, str) else tuple(until)
+    temperature = float(given.pop("temperature", 0))
+    samples = bool(given.pop("do_sample", temperature > 0)) and temperature > 0
+    known = GenerationConfig().to_dict()
+    arguments: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": samples}
+    arguments |= {name: value for name, value in given.items() if name in known}
+    if samples:
+        arguments["temperature"] = temperature
+    else:
+        for name in ("top_p", "top_k", "min_p", "typical_p"):  # mean nothing without sampling
+            arguments.pop(name, None)
+    if arguments.get("num_return_sequences", 1) != 1:
+        raise UserError("num_return_sequences: there is one answer to a request; lmms-eval's --repeats asks again")
+    return Generation(arguments, tuple(end for end in until if end), tuple(sorted(given.keys() - known.keys())))
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation as chat templates take it, and its pictures in order."""
+
+    messages: list[dict[str, Any]]
+    pictures: list[Image.Image]
+
+
+def read_chat(messages: Sequence[Mapping[str, Any]], placeholders: Sequence[str]) -> Chat:
+    """What a task's `doc_to_messages` returns: turns with texts and pictures in any order.
+
+    Raises `UserError` for videos and sound, for what is no picture, and for text that holds one of the placeholders,
+    which would bring in a picture that is not there.
+    """
+    turns: list[dict[str, Any]] = []
+    pictures: list[Image.Image] = []
+    for message in messages:
+        content = message["content"]
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        turns.append({"role": message["role"], "content": [_part(part, pictures, placeholders) for part in parts]})
+    return Chat(turns, pictures)
+
+
+def _part(part: Mapping[str, Any], pictures: list[Image.Image], placeholders: Sequence[str]) -> dict[str, Any]:
+    kind = part["type"]
+    if kind == "image":
+        pictures.append(_picture(part.get("url", part.get("image"))))
+        return {"type": "image"}
+    if kind != "text":
+        raise UserError(f"a question with {kind} in it: vlmzip compresses pictures, and supports no {kind} yet")
+    for placeholder in placeholders:
+        if placeholder in part["text"]:
+            raise UserError(f"the text {part['text'][:80]!r} holds {placeholder}, which stands for a picture")
+    return {"type": "text", "text": part["text"]}
+
+
+def _picture(given: Any) -> Image.Image:
+    if isinstance(given, Image.Image):
+        return squeeze(to_rgb(given))
+    if isinstance(given, str):
+        return load_picture(given)
+    raise UserError(f"{type(given).__name__} is no picture: a task gives pictures of Pillow, or paths")

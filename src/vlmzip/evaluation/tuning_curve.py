@@ -1,0 +1,95 @@
+"""What a search has seen, as a figure: the loss of every candidate over its cost, the limits, and the choice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vlmzip.evaluation.curves import MARKERS
+from vlmzip.evaluation.tuned_study import Cost
+from vlmzip.evaluation.tuning import Row, Tuning
+from vlmzip.visualize.histogram import import_matplotlib
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LABELS: dict[Cost, str] = {
+    "tokens": "visual tokens per picture, mean over all layers of the LLM",
+    "flops": "prefill FLOPs of the LLM, % of the uncompressed model's",
+    "ms": "prefill of the LLM, milliseconds",
+}
+#: Methods that cost the same stand this share of all costs apart, so that their intervals can be told apart.
+ASIDE = 0.007
+
+
+def draw(tuning: Tuning, chosen: Row | None, methods: Mapping[int, str], cost: Cost, title: str) -> Figure:
+    """`methods` names the method of each candidate. Raises `UserError` where matplotlib is not installed.
+
+    Scores are drawn as differences from the uncompressed model on the same questions: candidates that were dropped
+    early were asked fewer, and scores on different questions do not compare.
+    """
+    import_matplotlib()
+    from matplotlib.figure import Figure  # without pyplot: no window, no state that lasts
+
+    scale = 100 if cost == "flops" else 1
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(0, color="black", linewidth=1, label="no_compression")
+    for number, method in enumerate(dict.fromkeys(methods.values())):
+        mine = [row for row in tuning.rows.values() if methods[row.number] == method and row.loss is not None]
+        aside = (number % 5 - 2) * ASIDE * scale * max(row.cost for row in tuning.rows.values())
+        _points(axes, mine, method, number, scale, tuning.counts[-1], aside)
+    if any(0 < row.asked < tuning.counts[-1] for row in tuning.rows.values()):
+        axes.plot([], [], "o", color="0.5", markersize=4, fillstyle="none", label="hollow: asked fewer questions")
+    _limits(axes, tuning, scale)
+    if chosen is not None and chosen.held is not None:
+        _choice(axes, chosen, scale)
+    axes.set(xlabel=LABELS[cost], ylabel="score minus the uncompressed model's, points", title=title)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    return figure
+
+
+def _points(axes: Any, rows: Sequence[Row], method: str, number: int, scale: float, whole: int, aside: float) -> None:
+    """A method's candidates: filled and with an interval where the whole choosing half was asked, else hollow."""
+    look = {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)], "linestyle": "none"}
+    asked = [row for row in rows if row.asked == whole]
+    fewer = [row for row in rows if row.asked < whole]
+    if fewer:
+        axes.plot(
+            *_places(fewer, scale, aside),
+            **look,
+            markersize=4,
+            fillstyle="none",
+            alpha=0.5,
+            label=None if asked else method,
+        )
+    if asked:
+        errors = [100 * row.loss.half for row in asked if row.loss]
+        axes.errorbar(
+            *_places(asked, scale, aside), yerr=errors, **look, markersize=6, elinewidth=0.8, capsize=2, label=method
+        )
+
+
+def _places(rows: Sequence[Row], scale: float, aside: float) -> tuple[list[float], list[float]]:
+    return [scale * row.cost + aside for row in rows], [-100 * row.loss.value for row in rows if row.loss]
+
+
+def _limits(axes: Any, tuning: Tuning, scale: float) -> None:
+    look = {"color": "crimson", "linestyle": ":", "linewidth": 1.2}
+    if tuning.wish.most is not None:
+        axes.axvline(scale * tuning.wish.most, **look, label="limits")
+    if tuning.wish.loss is not None:
+        axes.axhline(-100 * tuning.wish.loss, **look, label="limits" if tuning.wish.most is None else None)
+
+
+def _choice(axes: Any, chosen: Row, scale: float) -> None:
+    """The choice, where the confirming half puts it."""
+    assert chosen.held is not None
+    loss = chosen.held.loss
+    place = scale * chosen.cost, -100 * loss.value
+    axes.errorbar(
+        *place, yerr=[[100 * (loss.high - loss.value)], [100 * (loss.value - loss.low)]], color="black", marker="*",
+        markersize=13, markerfacecolor="gold", capsize=3, linestyle="none", zorder=5, label="chosen, confirming half",
+    )  # fmt: skip

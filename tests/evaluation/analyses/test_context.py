@@ -1,0 +1,122 @@
+"""Pictures that fit, counted one by one; questions about one of several pictures, made by hand."""
+
+import pytest
+import torch
+
+from tests.evaluation.analyses.numbered import TEMPLATE, numbered_subject
+from vlmzip import NoCompression, Pool2d
+from vlmzip.evaluation.analyses import context
+from vlmzip.evaluation.answering import Asker
+
+
+@pytest.fixture
+def subject(tmp_path):
+    return numbered_subject(tmp_path)
+
+
+def test_what_fits_is_the_longest_prompt_within_the_positions(subject):
+    """Counted by making longer and longer prompts, in which a word follows each picture."""
+    subject.processor.chat_template = TEMPLATE.replace("<image>", "<image> w92")
+    study = subject.study()
+    study.adapter.llm_config.max_position_embeddings = 200
+    tokens, room, between = context._room(study, subject.task)
+    picture, count = subject.task.samples[0].load(), 1
+    longest = max((sample.question for sample in subject.task.samples), key=lambda text: len(text.split()))
+    while True:
+        length = study.asker.inputs([picture] * (count + 1), [longest])["input_ids"].shape[1]
+        if length + subject.task.max_new_tokens > 200:
+            break
+        count += 1
+    assert (context.fitting(tokens, room, between), count) == (4, 4)
+    # One position fewer than five pictures need.
+    length = study.asker.inputs([picture] * 5, [longest])["input_ids"].shape[1] + subject.task.max_new_tokens
+    for positions, fits in ((length, 5), (length - 1, 4)):
+        study.adapter.llm_config.max_position_embeddings = positions
+        assert context.fitting(*context._room(study, subject.task)) == fits
+
+
+def test_text_between_pictures_counts():
+    assert [context.fitting(10, room, 2) for room in (11, 12, 23, 24)] == [0, 1, 1, 2]
+
+
+def test_the_asked_picture_is_first_or_last_among_those_that_follow(subject):
+    samples = subject.task.samples  # about the pictures a, a, b, b, a, c, d
+    pixels = {sample.picture: sample.load().tobytes() for sample in samples}
+    a, b, c, d = dict.fromkeys(sample.picture for sample in samples)
+
+    def order(*arguments):
+        return [image.tobytes() for image in context.arranged(samples, *arguments)]
+
+    assert order(samples[4], 3, "first") == [pixels[name] for name in (a, b, c)]
+    assert order(samples[4], 3, "last") == [pixels[name] for name in (b, c, a)]
+    assert order(samples[6], 3, "last") == [pixels[name] for name in (a, b, d)]
+    assert order(samples[2], 1, "only") == [pixels[b]]
+
+
+@pytest.mark.parametrize(("place", "number"), [("first", 0), ("last", 2)])
+def test_answers_are_those_to_prompts_made_by_hand(subject, place, number):
+    study, (asked, *_) = subject.study(), subject.task.samples
+    (found,) = context._answer(study, subject.task, Pool2d(factor=2), 3, place, [0])
+    others = [next(s for s in subject.task.samples if s.picture != asked.picture), subject.task.samples[5]]
+    images = [sample.load() for sample in others]
+    images.insert(number, asked.load())
+    text = f"w90 <image> <image> <image> {asked.question} w91"
+    inputs = subject.processor(images=images, text=[text], return_tensors="pt")
+    with Pool2d(factor=2).on(subject.model) as small:
+        ids = small.generate(**inputs, max_new_tokens=subject.task.max_new_tokens, do_sample=False)
+    assert found["given"] == subject.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert found["visual_tokens_by_layer"] == [27] * 4
+
+
+def test_prompts_say_which_picture_where_the_words_are_known(subject, monkeypatch):
+    sample = subject.task.samples[1]
+    assert context.question(subject.processor, sample, 2, 3) == sample.question
+    monkeypatch.setattr(context, "STATED", "w50 {question}")
+    assert context.question(subject.processor, sample, 2, 3) == "w50 w6"
+    assert context.question(subject.processor, sample, 1, 1) == "w6"
+    monkeypatch.setattr(context, "STATED", "w5{number} w6{count} {question}")
+    assert context.question(subject.processor, sample, 2, 3) == "w52 w63 w6"
+
+
+def test_the_table(subject, monkeypatch):
+    rows = context.measure(subject)
+    fits = {(row["what"], row["budget"]): row["pictures"] for row in rows if row["part"] == "fits"}
+    assert fits["LLaVA-1.5 picture", "100%"] == 6  # 3,968 positions for pictures of 576
+    assert fits["LLaVA-1.5 picture", "11%"] == 62  # of 63 tokens
+    assert fits["Video-LLaVA frame", "100%"] == 15
+    asked = [row for row in rows if row["part"] == "asked"]
+    tried = [("only", 1), ("first", 2), ("last", 2), ("first", 4), ("last", 4)]  # there are no eight pictures
+    for method in ("no_compression", "visionzip"):  # DFMR has no pictures for its threshold here
+        mine = [row for row in asked if row["method"] == method]
+        assert [(row["place"], row["pictures"]) for row in mine] == tried
+        assert {row["tokens"] for row in mine} == {36.0 if method == "no_compression" else 9.0}
+    assert len(asked) == 10
+    assert all(row.keys() == rows[0].keys() for row in rows)
+    monkeypatch.delattr(Asker, "answer")
+    assert context.measure(subject) == rows  # from the records
+    subject.model.config.text_config.max_position_embeddings = 100
+    few = [row["pictures"] for row in context.measure(subject) if row["method"] == "no_compression"]
+    assert few == [1, 2, 2]
+
+
+def test_differences_are_from_the_same_method_with_one_picture(subject, monkeypatch):
+    right = {("only", 1): "it", ("first", 2): "no", ("last", 2): "it"}
+
+    def answer(study, task, compressor, count, place, places):
+        return [{"given": right[place, count], "visual_tokens_by_layer": [9 * count]} for _ in places]
+
+    monkeypatch.setattr(context, "_answer", answer)
+    monkeypatch.setattr(context, "COUNTS", (1, 2))
+    monkeypatch.setattr(context, "METHODS", "pool2d")
+    rows = [row for row in context.measure(subject) if row["method"] == "pool2d"]
+    assert [(row["score"], row["difference"]) for row in rows] == [(100, 0), (0, -100), (100, 0)]
+
+
+def test_several_pictures_a_prompt_are_summed_up(subject):
+    """The counts of `Asker.answer`, which everything here goes by."""
+    asker = subject.study().asker
+    images = [sample.load() for sample in subject.task.samples[:4]]
+    with NoCompression().on(subject.model) as small, torch.inference_mode():
+        answers = asker.answer(small, images, ["w4", "w5 w6"], 2)
+    assert [(answer.visual_tokens, answer.by_layer) for answer in answers] == [(72, (72,) * 4)] * 2
+    assert [answer.text_tokens for answer in answers] == [3, 4]

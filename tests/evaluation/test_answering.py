@@ -1,0 +1,62 @@
+"""Prompts of any form answered together, and what each of them cost."""
+
+import pytest
+from PIL import Image
+
+import vlmzip
+from vlmzip.errors import UserError
+from vlmzip.evaluation.answering import Asker
+from vlmzip.methods import VisionZip
+from vlmzip.models import adapter_for
+from vlmzip.runtime.prompts import chat_prompt, conversation_prompt
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return vlmzip.mini.load()
+
+
+def test_several_pictures_and_none_are_counted(mini):
+    model, processor = mini
+    asker = Asker(adapter_for(model), processor)
+    picture = Image.open("examples/flat.png").convert("RGB")
+    two = "USER: <image>\n<image>\nwhat color is the ring ? ASSISTANT:"
+    with VisionZip(keep=36).on(model) as small:
+        (pair,) = asker.answer_prompts(small, [two], [[picture, picture]], max_new_tokens=6, do_sample=False)
+        (none,) = asker.answer_prompts(small, ["USER: what ? ASSISTANT:"], [[]], max_new_tokens=3, do_sample=False)
+        one, other = asker.answer(small, [picture] * 2, ["what color is the ring ?", "is there a star ?"], 6)
+    assert (pair.visual_tokens, pair.by_layer[0], pair.retention) == (288, 72, 0.25)
+    assert (none.visual_tokens, none.by_layer, none.retention) == (0, (), 1.0)
+    assert (one.text, one.new_tokens) == ("orange", 2)  # the word, and the end
+    assert (other.visual_tokens, other.by_layer[0]) == (144, 36)
+
+
+class NoTemplate:
+    chat_template = None
+
+
+def text(said):
+    return {"type": "text", "text": said}
+
+
+IMAGE = {"type": "image"}
+
+
+def test_without_a_template_one_question_with_pictures_before_it_can_be_asked(mini):
+    adapter = adapter_for(mini[0])
+    one = [{"role": "user", "content": [IMAGE, IMAGE, text("a"), text("b")]}]
+    assert conversation_prompt(adapter, NoTemplate(), one) == "USER: <image><image>\na\nb ASSISTANT:"
+    assert chat_prompt(adapter, NoTemplate(), "a", 1) == "USER: <image>\na ASSISTANT:"
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [{"role": "user", "content": [text("a"), IMAGE]}],
+        [{"role": "user", "content": [text("a")]}, {"role": "assistant", "content": [text("b")]}],
+        [{"role": "system", "content": [text("a")]}],
+    ],
+)
+def test_without_a_template_other_forms_are_refused(mini, messages):
+    with pytest.raises(UserError, match="no chat template"):
+        conversation_prompt(adapter_for(mini[0]), NoTemplate(), messages)
