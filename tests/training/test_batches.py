@@ -139,6 +139,23 @@ def test_rows_stand_together_as_they_stand_alone(conversations, folder):
     assert together == pytest.approx(wanted, rel=1e-5)
 
 
+def test_rows_without_pictures_get_a_blank_one_that_teaches_nothing(conversations, folder):
+    text = conversations(read_record({"conversations": said("w9 w8", "w7")}), folder)
+    seen = conversations(read_record(record("<image> w10", "w20", image="a.png")), folder)
+    pad = Padded(0, conversations.blank())
+    assert len(pad([text, seen])["input_ids"]) == 2
+    batch = pad([text])
+    assert len(batch["input_ids"]) == 2
+    assert len(batch["pixel_values"]) == 1
+    assert bool((batch["labels"][1] == IGNORE).all())
+    small = attach(tiny_llava(), Pool2d(factor=2))
+    loss = small(**batch).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(small(**Padded(0)([text])).loss.item(), rel=1e-6)
+    gradients = [parameter.grad for parameter in adapter_for(small.inner).projector.parameters()]
+    assert all(gradient is not None and not gradient.any() for gradient in gradients)
+
+
 def test_lengths_tell_long_records_from_short_ones(conversations, folder):
     content = [
         record("<image> w10", "w20"),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -19,6 +20,8 @@ from vlmzip.training.records import PLACE, BadRecord, Record, Records, Turn
 
 #: What the loss leaves out.
 IGNORE = -100
+#: Width and height of the picture of a batch that has none, in pixels.
+BLANK = (336, 336)
 #: One line for each record that was left out, with the reason.
 BAD = "bad_records.jsonl"
 
@@ -52,11 +55,20 @@ class Conversations:
         """
         pictures = record.load_pictures(folder)
         text, answers = self._rendered(record, self._end)
-        made = self.processor(images=pictures or None, text=[text], return_tensors="pt")
-        row = {name: value[0] if name in ("input_ids", *PER_TOKEN) else value for name, value in made.items()}
+        row = self._row(text, pictures)
         if len(row["input_ids"]) > self.max_length:
             raise BadRecord(f"longer than {self.max_length} tokens")
         return {**row, "labels": self._labels(row["input_ids"], text, answers)}
+
+    def blank(self) -> dict[str, Tensor]:
+        """A row about a black picture that nothing is learned from: no token of it is a label."""
+        text, _ = self._rendered(Record("", (Turn(f"{PLACE}\n?", "!"),), ()), self._end)
+        row = self._row(text, [Image.new("RGB", BLANK)])
+        return {**row, "labels": torch.full_like(row["input_ids"], IGNORE)}
+
+    def _row(self, text: str, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
+        made = self.processor(images=list(pictures) or None, text=[text], return_tensors="pt")
+        return {name: value[0] if name in ("input_ids", *PER_TOKEN) else value for name, value in made.items()}
 
     def _rendered(self, record: Record, end: str) -> tuple[str, list[tuple[int, int]]]:
         """The conversation as the model reads it, and where in it the answers are, their ends included."""
@@ -165,12 +177,19 @@ def count_bad(notes: Path) -> Counter[str]:
 
 
 class Padded:
-    """Puts rows together: padded on the right to the longest of them, pictures one after the other."""
+    """Puts rows together: padded on the right to the longest of them, pictures one after the other.
 
-    def __init__(self, pad_id: int) -> None:
+    Rows without a single picture get one more, `blank`, as in LLaVA's code: encoder and projector then run in every
+    forward. With several processes they must, since one that leaves them out lets the others wait for ever.
+    """
+
+    def __init__(self, pad_id: int, blank: Mapping[str, Tensor] | None = None) -> None:
+        self._blank = blank
         self._fill = {"input_ids": pad_id, "labels": IGNORE}
 
     def __call__(self, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        if self._blank is not None and not any(self._blank.keys() <= row.keys() for row in rows):
+            rows = [*rows, self._blank]
         longest = max(len(row["input_ids"]) for row in rows)
         batch = {}
         for name in dict.fromkeys(name for row in rows for name in row):

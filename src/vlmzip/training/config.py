@@ -90,10 +90,12 @@ class Config:
     workers: int = 0
     """Processes that read records and pictures, beside each training process."""
     seed: int = 0
+    sharding: Literal["none", "fsdp"] = "none"
+    """fsdp: several processes share weights, gradients and the optimiser's state out, instead of a copy each."""
     text_tokens: int = 62
     """Tokens of text beside a picture, for what `--explain` counts; LLaVolta's tables fit 62."""
     trainer: Mapping[str, Any] = field(default_factory=dict)
-    """Further settings of transformers' TrainingArguments, such as deepspeed or fsdp."""
+    """Further settings of transformers' TrainingArguments, such as deepspeed."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "batch_per_process", "steps", "save_every", "checkpoints", "log_every", "max_length"):
@@ -108,6 +110,10 @@ class Config:
             raise UserError(f"fraction: {self.fraction} is no share of the records; give 10% or 0.1")
         if not 0 <= self.warmup < 1:
             raise UserError(f"warmup: {self.warmup} is no share of the steps; give 0.03")
+        if self.trainer.get("fsdp"):
+            raise UserError("trainer: fsdp shares nothing out on a CPU, and says nothing; write sharding: fsdp instead")
+        if self.sharding != "none" and self.trainer.get("deepspeed"):
+            raise UserError("sharding: fsdp does what trainer: deepspeed does; choose one of them")
         self.schedule_for(32)  # refuses what is none, whatever the depth
 
     def schedule_for(self, depth: int) -> Schedule:

@@ -24,7 +24,8 @@ from vlmzip.training.batches import BAD, Conversations, Examples, Padded, count_
 from vlmzip.training.config import Config, Lora
 from vlmzip.training.records import Records
 from vlmzip.training.schedule import Schedule, read_compressor
-from vlmzip.training.trainer import LOG, JsonLog, StagedTrainer, latest_checkpoint
+from vlmzip.training.sharding import moves_together
+from vlmzip.training.trainer import LOG, JsonLog, Sharded, StagedTrainer, latest_checkpoint
 
 #: The folder of the trained model, in the folder of the run.
 MODEL = "model"
@@ -48,14 +49,19 @@ def train(config: Config, model: nn.Module, processor: Any, adapter: ModelAdapte
     small = attach(_with_lora(model, config.lora), schedule.stages[0].compressor)
     _choose_what_learns(small, adapter, config.learn, config.lora)
     trainer = make_trainer(config, small, schedule, examples, adapter, processor)
+    if config.lora is not None and not trainer.sharded and moves_together(small):
+        raise UserError(
+            "lora: ZeRO-3 holds weights in parts that nothing is merged into; take ZeRO-2 or sharding: fsdp"
+        )
     checkpoint = latest_checkpoint(out) if trainer.args.should_save else None
     checkpoint = _same_everywhere(checkpoint)
     if checkpoint is not None:
         tell(f"going on from {checkpoint}")
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        state = trainer.gather()
         if trainer.args.should_save:
-            _save(small, trainer.evaluated_with, processor, out / MODEL)
+            _save(small, trainer.evaluated_with, processor, out / MODEL, state)
     except OSError as error:
         raise UserError(
             f"cannot write into {str(out)!r}: {error.strerror or error}; the last whole checkpoint is kept, and the"
@@ -79,23 +85,27 @@ def make_trainer(
     asked = config.evaluation
     evaluated_with = read_compressor(asked.compressor) if asked and asked.compressor else schedule.afterwards
     task = read_task(asked.task, asked.limit, None) if asked else None
+    sharded = config.sharding != "none" and _processes() > 1
     return StagedTrainer(
         small,
         schedule,
         evaluated_with=evaluated_with,
         score=None if task is None else Score(Asker(adapter, processor), task),
         lengths=examples.lengths(adapter.profile().grid.size) if config.group_by_length else None,
+        sharded=sharded,
         args=arguments(config),
         train_dataset=examples,
         eval_dataset=examples if task else None,  # only so that Trainer evaluates; `score` has questions of its own
-        data_collator=Padded(pad_id(adapter)),
-        callbacks=[JsonLog(Path(config.out) / LOG, schedule)],
+        data_collator=Padded(pad_id(adapter), examples.conversations.blank()),
+        callbacks=[JsonLog(Path(config.out) / LOG, schedule), *([Sharded()] if sharded else [])],
     )
 
 
 def arguments(config: Config) -> TrainingArguments:
     """The configuration in transformers' words. Raises `UserError` for a batch that processes cannot share evenly."""
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = _processes()
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise UserError("accelerate's FSDP was asked for; write sharding: fsdp into the configuration instead")
     if config.batch % processes:
         raise UserError(f"batch: {config.batch} records cannot be shared evenly by {processes} processes")
     share = config.batch // processes
@@ -134,13 +144,18 @@ def arguments(config: Config) -> TrainingArguments:
 
 
 class Score:
-    """Answers the questions of a task; each process its share, and all get the same score."""
+    """Answers the questions of a task; each process its share, and all get the same score.
+
+    Where parameters are shared out, every process answers all: one that ran more often would wait for the others.
+    """
 
     def __init__(self, asker: Asker, task: Task) -> None:
         self.asker, self.task = asker, task
 
     def __call__(self, small: CompressedModel) -> dict[str, float]:
-        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        rank, world = int(os.environ.get("RANK", "0")), _processes()
+        if moves_together(small):
+            rank, world = 0, 1
         starts = range(0, len(self.task.samples), ASK)[rank::world]
         total, seen, of = 0.0, 0.0, 0.0
         for start in starts:
@@ -211,23 +226,33 @@ def _choose_what_learns(small: CompressedModel, adapter: ModelAdapter, learn: Se
     adapter.projector.requires_grad_("projector" in learn)  # last: in some families the encoder holds it
 
 
-def _save(small: CompressedModel, compressor: Any, processor: Any, folder: Path) -> None:
-    """The model as transformers alone loads it, LoRA merged into it, with the compressor and the processor."""
+def _save(
+    small: CompressedModel, compressor: Any, processor: Any, folder: Path, state: dict[str, Any] | None = None
+) -> None:
+    """The model as transformers alone loads it, LoRA merged into it, with the compressor and the processor.
+
+    `state` is the façade's state dict, where its parameters are not its own.
+    """
     small.switch(compressor)
     if hasattr(small.inner, "merge_and_unload"):
         small.detach()
         small = attach(small.inner.merge_and_unload(), compressor)
-    small.save_pretrained(folder)
+    small.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
     processor.save_pretrained(folder)
 
 
 def _same_everywhere(checkpoint: Path | None) -> Path | None:
     """What the first process found, in all of them."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if _processes() == 1:
         return checkpoint
     box = [checkpoint]
     torch.distributed.broadcast_object_list(box)
     return box[0]
+
+
+def _processes() -> int:
+    """How many processes the launcher started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _has_tensorboard() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,12 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from vlmzip import spec
 from vlmzip.compressor import Compressor
 from vlmzip.methods import RandomTokens
 from vlmzip.runtime.facade import CompressedModel
+from vlmzip.training import sharding
+from vlmzip.training.batches import IGNORE
 from vlmzip.training.random_factor import RandomFactor, mixed
 from vlmzip.training.schedule import Schedule
 
@@ -32,8 +36,12 @@ class StagedTrainer(Trainer):
     """Trains a façade through the stages of a schedule.
 
     Which stage it is follows from the optimiser steps taken, so it is the same in every process, under accumulation
-    and after a resume. Evaluation runs with the compressor for afterwards. Checkpoints count only when they are whole.
+    and after a resume. Evaluation runs with the compressor for afterwards. Checkpoints count only when they are whole;
+    they are the same whether parameters were shared out among processes or not.
     """
+
+    optimizer: Any  # to a type checker they may be None; they are before training alone
+    lr_scheduler: Any
 
     def __init__(
         self,
@@ -43,9 +51,14 @@ class StagedTrainer(Trainer):
         evaluated_with: Compressor,
         score: Callable[[CompressedModel], dict[str, float]] | None = None,
         lengths: list[int] | None = None,
+        sharded: bool = False,
         **settings: Any,
     ) -> None:
-        """`score` measures the model during training; `lengths` of the records put like ones together."""
+        """`score` measures the model during training; `lengths` of the records put like ones together.
+
+        With `sharded` several processes share the parameters out.
+        """
+        self.sharded = sharded  # asked for while Trainer sets itself up
         super().__init__(small, **settings)
         self.small, self.schedule, self.evaluated_with = small, schedule, evaluated_with
         self._score, self._lengths = score, lengths
@@ -59,8 +72,11 @@ class StagedTrainer(Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self._trained = self.stage()  # what is logged after a step is about the stage it was in
         self.small.switch(self._compressor())
+        learned_from = (inputs["labels"] != IGNORE).any(1).tolist()
         loss = super().training_step(model, inputs, num_items_in_batch)
         for picture in self.small.report.pictures:
+            if not learned_from[picture.row]:  # the blank one of a batch without pictures
+                continue
             self._seen += sum(picture.by_layer)
             self._of += picture.before * len(picture.by_layer)
         return loss
@@ -102,8 +118,69 @@ class StagedTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes the state of its own dice
         if self.args.should_save:
             (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / WHOLE).touch()
+
+    # --- parameters that are shared out -----------------------------------------------------------------------
+
+    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+        if not self.sharded:  # else each process moves the parts that are its own
+            super()._move_model_to_device(model, device)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """Shares the parameters out before: a checkpoint is loaded by now, and the optimiser takes what is left."""
+        if self.sharded and self.optimizer is None:
+            sharding.shard(self.small, self.args.device, bf16=self.args.bf16)
+            # accelerate's mark of what it need not wrap any more. It would refuse to put DDP around this, and its
+            # autocast would keep a copy of every gathered weight until the end of the forward.
+            small: Any = self.small
+            small._is_accelerate_prepared = True
+        return super().create_optimizer(model)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.sharded:
+            super().save_model(output_dir, _internal_call)
+            return
+        state = sharding.whole_state(self.small, keep=self.args.should_save)
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = sharding.whole_optimizer(self.optimizer, keep=self.args.should_save)
+        if self.args.should_save:
+            torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.sharded or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        # Mapped, not read: a process needs its own part alone, and all of it may not fit on its GPU.
+        state = torch.load(os.path.join(checkpoint, OPTIMIZER_NAME), map_location="cpu", mmap=True, weights_only=True)
+        self.optimizer.load_state_dict(sharding.shard_optimizer_state(state, self.optimizer))
+        self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
+
+    def gather(self) -> dict[str, Any] | None:
+        """Makes a model that is shared out whole for saving, in the first process; all must call it.
+
+        Returns its state dict where it cannot be held in the model itself (ZeRO-3, by accelerate's documentation).
+        """
+        if self.sharded:
+            sharding.make_whole(self.small, keep=self.args.should_save)
+        elif sharding.moves_together(self.small):
+            return self.accelerator.get_state_dict(self.model_wrapped)
+        return None
+
+
+class Sharded(TrainerCallback):
+    """Makes sure that parameters are still shared out when everything is wrapped and training begins."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        sharding.check_sharded(model)
 
 
 class JsonLog(TrainerCallback):

@@ -1,0 +1,48 @@
+"""One process of a launch in `test_processes.py`: trains one configuration after another and writes down what it sees.
+
+Into OUT/seen-RANK.jsonl goes a line for each forward in training and for each batch of answers. A run that takes longer
+than `PATIENCE` seconds has its processes waiting for each other: it ends with their tracebacks.
+"""
+
+import faulthandler
+import json
+import os
+import sys
+from pathlib import Path
+
+from torch.distributed.tensor import DTensor
+
+from vlmzip import spec
+from vlmzip.cli.main import main
+from vlmzip.evaluation.answering import Asker
+from vlmzip.training.trainer import StagedTrainer
+
+PATIENCE = 120
+
+
+def note(out, **seen):
+    with (Path(out) / f"seen-{os.environ['RANK']}.jsonl").open("a") as file:
+        file.write(json.dumps(seen) + "\n")
+
+
+def watched_step(self, model, inputs, num_items_in_batch=None, plain=StagedTrainer.training_step):
+    step, rows = self.state.global_step, (inputs["labels"] != -100).any(1).tolist()
+    loss = plain(self, model, inputs, num_items_in_batch)
+    held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in self.small.parameters())
+    note(self.args.output_dir, step=step, compressor=spec.write(self.small.compressor), held=held, blank=not all(rows))
+    return loss
+
+
+def watched_answer(self, small, *asked, plain=Asker.answer):
+    answers = plain(self, small, *asked)
+    note(os.environ["OUT"], answers=[answer.text for answer in answers])
+    return answers
+
+
+if __name__ == "__main__":
+    StagedTrainer.training_step, Asker.answer = watched_step, watched_answer
+    for config in sys.argv[1:]:
+        faulthandler.dump_traceback_later(PATIENCE, exit=True)
+        os.environ["OUT"] = json.loads(Path(config).read_text())["out"]
+        if main(["train", config]) != 0:
+            sys.exit(1)
