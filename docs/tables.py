@@ -3,10 +3,10 @@
 The table stands between two comments, `<!-- results -->` and `<!-- end of results -->`. It comes from
 benchmarks/results/mini-study.csv, the results.csv of the full study on mini:
 
-    vlmzip eval --keep 75%,50%,25%,11%,5.6% --out runs/eval/mini
+    vlmzip eval --methods METHODS --keep 75%,50%,25%,11%,5.6% --batch 60 --out runs/eval/mini
     cp runs/eval/mini/results.csv benchmarks/results/mini-study.csv
 
-Until that is there, it comes from the first look at three methods, benchmarks/results/first-look.csv.
+with METHODS as in docs/results.md.
 """
 
 import argparse
@@ -46,23 +46,10 @@ def score(row: dict[str, str]) -> str:
     return shown if abs(reached - wanted) <= NEAR * wanted else f"{shown} ({reached:.1%})"
 
 
-def first_look_table(rows: list[dict[str, str]]) -> list[str]:
-    """Three methods at two budgets, with original positions; ± one standard error."""
-    lines = ["| method | visual tokens | exact match % |", "| --- | --- | --- |"]
-    order = ["no_compression", "visionzip", "pool2d", "random_tokens"]
-    for row in sorted(rows, key=lambda row: (-int(row["tokens"]), order.index(row["method"]))):
-        plain = row["method"] == "no_compression"
-        if plain or (row["positions"] == "original" and row["tokens"] in ("36", "16")):
-            lines.append(f"| `{row['method']}` | {row['tokens']} | {row['accuracy']} ± {row['standard_error']} |")
-    return lines
-
-
 def table(folder: Path) -> str:
     """The table as the README should have it."""
-    study, first_look = folder / "mini-study.csv", folder / "first-look.csv"
-    make, path = (study_table, study) if study.exists() else (first_look_table, first_look)
-    with path.open(encoding="utf-8", newline="") as file:
-        return "\n".join(make(list(csv.DictReader(file)))) + "\n"
+    with (folder / "mini-study.csv").open(encoding="utf-8", newline="") as file:
+        return "\n".join(study_table(list(csv.DictReader(file)))) + "\n"
 
 
 def replaced(text: str, new: str) -> str:

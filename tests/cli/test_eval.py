@@ -71,7 +71,7 @@ def test_the_table_and_the_files(evaluate, tmp_path, asked):
         ("pool2d", "25%", "pool2d(factor=2)"),
         ("fastv(layer=1)", "25%", ""),
     ]
-    assert (rows[1]["tokens"], rows[1]["questions"], rows[1]["type <i>0"]) == ("9", "10", "0.00")
+    assert (rows[1]["tokens"], rows[1]["questions"], rows[1]["type <i>0"]) == ("9", "10", "0.0000")
     for path in folder.glob("*.png"):
         assert Image.open(path).width > 1000
     for path in folder.glob("*.svg"):

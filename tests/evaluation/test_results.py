@@ -109,8 +109,8 @@ def test_a_table_has_a_column_for_everything_that_any_row_has(found, tmp_path):
     with (tmp_path / "results.csv").open(newline="") as file:
         last, *rows = csv.DictReader(file)
     assert [row["method"] for row in (*rows, last)] == ["no_compression", "pool2d", "fastv", "fastv"]
-    assert (rows[1]["difference"], rows[1]["difference_low"], rows[1]["F1"]) == ("-25.00", "-50.00", "50.00")
-    assert (rows[1]["type y"], rows[1]["calibrated_on"], rows[1]["model"]) == ("0.00", "some pictures", "it")
+    assert (rows[1]["difference"], rows[1]["difference_low"], rows[1]["F1"]) == ("-25.0000", "-50.0000", "50.0000")
+    assert (rows[1]["type y"], rows[1]["calibrated_on"], rows[1]["model"]) == ("0.0000", "some pictures", "it")
     assert (rows[2]["score"], rows[2]["note"]) == ("", "too few layers")
 
 

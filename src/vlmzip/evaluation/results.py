@@ -189,4 +189,4 @@ def _line(result: Result) -> dict[str, object]:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2f}"
+    return f"{100 * share:.4f}"  # what reads it rounds, and should not round what is rounded
