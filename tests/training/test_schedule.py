@@ -95,6 +95,7 @@ def test_any_method_at_any_site_from_yaml():
     assert [stage.share for stage in schedule.stages] == [Fraction(1, 3), 50, 10]
     assert schedule.afterwards == DFMR()
     assert read_schedule("dfmr") == constant(DFMR())
+    assert read_schedule("random_factor").afterwards == NoCompression()
 
 
 @pytest.mark.parametrize(

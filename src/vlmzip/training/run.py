@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
@@ -32,6 +33,8 @@ MODEL = "model"
 #: transformers 5.23 has a new name for it, and warns of the old one.
 NAMES = {field.name for field in dataclasses.fields(TrainingArguments)}
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in NAMES else "gradient_checkpointing"
+#: In the message of `torch.save` where the disk refuses.
+WRITING = "inline_container"
 #: Questions answered together while training.
 ASK = 32
 
@@ -62,10 +65,12 @@ def train(config: Config, model: nn.Module, processor: Any, adapter: ModelAdapte
         state = trainer.gather()
         if trainer.args.should_save:
             _save(small, trainer.evaluated_with, processor, out / MODEL, state)
-    except OSError as error:
+    except Exception as error:
+        if (said := _refused_by_disk(error)) is None:
+            raise
         raise UserError(
-            f"cannot write into {str(out)!r}: {error.strerror or error}; the last whole checkpoint is kept, and the"
-            " same command goes on from it"
+            f"cannot write into {str(out)!r}: {said}; the last whole checkpoint is kept, and the same command goes on"
+            " from it"
         ) from None
     if trainer.args.should_save:
         for reason, count in count_bad(out / BAD).most_common():
@@ -239,6 +244,17 @@ def _save(
         small = attach(small.inner.merge_and_unload(), compressor)
     small.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
     processor.save_pretrained(folder)
+
+
+def _refused_by_disk(error: Exception) -> str | None:
+    """What a full or read-only disk said; it is an OSError only where Python itself was writing."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if isinstance(error, SafetensorError) and "I/O error" in str(error):
+        return str(error).rpartition("I/O error: ")[2]
+    if isinstance(error, RuntimeError) and WRITING in str(error):
+        return "the optimiser's state could not be written; is the disk full?"
+    return None
 
 
 def _same_everywhere(checkpoint: Path | None) -> Path | None:

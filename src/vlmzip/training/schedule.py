@@ -12,6 +12,7 @@ from vlmzip import catalogue, spec
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, closest
 from vlmzip.methods import LLaVolta, NoCompression
+from vlmzip.training.random_factor import RandomFactor
 
 #: Depth of the LLM that LLaVolta's layers are given for (Vicuna-7B).
 PUBLISHED_DEPTH = 32
@@ -115,8 +116,12 @@ def _pooling(place: tuple[int, int] | None, depth: int) -> Compressor:
 
 
 def constant(compressor: Compressor) -> Schedule:
-    """One compressor from the first step to the last, and afterwards."""
-    return Schedule((Stage(compressor),), spec.write(compressor), compressor)
+    """One compressor from the first step to the last, and afterwards; random factors are for training alone."""
+    return Schedule((Stage(compressor),), spec.write(compressor), _afterwards(compressor))
+
+
+def _afterwards(last: Compressor) -> Compressor:
+    return NoCompression() if isinstance(last, RandomFactor) else last
 
 
 def read_schedule(content: Any, depth: int = PUBLISHED_DEPTH) -> Schedule:
@@ -155,7 +160,7 @@ def _of_stages(content: Any) -> Schedule:
             raise UserError(f"stage {number} names no compressor; for none write compressor: {NOTHING}")
         stages.append(Stage(read_compressor(one["compressor"]), read_share(one.get("share", 1))))
     schedule = Schedule(tuple(stages), "own")
-    return replace(schedule, afterwards=stages[-1].compressor)
+    return replace(schedule, afterwards=_afterwards(stages[-1].compressor))
 
 
 def read_compressor(content: Any) -> Compressor:
