@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from vlmzip.evaluation.bootstrap import Estimate
 from vlmzip.evaluation.curves import MARKERS
 from vlmzip.evaluation.tuned_study import Cost
 from vlmzip.evaluation.tuning import Row, Tuning
@@ -18,8 +19,6 @@ LABELS: dict[Cost, str] = {
     "flops": "prefill FLOPs of the LLM, % of the uncompressed model's",
     "ms": "prefill of the LLM, milliseconds",
 }
-#: Methods that cost the same stand this share of all costs apart, so that their intervals can be told apart.
-ASIDE = 0.007
 
 
 def draw(tuning: Tuning, chosen: Row | None, methods: Mapping[int, str], cost: Cost, title: str) -> Figure:
@@ -37,8 +36,7 @@ def draw(tuning: Tuning, chosen: Row | None, methods: Mapping[int, str], cost: C
     axes.axhline(0, color="black", linewidth=1, label="no_compression")
     for number, method in enumerate(dict.fromkeys(methods.values())):
         mine = [row for row in tuning.rows.values() if methods[row.number] == method and row.loss is not None]
-        aside = (number % 5 - 2) * ASIDE * scale * max(row.cost for row in tuning.rows.values())
-        _points(axes, mine, method, number, scale, tuning.counts[-1], aside)
+        _points(axes, mine, method, number, scale, tuning.counts[-1])
     if any(0 < row.asked < tuning.counts[-1] for row in tuning.rows.values()):
         axes.plot([], [], "o", color="0.5", markersize=4, fillstyle="none", label="hollow: asked fewer questions")
     _limits(axes, tuning, scale)
@@ -51,29 +49,32 @@ def draw(tuning: Tuning, chosen: Row | None, methods: Mapping[int, str], cost: C
     return figure
 
 
-def _points(axes: Any, rows: Sequence[Row], method: str, number: int, scale: float, whole: int, aside: float) -> None:
+def _points(axes: Any, rows: Sequence[Row], method: str, number: int, scale: float, whole: int) -> None:
     """A method's candidates: filled and with an interval where the whole choosing half was asked, else hollow."""
     look = {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)], "linestyle": "none"}
     asked = [row for row in rows if row.asked == whole]
     fewer = [row for row in rows if row.asked < whole]
     if fewer:
-        axes.plot(
-            *_places(fewer, scale, aside),
-            **look,
-            markersize=4,
-            fillstyle="none",
-            alpha=0.5,
-            label=None if asked else method,
-        )
+        label = None if asked else method
+        axes.plot(*_places(fewer, scale), **look, markersize=4, fillstyle="none", alpha=0.5, label=label)
     if asked:
-        errors = [100 * row.loss.half for row in asked if row.loss]
+        errors = _errors([row.loss for row in asked if row.loss])
+        # Where methods cost the same their intervals lie on each other: the ends of each have a width of their own.
         axes.errorbar(
-            *_places(asked, scale, aside), yerr=errors, **look, markersize=6, elinewidth=0.8, capsize=2, label=method
-        )
+            *_places(asked, scale), yerr=errors, **look, markersize=6, markeredgecolor="white", markeredgewidth=0.5,
+            elinewidth=0.8, capsize=2 + 1.5 * (number % 5), label=method,
+        )  # fmt: skip
 
 
-def _places(rows: Sequence[Row], scale: float, aside: float) -> tuple[list[float], list[float]]:
-    return [scale * row.cost + aside for row in rows], [-100 * row.loss.value for row in rows if row.loss]
+def _places(rows: Sequence[Row], scale: float) -> tuple[list[float], list[float]]:
+    return [scale * row.cost for row in rows], [-100 * row.loss.value for row in rows if row.loss]
+
+
+def _errors(losses: Sequence[Estimate]) -> list[list[float]]:
+    """How far the intervals reach below and above their points; a loss is drawn downwards, so that its high end is the
+    lower one."""
+    below = [max(100 * (loss.high - loss.value), 0.0) for loss in losses]
+    return [below, [max(100 * (loss.value - loss.low), 0.0) for loss in losses]]
 
 
 def _limits(axes: Any, tuning: Tuning, scale: float) -> None:
@@ -87,9 +88,8 @@ def _limits(axes: Any, tuning: Tuning, scale: float) -> None:
 def _choice(axes: Any, chosen: Row, scale: float) -> None:
     """The choice, where the confirming half puts it."""
     assert chosen.held is not None
-    loss = chosen.held.loss
-    place = scale * chosen.cost, -100 * loss.value
+    place = scale * chosen.held.cost, -100 * chosen.held.loss.value
     axes.errorbar(
-        *place, yerr=[[100 * (loss.high - loss.value)], [100 * (loss.value - loss.low)]], color="black", marker="*",
-        markersize=13, markerfacecolor="gold", capsize=3, linestyle="none", zorder=5, label="chosen, confirming half",
+        *place, yerr=_errors([chosen.held.loss]), color="black", marker="*", markersize=13,
+        markerfacecolor="gold", elinewidth=0.8, capsize=10, linestyle="none", zorder=5, label="chosen, confirming half",
     )  # fmt: skip
