@@ -11,18 +11,19 @@ from vlmzip.errors import UserError
 Keep = int | float | str
 
 
-def parse_keep(keep: Keep) -> int | float:
-    """Turns `keep` into a count (int) or a fraction (float).
+def parse_keep(keep: Keep, option: str = "") -> int | float:
+    """Turns `keep` into a count (int) or a fraction (float). `option` is where a user wrote it, for messages.
 
     Raises `UserError` for anything that is neither a whole number of at least 1 nor a fraction in (0, 1].
     """
-    value = _number(keep)
+    said = f"{option} {keep}" if option else f"keep={keep!r}"
+    value = _number(keep, said)
     if isinstance(value, int):
         if value < 1:
-            raise UserError(f"keep={keep!r} keeps nothing; give at least 1 token, or a fraction such as 0.25 or '25%'")
+            raise UserError(f"{said} keeps nothing; give at least 1 token, or a fraction such as 0.25 or '25%'")
         return value
     if math.isnan(value) or not 0 < value <= 1:
-        raise UserError(f"keep={keep!r} is no fraction in (0, 1]; write 64 for 64 tokens, 0.25 or '25%' for a quarter")
+        raise UserError(f"{said} is no fraction in (0, 1]; write 64 for 64 tokens, 0.25 or '25%' for a quarter")
     return value
 
 
@@ -41,19 +42,19 @@ def round_half_up(value: float) -> int:
     return math.floor(value + 0.5)
 
 
-def _number(keep: Keep) -> int | float:
+def _number(keep: Keep, said: str) -> int | float:
     if isinstance(keep, str):
-        return _from_text(keep)
+        return _from_text(keep, said)
     if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
-        raise UserError(f"keep={keep!r} is no number; write 64, 0.25 or '25%'")
+        raise UserError(f"{said} is no number; write 64, 0.25 or '25%'")
     return int(keep) if isinstance(keep, numbers.Integral) else float(keep)
 
 
-def _from_text(text: str) -> int | float:
+def _from_text(text: str, said: str) -> int | float:
     stripped = text.strip()
     try:
         if stripped.endswith("%"):
             return float(stripped[:-1]) / 100
         return int(stripped) if stripped.lstrip("+-").isdigit() else float(stripped)
     except ValueError:
-        raise UserError(f"keep={text!r} is no number; write 64, 0.25 or '25%'") from None
+        raise UserError(f"{said} is no number; write 64, 0.25 or '25%'") from None

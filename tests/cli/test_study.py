@@ -173,6 +173,8 @@ MISTAKES = [
     (["tau", "--seed", "-1"], "--seed -1: give at least 0"),
     (["tau", "--out", "{folder}/asked/a.png"], "is a file; give a folder"),
     (["tau", "--task", "nowhere:exact"], "no task and no folder 'nowhere'"),
+    (["tau", "--tasks", "nowhere:exact"], "no task and no folder 'nowhere'"),
+    (["tau", "--task", "mini,easy-vqa"], "--task mini,easy-vqa: give one task"),
     (["tau", "--keep", "25%"], "vlmzip study has no option --keep"),
 ]
 

@@ -81,13 +81,19 @@ def test_what_is_chosen_keeps_to_the_limit_and_can_be_used(on_mini, capsys):
 
 
 def test_limits_that_nothing_meets_leave_no_compressor(on_mini, capsys):
-    code, found, _, folder = on_mini(capsys, "--max-tokens", "20", "--max-loss", "0.5")
+    code, _, err, folder = on_mini(capsys, "--max-tokens", "20")
+    assert (folder / "compressor.json").exists()
+    code, found, err, _ = on_mini(capsys, "--max-tokens", "20", "--max-loss", "0.5")
+    assert re.search(rf"^note: compressor.json of an earlier run is removed: .*{folder}/compressor.json", err, re.M)
     assert (code, found["verdict"], found["chosen"], found["compressor"]) == (0, "nothing", None, None)
     assert not (folder / "compressor.json").exists()
     (said,) = found["said"]
     assert re.fullmatch(
-        r"Nothing loses at most 0\.5 points at 20 visual tokens; the nearest is .*: it loses .* points\.", said
+        r"(No estimate|Nothing) is within 0\.5 points at 20 visual tokens[;:] the nearest, .*, 16 visual tokens,"
+        r" loses .* points on the half that chooses, so 0\.5 is (not )?ruled out.*\.",
+        said,
     )
+    assert "compressor.json" not in on_mini(capsys, "--max-tokens", "20", "--max-loss", "0.5")[2]
 
 
 def test_milliseconds_are_measured_once(tune, monkeypatch):
@@ -102,6 +108,42 @@ def test_milliseconds_are_measured_once(tune, monkeypatch):
     fastest = min(one["ms"] for one in first["candidates"])
     (said,) = json.loads(tune("--max-prefill-ms", fastest / 2, "--json")[1])["said"]
     assert said.startswith("Nothing costs at most ")
+
+
+@pytest.mark.parametrize("content", ["{broken", "[]", '{"conditions": 1}', "without a time", "with a wrong time"])
+def test_corrupt_times_are_named(tune, tmp_path, monkeypatch, content):
+    monkeypatch.setattr("vlmzip.evaluation.tuned_study.TIMED", 1)
+    monkeypatch.setattr("vlmzip.evaluation.tuned_study.REPEATS", 1)
+    tune("--max-prefill-ms", "0.001")
+    path = tmp_path / "out" / "prefill.json"
+    known = json.loads(path.read_text())
+    if content == "without a time":
+        del known["ms"]["1"]
+    elif content == "with a wrong time":
+        known["ms"]["1"] = "soon"
+    path.write_text(json.dumps(known) if "time" in content else content)
+    if content == '{"conditions": 1}':  # measured under others: that is no fault
+        assert tune("--max-prefill-ms", "0.001")[0] == 0
+        return
+    code, out, err = tune("--max-prefill-ms", "0.001")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"vlmzip: '{path}' cannot be read: ")
+    assert "delete it, and the prefill is timed again" in err
+
+
+def test_what_breaks_while_it_is_timed_is_reported_too(tune, tmp_path, monkeypatch):
+    def broken(self, tokens):
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr("vlmzip.Pool2d.assign", broken)
+    monkeypatch.setattr("vlmzip.evaluation.tuned_study.TIMED", 1)
+    monkeypatch.setattr("vlmzip.evaluation.tuned_study.REPEATS", 1)
+    with pytest.raises(SystemExit) as exit:
+        tune("--max-prefill-ms", "100000")
+    assert exit.value.code == 1
+    with (tmp_path / "out" / "tune.csv").open(newline="") as file:
+        fates = {row["compressor"]: (row["fate"], row["detail"]) for row in csv.DictReader(file)}
+    assert fates["pool2d(factor=2)"] == ("broke", "failed with RuntimeError: boom")
 
 
 def test_a_stop_in_the_middle_costs_nothing(tune, tmp_path, monkeypatch):
@@ -131,8 +173,9 @@ def test_the_table_says_what_is_certain_and_what_is_not(tune, checkpoint, tmp_pa
     code, out, _ = tune("--max-loss", "5")
     assert code == 0
     assert re.search(r"^candidate +tokens +FLOPs +asked +score % +loss", out, re.M)
-    assert re.search(r"^pool2d\(factor=2\) +9\.0 +\d+\.\d% +12 +0\.0 +0\.0 ± 0\.0 +", out, re.M)
-    assert "\n3 methods at budgets cannot be: tune.csv says why\n" in out
+    assert re.search(r"^pool2d\(factor=2\) +9\.0 +\d+\.\d% +12 +0\.0 +0\.0 \[0\.0, 0\.0\] +", out, re.M)
+    impossible = "3 combinations of method and budget cannot run (1 of pool2d, 2 of dfmr); tune.csv says why"
+    assert f"\n{impossible}\n" in out
     assert "The estimate is within 5 points, but 6 pictures cannot tell: at least 20 have to confirm." in out
     use = f"use it: vlmzip ask IMAGE QUESTION --model {checkpoint} --method {tmp_path}/out/compressor.json"
     assert use in out
@@ -146,13 +189,25 @@ def test_the_table_says_what_is_certain_and_what_is_not(tune, checkpoint, tmp_pa
     }
 
 
-def test_a_broken_method_is_dropped_and_says_why(tune, monkeypatch):
+def test_what_costs_too_much_is_one_line_and_not_in_the_table(tune):
+    code, out, _ = tune("--max-tokens", "9")
+    assert code == 0
+    assert (
+        "\n1 candidate was not asked, being too costly (1 of visionzip); the cheapest: visionzip(keep=50%), 18 " in out
+    )
+    assert not re.search(r"^visionzip\(keep=50%\)", out, re.M)
+    assert re.search(r"kept to the end, not chosen *$", out, re.M)
+
+
+def test_a_broken_method_is_dropped_and_says_why(tune, monkeypatch, capsys):
     def broken(self, tokens):
         raise RuntimeError("[red]boom")
 
     monkeypatch.setattr("vlmzip.Pool2d.assign", broken)
-    code, out, _ = tune("--max-loss", "5")
-    assert code == 0
+    with pytest.raises(SystemExit) as exit:
+        tune("--max-loss", "5")
+    assert exit.value.code == 1
+    out = capsys.readouterr().out
     assert re.search(r"^pool2d\(factor=2\) .* broke *$", out, re.M)
     assert "\npool2d(factor=2) failed with RuntimeError: [red]boom\n" in out
     assert re.search(r"^visionzip\(keep=25%\) .* chosen", out, re.M)
@@ -168,16 +223,19 @@ def test_without_matplotlib_there_is_a_choice(tune, tmp_path, monkeypatch):
 
 MISTAKES = [
     ([], "tune needs a limit"),
-    (["--max-tokens", "0"], "keeps nothing"),
+    (["--max-tokens", "0"], "--max-tokens 0 keeps nothing"),
     (["--max-tokens", "9", "--max-flops", "30%"], "not allowed with"),
     (["--max-flops", "30"], "--max-flops 30: give a share, such as 30% or 0.3"),
+    (["--max-flops", "0"], "--max-flops 0: give a share, such as 30% or 0.3"),
     (["--max-prefill-ms", "0"], "--max-prefill-ms 0: give more than 0"),
     (["--max-prefill-ms", "nan"], "--max-prefill-ms nan: give more than 0"),
     (["--max-loss", "-1"], "--max-loss -1: give points from 0 to 100"),
     (["--max-loss", "nan"], "--max-loss nan: give points from 0 to 100"),
     (["--max-loss", "1", "--keep", ","], "names no budget"),
     (["--max-loss", "1", "--methods", "visionsip"], "did you mean 'visionzip'"),
-    (["--max-loss", "1", "--tasks", "mini,{folder}:exact"], "tune takes one task"),
+    (["--max-loss", "1", "--tasks", "mini,{folder}:exact"], "exact: give one task"),
+    (["--max-loss", "1", "--task", ""], "--task '': give one task"),
+    (["--max-loss", "1", "--task", "nowhere:exact"], "no task and no folder 'nowhere'"),
     (["--max-loss", "1", "--limit", "1"], "questions about 2 pictures at least"),
     (["--max-loss", "1", "--batch", "0"], "--batch 0: give at least 1"),
     (["--max-loss", "1", "--seed", "-1"], "--seed -1: give at least 0"),

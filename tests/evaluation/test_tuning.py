@@ -2,11 +2,15 @@
 
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from vlmzip import KMeans
+from vlmzip.cli.tune_output import Found, sentences
 from vlmzip.errors import UserError
+from vlmzip.evaluation.configurations import Configuration
 from vlmzip.evaluation.task import Sample
 from vlmzip.evaluation.tuned_study import halves
 from vlmzip.evaluation.tuning import (
@@ -21,6 +25,7 @@ from vlmzip.evaluation.tuning import (
     error_of,
     rounds,
 )
+from vlmzip.evaluation.tuning_curve import draw
 
 COSTS = {1: 100.0, 2: 50.0, 3: 25.0, 4: 10.0, 5: 50.5}
 #: What they really lose; 5 costs what 2 does, nearly, and is worse.
@@ -204,6 +209,63 @@ class TestConfirming:
     def test_what_is_good_is_mostly_certified(self):
         certified = [World({1: 0.02}, {1: 1.0}, pictures=150, seed=seed).tune(loss=0.06)[1].kind for seed in range(12)]
         assert certified.count("certified") >= 10
+
+
+class TestNothing:
+    """What is said where nothing meets the wish."""
+
+    def said(self, tuning, verdict):
+        one = [Configuration("made up", "kmeans", "", KMeans(keep=number)) for number in range(1, 7)]
+        found = Found(SimpleNamespace(cost="tokens", configurations=one, failures={}), tuning, verdict, [])
+        assert verdict.kind == "nothing"
+        (said,) = sentences(found)
+        return said
+
+    def test_many_questions_rule_it_out(self):
+        tuning, verdict = World().tune(most=30.0, loss=0.01)
+        assert tuning.in_doubt() == []
+        low, high = (f"{100 * end:.1f}" for end in (verdict.row.loss.low, verdict.row.loss.high))
+        assert self.said(tuning, verdict) == (
+            "Nothing is within 1 points at 30 visual tokens: the nearest, kmeans(keep=4), 25 visual tokens, loses"
+            f" {100 * verdict.row.lost:.1f} [{low}, {high}] points on the half that chooses, so 1 is ruled out."
+        )
+
+    def test_few_do_not(self):
+        tuning, verdict = World({3: 0.1, 4: 0.4}, pictures=25).tune(most=30.0, loss=0.06)
+        assert tuning.in_doubt() == [verdict.row]
+        assert verdict.row.loss.low <= 0.06 < verdict.row.lost
+        said = self.said(tuning, verdict)
+        assert said.startswith("No estimate is within 6 points at 30 visual tokens; the nearest, kmeans(keep=4), 25 ")
+        assert said.endswith("on the half that chooses, so 6 is not ruled out: ask more questions.")
+
+    def test_what_was_tried_in_vain_is_measured_where_it_was_tried(self):
+        world = World({4: 0.0}, {4: 10.0})
+        world.scores["confirm"][4] = np.where(np.random.default_rng(1).random(600) < 0.3, 0.0, 1.0)
+        tuning, verdict = world.tune(loss=0.04)
+        said = self.said(tuning, verdict)
+        assert said.startswith("Nothing is within 4 points: the nearest, kmeans(keep=5), 10 visual tokens, loses ")
+        assert said.endswith("on the half that confirms, so 4 is ruled out.")
+
+    def test_the_nearest_is_one_that_was_asked_most(self):
+        """Losses on the first few questions alone do not compare."""
+        tuning, verdict = World(dict.fromkeys(range(1, 6), 0.2), pictures=50, seed=5).tune(loss=0.1)
+        assert verdict.row.asked == max(row.asked for row in tuning.rows.values())
+
+
+def test_the_curve_has_every_point_at_its_cost_and_every_interval_as_it_is():
+    methods = {1: "a", 2: "b", 3: "c", 4: "a", 5: "b"}
+    tuning, (_, chosen) = World(costs=COSTS | {1: 25.0}).tune(most=30.0, known=COSTS | {1: 25.0})
+    (axes,) = draw(tuning, chosen, methods, "tokens", "made up").axes
+    asked = [row for row in tuning.rows.values() if row.loss and row.asked == tuning.counts[-1]]
+    fewer = [row for row in tuning.rows.values() if row.loss and row.asked < tuning.counts[-1]]
+    assert asked
+    assert fewer
+    drawn = {(round(x, 6), round(y, 6)) for line in axes.lines for x, y in line.get_xydata()}
+    assert {(row.cost, round(-100 * row.loss.value, 6)) for row in [*asked, *fewer]} <= drawn
+    assert (chosen.held.cost, round(-100 * chosen.held.loss.value, 6)) in drawn
+    bars = {tuple(np.round(bar, 6).ravel()) for one in axes.collections for bar in one.get_segments()}
+    for cost, loss in [*((row.cost, row.loss) for row in asked), (chosen.held.cost, chosen.held.loss)]:
+        assert (cost, round(-100 * loss.high, 6), cost, round(-100 * loss.low, 6)) in bars
 
 
 PICTURES = [str(n) for n in range(100)]

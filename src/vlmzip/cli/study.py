@@ -26,7 +26,9 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     names = parser.add_argument_group("analyses", "\n".join(f"{name:<20} {about(name)}" for name in NAMES))
     names.add_argument("names", nargs="+", metavar="NAME", help="analyses by name, or all")
     add_model(parser)
-    parser.add_argument("--task", default="mini", metavar="T", help=f"{TASKS}; default: %(default)s")
+    parser.add_argument(
+        "--task", "--tasks", dest="task", default="mini", metavar="T", help=f"{TASKS}; default: %(default)s"
+    )
     parser.add_argument("--limit", type=int, metavar="N", help="ask only the first questions of the task")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="questions at a time; default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go; default: runs/study/MODEL")
@@ -38,12 +40,12 @@ def run(args: Namespace) -> None:
     from vlmzip.cli.loading import load, note
     from vlmzip.evaluation.analyses.subject import Subject
     from vlmzip.evaluation.processes import Processes
-    from vlmzip.evaluation.tasks import read_task
+    from vlmzip.evaluation.tasks import read_one_task
 
     names = list(dict.fromkeys(NAMES if "all" in args.names else args.names))
     analyses = {name: find(name) for name in names}
     _check(args)
-    task = read_task(args.task, args.limit, None)
+    task = read_one_task(args.task, args.limit, None)
     folder = args.out or Path("runs", "study", Path(args.model).name)
     found: dict[str, list[Row]] = {}
     with Processes() as processes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
 HELP = "find the method and budget that stay within a cost and a loss on your questions"
 EXAMPLES = """  vlmzip tune --max-loss 5 --limit 1000
   vlmzip tune --max-tokens 16 --methods visionzip,kmeans,pool2d
-  vlmzip tune --model llava-hf/llava-1.5-7b-hf --tasks my_questions:vqa --max-prefill-ms 60 --max-loss 2
-  vlmzip tune --tasks my_questions:exact --calibrate-on other_photos --max-flops 30% --keep 40%,30%,20%,10%
+  vlmzip tune --model llava-hf/llava-1.5-7b-hf --task my_questions:vqa --max-prefill-ms 60 --max-loss 2
+  vlmzip tune --task my_questions:exact --calibrate-on other_photos --max-flops 30% --keep 40%,30%,20%,10%
 
 With a cost and a loss: the cheapest that meets both. With a cost alone: the best score within it. With a loss alone:
 the cheapest within it, in visual tokens. Half of the pictures choose, the other half confirms. A loss counts as within
 the limit only where the confirming half leaves no doubt; where it is the estimate alone, that is said. If nothing meets
-the limits there is no compressor.json, and the exit code is 0 all the same.
+the limits there is no compressor.json, and the exit code is 0 all the same; it is 1 where a candidate broke.
 Run the same command again to go on where it was stopped: nothing is asked twice."""
 
 KEEP = "75%,50%,36%,25%,18%,11%,8%,5.6%"
@@ -53,7 +54,9 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     limits.add_argument(
         "--max-loss", type=float, metavar="Z", help="points of a hundred below the uncompressed model's score"
     )
-    parser.add_argument("--tasks", default="mini", metavar="T", help=f"one of {TASKS}; default: %(default)s")
+    parser.add_argument(
+        "--task", "--tasks", dest="task", default="mini", metavar="T", help=f"{TASKS}; default: %(default)s"
+    )
     parser.add_argument(
         "--methods", metavar="A,B,…", help=f"separated by commas, each {spec.FORMS}; default: all that need no training"
     )
@@ -77,32 +80,36 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
 def run(args: Namespace) -> None:
     from dataclasses import replace
 
-    from vlmzip.cli.loading import load
+    from vlmzip.cli.loading import load, note
     from vlmzip.cli.tune_output import show, tell
     from vlmzip.evaluation.configurations import read_budgets
     from vlmzip.evaluation.processes import Processes
     from vlmzip.evaluation.study import Study
-    from vlmzip.evaluation.tasks import read_tasks
+    from vlmzip.evaluation.tasks import read_one_task
     from vlmzip.evaluation.tuned_study import halves
     from vlmzip.runtime.saving import FILE
 
     _check(args)
     methods, budgets = spec.candidates(args.methods), read_budgets(args.keep)
-    tasks = read_tasks(args.tasks, args.limit, args.calibrate_on)
-    if len(tasks) != 1:
-        raise UserError(f"--tasks {args.tasks}: tune takes one task")
-    task = tasks[0] if args.max_new_tokens is None else replace(tasks[0], max_new_tokens=args.max_new_tokens)
+    task = read_one_task(args.task, args.limit, args.calibrate_on)
+    if args.max_new_tokens is not None:
+        task = replace(task, max_new_tokens=args.max_new_tokens)
     halves(task.samples, args.seed)  # refuses what has too few pictures before the model is loaded
     folder = args.out or Path("runs", "tune", Path(args.model).name)
     with Processes() as processes:
         loaded = load(args.model, processes.device(args.device), args.dtype)
         study = Study(loaded.model, loaded.processor, args.model, folder, args.batch, processes, tell)
         rows = study.configure([task], methods, budgets)
-        if processes.first:
-            (folder / FILE).unlink(missing_ok=True)  # an earlier choice must not pass for this one
+        if processes.first and (folder / FILE).exists():
+            (folder / FILE).unlink()
+            note(f"{FILE} of an earlier run is removed: it must not pass for what this run finds ({folder / FILE})")
         found = _search(study, task, rows, args, processes)
         if processes.first:
             show(found, args)
+    if found.asked.failures:
+        if processes.first:
+            tell(f"candidates broke: {len(found.asked.failures):,}; their reasons are above")
+        sys.exit(1)
 
 
 def _search(study: Study, task: Task, rows: list[Configuration], args: Namespace, processes: Processes) -> Found:
@@ -151,13 +158,20 @@ def _most(args: Namespace, asked: TunedStudy) -> float | None:
     return args.max_prefill_ms if args.max_flops is None else float(parse_keep(args.max_flops))
 
 
+def _is_share(text: str) -> bool:
+    try:
+        return isinstance(parse_keep(text), float)
+    except UserError:
+        return False
+
+
 def _check(args: Namespace) -> None:
     """Raises `UserError` for what can be refused before anything slow happens."""
     if args.max_loss is None and args.max_tokens is None and args.max_flops is None and args.max_prefill_ms is None:
         raise UserError("tune needs a limit: --max-tokens, --max-flops or --max-prefill-ms, or --max-loss, or both")
     if args.max_tokens is not None:
-        parse_keep(args.max_tokens)
-    if args.max_flops is not None and isinstance(parse_keep(args.max_flops), int):
+        parse_keep(args.max_tokens, "--max-tokens")
+    if args.max_flops is not None and not _is_share(args.max_flops):
         raise UserError(f"--max-flops {args.max_flops}: give a share, such as 30% or 0.3")
     if args.max_prefill_ms is not None and not (args.max_prefill_ms > 0 and math.isfinite(args.max_prefill_ms)):
         raise UserError(f"--max-prefill-ms {args.max_prefill_ms:g}: give more than 0")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from argparse import Namespace
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,11 @@ from vlmzip.cli.loading import console, note
 from vlmzip.cli.tables import print_table
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
+from vlmzip.evaluation.bootstrap import Estimate
 from vlmzip.evaluation.configurations import Configuration
 from vlmzip.evaluation.report import NOTHING
 from vlmzip.evaluation.tuned_study import Cost, TunedStudy
-from vlmzip.evaluation.tuning import LEAST_PICTURES, PLAIN, Row, Tuning, Verdict
+from vlmzip.evaluation.tuning import LEAST_PICTURES, PLAIN, Out, Row, Tuning, Verdict
 from vlmzip.files import write_csv
 from vlmzip.runtime.saving import FILE, write_compressor
 
@@ -49,8 +51,24 @@ class Found:
 
     @property
     def rows(self) -> list[Row]:
-        """Those that were asked most come first, and among them the best."""
-        return sorted(self.tuning.rows.values(), key=lambda row: (-row.asked, row.cost if not row.asked else row.lost))
+        """Those that were asked most come first, and among them the best; what costs too much comes last."""
+
+        def place(row: Row) -> tuple[bool, int, float]:
+            return row.out == Out("cost"), -row.asked, row.lost if row.asked else row.cost
+
+        return sorted(self.tuning.rows.values(), key=place)
+
+    def too_dear(self, row: Row) -> bool:
+        """Whether a candidate costs so much that it was not asked at all."""
+        return row.out == Out("cost") and not row.asked
+
+    @property
+    def broken(self) -> dict[str, str]:
+        """Whatever broke, when it was asked or already when it was timed, and how."""
+        return dict(map(self.broke, sorted(self.asked.failures)))
+
+    def broke(self, number: int) -> tuple[str, str]:
+        return self._name(number), self.asked.failures[number]
 
     @property
     def grid(self) -> int:
@@ -59,10 +77,19 @@ class Found:
 
     def name(self, row: Row) -> str:
         """A candidate in one line, as `--method` takes it."""
-        return spec.write(self.compressor(row))
+        return self._name(row.number)
+
+    def method(self, row: Row) -> str:
+        return self.asked.configurations[row.number].method
 
     def compressor(self, row: Row) -> Compressor:
-        compressor = self.asked.configurations[row.number].compressor
+        return self._compressor(row.number)
+
+    def _name(self, number: int) -> str:
+        return spec.write(self._compressor(number))
+
+    def _compressor(self, number: int) -> Compressor:
+        compressor = self.asked.configurations[number].compressor
         assert compressor is not None
         return compressor
 
@@ -71,7 +98,7 @@ class Found:
         if row is self.chosen:
             return "chosen"
         if row.out is None:
-            return "dearer than what meets it" if row in self.tuning.waiting() else "to the end"
+            return "dearer than what meets it" if row in self.tuning.waiting() else "kept to the end, not chosen"
         return FATES[row.out.why]
 
     def detail(self, row: Row) -> str:
@@ -112,7 +139,7 @@ def _draw(found: Found, folder: Path) -> None:
     except UserError as error:
         note(f"there is no curve: {error}")
         return
-    names = {number: found.asked.configurations[number].method for number in found.tuning.rows}
+    names = {number: found.method(row) for number, row in found.tuning.rows.items()}
     title = f"{found.asked.study.name} on {found.asked.task.name}, {len(found.asked.task.samples):,} questions"
     save_figure(draw(found.tuning, found.chosen, names, found.asked.cost, title), folder / "curve.png")
 
@@ -157,25 +184,38 @@ def _nothing(found: Found) -> str:
     if row is None:
         return "Nothing meets it: no candidate can run; tune.csv says why."
     if row.out and row.out.why == "cost":
-        most = _cost(wish.most, found.asked.cost)
-        return f"Nothing costs at most {most}; the cheapest is {found.name(row)}, {_cost(row.cost, found.asked.cost)}."
+        most, what = _cost(wish.most, found.asked.cost), "Nothing that runs" if found.broken else "Nothing"
+        return f"{what} costs at most {most}; the cheapest is {found.name(row)}, {_cost(row.cost, found.asked.cost)}."
     within = f" at {_cost(wish.most, found.asked.cost)}" if wish.most is not None else ""
-    return (
-        f"Nothing loses at most {_points(wish.loss)}{within}; the nearest is {found.name(row)},"
-        f" {_cost(row.cost, found.asked.cost)}: it loses {_interval(row)} points."
-    )
+    return _lossy(found, row, f"{_points(wish.loss)}{within}")
+
+
+def _lossy(found: Found, row: Row, wished: str) -> str:
+    """That nobody is known to lose so little, by the nearest; whether the interval rules it out, or estimates alone."""
+    loss, doubtful = found.tuning.wish.loss, found.tuning.in_doubt()
+    assert loss is not None
+    half, cost = ("confirms", row.held.cost) if row.held else ("chooses", row.cost)
+    loses = f"loses {_interval(row)} points on the half that {half}"
+    nearest = f"the nearest, {found.name(row)}, {_cost(cost, found.asked.cost)}, {loses}"
+    if row.lost <= loss:
+        return f"No loss within {wished} is confirmed; {nearest}, which alone is not enough: ask more questions."
+    if not doubtful:
+        return f"Nothing is within {wished}: {nearest}, so {100 * loss:g} is ruled out."
+    estimates = f"No estimate within {wished} is confirmed" if found.tuning.tries else f"No estimate is within {wished}"
+    whom = "" if row in doubtful else f" for {found.name(doubtful[0])}"
+    return f"{estimates}; {nearest}, so {100 * loss:g} is not ruled out{whom}: ask more questions."
 
 
 def _print(found: Found, folder: Path, args: Namespace) -> None:
     task = found.asked.task
     print(f"{task.name}: {task.about}; {task.metric.about}; {len(task.samples):,} questions\n")
     costs = ["tokens", "FLOPs", *(["ms"] if found.asked.cost == "ms" else [])]
-    print_table(["candidate", *costs, "asked", "score %", "loss", ""], [_cells(found, row) for row in found.rows])
-    for row in found.rows:
-        if row.out and row.out.why == "broke":
-            print(f"\n{found.name(row)} {found.detail(row)}")
-    if found.impossible:
-        print(f"\n{len(found.impossible)} methods at budgets cannot be: tune.csv says why")
+    if rows := [_cells(found, row) for row in found.rows if not found.too_dear(row)]:
+        print_table(["candidate", *costs, "asked", "score %", "loss", ""], rows)
+    for name, why in found.broken.items():
+        print(f"\n{name} {why}")
+    if told := _left_out(found):
+        print("\n" + "\n".join(told))
     print("\n" + "\n".join(sentences(found)))
     print(f"{found.tuning.answers:,} of the {found.grid:,} answers that the whole grid would take")
     if found.chosen:
@@ -183,13 +223,33 @@ def _print(found: Found, folder: Path, args: Namespace) -> None:
     print(f"written to {folder}")
 
 
+def _left_out(found: Found) -> list[str]:
+    """What is not in the table, a line for each reason."""
+    dear = [row for row in found.rows if found.too_dear(row)]  # the cheapest first
+    told = []
+    if dear:
+        methods = _by_method([found.method(row) for row in dear])
+        cheapest = f"{found.name(dear[0])}, {_cost(dear[0].cost, found.asked.cost)}"
+        were = "candidate was" if len(dear) == 1 else "candidates were"
+        told.append(f"{len(dear):,} {were} not asked, being too costly ({methods}); the cheapest: {cheapest}")
+    if found.impossible:
+        methods = _by_method([one.method for one in found.impossible])
+        pairs = "combination" if len(found.impossible) == 1 else "combinations"
+        told.append(f"{len(found.impossible):,} {pairs} of method and budget cannot run ({methods}); tune.csv says why")
+    return told
+
+
+def _by_method(methods: Sequence[str]) -> str:
+    """How often each method is named: `3 of visionzip, 1 of dfmr`."""
+    return ", ".join(f"{count:,} of {method}" for method, count in Counter(methods).items())
+
+
 def _cells(found: Found, row: Row) -> list[str]:
     costs = found.costs(row)
     shown = [_shown(costs.get("tokens"), "{:.1f}"), _shown(costs.get("flops"), "{:.1%}")]
     shown += [_shown(costs.get("ms"), "{:.1f}")] if found.asked.cost == "ms" else []
-    loss = NOTHING if row.loss is None else f"{100 * row.loss.value:.1f} ± {100 * row.loss.half:.1f}"
     score = f"{100 * row.score:.1f}" if row.asked else NOTHING
-    return [found.name(row), *shown, f"{row.asked:,}", score, loss, found.fate(row)]
+    return [found.name(row), *shown, f"{row.asked:,}", score, _estimate(row.loss), found.fate(row)]
 
 
 def _shown(value: float | None, how: str) -> str:
@@ -209,7 +269,10 @@ def _points(loss: float | None) -> str:
 
 def _interval(row: Row) -> str:
     """The loss on the confirming half, or on the choosing one where nothing was confirmed."""
-    loss = row.held.loss if row.held else row.loss
+    return _estimate(row.held.loss if row.held else row.loss)
+
+
+def _estimate(loss: Estimate | None) -> str:
     return f"{100 * loss.value:.1f} [{100 * loss.low:.1f}, {100 * loss.high:.1f}]" if loss else NOTHING
 
 
@@ -235,6 +298,7 @@ def as_json(found: Found, args: Namespace) -> dict[str, Any]:
         "grid": found.grid,
         "questions": {part: len(pictures) for part, pictures in found.tuning.pictures.items()},
         "candidates": [_candidate(found, row) for row in found.rows],
+        "broken": found.broken,
         "impossible": [{"method": one.method, "budget": one.budget, "note": one.note} for one in found.impossible],
     }
 
@@ -255,6 +319,7 @@ def _candidate(found: Found, row: Row) -> dict[str, Any]:
 def _csv(found: Found) -> list[dict[str, object]]:
     """A line for the uncompressed model and each candidate, scores in percent; then what cannot be, and why."""
     rows = [_plain_line(found), *(_line(found, row) for row in found.rows)]
+    rows += [_broken_line(found, number) for number in found.asked.failures if number not in found.tuning.rows]
     rows += [{"method": one.method, "budget": one.budget, "detail": one.note} for one in found.impossible]
     columns = dict.fromkeys(name for row in rows for name in row)
     return [{name: row.get(name, "") for name in columns} for row in rows]
@@ -267,6 +332,12 @@ def _plain_line(found: Found) -> dict[str, object]:
         return line
     costs = {name: f"{value:.4f}" for name, value in found.asked.means(PLAIN).items()}
     return line | costs | {"asked": plain.asked, "score": _percent(plain.score)}
+
+
+def _broken_line(found: Found, number: int) -> dict[str, object]:
+    """What broke when it was timed, and was no candidate any more."""
+    one, (name, why) = found.asked.configurations[number], found.broke(number)
+    return {"method": one.method, "budget": one.budget, "compressor": name, "fate": FATES["broke"], "detail": why}
 
 
 def _line(found: Found, row: Row) -> dict[str, object]:

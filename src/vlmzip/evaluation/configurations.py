@@ -63,7 +63,7 @@ def read_budgets(text: str) -> list[str]:
         raise UserError("--keep names no budget; separate them with commas: --keep 50%,25%")
     for budget in budgets:
         if budget != AS_SET:
-            parse_keep(budget)
+            parse_keep(budget, "--keep")
     return budgets
 
 

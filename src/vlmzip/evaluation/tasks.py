@@ -25,6 +25,14 @@ def read_tasks(text: str, limit: int | None, calibrate_on: str | None) -> list[T
     return [read_task(name, limit, calibrate_on) for name in names]
 
 
+def read_one_task(text: str, limit: int | None, calibrate_on: str | None) -> Task:
+    """For commands that take one task only. Raises `UserError` for a list of several, too."""
+    folder = text.rpartition(":")[0] or text
+    if not text.strip() or ("," in text and not Path(folder).exists()):
+        raise UserError(f"--task {text or repr(text)}: give one task")
+    return read_task(text.strip(), limit, calibrate_on)
+
+
 def read_task(text: str, limit: int | None, calibrate_on: str | None) -> Task:
     name, _, how = text.rpartition(":") if ":" in text else (text, "", "")
     if name == mini_task.NAME and not how:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -138,10 +139,9 @@ def prefill_milliseconds(
     names = [spec.write(one.compressor) for one in configurations if one.compressor]
     conditions = {**study.conditions, "samples": [sample.id for sample in samples], "configurations": names}
     path = study.folder / FILE
-    if path.exists():
-        known = json.loads(path.read_text(encoding="utf-8"))
-        if known["conditions"] == conditions:
-            return tuple({int(number): value for number, value in known[part].items()} for part in ("ms", "failures"))  # type: ignore[return-value]
+    known = _read_prefill(path, conditions, len(configurations)) if path.exists() else None
+    if known is not None:
+        return known
     inputs = [study.asker.inputs([sample.load()], [sample.question]) for sample in samples]
 
     def run(one: Configuration) -> float:
@@ -166,4 +166,22 @@ def prefill_milliseconds(
     found = {int(n): statistics.median(times) for n, times in in_turns(running, REPEATS, warmup=0).items()}
     text = json.dumps({"conditions": conditions, "ms": found, "failures": failures}, indent=1) + "\n"
     write_whole(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+    return found, failures
+
+
+def _read_prefill(
+    path: Path, conditions: Mapping[str, Any], count: int
+) -> tuple[dict[int, float], dict[int, str]] | None:
+    """What was measured before; `None` where it was under other conditions. Raises `UserError` for a corrupt file."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+        if known["conditions"] != conditions:
+            return None
+        found = {int(number): float(ms) for number, ms in known["ms"].items()}
+        failures = {int(number): str(why) for number, why in known["failures"].items()}
+        if found.keys() | failures.keys() != set(range(count)) or not all(0 < ms < math.inf for ms in found.values()):
+            raise ValueError("times are missing or impossible")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        said = error if isinstance(error, OSError | ValueError) else "it is not what tune writes there"
+        raise UserError(f"{str(path)!r} cannot be read: {said}; delete it, and the prefill is timed again") from None
     return found, failures

@@ -113,6 +113,12 @@ class Row:
         return known.value if known else math.inf
 
     @property
+    def lowest(self) -> float:
+        """The lower end of that estimate's interval."""
+        known = self.held.loss if self.held else self.loss
+        return known.low if known else math.inf
+
+    @property
     def highest(self) -> float:
         """The upper end of that estimate's interval."""
         known = self.held.loss if self.held else self.loss
@@ -184,6 +190,15 @@ class Tuning:
         """Candidates that need not be asked more: something cheaper meets the wish as things stand."""
         active = self._active()
         return [row for row in self.rows.values() if row.out is None and row not in active]
+
+    def in_doubt(self) -> list[Row]:
+        """Candidates that the wished loss is not ruled out for: it is no less than the lower end of their interval.
+
+        Whatever is clearly behind another is left out: for its loss to be small enough, that other's must be."""
+        gone = ("cost", "broke", "behind")
+        rows = [row for row in self.rows.values() if not row.out or row.out.why not in gone]
+        wished = -math.inf if self.wish.loss is None else self.wish.loss
+        return sorted((row for row in rows if row.lowest <= wished), key=lambda row: (row.lost, row.cost))
 
     def _search(self) -> None:
         """Asks until every candidate that matters has answered all questions of the choosing half."""
@@ -323,10 +338,12 @@ class Tuning:
         return Verdict("nothing", self._nearest())
 
     def _nearest(self) -> Row | None:
-        """Who comes nearest to a wish that nobody meets: by loss among those that are cheap enough, else by cost."""
+        """Who comes nearest to a wish that nobody meets: by loss among those that are cheap enough, else by cost.
+
+        Losses on different questions do not compare: who was asked most comes first."""
         rows = [row for row in self.rows.values() if not row.out or row.out.why not in ("cost", "broke")]
         if judged := [row for row in rows if row.asked]:
-            return min(judged, key=lambda row: (row.lost, row.cost))
+            return min(judged, key=lambda row: (-row.asked, row.lost, row.cost))
         dear = [row for row in self.rows.values() if row.out and row.out.why == "cost"]
         return min(dear, key=lambda row: row.cost, default=None)
 
