@@ -17,6 +17,8 @@ from tests.cli.test_compare import Elements
 from tests.evaluation.test_tasks import question, write
 from tests.tiny import save_checkpoint
 from vlmzip.cli.main import main
+from vlmzip.errors import UserError
+from vlmzip.evaluation.tasks import read_task
 from vlmzip.visualize.page import POLICY
 
 TINY = ("--methods", "pool2d,fastv(layer=1)", "--keep", "25%", "--batch", "4", "--max-new-tokens", "3")
@@ -155,7 +157,7 @@ class TestReport:
 
     def test_the_same_seed_shows_the_same_pictures(self, page, command, capsys):
         assert main(command) == 0
-        assert capsys.readouterr().err == ""  # nothing is asked again
+        assert "questions in" not in capsys.readouterr().err  # nothing is asked again
         assert Path(command[-1], "report.html").read_text(encoding="utf-8") == page
 
 
@@ -172,7 +174,7 @@ class TestFullDisk:
         with monkeypatch.context() as patched:
             patched.setattr("vlmzip.evaluation.records.os.write", write)
             code, out, err = evaluate()
-        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert (code, out, err.count("vlmzip: ")) == (2, "", 1)
         assert "No space left on device; the records so far are kept" in err
         (path,) = (tmp_path / "out" / "records").rglob("*.jsonl")
         assert path.read_text().count("\n") == 8
@@ -198,7 +200,7 @@ def test_a_corrupt_line_is_named_and_nothing_is_lost(evaluate, tmp_path):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*lines[:4], "{broken\n", *lines[5:]]))
     code, out, err = evaluate()
-    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert (code, out, err.count("vlmzip: ")) == (2, "", 1)
     assert f"{path}:5 is no record of this run" in err
     path.write_text("".join(lines[:4] + lines[5:]))  # as the message says
     assert evaluate()[0] == 0
@@ -251,7 +253,7 @@ def test_mistakes_get_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, as
     before = sorted(tmp_path.rglob("*"))
     code = main(["eval", *(argument.format(folder=asked) for argument in arguments)])
     out, err = capsys.readouterr()
-    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert (code, out, err.count("vlmzip: ")) == (2, "", 1)
     assert err.startswith("vlmzip: ")
     assert message in err
     assert sorted(tmp_path.rglob("*")) == before
@@ -291,3 +293,27 @@ def test_an_unknown_paper_is_refused_before_anything_is_asked(evaluate, tmp_path
     assert code == 2
     assert err == "vlmzip: no published numbers of 'visonzip' are here; did you mean 'visionzip'?\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_few_pictures_and_unknown_words_are_told(evaluate, capsys):
+    code, out, err = evaluate()
+    assert code == 0
+    assert "10 questions about 3 pictures: too few for the intervals to be trusted" in out
+    assert "note: 1 of 10 questions of " in err
+    assert "'[bold]' for one" in err
+
+
+def test_a_report_of_an_earlier_run_is_not_taken_for_this_ones(evaluate):
+    evaluate("--report")
+    assert "report.html is an earlier run's; --report makes it anew" in evaluate()[2].replace("\n", "")
+
+
+@pytest.mark.parametrize("task", ["mini", "easy-vqa"])
+def test_thresholds_come_from_the_users_pictures_for_every_task(tmp_path, task):
+    for shade in range(4):
+        Image.new("RGB", (24, 24), (60 * shade, 0, 0)).save(tmp_path / f"{shade}.png")
+    calibration = read_task(task, 2, str(tmp_path)).calibration
+    assert calibration.about == f"the 4 pictures of {tmp_path}"
+    assert [Path(path).stem for path in calibration.pictures()] == ["0", "1", "2", "3"]
+    with pytest.raises(UserError, match="is no folder of pictures"):
+        read_task(task, 2, str(tmp_path / "none"))

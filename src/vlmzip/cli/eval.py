@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vlmzip.evaluation.task import Task
 
 DEFAULT_TASKS = "mini"
+REPORT = "report.html"
 HELP = "score methods at several budgets on whole sets of questions, with intervals, curves and a report"
 EXAMPLES = """  vlmzip eval --limit 300 --methods visionzip,pool2d --keep 25%,11% --report
   vlmzip eval --tasks mini,easy-vqa --keep 75%,50%,25%,11%,5.6% --out runs/eval/all
@@ -57,7 +58,12 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     )
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="questions at a time; default: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="length of answers; default: the task's")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go; default: runs/eval/MODEL")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="where results go; default: runs/eval/MODEL; answers are kept, curves and tables are the last run's",
+    )
     parser.add_argument("--report", action="store_true", help="write report.html, with pictures whose answers changed")
     parser.add_argument(
         "--examples", type=int, default=4, metavar="N", help="pictures for each row of the report; default: %(default)s"
@@ -140,6 +146,8 @@ def _write(study: Study, found: list[tuple[Task, list[Result]]], args: Namespace
     figures = [_curves(study, task, of_task) for task, of_task in found]
     if args.report:
         _write_report(study, found, figures, args)
+    elif (study.folder / REPORT).exists():
+        tell(f"note: {study.folder / REPORT} is an earlier run's; --report makes it anew")
 
 
 def _curves(study: Study, task: Task, found: list[Result]) -> list[Figure]:
@@ -180,14 +188,14 @@ def _write_report(
     facts += [f"commit {conditions['commit']}", f"torch {conditions['torch']}"]
     facts += [f"transformers {conditions['transformers']}"]
     text = render_report(f"Visual token compression of {study.name}", facts, chapters, notes(args.seed))
-    write_whole(study.folder / "report.html", lambda name: Path(name).write_text(text, encoding="utf-8"))
+    write_whole(study.folder / REPORT, lambda name: Path(name).write_text(text, encoding="utf-8"))
 
 
 def _print(folder: Path, args: Namespace, found: list[tuple[Task, list[Result]]]) -> None:
     from vlmzip.cli.tables import print_table
     from vlmzip.evaluation import results
     from vlmzip.evaluation.papers import against, show
-    from vlmzip.evaluation.report import SHORT_COLUMNS, notes, reasons, short_cells
+    from vlmzip.evaluation.report import SHORT_COLUMNS, notes, reasons, short_cells, size
 
     ran = [result for _, of_task in found for result in of_task if result.score is not None]
     beside = against(args.against, [results.measured(result, args.model) for result in ran]) if args.against else []
@@ -197,7 +205,7 @@ def _print(folder: Path, args: Namespace, found: list[tuple[Task, list[Result]]]
         print(json.dumps(content | ({"against": list(map(asdict, beside))} if beside else {}), indent=2))
         return
     for task, of_task in found:
-        print(f"{task.name}: {task.about}; {task.metric.about}; {len(task.samples):,} questions\n")
+        print(f"{task.name}: {task.about}; {task.metric.about}; {size(task)}\n")
         print_table([*SHORT_COLUMNS, *task.metric.shares], [short_cells(result) for result in of_task])
         print("".join(f"\n{reason}" for reason in reasons(of_task)) + "\n")
     print("\n".join(notes(args.seed)))

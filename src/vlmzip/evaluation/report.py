@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NOTHING = "—"
+#: Intervals come from drawing pictures again; drawn from fewer than this they are narrower than they should be.
+FEW = 20
 COLUMNS = ("method", "budget", "reached", "visual tokens", "prefill FLOPs", "score %", "against plain", "changed")
 #: Where there is little room, without the tokens by layer and with half an interval for a whole one.
 SHORT_COLUMNS = ("method", "budget", "reached", "FLOPs", "score %", "vs plain", "changed")
@@ -60,12 +62,21 @@ def cells(result: Result) -> list[str]:
 def notes(seed: int) -> list[str]:
     """How the numbers are to be read."""
     return [
-        f"[low, high], ± half of it: 95 % intervals, from {DRAWS:,} draws of the pictures (seed {seed}); against plain:"
-        " paired, on the same questions",
+        f"[low, high], or ± half of that width: 95 % intervals, from {DRAWS:,} draws of the pictures (seed {seed});"
+        " against plain: paired, on the same questions",
         "reached: visual tokens over all layers of the LLM, as a share of those without compression; prefill FLOPs: of"
         " the LLM alone, likewise",
         "changed: answers that are other ones than without compression, right or wrong",
     ]
+
+
+def size(task: Task) -> str:
+    """How many questions about how many pictures, and what so few pictures mean for intervals."""
+    pictures = len({sample.picture for sample in task.samples})
+    said = f"{len(task.samples):,} questions about {pictures:,} picture{'s'[: pictures != 1]}"
+    if pictures == 1:
+        return f"{said}: intervals, drawn from pictures, mean nothing"
+    return said if pictures >= FEW else f"{said}: too few for the intervals to be trusted"
 
 
 def percent(found: Estimate) -> str:
@@ -112,7 +123,7 @@ def _chapter(chapter: Chapter) -> str:
     rows = [(cells(result), False) for result in found]
     return f"""<section class="plain">
 <h2>{escape(task.name)}</h2>
-<p class="facts">{escape(f"{task.about}; {task.metric.about}; {len(task.samples):,} questions")}</p>
+<p class="facts">{escape(f"{task.about}; {task.metric.about}; {size(task)}")}</p>
 {table_html([*COLUMNS, *task.metric.shares], rows)}
 {notes_html(reasons(found))}
 <div class="curves">{"".join(map(_figure, chapter.figures))}</div>

@@ -30,6 +30,7 @@ from vlmzip.files import write_whole
 from vlmzip.measure.machine import about
 from vlmzip.models import adapter_for
 from vlmzip.runtime.facade import CompressedModel
+from vlmzip.runtime.prompts import unknown_words
 from vlmzip.runtime.saving import attach_saved
 from vlmzip.version import __version__
 
@@ -73,7 +74,17 @@ class Study:
         for task in tasks:
             for sample in task.samples:
                 self.asker.check(sample.question)
+            self._tell_unknown_words(task)
         return self.processes.from_first(lambda: self._configure(tasks, methods, budgets))
+
+    def _tell_unknown_words(self, task: Task) -> None:
+        words = {sample.question: unknown_words(self.processor, sample.question) for sample in task.samples}
+        strange = [sample.question for sample in task.samples if words[sample.question]]
+        if strange and self.processes.first:
+            self.tell(
+                f"note: {len(strange):,} of {len(task.samples):,} questions of {task.name} have words that {self.name}"
+                f" does not know, {words[strange[0]][0]!r} for one"
+            )
 
     def _configure(
         self, tasks: Sequence[Task], methods: Sequence[Candidate], budgets: Sequence[str]

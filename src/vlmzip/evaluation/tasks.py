@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from vlmzip.errors import UserError, closest
 from vlmzip.evaluation import easy_vqa, mini_task
-from vlmzip.evaluation.folder import folder_task
+from vlmzip.evaluation.folder import calibration_on, folder_task
 from vlmzip.evaluation.metrics import METRICS
 from vlmzip.evaluation.task import Task
 
@@ -36,12 +37,12 @@ def read_one_task(text: str, limit: int | None, calibrate_on: str | None) -> Tas
 def read_task(text: str, limit: int | None, calibrate_on: str | None) -> Task:
     name, _, how = text.rpartition(":") if ":" in text else (text, "", "")
     if name == mini_task.NAME and not how:
-        return mini_task.mini_task(limit)
+        return _calibrated_on(mini_task.mini_task(limit), calibrate_on)
     if name == easy_vqa.NAME:
         relation = how or "transfer"
         if relation not in easy_vqa.RELATIONS:
             raise UserError(f"{text!r} is no task{closest(relation, easy_vqa.RELATIONS)}")
-        return easy_vqa.easy_vqa_task(limit, relation)
+        return _calibrated_on(easy_vqa.easy_vqa_task(limit, relation), calibrate_on)
     if not Path(name).exists():
         known = (mini_task.NAME, easy_vqa.NAME)
         raise UserError(f"there is no task and no folder {name!r}{closest(name, known)}, FOLDER:METRIC")
@@ -52,3 +53,8 @@ def read_task(text: str, limit: int | None, calibrate_on: str | None) -> Task:
             f"{name!r} needs a metric behind a colon, such as {name}:exact; there are: {', '.join(METRICS)}"
         )
     return folder_task(name, how, limit, calibrate_on)
+
+
+def _calibrated_on(task: Task, folder: str | None) -> Task:
+    """The task with thresholds from a folder of the user's, where there is one, instead of from its own pictures."""
+    return task if folder is None else replace(task, calibration=calibration_on(folder, []))

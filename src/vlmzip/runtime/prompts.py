@@ -31,3 +31,12 @@ def conversation_prompt(adapter: ModelAdapter, processor: Any, messages: Sequenc
         )
     texts = [part["text"] for part in messages[0]["content"] if part["type"] == "text"]
     return adapter.prompt("\n".join(texts), kinds.count("image"))
+
+
+def unknown_words(processor: Any, question: str) -> list[str]:
+    """Words that the tokenizer has no token for. Those of most models can spell anything; mini's cannot."""
+    tokenizer = processor.tokenizer
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown not in tokenizer(question, add_special_tokens=False)["input_ids"]:
+        return []
+    return [word for word in question.split() if unknown in tokenizer(word, add_special_tokens=False)["input_ids"]]

@@ -32,12 +32,12 @@ def test_rows_are_the_results_of_their_settings(tmp_path, monkeypatch):
 def row(layer, stride, score, reached, high):
     return {
         "method": "llavolta", "layer": layer, "stride": stride, "score": score, "reached": reached,
-        "difference": score - 80, "difference_high": high,
+        "difference": score - 80, "difference_low": score - 83, "difference_high": high,
     }  # fmt: skip
 
 
 def test_what_is_shown_of_a_table():
-    plain = {"method": "no_compression", "layer": "", "stride": "", "score": 80}
+    plain = {"method": "no_compression", "layer": "", "stride": "", "score": 80, "questions": 40}
     tried = [row(-1, 2, 50, 50, -20), row(-1, 4, 40, 25, -30), row(2, 2, 79, 75, 1), row(2, 4, 78, 63, 0.5)]
     figure = layer_stride.draw([plain, *tried], "title")
     axes = figure.axes[0]
@@ -48,5 +48,9 @@ def test_what_is_shown_of_a_table():
     }  # fmt: skip
     first, second = layer_stride.findings([plain, *tried])
     assert "before the LLM: 40.0, 2: 78.0" in first
-    assert "K=2, S=4, 63.0 % of the tokens, -2.0 points" in second
-    assert "No layer and stride" in layer_stride.findings([plain, *tried[:2]])[1]
+    assert "40 questions cannot tell a loss from none: K=2, S=4, 63.0 % of the tokens, -2.0 points" in second
+    assert "a loss of 5.0 is not ruled out" in second
+    assert (
+        "Every layer and stride that was tried loses for sure, with 40 questions"
+        in layer_stride.findings([plain, *tried[:2]])[1]
+    )

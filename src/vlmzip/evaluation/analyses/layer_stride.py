@@ -79,10 +79,11 @@ def findings(rows: Sequence[Row]) -> list[str]:
     said = [f"Without compression {plain['score']:.1f}. At stride {middle}, by layer K: {steps}."]
     near = [row for row in tried if row["difference_high"] >= 0]
     if not near:
-        return [*said, "No layer and stride that was tried loses so little that its 95 % interval reaches 0."]
+        return [*said, f"Every layer and stride that was tried loses for sure, with {plain['questions']} questions."]
     least = min(near, key=lambda row: row["reached"])
     return [
         *said,
-        f"The fewest tokens whose loss is within the 95 % interval: K={least['layer']}, S={least['stride']},"
-        f" {least['reached']:.1f} % of the tokens, {least['difference']:+.1f} points.",
+        f"The fewest tokens at which {plain['questions']} questions cannot tell a loss from none: K={least['layer']},"
+        f" S={least['stride']}, {least['reached']:.1f} % of the tokens, {least['difference']:+.1f} points; a loss of"
+        f" {-least['difference_low']:.1f} is not ruled out.",
     ]
