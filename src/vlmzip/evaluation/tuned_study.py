@@ -137,7 +137,8 @@ def prefill_milliseconds(
     """
     samples = list({sample.picture: sample for sample in task.samples}.values())[:TIMED]
     names = [spec.write(one.compressor) for one in configurations if one.compressor]
-    conditions = {**study.conditions, "samples": [sample.id for sample in samples], "configurations": names}
+    asked = [[sample.id, sample.picture, sample.question] for sample in samples]
+    conditions = {**study.conditions, "task": task.name, "samples": asked, "configurations": names}
     path = study.folder / FILE
     known = _read_prefill(path, conditions, len(configurations)) if path.exists() else None
     if known is not None:

@@ -9,6 +9,7 @@ chosen, and that measurement decides. Nothing here knows models or files: `ask` 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -365,16 +366,13 @@ def error_of(attempt: int) -> float:
 def bound(losses: np.ndarray, pictures: Sequence[str], error: float, seed: int, draws: int) -> float:
     """What the mean loss stays under, but for a share `error` of cases.
 
-    The draws alone are too sure where losses are rare: what was not seen is never drawn. So the worst picture is
-    counted once more, with at least one question lost.
+    The draws alone are too sure where losses are rare: what was not seen is never drawn. So one picture more is
+    counted, with as many questions as any other and all of them lost: questions about a picture can fail together.
     """
-    of = dict.fromkeys(pictures)
+    of = Counter(pictures)
     if len(of) < LEAST_PICTURES:
         return math.inf
-    number = {picture: place for place, picture in enumerate(of)}
-    place = np.array([number[picture] for picture in pictures])
-    worst = losses[place == np.bincount(place, losses).argmax()]
-    more = worst if worst.sum() >= 1 else np.eye(1, len(worst))[0]
+    more = np.ones(max(of.values()))
     again = ["\0"] * len(more)  # the name of no picture
     drawn = Bootstrap([*pictures, *again], seed, draws).share(np.append(losses, more), np.ones(len(losses) + len(more)))
     return float(np.percentile(drawn[1:], 100 * (1 - error)))
