@@ -2,17 +2,21 @@
 
 import csv
 import json
+import re
+from argparse import Namespace
 
 import pytest
 import torch
 
 from vlmzip import LLaVolta, VisionZip
 from vlmzip.cli.bench import _set_up
+from vlmzip.cli.bench_output import doubts
+from vlmzip.cli.bench_progress import Progress, in_words
 from vlmzip.cli.main import main
 from vlmzip.compressor import Profile
 from vlmzip.errors import UserError
 from vlmzip.measure import presets
-from vlmzip.measure.bench import Contender, compare
+from vlmzip.measure.bench import Contender, Step, compare
 from vlmzip.measure.presets import PRESETS, Preset, make_config, make_inputs, make_model
 from vlmzip.measure.timing import Spans
 from vlmzip.visual_tokens import Grid
@@ -28,6 +32,12 @@ def tiny(monkeypatch):
     )  # fmt: skip
     monkeypatch.setitem(presets.PRESETS, "llava-1.5-7b", small)
     monkeypatch.setattr(presets, "VOCABULARY", 32_064)
+
+
+@pytest.fixture
+def memory_is_known(monkeypatch):
+    """Saves the process that measures it."""
+    monkeypatch.setattr("vlmzip.measure.memory.in_frugal_process", lambda peaks, *recipe: [2**20] * len(recipe[-1]))
 
 
 def run(capsys, *arguments):
@@ -93,6 +103,102 @@ def test_the_table_and_the_file(capsys, tmp_path, monkeypatch):
     assert len(rows) == 4
     assert rows[2]["compressor"] == "pool2d(factor=2)"
     assert {"layers", "width", "mlp", "vision_layers", "dtype", "commit", "torch"} <= rows[0].keys()
+
+
+@pytest.mark.usefixtures("memory_is_known")
+def test_it_fits_80_columns_and_nothing_is_broken(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "80")
+    chain = "llavolta(layer=2,stride=8)+random_tokens(keep=4)"
+    _, out, _ = run(capsys, "--methods", f"random_tokens,{chain}", "--out", tmp_path)
+    *lines, written = out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert written.startswith("written to ")
+    assert written.endswith(".csv")
+    for name in ("no_compression", "random_tokens", "llavolta(layer=2,stride=8)+"):
+        assert len([line for line in lines if line.startswith(f"{name} ")]) == 3  # in every block
+    assert len(re.findall(r" \d+\.\d\dx \(\d+\.\d\d-\d+\.\d\d\) +\d+\.\d\dx +\d+%$", out, flags=re.M)) == 6
+    assert len(re.findall(r" [\d.]+ [KM]iB +[\d.]+ [KM]?i?B +\d+\.\d$", out, flags=re.M)) == 3
+
+
+@pytest.mark.usefixtures("memory_is_known")
+def test_a_window_that_is_too_narrow_costs_no_digits(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    _, out, _ = run(capsys, "--methods", "pool2d", "--keep", 9)
+    assert len(re.findall(r"\d\.\d\dx \([\d.]+-[\d.]+\) +[\d.]+x +\d+%$", out, flags=re.M)) == 4
+
+
+@pytest.mark.usefixtures("memory_is_known")
+def test_one_round_has_no_spread(capsys):
+    _, out, err = run(capsys, "--methods", "pool2d", "--keep", 9, "--repeats", 1)
+    assert re.search(r"^no_compression +[\d.]+ +1\.00x +1\.00x +100%$", out, flags=re.M)
+    assert "One round: it has no spread" in out
+    assert "one round of each" in err
+
+
+@pytest.mark.usefixtures("memory_is_known")
+def test_a_scale_at_which_overheads_rule_is_said(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    quick = ("--methods", "pool2d", "--keep", 9)
+    _, out, _ = run(capsys, *quick, "--scale", "1/64")
+    assert "note: at --scale 1/64 most of the time is overhead" in out
+    assert "most of the time is overhead" in json.loads(run(capsys, *quick, "--scale", "1/9", "--json")[1])["notes"][-1]
+    assert "overhead" not in run(capsys, *quick, "--scale", "1/8")[1]
+
+
+@pytest.mark.parametrize(
+    ("device", "clock", "said"),
+    [("cpu", "wall", "--clock cpu"), ("cpu", "cpu", "more --repeats"), ("cuda", "wall", "uses the GPU")],
+)
+def test_timings_of_a_busy_machine_are_called_unreliable(device, clock, said):
+    def found(*seconds):
+        plain = Contender("plain", None, flops={"prefill": 1, "ttft": 1})
+        plain.spans = [Spans(0.5, one, 0.1) for one in seconds]
+        return doubts([plain], Namespace(clock=clock, scale="1"), torch.device(device), narrow=False)
+
+    assert found(1.0, 1.0, 1.24, 1.24, 1.24) == []
+    [text] = found(1.0, 1.0, 1.3, 1.3, 1.3)
+    assert "quartiles of the plain model's TTFT are 1000 and 1300 ms" in text
+    assert said in text
+    assert ("--clock cpu" in text) == (clock == "wall" and device == "cpu")
+
+
+@pytest.mark.usefixtures("memory_is_known")
+def test_how_far_it_is_is_said_without_a_terminal(capsys):
+    _, out, err = run(capsys, "--methods", "pool2d,visionzip", "--keep", 9, "--json")
+    first, second, third = err.splitlines()
+    assert first == "3 methods, no_compression among them: 2 rounds of each, after one to warm up"
+    assert re.fullmatch(r"warmed up; 2 rounds and the memory will take about \d+ s", second)
+    assert re.fullmatch(r"measuring the memory, about \d+ s left", third)
+    json.loads(out)
+
+
+def test_a_line_a_round_and_one_in_20_seconds_with_the_time_left(capsys):
+    time = 0.0
+    progress = Progress(starting=10, clock=lambda: time)
+    for number in range(4):
+        for name, seconds in (("plain", 15), ("slow", 15), ("fast", 1)):
+            progress(Step(name, number, 3))
+            time += seconds if number else 2 * seconds
+    progress.memory()
+    assert capsys.readouterr().err.splitlines() == [
+        "the round to warm up: slow",
+        "the round to warm up: fast",
+        "warmed up; 3 rounds and the memory will take about 5.5 min",
+        "round 1 of 3, about 5 min left: fast",
+        "round 2 of 3, about 1.5 min left: fast",
+        "round 3 of 3, about 75 s left: fast",
+        "measuring the memory, about 70 s left",
+    ]
+    progress = Progress(clock=lambda: time)
+    for number in range(100):  # rounds of a second
+        progress(Step("plain", number, 99))
+        time += 1
+    assert len(capsys.readouterr().err.splitlines()) == 1 + 98 // 5
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(0.1, "5 s"), (38, "40 s"), (145, "2.5 min"), (9000, "2.5 h")])
+def test_times_are_as_exact_as_an_estimate(seconds, words):
+    assert in_words(seconds) == words
 
 
 def test_seconds_that_the_cpu_computed(capsys, tmp_path, monkeypatch):

@@ -27,7 +27,7 @@ EXAMPLES = """  vlmzip bench
 METHODS = "visionzip,pool2d,kmeans,downsample,random_tokens,llavolta,fastv,sparsevlm"
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 CLOCKS = ("wall", "cpu")
-#: What a small CPU does in a minute or two.
+#: What a small CPU does in a few minutes.
 SMALL = "1/8"
 #: Options that are whole numbers: name, default, least, what it is.
 WHOLE = (
@@ -74,7 +74,7 @@ def run(args: Namespace) -> None:
     methods = spec.read_several(args.methods)
     if not methods:
         raise UserError("--methods names no method; separate them with commas: --methods visionzip,pool2d")
-    from vlmzip.cli.bench_output import as_json, print_tables, rows
+    from vlmzip.cli.bench_output import as_json, doubts, print_tables, rows
     from vlmzip.cli.loading import DTYPES, find_device
     from vlmzip.files import write_csv
     from vlmzip.measure.machine import about, file_name
@@ -95,14 +95,15 @@ def run(args: Namespace) -> None:
         settings = [scaled, args.dtype, args.attention, f"batch{args.batch}", f"keep{_keep_in_words(args.keep)}"]
         settings += ["cpu-seconds"] * (args.clock == "cpu")
         path = args.out / file_name(f"bench-{args.preset}", device, *settings)
+    doubtful = doubts(found, args, device, narrow=_number(args.scale) < _number(SMALL))
     try:
         if path is not None:
             write_csv(path, table)
     finally:  # a full disk must not cost what was measured
         if args.json:
-            print(json.dumps(as_json(found, table, path), indent=2))
+            print(json.dumps(as_json(found, table, doubtful, path), indent=2))
         else:
-            print_tables(found, args, preset, device, path)
+            print_tables(found, args, preset, device, doubtful, path)
 
 
 def _measure(
@@ -112,6 +113,7 @@ def _measure(
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[Contender]:
+    from vlmzip.cli.bench_progress import START, Progress, say
     from vlmzip.cli.loading import console
     from vlmzip.measure.bench import PLAIN, bench
     from vlmzip.measure.memory import in_frugal_process
@@ -119,11 +121,15 @@ def _measure(
     from vlmzip.measure.timing import cpu_seconds, now
     from vlmzip.models import adapter_for
 
-    _refuse_what_does_not_fit(make_config(preset, args.text_tokens, args.new_tokens), device, dtype)
+    methods = [(name, method) for name, method in methods if name != PLAIN]
+    _refuse_what_cannot_run(args, make_config(preset, args.text_tokens, args.new_tokens), device, dtype)
+    rounds = f"{args.repeats} rounds" if args.repeats > 1 else "one round"
+    say(f"{len(methods) + 1} methods, {PLAIN} among them: {rounds} of each, after one to warm up")
     with console.status("making the model …") as status:
+        progress = Progress(status, starting=START if device.type == "cpu" else 0)
         model, inputs = _make(args, preset, device, dtype)
         adapter = adapter_for(model)
-        contenders = [_set_up(name, method, args.keep, adapter.profile()) for name, method in methods if name != PLAIN]
+        contenders = [_set_up(name, method, args.keep, adapter.profile()) for name, method in methods]
         found = bench(
             model,
             adapter,
@@ -132,9 +138,9 @@ def _measure(
             repeats=args.repeats,
             new_tokens=args.new_tokens,
             clock=cpu_seconds if args.clock == "cpu" else now,
-            telling=status.update,
+            telling=progress,
         )
-        status.update("memory")
+        progress.memory()
         recipe = (args, preset, device, dtype, [one.compressor for one in found])
         if device.type == "cpu":
             del model, adapter  # the other process makes its own
@@ -148,13 +154,19 @@ def _measure(
 
 def _make(args: Namespace, preset: Preset, device: torch.device, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """The model and what it is asked."""
-    from vlmzip.measure.presets import make_config, make_inputs, make_model
+    from vlmzip.measure.presets import make_config, make_inputs
+
+    model = _make_model(args, make_config(preset, args.text_tokens, args.new_tokens), device, dtype)
+    return model, make_inputs(preset, args.batch, args.text_tokens, device, dtype)
+
+
+def _make_model(args: Namespace, config: Any, device: str | torch.device, dtype: torch.dtype) -> Any:
+    from vlmzip.measure.presets import make_model
 
     try:
-        model = make_model(make_config(preset, args.text_tokens, args.new_tokens), device, dtype, args.attention)
+        return make_model(config, device, dtype, args.attention)
     except (ImportError, ValueError) as error:  # no FlashAttention here, or none for this precision
         raise UserError(f"--attention {args.attention} cannot be used: {error}") from None
-    return model, make_inputs(preset, args.batch, args.text_tokens, device, dtype)
 
 
 def _peaks(
@@ -165,11 +177,18 @@ def _peaks(
     compressors: list[Compressor | None],
     model: Any = None,
 ) -> list[int | None]:
+    from vlmzip.cli.bench_progress import DUE, Progress
     from vlmzip.measure.bench import peaks
     from vlmzip.measure.presets import make_inputs
 
+    progress = Progress()  # without a spinner: on a CPU that is another process's
+
+    def telling(done: int) -> None:
+        progress.tell(f"measuring the memory: {done} of {len(compressors)} methods done", DUE)
+
     model = _make(args, preset, device, dtype)[0] if model is None else model
-    return peaks(model, make_inputs(preset, args.batch, args.text_tokens, device, dtype), compressors, args.new_tokens)
+    inputs = make_inputs(preset, args.batch, args.text_tokens, device, dtype)
+    return peaks(model, inputs, compressors, args.new_tokens, telling)
 
 
 def _set_up(name: str, method: Compressor, keep: Any, profile: Profile) -> Contender:
@@ -186,13 +205,13 @@ def _set_up(name: str, method: Compressor, keep: Any, profile: Profile) -> Conte
         return Contender(name, method.placed(profile), f"not at this budget, but as it is set: {error}")
 
 
-def _refuse_what_does_not_fit(config: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises `UserError` for weights that the memory has no room for: the system would end the process instead."""
+def _refuse_what_cannot_run(args: Namespace, config: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises `UserError` for an attention that is not there, and for weights that the memory has no room for: the
+    system would end the process instead."""
     from vlmzip.cli.tables import show_bytes
     from vlmzip.measure.memory import available_bytes
-    from vlmzip.measure.presets import make_model
 
-    weights = sum(p.numel() for p in make_model(config, "meta", dtype).parameters()) * dtype.itemsize
+    weights = sum(p.numel() for p in _make_model(args, config, "meta", dtype).parameters()) * dtype.itemsize
     room = available_bytes(device)
     if room is not None and weights > room:
         raise UserError(

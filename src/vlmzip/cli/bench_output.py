@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,10 +21,16 @@ from vlmzip.measure.timing import Quartiles
 from vlmzip.runtime.report import compact
 
 WORDS: dict[Scope, str] = {"prefill": "LLM prefill", "ttft": "TTFT"}
-COLUMNS = (
-    "method", "time of", "visual tokens", "ms", "speed-up (quartiles)", "limit", "share of limit", "KV cache",
-    "peak memory", "tokens/s",
-)  # fmt: skip
+#: Blocks of the table: a heading, and what stands beside the method's name.
+BLOCKS: tuple[tuple[Scope | None, str, tuple[str, ...]], ...] = (
+    ("prefill", "LLM prefill, with output head", ("ms", "speed-up", "limit", "share of limit")),
+    ("ttft", "TTFT: from the call to the first token", ("ms", "speed-up", "limit", "share of limit")),
+    (None, "Memory and decoding", ("visual tokens", "KV cache", "peak memory", "tokens/s")),
+)
+#: Every block fits into so many characters; a method's name takes at most `NAME` of them in a line.
+WIDTH, NAME = 80, 30
+#: Third over first quartile of the plain model's times; beyond, something else than chance is at work.
+BUSY = 1.25
 
 
 def rows(found: list[Contender], args: Namespace, preset: Preset, machine: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -78,28 +85,68 @@ def _quartiles(name: str, values: Quartiles, digits: int) -> dict[str, str]:
     return dict(zip((name, f"{name}_q1", f"{name}_q3"), texts, strict=True))
 
 
-def as_json(found: list[Contender], table: list[dict[str, Any]], path: Path | None) -> dict[str, Any]:
+def doubts(found: list[Contender], args: Namespace, device: torch.device, *, narrow: bool) -> list[str]:
+    """Why these numbers should not be trusted, or not say what they seem to. `narrow`: at less than the usual scale."""
+    said = []
+    milliseconds = [compare(found[0], found[0], scope).milliseconds for scope in SCOPES]
+    widest = max(milliseconds, key=lambda one: one.third / one.first)
+    if widest.third / widest.first > BUSY:
+        what = WORDS[SCOPES[milliseconds.index(widest)]]
+        if device.type == "cuda":
+            mend = "measure again while nothing else uses the GPU"
+        elif args.clock == "cpu":
+            mend = "measure again while nothing else runs, with OMP_NUM_THREADS=1 or with more --repeats"
+        else:
+            mend = "measure again while nothing else runs, or with --clock cpu and OMP_NUM_THREADS=1"
+        said.append(
+            f"these timings are unreliable: the quartiles of the plain model's {what} are {widest.first:.0f} and"
+            f" {widest.third:.0f} ms, so other work probably shares the processor; {mend}"
+        )
+    if narrow:
+        said.append(
+            f"at --scale {args.scale} most of the time is overhead that no method can save: how low the shares of the"
+            " limit are is the small model's doing, not the methods'; use --scale 1/8 or more to compare them"
+        )
+    return said
+
+
+def as_json(
+    found: list[Contender], table: list[dict[str, Any]], doubtful: list[str], path: Path | None
+) -> dict[str, Any]:
     missing = [{"method": one.name, "note": one.note} for one in found if not one.spans]
-    return {"rows": table, "not_measured": missing, "csv": str(path) if path else None}
+    return {"rows": table, "not_measured": missing, "notes": doubtful, "csv": str(path) if path else None}
 
 
 def print_tables(
-    found: list[Contender], args: Namespace, preset: Preset, device: torch.device, path: Path | None
+    found: list[Contender],
+    args: Namespace,
+    preset: Preset,
+    device: torch.device,
+    doubtful: list[str],
+    path: Path | None,
 ) -> None:
     console = Console(highlight=False)
-    console.print(Text(_title(args, preset, device), style="bold"), "", _table(found), "", sep="\n")
+    console.width = max(console.width, WIDTH)  # in a narrower window lines go on below; a number cut off would mislead
+    console.print(Text(_title(args, preset, device), style="bold"), "", sep="\n")
+    for scope, heading, columns in BLOCKS:
+        console.print(Text(heading), _block(found, scope, columns, spread=args.repeats > 1), "", sep="\n")
     for number, one in enumerate(_noted(found), 1):
         console.print(Text(f"({number}) {one.name}: {one.note}"))
     clock = ", in seconds that the CPU computed" if args.clock == "cpu" else ""
+    if args.repeats > 1:
+        how = f"Medians of {args.repeats} interleaved rounds{clock}; speed-ups: ratios within a round, with quartiles."
+    else:
+        how = f"One round{clock}: it has no spread that tells how far to trust it; give more --repeats."
     console.print(
         Text(
-            f"Medians of {args.repeats} interleaved rounds{clock}; speed-ups are ratios within a round. limit: FLOPs of"
-            " the plain model over FLOPs of the method, without selection. LLM prefill: with output head; TTFT: from"
-            " the call to the first token. Peak memory is beyond the weights."
+            f"{how} limit: FLOPs of the plain model over FLOPs of the method, without selection. Peak memory is beyond"
+            " the weights."
         )
     )
+    for text in doubtful:
+        console.print(Text(f"note: {text}"))
     if path:
-        console.print(Text(f"written to {path}"))
+        console.print(Text(f"written to {path}"), soft_wrap=True)
 
 
 def _title(args: Namespace, preset: Preset, device: torch.device) -> str:
@@ -109,34 +156,41 @@ def _title(args: Namespace, preset: Preset, device: torch.device) -> str:
     return f"{args.preset}{scaled} ({size}), {tokens}, batch {args.batch}, {args.dtype}, {args.attention}, {device}"
 
 
-def _table(found: list[Contender]) -> Table:
+def _block(found: list[Contender], scope: Scope | None, columns: tuple[str, ...], *, spread: bool) -> Table:
+    """Some of what was measured, a row for each method. Neither names nor numbers are broken by the table itself."""
     table = Table(box=None, pad_edge=False)
-    for column in COLUMNS:
-        words = column in ("method", "time of", "visual tokens")
-        table.add_column(
-            Text(column), justify="left" if words else "right", no_wrap=column == "time of", overflow="fold"
-        )
+    table.add_column("method", no_wrap=True)
+    for column in columns:
+        words = column == "visual tokens"  # counts by layer may go on below, between numbers
+        header = Text(column.replace(" ", "\n"))
+        table.add_column(header, justify="left" if words else "right", no_wrap=not words)
     for one in found:
         name = one.name + (f" ({_noted(found).index(one) + 1})" if one.note else "")
         if not one.spans:
-            table.add_row(Text(name), *["—"] * (len(COLUMNS) - 1))
-            continue
-        for scope in SCOPES:
-            measured = compare(one, found[0], scope)
-            first = scope == SCOPES[0]
+            cells = ["—"] * len(columns)
+        elif scope is None:
             peak = "—" if one.peak_bytes is None else show_bytes(one.peak_bytes)
-            costs = (show_bytes(one.kv_bytes), peak, f"{one.tokens_per_second.median:.1f}")
-            table.add_row(
-                Text(name if first else ""),
-                WORDS[scope],
-                compact(one.profiles[0].visual) if first else "",
-                f"{measured.milliseconds.median:.1f}",
-                "{:.2f}x ({:.2f}-{:.2f})".format(*measured.speed_up),
-                f"{measured.limit:.2f}x",
-                f"{measured.share.median:.0%}",
-                *(costs if first else ("", "", "")),
-            )
+            decoding = f"{one.tokens_per_second.median:.1f}"
+            cells = [compact(one.profiles[0].visual), show_bytes(one.kv_bytes), peak, decoding]
+        else:
+            cells = _speed(compare(one, found[0], scope), spread)
+        table.add_row(Text(_in_lines(name)), *map(Text, cells))
     return table
+
+
+def _speed(measured: Compared, spread: bool) -> list[str]:
+    speed_up = ("{:.2f}x ({:.2f}-{:.2f})" if spread else "{:.2f}x").format(*measured.speed_up)
+    return [f"{measured.milliseconds.median:.1f}", speed_up, f"{measured.limit:.2f}x", f"{measured.share.median:.0%}"]
+
+
+def _in_lines(name: str) -> str:
+    """Broken behind a comma or plus where it is long, and elsewhere only where it has none."""
+    lines = [""]
+    for piece in re.findall(rf"[^,+]{{0,{NAME - 1}}}[,+]|[^,+]{{1,{NAME}}}", name):
+        if len(lines[-1]) + len(piece) > NAME:
+            lines.append("")
+        lines[-1] += piece
+    return "\n".join(lines)
 
 
 def _noted(found: list[Contender]) -> list[Contender]:

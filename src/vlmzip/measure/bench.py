@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -82,6 +83,17 @@ class Compared:
         return Quartiles(*(value / self.limit for value in self.speed_up))
 
 
+@dataclass(frozen=True)
+class Step:
+    """A run that is about to begin."""
+
+    name: str
+    round: int | None = None
+    """0 to warm up, from 1 on timed; `None` where tokens and FLOPs are counted."""
+    rounds: int = 0
+    """The timed ones."""
+
+
 def compare(contender: Contender, plain: Contender, scope: Scope) -> Compared:
     """Of a contender that has numbers."""
     seconds = contender.seconds(scope)
@@ -101,16 +113,16 @@ def bench(
     repeats: int,
     new_tokens: int,
     clock: Callable[[torch.device], float] = now,
-    telling: Callable[[str], Any] = lambda _: None,
+    telling: Callable[[Step], Any] = lambda _: None,
 ) -> list[Contender]:
     """The plain model and the contenders, timed in turns; whoever fails keeps a note and costs the others nothing.
 
-    Raises what the plain model raises. `telling` is told what is going on.
+    Raises what the plain model raises. `telling` is told before each run.
     """
     plain = Contender(PLAIN, None)
     running = []
     for one in (plain, *contenders):
-        telling(f"counting: {one.name}")
+        telling(Step(one.name))
         try:
             with one.on(model) as small:
                 _count(one, small, adapter, inputs)
@@ -120,8 +132,10 @@ def bench(
                 raise
             one.note = reason(error)
 
+    begun = count()
+
     def run(one: Contender) -> Spans:
-        telling(f"timing: {one.name}")
+        telling(Step(one.name, next(begun) // len(running), repeats))
         with one.on(model) as small:
             return time_answer(small, adapter, inputs, new_tokens, clock)
 
@@ -151,12 +165,19 @@ def _count(one: Contender, small: Any, adapter: ModelAdapter, inputs: Mapping[st
 
 
 def peaks(
-    model: Any, inputs: Mapping[str, Tensor], compressors: Sequence[Compressor | None], new_tokens: int
+    model: Any,
+    inputs: Mapping[str, Tensor],
+    compressors: Sequence[Compressor | None],
+    new_tokens: int,
+    telling: Callable[[int], Any] = lambda _: None,
 ) -> list[int | None]:
     """Peak memory of an answer of the plain model (`None`) or through compressors, beyond the weights; `None` where it
-    fails or the system does not tell. On a CPU to be called in a process of its own, see `peak_bytes`."""
+    fails or the system does not tell. On a CPU to be called in a process of its own, see `peak_bytes`.
+
+    `telling` is told before each how many are done."""
     found: list[int | None] = []
     for compressor in compressors:
+        telling(len(found))
         try:
             with Contender("", compressor).on(model) as small:
                 run = partial(small.generate, **inputs, do_sample=False, max_new_tokens=new_tokens)

@@ -1,0 +1,86 @@
+"""What `bench` says on stderr while it runs: how far it is and how long it will still take."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from rich.status import Status
+from rich.text import Text
+
+from vlmzip.cli.loading import console
+from vlmzip.measure.bench import Step
+
+#: Seconds after which a line is due in the middle of a round, and those that lie between two lines at least.
+DUE, SOON = 20.0, 5.0
+#: What measuring the memory takes: every method answers twice, on a CPU in a process that has to start first.
+MEMORY_ROUNDS, START = 2, 10.0
+
+
+def say(text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class Progress:
+    """A spinner's text on a terminal; elsewhere lines: one a round, or one in `SOON` seconds where rounds are short."""
+
+    def __init__(
+        self, status: Status | None = None, starting: float = 0.0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        """`starting`: seconds until the process that measures the memory runs."""
+        self.status, self.starting, self.clock = status, starting, clock
+        self.spoken = clock()
+        self.begun: list[float] = []
+        """When each round began, the one to warm up first."""
+
+    def __call__(self, step: Step) -> None:
+        """Before each run."""
+        if step.round is None:
+            self.tell(f"counting tokens and FLOPs: {step.name}", DUE)
+            return
+        fresh = step.round == len(self.begun)
+        if fresh:
+            self.begun.append(self.clock())
+        now = f"round {step.round} of {step.rounds}" if step.round else "the round to warm up"
+        if not step.round:
+            self.tell(f"{now}: {step.name}", DUE)
+            return
+        left = self._left(step)
+        if fresh and step.round == 1:
+            rounds = f"{step.rounds} rounds" if step.rounds > 1 else "one round"
+            self.spoken = self.clock()
+            say(f"warmed up; {rounds} and the memory will take about {left}")
+        self.tell(f"{now}, about {left} left: {step.name}", SOON if fresh else DUE)
+
+    def memory(self) -> None:
+        """Before the memory is measured."""
+        took = self._round() * MEMORY_ROUNDS + self.starting
+        self.tell(f"measuring the memory, about {in_words(took)} left", 0)
+
+    def tell(self, text: str, due: float) -> None:
+        """On the spinner, or as a line when the last one is `due` seconds old."""
+        if console.is_terminal and not console.is_dumb_terminal:
+            if self.status is not None:
+                self.status.update(Text(text, no_wrap=True, overflow="ellipsis"))
+        elif self.clock() - self.spoken >= due:
+            self.spoken = self.clock()
+            say(text)
+
+    def _round(self) -> float:
+        """Seconds of a round; the one to warm up is slower, and counts only while there is no other."""
+        begun = self.begun[1:] if len(self.begun) > 2 else self.begun
+        return (begun[-1] - begun[0]) / (len(begun) - 1)
+
+    def _left(self, step: Step) -> str:
+        assert step.round is not None
+        rounds = step.rounds - step.round + 1
+        within = self.clock() - self.begun[-1]
+        seconds = self._round()
+        return in_words(max(rounds * seconds - within, 0) + MEMORY_ROUNDS * seconds + self.starting)
+
+
+def in_words(seconds: float) -> str:
+    """As exact as an estimate is: 5 s, 40 s, 2.5 min, 3.2 h."""
+    if seconds < 90:
+        return f"{max(5 * round(seconds / 5), 5)} s"
+    return f"{round(seconds / 30) / 2:g} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
