@@ -190,14 +190,14 @@ class TestConfirming:
         assert tuning.run().row.number == 3
         assert tuning.rows[4].out == Out("cost")
 
-    @pytest.mark.parametrize("loss", [0.05, 0.1])
-    def test_what_loses_too_much_is_seldom_certified(self, loss):
+    @pytest.mark.parametrize(("loss", "pictures"), [(0.05, 300), (0.1, 150)])
+    def test_what_loses_too_much_is_seldom_certified(self, loss, pictures):
         """Five candidates that lose a little more than they may, and hardly anything where they are chosen: the hardest
         case. Each is tried, and whatever is certified is certified wrongly."""
         wrong, tries, runs = 0, 0, 30
         for seed in range(runs):
             losses = dict.fromkeys(range(1, 6), loss * 1.02)
-            world = World(losses, {n: 2.0**n for n in losses}, pictures=100, seed=seed)
+            world = World(losses, {n: 2.0**n for n in losses}, pictures=pictures, seed=seed)
             for number in losses:
                 world.scores["choose"][number] = world.scores["choose"][PLAIN].copy()
                 world.scores["choose"][number][-1 : -7 + number : -1] -= 1  # each looks better than the one before
@@ -205,6 +205,24 @@ class TestConfirming:
             wrong, tries = wrong + (kind == "certified"), tries + len(tuning.tries)
         assert tries > 4.5 * runs
         assert wrong <= 2  # of 30; the point estimate alone would certify nearly all
+
+    @pytest.mark.parametrize("pictures", [20, 40, 100, 300])
+    def test_questions_about_a_picture_may_fail_together(self, pictures):
+        """Where no picture of n was lost, the exact limit for pictures lost as a whole is 1 - error^(1/n)."""
+        about = [str(n // 6) for n in range(6 * pictures)]
+        for attempt in (1, 3):
+            limit = 1 - error_of(attempt) ** (1 / pictures)
+            assert 0.8 * limit < bound(np.zeros(len(about)), about, error_of(attempt), 0, 4000) < 1.3 * limit
+
+    @pytest.mark.parametrize("together", [True, False])
+    def test_a_loss_beyond_the_limit_stays_under_the_bound(self, together):
+        """100 draws of 100 pictures with 6 questions, lost one by one or all six at once, at a true loss of 10 %."""
+        dice, wrong = np.random.default_rng(0), 0
+        about = [str(n // 6) for n in range(600)]
+        for _ in range(100):
+            lost = np.repeat(dice.random(100) < 0.1, 6) if together else dice.random(600) < 0.1
+            wrong += bound(lost.astype(float), about, error_of(1), 0, 500) <= 0.1
+        assert wrong <= 4
 
     def test_what_is_good_is_mostly_certified(self):
         certified = [World({1: 0.02}, {1: 1.0}, pictures=150, seed=seed).tune(loss=0.06)[1].kind for seed in range(12)]
