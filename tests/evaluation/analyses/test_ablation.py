@@ -5,8 +5,8 @@ import torch
 
 from tests.evaluation.analyses.subjects import make_subject
 from vlmzip import VisionZip
-from vlmzip.errors import UserError
 from vlmzip.evaluation.analyses.ablation import BOTH, CONTEXTUAL, DOMINANT, MERGES, _variant, draw, findings, measure
+from vlmzip.evaluation.analyses.subject import Unsuited
 from vlmzip.visual_tokens import Grid, VisualTokens
 
 
@@ -71,7 +71,7 @@ class TestOnATinyModel:
 
 def test_no_budget_left_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("vlmzip.evaluation.analyses.ablation.SHARES", ("5.6%", "4%"))
-    with pytest.raises(UserError, match=r"5\.6%, 4% of 36 are too few"):
+    with pytest.raises(Unsuited, match=r"5\.6%, 4% of 36 are too few"):
         measure(make_subject(tmp_path)[0])
 
 

@@ -14,8 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from vlmzip.errors import UserError
-from vlmzip.evaluation.analyses.subject import Row, Subject, scored
+from vlmzip.evaluation.analyses.subject import Row, Subject, Unsuited, scored
 from vlmzip.evaluation.results import Result, difference
 from vlmzip.keep import count_to_keep
 from vlmzip.methods import VisionZip
@@ -38,9 +37,7 @@ def measure(subject: Subject) -> list[Row]:
     if len(shares) < len(SHARES):
         less = ", ".join(share for share in SHARES if share not in shares)
         if not shares:
-            raise UserError(
-                f"ablation needs budgets of tokens of both kinds, and {less} of {size} are too few for that"
-            )
+            raise Unsuited(f"ablation needs budgets of tokens of both kinds, and {less} of {size} are too few for that")
         subject.tell(f"ablation leaves {less} out: of {size} tokens that is too few for both kinds")
     variants = [
         (share, merge, part, _variant(size, share, merge, part))

@@ -22,8 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vlmzip.errors import UserError
-from vlmzip.evaluation.analyses.subject import Row, Subject
+from vlmzip.evaluation.analyses.subject import Row, Subject, Unsuited
 from vlmzip.evaluation.bootstrap import Bootstrap, estimate
 from vlmzip.evaluation.kept import kept
 from vlmzip.evaluation.records import Record
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
 def measure(subject: Subject) -> list[Row]:
     study = subject.study()
     if has_sliding_windows(study.adapter):
-        raise UserError("attention_by_depth cannot read this LLM: it has layers with sliding windows")
+        raise Unsuited("attention_by_depth cannot read this LLM: it has layers with sliding windows")
     answer = partial(_answer, study, subject.task)
     settings = {"compressor": NoCompression().to_dict()}
     records = kept(study, subject.task, "attention_by_depth", settings, subject.task.samples, answer)
