@@ -5,8 +5,19 @@ import torch
 
 from tests.evaluation.analyses.subjects import make_subject
 from vlmzip import VisionZip
-from vlmzip.evaluation.analyses.ablation import BOTH, CONTEXTUAL, DOMINANT, MERGES, _variant, draw, findings, measure
+from vlmzip.evaluation.analyses.ablation import (
+    BOTH,
+    CONTEXTUAL,
+    DOMINANT,
+    MERGES,
+    _against,
+    _variant,
+    draw,
+    findings,
+    measure,
+)
 from vlmzip.evaluation.analyses.subject import Unsuited
+from vlmzip.evaluation.results import Result
 from vlmzip.visual_tokens import Grid, VisualTokens
 
 
@@ -41,6 +52,13 @@ def measured(tmp_path_factory):
     for number, sample in enumerate(subject.task.samples):  # answers that noise gives anyway: some are right
         object.__setattr__(sample, "answers", (["w17", "w80", "it"][number % 3],))
     return measure(subject), told, subject
+
+
+def test_the_difference_is_the_part_minus_both():
+    wrong, right = ([{"picture": str(n), "score": score} for n in range(4)] for score in (0, 1))
+    few, all_of = Result(None, wrong), Result(None, right)
+    assert _against(few, all_of, 0) == dict.fromkeys(("against_both", "against_both_low", "against_both_high"), -100.0)
+    assert _against(all_of, few, 0)["against_both"] == 100
 
 
 class TestOnATinyModel:
