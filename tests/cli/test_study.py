@@ -66,7 +66,7 @@ def test_findings_table_and_figures(study, tmp_path, place):
     assert "[2/3] " in err
     names = {path.name for path in (tmp_path / "out").iterdir()}
     figures = {f"{name}.{kind}" for name in ("tau", "encoder_attention") for kind in ("csv", "png", "svg")}
-    assert names == figures | {"encoder_attention-maps.png", "study.json", "records"}
+    assert names == figures | {"encoder_attention-maps.png", "study.json", "records", ".lock"}
     rows = table(tmp_path / "out" / "tau.csv")
     assert [row["tau"] for row in rows] == ["0.0", "0.8"]
     assert {row["task"] for row in rows} == {f"{place / 'asked'}:exact".removesuffix(":exact")}

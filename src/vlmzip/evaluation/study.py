@@ -24,7 +24,7 @@ from vlmzip.errors import UserError
 from vlmzip.evaluation.answering import Answer, Asker
 from vlmzip.evaluation.configurations import Candidate, Configuration, Configurator, plain_json
 from vlmzip.evaluation.processes import Processes
-from vlmzip.evaluation.records import Record, Shard, read_records
+from vlmzip.evaluation.records import Record, Shard, hold, read_records
 from vlmzip.evaluation.task import Sample, Task
 from vlmzip.files import write_whole
 from vlmzip.measure.machine import about
@@ -66,9 +66,10 @@ class Study:
     def configure(
         self, tasks: Sequence[Task], methods: Sequence[Candidate], budgets: Sequence[str]
     ) -> list[Configuration]:
-        """What is to be asked; notes it in the folder.
+        """What is to be asked; notes it in the folder, which other runs are kept out of until this one ends.
 
-        Raises `UserError` where the folder holds answers of another model, or to other questions.
+        Raises `UserError` where another run is writing there, and where the folder holds answers of another model, or
+        to other questions.
         """
         for task in tasks:
             for sample in task.samples:
@@ -78,6 +79,7 @@ class Study:
     def _configure(
         self, tasks: Sequence[Task], methods: Sequence[Candidate], budgets: Sequence[str]
     ) -> list[Configuration]:
+        self.processes.held.setdefault(self.folder, hold(self.folder))
         path = self.folder / FILE
         known = _read_study(path)
         now = {"model": self.name, "fingerprint": fingerprint(self.model), "dtype": self.conditions["dtype"]}
