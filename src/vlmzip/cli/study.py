@@ -90,7 +90,7 @@ def _write(subject: Subject, name: str, rows: list[Row]) -> None:
     from vlmzip.evaluation.curves import save_figure
     from vlmzip.files import write_csv
     from vlmzip.measure.machine import about as machine
-    from vlmzip.visualize.histogram import import_matplotlib
+    from vlmzip.visualize.figure import import_matplotlib
 
     conditions = {"model": subject.name, "task": subject.task.name, **machine(subject.model.device)}
     write_csv(subject.folder / f"{name}.csv", [{**row, **conditions} for row in rows])

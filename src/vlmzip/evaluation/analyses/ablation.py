@@ -18,7 +18,7 @@ from vlmzip.evaluation.analyses.subject import Row, Subject, Unsuited, scored
 from vlmzip.evaluation.results import Result, difference
 from vlmzip.keep import count_to_keep
 from vlmzip.methods import VisionZip
-from vlmzip.visualize.histogram import import_matplotlib
+from vlmzip.visualize.figure import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,11 +80,8 @@ def _against(result: Result, both: Result, seed: int) -> Row:
 
 
 def draw(rows: Sequence[Row], title: str) -> Figure:
-    import_matplotlib()
-    from matplotlib.figure import Figure
-
     plain, *rest = rows
-    figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
+    figure = new_figure(9, 5)
     figure.suptitle(title)
     for axes, merge in zip(figure.subplots(1, len(MERGES), sharey=True), MERGES, strict=True):
         axes.axhline(plain["score"], color="black", linestyle="--", linewidth=1, label="no compression")

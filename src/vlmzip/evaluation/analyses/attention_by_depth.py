@@ -32,7 +32,7 @@ from vlmzip.methods import NoCompression
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.models.recording import attention_rows
 from vlmzip.runtime.in_llm import has_sliding_windows
-from vlmzip.visualize.histogram import import_matplotlib
+from vlmzip.visualize.figure import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -163,11 +163,9 @@ def reading(adapter: ModelAdapter, visual: Bool[Tensor, "batch prompt"]) -> Iter
 
 
 def draw(rows: Sequence[Row], title: str) -> Figure:
-    import_matplotlib()
-    from matplotlib.figure import Figure
+    figure = new_figure(7, 4)
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
     axes = figure.subplots()
     layers = [row["layer"] for row in rows]
     axes.plot(layers, [row["attention"] for row in rows], marker="o", label="attention to visual tokens")

@@ -33,7 +33,7 @@ from vlmzip.evaluation.study import Study
 from vlmzip.evaluation.task import Sample, Task
 from vlmzip.keep import count_to_keep
 from vlmzip.measure.presets import PRESETS
-from vlmzip.visualize.histogram import import_matplotlib
+from vlmzip.visualize.figure import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -206,10 +206,7 @@ def _columns(name: str, share: Estimate) -> Row:
 
 def draw(rows: Sequence[Row], title: str) -> Figure:
     """Left: the pictures that fit, by budget. Right: the score over the number of pictures."""
-    import_matplotlib()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.5), dpi=150, layout="constrained")
+    figure = new_figure(10, 4.5)
     left, right = figure.subplots(1, 2)
     fits = [row for row in rows if row["part"] == FITS]
     for number, what in enumerate(dict.fromkeys(row["what"] for row in fits)):

@@ -32,7 +32,7 @@ from vlmzip.keep import count_to_keep
 from vlmzip.models import adapter_for
 from vlmzip.models.adapter import EncoderAttention
 from vlmzip.visualize.attention import Map, draw_maps
-from vlmzip.visualize.histogram import import_matplotlib
+from vlmzip.visualize.figure import new_figure
 from vlmzip.visualize.overlay import seen_picture
 
 if TYPE_CHECKING:
@@ -133,11 +133,9 @@ def _draw_picture(subject: Subject, asker: Asker, pictures: Sequence[Image.Image
 
 
 def draw(rows: Sequence[Row], title: str) -> Figure:
-    import_matplotlib()
-    from matplotlib.figure import Figure
+    figure = new_figure(7, 7)
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7, 7), dpi=150, layout="constrained")
     above, below = figure.subplots(2, sharex=True)
     layers = [row["layer"] for row in rows]
     for number, top in enumerate(TOPS):

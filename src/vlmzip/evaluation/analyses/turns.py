@@ -43,7 +43,7 @@ from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.report import PictureReport
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Site, VisualTokens
-from vlmzip.visualize.histogram import import_matplotlib
+from vlmzip.visualize.figure import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -242,10 +242,7 @@ def _columns(name: str, share: Estimate) -> Row:
 
 def draw(rows: Sequence[Row], title: str) -> Figure:
     """Scores in each place, and beside them how much more is lost there than on first questions."""
-    import_matplotlib()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.5), dpi=150, layout="constrained")
+    figure = new_figure(10, 4.5)
     left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": (3, 2)})
     names = list(dict.fromkeys(_name(row) for row in rows))
     places = {FIRST: "asked first", SECOND: "asked second, same cache", REPLAYED: "asked first, tokens of the other"}
