@@ -14,7 +14,7 @@ from vlmzip.evaluation.records import KEYS, Shard, hold, read_records
 
 
 def record(number):
-    return dict.fromkeys(KEYS) | {"sample": str(number), "given": f"é {number}"}
+    return dict.fromkeys(KEYS) | {"sample": str(number), "score": 0.5, "given": f"é {number}"}
 
 
 @pytest.fixture
@@ -54,6 +54,8 @@ def test_a_torn_character_is_no_matter(path):
         ('{"sample": "7"}', "it lacks answers, compressor"),
         ("", "cannot be read as JSON"),
         (b"\xff\x00", "cannot be read as JSON"),
+        (json.dumps(record(1) | {"score": "1"}), "its score is no number"),
+        (json.dumps(record(1) | {"score": None}), "its score is no number"),
         (json.dumps(record(0)), "'0' has a record before this one"),
     ],
 )
@@ -73,6 +75,11 @@ def test_a_sample_in_two_files_is_no_sample_twice(path):
         shard.append([record(9), record(2)])
     with pytest.raises(UserError, match=r"it\.1\.jsonl:2 is no record"):
         read_records([path, other])
+
+
+def test_numbers_beside_the_score_are_wanted_where_they_are_needed(path):
+    with pytest.raises(UserError, match=r"it\.0\.jsonl:1 is no record of this run: it lacks retention"):
+        read_records([path], ["retention"])
 
 
 @pytest.mark.parametrize("call", ["write", "fsync"])

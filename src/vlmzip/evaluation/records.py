@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,15 @@ LOCK = ".lock"
 KEYS = {"task", "sample", "question", "answers", "given", "score", "compressor", "visual_tokens_by_layer"}
 
 
-def read_records(paths: Iterable[Path]) -> dict[str, Record]:
-    """The records of several files of one configuration, by sample.
+def read_records(paths: Iterable[Path], numbers: Collection[str] = ()) -> dict[str, Record]:
+    """The records of several files of one configuration, by sample; `numbers` they have beside their scores.
 
     Raises `UserError` naming file and line for what is no record, or a sample that was there before.
     """
     found: dict[str, Record] = {}
     for path in paths:
         for number, line in enumerate(_whole_lines(path), 1):
-            record = _record(path, number, line)
+            record = _record(path, number, line, {"score", *numbers})
             if record["sample"] in found:
                 _refuse(path, number, f"the sample {record['sample']!r} has a record before this one")
             found[record["sample"]] = record
@@ -51,13 +51,15 @@ def _whole_lines(path: Path) -> list[bytes]:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
 
 
-def _record(path: Path, number: int, line: bytes) -> Record:
+def _record(path: Path, number: int, line: bytes, numbers: set[str]) -> Record:
     try:
         record = json.loads(line.decode())
     except ValueError as error:
         _refuse(path, number, f"it cannot be read as JSON ({str(error)[:80]})")
-    if not isinstance(record, dict) or not record.keys() >= KEYS:
-        _refuse(path, number, "it lacks " + ", ".join(sorted(KEYS - set(record if isinstance(record, dict) else ()))))
+    if missing := (KEYS | numbers) - set(record if isinstance(record, dict) else ()):
+        _refuse(path, number, "it lacks " + ", ".join(sorted(missing)))
+    if wrong := [name for name in sorted(numbers) if type(record[name]) not in (int, float)]:
+        _refuse(path, number, f"its {wrong[0]} is no number")
     return record
 
 

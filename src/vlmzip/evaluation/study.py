@@ -190,7 +190,7 @@ class Study:
     def _read(self, task: Task, one: Configuration) -> dict[str, Record]:
         """The records that there are. Raises `UserError` for those of other questions or settings."""
         paths = sorted(self._path(one, "*").parent.glob(self._path(one, "*").name))
-        found, settings = read_records(paths), plain_json(_of(one).to_dict())
+        found, settings = read_records(paths, ("retention", "prefill_flops")), plain_json(_of(one).to_dict())
         for sample in task.samples:
             record = found.get(sample.id)
             if record is None:
