@@ -216,6 +216,15 @@ class TestGoingOn:
         with pytest.raises(UserError, match="give another --out"):
             study.configure([task], candidates("pool2d"), ["25%"])
 
+    @pytest.mark.parametrize("name", ["retention", "prefill_flops"])
+    def test_records_without_their_costs_are_refused(self, study, task, name):
+        configurations = study.configure([task], [], ["as-set"])
+        study.run([task], configurations)
+        (path,) = study.folder.glob("records/*/*.jsonl")
+        path.write_text(path.read_text().replace(f'"{name}"', '"it"'))
+        with pytest.raises(UserError, match=f"jsonl:1 is no record of this run: it lacks {name}"):
+            study.records(task, configurations[0])
+
     def test_a_picture_that_vanishes_ends_the_run_and_keeps_the_rest(self, study, task, tmp_path):
         configurations = study.configure([task], candidates("pool2d"), ["25%"])
         (tmp_path / "q" / "a.png").rename(tmp_path / "q" / "d.png")
