@@ -130,10 +130,10 @@ def tiny_processor(family: str):
     return LlavaProcessor(images, tokenizer, PATCH, "default", num_additional_image_tokens=1)
 
 
-def save_checkpoint(folder) -> None:
+def save_checkpoint(folder, model=None) -> None:
     """A tiny LLaVA with processor, as a folder that `from_pretrained` loads."""
     tiny_processor("llava").save_pretrained(folder)
-    tiny_llava().save_pretrained(folder)
+    (model or tiny_llava()).save_pretrained(folder)
 
 
 @dataclass

@@ -9,14 +9,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.cli.test_eval import write_questions
 from tests.evaluation.test_study import asked as listen
-from tests.tiny import save_checkpoint
+from tests.tiny import save_checkpoint, tiny_llava
 from vlmzip.cli.main import main
 from vlmzip.errors import UserError
 from vlmzip.evaluation.analyses import NAMES, about
+from vlmzip.evaluation.analyses.subject import Unsuited
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,7 +66,7 @@ def test_findings_table_and_figures(study, tmp_path, place):
     assert "[2/3] " in err
     names = {path.name for path in (tmp_path / "out").iterdir()}
     figures = {f"{name}.{kind}" for name in ("tau", "encoder_attention") for kind in ("csv", "png", "svg")}
-    assert names == figures | {"encoder_attention-maps.png", "study.json", "records"}
+    assert names == figures | {"encoder_attention-maps.png", "study.json", "records", ".lock"}
     rows = table(tmp_path / "out" / "tau.csv")
     assert [row["tau"] for row in rows] == ["0.0", "0.8"]
     assert {row["task"] for row in rows} == {f"{place / 'asked'}:exact".removesuffix(":exact")}
@@ -95,7 +97,7 @@ def test_all_are_run_once(study, monkeypatch):
 def test_all_go_without_one_that_does_not_suit_the_task(study, monkeypatch):
     def measure(subject, name):
         if name not in suited:
-            raise UserError(f"{name} needs more")
+            raise Unsuited(f"{name} needs more")
         return [{"name": name}]
 
     for name in NAMES:
@@ -111,6 +113,39 @@ def test_all_go_without_one_that_does_not_suit_the_task(study, monkeypatch):
     suited = set()
     code, out, err = study("all")
     assert (code, out) == (2, "")
+
+
+@pytest.mark.parametrize("name", ["all", "encoder_attention"])
+def test_a_folder_of_another_model_ends_the_command(study, place, tmp_path, name):
+    study("tau")
+    other = tiny_llava()
+    with torch.no_grad():
+        other.lm_head.weight[0, 0] += 1
+    save_checkpoint(tmp_path / "other", other)
+    code, out, err = study(name, "--model", tmp_path / "other")
+    assert (code, out) == (2, "")
+    assert "holds answers of another model" in err
+    assert not (tmp_path / "out" / "encoder_attention.csv").exists()
+
+
+def test_corrupt_records_end_the_command(study, tmp_path):
+    study("layer_stride")
+    path = next((tmp_path / "out" / "records").rglob("llavolta*.jsonl"))
+    path.write_text("it\n" + path.read_text())
+    code, _, err = study("all")
+    assert code == 2
+    assert f"{path}:1 is no record of this run" in err
+    assert "there is no layer_stride" not in err
+
+
+def test_a_full_disk_ends_the_command(study, tmp_path, monkeypatch):
+    def full(figure, path):
+        raise UserError(f"cannot write {str(path)!r}: No space left on device")
+
+    monkeypatch.setattr("vlmzip.evaluation.curves.save_figure", full)
+    code, out, err = study("tau")
+    assert (code, out) == (2, "")
+    assert "No space left on device" in err.splitlines()[-1]
 
 
 def test_the_same_command_again_asks_nothing(study, monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 The adapter and whole runs are tested in tests/lmms (`make test-lmms`).
 """
 
+from contextlib import nullcontext
 from importlib.util import find_spec
 
 import pytest
@@ -12,8 +13,9 @@ from vlmzip import NoCompression, VisionZip
 from vlmzip.cli.main import main
 from vlmzip.errors import UserError
 from vlmzip.evaluation.lmms.requests import read_chat, read_generation, read_settings
+from vlmzip.evaluation.lmms.run import _check_judged as check_judged
 from vlmzip.evaluation.lmms.scores import columns, measured
-from vlmzip.evaluation.lmms.suites import LLAVOLTA, VISIONZIP, Benchmark, Suite, read_suite
+from vlmzip.evaluation.lmms.suites import LLAVOLTA, SUITES, VISIONZIP, Benchmark, Suite, read_suite
 from vlmzip.evaluation.papers import against, averages, published
 
 # ---------------------------------------------------------------- suites and averages
@@ -49,6 +51,33 @@ def test_a_score_is_in_the_papers_unit():
     assert Benchmark("x", "x", ("f1", "missing")).score(found) is None
     assert Benchmark("x", "x").score({"alias": "x", "submission,none": None}) is None
     assert Benchmark("x", "x").score({"a,none": None, "a_stderr,none": 0.1, "b,none": 0.5}) == 0.5
+
+
+#: Tasks of lmms-eval whose numbers are shares of 1; all others give percent, or MME's points.
+SHARES = {"gqa", "scienceqa_img", "textvqa_val", "pope", "vqav2_val", "mmmu_val", "vizwiz_vqa_val", "seedbench"}
+
+
+def test_scales_are_of_the_units_in_which_lmms_eval_scores():
+    scales = {(one.task, one.scale) for suite in SUITES.values() for one in suite.benchmarks}
+    others = {"mme", "mmbench_en_dev", "mmbench_cn_dev", "mmvet", "llava_in_the_wild", "activitynetqa"}
+    assert scales == {(task, 100.0) for task in SHARES} | {(task, 1.0) for task in others}
+
+
+@pytest.mark.parametrize(
+    ("verdict", "counts"),
+    [
+        ({"score": 0.0, "eval_model": "it"}, True),
+        ({"score": 0.0, "eval_model": ""}, False),
+        ({"score": 0.0, "eval_model": "Failed Request"}, False),
+        ({"scores": [8, 0], "eval_model": "it"}, True),
+        ({"scores": [8, -1], "eval_model": "it"}, False),  # lmms-eval's for a verdict that it cannot read
+    ],
+)
+def test_an_answer_without_a_verdict_is_no_wrong_answer(verdict, counts):
+    samples = [{"m": {"scores": [7, 7], "eval_model": "it"}}, {"m": verdict}]
+    check_judged(Benchmark("A", "a", ("m",), judge="sometimes"), samples)
+    with nullcontext() if counts else pytest.raises(UserError, match="judge of a gave no score for 1 of 2 answers"):
+        check_judged(Benchmark("A", "a", ("m",), judge="always"), samples)
 
 
 class Configured:

@@ -3,15 +3,18 @@
 import errno
 import json
 import os
+import subprocess
+import sys
+from contextlib import contextmanager
 
 import pytest
 
 from vlmzip.errors import UserError
-from vlmzip.evaluation.records import KEYS, Shard, read_records
+from vlmzip.evaluation.records import KEYS, Shard, hold, read_records
 
 
 def record(number):
-    return dict.fromkeys(KEYS) | {"sample": str(number), "given": f"é {number}"}
+    return dict.fromkeys(KEYS) | {"sample": str(number), "score": 0.5, "given": f"é {number}"}
 
 
 @pytest.fixture
@@ -51,6 +54,8 @@ def test_a_torn_character_is_no_matter(path):
         ('{"sample": "7"}', "it lacks answers, compressor"),
         ("", "cannot be read as JSON"),
         (b"\xff\x00", "cannot be read as JSON"),
+        (json.dumps(record(1) | {"score": "1"}), "its score is no number"),
+        (json.dumps(record(1) | {"score": None}), "its score is no number"),
         (json.dumps(record(0)), "'0' has a record before this one"),
     ],
 )
@@ -70,6 +75,11 @@ def test_a_sample_in_two_files_is_no_sample_twice(path):
         shard.append([record(9), record(2)])
     with pytest.raises(UserError, match=r"it\.1\.jsonl:2 is no record"):
         read_records([path, other])
+
+
+def test_numbers_beside_the_score_are_wanted_where_they_are_needed(path):
+    with pytest.raises(UserError, match=r"it\.0\.jsonl:1 is no record of this run: it lacks retention"):
+        read_records([path], ["retention"])
 
 
 @pytest.mark.parametrize("call", ["write", "fsync"])
@@ -97,7 +107,53 @@ def test_two_runs_cannot_write_one_file(path):
     Shard(path).close()
 
 
+HOLDS = """
+import sys, time
+from pathlib import Path
+from vlmzip.evaluation.records import hold
+
+held = hold(Path(sys.argv[1]))
+print("held", flush=True)
+time.sleep(120)
+"""
+
+
+@contextmanager
+def another_run(folder):
+    """A process that holds a folder until it is killed."""
+    with subprocess.Popen([sys.executable, "-c", HOLDS, str(folder)], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "held\n"
+            yield
+        finally:
+            process.kill()
+
+
+def test_a_folder_is_one_runs_until_it_ends(tmp_path):
+    with another_run(tmp_path / "out"), pytest.raises(UserError, match=r"another run is writing .*out'; wait for it"):
+        hold(tmp_path / "out")
+    held, again = hold(tmp_path / "out"), hold(tmp_path / "a" / ".." / "out")  # it was killed
+    assert held is again
+    del held, again
+    with another_run(tmp_path / "out"):  # nobody here has it any more
+        pass
+
+
+def test_where_there_are_no_locks_nobody_is_kept_out(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with another_run(tmp_path):
+        with monkeypatch.context() as patched:
+            patched.setattr("vlmzip.evaluation.records.fcntl.flock", none)
+            hold(tmp_path)
+        monkeypatch.setattr("vlmzip.evaluation.records.fcntl", None)
+        hold(tmp_path)
+
+
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         Shard(tmp_path / "file" / "it.jsonl")
+    with pytest.raises(UserError, match="cannot write"):
+        hold(tmp_path / "file" / "out")

@@ -1,11 +1,13 @@
 """A study with a tiny model: what is asked, what is not asked again, and what costs nothing but its own row."""
 
+import gc
 import json
 from dataclasses import dataclass
 
 import pytest
 import torch
 
+from tests.evaluation.test_records import another_run
 from tests.evaluation.test_tasks import question, write
 from tests.tiny import FAMILIES, tiny_llava, tiny_processor
 from vlmzip import Pool2d, TokenMap
@@ -13,6 +15,7 @@ from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.evaluation.configurations import read_budgets
 from vlmzip.evaluation.processes import Processes
+from vlmzip.evaluation.records import LOCK
 from vlmzip.evaluation.results import results
 from vlmzip.evaluation.study import Study
 from vlmzip.evaluation.tasks import read_task
@@ -179,6 +182,26 @@ class TestGoingOn:
         ):
             study.run([changed], study.configure([changed], candidates("pool2d"), ["25%"]))
 
+    def test_a_folder_that_another_run_writes_is_refused_before_anything_is_asked(self, study, task, monkeypatch):
+        """Whatever the other has: a file of records of its own, as one of two processes, or none yet."""
+        heard = asked(monkeypatch)
+        with another_run(study.folder), pytest.raises(UserError, match=r"another run is writing .*out'; wait for it"):
+            study.configure([task], candidates("pool2d"), ["25%"])
+        assert [path.name for path in study.folder.iterdir()] == [LOCK]
+        study.run([task], study.configure([task], candidates("pool2d"), ["25%"]))
+        assert len(heard) == 6
+
+    def test_the_folder_is_kept_until_the_run_ends(self, model, task, tmp_path):
+        with Processes() as processes:
+            study = Study(model, tiny_processor("llava"), "tiny", tmp_path / "out", 3, processes, lambda text: None)
+            study.configure([task], [], ["as-set"])
+            del study
+            gc.collect()
+            with pytest.raises(AssertionError), another_run(tmp_path / "out"):
+                pass
+        with another_run(tmp_path / "out"):
+            pass
+
     def test_another_metric_is_refused(self, study, task):
         study.configure([task], candidates("pool2d"), ["25%"])
         other = read_task(f"{task.name}:relaxed", None, None)
@@ -192,6 +215,15 @@ class TestGoingOn:
         path.unlink() if content is None else path.write_text(content)
         with pytest.raises(UserError, match="give another --out"):
             study.configure([task], candidates("pool2d"), ["25%"])
+
+    @pytest.mark.parametrize("name", ["retention", "prefill_flops"])
+    def test_records_without_their_costs_are_refused(self, study, task, name):
+        configurations = study.configure([task], [], ["as-set"])
+        study.run([task], configurations)
+        (path,) = study.folder.glob("records/*/*.jsonl")
+        path.write_text(path.read_text().replace(f'"{name}"', '"it"'))
+        with pytest.raises(UserError, match=f"jsonl:1 is no record of this run: it lacks {name}"):
+            study.records(task, configurations[0])
 
     def test_a_picture_that_vanishes_ends_the_run_and_keeps_the_rest(self, study, task, tmp_path):
         configurations = study.configure([task], candidates("pool2d"), ["25%"])

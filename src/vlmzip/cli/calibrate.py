@@ -38,7 +38,8 @@ def run(args: Namespace) -> None:
     from vlmzip.cli.loading import load, progress
     from vlmzip.cli.pictures import check_target, save_picture
     from vlmzip.runtime.calibration import calibrate
-    from vlmzip.visualize.histogram import draw_deviations, import_matplotlib
+    from vlmzip.visualize.figure import import_matplotlib
+    from vlmzip.visualize.histogram import draw_deviations
 
     compressor = _compressor(args)
     paths = _pictures(args.pictures)

@@ -154,7 +154,7 @@ def _curves(study: Study, task: Task, found: list[Result]) -> list[Figure]:
     from vlmzip.cli.loading import note
     from vlmzip.evaluation.curves import COSTS, draw_curve, save_figure
     from vlmzip.evaluation.study import slug
-    from vlmzip.visualize.histogram import import_matplotlib
+    from vlmzip.visualize.figure import import_matplotlib
 
     try:
         import_matplotlib()

@@ -38,7 +38,7 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
 
 def run(args: Namespace) -> None:
     from vlmzip.cli.loading import load, note
-    from vlmzip.evaluation.analyses.subject import Subject
+    from vlmzip.evaluation.analyses.subject import Subject, Unsuited
     from vlmzip.evaluation.processes import Processes
     from vlmzip.evaluation.tasks import read_one_task
 
@@ -53,11 +53,11 @@ def run(args: Namespace) -> None:
         subject = Subject(
             loaded.model, loaded.processor, args.model, task, folder, args.batch, args.seed, processes, _tell
         )
-        refused: list[UserError] = []
+        refused: list[Unsuited] = []
         for name, analysis in analyses.items():
             try:
                 rows = analysis.measure(subject)
-            except UserError as error:  # not every task or model suits every analysis
+            except Unsuited as error:
                 refused.append(error)
                 if "all" not in args.names or len(refused) == len(analyses):
                     raise
@@ -92,14 +92,17 @@ def _write(subject: Subject, name: str, rows: list[Row]) -> None:
     from vlmzip.evaluation.curves import save_figure
     from vlmzip.files import write_csv
     from vlmzip.measure.machine import about as machine
+    from vlmzip.visualize.figure import import_matplotlib
 
     conditions = {"model": subject.name, "task": subject.task.name, **machine(subject.model.device)}
     write_csv(subject.folder / f"{name}.csv", [{**row, **conditions} for row in rows])
-    title = f"{subject.name} on {subject.task.name}, {len(subject.task.samples):,} questions"
     try:
-        save_figure(find(name).draw(rows, title), subject.folder / f"{name}.png")
+        import_matplotlib()
     except UserError as error:
         note(f"there is no figure of {name}: {error}")
+        return
+    title = f"{subject.name} on {subject.task.name}, {len(subject.task.samples):,} questions"
+    save_figure(find(name).draw(rows, title), subject.folder / f"{name}.png")
 
 
 def _tell(text: str) -> None:

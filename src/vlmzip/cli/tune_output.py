@@ -132,7 +132,7 @@ def show(found: Found, args: Namespace) -> None:
 def _draw(found: Found, folder: Path) -> None:
     from vlmzip.evaluation.curves import save_figure
     from vlmzip.evaluation.tuning_curve import draw
-    from vlmzip.visualize.histogram import import_matplotlib
+    from vlmzip.visualize.figure import import_matplotlib
 
     try:
         import_matplotlib()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vlmzip.evaluation.configurations import PLAIN
 from vlmzip.evaluation.results import Result, pareto
 from vlmzip.files import write_whole
-from vlmzip.visualize.histogram import import_matplotlib
+from vlmzip.visualize.figure import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,12 +24,9 @@ MARKERS = "osD^vP*Xhd<>"
 
 def draw_curve(found: Sequence[Result], cost: str, title: str) -> Figure:
     """One task's results; `cost` is one of `COSTS`. Raises `UserError` where matplotlib is not installed."""
-    import_matplotlib()
-    from matplotlib.figure import Figure  # without pyplot: no window, no state that lasts
-
     label, attribute = COSTS[cost]
     ran = [result for result in found if result.score is not None]
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    figure = new_figure(8, 5)
     axes = figure.subplots()
     for number, method in enumerate(dict.fromkeys(result.configuration.method for result in ran)):
         mine = [result for result in ran if result.configuration.method == method]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +24,8 @@ class Processes:
     def __init__(self) -> None:
         self.rank = int(os.environ.get("RANK", "0"))
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self.held: dict[Path, Any] = {}
+        """What keeps other runs out of the folders that this run writes, until it ends."""
 
     @property
     def first(self) -> bool:
@@ -41,6 +44,7 @@ class Processes:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.held.clear()
         if self.count > 1:
             distributed.destroy_process_group()
 

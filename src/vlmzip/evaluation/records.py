@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,21 @@ except ImportError:  # Windows: two runs into one folder are not told apart ther
     fcntl = None  # type: ignore[assignment]
 
 Record = dict[str, Any]
+#: The file of a study's folder that is locked while a run writes there. It stays: whoever deleted it would let two in.
+LOCK = ".lock"
 #: What a line must have to be a record.
 KEYS = {"task", "sample", "question", "answers", "given", "score", "compressor", "visual_tokens_by_layer"}
 
 
-def read_records(paths: Iterable[Path]) -> dict[str, Record]:
-    """The records of several files of one configuration, by sample.
+def read_records(paths: Iterable[Path], numbers: Collection[str] = ()) -> dict[str, Record]:
+    """The records of several files of one configuration, by sample; `numbers` they have beside their scores.
 
     Raises `UserError` naming file and line for what is no record, or a sample that was there before.
     """
     found: dict[str, Record] = {}
     for path in paths:
         for number, line in enumerate(_whole_lines(path), 1):
-            record = _record(path, number, line)
+            record = _record(path, number, line, {"score", *numbers})
             if record["sample"] in found:
                 _refuse(path, number, f"the sample {record['sample']!r} has a record before this one")
             found[record["sample"]] = record
@@ -48,13 +51,15 @@ def _whole_lines(path: Path) -> list[bytes]:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
 
 
-def _record(path: Path, number: int, line: bytes) -> Record:
+def _record(path: Path, number: int, line: bytes, numbers: set[str]) -> Record:
     try:
         record = json.loads(line.decode())
     except ValueError as error:
         _refuse(path, number, f"it cannot be read as JSON ({str(error)[:80]})")
-    if not isinstance(record, dict) or not record.keys() >= KEYS:
-        _refuse(path, number, "it lacks " + ", ".join(sorted(KEYS - set(record if isinstance(record, dict) else ()))))
+    if missing := (KEYS | numbers) - set(record if isinstance(record, dict) else ()):
+        _refuse(path, number, "it lacks " + ", ".join(sorted(missing)))
+    if wrong := [name for name in sorted(numbers) if type(record[name]) not in (int, float)]:
+        _refuse(path, number, f"its {wrong[0]} is no number")
     return record
 
 
@@ -63,6 +68,40 @@ def _refuse(path: Path, number: int, reason: str) -> Any:
         f"{path}:{number} is no record of this run: {reason}; delete the line and run the same command again:"
         " its question will be asked again, all other records are kept"
     )
+
+
+class Hold:
+    """A folder that one run writes, until nobody in the process has this any more, or the process dies. See `hold`."""
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / LOCK
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise _cannot_write(path, error) from None
+        self._closing = weakref.finalize(self, os.close, file)
+        try:
+            _lock(file, folder)
+        except UserError:
+            self._closing()
+            raise
+
+
+def hold(folder: Path) -> Hold:
+    """Keeps other runs out of a folder. Raises `UserError` where one is in it; within a process all share the hold.
+
+    Processes of one run share its folder too, so that only its first one is to hold it.
+    """
+    place = folder.resolve()
+    held = _holds.get(place)
+    if held is None:
+        held = _holds[place] = Hold(folder)
+    return held
+
+
+#: Whatever the folders' own runs in this process still hold.
+_holds: weakref.WeakValueDictionary[Path, Hold] = weakref.WeakValueDictionary()
 
 
 class Shard:
@@ -74,9 +113,9 @@ class Shard:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
-            raise self._cannot_write(error) from None
+            raise _cannot_write(path, error) from None
         try:
-            self._lock()
+            _lock(self._file, path)
             self._end = _end_of_whole_lines(path)
             os.ftruncate(self._file, self._end)
         except BaseException:
@@ -94,7 +133,7 @@ class Shard:
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, self._end)
-            raise self._cannot_write(error) from None
+            raise _cannot_write(self.path, error) from None
         self._end += size
 
     def close(self) -> None:
@@ -106,21 +145,24 @@ class Shard:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _lock(self) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing {str(self.path)!r}; wait for it, or give another --out") from None
-        except OSError:  # file systems without locks
-            return
 
-    def _cannot_write(self, error: OSError) -> UserError:
-        return UserError(
-            f"cannot write {str(self.path)!r}: {error.strerror or error}; the records so far are kept, and the same"
-            " command goes on from them"
-        )
+def _lock(file: int, path: Path) -> None:
+    """Locks an open file until it is closed; `path` is what `UserError` names where another process has locked it."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"another run is writing {str(path)!r}; wait for it, or give another --out") from None
+    except OSError:  # file systems without locks
+        return
+
+
+def _cannot_write(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write {str(path)!r}: {error.strerror or error}; the records so far are kept, and the same"
+        " command goes on from them"
+    )
 
 
 def _end_of_whole_lines(path: Path) -> int:

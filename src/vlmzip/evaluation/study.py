@@ -24,7 +24,7 @@ from vlmzip.errors import UserError
 from vlmzip.evaluation.answering import Answer, Asker
 from vlmzip.evaluation.configurations import Candidate, Configuration, Configurator, plain_json
 from vlmzip.evaluation.processes import Processes
-from vlmzip.evaluation.records import Record, Shard, read_records
+from vlmzip.evaluation.records import Record, Shard, hold, read_records
 from vlmzip.evaluation.task import Sample, Task
 from vlmzip.files import write_whole
 from vlmzip.measure.machine import about
@@ -67,9 +67,10 @@ class Study:
     def configure(
         self, tasks: Sequence[Task], methods: Sequence[Candidate], budgets: Sequence[str]
     ) -> list[Configuration]:
-        """What is to be asked; notes it in the folder.
+        """What is to be asked; notes it in the folder, which other runs are kept out of until this one ends.
 
-        Raises `UserError` where the folder holds answers of another model, or to other questions.
+        Raises `UserError` where another run is writing there, and where the folder holds answers of another model, or
+        to other questions.
         """
         for task in tasks:
             for sample in task.samples:
@@ -89,6 +90,7 @@ class Study:
     def _configure(
         self, tasks: Sequence[Task], methods: Sequence[Candidate], budgets: Sequence[str]
     ) -> list[Configuration]:
+        self.processes.held.setdefault(self.folder, hold(self.folder))
         path = self.folder / FILE
         known = _read_study(path)
         now = {"model": self.name, "fingerprint": fingerprint(self.model), "dtype": self.conditions["dtype"]}
@@ -199,7 +201,7 @@ class Study:
     def _read(self, task: Task, one: Configuration) -> dict[str, Record]:
         """The records that there are. Raises `UserError` for those of other questions or settings."""
         paths = sorted(self._path(one, "*").parent.glob(self._path(one, "*").name))
-        found, settings = read_records(paths), plain_json(_of(one).to_dict())
+        found, settings = read_records(paths, ("retention", "prefill_flops")), plain_json(_of(one).to_dict())
         for sample in task.samples:
             record = found.get(sample.id)
             if record is None:

@@ -9,7 +9,7 @@ from vlmzip.evaluation.bootstrap import Estimate
 from vlmzip.evaluation.curves import MARKERS
 from vlmzip.evaluation.tuned_study import Cost
 from vlmzip.evaluation.tuning import Row, Tuning
-from vlmzip.visualize.histogram import import_matplotlib
+from vlmzip.visualize.figure import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,11 +27,8 @@ def draw(tuning: Tuning, chosen: Row | None, methods: Mapping[int, str], cost: C
     Scores are drawn as differences from the uncompressed model on the same questions: candidates that were dropped
     early were asked fewer, and scores on different questions do not compare.
     """
-    import_matplotlib()
-    from matplotlib.figure import Figure  # without pyplot: no window, no state that lasts
-
     scale = 100 if cost == "flops" else 1
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    figure = new_figure(8, 5)
     axes = figure.subplots()
     axes.axhline(0, color="black", linewidth=1, label="no_compression")
     for number, method in enumerate(dict.fromkeys(methods.values())):

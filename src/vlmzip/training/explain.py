@@ -16,7 +16,7 @@ from vlmzip.methods import LLaVolta
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.training.random_factor import RandomFactor
 from vlmzip.training.schedule import PUBLISHED_DEPTH, Schedule
-from vlmzip.visualize.histogram import import_matplotlib
+from vlmzip.visualize.figure import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -202,10 +202,7 @@ def draw_staircase(cost: Cost, title: str) -> Figure:
     Stages in which the pictures decide are hatched over the whole height. Raises `UserError` where matplotlib is not
     installed.
     """
-    import_matplotlib()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), dpi=150, layout="constrained")
+    figure = new_figure(8, 4)
     axes = figure.subplots()
     for stage in cost.stages:
         left, right = 100 * float(stage.begins), 100 * float(stage.ends)

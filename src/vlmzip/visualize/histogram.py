@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import Any
 
 from PIL import Image
 
-from vlmzip.errors import UserError
+from vlmzip.visualize.figure import new_figure
 
 BINS = 30
 
 
-def import_matplotlib() -> Any:
-    """Raises `UserError` where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("figures need matplotlib: pip install 'vlmzip[eval]'") from None
-    return matplotlib
-
-
 def draw_deviations(deviations: Sequence[dict[int, float]], threshold: float, title: str) -> Image.Image:
     """One outline for each factor: how many pictures have which deviation; those left of the line can be pooled."""
-    import_matplotlib()
-    from matplotlib.figure import Figure  # without pyplot: no window, no state that lasts
+    figure = new_figure(7, 4)
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
     axes = figure.subplots()
     factors = sorted({factor for one in deviations for factor in one})
     values = {factor: [one[factor] for one in deviations if factor in one] for factor in factors}

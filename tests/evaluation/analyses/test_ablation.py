@@ -5,8 +5,19 @@ import torch
 
 from tests.evaluation.analyses.subjects import make_subject
 from vlmzip import VisionZip
-from vlmzip.errors import UserError
-from vlmzip.evaluation.analyses.ablation import BOTH, CONTEXTUAL, DOMINANT, MERGES, _variant, draw, findings, measure
+from vlmzip.evaluation.analyses.ablation import (
+    BOTH,
+    CONTEXTUAL,
+    DOMINANT,
+    MERGES,
+    _against,
+    _variant,
+    draw,
+    findings,
+    measure,
+)
+from vlmzip.evaluation.analyses.subject import Unsuited
+from vlmzip.evaluation.results import Result
 from vlmzip.visual_tokens import Grid, VisualTokens
 
 
@@ -43,6 +54,13 @@ def measured(tmp_path_factory):
     return measure(subject), told, subject
 
 
+def test_the_difference_is_the_part_minus_both():
+    wrong, right = ([{"picture": str(n), "score": score} for n in range(4)] for score in (0, 1))
+    few, all_of = Result(None, wrong), Result(None, right)
+    assert _against(few, all_of, 0) == dict.fromkeys(("against_both", "against_both_low", "against_both_high"), -100.0)
+    assert _against(all_of, few, 0)["against_both"] == 100
+
+
 class TestOnATinyModel:
     def test_a_row_for_each_part_budget_and_merge(self, measured):
         plain, *rows = measured[0]
@@ -71,7 +89,7 @@ class TestOnATinyModel:
 
 def test_no_budget_left_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("vlmzip.evaluation.analyses.ablation.SHARES", ("5.6%", "4%"))
-    with pytest.raises(UserError, match=r"5\.6%, 4% of 36 are too few"):
+    with pytest.raises(Unsuited, match=r"5\.6%, 4% of 36 are too few"):
         measure(make_subject(tmp_path)[0])
 
 

@@ -6,6 +6,7 @@ import torch
 from tests.evaluation.analyses.numbered import numbered_subject
 from tests.tiny import FAMILIES, IMAGE_TOKEN
 from vlmzip.evaluation.analyses import attention_by_depth as analysis
+from vlmzip.evaluation.analyses.subject import Unsuited
 from vlmzip.models import adapter_for
 
 STEPS = 5
@@ -68,3 +69,9 @@ def test_rows_of_the_table_are_means_over_questions(tmp_path):
         assert row["visual_tokens"] == 36
     assert rows[0]["uniform"] == pytest.approx(100 * sum(a["uniform"] for a in answers) / len(answers), abs=0.006)
     assert rows == analysis.measure(subject)  # from the records
+
+
+def test_sliding_windows_do_not_suit_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(analysis, "has_sliding_windows", lambda adapter: True)
+    with pytest.raises(Unsuited, match="sliding windows"):
+        analysis.measure(numbered_subject(tmp_path))

@@ -1,9 +1,12 @@
 """Pictures that fit, counted one by one; questions about one of several pictures, made by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.evaluation.analyses.numbered import TEMPLATE, numbered_subject
+from tests.evaluation.test_study import asked
 from vlmzip import NoCompression, Pool2d
 from vlmzip.evaluation.analyses import context
 from vlmzip.evaluation.answering import Asker
@@ -68,6 +71,14 @@ def test_answers_are_those_to_prompts_made_by_hand(subject, place, number):
     assert found["visual_tokens_by_layer"] == [27] * 4
 
 
+@pytest.mark.parametrize(("place", "number"), [("first", 1), ("last", 3)])
+def test_the_prompt_names_the_picture_that_is_asked_about(subject, monkeypatch, place, number):
+    monkeypatch.setattr(context, "STATED", "w5{number} w6{count} {question}")
+    heard = asked(monkeypatch)
+    context._answer(subject.study(), subject.task, NoCompression(), 3, place, [1])
+    assert heard == [[f"w5{number} w63 w6"]]
+
+
 def test_prompts_say_which_picture_where_the_words_are_known(subject, monkeypatch):
     sample = subject.task.samples[1]
     assert context.question(subject.processor, sample, 2, 3) == sample.question
@@ -97,6 +108,41 @@ def test_the_table(subject, monkeypatch):
     subject.model.config.text_config.max_position_embeddings = 100
     few = [row["pictures"] for row in context.measure(subject) if row["method"] == "no_compression"]
     assert few == [1, 2, 2]
+
+
+def test_more_questions_in_the_same_folder_give_what_a_fresh_one_gives(subject, tmp_path, monkeypatch):
+    """Which pictures stand beside the last ones depends on how many questions are asked."""
+    heard = {}
+
+    def answer(study, task, compressor, count, place, places):
+        beside = {n: context.arranged(task.samples, task.samples[n], count, place) for n in places}
+        text = {n: "-".join(str(sum(image.tobytes())) for image in images) for n, images in beside.items()}
+        heard[study.folder] = heard.get(study.folder, 0) + len(places)
+        return [{"given": text[n], "visual_tokens_by_layer": [9 * count]} for n in places]
+
+    def given(subject):
+        """The answers in the order of the questions, by number and place of the pictures."""
+        told = {}
+        real = context.kept
+
+        def keep(study, task, name, settings, *rest):
+            records = real(study, task, name, settings, *rest)
+            told[settings["method"], settings["pictures"], settings["place"]] = [one["given"] for one in records]
+            return records
+
+        with monkeypatch.context() as patched:
+            patched.setattr(context, "kept", keep)
+            return context.measure(subject), told
+
+    monkeypatch.setattr(context, "_answer", answer)
+    few = replace(subject, task=replace(subject.task, samples=subject.task.samples[:4]))  # two of the four pictures
+    given(few)
+    fresh = replace(subject, folder=tmp_path / "fresh")
+    assert given(subject) == given(fresh)
+    before = dict(heard)
+    given(few)
+    assert given(subject) == given(fresh)
+    assert heard == before  # and what was asked once is not asked again
 
 
 def test_differences_are_from_the_same_method_with_one_picture(subject, monkeypatch):

@@ -16,8 +16,10 @@ from tests.tiny import FAMILIES, tiny_llava, tiny_paligemma, tiny_vipllava
 from vlmzip import Signal, Site, UserError
 from vlmzip.evaluation.analyses import encoder_attention
 from vlmzip.evaluation.analyses.encoder_attention import concentration, draw, findings, measure
+from vlmzip.evaluation.analyses.subject import Unsuited
 from vlmzip.models import adapter_for
 from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.llava import Llava
 from vlmzip.visual_tokens import Grid
 from vlmzip.visualize.attention import Map, draw_maps
 
@@ -176,7 +178,12 @@ class TestStudy:
         monkeypatch.setenv("RANK", "1")
         subject, _ = make_subject(tmp_path)
         assert measure(subject) == []
-        assert not subject.folder.exists()
+        assert not list(subject.folder.glob("*.png"))
+
+    def test_what_the_family_does_not_tell_does_not_suit_it(self, tmp_path, monkeypatch):
+        monkeypatch.delattr(Llava, "encoder_attention")
+        with pytest.raises(Unsuited, match="does not tell what its encoder attends to"):
+            measure(make_subject(tmp_path)[0])
 
     @pytest.mark.filterwarnings("ignore:__array__ implementation")  # PaliGemma's processor and NumPy's newest
     @pytest.mark.parametrize("family", ["paligemma", "qwen2_5_vl"])

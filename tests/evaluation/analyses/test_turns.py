@@ -7,8 +7,9 @@ from PIL import Image
 
 from tests.evaluation.analyses.numbered import numbered_subject
 from tests.tiny import tiny_llava, tiny_processor, tiny_qwen
-from vlmzip import FastV, NoCompression, TokenMap, UserError, VisionZip
+from vlmzip import FastV, NoCompression, TokenMap, VisionZip
 from vlmzip.evaluation.analyses import turns
+from vlmzip.evaluation.analyses.subject import Unsuited
 from vlmzip.evaluation.bootstrap import Bootstrap
 
 
@@ -150,8 +151,8 @@ def test_the_table_has_each_method_in_its_places_and_is_kept(subject, monkeypatc
 
 def test_it_says_what_it_cannot_do(tmp_path, subject):
     alone = numbered_subject(tmp_path / "alone", words=("w4", "w5"), pictures="ab")
-    with pytest.raises(UserError, match="two questions or more"):
+    with pytest.raises(Unsuited, match="two questions or more"):
         turns.measure(alone)
     subject.processor.chat_template = None
-    with pytest.raises(UserError, match="chat template"):
+    with pytest.raises(Unsuited, match="chat template"):
         turns.measure(subject)

@@ -5,6 +5,9 @@ A file has a docstring whose first line says what it finds out, and three functi
     measure(subject: Subject) -> list[Row]                      what is written as CSV
     draw(rows: Sequence[Row], title: str) -> Figure             what is written as PNG and SVG; reads the rows alone
     findings(rows: Sequence[Row]) -> list[str]                  the rows in a few sentences, with their figures
+
+`measure` raises `Unsuited` where the task or the model does not suit the analysis, and `vlmzip study all` goes on
+without it. Any other error ends the command.
 """
 
 from __future__ import annotations

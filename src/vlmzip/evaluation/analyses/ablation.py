@@ -14,12 +14,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from vlmzip.errors import UserError
-from vlmzip.evaluation.analyses.subject import Row, Subject, scored
+from vlmzip.evaluation.analyses.subject import Row, Subject, Unsuited, scored
 from vlmzip.evaluation.results import Result, difference
 from vlmzip.keep import count_to_keep
 from vlmzip.methods import VisionZip
-from vlmzip.visualize.histogram import import_matplotlib
+from vlmzip.visualize.figure import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,9 +37,7 @@ def measure(subject: Subject) -> list[Row]:
     if len(shares) < len(SHARES):
         less = ", ".join(share for share in SHARES if share not in shares)
         if not shares:
-            raise UserError(
-                f"ablation needs budgets of tokens of both kinds, and {less} of {size} are too few for that"
-            )
+            raise Unsuited(f"ablation needs budgets of tokens of both kinds, and {less} of {size} are too few for that")
         subject.tell(f"ablation leaves {less} out: of {size} tokens that is too few for both kinds")
     variants = [
         (share, merge, part, _variant(size, share, merge, part))
@@ -83,11 +80,8 @@ def _against(result: Result, both: Result, seed: int) -> Row:
 
 
 def draw(rows: Sequence[Row], title: str) -> Figure:
-    import_matplotlib()
-    from matplotlib.figure import Figure
-
     plain, *rest = rows
-    figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
+    figure = new_figure(9, 5)
     figure.suptitle(title)
     for axes, merge in zip(figure.subplots(1, len(MERGES), sharey=True), MERGES, strict=True):
         axes.axhline(plain["score"], color="black", linestyle="--", linewidth=1, label="no compression")

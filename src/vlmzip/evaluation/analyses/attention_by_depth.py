@@ -22,8 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vlmzip.errors import UserError
-from vlmzip.evaluation.analyses.subject import Row, Subject
+from vlmzip.evaluation.analyses.subject import Row, Subject, Unsuited
 from vlmzip.evaluation.bootstrap import Bootstrap, estimate
 from vlmzip.evaluation.kept import kept
 from vlmzip.evaluation.records import Record
@@ -33,7 +32,7 @@ from vlmzip.methods import NoCompression
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.models.recording import attention_rows
 from vlmzip.runtime.in_llm import has_sliding_windows
-from vlmzip.visualize.histogram import import_matplotlib
+from vlmzip.visualize.figure import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
 def measure(subject: Subject) -> list[Row]:
     study = subject.study()
     if has_sliding_windows(study.adapter):
-        raise UserError("attention_by_depth cannot read this LLM: it has layers with sliding windows")
+        raise Unsuited("attention_by_depth cannot read this LLM: it has layers with sliding windows")
     answer = partial(_answer, study, subject.task)
     settings = {"compressor": NoCompression().to_dict()}
     records = kept(study, subject.task, "attention_by_depth", settings, subject.task.samples, answer)
@@ -164,11 +163,9 @@ def reading(adapter: ModelAdapter, visual: Bool[Tensor, "batch prompt"]) -> Iter
 
 
 def draw(rows: Sequence[Row], title: str) -> Figure:
-    import_matplotlib()
-    from matplotlib.figure import Figure
+    figure = new_figure(7, 4)
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
     axes = figure.subplots()
     layers = [row["layer"] for row in rows]
     axes.plot(layers, [row["attention"] for row in rows], marker="o", label="attention to visual tokens")

@@ -14,6 +14,7 @@ LLaVA-Zip (arXiv:2412.08771) promises that fewer tokens a picture make room for 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,7 @@ from vlmzip.evaluation.study import Study
 from vlmzip.evaluation.task import Sample, Task
 from vlmzip.keep import count_to_keep
 from vlmzip.measure.presets import PRESETS
-from vlmzip.visualize.histogram import import_matplotlib
+from vlmzip.visualize.figure import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -115,7 +116,7 @@ def _asked(study: Study, task: Task, one: Configuration, bootstrap: Bootstrap, m
             settings: dict[str, Any] = {"compressor": one.compressor.to_dict(), "method": spec.write(one.compressor)}
             settings |= {"pictures": count, "place": place}
             answer = partial(_answer, study, task, one.compressor, count, place)
-            records = kept(study, task, "context", settings, task.samples, answer)
+            records = kept(study, task, "context", settings, _named(task.samples, count), answer)
             scores = np.array([record["score"] for record in records], float)
             drawn = bootstrap.share(scores, np.ones(len(records)))
             alone = drawn if alone is None else alone
@@ -149,11 +150,29 @@ def arranged(samples: Sequence[Sample], asked: Sample, count: int, place: str) -
 
     Behind the task's last picture comes its first.
     """
-    pictures = {sample.picture: sample for sample in samples}
+    others = [sample.load() for sample in following(samples, asked, count - 1)]
+    return [*others, asked.load()] if place == LAST else [asked.load(), *others]
+
+
+def following(samples: Sequence[Sample], asked: Sample, count: int) -> list[Sample]:
+    """The first question about each of the `count` pictures that follow the asked one."""
+    pictures: dict[str, Sample] = {}
+    for sample in samples:
+        pictures.setdefault(sample.picture, sample)
     names = list(pictures)
     start = names.index(asked.picture)
-    others = [pictures[names[(start + step) % len(names)]].load() for step in range(1, count)]
-    return [*others, asked.load()] if place == LAST else [asked.load(), *others]
+    return [pictures[names[(start + step) % len(names)]] for step in range(1, count + 1)]
+
+
+def _named(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """The samples, named also by the pictures beside theirs, of which the end of the task decides: with another
+    `--limit` the last questions have others, and are other questions."""
+    return [
+        dataclasses.replace(
+            one, id=" with ".join([one.id, *(other.id for other in following(samples, one, count - 1))])
+        )
+        for one in samples
+    ]
 
 
 def says_which(processor: Any, count: int) -> bool:
@@ -187,10 +206,7 @@ def _columns(name: str, share: Estimate) -> Row:
 
 def draw(rows: Sequence[Row], title: str) -> Figure:
     """Left: the pictures that fit, by budget. Right: the score over the number of pictures."""
-    import_matplotlib()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.5), dpi=150, layout="constrained")
+    figure = new_figure(10, 4.5)
     left, right = figure.subplots(1, 2)
     fits = [row for row in rows if row["part"] == FITS]
     for number, what in enumerate(dict.fromkeys(row["what"] for row in fits)):

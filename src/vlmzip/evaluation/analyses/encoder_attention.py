@@ -12,7 +12,7 @@ happens inside of windows is seen: compare them with one another, not with layer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,16 +21,18 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from vlmzip.evaluation.analyses.subject import Row, Subject
+from vlmzip.errors import UserError
+from vlmzip.evaluation.analyses.subject import Row, Subject, Unsuited
 from vlmzip.evaluation.answering import Asker
 from vlmzip.evaluation.bootstrap import Bootstrap, estimate
+from vlmzip.evaluation.configurations import AS_SET
 from vlmzip.evaluation.task import Sample
 from vlmzip.files import write_whole
 from vlmzip.keep import count_to_keep
 from vlmzip.models import adapter_for
 from vlmzip.models.adapter import EncoderAttention
 from vlmzip.visualize.attention import Map, draw_maps
-from vlmzip.visualize.histogram import import_matplotlib
+from vlmzip.visualize.figure import new_figure
 from vlmzip.visualize.overlay import seen_picture
 
 if TYPE_CHECKING:
@@ -45,7 +47,11 @@ SHOWN = 6
 
 
 def measure(subject: Subject) -> list[Row]:
-    """Also draws what one picture's layers attend to, `encoder_attention-maps.png`; the first process does it all."""
+    """Also draws what one picture's layers attend to, `encoder_attention-maps.png`; the first process does it all.
+
+    Raises `UserError` where the folder holds answers of another model: figures of two models do not belong together.
+    """
+    subject.study().configure([subject.task], [], [AS_SET])
     if not subject.processes.first:
         return []
     asker = Asker(adapter_for(subject.model), subject.processor)
@@ -65,8 +71,15 @@ def _encoded(asker: Asker, samples: Sequence[Sample]) -> Iterator[tuple[EncoderA
     for start in range(0, len(samples), TOGETHER):
         pictures = [sample.load() for sample in samples[start : start + TOGETHER]]
         inputs = asker.inputs(pictures, [""] * len(pictures))
+        yield _read(asker, inputs), pictures
+
+
+def _read(asker: Asker, inputs: Mapping[str, Any]) -> EncoderAttention:
+    try:
         with torch.inference_mode():
-            yield asker.adapter.encoder_attention(inputs), pictures
+            return asker.adapter.encoder_attention(inputs)
+    except UserError as error:  # about the family or its encoder
+        raise Unsuited(str(error)) from error
 
 
 def concentration(scores: Float[Tensor, "layers tokens"]) -> np.ndarray:
@@ -120,11 +133,9 @@ def _draw_picture(subject: Subject, asker: Asker, pictures: Sequence[Image.Image
 
 
 def draw(rows: Sequence[Row], title: str) -> Figure:
-    import_matplotlib()
-    from matplotlib.figure import Figure
+    figure = new_figure(7, 7)
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(7, 7), dpi=150, layout="constrained")
     above, below = figure.subplots(2, sharex=True)
     layers = [row["layer"] for row in rows]
     for number, top in enumerate(TOPS):

@@ -15,7 +15,7 @@ from vlmzip.evaluation.configurations import PLAIN
 from vlmzip.methods import LLaVolta
 from vlmzip.methods.llavolta import BEFORE_THE_LLM
 from vlmzip.models import adapter_for
-from vlmzip.visualize.histogram import import_matplotlib
+from vlmzip.visualize.figure import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -42,14 +42,11 @@ def measure(subject: Subject) -> list[Row]:
 
 def draw(rows: Sequence[Row], title: str) -> Figure:
     """A heat map of the loss; each cell has the score and the share of tokens."""
-    import_matplotlib()
-    from matplotlib.figure import Figure
-
     plain, *tried = rows
     at = {(row["layer"], row["stride"]): row for row in tried}
     depths, strides = sorted({layer for layer, _ in at}), sorted({stride for _, stride in at})
     loss = [[at[layer, stride]["difference"] for stride in strides] for layer in depths]
-    figure = Figure(figsize=(7, 5), dpi=150, layout="constrained")
+    figure = new_figure(7, 5)
     axes = figure.subplots()
     worst = min(min(line) for line in loss)
     drawn = axes.imshow(loss, cmap="YlOrRd_r", vmin=min(worst, -1), vmax=0, aspect="auto")

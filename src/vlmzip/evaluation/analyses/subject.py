@@ -22,6 +22,10 @@ from vlmzip.models import adapter_for
 Row = dict[str, Any]
 
 
+class Unsuited(UserError):
+    """The task or the model does not suit an analysis; others may well suit it."""
+
+
 @dataclass(frozen=True)
 class Subject:
     """One model on one task."""
@@ -50,7 +54,7 @@ class Subject:
     def ask(self, compressors: Sequence[Compressor]) -> list[Result]:
         """The results of the uncompressed model and of each compressor, in this order, as `vlmzip eval` has them.
 
-        Raises `UserError` where one of them has no place in the model, or breaks.
+        Raises `Unsuited` where one of them has no place in the model, and `UserError` where one breaks.
         """
         study = self.study()
         written = ",".join(map(spec.write, compressors))
@@ -59,7 +63,8 @@ class Subject:
         found = list(results(study, self.task, configurations, self.seed))
         for result in found:
             if result.score is None:
-                raise UserError(f"{result.configuration.method}: {result.note}")
+                kind = Unsuited if result.configuration.compressor is None else UserError
+                raise kind(f"{result.configuration.method}: {result.note}")
         return found
 
 

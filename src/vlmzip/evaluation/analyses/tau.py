@@ -16,7 +16,7 @@ from vlmzip.evaluation.analyses.subject import Row, Subject, scored
 from vlmzip.evaluation.records import Record
 from vlmzip.evaluation.results import difference
 from vlmzip.methods import DFMR
-from vlmzip.visualize.histogram import import_matplotlib
+from vlmzip.visualize.figure import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,10 +75,7 @@ def _of_group(group: tuple[str, str], records: Sequence[Record], plain: Sequence
 
 
 def draw(rows: Sequence[Row], title: str) -> Figure:
-    import_matplotlib()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 6), dpi=150, layout="constrained")
+    figure = new_figure(7, 6)
     above, below = figure.subplots(2, sharex=True)
     taus = [row["tau"] for row in rows]
     above.plot(taus, [row["score"] for row in rows], marker="o", color="black", label="all pictures")

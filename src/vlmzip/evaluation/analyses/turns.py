@@ -31,8 +31,7 @@ from transformers import DynamicCache
 
 from vlmzip import spec
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError
-from vlmzip.evaluation.analyses.subject import Row, Subject
+from vlmzip.evaluation.analyses.subject import Row, Subject, Unsuited
 from vlmzip.evaluation.bootstrap import Bootstrap, Estimate, estimate
 from vlmzip.evaluation.configurations import PLAIN
 from vlmzip.evaluation.kept import kept
@@ -44,7 +43,7 @@ from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.report import PictureReport
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Site, VisualTokens
-from vlmzip.visualize.histogram import import_matplotlib
+from vlmzip.visualize.figure import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -86,9 +85,9 @@ def pairs(samples: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
 def measure(subject: Subject) -> list[Row]:
     study, both = subject.study(), pairs(subject.task.samples)
     if not both:
-        raise UserError(f"turns needs pictures with two questions or more; {subject.task.name} has none here")
+        raise Unsuited(f"turns needs pictures with two questions or more; {subject.task.name} has none here")
     if not getattr(subject.processor, "chat_template", None):
-        raise UserError("turns needs a processor with a chat template, which says how a second turn is written")
+        raise Unsuited("turns needs a processor with a chat template, which says how a second turn is written")
     bootstrap = Bootstrap([second.picture for _, second in both], subject.seed)
     plain = _asked(study, subject.task, NoCompression(), both)
     rows = [_row(bootstrap, PLAIN, "100%", place, plain, plain) for place in (FIRST, SECOND)]
@@ -171,7 +170,7 @@ def _after_answer(processor: Any, question: str) -> str:
     messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
     _, found, after = processor.apply_chat_template(messages, add_generation_prompt=True).partition(_ANSWER)
     if not found:
-        raise UserError("turns cannot use this chat template: it does not write what the assistant said")
+        raise Unsuited("turns cannot use this chat template: it does not write what the assistant said")
     return after
 
 
@@ -243,10 +242,7 @@ def _columns(name: str, share: Estimate) -> Row:
 
 def draw(rows: Sequence[Row], title: str) -> Figure:
     """Scores in each place, and beside them how much more is lost there than on first questions."""
-    import_matplotlib()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 4.5), dpi=150, layout="constrained")
+    figure = new_figure(10, 4.5)
     left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": (3, 2)})
     names = list(dict.fromkeys(_name(row) for row in rows))
     places = {FIRST: "asked first", SECOND: "asked second, same cache", REPLAYED: "asked first, tokens of the other"}
