@@ -7,6 +7,8 @@ INSTALLED := $(VENV)/.installed
 # Another version of transformers gets an environment of its own: make test-transformers TRANSFORMERS=5.19
 TRANSFORMERS ?= 5.19
 OTHER ?= .venv-transformers-$(TRANSFORMERS)
+# What another version can break: all that touches models. The rest is the same Python in both.
+TESTS ?= tests/models tests/runtime tests/methods tests/measure tests/training tests/cli/test_commands.py
 # lmms-eval brings a hundred packages along, 2.4 GB: it has an environment of its own too.
 LMMS ?= .venv-lmms
 
@@ -35,8 +37,8 @@ $(OTHER)/.installed: pyproject.toml constraints.txt
 	$(OTHER)/bin/python -m pip install --quiet -c $(OTHER)/constraints.txt -e ".[dev]" "transformers==$(TRANSFORMERS).*"
 	@touch $@
 
-test-transformers: $(OTHER)/.installed ## run the tests with another version of transformers
-	$(OTHER)/bin/python -m pytest
+test-transformers: $(OTHER)/.installed ## run the tests with another version of transformers; TESTS= for all
+	$(OTHER)/bin/python -m pytest $(TESTS)
 
 $(LMMS)/.installed: pyproject.toml constraints.txt tests/lmms/torchvision_beside_cpu_torch.py
 	$(PYTHON) -m venv $(LMMS)

@@ -65,7 +65,7 @@ def test_the_table_and_the_files(evaluate, tmp_path, asked):
     names = {re.sub(r"-[0-9a-f]{6}", "", path.name) for path in folder.iterdir()}
     stem = re.sub(r"[^A-Za-z0-9._=-]+", "-", asked).strip("-")[:60]
     curves = {f"{stem}-{cost}.{kind}" for cost in ("tokens", "flops") for kind in ("png", "svg")}
-    assert names == {"results.csv", "study.json", "records"} | curves
+    assert names == {".lock", "results.csv", "study.json", "records"} | curves
     with (folder / "results.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["method"], row["budget"], row["compressor"]) for row in rows] == [

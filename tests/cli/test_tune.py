@@ -74,7 +74,7 @@ def test_what_is_chosen_keeps_to_the_limit_and_can_be_used(on_mini, capsys):
     assert main(["ask", "examples/flat.png", "what color is the ring ?", "--method", method, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["pictures"][0]["after"] == 16
     assert {path.name for path in folder.iterdir()} == {
-        "compressor.json", "curve.png", "curve.svg", "records", "study.json", "tune.csv"
+        ".lock", "compressor.json", "curve.png", "curve.svg", "records", "study.json", "tune.csv"
     }  # fmt: skip
     assert Image.open(folder / "curve.png").width > 1000
     assert ET.parse(folder / "curve.svg").getroot().tag.endswith("svg")

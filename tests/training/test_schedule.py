@@ -10,23 +10,14 @@ from hypothesis import strategies as st
 from vlmzip import DFMR, LLaVolta, NoCompression
 from vlmzip.errors import UserError
 from vlmzip.evaluation.papers import published
+from vlmzip.training.explain import IN_THE_PAPER
 from vlmzip.training.schedule import SCHEMES, Schedule, Stage, constant, read_schedule, scheme
 
-#: The paper's names for the schemes.
-IN_TABLE_1 = {
-    "two-stage": "two",
-    "three-stage-deeper": "deeper",
-    "three-stage-wider": "wider",
-    "four-stage-wider-then-deeper": "wider then deeper",
-    "four-stage-deeper-then-wider": "deeper then wider",
-    "last-stage-compression": "last stage",
-}
 
-
-@pytest.mark.parametrize("name", IN_TABLE_1)
+@pytest.mark.parametrize("name", IN_THE_PAPER)
 def test_schemes_are_those_of_table_1(name):
     rows = [row for row in published("llavolta") if row.table == "Table 1"]
-    printed = [row for row in rows if row.settings["scheme"] == IN_TABLE_1[name]]
+    printed = [row for row in rows if row.settings["scheme"] == IN_THE_PAPER[name]]
     stages = scheme(name).stages
     assert len(printed) == len(stages)
     for row, stage in zip(printed, stages, strict=True):
@@ -37,7 +28,7 @@ def test_schemes_are_those_of_table_1(name):
 
 
 def test_every_scheme_of_table_1_is_here():
-    assert {"none", *IN_TABLE_1} == set(SCHEMES)
+    assert {"none", *IN_THE_PAPER} == set(SCHEMES)
     assert scheme("none").stages == (Stage(NoCompression()),)
 
 

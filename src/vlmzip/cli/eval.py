@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from vlmzip import spec
 from vlmzip.cli import suite
-from vlmzip.cli.options import add_model
+from vlmzip.cli.options import add_model, check_counts, check_folder
 from vlmzip.errors import UserError
 from vlmzip.evaluation.papers import published
 from vlmzip.evaluation.tasks import FORMS as TASKS
@@ -117,18 +117,11 @@ def run(args: Namespace) -> None:
 
 def _check(args: Namespace) -> None:
     """Raises `UserError` for what can be refused before anything slow happens."""
-    for name in ("limit", "batch", "max_new_tokens"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: give at least 1")
-    if args.examples < 0:
-        raise UserError(f"--examples {args.examples}: give at least 0")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: give at least 0")
+    check_counts(args, "limit", "batch", "max_new_tokens")
+    check_counts(args, "examples", "seed", least=0)
+    check_folder(args)
     if args.against is not None:
         published(args.against)
-    if args.out is not None and args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out {str(args.out)!r} is a file; give a folder")
     suite.check(args)
 
 

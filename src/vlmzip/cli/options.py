@@ -41,6 +41,20 @@ def check_answer_length(args: Namespace) -> None:
         raise UserError(f"--max-new-tokens {args.max_new_tokens}: give at least 1")
 
 
+def check_counts(args: Namespace, *names: str, least: int = 1) -> None:
+    """Raises `UserError` for an option, if it is given, that is below `least`."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: give at least {least}")
+
+
+def check_folder(args: Namespace) -> None:
+    """Raises `UserError` for an --out that cannot be a folder."""
+    if args.out is not None and args.out.exists() and not args.out.is_dir():
+        raise UserError(f"--out {str(args.out)!r} is a file; give a folder")
+
+
 def add_method(parser: ArgumentParser, arguments: list[str], default: str = DEFAULT_METHOD) -> None:
     """`--method`, `--keep`, and every field of the method that `arguments` choose, if it is given by name alone.
 

@@ -7,7 +7,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmzip.cli.options import add_model
+from vlmzip.cli.options import add_model, check_counts, check_folder
 from vlmzip.errors import UserError
 from vlmzip.evaluation.analyses import NAMES, about, find
 from vlmzip.evaluation.tasks import FORMS as TASKS
@@ -76,14 +76,9 @@ def run(args: Namespace) -> None:
 
 def _check(args: Namespace) -> None:
     """Raises `UserError` for what can be refused before anything slow happens."""
-    for name in ("limit", "batch"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value}: give at least 1")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: give at least 0")
-    if args.out is not None and args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out {str(args.out)!r} is a file; give a folder")
+    check_counts(args, "limit", "batch")
+    check_counts(args, "seed", least=0)
+    check_folder(args)
 
 
 def _write(subject: Subject, name: str, rows: list[Row]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmzip import spec
-from vlmzip.cli.options import add_model
+from vlmzip.cli.options import add_model, check_counts, check_folder
 from vlmzip.errors import UserError
 from vlmzip.evaluation.tasks import FORMS as TASKS
 from vlmzip.keep import count_to_keep, parse_keep
@@ -177,13 +177,8 @@ def _check(args: Namespace) -> None:
         raise UserError(f"--max-prefill-ms {args.max_prefill_ms:g}: give more than 0")
     if args.max_loss is not None and not 0 <= args.max_loss <= 100:
         raise UserError(f"--max-loss {args.max_loss:g}: give points from 0 to 100")
-    for name in ("limit", "batch", "max_new_tokens"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} {value}: give at least 1")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: give at least 0")
-    if args.out is not None and args.out.exists() and not args.out.is_dir():
-        raise UserError(f"--out {str(args.out)!r} is a file; give a folder")
+    check_counts(args, "limit", "batch", "max_new_tokens")
+    check_counts(args, "seed", least=0)
+    check_folder(args)
     if args.out is not None and (args.out / "config.json").exists():
         raise UserError(f"--out {str(args.out)!r} holds a model, whose own compressor.json is not tune's to replace")
