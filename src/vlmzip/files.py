@@ -40,6 +40,11 @@ def write_whole(path: Path, write: Callable[[str], object]) -> None:
         raise UserError(f"cannot write {str(path)!r}: {error.strerror or error}") from None
 
 
+def write_text(path: Path, text: str) -> None:
+    """`write_whole` of a text, in UTF-8."""
+    write_whole(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+
+
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     """Writes a table: a column for each key of the first row, which every row has."""
 

@@ -170,6 +170,20 @@ def test_bad_records_are_reported_and_training_goes_on(start, again, tmp_path):
         assert f"1 of {COUNT} records left out: {reason}" in said
 
 
+def logged(out, name):
+    return [line[name] for line in map(json.loads, (out / "log.jsonl").open()) if "loss" in line]
+
+
+def test_padding_is_logged(start, again):
+    """One record at a time needs none, but for the one without picture, beside which stands a black one."""
+    assert min(logged(start / "out", "padding")) > 0
+    out, _ = again(batch_per_process=1)
+    assert sum(share > 0 for share in logged(out, "padding")) == 1
+    seconds = logged(out, "cpu_seconds")
+    assert seconds == sorted(seconds)
+    assert seconds[-1] > seconds[0]
+
+
 #: What a full disk looks like to whoever writes; the second and third as seen on a small tmpfs.
 FULL = {
     "python": OSError(errno.ENOSPC, "No space left on device"),

@@ -113,8 +113,8 @@ def _measure(
     device: torch.device,
     dtype: torch.dtype,
 ) -> list[Contender]:
-    from vlmzip.cli.bench_progress import START, Progress, say
-    from vlmzip.cli.loading import console
+    from vlmzip.cli.bench_progress import START, Progress
+    from vlmzip.cli.loading import console, tell
     from vlmzip.measure.bench import PLAIN, bench
     from vlmzip.measure.memory import in_frugal_process
     from vlmzip.measure.presets import make_config
@@ -124,7 +124,7 @@ def _measure(
     methods = [(name, method) for name, method in methods if name != PLAIN]
     _refuse_what_cannot_run(args, make_config(preset, args.text_tokens, args.new_tokens), device, dtype)
     rounds = f"{args.repeats} rounds" if args.repeats > 1 else "one round"
-    say(f"{len(methods) + 1} methods, {PLAIN} among them: {rounds} of each, after one to warm up")
+    tell(f"{len(methods) + 1} methods, {PLAIN} among them: {rounds} of each, after one to warm up")
     with console.status("making the model …") as status:
         progress = Progress(status, starting=START if device.type == "cpu" else 0)
         model, inputs = _make(args, preset, device, dtype)

@@ -8,17 +8,13 @@ from collections.abc import Callable
 from rich.status import Status
 from rich.text import Text
 
-from vlmzip.cli.loading import console
+from vlmzip.cli.loading import console, tell
 from vlmzip.measure.bench import Step
 
 #: Seconds after which a line is due in the middle of a round, and those that lie between two lines at least.
 DUE, SOON = 20.0, 5.0
 #: What measuring the memory takes: every method answers twice, on a CPU in a process that has to start first.
 MEMORY_ROUNDS, START = 2, 10.0
-
-
-def say(text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class Progress:
@@ -49,7 +45,7 @@ class Progress:
         if fresh and step.round == 1:
             rounds = f"{step.rounds} rounds" if step.rounds > 1 else "one round"
             self.spoken = self.clock()
-            say(f"warmed up; {rounds} and the memory will take about {left}")
+            tell(f"warmed up; {rounds} and the memory will take about {left}")
         self.tell(f"{now}, about {left} left: {step.name}", SOON if fresh else DUE)
 
     def memory(self) -> None:
@@ -64,7 +60,7 @@ class Progress:
                 self.status.update(Text(text, no_wrap=True, overflow="ellipsis"))
         elif self.clock() - self.spoken >= due:
             self.spoken = self.clock()
-            say(text)
+            tell(text)
 
     def _round(self) -> float:
         """Seconds of a round; the one to warm up is slower, and counts only while there is no other."""

@@ -74,13 +74,13 @@ def run(args: Namespace) -> None:
 def _write(found: Comparison, seen: list[Image.Image], sheet_file: Path | None, html_file: Path | None) -> None:
     from vlmzip.cli.compare_output import page, sheet
     from vlmzip.cli.pictures import save_picture
-    from vlmzip.files import write_whole
+    from vlmzip.files import write_text
 
     if sheet_file:
         save_picture(sheet(found, seen), sheet_file, found.paths)
     if html_file:
         text = page(found, seen)
-        write_whole(html_file, lambda name: Path(name).write_text(text, encoding="utf-8"))
+        write_text(html_file, text)
 
 
 def _print(found: Comparison, args: Namespace) -> None:

@@ -81,7 +81,7 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
 def run(args: Namespace) -> None:
     from dataclasses import replace
 
-    from vlmzip.cli.loading import load
+    from vlmzip.cli.loading import load, note_unknown_words, tell
     from vlmzip.evaluation.configurations import read_budgets
     from vlmzip.evaluation.processes import Processes
     from vlmzip.evaluation.study import Study
@@ -98,6 +98,8 @@ def run(args: Namespace) -> None:
     folder = args.out or Path("runs", "eval", Path(args.model).name)
     with Processes() as processes:
         loaded = load(args.model, processes.device(args.device), args.dtype)
+        for task in tasks if processes.first else []:
+            note_unknown_words(loaded, task)
         study = Study(loaded.model, loaded.processor, args.model, folder, args.batch, processes, tell)
         configurations = study.configure(tasks, methods, budgets)
         study.run(tasks, configurations)
@@ -125,14 +127,9 @@ def _check(args: Namespace) -> None:
     suite.check(args)
 
 
-def tell(text: str) -> None:
-    from vlmzip.cli.loading import console
-
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
 def _write(study: Study, found: list[tuple[Task, list[Result]]], args: Namespace) -> None:
     """The table as CSV, the curves, and the report if it is wanted."""
+    from vlmzip.cli.loading import note
     from vlmzip.evaluation.results import write_table
 
     write_table(study.folder / "results.csv", [result for _, of_task in found for result in of_task])
@@ -140,7 +137,7 @@ def _write(study: Study, found: list[tuple[Task, list[Result]]], args: Namespace
     if args.report:
         _write_report(study, found, figures, args)
     elif (study.folder / REPORT).exists():
-        tell(f"note: {study.folder / REPORT} is an earlier run's; --report makes it anew")
+        note(f"{study.folder / REPORT} is an earlier run's; --report makes it anew")
 
 
 def _curves(study: Study, task: Task, found: list[Result]) -> list[Figure]:
@@ -168,7 +165,7 @@ def _write_report(
     from vlmzip.cli.loading import progress
     from vlmzip.evaluation.examples import examples
     from vlmzip.evaluation.report import Chapter, notes, render_report
-    from vlmzip.files import write_whole
+    from vlmzip.files import write_text
 
     chapters = []
     with progress("drawing what was dropped"):
@@ -181,7 +178,7 @@ def _write_report(
     facts += [f"commit {conditions['commit']}", f"torch {conditions['torch']}"]
     facts += [f"transformers {conditions['transformers']}"]
     text = render_report(f"Visual token compression of {study.name}", facts, chapters, notes(args.seed))
-    write_whole(study.folder / REPORT, lambda name: Path(name).write_text(text, encoding="utf-8"))
+    write_text(study.folder / REPORT, text)
 
 
 def _print(folder: Path, args: Namespace, found: list[tuple[Task, list[Result]]]) -> None:

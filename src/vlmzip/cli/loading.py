@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -15,6 +15,10 @@ from rich.console import Console
 from vlmzip.errors import UserError, closest
 from vlmzip.models import FAMILIES, adapter_for
 from vlmzip.models.adapter import ModelAdapter
+from vlmzip.runtime.prompts import unknown_words
+
+if TYPE_CHECKING:
+    from vlmzip.evaluation.task import Task
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -66,9 +70,25 @@ def check_dtype(dtype: str | None) -> None:
         raise UserError(f"--dtype {dtype!r} is none{closest(dtype, DTYPES)}")
 
 
+def tell(text: str) -> None:
+    """Says on stderr, in a line, how far the work is or how it ended."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 def note(text: str) -> None:
     """Says on stderr, in a line, what the user should know but did not ask."""
-    console.print(f"note: {text}", highlight=False, markup=False, soft_wrap=True)
+    tell(f"note: {text}")
+
+
+def note_unknown_words(loaded: Loaded, task: Task) -> None:
+    """Says how many of a task's questions have words that the model has no token for."""
+    words = {sample.question: unknown_words(loaded.processor, sample.question) for sample in task.samples}
+    strange = [sample.question for sample in task.samples if words[sample.question]]
+    if strange:
+        note(
+            f"{len(strange):,} of {len(task.samples):,} questions of {task.name} have words that {loaded.name}"
+            f" does not know, {words[strange[0]][0]!r} for one"
+        )
 
 
 @contextmanager

@@ -37,7 +37,7 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
 
 
 def run(args: Namespace) -> None:
-    from vlmzip.cli.loading import load, note
+    from vlmzip.cli.loading import load, note, note_unknown_words, tell
     from vlmzip.evaluation.analyses.subject import Subject, Unsuited
     from vlmzip.evaluation.processes import Processes
     from vlmzip.evaluation.tasks import read_one_task
@@ -50,8 +50,10 @@ def run(args: Namespace) -> None:
     found: dict[str, list[Row]] = {}
     with Processes() as processes:
         loaded = load(args.model, processes.device(args.device), args.dtype)
+        if processes.first:
+            note_unknown_words(loaded, task)
         subject = Subject(
-            loaded.model, loaded.processor, args.model, task, folder, args.batch, args.seed, processes, _tell
+            loaded.model, loaded.processor, args.model, task, folder, args.batch, args.seed, processes, tell
         )
         refused: list[Unsuited] = []
         for name, analysis in analyses.items():
@@ -98,9 +100,3 @@ def _write(subject: Subject, name: str, rows: list[Row]) -> None:
         return
     title = f"{subject.name} on {subject.task.name}, {len(subject.task.samples):,} questions"
     save_figure(find(name).draw(rows, title), subject.folder / f"{name}.png")
-
-
-def _tell(text: str) -> None:
-    from vlmzip.cli.loading import console
-
-    console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -43,8 +43,7 @@ def check(args: Namespace) -> None:
 
 def run(args: Namespace) -> None:
     suite = read_suite(args.suite)
-    from vlmzip.cli.eval import tell
-    from vlmzip.cli.loading import load
+    from vlmzip.cli.loading import load, tell
     from vlmzip.evaluation.configurations import read_budgets
     from vlmzip.evaluation.folder import UNCALIBRATED, calibration_on
     from vlmzip.evaluation.lmms.requests import AnswerFailed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -45,22 +44,23 @@ def run(args: Namespace) -> None:
 
 
 def _train(config: Config) -> None:
-    from vlmzip.cli.loading import console, load, note
+    from vlmzip.cli.loading import load, note, tell
 
     try:
         import accelerate  # noqa: F401
     except ImportError:
         raise UserError("training needs accelerate: pip install 'vlmzip[train]'") from None
+    from vlmzip.evaluation.processes import Processes
     from vlmzip.training.run import train
 
-    first = os.environ.get("RANK", "0") == "0"
+    first = Processes().first
     loaded = load(config.model, "cpu", config.weights)  # Trainer moves it to where it belongs
     loaded.model.set_attn_implementation(config.attention)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is untrained")  # here it is trained
         folder = train(config, loaded.model, loaded.processor, loaded.adapter, note if first else _say_nothing)
     if first:
-        console.print(f"the trained model is in {folder}", highlight=False, markup=False, soft_wrap=True)
+        tell(f"the trained model is in {folder}")
 
 
 def _say_nothing(_text: str) -> None:

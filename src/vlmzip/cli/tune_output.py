@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmzip import spec
-from vlmzip.cli.loading import console, note
+from vlmzip.cli.loading import note
 from vlmzip.cli.tables import print_table
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
@@ -111,10 +111,6 @@ class Found:
     def costs(self, row: Row) -> dict[str, float]:
         """What is known of a candidate's costs."""
         return self.asked.means(row.number) if row.asked else {self.asked.cost: row.cost} if row.cost else {}
-
-
-def tell(text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def show(found: Found, args: Namespace) -> None:

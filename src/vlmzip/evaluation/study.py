@@ -20,17 +20,16 @@ from torch import nn
 
 from vlmzip import spec
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError
+from vlmzip.errors import UserError, reason
 from vlmzip.evaluation.answering import Answer, Asker
 from vlmzip.evaluation.configurations import Candidate, Configuration, Configurator, plain_json
 from vlmzip.evaluation.processes import Processes
 from vlmzip.evaluation.records import Record, Shard, hold, read_records
 from vlmzip.evaluation.task import Sample, Task
-from vlmzip.files import write_whole
+from vlmzip.files import write_text
 from vlmzip.measure.machine import about
 from vlmzip.models import adapter_for
 from vlmzip.runtime.facade import CompressedModel
-from vlmzip.runtime.prompts import unknown_words
 from vlmzip.runtime.saving import attach_saved
 from vlmzip.version import __version__
 
@@ -75,17 +74,7 @@ class Study:
         for task in tasks:
             for sample in task.samples:
                 self.asker.check(sample.question)
-            self._tell_unknown_words(task)
         return self.processes.from_first(lambda: self._configure(tasks, methods, budgets))
-
-    def _tell_unknown_words(self, task: Task) -> None:
-        words = {sample.question: unknown_words(self.processor, sample.question) for sample in task.samples}
-        strange = [sample.question for sample in task.samples if words[sample.question]]
-        if strange and self.processes.first:
-            self.tell(
-                f"note: {len(strange):,} of {len(task.samples):,} questions of {task.name} have words that {self.name}"
-                f" does not know, {words[strange[0]][0]!r} for one"
-            )
 
     def _configure(
         self, tasks: Sequence[Task], methods: Sequence[Candidate], budgets: Sequence[str]
@@ -108,7 +97,7 @@ class Study:
         found = [row for task in tasks for row in configurator.rows(task, methods, budgets)]
         content = {**now, "tasks": known.get("tasks", {}) | asked, "calibrated": configurator.calibrated}
         text = json.dumps(content, indent=1) + "\n"
-        write_whole(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+        write_text(path, text)
         return found
 
     def run(self, tasks: Sequence[Task], configurations: Sequence[Configuration]) -> None:
@@ -268,10 +257,7 @@ def _guarded(one: Configuration, work: Callable[[], Any]) -> Any:
     except Exception as error:
         if one.is_plain:
             raise
-        said = " ".join(str(error).split())[:300]
-        raise MethodFailed(
-            said if isinstance(error, UserError) else f"failed with {type(error).__name__}: {said}"
-        ) from error
+        raise MethodFailed(reason(error)) from error
 
 
 def _read_study(path: Path) -> dict[str, Any]:

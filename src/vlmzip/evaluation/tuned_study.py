@@ -21,7 +21,7 @@ from vlmzip.evaluation.records import Record
 from vlmzip.evaluation.study import Study
 from vlmzip.evaluation.task import Sample, Task
 from vlmzip.evaluation.tuning import PLAIN, Answered, Part
-from vlmzip.files import write_whole
+from vlmzip.files import write_text
 from vlmzip.measure.flops import prefill_flops
 from vlmzip.measure.timing import in_turns, time_answer
 
@@ -166,7 +166,7 @@ def prefill_milliseconds(
     running = {str(n): partial(run, one) for n, one in enumerate(configurations) if n not in failures}
     found = {int(n): statistics.median(times) for n, times in in_turns(running, REPEATS, warmup=0).items()}
     text = json.dumps({"conditions": conditions, "ms": found, "failures": failures}, indent=1) + "\n"
-    write_whole(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+    write_text(path, text)
     return found, failures
 
 

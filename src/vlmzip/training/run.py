@@ -16,6 +16,7 @@ from transformers import TrainingArguments, set_seed
 
 from vlmzip.errors import UserError
 from vlmzip.evaluation.answering import Asker
+from vlmzip.evaluation.processes import Processes
 from vlmzip.evaluation.task import Task
 from vlmzip.evaluation.tasks import read_task
 from vlmzip.models.adapter import ModelAdapter
@@ -56,8 +57,7 @@ def train(config: Config, model: nn.Module, processor: Any, adapter: ModelAdapte
         raise UserError(
             "lora: ZeRO-3 holds weights in parts that nothing is merged into; take ZeRO-2 or sharding: fsdp"
         )
-    checkpoint = latest_checkpoint(out) if trainer.args.should_save else None
-    checkpoint = _same_everywhere(checkpoint)
+    checkpoint = Processes().from_first(lambda: latest_checkpoint(out))
     if checkpoint is not None:
         tell(f"going on from {checkpoint}")
     try:
@@ -90,7 +90,7 @@ def make_trainer(
     asked = config.evaluation
     evaluated_with = read_compressor(asked.compressor) if asked and asked.compressor else schedule.afterwards
     task = read_task(asked.task, asked.limit, None) if asked else None
-    sharded = config.sharding != "none" and _processes() > 1
+    sharded = config.sharding != "none" and Processes().count > 1
     return StagedTrainer(
         small,
         schedule,
@@ -108,7 +108,7 @@ def make_trainer(
 
 def arguments(config: Config) -> TrainingArguments:
     """The configuration in transformers' words. Raises `UserError` for a batch that processes cannot share evenly."""
-    processes = _processes()
+    processes = Processes().count
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise UserError("accelerate's FSDP was asked for; write sharding: fsdp into the configuration instead")
     if config.batch % processes:
@@ -158,7 +158,7 @@ class Score:
         self.asker, self.task = asker, task
 
     def __call__(self, small: CompressedModel) -> dict[str, float]:
-        rank, world = int(os.environ.get("RANK", "0")), _processes()
+        rank, world = Processes().rank, Processes().count
         if moves_together(small):
             rank, world = 0, 1
         starts = range(0, len(self.task.samples), ASK)[rank::world]
@@ -190,7 +190,7 @@ def _examples(
         raise UserError(f"pictures: there is no folder {str(folder)!r}")
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if records.bad and int(os.environ.get("RANK", "0")) == 0:
+        if records.bad and Processes().first:
             note_bad(out / BAD, records.bad)
     except OSError as error:
         raise UserError(f"cannot write into {str(out)!r}: {error.strerror or error}") from None
@@ -255,20 +255,6 @@ def _refused_by_disk(error: Exception) -> str | None:
     if isinstance(error, RuntimeError) and WRITING in str(error):
         return "the optimiser's state could not be written; is the disk full?"
     return None
-
-
-def _same_everywhere(checkpoint: Path | None) -> Path | None:
-    """What the first process found, in all of them."""
-    if _processes() == 1:
-        return checkpoint
-    box = [checkpoint]
-    torch.distributed.broadcast_object_list(box)
-    return box[0]
-
-
-def _processes() -> int:
-    """How many processes the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _has_tensorboard() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -63,7 +64,7 @@ class StagedTrainer(Trainer):
         self.small, self.schedule, self.evaluated_with = small, schedule, evaluated_with
         self._score, self._lengths = score, lengths
         self._forwards = (-1, 0)
-        self._trained = self._seen = self._of = 0
+        self._trained = self._seen = self._of = self._padding = self._positions = 0
 
     def stage(self) -> int:
         """The number of the present stage, from 0."""
@@ -79,6 +80,10 @@ class StagedTrainer(Trainer):
                 continue
             self._seen += sum(picture.by_layer)
             self._of += picture.before * len(picture.by_layer)
+        source = self.small.report.source  # none without a single picture, which `Padded` sees to that there is
+        if source is not None:
+            self._padding += int((source < 0).sum())
+            self._positions += source.numel()
         return loss
 
     def _compressor(self) -> Compressor:
@@ -106,7 +111,9 @@ class StagedTrainer(Trainer):
             logs["stage"] = self._trained + 1
             if self._of:
                 logs["retention"] = round(self._seen / self._of, 4)
-            self._seen = self._of = 0
+            if self._positions:
+                logs["padding"] = round(self._padding / self._positions, 4)
+            self._seen = self._of = self._padding = self._positions = 0
         super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -199,7 +206,7 @@ class JsonLog(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        line = {"step": state.global_step, **logs}
+        line = {"step": state.global_step, **logs, "cpu_seconds": round(time.process_time(), 2)}
         if "stage" in line:
             line["compressor"] = spec.write(self.schedule.stages[line["stage"] - 1].compressor)
         with self.path.open("a", encoding="utf-8") as file:

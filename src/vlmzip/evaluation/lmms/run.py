@@ -29,7 +29,7 @@ from vlmzip.evaluation.lmms.suites import NO_JUDGE, Benchmark, Suite, has_judge,
 from vlmzip.evaluation.metrics import METRICS
 from vlmzip.evaluation.study import attach_alike, file_stem, fingerprint, slug
 from vlmzip.evaluation.task import Calibration, Task
-from vlmzip.files import write_whole
+from vlmzip.files import write_text
 from vlmzip.measure.machine import about
 from vlmzip.spec import Candidate
 from vlmzip.version import __version__
@@ -299,4 +299,4 @@ def _read_json(path: Path) -> Found:
 
 def _write_json(path: Path, content: Found) -> None:
     text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    write_whole(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
+    write_text(path, text)
