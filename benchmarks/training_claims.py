@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STEPS, BATCH, QUESTIONS = 320, 32, 1024
+STEPS, BATCH, QUESTIONS = 240, 16, 1024
 SCHEMES = (
     "two-stage",
     "three-stage-deeper",
@@ -75,16 +75,16 @@ def trainings(tau: str) -> list[Training]:
         ]
 
     runs = thrice(0)
-    runs += [Training("heavy", HEAVY, (HEAVY,))]
+    runs += [Training("heavy", HEAVY, (HEAVY,)), Training("pool2d-2", FACTORS[0], (FACTORS[0],))]
     runs += [Training(name, name, ()) for name in SCHEMES]
     runs += [Training(f"{name}-in-llm", written, (written,)) for name, written in OTHERS.items()]
     runs += [Training(f"{zipped}-from-scratch", zipped, (zipped,)) for zipped in ZIPS]
-    return [*runs, *thrice(1), *thrice(2), Training("pool2d-2", FACTORS[0], (FACTORS[0],))]
+    return [*runs, *thrice(1), *thrice(2)]
 
 
 def _tuned(zipped: str, seed: int, mark: str) -> Training:
     """VisionZip's efficient tuning: the projector alone, a tenth of the data, on the model trained without it."""
-    settings = ("learn=projector", "fraction=10%", f"steps={STEPS // 10}", "learning_rate=3e-4")
+    settings = ("learn=projector", "fraction=10%", f"steps={STEPS // 10}")
     return Training(f"{zipped}-tuned{mark}", zipped, (zipped,), seed, settings, base=f"none{mark}")
 
 
