@@ -1,9 +1,10 @@
 """The papers' claims on training, tried in miniature on mini: `python benchmarks/training_claims.py --out runs/claims`.
 
-Every run starts from the same mini (its encoder, and an LLM that has seen captions alone), sees the same pictures, and
-takes the same number of steps. Stopped at any point, the same command goes on where it was: runs that are complete are
-not trained again, answers that were given are not asked for again. `--only NAME` runs one; `--table` only writes the
-results so far. The runs stand in the order in which they tell most; `python docs/training_claims.py` makes their page.
+Every run starts from the same mini (its encoder, and an LLM that has seen captions and some questions, without
+compression), sees as many pictures, and takes the same number of steps. Stopped at any point, the same command goes on
+where it was: runs that are complete are not trained again, answers that were given are not asked for again. `--only
+NAME` runs one; `--table` only writes the results so far. The runs stand in the order in which they tell most;
+`python docs/training_claims.py` makes their page.
 """
 
 import argparse
@@ -14,11 +15,25 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STEPS, BATCH, QUESTIONS = 240, 16, 1024
+import numpy as np
+
+from vlmzip import spec
+from vlmzip.evaluation.bootstrap import Bootstrap, estimate
+from vlmzip.evaluation.records import read_records
+from vlmzip.files import write_csv
+
+STEPS, BATCH, QUESTIONS = 200, 16, 1024
+#: Steps without compression of the base that all start from, with a seed of its own. An LLM that has seen captions
+#: alone must first learn to look things up by name; that comes suddenly and drowns what is compared. LLaVA's can.
+BASE_STEPS, BASE_SEED = 240, 0
+SEEDS = (1, 2, 3)
+#: 15,360 pictures, of which a run sees those that its seed draws.
+PICTURES = 15_360
 SCHEMES = (
     "two-stage",
     "three-stage-deeper",
@@ -38,6 +53,8 @@ OTHERS = {
 FACTORS = ("pool2d(factor=2)", "pool2d(factor=3)")
 #: 33, 22 and 11 % of 144 tokens, the paper's 192, 128 and 64 of 576.
 ZIPS = tuple(f"visionzip(keep={keep})" for keep in (48, 32, 16))
+#: As many tokens over all layers as `HEAVY`: 8 x 36 to its 144 + 7 x 18.
+QFORMER = "qformer(queries=36,width=192,heads=6,depth=2)"
 #: The mean of DFMR's tokens is to be Random's: (144 + 36 + 16) / 3 of 144. Set by `vlmzip calibrate` on 180 pictures.
 DFMR = "dfmr(tau={tau})"
 SHARE = (144 + 36 + 16) / 3 / 144
@@ -51,7 +68,7 @@ class Training:
     schedule: str
     answers_with: tuple[str, ...]
     """Beside the model without compression."""
-    seed: int = 0
+    seed: int = SEEDS[0]
     settings: tuple[str, ...] = ()
     base: str = ""
     """The training that it goes on from; else the common base."""
@@ -65,21 +82,27 @@ def trainings(tau: str) -> list[Training]:
 
     def thrice(seed: int) -> list[Training]:
         """What is trained with three seeds."""
-        mark = f"-seed{seed}" if seed else ""
+        mark, is_first = _mark(seed), seed == SEEDS[0]
         return [
-            Training(f"none{mark}", "none", (LIGHT, *FACTORS, dfmr, *ZIPS) if seed else none_with, seed),
+            Training(f"none{mark}", "none", none_with if is_first else (LIGHT, *FACTORS, dfmr, *ZIPS), seed),
             Training(f"{LAST}{mark}", LAST, (LIGHT,), seed),
             Training(f"dfmr{mark}", dfmr, varied, seed),
             Training(f"random-factor{mark}", "random_factor", varied, seed),
             *[_tuned(zipped, seed, mark) for zipped in ZIPS],
         ]
 
-    runs = thrice(0)
+    runs = thrice(SEEDS[0])
     runs += [Training("heavy", HEAVY, (HEAVY,)), Training("pool2d-2", FACTORS[0], (FACTORS[0],))]
     runs += [Training(name, name, ()) for name in SCHEMES]
     runs += [Training(f"{name}-in-llm", written, (written,)) for name, written in OTHERS.items()]
     runs += [Training(f"{zipped}-from-scratch", zipped, (zipped,)) for zipped in ZIPS]
-    return [*runs, *thrice(1), *thrice(2)]
+    runs += [Training("qformer", QFORMER, (QFORMER,))]
+    return [*runs, *(run for seed in SEEDS[1:] for run in thrice(seed))]
+
+
+def _mark(seed: int) -> str:
+    """What the names of trainings with this seed end in."""
+    return "" if seed == SEEDS[0] else f"-seed{seed}"
 
 
 def _tuned(zipped: str, seed: int, mark: str) -> Training:
@@ -91,18 +114,25 @@ def _tuned(zipped: str, seed: int, mark: str) -> Training:
 def train(one: Training, out: Path, processes: int) -> None:
     """Trains a model, unless it is there, and asks it its questions."""
     folder = out / one.name
-    model = out / one.base / "model" if one.base else out / "data" / "base" / "model"
-    # A list in YAML's form: brackets and commas of a compressor must not be read as something else.
-    schedule = json.dumps(one.schedule)
-    settings = [f"model={model}", f"records={out / 'data' / 'records.json'}", f"out={folder}", f"schedule={schedule}"]
-    settings += [f"steps={STEPS}", f"batch={BATCH}", f"seed={one.seed}", *one.settings]
-    if not (folder / "model" / "compressor.json").exists():
-        config = Path(__file__).resolve().parents[1] / "configs" / "mini.yaml"
-        changes = [word for setting in settings for word in ("--set", setting)]
-        _start(["train", str(config), *changes], processes)
+    settings = [f"schedule={_quoted(one.schedule)}", f"steps={STEPS}", f"seed={one.seed}", *one.settings]
+    _train(out, folder, out / one.base if one.base else out / "data" / "warm", settings, processes)
     methods = ",".join(one.answers_with) or "no_compression"
     wanted = ["--methods", methods, "--keep", "as-set", "--limit", str(QUESTIONS), "--batch", "64"]
     _start(["eval", "--model", str(folder / "model"), *wanted, "--out", str(folder / "eval")], processes)
+
+
+def _quoted(schedule: str) -> str:
+    """In YAML's form: brackets and commas of a compressor must not be read as something else."""
+    return json.dumps(schedule)
+
+
+def _train(out: Path, folder: Path, base: Path, settings: Sequence[str], processes: int) -> None:
+    if (folder / "model" / "compressor.json").exists():
+        return
+    config = Path(__file__).resolve().parents[1] / "configs" / "mini.yaml"
+    usual = [f"model={base / 'model'}", f"records={out / 'data' / 'records.json'}", f"out={folder}", f"batch={BATCH}"]
+    changes = [word for setting in (*usual, *settings) for word in ("--set", setting)]
+    _start(["train", str(config), *changes], processes)
 
 
 def _start(command: list[str], processes: int) -> None:
@@ -114,15 +144,17 @@ def _start(command: list[str], processes: int) -> None:
 
 
 def prepare(out: Path, processes: int) -> str:
-    """Pictures, the common base, and DFMR's threshold; returns it."""
+    """Pictures, the base that all start from, and DFMR's threshold; returns it."""
     data = out / "data"
     if not (data / "records.json").exists():
         make = [sys.executable, "-m", "vlmzip.mini.conversations", "--out", str(data)]
-        subprocess.run([*make, "--pictures", str(STEPS * BATCH)], check=True)
+        subprocess.run([*make, "--pictures", str(PICTURES)], check=True)
     if not (data / "base" / "model" / "config.json").exists():
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         make = [*launcher, "-m", "vlmzip.mini.conversations", "--base", "--out", str(data)]
         subprocess.run(make, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    more = [f"schedule={_quoted('none')}", f"steps={BASE_STEPS}", f"seed={BASE_SEED}"]
+    _train(out, data / "warm", data / "base", more, processes)
     calibrated = data / "dfmr.json"
     if not calibrated.exists():
         calibrated.write_text(json.dumps({"tau": _calibrate(data / "base" / "model")}))
@@ -143,10 +175,109 @@ def _calibrate(model: Path) -> str:
     return f"{meet(Method(), measured, SHARE).compressor.tau:.4g}"
 
 
-def table(out: Path, path: Path, runs: list[Training]) -> None:
-    """One line for each trained model and what it answered with, from what is there so far."""
+@dataclass(frozen=True)
+class Difference:
+    """How much more one trained model scores than another: of each its name, and what it answers with.
+
+    Several ways of answering are averaged. With several seeds, seed is compared with seed.
+    """
+
+    name: str
+    more: tuple[str, ...]
+    than: tuple[str, ...]
+    seeds: tuple[int, ...] = SEEDS[:1]
+
+
+def differences(tau: str) -> list[Difference]:
+    """What the claims are about."""
+    plain, dfmr, all_factors = "no_compression", DFMR.format(tau=tau), ("no_compression", *FACTORS)
+    base = ("none", plain)
+    pooled = {"before": ("none", HEAVY), "after": ("heavy", HEAVY)}
+    found = [
+        Difference("last stage compressed, answering so", (LAST, LIGHT), base, SEEDS),
+        Difference("last stage compressed, answering without", (LAST, plain), base, SEEDS),
+        *[Difference(name, (name, plain), base) for name in SCHEMES],
+        Difference("always compressed, answering so", ("heavy", HEAVY), base),
+        Difference("always compressed, answering without", ("heavy", plain), ("heavy", HEAVY)),
+    ]
+    for name, written in OTHERS.items():
+        other = {"before": ("none", written), "after": (f"{name}-in-llm", written)}
+        found += [Difference(f"pooling over {name}, {when}", pooled[when], other[when]) for when in pooled]
+    found += [
+        Difference("pooling over qformer, after", pooled["after"], ("qformer", QFORMER)),
+        Difference("dfmr over no compression", ("dfmr", dfmr), base, SEEDS),
+        Difference("dfmr, trained over untrained", ("dfmr", dfmr), ("none", dfmr), SEEDS),
+        Difference("dfmr over random", ("dfmr", dfmr), ("random-factor", *all_factors), SEEDS),
+        Difference("dfmr over random, both choosing by complexity", ("dfmr", dfmr), ("random-factor", dfmr), SEEDS),
+        Difference(
+            "dfmr over random, at fixed factors", ("dfmr", *all_factors), ("random-factor", *all_factors), SEEDS
+        ),
+        Difference("choosing by complexity over by lot", ("dfmr", dfmr), ("dfmr", *all_factors), SEEDS),
+        Difference("factor 2 throughout over dfmr, at factor 2", ("pool2d-2", FACTORS[0]), ("dfmr", FACTORS[0])),
+    ]
+    for zipped in ZIPS:
+        found.append(Difference(f"{zipped}, tuned", (f"{zipped}-tuned", zipped), ("none", zipped), SEEDS))
+        found.append(Difference(f"{zipped}, from scratch", (f"{zipped}-from-scratch", zipped), ("none", zipped)))
+    return found
+
+
+class Scores:
+    """What was answered, from the records of `vlmzip eval`: for each question right or not, and its picture."""
+
+    def __init__(self, out: Path) -> None:
+        self.out, self.pictures = out, list[str]()
+        self._found: dict[str, dict[str, Any]] = {}
+
+    def __call__(self, training: str, seed: int, answers_with: Sequence[str]) -> np.ndarray | None:
+        """The mean over ways of answering; `None` where one of them is not complete."""
+        name = training + _mark(seed)
+        if name not in self._found:
+            self._found[name] = self._read(self.out / name / "eval" / "records" / "mini")
+        of_methods = [self._found[name].get(_settings(spec.read(written).to_dict())) for written in answers_with]
+        if any(scores is None or len(scores) < QUESTIONS for scores in of_methods):
+            return None
+        return np.mean([[scores[sample] for sample in sorted(scores)] for scores in of_methods], axis=0)
+
+    def _read(self, folder: Path) -> dict[str, Any]:
+        found: dict[str, dict[str, float]] = {}
+        pictures = {}
+        for path in sorted(folder.glob("*.jsonl")):
+            for sample, record in read_records([path]).items():
+                found.setdefault(_settings(record["compressor"]), {})[sample] = record["score"]
+                pictures[sample] = record["picture"]
+        self.pictures = [pictures[sample] for sample in sorted(pictures)] or self.pictures
+        return found
+
+
+def _settings(compressor: Any) -> str:
+    return json.dumps(compressor, sort_keys=True)
+
+
+def compare(out: Path, tau: str) -> list[dict[str, object]]:
+    """A line for each difference that is complete with some seed: percentage points, 95 % over pictures drawn anew."""
+    scores, rows = Scores(out), []
+    for one in differences(tau):
+        of_seeds = {}
+        for seed in one.seeds:
+            more, than = (scores(side[0], seed, side[1:]) for side in (one.more, one.than))
+            if more is not None and than is not None:
+                of_seeds[seed] = 100 * (more - than)
+        if not of_seeds:
+            continue
+        mean = np.mean(list(of_seeds.values()), axis=0)
+        found = estimate(Bootstrap(scores.pictures, 0).share(mean, np.ones(len(mean))))
+        by_seed = [round(float(values.mean()), 2) for values in of_seeds.values()]
+        row = {"difference": one.name, "points": round(found.value, 2), "low": round(found.low, 2)}
+        row |= {"high": round(found.high, 2), "seeds": len(of_seeds), "by_seed": " ".join(map(str, by_seed))}
+        row |= {"more": ": ".join((one.more[0], ", ".join(one.more[1:])))}
+        rows.append(row | {"than": ": ".join((one.than[0], ", ".join(one.than[1:])))})
+    return rows
+
+
+def table(out: Path, path: Path, tau: str) -> None:
+    """One line for each trained model and what it answered with, and the differences, from what is there so far."""
     rows = []
-    for one in runs:
+    for one in trainings(tau):
         results = out / one.name / "eval" / "results.csv"
         if not results.exists():
             continue
@@ -167,11 +298,8 @@ def table(out: Path, path: Path, runs: list[Training]) -> None:
                 rows.append(trained | {name: answered[name] for name in names})
     if not rows:
         sys.exit(f"nothing is trained in {out} yet")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(path, rows)
+    write_csv(path.with_stem(f"{path.stem}-differences"), compare(out, tau))
     print(f"{len(rows)} results in {path}")
 
 
@@ -197,9 +325,9 @@ def main() -> None:
     for one in [] if given.table else runs:
         if given.only in (None, one.name):
             train(one, given.out, given.processes)
-            table(given.out, given.results, runs)
+            table(given.out, given.results, tau)
     if given.table:
-        table(given.out, given.results, runs)
+        table(given.out, given.results, tau)
 
 
 if __name__ == "__main__":
