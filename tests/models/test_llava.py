@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.tiny import batch, prompt, tiny_llava
+from tests.tiny import batch, prompt, tiny_llava, tiny_paligemma, tiny_vipllava
 from vlmzip import Signal, Site, UserError
 from vlmzip.models import adapter_for
 from vlmzip.models.recording import record
@@ -106,3 +106,22 @@ def test_embeddings_have_no_attention():
     model = tiny_llava(vision_feature_layer=0)
     with pytest.raises(UserError, match="patch embeddings"):
         adapter_for(model).encode(batch([1], pictures=1), Site.PRE_PROJECTOR, NEEDS)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("family", [tiny_llava, tiny_vipllava, tiny_paligemma])
+def test_a_frozen_encoder_keeps_nothing_for_a_backward(family, frozen):
+    """Not even where embeddings ask for gradients, as they do under gradient checkpointing."""
+    model = family().train()
+    adapter = adapter_for(model)
+    adapter.vision_encoder.requires_grad_(not frozen)
+    model.enable_input_require_grads()
+    inputs = batch(prompt("image"), pictures=1)
+    for site in (Site.PRE_PROJECTOR, Site.POST_PROJECTOR):
+        [(tokens, _)] = adapter.encode(inputs, site, frozenset())
+        learns = not frozen or site is Site.POST_PROJECTOR  # the projector's own weights do
+        assert tokens.features.requires_grad == learns
+        if site is Site.POST_PROJECTOR:
+            tokens.features.sum().backward()
+    assert any(weights.grad is not None for weights in adapter.projector.parameters())
+    assert any(weights.grad is not None for weights in adapter.vision_encoder.parameters()) != frozen

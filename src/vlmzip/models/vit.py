@@ -69,14 +69,17 @@ def run_vit(
 ) -> tuple[Float[Tensor, "batch tokens dim"], dict[str, Any], Any]:
     """Features of the layers side by side, the signals of the deepest of them, and what the encoder itself returned.
 
-    `interpolate_pos_encoding` is for pictures of another size than the encoder's own, which it refuses otherwise.
+    `interpolate_pos_encoding` is for pictures of another size than the encoder's own, which it refuses otherwise. An
+    encoder that is frozen keeps nothing for a backward, also under gradient checkpointing, for which transformers lets
+    every model's embeddings ask for gradients.
     """
+    learns = pixels.requires_grad or any(parameter.requires_grad for parameter in tower.parameters())
     blocks = tower.encoder.layers
     modules: dict[str, nn.Module] = {f"features.{layer}": blocks[layer] for layer in layers}
     if needs & {Signal.CLS_ATTENTION, Signal.KEYS}:
         attention = blocks[max(layers)].self_attn
         modules |= {"query": attention.q_proj, "key": attention.k_proj}
-    with record(modules) as recording:
+    with record(modules) as recording, torch.set_grad_enabled(learns and torch.is_grad_enabled()):
         out = tower(pixel_values=pixels, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True)
     features = torch.cat([recording[f"features.{layer}"] for layer in layers], dim=-1)
     signals = _signals(recording, tower.config, needs)
