@@ -5,7 +5,7 @@ import pytest
 import vlmzip
 from tests.runtime.ragged import Ragged
 from vlmzip import Pool2d, RandomTokens, UserError, VisionZip, available
-from vlmzip.runtime.saving import FORMAT, read_compressor, write_compressor
+from vlmzip.runtime.saving import FORMAT, attach_saved, read_compressor, write_compressor
 
 
 @pytest.mark.parametrize(
@@ -47,8 +47,17 @@ def test_files_that_cannot_be_used_are_refused(tmp_path, content, message):
 
 def test_a_method_from_elsewhere_is_named_but_not_imported(tmp_path):
     write_compressor(Ragged(), tmp_path)
-    with pytest.raises(UserError, match=r"tests.runtime.ragged:Ragged.*pass it yourself"):
+    with pytest.raises(UserError, match=r"tests.runtime.ragged:Ragged.*give it yourself: --method tests"):
         read_compressor(tmp_path)
+
+
+def test_a_method_from_elsewhere_can_be_used_beside_what_was_saved(tmp_path, llava):
+    """The commands attach so: with the method that was given, or another one."""
+    write_compressor(Ragged(), tmp_path)
+    for given in (Ragged(), VisionZip(keep=5)):
+        small, _ = attach_saved(llava, given, tmp_path)
+        assert small.compressor == given
+        small.detach()
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -247,8 +247,8 @@ def test_what_is_saved_is_the_gathered_state_where_there_is_one(tmp_path):
     """As under ZeRO-3, where the model itself has no weights to save."""
     small = attach(tiny_llava(), NoCompression())
     gathered = {name: value + 1 for name, value in small.state_dict().items()}
-    _save(small, NoCompression(), tiny_processor("llava"), tmp_path, gathered)
-    saved = AutoModelForImageTextToText.from_pretrained(tmp_path).state_dict()
+    _save(small, NoCompression(), tiny_processor("llava"), tmp_path / "model", gathered)
+    saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "model").state_dict()
     for name, value in small.inner.state_dict().items():
         torch.testing.assert_close(saved[name], value + 1)
 

@@ -25,6 +25,10 @@ FILE = "compressor.json"
 FORMAT = 1
 
 
+class NotInstalled(UserError):
+    """A saved compressor is of a class that is not known here."""
+
+
 def from_pretrained(
     folder: str | os.PathLike[str], compressor: Compressor | None = None, **kwargs: Any
 ) -> CompressedModel:
@@ -59,9 +63,17 @@ def attach_saved(
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        saved = (Path(folder) / FILE).is_file() and read_compressor(folder) == compressor
-        small = reattach(model, compressor, folder) if saved else attach(model, compressor)
+        small = reattach(model, compressor, folder) if _is_saved(compressor, folder) else attach(model, compressor)
     return small, [str(warning.message) for warning in said]
+
+
+def _is_saved(compressor: Compressor, folder: str | os.PathLike[str]) -> bool:
+    if not (Path(folder) / FILE).is_file():
+        return False
+    try:
+        return read_compressor(folder, type(compressor)) == compressor
+    except NotInstalled:  # another one's
+        return False
 
 
 def write_compressor(compressor: Compressor, folder: str | os.PathLike[str]) -> None:
@@ -91,8 +103,11 @@ def _refuse_lora(folder: Path) -> None:
         )
 
 
-def read_compressor(folder: str | os.PathLike[str]) -> Compressor:
-    """The compressor saved in `folder`; only methods that are installed here are found, none is imported by name."""
+def read_compressor(folder: str | os.PathLike[str], known: type[Compressor] | None = None) -> Compressor:
+    """The compressor saved in `folder`; only methods that are installed here are found, none is imported by name.
+
+    `known` is one that the caller has already.
+    """
     path = Path(folder) / FILE
     if not path.is_file():
         _refuse_lora(path.parent)
@@ -118,13 +133,14 @@ def read_compressor(folder: str | os.PathLike[str]) -> Compressor:
         raise UserError(
             f"{str(path)!r} was written by vlmzip {content.get('vlmzip')}, newer than {__version__}: update vlmzip"
         )
-    installed = {f"{cls.__module__}:{cls.__qualname__}": cls for cls in catalogue.available().values()}
+    classes = [*catalogue.available().values(), *([known] if known else [])]
+    installed = {f"{cls.__module__}:{cls.__qualname__}": cls for cls in classes}
 
     def find(name: str) -> type[Compressor]:
         if ":" in name and name not in installed:
-            raise UserError(
+            raise NotInstalled(
                 f"{str(path)!r} names code that is not an installed method ({name});"
-                " pass it yourself: vlmzip.from_pretrained(folder, compressor=…)"
+                f" give it yourself: --method {name}, or vlmzip.from_pretrained(folder, compressor=…) in Python"
             )
         return installed.get(name) or catalogue.find(name)
 

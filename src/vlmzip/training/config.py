@@ -116,6 +116,14 @@ class Config:
             raise UserError("sharding: fsdp does what trainer: deepspeed does; choose one of them")
         self.schedule_for(32)  # refuses what is none, whatever the depth
 
+    def chosen(self, records: int) -> int:
+        return max(1, round(self.share * records))
+
+    def steps_for(self, records: int) -> int:
+        from fractions import Fraction
+
+        return self.steps or int(Fraction(str(self.epochs)) * (self.chosen(records) // self.batch))
+
     def schedule_for(self, depth: int) -> Schedule:
         """The schedule for an LLM of that many layers."""
         return read_schedule(self.schedule, depth)

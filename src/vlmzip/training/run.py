@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import TrainingArguments, set_seed
 
+from vlmzip import spec
+from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.evaluation.answering import Asker
 from vlmzip.evaluation.processes import Processes
@@ -22,20 +23,17 @@ from vlmzip.evaluation.tasks import read_task
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.runtime.facade import CompressedModel, attach
 from vlmzip.runtime.prepare import pad_id
-from vlmzip.training.batches import BAD, Conversations, Examples, Padded, count_bad, note_bad
+from vlmzip.training.batches import BAD, Conversations, Examples, Padded, count_bad
 from vlmzip.training.config import Config, Lora
+from vlmzip.training.folder import RunFolder, fill_whole, goes_on, refused_by_disk, take_name
 from vlmzip.training.records import Records
 from vlmzip.training.schedule import Schedule, read_compressor
 from vlmzip.training.sharding import moves_together
-from vlmzip.training.trainer import LOG, JsonLog, Sharded, StagedTrainer, latest_checkpoint
+from vlmzip.training.trainer import LOG, JsonLog, Sharded, StagedTrainer, step_of
 
-#: The folder of the trained model, in the folder of the run.
-MODEL = "model"
 #: transformers 5.23 has a new name for it, and warns of the old one.
 NAMES = {field.name for field in dataclasses.fields(TrainingArguments)}
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in NAMES else "gradient_checkpointing"
-#: In the message of `torch.save` where the disk refuses.
-WRITING = "inline_container"
 #: Questions answered together while training.
 ASK = 32
 
@@ -43,39 +41,77 @@ ASK = 32
 def train(config: Config, model: nn.Module, processor: Any, adapter: ModelAdapter, tell: Callable[[str], None]) -> Path:
     """Trains `model` as `config` says and saves it with the compressor for afterwards; returns its folder.
 
-    A run that was stopped goes on from its last whole checkpoint. Raises `UserError` for what cannot be trained, and
-    where the disk refuses; what was saved before stays.
+    A run that was stopped goes on from its last whole checkpoint; one that is finished is left as it is. Raises
+    `UserError` for what cannot be trained, for a folder that another run or something else has written into, and where
+    the disk refuses; what was saved before stays.
     """
     set_seed(config.seed)
+    processes, out = Processes(), Path(config.out)
     schedule = config.schedule_for(adapter.profile().layers)
-    out = Path(config.out)
-    examples, records = _examples(config, processor, adapter, out, tell)
+    records = Records(Path(config.records))
+    steps = config.steps_for(len(records))
+    examples = _examples(config, records, processor, adapter)
     small = attach(_with_lora(model, config.lora), schedule.stages[0].compressor)
     _choose_what_learns(small, adapter, config.learn, config.lora)
-    trainer = make_trainer(config, small, schedule, examples, adapter, processor)
+    trainer = make_trainer(config, small, schedule, examples, adapter, processor, steps)
+    _check_stages(small, schedule, trainer.evaluated_with)
     if config.lora is not None and not trainer.sharded and moves_together(small):
         raise UserError(
             "lora: ZeRO-3 holds weights in parts that nothing is merged into; take ZeRO-2 or sharding: fsdp"
         )
-    checkpoint = Processes().from_first(lambda: latest_checkpoint(out))
-    if checkpoint is not None:
-        tell(f"going on from {checkpoint}")
+    folder = processes.from_first(lambda: RunFolder.begin(out, config, records.bad))
+    if folder.finished:
+        tell(f"this run is finished, nothing is left to do; for another one give another out than {config.out!r}")
+        return folder.model
+    tell(_about(small, config, steps, len(examples), trainer.args.device))
+    if folder.checkpoint is not None:
+        tell(f"going on from {folder.checkpoint}")
     try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        _run(trainer, folder.checkpoint, steps)
         state = trainer.gather()
         if trainer.args.should_save:
-            _save(small, trainer.evaluated_with, processor, out / MODEL, state)
+            _save(small, schedule.afterwards, processor, folder.model, state)
+    except KeyboardInterrupt:
+        if processes.first:
+            tell(f"stopped; {goes_on(out)}")
+        raise
     except Exception as error:
-        if (said := _refused_by_disk(error)) is None:
+        if (said := refused_by_disk(error)) is None:
             raise
-        raise UserError(
-            f"cannot write into {str(out)!r}: {said}; the last whole checkpoint is kept, and the same command goes on"
-            " from it"
-        ) from None
+        raise UserError(f"cannot write into {str(out)!r}: {said}; {goes_on(out)}") from None
     if trainer.args.should_save:
         for reason, count in count_bad(out / BAD).most_common():
             tell(f"{count:,} of {len(records) + len(records.bad):,} records left out: {reason}")
-    return out / MODEL
+        tell(f"afterwards it answers with {spec.write(schedule.afterwards)}")
+    return folder.model
+
+
+def _about(small: CompressedModel, config: Config, steps: int, records: int, device: torch.device) -> str:
+    """A line on what is going to be trained, and how."""
+    sizes = [(weights.numel(), weights.requires_grad) for weights in small.parameters()]
+    learn, of = sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
+    return (
+        f"{learn / 1e6:,.1f} of {of / 1e6:,.1f} million weights learn, in {steps:,} steps of {config.batch:,} from"
+        f" {records:,} records; {config.precision} on {device}"
+    )
+
+
+def _check_stages(small: CompressedModel, schedule: Schedule, evaluated_with: Compressor) -> None:
+    """Raises `UserError` now, not in the middle of the run, for a compressor that the model cannot be switched to."""
+    first = small.compressor
+    for compressor in (*(stage.compressor for stage in schedule.stages), schedule.afterwards, evaluated_with):
+        small.switch(compressor)
+    small.switch(first)
+
+
+def _run(trainer: StagedTrainer, checkpoint: Path | None, steps: int) -> None:
+    if checkpoint is not None and step_of(checkpoint) >= steps and not trainer.is_deepspeed_enabled:
+        trainer._load_from_checkpoint(str(checkpoint))  # Trainer would take one more step
+        return
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except UserError as error:  # one from a worker process has all of its traceback in the message
+        raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
 
 
 def make_trainer(
@@ -85,6 +121,7 @@ def make_trainer(
     examples: Examples,
     adapter: ModelAdapter,
     processor: Any,
+    steps: int,
 ) -> StagedTrainer:
     """The trainer for a façade; the compressor that it evaluates with is the schedule's for afterwards, or another."""
     asked = config.evaluation
@@ -95,10 +132,12 @@ def make_trainer(
         small,
         schedule,
         evaluated_with=evaluated_with,
+        batch=config.batch,
+        checkpoints=config.checkpoints,
         score=None if task is None else Score(Asker(adapter, processor), task),
         lengths=examples.lengths(adapter.profile().grid.size) if config.group_by_length else None,
         sharded=sharded,
-        args=arguments(config),
+        args=arguments(config, steps),
         train_dataset=examples,
         eval_dataset=examples if task else None,  # only so that Trainer evaluates; `score` has questions of its own
         data_collator=Padded(pad_id(adapter), examples.conversations.blank()),
@@ -106,8 +145,11 @@ def make_trainer(
     )
 
 
-def arguments(config: Config) -> TrainingArguments:
-    """The configuration in transformers' words. Raises `UserError` for a batch that processes cannot share evenly."""
+def arguments(config: Config, steps: int) -> TrainingArguments:
+    """The configuration in transformers' words, for so many optimiser steps.
+
+    Raises `UserError` for a batch that processes cannot share evenly, and for what transformers refuses.
+    """
     processes = Processes().count
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
         raise UserError("accelerate's FSDP was asked for; write sharding: fsdp into the configuration instead")
@@ -121,8 +163,7 @@ def arguments(config: Config) -> TrainingArguments:
         "output_dir": config.out,
         "per_device_train_batch_size": at_once,
         "gradient_accumulation_steps": share // at_once,
-        "num_train_epochs": config.epochs,
-        "max_steps": config.steps or -1,
+        "max_steps": steps,
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": config.warmup,
@@ -131,8 +172,9 @@ def arguments(config: Config) -> TrainingArguments:
         CHECKPOINTING: config.gradient_checkpointing,
         "logging_steps": config.log_every,
         "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # it writes 0 where there is no number any more
         "save_steps": config.save_every,
-        "save_total_limit": config.checkpoints,
+        "save_total_limit": None,  # the trainer of ours removes old ones when the new one is whole
         "eval_strategy": "steps" if config.evaluation else "no",
         "eval_steps": config.evaluation.every if config.evaluation else None,
         "dataloader_num_workers": config.workers,
@@ -144,7 +186,7 @@ def arguments(config: Config) -> TrainingArguments:
     }
     try:
         return TrainingArguments(**{**settings, **config.trainer})
-    except (TypeError, ValueError, ImportError) as error:
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
 
@@ -180,32 +222,19 @@ class Score:
         }
 
 
-def _examples(
-    config: Config, processor: Any, adapter: ModelAdapter, out: Path, tell: Callable[[str], None]
-) -> tuple[Examples, Records]:
-    path = Path(config.records)
-    records = Records(path)
-    folder = Path(config.pictures) if config.pictures is not None else path.parent
+def _examples(config: Config, records: Records, processor: Any, adapter: ModelAdapter) -> Examples:
+    folder = Path(config.pictures) if config.pictures is not None else records.path.parent
     if not folder.is_dir():
         raise UserError(f"pictures: there is no folder {str(folder)!r}")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if records.bad and Processes().first:
-            note_bad(out / BAD, records.bad)
-    except OSError as error:
-        raise UserError(f"cannot write into {str(out)!r}: {error.strerror or error}") from None
-    if records.bad:
-        tell(f"{len(records.bad):,} of {len(records) + len(records.bad):,} records are none; see {out / BAD}")
     conversations = Conversations(processor, adapter, config.max_length)
-    return Examples(records, folder, conversations, out / BAD, _subset(len(records), config)), records
+    return Examples(records, folder, conversations, Path(config.out) / BAD, _subset(len(records), config))
 
 
 def _subset(count: int, config: Config) -> Sequence[int]:
     """The records that are used, in the order of the file."""
     if config.share == 1:
         return range(count)
-    chosen = random.Random(config.seed).sample(range(count), max(1, round(config.share * count)))
-    return sorted(chosen)
+    return sorted(random.Random(config.seed).sample(range(count), config.chosen(count)))
 
 
 def _with_lora(model: nn.Module, lora: Lora | None) -> nn.Module:
@@ -232,7 +261,7 @@ def _choose_what_learns(small: CompressedModel, adapter: ModelAdapter, learn: Se
 
 
 def _save(
-    small: CompressedModel, compressor: Any, processor: Any, folder: Path, state: dict[str, Any] | None = None
+    small: CompressedModel, compressor: Compressor, processor: Any, folder: Path, state: dict[str, Any] | None = None
 ) -> None:
     """The model as transformers alone loads it, LoRA merged into it, with the compressor and the processor.
 
@@ -242,19 +271,10 @@ def _save(
     if hasattr(small.inner, "merge_and_unload"):
         small.detach()
         small = attach(small.inner.merge_and_unload(), compressor)
-    small.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
-    processor.save_pretrained(folder)
-
-
-def _refused_by_disk(error: Exception) -> str | None:
-    """What a full or read-only disk said; it is an OSError only where Python itself was writing."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    if isinstance(error, SafetensorError) and "I/O error" in str(error):
-        return str(error).rpartition("I/O error: ")[2]
-    if isinstance(error, RuntimeError) and WRITING in str(error):
-        return "the optimiser's state could not be written; is the disk full?"
-    return None
+    unfinished = fill_whole(folder)
+    small.save_pretrained(unfinished, **({} if state is None else {"state_dict": state}))
+    processor.save_pretrained(unfinished)
+    take_name(unfinished, folder)
 
 
 def _has_tensorboard() -> bool:

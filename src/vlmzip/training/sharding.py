@@ -31,8 +31,7 @@ def shard(small: CompressedModel, device: torch.device, *, bf16: bool) -> None:
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     for part in (*adapter.decoder_layers, adapter.projector):  # the projector may be a part of the encoder
         fully_shard(part, mesh=mesh, mp_policy=policy)
-    # Features are those of an inner layer, so that nothing would gather the encoder again for its backward; with
-    # gradient checkpointing transformers sends gradients through a frozen one too.
+    # Features are those of an inner layer, so that nothing would gather the encoder again for its backward.
     fully_shard(adapter.vision_encoder, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     # Not the model but the façade is the root: it runs the encoder before the model's own forward.
     fully_shard(small, mesh=mesh, mp_policy=policy)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fractions import Fraction
@@ -17,20 +19,25 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from vlmzip import spec
 from vlmzip.compressor import Compressor
-from vlmzip.methods import RandomTokens
+from vlmzip.errors import UserError
+from vlmzip.files import write_text
+from vlmzip.methods import Chain, RandomTokens
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.training import sharding
 from vlmzip.training.batches import IGNORE
 from vlmzip.training.random_factor import RandomFactor, mixed
+from vlmzip.training.sampler import EpochSampler
 from vlmzip.training.schedule import Schedule
 
 #: Written into a checkpoint when everything else is: one without it was cut short.
 WHOLE = "whole"
+CHECKPOINT = re.compile(r"checkpoint-\d+")
 LOG = "log.jsonl"
+#: What the last line of a run's log has, and no other.
+SUMMARY = "train_runtime"
 
 
 class StagedTrainer(Trainer):
@@ -51,18 +58,21 @@ class StagedTrainer(Trainer):
         *,
         evaluated_with: Compressor,
         score: Callable[[CompressedModel], dict[str, float]] | None = None,
-        lengths: list[int] | None = None,
+        batch: int,
+        checkpoints: int = 2,
+        lengths: Sequence[int] | None = None,
         sharded: bool = False,
         **settings: Any,
     ) -> None:
-        """`score` measures the model during training; `lengths` of the records put like ones together.
+        """`score` measures the model during training; `batch` counts the records of a step over all processes.
 
-        With `sharded` several processes share the parameters out.
+        `checkpoints` is how many are kept; `lengths` of the records put like ones together. With `sharded` several
+        processes share the parameters out.
         """
         self.sharded = sharded  # asked for while Trainer sets itself up
         super().__init__(small, **settings)
         self.small, self.schedule, self.evaluated_with = small, schedule, evaluated_with
-        self._score, self._lengths = score, lengths
+        self._score, self._lengths, self._batch, self._checkpoints = score, lengths, batch, checkpoints
         self._forwards = (-1, 0)
         self._trained = self._seen = self._of = self._padding = self._positions = 0
 
@@ -93,9 +103,7 @@ class StagedTrainer(Trainer):
         salt += self.args.world_size * self._forwards[1]
         if isinstance(compressor, RandomFactor):
             return compressor.drawn(step, salt)
-        if isinstance(compressor, RandomTokens):  # not the same places at every step
-            return replace(compressor, seed=mixed(compressor.seed, step, salt))
-        return compressor
+        return _redrawn(compressor, step, salt)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Scores the model as it will be used, and goes on training as before."""
@@ -107,7 +115,13 @@ class StagedTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Adds what was trained on since the last log. Raises `UserError` for a loss that is no number any more."""
         if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise UserError(
+                    f"the loss is {logs['loss']} at step {self.state.global_step:,}, and nothing can be learned from"
+                    " there on: lower learning_rate; an earlier checkpoint is as it was"
+                )
             logs["stage"] = self._trained + 1
             if self._of:
                 logs["retention"] = round(self._seen / self._of, 4)
@@ -117,17 +131,21 @@ class StagedTrainer(Trainer):
         super().log(logs, start_time)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        if self._lengths is None:
-            return super()._get_train_sampler(train_dataset)
-        generator = torch.Generator().manual_seed(self.args.data_seed or self.args.seed)
-        together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return LengthGroupedSampler(together, lengths=self._lengths, generator=generator)
+        records = len(train_dataset if train_dataset is not None else self.train_dataset)  # type: ignore[arg-type]
+        per_epoch = records // self._batch
+        return EpochSampler(
+            records, self._batch, self.args.seed, lambda: self.state.global_step // per_epoch, lengths=self._lengths
+        )
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # each process writes the state of its own dice
         if self.args.should_save:
-            (Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / WHOLE).touch()
+            out = Path(str(self.args.output_dir))
+            (out / f"checkpoint-{self.state.global_step}" / WHOLE).touch()
+            # Only now that there is another one; Trainer itself would be too early.
+            for old in whole_checkpoints(out)[: -self._checkpoints]:
+                shutil.rmtree(old)
 
     # --- parameters that are shared out -----------------------------------------------------------------------
 
@@ -190,6 +208,15 @@ class Sharded(TrainerCallback):
         sharding.check_sharded(model)
 
 
+def _redrawn(compressor: Compressor, step: int, salt: int) -> Compressor:
+    """A compressor with other places by lot at every step; any other as it is."""
+    if isinstance(compressor, RandomTokens):
+        return replace(compressor, seed=mixed(compressor.seed, step, salt))
+    if isinstance(compressor, Chain):
+        return replace(compressor, compressors=tuple(_redrawn(one, step, salt) for one in compressor.compressors))
+    return compressor
+
+
 class JsonLog(TrainerCallback):
     """Every log as a line of JSON, with the step; a run that resumes goes on behind what is still true."""
 
@@ -201,7 +228,12 @@ class JsonLog(TrainerCallback):
             return
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         kept = [line for line in lines if _step_of(line) <= state.global_step]
-        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        write_text(self.path, "".join(f"{line}\n" for line in kept))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """What is logged is a mean since the last log: one that began before a checkpoint could not be resumed."""
+        if control.should_save:
+            control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not state.is_world_process_zero:
@@ -214,22 +246,30 @@ class JsonLog(TrainerCallback):
 
 
 def _step_of(line: str) -> float:
-    """The step of a line of the log; one that was cut short is behind every other."""
+    """The step of a line of the log; one that was cut short, or sums a run up, is behind every other."""
     try:
-        return json.loads(line)["step"]
+        content = json.loads(line)
+        return float("inf") if SUMMARY in content else content["step"]
     except (ValueError, KeyError, TypeError):
         return float("inf")
 
 
-def latest_checkpoint(out: Path) -> Path | None:
-    """The last whole checkpoint; what is none is removed, so that nothing takes it for one."""
-    whole = []
+def whole_checkpoints(out: Path) -> list[Path]:
+    """The checkpoints of a run that say that they are whole, from the first to the last."""
+    found = [path for path in out.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name) and (path / WHOLE).exists()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """After how many optimiser steps a checkpoint was written."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def remove_torn_checkpoints(out: Path) -> None:
+    """Removes the checkpoints of a run that were cut short, so that nothing takes them for whole ones."""
     for path in out.glob("checkpoint-*"):
-        if (path / WHOLE).exists():
-            whole.append(path)
-        else:
+        if CHECKPOINT.fullmatch(path.name) and not (path / WHOLE).exists():
             shutil.rmtree(path)
-    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
 @contextmanager

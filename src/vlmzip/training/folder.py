@@ -1,0 +1,140 @@
+"""The folder of a training run: whose it is, how far it has come, and what is kept when something goes wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from vlmzip.errors import UserError
+from vlmzip.evaluation.records import Hold, hold
+from vlmzip.files import write_text
+from vlmzip.training.batches import BAD, note_bad
+from vlmzip.training.config import Config
+from vlmzip.training.trainer import LOG, remove_torn_checkpoints, whole_checkpoints
+from vlmzip.version import __version__
+
+#: What the run was asked to do; a folder without it is none of ours.
+ASKED = "run.json"
+#: The folder of the trained model, in the folder of the run.
+MODEL = "model"
+#: Settings that may differ when a run goes on: they do not change what is learned.
+FREE = {
+    "out", "log_every", "save_every", "checkpoints", "workers", "evaluation", "gradient_checkpointing", "sharding",
+    "batch_per_process", "text_tokens",
+}  # fmt: skip
+#: What an `OSError` has for its reason where the disk, and nothing else, refuses.
+REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO}
+#: In the message of `torch.save` where the disk refuses.
+WRITING = "inline_container"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """What a run found in its folder when it began."""
+
+    checkpoint: Path | None
+    """The last whole one, to go on from."""
+    model: Path
+    finished: bool
+    hold: Hold | None = None
+    """Keeps other runs out, as long as it lives; the first process alone has it."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "hold": None}  # what other processes are told
+
+    @classmethod
+    def begin(cls, out: Path, config: Config, bad: Sequence[tuple[int, str]]) -> RunFolder:
+        """Looks at the folder and, where the run is a new one, makes it ready; `bad` are records known to be none.
+
+        Raises `UserError` where another run is at work, where the run there was asked for something else, or where
+        checkpoints or a model lie that are not a run's of ours: nothing of those is touched.
+        """
+        holding = hold(out)
+        model, asked = out / MODEL, _written(config)
+        before = _read(out / ASKED)
+        if before is None and (model.exists() or any(out.glob("checkpoint-*"))):
+            raise UserError(f"out: {str(out)!r} has a model or checkpoints of something else; give another folder")
+        if before is not None:
+            remove_torn_checkpoints(out)
+        checkpoint = next(reversed(whole_checkpoints(out)), None) if before is not None else None
+        if checkpoint is not None or (before is not None and model.exists()):
+            _refuse_changes(out, before or {}, asked)
+            return cls(checkpoint, model, model.exists(), holding)
+        for name in (BAD, LOG):
+            (out / name).unlink(missing_ok=True)
+        write_text(out / ASKED, json.dumps({"vlmzip": __version__, **asked}, indent=1) + "\n")
+        if bad:
+            note_bad(out / BAD, bad)
+        return cls(None, model, finished=False, hold=holding)
+
+
+def _written(config: Config) -> dict[str, Any]:
+    """The settings as JSON has them."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"out: {str(path)!r} cannot be read ({str(error)[:80]}); give another folder") from None
+
+
+def _refuse_changes(out: Path, before: dict[str, Any], asked: dict[str, Any]) -> None:
+    changed = [name for name in asked if name not in FREE and before.get(name) != asked[name]]
+    if changed:
+        told = ", ".join(f"{name}: {_short(before.get(name))}, now {_short(asked[name])}" for name in changed[:3])
+        raise UserError(
+            f"out: the run in {str(out)!r} was begun with other settings ({told}); give another out, or the same ones"
+        )
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:40]}…"
+
+
+def goes_on(out: Path) -> str:
+    """How to go on after a stop, in a few words."""
+    whole = whole_checkpoints(out)
+    if not whole:
+        return "there is no checkpoint yet; the same command begins anew"
+    return f"the same command goes on from {whole[-1]}, the last whole checkpoint"
+
+
+def fill_whole(folder: Path) -> Path:
+    """An empty folder beside `folder`, to be filled and then renamed to it by `take_name`."""
+    unfinished = folder.with_name(f".{folder.name}-unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    return unfinished
+
+
+def take_name(unfinished: Path, folder: Path) -> None:
+    """Puts a folder that is whole in the place of what was there; its files are as readable as any new file."""
+    for path in unfinished.rglob("*"):
+        if path.is_file():
+            path.chmod(0o644)
+    shutil.rmtree(folder, ignore_errors=True)
+    unfinished.rename(folder)
+
+
+def refused_by_disk(error: BaseException) -> str | None:
+    """What a full or read-only disk said; it is an OSError only where Python itself was writing."""
+    if isinstance(error, OSError) and error.errno in REFUSED:
+        return error.strerror or str(error)
+    if isinstance(error, SafetensorError) and "I/O error" in str(error):
+        return str(error).rpartition("I/O error: ")[2]
+    if isinstance(error, RuntimeError) and WRITING in str(error):
+        return "the optimiser's state could not be written; is the disk full?"
+    return None

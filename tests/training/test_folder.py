@@ -1,0 +1,133 @@
+"""A run's folder: nothing of others is touched, nothing of a run is lost, another run is kept out."""
+
+import errno
+import fcntl
+import json
+import os
+
+import pytest
+
+from tests.training.runs import write_config
+from vlmzip import UserError
+from vlmzip.training.config import read_config
+from vlmzip.training.folder import RunFolder, goes_on, refused_by_disk
+from vlmzip.training.trainer import whole_checkpoints
+
+
+@pytest.fixture
+def config(tmp_path):
+    (tmp_path / "run").mkdir()
+    return lambda **settings: read_config(write_config(tmp_path / "run", **settings), [])
+
+
+def begun(tmp_path, config, *whole):
+    """A run's folder with checkpoints."""
+    out = tmp_path / "run" / "out"
+    RunFolder.begin(out, config(), [])
+    for step in whole:
+        checkpoint(out, step)
+    return out
+
+
+def checkpoint(out, step, whole=True):
+    path = out / f"checkpoint-{step}"
+    path.mkdir(parents=True)
+    (path / "model.safetensors").write_bytes(b"precious")
+    if whole:
+        (path / "whole").touch()
+    return path
+
+
+def test_a_new_run_says_what_it_was_asked(tmp_path, config):
+    out = tmp_path / "run" / "out"
+    found = RunFolder.begin(out, config(), [(3, "no JSON")])
+    assert (found.checkpoint, found.finished) == (None, False)
+    asked = json.loads((out / "run.json").read_text())
+    assert asked["learning_rate"] == 0.003
+    assert asked["schedule"] == {"name": "three-stage-deeper"}
+    assert json.loads((out / "bad_records.jsonl").read_text()) == {"record": 3, "reason": "no JSON"}
+
+
+def test_what_an_earlier_try_left_out_is_not_counted(tmp_path, config):
+    out = begun(tmp_path, config)
+    (out / "bad_records.jsonl").write_text('{"record": 9, "reason": "a picture is missing"}\n')
+    RunFolder.begin(out, config(), [])
+    assert not (out / "bad_records.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["checkpoint-500", "checkpoint-best", "model"])
+def test_what_others_left_is_refused_and_not_touched(tmp_path, config, name):
+    out = tmp_path / "run" / "out"
+    (out / name).mkdir(parents=True)
+    (out / name / "precious.bin").write_bytes(b"1")
+    with pytest.raises(UserError, match="of something else; give another folder"):
+        RunFolder.begin(out, config(), [])
+    assert (out / name / "precious.bin").exists()
+
+
+def test_in_a_runs_own_folder_only_its_torn_checkpoints_go(tmp_path, config):
+    out = begun(tmp_path, config, 2, 10)
+    torn, other = checkpoint(out, 12, whole=False), out / "checkpoint-best.pt"
+    other.touch()
+    (out / "checkpoint-best").mkdir()
+    assert RunFolder.begin(out, config(), []).checkpoint == out / "checkpoint-10"
+    assert not torn.exists()
+    assert other.exists()
+    assert (out / "checkpoint-best").exists()
+    assert [path.name for path in whole_checkpoints(out)] == ["checkpoint-2", "checkpoint-10"]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"steps": 4}, {"schedule": "none"}, {"learn": "projector"}, {"lora": {"r": 4}}, {"batch": 2}, {"seed": 1}],
+)
+def test_a_run_goes_on_only_with_the_settings_it_was_begun_with(tmp_path, config, changed):
+    out = begun(tmp_path, config, 2)
+    with pytest.raises(UserError, match=f"begun with other settings \\({next(iter(changed))}: .*give another out"):
+        RunFolder.begin(out, config(**changed), [])
+    assert (out / "checkpoint-2" / "whole").exists()
+
+
+def test_settings_that_change_nothing_that_is_learned_may_differ(tmp_path, config):
+    out = begun(tmp_path, config, 2)
+    free = {"log_every": 5, "save_every": 1, "workers": 1, "batch_per_process": 1, "sharding": "fsdp"}
+    assert RunFolder.begin(out, config(**free), []).checkpoint == out / "checkpoint-2"
+
+
+def test_before_the_first_checkpoint_anything_may_differ(tmp_path, config):
+    out = begun(tmp_path, config)
+    RunFolder.begin(out, config(seed=1), [])
+    assert json.loads((out / "run.json").read_text())["seed"] == 1
+
+
+def test_another_run_is_kept_out(tmp_path, config):
+    out = begun(tmp_path, config, 2)
+    torn = checkpoint(out, 4, whole=False)
+    other = os.open(out / ".lock", os.O_RDWR)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(UserError, match="another run is writing"):
+        RunFolder.begin(out, config(), [])
+    assert torn.exists()  # it may be writing that
+    os.close(other)
+    found = RunFolder.begin(out, config(), [])
+    assert found.hold is not None
+
+
+def test_how_to_go_on(tmp_path, config):
+    out = begun(tmp_path, config)
+    assert goes_on(out) == "there is no checkpoint yet; the same command begins anew"
+    checkpoint(out, 2)
+    assert f"goes on from {out / 'checkpoint-2'}" in goes_on(out)
+
+
+def test_only_what_the_disk_refuses_is_the_disks():
+    assert refused_by_disk(OSError(errno.ENOSPC, "No space left on device")) == "No space left on device"
+    assert refused_by_disk(FileNotFoundError(errno.ENOENT, "No such file or directory")) is None
+    assert refused_by_disk(BrokenPipeError(errno.EPIPE, "Broken pipe")) is None
+
+
+def test_a_run_of_another_version_of_the_file_is_not_guessed_at(tmp_path, config):
+    out = begun(tmp_path, config, 2)
+    (out / "run.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read"):
+        RunFolder.begin(out, config(), [])

@@ -1,0 +1,88 @@
+"""What a configuration becomes: transformers' settings, what learns, what changes by lot."""
+
+import pytest
+
+from tests.tiny import tiny_llava, tiny_qwen
+from tests.training.runs import write_config
+from vlmzip import FastV, NoCompression, Pool2d, attach
+from vlmzip.compressor import Compressor
+from vlmzip.methods import Chain, RandomTokens
+from vlmzip.models import adapter_for
+from vlmzip.training.config import Lora, read_config
+from vlmzip.training.run import CHECKPOINTING, _choose_what_learns, _subset, _with_lora, arguments
+from vlmzip.training.trainer import _redrawn, evaluating
+
+pytest.importorskip("accelerate")
+
+
+@pytest.fixture
+def config(tmp_path):
+    return lambda **settings: read_config(write_config(tmp_path, **settings), [])
+
+
+def test_settings_reach_the_trainer(config):
+    asked = config(
+        weight_decay=0.05, warmup=0.3, precision="bf16", seed=7, gradient_checkpointing=True, workers=2,
+        learning_rate=0.5, batch=6, batch_per_process=2, log_every=3, save_every=9,
+    )  # fmt: skip
+    found = arguments(asked, steps=11)
+    assert (found.max_steps, found.warmup_steps, found.lr_scheduler_type) == (11, 0.3, "cosine")
+    assert (found.weight_decay, found.learning_rate, found.bf16, found.seed) == (0.05, 0.5, True, 7)
+    assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == (2, 3)
+    assert getattr(found, CHECKPOINTING)
+    assert (found.dataloader_num_workers, found.logging_steps, found.save_steps) == (2, 3, 9)
+    plain = arguments(config(), steps=6)
+    assert not plain.bf16
+    assert not getattr(plain, CHECKPOINTING)
+    assert not plain.logging_nan_inf_filter
+
+
+def test_what_has_no_setting_of_ours_goes_to_the_trainer(config):
+    assert arguments(config(trainer={"max_grad_norm": 0.3}), 1).max_grad_norm == 0.3
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks it
+def test_loras_settings_reach_peft():
+    found = _with_lora(tiny_llava(), Lora(r=4, alpha=9, dropout=0.25)).peft_config["default"]
+    assert (found.r, found.lora_alpha, found.lora_dropout) == (4, 9, 0.25)
+
+
+def test_the_records_of_a_fraction_are_drawn_by_the_seed(config):
+    first, second = (_subset(100, config(fraction="10%", seed=seed)) for seed in (0, 1))
+    assert len(first) == len(second) == 10
+    assert first != second
+    assert first == sorted(first)
+
+
+@pytest.mark.parametrize("make", [tiny_llava, tiny_qwen])
+@pytest.mark.parametrize("learn", [("projector",), ("llm",), ("vision",), ("vision", "projector")])
+def test_what_learns(make, learn):
+    """In Qwen the projector is a part of the encoder: it learns, or does not, all the same."""
+    model = make()
+    adapter, small = adapter_for(model), attach(model, NoCompression())
+    _choose_what_learns(small, adapter, learn, None)
+    inside = set(adapter.projector.parameters())
+    parts = {"projector": inside, "llm": set(adapter.llm.parameters())}
+    parts["vision"] = set(adapter.vision_encoder.parameters()) - inside
+    for part, weights in parts.items():
+        assert {one.requires_grad for one in weights} == {part in learn}, part
+
+
+def test_places_by_lot_are_others_at_every_step_and_forward():
+    def seeds(compressor: Compressor) -> list[int]:
+        return [stage.seed for stage in compressor.stages() if isinstance(stage, RandomTokens)]
+
+    for compressor in (RandomTokens(keep=3), Chain(compressors=(RandomTokens(keep=9), FastV(keep=3)))):
+        drawn = [seeds(_redrawn(compressor, step, salt)) for step, salt in ((0, 0), (1, 0), (0, 1))]
+        assert len({str(one) for one in drawn}) == 3
+        assert seeds(_redrawn(compressor, 1, 0)) == drawn[1]
+    assert _redrawn(Pool2d(factor=2), 1, 1) == Pool2d(factor=2)
+
+
+def test_after_an_evaluation_training_goes_on_as_before():
+    small = attach(tiny_llava(), Pool2d(factor=2)).train()
+    with evaluating(small, NoCompression()):
+        assert not small.training
+        assert small.compressor == NoCompression()
+    assert small.training
+    assert small.compressor == Pool2d(factor=2)
