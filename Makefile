@@ -9,6 +9,9 @@ TRANSFORMERS ?= 5.19
 OTHER ?= .venv-transformers-$(TRANSFORMERS)
 # What another version can break: all that touches models. The rest is the same Python in both.
 TESTS ?= tests/models tests/runtime tests/methods tests/measure tests/training tests/cli/test_commands.py
+# Tests run in several processes of one thread each; a file's tests stay together, since they share models.
+JOBS ?= 2
+IN_PARALLEL := -n $(JOBS) --dist loadfile
 # lmms-eval brings a hundred packages along, 2.4 GB: it has an environment of its own too.
 LMMS ?= .venv-lmms
 
@@ -28,7 +31,7 @@ demo: $(INSTALLED) ## set up, then ask the small model about a picture, with and
 	$(BIN)/vlmzip ask examples/cluttered.png "$$(cat examples/cluttered.txt)" --baseline --overlay runs/demo.png
 
 test: $(INSTALLED) ## set up, then run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL)
 
 $(OTHER)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(OTHER)
@@ -38,7 +41,7 @@ $(OTHER)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 test-transformers: $(OTHER)/.installed ## run the tests with another version of transformers; TESTS= for all
-	$(OTHER)/bin/python -m pytest $(TESTS)
+	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest $(IN_PARALLEL) $(TESTS)
 
 $(LMMS)/.installed: pyproject.toml constraints.txt tests/lmms/torchvision_beside_cpu_torch.py
 	$(PYTHON) -m venv $(LMMS)
@@ -65,8 +68,9 @@ lint: $(INSTALLED) ## check style
 types: $(INSTALLED) ## check types
 	$(BIN)/mypy
 
-tables: $(INSTALLED) ## check that the README's table agrees with the committed results (docs/tables.py makes it)
+tables: $(INSTALLED) ## check that README and docs/training_claims.md agree with the committed results
 	$(BIN)/python docs/tables.py --check
+	$(BIN)/python docs/training_claims.py --check
 
 bench: $(INSTALLED) ## time and memory of encoder and selection; writes a CSV into benchmarks/results
 	$(BIN)/python benchmarks/selection_cost.py

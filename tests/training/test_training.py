@@ -371,3 +371,11 @@ def test_explain_takes_no_step(start, tmp_path, capsys):
     assert main(["train", str(path), "--explain", "--json"]) == 0
     assert [stage["steps"] for stage in json.loads(capsys.readouterr().out)["stages"]] == [2, 2, 2]
     assert main(["train", str(path), "--staircase", "x.png"]) == 2
+
+
+def test_tensorboard_has_what_is_logged(start):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    (file,) = (start / "out").rglob("events.out.tfevents.*")
+    found = events.EventAccumulator(str(file.parent)).Reload()
+    assert [event.value for event in found.Scalars("train/loss")] == pytest.approx(losses(start / "out"))
+    assert [event.step for event in found.Scalars("train/retention")] == [1, 2, 3, 4, 5, 6]
