@@ -107,6 +107,11 @@ def test_any_method_at_any_site_from_yaml():
         ({"stages": [{"compressor": "none"}, {"compressor": 5}]}, "5 is no compressor"),
         ({"stages": [{"compressor": "none", "shares": 1}]}, "stage 1: there is no 'shares'; did you mean 'share'"),
         ({"stages": [{"compressor": "none", "share": 0}]}, "stage 1 has a share of 0"),
+        ("random_factor(per=step)+fastv(layer=1)", "random_factor cannot be chained"),
+        ("random_factor+fastv(layer=1)", "random_factor cannot be chained"),
+        ("fastv(layer=1) + random_factor", "random_factor cannot be chained"),
+        ({"stages": [{"compressor": "random_factor+fastv"}]}, "random_factor cannot be chained"),
+        ({"name": "two-stage", "afterwards": "random_factor(per=step)"}, "afterwards: random_factor is for training"),
     ],
 )
 def test_nonsense_is_refused_in_a_sentence(content, said):

@@ -11,13 +11,13 @@ from typing import Any
 from vlmzip import catalogue, spec
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, closest
-from vlmzip.methods import LLaVolta, NoCompression
+from vlmzip.methods import Chain, LLaVolta, NoCompression
 from vlmzip.training.random_factor import RandomFactor
 
 #: Depth of the LLM that LLaVolta's layers are given for (Vicuna-7B).
 PUBLISHED_DEPTH = 32
 NOTHING = "none"
-RANDOM = re.compile(r"^random_factor(?=\(|$)")
+RANDOM = re.compile(r"(?:^|(?<=\+))\s*random_factor\s*(?=[(+]|$)")
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,9 @@ def read_schedule(content: Any, depth: int = PUBLISHED_DEPTH) -> Schedule:
         if not isinstance(content["split"], list):
             raise UserError(f"schedule: split={content['split']!r} is no list of shares, such as [25, 75]")
         found = found.split(content["split"])
-    return replace(found, afterwards=read_compressor(content["afterwards"])) if "afterwards" in content else found
+    if "afterwards" in content:
+        found = replace(found, afterwards=read_lasting("schedule: afterwards", content["afterwards"]))
+    return found
 
 
 def _of_stages(content: Any) -> Schedule:
@@ -164,12 +166,29 @@ def _of_stages(content: Any) -> Schedule:
 
 
 def read_compressor(content: Any) -> Compressor:
-    """A compressor in one line, `none`, or `random_factor`, which is for training alone."""
+    """A compressor in one line, `none`, or `random_factor`, which is for training alone.
+
+    Raises `UserError` for what is none, and for `random_factor` in a chain.
+    """
     if content is None or content == NOTHING:
         return NoCompression()
     if not isinstance(content, str):
         raise UserError(f"{content!r} is no compressor; write {spec.FORMS}")
-    return spec.read(RANDOM.sub("vlmzip.training.random_factor:RandomFactor", content))
+    found = spec.read(RANDOM.sub("vlmzip.training.random_factor:RandomFactor", content))
+    if isinstance(found, Chain) and any(isinstance(part, RandomFactor) for part in found.stages()):
+        raise UserError(f"{content!r}: random_factor cannot be chained; make it a stage of its own, without +")
+    return found
+
+
+def read_lasting(where: str, content: Any) -> Compressor:
+    """A compressor that a model can be evaluated, saved and served with.
+
+    Raises `UserError`, which begins with `where`, for random factors: they are for training alone.
+    """
+    found = read_compressor(content)
+    if isinstance(found, RandomFactor):
+        raise UserError(f"{where}: random_factor is for training alone; give another compressor, or none")
+    return found
 
 
 def read_share(content: Any) -> Fraction:
