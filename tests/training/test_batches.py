@@ -6,12 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.tiny import IMAGE_TOKEN, TOKENS, tiny_llava, tiny_processor
-from tests.training.test_records import record, said, write
+from tests.tiny import IMAGE_TOKEN, PAD, TOKENS, tiny_llava, tiny_processor, tiny_qwen
+from tests.training.test_records import film, record, said, write
 from vlmzip import Pool2d, attach
 from vlmzip.errors import UserError
 from vlmzip.models import adapter_for
-from vlmzip.training.batches import IGNORE, Conversations, Examples, Padded, count_bad
+from vlmzip.training.batches import IGNORE, Conversations, Examples, Padded, count_bad, note_bad
 from vlmzip.training.records import BadRecord, Records, read_record
 
 #: As LLaVA-1.5's: no end of text.
@@ -44,6 +44,30 @@ def folder(tmp_path):
     return tmp_path
 
 
+def with_template(template):
+    made = tiny_processor("llava")
+    made.chat_template = template
+    return made
+
+
+def qwen_conversations():
+    """Its words for pictures and videos are not LLaVA's."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    made = tiny_processor("qwen2_5_vl")
+    words = made.tokenizer.backend_tokenizer.to_str()
+    words = words.replace("<image>", "<|image_pad|>").replace('"w98"', '"<|video_pad|>"')
+    special = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
+    named = {f"{name}_token": f"<{text}>" for name, text in (("pad", "pad"), ("eos", "/s"), ("unk", "unk"))}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(words), extra_special_tokens=special, **named
+    )
+    processor = type(made)(made.image_processor, tokenizer)
+    processor.chat_template = TEMPLATE.replace("<image>", "<|image_pad|>")
+    return Conversations(processor, adapter_for(tiny_qwen()), max_length=600)
+
+
 def without_pictures(ids):
     return [token for token in ids.tolist() if token != IMAGE_TOKEN]
 
@@ -70,6 +94,78 @@ def test_a_template_with_an_end_gets_no_second_one(processor, llava, folder):
     assert without_pictures(row["input_ids"]) == [USER, 10, MODEL, 20, END, USER, 11, MODEL, 21, END]
     kept = row["labels"][row["labels"] != IGNORE].tolist()
     assert kept == [20, END, 21, END]
+
+
+def test_an_end_behind_questions_is_none_of_answers(llava, folder):
+    """As in templates that close each part of a conversation but the last."""
+    asking = with_template(TEMPLATE.replace("'w4 '", "'</s> w4 '"))
+    row = Conversations(asking, adapter_for(llava), 150)(
+        read_record(record("<image> w10", "w20", "w11", "w21")), folder
+    )
+    assert row["labels"][row["labels"] != IGNORE].tolist() == [20, END, 21, END]
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, "{{ '<s>' }}" + TEMPLATE])
+def test_a_conversation_begins_once(llava, folder, template):
+    """Whether the template writes the first token, as Llama-3's does, or the tokenizer adds it."""
+    from tokenizers.processors import TemplateProcessing
+
+    beginning = with_template(template)
+    beginning.tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    assert beginning.tokenizer("w9")["input_ids"] == [1, 9]
+    row = Conversations(beginning, adapter_for(llava), 150)(read_record(record("<image> w10", "w20")), folder)
+    assert without_pictures(row["input_ids"]) == [1, USER, 10, MODEL, 20, END]
+    labels = row["labels"][row["input_ids"] != IMAGE_TOKEN].tolist()
+    assert labels == [IGNORE] * 4 + [20, END]
+
+
+def test_the_frames_of_a_video_are_seen_in_order(conversations, folder):
+    content = film("<video>\nw9", "w20", video=["a.png", "b.png", "a.png"])
+    row = conversations(read_record(content), folder)
+    assert (row["input_ids"] == IMAGE_TOKEN).sum() == 3 * TOKENS
+    means = [picture.mean().item() for picture in row["pixel_values"]]
+    assert means[0] == means[2] < means[1]
+
+
+@pytest.mark.parametrize("said", [("<image> w9 {}", "w20"), ("<image> w9", "w20 {} w21")])
+@pytest.mark.parametrize("word", ["<|image_pad|>", "<|video_pad|>"])
+def test_a_word_that_would_be_another_picture_is_bad(folder, word, said):
+    content = record(*(text.format(word) for text in said))
+    with pytest.raises(BadRecord, match="in the text, which stands for a picture or video here"):
+        qwen_conversations()(read_record(content), folder)
+
+
+def test_what_the_processor_refuses_is_bad(folder):
+    Image.new("RGB", (1000, 2)).save(folder / "thin.png")
+    asked = qwen_conversations()
+    assert (asked(read_record(record("<image> w9", "w20")), folder)["input_ids"] == IMAGE_TOKEN).any()
+    with pytest.raises(BadRecord, match=r"^the processor refuses it: absolute aspect ratio must be smaller than 200$"):
+        asked(read_record(record("<image> w9", "w20", image="thin.png")), folder)
+
+
+def test_a_processor_that_refuses_everything_is_no_fault_of_the_records(llava, monkeypatch):
+    def broken(*_, **__):
+        raise TypeError("no such argument")
+
+    made = with_template(TEMPLATE)
+    monkeypatch.setattr(type(made), "__call__", broken)
+    with pytest.raises(TypeError, match="no such argument"):
+        Conversations(made, adapter_for(llava), 150)
+
+
+def test_an_answer_that_would_end_early_is_bad(conversations, folder):
+    with pytest.raises(BadRecord, match="an answer with the end of text in it, </s>"):
+        conversations(read_record(record("<image> w9", "w20 </s> w21")), folder)
+    asked = conversations(read_record(record("<image> </s> w9", "w20")), folder)
+    assert asked["labels"][asked["labels"] != IGNORE].tolist() == [20, END]
+
+
+def test_what_the_llm_has_no_positions_for_is_bad(processor, llava, folder):
+    long = Conversations(processor, adapter_for(llava), max_length=9999)
+    rest = 512 - TOKENS - 4  # positions of the LLM, without the picture and the words around question and answer
+    assert len(long(read_record(record("<image>" + " w9" * rest, "w20")), folder)["input_ids"]) == 512
+    with pytest.raises(BadRecord, match="longer than the LLM's 512 positions"):
+        long(read_record(record("<image>" + " w9" * (rest + 1), "w20")), folder)
 
 
 def test_the_words_of_a_question_that_are_also_the_answers_are_not_learned(conversations, folder):
@@ -113,6 +209,30 @@ def test_bad_records_are_replaced_noted_once_and_counted(conversations, folder):
     assert noted == [2, 4]  # as they stand in the file, the first of which was no record at all
 
 
+def test_a_record_that_two_processes_met_is_counted_once(conversations, folder):
+    content = [record("<image> w10", "w20"), record("<image> w10", "w21", image="none.png")]
+    found = Records(write(folder / "data.json", content, lines=True))
+    for _ in range(2):
+        Examples(found, folder, conversations, folder / "bad.jsonl")[1]
+    assert len((folder / "bad.jsonl").read_text().splitlines()) == 2
+    assert count_bad(folder / "bad.jsonl") == {"a picture is missing": 1}
+
+
+def test_a_note_cut_short_is_left_out(tmp_path):
+    notes = tmp_path / "bad.jsonl"
+    note_bad(notes, [(1, "one"), (2, "two")])
+    whole = notes.read_bytes()
+    for end in range(whole.index(b"\n") + 1, len(whole) - 1):
+        notes.write_bytes(whole[:end])
+        assert count_bad(notes) == {"one": 1}
+        note_bad(notes, [(3, "three")])
+        note_bad(notes, [(4, "four")])
+        assert count_bad(notes) == {"one": 1, "three": 1, "four": 1}
+    notes.write_bytes(whole + b"{no JSON}\n")
+    with pytest.raises(ValueError, match="Expecting property name"):
+        count_bad(notes)
+
+
 def test_where_nothing_can_be_trained_on_it_says_so(conversations, folder):
     found = Records(write(folder / "data.json", [record("<image>", "w20", image="none.png")], lines=True))
     with pytest.raises(UserError, match="not one record"):
@@ -137,6 +257,21 @@ def test_rows_stand_together_as_they_stand_alone(conversations, folder):
     together = small(**pad(rows)).loss.item()
     wanted = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
     assert together == pytest.approx(wanted, rel=1e-5)
+
+
+def test_rows_are_padded_on_the_right_and_padding_is_not_learned():
+    rows = [
+        {
+            "input_ids": torch.tensor([7, 8, 9]),
+            "attention_mask": torch.ones(3).long(),
+            "labels": torch.tensor([7, 8, 9]),
+        },
+        {"input_ids": torch.tensor([5]), "attention_mask": torch.ones(1).long(), "labels": torch.tensor([5])},
+    ]
+    batch = Padded(pad_id=PAD + 3)(rows)
+    assert batch["input_ids"].tolist() == [[7, 8, 9], [5, 3, 3]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [[7, 8, 9], [5, IGNORE, IGNORE]]
 
 
 def test_rows_without_pictures_get_a_blank_one_that_teaches_nothing(conversations, folder):
@@ -175,6 +310,17 @@ def test_processors_that_cannot_be_used_are_refused(llava):
     bare.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content[0].text }}{% endfor %}"
     with pytest.raises(UserError, match="in another way once it goes on"):
         Conversations(bare, adapter_for(llava), 100)
+    bare.chat_template = TEMPLATE.replace("'w5 ' }}", "'w5 ' if loop.last else 'w6 ' }}")
+    with pytest.raises(UserError, match="in another way once it goes on"):
+        Conversations(bare, adapter_for(llava), 100)
+
+
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # its processor's own
+def test_a_processor_that_rewrites_prompts_is_refused(llava):
+    rewriting = tiny_processor("paligemma")
+    rewriting.chat_template = TEMPLATE
+    with pytest.raises(UserError, match="PaliGemmaProcessor rewrites it"):
+        Conversations(rewriting, adapter_for(llava), 100)
 
 
 def test_mini_learns_what_its_own_template_says(tmp_path):

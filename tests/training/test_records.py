@@ -20,6 +20,10 @@ def record(*texts, **fields):
     return {"id": "7", "conversations": said(*(texts or ("<image>\nwhat ?", "this"))), "image": "a.png", **fields}
 
 
+def film(*texts, **fields):
+    return {"conversations": said(*texts), "video": ["1.png", "2.png"], **fields}
+
+
 def write(path, content, lines):
     text = "\n".join(map(json.dumps, content)) + "\n" if lines else json.dumps(content, indent=1)
     path.write_text(text, encoding="utf-8")
@@ -57,11 +61,44 @@ def test_conversations_of_all_kinds(tmp_path, lines):
         (record(image=5), "image is no path"),
         (record(image=[""]), "image is no path"),
         ([1], "not an object"),
+        (record("?", "a", images=["a.png"]), "both image and images"),
+        ({"conversations": said("?", "a"), "images": ["a.png"]}, "not as many <image> as pictures"),
+        (record("?", "\ud83d"), "half a character"),
+        (record("\ude00 <image>", "a"), "half a character"),
+        (film("<video>\n?", "a", video="a.mp4"), "a video file; give its frames as a list of pictures"),
+        (film("<video>\n?", "a", video=["a.MP4"]), "a video file; give its frames as a list of pictures"),
+        (film("<video>\n?", "a", video=None), "not as many <video> as videos"),
+        (film("<video>\n?", "a", video=[]), "not as many <video> as videos"),
+        (film("?", "a"), "not as many <video> as videos"),
+        (film("<video> <video>", "a"), "not as many <video> as videos"),
+        (film("<image>\n?", "a"), "not as many <image> as pictures"),
+        (film("<video>?", "<video>"), "an answer with <video>"),
+        (film("<video>?", "a", video={"1": "a.png"}), "video is no list of pictures"),
+        (film("<video>?", "a", videos=[["1.png"]]), "only one video"),
     ],
 )
 def test_what_is_no_record_says_why(content, reason):
     with pytest.raises(BadRecord, match=reason):
         read_record(content)
+
+
+def test_the_frames_of_a_video_are_pictures_where_it_stands(tmp_path):
+    content = [
+        film("<video>\nwhat ?", "this", "and ?", "that"),
+        film("<image> a", "b", "<image><video> <image>", "d", image=["a.png", "b.png", "c.png"]),
+        {"conversations": said("<image> ?", "a"), "images": ["a.png"], "video": None},
+    ]
+    found = Records(write(tmp_path / "data.json", content, lines=True))
+    assert list(found) == [
+        Record("", (Turn("<image><image>\nwhat ?", "this"), Turn("and ?", "that")), ("1.png", "2.png")),
+        Record(
+            "",
+            (Turn("<image> a", "b"), Turn("<image><image><image> <image>", "d")),
+            ("a.png", "b.png", "1.png", "2.png", "c.png"),
+        ),
+        Record("", (Turn("<image> ?", "a"),), ("a.png",)),
+    ]
+    assert [found.pictures(n) for n in range(3)] == [2, 5, 1]
 
 
 @pytest.mark.parametrize("lines", [True, False])
@@ -84,6 +121,103 @@ def test_a_line_cut_short_is_one_bad_record(tmp_path):
     path.write_text(json.dumps(record()) + "\n" + json.dumps(record())[:30])
     assert len(Records(path)) == 1
     assert Records(path).bad == [(1, "no JSON")]
+
+
+@pytest.mark.parametrize("lines", [True, False])
+def test_brackets_in_one_another_are_one_bad_record(tmp_path, lines):
+    deep = '{"conversations": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    texts = [deep, json.dumps(record())]
+    path = tmp_path / "data.json"
+    path.write_text("\n".join(texts) if lines else f"[{', '.join(texts)}]")
+    found = Records(path)
+    assert found.bad == [(0, "too many brackets in one another" if lines else "no JSON")]
+    assert list(found.numbers) == [1]
+
+
+def test_what_is_no_object_is_bad_and_counts(tmp_path):
+    content = [record(id=0), None, 5, "text", True, record(id=5), [record()], 1.5]
+    found = Records(write(tmp_path / "data.json", content, lines=False))
+    assert [one.id for one in found] == ["0", "5"]
+    assert found.bad == [(n, "not an object") for n in (1, 2, 3, 4, 6, 7)]
+    assert list(found.numbers) == [0, 5]
+
+
+TALK = said("<image> {x} [y", "a } ]", "?", "b")
+WHOLE = [json.dumps({"id": n, "image": "a.png", "conversations": TALK}) for n in range(4)]
+BREAKS = {
+    "no }": lambda text: text[:-1],
+    "no ]": lambda text: text[:-2] + "}",
+    "one } more": lambda text: text + "}",
+    "one ] more": lambda text: text + "]",
+    "one } more inside": lambda text: text.replace('"?"}', '"?"}}'),
+    "quotes in quotes": lambda text: text.replace("{x}", '"{x}"'),
+    "a quote in quotes": lambda text: text.replace("{x}", '5" {x}'),
+    "no quote": lambda text: text.replace('"id"', '"id'),
+    "no {": lambda text: text[1:],
+    "no value": lambda text: text.replace('"image": "a.png"', '"image": '),
+    "thousands of digits": lambda text: text.replace('"id": ', '"id": ' + "1" * 5000),
+    "half a word": lambda text: "nul",
+}
+
+
+@pytest.mark.parametrize("chunk", [1, 50, 1 << 20])
+@pytest.mark.parametrize("broken", BREAKS)
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_a_record_of_a_list_that_is_no_json_takes_no_other_along(tmp_path, monkeypatch, number, broken, chunk):
+    monkeypatch.setattr(records, "CHUNK", chunk)
+    texts = list(WHOLE)
+    texts[number] = BREAKS[broken](texts[number])
+    (tmp_path / "data.json").write_text(f"[\n{', '.join(texts)}\n]\n")
+    found = Records(tmp_path / "data.json")
+    assert found.bad == [(number, "no JSON")]
+    assert list(found.numbers) == [n for n in range(4) if n != number]
+    assert [int(one.id) for one in found] == list(found.numbers)
+
+
+def test_broken_records_beside_one_another_are_counted_each(tmp_path):
+    texts = [WHOLE[0][:-1], WHOLE[1] + "}", WHOLE[2].replace("{x}", '"x'), WHOLE[3]]
+    (tmp_path / "data.json").write_text(f"[{', '.join(texts)}]")
+    found = Records(tmp_path / "data.json")
+    assert [number for number, _ in found.bad] == [0, 1, 2]
+    assert list(found.numbers) == [3]
+
+
+def test_what_nothing_closes_is_not_held_in_memory(tmp_path, monkeypatch):
+    """An open bracket and brace could reach to the end of a file of any size."""
+    monkeypatch.setattr(records, "CHUNK", 1000)
+    monkeypatch.setattr(records, "LONGEST", 4000)
+    texts = [WHOLE[0], WHOLE[1][:-2], *WHOLE[2:] * 100]
+    (tmp_path / "data.json").write_text(f"[{', '.join(texts)}]")
+    longest = 0
+    decode = records._decoded
+
+    def measured(text, at):
+        nonlocal longest
+        longest = max(longest, len(text))
+        return decode(text, at)
+
+    monkeypatch.setattr(records, "_decoded", measured)
+    found = Records(tmp_path / "data.json")
+    assert found.bad == [(1, "no JSON")]
+    assert len(found) == 201
+    assert longest < 10_000
+
+
+@pytest.mark.parametrize("broken", [0, None])
+def test_a_list_cut_anywhere_is_refused(tmp_path, broken):
+    texts = [json.dumps({"id": n, "conversations": said("?", "a")}) for n in range(3)]
+    if broken is not None:
+        texts[broken] = texts[broken][:-1]
+    text = f"[{', '.join(texts)}]"
+    for end in range(len(text) - 1 if broken is None else text.index("2") - 9, 1, -1):
+        (tmp_path / "data.json").write_text(text[:end] + "\n" * (end % 2))
+        with pytest.raises(UserError, match="ends in the middle of a record"):
+            Records(tmp_path / "data.json")
+
+
+def test_a_comma_behind_the_last_record_is_no_record(tmp_path):
+    (tmp_path / "data.json").write_text(f"[{WHOLE[0]}, ]")
+    assert Records(tmp_path / "data.json").bad == []
 
 
 NASTY = st.text(alphabet='a"\\{}[],: \n\té🙂<', max_size=12)
@@ -109,6 +243,8 @@ def test_where_chunks_end_makes_no_difference(tmp_path_factory, talk, chunk):
         ('[{"id": "1}]', "ends in the middle of a record"),
         ("[]", "no record to train on; 0 are bad"),
         ("", "no record to train on; 0 are bad"),
+        ('["a","b"]', r"2 are bad, the first \(record 0\): not an object"),
+        ('[{"id": 1}, {"id": 2', r"begins at byte 12: was it cut short\?"),
         ('[{"id": 1}]', r"1 are bad, the first \(record 0\): no conversations"),
     ],
 )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from os import SEEK_END
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ class Conversations:
     def __init__(self, processor: Any, adapter: ModelAdapter, max_length: int) -> None:
         """`max_length`: tokens, visual ones uncompressed. Raises `UserError` for a processor without chat template."""
         self.processor, self.tokenizer, self.max_length = processor, processor.tokenizer, max_length
+        self.positions: int | None = getattr(adapter.llm_config, "max_position_embeddings", None)
         self.placeholder = adapter.placeholder_id
         if not getattr(processor, "chat_template", None):
             raise UserError(
@@ -45,19 +48,23 @@ class Conversations:
             raise UserError("the checkpoint has no fast tokenizer, which is needed to tell answers from questions")
         if self.tokenizer.eos_token is None:
             raise UserError("the checkpoint's tokenizer has no end-of-text token for the ends of answers")
-        text, (answer,) = self._rendered(Record("", (Turn("?", "!"),), ()), end="")
-        self._end = "" if self.tokenizer.eos_token in text[slice(*answer)] else self.tokenizer.eos_token
+        self._own = _own_words(processor, self.tokenizer.convert_ids_to_tokens(self.placeholder))
+        self._end = self._try_out()
 
     def __call__(self, record: Record, folder: Path) -> dict[str, Tensor]:
         """Inputs of one row, without a batch axis but for the pictures' own, and `labels` [tokens].
 
-        Raises `BadRecord` for pictures that cannot be read and for what is longer than `max_length`.
+        Raises `BadRecord` for what cannot be read, what the processor refuses, and what is longer than `max_length` or
+        than the LLM has positions.
         """
+        self._refuse_own_words(record)
         pictures = record.load_pictures(folder)
         text, answers = self._rendered(record, self._end)
-        row = self._row(text, pictures)
-        if len(row["input_ids"]) > self.max_length:
-            raise BadRecord(f"longer than {self.max_length} tokens")
+        try:
+            row = self._row(text, pictures)
+        except (TypeError, ValueError) as error:  # not of its own: it was tried out
+            raise BadRecord(f"the processor refuses it: {_beginning(str(error))}") from error
+        self._refuse_long(len(row["input_ids"]))
         return {**row, "labels": self._labels(row["input_ids"], text, answers)}
 
     def blank(self) -> dict[str, Tensor]:
@@ -66,12 +73,46 @@ class Conversations:
         row = self._row(text, [Image.new("RGB", BLANK)])
         return {**row, "labels": torch.full_like(row["input_ids"], IGNORE)}
 
+    def _try_out(self) -> str:
+        """What to write behind an answer. Raises `UserError` for a processor whose conversations cannot be labelled."""
+        eos = self.tokenizer.eos_token
+        try:
+            text, (answer,) = self._rendered(Record("", (Turn("?", "!"),), ()), end="")
+            end = "" if eos in text[slice(*answer)] else eos
+            text, answers = self._rendered(Record("", (Turn(f"{PLACE}\n?", "!"), Turn("?", "!")), ()), end)
+            self._labels(self._row(text, [Image.new("RGB", BLANK)])["input_ids"], text, answers)
+        except BadRecord as reason:
+            raise UserError(f"no conversation of the checkpoint's processor can be trained on: {reason}") from None
+        return end
+
+    def _refuse_own_words(self, record: Record) -> None:
+        for turn in record.turns:
+            for word in self._own:
+                if word in turn.question or word in turn.answer:
+                    raise BadRecord(f"{word} in the text, which stands for a picture or video here")
+            if self.tokenizer.eos_token in turn.answer:
+                raise BadRecord(f"an answer with the end of text in it, {self.tokenizer.eos_token}")
+
+    def _refuse_long(self, length: int) -> None:
+        if length > self.max_length:
+            raise BadRecord(f"longer than {self.max_length} tokens")
+        if self.positions is not None and length > self.positions:
+            raise BadRecord(f"longer than the LLM's {self.positions} positions")
+
+    def _special(self, text: str) -> dict[str, bool]:
+        """How special tokens are added: not again where the template begins with the first of them."""
+        bos = self.tokenizer.bos_token
+        return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
+
     def _row(self, text: str, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
-        made = self.processor(images=list(pictures) or None, text=[text], return_tensors="pt")
+        made = self.processor(images=list(pictures) or None, text=[text], return_tensors="pt", **self._special(text))
         return {name: value[0] if name in ("input_ids", *PER_TOKEN) else value for name, value in made.items()}
 
     def _rendered(self, record: Record, end: str) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation as the model reads it, and where in it the answers are, their ends included."""
+        """The conversation as the model reads it, and where in it the answers are, their ends included.
+
+        Raises `BadRecord` where the template takes back what it said.
+        """
         messages: list[dict[str, Any]] = []
         for turn in record.turns:
             messages.append({"role": "user", "content": _parts(turn.question)})
@@ -82,9 +123,7 @@ class Conversations:
             before = render(messages[:count], add_generation_prompt=True)
             after = render(messages[: count + 1])
             if not (after.startswith(before) and whole.startswith(after)):
-                raise UserError(
-                    "the chat template says a conversation in another way once it goes on: it cannot be labelled"
-                )
+                raise BadRecord("the chat template says it in another way once it goes on: it cannot be labelled")
             begin, stop = len(before), len(after)
             said = after.find(self.tokenizer.eos_token, begin)
             answers.append((begin, stop if said < 0 else said + len(self.tokenizer.eos_token)))
@@ -94,12 +133,13 @@ class Conversations:
         """The ids of the answers, `IGNORE` elsewhere.
 
         The processor writes many placeholders where the text has one; all other tokens are the text's own, in order.
+        Raises `BadRecord` where they are not.
         """
-        plain = self.tokenizer(text, return_offsets_mapping=True)
+        plain = self.tokenizer(text, return_offsets_mapping=True, **self._special(text))
         own = [n for n, token in enumerate(plain["input_ids"]) if token != self.placeholder]
         places = (ids != self.placeholder).nonzero()[:, 0].tolist()
         if [plain["input_ids"][n] for n in own] != ids[places].tolist():
-            raise UserError(f"{type(self.processor).__name__} rewrites prompts: answers cannot be told from questions")
+            raise BadRecord(f"{type(self.processor).__name__} rewrites it: answers cannot be told from questions")
         labels = torch.full_like(ids, IGNORE)
         for place, n in zip(places, own, strict=True):
             begin, stop = plain["offset_mapping"][n]
@@ -119,6 +159,17 @@ def _parts(question: str) -> list[dict[str, str]]:
         if text := text.strip("\n" if text.strip() else None):
             parts.append({"type": "text", "text": text})
     return parts
+
+
+def _own_words(processor: Any, placeholder: str) -> list[str]:
+    """What a processor takes for a picture or video wherever it is written; `PLACE` is counted as one elsewhere."""
+    words = [placeholder, *(getattr(processor, name, None) for name in ("image_token", "video_token"))]
+    return [word for word in dict.fromkeys(words) if word and word != PLACE]
+
+
+def _beginning(message: str) -> str:
+    """Up to where an error begins to speak of the one record; so records of a kind have the same reason."""
+    return re.split(r"[,.;:]?\s*\n|[,.;:]\s", message)[0][:120]
 
 
 class Examples(Dataset):
@@ -164,15 +215,27 @@ class Examples(Dataset):
 
 def note_bad(notes: Path, bad: Sequence[tuple[int, str]]) -> None:
     """Adds records, by their number in the file, to those that were left out."""
-    with notes.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps({"record": number, "reason": reason}) + "\n" for number, reason in bad))
+    lines = "".join(json.dumps({"record": number, "reason": reason}) + "\n" for number, reason in bad)
+    lines = "\n" + lines if _ends_cut(notes) else lines
+    with notes.open("ab", buffering=len(lines) + 2) as file:  # all at once: other processes add lines too
+        file.write(lines.encode())
+
+
+def _ends_cut(notes: Path) -> bool:
+    """Whether the last line was cut short, by a kill or a full disk."""
+    if not notes.exists() or not notes.stat().st_size:
+        return False
+    with notes.open("rb") as file:
+        file.seek(-1, SEEK_END)
+        return file.read() != b"\n"
 
 
 def count_bad(notes: Path) -> Counter[str]:
     """How many records were left out so far, by reason."""
     if not notes.exists():
         return Counter()
-    lines = [json.loads(line) for line in notes.read_text(encoding="utf-8").splitlines()]
+    whole = [line for line in notes.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    lines = [json.loads(line) for line in whole]  # a line that does not end so was cut short
     return Counter({line["record"]: line["reason"] for line in lines}.values())
 
 

@@ -5,7 +5,9 @@ A file is one JSON list, or JSON Lines, of
     {"id": …, "image": "a.jpg" or ["a.jpg", …] or nothing, "conversations": [{"from": "human", "value": "<image>\\n…"},
      {"from": "gpt", "value": "…"}, …]}
 
-with one `<image>` for each picture, anywhere in what the human says. What is no such record is counted, never used.
+with one `<image>` for each picture, anywhere in what the human says. `images` is another name for `image`. A video is
+`"video": ["1.jpg", "2.jpg", …]`, its frames, with one `<video>` where they stand. What is no such record is counted,
+never used.
 """
 
 from __future__ import annotations
@@ -16,18 +18,20 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 
 from vlmzip.errors import UserError
 
-PLACE = "<image>"
+PLACE, VIDEO = "<image>", "<video>"
 HUMAN, MODEL = ("human", "user"), ("gpt", "assistant")
+#: What a picture cannot be the name of.
+VIDEO_FILES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 #: Bytes read at once while looking for where records begin and end.
-CHUNK = 1 << 24
-#: What opens, closes or hides brackets in JSON.
-_MARK = re.compile(rb'(?P<text>"(?:[^"\\]|\\.)*(?P<closed>")?)|[{}\[\]]', re.DOTALL)
+CHUNK = 1 << 20
+#: Bytes of the longest record of a list. What seems to be longer has a bracket or quote that nothing closes.
+LONGEST = 1 << 24
 
 
 class BadRecord(Exception):
@@ -72,14 +76,44 @@ def read_record(content: Any) -> Record:
     if not isinstance(said, list) or not said:
         raise BadRecord("no conversations")
     turns = tuple(_turns(said))
-    pictures = content.get("image")
-    paths = [] if pictures is None else [pictures] if isinstance(pictures, str) else pictures
-    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
-        raise BadRecord("image is no path and no list of paths")
-    places = sum(turn.question.count(PLACE) for turn in turns)
-    if places != len(paths):
+    pictures, frames = _pictures(content), _frames(content)
+    if sum(turn.question.count(PLACE) for turn in turns) != len(pictures):
         raise BadRecord(f"not as many {PLACE} as pictures")
-    return Record(str(content.get("id", "")), turns, tuple(paths))
+    if sum(turn.question.count(VIDEO) for turn in turns) != bool(frames):
+        raise BadRecord(f"not as many {VIDEO} as videos")
+    if frames:
+        before = "\n".join(turn.question for turn in turns).partition(VIDEO)[0].count(PLACE)
+        pictures[before:before] = frames
+        turns = tuple(Turn(turn.question.replace(VIDEO, PLACE * len(frames)), turn.answer) for turn in turns)
+    return Record(str(content.get("id", "")), turns, tuple(pictures))
+
+
+def _pictures(content: dict[str, Any]) -> list[str]:
+    found = [content[name] for name in ("image", "images") if content.get(name) is not None]
+    if len(found) > 1:
+        raise BadRecord("both image and images")
+    paths = found[0] if found else []
+    paths = [paths] if isinstance(paths, str) else paths
+    if not _are_paths(paths):
+        raise BadRecord("image is no path and no list of paths")
+    return list(paths)
+
+
+def _frames(content: dict[str, Any]) -> list[str]:
+    if content.get("videos") is not None:
+        raise BadRecord("videos: only one video can be given, as video")
+    frames = content.get("video")
+    frames = [] if frames is None else frames
+    named = [frames] if isinstance(frames, str) else frames
+    if not _are_paths(named):
+        raise BadRecord("video is no list of pictures")
+    if isinstance(frames, str) or any(path.lower().endswith(VIDEO_FILES) for path in named):
+        raise BadRecord("a video file; give its frames as a list of pictures")
+    return list(named)
+
+
+def _are_paths(paths: Any) -> bool:
+    return isinstance(paths, list) and all(isinstance(path, str) and path for path in paths)
 
 
 def _turns(said: Sequence[Any]) -> Iterator[Turn]:
@@ -87,8 +121,9 @@ def _turns(said: Sequence[Any]) -> Iterator[Turn]:
         raise BadRecord("a conversation that does not end with an answer")
     for asked, answered in zip(said[::2], said[1::2], strict=True):
         question, answer = _said(asked, HUMAN), _said(answered, MODEL)
-        if PLACE in answer:
-            raise BadRecord(f"an answer with {PLACE}")
+        for place in (PLACE, VIDEO):
+            if place in answer:
+                raise BadRecord(f"an answer with {place}")
         if not answer.strip():
             raise BadRecord("an empty answer")
         yield Turn(question, answer)
@@ -99,6 +134,10 @@ def _said(part: Any, who: tuple[str, ...]) -> str:
         raise BadRecord("a part of the conversation without text")
     if part.get("from") not in who:
         raise BadRecord("human and gpt do not take turns")
+    try:
+        part["value"].encode()
+    except UnicodeEncodeError:
+        raise BadRecord("half a character in the text (a lone surrogate)") from None
     return part["value"]
 
 
@@ -116,13 +155,14 @@ class Records:
         self.numbers = array("Q")
         self._begins, self._ends, self._pictures = array("Q"), array("Q"), array("Q")
         try:
-            for number, (begin, end) in enumerate(_places(path)):
+            for number, (begin, text) in enumerate(_texts(path)):
                 try:
-                    pictures = len(read_record(self._parse(begin, end)).pictures)
+                    pictures = len(read_record(_parsed(text)).pictures)
                 except BadRecord as reason:
                     self.bad.append((number, str(reason)))
                     continue
-                for values, value in zip(self._columns(), (number, begin, end, pictures), strict=True):
+                columns = (number, begin, begin + len(text), pictures)
+                for values, value in zip(self._columns(), columns, strict=True):
                     values.append(value)
         except OSError as error:
             raise UserError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
@@ -133,7 +173,9 @@ class Records:
         return len(self._begins)
 
     def __getitem__(self, number: int) -> Record:
-        return read_record(self._parse(self._begins[number], self._ends[number]))
+        with self.path.open("rb") as file:
+            file.seek(self._begins[number])
+            return read_record(_parsed(file.read(self.size(number))))
 
     def pictures(self, number: int) -> int:
         """How many pictures the record is about."""
@@ -146,59 +188,164 @@ class Records:
     def _columns(self) -> tuple[array, ...]:
         return self.numbers, self._begins, self._ends, self._pictures
 
-    def _parse(self, begin: int, end: int) -> Any:
-        with self.path.open("rb") as file:
-            file.seek(begin)
-            text = file.read(end - begin)
-        try:
-            return json.loads(text)
-        except ValueError:
-            raise BadRecord("no JSON") from None
-
     def _first_bad(self) -> str:
         return f", the first (record {self.bad[0][0]}): {self.bad[0][1]}" if self.bad else ""
 
 
-def _places(path: Path) -> Iterator[tuple[int, int]]:
-    """Where each record begins and ends, in bytes."""
+def _parsed(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise BadRecord("no JSON") from None
+    except RecursionError:
+        raise BadRecord("too many brackets in one another") from None
+
+
+def _texts(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Each record as it stands in the file, and where it begins, in bytes; nothing for one that is no JSON."""
     with path.open("rb") as file:
         first = file.read(CHUNK).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
     return _elements(path) if first == b"[" else _lines(path)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, int]]:
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     begin = 0
     with path.open("rb") as file:
         for line in file:
             if line.strip():
-                yield begin, begin + len(line)
+                yield begin, line
             begin += len(line)
 
 
-def _elements(path: Path) -> Iterator[tuple[int, int]]:
-    """The objects of one JSON list, told by their brackets, so that a broken one does not take others along.
+def _elements(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The values of one JSON list.
 
-    Raises `UserError` where brackets or quotes are left open at the end of the file.
+    One that does not parse, or that no comma follows, is bad; it ends where the next object with "conversations" begins
+    that parses. Raises `UserError` for a file that ends in the middle of a value.
     """
-    depth = begin = done = 0
-    rest = b""
     with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            text = rest + chunk
-            used = len(text)
-            for mark in _MARK.finditer(text):
-                kind = mark.group()
-                if mark["text"] is not None and mark["closed"] is None:
-                    used = mark.start()  # the next chunk may close it
-                    break
-                if kind in b"{[":
-                    depth += 1
-                    if depth == 2:
-                        begin = done + mark.start()
-                elif kind in b"}]":
-                    depth -= 1
-                    if depth == 1:
-                        yield begin, done + mark.end()
-            rest, done = text[used:], done + used
-    if depth or rest:
-        raise UserError(f"{str(path)!r} ends in the middle of a record: was it cut short?")
+        window = _Window(file)
+        begin = window.skip(window.skip(0) + 1)
+        while not window.closes(begin):
+            window.keep, window.ran_out = begin, False
+            value, stop = window.value(begin)
+            after = window.skip(stop)
+            if value is not BROKEN and (window.character(after) == "," or window.closes(after)):
+                yield begin, window.cut(begin, stop)
+                begin = window.skip(after + 1) if window.character(after) == "," else after
+                continue
+            lost, following = _next_record(window, begin + 1)
+            if following is None and (window.ran_out or not _ends_closed(path)):
+                raise UserError(
+                    f"{str(path)!r} ends in the middle of a record, which begins at byte {begin}: was it cut short?"
+                    " Get the file whole, or mend that record"
+                )
+            yield from [(begin, b"")] * max(1, lost)
+            if following is None:
+                return
+            begin = following
+
+
+def _next_record(window: _Window, at: int) -> tuple[int, int | None]:
+    """How many records begin at `at` that do not parse, and where the next one does; `None` where there is none."""
+    lost = 0
+    while (place := window.search(at)) is not None:
+        if window.character(place) == "{":
+            window.keep = place
+            value, _ = window.value(place)
+            if isinstance(value, dict) and "conversations" in value:
+                return lost, place
+        else:
+            lost += 1
+        at = place + 1
+    return lost, None
+
+
+def _ends_closed(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - LONGEST))
+        return file.read().rstrip().endswith(b"]")
+
+
+#: In place of a value that does not parse.
+BROKEN = object()
+_DECODER = json.JSONDecoder()
+#: With the mark that some editors put before UTF-8.
+_BLANK = re.compile("[ \t\r\n\xef\xbb\xbf]*")
+_CONVERSATIONS = '"conversations"'
+_OPENS_RECORD = re.compile("{|" + _CONVERSATIONS)
+#: What the end of the text can change lies no further from it: `-Infinity`, `\\uD83D\\uDE00`.
+_UNSURE = 16
+
+
+class _Window:
+    """The part of a file that is in memory, with places counted from the beginning of the file.
+
+    It is read as Latin-1, one character a byte: what JSON is made of looks the same there as in UTF-8.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._text, self._start = file, "", 0
+        self.keep = 0
+        """Where what must stay in memory begins."""
+        self.ran_out = False
+        """Whether the file ended before a value did."""
+
+    def character(self, at: int) -> str:
+        """Empty behind the end of the file."""
+        return self._text[at - self._start : at - self._start + 1]
+
+    def cut(self, begin: int, end: int) -> bytes:
+        return self._text[begin - self._start : end - self._start].encode("latin-1")
+
+    def skip(self, at: int) -> int:
+        """The place of the first character from `at` on that is no blank, or of the end of the file."""
+        while True:
+            found = _BLANK.match(self._text, at - self._start)
+            at = max(at, self._start + found.end()) if found else at
+            if at < self._end() or not self._read():
+                return at
+
+    def closes(self, at: int) -> bool:
+        """Whether the list ends at `at`, and with it the file."""
+        return self.character(at) == "]" and self.character(self.skip(at + 1)) == ""
+
+    def search(self, at: int) -> int | None:
+        """The next place from `at` on that opens an object or is the key of conversations."""
+        while True:
+            if found := _OPENS_RECORD.search(self._text, at - self._start):
+                return self._start + found.start()
+            self.keep = at = max(at, self._end() - len(_CONVERSATIONS) + 1)  # the key may be cut in two
+            if not self._read():
+                return None
+
+    def value(self, at: int) -> tuple[Any, int]:
+        """The JSON value at `at` and where it ends, or `BROKEN` and where it begins to be wrong."""
+        while True:
+            value, stop = _decoded(self._text, at - self._start)
+            if stop < len(self._text) - _UNSURE or not self._read():
+                break
+        stop += self._start
+        self.ran_out |= value is BROKEN and self.character(self.skip(stop)) == ""
+        return value, stop
+
+    def _end(self) -> int:
+        return self._start + len(self._text)
+
+    def _read(self) -> bool:
+        """Reads on, as much again as is kept, so that nothing is looked at often. False where there is no more."""
+        kept = self._text[self.keep - self._start :]
+        more = self._file.read(max(CHUNK, len(kept))) if len(kept) < LONGEST else b""
+        if more:
+            self._text, self._start = kept + more.decode("latin-1"), self.keep
+        return bool(more)
+
+
+def _decoded(text: str, at: int) -> tuple[Any, int]:
+    try:
+        return _DECODER.raw_decode(text, at)
+    except json.JSONDecodeError as error:
+        unclosed = error.msg.startswith("Unterminated string")
+        return BROKEN, len(text) if unclosed else error.pos
+    except (ValueError, RecursionError):  # a number of thousands of digits; too many brackets in one another
+        return BROKEN, at
