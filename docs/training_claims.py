@@ -42,7 +42,7 @@ Made by `python docs/training_claims.py` from what `python benchmarks/training_c
 
 All start from one model: [mini](mini.md)'s encoder, and an LLM that has seen captions and 240 steps of questions,
 without compression. Each is trained for {steps} steps of 16 pictures with up to twelve questions each (tuning: a
-tenth), projector and LLM at 1.2e-3, bfloat16 autocast; seeds draw the records. Scores are percent of {questions:,}
+tenth), projector and LLM at 1.2e-3, bfloat16 autocast; seeds draw the records. Scores are percent of {questions}
 test questions. mini is a model of 6.4 million weights, trained here for minutes: what holds on it may not hold on
 LLaVA, and the other way round. The papers' numbers are means over real benchmarks.
 """

@@ -156,9 +156,12 @@ class CompressedModel(nn.Module):
         token_type_ids: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         image_grid_thw: Tensor | None = None,
+        pack_rows: bool = False,
         **kwargs: Any,
     ) -> Any:
         """The model's own `forward` on the compressed inputs; logits cover the compressed sequence.
+
+        With `pack_rows`, for training, short rows stand side by side where they can: the same loss from less padding.
 
         The named arguments are those that processors return and trainers look for; every other goes through as it is.
         A cache filled here can be continued by `forward` (new tokens only) and by `generate`.
@@ -169,7 +172,7 @@ class CompressedModel(nn.Module):
             token_type_ids=token_type_ids, mm_token_type_ids=mm_token_type_ids, image_grid_thw=image_grid_thw,
         )  # fmt: skip
         inputs = {**{name: value for name, value in named.items() if value is not None}, **kwargs}
-        small, seen, inside = self._compress(inputs, generating=False)
+        small, seen, inside = self._compress(inputs, generating=False, pack_rows=pack_rows)
         out = self.inner(**small) if inside is None else self._forward_inside(small, inside)
         cache = _cache_in(out) if inputs.get("past_key_values") is None else inputs["past_key_values"]
         if seen is not None and cache is not None:
@@ -248,7 +251,7 @@ class CompressedModel(nn.Module):
 
     @torch.compiler.disable  # reads counts off the device and walks Python lists; what follows it is compiled
     def _compress(
-        self, inputs: dict[str, Any], *, generating: bool
+        self, inputs: dict[str, Any], *, generating: bool, pack_rows: bool = False
     ) -> tuple[CompressedInputs, Callable[[], Seen] | None, Inside | None]:
         """The inputs for the inner model; what tells what its cache holds, `None` where there are no token ids; and
         what acts inside the LLM, `None` where nothing does."""
@@ -270,8 +273,9 @@ class CompressedModel(nn.Module):
             seen = partial(replace, after)
         else:
             small = compress_inputs(
-                self.inner, inputs, self.compressor, generating=generating, adapter=adapter, resampler=self.resampler
-            )
+                self.inner, inputs, self.compressor, generating=generating, adapter=adapter, resampler=self.resampler,
+                pack_rows=pack_rows,
+            )  # fmt: skip
             # Positions that the user chose are not continued: a cache with them is not remembered.
             if inputs.get("input_ids") is not None and (generating or inputs.get("position_ids") is None):
                 # Counting positions takes time, and training keeps no cache: done only when one comes back.

@@ -17,6 +17,7 @@ from vlmzip.methods import NoCompression
 from vlmzip.models import adapter_for
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.resampler import Resampler
+from vlmzip.runtime.packing import pack
 from vlmzip.runtime.pixels import encode_smaller
 from vlmzip.runtime.report import CompressedPicture, PictureReport, Report, Stopwatch
 from vlmzip.runtime.resample import resample_pictures
@@ -55,6 +56,7 @@ def compress_inputs(
     generating: bool = False,
     adapter: ModelAdapter | None = None,
     resampler: nn.Module | None = None,
+    pack_rows: bool = False,
 ) -> CompressedInputs:
     """Replaces the pictures in `inputs` by their compressed visual tokens, and shortens the prompt to match.
 
@@ -64,6 +66,9 @@ def compress_inputs(
     with different numbers of tokens: they are padded again, on the side that was padded. Position ids that you give
     yourself are kept, whatever the compressor's `positions`. What acts inside the LLM does not act here: for
     that there is `vlmzip.attach`.
+
+    With `pack_rows`, which is for training without a cache, short rows stand side by side in one where they can (see
+    `packing.py`): loss and gradients stay the same, logits are of the packed rows.
 
     A method with weights needs `resampler`, the module that holds them: the façade's attribute of this name.
 
@@ -107,6 +112,8 @@ def compress_inputs(
     out.report = Report(compressor, reports, source, watch)
     goes_on = any(stage.site is Site.IN_LLM for stage in compressor.stages())
     out.spans = _spans(out["input_ids"], adapter.placeholder_id, reports) if goes_on else []
+    if pack_rows and not goes_on and not generating and out.get("past_key_values") is None:
+        pack(out, adapter, pictures, {"input_ids": pad_id(adapter), **PER_TOKEN})
     return out
 
 

@@ -105,6 +105,8 @@ class Report:
     source: Int[Tensor, "batch new_length"] | None
     """For each position of the compressed prompt the position in the original one; -1: padding. `None`: no pictures."""
     stopwatch: Stopwatch
+    packed: bool = False
+    """Whether rows stand side by side, as they may in training; `source` is then of such packed rows."""
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{picture.before} → {compact(picture.by_layer)}" for picture in self.pictures)
@@ -130,6 +132,8 @@ class Report:
         """
         if self.source is None:
             return predictions
+        if self.packed:
+            raise UserError("the rows of this call were packed; leave out pack_rows to line predictions up")
         if predictions.shape[:2] != self.source.shape:
             raise UserError("these predictions are not of the call that this report is about")
         if int(self.source.max()) >= length:

@@ -26,9 +26,20 @@ ABOVE_0: Range = ("a number above 0", lambda value: 0 < value < math.inf)
 BELOW_1: Range = ("at least 0 and less than 1", lambda value: 0 <= value < 1)
 SEED: Range = ("0 to 4294967295", lambda value: 0 <= value < 2**32)  # NumPy's seeds
 RANGES: dict[str, Range] = {
-    **dict.fromkeys(("batch", "batch_per_process", "steps", "save_every", "checkpoints", "log_every"), FROM_1),
-    **dict.fromkeys(("workers", "text_tokens", "weight_decay"), FROM_0),
-    **{"max_length": FROM_1, "epochs": ABOVE_0, "learning_rate": ABOVE_0, "warmup": BELOW_1, "seed": SEED},
+    "steps": FROM_1,
+    "epochs": ABOVE_0,
+    "batch": FROM_1,
+    "batch_per_process": FROM_1,
+    "learning_rate": ABOVE_0,
+    "warmup": BELOW_1,
+    "weight_decay": FROM_0,
+    "max_length": FROM_1,
+    "save_every": FROM_1,
+    "checkpoints": FROM_1,
+    "log_every": FROM_1,
+    "workers": FROM_0,
+    "seed": SEED,
+    "text_tokens": FROM_0,
 }
 #: Settings of transformers' TrainingArguments that one of ours makes, by its name.
 MADE_FROM = {
@@ -54,7 +65,7 @@ MADE_FROM = {
     "dataloader_num_workers": "workers",
     "seed": "seed",
 }
-#: What can be asked for of these.
+#: What these can be: checkpoints and logs are counted in steps.
 STRATEGIES = {"save_strategy": ("steps", "no"), "logging_strategy": ("steps",)}
 
 
@@ -171,17 +182,9 @@ class Config:
             raise UserError("sharding: fsdp does what trainer: deepspeed does; choose one of them")
         for key, value in self.trainer.items():
             if key in MADE_FROM:
-                raise UserError(f"trainer: {key} is made from {MADE_FROM[key]}; set that instead")
+                raise UserError(f"trainer: {key} follows from the run's own setting {MADE_FROM[key]}; set that instead")
             if value not in STRATEGIES.get(key, (value,)):
                 raise UserError(f"trainer: {key} cannot be {value}: steps are counted; set log_every and save_every")
-
-    def chosen(self, records: int) -> int:
-        return max(1, round(self.share * records))
-
-    def steps_for(self, records: int) -> int:
-        from fractions import Fraction
-
-        return self.steps or int(Fraction(str(self.epochs)) * (self.chosen(records) // self.batch))
 
     def schedule_for(self, depth: int) -> Schedule:
         """The schedule for an LLM of that many layers."""

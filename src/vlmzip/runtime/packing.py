@@ -1,0 +1,82 @@
+"""Short rows side by side in one, so that an LLM in training computes on little padding.
+
+Pictures that leave different numbers of tokens make rows of different length; padded to the longest, a quarter of a
+batch can be padding. transformers keeps packed rows apart by their positions, which count from 0 in each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from vlmzip.models.adapter import ModelAdapter
+from vlmzip.runtime.report import CompressedPicture
+
+if TYPE_CHECKING:
+    from vlmzip.runtime.prepare import CompressedInputs
+
+#: What no loss is taken on.
+IGNORE = -100
+
+
+def pack(
+    small: CompressedInputs, adapter: ModelAdapter, pictures: Sequence[CompressedPicture], fills: dict[str, int]
+) -> None:
+    """Packs the rows of a compressed prompt that is to be trained on, if fewer would do; else leaves them as they are.
+
+    `pictures` are in order of appearance, `fills` has what padding gets by the name of the input. Loss and gradients
+    stay the same. `report.source` is of the packed rows from then on. Where rows have positions of their own (original
+    ones, several axes) nothing is packed: gaps in them would look like the beginning of another row. Nor is it where
+    token types decide who sees whom (PaliGemma).
+    """
+    if adapter.position_axes or any(small.get(name) is not None for name in ("position_ids", "token_type_ids")):
+        return
+    mask = small["attention_mask"].bool()
+    bins = bins_of(mask.sum(1).tolist())
+    if len(bins) == len(mask):
+        return
+    index, positions = _places(mask, bins)
+    for name, fill in fills.items():
+        if small.get(name) is not None:
+            small[name] = small[name].flatten()[index.clamp(min=0)].masked_fill(index < 0, fill)
+    if small.get("labels") is not None:  # nothing foretells the first token of a row, least of all the row before it
+        small["labels"] = small["labels"].masked_fill(positions == 0, IGNORE)
+    source = small.report.source
+    assert source is not None  # there are pictures
+    small.report = replace(
+        small.report, source=source.flatten()[index.clamp(min=0)].masked_fill(index < 0, -1), packed=True
+    )
+    order = {row: place for place, row in enumerate(row for one in bins for row in one)}
+    by_row = sorted(zip(pictures, small.report.pictures, strict=True), key=lambda both: order[both[1].row])
+    small["mm_encoder_outputs"] = adapter.encoder_outputs([picture.features for picture, _ in by_row])
+    small |= {"position_ids": positions, "use_cache": False}
+    del small["attention_mask"]  # with one, transformers would not look for where rows begin
+
+
+def bins_of(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows that fit together into the length of the longest: the long ones first, each into the first bin with room."""
+    width = max(lengths)
+    bins: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        room = (one for one in bins if sum(lengths[other] for other in one) + lengths[row] <= width)
+        one = next(room, None)
+        if one is None:
+            bins.append(one := [])
+        one.append(row)
+    return bins
+
+
+def _places(mask: Tensor, bins: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "bins width"], Int[Tensor, "bins width"]]:
+    """For each place its token's number among those of all rows, -1 for padding; and its position in its own row."""
+    tokens = [row.nonzero()[:, 0] + number * mask.shape[1] for number, row in enumerate(mask)]
+    joined = [torch.cat([tokens[row] for row in one]) for one in bins]
+    counted = [torch.cat([torch.arange(len(tokens[row]), device=mask.device) for row in one]) for one in bins]
+    width = max(len(one) for one in joined)
+    index = torch.stack([torch.nn.functional.pad(one, (0, width - len(one)), value=-1) for one in joined])
+    positions = torch.stack([torch.nn.functional.pad(one, (0, width - len(one)), value=0) for one in counted])
+    return index, positions

@@ -1,0 +1,99 @@
+"""Rows side by side in training: the same loss, the same gradients, less padding."""
+
+import pytest
+import torch
+
+import vlmzip
+from tests.runtime.ragged import Ragged
+from tests.tiny import FAMILIES, IMAGE_TOKEN, batch, prompt, tiny_llava, tiny_vipllava
+from vlmzip import FastV, NoCompression, Pool2d, UserError
+from vlmzip.methods import Chain
+from vlmzip.runtime.packing import bins_of
+
+ROWS = (
+    prompt(9, "image", *range(10, 19)),
+    prompt(9, 10, 11),
+    prompt("image", 12, "image", 13),
+    prompt(9, "image", 14, 15),
+    prompt(*range(9, 60)),
+    prompt(8, "image", 17),
+)
+
+
+def example(pad="right"):
+    inputs = batch(*ROWS, pictures=5, pad=pad)
+    mask = inputs["attention_mask"]
+    learned = (inputs["input_ids"] >= 9) & (inputs["input_ids"] != IMAGE_TOKEN) & (mask == 1)
+    labels = inputs["input_ids"].masked_fill(~learned, -100)
+    if pad == "left":  # padded on the right nothing foretells a row's first token; here padding would
+        labels[torch.arange(len(ROWS)), mask.argmax(1)] = -100
+    return {**inputs, "labels": labels}
+
+
+def loss_and_gradients(small, inputs, **settings):
+    small.zero_grad()
+    out = small(**inputs, **settings)
+    out.loss.backward()
+    return out, {name: value.grad.clone() for name, value in small.named_parameters() if value.grad is not None}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("make", [tiny_llava, tiny_vipllava])
+@pytest.mark.parametrize("pad", ["right", "left"])
+@pytest.mark.parametrize("compressor", [Ragged(), Pool2d(factor=2), NoCompression()])
+def test_loss_and_gradients_are_those_of_padded_rows(make, attention, pad, compressor):
+    small = vlmzip.attach(make(attention), compressor).train()
+    inputs = example(pad)
+    out, gradients = loss_and_gradients(small, inputs)
+    padding = (small.report.source < 0).float().mean()
+    packed, same = loss_and_gradients(small, inputs, pack_rows=True)
+    assert small.report.packed
+    assert packed.logits.shape[0] < len(ROWS)
+    assert (small.report.source < 0).float().mean() < padding
+    torch.testing.assert_close(packed.loss, out.loss, rtol=1e-5, atol=1e-6)
+    assert same.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(same[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_loss_sees_each_row_alone():
+    """One row's loss does not change with what stands beside it."""
+    small = vlmzip.attach(tiny_llava(), Ragged()).train()
+    inputs = example()
+    inputs["labels"][torch.arange(len(ROWS)) != 3] = -100
+    before = small(**inputs, pack_rows=True).loss
+    inputs["input_ids"][1, :3] = 40
+    inputs["pixel_values"][[0, 1, 2, 4]] = 0
+    torch.testing.assert_close(small(**inputs, pack_rows=True).loss, before, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "compressor"),
+    [
+        ("qwen2_5_vl", Pool2d(factor=2, positions="contiguous")),  # positions on three axes
+        ("paligemma", Pool2d(factor=2)),  # token types
+        ("llava", Pool2d(factor=2, positions="original")),  # gaps
+        ("llava", FastV(layer=1, keep=4)),  # acts on rows inside the LLM
+        ("llava", Chain(compressors=(Pool2d(factor=2), FastV(layer=1, keep=4)))),
+    ],
+)
+def test_rows_that_cannot_be_packed_are_padded(family, compressor):
+    made = FAMILIES[family]()
+    inputs = made.batch([9, "image", *range(10, 60)], [9, "image", 10], [9, "image", 11], pad="right")
+    small = vlmzip.attach(made.model, compressor)
+    small(**inputs, pack_rows=True)
+    assert len(small.report.pictures) == 3
+    assert not small.report.packed
+
+
+def test_predictions_of_packed_rows_cannot_be_lined_up():
+    small = vlmzip.attach(tiny_llava(), Ragged())
+    out = small(**example(), pack_rows=True)
+    with pytest.raises(UserError, match="leave out pack_rows"):
+        small.report.lined_up(out.logits, 80)
+
+
+def test_bins_hold_no_more_than_the_longest_row():
+    assert bins_of([5, 2, 3, 1, 4]) == [[0], [4, 3], [2, 1]]
+    assert bins_of([4, 4, 4]) == [[0], [1], [2]]
+    assert bins_of([7, 1, 1, 1, 1, 1, 1, 1]) == [[0], [1, 2, 3, 4, 5, 6, 7]]
