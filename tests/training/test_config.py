@@ -1,5 +1,7 @@
 """Configuration files: what is read, and one line for each mistake."""
 
+from fractions import Fraction
+
 import pytest
 
 from vlmzip.errors import UserError
@@ -31,7 +33,12 @@ gradient_checkpointing: true
 trainer: {deepspeed: zero3.json}
 """
     )
-    assert (config.learning_rate, config.learn, config.share, config.steps) == (0.001, ("projector",), 0.1, 12)
+    assert (config.learning_rate, config.learn, config.share, config.steps) == (
+        0.001,
+        ("projector",),
+        Fraction(1, 10),
+        12,
+    )
     assert config.evaluation == Evaluation(every=5, compressor="visionzip(keep=16)")
     assert config.schedule_for(8).steps(12) == [3, 9]
     assert config.gradient_checkpointing is True
@@ -52,7 +59,7 @@ def test_changes_win_over_the_file(read):
         (LEAST + "stepps: 3\n", "there is no 'stepps'; did you mean 'steps'"),
         (LEAST + "steps: many\n", "steps: 'many' is no int"),
         (LEAST + "steps: true\n", "steps: True is no int"),
-        (LEAST + "steps: 0\n", "steps: 0 is too few"),
+        (LEAST + "steps: 0\n", "steps: 0 is out of range; give at least 1"),
         (LEAST + "learning_rate: fast\n", "learning_rate: 'fast' is no float"),
         (LEAST + "gradient_checkpointing: 1\n", "gradient_checkpointing: 1 is no bool"),
         (LEAST + "precision: fp8\n", "precision"),
@@ -64,7 +71,13 @@ def test_changes_win_over_the_file(read):
         (LEAST + "trainer: 5\n", "trainer: 5 is no mapping"),
         (LEAST + "fraction: 110%\n", "fraction: 110% is no share"),
         (LEAST + "fraction: 10\n", "fraction: 10 is no share"),
-        (LEAST + "warmup: 30\n", "warmup: 30.0 is no share"),
+        (LEAST + "learning_rate: " + "9" * 400 + "\n", "learning_rate: 9+ is no float"),
+        (LEAST + "learn: []\n", "learn: nothing would; give at least one of projector"),
+        (LEAST + "steps: 3\nseed: 1\nsteps: 4\n", "steps stands twice, again in line 6"),
+        (LEAST + "lora: {r: 1, r: 2}\n", "r stands twice"),
+        (LEAST + "pictures: 2026-13-45\n", "is no YAML: month must be"),
+        (LEAST + "evaluation: {every: 1, compressor: random_factor}\n", "evaluation.compressor: random_factor is for"),
+        (LEAST + "evaluation: {every: 1, compressor: visionsip}\n", "did you mean 'visionzip'"),
         (LEAST + "schedule: two-stages\n", "did you mean 'two-stage'"),
         ("model: [\n", "is no YAML"),
         ("- model\n", "is no list of settings, such as"),
@@ -79,7 +92,99 @@ def test_mistakes_are_named(read, text, said):
 def test_wrong_changes_are_named(read, tmp_path):
     with pytest.raises(UserError, match="--set 'steps' is no setting"):
         read(LEAST, "steps")
+    with pytest.raises(UserError, match=r"--set 'steps=\[' is no YAML"):
+        read(LEAST, "steps=[")
+    with pytest.raises(UserError, match=r"--set 'schedule=.*' is no YAML"):
+        read(LEAST, "schedule={name: two-stage, split: [1,2}")
+    with pytest.raises(UserError, match=r"--set 'lora=.*': r stands twice"):
+        read(LEAST, "lora={r: 1, r: 2}")
     with pytest.raises(UserError, match="model has no settings of its own"):
         read(LEAST, "model.name=5")
     with pytest.raises(UserError, match=r"cannot read .*: No such file"):
         read_config(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "learning_rate=-1", "learning_rate=0", "learning_rate=.nan", "learning_rate=.inf", "learning_rate=1e400",
+        "epochs=.nan", "epochs=0", "epochs=-1", "epochs=.inf", "steps=-1", "batch=0", "batch_per_process=0",
+        "workers=-1", "seed=-1", "seed=4294967296", "text_tokens=-1", "weight_decay=-0.1", "weight_decay=.nan",
+        "warmup=-0.1", "warmup=1", "warmup=30", "warmup=.nan", "save_every=0", "checkpoints=0", "log_every=0",
+        "max_length=0", "lora.r=0", "lora.alpha=0", "lora.dropout=2", "lora.dropout=1", "lora.dropout=-0.1",
+        "lora.dropout=.nan", "evaluation.every=0", "evaluation.limit=0", "evaluation.limit=-2",
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_are_named(read, setting):
+    name, _, _ = setting.partition("=")
+    with pytest.raises(UserError, match=f"^{name}: .* is out of range; give "):
+        read(LEAST + "evaluation: {every: 5}\n", setting)
+
+
+def test_numbers_at_the_ends_of_their_ranges_are_taken(read):
+    ends = ["seed=4294967295", "workers=0", "text_tokens=0", "warmup=0", "weight_decay=0", "lora.dropout=0", "lora.r=1"]
+    config = read(LEAST + "evaluation: {every: 1, limit: null}\n", *ends)
+    assert (config.seed, config.lora, config.evaluation.limit) == (2**32 - 1, Lora(r=1, dropout=0.0), None)
+
+
+def test_a_qformer_can_learn_alone(read):
+    assert read(LEAST + "learn: []\nschedule: qformer(queries=4)\n").learn == ()
+
+
+@pytest.mark.parametrize(
+    ("key", "own"),
+    [
+        ("output_dir", "out"), ("max_steps", "steps"), ("num_train_epochs", "epochs"), ("seed", "seed"),
+        ("per_device_train_batch_size", "batch_per_process"), ("gradient_accumulation_steps", "batch_per_process"),
+        ("auto_find_batch_size", "batch_per_process"), ("learning_rate", "learning_rate"), ("bf16", "precision"),
+        ("warmup_steps", "warmup"), ("warmup_ratio", "warmup"), ("weight_decay", "weight_decay"),
+        ("gradient_checkpointing", "gradient_checkpointing"), ("activation_checkpointing", "gradient_checkpointing"),
+        ("logging_steps", "log_every"), ("save_steps", "save_every"), ("save_total_limit", "checkpoints"),
+        ("eval_strategy", "evaluation"), ("eval_steps", "evaluation"), ("dataloader_num_workers", "workers"),
+        ("group_by_length", "group_by_length"),
+    ],
+)  # fmt: skip
+def test_what_our_settings_say_is_not_for_the_trainer_to_say(read, key, own):
+    with pytest.raises(UserError, match=f"trainer: {key} follows from the run's own setting {own}; set that instead"):
+        read(LEAST, f"trainer.{key}=1")
+
+
+@pytest.mark.parametrize("setting", ["save_strategy=epoch", "logging_strategy=epoch", "logging_strategy='no'"])
+def test_logs_and_checkpoints_are_counted_in_steps(read, setting):
+    with pytest.raises(UserError, match=r"trainer: .* cannot be .* steps are counted"):
+        read(LEAST, f"trainer.{setting}")
+
+
+def test_the_trainer_can_be_told_what_we_have_no_setting_for(read):
+    said = {"lr_scheduler_type": "linear", "max_grad_norm": 0.5, "optim": "sgd", "adam_beta2": 0.9, "report_to": []}
+    said |= {"ddp_timeout": 60, "save_strategy": "no", "logging_strategy": "steps", "deepspeed": "zero3.json"}
+    assert read(LEAST, f"trainer={said}").trainer == said
+
+
+@pytest.mark.parametrize(
+    ("settings", "records", "steps"),
+    [
+        ((), 1280, 10),
+        ((), 1407, 10),  # a step that is not full is none
+        (("epochs=2.5",), 1407, 25),
+        (("epochs=0.29", "batch=1"), 100, 29),  # 28.999999999999996 in floats
+        (("epochs=1e-1", "batch=1"), 30, 3),
+        (("fraction=10%", "batch=1"), 15, 2),  # 1.5 is rounded
+        (("fraction=1/3", "batch=10", "epochs=3"), 90, 9),
+        (("steps=1000",), 128, 1000),
+    ],
+)
+def test_steps_are_the_whole_ones_of_all_epochs(read, settings, records, steps):
+    assert read(LEAST, *settings).steps_for(records) == steps
+
+
+def test_one_record_at_least_is_chosen(read):
+    assert [read(LEAST, f"fraction={share}").chosen(24) for share in ("1%", "50%", "1")] == [1, 12, 24]
+
+
+def test_no_step_is_refused(read):
+    for change in ("epochs=1", "steps=5"):
+        with pytest.raises(UserError, match="batch: 12 records are fewer than the 32 of a step; give a smaller"):
+            read(LEAST, "batch=32", "fraction=50%", change).steps_for(24)
+    with pytest.raises(UserError, match=r"epochs: 0.4 of an epoch's 2 steps is none"):
+        read(LEAST, "epochs=0.4", "batch=10").steps_for(25)

@@ -3,17 +3,70 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import yaml
+
 from vlmzip.compressor import check_choice
 from vlmzip.errors import UserError
-from vlmzip.training.schedule import Schedule, read_schedule, read_share, refuse_unknown
+from vlmzip.training.schedule import Schedule, read_lasting, read_schedule, read_share, refuse_unknown
 
 #: Parts of a model that can learn.
 PARTS = ("projector", "llm", "vision")
+#: What a number can be: in words, and whether one is.
+Range = tuple[str, Callable[[float], bool]]
+FROM_0: Range = ("at least 0", lambda value: 0 <= value < math.inf)
+FROM_1: Range = ("at least 1", lambda value: 1 <= value < math.inf)
+ABOVE_0: Range = ("a number above 0", lambda value: 0 < value < math.inf)
+BELOW_1: Range = ("at least 0 and less than 1", lambda value: 0 <= value < 1)
+SEED: Range = ("0 to 4294967295", lambda value: 0 <= value < 2**32)  # NumPy's seeds
+RANGES: dict[str, Range] = {
+    "steps": FROM_1,
+    "epochs": ABOVE_0,
+    "batch": FROM_1,
+    "batch_per_process": FROM_1,
+    "learning_rate": ABOVE_0,
+    "warmup": BELOW_1,
+    "weight_decay": FROM_0,
+    "max_length": FROM_1,
+    "save_every": FROM_1,
+    "checkpoints": FROM_1,
+    "log_every": FROM_1,
+    "workers": FROM_0,
+    "seed": SEED,
+    "text_tokens": FROM_0,
+}
+#: Settings of transformers' TrainingArguments that one of ours makes, by its name.
+MADE_FROM = {
+    "output_dir": "out",
+    "max_steps": "steps",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_per_process",
+    "gradient_accumulation_steps": "batch_per_process",
+    "auto_find_batch_size": "batch_per_process",
+    "learning_rate": "learning_rate",
+    "warmup_steps": "warmup",
+    "warmup_ratio": "warmup",
+    "weight_decay": "weight_decay",
+    "bf16": "precision",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing": "gradient_checkpointing",
+    "group_by_length": "group_by_length",
+    "logging_steps": "log_every",
+    "save_steps": "save_every",
+    "save_total_limit": "checkpoints",
+    "eval_strategy": "evaluation",
+    "eval_steps": "evaluation",
+    "dataloader_num_workers": "workers",
+    "seed": "seed",
+}
+#: What these can be: checkpoints and logs are counted in steps.
+STRATEGIES = {"save_strategy": ("steps", "no"), "logging_strategy": ("steps",)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +76,9 @@ class Lora:
     r: int = 128
     alpha: int = 256
     dropout: float = 0.05
+
+    def __post_init__(self) -> None:
+        check_ranges("lora.", self, {"r": FROM_1, "alpha": FROM_1, "dropout": BELOW_1})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +93,11 @@ class Evaluation:
     """The first questions of the task."""
     compressor: str | None = None
     """Instead of the schedule's."""
+
+    def __post_init__(self) -> None:
+        check_ranges("evaluation.", self, {"every": FROM_1, "limit": FROM_1})
+        if self.compressor is not None:
+            read_lasting("evaluation.compressor", self.compressor)  # refuses what is none
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,32 +159,73 @@ class Config:
     """Further settings of transformers' TrainingArguments, such as deepspeed."""
 
     def __post_init__(self) -> None:
-        for name in ("batch", "batch_per_process", "steps", "save_every", "checkpoints", "log_every", "max_length"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name}: {value} is too few; give at least 1")
+        check_ranges("", self, RANGES)
+        schedule = self.schedule_for(32)  # refuses what is none, whatever the depth
+        self._check_what_learns(schedule)
+        if not 0 < self.share <= 1:
+            raise UserError(f"fraction: {self.fraction} is no share of the records; give 10% or 0.1")
+        self._check_trainer()
+
+    def _check_what_learns(self, schedule: Schedule) -> None:
         for part in self.learn:
             check_choice("learn", part, PARTS)
+        trained = [part.trained_weights for stage in schedule.stages for part in stage.compressor.stages()]
+        if not self.learn and not any(trained):
+            raise UserError(f"learn: nothing would; give at least one of {', '.join(PARTS)}")
         if self.lora is not None and "llm" not in self.learn:
             raise UserError("lora: adapters are on the LLM; put llm among what learns")
-        if not 0 < read_share(self.fraction) <= (100 if self.fraction.endswith("%") else 1):
-            raise UserError(f"fraction: {self.fraction} is no share of the records; give 10% or 0.1")
-        if not 0 <= self.warmup < 1:
-            raise UserError(f"warmup: {self.warmup} is no share of the steps; give 0.03")
+
+    def _check_trainer(self) -> None:
         if self.trainer.get("fsdp"):
             raise UserError("trainer: fsdp shares nothing out on a CPU, and says nothing; write sharding: fsdp instead")
         if self.sharding != "none" and self.trainer.get("deepspeed"):
             raise UserError("sharding: fsdp does what trainer: deepspeed does; choose one of them")
-        self.schedule_for(32)  # refuses what is none, whatever the depth
+        for key, value in self.trainer.items():
+            if key in MADE_FROM:
+                raise UserError(f"trainer: {key} follows from the run's own setting {MADE_FROM[key]}; set that instead")
+            if value not in STRATEGIES.get(key, (value,)):
+                raise UserError(f"trainer: {key} cannot be {value}: steps are counted; set log_every and save_every")
 
     def schedule_for(self, depth: int) -> Schedule:
         """The schedule for an LLM of that many layers."""
         return read_schedule(self.schedule, depth)
 
     @property
-    def share(self) -> float:
+    def share(self) -> Fraction:
         """Of the records, from 0 to 1."""
-        return float(read_share(self.fraction)) / (100 if self.fraction.endswith("%") else 1)
+        return read_share(self.fraction) / (100 if self.fraction.endswith("%") else 1)
+
+    def chosen(self, records: int) -> int:
+        """How many of so many records are used: their `fraction`, rounded, and one at least."""
+        return max(1, round(self.share * records))
+
+    def steps_for(self, records: int) -> int:
+        """Optimiser steps of a run on a file of so many records: `steps`, or else the whole ones of all epochs.
+
+        An epoch has as many as the chosen records fill; the rest of them is left over. Raises `UserError` where they
+        do not fill one, or where less than an epoch comes to none.
+        """
+        chosen = self.chosen(records)
+        if chosen < self.batch:
+            raise UserError(
+                f"batch: {chosen:,} records are fewer than the {self.batch:,} of a step; give a smaller batch or a"
+                " larger fraction"
+            )
+        if self.steps is not None:
+            return self.steps
+        in_epoch = chosen // self.batch
+        steps = math.floor(Fraction(str(self.epochs)) * in_epoch)
+        if steps == 0:
+            raise UserError(f"epochs: {self.epochs:g} of an epoch's {in_epoch:,} steps is none; give more, or steps")
+        return steps
+
+
+def check_ranges(where: str, settings: Any, ranges: Mapping[str, Range]) -> None:
+    """Raises `UserError` for a number that cannot be, with its name behind `where`; what is not given can be `None`."""
+    for name, (wanted, is_one) in ranges.items():
+        value = getattr(settings, name)
+        if value is not None and not is_one(value):
+            raise UserError(f"{where}{name}: {value} is out of range; give {wanted}")
 
 
 def read_config(path: Path, changes: Sequence[str] = ()) -> Config:
@@ -131,22 +233,42 @@ def read_config(path: Path, changes: Sequence[str] = ()) -> Config:
 
     Raises `UserError` for a file that cannot be read, a key that there is not, or a value that cannot be.
     """
-    import yaml
-
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = _parse(repr(str(path)), path.read_bytes())
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{str(path)!r} is no YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UserError(f"{str(path)!r} is no list of settings, such as model: mini")
     for change in changes:
-        _change(content, change, yaml.safe_load)
+        _change(content, change)
     return _read(Config, content, "")
 
 
-def _change(content: dict[str, Any], change: str, load: Any) -> None:
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML's own reader takes the last and says nothing."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise UserError(f"{key.value} stands twice, again in line {key.start_mark.line + 1}; keep one of them")
+            if isinstance(key, yaml.ScalarNode):
+                seen.add(key.value)
+        return node
+
+
+def _parse(where: str, text: str | bytes) -> Any:
+    """What YAML says. Raises `UserError`, which begins with `where`, for what is none."""
+    try:
+        return yaml.load(text, _Loader)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except (yaml.YAMLError, ValueError) as error:  # a date of month 13 is a ValueError
+        raise UserError(f"{where} is no YAML: {' '.join(str(error).split())}") from None
+
+
+def _change(content: dict[str, Any], change: str) -> None:
     key, equals, value = change.partition("=")
     if not equals:
         raise UserError(f"--set {change!r} is no setting; write key=value")
@@ -155,7 +277,7 @@ def _change(content: dict[str, Any], change: str, load: Any) -> None:
         content = content.setdefault(name, {})
         if not isinstance(content, dict):
             raise UserError(f"--set {change!r}: {name} has no settings of its own")
-    content[last] = load(value)
+    content[last] = _parse(f"--set {change!r}", value)
 
 
 def _read(cls: Any, content: Any, where: str) -> Any:
@@ -195,7 +317,7 @@ def _value(where: str, value: Any, hint: Any) -> Any:
     elif kind is float and not isinstance(value, bool):
         try:  # YAML takes 1e-3 for text
             return float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             pass
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
