@@ -15,7 +15,7 @@ from vlmzip.measure.flops import prefill_flops
 from vlmzip.methods import LLaVolta
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.training.random_factor import RandomFactor
-from vlmzip.training.schedule import PUBLISHED_DEPTH, Schedule
+from vlmzip.training.schedule import PUBLISHED_DEPTH, SCHEMES, Schedule
 from vlmzip.visualize.figure import new_figure
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class StageCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a whole schedule takes; means are over its steps."""
+    """What a whole schedule takes; means are over the steps that are run."""
 
     stages: tuple[StageCost, ...]
     tokens: float | None
@@ -102,12 +102,13 @@ def explain(schedule: Schedule, adapter: ModelAdapter, steps: int, text_tokens: 
                 _printed_of_stage(schedule, number, profile),
             )
         )
-    shares = [end - begin for begin, end in zip([Fraction(), *whole], whole, strict=False)]
+    run = [stage for stage in stages if stage.steps]
+    counts = [stage.steps for stage in run]
     return Cost(
         tuple(stages),
-        _mean([stage.tokens for stage in stages], shares),
-        _mean([stage.flops for stage in stages], shares),
-        _printed_in_all(schedule, profile),
+        _mean([stage.tokens for stage in run], counts),
+        _mean([stage.flops for stage in run], counts),
+        _printed_in_all(schedule, profile) if len(run) == len(stages) else (),
     )
 
 
@@ -127,9 +128,9 @@ def _written(compressor: Compressor) -> str:
     return spec.write(compressor)
 
 
-def _mean(values: Sequence[float | None], shares: Sequence[Fraction]) -> float | None:
-    known = [value * float(share) for value, share in zip(values, shares, strict=True) if value is not None]
-    return sum(known) if len(known) == len(values) else None
+def _mean(values: Sequence[float | None], steps: Sequence[int]) -> float | None:
+    known = [value * count for value, count in zip(values, steps, strict=True) if value is not None]
+    return sum(known) / sum(steps) if len(known) == len(values) else None
 
 
 # ---------------------------------------------------------------- beside the paper
@@ -141,17 +142,19 @@ def _printed_of_stage(schedule: Schedule, number: int, profile: Profile) -> tupl
 
 
 def _printed_in_all(schedule: Schedule, profile: Profile) -> tuple[str, ...]:
+    """Totals are of stages that are equally long."""
+    if len({stage.share for stage in schedule.stages}) > 1:
+        return ()
     rows = _paper_rows(schedule, profile, "Table 2")
     names = {"tokens over all layers": "{:g} tokens", "compression ratio": "CR {:g} %", "training time": "{:g} h"}
     return tuple(form.format(row.value) for name, form in names.items() for row in rows if row.metric == name)
 
 
 def _paper_rows(schedule: Schedule, profile: Profile, table: str) -> list[Published]:
-    """The paper's rows on this scheme; none for a model or a split of other dimensions."""
-    equal = len({stage.share for stage in schedule.stages}) == 1
-    if (profile.layers, profile.grid.size) != (PUBLISHED_DEPTH, PUBLISHED_TOKENS) or not equal:
+    """The paper's rows on this scheme; none for a model of other dimensions, and where a stage was left out."""
+    if (profile.layers, profile.grid.size) != (PUBLISHED_DEPTH, PUBLISHED_TOKENS):
         return []
-    if schedule.name not in IN_THE_PAPER:
+    if schedule.name not in IN_THE_PAPER or len(schedule.stages) != len(SCHEMES[schedule.name]):
         return []
     own = IN_THE_PAPER[schedule.name]
     return [row for row in published("llavolta") if row.table == table and row.settings.get("scheme") == own]
