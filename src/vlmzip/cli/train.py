@@ -55,12 +55,20 @@ def _train(config: Config) -> None:
 
     first = Processes().first
     loaded = load(config.model, "cpu", config.weights)  # Trainer moves it to where it belongs
-    loaded.model.set_attn_implementation(config.attention)
+    _set_attention(loaded.model, config.attention)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is untrained")  # here it is trained
         folder = train(config, loaded.model, loaded.processor, loaded.adapter, note if first else _say_nothing)
     if first:
         tell(f"the trained model is in {folder}")
+
+
+def _set_attention(model: Any, name: str) -> None:
+    try:
+        model.set_attn_implementation(name)
+    except (ImportError, ValueError) as error:
+        said = " ".join(str(error).split())
+        raise UserError(f"attention: {name} cannot be used, take sdpa or eager: {said[:200]}") from None
 
 
 def _say_nothing(_text: str) -> None:
@@ -71,9 +79,10 @@ def _explain(config: Config, args: Namespace) -> None:
     from vlmzip.cli.tables import print_table
     from vlmzip.training.explain import COLUMNS, as_json, explain, lines
 
-    adapter, steps = _on_paper(config), config.steps or _steps(config)
+    adapter, steps = _on_paper(config), _steps(config)
     schedule = config.schedule_for(adapter.profile().layers)
     cost = explain(schedule, adapter, steps, config.text_tokens)
+    _note_unreached(cost, steps)
     if args.json:
         print(json.dumps(as_json(cost), indent=2))
     else:
@@ -105,10 +114,18 @@ def _on_paper(config: Config) -> Any:
 
 
 def _steps(config: Config) -> int:
-    """How many optimiser steps the records make."""
+    """How many optimiser steps a run takes; where the configuration says it, the records need not be there."""
     from vlmzip.training.records import Records
 
-    return max(1, int(config.epochs * round(config.share * len(Records(Path(config.records))) // config.batch)))
+    return config.steps or config.steps_for(len(Records(Path(config.records))))
+
+
+def _note_unreached(cost: Cost, steps: int) -> None:
+    from vlmzip.cli.loading import note
+
+    unreached = [str(number) for number, stage in enumerate(cost.stages, 1) if not stage.steps]
+    if unreached:
+        note(f"too few steps, {steps:,}, to reach stage {', '.join(unreached)}")
 
 
 def _draw(cost: Cost, title: str, path: Path) -> None:
