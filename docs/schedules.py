@@ -25,8 +25,8 @@ HEAD = f"""# What training schedules cost
 Made by `python docs/schedules.py`, and checked by the tests. LLaVolta's schemes (arXiv:2406.20092, Table 1) on
 LLaVA-1.5-7B: visual tokens of a picture summed over all 32 layers, compression ratio (CR, Eq. 3), and FLOPs of the
 LLM's forward with {TEXT} tokens of text, as a share of those without compression; forward and backward have the
-same share together. Steps: {STEPS:,}, which 2, 3 and 4 equally long stages divide; an epoch of LLaVA-1.5's instruction data
-has one more. *paper*: as printed there.
+same share together. Steps: {STEPS:,}, which 2, 3 and 4 equally long stages divide; an epoch of LLaVA-1.5's instruction
+data has one more. *paper*: as printed there.
 
 The ratios of the stages agree with the paper's to the percent that it prints. Its totals (Table 2) do not all follow
 from its stages: only `last-stage-compression` does exactly. In `four-stage-deeper-then-wider` the first stage seems to

@@ -94,9 +94,9 @@ def test_wrong_changes_are_named(read, tmp_path):
         read(LEAST, "steps")
     with pytest.raises(UserError, match=r"--set 'steps=\[' is no YAML"):
         read(LEAST, "steps=[")
-    with pytest.raises(UserError, match="--set 'schedule=.*' is no YAML"):
+    with pytest.raises(UserError, match=r"--set 'schedule=.*' is no YAML"):
         read(LEAST, "schedule={name: two-stage, split: [1,2}")
-    with pytest.raises(UserError, match="--set 'lora=.*': r stands twice"):
+    with pytest.raises(UserError, match=r"--set 'lora=.*': r stands twice"):
         read(LEAST, "lora={r: 1, r: 2}")
     with pytest.raises(UserError, match="model has no settings of its own"):
         read(LEAST, "model.name=5")
@@ -145,13 +145,13 @@ def test_a_qformer_can_learn_alone(read):
     ],
 )  # fmt: skip
 def test_what_our_settings_say_is_not_for_the_trainer_to_say(read, key, own):
-    with pytest.raises(UserError, match=f"trainer: {key} is made from {own}; set that instead"):
+    with pytest.raises(UserError, match=f"trainer: {key} follows from the run's own setting {own}; set that instead"):
         read(LEAST, f"trainer.{key}=1")
 
 
 @pytest.mark.parametrize("setting", ["save_strategy=epoch", "logging_strategy=epoch", "logging_strategy='no'"])
 def test_logs_and_checkpoints_are_counted_in_steps(read, setting):
-    with pytest.raises(UserError, match="trainer: .* cannot be .* steps are counted"):
+    with pytest.raises(UserError, match=r"trainer: .* cannot be .* steps are counted"):
         read(LEAST, f"trainer.{setting}")
 
 
