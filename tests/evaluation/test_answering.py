@@ -2,8 +2,12 @@
 
 import pytest
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 
 import vlmzip
+from tests.tiny import tiny_llava, tiny_processor
+from vlmzip.cli.asking import build_inputs
+from vlmzip.cli.loading import Loaded
 from vlmzip.errors import UserError
 from vlmzip.evaluation.answering import Asker
 from vlmzip.methods import VisionZip
@@ -60,3 +64,19 @@ def test_without_a_template_one_question_with_pictures_before_it_can_be_asked(mi
 def test_without_a_template_other_forms_are_refused(mini, messages):
     with pytest.raises(UserError, match="no chat template"):
         conversation_prompt(adapter_for(mini[0]), NoTemplate(), messages)
+
+
+@pytest.mark.parametrize("template", ["USER: <image>\n{{ messages[0]['content'][-1]['text'] }}", "<s>USER: <image> ?"])
+def test_a_prompt_begins_once(template, tmp_path):
+    """Whether the template writes the first token, as Llama-3's does, or the tokenizer adds it."""
+    processor = tiny_processor("llava")
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    processor.chat_template = template
+    model = tiny_llava()
+    picture = Image.new("RGB", (24, 24))
+    asked = Asker(adapter_for(model), processor).inputs([picture], ["w9"])
+    picture.save(path := tmp_path / "0.png")
+    typed = build_inputs(Loaded("tiny", model, processor, adapter_for(model)), [str(path)], "w9")
+    for inputs in (asked, typed):
+        assert inputs["input_ids"][0].tolist().count(processor.tokenizer.bos_token_id) == 1
+        assert inputs["input_ids"][0, 0] == processor.tokenizer.bos_token_id

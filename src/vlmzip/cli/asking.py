@@ -16,7 +16,7 @@ from vlmzip.measure.flops import kv_cache_bytes, prefill_flops
 from vlmzip.measure.timing import now
 from vlmzip.runtime.detail import WORRYING
 from vlmzip.runtime.facade import CompressedModel
-from vlmzip.runtime.prompts import chat_prompt, unknown_words
+from vlmzip.runtime.prompts import chat_prompt, special_tokens, unknown_words
 from vlmzip.runtime.report import Report
 from vlmzip.runtime.saving import attach_saved
 from vlmzip.visualize.overlay import draw_tokens, seen_picture, stack
@@ -49,7 +49,8 @@ def build_inputs(loaded: Loaded, paths: list[str], question: str) -> dict[str, A
     if words := unknown_words(loaded.processor, question):
         note(f"{loaded.name} does not know {', '.join(map(repr, words))}")
     prompt = chat_prompt(loaded.adapter, loaded.processor, question, len(pictures))
-    inputs = loaded.processor(images=pictures or None, text=prompt, return_tensors="pt")
+    special = special_tokens(loaded.processor.tokenizer, prompt)
+    inputs = loaded.processor(images=pictures or None, text=prompt, return_tensors="pt", **special)
     return dict(inputs.to(loaded.model.device, loaded.model.dtype))
 
 

@@ -15,7 +15,7 @@ from vlmzip.errors import UserError
 from vlmzip.measure.flops import prefill_flops
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.runtime.facade import CompressedModel
-from vlmzip.runtime.prompts import chat_prompt
+from vlmzip.runtime.prompts import chat_prompt, special_tokens
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ class Asker:
         alone = all(len(row) == 1 for row in pictures)  # processors agree on the form of one picture a prompt
         images: Any = [row[0] for row in pictures] if alone else [list(row) for row in pictures]
         images = images if any(pictures) else None
-        made = self.processor(images=images, text=list(prompts), padding=True, return_tensors="pt")
+        special = special_tokens(self.processor.tokenizer, prompts[0])  # one template made all
+        made = self.processor(images=images, text=list(prompts), padding=True, return_tensors="pt", **special)
         return dict(made.to(self.adapter.model.device, self.adapter.model.dtype))
 
     def _answer(self, small: CompressedModel, row: int, text: str, length: int, count: int) -> Answer:

@@ -33,6 +33,11 @@ def conversation_prompt(adapter: ModelAdapter, processor: Any, messages: Sequenc
     return adapter.prompt("\n".join(texts), kinds.count("image"))
 
 
+def special_tokens(tokenizer: Any, text: str) -> dict[str, bool]:
+    """What to tell a processor about a text, so that it begins with one BOS where its chat template writes one too."""
+    return {"add_special_tokens": False} if tokenizer.bos_token and text.startswith(tokenizer.bos_token) else {}
+
+
 def unknown_words(processor: Any, question: str) -> list[str]:
     """Words that the tokenizer has no token for. Those of most models can spell anything; mini's cannot."""
     tokenizer = processor.tokenizer

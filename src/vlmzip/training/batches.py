@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from vlmzip.errors import UserError
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.runtime.prepare import PER_TOKEN
+from vlmzip.runtime.prompts import special_tokens
 from vlmzip.training.records import PLACE, BadRecord, Record, Records, Turn
 
 #: What the loss leaves out.
@@ -99,13 +100,9 @@ class Conversations:
         if self.positions is not None and length > self.positions:
             raise BadRecord(f"longer than the LLM's {self.positions} positions")
 
-    def _special(self, text: str) -> dict[str, bool]:
-        """How special tokens are added: not again where the template begins with the first of them."""
-        bos = self.tokenizer.bos_token
-        return {"add_special_tokens": False} if bos and text.startswith(bos) else {}
-
     def _row(self, text: str, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
-        made = self.processor(images=list(pictures) or None, text=[text], return_tensors="pt", **self._special(text))
+        special = special_tokens(self.tokenizer, text)
+        made = self.processor(images=list(pictures) or None, text=[text], return_tensors="pt", **special)
         return {name: value[0] if name in ("input_ids", *PER_TOKEN) else value for name, value in made.items()}
 
     def _rendered(self, record: Record, end: str) -> tuple[str, list[tuple[int, int]]]:
@@ -135,7 +132,7 @@ class Conversations:
         The processor writes many placeholders where the text has one; all other tokens are the text's own, in order.
         Raises `BadRecord` where they are not.
         """
-        plain = self.tokenizer(text, return_offsets_mapping=True, **self._special(text))
+        plain = self.tokenizer(text, return_offsets_mapping=True, **special_tokens(self.tokenizer, text))
         own = [n for n, token in enumerate(plain["input_ids"]) if token != self.placeholder]
         places = (ids != self.placeholder).nonzero()[:, 0].tolist()
         if [plain["input_ids"][n] for n in own] != ids[places].tolist():
