@@ -303,7 +303,7 @@ def table(out: Path, path: Path, tau: str) -> None:
 
 def cpu_seconds(logged: list[dict[str, Any]]) -> float | str:
     """What the first process took between the first line of a log and the last; nothing for one that was resumed."""
-    read = [line["cpu_seconds"] for line in logged]
+    read = [line["cpu_seconds"] for line in logged if "loss" in line]
     return round(read[-1] - read[0], 1) if read == sorted(read) else ""
 
 

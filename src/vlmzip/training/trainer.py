@@ -238,8 +238,9 @@ class JsonLog(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        line = {"step": state.global_step, **logs, "cpu_seconds": round(time.process_time(), 2)}
+        line = {"step": state.global_step, **logs}
         if "stage" in line:
+            line["cpu_seconds"] = round(time.process_time(), 2)
             line["compressor"] = spec.write(self.schedule.stages[line["stage"] - 1].compressor)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
