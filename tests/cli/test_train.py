@@ -7,6 +7,7 @@ import torch
 
 from tests.training.runs import COUNT, write_config, write_run
 from vlmzip.cli.main import main
+from vlmzip.training.config import defaults, described
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +124,33 @@ def test_mistakes_are_one_line(explain, change, said):
     _, err = explain(change, code=2)
     assert said in err
     assert err.count("\n") == 1
+
+
+def test_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = capsys.readouterr().out
+    for line in ("learning_rate = 2e-05 ", "lora.alpha = 256 ", "evaluation.every ", "schedule = none ", "model "):
+        assert f"\n  {line}" in said
+    assert defaults().keys() == described().keys()
+
+
+def test_costs_need_neither_model_nor_records(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: nowhere\nrecords: nowhere.json\nout: out\nschedule: two-stage\n")
+    explained = ["train", str(path), "--explain"]
+    assert main([*explained, "--shape", "llava-1.5-7b", "--set", "steps=10"]) == 0
+    assert "10,872" in capsys.readouterr().out
+    assert main(explained) == 2
+    assert "for costs alone: --shape llava-1.5-7b" in capsys.readouterr().err
+    assert main([*explained, "--shape", "llava-1.5-7b"]) == 2
+    assert "for costs alone: --set steps=1000" in capsys.readouterr().err
+    assert main([*explained, "--shape", "llava-7b", "--set", "steps=10"]) == 2
+    assert "--shape: there is no 'llava-7b'; did you mean 'llava-1.5-7b'" in capsys.readouterr().err
+
+
+def test_a_picture_that_cannot_be_is_refused_before_the_table(tmp_path, capsys):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: mini\nrecords: nowhere.json\nout: out\nsteps: 3\n")
+    assert main(["train", str(path), "--explain", "--staircase", str(tmp_path / "x.xyz")]) == 2
+    assert capsys.readouterr().out == ""

@@ -268,3 +268,9 @@ def test_pictures_are_loaded_or_bad(tmp_path):
         read_record(record(image="b.png")).load_pictures(tmp_path)
     with pytest.raises(BadRecord, match="missing"):
         read_record(record(image="c.png")).load_pictures(tmp_path)
+
+
+def test_a_system_turn_is_named():
+    said = [{"from": "system", "value": "be kind"}, {"from": "human", "value": "w9"}, {"from": "gpt", "value": "w10"}]
+    with pytest.raises(BadRecord, match="a turn by system"):
+        read_record({"conversations": said})

@@ -8,14 +8,14 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmzip.errors import UserError
+from vlmzip.errors import UserError, closest
 
 if TYPE_CHECKING:
     from vlmzip.training.config import Config
     from vlmzip.training.explain import Cost
 
 HELP = "train a model with compression, in stages that a YAML file describes"
-EXAMPLES = """  vlmzip train configs/mini.yaml --explain
+EXAMPLES = """  vlmzip train configs/llava-1.5-7b-llavolta.yaml --explain --shape llava-1.5-7b --set steps=5196
   vlmzip train configs/mini.yaml --set steps=200 --set schedule=two-stage
   torchrun --nproc-per-node 8 -m vlmzip.cli.main train configs/llava-1.5-7b-llavolta.yaml
 
@@ -26,8 +26,21 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="what the run is; see configs/")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="instead of what the file says")
     parser.add_argument("--explain", action="store_true", help="print what the schedule costs, and train nothing")
+    parser.add_argument("--shape", metavar="NAME", help="with --explain: a published model's, such as llava-1.5-7b")
     parser.add_argument("--staircase", type=Path, metavar="FILE.png", help="with --explain: draw it")
     parser.add_argument("--json", action="store_true", help="with --explain: print JSON")
+    if {"-h", "--help"} & set(arguments):
+        parser.epilog = f"{parser.epilog}\n\n{_settings()}"
+
+
+def _settings() -> str:
+    """Every setting of the file, with its default and what it is."""
+    from vlmzip.training.config import defaults, described
+
+    told = {name: f"{name} = {value}" if value else name for name, value in defaults().items()}
+    said = described()
+    lines = [f"  {told[name]:<32} {said[name]}" for name in told]
+    return "\n".join(["settings, in the file or by --set:", *lines])
 
 
 def run(args: Namespace) -> None:
@@ -37,7 +50,7 @@ def run(args: Namespace) -> None:
     if args.explain:
         _explain(config, args)
         return
-    for name in ("staircase", "json"):
+    for name in ("shape", "staircase", "json"):
         if getattr(args, name):
             raise UserError(f"--{name} goes with --explain")
     _train(config)
@@ -79,7 +92,9 @@ def _explain(config: Config, args: Namespace) -> None:
     from vlmzip.cli.tables import print_table
     from vlmzip.training.explain import COLUMNS, as_json, explain, lines
 
-    adapter, steps = _on_paper(config), _steps(config)
+    if args.staircase:
+        _check_picture(args.staircase)
+    adapter, steps = _on_paper(config, args.shape), _steps(config)
     schedule = config.schedule_for(adapter.profile().layers)
     cost = explain(schedule, adapter, steps, config.text_tokens)
     _note_unreached(cost, steps)
@@ -92,32 +107,46 @@ def _explain(config: Config, args: Namespace) -> None:
         )
         print("compression; paper: as LLaVolta prints it, whose totals do not all follow from its stages")
     if args.staircase:
-        _draw(cost, f"{config.model}: {schedule.name}", args.staircase)
+        _draw(cost, f"{args.shape or config.model}: {schedule.name}", args.staircase)
 
 
-def _on_paper(config: Config) -> Any:
-    """The model's adapter without its weights: shapes are all that costs need."""
+def _on_paper(config: Config, preset: str | None) -> Any:
+    """The adapter of the model, or of a published one, without its weights: shapes are all that costs need."""
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     from vlmzip.cli.loading import source_of
+    from vlmzip.measure.presets import PRESETS, make_config, make_model
     from vlmzip.models import adapter_for
 
+    if preset is not None:
+        if preset not in PRESETS:
+            raise UserError(f"--shape: there is no {preset!r}{closest(preset, PRESETS)}")
+        return adapter_for(make_model(make_config(PRESETS[preset]), "meta", torch.bfloat16))
     try:
         shape = AutoConfig.from_pretrained(source_of(config.model))
         with torch.device("meta"):
             return adapter_for(AutoModelForImageTextToText.from_config(shape))
-    except UserError:
-        raise
+    except UserError as error:
+        said = str(error).replace("--model takes", "it takes")
+        raise UserError(f"model: {said}; for costs alone: --shape llava-1.5-7b") from None
     except Exception as error:
-        raise UserError(f"cannot read the shape of {config.model!r}: {' '.join(str(error).split())[:200]}") from error
+        raise UserError(
+            f"model: cannot read the shape of {config.model!r}: {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 def _steps(config: Config) -> int:
     """How many optimiser steps a run takes; where the configuration says it, the records need not be there."""
     from vlmzip.training.records import Records
 
-    return config.steps or config.steps_for(len(Records(Path(config.records))))
+    if config.steps is not None:
+        return config.steps
+    try:
+        records = Records(Path(config.records))
+    except UserError as error:
+        raise UserError(f"records: {error}; for costs alone: --set steps=1000") from None
+    return config.steps_for(len(records))
 
 
 def _note_unreached(cost: Cost, steps: int) -> None:
@@ -128,14 +157,19 @@ def _note_unreached(cost: Cost, steps: int) -> None:
         note(f"too few steps, {steps:,}, to reach stage {', '.join(unreached)}")
 
 
-def _draw(cost: Cost, title: str, path: Path) -> None:
-    from vlmzip.cli.loading import note
-    from vlmzip.files import refuse_source, write_whole
-    from vlmzip.training.explain import draw_staircase
+def _check_picture(path: Path) -> None:
+    from vlmzip.files import refuse_source
 
     if path.suffix not in (".png", ".svg"):
         raise UserError(f"--staircase {str(path)!r}: give a name that ends in .png or .svg")
     refuse_source(path, [])
+
+
+def _draw(cost: Cost, title: str, path: Path) -> None:
+    from vlmzip.cli.loading import note
+    from vlmzip.files import write_whole
+    from vlmzip.training.explain import draw_staircase
+
     figure = draw_staircase(cost, title)
     write_whole(path, lambda name: figure.savefig(name))
     note(f"the staircase is in {path}")

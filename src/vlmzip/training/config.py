@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import itertools
 import math
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -65,6 +69,8 @@ MADE_FROM = {
     "dataloader_num_workers": "workers",
     "seed": "seed",
 }
+#: What a value is called that a setting does not take.
+KINDS = {int: "whole number", float: "number", bool: "true or false", str: "text"}
 #: What these can be: checkpoints and logs are counted in steps.
 STRATEGIES = {"save_strategy": ("steps", "no"), "logging_strategy": ("steps",)}
 
@@ -74,8 +80,11 @@ class Lora:
     """Low-rank adapters on the LLM's linear layers instead of all its weights."""
 
     r: int = 128
+    """Rank."""
     alpha: int = 256
+    """Their scale is alpha / r."""
     dropout: float = 0.05
+    """On what goes into them, while training."""
 
     def __post_init__(self) -> None:
         check_ranges("lora.", self, {"r": FROM_1, "alpha": FROM_1, "dropout": BELOW_1})
@@ -113,7 +122,7 @@ class Config:
     pictures: str | None = None
     """The folder that paths of pictures start from; default: the records'."""
     schedule: Any = "none"
-    """See `read_schedule`."""
+    """A scheme's name, a compressor, or stages; see docs/training.md."""
     learn: tuple[str, ...] = ("projector", "llm")
     """Which of projector, llm and vision learn; the rest is frozen. The Q-Former's weights always learn."""
     lora: Lora | None = None
@@ -129,28 +138,35 @@ class Config:
     batch_per_process: int | None = None
     """Records in one forward; what is missing to `batch` is accumulated. Default: all of the process's share."""
     learning_rate: float = 2e-5
+    """The highest, of AdamW."""
     warmup: float = 0.03
     """Share of the steps in which the learning rate rises; after them it falls in a cosine."""
     weight_decay: float = 0.0
+    """AdamW's, on all weights but biases and those of norms."""
     precision: Literal["bf16", "float32"] = "bf16"
-    """bf16: automatic mixed precision."""
+    """bf16: automatic mixed precision, on a CPU too."""
     weights: Literal["float32", "bfloat16"] = "float32"
     """What the model is loaded as, whatever the checkpoint has; bfloat16 for what is frozen under LoRA, say."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """transformers' implementation; on a CPU eager may be faster for a small model."""
     gradient_checkpointing: bool = False
+    """Compute layers again in the backward instead of keeping what they put out: less memory, more time."""
     max_length: int = 2048
     """Tokens of a record, visual ones uncompressed; longer records are left out and counted."""
     group_by_length: bool = True
     """Records of like length stand in a batch, so that little is padded."""
     evaluation: Evaluation | None = None
+    """Questions that are asked during training."""
     save_every: int = 500
     """Optimiser steps between checkpoints."""
     checkpoints: int = 2
     """How many are kept."""
     log_every: int = 10
+    """Optimiser steps between lines of the log."""
     workers: int = 0
     """Processes that read records and pictures, beside each training process."""
     seed: int = 0
+    """Of the order of the records, of those chosen by `fraction`, and of fresh weights."""
     sharding: Literal["none", "fsdp"] = "none"
     """fsdp: several processes share weights, gradients and the optimiser's state out, instead of a copy each."""
     text_tokens: int = 62
@@ -226,6 +242,31 @@ def check_ranges(where: str, settings: Any, ranges: Mapping[str, Range]) -> None
         value = getattr(settings, name)
         if value is not None and not is_one(value):
             raise UserError(f"{where}{name}: {value} is out of range; give {wanted}")
+
+
+def described(cls: type = Config) -> dict[str, str]:
+    """What each setting is, from the sentence behind it; those of `lora` and `evaluation` by their full names."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for field_, said in itertools.pairwise(body.body):
+        if isinstance(field_, ast.AnnAssign) and isinstance(said, ast.Expr) and isinstance(said.value, ast.Constant):
+            found[ast.unparse(field_.target)] = " ".join(str(said.value.value).split())
+    for name, part in (("lora", Lora), ("evaluation", Evaluation)) if cls is Config else ():
+        found |= {f"{name}.{key}": sentence for key, sentence in described(part).items()}
+    return found
+
+
+def defaults(cls: type = Config) -> dict[str, str]:
+    """Each setting with its default, as it is written; nothing for what has to be given, or has settings of its own."""
+    found = {}
+    for field_ in dataclasses.fields(cls):
+        parts = {"lora": Lora, "evaluation": Evaluation} if cls is Config else {}
+        missing = field_.default is dataclasses.MISSING or field_.default is None
+        found[field_.name] = "" if missing else str(field_.default)
+        if field_.name in parts:
+            found |= {f"{field_.name}.{name}": value for name, value in defaults(parts[field_.name]).items()}
+    return found
 
 
 def read_config(path: Path, changes: Sequence[str] = ()) -> Config:
@@ -321,4 +362,4 @@ def _value(where: str, value: Any, hint: Any) -> Any:
             pass
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise UserError(f"{where}: {value!r} is no {getattr(kind, '__name__', 'mapping').lower()}")
+    raise UserError(f"{where}: {value!r} is no {KINDS.get(kind, 'mapping')}")

@@ -8,14 +8,13 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from vlmzip import spec
 from vlmzip.compressor import Compressor, Profile
 from vlmzip.evaluation.papers import Published, published
 from vlmzip.measure.flops import prefill_flops
 from vlmzip.methods import LLaVolta
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.training.random_factor import RandomFactor
-from vlmzip.training.schedule import PUBLISHED_DEPTH, SCHEMES, Schedule
+from vlmzip.training.schedule import PUBLISHED_DEPTH, SCHEMES, Schedule, written
 from vlmzip.visualize.figure import new_figure
 
 if TYPE_CHECKING:
@@ -125,7 +124,7 @@ def _written(compressor: Compressor) -> str:
     """In one line; of LLaVolta's compressor also the usual layer and stride: they are what stages differ in."""
     if isinstance(compressor, LLaVolta) and dataclasses.replace(compressor, layer=2, stride=8) == LLaVolta():
         return f"llavolta(layer={compressor.layer},stride={compressor.stride})"
-    return spec.write(compressor)
+    return written(compressor)
 
 
 def _mean(values: Sequence[float | None], steps: Sequence[int]) -> float | None:

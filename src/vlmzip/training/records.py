@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -117,6 +117,9 @@ def _are_paths(paths: Any) -> bool:
 
 
 def _turns(said: Sequence[Any]) -> Iterator[Turn]:
+    for one in said:
+        if isinstance(one, Mapping) and one.get("from") == "system":
+            raise BadRecord("a turn by system; human and gpt alone take turns")
     if len(said) % 2:
         raise BadRecord("a conversation that does not end with an answer")
     for asked, answered in zip(said[::2], said[1::2], strict=True):

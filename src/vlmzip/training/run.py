@@ -64,6 +64,8 @@ def train(config: Config, model: nn.Module, processor: Any, adapter: ModelAdapte
         tell(f"this run is finished, nothing is left to do; for another one give another out than {config.out!r}")
         return folder.model
     tell(_about(small, config, steps, len(examples), trainer.args.device))
+    if records.bad:
+        tell(f"{len(records.bad):,} of {len(records) + len(records.bad):,} records cannot be used; see {out / BAD}")
     if folder.checkpoint is not None:
         tell(f"going on from {folder.checkpoint}")
     try:

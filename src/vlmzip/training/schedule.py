@@ -17,6 +17,7 @@ from vlmzip.training.random_factor import RandomFactor
 #: Depth of the LLM that LLaVolta's layers are given for (Vicuna-7B).
 PUBLISHED_DEPTH = 32
 NOTHING = "none"
+RANDOM_CLASS = "vlmzip.training.random_factor:RandomFactor"
 RANDOM = re.compile(r"(?:^|(?<=\+))\s*random_factor\s*(?=[(+]|$)")
 
 
@@ -134,8 +135,10 @@ def read_schedule(content: Any, depth: int = PUBLISHED_DEPTH) -> Schedule:
     if isinstance(content, str):
         if content in SCHEMES:
             return scheme(content, depth)
-        if spec.is_name(content) and not RANDOM.match(content) and content not in catalogue.available():
-            raise UserError(f"schedule: there is no {content!r}{closest(content, (*SCHEMES, *catalogue.available()))}")
+        own = ":" in content or RANDOM.match(content)  # a file of one's own says better what it lacks
+        if spec.is_name(content) and not own and content not in catalogue.available():
+            known = (*SCHEMES, "random_factor", *catalogue.available())
+            raise UserError(f"schedule: there is no {content!r}{closest(content, known)}")
         return constant(read_compressor(content))
     if not isinstance(content, Mapping):
         raise UserError(f"schedule: {content!r} is none; give a name, a compressor, or stages")
@@ -174,7 +177,7 @@ def read_compressor(content: Any) -> Compressor:
         return NoCompression()
     if not isinstance(content, str):
         raise UserError(f"{content!r} is no compressor; write {spec.FORMS}")
-    found = spec.read(RANDOM.sub("vlmzip.training.random_factor:RandomFactor", content))
+    found = spec.read(RANDOM.sub(RANDOM_CLASS, content))
     if isinstance(found, Chain) and any(isinstance(part, RandomFactor) for part in found.stages()):
         raise UserError(f"{content!r}: random_factor cannot be chained; make it a stage of its own, without +")
     return found
@@ -189,6 +192,11 @@ def read_lasting(where: str, content: Any) -> Compressor:
     if isinstance(found, RandomFactor):
         raise UserError(f"{where}: random_factor is for training alone; give another compressor, or none")
     return found
+
+
+def written(compressor: Compressor) -> str:
+    """A compressor as a schedule takes it, in one line."""
+    return spec.write(compressor).replace(RANDOM_CLASS, "random_factor")
 
 
 def read_share(content: Any) -> Fraction:

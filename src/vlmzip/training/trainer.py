@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
-from vlmzip import spec
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.files import write_text
@@ -30,7 +29,7 @@ from vlmzip.training import sharding
 from vlmzip.training.batches import IGNORE
 from vlmzip.training.random_factor import RandomFactor, mixed
 from vlmzip.training.sampler import EpochSampler
-from vlmzip.training.schedule import Schedule
+from vlmzip.training.schedule import Schedule, written
 
 #: Written into a checkpoint when everything else is: one without it was cut short.
 WHOLE = "whole"
@@ -241,7 +240,7 @@ class JsonLog(TrainerCallback):
         line = {"step": state.global_step, **logs}
         if "stage" in line:
             line["cpu_seconds"] = round(time.process_time(), 2)
-            line["compressor"] = spec.write(self.schedule.stages[line["stage"] - 1].compressor)
+            line["compressor"] = written(self.schedule.stages[line["stage"] - 1].compressor)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
