@@ -8,7 +8,7 @@ from tests.runtime.ragged import Ragged
 from tests.tiny import FAMILIES, IMAGE_TOKEN, batch, prompt, tiny_llava, tiny_vipllava
 from vlmzip import FastV, NoCompression, Pool2d, UserError
 from vlmzip.methods import Chain
-from vlmzip.runtime.packing import bins_of
+from vlmzip.runtime.packing import bins_of, cheapest
 
 ROWS = (
     prompt(9, "image", *range(10, 19)),
@@ -93,7 +93,14 @@ def test_predictions_of_packed_rows_cannot_be_lined_up():
         small.report.lined_up(out.logits, 80)
 
 
-def test_bins_hold_no_more_than_the_longest_row():
-    assert bins_of([5, 2, 3, 1, 4]) == [[0], [4, 3], [2, 1]]
-    assert bins_of([4, 4, 4]) == [[0], [1], [2]]
-    assert bins_of([7, 1, 1, 1, 1, 1, 1, 1]) == [[0], [1, 2, 3, 4, 5, 6, 7]]
+def test_bins_hold_no_more_than_their_width():
+    assert bins_of([5, 2, 3, 1, 4], 5) == [[0], [4, 3], [2, 1]]
+    assert bins_of([4, 4, 4], 4) == [[0], [1], [2]]
+    assert bins_of([7, 1, 1, 1, 1, 1, 1, 1], 7) == [[0], [1, 2, 3, 4, 5, 6, 7]]
+
+
+def test_longer_bins_are_taken_where_they_cost_less():
+    lengths = [100, 60, 60, 60, 60]
+    assert cheapest(lengths, 0) == [[0], [1, 2], [3, 4]]  # 3 x 120 places instead of 5 x 100
+    assert cheapest(lengths, 1) == [[0], [1], [2], [3], [4]]  # pairs cost as much as tokens
+    assert cheapest([50] * 4, 0.001) == [[0], [1], [2], [3]]  # nothing is padded
