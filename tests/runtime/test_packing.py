@@ -100,7 +100,6 @@ def test_bins_hold_no_more_than_their_width():
 
 
 def test_longer_bins_are_taken_where_they_cost_less():
-    lengths = [100, 60, 60, 60, 60]
-    assert cheapest(lengths, 0) == [[0], [1, 2], [3, 4]]  # 3 x 120 places instead of 5 x 100
-    assert cheapest(lengths, 1) == [[0], [1], [2], [3], [4]]  # pairs cost as much as tokens
+    assert cheapest([100, 80, 80, 80], 0) == [[0, 1], [2, 3]]  # 2 x 180 places instead of 4 x 100
+    assert cheapest([100, 80, 80, 80], 1) == [[0], [1], [2], [3]]  # where pairs cost as much as tokens
     assert cheapest([50] * 4, 0.001) == [[0], [1], [2], [3]]  # nothing is padded
