@@ -9,6 +9,7 @@ from tests.tiny import FAMILIES, IMAGE_TOKEN, batch, prompt, tiny_llava, tiny_vi
 from vlmzip import FastV, NoCompression, Pool2d, UserError
 from vlmzip.methods import Chain
 from vlmzip.runtime.packing import bins_of, cheapest
+from vlmzip.runtime.prepare import compress_inputs
 
 ROWS = (
     prompt(9, "image", *range(10, 19)),
@@ -83,6 +84,14 @@ def test_rows_that_cannot_be_packed_are_padded(family, compressor):
     small = vlmzip.attach(made.model, compressor)
     small(**inputs, pack_rows=True)
     assert len(small.report.pictures) == 3
+    assert not small.report.packed
+
+
+def test_under_flash_attention_rows_are_padded():
+    """transformers finds packed rows there in a batch of one alone, and says nothing where it does not."""
+    model = tiny_llava()
+    model.model.language_model.config._attn_implementation = "flash_attention_2"
+    small = compress_inputs(model, example(), Ragged(), pack_rows=True)
     assert not small.report.packed
 
 

@@ -20,6 +20,8 @@ import vlmzip
 from tests.training.runs import COUNT, losses, stages, write_config, write_run
 from vlmzip import LLaVolta, NoCompression
 from vlmzip.cli.main import main
+from vlmzip.evaluation.answering import Asker
+from vlmzip.training.random_factor import RandomFactor
 from vlmzip.training.trainer import StagedTrainer
 
 pytest.importorskip("accelerate")
@@ -311,6 +313,41 @@ def test_padding_is_logged(start, again):
     seconds = logged(out, "cpu_seconds")
     assert seconds == sorted(seconds)
     assert seconds[-1] > seconds[0]
+
+
+def test_a_black_picture_beside_text_counts_as_none(again):
+    out, _ = again(schedule="pool2d(factor=2)", batch=1, steps=COUNT)
+    lines = [line for line in map(json.loads, (out / "log.jsonl").open()) if "loss" in line]
+    assert sorted(line.get("retention", 1) for line in lines) == [0.25] * (COUNT - 1) + [1]
+
+
+def test_each_forward_of_a_step_draws_anew(again, monkeypatch):
+    salts = []
+
+    def drawn(compressor, step, salt, plain=RandomFactor.drawn):
+        salts.append((step, salt))
+        return plain(compressor, step, salt)
+
+    monkeypatch.setattr(RandomFactor, "drawn", drawn)
+    again(schedule="random_factor", batch_per_process=2, steps=3)
+    assert len(salts) == len(set(salts)) == 6
+    assert [step for step, _ in salts] == [0, 0, 1, 1, 2, 2]
+
+
+def test_every_question_is_asked(start, again, monkeypatch, tmp_path):
+    (tmp_path / "0.png").write_bytes((start / "0.png").read_bytes())
+    lines = [json.dumps({"image": "0.png", "question": f"w{n}", "answers": ["w50"]}) for n in range(6, 11)]
+    (tmp_path / "q.jsonl").write_text("\n".join(lines) + "\n")
+    asked, answer = [], Asker.answer
+
+    def counted(asker, small, pictures, questions, *rest):
+        asked.extend(questions)
+        return answer(asker, small, pictures, questions, *rest)
+
+    monkeypatch.setattr(Asker, "answer", counted)
+    monkeypatch.setattr("vlmzip.training.run.ASK", 2)
+    again(steps=1, evaluation={"every": 1, "task": f"{tmp_path}:exact"})
+    assert asked == ["w6", "w7", "w8", "w9", "w10"]
 
 
 #: What a full disk looks like to whoever writes; the second and third as seen on a small tmpfs.

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 #: What no loss is taken on.
 IGNORE = -100
+#: Implementations of attention for which transformers makes masks, in which packed rows do not see each other.
+MASKED = ("sdpa", "eager")
 #: Lengths of bins that are tried between the longest row's and twice that.
 TRIED = 16
 
@@ -34,8 +36,11 @@ def pack(
     `pictures` are in order of appearance, `fills` has what padding gets by the name of the input. Loss and gradients
     stay the same. `report.source` is of the packed rows from then on. Where rows have positions of their own (original
     ones, several axes) nothing is packed: gaps in them would look like the beginning of another row. Nor is it where
-    token types decide who sees whom (PaliGemma).
+    token types decide who sees whom (PaliGemma), or under FlashAttention, where transformers looks for the beginnings
+    of rows in a batch of one alone.
     """
+    if adapter.llm_config._attn_implementation not in MASKED:
+        return
     if adapter.position_axes or any(small.get(name) is not None for name in ("position_ids", "token_type_ids")):
         return
     mask = small["attention_mask"].bool()

@@ -91,9 +91,10 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _refuse_changes(out: Path, before: dict[str, Any], asked: dict[str, Any]) -> None:
-    changed = [name for name in asked if name not in FREE and before.get(name) != asked[name]]
+    # A setting that an older version did not have is none that was changed.
+    changed = [name for name in asked if name not in FREE and name in before and before[name] != asked[name]]
     if changed:
-        told = ", ".join(f"{name}: {_short(before.get(name))}, now {_short(asked[name])}" for name in changed[:3])
+        told = ", ".join(f"{name}: {_short(before[name])}, now {_short(asked[name])}" for name in changed[:3])
         raise UserError(
             f"out: the run in {str(out)!r} was begun with other settings ({told}); give another out, or the same ones"
         )
