@@ -308,11 +308,17 @@ def logged(out, name):
 def test_padding_is_logged(start, again):
     """One record at a time needs none, but for the one without picture, beside which stands a black one."""
     assert sum(share > 0 for share in logged(start / "out", "padding")) > 1
-    out, _ = again(batch_per_process=1)
+    out, _ = again(batch_per_process=1, schedule="llavolta(layer=1)")
     assert sum(share > 0 for share in logged(out, "padding")) == 1
     seconds = logged(out, "cpu_seconds")
     assert seconds == sorted(seconds)
     assert seconds[-1] > seconds[0]
+
+
+def test_ragged_rows_are_packed(again):
+    """In the LLM's input side by side, where nothing acts inside the LLM."""
+    out, _ = again(batch_per_process=1, schedule="none")
+    assert logged(out, "padding") == [0] * 6
 
 
 def test_a_black_picture_beside_text_counts_as_none(again):
