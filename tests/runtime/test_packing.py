@@ -95,6 +95,13 @@ def test_under_flash_attention_rows_are_padded():
     assert not small.report.packed
 
 
+def test_in_an_llm_not_known_to_keep_rows_apart_they_are_padded():
+    """gpt_oss makes its masks without positions; others carry a state from row to row."""
+    model = tiny_llava()
+    model.model.language_model.config.model_type = "gpt_oss"
+    assert not compress_inputs(model, example(), Ragged(), pack_rows=True).report.packed
+
+
 def test_predictions_of_packed_rows_cannot_be_lined_up():
     small = vlmzip.attach(tiny_llava(), Ragged())
     out = small(**example(), pack_rows=True)

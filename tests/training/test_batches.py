@@ -334,3 +334,11 @@ def test_mini_learns_what_its_own_template_says(tmp_path):
     kept = row["labels"][row["labels"] != IGNORE]
     assert loaded.processor.tokenizer.convert_ids_to_tokens(kept) == ["red", "</s>", "top", "left", "</s>"]
     assert torch.equal(row["attention_mask"], torch.ones_like(row["input_ids"]))
+
+
+def test_what_the_template_refuses_is_a_bad_record(llava, folder):
+    refusing = "{% if 'w13' in messages[0].content[-1].text %}{{ raise_exception('no w13 here') }}{% endif %}"
+    conversations = Conversations(with_template(refusing + TEMPLATE), adapter_for(llava), 150)
+    conversations(read_record(record("<image> w10", "w20")), folder)
+    with pytest.raises(BadRecord, match="the chat template refuses it: no w13 here"):
+        conversations(read_record(record("<image> w13", "w20")), folder)

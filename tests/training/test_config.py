@@ -188,3 +188,14 @@ def test_no_step_is_refused(read):
             read(LEAST, "batch=32", "fraction=50%", change).steps_for(24)
     with pytest.raises(UserError, match=r"epochs: 0.4 of an epoch's 2 steps is none"):
         read(LEAST, "epochs=0.4", "batch=10").steps_for(25)
+
+
+@pytest.mark.parametrize("key", ["save_only_model", "ignore_data_skip", "logging_nan_inf_filter"])
+def test_what_would_break_a_promise_is_refused(read, key):
+    with pytest.raises(UserError, match=f"trainer: {key} cannot be set: "):
+        read(LEAST, f"trainer.{key}=true")
+
+
+def test_a_key_that_is_no_text_is_a_line(read):
+    with pytest.raises(UserError, match=r"no YAML|unhashable"):
+        read(LEAST + "steps: {{ N }}\n")

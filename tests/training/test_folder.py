@@ -20,10 +20,14 @@ def config(tmp_path):
     return lambda **settings: read_config(write_config(tmp_path / "run", **settings), [])
 
 
+def begin(out, config, records=24, steps=6, bad=()):
+    return RunFolder.begin(out, config, records, steps, bad)
+
+
 def begun(tmp_path, config, *whole):
     """A run's folder with checkpoints."""
     out = tmp_path / "run" / "out"
-    RunFolder.begin(out, config(), [])
+    begin(out, config())
     for step in whole:
         checkpoint(out, step)
     return out
@@ -40,7 +44,7 @@ def checkpoint(out, step, whole=True):
 
 def test_a_new_run_says_what_it_was_asked(tmp_path, config):
     out = tmp_path / "run" / "out"
-    found = RunFolder.begin(out, config(), [(3, "no JSON")])
+    found = begin(out, config(), bad=[(3, "no JSON")])
     assert (found.checkpoint, found.finished) == (None, False)
     asked = json.loads((out / "run.json").read_text())
     assert asked["learning_rate"] == 0.003
@@ -51,17 +55,17 @@ def test_a_new_run_says_what_it_was_asked(tmp_path, config):
 def test_what_an_earlier_try_left_out_is_not_counted(tmp_path, config):
     out = begun(tmp_path, config)
     (out / "bad_records.jsonl").write_text('{"record": 9, "reason": "a picture is missing"}\n')
-    RunFolder.begin(out, config(), [])
+    begin(out, config())
     assert not (out / "bad_records.jsonl").exists()
 
 
-@pytest.mark.parametrize("name", ["checkpoint-500", "checkpoint-best", "model"])
+@pytest.mark.parametrize("name", ["checkpoint-500", "checkpoint-best", "model", "log.jsonl", "bad_records.jsonl"])
 def test_what_others_left_is_refused_and_not_touched(tmp_path, config, name):
     out = tmp_path / "run" / "out"
     (out / name).mkdir(parents=True)
     (out / name / "precious.bin").write_bytes(b"1")
-    with pytest.raises(UserError, match="of something else; give another folder"):
-        RunFolder.begin(out, config(), [])
+    with pytest.raises(UserError, match="is of something else; give another folder"):
+        begin(out, config())
     assert (out / name / "precious.bin").exists()
 
 
@@ -70,7 +74,7 @@ def test_in_a_runs_own_folder_only_its_torn_checkpoints_go(tmp_path, config):
     torn, other = checkpoint(out, 12, whole=False), out / "checkpoint-best.pt"
     other.touch()
     (out / "checkpoint-best").mkdir()
-    assert RunFolder.begin(out, config(), []).checkpoint == out / "checkpoint-10"
+    assert begin(out, config()).checkpoint == out / "checkpoint-10"
     assert not torn.exists()
     assert other.exists()
     assert (out / "checkpoint-best").exists()
@@ -84,19 +88,53 @@ def test_in_a_runs_own_folder_only_its_torn_checkpoints_go(tmp_path, config):
 def test_a_run_goes_on_only_with_the_settings_it_was_begun_with(tmp_path, config, changed):
     out = begun(tmp_path, config, 2)
     with pytest.raises(UserError, match=f"begun with other settings \\({next(iter(changed))}: .*give another out"):
-        RunFolder.begin(out, config(**changed), [])
+        begin(out, config(**changed))
     assert (out / "checkpoint-2" / "whole").exists()
+
+
+def test_a_refused_run_touches_nothing(tmp_path, config):
+    out = begun(tmp_path, config, 2)
+    torn = checkpoint(out, 4, whole=False)
+    with pytest.raises(UserError, match="other settings"):
+        begin(out, config(seed=1))
+    assert torn.exists()
+
+
+@pytest.mark.parametrize(("records", "steps"), [(23, 6), (24, 5)])
+def test_another_file_of_records_is_another_run(tmp_path, config, records, steps):
+    out = begun(tmp_path, config, 2)
+    with pytest.raises(UserError, match="begun with other settings"):
+        begin(out, config(), records, steps)
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"lr": 1}'])
+def test_a_file_of_the_same_name_is_not_ours(tmp_path, config, content):
+    out = tmp_path / "run" / "out"
+    precious = checkpoint(out, 5, whole=False)
+    (out / "run.json").write_text(content)
+    with pytest.raises(UserError, match="is of something else"):
+        begin(out, config())
+    assert precious.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_a_line(tmp_path, config, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("vlmzip.training.folder.note_bad", full)
+    with pytest.raises(UserError, match=r"cannot write into .*: No space left on device"):
+        begin(tmp_path / "run" / "out", config(), bad=[(1, "no JSON")])
 
 
 def test_settings_that_change_nothing_that_is_learned_may_differ(tmp_path, config):
     out = begun(tmp_path, config, 2)
     free = {"log_every": 5, "save_every": 1, "workers": 1, "batch_per_process": 1, "sharding": "fsdp"}
-    assert RunFolder.begin(out, config(**free), []).checkpoint == out / "checkpoint-2"
+    assert begin(out, config(**free)).checkpoint == out / "checkpoint-2"
 
 
 def test_before_the_first_checkpoint_anything_may_differ(tmp_path, config):
     out = begun(tmp_path, config)
-    RunFolder.begin(out, config(seed=1), [])
+    begin(out, config(seed=1))
     assert json.loads((out / "run.json").read_text())["seed"] == 1
 
 
@@ -106,10 +144,10 @@ def test_another_run_is_kept_out(tmp_path, config):
     other = os.open(out / ".lock", os.O_RDWR)
     fcntl.flock(other, fcntl.LOCK_EX)
     with pytest.raises(UserError, match="another run is writing"):
-        RunFolder.begin(out, config(), [])
+        begin(out, config())
     assert torn.exists()  # it may be writing that
     os.close(other)
-    found = RunFolder.begin(out, config(), [])
+    found = begin(out, config())
     assert found.hold is not None
 
 
@@ -122,6 +160,8 @@ def test_how_to_go_on(tmp_path, config):
 
 def test_only_what_the_disk_refuses_is_the_disks():
     assert refused_by_disk(OSError(errno.ENOSPC, "No space left on device")) == "No space left on device"
+    worker = "Caught OSError in DataLoader worker process 0.\nOSError: [Errno 28] No space left on device"
+    assert refused_by_disk(OSError(worker)) == "No space left on device"
     assert refused_by_disk(FileNotFoundError(errno.ENOENT, "No such file or directory")) is None
     assert refused_by_disk(BrokenPipeError(errno.EPIPE, "Broken pipe")) is None
 
@@ -130,4 +170,4 @@ def test_a_run_of_another_version_of_the_file_is_not_guessed_at(tmp_path, config
     out = begun(tmp_path, config, 2)
     (out / "run.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
-        RunFolder.begin(out, config(), [])
+        begin(out, config())

@@ -196,6 +196,49 @@ def test_a_loss_that_is_no_number_ends_the_run(again):
     assert all(loss == loss for loss in losses(out))
 
 
+@pytest.mark.parametrize("settings", [{}, {"log_every": 100, "trainer": {"save_strategy": "no"}}])
+def test_gradients_that_are_no_numbers_are_not_saved(again, monkeypatch, settings):
+    """The loss before them is one; and nothing else would be logged of the last step."""
+    step = StagedTrainer.training_step
+
+    def overflowing(trainer, *args, **kwargs):
+        loss = step(trainer, *args, **kwargs)
+        if trainer.state.global_step == 5:
+            next(one for one in trainer.small.parameters() if one.grad is not None).grad[0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(StagedTrainer, "training_step", overflowing)
+    out, said = again(code=2, **settings)
+    assert "the grad_norm is" in said
+    assert not (out / "model").exists()
+    assert not (out / "checkpoint-6").exists()
+
+
+def test_a_smoothed_loss_trains_too(again):
+    """It looks at logits row by row, so that rows are not packed."""
+    out, _ = again(schedule="none", trainer={"label_smoothing_factor": 0.1})
+    assert len(losses(out)) == 6
+    assert max(logged(out, "padding")) > 0
+
+
+@pytest.mark.parametrize("make", [Path.touch, lambda path: path.parent.joinpath("file").touch()])
+def test_a_folder_that_cannot_be_made_is_a_line(again, tmp_path, make):
+    out = tmp_path / "taken"
+    make(out)
+    _, said = again(code=2, out=str(out if out.exists() else tmp_path / "file" / "out"))
+    assert "vlmzip: out: cannot write into" in said
+    assert said.count("vlmzip: ") == 1
+
+
+def test_what_the_trainer_itself_lacks_is_a_line(again, monkeypatch):
+    def lacking(*_, **__):
+        raise RuntimeError("WandbCallback requires wandb to be installed.")
+
+    monkeypatch.setattr("vlmzip.training.run.StagedTrainer", lacking)
+    _, said = again(code=2)
+    assert "vlmzip: trainer: WandbCallback requires wandb" in said
+
+
 def test_a_mistake_in_a_worker_is_a_line_too(again):
     _, said = again(code=2, workers=1, max_length=3)
     assert "not one record of" in said

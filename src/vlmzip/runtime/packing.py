@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 IGNORE = -100
 #: Implementations of attention for which transformers makes masks, in which packed rows do not see each other.
 MASKED = ("sdpa", "eager")
+#: LLMs that were seen to keep packed rows apart. Others look for them nowhere (gpt_oss), or carry a state along.
+KEPT_APART = ("llama", "mistral", "qwen2", "gemma2")
 #: Lengths of bins that are tried between the longest row's and twice that.
 TRIED = 16
 
@@ -36,15 +38,15 @@ def pack(
     `pictures` are in order of appearance, `fills` has what padding gets by the name of the input. Loss and gradients
     stay the same. `report.source` is of the packed rows from then on. Where rows have positions of their own (original
     ones, several axes) nothing is packed: gaps in them would look like the beginning of another row. Nor is it where
-    token types decide who sees whom (PaliGemma), or under FlashAttention, where transformers looks for the beginnings
-    of rows in a batch of one alone.
+    token types decide who sees whom (PaliGemma), in an LLM not known to keep packed rows apart, or under
+    FlashAttention, where transformers looks for the beginnings of rows in a batch of one alone.
     """
-    if adapter.llm_config._attn_implementation not in MASKED:
+    llm = adapter.llm_config
+    if llm._attn_implementation not in MASKED or llm.model_type not in KEPT_APART:
         return
     if adapter.position_axes or any(small.get(name) is not None for name in ("position_ids", "token_type_ids")):
         return
     mask = small["attention_mask"].bool()
-    llm = adapter.llm_config
     # A token costs 8 h² + 6 h m floating point operations in the linear layers, a pair of tokens 4 h in attention.
     bins = cheapest(mask.sum(1).tolist(), 2 / (4 * llm.hidden_size + 3 * llm.intermediate_size))
     if len(bins) == len(mask):

@@ -108,13 +108,19 @@ class Conversations:
     def _rendered(self, record: Record, end: str) -> tuple[str, list[tuple[int, int]]]:
         """The conversation as the model reads it, and where in it the answers are, their ends included.
 
-        Raises `BadRecord` where the template takes back what it said.
+        Raises `BadRecord` where the template refuses it, or takes back what it said.
         """
         messages: list[dict[str, Any]] = []
         for turn in record.turns:
             messages.append({"role": "user", "content": _parts(turn.question)})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer.strip() + end}]})
-        render = self.processor.apply_chat_template
+
+        def render(some: list[dict[str, Any]], **settings: bool) -> str:
+            try:
+                return self.processor.apply_chat_template(some, **settings)
+            except Exception as error:  # templates are code, and raise what they like
+                raise BadRecord(f"the chat template refuses it: {_beginning(str(error))}") from error
+
         whole, answers = render(messages), []
         for count in range(1, len(messages), 2):
             before = render(messages[:count], add_generation_prompt=True)

@@ -71,6 +71,12 @@ MADE_FROM = {
 }
 #: What a value is called that a setting does not take.
 KINDS = {int: "whole number", float: "number", bool: "true or false", str: "text"}
+#: Settings with which a run would not be what it says it is, and why.
+EXACT = {
+    "save_only_model": "a run could not go on from its checkpoints as if it had not been stopped",
+    "ignore_data_skip": "a run that goes on would see other records",
+    "logging_nan_inf_filter": "a loss that is no number any more would not be seen",
+}
 #: What these can be: checkpoints and logs are counted in steps.
 STRATEGIES = {"save_strategy": ("steps", "no"), "logging_strategy": ("steps",)}
 
@@ -199,6 +205,8 @@ class Config:
         for key, value in self.trainer.items():
             if key in MADE_FROM:
                 raise UserError(f"trainer: {key} follows from the run's own setting {MADE_FROM[key]}; set that instead")
+            if key in EXACT:
+                raise UserError(f"trainer: {key} cannot be set: {EXACT[key]}")
             if value not in STRATEGIES.get(key, (value,)):
                 raise UserError(f"trainer: {key} cannot be {value}: steps are counted; set log_every and save_every")
 
@@ -292,7 +300,7 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
-            if key.value in seen:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise UserError(f"{key.value} stands twice, again in line {key.start_mark.line + 1}; keep one of them")
             if isinstance(key, yaml.ScalarNode):
                 seen.add(key.value)

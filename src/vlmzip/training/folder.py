@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,13 +27,14 @@ from vlmzip.version import __version__
 ASKED = "run.json"
 #: The folder of the trained model, in the folder of the run.
 MODEL = "model"
-#: Settings that may differ when a run goes on: they do not change what is learned.
+#: Settings that may differ when a run goes on: they do not change what is learned, but for what is drawn by lot.
 FREE = {
     "out", "log_every", "save_every", "checkpoints", "workers", "evaluation", "gradient_checkpointing", "sharding",
     "batch_per_process", "text_tokens",
 }  # fmt: skip
 #: What an `OSError` has for its reason where the disk, and nothing else, refuses.
 REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO}
+ERRNO = re.compile(r"\[Errno (\d+)\]")
 #: In the message of `torch.save` where the disk refuses.
 WRITING = "inline_container"
 
@@ -51,22 +54,30 @@ class RunFolder:
         return {**self.__dict__, "hold": None}  # what other processes are told
 
     @classmethod
-    def begin(cls, out: Path, config: Config, bad: Sequence[tuple[int, str]]) -> RunFolder:
-        """Looks at the folder and, where the run is a new one, makes it ready; `bad` are records known to be none.
+    def begin(cls, out: Path, config: Config, records: int, steps: int, bad: Sequence[tuple[int, str]]) -> RunFolder:
+        """Looks at the folder and, where the run is a new one, makes it ready.
 
-        Raises `UserError` where another run is at work, where the run there was asked for something else, or where
-        checkpoints or a model lie that are not a run's of ours: nothing of those is touched.
+        `records` are the usable ones of the file, `bad` those known to be none. Raises `UserError` where another run is
+        at work, where the run there was asked for something else, where files lie that are not a run's of ours
+        (nothing of those is touched), or where the disk refuses.
         """
-        holding = hold(out)
-        model, asked = out / MODEL, _written(config)
+        try:
+            return cls._begin(out, {**_written(config), "usable records": records, "steps in all": steps}, bad)
+        except OSError as error:
+            raise UserError(f"out: cannot write into {str(out)!r}: {error.strerror or error}") from None
+
+    @classmethod
+    def _begin(cls, out: Path, asked: dict[str, Any], bad: Sequence[tuple[int, str]]) -> RunFolder:
+        holding, model = hold(out), out / MODEL
         before = _read(out / ASKED)
-        if before is None and (model.exists() or any(out.glob("checkpoint-*"))):
-            raise UserError(f"out: {str(out)!r} has a model or checkpoints of something else; give another folder")
-        if before is not None:
-            remove_torn_checkpoints(out)
-        checkpoint = next(reversed(whole_checkpoints(out)), None) if before is not None else None
-        if checkpoint is not None or (before is not None and model.exists()):
-            _refuse_changes(out, before or {}, asked)
+        theirs = [out / name for name in (MODEL, LOG, BAD) if (out / name).exists()] + list(out.glob("checkpoint-*"))
+        if before is None and theirs:
+            raise UserError(f"out: {str(theirs[0])!r} is of something else; give another folder")
+        checkpoint = next(reversed(whole_checkpoints(out)), None)
+        if before is not None and (checkpoint is not None or model.exists()):
+            _refuse_changes(out, before, asked)
+        remove_torn_checkpoints(out)
+        if checkpoint is not None or model.exists():
             return cls(checkpoint, model, model.exists(), holding)
         for name in (BAD, LOG):
             (out / name).unlink(missing_ok=True)
@@ -83,11 +94,14 @@ def _written(config: Config) -> dict[str, Any]:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise UserError(f"out: {str(path)!r} cannot be read ({str(error)[:80]}); give another folder") from None
+    if not isinstance(found, dict) or not {"vlmzip", "model", "records"} <= found.keys():
+        raise UserError(f"out: {str(path)!r} is of something else; give another folder")
+    return found
 
 
 def _refuse_changes(out: Path, before: dict[str, Any], asked: dict[str, Any]) -> None:
@@ -134,6 +148,8 @@ def refused_by_disk(error: BaseException) -> str | None:
     """What a full or read-only disk said; it is an OSError only where Python itself was writing."""
     if isinstance(error, OSError) and error.errno in REFUSED:
         return error.strerror or str(error)
+    if isinstance(error, OSError) and (told := ERRNO.search(str(error))) and int(told[1]) in REFUSED:
+        return os.strerror(int(told[1]))  # from a worker process, with all of its traceback
     if isinstance(error, SafetensorError) and "I/O error" in str(error):
         return str(error).rpartition("I/O error: ")[2]
     if isinstance(error, RuntimeError) and WRITING in str(error):

@@ -59,7 +59,7 @@ def train(config: Config, model: nn.Module, processor: Any, adapter: ModelAdapte
         raise UserError(
             "lora: ZeRO-3 holds weights in parts that nothing is merged into; take ZeRO-2 or sharding: fsdp"
         )
-    folder = processes.from_first(lambda: RunFolder.begin(out, config, records.bad))
+    folder = processes.from_first(lambda: RunFolder.begin(out, config, len(records), steps, records.bad))
     if folder.finished:
         tell(f"this run is finished, nothing is left to do; for another one give another out than {config.out!r}")
         return folder.model
@@ -130,21 +130,24 @@ def make_trainer(
     evaluated_with = read_compressor(asked.compressor) if asked and asked.compressor else schedule.afterwards
     task = read_task(asked.task, asked.limit, None) if asked else None
     sharded = config.sharding != "none" and Processes().count > 1
-    return StagedTrainer(
-        small,
-        schedule,
-        evaluated_with=evaluated_with,
-        batch=config.batch,
-        checkpoints=config.checkpoints,
-        score=None if task is None else Score(Asker(adapter, processor), task),
-        lengths=examples.lengths(adapter.profile().grid.size) if config.group_by_length else None,
-        sharded=sharded,
-        args=arguments(config, steps),
-        train_dataset=examples,
-        eval_dataset=examples if task else None,  # only so that Trainer evaluates; `score` has questions of its own
-        data_collator=Padded(pad_id(adapter), examples.conversations.blank()),
-        callbacks=[JsonLog(Path(config.out) / LOG, schedule), *([Sharded()] if sharded else [])],
-    )
+    settings: dict[str, Any] = {
+        "score": None if task is None else Score(Asker(adapter, processor), task),
+        "lengths": examples.lengths(adapter.profile().grid.size) if config.group_by_length else None,
+        "args": arguments(config, steps),
+        "train_dataset": examples,
+        "eval_dataset": examples if task else None,  # only so that Trainer evaluates; `score` has questions of its own
+        "data_collator": Padded(pad_id(adapter), examples.conversations.blank()),
+        "callbacks": [JsonLog(Path(config.out) / LOG, schedule), *([Sharded()] if sharded else [])],
+    }
+    try:
+        return StagedTrainer(
+            small, schedule, evaluated_with=evaluated_with, batch=config.batch, checkpoints=config.checkpoints,
+            sharded=sharded, **settings,
+        )  # fmt: skip
+    except OSError as error:
+        raise UserError(f"out: cannot write into {config.out!r}: {error.strerror or error}") from None
+    except (RuntimeError, ImportError) as error:  # what is missing for a setting of `trainer`
+        raise UserError(f"trainer: {' '.join(str(error).split())[:200]}") from None
 
 
 def arguments(config: Config, steps: int) -> TrainingArguments:

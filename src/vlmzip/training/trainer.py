@@ -83,7 +83,8 @@ class StagedTrainer(Trainer):
         self._trained = self.stage()  # what is logged after a step is about the stage it was in
         self.small.switch(self._compressor())
         learned_from = (inputs["labels"] != IGNORE).any(1).tolist()
-        loss = super().training_step(model, {**inputs, "pack_rows": True}, num_items_in_batch)
+        packed = {"pack_rows": self.label_smoother is None}  # it looks at logits, row by row
+        loss = super().training_step(model, {**inputs, **packed}, num_items_in_batch)
         for picture in self.small.report.pictures:
             if not learned_from[picture.row]:  # the blank one of a batch without pictures
                 continue
@@ -116,11 +117,7 @@ class StagedTrainer(Trainer):
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Adds what was trained on since the last log. Raises `UserError` for a loss that is no number any more."""
         if "loss" in logs:
-            if not math.isfinite(logs["loss"]):
-                raise UserError(
-                    f"the loss is {logs['loss']} at step {self.state.global_step:,}, and nothing can be learned from"
-                    " there on: lower learning_rate; an earlier checkpoint is as it was"
-                )
+            self._refuse_broken(logs)
             logs["stage"] = self._trained + 1
             if self._of:
                 logs["retention"] = round(self._seen / self._of, 4)
@@ -128,6 +125,15 @@ class StagedTrainer(Trainer):
                 logs["padding"] = round(self._padding / self._positions, 4)
             self._seen = self._of = self._padding = self._positions = 0
         super().log(logs, start_time)
+
+    def _refuse_broken(self, logs: dict[str, Any]) -> None:
+        scaled = self.accelerator.scaler is not None  # then a step with gradients that overflow is left out
+        for name in ("loss",) if scaled else ("loss", "grad_norm"):
+            if not math.isfinite(logs.get(name, 0)):
+                raise UserError(
+                    f"the {name} is {logs[name]} at step {self.state.global_step:,}, and nothing can be learned from"
+                    " there on; what was saved before is as it was: lower learning_rate and give another out"
+                )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         records = len(train_dataset if train_dataset is not None else self.train_dataset)  # type: ignore[arg-type]
@@ -231,7 +237,7 @@ class JsonLog(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """What is logged is a mean since the last log: one that began before a checkpoint could not be resumed."""
-        if control.should_save:
+        if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
