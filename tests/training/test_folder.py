@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import time
 
 import pytest
 
@@ -138,7 +139,16 @@ def test_before_the_first_checkpoint_anything_may_differ(tmp_path, config):
     assert json.loads((out / "run.json").read_text())["seed"] == 1
 
 
-def test_another_run_is_kept_out(tmp_path, config):
+def test_workers_of_a_run_that_was_killed_are_waited_for(tmp_path, config, monkeypatch):
+    out = begun(tmp_path, config, 2)
+    other = os.open(out / ".lock", os.O_RDWR)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    monkeypatch.setattr(time, "sleep", lambda _seconds: os.close(other))
+    assert begin(out, config()).checkpoint == out / "checkpoint-2"
+
+
+def test_another_run_is_kept_out(tmp_path, config, monkeypatch):
+    monkeypatch.setattr("vlmzip.training.folder.PATIENCE", 0)
     out = begun(tmp_path, config, 2)
     torn = checkpoint(out, 4, whole=False)
     other = os.open(out / ".lock", os.O_RDWR)

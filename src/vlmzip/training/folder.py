@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +36,8 @@ FREE = {
 }  # fmt: skip
 #: What an `OSError` has for its reason where the disk, and nothing else, refuses.
 REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO}
+#: Seconds that the workers of a run that was killed may take to end.
+PATIENCE = 8
 ERRNO = re.compile(r"\[Errno (\d+)\]")
 #: In the message of `torch.save` where the disk refuses.
 WRITING = "inline_container"
@@ -68,7 +72,7 @@ class RunFolder:
 
     @classmethod
     def _begin(cls, out: Path, asked: dict[str, Any], bad: Sequence[tuple[int, str]]) -> RunFolder:
-        holding, model = hold(out), out / MODEL
+        holding, model = _hold(out), out / MODEL
         before = _read(out / ASKED)
         theirs = [out / name for name in (MODEL, LOG, BAD) if (out / name).exists()] + list(out.glob("checkpoint-*"))
         if before is None and theirs:
@@ -85,6 +89,15 @@ class RunFolder:
         if bad:
             note_bad(out / BAD, bad)
         return cls(None, model, finished=False, hold=holding)
+
+
+def _hold(out: Path) -> Hold:
+    """`hold`, for which a run that was killed may leave us waiting: its workers end some seconds after it."""
+    for _ in range(PATIENCE):
+        with contextlib.suppress(UserError):
+            return hold(out)
+        time.sleep(1)
+    return hold(out)
 
 
 def _written(config: Config) -> dict[str, Any]:
