@@ -57,8 +57,9 @@ not hold zero; *open*: it does.
 STAGES = f"""
 CR and FLOPs of the LLM are counted for mini with {TEXT} tokens of text, which no compression touches. LLaVA's are fewer
 beside more visual tokens, and it saves more. CPU seconds are the first process's for all of training, encoder, reading
-and optimiser included, while the cores did other work too, which blurs them by some percent; `none` and `last-stage-compression` are means of their seeds. [docs/training.md](training.md)
-has the time of single steps at LLaVA's proportions.
+and optimiser included, while the cores did other work too, which blurs them by some percent; `none` and
+`last-stage-compression` are means of their seeds. [docs/training.md](training.md) has the time of single steps at
+LLaVA's proportions.
 """
 IN_LLM = """
 18 of 144 tokens behind layer 1 of 8 (the paper: 72 of 576 behind layer 2 of 32); one seed.
