@@ -20,8 +20,6 @@ from vlmzip.runtime.report import CompressedPicture
 if TYPE_CHECKING:
     from vlmzip.runtime.prepare import CompressedInputs
 
-#: What no loss is taken on.
-IGNORE = -100
 #: Implementations of attention for which transformers makes masks, in which packed rows do not see each other.
 MASKED = ("sdpa", "eager")
 #: LLMs that were seen to keep packed rows apart. Others look for them nowhere (gpt_oss), or carry a state along.
@@ -56,7 +54,7 @@ def pack(
         if small.get(name) is not None:
             small[name] = small[name].flatten()[index.clamp(min=0)].masked_fill(index < 0, fill)
     if small.get("labels") is not None:  # nothing foretells the first token of a row, least of all the row before it
-        small["labels"] = small["labels"].masked_fill(positions == 0, IGNORE)
+        small["labels"] = small["labels"].masked_fill(positions == 0, fills["labels"])
     source = small.report.source
     assert source is not None  # there are pictures
     small.report = replace(

@@ -244,6 +244,10 @@ class Config:
         return steps
 
 
+#: Settings that have settings of their own.
+WITHIN: dict[type, dict[str, type]] = {Config: {"lora": Lora, "evaluation": Evaluation}}
+
+
 def check_ranges(where: str, settings: Any, ranges: Mapping[str, Range]) -> None:
     """Raises `UserError` for a number that cannot be, with its name behind `where`; what is not given can be `None`."""
     for name, (wanted, is_one) in ranges.items():
@@ -260,7 +264,7 @@ def described(cls: type = Config) -> dict[str, str]:
     for field_, said in itertools.pairwise(body.body):
         if isinstance(field_, ast.AnnAssign) and isinstance(said, ast.Expr) and isinstance(said.value, ast.Constant):
             found[ast.unparse(field_.target)] = " ".join(str(said.value.value).split())
-    for name, part in (("lora", Lora), ("evaluation", Evaluation)) if cls is Config else ():
+    for name, part in WITHIN.get(cls, {}).items():
         found |= {f"{name}.{key}": sentence for key, sentence in described(part).items()}
     return found
 
@@ -269,11 +273,10 @@ def defaults(cls: type = Config) -> dict[str, str]:
     """Each setting with its default, as it is written; nothing for what has to be given, or has settings of its own."""
     found = {}
     for field_ in dataclasses.fields(cls):
-        parts = {"lora": Lora, "evaluation": Evaluation} if cls is Config else {}
         missing = field_.default is dataclasses.MISSING or field_.default is None
         found[field_.name] = "" if missing else str(field_.default)
-        if field_.name in parts:
-            found |= {f"{field_.name}.{name}": value for name, value in defaults(parts[field_.name]).items()}
+        if part := WITHIN.get(cls, {}).get(field_.name):
+            found |= {f"{field_.name}.{name}": value for name, value in defaults(part).items()}
     return found
 
 
@@ -300,10 +303,11 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+            if not isinstance(key, yaml.ScalarNode):
+                continue  # the reader itself refuses what cannot be a key
+            if key.value in seen:
                 raise UserError(f"{key.value} stands twice, again in line {key.start_mark.line + 1}; keep one of them")
-            if isinstance(key, yaml.ScalarNode):
-                seen.add(key.value)
+            seen.add(key.value)
         return node
 
 
