@@ -12,6 +12,7 @@ import csv
 import itertools
 import json
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -52,9 +53,10 @@ OTHERS = {
 FACTORS = ("pool2d(factor=2)", "pool2d(factor=3)")
 #: 33, 22 and 11 % of 144 tokens, the paper's 192, 128 and 64 of 576.
 ZIPS = tuple(f"visionzip(keep={keep})" for keep in (48, 32, 16))
-#: The mean of DFMR's tokens is to be Random's: (144 + 36 + 16) / 3 of 144. Set by `vlmzip calibrate` on 180 pictures.
-DFMR = "dfmr(tau={tau})"
-SHARE = (144 + 36 + 16) / 3 / 144
+#: LLaVolta's baseline with weights of its own (Table 4), as in configs/mini-qformer.yaml; HEAVY leaves about as many.
+QFORMER = "qformer(queries=36,width=192,heads=6,depth=2)"
+#: The mean of DFMR's tokens is to be Random's, (144 + 36 + 16) / 3 of 144, and once factor 2's.
+SHARES = {"dfmr": (144 + 36 + 16) / 3 / 144, "dfmr-25": 36 / 144}
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,8 @@ class Training:
     """The training that it goes on from; else the common base."""
 
 
-def trainings(tau: str) -> list[Training]:
+def trainings(dfmr: str, quarter: str) -> list[Training]:
     """All runs, in the order in which they tell most."""
-    dfmr = DFMR.format(tau=tau)
     none_with = (HEAVY, LIGHT, *OTHERS.values(), *FACTORS, dfmr, *ZIPS)
     varied = (dfmr, *FACTORS)
 
@@ -93,9 +94,10 @@ def trainings(tau: str) -> list[Training]:
     runs += [Training(name, name, ()) for name in SCHEMES]
     runs += [Training(f"{name}-in-llm", written, (written,)) for name, written in OTHERS.items()]
     runs += [Training(f"{zipped}-throughout", zipped, (zipped,)) for zipped in ZIPS]
+    runs += [Training("dfmr-25", quarter, (quarter,)), Training("qformer", QFORMER, (QFORMER,))]
+    runs += [run for seed in SEEDS[1:] for run in thrice(seed)]
     # Tuned as much, but without compression: what more training of the projector does by itself.
-    runs += [_tuned("none", ZIPS, "none", seed) for seed in SEEDS[:1]]
-    return [*runs, *(run for seed in SEEDS[1:] for run in thrice(seed))]
+    return [*runs, *(_tuned("none", ZIPS, "none", seed) for seed in SEEDS)]
 
 
 def _mark(seed: int) -> str:
@@ -113,8 +115,10 @@ def train(one: Training, out: Path, processes: int) -> None:
     """Trains a model, unless it is there, and asks it its questions."""
     folder = out / one.name
     settings = [f"schedule={_quoted(one.schedule)}", f"steps={STEPS}", f"seed={one.seed}", *one.settings]
-    _train(out, folder, out / one.base if one.base else out / "data" / "warm", settings, processes)
+    train_model(out, folder, out / one.base if one.base else out / "data" / "warm", settings, processes)
     methods = ",".join(one.answers_with) or "no_compression"
+    if QFORMER in one.answers_with:  # its weights lie beside the model's
+        methods = str(folder / "model" / "compressor.json")
     wanted = ["--methods", methods, "--keep", "as-set", "--limit", str(QUESTIONS), "--batch", "64"]
     _start(["eval", "--model", str(folder / "model"), *wanted, "--out", str(folder / "eval")], processes)
 
@@ -124,7 +128,7 @@ def _quoted(schedule: str) -> str:
     return json.dumps(schedule)
 
 
-def _train(out: Path, folder: Path, base: Path, settings: Sequence[str], processes: int) -> None:
+def train_model(out: Path, folder: Path, base: Path, settings: Sequence[str], processes: int) -> None:
     if (folder / "model" / "compressor.json").exists():
         return
     config = Path(__file__).resolve().parents[1] / "configs" / "mini.yaml"
@@ -141,8 +145,8 @@ def _start(command: list[str], processes: int) -> None:
     subprocess.run([*launcher, "-m", "vlmzip.cli.main", *command], env=environment, check=True)
 
 
-def prepare(out: Path, processes: int) -> str:
-    """Pictures, the base that all start from, and DFMR's threshold; returns it."""
+def prepare(out: Path, processes: int) -> list[str]:
+    """Pictures, the base that all start from, and DFMR at the thresholds for `SHARES`; returns those."""
     data = out / "data"
     if not (data / "records.json").exists():
         make = [sys.executable, "-m", "vlmzip.mini.conversations", "--out", str(data)]
@@ -152,16 +156,17 @@ def prepare(out: Path, processes: int) -> str:
         make = [*launcher, "-m", "vlmzip.mini.conversations", "--base", "--out", str(data)]
         subprocess.run(make, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
     more = [f"schedule={_quoted('none')}", f"steps={BASE_STEPS}", f"seed={BASE_SEED}"]
-    _train(out, data / "warm", data / "base", more, processes)
+    train_model(out, data / "warm", data / "base", more, processes)
     calibrated = data / "dfmr.json"
     if not calibrated.exists():
-        calibrated.write_text(json.dumps({"tau": _calibrate(data / "base" / "model")}))
-    return json.loads(calibrated.read_text())["tau"]
+        calibrated.write_text(json.dumps(_calibrate(data / "base" / "model")))
+    found = json.loads(calibrated.read_text())
+    return [f"dfmr(tau={found[name]})" for name in SHARES]
 
 
-def _calibrate(model: Path) -> str:
-    """The threshold at which mini's validation pictures keep `SHARE` of their tokens on average."""
-    from vlmzip import DFMR as Method
+def _calibrate(model: Path) -> dict[str, str]:
+    """The thresholds at which mini's 180 validation pictures keep `SHARES` of their tokens on average."""
+    from vlmzip import DFMR
     from vlmzip.cli.loading import load
     from vlmzip.evaluation.mini_task import mini_task
     from vlmzip.runtime.calibration import measure, meet
@@ -169,8 +174,8 @@ def _calibrate(model: Path) -> str:
     loaded = load(str(model))
     calibration = mini_task(1).calibration
     assert calibration is not None  # mini has one
-    measured = measure(loaded.model, calibration.pictures(), Method(), processor=loaded.processor)
-    return f"{meet(Method(), measured, SHARE).compressor.tau:.4g}"
+    measured = measure(loaded.model, calibration.pictures(), DFMR(), processor=loaded.processor)
+    return {name: f"{meet(DFMR(), measured, share).compressor.tau:.4g}" for name, share in SHARES.items()}
 
 
 @dataclass(frozen=True)
@@ -186,9 +191,9 @@ class Difference:
     seeds: tuple[int, ...] = SEEDS[:1]
 
 
-def differences(tau: str) -> list[Difference]:
+def differences(dfmr: str, quarter: str) -> list[Difference]:
     """What the claims are about."""
-    plain, dfmr, all_factors = "no_compression", DFMR.format(tau=tau), ("no_compression", *FACTORS)
+    plain, all_factors = "no_compression", ("no_compression", *FACTORS)
     base = ("none", plain)
     pooled = {"before": ("none", HEAVY), "after": ("heavy", HEAVY)}
     found = [
@@ -196,7 +201,9 @@ def differences(tau: str) -> list[Difference]:
         Difference("last stage compressed, answering without", (LAST, plain), base, SEEDS),
         *[Difference(name, (name, plain), base) for name in SCHEMES],
         Difference("always compressed, answering so", ("heavy", HEAVY), base),
-        Difference("always compressed, answering without", ("heavy", plain), ("heavy", HEAVY)),
+        Difference("always compressed, answering without", ("heavy", plain), base),
+        Difference("always compressed, answering without over answering so", ("heavy", plain), ("heavy", HEAVY)),
+        Difference("q-former over pooling", ("qformer", QFORMER), ("heavy", HEAVY)),
     ]
     for name, written in OTHERS.items():
         other = {"before": ("none", written), "after": (f"{name}-in-llm", written)}
@@ -210,12 +217,13 @@ def differences(tau: str) -> list[Difference]:
             "dfmr over random, at fixed factors", ("dfmr", *all_factors), ("random-factor", *all_factors), SEEDS
         ),
         Difference("choosing by complexity over by lot", ("dfmr", dfmr), ("dfmr", *all_factors), SEEDS),
+        Difference("dfmr over factor 2", ("dfmr-25", quarter), ("pool2d-2", FACTORS[0])),
         Difference("factor 2 throughout over dfmr, at factor 2", ("pool2d-2", FACTORS[0]), ("dfmr", FACTORS[0])),
     ]
     for zipped in ZIPS:
         found.append(Difference(f"{zipped}, tuned", (f"{zipped}-tuned", zipped), ("none", zipped), SEEDS))
         found.append(
-            Difference(f"{zipped}, tuned with over without", (f"{zipped}-tuned", zipped), ("none-tuned", zipped))
+            Difference(f"{zipped}, tuned with over without", (f"{zipped}-tuned", zipped), ("none-tuned", zipped), SEEDS)
         )
         found.append(Difference(f"{zipped}, throughout", (f"{zipped}-throughout", zipped), ("none", zipped)))
     return found
@@ -226,6 +234,7 @@ class Scores:
 
     def __init__(self, out: Path) -> None:
         self.out, self.pictures = out, list[str]()
+        """Of each question."""
         self._found: dict[str, dict[str, Any]] = {}
 
     def __call__(self, training: str, seed: int, answers_with: Sequence[str]) -> np.ndarray | None:
@@ -245,7 +254,8 @@ class Scores:
             for sample, record in read_records([path]).items():
                 found.setdefault(_settings(record["compressor"]), {})[sample] = record["score"]
                 pictures[sample] = record["picture"]
-        self.pictures = [pictures[sample] for sample in sorted(pictures)] or self.pictures
+        if len(pictures) == QUESTIONS:
+            self.pictures = [pictures[sample] for sample in sorted(pictures)]
         return found
 
 
@@ -253,10 +263,10 @@ def _settings(compressor: Any) -> str:
     return json.dumps(compressor, sort_keys=True)
 
 
-def compare(out: Path, tau: str) -> list[dict[str, object]]:
+def compare(out: Path, dfmr: Sequence[str]) -> list[dict[str, object]]:
     """A line for each difference that is complete with some seed: percentage points, 95 % over pictures drawn anew."""
     scores, rows = Scores(out), []
-    for one in differences(tau):
+    for one in differences(*dfmr):
         of_seeds = {}
         for seed in one.seeds:
             more, than = (scores(side[0], seed, side[1:]) for side in (one.more, one.than))
@@ -274,10 +284,10 @@ def compare(out: Path, tau: str) -> list[dict[str, object]]:
     return rows
 
 
-def table(out: Path, path: Path, tau: str) -> None:
+def table(out: Path, path: Path, dfmr: Sequence[str]) -> None:
     """One line for each trained model and what it answered with, and the differences, from what is there so far."""
     rows = []
-    for one in trainings(tau):
+    for one in trainings(*dfmr):
         results = out / one.name / "eval" / "results.csv"
         if not results.exists():
             continue
@@ -291,20 +301,13 @@ def table(out: Path, path: Path, tau: str) -> None:
                     "seed": one.seed,
                     "steps": logged[-1]["step"],
                 }
-                trained |= {"cpu_seconds": cpu_seconds(logged), "padding": padding(logged)}
-                trained |= {"answers_with": answered["method"]}
+                trained |= {"padding": padding(logged), "answers_with": answered["method"]}
                 rows.append(trained | {name: answered[name] for name in names})
     if not rows:
         sys.exit(f"nothing is trained in {out} yet")
     write_csv(path, rows)
-    write_csv(path.with_stem(f"{path.stem}-differences"), compare(out, tau))
+    write_csv(path.with_stem(f"{path.stem}-differences"), compare(out, dfmr))
     print(f"{len(rows)} results in {path}")
-
-
-def cpu_seconds(logged: list[dict[str, Any]]) -> float | str:
-    """What the first process took between the first line of a log and the last; nothing for one that was resumed."""
-    read = [line["cpu_seconds"] for line in logged if "loss" in line]
-    return round(read[-1] - read[0], 1) if read == sorted(read) else ""
 
 
 def padding(logged: list[dict[str, Any]]) -> float:
@@ -323,16 +326,18 @@ def main() -> None:
     results = Path(__file__).parent / "results" / "training-claims.csv"
     parser.add_argument("--results", type=Path, default=results, metavar="CSV")
     given = parser.parse_args()
-    tau = prepare(given.out, given.processes)
-    runs = trainings(tau)
+    dfmr = prepare(given.out, given.processes)
+    runs = trainings(*dfmr)
     if given.only and given.only not in [one.name for one in runs]:
         parser.error(f"there is no run {given.only!r}; there are: {', '.join(one.name for one in runs)}")
     for one in [] if given.table else runs:
         if given.only in (None, one.name):
             train(one, given.out, given.processes)
-            table(given.out, given.results, tau)
+            table(given.out, given.results, dfmr)
     if given.table:
-        table(given.out, given.results, tau)
+        table(given.out, given.results, dfmr)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    print(f"{(used.ru_utime + used.ru_stime) / 3600:.2f} CPU-hours since this command began")
 
 
 if __name__ == "__main__":

@@ -69,6 +69,8 @@ def test_changes_win_over_the_file(read):
         (LEAST + "evaluation: {}\n", "evaluation.every is missing"),
         (LEAST + "evaluation: 5\n", "evaluation is no list of settings"),
         (LEAST + "trainer: 5\n", "trainer: 5 is no mapping"),
+        (LEAST + "fraction: lots\n", "fraction: 'lots' is no number"),
+        (LEAST + "fraction: -10%\n", "fraction: '-10%' is below 0"),
         (LEAST + "fraction: 110%\n", "fraction: 110% is no share"),
         (LEAST + "fraction: 10\n", "fraction: 10 is no share"),
         (LEAST + "learning_rate: " + "9" * 400 + "\n", "learning_rate: 9+ is no number"),
@@ -141,7 +143,8 @@ def test_a_qformer_can_learn_alone(read):
         ("gradient_checkpointing", "gradient_checkpointing"), ("activation_checkpointing", "gradient_checkpointing"),
         ("logging_steps", "log_every"), ("save_steps", "save_every"), ("save_total_limit", "checkpoints"),
         ("eval_strategy", "evaluation"), ("eval_steps", "evaluation"), ("dataloader_num_workers", "workers"),
-        ("group_by_length", "group_by_length"),
+        ("group_by_length", "group_by_length"), ("train_sampling_strategy", "group_by_length"), ("data_seed", "seed"),
+        ("resume_from_checkpoint", "out"),
     ],
 )  # fmt: skip
 def test_what_our_settings_say_is_not_for_the_trainer_to_say(read, key, own):
@@ -190,7 +193,13 @@ def test_no_step_is_refused(read):
         read(LEAST, "epochs=0.4", "batch=10").steps_for(25)
 
 
-@pytest.mark.parametrize("key", ["save_only_model", "ignore_data_skip", "logging_nan_inf_filter"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "save_only_model", "ignore_data_skip", "logging_nan_inf_filter", "load_best_model_at_end", "accelerator_config",
+        "remove_unused_columns", "push_to_hub",
+    ],
+)  # fmt: skip
 def test_what_would_break_a_promise_is_refused(read, key):
     with pytest.raises(UserError, match=f"trainer: {key} cannot be set: "):
         read(LEAST, f"trainer.{key}=true")

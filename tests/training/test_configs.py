@@ -2,12 +2,19 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIPVisionModel, LlamaForCausalLM
 
+from tests.tiny import VOCABULARY, save_checkpoint, tiny_llava
 from vlmzip import DFMR, LLaVolta, QFormer, VisionZip
+from vlmzip.cli.loading import load
 from vlmzip.cli.main import main
 from vlmzip.training.config import read_config
 
@@ -20,6 +27,52 @@ def test_every_configuration_can_be_read(path):
     config.schedule_for(32)
     for name in config.trainer.values():
         assert (CONFIGS.parent / name).exists()
+
+
+@pytest.fixture
+def parts(tmp_path):
+    """A tiny LLaVA, and an LLM and an encoder of its shape, whose vocabulary lacks the last eight words."""
+    save_checkpoint(tmp_path / "llava")
+    shape = tiny_llava().config
+    text = type(shape.text_config).from_dict({**shape.text_config.to_dict(), "vocab_size": VOCABULARY - 8})
+    LlamaForCausalLM(text).save_pretrained(tmp_path / "llm")
+    CLIPVisionModel(shape.vision_config).save_pretrained(tmp_path / "encoder")
+    return tmp_path
+
+
+def put_together(folder, llm="llm", encoder="encoder"):
+    given = {"llm": folder / llm, "encoder": folder / encoder, "like": folder / "llava", "out": folder / "untrained"}
+    words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
+    command = [sys.executable, str(CONFIGS / "llava_untrained.py"), *words]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+
+
+def test_an_untrained_llava_is_put_together(parts):
+    assert put_together(parts).returncode == 0
+    made = AutoModelForImageTextToText.from_pretrained(parts / "untrained")
+    llm = AutoModelForCausalLM.from_pretrained(parts / "llm")
+    encoder = CLIPVisionModel.from_pretrained(parts / "encoder")
+    rows = VOCABULARY - 8
+    for ours, theirs in ((made.model.language_model, llm.model), (made.model.vision_tower, encoder)):
+        for name, value in theirs.state_dict().items():
+            torch.testing.assert_close(ours.state_dict()[name][: len(value)] if value.dim() else value, value)
+    torch.testing.assert_close(made.lm_head.weight[:rows], llm.lm_head.weight)
+    assert made.lm_head.weight[rows:].std() > 0
+    trained = tiny_llava().model.multi_modal_projector.state_dict()
+    assert any(not torch.equal(value, trained[name]) for name, value in
+               made.model.multi_modal_projector.state_dict().items())  # fmt: skip
+    assert load(str(parts / "untrained")).processor.tokenizer is not None
+    again = put_together(parts)
+    assert (again.returncode, "exists already" in again.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("wrong", [{"llm": "encoder"}, {"encoder": "llava"}, {"llm": "nowhere"}])
+def test_parts_that_do_not_fit_are_a_line(parts, wrong):
+    refused = put_together(parts, **wrong)
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1].startswith("llava_untrained.py: error: ")
+    assert "Traceback" not in refused.stderr
+    assert not (parts / "untrained").exists()
 
 
 #: What is trained on mini, beside mini.yaml, and what the model answers with afterwards.

@@ -53,6 +53,7 @@ TOGETHER = {
     "lora-fsdp": LORA | FSDP,
     "qformer-fsdp": QFORMER | FSDP,
     "evaluated-fsdp": EVALUATED | FSDP,
+    "evaluated-ddp": EVALUATED | {"schedule": "random_factor"},
 }
 
 
@@ -95,6 +96,7 @@ def runs(tmp_path_factory):
     (folder / "questions").mkdir()
     shutil.copy(folder / "0.png", folder / "questions")
     asked = [{"image": "0.png", "question": word, "answers": ["w50"]} for word in ("w9", "w10 w11", "w12")]
+    asked[1]["answers"], asked[2]["answers"] = ["w10 w11"], ["w12"]  # right where the question stands for the answer
     (folder / "questions" / "q.jsonl").write_text("\n".join(map(json.dumps, asked)))
     configs = {}
     for name, settings in (ALONE | TOGETHER).items():
@@ -217,6 +219,23 @@ def test_evaluation_between_processes_that_share_weights(runs):
     saved = load_file(runs / "evaluated-fsdp" / "model" / "model.safetensors")
     assert {value.dtype for value in saved.values()} == {torch.float32}
     same_weights(runs / "evaluated-fsdp", runs / "evaluated-one", tolerance=0.02)
+
+
+def test_evaluation_is_divided_among_processes(runs):
+    """Two questions for the first, one for the second; the score is that of all three."""
+    answers = [[line["answers"] for line in lines if "answers" in line] for lines in seen(runs / "evaluated-ddp")]
+    assert answers == [[["w9", "w10 w11"]], [["w12"]]]
+    scored = [line for line in map(json.loads, (runs / "evaluated-ddp" / "log.jsonl").open()) if "eval_score" in line]
+    assert [line["eval_score"] for line in scored] == [66.667]
+
+
+def test_what_is_counted_is_counted_over_all_processes(runs):
+    """Each draws factors of its own, so neither alone knows the whole."""
+    logged = [line for line in map(json.loads, (runs / "evaluated-ddp" / "log.jsonl").open()) if "loss" in line]
+    both = [{name: one[name] + other[name] for name in ("kept", "of", "padding", "positions")}
+            for one, other in zip(*forwards(runs / "evaluated-ddp"), strict=True)]  # fmt: skip
+    assert [line["retention"] for line in logged] == [round(sums["kept"] / sums["of"], 4) for sums in both]
+    assert [line["padding"] for line in logged] == [round(sums["padding"] / sums["positions"], 4) for sums in both]
 
 
 def test_what_is_not_shared_out_is_refused():

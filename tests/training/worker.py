@@ -1,13 +1,15 @@
 """One process of a launch in `test_processes.py`: trains one configuration after another and writes down what it sees.
 
-Into OUT/seen-RANK.jsonl goes a line for each forward in training and for each batch of answers. A run that takes longer
-than `PATIENCE` seconds has its processes waiting for each other: it ends with their tracebacks.
+Into OUT/seen-RANK.jsonl goes a line for each forward in training and for each batch of answers; where these are
+divided, what was asked stands in for the answers. A run that takes longer than `PATIENCE` seconds has its processes
+waiting for each other: it ends with their tracebacks.
 """
 
 import faulthandler
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from torch.distributed.tensor import DTensor
@@ -15,9 +17,13 @@ from torch.distributed.tensor import DTensor
 from vlmzip import spec
 from vlmzip.cli.main import main
 from vlmzip.evaluation.answering import Asker
+from vlmzip.training import run
 from vlmzip.training.trainer import StagedTrainer
 
 PATIENCE = 120
+ASK = run.ASK
+#: Questions answered together where each process is to get some.
+DIVIDED = 2
 
 
 def note(out, **seen):
@@ -29,12 +35,18 @@ def watched_step(self, model, inputs, num_items_in_batch=None, plain=StagedTrain
     step, rows = self.state.global_step, (inputs["labels"] != -100).any(1).tolist()
     loss = plain(self, model, inputs, num_items_in_batch)
     held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in self.small.parameters())
-    note(self.args.output_dir, step=step, compressor=spec.write(self.small.compressor), held=held, blank=not all(rows))
+    report = self.small.report
+    seen = {"kept": sum(sum(one.by_layer) for one in report.pictures), "padding": int((report.source < 0).sum())}
+    seen |= {"of": sum(one.before * len(one.by_layer) for one in report.pictures), "positions": report.source.numel()}
+    seen |= {"compressor": spec.write(self.small.compressor), "held": held, "blank": not all(rows)}
+    note(self.args.output_dir, step=step, **seen)
     return loss
 
 
-def watched_answer(self, small, *asked, plain=Asker.answer):
-    answers = plain(self, small, *asked)
+def watched_answer(self, small, pictures, questions, *more, plain=Asker.answer):
+    answers = plain(self, small, pictures, questions, *more)
+    if run.ASK == DIVIDED:  # some are right
+        answers = [replace(answer, text=question) for answer, question in zip(answers, questions, strict=True)]
     note(os.environ["OUT"], answers=[answer.text for answer in answers])
     return answers
 
@@ -44,5 +56,6 @@ if __name__ == "__main__":
     for config in sys.argv[1:]:
         faulthandler.dump_traceback_later(PATIENCE, exit=True)
         os.environ["OUT"] = json.loads(Path(config).read_text())["out"]
+        run.ASK = DIVIDED if os.environ["OUT"].endswith("evaluated-ddp") else ASK
         if main(["train", config]) != 0:
             sys.exit(1)

@@ -61,6 +61,7 @@ MADE_FROM = {
     "gradient_checkpointing": "gradient_checkpointing",
     "activation_checkpointing": "gradient_checkpointing",
     "group_by_length": "group_by_length",
+    "train_sampling_strategy": "group_by_length",
     "logging_steps": "log_every",
     "save_steps": "save_every",
     "save_total_limit": "checkpoints",
@@ -68,6 +69,8 @@ MADE_FROM = {
     "eval_steps": "evaluation",
     "dataloader_num_workers": "workers",
     "seed": "seed",
+    "data_seed": "seed",
+    "resume_from_checkpoint": "out",
 }
 #: What a value is called that a setting does not take.
 KINDS = {int: "whole number", float: "number", bool: "true or false", str: "text"}
@@ -76,6 +79,10 @@ EXACT = {
     "save_only_model": "a run could not go on from its checkpoints as if it had not been stopped",
     "ignore_data_skip": "a run that goes on would see other records",
     "logging_nan_inf_filter": "a loss that is no number any more would not be seen",
+    "load_best_model_at_end": "what is saved is the model after the last step",
+    "accelerator_config": "a step would have other records than batch says",
+    "remove_unused_columns": "records have no columns of Trainer's",
+    "push_to_hub": "a run writes into out alone; put out/model on a hub from there",
 }
 #: What these can be: checkpoints and logs are counted in steps.
 STRATEGIES = {"save_strategy": ("steps", "no"), "logging_strategy": ("steps",)}
@@ -217,7 +224,7 @@ class Config:
     @property
     def share(self) -> Fraction:
         """Of the records, from 0 to 1."""
-        return read_share(self.fraction) / (100 if self.fraction.endswith("%") else 1)
+        return read_share(self.fraction, "fraction:") / (100 if self.fraction.endswith("%") else 1)
 
     def chosen(self, records: int) -> int:
         """How many of so many records are used: their `fraction`, rounded, and one at least."""

@@ -47,7 +47,8 @@ class RandomFactor(Compressor):
     def drawn(self, step: int, salt: int = 0) -> Compressor:
         """What to compress with in an optimiser step; the same whenever the same is asked, so that a run can resume.
 
-        `salt` tells apart the forwards of one step: processes, and batches that are accumulated.
+        `step` is its number, or any other that stands for it; `salt` tells apart the forwards of one step: processes,
+        and batches that are accumulated.
         """
         if self.per == "step":
             return self._pool(self._factors_for(1, mixed(self.seed, step))[0])

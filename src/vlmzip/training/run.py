@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, get_scheduler, set_seed
 
 from vlmzip import spec
 from vlmzip.compressor import Compressor
@@ -140,14 +140,27 @@ def make_trainer(
         "callbacks": [JsonLog(Path(config.out) / LOG, schedule), *([Sharded()] if sharded else [])],
     }
     try:
+        _try_optimiser(settings["args"], small, steps)
         return StagedTrainer(
             small, schedule, evaluated_with=evaluated_with, batch=config.batch, checkpoints=config.checkpoints,
             sharded=sharded, **settings,
         )  # fmt: skip
     except OSError as error:
         raise UserError(f"out: cannot write into {config.out!r}: {error.strerror or error}") from None
-    except (RuntimeError, ImportError) as error:  # what is missing for a setting of `trainer`
+    except (
+        RuntimeError,
+        ImportError,
+        TypeError,
+        ValueError,
+    ) as error:  # what a setting of `trainer` lacks, or cannot be
         raise UserError(f"trainer: {' '.join(str(error).split())[:200]}") from None
+
+
+def _try_optimiser(args: Any, small: Any, steps: int) -> None:
+    """Raises what Trainer would raise later, when the run has begun, for its optimiser or learning rate."""
+    Trainer.get_optimizer_cls_and_kwargs(args, small)
+    stand_in = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+    get_scheduler(args.lr_scheduler_type, stand_in, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs)
 
 
 def arguments(config: Config, steps: int) -> TrainingArguments:

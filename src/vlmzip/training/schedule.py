@@ -199,14 +199,14 @@ def written(compressor: Compressor) -> str:
     return spec.write(compressor).replace(RANDOM_CLASS, "random_factor")
 
 
-def read_share(content: Any) -> Fraction:
-    """A share as it was written: 0.25, 25, "25%", "1/4". Only their proportion counts."""
+def read_share(content: Any, what: str = "share") -> Fraction:
+    """A share as it was written: 0.25, 25, "25%", "1/4". Only their proportion counts. `what` begins an error."""
     try:
         share = Fraction(str(content).strip().removesuffix("%"))
     except (ValueError, ZeroDivisionError):
-        raise UserError(f"share {content!r} is no number") from None
+        raise UserError(f"{what} {content!r} is no number") from None
     if share < 0:
-        raise UserError(f"share {content!r} is below 0")
+        raise UserError(f"{what} {content!r} is below 0")
     return share
 
 

@@ -101,6 +101,7 @@ class StagedTrainer(Trainer):
         self._forwards = (step, self._forwards[1] + 1 if self._forwards[0] == step else 0)
         compressor, salt = self.schedule.stages[self._trained].compressor, self.args.process_index
         salt += self.args.world_size * self._forwards[1]
+        step = mixed(self.args.seed, step)  # runs with other seeds draw otherwise
         if isinstance(compressor, RandomFactor):
             return compressor.drawn(step, salt)
         return _redrawn(compressor, step, salt)
@@ -119,10 +120,12 @@ class StagedTrainer(Trainer):
         if "loss" in logs:
             self._refuse_broken(logs)
             logs["stage"] = self._trained + 1
-            if self._of:
-                logs["retention"] = round(self._seen / self._of, 4)
-            if self._positions:
-                logs["padding"] = round(self._padding / self._positions, 4)
+            counted = torch.tensor([self._seen, self._of, self._padding, self._positions], device=self.args.device)
+            seen, of, padding, positions = self.accelerator.reduce(counted, "sum").tolist()  # over all processes
+            if of:
+                logs["retention"] = round(seen / of, 4)
+            if positions:
+                logs["padding"] = round(padding / positions, 4)
             self._seen = self._of = self._padding = self._positions = 0
         super().log(logs, start_time)
 

@@ -1,0 +1,90 @@
+"""How long training with each of LLaVolta's schemes takes, on mini: `benchmarks/scheme_time.py --out runs/claims`.
+
+All seven are trained as in benchmarks/training_claims.py, for fewer steps over the same records, in turns. `seconds` is
+wall-clock from the first step to the end, as `Trainer` reports it, without start, loading and saving; `time` is its
+share of that of `none` in the same round: median, least and greatest. `limit`: what would be left of the time if all of
+it went with the FLOPs of a step (encoder, projector, LLM and output head; forward and backward). For a quiet machine:
+each process computes with one thread.
+"""
+
+import argparse
+import json
+import tempfile
+from functools import partial
+from pathlib import Path
+from statistics import mean, median
+
+import torch
+
+from train_step import step_flops
+from training_claims import BATCH, LAST, SCHEMES, SEEDS, prepare, train_model
+from vlmzip import NoCompression, attach
+from vlmzip.cli.loading import load
+from vlmzip.compressor import Compressor
+from vlmzip.files import write_csv
+from vlmzip.measure.machine import about
+from vlmzip.measure.timing import in_turns
+from vlmzip.runtime.prepare import pad_id
+from vlmzip.training.batches import Conversations, Padded
+from vlmzip.training.records import Records
+from vlmzip.training.schedule import scheme
+
+#: A multiple of two, three and four: all stages of a scheme are as long.
+STEPS = 48
+NAMES = ("none", *SCHEMES, LAST)
+
+
+def seconds(name: str, out: Path, processes: int) -> float:
+    """Trains once; what was learned is thrown away."""
+    with tempfile.TemporaryDirectory() as empty:
+        folder = Path(empty) / "run"
+        settings = [f"schedule={name}", f"steps={STEPS}", f"seed={SEEDS[0]}", 'trainer.save_strategy="no"']
+        train_model(out, folder, out / "data" / "warm", settings, processes)
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return next(line["train_runtime"] for line in lines if "train_runtime" in line)
+
+
+def flops(out: Path) -> dict[str, float]:
+    """Of a step with each scheme, the mean over its stages, on one batch."""
+    loaded = load(str(out / "data" / "warm" / "model"), "cpu", "float32")
+    records = out / "data" / "records.json"
+    read, conversations = Records(records), Conversations(loaded.processor, loaded.adapter, 500)
+    rows = [conversations(read[number], records.parent) for number in range(BATCH)]
+    batch = Padded(pad_id(loaded.adapter), conversations.blank())(rows)
+    small = attach(loaded.model, NoCompression())
+
+    def one(compressor: Compressor) -> int:
+        small.switch(compressor)
+        with torch.no_grad():
+            return step_flops(small, batch)
+
+    layers = loaded.adapter.profile().layers
+    return {name: mean(one(stage.compressor) for stage in scheme(name, layers).stages) for name in NAMES}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/claims"))
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=3)
+    results = Path(__file__).parent / "results" / "scheme-time.csv"
+    parser.add_argument("--results", type=Path, default=results, metavar="CSV")
+    given = parser.parse_args()
+    prepare(given.out, given.processes)
+    whole = flops(given.out)
+    runs = {name: partial(seconds, name, given.out, given.processes) for name in NAMES}
+    runs["none"]()  # reads the pictures from the disk, which later runs find in memory
+    taken = in_turns(runs, given.repeats, warmup=0)
+    rows = []
+    for name in NAMES:
+        shares = [mine / plain for mine, plain in zip(taken[name], taken["none"], strict=True)]
+        rows.append({"scheme": name, "seconds": f"{median(taken[name]):.1f}", "time": f"{median(shares):.3f}"})
+        rows[-1] |= {"low": f"{min(shares):.3f}", "high": f"{max(shares):.3f}"}
+        rows[-1] |= {"limit": f"{whole[name] / whole['none']:.3f}", "steps": STEPS, "repeats": given.repeats}
+        rows[-1] |= {"processes": given.processes, **about()}
+        print(*list(rows[-1].values())[:6])
+    write_csv(given.results, rows)
+
+
+if __name__ == "__main__":
+    main()
