@@ -58,12 +58,12 @@ test-lmms: $(LMMS)/.installed ## install lmms-eval beside vlmzip, and run the te
 check: lint types tables test-transformers test ## what CI runs
 
 fmt: $(INSTALLED) ## format the code
-	$(BIN)/ruff format src tests benchmarks docs
-	$(BIN)/ruff check --fix src tests benchmarks docs
+	$(BIN)/ruff format src tests benchmarks docs configs
+	$(BIN)/ruff check --fix src tests benchmarks docs configs
 
 lint: $(INSTALLED) ## check style
-	$(BIN)/ruff format --check src tests benchmarks docs
-	$(BIN)/ruff check src tests benchmarks docs
+	$(BIN)/ruff format --check src tests benchmarks docs configs
+	$(BIN)/ruff check src tests benchmarks docs configs
 
 types: $(INSTALLED) ## check types
 	$(BIN)/mypy

@@ -301,7 +301,8 @@ def table(out: Path, path: Path, dfmr: Sequence[str]) -> None:
                     "seed": one.seed,
                     "steps": logged[-1]["step"],
                 }
-                trained |= {"padding": padding(logged), "answers_with": answered["method"]}
+                is_file = answered["method"].endswith("compressor.json")
+                trained |= {"padding": padding(logged), "answers_with": QFORMER if is_file else answered["method"]}
                 rows.append(trained | {name: answered[name] for name in names})
     if not rows:
         sys.exit(f"nothing is trained in {out} yet")
