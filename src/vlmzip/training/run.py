@@ -147,12 +147,8 @@ def make_trainer(
         )  # fmt: skip
     except OSError as error:
         raise UserError(f"out: cannot write into {config.out!r}: {error.strerror or error}") from None
-    except (
-        RuntimeError,
-        ImportError,
-        TypeError,
-        ValueError,
-    ) as error:  # what a setting of `trainer` lacks, or cannot be
+    except (RuntimeError, ImportError, TypeError, ValueError) as error:
+        # A setting of `trainer` needs what is not there, or has a value that cannot be.
         raise UserError(f"trainer: {' '.join(str(error).split())[:200]}") from None
 
 
