@@ -17,7 +17,7 @@ from statistics import mean, median
 import torch
 
 from train_step import step_flops
-from training_claims import BATCH, LAST, SCHEMES, SEEDS, prepare, train_model
+from training_claims import BATCH, LAST, SCHEMES, SEEDS, WARM, prepare, train_model
 from vlmzip import NoCompression, attach
 from vlmzip.cli.loading import load
 from vlmzip.compressor import Compressor
@@ -39,14 +39,14 @@ def seconds(name: str, out: Path, processes: int) -> float:
     with tempfile.TemporaryDirectory() as empty:
         folder = Path(empty) / "run"
         settings = [f"schedule={name}", f"steps={STEPS}", f"seed={SEEDS[0]}", 'trainer.save_strategy="no"']
-        train_model(out, folder, out / "data" / "warm", settings, processes)
+        train_model(out, folder, out / WARM, settings, processes)
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     return next(line["train_runtime"] for line in lines if "train_runtime" in line)
 
 
 def flops(out: Path) -> dict[str, float]:
     """Of a step with each scheme, the mean over its stages, on one batch."""
-    loaded = load(str(out / "data" / "warm" / "model"), "cpu", "float32")
+    loaded = load(str(out / WARM / "model"), "cpu", "float32")
     records = out / "data" / "records.json"
     read, conversations = Records(records), Conversations(loaded.processor, loaded.adapter, 500)
     rows = [conversations(read[number], records.parent) for number in range(BATCH)]

@@ -30,7 +30,7 @@ from vlmzip.files import write_csv
 STEPS, BATCH, QUESTIONS = 200, 16, 1024
 #: Steps without compression of the base that all start from, with a seed of its own. An LLM that has seen captions
 #: alone must first learn to look things up by name; that comes suddenly and drowns what is compared. LLaVA's can.
-BASE_STEPS, BASE_SEED = 240, 0
+BASE_STEPS, BASE_SEED, WARM = 240, 0, "data/warm"
 SEEDS = (1, 2, 3)
 #: 15,360 pictures, of which a run sees those that its seed draws.
 PICTURES = 15_360
@@ -97,7 +97,8 @@ def trainings(dfmr: str, quarter: str) -> list[Training]:
     runs += [Training("dfmr-25", quarter, (quarter,)), Training("qformer", QFORMER, (QFORMER,))]
     runs += [run for seed in SEEDS[1:] for run in thrice(seed)]
     # Tuned as much, but without compression: what more training of the projector does by itself.
-    return [*runs, *(_tuned("none", ZIPS, "none", seed) for seed in SEEDS)]
+    runs += [_tuned("none", ZIPS, "none", seed) for seed in SEEDS]
+    return [*runs, Training(WARM, "none", (LIGHT,), BASE_SEED)]
 
 
 def _mark(seed: int) -> str:
@@ -115,7 +116,7 @@ def train(one: Training, out: Path, processes: int) -> None:
     """Trains a model, unless it is there, and asks it its questions."""
     folder = out / one.name
     settings = [f"schedule={_quoted(one.schedule)}", f"steps={STEPS}", f"seed={one.seed}", *one.settings]
-    train_model(out, folder, out / one.base if one.base else out / "data" / "warm", settings, processes)
+    train_model(out, folder, out / (one.base or WARM), settings, processes)
     methods = ",".join(one.answers_with) or "no_compression"
     if QFORMER in one.answers_with:  # its weights lie beside the model's
         methods = str(folder / "model" / "compressor.json")
@@ -156,7 +157,7 @@ def prepare(out: Path, processes: int) -> list[str]:
         make = [*launcher, "-m", "vlmzip.mini.conversations", "--base", "--out", str(data)]
         subprocess.run(make, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
     more = [f"schedule={_quoted('none')}", f"steps={BASE_STEPS}", f"seed={BASE_SEED}"]
-    train_model(out, data / "warm", data / "base", more, processes)
+    train_model(out, out / WARM, data / "base", more, processes)
     calibrated = data / "dfmr.json"
     if not calibrated.exists():
         calibrated.write_text(json.dumps(_calibrate(data / "base" / "model")))
@@ -233,8 +234,7 @@ class Scores:
     """What was answered, from the records of `vlmzip eval`: for each question right or not, and its picture."""
 
     def __init__(self, out: Path) -> None:
-        self.out, self.pictures = out, list[str]()
-        """Of each question."""
+        self.out, self._pictures = out, dict[str, str]()
         self._found: dict[str, dict[str, Any]] = {}
 
     def __call__(self, training: str, seed: int, answers_with: Sequence[str]) -> np.ndarray | None:
@@ -245,7 +245,13 @@ class Scores:
         of_methods = [self._found[name].get(_settings(spec.read(written).to_dict())) for written in answers_with]
         if any(scores is None or len(scores) < QUESTIONS for scores in of_methods):
             return None
+        if any(scores.keys() != self._pictures.keys() for scores in of_methods):
+            raise SystemExit(f"{name} was asked other questions")
         return np.mean([[scores[sample] for sample in sorted(scores)] for scores in of_methods], axis=0)
+
+    def pictures(self) -> list[str]:
+        """Of each question, in the order of the scores."""
+        return [self._pictures[sample] for sample in sorted(self._pictures)]
 
     def _read(self, folder: Path) -> dict[str, Any]:
         found: dict[str, dict[str, float]] = {}
@@ -255,7 +261,7 @@ class Scores:
                 found.setdefault(_settings(record["compressor"]), {})[sample] = record["score"]
                 pictures[sample] = record["picture"]
         if len(pictures) == QUESTIONS:
-            self.pictures = [pictures[sample] for sample in sorted(pictures)]
+            self._pictures = self._pictures or pictures
         return found
 
 
@@ -275,10 +281,10 @@ def compare(out: Path, dfmr: Sequence[str]) -> list[dict[str, object]]:
         if not of_seeds:
             continue
         mean = np.mean(list(of_seeds.values()), axis=0)
-        found = estimate(Bootstrap(scores.pictures, 0).share(mean, np.ones(len(mean))))
-        by_seed = [round(float(values.mean()), 2) for values in of_seeds.values()]
-        row = {"difference": one.name, "points": round(found.value, 2), "low": round(found.low, 2)}
-        row |= {"high": round(found.high, 2), "seeds": len(of_seeds), "by_seed": " ".join(map(str, by_seed))}
+        found = estimate(Bootstrap(scores.pictures(), 0).share(mean, np.ones(len(mean))))
+        by_seed = [round(float(values.mean()), 4) for values in of_seeds.values()]
+        row = {"difference": one.name, "points": round(found.value, 4), "low": round(found.low, 4)}
+        row |= {"high": round(found.high, 4), "seeds": len(of_seeds), "by_seed": " ".join(map(str, by_seed))}
         row |= {"more": ": ".join((one.more[0], ", ".join(one.more[1:])))}
         rows.append(row | {"than": ": ".join((one.than[0], ", ".join(one.than[1:])))})
     return rows

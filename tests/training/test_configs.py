@@ -37,6 +37,8 @@ def parts(tmp_path):
     text = type(shape.text_config).from_dict({**shape.text_config.to_dict(), "vocab_size": VOCABULARY - 8})
     LlamaForCausalLM(text).save_pretrained(tmp_path / "llm")
     CLIPVisionModel(shape.vision_config).save_pretrained(tmp_path / "encoder")
+    smaller = {**shape.vision_config.to_dict(), "image_size": shape.vision_config.image_size // 2}
+    CLIPVisionModel(type(shape.vision_config).from_dict(smaller)).save_pretrained(tmp_path / "smaller")
     return tmp_path
 
 
@@ -66,7 +68,9 @@ def test_an_untrained_llava_is_put_together(parts):
     assert (again.returncode, "exists already" in again.stderr) == (2, True)
 
 
-@pytest.mark.parametrize("wrong", [{"llm": "encoder"}, {"encoder": "llava"}, {"llm": "nowhere"}])
+@pytest.mark.parametrize(
+    "wrong", [{"llm": "encoder"}, {"encoder": "llava"}, {"encoder": "smaller"}, {"llm": "nowhere"}]
+)
 def test_parts_that_do_not_fit_are_a_line(parts, wrong):
     refused = put_together(parts, **wrong)
     assert refused.returncode == 2
