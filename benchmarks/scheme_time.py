@@ -28,6 +28,7 @@ from vlmzip.runtime.prepare import pad_id
 from vlmzip.training.batches import Conversations, Padded
 from vlmzip.training.records import Records
 from vlmzip.training.schedule import scheme
+from vlmzip.training.trainer import LOG, SUMMARY
 
 #: A multiple of two, three and four: all stages of a scheme are as long.
 STEPS = 48
@@ -40,8 +41,8 @@ def seconds(name: str, out: Path, processes: int) -> float:
         folder = Path(empty) / "run"
         settings = [f"schedule={name}", f"steps={STEPS}", f"seed={SEEDS[0]}", 'trainer.save_strategy="no"']
         train_model(out, folder, out / WARM, settings, processes)
-        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return next(line["train_runtime"] for line in lines if "train_runtime" in line)
+        lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+    return next(line[SUMMARY] for line in lines if SUMMARY in line)
 
 
 def flops(out: Path) -> dict[str, float]:

@@ -130,6 +130,7 @@ def _quoted(schedule: str) -> str:
 
 
 def train_model(out: Path, folder: Path, base: Path, settings: Sequence[str], processes: int) -> None:
+    """Trains on the records in `out` with mini's recipe, unless the folder has a trained model."""
     if (folder / "model" / "compressor.json").exists():
         return
     config = Path(__file__).resolve().parents[1] / "configs" / "mini.yaml"
