@@ -70,8 +70,9 @@ class Compressor(ABC):
     site: Site = Site.PRE_PROJECTOR
     """Where on the way from picture to answer it acts."""
     positions: Positions | None = None
-    """Positions in the LLM: "contiguous" renumbers what is left, "original" keeps each output token's anchor's. Left
-    out, what the papers use: contiguous, or original in families whose positions have several axes (Qwen)."""
+    """Positions in the LLM: "contiguous" renumbers the tokens left, in the order that the method gives them; "original"
+    keeps those of their anchors, and the tokens stand in the order of their anchors. Left out, what the papers use:
+    contiguous, or original in families whose positions have several axes (Qwen)."""
 
     @abstractmethod
     def assign(self, tokens: VisualTokens) -> TokenMap:

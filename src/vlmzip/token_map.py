@@ -92,10 +92,12 @@ class TokenMap:
         """The same map with output tokens in the order of their anchors."""
         anchors = self.anchor_index()
         beyond = torch.where(anchors < 0, self.group.shape[1], anchors)
-        rank = beyond.argsort(dim=1).argsort(dim=1)
-        return TokenMap(
-            torch.where(self.group < 0, -1, _look_up(rank, self.group)), self.weight, self.anchor, self.length
-        )
+        return self.rearranged(beyond.argsort(dim=1).argsort(dim=1))
+
+    def rearranged(self, place: Int[Tensor, "batch max_out"]) -> TokenMap:
+        """Return the same map with output token `g` of each row at `place[row, g]`."""
+        group = torch.where(self.group < 0, -1, _look_up(place, self.group))
+        return TokenMap(group, self.weight, self.anchor, self.length)
 
     def then(self, second: TokenMap) -> TokenMap:
         """This map followed by `second`, which works on this map's (padded) output tokens. Associative."""

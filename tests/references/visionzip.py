@@ -4,16 +4,29 @@ import torch
 
 
 def visionzip(features, attention, keys, dominant, contextual, merge, cls=1):
-    """features [cls + patches, dim], CLS first if there is one (`cls` is 1 or 0); attention [heads, cls + patches], the
+    """The output tokens: dominant ones, then contextual ones.
+
+    features [cls + patches, dim], CLS first if there is one (`cls` is 1 or 0); attention [heads, cls + patches], the
     CLS row or what each patch receives; keys [cls + patches, key]."""
+    return torch.stack([token for _, token in placed(features, attention, keys, dominant, contextual, merge, cls)])
+
+
+def visionzip_in_place(features, attention, keys, dominant, contextual, merge="reference"):
+    """The variant for Qwen2.5-VL: each contextual token stands at its target's place. The places, and the tokens."""
+    tokens = dict(placed(features, attention, keys, dominant, contextual, merge, cls=0))
+    return sorted(tokens), torch.stack([tokens[place] for place in sorted(tokens)])
+
+
+def placed(features, attention, keys, dominant, contextual, merge, cls):
+    """The output tokens of `visionzip`, each with the number of the patch that it stands for."""
     patches = range(cls, len(features))
     score = {j: sum(float(head[j]) for head in attention) for j in patches}
     best = sorted(patches, key=lambda j: score[j], reverse=True)[: dominant - cls]
     kept = sorted([*range(cls), *best])
     rest = [j for j in patches if j not in kept]
-    out = [features[j] for j in kept]
+    out = [(j, features[j]) for j in kept]
     if contextual == 0:
-        return torch.stack(out)
+        return out
 
     step = max(1, len(rest) // contextual)
     targets = [rest[k] for k in range(0, len(rest), step)][:contextual]
@@ -25,7 +38,7 @@ def visionzip(features, attention, keys, dominant, contextual, merge, cls=1):
     for t in targets:
         members = [features[j] for j in clusters[t]]
         if merge == "reference":
-            out.append(features[t] + (torch.stack(members).mean(0) if members else 0))
+            out.append((t, features[t] + (torch.stack(members).mean(0) if members else 0)))
         else:
-            out.append(torch.stack([features[t], *members]).mean(0))
-    return torch.stack(out)
+            out.append((t, torch.stack([features[t], *members]).mean(0)))
+    return out

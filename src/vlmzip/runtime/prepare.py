@@ -64,8 +64,9 @@ def compress_inputs(
     prompt or the pictures is passed through. The result goes into the plain model's `model(**...)`, or with
     `generating=True` into `model.generate(**...)` (a family may count positions differently there). Rows may end up
     with different numbers of tokens: they are padded again, on the side that was padded. Position ids that you give
-    yourself are kept, whatever the compressor's `positions`. What acts inside the LLM does not act here: for
-    that there is `vlmzip.attach`.
+    yourself are kept, whatever the compressor's `positions`. Where tokens keep positions, a picture's tokens stand in
+    the order of their anchors, so that positions ascend; contiguous ones are counted in the compressor's own order.
+    What acts inside the LLM does not act here: for that there is `vlmzip.attach`.
 
     With `pack_rows`, which is for training without a cache, short rows stand side by side in one where they can (see
     `packing.py`): loss and gradients stay the same, logits are of the packed rows.
@@ -87,16 +88,18 @@ def compress_inputs(
     ids, mask = _prompt(inputs)
     if len(inputs[adapter.picture_inputs[0]]) == 0:
         raise UserError(f"{adapter.picture_inputs[0]} is empty; leave it out where there are no pictures")
-    pictures, out.smaller = compress_pictures(adapter, inputs, compressor, watch, resampler)
+    given = inputs.get("position_ids") is not None
+    original = given or positions_of(compressor, adapter) == "original"
+    pictures, out.smaller = compress_pictures(adapter, inputs, compressor, watch, resampler, ascending=original)
     places = find_placeholders(ids, adapter.placeholder_id, [picture.report.before for picture in pictures])
-    source = shorten(mask, places, [picture.offsets for picture in pictures])
+    source = shorten(mask, places, [picture.offsets for picture in pictures], ascending=original)
 
     for name in adapter.picture_inputs:
         out.pop(name, None)
     out["mm_encoder_outputs"] = adapter.encoder_outputs([picture.features for picture in pictures])
     out["input_ids"] = gather(ids, source, pad_id(adapter))
     out["attention_mask"] = gather(mask, source, PER_TOKEN["attention_mask"])
-    if positions_of(compressor, adapter) == "original" and inputs.get("position_ids") is None:
+    if original and not given:
         positions, _ = adapter.original_positions({**inputs, "input_ids": ids}, mask)
         out["position_ids"] = positions if generating else adapter.forward_positions(positions)
     counted = out.get("position_ids") is None
@@ -156,10 +159,13 @@ def compress_pictures(
     compressor: Compressor,
     watch: Stopwatch,
     resampler: nn.Module | None,
+    *,
+    ascending: bool = False,
 ) -> tuple[list[CompressedPicture], Mapping[str, Any] | None]:
     """Encodes, selects, applies and projects; the projector sees nothing but what is left.
 
-    With it the inputs that the encoder saw, where its pictures were made smaller.
+    With it the inputs that the encoder saw, where its pictures were made smaller. `ascending`: tokens keep positions,
+    so each compressor's output tokens stand in the order of their anchors, not in its own.
     """
     first, *later = [stage for stage in compressor.stages() if stage.site is not Site.IN_LLM] or [NoCompression()]
     smaller = None
@@ -169,9 +175,16 @@ def compress_pictures(
         pictures, smaller = encode_smaller(adapter, inputs, first, watch)
     else:
         pictures = _encode_and_compress(adapter, inputs, first, watch)
+
+    def ordered(some: list[CompressedPicture]) -> list[CompressedPicture]:
+        with watch.time("bookkeeping"):
+            return [picture.in_order_of_positions() for picture in some] if ascending else some
+
+    pictures = ordered(pictures)
     for stage in later:
         with watch.time("selection"):
             pictures = [_compress_projected(stage, picture) for picture in pictures]
+        pictures = ordered(pictures)
     return pictures, smaller
 
 
@@ -261,11 +274,16 @@ def find_placeholders(
 
 
 def shorten(
-    mask: Int[Tensor, "batch length"], places: Sequence[tuple[int, list[int]]], offsets: Sequence[Sequence[int]]
+    mask: Int[Tensor, "batch length"],
+    places: Sequence[tuple[int, list[int]]],
+    offsets: Sequence[Sequence[int]],
+    *,
+    ascending: bool = False,
 ) -> Int[Tensor, "batch new_length"]:
     """Where each position of the shortened prompt comes from; -1 for padding.
 
-    The tokens left of a picture stand where its first placeholder stood; an offset names the placeholder of each.
+    The tokens left of a picture stand where its first placeholder stood, and what stands among its placeholders behind
+    them; an offset names the placeholder of each. `ascending`: all of them stand in the order of the prompt.
     """
     attended = mask.cpu().bool()
     kept_rows: list[list[int]] = []
@@ -278,8 +296,9 @@ def shorten(
             if place_row == row:
                 dropped = set(placeholders)
                 kept += range(at, placeholders[0])
-                kept += [placeholders[offset] for offset in picture_offsets]
-                kept += [column for column in range(placeholders[0], placeholders[-1]) if column not in dropped]
+                left = [placeholders[offset] for offset in picture_offsets]
+                left += [column for column in range(placeholders[0], placeholders[-1]) if column not in dropped]
+                kept += sorted(left) if ascending else left
                 at = placeholders[-1] + 1
         kept_rows.append(kept + list(range(at, last + 1)))
     longest = max(map(len, kept_rows))

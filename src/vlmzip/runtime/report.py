@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 
@@ -61,6 +61,18 @@ class CompressedPicture:
     offsets: list[int]
     """For each token left, which of the picture's placeholders (0-based) gives it its position."""
     report: PictureReport
+
+    def in_order_of_positions(self) -> CompressedPicture:
+        """Return the same tokens in the order of the placeholders that give them their positions."""
+        order = sorted(range(len(self.offsets)), key=self.offsets.__getitem__)
+        if order == list(range(len(order))):
+            return self
+        index = torch.tensor(order, device=self.features.device)
+        token_map = self.report.token_map
+        if token_map is not None:
+            token_map = token_map.rearranged(index.argsort()[None].to(token_map.group.device))
+        offsets = [self.offsets[n] for n in order]
+        return CompressedPicture(self.features[index], offsets, replace(self.report, token_map=token_map))
 
 
 @dataclass
