@@ -11,6 +11,7 @@ from tests.training.test_records import film, record, said, write
 from vlmzip import Pool2d, attach
 from vlmzip.errors import UserError
 from vlmzip.models import adapter_for
+from vlmzip.runtime import pictures
 from vlmzip.training.batches import IGNORE, Conversations, Examples, Padded, count_bad, note_bad
 from vlmzip.training.records import BadRecord, Records, read_record
 
@@ -135,12 +136,14 @@ def test_a_word_that_would_be_another_picture_is_bad(folder, word, said):
         qwen_conversations()(read_record(content), folder)
 
 
-def test_what_the_processor_refuses_is_bad(folder):
+def test_what_the_processor_refuses_is_bad(folder, monkeypatch):
     Image.new("RGB", (1000, 2)).save(folder / "thin.png")
-    asked = qwen_conversations()
+    asked, thin = qwen_conversations(), read_record(record("<image> w9", "w20", image="thin.png"))
     assert (asked(read_record(record("<image> w9", "w20")), folder)["input_ids"] == IMAGE_TOKEN).any()
+    assert (asked(thin, folder)["input_ids"] == IMAGE_TOKEN).any()  # squeezed, as when it is asked about
+    monkeypatch.setattr(pictures, "LONGEST_TO_SHORTEST", 1000)
     with pytest.raises(BadRecord, match=r"^the processor refuses it: absolute aspect ratio must be smaller than 200$"):
-        asked(read_record(record("<image> w9", "w20", image="thin.png")), folder)
+        asked(thin, folder)
 
 
 def test_a_processor_that_refuses_everything_is_no_fault_of_the_records(llava, monkeypatch):

@@ -18,6 +18,7 @@ import numpy as np
 
 from vlmzip.mini.dice import Dice
 from vlmzip.mini.words import ITEMS
+from vlmzip.runtime.pictures import load_picture
 
 SHIPPED = Path(__file__).parent / "assets" / "crops.npz"
 SIDE = 96
@@ -122,7 +123,7 @@ def photo_crops(part: str, per_photo: int) -> np.ndarray:
     crops = []
     for number, name in enumerate(PHOTOS):
         dice = Dice(number)
-        photo = Image.open(folder / name).convert("RGB")
+        photo = load_picture(folder / name)
         left, top, right, bottom = _region(part, *photo.size)
         for _ in range(per_photo):
             side = dice.between(SIDE, min(right - left, bottom - top, 240))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import nn
 
 from vlmzip.compressor import BudgetError, Calibratable, Compressor
@@ -20,7 +20,7 @@ from vlmzip.errors import UserError
 from vlmzip.keep import Keep, count_to_keep, parse_keep
 from vlmzip.models import adapter_for
 from vlmzip.models.adapter import ModelAdapter
-from vlmzip.runtime.pictures import load_picture, to_rgb
+from vlmzip.runtime.pictures import load_picture
 
 #: How far the average may lie from the budget, as a share of it.
 TOLERANCE = 0.05
@@ -128,7 +128,7 @@ def _calibratable(compressor: Compressor) -> Any:
 
 
 def _measure_together(adapter: ModelAdapter, processor: Any, compressor: Any, images: list[Picture]) -> list[Measured]:
-    pictures = [_as_rgb(image) for image in images]
+    pictures = [load_picture(image) for image in images]
     inputs = processor.image_processor(pictures, return_tensors="pt").to(adapter.model.device, adapter.model.dtype)
     found: dict[int, Measured] = {}
     with torch.no_grad():
@@ -203,10 +203,6 @@ def _out_of_reach(name: str, wanted: float, steps: _Steps) -> BudgetError:
         f"the nearest average to {wanted:.4g} visual tokens per picture is {near:.4g} on these pictures"
         f" ({least:.4g} to {most:.4g} in steps); give more pictures"
     )
-
-
-def _as_rgb(image: Picture) -> Image.Image:
-    return to_rgb(ImageOps.exif_transpose(image)) if isinstance(image, Image.Image) else load_picture(os.fspath(image))
 
 
 def _processor_of(model: nn.Module) -> Any:

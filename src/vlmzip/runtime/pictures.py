@@ -1,8 +1,18 @@
-"""Pictures from files: whatever their mode, as RGB; whatever is no picture, refused in one line."""
+"""The one way in which images are read: upright 8-bit RGB, whatever the file; what is no image is refused in one line.
+
+Every command reads its images here, so that the same file is the same pixels wherever it is used. An animation is its
+first frame. Colour profiles are not applied, as in the published models' own code.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
+import sys
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -12,38 +22,135 @@ from vlmzip.errors import UserError
 
 #: Processors that scale the short side up would turn a 20000 x 3 picture into gigabytes; beyond this it is squeezed.
 LONGEST_TO_SHORTEST = 32
+#: Modes with alpha, and the modes whose colours are already multiplied with it.
+ALPHA, PREMULTIPLIED = ("RGBA", "LA", "PA"), {"RGBa": "RGBA", "La": "LA"}
+
+# Pillow's plugins log what they refuse; without a handler Python prints it beside our own line.
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
-def load_picture(path: str | Path) -> Image.Image:
-    """The picture at `path` as upright RGB. Raises `UserError` for what cannot be read as one."""
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"there is no file {str(path)!r}")
+class ImageError(UserError):
+    """An image that cannot be used; `kind` says why in few words, the same for all of its kind."""
+
+    def __init__(self, message: str, kind: str = "cannot be read") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def load_picture(given: str | os.PathLike[str] | Image.Image) -> Image.Image:
+    """Return the image at a path, or one that Pillow has opened, as upright RGB.
+
+    Raises `ImageError` for what cannot be read as one.
+    """
+    if isinstance(given, Image.Image):
+        return _finished(given, _name_of(given))
+    name = repr(_shortened(os.fspath(given)))
+    path = Path(given)
+    _check_file(path, name)
+    with _errors_in_one_line(name), Image.open(path) as opened:
+        return _finished(opened, name)
+
+
+def _name_of(image: Image.Image) -> str:
+    return repr(name) if isinstance(name := getattr(image, "filename", None), str) and name else "an image"
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:100]}…"
+
+
+def _check_file(path: Path, name: str) -> None:
+    try:
+        size = path.stat().st_size
+    except (OSError, ValueError) as error:  # a ValueError for a name with a zero byte
+        if _is_address(path):
+            message = f"{name} is no file; images are read from files: fetch it and give its path"
+            raise ImageError(message, "is a URL or data, not a file") from None
+        if isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise ImageError(f"there is no file {name}", "is missing") from None
+        raise ImageError(f"{name} cannot be read: {_said(error)}") from None
     if path.is_dir():
-        raise UserError(f"{str(path)!r} is a folder; give picture files")
-    if path.stat().st_size == 0:
-        raise UserError(f"{str(path)!r} is empty")
+        raise ImageError(f"{name} is a folder; give picture files")
+    if size == 0:
+        raise ImageError(f"{name} is empty")
+
+
+def _is_address(path: Path) -> bool:
+    """Whether a text that is no path was meant for a URL, or is the image itself; a folder may stand before it."""
+    return any(part in ("http:", "https:") or part.startswith("data:image") for part in path.parts)
+
+
+def _finished(image: Image.Image, name: str) -> Image.Image:
+    """Decode an image and bring it into the form that models get."""
+    with _errors_in_one_line(name), _without_lines_of_libtiff(image):
+        limit = Image.MAX_IMAGE_PIXELS
+        if limit is not None and image.width * image.height > limit:
+            raise Image.DecompressionBombError  # whoever opened it may have ignored Pillow's warning
+        image.load()
+        return squeeze(to_rgb(_upright(image)))
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # broken EXIF data says nothing about the pixels: viewers show the image as it is stored
+        return image
+
+
+@contextmanager
+def _errors_in_one_line(name: str) -> Iterator[None]:
+    """Raise `ImageError` for whatever Pillow's plugins raise, and keep what they warn of to ourselves."""
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as opened:
-                opened.load()
-                return squeeze(to_rgb(ImageOps.exif_transpose(opened)))
+            yield
+    except ImageError:
+        raise
     except UnidentifiedImageError:
-        raise UserError(f"{str(path)!r} is no picture that Pillow can read") from None
+        raise ImageError(f"{name} is no picture that Pillow can read") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         limit = f"{Image.MAX_IMAGE_PIXELS:,}"
-        raise UserError(f"{str(path)!r} would unpack to more than {limit} pixels; scale it down first") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise UserError(f"{str(path)!r} cannot be read: {error}") from None
+        message = f"{name} would unpack to more than {limit} pixels; scale it down first"
+        raise ImageError(message, "has too many pixels") from None
+    except Exception as error:  # each plugin has errors of its own: RuntimeError for AVIF, struct.error, KeyError …
+        raise ImageError(f"{name} cannot be read: {_said(error)}") from None
+
+
+def _said(error: Exception) -> str:
+    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(said).split())[:200]
+
+
+_ONE_AT_A_TIME = threading.Lock()
+
+
+@contextmanager
+def _without_lines_of_libtiff(image: Image.Image) -> Iterator[None]:
+    """Keep libtiff, which writes to the process's stderr directly, from adding lines to ours."""
+    if image.format != "TIFF" or sys.__stderr__ is None:  # without a stderr its number may be the image's own file
+        yield
+        return
+    with _ONE_AT_A_TIME:
+        with suppress(Exception):
+            sys.stderr.flush()
+        stderr = os.dup(2)
+        try:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), 2)
+            yield
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def to_rgb(picture: Image.Image) -> Image.Image:
     """8-bit RGB: alpha over white, more than 8 bits scaled down."""
     if picture.mode.startswith("I") or picture.mode == "F":
-        values = np.asarray(picture, dtype=np.float64)
-        return Image.fromarray(_to_8_bit(values, sixteen_bit=picture.mode.startswith("I;16"))).convert("RGB")
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        return _from_many_bits(picture)
+    if picture.mode in PREMULTIPLIED:
+        picture = picture.convert(PREMULTIPLIED[picture.mode])
+    if picture.mode in ALPHA or "transparency" in picture.info:
         rgba = picture.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return picture.convert("RGB")
@@ -55,6 +162,15 @@ def squeeze(picture: Image.Image) -> Image.Image:
     if max(picture.size) <= limit:
         return picture
     return picture.resize((min(picture.width, limit), min(picture.height, limit)), Image.Resampling.BOX)
+
+
+def _from_many_bits(picture: Image.Image) -> Image.Image:
+    sixteen_bit = picture.mode.startswith("I;16")
+    values = np.asarray(picture, dtype=np.float64)
+    clear = picture.info.get("transparency")  # of a 16-bit PNG: the value that is transparent
+    if sixteen_bit and isinstance(clear, int):
+        values = np.where(values == clear, 65535, values)
+    return Image.fromarray(_to_8_bit(values, sixteen_bit=sixteen_bit)).convert("RGB")
 
 
 def _to_8_bit(values: np.ndarray, *, sixteen_bit: bool) -> np.ndarray:

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from vlmzip.errors import UserError
+from vlmzip.runtime.pictures import ImageError, load_picture
 
 PLACE, VIDEO = "<image>", "<video>"
 HUMAN, MODEL = ("human", "user"), ("gpt", "assistant")
@@ -55,17 +56,11 @@ class Record:
     """Paths, in the order of the places."""
 
     def load_pictures(self, folder: Path) -> list[Image.Image]:
-        """The pictures in RGB. Raises `BadRecord` where one is missing or broken."""
-        found = []
-        for path in self.pictures:
-            try:
-                with Image.open(folder / path) as picture:
-                    found.append(picture.convert("RGB"))
-            except FileNotFoundError:
-                raise BadRecord("a picture is missing") from None
-            except Exception as error:  # a broken file can raise whatever its decoder thinks of
-                raise BadRecord("a picture cannot be read") from error
-        return found
+        """Return the images as every command reads them. Raises `BadRecord` where one is missing or broken."""
+        try:
+            return [load_picture(folder / path) for path in self.pictures]
+        except ImageError as error:
+            raise BadRecord(f"a picture {error.kind}") from error
 
 
 def read_record(content: Any) -> Record:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any
 
 from PIL import Image
 
 from vlmzip.errors import UserError, closest
-from vlmzip.runtime.pictures import load_picture, squeeze, to_rgb
+from vlmzip.runtime.pictures import load_picture
 
 #: What can stand in `--model_args`.
 SETTINGS = ("pretrained", "method", "device", "dtype", "batch_size", "max_batch_size")
@@ -141,8 +142,6 @@ def _part(part: Mapping[str, Any], pictures: list[Image.Image], placeholders: Se
 
 
 def _picture(given: Any) -> Image.Image:
-    if isinstance(given, Image.Image):
-        return squeeze(to_rgb(given))
-    if isinstance(given, str):
+    if isinstance(given, Image.Image | str | PathLike):
         return load_picture(given)
     raise UserError(f"{type(given).__name__} is no picture: a task gives pictures of Pillow, or paths")
