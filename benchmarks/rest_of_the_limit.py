@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 
 from vlmzip import spec
-from vlmzip.compressor import A_NINTH
+from vlmzip.keep import A_NINTH
 from vlmzip.measure.flops import prefill_flops
 from vlmzip.measure.machine import about
 from vlmzip.measure.presets import PRESETS, make_config, make_inputs, make_model

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from vlmzip import LLaVolta, NoCompression
-from vlmzip.compressor import A_NINTH, Profile
+from vlmzip.compressor import Profile
 from vlmzip.keep import count_to_keep
 from vlmzip.measure.flops import flops_inside, llavolta_flops, prefill_flops, visionzip_flops
 from vlmzip.measure.presets import PRESETS, VOCABULARY, Preset, make_config, make_model

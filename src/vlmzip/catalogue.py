@@ -19,9 +19,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from vlmzip import methods
 from vlmzip.compressor import Compressor, check_choice
 from vlmzip.errors import UserError, closest
+from vlmzip.outline import ENTRY_POINTS
 from vlmzip.visual_tokens import Site
 
-ENTRY_POINTS = "vlmzip.methods"
 REQUIRED = "required"
 
 

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 Positions = Literal["contiguous", "original"]
 
-#: What methods keep when nothing is asked: a ninth, as VisionZip's 64 of 576 and DFMR's 3 x 3 windows.
-A_NINTH = 1 / 9
 #: A budget is met if what is reached is off by this share of it at most.
 NEAR = 0.05
 

@@ -6,13 +6,15 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vlmzip import catalogue
-from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
-from vlmzip.methods import Chain, NoCompression
 
+if TYPE_CHECKING:
+    from vlmzip.compressor import Compressor
+
+#: The file that says, beside a model's weights, which compressor was saved with it.
+FILE = "compressor.json"
 #: For help texts.
 FORMS = 'a name from `vlmzip methods`, "visionzip(merge=mean)", "dfmr+fastv(layer=3)" or a saved compressor.json'
 
@@ -26,8 +28,10 @@ def read(text: str) -> Compressor:
     `NAME` or `package.module:Class`, each with settings in brackets if you like; several joined by `+` become a
     `Chain`; a path names a saved `compressor.json`, or the folder that holds one. Raises `UserError` for anything else.
     """
+    from vlmzip.methods import Chain
+
     if is_saved(text):
-        from vlmzip.runtime.saving import FILE, read_compressor
+        from vlmzip.runtime.saving import read_compressor
 
         path = Path(text)
         if path.is_dir():
@@ -72,6 +76,9 @@ def candidates(text: str | None) -> list[Candidate]:
 
     Raises `UserError` for one that there is not.
     """
+    from vlmzip import catalogue
+    from vlmzip.methods import NoCompression
+
     if text is None:
         return [
             Candidate(name, _with_defaults(cls), False)
@@ -85,6 +92,8 @@ def candidates(text: str | None) -> list[Candidate]:
 
 
 def _with_defaults(cls: type[Compressor]) -> Compressor | None:
+    from vlmzip import catalogue
+
     try:
         return catalogue.make(cls, {})
     except UserError:
@@ -98,11 +107,15 @@ def is_name(text: str) -> bool:
 
 def is_saved(text: str) -> bool:
     """Whether this can only be a path."""
+    from vlmzip import catalogue
+
     return text.endswith(".json") or "/" in text or (Path(text).is_dir() and text not in ("", *catalogue.available()))
 
 
 def write(compressor: Compressor) -> str:
     """The shortest text from which `read` makes `compressor` again."""
+    from vlmzip.methods import Chain
+
     stages = compressor.stages() if isinstance(compressor, Chain) else (compressor,)
     return "+".join(map(_written, stages))
 
@@ -125,6 +138,8 @@ def _usual(cls: type[Compressor]) -> dict[str, Any]:
 
 
 def _stage(part: str, whole: str) -> Compressor:
+    from vlmzip import catalogue
+
     match = _STAGE.fullmatch(part)
     if match is None:
         raise UserError(f"{whole!r} cannot be read as a method; write {FORMS}")

@@ -3,31 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-
-class Site(enum.StrEnum):
-    """Where on the way from picture to answer a compressor acts."""
-
-    PIXELS = "pixels"
-    PRE_PROJECTOR = "pre_projector"  #: the last point where one token still becomes one LLM token
-    POST_PROJECTOR = "post_projector"
-    IN_LLM = "in_llm"
-
-
-class Signal(enum.StrEnum):
-    """What a compressor may ask for beside the features; the names are fields of `VisualTokens`."""
-
-    CLS_ATTENTION = "cls_attention"
-    KEYS = "keys"
-    TEXT_ATTENTION = "text_attention"
-    TEXT_FEATURES = "text_features"
-    PIXELS = "pixels"
+from vlmzip.sites import Signal as Signal
+from vlmzip.sites import Site as Site
 
 
 class Grid(NamedTuple):

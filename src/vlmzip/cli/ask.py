@@ -10,7 +10,6 @@ from typing import Any
 
 from vlmzip.cli.options import add_answer_length, add_method, add_model, check_answer_length, check_method, make_method
 
-HELP = "ask a vision-language model about one or several pictures"
 EXAMPLES = """  vlmzip ask examples/flat.png "what color is the ring ?"
   vlmzip ask street.jpg "What does the sign say?" --model llava-hf/llava-1.5-7b-hf --keep 64
   vlmzip ask a.png b.png "What differs?" --method pool2d --factor 2 --overlay tokens.png

@@ -8,17 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmzip import spec
-from vlmzip.compressor import A_NINTH, BudgetError, Compressor, Profile
 from vlmzip.errors import UserError, closest
-from vlmzip.keep import parse_keep
+from vlmzip.keep import A_NINTH, parse_keep
 
 if TYPE_CHECKING:
     import torch
 
+    from vlmzip.compressor import Compressor, Profile
     from vlmzip.measure.bench import Contender
     from vlmzip.measure.presets import Preset
 
-HELP = "measure speed and memory at the dimensions of a large model, with random weights"
 EXAMPLES = """  vlmzip bench
   vlmzip bench --preset llava-next-7b --methods visionzip,pool2d --keep 11% --scale 1/16
   vlmzip bench --preset llava-1.5-13b --device cuda --dtype bfloat16 --batch 8 --out benchmarks/results
@@ -193,7 +192,7 @@ def _peaks(
 
 def _set_up(name: str, method: Compressor, keep: Any, profile: Profile) -> Contender:
     """The method at the budget; where it cannot reach it, as it is written: cost and limit stand beside it anyway."""
-    from vlmzip.cli.options import missed
+    from vlmzip.compressor import BudgetError, missed
     from vlmzip.measure.bench import Contender
 
     if keep is None:

@@ -8,16 +8,15 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmzip import catalogue, spec
+from vlmzip import spec
 from vlmzip.cli.options import add_method, add_model, settings, without_budget
-from vlmzip.compressor import Calibratable, Compressor
 from vlmzip.errors import UserError
 from vlmzip.keep import parse_keep
 
 if TYPE_CHECKING:
+    from vlmzip.compressor import Compressor
     from vlmzip.runtime.calibration import Calibration
 
-HELP = "set a method's threshold so that your pictures meet a budget on average"
 EXAMPLES = """  vlmzip calibrate photos --keep 50%
   vlmzip calibrate photos --keep 160 --model llava-hf/llava-1.5-7b-hf --histogram deviations.png
   vlmzip calibrate a.png b.png c.png --method adaptive_visionzip --keep 25% --json"""
@@ -67,6 +66,9 @@ def run(args: Namespace) -> None:
 
 def _compressor(args: Namespace) -> Compressor:
     """The method with its settings, without a budget; raises `UserError` where there is nothing to calibrate."""
+    from vlmzip import catalogue
+    from vlmzip.compressor import Calibratable
+
     if args.keep is None:
         raise UserError("calibrate needs a budget: --keep 64, --keep 0.25 or --keep 25%")
     parse_keep(args.keep)
@@ -80,6 +82,8 @@ def _compressor(args: Namespace) -> Compressor:
 
 
 def _threshold(compressor: Compressor) -> str:
+    from vlmzip.compressor import Calibratable
+
     assert isinstance(compressor, Calibratable)
     return compressor.threshold
 

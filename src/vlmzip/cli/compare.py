@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING
 
 from vlmzip import spec
 from vlmzip.cli.options import add_answer_length, add_model, check_answer_length
-from vlmzip.compressor import A_NINTH
 from vlmzip.errors import UserError
-from vlmzip.keep import parse_keep
+from vlmzip.keep import A_NINTH, parse_keep
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
     from vlmzip.cli.compare_output import Comparison
 
-HELP = "ask one question with every method at one budget, and show the answers side by side"
 EXAMPLES = """  vlmzip compare examples/cluttered.png "what color is the ring ?" --keep 25%
   vlmzip compare photo.jpg "What is on the table?" --methods "visionzip(merge=mean),pool2d+fastv" --sheet tokens.png
   vlmzip compare a.png b.png "What differs?" --keep 64 --html page.html --model llava-hf/llava-1.5-7b-hf"""

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 DEFAULT_TASKS = "mini"
 REPORT = "report.html"
-HELP = "score methods at several budgets on whole sets of questions, with intervals, curves and a report"
 EXAMPLES = """  vlmzip eval --limit 300 --methods visionzip,pool2d --keep 25%,11% --report
   vlmzip eval --tasks mini,easy-vqa --keep 75%,50%,25%,11%,5.6% --out runs/eval/all
   vlmzip eval --model llava-hf/llava-1.5-7b-hf --tasks my_questions:vqa --calibrate-on other_photos --keep 192,64

@@ -12,10 +12,21 @@ from typing import NoReturn
 from vlmzip.errors import UserError, closest
 from vlmzip.version import __version__
 
-#: One module of this package each: `HELP`, `EXAMPLES`, `add_arguments(parser, arguments)` and `run(args)`.
-COMMANDS = (
-    "ask", "bench", "calibrate", "compare", "eval", "methods", "models", "show", "study", "train", "tune"
-)  # fmt: skip
+#: What each command does. Each is a module of this package that has `EXAMPLES`, `add_arguments(parser, arguments)`
+#: and `run(args)`.
+COMMANDS = {
+    "ask": "ask a vision-language model about one or several pictures",
+    "bench": "measure speed and memory at the dimensions of a large model, with random weights",
+    "calibrate": "set a method's threshold so that your pictures meet a budget on average",
+    "compare": "ask one question with every method at one budget, and show the answers side by side",
+    "eval": "score methods at several budgets on whole sets of questions, with intervals, curves and a report",
+    "methods": "list the compression methods, or the fields of one",
+    "models": "list the model families that vlmzip can compress",
+    "show": "draw which visual tokens of pictures are kept, merged and dropped",
+    "study": "repeat the papers' analyses on a model: what attends to what, which tokens matter, at which layer",
+    "train": "train a model with compression, in stages that a YAML file describes",
+    "tune": "find the method and budget that stay within a cost and a loss on your questions",
+}
 
 
 class Parser(ArgumentParser):
@@ -69,7 +80,7 @@ def _run(arguments: list[str]) -> None:
         raise UserError(f"there is no command {name!r}{closest(name, COMMANDS)}")
     else:
         command = import_module(f"vlmzip.cli.{name}")
-        parser = Parser(prog=f"vlmzip {name}", description=command.HELP, epilog=f"examples:\n{command.EXAMPLES}")
+        parser = Parser(prog=f"vlmzip {name}", description=COMMANDS[name], epilog=f"examples:\n{command.EXAMPLES}")
         command.add_arguments(parser, arguments[1:])
         args, unknown = parser.parse_known_intermixed_args(arguments[1:])
         parser.refuse_unknown(unknown)
@@ -78,17 +89,16 @@ def _run(arguments: list[str]) -> None:
 
 def _owners(option: str) -> str:
     """The methods that have the field of an option, which only `--method` brings in."""
-    from vlmzip import catalogue
+    from vlmzip import outline
 
     field = option.removeprefix("--").replace("-", "_")
-    names = [name for name, cls in catalogue.available().items() if field in cls.field_names()]
+    names = [method.name for method in outline.methods() if field in method.fields]
     return f"; {', '.join(names)} has such a field: --method {names[0]}" if names else ""
 
 
 def _overview() -> str:
     lines = ["usage: vlmzip COMMAND …", "", "Answer questions about pictures with a fraction of the visual tokens.", ""]
-    for name in COMMANDS:
-        lines.append(f"  {name:<11}{import_module(f'vlmzip.cli.{name}').HELP}")
+    lines += [f"  {name:<11}{does}" for name, does in COMMANDS.items()]
     return "\n".join([*lines, "", "vlmzip COMMAND --help shows a command's options and examples."])
 
 

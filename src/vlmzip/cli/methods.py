@@ -8,10 +8,9 @@ from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from typing import Any
 
-from vlmzip import catalogue
+from vlmzip import outline
 from vlmzip.cli.tables import print_table
 
-HELP = "list the compression methods, or the fields of one"
 EXAMPLES = """  vlmzip methods
   vlmzip methods visionzip
   vlmzip methods my_package.my_method:MyMethod --json"""
@@ -24,8 +23,9 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
 
 def run(args: Namespace) -> None:
     if args.name:
-        cls = catalogue.find(args.name)
-        _print_one(cls, as_json=args.json)
+        from vlmzip import catalogue
+
+        _print_one(catalogue.find(args.name), as_json=args.json)
     else:
         _print_all(as_json=args.json)
 
@@ -33,12 +33,12 @@ def run(args: Namespace) -> None:
 def _print_all(*, as_json: bool) -> None:
     rows: list[dict[str, Any]] = [
         {
-            "name": name,
-            "sites": [str(site) for site in cls.sites],
-            "needs": sorted(map(str, cls.needs)),
-            "summary": _summary(cls),
+            "name": method.name,
+            "sites": [str(site) for site in method.values["sites"]],
+            "needs": sorted(map(str, method.values["needs"])),
+            "summary": method.summary,
         }
-        for name, cls in catalogue.available().items()
+        for method in outline.methods()
     ]
     if as_json:
         print(json.dumps(rows, indent=2))
@@ -53,6 +53,8 @@ def _print_all(*, as_json: bool) -> None:
 
 
 def _print_one(cls: Any, *, as_json: bool) -> None:
+    from vlmzip import catalogue
+
     fields = catalogue.describe(cls)
     if as_json:
         print(
@@ -65,7 +67,3 @@ def _print_one(cls: Any, *, as_json: bool) -> None:
     print_table(
         ["field", "type", "default", "meaning"], [[f"--{f.name}", f.type, str(f.default), f.doc] for f in fields]
     )
-
-
-def _summary(cls: Any) -> str:
-    return (inspect.getdoc(cls) or "").split("\n")[0]

@@ -6,9 +6,9 @@ import json
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
+from vlmzip import outline
 from vlmzip.cli.tables import print_table
 
-HELP = "list the model families that vlmzip can compress"
 EXAMPLES = """  vlmzip models
   vlmzip models --json"""
 
@@ -18,16 +18,14 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
 
 
 def run(args: Namespace) -> None:
-    from vlmzip.models import FAMILIES
-
     rows: list[dict[str, Any]] = [
         {
-            "family": family.__module__.rpartition(".")[2],
-            "model_types": list(family.model_types),
-            "sites": [str(s) for s in family.sites],
-            "example": family.example,
+            "family": family.name,
+            "model_types": list(family.values["model_types"]),
+            "sites": [str(site) for site in family.values["sites"]],
+            "example": family.values["example"],
         }
-        for family in FAMILIES
+        for family in outline.families()
     ]
     if args.json:
         print(json.dumps(rows, indent=2))

@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vlmzip import catalogue, spec
-from vlmzip.cli.loading import note
-from vlmzip.compressor import Compressor, Profile, missed
+from vlmzip import spec
 from vlmzip.errors import UserError
 from vlmzip.keep import parse_keep
-from vlmzip.runtime.resample import resampling
-from vlmzip.runtime.saving import FILE
+
+if TYPE_CHECKING:
+    from vlmzip.compressor import Compressor, Profile
 
 DEFAULT_METHOD = "visionzip"
 #: Options of commands that draw or ask; a method's fields cannot have these names.
@@ -60,6 +59,8 @@ def add_method(parser: ArgumentParser, arguments: list[str], default: str = DEFA
 
     Left out, it is the compressor saved with the model, if there is one.
     """
+    from vlmzip import catalogue
+
     parser.add_argument(
         "--method",
         help=f"{spec.FORMS}; default: what is saved with the model, else {default}",
@@ -69,7 +70,7 @@ def add_method(parser: ArgumentParser, arguments: list[str], default: str = DEFA
     first.add_argument("--method", nargs="?")
     first.add_argument("--model", nargs="?")
     given = first.parse_known_args(arguments)[0]
-    saved = default == DEFAULT_METHOD and bool(given.model) and Path(given.model, FILE).is_file()
+    saved = default == DEFAULT_METHOD and bool(given.model) and Path(given.model, spec.FILE).is_file()
     default = given.model if saved else default
     chosen = given.method or default
     parser.set_defaults(method=default)
@@ -97,6 +98,8 @@ def settings(args: Namespace) -> dict[str, Any]:
 
 def check_method(args: Namespace, *, draws: bool = False) -> None:
     """Raises `UserError` for wrong fields, or where nothing can be drawn, before anything slow happens."""
+    from vlmzip.runtime.resample import resampling
+
     if args.keep is not None:
         parse_keep(args.keep)
     method = without_budget(args)
@@ -112,6 +115,9 @@ def make_method(args: Namespace, profile: Profile) -> Compressor:
 
     Tells where that is not near.
     """
+    from vlmzip.cli.loading import note
+    from vlmzip.compressor import missed
+
     method = without_budget(args)
     if args.keep is None:
         return method.placed(profile)
@@ -125,6 +131,8 @@ def make_method(args: Namespace, profile: Profile) -> Compressor:
 
 def without_budget(args: Namespace) -> Compressor:
     """The compressor that the options ask for; `--keep` counts only where the method has such a field."""
+    from vlmzip import catalogue
+
     if not spec.is_name(args.method):
         method = spec.read(args.method)
         takes_keep = args.keep is not None and "keep" in method.field_names()

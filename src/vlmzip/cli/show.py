@@ -8,9 +8,8 @@ from pathlib import Path
 
 from vlmzip.cli.options import add_method, add_model, check_method, make_method, without_budget
 from vlmzip.errors import UserError
-from vlmzip.visual_tokens import Site
+from vlmzip.sites import Site
 
-HELP = "draw which visual tokens of pictures are kept, merged and dropped"
 EXAMPLES = """  vlmzip show examples/cluttered.png
   vlmzip show examples/flat.png examples/cluttered.png --keep 25% --out tokens.png
   vlmzip show photo.jpg --method pool2d --factor 2 --model ./llava-1.5-7b"""

@@ -15,7 +15,6 @@ from vlmzip.evaluation.tasks import FORMS as TASKS
 if TYPE_CHECKING:
     from vlmzip.evaluation.analyses.subject import Row, Subject
 
-HELP = "repeat the papers' analyses on a model: what attends to what, which tokens matter, at which layer"
 EXAMPLES = """  vlmzip study tau --limit 300
   vlmzip study all --model llava-hf/llava-1.5-7b-hf --task my_questions:vqa --limit 500
 

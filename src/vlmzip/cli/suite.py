@@ -8,12 +8,14 @@ import sys
 from argparse import ArgumentParser, Namespace
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlmzip import spec
 from vlmzip.errors import UserError
-from vlmzip.evaluation.lmms.scores import Column, columns, lines, measured, write_table
 from vlmzip.evaluation.lmms.suites import FORMS, Suite, read_suite
-from vlmzip.evaluation.papers import against, show
+
+if TYPE_CHECKING:
+    from vlmzip.evaluation.lmms.scores import Column
 
 #: Options of `eval` that are about its own tasks, and what they are where nobody gives them.
 OTHERS = {"tasks": None, "report": False, "max_new_tokens": None, "examples": 4, "seed": 0}
@@ -48,6 +50,7 @@ def run(args: Namespace) -> None:
     from vlmzip.evaluation.folder import UNCALIBRATED, calibration_on
     from vlmzip.evaluation.lmms.requests import AnswerFailed
     from vlmzip.evaluation.lmms.run import SuiteRun, import_lmms_eval
+    from vlmzip.evaluation.lmms.scores import columns, write_table
 
     methods, budgets = spec.candidates(args.methods), read_budgets(args.keep)
     calibration = calibration_on(args.calibrate_on, []) if args.calibrate_on else None
@@ -76,6 +79,9 @@ def suite_file(suite: Suite) -> str:
 
 
 def _print(suite: Suite, found: list[Column], folder: Path, args: Namespace) -> None:
+    from vlmzip.evaluation.lmms.scores import lines, measured
+    from vlmzip.evaluation.papers import against, show
+
     mine = [one for column in found for one in measured(suite, column, args.model)]
     beside = against(args.against, mine) if args.against else []
     if args.json:

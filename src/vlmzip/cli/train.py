@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from vlmzip.training.config import Config
     from vlmzip.training.explain import Cost
 
-HELP = "train a model with compression, in stages that a YAML file describes"
 EXAMPLES = """  vlmzip train configs/llava-1.5-7b-llavolta.yaml --explain --shape llava-1.5-7b --set steps=5196
   vlmzip train configs/mini.yaml --set steps=200 --set schedule=two-stage
   torchrun --nproc-per-node 8 -m vlmzip.cli.main train configs/llava-1.5-7b-llavolta.yaml

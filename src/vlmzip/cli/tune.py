@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from vlmzip.evaluation.task import Task
     from vlmzip.evaluation.tuned_study import Cost, TunedStudy
 
-HELP = "find the method and budget that stay within a cost and a loss on your questions"
 EXAMPLES = """  vlmzip tune --max-loss 5 --limit 1000
   vlmzip tune --max-tokens 16 --methods visionzip,kmeans,pool2d
   vlmzip tune --model llava-hf/llava-1.5-7b-hf --task my_questions:vqa --max-prefill-ms 60 --max-loss 2

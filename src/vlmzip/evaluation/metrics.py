@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from vlmzip.evaluation.vqa_accuracy import vqa_accuracy
-from vlmzip.mini.evaluate import normalized
+from vlmzip.mini.words import normalized
 
 #: Relative error that relaxed accuracy forgives (ChartQA, arXiv:2203.10244, section 5.1).
 RELAXED = 0.05

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlmzip.errors import UserError, closest
-from vlmzip.evaluation import easy_vqa, mini_task
-from vlmzip.evaluation.folder import calibration_on, folder_task
 from vlmzip.evaluation.metrics import METRICS
-from vlmzip.evaluation.task import Task
+
+if TYPE_CHECKING:
+    from vlmzip.evaluation.task import Task
 
 #: For help texts.
 FORMS = (
@@ -35,6 +36,10 @@ def read_one_task(text: str, limit: int | None, calibrate_on: str | None) -> Tas
 
 
 def read_task(text: str, limit: int | None, calibrate_on: str | None) -> Task:
+    """The task of that name. Raises `UserError` for one that there is not, or that cannot be read."""
+    from vlmzip.evaluation import easy_vqa, mini_task
+    from vlmzip.evaluation.folder import folder_task
+
     name, _, how = text.rpartition(":") if ":" in text else (text, "", "")
     if name == mini_task.NAME and not how:
         return _calibrated_on(mini_task.mini_task(limit), calibrate_on)
@@ -57,4 +62,6 @@ def read_task(text: str, limit: int | None, calibrate_on: str | None) -> Task:
 
 def _calibrated_on(task: Task, folder: str | None) -> Task:
     """The task with thresholds from a folder of the user's, where there is one, instead of from its own pictures."""
+    from vlmzip.evaluation.folder import calibration_on
+
     return task if folder is None else replace(task, calibration=calibration_on(folder, []))

@@ -13,7 +13,7 @@ from vlmzip.compressor import Compressor
 from vlmzip.methods.dfmr import DFMR
 from vlmzip.methods.visionzip import VisionZip
 from vlmzip.token_map import TokenMap
-from vlmzip.visual_tokens import Grid, VisualTokens
+from vlmzip.visual_tokens import Grid, Signal, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class AdaptiveVisionZip(Compressor):
     tokens.
     """
 
-    needs = VisionZip.needs
+    needs = frozenset({Signal.CLS_ATTENTION, Signal.KEYS})
     threshold: ClassVar[str] = DFMR.threshold
 
     tau: float = DFMR.tau

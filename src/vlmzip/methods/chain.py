@@ -16,7 +16,7 @@ from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Site, VisualTokens
 
 #: The way of a token: a chain follows it.
-ORDER = (Site.PIXELS, Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
+ORDER = tuple(Site)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +28,7 @@ class Chain(Compressor):
     Our own combination; the papers combine nothing.
     """
 
-    sites = ORDER
+    sites = tuple(Site)
 
     compressors: tuple[Compressor, ...] = (VisionZip(), FastV())
     """The compressors, such as `(Pool2d(factor=2), FastV(layer=8))`."""

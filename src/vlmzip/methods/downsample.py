@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from vlmzip.compressor import A_NINTH, Compressor
+from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
-from vlmzip.keep import Keep, count_to_keep, parse_keep, round_half_up
+from vlmzip.keep import A_NINTH, Keep, count_to_keep, parse_keep, round_half_up
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Site, VisualTokens
 

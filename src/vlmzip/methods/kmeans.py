@@ -10,9 +10,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vlmzip.compressor import A_NINTH, Compressor, check_choice
+from vlmzip.compressor import Compressor, check_choice
 from vlmzip.errors import UserError
-from vlmzip.keep import Keep, count_to_keep, parse_keep
+from vlmzip.keep import A_NINTH, Keep, count_to_keep, parse_keep
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Site, VisualTokens
 

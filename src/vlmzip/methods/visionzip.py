@@ -11,9 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vlmzip.compressor import A_NINTH, Compressor, Profile, check_choice
+from vlmzip.compressor import Compressor, Profile, check_choice
 from vlmzip.errors import UserError
-from vlmzip.keep import Keep, count_to_keep, parse_keep, round_half_up
+from vlmzip.keep import A_NINTH, Keep, count_to_keep, parse_keep, round_half_up
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Signal, VisualTokens
 

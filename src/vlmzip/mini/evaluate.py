@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from vlmzip.mini import weights_folder
 from vlmzip.mini.dice import Dice
 from vlmzip.mini.questions import Sample
 from vlmzip.mini.splits import test_split, validation_split
-from vlmzip.mini.words import LEVELS, TYPES
+from vlmzip.mini.words import LEVELS, TYPES, normalized
 
 if TYPE_CHECKING:
     from torch import nn
@@ -42,11 +41,6 @@ class Record:
     @property
     def right(self) -> bool:
         return normalized(self.given) == normalized(self.answer)
-
-
-def normalized(answer: str) -> str:
-    """Lower case, single spaces, no full stop at the end."""
-    return re.sub(r"\s+", " ", answer.lower()).strip().rstrip(".").strip()
 
 
 def accuracy(answer: Answer, samples: Sequence[Sample], batch: int = 60) -> list[Record]:

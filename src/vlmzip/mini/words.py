@@ -1,5 +1,7 @@
 """The words of mini's world: what can be drawn, how it is called, and what may be answered."""
 
+import re
+
 SHAPES = ("circle", "square", "triangle", "cross", "star", "ring")
 PLURALS = {
     "circle": "circles",
@@ -34,6 +36,11 @@ def with_article(words: str) -> str:
     if words.split()[-1] == "trousers":
         return words
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
+
+
+def normalized(answer: str) -> str:
+    """Lower case, single spaces, no full stop at the end."""
+    return re.sub(r"\s+", " ", answer.lower()).strip().rstrip(".").strip()
 
 
 def vocabulary() -> list[str]:

@@ -15,12 +15,12 @@ from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.files import replace_whole
 from vlmzip.runtime.resample import read_weights
+from vlmzip.spec import FILE
 from vlmzip.version import __version__
 
 if TYPE_CHECKING:
     from vlmzip.runtime.facade import CompressedModel
 
-FILE = "compressor.json"
 #: Raised when the file's layout changes in a way that older versions would misread.
 FORMAT = 1
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
+from vlmzip import outline
 from vlmzip.errors import UserError, closest
 
 #: The files of this folder.
@@ -30,4 +31,4 @@ def find(name: str) -> ModuleType:
 
 def about(name: str) -> str:
     """What an analysis finds out, in a line."""
-    return (find(name).__doc__ or "").partition("\n")[0]
+    return outline.summary(__name__, name)

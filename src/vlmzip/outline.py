@@ -1,0 +1,105 @@
+"""What methods and families of models say about themselves, read from their source.
+
+Importing them takes seconds, because they need torch. A list of them must not.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.metadata import entry_points
+from importlib.resources import files
+from typing import Any
+
+from vlmzip.sites import Signal, Site
+
+#: Where installed packages offer methods.
+ENTRY_POINTS = "vlmzip.methods"
+#: What is read of a class, beside its docstring and its fields.
+VALUES = ("sites", "needs", "model_types", "example")
+#: The words that these values may be written with.
+WORDS = {"Site": Site, "Signal": Signal, "frozenset": frozenset, "tuple": tuple}
+
+
+@dataclass
+class Outline:
+    """A class as its source describes it."""
+
+    name: str
+    """The stem of its file."""
+    doc: str
+    values: dict[str, Any] = field(default_factory=dict)
+    """Those of `VALUES` that the class or a base class sets."""
+    fields: set[str] = field(default_factory=set)
+    """The names of a method's fields."""
+
+    @property
+    def summary(self) -> str:
+        """The first line of the docstring."""
+        return self.doc.partition("\n")[0]
+
+
+def methods() -> list[Outline]:
+    """Every method by name. Those that installed packages offer have to be imported."""
+    if not entry_points(group=ENTRY_POINTS):
+        return sorted(_of_package("vlmzip.methods"), key=lambda outline: outline.name)
+    from vlmzip import catalogue
+
+    return [
+        Outline(name, inspect.getdoc(cls) or "", {"sites": cls.sites, "needs": cls.needs}, set(cls.field_names()))
+        for name, cls in catalogue.available().items()
+    ]
+
+
+def families() -> list[Outline]:
+    """Every family of models."""
+    return [outline for outline in _of_package("vlmzip.models") if "example" in outline.values]
+
+
+def summary(package: str, file: str) -> str:
+    """The first line of a module's docstring."""
+    return (ast.get_docstring(_parsed(package, file)) or "").partition("\n")[0]
+
+
+def _of_package(package: str) -> list[Outline]:
+    """The classes that a package's `__init__` imports from its files."""
+    homes = _homes(_parsed(package, "__init__"))
+    return [_outline(module, name) for name, module in homes.items() if module.startswith(f"{package}.")]
+
+
+def _outline(module: str, name: str) -> Outline:
+    tree = _parsed(*module.rsplit(".", 1))
+    homes = _homes(tree)
+    (definition,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    outline = Outline(module.rpartition(".")[2], ast.get_docstring(definition) or "")
+    for base in map(ast.unparse, definition.bases):
+        if homes.get(base, "").startswith("vlmzip."):
+            inherited = _outline(homes[base], base)
+            outline.values |= inherited.values
+            outline.fields |= inherited.fields
+    for statement in definition.body:
+        if isinstance(statement, ast.AnnAssign):
+            target, value = ast.unparse(statement.target), statement.value
+            if not ast.unparse(statement.annotation).startswith("ClassVar"):
+                outline.fields.add(target)
+        elif isinstance(statement, ast.Assign):
+            target, value = ast.unparse(statement.targets[0]), statement.value
+        else:
+            continue
+        if target in VALUES and value is not None:
+            outline.values[target] = eval(ast.unparse(value), dict(WORDS))
+    return outline
+
+
+def _homes(tree: ast.Module) -> dict[str, str]:
+    """The module of every name that a file imports from one."""
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    return {name.name: node.module or "" for node in imports for name in node.names}
+
+
+@cache
+def _parsed(package: str, file: str) -> ast.Module:
+    folder = files("vlmzip").joinpath(*package.split(".")[1:])
+    return ast.parse(folder.joinpath(f"{file}.py").read_text(encoding="utf-8"))

@@ -1,0 +1,122 @@
+"""What `import vlmzip` gives, and what it and quick commands leave unimported."""
+
+import ast
+import inspect
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+import vlmzip
+from vlmzip import outline
+from vlmzip.models import FAMILIES
+
+#: Packages that take long to import.
+SLOW = ("torch", "transformers", "numpy", "PIL", "jaxtyping", "yaml", "matplotlib")
+RUN = f"""
+import contextlib, io, json, sys
+for statement in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            exec(statement)
+        except SystemExit:
+            pass
+    print(json.dumps([statement, [name for name in {SLOW} if name in sys.modules]]))
+"""
+QUICK = [
+    ["--help"], ["--version"], ["methods"], ["methods", "--json"], ["models"], ["models", "--json"],
+    ["shoe"], ["eval", "--limt", "3"], ["eval", "--limit", "x"], ["bench", "--factor", "3"],
+    *([name, "--help"] for name in ("bench", "compare", "eval", "methods", "models", "study", "tune")),
+]  # fmt: skip
+
+
+def imported_by(*statements):
+    """Which slow packages are imported after each statement; they run one after the other in a new process."""
+    done = subprocess.run(
+        [sys.executable, "-c", RUN, json.dumps(statements)], capture_output=True, text=True, check=True
+    )
+    return dict(map(json.loads, done.stdout.splitlines()))
+
+
+def test_quick_commands_import_nothing_slow():
+    commands = [f"from vlmzip.cli.main import main; main({arguments})" for arguments in QUICK]
+    fields = "main(['methods', 'visionzip'])"
+    found = imported_by("import vlmzip", *commands, fields)
+    assert {"torch", "numpy"} <= set(found.pop(fields)), "this test must see what is imported"
+    assert {statement: names for statement, names in found.items() if names} == {}
+    assert len(found) == len(QUICK) + 1
+
+
+def test_the_fields_of_a_method_need_no_transformers():
+    commands = [
+        f"from vlmzip.cli.main import main; main({arguments})"
+        for arguments in (["methods", "visionzip"], ["ask", "--help"], ["show", "--help"], ["calibrate", "--help"])
+    ]
+    assert not any({"transformers", "PIL"} & set(names) for names in imported_by(*commands).values())
+
+
+@pytest.mark.parametrize("name", vlmzip.__all__)
+def test_every_name_is_there(name):
+    assert getattr(vlmzip, name) is not None
+    assert name in dir(vlmzip)
+
+
+def test_type_checkers_see_the_same_names():
+    (block,) = (node for node in ast.parse(inspect.getsource(vlmzip)).body if _is_for_checkers(node))
+    names = [alias.name for statement in block.body for alias in statement.names]
+    assert sorted([*names, "__version__"]) == sorted(vlmzip.__all__)
+
+
+def _is_for_checkers(node):
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
+def test_modules_are_attributes_and_other_names_are_not():
+    code = "import vlmzip; vlmzip.errors.UserError; vlmzip.methods.VisionZip; from vlmzip import *; VisionZip"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    for name in ("VisionZap", "_private", "torch"):
+        with pytest.raises(AttributeError, match=f"module 'vlmzip' has no attribute {name!r}"):
+            getattr(vlmzip, name)
+
+
+@pytest.mark.parametrize("thing", [vlmzip.VisionZip(keep=7), vlmzip.Site.IN_LLM, vlmzip.Grid(1, 2, 3), vlmzip.attach])
+def test_what_comes_from_the_package_can_be_pickled(thing):
+    assert pickle.loads(pickle.dumps(thing)) == thing
+
+
+def test_outlines_say_what_the_classes_say():
+    for of_source, (name, cls) in zip(outline.methods(), vlmzip.available().items(), strict=True):
+        assert (of_source.name, of_source.doc) == (name, inspect.getdoc(cls))
+        assert of_source.values == {"sites": cls.sites, "needs": cls.needs}
+        assert of_source.fields == set(cls.field_names())
+    for of_source, family in zip(outline.families(), FAMILIES, strict=True):
+        assert family.__module__ == f"vlmzip.models.{of_source.name}"
+        assert of_source.values == {name: getattr(family, name) for name in ("model_types", "sites", "example")}
+
+
+def test_methods_of_installed_packages_are_listed(tmp_path, monkeypatch):
+    package = tmp_path / "other-1.0.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+    (package / "entry_points.txt").write_text(
+        "[vlmzip.methods]\nevery_other = vlmzip.methods.random_tokens:RandomTokens\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "every_other" in [method.name for method in outline.methods()]
+    monkeypatch.undo()
+    assert "every_other" not in [method.name for method in outline.methods()]
+
+
+def test_every_home_can_be_imported_first():
+    """In a new process each, which forks from one that has the slow packages: no import may need another before it."""
+    code = """
+import importlib, os, sys, torch, transformers
+for module in sys.argv[1:]:
+    if not os.fork():
+        importlib.import_module(module)
+        os._exit(0)
+    assert os.wait()[1] == 0, module
+"""
+    subprocess.run([sys.executable, "-c", code, *{f"vlmzip.{home}" for home in vlmzip._HOMES.values()}], check=True)
