@@ -8,7 +8,6 @@ each process computes with one thread.
 """
 
 import argparse
-import json
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from vlmzip import NoCompression, attach
 from vlmzip.cli.loading import load
 from vlmzip.compressor import Compressor
 from vlmzip.files import write_csv
+from vlmzip.json_text import parse, read_lines
 from vlmzip.measure.machine import about
 from vlmzip.measure.timing import in_turns
 from vlmzip.runtime.prepare import pad_id
@@ -41,7 +41,7 @@ def seconds(name: str, out: Path, processes: int) -> float:
         folder = Path(empty) / "run"
         settings = [f"schedule={name}", f"steps={STEPS}", f"seed={SEEDS[0]}", 'trainer.save_strategy="no"']
         train_model(out, folder, out / WARM, settings, processes)
-        lines = [json.loads(line) for line in (folder / LOG).read_text().splitlines()]
+        lines = [parse(line.text) for line in read_lines(folder / LOG)]
     return next(line[SUMMARY] for line in lines if SUMMARY in line)
 
 

@@ -26,6 +26,7 @@ from vlmzip import spec
 from vlmzip.evaluation.bootstrap import Bootstrap, estimate
 from vlmzip.evaluation.records import read_records
 from vlmzip.files import write_csv
+from vlmzip.json_text import parse, read_json, read_lines
 
 STEPS, BATCH, QUESTIONS = 200, 16, 1024
 #: Steps without compression of the base that all start from, with a seed of its own. An LLM that has seen captions
@@ -162,7 +163,7 @@ def prepare(out: Path, processes: int) -> list[str]:
     calibrated = data / "dfmr.json"
     if not calibrated.exists():
         calibrated.write_text(json.dumps(_calibrate(data / "base" / "model")))
-    found = json.loads(calibrated.read_text())
+    found = read_json(calibrated)
     return [f"dfmr(tau={found[name]})" for name in SHARES]
 
 
@@ -298,7 +299,7 @@ def table(out: Path, path: Path, dfmr: Sequence[str]) -> None:
         results = out / one.name / "eval" / "results.csv"
         if not results.exists():
             continue
-        logged = [json.loads(line) for line in (out / one.name / "log.jsonl").open()]
+        logged = [parse(line.text) for line in read_lines(out / one.name / "log.jsonl")]
         with results.open(encoding="utf-8", newline="") as file:
             for answered in csv.DictReader(file):
                 names = ("score", "low", "high", "reached", "questions", "device", "torch", "transformers", "commit")

@@ -10,7 +10,7 @@ import importlib
 import inspect
 import textwrap
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from types import NoneType, UnionType
@@ -65,20 +65,21 @@ def from_dict(content: Mapping[str, Any], find: Callable[[str], type[Compressor]
     """The compressor that `Compressor.to_dict` described; `find` turns the methods' names into classes."""
     settings = dict(content)
     cls = find(str(settings.pop("method")))
-    if isinstance(settings.get("compressors"), list):  # a chain holds others
-        settings["compressors"] = tuple(from_dict(part, find) for part in settings["compressors"])
+    if "compressors" in settings:  # a chain holds others
+        parts = settings["compressors"]
+        if not isinstance(parts, list) or not all(isinstance(part, dict) and "method" in part for part in parts):
+            raise UserError("compressors must be a list of objects, each with its method and the fields of it")
+        settings["compressors"] = tuple(from_dict(part, find) for part in parts)
     return make(cls, settings)
 
 
 def read_field(name: str, value: Any, hint: Any) -> Any:
     """A value for a field of type `hint`: text is read as a number, truth value or enum member where the type asks."""
     kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    if isinstance(value, list) and any(get_origin(kind) is tuple for kind in kinds):
-        return tuple(value)  # JSON has lists
-    if isinstance(value, float) and int in kinds and float not in kinds:
-        raise UserError(f"{name}={value!r} cannot be read as int")
     if not isinstance(value, str):
-        return value
+        if not any(_fits(value, kind) for kind in kinds):
+            raise UserError(f"{name}={value!r} cannot be read as {_expected(kinds)}")
+        return tuple(value) if isinstance(value, list) and any(get_origin(kind) is tuple for kind in kinds) else value
     if value.lower() == "none" and NoneType in kinds:
         return None
     for kind in kinds:
@@ -97,8 +98,30 @@ def read_field(name: str, value: Any, hint: Any) -> Any:
                 return kind(value)
     if str in kinds:
         return value
-    expected = " or ".join(kind.__name__ for kind in kinds if kind is not NoneType)
-    raise UserError(f"{name}={value!r} cannot be read as {expected}")
+    raise UserError(f"{name}={value!r} cannot be read as {_expected(kinds)}")
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value other than text is of a type; what is not known of a type is left to the method."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is tuple:  # JSON has lists
+        inner = get_args(get_args(kind)[0]) or get_args(kind)[:1]
+        return isinstance(value, list | tuple) and all(any(_fits(one, of) for of in inner) for one in value)
+    if not inspect.isclass(kind):
+        return True
+    if kind in (int, float):
+        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _expected(kinds: Sequence[Any]) -> str:
+    named = [
+        "|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else getattr(kind, "__name__", str(kind))
+        for kind in kinds
+        if kind is not NoneType
+    ]
+    return " or ".join(named)
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,8 @@ class TestFolder:
             ({"image": "a.png", "answers": ["it"]}, r":2: the field 'question' is missing"),
             (question(answers=[]), ":2: image and question are texts, answers is a list of texts"),
             (question(answers=[None]), ":2: image and question are texts"),
+            (question(id=[1]), ":2: id is a text or a number"),
+            (question(type=None), ":2: type is a text or a number"),
             (question(id="1"), ":2: the id '1' occurs twice"),
         ],
     )
@@ -147,7 +149,7 @@ class TestFolder:
         ("{folder}:exakt", "no metric 'exakt'; did you mean 'exact'"),
         ("{folder}/empty:exact", "should hold one .jsonl file with the questions, there are: none"),
         ("{folder}/none.jsonl:exact", "there is no question"),
-        ("{folder}/bytes.jsonl:exact", "cannot be read"),
+        ("{folder}/bytes.jsonl:exact", r"bytes\.jsonl:1: byte 1 is not UTF-8; save the file as UTF-8"),
     ],
 )
 def test_tasks_that_there_are_not(tmp_path, text, message):

@@ -9,7 +9,6 @@ question left out in silence would change the score.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from PIL import Image
 from vlmzip.errors import UserError, closest
 from vlmzip.evaluation.metrics import METRICS, Metric
 from vlmzip.evaluation.task import Calibration, Sample, Task
+from vlmzip.json_text import JsonError, parse, read_lines
 from vlmzip.runtime.pictures import load_picture
 
 FIELDS = ("image", "question", "answers", "id", "type")
@@ -74,20 +74,14 @@ def _questions_file(place: Path) -> Path:
 
 
 def _read(path: Path, metric: Metric) -> list[Sample]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{str(path)!r} cannot be read: {error}") from None
     samples: dict[str, Sample] = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for line in read_lines(path):
         try:
-            sample = _sample(path.parent, number, json.loads(line), metric)
+            sample = _sample(path.parent, line.number, parse(line.text), metric)
             if sample.id in samples:
                 raise UserError(f"the id {sample.id!r} occurs twice")
-        except ValueError as error:  # json's errors are ones, and so are UserErrors
-            raise UserError(f"{path}:{number}: {error}") from None
+        except (JsonError, UserError) as error:
+            raise UserError(f"{path}:{line.number}: {error}") from None
         samples[sample.id] = sample
     return list(samples.values())
 
@@ -103,6 +97,8 @@ def _sample(folder: Path, number: int, content: Any, metric: Metric) -> Sample:
     answers = [str(answer) if isinstance(answer, int | float) else answer for answer in answers]
     if not answers or not all(isinstance(text, str) for text in (content["image"], content["question"], *answers)):
         raise UserError("image and question are texts, answers is a list of texts")
+    if wrong := [name for name in ("id", "type") if not isinstance(content.get(name, ""), str | int | float)]:
+        raise UserError(f"{wrong[0]} is a text or a number")
     if reason := metric.unfit(answers):
         raise UserError(reason)
     path = folder / content["image"]

@@ -8,7 +8,6 @@ line that is no record is an error that names it: nobody knows what it was.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import weakref
 from collections.abc import Collection, Iterable, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmzip.errors import UserError
+from vlmzip.json_text import JsonError, Line, parse, read_lines, write_line
 
 try:
     import fcntl
@@ -36,26 +36,22 @@ def read_records(paths: Iterable[Path], numbers: Collection[str] = ()) -> dict[s
     """
     found: dict[str, Record] = {}
     for path in paths:
-        for number, line in enumerate(_whole_lines(path), 1):
-            record = _record(path, number, line, {"score", *numbers})
+        for line in read_lines(path):
+            if not line.is_whole:
+                continue
+            record = _record(path, line, {"score", *numbers})
             if record["sample"] in found:
-                _refuse(path, number, f"the sample {record['sample']!r} has a record before this one")
+                _refuse(path, line.number, f"the sample {record['sample']!r} has a record before this one")
             found[record["sample"]] = record
     return found
 
 
-def _whole_lines(path: Path) -> list[bytes]:
+def _record(path: Path, line: Line, numbers: set[str]) -> Record:
+    number = line.number
     try:
-        return path.read_bytes().split(b"\n")[:-1]  # behind the last line's end there is nothing, or a torn line
-    except OSError as error:
-        raise UserError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
-
-
-def _record(path: Path, number: int, line: bytes, numbers: set[str]) -> Record:
-    try:
-        record = json.loads(line.decode())
-    except ValueError as error:
-        _refuse(path, number, f"it cannot be read as JSON ({str(error)[:80]})")
+        record = parse(line.text)
+    except JsonError as error:
+        _refuse(path, number, f"it cannot be read as JSON ({error})")
     if missing := (KEYS | numbers) - set(record if isinstance(record, dict) else ()):
         _refuse(path, number, "it lacks " + ", ".join(sorted(missing)))
     if wrong := [name for name in sorted(numbers) if type(record[name]) not in (int, float)]:
@@ -124,7 +120,7 @@ class Shard:
 
     def append(self, records: Sequence[Record]) -> None:
         """Writes the records, and waits until the disk has them. Raises `UserError` where that fails."""
-        rest = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+        rest = "".join(map(write_line, records)).encode()
         size = len(rest)
         try:
             while rest:

@@ -27,6 +27,7 @@ from vlmzip.evaluation.processes import Processes
 from vlmzip.evaluation.records import Record, Shard, hold, read_records
 from vlmzip.evaluation.task import Sample, Task
 from vlmzip.files import write_text
+from vlmzip.json_text import read_json
 from vlmzip.measure.machine import about
 from vlmzip.models import adapter_for
 from vlmzip.runtime.facade import CompressedModel
@@ -265,10 +266,7 @@ def _read_study(path: Path) -> dict[str, Any]:
         if (path.parent / "records").exists():
             raise UserError(f"{str(path.parent)!r} has records but no {FILE}: nobody knows whose; give another --out")
         return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{str(path)!r} cannot be read: {error}; give another --out") from None
+    content = read_json(path, "give another --out")
     if not isinstance(content, dict):
         raise UserError(f"{str(path)!r} is no {FILE} of vlmzip; give another --out")
     return content

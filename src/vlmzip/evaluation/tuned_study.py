@@ -22,6 +22,7 @@ from vlmzip.evaluation.study import Study
 from vlmzip.evaluation.task import Sample, Task
 from vlmzip.evaluation.tuning import PLAIN, Answered, Part
 from vlmzip.files import write_text
+from vlmzip.json_text import read_json
 from vlmzip.measure.flops import prefill_flops
 from vlmzip.measure.timing import in_turns, time_answer
 
@@ -174,15 +175,15 @@ def _read_prefill(
     path: Path, conditions: Mapping[str, Any], count: int
 ) -> tuple[dict[int, float], dict[int, str]] | None:
     """What was measured before; `None` where it was under other conditions. Raises `UserError` for a corrupt file."""
+    known = read_json(path, advice := "delete it, and the prefill is timed again")
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
         if known["conditions"] != conditions:
             return None
         found = {int(number): float(ms) for number, ms in known["ms"].items()}
         failures = {int(number): str(why) for number, why in known["failures"].items()}
         if found.keys() | failures.keys() != set(range(count)) or not all(0 < ms < math.inf for ms in found.values()):
             raise ValueError("times are missing or impossible")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        said = error if isinstance(error, OSError | ValueError) else "it is not what tune writes there"
-        raise UserError(f"{str(path)!r} cannot be read: {said}; delete it, and the prefill is timed again") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        said = error if isinstance(error, ValueError) else "it is not what tune writes there"
+        raise UserError(f"{str(path)!r} cannot be read: {said}; {advice}") from None
     return found, failures

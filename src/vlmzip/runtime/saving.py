@@ -12,8 +12,9 @@ from torch import nn
 
 from vlmzip import catalogue
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError
+from vlmzip.errors import UserError, closest
 from vlmzip.files import replace_whole
+from vlmzip.json_text import read_json
 from vlmzip.runtime.resample import read_weights
 from vlmzip.spec import FILE
 from vlmzip.version import __version__
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 #: Raised when the file's layout changes in a way that older versions would misread.
 FORMAT = 1
+#: What the file has; vlmzip is the version that wrote it.
+KEYS = ("format", "vlmzip", "method", "fields")
 
 
 class NotInstalled(UserError):
@@ -82,7 +85,7 @@ def write_compressor(compressor: Compressor, folder: str | os.PathLike[str]) -> 
     content = {"format": FORMAT, "vlmzip": __version__, "method": settings.pop("method"), "fields": settings}
 
     def fill(name: str) -> None:
-        with Path(name).open("w") as file:
+        with Path(name).open("w", encoding="utf-8") as file:
             json.dump(content, file, indent=2)
 
     replace_whole(Path(folder) / FILE, fill)
@@ -120,19 +123,7 @@ def read_compressor(folder: str | os.PathLike[str], known: type[Compressor] | No
             f"there is no {FILE} in {str(folder)!r}" if path.parent.is_dir() else f"there is no folder {str(folder)!r}"
         )
         raise UserError(f"{where}; give compressor=…, or load the model with transformers and vlmzip.attach()")
-    try:
-        content = json.loads(path.read_text())
-        version, method, settings = content["format"], str(content["method"]), dict(content["fields"])
-        if type(version) is not int or "method" in settings:
-            raise TypeError("format must be a whole number, and method no field")
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{str(path)!r} cannot be read: {type(error).__name__}: {error}") from None
-    if version < 1:
-        raise UserError(f"{str(path)!r} cannot be read: there is no format {version}")
-    if version > FORMAT:
-        raise UserError(
-            f"{str(path)!r} was written by vlmzip {content.get('vlmzip')}, newer than {__version__}: update vlmzip"
-        )
+    method, settings = _read_file(path)
     classes = [*catalogue.available().values(), *([known] if known else [])]
     installed = {f"{cls.__module__}:{cls.__qualname__}": cls for cls in classes}
 
@@ -145,3 +136,26 @@ def read_compressor(folder: str | os.PathLike[str], known: type[Compressor] | No
         return installed.get(name) or catalogue.find(name)
 
     return catalogue.from_dict({"method": method, **settings}, find)
+
+
+def _read_file(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return the method and its fields. Raises `UserError` for a file of a newer vlmzip, or that nobody wrote so."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"{str(path)!r} cannot be read: it is no object of {', '.join(KEYS)}")
+    version, method, settings = content.get("format"), content.get("method"), content.get("fields")
+    if type(version) is int and version > FORMAT:
+        raise UserError(
+            f"{str(path)!r} was written by vlmzip {content.get('vlmzip')}, newer than {__version__}: update vlmzip"
+        )
+    if unknown := [name for name in content if name not in KEYS]:
+        raise UserError(f"{str(path)!r} has no place for {unknown[0]!r}{closest(unknown[0], KEYS)}")
+    if missing := [name for name in ("format", "method", "fields") if name not in content]:
+        raise UserError(f"{str(path)!r} cannot be read: it lacks {missing[0]}")
+    if type(version) is not int or version < 1:
+        raise UserError(f"{str(path)!r} cannot be read: format must be a whole number from 1 to {FORMAT}")
+    if not isinstance(method, str):
+        raise UserError(f"{str(path)!r} cannot be read: method must be a text")
+    if not isinstance(settings, dict) or "method" in settings:
+        raise UserError(f"{str(path)!r} cannot be read: fields must be an object, and method no field of it")
+    return method, settings

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from vlmzip.errors import UserError
+from vlmzip.json_text import JsonError, parse, read_lines, write_line
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.runtime.prepare import PER_TOKEN
 from vlmzip.runtime.prompts import special_tokens
@@ -218,7 +218,7 @@ class Examples(Dataset):
 
 def note_bad(notes: Path, bad: Sequence[tuple[int, str]]) -> None:
     """Adds records, by their number in the file, to those that were left out."""
-    lines = "".join(json.dumps({"record": number, "reason": reason}) + "\n" for number, reason in bad)
+    lines = "".join(write_line({"record": number, "reason": reason}) for number, reason in bad)
     lines = "\n" + lines if _ends_cut(notes) else lines
     with notes.open("ab", buffering=len(lines) + 2) as file:  # all at once: other processes add lines too
         file.write(lines.encode())
@@ -237,9 +237,16 @@ def count_bad(notes: Path) -> Counter[str]:
     """How many records were left out so far, by reason."""
     if not notes.exists():
         return Counter()
-    whole = [line for line in notes.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-    lines = [json.loads(line) for line in whole]  # a line that does not end so was cut short
-    return Counter({line["record"]: line["reason"] for line in lines}.values())
+    found: dict[int, str] = {}
+    for line in read_lines(notes):
+        if not line.text.rstrip().endswith(b"}"):
+            continue  # it was cut short
+        try:
+            noted = parse(line.text)
+            found[noted["record"]] = noted["reason"]
+        except (JsonError, KeyError, TypeError) as error:
+            raise UserError(f"{notes}:{line.number} is no note of a record: {error}; delete the line") from None
+    return Counter(found.values())
 
 
 class Padded:

@@ -304,7 +304,15 @@ def read_config(path: Path, changes: Sequence[str] = ()) -> Config:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML's own reader takes the last and says nothing."""
+    """Refuses a key that stands twice, of which YAML's own reader silently takes the last, and half characters."""
+
+    def construct_scalar(self, node: Any) -> Any:
+        try:
+            node.value.encode()
+        except UnicodeEncodeError:
+            line = node.start_mark.line + 1
+            raise UserError(f"half a character in the text of line {line} (a lone surrogate)") from None
+        return super().construct_scalar(node)
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -324,6 +332,8 @@ def _parse(where: str, text: str | bytes) -> Any:
         return yaml.load(text, _Loader)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+    except RecursionError:
+        raise UserError(f"{where}: too many brackets in one another") from None
     except (yaml.YAMLError, ValueError) as error:  # a date of month 13 is a ValueError
         raise UserError(f"{where} is no YAML: {' '.join(str(error).split())}") from None
 

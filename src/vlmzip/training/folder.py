@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from vlmzip.errors import UserError
 from vlmzip.evaluation.records import Hold, hold
 from vlmzip.files import write_text
+from vlmzip.json_text import read_json
 from vlmzip.training.batches import BAD, note_bad
 from vlmzip.training.config import Config
 from vlmzip.training.trainer import LOG, remove_torn_checkpoints, whole_checkpoints
@@ -106,12 +107,9 @@ def _written(config: Config) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except ValueError as error:
-        raise UserError(f"out: {str(path)!r} cannot be read ({str(error)[:80]}); give another folder") from None
+    found = read_json(path, "give another out")
     if not isinstance(found, dict) or not {"vlmzip", "model", "records"} <= found.keys():
         raise UserError(f"out: {str(path)!r} is of something else; give another folder")
     return found

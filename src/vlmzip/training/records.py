@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from vlmzip.errors import UserError
+from vlmzip.json_text import JsonError, parse, read_lines
 from vlmzip.runtime.pictures import ImageError, load_picture
 
 PLACE, VIDEO = "<image>", "<video>"
@@ -192,11 +193,9 @@ class Records:
 
 def _parsed(text: bytes) -> Any:
     try:
-        return json.loads(text)
-    except ValueError:
-        raise BadRecord("no JSON") from None
-    except RecursionError:
-        raise BadRecord("too many brackets in one another") from None
+        return parse(text)
+    except JsonError as error:
+        raise BadRecord(error.kind) from None
 
 
 def _texts(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -207,12 +206,8 @@ def _texts(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    begin = 0
-    with path.open("rb") as file:
-        for line in file:
-            if line.strip():
-                yield begin, line
-            begin += len(line)
+    for line in read_lines(path):
+        yield line.begin, line.text
 
 
 def _elements(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -23,6 +22,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.files import write_text
+from vlmzip.json_text import JsonError, Line, parse, read_lines, write_line
 from vlmzip.methods import Chain, RandomTokens
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.training import sharding
@@ -234,9 +234,9 @@ class JsonLog(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if not state.is_world_process_zero:
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= state.global_step]
-        write_text(self.path, "".join(f"{line}\n" for line in kept))
+        lines = read_lines(self.path) if self.path.exists() else ()
+        kept = [line.text.decode() for line in lines if _step_of(line) <= state.global_step]
+        write_text(self.path, "".join(kept))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """What is logged is a mean since the last log: one that began before a checkpoint could not be resumed."""
@@ -251,15 +251,15 @@ class JsonLog(TrainerCallback):
             line["cpu_seconds"] = round(time.process_time(), 2)
             line["compressor"] = written(self.schedule.stages[line["stage"] - 1].compressor)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(write_line(line))
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: Line) -> float:
     """The step of a line of the log; one that was cut short, or sums a run up, is behind every other."""
     try:
-        content = json.loads(line)
-        return float("inf") if SUMMARY in content else content["step"]
-    except (ValueError, KeyError, TypeError):
+        content = parse(line.text)
+        return float("inf") if SUMMARY in content or not line.is_whole else float(content["step"])
+    except (JsonError, KeyError, TypeError, ValueError):
         return float("inf")
 
 

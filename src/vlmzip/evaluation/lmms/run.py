@@ -30,6 +30,7 @@ from vlmzip.evaluation.metrics import METRICS
 from vlmzip.evaluation.study import attach_alike, file_stem, fingerprint, slug
 from vlmzip.evaluation.task import Calibration, Task
 from vlmzip.files import write_text
+from vlmzip.json_text import read_json
 from vlmzip.measure.machine import about
 from vlmzip.spec import Candidate
 from vlmzip.version import __version__
@@ -288,10 +289,7 @@ def _costs(samples: Sequence[Found]) -> Found:
 
 
 def _read_json(path: Path) -> Found:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{str(path)!r} cannot be read: {error}; move it away") from None
+    content = read_json(path, "move it away")
     if not isinstance(content, dict):
         raise UserError(f"{str(path)!r} was not written by vlmzip; move it away")
     return content
