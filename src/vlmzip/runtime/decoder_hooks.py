@@ -16,7 +16,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from vlmzip.runtime.cache import cache_argument
 from vlmzip.runtime.in_llm import Inside, Step
+from vlmzip.runtime.versions import argument
 
 #: The name under which the state of a call travels from the LLM to its layers.
 STEP = "vlmzip_step"
@@ -43,7 +45,7 @@ class LLMHook:
         inside = _running.get()
         if inside is None or inside.adapter.llm is not llm:
             return None
-        step = inside.step(kwargs["inputs_embeds"], kwargs.get("past_key_values"))
+        step = inside.step(argument(kwargs, "inputs_embeds", "the LLM"), cache_argument(kwargs, "the LLM"))
         return None if step is None else (args, {**kwargs, STEP: step})
 
 
@@ -61,7 +63,8 @@ class LayerHook:
         kwargs = dict(kwargs)
         if args:
             return (step.enter(self.index, layer, args[0], kwargs), *args[1:]), kwargs
-        kwargs["hidden_states"] = step.enter(self.index, layer, kwargs["hidden_states"], kwargs)
+        hidden = argument(kwargs, "hidden_states", "a decoder layer")
+        kwargs["hidden_states"] = step.enter(self.index, layer, hidden, kwargs)
         return args, kwargs
 
 

@@ -24,6 +24,7 @@ from vlmzip.errors import UserError, closest
 from vlmzip.methods import NoCompression
 from vlmzip.models import adapter_for
 from vlmzip.models.adapter import ModelAdapter
+from vlmzip.runtime.cache import cache_name, cache_of, with_cache_named
 from vlmzip.runtime.decoder_hooks import Hooks, running
 from vlmzip.runtime.in_llm import Inside, check_place, extend, prompt_of
 from vlmzip.runtime.prepare import PER_TOKEN, CompressedInputs, compress_inputs, gather, pad_id
@@ -31,6 +32,7 @@ from vlmzip.runtime.report import Report
 from vlmzip.runtime.resample import build_resampler, resampling, write_weights
 from vlmzip.runtime.saving import write_compressor
 from vlmzip.runtime.turns import Seen, Turns, first_turn, next_turn
+from vlmzip.runtime.versions import warn_if_untested
 from vlmzip.visual_tokens import Site
 
 #: Whether chunked prefill gives each chunk its own part of the pictures' features.
@@ -54,6 +56,7 @@ def attach(model: nn.Module, compressor: Compressor) -> CompressedModel:
     Raises `UserError` for a model that vlmzip cannot compress, or a compressor that has no place in it.
     """
     small = CompressedModel(model, compressor)
+    warn_if_untested()
     _warn_if_untrained(small)
     return small
 
@@ -152,6 +155,7 @@ class CompressedModel(nn.Module):
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Any = None,
+        cache: Any = None,
         inputs_embeds: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
@@ -164,19 +168,22 @@ class CompressedModel(nn.Module):
         With `pack_rows`, for training, short rows stand side by side where they can: the same loss from less padding.
 
         The named arguments are those that processors return and trainers look for; every other goes through as it is.
-        A cache filled here can be continued by `forward` (new tokens only) and by `generate`.
+        A KV cache filled here can be continued by `forward` (new tokens only) and by `generate`. It goes by
+        `past_key_values` or `cache`, whichever of the two this transformers uses.
         """
         named = dict(
             input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, labels=labels,
-            position_ids=position_ids, past_key_values=past_key_values, inputs_embeds=inputs_embeds,
+            position_ids=position_ids, past_key_values=past_key_values, cache=cache, inputs_embeds=inputs_embeds,
             token_type_ids=token_type_ids, mm_token_type_ids=mm_token_type_ids, image_grid_thw=image_grid_thw,
         )  # fmt: skip
         inputs = {**{name: value for name, value in named.items() if value is not None}, **kwargs}
+        inputs = with_cache_named(inputs, cache_name(adapter_for(self.inner).model))
         small, seen, inside = self._compress(inputs, generating=False, pack_rows=pack_rows)
         out = self.inner(**small) if inside is None else self._forward_inside(small, inside)
-        cache = _cache_in(out) if inputs.get("past_key_values") is None else inputs["past_key_values"]
-        if seen is not None and cache is not None:
-            self._remember(cache, seen, inside)
+        filled = cache_of(inputs)
+        filled = _cache_in(out) if filled is None else filled  # not `or`: an empty cache is false
+        if seen is not None and filled is not None:
+            self._remember(filled, seen, inside)
         return out
 
     @torch.no_grad()
@@ -191,8 +198,12 @@ class CompressedModel(nn.Module):
         if generation_config is not None:
             kwargs["generation_config"] = generation_config
         repeating = self._setting(kwargs, "num_beams", 1) > 1 or self._setting(kwargs, "num_return_sequences", 1) > 1
-        if repeating and kwargs.get("past_key_values") is not None:
+        kwargs = with_cache_named(kwargs, cache_name(adapter_for(self.inner).model))
+        cache = cache_of(kwargs)
+        if repeating and cache is not None:
             raise UserError("a cache can be neither filled nor continued with beams or several sequences a prompt")
+        if cache is not None and self._setting(kwargs, "use_cache", True) is False:
+            raise UserError("use_cache=False with a KV cache gives wrong answers: leave one of the two out")
         self._infer_mask(kwargs)
         if kwargs.get("assistant_model") is not None or self._setting(kwargs, "assistant_early_exit", None):
             raise UserError("assisted decoding is not supported: the assistant would need the compressed prompt too")
@@ -216,7 +227,8 @@ class CompressedModel(nn.Module):
         sequences = out if isinstance(out, Tensor) else out.sequences
         new_tokens = sequences[:, short:]
         copies = len(new_tokens) // len(prompt)
-        cache = kwargs.get("past_key_values", getattr(out, "past_key_values", None))
+        if cache is None and not isinstance(out, Tensor):
+            cache = cache_of(out)
         if cache is not None and not repeating:
             answered = partial(seen().and_generated, new_tokens, self._filler(new_tokens, kwargs))
             self._remember(cache, answered, inside)
@@ -258,7 +270,7 @@ class CompressedModel(nn.Module):
         if self._detached:
             raise UserError("this model was detached; call vlmzip.attach(model, compressor) again")
         adapter = adapter_for(self.inner)
-        before = self._turns.recall(inputs.get("past_key_values"))
+        before = self._turns.recall(cache_of(inputs))
         if before is not None and inputs.get("input_ids") is None:
             raise UserError("a filled KV cache is continued by input_ids: embeddings do not tell what was said")
         if isinstance(inputs.get("logits_to_keep"), Tensor):
@@ -334,9 +346,15 @@ class CompressedModel(nn.Module):
 
     def _refuse_inside(self, arguments: CompressedInputs, inside: Inside | None) -> None:
         """What `generate` would do with a cache whose layers differ, without an error."""
+        if inside is None:
+            return
         for name in ("prefill_chunk_size", "prompt_lookup_num_tokens"):
-            if inside is not None and self._setting(arguments, name, None):
+            if self._setting(arguments, name, None):
                 raise UserError(f"{name} does not go with a compressor inside the LLM; leave it out")
+        guided = self._setting(arguments, "guidance_scale", 1) != 1
+        if guided and self._setting(arguments, "use_cache", True) is False:
+            # Without a cache nothing tells the forwards of the answer from those of the negative prompt.
+            raise UserError("guidance_scale with a compressor inside the LLM needs use_cache=True")
 
     @torch.compiler.disable  # as `_compress`
     def _remember(self, cache: Any, seen: Callable[[], Seen], inside: Inside | None) -> None:
@@ -412,7 +430,7 @@ class CompressedModel(nn.Module):
         """Without `attention_mask`, `generate` takes pad tokens for padding; so do we, before counting tokens."""
         ids, pad = arguments.get("input_ids"), self._setting(arguments, "pad_token_id", None)
         eos = torch.as_tensor(self._setting(arguments, "eos_token_id", -1)).flatten().tolist()
-        told = arguments.get("attention_mask") is not None or arguments.get("past_key_values") is not None
+        told = arguments.get("attention_mask") is not None or cache_of(arguments) is not None
         if ids is not None and not told and pad is not None and pad not in eos and bool((ids == pad).any()):
             arguments["attention_mask"] = (ids != pad).long()
 
@@ -473,8 +491,9 @@ class _PromptStreamer:
 
 def _cache_in(out: Any) -> Any:
     """The KV cache that a model's `forward` returns, if it does."""
-    values = out if isinstance(out, tuple) else (getattr(out, "past_key_values", None),)
-    return next((value for value in values if isinstance(value, Cache)), None)
+    if not isinstance(out, tuple):
+        return cache_of(out)
+    return next((value for value in out if isinstance(value, Cache)), None)
 
 
 def _check(compressor: Compressor, adapter: ModelAdapter) -> None:
@@ -485,6 +504,7 @@ def _check(compressor: Compressor, adapter: ModelAdapter) -> None:
         if stage.site not in adapter.sites:
             known = closest(stage.site, adapter.sites)
             raise UserError(f"{type(adapter.model).__name__} has no site {stage.site.value!r}{known}")
+    cache_name(adapter.model)
     check_place(adapter, _inside_the_llm(compressor))
 
 

@@ -23,6 +23,7 @@ from vlmzip.models.recording import attention_rows
 from vlmzip.runtime.masks import shrink_mask
 from vlmzip.runtime.prepare import Span
 from vlmzip.runtime.report import Report, Stopwatch
+from vlmzip.runtime.versions import argument
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Signal, VisualTokens
 
@@ -81,6 +82,9 @@ class Inside:
         self.prompt = prompt
         self.keys = dict(keys or {})
         """For each compressing layer, what its cache holds (see `Decision.keys`)."""
+        self.cache: Any = None
+        """The KV cache of the call; it stays `None` if the call runs without one."""
+        self.started = False
         self.first: Step | None = None
         """The step that took in the pictures."""
 
@@ -92,15 +96,35 @@ class Inside:
 
     def step(self, embeddings: Float[Tensor, "batch length dim"], cache: Any) -> Step | None:
         """The state of one forward of the LLM, `None` where no layer has anything to do."""
+        if self.started and cache is not self.cache:
+            _refuse_part_of_another_cache(cache)
+            return None  # a logits processor, such as that of guidance_scale, asks the model something else
         past = 0 if cache is None else cache.get_seq_length()
-        prompt, self.prompt = self.prompt, None
+        prompt = self._prompt_for(embeddings.shape[1], past)
+        self.started, self.cache = True, cache
+        if past == 0:
+            self.keys = {}
         if prompt is None and not self.keys:
             return None
         _refuse_other_caches(cache)
         step = Step(self, prompt, embeddings.detach(), past, cache)
-        if prompt is not None and prompt.spans:
+        if prompt is not None and prompt.spans and self.first is None:
             self.first = step
         return step
+
+    def _prompt_for(self, length: int, past: int) -> Prompt | None:
+        """The prompt that this forward takes in; without a KV cache that is all of it, at every step."""
+        if not self.started:
+            return self.prompt
+        if past or self.prompt is None:
+            return None
+        new = length - self.prompt.real.shape[1]
+        if new < 0:
+            raise UserError(
+                "the KV cache was not filled, so this answer cannot go on: call model.eval() before generate, or"
+                " switch off gradient checkpointing"
+            )
+        return replace(self.prompt, real=nn.functional.pad(self.prompt.real, (0, new), value=True))
 
 
 class Step:
@@ -235,20 +259,21 @@ class Step:
 
     def _shorten_arguments(self, decision: Decision, hidden: Tensor, arguments: dict[str, Any]) -> None:
         tables = decision.tables
-        given = arguments.get("attention_mask")
-        if tables.get("mask_given") is not given or "mask" not in tables:
+        given = argument(arguments, "attention_mask", "a decoder layer")
+        if "mask" not in tables or tables["mask_given"] is not given:
             flash = "flash" in (self.inside.adapter.llm_config._attn_implementation or "")
             tables["mask_given"] = given
             tables["mask"] = shrink_mask(given, decision.here, decision.keys, self.past, decision.padded, flash=flash)
         arguments["attention_mask"] = tables["mask"]
-        if "positions" not in tables:
+        cos_sin = argument(arguments, "position_embeddings", "a decoder layer")
+        if "positions" not in tables or tables["positions_given"] is not cos_sin:
             here = decision.here.clamp(min=0)
-            cos_sin = arguments["position_embeddings"]
+            tables["positions_given"] = cos_sin
             tables["positions"] = tuple(
                 table.expand(self.batch, -1, -1).gather(1, here[..., None].expand(-1, -1, table.shape[-1]))
                 for table in cos_sin
             )
-            ids = arguments.get("position_ids")
+            ids = argument(arguments, "position_ids", "a decoder layer")
             tables["ids"] = None if ids is None else ids.expand(self.batch, -1).gather(1, here)
         arguments["position_embeddings"], arguments["position_ids"] = tables["positions"], tables["ids"]
 
@@ -293,7 +318,7 @@ class Step:
         query, key = self.inside.adapter.queries_and_keys(layer, hidden, arguments["position_embeddings"], queries)
         if self.past:
             key = torch.cat([self.cache.layers[index].keys.to(key.device), key], dim=2)
-        mask = arguments.get("attention_mask")
+        mask = argument(arguments, "attention_mask", "a decoder layer")
         if mask is None or mask.ndim == 2:
             real = (keys >= 0) if mask is None else mask.bool()
             column = _gather(here, queries) + self.past
@@ -383,6 +408,17 @@ def _refuse_other_caches(cache: Any) -> None:
         raise UserError(
             f"compressors inside the LLM need a DynamicCache of full-attention layers, not {type(cache).__name__}:"
             " layers hold different numbers of tokens"
+        )
+
+
+def _refuse_part_of_another_cache(cache: Any) -> None:
+    """Raises `UserError` for a cache with fewer tokens in some layers, where this call has filled another one."""
+    if cache is None:
+        return
+    if len({cache.get_seq_length(layer) for layer in range(len(cache.layers))}) > 1:
+        raise UserError(
+            "a compressor inside the LLM goes on with the KV cache that it has filled, not with a copy of it:"
+            " use generate without custom_generate, or a compressor before the LLM"
         )
 
 

@@ -17,6 +17,7 @@ from vlmzip.methods import NoCompression
 from vlmzip.models import adapter_for
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.resampler import Resampler
+from vlmzip.runtime.cache import cache_of
 from vlmzip.runtime.packing import pack
 from vlmzip.runtime.pixels import encode_smaller
 from vlmzip.runtime.report import CompressedPicture, PictureReport, Report, Stopwatch
@@ -115,7 +116,7 @@ def compress_inputs(
     out.report = Report(compressor, reports, source, watch)
     goes_on = any(stage.site is Site.IN_LLM for stage in compressor.stages())
     out.spans = _spans(out["input_ids"], adapter.placeholder_id, reports) if goes_on else []
-    if pack_rows and not goes_on and not generating and out.get("past_key_values") is None:
+    if pack_rows and not goes_on and not generating and cache_of(out) is None:
         pack(out, adapter, pictures, {"input_ids": pad_id(adapter), **PER_TOKEN})
     return out
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.models.adapter import ModelAdapter
+from vlmzip.runtime.cache import cache_of
 from vlmzip.runtime.prepare import (
     PER_TOKEN,
     CompressedInputs,
@@ -141,7 +142,7 @@ def next_turn(
     it skips what the cache holds; for `forward` it is what the cache does not hold.
     """
     # After `generate` the last token of the answer has not been through the model.
-    pending = seen.source.shape[1] - inputs["past_key_values"].get_seq_length()
+    pending = seen.source.shape[1] - cache_of(inputs).get_seq_length()
     new, seen_mask = _new_part(adapter, inputs, seen, 0 if generating else pending)
     out = CompressedInputs(inputs)
     for name in (*adapter.picture_inputs, *PER_TOKEN):

@@ -31,7 +31,9 @@ from vlmzip.evaluation.task import Task
 from vlmzip.methods import NoCompression
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.models.recording import attention_rows
+from vlmzip.runtime.cache import cache_argument
 from vlmzip.runtime.in_llm import has_sliding_windows
+from vlmzip.runtime.versions import argument
 from vlmzip.visualize.figure import new_figure
 
 if TYPE_CHECKING:
@@ -123,10 +125,12 @@ class Read:
         hidden = args[0] if args else arguments["hidden_states"]
         last = torch.full((len(hidden), 1), hidden.shape[1] - 1, device=hidden.device)
         query, key = adapter.queries_and_keys(layer, hidden, arguments["position_embeddings"], last)
-        cache = arguments.get("past_key_values")
+        cache = cache_argument(arguments, "a decoder layer")
         if cache is not None and cache.get_seq_length(index):
             key = torch.cat([cache.layers[index].keys, key], 2)
-        allowed = _allowed(arguments.get("attention_mask"), len(hidden), key.shape[2]).to(key.device)
+        allowed = _allowed(argument(arguments, "attention_mask", "a decoder layer"), len(hidden), key.shape[2]).to(
+            key.device
+        )
         rows = attention_rows(query, key, allowed, query.shape[-1] ** -0.5)
         visual = nn.functional.pad(self.visual, (0, key.shape[2] - self.visual.shape[1])).to(key.device)
         self.shares[index].append((rows[:, 0] * visual).sum(-1).cpu())

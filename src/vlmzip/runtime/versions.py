@@ -1,0 +1,46 @@
+"""The versions of transformers that vlmzip was tested with, and its words about others."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import transformers
+from packaging.version import Version
+
+from vlmzip.errors import UserError
+
+#: The oldest and the newest minor version of transformers that the tests pass with.
+OLDEST, NEWEST = "5.18", "5.24"
+
+
+def warn_if_untested() -> None:
+    """Warn, once per process, if transformers is newer than any version that was tested."""
+    version = Version(transformers.__version__)
+    if (version.major, version.minor) > tuple(Version(NEWEST).release[:2]):
+        _warn(f"vlmzip is tested with transformers {OLDEST} to {NEWEST}; {version} is newer and may behave differently")
+
+
+@cache
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=5)
+
+
+def unknown_interface(what: str) -> UserError:
+    """Return the error for a model that is not built or called in a way that vlmzip knows."""
+    return UserError(
+        f"{what}: transformers {transformers.__version__} may have changed it;"
+        f" use a version from {OLDEST} to {NEWEST}, or update vlmzip"
+    )
+
+
+def argument(arguments: Mapping[str, Any], name: str, called: str) -> Any:
+    """Return the argument `name` of a call that a hook sees.
+
+    Raise `UserError` if the call does not name it: a default would be a guess. `called` is for the message.
+    """
+    if name not in arguments:
+        raise unknown_interface(f"{called} was called without {name}")
+    return arguments[name]
