@@ -80,8 +80,9 @@ class Conversations:
         try:
             text, (answer,) = self._rendered(Record("", (Turn("?", "!"),), ()), end="")
             end = "" if eos in text[slice(*answer)] else eos
-            text, answers = self._rendered(Record("", (Turn(f"{PLACE}\n?", "!"), Turn("?", "!")), ()), end)
+            text, answers = self._rendered(Record("", (Turn(f"{PLACE}\n?", "!"), Turn("?", "yes")), ()), end)
             self._labels(self._row(text, [Image.new("RGB", BLANK)])["input_ids"], text, answers)
+            self._refuse_merged(text, answers)
         except BadRecord as reason:
             raise UserError(f"no conversation of the checkpoint's processor can be trained on: {reason}") from None
         return end
@@ -133,24 +134,47 @@ class Conversations:
         return whole, answers
 
     def _labels(self, ids: Tensor, text: str, answers: Sequence[tuple[int, int]]) -> Tensor:
-        """The ids of the answers, `IGNORE` elsewhere.
+        """Return the ids of the tokens that hold any of the answers, `IGNORE` elsewhere.
 
         The processor writes many placeholders where the text has one; all other tokens are the text's own, in order.
         Raises `BadRecord` where they are not.
         """
-        plain = self.tokenizer(text, return_offsets_mapping=True, **special_tokens(self.tokenizer, text))
-        own = [n for n, token in enumerate(plain["input_ids"]) if token != self.placeholder]
+        plain, spans = self._tokens(text)
+        own = [n for n, token in enumerate(plain) if token != self.placeholder]
         places = (ids != self.placeholder).nonzero()[:, 0].tolist()
-        if [plain["input_ids"][n] for n in own] != ids[places].tolist():
+        if [plain[n] for n in own] != ids[places].tolist():
             raise BadRecord(f"{type(self.processor).__name__} rewrites it: answers cannot be told from questions")
         labels = torch.full_like(ids, IGNORE)
         for place, n in zip(places, own, strict=True):
-            begin, stop = plain["offset_mapping"][n]
-            if begin < stop and any(first <= begin and stop <= last for first, last in answers):
+            if any(_overlap(spans[n], answer) for answer in answers):
                 labels[place] = ids[place]
         if bool((labels == IGNORE).all()):
             raise BadRecord("no token of the answers is left")
         return labels
+
+    def _tokens(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the text's tokens, and from where to where in it each of them stands."""
+        plain = self.tokenizer(text, return_offsets_mapping=True, **special_tokens(self.tokenizer, text))
+        return plain["input_ids"], plain["offset_mapping"]
+
+    def _refuse_merged(self, text: str, answers: Sequence[tuple[int, int]]) -> None:
+        """Raise `BadRecord` where a token holds the last word of the prompt and the first one of an answer.
+
+        White space between them may stand in either's token.
+        """
+        for begin, stop in self._tokens(text)[1]:
+            for first, _ in answers:
+                if begin < first < stop and text[begin:first].strip() and text[first:stop].strip():
+                    merged = text[begin:stop]
+                    raise BadRecord(f"its chat template joins the answer to the prompt, {merged!r} is one token")
+
+
+def _overlap(token: tuple[int, int], answer: tuple[int, int]) -> bool:
+    """Whether a token holds any of an answer.
+
+    The span of a token that is white space alone can be empty (`trim_offsets`): it stands where the token ends.
+    """
+    return token[0] < answer[1] and token[1] > answer[0]
 
 
 def _parts(question: str) -> list[dict[str, str]]:
