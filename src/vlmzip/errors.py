@@ -17,7 +17,7 @@ def closest(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(known)}"
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException) -> str:
     """Why something could not be done, in one line: the message, after its kind where nobody wrote it for users."""
     said = " ".join(str(error).split())
     return said if isinstance(error, UserError) else f"failed with {type(error).__name__}: {said}"[:300]

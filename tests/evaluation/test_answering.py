@@ -1,5 +1,8 @@
 """Prompts of any form answered together, and what each of them cost."""
 
+import json
+import shutil
+
 import pytest
 from PIL import Image
 from tokenizers.processors import TemplateProcessing
@@ -7,10 +10,10 @@ from tokenizers.processors import TemplateProcessing
 import vlmzip
 from tests.tiny import tiny_llava, tiny_processor
 from vlmzip.cli.asking import build_inputs
-from vlmzip.cli.loading import Loaded
+from vlmzip.cli.loading import Loaded, load
 from vlmzip.errors import UserError
 from vlmzip.evaluation.answering import Asker
-from vlmzip.methods import VisionZip
+from vlmzip.methods import FastV, VisionZip
 from vlmzip.models import adapter_for
 from vlmzip.runtime.prompts import chat_prompt, conversation_prompt
 
@@ -80,3 +83,25 @@ def test_a_prompt_begins_once(template, tmp_path):
     for inputs in (asked, typed):
         assert inputs["input_ids"][0].tolist().count(processor.tokenizer.bos_token_id) == 1
         assert inputs["input_ids"][0, 0] == processor.tokenizer.bos_token_id
+
+
+def test_without_a_pad_token_answers_of_a_batch_are_those_of_one_by_one(tmp_path):
+    """Llama's and Mistral's tokenizers have none, and pad on the right."""
+    folder = shutil.copytree(vlmzip.mini.weights_folder(), tmp_path / "model")
+    for file, removed in (
+        ("tokenizer_config.json", ("pad_token", "padding_side")),
+        ("generation_config.json", ("pad_token_id",)),
+    ):
+        settings = json.loads((folder / file).read_text())
+        (folder / file).write_text(json.dumps({name: value for name, value in settings.items() if name not in removed}))
+    loaded = load(str(folder), "cpu")
+    asker = Asker(loaded.adapter, loaded.processor)
+    picture = Image.open("examples/flat.png").convert("RGB")
+    questions = ["is there a star ?", "what color is the ring ?", "how many things are there in the picture ?"]
+    for method in (VisionZip(keep=36), FastV(layer=2, keep=36)):
+        with method.on(loaded.model) as small:
+            together = asker.answer(small, [picture] * 3, questions, 6)
+            alone = [asker.answer(small, [picture], [question], 6)[0] for question in questions]
+        assert [one.text for one in together] == [one.text for one in alone]
+        assert len({one.text_tokens for one in together}) == 3
+        assert together == alone

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+import vlmzip
 from tests.tiny import batch, prompt, tiny_llava, tiny_paligemma, tiny_vipllava
-from vlmzip import Signal, Site, UserError
+from vlmzip import Signal, Site, UserError, VisionZip
 from vlmzip.models import adapter_for
 from vlmzip.models.recording import record
 
@@ -49,6 +50,34 @@ def test_features_of_several_layers_are_put_side_by_side():
     model = tiny_llava(vision_feature_layer=[-2, -1])
     [(tokens, _)] = adapter_for(model).encode(batch([1], pictures=1), Site.PRE_PROJECTOR, NEEDS)
     assert tokens.features.shape == (1, 37, 64)
+
+
+@pytest.mark.parametrize("layer", [4, -5, 9, [-2, 4], [], "-2", None, True, 1.0])
+@pytest.mark.parametrize("make", [tiny_llava, tiny_vipllava])
+def test_layers_that_the_encoder_does_not_have_are_refused(make, layer):
+    model = make()
+    name = "vision_feature_layer" if hasattr(model.config, "vision_feature_layer") else "vision_feature_layers"
+    model.config.__dict__[name] = layer  # set in another way, transformers refuses some of them
+    with pytest.raises(UserError, match=r"vision_feature_layer=.*has 3 layers; give one of -3 to 3"):
+        vlmzip.attach(model, VisionZip(keep=4))
+
+
+@pytest.mark.parametrize("layer", [4, -5, [0, 4]])
+def test_layers_given_to_a_call_are_checked_too(llava, layer):
+    small = vlmzip.attach(llava, VisionZip(keep=4))
+    with pytest.raises(UserError, match=r"vision_feature_layer=.*give one of -3 to 3"):
+        small(**batch(prompt("image"), pictures=1), vision_feature_layer=layer)
+
+
+def test_unknown_strategies_are_refused(llava):
+    inputs = batch(prompt("image"), pictures=1)
+    message = "unknown vision_feature_select_strategy 'fulll'; choose default or full"
+    with pytest.raises(UserError, match=message):
+        vlmzip.attach(llava, VisionZip(keep=4))(**inputs, vision_feature_select_strategy="fulll")
+    model = tiny_llava()
+    model.config.__dict__["vision_feature_select_strategy"] = "fulll"
+    with pytest.raises(UserError, match=message):
+        vlmzip.attach(model, VisionZip(keep=4))
 
 
 def test_no_hook_is_left_behind_not_even_after_an_error(llava):

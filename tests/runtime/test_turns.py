@@ -86,6 +86,23 @@ def test_answers_that_a_criterion_ended(family, ends):
     assert without_padding(out[0, 2:].tolist()) == without_padding(expected[0, conversation.shape[1] :].tolist())
 
 
+def test_without_a_pad_token_rows_are_filled_with_the_end(family, monkeypatch):
+    """What transformers writes then; it is no part of the conversation."""
+    small = vlmzip.attach(family.model, NoCompression())
+    first = family.batch([1, "image", 5, 6], [1, 3, "image", 7, 5, 6])
+    width, turn = first["input_ids"].shape[1], torch.tensor([[8, 9]] * 2)
+    end = int(small.generate(**first, **GREEDY)[0, width + 1])
+    answers = []
+    for pad in (None, end):
+        monkeypatch.setattr(family.model.generation_config, "pad_token_id", pad)
+        monkeypatch.setattr(family.model.config.get_text_config(), "pad_token_id", pad)
+        cache = DynamicCache()
+        said = small.generate(**first, **GREEDY, eos_token_id=end, past_key_values=cache)
+        assert said[0, width + 1 :].tolist() == [end] * (said.shape[1] - width - 1)
+        answers.append(small.generate(input_ids=turn, **GREEDY, pad_token_id=PAD, past_key_values=cache))
+    assert torch.equal(*answers)
+
+
 class AlwaysPad(LogitsProcessor):
     def __call__(self, input_ids, scores):
         return torch.full_like(scores, -torch.inf).index_fill(1, torch.tensor([PAD]), 0.0)

@@ -52,7 +52,7 @@ def run(args: Namespace) -> None:
         check_target(args.overlay, paths)
     for path in paths:
         load_picture(path)
-    loaded = load(args.model, args.device, args.dtype)
+    loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)
     small = compressed(loaded, make_method(args, loaded.adapter.profile()))
     inputs = build_inputs(loaded, paths, question)
     with progress("answering"):

@@ -45,7 +45,7 @@ def run(args: Namespace) -> None:
     if args.histogram:
         import_matplotlib()
         check_target(args.histogram, paths)
-    loaded = load(args.model, args.device, args.dtype)
+    loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)
     with progress(f"measuring {len(paths)} pictures"):
         found = calibrate(loaded.model, paths, compressor, args.keep, processor=loaded.processor)
     threshold = getattr(found.compressor, _threshold(compressor))

@@ -58,7 +58,7 @@ def run(args: Namespace) -> None:
     methods = spec.candidates(args.methods)
     for path in paths:
         load_picture(path)
-    loaded = load(args.model, args.device, args.dtype)
+    loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)
     inputs = build_inputs(loaded, paths, question)
     rows = compare(loaded, inputs, methods, args.keep, repeats=args.repeats, max_new_tokens=args.max_new_tokens)
     device, dtype = loaded.model.device, loaded.model.dtype

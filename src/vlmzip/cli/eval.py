@@ -96,7 +96,7 @@ def run(args: Namespace) -> None:
         tasks = [replace(task, max_new_tokens=args.max_new_tokens) for task in tasks]
     folder = args.out or Path("runs", "eval", Path(args.model).name)
     with Processes() as processes:
-        loaded = load(args.model, processes.device(args.device), args.dtype)
+        loaded = load(args.model, processes.device(args.device), args.dtype, allow_pickle=args.allow_pickle)
         for task in tasks if processes.first else []:
             note_unknown_words(loaded, task)
         study = Study(loaded.model, loaded.processor, args.model, folder, args.batch, processes, tell)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,34 +36,47 @@ class Loaded:
     adapter: ModelAdapter
 
 
-def load(name: str, device: str | None = None, dtype: str | None = None) -> Loaded:
-    """Loads `mini`, a checkpoint folder or a hub id. Raises `UserError` for anything else."""
+#: The model that was loaded last.
+_latest: list[Loaded] = []
+
+
+def load(name: str, device: str | None = None, dtype: str | None = None, *, allow_pickle: bool = False) -> Loaded:
+    """Load `mini`, a checkpoint folder or a hub id. Raises `UserError` for anything else."""
     target = find_device(device)
     check_dtype(dtype)
     source = source_of(name)
-    with progress(f"loading {name}"):
+    weights: dict[str, Any] = {"use_safetensors": None} if allow_pickle else {}
+    with progress(f"loading {name}"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         from huggingface_hub.utils import logging as hub_logging
-        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
         from transformers.utils import logging
+
+        from vlmzip.runtime import checkpoints
 
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         hub_logging.set_verbosity_error()  # the error that ends its retries says what they would
-        try:
-            config = AutoConfig.from_pretrained(source)
-            _check_family(name, config)
-            processor = AutoProcessor.from_pretrained(source)
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                source, dtype=DTYPES.get(dtype or "", "auto"), output_loading_info=True
-            )
-            model, report = loaded
-            _check_complete(name, report)
-        except UserError:
-            raise
-        except Exception as error:  # a checkpoint can be broken in as many ways as there are loaders
-            raise UserError(f"cannot load {name!r}: {_first_sentence(error)}") from error
-        model.to(target).eval()
-    return Loaded(name, model, processor, adapter_for(model))
+        config = checkpoints.load_config(source)
+        processor = checkpoints.load_processor(source, config)
+        model = checkpoints.load_model(source, dtype=DTYPES.get(dtype or "", "auto"), **weights)
+        with checkpoints.refusing(f"cannot move {name!r} to {target}"):
+            model.to(target).eval()
+        adapter = adapter_for(model)
+        checkpoints.try_out(name, processor, adapter)
+    loaded = Loaded(name, model, processor, adapter)
+    _latest[:] = [loaded]
+    return loaded
+
+
+def refuse_model_at_fault(error: Exception) -> None:
+    """Raise `UserError` where the model that was loaded fails without vlmzip, too; return where it does not.
+
+    Loading cannot notice all that is wrong with a config. After a "CUDA error" everything fails: nothing is learned.
+    """
+    from vlmzip.runtime.checkpoints import refuse_if_it_cannot_answer
+
+    for loaded in _latest if "CUDA error" not in str(error) else ():
+        refuse_if_it_cannot_answer(loaded.name, loaded.processor, loaded.adapter)
 
 
 def check_dtype(dtype: str | None) -> None:
@@ -123,32 +137,16 @@ def source_of(name: str) -> str:
     return name
 
 
-def _check_complete(name: str, report: Any) -> None:
-    """Raises `UserError` for weights that are missing: transformers fills them with random numbers."""
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise UserError(f"{name!r} lacks {len(missing)} of its weights, {missing[0]} for one; fetch it again")
-
-
-def _check_family(name: str, config: Any) -> None:
-    supported = [model_type for family in FAMILIES for model_type in family.model_types]
-    if config.model_type in supported:
-        return
-    if not hasattr(config, "vision_config"):
-        raise UserError(f"{name!r} is no vision-language model: its model type is {config.model_type!r}")
-    raise UserError(
-        f"vlmzip does not support the model type {config.model_type!r} yet; it supports: {', '.join(supported)}"
-    )
-
-
 def find_device(device: str | None) -> torch.device:
     """The device of that name, or a GPU if there is one. Raises `UserError` for one that cannot be used."""
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        target = torch.device(device)
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of kinds of devices that it will not know for long
+            target = torch.device(device)
+            torch.ones(1, device=target).item()  # a kind of device can lack memory ("meta") or all code to use it
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {device!r} cannot be used: {_first_sentence(error)}") from None
     return target
 

@@ -84,7 +84,15 @@ def _run(arguments: list[str]) -> None:
         command.add_arguments(parser, arguments[1:])
         args, unknown = parser.parse_known_intermixed_args(arguments[1:])
         parser.refuse_unknown(unknown)
-        command.run(args)
+        try:
+            command.run(args)
+        except (UserError, OSError):
+            raise
+        except Exception as error:
+            from vlmzip.cli.loading import refuse_model_at_fault
+
+            refuse_model_at_fault(error)
+            raise
 
 
 def _owners(option: str) -> str:

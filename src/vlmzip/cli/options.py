@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 DEFAULT_METHOD = "visionzip"
 #: Options of commands that draw or ask; a method's fields cannot have these names.
 OWN_OPTIONS = {
-    "model", "device", "dtype", "method", "baseline", "overlay", "max_new_tokens", "json", "out", "histogram", "help"
+    "model", "device", "dtype", "allow_pickle", "method", "baseline", "overlay", "max_new_tokens", "json", "out",
+    "histogram", "help"
 }  # fmt: skip
 
 
@@ -27,6 +28,11 @@ def add_model(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, …; default: a GPU if there is one")
     parser.add_argument("--dtype", default=None, help="float32, bfloat16 or float16; default: the checkpoint's")
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read pickled weights (pytorch_model.bin) too, which can run code: only of checkpoints that you trust",
+    )
 
 
 def add_answer_length(parser: ArgumentParser) -> None:

@@ -41,7 +41,7 @@ def run(args: Namespace) -> None:
         check_target(args.out, args.pictures)
     for path in args.pictures:
         load_picture(path)
-    loaded = load(args.model, args.device, args.dtype)
+    loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)
     compressor = compressed(loaded, make_method(args, loaded.adapter.profile())).compressor
     with progress("encoding"), torch.no_grad():
         inputs = build_inputs(loaded, args.pictures, "")

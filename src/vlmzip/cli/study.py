@@ -48,7 +48,7 @@ def run(args: Namespace) -> None:
     folder = args.out or Path("runs", "study", Path(args.model).name)
     found: dict[str, list[Row]] = {}
     with Processes() as processes:
-        loaded = load(args.model, processes.device(args.device), args.dtype)
+        loaded = load(args.model, processes.device(args.device), args.dtype, allow_pickle=args.allow_pickle)
         if processes.first:
             note_unknown_words(loaded, task)
         subject = Subject(

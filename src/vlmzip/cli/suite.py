@@ -56,7 +56,7 @@ def run(args: Namespace) -> None:
     calibration = calibration_on(args.calibrate_on, []) if args.calibrate_on else None
     import_lmms_eval()
     folder = args.out or Path("runs", "lmms", Path(args.model).name)
-    loaded = load(args.model, args.device, args.dtype)
+    loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)
     study = SuiteRun(loaded, suite, folder, args.batch, args.limit, args.include_path, tell)
     configurations = study.configure(methods, budgets, calibration, UNCALIBRATED)
     try:

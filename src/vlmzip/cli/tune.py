@@ -97,7 +97,7 @@ def run(args: Namespace) -> None:
     halves(task.samples, args.seed)  # refuses what has too few pictures before the model is loaded
     folder = args.out or Path("runs", "tune", Path(args.model).name)
     with Processes() as processes:
-        loaded = load(args.model, processes.device(args.device), args.dtype)
+        loaded = load(args.model, processes.device(args.device), args.dtype, allow_pickle=args.allow_pickle)
         if processes.first:
             note_unknown_words(loaded, task)
         study = Study(loaded.model, loaded.processor, args.model, folder, args.batch, processes, tell)

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from vlmzip.errors import UserError
 from vlmzip.models.adapter import EncoderAttention, ModelAdapter
-from vlmzip.models.vit import downsampled, encoder_attention, feature_layers, grid_of, prefix_of, run_vit
+from vlmzip.models.vit import downsampled, encoder_attention, feature_layers, grid_of, hidden_states, prefix_of, run_vit
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
+
+#: What `vision_feature_select_strategy` can be.
+STRATEGIES = ("default", "full")
 
 
 class Llava(ModelAdapter):
@@ -30,12 +33,14 @@ class Llava(ModelAdapter):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self.prefix = prefix_of(self.model.config.vision_config)
+        hidden_states(self._setting({}, "vision_feature_layer"), self._depth)
+        self._passes_prefix({})
 
     def encode(
         self, inputs: Mapping[str, Any], site: Site, needs: frozenset[Signal]
     ) -> Sequence[tuple[VisualTokens, list[int]]]:
         pixels = inputs["pixel_values"]
-        full = self._setting(inputs, "vision_feature_select_strategy", "default") == "full"
+        full = self._passes_prefix(inputs)
         if not full and not self.prefix:
             raise UserError(
                 "this model drops the first patch of an encoder that has no CLS;"
@@ -65,7 +70,7 @@ class Llava(ModelAdapter):
 
     def plain_counts(self, inputs: Mapping[str, Any]) -> list[int]:
         pixels = inputs["pixel_values"]
-        full = self._setting(inputs, "vision_feature_select_strategy", "default") == "full"
+        full = self._passes_prefix(inputs)
         return [grid_of(self.model.config.vision_config, pixels).size + (self.prefix if full else 0)] * len(pixels)
 
     def grids(self, inputs: Mapping[str, Any]) -> list[Grid]:
@@ -81,6 +86,13 @@ class Llava(ModelAdapter):
 
     def project(self, features: Float[Tensor, "tokens dim"], site: Site) -> Float[Tensor, "tokens llm_dim"]:
         return features if site is Site.POST_PROJECTOR else self.model.model.multi_modal_projector(features)
+
+    def _passes_prefix(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the LLM gets the tokens before the patches. Raises `UserError` for an unknown strategy."""
+        strategy = self._setting(inputs, "vision_feature_select_strategy", "default")
+        if strategy not in STRATEGIES:
+            raise UserError(f"unknown vision_feature_select_strategy {strategy!r}; choose default or full")
+        return strategy == "full"
 
     @property
     def _depth(self) -> int:

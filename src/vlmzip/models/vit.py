@@ -53,10 +53,21 @@ def downsampled(vision_config: Any, pixels: Float[Tensor, "batch 3 height width"
 
 def feature_layers(wanted: int | list[int], depth: int) -> list[int]:
     """The encoder layers, 0-based, that put out `hidden_states[i]` for each i wanted; number 0 is before them all."""
-    layers = [index % (depth + 1) - 1 for index in ([wanted] if isinstance(wanted, int) else wanted)]
+    layers = [index % (depth + 1) - 1 for index in hidden_states(wanted, depth)]
     if min(layers) < 0:
         raise UserError("vision_feature_layer points at the patch embeddings, where nothing has been attended to")
     return layers
+
+
+def hidden_states(wanted: Any, depth: int) -> list[int]:
+    """`vision_feature_layer` as a list. Raises `UserError` for what an encoder of `depth` layers does not put out."""
+    indices = list(wanted) if isinstance(wanted, list | tuple) else [wanted]
+    if not indices or any(type(index) is not int or not -depth - 1 <= index <= depth for index in indices):
+        raise UserError(
+            f"vision_feature_layer={wanted!r}: the encoder has {depth} layers; give one of {-depth} to {depth},"
+            " or a list of them"
+        )
+    return indices
 
 
 def run_vit(

@@ -406,8 +406,7 @@ class CompressedModel(nn.Module):
                 out = self.inner.generate(**one)[:, small["input_ids"].shape[1] :]
             rows += list(torch.cat([prompt[row].to(out.device).expand(len(out), -1), out], dim=1))
         self._report_inside(small.report, calls)
-        padding = self._setting(small, "pad_token_id", pad_id(adapter_for(self.inner)))
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._pad(small))
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The inner model's state under `inner.`; tied weights are copies, since safetensors saves no shared ones."""
@@ -426,18 +425,27 @@ class CompressedModel(nn.Module):
         values = (arguments.get(name), *(getattr(config, name, None) for config in configs))
         return next((value for value in values if value is not None), default)
 
+    def _ends(self, arguments: dict[str, Any]) -> list[int]:
+        """The tokens that end an answer."""
+        ends = self._setting(arguments, "eos_token_id", None)
+        return [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+
+    def _pad(self, arguments: dict[str, Any]) -> int:
+        """What `generate` writes behind the end of a row: without a pad token the first end, as transformers does."""
+        pad = self._setting(arguments, "pad_token_id", None)
+        return pad if pad is not None else (*self._ends(arguments), pad_id(adapter_for(self.inner)))[0]
+
     def _infer_mask(self, arguments: dict[str, Any]) -> None:
         """Without `attention_mask`, `generate` takes pad tokens for padding; so do we, before counting tokens."""
         ids, pad = arguments.get("input_ids"), self._setting(arguments, "pad_token_id", None)
-        eos = torch.as_tensor(self._setting(arguments, "eos_token_id", -1)).flatten().tolist()
+        eos = self._ends(arguments)
         told = arguments.get("attention_mask") is not None or cache_of(arguments) is not None
         if ids is not None and not told and pad is not None and pad not in eos and bool((ids == pad).any()):
             arguments["attention_mask"] = (ids != pad).long()
 
     def _filler(self, tokens: Tensor, arguments: dict[str, Any]) -> Tensor:
         """Marks what `generate` wrote behind the end of rows that were done before the longest."""
-        pad = self._setting(arguments, "pad_token_id", pad_id(adapter_for(self.inner)))
-        eos = torch.as_tensor(self._setting(arguments, "eos_token_id", -1)).flatten().tolist()
+        pad, eos = self._pad(arguments), self._ends(arguments)
         after = (tokens == pad).flip(1).cumprod(1).sum(1)
         # Whatever ended a row, nothing is behind the row that ended last; a pad that is the end itself was generated.
         after = after - (after.clamp(max=1) if pad in eos else after.min())

@@ -320,8 +320,9 @@ def gather(
 
 
 def pad_id(adapter: ModelAdapter) -> int:
+    """The token that stands where there is none; some configs say -1, which has no embedding."""
     pad = getattr(adapter.llm_config, "pad_token_id", None)
-    return 0 if pad is None else pad
+    return 0 if pad is None else max(pad, 0)
 
 
 def _prompt(inputs: Mapping[str, Any]) -> tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]:

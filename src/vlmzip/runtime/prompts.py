@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from vlmzip.errors import UserError
+from vlmzip.errors import UserError, reason
 from vlmzip.models.adapter import ModelAdapter
 
 
@@ -22,7 +22,10 @@ def conversation_prompt(adapter: ModelAdapter, processor: Any, messages: Sequenc
     text.
     """
     if getattr(processor, "chat_template", None):
-        return processor.apply_chat_template(list(messages), add_generation_prompt=True)
+        try:
+            return processor.apply_chat_template(list(messages), add_generation_prompt=True)
+        except Exception as error:  # templates are code, and raise what they like
+            raise UserError(f"the chat template cannot be used: {reason(error)}") from error
     kinds = [part["type"] for message in messages for part in message["content"]]
     if [message["role"] for message in messages] != ["user"] or kinds != sorted(kinds):  # "image" before "text"
         raise UserError(

@@ -41,11 +41,11 @@ def from_pretrained(
     `UserError` for a folder without `compressor.json`, an unknown method or field, weights that are missing or do not
     fit, or a file that a newer vlmzip wrote.
     """
-    from transformers import AutoModelForImageTextToText
+    from vlmzip.runtime.checkpoints import load_model
 
     compressor = compressor or read_compressor(folder)
     _check_model(Path(folder))
-    return reattach(AutoModelForImageTextToText.from_pretrained(folder, **kwargs), compressor, folder)
+    return reattach(load_model(folder, **kwargs), compressor, folder)
 
 
 def reattach(model: nn.Module, compressor: Compressor, folder: str | os.PathLike[str]) -> CompressedModel:

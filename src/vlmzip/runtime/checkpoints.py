@@ -1,0 +1,229 @@
+"""Checkpoints as transformers loads them: whatever is wrong with one is a `UserError` of one line."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+
+from vlmzip.errors import UserError, reason
+from vlmzip.models import FAMILIES
+from vlmzip.models.adapter import ModelAdapter
+from vlmzip.runtime.prompts import chat_prompt, special_tokens
+from vlmzip.runtime.resample import FILE as RESAMPLER
+
+Source = str | os.PathLike[str]
+#: Width and height in pixels of the image that a processor is tried out with.
+TRIAL = (336, 336)
+#: Settings of a generation config that name tokens.
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turn whatever a library raises in the block into a `UserError` that begins with `what`.
+
+    The block holds calls of libraries alone: a defect of vlmzip must still show as a traceback.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        # Panics of the tokenizers library, which is written in Rust, are no `Exception`.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what}: {reason(error)}") from error
+
+
+def load_config(source: Source, **kwargs: Any) -> Any:
+    """Return the config of a checkpoint. Raises `UserError` for a family that vlmzip does not support."""
+    kwargs = {"trust_remote_code": False, **kwargs}
+    with refusing(f"cannot load {str(source)!r}"):
+        raw = PreTrainedConfig.get_config_dict(source, **kwargs)[0]
+        if not isinstance(raw, Mapping):
+            raise UserError(f"cannot load {str(source)!r}: its config.json holds no settings")
+    _check_family(str(source), raw)
+    with refusing(f"cannot load {str(source)!r}"):
+        return AutoConfig.from_pretrained(source, **kwargs)
+
+
+def _check_family(name: str, raw: Mapping[str, Any]) -> None:
+    """Refuse other families before transformers looks for code of the checkpoint's own."""
+    supported = [model_type for family in FAMILIES for model_type in family.model_types]
+    model_type = raw.get("model_type")
+    if model_type in supported:
+        return
+    if "vision_config" not in raw:
+        raise UserError(f"{name!r} is no vision-language model: its model type is {model_type!r}")
+    raise UserError(f"vlmzip does not support the model type {model_type!r} yet; it supports: {', '.join(supported)}")
+
+
+def load_processor(source: Source, config: Any) -> Any:
+    """Return the processor of a checkpoint, with a token for padding. Raises `UserError` for a broken one."""
+    with refusing(f"cannot load the processor of {str(source)!r}"):
+        processor: Any = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+    for part in ("tokenizer", "image_processor"):
+        if getattr(processor, part, None) is None:
+            raise UserError(
+                f"{str(source)!r} has no processor for images and text: save one there with"
+                " AutoProcessor.save_pretrained"
+            )
+    _give_pad_token(processor.tokenizer, config)
+    return processor
+
+
+def _give_pad_token(tokenizer: Any, config: Any) -> None:
+    """Give a tokenizer without a pad token one; those of Llama and Mistral have none.
+
+    An attention mask hides padding, so any token of the model's vocabulary does, but for the placeholder of images.
+    """
+    text = config.get_text_config()
+
+    def usable(token: Any) -> bool:
+        known = isinstance(token, int) and 0 <= token < min(text.vocab_size, len(tokenizer))
+        return known and token != config.image_token_id
+
+    if usable(tokenizer.pad_token_id):
+        return
+    end = getattr(text, "eos_token_id", None)
+    ends = end if isinstance(end, list) else [end]
+    candidates = (getattr(text, "pad_token_id", None), tokenizer.eos_token_id, *ends, *range(len(tokenizer)))
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(next(filter(usable, candidates)))
+
+
+def load_model(source: Source, **kwargs: Any) -> Any:
+    """Return the model of a checkpoint; `kwargs` go to transformers.
+
+    Raises `UserError` for pickled weights, unless `use_safetensors` is given, and for weights that do not fit the
+    config: transformers fills in random numbers for those that it lacks, and drops those that have no place.
+    """
+    if "use_safetensors" not in kwargs:
+        _refuse_pickles(source)
+    if os.path.isdir(source) and not {"config", "subfolder"} & kwargs.keys():
+        _refuse_larger_config(Path(source), load_config(source))
+    mine = {"ignore_mismatched_sizes": True, "output_loading_info": True}  # the report names what does not fit
+    with refusing(f"cannot load {str(source)!r}"):
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            source, **{"use_safetensors": True, "trust_remote_code": False, **kwargs, **mine}
+        )
+    model, report = loaded
+    _refuse_wrong_weights(str(source), report, mismatched=not kwargs.get("ignore_mismatched_sizes"))
+    _refuse_unknown_tokens(str(source), model)
+    return model
+
+
+def _refuse_pickles(source: Source) -> None:
+    """Raise `UserError` for a folder whose weights are pickled: reading them can run code."""
+    files = sorted(os.listdir(source)) if os.path.isdir(source) else []
+    pickles = [name for name in files if name.startswith("pytorch_model") and ".bin" in name]
+    if pickles and not any(name.endswith(".safetensors") for name in files):
+        raise UserError(
+            f"{str(source)!r} has pickled weights alone ({pickles[0]}), which can run code when they are read: save"
+            " them as safetensors, or, if you trust their source, give --allow-pickle (use_safetensors=False in Python)"
+        )
+
+
+def _refuse_larger_config(folder: Path, config: Any) -> None:
+    """Raise `UserError` for the config of a much larger model: transformers would fill the memory with random weights.
+
+    Smaller differences are left to `_refuse_wrong_weights`, which can name the weights.
+    """
+    stored = _stored_weights(folder)
+    if not stored or getattr(config, "quantization_config", None) is not None:  # such weights are packed
+        return
+    parts = (config, config.get_text_config(), config.vision_config)
+    layers = [getattr(part, name, 0) for part in parts for name in ("num_hidden_layers", "depth")]
+    if max(layers) > len(stored):
+        raise UserError(f"{str(folder)!r} has {len(stored):,} weights, and its config.json says {max(layers):,} layers")
+    with refusing(f"cannot load {str(folder)!r}"), torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+    wanted, found = sum(weight.numel() for weight in model.parameters()), sum(stored)
+    if wanted > 2 * found:
+        raise UserError(
+            f"{str(folder)!r} has weights of {found:,} numbers, and the model of its config.json {wanted:,}:"
+            " the config is another model's"
+        )
+
+
+def _stored_weights(folder: Path) -> list[int]:
+    """Return how many numbers each weight in a folder's safetensors files has."""
+    sizes = []
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name != RESAMPLER:
+            with refusing(f"cannot load {str(folder)!r}: {path.name}"), safe_open(path, "pt") as file:
+                sizes += [math.prod(file.get_slice(name).get_shape()) for name in file.keys()]  # noqa: SIM118
+    return sizes
+
+
+def _refuse_wrong_weights(name: str, report: Mapping[str, Any], *, mismatched: bool) -> None:
+    """Raise `UserError` for weights that are missing, have no place in the model, or have another shape than it."""
+    if missing := sorted(report["missing_keys"]):
+        raise UserError(f"{name!r} lacks {len(missing)} of its weights, {missing[0]} for one; fetch it again")
+    if unexpected := sorted(report["unexpected_keys"]):
+        raise UserError(
+            f"{name!r} has weights without a place in the model of its config.json: {len(unexpected)},"
+            f" {unexpected[0]} for one; the config is another model's"
+        )
+    if mismatched and report["mismatched_keys"]:
+        weight, found, wanted = min(report["mismatched_keys"])
+        raise UserError(
+            f"{name!r} has weights of another shape than its config.json says: {len(report['mismatched_keys'])},"
+            f" {weight} for one, {list(found)} instead of {list(wanted)}"
+        )
+    if report["error_msgs"]:
+        raise UserError(f"cannot load {name!r}: {report['error_msgs'][0]}")
+
+
+def _refuse_unknown_tokens(name: str, model: Any) -> None:
+    """Raise `UserError` for tokens of the generation config that are no token ids of the model."""
+    size = model.config.get_text_config().vocab_size
+    for setting in TOKENS:
+        value = getattr(model.generation_config, setting, None)
+        tokens = value if isinstance(value, list) else [] if value is None else [value]
+        wrong = [token for token in tokens if type(token) is not int or not -1 <= token < size]
+        if wrong:
+            raise UserError(
+                f"cannot use {name!r}: {setting}={value!r} in its generation config; token ids are 0 to {size - 1}"
+            )
+
+
+def try_out(name: str, processor: Any, adapter: ModelAdapter) -> None:
+    """Raise `UserError` for a processor that cannot make a prompt about an image that the model understands."""
+    inputs = _trial(name, processor, adapter)
+    rows = adapter.model.get_input_embeddings().weight.shape[0]
+    if (largest := int(inputs["input_ids"].max())) >= rows:
+        raise UserError(f"cannot use {name!r}: its tokenizer writes the token {largest}, and the model knows {rows:,}")
+    if missing := [key for key in adapter.picture_inputs if key not in inputs]:
+        raise UserError(f"cannot use {name!r}: its processor makes no {', '.join(missing)}")
+    wanted, found = adapter.plain_counts(inputs)[0], int((inputs["input_ids"] == adapter.placeholder_id).sum())
+    if wanted != found:
+        raise UserError(
+            f"cannot use {name!r}: its processor writes {found} placeholders for an image of {wanted} visual tokens"
+        )
+
+
+def refuse_if_it_cannot_answer(name: str, processor: Any, adapter: ModelAdapter) -> None:
+    """Raise `UserError` for a model that fails at an image by transformers alone. Takes an uncompressed answer."""
+    inputs = _trial(name, processor, adapter).to(adapter.model.device, adapter.model.dtype)
+    with refusing(f"{name!r} cannot answer, not even without compression"):
+        adapter.model.generate(**inputs, max_new_tokens=2, do_sample=False)
+
+
+def _trial(name: str, processor: Any, adapter: ModelAdapter) -> Any:
+    """Return the model inputs of a prompt about one image."""
+    try:
+        text = chat_prompt(adapter, processor, "", 1)
+    except UserError as error:
+        raise UserError(f"cannot use {name!r}: {error}") from error
+    special = special_tokens(processor.tokenizer, text)
+    with refusing(f"cannot use {name!r}: its processor refuses an image"):
+        return processor(images=[Image.new("RGB", TRIAL)], text=text, return_tensors="pt", **special)
