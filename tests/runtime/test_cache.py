@@ -116,6 +116,15 @@ def test_a_model_without_a_known_cache_is_refused(family):
     assert cache_name(family.model) in NAMES
 
 
+def test_a_model_that_would_swallow_the_features_is_refused(family):
+    """Under a new name for `mm_encoder_outputs`, a model with `**kwargs` would answer without images."""
+    model = copy.deepcopy(family.model)
+    small = vlmzip.attach(model, VisionZip(keep=8))
+    model.forward = lambda input_ids, past_key_values=None, **kwargs: None
+    with pytest.raises(UserError, match="forward takes no mm_encoder_outputs"):
+        small(**family.batch(*ROWS))
+
+
 @pytest.mark.parametrize(("version", "noted"), [("5.24.9", False), ("5.25.0.dev0", True), ("6.0.0", True)])
 def test_one_note_on_a_version_newer_than_any_tested(llava, monkeypatch, version, noted):
     monkeypatch.setattr(transformers, "__version__", version)

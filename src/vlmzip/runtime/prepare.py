@@ -22,6 +22,7 @@ from vlmzip.runtime.packing import pack
 from vlmzip.runtime.pixels import encode_smaller
 from vlmzip.runtime.report import CompressedPicture, PictureReport, Report, Stopwatch
 from vlmzip.runtime.resample import resample_pictures
+from vlmzip.runtime.versions import check_takes
 from vlmzip.visual_tokens import Grid, Site, VisualTokens
 
 #: Inputs with one value per token of the prompt, and the value that padding gets. `input_ids` gets the pad token.
@@ -97,6 +98,7 @@ def compress_inputs(
 
     for name in adapter.picture_inputs:
         out.pop(name, None)
+    check_takes(adapter.model, "mm_encoder_outputs")
     out["mm_encoder_outputs"] = adapter.encoder_outputs([picture.features for picture in pictures])
     out["input_ids"] = gather(ids, source, pad_id(adapter))
     out["attention_mask"] = gather(mask, source, PER_TOKEN["attention_mask"])

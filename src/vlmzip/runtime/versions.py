@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from functools import cache
@@ -9,6 +10,7 @@ from typing import Any
 
 import transformers
 from packaging.version import Version
+from torch import nn
 
 from vlmzip.errors import UserError
 
@@ -34,6 +36,12 @@ def unknown_interface(what: str) -> UserError:
         f"{what}: transformers {transformers.__version__} may have changed it;"
         f" use a version from {OLDEST} to {NEWEST}, or update vlmzip"
     )
+
+
+def check_takes(model: nn.Module, name: str) -> None:
+    """Raise `UserError` unless `model.forward` names the argument `name`: one that it does not know, it may swallow."""
+    if name not in inspect.signature(model.forward).parameters:
+        raise unknown_interface(f"{type(model).__name__}.forward takes no {name}")
 
 
 def argument(arguments: Mapping[str, Any], name: str, called: str) -> Any:
