@@ -62,6 +62,8 @@ class Compressor(ABC):
     """The sites that it can work at."""
     trained_weights: ClassVar[bool] = False
     """Whether it has weights of its own: before they are trained, answers through it mean nothing."""
+    budget_fields: ClassVar[tuple[str, ...]] = ("keep",)
+    """The fields that say how many tokens it keeps: `at_budget` and calibration set them, and no others."""
     default_positions: ClassVar[Positions | None] = None
     """What `positions=None` means for this method; `None`: what it means in the model's family."""
 

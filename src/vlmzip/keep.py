@@ -11,6 +11,8 @@ from vlmzip.errors import UserError
 Keep = int | float | str
 #: What methods keep when nothing is asked: a ninth, as VisionZip's 64 of 576 and DFMR's 3 x 3 windows.
 A_NINTH = 1 / 9
+#: In place of a budget: methods as they are written, with their own settings.
+AS_SET = "as-set"
 
 
 def parse_keep(keep: Keep, option: str = "") -> int | float:

@@ -28,8 +28,6 @@ def read(text: str) -> Compressor:
     `NAME` or `package.module:Class`, each with settings in brackets if you like; several joined by `+` become a
     `Chain`; a path names a saved `compressor.json`, or the folder that holds one. Raises `UserError` for anything else.
     """
-    from vlmzip.methods import Chain
-
     if is_saved(text):
         from vlmzip.runtime.saving import read_compressor
 
@@ -39,14 +37,35 @@ def read(text: str) -> Compressor:
         if path.name != FILE or not path.is_file():
             raise UserError(f"there is no folder or {FILE} at {text!r}; save_pretrained writes such files")
         return read_compressor(path.parent)
-    stages = [_stage(part, text) for part in text.split("+")]
-    return stages[0] if len(stages) == 1 else Chain(compressors=tuple(stages))
+    return _joined([_stage(part, text) for part in text.split("+")])
 
 
 def read_several(text: str) -> list[tuple[str, Compressor]]:
     """Compressors separated by commas, each with what was written for it; brackets hold commas of their own."""
     parts = [part.strip() for part in re.split(r",(?![^()]*\))", text)]
     return [(part, read(part)) for part in dict.fromkeys(parts) if part]
+
+
+def budget_in(text: str) -> str:
+    """The settings in `text` that say how many tokens a compressor keeps, such as `"keep=64"`; empty without any.
+
+    Of several compressors the first counts: it is the one that a budget sets.
+    """
+    if is_saved(text):
+        return ""
+    stages = [_stage(part, text) for part in text.split("+")]
+    first = _joined(stages).stages()[0]
+    for part, stage in zip(text.split("+"), stages, strict=True):
+        if stage is first:
+            written = _settings(part, text)[1]
+            return ",".join(f"{name}={value}" for name, value in written.items() if name in first.budget_fields)
+    return ""
+
+
+def refuse_second_budget(text: str, keep: object, otherwise: str) -> None:
+    """Raise `UserError` for a method that is written with a budget of its own, where `--keep` gives another."""
+    if budget := budget_in(text):
+        raise UserError(f"{text} sets {budget}, and --keep asks for {keep}: {otherwise}")
 
 
 @dataclass(frozen=True)
@@ -137,14 +156,26 @@ def _usual(cls: type[Compressor]) -> dict[str, Any]:
     return {} if usual is None else {name: getattr(usual, name) for name in cls.field_names()}
 
 
+def _joined(stages: list[Compressor]) -> Compressor:
+    from vlmzip.methods import Chain
+
+    return stages[0] if len(stages) == 1 else Chain(compressors=tuple(stages))
+
+
 def _stage(part: str, whole: str) -> Compressor:
     from vlmzip import catalogue
 
+    name, settings = _settings(part, whole)
+    return catalogue.make(catalogue.find(name), settings)
+
+
+def _settings(part: str, whole: str) -> tuple[str, dict[str, str]]:
+    """The name of one compressor, and what is written in brackets behind it."""
     match = _STAGE.fullmatch(part)
     if match is None:
         raise UserError(f"{whole!r} cannot be read as a method; write {FORMS}")
     name, inside = match.groups()
-    settings: dict[str, Any] = {}
+    settings: dict[str, str] = {}
     for field in _BETWEEN_FIELDS.split(inside or ""):
         if not field.strip():
             continue
@@ -154,4 +185,4 @@ def _stage(part: str, whole: str) -> Compressor:
         if key.strip() in settings:
             raise UserError(f"{whole!r} sets {key.strip()} twice")
         settings[key.strip()] = value.strip()
-    return catalogue.make(catalogue.find(name), settings)
+    return name, settings

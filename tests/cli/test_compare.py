@@ -327,6 +327,7 @@ MISTAKES = [
     (["{picture}", "w", "--methods", "visionsip"], "did you mean 'visionzip'"),
     (["{picture}", "w", "--methods", " ,"], "names no method"),
     (["{picture}", "w", "--keep", "0"], "keeps nothing"),
+    (["{picture}", "w", "--keep", "as-is"], "is no number"),
     (["{picture}", "w", "--repeats", "0"], "at least 1"),
     (["{picture}", "w", "--max-new-tokens", "0"], "at least 1"),
     (["{picture}", "w", "--sheet", "{picture}"], "choose another name"),

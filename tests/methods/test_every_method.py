@@ -1,5 +1,6 @@
 """Behaviours that every method owes, written once. A new method is in as soon as it is importable."""
 
+import contextlib
 import dataclasses
 import json
 import pickle
@@ -203,3 +204,18 @@ def test_unknown_fields_and_positions_are_refused(cls):
         catalogue.make(cls, {"position": "original"})
     with pytest.raises(UserError, match="positions="):
         cls(positions="elsewhere")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_budget_sets_the_fields_that_are_said_to_hold_it(name):
+    method = METHODS[name]()
+    assert set(method.budget_fields) <= set(method.field_names()) or name == "no_compression"
+    if isinstance(method, Calibratable):
+        assert method.budget_fields == (method.threshold,)
+        return
+    profile = Profile(vlmzip.Grid(1, 24, 24), layers=32)
+    for keep in ("30%", "60%", 1.0):
+        with contextlib.suppress(BudgetError):
+            chosen, _ = method.at_budget(keep, profile)
+            changed = {field for field in method.field_names() if getattr(chosen, field) != getattr(method, field)}
+            assert changed <= set(method.budget_fields)

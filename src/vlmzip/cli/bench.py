@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmzip import spec
+from vlmzip.cli.options import refuse_second_budgets
 from vlmzip.errors import UserError, closest
 from vlmzip.keep import A_NINTH, parse_keep
 
@@ -73,6 +74,8 @@ def run(args: Namespace) -> None:
     methods = spec.read_several(args.methods)
     if not methods:
         raise UserError("--methods names no method; separate them with commas: --methods visionzip,pool2d")
+    if args.keep is not None:
+        refuse_second_budgets(methods, args.keep, "leave one out, or give --keep none")
     from vlmzip.cli.bench_output import as_json, doubts, print_tables, rows
     from vlmzip.cli.loading import DTYPES, find_device
     from vlmzip.files import write_csv

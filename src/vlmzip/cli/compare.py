@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmzip import spec
-from vlmzip.cli.options import add_answer_length, add_model, check_answer_length
+from vlmzip.cli.options import add_answer_length, add_model, check_answer_length, refuse_second_budgets
 from vlmzip.errors import UserError
-from vlmzip.keep import A_NINTH, parse_keep
+from vlmzip.keep import A_NINTH, AS_SET, parse_keep
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -35,7 +35,10 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     add_model(parser)
     parser.add_argument("--methods", metavar="A,B,…", help=f"separated by commas, each {spec.FORMS}; default: all")
     parser.add_argument(
-        "--keep", default=A_NINTH, help="visual tokens to keep per picture: 64, 0.25 or 25%%; default: a ninth"
+        "--keep",
+        default=A_NINTH,
+        help="visual tokens to keep per picture: 64, 0.25 or 25%%; as-set: methods as they are written;"
+        " default: a ninth",
     )
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="draw the tokens of every method on one picture")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write everything as one page for the browser")
@@ -56,6 +59,9 @@ def run(args: Namespace) -> None:
     paths, question = split_pictures_and_question(args.words, "compare")
     _check(args, paths)
     methods = spec.candidates(args.methods)
+    if args.keep is not None:
+        named = [(one.name, one.method) for one in methods]
+        refuse_second_budgets(named, args.keep, f"leave one out, or give --keep {AS_SET}")
     for path in paths:
         load_picture(path)
     loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)
@@ -92,11 +98,14 @@ def _print(found: Comparison, args: Namespace) -> None:
 
 
 def _check(args: Namespace, paths: list[str]) -> None:
-    """Raises `UserError` for what can be refused before anything slow happens."""
+    """Raises `UserError` for what can be refused before anything slow happens, and reads `keep`."""
     from vlmzip.cli.pictures import check_target
     from vlmzip.files import refuse_source
 
-    parse_keep(args.keep)
+    if args.keep == AS_SET:
+        args.keep = None
+    else:
+        parse_keep(args.keep)
     check_answer_length(args)
     if args.repeats < 1:
         raise UserError(f"--repeats {args.repeats}: give at least 1")

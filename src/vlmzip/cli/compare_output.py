@@ -37,7 +37,8 @@ class Comparison:
     model: str
     question: str
     paths: list[str]
-    keep: Keep
+    keep: Keep | None
+    """`None`: methods as they are written."""
     repeats: int
     device: torch.device
     dtype: torch.dtype
@@ -54,10 +55,11 @@ class Comparison:
     @property
     def budget(self) -> str:
         """The budget in words."""
-        asked, most = parse_keep(self.keep), max(picture.before for picture in self.plain.report.pictures)
-        asked = min(asked, most)
-        share = str(asked) if isinstance(asked, int) else f"{100 * asked:.3g}%"
         before = " and ".join(dict.fromkeys(f"{picture.before:,}" for picture in self.plain.report.pictures))
+        if self.keep is None:
+            return f"methods as they are written, {before} visual tokens a picture, {self.model}"
+        asked = min(parse_keep(self.keep), max(picture.before for picture in self.plain.report.pictures))
+        share = str(asked) if isinstance(asked, int) else f"{100 * asked:.3g}%"
         return f"{share} of {before} visual tokens a picture, {self.model}"
 
     @cached_property
@@ -111,7 +113,7 @@ class Comparison:
 
 
 def as_json(found: Comparison) -> dict[str, Any]:
-    asked = parse_keep(found.keep)
+    asked = None if found.keep is None else parse_keep(found.keep)
     return {
         "model": found.model,
         "question": found.question,

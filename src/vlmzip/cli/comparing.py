@@ -50,13 +50,15 @@ def compare(
     loaded: Loaded,
     inputs: dict[str, Any],
     methods: Iterable[Candidate],
-    keep: Keep,
+    keep: Keep | None,
     *,
     repeats: int,
     max_new_tokens: int,
 ) -> list[Row]:
-    """A row for each method, the plain model's first. The runs of all methods are interleaved, so that none of them
-    has the machine to itself while another shares it."""
+    """A row for each method, the plain model's first; without `keep` they run as they are written.
+
+    The runs of all methods are interleaved, so that none has the machine to itself while another shares it.
+    """
     plain = Row(PLAIN, small=compressed(loaded, NoCompression()))
     plain.first = plain.run(loaded, inputs, max_new_tokens)  # without it there is nothing to compare: errors are told
     profile = picture_profile(loaded, plain.first)
@@ -82,9 +84,14 @@ def picture_profile(loaded: Loaded, plain: Answer) -> Profile:
     return replace(usual, grid=max(grids, key=lambda grid: grid.size)) if grids else usual
 
 
-def configure(candidate: Candidate, keep: Keep, profile: Profile) -> tuple[Compressor, str]:
-    """The method at the budget, and what to say about it. Raises `UserError` with the reason where it cannot run."""
+def configure(candidate: Candidate, keep: Keep | None, profile: Profile) -> tuple[Compressor, str]:
+    """The method at the budget, and what to say about it; without a budget, as it is written.
+
+    Raises `UserError` with the reason where it cannot run.
+    """
     method = candidate.usable()
+    if keep is None:
+        return method.placed(profile), ""
     try:
         chosen, reached = method.at_budget(keep, profile)
         return chosen, missed(keep, reached, profile)
@@ -95,7 +102,7 @@ def configure(candidate: Candidate, keep: Keep, profile: Profile) -> tuple[Compr
 
 
 def _first_run(
-    loaded: Loaded, inputs: dict[str, Any], one: Candidate, keep: Keep, profile: Profile, max_new_tokens: int
+    loaded: Loaded, inputs: dict[str, Any], one: Candidate, keep: Keep | None, profile: Profile, max_new_tokens: int
 ) -> Row:
     """Sets a method up and runs it once: the answer, and the warm-up of the timing."""
     row = Row(one.name)

@@ -81,7 +81,7 @@ def run(args: Namespace) -> None:
     from dataclasses import replace
 
     from vlmzip.cli.loading import load, note_unknown_words, tell
-    from vlmzip.evaluation.configurations import read_budgets
+    from vlmzip.evaluation.configurations import read_rows
     from vlmzip.evaluation.processes import Processes
     from vlmzip.evaluation.study import Study
     from vlmzip.evaluation.tasks import read_tasks
@@ -90,7 +90,7 @@ def run(args: Namespace) -> None:
     if args.suite is not None:
         suite.run(args)
         return
-    methods, budgets = spec.candidates(args.methods), read_budgets(args.keep)
+    methods, budgets = read_rows(args.methods, args.keep)
     tasks = read_tasks(DEFAULT_TASKS if args.tasks is None else args.tasks, args.limit, args.calibrate_on)
     if args.max_new_tokens is not None:
         tasks = [replace(task, max_new_tokens=args.max_new_tokens) for task in tasks]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from argparse import SUPPRESS, ArgumentParser, Namespace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,11 +110,23 @@ def check_method(args: Namespace, *, draws: bool = False) -> None:
     if args.keep is not None:
         parse_keep(args.keep)
     method = without_budget(args)
-    takes_keep = "keep" in method.field_names()
-    if args.keep is not None and not takes_keep and set(settings(args)) - {"site", "positions"}:
-        raise UserError(f"give --keep, or the fields of {method.name()}, not both")
+    own = [field for field in method.budget_fields if field in settings(args)]
+    if args.keep is not None and own:
+        raise UserError(f"give --keep or --{own[0].replace('_', '-')}, not both")
     if draws and resampling(method) is not None:
         raise UserError(f"each token of {method.name()} comes from the whole picture: there is no token map to draw")
+
+
+def refuse_second_budgets(methods: Iterable[tuple[str, Compressor | None]], keep: object, otherwise: str) -> None:
+    """Raise `UserError` for a method in a list that is written with a budget, where `--keep` gives another.
+
+    Methods that decide by content are left out: without calibration they run as written, and their rows say so.
+    """
+    from vlmzip.compressor import Calibratable
+
+    for name, method in methods:
+        if method is not None and not isinstance(method.stages()[0], Calibratable):
+            spec.refuse_second_budget(name, keep, otherwise)
 
 
 def make_method(args: Namespace, profile: Profile) -> Compressor:
@@ -140,6 +153,8 @@ def without_budget(args: Namespace) -> Compressor:
     from vlmzip import catalogue
 
     if not spec.is_name(args.method):
+        if args.keep is not None:
+            spec.refuse_second_budget(args.method, args.keep, "give one of them")
         method = spec.read(args.method)
         takes_keep = args.keep is not None and "keep" in method.field_names()
         return dataclasses.replace(method, keep=args.keep) if takes_keep else method  # type: ignore[call-arg]

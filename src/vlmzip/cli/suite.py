@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmzip import spec
 from vlmzip.errors import UserError
 from vlmzip.evaluation.lmms.suites import FORMS, Suite, read_suite
 
@@ -46,13 +45,13 @@ def check(args: Namespace) -> None:
 def run(args: Namespace) -> None:
     suite = read_suite(args.suite)
     from vlmzip.cli.loading import load, tell
-    from vlmzip.evaluation.configurations import read_budgets
+    from vlmzip.evaluation.configurations import read_rows
     from vlmzip.evaluation.folder import UNCALIBRATED, calibration_on
     from vlmzip.evaluation.lmms.requests import AnswerFailed
     from vlmzip.evaluation.lmms.run import SuiteRun, import_lmms_eval
     from vlmzip.evaluation.lmms.scores import columns, write_table
 
-    methods, budgets = spec.candidates(args.methods), read_budgets(args.keep)
+    methods, budgets = read_rows(args.methods, args.keep)
     calibration = calibration_on(args.calibrate_on, []) if args.calibrate_on else None
     import_lmms_eval()
     folder = args.out or Path("runs", "lmms", Path(args.model).name)

@@ -82,7 +82,7 @@ def run(args: Namespace) -> None:
 
     from vlmzip.cli.loading import load, note, note_unknown_words, tell
     from vlmzip.cli.tune_output import show
-    from vlmzip.evaluation.configurations import read_budgets
+    from vlmzip.evaluation.configurations import read_rows
     from vlmzip.evaluation.processes import Processes
     from vlmzip.evaluation.study import Study
     from vlmzip.evaluation.tasks import read_one_task
@@ -90,7 +90,7 @@ def run(args: Namespace) -> None:
     from vlmzip.runtime.saving import FILE
 
     _check(args)
-    methods, budgets = spec.candidates(args.methods), read_budgets(args.keep)
+    methods, budgets = read_rows(args.methods, args.keep)
     task = read_one_task(args.task, args.limit, args.calibrate_on)
     if args.max_new_tokens is not None:
         task = replace(task, max_new_tokens=args.max_new_tokens)

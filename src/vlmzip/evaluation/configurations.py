@@ -14,7 +14,7 @@ from vlmzip.compressor import Calibratable, Compressor, Profile, missed
 from vlmzip.errors import UserError
 from vlmzip.evaluation.answering import Asker
 from vlmzip.evaluation.task import Task
-from vlmzip.keep import count_to_keep, parse_keep
+from vlmzip.keep import AS_SET, count_to_keep, parse_keep
 from vlmzip.methods import NoCompression
 from vlmzip.runtime.calibration import Measured, measure, meet
 from vlmzip.runtime.saving import attach_saved
@@ -22,8 +22,6 @@ from vlmzip.spec import Candidate
 
 PLAIN = NoCompression.name()
 WHOLE = "100%"
-#: In place of a budget: methods as they are written, with their own settings.
-AS_SET = "as-set"
 #: A nearest setting farther from the budget than this share of it is no answer to the question.
 TOO_FAR = 0.25
 #: Questions whose pictures tell how large the grids of a task are.
@@ -54,6 +52,18 @@ class Configuration:
     def settings(self) -> dict[str, Any] | None:
         """The compressor as JSON gives it back."""
         return None if self.compressor is None else plain_json(self.compressor.to_dict())
+
+
+def read_rows(methods: str | None, keep: str) -> tuple[list[Candidate], list[str]]:
+    """The methods and budgets of two lists with commas, `--methods` and `--keep`.
+
+    Raises `UserError` for what is none, and for a method that is written with a budget of its own beside others.
+    """
+    candidates, budgets = spec.candidates(methods), read_budgets(keep)
+    if set(budgets) != {AS_SET}:
+        for one in candidates:
+            spec.refuse_second_budget(one.name, keep, f"leave one out, or give --keep {AS_SET}")
+    return candidates, budgets
 
 
 def read_budgets(text: str) -> list[str]:

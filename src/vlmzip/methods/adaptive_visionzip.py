@@ -28,6 +28,7 @@ class AdaptiveVisionZip(Compressor):
 
     needs = frozenset({Signal.CLS_ATTENTION, Signal.KEYS})
     threshold: ClassVar[str] = DFMR.threshold
+    budget_fields = DFMR.budget_fields
 
     tau: float = DFMR.tau
     """The deviation from which on a factor is too coarse; set it from pictures with `calibrate`."""

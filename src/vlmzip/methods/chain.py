@@ -29,6 +29,7 @@ class Chain(Compressor):
     """
 
     sites = tuple(Site)
+    budget_fields = ("compressors",)
 
     compressors: tuple[Compressor, ...] = (VisionZip(), FastV())
     """The compressors, such as `(Pool2d(factor=2), FastV(layer=8))`."""

@@ -36,6 +36,7 @@ class DFMR(Compressor):
 
     sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR)
     threshold: ClassVar[str] = "tau"
+    budget_fields = ("tau",)
 
     tau: float = 0.3
     """The deviation from which on a factor is too coarse. The paper's value is unknown: with this one mini's pictures

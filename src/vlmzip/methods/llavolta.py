@@ -36,6 +36,7 @@ class LLaVolta(Compressor):
     """
 
     sites = (Site.IN_LLM, Site.POST_PROJECTOR)
+    budget_fields = ("stride",)
 
     site: Site = Site.IN_LLM
     layer: int | tuple[int, ...] = 2

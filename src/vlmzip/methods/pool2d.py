@@ -24,6 +24,7 @@ class Pool2d(Compressor):
     """
 
     sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR)
+    budget_fields = ("factor",)
 
     factor: int = 3
     """Side of the window, in tokens."""

@@ -34,6 +34,8 @@ class QFormer(Resampler):
     through it.
     """
 
+    budget_fields = ("queries",)
+
     queries: int = 32
     """Learned queries: the tokens that the LLM gets of each picture, whatever its size."""
     depth: int = 12

@@ -61,6 +61,7 @@ class SparseVLM(Compressor):
 
     needs = frozenset({Signal.TEXT_ATTENTION, Signal.TEXT_FEATURES})
     sites = (Site.IN_LLM,)
+    budget_fields = ("budget", "counts")
 
     site: Site = Site.IN_LLM
     schedule: Literal["v1", "v2"] = "v1"

@@ -36,6 +36,7 @@ class VisionZip(Compressor):
     """
 
     needs = frozenset({Signal.CLS_ATTENTION, Signal.KEYS})
+    budget_fields = ("keep", "dominant", "contextual")
 
     keep: Keep | None = None
     """Tokens per picture (int) or a fraction (float, "11%"), split 5.4 : 1 into dominant and contextual; else 1/9."""

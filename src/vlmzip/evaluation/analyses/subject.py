@@ -11,11 +11,12 @@ from vlmzip import spec
 from vlmzip.compressor import Compressor, Profile
 from vlmzip.errors import UserError
 from vlmzip.evaluation.answering import Asker
-from vlmzip.evaluation.configurations import AS_SET, Configurator
+from vlmzip.evaluation.configurations import Configurator
 from vlmzip.evaluation.processes import Processes
 from vlmzip.evaluation.results import Result, results
 from vlmzip.evaluation.study import Study
 from vlmzip.evaluation.task import Task
+from vlmzip.keep import AS_SET
 from vlmzip.models import adapter_for
 
 #: A line of an analysis' CSV: the same columns in all of its lines.
