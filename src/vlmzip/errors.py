@@ -2,12 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
+from typing import Any
 
 
 class UserError(ValueError):
     """The input is wrong; the message says what is wrong and what to do, in one line."""
+
+
+class BeyondPositions(UserWarning):
+    """A prompt, or a prompt and its answer, takes more positions than the LLM has."""
+
+
+@contextmanager
+def telling_beyond_positions(say: Callable[[str], None]) -> Iterator[None]:
+    """Give `say` the text of every `BeyondPositions` of the block; other warnings go where they went."""
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if issubclass(category, BeyondPositions):
+            say(str(message))
+        else:
+            shown(message, category, *where, **more)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", BeyondPositions)
+        warnings.showwarning = show
+        yield
 
 
 def closest(word: str, known: Iterable[str]) -> str:

@@ -272,3 +272,13 @@ def test_wrong_settings_end_the_process_in_a_line(text, said, capsys):
     assert ended.value.code == 2
     assert said in out
     assert out.count("\n") == 1
+
+
+def test_prompts_beyond_the_llms_positions_are_noted_once(conversations, capsys):
+    model, processor = vlmzip.mini.load()
+    model.config.text_config.max_position_embeddings = 20
+    with VisionZip(keep=36).on(model) as small:
+        adapter = CompressedForLmms(small, processor, batch_size=1)
+        adapter.generate_until(requests(adapter, *conversations.values()))
+    notes = [line for line in capsys.readouterr().err.splitlines() if "positions" in line]
+    assert ["note: with visionzip the prompt takes" in note for note in notes] == [True]

@@ -10,7 +10,7 @@ from typing import Any
 from vlmzip.cli.asking import Answer, answer, attach_with_notes, compressed
 from vlmzip.cli.loading import Loaded, progress
 from vlmzip.compressor import BudgetError, Compressor, Profile, missed
-from vlmzip.errors import reason
+from vlmzip.errors import reason, telling_beyond_positions
 from vlmzip.keep import Keep
 from vlmzip.methods import NoCompression
 from vlmzip.runtime.facade import CompressedModel
@@ -39,8 +39,11 @@ class Row:
 
     def run(self, loaded: Loaded, inputs: dict[str, Any], max_new_tokens: int) -> Answer:
         assert self.small is not None
-        with progress(self.method):
+        with progress(self.method), telling_beyond_positions(self._add_note):
             return answer(loaded, self.small, inputs, max_new_tokens)
+
+    def _add_note(self, text: str) -> None:
+        self.note = "; ".join(filter(None, [self.note, text]))
 
     def give_up(self, error: Exception) -> None:
         self.note, self.first, self.small, self.differs = reason(error), None, None, False

@@ -9,7 +9,7 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from importlib import import_module
 from typing import NoReturn
 
-from vlmzip.errors import UserError, closest
+from vlmzip.errors import UserError, closest, telling_beyond_positions
 from vlmzip.version import __version__
 
 #: What each command does. Each is a module of this package that has `EXAMPLES`, `add_arguments(parser, arguments)`
@@ -85,7 +85,8 @@ def _run(arguments: list[str]) -> None:
         args, unknown = parser.parse_known_intermixed_args(arguments[1:])
         parser.refuse_unknown(unknown)
         try:
-            command.run(args)
+            with telling_beyond_positions(_note):
+                command.run(args)
         except (UserError, OSError):
             raise
         except Exception as error:
@@ -93,6 +94,12 @@ def _run(arguments: list[str]) -> None:
 
             refuse_model_at_fault(error)
             raise
+
+
+def _note(text: str) -> None:
+    from vlmzip.cli.loading import note
+
+    note(text)
 
 
 def _owners(option: str) -> str:

@@ -29,6 +29,8 @@ class Answer:
     """Of the prompt."""
     new_tokens: int = 0
     """Of the answer, its end included."""
+    positions: int = 0
+    """The LLM's positions that prompt and answer take."""
 
     @property
     def retention(self) -> float:
@@ -99,7 +101,8 @@ class Asker:
         mine = [picture for picture in small.report.pictures if picture.row == row]
         before = sum(picture.before for picture in mine)
         by_layer = tuple(map(sum, zip(*(picture.by_layer for picture in mine), strict=True)))
-        return Answer(text, before, by_layer, length - before, count)
+        positions = small.report.positions[row] + max(count - 1, 0)  # the last token does not go through the LLM
+        return Answer(text, before, by_layer, length - before, count, positions)
 
     def _written(self, small: CompressedModel, new: Tensor) -> list[int]:
         """How many tokens of each row were generated: those up to its first end, which is one of them."""

@@ -17,6 +17,7 @@ from vlmzip.evaluation.records import Record
 from vlmzip.evaluation.study import Study
 from vlmzip.evaluation.task import Task
 from vlmzip.files import write_csv
+from vlmzip.runtime.positions import llm_positions
 from vlmzip.runtime.report import compact
 
 
@@ -64,11 +65,22 @@ def results(study: Study, task: Task, configurations: Sequence[Configuration], s
             reason = study.failure(one) or "unfinished"
             yield Result(one, note=f"{reason} ({len(records):,} of {len(task.samples):,} questions were answered)")
             continue
-        yield _result(task, one, records, base, bootstrap)
+        yield _result(task, one, records, base, bootstrap, _beyond(records, llm_positions(study.adapter)))
+
+
+def _beyond(records: Sequence[Record], limit: int | None) -> str:
+    """What to say about prompts that took more positions than the LLM has."""
+    count = 0 if limit is None else sum(record.get("positions", 0) > limit for record in records)
+    return f"{count:,} of {len(records):,} prompts took more than the LLM's {limit:,} positions" if count else ""
 
 
 def _result(
-    task: Task, one: Configuration, records: Sequence[Record], base: Sequence[Record], bootstrap: Bootstrap
+    task: Task,
+    one: Configuration,
+    records: Sequence[Record],
+    base: Sequence[Record],
+    bootstrap: Bootstrap,
+    beyond: str,
 ) -> Result:
     scores, ones = bootstrap.share(_scores(records), np.ones(len(records))), np.ones(len(base))
     plain = bootstrap.share(_scores(base), ones)
@@ -79,7 +91,7 @@ def _result(
     return Result(
         one,
         records,
-        one.note,
+        "; ".join(filter(None, [one.note, beyond])),
         estimate(scores),
         estimate(scores - plain),
         shares,

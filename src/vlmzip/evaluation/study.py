@@ -184,6 +184,7 @@ class Study:
             "visual_tokens_by_layer": list(answer.by_layer),
             "retention": round(answer.retention, 6),
             "text_tokens": answer.text_tokens,
+            "positions": answer.positions,
             "prefill_flops": self.asker.flops(answer.text_tokens, answer.by_layer),
             **self.conditions,
         }

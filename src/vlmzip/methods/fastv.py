@@ -20,6 +20,9 @@ class FastV(Compressor):
     defaults; tokens keep their positions. Differences from the authors' code: every row of a batch is ranked by its own
     attention (theirs uses the first row's), the picture's tokens are ranked picture by picture, and no attention matrix
     is made: the one row is computed from the layer's queries and keys, so SDPA and FlashAttention stay on.
+
+    Labels decide where an image's question ends: at the token before the first label behind the image. Without labels
+    it ends at the last token of the prompt, which in a conversation with answers is the last answer's.
     """
 
     needs = frozenset({Signal.TEXT_ATTENTION})

@@ -56,6 +56,9 @@ class SparseVLM(Compressor):
     counts and no recycling: the corrected attention and the choice of heads of SparseVLM+ are left out. So is the
     number of tokens by the rank of the attention matrix (section 3.2), which their code has replaced by these counts.
 
+    Labels decide where an image's question ends: at the token before the first label behind the image. Without labels
+    it ends at the last token of the prompt, so answers in the prompt count as question.
+
     Memory is linear in a picture's tokens; clustering takes time by the square of the recycled ones.
     """
 

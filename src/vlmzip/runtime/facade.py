@@ -6,7 +6,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -27,7 +27,8 @@ from vlmzip.models.adapter import ModelAdapter
 from vlmzip.runtime.cache import cache_name, cache_of, with_cache_named
 from vlmzip.runtime.decoder_hooks import Hooks, running
 from vlmzip.runtime.in_llm import Inside, check_place, extend, prompt_of
-from vlmzip.runtime.prepare import PER_TOKEN, CompressedInputs, compress_inputs, gather, pad_id
+from vlmzip.runtime.positions import positions_taken, warn_beyond
+from vlmzip.runtime.prepare import PER_TOKEN, CompressedInputs, compress_inputs, gather, pad_id, positions_of
 from vlmzip.runtime.report import Report
 from vlmzip.runtime.resample import build_resampler, resampling, write_weights
 from vlmzip.runtime.saving import write_compressor
@@ -233,6 +234,7 @@ class CompressedModel(nn.Module):
             answered = partial(seen().and_generated, new_tokens, self._filler(new_tokens, kwargs))
             self._remember(cache, answered, inside)
         whole = torch.cat([prompt.to(new_tokens.device).repeat_interleave(copies, dim=0), new_tokens], dim=1)
+        self._warn_of_long_answers(small.report, new_tokens, kwargs)
         if isinstance(out, Tensor):
             return whole
         out.sequences = whole
@@ -292,6 +294,8 @@ class CompressedModel(nn.Module):
             if inputs.get("input_ids") is not None and (generating or inputs.get("position_ids") is None):
                 # Counting positions takes time, and training keeps no cache: done only when one comes back.
                 seen = partial(first_turn, adapter, inputs, small, self.compressor, generating=generating)
+        small.report = replace(small.report, positions=positions_taken(adapter, small, generating=generating))
+        self._warn_beyond_positions(small.report.positions)
         if small.report.pictures or before is None:  # a loop over new tokens keeps the report of its pictures
             _reports()[self] = _latest[self] = small.report
         inside = None
@@ -406,7 +410,21 @@ class CompressedModel(nn.Module):
                 out = self.inner.generate(**one)[:, small["input_ids"].shape[1] :]
             rows += list(torch.cat([prompt[row].to(out.device).expand(len(out), -1), out], dim=1))
         self._report_inside(small.report, calls)
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._pad(small))
+        whole = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._pad(small))
+        self._warn_of_long_answers(small.report, whole[:, prompt.shape[1] :], small)
+        return whole
+
+    def _warn_beyond_positions(self, taken: Sequence[int], *, answered: bool = False) -> None:
+        adapter = adapter_for(self.inner)
+        original = positions_of(self.compressor, adapter) == "original"
+        warn_beyond(adapter, self.compressor, taken, original=original, answered=answered)
+
+    def _warn_of_long_answers(self, report: Report, new_tokens: Tensor, arguments: dict[str, Any]) -> None:
+        """Warn where answers grow beyond the LLM's positions; the last token of each has not been through the LLM."""
+        written = (~self._filler(new_tokens, arguments)).sum(1).tolist()
+        copies = len(written) // len(report.positions)
+        taken = [report.positions[row // copies] + count - 1 for row, count in enumerate(written)]
+        self._warn_beyond_positions(taken, answered=True)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The inner model's state under `inner.`; tied weights are copies, since safetensors saves no shared ones."""

@@ -119,6 +119,8 @@ class Report:
     stopwatch: Stopwatch
     packed: bool = False
     """Whether rows stand side by side, as they may in training; `source` is then of such packed rows."""
+    positions: list[int] = field(default_factory=list)
+    """How many of the LLM's positions each row of the prompt takes; `attach`ed models count them."""
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{picture.before} → {compact(picture.by_layer)}" for picture in self.pictures)

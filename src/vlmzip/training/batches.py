@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from vlmzip.errors import UserError
 from vlmzip.json_text import JsonError, parse, read_lines, write_line
 from vlmzip.models.adapter import ModelAdapter
+from vlmzip.runtime.positions import llm_positions
 from vlmzip.runtime.prepare import PER_TOKEN
 from vlmzip.runtime.prompts import special_tokens
 from vlmzip.training.records import PLACE, BadRecord, Record, Records, Turn
@@ -39,7 +40,7 @@ class Conversations:
     def __init__(self, processor: Any, adapter: ModelAdapter, max_length: int) -> None:
         """`max_length`: tokens, visual ones uncompressed. Raises `UserError` for a processor without chat template."""
         self.processor, self.tokenizer, self.max_length = processor, processor.tokenizer, max_length
-        self.positions: int | None = getattr(adapter.llm_config, "max_position_embeddings", None)
+        self.positions = llm_positions(adapter)
         self.placeholder = adapter.placeholder_id
         if not getattr(processor, "chat_template", None):
             raise UserError(

@@ -33,6 +33,7 @@ from vlmzip.models.adapter import ModelAdapter
 from vlmzip.models.recording import attention_rows
 from vlmzip.runtime.cache import cache_argument
 from vlmzip.runtime.in_llm import has_sliding_windows
+from vlmzip.runtime.positions import warn_beyond
 from vlmzip.runtime.versions import argument
 from vlmzip.visualize.figure import new_figure
 
@@ -74,6 +75,7 @@ def _answer(study: Study, task: Task, places: Sequence[int]) -> list[Record]:
     inputs = study.asker.inputs([sample.load() for sample in samples], [sample.question for sample in samples])
     prompt = inputs["input_ids"]
     visual = prompt == study.adapter.placeholder_id
+    warn_beyond(study.adapter, NoCompression(), inputs["attention_mask"].sum(1).tolist(), original=False)
     with torch.inference_mode(), reading(study.adapter, visual) as read:
         model = study.adapter.model
         ids = model.generate(**inputs, max_new_tokens=task.max_new_tokens, do_sample=False)[:, prompt.shape[1] :]

@@ -24,7 +24,7 @@ from PIL import Image
 
 from vlmzip import spec
 from vlmzip.compressor import Compressor
-from vlmzip.evaluation.analyses.subject import Row, Subject
+from vlmzip.evaluation.analyses.subject import Row, Subject, Unsuited
 from vlmzip.evaluation.bootstrap import Bootstrap, Estimate, estimate
 from vlmzip.evaluation.configurations import WHOLE, Configuration
 from vlmzip.evaluation.kept import kept
@@ -33,6 +33,7 @@ from vlmzip.evaluation.study import Study
 from vlmzip.evaluation.task import Sample, Task
 from vlmzip.keep import count_to_keep
 from vlmzip.measure.presets import PRESETS
+from vlmzip.runtime.positions import llm_positions
 from vlmzip.visualize.figure import new_figure
 
 if TYPE_CHECKING:
@@ -86,7 +87,9 @@ def _room(study: Study, task: Task) -> tuple[int, int, int]:
 
     longest = max(task.samples, key=lambda sample: len(study.processor.tokenizer(sample.question).input_ids)).question
     (tokens, text), (_, more) = counts(1), counts(2)
-    positions = study.adapter.llm_config.max_position_embeddings
+    positions = llm_positions(study.adapter)
+    if positions is None:
+        raise Unsuited("the LLM's config does not say how many positions it has")
     return tokens, positions - task.max_new_tokens - text + (more - text), more - text
 
 

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from vlmzip import spec
 from vlmzip.cli.loading import load, note
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError, reason
+from vlmzip.errors import UserError, reason, telling_beyond_positions
 from vlmzip.evaluation.answering import Answer, Asker
 from vlmzip.evaluation.lmms.requests import (
     NO_LIKELIHOODS,
@@ -221,7 +221,8 @@ class CompressedForLmms(lmms):
     def _stopping(self) -> Iterator[None]:
         """Lets nothing that breaks go by, not even under lmms-eval's command line."""
         try:
-            yield
+            with telling_beyond_positions(note):
+                yield
         except Exception as error:
             if not self.ends_process:
                 raise

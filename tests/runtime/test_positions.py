@@ -1,0 +1,240 @@
+"""Prompts that take more positions than the LLM has: counted as the LLM counts them, and said once."""
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig, Qwen2Config
+
+import vlmzip
+from tests.runtime.ragged import Ragged
+from tests.tiny import FAMILIES
+from vlmzip import Downsample, FastV, NoCompression, VisionZip
+from vlmzip.errors import BeyondPositions, telling_beyond_positions
+from vlmzip.models import adapter_for
+from vlmzip.runtime.positions import llm_positions, warn_beyond
+
+ROWS = ([1, "image", 5, 6, 7], [1, "image", 4, "image", 5], [1, 2, 3, 4], ["image", 8])
+GREEDY = {"do_sample": False}
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    return FAMILIES[request.param]()
+
+
+def limit(model, positions):
+    """Gives the model's LLM so many positions; weights and rotary embeddings stay as they are."""
+    model.config.get_text_config().max_position_embeddings = positions
+
+
+def said(work):
+    """What is said about positions while `work` is done."""
+    found: list[str] = []
+    with warnings.catch_warnings(), telling_beyond_positions(found.append):
+        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("always", BeyondPositions)
+        work()
+    return found
+
+
+# --- how many the LLM has -----------------------------------------------------------------------------------------
+
+
+def scaled(kind, **settings):
+    return {"rope_type": kind, "rope_theta": 10000.0, **settings}
+
+
+LONG = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        (None, 100),
+        (scaled("default"), 100),
+        (scaled("linear", factor=4.0), 400),
+        (scaled("dynamic", factor=2.0), 200),
+        (scaled("yarn", factor=4.0), 400),
+        (scaled("yarn", factor=4.0, original_max_position_embeddings=25), 100),
+        (scaled("llama3", factor=8.0, original_max_position_embeddings=10, low_freq_factor=1, high_freq_factor=4), 100),
+        (scaled("longrope", original_max_position_embeddings=50, **LONG), 100),
+    ],
+)
+def test_scaled_positions_reach_farther(rope, expected):
+    config = LlamaConfig(
+        hidden_size=32, num_attention_heads=4, max_position_embeddings=100, rope_parameters=rope, vocab_size=8
+    )
+    assert llm_positions(SimpleNamespace(llm_config=config)) == expected
+
+
+def test_several_axes_are_no_scaling():
+    config = Qwen2Config(max_position_embeddings=100, rope_parameters=scaled("default", mrope_section=[2, 1, 1]))
+    assert llm_positions(SimpleNamespace(llm_config=config)) == 100
+
+
+def test_the_layers_that_reach_least_far_decide():
+    rope = {"sliding_attention": scaled("default"), "full_attention": scaled("linear", factor=8.0)}
+    config = Gemma3TextConfig(max_position_embeddings=100, rope_parameters=rope)
+    assert llm_positions(SimpleNamespace(llm_config=config)) == 100
+
+
+def test_a_config_may_not_say():
+    silent = SimpleNamespace(llm_config=SimpleNamespace(), model=None)
+    assert llm_positions(silent) is None
+    assert said(lambda: warn_beyond(silent, NoCompression(), [10**9], original=False)) == []
+
+
+# --- how many a prompt takes --------------------------------------------------------------------------------------
+
+METHODS = {
+    "plain": NoCompression(),
+    "contiguous": Ragged(positions="contiguous"),
+    "original": Ragged(positions="original"),
+    "smaller images": Downsample(keep=4),
+    "in the LLM": FastV(keep=4, layer=2),
+}
+
+
+@pytest.mark.parametrize("generating", [False, True], ids=["forward", "generate"])
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_the_report_counts_what_the_llm_counts(family, method, generating):
+    """Each row alone: the positions that enter the LLM are caught, and the last of them is the count."""
+    llm, seen = adapter_for(family.model).llm, []
+
+    def catch(_module, _args, kwargs):
+        positions, length = kwargs.get("position_ids"), kwargs["inputs_embeds"].shape[1]
+        seen.append(torch.arange(length) if positions is None else positions)
+
+    first = int(family.name == "paligemma")  # which counts from 1
+    together, taken = family.batch(*ROWS), []
+    handle = llm.register_forward_pre_hook(catch, with_kwargs=True)
+    with method.on(family.model) as small:
+        for row, parts in enumerate(ROWS):
+            seen.clear()
+            inputs = family.batch(parts, first_picture=sum(other.count("image") for other in ROWS[:row]))
+            small.generate(**inputs, max_new_tokens=1, **GREEDY) if generating else small(**inputs)
+            taken.append(int(seen[0].max()) + 1 - first)
+            assert small.report.positions == taken[-1:]
+        small.generate(**together, max_new_tokens=1, **GREEDY) if generating else small(**together)
+        assert small.report.positions == taken
+    handle.remove()
+
+
+# --- what is said -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_one_position_too_many_is_said(family, method):
+    inputs = family.batch(*ROWS)
+    small = vlmzip.attach(family.model, method)
+    small(**inputs)
+    most = max(small.report.positions)
+    limit(family.model, most)
+    assert said(lambda: small(**inputs)) == []
+    assert said(lambda: small.generate(**inputs, max_new_tokens=1, **GREEDY)) == []
+    limit(family.model, most - 1)
+    (text,) = said(lambda: small(**inputs))
+    assert f"takes {most:,} positions and the LLM has {most - 1:,}: the answer may be wrong" in text
+    small.detach()
+
+
+def test_axes_that_go_on_slowly_count_less_than_tokens():
+    family = FAMILIES["qwen2_5_vl"]()
+    inputs = family.batch([1, "image", 4, "image", 5])
+    whole = vlmzip.attach(family.model, NoCompression())
+    whole(**inputs)
+    (taken,) = whole.report.positions
+    assert taken < inputs["input_ids"].shape[1]
+    limit(family.model, taken)
+    assert said(lambda: whole(**inputs)) == []
+
+
+def test_it_is_said_once_for_each_model_and_compressor(family):
+    inputs = family.batch(*ROWS)
+    limit(family.model, 8)
+    whole, small = vlmzip.attach(family.model, NoCompression()), vlmzip.attach(family.model, VisionZip(keep=12))
+    assert len(said(lambda: [whole(**inputs) for _ in range(3)])) == 1
+    assert len(said(lambda: [small.generate(**inputs, max_new_tokens=2, **GREEDY) for _ in range(3)])) == 1
+    again = vlmzip.attach(family.model, VisionZip(keep=12))
+    assert said(lambda: again(**inputs)) == []
+    other = FAMILIES[family.name]()
+    limit(other.model, 8)
+    assert len(said(lambda: vlmzip.attach(other.model, VisionZip(keep=12))(**inputs))) == 1
+
+
+def test_of_a_plain_prompt_alone_that_is_too_long_alone():
+    family = FAMILIES["llava"]()
+    inputs = family.batch(ROWS[0])
+    limit(family.model, 20)
+    assert said(lambda: vlmzip.attach(family.model, VisionZip(keep=12))(**inputs)) == []
+    (text,) = said(lambda: vlmzip.attach(family.model, NoCompression())(**inputs))
+    assert text == (
+        "without compression the prompt takes 40 positions and the LLM has 20: the answer may be wrong;"
+        " give fewer images or less text"
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "advised"),
+    [
+        (VisionZip(keep=30), True),
+        (VisionZip(keep=30, positions="original"), False),  # they keep their positions
+        (FastV(keep=8, layer=2), False),  # all of them enter the LLM
+        (NoCompression(), False),
+    ],
+)
+def test_fewer_visual_tokens_are_advised_where_they_help(method, advised):
+    family = FAMILIES["llava"]()
+    limit(family.model, 20)
+    (text,) = said(lambda: vlmzip.attach(family.model, method)(**family.batch(ROWS[0])))
+    assert ("keep fewer visual tokens" in text) is advised
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_answers_that_grow_beyond(family, how):
+    """The last token of an answer does not go through the LLM: six of them take five positions."""
+    inputs = family.batch([1, "image", 5, 6, 7], [1, 2, 3, 4])
+    small = vlmzip.attach(family.model, VisionZip(keep=12))
+    answer = lambda: small.generate(**inputs, max_new_tokens=6, min_new_tokens=6, **GREEDY, **how)  # noqa: E731
+    answer()
+    most = max(small.report.positions) + 5
+    limit(family.model, most)
+    assert said(answer) == []
+    limit(family.model, most - 1)
+    (text,) = said(answer)
+    assert f"the prompt and its answer take {most} positions and the LLM has {most - 1}" in text
+    assert "ask for a shorter answer" in text
+
+
+def test_short_answers_of_long_prompts_do_not_grow_beyond():
+    """A row that ends at once, beside a short prompt whose answer is long."""
+    family = FAMILIES["llava"]()
+    inputs = family.batch([1, "image", 5, 6, 7], [1, 2, 3])
+    small = vlmzip.attach(family.model, VisionZip(keep=12))
+
+    class EndLongRow:
+        def __call__(self, ids, scores):
+            scores[0, 2] = 1e9  # the end of text
+            scores[1, 2] = -1e9
+            return scores
+
+    limit(family.model, 18)  # the long prompt takes 16
+    assert said(lambda: small.generate(**inputs, max_new_tokens=10, logits_processor=[EndLongRow()], **GREEDY)) == []
+
+
+def test_turns_on_a_cache_add_up():
+    family = FAMILIES["llava"]()
+    small = vlmzip.attach(family.model, VisionZip(keep=12))
+    cache, one = DynamicCache(), {"max_new_tokens": 1, "do_sample": False}
+    limit(family.model, 19)
+    assert said(lambda: small.generate(**family.batch(ROWS[0]), past_key_values=cache, **one)) == []  # 16 and 1
+    assert said(lambda: small.generate(torch.tensor([[9, 9]]), past_key_values=cache, **one)) == []  # 2 and 1 more
+    (text,) = said(lambda: small.generate(torch.tensor([[9]]), past_key_values=cache, **one))
+    assert "takes 21 positions" in text
+
+
+def test_other_warnings_go_where_they_went():
+    with pytest.warns(DeprecationWarning, match="old"), telling_beyond_positions(lambda _: pytest.fail("not ours")):
+        warnings.warn("old", DeprecationWarning, stacklevel=1)
