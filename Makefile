@@ -6,16 +6,27 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 # Another version of transformers gets an environment of its own: make test-transformers TRANSFORMERS=5.19
 TRANSFORMERS ?= 5.19
-OTHER ?= .venv-transformers-$(TRANSFORMERS)
+OTHER := .venv-transformers-$(TRANSFORMERS)
+# docs/support.md says what holds in these, and in the version of constraints.txt.
+SUPPORTED ?= 5.18 5.19 5.23
+NEWEST ?= .venv-newest
+# Where the rest is not pinned, torch still is, to a version that comes as a build for the CPU: others bring gigabytes of
+# CUDA along, which no test uses. TORCH=torch installs the newest.
+TORCH ?= torch==2.13.0
 # What another version can break: all that touches models. The rest is the same Python in both.
 TESTS ?= tests/models tests/runtime tests/methods tests/measure tests/training tests/cli/test_commands.py
 # Tests run in several processes of one thread each; a file's tests stay together, since they share models.
 JOBS ?= 2
 IN_PARALLEL := -n $(JOBS) --dist loadfile
-# lmms-eval brings a hundred packages along, 2.4 GB: it has an environment of its own too.
+# lmms-eval brings a hundred packages along, 2.4 GB, and needs older versions of some: it has an environment of its own.
 LMMS ?= .venv-lmms
+# `base` is an installation without extras.
+EXTRAS = base $(shell $(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'])")
+SECONDS ?= 60
+SEED ?= 0
 
-.PHONY: help demo test test-transformers test-lmms check fmt lint types tables bench bench-gpu flops figures support papers mini
+.PHONY: help demo test test-transformers test-newest test-lmms test-extras fuzz check fmt lint types tables bench bench-gpu \
+	flops figures support papers mini always
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -33,27 +44,38 @@ demo: $(INSTALLED) ## set up, then ask the small model about a picture, with and
 test: $(INSTALLED) ## set up, then run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL)
 
-$(OTHER)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(OTHER)
-	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > $(OTHER)/constraints.txt
-	$(OTHER)/bin/python -m pip install --quiet --upgrade pip
-	$(OTHER)/bin/python -m pip install --quiet -c $(OTHER)/constraints.txt -e ".[dev]" "transformers==$(TRANSFORMERS).*"
+.venv-transformers-%/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > $(@D)/constraints.txt
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet -c $(@D)/constraints.txt -e ".[dev]" "transformers==$*.*"
 	@touch $@
 
 test-transformers: $(OTHER)/.installed ## run the tests with another version of transformers; TESTS= for all
 	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest $(IN_PARALLEL) $(TESTS)
 
-$(LMMS)/.installed: pyproject.toml constraints.txt tests/lmms/torchvision_beside_cpu_torch.py
+test-newest: ## install the newest version of transformers and of all else, then run the tests
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade pip
+	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager "$(TORCH)" -e ".[dev]"
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(IN_PARALLEL)
+
+$(LMMS)/.installed: pyproject.toml constraints-lmms.txt tests/lmms/torchvision_beside_cpu_torch.py
 	$(PYTHON) -m venv $(LMMS)
 	$(LMMS)/bin/python -m pip install --quiet --upgrade pip
-	$(LMMS)/bin/python -m pip install --quiet -c constraints.txt -e ".[dev,lmms]"
-	site=$$($(LMMS)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))"); \
-	cp tests/lmms/torchvision_beside_cpu_torch.py $$site; \
-	echo "import torchvision_beside_cpu_torch" > $$site/torchvision_beside_cpu_torch.pth
+	$(LMMS)/bin/python -m pip install --quiet -c constraints-lmms.txt -e ".[dev,lmms]"
+	$(LMMS)/bin/python tests/lmms/torchvision_beside_cpu_torch.py
 	@touch $@
 
 test-lmms: $(LMMS)/.installed ## install lmms-eval beside vlmzip, and run the tests of the two together
 	$(LMMS)/bin/python -m pytest tests/lmms tests/evaluation/test_lmms.py
+
+test-extras: ## install each extra alone, with the newest of what it brings, and use it; EXTRAS= for some
+	@for extra in $(EXTRAS); do .ci/extra $$extra "$(TORCH)" || failed="$$failed $$extra"; done; \
+	test -z "$$failed" || { echo "these extras do not work:$$failed"; exit 1; }
+
+fuzz: $(INSTALLED) ## break the input of every command, SECONDS= long; fails on a traceback, hang or wrong exit code
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 
 check: lint types tables test-transformers test ## what CI runs
 
@@ -84,10 +106,17 @@ flops: $(INSTALLED) ## count prefill FLOPs beside the papers'; writes docs/flops
 figures: $(INSTALLED) ## make the pictures in docs/figures again
 	$(BIN)/python docs/figures/make.py
 
-support: $(INSTALLED) $(OTHER)/.installed ## run the promises of the façade in two versions of transformers; writes docs/support.md
-	$(BIN)/python -m pytest tests/runtime/test_promises.py --support-cells runs/support-newest.json
-	$(OTHER)/bin/python -m pytest tests/runtime/test_promises.py --support-cells runs/support-$(TRANSFORMERS).json
-	$(BIN)/python docs/support.py runs/support-newest.json runs/support-$(TRANSFORMERS).json
+CELLS = runs/support-newest.json $(SUPPORTED:%=runs/support-%.json)
+
+support: $(CELLS) ## run the promises of the façade in all supported versions of transformers; writes docs/support.md
+	$(BIN)/python docs/support.py $(CELLS)
+
+# A test that fails is a cell of the table (1); else pytest itself went wrong.
+runs/support-newest.json: $(INSTALLED) always
+	$(BIN)/python -m pytest tests/runtime/test_promises.py --support-cells $@ || test $$? -eq 1
+
+runs/support-%.json: .venv-transformers-%/.installed always
+	$(<D)/bin/python -m pytest tests/runtime/test_promises.py --support-cells $@ || test $$? -eq 1
 
 papers: $(INSTALLED) ## recompute what the papers print; writes docs/papers.md
 	$(BIN)/python docs/papers.py

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from itertools import groupby
 from pathlib import Path
 
 #: Several tests can prove one cell; the worst of them counts.
@@ -38,10 +39,13 @@ def found(run: dict, promise: str, family: str) -> str:
 
 
 def cell(by_version: list[tuple[str, str]]) -> str:
-    newest, word = by_version[-1]
-    if all(other == word for _, other in by_version):
-        return word
-    return f"{newest}: {word}; " + "; ".join(f"{version}: {other}" for version, other in by_version[:-1])
+    """What was found, with the versions if they differ, the newest first."""
+    versions: dict[str, list[str]] = {}
+    for version, word in reversed(by_version):
+        versions.setdefault(word, []).append(version)
+    if len(versions) == 1:
+        return by_version[-1][1]
+    return "; ".join(f"{', '.join(those)}: {word}" for word, those in versions.items())
 
 
 def counts(run: dict, promises: list[str]) -> str:
@@ -51,14 +55,19 @@ def counts(run: dict, promises: list[str]) -> str:
     return f"transformers {run['transformers']}: " + ", ".join(f"{count[word]} {word}" for word in WORST if count[word])
 
 
-def main(paths: list[str]) -> None:
+def main(paths: list[str]) -> int:
+    """Writes the page. Returns the exit code: 1 if a cell fails in any version."""
     runs = [json.loads(Path(path).read_text()) for path in paths]
     runs.sort(key=lambda run: [int(part) for part in run["transformers"].split(".")[:3] if part.isdigit()])
-    versions = ", ".join(f"torch {run['torch']} with transformers {run['transformers']}" for run in reversed(runs))
+    versions = "; ".join(
+        f"torch {torch} with transformers {', '.join(run['transformers'] for run in those)}"
+        for torch, those in groupby(reversed(runs), lambda run: run["torch"])
+    )
     totals = "".join(f"\n- {counts(run, list(runs[-1]['cells']))}" for run in reversed(runs))
     text = [HEAD.format(versions=versions), *table(runs), "", f"Cells:\n{totals}"]
     (Path(__file__).parent / "support.md").write_text("\n".join(text) + "\n")
+    return int(any("fails" in words for run in runs for row in run["cells"].values() for words in row.values()))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

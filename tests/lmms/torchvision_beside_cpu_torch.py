@@ -2,13 +2,16 @@
 
 Some package mirrors have only that pair. torchvision's compiled operators cannot be loaded then, and the one thing at
 import that misses them is the description of `nms` and `qnms` for tracing. So these two names are declared first;
-nothing here calls them. `make test-lmms` puts this file into its own environment, with a .pth file that imports it at
-every start of Python; it is no part of the package, and does nothing where torch and torchvision belong together.
+nothing here calls them. Run as a script, this file puts itself into the environment that runs it, with a .pth file that
+imports it at every start of Python: `make test-lmms` and `make test-extras` do so in their own environments. It is no
+part of the package, and does nothing where torch and torchvision belong together.
 """
 
 import importlib.abc
 import importlib.machinery
+import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 
@@ -43,4 +46,13 @@ def declare(torch):
     torch._declared_for_torchvision = library  # a declaration lasts as long as its library object
 
 
-sys.meta_path.insert(0, BeforeTorchvision())
+def install():
+    packages = Path(sysconfig.get_path("purelib"))
+    shutil.copy(__file__, packages)
+    (packages / f"{Path(__file__).stem}.pth").write_text(f"import {Path(__file__).stem}\n")
+
+
+if __name__ == "__main__":
+    install()
+else:
+    sys.meta_path.insert(0, BeforeTorchvision())

@@ -1,0 +1,97 @@
+"""Use what an extra brings, in an environment that has nothing else: `make test-extras`.
+
+    python -m tests.extras train
+
+It ends with an error where the installed versions do not fit together, where a package cannot be imported, or where a
+command that needs it fails.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from importlib import import_module
+from importlib.metadata import packages_distributions, requires
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[1]
+PICTURE = str(ROOT / "examples" / "flat.png")
+QUESTION = "what color is the ring ?"
+
+
+def base(folder):
+    vlmzip("ask", PICTURE, QUESTION, "--baseline", "--overlay", str(folder / "tokens.png"))
+
+
+def train(folder):
+    turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": "orange"}]
+    (folder / "records.json").write_text(json.dumps([{"image": PICTURE, "conversations": turns}] * 4))
+    run = {"model": "mini", "records": "records.json", "out": "out", "schedule": "two-stage"}
+    run |= {"steps": 2, "batch": 2, "lora": {"r": 2}}
+    (folder / "run.yaml").write_text(json.dumps(run))  # JSON is YAML
+    vlmzip("train", "run.yaml", "--explain", "--staircase", "staircase.png", within=folder)
+    vlmzip("train", "run.yaml", within=folder)
+    assert list((folder / "out").rglob("events.out.tfevents*")), "TensorBoard's log is missing"
+
+
+def eval(folder):
+    usual = ["--methods", "visionzip", "--keep", "25%", "--limit", "2", "--report", "--out", str(folder / "eval")]
+    vlmzip("eval", "--tasks", "mini,easy-vqa", *usual)
+
+
+def lmms(folder):
+    from tests.lmms.mini_as_task import write_task
+
+    write_task(folder / "tasks", 2)
+    suite = ["--suite", "mini_exact", "--include-path", str(folder / "tasks")]
+    vlmzip("eval", *suite, "--methods", "visionzip", "--keep", "25%", "--out", str(folder / "lmms"))
+
+
+def dev(folder):
+    call(sys.executable, "-m", "pytest", "-q", "-n", "1", "tests/test_spec.py")
+    for tool in ("ruff", "mypy", "pre-commit"):
+        call(beside_python(tool), "--version")
+
+
+#: `base` is an installation without extras.
+USES = {"base": [base], "train": [train], "eval": [eval], "lmms": [lmms], "dev": [train, eval, dev]}
+
+
+def vlmzip(*arguments, within=ROOT):
+    call(beside_python("vlmzip"), *arguments, within=within)
+
+
+def beside_python(tool):
+    return Path(sys.executable).with_name(tool)
+
+
+def call(*command, within=ROOT):
+    print("+", *command, flush=True)
+    subprocess.run(command, cwd=within, check=True)
+
+
+def brought(extra):
+    """The top-level modules of the packages that an extra names."""
+    named = [Requirement(line) for line in requires("vlmzip")]
+    names = {canonicalize_name(one.name) for one in named if one.marker and one.marker.evaluate({"extra": extra})}
+    for module, distributions in packages_distributions().items():
+        if names & {canonicalize_name(one) for one in distributions} and not module.endswith("__mypyc"):
+            yield module
+
+
+def main(extra):
+    call(sys.executable, "-m", "pip", "check")
+    found = import_module("vlmzip").__file__
+    assert Path(found).is_relative_to(sys.prefix), f"vlmzip comes from {found}, not from this environment"
+    for module in brought(extra):
+        import_module(module)
+    for use in USES[extra]:
+        with tempfile.TemporaryDirectory() as folder:
+            use(Path(folder))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
