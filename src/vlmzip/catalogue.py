@@ -16,7 +16,7 @@ from importlib.metadata import entry_points
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from vlmzip import methods
+from vlmzip import methods, own_files
 from vlmzip.compressor import Compressor, check_choice
 from vlmzip.errors import UserError, closest
 from vlmzip.outline import ENTRY_POINTS
@@ -184,6 +184,7 @@ def _documented_fields(owner: type, docs: dict[str, str]) -> list[str]:
 
 def _import(path: str) -> type[Compressor]:
     module, _, attribute = path.partition(":")
+    own_files.search_for(module)
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever somebody's module does while it is imported

@@ -6,12 +6,13 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, SupportsIndex, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vlmzip import own_files
 from vlmzip.errors import UserError, closest
 from vlmzip.keep import Keep, count_to_keep, round_half_up
 from vlmzip.token_map import TokenMap
@@ -196,6 +197,14 @@ class Compressor(ABC):
         own = type(self).__module__.startswith("vlmzip.methods.")
         method = self.name() if own else f"{type(self).__module__}:{type(self).__qualname__}"
         return {"method": method, **{name: getattr(self, name) for name in self.field_names()}}
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+        """Pickle a method from a file of the user's own by its settings: another process has to find the file first."""
+        if not own_files.is_own(type(self).__module__):
+            return super().__reduce_ex__(protocol)
+        from vlmzip.catalogue import from_dict
+
+        return from_dict, (self.to_dict(),)
 
     def __post_init__(self) -> None:
         if self.positions is not None:

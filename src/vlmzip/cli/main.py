@@ -55,7 +55,6 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # an arrow must not end a command on an ASCII terminal
-    sys.path.append(os.getcwd())  # for --method my_file:MyMethod
     try:
         _run(arguments)
     except UserError as error:
@@ -118,4 +117,6 @@ def _overview() -> str:
 
 
 if __name__ == "__main__":
+    if not sys.flags.safe_path and sys.path[0] == os.getcwd():
+        del sys.path[0]  # `python -m` puts it there, and whatever lies in it would pass for a library
     sys.exit(main())

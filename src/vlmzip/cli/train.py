@@ -8,6 +8,7 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmzip import own_files
 from vlmzip.errors import UserError, closest
 
 if TYPE_CHECKING:
@@ -45,10 +46,11 @@ def _settings() -> str:
 def run(args: Namespace) -> None:
     from vlmzip.training.config import read_config
 
-    config = read_config(args.config, args.set)
     if args.explain:
-        _explain(config, args)
+        with own_files.left_alone():
+            _explain(read_config(args.config, args.set), args)
         return
+    config = read_config(args.config, args.set)
     for name in ("shape", "staircase", "json"):
         if getattr(args, name):
             raise UserError(f"--{name} goes with --explain")
