@@ -2,13 +2,17 @@
 
 import csv
 import json
+import os
 import re
+import signal
+import weakref
 from argparse import Namespace
 
 import pytest
 import torch
 
 from vlmzip import LLaVolta, VisionZip
+from vlmzip.children import in_child
 from vlmzip.cli.bench import _set_up
 from vlmzip.cli.bench_output import doubts
 from vlmzip.cli.bench_progress import Progress, in_words
@@ -279,6 +283,67 @@ def test_a_full_disk_costs_nothing_that_was_measured(capsys, monkeypatch, tmp_pa
     assert code == 2
     assert "no space left" in err
     assert len(json.loads(out)["rows"]) == 4
+
+
+class TestWhatIsMeasuredIsKept:
+    ASKED = ("--methods", "pool2d,visionzip", "--keep", 9)
+
+    def stop_in_round(self, monkeypatch, number):
+        def telling(_self, step):
+            if step.round == number:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(Progress, "__call__", telling)
+
+    @pytest.mark.usefixtures("memory_is_known")
+    def test_rounds_are_written_as_they_come(self, capsys, monkeypatch, tmp_path):
+        code, _, _ = run(capsys, *self.ASKED, "--out", tmp_path)
+        [whole] = tmp_path.iterdir()
+        earlier = whole.read_text()
+        self.stop_in_round(monkeypatch, 2)
+        code, out, _ = run(capsys, *self.ASKED, "--out", tmp_path, "--json")
+        assert code == 130
+        unfinished = tmp_path / f"{whole.stem}.unfinished.csv"
+        assert {row["repeats"] for row in csv.DictReader(unfinished.open())} == {"1"}
+        assert whole.read_text() == earlier
+        found = json.loads(out)
+        assert len(found["rows"]) == 6
+        assert found["csv"] == str(unfinished)
+        assert "the run was stopped after 1 of 2 rounds" in found["notes"]
+        monkeypatch.undo()
+
+    def test_a_kill_while_the_memory_is_measured_costs_the_memory_alone(self, capsys, monkeypatch, tmp_path):
+        monkeypatch.setattr("vlmzip.measure.memory.in_frugal_process", lambda *_: in_child(one_and_a_kill))
+        code, out, _ = run(capsys, *self.ASKED, "--out", tmp_path, "--json")
+        assert code == 0
+        rows = json.loads(out)["rows"]
+        assert [row["peak_bytes"] for row in rows] == [7, 7, None, None, None, None]
+        why = "the memory was not measured: its process was ended by signal 9, perhaps for lack of memory"
+        assert [row["note"] for row in rows] == ["", "", why, why, why, why]
+        assert f"{why} (pool2d, visionzip)" in json.loads(out)["notes"]
+        [path] = tmp_path.iterdir()
+        assert [row["peak_bytes"] for row in csv.DictReader(path.open())] == ["7", "7", "", "", "", ""]
+
+    def test_the_model_is_gone_before_another_process_makes_it(self, capsys, monkeypatch):
+        models = []
+
+        def remembered(*args):
+            models.append(weakref.ref(model := make_model(*args)))
+            return model
+
+        def in_another_process(*_):
+            yield from [None] * 3 if all(model() is None for model in models) else []
+
+        monkeypatch.setattr(presets, "make_model", remembered)
+        monkeypatch.setattr("vlmzip.measure.memory.in_frugal_process", in_another_process)
+        code, _, _ = run(capsys, "--methods", "fastv(layer=1,keep=9),visionzip", "--keep", "none")
+        assert code == 0
+        assert len(models) == 2
+
+
+def one_and_a_kill():
+    yield 7
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 class TestPresets:

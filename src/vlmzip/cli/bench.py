@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,7 +79,7 @@ def run(args: Namespace) -> None:
         raise UserError("--methods names no method; separate them with commas: --methods visionzip,pool2d")
     if args.keep is not None:
         refuse_second_budgets(methods, args.keep, "leave one out, or give --keep none")
-    from vlmzip.cli.bench_output import as_json, doubts, print_tables, rows
+    from vlmzip.cli.bench_output import rows
     from vlmzip.cli.loading import DTYPES, find_device
     from vlmzip.files import write_csv
     from vlmzip.measure.machine import about, file_name
@@ -89,23 +92,57 @@ def run(args: Namespace) -> None:
     args.scale = args.scale or ("1" if on_gpu else SMALL)
     preset = _preset(args)
     machine = about(device)  # of the sources that run now, whatever is changed meanwhile
-    found = _measure(args, preset, methods, device, DTYPES[args.dtype])
-    table = rows(found, args, preset, machine)
     path = None
     if args.out:
         scaled = f"scale{_number(args.scale):g}"
         settings = [scaled, args.dtype, args.attention, f"batch{args.batch}", f"keep{_keep_in_words(args.keep)}"]
         settings += ["cpu-seconds"] * (args.clock == "cpu")
         path = args.out / file_name(f"bench-{args.preset}", device, *settings)
-    doubtful = doubts(found, args, device, narrow=_number(args.scale) < _number(SMALL))
-    try:
+    found: list[Contender] = []
+
+    def keep(measured: list[Contender]) -> None:
+        found[:] = measured
         if path is not None:
-            write_csv(path, table)
+            with suppress(UserError):  # the last time says that the disk refuses
+                write_csv(_unfinished(path), rows(found, args, preset, machine))
+
+    try:
+        _measure(args, preset, methods, device, DTYPES[args.dtype], keep)
+    finally:  # whatever ends it, what was measured is shown and written
+        if found:
+            _show(found, rows(found, args, preset, machine), args, preset, device, path)
+
+
+def _unfinished(path: Path) -> Path:
+    """Where results stand while they are measured: those of an earlier run stay until these are whole."""
+    return path.with_name(f"{path.stem}.unfinished.csv")
+
+
+def _show(
+    found: list[Contender],
+    table: list[dict[str, Any]],
+    args: Namespace,
+    preset: Preset,
+    device: torch.device,
+    path: Path | None,
+) -> None:
+    """Prints what was measured, and writes it; the file of a run that was stopped stays an unfinished one."""
+    from vlmzip.cli.bench_output import as_json, doubts, gaps, print_tables
+    from vlmzip.files import write_csv
+
+    doubtful = doubts(found, args, device, narrow=_number(args.scale) < _number(SMALL)) + gaps(found, args.repeats)
+    whole = len(found[0].spans) == args.repeats
+    target = path if path is None or whole else _unfinished(path)
+    try:
+        if target is not None:
+            write_csv(target, table)
+        if path is not None and whole:
+            _unfinished(path).unlink(missing_ok=True)
     finally:  # a full disk must not cost what was measured
         if args.json:
-            print(json.dumps(as_json(found, table, doubtful, path), indent=2))
+            print(json.dumps(as_json(found, table, doubtful, target), indent=2))
         else:
-            print_tables(found, args, preset, device, doubtful, path)
+            print_tables(found, args, preset, device, doubtful, target)
 
 
 def _measure(
@@ -114,11 +151,12 @@ def _measure(
     methods: list[tuple[str, Compressor]],
     device: torch.device,
     dtype: torch.dtype,
-) -> list[Contender]:
+    keep: Callable[[list[Contender]], None],
+) -> None:
+    """Times the methods, then measures their memory; `keep` gets what is measured, as it comes."""
     from vlmzip.cli.bench_progress import START, Progress
     from vlmzip.cli.loading import console, tell
     from vlmzip.measure.bench import PLAIN, bench
-    from vlmzip.measure.memory import in_frugal_process
     from vlmzip.measure.presets import make_config
     from vlmzip.measure.timing import cpu_seconds, now
     from vlmzip.models import adapter_for
@@ -141,17 +179,32 @@ def _measure(
             new_tokens=args.new_tokens,
             clock=cpu_seconds if args.clock == "cpu" else now,
             telling=progress,
+            keeping=keep,
         )
         progress.memory()
         recipe = (args, preset, device, dtype, [one.compressor for one in found])
         if device.type == "cpu":
-            del model, adapter  # the other process makes its own
-            measured = in_frugal_process(_peaks, *recipe)
+            del model, adapter, inputs  # the other process makes its own, and there may be no room for both
+            _measure_memory(found, recipe, keep)
         else:
-            measured = _peaks(*recipe, model=model)
-    for one, peak in zip(found, measured, strict=True):
-        one.peak_bytes = peak
-    return found
+            for one, peak in zip(found, _peaks(*recipe, model=model), strict=True):
+                one.peak_bytes = peak
+
+
+def _measure_memory(found: list[Contender], recipe: tuple[Any, ...], keep: Callable[[list[Contender]], None]) -> None:
+    """Measures in a process of its own, which may be killed for want of memory: all else is kept."""
+    from vlmzip.children import ChildFailed
+    from vlmzip.measure.memory import in_frugal_process
+
+    gc.collect()  # a model and its hooks refer to each other
+    measured = 0
+    try:
+        for one, peak in zip(found, in_frugal_process(_peaks, *recipe), strict=True):
+            one.peak_bytes, measured = peak, measured + 1
+            keep(found)
+    except ChildFailed as error:
+        for one in found[measured:]:
+            one.without_peak = f"the memory was not measured: {error}"
 
 
 def _make(args: Namespace, preset: Preset, device: torch.device, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
@@ -178,17 +231,19 @@ def _peaks(
     dtype: torch.dtype,
     compressors: list[Compressor | None],
     model: Any = None,
-) -> list[int | None]:
+) -> Iterator[int | None]:
     from vlmzip.cli.bench_progress import DUE, Progress
     from vlmzip.measure.bench import peaks
-    from vlmzip.measure.presets import make_inputs
+    from vlmzip.measure.presets import make_config, make_inputs
 
     progress = Progress()  # without a spinner: on a CPU that is another process's
 
     def telling(done: int) -> None:
         progress.tell(f"measuring the memory: {done} of {len(compressors)} methods done", DUE)
 
-    model = _make(args, preset, device, dtype)[0] if model is None else model
+    if model is None:
+        _refuse_what_cannot_run(args, make_config(preset, args.text_tokens, args.new_tokens), device, dtype)
+        model = _make(args, preset, device, dtype)[0]
     inputs = make_inputs(preset, args.batch, args.text_tokens, device, dtype)
     return peaks(model, inputs, compressors, args.new_tokens, telling)
 

@@ -72,11 +72,11 @@ def _row(one: Contender, scope: Scope, measured: Compared, args: Namespace, pres
         "vision_mlp": preset.vision_mlp,
         "batch": args.batch,
         "new_tokens": args.new_tokens,
-        "repeats": args.repeats,
+        "repeats": len(one.spans),
         "clock": args.clock,
         "dtype": args.dtype,
         "attention": args.attention,
-        "note": one.note,
+        "note": "; ".join(filter(None, (one.note, one.without_peak))),
     }
 
 
@@ -110,6 +110,17 @@ def doubts(found: list[Contender], args: Namespace, device: torch.device, *, nar
     return said
 
 
+def gaps(found: list[Contender], repeats: int) -> list[str]:
+    """What was not measured, of all that was asked for."""
+    said = []
+    done = len(found[0].spans)
+    if done < repeats:
+        said.append(f"the run was stopped after {done} of {repeats} rounds")
+    if unmeasured := [one for one in found if one.without_peak]:
+        said.append(f"{unmeasured[0].without_peak} ({', '.join(one.name for one in unmeasured)})")
+    return said
+
+
 def as_json(
     found: list[Contender], table: list[dict[str, Any]], doubtful: list[str], path: Path | None
 ) -> dict[str, Any]:
@@ -125,16 +136,16 @@ def print_tables(
     doubtful: list[str],
     path: Path | None,
 ) -> None:
-    console = Console(highlight=False)
+    console, repeats = Console(highlight=False), len(found[0].spans)
     console.width = max(console.width, WIDTH)  # in a narrower window lines go on below; a number cut off would mislead
     console.print(Text(_title(args, preset, device), style="bold"), "", sep="\n")
     for scope, heading, columns in BLOCKS:
-        console.print(Text(heading), _block(found, scope, columns, spread=args.repeats > 1), "", sep="\n")
+        console.print(Text(heading), _block(found, scope, columns, spread=repeats > 1), "", sep="\n")
     for number, one in enumerate(_noted(found), 1):
         console.print(Text(f"({number}) {one.name}: {one.note}"))
     clock = ", in seconds that the CPU computed" if args.clock == "cpu" else ""
-    if args.repeats > 1:
-        how = f"Medians of {args.repeats} interleaved rounds{clock}; speed-ups: ratios within a round, with quartiles."
+    if repeats > 1:
+        how = f"Medians of {repeats} interleaved rounds{clock}; speed-ups: ratios within a round, with quartiles."
     else:
         how = f"One round{clock}: it has no spread that tells how far to trust it; give more --repeats."
     console.print(

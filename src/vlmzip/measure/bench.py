@@ -45,6 +45,8 @@ class Contender:
     kv_bytes: int = 0
     peak_bytes: int | None = None
     """Beyond the weights, at the highest; `None` where it cannot be measured."""
+    without_peak: str = ""
+    """Why the memory was not measured, where its process failed."""
     spans: list[Spans] = field(default_factory=list)
 
     @contextmanager
@@ -114,10 +116,12 @@ def bench(
     new_tokens: int,
     clock: Callable[[torch.device], float] = now,
     telling: Callable[[Step], Any] = lambda _: None,
+    keeping: Callable[[list[Contender]], Any] = lambda _: None,
 ) -> list[Contender]:
     """The plain model and the contenders, timed in turns; whoever fails keeps a note and costs the others nothing.
 
-    Raises what the plain model raises. `telling` is told before each run.
+    Raises what the plain model raises. `telling` is told before each run; `keeping` gets what is measured, after each
+    round.
     """
     plain = Contender(PLAIN, None)
     running = []
@@ -139,10 +143,15 @@ def bench(
         with one.on(model) as small:
             return time_answer(small, adapter, inputs, new_tokens, clock)
 
-    names = {str(number): partial(run, one) for number, one in enumerate(running)}
-    for one, spans in zip(running, in_turns(names, repeats).values(), strict=True):
-        one.spans = spans
-    return [plain, *contenders]
+    everyone = [plain, *contenders]
+
+    def keep(found: dict[str, list[Spans]]) -> None:
+        for one, spans in zip(running, found.values(), strict=True):
+            one.spans = list(spans)
+        keeping(everyone)
+
+    in_turns({str(number): partial(run, one) for number, one in enumerate(running)}, repeats, keeping=keep)
+    return everyone
 
 
 def _count(one: Contender, small: Any, adapter: ModelAdapter, inputs: Mapping[str, Tensor]) -> None:
@@ -170,18 +179,17 @@ def peaks(
     compressors: Sequence[Compressor | None],
     new_tokens: int,
     telling: Callable[[int], Any] = lambda _: None,
-) -> list[int | None]:
+) -> Iterator[int | None]:
     """Peak memory of an answer of the plain model (`None`) or through compressors, beyond the weights; `None` where it
     fails or the system does not tell. On a CPU to be called in a process of its own, see `peak_bytes`.
 
     `telling` is told before each how many are done."""
-    found: list[int | None] = []
-    for compressor in compressors:
-        telling(len(found))
+    for done, compressor in enumerate(compressors):
+        telling(done)
         try:
             with Contender("", compressor).on(model) as small:
                 run = partial(small.generate, **inputs, do_sample=False, max_new_tokens=new_tokens)
-                found.append(peak_bytes(run, inputs["input_ids"].device))
+                peak = peak_bytes(run, inputs["input_ids"].device)
         except Exception:  # `bench` runs the same and says why
-            found.append(None)
-    return found
+            peak = None
+        yield peak

@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import multiprocessing
-import os
 import re
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
+from vlmzip.children import in_child
 from vlmzip.errors import UserError
 
 #: For the environment of a process whose memory is measured on the CPU: its allocator gives back at once what is freed,
@@ -34,16 +32,9 @@ def available_bytes(device: str | torch.device = "cpu") -> int | None:
     return None
 
 
-def in_frugal_process(run: Callable[..., T], *arguments: Any) -> T:
-    """`run(*arguments)` in a fresh process with `FRUGAL` set; what goes in and out is pickled, `run` by its name."""
-    before = dict(os.environ)
-    os.environ.update(FRUGAL)  # read once, when a process starts: this one stays as it is
-    try:
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            return process.submit(run, *arguments).result()
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
+def in_frugal_process(run: Callable[..., Iterable[T]], *arguments: Any) -> Iterator[T]:
+    """Yield what `run(*arguments)` yields in a fresh process with `FRUGAL` set; see `in_child`."""
+    return in_child(run, *arguments, environment=FRUGAL)  # read once, when a process starts: this one stays as it is
 
 
 def peak_bytes(run: Callable[[], object], device: str | torch.device = "cpu") -> int:

@@ -37,17 +37,27 @@ def cpu_seconds(device: str | torch.device = "cpu") -> float:
     return time.process_time()
 
 
-def in_turns(runs: Mapping[str, Callable[[], T]], repeats: int, *, warmup: int = 1) -> dict[str, list[T]]:
+def in_turns(
+    runs: Mapping[str, Callable[[], T]],
+    repeats: int,
+    *,
+    warmup: int = 1,
+    keeping: Callable[[dict[str, list[T]]], Any] = lambda _: None,
+) -> dict[str, list[T]]:
     """What each run of each variant returned. One round runs every variant once, in turns forwards and backwards, so
-    that none of them always follows the same other; `warmup` rounds come first and are left out."""
+    that none of them always follows the same other; `warmup` rounds come first and are left out. `keeping` gets what
+    there is after each other round."""
     if repeats < 1:
         raise ValueError(f"{repeats} repeats measure nothing")
     found: dict[str, list[T]] = {name: [] for name in runs}
-    for turn in range(warmup + repeats):
-        names = list(runs) if turn % 2 == 0 else list(runs)[::-1]
-        for name in names:
-            found[name].append(runs[name]())
-    return {name: values[warmup:] for name, values in found.items()}
+    for turn in range(-warmup, repeats):
+        names = list(runs) if (turn + warmup) % 2 == 0 else list(runs)[::-1]
+        results = {name: runs[name]() for name in names}
+        if turn >= 0:
+            for name, result in results.items():
+                found[name].append(result)
+            keeping(found)
+    return found
 
 
 def interleaved(

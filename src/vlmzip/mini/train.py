@@ -8,11 +8,12 @@ processes that torchrun started:
 
 import argparse
 import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
+from vlmzip.children import end_with_launcher
 from vlmzip.mini.assets import Assets, AssetsMissing, training_assets
 from vlmzip.mini.loop import OtherRecipe, Run
 from vlmzip.mini.recipe import Recipe
@@ -23,7 +24,8 @@ MOST_PROCESSES = 2  # the shipped weights' number; the batch is divided among th
 def main(arguments: Sequence[str] | None = None) -> int:
     given = _parse(arguments)
     if "RANK" not in os.environ and given.processes > 1:
-        return _start_processes(given.processes, list(sys.argv[1:] if arguments is None else arguments))
+        _become_torchrun(given.processes, list(sys.argv[1:] if arguments is None else arguments))
+    end_with_launcher()
     try:
         train(given.out, Recipe().scaled(given.scale), training_assets(given.fashion_mnist, given.cache))
     except (AssetsMissing, OtherRecipe) as error:
@@ -48,10 +50,11 @@ def _sensible_processes() -> int:
     return 1 if torch.cuda.is_available() else min(MOST_PROCESSES, os.cpu_count() or 1)
 
 
-def _start_processes(count: int, arguments: list[str]) -> int:
+def _become_torchrun(count: int, arguments: list[str]) -> NoReturn:
+    """Runs this training in several processes, which torchrun starts in place of this one: no parent is left to die."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-    return subprocess.run([*torchrun, "-m", "vlmzip.mini.train", *arguments], env=environment, check=False).returncode
+    os.execve(sys.executable, [*torchrun, "-m", "vlmzip.mini.train", *arguments], environment)
 
 
 def train(out: Path, recipe: Recipe, assets: Assets) -> Path:

@@ -1,0 +1,97 @@
+"""A child process that hands over its results as they come, and no child that outlives its parent."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from vlmzip.errors import UserError, reason
+
+T = TypeVar("T")
+
+
+class ChildFailed(UserError):
+    """A child process did not finish its work; the message says why."""
+
+
+def end_with_parent() -> None:
+    """Have this process end when its parent is gone, in whatever way that ended."""
+    parent = multiprocessing.parent_process()
+    launcher = os.getppid()
+
+    def wait() -> None:
+        if parent is not None:
+            parent.join()
+        while parent is None and os.getppid() == launcher:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def end_with_launcher() -> None:
+    """`end_with_parent` for a process that torchrun or `accelerate launch` started."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
+
+
+def in_child(
+    run: Callable[..., Iterable[T]], *arguments: Any, environment: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[T]:
+    """Yield what `run(*arguments)` yields in a fresh process; all that goes in and out is pickled, `run` by its name.
+
+    `environment` is added to the child's. Raises `ChildFailed` where `run` raises or the child is killed. Where memory
+    runs out, Linux kills the child first.
+    """
+    context = multiprocessing.get_context("spawn")
+    results, ours = context.Pipe(duplex=False)
+    child = context.Process(target=_hand_over, args=(ours, run, arguments), daemon=True)
+    before = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        child.start()
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    ours.close()  # so that the end of the child is the end of the results
+    try:
+        while (received := _receive(results, child)) is not None:
+            yield received[0]
+    finally:
+        child.kill()
+        child.join()
+
+
+def _receive(results: Connection, child: Any) -> list[Any] | None:
+    """Return the next result, in a list, or `None` behind the last one."""
+    try:
+        received = results.recv()
+    except EOFError:
+        child.join()
+        why = f"by signal {-child.exitcode}, perhaps for lack of memory" if child.exitcode < 0 else "by itself"
+        raise ChildFailed(f"its process was ended {why}") from None
+    if isinstance(received, str):
+        raise ChildFailed(received)
+    return received
+
+
+def _hand_over(results: Connection, run: Callable[..., Iterable[Any]], arguments: tuple[Any, ...]) -> None:
+    end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this process
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    try:
+        for result in run(*arguments):
+            results.send([result])
+        results.send(None)
+    except Exception as error:  # said by the parent
+        results.send(reason(error))
