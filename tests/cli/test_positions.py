@@ -84,7 +84,7 @@ def test_eval_says_it_at_once_and_in_the_table(run, asked, tmp_path):
     for expected in (1, 0):
         out, notes = run(*evaluate)
         assert len(notes) == expected
-        assert f"no_compression at 100%: 5 of 5 prompts took more than the LLM's {LIMIT} positions" in out
+        assert "no_compression at 100%: 5 of 5 prompts took more positions than the LLM has" in out
         assert "visionzip at 8" not in out
 
 

@@ -17,7 +17,6 @@ from vlmzip.evaluation.records import Record
 from vlmzip.evaluation.study import Study
 from vlmzip.evaluation.task import Task
 from vlmzip.files import write_csv
-from vlmzip.runtime.positions import llm_positions
 from vlmzip.runtime.report import compact
 
 
@@ -65,22 +64,11 @@ def results(study: Study, task: Task, configurations: Sequence[Configuration], s
             reason = study.failure(one) or "unfinished"
             yield Result(one, note=f"{reason} ({len(records):,} of {len(task.samples):,} questions were answered)")
             continue
-        yield _result(task, one, records, base, bootstrap, _beyond(records, llm_positions(study.adapter)))
-
-
-def _beyond(records: Sequence[Record], limit: int | None) -> str:
-    """What to say about prompts that took more positions than the LLM has."""
-    count = 0 if limit is None else sum(record.get("positions", 0) > limit for record in records)
-    return f"{count:,} of {len(records):,} prompts took more than the LLM's {limit:,} positions" if count else ""
+        yield _result(task, one, records, base, bootstrap)
 
 
 def _result(
-    task: Task,
-    one: Configuration,
-    records: Sequence[Record],
-    base: Sequence[Record],
-    bootstrap: Bootstrap,
-    beyond: str,
+    task: Task, one: Configuration, records: Sequence[Record], base: Sequence[Record], bootstrap: Bootstrap
 ) -> Result:
     scores, ones = bootstrap.share(_scores(records), np.ones(len(records))), np.ones(len(base))
     plain = bootstrap.share(_scores(base), ones)
@@ -91,7 +79,7 @@ def _result(
     return Result(
         one,
         records,
-        "; ".join(filter(None, [one.note, beyond])),
+        "; ".join(filter(None, [one.note, _beyond_positions(records)])),
         estimate(scores),
         estimate(scores - plain),
         shares,
@@ -100,6 +88,12 @@ def _result(
         changed=[place for place, (a, b) in enumerate(zip(records, base, strict=True)) if a["given"] != b["given"]],
         groups=_groups(records),
     )
+
+
+def _beyond_positions(records: Sequence[Record]) -> str:
+    """What to say about prompts that took more positions than the LLM has; older records do not tell."""
+    beyond = sum(bool(record.get("beyond_positions")) for record in records)
+    return f"{beyond:,} of {len(records):,} prompts took more positions than the LLM has" if beyond else ""
 
 
 def difference(records: Sequence[Record], others: Sequence[Record], seed: int) -> Estimate:

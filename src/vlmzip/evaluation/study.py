@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ from vlmzip.json_text import read_json
 from vlmzip.measure.machine import about
 from vlmzip.models import adapter_for
 from vlmzip.runtime.facade import CompressedModel
+from vlmzip.runtime.positions import llm_positions
 from vlmzip.runtime.saving import attach_saved
 from vlmzip.version import __version__
 
@@ -184,7 +186,7 @@ class Study:
             "visual_tokens_by_layer": list(answer.by_layer),
             "retention": round(answer.retention, 6),
             "text_tokens": answer.text_tokens,
-            "positions": answer.positions,
+            "beyond_positions": answer.positions > (llm_positions(self.adapter) or math.inf),
             "prefill_flops": self.asker.flops(answer.text_tokens, answer.by_layer),
             **self.conditions,
         }
