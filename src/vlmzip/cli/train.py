@@ -65,8 +65,9 @@ def _train(config: Config) -> None:
     except ImportError:
         raise UserError("training needs accelerate: pip install 'vlmzip[train]'") from None
     from vlmzip.evaluation.processes import Processes
-    from vlmzip.training.run import train
+    from vlmzip.training.run import train, try_out
 
+    try_out(config)
     first = Processes().first
     loaded = load(config.model, "cpu", config.weights)  # Trainer moves it to where it belongs
     _set_attention(loaded.model, config.attention)
@@ -95,6 +96,7 @@ def _explain(config: Config, args: Namespace) -> None:
 
     if args.staircase:
         _check_picture(args.staircase)
+    _note_what_is_missing(config)
     adapter, steps = _on_paper(config, args.shape), _steps(config)
     schedule = config.schedule_for(adapter.profile().layers)
     cost = explain(schedule, adapter, steps, config.text_tokens)
@@ -109,6 +111,20 @@ def _explain(config: Config, args: Namespace) -> None:
         print("compression; paper: as LLaVolta prints it, whose totals do not all follow from its stages")
     if args.staircase:
         _draw(cost, f"{args.shape or config.model}: {schedule.name}", args.staircase)
+
+
+def _note_what_is_missing(config: Config) -> None:
+    """Note what this machine lacks for the run; costs can be counted elsewhere than where it will run."""
+    from vlmzip.cli.loading import note
+
+    if not config.trainer:
+        return
+    try:
+        from vlmzip.training.run import try_out
+
+        try_out(config)
+    except (UserError, ImportError) as error:
+        note(f"on this machine the run would be refused: {error}")
 
 
 def _on_paper(config: Config, preset: str | None) -> Any:

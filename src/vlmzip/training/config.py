@@ -19,73 +19,39 @@ import yaml
 from vlmzip.compressor import check_choice
 from vlmzip.errors import UserError
 from vlmzip.training.schedule import Schedule, read_lasting, read_schedule, read_share, refuse_unknown
+from vlmzip.training.trainer_settings import read_trainer
 
 #: Parts of a model that can learn.
 PARTS = ("projector", "llm", "vision")
+#: The largest count; no run needs as much, and some counts are memory or processes.
+MOST = 10**9
 #: What a number can be: in words, and whether one is.
 Range = tuple[str, Callable[[float], bool]]
+COUNT_FROM_0: Range = (f"at least 0, at most {MOST:,}", lambda value: 0 <= value <= MOST)
+COUNT: Range = (f"at least 1, at most {MOST:,}", lambda value: 1 <= value <= MOST)
+WORKERS: Range = ("at least 0, at most 512", lambda value: 0 <= value <= 512)
 FROM_0: Range = ("at least 0", lambda value: 0 <= value < math.inf)
-FROM_1: Range = ("at least 1", lambda value: 1 <= value < math.inf)
 ABOVE_0: Range = ("a number above 0", lambda value: 0 < value < math.inf)
 BELOW_1: Range = ("at least 0 and less than 1", lambda value: 0 <= value < 1)
 SEED: Range = ("0 to 4294967295", lambda value: 0 <= value < 2**32)  # NumPy's seeds
 RANGES: dict[str, Range] = {
-    "steps": FROM_1,
+    "steps": COUNT,
     "epochs": ABOVE_0,
-    "batch": FROM_1,
-    "batch_per_process": FROM_1,
+    "batch": COUNT,
+    "batch_per_process": COUNT,
     "learning_rate": ABOVE_0,
     "warmup": BELOW_1,
     "weight_decay": FROM_0,
-    "max_length": FROM_1,
-    "save_every": FROM_1,
-    "checkpoints": FROM_1,
-    "log_every": FROM_1,
-    "workers": FROM_0,
+    "max_length": COUNT,
+    "save_every": COUNT,
+    "checkpoints": COUNT,
+    "log_every": COUNT,
+    "workers": WORKERS,
     "seed": SEED,
-    "text_tokens": FROM_0,
-}
-#: Settings of transformers' TrainingArguments that one of ours makes, by its name.
-MADE_FROM = {
-    "output_dir": "out",
-    "max_steps": "steps",
-    "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "batch_per_process",
-    "gradient_accumulation_steps": "batch_per_process",
-    "auto_find_batch_size": "batch_per_process",
-    "learning_rate": "learning_rate",
-    "warmup_steps": "warmup",
-    "warmup_ratio": "warmup",
-    "weight_decay": "weight_decay",
-    "bf16": "precision",
-    "gradient_checkpointing": "gradient_checkpointing",
-    "activation_checkpointing": "gradient_checkpointing",
-    "group_by_length": "group_by_length",
-    "train_sampling_strategy": "group_by_length",
-    "logging_steps": "log_every",
-    "save_steps": "save_every",
-    "save_total_limit": "checkpoints",
-    "eval_strategy": "evaluation",
-    "eval_steps": "evaluation",
-    "dataloader_num_workers": "workers",
-    "seed": "seed",
-    "data_seed": "seed",
-    "resume_from_checkpoint": "out",
+    "text_tokens": COUNT_FROM_0,
 }
 #: What a value is called that a setting does not take.
 KINDS = {int: "whole number", float: "number", bool: "true or false", str: "text"}
-#: Settings with which a run would not be what it says it is, and why.
-EXACT = {
-    "save_only_model": "a run could not go on from its checkpoints as if it had not been stopped",
-    "ignore_data_skip": "a run that goes on would see other records",
-    "logging_nan_inf_filter": "a loss that is no number any more would not be seen",
-    "load_best_model_at_end": "what is saved is the model after the last step",
-    "accelerator_config": "a step would have other records than batch says",
-    "remove_unused_columns": "records have no columns of Trainer's",
-    "push_to_hub": "a run writes into out alone; put out/model on a hub from there",
-}
-#: What these can be: checkpoints and logs are counted in steps.
-STRATEGIES = {"save_strategy": ("steps", "no"), "logging_strategy": ("steps",)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +66,7 @@ class Lora:
     """On what goes into them, while training."""
 
     def __post_init__(self) -> None:
-        check_ranges("lora.", self, {"r": FROM_1, "alpha": FROM_1, "dropout": BELOW_1})
+        check_ranges("lora.", self, {"r": COUNT, "alpha": COUNT, "dropout": BELOW_1})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +83,7 @@ class Evaluation:
     """Instead of the schedule's."""
 
     def __post_init__(self) -> None:
-        check_ranges("evaluation.", self, {"every": FROM_1, "limit": FROM_1})
+        check_ranges("evaluation.", self, {"every": COUNT, "limit": COUNT})
         if self.compressor is not None:
             read_lasting("evaluation.compressor", self.compressor)  # refuses what is none
 
@@ -209,13 +175,11 @@ class Config:
             raise UserError("trainer: fsdp shares nothing out on a CPU, and says nothing; write sharding: fsdp instead")
         if self.sharding != "none" and self.trainer.get("deepspeed"):
             raise UserError("sharding: fsdp does what trainer: deepspeed does; choose one of them")
-        for key, value in self.trainer.items():
-            if key in MADE_FROM:
-                raise UserError(f"trainer: {key} follows from the run's own setting {MADE_FROM[key]}; set that instead")
-            if key in EXACT:
-                raise UserError(f"trainer: {key} cannot be set: {EXACT[key]}")
-            if value not in STRATEGIES.get(key, (value,)):
-                raise UserError(f"trainer: {key} cannot be {value}: steps are counted; set log_every and save_every")
+        self.for_trainer()
+
+    def for_trainer(self) -> dict[str, Any]:
+        """Return the settings under `trainer`, as TrainingArguments takes them."""
+        return read_trainer(self.trainer, self) if self.trainer else {}
 
     def schedule_for(self, depth: int) -> Schedule:
         """The schedule for an LLM of that many layers."""

@@ -6,12 +6,15 @@ import dataclasses
 import os
 import random
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from torch import nn
 from transformers import Trainer, TrainingArguments, get_scheduler, set_seed
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from vlmzip import spec
 from vlmzip.compressor import Compressor
@@ -152,11 +155,48 @@ def make_trainer(
         raise UserError(f"trainer: {' '.join(str(error).split())[:200]}") from None
 
 
-def _try_optimiser(args: Any, small: Any, steps: int) -> None:
-    """Raises what Trainer would raise later, when the run has begun, for its optimiser or learning rate."""
-    Trainer.get_optimizer_cls_and_kwargs(args, small)
+def _try_optimiser(args: Any, model: Any, steps: int) -> None:
+    """Raise what Trainer would raise later, when the run has begun, for its optimiser or learning rate."""
+    made, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    if isinstance(made, type) and not settings.keys() & {
+        "params",
+        "model",
+        "optimizer_dict",
+    }:  # else of this very model
+        weights = torch.zeros(64, 64, device=args.device, requires_grad=True)
+        weights.grad = torch.zeros_like(weights)
+        made([weights], **settings).step()
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
     get_scheduler(args.lr_scheduler_type, stand_in, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs)
+
+
+def try_out(config: Config) -> None:
+    """Raise `UserError` for settings under `trainer` that this machine has not got what they need for.
+
+    It needs no model, so that nothing large is loaded for a run that could not begin.
+    """
+    given = dict(config.trainer)
+    if not given:
+        return
+    if given.pop("deepspeed", None) and find_spec("deepspeed") is None:
+        raise UserError("trainer: deepspeed is not installed: pip install deepspeed")
+    args = arguments(dataclasses.replace(config, trainer=given), steps := config.steps or 1)
+    try:
+        if "optim_target_modules" not in given:  # those that name parts of the model are tried with the model
+            _try_optimiser(args, nn.Linear(2, 2), steps)
+        for callback in get_reporting_integration_callbacks(args.report_to):
+            callback()
+        if args.torch_compile:
+            _try_compiling(args)
+    except Exception as error:  # each package refuses in its own way
+        raise UserError(f"trainer: {' '.join(str(error).split())[:300] or type(error).__name__}") from None
+
+
+def _try_compiling(args: TrainingArguments) -> None:
+    how: Any = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+    TorchDynamoPlugin(**how)  # checks the name, as accelerate will
+    small = nn.Linear(2, 2).to(args.device)
+    torch.compile(small, **how)(torch.zeros(1, 2, device=args.device)).sum().backward()
 
 
 def arguments(config: Config, steps: int) -> TrainingArguments:
@@ -199,7 +239,7 @@ def arguments(config: Config, steps: int) -> TrainingArguments:
         "report_to": ["tensorboard"] if _has_tensorboard() else [],
     }
     try:
-        return TrainingArguments(**{**settings, **config.trainer})
+        return TrainingArguments(**{**settings, **config.for_trainer()})
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
         raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
@@ -292,6 +332,4 @@ def _save(
 
 
 def _has_tensorboard() -> bool:
-    from importlib.util import find_spec
-
     return find_spec("tensorboard") is not None

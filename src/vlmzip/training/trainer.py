@@ -83,8 +83,7 @@ class StagedTrainer(Trainer):
         self._trained = self.stage()  # what is logged after a step is about the stage it was in
         self.small.switch(self._compressor())
         learned_from = (inputs["labels"] != IGNORE).any(1).tolist()
-        packed = {"pack_rows": self.label_smoother is None}  # it looks at logits, row by row
-        loss = super().training_step(model, {**inputs, **packed}, num_items_in_batch)
+        loss = super().training_step(model, {**inputs, "pack_rows": True}, num_items_in_batch)
         for picture in self.small.report.pictures:
             if not learned_from[picture.row]:  # the blank one of a batch without pictures
                 continue

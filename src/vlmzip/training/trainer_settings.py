@@ -1,0 +1,309 @@
+"""Which settings of transformers' TrainingArguments a run can have under `trainer`, and what their values can be.
+
+Every one stands in one of three tables: `MADE_FROM`, which a setting of ours makes; `REFUSED`, with the reason;
+`PASSED`, with what its value can be. One that a newer transformers brings is refused until it stands here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from vlmzip.errors import UserError, closest
+
+#: Settings that one of ours makes, by its name.
+MADE_FROM = {
+    "output_dir": "out",
+    "max_steps": "steps",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_per_process",
+    "gradient_accumulation_steps": "batch_per_process",
+    "auto_find_batch_size": "batch_per_process",
+    "learning_rate": "learning_rate",
+    "warmup_steps": "warmup",
+    "warmup_ratio": "warmup",
+    "weight_decay": "weight_decay",
+    "bf16": "precision",
+    "fp16": "precision",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing": "gradient_checkpointing",
+    "group_by_length": "group_by_length",
+    "train_sampling_strategy": "group_by_length",
+    "logging_steps": "log_every",
+    "save_steps": "save_every",
+    "save_total_limit": "checkpoints",
+    "eval_strategy": "evaluation",
+    "eval_steps": "evaluation",
+    "dataloader_num_workers": "workers",
+    "seed": "seed",
+    "data_seed": "seed",
+    "resume_from_checkpoint": "out",
+    "parallelism_config": "sharding",
+}
+
+_ASKS = "it changes nothing: an evaluation asks questions, whatever Trainer would do"
+_HUB = "a run writes into out alone; put out/model on a hub from there"
+_LAST = "what is saved is the model after the last step"
+_NOTHING = "it changes nothing"
+#: Settings that a run cannot have, and why.
+REFUSED = {
+    # With these a run would not be what it says it is.
+    "save_only_model": "a run could not go on from its checkpoints as if it had not been stopped",
+    "ignore_data_skip": "a run that goes on would see other records",
+    "logging_nan_inf_filter": "a loss that is no number any more would not be seen",
+    "accelerator_config": "a step would have other records than batch says",
+    "dataloader_in_order": "a step would have other records than in another run",
+    "remove_unused_columns": "records have no columns of Trainer's",
+    "average_tokens_across_devices": "the loss would depend on the number of processes",
+    "load_best_model_at_end": _LAST,
+    "metric_for_best_model": _LAST,
+    "greater_is_better": _LAST,
+    # These look at the uncompressed prompt, or at logits from outside the model.
+    "label_smoothing_factor": "its loss compares logits and labels outside the model, where compression has moved them",
+    "neftune_noise_alpha": "its noise would be scaled by the length of the uncompressed prompt",
+    "include_num_input_tokens_seen": "it would count the tokens of the uncompressed prompt",
+    # These would change nothing here.
+    "do_train": f"{_NOTHING}: a run trains",
+    "do_eval": f"{_NOTHING}; set evaluation instead",
+    "do_predict": f"{_NOTHING}: a run predicts nothing",
+    "dataloader_drop_last": f"{_NOTHING}: an epoch is whole steps",
+    "length_column_name": f"{_NOTHING}: records have no columns",
+    "local_rank": f"{_NOTHING}: torchrun numbers the processes",
+    "use_liger_kernel": f"{_NOTHING}: its kernels go into transformers' own classes, not into a compressed model",
+    "liger_kernel_config": f"{_NOTHING}: there are no kernels of Liger in a compressed model",
+    "use_cache": f"{_NOTHING}: training fills no KV cache",
+    "restore_callback_states_from_checkpoint": f"{_NOTHING}: what a run needs to go on is always restored",
+    **dict.fromkeys(
+        ["per_device_eval_batch_size", "eval_accumulation_steps", "prediction_loss_only", "eval_do_concat_batches",
+         "eval_use_gather_object", "include_for_metrics", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval",
+         "label_names"],
+        _ASKS,
+    ),
+    # These have their own way here, or none.
+    "debug": "a run whose loss or gradients are no numbers ends in a line anyway",
+    "save_on_each_node": "the first process writes the run's folder",
+    "enable_jit_checkpoint": "a stopped run goes on from its last whole checkpoint; set save_every lower",
+    "ddp_static_graph": "stages run different parts of the model",
+    "fsdp": "fsdp shares nothing out on a CPU, and says nothing; write sharding: fsdp instead",
+    "fsdp_config": "write sharding: fsdp instead, which has no further settings",
+    **dict.fromkeys(
+        ["push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push",
+         "hub_revision"],
+        _HUB,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a setting can be: in words, and the value made of what was given; `None` is made of what it cannot be."""
+
+    wanted: str
+    read: Callable[[Any], Any]
+
+
+def _number(value: Any) -> float:
+    """Return a number, `nan` for what is none; YAML takes 1e-8 for text."""
+    try:
+        return math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
+def _number_in(wanted: str, is_one: Callable[[float], bool]) -> Kind:
+    return Kind(wanted, lambda value: number if is_one(number := _number(value)) else None)
+
+
+def _whole(least: int, most: int = 10**9) -> Kind:
+    def read(value: Any) -> int | None:
+        return value if type(value) is int and least <= value <= most else None
+
+    return Kind(f"a whole number from {least:,} to {most:,}", read)
+
+
+def _choice(*values: str) -> Kind:
+    return Kind(f"one of {', '.join(values)}", lambda value: value if value in values else None)
+
+
+def _texts(value: Any) -> Any:
+    texts = [value] if isinstance(value, str) else value
+    are_texts = isinstance(texts, list) and all(isinstance(text, str) and text for text in texts)
+    return value if texts and are_texts else None
+
+
+def _save_strategy(value: Any) -> Any:
+    return "no" if value is False else _choice("steps", "no").read(value)  # YAML takes no for false
+
+
+TRUTH = Kind("true or false", lambda value: value if isinstance(value, bool) else None)
+TEXT = Kind("text", lambda value: value if isinstance(value, str) and value else None)
+TEXTS = Kind("a text or a list of texts", _texts)
+MAPPING = Kind("a mapping", lambda value: dict(value) if isinstance(value, Mapping) else None)
+FILE = Kind("a file's name or a mapping", lambda value: value if value and isinstance(value, str | dict) else None)
+FROM_0 = _number_in("a number of at least 0", lambda value: 0 <= value < math.inf)
+BELOW_1 = _number_in("a number of at least 0 and below 1", lambda value: 0 <= value < 1)
+LOG_LEVEL = _choice("debug", "info", "warning", "error", "critical", "passive")
+#: How activation checkpointing can be done; its other settings are PyTorch's own.
+RECOMPUTE = Kind(
+    "{use_reentrant: true} or {use_reentrant: false}",
+    lambda value: dict(value) if value in ({"use_reentrant": True}, {"use_reentrant": False}) else None,
+)
+#: Schedules that a score decides; what a run logs of its evaluations is no loss that they could follow.
+BY_SCORE = ("reduce_lr_on_plateau", "greedy")
+
+
+def _schedules() -> Kind:
+    from transformers.trainer_utils import SchedulerType
+
+    return _choice(*(one.value for one in SchedulerType if one.value not in BY_SCORE))
+
+
+def _optimisers() -> Kind:
+    from transformers.training_args import OptimizerNames
+
+    return _choice(*(one.value for one in OptimizerNames))
+
+
+def _reporters() -> Kind:
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+
+    known = ("all", "none", *INTEGRATION_TO_CALLBACK)
+
+    def read(value: Any) -> Any:
+        names = [value] if isinstance(value, str) else value
+        return value if isinstance(names, list) and all(name in known for name in names) else None
+
+    return Kind(f"one or a list of {', '.join(known)}", read)
+
+
+def _backends() -> Kind:
+    from torch.distributed import Backend
+
+    return _choice(*(name for name in Backend.backend_list if name != "undefined"))
+
+
+#: Settings that Trainer gets as they are, and what each can be.
+PASSED: dict[str, Kind | Callable[[], Kind]] = {
+    "lr_scheduler_type": _schedules,
+    "lr_scheduler_kwargs": MAPPING,
+    "optim": _optimisers,
+    "optim_args": TEXT,
+    "optim_target_modules": TEXTS,
+    "adam_beta1": BELOW_1,
+    "adam_beta2": BELOW_1,
+    "adam_epsilon": FROM_0,
+    "max_grad_norm": FROM_0,
+    "tf32": TRUTH,
+    "gradient_checkpointing_kwargs": RECOMPUTE,
+    "activation_checkpointing_kwargs": RECOMPUTE,
+    "torch_compile": TRUTH,
+    "torch_compile_backend": TEXT,
+    "torch_compile_mode": _choice("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+    "torch_empty_cache_steps": _whole(1),
+    "logging_strategy": Kind("steps: steps are counted, set log_every", _choice("steps").read),
+    "save_strategy": Kind("steps or no: steps are counted, set save_every", _save_strategy),
+    "logging_first_step": TRUTH,
+    "log_on_each_node": TRUTH,
+    "log_level": LOG_LEVEL,
+    "log_level_replica": LOG_LEVEL,
+    "disable_tqdm": TRUTH,
+    "report_to": _reporters,
+    "run_name": TEXT,
+    "project": TEXT,
+    "trackio_space_id": TEXT,
+    "trackio_bucket_id": TEXT,
+    "trackio_static_space_id": TEXT,
+    "eval_delay": FROM_0,
+    "eval_on_start": TRUTH,
+    "full_determinism": TRUTH,
+    "use_cpu": TRUTH,
+    "dataloader_pin_memory": TRUTH,
+    "dataloader_persistent_workers": TRUTH,
+    "dataloader_prefetch_factor": _whole(1, 10**4),
+    "dataloader_multiprocessing_context": _choice("fork", "spawn", "forkserver"),
+    "ddp_find_unused_parameters": TRUTH,
+    "ddp_bucket_cap_mb": _whole(1, 10**6),
+    "ddp_broadcast_buffers": TRUTH,
+    "ddp_backend": _backends,
+    "ddp_timeout": _whole(1),
+    "deepspeed": FILE,
+    "skip_memory_metrics": TRUTH,
+}
+#: Settings that mean something only beside another setting of the run's, which has to be set, too.
+BESIDE = {
+    "gradient_checkpointing_kwargs": "gradient_checkpointing",
+    "activation_checkpointing_kwargs": "gradient_checkpointing",
+    "eval_delay": "evaluation",
+    "eval_on_start": "evaluation",
+    "dataloader_persistent_workers": "workers",
+    "dataloader_prefetch_factor": "workers",
+    "dataloader_multiprocessing_context": "workers",
+}
+#: Settings that mean something only where another one under `trainer` begins with one of these words.
+BESIDE_IN_TRAINER = {
+    "optim_target_modules": ("optim", ("galore", "apollo")),
+    **dict.fromkeys(
+        ["project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"],
+        ("report_to", ("trackio", "all")),
+    ),
+}
+#: What newer versions call a setting.
+RENAMED = {"gradient_checkpointing_kwargs": "activation_checkpointing_kwargs"}
+
+
+def read_trainer(given: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """Return what Trainer gets of the settings under `trainer`.
+
+    Raises `UserError` for one that there is not, that a run cannot have, whose value it cannot be, or that changes
+    nothing beside the other settings of `config`. What this machine lacks is not looked at.
+    """
+    return {_name(key): _read(key, value, config) for key, value in given.items()}
+
+
+def in_this_version() -> set[str]:
+    """Return the names of the settings of the installed transformers' TrainingArguments."""
+    from transformers import TrainingArguments
+
+    return {field.name for field in fields(TrainingArguments) if field.init}
+
+
+def _name(key: str) -> str:
+    new = RENAMED.get(key)
+    return new if new is not None and new in in_this_version() else key
+
+
+def _read(key: Any, value: Any, config: Any) -> Any:
+    if key in MADE_FROM:
+        raise UserError(f"trainer: {key} follows from the run's own setting {MADE_FROM[key]}; set that instead")
+    if key in REFUSED:
+        raise UserError(f"trainer: {key} cannot be set: {REFUSED[key]}")
+    known = in_this_version()
+    if key not in PASSED or _name(key) not in known:
+        raise UserError(f"trainer: {_unknown(key, known)}")
+    if (other := BESIDE.get(key)) and not getattr(config, other):
+        raise UserError(f"trainer: {key} changes nothing without {other}; set that too")
+    _refuse_alone(key, config.trainer)
+    kind = PASSED[key]
+    kind = kind if isinstance(kind, Kind) else kind()
+    read = kind.read(value)
+    if read is None:
+        raise UserError(f"trainer: {key} cannot be {value!r}; give {kind.wanted}")
+    return read
+
+
+def _refuse_alone(key: str, trainer: Mapping[str, Any]) -> None:
+    if key in BESIDE_IN_TRAINER:
+        other, words = BESIDE_IN_TRAINER[key]
+        set_to = trainer.get(other)
+        if not any(str(one).startswith(words) for one in (set_to if isinstance(set_to, list) else [set_to])):
+            raise UserError(f"trainer: {key} changes nothing unless {other} is of {' or '.join(words)}")
+
+
+def _unknown(key: Any, known: set[str]) -> str:
+    if key in known:
+        return f"{key} is a setting that vlmzip does not know yet, and that might break what a run promises"
+    if key in PASSED:
+        return f"the installed transformers has no setting {key}"
+    return f"there is no {key!r}{closest(str(key), known & PASSED.keys())}"

@@ -1,0 +1,223 @@
+"""What can stand under `trainer`: every setting of TrainingArguments is known, its value is looked at first."""
+
+import pytest
+
+from tests.training.runs import write_config, write_run
+from vlmzip.cli.main import main
+from vlmzip.errors import UserError
+from vlmzip.training import trainer_settings
+from vlmzip.training.config import read_config
+from vlmzip.training.run import arguments, try_out
+from vlmzip.training.trainer_settings import MADE_FROM, PASSED, REFUSED, in_this_version
+
+LEAST = {"model": "mini", "records": "data.json", "out": "runs/x"}
+BESIDE = {"workers": 2, "gradient_checkpointing": True, "evaluation": {"every": 5}}
+
+
+@pytest.fixture
+def config(tmp_path):
+    def make(trainer, **settings):
+        return read_config(write_config(tmp_path, **{**LEAST, **settings, "trainer": trainer}))
+
+    return make
+
+
+def test_every_setting_of_the_installed_version_is_in_one_table():
+    tables = (MADE_FROM, REFUSED, PASSED)
+    wrong = [name for name in in_this_version() if sum(name in table for table in tables) != 1]
+    assert not wrong
+    assert not [name for name in in_this_version() if name in MADE_FROM and MADE_FROM[name] not in {*LEAST, *OURS}]
+
+
+OURS = {
+    "steps", "epochs", "batch_per_process", "learning_rate", "warmup", "weight_decay", "precision", "sharding", "seed",
+    "gradient_checkpointing", "group_by_length", "log_every", "save_every", "checkpoints", "evaluation", "workers",
+}  # fmt: skip
+
+
+def test_what_a_newer_version_brings_is_refused_until_it_is_known(config, monkeypatch):
+    known = in_this_version()
+    monkeypatch.setattr(trainer_settings, "in_this_version", lambda: known | {"drop_every_other_label"})
+    with pytest.raises(UserError, match="trainer: drop_every_other_label is a setting that vlmzip does not know yet"):
+        config({"drop_every_other_label": True})
+
+
+def test_what_an_older_version_lacks_is_named(config, monkeypatch):
+    known = in_this_version()
+    monkeypatch.setattr(trainer_settings, "in_this_version", lambda: known - {"ddp_timeout"})
+    with pytest.raises(UserError, match="trainer: the installed transformers has no setting ddp_timeout"):
+        config({"ddp_timeout": 5})
+
+
+@pytest.mark.parametrize("key", [*MADE_FROM, *REFUSED])
+def test_what_a_run_cannot_have_is_refused_whatever_its_value(config, key):
+    for value in (None, False, 0, "x"):
+        with pytest.raises(UserError, match=f"^trainer: {key} ") as told:
+            config({key: value})
+        assert "\n" not in str(told.value)
+
+
+#: For each setting that is passed on one value that is taken, some that are not, and what it needs beside it.
+VALUES = {
+    "lr_scheduler_type": ("linear", ["lineare", "reduce_lr_on_plateau", "greedy", 5]),
+    "lr_scheduler_kwargs": ({"num_cycles": 1}, [5, "x", []]),
+    "optim": ("sgd", ["sgdd", 3, None]),
+    "optim_args": ("weight_decay=0.1", [5, {}, ""]),
+    "optim_target_modules": (["attn"], [5, [], [5]]),
+    "adam_beta1": (0.8, [5, 1, -0.1, "x", float("nan"), True, None, [0.9]]),
+    "adam_beta2": ("9.9e-1", [5, 1.0, -1, "high"]),
+    "adam_epsilon": ("1e-8", [-1e-8, "small", float("inf"), "9" * 400]),
+    "max_grad_norm": (0, ["x", -1, float("nan"), {}]),
+    "tf32": (False, ["yes", 1]),
+    "gradient_checkpointing_kwargs": ({"use_reentrant": False}, [True, {"use_reentrant": "no"}, {"reentrant": True}]),
+    "activation_checkpointing_kwargs": ({"use_reentrant": False}, [{}, None]),
+    "torch_compile": (True, ["inductor", 1]),
+    "torch_compile_backend": ("eager", [5, ""]),
+    "torch_compile_mode": ("default", ["fast", 1]),
+    "torch_empty_cache_steps": (5, [0, -1, 2.5, True, 10**12]),
+    "logging_strategy": ("steps", ["epoch", "no", False]),
+    "save_strategy": (False, ["epoch", "best", True]),
+    "logging_first_step": (False, ["first", 1]),
+    "log_on_each_node": (False, [0]),
+    "log_level": ("error", ["quiet", 30]),
+    "log_level_replica": ("error", ["quiet"]),
+    "disable_tqdm": (True, ["no"]),
+    "report_to": (["tensorboard"], ["tensorbord", ["none", "wandbb"], 5, None, {}]),
+    "run_name": ("a", [5, None, ""]),
+    "project": ("a", [5]),
+    "trackio_space_id": ("a/b", [5]),
+    "trackio_bucket_id": ("a/b", [5]),
+    "trackio_static_space_id": ("a/b", [True]),
+    "eval_delay": (3, [-1, "x"]),
+    "eval_on_start": (True, ["x"]),
+    "full_determinism": (True, [1]),
+    "use_cpu": (True, ["cpu"]),
+    "dataloader_pin_memory": (False, ["no"]),
+    "dataloader_persistent_workers": (True, [1]),
+    "dataloader_prefetch_factor": (2, [0, -1, 10**9, "2"]),
+    "dataloader_multiprocessing_context": ("spawn", ["threads", 5]),
+    "ddp_find_unused_parameters": (True, [1]),
+    "ddp_bucket_cap_mb": (25, [0, 18446744073709551616, 2.5]),
+    "ddp_broadcast_buffers": (False, [0]),
+    "ddp_backend": ("gloo", ["glue", 5]),
+    "ddp_timeout": (60, [0, -1, 10**30, "long"]),
+    "deepspeed": ("zero3.json", [5, "", True, []]),
+    "skip_memory_metrics": (False, [0]),
+}
+TRACKIO = ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
+NEEDS = {"optim_target_modules": {"optim": "galore_adamw"}} | {key: {"report_to": "trackio"} for key in TRACKIO}
+
+
+def test_every_setting_that_is_passed_on_is_tried_here():
+    assert VALUES.keys() == PASSED.keys()
+
+
+@pytest.mark.parametrize("key", [key for key in VALUES if key in in_this_version()])
+def test_values_are_looked_at_before_a_run(config, key):
+    good, bad = VALUES[key]
+    read = config({**NEEDS.get(key, {}), key: good}, **BESIDE).for_trainer()
+    name = key if key in read else trainer_settings.RENAMED[key]
+    assert name in in_this_version()
+    assert read[name] == {"adam_beta2": 0.99, "adam_epsilon": 1e-8, "save_strategy": "no"}.get(key, good)
+    for value in bad:
+        with pytest.raises(UserError, match=f"^trainer: {key} cannot be .*; give .") as told:
+            config({**NEEDS.get(key, {}), key: value}, **BESIDE)
+        assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "said"),
+    [
+        ({"eval_on_start": True}, "eval_on_start changes nothing without evaluation"),
+        ({"dataloader_prefetch_factor": 2}, "dataloader_prefetch_factor changes nothing without workers"),
+        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "changes nothing without gradient_checkpointing"),
+        ({"optim_target_modules": ["x"]}, "optim_target_modules changes nothing unless optim is of galore or apollo"),
+        ({"optim_target_modules": ["x"], "optim": "sgd"}, "changes nothing unless optim is of galore"),
+        ({"project": "x", "report_to": ["wandb"]}, "project changes nothing unless report_to is of trackio or all"),
+        ({"fp16": True}, "fp16 follows from the run's own setting precision"),
+        ({"do_train": False}, "do_train cannot be set: it changes nothing"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor cannot be set: its loss compares logits and labels"),
+        ({"optimm": "sgd"}, "there is no 'optimm'; did you mean 'optim'"),
+        ({"evaluation_strategy": "no"}, "there is no 'evaluation_strategy'"),
+        ({5: 5}, "there is no"),
+    ],
+)
+def test_what_would_change_nothing_or_is_not_there_is_refused(config, trainer, said):
+    with pytest.raises(UserError, match=f"trainer: .*{said}"):
+        config(trainer)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "said"),
+    [
+        ({"optim": "galore_adamw"}, "galore_torch"),
+        ({"optim": "galore_adamw", "optim_target_modules": ["attn"]}, None),  # tried with the model itself
+        ({"optim": "adamw_torch_4bit"}, "torchao"),
+        ({"optim": "grokadamw"}, "grokadamw"),
+        ({"optim_args": "nonsense"}, "trainer: ."),
+        ({"optim": "sgd", "optim_args": "momentum=fast"}, "trainer: ."),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
+        ({"lr_scheduler_kwargs": {"nonsense": 1}}, "nonsense"),
+        ({"report_to": "comet_ml"}, "comet"),
+        ({"deepspeed": "zero3.json"}, "trainer: deepspeed is not installed"),
+        ({"torch_compile_backend": "nonsense"}, "NONSENSE"),
+        ({"torch_compile_backend": "eager"}, None),
+        ({"tf32": True, "use_cpu": True}, "trainer: .*tf32"),
+        ({"optim": "adafactor"}, None),
+        ({"adam_epsilon": "1e-6", "max_grad_norm": "1e-1", "adam_beta1": 0}, None),
+    ],
+)
+def test_what_this_machine_lacks_is_found_without_a_model(config, trainer, said):
+    made = config(trainer)
+    if said is None:
+        try_out(made)
+        return
+    with pytest.raises(UserError, match=said) as told:
+        try_out(made)
+    assert "\n" not in str(told.value)
+
+
+def test_numbers_that_yaml_takes_for_text_reach_trainer_as_numbers(config):
+    made = arguments(config({"adam_epsilon": "1e-6", "max_grad_norm": "1e-1"}), 1)
+    assert (made.adam_epsilon, made.max_grad_norm) == (1e-6, 0.1)
+
+
+@pytest.mark.parametrize("words", [(), ("--explain",)])
+@pytest.mark.parametrize("trainer", [{"adam_beta1": 5}, {"max_grad_norm": "x"}, {"do_train": False}, {"fp16": True}])
+def test_a_wrong_value_is_one_line_at_explain_and_at_the_start(tmp_path, capsys, words, trainer):
+    path = write_config(tmp_path, **LEAST, trainer=trainer)
+    assert main(["train", str(path), *words]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"vlmzip: trainer: {next(iter(trainer))} ")
+
+
+def test_what_is_missing_is_said_before_the_model_is_loaded(tmp_path, capsys):
+    path = write_config(tmp_path, model="./not-there", trainer={"optim": "galore_adamw"})
+    assert main(["train", str(path)]) == 2
+    assert "galore_torch" in capsys.readouterr().err
+
+
+def test_what_is_missing_here_is_a_note_where_costs_alone_are_asked_for(tmp_path, capsys):
+    path = write_run(tmp_path, trainer={"optim": "galore_adamw"})
+    main(["train", str(path), "--explain"])
+    out, said = capsys.readouterr()
+    assert "note: on this machine the run would be refused: trainer: You need to install `galore_torch`" in said
+    assert "stage" in out
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["steps", "batch", "batch_per_process", "max_length", "save_every", "checkpoints", "log_every", "workers", "seed",
+     "text_tokens", "lora.r", "lora.alpha", "evaluation.every", "evaluation.limit"],
+)  # fmt: skip
+@pytest.mark.parametrize("value", [18446744073709551616, 10**400, -(10**30)])
+def test_no_count_is_beyond_what_a_machine_can_have(tmp_path, setting, value):
+    path = write_config(tmp_path, **LEAST, evaluation={"every": 5})
+    with pytest.raises(UserError, match=f"^{setting}: .* is out of range; give "):
+        read_config(path, [f"{setting}={value}"])
+
+
+def test_workers_are_counted_before_they_are_made(tmp_path):
+    with pytest.raises(UserError, match="workers: 513 is out of range; give at least 0, at most 512"):
+        read_config(write_config(tmp_path, **LEAST, workers=513))
+    assert read_config(write_config(tmp_path, **LEAST, workers=512)).workers == 512
