@@ -1,6 +1,8 @@
 """Records of an analysis' own answers: asked once, by whole batches, and never mixed up."""
 
+import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -19,7 +21,7 @@ class Asked:
         if self.breaks_at in places:
             raise RuntimeError("boom")
         self.batches.append(list(places))
-        return [{"given": f"w{place}", "visual_tokens_by_layer": [36]} for place in places]
+        return [{"given": f"w{place}", "visual_tokens_by_layer": [36] * 4} for place in places]
 
 
 @pytest.fixture
@@ -60,6 +62,36 @@ def test_records_of_other_questions_are_refused(subject):
     changed = [replace(task.samples[0], question="w40"), *task.samples[1:]]
     with pytest.raises(UserError, match="another question"):
         kept(study, task, "it", {"compressor": {}}, changed, Asked())
+
+
+def test_records_with_other_things_beside_them_are_refused(subject):
+    study, task = subject.study(), subject.task
+    beside = [[n] for n in range(7)]
+    for _ in range(2):
+        kept(study, task, "it", {"compressor": {}}, task.samples, Asked(), beside)
+    with pytest.raises(UserError, match="sample '7' that was given beside another question or another image"):
+        kept(study, task, "it", {"compressor": {}}, task.samples, Asked(), [*beside[:-1], [8]])
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("visual_tokens_by_layer", [36] * 3, "are 3 numbers, and the model has 4 layers"),
+        ("score", 1, "its score is 1, and exact gives 0.0"),
+        ("given", "w99", "w99 is wrong"),
+        ("pixels", "0", "showed before for the sample '1'"),
+    ],
+)
+def test_records_that_were_edited_are_refused(subject, name, value, said):
+    study, task = subject.study(), subject.task
+    ask = partial(kept, study, task, "it", {"compressor": {}}, task.samples)
+    check = lambda record: "w99 is wrong" if record["given"] == "w99" else ""  # noqa: E731
+    ask(Asked(), check=check)
+    (path,) = subject.folder.glob("records/*/it-*.jsonl")
+    first, *rest = path.read_text().splitlines(keepends=True)
+    path.write_text(json.dumps(json.loads(first) | {name: value}) + "\n" + "".join(rest))
+    with pytest.raises(UserError, match=said):
+        ask(Asked(), check=check)
 
 
 def test_scores_are_the_tasks(subject):

@@ -14,7 +14,24 @@ from vlmzip.evaluation.records import KEYS, Shard, hold, read_records
 
 
 def record(number):
-    return dict.fromkeys(KEYS) | {"sample": str(number), "score": 0.5, "given": f"é {number}"}
+    texts = dict.fromkeys(("task", "picture", "question"), "?")
+    content = {**texts, "answers": ["it"], "score": 0.5, "compressor": {}, "visual_tokens_by_layer": [36, 9]}
+    assert {*content, "sample", "given"} == KEYS
+    return content | {"sample": str(number), "given": f"é {number}"}
+
+
+#: Values that a record cannot have.
+WRONG = {
+    **dict.fromkeys(("task", "sample", "picture", "question", "given", "method"), (None, 1, ["a"], True)),
+    "answers": [None, "it", [], [1], [None], {"it": 1}],
+    "score": [None, "1", 1e9, -0.1, 2, True, [1], 10**30],
+    "compressor": [None, "visionzip", []],
+    "visual_tokens_by_layer": [None, 36, [], [-1], [1.5], ["9"], [True], [[9]]],
+    **dict.fromkeys(("visual_tokens", "text_tokens", "prefill_flops"), (None, -1, 1.5, "9", True)),
+    "retention": [None, "1", -0.5, True],
+    "beyond_positions": [None, 1, "true"],
+    "groups": [None, [], {"type": 1}],
+}
 
 
 @pytest.fixture
@@ -57,8 +74,11 @@ def test_a_torn_character_is_no_matter(path):
         (json.dumps(record(1) | {"score": float("nan")}), "no number NaN"),
         (json.dumps(record(1))[:-1] + ', "score": 1.0}', "'score' stands twice"),
         (b"\xff\x00", "cannot be read as JSON"),
-        (json.dumps(record(1) | {"score": "1"}), "its score is no number"),
-        (json.dumps(record(1) | {"score": None}), "its score is no number"),
+        *[
+            (json.dumps(record(1) | {name: value}), f"its {name} is .*, not ")
+            for name, values in WRONG.items()
+            for value in values
+        ],
         (json.dumps(record(0)), "'0' has a record before this one"),
     ],
 )

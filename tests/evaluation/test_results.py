@@ -39,7 +39,7 @@ def records(given, tokens, flops):
 
 @pytest.fixture
 def task():
-    samples = [Sample(str(n), "ab"[n // 2], "?", (ANSWERS[n],), lambda: None) for n in range(4)]
+    samples = [Sample(str(n), "ab"[n // 2], "?", (ANSWERS[n],), lambda: None, "") for n in range(4)]
     return Task("it", "four questions", METRICS["yesno"], samples, 5)
 
 

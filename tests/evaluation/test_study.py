@@ -2,10 +2,13 @@
 
 import gc
 import json
+import re
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from tests.evaluation.test_records import another_run
 from tests.evaluation.test_tasks import question, write
@@ -69,6 +72,17 @@ def study(model, tmp_path):
 
 def make_study(model, folder, batch=3):
     return Study(model, tiny_processor("llava"), "tiny", folder, batch, Processes(), lambda text: None)
+
+
+def noise(seed):
+    """The image that `write` makes of a number."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (48, 48, 3), dtype=np.uint8))
+
+
+def edit(folder, old, new):
+    path = folder / "questions.jsonl"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
 
 
 def asked(monkeypatch):
@@ -169,7 +183,7 @@ class TestGoingOn:
         other = tiny_llava()
         with torch.no_grad():
             other.model.language_model.layers[1].mlp.up_proj.weight[0, 0] += 1
-        with pytest.raises(UserError, match="answers of another model: fingerprint is"):
+        with pytest.raises(UserError, match=r"answers of another model: weights is '[0-9a-f]{16}' there and"):
             make_study(other, study.folder).configure([task], candidates("pool2d"), ["25%"])
 
     def test_other_questions_are_refused(self, study, task, tmp_path):
@@ -181,6 +195,107 @@ class TestGoingOn:
             UserError, match=r"another question or other answers for the sample '6' of .*the task has chang"
         ):
             study.run([changed], study.configure([changed], candidates("pool2d"), ["25%"]))
+
+    @pytest.mark.parametrize(
+        ("change", "said"),
+        [
+            (lambda q: noise(9).save(q / "b.png"), r"about what '.*b\.png' showed before for the sample '2' of"),
+            (lambda q: edit(q, '"b.png"', '"c.png"'), r"another image than '.*c\.png' for the sample '2' of"),
+            (
+                lambda q: edit(q, '"w6", "answers": ["it"]', '"w6", "answers": ["no"]'),
+                "other answers for the sample '2'",
+            ),
+            (lambda q: edit(q, '"w6", "answers": ["it"], "type": "y"', '"w6", "answers": ["it"]'), "another type for"),
+        ],
+    )
+    def test_whatever_changes_in_a_task_is_named(self, study, task, tmp_path, change, said):
+        study.run([task], study.configure([task], candidates("pool2d"), ["25%"]))
+        noise(1).save(tmp_path / "q" / "b.png", compress_level=0)  # another file with the same image
+        same = read_task(f"{task.name}:exact", None, None)
+        study.run([same], study.configure([same], candidates("pool2d"), ["25%"]))
+        change(tmp_path / "q")
+        other = read_task(f"{task.name}:exact", None, None)
+        with pytest.raises(UserError, match=f"{said}.*: the task has changed; give another --out"):
+            study.run([other], study.configure([other], candidates("pool2d"), ["25%"]))
+
+    def test_an_image_that_is_replaced_while_it_is_asked_about_is_noticed_the_next_time(self, study, task, tmp_path):
+        configurations = study.configure([task], [], ["as-set"])
+        noise(9).save(tmp_path / "q" / "b.png")
+        study.run([task], configurations)
+        with pytest.raises(UserError, match=r"b\.png' showed before"):
+            study.records(task, configurations[0])
+
+    def test_another_processor_is_refused(self, study, task):
+        study.configure([task], [], ["as-set"])
+        other = make_study(study.model, study.folder)
+        other.processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+        with pytest.raises(UserError, match=r"image processor is '.*' there and '.*' here; give another --out"):
+            other.configure([task], [], ["as-set"])
+
+    @pytest.mark.parametrize("name", ["tokenizer", "weights", "transformers"])
+    def test_a_folder_of_an_earlier_version_is_refused(self, study, task, name):
+        study.configure([task], [], ["as-set"])
+        path = study.folder / "study.json"
+        known = json.loads(path.read_text())
+        del known[name]
+        path.write_text(json.dumps(known))
+        with pytest.raises(UserError, match=f"an earlier vlmzip: it does not say its {name}; give another --out"):
+            make_study(study.model, study.folder).configure([task], [], ["as-set"])
+
+    def test_a_method_of_ones_own_whose_code_has_changed_is_refused(self, study, task, tmp_path, monkeypatch):
+        path = tmp_path / "my_method_of_this_test.py"
+        path.write_text("from vlmzip import Pool2d\n\nclass Mine(Pool2d):\n    pass\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        mine = candidates("my_method_of_this_test:Mine(factor=2),pool2d(factor=2)")
+        study.run([task], study.configure([task], mine, ["as-set"]))
+        study.run([task], study.configure([task], mine, ["as-set"]))
+        path.write_text(path.read_text() + "# other code\n")
+        again = make_study(study.model, study.folder)
+        with pytest.raises(UserError, match=r"answers of another my_method_of_this_test:Mine\(factor=2\): method code"):
+            again.run([task], again.configure([task], mine, ["as-set"]))
+
+    def test_weights_of_a_method_that_have_changed_are_refused(self, study, task, monkeypatch):
+        trained = candidates("qformer(queries=4,depth=1,heads=2)")
+        study.run([task], study.configure([task], trained, ["as-set"]))
+        again, real = make_study(study.model, study.folder), Study.attach
+
+        def other_weights(self, compressor):
+            small = real(self, compressor)
+            if small.resampler is not None:
+                next(small.resampler.parameters()).data += 1
+            return small
+
+        again.run([task], again.configure([task], trained, ["as-set"]))
+        again = make_study(study.model, study.folder)
+        monkeypatch.setattr(Study, "attach", other_weights)
+        with pytest.raises(UserError, match=r"answers of another qformer.*: method weights"):
+            again.run([task], again.configure([task], trained, ["as-set"]))
+
+    @pytest.mark.parametrize(
+        ("name", "value", "said"),
+        [
+            ("score", 1e9, "its score is a number from 0 to 1, not 1000000000.0"),
+            ("score", 1, "its score is 1, and exact gives 0.0 for what was answered"),
+            ("given", ["w4"], "its given is a text, not"),
+            ("given", "it", "its score is 0.0, and exact gives 1.0"),
+            ("retention", 0.5, "its retention is 0.5, not 1.0"),
+            ("prefill_flops", 10**9, "its prefill_flops is 1000000000, not"),
+            ("visual_tokens", 72, "its retention is 1.0, not 0.5"),
+            ("visual_tokens_by_layer", [36] * 3, "its visual_tokens_by_layer are 3 numbers, and the model has 4"),
+            ("visual_tokens_by_layer", [36, 36, 36, 9], "its retention is 1.0, not 0.8125"),
+            ("text_tokens", 400, "its prefill_flops is"),
+            ("compressor", {}, "are of other settings than"),
+            ("task", "mini", "another task for the sample"),
+        ],
+    )
+    def test_a_record_that_was_edited_enters_no_table(self, study, task, name, value, said):
+        configurations = study.configure([task], [], ["as-set"])
+        study.run([task], configurations)
+        (path,) = study.folder.glob("records/*/*.jsonl")
+        first, *rest = path.read_text().splitlines(keepends=True)
+        path.write_text(json.dumps(json.loads(first) | {name: value}) + "\n" + "".join(rest))
+        with pytest.raises(UserError, match=re.escape(said)):
+            study.records(task, configurations[0])
 
     def test_a_folder_that_another_run_writes_is_refused_before_anything_is_asked(self, study, task, monkeypatch):
         """Whatever the other has: a file of records of its own, as one of two processes, or none yet."""
@@ -303,6 +418,9 @@ class TestRows:
         assert {one.calibrated_on for one in ran} == {f"the 12 pictures of {other}"}
         monkeypatch.setattr("vlmzip.evaluation.configurations.measure", lambda *_, **__: pytest.fail("measured again"))
         assert make_study(model, study.folder).configure([task], candidates("dfmr"), ["40%", "60%"]) == first
+        noise(3).save(tmp_path / "others" / "20.png")
+        with pytest.raises(pytest.fail.Exception, match="measured again"):  # one of the pictures is another
+            make_study(model, study.folder).configure([task], candidates("dfmr"), ["40%"])
 
 
 def test_budgets_are_read_in_order_and_checked():

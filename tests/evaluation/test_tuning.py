@@ -309,7 +309,9 @@ class TestBound:
 class TestHalves:
     def samples(self, pictures=11, questions=4):
         return [
-            Sample(f"{n}-{m}", str(n), "?", ("yes",), lambda: None) for n in range(pictures) for m in range(questions)
+            Sample(f"{n}-{m}", str(n), "?", ("yes",), lambda: None, "")
+            for n in range(pictures)
+            for m in range(questions)
         ]
 
     def test_no_picture_is_in_both_and_every_question_is_in_one(self):

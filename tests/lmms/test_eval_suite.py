@@ -103,7 +103,7 @@ def test_what_is_finished_is_not_asked_again(suite, tmp_path, monkeypatch):
 def test_another_number_of_questions_needs_another_folder(suite):
     assert suite("--limit", "2")[0] == 0
     code, _, err = suite("--limit", "3")
-    assert (code, "limit: 2 there and 3 here; give another --out" in err) == (2, True)
+    assert (code, "limit is 2 there and 3 here; give another --out" in err) == (2, True)
 
 
 def test_a_method_that_breaks_stops_the_run(suite, tmp_path):

@@ -108,6 +108,16 @@ def test_another_file_of_records_is_another_run(tmp_path, config, records, steps
         begin(out, config(), records, steps)
 
 
+def test_other_sources_are_another_run(tmp_path, config):
+    out, sources = tmp_path / "run" / "out", {"records file": "a", "tokenizer": "b"}
+    start = lambda **more: RunFolder.begin(out, config(), 24, 6, (), {**sources, **more})  # noqa: E731
+    start()
+    checkpoint(out, 2)
+    assert start().checkpoint == out / "checkpoint-2"
+    with pytest.raises(UserError, match=r"other settings \(records file: a, now c\); give another out"):
+        start(**{"records file": "c"})
+
+
 @pytest.mark.parametrize("content", ["[1]", '{"lr": 1}'])
 def test_a_file_of_the_same_name_is_not_ours(tmp_path, config, content):
     out = tmp_path / "run" / "out"

@@ -152,6 +152,20 @@ def test_other_settings_are_refused_in_the_same_folder(again):
     assert (out / "model").exists()
 
 
+def test_other_records_and_another_base_are_refused_in_the_same_folder(again, start):
+    """As many of them, under the same names."""
+    again(steps=2)
+    data, model = start / "data.json", start / "model" / "model.safetensors"
+    for path, name in ((data, "records file"), (model, "base model")):
+        before = path.read_bytes()
+        path.write_bytes(before[:-1] + bytes([before[-1] ^ 1]) if path == model else before.replace(b"w51", b"w52", 1))
+        try:
+            _, said = again(code=2, steps=2)
+        finally:
+            path.write_bytes(before)
+        assert f"begun with other settings ({name}:" in said.replace("\n", "")
+
+
 def test_the_only_checkpoint_goes_when_the_next_is_whole(again, monkeypatch):
     """Stopped between the two: the mark that it is whole is what the disk has no room for."""
     touch, calls = Path.touch, []

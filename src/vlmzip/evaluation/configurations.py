@@ -13,7 +13,8 @@ from vlmzip import catalogue, spec
 from vlmzip.compressor import Calibratable, Compressor, Profile, missed
 from vlmzip.errors import UserError
 from vlmzip.evaluation.answering import Asker
-from vlmzip.evaluation.task import Task
+from vlmzip.evaluation.fingerprint import of_method_code
+from vlmzip.evaluation.task import Calibration, Task
 from vlmzip.keep import AS_SET, count_to_keep, parse_keep
 from vlmzip.methods import NoCompression
 from vlmzip.runtime.calibration import Measured, measure, meet
@@ -89,6 +90,7 @@ class Configurator:
     """Calibrations that were made before, and those that are made now; as JSON. A run that goes on, perhaps elsewhere,
     must go on with the same thresholds."""
     _measured: dict[tuple[str, str], list[Measured]] = field(default_factory=dict)
+    _digests: dict[str, str] = field(default_factory=dict)
 
     def rows(self, task: Task, methods: Sequence[Candidate], budgets: Sequence[str]) -> Iterator[Configuration]:
         """The uncompressed model, then every method at every budget; where one cannot be, the reason."""
@@ -121,10 +123,11 @@ class Configurator:
         if task.calibration is None:
             raise UserError(task.uncalibrated)
         key = {"task": task.name, "method": spec.write(method), "budget": budget, "on": task.calibration.about}
+        key |= {"code": of_method_code(method), "pictures": self._digest(task.calibration)}
         for known in self.calibrated:
             if key.items() <= known.items():
                 return catalogue.from_dict(known["compressor"])
-        pictures = key["method"], key["on"]
+        pictures = key["method"], key["pictures"]
         if pictures not in self._measured:
             self._measured[pictures] = measure(
                 self.model, task.calibration.pictures(), method, processor=self.asker.processor
@@ -132,6 +135,11 @@ class Configurator:
         found = meet(method, self._measured[pictures], budget).compressor
         self.calibrated.append({**key, "compressor": plain_json(found.to_dict())})
         return found
+
+    def _digest(self, calibration: Calibration) -> str:
+        if calibration.about not in self._digests:
+            self._digests[calibration.about] = calibration.digest
+        return self._digests[calibration.about]
 
     def profile(self, task: Task) -> Profile:
         """The shape that budgets are set for: where pictures have grids of their own, the median of the first ones.

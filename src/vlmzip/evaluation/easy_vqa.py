@@ -7,10 +7,11 @@ github.com/vzhou842/easy-VQA, MIT licence. There are 13 answers, and most are ye
 from __future__ import annotations
 
 from collections import Counter
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from vlmzip.errors import UserError
+from vlmzip.evaluation.fingerprint import of_image
 from vlmzip.evaluation.metrics import METRICS
 from vlmzip.evaluation.task import Calibration, Sample, Task
 from vlmzip.runtime.pictures import load_picture
@@ -29,6 +30,7 @@ def easy_vqa_task(limit: int | None, relation: str) -> Task:
     package = _package()
     paths = package.get_test_image_paths()
     seen: Counter[int] = Counter()
+    pixels = cache(lambda picture: of_image(load_picture(paths[picture])))
     samples = []
     for question, answer, picture in list(zip(*package.get_test_questions(), strict=True))[:limit]:
         samples.append(
@@ -38,6 +40,7 @@ def easy_vqa_task(limit: int | None, relation: str) -> Task:
                 question=question,
                 answers=(answer,),
                 load=partial(load_picture, paths[picture]),
+                pixels=pixels(picture),
                 groups={"type": _type(question, answer)},
             )
         )

@@ -10,6 +10,7 @@ question left out in silence would change the score.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from PIL import Image
 
 from vlmzip.errors import UserError, closest
+from vlmzip.evaluation.fingerprint import of_image
 from vlmzip.evaluation.metrics import METRICS, Metric
 from vlmzip.evaluation.task import Calibration, Sample, Task
 from vlmzip.json_text import JsonError, parse, read_lines
@@ -35,7 +37,8 @@ def folder_task(place: str, metric: str, limit: int | None, calibrate_on: str | 
     samples = _read(path, how)[:limit]
     if not samples:
         raise UserError(f"there is no question in {str(path)!r}")
-    check_pictures(samples)
+    pixels = check_pictures(samples)
+    samples = [replace(sample, pixels=pixels[sample.picture]) for sample in samples]
     return Task(
         name=place,
         about=f"{len(samples):,} questions of {path.name}",
@@ -47,18 +50,23 @@ def folder_task(place: str, metric: str, limit: int | None, calibrate_on: str | 
     )
 
 
-def check_pictures(samples: Sequence[Sample]) -> None:
-    """Decodes every picture once. Raises `UserError` with how many cannot be read, and why the first cannot."""
+def check_pictures(samples: Sequence[Sample]) -> dict[str, str]:
+    """Decodes every picture once, and returns its digest.
+
+    Raises `UserError` with how many cannot be read, and why the first cannot.
+    """
+    pixels: dict[str, str] = {}
     wrong: dict[str, str] = {}
     for picture, load in {sample.picture: sample.load for sample in samples}.items():
         try:
-            load()
+            pixels[picture] = of_image(load())
         except UserError as error:
             wrong[picture] = str(error)
     if wrong:
         all_of = len({sample.picture for sample in samples})
         first = next(iter(wrong.values()))
         raise UserError(f"{len(wrong)} of {all_of} pictures cannot be read; the first: {first}")
+    return pixels
 
 
 def _questions_file(place: Path) -> Path:
@@ -108,6 +116,7 @@ def _sample(folder: Path, number: int, content: Any, metric: Metric) -> Sample:
         question=content["question"],
         answers=tuple(answers),
         load=partial(load_picture, path),
+        pixels="",  # known when all have been decoded
         groups={"type": str(content["type"])} if "type" in content else {},
     )
 

@@ -7,6 +7,7 @@ from functools import partial
 
 from PIL import Image
 
+from vlmzip.evaluation.fingerprint import of_image
 from vlmzip.evaluation.metrics import METRICS
 from vlmzip.evaluation.task import Calibration, Sample, Task
 from vlmzip.mini.assets import shipped_assets
@@ -32,6 +33,7 @@ def mini_task(limit: int | None) -> Task:
                 question=one.question,
                 answers=(one.answer,),
                 load=partial(Image.Image.copy, one.image),
+                pixels=of_image(one.image),
                 groups={"type": one.type, "level": one.level},
             )
             for one in asked

@@ -8,9 +8,10 @@ line that is no record is an error that names it: nobody knows what it was.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import weakref
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,11 @@ Record = dict[str, Any]
 #: The file of a study's folder that is locked while a run writes there. It stays: whoever deleted it would let two in.
 LOCK = ".lock"
 #: What a line must have to be a record.
-KEYS = {"task", "sample", "question", "answers", "given", "score", "compressor", "visual_tokens_by_layer"}
+KEYS = {"task", "sample", "picture", "question", "answers", "given", "score", "compressor", "visual_tokens_by_layer"}
 
 
-def read_records(paths: Iterable[Path], numbers: Collection[str] = ()) -> dict[str, Record]:
-    """The records of several files of one configuration, by sample; `numbers` they have beside their scores.
+def read_records(paths: Iterable[Path], names: Collection[str] = ()) -> dict[str, Record]:
+    """The records of several files of one configuration, by sample; `names` they have beside `KEYS`.
 
     Raises `UserError` naming file and line for what is no record, or a sample that was there before.
     """
@@ -39,24 +40,64 @@ def read_records(paths: Iterable[Path], numbers: Collection[str] = ()) -> dict[s
         for line in read_lines(path):
             if not line.is_whole:
                 continue
-            record = _record(path, line, {"score", *numbers})
+            record = _record(path, line, {*KEYS, *names})
             if record["sample"] in found:
                 _refuse(path, line.number, f"the sample {record['sample']!r} has a record before this one")
             found[record["sample"]] = record
     return found
 
 
-def _record(path: Path, line: Line, numbers: set[str]) -> Record:
+def _record(path: Path, line: Line, names: set[str]) -> Record:
     number = line.number
     try:
         record = parse(line.text)
     except JsonError as error:
         _refuse(path, number, f"it cannot be read as JSON ({error})")
-    if missing := (KEYS | numbers) - set(record if isinstance(record, dict) else ()):
+    if missing := names - set(record if isinstance(record, dict) else ()):
         _refuse(path, number, "it lacks " + ", ".join(sorted(missing)))
-    if wrong := [name for name in sorted(numbers) if type(record[name]) not in (int, float)]:
-        _refuse(path, number, f"its {wrong[0]} is no number")
+    for name, (fits, kind) in _VALUES.items():
+        if name in record and not fits(record[name]):
+            _refuse(path, number, f"its {name} is {kind}, not {json.dumps(record[name])[:40]}")
     return record
+
+
+def is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def is_share(value: Any) -> bool:
+    return is_number(value) and 0 <= value <= 1
+
+
+def is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def is_list(value: Any, fits: Callable[[Any], bool]) -> bool:
+    """Whether it is a list with something in it, all of which `fits`."""
+    return isinstance(value, list) and bool(value) and all(map(fits, value))
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(is_text, value.values()))
+
+
+#: Which values a record can have, by name, and what they are called.
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("task", "sample", "picture", "question", "given", "method"), (is_text, "a text")),
+    **dict.fromkeys(("visual_tokens", "text_tokens", "prefill_flops"), (is_count, "a whole number from 0")),
+    "answers": (lambda value: is_list(value, is_text), "a list of texts"),
+    "score": (is_share, "a number from 0 to 1"),
+    "retention": (lambda value: is_number(value) and value >= 0, "a number from 0"),
+    "compressor": (lambda value: isinstance(value, dict), "an object"),
+    "beyond_positions": (lambda value: isinstance(value, bool), "true or false"),
+    "groups": (_are_texts, "an object of texts"),
+    "visual_tokens_by_layer": (lambda value: is_list(value, is_count), "a list of whole numbers from 0"),
+}
 
 
 def _refuse(path: Path, number: int, reason: str) -> Any:

@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, reason
 from vlmzip.evaluation.answering import Answer, Asker
 from vlmzip.evaluation.configurations import Candidate, Configuration, Configurator, plain_json
+from vlmzip.evaluation.fingerprint import of_image, of_method, of_model, refuse_changed
 from vlmzip.evaluation.processes import Processes
 from vlmzip.evaluation.records import Record, Shard, hold, read_records
 from vlmzip.evaluation.task import Sample, Task
@@ -37,6 +39,9 @@ from vlmzip.runtime.saving import attach_saved
 from vlmzip.version import __version__
 
 FILE = "study.json"
+#: What a record has of what it cost.
+COSTS = ("method", "visual_tokens", "retention", "text_tokens", "prefill_flops", "beyond_positions")
+AGAIN = "delete the line and run the same command again: its question will be asked again"
 
 
 class MethodFailed(Exception):
@@ -65,6 +70,12 @@ class Study:
         self.device = self.adapter.model.device
         dtype = str(self.adapter.model.dtype).removeprefix("torch.")
         self.conditions = {"model": self.name, "dtype": dtype, "vlmzip": __version__, **about(self.device)}
+        self._methods: dict[str, dict[str, str]] = {}
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What all answers in the folder depend on."""
+        return {"model": self.name, **of_model(self.model, self.processor)}
 
     def configure(
         self, tasks: Sequence[Task], methods: Sequence[Candidate], budgets: Sequence[str]
@@ -85,20 +96,15 @@ class Study:
         self.processes.held.setdefault(self.folder, hold(self.folder))
         path = self.folder / FILE
         known = _read_study(path)
-        now = {"model": self.name, "fingerprint": fingerprint(self.model), "dtype": self.conditions["dtype"]}
-        for name, value in now.items():
-            if known.get(name, value) != value:
-                raise UserError(
-                    f"{str(self.folder)!r} holds answers of another model: {name} is {known[name]!r} there and"
-                    f" {value!r} here; give another --out"
-                )
+        if known:
+            refuse_changed(f"{str(self.folder)!r} holds answers of another model", known, self.identity)
         asked = {task.name: {"metric": task.metric.name, "max_new_tokens": task.max_new_tokens} for task in tasks}
         for name, how in asked.items():
             if known.get("tasks", {}).get(name, how) != how:
                 raise UserError(f"in {str(self.folder)!r} {name} was asked with {known['tasks'][name]}, not {how}")
         configurator = Configurator(self.model, self.asker, self.name, list(known.get("calibrated", [])))
         found = [row for task in tasks for row in configurator.rows(task, methods, budgets)]
-        content = {**now, "tasks": known.get("tasks", {}) | asked, "calibrated": configurator.calibrated}
+        content = {**self.identity, "tasks": known.get("tasks", {}) | asked, "calibrated": configurator.calibrated}
         text = json.dumps(content, indent=1) + "\n"
         write_text(path, text)
         return found
@@ -144,14 +150,16 @@ class Study:
         with Shard(self._path(one, str(self.processes.rank))) as shard:
             done = self._read(task, one)  # once more: now nobody else can write here
             small = _guarded(one, lambda: self.attach(_of(one)))
+            self._methods[file_stem(one)] = of_method(small)
             try:
                 for some in self._open_batches(task, done):
                     pictures, questions = [sample.load() for sample in some], [sample.question for sample in some]
+                    seen = [of_image(picture) for picture in pictures]
                     ask = lambda p=pictures, q=questions: self.asker.answer(small, p, q, task.max_new_tokens)  # noqa: E731
                     answers = _guarded(one, ask)
                     new = [
-                        self._record(task, one, sample, answer)
-                        for sample, answer in zip(some, answers, strict=True)
+                        self._record(task, one, sample, answer) | {"pixels": pixels}
+                        for sample, answer, pixels in zip(some, answers, seen, strict=True)
                         if sample.id not in done
                     ]
                     shard.append(new)
@@ -172,16 +180,12 @@ class Study:
 
     def _record(self, task: Task, one: Configuration, sample: Sample, answer: Answer) -> Record:
         return {
-            "task": task.name,
-            "sample": sample.id,
-            "picture": sample.picture,
-            "groups": dict(sample.groups),
-            "question": sample.question,
-            "answers": list(sample.answers),
+            **question(task, sample),
             "given": answer.text,
             "score": task.metric.score(answer.text, sample.answers),
             "method": spec.write(_of(one)),
             "compressor": one.settings,
+            **self._method(one),
             "visual_tokens": answer.visual_tokens,
             "visual_tokens_by_layer": list(answer.by_layer),
             "retention": round(answer.retention, 6),
@@ -194,19 +198,38 @@ class Study:
     def _read(self, task: Task, one: Configuration) -> dict[str, Record]:
         """The records that there are. Raises `UserError` for those of other questions or settings."""
         paths = sorted(self._path(one, "*").parent.glob(self._path(one, "*").name))
-        found, settings = read_records(paths, ("retention", "prefill_flops")), plain_json(_of(one).to_dict())
-        for sample in task.samples:
+        found, settings = read_records(paths, (*COSTS, *self.conditions)), plain_json(_of(one).to_dict())
+        for sample in task.samples if found else ():
             record = found.get(sample.id)
             if record is None:
                 continue
-            if (record["question"], record["answers"]) != (sample.question, list(sample.answers)):
-                raise UserError(
-                    f"{str(paths[0].parent)!r} has another question or other answers for the sample {sample.id!r} of"
-                    f" {task.name}: the task has changed; give another --out"
-                )
+            refuse_other_question(paths[0].parent, task, sample, record)
             if record["compressor"] != settings:
                 raise UserError(f"the records in {str(paths[0])!r} are of other settings than {settings}")
+            refuse_changed(f"{str(paths[0])!r} holds answers of another {record['method']}", record, self._method(one))
+            if wrong := wrong_layers(record, self.adapter.profile().layers) or self._disagreeing(record):
+                raise UserError(f"{str(paths[0].parent)!r}, sample {sample.id!r}: {wrong}; {AGAIN}")
         return found
+
+    def _method(self, one: Configuration) -> dict[str, str]:
+        """What answers depend on beside the settings of a configuration."""
+        key = file_stem(one)
+        if key not in self._methods:
+            small = self.attach(_of(one))
+            try:
+                self._methods[key] = of_method(small)
+            finally:
+                small.detach()
+        return self._methods[key]
+
+    def _disagreeing(self, record: Record) -> str:
+        """Which number of a record does not follow from the others of it; empty where all do."""
+        by_layer = tuple(record["visual_tokens_by_layer"])
+        answer = Answer(record["given"], record["visual_tokens"], by_layer, record["text_tokens"])
+        now = {"retention": round(answer.retention, 6)}
+        now["prefill_flops"] = self.asker.flops(answer.text_tokens, answer.by_layer)
+        wrong = [name for name, value in now.items() if record[name] != value]
+        return f"its {wrong[0]} is {record[wrong[0]]}, not {now[wrong[0]]}" if wrong else ""
 
     def _path(self, one: Configuration, process: str) -> Path:
         return self.folder / "records" / f"{_key(one)}.{process}.jsonl"
@@ -219,13 +242,47 @@ def attach_alike(model: nn.Module, compressor: Compressor, name: str) -> Compres
         return attach_saved(model, compressor, name)[0]
 
 
-def fingerprint(model: nn.Module) -> str:
-    """Tells models apart: names, shapes and the first values of all weights."""
-    found = hashlib.sha256()
-    for name, weights in model.state_dict().items():
-        first = weights.flatten()[:8].float().cpu().numpy().tobytes() if weights.is_floating_point() else b""
-        found.update(f"{name} {tuple(weights.shape)}".encode() + first)
-    return found.hexdigest()[:16]
+def question(task: Task, sample: Sample) -> Record:
+    """What a record says of its question, all of which must be the same for it to be used again."""
+    return {
+        "task": task.name,
+        "sample": sample.id,
+        "picture": sample.picture,
+        "pixels": sample.pixels,
+        "groups": dict(sample.groups),
+        "question": sample.question,
+        "answers": list(sample.answers),
+    }
+
+
+def wrong_layers(record: Record, layers: int) -> str:
+    """What is wrong with the number of layers of a record; empty where nothing is."""
+    count = len(record["visual_tokens_by_layer"])
+    return (
+        "" if count == layers else f"its visual_tokens_by_layer are {count} numbers, and the model has {layers} layers"
+    )
+
+
+def refuse_other_question(folder: Path, task: Task, sample: Sample, record: Record) -> None:
+    """Raises `UserError` for a record of another question than the sample's, and for a score that is not its own."""
+    now = question(task, sample)
+    if other := [name for name, value in now.items() if record.get(name) != value]:
+        what = {
+            "picture": f"another image than {sample.picture!r}",
+            "pixels": f"an answer about what {sample.picture!r} showed before",
+            "groups": "another type",
+            "task": "another task",
+        }.get(other[0], "another question or other answers")
+        raise UserError(
+            f"{str(folder)!r} has {what} for the sample {sample.id!r} of {task.name}: the task has changed;"
+            " give another --out"
+        )
+    score = task.metric.score(record["given"], sample.answers)
+    if record["score"] != score:
+        raise UserError(
+            f"{str(folder)!r}, sample {sample.id!r}: its score is {record['score']}, and {task.metric.name} gives"
+            f" {score} for what was answered; {AGAIN}"
+        )
 
 
 def _key(one: Configuration) -> str:

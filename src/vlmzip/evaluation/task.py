@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
+from vlmzip.evaluation.fingerprint import of_images
 from vlmzip.evaluation.metrics import Metric
 
 
@@ -23,6 +24,8 @@ class Sample:
     """Those that count as right; what several of them mean is the metric's."""
     load: Callable[[], Image.Image] = field(compare=False)
     """The picture in RGB. Raises `UserError` where it cannot be read."""
+    pixels: str
+    """The digest of the picture, by which one that was replaced is noticed."""
     groups: Mapping[str, str] = field(default_factory=dict)
     """What scores are also told by, such as {"type": "count"}."""
 
@@ -33,6 +36,11 @@ class Calibration:
 
     about: str
     pictures: Callable[[], Iterable[Image.Image | str]]
+
+    @property
+    def digest(self) -> str:
+        """Tells these pictures from those that bore their names before."""
+        return of_images(self.pictures())
 
 
 @dataclass(frozen=True)

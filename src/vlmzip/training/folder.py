@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,15 +59,25 @@ class RunFolder:
         return {**self.__dict__, "hold": None}  # what other processes are told
 
     @classmethod
-    def begin(cls, out: Path, config: Config, records: int, steps: int, bad: Sequence[tuple[int, str]]) -> RunFolder:
+    def begin(
+        cls,
+        out: Path,
+        config: Config,
+        records: int,
+        steps: int,
+        bad: Sequence[tuple[int, str]],
+        sources: Mapping[str, str] | None = None,
+    ) -> RunFolder:
         """Looks at the folder and, where the run is a new one, makes it ready.
 
-        `records` are the usable ones of the file, `bad` those known to be none. Raises `UserError` where another run is
-        at work, where the run there was asked for something else, where files lie that are not a run's of ours
-        (nothing of those is touched), or where the disk refuses.
+        `records` are the usable ones of the file, `bad` those known to be none, `sources` the digests of what it learns
+        from. Raises `UserError` where another run is at work, where the run there was asked for something else or
+        learned from something else, where files lie that are not a run's of ours (nothing of those is touched), or
+        where the disk refuses.
         """
+        counts = {"usable records": records, "steps in all": steps}
         try:
-            return cls._begin(out, {**_written(config), "usable records": records, "steps in all": steps}, bad)
+            return cls._begin(out, {**_written(config), **counts, **(sources or {})}, bad)
         except OSError as error:
             raise UserError(f"out: cannot write into {str(out)!r}: {error.strerror or error}") from None
 

@@ -20,6 +20,7 @@ from vlmzip import spec
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.evaluation.answering import Asker
+from vlmzip.evaluation.fingerprint import of_files, of_processor, of_weights
 from vlmzip.evaluation.processes import Processes
 from vlmzip.evaluation.task import Task
 from vlmzip.evaluation.tasks import read_task
@@ -54,6 +55,7 @@ def train(config: Config, model: nn.Module, processor: Any, adapter: ModelAdapte
     records = Records(Path(config.records))
     steps = config.steps_for(len(records))
     examples = _examples(config, records, processor, adapter)
+    sources = _sources(records, model, processor) if processes.first else {}
     small = attach(_with_lora(model, config.lora), schedule.stages[0].compressor)
     _choose_what_learns(small, adapter, config.learn, config.lora)
     trainer = make_trainer(config, small, schedule, examples, adapter, processor, steps)
@@ -62,7 +64,7 @@ def train(config: Config, model: nn.Module, processor: Any, adapter: ModelAdapte
         raise UserError(
             "lora: ZeRO-3 holds weights in parts that nothing is merged into; take ZeRO-2 or sharding: fsdp"
         )
-    folder = processes.from_first(lambda: RunFolder.begin(out, config, len(records), steps, records.bad))
+    folder = processes.from_first(lambda: RunFolder.begin(out, config, len(records), steps, records.bad, sources))
     if folder.finished:
         tell(f"this run is finished, nothing is left to do; for another one give another out than {config.out!r}")
         return folder.model
@@ -274,6 +276,12 @@ class Score:
             "score": round(100 * float(sums[0]) / len(self.task.samples), 3),
             "retention": round(float(sums[1] / sums[2]), 4),
         }
+
+
+def _sources(records: Records, model: nn.Module, processor: Any) -> dict[str, str]:
+    """What a run learns from, and starts from, beside its settings. Images are too many to be looked at."""
+    weights = {"base model": of_weights(model.state_dict())}
+    return {"records file": of_files([records.path]), **weights, **of_processor(processor)}
 
 
 def _examples(config: Config, records: Records, processor: Any, adapter: ModelAdapter) -> Examples:

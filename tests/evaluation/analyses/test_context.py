@@ -118,7 +118,7 @@ def test_more_questions_in_the_same_folder_give_what_a_fresh_one_gives(subject, 
         beside = {n: context.arranged(task.samples, task.samples[n], count, place) for n in places}
         text = {n: "-".join(str(sum(image.tobytes())) for image in images) for n, images in beside.items()}
         heard[study.folder] = heard.get(study.folder, 0) + len(places)
-        return [{"given": text[n], "visual_tokens_by_layer": [9 * count]} for n in places]
+        return [{"given": text[n], "visual_tokens_by_layer": [9 * count] * 4} for n in places]
 
     def given(subject):
         """The answers in the order of the questions, by number and place of the pictures."""
@@ -149,7 +149,7 @@ def test_differences_are_from_the_same_method_with_one_picture(subject, monkeypa
     right = {("only", 1): "it", ("first", 2): "no", ("last", 2): "it"}
 
     def answer(study, task, compressor, count, place, places):
-        return [{"given": right[place, count], "visual_tokens_by_layer": [9 * count]} for _ in places]
+        return [{"given": right[place, count], "visual_tokens_by_layer": [9 * count] * 4} for _ in places]
 
     monkeypatch.setattr(context, "_answer", answer)
     monkeypatch.setattr(context, "COUNTS", (1, 2))

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from vlmzip.evaluation.analyses.subject import Row, Subject, Unsuited
 from vlmzip.evaluation.bootstrap import Bootstrap, estimate
 from vlmzip.evaluation.kept import kept
-from vlmzip.evaluation.records import Record
+from vlmzip.evaluation.records import Record, is_count, is_list, is_number
 from vlmzip.evaluation.study import Study
 from vlmzip.evaluation.task import Task
 from vlmzip.methods import NoCompression
@@ -47,7 +47,8 @@ def measure(subject: Subject) -> list[Row]:
         raise Unsuited("attention_by_depth cannot read this LLM: it has layers with sliding windows")
     answer = partial(_answer, study, subject.task)
     settings = {"compressor": NoCompression().to_dict()}
-    records = kept(study, subject.task, "attention_by_depth", settings, subject.task.samples, answer)
+    check = partial(_wrong, len(study.adapter.decoder_layers))
+    records = kept(study, subject.task, "attention_by_depth", settings, subject.task.samples, answer, check=check)
     bootstrap, ones = Bootstrap([r["picture"] for r in records], subject.seed), np.ones(len(records))
     uniform = 100 * float(np.mean([record["uniform"] for record in records]))
     rows = []
@@ -96,6 +97,19 @@ def _answer(study: Study, task: Task, places: Sequence[int]) -> list[Record]:
         }
         for text, shares, even, steps, tokens in columns
     ]
+
+
+def _wrong(layers: int, record: Record) -> str:
+    """What is wrong with the attention of a record."""
+    if not is_list(record.get("attention"), _is_about_a_share) or len(record["attention"]) != layers:
+        return f"its attention is not a number from 0 to 1 for each of {layers} layers"
+    if not _is_about_a_share(record.get("uniform")) or not record["uniform"]:
+        return "its uniform is not a number above 0, up to 1"
+    return "" if is_count(record.get("answer_tokens")) else "its answer_tokens is not a whole number"
+
+
+def _is_about_a_share(value: Any) -> bool:
+    return is_number(value) and 0 <= value < 1.001  # rounding can bring it above 1
 
 
 def says_something(tokens: Int[Tensor, "batch steps"], end: int | list[int] | None) -> Bool[Tensor, "batch steps"]:

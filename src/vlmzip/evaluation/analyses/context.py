@@ -119,7 +119,8 @@ def _asked(study: Study, task: Task, one: Configuration, bootstrap: Bootstrap, m
             settings: dict[str, Any] = {"compressor": one.compressor.to_dict(), "method": spec.write(one.compressor)}
             settings |= {"pictures": count, "place": place}
             answer = partial(_answer, study, task, one.compressor, count, place)
-            records = kept(study, task, "context", settings, _named(task.samples, count), answer)
+            beside = [[other.pixels for other in following(task.samples, one, count - 1)] for one in task.samples]
+            records = kept(study, task, "context", settings, _named(task.samples, count), answer, beside)
             scores = np.array([record["score"] for record in records], float)
             drawn = bootstrap.share(scores, np.ones(len(records)))
             alone = drawn if alone is None else alone

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,10 @@ class Subject:
 
     def study(self) -> Study:
         """What asks, and keeps answers in the folder."""
+        return self._study
+
+    @cached_property
+    def _study(self) -> Study:
         return Study(self.model, self.processor, self.name, self.folder, self.batch, self.processes, self.tell)
 
     def profile(self) -> Profile:

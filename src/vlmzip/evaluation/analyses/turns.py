@@ -35,7 +35,7 @@ from vlmzip.evaluation.analyses.subject import Row, Subject, Unsuited
 from vlmzip.evaluation.bootstrap import Bootstrap, Estimate, estimate
 from vlmzip.evaluation.configurations import PLAIN
 from vlmzip.evaluation.kept import kept
-from vlmzip.evaluation.records import Record
+from vlmzip.evaluation.records import Record, is_text
 from vlmzip.evaluation.study import Study
 from vlmzip.evaluation.task import Sample, Task
 from vlmzip.methods import FastV, NoCompression
@@ -113,10 +113,22 @@ def _asked(
     samples = [dataclasses.replace(second, id=f"{second.id} after {first.id}") for first, second in both]
     settings = {"compressor": compressor.to_dict(), "method": spec.write(compressor)}
     answer = partial(_answer_turns, study, task, compressor, both)
-    second = kept(study, task, "turns", settings, samples, answer)
+    beside = [[first.question, first.answers] for first, _ in both]
+    second = kept(study, task, "turns", settings, samples, answer, beside, _wrong)
     # A pair's first question is the second of another pair; there it is wanted.
-    first = {pair[0].id: record["first"] for pair, record in zip(both, second, strict=True)}
+    first = {pair[0].id: _scored(task, pair[0], record["first"]) for pair, record in zip(both, second, strict=True)}
     return {FIRST: [first[pair[1].id] for pair in both], SECOND: second}
+
+
+def _wrong(record: Record) -> str:
+    """What is wrong with the first answer of a record."""
+    first = record.get("first")
+    return "" if isinstance(first, dict) and is_text(first.get("given")) else "its first answer is not a text"
+
+
+def _scored(task: Task, sample: Sample, record: Record) -> Record:
+    """An answer with its score, which follows from what was said."""
+    return {**record, "score": task.metric.score(record["given"], sample.answers)}
 
 
 def _answer_turns(
@@ -181,7 +193,8 @@ def _replayed(
     samples = [dataclasses.replace(second, id=f"{second.id} with {first.id}'s") for first, second in both]
     settings = {"compressor": compressor.to_dict(), "method": f"{spec.write(compressor)}, replayed"}
     answer = lambda places: replay(study, task, compressor, [both[place] for place in places])  # noqa: E731
-    return {REPLAYED: kept(study, task, "turns-replayed", settings, samples, answer)}
+    beside = [first.question for first, _ in both]
+    return {REPLAYED: kept(study, task, "turns-replayed", settings, samples, answer, beside)}
 
 
 def replay(study: Study, task: Task, compressor: FastV, some: Sequence[tuple[Sample, Sample]]) -> list[Record]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 import time
 from argparse import Namespace
@@ -24,10 +25,12 @@ from vlmzip.cli.loading import Loaded
 from vlmzip.errors import UserError, reason
 from vlmzip.evaluation.answering import Asker
 from vlmzip.evaluation.configurations import Configuration, Configurator, plain_json
+from vlmzip.evaluation.fingerprint import of_files, of_method, of_model, refuse_changed
 from vlmzip.evaluation.lmms.requests import NO_LIKELIHOODS, AnswerFailed
 from vlmzip.evaluation.lmms.suites import NO_JUDGE, Benchmark, Suite, has_judge, no_such_task
 from vlmzip.evaluation.metrics import METRICS
-from vlmzip.evaluation.study import attach_alike, file_stem, fingerprint, slug
+from vlmzip.evaluation.records import is_count, is_number, is_text
+from vlmzip.evaluation.study import attach_alike, file_stem, slug
 from vlmzip.evaluation.task import Calibration, Task
 from vlmzip.files import write_text
 from vlmzip.json_text import read_json
@@ -69,6 +72,7 @@ class SuiteRun:
     """A folder with tasks in lmms-eval's format, beside its own."""
     tell: Callable[[str], None] = print
     _loaded_tasks: dict[str, Any] = field(default_factory=dict)
+    _methods: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for benchmark in self.suite.benchmarks:
@@ -115,27 +119,27 @@ class SuiteRun:
         )
         every = Task("suite", self.suite.about, METRICS["exact"], (), 0, calibration, uncalibrated)
         found = list(configurator.rows(every, methods, budgets))
-        content = self._identity() | {"calibrated": configurator.calibrated}
+        content = self._identity | {"calibrated": configurator.calibrated}
         _write_json(self.folder / FILE, content)
         return found
 
+    @cached_property
     def _identity(self) -> dict[str, Any]:
-        conditions = self.conditions
-        print_of = fingerprint(self.loaded.model)
-        names = ("model", "dtype", "lmms_eval")
-        return {"fingerprint": print_of, "limit": self.limit, **{name: conditions[name] for name in names}}
+        """What all results in the folder depend on. Which questions a benchmark has is not looked at."""
+        return {
+            "model": self.loaded.name,
+            "limit": self.limit,
+            "lmms_eval": version("lmms-eval"),
+            "tasks of your own": "" if self.include is None else of_files(_task_files(Path(self.include))),
+            **of_model(self.loaded.model, self.loaded.processor),
+        }
 
     def _known(self) -> dict[str, Any]:
         path = self.folder / FILE
         if not path.exists():
             return {}
         known = _read_json(path)
-        for name, value in self._identity().items():
-            if known.get(name) != value:
-                raise UserError(
-                    f"{str(self.folder)!r} holds results with another {name}: {known.get(name)!r} there and {value!r}"
-                    " here; give another --out"
-                )
+        refuse_changed(f"{str(self.folder)!r} holds results of other conditions", known, self._identity)
         return known
 
     def run(self, configurations: Sequence[Configuration]) -> None:
@@ -170,7 +174,22 @@ class SuiteRun:
         found = _read_json(path)
         if found.get("task") != benchmark.task or found.get("compressor") != one.settings:
             raise UserError(f"{str(path)!r} is no result of {benchmark.task} with these settings; move it away")
+        if wrong := _wrong(found):
+            raise UserError(f"{str(path)!r} is no result of vlmzip: {wrong}; move it away")
+        refuse_changed(f"{str(path)!r} is a result of another {found['method']}", found, self._method(one))
         return found
+
+    def _method(self, one: Configuration) -> dict[str, str]:
+        """What results depend on beside the settings of a configuration."""
+        key = file_stem(one)
+        if key not in self._methods:
+            assert one.compressor is not None
+            small = attach_alike(self.loaded.model, one.compressor, self.loaded.name)
+            try:
+                self._methods[key] = of_method(small)
+            finally:
+                small.detach()
+        return self._methods[key]
 
     def _path(self, task: str, one: Configuration) -> Path:
         return self.folder / "results" / slug(task) / f"{file_stem(one)}.json"
@@ -179,7 +198,7 @@ class SuiteRun:
         from vlmzip.evaluation.lmms.adapter import CompressedForLmms
 
         assert one.compressor is not None
-        written = spec.write(one.compressor)
+        written, told = spec.write(one.compressor), self._method(one)
         small = attach_alike(self.loaded.model, one.compressor, self.loaded.name)
         try:
             model = CompressedForLmms(small, self.loaded.processor, self.batch)
@@ -193,7 +212,8 @@ class SuiteRun:
             "task": benchmark.task,
             "method": written,
             "compressor": plain_json(one.compressor.to_dict()),
-            "results": {key: value for key, value in found.items() if isinstance(value, int | float)},
+            **told,
+            "results": {key: float(value) for key, value in found.items() if _is_finite(value)},
             "questions": len(samples),
             **_costs(samples),
             "batch": self.batch,
@@ -286,6 +306,28 @@ def _costs(samples: Sequence[Found]) -> Found:
         return {"visual_tokens": None, "retention": None}
     names = ("visual_tokens", "retention")
     return {name: round(sum(cost[name] for cost in costs) / len(costs), 6) for name in names}
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _wrong(found: Found) -> str:
+    """What is wrong with a result that was read; empty where nothing is."""
+    scores = found.get("results")
+    if not isinstance(scores, dict) or not all(map(is_number, scores.values())):
+        return "its results are not numbers by name"
+    if not is_text(found.get("method")):
+        return "its method is not a text"
+    if not is_count(found.get("questions")):
+        return "its questions is not a whole number"
+    costs: list[Any] = [found.get(name) for name in ("visual_tokens", "retention")]
+    known = all(is_number(cost) and cost >= 0 for cost in costs)
+    return "" if known or costs == [None, None] else "its visual_tokens and retention are not numbers from 0"
+
+
+def _task_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix in (".yaml", ".yml", ".py"))
 
 
 def _read_json(path: Path) -> Found:
