@@ -132,6 +132,29 @@ class TestWeights:
         refused_by_both(folder, "cannot load .*model-00001-of-00002.safetensors")
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's call
+class TestLoras:
+    @pytest.fixture
+    def lora(self, whole, tmp_path):
+        """A folder of LoRA weights alone, around the whole checkpoint."""
+        peft = pytest.importorskip("peft")
+        model = tiny_llava()
+        model.config._name_or_path = str(whole)
+        on_queries = peft.LoraConfig(r=2, target_modules=r".*language_model.*q_proj")
+        peft.get_peft_model(model, on_queries).save_pretrained(tmp_path / "lora")
+        return tmp_path / "lora"
+
+    def test_one_alone_is_refused_by_its_name(self, lora):
+        refused_by_both(lora, "holds a LoRA alone")
+
+    def test_one_around_a_model_elsewhere(self, folder, lora):
+        for file in folder.iterdir():
+            if file.name != WEIGHTS:
+                shutil.copy(file, lora)
+        loaded = load(str(lora), "cpu").model
+        assert any("lora" in name for name, _ in loaded.named_parameters())
+
+
 class TestConfigs:
     @pytest.mark.parametrize(
         ("keys", "value", "message"),
@@ -239,6 +262,11 @@ class TestPadTokens:
         for token in ("pad_token_id", "eos_token_id"):
             change(folder / "config.json", "text_config", token, to=None)
         assert load(str(folder), "cpu").processor.tokenizer.pad_token == "<pad>"  # number 0
+
+    def test_no_token_at_all(self, folder):
+        change(folder / "config.json", "text_config", "vocab_size", to=0)
+        with pytest.raises(UserError, match="the tokenizer has 100 tokens, and the config's vocab_size is 0"):
+            load(str(folder), "cpu")
 
     def test_one_that_the_model_has_no_embedding_for(self, folder):
         change(folder / "tokenizer_config.json", "pad_token", to="[PAD]")  # a new token, number 100

@@ -17,6 +17,7 @@ from vlmzip.errors import UserError, closest
 from vlmzip.models import FAMILIES, adapter_for
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.runtime.prompts import unknown_words
+from vlmzip.runtime.saving import refuse_lora
 
 if TYPE_CHECKING:
     from vlmzip.evaluation.task import Task
@@ -126,6 +127,7 @@ def source_of(name: str) -> str:
     path = Path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
+            refuse_lora(path)
             raise UserError(f"{name!r} is no checkpoint: there is no config.json in it")
     elif path.is_file():
         raise UserError(f"{name!r} is a file; --model takes a checkpoint folder or a hub id")

@@ -9,7 +9,6 @@ from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from importlib import import_module
 from typing import NoReturn
 
-from vlmzip.children import end_with_launcher
 from vlmzip.errors import UserError, closest, telling_beyond_positions
 from vlmzip.version import __version__
 
@@ -84,6 +83,8 @@ def _run(arguments: list[str]) -> None:
         command.add_arguments(parser, arguments[1:])
         args, unknown = parser.parse_known_intermixed_args(arguments[1:])
         parser.refuse_unknown(unknown)
+        from vlmzip.children import end_with_launcher
+
         end_with_launcher()
         try:
             with telling_beyond_positions(_note):

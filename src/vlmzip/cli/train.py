@@ -130,27 +130,25 @@ def _note_what_is_missing(config: Config) -> None:
 def _on_paper(config: Config, preset: str | None) -> Any:
     """The adapter of the model, or of a published one, without its weights: shapes are all that costs need."""
     import torch
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
     from vlmzip.cli.loading import source_of
     from vlmzip.measure.presets import PRESETS, make_config, make_model
     from vlmzip.models import adapter_for
+    from vlmzip.runtime.checkpoints import load_config, refusing
 
     if preset is not None:
         if preset not in PRESETS:
             raise UserError(f"--shape: there is no {preset!r}{closest(preset, PRESETS)}")
         return adapter_for(make_model(make_config(PRESETS[preset]), "meta", torch.bfloat16))
     try:
-        shape = AutoConfig.from_pretrained(source_of(config.model))
-        with torch.device("meta"):
-            return adapter_for(AutoModelForImageTextToText.from_config(shape))
+        shape = load_config(source_of(config.model))
+        with refusing(f"cannot read the shape of {config.model!r}"), torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(shape, trust_remote_code=False)
+        return adapter_for(model)
     except UserError as error:
         said = str(error).replace("--model takes", "it takes")
         raise UserError(f"model: {said}; for costs alone: --shape llava-1.5-7b") from None
-    except Exception as error:
-        raise UserError(
-            f"model: cannot read the shape of {config.model!r}: {' '.join(str(error).split())[:200]}"
-        ) from error
 
 
 def _steps(config: Config) -> int:

@@ -206,10 +206,10 @@ def _out_of_reach(name: str, wanted: float, steps: _Steps) -> BudgetError:
 
 
 def _processor_of(model: nn.Module) -> Any:
-    from transformers import AutoProcessor
+    from vlmzip.runtime.checkpoints import load_processor
 
     source = getattr(getattr(model, "config", None), "_name_or_path", "")
     try:
-        return AutoProcessor.from_pretrained(source)
-    except Exception as error:  # a folder or hub id can lack a processor in many ways
+        return load_processor(source, model.config)
+    except UserError as error:
         raise UserError(f"there is no processor at {source!r}: give one, calibrate(…, processor=…)") from error

@@ -97,7 +97,11 @@ def _give_pad_token(tokenizer: Any, config: Any) -> None:
     end = getattr(text, "eos_token_id", None)
     ends = end if isinstance(end, list) else [end]
     candidates = (getattr(text, "pad_token_id", None), tokenizer.eos_token_id, *ends, *range(len(tokenizer)))
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(next(filter(usable, candidates)))
+    if (chosen := next(filter(usable, candidates), None)) is None:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer):,} tokens, and the config's vocab_size is {text.vocab_size}"
+        )
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chosen)
 
 
 def load_model(source: Source, **kwargs: Any) -> Any:
@@ -137,8 +141,9 @@ def _refuse_larger_config(folder: Path, config: Any) -> None:
 
     Smaller differences are left to `_refuse_wrong_weights`, which can name the weights.
     """
-    stored = _stored_weights(folder)
-    if not stored or getattr(config, "quantization_config", None) is not None:  # such weights are packed
+    packed = getattr(config, "quantization_config", None) is not None
+    stored = [] if packed or (folder / "adapter_config.json").is_file() else _stored_weights(folder)
+    if not stored:  # pickled, or those of a LoRA, whose base can be elsewhere
         return
     parts = (config, config.get_text_config(), config.vision_config)
     layers = [getattr(part, name, 0) for part in parts for name in ("num_hidden_layers", "depth")]

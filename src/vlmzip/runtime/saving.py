@@ -94,11 +94,12 @@ def write_compressor(compressor: Compressor, folder: str | os.PathLike[str]) -> 
 def _check_model(folder: Path) -> None:
     """Raises `UserError` for a folder without a model; a path that is no folder may be a hub id."""
     if folder.is_dir() and not (folder / "config.json").is_file():
-        _refuse_lora(folder)
+        refuse_lora(folder)
         raise UserError(f"{str(folder)!r} holds no model (config.json is missing)")
 
 
-def _refuse_lora(folder: Path) -> None:
+def refuse_lora(folder: Path) -> None:
+    """Raises `UserError` for a folder of LoRA weights without the model that they change."""
     if (folder / "adapter_config.json").is_file():
         raise UserError(
             f"{str(folder)!r} holds a LoRA alone: load it with peft.PeftModel.from_pretrained, onto what it was trained"
@@ -113,7 +114,7 @@ def read_compressor(folder: str | os.PathLike[str], known: type[Compressor] | No
     """
     path = Path(folder) / FILE
     if not path.is_file():
-        _refuse_lora(path.parent)
+        refuse_lora(path.parent)
         if (path.parent / "training_args.bin").is_file():
             raise UserError(
                 f"there is no {FILE} in {str(folder)!r}: a Trainer wrote weights alone;"
