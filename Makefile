@@ -15,9 +15,11 @@ NEWEST ?= .venv-newest
 TORCH ?= torch==2.13.0
 # What another version can break: all that touches models. The rest is the same Python in both.
 TESTS ?= tests/models tests/runtime tests/methods tests/measure tests/training tests/cli/test_commands.py
+# What is slow for reasons of its own, such as killed runs, is the same Python too; MARKED= for all.
+MARKED ?= -m "promise or not slow"
 # Tests run in several processes of one thread each; a file's tests stay together, since they share models.
 JOBS ?= 2
-IN_PARALLEL := -n $(JOBS) --dist loadfile
+IN_PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 # lmms-eval brings a hundred packages along, 2.4 GB, and needs older versions of some: it has an environment of its own.
 LMMS ?= .venv-lmms
 # `base` is an installation without extras.
@@ -26,7 +28,7 @@ SECONDS ?= 60
 SEED ?= 0
 
 .PHONY: help demo test test-transformers test-newest test-lmms test-extras fuzz check fmt lint types tables bench bench-gpu \
-	flops figures support papers mini always
+	flops figures support papers mini always extras-beside-tests
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -51,8 +53,8 @@ test: $(INSTALLED) ## set up, then run the tests
 	$(@D)/bin/python -m pip install --quiet -c $(@D)/constraints.txt -e ".[dev]" "transformers==$*.*"
 	@touch $@
 
-test-transformers: $(OTHER)/.installed ## run the tests with another version of transformers; TESTS= for all
-	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest $(IN_PARALLEL) $(TESTS)
+test-transformers: $(OTHER)/.installed ## run the tests with another version of transformers; TESTS= MARKED= for all
+	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest $(IN_PARALLEL) $(MARKED) $(TESTS)
 
 test-newest: ## install the newest version of transformers and of all else, then run the tests
 	$(PYTHON) -m venv $(NEWEST)
@@ -77,7 +79,10 @@ test-extras: ## install each extra alone, with the newest of what it brings, and
 fuzz: $(INSTALLED) ## break the input of every command, SECONDS= long; fails on a traceback, hang or wrong exit code
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
 
-check: lint types tables test-transformers test ## what CI runs
+check: lint types tables extras-beside-tests test ## what CI runs
+
+extras-beside-tests: # installing is mostly waiting
+	$(MAKE) --no-print-directory --jobs=2 --output-sync test-extras test-transformers
 
 fmt: $(INSTALLED) ## format the code
 	$(BIN)/ruff format src tests benchmarks docs configs

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -53,6 +54,13 @@ def pytest_addoption(parser):
     parser.addoption(
         "--support-cells", metavar="FILE", help="write what the `promise` tests found, for docs/support.py"
     )
+
+
+def pytest_collection_modifyitems(items):
+    """What takes longest begins first, so that parallel processes end together; tests of a file stay in its order."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    count = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -count[item.path]))
 
 
 def pytest_configure(config):

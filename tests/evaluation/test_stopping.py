@@ -13,6 +13,8 @@ import pytest
 
 from vlmzip.cli.main import main
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 ASK = ["eval", "--methods", "pool2d", "--keep", "25%", "--limit", "18", "--batch", "3"]
 

@@ -4,8 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
-TARGETS = ["words", "specs", "compressor.json", "images", "yaml", "questions"]
+TARGETS = ["words", "specs", "compressor.json", "images", "yaml", "questions", "model"]
 #: `main` is replaced; a case's first word says what it does.
 WHAT_IS_A_FIND = """
 import sys, time
@@ -43,6 +45,7 @@ def test_what_is_a_find():
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_broken_input_is_refused_in_a_line(tmp_path):
     cases = ["--seed", "0", "--first", "20", "--cases", "3", "--out", str(tmp_path)]
     code, out, err = python("-m", "tests.fuzz", *cases, "--only", *TARGETS)

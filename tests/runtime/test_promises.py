@@ -636,6 +636,7 @@ def test_trainer(family, tmp_path):
             vlmzip.from_pretrained(tmp_path / folder)
 
 
+@pytest.mark.slow
 @promise("Trainer: resumed from a checkpoint")
 def test_trainer_resumes(family, tmp_path):
     one = vlmzip.attach(copy.deepcopy(family.model), VisionZip(keep=8))
@@ -812,6 +813,7 @@ def compiled(family):
         yield small, torch.compile(small, backend=backend), graphs
 
 
+@pytest.mark.slow
 @promise("torch.compile of forward, no recompilation from picture to picture")
 def test_compile(family, compiled):
     small, fast, graphs = compiled
@@ -825,6 +827,7 @@ def test_compile(family, compiled):
     assert counts[-1] == counts[0]
 
 
+@pytest.mark.slow
 @promise("torch.compile of forward, prompts of any length after two")
 def test_compile_lengths(family, compiled):
     """A second length compiles once more, with lengths left open; later ones compile nothing."""
@@ -839,6 +842,7 @@ def test_compile_lengths(family, compiled):
     assert counts[1:] == [counts[1]] * 3
 
 
+@pytest.mark.slow
 @promise("8-bit weights (bitsandbytes)")
 def test_8_bit(family, tmp_path):
     pytest.importorskip("bitsandbytes")
@@ -858,6 +862,7 @@ def test_8_bit(family, tmp_path):
     assert torch.equal(got[:, inputs["input_ids"].shape[1] :], expected)
 
 
+@pytest.mark.slow
 @promise("4-bit weights (bitsandbytes)")
 def test_4_bit(family, tmp_path):
     pytest.importorskip("bitsandbytes")

@@ -27,7 +27,9 @@ from vlmzip.training.sharding import check_sharded
 
 pytest.importorskip("accelerate")
 
-pytestmark = [  # peft asks the one; the other is trained here
+pytestmark = [
+    pytest.mark.slow,
+    # peft asks the one; the other is trained here
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*is untrained"),
 ]

@@ -86,6 +86,7 @@ def questions(start):
     (folder / "q.jsonl").write_text(json.dumps({"image": "0.png", "question": "w9", "answers": ["w50"]}) + "\n")
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(start, again):
     """Stopped in the middle of stage two, whose steps are the third and the fourth."""
     out, _ = again(save_every=3)
@@ -104,6 +105,7 @@ def stop_at(out, step):
     subprocess.run(["rm", "-r", out / "model"], check=True)
 
 
+@pytest.mark.slow
 def test_in_the_second_epoch_too(again):
     """Where the records' order is another one than in the first, and like lengths stand together."""
     settings = {"schedule": "two-stage", "steps": 14, "save_every": 8, "checkpoints": 3}
@@ -114,6 +116,7 @@ def test_in_the_second_epoch_too(again):
     assert losses(out) == whole
 
 
+@pytest.mark.slow
 def test_what_is_logged_is_the_same_where_logs_and_checkpoints_do_not_meet(again):
     out, _ = again(log_every=4, save_every=3)
     whole = losses(out)
@@ -166,6 +169,7 @@ def test_other_records_and_another_base_are_refused_in_the_same_folder(again, st
         assert f"begun with other settings ({name}:" in said.replace("\n", "")
 
 
+@pytest.mark.slow
 def test_the_only_checkpoint_goes_when_the_next_is_whole(again, monkeypatch):
     """Stopped between the two: the mark that it is whole is what the disk has no room for."""
     touch, calls = Path.touch, []
@@ -279,6 +283,7 @@ def test_what_is_going_to_happen_is_said(again):
     assert "afterwards it answers with no_compression" in said
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_stage_two(start, tmp_path):
     """`kill -9`, then the same command: the losses are those of a run that was never stopped."""
     path = write_config(start, name="killed.yaml", out=str(tmp_path / "out"), save_every=1)
@@ -333,6 +338,7 @@ def test_a_qformer_is_trained_and_saved_with_its_weights(start, again):
     assert vlmzip.from_pretrained(out / "model").compressor == vlmzip.QFormer(queries=4, width=32, heads=2, depth=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["random_factor", "random_factor(per=step)", "dfmr"])
 def test_varying_lengths_train_and_resume(again, schedule):
     out, _ = again(schedule=schedule, steps=4, save_every=2)
@@ -429,6 +435,7 @@ FULL = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("who", FULL)
 def test_a_full_disk_leaves_the_checkpoint_before(start, again, monkeypatch, who):
     """The disk is full while the second checkpoint is written; with room again, the same command goes on."""
