@@ -135,24 +135,25 @@ class TestWeights:
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's call
 class TestLoras:
     @pytest.fixture
-    def lora(self, whole, tmp_path):
+    def lora(self, tmp_path):
         """A folder of LoRA weights alone, around the whole checkpoint."""
         peft = pytest.importorskip("peft")
-        model = tiny_llava()
-        model.config._name_or_path = str(whole)
         on_queries = peft.LoraConfig(r=2, target_modules=r".*language_model.*q_proj")
-        peft.get_peft_model(model, on_queries).save_pretrained(tmp_path / "lora")
+        peft.get_peft_model(tiny_llava(), on_queries).save_pretrained(tmp_path / "lora")
         return tmp_path / "lora"
 
     def test_one_alone_is_refused_by_its_name(self, lora):
         refused_by_both(lora, "holds a LoRA alone")
 
-    def test_one_around_a_model_elsewhere(self, folder, lora):
-        for file in folder.iterdir():
-            if file.name != WEIGHTS:
-                shutil.copy(file, lora)
-        loaded = load(str(lora), "cpu").model
+    def test_one_beside_the_weights_that_it_changes(self, folder, lora):
+        shutil.copytree(lora, folder, dirs_exist_ok=True)
+        loaded = load(str(folder), "cpu").model
         assert any("lora" in name for name, _ in loaded.named_parameters())
+
+    def test_one_beside_a_config_without_weights(self, folder, lora):
+        (folder / WEIGHTS).unlink()
+        shutil.copytree(lora, folder, dirs_exist_ok=True)
+        refused_by_both(folder, "cannot load .*no file named model.safetensors")
 
 
 class TestConfigs:

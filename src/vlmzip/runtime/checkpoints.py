@@ -143,7 +143,7 @@ def _refuse_larger_config(folder: Path, config: Any) -> None:
     """
     packed = getattr(config, "quantization_config", None) is not None
     stored = [] if packed or (folder / "adapter_config.json").is_file() else _stored_weights(folder)
-    if not stored:  # pickled, or those of a LoRA, whose base can be elsewhere
+    if not stored:  # pickled, or missing beside a LoRA: transformers says so
         return
     parts = (config, config.get_text_config(), config.vision_config)
     layers = [getattr(part, name, 0) for part in parts for name in ("num_hidden_layers", "depth")]
