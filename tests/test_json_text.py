@@ -1,6 +1,10 @@
 """What other tools write as JSON and JSON Lines is read; what is no JSON is refused in one line."""
 
+import bz2
+import gzip
 import json
+import lzma
+import pickle
 import re
 
 import pytest
@@ -8,6 +12,7 @@ import pytest
 from vlmzip.errors import UserError
 from vlmzip.evaluation.folder import folder_task
 from vlmzip.json_text import JsonError, parse, read_json, read_lines, write_line
+from vlmzip.training.records import Records
 
 #: Every character at which `str.splitlines` cuts and JSON does not, as text may hold it.
 SEPARATORS = "\x85\u2028\u2029"
@@ -115,3 +120,24 @@ def test_what_is_written_is_one_line_for_every_reader(separator):
     written = write_line(content)
     assert written.splitlines() == [written[:-1]]
     assert json.loads(written, parse_constant=pytest.fail) == {"é": [f"a{separator}b", 1.5, [None, None]]}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"PAR1" + bytes(range(256)), "it is a Parquet file, not JSON"),
+        (b"ARROW1" + bytes(9), "it is an Arrow file, not JSON"),
+        (gzip.compress(b"{}"), "it is a file compressed by gzip, not JSON"),
+        (bz2.compress(b"{}"), "it is a file compressed by bzip2, not JSON"),
+        (lzma.compress(b"{}"), "it is a file compressed by xz, not JSON"),
+        (pickle.dumps({}), "it is a Python pickle, not JSON"),
+        (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+        (b"<!DOCTYPE html>", "it is a web page or XML, not JSON"),
+        (b"{}\0\0\0", "it is a binary file, not JSON"),
+    ],
+)
+def test_other_files_are_called_what_they_are(tmp_path, content, said):
+    (tmp_path / "a.json").write_bytes(content)
+    for read in (read_json, lambda path: list(read_lines(path)), Records):
+        with pytest.raises(UserError, match=said):
+            read(tmp_path / "a.json")

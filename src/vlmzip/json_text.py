@@ -13,12 +13,32 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from vlmzip.errors import UserError
 
 MARK = b"\xef\xbb\xbf"
 BLANK = b" \t\r\n"
+#: How files begin that are often taken for JSON, or named like it, and what they are.
+OTHER_FILES = {
+    b"PAR1": "a Parquet file",
+    b"ARROW1": "an Arrow file",
+    b"\xff\xff\xff\xff": "an Arrow file",
+    b"\x89HDF": "an HDF5 file",
+    b"SQLite format 3": "an SQLite database",
+    b"\x1f\x8b": "a file compressed by gzip",
+    b"BZh": "a file compressed by bzip2",
+    b"\xfd7zXZ": "a file compressed by xz",
+    b"\x28\xb5\x2f\xfd": "a file compressed by Zstandard",
+    b"PK\x03\x04": "a zip archive",
+    b"7z\xbc\xaf": "a 7z archive",
+    b"\x80": "a Python pickle",
+    b"%PDF": "a PDF file",
+    b"\x89PNG": "an image",
+    b"\xff\xd8\xff": "an image",
+    b"version https://git-lfs": "a pointer of Git LFS, which git lfs pull replaces by the file",
+    b"<": "a web page or XML",
+}
 #: No number that anybody means has more digits, and a longer one fits no float.
 MOST_DIGITS = 300
 #: Escapes of half a character; two of them make a whole one, such as an emoji.
@@ -73,7 +93,7 @@ def parse(text: str | bytes) -> Any:
 def read_json(path: Path, advice: str = "") -> Any:
     """Return what a JSON file holds. Raises `UserError` with the path, the reason and the advice."""
     try:
-        return parse(_open(path).read())
+        return parse(open_json(path).read())
     except (OSError, JsonError) as error:
         raise _cannot_read(path, error, advice) from None
 
@@ -81,7 +101,7 @@ def read_json(path: Path, advice: str = "") -> Any:
 def read_lines(path: Path, advice: str = "") -> Iterator[Line]:
     """Yield the lines of a file, one at a time, without parsing them. Raises `UserError` as `read_json` does."""
     try:
-        with _open(path) as file:
+        with open_json(path) as file:
             begin = 0
             for number, text in enumerate(file, 1):
                 skipped = len(MARK) if number == 1 and text.startswith(MARK) else 0
@@ -98,10 +118,20 @@ def write_line(content: Any) -> str:
     return _SEPARATORS.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
 
 
-def _open(path: Path) -> Any:
+def open_json(path: Path) -> BinaryIO:
+    """Open a file that should hold JSON. Raises `OSError` with what it is instead, as far as its beginning tells."""
     if path.exists() and not (path.is_file() or path.is_dir() or path.is_fifo()):
         raise OSError("it is a device, not a file")  # /dev/zero never ends
-    return path.open("rb")
+    file = path.open("rb")
+    first = file.peek(64)[:64]
+    other = next((kind for mark, kind in OTHER_FILES.items() if first.startswith(mark)), None)
+    line = first.split(b"\n")[0]
+    if other is None and b"\0" in line and not line.startswith((b"\xff\xfe", b"\xfe\xff")):  # UTF-16 is text
+        other = "a binary file"
+    if other is not None:
+        file.close()
+        raise OSError(f"it is {other}, not JSON")
+    return file
 
 
 def _cannot_read(path: Path, error: Exception, advice: str) -> UserError:

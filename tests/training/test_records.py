@@ -241,8 +241,8 @@ def test_where_chunks_end_makes_no_difference(tmp_path_factory, talk, chunk):
     [
         ('[{"id": 1}, {"id": 2', "ends in the middle of a record"),
         ('[{"id": "1}]', "ends in the middle of a record"),
-        ("[]", "no record to train on; 0 are bad"),
-        ("", "no record to train on; 0 are bad"),
+        ("[]", "no record to train on: it is empty"),
+        ("", "no record to train on: it is empty"),
         ('["a","b"]', r"2 are bad, the first \(record 0\): not an object"),
         ('[{"id": 1}, {"id": 2', r"begins at byte 12: was it cut short\?"),
         ('[{"id": 1}]', r"1 are bad, the first \(record 0\): no conversations"),

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -364,6 +365,90 @@ def test_bad_records_are_reported_and_training_goes_on(start, again, tmp_path):
         assert f"1 of {COUNT} records left out: {reason}" in said
 
 
+def spoil(start, count):
+    """The same records in another file, so many of them about an image that is not there."""
+    content = json.loads((start / "data.json").read_text())
+    for one in [one for one in content if "image" in one][:count]:
+        one["image"] = "missing.png"
+    (start / "spoilt.json").write_text(json.dumps(content))
+    return {"records": str(start / "spoilt.json"), "pictures": str(start)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"max_length": 30}, "about 96% of them are left out, .* of 24 looked at: 23 longer than 30 tokens"),
+        ({"max_length": 30, "max_left_out": "95%"}, "more than max_left_out, 95%"),
+        ({"max_length": 30, "fraction": "50%"}, "of 12 looked at: 1[12] longer than 30 tokens"),
+        (7, "about 29% of them are left out, more than max_left_out, 25%; of 24 looked at: 7 a picture is missing"),
+        (23, "23 a picture is missing"),
+    ],
+)
+def test_where_many_records_would_be_left_out_no_step_is_taken(start, again, settings, said):
+    settings = settings if isinstance(settings, dict) else spoil(start, settings)
+    out, told = again(code=2, **settings)
+    assert re.search(f"vlmzip: records: .*{said}.*; mend that, or set max_left_out: 100% to train on the rest", told)
+    assert {path.name for path in out.iterdir()} == {".lock", "run.json", "bad_records.jsonl"}
+
+
+def test_records_that_are_none_count_among_those_left_out(start, again):
+    content = json.loads((start / "data.json").read_text())
+    (start / "none.json").write_text(json.dumps([*content, *[{"id": "none"}] * 12]))
+    settings = {"records": str(start / "none.json"), "pictures": str(start)}
+    _, said = again(code=2, **settings)
+    assert "about 33% of them are left out" in said
+    assert "of 24 looked at: no conversations" in said
+
+
+def test_a_few_are_named_before_the_first_step_and_a_run_can_be_asked_to_go_on(start, again, tmp_path):
+    few = "note: 6 of 24 records looked at are left out: 6 a picture is missing"
+    _, said = again(**spoil(start, 6))
+    assert said.index(few) < said.index("records left out: a picture is missing")
+    shutil.rmtree(tmp_path / "out")
+    out, said = again(**spoil(start, 23), max_left_out="100%")
+    assert len(losses(out)) == 6
+    assert "note: 23 of 24 records looked at are left out: 23 a picture is missing" in said
+
+
+def test_the_records_looked_at_come_from_all_over_the_file():
+    from vlmzip.training.batches import Examples
+
+    seen = []
+
+    def looks_good(record, folder):
+        seen.append(record)
+
+    many = Examples.__new__(Examples)
+    many.chosen, many.records, many.folder, many.conversations = range(5, 1005), range(1005), None, looks_good
+    assert many.look_at(64) == (64, {})
+    assert (seen[0], seen[-1] > 980, len(set(seen))) == (5, True, 64)
+    seen.clear()
+    many.chosen = range(3)
+    assert many.look_at(64) == (3, {})
+    assert seen == [0, 1, 2]
+
+
+def summary(out):
+    return json.loads((out / "log.jsonl").read_text().splitlines()[-1])
+
+
+def test_the_mean_loss_is_of_all_steps_however_often_a_run_was_stopped(again):
+    """Logged in stretches of unequal length, and stopped twice."""
+    settings = {"log_every": 4, "save_every": 3, "steps": 8, "checkpoints": 9}
+    out, _ = again(**settings)
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = [line["step"] for line in lines if "loss" in line]
+    stretches = [step - before for before, step in zip([0, *steps], steps, strict=False)]
+    assert len(set(stretches)) > 1
+    wanted = sum(loss * steps for loss, steps in zip(losses(out), stretches, strict=True)) / 8
+    once = summary(out)["train_loss"]
+    assert once == pytest.approx(wanted, rel=1e-12)
+    for step in (6, 3):
+        stop_at(out, step)
+        again(**settings)
+        assert summary(out)["train_loss"] == once
+
+
 def logged(out, name):
     return [line[name] for line in map(json.loads, (out / "log.jsonl").open()) if "loss" in line]
 
@@ -497,3 +582,14 @@ def test_tensorboard_has_what_is_logged(start):
     found = events.EventAccumulator(str(file.parent)).Reload()
     assert [event.value for event in found.Scalars("train/loss")] == pytest.approx(losses(start / "out"))
     assert [event.step for event in found.Scalars("train/retention")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_bitsandbytes_lacks_for_weights_that_nobody_has_is_not_said():
+    """transformers' trainer imports peft, which imports bitsandbytes."""
+    code = (
+        "import vlmzip.training.run, logging; logger = logging.getLogger('bitsandbytes.backends.cpu.ops');"
+        " logger.warning('Failed to load CPU gemm_4bit_forward from kernels-community: %s.', 'x');"
+        " logger.warning('something else')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "something else\n")

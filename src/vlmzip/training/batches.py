@@ -231,6 +231,21 @@ class Examples(Dataset):
                 self._note(here, str(reason))
         raise UserError(f"not one record of {str(self.records.path)!r} can be trained on; see {str(self.notes)!r}")
 
+    def look_at(self, count: int) -> tuple[int, Counter[str]]:
+        """Read some of the records, from all over the file: how many, and the reasons of those that are bad.
+
+        The bad ones are noted.
+        """
+        places = sorted({number * len(self) // count for number in range(count)})
+        reasons: Counter[str] = Counter()
+        for here in (self.chosen[place] for place in places):
+            try:
+                self.conversations(self.records[here], self.folder)
+            except BadRecord as reason:
+                self._note(here, str(reason))
+                reasons[str(reason)] += 1
+        return len(places), reasons
+
     def lengths(self, visual_tokens: int) -> list[int]:
         """About how many tokens each record has, to put rows of like length together: four bytes for a token."""
         return [self.records.size(n) // 4 + visual_tokens * self.records.pictures(n) for n in self.chosen]

@@ -132,6 +132,8 @@ class Config:
     """Compute layers again in the backward instead of keeping what they put out: less memory, more time."""
     max_length: int = 2048
     """Tokens of a record, visual ones uncompressed; longer records are left out and counted."""
+    max_left_out: str = "25%"
+    """The largest share of the records that may be left out, going by some that are read before the first step."""
     group_by_length: bool = True
     """Records of like length stand in a batch, so that little is padded."""
     evaluation: Evaluation | None = None
@@ -159,6 +161,8 @@ class Config:
         self._check_what_learns(schedule)
         if not 0 < self.share <= 1:
             raise UserError(f"fraction: {self.fraction} is no share of the records; give 10% or 0.1")
+        if not 0 <= self.most_left_out <= 1:
+            raise UserError(f"max_left_out: {self.max_left_out} is no share of the records; give 25% or 0.25")
         self._check_trainer()
 
     def _check_what_learns(self, schedule: Schedule) -> None:
@@ -189,6 +193,11 @@ class Config:
     def share(self) -> Fraction:
         """Of the records, from 0 to 1."""
         return read_share(self.fraction, "fraction:") / (100 if self.fraction.endswith("%") else 1)
+
+    @property
+    def most_left_out(self) -> Fraction:
+        """Return `max_left_out` as a number from 0 to 1."""
+        return read_share(self.max_left_out, "max_left_out:") / (100 if self.max_left_out.endswith("%") else 1)
 
     def chosen(self, records: int) -> int:
         """How many of so many records are used: their `fraction`, rounded, and one at least."""

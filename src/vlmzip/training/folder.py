@@ -33,7 +33,7 @@ MODEL = "model"
 #: Settings that may differ when a run goes on: they do not change what is learned, but for what is drawn by lot.
 FREE = {
     "out", "log_every", "save_every", "checkpoints", "workers", "evaluation", "gradient_checkpointing", "sharding",
-    "batch_per_process", "text_tokens",
+    "batch_per_process", "text_tokens", "max_left_out",
 }  # fmt: skip
 #: What an `OSError` has for its reason where the disk, and nothing else, refuses.
 REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO}

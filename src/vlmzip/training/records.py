@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 from PIL import Image
 
 from vlmzip.errors import UserError
-from vlmzip.json_text import JsonError, parse, read_lines
+from vlmzip.json_text import JsonError, open_json, parse, read_lines
 from vlmzip.runtime.pictures import ImageError, load_picture
 
 PLACE, VIDEO = "<image>", "<video>"
@@ -166,7 +166,7 @@ class Records:
         except OSError as error:
             raise UserError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
         if not self._begins:
-            raise UserError(f"{str(path)!r} has no record to train on; {len(self.bad)} are bad{self._first_bad()}")
+            raise UserError(f"{str(path)!r} has no record to train on{self._first_bad()}")
 
     def __len__(self) -> int:
         return len(self._begins)
@@ -188,7 +188,9 @@ class Records:
         return self.numbers, self._begins, self._ends, self._pictures
 
     def _first_bad(self) -> str:
-        return f", the first (record {self.bad[0][0]}): {self.bad[0][1]}" if self.bad else ""
+        if not self.bad:
+            return ": it is empty"
+        return f"; {len(self.bad):,} are bad, the first (record {self.bad[0][0]}): {self.bad[0][1]}"
 
 
 def _parsed(text: bytes) -> Any:
@@ -200,7 +202,7 @@ def _parsed(text: bytes) -> Any:
 
 def _texts(path: Path) -> Iterator[tuple[int, bytes]]:
     """Each record as it stands in the file, and where it begins, in bytes; nothing for one that is no JSON."""
-    with path.open("rb") as file:
+    with open_json(path) as file:
         first = file.read(CHUNK).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
     return _elements(path) if first == b"[" else _lines(path)
 

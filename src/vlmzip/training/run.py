@@ -40,6 +40,8 @@ NAMES = {field.name for field in dataclasses.fields(TrainingArguments)}
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in NAMES else "gradient_checkpointing"
 #: Questions answered together while training.
 ASK = 32
+#: Records that are read before the first step, to see how many of them can be trained on.
+SAMPLE = 64
 
 
 def train(config: Config, model: nn.Module, processor: Any, adapter: ModelAdapter, tell: Callable[[str], None]) -> Path:
@@ -71,6 +73,8 @@ def train(config: Config, model: nn.Module, processor: Any, adapter: ModelAdapte
     tell(_about(small, config, steps, len(examples), trainer.args.device))
     if records.bad:
         tell(f"{len(records.bad):,} of {len(records) + len(records.bad):,} records cannot be used; see {out / BAD}")
+    if left_out := processes.from_first(lambda: _look_at(examples, config)):
+        tell(left_out)
     if folder.checkpoint is not None:
         tell(f"going on from {folder.checkpoint}")
     try:
@@ -100,6 +104,28 @@ def _about(small: CompressedModel, config: Config, steps: int, records: int, dev
     return (
         f"{learn / 1e6:,.1f} of {of / 1e6:,.1f} million weights learn, in {steps:,} steps of {config.batch:,} from"
         f" {records:,} records; {config.precision} on {device}"
+    )
+
+
+def _look_at(examples: Examples, config: Config) -> str:
+    """Return what is wrong with some of the records, or nothing. Raises `UserError` where too many are left out.
+
+    Those that are no records at all count as well: they are known from reading the file.
+    """
+    looked, reasons = examples.look_at(SAMPLE)
+    for _, reason in examples.records.bad:
+        reasons.setdefault(reason, 0)
+    records, known = len(examples.records), len(examples.records.bad)
+    bad = sum(reasons.values())
+    share = (known + records * bad / looked) / (records + known)
+    if not share:
+        return ""
+    found = ", ".join(f"{count} {reason}" if count else reason for reason, count in reasons.most_common(4))
+    if share <= config.most_left_out:
+        return f"{bad} of {looked} records looked at are left out: {found}" if bad else ""
+    raise UserError(
+        f"records: about {share:.0%} of them are left out, more than max_left_out, {config.max_left_out}; of {looked}"
+        f" looked at: {found}; mend that, or set max_left_out: 100% to train on the rest"
     )
 
 

@@ -126,7 +126,18 @@ class StagedTrainer(Trainer):
             if positions:
                 logs["padding"] = round(padding / positions, 4)
             self._seen = self._of = self._padding = self._positions = 0
+        if SUMMARY in logs:
+            logs["train_loss"] = self._mean_loss()
         super().log(logs, start_time)
+
+    def _mean_loss(self) -> float:
+        """Return the mean of the loss over all steps of the run; Trainer's own is of those since it was started."""
+        total, before = 0.0, 0.0
+        for line in self.state.log_history:  # checkpoints have it, and `JsonLog` has a line written before each
+            if "loss" in line:
+                total += line["loss"] * (line["step"] - before)
+                before = line["step"]
+        return total / max(1.0, before)
 
     def _refuse_broken(self, logs: dict[str, Any]) -> None:
         scaled = self.accelerator.scaler is not None  # then a step with gradients that overflow is left out
