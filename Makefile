@@ -77,7 +77,7 @@ test-extras: ## install each extra alone, with the newest of what it brings, and
 	test -z "$$failed" || { echo "these extras do not work:$$failed"; exit 1; }
 
 fuzz: $(INSTALLED) ## break the input of every command, SECONDS= long; fails on a traceback, hang or wrong exit code
-	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED)
+	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED) --jobs $(JOBS)
 
 check: lint types tables extras-beside-tests test ## what CI runs
 

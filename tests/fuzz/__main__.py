@@ -10,6 +10,7 @@ changes that show it. The exit code is 1 if there is a find.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import shlex
@@ -17,16 +18,16 @@ import shutil
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from importlib import import_module
-from itertools import count
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="agg")
 
-from tests.fuzz.process import Case, Outcome, run, write
-from tests.fuzz.targets import ASK, EXAMPLES, Target, targets
+from tests.fuzz.process import FORK, Case, Outcome, run, write
+from tests.fuzz.targets import ASK, PHOTO, TARGETS, Target
 from vlmzip.cli.main import COMMANDS, main
 
 LIMIT = 60.0
@@ -39,15 +40,12 @@ class Tally:
 
     target: Target
     bases: list[Case]
-    first: int
+    number: int
+    """Of the next case."""
     seconds: float = 0.0
-    counts: Counter = field(default_factory=Counter)
-    known: Counter = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=Counter)
+    told: set[tuple[str, str]] = field(default_factory=set)
     """Finds by their cause; the first of each is told."""
-
-    @property
-    def cases(self) -> int:
-        return self.counts["cases"]
 
 
 def case_of(tally: Tally, seed: int, number: int, kept: set[int] | None = None) -> tuple[Case, int]:
@@ -78,17 +76,17 @@ def fewest(tally: Tally, seed: int, number: int, found: Outcome) -> Case:
     return case
 
 
-def try_case(tally: Tally, seed: int, number: int, out: Path) -> None:
+def try_case(tally: Tally, seed: int, out: Path) -> None:
     began = time.monotonic()
-    case, changes = case_of(tally, seed, number)
+    case, changes = case_of(tally, seed, tally.number)
     with run(case, LIMIT) as outcome:
         find = outcome.find or ("exit code" if changes == 0 and outcome.code != 0 else "")
         tally.counts.update(["cases", "done" if outcome.code == 0 else "refused" if outcome.code == 2 else "other"])
         if find:
             tally.counts[find] += 1
-            tally.known[find, outcome.where] += 1
-            if tally.known[find, outcome.where] == 1:
-                tell(tally, seed, number, find, outcome, out)
+            if (find, outcome.where) not in tally.told:
+                tally.told.add((find, outcome.where))
+                tell(tally, seed, tally.number, find, outcome, out)
     tally.seconds += time.monotonic() - began
 
 
@@ -107,35 +105,44 @@ def tell(tally: Tally, seed: int, number: int, find: str, outcome: Outcome, out:
 
 def warm() -> None:
     """Imports what commands import, once for all cases."""
-    for name in ("accelerate", "transformers.trainer", "matplotlib.figure", *(f"vlmzip.cli.{one}" for one in COMMANDS)):
-        import_module(name)
+    modules = ("accelerate", "transformers.trainer", "matplotlib.figure", *(f"vlmzip.cli.{one}" for one in COMMANDS))
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-        main(["ask", str(EXAMPLES / "flat.png"), *ASK[2:], "--baseline"])
+        for name in modules:
+            import_module(name)
+        main(["ask", str(PHOTO), *ASK[2:], "--baseline"])
 
 
-def table(tallies: list[Tally]) -> str:
+def table(found: dict[str, Counter[str]]) -> str:
     names = ("cases", "done", "refused", *KINDS)
-    lines = [" ".join([f"{'':<16}", *(f"{name:>10}" for name in names), f"{'s':>7}"])]
-    for tally in tallies:
-        cells = [f"{tally.counts[name]:>10,}" for name in names]
-        lines.append(" ".join([f"{tally.target.name:<16}", *cells, f"{tally.seconds:>7.0f}"]))
-    sums = [f"{sum(tally.counts[name] for tally in tallies):>10,}" for name in names]
-    return "\n".join([*lines, " ".join([f"{'all':<16}", *sums, f"{sum(tally.seconds for tally in tallies):>7.0f}"])])
+    lines = [f"{'':<16}" + "".join(f"{name:>12}" for name in names)]
+    for target, counts in {**found, "all": sum(found.values(), Counter())}.items():
+        lines.append(f"{target:<16}" + "".join(f"{counts[name]:>12,}" for name in names))
+    return "\n".join(lines)
 
 
-def fuzz(seconds: float, cases: int | None, seed: int, only: list[str], first: int, out: Path) -> bool:
-    """Whether there is no find. Of all targets the one that had least time is next."""
-    warm()
-    tallies = [Tally(target, target.bases(), first) for target in targets() if not only or target.name in only]
-    end = time.monotonic() + seconds
-    for _ in count():
-        open_ones = [tally for tally in tallies if cases is None or tally.cases < cases]
-        if not open_ones or (cases is None and time.monotonic() > end):
-            break
+def work(tallies: list[Tally], end: float, last: float, seed: int, jobs: int, out: Path) -> dict[str, Counter[str]]:
+    """Counts by target. The next case is of the target that has had the least time."""
+    while open_ones := [tally for tally in tallies if tally.number < last and time.monotonic() < end]:
         tally = min(open_ones, key=lambda one: one.seconds)
-        try_case(tally, seed, tally.first + tally.cases, out)
-    print(f"seed {seed}\n{table(tallies)}")
-    return not any(tally.known for tally in tallies)
+        try_case(tally, seed, out)
+        tally.number += jobs
+    return {tally.target.name: tally.counts for tally in tallies}
+
+
+def fuzz(seconds: float, cases: int | None, seed: int, only: list[str], first: int, jobs: int, out: Path) -> bool:
+    """Whether there is no find."""
+    warm()
+    chosen = [(target, target.bases()) for target in TARGETS if not only or target.name in only]
+    end, last = (time.monotonic() + seconds, math.inf) if cases is None else (math.inf, first + cases)
+    found: dict[str, Counter[str]] = {target.name: Counter() for target, _ in chosen}
+    with ProcessPoolExecutor(jobs, FORK) as pool:
+        shares = [[Tally(target, bases, first + job) for target, bases in chosen] for job in range(jobs)]
+        began = [pool.submit(work, share, end, last, seed, jobs, out) for share in shares]
+        for one in began:
+            for name, counts in one.result().items():
+                found[name] += counts
+    print(f"seed {seed}\n{table(found)}")
+    return not any(counts[kind] for counts in found.values() for kind in KINDS)
 
 
 if __name__ == "__main__":
@@ -143,7 +150,8 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--cases", type=int, help="cases of each target, however long they take")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", default=[], metavar="TARGET")
+    parser.add_argument("--only", nargs="+", default=[], choices=[one.name for one in TARGETS])
     parser.add_argument("--first", type=int, default=0, metavar="NUMBER", help="number of the first case")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that try cases; the cases are the same")
     parser.add_argument("--out", type=Path, default=Path("runs/fuzz"))
     sys.exit(0 if fuzz(**vars(parser.parse_args())) else 1)

@@ -6,19 +6,20 @@ import io
 import json
 import random
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import yaml
-from PIL import Image
+from PIL import ExifTags, Image
 
 from tests.fuzz import changes
 from tests.fuzz.process import Case, run
 from vlmzip import mini, spec
 from vlmzip.runtime.saving import write_compressor
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+PHOTO = Path(__file__).parents[2] / "examples" / "flat.png"
 QUESTION = "what color is the ring ?"
 ASK = ["ask", "a.png", QUESTION, "--max-new-tokens", "1"]
 SPECS = (
@@ -33,6 +34,8 @@ SPECS = (
     "random_tokens(keep=9,site=in_llm)",
 )
 FORMATS = ("png", "jpeg", "gif", "webp", "tiff", "bmp", "avif", "ppm", "ico", "tga", "pcx", "jpeg2000")
+#: Modes that some formats store, each by a way of its own.
+MODES = (("png", "P"), ("png", "I;16"), ("png", "LA"), ("jpeg", "CMYK"), ("tiff", "CMYK"), ("tiff", "F"), ("gif", "P"))
 CONFIG = yaml.safe_load("""
 model: mini
 records: records.json
@@ -90,60 +93,75 @@ class Target:
     """Breaks a case in one place."""
 
 
-def targets() -> Iterator[Target]:
-    photo: dict[str, bytes | Path] = {"a.png": EXAMPLES / "flat.png"}
-    yield Target("words", lambda: [Case(list(one), dict(photo)) for one in COMMANDS], _one_of_the_words)
-    yield Target("specs", lambda: [Case([*ASK, "--method", one], dict(photo)) for one in SPECS], _last_word)
-    yield Target("compressor.json", lambda: [_saved(one) for one in SPECS[:4]], _json_of("compressor.json"))
-    yield Target(
-        "images", lambda: [Case([*ASK[:1], f"a.{one}", *ASK[2:]], {f"a.{one}": drawn(one)}) for one in FORMATS], _image
-    )
-    explain = ["train", "run.yaml", "--explain", "--json"]
-    yield Target("yaml", lambda: [Case(list(explain), {"run.yaml": yaml.safe_dump(CONFIG).encode()})], _yaml)
-    yield Target("records", lambda: [_training(), _training(".jsonl")], _records)
-    yield Target("questions", lambda: [_questions()], _jsonl_of("questions.jsonl"))
-    yield Target("results", _results, _any_file)
-    yield Target("model", lambda: [_model()], _any_file)
-
-
 # ---------------------------------------------------------------- valid cases
 
 
-def _saved(written: str) -> Case:
-    with tempfile.TemporaryDirectory() as folder:
-        write_compressor(spec.read(written), folder)
-        content = (Path(folder) / "compressor.json").read_bytes()
-    return Case([*ASK, "--method", "compressor.json"], {"a.png": EXAMPLES / "flat.png", "compressor.json": content})
+def _commands() -> list[Case]:
+    return [Case(list(one), {"a.png": PHOTO}) for one in COMMANDS]
 
 
-def drawn(kind: str) -> bytes:
-    image = Image.open(EXAMPLES / "flat.png").convert("RGB").resize((48, 40))
+def _specs() -> list[Case]:
+    return [Case([*ASK, "--method", one], {"a.png": PHOTO}) for one in SPECS]
+
+
+def _saved() -> list[Case]:
+    found = []
+    for one in SPECS[:4]:
+        with tempfile.TemporaryDirectory() as folder:
+            write_compressor(spec.read(one), folder)
+            content = (Path(folder) / "compressor.json").read_bytes()
+        found.append(Case([*ASK, "--method", "compressor.json"], {"a.png": PHOTO, "compressor.json": content}))
+    return found
+
+
+def _images() -> list[Case]:
+    stored = [*((kind, "RGB") for kind in FORMATS), *MODES]
+    return [Case(["ask", f"a.{kind}", *ASK[2:]], {f"a.{kind}": drawn(kind, mode)}) for kind, mode in stored]
+
+
+def drawn(kind: str, mode: str) -> bytes:
+    """A small image with all that its format holds beside the pixels: orientation, compression, a second frame."""
+    image = Image.open(PHOTO).convert("RGB").resize((48, 40))
+    image = image.convert("L").convert("I;16") if mode == "I;16" else image.convert(mode)
+    exif = image.getexif()
+    exif[ExifTags.Base.Orientation] = 6
+    more: dict = {"compression": "tiff_lzw"} if kind == "tiff" and mode != "F" else {}
+    more |= {"exif": exif} if kind in ("png", "jpeg", "webp", "avif", "tiff") else {}
+    more |= {"save_all": True, "append_images": [image.rotate(90)]} if kind in ("gif", "webp", "tiff") else {}
     file = io.BytesIO()
-    image.save(file, kind)
+    image.save(file, kind, **more)
     return file.getvalue()
 
 
-def _training(ending: str = ".json") -> Case:
+def _explained() -> list[Case]:
+    return [Case(["train", "run.yaml", "--explain", "--json"], {"run.yaml": yaml.safe_dump(CONFIG).encode()})]
+
+
+def _training() -> list[Case]:
     turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": "orange"}]
-    records = [{"id": n, "image": "a.png", "conversations": turns} for n in range(2)]
+    records: list[dict] = [{"id": n, "image": "a.png", "conversations": turns} for n in range(2)]
     records += [{"id": 2, "conversations": [{**turns[0], "value": "what color is the sky ?"}, turns[1]]}]
-    text = "\n".join(map(json.dumps, records)) + "\n" if ending == ".jsonl" else json.dumps(records)
-    name = f"records{ending}"
-    config = json.dumps(SHORT | {"records": name}).encode()
-    return Case(["train", "run.yaml"], {"a.png": EXAMPLES / "flat.png", name: text.encode(), "run.yaml": config})
+    found = []
+    for name, text in (("records.json", json.dumps(records)), ("records.jsonl", _lines(records))):
+        config = json.dumps(SHORT | {"records": name}).encode()
+        found.append(Case(["train", "run.yaml"], {"a.png": PHOTO, "run.yaml": config, name: text.encode()}))
+    return found
 
 
-def _questions() -> Case:
-    lines = [{"image": "a.png", "question": QUESTION, "answers": ["orange"], "type": "x", "id": n} for n in range(3)]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
+def _questions() -> list[Case]:
+    asked = [{"image": "a.png", "question": QUESTION, "answers": ["orange"], "type": "x", "id": n} for n in range(3)]
     command = ["eval", "--tasks", "questions.jsonl:exact", "--methods", "visionzip", "--keep", "25%", "--out", "out"]
-    return Case(command, {"a.png": EXAMPLES / "flat.png", "questions.jsonl": text.encode()})
+    return [Case(command, {"a.png": PHOTO, "questions.jsonl": _lines(asked).encode()})]
+
+
+def _lines(contents: list[dict]) -> str:
+    return "".join(json.dumps(one) + "\n" for one in contents)
 
 
 def _results() -> list[Case]:
     """What a finished `eval` and a finished `train` left, and the same commands again."""
     found = []
-    for case in (_questions(), _training()):
+    for case in (*_questions(), *_training()[:1]):
         with run(case, 120) as outcome:
             assert outcome.code == 0, outcome.stderr
             left = [path for path in outcome.folder.rglob("*") if path.is_file() and path.stat().st_size < 1 << 20]
@@ -152,9 +170,9 @@ def _results() -> list[Case]:
     return found
 
 
-def _model() -> Case:
+def _model() -> list[Case]:
     files = {f"m/{path.name}": path for path in sorted(mini.weights_folder().iterdir()) if path.name != "README.md"}
-    return Case([*ASK, "--model", "m"], {"a.png": EXAMPLES / "flat.png", **files})
+    return [Case([*ASK, "--model", "m"], {"a.png": PHOTO, **files})]
 
 
 # ---------------------------------------------------------------- ways to break them
@@ -177,47 +195,46 @@ def _last_word(rng: random.Random, case: Case) -> None:
     case.arguments[-1] = changes.text(rng, case.arguments[-1])
 
 
-def _json_of(name: str) -> Callable[[random.Random, Case], None]:
-    def change(rng: random.Random, case: Case) -> None:
-        case.files[name] = changes.json_file(rng, case.read(name))
-
-    return change
-
-
-def _jsonl_of(name: str) -> Callable[[random.Random, Case], None]:
-    def change(rng: random.Random, case: Case) -> None:
-        case.files[name] = changes.json_lines(rng, case.read(name))
-
-    return change
-
-
-def _image(rng: random.Random, case: Case) -> None:
-    (name,) = case.files
-    case.files[name] = changes.data(rng, case.read(name))
-
-
-def _yaml(rng: random.Random, case: Case) -> None:
-    old = case.read("run.yaml")
-    try:
-        new = yaml.safe_dump(changes.tree(rng, yaml.safe_load(old))).encode()
-    except (yaml.YAMLError, UnicodeError, RecursionError, ValueError):
-        new = changes.data(rng, old)
-    case.files["run.yaml"] = (
-        new if rng.random() < 0.8 else changes.text(rng, old.decode(errors="replace")).encode(errors="replace")
-    )
-
-
-def _records(rng: random.Random, case: Case) -> None:
-    (name,) = (name for name in case.files if name.startswith("records"))
-    how = changes.json_lines if name.endswith(".jsonl") else changes.json_file
+def _one_file(how: Callable[[random.Random, bytes], bytes], rng: random.Random, case: Case) -> None:
+    """Breaks the file that the case is about, its last one."""
+    name = list(case.files)[-1]
     case.files[name] = how(rng, case.read(name))
+
+
+def _yaml(rng: random.Random, old: bytes) -> bytes:
+    if rng.random() < 0.2:
+        return changes.text(rng, old.decode(errors="replace")).encode(errors="replace")
+    try:
+        return yaml.safe_dump(changes.tree(rng, yaml.safe_load(old))).encode()
+    except (yaml.YAMLError, UnicodeError, RecursionError, ValueError):  # an earlier change broke it
+        return changes.data(rng, old)
 
 
 def _any_file(rng: random.Random, case: Case) -> None:
     name = rng.choice([name for name in case.files if name != "a.png"])
-    how = changes.json_file if name.endswith(".json") else changes.data
-    how = changes.json_lines if name.endswith(".jsonl") else how
     if rng.random() < 0.05:
         del case.files[name]
     else:
-        case.files[name] = how(rng, case.read(name))
+        case.files[name] = _by_name(name)(rng, case.read(name))
+
+
+def _records(rng: random.Random, case: Case) -> None:
+    name = list(case.files)[-1]
+    case.files[name] = _by_name(name)(rng, case.read(name))
+
+
+def _by_name(name: str) -> Callable[[random.Random, bytes], bytes]:
+    return {".json": changes.json_file, ".jsonl": changes.json_lines}.get(Path(name).suffix, changes.data)
+
+
+TARGETS = (
+    Target("words", _commands, _one_of_the_words),
+    Target("specs", _specs, _last_word),
+    Target("compressor.json", _saved, partial(_one_file, changes.json_file)),
+    Target("images", _images, partial(_one_file, changes.data)),
+    Target("yaml", _explained, partial(_one_file, _yaml)),
+    Target("records", _training, _records),
+    Target("questions", _questions, partial(_one_file, changes.json_lines)),
+    Target("results", _results, _any_file),
+    Target("model", _model, _any_file),
+)
