@@ -234,6 +234,12 @@ class TestProcessors:
         change(folder / "processor_config.json", *keys, to=value)
         self.refused(folder, "cannot")
 
+    @pytest.mark.parametrize("setting", ["size", "crop_size"])
+    @pytest.mark.parametrize("value", [10**6, {"height": 10**6, "width": 48}, {"shortest_edge": 10**6}])
+    def test_images_that_would_fill_the_memory(self, folder, setting, value):
+        change(folder / "processor_config.json", "image_processor", setting, to=value)
+        self.refused(folder, f"its processor makes images of {setting}=.*, more than 8,192")
+
     def test_a_panic_of_the_tokenizers_library_is_a_line(self):
         class PanicException(BaseException):
             pass

@@ -23,6 +23,8 @@ from vlmzip.runtime.resample import FILE as RESAMPLER
 Source = str | os.PathLike[str]
 #: Width and height in pixels of the image that a processor is tried out with.
 TRIAL = (336, 336)
+#: The largest side of an image that a processor may make.
+MOST_PIXELS = 8192
 #: Settings of a generation config that name tokens.
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -77,8 +79,23 @@ def load_processor(source: Source, config: Any) -> Any:
                 f"{str(source)!r} has no processor for images and text: save one there with"
                 " AutoProcessor.save_pretrained"
             )
+    _refuse_large_images(str(source), processor.image_processor, config)
     _give_pad_token(processor.tokenizer, config)
     return processor
+
+
+def _refuse_large_images(name: str, image_processor: Any, config: Any) -> None:
+    """Raise `UserError` for a processor that would fill the memory with one image."""
+    sides = hasattr(config.vision_config, "image_size")  # other encoders take any size: a least and a largest area
+    limit = MOST_PIXELS if sides else MOST_PIXELS**2
+    for setting in ("size", "crop_size"):
+        sizes = dict(getattr(image_processor, setting, None) or {})
+        numbers = {key: value for key, value in sizes.items() if isinstance(value, int | float)}
+        too_large = [key for key, value in numbers.items() if value > limit and (sides or "shortest" in key)]
+        if too_large:
+            raise UserError(
+                f"cannot use {name!r}: its processor makes images of {setting}={sizes}, more than {limit:,}"
+            )
 
 
 def _give_pad_token(tokenizer: Any, config: Any) -> None:
