@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from vlmzip.errors import UserError
+from vlmzip.files import open_to_read
 
 MARK = b"\xef\xbb\xbf"
 BLANK = b" \t\r\n"
@@ -93,7 +94,8 @@ def parse(text: str | bytes) -> Any:
 def read_json(path: Path, advice: str = "") -> Any:
     """Return what a JSON file holds. Raises `UserError` with the path, the reason and the advice."""
     try:
-        return parse(open_json(path).read())
+        with open_json(path) as file:
+            return parse(file.read())
     except (OSError, JsonError) as error:
         raise _cannot_read(path, error, advice) from None
 
@@ -120,9 +122,7 @@ def write_line(content: Any) -> str:
 
 def open_json(path: Path) -> BinaryIO:
     """Open a file that should hold JSON. Raises `OSError` with what it is instead, as far as its beginning tells."""
-    if path.exists() and not (path.is_file() or path.is_dir() or path.is_fifo()):
-        raise OSError("it is a device, not a file")  # /dev/zero never ends
-    file = path.open("rb")
+    file = open_to_read(path)
     first = file.peek(64)[:64]
     other = next((kind for mark, kind in OTHER_FILES.items() if first.startswith(mark)), None)
     line = first.split(b"\n")[0]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmzip.errors import UserError
+from vlmzip.files import is_file, is_folder
 
 if TYPE_CHECKING:
     from vlmzip.compressor import Compressor
@@ -32,9 +33,9 @@ def read(text: str) -> Compressor:
         from vlmzip.runtime.saving import read_compressor
 
         path = Path(text)
-        if path.is_dir():
+        if is_folder(path):
             return read_compressor(path)
-        if path.name != FILE or not path.is_file():
+        if path.name != FILE or not is_file(path):
             raise UserError(f"there is no folder or {FILE} at {text!r}; save_pretrained writes such files")
         return read_compressor(path.parent)
     return _joined([_stage(part, text) for part in text.split("+")])
@@ -128,7 +129,7 @@ def is_saved(text: str) -> bool:
     """Whether this can only be a path."""
     from vlmzip import catalogue
 
-    return text.endswith(".json") or "/" in text or (Path(text).is_dir() and text not in ("", *catalogue.available()))
+    return text.endswith(".json") or "/" in text or (is_folder(text) and text not in ("", *catalogue.available()))
 
 
 def write(compressor: Compressor) -> str:

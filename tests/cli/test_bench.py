@@ -254,7 +254,7 @@ def test_a_budget_out_of_reach_is_measured_as_set_and_said():
         (["--methods", ","], "--methods names no method"),
         (["--methods", "visonzip"], "no method 'visonzip'; did you mean 'visionzip'?"),
         (["--device", "tpu"], "--device 'tpu' cannot be used"),
-        (["--out", __file__], "is a file; it takes a folder"),
+        (["--out", __file__], "is a file; give a folder"),
         (["--attention", "flash_attention_2"], "--attention flash_attention_2 cannot be used"),
     ],
 )

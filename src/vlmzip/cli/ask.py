@@ -92,10 +92,10 @@ def run(args: Namespace) -> None:
 
 
 def _print_account(out: dict[str, Any]) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
+    from vlmzip.cli.console import Console
     from vlmzip.cli.tables import show_bytes, show_count, show_flops
 
     plain, small, method = out["plain"], out["compressed"], out["compressor"]["method"]

@@ -12,6 +12,7 @@ from vlmzip.cli.loading import Loaded, note
 from vlmzip.cli.pictures import load_picture
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
+from vlmzip.files import is_file
 from vlmzip.measure.flops import kv_cache_bytes, prefill_flops
 from vlmzip.measure.timing import now
 from vlmzip.runtime.detail import WORRYING
@@ -47,7 +48,7 @@ def build_inputs(loaded: Loaded, paths: list[str], question: str) -> dict[str, A
     if "<image>" in question or getattr(loaded.processor, "image_token", "<image>") in question:
         raise UserError("the question must not contain <image>: pictures are placed before it")
     if words := unknown_words(loaded.processor, question):
-        note(f"{loaded.name} does not know {', '.join(map(repr, words))}")
+        note(f"{loaded.name} does not know {', '.join(map(repr, dict.fromkeys(words)))}")
     prompt = chat_prompt(loaded.adapter, loaded.processor, question, len(pictures))
     special = special_tokens(loaded.processor.tokenizer, prompt)
     inputs = loaded.processor(images=pictures or None, text=prompt, return_tensors="pt", **special)
@@ -134,7 +135,7 @@ def split_pictures_and_question(words: list[str], command: str) -> tuple[list[st
         if Path(question).suffix.lower() in Image.registered_extensions():
             raise UserError(f'there is a picture but no question; try: vlmzip {command} {question} "What is there?"')
         raise UserError(f'give at least one picture before the question: vlmzip {command} picture.png "What is there?"')
-    if Path(question).is_file() or Path(question).suffix.lower() in Image.registered_extensions():
+    if is_file(question) or Path(question).suffix.lower() in Image.registered_extensions():
         raise UserError(f"the last word is the question, but {question!r} is a picture: add a question behind it")
     if not question.strip():
         raise UserError("the question is empty")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmzip import spec
-from vlmzip.cli.options import refuse_second_budgets
+from vlmzip.cli.options import check_folder, refuse_second_budgets
 from vlmzip.errors import UserError, closest
 from vlmzip.keep import A_NINTH, parse_keep
 
@@ -296,8 +296,7 @@ def _check(args: Namespace) -> None:
         parse_keep(args.keep)
     if args.scale is not None:
         _preset(args)
-    if args.out and args.out.is_file():
-        raise UserError(f"--out {str(args.out)!r} is a file; it takes a folder")
+    check_folder(args)
 
 
 def _preset(args: Namespace) -> Preset:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from vlmzip import spec
+from vlmzip.cli.console import Console
 from vlmzip.cli.tables import show_bytes
 from vlmzip.measure.bench import SCOPES, Compared, Contender, Scope, compare
 from vlmzip.measure.presets import Preset

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vlmzip import spec
 from vlmzip.cli.options import add_method, add_model, settings, without_budget
 from vlmzip.errors import UserError
+from vlmzip.files import is_file, is_folder, is_there
 from vlmzip.keep import parse_keep
 
 if TYPE_CHECKING:
@@ -95,12 +96,12 @@ def _pictures(words: list[str]) -> list[str]:
     known = Image.registered_extensions()
     paths: list[str] = []
     for word in words:
-        if not Path(word).exists():
+        if not is_there(word):
             raise UserError(f"there is no picture or folder {word!r}")
-        if not Path(word).is_dir():
+        if not is_folder(word):
             paths.append(word)
             continue
-        inside = sorted(str(path) for path in Path(word).iterdir() if path.is_file() and path.suffix.lower() in known)
+        inside = sorted(str(path) for path in Path(word).iterdir() if is_file(path) and path.suffix.lower() in known)
         if not inside:
             raise UserError(f"there is no picture in the folder {word!r} (subfolders are not searched)")
         paths += inside

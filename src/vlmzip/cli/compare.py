@@ -118,10 +118,10 @@ def _check(args: Namespace, paths: list[str]) -> None:
 
 
 def _print_tables(found: Comparison) -> None:
-    from rich.console import Console
     from rich.text import Text
 
     from vlmzip.cli.compare_output import COLUMNS, OUTCOME
+    from vlmzip.cli.console import Console
 
     console = Console(highlight=False)
     console.print(Text(found.title, style="bold"), Text(found.budget), "", sep="\n")

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 
+from vlmzip.cli.console import Console
 from vlmzip.errors import UserError, closest
+from vlmzip.files import is_file, is_folder
 from vlmzip.models import FAMILIES, adapter_for
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.runtime.prompts import unknown_words
@@ -125,11 +126,11 @@ def source_of(name: str) -> str:
             raise UserError("mini's weights are not in this installation; make them with `make mini`")
         return str(mini.weights_folder())
     path = Path(name)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
+    if is_folder(path):
+        if not is_file(path / "config.json"):
             refuse_lora(path)
             raise UserError(f"{name!r} is no checkpoint: there is no config.json in it")
-    elif path.is_file():
+    elif is_file(path):
         raise UserError(f"{name!r} is a file; --model takes a checkpoint folder or a hub id")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or name.count(os.sep) > 1 or "/" not in name:
         raise UserError(

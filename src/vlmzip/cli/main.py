@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from importlib import import_module
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 from vlmzip.errors import UserError, closest, telling_beyond_positions
 from vlmzip.version import __version__
@@ -37,6 +38,9 @@ class Parser(ArgumentParser):
             prog, None, description, epilog, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter
         )
 
+    def print_help(self, file: Any = None) -> None:
+        print(self.format_help(), end="", file=file)  # argparse's own says nothing where it cannot write
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
@@ -51,25 +55,73 @@ class Parser(ArgumentParser):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command. Returns the exit code: 0 done, 2 the input is wrong, 130 interrupted."""
+    """Runs one command.
+
+    Returns the exit code: 0 done, 1 the disk refuses what is written, 2 the input is wrong, 130 interrupted.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # an arrow must not end a command on an ASCII terminal
+    _open_streams()
     try:
-        _run(arguments)
+        try:
+            _run(arguments)
+        finally:
+            sys.stdout.flush()  # what cannot be written has to be said here; Python would say it in its own way
     except UserError as error:
-        print(f"vlmzip: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _end(" ".join(str(error).split()), 2)
     except KeyboardInterrupt:
-        print("vlmzip: interrupted", file=sys.stderr)
-        return 130
-    except BrokenPipeError:
-        # Whoever read our output stopped (`vlmzip methods | head -1`): nothing is wrong, but Python would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _end("interrupted", 130)
+    except BrokenPipeError:  # who reads our output has enough (`vlmzip methods | head -1`): nothing is wrong
+        _drop(sys.stdout)
+    except OSError as error:
+        _drop(sys.stdout)
+        return _end(_what_failed(error), 1)
     return 0
 
 
+def _end(said: str, code: int) -> int:
+    """Say why a command ends, and return its exit code."""
+    try:
+        print(f"vlmzip: {said}", file=sys.stderr, flush=True)
+    except OSError:
+        _drop(sys.stderr)
+    return code
+
+
+def _open_streams() -> None:
+    """Make sure that both streams take any text: the shell may have closed them, a terminal may know ASCII alone."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _drop(stream: TextIO) -> None:
+    """Let what is still to be written go nowhere."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _what_failed(error: OSError) -> str:
+    said = error.strerror or " ".join(str(error).split())
+    if error.filename:
+        return f"{os.fspath(error.filename)!r}: {said}"
+    return said if error.errno is None else f"the output cannot be written: {said}"
+
+
+def _refuse_no_text(arguments: list[str]) -> None:
+    """Raise `UserError` for bytes that are no text: neither a tokenizer nor a JSON file takes them."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UserError(f"{argument!r} is not UTF-8; rename the file, or set the terminal to UTF-8") from None
+        if "\0" in argument:
+            raise UserError(f"{argument!r} has a zero byte in it; leave it out")
+
+
 def _run(arguments: list[str]) -> None:
+    _refuse_no_text(arguments)
     name = arguments[0] if arguments else "--help"
     if name in ("-h", "--help"):
         print(_overview())

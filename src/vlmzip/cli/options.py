@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmzip import spec
 from vlmzip.errors import UserError
+from vlmzip.files import is_file, refuse_place
 from vlmzip.keep import parse_keep
 
 if TYPE_CHECKING:
@@ -57,7 +58,10 @@ def check_counts(args: Namespace, *names: str, least: int = 1) -> None:
 
 def check_folder(args: Namespace) -> None:
     """Raises `UserError` for an --out that cannot be a folder."""
-    if args.out is not None and args.out.exists() and not args.out.is_dir():
+    if args.out is None:
+        return
+    refuse_place(args.out, "--out")
+    if args.out.exists() and not args.out.is_dir():
         raise UserError(f"--out {str(args.out)!r} is a file; give a folder")
 
 
@@ -77,7 +81,7 @@ def add_method(parser: ArgumentParser, arguments: list[str], default: str = DEFA
     first.add_argument("--method", nargs="?")
     first.add_argument("--model", nargs="?")
     given = first.parse_known_args(arguments)[0]
-    saved = default == DEFAULT_METHOD and bool(given.model) and Path(given.model, spec.FILE).is_file()
+    saved = default == DEFAULT_METHOD and bool(given.model) and is_file(Path(given.model, spec.FILE))
     default = given.model if saved else default
     chosen = given.method or default
     parser.set_defaults(method=default)

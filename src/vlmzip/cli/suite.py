@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from vlmzip.errors import UserError
 from vlmzip.evaluation.lmms.suites import FORMS, Suite, read_suite
+from vlmzip.files import is_folder
 
 if TYPE_CHECKING:
     from vlmzip.evaluation.lmms.scores import Column
@@ -36,7 +37,7 @@ def check(args: Namespace) -> None:
         if getattr(args, name) != default:
             option = f"--{name.replace('_', '-')}"
             raise UserError(f"{option} is for vlmzip's own tasks and does not go with --suite; leave one of them out")
-    if args.include_path is not None and not Path(args.include_path).is_dir():
+    if args.include_path is not None and not is_folder(args.include_path):
         raise UserError(f"--include-path {args.include_path!r} is no folder")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--suite runs in one process; for several: accelerate launch -m lmms_eval --model vlmzip …")

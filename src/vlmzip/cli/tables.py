@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from vlmzip.cli.console import Console
 
 #: Characters of a line that nobody's screen limits: what reads it may.
 WIDE = 240

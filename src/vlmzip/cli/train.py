@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmzip import own_files
 from vlmzip.errors import UserError, closest
+from vlmzip.files import refuse_place
 
 if TYPE_CHECKING:
     from vlmzip.training.config import Config
@@ -67,6 +68,7 @@ def _train(config: Config) -> None:
     from vlmzip.evaluation.processes import Processes
     from vlmzip.training.run import train, try_out
 
+    refuse_place(Path(config.out), "out:")
     try_out(config)
     first = Processes().first
     loaded = load(config.model, "cpu", config.weights)  # Trainer moves it to where it belongs

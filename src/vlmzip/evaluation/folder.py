@@ -9,6 +9,7 @@ question left out in silence would change the score.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,6 +22,7 @@ from vlmzip.errors import UserError, closest
 from vlmzip.evaluation.fingerprint import of_image
 from vlmzip.evaluation.metrics import METRICS, Metric
 from vlmzip.evaluation.task import Calibration, Sample, Task
+from vlmzip.files import is_folder, is_there
 from vlmzip.json_text import JsonError, parse, read_lines
 from vlmzip.runtime.pictures import load_picture
 
@@ -70,9 +72,9 @@ def check_pictures(samples: Sequence[Sample]) -> dict[str, str]:
 
 
 def _questions_file(place: Path) -> Path:
-    if not place.exists():
+    if not is_there(place):
         raise UserError(f"there is no file or folder {str(place)!r}")
-    if not place.is_dir():
+    if not is_folder(place):
         return place
     found = sorted(place.glob("*.jsonl"))
     if len(found) != 1:
@@ -123,13 +125,13 @@ def _sample(folder: Path, number: int, content: Any, metric: Metric) -> Sample:
 
 def calibration_on(folder: str, samples: Sequence[Sample]) -> Calibration:
     """The pictures of a folder. Raises `UserError` where there are none, or some that `samples` ask about."""
-    if not Path(folder).is_dir():
+    if not is_folder(folder):
         raise UserError(f"--calibrate-on {folder!r} is no folder of pictures")
     known = Image.registered_extensions()
     paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in known)
     if not paths:
         raise UserError(f"there is no picture in the folder {folder!r} (subfolders are not searched)")
-    asked = {Path(sample.picture).resolve() for sample in samples}
-    if shared := [path for path in paths if path.resolve() in asked]:
+    asked = {os.path.realpath(sample.picture) for sample in samples}
+    if shared := [path for path in paths if os.path.realpath(path) in asked]:
         raise UserError(f"--calibrate-on {folder!r} holds pictures that are asked about, {shared[0].name} for one")
     return Calibration(f"the {len(paths)} pictures of {folder}", lambda: map(str, paths))

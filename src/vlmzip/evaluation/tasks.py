@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmzip.errors import UserError, closest
 from vlmzip.evaluation.metrics import METRICS
+from vlmzip.files import is_there
 
 if TYPE_CHECKING:
     from vlmzip.evaluation.task import Task
@@ -30,7 +30,7 @@ def read_tasks(text: str, limit: int | None, calibrate_on: str | None) -> list[T
 def read_one_task(text: str, limit: int | None, calibrate_on: str | None) -> Task:
     """For commands that take one task only. Raises `UserError` for a list of several, too."""
     folder = text.rpartition(":")[0] or text
-    if not text.strip() or ("," in text and not Path(folder).exists()):
+    if not text.strip() or ("," in text and not is_there(folder)):
         raise UserError(f"--task {text or repr(text)}: give one task")
     return read_task(text.strip(), limit, calibrate_on)
 
@@ -48,7 +48,7 @@ def read_task(text: str, limit: int | None, calibrate_on: str | None) -> Task:
         if relation not in easy_vqa.RELATIONS:
             raise UserError(f"{text!r} is no task{closest(relation, easy_vqa.RELATIONS)}")
         return _calibrated_on(easy_vqa.easy_vqa_task(limit, relation), calibrate_on)
-    if not Path(name).exists():
+    if not is_there(name):
         known = (mini_task.NAME, easy_vqa.NAME)
         raise UserError(f"there is no task and no folder {name!r}{closest(name, known)}, FOLDER:METRIC")
     if how and how not in METRICS:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
-from vlmzip.files import replace_whole
+from vlmzip.files import is_file, replace_whole
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.resampler import Resampler
 from vlmzip.runtime.report import CompressedPicture, PictureReport, Stopwatch
@@ -85,7 +85,7 @@ def read_weights(resampler: nn.Module, folder: str | os.PathLike[str]) -> None:
     Raises `UserError` where they are missing, unreadable, or another resampler's.
     """
     path = Path(folder) / FILE
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(f"there is no {FILE} in {str(folder)!r}; without it the resampler would be untrained")
     try:
         found = load_file(path)

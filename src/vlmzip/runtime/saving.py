@@ -13,7 +13,7 @@ from torch import nn
 from vlmzip import catalogue
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, closest
-from vlmzip.files import replace_whole
+from vlmzip.files import is_file, is_folder, replace_whole
 from vlmzip.json_text import read_json
 from vlmzip.runtime.resample import read_weights
 from vlmzip.spec import FILE
@@ -71,7 +71,7 @@ def attach_saved(
 
 
 def _is_saved(compressor: Compressor, folder: str | os.PathLike[str]) -> bool:
-    if not (Path(folder) / FILE).is_file():
+    if not is_file(Path(folder) / FILE):
         return False
     try:
         return read_compressor(folder, type(compressor)) == compressor
@@ -93,14 +93,14 @@ def write_compressor(compressor: Compressor, folder: str | os.PathLike[str]) -> 
 
 def _check_model(folder: Path) -> None:
     """Raises `UserError` for a folder without a model; a path that is no folder may be a hub id."""
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if is_folder(folder) and not is_file(folder / "config.json"):
         refuse_lora(folder)
         raise UserError(f"{str(folder)!r} holds no model (config.json is missing)")
 
 
 def refuse_lora(folder: Path) -> None:
     """Raises `UserError` for a folder of LoRA weights without the model that they change."""
-    if (folder / "adapter_config.json").is_file():
+    if is_file(folder / "adapter_config.json"):
         raise UserError(
             f"{str(folder)!r} holds a LoRA alone: load it with peft.PeftModel.from_pretrained, onto what it was trained"
             " around: vlmzip.attach(model, compressor), or the plain model that is attached to afterwards"
@@ -113,16 +113,15 @@ def read_compressor(folder: str | os.PathLike[str], known: type[Compressor] | No
     `known` is one that the caller has already.
     """
     path = Path(folder) / FILE
-    if not path.is_file():
+    if not is_file(path):
         refuse_lora(path.parent)
-        if (path.parent / "training_args.bin").is_file():
+        if is_file(path.parent / "training_args.bin"):
             raise UserError(
                 f"there is no {FILE} in {str(folder)!r}: a Trainer wrote weights alone;"
                 " write the whole model with trainer.model.save_pretrained(folder)"
             )
-        where = (
-            f"there is no {FILE} in {str(folder)!r}" if path.parent.is_dir() else f"there is no folder {str(folder)!r}"
-        )
+        lacking = f"{FILE} in" if is_folder(path.parent) else "folder"
+        where = f"there is no {lacking} {str(folder)!r}"
         raise UserError(f"{where}; give compressor=…, or load the model with transformers and vlmzip.attach()")
     method, settings = _read_file(path)
     classes = [*catalogue.available().values(), *([known] if known else [])]

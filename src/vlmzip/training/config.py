@@ -18,9 +18,12 @@ import yaml
 
 from vlmzip.compressor import check_choice
 from vlmzip.errors import UserError
+from vlmzip.files import open_to_read
 from vlmzip.training.schedule import Schedule, read_lasting, read_schedule, read_share, refuse_unknown
 from vlmzip.training.trainer_settings import read_trainer
 
+#: Bytes that a list of settings has at most; a model's weights have more.
+LARGEST = 1 << 20
 #: Parts of a model that can learn.
 PARTS = ("projector", "llm", "vision")
 #: The largest count; no run needs as much, and some counts are memory or processes.
@@ -266,7 +269,11 @@ def read_config(path: Path, changes: Sequence[str] = ()) -> Config:
     Raises `UserError` for a file that cannot be read, a key that there is not, or a value that cannot be.
     """
     try:
-        content = _parse(repr(str(path)), path.read_bytes())
+        with open_to_read(path) as file:
+            text = file.read(LARGEST + 1)
+        if len(text) > LARGEST:
+            raise UserError(f"{str(path)!r} is larger than any list of settings; give a YAML file, see configs/")
+        content = _parse(repr(str(path)), text)
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
     if not isinstance(content, dict):

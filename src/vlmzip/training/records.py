@@ -203,6 +203,8 @@ def _parsed(text: bytes) -> Any:
 def _texts(path: Path) -> Iterator[tuple[int, bytes]]:
     """Each record as it stands in the file, and where it begins, in bytes; nothing for one that is no JSON."""
     with open_json(path) as file:
+        if not file.seekable():
+            raise OSError("it is a pipe, which can be read only once; give a file")
         first = file.read(CHUNK).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
     return _elements(path) if first == b"[" else _lines(path)
 

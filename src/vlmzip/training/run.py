@@ -24,6 +24,7 @@ from vlmzip.evaluation.fingerprint import of_files, of_processor, of_weights
 from vlmzip.evaluation.processes import Processes
 from vlmzip.evaluation.task import Task
 from vlmzip.evaluation.tasks import read_task
+from vlmzip.files import is_folder
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.runtime.facade import CompressedModel, attach
 from vlmzip.runtime.prepare import pad_id
@@ -312,7 +313,7 @@ def _sources(records: Records, model: nn.Module, processor: Any) -> dict[str, st
 
 def _examples(config: Config, records: Records, processor: Any, adapter: ModelAdapter) -> Examples:
     folder = Path(config.pictures) if config.pictures is not None else records.path.parent
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise UserError(f"pictures: there is no folder {str(folder)!r}")
     conversations = Conversations(processor, adapter, config.max_length)
     return Examples(records, folder, conversations, Path(config.out) / BAD, _subset(len(records), config))

@@ -42,6 +42,7 @@ from vlmzip.evaluation.lmms.requests import (
     read_settings,
 )
 from vlmzip.evaluation.processes import Processes
+from vlmzip.files import is_file
 from vlmzip.models import adapter_for
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.prompts import conversation_prompt
@@ -264,6 +265,6 @@ def _compressor(name: str, method: str | None) -> Compressor:
     """The method asked for, or the one saved with the model; which it is must have been said somewhere."""
     if method is not None:
         return spec.read(method)
-    if (Path(name) / FILE).is_file():
+    if is_file(Path(name) / FILE):
         return read_compressor(name)
     raise UserError(f"--model_args needs method=…, {spec.FORMS}; the plain model is method=no_compression")
