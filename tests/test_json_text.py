@@ -135,6 +135,7 @@ def test_what_is_written_is_one_line_for_every_reader(separator):
         (b"<!DOCTYPE html>", "it is a web page or XML, not JSON"),
         (b"{}\0\0\0", "it is a binary file, not JSON"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_other_files_are_called_what_they_are(tmp_path, content, said):
     (tmp_path / "a.json").write_bytes(content)
