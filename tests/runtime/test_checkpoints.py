@@ -209,7 +209,7 @@ class TestProcessors:
 
     def test_a_chat_template_that_leaves_the_image_out(self, folder):
         (folder / "chat_template.jinja").write_text("USER:")
-        self.refused(folder, "cannot use .*: its processor refuses an image: .* 0 <image> tokens")
+        self.refused(folder, "cannot use .*: its processor (refuses an image|writes 0 placeholders)")
 
     @pytest.mark.parametrize(
         ("file", "content"),
