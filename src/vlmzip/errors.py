@@ -5,8 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from difflib import get_close_matches
+from difflib import SequenceMatcher, get_close_matches
 from typing import Any
+
+#: Letters of a word of which a few are in many names.
+SHORT = 4
 
 
 class UserError(ValueError):
@@ -37,8 +40,22 @@ def telling_beyond_positions(say: Callable[[str], None]) -> Iterator[None]:
 def closest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'visionzip'?"` for a near miss, else the list of what there is."""
     known = sorted(known)
-    near = get_close_matches(word, known, n=1, cutoff=0.6)
+    near = [name for name in known if word and _initials(name) == word]
+    near += [name for name in get_close_matches(word, known, cutoff=0.6) if len(word) > SHORT or _shares(word, name)]
     return f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(known)}"
+
+
+def _initials(name: str) -> str:
+    """ "lr" of "learning_rate"; nothing for one word."""
+    parts = name.split("_")
+    return "".join(part[:1] for part in parts) if len(parts) > 1 else ""
+
+
+def _shares(word: str, name: str) -> bool:
+    """Whether two thirds of the letters of the longer one are in both: "lr" has but half of "lora"."""
+    word, name = word.lstrip("-"), name.lstrip("-")
+    both = sum(block.size for block in SequenceMatcher(None, name, word).get_matching_blocks())
+    return 3 * both >= 2 * max(len(word), len(name))
 
 
 def reason(error: BaseException) -> str:

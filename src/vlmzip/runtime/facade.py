@@ -24,6 +24,7 @@ from vlmzip.errors import UserError, closest
 from vlmzip.methods import NoCompression
 from vlmzip.models import adapter_for
 from vlmzip.models.adapter import ModelAdapter
+from vlmzip.runtime import pipelines
 from vlmzip.runtime.cache import cache_name, cache_of, with_cache_named
 from vlmzip.runtime.decoder_hooks import Hooks, running
 from vlmzip.runtime.in_llm import Inside, check_place, extend, prompt_of
@@ -570,3 +571,6 @@ def _warn_if_nothing_to_do(compressor: Compressor, adapter: ModelAdapter) -> Non
         warnings.warn(
             f"{compressor.name()} keeps all of a picture's {grid.size} visual tokens: it changes nothing", stacklevel=4
         )
+
+
+pipelines.expect(CompressedModel.__name__)

@@ -1,0 +1,46 @@
+"""What is suggested in place of a name that there is not."""
+
+import pytest
+
+from vlmzip.cli.main import COMMANDS
+from vlmzip.errors import closest
+from vlmzip.training.config import defaults
+
+NAMES = {
+    "settings": list(defaults()),
+    "commands": list(COMMANDS),
+    "options": ["--keep", "--json", "--lora", "--max-factor", "--methods", "--dominant"],
+    "others": ["mini", "none", "tau", "l2", "layer", "float32", "visionzip", "attention_by_depth", "mean", "cpu"],
+}
+
+
+@pytest.mark.parametrize(
+    ("word", "names", "meant"),
+    [
+        ("lr", "settings", "learning_rate"),
+        ("modle", "settings", "model"),
+        ("lorra", "settings", "lora"),
+        ("batchsize", "settings", "batch"),
+        ("shoe", "commands", "show"),
+        ("sohw", "commands", "show"),
+        ("evl", "commands", "eval"),
+        ("trian", "commands", "train"),
+        ("--kep", "options", "--keep"),
+        ("--factor", "options", "--max-factor"),
+        ("--dominent", "options", "--dominant"),
+        ("tao", "others", "tau"),
+        ("meen", "others", "mean"),
+        ("vision", "others", "visionzip"),
+        ("attention", "others", "attention_by_depth"),
+        ("cpa", "others", "cpu"),
+        ("lr", "others", None),
+        ("no", "others", None),
+        ("in", "others", None),
+        ("--lr", "options", None),
+        ("ok", "commands", None),
+        ("", "commands", None),
+    ],
+)
+def test_a_near_miss_is_named_and_a_far_one_is_not(word, names, meant):
+    said = closest(word, NAMES[names])
+    assert said == (f"; did you mean {meant!r}?" if meant else f"; there are: {', '.join(sorted(NAMES[names]))}")
