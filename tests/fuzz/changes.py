@@ -24,7 +24,7 @@ WORDS = (
         "{%",
         "!!python/name:os.system",
     ),
-    *("/dev/null", ".", "..", "no/file"),
+    *("/dev/null", ".", "..", "no/file", "meta", "cuda:99", "as-set", "all"),
 )
 VALUES = (
     None, True, False, 0, 1, -1, 2, 3, 10**9, 2**63, 10**30, 0.5, -0.5, 1e300, float("nan"), float("inf"),

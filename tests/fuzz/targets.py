@@ -20,6 +20,7 @@ from vlmzip import mini, spec
 from vlmzip.runtime.saving import write_compressor
 
 PHOTO = Path(__file__).parents[2] / "examples" / "flat.png"
+PHOTOS: dict[str, bytes | Path] = {"a.png": PHOTO, "b.png": PHOTO.with_name("cluttered.png")}
 QUESTION = "what color is the ring ?"
 ASK = ["ask", "a.png", QUESTION, "--max-new-tokens", "1"]
 SPECS = (
@@ -71,7 +72,8 @@ evaluation: {every: 1, task: mini, limit: 2, compressor: visionzip}
 trainer: {max_grad_norm: 0.5, adam_beta2: 0.9, lr_scheduler_type: linear, optim: sgd, report_to: []}
 """)
 SHORT = {name: CONFIG[name] for name in ("model", "records", "out", "steps", "batch", "max_length", "save_every")}
-#: Commands that take seconds at most, whatever becomes of a word of theirs.
+QUESTIONS = ["--tasks", "questions.jsonl:exact", "--limit", "2", "--batch", "2", "--out", "out"]
+#: Commands that take seconds at most, whatever becomes of one word.
 COMMANDS = (
     ASK,
     [*ASK, "--baseline", "--json", "--overlay", "o.png", "--keep", "25%"],
@@ -81,6 +83,21 @@ COMMANDS = (
     ["show", "a.png", "--keep", "9", "--out", "s.png"],
     ["calibrate", "a.png", "--keep", "36", "--method", "dfmr", "--json", "--histogram", "h.png"],
     ["compare", "a.png", QUESTION, "--methods", "visionzip,pool2d", "--repeats", "1", "--max-new-tokens", "1"],
+    ["eval", *QUESTIONS, "--methods", "visionzip,pool2d", "--keep", "25%", "--report", "--seed", "1"],
+    [
+        "tune",
+        *QUESTIONS,
+        "--methods",
+        "visionzip,pool2d",
+        "--keep",
+        "25%,11%",
+        "--max-tokens",
+        "40",
+        "--max-loss",
+        "50",
+    ],
+    ["study", "encoder_attention", *QUESTIONS, "--seed", "1", "--json"],
+    ["train", "run.yaml", "--explain", "--shape", "llava-1.5-7b", "--set", "steps=10", "--staircase", "s.png"],
 )
 
 
@@ -97,7 +114,8 @@ class Target:
 
 
 def _commands() -> list[Case]:
-    return [Case(list(one), {"a.png": PHOTO}) for one in COMMANDS]
+    asked, explained = _questions()[0], _explained()[0]
+    return [Case(list(one), {**asked.files, **explained.files}) for one in COMMANDS]
 
 
 def _specs() -> list[Case]:
@@ -149,9 +167,9 @@ def _training() -> list[Case]:
 
 
 def _questions() -> list[Case]:
-    asked = [{"image": "a.png", "question": QUESTION, "answers": ["orange"], "type": "x", "id": n} for n in range(3)]
+    asked = [{"image": name, "question": QUESTION, "answers": ["orange"], "type": "x", "id": name} for name in PHOTOS]
     command = ["eval", "--tasks", "questions.jsonl:exact", "--methods", "visionzip", "--keep", "25%", "--out", "out"]
-    return [Case(command, {"a.png": PHOTO, "questions.jsonl": _lines(asked).encode()})]
+    return [Case(command, {**PHOTOS, "questions.jsonl": _lines(asked).encode()})]
 
 
 def _lines(contents: list[dict]) -> str:
@@ -211,7 +229,7 @@ def _yaml(rng: random.Random, old: bytes) -> bytes:
 
 
 def _any_file(rng: random.Random, case: Case) -> None:
-    name = rng.choice([name for name in case.files if name != "a.png"])
+    name = rng.choice([name for name in case.files if name not in PHOTOS])
     if rng.random() < 0.05:
         del case.files[name]
     else:
