@@ -26,7 +26,7 @@ from vlmzip import spec
 from vlmzip.evaluation.bootstrap import Bootstrap, estimate
 from vlmzip.evaluation.records import read_records
 from vlmzip.files import write_csv
-from vlmzip.json_text import parse, read_json, read_lines
+from vlmzip.json_text import parse, read_lines
 
 STEPS, BATCH, QUESTIONS = 200, 16, 1024
 #: Steps without compression of the base that all start from, with a seed of its own. An LLM that has seen captions
@@ -131,9 +131,8 @@ def _quoted(schedule: str) -> str:
 
 
 def train_model(out: Path, folder: Path, base: Path, settings: Sequence[str], processes: int) -> None:
-    """Trains on the records in `out` with mini's recipe, unless the folder has a trained model."""
-    if (folder / "model" / "compressor.json").exists():
-        return
+    """Trains on the records in `out` with mini's recipe; a model that is there already is left, or refused if it was
+    trained otherwise."""
     config = Path(__file__).resolve().parents[1] / "configs" / "mini.yaml"
     usual = [f"model={base / 'model'}", f"records={out / 'data' / 'records.json'}", f"out={folder}", f"batch={BATCH}"]
     changes = [word for setting in (*usual, *settings) for word in ("--set", setting)]
@@ -160,10 +159,7 @@ def prepare(out: Path, processes: int) -> list[str]:
         subprocess.run(make, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
     more = [f"schedule={_quoted('none')}", f"steps={BASE_STEPS}", f"seed={BASE_SEED}"]
     train_model(out, out / WARM, data / "base", more, processes)
-    calibrated = data / "dfmr.json"
-    if not calibrated.exists():
-        calibrated.write_text(json.dumps(_calibrate(data / "base" / "model")))
-    found = read_json(calibrated)
+    found = _calibrate(data / "base" / "model")
     return [f"dfmr(tau={found[name]})" for name in SHARES]
 
 

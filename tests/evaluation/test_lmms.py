@@ -14,6 +14,7 @@ from vlmzip.cli.main import main
 from vlmzip.errors import UserError
 from vlmzip.evaluation.lmms.requests import read_chat, read_generation, read_settings
 from vlmzip.evaluation.lmms.run import _check_judged as check_judged
+from vlmzip.evaluation.lmms.run import task_files, wrong_result
 from vlmzip.evaluation.lmms.scores import columns, measured
 from vlmzip.evaluation.lmms.suites import LLAVOLTA, SUITES, VISIONZIP, Benchmark, Suite, read_suite
 from vlmzip.evaluation.papers import against, averages, published
@@ -243,3 +244,37 @@ def test_several_processes_are_sent_to_lmms_eval_itself(monkeypatch, capsys):
 def test_without_lmms_eval_one_line_says_what_to_install(capsys):
     assert main(["eval", "--suite", "llavolta13"]) == 2
     assert capsys.readouterr().err == "vlmzip: --suite needs lmms-eval, which is large: pip install 'vlmzip[lmms]'\n"
+
+
+# ---------------------------------------------------------------- what is kept
+
+
+def result(**more):
+    costs = {"questions": 3, "visual_tokens": 36.0, "retention": 0.25}
+    return {"method": "pool2d", "results": {"exact_match,none": 0.5}, **costs, **more}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({}, ""),
+        ({"visual_tokens": None, "retention": None}, ""),
+        ({"results": {"exact_match,none": "0.5"}}, "its results are not numbers by name"),
+        ({"results": {"exact_match,none": None}}, "its results are not numbers by name"),
+        ({"results": [1]}, "its results are not numbers by name"),
+        ({"results": None}, "its results are not numbers by name"),
+        ({"method": 3}, "its method is not a text"),
+        ({"questions": -1}, "its questions is not a whole number"),
+        ({"retention": "all"}, "its visual_tokens and retention are not numbers from 0"),
+        ({"visual_tokens": None}, "its visual_tokens and retention are not numbers from 0"),
+    ],
+)
+def test_a_result_that_was_edited_is_refused(more, said):
+    assert wrong_result(result(**more)) == said
+
+
+def test_task_files_of_ones_own(tmp_path):
+    for name in ("a.yaml", "deep/utils.py", "deep/data.json", "b.yml"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert [path.name for path in task_files(tmp_path)] == ["a.yaml", "b.yml", "utils.py"]

@@ -22,7 +22,7 @@ def record(number):
 
 #: Values that a record cannot have.
 WRONG = {
-    **dict.fromkeys(("task", "sample", "picture", "question", "given", "method"), (None, 1, ["a"], True)),
+    **dict.fromkeys(("task", "sample", "picture", "question", "given", "method", "device"), (None, 1, ["a"], True)),
     "answers": [None, "it", [], [1], [None], {"it": 1}],
     "score": [None, "1", 1e9, -0.1, 2, True, [1], 10**30],
     "compressor": [None, "visionzip", []],

@@ -284,6 +284,8 @@ class TestGoingOn:
             ("visual_tokens_by_layer", [36] * 3, "its visual_tokens_by_layer are 3 numbers, and the model has 4"),
             ("visual_tokens_by_layer", [36, 36, 36, 9], "its retention is 1.0, not 0.8125"),
             ("text_tokens", 400, "its prefill_flops is"),
+            ("model", "mini", "model is 'mini' there and 'tiny' here"),
+            ("device", None, "its device is a text, not null"),
             ("compressor", {}, "are of other settings than"),
             ("task", "mini", "another task for the sample"),
         ],
@@ -323,7 +325,7 @@ class TestGoingOn:
         with pytest.raises(UserError, match=r"was asked with .*exact.* not .*relaxed"):
             study.configure([other], candidates("pool2d"), ["25%"])
 
-    @pytest.mark.parametrize("content", [None, "{", "[]"])
+    @pytest.mark.parametrize("content", [None, "{", "[]", '{"tasks": 3}'])
     def test_records_that_belong_to_nothing_are_refused(self, study, task, content):
         study.run([task], study.configure([task], candidates("pool2d"), ["25%"]))
         path = study.folder / "study.json"
@@ -418,6 +420,13 @@ class TestRows:
         assert {one.calibrated_on for one in ran} == {f"the 12 pictures of {other}"}
         monkeypatch.setattr("vlmzip.evaluation.configurations.measure", lambda *_, **__: pytest.fail("measured again"))
         assert make_study(model, study.folder).configure([task], candidates("dfmr"), ["40%", "60%"]) == first
+        path = study.folder / "study.json"
+        known = json.loads(path.read_text())
+        for wrong in (3, [None], [{"task": 1}], [known["calibrated"][0] | {"compressor": {}}]):
+            path.write_text(json.dumps(known | {"calibrated": wrong}))
+            with pytest.raises(UserError, match="calibrated is not what vlmzip writes; give another --out"):
+                make_study(model, study.folder).configure([task], candidates("dfmr"), ["40%"])
+        path.write_text(json.dumps(known))
         noise(3).save(tmp_path / "others" / "20.png")
         with pytest.raises(pytest.fail.Exception, match="measured again"):  # one of the pictures is another
             make_study(model, study.folder).configure([task], candidates("dfmr"), ["40%"])

@@ -84,6 +84,7 @@ def test_frames_are_not_mixed():
 def test_the_papers_counts():
     assert DFMR().counts_by_factor(Grid(1, 24, 24)) == {1: 576, 2: 144, 3: 64}
     assert DFMR(max_factor=2).counts_by_factor(Grid(1, 24, 24)) == {1: 576, 2: 144}
+    assert DFMR(max_factor=10**30).counts_by_factor(Grid(1, 4, 6)) == {1: 24, 2: 6}  # none is tried beyond the side
     assert DFMR().token_count(Grid(1, 24, 24)) is None
     assert DFMR().token_count(Grid(1, 5, 7)) == 35
 

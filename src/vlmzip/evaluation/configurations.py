@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -152,6 +153,20 @@ class Configurator:
         inputs = self.asker.inputs([sample.load() for sample in first], [""] * len(first))
         grids = sorted(self.asker.adapter.grids(inputs), key=lambda grid: grid.size)
         return replace(self.asker.adapter.profile(), grid=grids[(len(grids) - 1) // 2])
+
+
+def read_calibrated(path: Path, known: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The calibrations that a run noted in a file. Raises `UserError` for what is none."""
+    found = known.get("calibrated", [])
+    names = ("task", "method", "budget", "on", "code", "pictures")
+
+    def is_whole(one: Any) -> bool:
+        texts = isinstance(one, dict) and all(isinstance(one.get(name), str) for name in names)
+        return texts and isinstance(one.get("compressor"), dict) and "method" in one["compressor"]
+
+    if not isinstance(found, list) or not all(map(is_whole, found)):
+        raise UserError(f"{str(path)!r} cannot be read: calibrated is not what vlmzip writes; give another --out")
+    return found
 
 
 def _near(budget: str, reached: float, profile: Profile) -> str:

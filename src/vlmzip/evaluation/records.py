@@ -88,7 +88,9 @@ def _are_texts(value: Any) -> bool:
 
 #: Which values a record can have, by name, and what they are called.
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("task", "sample", "picture", "question", "given", "method"), (is_text, "a text")),
+    **dict.fromkeys(
+        ("task", "sample", "picture", "question", "given", "method", "device", "vlmzip", "commit"), (is_text, "a text")
+    ),
     **dict.fromkeys(("visual_tokens", "text_tokens", "prefill_flops"), (is_count, "a whole number from 0")),
     "answers": (lambda value: is_list(value, is_text), "a list of texts"),
     "score": (is_share, "a number from 0 to 1"),

@@ -24,7 +24,7 @@ from vlmzip import spec
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, reason
 from vlmzip.evaluation.answering import Answer, Asker
-from vlmzip.evaluation.configurations import Candidate, Configuration, Configurator, plain_json
+from vlmzip.evaluation.configurations import Candidate, Configuration, Configurator, plain_json, read_calibrated
 from vlmzip.evaluation.fingerprint import of_image, of_method, of_model, refuse_changed
 from vlmzip.evaluation.processes import Processes
 from vlmzip.evaluation.records import Record, Shard, hold, read_records
@@ -41,6 +41,8 @@ from vlmzip.version import __version__
 FILE = "study.json"
 #: What a record has of what it cost.
 COSTS = ("method", "visual_tokens", "retention", "text_tokens", "prefill_flops", "beyond_positions")
+#: What is the same in all records of a folder.
+SAME = ("model", "dtype", "torch", "transformers")
 AGAIN = "delete the line and run the same command again: its question will be asked again"
 
 
@@ -102,7 +104,7 @@ class Study:
         for name, how in asked.items():
             if known.get("tasks", {}).get(name, how) != how:
                 raise UserError(f"in {str(self.folder)!r} {name} was asked with {known['tasks'][name]}, not {how}")
-        configurator = Configurator(self.model, self.asker, self.name, list(known.get("calibrated", [])))
+        configurator = Configurator(self.model, self.asker, self.name, read_calibrated(path, known))
         found = [row for task in tasks for row in configurator.rows(task, methods, budgets)]
         content = {**self.identity, "tasks": known.get("tasks", {}) | asked, "calibrated": configurator.calibrated}
         text = json.dumps(content, indent=1) + "\n"
@@ -206,7 +208,8 @@ class Study:
             refuse_other_question(paths[0].parent, task, sample, record)
             if record["compressor"] != settings:
                 raise UserError(f"the records in {str(paths[0])!r} are of other settings than {settings}")
-            refuse_changed(f"{str(paths[0])!r} holds answers of another {record['method']}", record, self._method(one))
+            now = self._method(one) | {name: self.conditions[name] for name in SAME}
+            refuse_changed(f"{str(paths[0])!r} holds answers of another {record['method']}", record, now)
             if wrong := wrong_layers(record, self.adapter.profile().layers) or self._disagreeing(record):
                 raise UserError(f"{str(paths[0].parent)!r}, sample {sample.id!r}: {wrong}; {AGAIN}")
         return found
@@ -327,6 +330,6 @@ def _read_study(path: Path) -> dict[str, Any]:
             raise UserError(f"{str(path.parent)!r} has records but no {FILE}: nobody knows whose; give another --out")
         return {}
     content = read_json(path, "give another --out")
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not isinstance(content.get("tasks", {}), dict):
         raise UserError(f"{str(path)!r} is no {FILE} of vlmzip; give another --out")
     return content

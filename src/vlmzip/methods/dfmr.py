@@ -63,7 +63,7 @@ class DFMR(Compressor):
             object.__setattr__(self, "needs", type(self).needs | {Signal.PIXELS})
 
     def counts_by_factor(self, grid: Grid) -> dict[int, int]:
-        factors = range(1, self.max_factor + 1)
+        factors = range(1, min(self.max_factor, grid.rows, grid.cols) + 1)
         return {f: grid.size // f**2 for f in factors if grid.rows % f == 0 and grid.cols % f == 0}
 
     def token_count(self, grid: Grid) -> int | None:

@@ -24,7 +24,7 @@ from vlmzip import spec
 from vlmzip.cli.loading import Loaded
 from vlmzip.errors import UserError, reason
 from vlmzip.evaluation.answering import Asker
-from vlmzip.evaluation.configurations import Configuration, Configurator, plain_json
+from vlmzip.evaluation.configurations import Configuration, Configurator, plain_json, read_calibrated
 from vlmzip.evaluation.fingerprint import of_files, of_method, of_model, refuse_changed
 from vlmzip.evaluation.lmms.requests import NO_LIKELIHOODS, AnswerFailed
 from vlmzip.evaluation.lmms.suites import NO_JUDGE, Benchmark, Suite, has_judge, no_such_task
@@ -115,7 +115,10 @@ class SuiteRun:
         known = self._known()
         loaded = self.loaded
         configurator = Configurator(
-            loaded.model, Asker(loaded.adapter, loaded.processor), loaded.name, list(known.get("calibrated", []))
+            loaded.model,
+            Asker(loaded.adapter, loaded.processor),
+            loaded.name,
+            read_calibrated(self.folder / FILE, known),
         )
         every = Task("suite", self.suite.about, METRICS["exact"], (), 0, calibration, uncalibrated)
         found = list(configurator.rows(every, methods, budgets))
@@ -130,7 +133,7 @@ class SuiteRun:
             "model": self.loaded.name,
             "limit": self.limit,
             "lmms_eval": version("lmms-eval"),
-            "tasks of your own": "" if self.include is None else of_files(_task_files(Path(self.include))),
+            "tasks of your own": "" if self.include is None else of_files(task_files(Path(self.include))),
             **of_model(self.loaded.model, self.loaded.processor),
         }
 
@@ -174,7 +177,7 @@ class SuiteRun:
         found = _read_json(path)
         if found.get("task") != benchmark.task or found.get("compressor") != one.settings:
             raise UserError(f"{str(path)!r} is no result of {benchmark.task} with these settings; move it away")
-        if wrong := _wrong(found):
+        if wrong := wrong_result(found):
             raise UserError(f"{str(path)!r} is no result of vlmzip: {wrong}; move it away")
         refuse_changed(f"{str(path)!r} is a result of another {found['method']}", found, self._method(one))
         return found
@@ -312,7 +315,7 @@ def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _wrong(found: Found) -> str:
+def wrong_result(found: Found) -> str:
     """What is wrong with a result that was read; empty where nothing is."""
     scores = found.get("results")
     if not isinstance(scores, dict) or not all(map(is_number, scores.values())):
@@ -326,7 +329,7 @@ def _wrong(found: Found) -> str:
     return "" if known or costs == [None, None] else "its visual_tokens and retention are not numbers from 0"
 
 
-def _task_files(folder: Path) -> list[Path]:
+def task_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix in (".yaml", ".yml", ".py"))
 
 
