@@ -1,4 +1,4 @@
-"""A child process that hands over its results as they come, and no child that outlives its parent."""
+"""Run a function in a child process that sends results one by one and never outlives its parent."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from vlmzip.sites import Signal, Site
 
 #: Where installed packages offer methods.
 ENTRY_POINTS = "vlmzip.methods"
-#: What is read of a class, beside its docstring and its fields.
+#: The class attributes to read, beside docstring and fields.
 VALUES = ("sites", "needs", "model_types", "example")
 #: The words that these values may be written with.
 WORDS = {"Site": Site, "Signal": Signal, "frozenset": frozenset, "tuple": tuple}

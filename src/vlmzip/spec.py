@@ -64,7 +64,7 @@ def budget_in(text: str) -> str:
 
 
 def refuse_second_budget(text: str, keep: object, otherwise: str) -> None:
-    """Raise `UserError` for a method that is written with a budget of its own, where `--keep` gives another."""
+    """Raise `UserError` if a method already sets a budget and `--keep` gives another."""
     if budget := budget_in(text):
         raise UserError(f"{text} sets {budget}, and --keep asks for {keep}: {otherwise}")
 

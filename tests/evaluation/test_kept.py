@@ -79,7 +79,7 @@ def test_records_with_other_things_beside_them_are_refused(subject):
         ("visual_tokens_by_layer", [36] * 3, "are 3 numbers, and the model has 4 layers"),
         ("score", 1, "its score is 1, and exact gives 0.0"),
         ("given", "w99", "w99 is wrong"),
-        ("pixels", "0", "showed before for the sample '1'"),
+        ("pixels", "0", "an earlier version of the image .* sample '1'"),
     ],
 )
 def test_records_that_were_edited_are_refused(subject, name, value, said):

@@ -192,20 +192,23 @@ class TestGoingOn:
         path.write_text(path.read_text().replace("w13", "w15"))
         changed = read_task(f"{task.name}:exact", None, None)
         with pytest.raises(
-            UserError, match=r"another question or other answers for the sample '6' of .*the task has chang"
+            UserError, match=r"another question or other reference answers: sample '6' of .* has changed"
         ):
             study.run([changed], study.configure([changed], candidates("pool2d"), ["25%"]))
 
     @pytest.mark.parametrize(
         ("change", "said"),
         [
-            (lambda q: noise(9).save(q / "b.png"), r"about what '.*b\.png' showed before for the sample '2' of"),
-            (lambda q: edit(q, '"b.png"', '"c.png"'), r"another image than '.*c\.png' for the sample '2' of"),
+            (lambda q: noise(9).save(q / "b.png"), r"an earlier version of the image '.*b\.png': sample '2' of"),
+            (lambda q: edit(q, '"b.png"', '"c.png"'), r"an image other than '.*c\.png': sample '2' of"),
             (
                 lambda q: edit(q, '"w6", "answers": ["it"]', '"w6", "answers": ["no"]'),
-                "other answers for the sample '2'",
+                "other reference answers: sample '2'",
             ),
-            (lambda q: edit(q, '"w6", "answers": ["it"], "type": "y"', '"w6", "answers": ["it"]'), "another type for"),
+            (
+                lambda q: edit(q, '"w6", "answers": ["it"], "type": "y"', '"w6", "answers": ["it"]'),
+                "another type: sample",
+            ),
         ],
     )
     def test_whatever_changes_in_a_task_is_named(self, study, task, tmp_path, change, said):
@@ -215,14 +218,14 @@ class TestGoingOn:
         study.run([same], study.configure([same], candidates("pool2d"), ["25%"]))
         change(tmp_path / "q")
         other = read_task(f"{task.name}:exact", None, None)
-        with pytest.raises(UserError, match=f"{said}.*: the task has changed; give another --out"):
+        with pytest.raises(UserError, match=f"{said}.* has changed; give another --out"):
             study.run([other], study.configure([other], candidates("pool2d"), ["25%"]))
 
     def test_an_image_that_is_replaced_while_it_is_asked_about_is_noticed_the_next_time(self, study, task, tmp_path):
         configurations = study.configure([task], [], ["as-set"])
         noise(9).save(tmp_path / "q" / "b.png")
         study.run([task], configurations)
-        with pytest.raises(UserError, match=r"b\.png' showed before"):
+        with pytest.raises(UserError, match=r"an earlier version of the image '.*b\.png'"):
             study.records(task, configurations[0])
 
     def test_another_processor_is_refused(self, study, task):
@@ -275,7 +278,7 @@ class TestGoingOn:
         ("name", "value", "said"),
         [
             ("score", 1e9, "its score is a number from 0 to 1, not 1000000000.0"),
-            ("score", 1, "its score is 1, and exact gives 0.0 for what was answered"),
+            ("score", 1, "its score is 1, and exact gives 0.0 for its answer"),
             ("given", ["w4"], "its given is a text, not"),
             ("given", "it", "its score is 0.0, and exact gives 1.0"),
             ("retention", 0.5, "its retention is 0.5, not 1.0"),
@@ -287,7 +290,7 @@ class TestGoingOn:
             ("model", "mini", "model is 'mini' there and 'tiny' here"),
             ("device", None, "its device is a text, not null"),
             ("compressor", {}, "are of other settings than"),
-            ("task", "mini", "another task for the sample"),
+            ("task", "mini", "another task: sample"),
         ],
     )
     def test_a_record_that_was_edited_enters_no_table(self, study, task, name, value, said):

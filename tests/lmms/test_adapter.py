@@ -218,7 +218,7 @@ def test_what_breaks_is_raised_with_the_place(adapter, small, pictures, monkeypa
     [
         ([{"type": "video", "url": "a.mp4"}], "supports no video yet"),
         ([{"type": "audio", "url": "a.wav"}], "supports no audio yet"),
-        ([{"type": "image", "url": b"bytes"}], "bytes is no picture"),
+        ([{"type": "image", "url": b"bytes"}], "bytes is not an image"),
         ([{"type": "text", "text": "look: <image>"}], "stands for a picture"),
         ([{"type": "image", "url": "nowhere.png"}], "there is no file 'nowhere.png'"),
     ],

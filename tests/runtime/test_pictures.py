@@ -253,8 +253,8 @@ def test_a_broken_avif_is_one_line(tmp_path):
         ("x" * 5000, "File name too long", "cannot be read"),
         ("a\0b.png", "null byte", "cannot be read"),
         (".", "is a folder", "cannot be read"),
-        ("https://example.org/a.png", "is no file; images are read from files", "is a URL or data, not a file"),
-        ("data:image/png;base64," + "iVBORw0KGgo/" * 900, "is no file; images", "is a URL or data, not a file"),
+        ("https://example.org/a.png", "is not a file: download the image", "is a URL or data, not a file"),
+        ("data:image/png;base64," + "iVBORw0KGgo/" * 900, "is not a file: download", "is a URL or data, not a file"),
     ],
 )
 def test_what_is_no_file_is_said_in_a_short_line(tmp_path, name, said, kind):

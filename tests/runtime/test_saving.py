@@ -29,7 +29,7 @@ def test_round_trip(tmp_path, method):
         ),
         ({"format": 1, "method": ["visionzip"], "fields": {}}, "method must be a text"),
         ({"format": 1, "method": "visionzip", "fields": [["keep", 3]]}, "fields must be an object"),
-        ([1], "it is no object of format, vlmzip, method, fields"),
+        ([1], "it must be a JSON object with format, vlmzip, method, fields"),
         ('{"format": 1, "method": "visionzip", "method": "pool2d", "fields": {}}', "'method' stands twice"),
         ('{"format": 1, "method": "visionzip", "fields": {"keep": NaN}}', "no number NaN"),
         (r'{"format": 1, "method": "visionzip", "fields": {"keep": "\ud800"}}', "half a character"),

@@ -153,7 +153,7 @@ def _measure(
     dtype: torch.dtype,
     keep: Callable[[list[Contender]], None],
 ) -> None:
-    """Times the methods, then measures their memory; `keep` gets what is measured, as it comes."""
+    """Time the methods, then measure their memory; call `keep` with each result."""
     from vlmzip.cli.bench_progress import START, Progress
     from vlmzip.cli.loading import console, tell
     from vlmzip.measure.bench import PLAIN, bench

@@ -111,7 +111,7 @@ def doubts(found: list[Contender], args: Namespace, device: torch.device, *, nar
 
 
 def gaps(found: list[Contender], repeats: int) -> list[str]:
-    """What was not measured, of all that was asked for."""
+    """Return the requested figures that were not measured."""
     said = []
     done = len(found[0].spans)
     if done < repeats:

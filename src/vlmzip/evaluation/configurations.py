@@ -59,7 +59,7 @@ class Configuration:
 def read_rows(methods: str | None, keep: str) -> tuple[list[Candidate], list[str]]:
     """The methods and budgets of two lists with commas, `--methods` and `--keep`.
 
-    Raises `UserError` for what is none, and for a method that is written with a budget of its own beside others.
+    Raises `UserError` for an invalid method, and for a method that already sets a budget beside `budgets`.
     """
     candidates, budgets = spec.candidates(methods), read_budgets(keep)
     if set(budgets) != {AS_SET}:
@@ -156,7 +156,7 @@ class Configurator:
 
 
 def read_calibrated(path: Path, known: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The calibrations that a run noted in a file. Raises `UserError` for what is none."""
+    """Return the calibrations that a run noted in a file. Raise `UserError` if it holds anything else."""
     found = known.get("calibrated", [])
     names = ("task", "method", "budget", "on", "code", "pictures")
 

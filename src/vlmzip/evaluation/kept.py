@@ -19,7 +19,7 @@ from vlmzip.evaluation.task import Sample, Task
 Answerer = Callable[[Sequence[int]], Sequence[Record]]
 
 
-#: Given a record, what is wrong with what an analysis has added to it; empty where nothing is.
+#: Return what is wrong with the fields that an analysis added to a record; an empty text if nothing is.
 Check = Callable[[Record], str]
 
 

@@ -41,7 +41,7 @@ from vlmzip.version import __version__
 FILE = "study.json"
 #: What a record has of what it cost.
 COSTS = ("method", "visual_tokens", "retention", "text_tokens", "prefill_flops", "beyond_positions")
-#: What is the same in all records of a folder.
+#: Fields that have one value in all records of a folder.
 SAME = ("model", "dtype", "torch", "transformers")
 AGAIN = "delete the line and run the same command again: its question will be asked again"
 
@@ -259,7 +259,7 @@ def question(task: Task, sample: Sample) -> Record:
 
 
 def wrong_layers(record: Record, layers: int) -> str:
-    """What is wrong with the number of layers of a record; empty where nothing is."""
+    """Return what is wrong with a record's number of layers; an empty text if nothing is."""
     count = len(record["visual_tokens_by_layer"])
     return (
         "" if count == layers else f"its visual_tokens_by_layer are {count} numbers, and the model has {layers} layers"
@@ -267,24 +267,24 @@ def wrong_layers(record: Record, layers: int) -> str:
 
 
 def refuse_other_question(folder: Path, task: Task, sample: Sample, record: Record) -> None:
-    """Raises `UserError` for a record of another question than the sample's, and for a score that is not its own."""
+    """Raise `UserError` if a record is about another question than the sample's, or its score does not follow."""
     now = question(task, sample)
     if other := [name for name, value in now.items() if record.get(name) != value]:
         what = {
-            "picture": f"another image than {sample.picture!r}",
-            "pixels": f"an answer about what {sample.picture!r} showed before",
+            "picture": f"an image other than {sample.picture!r}",
+            "pixels": f"an earlier version of the image {sample.picture!r}",
             "groups": "another type",
             "task": "another task",
-        }.get(other[0], "another question or other answers")
+        }.get(other[0], "another question or other reference answers")
         raise UserError(
-            f"{str(folder)!r} has {what} for the sample {sample.id!r} of {task.name}: the task has changed;"
+            f"{str(folder)!r} holds an answer for {what}: sample {sample.id!r} of {task.name} has changed;"
             " give another --out"
         )
     score = task.metric.score(record["given"], sample.answers)
     if record["score"] != score:
         raise UserError(
             f"{str(folder)!r}, sample {sample.id!r}: its score is {record['score']}, and {task.metric.name} gives"
-            f" {score} for what was answered; {AGAIN}"
+            f" {score} for its answer; {AGAIN}"
         )
 
 

@@ -65,7 +65,7 @@ def _check_family(name: str, raw: Mapping[str, Any]) -> None:
     if model_type in supported:
         return
     if "vision_config" not in raw:
-        raise UserError(f"{name!r} is no vision-language model: its model type is {model_type!r}")
+        raise UserError(f"{name!r} is not a vision-language model: its model type is {model_type!r}")
     raise UserError(f"vlmzip does not support the model type {model_type!r} yet; it supports: {', '.join(supported)}")
 
 

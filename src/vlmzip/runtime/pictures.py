@@ -1,4 +1,4 @@
-"""The one way in which images are read: upright 8-bit RGB, whatever the file; what is no image is refused in one line.
+"""Read images as upright 8-bit RGB; refuse anything else in one line.
 
 Every command reads its images here, so that the same file is the same pixels wherever it is used. An animation is its
 first frame. Colour profiles are not applied, as in the published models' own code.
@@ -64,19 +64,19 @@ def _check_file(path: Path, name: str) -> None:
         size = path.stat().st_size
     except (OSError, ValueError) as error:  # a ValueError for a name with a zero byte
         if _is_address(path):
-            message = f"{name} is no file; images are read from files: fetch it and give its path"
+            message = f"{name} is not a file: download the image and give its path"
             raise ImageError(message, "is a URL or data, not a file") from None
         if isinstance(error, FileNotFoundError | NotADirectoryError):
             raise ImageError(f"there is no file {name}", "is missing") from None
         raise ImageError(f"{name} cannot be read: {_said(error)}") from None
     if path.is_dir():
-        raise ImageError(f"{name} is a folder; give picture files")
+        raise ImageError(f"{name} is a folder; give image files")
     if size == 0:
         raise ImageError(f"{name} is empty")
 
 
 def _is_address(path: Path) -> bool:
-    """Whether a text that is no path was meant for a URL, or is the image itself; a folder may stand before it."""
+    """Return whether `path` is a URL or a `data:` text; a folder may have been put before it."""
     return any(part in ("http:", "https:") or part.startswith("data:image") for part in path.parts)
 
 
@@ -85,7 +85,7 @@ def _finished(image: Image.Image, name: str) -> Image.Image:
     with _errors_in_one_line(name), _without_lines_of_libtiff(image):
         limit = Image.MAX_IMAGE_PIXELS
         if limit is not None and image.width * image.height > limit:
-            raise Image.DecompressionBombError  # whoever opened it may have ignored Pillow's warning
+            raise Image.DecompressionBombError  # the caller may have ignored Pillow's warning
         image.load()
         return squeeze(to_rgb(_upright(image)))
 
@@ -108,7 +108,7 @@ def _errors_in_one_line(name: str) -> Iterator[None]:
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError(f"{name} is no picture that Pillow can read") from None
+        raise ImageError(f"{name} is not an image that Pillow can read") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         limit = f"{Image.MAX_IMAGE_PIXELS:,}"
         message = f"{name} would unpack to more than {limit} pixels; scale it down first"

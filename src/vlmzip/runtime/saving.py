@@ -142,7 +142,7 @@ def _read_file(path: Path) -> tuple[str, dict[str, Any]]:
     """Return the method and its fields. Raises `UserError` for a file of a newer vlmzip, or that nobody wrote so."""
     content = read_json(path)
     if not isinstance(content, dict):
-        raise UserError(f"{str(path)!r} cannot be read: it is no object of {', '.join(KEYS)}")
+        raise UserError(f"{str(path)!r} cannot be read: it must be a JSON object with {', '.join(KEYS)}")
     version, method, settings = content.get("format"), content.get("method"), content.get("fields")
     if type(version) is int and version > FORMAT:
         raise UserError(

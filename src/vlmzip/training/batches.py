@@ -285,7 +285,7 @@ def count_bad(notes: Path) -> Counter[str]:
             noted = parse(line.text)
             found[noted["record"]] = noted["reason"]
         except (JsonError, KeyError, TypeError) as error:
-            raise UserError(f"{notes}:{line.number} is no note of a record: {error}; delete the line") from None
+            raise UserError(f"{notes}:{line.number} is not a note about a record: {error}; delete the line") from None
     return Counter(found.values())
 
 

@@ -163,9 +163,9 @@ class Config:
         schedule = self.schedule_for(32)  # refuses what is none, whatever the depth
         self._check_what_learns(schedule)
         if not 0 < self.share <= 1:
-            raise UserError(f"fraction: {self.fraction} is no share of the records; give 10% or 0.1")
+            raise UserError(f"fraction must be a share of the records such as 10% or 0.1, got {self.fraction}")
         if not 0 <= self.most_left_out <= 1:
-            raise UserError(f"max_left_out: {self.max_left_out} is no share of the records; give 25% or 0.25")
+            raise UserError(f"max_left_out must be a share of the records such as 25% or 0.25, got {self.max_left_out}")
         self._check_trainer()
 
     def _check_what_learns(self, schedule: Schedule) -> None:

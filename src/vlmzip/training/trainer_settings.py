@@ -52,7 +52,7 @@ REFUSED = {
     # With these a run would not be what it says it is.
     "save_only_model": "a run could not go on from its checkpoints as if it had not been stopped",
     "ignore_data_skip": "a run that goes on would see other records",
-    "logging_nan_inf_filter": "a loss that is no number any more would not be seen",
+    "logging_nan_inf_filter": "a loss of NaN would go unseen",
     "accelerator_config": "a step would have other records than batch says",
     "dataloader_in_order": "a step would have other records than in another run",
     "remove_unused_columns": "records have no columns of Trainer's",
@@ -105,7 +105,7 @@ class Kind:
 
 
 def _number(value: Any) -> float:
-    """Return a number, `nan` for what is none; YAML takes 1e-8 for text."""
+    """Return a value as a number, `nan` if it is not one; YAML reads 1e-8 as text."""
     try:
         return math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -150,7 +150,7 @@ RECOMPUTE = Kind(
     "{use_reentrant: true} or {use_reentrant: false}",
     lambda value: dict(value) if value in ({"use_reentrant": True}, {"use_reentrant": False}) else None,
 )
-#: Schedules that a score decides; what a run logs of its evaluations is no loss that they could follow.
+#: Schedules that follow an evaluation loss; runs evaluate no loss.
 BY_SCORE = ("reduce_lr_on_plateau", "greedy")
 
 

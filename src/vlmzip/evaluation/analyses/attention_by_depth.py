@@ -100,7 +100,7 @@ def _answer(study: Study, task: Task, places: Sequence[int]) -> list[Record]:
 
 
 def _wrong(layers: int, record: Record) -> str:
-    """What is wrong with the attention of a record."""
+    """Return what is wrong with a record's attention; an empty text if nothing is."""
     if not is_list(record.get("attention"), _is_about_a_share) or len(record["attention"]) != layers:
         return f"its attention is not a number from 0 to 1 for each of {layers} layers"
     if not _is_about_a_share(record.get("uniform")) or not record["uniform"]:

@@ -121,13 +121,13 @@ def _asked(
 
 
 def _wrong(record: Record) -> str:
-    """What is wrong with the first answer of a record."""
+    """Return what is wrong with a record's first answer; an empty text if nothing is."""
     first = record.get("first")
     return "" if isinstance(first, dict) and is_text(first.get("given")) else "its first answer is not a text"
 
 
 def _scored(task: Task, sample: Sample, record: Record) -> Record:
-    """An answer with its score, which follows from what was said."""
+    """Return an answer with its score."""
     return {**record, "score": task.metric.score(record["given"], sample.answers)}
 
 

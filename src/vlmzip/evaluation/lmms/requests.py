@@ -144,4 +144,4 @@ def _part(part: Mapping[str, Any], pictures: list[Image.Image], placeholders: Se
 def _picture(given: Any) -> Image.Image:
     if isinstance(given, Image.Image | str | PathLike):
         return load_picture(given)
-    raise UserError(f"{type(given).__name__} is no picture: a task gives pictures of Pillow, or paths")
+    raise UserError(f"{type(given).__name__} is not an image: a task must give Pillow images or paths")

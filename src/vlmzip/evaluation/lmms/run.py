@@ -178,7 +178,7 @@ class SuiteRun:
         if found.get("task") != benchmark.task or found.get("compressor") != one.settings:
             raise UserError(f"{str(path)!r} is no result of {benchmark.task} with these settings; move it away")
         if wrong := wrong_result(found):
-            raise UserError(f"{str(path)!r} is no result of vlmzip: {wrong}; move it away")
+            raise UserError(f"{str(path)!r} is not a result of vlmzip: {wrong}; move it away")
         refuse_changed(f"{str(path)!r} is a result of another {found['method']}", found, self._method(one))
         return found
 
@@ -316,7 +316,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def wrong_result(found: Found) -> str:
-    """What is wrong with a result that was read; empty where nothing is."""
+    """Return what is wrong with a result that was read; an empty text if nothing is."""
     scores = found.get("results")
     if not isinstance(scores, dict) or not all(map(is_number, scores.values())):
         return "its results are not numbers by name"
