@@ -1,11 +1,12 @@
 """Configuration files: what is read, and one line for each mistake."""
 
 from fractions import Fraction
+from typing import get_args, get_type_hints
 
 import pytest
 
 from vlmzip.errors import UserError
-from vlmzip.training.config import Evaluation, Lora, read_config
+from vlmzip.training.config import Config, Evaluation, Lora, read_config
 
 LEAST = "model: mini\nrecords: data.json\nout: runs/x\n"
 
@@ -93,6 +94,17 @@ def test_changes_win_over_the_file(read):
 def test_mistakes_are_named(read, text, said):
     with pytest.raises(UserError, match=said):
         read(text)
+
+
+def test_null_is_only_for_what_can_be_left_out(read):
+    """Also where a setting has several choices, or is a list or a mapping."""
+    hints = get_type_hints(Config)
+    for name in hints:
+        if type(None) in get_args(hints[name]):
+            assert getattr(read(LEAST, f"{name}=null"), name) is None
+        else:
+            with pytest.raises(UserError, match=f"^{name}.*None"):
+                read(LEAST, f"{name}=null")
 
 
 def test_wrong_changes_are_named(read, tmp_path):

@@ -345,9 +345,9 @@ def _read(cls: Any, content: Any, where: str) -> Any:
 
 
 def _value(where: str, value: Any, hint: Any) -> Any:
-    kinds = [kind for kind in get_args(hint) if kind is not type(None)] if type(None) in get_args(hint) else [hint]
-    kind = kinds[0]
-    if value is None and len(kinds) < len(get_args(hint) or (hint,)):
+    can_be_left_out = type(None) in get_args(hint)
+    kind = next(kind for kind in get_args(hint) if kind is not type(None)) if can_be_left_out else hint
+    if value is None and can_be_left_out:
         return None
     if dataclasses.is_dataclass(kind):
         return _read(kind, {} if value is True else value, where)
