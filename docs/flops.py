@@ -6,7 +6,7 @@ import torch
 
 from vlmzip import LLaVolta, NoCompression
 from vlmzip.compressor import Profile
-from vlmzip.keep import count_to_keep
+from vlmzip.keep import A_NINTH, count_to_keep
 from vlmzip.measure.flops import flops_inside, llavolta_flops, prefill_flops, visionzip_flops
 from vlmzip.measure.presets import PRESETS, VOCABULARY, Preset, make_config, make_model
 from vlmzip.measure.token_profile import TokenProfile

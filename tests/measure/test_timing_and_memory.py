@@ -14,7 +14,7 @@ from vlmzip import FastV, VisionZip, attach
 from vlmzip.files import write_csv
 from vlmzip.measure.machine import about, commit, file_name, hardware
 from vlmzip.measure.memory import FRUGAL, in_frugal_process
-from vlmzip.measure.timing import cpu_seconds, in_turns, interleaved, quartiles, ratios, time_answer
+from vlmzip.measure.timing import Spans, cpu_seconds, in_turns, interleaved, quartiles, ratios, time_answer
 from vlmzip.models import adapter_for
 
 
@@ -40,12 +40,12 @@ def test_what_variants_return_is_kept_in_order():
 
 
 class TestAnAnswer:
-    def slow(self, monkeypatch, module, seconds):
+    def slow(self, monkeypatch, module, seconds, sleep=time.sleep):
         """Makes a module take longer by `seconds`; for the LLM's own modules, at every call."""
         run = module.forward
 
         def forward(*args, **kwargs):
-            time.sleep(seconds)
+            sleep(seconds)
             return run(*args, **kwargs)
 
         monkeypatch.setattr(module, "forward", forward)
@@ -54,14 +54,12 @@ class TestAnAnswer:
     def test_the_spans_hold_what_they_say(self, llava, monkeypatch, method):
         inputs = batch(prompt(1, "image", 7, 8), prompt(1, "image", 9, 5), pictures=2)
         model, adapter = (attach(llava, method) if method else llava), adapter_for(llava)
-        time_answer(model, adapter, inputs, 2)
-        self.slow(monkeypatch, llava.model.vision_tower, 0.2)
-        self.slow(monkeypatch, llava.model.language_model.layers[2], 0.1)
-        self.slow(monkeypatch, llava.lm_head, 0.05)
-        spans = time_answer(model, adapter, inputs, 4)
-        assert 0.15 <= spans.prefill < 0.3
-        assert 0.35 <= spans.ttft < 0.55
-        assert 0.15 <= spans.token < 0.3
+        slept = []  # a clock on which nothing but this takes time
+        self.slow(monkeypatch, llava.model.vision_tower, 20, slept.append)
+        self.slow(monkeypatch, llava.model.language_model.layers[2], 10, slept.append)
+        self.slow(monkeypatch, llava.lm_head, 5, slept.append)
+        spans = time_answer(model, adapter, inputs, 4, lambda _: float(sum(slept)))
+        assert spans == Spans(prefill=15, ttft=35, token=15)
 
     def test_cpu_seconds_leave_waiting_out(self, llava, monkeypatch):
         inputs, adapter = batch(prompt(1, "image", 7), pictures=1), adapter_for(llava)

@@ -34,6 +34,16 @@ def test_every_per_token_input_is_shortened_alike(llava):
     assert torch.equal(small["token_type_ids"].bool(), small["input_ids"] == IMAGE_TOKEN)
 
 
+@pytest.mark.parametrize("ids", [[1, "image", 5, 100], [1, -3, "image", 5], [1, 2, 3, 100]])
+def test_tokens_without_an_embedding_are_refused(llava, ids):
+    pictures = ids.count("image")
+    inputs = batch(prompt(*ids), pictures=pictures)
+    if not pictures:
+        inputs.pop("pixel_values", None)
+    with pytest.raises(UserError, match=r"has the token (100|-3), and the model knows tokens 0 to 99: use the model's"):
+        compress_inputs(llava, inputs, VisionZip(keep=8))
+
+
 def test_original_positions_are_those_of_the_anchors(llava):
     inputs = batch(prompt(1, 2, "image", 5), pictures=1)
     small = compress_inputs(llava, inputs, RandomTokens(keep=4, positions="original"))

@@ -139,7 +139,7 @@ class Qwen25VL(ModelAdapter):
     @torch.no_grad()
     def _signals(
         self, recording: Recording, thw: Int[Tensor, "pictures 3"], needs: frozenset[Signal]
-    ) -> dict[str, Float[Tensor, tokens * key_dim]]:
+    ) -> dict[str, Float[Tensor, " tokens *key_dim"]]:
         """Score and keys of each merged token of all pictures, in raster order."""
         if not needs:
             return {}

@@ -88,6 +88,7 @@ def compress_inputs(
         return out
 
     ids, mask = _prompt(inputs)
+    _refuse_unknown_tokens(adapter, ids)
     if len(inputs[adapter.picture_inputs[0]]) == 0:
         raise UserError(f"{adapter.picture_inputs[0]} is empty; leave it out where there are no pictures")
     given = inputs.get("position_ids") is not None
@@ -347,3 +348,15 @@ def _refuse_placeholders_without_pictures(adapter: ModelAdapter, inputs: Mapping
         return
     if bool((ids == adapter.placeholder_id).any()):
         raise UserError(f"the prompt has image placeholders, but there is no {adapter.picture_inputs[0]}")
+    _refuse_unknown_tokens(adapter, ids)
+
+
+def _refuse_unknown_tokens(adapter: ModelAdapter, ids: Int[Tensor, "batch length"]) -> None:
+    """Raise `UserError` for tokens without an embedding; families replace placeholders before they look them up."""
+    rows = adapter.model.get_input_embeddings().num_embeddings
+    unknown = ids[(ids != adapter.placeholder_id) & ((ids < 0) | (ids >= rows))]
+    if len(unknown):
+        raise UserError(
+            f"the prompt has the token {int(unknown[0])}, and the model knows tokens 0 to {rows - 1}:"
+            " use the model's own tokenizer"
+        )
