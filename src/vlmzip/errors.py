@@ -40,9 +40,16 @@ def telling_beyond_positions(say: Callable[[str], None]) -> Iterator[None]:
 def closest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'visionzip'?"` for a near miss, else the list of what there is."""
     known = sorted(known)
+    near = nearest(word, known)
+    return f"; there are: {', '.join(known)}" if near is None else f"; did you mean {near!r}?"
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """Return the name that a word is a near miss or the initials of; `None` where no name is."""
+    known = sorted(known)
     near = [name for name in known if word and _initials(name) == word]
     near += [name for name in get_close_matches(word, known, cutoff=0.6) if len(word) > SHORT or _shares(word, name)]
-    return f"; did you mean {near[0]!r}?" if near else f"; there are: {', '.join(known)}"
+    return near[0] if near else None
 
 
 def _initials(name: str) -> str:

@@ -132,7 +132,7 @@ def test_the_frames_of_a_video_are_seen_in_order(conversations, folder):
 @pytest.mark.parametrize("word", ["<|image_pad|>", "<|video_pad|>"])
 def test_a_word_that_would_be_another_picture_is_bad(folder, word, said):
     content = record(*(text.format(word) for text in said))
-    with pytest.raises(BadRecord, match="in the text, which stands for a picture or video here"):
+    with pytest.raises(BadRecord, match="in the text, which stands for an image or video here"):
         qwen_conversations()(read_record(content), folder)
 
 
@@ -192,7 +192,7 @@ def test_what_is_too_long_or_broken_is_a_bad_record(processor, llava, folder):
     assert len(short(read_record(record("<image> w10", "w20")), folder)["input_ids"]) == TOKENS + 5
     for content, reason in (
         (record("<image> w10", "w20 w21"), f"longer than {TOKENS + 5} tokens"),
-        (record("<image>", "w20", image="none.png"), "a picture is missing"),
+        (record("<image>", "w20", image="none.png"), "an image is missing"),
         (record("<image>", "w20", image="broken.png"), "cannot be read"),
     ):
         with pytest.raises(BadRecord, match=reason):
@@ -207,7 +207,7 @@ def test_bad_records_are_replaced_noted_once_and_counted(conversations, folder):
     for _ in range(2):
         learned = [row["labels"][row["labels"] != IGNORE][0].item() for row in map(examples.__getitem__, range(4))]
         assert learned == [20, 22, 22, 20]  # the next good one; behind the last comes the first
-    assert count_bad(folder / "bad.jsonl") == {"a picture is missing": 1, "a picture cannot be read": 1}
+    assert count_bad(folder / "bad.jsonl") == {"an image is missing": 1, "an image cannot be read": 1}
     noted = [json.loads(line)["record"] for line in (folder / "bad.jsonl").read_text().splitlines()]
     assert noted == [2, 4]  # as they stand in the file, the first of which was no record at all
 
@@ -218,7 +218,7 @@ def test_a_record_that_two_processes_met_is_counted_once(conversations, folder):
     for _ in range(2):
         Examples(found, folder, conversations, folder / "bad.jsonl")[1]
     assert len((folder / "bad.jsonl").read_text().splitlines()) == 2
-    assert count_bad(folder / "bad.jsonl") == {"a picture is missing": 1}
+    assert count_bad(folder / "bad.jsonl") == {"an image is missing": 1}
 
 
 def test_a_note_cut_short_is_left_out(tmp_path):

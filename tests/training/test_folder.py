@@ -55,7 +55,7 @@ def test_a_new_run_says_what_it_was_asked(tmp_path, config):
 
 def test_what_an_earlier_try_left_out_is_not_counted(tmp_path, config):
     out = begun(tmp_path, config)
-    (out / "bad_records.jsonl").write_text('{"record": 9, "reason": "a picture is missing"}\n')
+    (out / "bad_records.jsonl").write_text('{"record": 9, "reason": "an image is missing"}\n')
     begin(out, config())
     assert not (out / "bad_records.jsonl").exists()
 

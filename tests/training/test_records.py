@@ -49,9 +49,9 @@ def test_conversations_of_all_kinds(tmp_path, lines):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (record(image=["a.png", "b.png"]), "not as many <image> as pictures"),
-        (record("<image> <image> ?", "two"), "not as many <image> as pictures"),
-        ({"conversations": said("<image> ?", "none")}, "not as many <image> as pictures"),
+        (record(image=["a.png", "b.png"]), "not as many <image> as images"),
+        (record("<image> <image> ?", "two"), "not as many <image> as images"),
+        ({"conversations": said("<image> ?", "none")}, "not as many <image> as images"),
         (record("<image> ?"), "does not end with an answer"),
         (record("<image> ?", ""), "an empty answer"),
         (record("?", "<image>"), "an answer with <image>"),
@@ -62,18 +62,18 @@ def test_conversations_of_all_kinds(tmp_path, lines):
         (record(image=[""]), "image is no path"),
         ([1], "not an object"),
         (record("?", "a", images=["a.png"]), "both image and images"),
-        ({"conversations": said("?", "a"), "images": ["a.png"]}, "not as many <image> as pictures"),
+        ({"conversations": said("?", "a"), "images": ["a.png"]}, "not as many <image> as images"),
         (record("?", "\ud83d"), "half a character"),
         (record("\ude00 <image>", "a"), "half a character"),
-        (film("<video>\n?", "a", video="a.mp4"), "a video file; give its frames as a list of pictures"),
-        (film("<video>\n?", "a", video=["a.MP4"]), "a video file; give its frames as a list of pictures"),
+        (film("<video>\n?", "a", video="a.mp4"), "a video file; give its frames as a list of images"),
+        (film("<video>\n?", "a", video=["a.MP4"]), "a video file; give its frames as a list of images"),
         (film("<video>\n?", "a", video=None), "not as many <video> as videos"),
         (film("<video>\n?", "a", video=[]), "not as many <video> as videos"),
         (film("?", "a"), "not as many <video> as videos"),
         (film("<video> <video>", "a"), "not as many <video> as videos"),
-        (film("<image>\n?", "a"), "not as many <image> as pictures"),
+        (film("<image>\n?", "a"), "not as many <image> as images"),
         (film("<video>?", "<video>"), "an answer with <video>"),
-        (film("<video>?", "a", video={"1": "a.png"}), "video is no list of pictures"),
+        (film("<video>?", "a", video={"1": "a.png"}), "video is no list of images"),
         (film("<video>?", "a", videos=[["1.png"]]), "only one video"),
     ],
 )
@@ -110,7 +110,7 @@ def test_bad_records_are_counted_and_the_others_are_read(tmp_path, lines):
     path.write_text("\n".join(texts) if lines else f"[{', '.join(texts)}]")
     found = Records(path)
     assert [one.id for one in found] == ["0", "3"]
-    assert found.bad == [(1, "no JSON"), (2, "not as many <image> as pictures")]
+    assert found.bad == [(1, "no JSON"), (2, "not as many <image> as images")]
     assert list(found.numbers) == [0, 3]
     assert found.pictures(1) == 1
     assert found.size(1) == len(texts[3])

@@ -1,6 +1,11 @@
 """What can stand under `trainer`: every setting of TrainingArguments is known, its value is looked at first."""
 
+import inspect
+
 import pytest
+from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from tests.training.runs import write_config, write_run
 from vlmzip.cli.main import main
@@ -8,7 +13,14 @@ from vlmzip.errors import UserError
 from vlmzip.training import trainer_settings
 from vlmzip.training.config import read_config
 from vlmzip.training.run import arguments, try_out
-from vlmzip.training.trainer_settings import MADE_FROM, PASSED, REFUSED, in_this_version
+from vlmzip.training.trainer_settings import (
+    BY_SCORE,
+    MADE_FROM,
+    PASSED,
+    READ_OF_OPTIM_ARGS,
+    REFUSED,
+    in_this_version,
+)
 
 LEAST = {"model": "mini", "records": "data.json", "out": "runs/x"}
 BESIDE = {"workers": 2, "gradient_checkpointing": True, "evaluation": {"every": 5}}
@@ -62,7 +74,10 @@ VALUES = {
     "lr_scheduler_type": ("linear", ["lineare", "reduce_lr_on_plateau", "greedy", 5]),
     "lr_scheduler_kwargs": ({"num_cycles": 1}, [5, "x", []]),
     "optim": ("sgd", ["sgdd", 3, None]),
-    "optim_args": ("weight_decay=0.1", [5, {}, ""]),
+    "optim_args": (
+        "momentum=0.1, nesterov=true",
+        [5, {}, "", "x", "betas=(0.1,2)", "momentum=", "momentum=1,momentum=2"],
+    ),
     "optim_target_modules": (["attn"], [5, [], [5]]),
     "adam_beta1": (0.8, [5, 1, -0.1, "x", float("nan"), True, None, [0.9]]),
     "adam_beta2": ("9.9e-1", [5, 1.0, -1, "high"]),
@@ -105,7 +120,9 @@ VALUES = {
     "skip_memory_metrics": (False, [0]),
 }
 TRACKIO = ("project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
-NEEDS = {"optim_target_modules": {"optim": "galore_adamw"}} | {key: {"report_to": "trackio"} for key in TRACKIO}
+NEEDS = {"optim_target_modules": {"optim": "galore_adamw"}, "optim_args": {"optim": "sgd"}} | {
+    key: {"report_to": "trackio"} for key in TRACKIO
+}
 
 
 def test_every_setting_that_is_passed_on_is_tried_here():
@@ -140,6 +157,27 @@ def test_values_are_looked_at_before_a_run(config, key):
         ({"optimm": "sgd"}, "there is no 'optimm'; did you mean 'optim'"),
         ({"evaluation_strategy": "no"}, "there is no 'evaluation_strategy'"),
         ({5: 5}, "there is no"),
+        ({"lr": 1}, "there is no 'lr'; did you mean the run's own setting learning_rate, outside trainer?"),
+        ({"num_train_epoch": 1}, "did you mean the run's own setting epochs, outside trainer?"),
+        ({"batch_per_proces": 1}, "did you mean the run's own setting batch_per_process, outside trainer?"),
+        (
+            {"torch_compile": False, "torch_compile_mode": "default"},
+            "torch_compile cannot be false beside torch_compile_m",
+        ),
+        ({"torch_compile": False, "torch_compile_backend": "eager"}, "cannot be false beside torch_compile_backend"),
+        ({"dataloader_pin_memory": True, "use_cpu": True}, "dataloader_pin_memory cannot be true beside use_cpu"),
+        ({f"{name}_checkpointing_kwargs": {} for name in ("gradient", "activation")}, "are one setting"),
+        ({"optim_args": "foo=1"}, "optim_args: foo changes nothing: optim adamw_torch reads no optim_args"),
+        (
+            {"optim": "sgd", "optim_args": "momentum=0.9, nope=1"},
+            "nope changes nothing: optim sgd reads momentum, damp",
+        ),
+        (
+            {"optim": "paged_lion_8bit", "optim_args": "beta1=1"},
+            "beta1 changes nothing: optim paged_lion_8bit reads no",
+        ),
+        ({"optim": "sgd", "optim_args": "weight_decay=1"}, "weight_decay follows from the run's own setting weight_de"),
+        ({"optim": "rmsprop_bnb", "optim_args": "lr=1"}, "lr follows from the run's own setting learning_rate"),
     ],
 )
 def test_what_would_change_nothing_or_is_not_there_is_refused(config, trainer, said):
@@ -154,10 +192,33 @@ def test_what_would_change_nothing_or_is_not_there_is_refused(config, trainer, s
         ({"optim": "galore_adamw", "optim_target_modules": ["attn"]}, None),  # tried with the model itself
         ({"optim": "adamw_torch_4bit"}, "torchao"),
         ({"optim": "grokadamw"}, "grokadamw"),
-        ({"optim_args": "nonsense"}, "trainer: ."),
-        ({"optim": "sgd", "optim_args": "momentum=fast"}, "trainer: ."),
+        ({"optim": "sgd", "optim_args": "momentum=fast"}, "trainer: .*optim_args 'momentum=fast'"),
+        ({"ddp_backend": "nccl"}, "trainer: ddp_backend: nccl needs several processes"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
         ({"lr_scheduler_kwargs": {"nonsense": 1}}, "nonsense"),
+        *(
+            (
+                {"lr_scheduler_type": name, "lr_scheduler_kwargs": kwargs},
+                f"^trainer: lr_scheduler_type {name} with lr_s",
+            )
+            for name, kwargs in [
+                ("cosine", {"num_cycles": "x"}),
+                ("cosine", {"num_cycles": float("inf")}),
+                ("cosine_with_restarts", {"num_cycles": "x"}),
+                ("polynomial", {"power": "x"}),
+                ("polynomial", {"power": -1}),
+                ("polynomial", {"lr_end": -1}),
+                ("inverse_sqrt", {"timescale": "x"}),
+                ("inverse_sqrt", {"timescale": -1}),
+                ("cosine_with_min_lr", {"min_lr": "x"}),
+                ("cosine_warmup_with_min_lr", {"min_lr_rate": "x"}),
+                ("cosine_warmup_with_min_lr", {"min_lr_rate": 0.1, "warmup_lr_rate": "x"}),
+                ("warmup_stable_decay", {"num_decay_steps": 2, "min_lr_ratio": "x"}),
+                ("warmup_stable_decay", {"num_decay_steps": 2, "decay_type": "cosine", "num_cycles": "x"}),
+            ]
+        ),
+        ({"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr": "1e-6"}}, None),
+        ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2}}, None),
         ({"report_to": "comet_ml"}, "comet"),
         ({"deepspeed": "zero3.json"}, "trainer: deepspeed is not installed"),
         ({"torch_compile_backend": "nonsense"}, "NONSENSE"),
@@ -180,6 +241,24 @@ def test_what_this_machine_lacks_is_found_without_a_model(config, trainer, said)
 def test_numbers_that_yaml_takes_for_text_reach_trainer_as_numbers(config):
     made = arguments(config({"adam_epsilon": "1e-6", "max_grad_norm": "1e-1"}), 1)
     assert (made.adam_epsilon, made.max_grad_norm) == (1e-6, 0.1)
+
+
+def test_every_schedule_can_be_tried(config):
+    needs = {"cosine_with_min_lr": {"min_lr": 0}, "cosine_warmup_with_min_lr": {"min_lr": 0}}
+    needs["warmup_stable_decay"] = {"num_decay_steps": 2}
+    for one in SchedulerType:
+        if one.value not in BY_SCORE:
+            try_out(config({"lr_scheduler_type": one.value, "lr_scheduler_kwargs": needs.get(one.value, {})}))
+
+
+def test_what_is_read_of_optim_args_is_what_transformers_reads():
+    """Each name stands in transformers' own reader of the optimiser."""
+    for one in OptimizerNames:
+        known = next((names for word, names in READ_OF_OPTIM_ARGS.items() if one.value.startswith(word)), ())
+        source = inspect.getsource(_OPTIMIZER_HANDLERS[one])
+        assert all(f'"{name}"' in source for name in known or ())
+        if "bitsandbytes" not in source:
+            assert bool(known) == ("optim_args" in source), one
 
 
 @pytest.mark.parametrize("words", [(), ("--explain",)])

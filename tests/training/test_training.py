@@ -361,7 +361,7 @@ def test_bad_records_are_reported_and_training_goes_on(start, again, tmp_path):
     (start / "bad.json").write_text(text)
     out, said = again(records=str(start / "bad.json"), pictures=str(start), steps=10)
     assert len(losses(out)) == 10
-    for reason in ("a picture is missing", "longer than 200 tokens", "not as many <image> as pictures", "no JSON"):
+    for reason in ("an image is missing", "longer than 200 tokens", "not as many <image> as images", "no JSON"):
         assert f"1 of {COUNT} records left out: {reason}" in said
 
 
@@ -380,8 +380,8 @@ def spoil(start, count):
         ({"max_length": 30}, "about 96% of them are left out, .* of 24 looked at: 23 longer than 30 tokens"),
         ({"max_length": 30, "max_left_out": "95%"}, "more than max_left_out, 95%"),
         ({"max_length": 30, "fraction": "50%"}, "of 12 looked at: 1[12] longer than 30 tokens"),
-        (7, "about 29% of them are left out, more than max_left_out, 25%; of 24 looked at: 7 a picture is missing"),
-        (23, "23 a picture is missing"),
+        (7, "about 29% of them are left out, more than max_left_out, 25%; of 24 looked at: 7 an image is missing"),
+        (23, "23 an image is missing"),
     ],
 )
 def test_where_many_records_would_be_left_out_no_step_is_taken(start, again, settings, said):
@@ -401,13 +401,13 @@ def test_records_that_are_none_count_among_those_left_out(start, again):
 
 
 def test_a_few_are_named_before_the_first_step_and_a_run_can_be_asked_to_go_on(start, again, tmp_path):
-    few = "note: 6 of 24 records looked at are left out: 6 a picture is missing"
+    few = "note: 6 of 24 records looked at are left out: 6 an image is missing"
     _, said = again(**spoil(start, 6))
-    assert said.index(few) < said.index("records left out: a picture is missing")
+    assert said.index(few) < said.index("records left out: an image is missing")
     shutil.rmtree(tmp_path / "out")
     out, said = again(**spoil(start, 23), max_left_out="100%")
     assert len(losses(out)) == 6
-    assert "note: 23 of 24 records looked at are left out: 23 a picture is missing" in said
+    assert "note: 23 of 24 records looked at are left out: 23 an image is missing" in said
 
 
 def test_the_records_looked_at_come_from_all_over_the_file():

@@ -92,7 +92,7 @@ class Conversations:
         for turn in record.turns:
             for word in self._own:
                 if word in turn.question or word in turn.answer:
-                    raise BadRecord(f"{word} in the text, which stands for a picture or video here")
+                    raise BadRecord(f"{word} in the text, which stands for an image or video here")
             if self.tokenizer.eos_token in turn.answer:
                 raise BadRecord(f"an answer with the end of text in it, {self.tokenizer.eos_token}")
 

@@ -61,7 +61,7 @@ class Record:
         try:
             return [load_picture(folder / path) for path in self.pictures]
         except ImageError as error:
-            raise BadRecord(f"a picture {error.kind}") from error
+            raise BadRecord(f"an image {error.kind}") from error
 
 
 def read_record(content: Any) -> Record:
@@ -74,7 +74,7 @@ def read_record(content: Any) -> Record:
     turns = tuple(_turns(said))
     pictures, frames = _pictures(content), _frames(content)
     if sum(turn.question.count(PLACE) for turn in turns) != len(pictures):
-        raise BadRecord(f"not as many {PLACE} as pictures")
+        raise BadRecord(f"not as many {PLACE} as images")
     if sum(turn.question.count(VIDEO) for turn in turns) != bool(frames):
         raise BadRecord(f"not as many {VIDEO} as videos")
     if frames:
@@ -102,9 +102,9 @@ def _frames(content: dict[str, Any]) -> list[str]:
     frames = [] if frames is None else frames
     named = [frames] if isinstance(frames, str) else frames
     if not _are_paths(named):
-        raise BadRecord("video is no list of pictures")
+        raise BadRecord("video is no list of images")
     if isinstance(frames, str) or any(path.lower().endswith(VIDEO_FILES) for path in named):
-        raise BadRecord("a video file; give its frames as a list of pictures")
+        raise BadRecord("a video file; give its frames as a list of images")
     return list(named)
 
 

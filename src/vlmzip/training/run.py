@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import TorchDynamoPlugin
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments, get_scheduler, set_seed
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
@@ -43,6 +45,10 @@ CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in NAME
 ASK = 32
 #: Records that are read before the first step, to see how many of them can be trained on.
 SAMPLE = 64
+#: Steps, evenly spaced, at which a schedule of the learning rate is tried: each one of a run that has no more.
+TRIED = 1000
+#: Steps that a run is tried with where its number of epochs is known alone.
+MANY_STEPS = 10**6
 
 
 def train(config: Config, model: nn.Module, processor: Any, adapter: ModelAdapter, tell: Callable[[str], None]) -> Path:
@@ -186,6 +192,16 @@ def make_trainer(
 
 def _try_optimiser(args: Any, model: Any, steps: int) -> None:
     """Raise what Trainer would raise later, when the run has begun, for its optimiser or learning rate."""
+    try:
+        _try_optimiser_step(args, model)
+    except (ArithmeticError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        if not args.optim_args:
+            raise
+        raise ValueError(f"optim {args.optim.value} with optim_args {args.optim_args!r}: {error}") from error
+    _try_schedule(args, steps)
+
+
+def _try_optimiser_step(args: Any, model: Any) -> None:
     made, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
     if isinstance(made, type) and not settings.keys() & {
         "params",
@@ -195,8 +211,24 @@ def _try_optimiser(args: Any, model: Any, steps: int) -> None:
         weights = torch.zeros(64, 64, device=args.device, requires_grad=True)
         weights.grad = torch.zeros_like(weights)
         made([weights], **settings).step()
+
+
+def _try_schedule(args: Any, steps: int) -> None:
+    """Raise `ValueError` for a schedule that cannot be made, or that gives a step no learning rate."""
+    name, kwargs, warmup = args.lr_scheduler_type.value, args.lr_scheduler_kwargs, args.get_warmup_steps(steps)
+    given = f"lr_scheduler_type {name} with lr_scheduler_kwargs {kwargs or {}}"
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
-    get_scheduler(args.lr_scheduler_type, stand_in, args.get_warmup_steps(steps), steps, args.lr_scheduler_kwargs)
+    try:
+        schedule = get_scheduler(name, stand_in, warmup, steps, kwargs)
+        assert isinstance(schedule, LambdaLR)  # as all are that a run can have
+        (factor_at,) = schedule.lr_lambdas
+        marks = {warmup - 1, warmup, warmup + 1, steps - 1, steps, *range(0, steps, steps // TRIED or 1)}
+        factors = {step: factor_at(step) for step in sorted(marks) if 0 <= step <= steps}
+    except Exception as error:  # each schedule refuses in its own way
+        raise ValueError(f"{given}: {error}") from error
+    for step, factor in factors.items():
+        if not (isinstance(factor, int | float) and 0 <= factor < math.inf):
+            raise ValueError(f"{given}: step {step:,} would have {factor!r} times the learning rate")
 
 
 def try_out(config: Config) -> None:
@@ -209,7 +241,7 @@ def try_out(config: Config) -> None:
         return
     if given.pop("deepspeed", None) and find_spec("deepspeed") is None:
         raise UserError("trainer: deepspeed is not installed: pip install deepspeed")
-    args = arguments(dataclasses.replace(config, trainer=given), steps := config.steps or 1)
+    args = arguments(dataclasses.replace(config, trainer=given), steps := config.steps or MANY_STEPS)
     try:
         if "optim_target_modules" not in given:  # those that name parts of the model are tried with the model
             _try_optimiser(args, nn.Linear(2, 2), steps)
@@ -270,7 +302,11 @@ def arguments(config: Config, steps: int) -> TrainingArguments:
     try:
         return TrainingArguments(**{**settings, **config.for_trainer()})
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
-        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
+        said = " ".join(str(error).split())
+        if "ddp_backend" in config.trainer and "process group has not been initialized" in said:
+            backend = config.trainer["ddp_backend"]
+            said = f"ddp_backend: {backend} needs several processes; start the run with torchrun, or leave it out"
+        raise UserError(f"trainer: {said}") from error
 
 
 class Score:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from vlmzip.errors import UserError, closest
+from vlmzip.errors import UserError, closest, nearest
 
 #: Settings that one of ours makes, by its name.
 MADE_FROM = {
@@ -133,6 +133,21 @@ def _texts(value: Any) -> Any:
     return value if texts and are_texts else None
 
 
+def _optim_args(value: Any) -> Any:
+    """Return text such as momentum=0.9,nesterov=true, which transformers takes apart at each comma and "="."""
+    pairs = [part.split("=") for part in value.replace(" ", "").split(",")] if isinstance(value, str) else []
+    are_pairs = all(len(pair) == 2 and all(pair) for pair in pairs)
+    return value if pairs and are_pairs and len({pair[0] for pair in pairs}) == len(pairs) else None
+
+
+def _numbers_as_such(value: Any) -> Any:
+    """Return a mapping in which a text that is a number, such as YAML's 1e-6, is one."""
+    if not isinstance(value, Mapping):
+        return None
+    numbers = {key: _number(one) for key, one in value.items() if isinstance(one, str)}
+    return {**value, **{key: number for key, number in numbers.items() if math.isfinite(number)}}
+
+
 def _save_strategy(value: Any) -> Any:
     return "no" if value is False else _choice("steps", "no").read(value)  # YAML takes no for false
 
@@ -140,7 +155,8 @@ def _save_strategy(value: Any) -> Any:
 TRUTH = Kind("true or false", lambda value: value if isinstance(value, bool) else None)
 TEXT = Kind("text", lambda value: value if isinstance(value, str) and value else None)
 TEXTS = Kind("a text or a list of texts", _texts)
-MAPPING = Kind("a mapping", lambda value: dict(value) if isinstance(value, Mapping) else None)
+MAPPING = Kind("a mapping", _numbers_as_such)
+OPTIM_ARGS = Kind("each name once, as name=value,name=value; no value can have a comma in it", _optim_args)
 FILE = Kind("a file's name or a mapping", lambda value: value if value and isinstance(value, str | dict) else None)
 FROM_0 = _number_in("a number of at least 0", lambda value: 0 <= value < math.inf)
 BELOW_1 = _number_in("a number of at least 0 and below 1", lambda value: 0 <= value < 1)
@@ -189,7 +205,7 @@ PASSED: dict[str, Kind | Callable[[], Kind]] = {
     "lr_scheduler_type": _schedules,
     "lr_scheduler_kwargs": MAPPING,
     "optim": _optimisers,
-    "optim_args": TEXT,
+    "optim_args": OPTIM_ARGS,
     "optim_target_modules": TEXTS,
     "adam_beta1": BELOW_1,
     "adam_beta2": BELOW_1,
@@ -249,6 +265,28 @@ BESIDE_IN_TRAINER = {
         ("report_to", ("trackio", "all")),
     ),
 }
+#: What transformers reads of `optim_args`, by what the optimiser's name begins with, the longer beginning first; other
+#: optimisers read nothing of it. `None`: all goes to the optimiser, which refuses what it does not know.
+READ_OF_OPTIM_ARGS: dict[str, tuple[str, ...] | None] = {
+    "sgd": ("momentum", "dampening", "nesterov"),
+    "adagrad": ("lr_decay", "eps"),
+    "rmsprop_bnb": None,
+    "rmsprop": ("momentum", "alpha", "eps", "centered"),
+    **dict.fromkeys(["ademamix", "paged_ademamix"], ("beta1", "beta2", "beta3", "alpha", "eps", "t_alpha", "t_beta3")),
+    "adamw_anyprecision": ("use_kahan_summation", "momentum_dtype", "variance_dtype", "compensation_buffer_dtype"),
+    **dict.fromkeys(["adamw_torch_4bit", "adamw_torch_8bit"], ("block_size", "bf16_stochastic_round")),
+    "galore": ("rank", "update_proj_gap", "scale", "proj_type"),
+    "apollo": ("rank", "proj", "scale_type", "update_proj_gap", "scale", "proj_type"),
+    "grokadamw": ("alpha_init", "lamb", "gamma", "grokking_signal_decay_rate", "gradient_clipping"),
+    "schedule_free": ("weight_lr_power", "r"),
+    "stable_adamw": ("max_lr", "kahan_sum", "decouple_lr"),
+}
+#: Settings that transformers silently turns round where another one is set: the first, its value, the other one.
+TURNED_ROUND = [
+    ("torch_compile", False, "torch_compile_backend"),
+    ("torch_compile", False, "torch_compile_mode"),
+    ("dataloader_pin_memory", True, "use_cpu"),
+]
 #: What newer versions call a setting.
 RENAMED = {"gradient_checkpointing_kwargs": "activation_checkpointing_kwargs"}
 
@@ -259,6 +297,12 @@ def read_trainer(given: Mapping[str, Any], config: Any) -> dict[str, Any]:
     Raises `UserError` for one that there is not, that a run cannot have, whose value it cannot be, or that changes
     nothing beside the other settings of `config`. What this machine lacks is not looked at.
     """
+    for old, new in RENAMED.items():
+        if old in given and new in given:
+            raise UserError(f"trainer: {old} and {new} are one setting; leave one of them out")
+    for key, value, other in TURNED_ROUND:
+        if given.get(key) is value and given.get(other) not in (None, False):
+            raise UserError(f"trainer: {key} cannot be {str(value).lower()} beside {other}; leave one of them out")
     return {_name(key): _read(key, value, config) for key, value in given.items()}
 
 
@@ -290,7 +334,22 @@ def _read(key: Any, value: Any, config: Any) -> Any:
     read = kind.read(value)
     if read is None:
         raise UserError(f"trainer: {key} cannot be {value!r}; give {kind.wanted}")
+    if key == "optim_args":
+        _refuse_unread(read, str(config.trainer.get("optim", "adamw_torch")))
     return read
+
+
+def _refuse_unread(optim_args: str, optim: str) -> None:
+    """Raise `UserError` for a part of `optim_args` that a run makes itself, or that the optimiser does not read."""
+    known = next((names for word, names in READ_OF_OPTIM_ARGS.items() if optim.startswith(word)), ())
+    for pair in optim_args.replace(" ", "").split(","):
+        name = pair.partition("=")[0]
+        if name in ("lr", "weight_decay"):
+            own = "learning_rate" if name == "lr" else name
+            raise UserError(f"trainer: optim_args: {name} follows from the run's own setting {own}; set that instead")
+        if known is not None and name not in known:
+            reads = f"reads {', '.join(known)}" if known else "reads no optim_args"
+            raise UserError(f"trainer: optim_args: {name} changes nothing: optim {optim} {reads}")
 
 
 def _refuse_alone(key: str, trainer: Mapping[str, Any]) -> None:
@@ -306,4 +365,8 @@ def _unknown(key: Any, known: set[str]) -> str:
         return f"{key} is a setting that vlmzip does not know yet, and that might break what a run promises"
     if key in PASSED:
         return f"the installed transformers has no setting {key}"
-    return f"there is no {key!r}{closest(str(key), known & PASSED.keys())}"
+    passed = known & PASSED.keys()
+    near = nearest(str(key), passed | MADE_FROM.keys() | set(MADE_FROM.values()))
+    if near is not None and near not in passed:
+        return f"there is no {key!r}; did you mean the run's own setting {MADE_FROM.get(near, near)}, outside trainer?"
+    return f"there is no {key!r}{closest(str(key), passed)}"
