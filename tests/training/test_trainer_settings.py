@@ -193,7 +193,7 @@ def test_what_would_change_nothing_or_is_not_there_is_refused(config, trainer, s
         ({"optim": "adamw_torch_4bit"}, "torchao"),
         ({"optim": "grokadamw"}, "grokadamw"),
         ({"optim": "sgd", "optim_args": "momentum=fast"}, "trainer: .*optim_args 'momentum=fast'"),
-        ({"ddp_backend": "nccl"}, "trainer: ddp_backend: nccl needs several processes"),
+        ({"ddp_backend": "nccl", "use_cpu": True}, "trainer: ddp_backend: nccl needs several processes"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
         ({"lr_scheduler_kwargs": {"nonsense": 1}}, "nonsense"),
         *(
