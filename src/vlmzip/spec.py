@@ -66,7 +66,8 @@ def budget_in(text: str) -> str:
 def refuse_second_budget(text: str, keep: object, otherwise: str) -> None:
     """Raise `UserError` if a method already sets a budget and `--keep` gives another."""
     if budget := budget_in(text):
-        raise UserError(f"{text} sets {budget}, and --keep asks for {keep}: {otherwise}")
+        wanted = f"{keep:.3g}" if isinstance(keep, float) else keep
+        raise UserError(f"{text} sets {budget}, and --keep is {wanted}: {otherwise}")
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def refused(capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize(("text", "budget"), {**WRITTEN, **BY_CONTENT}.items())
 def test_the_budget_in_a_method(text, budget):
     assert spec.budget_in(text) == budget
-    with pytest.raises(UserError, match="--keep asks for 25%: leave it out"):
+    with pytest.raises(UserError, match="--keep is 25%: leave it out"):
         spec.refuse_second_budget(text, "25%", "leave it out")
 
 
@@ -75,31 +75,29 @@ ONE = [["ask", "a.png", "w"], ["show", "a.png"]]
 @pytest.mark.parametrize("text", WRITTEN)
 def test_lists_refuse_a_second_budget(refused, command, text):
     err = refused(*command, "--methods", f"kmeans,{text}", "--keep", "25%")
-    assert f"{text} sets {WRITTEN[text]}, and --keep asks for 25%: leave one out, or give --keep " in err
+    assert f"{text} sets {WRITTEN[text]}, and --keep is 25%: take the budget out of the method, or give --keep " in err
 
 
 @pytest.mark.parametrize("command", LISTS, ids=" ".join)
 def test_the_usual_budget_is_no_exception(refused, command):
-    assert "visionzip(keep=16) sets keep=16, and --keep asks for " in refused(
-        *command, "--methods", "visionzip(keep=16)"
-    )
+    assert "visionzip(keep=16) sets keep=16, and --keep is " in refused(*command, "--methods", "visionzip(keep=16)")
 
 
 @pytest.mark.parametrize("command", [["eval"], ["tune", "--max-loss", "5"]], ids=" ".join)
 @pytest.mark.parametrize("text", BY_CONTENT)
 def test_lists_that_calibrate_refuse_a_second_threshold(refused, command, text):
-    assert f"{text} sets tau=0.3, and --keep asks for 25%" in refused(*command, "--methods", text, "--keep", "25%")
+    assert f"{text} sets tau=0.3, and --keep is 25%" in refused(*command, "--methods", text, "--keep", "25%")
 
 
 @pytest.mark.parametrize("command", ONE, ids=" ".join)
 @pytest.mark.parametrize("text", {**WRITTEN, **BY_CONTENT})
 def test_one_method_with_two_budgets_is_refused(refused, command, text):
-    assert "and --keep asks for 25%: give one of them" in refused(*command, "--method", text, "--keep", "25%")
+    assert "and --keep is 25%: give one of them" in refused(*command, "--method", text, "--keep", "25%")
 
 
 def test_calibrate_refuses_a_threshold(refused):
     err = refused("calibrate", "a.png", "--method", "dfmr(tau=0.3)", "--keep", "25%")
-    assert "dfmr(tau=0.3) sets tau=0.3, and --keep asks for 25%" in err
+    assert "dfmr(tau=0.3) sets tau=0.3, and --keep is 25%" in err
 
 
 @pytest.mark.parametrize(

@@ -263,6 +263,14 @@ class TestPadTokens:
         change(folder / "config.json", "text_config", "pad_token_id")
         assert load(str(folder), "cpu").processor.tokenizer.pad_token == "</s>"
 
+    @pytest.mark.parametrize("ends", [2, [2, 5]])
+    def test_the_end_of_text_of_the_config(self, folder, ends):
+        for token in ("pad_token", "eos_token"):
+            change(folder / "tokenizer_config.json", token)
+        change(folder / "config.json", "text_config", "pad_token_id", to=None)
+        change(folder / "config.json", "text_config", "eos_token_id", to=ends)
+        assert load(str(folder), "cpu").processor.tokenizer.pad_token == "</s>"
+
     def test_any_other_where_there_is_no_end_either(self, folder):
         for token in ("pad_token", "eos_token"):
             change(folder / "tokenizer_config.json", token)
@@ -294,6 +302,14 @@ class TestDiagnosis:
         assert main(ask) == 2
         err = capsys.readouterr().err
         assert "cannot answer, not even without compression: failed with ValueError: Input image size" in err
+        assert err.count("\n") == 1
+
+    def test_quantised_weights_that_the_device_cannot_use_are_named(self, folder, ask, capfd):
+        settings = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        change(folder / "config.json", "quantization_config", to=settings)
+        assert main([*ask, "--dtype", "float32"]) == 2
+        err = capfd.readouterr().err
+        assert "not even without compression, with weights quantised by bitsandbytes on cpu: failed with" in err
         assert err.count("\n") == 1
 
     def test_a_defect_of_our_own_is_a_traceback(self, ask, monkeypatch):

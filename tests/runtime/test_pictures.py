@@ -177,6 +177,21 @@ def test_the_transparent_value_of_sixteen_bits_is_white(tmp_path):
     assert [pixel[0] for pixel in map(load_picture(tmp_path / "p.png").getpixel, [(0, 0), (1, 0)])] == [255, 117]
 
 
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+def test_the_transparent_value_of_few_bits_is_white(tmp_path, bits):
+    """A grey PNG of two pixels: the value 0 is black, the value 1 is transparent."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    row = bytes([0, 0, 1]) if bits == 8 else bytes([0, 1 << (8 - 2 * bits)])  # a filter byte, then the pixels
+    header = struct.pack(">IIBBBBB", 2, 1, bits, 0, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"tRNS", struct.pack(">H", 1)), (b"IDAT", zlib.compress(row)), (b"IEND", b""))
+    (tmp_path / "p.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
+    image = load_picture(tmp_path / "p.png")
+    assert [image.getpixel((x, 0)) for x in (0, 1)] == [(0, 0, 0), (255, 255, 255)]
+
+
 def test_what_pillow_has_opened_is_left_as_it_was(tmp_path):
     path = save(tmp_path, "jpg", "RGB", orientation=6)
     with Image.open(path) as opened:
@@ -253,6 +268,7 @@ def test_a_broken_avif_is_one_line(tmp_path):
         ("x" * 5000, "File name too long", "cannot be read"),
         ("a\0b.png", "null byte", "cannot be read"),
         (".", "is a folder", "cannot be read"),
+        ("/dev/null", "is a device or a pipe, not a file", "cannot be read"),
         ("https://example.org/a.png", "is not a file: download the image", "is a URL or data, not a file"),
         ("data:image/png;base64," + "iVBORw0KGgo/" * 900, "is not a file: download", "is a URL or data, not a file"),
     ],
@@ -263,6 +279,11 @@ def test_what_is_no_file_is_said_in_a_short_line(tmp_path, name, said, kind):
     assert len(str(told.value)) < 400
     with pytest.raises(BadRecord, match=f"^a picture {re.escape(kind)}$"):
         Record("", (Turn("<image>", "!"),), (name,)).load_pictures(tmp_path)
+
+
+def test_an_empty_path_is_said():
+    with pytest.raises(ImageError, match="the path of an image is empty"):
+        load_picture("")
 
 
 def test_broken_exif_says_nothing_about_the_pixels(tmp_path):

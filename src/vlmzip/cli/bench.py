@@ -78,7 +78,7 @@ def run(args: Namespace) -> None:
     if not methods:
         raise UserError("--methods names no method; separate them with commas: --methods visionzip,pool2d")
     if args.keep is not None:
-        refuse_second_budgets(methods, args.keep, "leave one out, or give --keep none")
+        refuse_second_budgets(methods, args.keep, "take the budget out of the method, or give --keep none")
     from vlmzip.cli.bench_output import rows
     from vlmzip.cli.loading import DTYPES, find_device
     from vlmzip.files import write_csv

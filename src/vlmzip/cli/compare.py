@@ -60,7 +60,7 @@ def run(args: Namespace) -> None:
     methods = spec.candidates(args.methods)
     if args.keep is not None:
         named = [(one.name, one.method) for one in methods]
-        refuse_second_budgets(named, args.keep, f"leave one out, or give --keep {AS_SET}")
+        refuse_second_budgets(named, args.keep, f"take the budget out of the method, or give --keep {AS_SET}")
     for path in paths:
         load_picture(path)
     loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)

@@ -64,7 +64,7 @@ def read_rows(methods: str | None, keep: str) -> tuple[list[Candidate], list[str
     candidates, budgets = spec.candidates(methods), read_budgets(keep)
     if set(budgets) != {AS_SET}:
         for one in candidates:
-            spec.refuse_second_budget(one.name, keep, f"leave one out, or give --keep {AS_SET}")
+            spec.refuse_second_budget(one.name, keep, f"take the budget out of the method, or give --keep {AS_SET}")
     return candidates, budgets
 
 

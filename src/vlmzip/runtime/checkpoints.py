@@ -17,10 +17,13 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from vlmzip.errors import UserError, reason
 from vlmzip.models import FAMILIES
 from vlmzip.models.adapter import ModelAdapter
+from vlmzip.noise import silence_bitsandbytes
 from vlmzip.runtime.prompts import chat_prompt, special_tokens
 from vlmzip.runtime.resample import FILE as RESAMPLER
 
 Source = str | os.PathLike[str]
+silence_bitsandbytes()
+
 #: Width and height in pixels of the image that a processor is tried out with.
 TRIAL = (336, 336)
 #: The largest side of an image that a processor may make.
@@ -236,7 +239,10 @@ def try_out(name: str, processor: Any, adapter: ModelAdapter) -> None:
 def refuse_if_it_cannot_answer(name: str, processor: Any, adapter: ModelAdapter) -> None:
     """Raise `UserError` for a model that fails at an image by transformers alone. Takes an uncompressed answer."""
     inputs = _trial(name, processor, adapter).to(adapter.model.device, adapter.model.dtype)
-    with refusing(f"{name!r} cannot answer, not even without compression"):
+    quantised = getattr(adapter.model.config, "quantization_config", None)
+    method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
+    weights = f", with weights quantised by {getattr(method, 'value', method)} on {adapter.model.device}"
+    with refusing(f"{name!r} cannot answer, not even without compression{weights if quantised else ''}"):
         adapter.model.generate(**inputs, max_new_tokens=2, do_sample=False)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 import sys
 import threading
 import warnings
@@ -44,6 +45,8 @@ def load_picture(given: str | os.PathLike[str] | Image.Image) -> Image.Image:
     """
     if isinstance(given, Image.Image):
         return _finished(given, _name_of(given))
+    if not os.fspath(given):
+        raise ImageError("the path of an image is empty")
     name = repr(_shortened(os.fspath(given)))
     path = Path(given)
     _check_file(path, name)
@@ -61,7 +64,7 @@ def _shortened(text: str) -> str:
 
 def _check_file(path: Path, name: str) -> None:
     try:
-        size = path.stat().st_size
+        status = path.stat()
     except (OSError, ValueError) as error:  # a ValueError for a name with a zero byte
         if _is_address(path):
             message = f"{name} is not a file: download the image and give its path"
@@ -71,7 +74,9 @@ def _check_file(path: Path, name: str) -> None:
         raise ImageError(f"{name} cannot be read: {_said(error)}") from None
     if path.is_dir():
         raise ImageError(f"{name} is a folder; give image files")
-    if size == 0:
+    if not stat.S_ISREG(status.st_mode):
+        raise ImageError(f"{name} is a device or a pipe, not a file")
+    if status.st_size == 0:
         raise ImageError(f"{name} is empty")
 
 
@@ -86,8 +91,18 @@ def _finished(image: Image.Image, name: str) -> Image.Image:
         limit = Image.MAX_IMAGE_PIXELS
         if limit is not None and image.width * image.height > limit:
             raise Image.DecompressionBombError  # the caller may have ignored Pillow's warning
+        _scale_clear_value(image)
         image.load()
         return squeeze(to_rgb(_upright(image)))
+
+
+def _scale_clear_value(image: Image.Image) -> None:
+    """Bring the transparent value of a 2- or 4-bit PNG to the 8 bits that Pillow brings its pixels to."""
+    tiles = getattr(image, "tile", None)
+    rawmode = tiles[0][3] if tiles else None
+    factor = {"L;2": 85, "L;4": 17}.get(rawmode) if isinstance(rawmode, str) else None
+    if factor is not None and isinstance(clear := image.info.get("transparency"), int):
+        image.info["transparency"] = factor * clear
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -149,8 +149,7 @@ def _answer_turns(
 def converse(study: Study, task: Task, small: CompressedModel, some: Sequence[tuple[Sample, Sample]]) -> list[Record]:
     """The answers to the second questions of pairs, with that to the first as `first`."""
     inputs = study.asker.inputs([first.load() for first, _ in some], [first.question for first, _ in some])
-    generate: dict[str, Any] = {"max_new_tokens": task.max_new_tokens, "do_sample": False}
-    generate["past_key_values"] = DynamicCache()
+    generate: dict[str, Any] = {"max_new_tokens": task.max_new_tokens, "do_sample": False, "cache": DynamicCache()}
     with torch.inference_mode():
         told = small.generate(**inputs, **generate)[:, inputs["input_ids"].shape[1] :]
         pictures = {picture.row: picture for picture in small.report.pictures}
