@@ -1,52 +1,83 @@
 """Everything that an answer depends on changes its fingerprint, by name; what it does not depend on changes nothing."""
 
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 
 import vlmzip
 from tests.tiny import FAMILIES, tiny_llava, tiny_processor
-from vlmzip import VisionZip
+from vlmzip import VisionZip, spec
 from vlmzip.evaluation import fingerprint
 from vlmzip.evaluation.answering import Asker
 from vlmzip.models import adapter_for
 
 
-def changed(change):
+def changed(change, *more):
     """The names of what is another when `change` has been at work on a model and its processor."""
     model, processor = tiny_llava(), tiny_processor("llava")
     before = fingerprint.of_model(model, processor)
-    change(model, processor)
+    change(model, processor, *more)
     now = fingerprint.of_model(model, processor)
     return {name for name in now if now[name] != before[name]}
 
 
-def last_value(model, _):
+def last_value(model):
     with torch.no_grad():
         model.model.language_model.layers[1].mlp.up_proj.weight[-1, -1] += 1
 
 
 CHANGES = {
-    "weights": last_value,
-    "configuration": lambda model, _: setattr(model.config.text_config, "rms_norm_eps", 0.5),
-    "generation settings": lambda model, _: setattr(model.generation_config, "repetition_penalty", 1.3),
-    "attention": lambda model, _: model.set_attn_implementation("eager"),
-    "tokenizer": lambda _, processor: processor.tokenizer.add_tokens(["more"]),
-    "chat template": lambda _, processor: setattr(processor, "chat_template", "{{ messages }}"),
-    "image processor": lambda _, processor: setattr(processor.image_processor, "image_mean", [0.1, 0.2, 0.3]),
-    "processor": lambda _, processor: setattr(processor, "num_additional_image_tokens", 7),
+    "weights": lambda model, *_: last_value(model),
+    "configuration": lambda model, *_: setattr(model.config.text_config, "rms_norm_eps", 0.5),
+    "generation settings": lambda model, *_: setattr(model.generation_config, "repetition_penalty", 1.3),
+    "attention": lambda model, *_: model.set_attn_implementation("eager"),
+    "dtype": lambda model, _, patch: patch.setattr(type(model), "dtype", torch.float16),
+    "device": lambda model, _, patch: patch.setattr(type(model), "device", torch.device("cuda")),
+    "tokenizer": lambda _, processor, __: processor.tokenizer.add_tokens(["more"]),
+    "chat template": lambda _, processor, __: setattr(processor, "chat_template", "{{ messages }}"),
+    "image processor": lambda _, processor, __: setattr(processor.image_processor, "image_mean", [0.1, 0.2, 0.3]),
+    "processor": lambda _, processor, __: setattr(processor, "num_additional_image_tokens", 7),
+    "code of vlmzip": lambda _, __, patch: patch.setattr(fingerprint, "CODE", fingerprint.CODE[1:]),
+    "torch": lambda _, __, patch: patch.setattr(torch, "__version__", "9.9"),
+    "transformers": lambda _, __, patch: patch.setattr(transformers, "__version__", "9.9"),
 }
 
 
+def test_every_part_is_tried():
+    assert CHANGES.keys() == fingerprint.of_model(tiny_llava(), tiny_processor("llava")).keys()
+
+
 @pytest.mark.parametrize("name", CHANGES)
-def test_each_part_has_its_name(name):
-    assert changed(CHANGES[name]) == {name}
+def test_each_part_has_its_name(name, monkeypatch):
+    assert changed(CHANGES[name], monkeypatch) == {name}
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("tokenizer", lambda processor: processor.tokenizer),
+        ("image processor", lambda processor: processor.image_processor),
+        ("processor", lambda processor: processor),
+    ],
+)
+def test_the_class_counts_also_where_its_settings_say_the_same(name, part):
+    """transformers writes one name for an image processor on Pillow and the one on torchvision."""
+
+    def change(_, processor):
+        found = part(processor)
+        known = found.to_dict() if hasattr(found, "to_dict") else {}
+        found.__class__ = type("Other", (type(found),), {"to_dict": lambda _: dict(known)})
+
+    assert changed(change) == {name}
 
 
 def test_dtype_and_weights_in_it():
-    assert changed(lambda model, _: model.to(torch.bfloat16)) == {"dtype", "weights"}
+    assert changed(lambda model, *_: model.to(torch.bfloat16)) == {"dtype", "weights"}
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # PaliGemma's processor and NumPy's newest
@@ -92,6 +123,62 @@ def test_code_of_the_package_that_has_changed(monkeypatch, tmp_path):
 
 def test_a_method_of_this_package_has_no_code_of_its_own():
     assert fingerprint.of_method_code(VisionZip()) == ""
+
+
+OWN = """
+import numpy
+import vlmzip
+from own_helper_of_this_test import work
+
+class Mine(vlmzip.VisionZip):
+    def assign(self, tokens):
+        from own_package_of_this_test import late
+        return work(super().assign(tokens))
+"""
+OWN_FILES = {
+    "own_method_of_this_test.py": OWN,
+    "own_helper_of_this_test.py": "import own_second_of_this_test as second\ndef work(found): return found\n",
+    "own_second_of_this_test.py": "import own_method_of_this_test\n",
+    "own_package_of_this_test/__init__.py": "",
+    "own_package_of_this_test/late.py": "from . import other\nfrom .inner.last import VALUE\n",
+    "own_package_of_this_test/other.py": "",
+    "own_package_of_this_test/inner/last.py": "VALUE = 1\n",
+}
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A method in a file of one's own, which imports others: some at once, one as late as it works."""
+    for name, text in {**OWN_FILES, "unused.py": ""}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield spec.read("own_method_of_this_test:Mine")
+    for name in [name for name in sys.modules if name.partition(".")[0].endswith("_of_this_test")]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", OWN_FILES)
+def test_files_that_a_method_of_ones_own_imports_count(own, tmp_path, name):
+    before = fingerprint.of_method_code(own)
+    (tmp_path / name).write_text(OWN_FILES[name] + "# other code\n")
+    assert fingerprint.of_method_code(own) != before
+
+
+def test_what_a_method_of_ones_own_does_not_import_does_not_count(own, tmp_path):
+    before = fingerprint.of_method_code(own)
+    (tmp_path / "unused.py").write_text("1")
+    assert fingerprint.of_method_code(own) == before
+    importlib.import_module("own_package_of_this_test.late")  # as the first answer does
+    assert fingerprint.of_method_code(own) == before
+
+
+def test_a_helper_that_cannot_be_read_as_python_counts(own, tmp_path):
+    path = tmp_path / "own_second_of_this_test.py"
+    path.write_text("def")
+    before = fingerprint.of_method_code(own)
+    path.write_text("def 1")
+    assert fingerprint.of_method_code(own) != before
 
 
 @pytest.mark.filterwarnings("ignore:qformer is untrained")

@@ -186,6 +186,17 @@ class TestGoingOn:
         with pytest.raises(UserError, match=r"answers of another model: weights is '[0-9a-f]{16}' there and"):
             make_study(other, study.folder).configure([task], candidates("pool2d"), ["25%"])
 
+    def test_a_local_model_may_be_written_in_another_way(self, study, task, tmp_path, monkeypatch):
+        (tmp_path / "m1").mkdir()
+        monkeypatch.chdir(tmp_path)
+        for name in ("m1", "./m1/", str(tmp_path / "m1")):
+            study = make_study(study.model, study.folder)
+            study.name = study.conditions["model"] = name
+            heard = asked(monkeypatch)
+            study.run([task], study.configure([task], [], ["as-set"]))
+            assert bool(heard) == (name == "m1")
+        assert json.loads((study.folder / "study.json").read_text())["model"] == name
+
     def test_other_questions_are_refused(self, study, task, tmp_path):
         study.run([task], study.configure([task], candidates("pool2d"), ["25%"]))
         path = tmp_path / "q" / "questions.jsonl"

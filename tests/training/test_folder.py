@@ -118,6 +118,34 @@ def test_other_sources_are_another_run(tmp_path, config):
         start(**{"records file": "c"})
 
 
+@pytest.mark.parametrize("name", ["code of vlmzip", "torch", "transformers"])
+def test_an_upgrade_is_told_and_the_run_goes_on(tmp_path, config, name):
+    out = tmp_path / "run" / "out"
+    sources = {"code of vlmzip": "a", "torch": "1", "transformers": "1"}
+    start = lambda **more: RunFolder.begin(out, config(), 24, 6, (), {**sources, **more})  # noqa: E731
+    start()
+    checkpoint(out, 2)
+    assert start().notes == ()
+    found = start(**{name: "2"})
+    assert found.checkpoint == out / "checkpoint-2"
+    (note,) = found.notes
+    assert f"{name} has changed since the run began ({sources[name]}, now 2)" in note
+
+
+def test_what_an_earlier_version_did_not_note_is_told(tmp_path, config):
+    out = begun(tmp_path, config, 2)
+    (note,) = RunFolder.begin(out, config(), 24, 6, (), {"torch": "1", "method code": ""}).notes
+    assert note == "not compared, for the run was begun by an earlier vlmzip: torch, method code"
+
+
+def test_the_spelling_of_a_path_may_differ(tmp_path, config, monkeypatch):
+    out = begun(tmp_path, config, 2)
+    monkeypatch.chdir(tmp_path)
+    assert begin(out, config(model="./run/model/", records="run/data.json")).checkpoint == out / "checkpoint-2"
+    with pytest.raises(UserError, match=r"other settings \(model: "):
+        begin(out, config(model="run/model2"))
+
+
 @pytest.mark.parametrize("content", ["[1]", '{"lr": 1}'])
 def test_a_file_of_the_same_name_is_not_ours(tmp_path, config, content):
     out = tmp_path / "run" / "out"

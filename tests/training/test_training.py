@@ -170,6 +170,36 @@ def test_other_records_and_another_base_are_refused_in_the_same_folder(again, st
         assert f"begun with other settings ({name}:" in said.replace("\n", "")
 
 
+def test_a_model_with_other_settings_is_refused_in_the_same_folder(again, start):
+    again(steps=2)
+    path = start / "model" / "config.json"
+    before = path.read_text()
+    content = json.loads(before)
+    content["text_config"]["rms_norm_eps"] = 0.5
+    path.write_text(json.dumps(content))
+    try:
+        _, said = again(code=2, steps=2)
+    finally:
+        path.write_text(before)
+    assert "begun with other settings (configuration:" in said.replace("\n", "")
+    assert "give another out" in said.replace("\n", " ")
+
+
+def test_a_method_of_ones_own_that_has_changed_is_refused_in_the_same_folder(again, tmp_path, monkeypatch):
+    (tmp_path / "trained_method.py").write_text(
+        "import trained_helper\nfrom vlmzip import Pool2d\n\nclass Mine(Pool2d):\n    pass\n"
+    )
+    helper = tmp_path / "trained_helper.py"
+    helper.write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = {"schedule": "trained_method:Mine(factor=2)", "steps": 2}
+    again(**settings)
+    again(**settings)
+    helper.write_text("# other code\n")
+    _, said = again(code=2, **settings)
+    assert "begun with other settings (method code:" in said.replace("\n", "")
+
+
 @pytest.mark.slow
 def test_the_only_checkpoint_goes_when_the_next_is_whole(again, monkeypatch):
     """Stopped between the two: the mark that it is whole is what the disk has no room for."""

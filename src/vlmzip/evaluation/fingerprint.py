@@ -7,9 +7,7 @@ left out of it and why.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +21,8 @@ from torch import Tensor
 import vlmzip
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
+from vlmzip.evaluation.imported import files_of
+from vlmzip.files import is_folder
 from vlmzip.runtime.facade import CompressedModel
 
 #: Parts of this package that answers come from.
@@ -34,6 +34,11 @@ CODE = (
 ORIGIN = ("_name_or_path", "name_or_path", "transformers_version", "_commit_hash", "_from_model_config")
 #: Tensors whose digests are computed at the same time.
 TOGETHER = 8
+
+
+def of_name(name: str) -> dict[str, str]:
+    """Return the name of a model, for comparing; nothing for a local folder, which can be written in many ways."""
+    return {} if is_folder(Path(name)) else {"model": name}
 
 
 def of_model(model: Any, processor: Any) -> dict[str, str]:
@@ -53,14 +58,17 @@ def of_model(model: Any, processor: Any) -> dict[str, str]:
 
 
 def of_processor(processor: Any) -> dict[str, str]:
-    """Return what the inputs of a model depend on, beside image and text."""
+    """Return what the inputs of a model depend on, beside image and text.
+
+    The class counts as well: an image processor of another backend rounds in another way, under the same settings.
+    """
     settings = _without_origin(processor.to_dict())
     images = settings.pop("image_processor", None) or processor.image_processor.to_dict()
     return {
         "tokenizer": of_json(_tokenizer(processor.tokenizer)),
         "chat template": of_json([getattr(processor, "chat_template", None), processor.tokenizer.chat_template]),
-        "image processor": of_json(_without_origin(images)),
-        "processor": of_json(settings),
+        "image processor": of_json([type(processor.image_processor).__qualname__, _without_origin(images)]),
+        "processor": of_json([type(processor).__qualname__, settings]),
     }
 
 
@@ -78,18 +86,16 @@ def of_method(small: CompressedModel) -> dict[str, str]:
 
 
 def of_method_code(compressor: Compressor) -> str:
-    """Return the digest of the files that a method's classes are written in; empty for those of this package."""
-    classes = {cls for stage in compressor.stages() for cls in type(stage).__mro__ if cls is not object}
-    ours = {vlmzip.__name__, *sys.stdlib_module_names}
-    outside = [cls for cls in classes if cls.__module__.partition(".")[0] not in ours]
-    files = sorted({file for cls in outside if (file := _source(cls))})
-    return of_files(map(Path, files)) if files else ""
+    """Return the digest of the files of a method's classes and of what they import; empty for this package's own."""
+    classes = {cls for stage in compressor.stages() for cls in type(stage).__mro__}
+    files = {file for cls in classes for file in files_of(cls)}
+    return of_files(sorted(files)) if files else ""
 
 
-def of_code() -> str:
-    """Return the digest of this package's own files, as far as answers come from them."""
+def of_code(*more: str) -> str:
+    """Return the digest of this package's own files, as far as answers come from them, and of `more`."""
     root = Path(vlmzip.__file__).parent
-    places = [root / name for name in CODE]
+    places = [root / name for name in (*CODE, *more)]
     return of_files(sorted(file for place in places for file in (place.rglob("*.py") if place.is_dir() else [place])))
 
 
@@ -151,6 +157,7 @@ def _tokenizer(tokenizer: Any) -> Any:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
     return [
+        type(tokenizer).__qualname__,
         {name: part for name, part in words.items() if name not in ("padding", "truncation")},
         {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         tokenizer.clean_up_tokenization_spaces,
@@ -161,10 +168,3 @@ def _without_origin(content: Any) -> Any:
     if isinstance(content, dict):
         return {name: _without_origin(part) for name, part in content.items() if name not in ORIGIN}
     return [_without_origin(part) for part in content] if isinstance(content, list | tuple) else content
-
-
-def _source(cls: type) -> str | None:
-    try:
-        return inspect.getsourcefile(cls)
-    except TypeError:  # a class of a console, or built in
-        return None

@@ -25,7 +25,7 @@ from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, reason
 from vlmzip.evaluation.answering import Answer, Asker
 from vlmzip.evaluation.configurations import Candidate, Configuration, Configurator, plain_json, read_calibrated
-from vlmzip.evaluation.fingerprint import of_image, of_method, of_model, refuse_changed
+from vlmzip.evaluation.fingerprint import of_image, of_method, of_model, of_name, refuse_changed
 from vlmzip.evaluation.processes import Processes
 from vlmzip.evaluation.records import Record, Shard, hold, read_records
 from vlmzip.evaluation.task import Sample, Task
@@ -42,7 +42,7 @@ FILE = "study.json"
 #: What a record has of what it cost.
 COSTS = ("method", "visual_tokens", "retention", "text_tokens", "prefill_flops", "beyond_positions")
 #: Fields that have one value in all records of a folder.
-SAME = ("model", "dtype", "torch", "transformers")
+SAME = ("dtype", "torch", "transformers")
 AGAIN = "delete the line and run the same command again: its question will be asked again"
 
 
@@ -77,7 +77,7 @@ class Study:
     @cached_property
     def identity(self) -> dict[str, str]:
         """What all answers in the folder depend on."""
-        return {"model": self.name, **of_model(self.model, self.processor)}
+        return {**of_name(self.name), **of_model(self.model, self.processor)}
 
     def configure(
         self, tasks: Sequence[Task], methods: Sequence[Candidate], budgets: Sequence[str]
@@ -106,7 +106,12 @@ class Study:
                 raise UserError(f"in {str(self.folder)!r} {name} was asked with {known['tasks'][name]}, not {how}")
         configurator = Configurator(self.model, self.asker, self.name, read_calibrated(path, known))
         found = [row for task in tasks for row in configurator.rows(task, methods, budgets)]
-        content = {**self.identity, "tasks": known.get("tasks", {}) | asked, "calibrated": configurator.calibrated}
+        content = {
+            "model": self.name,
+            **self.identity,
+            "tasks": known.get("tasks", {}) | asked,
+            "calibrated": configurator.calibrated,
+        }
         text = json.dumps(content, indent=1) + "\n"
         write_text(path, text)
         return found
@@ -208,7 +213,7 @@ class Study:
             refuse_other_question(paths[0].parent, task, sample, record)
             if record["compressor"] != settings:
                 raise UserError(f"the records in {str(paths[0])!r} are of other settings than {settings}")
-            now = self._method(one) | {name: self.conditions[name] for name in SAME}
+            now = self._method(one) | of_name(self.name) | {name: self.conditions[name] for name in SAME}
             refuse_changed(f"{str(paths[0])!r} holds answers of another {record['method']}", record, now)
             if wrong := wrong_layers(record, self.adapter.profile().layers) or self._disagreeing(record):
                 raise UserError(f"{str(paths[0].parent)!r}, sample {sample.id!r}: {wrong}; {AGAIN}")

@@ -17,7 +17,7 @@ import numpy as np
 from vlmzip import spec
 from vlmzip.errors import UserError, reason
 from vlmzip.evaluation.configurations import Configuration, Configurator
-from vlmzip.evaluation.fingerprint import of_method_code
+from vlmzip.evaluation.fingerprint import of_method_code, of_name
 from vlmzip.evaluation.records import Record
 from vlmzip.evaluation.study import Study
 from vlmzip.evaluation.task import Sample, Task
@@ -141,7 +141,8 @@ def prefill_milliseconds(
     names = [spec.write(one.compressor) for one in configurations if one.compressor]
     asked = [[sample.id, sample.picture, sample.pixels, sample.question] for sample in samples]
     code = [of_method_code(one.compressor) for one in configurations if one.compressor]
-    conditions = {**study.conditions, "task": task.name, "samples": asked, "configurations": names, "code": code}
+    of_study = {**study.conditions, "model": of_name(study.name)}
+    conditions = {**of_study, "task": task.name, "samples": asked, "configurations": names, "code": code}
     path = study.folder / FILE
     known = _read_prefill(path, conditions, len(configurations)) if path.exists() else None
     if known is not None:

@@ -35,6 +35,10 @@ FREE = {
     "out", "log_every", "save_every", "checkpoints", "workers", "evaluation", "gradient_checkpointing", "sharding",
     "batch_per_process", "text_tokens", "max_left_out",
 }  # fmt: skip
+#: Settings that name files and folders, which can be written in many ways.
+PLACES = {"model", "records", "pictures"}
+#: What may differ when a run goes on, but is told: a run of days has to survive an upgrade.
+TOLD = ("code of vlmzip", "torch", "transformers")
 #: What an `OSError` has for its reason where the disk, and nothing else, refuses.
 REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO}
 #: Seconds that the workers of a run that was killed may take to end.
@@ -52,6 +56,8 @@ class RunFolder:
     """The last whole one, to go on from."""
     model: Path
     finished: bool
+    notes: tuple[str, ...] = ()
+    """What may have changed since the run began, and does not keep it from going on."""
     hold: Hold | None = None
     """Keeps other runs out, as long as it lives; the first process alone has it."""
 
@@ -88,12 +94,13 @@ class RunFolder:
         theirs = [out / name for name in (MODEL, LOG, BAD) if (out / name).exists()] + list(out.glob("checkpoint-*"))
         if before is None and theirs:
             raise UserError(f"out: {str(theirs[0])!r} is of something else; give another folder")
-        checkpoint = next(reversed(whole_checkpoints(out)), None)
+        checkpoint, notes = next(reversed(whole_checkpoints(out)), None), []
         if before is not None and (checkpoint is not None or model.exists()):
             _refuse_changes(out, before, asked)
+            notes = _notes(before, asked)
         remove_torn_checkpoints(out)
         if checkpoint is not None or model.exists():
-            return cls(checkpoint, model, model.exists(), holding)
+            return cls(checkpoint, model, model.exists(), tuple(notes), holding)
         for name in (BAD, LOG):
             (out / name).unlink(missing_ok=True)
         write_text(out / ASKED, json.dumps({"vlmzip": __version__, **asked}, indent=1) + "\n")
@@ -127,12 +134,29 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 def _refuse_changes(out: Path, before: dict[str, Any], asked: dict[str, Any]) -> None:
     # A setting that an older version did not have is none that was changed.
-    changed = [name for name in asked if name not in FREE and name in before and before[name] != asked[name]]
+    compared = [name for name in asked if name in before and name not in FREE and name not in TOLD]
+    changed = [name for name in compared if _plain(name, before[name]) != _plain(name, asked[name])]
     if changed:
         told = ", ".join(f"{name}: {_short(before[name])}, now {_short(asked[name])}" for name in changed[:3])
         raise UserError(
             f"out: the run in {str(out)!r} was begun with other settings ({told}); give another out, or the same ones"
         )
+
+
+def _plain(name: str, value: Any) -> Any:
+    return os.path.realpath(value) if name in PLACES and isinstance(value, str) else value
+
+
+def _notes(before: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """Return lines on what is another than when the run began, or may be."""
+    changed = [name for name in TOLD if name in asked and name in before and before[name] != asked[name]]
+    lines = [
+        f"{name} has changed since the run began ({before[name]}, now {asked[name]}); it goes on with what is here"
+        for name in changed
+    ]
+    if missing := [name for name in asked if name not in before]:
+        lines.append(f"not compared, for the run was begun by an earlier vlmzip: {', '.join(missing)}")
+    return lines
 
 
 def _short(value: Any) -> str:

@@ -22,7 +22,7 @@ from vlmzip import spec
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.evaluation.answering import Asker
-from vlmzip.evaluation.fingerprint import of_files, of_processor, of_weights
+from vlmzip.evaluation.fingerprint import of_code, of_files, of_json, of_method_code, of_model
 from vlmzip.evaluation.processes import Processes
 from vlmzip.evaluation.task import Task
 from vlmzip.evaluation.tasks import read_task
@@ -64,7 +64,7 @@ def train(config: Config, model: nn.Module, processor: Any, adapter: ModelAdapte
     records = Records(Path(config.records))
     steps = config.steps_for(len(records))
     examples = _examples(config, records, processor, adapter)
-    sources = _sources(records, model, processor) if processes.first else {}
+    sources = _sources(records, model, processor, schedule) if processes.first else {}
     small = attach(_with_lora(model, config.lora), schedule.stages[0].compressor)
     _choose_what_learns(small, adapter, config.learn, config.lora)
     trainer = make_trainer(config, small, schedule, examples, adapter, processor, steps)
@@ -84,6 +84,8 @@ def train(config: Config, model: nn.Module, processor: Any, adapter: ModelAdapte
         tell(left_out)
     if folder.checkpoint is not None:
         tell(f"going on from {folder.checkpoint}")
+        for note in folder.notes:
+            tell(note)
     try:
         _run(trainer, folder.checkpoint, steps)
         state = trainer.gather()
@@ -341,10 +343,20 @@ class Score:
         }
 
 
-def _sources(records: Records, model: nn.Module, processor: Any) -> dict[str, str]:
-    """What a run learns from, and starts from, beside its settings. Images are too many to be looked at."""
-    weights = {"base model": of_weights(model.state_dict())}
-    return {"records file": of_files([records.path]), **weights, **of_processor(processor)}
+def _sources(records: Records, model: nn.Module, processor: Any, schedule: Schedule) -> dict[str, str]:
+    """Return what a run learns from, and starts from, beside its settings. Images are too many to be looked at."""
+    found = of_model(model, processor)
+    weights = found.pop("weights")
+    for name in ("attention", "dtype", "device"):  # two are settings; a run may go on elsewhere
+        del found[name]
+    methods = [of_method_code(one) for one in (*(stage.compressor for stage in schedule.stages), schedule.afterwards)]
+    return {
+        "records file": of_files([records.path]),
+        "base model": weights,
+        **found,
+        "code of vlmzip": of_code("training"),
+        "method code": of_json(methods) if any(methods) else "",
+    }
 
 
 def _examples(config: Config, records: Records, processor: Any, adapter: ModelAdapter) -> Examples:

@@ -25,7 +25,7 @@ from vlmzip.cli.loading import Loaded
 from vlmzip.errors import UserError, reason
 from vlmzip.evaluation.answering import Asker
 from vlmzip.evaluation.configurations import Configuration, Configurator, plain_json, read_calibrated
-from vlmzip.evaluation.fingerprint import of_files, of_method, of_model, refuse_changed
+from vlmzip.evaluation.fingerprint import of_files, of_method, of_model, of_name, refuse_changed
 from vlmzip.evaluation.lmms.requests import NO_LIKELIHOODS, AnswerFailed
 from vlmzip.evaluation.lmms.suites import NO_JUDGE, Benchmark, Suite, has_judge, no_such_task
 from vlmzip.evaluation.metrics import METRICS
@@ -122,7 +122,7 @@ class SuiteRun:
         )
         every = Task("suite", self.suite.about, METRICS["exact"], (), 0, calibration, uncalibrated)
         found = list(configurator.rows(every, methods, budgets))
-        content = self._identity | {"calibrated": configurator.calibrated}
+        content = {"model": self.loaded.name, **self._identity, "calibrated": configurator.calibrated}
         _write_json(self.folder / FILE, content)
         return found
 
@@ -130,7 +130,7 @@ class SuiteRun:
     def _identity(self) -> dict[str, Any]:
         """What all results in the folder depend on. Which questions a benchmark has is not looked at."""
         return {
-            "model": self.loaded.name,
+            **of_name(self.loaded.name),
             "limit": self.limit,
             "lmms_eval": version("lmms-eval"),
             "tasks of your own": "" if self.include is None else of_files(task_files(Path(self.include))),
