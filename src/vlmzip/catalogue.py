@@ -184,6 +184,8 @@ def _documented_fields(owner: type, docs: dict[str, str]) -> list[str]:
 
 def _import(path: str) -> type[Compressor]:
     module, _, attribute = path.partition(":")
+    if module.endswith(".py"):
+        raise UserError(f"{path!r} names a file; give the module: {module.removesuffix('.py')}:{attribute}")
     own_files.search_for(module)
     try:
         found = getattr(importlib.import_module(module), attribute)

@@ -136,7 +136,7 @@ def test_a_budget_that_is_not_met_is_said(capsys, checkpoint, picture):
 def test_a_field_of_another_method_is_named(capsys, picture):
     code, _, err = run(capsys, "ask", picture, "w4", "--factor", "2")
     assert code == 2
-    assert "pool2d has such a field: --method pool2d" in err
+    assert "pool2d has this field: --method pool2d" in err
 
 
 def test_keep_means_the_nearest_factor_for_pooling(capsys, checkpoint, picture):
@@ -266,7 +266,7 @@ MISTAKES = [
     (["ask", "{picture}", "w4", "--model", "{text_model}"], "not a vision-language model"),
     (["ask", "{picture}", "w4", "--model", "{broken}"], "cannot load"),
     (["ask", "{picture}", "w4", "--device", "warp"], "cannot be used"),
-    (["ask", "{picture}", "w4", "--dtype", "float3"], "did you mean 'float32'"),
+    (["ask", "{picture}", "w4", "--dtype", "float3"], "unknown dtype 'float3'; choose one of"),
     (["ask", "{picture}", "w4", "--overlay", "{picture}", "--model", "{checkpoint}"], "choose another name"),
     (["ask", "{picture}", "w4", "--overlay", "out.xyz", "--model", "{checkpoint}"], "no suffix"),
     (["ask", "{picture}", "w4", "--method", "dfmr", "--keep", "25%"], "vlmzip calibrate"),

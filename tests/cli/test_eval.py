@@ -242,7 +242,7 @@ MISTAKES = [
     (["--out", "{folder}/a.png"], "is a file; give a folder"),
     (["--method", "visionzip"], "did you mean '--methods'"),
     (["--tasks", "{folder}:exact", "--calibrate-on", "{folder}"], "holds pictures that are asked about"),
-    (["mini"], "has no use for 'mini'"),
+    (["mini"], "unexpected argument 'mini'"),
 ]
 
 

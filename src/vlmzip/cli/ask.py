@@ -89,6 +89,8 @@ def run(args: Namespace) -> None:
     warn_about_detail(result.report, paths)
     if args.overlay:
         save_picture(draw(loaded, inputs, result.report, paths), args.overlay, paths)
+        if not args.json:
+            print(f"tokens drawn in {args.overlay}")
 
 
 def _print_account(out: dict[str, Any]) -> None:
@@ -122,5 +124,3 @@ def _print_account(out: dict[str, Any]) -> None:
         before = plain.get("milliseconds", {}).get(part)
         table.add_row(f"{part} ms", ("" if before is None else f"{before:.1f} → ") + f"{spent:.1f}")
     console.print(table)
-    if "overlay" in out:
-        console.print(f"tokens drawn in {escape(out['overlay'])}")

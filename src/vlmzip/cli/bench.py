@@ -285,7 +285,7 @@ def _check(args: Namespace) -> None:
         raise UserError(f"there is no preset {args.preset!r}{closest(args.preset, PRESETS)}")
     for name, choices in (("attention", ATTENTION), ("clock", CLOCKS)):
         if (value := getattr(args, name)) not in choices:
-            raise UserError(f"--{name} {value!r} is none{closest(value, choices)}")
+            raise UserError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
     for name, _, least, _ in WHOLE:
         if (value := getattr(args, name.replace("-", "_"))) < least:
             raise UserError(f"--{name} {value}: give at least {least}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ def run(args: Namespace) -> None:
     from vlmzip.cli.asking import build_inputs, seen_pictures, split_pictures_and_question
     from vlmzip.cli.compare_output import Comparison
     from vlmzip.cli.comparing import compare
-    from vlmzip.cli.loading import load
+    from vlmzip.cli.loading import load, tell
     from vlmzip.cli.pictures import load_picture
 
     paths, question = split_pictures_and_question(args.words, "compare")
@@ -72,6 +73,9 @@ def run(args: Namespace) -> None:
         _write(found, seen_pictures(loaded, inputs, paths), args.sheet, args.html)
     finally:  # a full disk must not cost the answers, nor a reader that stops early (`| head -5`) the files
         _print(found, args)
+    if broken := [row.method for row in rows if row.broke]:
+        tell(f"{', '.join(broken)} broke; the note says how")
+        sys.exit(1)
 
 
 def _write(found: Comparison, seen: list[Image.Image], sheet_file: Path | None, html_file: Path | None) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from vlmzip.cli.asking import Answer, answer, attach_with_notes, compressed
 from vlmzip.cli.loading import Loaded, progress
 from vlmzip.compressor import BudgetError, Compressor, Profile, missed
-from vlmzip.errors import reason, telling_beyond_positions
+from vlmzip.errors import UserError, reason, telling_beyond_positions
 from vlmzip.keep import Keep
 from vlmzip.methods import NoCompression
 from vlmzip.runtime.facade import CompressedModel
@@ -30,6 +30,8 @@ class Row:
     first: Answer | None = None
     differs: bool = False
     """Whether the answer is another than the plain model's."""
+    broke: bool = False
+    """Whether the method failed with something other than a reason for the user."""
     spent: list[dict[str, float]] = field(default_factory=list)
 
     @property
@@ -47,6 +49,7 @@ class Row:
 
     def give_up(self, error: Exception) -> None:
         self.note, self.first, self.small, self.differs = reason(error), None, None, False
+        self.broke = not isinstance(error, UserError)
 
 
 def compare(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmzip.cli.console import Console
-from vlmzip.errors import UserError, closest
+from vlmzip.errors import UserError
 from vlmzip.files import is_file, is_folder
 from vlmzip.models import FAMILIES, adapter_for
 from vlmzip.models.adapter import ModelAdapter
@@ -83,7 +83,7 @@ def refuse_model_at_fault(error: Exception) -> None:
 
 def check_dtype(dtype: str | None) -> None:
     if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype!r} is none{closest(dtype, DTYPES)}")
+        raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
 
 
 def tell(text: str) -> None:
@@ -131,10 +131,10 @@ def source_of(name: str) -> str:
             refuse_lora(path)
             raise UserError(f"{name!r} is no checkpoint: there is no config.json in it")
     elif is_file(path):
-        raise UserError(f"{name!r} is a file; --model takes a checkpoint folder or a hub id")
+        raise UserError(f"{name!r} is a file; a model is a checkpoint folder or a hub id")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or name.count(os.sep) > 1 or "/" not in name:
         raise UserError(
-            f"there is no folder {name!r}; --model takes mini, a checkpoint folder or a hub id, "
+            f"there is no folder {name!r}; a model is mini, a checkpoint folder or a hub id, "
             f"such as {FAMILIES[0].example}"
         )
     return name

@@ -50,7 +50,7 @@ class Parser(ArgumentParser):
         for word in unknown:
             name = word.partition("=")[0]
             if not name.startswith("-"):
-                raise UserError(f"{self.prog} has no use for {word!r}; see {self.prog} --help")
+                raise UserError(f"unexpected argument {word!r}; see {self.prog} --help")
             raise UserError(f"{self.prog} has no option {name}{closest(name, options)}{_owners(name)}")
 
 
@@ -162,7 +162,11 @@ def _owners(option: str) -> str:
 
     field = option.removeprefix("--").replace("-", "_")
     names = [method.name for method in outline.methods() if field in method.fields]
-    return f"; {', '.join(names)} has such a field: --method {names[0]}" if names else ""
+    if not names:
+        return ""
+    *others, last = names
+    have = f"{', '.join(others)} and {last} have" if others else f"{last} has"
+    return f"; {have} this field: --method {' or '.join(names)}"
 
 
 def _overview() -> str:
