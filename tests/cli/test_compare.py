@@ -151,8 +151,11 @@ class TestRowsThatCannotBe:
     def test_a_failing_method_costs_the_others_nothing(self, capsys, odd, tmp_path):
         sheet, page = tmp_path / "sheet.png", tmp_path / "page.html"
         methods = odd("Broken", "Unreachable") + ",pool2d"
-        code, out, _ = run(capsys, PICTURE, QUESTION, "--methods", methods, "--sheet", sheet, "--html", page, *QUICK)
-        assert code == 1  # a method broke: that is a defect, though the table is there
+        with pytest.raises(SystemExit) as ended:
+            run(capsys, PICTURE, QUESTION, "--methods", methods, "--sheet", sheet, "--html", page, *QUICK)
+        assert ended.value.code == 1  # a defect, though the table is there
+        out, err = capsys.readouterr()
+        assert "odd_methods:Broken broke; the note says how" in err
         assert re.search(r"^odd_methods:Broken \(1\) +— ", out, re.M)
         assert re.search(r"^odd_methods:Unreachable \(2\) +— ", out, re.M)
         assert "(1) odd_methods:Broken: failed with RuntimeError: [red]boom" in out
