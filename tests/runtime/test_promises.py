@@ -286,9 +286,13 @@ def test_streamers(family, small, rows):
     assert torch.equal(torch.stack(streamer.steps, 1), rows_out[:, inputs["input_ids"].shape[1] :])
     assert streamer.ended
     if adapter_for(family.model).features_as_list:  # others refuse: they generate row by row
-        twice = Collect()
-        small.generate(**inputs, **GREEDY | {"do_sample": True}, num_return_sequences=2, streamer=twice)
-        assert torch.equal(twice.prompt, inputs["input_ids"].repeat_interleave(2, 0))
+        twice, several = Collect(), {**GREEDY, "do_sample": True, "num_return_sequences": 2}
+        if WRONG_COPIES and len(rows) > 1:  # a row has several images: see test_beams
+            with pytest.raises(UserError, match="give wrong answers in transformers"):
+                small.generate(**inputs, **several, streamer=twice)
+        else:
+            small.generate(**inputs, **several, streamer=twice)
+            assert torch.equal(twice.prompt, inputs["input_ids"].repeat_interleave(2, 0))
     for row in range(len(rows)):
         single = Collect()
         small.generate(**alone(family, row), **GREEDY, streamer=single)
