@@ -231,11 +231,12 @@ class Examples(Dataset):
                 self._note(here, str(reason))
         raise UserError(f"not one record of {str(self.records.path)!r} can be trained on; see {str(self.notes)!r}")
 
-    def look_at(self, count: int) -> tuple[int, Counter[str]]:
-        """Read some of the records, from all over the file: how many, and the reasons of those that are bad.
+    def look_at(self, count: int) -> tuple[int, Counter[str], str]:
+        """Read some of the records, from all over the file: how many, why some are bad, and the first one's error.
 
         The bad ones are noted.
         """
+        first = ""
         places = sorted({number * len(self) // count for number in range(count)})
         reasons: Counter[str] = Counter()
         for here in (self.chosen[place] for place in places):
@@ -244,7 +245,8 @@ class Examples(Dataset):
             except BadRecord as reason:
                 self._note(here, str(reason))
                 reasons[str(reason)] += 1
-        return len(places), reasons
+                first = first or str(reason.__cause__ or reason)
+        return len(places), reasons, first
 
     def lengths(self, visual_tokens: int) -> list[int]:
         """About how many tokens each record has, to put rows of like length together: four bytes for a token."""

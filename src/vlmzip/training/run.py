@@ -121,7 +121,7 @@ def _look_at(examples: Examples, config: Config) -> str:
 
     Those that are no records at all count as well: they are known from reading the file.
     """
-    looked, reasons = examples.look_at(SAMPLE)
+    looked, reasons, first = examples.look_at(SAMPLE)
     for _, reason in examples.records.bad:
         reasons.setdefault(reason, 0)
     records, known = len(examples.records), len(examples.records.bad)
@@ -134,7 +134,8 @@ def _look_at(examples: Examples, config: Config) -> str:
         return f"{bad} of {looked} records looked at are left out: {found}" if bad else ""
     raise UserError(
         f"records: about {share:.0%} of them are left out, more than max_left_out, {config.max_left_out}; of {looked}"
-        f" looked at: {found}; mend that, or set max_left_out: 100% to train on the rest"
+        f" looked at: {found}{f' ({first})' if first and first not in reasons else ''}; mend that"
+        + ("" if share == 1 else ", or set max_left_out: 100% to train on the rest")
     )
 
 
