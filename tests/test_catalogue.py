@@ -1,6 +1,8 @@
+import dataclasses
+
 import pytest
 
-from vlmzip import Pool2d, UserError, VisionZip, available, catalogue
+from vlmzip import Pool2d, RandomTokens, UserError, VisionZip, available, catalogue
 
 
 def test_available_is_sorted_and_named_by_file():
@@ -47,3 +49,8 @@ def test_settings_from_text():
     assert catalogue.make(VisionZip, {"dominant": "5", "contextual": "2", "merge": "mean"}) == VisionZip(
         dominant=5, contextual=2, merge="mean"
     )
+
+
+def test_types_of_fields_are_named_in_files_without_postponed_annotations():
+    made = dataclasses.make_dataclass("Made", [("stride", int, 4)], bases=(RandomTokens,), frozen=True, kw_only=True)
+    assert {field.name: field.type for field in catalogue.describe(made)}["stride"] == "int"

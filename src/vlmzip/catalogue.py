@@ -155,7 +155,8 @@ def _type(field: dataclasses.Field, cls: type[Compressor]) -> str:
         return " | ".join(cls.sites)
     if get_origin(hint) is Literal:
         return " | ".join(map(str, get_args(hint)))
-    return str(field.type)
+    # A file without `from __future__ import annotations` has types, others have their names.
+    return field.type.__name__ if isinstance(field.type, type) else str(field.type)
 
 
 def _default(field: dataclasses.Field) -> Any:

@@ -114,7 +114,7 @@ def test_attention_that_cannot_be_used_is_said_in_a_line(trained_with, monkeypat
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("steps=[", "--set 'steps=[' is no YAML"),
+        ("steps=[", "--set 'steps=[' is not YAML"),
         ("learning_rate=-1", "learning_rate: -1.0 is out of range"),
         ("trainer.max_steps=5", "trainer: max_steps follows from the run's own setting steps"),
         ("schedule=random_factor(per=step)+fastv(layer=1)", "random_factor cannot be chained"),

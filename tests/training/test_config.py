@@ -78,11 +78,11 @@ def test_changes_win_over_the_file(read):
         (LEAST + "learn: []\n", "learn: nothing would; give at least one of projector"),
         (LEAST + "steps: 3\nseed: 1\nsteps: 4\n", "steps stands twice, again in line 6"),
         (LEAST + "lora: {r: 1, r: 2}\n", "r stands twice"),
-        (LEAST + "pictures: 2026-13-45\n", "is no YAML: month must be"),
+        (LEAST + "pictures: 2026-13-45\n", "is not YAML: month must be"),
         (LEAST + "evaluation: {every: 1, compressor: random_factor}\n", "evaluation.compressor: random_factor is for"),
         (LEAST + "evaluation: {every: 1, compressor: visionsip}\n", "did you mean 'visionzip'"),
         (LEAST + "schedule: two-stages\n", "did you mean 'two-stage'"),
-        ("model: [\n", "is no YAML"),
+        ("model: [\n", "is not YAML"),
         ("model: " + "[" * 20_000, "too many brackets in one another"),
         ("model: " + "{a: " * 20_000, "too many brackets in one another"),
         (LEAST + r'schedule: "\ud800"', "half a character in the text of line 4"),
@@ -110,9 +110,9 @@ def test_null_is_only_for_what_can_be_left_out(read):
 def test_wrong_changes_are_named(read, tmp_path):
     with pytest.raises(UserError, match="--set 'steps' is no setting"):
         read(LEAST, "steps")
-    with pytest.raises(UserError, match=r"--set 'steps=\[' is no YAML"):
+    with pytest.raises(UserError, match=r"--set 'steps=\[' is not YAML"):
         read(LEAST, "steps=[")
-    with pytest.raises(UserError, match=r"--set 'schedule=.*' is no YAML"):
+    with pytest.raises(UserError, match=r"--set 'schedule=.*' is not YAML"):
         read(LEAST, "schedule={name: two-stage, split: [1,2}")
     with pytest.raises(UserError, match=r"--set 'lora=.*': r stands twice"):
         read(LEAST, "lora={r: 1, r: 2}")

@@ -315,7 +315,9 @@ def _parse(where: str, text: str | bytes) -> Any:
     except RecursionError:
         raise UserError(f"{where}: too many brackets in one another") from None
     except (yaml.YAMLError, ValueError) as error:  # a date of month 13 is a ValueError
-        raise UserError(f"{where} is no YAML: {' '.join(str(error).split())}") from None
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        said = f"{problem} in line {mark.line + 1}" if mark and problem else " ".join(str(error).split())
+        raise UserError(f"{where} is not YAML: {said}") from None
 
 
 def _change(content: dict[str, Any], change: str) -> None:
