@@ -213,7 +213,7 @@ def bomb(folder):
 def test_what_unpacks_to_too_much_is_refused_everywhere(tmp_path, monkeypatch, reader, limit):
     path = bomb(tmp_path)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-    with pytest.raises((UserError, BadRecord), match=r"more than .00,000 pixels|a picture has too many pixels"):
+    with pytest.raises((UserError, BadRecord), match=r"more than .00,000 pixels|an image has too many pixels"):
         {"ask": asked, **READERS}[reader](path)
 
 
@@ -242,7 +242,7 @@ def test_whatever_a_plugin_raises_is_one_line(tmp_path, monkeypatch, error, wher
     with pytest.raises(ImageError, match=r"^'.*' cannot be read: .") as told:
         asked(path)
     assert "\n" not in str(told.value)
-    with pytest.raises(BadRecord, match=r"^a picture cannot be read$"):
+    with pytest.raises(BadRecord, match=r"^an image cannot be read$"):
         trained_on(path)
 
 
@@ -277,7 +277,7 @@ def test_what_is_no_file_is_said_in_a_short_line(tmp_path, name, said, kind):
     with pytest.raises(ImageError, match=re.escape(said)) as told:
         load_picture(tmp_path / name)
     assert len(str(told.value)) < 400
-    with pytest.raises(BadRecord, match=f"^a picture {re.escape(kind)}$"):
+    with pytest.raises(BadRecord, match=f"^an image {re.escape(kind)}$"):
         Record("", (Turn("<image>", "!"),), (name,)).load_pictures(tmp_path)
 
 
