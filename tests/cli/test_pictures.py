@@ -68,8 +68,14 @@ def test_what_is_no_picture_is_refused(tmp_path, monkeypatch):
     (tmp_path / "text.png").write_text("hello")
     (tmp_path / "cut.png").write_bytes(good.read_bytes()[:2000])
     (tmp_path / "header.png").write_bytes(good.read_bytes()[:20])
-    cases = [("none.png", "no file"), ("empty.png", "empty"), ("text.png", "no picture"), ("cut.png", "cannot be read"),
-             ("header.png", "no picture|cannot be read"), (".", "is a folder")]  # fmt: skip
+    cases = [
+        ("none.png", "no file"),
+        ("empty.png", "empty"),
+        ("text.png", "not an image"),
+        ("cut.png", "cannot be read"),
+        ("header.png", "not an image|cannot be read"),
+        (".", "is a folder"),
+    ]
     for name, message in cases:
         with pytest.raises(UserError, match=message) as error:
             load_picture(tmp_path / name)
