@@ -40,7 +40,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	@touch $@
 
-demo: $(INSTALLED) ## set up, then ask the small model about a picture, with and without compression
+demo: $(INSTALLED) ## set up, then ask the small model about an image, with and without compression
 	$(BIN)/vlmzip ask examples/cluttered.png "$$(cat examples/cluttered.txt)" --baseline --overlay runs/demo.png
 
 test: $(INSTALLED) ## set up, then run the tests
@@ -108,7 +108,7 @@ bench-gpu: ## speed and memory on one GPU, within 8 minutes; installs nothing an
 flops: $(INSTALLED) ## count prefill FLOPs beside the papers'; writes docs/flops.md
 	$(BIN)/python docs/flops.py
 
-figures: $(INSTALLED) ## make the pictures in docs/figures again
+figures: $(INSTALLED) ## make the images in docs/figures again
 	$(BIN)/python docs/figures/make.py
 
 CELLS = runs/support-newest.json $(SUPPORTED:%=runs/support-%.json)

@@ -3,7 +3,7 @@
     python benchmarks/detail_lost.py
 
 Asks the reading questions of mini's validation split with several methods and budgets, and puts each answer beside the
-`detail_lost` of its picture. The threshold is the start of the first bin from which on reading keeps less than
+`detail_lost` of its image. The threshold is the start of the first bin from which on reading keeps less than
 three quarters of its accuracy without compression. Writes benchmarks/results/detail-lost.csv.
 """
 
@@ -38,9 +38,9 @@ def main() -> None:
     base = sum(record.right for record in plain) / len(plain)
     answers: list[tuple[float, bool]] = []
     for method in METHODS:
-        small = vlmzip.attach(model, method)
-        records = accuracy(ModelAnswer(small, processor), samples, batch=len(samples))
-        lost = [picture.detail_lost for picture in small.report.pictures]
+        compressed = vlmzip.attach(model, method)
+        records = accuracy(ModelAnswer(compressed, processor), samples, batch=len(samples))
+        lost = [image.detail_lost for image in compressed.report.images]
         answers += zip(lost, [record.right for record in records], strict=True)
     rows = table(answers, base)
     write_csv(args.out, rows)

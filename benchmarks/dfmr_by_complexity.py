@@ -1,12 +1,12 @@
-"""Does DFMR keep more tokens where a picture holds more? mini's test pictures, by level of complexity.
+"""Does DFMR keep more tokens where an image holds more? mini's test images, by level of complexity.
 
     python benchmarks/dfmr_by_complexity.py
 
-Measures the deviations of mini's 570 test pictures (a third each flat, patterned and cluttered), in several ways of
+Measures the deviations of mini's 570 test images (a third each flat, patterned and cluttered), in several ways of
 measuring, and sets the threshold for several budgets in two ways:
 
-* test:       from the test pictures themselves, which shows how near to a budget the steps of the average come;
-* validation: from mini's 180 validation pictures, and applied to the test pictures, as a user would have it.
+* test:       from the test images themselves, which shows how near to a budget the steps of the average come;
+* validation: from mini's 180 validation images, and applied to the test images, as a user would have it.
 
 Writes the mean deviation and the mean token count of every level to benchmarks/results/dfmr-by-complexity.csv.
 """
@@ -35,12 +35,12 @@ METHODS = [DFMR(), DFMR(normalize="l2"), DFMR(normalize="none"), DFMR(windows="m
 BUDGETS = ["75%", "50%", "25%", "15%"]
 
 
-def pictures(seeds: Iterable[int], part: str) -> list[Image.Image]:
+def images(seeds: Iterable[int], part: str) -> list[Image.Image]:
     return [Image.fromarray(draw(make_scene(seed), shipped_assets(part))) for seed in seeds]
 
 
 def after(found: Calibration, threshold: float) -> list[int]:
-    """Output tokens of the pictures measured in `found`, under another threshold."""
+    """Output tokens of the images measured in `found`, under another threshold."""
     counts = []
     for before, deviations in zip(found.before, found.deviations, strict=True):
         factor = max([1, *(factor for factor, value in deviations.items() if value < threshold)])
@@ -57,7 +57,7 @@ def rows_of(method: DFMR, model: torch.nn.Module, processor: object, splits: dic
     rows = []
     measured = {name: measure(model, images, method, processor=processor) for name, images in splits.items()}
     for keep in BUDGETS:
-        found = {name: meet(method, pictures, keep) for name, pictures in measured.items()}
+        found = {name: meet(method, images, keep) for name, images in measured.items()}
         spread = by_level([fmean(one.values()) for one in found["test"].deviations], levels)
         for source, calibration in found.items():
             threshold = calibration.compressor.tau  # type: ignore[attr-defined]
@@ -73,7 +73,7 @@ def rows_of(method: DFMR, model: torch.nn.Module, processor: object, splits: dic
                     "off_budget": f"{fmean(counts) / 144 / (float(keep[:-1]) / 100) - 1:+.4f}",
                     **{f"tokens_{level}": f"{value:.1f}" for level, value in by_level(counts, levels).items()},
                     **{f"deviation_{level}": f"{value:.4f}" for level, value in spread.items()},
-                    **{f"pictures_factor_{f}": sum(count == 144 // f**2 for count in counts) for f in (1, 2, 3)},
+                    **{f"images_factor_{f}": sum(count == 144 // f**2 for count in counts) for f in (1, 2, 3)},
                 }
             )
     return rows
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "dfmr-by-complexity.csv")
     args = parser.parse_args()
     model, processor = mini.load()
-    splits = {"test": pictures(TEST, "test"), "validation": pictures(VALIDATION, "validation")}
+    splits = {"test": images(TEST, "test"), "validation": images(VALIDATION, "validation")}
     rows = [row | about() for method in METHODS for row in rows_of(method, model, processor, splits)]
     write_csv(args.out, rows)
     for row in rows:

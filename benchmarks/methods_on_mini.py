@@ -4,7 +4,7 @@
     python benchmarks/methods_on_mini.py --limit 1026
 
 Budgets are average shares of the visual tokens over all layers of the LLM; where a method has no such setting, the
-table has no row. Methods whose threshold decides by content are calibrated on mini's validation pictures. Each
+table has no row. Methods whose threshold decides by content are calibrated on mini's validation images. Each
 configuration is appended to benchmarks/results/methods-on-mini.csv as soon as it is done; a second run goes on where
 the first was stopped. mini is a test-bed: what wins here need not win on a model of seven billion parameters.
 """
@@ -33,11 +33,11 @@ from vlmzip.measure.machine import about
 from vlmzip.mini import load
 from vlmzip.mini.assets import shipped_assets
 from vlmzip.mini.drawing import draw
-from vlmzip.mini.evaluate import ModelAnswer, Record, by, share_right
+from vlmzip.mini.evaluate import AnswerRecord, ModelAnswer, by, share_right
 from vlmzip.mini.scene import make_scene
 from vlmzip.mini.splits import VALIDATION, test_split
 from vlmzip.models import adapter_for
-from vlmzip.runtime.calibration import Measured, measure, meet
+from vlmzip.runtime.calibration import MeasuredImage, measure, meet
 
 BUDGETS = ("50%", "25%", "11%")
 SIMPLEST = ("random_tokens", "pool2d", "downsample")
@@ -70,37 +70,37 @@ def settings() -> Iterator[Compressor]:
 
 
 def at_budget(
-    method: Compressor, budget: str, profile: Profile, measured: dict[Compressor, list[Measured]]
+    method: Compressor, budget: str, profile: Profile, measured: dict[Compressor, list[MeasuredImage]]
 ) -> Compressor:
     if not isinstance(method, Calibratable):
         return method.at_budget(budget, profile)[0]
     alike = replace(method, positions=None)  # positions change nothing about what is measured
     if alike not in measured:
-        pictures = [Image.fromarray(draw(make_scene(seed), shipped_assets("validation"))) for seed in VALIDATION]
-        measured[alike] = measure(mini()[0], pictures, alike, processor=mini()[1])
+        images = [Image.fromarray(draw(make_scene(seed), shipped_assets("validation"))) for seed in VALIDATION]
+        measured[alike] = measure(mini()[0], images, alike, processor=mini()[1])
     return replace(meet(alike, measured[alike], budget).compressor, positions=method.positions)
 
 
-def ask(small: nn.Module, limit: int | None) -> tuple[list[Record], list[float], float, float]:
-    """Answers, visual tokens by layer (the mean picture's), milliseconds of selection a picture, seconds in all."""
-    answer, samples = ModelAnswer(small, mini()[1]), test_split(limit)
+def ask(compressed: nn.Module, limit: int | None) -> tuple[list[AnswerRecord], list[float], float, float]:
+    """Answers, visual tokens by layer (the mean image's), milliseconds of selection an image, seconds in all."""
+    answer, samples = ModelAnswer(compressed, mini()[1]), test_split(limit)
     records, layers, milliseconds, start = [], [], 0.0, time.perf_counter()
     for first in range(0, len(samples), BATCH):
         some = samples[first : first + BATCH]
         texts = answer([sample.image for sample in some], [sample.question for sample in some])
         records += [
-            Record(s.picture, s.question, s.answer, t, s.type, s.level) for s, t in zip(some, texts, strict=True)
+            AnswerRecord(s.seed, s.question, s.answer, t, s.type, s.level) for s, t in zip(some, texts, strict=True)
         ]
-        layers.append(small.report.by_layer)
-        milliseconds += small.report.milliseconds["selection"]
+        layers.append(compressed.report.by_layer)
+        milliseconds += compressed.report.milliseconds["selection"]
     mean = [sum(counts) / len(samples) for counts in zip(*layers, strict=True)]
     return records, mean, milliseconds / len(samples), time.perf_counter() - start
 
 
 def row_of(budget: str, setting: str, method: Compressor, limit: int | None) -> dict[str, object]:
     model, processor = mini()
-    small = vlmzip.attach(model, method)
-    records, tokens, milliseconds, seconds = ask(small, limit)
+    compressed = vlmzip.attach(model, method)
+    records, tokens, milliseconds, seconds = ask(compressed, limit)
     adapter, right = adapter_for(model), share_right(records)
     text = len(processor.tokenizer("USER: \nwhat color is the ring ? ASSISTANT:").input_ids)
     whole = adapter.profile().grid.size

@@ -1,6 +1,6 @@
 """What rows side by side save in training: padding, and time of forward and backward, beside rows that are padded.
 
-    python -m vlmzip.mini.conversations --pictures 600 --out runs/guide/data
+    python -m vlmzip.mini.conversations --images 600 --out runs/guide/data
     OMP_NUM_THREADS=1 python benchmarks/packing.py --records runs/guide/data/records.json --clock cpu
 
 mini on its own training records, `--batch` to a forward, bfloat16 autocast; projector and LLM learn.
@@ -19,7 +19,7 @@ from vlmzip.files import write_csv
 from vlmzip.measure.machine import about
 from vlmzip.measure.timing import cpu_seconds, in_turns, now, quartiles, ratios
 from vlmzip.runtime.prepare import pad_id
-from vlmzip.training.batches import Conversations, Padded
+from vlmzip.training.batches import Collator, Preprocessor
 from vlmzip.training.random_factor import RandomFactor
 from vlmzip.training.records import Records
 
@@ -46,25 +46,25 @@ def main() -> None:
     loaded.model.set_attn_implementation("eager")
     loaded.adapter.vision_encoder.requires_grad_(False)
     records = Records(args.records)
-    conversations = Conversations(loaded.processor, loaded.adapter, 500)
+    conversations = Preprocessor(loaded.processor, loaded.adapter, 500)
     rows = [conversations(records[n], args.records.parent) for n in range(args.batch * args.forwards)]
-    together = Padded(pad_id(loaded.adapter), conversations.blank())
+    together = Collator(pad_id(loaded.adapter), conversations.blank())
     batches = [together(rows[start : start + args.batch]) for start in range(0, len(rows), args.batch)]
-    small = attach(loaded.model, COMPRESSORS["no_compression"]).train()
+    compressed = attach(loaded.model, COMPRESSORS["no_compression"]).train()
 
     def run(name: str, packed: bool) -> tuple[float, float]:
         """Seconds, and the share of the LLM's input that is padding."""
-        small.switch(COMPRESSORS[name])
+        compressed.switch(COMPRESSORS[name])
         padding = of = 0
         start = clock("cpu")
         for batch in batches:
             with torch.autocast("cpu", torch.bfloat16):
-                loss = small(**batch, pack_rows=packed).loss
+                loss = compressed(**batch, pack_rows=packed).loss
             loss.backward()
-            source = small.report.source
+            source = compressed.report.source
             padding, of = padding + int((source < 0).sum()), of + source.numel()
         spent = clock("cpu") - start
-        small.zero_grad()
+        compressed.zero_grad()
         return spent, padding / of
 
     ways = {f"{name}, {packed}": partial(run, name, packed) for name, packed in product(COMPRESSORS, (False, True))}

@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/rest_of_the_limit.py     # LLaVA-1.5-7B with heads and MLPs at 1/8, one thread
 
-A prompt of text has no compressor and no pictures. Layers that see n tokens cannot be faster than those of a text of n
+A prompt of text has no compressor and no images. Layers that see n tokens cannot be faster than those of a text of n
 tokens; what a method takes beyond the sum of such layers is its own work, of which the report's "selection" is a part.
 """
 
@@ -46,9 +46,9 @@ def main() -> None:
         return time_answer(model, adapter, {"input_ids": ids}, 2, cpu_seconds).prefill
 
     def of_method(name: str) -> float:
-        with methods[name].on(model) as small:
-            spans = time_answer(small, adapter, inputs, 2, cpu_seconds)
-            selection[name].append(small.report.milliseconds["selection"])
+        with methods[name].on(model) as compressed:
+            spans = time_answer(compressed, adapter, inputs, 2, cpu_seconds)
+            selection[name].append(compressed.report.milliseconds["selection"])
         return spans.prefill
 
     runs = {f"text {n}": partial(of_text, n) for n in sorted(lengths)} | {n: partial(of_method, n) for n in methods}

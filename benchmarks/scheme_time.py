@@ -25,7 +25,7 @@ from vlmzip.json_text import parse, read_lines
 from vlmzip.measure.machine import about
 from vlmzip.measure.timing import in_turns
 from vlmzip.runtime.prepare import pad_id
-from vlmzip.training.batches import Conversations, Padded
+from vlmzip.training.batches import Collator, Preprocessor
 from vlmzip.training.records import Records
 from vlmzip.training.schedule import scheme
 from vlmzip.training.trainer import LOG, SUMMARY
@@ -49,15 +49,15 @@ def flops(out: Path) -> dict[str, float]:
     """Of a step with each scheme, the mean over its stages, on one batch."""
     loaded = load(str(out / WARM / "model"), "cpu", "float32")
     records = out / "data" / "records.json"
-    read, conversations = Records(records), Conversations(loaded.processor, loaded.adapter, 500)
+    read, conversations = Records(records), Preprocessor(loaded.processor, loaded.adapter, 500)
     rows = [conversations(read[number], records.parent) for number in range(BATCH)]
-    batch = Padded(pad_id(loaded.adapter), conversations.blank())(rows)
-    small = attach(loaded.model, NoCompression())
+    batch = Collator(pad_id(loaded.adapter), conversations.blank())(rows)
+    compressed = attach(loaded.model, NoCompression())
 
     def one(compressor: Compressor) -> int:
-        small.switch(compressor)
+        compressed.switch(compressor)
         with torch.no_grad():
-            return step_flops(small, batch)
+            return step_flops(compressed, batch)
 
     layers = loaded.adapter.profile().layers
     return {name: mean(one(stage.compressor) for stage in scheme(name, layers).stages) for name in NAMES}
@@ -74,7 +74,7 @@ def main() -> None:
     prepare(given.out, given.processes)
     whole = flops(given.out)
     runs = {name: partial(seconds, name, given.out, given.processes) for name in NAMES}
-    runs["none"]()  # reads the pictures from the disk, which later runs find in memory
+    runs["none"]()  # reads the images from the disk, which later runs find in memory
     taken = in_turns(runs, given.repeats, warmup=0)
     rows = []
     for name in NAMES:

@@ -2,7 +2,7 @@
 
     python benchmarks/selection_by_method.py
 
-Random visual tokens of CLIP ViT-L's width (1,024) and random signals, one picture of 1, 5 or 32 frames of 24 x 24: what
+Random visual tokens of CLIP ViT-L's width (1,024) and random signals, one image of 1, 5 or 32 frames of 24 x 24: what
 is timed is deciding and applying (`method(tokens).apply(features)`), the signals' own rows apart ("signal: ..."). Each
 method keeps 64 tokens, and then a ninth. All variants and the encoder take turns in one run; ratios are medians of the
 ratios within each round. Peak memory is measured in a fresh process for each. Writes

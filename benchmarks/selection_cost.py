@@ -84,7 +84,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--batch", type=int, default=1, help="pictures at once")
+    parser.add_argument("--batch", type=int, default=1, help="images at once")
     parser.add_argument("--layers", type=int, default=24, help="encoder layers; 24 is CLIP ViT-L")
     parser.add_argument("--repeats", type=int, default=11)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")

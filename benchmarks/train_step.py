@@ -53,21 +53,21 @@ def main() -> None:
     adapter = adapter_for(model)
     inputs = make_inputs(preset, args.batch, args.text_tokens, args.device, dtype)
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == adapter.placeholder_id, -100)
-    small = attach(model, NoCompression())
+    compressed = attach(model, NoCompression())
     clock = {"wall": now, "cpu": cpu_seconds}[args.clock]
 
     def step(name: str) -> float:
-        small.switch(STAGES[name])
+        compressed.switch(STAGES[name])
         start = clock(args.device)
-        small(**inputs, labels=labels).loss.backward()
+        compressed(**inputs, labels=labels).loss.backward()
         spent = clock(args.device) - start
         model.zero_grad()
         return spent
 
     flops = {}
     for name, compressor in STAGES.items():
-        small.switch(compressor)
-        flops[name] = step_flops(small, inputs)
+        compressed.switch(compressor)
+        flops[name] = step_flops(compressed, inputs)
     seconds = in_turns({name: partial(step, name) for name in STAGES}, args.repeats)
     rows = []
     for name in STAGES:
@@ -92,15 +92,15 @@ def main() -> None:
     write_csv(args.results, rows)
 
 
-def step_flops(small: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
+def step_flops(compressed: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
     """Forward and backward of one step; selection and pooling are left out."""
-    adapter = adapter_for(small.inner)
+    adapter = adapter_for(compressed.inner)
     with torch.no_grad():
-        encoder = flops_inside([adapter.vision_encoder], lambda: small(**inputs))
-        projector = flops_inside([adapter.projector], lambda: small(**inputs))
+        encoder = flops_inside([adapter.vision_encoder], lambda: compressed(**inputs))
+        projector = flops_inside([adapter.projector], lambda: compressed(**inputs))
     llm = 0
     head = 2 * adapter.llm_config.hidden_size * adapter.llm_config.vocab_size
-    for profile in TokenProfile.rows(small.report, inputs["attention_mask"].sum(1).tolist()):
+    for profile in TokenProfile.rows(compressed.report, inputs["attention_mask"].sum(1).tolist()):
         llm += profile.prefill_flops(adapter) + head * (profile.all[-1] - 1)
     return encoder + 3 * (projector + llm)
 

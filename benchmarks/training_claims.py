@@ -1,7 +1,7 @@
 """The papers' claims on training, tried in miniature on mini: `python benchmarks/training_claims.py --out runs/claims`.
 
 Every run starts from the same mini (its encoder, and an LLM that has seen captions and some questions, without
-compression), sees as many pictures, and takes the same number of steps. Stopped at any point, the same command goes on
+compression), sees as many images, and takes the same number of steps. Stopped at any point, the same command goes on
 where it was: runs that are complete are not trained again, answers that were given are not asked for again. `--only
 NAME` runs one; `--table` only writes the results so far. The runs stand in the order in which they tell most;
 `python docs/training_claims.py` makes their page.
@@ -33,8 +33,8 @@ STEPS, BATCH, QUESTIONS = 200, 16, 1024
 #: alone must first learn to look things up by name; that comes suddenly and drowns what is compared. LLaVA's can.
 BASE_STEPS, BASE_SEED, WARM = 240, 0, "data/warm"
 SEEDS = (1, 2, 3)
-#: 15,360 pictures, of which a run sees those that its seed draws.
-PICTURES = 15_360
+#: 15,360 images, of which a run sees those that its seed draws.
+IMAGES = 15_360
 SCHEMES = (
     "two-stage",
     "three-stage-deeper",
@@ -148,11 +148,11 @@ def _start(command: list[str], processes: int) -> None:
 
 
 def prepare(out: Path, processes: int) -> list[str]:
-    """Pictures, the base that all start from, and DFMR at the thresholds for `SHARES`; returns those."""
+    """Images, the base that all start from, and DFMR at the thresholds for `SHARES`; returns those."""
     data = out / "data"
     if not (data / "records.json").exists():
         make = [sys.executable, "-m", "vlmzip.mini.conversations", "--out", str(data)]
-        subprocess.run([*make, "--pictures", str(PICTURES)], check=True)
+        subprocess.run([*make, "--images", str(IMAGES)], check=True)
     if not (data / "base" / "model" / "config.json").exists():
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         make = [*launcher, "-m", "vlmzip.mini.conversations", "--base", "--out", str(data)]
@@ -164,7 +164,7 @@ def prepare(out: Path, processes: int) -> list[str]:
 
 
 def _calibrate(model: Path) -> dict[str, str]:
-    """The thresholds at which mini's 180 validation pictures keep `SHARES` of their tokens on average."""
+    """The thresholds at which mini's 180 validation images keep `SHARES` of their tokens on average."""
     from vlmzip import DFMR
     from vlmzip.cli.loading import load
     from vlmzip.evaluation.mini_task import mini_task
@@ -173,7 +173,7 @@ def _calibrate(model: Path) -> dict[str, str]:
     loaded = load(str(model))
     calibration = mini_task(1).calibration
     assert calibration is not None  # mini has one
-    measured = measure(loaded.model, calibration.pictures(), DFMR(), processor=loaded.processor)
+    measured = measure(loaded.model, calibration.images(), DFMR(), processor=loaded.processor)
     return {name: f"{meet(DFMR(), measured, share).compressor.tau:.4g}" for name, share in SHARES.items()}
 
 
@@ -229,10 +229,10 @@ def differences(dfmr: str, quarter: str) -> list[Difference]:
 
 
 class Scores:
-    """What was answered, from the records of `vlmzip eval`: for each question right or not, and its picture."""
+    """What was answered, from the records of `vlmzip eval`: for each question right or not, and its image."""
 
     def __init__(self, out: Path) -> None:
-        self.out, self._pictures = out, dict[str, str]()
+        self.out, self._images = out, dict[str, str]()
         self._found: dict[str, dict[str, Any]] = {}
 
     def __call__(self, training: str, seed: int, answers_with: Sequence[str]) -> np.ndarray | None:
@@ -243,23 +243,23 @@ class Scores:
         of_methods = [self._found[name].get(_settings(spec.read(written).to_dict())) for written in answers_with]
         if any(scores is None or len(scores) < QUESTIONS for scores in of_methods):
             return None
-        if any(scores.keys() != self._pictures.keys() for scores in of_methods):
+        if any(scores.keys() != self._images.keys() for scores in of_methods):
             raise SystemExit(f"{name} was asked other questions")
         return np.mean([[scores[sample] for sample in sorted(scores)] for scores in of_methods], axis=0)
 
-    def pictures(self) -> list[str]:
+    def images(self) -> list[str]:
         """Of each question, in the order of the scores."""
-        return [self._pictures[sample] for sample in sorted(self._pictures)]
+        return [self._images[sample] for sample in sorted(self._images)]
 
     def _read(self, folder: Path) -> dict[str, Any]:
         found: dict[str, dict[str, float]] = {}
-        pictures = {}
+        images = {}
         for path in sorted(folder.glob("*.jsonl")):
             for sample, record in read_records([path]).items():
                 found.setdefault(_settings(record["compressor"]), {})[sample] = record["score"]
-                pictures[sample] = record["picture"]
-        if len(pictures) == QUESTIONS:
-            self._pictures = self._pictures or pictures
+                images[sample] = record["image"]
+        if len(images) == QUESTIONS:
+            self._images = self._images or images
         return found
 
 
@@ -268,7 +268,7 @@ def _settings(compressor: Any) -> str:
 
 
 def compare(out: Path, dfmr: Sequence[str]) -> list[dict[str, object]]:
-    """A line for each difference that is complete with some seed: percentage points, 95 % over pictures drawn anew."""
+    """A line for each difference that is complete with some seed: percentage points, 95 % over images drawn anew."""
     scores, rows = Scores(out), []
     for one in differences(*dfmr):
         of_seeds = {}
@@ -279,7 +279,7 @@ def compare(out: Path, dfmr: Sequence[str]) -> list[dict[str, object]]:
         if not of_seeds:
             continue
         mean = np.mean(list(of_seeds.values()), axis=0)
-        found = estimate(Bootstrap(scores.pictures(), 0).share(mean, np.ones(len(mean))))
+        found = estimate(Bootstrap(scores.images(), 0).share(mean, np.ones(len(mean))))
         by_seed = [round(float(values.mean()), 4) for values in of_seeds.values()]
         row = {"difference": one.name, "points": round(found.value, 4), "low": round(found.low, 4)}
         row |= {"high": round(found.high, 4), "seeds": len(of_seeds), "by_seed": " ".join(map(str, by_seed))}

@@ -3,7 +3,7 @@
     python configs/llava_untrained.py --llm lmsys/vicuna-7b-v1.5 --encoder openai/clip-vit-large-patch14-336 \\
         --like llava-hf/llava-1.5-7b-hf --out models/vicuna-7b-clip-336
 
-From `--like` come configuration, tokenizer, picture sizes and chat template, and none of the weights. Its vocabulary
+From `--like` come configuration, tokenizer, image sizes and chat template, and none of the weights. Its vocabulary
 may be larger than the LLM's, by <image> for one: rows of the LLM's embedding that nobody has trained are random, too.
 The 7B model needs about 45 GB of main memory.
 """

@@ -116,8 +116,8 @@ def differences(worst: float) -> str:
 def scopes(name: str, scale: float = 1.0) -> list[tuple[float, float]]:
     """FLOPs of LLM prefill and of TTFT, plain and at a ninth."""
     preset = PRESETS[name].scaled(scale)
-    adapter, each = adapter_of(name, scale), preset.visual_tokens // preset.pictures
-    kept = preset.pictures * count_to_keep(A_NINTH, each)
+    adapter, each = adapter_of(name, scale), preset.visual_tokens // preset.images
+    kept = preset.images * count_to_keep(A_NINTH, each)
     out = []
     for tokens in (preset.visual_tokens, kept):
         prefill = prefill_flops(adapter, tokens + BENCH_TEXT)
@@ -127,7 +127,7 @@ def scopes(name: str, scale: float = 1.0) -> list[tuple[float, float]]:
 
 def before_the_llm(adapter: ModelAdapter, preset: Preset, projected: int) -> int:
     tower, projector = adapter.model.model.vision_tower, adapter.model.model.multi_modal_projector
-    pixels = torch.empty(preset.pictures, 3, preset.side, preset.side, device="meta", dtype=torch.bfloat16)
+    pixels = torch.empty(preset.images, 3, preset.side, preset.side, device="meta", dtype=torch.bfloat16)
     features = torch.empty(projected, preset.vision_width, device="meta", dtype=torch.bfloat16)
     tower.set_attn_implementation("eager")  # whose products the counter sees on every device
     with torch.no_grad():
@@ -139,9 +139,9 @@ def limits() -> list[str]:
     for name, preset in PRESETS.items():
         whole, eighth = scopes(name), scopes(name, 1 / 8)
         cells = [name, f"{preset.visual_tokens:,}"]
-        for plain, small in zip(*whole, strict=True):
-            cells += [f"{plain / 1e12:.2f}", f"{small / 1e12:.2f}", f"{plain / small:.2f}x"]
-        rows.append(cells + [f"{plain / small:.2f}x" for plain, small in zip(*eighth, strict=True)])
+        for plain, compressed in zip(*whole, strict=True):
+            cells += [f"{plain / 1e12:.2f}", f"{compressed / 1e12:.2f}", f"{plain / compressed:.2f}x"]
+        rows.append(cells + [f"{plain / compressed:.2f}x" for plain, compressed in zip(*eighth, strict=True)])
     scope = ["compressed", "limit"]
     columns = ["preset", "visual tokens", "prefill", *scope, "TTFT", *scope, "prefill at 1/8", "TTFT at 1/8"]
     return markdown(columns, rows)

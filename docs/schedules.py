@@ -23,7 +23,7 @@ TEXT = 62
 HEAD = f"""# What training schedules cost
 
 Made by `python docs/schedules.py`, and checked by the tests. LLaVolta's schemes (arXiv:2406.20092, Table 1) on
-LLaVA-1.5-7B: visual tokens of a picture summed over all 32 layers, compression ratio (CR, Eq. 3), and FLOPs of the
+LLaVA-1.5-7B: visual tokens of an image summed over all 32 layers, compression ratio (CR, Eq. 3), and FLOPs of the
 LLM's forward with {TEXT} tokens of text, as a share of those without compression; forward and backward have the
 same share together. Steps: {STEPS:,}, which 2, 3 and 4 equally long stages divide; an epoch of LLaVA-1.5's instruction
 data has one more. *paper*: as printed there.

@@ -46,7 +46,7 @@ the library of commit {commit}). Later commits put records in another order and 
 instead of padding them; what they measure will differ by what another seed changes.
 
 All start from one model: [mini](mini.md)'s encoder, and an LLM that has seen captions and 240 steps of questions,
-without compression. Each is trained for {steps} steps of 16 pictures with up to twelve questions each (tuning: a
+without compression. Each is trained for {steps} steps of 16 images with up to twelve questions each (tuning: a
 tenth), projector and LLM at 1.2e-3, bfloat16 autocast. Seeds draw the records; the factors that Random draws are the
 same with all of them. Scores are percent of {questions} test questions. mini is a model of 6.4 million weights, trained
 here for minutes: what holds on it may not hold on LLaVA, and the other way round. The papers' numbers are means over
@@ -59,7 +59,7 @@ seed) with a fixed factor that keeps as many tokens, it answers better still. Tu
 helps, at 33 and 22 % of the tokens with every seed by two points or more, at 11 % unevenly.
 """
 DIFFERENCES = """
-Differences in percentage points, paired by question; 95 % intervals from drawing the test pictures anew. They leave out
+Differences in percentage points, paired by question; 95 % intervals from drawing the test images anew. They leave out
 how much another seed would change: where there are several seeds, the difference with each follows; all start from the
 same base. *as claimed*, *contrary*: the interval does not hold zero, and all seeds agree in sign; *open* otherwise.
 Where no paper claims anything that could be compared, *more* and *less* stand instead. That a scheme of LLaVolta's
@@ -70,7 +70,7 @@ STAGES = """
 CR (compression ratio) and FLOPs of the LLM are counted for mini with {text} tokens of text, which no compression
 touches; LLaVA has less text beside more visual tokens, and saves more. *all FLOPs*: of a training step, with encoder,
 projector and output head; *time*: wall-clock of the whole of training, by `python benchmarks/scheme_time.py` ({steps}
-steps of 16 pictures, {repeats} times in turns, median, least and greatest, commit {commit}). Scores here and below are
+steps of 16 images, {repeats} times in turns, median, least and greatest, commit {commit}). Scores here and below are
 those of seed 1; averages and hours are those of the paper's Table 2. The base from which all start scores {base}. That
 `none` answers as well with light compression as without shows that training with compression, not answering with it,
 costs the points. [docs/training.md](training.md) has the time of single steps at LLaVA's proportions.
@@ -82,9 +82,9 @@ one of 36 queries scores {qformer}, and pooling with 34 tokens a layer {pooling}
 of random weights to read; what it could do with more is not measured.
 """
 LENGTHS = """
-Scores of each training (rows) by what it answers with. DFMR's thresholds are set on validation pictures, to keep as
+Scores of each training (rows) by what it answers with. DFMR's thresholds are set on validation images, to keep as
 many tokens as Random does on average (45 %) and as many as factor 2 does (25 %; `dfmr-25`, which answers with its own);
-on the test pictures they keep a little less and a little more, as the columns say. *padding*: the share of the LLM's
+on the test images they keep a little less and a little more, as the columns say. *padding*: the share of the LLM's
 input in training that was padding, in the first process.
 """
 TUNING = """

@@ -18,17 +18,17 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-PICTURE = str(ROOT / "examples" / "flat.png")
+IMAGE = str(ROOT / "examples" / "flat.png")
 QUESTION = "what color is the ring ?"
 
 
 def base(folder):
-    vlmzip("ask", PICTURE, QUESTION, "--baseline", "--overlay", str(folder / "tokens.png"))
+    vlmzip("ask", IMAGE, QUESTION, "--baseline", "--overlay", str(folder / "tokens.png"))
 
 
 def train(folder):
     turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": "orange"}]
-    (folder / "records.json").write_text(json.dumps([{"image": PICTURE, "conversations": turns}] * 4))
+    (folder / "records.json").write_text(json.dumps([{"image": IMAGE, "conversations": turns}] * 4))
     run = {"model": "mini", "records": "records.json", "out": "out", "schedule": "two-stage"}
     run |= {"steps": 2, "batch": 2, "lora": {"r": 2}}
     (folder / "run.yaml").write_text(json.dumps(run))  # JSON is YAML

@@ -20,7 +20,7 @@ def test_using(monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == "orange"
     assert names["report"].after == 36
     assert names["out"].shape[1] > names["more"]["input_ids"].shape[1]
-    assert names["again"].compressor == names["small"].compressor
+    assert names["again"].compressor == names["compressed"].compressor
 
 
 def test_links_between_documents_lead_somewhere():

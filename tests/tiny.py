@@ -27,7 +27,7 @@ IMAGE_TOKEN, PAD, VOCABULARY, SIDE, PATCH = 99, 0, 100, 48, 8
 TOKENS = (SIDE // PATCH) ** 2
 
 
-#: Before 5.19 transformers gives copies of a row the pictures of its neighbours: refused, where a row has several.
+#: Before 5.19 transformers gives copies of a row the images of its neighbours: refused, where a row has several.
 WRONG_COPIES = Version(transformers.__version__) < Version("5.19")
 wrong_copies = pytest.mark.xfail(WRONG_COPIES, raises=UserError, strict=True, reason="refused before 5.19")
 
@@ -64,15 +64,15 @@ def tiny_llava(attention: str = "sdpa", **settings) -> LlavaForConditionalGenera
 
 
 def prompt(*parts: int | str, tokens: int = TOKENS) -> list[int]:
-    """Token ids; the word "image" stands for one picture's placeholders."""
+    """Token ids; the word "image" stands for one image's placeholders."""
     ids: list[int] = []
     for part in parts:
         ids += [IMAGE_TOKEN] * tokens if part == "image" else [part]
     return ids
 
 
-def batch(*rows: list[int], pictures: int = 0, pad: str = "left", seed: int = 1) -> dict[str, torch.Tensor]:
-    """Model inputs for prompts of different lengths, with random pictures."""
+def batch(*rows: list[int], images: int = 0, pad: str = "left", seed: int = 1) -> dict[str, torch.Tensor]:
+    """Model inputs for prompts of different lengths, with random images."""
     longest = max(map(len, rows))
     ids, mask = [], []
     for row in rows:
@@ -80,9 +80,9 @@ def batch(*rows: list[int], pictures: int = 0, pad: str = "left", seed: int = 1)
         ids.append([PAD] * gap + row if pad == "left" else row + [PAD] * gap)
         mask.append([0] * gap + [1] * len(row) if pad == "left" else [1] * len(row) + [0] * gap)
     inputs = {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-    if pictures:
+    if images:
         generator = torch.Generator().manual_seed(seed)
-        inputs["pixel_values"] = torch.randn(pictures, 3, SIDE, SIDE, generator=generator)
+        inputs["pixel_values"] = torch.randn(images, 3, SIDE, SIDE, generator=generator)
     return inputs
 
 
@@ -121,11 +121,11 @@ def tiny_processor(family: str):
         limits = {"shortest_edge": 16 * 16, "longest_edge": SIDE * SIDE}
         images = Qwen2VLImageProcessorPil(size=limits, patch_size=4, merge_size=2, temporal_patch_size=2)
 
-        class PicturesOnly(Qwen2_5_VLProcessor):
+        class ImagesOnly(Qwen2_5_VLProcessor):
             def check_argument_for_proper_class(self, name, part):  # its part for videos needs torchvision
                 return type(part)
 
-        return PicturesOnly(images, tokenizer)
+        return ImagesOnly(images, tokenizer)
     images = CLIPImageProcessor(size=size, do_center_crop=False)
     return LlavaProcessor(images, tokenizer, PATCH, "default", num_additional_image_tokens=1)
 
@@ -143,28 +143,28 @@ class Family:
     name: str
     model: PreTrainedModel
     sizes: list[tuple[int, int]]
-    """Rows and columns of the tokens of picture 0, 1, 2, …; the last repeats."""
+    """Rows and columns of the tokens of image 0, 1, 2, …; the last repeats."""
 
-    def tokens(self, picture: int) -> int:
-        rows, cols = self.sizes[min(picture, len(self.sizes) - 1)]
+    def tokens(self, image: int) -> int:
+        rows, cols = self.sizes[min(image, len(self.sizes) - 1)]
         return rows * cols
 
-    def ids(self, *rows: list[int | str], first_picture: int = 0) -> list[list[int]]:
-        """Token ids of prompts; "image" stands for the placeholders of the next picture."""
-        out, picture = [], first_picture
+    def ids(self, *rows: list[int | str], first_image: int = 0) -> list[list[int]]:
+        """Token ids of prompts; "image" stands for the placeholders of the next image."""
+        out, image = [], first_image
         for row in rows:
             ids: list[int] = []
             for part in row:
                 if part == "image":
-                    ids += [IMAGE_TOKEN] * self.tokens(picture)
-                    picture += 1
+                    ids += [IMAGE_TOKEN] * self.tokens(image)
+                    image += 1
                 else:
                     ids.append(int(part))
             out.append(ids)
         return out
 
-    def pictures(self, first: int, count: int) -> dict[str, torch.Tensor]:
-        """The inputs of some pictures; picture n always looks the same."""
+    def images(self, first: int, count: int) -> dict[str, torch.Tensor]:
+        """The inputs of some images; image n always looks the same."""
         if count == 0:
             return {}
         noise = [torch.Generator().manual_seed(100 + n) for n in range(first, first + count)]
@@ -175,10 +175,10 @@ class Family:
         pixels = [torch.randn(4 * r * c, 3 * 2 * 4 * 4, generator=g) for (r, c), g in zip(grids, noise, strict=True)]
         return {"pixel_values": torch.cat(pixels), "image_grid_thw": thw}
 
-    def batch(self, *rows: list[int | str], pad: str = "left", first_picture: int = 0) -> dict[str, torch.Tensor]:
-        """Padded model inputs for prompts with pictures."""
-        inputs = batch(*self.ids(*rows, first_picture=first_picture), pad=pad)
-        inputs |= self.pictures(first_picture, sum(row.count("image") for row in rows))
+    def batch(self, *rows: list[int | str], pad: str = "left", first_image: int = 0) -> dict[str, torch.Tensor]:
+        """Collator model inputs for prompts with images."""
+        inputs = batch(*self.ids(*rows, first_image=first_image), pad=pad)
+        inputs |= self.images(first_image, sum(row.count("image") for row in rows))
         if self.name == "qwen2_5_vl":
             inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE_TOKEN).int()
         if self.name == "paligemma":
@@ -254,7 +254,7 @@ def wider(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _with_large_weights(model: PreTrainedModel, attention: str) -> PreTrainedModel:
-    """Weights of the usual 0.02 make all tokens alike; larger ones make attention and answers depend on the picture."""
+    """Weights of the usual 0.02 make all tokens alike; larger ones make attention and answers depend on the image."""
     model.eval().set_attn_implementation(attention)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -262,6 +262,6 @@ def _with_large_weights(model: PreTrainedModel, attention: str) -> PreTrainedMod
             if parameter.ndim >= 2:
                 vision = "vision_tower" in name or "visual" in name
                 parameter.normal_(0, 0.3 if vision else 0.15, generator=generator)
-        # No trained model answers with a placeholder or a marker of pictures.
+        # No trained model answers with a placeholder or a marker of images.
         model.get_output_embeddings().weight[96:] = 0
     return model

@@ -1,4 +1,4 @@
-"""Makes the pictures of README and docs: `make figures`."""
+"""Makes the images of README and docs: `make figures`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import vlmzip
 from vlmzip import NoCompression, Pool2d, RandomTokens, VisionZip
 from vlmzip.compressor import Compressor
 from vlmzip.mini import load
-from vlmzip.visualize.overlay import INK, PAPER, draw_fates, draw_tokens, seen_picture
+from vlmzip.visualize.overlay import INK, PAPER, draw_fates, draw_tokens, seen_image
 
 HERE = Path(__file__).parent
 EXAMPLES = HERE.parent.parent / "examples"
@@ -34,32 +34,30 @@ def main() -> None:
         )
         panels = [panel(model, processor, inputs, title, method) for title, method in SHOWN]
         side_by_side(panels, question).save(HERE / f"methods_{name}.png")
-        small = vlmzip.attach(model, VisionZip(keep=16))
+        compressed = vlmzip.attach(model, VisionZip(keep=16))
         with torch.no_grad():
-            small(**inputs)
-        picture = small.report.pictures[0]
-        page = draw_tokens(
-            seen(processor, inputs), picture.token_map, picture.grid, picture.prefix, "visionzip: 144 to 16"
-        )
+            compressed(**inputs)
+        image = compressed.report.images[0]
+        page = draw_tokens(seen(processor, inputs), image.token_map, image.grid, image.prefix, "visionzip: 144 to 16")
         page.save(HERE / f"tokens_{name}.png")
 
 
 def panel(model, processor, inputs, title: str, method: Compressor) -> tuple[Image.Image, str, str]:
     """The fate of the tokens under one method, and the answer."""
-    small = vlmzip.attach(model, method)
-    out = small.generate(**inputs, max_new_tokens=8, do_sample=False)
+    compressed = vlmzip.attach(model, method)
+    out = compressed.generate(**inputs, max_new_tokens=8, do_sample=False)
     answer = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    picture = small.report.pictures[0]
+    image = compressed.report.images[0]
     if isinstance(method, NoCompression):
         fates = seen(processor, inputs).resize((360, 360), Image.Resampling.NEAREST)
     else:
-        fates = draw_fates(seen(processor, inputs), picture.token_map, picture.grid, picture.prefix, cell=30)
+        fates = draw_fates(seen(processor, inputs), image.token_map, image.grid, image.prefix, cell=30)
     return fates, title, answer
 
 
 def seen(processor, inputs) -> Image.Image:
     images = processor.image_processor
-    return seen_picture(inputs["pixel_values"][0], images.image_mean, images.image_std)
+    return seen_image(inputs["pixel_values"][0], images.image_mean, images.image_std)
 
 
 def side_by_side(panels: list[tuple[Image.Image, str, str]], question: str) -> Image.Image:

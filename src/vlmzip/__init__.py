@@ -1,4 +1,4 @@
-"""vlmzip: answer questions about pictures with a fraction of the visual tokens.
+"""vlmzip: answer questions about images with a fraction of the visual tokens.
 
 Names are imported when they are first used: most need torch, which takes seconds that `vlmzip --help` must not wait.
 """

@@ -34,7 +34,7 @@ class Profile:
     """The shape of a model, as far as a budget depends on it."""
 
     grid: Grid
-    """The visual tokens of one picture."""
+    """The visual tokens of one image."""
     layers: int
     """Decoder layers of the LLM."""
 
@@ -69,7 +69,7 @@ class Compressor(ABC):
     """What `positions=None` means for this method; `None`: what it means in the model's family."""
 
     site: Site = Site.PRE_PROJECTOR
-    """Where on the way from picture to answer it acts."""
+    """Where on the way from image to answer it acts."""
     positions: Positions | None = None
     """Positions in the LLM: "contiguous" renumbers the tokens left, in the order that the method gives them; "original"
     keeps those of their anchors, and the tokens stand in the order of their anchors. Left out, what the papers use:
@@ -80,11 +80,11 @@ class Compressor(ABC):
         """The map for visual tokens of which fewer than all are wanted. Runs without gradients."""
 
     def token_count(self, grid: Grid) -> int | None:
-        """Output tokens for one picture of this grid, known from its shape alone; `None` if its content decides."""
+        """Output tokens for one image of this grid, known from its shape alone; `None` if its content decides."""
         return None
 
     def smaller(self, grid: Grid) -> Grid:
-        """The grid of the smaller picture to encode instead of one of this grid; asked at the pixel site only."""
+        """The grid of the smaller image to encode instead of one of this grid; asked at the pixel site only."""
         return grid
 
     def __call__(self, tokens: VisualTokens) -> TokenMap:
@@ -154,7 +154,7 @@ class Compressor(ABC):
         return (self,)
 
     def tokens_by_layer(self, profile: Profile) -> list[int] | None:
-        """Visual tokens of one picture of the profile's grid at each LLM layer; `None` if its content decides."""
+        """Visual tokens of one image of the profile's grid at each LLM layer; `None` if its content decides."""
         count = self.token_count(profile.grid)
         if count is None:
             return None
@@ -162,7 +162,7 @@ class Compressor(ABC):
         return [profile.grid.size] * first + [min(count, profile.grid.size)] * (profile.layers - first)
 
     def reached(self, profile: Profile) -> float:
-        """The retention ratio on a picture of the profile's grid, over all layers of the LLM."""
+        """The retention ratio on an image of the profile's grid, over all layers of the LLM."""
         self.check_layers(profile.layers)
         counts = self.tokens_by_layer(profile)
         if counts is None:
@@ -171,14 +171,14 @@ class Compressor(ABC):
 
     def _content_decides(self) -> BudgetError:
         if not isinstance(self, Calibratable):
-            return BudgetError(f"what {self.name()} keeps depends on the picture")
+            return BudgetError(f"what {self.name()} keeps depends on the image")
         return BudgetError(
-            f"what {self.name()} keeps depends on the pictures: set its threshold from pictures of yours with"
+            f"what {self.name()} keeps depends on the images: set its threshold from images of yours with"
             " `vlmzip calibrate`"
         )
 
     def on(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """`with compressor.on(model) as small:` attaches for a block and leaves no trace."""
+        """`with compressor.on(model) as compressed:` attaches for a block and leaves no trace."""
         from vlmzip.runtime.facade import attached
 
         return attached(model, self)
@@ -224,16 +224,16 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
 
 @runtime_checkable
 class Calibratable(Protocol):
-    """A compressor whose threshold decides by a picture's content how many tokens it keeps; see `vlmzip.calibrate`.
+    """A compressor whose threshold decides by an image's content how many tokens it keeps; see `vlmzip.calibrate`.
 
-    Each picture gets a factor: 1, or the largest whose deviation lies below the threshold.
+    Each image gets a factor: 1, or the largest whose deviation lies below the threshold.
     """
 
     threshold: ClassVar[str]
     """The field that calibration sets: a number of at least 0."""
 
     def counts_by_factor(self, grid: Grid) -> dict[int, int]:
-        """Output tokens of a picture of this grid for each factor it can get, factors ascending from 1."""
+        """Output tokens of an image of this grid for each factor it can get, factors ascending from 1."""
         ...
 
     def deviations(self, tokens: VisualTokens) -> Float[Tensor, "batch factors"]:

@@ -62,7 +62,7 @@ def refuse_source(path: Path, sources: list[str]) -> None:
     if path.is_dir():
         raise UserError(f"{str(path)!r} is a folder; give the result a name inside it")
     if any(path.exists() and is_there(source) and path.samefile(source) for source in sources):
-        raise UserError(f"{str(path)!r} is one of the pictures asked about; choose another name for the result")
+        raise UserError(f"{str(path)!r} is one of the images asked about; choose another name for the result")
 
 
 def replace_whole(path: Path, write: Callable[[str], object]) -> None:

@@ -7,7 +7,7 @@ import numbers
 
 from vlmzip.errors import UserError
 
-#: An int is a number of tokens per picture, a float in (0, 1] a fraction of them, a string either ("64", "11%").
+#: An int is a number of tokens per image, a float in (0, 1] a fraction of them, a string either ("64", "11%").
 Keep = int | float | str
 #: What methods keep when nothing is asked: a ninth, as VisionZip's 64 of 576 and DFMR's 3 x 3 windows.
 A_NINTH = 1 / 9

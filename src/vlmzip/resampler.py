@@ -19,7 +19,7 @@ class Resampler(Compressor):
     """Settings of a module that computes the LLM's tokens from the visual tokens; the weights are the façade's.
 
     A compressor in all that is about names, fields, budgets and saving; but no token map says what it does. Its tokens
-    come from everywhere in the picture, so positions are contiguous (one after another on every axis, as text has
+    come from everywhere in the image, so positions are contiguous (one after another on every axis, as text has
     them), a report has counts and no map, and keeping all is no identity: it always makes as many tokens as it makes.
     It stands in the place of the model's projector, and in a chain before all others.
     """
@@ -49,4 +49,4 @@ class Resampler(Compressor):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.positions == "original":
-            raise UserError(f"{self.name()} has contiguous positions only: its tokens have no places in the picture")
+            raise UserError(f"{self.name()} has contiguous positions only: its tokens have no places in the image")

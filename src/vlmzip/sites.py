@@ -6,7 +6,7 @@ import enum
 
 
 class Site(enum.StrEnum):
-    """Where on the way from picture to answer a compressor acts."""
+    """Where on the way from image to answer a compressor acts."""
 
     PIXELS = "pixels"
     PRE_PROJECTOR = "pre_projector"  #: the last point where one token still becomes one LLM token

@@ -15,7 +15,7 @@ class TokenMap:
     """Which output token each visual token joins, and with what weight.
 
     Output token `g` of a row is the weighted sum of the tokens whose `group` is `g`. Pruning is weight 1 or group -1;
-    average pooling weight 1/window. The same map moves features, positions and labels, composes, and draws the picture.
+    average pooling weight 1/window. The same map moves features, positions and labels, composes, and draws the image.
 
     Rows are padded on the right: tokens beyond a row's own have group -1, output tokens beyond `length` are zero.
     """

@@ -1,4 +1,4 @@
-"""What a compressor may look at: the visual tokens of pictures that share one grid."""
+"""What a compressor may look at: the visual tokens of images that share one grid."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlmzip.sites import Site as Site
 
 
 class Grid(NamedTuple):
-    """How the visual tokens of one picture lie: `frames` pictures of `rows` by `cols`, in raster order."""
+    """How the visual tokens of one image lie: `frames` images of `rows` by `cols`, in raster order."""
 
     frames: int
     rows: int
@@ -28,7 +28,7 @@ class Grid(NamedTuple):
 
 @dataclass(frozen=True)
 class VisualTokens:
-    """The visual tokens of a batch of pictures of equal grid, at one site.
+    """The visual tokens of a batch of images of equal grid, at one site.
 
     What a compressor's `needs` did not ask for is `None`. `tokens` counts the prefix and the grid together.
     """
@@ -44,15 +44,15 @@ class VisualTokens:
     """Attention keys of the feature layer, mean over heads."""
     text_attention: Float[Tensor, "batch queries tokens"] | None = None
     """Attention of the question's tokens in the layer before `layer`, mean over heads. They are the text behind the
-    picture, up to the last question token: the one before the first label behind it, or the last of the prompt."""
+    image, up to the last question token: the one before the first label behind it, or the last of the prompt."""
     query_mask: Bool[Tensor, "batch queries"] | None = None
     """Which queries are there; rows are padded on the left, so that the last question token is the last in each."""
     text_features: Float[Tensor, "batch queries dim"] | None = None
     """The question's tokens as they entered the LLM."""
     llm_input: Float[Tensor, "batch entered dim"] | None = None
-    """All of the picture's tokens as they entered the LLM; comes with `text_features`."""
+    """All of the image's tokens as they entered the LLM; comes with `text_features`."""
     pixels: Float[Tensor, "batch 3 height width"] | None = None
-    """What the patches of the grid cover of the picture that the encoder sees, in [0, 1]."""
+    """What the patches of the grid cover of the image that the encoder sees, in [0, 1]."""
     layer: int | None = None
     """The LLM layer about to run, for compressors inside the LLM."""
     passes_prefix: bool = False
@@ -65,11 +65,11 @@ class VisualTokens:
 
     @property
     def plain_count(self) -> int:
-        """Visual tokens per picture that the LLM gets without compression."""
+        """Visual tokens per image that the LLM gets without compression."""
         return self.features.shape[1] - (0 if self.passes_prefix else self.prefix)
 
     def rows(self, index: Int[Tensor, " rows"]) -> VisualTokens:
-        """The visual tokens of some pictures of the batch."""
+        """The visual tokens of some images of the batch."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         chosen: dict[str, Any] = {name: value[index] for name, value in values.items() if isinstance(value, Tensor)}
         return dataclasses.replace(self, **chosen)

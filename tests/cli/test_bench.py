@@ -20,7 +20,7 @@ from vlmzip.cli.main import main
 from vlmzip.compressor import Profile
 from vlmzip.errors import UserError
 from vlmzip.measure import presets
-from vlmzip.measure.bench import Contender, Step, compare
+from vlmzip.measure.bench import BenchStep, Contender, compare
 from vlmzip.measure.presets import PRESETS, Preset, make_config, make_inputs, make_model
 from vlmzip.measure.timing import Spans
 from vlmzip.visual_tokens import Grid
@@ -30,11 +30,11 @@ QUICK = ("--repeats", "2", "--new-tokens", "2", "--text-tokens", "6", "--device"
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    """Two pictures of 36 visual tokens, an LLM of 4 layers."""
-    small = Preset(
-        pictures=2, side=84, layers=4, heads=1, mlp=64, vision_layers=2, vision_heads=1, vision_mlp=32
+    """Two images of 36 visual tokens, an LLM of 4 layers."""
+    compressed = Preset(
+        images=2, side=84, layers=4, heads=1, mlp=64, vision_layers=2, vision_heads=1, vision_mlp=32
     )  # fmt: skip
-    monkeypatch.setitem(presets.PRESETS, "llava-1.5-7b", small)
+    monkeypatch.setitem(presets.PRESETS, "llava-1.5-7b", compressed)
     monkeypatch.setattr(presets, "VOCABULARY", 32_064)
 
 
@@ -86,7 +86,7 @@ def test_a_batch_counts_all_of_its_rows(capsys):
         assert (two["visual_tokens"], two["flops_limit"]) == (one["visual_tokens"], one["flops_limit"])
 
 
-def test_a_smaller_picture_saves_the_encoders_work_too(capsys):
+def test_a_smaller_image_saves_the_encoders_work_too(capsys):
     rows = json.loads(run(capsys, "--methods", "downsample,pool2d", "--keep", 9, "--json")[1])["rows"]
     limits = {(row["method"], row["scope"]): float(row["flops_limit"]) for row in rows}
     assert limits["downsample", "LLM prefill"] == limits["pool2d", "LLM prefill"]
@@ -181,7 +181,7 @@ def test_a_line_a_round_and_one_in_20_seconds_with_the_time_left(capsys):
     progress = Progress(starting=10, clock=lambda: time)
     for number in range(4):
         for name, seconds in (("plain", 15), ("slow", 15), ("fast", 1)):
-            progress(Step(name, number, 3))
+            progress(BenchStep(name, number, 3))
             time += seconds if number else 2 * seconds
     progress.memory()
     assert capsys.readouterr().err.splitlines() == [
@@ -195,7 +195,7 @@ def test_a_line_a_round_and_one_in_20_seconds_with_the_time_left(capsys):
     ]
     progress = Progress(clock=lambda: time)
     for number in range(100):  # rounds of a second
-        progress(Step("plain", number, 99))
+        progress(BenchStep("plain", number, 99))
         time += 1
     assert len(capsys.readouterr().err.splitlines()) == 1 + 98 // 5
 
@@ -364,21 +364,21 @@ class TestPresets:
 
     def test_scaling_narrows_and_leaves_layers_and_tokens(self):
         preset = PRESETS["llava-next-13b"]
-        small = preset.scaled(1 / 8)
-        assert (small.heads, small.mlp, small.vision_heads, small.vision_mlp) == (5, 1728, 2, 512)
-        assert (small.layers, small.vision_layers, small.visual_tokens) == (40, 24, 2880)
-        assert (small.width, small.vision_width) == (640, 128)
+        compressed = preset.scaled(1 / 8)
+        assert (compressed.heads, compressed.mlp, compressed.vision_heads, compressed.vision_mlp) == (5, 1728, 2, 512)
+        assert (compressed.layers, compressed.vision_layers, compressed.visual_tokens) == (40, 24, 2880)
+        assert (compressed.width, compressed.vision_width) == (640, 128)
         assert preset.scaled(1.0) == preset
         assert preset.scaled(0.001).heads == 1
 
-    def test_prompts_have_text_on_both_sides_of_the_pictures(self):
+    def test_prompts_have_text_on_both_sides_of_the_images(self):
         preset = PRESETS["llava-1.5-7b"]  # the tiny one
         inputs = make_inputs(preset, 3, 7, "cpu", torch.float32)
-        picture = inputs["input_ids"] == presets.PLACEHOLDER
+        image = inputs["input_ids"] == presets.PLACEHOLDER
         assert inputs["input_ids"].shape == (3, 79)
-        assert picture[:, 3:75].all()
-        assert not picture[:, :3].any()
-        assert not picture[:, 75:].any()
+        assert image[:, 3:75].all()
+        assert not image[:, :3].any()
+        assert not image[:, 75:].any()
         assert inputs["pixel_values"].shape == (6, 3, 84, 84)
 
 

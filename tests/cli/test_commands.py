@@ -23,8 +23,8 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def picture(tmp_path_factory):
-    path = tmp_path_factory.mktemp("pictures") / "noise.png"
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images") / "noise.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(path)
     return str(path)
 
@@ -35,8 +35,8 @@ def run(capsys, *arguments):
     return code, out, err
 
 
-def test_ask_prints_answer_and_account(capsys, checkpoint, picture):
-    code, out, _ = run(capsys, "ask", picture, "w4 w5", "--model", checkpoint, "--keep", "8", "--max-new-tokens", "4")
+def test_ask_prints_answer_and_account(capsys, checkpoint, image):
+    code, out, _ = run(capsys, "ask", image, "w4 w5", "--model", checkpoint, "--keep", "8", "--max-new-tokens", "4")
     assert code == 0
     for expected in (
         "visual tokens",
@@ -52,15 +52,15 @@ def test_ask_prints_answer_and_account(capsys, checkpoint, picture):
         assert expected in out
 
 
-def test_ask_as_json_with_baseline_and_overlay(capsys, checkpoint, picture, tmp_path):
+def test_ask_as_json_with_baseline_and_overlay(capsys, checkpoint, image, tmp_path):
     overlay = tmp_path / "tokens.png"
     arguments = ["--dominant", "5", "--contextual", "2", "--merge=mean", "--baseline", "--overlay", str(overlay)]
     code, out, _ = run(
-        capsys, "ask", picture, picture, "w4", "--model", checkpoint, "--json", "--max-new-tokens", "3", *arguments
+        capsys, "ask", image, image, "w4", "--model", checkpoint, "--json", "--max-new-tokens", "3", *arguments
     )
     assert code == 0
     result = json.loads(out)
-    assert [p["after"] for p in result["pictures"]] == [7, 7]
+    assert [p["after"] for p in result["images"]] == [7, 7]
     assert (result["plain"]["visual_tokens"], result["compressed"]["visual_tokens"]) == (72, 14)
     assert result["plain"]["prompt_tokens"] - result["compressed"]["prompt_tokens"] == 58
     assert result["compressor"]["merge"] == "mean"
@@ -69,17 +69,17 @@ def test_ask_as_json_with_baseline_and_overlay(capsys, checkpoint, picture, tmp_
     assert Image.open(overlay).height > 960
 
 
-def test_the_answer_is_that_of_the_model(capsys, checkpoint, picture):
+def test_the_answer_is_that_of_the_model(capsys, checkpoint, image):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     processor = AutoProcessor.from_pretrained(checkpoint)
     model = AutoModelForImageTextToText.from_pretrained(checkpoint)
-    inputs = processor(images=Image.open(picture), text="USER: <image>\nw4 ASSISTANT:", return_tensors="pt")
+    inputs = processor(images=Image.open(image), text="USER: <image>\nw4 ASSISTANT:", return_tensors="pt")
     with torch.no_grad():
         out = model.generate(**inputs, max_new_tokens=5, do_sample=False)
     expected = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     arguments = ["--model", checkpoint, "--method", "no_compression", "--max-new-tokens", "5", "--json"]
-    _, printed, _ = run(capsys, "ask", picture, "w4", *arguments)
+    _, printed, _ = run(capsys, "ask", image, "w4", *arguments)
     assert json.loads(printed)["answer"] == expected
 
 
@@ -91,92 +91,92 @@ DRAWN = [name for name, cls in available().items() if not issubclass(cls, Resamp
 
 
 @pytest.mark.parametrize("method", DRAWN)
-def test_show_draws_every_method(capsys, checkpoint, picture, tmp_path, method):
+def test_show_draws_every_method(capsys, checkpoint, image, tmp_path, method):
     out = tmp_path / "out.png"
-    code, text, _ = run(capsys, "show", picture, "--method", method, "--model", checkpoint, "--out", str(out))
+    code, text, _ = run(capsys, "show", image, "--method", method, "--model", checkpoint, "--out", str(out))
     assert code == 0
     assert "36 →" in text
     assert Image.open(out).width > 900
 
 
 @pytest.mark.parametrize("method", ["fastv", "chain", "pool2d+fastv", "random_tokens(site=in_llm)"])
-def test_show_refuses_what_the_question_decides(capsys, checkpoint, picture, method):
-    code, _, err = run(capsys, "show", picture, "--method", method, "--model", checkpoint)
+def test_show_refuses_what_the_question_decides(capsys, checkpoint, image, method):
+    code, _, err = run(capsys, "show", image, "--method", method, "--model", checkpoint)
     assert code == 2
     assert "chooses inside the LLM, by the question" in err
 
 
-def test_methods_in_one_line(capsys, checkpoint, picture):
+def test_methods_in_one_line(capsys, checkpoint, image):
     spec = "pool2d(factor=2)+random_tokens(site=in_llm,layer=1,keep=4)"
-    code, out, _ = run(capsys, "ask", picture, "w4", "--method", spec, "--model", checkpoint, "--json")
+    code, out, _ = run(capsys, "ask", image, "w4", "--method", spec, "--model", checkpoint, "--json")
     assert code == 0
-    assert set(json.loads(out)["pictures"][0]["by_layer"][1:]) == {4}
-    code, out, _ = run(capsys, "ask", picture, "w4", "--method", "visionzip(merge=mean)", "--keep", "5", "--model",
+    assert set(json.loads(out)["images"][0]["by_layer"][1:]) == {4}
+    code, out, _ = run(capsys, "ask", image, "w4", "--method", "visionzip(merge=mean)", "--keep", "5", "--model",
                        checkpoint, "--json")  # fmt: skip
     fields = json.loads(out)["compressor"]
     assert (code, fields["keep"], fields["merge"]) == (0, "5", "mean")
 
 
-def test_the_saved_compressor_is_what_a_saved_model_answers_with(capsys, checkpoint, picture, tmp_path):
+def test_the_saved_compressor_is_what_a_saved_model_answers_with(capsys, checkpoint, image, tmp_path):
     folder = tmp_path / "saved"
     shutil.copytree(checkpoint, folder)
     write_compressor(RandomTokens(keep=7, seed=3), folder)
-    _, out, _ = run(capsys, "ask", picture, "w4", "--model", str(folder), "--json")
+    _, out, _ = run(capsys, "ask", image, "w4", "--model", str(folder), "--json")
     assert json.loads(out)["compressor"] == RandomTokens(keep=7, seed=3).to_dict()
-    _, out, _ = run(capsys, "ask", picture, "w4", "--model", str(folder), "--method", "visionzip", "--json")
+    _, out, _ = run(capsys, "ask", image, "w4", "--model", str(folder), "--method", "visionzip", "--json")
     assert json.loads(out)["compressor"]["method"] == "visionzip"
 
 
-def test_a_budget_that_is_not_met_is_said(capsys, checkpoint, picture):
-    code, _, err = run(capsys, "ask", picture, "w4", "--method", "pool2d", "--keep", "70%", "--model", checkpoint)
+def test_a_budget_that_is_not_met_is_said(capsys, checkpoint, image):
+    code, _, err = run(capsys, "ask", image, "w4", "--method", "pool2d", "--keep", "70%", "--model", checkpoint)
     assert code == 0
     assert "note: pool2d: the nearest to 69.4% that it has is 100.0%" in err
 
 
-def test_a_field_of_another_method_is_named(capsys, picture):
-    code, _, err = run(capsys, "ask", picture, "w4", "--factor", "2")
+def test_a_field_of_another_method_is_named(capsys, image):
+    code, _, err = run(capsys, "ask", image, "w4", "--factor", "2")
     assert code == 2
     assert "pool2d has this field: --method pool2d" in err
 
 
-def test_keep_means_the_nearest_factor_for_pooling(capsys, checkpoint, picture):
+def test_keep_means_the_nearest_factor_for_pooling(capsys, checkpoint, image):
     arguments = ["--method", "pool2d", "--keep", "25%", "--model", checkpoint, "--json"]
-    _, out, _ = run(capsys, "ask", picture, "w4", *arguments)
+    _, out, _ = run(capsys, "ask", image, "w4", *arguments)
     assert json.loads(out)["compressor"]["factor"] == 2
 
 
-def test_published_layers_move_into_a_smaller_llm_unless_they_are_asked_for(capsys, checkpoint, picture):
+def test_published_layers_move_into_a_smaller_llm_unless_they_are_asked_for(capsys, checkpoint, image):
     """SparseVLM's layers 3, 7 and 16 of 32, in an LLM of 4."""
-    ask = ["ask", picture, "w4", "--method", "sparsevlm", "--model", checkpoint, "--max-new-tokens", "2", "--json"]
+    ask = ["ask", image, "w4", "--method", "sparsevlm", "--model", checkpoint, "--max-new-tokens", "2", "--json"]
     code, out, _ = run(capsys, *ask)
     assert code == 0
     assert json.loads(out)["compressor"]["layer"] == [1, 2]
-    assert json.loads(out)["pictures"][0]["by_layer"] == [36, 14, 9, 9]
+    assert json.loads(out)["images"][0]["by_layer"] == [36, 14, 9, 9]
     _, out, _ = run(capsys, *ask, "--layer", "1,3", "--counts", "12,0.5", "--recycle", "0")
-    assert json.loads(out)["pictures"][0]["by_layer"] == [36, 12, 12, 6]
+    assert json.loads(out)["images"][0]["by_layer"] == [36, 12, 12, 6]
     _, out, _ = run(capsys, *ask, "--keep", "60%")
-    assert abs(sum(json.loads(out)["pictures"][0]["by_layer"]) / (4 * 36) - 0.6) < 0.02
+    assert abs(sum(json.loads(out)["images"][0]["by_layer"]) / (4 * 36) - 0.6) < 0.02
     code, _, err = run(capsys, *ask, "--layer", "3,7,15")
     assert code == 2
     assert "layer=7 is no place inside this LLM of 4 layers" in err
 
 
-def test_keeping_more_than_there_is_is_said_once(capsys, checkpoint, picture):
-    code, out, err = run(capsys, "ask", picture, "w4", "--keep", "999", "--model", checkpoint, "--json")
+def test_keeping_more_than_there_is_is_said_once(capsys, checkpoint, image):
+    code, out, err = run(capsys, "ask", image, "w4", "--keep", "999", "--model", checkpoint, "--json")
     assert code == 0
     assert err.count("changes nothing") == 1
-    assert json.loads(out)["pictures"][0]["after"] == 36
+    assert json.loads(out)["images"][0]["after"] == 36
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """Twelve pictures from plain to noisy, among other files."""
+    """Twelve images from plain to noisy, among other files."""
     path = tmp_path_factory.mktemp("folder")
-    dice = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     for number in range(12):
-        noise = dice.integers(-10 * number, 10 * number + 1, (48, 48, 3))
+        noise = rng.integers(-10 * number, 10 * number + 1, (48, 48, 3))
         Image.fromarray((128 + noise).astype(np.uint8)).save(path / f"{number:02}.PNG")
-    (path / "notes.txt").write_text("no picture")
+    (path / "notes.txt").write_text("no image")
     (path / "below").mkdir()
     return str(path)
 
@@ -187,7 +187,7 @@ def test_calibrate_finds_a_threshold_that_ask_takes(capsys, checkpoint, folder, 
     code, out, _ = run(capsys, "calibrate", *arguments, "--histogram", str(histogram), "--json")
     assert code == 0
     found = json.loads(out)
-    assert found["pictures"] == 12
+    assert found["images"] == 12
     assert found["average"] == pytest.approx(18, rel=0.05)
     assert found["by_factor"] == {"1": 4, "2": 8}
     assert found["histogram"] == str(histogram)
@@ -200,7 +200,7 @@ def test_calibrate_finds_a_threshold_that_ask_takes(capsys, checkpoint, folder, 
     assert [line.split() for line in text.split("\n")[3:5]] == [["1", "4", "36"], ["2", "8", "9"]]
     for name, after in (("07.PNG", 9), ("08.PNG", 36)):
         arguments = [f"{folder}/{name}", "w4", "--model", checkpoint, "--method", method, "--json"]
-        assert json.loads(run(capsys, "ask", *arguments)[1])["pictures"][0]["after"] == after
+        assert json.loads(run(capsys, "ask", *arguments)[1])["images"][0]["after"] == after
 
 
 def test_a_histogram_without_matplotlib_is_refused_before_anything_slow(capsys, folder, tmp_path, monkeypatch):
@@ -210,7 +210,7 @@ def test_a_histogram_without_matplotlib_is_refused_before_anything_slow(capsys, 
     assert (code, err) == (2, "vlmzip: figures need matplotlib: pip install 'vlmzip[eval]'\n")
 
 
-def test_odd_pictures_are_answered(capsys, checkpoint, tmp_path):
+def test_odd_images_are_answered(capsys, checkpoint, tmp_path):
     for name, odd in {
         "dot.png": Image.new("RGB", (1, 1)),
         "strip.png": Image.new("RGB", (20000, 3)),
@@ -243,56 +243,56 @@ def test_methods_models_and_help(capsys):
 
 MISTAKES = [
     (["ask"], "required"),
-    (["ask", "{picture}"], "no question"),
-    (["ask", "What is there?"], "at least one picture"),
-    (["ask", "{picture}", "  "], "question is empty"),
+    (["ask", "{image}"], "no question"),
+    (["ask", "What is there?"], "at least one image"),
+    (["ask", "{image}", "  "], "question is empty"),
     (["ask", "missing.png", "w4"], "no file 'missing.png'"),
     (["ask", "{checkpoint}/config.json", "w4"], "not an image"),
-    (["ask", "{picture}", "w4", "--keep", "0"], "keeps nothing"),
-    (["ask", "{picture}", "w4", "--keep", "-3"], "keeps nothing"),
-    (["ask", "{picture}", "w4", "--keep", "abc"], "is no number"),
-    (["ask", "{picture}", "w4", "--keep", "nan"], "is no fraction"),
-    (["ask", "{picture}", "w4", "--method", "visionsip"], "did you mean 'visionzip'"),
-    (["ask", "{picture}", "w4", "--method", "nowhere:Method"], "cannot import"),
-    (["ask", "{picture}", "w4", "--dominent", "3"], "did you mean '--dominant'"),
-    (["ask", "{picture}", "w4", "--method", "pool2d", "--dominant", "3"], "has no option --dominant"),
-    (["ask", "{picture}", "w4", "--method", "pool2d", "--factor", "2", "--keep", "8"], "not both"),
-    (["ask", "{picture}", "w4", "--dominant", "3", "--contextual", "1", "--keep", "8"], "keep alone"),
-    (["ask", "{picture}", "w4", "--max-new-tokens", "0"], "at least 1"),
-    (["ask", "{picture}", "w4", "--max-new-tokens", "x"], "invalid int"),
-    (["ask", "{picture}", "w4", "--model", "{empty}"], "no checkpoint"),
-    (["ask", "{picture}", "w4", "--model", "./nowhere"], "no folder './nowhere'"),
-    (["ask", "{picture}", "w4", "--model", "{picture}"], "is a file"),
-    (["ask", "{picture}", "w4", "--model", "{text_model}"], "not a vision-language model"),
-    (["ask", "{picture}", "w4", "--model", "{broken}"], "cannot load"),
-    (["ask", "{picture}", "w4", "--device", "warp"], "cannot be used"),
-    (["ask", "{picture}", "w4", "--dtype", "float3"], "unknown dtype 'float3'; choose one of"),
-    (["ask", "{picture}", "w4", "--overlay", "{picture}", "--model", "{checkpoint}"], "choose another name"),
-    (["ask", "{picture}", "w4", "--overlay", "out.xyz", "--model", "{checkpoint}"], "no suffix"),
-    (["ask", "{picture}", "w4", "--method", "dfmr", "--keep", "25%"], "vlmzip calibrate"),
+    (["ask", "{image}", "w4", "--keep", "0"], "keeps nothing"),
+    (["ask", "{image}", "w4", "--keep", "-3"], "keeps nothing"),
+    (["ask", "{image}", "w4", "--keep", "abc"], "is no number"),
+    (["ask", "{image}", "w4", "--keep", "nan"], "is no fraction"),
+    (["ask", "{image}", "w4", "--method", "visionsip"], "did you mean 'visionzip'"),
+    (["ask", "{image}", "w4", "--method", "nowhere:Method"], "cannot import"),
+    (["ask", "{image}", "w4", "--dominent", "3"], "did you mean '--dominant'"),
+    (["ask", "{image}", "w4", "--method", "pool2d", "--dominant", "3"], "has no option --dominant"),
+    (["ask", "{image}", "w4", "--method", "pool2d", "--factor", "2", "--keep", "8"], "not both"),
+    (["ask", "{image}", "w4", "--dominant", "3", "--contextual", "1", "--keep", "8"], "keep alone"),
+    (["ask", "{image}", "w4", "--max-new-tokens", "0"], "at least 1"),
+    (["ask", "{image}", "w4", "--max-new-tokens", "x"], "invalid int"),
+    (["ask", "{image}", "w4", "--model", "{empty}"], "no checkpoint"),
+    (["ask", "{image}", "w4", "--model", "./nowhere"], "no folder './nowhere'"),
+    (["ask", "{image}", "w4", "--model", "{image}"], "is a file"),
+    (["ask", "{image}", "w4", "--model", "{text_model}"], "not a vision-language model"),
+    (["ask", "{image}", "w4", "--model", "{broken}"], "cannot load"),
+    (["ask", "{image}", "w4", "--device", "warp"], "cannot be used"),
+    (["ask", "{image}", "w4", "--dtype", "float3"], "unknown dtype 'float3'; choose one of"),
+    (["ask", "{image}", "w4", "--overlay", "{image}", "--model", "{checkpoint}"], "choose another name"),
+    (["ask", "{image}", "w4", "--overlay", "out.xyz", "--model", "{checkpoint}"], "no suffix"),
+    (["ask", "{image}", "w4", "--method", "dfmr", "--keep", "25%"], "vlmzip calibrate"),
     (["calibrate", "--keep", "25%"], "required"),
-    (["calibrate", "{picture}"], "needs a budget"),
-    (["calibrate", "{picture}", "--keep", "1.5"], "is no fraction"),
-    (["calibrate", "{empty}", "--keep", "25%"], "no picture in the folder"),
+    (["calibrate", "{image}"], "needs a budget"),
+    (["calibrate", "{image}", "--keep", "1.5"], "is no fraction"),
+    (["calibrate", "{empty}", "--keep", "25%"], "no image in the folder"),
     (["calibrate", "{checkpoint}/config.json", "--keep", "25%", "--model", "{checkpoint}"], "is not an image"),
-    (["calibrate", "{picture}", "--keep", "1", "--model", "{checkpoint}"], "it can average 4 to 36"),
-    (["calibrate", "{picture}", "--keep", "25%", "--method", "pool2d"], "these methods have: adaptive_visionzip, dfmr"),
-    (["calibrate", "{picture}", "--keep", "25%", "--tau", "1"], "leave it out"),
-    (["calibrate", "{picture}", "--keep", "25%", "--histogram", "x.txt"], "no suffix"),
-    (["calibrate", "{picture}", "--keep", "25%", "--factor", "2"], "did you mean '--max-factor'"),
-    (["shoe", "{picture}"], "did you mean 'show'"),
+    (["calibrate", "{image}", "--keep", "1", "--model", "{checkpoint}"], "it can average 4 to 36"),
+    (["calibrate", "{image}", "--keep", "25%", "--method", "pool2d"], "these methods have: adaptive_visionzip, dfmr"),
+    (["calibrate", "{image}", "--keep", "25%", "--tau", "1"], "leave it out"),
+    (["calibrate", "{image}", "--keep", "25%", "--histogram", "x.txt"], "no suffix"),
+    (["calibrate", "{image}", "--keep", "25%", "--factor", "2"], "did you mean '--max-factor'"),
+    (["shoe", "{image}"], "did you mean 'show'"),
     (["methods", "vision"], "did you mean 'visionzip'"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(a) for a, _ in MISTAKES])
-def test_mistakes_get_one_line_and_exit_code_2(capsys, checkpoint, picture, tmp_path, monkeypatch, arguments, message):
+def test_mistakes_get_one_line_and_exit_code_2(capsys, checkpoint, image, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     for name in ("empty", "text_model", "broken"):
         (tmp_path / name).mkdir()
     (tmp_path / "text_model" / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (tmp_path / "broken" / "config.json").write_text("{")
-    places = {"checkpoint": checkpoint, "picture": picture}
+    places = {"checkpoint": checkpoint, "image": image}
     places |= {name: str(tmp_path / name) for name in ("empty", "text_model", "broken")}
     code, out, err = run(capsys, *[a.format(**places) for a in arguments])
     assert code == 2
@@ -303,11 +303,11 @@ def test_mistakes_get_one_line_and_exit_code_2(capsys, checkpoint, picture, tmp_
     assert not [p for p in tmp_path.iterdir() if p.is_file()]
 
 
-def test_ask_with_fewer_pixels_has_no_detail_to_tell_of(capsys, checkpoint, picture, tmp_path):
+def test_ask_with_fewer_pixels_has_no_detail_to_tell_of(capsys, checkpoint, image, tmp_path):
     arguments = ["--method", "downsample", "--keep", "9", "--json", "--overlay", str(tmp_path / "tokens.png")]
-    code, out, err = run(capsys, "ask", picture, "w4", "--model", checkpoint, "--max-new-tokens", "2", *arguments)
+    code, out, err = run(capsys, "ask", image, "w4", "--model", checkpoint, "--max-new-tokens", "2", *arguments)
     assert code == 0
-    (found,) = json.loads(out)["pictures"]
+    (found,) = json.loads(out)["images"]
     assert (found["before"], found["after"], found["detail_lost"]) == (36, 9, None)
     assert "leave out" not in err
     assert (tmp_path / "tokens.png").exists()
@@ -316,22 +316,20 @@ def test_ask_with_fewer_pixels_has_no_detail_to_tell_of(capsys, checkpoint, pict
 QFORMER = ["--method", "qformer", "--queries", "4", "--depth", "1", "--width", "8", "--heads", "2"]
 
 
-def test_ask_with_a_resampler_says_that_it_is_untrained(capsys, checkpoint, picture):
-    code, out, err = run(
-        capsys, "ask", picture, "w4", "--model", checkpoint, "--json", "--max-new-tokens", "2", *QFORMER
-    )
+def test_ask_with_a_resampler_says_that_it_is_untrained(capsys, checkpoint, image):
+    code, out, err = run(capsys, "ask", image, "w4", "--model", checkpoint, "--json", "--max-new-tokens", "2", *QFORMER)
     assert code == 0
-    (found,) = json.loads(out)["pictures"]
+    (found,) = json.loads(out)["images"]
     assert (found["before"], found["after"], found["by_layer"], found["detail_lost"]) == (36, 4, [4] * 4, None)
     assert err.count("\n") == 1
     assert err.startswith("note: qformer is untrained: ")
 
 
 @pytest.mark.parametrize("command", [["show", "--out"], ["ask", "w4", "--overlay"]])
-def test_a_resampler_has_nothing_to_draw(capsys, checkpoint, picture, tmp_path, command):
+def test_a_resampler_has_nothing_to_draw(capsys, checkpoint, image, tmp_path, command):
     name, *words, option = command
     target = tmp_path / "tokens.png"
-    code, out, err = run(capsys, name, picture, *words, "--model", checkpoint, *QFORMER, option, str(target))
+    code, out, err = run(capsys, name, image, *words, "--model", checkpoint, *QFORMER, option, str(target))
     assert (code, out) == (2, "")
-    assert err == "vlmzip: each token of qformer comes from the whole picture: there is no token map to draw\n"
+    assert err == "vlmzip: each token of qformer comes from the whole image: there is no token map to draw\n"
     assert not target.exists()

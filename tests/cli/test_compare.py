@@ -17,7 +17,7 @@ from PIL import Image
 from vlmzip import QFormer, TokenMap
 from vlmzip.cli.asking import answer
 from vlmzip.cli.compare_output import printable
-from vlmzip.cli.comparing import Row, configure, picture_profile
+from vlmzip.cli.comparing import MethodRow, configure, image_profile
 from vlmzip.cli.main import main
 from vlmzip.compressor import BudgetError, Compressor, Profile
 from vlmzip.errors import UserError
@@ -26,7 +26,7 @@ from vlmzip.spec import Candidate
 from vlmzip.visual_tokens import Grid, Site
 
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
-PICTURE = str(EXAMPLES / "cluttered.png")
+IMAGE = str(EXAMPLES / "cluttered.png")
 QUESTION = (EXAMPLES / "cluttered.txt").read_text().strip()
 QUICK = ("--repeats", "1", "--max-new-tokens", "4")
 
@@ -55,7 +55,7 @@ class Unreachable(Compressor):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ByPicture(Compressor):
+class ByImage(Compressor):
     """Keeps 29 of mini's 144 tokens, and does not know it before it has seen them."""
 
     def assign(self, tokens):
@@ -65,7 +65,7 @@ class ByPicture(Compressor):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Untrained(ByPicture):
+class Untrained(ByImage):
     trained_weights = True
 
 
@@ -77,7 +77,7 @@ class Small(QFormer):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Elsewhere(ByPicture):
+class Elsewhere(ByImage):
     sites = (Site.POST_PROJECTOR,)
 
     site: Site = Site.POST_PROJECTOR
@@ -87,7 +87,7 @@ class Elsewhere(ByPicture):
 def odd(monkeypatch):
     """Methods that cannot do what is asked, in a module of the user's."""
     module = types.ModuleType("odd_methods")
-    for cls in (Broken, Unreachable, ByPicture, Untrained, Small, Elsewhere):
+    for cls in (Broken, Unreachable, ByImage, Untrained, Small, Elsewhere):
         setattr(module, cls.__name__, cls)
     monkeypatch.setitem(sys.modules, "odd_methods", module)
     return lambda *names: ",".join(f"odd_methods:{name}" for name in names)
@@ -106,7 +106,7 @@ def rows_of(out):
 class TestTables:
     def test_every_method_has_a_row_and_the_plain_model_the_first(self, capsys, monkeypatch):
         monkeypatch.setenv("COLUMNS", "120")
-        code, out, _ = run(capsys, PICTURE, QUESTION, "--keep", "25%", *QUICK)
+        code, out, _ = run(capsys, IMAGE, QUESTION, "--keep", "25%", *QUICK)
         assert code == 0
         lines = out.splitlines()
         names = [line.split()[0] for line in lines if re.match(r"\w+ .*\dx ", line)]
@@ -122,7 +122,7 @@ class TestTables:
     @pytest.mark.parametrize("columns", [80, 100, 120])
     def test_it_fits_and_numbers_are_whole(self, capsys, monkeypatch, columns):
         monkeypatch.setenv("COLUMNS", str(columns))
-        _, out, _ = run(capsys, PICTURE, QUESTION, "--methods", "random_tokens", *QUICK)
+        _, out, _ = run(capsys, IMAGE, QUESTION, "--methods", "random_tokens", *QUICK)
         assert max(map(len, out.splitlines())) <= columns
         for whole in ("random_tokens", "11.1%", "9.0x", "MiB", "KiB"):
             assert whole in out
@@ -130,13 +130,13 @@ class TestTables:
 
     def test_another_answer_is_marked(self, capsys):
         # VisionZip takes the star's corner for another at this budget; the demo of the README shows it too.
-        _, out, _ = run(capsys, PICTURE, QUESTION, "--methods", "visionzip,pool2d", *QUICK)
+        _, out, _ = run(capsys, IMAGE, QUESTION, "--methods", "visionzip,pool2d", *QUICK)
         assert "≠ bottom right" in out
         assert "≠ bottom left" not in out
         assert "another answer than no_compression's" in out
 
     def test_markup_in_a_question_is_printed_not_obeyed(self, capsys):
-        _, out, _ = run(capsys, PICTURE, "where is [bold]it[/bold] [/] ?\x1b[31m", "--methods", "pool2d", *QUICK)
+        _, out, _ = run(capsys, IMAGE, "where is [bold]it[/bold] [/] ?\x1b[31m", "--methods", "pool2d", *QUICK)
         assert "where is [bold]it[/bold] [/] ?" in out
         assert "\x1b" not in out
 
@@ -144,7 +144,7 @@ class TestTables:
         monkeypatch.setattr(
             "vlmzip.cli.comparing.answer", lambda *args: dataclasses.replace(answer(*args), text="[red]a[/red]")
         )
-        assert run(capsys, PICTURE, QUESTION, "--methods", "pool2d", *QUICK)[1].count("[red]a[/red]") == 2
+        assert run(capsys, IMAGE, QUESTION, "--methods", "pool2d", *QUICK)[1].count("[red]a[/red]") == 2
 
 
 class TestRowsThatCannotBe:
@@ -152,7 +152,7 @@ class TestRowsThatCannotBe:
         sheet, page = tmp_path / "sheet.png", tmp_path / "page.html"
         methods = odd("Broken", "Unreachable") + ",pool2d"
         with pytest.raises(SystemExit) as ended:
-            run(capsys, PICTURE, QUESTION, "--methods", methods, "--sheet", sheet, "--html", page, *QUICK)
+            run(capsys, IMAGE, QUESTION, "--methods", methods, "--sheet", sheet, "--html", page, *QUICK)
         assert ended.value.code == 1  # a defect, though the table is there
         out, err = capsys.readouterr()
         assert "odd_methods:Broken broke; the note says how" in err
@@ -171,22 +171,22 @@ class TestRowsThatCannotBe:
             calls.append(1)
             if len(calls) > 1:
                 raise UserError("only once")
-            return ByPicture().assign(tokens)
+            return ByImage().assign(tokens)
 
         monkeypatch.setattr(Broken, "assign", assign)
-        _, out, _ = run(capsys, PICTURE, QUESTION, "--methods", odd("Broken") + ",pool2d", "--json", *QUICK)
+        _, out, _ = run(capsys, IMAGE, QUESTION, "--methods", odd("Broken") + ",pool2d", "--json", *QUICK)
         rows = rows_of(out)
         assert (rows["odd_methods:Broken"]["answer"], rows["odd_methods:Broken"]["note"]) == (None, "only once")
         assert rows["pool2d"]["note"] is None
 
-    def test_counts_that_depend_on_the_picture_are_shown_when_asked_for(self, capsys, odd):
-        _, out, _ = run(capsys, PICTURE, QUESTION, "--methods", odd("ByPicture"), "--json", *QUICK)
-        row = rows_of(out)["odd_methods:ByPicture"]
+    def test_counts_that_depend_on_the_image_are_shown_when_asked_for(self, capsys, odd):
+        _, out, _ = run(capsys, IMAGE, QUESTION, "--methods", odd("ByImage"), "--json", *QUICK)
+        row = rows_of(out)["odd_methods:ByImage"]
         assert row["retention"] == pytest.approx(29 / 144)
         assert row["note"].startswith("not at this budget, but as it is set: ")
 
     @pytest.mark.parametrize(
-        ("cls", "reason"), [(ByPicture, "no budget"), (Untrained, "to be trained"), (QFormer, "to be trained")]
+        ("cls", "reason"), [(ByImage, "no budget"), (Untrained, "to be trained"), (QFormer, "to be trained")]
     )
     def test_and_not_when_all_methods_are_compared(self, cls, reason):
         profile = Profile(Grid(1, 12, 12), 6)
@@ -197,7 +197,7 @@ class TestRowsThatCannotBe:
     def test_an_untrained_method_says_so_in_a_footnote(self, capsys, odd, tmp_path):
         sheet, page = tmp_path / "sheet.png", tmp_path / "page.html"
         files = ("--sheet", sheet, "--html", page)
-        code, out, err = run(capsys, PICTURE, QUESTION, "--methods", odd("Small"), "--json", *files, *QUICK)
+        code, out, err = run(capsys, IMAGE, QUESTION, "--methods", odd("Small"), "--json", *files, *QUICK)
         row = rows_of(out)["odd_methods:Small"]
         assert (code, err, set(row["visual_tokens_by_layer"])) == (0, "", {16})
         assert re.match(r"test_compare is untrained: its [\d,]+ weights are random", row["note"])
@@ -205,14 +205,14 @@ class TestRowsThatCannotBe:
         assert "is untrained" in page.read_text()
 
     def test_what_attaching_warns_of_is_a_footnote(self, capsys):
-        _, out, err = run(capsys, PICTURE, QUESTION, "--methods", "pool2d", "--keep", "100%", "--json", *QUICK)
+        _, out, err = run(capsys, IMAGE, QUESTION, "--methods", "pool2d", "--keep", "100%", "--json", *QUICK)
         assert (err, rows_of(out)["pool2d"]["note"]) == (
-            "", "pool2d keeps all of a picture's 144 visual tokens: it changes nothing"
+            "", "pool2d keeps all of an image's 144 visual tokens: it changes nothing"
         )  # fmt: skip
 
     def test_a_model_without_a_site_says_so_in_a_footnote(self, capsys, odd, monkeypatch):
         monkeypatch.setattr("vlmzip.models.llava.Llava.sites", (Site.PRE_PROJECTOR,))
-        code, out, _ = run(capsys, PICTURE, QUESTION, "--methods", odd("Elsewhere"), "--json", *QUICK)
+        code, out, _ = run(capsys, IMAGE, QUESTION, "--methods", odd("Elsewhere"), "--json", *QUICK)
         assert code == 0
         assert "has no site" in rows_of(out)["odd_methods:Elsewhere"]["note"]
 
@@ -220,22 +220,22 @@ class TestRowsThatCannotBe:
 def test_json_has_what_the_table_has_and_more(capsys, tmp_path):
     sheet = tmp_path / "sheet.png"
     arguments = ("--methods", "pool2d, visionzip,pool2d,no_compression", "--keep", "9", "--json", "--sheet", sheet)
-    code, out, _ = run(capsys, PICTURE, PICTURE, QUESTION, *arguments, *QUICK)
+    code, out, _ = run(capsys, IMAGE, IMAGE, QUESTION, *arguments, *QUICK)
     assert code == 0
     found = json.loads(out)
     assert (found["model"], found["question"], found["keep"], found["sheet"]) == ("mini", QUESTION, 9, str(sheet))
-    assert [picture["visual_tokens"] for picture in found["pictures"]] == [144, 144]
+    assert [image["visual_tokens"] for image in found["images"]] == [144, 144]
     assert [row["method"] for row in found["rows"]] == ["no_compression", "pool2d", "visionzip"]
     row = found["rows"][1]
     assert set(row) == {
-        "method", "note", "answer", "differs", "compressor", "visual_tokens_by_layer", "pictures", "retention",
+        "method", "note", "answer", "differs", "compressor", "visual_tokens_by_layer", "images", "retention",
         "compression_ratio", "prefill_flops", "kv_cache_bytes", "milliseconds",
     }  # fmt: skip
     assert set(row["visual_tokens_by_layer"]) == {18}
     assert row["retention"] == pytest.approx(1 / 16)
     assert row["compression_ratio"] == pytest.approx(16)
     assert row["compressor"]["factor"] == 4
-    assert [picture["after"] for picture in row["pictures"]] == [9, 9]
+    assert [image["after"] for image in row["images"]] == [9, 9]
     assert set(row["milliseconds"]) == {"vision encoder", "selection", "LLM"}
     assert row["prefill_flops"] < found["rows"][0]["prefill_flops"]
     assert found["timing"] == {
@@ -257,7 +257,7 @@ class TestPage:
     @pytest.fixture
     def text(self, capsys, tmp_path):
         strange = tmp_path / "<i>&.png"
-        Image.open(PICTURE).save(strange)
+        Image.open(IMAGE).save(strange)
         path = tmp_path / "page.html"
         question = 'is <script>alert("1")</script> & <b>that</b> red ?'
         assert run(capsys, strange, question, "--methods", "pool2d", "--html", path, *QUICK)[0] == 0
@@ -286,10 +286,10 @@ class TestPage:
 
 
 class TestSheet:
-    def test_one_panel_for_each_method_and_picture(self, capsys, tmp_path):
+    def test_one_panel_for_each_method_and_image(self, capsys, tmp_path):
         one, two = tmp_path / "new" / "one.png", tmp_path / "two.png"
-        run(capsys, PICTURE, QUESTION, "--methods", "pool2d", "--sheet", one, *QUICK)
-        run(capsys, PICTURE, PICTURE, QUESTION, "--methods", "pool2d,visionzip", "--sheet", two, *QUICK)
+        run(capsys, IMAGE, QUESTION, "--methods", "pool2d", "--sheet", one, *QUICK)
+        run(capsys, IMAGE, IMAGE, QUESTION, "--methods", "pool2d,visionzip", "--sheet", two, *QUICK)
         assert Image.open(two).width > 1.8 * Image.open(one).width
         assert Image.open(two).height > 1.5 * Image.open(one).height
 
@@ -299,7 +299,7 @@ class TestSheet:
 
         monkeypatch.setattr("vlmzip.cli.compare._print_tables", stop)
         files = [tmp_path / "sheet.png", tmp_path / "page.html"]
-        run(capsys, PICTURE, QUESTION, "--methods", "pool2d", "--sheet", files[0], "--html", files[1], *QUICK)
+        run(capsys, IMAGE, QUESTION, "--methods", "pool2d", "--sheet", files[0], "--html", files[1], *QUICK)
         assert all(file.stat().st_size for file in files)
 
     def test_a_failed_write_leaves_nothing(self, capsys, tmp_path, monkeypatch):
@@ -308,7 +308,7 @@ class TestSheet:
 
         monkeypatch.setattr(Image.Image, "save", fail)
         arguments = ("--methods", "pool2d", "--sheet", tmp_path / "sheet.png")
-        code, out, err = run(capsys, PICTURE, QUESTION, *arguments, *QUICK)
+        code, out, err = run(capsys, IMAGE, QUESTION, *arguments, *QUICK)
         assert (code, err.count("\n")) == (2, 1)
         assert "No space left" in err
         assert "pool2d" in out
@@ -326,56 +326,56 @@ def test_only_printable_text_reaches_the_terminal():
 
 MISTAKES = [
     ([], "required"),
-    (["{picture}"], "try: vlmzip compare"),
-    (["{picture}", "w", "--methods", "visionsip"], "did you mean 'visionzip'"),
-    (["{picture}", "w", "--methods", " ,"], "names no method"),
-    (["{picture}", "w", "--keep", "0"], "keeps nothing"),
-    (["{picture}", "w", "--keep", "as-is"], "is no number"),
-    (["{picture}", "w", "--repeats", "0"], "at least 1"),
-    (["{picture}", "w", "--max-new-tokens", "0"], "at least 1"),
-    (["{picture}", "w", "--sheet", "{picture}"], "choose another name"),
-    (["{picture}", "w", "--html", "{picture}"], "choose another name"),
-    (["{picture}", "w", "--html", "page.png"], "try page.html"),
-    (["{picture}", "w", "--html", "."], "is a folder"),
-    (["{picture}", "w", "--method", "visionzip"], "did you mean '--methods'"),
+    (["{image}"], "try: vlmzip compare"),
+    (["{image}", "w", "--methods", "visionsip"], "did you mean 'visionzip'"),
+    (["{image}", "w", "--methods", " ,"], "names no method"),
+    (["{image}", "w", "--keep", "0"], "keeps nothing"),
+    (["{image}", "w", "--keep", "as-is"], "is no number"),
+    (["{image}", "w", "--repeats", "0"], "at least 1"),
+    (["{image}", "w", "--max-new-tokens", "0"], "at least 1"),
+    (["{image}", "w", "--sheet", "{image}"], "choose another name"),
+    (["{image}", "w", "--html", "{image}"], "choose another name"),
+    (["{image}", "w", "--html", "page.png"], "try page.html"),
+    (["{image}", "w", "--html", "."], "is a folder"),
+    (["{image}", "w", "--method", "visionzip"], "did you mean '--methods'"),
     (["missing.png", "w"], "no file 'missing.png'"),
-    (["{picture}", "what is <image> ?"], "must not contain <image>"),
+    (["{image}", "what is <image> ?"], "must not contain <image>"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(a) for a, _ in MISTAKES])
 def test_mistakes_get_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
-    picture = tmp_path / "noise.png"
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(picture)
-    before = picture.read_bytes()
+    image = tmp_path / "noise.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(image)
+    before = image.read_bytes()
     if not (arguments and "<image>" in arguments[-1]):  # only the model's own placeholder can be known no sooner
         monkeypatch.setattr("vlmzip.cli.loading.load", lambda *_: pytest.fail("loaded before it refused"))
-    code, out, err = run(capsys, *[a.format(picture=picture) for a in arguments])
+    code, out, err = run(capsys, *[a.format(image=image) for a in arguments])
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("vlmzip: ")
     assert message in err
-    assert picture.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [picture]
+    assert image.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [image]
 
 
 def test_times_are_medians_of_the_runs():
-    row = Row("it", spent=[{"LLM": 1.0}, {"LLM": 9.0}, {"LLM": 2.0}])
+    row = MethodRow("it", spent=[{"LLM": 1.0}, {"LLM": 9.0}, {"LLM": 2.0}])
     assert row.milliseconds == {"LLM": 2.0}
 
 
-def test_budgets_are_set_for_the_largest_picture():
+def test_budgets_are_set_for_the_largest_image():
     grids = [Grid(1, 4, 4), Grid(1, 6, 6), Grid(1, 5, 5)]
     plain = types.SimpleNamespace(
-        report=types.SimpleNamespace(pictures=[types.SimpleNamespace(grid=grid) for grid in grids])
+        report=types.SimpleNamespace(images=[types.SimpleNamespace(grid=grid) for grid in grids])
     )
     loaded = types.SimpleNamespace(adapter=types.SimpleNamespace(profile=lambda: Profile(Grid(1, 9, 9), 4)))
-    assert picture_profile(loaded, plain) == Profile(Grid(1, 6, 6), 4)
+    assert image_profile(loaded, plain) == Profile(Grid(1, 6, 6), 4)
 
 
 def test_a_layer_that_the_llm_has_not_is_said_in_a_footnote(capsys):
     _, out, _ = run(
-        capsys, PICTURE, QUESTION, "--methods", "kmeans(site=in_llm,layer=8),fastv(layer=40)", "--json", *QUICK
+        capsys, IMAGE, QUESTION, "--methods", "kmeans(site=in_llm,layer=8),fastv(layer=40)", "--json", *QUICK
     )
     for row in rows_of(out).values():
         assert "is no place inside this LLM of 8 layers: give 1 to 7" in (row["note"] or "plain") or row["note"] is None

@@ -155,7 +155,7 @@ class TestReport:
     def test_rows_without_a_score_say_why(self, page):
         assert "fastv(layer=1) at 25%: 1 of 4 layers see all tokens" in page
 
-    def test_the_same_seed_shows_the_same_pictures(self, page, command, capsys):
+    def test_the_same_seed_shows_the_same_images(self, page, command, capsys):
         assert main(command) == 0
         assert "questions in" not in capsys.readouterr().err  # nothing is asked again
         assert Path(command[-1], "report.html").read_text(encoding="utf-8") == page
@@ -241,7 +241,7 @@ MISTAKES = [
     (["--limit", "some"], "invalid int value"),
     (["--out", "{folder}/a.png"], "is a file; give a folder"),
     (["--method", "visionzip"], "did you mean '--methods'"),
-    (["--tasks", "{folder}:exact", "--calibrate-on", "{folder}"], "holds pictures that are asked about"),
+    (["--tasks", "{folder}:exact", "--calibrate-on", "{folder}"], "holds images that are asked about"),
     (["mini"], "unexpected argument 'mini'"),
 ]
 
@@ -259,11 +259,11 @@ def test_mistakes_get_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, as
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_an_unreadable_picture_is_named_before_the_model_is_loaded(capsys, monkeypatch, tmp_path, asked):
+def test_an_unreadable_image_is_named_before_the_model_is_loaded(capsys, monkeypatch, tmp_path, asked):
     monkeypatch.setattr("vlmzip.cli.loading.load", lambda *_: pytest.fail("loaded before it refused"))
     (tmp_path / "asked" / "b.png").write_bytes((tmp_path / "asked" / "b.png").read_bytes()[:200])
     assert main(["eval", "--tasks", asked + ":exact", "--out", str(tmp_path / "out")]) == 2
-    assert re.search(r"^vlmzip: 1 of 3 pictures cannot be read; the first: '.*b\.png' .*$", capsys.readouterr().err)
+    assert re.search(r"^vlmzip: 1 of 3 images cannot be read; the first: '.*b\.png' .*$", capsys.readouterr().err)
 
 
 def test_papers_numbers_stand_beside_what_was_measured(capsys, checkpoint, asked, tmp_path, monkeypatch):
@@ -295,10 +295,10 @@ def test_an_unknown_paper_is_refused_before_anything_is_asked(evaluate, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-def test_few_pictures_and_unknown_words_are_told(evaluate, capsys):
+def test_few_images_and_unknown_words_are_told(evaluate, capsys):
     code, out, err = evaluate()
     assert code == 0
-    assert "10 questions about 3 pictures: too few for the intervals to be trusted" in out
+    assert "10 questions about 3 images: too few for the intervals to be trusted" in out
     assert "note: 1 of 10 questions of " in err
     assert "'[bold]' for one" in err
 
@@ -309,11 +309,11 @@ def test_a_report_of_an_earlier_run_is_not_taken_for_this_ones(evaluate):
 
 
 @pytest.mark.parametrize("task", ["mini", "easy-vqa"])
-def test_thresholds_come_from_the_users_pictures_for_every_task(tmp_path, task):
+def test_thresholds_come_from_the_users_images_for_every_task(tmp_path, task):
     for shade in range(4):
         Image.new("RGB", (24, 24), (60 * shade, 0, 0)).save(tmp_path / f"{shade}.png")
     calibration = read_task(task, 2, str(tmp_path)).calibration
-    assert calibration.about == f"the 4 pictures of {tmp_path}"
-    assert [Path(path).stem for path in calibration.pictures()] == ["0", "1", "2", "3"]
-    with pytest.raises(UserError, match="is no folder of pictures"):
+    assert calibration.about == f"the 4 images of {tmp_path}"
+    assert [Path(path).stem for path in calibration.images()] == ["0", "1", "2", "3"]
+    with pytest.raises(UserError, match="is no folder of images"):
         read_task(task, 2, str(tmp_path / "none"))

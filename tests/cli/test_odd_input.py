@@ -11,7 +11,7 @@ from PIL import Image
 
 from vlmzip import UserError, spec
 from vlmzip.cli import loading
-from vlmzip.cli.asking import split_pictures_and_question
+from vlmzip.cli.asking import split_images_and_question
 from vlmzip.cli.main import main
 from vlmzip.evaluation.tasks import read_task
 from vlmzip.files import is_file, is_folder, is_there, open_to_read, refuse_place, write_text
@@ -121,7 +121,7 @@ def test_a_training_runs_folder_too(capsys, folder):
 
 @pytest.mark.usefixtures("folder")
 def test_a_long_question_is_a_question():
-    assert split_pictures_and_question(["a.png", LONG], "ask") == (["a.png"], LONG)
+    assert split_images_and_question(["a.png", LONG], "ask") == (["a.png"], LONG)
     chain = "+".join(["visionzip(keep=16)", *(f"random_tokens(site=in_llm,layer={n},keep=9)" for n in range(1, 20))])
     assert len(spec.read(chain).stages()) == 20
 

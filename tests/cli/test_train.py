@@ -149,7 +149,7 @@ def test_costs_need_neither_model_nor_records(tmp_path, capsys):
     assert "--shape: there is no 'llava-7b'; did you mean 'llava-1.5-7b'" in capsys.readouterr().err
 
 
-def test_a_picture_that_cannot_be_is_refused_before_the_table(tmp_path, capsys):
+def test_an_image_that_cannot_be_is_refused_before_the_table(tmp_path, capsys):
     path = tmp_path / "run.yaml"
     path.write_text("model: mini\nrecords: nowhere.json\nout: out\nsteps: 3\n")
     assert main(["train", str(path), "--explain", "--staircase", str(tmp_path / "x.xyz")]) == 2

@@ -26,7 +26,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture
 def questions(tmp_path):
-    """Twelve pictures, two questions about each; the tiny model is never right."""
+    """Twelve images, two questions about each; the tiny model is never right."""
     folder = tmp_path / "asked"
     lines = [question(f"p{n % 12}.png", question=f"w{n + 4}") for n in range(24)]
     place = write(folder, *lines)
@@ -72,7 +72,7 @@ def test_what_is_chosen_keeps_to_the_limit_and_can_be_used(on_mini, capsys):
     assert found["compressor"] == method
     assert spec.write(spec.read(method)) == chosen["compressor"]
     assert main(["ask", "examples/flat.png", "what color is the ring ?", "--method", method, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["pictures"][0]["after"] == 16
+    assert json.loads(capsys.readouterr().out)["images"][0]["after"] == 16
     assert {path.name for path in folder.iterdir()} == {
         ".lock", "compressor.json", "curve.png", "curve.svg", "records", "study.json", "tune.csv"
     }  # fmt: skip
@@ -148,11 +148,11 @@ def test_what_breaks_while_it_is_timed_is_reported_too(tune, tmp_path, monkeypat
 
 def test_a_stop_in_the_middle_costs_nothing(tune, tmp_path, monkeypatch):
     """Nor do rounds: three of them here, of 4, 8 and 12 questions."""
-    from vlmzip.evaluation.answering import Asker
+    from vlmzip.evaluation.answering import Answerer
 
     monkeypatch.setattr("vlmzip.evaluation.tuning.FIRST", 4)
     whole = json.loads(tune("--max-flops", "60%", "--max-loss", "5", "--json", out="whole")[1])
-    heard, real = listen(monkeypatch), Asker.answer
+    heard, real = listen(monkeypatch), Answerer.answer
 
     def stops(*arguments):
         if len(heard) == 5:
@@ -160,7 +160,7 @@ def test_a_stop_in_the_middle_costs_nothing(tune, tmp_path, monkeypatch):
         return real(*arguments)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Asker, "answer", stops)
+        patched.setattr(Answerer, "answer", stops)
         code, out, _ = tune("--max-flops", "60%", "--max-loss", "5")
     assert (code, out) == (130, "")
     again = json.loads(tune("--max-flops", "60%", "--max-loss", "5", "--json")[1])
@@ -176,7 +176,7 @@ def test_the_table_says_what_is_certain_and_what_is_not(tune, checkpoint, tmp_pa
     assert re.search(r"^pool2d\(factor=2\) +9\.0 +\d+\.\d% +12 +0\.0 +0\.0 \[0\.0, 0\.0\] +", out, re.M)
     impossible = "3 combinations of method and budget cannot run (1 of pool2d, 2 of dfmr); tune.csv says why"
     assert f"\n{impossible}\n" in out
-    assert "The estimate is within 5 points, but 6 pictures cannot tell: at least 20 have to confirm." in out
+    assert "The estimate is within 5 points, but 6 images cannot tell: at least 20 have to confirm." in out
     use = f"use it: vlmzip ask IMAGE QUESTION --model {checkpoint} --method {tmp_path}/out/compressor.json"
     assert use in out
     assert spec.read(str(tmp_path / "out" / "compressor.json")) == Pool2d(factor=2)
@@ -185,7 +185,7 @@ def test_the_table_says_what_is_certain_and_what_is_not(tune, checkpoint, tmp_pa
     assert rows[0]["method"] == "no_compression"
     assert sum(row["fate"] == "chosen" for row in rows) == 1
     assert {row["detail"] for row in rows if row["method"] == "dfmr"} == {
-        "its threshold has to be set from pictures that are not asked about: name them, --calibrate-on FOLDER"
+        "its threshold has to be set from images that are not asked about: name them, --calibrate-on FOLDER"
     }
 
 
@@ -236,7 +236,7 @@ MISTAKES = [
     (["--max-loss", "1", "--tasks", "mini,{folder}:exact"], "exact: give one task"),
     (["--max-loss", "1", "--task", ""], "--task '': give one task"),
     (["--max-loss", "1", "--task", "nowhere:exact"], "no task and no folder 'nowhere'"),
-    (["--max-loss", "1", "--limit", "1"], "questions about 2 pictures at least"),
+    (["--max-loss", "1", "--limit", "1"], "questions about 2 images at least"),
     (["--max-loss", "1", "--batch", "0"], "--batch 0: give at least 1"),
     (["--max-loss", "1", "--seed", "-1"], "--seed -1: give at least 0"),
     (["--max-loss", "1", "--out", "{folder}/p0.png"], "is a file; give a folder"),

@@ -12,7 +12,7 @@ from tests.tiny import tiny_llava, tiny_processor
 from vlmzip.cli.asking import build_inputs
 from vlmzip.cli.loading import Loaded, load
 from vlmzip.errors import UserError
-from vlmzip.evaluation.answering import Asker
+from vlmzip.evaluation.answering import Answerer
 from vlmzip.methods import FastV, VisionZip
 from vlmzip.models import adapter_for
 from vlmzip.runtime.prompts import chat_prompt, conversation_prompt
@@ -23,15 +23,17 @@ def mini():
     return vlmzip.mini.load()
 
 
-def test_several_pictures_and_none_are_counted(mini):
+def test_several_images_and_none_are_counted(mini):
     model, processor = mini
-    asker = Asker(adapter_for(model), processor)
-    picture = Image.open("examples/flat.png").convert("RGB")
+    answerer = Answerer(adapter_for(model), processor)
+    image = Image.open("examples/flat.png").convert("RGB")
     two = "USER: <image>\n<image>\nwhat color is the ring ? ASSISTANT:"
-    with VisionZip(keep=36).on(model) as small:
-        (pair,) = asker.answer_prompts(small, [two], [[picture, picture]], max_new_tokens=6, do_sample=False)
-        (none,) = asker.answer_prompts(small, ["USER: what ? ASSISTANT:"], [[]], max_new_tokens=3, do_sample=False)
-        one, other = asker.answer(small, [picture] * 2, ["what color is the ring ?", "is there a star ?"], 6)
+    with VisionZip(keep=36).on(model) as compressed:
+        (pair,) = answerer.answer_prompts(compressed, [two], [[image, image]], max_new_tokens=6, do_sample=False)
+        (none,) = answerer.answer_prompts(
+            compressed, ["USER: what ? ASSISTANT:"], [[]], max_new_tokens=3, do_sample=False
+        )
+        one, other = answerer.answer(compressed, [image] * 2, ["what color is the ring ?", "is there a star ?"], 6)
     assert (pair.visual_tokens, pair.by_layer[0], pair.retention) == (288, 72, 0.25)
     assert (none.visual_tokens, none.by_layer, none.retention) == (0, (), 1.0)
     assert (one.text, one.new_tokens) == ("orange", 2)  # the word, and the end
@@ -49,7 +51,7 @@ def text(said):
 IMAGE = {"type": "image"}
 
 
-def test_without_a_template_one_question_with_pictures_before_it_can_be_asked(mini):
+def test_without_a_template_one_question_with_images_before_it_can_be_asked(mini):
     adapter = adapter_for(mini[0])
     one = [{"role": "user", "content": [IMAGE, IMAGE, text("a"), text("b")]}]
     assert conversation_prompt(adapter, NoTemplate(), one) == "USER: <image><image>\na\nb ASSISTANT:"
@@ -76,9 +78,9 @@ def test_a_prompt_begins_once(template, tmp_path):
     processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     processor.chat_template = template
     model = tiny_llava()
-    picture = Image.new("RGB", (24, 24))
-    asked = Asker(adapter_for(model), processor).inputs([picture], ["w9"])
-    picture.save(path := tmp_path / "0.png")
+    image = Image.new("RGB", (24, 24))
+    asked = Answerer(adapter_for(model), processor).inputs([image], ["w9"])
+    image.save(path := tmp_path / "0.png")
     typed = build_inputs(Loaded("tiny", model, processor, adapter_for(model)), [str(path)], "w9")
     for inputs in (asked, typed):
         assert inputs["input_ids"][0].tolist().count(processor.tokenizer.bos_token_id) == 1
@@ -95,13 +97,13 @@ def test_without_a_pad_token_answers_of_a_batch_are_those_of_one_by_one(tmp_path
         settings = json.loads((folder / file).read_text())
         (folder / file).write_text(json.dumps({name: value for name, value in settings.items() if name not in removed}))
     loaded = load(str(folder), "cpu")
-    asker = Asker(loaded.adapter, loaded.processor)
-    picture = Image.open("examples/flat.png").convert("RGB")
-    questions = ["is there a star ?", "what color is the ring ?", "how many things are there in the picture ?"]
+    answerer = Answerer(loaded.adapter, loaded.processor)
+    image = Image.open("examples/flat.png").convert("RGB")
+    questions = ["is there a star ?", "what color is the ring ?", "how many things are there in the image ?"]
     for method in (VisionZip(keep=36), FastV(layer=2, keep=36)):
-        with method.on(loaded.model) as small:
-            together = asker.answer(small, [picture] * 3, questions, 6)
-            alone = [asker.answer(small, [picture], [question], 6)[0] for question in questions]
+        with method.on(loaded.model) as compressed:
+            together = answerer.answer(compressed, [image] * 3, questions, 6)
+            alone = [answerer.answer(compressed, [image], [question], 6)[0] for question in questions]
         assert [one.text for one in together] == [one.text for one in alone]
         assert len({one.text_tokens for one in together}) == 3
         assert together == alone

@@ -1,4 +1,4 @@
-"""Intervals: where they must lie, and that pictures are what is drawn."""
+"""Intervals: where they must lie, and that images are what is drawn."""
 
 import numpy as np
 import pytest
@@ -6,8 +6,8 @@ import pytest
 from vlmzip.evaluation.bootstrap import Bootstrap, estimate
 
 
-def interval(scores, pictures, seed=0, draws=2000):
-    found = Bootstrap(pictures, seed, draws).share(np.asarray(scores, float), np.ones(len(scores)))
+def interval(scores, images, seed=0, draws=2000):
+    found = Bootstrap(images, seed, draws).share(np.asarray(scores, float), np.ones(len(scores)))
     return estimate(found)
 
 
@@ -20,8 +20,8 @@ def test_an_interval_of_independent_questions_is_about_two_standard_errors_each_
     assert found.high == pytest.approx(0.75 + 1.96 * error, abs=0.3 * error)
 
 
-def test_questions_about_one_picture_are_not_independent():
-    """Four questions a picture, all right or all wrong: as sure as a quarter of the questions."""
+def test_questions_about_one_image_are_not_independent():
+    """Four questions an image, all right or all wrong: as sure as a quarter of the questions."""
     scores = np.repeat(([1] * 75 + [0] * 25), 4)
     alone = interval(scores, [str(n) for n in range(400)])
     together = interval(scores, [str(n // 4) for n in range(400)])
@@ -30,8 +30,8 @@ def test_questions_about_one_picture_are_not_independent():
 
 def test_a_difference_is_paired():
     """Two methods that fail on the same questions but for one in a hundred differ by little, surely."""
-    dice = np.random.default_rng(1)
-    one = dice.integers(0, 2, 400).astype(float)
+    rng = np.random.default_rng(1)
+    one = rng.integers(0, 2, 400).astype(float)
     two = one.copy()
     two[:4] = 1 - two[:4]
     bootstrap, ones = Bootstrap([str(n) for n in range(400)], 0), np.ones(400)
@@ -41,9 +41,9 @@ def test_a_difference_is_paired():
 
 
 def test_the_same_seed_gives_the_same_interval_and_another_another():
-    scores, pictures = [1, 0, 1, 1, 0, 0, 1], list("abcdefg")
-    assert interval(scores, pictures) == interval(scores, pictures)
-    assert interval(range(7), pictures) != interval(range(7), pictures, seed=1)
+    scores, images = [1, 0, 1, 1, 0, 0, 1], list("abcdefg")
+    assert interval(scores, images) == interval(scores, images)
+    assert interval(range(7), images) != interval(range(7), images, seed=1)
 
 
 def test_a_share_of_sums_where_nothing_is_below():

@@ -13,7 +13,7 @@ import vlmzip
 from tests.tiny import FAMILIES, tiny_llava, tiny_processor
 from vlmzip import VisionZip, spec
 from vlmzip.evaluation import fingerprint
-from vlmzip.evaluation.answering import Asker
+from vlmzip.evaluation.answering import Answerer
 from vlmzip.models import adapter_for
 
 
@@ -84,11 +84,11 @@ def test_dtype_and_weights_in_it():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_being_asked_changes_nothing(family):
     model, processor = FAMILIES[family]().model, tiny_processor(family)
-    asker = Asker(adapter_for(model), processor)
+    answerer = Answerer(adapter_for(model), processor)
     before = fingerprint.of_model(model, processor)
-    with VisionZip(keep=4).on(model) as small:
+    with VisionZip(keep=4).on(model) as compressed:
         image = Image.new("RGB", (48, 48), "red")
-        asker.answer(small, [image, image], ["w4", "w5 w6 w7"], 3)
+        answerer.answer(compressed, [image, image], ["w4", "w5 w6 w7"], 3)
         assert fingerprint.of_model(model, processor) == before
     assert fingerprint.of_model(model, processor) == before
 
@@ -184,14 +184,14 @@ def test_a_helper_that_cannot_be_read_as_python_counts(own, tmp_path):
 @pytest.mark.filterwarnings("ignore:qformer is untrained")
 def test_weights_of_a_method():
     model = tiny_llava()
-    with vlmzip.QFormer(queries=4, depth=1, heads=2).on(model) as small:
-        before = fingerprint.of_method(small)
-        assert fingerprint.of_method(small) == before
+    with vlmzip.QFormer(queries=4, depth=1, heads=2).on(model) as compressed:
+        before = fingerprint.of_method(compressed)
+        assert fingerprint.of_method(compressed) == before
         with torch.no_grad():
-            next(small.resampler.parameters()).view(-1)[-1] += 1
-        assert fingerprint.of_method(small)["method weights"] != before["method weights"]
-    with VisionZip(keep=4).on(model) as small:
-        assert fingerprint.of_method(small) == {"method code": "", "method weights": ""}
+            next(compressed.resampler.parameters()).view(-1)[-1] += 1
+        assert fingerprint.of_method(compressed)["method weights"] != before["method weights"]
+    with VisionZip(keep=4).on(model) as compressed:
+        assert fingerprint.of_method(compressed) == {"method code": "", "method weights": ""}
 
 
 def test_images_are_told_by_their_pixels(tmp_path):

@@ -49,10 +49,10 @@ def test_it_goes_on_where_it_was_stopped(subject):
 
 def test_settings_and_names_have_records_of_their_own(subject):
     study, task, asked = subject.study(), subject.task, Asked()
-    for name, pictures in (("it", 1), ("it", 2), ("other", 1)):
-        settings = {"compressor": {}, "pictures": pictures}
+    for name, images in (("it", 1), ("it", 2), ("other", 1)):
+        settings = {"compressor": {}, "images": images}
         (record,) = kept(study, task, name, settings, task.samples[:1], asked)
-        assert record["pictures"] == pictures
+        assert record["images"] == images
     assert len(asked.batches) == 3
 
 
@@ -98,4 +98,4 @@ def test_scores_are_the_tasks(subject):
     study, task = subject.study(), subject.task
     sample = replace(task.samples[0], answers=("w0",))
     (record,) = kept(study, task, "it", {"compressor": {}}, [sample], Asked())
-    assert (record["score"], record["answers"], record["picture"]) == (1, ["w0"], sample.picture)
+    assert (record["score"], record["answers"], record["image"]) == (1, ["w0"], sample.image)

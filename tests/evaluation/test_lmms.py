@@ -97,12 +97,16 @@ def test_columns_have_scores_beside_the_plain_models_and_reasons():
         return None if value is None else {"results": {"m,none": value}, "retention": 0.25}
 
     every = [Configured("plain"), Configured("small"), Configured("none", None, "cannot be")]
-    plain, small, none = columns(suite, every, look, lambda one: "no judge" if one.name == "C" else "")
-    assert [row.note for row in small.rows] == ["", "not run yet", "no judge"]
-    assert [row.score for row in small.rows] == [40.0, None, None]
-    assert (small.rows[0].plain, small.rows[0].difference, small.rows[0].relative) == (50.0, -10.0, 80.0)
+    plain, compressed, none = columns(suite, every, look, lambda one: "no judge" if one.name == "C" else "")
+    assert [row.note for row in compressed.rows] == ["", "not run yet", "no judge"]
+    assert [row.score for row in compressed.rows] == [40.0, None, None]
+    assert (compressed.rows[0].plain, compressed.rows[0].difference, compressed.rows[0].relative) == (50.0, -10.0, 80.0)
     assert (plain.average, plain.averaged) == (30.0, 2)
-    assert (small.average, small.plain_average, small.averaged) == (40.0, 50.0, 1)  # over the same benchmarks
+    assert (compressed.average, compressed.plain_average, compressed.averaged) == (
+        40.0,
+        50.0,
+        1,
+    )  # over the same benchmarks
     assert (none.rows, none.configuration.note) == ((), "cannot be")
 
 
@@ -200,13 +204,13 @@ def test_an_answer_ends_before_the_first_of_its_ends():
     assert read_generation({"until": None}).cut("a\n\nb") == "a\n\nb"
 
 
-def test_a_chat_has_its_pictures_in_order_and_in_rgb():
+def test_a_chat_has_its_images_in_order_and_in_rgb():
     first, second = Image.new("L", (4, 4), 7), Image.new("RGBA", (4, 4), (1, 2, 3, 255))
     content = [{"type": "text", "text": "a"}, {"type": "image", "url": first}, {"type": "image", "url": second}]
     chat = read_chat([{"role": "system", "content": "be brief"}, {"role": "user", "content": content}], ["<image>"])
     assert [part["type"] for part in chat.messages[1]["content"]] == ["text", "image", "image"]
     assert chat.messages[0]["content"] == [{"type": "text", "text": "be brief"}]
-    assert [picture.getpixel((0, 0)) for picture in chat.pictures] == [(7, 7, 7), (1, 2, 3)]
+    assert [image.getpixel((0, 0)) for image in chat.images] == [(7, 7, 7), (1, 2, 3)]
 
 
 # ---------------------------------------------------------------- the command line

@@ -14,7 +14,7 @@ from vlmzip.evaluation.records import KEYS, Shard, hold, read_records
 
 
 def record(number):
-    texts = dict.fromkeys(("task", "picture", "question"), "?")
+    texts = dict.fromkeys(("task", "image", "question"), "?")
     content = {**texts, "answers": ["it"], "score": 0.5, "compressor": {}, "visual_tokens_by_layer": [36, 9]}
     assert {*content, "sample", "given"} == KEYS
     return content | {"sample": str(number), "given": f"é {number}"}
@@ -22,7 +22,7 @@ def record(number):
 
 #: Values that a record cannot have.
 WRONG = {
-    **dict.fromkeys(("task", "sample", "picture", "question", "given", "method", "device"), (None, 1, ["a"], True)),
+    **dict.fromkeys(("task", "sample", "image", "question", "given", "method", "device"), (None, 1, ["a"], True)),
     "answers": [None, "it", [], [1], [None], {"it": 1}],
     "score": [None, "1", 1e9, -0.1, 2, True, [1], 10**30],
     "compressor": [None, "visionzip", []],

@@ -29,7 +29,7 @@ class Kept:
 def records(given, tokens, flops):
     return [
         {
-            "picture": "ab"[n // 2], "given": text, "answers": [right], "groups": {"type": "xy"[n % 2]},
+            "image": "ab"[n // 2], "given": text, "answers": [right], "groups": {"type": "xy"[n % 2]},
             "score": METRICS["yesno"].score(text, [right]), "visual_tokens_by_layer": tokens,
             "retention": sum(tokens) / 80, "prefill_flops": flops, **dict.fromkeys(CONDITIONS, "it"),
         }
@@ -47,7 +47,7 @@ def task():
 def found(task):
     configurations = [
         Configuration("it", "no_compression", "100%", NoCompression()),
-        Configuration("it", "pool2d", "25%", Pool2d(), "nearly", "some pictures"),
+        Configuration("it", "pool2d", "25%", Pool2d(), "nearly", "some images"),
         Configuration("it", "fastv", "25%", None, "too few layers"),
         Configuration("it", "fastv", "11%", None, "too few layers"),
     ]
@@ -56,23 +56,23 @@ def found(task):
 
 
 def test_the_difference_of_two_results_is_paired(found):
-    plain, small = found[:2]
-    assert difference(small.records, plain.records, 0) == small.against_plain
-    turned = difference(plain.records, small.records, 0)
+    plain, compressed = found[:2]
+    assert difference(compressed.records, plain.records, 0) == compressed.against_plain
+    turned = difference(plain.records, compressed.records, 0)
     assert (turned.value, turned.low, turned.high) == (0.25, 0, 0.5)
 
 
 def test_scores_differences_and_shares(found):
-    plain, small = found[:2]
-    assert (plain.score.value, small.score.value) == (0.75, 0.5)
-    assert (plain.against_plain.value, small.against_plain.value) == (0, -0.25)
-    # Of two pictures one lost half: a draw of two has it never, once or twice.
-    assert (small.against_plain.low, small.against_plain.high) == (-0.5, 0)
+    plain, compressed = found[:2]
+    assert (plain.score.value, compressed.score.value) == (0.75, 0.5)
+    assert (plain.against_plain.value, compressed.against_plain.value) == (0, -0.25)
+    # Of two images one lost half: a draw of two has it never, once or twice.
+    assert (compressed.against_plain.low, compressed.against_plain.high) == (-0.5, 0)
     assert plain.shares["F1"].value == pytest.approx(4 / 5)
-    assert small.shares["F1"].value == pytest.approx(2 / 4)
-    assert (small.reached, small.flops, small.tokens) == (30 / 80, 0.3, "20×1 → 10×1")
-    assert list(small.changed) == [1, 3]
-    assert small.groups == {("type", "x"): (1.0, 2), ("type", "y"): (0.0, 2)}
+    assert compressed.shares["F1"].value == pytest.approx(2 / 4)
+    assert (compressed.reached, compressed.flops, compressed.tokens) == (30 / 80, 0.3, "20×1 → 10×1")
+    assert list(compressed.changed) == [1, 3]
+    assert compressed.groups == {("type", "x"): (1.0, 2), ("type", "y"): (0.0, 2)}
 
 
 def test_cells(found):
@@ -88,7 +88,7 @@ def test_cells(found):
 def test_reasons_are_told_once(found):
     assert reasons(found) == [
         "pool2d at 25%: nearly",
-        "pool2d at 25%: threshold set from some pictures",
+        "pool2d at 25%: threshold set from some images",
         "fastv at 25%, 11%: too few layers",
     ]
 
@@ -99,9 +99,9 @@ def test_a_configuration_without_all_records_has_no_score(task):
         Configuration("it", "pool2d", "25%", Pool2d()),
     ]
     kept = {"no_compression": records(PLAIN, [40, 40], 1000), "pool2d": records(SMALL, [20, 10], 300)[:3]}
-    small = list(results(Kept(kept, "it broke"), task, configurations, 0))[1]
-    assert (small.score, small.note) == (None, "it broke (3 of 4 questions were answered)")
-    assert as_json(small)["note"] == small.note
+    compressed = list(results(Kept(kept, "it broke"), task, configurations, 0))[1]
+    assert (compressed.score, compressed.note) == (None, "it broke (3 of 4 questions were answered)")
+    assert as_json(compressed)["note"] == compressed.note
 
 
 def test_a_table_has_a_column_for_everything_that_any_row_has(found, tmp_path):
@@ -110,7 +110,7 @@ def test_a_table_has_a_column_for_everything_that_any_row_has(found, tmp_path):
         last, *rows = csv.DictReader(file)
     assert [row["method"] for row in (*rows, last)] == ["no_compression", "pool2d", "fastv", "fastv"]
     assert (rows[1]["difference"], rows[1]["difference_low"], rows[1]["F1"]) == ("-25.0000", "-50.0000", "50.0000")
-    assert (rows[1]["type y"], rows[1]["calibrated_on"], rows[1]["model"]) == ("0.0000", "some pictures", "it")
+    assert (rows[1]["type y"], rows[1]["calibrated_on"], rows[1]["model"]) == ("0.0000", "some images", "it")
     assert (rows[2]["score"], rows[2]["note"]) == ("", "too few layers")
 
 

@@ -87,15 +87,15 @@ def edit(folder, old, new):
 
 def asked(monkeypatch):
     """The questions that a model is asked from now on."""
-    from vlmzip.evaluation.answering import Asker
+    from vlmzip.evaluation.answering import Answerer
 
-    heard, real = [], Asker.answer
+    heard, real = [], Answerer.answer
 
-    def answer(self, small, pictures, questions, most):
+    def answer(self, compressed, images, questions, most):
         heard.append(questions)
-        return real(self, small, pictures, questions, most)
+        return real(self, compressed, images, questions, most)
 
-    monkeypatch.setattr(Asker, "answer", answer)
+    monkeypatch.setattr(Answerer, "answer", answer)
     return heard
 
 
@@ -107,9 +107,9 @@ def everything(study):
 def test_one_record_for_each_question_with_all_it_takes_to_check_it(study, task):
     configurations = study.configure([task], candidates("pool2d"), ["25%"])
     study.run([task], configurations)
-    plain, small = (study.records(task, one) for one in configurations)
-    assert [r["sample"] for r in small] == [r["sample"] for r in plain] == [str(n) for n in range(1, 8)]
-    record = small[2]
+    plain, compressed = (study.records(task, one) for one in configurations)
+    assert [r["sample"] for r in compressed] == [r["sample"] for r in plain] == [str(n) for n in range(1, 8)]
+    record = compressed[2]
     assert (record["question"], record["answers"], record["score"]) == ("w7 w8 w9", ["it"], 0)
     assert (record["method"], record["compressor"]["factor"]) == ("pool2d(factor=2)", 2)
     assert (record["visual_tokens"], record["visual_tokens_by_layer"], record["retention"]) == (36, [9] * 4, 0.25)
@@ -129,15 +129,15 @@ def test_each_answer_is_the_models_own(family, task, tmp_path):
     (one,) = study.configure([task], candidates("no_compression"), ["25%"])
     study.run([task], [one])
     for sample, record in zip(task.samples, study.records(task, one), strict=True):
-        inputs = study.asker.inputs([sample.load()], [sample.question])
+        inputs = study.answerer.inputs([sample.load()], [sample.question])
         ids = model.generate(**inputs, max_new_tokens=task.max_new_tokens, do_sample=False)
         text = study.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         assert record["given"] == text.strip()
     assert len({record["given"] for record in study.records(task, one)}) > 1
 
 
-def test_budgets_are_set_for_the_grids_of_the_pictures(task, tmp_path):
-    """A tiny Qwen could see pictures of 16 x 16 tokens; these have 36."""
+def test_budgets_are_set_for_the_grids_of_the_images(task, tmp_path):
+    """A tiny Qwen could see images of 16 x 16 tokens; these have 36."""
     model = FAMILIES["qwen2_5_vl"]().model
     study = Study(model, tiny_processor("qwen2_5_vl"), "tiny", tmp_path / "out", 3, Processes(), lambda text: None)
     configurations = study.configure([task], candidates("fastv"), ["75%"])
@@ -274,10 +274,10 @@ class TestGoingOn:
         again, real = make_study(study.model, study.folder), Study.attach
 
         def other_weights(self, compressor):
-            small = real(self, compressor)
-            if small.resampler is not None:
-                next(small.resampler.parameters()).data += 1
-            return small
+            compressed = real(self, compressor)
+            if compressed.resampler is not None:
+                next(compressed.resampler.parameters()).data += 1
+            return compressed
 
         again.run([task], again.configure([task], trained, ["as-set"]))
         again = make_study(study.model, study.folder)
@@ -356,7 +356,7 @@ class TestGoingOn:
         with pytest.raises(UserError, match=f"jsonl:1 is no record of this run: it lacks {name}"):
             study.records(task, configurations[0])
 
-    def test_a_picture_that_vanishes_ends_the_run_and_keeps_the_rest(self, study, task, tmp_path):
+    def test_an_image_that_vanishes_ends_the_run_and_keeps_the_rest(self, study, task, tmp_path):
         configurations = study.configure([task], candidates("pool2d"), ["25%"])
         (tmp_path / "q" / "a.png").rename(tmp_path / "q" / "d.png")
         for name in ("b.png", "c.png"):
@@ -410,7 +410,7 @@ class TestRows:
         def broken(*_):
             raise RuntimeError("boom")
 
-        monkeypatch.setattr("vlmzip.evaluation.answering.Asker.answer", broken)
+        monkeypatch.setattr("vlmzip.evaluation.answering.Answerer.answer", broken)
         with pytest.raises(RuntimeError, match="boom"):
             study.run([task], configurations)
 
@@ -422,16 +422,16 @@ class TestRows:
         assert found[1].reached == 0.25
         assert "needs settings" in found[2].note
 
-    def test_thresholds_are_set_from_other_pictures_once(self, model, task, tmp_path, monkeypatch):
+    def test_thresholds_are_set_from_other_images_once(self, model, task, tmp_path, monkeypatch):
         lines = [question(question=words) for words in WORDS]
         place = write(tmp_path / "asked", *lines)
         names = [f"{n}.png" for n in range(20, 32)]
-        other = write(tmp_path / "others", pictures=names)
+        other = write(tmp_path / "others", images=names)
         task = read_task(f"{place}:exact", None, other)
         study = make_study(model, tmp_path / "out")
         first = study.configure([task], candidates("dfmr"), ["40%", "60%"])
         ran = [one for one in first if one.calibrated_on]
-        assert {one.calibrated_on for one in ran} == {f"the 12 pictures of {other}"}
+        assert {one.calibrated_on for one in ran} == {f"the 12 images of {other}"}
         monkeypatch.setattr("vlmzip.evaluation.configurations.measure", lambda *_, **__: pytest.fail("measured again"))
         assert make_study(model, study.folder).configure([task], candidates("dfmr"), ["40%", "60%"]) == first
         path = study.folder / "study.json"
@@ -442,7 +442,7 @@ class TestRows:
                 make_study(model, study.folder).configure([task], candidates("dfmr"), ["40%"])
         path.write_text(json.dumps(known))
         noise(3).save(tmp_path / "others" / "20.png")
-        with pytest.raises(pytest.fail.Exception, match="measured again"):  # one of the pictures is another
+        with pytest.raises(pytest.fail.Exception, match="measured again"):  # one of the images is another
             make_study(model, study.folder).configure([task], candidates("dfmr"), ["40%"])
 
 

@@ -13,9 +13,9 @@ from vlmzip.evaluation.tasks import read_task, read_tasks
 from vlmzip.mini.splits import test_split as mini_test_split
 
 
-def write(folder, *lines, pictures=("a.png", "b.png", "c.png")):
+def write(folder, *lines, images=("a.png", "b.png", "c.png")):
     folder.mkdir(parents=True, exist_ok=True)
-    for number, name in enumerate(pictures):
+    for number, name in enumerate(images):
         noise = np.random.default_rng(number).integers(0, 256, (48, 48, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / name)
     text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
@@ -36,11 +36,11 @@ class TestMini:
         assert task.samples[7].load().tobytes() == expected[7].image.tobytes()
         assert len({s.id for s in task.samples}) == 30
 
-    def test_calibration_is_on_other_pictures(self):
+    def test_calibration_is_on_other_images(self):
         task = mini_task(6)
-        pictures = list(task.calibration.pictures())
-        assert len(pictures) == 180
-        assert task.samples[0].load().tobytes() not in {picture.tobytes() for picture in pictures}
+        images = list(task.calibration.images())
+        assert len(images) == 180
+        assert task.samples[0].load().tobytes() not in {image.tobytes() for image in images}
 
 
 class TestEasyVqa:
@@ -60,8 +60,8 @@ class TestEasyVqa:
         found = {s.groups["type"] for s in read_task("easy-vqa", 200, None).samples}
         assert found == {"shape", "color", "asserted", "denied"}
 
-    def test_calibration_is_on_training_pictures(self):
-        paths = list(read_task("easy-vqa", 5, None).calibration.pictures())
+    def test_calibration_is_on_training_images(self):
+        paths = list(read_task("easy-vqa", 5, None).calibration.images())
         assert len(paths) == 200
         assert all("train" in path for path in paths)
 
@@ -113,29 +113,29 @@ class TestFolder:
         with pytest.raises(UserError, match=r":1: (VQA accuracy|yesno) needs"):
             read_task(f"{folder}:{metric}", None, None)
 
-    def test_unreadable_pictures_are_refused_at_once_with_their_number(self, tmp_path):
+    def test_unreadable_images_are_refused_at_once_with_their_number(self, tmp_path):
         names = ["a.png", "torn.png", "text.png", "missing.png", "b.png", "torn.png"]
         folder = write(tmp_path / "q", *(question(name) for name in names))
         whole = (tmp_path / "q" / "a.png").read_bytes()
         (tmp_path / "q" / "torn.png").write_bytes(whole[: len(whole) // 2])
-        (tmp_path / "q" / "text.png").write_text("no picture")
-        with pytest.raises(UserError, match=r"3 of 5 pictures cannot be read; the first: '.*torn\.png' cannot be read"):
+        (tmp_path / "q" / "text.png").write_text("no image")
+        with pytest.raises(UserError, match=r"3 of 5 images cannot be read; the first: '.*torn\.png' cannot be read"):
             read_task(f"{folder}:exact", None, None)
         assert len(read_task(f"{folder}:exact", 1, None).samples) == 1  # what is not asked about is no matter
 
-    def test_calibration_pictures_are_others(self, tmp_path):
+    def test_calibration_images_are_others(self, tmp_path):
         folder, other = write(tmp_path / "q", question()), write(tmp_path / "o")
         task = read_task(f"{folder}:exact", None, other)
-        assert [path.rpartition("/")[2] for path in task.calibration.pictures()] == ["a.png", "b.png", "c.png"]
+        assert [path.rpartition("/")[2] for path in task.calibration.images()] == ["a.png", "b.png", "c.png"]
         (tmp_path / "o" / "d.png").symlink_to(tmp_path / "q" / "a.png")
-        with pytest.raises(UserError, match=r"holds pictures that are asked about, d\.png for one"):
+        with pytest.raises(UserError, match=r"holds images that are asked about, d\.png for one"):
             read_task(f"{folder}:exact", None, other)
 
     @pytest.mark.parametrize("calibrate_on", ["nowhere", "empty"])
-    def test_no_calibration_pictures(self, tmp_path, calibrate_on):
+    def test_no_calibration_images(self, tmp_path, calibrate_on):
         folder = write(tmp_path / "q", question())
         (tmp_path / "empty").mkdir()
-        with pytest.raises(UserError, match=r"no folder of pictures|no picture in the folder"):
+        with pytest.raises(UserError, match=r"no folder of images|no image in the folder"):
             read_task(f"{folder}:exact", None, str(tmp_path / calibrate_on))
 
 

@@ -41,7 +41,7 @@ CONFIG = yaml.safe_load("""
 model: mini
 records: records.json
 out: out
-pictures: .
+images: .
 learn: [projector, llm]
 schedule:
   stages:

@@ -7,7 +7,7 @@ from vlmzip.compressor import Compressor
 
 @dataclass(frozen=True, kw_only=True)
 class Broken(Compressor):
-    """Raises at its first picture."""
+    """Raises at its first image."""
 
     def token_count(self, grid):
         return 36

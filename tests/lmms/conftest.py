@@ -13,7 +13,7 @@ if find_spec("lmms_eval"):  # what tasks are converted to must not stay in the u
 
 @pytest.fixture(scope="session")
 def tasks(tmp_path_factory):
-    """A folder with the task `mini_exact`: the first 24 questions, on 4 pictures."""
+    """A folder with the task `mini_exact`: the first 24 questions, on 4 images."""
     from tests.lmms.mini_as_task import write_task
 
     folder = tmp_path_factory.mktemp("tasks")

@@ -1,4 +1,4 @@
-"""mini's test questions as a task in lmms-eval's format, pictures as files: nothing has to be fetched.
+"""mini's test questions as a task in lmms-eval's format, images as files: nothing has to be fetched.
 
     python -m tests.lmms.mini_as_task FOLDER --limit 300
 
@@ -21,7 +21,7 @@ dataset_kwargs:
     test: {data}
 test_split: test
 output_type: generate_until
-doc_to_visual: !function utils.pictures
+doc_to_visual: !function utils.images
 doc_to_text: !function utils.question
 doc_to_target: answer
 process_results: !function utils.score
@@ -42,8 +42,8 @@ from PIL import Image
 from vlmzip.evaluation.metrics import exact
 
 
-def pictures(doc):
-    return [Image.open(doc["picture"]).convert("RGB")]
+def images(doc):
+    return [Image.open(doc["image"]).convert("RGB")]
 
 
 def question(doc):
@@ -61,10 +61,10 @@ def write_task(folder: Path, limit: int, task: str = "mini_exact") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for sample in asked.samples:
-        picture = (folder / f"{sample.picture}.png").resolve()
-        if not picture.exists():
-            sample.load().save(picture)
-        lines.append({"picture": str(picture), "question": sample.question, "answer": sample.answers[0]})
+        image = (folder / f"{sample.seed}.png").resolve()
+        if not image.exists():
+            sample.load().save(image)
+        lines.append({"image": str(image), "question": sample.question, "answer": sample.answers[0]})
     data = (folder / f"{task}.jsonl").resolve()
     data.write_text("".join(json.dumps(line) + "\n" for line in lines))
     yaml = YAML.format(task=task, data=json.dumps(str(data)), length=asked.max_new_tokens)

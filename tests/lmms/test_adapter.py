@@ -15,7 +15,7 @@ from vlmzip.evaluation.lmms.adapter import CompressedForLmms
 from vlmzip.evaluation.lmms.requests import AnswerFailed
 from vlmzip.methods import FastV, VisionZip
 
-PICTURE = "examples/flat.png"
+IMAGE = "examples/flat.png"
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 
 
@@ -25,27 +25,27 @@ def mini():
 
 
 @pytest.fixture
-def small(mini):
-    with VisionZip(keep=36).on(mini[0]) as small:
-        yield small
+def compressed(mini):
+    with VisionZip(keep=36).on(mini[0]) as compressed:
+        yield compressed
 
 
 @pytest.fixture
-def adapter(small, mini):
-    return CompressedForLmms(small, mini[1], batch_size=4)
+def adapter(compressed, mini):
+    return CompressedForLmms(compressed, mini[1], batch_size=4)
 
 
 def user(*parts):
-    content = [{"type": "text", "text": part} if isinstance(part, str) else _picture(part) for part in parts]
+    content = [{"type": "text", "text": part} if isinstance(part, str) else _image(part) for part in parts]
     return {"role": "user", "content": content}
 
 
-def _picture(picture):
-    return {"type": "image", "url": picture}
+def _image(image):
+    return {"type": "image", "url": image}
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return [Image.open(f"examples/{name}.png").convert("RGB") for name in ("flat", "cluttered")]
 
 
@@ -67,61 +67,61 @@ def _messages(conversation, rounds):
     return conversation(**rounds) if callable(conversation) else conversation
 
 
-def asked_directly(small, processor, prompt, pictures, **settings):
-    inputs = processor(images=pictures or None, text=prompt, return_tensors="pt")
-    out = small.generate(**inputs, **(GREEDY | settings))
+def asked_directly(compressed, processor, prompt, images, **settings):
+    inputs = processor(images=images or None, text=prompt, return_tensors="pt")
+    out = compressed.generate(**inputs, **(GREEDY | settings))
     return processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 
 
 @pytest.fixture
-def conversations(pictures):
-    flat, cluttered = pictures
+def conversations(images):
+    flat, cluttered = images
     star = "where is the red star ?"
     said = {"role": "assistant", "content": [{"type": "text", "text": "orange"}]}
     return {
-        "one picture": [user(flat, "what color is the ring ?")],
-        "two pictures": [user(flat, cluttered, star)],
+        "one image": [user(flat, "what color is the ring ?")],
+        "two images": [user(flat, cluttered, star)],
         "text alone": [user("what color is the sky ?")],
-        "another picture": [user(cluttered, star)],
+        "another image": [user(cluttered, star)],
         "two turns": [user(flat, "what color is the ring ?"), said, user("is there a star ?")],
-        "a picture later": [user(flat, "what color is the ring ?"), said, user(cluttered, star)],
+        "an image later": [user(flat, "what color is the ring ?"), said, user(cluttered, star)],
         "content as text": [{"role": "user", "content": "what color is the sky ?"}],
-        "a path": [{"role": "user", "content": [_picture(PICTURE), {"type": "text", "text": star}]}],
+        "a path": [{"role": "user", "content": [_image(IMAGE), {"type": "text", "text": star}]}],
     }
 
 
 PROMPTS = {
-    "one picture": "USER: <image>\nwhat color is the ring ? ASSISTANT:",
-    "two pictures": "USER: <image>\n<image>\nwhere is the red star ? ASSISTANT:",
+    "one image": "USER: <image>\nwhat color is the ring ? ASSISTANT:",
+    "two images": "USER: <image>\n<image>\nwhere is the red star ? ASSISTANT:",
     "text alone": "USER: what color is the sky ? ASSISTANT:",
-    "another picture": "USER: <image>\nwhere is the red star ? ASSISTANT:",
+    "another image": "USER: <image>\nwhere is the red star ? ASSISTANT:",
     "two turns": "USER: <image>\nwhat color is the ring ? ASSISTANT: orange</s>USER: is there a star ? ASSISTANT:",
-    "a picture later": "USER: <image>\nwhat color is the ring ? ASSISTANT: orange</s>"
+    "an image later": "USER: <image>\nwhat color is the ring ? ASSISTANT: orange</s>"
     "USER: <image>\nwhere is the red star ? ASSISTANT:",
     "content as text": "USER: what color is the sky ? ASSISTANT:",
     "a path": "USER: <image>\nwhere is the red star ? ASSISTANT:",
 }
 SEEN = {
-    "one picture": [0], "two pictures": [0, 1], "text alone": [], "another picture": [1], "two turns": [0],
-    "a picture later": [0, 1], "content as text": [], "a path": [0],
+    "one image": [0], "two images": [0, 1], "text alone": [], "another image": [1], "two turns": [0],
+    "an image later": [0, 1], "content as text": [], "a path": [0],
 }  # fmt: skip
 
 
-def test_every_form_of_question_is_answered_as_alone(adapter, small, mini, conversations, pictures):
+def test_every_form_of_question_is_answered_as_alone(adapter, compressed, mini, conversations, images):
     results = adapter.generate_until(requests(adapter, *conversations.values()))
     end = mini[1].tokenizer.eos_token
     for name, result in zip(conversations, results, strict=True):
-        shown = [pictures[number] for number in SEEN[name]]
+        shown = [images[number] for number in SEEN[name]]
         prompt = PROMPTS[name].replace("</s>", end)
-        assert result.text == asked_directly(small, mini[1], prompt, shown), name
+        assert result.text == asked_directly(compressed, mini[1], prompt, shown), name
         assert result.token_counts.visual_tokens == 144 * len(shown), name
         assert result.token_counts.retention == (0.25 if shown else 1.0), name
     assert results[0].text == "orange"
     assert len({result.text for result in results}) > 3  # answers that are all alike would prove no order
 
 
-def test_costs_are_those_of_the_compressed_prompt(adapter, mini, pictures):
-    (result,) = adapter.generate_until(requests(adapter, [user(pictures[0], "what color is the ring ?")]))
+def test_costs_are_those_of_the_compressed_prompt(adapter, mini, images):
+    (result,) = adapter.generate_until(requests(adapter, [user(images[0], "what color is the ring ?")]))
     text = mini[1].tokenizer("USER: \nwhat color is the ring ? ASSISTANT:", return_tensors="pt")["input_ids"].shape[1]
     costs = result.token_counts.to_dict()
     assert costs == {
@@ -133,19 +133,19 @@ def test_costs_are_those_of_the_compressed_prompt(adapter, mini, pictures):
     }
 
 
-def test_methods_inside_the_llm_tell_their_layers(mini, pictures):
-    with FastV(layer=3, keep=36).on(mini[0]) as small:
-        adapter = CompressedForLmms(small, mini[1])
-        (result,) = adapter.generate_until(requests(adapter, [user(pictures[0], "what color is the ring ?")]))
+def test_methods_inside_the_llm_tell_their_layers(mini, images):
+    with FastV(layer=3, keep=36).on(mini[0]) as compressed:
+        adapter = CompressedForLmms(compressed, mini[1])
+        (result,) = adapter.generate_until(requests(adapter, [user(images[0], "what color is the ring ?")]))
     assert result.token_counts.visual_tokens_by_layer.startswith("144×3 → ")
     assert 0.25 < result.token_counts.retention < 1
 
 
-def test_settings_of_generation_reach_the_model(adapter, small, mini, pictures, monkeypatch):
+def test_settings_of_generation_reach_the_model(adapter, compressed, mini, images, monkeypatch):
     seen = []
-    generate = small.generate
-    monkeypatch.setattr(type(small), "generate", lambda self, **given: seen.append(given) or generate(**given))
-    question = [user(pictures[0], "what color is the ring ?")]
+    generate = compressed.generate
+    monkeypatch.setattr(type(compressed), "generate", lambda self, **given: seen.append(given) or generate(**given))
+    question = [user(images[0], "what color is the ring ?")]
     for settings in (
         {"max_new_tokens": 3, "temperature": 0, "top_p": 1.0, "num_beams": 1, "do_sample": False, "until": ["\n\n"]},
         {"num_beams": 3, "max_new_tokens": 4},
@@ -164,15 +164,15 @@ def test_settings_of_generation_reach_the_model(adapter, small, mini, pictures, 
     ]
 
 
-def test_beams_answer_as_the_model_does(adapter, small, mini, pictures):
-    question = [user(pictures[1], "where is the red star ?")]
+def test_beams_answer_as_the_model_does(adapter, compressed, mini, images):
+    question = [user(images[1], "where is the red star ?")]
     (result,) = adapter.generate_until(requests(adapter, question, settings=GREEDY | {"num_beams": 3}))
-    prompt = PROMPTS["another picture"]
-    assert result.text == asked_directly(small, mini[1], prompt, [pictures[1]], num_beams=3)
+    prompt = PROMPTS["another image"]
+    assert result.text == asked_directly(compressed, mini[1], prompt, [images[1]], num_beams=3)
 
 
-def test_questions_with_other_settings_share_no_batch(adapter, pictures):
-    question = [user(pictures[1], "where is the red star ?")]
+def test_questions_with_other_settings_share_no_batch(adapter, images):
+    question = [user(images[1], "where is the red star ?")]
     both = requests(adapter, question, question)
     both[1].arguments[2]["max_new_tokens"] = 1
     long, short = adapter.generate_until(both)
@@ -180,18 +180,18 @@ def test_questions_with_other_settings_share_no_batch(adapter, pictures):
     assert long.text.startswith(short.text)
 
 
-def test_an_answer_ends_before_what_it_ends_with(adapter, pictures):
-    question = [user(pictures[0], "what color is the ring ?")]
+def test_an_answer_ends_before_what_it_ends_with(adapter, images):
+    question = [user(images[0], "what color is the ring ?")]
     (result,) = adapter.generate_until(requests(adapter, question, settings=GREEDY | {"until": ["ange", "?"]}))
     assert result.text == "or"
 
 
-def test_rounds_go_on_until_the_task_says_stop(adapter, pictures):
+def test_rounds_go_on_until_the_task_says_stop(adapter, images):
     asked = []
 
     def conversation(round_idx=0, previous_output=(), previous_round_info=None):
         asked.append((round_idx, list(previous_output), previous_round_info))
-        messages = [user(pictures[round_idx % 2], "what color is the ring ?")]
+        messages = [user(images[round_idx % 2], "what color is the ring ?")]
         return (messages, round_idx == 2, previous_output, round_idx * 10) if round_idx else messages
 
     rounds = requests(adapter, conversation, kind="generate_until_multi_round")
@@ -200,14 +200,14 @@ def test_rounds_go_on_until_the_task_says_stop(adapter, pictures):
     assert asked == [(0, [], None), (1, said[:1], None), (2, said, 10)]
 
 
-def test_a_task_without_rounds_is_asked_once(adapter, pictures):
-    rounds = requests(adapter, [user(pictures[0], "what color is the ring ?")], kind="generate_until_multi_round")
+def test_a_task_without_rounds_is_asked_once(adapter, images):
+    rounds = requests(adapter, [user(images[0], "what color is the ring ?")], kind="generate_until_multi_round")
     assert adapter.generate_until_multi_round(rounds) == [["orange"]]
 
 
-def test_what_breaks_is_raised_with_the_place(adapter, small, pictures, monkeypatch):
-    question = [user(pictures[0], "what color is the ring ?")]
-    monkeypatch.setattr(type(small), "generate", lambda self, **given: 1 / 0)
+def test_what_breaks_is_raised_with_the_place(adapter, compressed, images, monkeypatch):
+    question = [user(images[0], "what color is the ring ?")]
+    monkeypatch.setattr(type(compressed), "generate", lambda self, **given: 1 / 0)
     with pytest.raises(AnswerFailed, match=r"t, document 0 to t, document 1: failed with ZeroDivisionError") as told:
         adapter.generate_until(requests(adapter, question, question))
     assert isinstance(told.value.__cause__, ZeroDivisionError)
@@ -219,7 +219,7 @@ def test_what_breaks_is_raised_with_the_place(adapter, small, pictures, monkeypa
         ([{"type": "video", "url": "a.mp4"}], "supports no video yet"),
         ([{"type": "audio", "url": "a.wav"}], "supports no audio yet"),
         ([{"type": "image", "url": b"bytes"}], "bytes is not an image"),
-        ([{"type": "text", "text": "look: <image>"}], "stands for a picture"),
+        ([{"type": "text", "text": "look: <image>"}], "stands for an image"),
         ([{"type": "image", "url": "nowhere.png"}], "there is no file 'nowhere.png'"),
     ],
 )
@@ -243,15 +243,15 @@ def test_settings_with_commas_and_brackets_get_through(method):
     from lmms_eval.models import get_model
 
     made = get_model("vlmzip").create_from_arg_string(f"pretrained=mini,method={method}", {"batch_size": 3})
-    assert made.small.compressor == spec.read(method).placed(made.asker.adapter.profile())
+    assert made.compressed.compressor == spec.read(method).placed(made.answerer.adapter.profile())
     assert (made.batch_size, made.rank, made.device) == (3, 0, torch.device("cpu"))
 
 
-def test_a_saved_compressor_is_a_setting_too(small, tmp_path):
-    small.save_pretrained(tmp_path)
+def test_a_saved_compressor_is_a_setting_too(compressed, tmp_path):
+    compressed.save_pretrained(tmp_path)
     vlmzip.mini.load()[1].save_pretrained(tmp_path)
     for text in (f"pretrained={tmp_path}", f"pretrained=mini,method={tmp_path}/compressor.json"):
-        assert CompressedForLmms.create_from_arg_string(text).small.compressor == VisionZip(keep=36)
+        assert CompressedForLmms.create_from_arg_string(text).compressed.compressor == VisionZip(keep=36)
 
 
 @pytest.mark.parametrize(
@@ -277,8 +277,8 @@ def test_wrong_settings_end_the_process_in_a_line(text, said, capsys):
 def test_prompts_beyond_the_llms_positions_are_noted_once(conversations, capsys):
     model, processor = vlmzip.mini.load()
     model.config.text_config.max_position_embeddings = 20
-    with VisionZip(keep=36).on(model) as small:
-        adapter = CompressedForLmms(small, processor, batch_size=1)
+    with VisionZip(keep=36).on(model) as compressed:
+        adapter = CompressedForLmms(compressed, processor, batch_size=1)
         adapter.generate_until(requests(adapter, *conversations.values()))
     notes = [line for line in capsys.readouterr().err.splitlines() if "positions" in line]
     assert ["note: with visionzip the prompt takes" in note for note in notes] == [True]

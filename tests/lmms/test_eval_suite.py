@@ -84,10 +84,10 @@ def test_the_table_and_the_files(suite, tmp_path):
     assert "tasks of lmms-eval, by lmms-eval; the first 6 questions of each" in out
     assert "visionzip at 25%" in out
     assert "[2/2] mini_exact, visionzip(keep=25%): 6 in" in err
-    plain, small = rows(tmp_path / "out")
+    plain, compressed = rows(tmp_path / "out")
     assert (plain["method"], plain["difference"], plain["relative"]) == ("no_compression", "0.0000", "100.0000")
-    assert (small["benchmark"], small["questions"], small["retention"]) == ("mini_exact", "6", "0.2500")
-    assert (small["lmms_eval"], small["model"], small["visual_tokens"]) == ("0.7.3", "mini", "144.0000")
+    assert (compressed["benchmark"], compressed["questions"], compressed["retention"]) == ("mini_exact", "6", "0.2500")
+    assert (compressed["lmms_eval"], compressed["model"], compressed["visual_tokens"]) == ("0.7.3", "mini", "144.0000")
 
 
 def test_what_is_finished_is_not_asked_again(suite, tmp_path, monkeypatch):

@@ -61,11 +61,11 @@ def encoder_flops(tokens, width, mlp, layers, patches, patch_size):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_flops_inside_modules_are_those_of_encoder_and_projector(attention):
-    model, inputs = tiny_llava(attention), batch(prompt(1, "image", 7), prompt(2, "image", 8), pictures=2)
-    small = attach(model, VisionZip(keep=9))
+    model, inputs = tiny_llava(attention), batch(prompt(1, "image", 7), prompt(2, "image", 8), images=2)
+    compressed = attach(model, VisionZip(keep=9))
     modules = [model.model.vision_tower, model.model.multi_modal_projector]
     with torch.no_grad():
-        found = [flops_inside(modules, lambda m=m: m(**inputs)) for m in (model, small)]
+        found = [flops_inside(modules, lambda m=m: m(**inputs)) for m in (model, compressed)]
     encoder = 2 * encoder_flops(37, 32, 64, 3, 36, 8)
     assert found == [encoder + 2 * 2 * tokens * (32 * 48 + 48 * 48) for tokens in (36, 9)]
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
@@ -73,9 +73,9 @@ def test_flops_inside_modules_are_those_of_encoder_and_projector(attention):
 
 def test_flops_inside_a_resampler_count_and_the_llms_do_not(llava):
     with pytest.warns(UserWarning, match="untrained"):
-        small = attach(llava, QFormer(queries=4, depth=1, width=8, heads=2))
+        compressed = attach(llava, QFormer(queries=4, depth=1, width=8, heads=2))
     with torch.no_grad():
-        found = flops_inside([small.resampler], lambda: small(**batch(prompt(1, "image", 7), pictures=1)))
+        found = flops_inside([compressed.resampler], lambda: compressed(**batch(prompt(1, "image", 7), images=1)))
     reading = 2 * 37 * 2 * 32 * 8 + 2 * 4 * 2 * 8 * 8 + 4 * 4 * 37 * 8  # keys and values; queries, output; products
     itself = 2 * 4 * 4 * 8 * 8 + 4 * 4 * 4 * 8  # self-attention
     assert found == reading + itself + 2 * 4 * 2 * 8 * 32 + 2 * 4 * 8 * 48  # MLP, to the LLM

@@ -52,7 +52,7 @@ class TestAnAnswer:
 
     @pytest.mark.parametrize("method", [None, VisionZip(keep=9), FastV(layer=1, keep=9)])
     def test_the_spans_hold_what_they_say(self, llava, monkeypatch, method):
-        inputs = batch(prompt(1, "image", 7, 8), prompt(1, "image", 9, 5), pictures=2)
+        inputs = batch(prompt(1, "image", 7, 8), prompt(1, "image", 9, 5), images=2)
         model, adapter = (attach(llava, method) if method else llava), adapter_for(llava)
         slept = []  # a clock on which nothing but this takes time
         self.slow(monkeypatch, llava.model.vision_tower, 20, slept.append)
@@ -62,7 +62,7 @@ class TestAnAnswer:
         assert spans == Spans(prefill=15, ttft=35, token=15)
 
     def test_cpu_seconds_leave_waiting_out(self, llava, monkeypatch):
-        inputs, adapter = batch(prompt(1, "image", 7), pictures=1), adapter_for(llava)
+        inputs, adapter = batch(prompt(1, "image", 7), images=1), adapter_for(llava)
         self.slow(monkeypatch, llava.model.language_model.layers[2], 0.5)
         spans = time_answer(llava, adapter, inputs, 2, cpu_seconds)
         assert 0 < spans.prefill < spans.ttft < 0.4
@@ -76,14 +76,14 @@ class TestAnAnswer:
         before = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules]
         monkeypatch.setattr(llava.lm_head, "forward", broken)
         with pytest.raises(RuntimeError, match="boom"):
-            time_answer(llava, adapter_for(llava), batch(prompt(1, "image", 7), pictures=1), 2)
+            time_answer(llava, adapter_for(llava), batch(prompt(1, "image", 7), images=1), 2)
         assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules] == before
 
     def test_an_end_of_sequence_ends_nothing(self, llava, monkeypatch):
         monkeypatch.setattr(llava.generation_config, "eos_token_id", list(range(50)))
         calls = []
         handle = llava.lm_head.register_forward_hook(lambda *_: calls.append(1))
-        time_answer(llava, adapter_for(llava), batch(prompt(1, "image", 7), pictures=1), 5)
+        time_answer(llava, adapter_for(llava), batch(prompt(1, "image", 7), images=1), 5)
         handle.remove()
         assert len(calls) == 5
 

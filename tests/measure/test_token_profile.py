@@ -51,11 +51,11 @@ def test_visionzips_formula():
 
 def test_the_profile_of_each_row_is_what_the_llm_got(llava):
     rows = [prompt(1, "image", 7, 8), prompt(1, "image", 9, "image", 5, 6)]
-    inputs = batch(*rows, pictures=3)
-    small = attach(llava, LLaVolta(layer=1, stride=4))
+    inputs = batch(*rows, images=3)
+    compressed = attach(llava, LLaVolta(layer=1, stride=4))
     with torch.no_grad():
-        out = small(**inputs)
-    first, second = TokenProfile.rows(small.report, [len(row) for row in rows])
+        out = compressed(**inputs)
+    first, second = TokenProfile.rows(compressed.report, [len(row) for row in rows])
     assert first == TokenProfile(36, (36, 9, 9, 9), 3)
     assert second == TokenProfile(72, (72, 18, 18, 18), 4)
     assert second.all == [76, 22, 22, 22]
@@ -63,10 +63,10 @@ def test_the_profile_of_each_row_is_what_the_llm_got(llava):
 
 
 def test_kv_bytes_are_those_of_a_cache_whose_layers_differ(llava):
-    small, ids = attach(llava, LLaVolta(layer=2, stride=8)), prompt(1, "image", 7)
+    compressed, ids = attach(llava, LLaVolta(layer=2, stride=8)), prompt(1, "image", 7)
     with torch.no_grad():
-        cache = small(**batch(ids, pictures=1)).past_key_values
-    [profile] = TokenProfile.rows(small.report, [len(ids)])
+        cache = compressed(**batch(ids, images=1)).past_key_values
+    [profile] = TokenProfile.rows(compressed.report, [len(ids)])
     size = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
     adapter = adapter_for(llava)
     assert profile.kv_bytes(adapter) == size == kv_cache_bytes(adapter, [38, 38, 6, 6])
@@ -74,9 +74,9 @@ def test_kv_bytes_are_those_of_a_cache_whose_layers_differ(llava):
 
 
 def test_a_method_before_the_llm_has_the_same_count_at_every_layer(llava):
-    small, ids = attach(llava, VisionZip(keep=9)), prompt(1, "image", 7)
+    compressed, ids = attach(llava, VisionZip(keep=9)), prompt(1, "image", 7)
     with torch.no_grad():
-        small(**batch(ids, pictures=1))
-    [profile] = TokenProfile.rows(small.report, [len(ids)])
+        compressed(**batch(ids, images=1))
+    [profile] = TokenProfile.rows(compressed.report, [len(ids)])
     assert profile.visual == (9,) * 4
     assert profile.compression_ratio == 4

@@ -11,16 +11,16 @@ from vlmzip.models import adapter_for
 
 
 @pytest.fixture(scope="session")
-def mini_pictures():
-    """Six of mini's validation pictures, two of each level."""
+def mini_images():
+    """Six of mini's validation images, two of each level."""
     return [Image.fromarray(draw(make_scene(seed), shipped_assets("validation"))) for seed in VALIDATION[:6]]
 
 
 @pytest.fixture(scope="session")
-def mini_tokens(mini_pictures):
+def mini_tokens(mini_images):
     """Their visual tokens."""
     model, processor = mini.load()
-    pixels = processor.image_processor(mini_pictures, return_tensors="pt")
+    pixels = processor.image_processor(mini_images, return_tensors="pt")
     needs = frozenset({Signal.CLS_ATTENTION, Signal.KEYS, Signal.PIXELS})
     with torch.no_grad():
         [(tokens, _)] = adapter_for(model).encode(pixels, Site.PRE_PROJECTOR, needs)

@@ -8,7 +8,7 @@ from vlmzip import DFMR, Grid, UserError, VisualTokens, attach, catalogue
 
 
 def smooth(tokens, strength):
-    """The same pictures with rows 0, 1, 2 less and less varied: neighbours move towards the mean."""
+    """The same images with rows 0, 1, 2 less and less varied: neighbours move towards the mean."""
     mean = tokens.features.mean(1, keepdim=True)
     share = torch.linspace(1, strength, len(tokens.features))[:, None, None]
     return VisualTokens(mean + share * (tokens.features - mean), tokens.grid, tokens.prefix)
@@ -50,8 +50,8 @@ def test_pixels_are_measured_in_windows_of_patches():
     pixels = torch.rand(3, 3, 24, 24)
     tokens = VisualTokens(tokens.features, tokens.grid, 1, pixels=pixels)
     found = DFMR(measure="pixels").deviations(tokens)
-    for row, picture in enumerate(pixels):
-        values = picture.permute(1, 2, 0).flatten(0, 1).tolist()
+    for row, image in enumerate(pixels):
+        values = image.permute(1, 2, 0).flatten(0, 1).tolist()
         for column, side in enumerate((8, 12)):
             assert found[row, column].item() == pytest.approx(naive.deviation(values, 24, 24, side), abs=1e-6)
 
@@ -75,7 +75,7 @@ def test_one_varied_window_is_enough_for_max():
 
 
 def test_frames_are_not_mixed():
-    """Two frames of two plain pictures: nothing varies inside a window, however unlike the frames are."""
+    """Two frames of two plain images: nothing varies inside a window, however unlike the frames are."""
     features = torch.cat([torch.zeros(1, 4, 8), torch.ones(1, 4, 8)], dim=1)
     tokens = VisualTokens(features, Grid(2, 2, 2))
     assert DFMR(tau=0.01, normalize="none")(tokens).lengths == [2]
@@ -90,7 +90,7 @@ def test_the_papers_counts():
 
 
 def test_pixels_come_from_the_model_in_0_to_1(llava):
-    """A grey picture, normalised as CLIP's processor does, comes back grey."""
+    """A grey image, normalised as CLIP's processor does, comes back grey."""
     from vlmzip import Signal, Site
     from vlmzip.models import adapter_for
 
@@ -98,10 +98,10 @@ def test_pixels_come_from_the_model_in_0_to_1(llava):
         torch.tensor([0.48145466, 0.4578275, 0.40821073]),
         torch.tensor([0.26862954, 0.26130258, 0.27577711]),
     )
-    picture = torch.rand(2, 3, 48, 48)
-    inputs = {"pixel_values": (picture - mean[:, None, None]) / deviation[:, None, None]}
+    image = torch.rand(2, 3, 48, 48)
+    inputs = {"pixel_values": (image - mean[:, None, None]) / deviation[:, None, None]}
     [(tokens, _)] = adapter_for(llava).encode(inputs, Site.PRE_PROJECTOR, frozenset({Signal.PIXELS}))
-    torch.testing.assert_close(tokens.pixels, picture)
+    torch.testing.assert_close(tokens.pixels, image)
     assert tokens.cls_attention is None
     wider = {"pixel_values": torch.zeros(1, 3, 48, 48)}
     [(tokens, _)] = adapter_for(llava).encode(wider, Site.PRE_PROJECTOR, frozenset())
@@ -112,33 +112,33 @@ def test_qwen_has_no_pixels_to_measure():
     from tests.tiny import FAMILIES
 
     family = FAMILIES["qwen2_5_vl"]()
-    with pytest.raises(UserError, match="patches, not pictures"), torch.no_grad():
+    with pytest.raises(UserError, match="patches, not images"), torch.no_grad():
         attach(family.model, DFMR(measure="pixels"))(**family.batch([1, "image", 4]))
 
 
 @pytest.mark.parametrize("fields", [{"tau": 0.0}, {"max_factor": 1}])
 def test_without_pooling_the_logits_are_the_models(llava, fields):
-    inputs = batch(prompt(1, "image", 5, 6), prompt(1, "image", 4), pictures=2)
+    inputs = batch(prompt(1, "image", 5, 6), prompt(1, "image", 4), images=2)
     with torch.no_grad():
         torch.testing.assert_close(attach(llava, DFMR(**fields))(**inputs).logits, llava(**inputs).logits)
 
 
-def test_pictures_of_different_factors_answer_in_one_batch_as_alone(llava):
-    inputs = batch(prompt(1, "image", 5, 6), prompt(1, "image", 4), pictures=2)
+def test_images_of_different_factors_answer_in_one_batch_as_alone(llava):
+    inputs = batch(prompt(1, "image", 5, 6), prompt(1, "image", 4), images=2)
     inputs["pixel_values"][1] = 0.1 * inputs["pixel_values"][1] + 1
     from vlmzip import Site
     from vlmzip.models import adapter_for
 
     [(tokens, _)] = adapter_for(llava).encode(inputs, Site.PRE_PROJECTOR, frozenset())
     low, high = DFMR().deviations(tokens)[:, 0].sort().values.tolist()
-    small = attach(llava, DFMR(tau=(low + high) / 2, max_factor=2))
+    compressed = attach(llava, DFMR(tau=(low + high) / 2, max_factor=2))
     with torch.no_grad():
-        together = small(**inputs).logits[:, -1]
-        assert sorted(p.after for p in small.report.pictures) == [9, 36]
+        together = compressed(**inputs).logits[:, -1]
+        assert sorted(p.after for p in compressed.report.images) == [9, 36]
         for row in range(2):
             rows = inputs["attention_mask"][row].bool()
             one = {name: inputs[name][row : row + 1, rows] for name in ("input_ids", "attention_mask")}
-            alone = small(**one, pixel_values=inputs["pixel_values"][row : row + 1]).logits[0, -1]
+            alone = compressed(**one, pixel_values=inputs["pixel_values"][row : row + 1]).logits[0, -1]
             torch.testing.assert_close(alone, together[row], atol=1e-5, rtol=1e-5)
 
 

@@ -6,11 +6,11 @@ from transformers import DynamicCache
 
 import vlmzip
 from tests.methods.test_visionzip import tokens_of
-from tests.references.smaller_model import model_for, smaller_picture
+from tests.references.smaller_model import model_for, smaller_image
 from tests.tiny import FAMILIES, PATCH, batch
 from vlmzip import Downsample, Grid, Profile, Site, UserError
 from vlmzip.methods.downsample import cell_of_each
-from vlmzip.models.qwen2_5_vl import patches_of, pictures_of
+from vlmzip.models.qwen2_5_vl import images_of, patches_of
 
 ROWS = ([1, "image", 5, 6, 7], [1, "image", 4, "image", 5], [1, 2, 3, 4], ["image", 8])
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -41,7 +41,7 @@ def family(request):
         (9, (4, 6), (2, 3)),  # 6 and 12 are as near
     ],
 )
-def test_the_nearest_grid_of_the_pictures_shape(keep, grid, smaller):
+def test_the_nearest_grid_of_the_images_shape(keep, grid, smaller):
     assert Downsample(keep=keep).smaller(Grid(1, *grid)) == Grid(1, *smaller)
     frames = Downsample(keep=keep if isinstance(keep, (float, str)) else 3 * keep)
     assert frames.smaller(Grid(3, *grid)) == Grid(3, *smaller)
@@ -76,49 +76,49 @@ def test_frames_are_not_mixed():
     assert group.tolist() == [0, 0, 1, 1] * 2 + [2, 2, 3, 3] * 2
 
 
-def test_it_acts_on_pictures_alone():
+def test_it_acts_on_images_alone():
     with pytest.raises(UserError, match="site"):
         Downsample(site=Site.PRE_PROJECTOR)
 
 
-# --- smaller pictures -------------------------------------------------------------------------------------------
+# --- smaller images -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("positions", [None, "contiguous"])
 @pytest.mark.parametrize("name", ["llava", "vipllava", "paligemma"])
-def test_is_the_plain_model_on_a_smaller_picture(name, positions):
-    """Picture resized and position embeddings interpolated by hand; only the plain model's code is shared."""
+def test_is_the_plain_model_on_a_smaller_image(name, positions):
+    """Image resized and position embeddings interpolated by hand; only the plain model's code is shared."""
     family = FAMILIES[name]()
     inputs = family.batch(*ROWS)
     side = 4 * PATCH
     small_inputs = batch(*_ids_with(ROWS, 16), pad="left")
     small_inputs |= {key: torch.zeros_like(small_inputs["input_ids"]) for key in inputs.keys() & {"token_type_ids"}}
-    small_inputs["pixel_values"] = torch.stack([smaller_picture(p, side, side) for p in inputs["pixel_values"]])
+    small_inputs["pixel_values"] = torch.stack([smaller_image(p, side, side) for p in inputs["pixel_values"]])
     plain = model_for(family.model, side)
-    small = vlmzip.attach(family.model, Downsample(keep=16, positions=positions))
+    compressed = vlmzip.attach(family.model, Downsample(keep=16, positions=positions))
     with torch.no_grad():
-        torch.testing.assert_close(small(**inputs).logits, plain(**small_inputs).logits, atol=2e-5, rtol=0)
-    new = small.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :]
+        torch.testing.assert_close(compressed(**inputs).logits, plain(**small_inputs).logits, atol=2e-5, rtol=0)
+    new = compressed.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :]
     assert torch.equal(new, plain.generate(**small_inputs, **GREEDY)[:, small_inputs["input_ids"].shape[1] :])
 
 
-def test_is_plain_qwen_on_a_smaller_picture():
-    """The small picture cut into patches by transformers' own code; positions are those that Qwen gives it."""
+def test_is_plain_qwen_on_a_smaller_image():
+    """The small image cut into patches by transformers' own code; positions are those that Qwen gives it."""
     family = FAMILIES["qwen2_5_vl"]()
     inputs = family.batch([1, "image", 5, 6, 7], [1, 3, "image", 4])  # grids of 4 x 6 and 5 x 3 tokens
     config = family.model.config.vision_config
     parts = inputs["pixel_values"].split(inputs["image_grid_thw"].prod(-1).tolist())
-    # One picture twice: the processor shows the temporal patch the same picture.
-    first = [pictures_of(p, Grid(1, *g), config)[:1] for p, g in zip(parts, [(4, 6), (5, 3)], strict=True)]
-    whole = [_cut_by_transformers(picture) for picture in first]
-    small = [
-        _cut_by_transformers(smaller_picture(p[0], 8 * r, 8 * c)[None])
+    # One image twice: the processor shows the temporal patch the same image.
+    first = [images_of(p, Grid(1, *g), config)[:1] for p, g in zip(parts, [(4, 6), (5, 3)], strict=True)]
+    whole = [_cut_by_transformers(image) for image in first]
+    compressed = [
+        _cut_by_transformers(smaller_image(p[0], 8 * r, 8 * c)[None])
         for p, (r, c) in zip(first, [(2, 3), (4, 2)], strict=True)
     ]
     inputs["pixel_values"] = torch.cat(whole)
     ids = _ids_with([[1, "image", 5, 6, 7]], 6) + _ids_with([[1, 3, "image", 4]], 8)
     small_inputs = batch(*ids)
-    small_inputs |= {"pixel_values": torch.cat(small), "image_grid_thw": torch.tensor([[1, 4, 6], [1, 8, 4]])}
+    small_inputs |= {"pixel_values": torch.cat(compressed), "image_grid_thw": torch.tensor([[1, 4, 6], [1, 8, 4]])}
     small_inputs["mm_token_type_ids"] = (small_inputs["input_ids"] == 99).int()
     downsampled = vlmzip.attach(family.model, Downsample(keep=8))
     with torch.no_grad():
@@ -126,49 +126,49 @@ def test_is_plain_qwen_on_a_smaller_picture():
         torch.testing.assert_close(logits, family.model(**small_inputs).logits, atol=2e-5, rtol=0)
     new = downsampled.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :]
     assert torch.equal(new, family.model.generate(**small_inputs, **GREEDY)[:, small_inputs["input_ids"].shape[1] :])
-    assert [p.after for p in downsampled.report.pictures] == [6, 8]
+    assert [p.after for p in downsampled.report.images] == [6, 8]
 
 
-def _cut_by_transformers(picture):
-    """The patches that transformers' own processor makes of a picture [1, 3, height, width] of fitting size."""
+def _cut_by_transformers(image):
+    """The patches that transformers' own processor makes of an image [1, 3, height, width] of fitting size."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     processor = Qwen2VLImageProcessorPil(
         do_resize=False, do_rescale=False, do_normalize=False, patch_size=4, merge_size=2, temporal_patch_size=2
     )
     how = {"input_data_format": "channels_first", "do_convert_rgb": False, "return_tensors": "pt"}
-    return processor(images=[picture[0].numpy()], **how)["pixel_values"]
+    return processor(images=[image[0].numpy()], **how)["pixel_values"]
 
 
 def _ids_with(rows, tokens):
     return [[i for part in row for i in ([99] * tokens if part == "image" else [part])] for row in rows]
 
 
-def test_patches_become_the_picture_that_was_cut():
+def test_patches_become_the_image_that_was_cut():
     config = FAMILIES["qwen2_5_vl"]().model.config.vision_config
-    picture = torch.randn(1, 3, 24, 40)
-    patches = _cut_by_transformers(picture)
-    back = pictures_of(patches, Grid(1, 3, 5), config)
-    assert torch.equal(back, picture.repeat(2, 1, 1, 1))
+    image = torch.randn(1, 3, 24, 40)
+    patches = _cut_by_transformers(image)
+    back = images_of(patches, Grid(1, 3, 5), config)
+    assert torch.equal(back, image.repeat(2, 1, 1, 1))
     assert torch.equal(patches_of(back, Grid(1, 3, 5), config), patches)
 
 
-def test_is_resizing_the_picture_before_the_processor():
+def test_is_resizing_the_image_before_the_processor():
     """With 8-bit rounding and normalisation between: alike to a rounding step of the processor's."""
     from PIL import Image
     from transformers import CLIPImageProcessor
 
     noise = torch.rand(3, 6, 6, generator=torch.Generator().manual_seed(0))
     smooth = torch.nn.functional.interpolate(noise[None], (48, 48), mode="bicubic")[0].clamp(0.05, 0.95)
-    picture = Image.fromarray((smooth * 255).byte().permute(1, 2, 0).numpy())
+    image = Image.fromarray((smooth * 255).byte().permute(1, 2, 0).numpy())
     sizes = [{"height": side, "width": side} for side in (48, 32)]
-    whole, small = (
-        CLIPImageProcessor(size=size, do_center_crop=False)(picture, return_tensors="pt")["pixel_values"]
+    whole, compressed = (
+        CLIPImageProcessor(size=size, do_center_crop=False)(image, return_tensors="pt")["pixel_values"]
         for size in sizes
     )
     adapter = vlmzip.models.adapter_for(FAMILIES["llava"]().model)
     got = adapter.downsample({"pixel_values": whole}, [Grid(1, 4, 4)])["pixel_values"]
-    assert (got - small).abs().max() < 1.5 / 255 / 0.26  # the smallest standard deviation of CLIP's normalisation
+    assert (got - compressed).abs().max() < 1.5 / 255 / 0.26  # the smallest standard deviation of CLIP's normalisation
 
 
 def test_pixels_that_fill_no_patch_stay_where_they_are():
@@ -182,24 +182,24 @@ def test_pixels_that_fill_no_patch_stay_where_they_are():
 
 
 def alone(family, row):
-    return family.batch(ROWS[row], first_picture=sum(other.count("image") for other in ROWS[:row]))
+    return family.batch(ROWS[row], first_image=sum(other.count("image") for other in ROWS[:row]))
 
 
 @pytest.mark.parametrize("positions", ["contiguous", "original"])
 def test_a_row_of_a_ragged_batch_is_that_row_alone(family, positions):
-    small = vlmzip.attach(family.model, Downsample(keep=8, positions=positions))
+    compressed = vlmzip.attach(family.model, Downsample(keep=8, positions=positions))
     inputs = family.batch(*ROWS)
     with torch.no_grad():
-        together = small(**inputs).logits
-    new = small.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :]
+        together = compressed(**inputs).logits
+    new = compressed.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :]
     if family.name == "qwen2_5_vl":
-        assert len({p.after for p in small.report.pictures}) > 1
+        assert len({p.after for p in compressed.report.images}) > 1
     for row in range(len(ROWS)):
         one = alone(family, row)
         with torch.no_grad():
-            logits = small(**one).logits[0]
+            logits = compressed(**one).logits[0]
         torch.testing.assert_close(together[row, -len(logits) :], logits, atol=2e-5, rtol=0)
-        single = small.generate(**one, **GREEDY)[0, one["input_ids"].shape[1] :].tolist()
+        single = compressed.generate(**one, **GREEDY)[0, one["input_ids"].shape[1] :].tolist()
         assert new[row, : len(single)].tolist() == single
 
 
@@ -213,10 +213,10 @@ def test_original_positions_are_those_of_the_middle_of_each_cell(llava):
 @pytest.mark.filterwarnings("ignore:downsample keeps all")
 def test_keeping_all_changes_nothing(family):
     inputs = family.batch(*ROWS)
-    small = vlmzip.attach(family.model, Downsample(keep=42))
+    compressed = vlmzip.attach(family.model, Downsample(keep=42))
     with torch.no_grad():
-        torch.testing.assert_close(small(**inputs).logits, family.model(**inputs).logits, atol=1e-5, rtol=0)
-    assert torch.equal(small.generate(**inputs, **GREEDY), family.model.generate(**inputs, **GREEDY))
+        torch.testing.assert_close(compressed(**inputs).logits, family.model(**inputs).logits, atol=1e-5, rtol=0)
+    assert torch.equal(compressed.generate(**inputs, **GREEDY), family.model.generate(**inputs, **GREEDY))
 
 
 @pytest.mark.filterwarnings("ignore:downsample keeps all")
@@ -224,34 +224,34 @@ def test_a_cls_token_that_the_llm_gets_is_dropped_with_the_lost_grid():
     from tests.tiny import tiny_llava
 
     model = tiny_llava(vision_feature_select_strategy="full")
-    inputs = batch([1] + [99] * 37 + [5], pictures=1)
-    small = vlmzip.attach(model, Downsample(keep=9))
+    inputs = batch([1] + [99] * 37 + [5], images=1)
+    compressed = vlmzip.attach(model, Downsample(keep=9))
     with torch.no_grad():
-        assert small(**inputs).logits.shape[1] == 11
-        assert (small.report.before, small.report.after) == (37, 9)
+        assert compressed(**inputs).logits.shape[1] == 11
+        assert (compressed.report.before, compressed.report.after) == (37, 9)
         whole = vlmzip.attach(model, Downsample(keep=36))
         torch.testing.assert_close(whole(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("positions", ["contiguous", "original"])
 def test_later_turns_on_a_cache(family, positions):
-    small, cache = vlmzip.attach(family.model, Downsample(keep=8, positions=positions)), DynamicCache()
+    compressed, cache = vlmzip.attach(family.model, Downsample(keep=8, positions=positions)), DynamicCache()
     first = family.batch([1, "image", 5, 6], [1, 3, "image", 7, 5, 6])
-    ids = small.generate(**first, **GREEDY, min_new_tokens=6, past_key_values=cache)
-    part = batch(*family.ids([4, "image", 6], [4, "image", 6], first_picture=2))
+    ids = compressed.generate(**first, **GREEDY, min_new_tokens=6, past_key_values=cache)
+    part = batch(*family.ids([4, "image", 6], [4, "image", 6], first_image=2))
     ids = torch.cat([ids, part["input_ids"]], 1)
     mask = torch.cat([first["attention_mask"], torch.ones(2, 6, dtype=torch.long), part["attention_mask"]], 1)
     inputs = {"input_ids": ids, "attention_mask": mask}
-    got = small.generate(**inputs, **family.pictures(2, 2), **GREEDY, past_key_values=cache)
-    assert len(small.report.pictures) == 2
-    parts = [family.pictures(n, 1) for n in (0, 2, 1, 3)]
+    got = compressed.generate(**inputs, **family.images(2, 2), **GREEDY, past_key_values=cache)
+    assert len(compressed.report.images) == 2
+    parts = [family.images(n, 1) for n in (0, 2, 1, 3)]
     inputs |= {name: torch.cat([one[name] for one in parts]) for name in parts[0]}
     if family.name == "paligemma":  # which sees its first prompt both ways and the rest causally
         first_length = first["input_ids"].shape[1]
         inputs["token_type_ids"] = (torch.arange(ids.shape[1]) >= first_length).long().expand_as(ids)
     if family.name == "qwen2_5_vl":
         inputs["mm_token_type_ids"] = (ids == 99).int()
-    assert torch.equal(got, small.generate(**inputs, **GREEDY))
+    assert torch.equal(got, compressed.generate(**inputs, **GREEDY))
 
 
 def test_loss_has_gradients_for_pixels_and_encoder(family):
@@ -271,21 +271,21 @@ def test_loss_has_gradients_for_pixels_and_encoder(family):
 def test_bfloat16(family):
     inputs = family.batch(*ROWS)
     inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
-    small = vlmzip.attach(copy.deepcopy(family.model).bfloat16(), Downsample(keep=8))
+    compressed = vlmzip.attach(copy.deepcopy(family.model).bfloat16(), Downsample(keep=8))
     smaller = vlmzip.models.adapter_for(family.model).downsample(inputs, [Grid(1, 2, 3)] * 4)
     assert smaller["pixel_values"].dtype == torch.bfloat16
     with torch.no_grad():
-        out = small(**inputs)
+        out = compressed(**inputs)
     assert out.logits.dtype == torch.bfloat16
     assert out.logits.isfinite().all()
 
 
 def test_report(llava):
     inputs = FAMILIES["llava"]().batch(*ROWS)
-    small = vlmzip.attach(llava, Downsample(keep=8))
-    small.generate(**inputs, **GREEDY)
-    picture = small.report.pictures[0]
-    assert (picture.before, picture.after, picture.grid) == (36, 9, Grid(1, 6, 6))
-    assert picture.token_map.group.shape == (1, 37)
-    assert picture.detail_lost is None  # nobody has encoded the whole picture
-    assert small.report.milliseconds["encoder"] > 0
+    compressed = vlmzip.attach(llava, Downsample(keep=8))
+    compressed.generate(**inputs, **GREEDY)
+    image = compressed.report.images[0]
+    assert (image.before, image.after, image.grid) == (36, 9, Grid(1, 6, 6))
+    assert image.token_map.group.shape == (1, 37)
+    assert image.detail_lost is None  # nobody has encoded the whole image
+    assert compressed.report.milliseconds["encoder"] > 0

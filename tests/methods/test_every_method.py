@@ -30,7 +30,7 @@ METHODS = available()
 
 
 def tokens_of():
-    """Three pictures: one varies from token to token, one between 2 x 2 windows only, one between 3 x 3 windows."""
+    """Three images: one varies from token to token, one between 2 x 2 windows only, one between 3 x 3 windows."""
     tokens = test_visionzip.tokens_of()
     features, pixels = tokens.features.clone(), torch.rand(3, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     for row, factor in ((1, 2), (2, 3)):
@@ -55,7 +55,7 @@ def tokens_of():
 
 
 def left_by(method, tokens):
-    """How many tokens of the first picture are left behind the last of the method's layers."""
+    """How many tokens of the first image are left behind the last of the method's layers."""
     for layer in method.layers or (None,):
         token_map = method(dataclasses.replace(tokens, layer=layer)).in_anchor_order()
         features = token_map.apply(tokens.features)
@@ -73,7 +73,7 @@ def left_by(method, tokens):
 
 
 def settings_of(cls):
-    """Settings to test a method with: its defaults, budgets, and thresholds with pictures on both sides."""
+    """Settings to test a method with: its defaults, budgets, and thresholds with images on both sides."""
     yield {}
     if "keep" in cls.field_names():
         yield from ({"keep": keep} for keep in (1, 5, "50%"))
@@ -190,10 +190,10 @@ class TestEveryCalibratableMethod:
         # 3 x 3 windows are found although features vary inside 2 x 2 ones.
         assert below[2] == [measure == "pixels", True]
 
-    def test_it_has_no_budget_without_pictures(self, cls):
+    def test_it_has_no_budget_without_images(self, cls):
         assert cls().tokens_by_layer(PROFILE) is None
         for ask in (lambda: cls().at_budget("25%", PROFILE), lambda: cls().reached(PROFILE)):
-            with pytest.raises(BudgetError, match=r"depends on the pictures.*vlmzip calibrate"):
+            with pytest.raises(BudgetError, match=r"depends on the images.*vlmzip calibrate"):
                 ask()
         assert cls(max_factor=1).reached(PROFILE) == 1
 

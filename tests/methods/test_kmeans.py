@@ -39,7 +39,7 @@ def check_against_loop(tokens, method):
 
 @pytest.mark.parametrize("distinct", [1, 2, 5])
 def test_exactly_as_many_tokens_where_fewer_differ(distinct):
-    """Equal tokens leave clusters empty: those are filled, in one picture of the batch and not in another."""
+    """Equal tokens leave clusters empty: those are filled, in one image of the batch and not in another."""
     tokens = tokens_of(prefix=0)
     features = tokens.features.clone()
     features[1] = features[1, :distinct].repeat(36 // distinct + 1, 1)[:36]

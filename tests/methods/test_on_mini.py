@@ -61,12 +61,12 @@ INSIDE = {
 
 
 @pytest.fixture(scope="module")
-def asked(mini_pictures):
+def asked(mini_images):
     model, processor = mini.load()
     prompts = [f"USER: <image>\n{question} ASSISTANT:" for question in QUESTIONS]
 
     def inputs(rows):
-        given = {"images": [mini_pictures[row] for row in rows], "text": [prompts[row] for row in rows]}
+        given = {"images": [mini_images[row] for row in rows], "text": [prompts[row] for row in rows]}
         return processor(**given, padding=True, return_tensors="pt")
 
     return model, inputs
@@ -77,10 +77,10 @@ def test_inside_the_llm(asked, name):
     """Logits of prefill and of the first steps, a ragged left-padded batch against each row alone, masked."""
     model, inputs = asked
     compressor, rules = INSIDE[name]
-    small = vlmzip.attach(model, compressor)
+    compressed = vlmzip.attach(model, compressor)
     how = {"max_new_tokens": STEPS + 1, "min_new_tokens": STEPS + 1, "do_sample": False}
-    out = small.generate(**inputs(range(3)), **how, output_logits=True, return_dict_in_generate=True)
-    small.detach()
+    out = compressed.generate(**inputs(range(3)), **how, output_logits=True, return_dict_in_generate=True)
+    compressed.detach()
     placeholder = model.config.image_token_id
     for row in range(3):
         one = inputs([row])

@@ -50,13 +50,13 @@ def family(request):
 
 
 def attached(model, settings=TINY):
-    """With weights so large that answers depend on the picture, as after training."""
-    small = vlmzip.attach(model, settings)
+    """With weights so large that answers depend on the image, as after training."""
+    compressed = vlmzip.attach(model, settings)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for parameter in small.resampler.parameters():
+        for parameter in compressed.resampler.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return small
+    return compressed
 
 
 # --- the module -------------------------------------------------------------------------------------------------
@@ -181,21 +181,21 @@ def test_there_is_no_token_map():
 
 def test_equals_a_hand_made_sequence(family):
     """Features of the plain encoder through the module, between embedded text; only the LLM is shared."""
-    small, model = attached(family.model), family.model
+    compressed, model = attached(family.model), family.model
     inputs = family.batch([1, "image", 5, 6])
     with torch.no_grad():
         features = _features(family, inputs)
-        pictures = small.resampler(features)[0]
+        images = compressed.resampler(features)[0]
         embed = model.get_input_embeddings()
-        sequence = torch.cat([embed(torch.tensor([1])), pictures, embed(torch.tensor([5, 6]))])[None]
+        sequence = torch.cat([embed(torch.tensor([1])), images, embed(torch.tensor([5, 6]))])[None]
         plain = {"token_type_ids": torch.zeros(1, 8, dtype=torch.long)} if family.name == "paligemma" else {}
         if family.name == "paligemma":  # sees its prompt both ways, which embeddings alone do not say
             ids = torch.tensor([[1, *[IMAGE_TOKEN] * 5, 5, 6]])
-            mm = adapter_for(model).encoder_outputs([pictures])
+            mm = adapter_for(model).encoder_outputs([images])
             expected = model(input_ids=ids, mm_encoder_outputs=mm, **plain).logits
         else:
             expected = model(inputs_embeds=sequence).logits
-        torch.testing.assert_close(small(**inputs).logits, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(compressed(**inputs).logits, expected, atol=1e-5, rtol=0)
 
 
 def _features(family, inputs):
@@ -211,7 +211,7 @@ def _features(family, inputs):
 
 
 def alone(family, row):
-    return family.batch(ROWS[row], first_picture=sum(other.count("image") for other in ROWS[:row]))
+    return family.batch(ROWS[row], first_image=sum(other.count("image") for other in ROWS[:row]))
 
 
 def rounding(logits):
@@ -220,78 +220,78 @@ def rounding(logits):
 
 
 def test_a_row_of_a_batch_is_that_row_alone(family):
-    """Left-padded, with two pictures in one row and none in another; and no two rows are alike."""
-    small = attached(family.model)
+    """Left-padded, with two images in one row and none in another; and no two rows are alike."""
+    compressed = attached(family.model)
     inputs = family.batch(*ROWS)
     width = inputs["input_ids"].shape[1]
     with torch.no_grad():
-        together = small(**inputs).logits
-    out = small.generate(**inputs, **GREEDY)
+        together = compressed(**inputs).logits
+    out = compressed.generate(**inputs, **GREEDY)
     assert torch.equal(out[:, :width], inputs["input_ids"])
     assert len(set(map(tuple, out[:, width:].tolist()))) > 1
     for row in range(len(ROWS)):
         one = alone(family, row)
         with torch.no_grad():
-            logits = small(**one).logits[0]
+            logits = compressed(**one).logits[0]
         torch.testing.assert_close(together[row, -len(logits) :], logits, atol=rounding(logits), rtol=0)
-        single = small.generate(**one, **GREEDY)[0, one["input_ids"].shape[1] :].tolist()
+        single = compressed.generate(**one, **GREEDY)[0, one["input_ids"].shape[1] :].tolist()
         assert out[row, width : width + len(single)].tolist() == single
 
 
 def test_permuting_the_batch_permutes_the_result(family):
-    small = attached(family.model)
-    parts = [family.batch([1, "image", 5], first_picture=n) for n in (0, 2)]  # of one size in every family
+    compressed = attached(family.model)
+    parts = [family.batch([1, "image", 5], first_image=n) for n in (0, 2)]  # of one size in every family
     both = [{k: torch.cat([part[k] for part in order]) for k in order[0]} for order in (parts, parts[::-1])]
     with torch.no_grad():
-        logits = [small(**inputs).logits for inputs in both]
+        logits = [compressed(**inputs).logits for inputs in both]
     torch.testing.assert_close(logits[1], logits[0].flip(0), atol=rounding(logits[0]), rtol=0)
     assert (logits[0][0] - logits[0][1]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_later_turns_on_a_cache(family, whole):
-    small, cache = attached(family.model), DynamicCache()
+    compressed, cache = attached(family.model), DynamicCache()
     first = family.batch([1, "image", 5, 6], [1, 3, "image", 7, 5, 6])
-    ids = small.generate(**first, **GREEDY, min_new_tokens=6, past_key_values=cache)
-    part = batch(*family.ids([4, "image", 6], [4, "image", 6], first_picture=2))
+    ids = compressed.generate(**first, **GREEDY, min_new_tokens=6, past_key_values=cache)
+    part = batch(*family.ids([4, "image", 6], [4, "image", 6], first_image=2))
     conversation = torch.cat([ids, part["input_ids"]], 1)
     mask = torch.cat([first["attention_mask"], torch.ones(2, 6, dtype=torch.long), part["attention_mask"]], 1)
     new = {"input_ids": conversation if whole else part["input_ids"], "attention_mask": mask}
-    got = small.generate(**new, **family.pictures(2, 2), **GREEDY, past_key_values=cache)
-    assert [p.after for p in small.report.pictures] == [5, 5]
-    parts = [family.pictures(n, 1) for n in (0, 2, 1, 3)]
+    got = compressed.generate(**new, **family.images(2, 2), **GREEDY, past_key_values=cache)
+    assert [p.after for p in compressed.report.images] == [5, 5]
+    parts = [family.images(n, 1) for n in (0, 2, 1, 3)]
     fresh = {name: torch.cat([one[name] for one in parts]) for name in parts[0]}
     if family.name == "paligemma":  # which sees its first prompt both ways and the rest causally
         later = torch.arange(conversation.shape[1]) >= first["input_ids"].shape[1]
         fresh["token_type_ids"] = later.long().expand_as(conversation)
     if family.name == "qwen2_5_vl":
         fresh["mm_token_type_ids"] = (conversation == IMAGE_TOKEN).int()
-    expected = small.generate(input_ids=conversation, attention_mask=mask, **fresh, **GREEDY)
+    expected = compressed.generate(input_ids=conversation, attention_mask=mask, **fresh, **GREEDY)
     assert torch.equal(got[:, new["input_ids"].shape[1] :], expected[:, conversation.shape[1] :])
 
 
 def test_gradients_reach_every_weight_and_the_encoder(family):
-    small = attached(copy.deepcopy(family.model))
+    compressed = attached(copy.deepcopy(family.model))
     inputs = family.batch(*ROWS)
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE_TOKEN, -100)
-    small(**inputs, labels=labels.masked_fill(inputs["attention_mask"] == 0, -100)).loss.backward()
-    for name, parameter in small.resampler.named_parameters():
+    compressed(**inputs, labels=labels.masked_fill(inputs["attention_mask"] == 0, -100)).loss.backward()
+    for name, parameter in compressed.resampler.named_parameters():
         assert parameter.grad.isfinite().all(), name
         # A key's bias moves all scores of a query alike, so it has no effect.
         assert name.endswith("key.bias") or parameter.grad.abs().sum() > 0, name
-    patch = next(p for name, p in small.inner.named_parameters() if "patch_emb" in name)
+    patch = next(p for name, p in compressed.inner.named_parameters() if "patch_emb" in name)
     assert patch.grad.abs().sum() > 0
 
 
 def test_a_step_of_training_changes_the_answer(llava):
-    small = attached(copy.deepcopy(llava))
+    compressed = attached(copy.deepcopy(llava))
     inputs = FAMILIES["llava"]().batch([1, "image", 5, 6])
     inputs["labels"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE_TOKEN, -100)
-    optimizer = torch.optim.SGD(small.resampler.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(compressed.resampler.parameters(), lr=0.1)
     losses = []
     for _ in range(3):
         optimizer.zero_grad()
-        loss = small(**inputs).loss
+        loss = compressed(**inputs).loss
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -300,11 +300,14 @@ def test_a_step_of_training_changes_the_answer(llava):
 
 @pytest.mark.parametrize("switch", ["gradient_checkpointing", "activation_checkpointing"])
 def test_checkpointing_is_switched_by_the_facade(llava, switch):
-    small, runs = attached(copy.deepcopy(llava).train()), []
+    compressed, runs = attached(copy.deepcopy(llava).train()), []
     if not hasattr(PreTrainedModel, f"{switch}_enable"):
-        assert not hasattr(small, f"{switch}_enable")
+        assert not hasattr(compressed, f"{switch}_enable")
         return
-    layers = {"qformer": small.resampler.qformer.encoder.layer[1], "llm": small.inner.model.language_model.layers[1]}
+    layers = {
+        "qformer": compressed.resampler.qformer.encoder.layer[1],
+        "llm": compressed.inner.model.language_model.layers[1],
+    }
     for name, layer in layers.items():  # a part of it, which is called anew by a recomputation
         part = layer.attention if name == "qformer" else layer.self_attn
         part.register_forward_pre_hook(lambda *_, name=name: runs.append(name))
@@ -312,66 +315,66 @@ def test_checkpointing_is_switched_by_the_facade(llava, switch):
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE_TOKEN, -100)
     gradients = []
     for to, times in (("enable", 2), ("disable", 1)):
-        getattr(small, f"{switch}_{to}")()
+        getattr(compressed, f"{switch}_{to}")()
         runs.clear()
-        small.zero_grad()
-        small(**inputs, labels=labels).loss.backward()
+        compressed.zero_grad()
+        compressed(**inputs, labels=labels).loss.backward()
         assert (runs.count("qformer"), runs.count("llm")) == (times, times)
-        gradients.append([p.grad for p in small.resampler.parameters()])
+        gradients.append([p.grad for p in compressed.resampler.parameters()])
     torch.testing.assert_close(*gradients)
 
 
 def test_checkpointing_of_other_methods_is_the_models(llava):
-    small = vlmzip.attach(copy.deepcopy(llava), VisionZip(keep=8))
-    small.gradient_checkpointing_enable()
-    assert small.inner.is_gradient_checkpointing
+    compressed = vlmzip.attach(copy.deepcopy(llava), VisionZip(keep=8))
+    compressed.gradient_checkpointing_enable()
+    assert compressed.inner.is_gradient_checkpointing
 
 
 def test_precision_and_mode_follow_the_model(family):
     model = copy.deepcopy(family.model).bfloat16().train()
-    small = vlmzip.attach(model, TINY)
-    assert {p.dtype for p in small.resampler.parameters()} == {torch.bfloat16}
-    assert small.resampler.training
+    compressed = vlmzip.attach(model, TINY)
+    assert {p.dtype for p in compressed.resampler.parameters()} == {torch.bfloat16}
+    assert compressed.resampler.training
     assert not vlmzip.attach(family.model, TINY).resampler.training
     inputs = family.batch(*ROWS)
     inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
     for _ in range(2):
         with torch.no_grad():
-            out = small(**inputs)
+            out = compressed(**inputs)
         assert out.logits.dtype == torch.bfloat16
         assert out.logits.isfinite().all()
-        small.resampler.float()  # as one trains it
-    features = torch.zeros(1, 3, small.resampler.qformer.config.encoder_hidden_size, dtype=torch.bfloat16)
-    assert small.resampler(features).dtype == torch.bfloat16
+        compressed.resampler.float()  # as one trains it
+    features = torch.zeros(1, 3, compressed.resampler.qformer.config.encoder_hidden_size, dtype=torch.bfloat16)
+    assert compressed.resampler(features).dtype == torch.bfloat16
 
 
 def test_the_weights_are_the_facades(llava):
-    small = attached(llava)
-    own = {name for name in small.state_dict() if name.startswith("resampler.")}
-    assert {f"resampler.{name}" for name, _ in small.resampler.named_parameters()} == own
-    assert {f"inner.{name}" for name in llava.state_dict()} | own == set(small.state_dict())
-    assert {id(p) for p in small.resampler.parameters()} <= {id(p) for p in small.parameters()}
+    compressed = attached(llava)
+    own = {name for name in compressed.state_dict() if name.startswith("resampler.")}
+    assert {f"resampler.{name}" for name, _ in compressed.resampler.named_parameters()} == own
+    assert {f"inner.{name}" for name in llava.state_dict()} | own == set(compressed.state_dict())
+    assert {id(p) for p in compressed.resampler.parameters()} <= {id(p) for p in compressed.parameters()}
     inputs = FAMILIES["llava"]().batch(*ROWS)
-    expected = small.generate(**inputs, **GREEDY)
+    expected = compressed.generate(**inputs, **GREEDY)
     fresh = attached(tiny_llava())  # transformers' hooks on a model that has run cannot be pickled
-    for twin in (copy.deepcopy(small), pickle.loads(pickle.dumps(fresh))):
+    for twin in (copy.deepcopy(compressed), pickle.loads(pickle.dumps(fresh))):
         assert torch.equal(twin.generate(**inputs, **GREEDY), expected)
-        assert twin.resampler.queries is not small.resampler.queries
-    assert small.double().resampler.queries.dtype == torch.float64
+        assert twin.resampler.queries is not compressed.resampler.queries
+    assert compressed.double().resampler.queries.dtype == torch.float64
     llava.float()
 
 
 def test_the_facade_moves_as_one(family):
-    small = attached(copy.deepcopy(family.model)).to(torch.bfloat16)
-    assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
+    compressed = attached(copy.deepcopy(family.model)).to(torch.bfloat16)
+    assert {p.dtype for p in compressed.parameters()} == {torch.bfloat16}
     inputs = family.batch(*ROWS)
     inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
     with torch.no_grad():
-        logits = small(**inputs).logits
-        assert torch.equal(copy.deepcopy(small)(**inputs).logits, logits)
+        logits = compressed(**inputs).logits
+        assert torch.equal(copy.deepcopy(compressed)(**inputs).logits, logits)
     assert logits.dtype == torch.bfloat16
     assert logits.isfinite().all()
-    assert {p.device.type for p in small.to("meta").resampler.parameters()} == {"meta"}
+    assert {p.device.type for p in compressed.to("meta").resampler.parameters()} == {"meta"}
 
 
 def test_it_says_that_it_is_untrained(llava):
@@ -382,35 +385,35 @@ def test_it_says_that_it_is_untrained(llava):
 
 
 def test_report(llava):
-    small = vlmzip.attach(llava, TINY)
-    small.generate(**FAMILIES["llava"]().batch(*ROWS), **GREEDY)
-    picture = small.report.pictures[0]
-    assert (picture.before, picture.after, picture.by_layer) == (36, 5, (5, 5, 5, 5))
-    assert picture.token_map is None
-    assert picture.detail_lost is None
-    assert small.report.retention == 5 / 36
-    assert repr(small.report) == "Report(qformer: 36 → 5, 36 → 5, 36 → 5, 36 → 5)"
-    small(**FAMILIES["llava"]().batch([1, "image", 5]))
-    assert small.report.source.tolist() == [[0, 1, 8, 15, 22, 29, 37]]  # spread over the placeholders
+    compressed = vlmzip.attach(llava, TINY)
+    compressed.generate(**FAMILIES["llava"]().batch(*ROWS), **GREEDY)
+    image = compressed.report.images[0]
+    assert (image.before, image.after, image.by_layer) == (36, 5, (5, 5, 5, 5))
+    assert image.token_map is None
+    assert image.detail_lost is None
+    assert compressed.report.retention == 5 / 36
+    assert repr(compressed.report) == "Report(qformer: 36 → 5, 36 → 5, 36 → 5, 36 → 5)"
+    compressed(**FAMILIES["llava"]().batch([1, "image", 5]))
+    assert compressed.report.source.tolist() == [[0, 1, 8, 15, 22, 29, 37]]  # spread over the placeholders
 
 
-def test_more_tokens_than_the_picture_had(llava):
-    small = attached(llava, QFormer(queries=50, depth=1, width=8, heads=2))
+def test_more_tokens_than_the_image_had(llava):
+    compressed = attached(llava, QFormer(queries=50, depth=1, width=8, heads=2))
     inputs = FAMILIES["llava"]().batch(*ROWS)
     with torch.no_grad():
-        assert small(**inputs).logits.shape[1] == 2 * 50 + 3
+        assert compressed(**inputs).logits.shape[1] == 2 * 50 + 3
     width = inputs["input_ids"].shape[1]
-    assert small.generate(**inputs, max_length=width + 4, min_length=width + 4).shape[1] == width + 4
+    assert compressed.generate(**inputs, max_length=width + 4, min_length=width + 4).shape[1] == width + 4
 
 
 def test_compress_inputs_needs_the_weights(llava):
     inputs = FAMILIES["llava"]().batch(*ROWS)
     with pytest.raises(UserError, match=r"qformer has weights: use what vlmzip\.attach returns"):
         vlmzip.compress_inputs(llava, inputs, TINY)
-    small = attached(llava)
+    compressed = attached(llava)
     with torch.no_grad():
-        by_hand = llava(**vlmzip.compress_inputs(llava, inputs, TINY, resampler=small.resampler)).logits
-        assert torch.equal(by_hand, small(**inputs).logits)
+        by_hand = llava(**vlmzip.compress_inputs(llava, inputs, TINY, resampler=compressed.resampler)).logits
+        assert torch.equal(by_hand, compressed(**inputs).logits)
 
 
 # --- in a chain -------------------------------------------------------------------------------------------------
@@ -427,11 +430,11 @@ CHAIN = Chain(compressors=(QFormer(queries=9, depth=2, width=24, heads=4), LLaVo
 def test_a_chain_goes_on_inside_the_llm(family):
     """A batch against the naive loop over layers, on the plain model with the Q-Former's tokens in its prompt."""
     with torch.no_grad():
-        small = attached(family.model, CHAIN)
-        together = small(**family.batch(*ROWS)).logits
-        assert {p.by_layer for p in small.report.pictures} == {(9, 9, 3, 3)}
+        compressed = attached(family.model, CHAIN)
+        together = compressed(**family.batch(*ROWS)).logits
+        assert {p.by_layer for p in compressed.report.images} == {(9, 9, 3, 3)}
         for row in range(len(ROWS)):
-            one = vlmzip.compress_inputs(family.model, alone(family, row), CHAIN, resampler=small.resampler)
+            one = vlmzip.compress_inputs(family.model, alone(family, row), CHAIN, resampler=compressed.resampler)
             columns = [range(span.columns[0], span.columns[0] + 9) for span in one.spans]
             expected, left = logits_of(
                 family.model, one, torch.tensor([], dtype=torch.long), IMAGE_TOKEN, columns, {2: every_third},
@@ -442,39 +445,39 @@ def test_a_chain_goes_on_inside_the_llm(family):
 
 def test_a_chain_goes_on_behind_the_projector(llava):
     chain = Chain(compressors=(TINY, RandomTokens(keep=2, site=Site.POST_PROJECTOR)))
-    small, inputs = attached(llava, chain), FAMILIES["llava"]().batch([1, "image", 5])
+    compressed, inputs = attached(llava, chain), FAMILIES["llava"]().batch([1, "image", 5])
     with torch.no_grad():
-        read = small.resampler(_features(FAMILIES["llava"](), inputs))[0]
-        out = vlmzip.compress_inputs(llava, inputs, chain, resampler=small.resampler)
+        read = compressed.resampler(_features(FAMILIES["llava"](), inputs))[0]
+        out = vlmzip.compress_inputs(llava, inputs, chain, resampler=compressed.resampler)
     kept = out["mm_encoder_outputs"]["image"].pooler_output[0]
     assert len(kept) == 2
     assert all(any(torch.allclose(one, other, atol=1e-6) for other in read) for one in kept)
-    (picture,) = out.report.pictures
-    assert (picture.before, picture.after, picture.token_map, picture.detail_lost) == (36, 2, None, None)
+    (image,) = out.report.images
+    assert (image.before, image.after, image.token_map, image.detail_lost) == (36, 2, None, None)
 
 
 def test_turns_and_copies_of_a_chain(llava):
-    small, cache = attached(tiny_llava(), CHAIN), DynamicCache()
+    compressed, cache = attached(tiny_llava(), CHAIN), DynamicCache()
     family = FAMILIES["llava"]()
     first = family.batch([1, "image", 5, 6])
-    expected = small.generate(**first, **GREEDY)
-    assert torch.equal(copy.deepcopy(small).generate(**first, **GREEDY), expected)
-    small.generate(**first, **GREEDY, past_key_values=cache)
-    part = batch(*family.ids([4, "image", 6], first_picture=1))
+    expected = compressed.generate(**first, **GREEDY)
+    assert torch.equal(copy.deepcopy(compressed).generate(**first, **GREEDY), expected)
+    compressed.generate(**first, **GREEDY, past_key_values=cache)
+    part = batch(*family.ids([4, "image", 6], first_image=1))
     ids = torch.cat([expected, part["input_ids"]], 1)
-    pixels = torch.cat([family.pictures(n, 1)["pixel_values"] for n in (0, 1)])
-    got = small.generate(input_ids=ids, pixel_values=pixels, **GREEDY, past_key_values=cache)
-    assert torch.equal(got, small.generate(input_ids=ids, pixel_values=pixels, **GREEDY))
+    pixels = torch.cat([family.images(n, 1)["pixel_values"] for n in (0, 1)])
+    got = compressed.generate(input_ids=ids, pixel_values=pixels, **GREEDY, past_key_values=cache)
+    assert torch.equal(got, compressed.generate(input_ids=ids, pixel_values=pixels, **GREEDY))
 
 
 def test_a_chain_is_saved_with_its_weights(tmp_path, llava):
     with pytest.warns(UserWarning, match="qformer is untrained"):
-        small = vlmzip.attach(llava, CHAIN)
-    small.resampler.queries.data += 1
-    small.save_pretrained(tmp_path)
+        compressed = vlmzip.attach(llava, CHAIN)
+    compressed.resampler.queries.data += 1
+    compressed.save_pretrained(tmp_path)
     loaded = vlmzip.from_pretrained(tmp_path)
     assert loaded.compressor == CHAIN
-    assert torch.equal(loaded.resampler.queries, small.resampler.queries)
+    assert torch.equal(loaded.resampler.queries, compressed.resampler.queries)
 
 
 def test_a_chain_counts_more_queries_than_tokens():
@@ -499,7 +502,7 @@ class Behind(Resampler):
     [
         ((TINY, FastV()), {"positions": "original"}, "qformer has contiguous positions only"),
         ((TINY, FastV(positions="original")), {}, "qformer has contiguous positions only"),
-        ((Downsample(), TINY), {}, "behind smaller pictures"),
+        ((Downsample(), TINY), {}, "behind smaller images"),
         ((RandomTokens(), Behind()), {}, "in a chain nothing can come before it"),
     ],
 )
@@ -510,38 +513,38 @@ def test_chains_that_cannot_be_are_refused(compressors, settings, message):
 
 @pytest.mark.parametrize("second", [Pool2d(site=Site.POST_PROJECTOR), LLaVolta(window="2d", stride=2, layer=1)])
 def test_as_many_queries_as_tokens_lie_on_no_grid(llava, second):
-    small = attached(llava, Chain(compressors=(QFormer(queries=36, depth=1, width=8, heads=2), second)))
+    compressed = attached(llava, Chain(compressors=(QFormer(queries=36, depth=1, width=8, heads=2), second)))
     with pytest.raises(UserError, match="grid"):
-        small(**FAMILIES["llava"]().batch([1, "image", 5]))
+        compressed(**FAMILIES["llava"]().batch([1, "image", 5]))
 
 
 # --- saving -----------------------------------------------------------------------------------------------------
 
 LOAD = """
 import sys, torch, vlmzip
-small = vlmzip.from_pretrained(sys.argv[1])
+compressed = vlmzip.from_pretrained(sys.argv[1])
 inputs = torch.load(sys.argv[2], weights_only=True)
-torch.save(small.generate(**inputs, max_new_tokens=6, do_sample=False), sys.argv[3])
+torch.save(compressed.generate(**inputs, max_new_tokens=6, do_sample=False), sys.argv[3])
 """
 
 
 def test_trained_weights_come_back_in_a_fresh_process(tmp_path, llava):
-    small = attached(llava)
+    compressed = attached(llava)
     inputs = FAMILIES["llava"]().batch(*ROWS)
-    small.save_pretrained(tmp_path / "saved")
+    compressed.save_pretrained(tmp_path / "saved")
     assert {p.suffix for p in (tmp_path / "saved").iterdir()} == {".json", ".safetensors"}
     torch.save(inputs, tmp_path / "inputs")
     files = [str(tmp_path / name) for name in ("saved", "inputs", "answer")]
     subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", LOAD, *files], check=True)
-    expected = small.generate(**inputs, **GREEDY)
+    expected = compressed.generate(**inputs, **GREEDY)
     assert torch.equal(torch.load(tmp_path / "answer", weights_only=True), expected)
     assert not torch.equal(vlmzip.attach(llava, TINY).generate(**inputs, **GREEDY), expected)
 
 
 def test_a_state_dict_that_a_trainer_passes_is_what_is_saved(tmp_path, llava):
-    small = attached(llava)
-    state = {name: value + 1 for name, value in small.state_dict().items()}
-    small.save_pretrained(tmp_path, state_dict=state)
+    compressed = attached(llava)
+    state = {name: value + 1 for name, value in compressed.state_dict().items()}
+    compressed.save_pretrained(tmp_path, state_dict=state)
     _, told = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
     assert not told["unexpected_keys"]
     loaded = vlmzip.from_pretrained(tmp_path).state_dict()
@@ -557,12 +560,12 @@ def test_plain_transformers_loads_the_model_alone(tmp_path, llava):
 
 
 def test_weights_keep_the_precision_they_were_saved_in(tmp_path, llava):
-    small = attached(copy.deepcopy(llava).bfloat16())
-    small.resampler.float().queries.data += 1e-4  # which bfloat16 cannot say
-    small.save_pretrained(tmp_path)
+    compressed = attached(copy.deepcopy(llava).bfloat16())
+    compressed.resampler.float().queries.data += 1e-4  # which bfloat16 cannot say
+    compressed.save_pretrained(tmp_path)
     loaded = vlmzip.from_pretrained(tmp_path)
     assert loaded.dtype == torch.bfloat16
-    assert all(torch.equal(v, loaded.resampler.state_dict()[n]) for n, v in small.resampler.state_dict().items())
+    assert all(torch.equal(v, loaded.resampler.state_dict()[n]) for n, v in compressed.resampler.state_dict().items())
     assert loaded.resampler.queries.requires_grad
 
 

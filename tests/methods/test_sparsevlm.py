@@ -20,7 +20,7 @@ PAPER = Profile(Grid(1, 24, 24), layers=32)
 
 
 def tokens_of(rows=6, cols=6, queries=7, seed=0, **settings) -> VisualTokens:
-    """Three pictures, of which the first is asked about with fewer words."""
+    """Three images, of which the first is asked about with fewer words."""
     tokens = plain_tokens_of(rows=rows, cols=cols, seed=seed, **settings)
     return asked(tokens, queries, torch.Generator().manual_seed(seed + 1))
 
@@ -151,7 +151,7 @@ def test_equals_the_naive_loop(rows, cols, fields):
 
 @pytest.mark.parametrize("chunk", [1024, 7])
 def test_equals_the_naive_loop_on_mini(mini_tokens, chunk, monkeypatch):
-    """Features, and picture and question as they entered, from a trained model: similar tokens, dense clusters."""
+    """Features, and image and question as they entered, from a trained model: similar tokens, dense clusters."""
     monkeypatch.setattr(module, "CHUNK", chunk)
     tokens = asked(mini_tokens, 8, torch.Generator().manual_seed(0))
     words = tokens.features[:, 10:18].flip(0) + tokens.features.mean(dim=(0, 1))
@@ -202,7 +202,7 @@ def test_raters_are_chosen_by_the_question_that_is_there():
 
 
 def test_a_question_without_raters_asks_with_its_last_token():
-    """A single token, tokens that are all the same, or none behind the picture."""
+    """A single token, tokens that are all the same, or none behind the image."""
     tokens = tokens_of()
     one = torch.zeros_like(tokens.query_mask)
     one[:2, -1] = True
@@ -324,19 +324,17 @@ def test_layers_beyond_the_llm_are_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mini_sees_as_many_tokens_as_promised(dtype):
-    """Two questions about one picture, in a batch: counts at every layer as promised, tokens by the question."""
+    """Two questions about one image, in a batch: counts at every layer as promised, tokens by the question."""
     model, processor = vlmzip.mini.load()
     method, reached = SparseVLM().at_budget("40%", Profile(Grid(1, 12, 12), 8))
-    picture = Image.new("RGB", (96, 96), "white")
-    picture.paste("red", (10, 20, 40, 50))
+    image = Image.new("RGB", (96, 96), "white")
+    image.paste("red", (10, 20, 40, 50))
     questions = ["what color is the ring ?", "where is the star ?"]
-    inputs = processor(
-        images=[picture] * 2, text=[f"<image> {q}" for q in questions], return_tensors="pt", padding=True
-    )
+    inputs = processor(images=[image] * 2, text=[f"<image> {q}" for q in questions], return_tensors="pt", padding=True)
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-    with method.on(model.to(dtype)) as small, torch.no_grad():
-        small(**inputs)
-        first, second = small.report.pictures
+    with method.on(model.to(dtype)) as compressed, torch.no_grad():
+        compressed(**inputs)
+        first, second = compressed.report.images
     model.float()
     assert list(first.by_layer) == method.tokens_by_layer(Profile(Grid(1, 12, 12), 8)) == list(second.by_layer)
     assert sum(first.by_layer) / (8 * 144) == reached

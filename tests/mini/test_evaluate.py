@@ -8,7 +8,17 @@ import pytest
 from PIL import Image
 
 from vlmzip.mini import evaluate
-from vlmzip.mini.evaluate import Record, accuracy, by, controlled, majority, normalized, share_right, table, write_json
+from vlmzip.mini.evaluate import (
+    AnswerRecord,
+    accuracy,
+    by,
+    controlled,
+    majority,
+    normalized,
+    share_right,
+    table,
+    write_json,
+)
 from vlmzip.mini.splits import validation_split
 
 SAMPLES = validation_split(120)
@@ -40,8 +50,8 @@ def test_case_spaces_and_a_full_stop_do_not_matter(given: str) -> None:
 
 
 def test_a_word_more_or_less_is_wrong() -> None:
-    assert not Record(0, "", "top left", "top", "where", "flat").right
-    assert not Record(0, "", "34", "347", "read", "flat").right
+    assert not AnswerRecord(0, "", "top left", "top", "where", "flat").right
+    assert not AnswerRecord(0, "", "34", "347", "read", "flat").right
 
 
 def test_missing_answers_are_refused() -> None:
@@ -50,7 +60,7 @@ def test_missing_answers_are_refused() -> None:
 
 
 def test_majority_counts_the_most_frequent_answer() -> None:
-    records = [Record(0, "", answer, "", "count", "flat") for answer in "1123"]
+    records = [AnswerRecord(0, "", answer, "", "count", "flat") for answer in "1123"]
     assert majority(records) == {"count": 0.5}
 
 
@@ -60,15 +70,15 @@ def test_table_has_a_row_for_each_type_and_all() -> None:
     assert len(lines) == 2 + 9 + 1
 
 
-def test_text_only_control_hides_the_picture() -> None:
+def test_text_only_control_hides_the_image() -> None:
     for sample in controlled(SAMPLES, "text-only"):
         assert np.ptp(np.asarray(sample.image)) == 0
 
 
-def test_shuffled_control_never_shows_the_own_picture() -> None:
-    own = {sample.picture: sample.image.tobytes() for sample in SAMPLES}
+def test_shuffled_control_never_shows_the_own_image() -> None:
+    own = {sample.seed: sample.image.tobytes() for sample in SAMPLES}
     for sample in controlled(SAMPLES, "shuffled"):
-        assert sample.image.tobytes() != own[sample.picture]
+        assert sample.image.tobytes() != own[sample.seed]
         assert sample.image.tobytes() in own.values()
 
 

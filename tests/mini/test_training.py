@@ -13,15 +13,15 @@ from vlmzip.mini.instruct import answer_states, train_language, training_questio
 from vlmzip.mini.loop import CHECKPOINT, OtherRecipe, Run, learning_rate
 from vlmzip.mini.model import make_model, plane_waves, visual_features
 from vlmzip.mini.packing import IGNORE, Packer
-from vlmzip.mini.processes import Processes
-from vlmzip.mini.recipe import STAGES, Recipe, Shape, Stage
+from vlmzip.mini.processes import TrainingProcesses
+from vlmzip.mini.recipe import STAGES, Recipe, RecipeStage, Shape
 from vlmzip.mini.scene import make_scene
 from vlmzip.mini.tokenizer import make_tokenizer
 from vlmzip.mini.train import train
 
 
 def tiny_recipe() -> Recipe:
-    stage = Stage(steps=4, learning_rate=1e-3, batch=2, warmup=1)
+    stage = RecipeStage(steps=4, learning_rate=1e-3, batch=2, warmup=1)
     shape = Shape(hidden=32, heads=1, vision_layers=2, vision_mlp=32, text_layers=1, text_mlp=32)
     stages = dict.fromkeys(STAGES, stage)
     return replace(Recipe(), shape=shape, questions=3, save_every=1, dense_from=1, crowded_from=2, **stages)
@@ -39,7 +39,7 @@ def trained(folder: Path, stop_encoder: int | None = None, stop_language: int | 
     """One call of the training, as from the command line; leaves early where told to."""
     recipe = tiny_recipe()
     folder.mkdir(exist_ok=True)
-    run = Run(folder, recipe, Processes())
+    run = Run(folder, recipe, TrainingProcesses())
     model = make_model(recipe.shape, recipe.seed)
     run.load_model(model)
     if not run.finished("detail"):
@@ -62,18 +62,18 @@ def test_a_run_that_was_killed_twice_ends_like_one_that_was_not(tmp_path: Path) 
 def test_a_half_written_checkpoint_is_never_read(tmp_path: Path) -> None:
     trained(tmp_path, stop_encoder=2)
     (tmp_path / CHECKPOINT).with_suffix(".partial").write_bytes(b"half")
-    run = Run(tmp_path, tiny_recipe(), Processes())
+    run = Run(tmp_path, tiny_recipe(), TrainingProcesses())
     assert run.saved is not None
     assert run.saved["step"] == 2
 
 
 def test_another_recipe_does_not_go_on_in_the_same_folder(tmp_path: Path) -> None:
     trained(tmp_path, stop_encoder=1)
-    other = replace(tiny_recipe(), encoder=Stage(steps=9, learning_rate=1e-3, batch=2))
+    other = replace(tiny_recipe(), encoder=RecipeStage(steps=9, learning_rate=1e-3, batch=2))
     with pytest.raises(OtherRecipe, match="another encoder"):
-        Run(tmp_path, other, Processes())
-    later = replace(tiny_recipe(), instruct=Stage(steps=9, learning_rate=1e-3, batch=2))
-    assert Run(tmp_path, later, Processes()).saved is not None
+        Run(tmp_path, other, TrainingProcesses())
+    later = replace(tiny_recipe(), instruct=RecipeStage(steps=9, learning_rate=1e-3, batch=2))
+    assert Run(tmp_path, later, TrainingProcesses()).saved is not None
 
 
 def test_training_exports_a_model_that_loads(tmp_path: Path) -> None:
@@ -86,7 +86,7 @@ def test_training_exports_a_model_that_loads(tmp_path: Path) -> None:
 
 
 def test_each_process_takes_its_share_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    processes = Processes()
+    processes = TrainingProcesses()
     processes.count = 2
     shares = []
     for processes.rank in (0, 1):
@@ -95,7 +95,7 @@ def test_each_process_takes_its_share_of_a_step(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_learning_rate_rises_then_falls() -> None:
-    stage = Stage(steps=100, learning_rate=1.0, warmup=10)
+    stage = RecipeStage(steps=100, learning_rate=1.0, warmup=10)
     rates = [learning_rate(stage, step) for step in range(100)]
     assert rates[:10] == sorted(rates[:10])
     assert rates[9] == 1.0

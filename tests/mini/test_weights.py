@@ -17,7 +17,7 @@ from vlmzip.mini.assets import shipped_assets
 from vlmzip.mini.drawing import draw
 from vlmzip.mini.encoder import pixels_of, position_probe
 from vlmzip.mini.evaluate import ModelAnswer, accuracy, share_right
-from vlmzip.mini.examples import CHOSEN, picture
+from vlmzip.mini.examples import CHOSEN, image
 from vlmzip.mini.scene import make_scene
 from vlmzip.mini.splits import VALIDATION, questions_of, validation_split
 from vlmzip.mini.tokenizer import make_tokenizer
@@ -70,7 +70,7 @@ def test_importing_mini_is_cheap() -> None:
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
 @pytest.mark.parametrize("size", [(96, 96), (7, 300), (640, 480)])
-def test_processor_takes_any_picture(mode: str, size: tuple[int, int]) -> None:
+def test_processor_takes_any_image(mode: str, size: tuple[int, int]) -> None:
     processor = AutoProcessor.from_pretrained(FOLDER)
     inputs = processor(
         images=Image.new(mode, size), text="USER: <image>\nwhere is it ? ASSISTANT:", return_tensors="pt"
@@ -89,8 +89,8 @@ def test_processor_makes_the_pixels_that_training_made() -> None:
 
 def test_chat_template_spells_a_conversation() -> None:
     processor = AutoProcessor.from_pretrained(FOLDER)
-    picture_part, question = {"type": "image"}, {"type": "text", "text": "What item is there?"}
-    asked = {"role": "user", "content": [picture_part, question]}
+    image_part, question = {"type": "image"}, {"type": "text", "text": "What item is there?"}
+    asked = {"role": "user", "content": [image_part, question]}
     assert processor.apply_chat_template([asked], add_generation_prompt=True) == (
         "USER: <image>\nWhat item is there? ASSISTANT:"
     )
@@ -99,7 +99,7 @@ def test_chat_template_spells_a_conversation() -> None:
     assert processor.apply_chat_template([asked, told, again], add_generation_prompt=True) == (
         "USER: <image>\nWhat item is there? ASSISTANT: bag</s>USER: Where is the bag? ASSISTANT:"
     )
-    two = processor.apply_chat_template([{"role": "user", "content": [picture_part, picture_part, question]}])
+    two = processor.apply_chat_template([{"role": "user", "content": [image_part, image_part, question]}])
     assert two.count("<image>") == 2
 
 
@@ -168,7 +168,7 @@ def test_features_tell_where_a_patch_is(mini) -> None:
 @pytest.mark.parametrize("name", CHOSEN)
 def test_examples_are_what_the_generator_draws_and_mini_answers_most(mini, name: str) -> None:
     shown = Image.open(EXAMPLES_FOLDER / f"{name}.png")
-    assert shown.tobytes() == picture(CHOSEN[name]).tobytes()
+    assert shown.tobytes() == image(CHOSEN[name]).tobytes()
     asked = questions_of(make_scene(CHOSEN[name]), most=9)
     given = ModelAnswer(*mini)([shown] * len(asked), [question.text for question in asked])
     assert np.mean([text == question.answer for text, question in zip(given, asked, strict=True)]) > 0.7

@@ -23,7 +23,7 @@ def eager_truth(model, pixels):
 @pytest.mark.parametrize("layer", [-2, -1, 1, 3])
 def test_attention_row_features_and_keys_equal_eager(attention, layer):
     model = tiny_llava(attention, vision_feature_layer=layer)
-    inputs = batch(prompt("image"), prompt("image"), pictures=2)
+    inputs = batch(prompt("image"), prompt("image"), images=2)
     [(tokens, indices)] = adapter_for(model).encode(inputs, Site.PRE_PROJECTOR, NEEDS)
     truth = eager_truth(model, inputs["pixel_values"])
     block = layer % 4 - 1
@@ -42,13 +42,13 @@ def test_attention_row_features_and_keys_equal_eager(attention, layer):
 def test_the_attention_is_far_from_uniform():
     """Otherwise the comparison above would compare constants."""
     tower = tiny_llava("eager").model.vision_tower
-    rows = tower(batch([1], pictures=1)["pixel_values"], output_attentions=True).attentions[1][0, :, 0]
+    rows = tower(batch([1], images=1)["pixel_values"], output_attentions=True).attentions[1][0, :, 0]
     assert rows.max() > 5 * rows.mean()
 
 
 def test_features_of_several_layers_are_put_side_by_side():
     model = tiny_llava(vision_feature_layer=[-2, -1])
-    [(tokens, _)] = adapter_for(model).encode(batch([1], pictures=1), Site.PRE_PROJECTOR, NEEDS)
+    [(tokens, _)] = adapter_for(model).encode(batch([1], images=1), Site.PRE_PROJECTOR, NEEDS)
     assert tokens.features.shape == (1, 37, 64)
 
 
@@ -64,13 +64,13 @@ def test_layers_that_the_encoder_does_not_have_are_refused(make, layer):
 
 @pytest.mark.parametrize("layer", [4, -5, [0, 4]])
 def test_layers_given_to_a_call_are_checked_too(llava, layer):
-    small = vlmzip.attach(llava, VisionZip(keep=4))
+    compressed = vlmzip.attach(llava, VisionZip(keep=4))
     with pytest.raises(UserError, match=r"vision_feature_layer=.*give one of -3 to 3"):
-        small(**batch(prompt("image"), pictures=1), vision_feature_layer=layer)
+        compressed(**batch(prompt("image"), images=1), vision_feature_layer=layer)
 
 
 def test_unknown_strategies_are_refused(llava):
-    inputs = batch(prompt("image"), pictures=1)
+    inputs = batch(prompt("image"), images=1)
     message = "unknown vision_feature_select_strategy 'fulll'; choose default or full"
     with pytest.raises(UserError, match=message):
         vlmzip.attach(llava, VisionZip(keep=4))(**inputs, vision_feature_select_strategy="fulll")
@@ -86,15 +86,15 @@ def test_no_hook_is_left_behind_not_even_after_an_error(llava):
     before = [len(block._forward_hooks), len(block.self_attn.q_proj._forward_hooks)]  # transformers may have its own
     with pytest.raises(RuntimeError, match="boom"), record({"x": block}):
         raise RuntimeError("boom")
-    adapter_for(llava).encode(batch([1], pictures=1), Site.PRE_PROJECTOR, NEEDS)
+    adapter_for(llava).encode(batch([1], images=1), Site.PRE_PROJECTOR, NEEDS)
     assert [len(block._forward_hooks), len(block.self_attn.q_proj._forward_hooks)] == before
 
 
-def test_threads_record_their_own_pictures(llava):
+def test_threads_record_their_own_images(llava):
     from concurrent.futures import ThreadPoolExecutor
 
     adapter = adapter_for(llava)
-    inputs = [batch([1], pictures=1, seed=seed) for seed in range(16)]
+    inputs = [batch([1], images=1, seed=seed) for seed in range(16)]
 
     def encode(one):
         with torch.no_grad():
@@ -109,7 +109,7 @@ def test_threads_record_their_own_pictures(llava):
 
 def test_post_projector_tokens_are_projected(llava):
     adapter = adapter_for(llava)
-    inputs = batch([1], pictures=2)
+    inputs = batch([1], images=2)
     [(before, _)] = adapter.encode(inputs, Site.PRE_PROJECTOR, frozenset())
     [(after, _)] = adapter.encode(inputs, Site.POST_PROJECTOR, frozenset())
     torch.testing.assert_close(after.features, llava.model.multi_modal_projector(before.features))
@@ -134,7 +134,7 @@ def test_other_models_are_refused():
 def test_embeddings_have_no_attention():
     model = tiny_llava(vision_feature_layer=0)
     with pytest.raises(UserError, match="patch embeddings"):
-        adapter_for(model).encode(batch([1], pictures=1), Site.PRE_PROJECTOR, NEEDS)
+        adapter_for(model).encode(batch([1], images=1), Site.PRE_PROJECTOR, NEEDS)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -145,7 +145,7 @@ def test_a_frozen_encoder_keeps_nothing_for_a_backward(family, frozen):
     adapter = adapter_for(model)
     adapter.vision_encoder.requires_grad_(not frozen)
     model.enable_input_require_grads()
-    inputs = batch(prompt("image"), pictures=1)
+    inputs = batch(prompt("image"), images=1)
     for site in (Site.PRE_PROJECTOR, Site.POST_PROJECTOR):
         [(tokens, _)] = adapter.encode(inputs, site, frozenset())
         learns = not frozen or site is Site.POST_PROJECTOR  # the projector's own weights do

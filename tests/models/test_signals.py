@@ -88,15 +88,15 @@ def test_signals_take_no_square_of_the_tokens():
 def llava_on_siglip(side, **settings):
     """A LLaVA whose encoder has no CLS, so that every patch is a visual token."""
     torch.manual_seed(0)
-    small = tiny_llava().config
+    compressed = tiny_llava().config
     vision = SiglipVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=side, patch_size=8,
         vision_use_head=False,
     )  # fmt: skip
     config = LlavaConfig(
         vision_config=vision,
-        text_config=small.text_config,
-        image_token_index=small.image_token_id,
+        text_config=compressed.text_config,
+        image_token_index=compressed.image_token_id,
         vision_feature_select_strategy="full",
         **settings,
     )
@@ -109,7 +109,7 @@ class TestQwen:
         return FAMILIES["qwen2_5_vl"]()
 
     def signals(self, model, inputs):
-        """Score and keys of each picture, in order."""
+        """Score and keys of each image, in order."""
         found = {}
         for tokens, indices in adapter_for(model).encode(inputs, Site.PRE_PROJECTOR, NEEDS):
             found |= {n: (tokens.cls_attention[i], tokens.keys[i], tokens.grid) for i, n in enumerate(indices)}
@@ -131,7 +131,7 @@ class TestQwen:
         with torch.no_grad():
             model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
         last = [(weights, key) for module, weights, key in seen if module is model.model.visual.blocks[-1].attn]
-        assert len(last) == 2  # one sequence a picture
+        assert len(last) == 2  # one sequence an image
         for (weights, key), (score, keys, grid) in zip(last, self.signals(family.model, inputs), strict=True):
             received = weights[0].mean(0).sum(0).unflatten(0, (-1, 4)).mean(1)
             merged = key[0].mean(0).unflatten(0, (-1, 4)).mean(1)
@@ -145,7 +145,7 @@ class TestQwen:
         windows = [(r, c) for r in range(0, grid.rows, 2) for c in range(0, grid.cols, 2)]
         return [r * grid.cols + c for top, left in windows for r in rows[top : top + 2] for c in cols[left : left + 2]]
 
-    def test_pictures_of_equal_grid_come_together(self, family):
+    def test_images_of_equal_grid_come_together(self, family):
         groups = adapter_for(family.model).encode(
             family.batch(["image", "image"], ["image", 3]), Site.PRE_PROJECTOR, frozenset()
         )
@@ -162,13 +162,13 @@ class TestQwen:
         from vlmzip import RandomTokens, compress_inputs
 
         inputs = family.batch([1, 2, "image", 5, 6])
-        small = compress_inputs(family.model, inputs, RandomTokens(keep=5))
+        compressed = compress_inputs(family.model, inputs, RandomTokens(keep=5))
         full, _ = family.model.model.get_rope_index(
             inputs["input_ids"], inputs["mm_token_type_ids"], inputs["image_grid_thw"]
         )
-        source = small.report.source[0]
-        assert torch.equal(small["position_ids"][:, 0], full[:, 0, source])
-        assert small["position_ids"][:, 0, -2:].tolist() == [[8, 9]] * 3  # 2 + max(4, 6), not 2 + 5
+        source = compressed.report.source[0]
+        assert torch.equal(compressed["position_ids"][:, 0], full[:, 0, source])
+        assert compressed["position_ids"][:, 0, -2:].tolist() == [[8, 9]] * 3  # 2 + max(4, 6), not 2 + 5
 
 
 def test_other_encoders_are_refused(llava):

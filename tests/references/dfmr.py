@@ -1,4 +1,4 @@
-"""DFMR as loops over one picture's windows and channels, written from a description of the paper's rule."""
+"""DFMR as loops over one image's windows and channels, written from a description of the paper's rule."""
 
 from statistics import fmean, pstdev
 

@@ -20,11 +20,11 @@ def attention_of(layer, hidden, cos, sin, mask):
 
 
 @torch.no_grad()
-def logits_of(model, inputs, new_tokens, placeholder, pictures, rules, bidirectional=False):
+def logits_of(model, inputs, new_tokens, placeholder, images, rules, bidirectional=False):
     """Logits of every position of one row's prompt followed by `new_tokens`, and which positions are left at the end.
 
-    `pictures`: for each picture its columns. `rules`: {layer: rule}, a rule being a function of the hidden states of
-    one picture's remaining tokens, of the question's attention to them (in the layer before), and of the picture and
+    `images`: for each image its columns. `rules`: {layer: rule}, a rule being a function of the hidden states of
+    one image's remaining tokens, of the question's attention to them (in the layer before), and of the image and
     the question as they entered the LLM; it returns groups: lists of (index, weight), the first being the anchor.
     """
     seen = {}
@@ -51,22 +51,22 @@ def logits_of(model, inputs, new_tokens, placeholder, pictures, rules, bidirecti
     if bidirectional:
         allowed[:prompt, :prompt] = True
     alive = torch.ones(length, dtype=torch.bool)
-    places = [list(columns) for columns in pictures]
-    visual = {column for columns in pictures for column in columns}
+    places = [list(columns) for columns in images]
+    visual = {column for columns in images for column in columns}
     attention = None
     for number, layer in enumerate(llm.layers):
         if number in rules:
             hidden = hidden.clone()
-            for picture, columns in enumerate(places):
+            for image, columns in enumerate(places):
                 last = int(alive[:prompt].nonzero()[-1])
-                questions = [q for q in range(pictures[picture][0], prompt) if q not in visual] or [last]
-                whole = entered[list(pictures[picture])]
+                questions = [q for q in range(images[image][0], prompt) if q not in visual] or [last]
+                whole = entered[list(images[image])]
                 groups = rules[number](hidden[columns], attention[questions][:, columns], whole, entered[questions])
                 states = {columns[g[0][0]]: sum(w * hidden[columns[i]] for i, w in g) for g in groups}
                 alive[columns] = False
                 for anchor, state in states.items():
                     hidden[anchor], alive[anchor] = state, True
-                places[picture] = sorted(states)
+                places[image] = sorted(states)
         mask = torch.zeros(length, length).masked_fill(~(allowed & (alive | torch.eye(length).bool())), -torch.inf)
         attention = attention_of(layer, hidden, cos, sin, mask)
         out = layer(hidden[None], attention_mask=mask[None, None], position_embeddings=(cos[None], sin[None]))

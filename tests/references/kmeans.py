@@ -1,4 +1,4 @@
-"""K-means as loops over one picture: even start, Lloyd's steps, an empty cluster takes the farthest token."""
+"""K-means as loops over one image: even start, Lloyd's steps, an empty cluster takes the farthest token."""
 
 import torch
 

@@ -7,7 +7,7 @@ from torch.nn.functional import gelu
 
 
 def qformer(weights, queries, features, depth, heads, cross_every):
-    """What each query has read in `features` [tokens, dim] of one picture: [queries, width]."""
+    """What each query has read in `features` [tokens, dim] of one image: [queries, width]."""
     w = {name.removeprefix("qformer."): value for name, value in weights.items()}
     x = [norm(q, w, "layernorm") for q in queries]
     for n in range(depth):

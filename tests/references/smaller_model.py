@@ -1,4 +1,4 @@
-"""The plain model as if it had been built for smaller pictures, and smaller pictures, both made by hand."""
+"""The plain model as if it had been built for smaller images, and smaller images, both made by hand."""
 
 import copy
 
@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 
-def smaller_picture(pixels, height, width):
-    """One picture [3, height, width], resized channel by channel with Pillow."""
+def smaller_image(pixels, height, width):
+    """One image [3, height, width], resized channel by channel with Pillow."""
     channels = [Image.fromarray(c.numpy(), mode="F").resize((width, height), Image.Resampling.BICUBIC) for c in pixels]
     return torch.from_numpy(np.stack([np.asarray(c) for c in channels]))
 
@@ -20,8 +20,8 @@ def model_for(model, side):
     old = embeddings.position_embedding.weight
     grid, new = int(old.shape[0] ** 0.5), side // embeddings.patch_size
     front, patches = old[: -grid * grid], old[-grid * grid :]
-    picture = patches.T.reshape(1, -1, grid, grid)
-    scaled = torch.nn.functional.interpolate(picture, (new, new), mode="bicubic", align_corners=False)
+    image = patches.T.reshape(1, -1, grid, grid)
+    scaled = torch.nn.functional.interpolate(image, (new, new), mode="bicubic", align_corners=False)
     table = torch.cat([front, scaled[0].flatten(1).T])
     embeddings.position_embedding = torch.nn.Embedding.from_pretrained(table)
     embeddings.position_ids = torch.arange(len(table))[None]

@@ -1,10 +1,10 @@
-"""SparseVLM as loops over one picture of one row: raters, scores, the next best, clusters by density peaks."""
+"""SparseVLM as loops over one image of one row: raters, scores, the next best, clusters by density peaks."""
 
 import math
 
 
 def raters(visual, question):
-    """The numbers of the question's tokens [queries, dim] that rate the picture [tokens, dim], on entering the LLM."""
+    """The numbers of the question's tokens [queries, dim] that rate the image [tokens, dim], on entering the LLM."""
     shares = [0.0] * len(question)
     for token in visual.double():
         products = [float(token @ word) for word in question.double()]

@@ -1,4 +1,4 @@
-"""VisionZip as loops over one picture, written from the paper and a description of the authors' code."""
+"""VisionZip as loops over one image, written from the paper and a description of the authors' code."""
 
 import torch
 

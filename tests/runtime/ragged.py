@@ -1,4 +1,4 @@
-"""A method whose counts differ from picture to picture, for tests of ragged batches."""
+"""A method whose counts differ from image to image, for tests of ragged batches."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from vlmzip.token_map import TokenMap
 
 @dataclass(frozen=True, kw_only=True)
 class Ragged(Compressor):
-    """Averages neighbours in pairs, for as many pairs as the picture's features say, and drops the rest."""
+    """Averages neighbours in pairs, for as many pairs as the image's features say, and drops the rest."""
 
     def assign(self, tokens):
         size = tokens.grid.size

@@ -48,11 +48,11 @@ def test_what_is_no_model_is_refused(family, unchanged):
 def test_patches_without_or_with_other_sizes_are_refused(family):
     if family.name != "qwen2_5_vl":
         return
-    inputs, small = family.batch(ONE), vlmzip.attach(family.model, VisionZip(keep=8))
+    inputs, compressed = family.batch(ONE), vlmzip.attach(family.model, VisionZip(keep=8))
     with pytest.raises(UserError, match="image_grid_thw is missing"):
-        small(**without(inputs, "image_grid_thw"))
+        compressed(**without(inputs, "image_grid_thw"))
     with pytest.raises(UserError, match="image_grid_thw tells of"):
-        small(**inputs | {"image_grid_thw": inputs["image_grid_thw"] * 2})
+        compressed(**inputs | {"image_grid_thw": inputs["image_grid_thw"] * 2})
 
 
 def test_assisted_decoding_by_early_exit_is_refused(family, unchanged):
@@ -80,13 +80,13 @@ def without(inputs, name):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda f: f.batch([1, IMAGE_TOKEN, 4]) | f.pictures(0, 1), "1 image placeholders, but its 1 picture"),
-        (lambda f: f.batch([1, 4, 5]) | f.pictures(0, 1), "has 0 image placeholders"),
+        (lambda f: f.batch([1, IMAGE_TOKEN, 4]) | f.images(0, 1), "1 image placeholders, but its 1 image"),
+        (lambda f: f.batch([1, 4, 5]) | f.images(0, 1), "has 0 image placeholders"),
         (lambda f: without(f.batch(ONE), "pixel_values"), "has image placeholders, but there is no pixel_values"),
-        (lambda f: f.batch(ONE, ONE) | f.pictures(0, 1), r"image placeholders, but its 1 picture\(s\) have"),
+        (lambda f: f.batch(ONE, ONE) | f.images(0, 1), r"image placeholders, but its 1 image\(s\) have"),
         (lambda f: f.batch(ONE) | {"attention_mask": torch.ones(1, 1, 38, 38)}, "attention_mask must be"),
         (lambda f: f.batch(ONE) | {"token_type_ids": torch.ones(38).long()}, "token_type_ids must be"),
-        (lambda f: without(f.batch(ONE), "input_ids"), "give input_ids together with the pictures"),
+        (lambda f: without(f.batch(ONE), "input_ids"), "give input_ids together with the images"),
         (lambda f: f.batch(ONE) | {"input_ids": f.batch(ONE)["input_ids"][0]}, r"input_ids must be a tensor \[batch"),
         (lambda f: f.batch(ONE) | {"attention_mask": torch.ones(1, 5)}, "attention_mask must be"),
         (lambda f: f.batch(ONE) | {"pixel_values": f.batch(ONE)["pixel_values"][:0]}, "pixel_values is empty"),
@@ -94,8 +94,8 @@ def without(inputs, name):
     ],
 )
 def test_inputs_that_do_not_match(family, unchanged, wrong, message):
-    small = vlmzip.attach(unchanged, VisionZip(keep=8))
-    for call in (small, small.generate):
+    compressed = vlmzip.attach(unchanged, VisionZip(keep=8))
+    for call in (compressed, compressed.generate):
         with pytest.raises(UserError, match=message):
             call(**wrong(family))
 
@@ -108,15 +108,15 @@ def test_an_exception_in_the_middle_of_a_batch(family, unchanged, compressor):
         raise Failing.error
 
     handle = adapter_for(unchanged).decoder_layers[1].register_forward_hook(fail)
-    with pytest.raises(RuntimeError, match="in the middle"), compressor.on(unchanged) as small:
-        small.generate(**family.batch(ONE, ONE), **GREEDY)
+    with pytest.raises(RuntimeError, match="in the middle"), compressor.on(unchanged) as compressed:
+        compressed.generate(**family.batch(ONE, ONE), **GREEDY)
     handle.remove()
 
 
 def test_ctrl_c_in_generate(family, unchanged):
-    small = vlmzip.attach(unchanged, Interrupted())
+    compressed = vlmzip.attach(unchanged, Interrupted())
     with pytest.raises(KeyboardInterrupt):
-        small.generate(**family.batch(ONE), **GREEDY)
+        compressed.generate(**family.batch(ONE), **GREEDY)
 
 
 def test_ctrl_c_while_decoding(family, unchanged):
@@ -126,19 +126,19 @@ def test_ctrl_c_while_decoding(family, unchanged):
         def __call__(self, *_, **__):
             raise KeyboardInterrupt
 
-    small = vlmzip.attach(unchanged, VisionZip(keep=8))
+    compressed = vlmzip.attach(unchanged, VisionZip(keep=8))
     with pytest.raises(KeyboardInterrupt):
-        small.generate(**family.batch(ONE), **GREEDY, stopping_criteria=[Stop()])
+        compressed.generate(**family.batch(ONE), **GREEDY, stopping_criteria=[Stop()])
 
 
 def test_attach_twice_and_detach_twice(family, unchanged):
-    small = vlmzip.attach(unchanged, VisionZip(keep=8))
+    compressed = vlmzip.attach(unchanged, VisionZip(keep=8))
     with pytest.raises(UserError, match="already has a compressor"):
-        vlmzip.attach(small, VisionZip(keep=4))
-    assert small.detach() is unchanged
-    assert small.detach() is unchanged
+        vlmzip.attach(compressed, VisionZip(keep=4))
+    assert compressed.detach() is unchanged
+    assert compressed.detach() is unchanged
     with pytest.raises(UserError, match="was detached"):
-        small(**family.batch(ONE))
+        compressed(**family.batch(ONE))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -156,20 +156,20 @@ def test_attach_leaves_the_mode_of_every_part(unchanged):
     unchanged.train()
     tower = next(module for name, module in unchanged.named_modules() if name.endswith(("vision_tower", "visual")))
     tower.eval()
-    small = vlmzip.attach(unchanged, VisionZip(keep=8))
-    assert small.training
+    compressed = vlmzip.attach(unchanged, VisionZip(keep=8))
+    assert compressed.training
     assert unchanged.lm_head.training
     assert not tower.training
     unchanged.eval()
 
 
-def test_pictures_that_a_later_turn_has_no_place_for(family, unchanged):
+def test_images_that_a_later_turn_has_no_place_for(family, unchanged):
     from transformers import DynamicCache
 
-    small, cache = vlmzip.attach(unchanged, VisionZip(keep=8)), DynamicCache()
-    small.generate(**family.batch(ONE), **GREEDY, past_key_values=cache)
+    compressed, cache = vlmzip.attach(unchanged, VisionZip(keep=8)), DynamicCache()
+    compressed.generate(**family.batch(ONE), **GREEDY, past_key_values=cache)
     with pytest.raises(UserError, match="has 0 image placeholders"):
-        small.generate(**family.batch([4, 5]), **family.pictures(0, 1), **GREEDY, past_key_values=cache)
+        compressed.generate(**family.batch([4, 5]), **family.images(0, 1), **GREEDY, past_key_values=cache)
 
 
 def test_a_method_that_keeps_nothing(family, unchanged):
@@ -184,10 +184,10 @@ def test_a_method_that_keeps_nothing(family, unchanged):
 def test_a_generation_config_set_on_the_facade_counts(family, unchanged):
     from transformers import GenerationConfig
 
-    small, old = vlmzip.attach(unchanged, VisionZip(keep=8)), unchanged.generation_config
-    small.generation_config = GenerationConfig(max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
+    compressed, old = vlmzip.attach(unchanged, VisionZip(keep=8)), unchanged.generation_config
+    compressed.generation_config = GenerationConfig(max_new_tokens=3, min_new_tokens=3, do_sample=False, pad_token_id=0)
     inputs = family.batch(ONE)
-    assert small.generate(**inputs).shape[1] == inputs["input_ids"].shape[1] + 3
+    assert compressed.generate(**inputs).shape[1] == inputs["input_ids"].shape[1] + 3
     assert unchanged.generation_config.max_new_tokens == 3
     unchanged.generation_config = old
 
@@ -218,7 +218,7 @@ def test_a_method_inside_the_llm_without_a_layer(unchanged):
         vlmzip.attach(unchanged, Inside(site=vlmzip.Site.IN_LLM))
 
 
-def test_many_pictures_leave_nothing_behind(family, unchanged):
+def test_many_images_leave_nothing_behind(family, unchanged):
     """A soak, five times as long in one family: memory held by tensors, and hooks, are flat after the first few.
 
     Nothing waits for the garbage collector: it runs once, before the first count.
@@ -228,17 +228,17 @@ def test_many_pictures_leave_nothing_behind(family, unchanged):
     def held():
         return sum(t.numel() for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter))
 
-    small = vlmzip.attach(unchanged, VisionZip(keep=8))
+    compressed = vlmzip.attach(unchanged, VisionZip(keep=8))
     counts, many = [], 500 if family.name == "llava" else 100
     for n in range(many):
-        inputs = family.batch(ONE, first_picture=n)
-        small.generate(**inputs, max_new_tokens=2, do_sample=False)
+        inputs = family.batch(ONE, first_image=n)
+        compressed.generate(**inputs, max_new_tokens=2, do_sample=False)
         if n == 0:
             gc.collect()
             gc.disable()
         if n % 10 == 0:
-            small(**inputs, labels=inputs["input_ids"]).loss.backward()
-            small.zero_grad()
+            compressed(**inputs, labels=inputs["input_ids"]).loss.backward()
+            compressed.zero_grad()
         if n % (many // 5) == many // 10:
             counts.append((held(), sum(map(sum, hooks(unchanged).values()))))
     gc.enable()

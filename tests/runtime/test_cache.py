@@ -25,29 +25,29 @@ def family(request):
 
 
 @pytest.fixture(params=COMPRESSORS, ids=lambda compressor: compressor.name())
-def small(family, request):
-    small = vlmzip.attach(family.model, request.param)
-    yield small
-    small.detach()
+def compressed(family, request):
+    compressed = vlmzip.attach(family.model, request.param)
+    yield compressed
+    compressed.detach()
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")
-def test_generate_and_forward_take_either_name(family, small):
+def test_generate_and_forward_take_either_name(family, compressed):
     """The same two turns under both names, whichever of them this transformers has; and no word of deprecation."""
     inputs = family.batch(*ROWS)
-    fresh = small.generate(**inputs, **GREEDY)
+    fresh = compressed.generate(**inputs, **GREEDY)
     further = torch.cat([fresh, torch.tensor([[9, 4]] * 2)], 1)
     mask = torch.cat([inputs["attention_mask"], torch.ones(2, 5, dtype=torch.long)], 1)
     answers, logits = [], []
     for name in NAMES:
         cache = DynamicCache()
-        assert torch.equal(small.generate(**inputs, **GREEDY, **{name: cache}), fresh)
-        answers.append(small.generate(input_ids=further, attention_mask=mask, **GREEDY, **{name: cache}))
+        assert torch.equal(compressed.generate(**inputs, **GREEDY, **{name: cache}), fresh)
+        answers.append(compressed.generate(input_ids=further, attention_mask=mask, **GREEDY, **{name: cache}))
         with torch.no_grad():
-            filled = cache_of(small(**inputs, use_cache=True))
-            logits.append(small(input_ids=further[:, -1:], **{name: filled}).logits)
+            filled = cache_of(compressed(**inputs, use_cache=True))
+            logits.append(compressed(input_ids=further[:, -1:], **{name: filled}).logits)
             given = DynamicCache()
-            small(**inputs, **{name: given})
+            compressed(**inputs, **{name: given})
         assert given.get_seq_length() == filled.get_seq_length() - 1 > 0
     assert torch.equal(*answers)
     assert torch.equal(*logits)
@@ -55,19 +55,19 @@ def test_generate_and_forward_take_either_name(family, small):
 
 @pytest.mark.parametrize("call", ["forward", "generate"])
 def test_both_names_together_are_refused(family, call):
-    small = vlmzip.attach(family.model, VisionZip(keep=8))
+    compressed = vlmzip.attach(family.model, VisionZip(keep=8))
     with pytest.raises(UserError, match="cache and past_key_values are two names of the KV cache"):
-        getattr(small, call)(**family.batch(*ROWS), cache=DynamicCache(), past_key_values=DynamicCache())
-    small(**family.batch(*ROWS), cache=None, past_key_values=DynamicCache())
+        getattr(compressed, call)(**family.batch(*ROWS), cache=DynamicCache(), past_key_values=DynamicCache())
+    compressed(**family.batch(*ROWS), cache=None, past_key_values=DynamicCache())
 
 
-def test_padded_batches_answer_as_row_by_row(family, small):
+def test_padded_batches_answer_as_row_by_row(family, compressed):
     """The step after the first sees the mask of the compressed cache, in every row."""
     inputs = family.batch(*ROWS)
-    out = small.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_logits=True)
+    out = compressed.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_logits=True)
     for row, parts in enumerate(ROWS):
-        one = family.batch(parts, first_picture=row)
-        alone = small.generate(**one, **GREEDY, return_dict_in_generate=True, output_logits=True)
+        one = family.batch(parts, first_image=row)
+        alone = compressed.generate(**one, **GREEDY, return_dict_in_generate=True, output_logits=True)
         for together, single in zip(out.logits, alone.logits, strict=True):
             torch.testing.assert_close(together[row], single[0], atol=1e-5, rtol=0)
 
@@ -100,12 +100,12 @@ class Renaming:
 @pytest.mark.parametrize("compressor", [FastV(keep=0.3), LLaVolta(stride=5, layer=1)], ids=lambda c: c.name())
 def test_hooks_refuse_a_call_that_lacks_an_argument(family, compressor, module, name):
     """A default would be a guess, such as "no padding" for a mask under a new name."""
-    small = vlmzip.attach(copy.deepcopy(family.model), compressor)
-    llm = small.inner.model.language_model
+    compressed = vlmzip.attach(copy.deepcopy(family.model), compressor)
+    llm = compressed.inner.model.language_model
     Renaming(llm if module == "llm" else llm.layers[compressor.layers[0]], name)
     words = "cache or past_key_values" if name == "cache" else name
     with pytest.raises(UserError, match=f"was called without {words}: transformers .* may have changed it"):
-        small.generate(**family.batch(*ROWS), **GREEDY)
+        compressed.generate(**family.batch(*ROWS), **GREEDY)
 
 
 def test_a_model_without_a_known_cache_is_refused(family):
@@ -119,10 +119,10 @@ def test_a_model_without_a_known_cache_is_refused(family):
 def test_a_model_that_would_swallow_the_features_is_refused(family):
     """Under a new name for `mm_encoder_outputs`, a model with `**kwargs` would answer without images."""
     model = copy.deepcopy(family.model)
-    small = vlmzip.attach(model, VisionZip(keep=8))
+    compressed = vlmzip.attach(model, VisionZip(keep=8))
     model.forward = lambda input_ids, past_key_values=None, **kwargs: None
     with pytest.raises(UserError, match="forward takes no mm_encoder_outputs"):
-        small(**family.batch(*ROWS))
+        compressed(**family.batch(*ROWS))
 
 
 @pytest.mark.parametrize(("version", "noted"), [("5.24.9", False), ("5.25.0.dev0", True), ("6.0.0", True)])

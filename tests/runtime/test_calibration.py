@@ -1,4 +1,4 @@
-"""Thresholds set from pictures: what was promised is what the compressor then does."""
+"""Thresholds set from images: what was promised is what the compressor then does."""
 
 import copy
 
@@ -13,7 +13,7 @@ from vlmzip.mini.assets import shipped_assets
 from vlmzip.mini.drawing import draw
 from vlmzip.mini.scene import make_scene
 from vlmzip.mini.splits import VALIDATION
-from vlmzip.runtime.calibration import Measured, _Steps
+from vlmzip.runtime.calibration import MeasuredImage, _Steps
 
 
 @pytest.fixture(scope="module")
@@ -22,15 +22,15 @@ def loaded():
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return [Image.fromarray(draw(make_scene(seed), shipped_assets("validation"))) for seed in VALIDATION[:30]]
 
 
 @pytest.mark.parametrize("method", [DFMR(), AdaptiveVisionZip(windows="max"), DFMR(measure="pixels", max_factor=4)])
 @pytest.mark.parametrize("keep", ["75%", 0.5, 50, "25%", "15%"])
-def test_the_average_is_within_5_percent_of_the_budget(loaded, pictures, method, keep):
+def test_the_average_is_within_5_percent_of_the_budget(loaded, images, method, keep):
     model, processor = loaded
-    found = calibrate(model, pictures, method, keep, processor=processor)
+    found = calibrate(model, images, method, keep, processor=processor)
     wanted = {"75%": 108, 0.5: 72, 50: 50, "25%": 36, "15%": 22}[keep]
     assert found.average == pytest.approx(wanted, rel=0.05)
     assert found.reached == pytest.approx(found.average / 144)
@@ -41,37 +41,37 @@ def test_the_average_is_within_5_percent_of_the_budget(loaded, pictures, method,
 
 
 @pytest.mark.parametrize("method", [DFMR(site=Site.POST_PROJECTOR), AdaptiveVisionZip()])
-def test_the_compressor_does_to_the_pictures_what_was_said(loaded, pictures, method):
+def test_the_compressor_does_to_the_images_what_was_said(loaded, images, method):
     model, processor = loaded
-    found = calibrate(model, iter(pictures), method, "40%", processor=processor, batch=7)
-    prompts = ["USER: <image>\nw ASSISTANT:"] * len(pictures)
-    small = attach(model, found.compressor)
+    found = calibrate(model, iter(images), method, "40%", processor=processor, batch=7)
+    prompts = ["USER: <image>\nw ASSISTANT:"] * len(images)
+    compressed = attach(model, found.compressor)
     with torch.no_grad():
-        small(**processor(images=pictures, text=prompts, padding=True, return_tensors="pt"))
-    assert [picture.after for picture in small.report.pictures] == found.after
+        compressed(**processor(images=images, text=prompts, padding=True, return_tensors="pt"))
+    assert [image.after for image in compressed.report.images] == found.after
     assert [144 // factor**2 for factor in found.factors] == found.after
     assert len(set(found.factors)) == 3
 
 
-def test_paths_and_the_models_own_processor_will_do(loaded, pictures, tmp_path):
+def test_paths_and_the_models_own_processor_will_do(loaded, images, tmp_path):
     model, processor = loaded
-    for number, picture in enumerate(pictures):
-        picture.save(tmp_path / f"{number:02}.png")
+    for number, image in enumerate(images):
+        image.save(tmp_path / f"{number:02}.png")
     by_path = calibrate(model, sorted(tmp_path.iterdir()), DFMR(), "50%")
-    assert by_path == calibrate(model, pictures, DFMR(), "50%", processor=processor)
+    assert by_path == calibrate(model, images, DFMR(), "50%", processor=processor)
 
 
-def test_pictures_of_different_grids(pictures):
-    """The pictures of Qwen have grids of their own; a factor counts where it divides the sides."""
+def test_images_of_different_grids(images):
+    """The images of Qwen have grids of their own; a factor counts where it divides the sides."""
     family = FAMILIES["qwen2_5_vl"]()
 
     def image_processor(images, return_tensors):
         from transformers import BatchFeature
 
-        return BatchFeature(family.pictures(0, len(images)))
+        return BatchFeature(family.images(0, len(images)))
 
     processor = type("Processor", (), {"image_processor": staticmethod(image_processor)})
-    found = calibrate(family.model, pictures[:4], DFMR(), 24, processor=processor)
+    found = calibrate(family.model, images[:4], DFMR(), 24, processor=processor)
     assert found.before == [24, 15, 24, 42]
     assert [sorted(one) for one in found.deviations] == [[2], [], [2], []]
     first, third = found.deviations[0][2], found.deviations[2][2]
@@ -79,13 +79,13 @@ def test_pictures_of_different_grids(pictures):
     assert sorted(found.after) == [6, 15, 24, 42]  # (24 + 15 + 24 + 24) / 4 were asked for
 
 
-def test_the_whole_budget_pools_nothing(loaded, pictures):
-    found = calibrate(loaded[0], pictures[:3], DFMR(), 999, processor=loaded[1])
+def test_the_whole_budget_pools_nothing(loaded, images):
+    found = calibrate(loaded[0], images[:3], DFMR(), 999, processor=loaded[1])
     assert (found.compressor.tau, found.reached, found.factors) == (0, 1, [1, 1, 1])
 
 
-def test_the_smallest_budget_pools_every_picture(loaded, pictures):
-    found = calibrate(loaded[0], pictures[:3], DFMR(), 16, processor=loaded[1])
+def test_the_smallest_budget_pools_every_image(loaded, images):
+    found = calibrate(loaded[0], images[:3], DFMR(), 16, processor=loaded[1])
     assert found.factors == [3, 3, 3]
     assert all(one[3] < found.compressor.tau for one in found.deviations)
 
@@ -93,21 +93,21 @@ def test_the_smallest_budget_pools_every_picture(loaded, pictures):
 @pytest.mark.parametrize(
     ("count", "fields", "keep", "message"),
     [
-        (9, {}, "5%", r"7 visual tokens per picture are out of dfmr's reach: it can average 16 to 144"),
+        (9, {}, "5%", r"7 visual tokens per image are out of dfmr's reach: it can average 16 to 144"),
         (9, {"max_factor": 2}, "11%", r"out of dfmr's reach: it can average 36 to 144"),
         (9, {"max_factor": 1}, "50%", r"out of dfmr's reach: it can average 144 to 144"),
-        (1, {}, "60%", r"nearest average to 86 visual tokens per picture is (36|144) on .* give more pictures"),
+        (1, {}, "60%", r"nearest average to 86 visual tokens per image is (36|144) on .* give more images"),
     ],
 )
-def test_budgets_that_no_step_meets_are_refused_with_the_reach(loaded, pictures, count, fields, keep, message):
+def test_budgets_that_no_step_meets_are_refused_with_the_reach(loaded, images, count, fields, keep, message):
     with pytest.raises(BudgetError, match=message):
-        calibrate(loaded[0], pictures[:count], DFMR(**fields), keep, processor=loaded[1])
+        calibrate(loaded[0], images[:count], DFMR(**fields), keep, processor=loaded[1])
 
 
 @pytest.mark.parametrize(
     ("images", "method", "keep", "message"),
     [
-        ([], DFMR(), "50%", "no picture to calibrate on"),
+        ([], DFMR(), "50%", "no image to calibrate on"),
         (["missing.png"], DFMR(), "50%", "no file 'missing.png'"),
         ([], VisionZip(), "50%", "visionzip has no threshold"),
         ([], DFMR(), 0, "keeps nothing"),
@@ -118,25 +118,27 @@ def test_mistakes_are_said(loaded, images, method, keep, message):
         calibrate(loaded[0], images, method, keep, processor=loaded[1])
 
 
-def test_a_model_without_processor_asks_for_one(llava, pictures):
+def test_a_model_without_processor_asks_for_one(llava, images):
     model = copy.copy(llava)
     with pytest.raises(UserError, match="give one, calibrate"):
-        calibrate(model, pictures, DFMR(), "50%")
+        calibrate(model, images, DFMR(), "50%")
 
 
 def test_the_nearest_step_is_the_best_of_all_thresholds():
-    """Against trying every threshold there is: 40 pictures, three factors, deviations that need not rise with them."""
-    dice = np.random.default_rng(0)
-    pictures = [
-        Measured(36, {1: 36, 2: 9, 3: 4}, dict(zip((2, 3), dice.random(2).astype(np.float32).tolist(), strict=True)))
+    """Against trying every threshold there is: 40 images, three factors, deviations that need not rise with them."""
+    rng = np.random.default_rng(0)
+    images = [
+        MeasuredImage(
+            36, {1: 36, 2: 9, 3: 4}, dict(zip((2, 3), rng.random(2).astype(np.float32).tolist(), strict=True))
+        )
         for _ in range(40)
     ]
-    steps = _Steps(pictures)
+    steps = _Steps(images)
 
     def average(tau):
-        return np.mean([one.counts[max([1, *(f for f, d in one.deviations.items() if d < tau)])] for one in pictures])
+        return np.mean([one.counts[max([1, *(f for f, d in one.deviations.items() if d < tau)])] for one in images])
 
-    every = sorted(d for one in pictures for d in one.deviations.values())
+    every = sorted(d for one in images for d in one.deviations.values())
     possible = [average(tau) for tau in [0.0, *every, 2.0]]
     for wanted in np.linspace(3, 37, 60):
         step = steps.nearest(wanted)

@@ -88,8 +88,8 @@ class TestWeights:
 
     def test_another_shape_can_be_asked_for_in_python(self, folder):
         change(folder / "config.json", "text_config", "vocab_size", to=120)
-        small = vlmzip.from_pretrained(folder, VisionZip(keep=4), ignore_mismatched_sizes=True)
-        assert len(small.get_input_embeddings().weight) == 120
+        compressed = vlmzip.from_pretrained(folder, VisionZip(keep=4), ignore_mismatched_sizes=True)
+        assert len(compressed.get_input_embeddings().weight) == 120
 
     def test_what_old_checkpoints_hold_beside_their_weights_is_no_fault(self, folder):
         buffers = {

@@ -13,22 +13,22 @@ MIXED = (prompt(1, "image", 5, 6, 7), prompt(1, "image", 4, "image", 5), prompt(
 GREEDY = {"max_new_tokens": 8, "do_sample": False}
 
 
-def alone(inputs, row, pictures):
+def alone(inputs, row, images):
     """One row of a batch as a batch of its own, without padding."""
     mask = inputs["attention_mask"][row].bool()
     out = {name: inputs[name][row][mask][None] for name in ("input_ids", "attention_mask")}
-    if pictures:
-        out["pixel_values"] = inputs["pixel_values"][pictures]
+    if images:
+        out["pixel_values"] = inputs["pixel_values"][images]
     return out
 
 
 @pytest.mark.parametrize("pad", ["left", "right"])
 def test_no_compression_is_the_plain_model(llava, pad):
-    inputs = batch(*MIXED, pictures=4, pad=pad)
-    small = vlmzip.attach(llava, NoCompression())
+    inputs = batch(*MIXED, images=4, pad=pad)
+    compressed = vlmzip.attach(llava, NoCompression())
     with torch.no_grad():
-        torch.testing.assert_close(small(**inputs).logits, llava(**inputs).logits, atol=1e-5, rtol=0)
-    assert torch.equal(small.generate(**inputs, **GREEDY), llava.generate(**inputs, **GREEDY))
+        torch.testing.assert_close(compressed(**inputs).logits, llava(**inputs).logits, atol=1e-5, rtol=0)
+    assert torch.equal(compressed.generate(**inputs, **GREEDY), llava.generate(**inputs, **GREEDY))
 
 
 @pytest.mark.parametrize("positions", ["contiguous", "original"])
@@ -37,32 +37,32 @@ def test_no_compression_is_the_plain_model(llava, pad):
 )
 def test_every_row_of_a_ragged_batch_is_that_row_alone(llava, method, positions):
     method = type(method)(**{**{n: getattr(method, n) for n in method.field_names()}, "positions": positions})
-    inputs = batch(*MIXED, pictures=4)
-    small = vlmzip.attach(llava, method)
+    inputs = batch(*MIXED, images=4)
+    compressed = vlmzip.attach(llava, method)
     with torch.no_grad():
-        together = small(**inputs).logits
-    generated = small.generate(**inputs, **GREEDY)
+        together = compressed(**inputs).logits
+    generated = compressed.generate(**inputs, **GREEDY)
     width = inputs["input_ids"].shape[1]
-    for row, pictures in enumerate([[0], [1, 2], [], [3]]):
-        one = alone(inputs, row, pictures)
+    for row, images in enumerate([[0], [1, 2], [], [3]]):
+        one = alone(inputs, row, images)
         with torch.no_grad():
-            logits = small(**one).logits[0]
+            logits = compressed(**one).logits[0]
         torch.testing.assert_close(together[row, -len(logits) :], logits, atol=1e-5, rtol=0)
-        new = small.generate(**one, **GREEDY)[0, one["input_ids"].shape[1] :]
+        new = compressed.generate(**one, **GREEDY)[0, one["input_ids"].shape[1] :]
         assert generated[row, width : width + len(new)].tolist() == new.tolist()
 
 
 def test_ragged_counts_really_differ(llava):
-    small = vlmzip.attach(llava, Ragged())
-    small.generate(**batch(*MIXED, pictures=4), **GREEDY)
-    assert len({picture.after for picture in small.report.pictures}) > 1
+    compressed = vlmzip.attach(llava, Ragged())
+    compressed.generate(**batch(*MIXED, images=4), **GREEDY)
+    assert len({image.after for image in compressed.report.images}) > 1
 
 
 def test_compressed_forward_equals_a_hand_made_one(llava):
     """Encode, select, project and embed by hand; only the language model is shared."""
     from tests.references.visionzip import visionzip as naive
 
-    inputs = batch(prompt(1, "image", 5, 6), pictures=1)
+    inputs = batch(prompt(1, "image", 5, 6), images=1)
     eager = tiny_llava("eager")
     with torch.no_grad():
         tower = eager.model.vision_tower
@@ -75,35 +75,35 @@ def test_compressed_forward_equals_a_hand_made_one(llava):
             [embed(torch.tensor([1])), llava.model.multi_modal_projector(kept), embed(torch.tensor([5, 6]))]
         )
         expected = llava.lm_head(llava.model.language_model(inputs_embeds=sequence[None]).last_hidden_state)
-        small = vlmzip.attach(llava, VisionZip(dominant=7, contextual=1))
-        torch.testing.assert_close(small(**inputs).logits, expected, atol=1e-5, rtol=0)
+        compressed = vlmzip.attach(llava, VisionZip(dominant=7, contextual=1))
+        torch.testing.assert_close(compressed(**inputs).logits, expected, atol=1e-5, rtol=0)
 
 
 def test_generate_returns_the_original_prompt_then_the_new_tokens(llava):
-    inputs = batch(*MIXED, pictures=4)
-    small = vlmzip.attach(llava, VisionZip(keep=8))
-    out = small.generate(**inputs, **GREEDY)
+    inputs = batch(*MIXED, images=4)
+    compressed = vlmzip.attach(llava, VisionZip(keep=8))
+    out = compressed.generate(**inputs, **GREEDY)
     width = inputs["input_ids"].shape[1]
     assert torch.equal(out[:, :width], inputs["input_ids"])
     assert out.shape[1] <= width + 8
-    full = small.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_scores=True)
+    full = compressed.generate(**inputs, **GREEDY, return_dict_in_generate=True, output_scores=True)
     assert torch.equal(full.sequences, out)
     assert len(full.scores) == out.shape[1] - width
 
 
 def test_max_length_counts_the_prompt_as_the_user_sees_it(llava):
-    inputs = batch(prompt(1, "image", 5), pictures=1)
-    small = vlmzip.attach(llava, VisionZip(keep=8))
-    out = small.generate(**inputs, max_length=38 + 5, min_length=38 + 5, do_sample=False)
+    inputs = batch(prompt(1, "image", 5), images=1)
+    compressed = vlmzip.attach(llava, VisionZip(keep=8))
+    out = compressed.generate(**inputs, max_length=38 + 5, min_length=38 + 5, do_sample=False)
     assert out.shape[1] == 43
 
 
 def test_loss_and_gradients_reach_projector_and_tower(llava):
     model = copy.deepcopy(llava)
-    inputs = batch(*MIXED, pictures=4)
+    inputs = batch(*MIXED, images=4)
     inputs["labels"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE_TOKEN, -100)
-    small = vlmzip.attach(model, VisionZip(keep=8))
-    out = small(**inputs)
+    compressed = vlmzip.attach(model, VisionZip(keep=8))
+    out = compressed(**inputs)
     shrunk = vlmzip.compress_inputs(model, inputs, VisionZip(keep=8))
     torch.testing.assert_close(out.loss, model(**shrunk).loss)
     out.loss.backward()
@@ -114,17 +114,17 @@ def test_loss_and_gradients_reach_projector_and_tower(llava):
 
 def test_gradient_of_a_projector_weight_is_the_finite_difference(llava):
     model = copy.deepcopy(llava).double()
-    inputs = batch(prompt("image", 5, 6), pictures=1)
+    inputs = batch(prompt("image", 5, 6), images=1)
     inputs["labels"] = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE_TOKEN, -100)
     inputs["pixel_values"] = inputs["pixel_values"].double()
-    small = vlmzip.attach(model, VisionZip(keep=8))
+    compressed = vlmzip.attach(model, VisionZip(keep=8))
     weight = model.model.multi_modal_projector.linear_1.weight
-    small(**inputs).loss.backward()
+    compressed(**inputs).loss.backward()
     losses = []
     for step in (1e-3, -1e-3):
         with torch.no_grad():
             weight[3, 4] += step
-            losses.append(small(**inputs).loss)
+            losses.append(compressed(**inputs).loss)
             weight[3, 4] -= step
     assert weight.grad[3, 4].item() == pytest.approx(
         (losses[0] - losses[1]).item() / 2e-3, rel=1e-2
@@ -157,12 +157,12 @@ class TestNoTrace:
         state = {name: value.clone() for name, value in model.state_dict().items()}
 
         def work():
-            with VisionZip(keep=8, positions=positions).on(model) as small:
-                small(**inputs)
-                small.generate(**inputs, **GREEDY)
-                small.generate(**inputs, **GREEDY, num_beams=2)
+            with VisionZip(keep=8, positions=positions).on(model) as compressed:
+                compressed(**inputs)
+                compressed.generate(**inputs, **GREEDY)
+                compressed.generate(**inputs, **GREEDY, num_beams=2)
                 if broken:
-                    small(**{**inputs, "pixel_values": torch.zeros(3, 3, 7, 7)})
+                    compressed(**{**inputs, "pixel_values": torch.zeros(3, 3, 7, 7)})
 
         if broken:
             with pytest.raises(
@@ -178,15 +178,15 @@ class TestNoTrace:
             assert torch.equal(model(**inputs).logits, logits)
 
     def test_a_detached_facade_says_so(self, llava):
-        with VisionZip(keep=8).on(llava) as small:
+        with VisionZip(keep=8).on(llava) as compressed:
             pass
         with pytest.raises(UserError, match="was detached"):
-            small.generate(**batch(prompt("image"), pictures=1), **GREEDY)
-        assert small.detach() is llava
+            compressed.generate(**batch(prompt("image"), images=1), **GREEDY)
+        assert compressed.detach() is llava
 
 
 def test_two_facades_on_one_model_do_not_mix(llava):
-    inputs = batch(prompt(1, "image", 5), pictures=1)
+    inputs = batch(prompt(1, "image", 5), images=1)
     a, b = vlmzip.attach(llava, VisionZip(keep=8)), vlmzip.attach(llava, VisionZip(keep=20))
     with torch.no_grad():
         first = a(**inputs).logits
@@ -196,35 +196,35 @@ def test_two_facades_on_one_model_do_not_mix(llava):
 
 
 def test_it_can_be_used_like_the_model(llava):
-    small = vlmzip.attach(llava, VisionZip(keep=8))
-    assert small.config is llava.config
-    assert small.model is llava.model
-    assert small.device == llava.device
-    assert small.training == llava.training
+    compressed = vlmzip.attach(llava, VisionZip(keep=8))
+    assert compressed.config is llava.config
+    assert compressed.model is llava.model
+    assert compressed.device == llava.device
+    assert compressed.training == llava.training
     with pytest.raises(AttributeError):
-        small.no_such_thing  # noqa: B018
+        compressed.no_such_thing  # noqa: B018
 
 
 def test_mistakes_are_refused(llava):
-    small = vlmzip.attach(llava, VisionZip(keep=8))
+    compressed = vlmzip.attach(llava, VisionZip(keep=8))
     with pytest.raises(UserError, match="already has a compressor"):
-        vlmzip.attach(small, VisionZip(keep=8))
+        vlmzip.attach(compressed, VisionZip(keep=8))
     with pytest.raises(UserError, match="is no compressor"):
         vlmzip.attach(llava, "visionzip")
     with pytest.raises(UserError, match="no report yet"):
-        small.report  # noqa: B018
+        compressed.report  # noqa: B018
 
 
 def test_a_budget_above_what_there_is_is_said_once(llava):
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        small = vlmzip.attach(llava, VisionZip(keep=99))
-        small.generate(**batch(prompt("image", 5), pictures=1), **GREEDY)
-    assert [str(w.message) for w in said] == ["visionzip keeps all of a picture's 36 visual tokens: it changes nothing"]
-    assert small.report.after == 36
+        compressed = vlmzip.attach(llava, VisionZip(keep=99))
+        compressed.generate(**batch(prompt("image", 5), images=1), **GREEDY)
+    assert [str(w.message) for w in said] == ["visionzip keeps all of an image's 36 visual tokens: it changes nothing"]
+    assert compressed.report.after == 36
 
 
 def test_text_only_prompts_work(llava):
     inputs = batch([1, 2, 3], [4, 5])
-    small = vlmzip.attach(llava, VisionZip(keep=8))
-    assert torch.equal(small.generate(**inputs, **GREEDY), llava.generate(**inputs, **GREEDY))
+    compressed = vlmzip.attach(llava, VisionZip(keep=8))
+    assert torch.equal(compressed.generate(**inputs, **GREEDY), llava.generate(**inputs, **GREEDY))

@@ -24,7 +24,7 @@ STEPS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class RaggedInside(Compressor):
-    """Averages neighbours in pairs, as many as the picture's tokens say, anchored at the second; drops the rest."""
+    """Averages neighbours in pairs, as many as the image's tokens say, anchored at the second; drops the rest."""
 
     sites = (Site.IN_LLM,)
     site: Site = Site.IN_LLM
@@ -72,8 +72,8 @@ def random_rule(keep, seed):
 
 
 def sparsevlm_rule(count, recycle):
-    def rule(hidden, attention, picture, question):
-        return sparsevlm(hidden, attention, raters(picture, question), min(count, len(hidden)), recycle)
+    def rule(hidden, attention, image, question):
+        return sparsevlm(hidden, attention, raters(image, question), min(count, len(hidden)), recycle)
 
     return rule
 
@@ -148,7 +148,7 @@ def case(request):
 
 def alone(family, row):
     first = sum(other.count("image") for other in ROWS[:row])
-    return family.batch(ROWS[row], first_picture=first), columns_of(family, row, first)
+    return family.batch(ROWS[row], first_image=first), columns_of(family, row, first)
 
 
 def columns_of(family, row, first):
@@ -166,64 +166,64 @@ def test_every_row_of_a_ragged_batch_equals_masking(family, case, attention):
     """Prefill logits and 16 decode steps with a KV cache, left-padded, against the full forward of each row alone."""
     compressor, rules = case
     family.model.set_attn_implementation(attention)
-    small = vlmzip.attach(family.model, compressor)
+    compressed = vlmzip.attach(family.model, compressor)
     inputs = family.batch(*ROWS)
-    out = small.generate(
+    out = compressed.generate(
         **inputs, max_new_tokens=STEPS + 1, min_new_tokens=STEPS + 1, do_sample=False,
         output_logits=True, return_dict_in_generate=True,
     )  # fmt: skip
     with torch.no_grad():
-        prefill = small(**inputs).logits
+        prefill = compressed(**inputs).logits
     width = inputs["input_ids"].shape[1]
     assert torch.equal(out.sequences[:, :width], inputs["input_ids"])
     family.model.set_attn_implementation("eager")
     for row in range(len(ROWS)):
-        one, pictures = alone(family, row)
+        one, images = alone(family, row)
         new = out.sequences[row, width:-1]
         expected, alive = logits_of(
-            family.model, one, new, IMAGE_TOKEN, pictures, rules, bidirectional=family.name == "paligemma"
+            family.model, one, new, IMAGE_TOKEN, images, rules, bidirectional=family.name == "paligemma"
         )
         got = torch.stack([step[row] for step in out.logits])
         # A masked row of the reference still holds numbers of its own; only those that are left count.
         left = expected[:-STEPS][alive[:-STEPS]]
-        # Where a prompt ends with a picture, the last of its tokens that is left begins the answer.
+        # Where a prompt ends with an image, the last of its tokens that is left begins the answer.
         torch.testing.assert_close(got, torch.cat([left[-1:], expected[-STEPS:]]), atol=1e-5, rtol=0)
         torch.testing.assert_close(prefill[row, -len(left) :], left, atol=1e-5, rtol=0)
     family.model.set_attn_implementation("sdpa")
-    small.detach()
+    compressed.detach()
 
 
 def test_something_was_dropped(family, case):
     """The oracle would hold for methods that do nothing."""
-    small = vlmzip.attach(family.model, case[0])
+    compressed = vlmzip.attach(family.model, case[0])
     inputs = family.batch(*ROWS)
     with torch.no_grad():
-        logits = small(**inputs).logits
-    report = small.report
+        logits = compressed(**inputs).logits
+    report = compressed.report
     assert logits.shape[1] == report.source.shape[1] < inputs["input_ids"].shape[1]
-    for picture in report.pictures:
+    for image in report.images:
         first = min(case[0].layers)
-        assert picture.by_layer[:first] == (picture.before,) * first
-        assert picture.by_layer[-1] == picture.token_map.lengths[0] < picture.before
-        picture.token_map.check()
-    small.detach()
+        assert image.by_layer[:first] == (image.before,) * first
+        assert image.by_layer[-1] == image.token_map.lengths[0] < image.before
+        image.token_map.check()
+    compressed.detach()
 
 
 def test_without_a_cache_and_padded_on_the_right(family, case):
-    small = vlmzip.attach(family.model, case[0])
+    compressed = vlmzip.attach(family.model, case[0])
     with torch.no_grad():
         left, right = family.batch(*ROWS), family.batch(*ROWS, pad="right")
-        logits = small(**left).logits
-        torch.testing.assert_close(small(**left, use_cache=False).logits, logits, atol=1e-5, rtol=0)
+        logits = compressed(**left).logits
+        torch.testing.assert_close(compressed(**left, use_cache=False).logits, logits, atol=1e-5, rtol=0)
         if family.name == "qwen2_5_vl" or family.name == "paligemma":
             return  # padding on the right changes nothing more there
-        mirrored = small(**right).logits
-    source = small.report.source
+        mirrored = compressed(**right).logits
+    source = compressed.report.source
     for row in range(len(ROWS)):
         count = int((source[row] >= 0).sum())
         # Positions count padding on the left in `forward`, so only relative positions agree: enough for rotary ones.
         torch.testing.assert_close(mirrored[row, :count], logits[row, -count:], atol=1e-5, rtol=0)
-    small.detach()
+    compressed.detach()
 
 
 def checkpoint(model):
@@ -239,12 +239,14 @@ def test_loss_and_gradients(family, case, checkpointing):
     inputs["labels"] = torch.where(inputs["attention_mask"].bool(), inputs["input_ids"], -100)
     inputs["labels"][inputs["labels"] == IMAGE_TOKEN] = -100
     inputs["labels"][:, :-2] = -100
-    small = vlmzip.attach(model, compressor)
+    compressed = vlmzip.attach(model, compressor)
     if checkpointing:
-        checkpoint(small)
-    out = small(**inputs)
+        checkpoint(compressed)
+    out = compressed(**inputs)
     out.loss.backward()
-    labels = torch.where(small.report.source < 0, -100, inputs["labels"].gather(1, small.report.source.clamp(min=0)))
+    labels = torch.where(
+        compressed.report.source < 0, -100, inputs["labels"].gather(1, compressed.report.source.clamp(min=0))
+    )
     expected = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
     torch.testing.assert_close(out.loss, expected)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -263,59 +265,59 @@ def test_loss_and_gradients(family, case, checkpointing):
 
 @pytest.mark.parametrize("how", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True, "num_beams": 2}])
 def test_beams(family, case, how):
-    small = vlmzip.attach(family.model, case[0])
+    compressed = vlmzip.attach(family.model, case[0])
     inputs = family.batch(*ROWS[:2])
     width = inputs["input_ids"].shape[1]
     torch.manual_seed(0)
-    together = small.generate(**inputs, max_new_tokens=5, min_new_tokens=5, **how)
+    together = compressed.generate(**inputs, max_new_tokens=5, min_new_tokens=5, **how)
     if how.get("do_sample"):
         assert len(together) == 4
         assert torch.equal(together[:, :width], inputs["input_ids"].repeat_interleave(2, 0))
         return
     for row in range(2):
         one, _ = alone(family, row)
-        single = small.generate(**one, max_new_tokens=5, min_new_tokens=5, **how)
+        single = compressed.generate(**one, max_new_tokens=5, min_new_tokens=5, **how)
         assert torch.equal(together[row, width:], single[0, one["input_ids"].shape[1] :])
-    assert small.report.retention < 1
+    assert compressed.report.retention < 1
 
 
 def test_second_turn_on_one_cache_equals_a_fresh_run(family, case):
-    """Turn 2 brings a new picture; masks and caches of the layers behind K are as if the turns had been one."""
+    """Turn 2 brings a new image; masks and caches of the layers behind K are as if the turns had been one."""
     compressor, _ = case
     if family.name == "paligemma":
         pytest.skip("its first turn sees the prompt both ways, which one run over both turns would not")
     needs_question = compressor.needs or any(stage.needs for stage in compressor.stages())
     if needs_question:
         pytest.skip("one run over both turns asks with the last question, two turns ask with each its own")
-    small = vlmzip.attach(family.model, compressor)
+    compressed = vlmzip.attach(family.model, compressor)
     first, second = [1, "image", 5, 6], [7, "image", 8, 9]
     cache, how = DynamicCache(), {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-    answered = small.generate(**family.batch(first), past_key_values=cache, **how)
+    answered = compressed.generate(**family.batch(first), past_key_values=cache, **how)
     answer = answered[0, -4:].tolist()
-    new = family.batch(second, first_picture=1)
+    new = family.batch(second, first_image=1)
     ids = torch.cat([answered, new["input_ids"]], 1)
     together = {**family.batch([*first, *answer, *second])}
     assert torch.equal(ids, together["input_ids"])
-    fresh = small.generate(**together, **how)
-    continued = small.generate(**{**together, "input_ids": ids}, past_key_values=cache, **how)
+    fresh = compressed.generate(**together, **how)
+    continued = compressed.generate(**{**together, "input_ids": ids}, past_key_values=cache, **how)
     assert torch.equal(continued, fresh)
 
 
-def test_a_turn_without_pictures_sees_what_the_first_left(family, case):
-    small = vlmzip.attach(family.model, case[0])
+def test_a_turn_without_images_sees_what_the_first_left(family, case):
+    compressed = vlmzip.attach(family.model, case[0])
     cache, how = DynamicCache(), {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
     inputs = family.batch(*ROWS)
-    answered = small.generate(**inputs, past_key_values=cache, **how)
+    answered = compressed.generate(**inputs, past_key_values=cache, **how)
     held = [layer.keys.shape[2] for layer in cache.layers]
     further = torch.cat([answered, torch.tensor([[11, 12]] * len(ROWS))], 1)
     mask = torch.cat([inputs["attention_mask"], torch.ones(len(ROWS), 5, dtype=torch.long)], 1)
-    out = small.generate(input_ids=further, attention_mask=mask, past_key_values=cache, **how)
+    out = compressed.generate(input_ids=further, attention_mask=mask, past_key_values=cache, **how)
     assert [layer.keys.shape[2] - before for layer, before in zip(cache.layers, held, strict=True)] == [5] * len(held)
     for row in range(len(ROWS)):
         one, _ = alone(family, row)
         own = DynamicCache()
-        before = small.generate(**one, past_key_values=own, **how)
-        again = small.generate(torch.cat([before, torch.tensor([[11, 12]])], 1), past_key_values=own, **how)
+        before = compressed.generate(**one, past_key_values=own, **how)
+        again = compressed.generate(torch.cat([before, torch.tensor([[11, 12]])], 1), past_key_values=own, **how)
         assert torch.equal(again[0, -3:], out[row, -3:])
 
 
@@ -335,23 +337,23 @@ class TestHooks:
         assert not self.hooks(llava)
 
     def test_go_with_the_facade(self, llava):
-        small = vlmzip.attach(llava, FastV())
+        compressed = vlmzip.attach(llava, FastV())
         assert self.hooks(llava)
-        del small
+        del compressed
         assert not self.hooks(llava)
 
     def test_before_the_llm_there_are_none(self, llava):
-        small = vlmzip.attach(llava, vlmzip.VisionZip())
+        compressed = vlmzip.attach(llava, vlmzip.VisionZip())
         assert not self.hooks(llava)
-        small.detach()
+        compressed.detach()
 
     def test_copies_have_their_own(self):
         family = FAMILIES["llava"]()
-        small = vlmzip.attach(family.model, FastV(keep=0.3))
+        compressed = vlmzip.attach(family.model, FastV(keep=0.3))
         inputs = family.batch(*ROWS)
         with torch.no_grad():
-            expected = small(**inputs).logits
-            for other in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+            expected = compressed(**inputs).logits
+            for other in (copy.deepcopy(compressed), pickle.loads(pickle.dumps(compressed))):
                 assert len(self.hooks(other.inner)) == 5
                 assert torch.equal(other(**inputs).logits, expected)
                 assert not self.hooks(other.detach())
@@ -362,10 +364,10 @@ class TestHooks:
         inputs = family.batch(*ROWS)
         with torch.no_grad():
             plain = family.model(**inputs).logits
-            small = vlmzip.attach(family.model, FastV(keep=0.3))
-            small(**inputs)
+            compressed = vlmzip.attach(family.model, FastV(keep=0.3))
+            compressed(**inputs)
             assert torch.equal(family.model(**inputs).logits, plain)
-        small.detach()
+        compressed.detach()
 
 
 @pytest.mark.parametrize(
@@ -406,20 +408,20 @@ def test_sliding_windows_are_refused(setting):
 )
 def test_generate_refuses_what_would_be_wrong(how):
     family = FAMILIES["llava"]()
-    small = vlmzip.attach(family.model, FastV())
+    compressed = vlmzip.attach(family.model, FastV())
     with pytest.raises(UserError):
-        small.generate(**family.batch(ROWS[0]), max_new_tokens=4, **how)
+        compressed.generate(**family.batch(ROWS[0]), max_new_tokens=4, **how)
 
 
 def test_two_rows_that_ask_differently_keep_different_tokens():
-    """The same picture, two questions: FastV follows the question."""
+    """The same image, two questions: FastV follows the question."""
     family = FAMILIES["llava"]()
-    small = vlmzip.attach(family.model, FastV(keep=6, layer=2))
+    compressed = vlmzip.attach(family.model, FastV(keep=6, layer=2))
     inputs = family.batch([1, "image", 5, 6], [1, "image", 77, 31])
     inputs["pixel_values"][1] = inputs["pixel_values"][0]
     with torch.no_grad():
-        small(**inputs)
-    first, second = small.report.pictures
+        compressed(**inputs)
+    first, second = compressed.report.images
     assert not torch.equal(first.token_map.group, second.token_map.group)
 
 
@@ -429,33 +431,33 @@ def test_its_time_counts_as_selection():
             time.sleep(0.2)
             return super().assign(tokens)
 
-    small = vlmzip.attach(tiny_llava(), Slow(keep=2, layer=2))
-    small(**batch(prompt(1, "image", 5), pictures=1))
-    assert small.report.milliseconds["selection"] >= 200
+    compressed = vlmzip.attach(tiny_llava(), Slow(keep=2, layer=2))
+    compressed(**batch(prompt(1, "image", 5), images=1))
+    assert compressed.report.milliseconds["selection"] >= 200
 
 
 @pytest.mark.parametrize("method", [FastV(keep=6, layer=2), SparseVLM(counts=(6,), layer=(2,), recycle=0.0)])
-def test_in_training_every_picture_is_asked_about_by_the_question_before_its_answer(family, method):
-    """Picture, question, answer, picture, question, answer: each decision is that of the prompt up to its question."""
+def test_in_training_every_image_is_asked_about_by_the_question_before_its_answer(family, method):
+    """Image, question, answer, image, question, answer: each decision is that of the prompt up to its question."""
     if family.name == "paligemma":
         pytest.skip("sees the prompt both ways: what follows a question changes its attention")
-    small = vlmzip.attach(family.model, method)
+    compressed = vlmzip.attach(family.model, method)
     first, second = [1, "image", 5, 6], [7, "image", 8, 9]
     row = family.batch([*first, 44, 45, *second, 50, 51])
     labels = torch.where(torch.isin(row["input_ids"], torch.tensor([44, 45, 50, 51])), row["input_ids"], -100)
     with torch.no_grad():
-        small(**row, labels=labels)
-        trained = [picture.token_map.group for picture in small.report.pictures]
-        small(**family.batch(first))
-        alone = small.report.pictures[0].token_map.group
-        small(**family.batch([*first, 44, 45, *second]), labels=labels[:, :-2])
-        last = small.report.pictures[1].token_map.group
-        other = family.batch([*first, 44, 45, *second, 50, 51], first_picture=2)
-        small(**other, labels=torch.where(torch.isin(other["input_ids"], torch.tensor([44, 45])), 44, -100))
+        compressed(**row, labels=labels)
+        trained = [image.token_map.group for image in compressed.report.images]
+        compressed(**family.batch(first))
+        alone = compressed.report.images[0].token_map.group
+        compressed(**family.batch([*first, 44, 45, *second]), labels=labels[:, :-2])
+        last = compressed.report.images[1].token_map.group
+        other = family.batch([*first, 44, 45, *second, 50, 51], first_image=2)
+        compressed(**other, labels=torch.where(torch.isin(other["input_ids"], torch.tensor([44, 45])), 44, -100))
     assert torch.equal(trained[0], alone)
     assert torch.equal(trained[1], last)
-    if trained[1].shape == small.report.pictures[1].token_map.group.shape:  # another picture, other tokens
-        assert not torch.equal(trained[1], small.report.pictures[1].token_map.group)
+    if trained[1].shape == compressed.report.images[1].token_map.group.shape:  # another image, other tokens
+        assert not torch.equal(trained[1], compressed.report.images[1].token_map.group)
 
 
 @pytest.mark.parametrize(
@@ -467,10 +469,10 @@ def test_in_training_every_picture_is_asked_about_by_the_question_before_its_ans
 )
 def test_a_chain_from_before_the_llm_into_it(family, before, inside, rules):
     """What the first leaves, compressed by hand, is the prompt that the oracle masks."""
-    small = vlmzip.attach(family.model, Chain(compressors=(before, inside)))
+    compressed = vlmzip.attach(family.model, Chain(compressors=(before, inside)))
     inputs = family.batch(ROWS[0])
     with torch.no_grad():
-        got = small(**inputs).logits[0]
+        got = compressed(**inputs).logits[0]
     hand = vlmzip.compress_inputs(family.model, inputs, before)
     columns = (hand["input_ids"][0] == IMAGE_TOKEN).nonzero()[:, 0].tolist()
     expected, alive = logits_of(
@@ -478,19 +480,19 @@ def test_a_chain_from_before_the_llm_into_it(family, before, inside, rules):
         bidirectional=family.name == "paligemma",
     )  # fmt: skip
     torch.testing.assert_close(got, expected[alive], atol=1e-5, rtol=0)
-    small.detach()
+    compressed.detach()
 
 
 def test_with_labels_the_question_ends_before_the_first_label():
     family = FAMILIES["llava"]()
-    small = vlmzip.attach(family.model, FastV(keep=6, layer=2))
+    compressed = vlmzip.attach(family.model, FastV(keep=6, layer=2))
     question, answered = family.batch([1, "image", 5, 6]), family.batch([1, "image", 5, 6, 44, 45])
     labels = torch.full_like(answered["input_ids"], -100)
     labels[:, -2:] = answered["input_ids"][:, -2:]
     with torch.no_grad():
-        small(**question)
-        asked = small.report.pictures[0].token_map.group
-        small(**answered, labels=labels)
-        assert torch.equal(small.report.pictures[0].token_map.group, asked)
-        small(**answered)
-        assert not torch.equal(small.report.pictures[0].token_map.group, asked)
+        compressed(**question)
+        asked = compressed.report.images[0].token_map.group
+        compressed(**answered, labels=labels)
+        assert torch.equal(compressed.report.images[0].token_map.group, asked)
+        compressed(**answered)
+        assert not torch.equal(compressed.report.images[0].token_map.group, asked)

@@ -37,7 +37,7 @@ class Backwards(Compressor):
 def every_method():
     """Every method at every site that it has, some that leave tokens in an order of their own, and chains."""
     for name, cls in available().items():
-        if cls is Chain or issubclass(cls, Resampler):  # a resampler's tokens have no places in the picture
+        if cls is Chain or issubclass(cls, Resampler):  # a resampler's tokens have no places in the image
             continue
         usual = cls().placed(PROFILE)
         fields = {cls.threshold: 100.0} if isinstance(usual, Calibratable) else {}
@@ -65,11 +65,11 @@ def seen_by_the_llm(family, method, inputs):
     llm = adapter_for(family.model).llm
     handle = llm.register_forward_pre_hook(lambda _module, _args, kwargs: seen.update(kwargs), with_kwargs=True)
     try:
-        with torch.no_grad(), method.on(family.model) as small:
-            small(**inputs)
+        with torch.no_grad(), method.on(family.model) as compressed:
+            compressed(**inputs)
     finally:
         handle.remove()
-    return small.report, seen["position_ids"], seen["inputs_embeds"]
+    return compressed.report, seen["position_ids"], seen["inputs_embeds"]
 
 
 def ascends(positions):
@@ -87,10 +87,10 @@ def test_positions_ascend_in_every_row(family, method):
     if not any(stage.site is Site.IN_LLM for stage in method.stages()):
         for row, source in enumerate(report.source):
             assert ascends(positions[..., row, :][..., source >= 0])
-    for picture in report.pictures:
-        anchors = picture.token_map.anchor_index()[0]
+    for image in report.images:
+        anchors = image.token_map.anchor_index()[0]
         assert (anchors.diff() > 0).all()
-        assert picture.token_map.lengths == [picture.by_layer[-1]]
+        assert image.token_map.lengths == [image.by_layer[-1]]
 
 
 @pytest.mark.parametrize("method", [VisionZip(keep=8), KMeans(keep=8), Backwards()], ids=lambda method: method.name())
@@ -105,37 +105,37 @@ def test_the_report_describes_what_the_llm_got(family, method):
         (source >= 0) & (ids[source] == IMAGE_TOKEN)
         for source, ids in zip(report.source, inputs["input_ids"], strict=True)
     ]
-    for picture in report.pictures:
-        columns = is_visual[picture.row].nonzero()[at[picture.row] :][: picture.after, 0]
-        at[picture.row] += picture.after
-        out = adapter.project(picture.token_map.apply(picture.features[None])[0], Site.PRE_PROJECTOR)
-        scale = (entered[picture.row, columns] / out).median()  # Gemma's embeddings are scaled
-        torch.testing.assert_close(entered[picture.row, columns], out * scale, atol=1e-4, rtol=1e-4)
+    for image in report.images:
+        columns = is_visual[image.row].nonzero()[at[image.row] :][: image.after, 0]
+        at[image.row] += image.after
+        out = adapter.project(image.token_map.apply(image.features[None])[0], Site.PRE_PROJECTOR)
+        scale = (entered[image.row, columns] / out).median()  # Gemma's embeddings are scaled
+        torch.testing.assert_close(entered[image.row, columns], out * scale, atol=1e-4, rtol=1e-4)
 
 
 def test_positions_that_are_given_ascend_too(family):
     inputs = family.batch(*ROWS)
     counted = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     inputs["position_ids"] = counted.expand(*adapter_for(family.model).position_axes, -1, -1)
-    small = compress_inputs(family.model, inputs, VisionZip(keep=8, positions="contiguous"))
-    for row, source in enumerate(small.report.source):
-        assert ascends(small["position_ids"][..., row, :][..., source >= 0])
+    compressed = compress_inputs(family.model, inputs, VisionZip(keep=8, positions="contiguous"))
+    for row, source in enumerate(compressed.report.source):
+        assert ascends(compressed["position_ids"][..., row, :][..., source >= 0])
 
 
 def test_positions_ascend_over_several_turns(family):
-    """`generate` fills a cache with two pictures, one in each turn; the second turn's prompt holds both."""
+    """`generate` fills a cache with two images, one in each turn; the second turn's prompt holds both."""
     method, cache = VisionZip(keep=8, positions="original"), DynamicCache()
     first, second = [1, "image", 5], [6, "image", 7]
-    with method.on(family.model) as small:
+    with method.on(family.model) as compressed:
         inputs = family.batch(first)
-        said = small.generate(**inputs, past_key_values=cache, max_new_tokens=3, do_sample=False)
-        new = family.batch(second, first_picture=1)
+        said = compressed.generate(**inputs, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        new = family.batch(second, first_image=1)
         new["input_ids"] = torch.cat([said, new["input_ids"]], 1)
         new["attention_mask"] = torch.ones_like(new["input_ids"])
         for name in ("mm_token_type_ids", "token_type_ids"):
             new.pop(name, None)
-        small.generate(**new, past_key_values=cache, max_new_tokens=3, do_sample=False)
-        seen = small._turns.recall(cache)
+        compressed.generate(**new, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        seen = compressed._turns.recall(cache)
     assert ascends(seen.source[0])
     assert ascends(seen.positions[..., 0, :])
 
@@ -144,7 +144,7 @@ def test_contiguous_positions_keep_the_order_of_the_map(llava):
     """VisionZip on LLaVA, as the authors: dominant tokens, then contextual ones."""
     inputs = FAMILIES["llava"]().batch([1, "image", 5])
     report = compress_inputs(llava, inputs, VisionZip(dominant=6, contextual=3)).report
-    anchors = report.pictures[0].token_map.anchor_index()[0]
+    anchors = report.images[0].token_map.anchor_index()[0]
     assert (anchors[:6].diff() > 0).all()
     assert (anchors[6:].diff() > 0).all()
     assert anchors[6] < anchors[5]
@@ -159,7 +159,7 @@ def test_separators_keep_their_places_among_the_placeholders():
 
 
 def encoded(model, inputs):
-    """What the merger puts out for each picture, and the last block's attention and keys by merged token, in raster
+    """What the merger puts out for each image, and the last block's attention and keys by merged token, in raster
     order: caught where the model computes them."""
     seen = []
 
@@ -207,7 +207,7 @@ def kmeans_rule(features, received, keys):
     [(VisionZip(dominant=5, contextual=3), visionzip_rule), (KMeans(keep=6), kmeans_rule)],
     ids=["visionzip", "kmeans"],
 )
-@pytest.mark.parametrize("row", ROWS[:2], ids=["one picture", "two pictures"])
+@pytest.mark.parametrize("row", ROWS[:2], ids=["one image", "two images"])
 def test_qwen_equals_a_naive_reference(method, rule, row):
     """One row; embeddings of all tokens are written, then those of dropped ones are cut out with their positions."""
     family = FAMILIES["qwen2_5_vl"]()
@@ -224,6 +224,6 @@ def test_qwen_equals_a_naive_reference(method, rule, row):
         start += len(features)
     positions, _ = family.model.model.get_rope_index(ids, inputs["mm_token_type_ids"], inputs["image_grid_thw"])
     left = torch.tensor(stays)
-    with torch.no_grad(), method.on(family.model) as small:
+    with torch.no_grad(), method.on(family.model) as compressed:
         expected = family.model(inputs_embeds=embeddings[None, left], position_ids=positions[:, :, left]).logits
-        torch.testing.assert_close(small(**inputs).logits, expected, atol=1e-4, rtol=0)
+        torch.testing.assert_close(compressed(**inputs).logits, expected, atol=1e-4, rtol=0)

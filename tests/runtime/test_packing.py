@@ -22,7 +22,7 @@ ROWS = (
 
 
 def example(pad="right"):
-    inputs = batch(*ROWS, pictures=5, pad=pad)
+    inputs = batch(*ROWS, images=5, pad=pad)
     mask = inputs["attention_mask"]
     learned = (inputs["input_ids"] >= 9) & (inputs["input_ids"] != IMAGE_TOKEN) & (mask == 1)
     labels = inputs["input_ids"].masked_fill(~learned, -100)
@@ -31,11 +31,11 @@ def example(pad="right"):
     return {**inputs, "labels": labels}
 
 
-def loss_and_gradients(small, inputs, **settings):
-    small.zero_grad()
-    out = small(**inputs, **settings)
+def loss_and_gradients(compressed, inputs, **settings):
+    compressed.zero_grad()
+    out = compressed(**inputs, **settings)
     out.loss.backward()
-    return out, {name: value.grad.clone() for name, value in small.named_parameters() if value.grad is not None}
+    return out, {name: value.grad.clone() for name, value in compressed.named_parameters() if value.grad is not None}
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -43,14 +43,14 @@ def loss_and_gradients(small, inputs, **settings):
 @pytest.mark.parametrize("pad", ["right", "left"])
 @pytest.mark.parametrize("compressor", [Ragged(), Pool2d(factor=2), NoCompression()])
 def test_loss_and_gradients_are_those_of_padded_rows(make, attention, pad, compressor):
-    small = vlmzip.attach(make(attention), compressor).train()
+    compressed = vlmzip.attach(make(attention), compressor).train()
     inputs = example(pad)
-    out, gradients = loss_and_gradients(small, inputs)
-    padding = (small.report.source < 0).float().mean()
-    packed, same = loss_and_gradients(small, inputs, pack_rows=True)
-    assert small.report.packed
+    out, gradients = loss_and_gradients(compressed, inputs)
+    padding = (compressed.report.source < 0).float().mean()
+    packed, same = loss_and_gradients(compressed, inputs, pack_rows=True)
+    assert compressed.report.packed
     assert packed.logits.shape[0] < len(ROWS)
-    assert (small.report.source < 0).float().mean() < padding
+    assert (compressed.report.source < 0).float().mean() < padding
     torch.testing.assert_close(packed.loss, out.loss, rtol=1e-5, atol=1e-6)
     assert same.keys() == gradients.keys()
     for name, gradient in gradients.items():
@@ -59,13 +59,13 @@ def test_loss_and_gradients_are_those_of_padded_rows(make, attention, pad, compr
 
 def test_the_loss_sees_each_row_alone():
     """One row's loss does not change with what stands beside it."""
-    small = vlmzip.attach(tiny_llava(), Ragged()).train()
+    compressed = vlmzip.attach(tiny_llava(), Ragged()).train()
     inputs = example()
     inputs["labels"][torch.arange(len(ROWS)) != 3] = -100
-    before = small(**inputs, pack_rows=True).loss
+    before = compressed(**inputs, pack_rows=True).loss
     inputs["input_ids"][1, :3] = 40
     inputs["pixel_values"][[0, 1, 2, 4]] = 0
-    torch.testing.assert_close(small(**inputs, pack_rows=True).loss, before, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(compressed(**inputs, pack_rows=True).loss, before, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -81,18 +81,18 @@ def test_the_loss_sees_each_row_alone():
 def test_rows_that_cannot_be_packed_are_padded(family, compressor):
     made = FAMILIES[family]()
     inputs = made.batch([9, "image", *range(10, 60)], [9, "image", 10], [9, "image", 11], pad="right")
-    small = vlmzip.attach(made.model, compressor)
-    small(**inputs, pack_rows=True)
-    assert len(small.report.pictures) == 3
-    assert not small.report.packed
+    compressed = vlmzip.attach(made.model, compressor)
+    compressed(**inputs, pack_rows=True)
+    assert len(compressed.report.images) == 3
+    assert not compressed.report.packed
 
 
 def test_under_flash_attention_rows_are_padded():
     """transformers finds packed rows there in a batch of one alone, and says nothing where it does not."""
     model = tiny_llava()
     model.model.language_model.config._attn_implementation = "flash_attention_2"
-    small = compress_inputs(model, example(), Ragged(), pack_rows=True)
-    assert not small.report.packed
+    compressed = compress_inputs(model, example(), Ragged(), pack_rows=True)
+    assert not compressed.report.packed
 
 
 def test_in_an_llm_not_known_to_keep_rows_apart_they_are_padded():
@@ -103,10 +103,10 @@ def test_in_an_llm_not_known_to_keep_rows_apart_they_are_padded():
 
 
 def test_predictions_of_packed_rows_cannot_be_lined_up():
-    small = vlmzip.attach(tiny_llava(), Ragged())
-    out = small(**example(), pack_rows=True)
+    compressed = vlmzip.attach(tiny_llava(), Ragged())
+    out = compressed(**example(), pack_rows=True)
     with pytest.raises(UserError, match="leave out pack_rows"):
-        small.report.lined_up(out.logits, 80)
+        compressed.report.lined_up(out.logits, 80)
 
 
 def test_bins_hold_no_more_than_their_width():

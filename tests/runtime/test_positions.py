@@ -110,15 +110,15 @@ def test_the_report_counts_what_the_llm_counts(family, method, generating):
     first = int(family.name == "paligemma")  # which counts from 1
     together, taken = family.batch(*ROWS), []
     handle = llm.register_forward_pre_hook(catch, with_kwargs=True)
-    with method.on(family.model) as small:
+    with method.on(family.model) as compressed:
         for row, parts in enumerate(ROWS):
             seen.clear()
-            inputs = family.batch(parts, first_picture=sum(other.count("image") for other in ROWS[:row]))
-            small.generate(**inputs, max_new_tokens=1, **GREEDY) if generating else small(**inputs)
+            inputs = family.batch(parts, first_image=sum(other.count("image") for other in ROWS[:row]))
+            compressed.generate(**inputs, max_new_tokens=1, **GREEDY) if generating else compressed(**inputs)
             taken.append(int(seen[0].max()) + 1 - first)
-            assert small.report.positions == taken[-1:]
-        small.generate(**together, max_new_tokens=1, **GREEDY) if generating else small(**together)
-        assert small.report.positions == taken
+            assert compressed.report.positions == taken[-1:]
+        compressed.generate(**together, max_new_tokens=1, **GREEDY) if generating else compressed(**together)
+        assert compressed.report.positions == taken
     handle.remove()
 
 
@@ -128,16 +128,16 @@ def test_the_report_counts_what_the_llm_counts(family, method, generating):
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_one_position_too_many_is_said(family, method):
     inputs = family.batch(*ROWS)
-    small = vlmzip.attach(family.model, method)
-    small(**inputs)
-    most = max(small.report.positions)
+    compressed = vlmzip.attach(family.model, method)
+    compressed(**inputs)
+    most = max(compressed.report.positions)
     limit(family.model, most)
-    assert said(lambda: small(**inputs)) == []
-    assert said(lambda: small.generate(**inputs, max_new_tokens=1, **GREEDY)) == []
+    assert said(lambda: compressed(**inputs)) == []
+    assert said(lambda: compressed.generate(**inputs, max_new_tokens=1, **GREEDY)) == []
     limit(family.model, most - 1)
-    (text,) = said(lambda: small(**inputs))
+    (text,) = said(lambda: compressed(**inputs))
     assert f"takes {most:,} positions and the LLM has {most - 1:,}: the answer may be wrong" in text
-    small.detach()
+    compressed.detach()
 
 
 def test_axes_that_go_on_slowly_count_less_than_tokens():
@@ -154,9 +154,9 @@ def test_axes_that_go_on_slowly_count_less_than_tokens():
 def test_it_is_said_once_for_each_model_and_compressor(family):
     inputs = family.batch(*ROWS)
     limit(family.model, 8)
-    whole, small = vlmzip.attach(family.model, NoCompression()), vlmzip.attach(family.model, VisionZip(keep=12))
+    whole, compressed = vlmzip.attach(family.model, NoCompression()), vlmzip.attach(family.model, VisionZip(keep=12))
     assert len(said(lambda: [whole(**inputs) for _ in range(3)])) == 1
-    assert len(said(lambda: [small.generate(**inputs, max_new_tokens=2, **GREEDY) for _ in range(3)])) == 1
+    assert len(said(lambda: [compressed.generate(**inputs, max_new_tokens=2, **GREEDY) for _ in range(3)])) == 1
     again = vlmzip.attach(family.model, VisionZip(keep=12))
     assert said(lambda: again(**inputs)) == []
     other = FAMILIES[family.name]()
@@ -196,10 +196,10 @@ def test_fewer_visual_tokens_are_advised_where_they_help(method, advised):
 def test_answers_that_grow_beyond(family, how):
     """The last token of an answer does not go through the LLM: six of them take five positions."""
     inputs = family.batch([1, "image", 5, 6, 7], [1, 2, 3, 4])
-    small = vlmzip.attach(family.model, VisionZip(keep=12))
-    answer = lambda: small.generate(**inputs, max_new_tokens=6, min_new_tokens=6, **GREEDY, **how)  # noqa: E731
+    compressed = vlmzip.attach(family.model, VisionZip(keep=12))
+    answer = lambda: compressed.generate(**inputs, max_new_tokens=6, min_new_tokens=6, **GREEDY, **how)  # noqa: E731
     answer()
-    most = max(small.report.positions) + 5
+    most = max(compressed.report.positions) + 5
     limit(family.model, most)
     assert said(answer) == []
     limit(family.model, most - 1)
@@ -212,7 +212,7 @@ def test_short_answers_of_long_prompts_do_not_grow_beyond():
     """A row that ends at once, beside a short prompt whose answer is long."""
     family = FAMILIES["llava"]()
     inputs = family.batch([1, "image", 5, 6, 7], [1, 2, 3])
-    small = vlmzip.attach(family.model, VisionZip(keep=12))
+    compressed = vlmzip.attach(family.model, VisionZip(keep=12))
 
     class EndLongRow:
         def __call__(self, ids, scores):
@@ -221,17 +221,19 @@ def test_short_answers_of_long_prompts_do_not_grow_beyond():
             return scores
 
     limit(family.model, 18)  # the long prompt takes 16
-    assert said(lambda: small.generate(**inputs, max_new_tokens=10, logits_processor=[EndLongRow()], **GREEDY)) == []
+    assert (
+        said(lambda: compressed.generate(**inputs, max_new_tokens=10, logits_processor=[EndLongRow()], **GREEDY)) == []
+    )
 
 
 def test_turns_on_a_cache_add_up():
     family = FAMILIES["llava"]()
-    small = vlmzip.attach(family.model, VisionZip(keep=12))
+    compressed = vlmzip.attach(family.model, VisionZip(keep=12))
     cache, one = DynamicCache(), {"max_new_tokens": 1, "do_sample": False}
     limit(family.model, 19)
-    assert said(lambda: small.generate(**family.batch(ROWS[0]), past_key_values=cache, **one)) == []  # 16 and 1
-    assert said(lambda: small.generate(torch.tensor([[9, 9]]), past_key_values=cache, **one)) == []  # 2 and 1 more
-    (text,) = said(lambda: small.generate(torch.tensor([[9]]), past_key_values=cache, **one))
+    assert said(lambda: compressed.generate(**family.batch(ROWS[0]), past_key_values=cache, **one)) == []  # 16 and 1
+    assert said(lambda: compressed.generate(torch.tensor([[9, 9]]), past_key_values=cache, **one)) == []  # 2 and 1 more
+    (text,) = said(lambda: compressed.generate(torch.tensor([[9]]), past_key_values=cache, **one))
     assert "takes 21 positions" in text
 
 

@@ -35,26 +35,26 @@ def family(request):
 
 
 @pytest.fixture(scope="module")
-def small(family):
+def compressed(family):
     return vlmzip.attach(family.model, Ragged())
 
 
 def alone(family, row):
     """One of ROWS as a batch of its own."""
     first = sum(other.count("image") for other in ROWS[:row])
-    return family.batch(ROWS[row], first_picture=first)
+    return family.batch(ROWS[row], first_image=first)
 
 
-def rows_equal_rows_alone(family, small, **how):
+def rows_equal_rows_alone(family, compressed, **how):
     """Generates for the ragged batch and for each row alone; the new tokens must agree. Returns them."""
     inputs = family.batch(*ROWS)
     width = inputs["input_ids"].shape[1]
-    together = small.generate(**inputs, **how)
+    together = compressed.generate(**inputs, **how)
     copies = len(together) // len(ROWS)
     assert torch.equal(together[:, :width], inputs["input_ids"].repeat_interleave(copies, 0))
     for row in range(len(ROWS)):
         one = alone(family, row)
-        single = small.generate(**one, **how)[:, one["input_ids"].shape[1] :]
+        single = compressed.generate(**one, **how)[:, one["input_ids"].shape[1] :]
         for n in range(copies):
             new = together[row * copies + n, width:].tolist()
             assert without_padding(new) == without_padding(single[n].tolist())
@@ -84,11 +84,11 @@ def test_no_compression(family, pad):
 
 
 @promise("generate: without attention_mask, as transformers infers it")
-def test_inferred_mask(family, small):
+def test_inferred_mask(family, compressed):
     inputs = family.batch(*ROWS)
-    expected = small.generate(**inputs, **GREEDY)
+    expected = compressed.generate(**inputs, **GREEDY)
     del inputs["attention_mask"]
-    assert torch.equal(small.generate(**inputs, **GREEDY), expected)
+    assert torch.equal(compressed.generate(**inputs, **GREEDY), expected)
 
 
 @promise("kept positions: contiguous and original")
@@ -103,39 +103,41 @@ def test_positions(family, positions):
 
 
 @promise("generate: greedy")
-def test_greedy(family, small):
-    new = rows_equal_rows_alone(family, small, **GREEDY)
+def test_greedy(family, compressed):
+    new = rows_equal_rows_alone(family, compressed, **GREEDY)
     assert len(set(map(tuple, new.tolist()))) > 1
-    small.generate(**family.batch(*ROWS), **GREEDY)
-    assert len({p.after for p in small.report.pictures}) > 1  # the batch is ragged
+    compressed.generate(**family.batch(*ROWS), **GREEDY)
+    assert len({p.after for p in compressed.report.images}) > 1  # the batch is ragged
 
 
 @promise("generate: sampling")
-def test_sampling(family, small):
+def test_sampling(family, compressed):
     """Sampling draws what the plain model draws from hand-compressed inputs under the same seed."""
     inputs = family.batch(*ROWS)
     hand = vlmzip.compress_inputs(family.model, inputs, Ragged(), generating=True)
     torch.manual_seed(3)
     expected = family.model.generate(**hand, max_new_tokens=6, do_sample=True, top_k=20)
     torch.manual_seed(3)
-    got = small.generate(**inputs, max_new_tokens=6, do_sample=True, top_k=20)
+    got = compressed.generate(**inputs, max_new_tokens=6, do_sample=True, top_k=20)
     assert torch.equal(got[:, inputs["input_ids"].shape[1] :], expected[:, hand["input_ids"].shape[1] :])
 
 
 @wrong_copies
 @promise("generate: beam search")
-def test_beams(family, small):
-    rows_equal_rows_alone(family, small, max_new_tokens=5, num_beams=3, do_sample=False)
+def test_beams(family, compressed):
+    rows_equal_rows_alone(family, compressed, max_new_tokens=5, num_beams=3, do_sample=False)
 
 
 @wrong_copies
 @promise("generate: several sequences a prompt")
-def test_several_sequences(family, small):
-    new = rows_equal_rows_alone(family, small, max_new_tokens=5, num_beams=3, num_return_sequences=3, do_sample=False)
+def test_several_sequences(family, compressed):
+    new = rows_equal_rows_alone(
+        family, compressed, max_new_tokens=5, num_beams=3, num_return_sequences=3, do_sample=False
+    )
     assert len(new) == 3 * len(ROWS)
     # A temperature near 0 makes every sample the most likely one: each row's, not its neighbour's.
     cold = rows_equal_rows_alone(
-        family, small, max_new_tokens=3, do_sample=True, temperature=1e-4, num_return_sequences=2
+        family, compressed, max_new_tokens=3, do_sample=True, temperature=1e-4, num_return_sequences=2
     )
     assert torch.equal(cold[0::2], cold[1::2])
 
@@ -144,7 +146,7 @@ def test_several_sequences(family, small):
 @promise("generate: beams and several sequences with dicts and prefix functions; several with streamers")
 @pytest.mark.parametrize("repeats", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True, "top_k": 1}])
 @pytest.mark.parametrize("extra", ["return_dict_in_generate", "streamer", "prefix_allowed_tokens_fn"])
-def test_beams_with_extras(family, small, repeats, extra, record_property):
+def test_beams_with_extras(family, compressed, repeats, extra, record_property):
     """Where rows run one by one (their features are one tensor), each is refused; else as on hand-made inputs."""
     given = {
         "return_dict_in_generate": True,
@@ -155,66 +157,68 @@ def test_beams_with_extras(family, small, repeats, extra, record_property):
     inputs = family.batch(*ROWS)
     if not adapter_for(family.model).features_as_list:
         with pytest.raises(UserError, match=f"sequences a prompt do not go with .*{extra}.* in this family"):
-            small.generate(**inputs, **how)
+            compressed.generate(**inputs, **how)
         record_property("cell", "refused")
         return
     if extra == "streamer":
         if "num_beams" in repeats:  # as in transformers
             with pytest.raises(ValueError, match="`streamer` cannot be used with beam search"):
-                small.generate(**inputs, **how)
+                compressed.generate(**inputs, **how)
             return
-        small.generate(**inputs, **how)
+        compressed.generate(**inputs, **how)
         assert torch.equal(
-            torch.stack(given[extra].steps, 1), small.generate(**inputs, **repeats, max_new_tokens=4)[:, -4:]
+            torch.stack(given[extra].steps, 1), compressed.generate(**inputs, **repeats, max_new_tokens=4)[:, -4:]
         )
         return
     hand = vlmzip.compress_inputs(family.model, inputs, Ragged(), generating=True)
-    expected, got = family.model.generate(**hand, **how), small.generate(**inputs, **how)
+    expected, got = family.model.generate(**hand, **how), compressed.generate(**inputs, **how)
     if extra == "return_dict_in_generate":
         expected, got = expected.sequences, got.sequences
     assert torch.equal(got[:, inputs["input_ids"].shape[1] :], expected[:, hand["input_ids"].shape[1] :])
 
 
 @promise("generate: assisted decoding", refused=True)
-def test_assisted_decoding(family, small):
+def test_assisted_decoding(family, compressed):
     with pytest.raises(UserError, match="assisted decoding is not supported"):
-        small.generate(**family.batch(*ROWS), assistant_model=family.model)
+        compressed.generate(**family.batch(*ROWS), assistant_model=family.model)
 
 
 @promise("generate: prompt_lookup_num_tokens (one row, as transformers has it)")
-def test_prompt_lookup(family, small):
+def test_prompt_lookup(family, compressed):
     """Looks up in the compressed prompt; the answer is the greedy one."""
     for row in range(len(ROWS)):
         one = alone(family, row)
         hand = vlmzip.compress_inputs(family.model, one, Ragged(), generating=True)
         expected = family.model.generate(**hand, **GREEDY)[:, hand["input_ids"].shape[1] :]
-        got = small.generate(**one, **GREEDY, prompt_lookup_num_tokens=3)
+        got = compressed.generate(**one, **GREEDY, prompt_lookup_num_tokens=3)
         assert torch.equal(got[:, one["input_ids"].shape[1] :], expected)
     with pytest.raises(ValueError, match="only supported for batch_size = 1"):
-        small.generate(**family.batch(*ROWS), **GREEDY, prompt_lookup_num_tokens=3)
+        compressed.generate(**family.batch(*ROWS), **GREEDY, prompt_lookup_num_tokens=3)
 
 
 @promise('generate: cache_implementation="static"')
 def test_static_cache(family):
-    small = vlmzip.attach(copy.deepcopy(family.model), Ragged())  # transformers notes the cache's length on the model
-    new = rows_equal_rows_alone(family, small, **GREEDY, cache_implementation="static")
+    compressed = vlmzip.attach(
+        copy.deepcopy(family.model), Ragged()
+    )  # transformers notes the cache's length on the model
+    new = rows_equal_rows_alone(family, compressed, **GREEDY, cache_implementation="static")
     inputs = family.batch(*ROWS)
-    assert torch.equal(new, small.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :])
-    full = small.generate(**inputs, **GREEDY, cache_implementation="static", return_dict_in_generate=True)
+    assert torch.equal(new, compressed.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :])
+    full = compressed.generate(**inputs, **GREEDY, cache_implementation="static", return_dict_in_generate=True)
     assert type(full.past_key_values).__name__ == "StaticCache"
 
 
 @promise("generate: return_dict_in_generate")
-def test_return_dict(family, small):
+def test_return_dict(family, compressed):
     inputs = family.batch(*ROWS)
     width = inputs["input_ids"].shape[1]
     how = {**GREEDY, "return_dict_in_generate": True, "output_scores": True}
-    out = small.generate(**inputs, **how)
-    assert torch.equal(out.sequences, small.generate(**inputs, **GREEDY))
+    out = compressed.generate(**inputs, **how)
+    assert torch.equal(out.sequences, compressed.generate(**inputs, **GREEDY))
     assert len(out.scores) == out.sequences.shape[1] - width
     for row in range(len(ROWS)):
         one = alone(family, row)
-        single = small.generate(**one, **how)
+        single = compressed.generate(**one, **how)
         new = single.sequences[0, one["input_ids"].shape[1] :]
         assert out.sequences[row, width : width + len(new)].tolist() == new.tolist()
         for together, separate in zip(out.scores, single.scores, strict=False):
@@ -222,43 +226,45 @@ def test_return_dict(family, small):
 
 
 @promise("generate: max_length, min_length as the user counts")
-def test_length_limits(family, small):
+def test_length_limits(family, compressed):
     inputs = family.batch(*ROWS)
     width = inputs["input_ids"].shape[1]
-    assert small.generate(**inputs, max_length=width + 4, min_length=width + 4, do_sample=False).shape[1] == width + 4
+    assert (
+        compressed.generate(**inputs, max_length=width + 4, min_length=width + 4, do_sample=False).shape[1] == width + 4
+    )
     config = copy.deepcopy(family.model.generation_config)
     config.max_length, config.min_length = width + 3, width + 3
-    assert small.generate(**inputs, generation_config=config, do_sample=False).shape[1] == width + 3
-    assert small.generate(**inputs, max_length=width + 1, do_sample=False).shape[1] == width + 1
+    assert compressed.generate(**inputs, generation_config=config, do_sample=False).shape[1] == width + 3
+    assert compressed.generate(**inputs, max_length=width + 1, do_sample=False).shape[1] == width + 1
     for length in (width + 1, 5):  # the number of new tokens counts
-        assert small.generate(**inputs, max_length=length, max_new_tokens=3, do_sample=False).shape[1] == width + 3
+        assert compressed.generate(**inputs, max_length=length, max_new_tokens=3, do_sample=False).shape[1] == width + 3
     config.max_length, config.min_length = 20, None  # shorter than the prompt: refused, as the plain model does
     with pytest.raises(UserError, match="max_length=20 leaves no room"):
-        small.generate(**inputs, generation_config=config)
+        compressed.generate(**inputs, generation_config=config)
     for limit in (width, width // 2):
         with pytest.raises(ValueError, match=f"`max_length` is set to {limit}"):
             copy.deepcopy(family.model).generate(**inputs, max_length=limit)
         with pytest.raises(
             UserError, match=f"max_length={limit} leaves no room .* the prompt alone has {width} tokens"
         ):
-            small.generate(**inputs, max_length=limit)
+            compressed.generate(**inputs, max_length=limit)
 
 
 @promise("generate: stop strings")
-def test_stop_strings(family, small):
+def test_stop_strings(family, compressed):
     tokenizer = one_character_a_token()
     one = alone(family, 0)
     width = one["input_ids"].shape[1]
-    free = small.generate(**one, **GREEDY)[0, width:].tolist()
+    free = compressed.generate(**one, **GREEDY)[0, width:].tolist()
     stop = tokenizer.decode([free[2]])
     how = {**GREEDY, "stop_strings": [stop], "tokenizer": tokenizer}
-    stopped = small.generate(**one, **how)[0, width:].tolist()
+    stopped = compressed.generate(**one, **how)[0, width:].tolist()
     assert stopped == free[: free.index(free[2]) + 1]
     inputs = family.batch(*ROWS)
-    together = small.generate(**inputs, **how)[:, inputs["input_ids"].shape[1] :].tolist()
+    together = compressed.generate(**inputs, **how)[:, inputs["input_ids"].shape[1] :].tolist()
     for row in range(len(ROWS)):
         one = alone(family, row)
-        single = small.generate(**one, **how)[0, one["input_ids"].shape[1] :].tolist()
+        single = compressed.generate(**one, **how)[0, one["input_ids"].shape[1] :].tolist()
         assert together[row] == single + [PAD] * (len(together[row]) - len(single))
     assert together[0][: len(stopped)] == stopped
 
@@ -279,9 +285,9 @@ class Collect(BaseStreamer):
 
 @promise("generate: streamers")
 @pytest.mark.parametrize("rows", [ROWS[:1], ROWS], ids=["one row", "ragged"])
-def test_streamers(family, small, rows):
+def test_streamers(family, compressed, rows):
     inputs, streamer = family.batch(*rows), Collect()
-    rows_out = small.generate(**inputs, **GREEDY, streamer=streamer)
+    rows_out = compressed.generate(**inputs, **GREEDY, streamer=streamer)
     assert torch.equal(streamer.prompt, inputs["input_ids"])
     assert torch.equal(torch.stack(streamer.steps, 1), rows_out[:, inputs["input_ids"].shape[1] :])
     assert streamer.ended
@@ -289,60 +295,60 @@ def test_streamers(family, small, rows):
         twice, several = Collect(), {**GREEDY, "do_sample": True, "num_return_sequences": 2}
         if WRONG_COPIES and len(rows) > 1:  # a row has several images: see test_beams
             with pytest.raises(UserError, match="give wrong answers in transformers"):
-                small.generate(**inputs, **several, streamer=twice)
+                compressed.generate(**inputs, **several, streamer=twice)
         else:
-            small.generate(**inputs, **several, streamer=twice)
+            compressed.generate(**inputs, **several, streamer=twice)
             assert torch.equal(twice.prompt, inputs["input_ids"].repeat_interleave(2, 0))
     for row in range(len(rows)):
         single = Collect()
-        small.generate(**alone(family, row), **GREEDY, streamer=single)
+        compressed.generate(**alone(family, row), **GREEDY, streamer=single)
         for together, separate in zip(streamer.steps, single.steps, strict=False):
             assert together[row] == separate[0]
 
 
 @promise("generate: chunked prefill")
-def test_chunked_prefill(family, small, record_property):
+def test_chunked_prefill(family, compressed, record_property):
     """As the plain model does it: where a prompt is seen both ways (PaliGemma), chunks change the answer too."""
     inputs = family.batch(*ROWS)
     if not hasattr(transformers.generation.utils, "_slice_mm_encoder_output"):  # wrong in older versions, so refused
-        with pytest.raises(UserError, match="prefill_chunk_size with pictures gives wrong answers in transformers"):
-            small.generate(**inputs, **GREEDY, prefill_chunk_size=5)
+        with pytest.raises(UserError, match="prefill_chunk_size with images gives wrong answers in transformers"):
+            compressed.generate(**inputs, **GREEDY, prefill_chunk_size=5)
         record_property("cell", "refused")
         return
     hand = vlmzip.compress_inputs(family.model, inputs, Ragged(), generating=True)
     expected = family.model.generate(**hand, **GREEDY, prefill_chunk_size=5)[:, hand["input_ids"].shape[1] :]
-    got = small.generate(**inputs, **GREEDY, prefill_chunk_size=5)[:, inputs["input_ids"].shape[1] :]
+    got = compressed.generate(**inputs, **GREEDY, prefill_chunk_size=5)[:, inputs["input_ids"].shape[1] :]
     assert torch.equal(got, expected)
     if family.name != "paligemma":
-        assert torch.equal(got, small.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :])
+        assert torch.equal(got, compressed.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :])
 
 
-@promise("inputs_embeds with pictures", refused=True)
-def test_embeddings_with_pictures(family, small):
+@promise("inputs_embeds with images", refused=True)
+def test_embeddings_with_images(family, compressed):
     inputs = family.batch(*ROWS)
     embeds = family.model.get_input_embeddings()(inputs["input_ids"])
     with pytest.raises(UserError, match="not both"):
-        small.generate(**inputs, inputs_embeds=embeds, **GREEDY)
+        compressed.generate(**inputs, inputs_embeds=embeds, **GREEDY)
 
 
-@promise("inputs_embeds without pictures: forward")
-def test_embeddings_without_pictures(family, small):
+@promise("inputs_embeds without images: forward")
+def test_embeddings_without_images(family, compressed):
     embeds = family.model.get_input_embeddings()(torch.tensor([[4, 5, 6]]))
     with torch.no_grad():
-        assert torch.equal(small(inputs_embeds=embeds).logits, family.model(inputs_embeds=embeds).logits)
+        assert torch.equal(compressed(inputs_embeds=embeds).logits, family.model(inputs_embeds=embeds).logits)
 
 
-@promise("inputs_embeds without pictures: generate")
-def test_generate_from_embeddings(family, small, record_property):
+@promise("inputs_embeds without images: generate")
+def test_generate_from_embeddings(family, compressed, record_property):
     embeds = family.model.get_input_embeddings()(torch.tensor([[4, 5, 6]]))
     if family.name == "paligemma":
-        for model in (family.model, small):
+        for model in (family.model, compressed):
             with pytest.raises(ValueError, match="doesn't have its forwarding implemented"):
                 model.generate(inputs_embeds=embeds, **GREEDY)
         record_property("cell", "plain model fails")
         return
     expected = family.model.generate(inputs_embeds=embeds, **GREEDY)
-    assert torch.equal(small.generate(inputs_embeds=embeds, **GREEDY), expected)
+    assert torch.equal(compressed.generate(inputs_embeds=embeds, **GREEDY), expected)
 
 
 def one_character_a_token():
@@ -360,9 +366,9 @@ def one_character_a_token():
 
 @promise("turns: the whole conversation again")
 @pytest.mark.parametrize("positions", ["contiguous", "original"])
-@pytest.mark.parametrize("pictures", ["new", "all"])
-def test_turns_as_whole(family, positions, pictures):
-    check_turns(family, positions, whole=True, every_picture=pictures == "all")
+@pytest.mark.parametrize("images", ["new", "all"])
+def test_turns_as_whole(family, positions, images):
+    check_turns(family, positions, whole=True, every_image=images == "all")
 
 
 @promise("turns: new tokens only")
@@ -371,8 +377,8 @@ def test_turns_as_new_tokens(family, positions):
     check_turns(family, positions, whole=False)
 
 
-def check_turns(family, positions, *, whole, every_picture=False):
-    """Three turns on one cache, a second picture in the third, each ≡ a fresh run on the whole conversation."""
+def check_turns(family, positions, *, whole, every_image=False):
+    """Three turns on one cache, a second image in the third, each ≡ a fresh run on the whole conversation."""
     runs = counted_encoder_runs(family)
     model = vlmzip.attach(family.model, Ragged(positions=positions))
     cache = DynamicCache()
@@ -381,13 +387,13 @@ def check_turns(family, positions, *, whole, every_picture=False):
     mask = torch.cat([first["attention_mask"], torch.ones(2, 6, dtype=torch.long)], 1)
     encoded = []
     for turn, parts in enumerate(([8, 9], [4, "image", 6])):
-        pictures = 2 * parts.count("image")
-        part = batch(*family.ids(parts, parts, first_picture=2))
+        images = 2 * parts.count("image")
+        part = batch(*family.ids(parts, parts, first_image=2))
         new = part["input_ids"]
         ids, mask = torch.cat([ids, new], 1), torch.cat([mask, part["attention_mask"]], 1)
-        every = interleaved(family, 2 + pictures)
+        every = interleaved(family, 2 + images)
         inputs = {"input_ids": ids if whole else new, "attention_mask": mask}
-        inputs |= every if every_picture else family.pictures(2, pictures)
+        inputs |= every if every_image else family.images(2, images)
         runs.clear()
         out = model.generate(**inputs, **GREEDY, past_key_values=cache)
         encoded.append(len(runs))
@@ -397,7 +403,7 @@ def check_turns(family, positions, *, whole, every_picture=False):
         )
         assert torch.equal(answer, fresh[:, ids.shape[1] :]), f"turn {turn + 2}"
         ids, mask = torch.cat([ids, answer], 1), torch.cat([mask, torch.ones_like(answer)], 1)
-    assert encoded == [0, 1]  # the first pictures were encoded once, in the first turn
+    assert encoded == [0, 1]  # the first images were encoded once, in the first turn
 
 
 def counted_encoder_runs(family):
@@ -409,9 +415,9 @@ def counted_encoder_runs(family):
 
 
 def interleaved(family, count):
-    """All pictures in the order of their placeholders, row by row: each with its first, then its later one."""
+    """All images in the order of their placeholders, row by row: each with its first, then its later one."""
     order = {2: [0, 1], 4: [0, 2, 1, 3]}[count]
-    parts = [family.pictures(n, 1) for n in order]
+    parts = [family.images(n, 1) for n in order]
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -442,13 +448,13 @@ def test_turns_after_answers_of_different_lengths(family, positions, given):
     new = torch.tensor([[8, 9]] * 2)
     mask = torch.tensor([[1] * len(answer) + [0] * (len(answers[1]) - len(answer)) + [1, 1] for answer in answers])
     mask = torch.cat([first["attention_mask"], mask], 1)
-    again = {"input_ids": torch.cat([ids, new], 1), **family.pictures(0, 2)} if given == "whole" else {"input_ids": new}
+    again = {"input_ids": torch.cat([ids, new], 1), **family.images(0, 2)} if given == "whole" else {"input_ids": new}
     again |= {"attention_mask": mask} if "whole" in given else {}
     out = model.generate(**again, **GREEDY, past_key_values=cache)
     for row in range(2):
-        one = family.batch(parts[row], first_picture=row)
+        one = family.batch(parts[row], first_image=row)
         conversation = torch.tensor([one["input_ids"][0].tolist() + answers[row] + [8, 9]])
-        fresh = {"input_ids": conversation, **family.pictures(row, 1), **types(family, conversation, one)}
+        fresh = {"input_ids": conversation, **family.images(row, 1), **types(family, conversation, one)}
         expected = model.generate(**fresh, attention_mask=torch.ones_like(conversation), **GREEDY)
         got = out[row, again["input_ids"].shape[1] :].tolist()
         assert without_padding(got) == without_padding(expected[0, conversation.shape[1] :].tolist())
@@ -472,70 +478,70 @@ def test_forward_with_a_cache(family, positions):
 
 
 @promise("turns: padded in another way, or continued where the answer was cut")
-def test_turns_given_in_other_forms(family, small):
+def test_turns_given_in_other_forms(family, compressed):
     """The whole conversation in wider padding, and an answer that ran into its limit and goes on."""
     first = family.batch([1, "image", 5, 6], [1, 3, "image", 7, 5, 6])
-    long = small.generate(**first, max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    long = compressed.generate(**first, max_new_tokens=8, min_new_tokens=8, do_sample=False)
     cache = DynamicCache()
-    cut = small.generate(**first, max_new_tokens=4, min_new_tokens=4, do_sample=False, past_key_values=cache)
+    cut = compressed.generate(**first, max_new_tokens=4, min_new_tokens=4, do_sample=False, past_key_values=cache)
     mask = torch.cat([first["attention_mask"], torch.ones(2, 4, dtype=torch.long)], 1)
     limit = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
     wide = {"input_ids": torch.nn.functional.pad(cut, (3, 0), value=PAD)}
     wide["attention_mask"] = torch.nn.functional.pad(mask, (3, 0))
-    wide |= family.pictures(0, 2)
-    on = small.generate(**wide, **limit, past_key_values=cache)
+    wide |= family.images(0, 2)
+    on = compressed.generate(**wide, **limit, past_key_values=cache)
     assert torch.equal(on[:, 3:], long)
     other = torch.where(torch.arange(long.shape[1]) == long.shape[1] - 2, 9, long)
     with pytest.raises(UserError, match="does not begin with what is in the KV cache"):
-        small.generate(input_ids=other, **limit, past_key_values=cache)
+        compressed.generate(input_ids=other, **limit, past_key_values=cache)
 
 
 @promise("turns: forward after generate on one cache")
 @pytest.mark.parametrize("again", [False, True])
-def test_forward_after_generate(family, small, again):
+def test_forward_after_generate(family, compressed, again):
     """The answer's last token has not been through the model yet; giving it once more is fine, as in transformers."""
     first = family.batch([1, "image", 5, 6], [1, 3, "image", 7, 5, 6])
     cache = DynamicCache()
-    ids = small.generate(**first, **GREEDY, past_key_values=cache)
+    ids = compressed.generate(**first, **GREEDY, past_key_values=cache)
     new = torch.tensor([[8, 9]] * 2)
     mask = torch.cat([first["attention_mask"], torch.ones(2, 8, dtype=torch.long)], 1)
     with torch.no_grad():
         given = torch.cat([ids[:, -1:], new], 1) if again else new
-        out = small(input_ids=given, attention_mask=mask, past_key_values=cache)
+        out = compressed(input_ids=given, attention_mask=mask, past_key_values=cache)
         whole = torch.cat([ids, new], 1)
-        fresh = {"input_ids": whole, "attention_mask": mask, **family.pictures(0, 2), **types(family, whole, first)}
-        torch.testing.assert_close(out.logits[:, -1], small(**fresh).logits[:, -1], atol=1e-4, rtol=0)
+        fresh = {"input_ids": whole, "attention_mask": mask, **family.images(0, 2), **types(family, whole, first)}
+        torch.testing.assert_close(out.logits[:, -1], compressed(**fresh).logits[:, -1], atol=1e-4, rtol=0)
 
 
 @promise("turns: beams on a cache", refused=True)
-def test_beams_on_a_cache(family, small):
+def test_beams_on_a_cache(family, compressed):
     with pytest.raises(UserError, match="neither filled nor continued with beams"):
-        small.generate(**family.batch(*ROWS), num_beams=2, past_key_values=DynamicCache())
+        compressed.generate(**family.batch(*ROWS), num_beams=2, past_key_values=DynamicCache())
 
 
 @promise("turns: position_ids of your own", refused=True)
-def test_own_positions_on_a_cache(family, small):
+def test_own_positions_on_a_cache(family, compressed):
     cache = DynamicCache()
-    out = small.generate(**alone(family, 0), **GREEDY, past_key_values=cache)
+    out = compressed.generate(**alone(family, 0), **GREEDY, past_key_values=cache)
     with pytest.raises(UserError, match="position_ids cannot be given with a filled cache"):
-        small.generate(input_ids=out, position_ids=torch.zeros_like(out), past_key_values=cache)
+        compressed.generate(input_ids=out, position_ids=torch.zeros_like(out), past_key_values=cache)
 
 
 @promise("turns: a cache that someone else filled", refused=True)
-def test_foreign_caches(family, small):
+def test_foreign_caches(family, compressed):
     with torch.no_grad():
         cache = family.model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values
     with pytest.raises(UserError, match="what is in this KV cache is not known"):
-        small.generate(input_ids=torch.tensor([[1, 2, 3, 4]]), past_key_values=cache, **GREEDY)
+        compressed.generate(input_ids=torch.tensor([[1, 2, 3, 4]]), past_key_values=cache, **GREEDY)
     own = DynamicCache()
     one = alone(family, 0)
-    out = small.generate(**one, **GREEDY, past_key_values=own)
+    out = compressed.generate(**one, **GREEDY, past_key_values=own)
     for copied in (copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
         with pytest.raises(UserError, match=r"it is a copy \(deepcopy, pickle\)"):
-            small.generate(input_ids=out, past_key_values=copied, **GREEDY)
+            compressed.generate(input_ids=out, past_key_values=copied, **GREEDY)
     own.crop(-3)
     with pytest.raises(UserError, match="has changed"):
-        small.generate(input_ids=out, past_key_values=own, **GREEDY)
+        compressed.generate(input_ids=out, past_key_values=own, **GREEDY)
 
 
 # --- training ---------------------------------------------------------------------------------------------------
@@ -553,16 +559,16 @@ def with_labels(inputs):
 def test_loss(family, pad):
     """The loss is that of a batch shrunk by hand, row by row, weighted by the labels of each row."""
     model = copy.deepcopy(family.model)
-    small = vlmzip.attach(model, Ragged())
+    compressed = vlmzip.attach(model, Ragged())
     inputs = with_labels(family.batch(*ROWS, pad=pad))
-    loss = small(**inputs).loss
+    loss = compressed(**inputs).loss
     loss.backward()
     total = count = 0
     for row in range(len(ROWS)):
         one = with_labels(alone(family, row))
         with torch.no_grad():
-            out = small(**one)
-        source = small.report.source if row != 2 else torch.arange(one["labels"].shape[1])[None]
+            out = compressed(**one)
+        source = compressed.report.source if row != 2 else torch.arange(one["labels"].shape[1])[None]
         labels = one["labels"].gather(1, source)[0, 1:]
         total += torch.nn.functional.cross_entropy(out.logits[0, :-1], labels, ignore_index=-100, reduction="sum")
         count += int((labels != -100).sum())
@@ -580,16 +586,16 @@ def test_loss(family, pad):
 @pytest.mark.parametrize("positions", ["contiguous", "original"])
 def test_training_counts_positions_no_more_than_it_must(family, positions, monkeypatch):
     """What a cache holds is worked out only where one comes back: not in training."""
-    small = vlmzip.attach(family.model, Ragged(positions=positions))
+    compressed = vlmzip.attach(family.model, Ragged(positions=positions))
     counted = []
     kind = type(adapter_for(family.model))
     original = kind.original_positions
     monkeypatch.setattr(kind, "original_positions", lambda *a: counted.append(1) or original(*a))
-    small(**with_labels(family.batch(*ROWS)), use_cache=False).loss.backward()
+    compressed(**with_labels(family.batch(*ROWS)), use_cache=False).loss.backward()
     family.model.zero_grad()
     needed = int(positions == "original")
     assert len(counted) == needed
-    small(**family.batch(*ROWS), use_cache=True)
+    compressed(**family.batch(*ROWS), use_cache=True)
     assert len(counted) == 2 * needed + 1
 
 
@@ -598,18 +604,18 @@ def test_gradient_checkpointing(family):
     gradients = []
     for checkpointing in (False, True):
         model = copy.deepcopy(family.model).train()
-        small = vlmzip.attach(model, VisionZip(keep=8))
+        compressed = vlmzip.attach(model, VisionZip(keep=8))
         if checkpointing:
             # The new name of transformers 5.23, or the old one.
             (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
-        small(**with_labels(family.batch(*ROWS))).loss.backward()
+        compressed(**with_labels(family.batch(*ROWS))).loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], atol=1e-5, rtol=1e-3, msg=name)
 
 
-def trainer_for(family, small, folder, steps=4, **settings):
+def trainer_for(family, compressed, folder, steps=4, **settings):
     from transformers import Trainer, TrainingArguments
 
     def collate(rows):
@@ -620,21 +626,21 @@ def trainer_for(family, small, folder, steps=4, **settings):
         folder, max_steps=steps, per_device_train_batch_size=2, learning_rate=1e-2, report_to=[], logging_steps=1,
         save_steps=2, use_cpu=True, lr_scheduler_type="constant", per_device_eval_batch_size=1,
     )  # fmt: skip
-    return Trainer(small, arguments, train_dataset=rows, data_collator=collate, **settings)
+    return Trainer(compressed, arguments, train_dataset=rows, data_collator=collate, **settings)
 
 
 @promise("Trainer on the façade; trainer.model.save_pretrained afterwards")
 def test_trainer(family, tmp_path):
-    small = vlmzip.attach(copy.deepcopy(family.model), VisionZip(keep=8))
-    trainer = trainer_for(family, small, tmp_path)
+    compressed = vlmzip.attach(copy.deepcopy(family.model), VisionZip(keep=8))
+    trainer = trainer_for(family, compressed, tmp_path)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     trainer.model.save_pretrained(tmp_path / "whole")
     loaded = vlmzip.from_pretrained(tmp_path / "whole")
-    assert loaded.compressor == small.compressor
+    assert loaded.compressor == compressed.compressor
     weights = loaded.inner.state_dict()
-    assert all(torch.equal(value, weights[name]) for name, value in small.inner.state_dict().items())
+    assert all(torch.equal(value, weights[name]) for name, value in compressed.inner.state_dict().items())
     assert any(not torch.equal(value, weights[name]) for name, value in family.model.state_dict().items())
     trainer.save_model(tmp_path / "weights")
     for folder in ("checkpoint-4", "weights"):
@@ -658,14 +664,14 @@ def test_trainer_resumes(family, tmp_path):
 @promise("Trainer.predict, lined up with the labels")
 def test_predictions_line_up_with_the_labels(family, tmp_path):
     """Cross entropy of predictions and labels, as a user compares them, is the loss that the Trainer reports."""
-    small = vlmzip.attach(family.model, Ragged())
+    compressed = vlmzip.attach(family.model, Ragged())
     lengths = []
 
     def line_up(logits, labels):
         lengths.append((logits.shape[1], labels.shape[1]))
-        return small.report.lined_up(logits, labels.shape[1])
+        return compressed.report.lined_up(logits, labels.shape[1])
 
-    trainer = trainer_for(family, small, tmp_path, preprocess_logits_for_metrics=line_up)
+    trainer = trainer_for(family, compressed, tmp_path, preprocess_logits_for_metrics=line_up)
     first = with_labels(family.batch(*ROWS, pad="right"))
     second = with_labels(family.batch(["image", 9, 4, 8], [3, "image", 7]))
     text = with_labels(family.batch([9] * 20, [3, 4, 5]))
@@ -678,11 +684,11 @@ def test_predictions_line_up_with_the_labels(family, tmp_path):
     for rows, inputs in ((slice(0, 2), text), (slice(2, 6), first), (slice(6, 8), second), (slice(8, 10), text)):
         loss = torch.nn.functional.cross_entropy(logits[rows].flatten(0, 1), labels[rows].flatten(), ignore_index=-100)
         with torch.no_grad():
-            torch.testing.assert_close(loss, small(**inputs).loss, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(loss, compressed(**inputs).loss, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
-        small(**second)
+        compressed(**second)
     with pytest.raises(UserError, match="not of the call that this report is about"):
-        small.report.lined_up(logits, labels.shape[1])
+        compressed.report.lined_up(logits, labels.shape[1])
 
 
 @promise("peft: LoRA under the façade")
@@ -691,12 +697,12 @@ def test_lora_under(family):
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(copy.deepcopy(family.model), LoraConfig(target_modules=["q_proj", "qkv"], r=2))
-    small = vlmzip.attach(model, VisionZip(keep=8))
+    compressed = vlmzip.attach(model, VisionZip(keep=8))
     inputs = with_labels(family.batch(*ROWS))
-    small(**inputs).loss.backward()
+    compressed(**inputs).loss.backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n)
     expected = vlmzip.attach(family.model, VisionZip(keep=8)).generate(**family.batch(*ROWS), **GREEDY)
-    assert torch.equal(small.generate(**family.batch(*ROWS), **GREEDY), expected)  # LoRA begins as the identity
+    assert torch.equal(compressed.generate(**family.batch(*ROWS), **GREEDY), expected)  # LoRA begins as the identity
 
 
 @promise("peft: LoRA around the façade")
@@ -704,8 +710,8 @@ def test_lora_under(family):
 def test_lora_around(family):
     from peft import LoraConfig, get_peft_model
 
-    small = vlmzip.attach(copy.deepcopy(family.model), VisionZip(keep=8))
-    model = get_peft_model(small, LoraConfig(target_modules=["q_proj", "qkv"], r=2))
+    compressed = vlmzip.attach(copy.deepcopy(family.model), VisionZip(keep=8))
+    model = get_peft_model(compressed, LoraConfig(target_modules=["q_proj", "qkv"], r=2))
     model(**with_labels(family.batch(*ROWS))).loss.backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n)
     expected = vlmzip.attach(family.model, VisionZip(keep=8)).generate(**family.batch(*ROWS), **GREEDY)
@@ -717,12 +723,12 @@ def test_lora_around(family):
 
 @promise("save_pretrained, from_pretrained; plain transformers loads it too")
 def test_save_and_load(family, tmp_path):
-    small = vlmzip.attach(family.model, VisionZip(keep=8, merge="mean"))
-    small.save_pretrained(tmp_path)
+    compressed = vlmzip.attach(family.model, VisionZip(keep=8, merge="mean"))
+    compressed.save_pretrained(tmp_path)
     inputs = family.batch(*ROWS)
     loaded = vlmzip.from_pretrained(tmp_path)
-    assert loaded.compressor == small.compressor
-    assert torch.equal(loaded.generate(**inputs, **GREEDY), small.generate(**inputs, **GREEDY))
+    assert loaded.compressor == compressed.compressor
+    assert torch.equal(loaded.generate(**inputs, **GREEDY), compressed.generate(**inputs, **GREEDY))
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert torch.equal(plain.generate(**inputs, **GREEDY), family.model.generate(**inputs, **GREEDY))
     assert json.loads((tmp_path / "compressor.json").read_text())["method"] == "visionzip"
@@ -732,12 +738,12 @@ def test_save_and_load(family, tmp_path):
 @promise("deepcopy and pickle")
 def test_copies(family):
     """Of a fresh model: once transformers has recorded hidden states, its own hooks cannot be pickled."""
-    small = vlmzip.attach(FAMILIES[family.name]().model, Ragged())
+    compressed = vlmzip.attach(FAMILIES[family.name]().model, Ragged())
     inputs = family.batch(*ROWS)
-    expected = small.generate(**inputs, **GREEDY)
-    for twin in (copy.deepcopy(small), pickle.loads(pickle.dumps(small))):
+    expected = compressed.generate(**inputs, **GREEDY)
+    for twin in (copy.deepcopy(compressed), pickle.loads(pickle.dumps(compressed))):
         assert torch.equal(twin.generate(**inputs, **GREEDY), expected)
-        assert twin.inner is not small.inner
+        assert twin.inner is not compressed.inner
 
 
 @promise("threads: two façades on one model, many threads")
@@ -748,7 +754,7 @@ def test_threads(family):
     def run(job):
         model, inputs = job
         out = model.generate(**inputs, **GREEDY)
-        return out, [p.after for p in model.report.pictures]
+        return out, [p.after for p in model.report.images]
 
     one_by_one = [run(job) for job in work]
     with ThreadPoolExecutor(4) as pool:
@@ -814,20 +820,20 @@ def compiled(family):
     torch._dynamo.reset()
     model = copy.deepcopy(family.model)
     model.model.language_model.layers = model.model.language_model.layers[:1]
-    small = vlmzip.attach(model, VisionZip(keep=8))
+    compressed = vlmzip.attach(model, VisionZip(keep=8))
     with torch.no_grad():
-        yield small, torch.compile(small, backend=backend), graphs
+        yield compressed, torch.compile(compressed, backend=backend), graphs
 
 
 @pytest.mark.slow
-@promise("torch.compile of forward, no recompilation from picture to picture")
+@promise("torch.compile of forward, no recompilation from image to image")
 def test_compile(family, compiled):
-    small, fast, graphs = compiled
+    compressed, fast, graphs = compiled
     counts = []
     for seed in range(4):
         inputs = family.batch([1, "image", 5, 6, 7])
         inputs["pixel_values"] = inputs["pixel_values"] + seed
-        torch.testing.assert_close(fast(**inputs).logits, small(**inputs).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(fast(**inputs).logits, compressed(**inputs).logits, atol=1e-4, rtol=1e-4)
         counts.append(len(graphs))
     assert counts[0] > 0
     assert counts[-1] == counts[0]
@@ -837,11 +843,11 @@ def test_compile(family, compiled):
 @promise("torch.compile of forward, prompts of any length after two")
 def test_compile_lengths(family, compiled):
     """A second length compiles once more, with lengths left open; later ones compile nothing."""
-    small, fast, graphs = compiled
+    compressed, fast, graphs = compiled
     counts = []
     for words in (3, 5, 4, 7):
         inputs = family.batch([1, "image", *range(5, 5 + words)])
-        torch.testing.assert_close(fast(**inputs).logits, small(**inputs).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(fast(**inputs).logits, compressed(**inputs).logits, atol=1e-4, rtol=1e-4)
         counts.append(len(graphs))
     assert counts[0] > 0
     assert counts[1] <= 2 * counts[0]
@@ -897,21 +903,21 @@ def test_pipeline(family, caplog, monkeypatch):
     from PIL import Image
     from transformers import pipeline
 
-    processor, picture = tiny_processor(family.name), Image.new("RGB", (30, 20), "red")
+    processor, image = tiny_processor(family.name), Image.new("RGB", (30, 20), "red")
 
     def answer(model):
         ask = pipeline("image-text-to-text", model=model, processor=processor)
-        out = ask(images=picture, text="<image> w4 w5", generate_kwargs={"max_new_tokens": 4, "do_sample": False})
+        out = ask(images=image, text="<image> w4 w5", generate_kwargs={"max_new_tokens": 4, "do_sample": False})
         return out[0]["generated_text"]
 
     plain = answer(family.model)
     assert answer(vlmzip.attach(family.model, NoCompression())) == plain
-    small = vlmzip.attach(family.model, VisionZip(keep=4))
-    inputs = processor(images=picture, text="<image> w4 w5", return_tensors="pt")
-    out = small.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    assert answer(small) == "<image> w4 w5 " + processor.decode(out, skip_special_tokens=True)
+    compressed = vlmzip.attach(family.model, VisionZip(keep=4))
+    inputs = processor(images=image, text="<image> w4 w5", return_tensors="pt")
+    out = compressed.generate(**inputs, max_new_tokens=4, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    assert answer(compressed) == "<image> w4 w5 " + processor.decode(out, skip_special_tokens=True)
     assert "is not supported for" not in caplog.text
     with contextlib.suppress(Exception):  # what else it lacks is its own matter
-        pipeline("text-generation", model=small, tokenizer=processor.tokenizer)
+        pipeline("text-generation", model=compressed, tokenizer=processor.tokenizer)
     assert "'CompressedModel' is not supported for text-generation" in caplog.text
-    assert small.report.after == 4
+    assert compressed.report.after == 4

@@ -71,9 +71,9 @@ def test_a_method_from_elsewhere_can_be_used_beside_what_was_saved(tmp_path, lla
     """The commands attach so: with the method that was given, or another one."""
     write_compressor(Ragged(), tmp_path)
     for given in (Ragged(), VisionZip(keep=5)):
-        small, _ = attach_saved(llava, given, tmp_path)
-        assert small.compressor == given
-        small.detach()
+        compressed, _ = attach_saved(llava, given, tmp_path)
+        assert compressed.compressor == given
+        compressed.detach()
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -90,8 +90,8 @@ def test_a_state_dict_of_the_facade_saves_the_models_names(tmp_path, llava):
     import torch
     from transformers import AutoModelForImageTextToText
 
-    small = vlmzip.attach(llava, VisionZip(keep=8))
-    small.save_pretrained(tmp_path, state_dict=small.state_dict())
+    compressed = vlmzip.attach(llava, VisionZip(keep=8))
+    compressed.save_pretrained(tmp_path, state_dict=compressed.state_dict())
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(value, loaded[name]) for name, value in llava.state_dict().items())
 
@@ -108,8 +108,11 @@ def test_a_process_that_is_not_the_main_one_writes_no_compressor(tmp_path, llava
 
 
 def test_pushing_is_refused_since_it_would_lose_the_compressor(tmp_path, llava):
-    small = vlmzip.attach(llava, VisionZip(keep=5))
-    for push in (lambda: small.push_to_hub("me/it"), lambda: small.save_pretrained(tmp_path, push_to_hub=True)):
+    compressed = vlmzip.attach(llava, VisionZip(keep=5))
+    for push in (
+        lambda: compressed.push_to_hub("me/it"),
+        lambda: compressed.save_pretrained(tmp_path, push_to_hub=True),
+    ):
         with pytest.raises(UserError, match="upload the folder"):
             push()
     assert not list(tmp_path.iterdir())

@@ -13,7 +13,7 @@ STAGES = (LLaVolta(layer=1, stride=4), Pool2d(factor=2), NoCompression(), FastV(
 
 @pytest.fixture
 def inputs():
-    return batch(prompt(7, "image", 5, 6), prompt(7, 8, "image", 9), pictures=2)
+    return batch(prompt(7, "image", 5, 6), prompt(7, 8, "image", 9), images=2)
 
 
 def hooks_on(model):
@@ -23,11 +23,11 @@ def hooks_on(model):
 @pytest.mark.filterwarnings("ignore:.*changes nothing")
 def test_after_a_switch_it_is_as_if_attached_anew(inputs):
     model = tiny_llava()
-    small = attach(model, NoCompression())
+    compressed = attach(model, NoCompression())
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] < 5, -100)
     for compressor in (*STAGES, *STAGES[::-1]):
-        small.switch(compressor)
-        here = small(**inputs, labels=labels)
+        compressed.switch(compressor)
+        here = compressed(**inputs, labels=labels)
         with compressor.on(tiny_llava()) as fresh:
             there = fresh(**inputs, labels=labels)
         torch.testing.assert_close(here.loss, there.loss, atol=1e-6, rtol=0)
@@ -37,32 +37,32 @@ def test_after_a_switch_it_is_as_if_attached_anew(inputs):
 @pytest.mark.filterwarnings("ignore:.*changes nothing")
 def test_hooks_are_there_only_while_something_acts_inside_the_llm(inputs):
     model = tiny_llava()
-    small = attach(model, STAGES[0])
+    compressed = attach(model, STAGES[0])
     inside = hooks_on(model)
     for compressor in (*STAGES, *STAGES):
-        small.switch(compressor)
+        compressed.switch(compressor)
         assert hooks_on(model) == (inside if compressor.layers else 0)
-    small.switch(STAGES[0])
-    small.detach()
+    compressed.switch(STAGES[0])
+    compressed.detach()
     assert hooks_on(model) == 0
 
 
 def test_caches_of_the_compressor_before_are_not_continued(inputs):
-    small = attach(tiny_llava(), Pool2d(factor=2))
+    compressed = attach(tiny_llava(), Pool2d(factor=2))
     cache = DynamicCache()
-    small(**inputs, past_key_values=cache)
-    small.switch(Pool2d(factor=3))
+    compressed(**inputs, past_key_values=cache)
+    compressed.switch(Pool2d(factor=3))
     with pytest.raises(UserError, match="another model or compressor filled it"):
-        small(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)
+        compressed(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)
 
 
 def test_what_has_no_place_is_refused_and_nothing_changes(inputs):
     model = tiny_llava()
-    small = attach(model, Pool2d(factor=2))
-    before = small(**inputs).logits
+    compressed = attach(model, Pool2d(factor=2))
+    before = compressed(**inputs).logits
     for wrong, said in ((FastV(layer=40), "layer=40"), ("pool2d", "no compressor"), (QFormer(), "weights of its own")):
         with pytest.raises(UserError, match=said):
-            small.switch(wrong)
-    assert small.compressor == Pool2d(factor=2)
+            compressed.switch(wrong)
+    assert compressed.compressor == Pool2d(factor=2)
     assert hooks_on(model) == 0
-    torch.testing.assert_close(small(**inputs).logits, before)
+    torch.testing.assert_close(compressed(**inputs).logits, before)

@@ -21,37 +21,37 @@ def family(request):
 
 
 @pytest.fixture(params=[*((name, "sdpa") for name in SETTINGS), ("fastv", "eager"), ("ragged merging", "eager")])
-def small(family, request):
+def compressed(family, request):
     """A model with each setting; those that drop and those that merge also under eager attention."""
     name, attention = request.param
     family.model.set_attn_implementation(attention)
-    small = vlmzip.attach(family.model, SETTINGS[name])
-    yield small
-    small.detach()
+    compressed = vlmzip.attach(family.model, SETTINGS[name])
+    yield compressed
+    compressed.detach()
     family.model.set_attn_implementation("sdpa")
 
 
-def logits(small, inputs, **how):
-    out = small.generate(**inputs, **HOW, output_logits=True, **how)
+def logits(compressed, inputs, **how):
+    out = compressed.generate(**inputs, **HOW, output_logits=True, **how)
     return out.sequences, torch.stack(out.logits, 1)
 
 
-def test_every_step_sees_the_compressed_prompt(family, small):
+def test_every_step_sees_the_compressed_prompt(family, compressed):
     inputs = family.batch(*ROWS)
-    expected, with_cache = logits(small, inputs)
-    got, without = logits(small, inputs, use_cache=False)
+    expected, with_cache = logits(compressed, inputs)
+    got, without = logits(compressed, inputs, use_cache=False)
     torch.testing.assert_close(without, with_cache, atol=1e-5, rtol=0)
     assert torch.equal(got, expected)
 
 
-def test_guidance_asks_the_plain_model_beside(family, small):
+def test_guidance_asks_the_plain_model_beside(family, compressed):
     """The negative prompt is the last token of the prompt; no image belongs to it, so nothing is compressed in it."""
     inputs = family.batch(*ROWS)
     width = inputs["input_ids"].shape[1]
-    guided = small.generate(**inputs, **HOW, guidance_scale=2.0, output_logits=True, output_scores=True)
+    guided = compressed.generate(**inputs, **HOW, guidance_scale=2.0, output_logits=True, output_scores=True)
     answer, conditional = guided.sequences[:, width:], torch.stack(guided.logits, 1)
     # Given the same tokens, the answer's own logits are those without guidance.
-    forced = small.generate(**inputs, **HOW, output_logits=True, logits_processor=[Forced(answer)])
+    forced = compressed.generate(**inputs, **HOW, output_logits=True, logits_processor=[Forced(answer)])
     torch.testing.assert_close(conditional, torch.stack(forced.logits, 1), atol=1e-5, rtol=0)
     beside = UnbatchedClassifierFreeGuidanceLogitsProcessor(2.0, family.model)
     for step, scores in enumerate(guided.scores):
@@ -82,38 +82,38 @@ class Forced:
     ],
 )
 def test_what_would_answer_wrongly_is_refused(family, how, words):
-    small = vlmzip.attach(family.model, FastV(keep=0.3))
+    compressed = vlmzip.attach(family.model, FastV(keep=0.3))
     if how.get("cache"):
         how = {**how, "cache": DynamicCache()}
     with pytest.raises(UserError, match=words):
-        small.generate(**family.batch(*ROWS), **how, max_new_tokens=3)
-    small.detach()
+        compressed.generate(**family.batch(*ROWS), **how, max_new_tokens=3)
+    compressed.detach()
 
 
 def test_generation_configs_without_a_cache(family):
     """The argument, a given generation config and the model's own say the same."""
-    small = vlmzip.attach(family.model, FastV(keep=0.3))
+    compressed = vlmzip.attach(family.model, FastV(keep=0.3))
     inputs = family.batch(*ROWS)
-    expected = small.generate(**inputs, max_new_tokens=4, do_sample=False)
+    expected = compressed.generate(**inputs, max_new_tokens=4, do_sample=False)
     given = GenerationConfig(use_cache=False, max_new_tokens=4, do_sample=False)
-    assert torch.equal(small.generate(**inputs, generation_config=given), expected)
+    assert torch.equal(compressed.generate(**inputs, generation_config=given), expected)
     own = copy.deepcopy(family.model.generation_config)
     family.model.generation_config.use_cache = False
     try:
-        assert torch.equal(small.generate(**inputs, max_new_tokens=4, do_sample=False), expected)
+        assert torch.equal(compressed.generate(**inputs, max_new_tokens=4, do_sample=False), expected)
     finally:
         family.model.generation_config = own
-        small.detach()
+        compressed.detach()
 
 
 @pytest.mark.parametrize("how", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
 def test_beams_without_a_cache(family, how):
-    small = vlmzip.attach(family.model, FastV(keep=0.3))
+    compressed = vlmzip.attach(family.model, FastV(keep=0.3))
     inputs = family.batch(*ROWS[:2])
     limits = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
-    expected = small.generate(**inputs, **limits, **how)
-    assert torch.equal(small.generate(**inputs, **limits, **how, use_cache=False), expected)
-    small.detach()
+    expected = compressed.generate(**inputs, **limits, **how)
+    assert torch.equal(compressed.generate(**inputs, **limits, **how, use_cache=False), expected)
+    compressed.detach()
 
 
 def test_a_copy_of_the_cache_is_refused(family):
@@ -125,7 +125,7 @@ def test_a_copy_of_the_cache_is_refused(family):
         name = "cache" if "cache" in prepared else "past_key_values"
         model(input_ids=input_ids[:, -1:], **{name: copy.deepcopy(prepared[name])})
 
-    small = vlmzip.attach(family.model, FastV(keep=0.3))
+    compressed = vlmzip.attach(family.model, FastV(keep=0.3))
     with pytest.raises(UserError, match="not with a copy of it"):
-        small.generate(**family.batch(*ROWS), custom_generate=fork, max_new_tokens=3)
-    small.detach()
+        compressed.generate(**family.batch(*ROWS), custom_generate=fork, max_new_tokens=3)
+    compressed.detach()

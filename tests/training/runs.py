@@ -18,11 +18,11 @@ def write_run(folder, **settings):
     processor = tiny_processor("llava")
     processor.chat_template = TEMPLATE
     processor.save_pretrained(folder / "model")
-    dice = random.Random(0)
+    rng = random.Random(0)
     content = []
     for n in range(COUNT):
         Image.new("RGB", (24, 24), (10 * n, 255 - 10 * n, 7)).save(folder / f"{n}.png")
-        words = " ".join(f"w{dice.randrange(6, 40)}" for _ in range(dice.randrange(1, 9)))
+        words = " ".join(f"w{rng.randrange(6, 40)}" for _ in range(rng.randrange(1, 9)))
         content.append(record(f"<image>\n{words}", f"w{50 + n}", image=f"{n}.png", id=n))
     content[5] = {"id": 5, "conversations": said("w9 w8", "w7")}
     (folder / "data.json").write_text(json.dumps(content))

@@ -11,8 +11,8 @@ from tests.training.test_records import film, record, said, write
 from vlmzip import Pool2d, attach
 from vlmzip.errors import UserError
 from vlmzip.models import adapter_for
-from vlmzip.runtime import pictures
-from vlmzip.training.batches import IGNORE, Conversations, Examples, Padded, count_bad, note_bad
+from vlmzip.runtime import images
+from vlmzip.training.batches import IGNORE, Collator, Examples, Preprocessor, count_bad, note_bad
 from vlmzip.training.records import BadRecord, Records, read_record
 
 #: As LLaVA-1.5's: no end of text.
@@ -34,7 +34,7 @@ def processor():
 
 @pytest.fixture
 def conversations(processor, llava):
-    return Conversations(processor, adapter_for(llava), max_length=150)
+    return Preprocessor(processor, adapter_for(llava), max_length=150)
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def with_template(template):
 
 
 def qwen_conversations():
-    """Its words for pictures and videos are not LLaVA's."""
+    """Its words for images and videos are not LLaVA's."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -66,17 +66,17 @@ def qwen_conversations():
     )
     processor = type(made)(made.image_processor, tokenizer)
     processor.chat_template = TEMPLATE.replace("<image>", "<|image_pad|>")
-    return Conversations(processor, adapter_for(tiny_qwen()), max_length=600)
+    return Preprocessor(processor, adapter_for(tiny_qwen()), max_length=600)
 
 
-def without_pictures(ids):
+def without_images(ids):
     return [token for token in ids.tolist() if token != IMAGE_TOKEN]
 
 
 def test_labels_are_the_answers_and_their_ends(conversations, folder):
     row = conversations(read_record(record("<image>\nw10 w11", "w20 w21", "w12", "w22")), folder)
     said = [USER, 10, 11, MODEL, 20, 21, END, USER, 12, MODEL, 22, END]
-    assert without_pictures(row["input_ids"]) == said
+    assert without_images(row["input_ids"]) == said
     assert (row["input_ids"] == IMAGE_TOKEN).sum() == TOKENS
     labels = row["labels"][row["input_ids"] != IMAGE_TOKEN].tolist()
     assert labels == [-100] * 4 + [20, 21, END] + [-100] * 3 + [22, END]
@@ -89,10 +89,8 @@ def test_a_template_with_an_end_gets_no_second_one(processor, llava, folder):
     ending.chat_template = TEMPLATE.replace(
         "{% endfor %}{% endfor %}", "{% endfor %}{{ '</s> ' if m.role != 'user' }}{% endfor %}"
     )
-    row = Conversations(ending, adapter_for(llava), 150)(
-        read_record(record("<image> w10", "w20", "w11", "w21")), folder
-    )
-    assert without_pictures(row["input_ids"]) == [USER, 10, MODEL, 20, END, USER, 11, MODEL, 21, END]
+    row = Preprocessor(ending, adapter_for(llava), 150)(read_record(record("<image> w10", "w20", "w11", "w21")), folder)
+    assert without_images(row["input_ids"]) == [USER, 10, MODEL, 20, END, USER, 11, MODEL, 21, END]
     kept = row["labels"][row["labels"] != IGNORE].tolist()
     assert kept == [20, END, 21, END]
 
@@ -100,9 +98,7 @@ def test_a_template_with_an_end_gets_no_second_one(processor, llava, folder):
 def test_an_end_behind_questions_is_none_of_answers(llava, folder):
     """As in templates that close each part of a conversation but the last."""
     asking = with_template(TEMPLATE.replace("'w4 '", "'</s> w4 '"))
-    row = Conversations(asking, adapter_for(llava), 150)(
-        read_record(record("<image> w10", "w20", "w11", "w21")), folder
-    )
+    row = Preprocessor(asking, adapter_for(llava), 150)(read_record(record("<image> w10", "w20", "w11", "w21")), folder)
     assert row["labels"][row["labels"] != IGNORE].tolist() == [20, END, 21, END]
 
 
@@ -114,8 +110,8 @@ def test_a_conversation_begins_once(llava, folder, template):
     beginning = with_template(template)
     beginning.tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     assert beginning.tokenizer("w9")["input_ids"] == [1, 9]
-    row = Conversations(beginning, adapter_for(llava), 150)(read_record(record("<image> w10", "w20")), folder)
-    assert without_pictures(row["input_ids"]) == [1, USER, 10, MODEL, 20, END]
+    row = Preprocessor(beginning, adapter_for(llava), 150)(read_record(record("<image> w10", "w20")), folder)
+    assert without_images(row["input_ids"]) == [1, USER, 10, MODEL, 20, END]
     labels = row["labels"][row["input_ids"] != IMAGE_TOKEN].tolist()
     assert labels == [IGNORE] * 4 + [20, END]
 
@@ -124,13 +120,13 @@ def test_the_frames_of_a_video_are_seen_in_order(conversations, folder):
     content = film("<video>\nw9", "w20", video=["a.png", "b.png", "a.png"])
     row = conversations(read_record(content), folder)
     assert (row["input_ids"] == IMAGE_TOKEN).sum() == 3 * TOKENS
-    means = [picture.mean().item() for picture in row["pixel_values"]]
+    means = [image.mean().item() for image in row["pixel_values"]]
     assert means[0] == means[2] < means[1]
 
 
 @pytest.mark.parametrize("said", [("<image> w9 {}", "w20"), ("<image> w9", "w20 {} w21")])
 @pytest.mark.parametrize("word", ["<|image_pad|>", "<|video_pad|>"])
-def test_a_word_that_would_be_another_picture_is_bad(folder, word, said):
+def test_a_word_that_would_be_another_image_is_bad(folder, word, said):
     content = record(*(text.format(word) for text in said))
     with pytest.raises(BadRecord, match="in the text, which stands for an image or video here"):
         qwen_conversations()(read_record(content), folder)
@@ -141,7 +137,7 @@ def test_what_the_processor_refuses_is_bad(folder, monkeypatch):
     asked, thin = qwen_conversations(), read_record(record("<image> w9", "w20", image="thin.png"))
     assert (asked(read_record(record("<image> w9", "w20")), folder)["input_ids"] == IMAGE_TOKEN).any()
     assert (asked(thin, folder)["input_ids"] == IMAGE_TOKEN).any()  # squeezed, as when it is asked about
-    monkeypatch.setattr(pictures, "LONGEST_TO_SHORTEST", 1000)
+    monkeypatch.setattr(images, "LONGEST_TO_SHORTEST", 1000)
     with pytest.raises(BadRecord, match=r"^the processor refuses it: absolute aspect ratio must be smaller than 200$"):
         asked(thin, folder)
 
@@ -153,7 +149,7 @@ def test_a_processor_that_refuses_everything_is_no_fault_of_the_records(llava, m
     made = with_template(TEMPLATE)
     monkeypatch.setattr(type(made), "__call__", broken)
     with pytest.raises(TypeError, match="no such argument"):
-        Conversations(made, adapter_for(llava), 150)
+        Preprocessor(made, adapter_for(llava), 150)
 
 
 def test_an_answer_that_would_end_early_is_bad(conversations, folder):
@@ -164,8 +160,8 @@ def test_an_answer_that_would_end_early_is_bad(conversations, folder):
 
 
 def test_what_the_llm_has_no_positions_for_is_bad(processor, llava, folder):
-    long = Conversations(processor, adapter_for(llava), max_length=9999)
-    rest = 512 - TOKENS - 4  # positions of the LLM, without the picture and the words around question and answer
+    long = Preprocessor(processor, adapter_for(llava), max_length=9999)
+    rest = 512 - TOKENS - 4  # positions of the LLM, without the image and the words around question and answer
     assert len(long(read_record(record("<image>" + " w9" * rest, "w20")), folder)["input_ids"]) == 512
     with pytest.raises(BadRecord, match="longer than the LLM's 512 positions"):
         long(read_record(record("<image>" + " w9" * (rest + 1), "w20")), folder)
@@ -177,7 +173,7 @@ def test_the_words_of_a_question_that_are_also_the_answers_are_not_learned(conve
     assert row["labels"][-2:].tolist() == [20, END]
 
 
-def test_several_pictures_and_none(conversations, folder):
+def test_several_images_and_none(conversations, folder):
     two = conversations(read_record(record("<image> w9 <image>", "w20", image=["a.png", "b.png"])), folder)
     assert two["pixel_values"].shape[0] == 2
     assert two["pixel_values"][0].mean() < two["pixel_values"][1].mean()
@@ -188,7 +184,7 @@ def test_several_pictures_and_none(conversations, folder):
 
 
 def test_what_is_too_long_or_broken_is_a_bad_record(processor, llava, folder):
-    short = Conversations(processor, adapter_for(llava), max_length=TOKENS + 5)
+    short = Preprocessor(processor, adapter_for(llava), max_length=TOKENS + 5)
     assert len(short(read_record(record("<image> w10", "w20")), folder)["input_ids"]) == TOKENS + 5
     for content, reason in (
         (record("<image> w10", "w20 w21"), f"longer than {TOKENS + 5} tokens"),
@@ -243,21 +239,21 @@ def test_where_nothing_can_be_trained_on_it_says_so(conversations, folder):
 
 
 def test_rows_stand_together_as_they_stand_alone(conversations, folder):
-    """The loss of a batch, text-only row and two pictures among it, is that of its rows."""
+    """The loss of a batch, text-only row and two images among it, is that of its rows."""
     contents = [
         record("<image> w10 w11 w12", "w20 w21"),
         {"conversations": said("w9", "w20")},
         record("<image> w9 <image>", "w22", image=["a.png", "b.png"]),
     ]
     rows = [conversations(read_record(content), folder) for content in contents]
-    pad = Padded(pad_id=0)
-    small = attach(tiny_llava(), Pool2d(factor=2))
+    pad = Collator(pad_id=0)
+    compressed = attach(tiny_llava(), Pool2d(factor=2))
     losses, counts = [], []
     for row in rows:
         alone = pad([row])
-        losses.append(small(**alone).loss.item())
+        losses.append(compressed(**alone).loss.item())
         counts.append(int((alone["labels"][:, 1:] != IGNORE).sum()))
-    together = small(**pad(rows)).loss.item()
+    together = compressed(**pad(rows)).loss.item()
     wanted = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
     assert together == pytest.approx(wanted, rel=1e-5)
 
@@ -271,26 +267,26 @@ def test_rows_are_padded_on_the_right_and_padding_is_not_learned():
         },
         {"input_ids": torch.tensor([5]), "attention_mask": torch.ones(1).long(), "labels": torch.tensor([5])},
     ]
-    batch = Padded(pad_id=PAD + 3)(rows)
+    batch = Collator(pad_id=PAD + 3)(rows)
     assert batch["input_ids"].tolist() == [[7, 8, 9], [5, 3, 3]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch["labels"].tolist() == [[7, 8, 9], [5, IGNORE, IGNORE]]
 
 
-def test_rows_without_pictures_get_a_blank_one_that_teaches_nothing(conversations, folder):
+def test_rows_without_images_get_a_blank_one_that_teaches_nothing(conversations, folder):
     text = conversations(read_record({"conversations": said("w9 w8", "w7")}), folder)
     seen = conversations(read_record(record("<image> w10", "w20", image="a.png")), folder)
-    pad = Padded(0, conversations.blank())
+    pad = Collator(0, conversations.blank())
     assert len(pad([text, seen])["input_ids"]) == 2
     batch = pad([text])
     assert len(batch["input_ids"]) == 2
     assert len(batch["pixel_values"]) == 1
     assert bool((batch["labels"][1] == IGNORE).all())
-    small = attach(tiny_llava(), Pool2d(factor=2))
-    loss = small(**batch).loss
+    compressed = attach(tiny_llava(), Pool2d(factor=2))
+    loss = compressed(**batch).loss
     loss.backward()
-    assert loss.item() == pytest.approx(small(**Padded(0)([text])).loss.item(), rel=1e-6)
-    gradients = [parameter.grad for parameter in adapter_for(small.inner).projector.parameters()]
+    assert loss.item() == pytest.approx(compressed(**Collator(0)([text])).loss.item(), rel=1e-6)
+    gradients = [parameter.grad for parameter in adapter_for(compressed.inner).projector.parameters()]
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
 
 
@@ -309,13 +305,13 @@ def test_lengths_tell_long_records_from_short_ones(conversations, folder):
 def test_processors_that_cannot_be_used_are_refused(llava):
     bare = tiny_processor("llava")
     with pytest.raises(UserError, match="no chat template"):
-        Conversations(bare, adapter_for(llava), 100)
+        Preprocessor(bare, adapter_for(llava), 100)
     bare.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content[0].text }}{% endfor %}"
     with pytest.raises(UserError, match="in another way once it goes on"):
-        Conversations(bare, adapter_for(llava), 100)
+        Preprocessor(bare, adapter_for(llava), 100)
     bare.chat_template = TEMPLATE.replace("'w5 ' }}", "'w5 ' if loop.last else 'w6 ' }}")
     with pytest.raises(UserError, match="in another way once it goes on"):
-        Conversations(bare, adapter_for(llava), 100)
+        Preprocessor(bare, adapter_for(llava), 100)
 
 
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # its processor's own
@@ -323,7 +319,7 @@ def test_a_processor_that_rewrites_prompts_is_refused(llava):
     rewriting = tiny_processor("paligemma")
     rewriting.chat_template = TEMPLATE
     with pytest.raises(UserError, match="PaliGemmaProcessor rewrites it"):
-        Conversations(rewriting, adapter_for(llava), 100)
+        Preprocessor(rewriting, adapter_for(llava), 100)
 
 
 def test_mini_learns_what_its_own_template_says(tmp_path):
@@ -331,7 +327,7 @@ def test_mini_learns_what_its_own_template_says(tmp_path):
 
     loaded = load("mini")
     Image.new("RGB", (96, 96)).save(tmp_path / "a.png")
-    row = Conversations(loaded.processor, loaded.adapter, 400)(
+    row = Preprocessor(loaded.processor, loaded.adapter, 400)(
         read_record(record("<image>\nwhat color is the ring ?", "red", "where is it ?", "top left")), tmp_path
     )
     kept = row["labels"][row["labels"] != IGNORE]
@@ -341,7 +337,7 @@ def test_mini_learns_what_its_own_template_says(tmp_path):
 
 def test_what_the_template_refuses_is_a_bad_record(llava, folder):
     refusing = "{% if 'w13' in messages[0].content[-1].text %}{{ raise_exception('no w13 here') }}{% endif %}"
-    conversations = Conversations(with_template(refusing + TEMPLATE), adapter_for(llava), 150)
+    conversations = Preprocessor(with_template(refusing + TEMPLATE), adapter_for(llava), 150)
     conversations(read_record(record("<image> w10", "w20")), folder)
     with pytest.raises(BadRecord, match="the chat template refuses it: no w13 here"):
         conversations(read_record(record("<image> w13", "w20")), folder)

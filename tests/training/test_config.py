@@ -78,7 +78,7 @@ def test_changes_win_over_the_file(read):
         (LEAST + "learn: []\n", "learn: nothing would; give at least one of projector"),
         (LEAST + "steps: 3\nseed: 1\nsteps: 4\n", "steps stands twice, again in line 6"),
         (LEAST + "lora: {r: 1, r: 2}\n", "r stands twice"),
-        (LEAST + "pictures: 2026-13-45\n", "is not YAML: month must be"),
+        (LEAST + "images: 2026-13-45\n", "is not YAML: month must be"),
         (LEAST + "evaluation: {every: 1, compressor: random_factor}\n", "evaluation.compressor: random_factor is for"),
         (LEAST + "evaluation: {every: 1, compressor: visionsip}\n", "did you mean 'visionzip'"),
         (LEAST + "schedule: two-stages\n", "did you mean 'two-stage'"),

@@ -108,7 +108,7 @@ def test_recipes_on_mini_differ_in_what_they_are_about_alone(name):
     assert {each for each in different if getattr(config, each) != getattr(usual, each)} == set()
 
 
-#: Visual tokens of a picture over mini's eight layers, worked out by hand; `None` where the pictures decide.
+#: Visual tokens of an image over mini's eight layers, worked out by hand; `None` where the images decide.
 TOKENS = {
     "mini": 8 * 144,
     "mini-llavolta": ((144 + 7 * 9) + 4 * (144 + 9) + 4 * (144 + 36)) / 3,

@@ -81,13 +81,13 @@ def test_means_are_over_the_steps_that_are_run(llava_7b):
     assert never.tokens == 18432
 
 
-def test_random_factors_are_a_mean_and_dfmr_is_for_the_pictures_to_decide(llava_7b):
+def test_random_factors_are_a_mean_and_dfmr_is_for_the_images_to_decide(llava_7b):
     random = explain(read_schedule("random_factor"), llava_7b, 10, 62)
     assert random.tokens == pytest.approx(32 * (576 + 144 + 64) / 3)
     dfmr = explain(read_schedule({"stages": [{"compressor": "dfmr"}, {"compressor": "none"}]}), llava_7b, 10, 62)
     assert (dfmr.tokens, dfmr.flops, dfmr.stages[0].ratio) == (None, None, None)
     assert dfmr.stages[1].tokens == 18432
-    assert "the pictures decide" in lines(dfmr)[0]
+    assert "the images decide" in lines(dfmr)[0]
     draw_staircase(dfmr, "dfmr")
 
 

@@ -11,7 +11,7 @@ from tests.tiny import PATCH, SIDE, tiny_llava
 from tests.training.test_records import record
 from vlmzip.errors import UserError
 from vlmzip.models import adapter_for
-from vlmzip.training.batches import IGNORE, Conversations
+from vlmzip.training.batches import IGNORE, Preprocessor
 from vlmzip.training.records import read_record
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
@@ -118,7 +118,7 @@ def conversations(words, chat_template):
     )
     model = tiny_llava()
     model.config.image_token_id = words.convert_tokens_to_ids("<image>")
-    return Conversations(processor, adapter_for(model), 900)
+    return Preprocessor(processor, adapter_for(model), 900)
 
 
 @pytest.fixture
@@ -225,4 +225,4 @@ def test_a_tokenizer_that_does_not_say_where_its_tokens_stand_is_refused():
     asked = conversations(wrapped(tokenizer("GPT-2")), template(" ", "in the prompt"))
     asked.processor.tokenizer = Slow()
     with pytest.raises(UserError, match="no fast tokenizer"):
-        Conversations(asked.processor, adapter_for(tiny_llava()), 900)
+        Preprocessor(asked.processor, adapter_for(tiny_llava()), 900)

@@ -37,7 +37,7 @@ WORKER = Path(__file__).with_name("worker.py")
 #: Numbers of visual tokens drawn by lot; the attention of a layer read in a hook of the layer; pooled states.
 STAGES = ["random_factor(per=step)", "fastv", "llavolta(layer=1,stride=4)"]
 USUAL = {"schedule": {"stages": [{"compressor": one} for one in STAGES]}, "save_every": 3}
-#: One record in a forward, so that one process sees the record without picture and the other one with.
+#: One record in a forward, so that one process sees the record without image and the other one with.
 SINGLY = {"batch_per_process": 1}
 FSDP = {"sharding": "fsdp", **SINGLY}
 LORA = {"lora": {"r": 4, "alpha": 8, "dropout": 0.0}, "learn": ["vision", "projector", "llm"]}
@@ -144,7 +144,7 @@ def same_weights(one, other, tolerance=2e-5):
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_two_processes_learn_what_one_learns(runs, name):
-    """With accumulation, though one process has a text in a forward in which the other has a picture."""
+    """With accumulation, though one process has a text in a forward in which the other has an image."""
     blank = [[line["blank"] for line in lines] for lines in forwards(runs / name)]
     assert len(blank[0]) == len(blank[1]) == 12
     assert sum(blank[0]) + sum(blank[1]) == 1
@@ -266,11 +266,11 @@ def test_lora_is_refused_under_zero_3(tmp_path, capsys, monkeypatch):
 
 def test_what_is_saved_is_the_gathered_state_where_there_is_one(tmp_path):
     """As under ZeRO-3, where the model itself has no weights to save."""
-    small = attach(tiny_llava(), NoCompression())
-    gathered = {name: value + 1 for name, value in small.state_dict().items()}
-    _save(small, NoCompression(), tiny_processor("llava"), tmp_path / "model", gathered)
+    compressed = attach(tiny_llava(), NoCompression())
+    gathered = {name: value + 1 for name, value in compressed.state_dict().items()}
+    _save(compressed, NoCompression(), tiny_processor("llava"), tmp_path / "model", gathered)
     saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "model").state_dict()
-    for name, value in small.inner.state_dict().items():
+    for name, value in compressed.inner.state_dict().items():
         torch.testing.assert_close(saved[name], value + 1)
 
 

@@ -13,22 +13,22 @@ from vlmzip.training.schedule import read_compressor
 GRID = Grid(1, 12, 12)
 
 
-def pictures(count):
+def images(count):
     return VisualTokens(torch.randn(count, 145, 4), GRID, prefix=1)
 
 
 def lengths(compressor, count=600):
-    return compressor(pictures(count)).length.tolist()
+    return compressor(images(count)).length.tolist()
 
 
-def test_each_picture_has_a_draw_of_its_own_and_every_factor_comes_equally_often():
+def test_each_image_has_a_draw_of_its_own_and_every_factor_comes_equally_often():
     counts = Counter(lengths(RandomFactor().drawn(step=3)))
     assert set(counts) == {144, 36, 16}
     assert all(160 < count < 240 for count in counts.values())  # 200 expected, deviation 12
 
 
-def test_pictures_are_pooled_as_by_their_factor_alone():
-    random, tokens = RandomFactor().drawn(7), pictures(9)
+def test_images_are_pooled_as_by_their_factor_alone():
+    random, tokens = RandomFactor().drawn(7), images(9)
     token_map = random(tokens)
     pooled = token_map.apply(tokens.features)
     for row, length in enumerate(token_map.length.tolist()):

@@ -9,7 +9,7 @@ from PIL import Image
 
 from vlmzip.errors import UserError
 from vlmzip.training import records
-from vlmzip.training.records import BadRecord, Record, Records, Turn, read_record
+from vlmzip.training.records import BadRecord, Records, TrainingRecord, Turn, read_record
 
 
 def said(*texts):
@@ -39,9 +39,9 @@ def test_conversations_of_all_kinds(tmp_path, lines):
     ]
     found = Records(write(tmp_path / "data.json", content, lines))
     assert list(found) == [
-        Record("7", (Turn("<image>\nwhat ?", "this"), Turn("and ?", "that")), ("a.png",)),
-        Record("7", (Turn("what <image> and <image> ?", "two"),), ("a.png", "b/c.png")),
-        Record("", (Turn("hello", "hi"),), ()),
+        TrainingRecord("7", (Turn("<image>\nwhat ?", "this"), Turn("and ?", "that")), ("a.png",)),
+        TrainingRecord("7", (Turn("what <image> and <image> ?", "two"),), ("a.png", "b/c.png")),
+        TrainingRecord("", (Turn("hello", "hi"),), ()),
     ]
     assert found.bad == []
 
@@ -82,7 +82,7 @@ def test_what_is_no_record_says_why(content, reason):
         read_record(content)
 
 
-def test_the_frames_of_a_video_are_pictures_where_it_stands(tmp_path):
+def test_the_frames_of_a_video_are_images_where_it_stands(tmp_path):
     content = [
         film("<video>\nwhat ?", "this", "and ?", "that"),
         film("<image> a", "b", "<image><video> <image>", "d", image=["a.png", "b.png", "c.png"]),
@@ -90,15 +90,15 @@ def test_the_frames_of_a_video_are_pictures_where_it_stands(tmp_path):
     ]
     found = Records(write(tmp_path / "data.json", content, lines=True))
     assert list(found) == [
-        Record("", (Turn("<image><image>\nwhat ?", "this"), Turn("and ?", "that")), ("1.png", "2.png")),
-        Record(
+        TrainingRecord("", (Turn("<image><image>\nwhat ?", "this"), Turn("and ?", "that")), ("1.png", "2.png")),
+        TrainingRecord(
             "",
             (Turn("<image> a", "b"), Turn("<image><image><image> <image>", "d")),
             ("a.png", "b.png", "1.png", "2.png", "c.png"),
         ),
-        Record("", (Turn("<image> ?", "a"),), ("a.png",)),
+        TrainingRecord("", (Turn("<image> ?", "a"),), ("a.png",)),
     ]
-    assert [found.pictures(n) for n in range(3)] == [2, 5, 1]
+    assert [found.images(n) for n in range(3)] == [2, 5, 1]
 
 
 @pytest.mark.parametrize("lines", [True, False])
@@ -112,7 +112,7 @@ def test_bad_records_are_counted_and_the_others_are_read(tmp_path, lines):
     assert [one.id for one in found] == ["0", "3"]
     assert found.bad == [(1, "no JSON"), (2, "not as many <image> as images")]
     assert list(found.numbers) == [0, 3]
-    assert found.pictures(1) == 1
+    assert found.images(1) == 1
     assert found.size(1) == len(texts[3])
 
 
@@ -259,15 +259,15 @@ def test_a_missing_file_is_refused(tmp_path):
         Records(tmp_path / "data.json")
 
 
-def test_pictures_are_loaded_or_bad(tmp_path):
+def test_images_are_loaded_or_bad(tmp_path):
     Image.new("L", (4, 3), 7).save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
-    loaded = read_record(record()).load_pictures(tmp_path)
+    loaded = read_record(record()).load_images(tmp_path)
     assert [(one.mode, one.size) for one in loaded] == [("RGB", (4, 3))]
     with pytest.raises(BadRecord, match="cannot be read"):
-        read_record(record(image="b.png")).load_pictures(tmp_path)
+        read_record(record(image="b.png")).load_images(tmp_path)
     with pytest.raises(BadRecord, match="missing"):
-        read_record(record(image="c.png")).load_pictures(tmp_path)
+        read_record(record(image="c.png")).load_images(tmp_path)
 
 
 def test_a_system_turn_is_named():

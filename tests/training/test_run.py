@@ -59,8 +59,8 @@ def test_the_records_of_a_fraction_are_drawn_by_the_seed(config):
 def test_what_learns(make, learn):
     """In Qwen the projector is a part of the encoder: it learns, or does not, all the same."""
     model = make()
-    adapter, small = adapter_for(model), attach(model, NoCompression())
-    _choose_what_learns(small, adapter, learn, None)
+    adapter, compressed = adapter_for(model), attach(model, NoCompression())
+    _choose_what_learns(compressed, adapter, learn, None)
     inside = set(adapter.projector.parameters())
     parts = {"projector": inside, "llm": set(adapter.llm.parameters())}
     parts["vision"] = set(adapter.vision_encoder.parameters()) - inside
@@ -80,9 +80,9 @@ def test_places_by_lot_are_others_at_every_step_and_forward():
 
 
 def test_after_an_evaluation_training_goes_on_as_before():
-    small = attach(tiny_llava(), Pool2d(factor=2)).train()
-    with evaluating(small, NoCompression()):
-        assert not small.training
-        assert small.compressor == NoCompression()
-    assert small.training
-    assert small.compressor == Pool2d(factor=2)
+    compressed = attach(tiny_llava(), Pool2d(factor=2)).train()
+    with evaluating(compressed, NoCompression()):
+        assert not compressed.training
+        assert compressed.compressor == NoCompression()
+    assert compressed.training
+    assert compressed.compressor == Pool2d(factor=2)

@@ -21,7 +21,7 @@ import vlmzip
 from tests.training.runs import COUNT, losses, stages, write_config, write_run
 from vlmzip import LLaVolta, NoCompression
 from vlmzip.cli.main import main
-from vlmzip.evaluation.answering import Asker
+from vlmzip.evaluation.answering import Answerer
 from vlmzip.training.random_factor import RandomFactor
 from vlmzip.training.trainer import StagedTrainer
 
@@ -253,7 +253,7 @@ def test_gradients_that_are_no_numbers_are_not_saved(again, monkeypatch, setting
     def overflowing(trainer, *args, **kwargs):
         loss = step(trainer, *args, **kwargs)
         if trainer.state.global_step == 5:
-            next(one for one in trainer.small.parameters() if one.grad is not None).grad[0] = float("inf")
+            next(one for one in trainer.compressed.parameters() if one.grad is not None).grad[0] = float("inf")
         return loss
 
     monkeypatch.setattr(StagedTrainer, "training_step", overflowing)
@@ -338,8 +338,8 @@ def test_killed_in_the_middle_of_stage_two(start, tmp_path):
 
 
 def test_what_is_saved_loads_in_transformers_alone_and_answers_with_the_compressor_for_afterwards(start, again):
-    small = vlmzip.from_pretrained(start / "out" / "model")
-    assert small.compressor == NoCompression()
+    compressed = vlmzip.from_pretrained(start / "out" / "model")
+    assert compressed.compressor == NoCompression()
     before, after = weights(start / "model"), weights(start / "out" / "model")
     learned = changed(before, after)
     assert {name for name in before if "vision_tower" in name} & learned == set()
@@ -395,7 +395,7 @@ def test_bad_records_are_reported_and_training_goes_on(start, again, tmp_path):
     content[2]["image"] = ["2.png", "3.png"]
     text = json.dumps(content).replace(json.dumps(content[3]), '{"id": , "conversations": []}')
     (start / "bad.json").write_text(text)
-    out, said = again(records=str(start / "bad.json"), pictures=str(start), steps=10)
+    out, said = again(records=str(start / "bad.json"), images=str(start), steps=10)
     assert len(losses(out)) == 10
     for reason in ("an image is missing", "longer than 200 tokens", "not as many <image> as images", "no JSON"):
         assert f"1 of {COUNT} records left out: {reason}" in said
@@ -407,7 +407,7 @@ def spoil(start, count):
     for one in [one for one in content if "image" in one][:count]:
         one["image"] = "missing.png"
     (start / "spoilt.json").write_text(json.dumps(content))
-    return {"records": str(start / "spoilt.json"), "pictures": str(start)}
+    return {"records": str(start / "spoilt.json"), "images": str(start)}
 
 
 @pytest.mark.parametrize(
@@ -430,7 +430,7 @@ def test_where_many_records_would_be_left_out_no_step_is_taken(start, again, set
 def test_records_that_are_none_count_among_those_left_out(start, again):
     content = json.loads((start / "data.json").read_text())
     (start / "none.json").write_text(json.dumps([*content, *[{"id": "none"}] * 12]))
-    settings = {"records": str(start / "none.json"), "pictures": str(start)}
+    settings = {"records": str(start / "none.json"), "images": str(start)}
     _, said = again(code=2, **settings)
     assert "about 33% of them are left out" in said
     assert "of 24 looked at: no conversations" in said
@@ -496,7 +496,7 @@ def test_another_seed_draws_other_factors(again, tmp_path):
 
 
 def test_padding_is_logged(start, again):
-    """One record at a time needs none, but for the one without picture, beside which stands a black one."""
+    """One record at a time needs none, but for the one without image, beside which stands a black one."""
     assert sum(share > 0 for share in logged(start / "out", "padding")) > 1
     out, _ = again(batch_per_process=1, schedule="llavolta(layer=1)")
     assert sum(share > 0 for share in logged(out, "padding")) == 1
@@ -511,7 +511,7 @@ def test_ragged_rows_are_packed(again):
     assert logged(out, "padding") == [0] * 6
 
 
-def test_a_black_picture_beside_text_counts_as_none(again):
+def test_a_black_image_beside_text_counts_as_none(again):
     out, _ = again(schedule="pool2d(factor=2)", batch=1, steps=COUNT)
     lines = [line for line in map(json.loads, (out / "log.jsonl").open()) if "loss" in line]
     assert sorted(line.get("retention", 1) for line in lines) == [0.25] * (COUNT - 1) + [1]
@@ -536,13 +536,13 @@ def test_every_question_is_asked(start, again, monkeypatch, tmp_path):
     (tmp_path / "0.png").write_bytes((start / "0.png").read_bytes())
     lines = [json.dumps({"image": "0.png", "question": f"w{n}", "answers": ["w50"]}) for n in range(6, 11)]
     (tmp_path / "q.jsonl").write_text("\n".join(lines) + "\n")
-    asked, answer = [], Asker.answer
+    asked, answer = [], Answerer.answer
 
-    def counted(asker, small, pictures, questions, *rest):
+    def counted(answerer, compressed, images, questions, *rest):
         asked.extend(questions)
-        return answer(asker, small, pictures, questions, *rest)
+        return answer(answerer, compressed, images, questions, *rest)
 
-    monkeypatch.setattr(Asker, "answer", counted)
+    monkeypatch.setattr(Answerer, "answer", counted)
     monkeypatch.setattr("vlmzip.training.run.ASK", 2)
     again(steps=1, evaluation={"every": 1, "task": f"{tmp_path}:exact"})
     assert asked == ["w6", "w7", "w8", "w9", "w10"]
@@ -584,7 +584,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(start, again, monkeypatch, who
     ("settings", "said"),
     [
         ({"schedule": "llavolta(layer=9)"}, "layer=9 is no place"),
-        ({"pictures": "nowhere"}, "there is no folder 'nowhere'"),
+        ({"images": "nowhere"}, "there is no folder 'nowhere'"),
         ({"records": "nowhere.json"}, "cannot read 'nowhere.json'"),
         ({"batch": 4, "batch_per_process": 3}, "does not divide"),
         ({"trainer": {"optimm": "sgd"}}, "trainer: .*optimm"),

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from vlmzip import spec
 from vlmzip.cli.main import main
-from vlmzip.evaluation.answering import Asker
+from vlmzip.evaluation.answering import Answerer
 from vlmzip.training import run
 from vlmzip.training.trainer import StagedTrainer
 
@@ -34,17 +34,17 @@ def note(out, **seen):
 def watched_step(self, model, inputs, num_items_in_batch=None, plain=StagedTrainer.training_step):
     step, rows = self.state.global_step, (inputs["labels"] != -100).any(1).tolist()
     loss = plain(self, model, inputs, num_items_in_batch)
-    held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in self.small.parameters())
-    report = self.small.report
-    seen = {"kept": sum(sum(one.by_layer) for one in report.pictures), "padding": int((report.source < 0).sum())}
-    seen |= {"of": sum(one.before * len(one.by_layer) for one in report.pictures), "positions": report.source.numel()}
-    seen |= {"compressor": spec.write(self.small.compressor), "held": held, "blank": not all(rows)}
+    held = sum((p.to_local() if isinstance(p, DTensor) else p).numel() for p in self.compressed.parameters())
+    report = self.compressed.report
+    seen = {"kept": sum(sum(one.by_layer) for one in report.images), "padding": int((report.source < 0).sum())}
+    seen |= {"of": sum(one.before * len(one.by_layer) for one in report.images), "positions": report.source.numel()}
+    seen |= {"compressor": spec.write(self.compressed.compressor), "held": held, "blank": not all(rows)}
     note(self.args.output_dir, step=step, **seen)
     return loss
 
 
-def watched_answer(self, small, pictures, questions, *more, plain=Asker.answer):
-    answers = plain(self, small, pictures, questions, *more)
+def watched_answer(self, compressed, images, questions, *more, plain=Answerer.answer):
+    answers = plain(self, compressed, images, questions, *more)
     if run.ASK == DIVIDED:  # some are right
         answers = [replace(answer, text=question) for answer, question in zip(answers, questions, strict=True)]
     note(os.environ["OUT"], answers=[answer.text for answer in answers])
@@ -52,7 +52,7 @@ def watched_answer(self, small, pictures, questions, *more, plain=Asker.answer):
 
 
 if __name__ == "__main__":
-    StagedTrainer.training_step, Asker.answer = watched_step, watched_answer
+    StagedTrainer.training_step, Answerer.answer = watched_step, watched_answer
     for config in sys.argv[1:]:
         faulthandler.dump_traceback_later(PATIENCE, exit=True)
         os.environ["OUT"] = json.loads(Path(config).read_text())["out"]

@@ -15,7 +15,7 @@ def panel(answer="yes", marked=False):
     return Panel(plain_panel(SEEN, GRID), "method", "4 visual tokens", answer, marked)
 
 
-def test_tokens_on_a_grid_are_drawn_and_others_leave_the_picture_grey():
+def test_tokens_on_a_grid_are_drawn_and_others_leave_the_image_grey():
     token_map = TokenMap.keep(torch.tensor([[True, False, False, False]]))
     drawn = fates_panel(SEEN, token_map, GRID, 0)
     assert drawn.getpixel((78, 78)) == (200, 100, 50)

@@ -18,14 +18,12 @@ EXAMPLES = """  vlmzip ask examples/flat.png "what color is the ring ?"
 
 def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.usage = f"{parser.prog} IMAGE… QUESTION [options]"
-    parser.add_argument(
-        "words", nargs="+", metavar="IMAGE… QUESTION", help="one or several pictures, then the question"
-    )
+    parser.add_argument("words", nargs="+", metavar="IMAGE… QUESTION", help="one or several images, then the question")
     add_model(parser)
     add_method(parser, arguments)
     parser.add_argument("--baseline", action="store_true", help="also answer without compression, and compare")
     parser.add_argument(
-        "--overlay", type=Path, metavar="FILE", help="write a picture of the tokens kept, merged and dropped"
+        "--overlay", type=Path, metavar="FILE", help="write an image of the tokens kept, merged and dropped"
     )
     add_answer_length(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -34,40 +32,40 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
 def run(args: Namespace) -> None:
     from vlmzip.cli.asking import (
         answer,
+        attach_and_note,
         build_inputs,
-        compressed,
         draw,
         plain_account,
-        split_pictures_and_question,
+        split_images_and_question,
         warn_about_detail,
     )
+    from vlmzip.cli.images import check_target, load_image, save_image
     from vlmzip.cli.loading import load, progress
-    from vlmzip.cli.pictures import check_target, load_picture, save_picture
     from vlmzip.methods import NoCompression
 
-    paths, question = split_pictures_and_question(args.words, "ask")
+    paths, question = split_images_and_question(args.words, "ask")
     check_answer_length(args)
     check_method(args, draws=bool(args.overlay))
     if args.overlay:
         check_target(args.overlay, paths)
     for path in paths:
-        load_picture(path)
+        load_image(path)
     loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)
-    small = compressed(loaded, make_method(args, loaded.adapter.profile()))
+    compressed = attach_and_note(loaded, make_method(args, loaded.adapter.profile()))
     inputs = build_inputs(loaded, paths, question)
     with progress("answering"):
         plain = None
         if args.baseline:
-            whole = compressed(loaded, NoCompression())
+            whole = attach_and_note(loaded, NoCompression())
             answer(loaded, whole, inputs, 1)  # the first run pays for one-time set-up, which belongs to neither side
             plain = answer(loaded, whole, inputs, args.max_new_tokens)
-        result = answer(loaded, small, inputs, args.max_new_tokens)
+        result = answer(loaded, compressed, inputs, args.max_new_tokens)
     out: dict[str, Any] = {
         "model": args.model,
-        "compressor": small.compressor.to_dict(),
+        "compressor": compressed.compressor.to_dict(),
         "question": question,
         "answer": result.text,
-        "pictures": [
+        "images": [
             {
                 "path": path,
                 "before": p.before,
@@ -75,7 +73,7 @@ def run(args: Namespace) -> None:
                 "by_layer": p.by_layer,
                 "detail_lost": p.detail_lost and round(p.detail_lost, 3),
             }
-            for path, p in zip(paths, result.report.pictures, strict=True)
+            for path, p in zip(paths, result.report.images, strict=True)
         ],
         "compressed": asdict(result.account),
         "plain": plain_account(loaded, inputs, result.report),
@@ -88,7 +86,7 @@ def run(args: Namespace) -> None:
     print(json.dumps(out, indent=2)) if args.json else _print_account(out)
     warn_about_detail(result.report, paths)
     if args.overlay:
-        save_picture(draw(loaded, inputs, result.report, paths), args.overlay, paths)
+        save_image(draw(loaded, inputs, result.report, paths), args.overlay, paths)
         if not args.json:
             print(f"tokens drawn in {args.overlay}")
 
@@ -100,7 +98,7 @@ def _print_account(out: dict[str, Any]) -> None:
     from vlmzip.cli.console import Console
     from vlmzip.cli.tables import show_bytes, show_count, show_flops
 
-    plain, small, method = out["plain"], out["compressed"], out["compressor"]["method"]
+    plain, compressed, method = out["plain"], out["compressed"], out["compressor"]["method"]
     console = Console(highlight=False, soft_wrap=True)
     if "plain_answer" in out:
         console.print(f"{'plain':<{len(method)}}  {escape(out['plain_answer'])}")
@@ -114,13 +112,13 @@ def _print_account(out: dict[str, Any]) -> None:
         ("prefill FLOPs", "prefill_flops", show_flops),
         ("KV cache", "kv_cache_bytes", show_bytes),
     ):
-        table.add_row(name, f"{show(plain[key])} → {show(small[key])}", f"{plain[key] / small[key]:.1f}x")
-    last = sum(picture["by_layer"][-1] for picture in out["pictures"])
-    if last < small["visual_tokens"]:
+        table.add_row(name, f"{show(plain[key])} → {show(compressed[key])}", f"{plain[key] / compressed[key]:.1f}x")
+    last = sum(image["by_layer"][-1] for image in out["images"])
+    if last < compressed["visual_tokens"]:
         table.add_row(
             "at the last layer", f"{plain['visual_tokens']} → {last}", f"{plain['visual_tokens'] / last:.1f}x"
         )
-    for part, spent in small["milliseconds"].items():
+    for part, spent in compressed["milliseconds"].items():
         before = plain.get("milliseconds", {}).get(part)
         table.add_row(f"{part} ms", ("" if before is None else f"{before:.1f} → ") + f"{spent:.1f}")
     console.print(table)

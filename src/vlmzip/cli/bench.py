@@ -53,7 +53,7 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument(
         "--keep",
         default=A_NINTH,
-        help="visual tokens kept per picture: 64, 0.25 or 25%%; none: methods as they are written; default: a ninth",
+        help="visual tokens kept per image: 64, 0.25 or 25%%; none: methods as they are written; default: a ninth",
     )
     for name, usual, least, what in WHOLE:
         parser.add_argument(
@@ -321,5 +321,5 @@ def _keep_in_words(keep: Any) -> str:
 def _presets_help() -> str:
     return (
         "llava-1.5-7b, llava-1.5-13b: 576 visual tokens; llava-next-7b, llava-next-13b: the same models at LLaVA-NeXT's"
-        " 2,880, as five pictures; video-llava-7b: at Video-LLaVA's 2,048, as eight; default: %(default)s"
+        " 2,880, as five images; video-llava-7b: at Video-LLaVA's 2,048, as eight; default: %(default)s"
     )

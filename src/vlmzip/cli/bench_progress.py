@@ -9,7 +9,7 @@ from rich.status import Status
 from rich.text import Text
 
 from vlmzip.cli.loading import console, tell
-from vlmzip.measure.bench import Step
+from vlmzip.measure.bench import BenchStep
 
 #: Seconds after which a line is due in the middle of a round, and those that lie between two lines at least.
 DUE, SOON = 20.0, 5.0
@@ -29,7 +29,7 @@ class Progress:
         self.begun: list[float] = []
         """When each round began, the one to warm up first."""
 
-    def __call__(self, step: Step) -> None:
+    def __call__(self, step: BenchStep) -> None:
         """Before each run."""
         if step.round is None:
             self.tell(f"counting tokens and FLOPs: {step.name}", DUE)
@@ -67,7 +67,7 @@ class Progress:
         begun = self.begun[1:] if len(self.begun) > 2 else self.begun
         return (begun[-1] - begun[0]) / (len(begun) - 1)
 
-    def _left(self, step: Step) -> str:
+    def _left(self, step: BenchStep) -> str:
         assert step.round is not None
         rounds = step.rounds - step.round + 1
         within = self.clock() - self.begun[-1]

@@ -1,4 +1,4 @@
-"""`vlmzip calibrate FOLDER|IMAGE…`: the threshold with which pictures like these meet a budget on average."""
+"""`vlmzip calibrate FOLDER|IMAGE…`: the threshold with which images like these meet a budget on average."""
 
 from __future__ import annotations
 
@@ -26,41 +26,41 @@ EXAMPLES = """  vlmzip calibrate photos --keep 50%
 def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.usage = f"{parser.prog} FOLDER|IMAGE… --keep KEEP [options]"
     parser.add_argument(
-        "pictures", nargs="+", metavar="FOLDER|IMAGE", help="pictures, and folders of them (without their subfolders)"
+        "images", nargs="+", metavar="FOLDER|IMAGE", help="images, and folders of them (without their subfolders)"
     )
     add_model(parser)
     add_method(parser, arguments, default="dfmr")
-    parser.add_argument("--histogram", type=Path, metavar="FILE", help="draw how the pictures' deviations lie (PNG)")
+    parser.add_argument("--histogram", type=Path, metavar="FILE", help="draw how the images' deviations lie (PNG)")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: Namespace) -> None:
+    from vlmzip.cli.images import check_target, save_image
     from vlmzip.cli.loading import load, progress
-    from vlmzip.cli.pictures import check_target, save_picture
     from vlmzip.runtime.calibration import calibrate
     from vlmzip.visualize.figure import import_matplotlib
     from vlmzip.visualize.histogram import draw_deviations
 
     compressor = _compressor(args)
-    paths = _pictures(args.pictures)
+    paths = _images(args.images)
     if args.histogram:
         import_matplotlib()
         check_target(args.histogram, paths)
     loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)
-    with progress(f"measuring {len(paths)} pictures"):
+    with progress(f"measuring {len(paths)} images"):
         found = calibrate(loaded.model, paths, compressor, args.keep, processor=loaded.processor)
     threshold = getattr(found.compressor, _threshold(compressor))
     out: dict[str, Any] = {
         "model": args.model,
         "compressor": found.compressor.to_dict(),
         "keep": args.keep,
-        "pictures": len(paths),
+        "images": len(paths),
         "average": found.average,
         "reached": found.reached,
         "by_factor": dict(sorted(Counter(found.factors).items())),
     }
     if args.histogram:
-        save_picture(draw_deviations(found.deviations, threshold, compressor.name()), args.histogram, paths)
+        save_image(draw_deviations(found.deviations, threshold, compressor.name()), args.histogram, paths)
         out["histogram"] = str(args.histogram)
     print(json.dumps(out, indent=2)) if args.json else _print(out, found, threshold, args)
 
@@ -89,21 +89,21 @@ def _threshold(compressor: Compressor) -> str:
     return compressor.threshold
 
 
-def _pictures(words: list[str]) -> list[str]:
-    """The pictures meant: those named, and those in the folders named, in the order of their names."""
+def _images(words: list[str]) -> list[str]:
+    """The images meant: those named, and those in the folders named, in the order of their names."""
     from PIL import Image
 
     known = Image.registered_extensions()
     paths: list[str] = []
     for word in words:
         if not is_there(word):
-            raise UserError(f"there is no picture or folder {word!r}")
+            raise UserError(f"there is no image or folder {word!r}")
         if not is_folder(word):
             paths.append(word)
             continue
         inside = sorted(str(path) for path in Path(word).iterdir() if is_file(path) and path.suffix.lower() in known)
         if not inside:
-            raise UserError(f"there is no picture in the folder {word!r} (subfolders are not searched)")
+            raise UserError(f"there is no image in the folder {word!r} (subfolders are not searched)")
         paths += inside
     return paths
 
@@ -112,17 +112,15 @@ def _print(out: dict[str, Any], found: Calibration, threshold: float, args: Name
     from vlmzip.cli.tables import print_table
 
     name = _threshold(found.compressor)
-    print(
-        f"{name} {threshold}: {out['average']:.4g} visual tokens per picture on average, {out['reached']:.1%} of all\n"
-    )
+    print(f"{name} {threshold}: {out['average']:.4g} visual tokens per image on average, {out['reached']:.1%} of all\n")
     after: dict[int, set[int]] = {}
     for factor, count in zip(found.factors, found.after, strict=True):
         after.setdefault(factor, set()).add(count)
     rows = [
-        [str(factor), str(pictures), " to ".join(str(n) for n in sorted({min(after[factor]), max(after[factor])}))]
-        for factor, pictures in out["by_factor"].items()
+        [str(factor), str(images), " to ".join(str(n) for n in sorted({min(after[factor]), max(after[factor])}))]
+        for factor, images in out["by_factor"].items()
     ]
-    print_table(["factor", "pictures", "visual tokens"], rows)
+    print_table(["factor", "images", "visual tokens"], rows)
     print(f'\nuse it: vlmzip ask IMAGE QUESTION --method "{spec.write(found.compressor)}"')
     if "histogram" in out:
         print(f"deviations drawn in {out['histogram']}")

@@ -30,9 +30,7 @@ WIDE = 112
 
 def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.usage = f"{parser.prog} IMAGE… QUESTION [options]"
-    parser.add_argument(
-        "words", nargs="+", metavar="IMAGE… QUESTION", help="one or several pictures, then the question"
-    )
+    parser.add_argument("words", nargs="+", metavar="IMAGE… QUESTION", help="one or several images, then the question")
     add_model(parser)
     parser.add_argument("--methods", metavar="A,B,…", help=f"separated by commas, each {spec.FORMS}; default: all")
     parser.add_argument(
@@ -40,7 +38,7 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
         default=A_NINTH,
         help="visual tokens to keep per image: 64, 0.25 or 25%%; as-set: methods as they are written; default: a ninth",
     )
-    parser.add_argument("--sheet", type=Path, metavar="FILE", help="draw the tokens of every method on one picture")
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help="draw the tokens of every method on one image")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write everything as one page for the browser")
     parser.add_argument(
         "--repeats", type=int, default=3, metavar="N", help="timed runs of each method; default: %(default)s"
@@ -50,27 +48,27 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
 
 
 def run(args: Namespace) -> None:
-    from vlmzip.cli.asking import build_inputs, seen_pictures, split_pictures_and_question
+    from vlmzip.cli.asking import build_inputs, seen_images, split_images_and_question
     from vlmzip.cli.compare_output import Comparison
     from vlmzip.cli.comparing import compare
+    from vlmzip.cli.images import load_image
     from vlmzip.cli.loading import load, tell
-    from vlmzip.cli.pictures import load_picture
 
-    paths, question = split_pictures_and_question(args.words, "compare")
+    paths, question = split_images_and_question(args.words, "compare")
     _check(args, paths)
     methods = spec.candidates(args.methods)
     if args.keep is not None:
         named = [(one.name, one.method) for one in methods]
         refuse_second_budgets(named, args.keep, f"take the budget out of the method, or give --keep {AS_SET}")
     for path in paths:
-        load_picture(path)
+        load_image(path)
     loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)
     inputs = build_inputs(loaded, paths, question)
     rows = compare(loaded, inputs, methods, args.keep, repeats=args.repeats, max_new_tokens=args.max_new_tokens)
     device, dtype = loaded.model.device, loaded.model.dtype
     found = Comparison(rows, args.model, question, paths, args.keep, args.repeats, device, dtype)
     try:
-        _write(found, seen_pictures(loaded, inputs, paths), args.sheet, args.html)
+        _write(found, seen_images(loaded, inputs, paths), args.sheet, args.html)
     finally:  # a full disk must not cost the answers, nor a reader that stops early (`| head -5`) the files
         _print(found, args)
     if broken := [row.method for row in rows if row.broke]:
@@ -80,11 +78,11 @@ def run(args: Namespace) -> None:
 
 def _write(found: Comparison, seen: list[Image.Image], sheet_file: Path | None, html_file: Path | None) -> None:
     from vlmzip.cli.compare_output import page, sheet
-    from vlmzip.cli.pictures import save_picture
+    from vlmzip.cli.images import save_image
     from vlmzip.files import write_text
 
     if sheet_file:
-        save_picture(sheet(found, seen), sheet_file, found.paths)
+        save_image(sheet(found, seen), sheet_file, found.paths)
     if html_file:
         text = page(found, seen)
         write_text(html_file, text)
@@ -102,7 +100,7 @@ def _print(found: Comparison, args: Namespace) -> None:
 
 def _check(args: Namespace, paths: list[str]) -> None:
     """Raises `UserError` for what can be refused before anything slow happens, and reads `keep`."""
-    from vlmzip.cli.pictures import check_target
+    from vlmzip.cli.images import check_target
     from vlmzip.files import refuse_source
 
     if args.keep == AS_SET:

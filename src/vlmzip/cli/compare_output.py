@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vlmzip.cli.asking import Answer
-from vlmzip.cli.comparing import PLAIN, Row
+from vlmzip.cli.asking import TimedAnswer
+from vlmzip.cli.comparing import PLAIN, MethodRow
 from vlmzip.cli.tables import show_bytes, show_flops
 from vlmzip.keep import Keep, parse_keep
 from vlmzip.runtime.report import compact
@@ -33,7 +33,7 @@ OUTCOME = 5
 class Comparison:
     """The rows, the plain model's first, and under what conditions they came about."""
 
-    rows: list[Row]
+    rows: list[MethodRow]
     model: str
     question: str
     paths: list[str]
@@ -44,7 +44,7 @@ class Comparison:
     dtype: torch.dtype
 
     @property
-    def plain(self) -> Answer:
+    def plain(self) -> TimedAnswer:
         assert self.rows[0].first is not None
         return self.rows[0].first
 
@@ -55,19 +55,19 @@ class Comparison:
     @property
     def budget(self) -> str:
         """The budget in words."""
-        before = " and ".join(dict.fromkeys(f"{picture.before:,}" for picture in self.plain.report.pictures))
+        before = " and ".join(dict.fromkeys(f"{image.before:,}" for image in self.plain.report.images))
         if self.keep is None:
-            return f"methods as they are written, {before} visual tokens a picture, {self.model}"
-        asked = min(parse_keep(self.keep), max(picture.before for picture in self.plain.report.pictures))
+            return f"methods as they are written, {before} visual tokens an image, {self.model}"
+        asked = min(parse_keep(self.keep), max(image.before for image in self.plain.report.images))
         share = str(asked) if isinstance(asked, int) else f"{100 * asked:.3g}%"
-        return f"{share} of {before} visual tokens a picture, {self.model}"
+        return f"{share} of {before} visual tokens an image, {self.model}"
 
     @cached_property
-    def noted(self) -> list[Row]:
+    def noted(self) -> list[MethodRow]:
         """The rows with a footnote, in the order of its number."""
         return [row for row in self.rows if row.note]
 
-    def cells(self, row: Row) -> list[str]:
+    def cells(self, row: MethodRow) -> list[str]:
         """The row in words, one for each of `COLUMNS`."""
         name = row.method + (f" ({self.noted.index(row) + 1})" if row.note else "")
         if row.first is None:
@@ -84,7 +84,7 @@ class Comparison:
             *(f"{row.milliseconds[part]:.1f}" for part in PARTS),
         ]
 
-    def answer(self, row: Row) -> str:
+    def answer(self, row: MethodRow) -> str:
         assert row.first is not None
         return (DIFFERS if row.differs else "") + (printable(row.first.text) or "(empty)")
 
@@ -95,7 +95,7 @@ class Comparison:
         if any(row.differs for row in self.rows):
             notes.append(f"{DIFFERS}another answer than {PLAIN}'s")
         if len(self.paths) > 1:
-            notes.append(f"visual tokens: of {len(self.paths)} pictures together")
+            notes.append(f"visual tokens: of {len(self.paths)} images together")
         stepped = [compact(row.first.report.by_layer) for row in self.rows if row.first]
         example = next((counts for counts in stepped if "→" in counts), None)
         if example:
@@ -118,9 +118,9 @@ def as_json(found: Comparison) -> dict[str, Any]:
         "model": found.model,
         "question": found.question,
         "keep": asked,
-        "pictures": [
-            {"path": path, "visual_tokens": picture.before}
-            for path, picture in zip(found.paths, found.plain.report.pictures, strict=True)
+        "images": [
+            {"path": path, "visual_tokens": image.before}
+            for path, image in zip(found.paths, found.plain.report.images, strict=True)
         ],
         "rows": [_row_as_json(row) for row in found.rows],
         "timing": {
@@ -133,17 +133,17 @@ def as_json(found: Comparison) -> dict[str, Any]:
     }
 
 
-def _row_as_json(row: Row) -> dict[str, Any]:
+def _row_as_json(row: MethodRow) -> dict[str, Any]:
     out: dict[str, Any] = {"method": row.method, "note": row.note or None, "answer": None}
-    if row.first is None or row.small is None:
+    if row.first is None or row.compressed is None:
         return out
     report, account = row.first.report, row.first.account
     return out | {
         "answer": row.first.text,
         "differs": row.differs,
-        "compressor": row.small.compressor.to_dict(),
+        "compressor": row.compressed.compressor.to_dict(),
         "visual_tokens_by_layer": report.by_layer,
-        "pictures": [{"before": p.before, "after": p.after, "by_layer": list(p.by_layer)} for p in report.pictures],
+        "images": [{"before": p.before, "after": p.after, "by_layer": list(p.by_layer)} for p in report.images],
         "retention": report.retention,
         "compression_ratio": 1 / report.retention,
         "prefill_flops": account.prefill_flops,
@@ -153,16 +153,16 @@ def _row_as_json(row: Row) -> dict[str, Any]:
 
 
 def sheet(found: Comparison, seen: list[Image.Image]) -> Image.Image:
-    """One page with every picture under every method that ran."""
+    """One page with every image under every method that ran."""
     panels = []
     for row in found.rows:
         if row.first is None:
             continue
         images = _images(row, row.first, seen)
-        for number, (image, picture) in enumerate(zip(images, row.first.report.pictures, strict=True), 1):
-            title = row.method + f", picture {number}" * (len(images) > 1) + " (answer differs)" * row.differs
-            ratio = picture.before * len(picture.by_layer) / sum(picture.by_layer)
-            counts = _counts(ratio, picture.by_layer)
+        for number, (image, counted) in enumerate(zip(images, row.first.report.images, strict=True), 1):
+            title = row.method + f", image {number}" * (len(images) > 1) + " (answer differs)" * row.differs
+            ratio = counted.before * len(counted.by_layer) / sum(counted.by_layer)
+            counts = _counts(ratio, counted.by_layer)
             panels.append(Panel(image, title, counts, printable(row.first.text), row.differs))
     absent = [f"{row.method}: {printable(row.note)}" for row in found.rows if row.first is None]
     return contact_sheet(f"{found.title}   ({found.budget})", panels, absent, together=len(seen))
@@ -190,9 +190,9 @@ def _counts(ratio: float, by_layer: list[int] | tuple[int, ...]) -> str:
     return f"{ratio:.1f}x, {compact(by_layer)} visual tokens"
 
 
-def _images(row: Row, first: Answer, seen: list[Image.Image]) -> list[Image.Image]:
-    """What became of the tokens of each picture, drawn on it; without compression the picture itself."""
-    pairs = list(zip(seen, first.report.pictures, strict=True))
+def _images(row: MethodRow, first: TimedAnswer, seen: list[Image.Image]) -> list[Image.Image]:
+    """What became of the tokens of each image, drawn on it; without compression the image itself."""
+    pairs = list(zip(seen, first.report.images, strict=True))
     if row.method == PLAIN:
-        return [plain_panel(one, picture.grid) for one, picture in pairs]
-    return [fates_panel(one, picture.token_map, picture.grid, picture.prefix) for one, picture in pairs]
+        return [plain_panel(one, image.grid) for one, image in pairs]
+    return [fates_panel(one, image.token_map, image.grid, image.prefix) for one, image in pairs]

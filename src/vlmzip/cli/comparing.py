@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from statistics import median
 from typing import Any
 
-from vlmzip.cli.asking import Answer, answer, attach_with_notes, compressed
+from vlmzip.cli.asking import TimedAnswer, answer, attach_and_note, attach_with_notes
 from vlmzip.cli.loading import Loaded, progress
 from vlmzip.compressor import BudgetError, Compressor, Profile, missed
 from vlmzip.errors import UserError, reason, telling_beyond_positions
@@ -20,14 +20,14 @@ PLAIN = NoCompression.name()
 
 
 @dataclass
-class Row:
+class MethodRow:
     """What came of one method."""
 
     method: str
     note: str = ""
     """Why there is no answer, or what is unusual about it."""
-    small: CompressedModel | None = None
-    first: Answer | None = None
+    compressed: CompressedModel | None = None
+    first: TimedAnswer | None = None
     differs: bool = False
     """Whether the answer is another than the plain model's."""
     broke: bool = False
@@ -39,16 +39,16 @@ class Row:
         """The median of the timed runs, by part."""
         return {part: median(run[part] for run in self.spent) for part in self.spent[0]} if self.spent else {}
 
-    def run(self, loaded: Loaded, inputs: dict[str, Any], max_new_tokens: int) -> Answer:
-        assert self.small is not None
+    def run(self, loaded: Loaded, inputs: dict[str, Any], max_new_tokens: int) -> TimedAnswer:
+        assert self.compressed is not None
         with progress(self.method), telling_beyond_positions(self._add_note):
-            return answer(loaded, self.small, inputs, max_new_tokens)
+            return answer(loaded, self.compressed, inputs, max_new_tokens)
 
     def _add_note(self, text: str) -> None:
         self.note = "; ".join(filter(None, [self.note, text]))
 
     def give_up(self, error: Exception) -> None:
-        self.note, self.first, self.small, self.differs = reason(error), None, None, False
+        self.note, self.first, self.compressed, self.differs = reason(error), None, None, False
         self.broke = not isinstance(error, UserError)
 
 
@@ -60,18 +60,18 @@ def compare(
     *,
     repeats: int,
     max_new_tokens: int,
-) -> list[Row]:
+) -> list[MethodRow]:
     """A row for each method, the plain model's first; without `keep` they run as they are written.
 
     The runs of all methods are interleaved, so that none has the machine to itself while another shares it.
     """
-    plain = Row(PLAIN, small=compressed(loaded, NoCompression()))
+    plain = MethodRow(PLAIN, compressed=attach_and_note(loaded, NoCompression()))
     plain.first = plain.run(loaded, inputs, max_new_tokens)  # without it there is nothing to compare: errors are told
-    profile = picture_profile(loaded, plain.first)
+    profile = image_profile(loaded, plain.first)
     rows = [plain, *(_first_run(loaded, inputs, one, keep, profile, max_new_tokens) for one in methods)]
     for _ in range(repeats):
         for row in rows:
-            if row.small is not None:
+            if row.compressed is not None:
                 try:
                     row.spent.append(row.run(loaded, inputs, max_new_tokens).account.milliseconds)
                 except Exception as error:
@@ -83,9 +83,9 @@ def compare(
     return rows
 
 
-def picture_profile(loaded: Loaded, plain: Answer) -> Profile:
-    """The shape that budgets are set for: the pictures' own grid, the largest if they differ."""
-    grids = [picture.grid for picture in plain.report.pictures if picture.grid is not None]
+def image_profile(loaded: Loaded, plain: TimedAnswer) -> Profile:
+    """The shape that budgets are set for: the images' own grid, the largest if they differ."""
+    grids = [image.grid for image in plain.report.images if image.grid is not None]
     usual = loaded.adapter.profile()
     return replace(usual, grid=max(grids, key=lambda grid: grid.size)) if grids else usual
 
@@ -109,12 +109,12 @@ def configure(candidate: Candidate, keep: Keep | None, profile: Profile) -> tupl
 
 def _first_run(
     loaded: Loaded, inputs: dict[str, Any], one: Candidate, keep: Keep | None, profile: Profile, max_new_tokens: int
-) -> Row:
+) -> MethodRow:
     """Sets a method up and runs it once: the answer, and the warm-up of the timing."""
-    row = Row(one.name)
+    row = MethodRow(one.name)
     try:
         compressor, note = configure(one, keep, profile)
-        row.small, notes = attach_with_notes(loaded, compressor)
+        row.compressed, notes = attach_with_notes(loaded, compressor)
         row.note = "; ".join(filter(None, [note, *notes]))
         row.first = row.run(loaded, inputs, max_new_tokens)
     except Exception as error:  # whatever is wrong with one method, the others are still worth comparing

@@ -47,13 +47,13 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
         "--keep",
         default="75%,50%,25%,11%",
         metavar="K,K,…",
-        help="average budgets, tokens per picture or shares of them, or as-set: methods as they are written;"
+        help="average budgets, tokens per image or shares of them, or as-set: methods as they are written;"
         " default: 75%%,50%%,25%%,11%%",
     )
     parser.add_argument("--tasks", metavar="T,T,…", help=f"{TASKS}; default: {DEFAULT_TASKS}")
     parser.add_argument("--limit", type=int, metavar="N", help="ask only the first questions of each task")
     parser.add_argument(
-        "--calibrate-on", metavar="FOLDER", help="pictures for the thresholds of methods that decide by content"
+        "--calibrate-on", metavar="FOLDER", help="images for the thresholds of methods that decide by content"
     )
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="questions at a time; default: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="length of answers; default: the task's")
@@ -63,16 +63,16 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
         metavar="FOLDER",
         help="where results go; default: runs/eval/MODEL; answers are kept, curves and tables are the last run's",
     )
-    parser.add_argument("--report", action="store_true", help="write report.html, with pictures whose answers changed")
+    parser.add_argument("--report", action="store_true", help="write report.html, with images whose answers changed")
     parser.add_argument(
-        "--examples", type=int, default=4, metavar="N", help="pictures for each row of the report; default: %(default)s"
+        "--examples", type=int, default=4, metavar="N", help="images for each row of the report; default: %(default)s"
     )
     parser.add_argument(
         "--against",
         metavar="PAPER",
         help="print a paper's numbers for the same model, method and budget, and the difference",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of intervals and of the report's choice of pictures")
+    parser.add_argument("--seed", type=int, default=0, help="of intervals and of the report's choice of images")
     parser.add_argument("--json", action="store_true", help="print JSON")
     suite.add_arguments(parser)
 

@@ -16,14 +16,14 @@ from vlmzip.version import __version__
 #: What each command does. Each is a module of this package that has `EXAMPLES`, `add_arguments(parser, arguments)`
 #: and `run(args)`.
 COMMANDS = {
-    "ask": "ask a vision-language model about one or several pictures",
+    "ask": "ask a vision-language model about one or several images",
     "bench": "measure speed and memory at the dimensions of a large model, with random weights",
-    "calibrate": "set a method's threshold so that your pictures meet a budget on average",
+    "calibrate": "set a method's threshold so that your images meet a budget on average",
     "compare": "ask one question with every method at one budget, and show the answers side by side",
     "eval": "score methods at several budgets on whole sets of questions, with intervals, curves and a report",
     "methods": "list the compression methods, or the fields of one",
     "models": "list the model families that vlmzip can compress",
-    "show": "draw which visual tokens of pictures are kept, merged and dropped",
+    "show": "draw which visual tokens of images are kept, merged and dropped",
     "study": "repeat the papers' analyses on a model: what attends to what, which tokens matter, at which layer",
     "train": "train a model with compression, in stages that a YAML file describes",
     "tune": "find the method and budget that stay within a cost and a loss on your questions",
@@ -170,7 +170,7 @@ def _owners(option: str) -> str:
 
 
 def _overview() -> str:
-    lines = ["usage: vlmzip COMMAND …", "", "Answer questions about pictures with a fraction of the visual tokens.", ""]
+    lines = ["usage: vlmzip COMMAND …", "", "Answer questions about images with a fraction of the visual tokens.", ""]
     lines += [f"  {name:<11}{does}" for name, does in COMMANDS.items()]
     return "\n".join([*lines, "", "vlmzip COMMAND --help shows a command's options and examples."])
 

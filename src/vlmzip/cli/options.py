@@ -76,7 +76,7 @@ def add_method(parser: ArgumentParser, arguments: list[str], default: str = DEFA
         "--method",
         help=f"{spec.FORMS}; default: what is saved with the model, else {default}",
     )
-    parser.add_argument("--keep", help="visual tokens to keep per picture: 64, 0.25 or 25%%")
+    parser.add_argument("--keep", help="visual tokens to keep per image: 64, 0.25 or 25%%")
     first = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--method", nargs="?")
     first.add_argument("--model", nargs="?")
@@ -118,7 +118,7 @@ def check_method(args: Namespace, *, draws: bool = False) -> None:
     if args.keep is not None and own:
         raise UserError(f"give --keep or --{own[0].replace('_', '-')}, not both")
     if draws and resampling(method) is not None:
-        raise UserError(f"each token of {method.name()} comes from the whole picture: there is no token map to draw")
+        raise UserError(f"each token of {method.name()} comes from the whole image: there is no token map to draw")
 
 
 def refuse_second_budgets(methods: Iterable[tuple[str, Compressor | None]], keep: object, otherwise: str) -> None:

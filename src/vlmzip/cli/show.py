@@ -1,4 +1,4 @@
-"""`vlmzip show IMAGE`: which visual tokens of a picture are kept, merged and dropped."""
+"""`vlmzip show IMAGE`: which visual tokens of an image are kept, merged and dropped."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EXAMPLES = """  vlmzip show examples/cluttered.png
 
 
 def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
-    parser.add_argument("pictures", nargs="+", metavar="IMAGE", help="one or several pictures")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="one or several images")
     add_model(parser)
     add_method(parser, arguments)
     parser.add_argument(
@@ -28,9 +28,9 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
 def run(args: Namespace) -> None:
     import torch
 
-    from vlmzip.cli.asking import build_inputs, compressed, draw
+    from vlmzip.cli.asking import attach_and_note, build_inputs, draw
+    from vlmzip.cli.images import check_target, load_image, save_image
     from vlmzip.cli.loading import load, progress
-    from vlmzip.cli.pictures import check_target, load_picture, save_picture
     from vlmzip.runtime.prepare import compress_inputs
 
     check_method(args, draws=True)
@@ -38,24 +38,23 @@ def run(args: Namespace) -> None:
     if any(stage.site is Site.IN_LLM for stage in method.stages()):
         raise UserError(f"{method.name()} chooses inside the LLM, by the question; use vlmzip ask … --overlay FILE")
     if args.out:
-        check_target(args.out, args.pictures)
-    for path in args.pictures:
-        load_picture(path)
+        check_target(args.out, args.images)
+    for path in args.images:
+        load_image(path)
     loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)
-    compressor = compressed(loaded, make_method(args, loaded.adapter.profile())).compressor
+    compressor = attach_and_note(loaded, make_method(args, loaded.adapter.profile())).compressor
     with progress("encoding"), torch.no_grad():
-        inputs = build_inputs(loaded, args.pictures, "")
+        inputs = build_inputs(loaded, args.images, "")
         report = compress_inputs(loaded.model, inputs, compressor).report
-    out = args.out or Path(f"{Path(args.pictures[0]).stem}_{compressor.name()}.png")
-    save_picture(draw(loaded, inputs, report, args.pictures), out, args.pictures)
+    out = args.out or Path(f"{Path(args.images[0]).stem}_{compressor.name()}.png")
+    save_image(draw(loaded, inputs, report, args.images), out, args.images)
     counts = [
-        {"path": path, "before": p.before, "after": p.after}
-        for path, p in zip(args.pictures, report.pictures, strict=True)
+        {"path": path, "before": p.before, "after": p.after} for path, p in zip(args.images, report.images, strict=True)
     ]
     if args.json:
         print(
             json.dumps(
-                {"model": args.model, "compressor": compressor.to_dict(), "pictures": counts, "overlay": str(out)},
+                {"model": args.model, "compressor": compressor.to_dict(), "images": counts, "overlay": str(out)},
                 indent=2,
             )
         )

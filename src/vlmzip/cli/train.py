@@ -97,7 +97,7 @@ def _explain(config: Config, args: Namespace) -> None:
     from vlmzip.training.explain import COLUMNS, as_json, explain, lines
 
     if args.staircase:
-        _check_picture(args.staircase)
+        _check_image(args.staircase)
     _note_what_is_missing(config)
     adapter, steps = _on_paper(config, args.shape), _steps(config)
     schedule = config.schedule_for(adapter.profile().layers)
@@ -174,7 +174,7 @@ def _note_unreached(cost: Cost, steps: int) -> None:
         note(f"too few steps, {steps:,}, to reach stage {', '.join(unreached)}")
 
 
-def _check_picture(path: Path) -> None:
+def _check_image(path: Path) -> None:
     from vlmzip.files import refuse_source
 
     if path.suffix not in (".png", ".svg"):

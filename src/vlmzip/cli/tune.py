@@ -15,7 +15,7 @@ from vlmzip.evaluation.tasks import FORMS as TASKS
 from vlmzip.keep import count_to_keep, parse_keep
 
 if TYPE_CHECKING:
-    from vlmzip.cli.tune_output import Found
+    from vlmzip.cli.tune_output import SearchOutcome
     from vlmzip.evaluation.configurations import Configuration
     from vlmzip.evaluation.processes import Processes
     from vlmzip.evaluation.study import Study
@@ -28,7 +28,7 @@ EXAMPLES = """  vlmzip tune --max-loss 5 --limit 1000
   vlmzip tune --task my_questions:exact --calibrate-on other_photos --max-flops 30% --keep 40%,30%,20%,10%
 
 With a cost and a loss: the cheapest that meets both. With a cost alone: the best score within it. With a loss alone:
-the cheapest within it, in visual tokens. Half of the pictures choose, the other half confirms. A loss counts as within
+the cheapest within it, in visual tokens. Half of the images choose, the other half confirms. A loss counts as within
 the limit only where a larger one would have shown on the confirming half in 39 of 40 cases; where it is the estimate
 alone, that is said. If nothing meets
 the limits there is no compressor.json, and the exit code is 0 all the same; it is 1 where a candidate broke.
@@ -42,7 +42,7 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     limits = parser.add_argument_group("limits, one of the costs or --max-loss or both")
     costs = limits.add_mutually_exclusive_group()
     costs.add_argument(
-        "--max-tokens", metavar="Y", help="visual tokens per picture, the mean over all layers of the LLM: 64 or 11%%"
+        "--max-tokens", metavar="Y", help="visual tokens per image, the mean over all layers of the LLM: 64 or 11%%"
     )
     costs.add_argument("--max-flops", metavar="SHARE", help="prefill FLOPs of the LLM, of the uncompressed: 30%%")
     costs.add_argument(
@@ -64,11 +64,11 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
         "--keep",
         default=KEEP,
         metavar="K,K,…",
-        help=f"average budgets to try, tokens per picture or shares of them; default: {KEEP}".replace("%", "%%"),
+        help=f"average budgets to try, tokens per image or shares of them; default: {KEEP}".replace("%", "%%"),
     )
     parser.add_argument("--limit", type=int, metavar="N", help="use only the first questions of the task")
     parser.add_argument(
-        "--calibrate-on", metavar="FOLDER", help="pictures for the thresholds of methods that decide by content"
+        "--calibrate-on", metavar="FOLDER", help="images for the thresholds of methods that decide by content"
     )
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="questions at a time; default: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="length of answers; default: the task's")
@@ -94,7 +94,7 @@ def run(args: Namespace) -> None:
     task = read_one_task(args.task, args.limit, args.calibrate_on)
     if args.max_new_tokens is not None:
         task = replace(task, max_new_tokens=args.max_new_tokens)
-    halves(task.samples, args.seed)  # refuses what has too few pictures before the model is loaded
+    halves(task.samples, args.seed)  # refuses what has too few images before the model is loaded
     folder = args.out or Path("runs", "tune", Path(args.model).name)
     with Processes() as processes:
         loaded = load(args.model, processes.device(args.device), args.dtype, allow_pickle=args.allow_pickle)
@@ -114,11 +114,13 @@ def run(args: Namespace) -> None:
         sys.exit(1)
 
 
-def _search(study: Study, task: Task, rows: list[Configuration], args: Namespace, processes: Processes) -> Found:
-    from vlmzip.cli.tune_output import Found
+def _search(
+    study: Study, task: Task, rows: list[Configuration], args: Namespace, processes: Processes
+) -> SearchOutcome:
+    from vlmzip.cli.tune_output import SearchOutcome
     from vlmzip.evaluation.configurations import TOO_FAR
     from vlmzip.evaluation.tuned_study import TunedStudy, prefill_milliseconds
-    from vlmzip.evaluation.tuning import Tuning, Wish
+    from vlmzip.evaluation.tuning import Target, Tuning
 
     configurations = _distinct(rows)
     asked = TunedStudy(study, task, configurations, _cost(args), args.seed)
@@ -130,14 +132,14 @@ def _search(study: Study, task: Task, rows: list[Configuration], args: Namespace
     tuning = Tuning(
         asked,
         asked.expected(),
-        {part: [sample.picture for sample in some.samples] for part, some in asked.parts.items()},
-        Wish(_most(args, asked), loss),
+        {part: [sample.image for sample in some.samples] for part, some in asked.parts.items()},
+        Target(_most(args, asked), loss),
         study.batch,
         args.seed,
         margin=0.0 if asked.cost == "ms" else TOO_FAR,
         tell=study.tell if processes.first else lambda _: None,
     )
-    return Found(asked, tuning, tuning.run(), [row for row in rows if row.compressor is None])
+    return SearchOutcome(asked, tuning, tuning.run(), [row for row in rows if row.compressor is None])
 
 
 def _distinct(rows: list[Configuration]) -> list[Configuration]:
@@ -154,7 +156,7 @@ def _cost(args: Namespace) -> Cost:
 
 
 def _most(args: Namespace, asked: TunedStudy) -> float | None:
-    """The wished limit in the unit of the cost; a share of the tokens is one of the middle picture's."""
+    """The wished limit in the unit of the cost; a share of the tokens is one of the middle image's."""
     if args.max_tokens is not None:
         return float(count_to_keep(args.max_tokens, asked.profile.grid.size))
     return args.max_prefill_ms if args.max_flops is None else float(parse_keep(args.max_flops))

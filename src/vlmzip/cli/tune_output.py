@@ -20,7 +20,7 @@ from vlmzip.evaluation.bootstrap import Estimate
 from vlmzip.evaluation.configurations import Configuration
 from vlmzip.evaluation.report import NOTHING
 from vlmzip.evaluation.tuned_study import Cost, TunedStudy
-from vlmzip.evaluation.tuning import LEAST_PICTURES, PLAIN, Out, Row, Tuning, Verdict
+from vlmzip.evaluation.tuning import LEAST_IMAGES, PLAIN, CandidateRow, Rejection, Tuning, Verdict
 from vlmzip.files import write_csv
 from vlmzip.runtime.saving import FILE, write_compressor
 
@@ -36,7 +36,7 @@ FATES = {
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchOutcome:
     """A search that has ended."""
 
     asked: TunedStudy
@@ -46,21 +46,21 @@ class Found:
     """Methods at budgets that cannot be."""
 
     @property
-    def chosen(self) -> Row | None:
+    def chosen(self) -> CandidateRow | None:
         return None if self.verdict.kind == "nothing" else self.verdict.row
 
     @property
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[CandidateRow]:
         """Those that were asked most come first, and among them the best; what costs too much comes last."""
 
-        def place(row: Row) -> tuple[bool, int, float]:
-            return row.out == Out("cost"), -row.asked, row.lost if row.asked else row.cost
+        def place(row: CandidateRow) -> tuple[bool, int, float]:
+            return row.out == Rejection("cost"), -row.asked, row.lost if row.asked else row.cost
 
         return sorted(self.tuning.rows.values(), key=place)
 
-    def too_dear(self, row: Row) -> bool:
+    def too_dear(self, row: CandidateRow) -> bool:
         """Whether a candidate costs so much that it was not asked at all."""
-        return row.out == Out("cost") and not row.asked
+        return row.out == Rejection("cost") and not row.asked
 
     @property
     def broken(self) -> dict[str, str]:
@@ -75,14 +75,14 @@ class Found:
         """Answers if everything that was asked at all had been asked everything, and the uncompressed model."""
         return len(self.asked.task.samples) * (1 + sum(row.asked > 0 for row in self.rows))
 
-    def name(self, row: Row) -> str:
+    def name(self, row: CandidateRow) -> str:
         """A candidate in one line, as `--method` takes it."""
         return self._name(row.number)
 
-    def method(self, row: Row) -> str:
+    def method(self, row: CandidateRow) -> str:
         return self.asked.configurations[row.number].method
 
-    def compressor(self, row: Row) -> Compressor:
+    def compressor(self, row: CandidateRow) -> Compressor:
         return self._compressor(row.number)
 
     def _name(self, number: int) -> str:
@@ -93,7 +93,7 @@ class Found:
         assert compressor is not None
         return compressor
 
-    def fate(self, row: Row) -> str:
+    def fate(self, row: CandidateRow) -> str:
         """What became of a candidate."""
         if row is self.chosen:
             return "chosen"
@@ -101,19 +101,19 @@ class Found:
             return "dearer than what meets it" if row in self.tuning.waiting() else "kept to the end, not chosen"
         return FATES[row.out.why]
 
-    def detail(self, row: Row) -> str:
+    def detail(self, row: CandidateRow) -> str:
         """Whom a dropped candidate was clearly behind, or how it broke."""
         if row.out is None or row.out.why not in ("behind", "broke"):
             return ""
         behind = row.out.why == "behind"
         return self.name(self.tuning.rows[row.out.than]) if behind else self.asked.failures.get(row.number, "")
 
-    def costs(self, row: Row) -> dict[str, float]:
+    def costs(self, row: CandidateRow) -> dict[str, float]:
         """What is known of a candidate's costs."""
         return self.asked.means(row.number) if row.asked else {self.asked.cost: row.cost} if row.cost else {}
 
 
-def show(found: Found, args: Namespace) -> None:
+def show(found: SearchOutcome, args: Namespace) -> None:
     """Writes everything and prints what came out; a full disk must not cost the table."""
     folder = found.asked.study.folder
     try:
@@ -125,7 +125,7 @@ def show(found: Found, args: Namespace) -> None:
         print(json.dumps(as_json(found, args), indent=2)) if args.json else _print(found, folder, args)
 
 
-def _draw(found: Found, folder: Path) -> None:
+def _draw(found: SearchOutcome, folder: Path) -> None:
     from vlmzip.evaluation.curves import save_figure
     from vlmzip.evaluation.tuning_curve import draw
     from vlmzip.visualize.figure import import_matplotlib
@@ -143,19 +143,19 @@ def _draw(found: Found, folder: Path) -> None:
 # ---------------------------------------------------------------- in words
 
 
-def sentences(found: Found) -> list[str]:
+def sentences(found: SearchOutcome) -> list[str]:
     """The verdict."""
-    row, wish = found.verdict.row, found.tuning.wish
+    row, target = found.verdict.row, found.tuning.target
     if found.verdict.kind == "nothing":
         return [_nothing(found)]
     assert row is not None
     assert row.held is not None
-    held, confirming = row.held, len(found.tuning.pictures["confirm"])
+    held, confirming = row.held, len(found.tuning.images["confirm"])
     where = f"on {confirming:,} questions that chose nothing ({100 * held.score:.1f} % for {100 * held.plain:.1f} %)"
     said = [f"{found.name(row)}: {_cost(held.cost, found.asked.cost)}, loses {_interval(row)} points {where}"]
     if found.verdict.kind == "certified":
         said.append(
-            f"The loss is within {_points(wish.loss)}: with all tries considered at most {100 * held.bound:.1f}."
+            f"The loss is within {_points(target.loss)}: with all tries considered at most {100 * held.bound:.1f}."
         )
     elif found.verdict.kind == "likely":
         said.append(_unsure(found, row))
@@ -164,31 +164,31 @@ def sentences(found: Found) -> list[str]:
     return said
 
 
-def _unsure(found: Found, row: Row) -> str:
+def _unsure(found: SearchOutcome, row: CandidateRow) -> str:
     assert row.held is not None
-    count, pictures = len(found.tuning.pictures["confirm"]), len(set(found.tuning.pictures["confirm"]))
-    within = f"The estimate is within {_points(found.tuning.wish.loss)}, but"
+    count, images = len(found.tuning.images["confirm"]), len(set(found.tuning.images["confirm"]))
+    within = f"The estimate is within {_points(found.tuning.target.loss)}, but"
     if math.isinf(row.held.bound):
-        return f"{within} {pictures} pictures cannot tell: at least {LEAST_PICTURES} have to confirm."
+        return f"{within} {images} images cannot tell: at least {LEAST_IMAGES} have to confirm."
     return (
         f"{within} {count:,} questions cannot tell: the loss may reach {100 * row.held.bound:.1f}. Ask more questions."
     )
 
 
-def _nothing(found: Found) -> str:
-    row, wish = found.verdict.row, found.tuning.wish
+def _nothing(found: SearchOutcome) -> str:
+    row, target = found.verdict.row, found.tuning.target
     if row is None:
         return "Nothing meets it: no candidate can run; tune.csv says why."
     if row.out and row.out.why == "cost":
-        most, what = _cost(wish.most, found.asked.cost), "Nothing that runs" if found.broken else "Nothing"
+        most, what = _cost(target.most, found.asked.cost), "Nothing that runs" if found.broken else "Nothing"
         return f"{what} costs at most {most}; the cheapest is {found.name(row)}, {_cost(row.cost, found.asked.cost)}."
-    within = f" at {_cost(wish.most, found.asked.cost)}" if wish.most is not None else ""
-    return _lossy(found, row, f"{_points(wish.loss)}{within}")
+    within = f" at {_cost(target.most, found.asked.cost)}" if target.most is not None else ""
+    return _lossy(found, row, f"{_points(target.loss)}{within}")
 
 
-def _lossy(found: Found, row: Row, wished: str) -> str:
+def _lossy(found: SearchOutcome, row: CandidateRow, wished: str) -> str:
     """That nobody is known to lose so little, by the nearest; whether the interval rules it out, or estimates alone."""
-    loss, doubtful = found.tuning.wish.loss, found.tuning.in_doubt()
+    loss, doubtful = found.tuning.target.loss, found.tuning.in_doubt()
     assert loss is not None
     half, cost = ("confirms", row.held.cost) if row.held else ("chooses", row.cost)
     loses = f"loses {_interval(row)} points on the half that {half}"
@@ -202,7 +202,7 @@ def _lossy(found: Found, row: Row, wished: str) -> str:
     return f"{estimates}; {nearest}, so {100 * loss:g} is not ruled out{whom}: ask more questions."
 
 
-def _print(found: Found, folder: Path, args: Namespace) -> None:
+def _print(found: SearchOutcome, folder: Path, args: Namespace) -> None:
     task = found.asked.task
     print(f"{task.name}: {task.about}; {task.metric.about}; {len(task.samples):,} questions\n")
     costs = ["tokens", "FLOPs", *(["ms"] if found.asked.cost == "ms" else [])]
@@ -219,7 +219,7 @@ def _print(found: Found, folder: Path, args: Namespace) -> None:
     print(f"written to {folder}")
 
 
-def _left_out(found: Found) -> list[str]:
+def _left_out(found: SearchOutcome) -> list[str]:
     """What is not in the table, a line for each reason."""
     dear = [row for row in found.rows if found.too_dear(row)]  # the cheapest first
     told = []
@@ -240,7 +240,7 @@ def _by_method(methods: Sequence[str]) -> str:
     return ", ".join(f"{count:,} of {method}" for method, count in Counter(methods).items())
 
 
-def _cells(found: Found, row: Row) -> list[str]:
+def _cells(found: SearchOutcome, row: CandidateRow) -> list[str]:
     costs = found.costs(row)
     shown = [_shown(costs.get("tokens"), "{:.1f}"), _shown(costs.get("flops"), "{:.1%}")]
     shown += [_shown(costs.get("ms"), "{:.1f}")] if found.asked.cost == "ms" else []
@@ -263,7 +263,7 @@ def _points(loss: float | None) -> str:
     return f"{100 * loss:g} points"
 
 
-def _interval(row: Row) -> str:
+def _interval(row: CandidateRow) -> str:
     """The loss on the confirming half, or on the choosing one where nothing was confirmed."""
     return _estimate(row.held.loss if row.held else row.loss)
 
@@ -275,16 +275,16 @@ def _estimate(loss: Estimate | None) -> str:
 # ---------------------------------------------------------------- as data
 
 
-def as_json(found: Found, args: Namespace) -> dict[str, Any]:
+def as_json(found: SearchOutcome, args: Namespace) -> dict[str, Any]:
     """Scores, losses and shares are from 0 to 1; a bound that nobody knows is null."""
-    folder, wish = found.asked.study.folder, found.tuning.wish
+    folder, target = found.asked.study.folder, found.tuning.target
     return {
         "model": args.model,
         "task": found.asked.task.name,
         "out": str(folder),
         "cost": found.asked.cost,
-        "most": wish.most,
-        "loss": wish.loss,
+        "most": target.most,
+        "loss": target.loss,
         "verdict": found.verdict.kind,
         "said": sentences(found),
         "chosen": _candidate(found, found.chosen) if found.chosen else None,
@@ -292,14 +292,14 @@ def as_json(found: Found, args: Namespace) -> dict[str, Any]:
         "tries": len(found.tuning.tries),
         "answers": found.tuning.answers,
         "grid": found.grid,
-        "questions": {part: len(pictures) for part, pictures in found.tuning.pictures.items()},
+        "questions": {part: len(images) for part, images in found.tuning.images.items()},
         "candidates": [_candidate(found, row) for row in found.rows],
         "broken": found.broken,
         "impossible": [{"method": one.method, "budget": one.budget, "note": one.note} for one in found.impossible],
     }
 
 
-def _candidate(found: Found, row: Row) -> dict[str, Any]:
+def _candidate(found: SearchOutcome, row: CandidateRow) -> dict[str, Any]:
     one = found.asked.configurations[row.number]
     out: dict[str, Any] = {"method": one.method, "budget": one.budget, "compressor": found.name(row)}
     out |= {**found.costs(row), "asked": row.asked, "rounds": row.round, "fate": found.fate(row)}
@@ -312,7 +312,7 @@ def _candidate(found: Found, row: Row) -> dict[str, Any]:
     return out
 
 
-def _csv(found: Found) -> list[dict[str, object]]:
+def _csv(found: SearchOutcome) -> list[dict[str, object]]:
     """A line for the uncompressed model and each candidate, scores in percent; then what cannot be, and why."""
     rows = [_plain_line(found), *(_line(found, row) for row in found.rows)]
     rows += [_broken_line(found, number) for number in found.asked.failures if number not in found.tuning.rows]
@@ -321,7 +321,7 @@ def _csv(found: Found) -> list[dict[str, object]]:
     return [{name: row.get(name, "") for name in columns} for row in rows]
 
 
-def _plain_line(found: Found) -> dict[str, object]:
+def _plain_line(found: SearchOutcome) -> dict[str, object]:
     one, plain = found.asked.configurations[PLAIN], found.tuning.plain
     line: dict[str, object] = {"method": one.method, "budget": one.budget, "compressor": one.method}
     if not plain.asked:
@@ -330,13 +330,13 @@ def _plain_line(found: Found) -> dict[str, object]:
     return line | costs | {"asked": plain.asked, "score": _percent(plain.score)}
 
 
-def _broken_line(found: Found, number: int) -> dict[str, object]:
+def _broken_line(found: SearchOutcome, number: int) -> dict[str, object]:
     """What broke when it was timed, and was no candidate any more."""
     one, (name, why) = found.asked.configurations[number], found.broke(number)
     return {"method": one.method, "budget": one.budget, "compressor": name, "fate": FATES["broke"], "detail": why}
 
 
-def _line(found: Found, row: Row) -> dict[str, object]:
+def _line(found: SearchOutcome, row: CandidateRow) -> dict[str, object]:
     one = found.asked.configurations[row.number]
     line: dict[str, object] = {"method": one.method, "budget": one.budget, "compressor": found.name(row)}
     line |= {name: f"{value:.4f}" for name, value in found.costs(row).items()}

@@ -1,6 +1,6 @@
-"""How sure a score is: intervals from drawing the pictures of a task again and again.
+"""How sure a score is: intervals from drawing the images of a task again and again.
 
-Pictures are drawn, not questions, since several questions about one picture stand and fall together. All
+Images are drawn, not questions, since several questions about one image stand and fall together. All
 configurations of a task are summed up over the same draws, so that the difference of two of them is paired.
 """
 
@@ -30,15 +30,15 @@ class Estimate:
 
 
 class Bootstrap:
-    """The draws for one task; `pictures` has the picture of each question, in the order of all that is summed up."""
+    """The draws for one task; `images` has the image of each question, in the order of all that is summed up."""
 
-    def __init__(self, pictures: Sequence[str], seed: int, draws: int = DRAWS) -> None:
-        number = {picture: index for index, picture in enumerate(dict.fromkeys(pictures))}
-        self._place = np.array([number[picture] for picture in pictures])
+    def __init__(self, images: Sequence[str], seed: int, draws: int = DRAWS) -> None:
+        number = {image: index for index, image in enumerate(dict.fromkeys(images))}
+        self._place = np.array([number[image] for image in images])
         self._count, self._seed, self._draws = len(number), seed, draws
 
     def share(self, above: np.ndarray, below: np.ndarray) -> np.ndarray:
-        """sum(above) / sum(below) for each draw, after the value for all pictures as they are.
+        """sum(above) / sum(below) for each draw, after the value for all images as they are.
 
         A mean is the share of the scores by ones. Where nothing is below, the share is 0.
         """
@@ -47,7 +47,7 @@ class Bootstrap:
         return np.divide(drawn[:, 0], drawn[:, 1], out=np.zeros(len(drawn)), where=drawn[:, 1] != 0)
 
     def means(self, columns: np.ndarray) -> np.ndarray:
-        """The mean of each column (questions by columns) for each draw, after the means for all pictures as they are.
+        """The mean of each column (questions by columns) for each draw, after the means for all images as they are.
 
         Columns share their draws, so differences between them are paired.
         """
@@ -57,11 +57,11 @@ class Bootstrap:
         return drawn[:, 1:] / drawn[:, :1]
 
     def _times(self) -> Iterator[np.ndarray]:
-        """How often each picture is drawn, some draws at a time; the same each time it is called."""
-        dice = np.random.default_rng(self._seed)
+        """How often each image is drawn, some draws at a time; the same each time it is called."""
+        rng = np.random.default_rng(self._seed)
         for start in range(0, self._draws, _TOGETHER):
             many = min(_TOGETHER, self._draws - start)
-            yield dice.multinomial(self._count, np.full(self._count, 1 / self._count), size=many).astype(float)
+            yield rng.multinomial(self._count, np.full(self._count, 1 / self._count), size=many).astype(float)
 
 
 def estimate(shares: np.ndarray) -> Estimate:

@@ -13,12 +13,12 @@ from torch import nn
 from vlmzip import catalogue, spec
 from vlmzip.compressor import Calibratable, Compressor, Profile, missed
 from vlmzip.errors import UserError
-from vlmzip.evaluation.answering import Asker
+from vlmzip.evaluation.answering import Answerer
 from vlmzip.evaluation.fingerprint import of_method_code
-from vlmzip.evaluation.task import Calibration, Task
+from vlmzip.evaluation.task import CalibrationSet, Task
 from vlmzip.keep import AS_SET, count_to_keep, parse_keep
 from vlmzip.methods import NoCompression
-from vlmzip.runtime.calibration import Measured, measure, meet
+from vlmzip.runtime.calibration import MeasuredImage, measure, meet
 from vlmzip.runtime.saving import attach_saved
 from vlmzip.spec import Candidate
 
@@ -26,7 +26,7 @@ PLAIN = NoCompression.name()
 WHOLE = "100%"
 #: A nearest setting farther from the budget than this share of it is no answer to the question.
 TOO_FAR = 0.25
-#: Questions whose pictures tell how large the grids of a task are.
+#: Questions whose images tell how large the grids of a task are.
 LOOK_AT = 32
 
 
@@ -43,7 +43,7 @@ class Configuration:
     note: str = ""
     """Why there is no compressor, or what is unusual about it."""
     calibrated_on: str = ""
-    """The pictures that set the method's threshold."""
+    """The images that set the method's threshold."""
 
     @property
     def is_plain(self) -> bool:
@@ -84,13 +84,13 @@ class Configurator:
     """Sets methods to budgets on one model; what calibration measures is measured once for all budgets."""
 
     model: nn.Module
-    asker: Asker
+    answerer: Answerer
     name: str
     """Where the model came from; a compressor saved there brings its weights."""
     calibrated: list[dict[str, Any]] = field(default_factory=list)
     """Calibrations that were made before, and those that are made now; as JSON. A run that goes on, perhaps elsewhere,
     must go on with the same thresholds."""
-    _measured: dict[tuple[str, str], list[Measured]] = field(default_factory=dict)
+    _measured: dict[tuple[str, str], list[MeasuredImage]] = field(default_factory=dict)
     _digests: dict[str, str] = field(default_factory=dict)
 
     def rows(self, task: Task, methods: Sequence[Candidate], budgets: Sequence[str]) -> Iterator[Configuration]:
@@ -115,8 +115,8 @@ class Configurator:
         else:
             chosen, reached = method.at_budget(budget, profile)
             note = _near(budget, reached, profile)
-        small, notes = attach_saved(self.model, chosen, self.name)  # whether it has a place in the model
-        small.detach()
+        compressed, notes = attach_saved(self.model, chosen, self.name)  # whether it has a place in the model
+        compressed.detach()
         told = "; ".join(filter(None, [note, *notes]))
         return Configuration(task.name, candidate.name, budget, chosen, told, calibrated_on)
 
@@ -124,41 +124,41 @@ class Configurator:
         if task.calibration is None:
             raise UserError(task.uncalibrated)
         key = {"task": task.name, "method": spec.write(method), "budget": budget, "on": task.calibration.about}
-        key |= {"code": of_method_code(method), "pictures": self._digest(task.calibration)}
+        key |= {"code": of_method_code(method), "images": self._digest(task.calibration)}
         for known in self.calibrated:
             if key.items() <= known.items():
                 return catalogue.from_dict(known["compressor"])
-        pictures = key["method"], key["pictures"]
-        if pictures not in self._measured:
-            self._measured[pictures] = measure(
-                self.model, task.calibration.pictures(), method, processor=self.asker.processor
+        images = key["method"], key["images"]
+        if images not in self._measured:
+            self._measured[images] = measure(
+                self.model, task.calibration.images(), method, processor=self.answerer.processor
             )
-        found = meet(method, self._measured[pictures], budget).compressor
+        found = meet(method, self._measured[images], budget).compressor
         self.calibrated.append({**key, "compressor": plain_json(found.to_dict())})
         return found
 
-    def _digest(self, calibration: Calibration) -> str:
+    def _digest(self, calibration: CalibrationSet) -> str:
         if calibration.about not in self._digests:
             self._digests[calibration.about] = calibration.digest
         return self._digests[calibration.about]
 
     def profile(self, task: Task) -> Profile:
-        """The shape that budgets are set for: where pictures have grids of their own, the median of the first ones.
+        """The shape that budgets are set for: where images have grids of their own, the median of the first ones.
 
         A task that does not tell its questions beforehand has the model's own.
         """
         if not task.samples:
-            return self.asker.adapter.profile()
-        first = {sample.picture: sample for sample in task.samples[:LOOK_AT]}.values()
-        inputs = self.asker.inputs([sample.load() for sample in first], [""] * len(first))
-        grids = sorted(self.asker.adapter.grids(inputs), key=lambda grid: grid.size)
-        return replace(self.asker.adapter.profile(), grid=grids[(len(grids) - 1) // 2])
+            return self.answerer.adapter.profile()
+        first = {sample.image: sample for sample in task.samples[:LOOK_AT]}.values()
+        inputs = self.answerer.inputs([sample.load() for sample in first], [""] * len(first))
+        grids = sorted(self.answerer.adapter.grids(inputs), key=lambda grid: grid.size)
+        return replace(self.answerer.adapter.profile(), grid=grids[(len(grids) - 1) // 2])
 
 
 def read_calibrated(path: Path, known: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the calibrations that a run noted in a file. Raise `UserError` if it holds anything else."""
     found = known.get("calibrated", [])
-    names = ("task", "method", "budget", "on", "code", "pictures")
+    names = ("task", "method", "budget", "on", "code", "images")
 
     def is_whole(one: Any) -> bool:
         texts = isinstance(one, dict) and all(isinstance(one.get(name), str) for name in names)

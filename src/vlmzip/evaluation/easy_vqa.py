@@ -1,4 +1,4 @@
-"""easy-VQA, from the package of that name: 9,673 questions about 1,000 pictures of one shape each (64 x 64 pixels).
+"""easy-VQA, from the package of that name: 9,673 questions about 1,000 images of one shape each (64 x 64 pixels).
 
 github.com/vzhou842/easy-VQA, MIT licence. There are 13 answers, and most are yes or no: always saying yes is right in
 37 %. For a model that was not trained on it (mini knows neither "rectangle" nor "teal") the task is transfer.
@@ -13,15 +13,15 @@ from typing import Any
 from vlmzip.errors import UserError
 from vlmzip.evaluation.fingerprint import of_image
 from vlmzip.evaluation.metrics import METRICS
-from vlmzip.evaluation.task import Calibration, Sample, Task
-from vlmzip.runtime.pictures import load_picture
+from vlmzip.evaluation.task import CalibrationSet, Sample, Task
+from vlmzip.runtime.images import load_image
 
 NAME = "easy-vqa"
 RELATIONS = {
     "transfer": "the model was not trained on it",
     "tuned": "the model was fine-tuned on its training split, says who runs this",
 }
-#: The first of its 4,000 training pictures.
+#: The first of its 4,000 training images.
 CALIBRATE_ON = 200
 
 
@@ -30,28 +30,28 @@ def easy_vqa_task(limit: int | None, relation: str) -> Task:
     package = _package()
     paths = package.get_test_image_paths()
     seen: Counter[int] = Counter()
-    pixels = cache(lambda picture: of_image(load_picture(paths[picture])))
+    pixels = cache(lambda image: of_image(load_image(paths[image])))
     samples = []
-    for question, answer, picture in list(zip(*package.get_test_questions(), strict=True))[:limit]:
+    for question, answer, image in list(zip(*package.get_test_questions(), strict=True))[:limit]:
         samples.append(
             Sample(
-                id=f"{picture}-{seen[picture]}",
-                picture=str(picture),
+                id=f"{image}-{seen[image]}",
+                image=str(image),
                 question=question,
                 answers=(answer,),
-                load=partial(load_picture, paths[picture]),
-                pixels=pixels(picture),
+                load=partial(load_image, paths[image]),
+                pixels=pixels(image),
                 groups={"type": _type(question, answer)},
             )
         )
-        seen[picture] += 1
+        seen[image] += 1
     return Task(
         name=f"{NAME}:{relation}",
         about=f"easy-VQA's test split; {relation}: {RELATIONS[relation]}",
         metric=METRICS["exact"],
         samples=samples,
         max_new_tokens=8,
-        calibration=Calibration(f"easy-VQA's first {CALIBRATE_ON} training pictures", partial(_training, package)),
+        calibration=CalibrationSet(f"easy-VQA's first {CALIBRATE_ON} training images", partial(_training, package)),
     )
 
 

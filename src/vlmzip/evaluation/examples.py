@@ -15,11 +15,11 @@ from vlmzip.evaluation.study import Study
 from vlmzip.evaluation.task import Sample, Task
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.report import compact
-from vlmzip.visualize.overlay import seen_picture
+from vlmzip.visualize.overlay import seen_image
 from vlmzip.visualize.sheet import fates_panel, plain_panel
 
 GAP = 6
-"""Pixels between a picture and its tokens."""
+"""Pixels between an image and its tokens."""
 
 
 @dataclass(frozen=True)
@@ -28,15 +28,15 @@ class Example:
 
     sample: Sample
     plain: Record
-    small: Record
+    compressed: Record
     image: Image.Image
-    """The picture, and beside it the fate of its tokens."""
+    """The image, and beside it the fate of its tokens."""
     tokens: str
 
     @property
     def kind(self) -> str:
         """What the change is worth."""
-        gain = self.small["score"] - self.plain["score"]
+        gain = self.compressed["score"] - self.plain["score"]
         return "lost" if gain < 0 else "gained" if gain > 0 else "changed"
 
 
@@ -46,28 +46,28 @@ def examples(study: Study, task: Task, plain: Result, result: Result, most: int,
     compressor = result.configuration.compressor
     if compressor is None or not len(chosen):
         return []
-    small = study.attach(compressor)
+    compressed = study.attach(compressor)
     try:
         found = []
         for place in sorted(chosen):
             sample = task.samples[place]
-            image, counts = _drawn(study, small, sample)
+            image, counts = _drawn(study, compressed, sample)
             found.append(Example(sample, plain.records[place], result.records[place], image, compact(counts)))
         return found
     finally:
-        small.detach()
+        compressed.detach()
 
 
-def _drawn(study: Study, small: CompressedModel, sample: Sample) -> tuple[Image.Image, Sequence[int]]:
-    picture = sample.load()
-    inputs = study.asker.inputs([picture], [sample.question])
+def _drawn(study: Study, compressed: CompressedModel, sample: Sample) -> tuple[Image.Image, Sequence[int]]:
+    image = sample.load()
+    inputs = study.answerer.inputs([image], [sample.question])
     with torch.inference_mode():
-        small.generate(**inputs, max_new_tokens=1, do_sample=False)
-    pixels, images = inputs[study.adapter.picture_inputs[0]], study.processor.image_processor
-    if pixels.ndim == 4:  # as the encoder sees it, cropped and scaled; else the grid covers the whole picture
-        picture = seen_picture(pixels[0], images.image_mean, images.image_std)
-    (report,) = small.report.pictures
-    panels = plain_panel(picture, report.grid), fates_panel(picture, report.token_map, report.grid, report.prefix)
+        compressed.generate(**inputs, max_new_tokens=1, do_sample=False)
+    pixels, processor = inputs[study.adapter.image_inputs[0]], study.processor.image_processor
+    if pixels.ndim == 4:  # as the encoder sees it, cropped and scaled; else the grid covers the whole image
+        image = seen_image(pixels[0], processor.image_mean, processor.image_std)
+    (report,) = compressed.report.images
+    panels = plain_panel(image, report.grid), fates_panel(image, report.token_map, report.grid, report.prefix)
     return _side_by_side(*panels), report.by_layer
 
 

@@ -79,10 +79,13 @@ def of_weights(weights: Mapping[str, Tensor]) -> str:
         return _digest(f"{name} {digest}" for name, digest in zip(weights, digests, strict=True))
 
 
-def of_method(small: CompressedModel) -> dict[str, str]:
+def of_method(compressed: CompressedModel) -> dict[str, str]:
     """Return what answers depend on beside a method's settings: code from outside of this package, and weights."""
-    weights = small.resampler.state_dict() if small.resampler is not None else {}
-    return {"method code": of_method_code(small.compressor), "method weights": of_weights(weights) if weights else ""}
+    weights = compressed.resampler.state_dict() if compressed.resampler is not None else {}
+    return {
+        "method code": of_method_code(compressed.compressor),
+        "method weights": of_weights(weights) if weights else "",
+    }
 
 
 def of_method_code(compressor: Compressor) -> str:

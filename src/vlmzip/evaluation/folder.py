@@ -1,9 +1,9 @@
-"""Questions of one's own: a JSONL file, one object a line, beside the pictures that it names.
+"""Questions of one's own: a JSONL file, one object a line, beside the images that it names.
 
     {"image": "street.jpg", "question": "What does the sign say?", "answers": ["stop"], "type": "reading"}
 
 `answers` is a list, or one text; `id` (default: the line's number) and `type` can be left out. Everything is read and
-every picture is decoded before the model is loaded: a broken one ends the command at once, with its name, since a
+every image is decoded before the model is loaded: a broken one ends the command at once, with its name, since a
 question left out in silence would change the score.
 """
 
@@ -21,26 +21,26 @@ from PIL import Image
 from vlmzip.errors import UserError, closest
 from vlmzip.evaluation.fingerprint import of_image
 from vlmzip.evaluation.metrics import METRICS, Metric
-from vlmzip.evaluation.task import Calibration, Sample, Task
+from vlmzip.evaluation.task import CalibrationSet, Sample, Task
 from vlmzip.files import is_folder, is_there
 from vlmzip.json_text import JsonError, parse, read_lines
-from vlmzip.runtime.pictures import load_picture
+from vlmzip.runtime.images import load_image
 
 FIELDS = ("image", "question", "answers", "id", "type")
-UNCALIBRATED = "its threshold has to be set from pictures that are not asked about: name them, --calibrate-on FOLDER"
+UNCALIBRATED = "its threshold has to be set from images that are not asked about: name them, --calibrate-on FOLDER"
 
 
 def folder_task(place: str, metric: str, limit: int | None, calibrate_on: str | None) -> Task:
     """The questions of a JSONL file, or of the only one in a folder.
 
-    Raises `UserError` naming file and line for what cannot be read, and for pictures that cannot be read.
+    Raises `UserError` naming file and line for what cannot be read, and for images that cannot be read.
     """
     path, how = _questions_file(Path(place)), METRICS[metric]
     samples = _read(path, how)[:limit]
     if not samples:
         raise UserError(f"there is no question in {str(path)!r}")
-    pixels = check_pictures(samples)
-    samples = [replace(sample, pixels=pixels[sample.picture]) for sample in samples]
+    pixels = check_images(samples)
+    samples = [replace(sample, pixels=pixels[sample.image]) for sample in samples]
     return Task(
         name=place,
         about=f"{len(samples):,} questions of {path.name}",
@@ -52,22 +52,22 @@ def folder_task(place: str, metric: str, limit: int | None, calibrate_on: str | 
     )
 
 
-def check_pictures(samples: Sequence[Sample]) -> dict[str, str]:
-    """Decodes every picture once, and returns its digest.
+def check_images(samples: Sequence[Sample]) -> dict[str, str]:
+    """Decodes every image once, and returns its digest.
 
     Raises `UserError` with how many cannot be read, and why the first cannot.
     """
     pixels: dict[str, str] = {}
     wrong: dict[str, str] = {}
-    for picture, load in {sample.picture: sample.load for sample in samples}.items():
+    for image, load in {sample.image: sample.load for sample in samples}.items():
         try:
-            pixels[picture] = of_image(load())
+            pixels[image] = of_image(load())
         except UserError as error:
-            wrong[picture] = str(error)
+            wrong[image] = str(error)
     if wrong:
-        all_of = len({sample.picture for sample in samples})
+        all_of = len({sample.image for sample in samples})
         first = next(iter(wrong.values()))
-        raise UserError(f"{len(wrong)} of {all_of} pictures cannot be read; the first: {first}")
+        raise UserError(f"{len(wrong)} of {all_of} images cannot be read; the first: {first}")
     return pixels
 
 
@@ -114,24 +114,24 @@ def _sample(folder: Path, number: int, content: Any, metric: Metric) -> Sample:
     path = folder / content["image"]
     return Sample(
         id=str(content.get("id", number)),
-        picture=str(path),
+        image=str(path),
         question=content["question"],
         answers=tuple(answers),
-        load=partial(load_picture, path),
+        load=partial(load_image, path),
         pixels="",  # known when all have been decoded
         groups={"type": str(content["type"])} if "type" in content else {},
     )
 
 
-def calibration_on(folder: str, samples: Sequence[Sample]) -> Calibration:
-    """The pictures of a folder. Raises `UserError` where there are none, or some that `samples` ask about."""
+def calibration_on(folder: str, samples: Sequence[Sample]) -> CalibrationSet:
+    """The images of a folder. Raises `UserError` where there are none, or some that `samples` ask about."""
     if not is_folder(folder):
-        raise UserError(f"--calibrate-on {folder!r} is no folder of pictures")
+        raise UserError(f"--calibrate-on {folder!r} is no folder of images")
     known = Image.registered_extensions()
     paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in known)
     if not paths:
-        raise UserError(f"there is no picture in the folder {folder!r} (subfolders are not searched)")
-    asked = {os.path.realpath(sample.picture) for sample in samples}
+        raise UserError(f"there is no image in the folder {folder!r} (subfolders are not searched)")
+    asked = {os.path.realpath(sample.image) for sample in samples}
     if shared := [path for path in paths if os.path.realpath(path) in asked]:
-        raise UserError(f"--calibrate-on {folder!r} holds pictures that are asked about, {shared[0].name} for one")
-    return Calibration(f"the {len(paths)} pictures of {folder}", lambda: map(str, paths))
+        raise UserError(f"--calibrate-on {folder!r} holds images that are asked about, {shared[0].name} for one")
+    return CalibrationSet(f"the {len(paths)} images of {folder}", lambda: map(str, paths))

@@ -37,7 +37,7 @@ def kept(
 
     `name` and `settings` (JSON) tell what is asked from all else; `settings["compressor"]` goes into the records. As in
     `Study`, batches are cut from all samples, and shared among the processes. `beside` (JSON) has, for each sample,
-    what its answer depends on beside its own question and picture.
+    what its answer depends on beside its own question and image.
 
     Raises `UserError` where the folder holds answers of another model, or to other questions, or what fails `check`.
     """

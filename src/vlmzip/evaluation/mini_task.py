@@ -1,4 +1,4 @@
-"""mini's own test split, by type of question and by complexity of the picture."""
+"""mini's own test split, by type of question and by complexity of the image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 from vlmzip.evaluation.fingerprint import of_image
 from vlmzip.evaluation.metrics import METRICS
-from vlmzip.evaluation.task import Calibration, Sample, Task
+from vlmzip.evaluation.task import CalibrationSet, Sample, Task
 from vlmzip.mini.assets import shipped_assets
 from vlmzip.mini.drawing import draw
 from vlmzip.mini.evaluate import MOST_NEW_TOKENS
@@ -24,12 +24,12 @@ def mini_task(limit: int | None) -> Task:
     asked = samples(TEST, shipped_assets("test"), limit)
     return Task(
         name=NAME,
-        about="mini's test split: pictures and photos that mini has not seen",
+        about="mini's test split: images and photos that mini has not seen",
         metric=METRICS["exact"],
         samples=[
             Sample(
-                id=f"{one.picture}-{one.type}",  # a picture is asked once about each type
-                picture=str(one.picture),
+                id=f"{one.seed}-{one.type}",  # an image is asked once about each type
+                image=str(one.seed),
                 question=one.question,
                 answers=(one.answer,),
                 load=partial(Image.Image.copy, one.image),
@@ -39,10 +39,10 @@ def mini_task(limit: int | None) -> Task:
             for one in asked
         ],
         max_new_tokens=MOST_NEW_TOKENS,
-        calibration=Calibration(f"mini's {len(VALIDATION)} validation pictures", _validation_pictures),
+        calibration=CalibrationSet(f"mini's {len(VALIDATION)} validation images", _validation_images),
     )
 
 
-def _validation_pictures() -> Iterator[Image.Image]:
+def _validation_images() -> Iterator[Image.Image]:
     assets = shipped_assets("validation")
     return (Image.fromarray(draw(make_scene(seed), assets)) for seed in VALIDATION)

@@ -27,7 +27,7 @@ Record = dict[str, Any]
 #: The file of a study's folder that is locked while a run writes there. It stays: whoever deleted it would let two in.
 LOCK = ".lock"
 #: What a line must have to be a record.
-KEYS = {"task", "sample", "picture", "question", "answers", "given", "score", "compressor", "visual_tokens_by_layer"}
+KEYS = {"task", "sample", "image", "question", "answers", "given", "score", "compressor", "visual_tokens_by_layer"}
 
 
 def read_records(paths: Iterable[Path], names: Collection[str] = ()) -> dict[str, Record]:
@@ -89,7 +89,7 @@ def _are_texts(value: Any) -> bool:
 #: Which values a record can have, by name, and what they are called.
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
-        ("task", "sample", "picture", "question", "given", "method", "device", "vlmzip", "commit"), (is_text, "a text")
+        ("task", "sample", "image", "question", "given", "method", "device", "vlmzip", "commit"), (is_text, "a text")
     ),
     **dict.fromkeys(("visual_tokens", "text_tokens", "prefill_flops"), (is_count, "a whole number from 0")),
     "answers": (lambda value: is_list(value, is_text), "a list of texts"),
@@ -109,7 +109,7 @@ def _refuse(path: Path, number: int, reason: str) -> Any:
     )
 
 
-class Hold:
+class FolderLock:
     """A folder that one run writes, until nobody in the process has this any more, or the process dies. See `hold`."""
 
     def __init__(self, folder: Path) -> None:
@@ -127,7 +127,7 @@ class Hold:
             raise
 
 
-def hold(folder: Path) -> Hold:
+def hold(folder: Path) -> FolderLock:
     """Keeps other runs out of a folder. Raises `UserError` where one is in it; within a process all share the hold.
 
     Processes of one run share its folder too, so that only its first one is to hold it.
@@ -135,12 +135,12 @@ def hold(folder: Path) -> Hold:
     place = folder.resolve()
     held = _holds.get(place)
     if held is None:
-        held = _holds[place] = Hold(folder)
+        held = _holds[place] = FolderLock(folder)
     return held
 
 
 #: Whatever the folders' own runs in this process still hold.
-_holds: weakref.WeakValueDictionary[Path, Hold] = weakref.WeakValueDictionary()
+_holds: weakref.WeakValueDictionary[Path, FolderLock] = weakref.WeakValueDictionary()
 
 
 class Shard:

@@ -1,4 +1,4 @@
-"""The study as one web page that needs nothing else: tables, curves, and pictures whose answers changed."""
+"""The study as one web page that needs nothing else: tables, curves, and images whose answers changed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NOTHING = "—"
-#: Intervals come from drawing pictures again; drawn from fewer than this they are narrower than they should be.
+#: Intervals come from drawing images again; drawn from fewer than this they are narrower than they should be.
 FEW = 20
 COLUMNS = ("method", "budget", "reached", "visual tokens", "prefill FLOPs", "score %", "against plain", "changed")
 #: Where there is little room, without the tokens by layer and with half an interval for a whole one.
@@ -62,7 +62,7 @@ def cells(result: Result) -> list[str]:
 def notes(seed: int) -> list[str]:
     """How the numbers are to be read."""
     return [
-        f"[low, high], or ± half of that width: 95 % intervals, from {DRAWS:,} draws of the pictures (seed {seed});"
+        f"[low, high], or ± half of that width: 95 % intervals, from {DRAWS:,} draws of the images (seed {seed});"
         " against plain: paired, on the same questions",
         "reached: visual tokens over all layers of the LLM, as a share of those without compression; prefill FLOPs: of"
         " the LLM alone, likewise",
@@ -71,12 +71,12 @@ def notes(seed: int) -> list[str]:
 
 
 def size(task: Task) -> str:
-    """How many questions about how many pictures, and what so few pictures mean for intervals."""
-    pictures = len({sample.picture for sample in task.samples})
-    said = f"{len(task.samples):,} questions about {pictures:,} picture{'s'[: pictures != 1]}"
-    if pictures == 1:
-        return f"{said}: intervals, drawn from pictures, mean nothing"
-    return said if pictures >= FEW else f"{said}: too few for the intervals to be trusted"
+    """How many questions about how many images, and what so few images mean for intervals."""
+    images = len({sample.image for sample in task.samples})
+    said = f"{len(task.samples):,} questions about {images:,} image{'s'[: images != 1]}"
+    if images == 1:
+        return f"{said}: intervals, drawn from images, mean nothing"
+    return said if images >= FEW else f"{said}: too few for the intervals to be trusted"
 
 
 def percent(found: Estimate) -> str:
@@ -179,11 +179,11 @@ def _examples(result: Result, some: Sequence[Example]) -> str:
 
 def _card(example: Example) -> Card:
     right = " or ".join(dict.fromkeys(example.sample.answers))
-    answers = f"{example.plain['given'] or '(empty)'} → {example.small['given'] or '(empty)'}"
+    answers = f"{example.plain['given'] or '(empty)'} → {example.compressed['given'] or '(empty)'}"
     return Card(
         example.sample.question,
         answers,
-        f"{example.kind}; right: {right}; {example.tokens} of {example.small['visual_tokens']} visual tokens",
+        f"{example.kind}; right: {right}; {example.tokens} of {example.compressed['visual_tokens']} visual tokens",
         example.kind == "lost",
         [example.image],
     )

@@ -12,7 +12,7 @@ import numpy as np
 from vlmzip import spec
 from vlmzip.evaluation.bootstrap import Bootstrap, Estimate, estimate
 from vlmzip.evaluation.configurations import Configuration
-from vlmzip.evaluation.papers import Measured
+from vlmzip.evaluation.papers import MeasuredScore
 from vlmzip.evaluation.records import Record
 from vlmzip.evaluation.study import Study
 from vlmzip.evaluation.task import Task
@@ -54,7 +54,7 @@ def results(study: Study, task: Task, configurations: Sequence[Configuration], s
     mine = [one for one in configurations if one.task == task.name]
     plain = next(one for one in mine if one.is_plain)
     base = study.records(task, plain)
-    bootstrap = Bootstrap([record["picture"] for record in base], seed)
+    bootstrap = Bootstrap([record["image"] for record in base], seed)
     for one in mine:
         if one.compressor is None:
             yield Result(one, note=one.note)
@@ -98,7 +98,7 @@ def _beyond_positions(records: Sequence[Record]) -> str:
 
 def difference(records: Sequence[Record], others: Sequence[Record], seed: int) -> Estimate:
     """The mean score of some records minus that of others, which answer the same questions: paired."""
-    bootstrap, ones = Bootstrap([record["picture"] for record in records], seed), np.ones(len(records))
+    bootstrap, ones = Bootstrap([record["image"] for record in records], seed), np.ones(len(records))
     return estimate(bootstrap.share(_scores(records), ones) - bootstrap.share(_scores(others), ones))
 
 
@@ -114,13 +114,13 @@ def _groups(records: Sequence[Record]) -> dict[tuple[str, str], tuple[float, int
     return {group: (sum(scores) / len(scores), len(scores)) for group, scores in found.items()}
 
 
-def measured(result: Result, model: str) -> Measured:
+def measured(result: Result, model: str) -> MeasuredScore:
     """A result as papers print theirs; what the papers call the benchmark is the task's name or its folder's."""
     one = result.configuration
     assert one.compressor is not None  # the caller has those that ran
     assert result.score is not None
     tokens = sum(record["visual_tokens"] * record["retention"] for record in result.records) / len(result.records)
-    return Measured(
+    return MeasuredScore(
         model=model,
         method=one.compressor.name(),
         benchmark=Path(one.task.partition(":")[0]).name,

@@ -23,7 +23,7 @@ from torch import nn
 from vlmzip import spec
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, reason
-from vlmzip.evaluation.answering import Answer, Asker
+from vlmzip.evaluation.answering import Answer, Answerer
 from vlmzip.evaluation.configurations import Candidate, Configuration, Configurator, plain_json, read_calibrated
 from vlmzip.evaluation.fingerprint import of_image, of_method, of_model, of_name, refuse_changed
 from vlmzip.evaluation.processes import Processes
@@ -68,7 +68,7 @@ class Study:
 
     def __post_init__(self) -> None:
         self.adapter = adapter_for(self.model)
-        self.asker = Asker(self.adapter, self.processor)
+        self.answerer = Answerer(self.adapter, self.processor)
         self.device = self.adapter.model.device
         dtype = str(self.adapter.model.dtype).removeprefix("torch.")
         self.conditions = {"model": self.name, "dtype": dtype, "vlmzip": __version__, **about(self.device)}
@@ -89,7 +89,7 @@ class Study:
         """
         for task in tasks:
             for sample in task.samples:
-                self.asker.check(sample.question)
+                self.answerer.check(sample.question)
         return self.processes.from_first(lambda: self._configure(tasks, methods, budgets))
 
     def _configure(
@@ -104,7 +104,7 @@ class Study:
         for name, how in asked.items():
             if known.get("tasks", {}).get(name, how) != how:
                 raise UserError(f"in {str(self.folder)!r} {name} was asked with {known['tasks'][name]}, not {how}")
-        configurator = Configurator(self.model, self.asker, self.name, read_calibrated(path, known))
+        configurator = Configurator(self.model, self.answerer, self.name, read_calibrated(path, known))
         found = [row for task in tasks for row in configurator.rows(task, methods, budgets)]
         content = {
             "model": self.name,
@@ -119,7 +119,7 @@ class Study:
     def run(self, tasks: Sequence[Task], configurations: Sequence[Configuration]) -> None:
         """Asks whatever has no record yet. Returns when all processes are done; `failures` has what went wrong.
 
-        Raises `UserError` for records that cannot be read or written, and for pictures that cannot be read (any more).
+        Raises `UserError` for records that cannot be read or written, and for images that cannot be read (any more).
         """
         by_name = {task.name: task for task in tasks}
         runs = {_key(one): one for one in configurations if one.compressor is not None}
@@ -156,13 +156,13 @@ class Study:
         count = 0
         with Shard(self._path(one, str(self.processes.rank))) as shard:
             done = self._read(task, one)  # once more: now nobody else can write here
-            small = _guarded(one, lambda: self.attach(_of(one)))
-            self._methods[file_stem(one)] = of_method(small)
+            compressed = _guarded(one, lambda: self.attach(_of(one)))
+            self._methods[file_stem(one)] = of_method(compressed)
             try:
                 for some in self._open_batches(task, done):
-                    pictures, questions = [sample.load() for sample in some], [sample.question for sample in some]
-                    seen = [of_image(picture) for picture in pictures]
-                    ask = lambda p=pictures, q=questions: self.asker.answer(small, p, q, task.max_new_tokens)  # noqa: E731
+                    images, questions = [sample.load() for sample in some], [sample.question for sample in some]
+                    seen = [of_image(image) for image in images]
+                    ask = lambda p=images, q=questions: self.answerer.answer(compressed, p, q, task.max_new_tokens)  # noqa: E731
                     answers = _guarded(one, ask)
                     new = [
                         self._record(task, one, sample, answer) | {"pixels": pixels}
@@ -172,7 +172,7 @@ class Study:
                     shard.append(new)
                     count += len(new)
             finally:
-                small.detach()
+                compressed.detach()
         return count
 
     def _open_batches(self, task: Task, done: dict[str, Record]) -> list[Sequence[Sample]]:
@@ -198,7 +198,7 @@ class Study:
             "retention": round(answer.retention, 6),
             "text_tokens": answer.text_tokens,
             "beyond_positions": answer.positions > (llm_positions(self.adapter) or math.inf),
-            "prefill_flops": self.asker.flops(answer.text_tokens, answer.by_layer),
+            "prefill_flops": self.answerer.flops(answer.text_tokens, answer.by_layer),
             **self.conditions,
         }
 
@@ -223,11 +223,11 @@ class Study:
         """What answers depend on beside the settings of a configuration."""
         key = file_stem(one)
         if key not in self._methods:
-            small = self.attach(_of(one))
+            compressed = self.attach(_of(one))
             try:
-                self._methods[key] = of_method(small)
+                self._methods[key] = of_method(compressed)
             finally:
-                small.detach()
+                compressed.detach()
         return self._methods[key]
 
     def _disagreeing(self, record: Record) -> str:
@@ -235,7 +235,7 @@ class Study:
         by_layer = tuple(record["visual_tokens_by_layer"])
         answer = Answer(record["given"], record["visual_tokens"], by_layer, record["text_tokens"])
         now = {"retention": round(answer.retention, 6)}
-        now["prefill_flops"] = self.asker.flops(answer.text_tokens, answer.by_layer)
+        now["prefill_flops"] = self.answerer.flops(answer.text_tokens, answer.by_layer)
         wrong = [name for name, value in now.items() if record[name] != value]
         return f"its {wrong[0]} is {record[wrong[0]]}, not {now[wrong[0]]}" if wrong else ""
 
@@ -255,7 +255,7 @@ def question(task: Task, sample: Sample) -> Record:
     return {
         "task": task.name,
         "sample": sample.id,
-        "picture": sample.picture,
+        "image": sample.image,
         "pixels": sample.pixels,
         "groups": dict(sample.groups),
         "question": sample.question,
@@ -276,8 +276,8 @@ def refuse_other_question(folder: Path, task: Task, sample: Sample, record: Reco
     now = question(task, sample)
     if other := [name for name, value in now.items() if record.get(name) != value]:
         what = {
-            "picture": f"an image other than {sample.picture!r}",
-            "pixels": f"an earlier version of the image {sample.picture!r}",
+            "image": f"an image other than {sample.image!r}",
+            "pixels": f"an earlier version of the image {sample.image!r}",
             "groups": "another type",
             "task": "another task",
         }.get(other[0], "another question or other reference answers")

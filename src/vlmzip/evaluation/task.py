@@ -1,4 +1,4 @@
-"""What is asked: questions about pictures, the right answers, and how answers are scored."""
+"""What is asked: questions about images, the right answers, and how answers are scored."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ class Sample:
 
     id: str
     """Stays the same from run to run, and occurs once in a task."""
-    picture: str
-    """Tells pictures apart: answers about the same one are not independent of each other."""
+    image: str
+    """Tells images apart: answers about the same one are not independent of each other."""
     question: str
     answers: tuple[str, ...]
     """Those that count as right; what several of them mean is the metric's."""
     load: Callable[[], Image.Image] = field(compare=False)
-    """The picture in RGB. Raises `UserError` where it cannot be read."""
+    """The image in RGB. Raises `UserError` where it cannot be read."""
     pixels: str
-    """The digest of the picture, by which one that was replaced is noticed."""
+    """The digest of the image, by which one that was replaced is noticed."""
     groups: Mapping[str, str] = field(default_factory=dict)
     """What scores are also told by, such as {"type": "count"}."""
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Pictures, other than the task's own, from which content-deciding methods get their thresholds."""
+class CalibrationSet:
+    """Images, other than the task's own, from which content-deciding methods get their thresholds."""
 
     about: str
-    pictures: Callable[[], Iterable[Image.Image | str]]
+    images: Callable[[], Iterable[Image.Image | str]]
 
     @property
     def digest(self) -> str:
-        """Tells these pictures from those that bore their names before."""
-        return of_images(self.pictures())
+        """Tells these images from those that bore their names before."""
+        return of_images(self.images())
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,6 @@ class Task:
     metric: Metric
     samples: Sequence[Sample]
     max_new_tokens: int
-    calibration: Calibration | None = None
+    calibration: CalibrationSet | None = None
     uncalibrated: str = ""
     """Why there is no calibration, for the rows of methods that would need one."""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 #: For help texts.
 FORMS = (
-    "mini, easy-vqa, easy-vqa:tuned (for a model fine-tuned on it), or FOLDER:METRIC, a folder with pictures and a"
+    "mini, easy-vqa, easy-vqa:tuned (for a model fine-tuned on it), or FOLDER:METRIC, a folder with images and a"
     f" JSONL of image, question and answers, under {', '.join(METRICS)}"
 )
 
@@ -61,7 +61,7 @@ def read_task(text: str, limit: int | None, calibrate_on: str | None) -> Task:
 
 
 def _calibrated_on(task: Task, folder: str | None) -> Task:
-    """The task with thresholds from a folder of the user's, where there is one, instead of from its own pictures."""
+    """The task with thresholds from a folder of the user's, where there is one, instead of from its own images."""
     from vlmzip.evaluation.folder import calibration_on
 
     return task if folder is None else replace(task, calibration=calibration_on(folder, []))

@@ -1,4 +1,4 @@
-"""The study that `tuning` asks: which pictures choose and which confirm, and what candidates cost."""
+"""The study that `tuning` asks: which images choose and which confirm, and what candidates cost."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from vlmzip.evaluation.fingerprint import of_method_code, of_name
 from vlmzip.evaluation.records import Record
 from vlmzip.evaluation.study import Study
 from vlmzip.evaluation.task import Sample, Task
-from vlmzip.evaluation.tuning import PLAIN, Answered, Part
+from vlmzip.evaluation.tuning import PLAIN, Answers, Part
 from vlmzip.files import write_text
 from vlmzip.json_text import read_json
 from vlmzip.measure.flops import prefill_flops
 from vlmzip.measure.timing import in_turns, time_answer
 
-#: tokens: visual tokens per picture, the mean over all layers of the LLM; flops: prefill FLOPs of the LLM, as a share
+#: tokens: visual tokens per image, the mean over all layers of the LLM; flops: prefill FLOPs of the LLM, as a share
 #: of the uncompressed model's; ms: milliseconds of that prefill, one question at a time.
 Cost = Literal["tokens", "flops", "ms"]
 #: Questions whose prefill is timed, and how often.
@@ -36,23 +36,23 @@ FILE = "prefill.json"
 
 
 def halves(samples: Sequence[Sample], seed: int) -> dict[Part, list[Sample]]:
-    """The questions of each part: every picture in one of them. Raises `UserError` where there is only one picture.
+    """The questions of each part: every image in one of them. Raises `UserError` where there is only one image.
 
-    Within a part the order is drawn by chance and no picture comes a second time before all came once: the first
+    Within a part the order is drawn by chance and no image comes a second time before all came once: the first
     questions then say as much as so few can.
     """
-    pictures = list(dict.fromkeys(sample.picture for sample in samples))
-    if len(pictures) < 2:
-        raise UserError("tune needs questions about 2 pictures at least: some choose, the others confirm the choice")
-    dice = np.random.default_rng(seed)
-    chosen = set(dice.permutation(len(pictures))[: -(-len(pictures) // 2)].tolist())
-    choosing = {picture for number, picture in enumerate(pictures) if number in chosen}
+    images = list(dict.fromkeys(sample.image for sample in samples))
+    if len(images) < 2:
+        raise UserError("tune needs questions about 2 images at least: some choose, the others confirm the choice")
+    rng = np.random.default_rng(seed)
+    chosen = set(rng.permutation(len(images))[: -(-len(images) // 2)].tolist())
+    choosing = {image for number, image in enumerate(images) if number in chosen}
     parts: dict[Part, list[tuple[int, Sample]]] = {"choose": [], "confirm": []}
     seen: Counter[str] = Counter()
-    for place in dice.permutation(len(samples)):
+    for place in rng.permutation(len(samples)):
         sample = samples[place]
-        parts["choose" if sample.picture in choosing else "confirm"].append((seen[sample.picture], sample))
-        seen[sample.picture] += 1
+        parts["choose" if sample.image in choosing else "confirm"].append((seen[sample.image], sample))
+        seen[sample.image] += 1
     return {part: [sample for _, sample in sorted(some, key=lambda one: one[0])] for part, some in parts.items()}
 
 
@@ -74,10 +74,10 @@ class TunedStudy:
         self.parts = {
             part: replace(self.task, samples=some) for part, some in halves(self.task.samples, self.seed).items()
         }
-        self.profile = Configurator(self.study.model, self.study.asker, self.study.name).profile(self.task)
+        self.profile = Configurator(self.study.model, self.study.answerer, self.study.name).profile(self.task)
         self._records: dict[tuple[int, Part], list[Record]] = {}
 
-    def __call__(self, numbers: Sequence[int], part: Part, count: int) -> dict[int, Answered]:
+    def __call__(self, numbers: Sequence[int], part: Part, count: int) -> dict[int, Answers]:
         """Batches are cut from the part's questions, of which `count` has to be whole batches or all: then a question
         has the same neighbours in every round."""
         some = replace(self.parts[part], samples=self.parts[part].samples[:count])
@@ -91,7 +91,7 @@ class TunedStudy:
             if len(records) > len(self._records.get((number, part), ())):
                 self._records[number, part] = records
             scores = np.array([record["score"] for record in records], dtype=float)
-            found[number] = Answered(scores, self.means(number, part)[self.cost])
+            found[number] = Answers(scores, self.means(number, part)[self.cost])
         return found
 
     def means(self, number: int, part: Part = "choose") -> dict[str, float]:
@@ -105,8 +105,8 @@ class TunedStudy:
         return found | ({"ms": self.milliseconds[number]} if number in self.milliseconds else {})
 
     def expected(self) -> dict[int, float]:
-        """The cost of each candidate before it is asked: measured, or from the shape of the pictures and one prompt;
-        0 where only the content of pictures tells."""
+        """The cost of each candidate before it is asked: measured, or from the shape of the images and one prompt;
+        0 where only the content of images tells."""
         if self.cost == "ms":
             return {number: ms for number, ms in self.milliseconds.items() if number != PLAIN}
         text = self._text_tokens()
@@ -125,7 +125,7 @@ class TunedStudy:
 
     def _text_tokens(self) -> int:
         sample = self.task.samples[0]
-        ids = self.study.asker.inputs([sample.load()], [sample.question])["input_ids"]
+        ids = self.study.answerer.inputs([sample.load()], [sample.question])["input_ids"]
         return int((ids != self.study.adapter.placeholder_id).sum())
 
 
@@ -137,9 +137,9 @@ def prefill_milliseconds(
     All are timed in turns, so that whatever else the machine does troubles them alike. What was measured is kept in the
     study's folder: a search that goes on must go on with the same figures, unless device or versions are others.
     """
-    samples = list({sample.picture: sample for sample in task.samples}.values())[:TIMED]
+    samples = list({sample.image: sample for sample in task.samples}.values())[:TIMED]
     names = [spec.write(one.compressor) for one in configurations if one.compressor]
-    asked = [[sample.id, sample.picture, sample.pixels, sample.question] for sample in samples]
+    asked = [[sample.id, sample.image, sample.pixels, sample.question] for sample in samples]
     code = [of_method_code(one.compressor) for one in configurations if one.compressor]
     of_study = {**study.conditions, "model": of_name(study.name)}
     conditions = {**of_study, "task": task.name, "samples": asked, "configurations": names, "code": code}
@@ -147,15 +147,15 @@ def prefill_milliseconds(
     known = _read_prefill(path, conditions, len(configurations)) if path.exists() else None
     if known is not None:
         return known
-    inputs = [study.asker.inputs([sample.load()], [sample.question]) for sample in samples]
+    inputs = [study.answerer.inputs([sample.load()], [sample.question]) for sample in samples]
 
     def run(one: Configuration) -> float:
         assert one.compressor is not None
-        small = study.attach(one.compressor)
+        compressed = study.attach(one.compressor)
         try:
-            return 1000 * statistics.fmean(time_answer(small, study.adapter, some, 2).prefill for some in inputs)
+            return 1000 * statistics.fmean(time_answer(compressed, study.adapter, some, 2).prefill for some in inputs)
         finally:
-            small.detach()
+            compressed.detach()
 
     failures: dict[int, str] = {}
     for number, one in enumerate(configurations):  # the warm-up, and who can run at all

@@ -1,6 +1,6 @@
-"""Which of many candidates to take: cheap enough, within a loss, found with few answers, confirmed on unseen pictures.
+"""Which of many candidates to take: cheap enough, within a loss, found with few answers, confirmed on unseen images.
 
-Half of the pictures choose, the other half confirms. In the choosing half every candidate answers few questions at
+Half of the images choose, the other half confirms. In the choosing half every candidate answers few questions at
 first, those that are clearly out are dropped, and the rest goes on to twice as many. The best of many is better on the
 questions that chose it than elsewhere; its loss is therefore measured again on the other half, by which nothing was
 chosen, and that measurement decides. Nothing here knows models or files: `ask` brings scores and costs.
@@ -29,8 +29,8 @@ CLEARLY = (0.5, 99.5)
 ALIKE = 0.05
 #: How often a candidate may be certified that loses more than it may: what lies above a 95 % interval.
 ERROR = 0.025
-#: With fewer pictures than this the draws say too little to certify anything.
-LEAST_PICTURES = 20
+#: With fewer images than this the draws say too little to certify anything.
+LEAST_IMAGES = 20
 #: How many times as many draws the bound takes that certifies, since it lies far out.
 FAR_OUT = 5
 
@@ -38,7 +38,7 @@ Part = Literal["choose", "confirm"]
 
 
 @dataclass(frozen=True)
-class Wish:
+class Target:
     """What is asked. Both: the cheapest that meets both; a cost alone: the best score; a loss alone: the cheapest."""
 
     most: float | None = None
@@ -47,7 +47,7 @@ class Wish:
     """What it may lose at most against the uncompressed model, as a share: 0.02 is two points of a hundred."""
 
 
-class Answered(NamedTuple):
+class Answers(NamedTuple):
     """What came of asking a candidate the first questions of a part."""
 
     scores: np.ndarray
@@ -57,10 +57,10 @@ class Answered(NamedTuple):
 
 
 #: Has the candidates answer the first so many questions of a part. One that breaks is missing in what comes back.
-Ask = Callable[[Sequence[int], Part, int], Mapping[int, Answered]]
+Ask = Callable[[Sequence[int], Part, int], Mapping[int, Answers]]
 
 
-class Out(NamedTuple):
+class Rejection(NamedTuple):
     """Why a candidate was dropped."""
 
     why: Literal["cost", "loss", "behind", "broke", "unconfirmed"]
@@ -68,7 +68,7 @@ class Out(NamedTuple):
     """Whom it is clearly behind."""
 
 
-class Held(NamedTuple):
+class Confirmation(NamedTuple):
     """What the confirming half says of a candidate."""
 
     score: float
@@ -76,14 +76,14 @@ class Held(NamedTuple):
     """The uncompressed model's score there."""
     loss: Estimate
     bound: float
-    """What the loss stays under, all tries considered; infinite where the pictures are too few to say."""
+    """What the loss stays under, all tries considered; infinite where the images are too few to say."""
     cost: float
     attempt: int
     """1 for the first candidate that was tried."""
 
 
 @dataclass(eq=False)
-class Row:
+class CandidateRow:
     """A candidate and what is known of it from the choosing half."""
 
     number: int
@@ -96,8 +96,8 @@ class Row:
     """What the loss stays under, as certain as the first try of the confirming half has to be."""
     round: int = 0
     """The last round that it was asked in."""
-    out: Out | None = None
-    held: Held | None = None
+    out: Rejection | None = None
+    held: Confirmation | None = None
 
     @property
     def asked(self) -> int:
@@ -128,46 +128,46 @@ class Row:
 
 class Verdict(NamedTuple):
     """How it ended. certified: the loss is surely within what is wished; likely: its estimate is, on both halves; best:
-    the best score within the cost, no loss being wished for; nothing: nobody meets the wish."""
+    the best score within the cost, no loss being wished for; nothing: nobody meets the target."""
 
     kind: Literal["certified", "likely", "best", "nothing"]
-    row: Row | None
+    row: CandidateRow | None
     """The choice; for "nothing" whoever came nearest, if anybody was asked."""
 
 
 @dataclass
 class Tuning:
-    """One search. `pictures` has the picture of each question of a part; no picture may be in both."""
+    """One search. `images` has the image of each question of a part; no image may be in both."""
 
     ask: Ask
     costs: Mapping[int, float]
     """What is known of each candidate's cost before it is asked."""
-    pictures: Mapping[Part, Sequence[str]]
-    wish: Wish
+    images: Mapping[Part, Sequence[str]]
+    target: Target
     batch: int = 1
     """Rounds are multiples of it, so that no batch is cut differently because a candidate was dropped."""
     seed: int = 0
     draws: int = DRAWS
     margin: float = 0.0
-    """By which share a cost known beforehand may be wrong: more above `wish.most` than that is not even asked."""
+    """By which share a cost known beforehand may be wrong: more above `target.most` than that is not even asked."""
     tell: Callable[[str], None] = lambda _: None
 
     def __post_init__(self) -> None:
-        shared = set(self.pictures["choose"]) & set(self.pictures["confirm"])
-        assert not shared, f"{len(shared)} pictures choose and confirm"
-        self.rows = {number: Row(number, cost) for number, cost in self.costs.items()}
-        self.plain = Row(PLAIN, math.inf)
-        self.counts = rounds(len(self.pictures["choose"]), self.batch)
-        self.tries: list[Row] = []
-        self._bootstrap = cache(lambda count: Bootstrap(self.pictures["choose"][:count], self.seed, self.draws))
+        shared = set(self.images["choose"]) & set(self.images["confirm"])
+        assert not shared, f"{len(shared)} images choose and confirm"
+        self.rows = {number: CandidateRow(number, cost) for number, cost in self.costs.items()}
+        self.plain = CandidateRow(PLAIN, math.inf)
+        self.counts = rounds(len(self.images["choose"]), self.batch)
+        self.tries: list[CandidateRow] = []
+        self._bootstrap = cache(lambda count: Bootstrap(self.images["choose"][:count], self.seed, self.draws))
         for row in self.rows.values():
-            if self.wish.most is not None and row.cost > self.wish.most * (1 + self.margin):
-                row.out = Out("cost")
+            if self.target.most is not None and row.cost > self.target.most * (1 + self.margin):
+                row.out = Rejection("cost")
 
     @property
     def answers(self) -> int:
         """How many answers were looked at, the uncompressed model's among them."""
-        confirming = len(self.pictures["confirm"]) * (len(self.tries) + bool(self.tries))
+        confirming = len(self.images["confirm"]) * (len(self.tries) + bool(self.tries))
         return self.plain.asked + sum(row.asked for row in self.rows.values()) + confirming
 
     def run(self) -> Verdict:
@@ -179,26 +179,26 @@ class Tuning:
                 return self._unsure()
             held = self._confirm(row)
             if held is not None and self._within(held.cost, row):
-                if self.wish.loss is None:
+                if self.target.loss is None:
                     return Verdict("best", row)
-                if held.bound <= self.wish.loss:
+                if held.bound <= self.target.loss:
                     return Verdict("certified", row)
-            row.out = row.out or Out("unconfirmed")
+            row.out = row.out or Rejection("unconfirmed")
 
     # ------------------------------------------------------------ the choosing half
 
-    def waiting(self) -> list[Row]:
-        """Candidates that need not be asked more: something cheaper meets the wish as things stand."""
+    def waiting(self) -> list[CandidateRow]:
+        """Candidates that need not be asked more: something cheaper meets the target as things stand."""
         active = self._active()
         return [row for row in self.rows.values() if row.out is None and row not in active]
 
-    def in_doubt(self) -> list[Row]:
+    def in_doubt(self) -> list[CandidateRow]:
         """Candidates that the wished loss is not ruled out for: it is no less than the lower end of their interval.
 
         Whatever is clearly behind another is left out: for its loss to be small enough, that other's must be."""
         gone = ("cost", "broke", "behind")
         rows = [row for row in self.rows.values() if not row.out or row.out.why not in gone]
-        wished = -math.inf if self.wish.loss is None else self.wish.loss
+        wished = -math.inf if self.target.loss is None else self.target.loss
         return sorted((row for row in rows if row.lowest <= wished), key=lambda row: (row.lost, row.cost))
 
     def _search(self) -> None:
@@ -221,21 +221,21 @@ class Tuning:
         gone = sum(row.out is not None for row in asked)
         self.tell(f"{count:,} questions to {len(asked):,} candidates: {gone:,} dropped")
 
-    def _take(self, row: Row, answered: Answered | None) -> None:
+    def _take(self, row: CandidateRow, answered: Answers | None) -> None:
         if answered is None:
-            row.out = Out("broke")
+            row.out = Rejection("broke")
             return
         row.scores, row.cost = answered
         self._within(row.cost, row)
 
-    def _within(self, cost: float, row: Row) -> bool:
+    def _within(self, cost: float, row: CandidateRow) -> bool:
         """Whether a cost is one that is wished for; else the candidate is out."""
-        if self.wish.most is not None and cost > self.wish.most:
-            row.out = Out("cost")
+        if self.target.most is not None and cost > self.target.most:
+            row.out = Rejection("cost")
             return False
         return True
 
-    def _judge(self, asked: Sequence[Row], count: int) -> None:
+    def _judge(self, asked: Sequence[CandidateRow], count: int) -> None:
         """Compares those that have just answered `count` questions, on these questions, with all that have."""
         known = [row for row in self.rows.values() if row.out is None and row.asked >= count]
         scores = np.stack([row.scores[:count] for row in [self.plain, *known]], axis=1)
@@ -247,33 +247,33 @@ class Tuning:
         for row in asked:
             low = np.percentile(drawn[1:, 0] - of[row.number][1:], CLEARLY[0])
             rival = self._rival(row, known, of)
-            if self.wish.loss is not None and low > self.wish.loss:
-                row.out = Out("loss")
+            if self.target.loss is not None and low > self.target.loss:
+                row.out = Rejection("loss")
             elif np.percentile(of[rival.number][1:] - of[row.number][1:], CLEARLY[0]) > 0:
-                row.out = Out("behind", rival.number)
+                row.out = Rejection("behind", rival.number)
 
-    def _rival(self, row: Row, known: Sequence[Row], of: Mapping[int, np.ndarray]) -> Row:
+    def _rival(self, row: CandidateRow, known: Sequence[CandidateRow], of: Mapping[int, np.ndarray]) -> CandidateRow:
         """The best score among those that would be taken before `row` if they are better: with a wished loss, they must
         not cost more."""
-        dear = math.inf if self.wish.loss is None else row.cost * (1 + ALIKE)
+        dear = math.inf if self.target.loss is None else row.cost * (1 + ALIKE)
         return max((one for one in known if one.cost <= dear), key=lambda one: of[one.number][0])
 
-    def _bound(self, row: Row, count: int) -> float:
+    def _bound(self, row: CandidateRow, count: int) -> float:
         assert row.loss is not None
-        if self.wish.loss is None or row.loss.high > self.wish.loss:
+        if self.target.loss is None or row.loss.high > self.target.loss:
             return math.inf  # it lies above the interval's end: not worth the draws
         losses = self.plain.scores[:count] - row.scores[:count]
-        return bound(losses, self.pictures["choose"][:count], error_of(1), self.seed, self.draws)
+        return bound(losses, self.images["choose"][:count], error_of(1), self.seed, self.draws)
 
-    def _good(self) -> list[Row]:
+    def _good(self) -> list[CandidateRow]:
         """Those that would be certified here, had nothing been chosen, and that look better than all tried in vain."""
-        if self.wish.loss is None:
+        if self.target.loss is None:
             return []
         least = min((row.loss.value for row in self.tries if row.out and row.loss), default=math.inf)
         judged = [(row, row.loss) for row in self.rows.values() if row.out is None and row.loss]
-        return [row for row, loss in judged if row.bound <= self.wish.loss and loss.value < least]
+        return [row for row, loss in judged if row.bound <= self.target.loss and loss.value < least]
 
-    def _active(self) -> list[Row]:
+    def _active(self) -> list[CandidateRow]:
         running = [row for row in self.rows.values() if row.out is None]
         good = self._good()
         if not good:
@@ -281,18 +281,18 @@ class Tuning:
         dear = min(row.cost for row in good) * (1 + ALIKE)
         return [row for row in running if row.cost <= dear]
 
-    def _choice(self) -> Row | None:
+    def _choice(self) -> CandidateRow | None:
         """Whom to confirm next."""
-        rows = self._active() if self.wish.loss is None else self._good()
+        rows = self._active() if self.target.loss is None else self._good()
         return next(iter(self._order([row for row in rows if row.asked == self.counts[-1]])), None)
 
-    def _order(self, rows: Sequence[Row]) -> list[Row]:
+    def _order(self, rows: Sequence[CandidateRow]) -> list[CandidateRow]:
         """Best first: by score, or where a loss is wished, by cost, and by score among costs that are alike."""
 
-        def by_score(some: Sequence[Row]) -> list[Row]:
+        def by_score(some: Sequence[CandidateRow]) -> list[CandidateRow]:
             return sorted(some, key=lambda row: (-row.score, row.cost, row.number))
 
-        if self.wish.loss is None:
+        if self.target.loss is None:
             return by_score(rows)
         left, found = sorted(rows, key=lambda row: row.cost), []
         while left:
@@ -303,28 +303,26 @@ class Tuning:
 
     # ------------------------------------------------------------ the confirming half
 
-    def _confirm(self, row: Row) -> Held | None:
-        """Measures a candidate on pictures that nothing was chosen by; `None` where it breaks."""
-        pictures = self.pictures["confirm"]
-        found = self.ask([PLAIN, row.number], "confirm", len(pictures))
+    def _confirm(self, row: CandidateRow) -> Confirmation | None:
+        """Measures a candidate on images that nothing was chosen by; `None` where it breaks."""
+        images = self.images["confirm"]
+        found = self.ask([PLAIN, row.number], "confirm", len(images))
         if row.number not in found:
-            row.out = Out("broke")
+            row.out = Rejection("broke")
             return None
         self.tries.append(row)
         scores = np.stack([found[PLAIN].scores, found[row.number].scores], axis=1)
-        drawn = Bootstrap(pictures, self.seed, self.draws).means(scores)
-        highest = bound(
-            scores[:, 0] - scores[:, 1], pictures, error_of(len(self.tries)), self.seed, FAR_OUT * self.draws
-        )
+        drawn = Bootstrap(images, self.seed, self.draws).means(scores)
+        highest = bound(scores[:, 0] - scores[:, 1], images, error_of(len(self.tries)), self.seed, FAR_OUT * self.draws)
         plain, score = map(float, scores.mean(0))
         loss = estimate(drawn[:, 0] - drawn[:, 1])
-        row.held = Held(score, plain, loss, highest, found[row.number].cost, len(self.tries))
-        self.tell(f"confirming, try {len(self.tries)}: {len(pictures):,} questions")
+        row.held = Confirmation(score, plain, loss, highest, found[row.number].cost, len(self.tries))
+        self.tell(f"confirming, try {len(self.tries)}: {len(images):,} questions")
         return row.held
 
     def _unsure(self) -> Verdict:
         """Nobody is certified: who is within the wished loss by estimate, and safest?"""
-        wished = self.wish.loss
+        wished = self.target.loss
         if wished is None:
             return Verdict("nothing", self._nearest())
         if not self.tries:
@@ -333,13 +331,13 @@ class Tuning:
             held = self._confirm(safest) if safest else None
             if safest and held and self._within(held.cost, safest) and held.bound <= wished:
                 return Verdict("certified", safest)
-        likely = [row for row in self.tries if row.lost <= wished and row.out != Out("cost")]
+        likely = [row for row in self.tries if row.lost <= wished and row.out != Rejection("cost")]
         if likely:
             return Verdict("likely", min(likely, key=lambda row: (row.highest, row.cost)))
         return Verdict("nothing", self._nearest())
 
-    def _nearest(self) -> Row | None:
-        """Who comes nearest to a wish that nobody meets: by loss among those that are cheap enough, else by cost.
+    def _nearest(self) -> CandidateRow | None:
+        """Who comes nearest to a target that nobody meets: by loss among those that are cheap enough, else by cost.
 
         Losses on different questions do not compare: who was asked most comes first."""
         rows = [row for row in self.rows.values() if not row.out or row.out.why not in ("cost", "broke")]
@@ -363,16 +361,16 @@ def error_of(attempt: int) -> float:
     return ERROR / (attempt * (attempt + 1))
 
 
-def bound(losses: np.ndarray, pictures: Sequence[str], error: float, seed: int, draws: int) -> float:
+def bound(losses: np.ndarray, images: Sequence[str], error: float, seed: int, draws: int) -> float:
     """What the mean loss stays under, but for a share `error` of cases.
 
-    The draws alone are too sure where losses are rare: what was not seen is never drawn. So one picture more is
-    counted, with as many questions as any other and all of them lost: questions about a picture can fail together.
+    The draws alone are too sure where losses are rare: what was not seen is never drawn. So one image more is
+    counted, with as many questions as any other and all of them lost: questions about an image can fail together.
     """
-    of = Counter(pictures)
-    if len(of) < LEAST_PICTURES:
+    of = Counter(images)
+    if len(of) < LEAST_IMAGES:
         return math.inf
     more = np.ones(max(of.values()))
-    again = ["\0"] * len(more)  # the name of no picture
-    drawn = Bootstrap([*pictures, *again], seed, draws).share(np.append(losses, more), np.ones(len(losses) + len(more)))
+    again = ["\0"] * len(more)  # the name of no image
+    drawn = Bootstrap([*images, *again], seed, draws).share(np.append(losses, more), np.ones(len(losses) + len(more)))
     return float(np.percentile(drawn[1:], 100 * (1 - error)))

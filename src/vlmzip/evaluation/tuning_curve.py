@@ -8,20 +8,20 @@ from typing import TYPE_CHECKING, Any
 from vlmzip.evaluation.bootstrap import Estimate
 from vlmzip.evaluation.curves import MARKERS
 from vlmzip.evaluation.tuned_study import Cost
-from vlmzip.evaluation.tuning import Row, Tuning
+from vlmzip.evaluation.tuning import CandidateRow, Tuning
 from vlmzip.visualize.figure import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LABELS: dict[Cost, str] = {
-    "tokens": "visual tokens per picture, mean over all layers of the LLM",
+    "tokens": "visual tokens per image, mean over all layers of the LLM",
     "flops": "prefill FLOPs of the LLM, % of the uncompressed model's",
     "ms": "prefill of the LLM, milliseconds",
 }
 
 
-def draw(tuning: Tuning, chosen: Row | None, methods: Mapping[int, str], cost: Cost, title: str) -> Figure:
+def draw(tuning: Tuning, chosen: CandidateRow | None, methods: Mapping[int, str], cost: Cost, title: str) -> Figure:
     """`methods` names the method of each candidate. Raises `UserError` where matplotlib is not installed.
 
     Scores are drawn as differences from the uncompressed model on the same questions: candidates that were dropped
@@ -46,7 +46,7 @@ def draw(tuning: Tuning, chosen: Row | None, methods: Mapping[int, str], cost: C
     return figure
 
 
-def _points(axes: Any, rows: Sequence[Row], method: str, number: int, scale: float, whole: int) -> None:
+def _points(axes: Any, rows: Sequence[CandidateRow], method: str, number: int, scale: float, whole: int) -> None:
     """A method's candidates: filled and with an interval where the whole choosing half was asked, else hollow."""
     look = {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)], "linestyle": "none"}
     asked = [row for row in rows if row.asked == whole]
@@ -63,7 +63,7 @@ def _points(axes: Any, rows: Sequence[Row], method: str, number: int, scale: flo
         )  # fmt: skip
 
 
-def _places(rows: Sequence[Row], scale: float) -> tuple[list[float], list[float]]:
+def _places(rows: Sequence[CandidateRow], scale: float) -> tuple[list[float], list[float]]:
     return [scale * row.cost for row in rows], [-100 * row.loss.value for row in rows if row.loss]
 
 
@@ -76,13 +76,13 @@ def _errors(losses: Sequence[Estimate]) -> list[list[float]]:
 
 def _limits(axes: Any, tuning: Tuning, scale: float) -> None:
     look = {"color": "crimson", "linestyle": ":", "linewidth": 1.2}
-    if tuning.wish.most is not None:
-        axes.axvline(scale * tuning.wish.most, **look, label="limits")
-    if tuning.wish.loss is not None:
-        axes.axhline(-100 * tuning.wish.loss, **look, label="limits" if tuning.wish.most is None else None)
+    if tuning.target.most is not None:
+        axes.axvline(scale * tuning.target.most, **look, label="limits")
+    if tuning.target.loss is not None:
+        axes.axhline(-100 * tuning.target.loss, **look, label="limits" if tuning.target.most is None else None)
 
 
-def _choice(axes: Any, chosen: Row, scale: float) -> None:
+def _choice(axes: Any, chosen: CandidateRow, scale: float) -> None:
     """The choice, where the confirming half puts it."""
     assert chosen.held is not None
     place = scale * chosen.held.cost, -100 * chosen.held.loss.value

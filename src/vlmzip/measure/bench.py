@@ -57,8 +57,8 @@ class Contender:
             return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said once, by the first run
-            with attached(model, self.compressor) as small:
-                yield small
+            with attached(model, self.compressor) as compressed:
+                yield compressed
 
     def seconds(self, scope: Scope) -> list[float]:
         return [getattr(spans, scope) for spans in self.spans]
@@ -86,7 +86,7 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class Step:
+class BenchStep:
     """A run that is about to begin."""
 
     name: str
@@ -115,7 +115,7 @@ def bench(
     repeats: int,
     new_tokens: int,
     clock: Callable[[torch.device], float] = now,
-    telling: Callable[[Step], Any] = lambda _: None,
+    telling: Callable[[BenchStep], Any] = lambda _: None,
     keeping: Callable[[list[Contender]], Any] = lambda _: None,
 ) -> list[Contender]:
     """The plain model and the contenders, timed in turns; whoever fails keeps a note and costs the others nothing.
@@ -126,10 +126,10 @@ def bench(
     plain = Contender(PLAIN, None)
     running = []
     for one in (plain, *contenders):
-        telling(Step(one.name))
+        telling(BenchStep(one.name))
         try:
-            with one.on(model) as small:
-                _count(one, small, adapter, inputs)
+            with one.on(model) as compressed:
+                _count(one, compressed, adapter, inputs)
             running.append(one)
         except Exception as error:  # whatever is wrong with one method, the others are still worth measuring
             if one is plain:
@@ -139,9 +139,9 @@ def bench(
     begun = count()
 
     def run(one: Contender) -> Spans:
-        telling(Step(one.name, next(begun) // len(running), repeats))
-        with one.on(model) as small:
-            return time_answer(small, adapter, inputs, new_tokens, clock)
+        telling(BenchStep(one.name, next(begun) // len(running), repeats))
+        with one.on(model) as compressed:
+            return time_answer(compressed, adapter, inputs, new_tokens, clock)
 
     everyone = [plain, *contenders]
 
@@ -154,20 +154,20 @@ def bench(
     return everyone
 
 
-def _count(one: Contender, small: Any, adapter: ModelAdapter, inputs: Mapping[str, Tensor]) -> None:
+def _count(one: Contender, compressed: Any, adapter: ModelAdapter, inputs: Mapping[str, Tensor]) -> None:
     """Tokens, FLOPs and KV bytes of one run."""
     ids = inputs["input_ids"]
     vision = [adapter.model.model.vision_tower, adapter.model.model.multi_modal_projector]
-    vision += [module for module in (getattr(small, "resampler", None),) if isinstance(module, nn.Module)]
+    vision += [module for module in (getattr(compressed, "resampler", None),) if isinstance(module, nn.Module)]
     before_llm = flops_inside(
-        vision, lambda: small.generate(**inputs, do_sample=False, max_new_tokens=1, min_new_tokens=1)
+        vision, lambda: compressed.generate(**inputs, do_sample=False, max_new_tokens=1, min_new_tokens=1)
     )
     if one.compressor is None:
         visual = (ids == adapter.placeholder_id).sum(1).tolist()
         layers = len(adapter.decoder_layers)
         one.profiles = [TokenProfile(count, (count,) * layers, ids.shape[1] - count) for count in visual]
     else:
-        one.profiles = TokenProfile.rows(small.report, inputs["attention_mask"].sum(1).tolist())
+        one.profiles = TokenProfile.rows(compressed.report, inputs["attention_mask"].sum(1).tolist())
     prefill = sum(profile.prefill_flops(adapter) for profile in one.profiles)
     one.flops = {"prefill": prefill, "ttft": before_llm + prefill}
     one.kv_bytes = sum(profile.kv_bytes(adapter) for profile in one.profiles)
@@ -187,8 +187,8 @@ def peaks(
     for done, compressor in enumerate(compressors):
         telling(done)
         try:
-            with Contender("", compressor).on(model) as small:
-                run = partial(small.generate, **inputs, do_sample=False, max_new_tokens=new_tokens)
+            with Contender("", compressor).on(model) as compressed:
+                run = partial(compressed.generate, **inputs, do_sample=False, max_new_tokens=new_tokens)
                 peak = peak_bytes(run, inputs["input_ids"].device)
         except Exception:  # `bench` runs the same and says why
             peak = None

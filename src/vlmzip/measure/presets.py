@@ -24,10 +24,10 @@ PATCH = 14
 class Preset:
     """Dimensions of a LLaVA: Vicuna as LLM, CLIP ViT-L/14 as vision encoder, a projector of two layers."""
 
-    pictures: int
-    """Pictures in each prompt: tiles and frames are pictures here."""
+    images: int
+    """Images in each prompt: tiles and frames are images here."""
     side: int
-    """Pixels of a picture's side."""
+    """Pixels of an image's side."""
     layers: int = 32
     heads: int = 32
     mlp: int = 11_008
@@ -38,7 +38,7 @@ class Preset:
     @property
     def visual_tokens(self) -> int:
         """Of one prompt."""
-        return self.pictures * (self.side // PATCH) ** 2
+        return self.images * (self.side // PATCH) ** 2
 
     @property
     def width(self) -> int:
@@ -51,7 +51,7 @@ class Preset:
     def scaled(self, scale: float) -> Preset:
         """Narrower: heads and MLPs of LLM and vision encoder times `scale`, to whole ones, at least one head.
 
-        Layers, the size of a head, vocabulary, pictures and tokens stay, so that token profiles are the published ones.
+        Layers, the size of a head, vocabulary, images and tokens stay, so that token profiles are the published ones.
         """
         if not 0 < scale <= 1:
             raise UserError(f"scale {scale:g}: give a number above 0 and up to 1")
@@ -64,11 +64,11 @@ _13B = {"layers": 40, "heads": 40, "mlp": 13_824}
 #: LLaVA-1.5's dimensions; "llava-next" and "video-llava" are these at the visual tokens of LLaVA-NeXT (an overview and
 #: four tiles: 2,880) and Video-LLaVA (8 frames of 256: 2,048). What else these families do is not in them.
 PRESETS = {
-    "llava-1.5-7b": Preset(pictures=1, side=336),
-    "llava-1.5-13b": Preset(pictures=1, side=336, **_13B),
-    "llava-next-7b": Preset(pictures=5, side=336),
-    "llava-next-13b": Preset(pictures=5, side=336, **_13B),
-    "video-llava-7b": Preset(pictures=8, side=224),
+    "llava-1.5-7b": Preset(images=1, side=336),
+    "llava-1.5-13b": Preset(images=1, side=336, **_13B),
+    "llava-next-7b": Preset(images=5, side=336),
+    "llava-next-13b": Preset(images=5, side=336, **_13B),
+    "video-llava-7b": Preset(images=8, side=224),
 }
 
 
@@ -96,7 +96,7 @@ def make_config(preset: Preset, text_tokens: int = 64, new_tokens: int = 16) -> 
         vision_config=vision,
         text_config=text,
         image_token_index=PLACEHOLDER,
-        image_seq_length=preset.visual_tokens // preset.pictures,
+        image_seq_length=preset.visual_tokens // preset.images,
         tie_word_embeddings=False,
     )
 
@@ -112,13 +112,13 @@ def make_model(config: LlavaConfig, device: str | torch.device, dtype: torch.dty
 def make_inputs(
     preset: Preset, batch: int, text_tokens: int, device: str | torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """A batch of prompts, each half of the text, its pictures (noise), the other half."""
+    """A batch of prompts, each half of the text, its images (noise), the other half."""
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(3, 32_000, (batch, text_tokens), generator=generator)
     first = text_tokens // 2
-    pictures = torch.full((batch, preset.visual_tokens), PLACEHOLDER)
-    ids = torch.cat([text[:, :first], pictures, text[:, first:]], 1)
-    pixels = torch.randn(batch * preset.pictures, 3, preset.side, preset.side, generator=generator)
+    images = torch.full((batch, preset.visual_tokens), PLACEHOLDER)
+    ids = torch.cat([text[:, :first], images, text[:, first:]], 1)
+    pixels = torch.randn(batch * preset.images, 3, preset.side, preset.side, generator=generator)
     return {
         "input_ids": ids.to(device),
         "attention_mask": torch.ones_like(ids).to(device),

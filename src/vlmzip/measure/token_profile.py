@@ -25,9 +25,9 @@ class TokenProfile:
         """One for each row of a batch that a report is about; `prompt_tokens` are the rows' uncompressed lengths."""
         profiles = []
         for row, length in enumerate(prompt_tokens):
-            own = [picture for picture in report.pictures if picture.row == row]
-            before = sum(picture.before for picture in own)
-            visual = tuple(sum(counts) for counts in zip(*(picture.by_layer for picture in own), strict=True))
+            own = [image for image in report.images if image.row == row]
+            before = sum(image.before for image in own)
+            visual = tuple(sum(counts) for counts in zip(*(image.by_layer for image in own), strict=True))
             profiles.append(cls(before, visual, length - before))
         return profiles
 

@@ -1,4 +1,4 @@
-"""Adaptive VisionZip: DFMR says how many tokens a picture deserves, VisionZip says which."""
+"""Adaptive VisionZip: DFMR says how many tokens an image deserves, VisionZip says which."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from vlmzip.visual_tokens import Grid, Signal, VisualTokens
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveVisionZip(Compressor):
-    """VisionZip with a budget for each picture, the one that DFMR's variation would give it.
+    """VisionZip with a budget for each image, the one that DFMR's variation would give it.
 
-    Our own combination, in no paper. DFMR (arXiv:2412.08771, in our reading, see `dfmr`) picks each picture's factor,
+    Our own combination, in no paper. DFMR (arXiv:2412.08771, in our reading, see `dfmr`) picks each image's factor,
     and with it a count: 576, 144 or 64 of LLaVA-1.5's 576. VisionZip (arXiv:2412.04467, see `visionzip`) then keeps
-    that many tokens, dominant and contextual. A picture of factor 1 is left as it is. Rows get different numbers of
+    that many tokens, dominant and contextual. An image of factor 1 is left as it is. Rows get different numbers of
     tokens.
     """
 
@@ -31,13 +31,13 @@ class AdaptiveVisionZip(Compressor):
     budget_fields = DFMR.budget_fields
 
     tau: float = DFMR.tau
-    """The deviation from which on a factor is too coarse; set it from pictures with `calibrate`."""
+    """The deviation from which on a factor is too coarse; set it from images with `calibrate`."""
     max_factor: int = DFMR.max_factor
     """Side of the largest window that DFMR tries; the smallest count is tokens / max_factor²."""
     normalize: Literal["layer", "l2", "none"] = DFMR.normalize
     """As DFMR's: features of each token before measuring."""
     measure: Literal["features", "pixels"] = DFMR.measure
-    """As DFMR's: what is to vary, features or the picture's pixels."""
+    """As DFMR's: what is to vary, features or the image's pixels."""
     windows: Literal["mean", "max"] = DFMR.windows
     """As DFMR's: the "mean" deviation over windows, or their "max"."""
     merge: Literal["reference", "mean"] = VisionZip.merge
@@ -55,7 +55,7 @@ class AdaptiveVisionZip(Compressor):
         return DFMR(**{name: getattr(self, name) for name in self.field_names() if name in shared})
 
     def selector(self, count: int) -> VisionZip:
-        """What picks the tokens of pictures that keep `count`."""
+        """What picks the tokens of images that keep `count`."""
         return VisionZip(keep=count, merge=self.merge)
 
     def counts_by_factor(self, grid: Grid) -> dict[int, int]:

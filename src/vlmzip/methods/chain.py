@@ -46,7 +46,7 @@ class Chain(Compressor):
                 raise UserError(f"a chain has two compressors at {where}; give each a site or layer of its own")
         sites = {stage.site for stage in stages}
         if Site.PIXELS in sites and sites & {Site.PRE_PROJECTOR, Site.POST_PROJECTOR}:
-            raise UserError("behind smaller pictures a chain can go on inside the LLM only, for now")
+            raise UserError("behind smaller images a chain can go on inside the LLM only, for now")
         for stage in stages[1:]:
             if isinstance(stage, Resampler):
                 raise UserError(

@@ -1,4 +1,4 @@
-"""DFMR: pool plain pictures by a large factor and pictures with much detail by a small one, or not at all."""
+"""DFMR: pool plain images by a large factor and images with much detail by a small one, or not at all."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 @dataclass(frozen=True, kw_only=True)
 class DFMR(Compressor):
-    """Average square windows, with a factor for each picture that its own variation decides.
+    """Average square windows, with a factor for each image that its own variation decides.
 
     "Dynamic feature map reduction" of LLaVA-Zip (arXiv:2412.08771). No code of the authors is public and sources of
     the method's details disagree, so this is our reading. The factor is the largest of 1 to `max_factor` that divides
     the grid's sides and whose deviation lies below `tau`. The deviation of factor s is the population standard
     deviation inside each of the non-overlapping s x s windows, averaged over channels and windows. Factor 1 always
-    qualifies (inside windows of one token nothing deviates), so a picture with much detail keeps its tokens as they
+    qualifies (inside windows of one token nothing deviates), so an image with much detail keeps its tokens as they
     are.
 
     Not confirmed by any source, hence fields or choices of ours: whether features or pixels are measured, the
@@ -39,14 +39,14 @@ class DFMR(Compressor):
     budget_fields = ("tau",)
 
     tau: float = 0.3
-    """The deviation from which on a factor is too coarse. The paper's value is unknown: with this one mini's pictures
+    """The deviation from which on a factor is too coarse. The paper's value is unknown: with this one mini's images
     get all three factors. For another model or budget set it with `vlmzip calibrate`."""
     max_factor: int = 3
     """Side of the largest window, in tokens."""
     normalize: Literal["layer", "l2", "none"] = "layer"
     """Features of each token before measuring: "layer" to mean 0 and variance 1, "l2" to length 1, "none" as is."""
     measure: Literal["features", "pixels"] = "features"
-    """What is to vary: the visual tokens at `site`, or the picture's pixels in [0, 1] under the windows' patches."""
+    """What is to vary: the visual tokens at `site`, or the image's pixels in [0, 1] under the windows' patches."""
     windows: Literal["mean", "max"] = "mean"
     """Over windows: their "mean" deviation, or "max", so that one detailed spot suffices to keep tokens."""
 
@@ -84,7 +84,7 @@ class DFMR(Compressor):
         return torch.stack(found, dim=1) if found else values.new_zeros(len(values), 0)
 
     def choose(self, tokens: VisualTokens) -> Int[Tensor, " batch"]:
-        """For each picture which of the factors in `counts_by_factor` it gets, counted from 0."""
+        """For each image which of the factors in `counts_by_factor` it gets, counted from 0."""
         deviations = self.deviations(tokens)
         qualifies = pad(deviations < self.tau, (1, 0), value=True)  # factor 1 always does
         return (qualifies * torch.arange(qualifies.shape[1], device=qualifies.device)).amax(1)

@@ -15,16 +15,16 @@ from vlmzip.visual_tokens import Grid, Site, VisualTokens
 
 @dataclass(frozen=True, kw_only=True)
 class Downsample(Compressor):
-    """Show the vision encoder a smaller picture, so that it puts out fewer visual tokens.
+    """Show the vision encoder a smaller image, so that it puts out fewer visual tokens.
 
-    The baseline that papers on visual tokens seldom run; no paper defines it. The picture is resized (bicubic with
+    The baseline that papers on visual tokens seldom run; no paper defines it. The image is resized (bicubic with
     antialiasing, as the families' own processors do) to the grid that `smaller` chooses, position embeddings are
     interpolated by the encoder itself where it has any, and all that it puts out goes to the LLM. The encoder gets
-    cheaper too. Reachable are grids of (nearly) the picture's own shape; `at_budget` says what is reached.
+    cheaper too. Reachable are grids of (nearly) the image's own shape; `at_budget` says what is reached.
 
-    The token map says which cell of the smaller grid covers each token that the picture would have had: their mean is
+    The token map says which cell of the smaller grid covers each token that the image would have had: their mean is
     what is drawn, and the middle one's place is what `positions="original"` keeps. The tokens that the LLM gets are not
-    that mean: they come from encoding the smaller picture. A CLS token is dropped, unless nothing is to be done.
+    that mean: they come from encoding the smaller image. A CLS token is dropped, unless nothing is to be done.
     """
 
     sites = (Site.PIXELS,)
@@ -33,7 +33,7 @@ class Downsample(Compressor):
     site: Site = Site.PIXELS
     """Where it acts: on the pixels, before the vision encoder."""
     keep: Keep = A_NINTH
-    """Tokens per picture (int), or a fraction of them (float, "25%"); the nearest grid of the picture's shape."""
+    """Tokens per image (int), or a fraction of them (float, "25%"); the nearest grid of the image's shape."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,7 +43,7 @@ class Downsample(Compressor):
         return self.smaller(grid).size
 
     def smaller(self, grid: Grid) -> Grid:
-        """The grid of the smaller picture: of those nearest to its shape, the one nearest to the budget in tokens."""
+        """The grid of the smaller image: of those nearest to its shape, the one nearest to the budget in tokens."""
         wanted = count_to_keep(self.keep, grid.size)
         candidates = {Grid(grid.frames, side, _scaled(grid.cols, side, grid.rows)) for side in range(1, grid.rows + 1)}
         candidates |= {Grid(grid.frames, _scaled(grid.rows, side, grid.cols), side) for side in range(1, grid.cols + 1)}
@@ -52,7 +52,7 @@ class Downsample(Compressor):
 
     def assign(self, tokens: VisualTokens) -> TokenMap:
         if tokens.grid is None:
-            raise UserError("downsample needs tokens that lie on a grid: it acts on pictures, before all other methods")
+            raise UserError("downsample needs tokens that lie on a grid: it acts on images, before all other methods")
         group = cell_of_each(tokens.grid, self.smaller(tokens.grid), tokens.features.device)
         return TokenMap.merge(group.expand(len(tokens.features), -1)).after_dropping(tokens.prefix)
 

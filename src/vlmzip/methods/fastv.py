@@ -18,7 +18,7 @@ class FastV(Compressor):
 
     Chen et al., ECCV 2024 (arXiv:2403.06764), section 4: ranking by attention, mean over heads, K=2 and R=50 % as
     defaults; tokens keep their positions. Differences from the authors' code: every row of a batch is ranked by its own
-    attention (theirs uses the first row's), the picture's tokens are ranked picture by picture, and no attention matrix
+    attention (theirs uses the first row's), the image's tokens are ranked image by image, and no attention matrix
     is made: the one row is computed from the layer's queries and keys, so SDPA and FlashAttention stay on.
 
     Labels decide where an image's question ends: at the token before the first label behind the image. Without labels
@@ -30,7 +30,7 @@ class FastV(Compressor):
 
     site: Site = Site.IN_LLM
     keep: Keep = 0.5
-    """Tokens per picture that layer K and those behind it see (int), or a fraction (float, "50%")."""
+    """Tokens per image that layer K and those behind it see (int), or a fraction (float, "50%")."""
     layer: int = 2
     """K, the first layer that sees fewer tokens, 0-based; at least 1."""
 

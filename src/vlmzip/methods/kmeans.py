@@ -1,4 +1,4 @@
-"""K-means: each picture's visual tokens become the means of as many clusters as are wanted."""
+"""K-means: each image's visual tokens become the means of as many clusters as are wanted."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SAME = 1e-4
 
 @dataclass(frozen=True, kw_only=True)
 class KMeans(Compressor):
-    """Cluster the visual tokens of each picture and keep the mean of every cluster.
+    """Cluster the visual tokens of each image and keep the mean of every cluster.
 
     The K-Means baseline of LLaVolta (arXiv:2406.20092, Table 3: L / S centroids). The authors' code of it is not
     public; these are our choices. Nothing is drawn at random: centroids start at tokens evenly spaced in raster order,
@@ -38,7 +38,7 @@ class KMeans(Compressor):
     sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
 
     keep: Keep = A_NINTH
-    """Tokens per picture (int), or a fraction of them (float, "25%"): the number of clusters."""
+    """Tokens per image (int), or a fraction of them (float, "25%"): the number of clusters."""
     iterations: int = 10
     """Lloyd's steps: assign each token to the nearest centroid, then move the centroids to their members' means."""
     metric: Literal["euclidean", "cosine"] = "euclidean"

@@ -23,15 +23,15 @@ BEFORE_THE_LLM = -1
 class LLaVolta(Compressor):
     """Average each run of `stride` visual tokens into one, from layer K on.
 
-    Chen et al., NeurIPS 2024 (arXiv:2406.20092), section 3.2. Runs follow the raster order of one picture, so a run of
+    Chen et al., NeurIPS 2024 (arXiv:2406.20092), section 3.2. Runs follow the raster order of one image, so a run of
     8 is a strip of one row of LLaVA's 24 x 24 grid, and runs cross rows where the stride does not divide them. Each
     average takes the position of its run's middle token, number (stride - 1) // 2; text keeps its positions.
 
     Several layers are the paper's layer-wise variant (Table 7): each pools what the one before has left.
     `window="2d"` pools squares of stride x stride tokens instead, which the authors did not try.
 
-    Differences from the authors' code: any number of tokens and pictures, rows of text alone, ragged batches, padding
-    on either side; positions are exact (theirs are averaged in float16); a picture of fewer tokens than the stride
+    Differences from the authors' code: any number of tokens and images, rows of text alone, ragged batches, padding
+    on either side; positions are exact (theirs are averaged in float16); an image of fewer tokens than the stride
     becomes one token (theirs vanishes).
     """
 
@@ -141,7 +141,7 @@ class LLaVolta(Compressor):
 
 
 def _windows(count: int, stride: int, last: str) -> int:
-    """How many windows: the last, partial one counts if it is kept; a picture smaller than one window keeps one."""
+    """How many windows: the last, partial one counts if it is kept; an image smaller than one window keeps one."""
     return max(count // stride, 1) if last == "drop" else -(-count // stride)
 
 

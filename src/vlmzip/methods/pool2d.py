@@ -66,9 +66,9 @@ def window_of_each(grid: Grid, factor: int, device: torch.device) -> torch.Tenso
 
 
 def output_of_each(tokens: VisualTokens, grid: Grid, factor: int) -> torch.Tensor:
-    """The output token that each token of a picture joins, prefix included; shape [prefix + grid.size].
+    """The output token that each token of an image joins, prefix included; shape [prefix + grid.size].
 
-    A picture that is not pooled is left as the model has it, with CLS where its LLM gets CLS.
+    An image that is not pooled is left as the model has it, with CLS where its LLM gets CLS.
     """
     device = tokens.features.device
     kept = tokens.prefix if factor == 1 and tokens.passes_prefix else 0

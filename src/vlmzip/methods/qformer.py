@@ -37,7 +37,7 @@ class QFormer(Resampler):
     budget_fields = ("queries",)
 
     queries: int = 32
-    """Learned queries: the tokens that the LLM gets of each picture, whatever its size."""
+    """Learned queries: the tokens that the LLM gets of each image, whatever its size."""
     depth: int = 12
     """Layers of the Q-Former."""
     width: int = 768

@@ -18,14 +18,14 @@ class RandomTokens(Compressor):
     """Keep a random subset of the visual tokens, in raster order.
 
     The random-drop baseline of LLaVolta (arXiv:2406.20092, Table 3). The subset depends on `seed` and the number of
-    tokens alone, so a picture gets the same answer in any batch, on any device and in any precision; run several seeds
+    tokens alone, so an image gets the same answer in any batch, on any device and in any precision; run several seeds
     to see the spread. The authors draw anew for every batch.
     """
 
     sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
 
     keep: Keep = A_NINTH
-    """Tokens per picture (int), or a fraction of them (float, "25%")."""
+    """Tokens per image (int), or a fraction of them (float, "25%")."""
     seed: int = 0
     """Seed of the draw."""
     layer: int = 2

@@ -37,9 +37,9 @@ RECYCLE = {"v1": 0.3, "v2": 0.0}
 class SparseVLM(Compressor):
     """Keep the visual tokens that the question's raters attend to, and merge the best of the rest into a few.
 
-    Zhang et al., ICML 2025 (arXiv:2410.04417), section 3. Raters are the question's tokens to which the picture's
+    Zhang et al., ICML 2025 (arXiv:2410.04417), section 3. Raters are the question's tokens to which the image's
     tokens are similar above average, on entering the LLM: softmax over the question of each dot product, mean over the
-    picture. At each of several layers a visual token's score is its attention from the raters, mean over them and over
+    image. At each of several layers a visual token's score is its attention from the raters, mean over them and over
     heads. The best stay; of the others the next best 30 % (and one more) are recycled: n of them become n // 10 + 1
     tokens, the means of clusters by density peaks (DPC-KNN), as in the authors' code.
 
@@ -49,7 +49,7 @@ class SparseVLM(Compressor):
     a schedule's counts together until that average fits, on the set layers or, in a smaller LLM, on proportional ones.
     On other grids the published counts are the same shares of the tokens that reach each layer.
 
-    Differences from the authors' code: any batch size; each picture of a prompt is rated on its own, by the text behind
+    Differences from the authors' code: any batch size; each image of a prompt is rated on its own, by the text behind
     it; a merged token stands where its cluster's centre stood (theirs follow the last kept one), and tokens keep their
     positions (theirs are renumbered in v1, kept in v2); equally dense tokens rank in raster order (theirs get random
     noise); no raters above the average (a question of one token): the last; keeping all is possible. "v2" stands for
@@ -59,7 +59,7 @@ class SparseVLM(Compressor):
     Labels decide where an image's question ends: at the token before the first label behind the image. Without labels
     it ends at the last token of the prompt, so answers in the prompt count as question.
 
-    Memory is linear in a picture's tokens; clustering takes time by the square of the recycled ones.
+    Memory is linear in an image's tokens; clustering takes time by the square of the recycled ones.
     """
 
     needs = frozenset({Signal.TEXT_ATTENTION, Signal.TEXT_FEATURES})
@@ -112,7 +112,7 @@ class SparseVLM(Compressor):
         return counts
 
     def at_budget(self, keep: Keep, profile: Profile) -> tuple[SparseVLM, float]:
-        """Its counts, all scaled down towards 1 or all up towards the whole picture; see the class for the layers."""
+        """Its counts, all scaled down towards 1 or all up towards the whole image; see the class for the layers."""
         wanted = count_to_keep(keep, profile.grid.size) / profile.grid.size
         steps = range(8 * profile.grid.size + 1)  # so fine that counts change one by one
         least = self._scaled(0.0, profile)
@@ -201,7 +201,7 @@ class SparseVLM(Compressor):
 
 
 def _raters(tokens: VisualTokens) -> Bool[Tensor, "batch queries"]:
-    """The question's tokens that rate: those to which the picture's tokens, on entering the LLM, are similar above
+    """The question's tokens that rate: those to which the image's tokens, on entering the LLM, are similar above
     average; where none is, the last."""
     assert tokens.query_mask is not None
     assert tokens.text_features is not None

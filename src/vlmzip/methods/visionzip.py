@@ -39,7 +39,7 @@ class VisionZip(Compressor):
     budget_fields = ("keep", "dominant", "contextual")
 
     keep: Keep | None = None
-    """Tokens per picture (int) or a fraction (float, "11%"), split 5.4 : 1 into dominant and contextual; else 1/9."""
+    """Tokens per image (int) or a fraction (float, "11%"), split 5.4 : 1 into dominant and contextual; else 1/9."""
     dominant: int | None = None
     """Dominant tokens, CLS included; together with `contextual`, instead of `keep`."""
     contextual: int | None = None

@@ -1,6 +1,6 @@
-"""mini: a small real LLaVA that comes with the package, and the picture questions it was trained on.
+"""mini: a small real LLaVA that comes with the package, and the image questions it was trained on.
 
-Its parts, along the way of the data: `words`, `scene`, `drawing` and `assets` make pictures, `questions` and `splits`
+Its parts, along the way of the data: `words`, `scene`, `drawing` and `assets` make images, `questions` and `splits`
 ask about them, `model` and `tokenizer` are the model, `encoder`, `instruct` and `train` teach it, `export` writes it,
 `evaluate` measures it.
 """

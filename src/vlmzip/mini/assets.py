@@ -1,7 +1,7 @@
 """Real photos that the drawings use: Fashion-MNIST items and crops of public-domain photos.
 
 The validation and test splits and the examples need only a few hundred small crops, shipped in `assets/crops.npz`.
-Training uses other pictures: Fashion-MNIST's training images and other parts of the photos, read from where they are
+Training uses other images: Fashion-MNIST's training images and other parts of the photos, read from where they are
 installed.
 """
 
@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from vlmzip.mini.dice import Dice
+from vlmzip.mini.rng import Rng
 from vlmzip.mini.words import ITEMS
-from vlmzip.runtime.pictures import load_picture
+from vlmzip.runtime.images import load_image
 
 SHIPPED = Path(__file__).parent / "assets" / "crops.npz"
 SIDE = 96
@@ -122,12 +122,12 @@ def photo_crops(part: str, per_photo: int) -> np.ndarray:
     folder = Path(skimage.data.__file__).parent
     crops = []
     for number, name in enumerate(PHOTOS):
-        dice = Dice(number)
-        photo = load_picture(folder / name)
+        rng = Rng(number)
+        photo = load_image(folder / name)
         left, top, right, bottom = _region(part, *photo.size)
         for _ in range(per_photo):
-            side = dice.between(SIDE, min(right - left, bottom - top, 240))
-            x, y = dice.between(left, right - side), dice.between(top, bottom - side)
+            side = rng.between(SIDE, min(right - left, bottom - top, 240))
+            x, y = rng.between(left, right - side), rng.between(top, bottom - side)
             crop = photo.resize((SIDE, SIDE), Image.Resampling.BOX, (x, y, x + side, y + side))
             crops.append(np.asarray(crop))
     return np.stack(crops)

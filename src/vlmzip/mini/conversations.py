@@ -1,6 +1,6 @@
-"""`python -m vlmzip.mini.conversations --out DIR`: mini's training pictures and questions in LLaVA's JSON format.
+"""`python -m vlmzip.mini.conversations --out DIR`: mini's training images and questions in LLaVA's JSON format.
 
-What `vlmzip train` reads: records.json, and pictures beside it. With --base also mini as it is before it learns to
+What `vlmzip train` reads: records.json, and images beside it. With --base also mini as it is before it learns to
 answer: the shipped encoder, and a projector and an LLM that have seen some text and captions.
 """
 
@@ -22,22 +22,22 @@ from vlmzip.mini.export import export
 from vlmzip.mini.instruct import Lessons, training_questions
 from vlmzip.mini.loop import Run, train_stage
 from vlmzip.mini.model import make_model
-from vlmzip.mini.processes import Processes
+from vlmzip.mini.processes import TrainingProcesses
 from vlmzip.mini.recipe import Recipe
 from vlmzip.mini.scene import make_scene
 from vlmzip.mini.splits import TRAIN_LANGUAGE, train_seed
 
-#: Pictures of the pre-training come first in the range; these come behind them.
+#: Images of the pre-training come first in the range; these come behind them.
 FIRST = 100_000
 TO_A_FOLDER = 1000
 
 
 def write_conversations(out: Path, count: int, turns: int, assets: Assets) -> Path:
-    """`count` pictures with up to `turns` questions each; returns the path of the records."""
+    """`count` images with up to `turns` questions each; returns the path of the records."""
     records = []
-    for index in tqdm(range(count), "pictures"):
+    for index in tqdm(range(count), "images"):
         scene = make_scene(train_seed(TRAIN_LANGUAGE, FIRST + index))
-        path = Path("pictures") / str(index // TO_A_FOLDER) / f"{index}.png"
+        path = Path("images") / str(index // TO_A_FOLDER) / f"{index}.png"
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(draw(scene, assets)).save(out / path)
         records.append({"id": scene.seed, "image": str(path), "conversations": _said(training_questions(scene, turns))})
@@ -60,7 +60,7 @@ def write_base(out: Path, assets: Assets) -> Path:
     shipped = AutoModelForImageTextToText.from_pretrained(weights_folder())
     model.model.vision_tower.load_state_dict(shipped.model.vision_tower.float().state_dict())
     (out / "base").mkdir(parents=True, exist_ok=True)
-    run = Run(out / "base", recipe, Processes())
+    run = Run(out / "base", recipe, TrainingProcesses())
     run.load_model(model)
     lessons = Lessons(run, model, assets)
     language = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
@@ -78,8 +78,8 @@ def write_base(out: Path, assets: Assets) -> Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m vlmzip.mini.conversations", description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--pictures", type=int, default=15_360)
-    parser.add_argument("--turns", type=int, default=12, help="questions about a picture")
+    parser.add_argument("--images", type=int, default=15_360)
+    parser.add_argument("--turns", type=int, default=12, help="questions about an image")
     parser.add_argument("--base", action="store_true", help="instead, make the model before it learns to answer")
     parser.add_argument("--fashion-mnist", type=Path, help="folder of Fashion-MNIST's gz files")
     parser.add_argument("--cache", type=Path, help="where to unpack Fashion-MNIST (default ~/.cache/vlmzip)")
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         write_base(given.out, assets)
         if given.base
-        else write_conversations(given.out, given.pictures, given.turns, assets)
+        else write_conversations(given.out, given.images, given.turns, assets)
     )
     return 0
 

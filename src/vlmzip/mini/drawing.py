@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 
 from vlmzip.mini.assets import Assets
-from vlmzip.mini.dice import Dice
+from vlmzip.mini.rng import Rng
 from vlmzip.mini.scene import SIDE, Scene, Thing
 
 RGB = {
@@ -48,9 +48,9 @@ STAR = (
 
 
 def draw(scene: Scene, assets: Assets) -> np.ndarray:
-    """The picture, uint8 [96 96 3]."""
-    dice = Dice(scene.seed * 2 + 1_000_003)
-    canvas = _ground(scene, dice, assets)
+    """The image, uint8 [96 96 3]."""
+    rng = Rng(scene.seed * 2 + 1_000_003)
+    canvas = _ground(scene, rng, assets)
     for thing in scene.things:
         _draw_thing(canvas, thing, assets)
     return canvas.astype(np.uint8)
@@ -59,66 +59,66 @@ def draw(scene: Scene, assets: Assets) -> np.ndarray:
 # ---------------------------------------------------------------- grounds
 
 
-def _ground(scene: Scene, dice: Dice, assets: Assets) -> np.ndarray:
+def _ground(scene: Scene, rng: Rng, assets: Assets) -> np.ndarray:
     """int32 [96 96 3]."""
     if scene.ground == "photo":
-        canvas = _photo(dice, assets)
+        canvas = _photo(rng, assets)
     elif scene.ground == "lines":
-        canvas = _lines(np.zeros((SIDE, SIDE, 3), np.int32) + _muted(dice, 40), dice, 45)
+        canvas = _lines(np.zeros((SIDE, SIDE, 3), np.int32) + _muted(rng, 40), rng, 45)
     elif scene.ground == "noise":
-        cell = dice.between(2, 5)
+        cell = rng.between(2, 5)
         cells = -(-SIDE // cell)
-        blocks = _muted(dice, 40) + dice.noise((cells, cells, 3), -70, 70)
+        blocks = _muted(rng, 40) + rng.noise((cells, cells, 3), -70, 70)
         canvas = blocks.repeat(cell, 0).repeat(cell, 1)[:SIDE, :SIDE]
     else:
-        canvas = _pattern(scene.ground, dice)
+        canvas = _pattern(scene.ground, rng)
     return canvas.clip(0, 255).astype(np.int32)
 
 
-def _muted(dice: Dice, tint: int) -> np.ndarray:
-    grey = dice.between(35, 220)
-    return np.array([grey + dice.between(-tint, tint) for _ in range(3)], np.int32)
+def _muted(rng: Rng, tint: int) -> np.ndarray:
+    grey = rng.between(35, 220)
+    return np.array([grey + rng.between(-tint, tint) for _ in range(3)], np.int32)
 
 
-def _pattern(ground: str, dice: Dice) -> np.ndarray:
-    first = _muted(dice, 25)
+def _pattern(ground: str, rng: Rng) -> np.ndarray:
+    first = _muted(rng, 25)
     if ground == "plain":
         return np.zeros((SIDE, SIDE, 3), np.int32) + first
     if ground == "soft noise":
-        return first + dice.noise((SIDE, SIDE, 1), -18, 18)
+        return first + rng.noise((SIDE, SIDE, 1), -18, 18)
     y, x = np.mgrid[0:SIDE, 0:SIDE]
-    way = (x, y, (x + y) // 2, (x - y + SIDE) // 2)[dice.below(4)][..., None]
+    way = (x, y, (x + y) // 2, (x - y + SIDE) // 2)[rng.below(4)][..., None]
     if ground == "gradient":
-        second = _muted(dice, 25)
+        second = _muted(rng, 25)
         return first + (second - first) * way // SIDE
-    step = dice.between(3, 9)
-    second = first + dice.pick((-1, 1)) * dice.between(15, 40)
+    step = rng.between(3, 9)
+    second = first + rng.pick((-1, 1)) * rng.between(15, 40)
     odd = (way // step) % 2 if ground == "stripes" else ((x // step + y // step) % 2)[..., None]
     return np.where(odd == 1, second, first)
 
 
-def _photo(dice: Dice, assets: Assets) -> np.ndarray:
-    crop = assets.grounds[dice.below(len(assets.grounds))].astype(np.int32)
-    if dice.chance(50):
+def _photo(rng: Rng, assets: Assets) -> np.ndarray:
+    crop = assets.grounds[rng.below(len(assets.grounds))].astype(np.int32)
+    if rng.chance(50):
         crop = crop[:, ::-1]
-    if dice.chance(50):
+    if rng.chance(50):
         crop = crop[::-1]
-    canvas = crop + dice.between(-25, 25)
-    return _lines(canvas.copy(), dice, 8) if dice.chance(40) else canvas
+    canvas = crop + rng.between(-25, 25)
+    return _lines(canvas.copy(), rng, 8) if rng.chance(40) else canvas
 
 
-def _lines(canvas: np.ndarray, dice: Dice, count: int) -> np.ndarray:
+def _lines(canvas: np.ndarray, rng: Rng, count: int) -> np.ndarray:
     """Straight lines one or two pixels wide, in any color: clutter that resembles the edges of things."""
     for _ in range(count):
-        x, y = dice.below(SIDE), dice.below(SIDE)
-        across, down = dice.between(-40, 40), dice.between(-40, 40)
+        x, y = rng.below(SIDE), rng.below(SIDE)
+        across, down = rng.between(-40, 40), rng.between(-40, 40)
         steps = max(abs(across), abs(down), 1)
         walk = np.arange(steps + 1)
         rows = (y + down * walk // steps).clip(0, SIDE - 2)
         columns = (x + across * walk // steps).clip(0, SIDE - 2)
-        color = np.array([dice.between(20, 235) for _ in range(3)])
+        color = np.array([rng.between(20, 235) for _ in range(3)])
         canvas[rows, columns] = color
-        if dice.chance(50):
+        if rng.chance(50):
             canvas[rows + (steps == abs(across)), columns + (steps != abs(across))] = color
     return canvas
 

@@ -36,13 +36,13 @@ class EncoderHeads(nn.Module):
         self.middle = nn.Linear(hidden, 1)
         # Read without a norm: the projector of LLaVA gets the features without one.
         self.place = nn.Linear(hidden, 4)
-        self.picture = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, PRESENCE))
-        self.last_picture = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, PRESENCE))
+        self.image = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, PRESENCE))
+        self.last_image = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, PRESENCE))
 
 
-def pixels_of(pictures: list[np.ndarray], device: torch.device) -> Tensor:
+def pixels_of(images: list[np.ndarray], device: torch.device) -> Tensor:
     """[batch 3 96 96] from -1 to 1, as mini's processor makes them, from uint8 [96 96 3]."""
-    stacked = torch.from_numpy(np.stack(pictures)).to(device)
+    stacked = torch.from_numpy(np.stack(images)).to(device)
     return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -75,8 +75,8 @@ def encoder_losses(
         ),
         "own place": PLACE_WEIGHT * place[..., :2].mean(),
         "thing's place": PLACE_WEIGHT * (place[..., 2:].mean(-1) * thing).sum() / thing.sum().clamp(min=1),
-        "picture": F.binary_cross_entropy_with_logits(heads.picture(penultimate[:, 0]).float(), wanted["presence"]),
-        "last picture": F.binary_cross_entropy_with_logits(heads.last_picture(last[:, 0]).float(), wanted["presence"]),
+        "image": F.binary_cross_entropy_with_logits(heads.image(penultimate[:, 0]).float(), wanted["presence"]),
+        "last image": F.binary_cross_entropy_with_logits(heads.last_image(last[:, 0]).float(), wanted["presence"]),
     }
 
 
@@ -127,7 +127,7 @@ def train_encoder(run: Run, model: LlavaForConditionalGeneration, assets: Assets
 def _reporter(
     model: LlavaForConditionalGeneration, heads: EncoderHeads, rows: int, device: torch.device
 ) -> Callable[[int], str]:
-    """Losses on validation pictures, and every so often the position probe."""
+    """Losses on validation images, and every so often the position probe."""
 
     def report(done: int) -> str:
         scenes = [make_scene(seed) for seed in VALIDATION[:60]]
@@ -143,18 +143,18 @@ def _reporter(
 
 @torch.no_grad()
 def position_probe(model: LlavaForConditionalGeneration, pixels: Tensor) -> tuple[float, float]:
-    """R² of a linear fit of each patch's row and column on its feature, on pictures the fit has not seen."""
+    """R² of a linear fit of each patch's row and column on its feature, on images the fit has not seen."""
     features = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[
         model.config.vision_feature_layer
     ]
     features = features[:, 1:].float().cpu()
-    pictures, tokens, _ = features.shape
+    images, tokens, _ = features.shape
     rows = round(tokens**0.5)
-    place = torch.arange(tokens).repeat(pictures, 1)
+    place = torch.arange(tokens).repeat(images, 1)
     wanted = torch.stack([place // rows, place % rows], -1).float()
-    ones = torch.ones(pictures, tokens, 1)
+    ones = torch.ones(images, tokens, 1)
     inputs = torch.cat([features, ones], -1)
-    half = pictures // 2
+    half = images // 2
     fit = torch.linalg.lstsq(inputs[:half].flatten(0, 1), wanted[:half].flatten(0, 1)).solution
     rest, found = wanted[half:].flatten(0, 1), inputs[half:].flatten(0, 1) @ fit
     r2 = 1 - (rest - found).square().mean(0) / (rest - rest.mean(0)).square().mean(0)

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from vlmzip.mini import weights_folder
-from vlmzip.mini.dice import Dice
-from vlmzip.mini.questions import Sample
+from vlmzip.mini.questions import ImageQuestion
+from vlmzip.mini.rng import Rng
 from vlmzip.mini.splits import test_split, validation_split
 from vlmzip.mini.words import LEVELS, TYPES, normalized
 
@@ -28,10 +28,10 @@ MOST_NEW_TOKENS = 6
 
 
 @dataclass(frozen=True)
-class Record:
+class AnswerRecord:
     """One answered question."""
 
-    picture: int
+    image: int
     question: str
     answer: str
     given: str
@@ -43,7 +43,7 @@ class Record:
         return normalized(self.given) == normalized(self.answer)
 
 
-def accuracy(answer: Answer, samples: Sequence[Sample], batch: int = 60) -> list[Record]:
+def accuracy(answer: Answer, samples: Sequence[ImageQuestion], batch: int = 60) -> list[AnswerRecord]:
     """Asks `answer` every question, `batch` at a time. `share_right`, `by` and `table` read the records."""
     records = []
     for start in range(0, len(samples), batch):
@@ -52,21 +52,21 @@ def accuracy(answer: Answer, samples: Sequence[Sample], batch: int = 60) -> list
         if len(given) != len(some):
             raise ValueError(f"{len(some)} questions were asked, {len(given)} answers came back")
         for sample, text in zip(some, given, strict=True):
-            records.append(Record(sample.picture, sample.question, sample.answer, text, sample.type, sample.level))
+            records.append(AnswerRecord(sample.seed, sample.question, sample.answer, text, sample.type, sample.level))
     return records
 
 
-def share_right(records: Sequence[Record]) -> float:
+def share_right(records: Sequence[AnswerRecord]) -> float:
     return sum(record.right for record in records) / len(records) if records else float("nan")
 
 
-def by(records: Sequence[Record], field: str) -> dict[str, float]:
+def by(records: Sequence[AnswerRecord], field: str) -> dict[str, float]:
     """Share of right answers for each "type" or "level" that occurs, in the order of `words`."""
     groups = {value: [record for record in records if getattr(record, field) == value] for value in (*TYPES, *LEVELS)}
     return {value: share_right(group) for value, group in groups.items() if group}
 
 
-def majority(samples: Sequence[Sample | Record]) -> dict[str, float]:
+def majority(samples: Sequence[ImageQuestion | AnswerRecord]) -> dict[str, float]:
     """What always giving each type's most frequent answer would reach."""
     found = {}
     for question_type in TYPES:
@@ -76,7 +76,7 @@ def majority(samples: Sequence[Sample | Record]) -> dict[str, float]:
     return found
 
 
-def table(records: Sequence[Record]) -> str:
+def table(records: Sequence[AnswerRecord]) -> str:
     """A Markdown table in percent: types down, levels across, with the number of questions and the majority guesser."""
     guess = majority(records)
     lines = [f"| type | n | all | {' | '.join(LEVELS)} | majority |", "| --- " * (4 + len(LEVELS)) + "|"]
@@ -115,32 +115,31 @@ class ModelAnswer:
 # ---------------------------------------------------------------- controls
 
 
-def controlled(samples: Sequence[Sample], control: str) -> list[Sample]:
-    """The same questions with other pictures: mid-grey, another one of the split, or shrunk to 32 by 32 and back."""
+def controlled(samples: Sequence[ImageQuestion], control: str) -> list[ImageQuestion]:
+    """The same questions with other images: mid-grey, another one of the split, or shrunk to 32 by 32 and back."""
     if control == "none":
         return list(samples)
     return [
-        Sample(sample.picture, image, sample.question, sample.answer, sample.type, sample.level)
+        ImageQuestion(sample.seed, image, sample.question, sample.answer, sample.type, sample.level)
         for sample, image in zip(samples, _other_images(samples, control), strict=True)
     ]
 
 
-def _other_images(samples: Sequence[Sample], control: str) -> list[Image.Image]:
+def _other_images(samples: Sequence[ImageQuestion], control: str) -> list[Image.Image]:
     if control == "text-only":
         return [Image.new("RGB", sample.image.size, (128, 128, 128)) for sample in samples]
     if control == "downsampled":
         return [_shrunk(sample.image) for sample in samples]
-    images = {sample.picture: sample.image for sample in samples}
-    pictures = list(images)
-    if len(pictures) < 2:
-        raise ValueError("the shuffled control needs questions about two pictures or more")
-    dice = Dice(0)
-    # Any picture but the question's own: a step of 1 to n-1 around the circle of pictures.
-    place = {picture: number for number, picture in enumerate(pictures)}
-    steps = [dice.between(1, len(pictures) - 1) for _ in samples]
+    images = {sample.seed: sample.image for sample in samples}
+    seeds = list(images)
+    if len(seeds) < 2:
+        raise ValueError("the shuffled control needs questions about two images or more")
+    rng = Rng(0)
+    # Any image but the question's own: a step of 1 to n-1 around the circle of seeds.
+    place = {seed: number for number, seed in enumerate(seeds)}
+    steps = [rng.between(1, len(seeds) - 1) for _ in samples]
     return [
-        images[pictures[(place[sample.picture] + step) % len(pictures)]]
-        for sample, step in zip(samples, steps, strict=True)
+        images[seeds[(place[sample.seed] + step) % len(seeds)]] for sample, step in zip(samples, steps, strict=True)
     ]
 
 
@@ -157,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", type=Path, default=weights_folder(), help="folder of the model (default: mini)")
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     parser.add_argument("--limit", type=int, help="ask only the first questions")
-    parser.add_argument("--control", choices=CONTROLS, default="none", help="replace the pictures")
+    parser.add_argument("--control", choices=CONTROLS, default="none", help="replace the images")
     parser.add_argument("--json", type=Path, help="write every answer to this file")
     given = parser.parse_args(arguments)
     if not (given.model / "config.json").exists():
@@ -176,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def write_json(records: Sequence[Record], path: Path, **about: str) -> None:
+def write_json(records: Sequence[AnswerRecord], path: Path, **about: str) -> None:
     content = {
         **about,
         "all": share_right(records),

@@ -1,4 +1,4 @@
-"""`python -m vlmzip.mini.examples`: the example pictures, and a figure of pictures by level."""
+"""`python -m vlmzip.mini.examples`: the example images, and a figure of images by level."""
 
 import argparse
 from collections.abc import Sequence
@@ -16,26 +16,26 @@ from vlmzip.mini.words import LEVELS
 # Chosen by eye among the first of EXAMPLES: a few things on plain ground, many on a photo.
 CHOSEN = {"flat": 3_000_006, "cluttered": 3_000_014}
 BORDER = 4
-PICTURES_A_ROW = 6
+IMAGES_PER_ROW = 6
 
 
-def picture(seed: int) -> Image.Image:
-    """An example picture, 96 by 96."""
+def image(seed: int) -> Image.Image:
+    """An example image, 96 by 96."""
     return Image.fromarray(draw(make_scene(seed), shipped_assets("test")))
 
 
 def write_examples(folder: Path) -> None:
     """At 96 by 96: enlarged ones come back from the processor a little softened, and small digits suffer."""
     for name, seed in CHOSEN.items():
-        picture(seed).save(folder / f"{name}.png", optimize=True)
+        image(seed).save(folder / f"{name}.png", optimize=True)
 
 
 def write_figure(path: Path) -> None:
-    """One row of pictures a level, from the example seeds."""
+    """One row of images a level, from the example seeds."""
     rows = []
     for number in range(len(LEVELS)):
-        seeds = [seed for seed in EXAMPLES if seed % len(LEVELS) == number][:PICTURES_A_ROW]
-        rows.append(np.concatenate([_framed(picture(seed)) for seed in seeds], axis=1))
+        seeds = [seed for seed in EXAMPLES if seed % len(LEVELS) == number][:IMAGES_PER_ROW]
+        rows.append(np.concatenate([_framed(image(seed)) for seed in seeds], axis=1))
     Image.fromarray(np.concatenate(rows)).resize(
         (rows[0].shape[1] * 2, rows[0].shape[0] * 2 * len(rows)), Image.Resampling.NEAREST
     ).save(path, optimize=True)
@@ -47,9 +47,9 @@ def _framed(image: Image.Image) -> np.ndarray:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m vlmzip.mini.examples", description=__doc__)
-    parser.add_argument("--examples", type=Path, help="folder for the example pictures")
-    parser.add_argument("--figure", type=Path, help="file for the figure of pictures by level")
-    parser.add_argument("--list", type=int, default=0, help="print the questions about this many example pictures")
+    parser.add_argument("--examples", type=Path, help="folder for the example images")
+    parser.add_argument("--figure", type=Path, help="file for the figure of images by level")
+    parser.add_argument("--list", type=int, default=0, help="print the questions about this many example images")
     given = parser.parse_args(arguments)
     if given.examples is not None:
         write_examples(given.examples)

@@ -15,7 +15,7 @@ WEIGHTS = "model.safetensors"
 
 
 def make_processor(shape: Shape) -> LlavaProcessor:
-    """Any picture becomes `image` by `image` pixels from -1 to 1. The PIL processor: torchvision is not needed."""
+    """Any image becomes `image` by `image` pixels from -1 to 1. The PIL processor: torchvision is not needed."""
     side = {"height": shape.image, "width": shape.image}
     images = CLIPImageProcessorPil(
         size=side,

@@ -8,13 +8,13 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from vlmzip.mini.assets import Assets, shipped_assets
-from vlmzip.mini.dice import Dice
 from vlmzip.mini.drawing import draw
 from vlmzip.mini.encoder import pixels_of
 from vlmzip.mini.loop import Run, train_stage
 from vlmzip.mini.model import visual_features
 from vlmzip.mini.packing import IGNORE, Packed, Packer
 from vlmzip.mini.questions import ask, ask_all
+from vlmzip.mini.rng import Rng
 from vlmzip.mini.scene import SIDE, Scene, Thing, make_scene
 from vlmzip.mini.splits import TRAIN_LANGUAGE, VALIDATION, questions_of, train_seed
 from vlmzip.mini.tokenizer import make_tokenizer
@@ -26,9 +26,9 @@ MOST_IN_CAPTION = 6
 
 def training_questions(scene: Scene, most: int) -> list[tuple[str, str]]:
     """Up to `most` different (question, answer) pairs: one of each type, then more of any."""
-    dice = Dice(scene.seed * 2 + 2_000_003)
-    asked = ask_all(scene, dice, most)
-    asked += [again for again in (ask(scene, dice, dice.pick(TYPES)) for _ in range(most - len(asked))) if again]
+    rng = Rng(scene.seed * 2 + 2_000_003)
+    asked = ask_all(scene, rng, most)
+    asked += [again for again in (ask(scene, rng, rng.pick(TYPES)) for _ in range(most - len(asked))) if again]
     return list({question.text: (question.text, question.answer) for question in asked}.values())
 
 
@@ -37,20 +37,20 @@ def captions(scene: Scene, count: int) -> list[tuple[str, str]]:
 
     A word just written names the thing that the next word is about: the shortest way to learn to look things up.
     """
-    dice = Dice(scene.seed * 2 + 4_000_003)
-    return [(CAPTION_QUESTION, _caption(scene, dice)) for _ in range(count)]
+    rng = Rng(scene.seed * 2 + 4_000_003)
+    return [(CAPTION_QUESTION, _caption(scene, rng)) for _ in range(count)]
 
 
-def _caption(scene: Scene, dice: Dice) -> str:
-    shown = dice.shuffled(scene.things)[:MOST_IN_CAPTION]
-    return " , ".join(_described(thing, dice) for thing in shown) + " ."
+def _caption(scene: Scene, rng: Rng) -> str:
+    shown = rng.shuffled(scene.things)[:MOST_IN_CAPTION]
+    return " , ".join(_described(thing, rng) for thing in shown) + " ."
 
 
-def _described(thing: Thing, dice: Dice) -> str:
+def _described(thing: Thing, rng: Rng) -> str:
     x, y = thing.center
     place = f"{'top' if y < SIDE / 2 else 'bottom'} {'left' if x < SIDE / 2 else 'right'}"
     name = f"number {thing.name}" if thing.kind == "number" else thing.name
-    order = dice.below(5)
+    order = rng.below(5)
     if order < 2:
         return f"{thing.color} {name} {place}"
     if order < 4:
@@ -79,15 +79,15 @@ def answer_states(model: LlavaForConditionalGeneration, packed: Packed, visual: 
 
 
 class Lessons:
-    """Pictures with their packed questions, ready for the model."""
+    """Images with their packed questions, ready for the model."""
 
     def __init__(self, run: Run, model: LlavaForConditionalGeneration, assets: Assets) -> None:
         self.model, self.assets = model, assets
         self.device = run.processes.device
         self.most = run.recipe.questions
         tokenizer = make_tokenizer()
-        self.with_picture = Packer(tokenizer, run.recipe.shape.visual_tokens)
-        self.without_picture = Packer(tokenizer, 0)
+        self.with_image = Packer(tokenizer, run.recipe.shape.visual_tokens)
+        self.without_image = Packer(tokenizer, 0)
 
     def features(self, scenes: list[Scene], assets: Assets) -> Tensor:
         with torch.no_grad():
@@ -96,7 +96,7 @@ class Lessons:
     def text_loss(self, numbers: range) -> Tensor:
         """Questions, answers and captions as text: every word is to be foretold from those before it."""
         pairs = [[*captions(scene, 1), *training_questions(scene, self.most)] for scene in _scenes(numbers)]
-        return self._loss(self.without_picture.pack(pairs, True, self.device), None)
+        return self._loss(self.without_image.pack(pairs, True, self.device), None)
 
     def caption_loss(self, numbers: range) -> Tensor:
         scenes = _scenes(numbers)
@@ -107,7 +107,7 @@ class Lessons:
         return self._seen_loss(scenes, [training_questions(scene, self.most) for scene in scenes])
 
     def _seen_loss(self, scenes: list[Scene], pairs: list[list[tuple[str, str]]]) -> Tensor:
-        return self._loss(self.with_picture.pack(pairs, False, self.device), self.features(scenes, self.assets))
+        return self._loss(self.with_image.pack(pairs, False, self.device), self.features(scenes, self.assets))
 
     def _loss(self, packed: Packed, visual: Tensor | None) -> Tensor:
         logits, wanted = answer_states(self.model, packed, visual)
@@ -134,7 +134,7 @@ def train_language(run: Run, model: LlavaForConditionalGeneration, assets: Asset
 
 
 def _reporter(lessons: Lessons) -> Callable[[int], str]:
-    """Accuracy by type on validation pictures.
+    """Accuracy by type on validation images.
 
     Greedy decoding is right exactly if every word of the answer is the likeliest after the right words before it.
     """
@@ -148,7 +148,7 @@ def _reporter(lessons: Lessons) -> Callable[[int], str]:
             some = scenes[start : start + 15]
             asked = [questions_of(scene) for scene in some]
             pairs = [[(question.text, question.answer) for question in questions] for questions in asked]
-            packed = lessons.with_picture.pack(pairs, False, lessons.device)
+            packed = lessons.with_image.pack(pairs, False, lessons.device)
             with torch.autocast(lessons.device.type, torch.bfloat16):
                 logits, wanted = answer_states(lessons.model, packed, lessons.features(some, assets))
             hits = torch.ones_like(packed.ids, dtype=torch.bool)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vlmzip.mini.processes import Processes
-from vlmzip.mini.recipe import ENCODER_TURNS, STAGES, Recipe, Stage
+from vlmzip.mini.processes import TrainingProcesses
+from vlmzip.mini.recipe import ENCODER_TURNS, STAGES, Recipe, RecipeStage
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -27,7 +27,7 @@ class Run:
 
     folder: Path
     recipe: Recipe
-    processes: Processes
+    processes: TrainingProcesses
     saved: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -85,12 +85,12 @@ def train_stage(
     report: Callable[[int], str] | None = None,
     stop_at: int | None = None,
 ) -> None:
-    """Trains `learning` for the stage's steps on the mean loss of the pictures numbered in a range.
+    """Trains `learning` for the stage's steps on the mean loss of the images numbered in a range.
 
-    Nothing in a step is random but the numbers of its pictures, so a run that was killed goes on exactly as it would
+    Nothing in a step is random but the numbers of its images, so a run that was killed goes on exactly as it would
     have. `stop_at` leaves after that step, as a kill would.
     """
-    stage: Stage = getattr(run.recipe, name)
+    stage: RecipeStage = getattr(run.recipe, name)
     optimizer = make_optimizer(modules, learning, stage)
     start = _resume(run, name, modules, optimizer)
     bar = tqdm(range(start, stage.steps), name, initial=start, total=stage.steps, disable=not run.processes.first)
@@ -126,7 +126,9 @@ def _resume(run: Run, name: str, modules: dict[str, nn.Module], optimizer: torch
     return int(run.saved["step"])
 
 
-def make_optimizer(modules: dict[str, nn.Module], learning: list[nn.Parameter], stage: Stage) -> torch.optim.Optimizer:
+def make_optimizer(
+    modules: dict[str, nn.Module], learning: list[nn.Parameter], stage: RecipeStage
+) -> torch.optim.Optimizer:
     """AdamW; biases, norms and embeddings of places are not decayed."""
     for module in modules.values():
         module.requires_grad_(False)
@@ -139,7 +141,7 @@ def make_optimizer(modules: dict[str, nn.Module], learning: list[nn.Parameter], 
     return torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.98), fused=True)
 
 
-def learning_rate(stage: Stage, step: int) -> float:
+def learning_rate(stage: RecipeStage, step: int) -> float:
     """Up in a line, down in a cosine to a hundredth."""
     if step < stage.warmup:
         return stage.learning_rate * (step + 1) / stage.warmup

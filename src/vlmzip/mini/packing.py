@@ -1,8 +1,8 @@
-"""Several questions about one picture in one training sequence.
+"""Several questions about one image in one training sequence.
 
-    USER : picture | question ASSISTANT : answer </s> | question ASSISTANT : answer </s> | ...
+    USER : image | question ASSISTANT : answer </s> | question ASSISTANT : answer </s> | ...
 
-Each question sees the start, the picture and itself, and its positions go on from the picture's: it seems alone.
+Each question sees the start, the image and itself, and its positions go on from the image's: it seems alone.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Packed:
 
     ids: Tensor  # [batch length], the image token at visual tokens
     positions: Tensor  # [batch length]
-    part: Tensor  # [batch length]: 0 start and picture, 1.. the questions, -1 padding
+    part: Tensor  # [batch length]: 0 start and image, 1.. the questions, -1 padding
     labels: Tensor  # [batch length]: the token that each token should be followed by, or IGNORE
 
     def mask(self, dtype: torch.dtype) -> Tensor:
@@ -43,9 +43,9 @@ class Packer:
         self.visual_tokens = visual_tokens
         self.start = self.encode("USER:").ids
 
-    def pack(self, pictures: list[list[tuple[str, str]]], everything: bool, device: torch.device) -> Packed:
-        """From each picture's (question, answer) pairs. `everything` asks for the words of the questions too."""
-        rows = [self._row(pairs, everything) for pairs in pictures]
+    def pack(self, images: list[list[tuple[str, str]]], everything: bool, device: torch.device) -> Packed:
+        """From each image's (question, answer) pairs. `everything` asks for the words of the questions too."""
+        rows = [self._row(pairs, everything) for pairs in images]
         fills = (self.pad, 0, -1, IGNORE)
         length = max(len(row[0]) for row in rows)
         columns = [

@@ -7,7 +7,7 @@ import torch
 from torch import distributed
 
 
-class Processes:
+class TrainingProcesses:
     """Under torchrun the group it started; else a group of one."""
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Processes:
         return self.rank == 0
 
     def share(self, batch: int, step: int) -> range:
-        """This process's part of the numbers of the pictures of a step."""
+        """This process's part of the numbers of the images of a step."""
         mine = batch // self.count
         start = step * batch + self.rank * mine
         return range(start, start + mine)

@@ -1,7 +1,7 @@
 """Questions about a scene, with answers read off the scene itself.
 
 Wherever the scene leaves a choice, the answer is drawn first and a question that has it is looked for, so that a reader
-who never sees the picture gains little.
+who never sees the image gains little.
 """
 
 from collections import Counter
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vlmzip.mini.dice import Dice
+from vlmzip.mini.rng import Rng
 from vlmzip.mini.scene import SIDE, Scene, Thing
 from vlmzip.mini.words import COLORS, KINDS, PLURALS, SHAPES, TYPES, with_article
 
@@ -28,10 +28,10 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Sample:
-    """One question about one picture. `picture` is the seed that the picture is drawn from."""
+class ImageQuestion:
+    """One question about one image. `seed` is what the image is drawn from."""
 
-    picture: int
+    seed: int
     image: "Image.Image"
     question: str
     answer: str
@@ -39,15 +39,15 @@ class Sample:
     level: str
 
 
-def ask(scene: Scene, dice: Dice, question_type: str) -> Question | None:
+def ask(scene: Scene, rng: Rng, question_type: str) -> Question | None:
     """A question of that type about the scene, or None where the scene has none."""
-    found = MAKERS[question_type](scene, dice)
+    found = MAKERS[question_type](scene, rng)
     return None if found is None else Question(question_type, *found)
 
 
-def ask_all(scene: Scene, dice: Dice, most: int) -> list[Question]:
+def ask_all(scene: Scene, rng: Rng, most: int) -> list[Question]:
     """Up to `most` questions of different types, in random order."""
-    made = (ask(scene, dice, question_type) for question_type in dice.shuffled(TYPES))
+    made = (ask(scene, rng, question_type) for question_type in rng.shuffled(TYPES))
     return [question for question in made if question is not None][:most]
 
 
@@ -83,53 +83,53 @@ def _of_kind(scene: Scene, kind: str) -> list[Thing]:
 # ---------------------------------------------------------------- one function a type: (question, answer) or None
 
 
-def _exist(scene: Scene, dice: Dice) -> tuple[str, str] | None:
+def _exist(scene: Scene, rng: Rng) -> tuple[str, str] | None:
     shapes = _of_kind(scene, "shape")
     pairs = {(thing.color, thing.name) for thing in shapes}
-    answer = dice.pick(("yes", "no"))
+    answer = rng.pick(("yes", "no"))
     if answer == "yes":
-        color, name = dice.pick(sorted(pairs))
+        color, name = rng.pick(sorted(pairs))
     else:
         # The color is there and the shape is there, only not together: both must be looked at in one place.
         absent = {(thing.color, other.name) for thing in scene.things for other in shapes} - pairs
         if not absent:
             absent = {(color, thing.name) for color in COLORS for thing in shapes} - pairs
-        color, name = dice.pick(sorted(absent))
+        color, name = rng.pick(sorted(absent))
     what = with_article(f"{color} {name}")
-    return dice.pick((f"is there {what} ?", f"do you see {what} ?")), answer
+    return rng.pick((f"is there {what} ?", f"do you see {what} ?")), answer
 
 
-def _count(scene: Scene, dice: Dice) -> tuple[str, str] | None:
+def _count(scene: Scene, rng: Rng) -> tuple[str, str] | None:
     counted = scene.counted
     if counted in SHAPES:
         count, what = sum(thing.name == counted for thing in scene.things), PLURALS[counted]
     else:
         count, what = sum(thing.color == counted for thing in _of_kind(scene, "shape")), f"{counted} shapes"
-    return dice.pick((f"how many {what} are there ?", f"how many {what} do you see ?")), str(count)
+    return rng.pick((f"how many {what} are there ?", f"how many {what} do you see ?")), str(count)
 
 
-def _color(scene: Scene, dice: Dice) -> tuple[str, str] | None:
+def _color(scene: Scene, rng: Rng) -> tuple[str, str] | None:
     single = [thing for thing, name in names(scene).items() if name == f"the {_word(thing)}"]
     if not single:
         return None
-    thing = dice.pick(single)
-    return dice.pick((f"what color is the {_word(thing)} ?", f"what is the color of the {_word(thing)} ?")), thing.color
+    thing = rng.pick(single)
+    return rng.pick((f"what color is the {_word(thing)} ?", f"what is the color of the {_word(thing)} ?")), thing.color
 
 
-def _shape(scene: Scene, dice: Dice) -> tuple[str, str] | None:
+def _shape(scene: Scene, rng: Rng) -> tuple[str, str] | None:
     single = _only_of_its_color(_of_kind(scene, "shape"))
     if not single:
         return None
-    thing = dice.pick(single)
-    return dice.pick((f"what shape is {thing.color} ?", f"which shape is {thing.color} ?")), thing.name
+    thing = rng.pick(single)
+    return rng.pick((f"what shape is {thing.color} ?", f"which shape is {thing.color} ?")), thing.name
 
 
-def _where(scene: Scene, dice: Dice) -> tuple[str, str] | None:
+def _where(scene: Scene, rng: Rng) -> tuple[str, str] | None:
     named = [(thing, name) for thing, name in names(scene).items() if _corner(thing)]
     if not named:
         return None
-    thing, name = dice.pick(named)
-    return dice.pick((f"where is {name} ?", f"in which corner is {name} ?")), _corner(thing)
+    thing, name = rng.pick(named)
+    return rng.pick((f"where is {name} ?", f"in which corner is {name} ?")), _corner(thing)
 
 
 def _corner(thing: Thing) -> str:
@@ -140,54 +140,54 @@ def _corner(thing: Thing) -> str:
     return f"{'top' if y < SIDE / 2 else 'bottom'} {'left' if x < SIDE / 2 else 'right'}"
 
 
-def _relation(scene: Scene, dice: Dice) -> tuple[str, str] | None:
+def _relation(scene: Scene, rng: Rng) -> tuple[str, str] | None:
     named = list(names(scene).items())
-    sideways = dice.chance(50)
+    sideways = rng.chance(50)
     axis = 0 if sideways else 1
     pairs = [(a, b) for a in named for b in named if a[0].center[axis] <= b[0].center[axis] - APART]
     if not pairs:
         return None
-    (_, first), (_, second) = dice.pick(pairs)
-    answer = dice.pick(("left", "right") if sideways else ("above", "below"))
+    (_, first), (_, second) = rng.pick(pairs)
+    answer = rng.pick(("left", "right") if sideways else ("above", "below"))
     if answer in ("right", "below"):
         first, second = second, first
     choice = "left or right of" if sideways else "above or below"
     return f"is {first} {choice} {second} ?", answer
 
 
-def _read(scene: Scene, dice: Dice) -> tuple[str, str] | None:
+def _read(scene: Scene, rng: Rng) -> tuple[str, str] | None:
     numbers = _of_kind(scene, "number")
     if len(numbers) == 1:
-        return dice.pick(("what number is shown ?", "what number do you see ?", "read the number .")), numbers[0].name
-    return _one_by_color(numbers, dice, "number")
+        return rng.pick(("what number is shown ?", "what number do you see ?", "read the number .")), numbers[0].name
+    return _one_by_color(numbers, rng, "number")
 
 
-def _item(scene: Scene, dice: Dice) -> tuple[str, str] | None:
+def _item(scene: Scene, rng: Rng) -> tuple[str, str] | None:
     items = _of_kind(scene, "item")
     if len(items) == 1:
-        return dice.pick(("what item is there ?", "what item do you see ?", "which item is it ?")), items[0].name
-    return _one_by_color(items, dice, "item")
+        return rng.pick(("what item is there ?", "what item do you see ?", "which item is it ?")), items[0].name
+    return _one_by_color(items, rng, "item")
 
 
-def _one_by_color(things: list[Thing], dice: Dice, word: str) -> tuple[str, str] | None:
+def _one_by_color(things: list[Thing], rng: Rng, word: str) -> tuple[str, str] | None:
     single = _only_of_its_color(things)
     if not single:
         return None
-    thing = dice.pick(single)
-    return dice.pick((f"what {word} is {thing.color} ?", f"what is the {thing.color} {word} ?")), thing.name
+    thing = rng.pick(single)
+    return rng.pick((f"what {word} is {thing.color} ?", f"what is the {thing.color} {word} ?")), thing.name
 
 
-def _kind(scene: Scene, dice: Dice) -> tuple[str, str] | None:
+def _kind(scene: Scene, rng: Rng) -> tuple[str, str] | None:
     """Draws the answer among all three kinds and gives up where the scene has none, so that no kind is favored."""
-    answer = dice.pick(KINDS)
+    answer = rng.pick(KINDS)
     single = [thing for thing in _only_of_its_color(list(scene.things)) if thing.kind == answer]
     if not single:
         return None
-    color = dice.pick(single).color
-    return dice.pick((f"what kind of thing is {color} ?", f"what kind is the {color} thing ?")), answer
+    color = rng.pick(single).color
+    return rng.pick((f"what kind of thing is {color} ?", f"what kind is the {color} thing ?")), answer
 
 
-MAKERS: dict[str, Callable[[Scene, Dice], tuple[str, str] | None]] = {
+MAKERS: dict[str, Callable[[Scene, Rng], tuple[str, str] | None]] = {
     "exist": _exist,
     "count": _count,
     "color": _color,

@@ -25,8 +25,8 @@ class Shape:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One stage of training. The batch counts pictures over all processes."""
+class RecipeStage:
+    """One stage of training. The batch counts images over all processes."""
 
     steps: int
     learning_rate: float
@@ -40,21 +40,21 @@ class Recipe:
     shape: Shape = field(default_factory=Shape)
     seed: int = 0
     # Step 1 of LLaVA: a vision encoder. CLIP's is bought; mini's is trained on what each patch shows.
-    encoder: Stage = field(default_factory=lambda: Stage(steps=3600, learning_rate=1e-3, warmup=150))
-    # Steps of the encoder stage from which two of three pictures hold more numbers and items (which are learned last),
-    # from which things crowd together as in the questions' pictures, and from which those two hold seven numbers.
+    encoder: RecipeStage = field(default_factory=lambda: RecipeStage(steps=3600, learning_rate=1e-3, warmup=150))
+    # Steps of the encoder stage from which two of three images hold more numbers and items (which are learned last),
+    # from which things crowd together as in the questions' images, and from which those two hold seven numbers.
     dense_from: int = 1200
     crowded_from: int = 2000
     numbers_from: int = 2400
     # The same lessons once more from a high learning rate: reading needs it, the rest was learned before.
-    detail: Stage = field(default_factory=lambda: Stage(steps=1800, learning_rate=7e-4, warmup=100))
-    # An LLM that has never seen a word has nothing to align to: a little text without pictures first.
-    text: Stage = field(default_factory=lambda: Stage(steps=60, learning_rate=1e-3, warmup=10))
+    detail: RecipeStage = field(default_factory=lambda: RecipeStage(steps=1800, learning_rate=7e-4, warmup=100))
+    # An LLM that has never seen a word has nothing to align to: a little text without images first.
+    text: RecipeStage = field(default_factory=lambda: RecipeStage(steps=60, learning_rate=1e-3, warmup=10))
     # Step 2: captions, for the projector and for an LLM that has to learn what to look for.
-    projector: Stage = field(default_factory=lambda: Stage(steps=350, learning_rate=1.5e-3, warmup=30))
+    projector: RecipeStage = field(default_factory=lambda: RecipeStage(steps=350, learning_rate=1.5e-3, warmup=30))
     # Step 3: projector and LLM learn to answer, the encoder is held.
-    instruct: Stage = field(default_factory=lambda: Stage(steps=1000, learning_rate=1.2e-3, warmup=40))
-    questions: int = 12  # questions about a picture in one training sequence
+    instruct: RecipeStage = field(default_factory=lambda: RecipeStage(steps=1000, learning_rate=1.2e-3, warmup=40))
+    questions: int = 12  # questions about an image in one training sequence
     save_every: int = 200  # steps between checkpoints
 
     def scaled(self, scale: float) -> "Recipe":

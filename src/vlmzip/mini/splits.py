@@ -1,6 +1,6 @@
-"""Which pictures belong to which split, and the questions of the fixed splits.
+"""Which images belong to which split, and the questions of the fixed splits.
 
-A picture is its seed, and the ranges of seeds below do not meet. The splits also use different photos (see `assets`).
+An image is its seed, and the ranges of seeds below do not meet. The splits also use different photos (see `assets`).
 """
 
 from functools import cache
@@ -8,9 +8,9 @@ from functools import cache
 from PIL import Image
 
 from vlmzip.mini.assets import Assets, shipped_assets
-from vlmzip.mini.dice import Dice
 from vlmzip.mini.drawing import draw
-from vlmzip.mini.questions import Question, Sample, ask_all
+from vlmzip.mini.questions import ImageQuestion, Question, ask_all
+from vlmzip.mini.rng import Rng
 from vlmzip.mini.scene import Scene, make_scene
 
 VALIDATION = range(1_000_000, 1_000_180)
@@ -18,44 +18,44 @@ TEST = range(2_000_000, 2_000_570)
 EXAMPLES = range(3_000_000, 3_001_000)
 TRAIN_ENCODER = range(10_000_000, 50_000_000)
 TRAIN_LANGUAGE = range(50_000_000, 90_000_000)
-QUESTIONS_A_PICTURE = 6
-# Half of the training pictures are cluttered: they hold more things to learn from. Numbers index words.LEVELS.
+QUESTIONS_PER_IMAGE = 6
+# Half of the training images are cluttered: they hold more things to learn from. Numbers index words.LEVELS.
 TRAIN_LEVELS = (0, 2, 1, 2)
 
 
 def train_seed(seeds: range, index: int) -> int:
-    """The seed of the index-th training picture of a range."""
+    """The seed of the index-th training image of a range."""
     return seeds.start + 3 * index + (TRAIN_LEVELS[index % len(TRAIN_LEVELS)] - seeds.start) % 3
 
 
-def questions_of(scene: Scene, most: int = QUESTIONS_A_PICTURE) -> list[Question]:
-    """The questions about a picture: the same for the same seed, each of another type."""
-    return ask_all(scene, Dice(scene.seed * 2 + 2_000_003), most)
+def questions_of(scene: Scene, most: int = QUESTIONS_PER_IMAGE) -> list[Question]:
+    """The questions about an image: the same for the same seed, each of another type."""
+    return ask_all(scene, Rng(scene.seed * 2 + 2_000_003), most)
 
 
-def samples(seeds: range, assets: Assets, limit: int | None = None) -> list[Sample]:
-    """Every question about the pictures of the seeds, or the first `limit` of them."""
-    made: list[Sample] = []
+def samples(seeds: range, assets: Assets, limit: int | None = None) -> list[ImageQuestion]:
+    """Every question about the images of the seeds, or the first `limit` of them."""
+    made: list[ImageQuestion] = []
     for seed in seeds:
         if limit is not None and len(made) >= limit:
             break
         scene = make_scene(seed)
         image = Image.fromarray(draw(scene, assets))
         for asked in questions_of(scene):
-            made.append(Sample(seed, image, asked.text, asked.answer, asked.type, scene.level))
+            made.append(ImageQuestion(seed, image, asked.text, asked.answer, asked.type, scene.level))
     return made[:limit]
 
 
 @cache
-def _fixed(part: str) -> tuple[Sample, ...]:
+def _fixed(part: str) -> tuple[ImageQuestion, ...]:
     return tuple(samples({"validation": VALIDATION, "test": TEST}[part], shipped_assets(part)))
 
 
-def validation_split(limit: int | None = None) -> list[Sample]:
+def validation_split(limit: int | None = None) -> list[ImageQuestion]:
     """For choices while training and tuning."""
     return list(_fixed("validation")[:limit])
 
 
-def test_split(limit: int | None = None) -> list[Sample]:  # noqa: PT028
+def test_split(limit: int | None = None) -> list[ImageQuestion]:  # noqa: PT028
     """For reporting only."""
     return list(_fixed("test")[:limit])

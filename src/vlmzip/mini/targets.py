@@ -1,4 +1,4 @@
-"""What the vision encoder is taught about each patch and about the whole picture."""
+"""What the vision encoder is taught about each patch and about the whole image."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ PRESENCE = len(SHAPES) * len(COLORS) + len(SHAPES) + len(ITEMS) + len(COLORS) + 
 
 @dataclass(frozen=True)
 class Targets:
-    """Of one picture; patches in raster order."""
+    """Of one image; patches in raster order."""
 
     name: np.ndarray  # int [patches], 0 is ground
     color: np.ndarray  # int [patches], IGNORE on ground
@@ -25,7 +25,7 @@ class Targets:
     place: np.ndarray  # float [patches 4]: the patch's column and row, the thing's middle x and y, all from -1 to 1
     presence: (
         np.ndarray
-    )  # float [PRESENCE]: which colored shapes, shapes, items and colors the picture holds, and a number
+    )  # float [PRESENCE]: which colored shapes, shapes, items and colors the image holds, and a number
 
 
 def targets(scene: Scene, rows: int) -> Targets:

@@ -63,10 +63,10 @@ def train(out: Path, recipe: Recipe, assets: Assets) -> Path:
     from vlmzip.mini.export import export
     from vlmzip.mini.instruct import train_language
     from vlmzip.mini.model import make_model
-    from vlmzip.mini.processes import Processes
+    from vlmzip.mini.processes import TrainingProcesses
 
     out.mkdir(parents=True, exist_ok=True)
-    processes = Processes()
+    processes = TrainingProcesses()
     run = Run(out, recipe, processes)
     model = make_model(recipe.shape, recipe.seed)
     model.to(processes.device)  # type: ignore[arg-type]

@@ -22,8 +22,8 @@ from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 class EncoderAttention:
     """The attention that VisionZip ranks visual tokens by, in every layer of a vision encoder."""
 
-    by_picture: Sequence[Float[Tensor, "layers _"]]
-    """For each picture: of each token of its grid, in raster order; mean over heads. Rows need not sum to 1."""
+    by_image: Sequence[Float[Tensor, "layers _"]]
+    """For each image: of each token of its grid, in raster order; mean over heads. Rows need not sum to 1."""
     whose: Sequence[str]
     """For each layer, in a few words: who attends."""
     scored: int
@@ -39,14 +39,14 @@ class ModelAdapter(ABC):
     """A checkpoint of the family, for the list of families."""
     sites: ClassVar[tuple[Site, ...]]
     """Where compressors can act in this family."""
-    picture_inputs: ClassVar[tuple[str, ...]]
-    """The model inputs that describe pictures; the first is there whenever there is a picture."""
+    image_inputs: ClassVar[tuple[str, ...]]
+    """The model inputs that describe images; the first is there whenever there is an image."""
     default_positions: ClassVar[Positions] = "contiguous"
     """What `positions=None` means: as VisionZip and DFMR do before LLaVA's LLM, unless positions have several axes."""
     position_axes: ClassVar[tuple[int, ...]] = ()
     """Axes of `position_ids` before batch and length: (3,) where positions are temporal, height and width."""
     features_as_list: ClassVar[bool] = True
-    """Whether the model takes a list of features, one entry a picture, or one tensor for all pictures."""
+    """Whether the model takes a list of features, one entry an image, or one tensor for all images."""
 
     def __init__(self, model: nn.Module) -> None:
         # Adapters such as LoRA's hold the model; the modules inside are the ones that run.
@@ -84,22 +84,22 @@ class ModelAdapter(ABC):
         return self.model.config.get_text_config()
 
     def profile(self) -> Profile:
-        """The grid of one picture at the model's own resolution, and the depth of its LLM."""
+        """The grid of one image at the model's own resolution, and the depth of its LLM."""
         vision = self.model.config.vision_config
         side = vision.image_size // vision.patch_size
         return Profile(Grid(1, side, side), self.llm_config.num_hidden_layers)
 
-    def prompt(self, question: str, pictures: int) -> str:
+    def prompt(self, question: str, images: int) -> str:
         """The text of a prompt, for checkpoints without a chat template."""
-        return "<image>" * pictures + question
+        return "<image>" * images + question
 
     @abstractmethod
     def encode(
         self, inputs: Mapping[str, Any], site: Site, needs: frozenset[Signal]
     ) -> Sequence[tuple[VisualTokens, list[int]]]:
-        """The visual tokens of all pictures in `inputs`, as they are at `site`, with what `needs` asks for.
+        """The visual tokens of all images in `inputs`, as they are at `site`, with what `needs` asks for.
 
-        Pictures of equal grid come together: each group with the indices of its pictures, in order of appearance.
+        Images of equal grid come together: each group with the indices of its images, in order of appearance.
         """
 
     def encoder_attention(self, inputs: Mapping[str, Any]) -> EncoderAttention:
@@ -111,23 +111,23 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def plain_counts(self, inputs: Mapping[str, Any]) -> list[int]:
-        """Visual tokens of each picture in `inputs` without compression, from shapes alone."""
+        """Visual tokens of each image in `inputs` without compression, from shapes alone."""
 
     @abstractmethod
     def grids(self, inputs: Mapping[str, Any]) -> list[Grid]:
-        """The grid of each picture in `inputs`, from shapes alone."""
+        """The grid of each image in `inputs`, from shapes alone."""
 
     def downsample(self, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> dict[str, Any]:
-        """The picture inputs of the same pictures made smaller, one grid each; for `encode`, not for the model.
+        """The image inputs of the same images made smaller, one grid each; for `encode`, not for the model.
 
         Antialiased bicubic interpolation, in float32: what the processors of these families resize with, so that the
-        result is the smaller picture that they would have made, but for their rounding to 8 bits.
+        result is the smaller image that they would have made, but for their rounding to 8 bits.
         """
-        raise UserError(f"{type(self.model).__name__} cannot be shown smaller pictures")
+        raise UserError(f"{type(self.model).__name__} cannot be shown smaller images")
 
-    def choose_pictures(self, inputs: Mapping[str, Any], chosen: list[int]) -> dict[str, Any]:
-        """The picture inputs of some of the pictures; one row a picture, unless the family says otherwise."""
-        return {name: inputs[name][chosen] for name in self.picture_inputs if inputs.get(name) is not None}
+    def choose_images(self, inputs: Mapping[str, Any], chosen: list[int]) -> dict[str, Any]:
+        """The image inputs of some of the images; one row an image, unless the family says otherwise."""
+        return {name: inputs[name][chosen] for name in self.image_inputs if inputs.get(name) is not None}
 
     def feature_width(self, site: Site) -> int:
         """The width of the visual tokens at `site`."""
@@ -150,8 +150,8 @@ class ModelAdapter(ABC):
         return positions
 
     def encoder_outputs(self, features: list[Float[Tensor, "_ llm_dim"]]) -> dict[str, BaseModelOutputWithPooling]:
-        """`mm_encoder_outputs` for the model's `forward` and `generate`: projected tokens, one entry a picture."""
-        # A tensor is scattered over the placeholders as a whole: one row can hold pictures of different lengths.
+        """`mm_encoder_outputs` for the model's `forward` and `generate`: projected tokens, one entry an image."""
+        # A tensor is scattered over the placeholders as a whole: one row can hold images of different lengths.
         form: Any = features if self.features_as_list else torch.cat(features)[None]
         return {"image": BaseModelOutputWithPooling(pooler_output=form)}
 

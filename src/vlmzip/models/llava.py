@@ -1,4 +1,4 @@
-"""LLaVA-1.5 and everything built like it: one grid of tokens per picture, projected by an MLP."""
+"""LLaVA-1.5 and everything built like it: one grid of tokens per image, projected by an MLP."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Llava(ModelAdapter):
     model_types = ("llava",)
     example = "llava-hf/llava-1.5-7b-hf"
     sites = (Site.PIXELS, Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
-    picture_inputs = ("pixel_values",)
+    image_inputs = ("pixel_values",)
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -65,8 +65,8 @@ class Llava(ModelAdapter):
             interpolate_pos_encoding=inputs.get("interpolate_pos_encoding", False),
         )  # fmt: skip
 
-    def prompt(self, question: str, pictures: int) -> str:
-        return f"USER: {'<image>' * pictures}\n{question} ASSISTANT:"
+    def prompt(self, question: str, images: int) -> str:
+        return f"USER: {'<image>' * images}\n{question} ASSISTANT:"
 
     def plain_counts(self, inputs: Mapping[str, Any]) -> list[int]:
         pixels = inputs["pixel_values"]

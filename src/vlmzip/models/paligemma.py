@@ -22,7 +22,7 @@ class PaliGemma(ModelAdapter):
     model_types = ("paligemma",)
     example = "google/paligemma-3b-mix-224"
     sites = (Site.PIXELS, Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
-    picture_inputs = ("pixel_values",)
+    image_inputs = ("pixel_values",)
     features_as_list = False
 
     def encode(

@@ -1,4 +1,4 @@
-"""Pictures at another size."""
+"""Images at another size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL, pictures only: grids of any size, windows in the encoder, a merger, positions with three axes."""
+"""Qwen2.5-VL, images only: grids of any size, windows in the encoder, a merger, positions with three axes."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Qwen25VL(ModelAdapter):
     model_types = ("qwen2_5_vl",)
     example = "Qwen/Qwen2.5-VL-7B-Instruct"
     sites = (Site.PIXELS, Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
-    picture_inputs = ("pixel_values", "image_grid_thw")
+    image_inputs = ("pixel_values", "image_grid_thw")
     default_positions: ClassVar[Positions] = "original"
     position_axes = (3,)
 
     def profile(self) -> Profile:
-        # Any size is native to this family; 448 x 448 pixels stand for a common picture.
+        # Any size is native to this family; 448 x 448 pixels stand for a common image.
         vision = self.model.config.vision_config
         side = 448 // vision.patch_size // vision.spatial_merge_size
         return Profile(Grid(1, side, side), self.llm_config.num_hidden_layers)
@@ -44,9 +44,9 @@ class Qwen25VL(ModelAdapter):
         self, inputs: Mapping[str, Any], site: Site, needs: frozenset[Signal]
     ) -> Sequence[tuple[VisualTokens, list[int]]]:
         if inputs.get("pixel_values_videos") is not None:
-            raise UserError("videos are not supported in this family yet; pictures are")
+            raise UserError("videos are not supported in this family yet; images are")
         if Signal.PIXELS in needs:
-            raise UserError("this family's inputs are patches, not pictures, so pixels cannot be looked at")
+            raise UserError("this family's inputs are patches, not images, so pixels cannot be looked at")
         visual, thw = self.model.model.visual, _sizes(inputs)
         with self._record([len(visual.blocks) - 1] if needs else []) as recording:
             out = visual(inputs["pixel_values"].type(visual.dtype), grid_thw=thw, return_dict=True)
@@ -72,19 +72,19 @@ class Qwen25VL(ModelAdapter):
         return [Grid(t, rows // merge, cols // merge) for t, rows, cols in _sizes(inputs).tolist()]
 
     def downsample(self, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> dict[str, Any]:
-        """Patches to pictures, pictures resized, pictures to patches."""
+        """Patches to images, images resized, images to patches."""
         config, thw = self.model.config.vision_config, _sizes(inputs)
         merge, side = config.spatial_merge_size, config.patch_size * config.spatial_merge_size
         parts = []
         for patches, old, new in zip(
             inputs["pixel_values"].split(thw.prod(-1).tolist()), self.grids(inputs), grids, strict=True
         ):
-            pictures = resized(pictures_of(patches, old, config), new.rows * side, new.cols * side)
-            parts.append(patches_of(pictures, new, config))
+            images = resized(images_of(patches, old, config), new.rows * side, new.cols * side)
+            parts.append(patches_of(images, new, config))
         sizes = [(grid.frames, grid.rows * merge, grid.cols * merge) for grid in grids]
         return {"pixel_values": torch.cat(parts), "image_grid_thw": thw.new_tensor(sizes)}
 
-    def choose_pictures(self, inputs: Mapping[str, Any], chosen: list[int]) -> dict[str, Any]:
+    def choose_images(self, inputs: Mapping[str, Any], chosen: list[int]) -> dict[str, Any]:
         sizes = _sizes(inputs)
         parts = inputs["pixel_values"].split(sizes.prod(-1).tolist())
         return {"pixel_values": torch.cat([parts[n] for n in chosen]), "image_grid_thw": sizes[chosen]}
@@ -138,9 +138,9 @@ class Qwen25VL(ModelAdapter):
 
     @torch.no_grad()
     def _signals(
-        self, recording: Recording, thw: Int[Tensor, "pictures 3"], needs: frozenset[Signal]
+        self, recording: Recording, thw: Int[Tensor, "images 3"], needs: frozenset[Signal]
     ) -> dict[str, Float[Tensor, " tokens *key_dim"]]:
-        """Score and keys of each merged token of all pictures, in raster order."""
+        """Score and keys of each merged token of all images, in raster order."""
         if not needs:
             return {}
         visual = self.model.model.visual
@@ -159,7 +159,7 @@ class Qwen25VL(ModelAdapter):
         """The attention that each merged token gets in a block, window by window as the encoder runs over them."""
         attention = self.model.model.visual.blocks[layer].attn
         query, key = self._rotated(recording, layer)
-        # The sequences of this block: whole pictures, or windows where it attends in windows.
+        # The sequences of this block: whole images, or windows where it attends in windows.
         lengths = recording.arguments[str(layer)]["cu_seqlens"].diff().tolist()
         parts = zip(query.split(lengths), key.split(lengths), strict=True)
         scores = [
@@ -177,8 +177,8 @@ class Qwen25VL(ModelAdapter):
         query, key = (rotate(x, cos.expand_as(x), sin.expand_as(x)).flatten(1) for x in (query, key))
         return query, key
 
-    def _raster_order(self, thw: Int[Tensor, "pictures 3"]) -> Int[Tensor, " tokens"]:
-        """For each merged token of all pictures in raster order, its place in the encoder's window by window."""
+    def _raster_order(self, thw: Int[Tensor, "images 3"]) -> Int[Tensor, " tokens"]:
+        """For each merged token of all images in raster order, its place in the encoder's window by window."""
         visual = self.model.model.visual
         return get_vision_window_index(
             thw,
@@ -188,8 +188,8 @@ class Qwen25VL(ModelAdapter):
         )[0].argsort()
 
 
-def _sizes(inputs: Mapping[str, Any]) -> Int[Tensor, "pictures 3"]:
-    """`image_grid_thw`, which must say of every patch to which picture it belongs."""
+def _sizes(inputs: Mapping[str, Any]) -> Int[Tensor, "images 3"]:
+    """`image_grid_thw`, which must say of every patch to which image it belongs."""
     sizes, patches = inputs.get("image_grid_thw"), len(inputs["pixel_values"])
     if sizes is None:
         raise UserError("image_grid_thw is missing: give the model everything that its processor returns")
@@ -198,7 +198,7 @@ def _sizes(inputs: Mapping[str, Any]) -> Int[Tensor, "pictures 3"]:
     return sizes
 
 
-def pictures_of(
+def images_of(
     patches: Float[Tensor, "patches values"], grid: Grid, vision_config: Any
 ) -> Float[Tensor, "frames 3 height width"]:
     """The frames that the processor cut into patches: `temporal_patch_size` of them for each of the grid's."""
@@ -210,11 +210,11 @@ def pictures_of(
 
 
 def patches_of(
-    pictures: Float[Tensor, "frames 3 height width"], grid: Grid, vision_config: Any
+    images: Float[Tensor, "frames 3 height width"], grid: Grid, vision_config: Any
 ) -> Float[Tensor, "patches values"]:
-    """The reverse of `pictures_of`."""
+    """The reverse of `images_of`."""
     patch, merge, together = _patch_sizes(vision_config)
-    cut = pictures.reshape(grid.frames, together, -1, grid.rows, merge, patch, grid.cols, merge, patch)
+    cut = images.reshape(grid.frames, together, -1, grid.rows, merge, patch, grid.cols, merge, patch)
     return cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(grid.size * merge**2, -1)
 
 

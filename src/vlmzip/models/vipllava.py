@@ -1,4 +1,4 @@
-"""ViP-LLaVA: LLaVA with the features of several encoder layers side by side, and one tensor for all pictures."""
+"""ViP-LLaVA: LLaVA with the features of several encoder layers side by side, and one tensor for all images."""
 
 from __future__ import annotations
 

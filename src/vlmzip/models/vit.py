@@ -23,7 +23,7 @@ from vlmzip.visual_tokens import Grid, Signal
 #: Encoders of this form, and the tokens that they put before the patches.
 PREFIX = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
-#: Mean and deviation of each color channel by which the processors of published checkpoints normalise pictures.
+#: Mean and deviation of each color channel by which the processors of published checkpoints normalise images.
 NORMALISED_BY = {
     "clip_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
     "siglip_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
@@ -39,12 +39,12 @@ def prefix_of(vision_config: Any) -> int:
 
 
 def grid_of(vision_config: Any, pixels: Float[Tensor, "batch 3 height width"]) -> Grid:
-    """The grid of each picture in a batch of equal size."""
+    """The grid of each image in a batch of equal size."""
     return Grid(1, pixels.shape[-2] // vision_config.patch_size, pixels.shape[-1] // vision_config.patch_size)
 
 
 def downsampled(vision_config: Any, pixels: Float[Tensor, "batch 3 height width"], grid: Grid) -> dict[str, Any]:
-    """The inputs of smaller pictures, one size for all, and the word to the encoder to interpolate its positions."""
+    """The inputs of smaller images, one size for all, and the word to the encoder to interpolate its positions."""
     patch = vision_config.patch_size
     if grid == grid_of(vision_config, pixels):  # whose last pixels may fill no patch: they would be squeezed in
         return {"pixel_values": pixels}
@@ -80,7 +80,7 @@ def run_vit(
 ) -> tuple[Float[Tensor, "batch tokens dim"], dict[str, Any], Any]:
     """Features of the layers side by side, the signals of the deepest of them, and what the encoder itself returned.
 
-    `interpolate_pos_encoding` is for pictures of another size than the encoder's own, which it refuses otherwise. An
+    `interpolate_pos_encoding` is for images of another size than the encoder's own, which it refuses otherwise. An
     encoder that is frozen keeps nothing for a backward, also under gradient checkpointing, for which transformers lets
     every model's embeddings ask for gradients.
     """
@@ -95,18 +95,18 @@ def run_vit(
     features = torch.cat([recording[f"features.{layer}"] for layer in layers], dim=-1)
     signals = _signals(recording, tower.config, needs)
     if Signal.PIXELS in needs:
-        signals["pixels"] = picture_of(tower.config, pixels)
+        signals["pixels"] = image_of(tower.config, pixels)
     return features, signals, out
 
 
-def picture_of(
+def image_of(
     vision_config: Any, pixels: Float[Tensor, "batch 3 height width"]
 ) -> Float[Tensor, "batch 3 rows_px cols_px"]:
-    """What the patches cover of the pictures, in [0, 1] and float32: the processor's normalisation undone.
+    """What the patches cover of the images, in [0, 1] and float32: the processor's normalisation undone.
 
     A model does not know its processor. Assumed is what published checkpoints use: CLIP's own mean and deviation for
     CLIP encoders, 0.5 for SigLIP. Where a processor differs (mini has CLIP's encoder and normalises by 0.5), brightness
-    and contrast come out on another scale, the same for all pictures of the model.
+    and contrast come out on another scale, the same for all images of the model.
     """
     mean, deviation = (
         torch.tensor(v, device=pixels.device)[:, None, None] for v in NORMALISED_BY[vision_config.model_type]

@@ -1,4 +1,4 @@
-"""Setting a threshold from pictures, so that what they keep on average meets a budget."""
+"""Setting a threshold from images, so that what they keep on average meets a budget."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from vlmzip.errors import UserError
 from vlmzip.keep import Keep, count_to_keep, parse_keep
 from vlmzip.models import adapter_for
 from vlmzip.models.adapter import ModelAdapter
-from vlmzip.runtime.pictures import load_picture
+from vlmzip.runtime.images import load_image
 
 #: How far the average may lie from the budget, as a share of it.
 TOLERANCE = 0.05
 
-Picture = Image.Image | str | os.PathLike[str]
+ImageLike = Image.Image | str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A compressor whose threshold was set from pictures, and what it does to them; lists have one entry a picture."""
+    """A compressor whose threshold was set from images, and what it does to them; lists have one entry an image."""
 
     compressor: Compressor
     """The compressor that was given, with its threshold set."""
@@ -39,39 +39,39 @@ class Calibration:
     after: list[int]
     """Output tokens."""
     factors: list[int]
-    """The factor that the picture gets."""
+    """The factor that the image gets."""
     deviations: list[dict[int, float]]
     """What was compared with the threshold, by factor."""
 
     @property
     def average(self) -> float:
-        """Output tokens per picture."""
+        """Output tokens per image."""
         return sum(self.after) / len(self.after)
 
     @property
     def reached(self) -> float:
-        """The retention ratio over all pictures."""
+        """The retention ratio over all images."""
         return sum(self.after) / sum(self.before)
 
 
 def calibrate(
     model: nn.Module,
-    images: Iterable[Picture],
+    images: Iterable[ImageLike],
     compressor: Compressor,
     keep: Keep,
     *,
     processor: Any = None,
     batch: int = 16,
 ) -> Calibration:
-    """Sets a compressor's threshold so that pictures like `images` keep `keep` visual tokens on average.
+    """Sets a compressor's threshold so that images like `images` keep `keep` visual tokens on average.
 
     `compressor` is one whose threshold decides by content (`DFMR`, `AdaptiveVisionZip`); its other fields stay.
-    `images` are pictures or paths of them, read and encoded `batch` at a time. `keep` is, as everywhere, tokens per
-    picture or a fraction of them. `processor` is the model's; left out, it is loaded from where the model came from.
+    `images` are images or paths of them, read and encoded `batch` at a time. `keep` is, as everywhere, tokens per
+    image or a fraction of them. `processor` is the model's; left out, it is loaded from where the model came from.
 
     The average is a step function of the threshold: the nearest step is taken, and it lies within 5 % of the budget.
     Raises `BudgetError` where no step does, with the averages that can be reached; `UserError` for a compressor without
-    a threshold, pictures that cannot be read, or none at all.
+    a threshold, images that cannot be read, or none at all.
     """
     _calibratable(compressor)
     parse_keep(keep)
@@ -79,8 +79,8 @@ def calibrate(
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One picture: its visual tokens, its output tokens by factor, and its deviation by factor beyond 1."""
+class MeasuredImage:
+    """One image: its visual tokens, its output tokens by factor, and its deviation by factor beyond 1."""
 
     size: int
     counts: dict[int, int]
@@ -88,9 +88,9 @@ class Measured:
 
 
 def measure(
-    model: nn.Module, images: Iterable[Picture], compressor: Compressor, *, processor: Any = None, batch: int = 16
-) -> list[Measured]:
-    """The first half of `calibrate`: encodes the pictures and measures them, once for any number of budgets."""
+    model: nn.Module, images: Iterable[ImageLike], compressor: Compressor, *, processor: Any = None, batch: int = 16
+) -> list[MeasuredImage]:
+    """The first half of `calibrate`: encodes the images and measures them, once for any number of budgets."""
     if batch < 1:
         raise UserError(f"batch={batch}: give at least 1")
     adapter = adapter_for(model)
@@ -101,12 +101,12 @@ def measure(
     return found
 
 
-def meet(compressor: Compressor, pictures: Sequence[Measured], keep: Keep) -> Calibration:
+def meet(compressor: Compressor, images: Sequence[MeasuredImage], keep: Keep) -> Calibration:
     """The second half of `calibrate`: the threshold that comes nearest to the budget."""
-    if not pictures:
-        raise UserError("there is no picture to calibrate on")
-    steps = _Steps(pictures)
-    wanted = sum(count_to_keep(keep, one.size) for one in pictures) / len(pictures)
+    if not images:
+        raise UserError("there is no image to calibrate on")
+    steps = _Steps(images)
+    wanted = sum(count_to_keep(keep, one.size) for one in images) / len(images)
     number = steps.nearest(wanted)
     if abs(steps.average(number) - wanted) > TOLERANCE * wanted:
         raise _out_of_reach(compressor.name(), wanted, steps)
@@ -114,10 +114,10 @@ def meet(compressor: Compressor, pictures: Sequence[Measured], keep: Keep) -> Ca
     setting: dict[str, Any] = {_calibratable(compressor).threshold: steps.threshold(number)}
     return Calibration(
         dataclasses.replace(compressor, **setting),
-        before=[one.size for one in pictures],
+        before=[one.size for one in images],
         after=steps.tokens(choice).tolist(),
         factors=[steps.factors[index] for index in choice],
-        deviations=[one.deviations for one in pictures],
+        deviations=[one.deviations for one in images],
     )
 
 
@@ -127,17 +127,19 @@ def _calibratable(compressor: Compressor) -> Any:
     return compressor
 
 
-def _measure_together(adapter: ModelAdapter, processor: Any, compressor: Any, images: list[Picture]) -> list[Measured]:
-    pictures = [load_picture(image) for image in images]
-    inputs = processor.image_processor(pictures, return_tensors="pt").to(adapter.model.device, adapter.model.dtype)
-    found: dict[int, Measured] = {}
+def _measure_together(
+    adapter: ModelAdapter, processor: Any, compressor: Any, images: list[ImageLike]
+) -> list[MeasuredImage]:
+    loaded = [load_image(image) for image in images]
+    inputs = processor.image_processor(loaded, return_tensors="pt").to(adapter.model.device, adapter.model.dtype)
+    found: dict[int, MeasuredImage] = {}
     with torch.no_grad():
         for tokens, indices in adapter.encode(inputs, compressor.site, compressor.needs):
             assert tokens.grid is not None  # encoders have grids
             counts = compressor.counts_by_factor(tokens.grid)
             beyond = list(counts)[1:]
             for index, row in zip(indices, compressor.deviations(tokens).tolist(), strict=True):
-                found[index] = Measured(tokens.grid.size, counts, dict(zip(beyond, row, strict=True)))
+                found[index] = MeasuredImage(tokens.grid.size, counts, dict(zip(beyond, row, strict=True)))
     return [found[index] for index in sorted(found)]
 
 
@@ -147,20 +149,20 @@ class _Steps:
     Step 0 is every threshold up to the smallest deviation, step i those beyond i deviations.
     """
 
-    def __init__(self, pictures: Sequence[Measured]) -> None:
-        self.factors = sorted({factor for one in pictures for factor in one.counts})
-        none = float("inf")  # a factor that does not divide a picture's grid never lies below a threshold
+    def __init__(self, images: Sequence[MeasuredImage]) -> None:
+        self.factors = sorted({factor for one in images for factor in one.counts})
+        none = float("inf")  # a factor that does not divide an image's grid never lies below a threshold
         beyond = self.factors[1:]
-        self._deviations = np.array([[one.deviations.get(f, none) for f in beyond] for one in pictures])
-        self._deviations = self._deviations.reshape(len(pictures), len(beyond)).astype(np.float32)
-        self._counts = np.array([[one.counts.get(f, 0) for f in self.factors] for one in pictures])
+        self._deviations = np.array([[one.deviations.get(f, none) for f in beyond] for one in images])
+        self._deviations = self._deviations.reshape(len(images), len(beyond)).astype(np.float32)
+        self._counts = np.array([[one.counts.get(f, 0) for f in self.factors] for one in images])
         self._edges = np.unique(self._deviations[np.isfinite(self._deviations)])
 
     def __len__(self) -> int:
         return len(self._edges) + 1
 
     def choice(self, step: int) -> np.ndarray:
-        """For each picture which of `factors` it gets, as the methods choose it: the largest below the threshold."""
+        """For each image which of `factors` it gets, as the methods choose it: the largest below the threshold."""
         if step == 0:
             return np.zeros(len(self._counts), dtype=int)
         below = self._deviations <= self._edges[step - 1]
@@ -195,13 +197,13 @@ def _out_of_reach(name: str, wanted: float, steps: _Steps) -> BudgetError:
     least, most = steps.average(len(steps) - 1), steps.average(0)
     if not least * (1 - TOLERANCE) <= wanted <= most * (1 + TOLERANCE):
         return BudgetError(
-            f"{wanted:.4g} visual tokens per picture are out of {name}'s reach: it can average"
-            f" {least:.4g} to {most:.4g} on these pictures"
+            f"{wanted:.4g} visual tokens per image are out of {name}'s reach: it can average"
+            f" {least:.4g} to {most:.4g} on these images"
         )
     near = steps.average(steps.nearest(wanted))
     return BudgetError(
-        f"the nearest average to {wanted:.4g} visual tokens per picture is {near:.4g} on these pictures"
-        f" ({least:.4g} to {most:.4g} in steps); give more pictures"
+        f"the nearest average to {wanted:.4g} visual tokens per image is {near:.4g} on these images"
+        f" ({least:.4g} to {most:.4g} in steps); give more images"
     )
 
 

@@ -227,7 +227,7 @@ def try_out(name: str, processor: Any, adapter: ModelAdapter) -> None:
     rows = adapter.model.get_input_embeddings().weight.shape[0]
     if (largest := int(inputs["input_ids"].max())) >= rows:
         raise UserError(f"cannot use {name!r}: its tokenizer writes the token {largest}, and the model knows {rows:,}")
-    if missing := [key for key in adapter.picture_inputs if key not in inputs]:
+    if missing := [key for key in adapter.image_inputs if key not in inputs]:
         raise UserError(f"cannot use {name!r}: its processor makes no {', '.join(missing)}")
     wanted, found = adapter.plain_counts(inputs)[0], int((inputs["input_ids"] == adapter.placeholder_id).sum())
     if wanted != found:

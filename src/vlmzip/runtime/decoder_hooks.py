@@ -17,18 +17,18 @@ import torch
 from torch import nn
 
 from vlmzip.runtime.cache import cache_argument
-from vlmzip.runtime.in_llm import Inside, Step
+from vlmzip.runtime.in_llm import InLLMState, LayerState
 from vlmzip.runtime.versions import argument
 
 #: The name under which the state of a call travels from the LLM to its layers.
 STEP = "vlmzip_step"
 
-_running: ContextVar[Inside | None] = ContextVar("vlmzip_inside", default=None)
+_running: ContextVar[InLLMState | None] = ContextVar("vlmzip_inside", default=None)
 _lock = threading.Lock()
 
 
 @contextmanager
-def running(inside: Inside | None) -> Iterator[None]:
+def running(inside: InLLMState | None) -> Iterator[None]:
     """Lets `inside`, if there is one, act on the LLM for the block, in this thread alone."""
     token = _running.set(inside)
     try:
@@ -57,7 +57,7 @@ class LayerHook:
 
     @torch.compiler.disable
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        step: Step | None = kwargs.pop(STEP, None)
+        step: LayerState | None = kwargs.pop(STEP, None)
         if step is None:
             return None
         kwargs = dict(kwargs)

@@ -1,4 +1,4 @@
-"""How much of a picture's detail a token map lost: a cheap measure, for a warning that helps."""
+"""How much of an image's detail a token map lost: a cheap measure, for a warning that helps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ WORRYING = 0.3
 
 Features of other encoders vary differently: what it says there is unmeasured."""
 LEAST_DETAIL = 1e-3
-"""Variance, as a share of the features' energy, below which a picture counts as having this little."""
+"""Variance, as a share of the features' energy, below which an image counts as having this little."""
 CHUNK = 1024
 """Dropped tokens compared with the kept ones at a time."""
 
@@ -25,7 +25,7 @@ def detail_lost(tokens: VisualTokens, token_map: TokenMap) -> Float[Tensor, " ba
     """The share of the features' variance that the output tokens do not explain; 0: nothing lost, 1: all of it.
 
     Each token of the grid is put back as the mean of its group, a dropped one as the kept token nearest to it (cosine).
-    Squared error over squared distance from the picture's mean feature. Our own measure; no paper defines one.
+    Squared error over squared distance from the image's mean feature. Our own measure; no paper defines one.
     """
     x = tokens.features.float()
     # Sums of a group over sums of its weights: VisionZip's reference merge has weights that sum to 2.
@@ -40,7 +40,7 @@ def detail_lost(tokens: VisualTokens, token_map: TokenMap) -> Float[Tensor, " ba
         error = torch.where(dropped, _distance_to_nearest(x, out, token_map), error)
     grid = slice(tokens.prefix, None)
     spread = (x[:, grid] - x[:, grid].mean(1, keepdim=True)).square().sum((1, 2))
-    # Of a picture without detail nothing can be lost; what its features differ by is rounding.
+    # Of an image without detail nothing can be lost; what its features differ by is rounding.
     floor = LEAST_DETAIL * x[:, grid].square().sum((1, 2))
     return (error[:, grid].sum(1) / torch.maximum(spread, floor).clamp(min=1e-12)).clamp(max=1)
 

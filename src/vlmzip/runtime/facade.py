@@ -27,17 +27,17 @@ from vlmzip.models.adapter import ModelAdapter
 from vlmzip.runtime import pipelines
 from vlmzip.runtime.cache import cache_name, cache_of, with_cache_named
 from vlmzip.runtime.decoder_hooks import Hooks, running
-from vlmzip.runtime.in_llm import Inside, check_place, extend, prompt_of
+from vlmzip.runtime.in_llm import InLLMState, check_place, extend, prompt_of
 from vlmzip.runtime.positions import positions_taken, warn_beyond
 from vlmzip.runtime.prepare import PER_TOKEN, CompressedInputs, compress_inputs, gather, pad_id, positions_of
 from vlmzip.runtime.report import Report
 from vlmzip.runtime.resample import build_resampler, resampling, write_weights
 from vlmzip.runtime.saving import write_compressor
-from vlmzip.runtime.turns import Seen, Turns, first_turn, next_turn
+from vlmzip.runtime.turns import CacheState, Conversations, first_turn, next_turn
 from vlmzip.runtime.versions import warn_if_untested
 from vlmzip.visual_tokens import Site
 
-#: Whether chunked prefill gives each chunk its own part of the pictures' features.
+#: Whether chunked prefill gives each chunk its own part of the images' features.
 CAN_CUT_FEATURES = hasattr(transformers.generation.utils, "_slice_mm_encoder_output")
 
 #: The switches of gradient checkpointing: "activation" is what transformers 5.23 calls it.
@@ -57,24 +57,24 @@ def attach(model: nn.Module, compressor: Compressor) -> CompressedModel:
     compressor inside the LLM puts hooks on its layers, which act in calls of the result alone; `detach` takes them off.
     Raises `UserError` for a model that vlmzip cannot compress, or a compressor that has no place in it.
     """
-    small = CompressedModel(model, compressor)
+    compressed = CompressedModel(model, compressor)
     warn_if_untested()
-    _warn_if_untrained(small)
-    return small
+    _warn_if_untrained(compressed)
+    return compressed
 
 
 @contextmanager
 def attached(model: nn.Module, compressor: Compressor) -> Iterator[CompressedModel]:
     """`attach` for a block; the result is detached at its end, also after an exception."""
-    small = attach(model, compressor)
+    compressed = attach(model, compressor)
     try:
-        yield small
+        yield compressed
     finally:
-        small.detach()
+        compressed.detach()
 
 
 class CompressedModel(nn.Module):
-    """A vision-language model whose pictures go through a compressor; holds the model as `inner`.
+    """A vision-language model whose images go through a compressor; holds the model as `inner`.
 
     `forward` and `generate` take what the model takes, by name. What is not defined here is looked up on the model.
 
@@ -95,7 +95,7 @@ class CompressedModel(nn.Module):
         self.compressor = compressor
         #: The weights of a method that has some, else `None`.
         self.resampler: nn.Module | None = build_resampler(adapter, compressor)
-        self._turns = Turns()
+        self._turns = Conversations()
         self._detached = False
         self._put_hooks()
         self.training = model.training  # not train(): parts of the model may be in another mode
@@ -107,7 +107,7 @@ class CompressedModel(nn.Module):
     def report(self) -> Report:
         """What the last `forward` or `generate` did: in this thread, or in any if there was none here.
 
-        Calls that continue a KV cache without new pictures leave it as it is.
+        Calls that continue a KV cache without new images leave it as it is.
 
         Raises `UserError` before the first.
         """
@@ -128,7 +128,7 @@ class CompressedModel(nn.Module):
             raise UserError("a method with weights of its own cannot be switched on or off: attach it anew")
         moved = bool(_inside_the_llm(compressor)) != bool(_inside_the_llm(self.compressor))
         self.compressor = compressor
-        self._turns = Turns()
+        self._turns = Conversations()
         if moved:
             self._hooks.remove()
             self._put_hooks()
@@ -180,8 +180,8 @@ class CompressedModel(nn.Module):
         )  # fmt: skip
         inputs = {**{name: value for name, value in named.items() if value is not None}, **kwargs}
         inputs = with_cache_named(inputs, cache_name(adapter_for(self.inner).model))
-        small, seen, inside = self._compress(inputs, generating=False, pack_rows=pack_rows)
-        out = self.inner(**small) if inside is None else self._forward_inside(small, inside)
+        compressed, seen, inside = self._compress(inputs, generating=False, pack_rows=pack_rows)
+        out = self.inner(**compressed) if inside is None else self._forward_inside(compressed, inside)
         filled = cache_of(inputs)
         filled = _cache_in(out) if filled is None else filled  # not `or`: an empty cache is false
         if seen is not None and filled is not None:
@@ -209,23 +209,23 @@ class CompressedModel(nn.Module):
         self._infer_mask(kwargs)
         if kwargs.get("assistant_model") is not None or self._setting(kwargs, "assistant_early_exit", None):
             raise UserError("assisted decoding is not supported: the assistant would need the compressed prompt too")
-        small, seen, inside = self._compress(kwargs, generating=True)
-        self._refuse_wrong_chunks(small)
+        compressed, seen, inside = self._compress(kwargs, generating=True)
+        self._refuse_wrong_chunks(compressed)
         if repeating:
-            self._refuse_wrong_copies(small)
-        self._refuse_inside(small, inside)
+            self._refuse_wrong_copies(compressed)
+        self._refuse_inside(compressed, inside)
         if seen is None:
-            return self.inner.generate(**small)
+            return self.inner.generate(**compressed)
         prompt: Tensor = kwargs["input_ids"]
-        short = small["input_ids"].shape[1]
-        self._keep_length_limits(small, prompt.shape[1], short)
-        if small.get("streamer") is not None:
-            small["streamer"] = _PromptStreamer(small["streamer"], prompt)
+        short = compressed["input_ids"].shape[1]
+        self._keep_length_limits(compressed, prompt.shape[1], short)
+        if compressed.get("streamer") is not None:
+            compressed["streamer"] = _PromptStreamer(compressed["streamer"], prompt)
         if repeating and not adapter_for(self.inner).features_as_list:
-            return self._row_by_row(prompt, small, inside)
+            return self._row_by_row(prompt, compressed, inside)
         with running(inside):
-            out = self.inner.generate(**small)
-        self._report_inside(small.report, [inside])
+            out = self.inner.generate(**compressed)
+        self._report_inside(compressed.report, [inside])
         sequences = out if isinstance(out, Tensor) else out.sequences
         new_tokens = sequences[:, short:]
         copies = len(new_tokens) // len(prompt)
@@ -235,7 +235,7 @@ class CompressedModel(nn.Module):
             answered = partial(seen().and_generated, new_tokens, self._filler(new_tokens, kwargs))
             self._remember(cache, answered, inside)
         whole = torch.cat([prompt.to(new_tokens.device).repeat_interleave(copies, dim=0), new_tokens], dim=1)
-        self._warn_of_long_answers(small.report, new_tokens, kwargs)
+        self._warn_of_long_answers(compressed.report, new_tokens, kwargs)
         if isinstance(out, Tensor):
             return whole
         out.sequences = whole
@@ -267,7 +267,7 @@ class CompressedModel(nn.Module):
     @torch.compiler.disable  # reads counts off the device and walks Python lists; what follows it is compiled
     def _compress(
         self, inputs: dict[str, Any], *, generating: bool, pack_rows: bool = False
-    ) -> tuple[CompressedInputs, Callable[[], Seen] | None, Inside | None]:
+    ) -> tuple[CompressedInputs, Callable[[], CacheState] | None, InLLMState | None]:
         """The inputs for the inner model; what tells what its cache holds, `None` where there are no token ids; and
         what acts inside the LLM, `None` where nothing does."""
         if self._detached:
@@ -280,44 +280,48 @@ class CompressedModel(nn.Module):
             raise UserError("logits_to_keep as a tensor names tokens of the uncompressed prompt: give a number")
         if before is not None and inputs.get("position_ids") is not None:
             raise UserError("position_ids cannot be given with a filled cache: this model counts positions itself")
-        seen: Callable[[], Seen] | None = None
+        seen: Callable[[], CacheState] | None = None
         if before is not None:
-            small, after = next_turn(
+            compressed, after = next_turn(
                 self.inner, adapter, inputs, self.compressor, before, generating=generating, resampler=self.resampler
             )
             seen = partial(replace, after)
         else:
-            small = compress_inputs(
+            compressed = compress_inputs(
                 self.inner, inputs, self.compressor, generating=generating, adapter=adapter, resampler=self.resampler,
                 pack_rows=pack_rows,
             )  # fmt: skip
             # Positions that the user chose are not continued: a cache with them is not remembered.
             if inputs.get("input_ids") is not None and (generating or inputs.get("position_ids") is None):
                 # Counting positions takes time, and training keeps no cache: done only when one comes back.
-                seen = partial(first_turn, adapter, inputs, small, self.compressor, generating=generating)
-        small.report = replace(small.report, positions=positions_taken(adapter, small, generating=generating))
-        self._warn_beyond_positions(small.report.positions)
-        if small.report.pictures or before is None:  # a loop over new tokens keeps the report of its pictures
-            _reports()[self] = _latest[self] = small.report
+                seen = partial(first_turn, adapter, inputs, compressed, self.compressor, generating=generating)
+        compressed.report = replace(
+            compressed.report, positions=positions_taken(adapter, compressed, generating=generating)
+        )
+        self._warn_beyond_positions(compressed.report.positions)
+        if compressed.report.images or before is None:  # a loop over new tokens keeps the report of its images
+            _reports()[self] = _latest[self] = compressed.report
         inside = None
         if compressors := _inside_the_llm(self.compressor):
             keys = before.keys if before else None
-            inside = Inside(adapter, compressors, prompt_of(small.spans, small), small.report.stopwatch, keys)
-        return small, seen, inside
+            inside = InLLMState(
+                adapter, compressors, prompt_of(compressed.spans, compressed), compressed.report.stopwatch, keys
+            )
+        return compressed, seen, inside
 
     @torch.compiler.disable(recursive=False)  # what is around the LLM; its layers are compiled each for itself
-    def _forward_inside(self, small: CompressedInputs, inside: Inside) -> Any:
+    def _forward_inside(self, compressed: CompressedInputs, inside: InLLMState) -> Any:
         """The model's `forward` with compressors inside its LLM; the loss is taken on the tokens of the last layer."""
-        labels = small.pop("labels", None) if small.spans else None
+        labels = compressed.pop("labels", None) if compressed.spans else None
         with running(inside):
-            out = self.inner(**small)
-        self._report_inside(small.report, [inside])
+            out = self.inner(**compressed)
+        self._report_inside(compressed.report, [inside])
         if labels is None:
             return out
-        assert inside.first is not None  # labels were taken out because there are pictures
+        assert inside.first is not None  # labels were taken out because there are images
         here = inside.first.here()
         short = labels if here is None else gather(labels, here, PER_TOKEN["labels"])
-        given = {name: small[name] for name in ("num_items_in_batch",) if name in small}
+        given = {name: compressed[name] for name in ("num_items_in_batch",) if name in compressed}
         model = adapter_for(self.inner).model
         as_tuple = isinstance(out, tuple)
         logits = out[0] if as_tuple else out.logits
@@ -330,7 +334,7 @@ class CompressedModel(nn.Module):
     def _vocabulary(self) -> int:
         return adapter_for(self.inner).llm_config.vocab_size
 
-    def _report_inside(self, report: Report, calls: list[Inside | None]) -> None:
+    def _report_inside(self, report: Report, calls: list[InLLMState | None]) -> None:
         steps = [call.first for call in calls if call is not None and call.first is not None]
         if steps:
             _reports()[self] = _latest[self] = extend(report, steps)
@@ -349,7 +353,7 @@ class CompressedModel(nn.Module):
         super().__setstate__(state)
         self._put_hooks()
 
-    def _refuse_inside(self, arguments: CompressedInputs, inside: Inside | None) -> None:
+    def _refuse_inside(self, arguments: CompressedInputs, inside: InLLMState | None) -> None:
         """What `generate` would do with a cache whose layers differ, without an error."""
         if inside is None:
             return
@@ -362,57 +366,55 @@ class CompressedModel(nn.Module):
             raise UserError("guidance_scale with a compressor inside the LLM needs use_cache=True")
 
     @torch.compiler.disable  # as `_compress`
-    def _remember(self, cache: Any, seen: Callable[[], Seen], inside: Inside | None) -> None:
+    def _remember(self, cache: Any, seen: Callable[[], CacheState], inside: InLLMState | None) -> None:
         self._turns.remember(cache, seen() if inside is None else replace(seen(), keys=inside.keys))
 
     def _refuse_wrong_chunks(self, arguments: CompressedInputs) -> None:
-        """Older transformers prefill in chunks without cutting the pictures' features to match: wrong, and no error."""
+        """Older transformers prefill in chunks without cutting the images' features to match: wrong, and no error."""
         if (
             self._setting(arguments, "prefill_chunk_size", None)
             and "mm_encoder_outputs" in arguments
             and not CAN_CUT_FEATURES
         ):
             version = transformers.__version__
-            raise UserError(
-                f"prefill_chunk_size with pictures gives wrong answers in transformers {version}; update it"
-            )
+            raise UserError(f"prefill_chunk_size with images gives wrong answers in transformers {version}; update it")
 
-    def _refuse_wrong_copies(self, small: CompressedInputs) -> None:
-        """Before 5.19 transformers gives the copies of a row the pictures of its neighbours, and no error."""
-        rows = [picture.row for picture in small.report.pictures]
+    def _refuse_wrong_copies(self, compressed: CompressedInputs) -> None:
+        """Before 5.19 transformers gives the copies of a row the images of its neighbours, and no error."""
+        rows = [image.row for image in compressed.report.images]
         if len(rows) != len(set(rows)) and Version(transformers.__version__) < Version("5.19"):
             raise UserError(
-                "beams and several sequences of prompts with several pictures give wrong answers in transformers"
+                "beams and several sequences of prompts with several images give wrong answers in transformers"
                 f" {transformers.__version__}; update it"
             )
 
-    def _row_by_row(self, prompt: Tensor, small: CompressedInputs, inside: Inside | None) -> Tensor:
-        """`generate` for each row alone, where `generate` itself would repeat pictures of different rows wrongly.
+    def _row_by_row(self, prompt: Tensor, compressed: CompressedInputs, inside: InLLMState | None) -> Tensor:
+        """`generate` for each row alone, where `generate` itself would repeat images of different rows wrongly.
 
-        It repeats rows for beams picture by picture; features that are one tensor have no pictures to tell apart.
+        It repeats rows for beams image by image; features that are one tensor have no images to tell apart.
         """
         refused = ("return_dict_in_generate", "streamer", "prefix_allowed_tokens_fn")
-        if any(self._setting(small, name, None) for name in refused):
+        if any(self._setting(compressed, name, None) for name in refused):
             raise UserError(
                 f"beams and several sequences a prompt do not go with {' or '.join(refused)} in this family"
             )
-        features = small["mm_encoder_outputs"]["image"].pooler_output[0] if small.report.pictures else None
+        features = compressed["mm_encoder_outputs"]["image"].pooler_output[0] if compressed.report.images else None
         rows, at, calls = [], 0, []
         for row in range(len(prompt)):
             calls.append(None if inside is None else inside.row(row))
-            one = {name: value[row : row + 1] if name in ONE_A_ROW else value for name, value in small.items()}
+            one = {name: value[row : row + 1] if name in ONE_A_ROW else value for name, value in compressed.items()}
             if features is not None:
-                count = sum(picture.after for picture in small.report.pictures if picture.row == row)
+                count = sum(image.after for image in compressed.report.images if image.row == row)
                 one["mm_encoder_outputs"] = adapter_for(self.inner).encoder_outputs([features[at : at + count]])
                 at += count
                 if count == 0:
                     del one["mm_encoder_outputs"]
             with running(calls[-1]):
-                out = self.inner.generate(**one)[:, small["input_ids"].shape[1] :]
+                out = self.inner.generate(**one)[:, compressed["input_ids"].shape[1] :]
             rows += list(torch.cat([prompt[row].to(out.device).expand(len(out), -1), out], dim=1))
-        self._report_inside(small.report, calls)
-        whole = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._pad(small))
-        self._warn_of_long_answers(small.report, whole[:, prompt.shape[1] :], small)
+        self._report_inside(compressed.report, calls)
+        whole = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._pad(compressed))
+        self._warn_of_long_answers(compressed.report, whole[:, prompt.shape[1] :], compressed)
         return whole
 
     def _warn_beyond_positions(self, taken: Sequence[int], *, answered: bool = False) -> None:
@@ -478,7 +480,7 @@ class CompressedModel(nn.Module):
                 if limit == "max_length" and value <= prompt:
                     raise UserError(
                         f"max_length={value} leaves no room for an answer: the prompt alone has {prompt} tokens,"
-                        " pictures counted uncompressed; raise it, or give max_new_tokens"
+                        " images counted uncompressed; raise it, or give max_new_tokens"
                     )
                 arguments[limit] = max(value - prompt + short, 0)
 
@@ -546,12 +548,12 @@ def _reports() -> WeakKeyDictionary[CompressedModel, Report]:
     return _per_thread.reports
 
 
-def _warn_if_untrained(small: CompressedModel) -> None:
-    method = resampling(small.compressor)
-    if method is not None and small.resampler is not None:
-        count = sum(parameter.numel() for parameter in small.resampler.parameters())
+def _warn_if_untrained(compressed: CompressedModel) -> None:
+    method = resampling(compressed.compressor)
+    if method is not None and compressed.resampler is not None:
+        count = sum(parameter.numel() for parameter in compressed.resampler.parameters())
         warnings.warn(
-            f"{method.name()} is untrained: its {count:,} weights are random, and so are answers about pictures;"
+            f"{method.name()} is untrained: its {count:,} weights are random, and so are answers about images;"
             " train it first, or load a trained one with vlmzip.from_pretrained",
             stacklevel=3,
         )
@@ -569,7 +571,7 @@ def _warn_if_nothing_to_do(compressor: Compressor, adapter: ModelAdapter) -> Non
     counts = compressor.tokens_by_layer(adapter.profile())
     if counts is not None and min(counts) >= grid.size:
         warnings.warn(
-            f"{compressor.name()} keeps all of a picture's {grid.size} visual tokens: it changes nothing", stacklevel=4
+            f"{compressor.name()} keeps all of an image's {grid.size} visual tokens: it changes nothing", stacklevel=4
         )
 
 

@@ -1,4 +1,4 @@
-"""Inside the LLM: what the compressors decide at their layers, and what every later layer sees of it.
+"""InLLMState the LLM: what the compressors decide at their layers, and what every later layer sees of it.
 
 At layer K the hidden states of dropped tokens go, and merged states are written at their group's anchor. From there on
 hidden states, position tables, mask and KV cache are shorter; tokens keep their positions. Outside the LLM everything
@@ -33,11 +33,11 @@ class Prompt:
     """The part of a prompt that goes through the LLM in one call, as far as compressors inside it need to know."""
 
     spans: list[Span]
-    """Its pictures; columns count from the beginning of the conversation."""
+    """Its images; columns count from the beginning of the conversation."""
     real: Bool[Tensor, "batch length"]
     """Which tokens of the conversation are no padding."""
     question_ends: list[int]
-    """For each picture the column of its question's last token: the one before the next label, or the last of all."""
+    """For each image the column of its question's last token: the one before the next label, or the last of all."""
 
     def row(self, row: int) -> Prompt:
         """One row as a prompt of its own."""
@@ -47,11 +47,11 @@ class Prompt:
 
 
 @dataclass
-class Decision:
+class LayerCut:
     """What became of the tokens that entered one layer."""
 
-    merges: list[tuple[Int[Tensor, " pictures"], Int[Tensor, "pictures tokens"], TokenMap]]
-    """Rows, columns and map of the pictures, by groups of equal grid and count."""
+    merges: list[tuple[Int[Tensor, " images"], Int[Tensor, "images tokens"], TokenMap]]
+    """Rows, columns and map of the images, by groups of equal grid and count."""
     source: Int[Tensor, "batch kept"]
     """For each token left its column among those that entered the layer; -1: padding."""
     here: Int[Tensor, "batch kept"]
@@ -59,13 +59,13 @@ class Decision:
     keys: Int[Tensor, "batch all_kept"]
     """Column in the conversation of every token in the layer's cache; -1: padding."""
     places: list[Int[Tensor, " tokens"]]
-    """For each picture the columns of what is left of it."""
+    """For each image the columns of what is left of it."""
     padded: bool
     tables: dict[str, Any] = field(default_factory=dict)
     """Mask and positions for the layers behind; they are the same for all, and made once."""
 
 
-class Inside:
+class InLLMState:
     """One call of the model: carries the decisions from layer to layer, and from step to step of `generate`."""
 
     def __init__(
@@ -81,20 +81,20 @@ class Inside:
         self.watched = {layer - 1 for layer, c in self.at.items() if Signal.TEXT_ATTENTION in c.needs}
         self.prompt = prompt
         self.keys = dict(keys or {})
-        """For each compressing layer, what its cache holds (see `Decision.keys`)."""
+        """For each compressing layer, what its cache holds (see `LayerCut.keys`)."""
         self.cache: Any = None
         """The KV cache of the call; it stays `None` if the call runs without one."""
         self.started = False
-        self.first: Step | None = None
-        """The step that took in the pictures."""
+        self.first: LayerState | None = None
+        """The step that took in the images."""
 
-    def row(self, row: int) -> Inside:
+    def row(self, row: int) -> InLLMState:
         """The same for one row of the prompt alone."""
         prompt = None if self.prompt is None else self.prompt.row(row)
         keys = {layer: own[row : row + 1] for layer, own in self.keys.items()}
-        return Inside(self.adapter, list(dict.fromkeys(self.at.values())), prompt, self.watch, keys)
+        return InLLMState(self.adapter, list(dict.fromkeys(self.at.values())), prompt, self.watch, keys)
 
-    def step(self, embeddings: Float[Tensor, "batch length dim"], cache: Any) -> Step | None:
+    def step(self, embeddings: Float[Tensor, "batch length dim"], cache: Any) -> LayerState | None:
         """The state of one forward of the LLM, `None` where no layer has anything to do."""
         if self.started and cache is not self.cache:
             _refuse_part_of_another_cache(cache)
@@ -107,7 +107,7 @@ class Inside:
         if prompt is None and not self.keys:
             return None
         _refuse_other_caches(cache)
-        step = Step(self, prompt, embeddings.detach(), past, cache)
+        step = LayerState(self, prompt, embeddings.detach(), past, cache)
         if prompt is not None and prompt.spans and self.first is None:
             self.first = step
         return step
@@ -127,10 +127,10 @@ class Inside:
         return replace(self.prompt, real=nn.functional.pad(self.prompt.real, (0, new), value=True))
 
 
-class Step:
+class LayerState:
     """One forward of the LLM. It travels with the arguments of the layers, also into a recomputation of them."""
 
-    def __init__(self, inside: Inside, prompt: Prompt | None, embeddings: Tensor, past: int, cache: Any) -> None:
+    def __init__(self, inside: InLLMState, prompt: Prompt | None, embeddings: Tensor, past: int, cache: Any) -> None:
         self.inside, self.past, self.cache, self.embeddings = inside, past, cache, embeddings
         self.batch, self.length = embeddings.shape[:2]
         rows = self.batch if prompt is None else len(prompt.real)
@@ -143,9 +143,9 @@ class Step:
             self.real = prompt.real[:, past : past + self.length].to(device).repeat_interleave(self.copies, 0)
             self.ends = [end - past for end in prompt.question_ends for _ in range(self.copies)]
         self.places = [torch.tensor(span.columns, device=device) - past for span in self.spans]
-        self.decided: dict[int, Decision | None] = {}
+        self.decided: dict[int, LayerCut | None] = {}
         self.maps: list[list[tuple[int, TokenMap]]] = [[] for _ in self.spans]
-        """For each picture the maps of the layers, in order."""
+        """For each image the maps of the layers, in order."""
         self.attention: dict[int, Float[Tensor, "batch queries kept"]] = {}
         """For each watched layer the attention of the question to the tokens of this forward."""
         if self.spans:
@@ -174,14 +174,14 @@ class Step:
         return hidden
 
     def _timed(self) -> AbstractContextManager[None]:
-        """Selection is where pictures come in; what later steps do is to follow it."""
+        """Selection is where images come in; what later steps do is to follow it."""
         return self.inside.watch.time("selection") if self.spans else nullcontext()
 
-    def _latest(self, index: int) -> Decision | None:
+    def _latest(self, index: int) -> LayerCut | None:
         layers = [layer for layer in self.decided if layer <= index]
         return self.decided[max(layers)] if layers else None
 
-    def _decide(self, index: int, hidden: Float[Tensor, "batch length dim"]) -> Decision | None:
+    def _decide(self, index: int, hidden: Float[Tensor, "batch length dim"]) -> LayerCut | None:
         before = self._latest(index)
         past_keys = self.inside.keys.get(index)
         if not self.spans and past_keys is None:
@@ -198,66 +198,66 @@ class Step:
         past_keys = torch.arange(self.past, device=device).expand(batch, -1) if past_keys is None else past_keys
         keys = torch.cat([past_keys, torch.where(here < 0, -1, here + self.past)], 1)
         self.inside.keys[index] = keys
-        return Decision(merges, source, here, keys, places, padded=bool((keys < 0).any()))
+        return LayerCut(merges, source, here, keys, places, padded=bool((keys < 0).any()))
 
     def _compress(
-        self, index: int, hidden: Float[Tensor, "batch length dim"], before: Decision | None
+        self, index: int, hidden: Float[Tensor, "batch length dim"], before: LayerCut | None
     ) -> tuple[list[Any], Bool[Tensor, "batch length"], list[Tensor]]:
-        """Maps for all pictures; which tokens stay; for each picture the columns of its output tokens."""
+        """Maps for all images; which tokens stay; for each image the columns of its output tokens."""
         kept = self.real.clone() if before is None else before.here >= 0
         places = self.places if before is None else before.places
         targets: list[Any] = [None] * len(places)
         merges = []
-        for pictures in self._alike(index, places):
-            rows = torch.tensor([self.spans[p].row for p in pictures], device=hidden.device)
-            columns = torch.stack([places[p] for p in pictures])
-            tokens = self._tokens(index, pictures, rows, columns, hidden, before)
+        for images in self._alike(index, places):
+            rows = torch.tensor([self.spans[p].row for p in images], device=hidden.device)
+            columns = torch.stack([places[p] for p in images])
+            tokens = self._tokens(index, images, rows, columns, hidden, before)
             token_map = self.inside.at[index](tokens).in_anchor_order()
             if 0 in token_map.lengths:
-                raise UserError(f"{self.inside.at[index].name()} left no token of a picture; it must keep at least one")
+                raise UserError(f"{self.inside.at[index].name()} left no token of an image; it must keep at least one")
             anchors = token_map.anchor_index()
             kept[rows[:, None], columns] = False
-            for n, picture in enumerate(pictures):
+            for n, image in enumerate(images):
                 own = token_map.rows(slice(n, n + 1))
-                targets[picture] = columns[n, anchors[n, : own.lengths[0]]]
-                kept[rows[n], targets[picture]] = True
-                self.maps[picture].append((index, own))
+                targets[image] = columns[n, anchors[n, : own.lengths[0]]]
+                kept[rows[n], targets[image]] = True
+                self.maps[image].append((index, own))
             merges.append((rows, columns, token_map))
         return merges, kept, targets
 
     def _alike(self, index: int, places: list[Tensor]) -> list[list[int]]:
-        """Pictures of equal grid and count, now and when they entered, whose tokens form one `VisualTokens`."""
+        """Images of equal grid and count, now and when they entered, whose tokens form one `VisualTokens`."""
         groups: dict[Any, list[int]] = {}
-        for picture, span in enumerate(self.spans):
-            kind = (self._grid(picture), span.prefix, len(self.places[picture]), len(places[picture]))
-            groups.setdefault(kind, []).append(picture)
+        for image, span in enumerate(self.spans):
+            kind = (self._grid(image), span.prefix, len(self.places[image]), len(places[image]))
+            groups.setdefault(kind, []).append(image)
         return list(groups.values())
 
-    def _grid(self, picture: int) -> Grid | None:
-        return None if self.maps[picture] else self.spans[picture].grid
+    def _grid(self, image: int) -> Grid | None:
+        return None if self.maps[image] else self.spans[image].grid
 
     def _tokens(
-        self, index: int, pictures: list[int], rows: Tensor, columns: Tensor, hidden: Tensor, before: Decision | None
+        self, index: int, images: list[int], rows: Tensor, columns: Tensor, hidden: Tensor, before: LayerCut | None
     ) -> VisualTokens:
-        """What the compressor at layer `index` may look at, for pictures of equal grid."""
-        grid, needs = self._grid(pictures[0]), self.inside.at[index].needs
-        prefix = self.spans[pictures[0]].prefix if grid is not None else 0
+        """What the compressor at layer `index` may look at, for images of equal grid."""
+        grid, needs = self._grid(images[0]), self.inside.at[index].needs
+        prefix = self.spans[images[0]].prefix if grid is not None else 0
         optional: dict[str, Any] = {}
         if needs:
-            asks = _compact(self._question(pictures, rows), pad_right=False)
+            asks = _compact(self._question(images, rows), pad_right=False)
             optional["query_mask"] = asks >= 0
         if Signal.TEXT_ATTENTION in needs:
             attention = self.attention[index - 1][rows[:, None], asks.clamp(min=0)]
             optional["text_attention"] = attention.gather(2, columns[:, None].expand(-1, asks.shape[1], -1))
         if Signal.TEXT_FEATURES in needs:
             optional["text_features"] = self.embeddings[rows[:, None], self.queries[rows].gather(1, asks.clamp(min=0))]
-            optional["llm_input"] = torch.stack([self.embeddings[self.spans[p].row, self.places[p]] for p in pictures])
+            optional["llm_input"] = torch.stack([self.embeddings[self.spans[p].row, self.places[p]] for p in images])
         features = hidden[rows[:, None], columns].detach()
         return VisualTokens(features, grid, prefix, layer=index, passes_prefix=True, **optional)
 
     # --- what travels along -----------------------------------------------------------------------------------
 
-    def _shorten_arguments(self, decision: Decision, hidden: Tensor, arguments: dict[str, Any]) -> None:
+    def _shorten_arguments(self, decision: LayerCut, hidden: Tensor, arguments: dict[str, Any]) -> None:
         tables = decision.tables
         given = argument(arguments, "attention_mask", "a decoder layer")
         if "mask" not in tables or tables["mask_given"] is not given:
@@ -278,7 +278,7 @@ class Step:
         arguments["position_embeddings"], arguments["position_ids"] = tables["positions"], tables["ids"]
 
     def _queries(self) -> Int[Tensor, "batch queries"]:
-        """The columns of the text behind each row's first picture, and of the ends of questions; -1: padding."""
+        """The columns of the text behind each row's first image, and of the ends of questions; -1: padding."""
         device = self.real.device
         first = torch.full((self.batch,), self.length, device=device)
         last = torch.full((self.batch,), -1, device=device)
@@ -291,14 +291,14 @@ class Step:
         asks = self.is_text & (column > first[:, None]) & (column <= last[:, None]) | ends
         return _compact(asks, pad_right=False)
 
-    def _question(self, pictures: list[int], rows: Int[Tensor, " pictures"]) -> Bool[Tensor, "pictures queries"]:
-        """Which of their row's queries ask about each picture: the text behind it, up to the end of its question.
+    def _question(self, images: list[int], rows: Int[Tensor, " images"]) -> Bool[Tensor, "images queries"]:
+        """Which of their row's queries ask about each image: the text behind it, up to the end of its question.
 
-        Where no text follows the picture, the end alone, whatever it is.
+        Where no text follows the image, the end alone, whatever it is.
         """
         queries = self.queries[rows]
-        ends = torch.tensor([self.ends[p] for p in pictures], device=queries.device)[:, None]
-        asks = (queries > torch.stack([self.places[p][-1] for p in pictures])[:, None]) & (queries <= ends)
+        ends = torch.tensor([self.ends[p] for p in images], device=queries.device)[:, None]
+        asks = (queries > torch.stack([self.places[p][-1] for p in images])[:, None]) & (queries <= ends)
         asks &= self.is_text[rows].gather(1, queries.clamp(min=0))
         return asks | ((queries == ends) & ~asks.any(1, keepdim=True))
 
@@ -311,7 +311,7 @@ class Step:
         keys = torch.arange(self.past + self.length, device=hidden.device).expand(self.batch, -1)
         if decision is not None:
             here, keys = decision.here, decision.keys
-        # Where the question's tokens stand now. Text is never dropped; a picture's last token may be: the one before.
+        # Where the question's tokens stand now. Text is never dropped; an image's last token may be: the one before.
         slot = torch.arange(here.shape[1], device=here.device)
         standing = (here >= 0)[:, None] & (here[:, None] <= self.queries.clamp(min=0)[..., None])
         queries = torch.where(standing, slot, 0).amax(-1)
@@ -340,36 +340,36 @@ class Step:
         return None if last is None else last.here[:: self.copies]
 
 
-def extend(report: Report, steps: Sequence[Step]) -> Report:
+def extend(report: Report, steps: Sequence[LayerState]) -> Report:
     """The report with what happened inside the LLM in one step, or in a step for each row in turn.
 
     Behind one step, `source` follows to the tokens of the last layer.
     """
     maps = [own for step in steps for own in step.maps[:: step.copies]]
-    pictures = []
-    for picture, own_maps in zip(report.pictures, maps, strict=True):
-        by_layer, token_map = list(picture.by_layer), picture.token_map
+    images = []
+    for image, own_maps in zip(report.images, maps, strict=True):
+        by_layer, token_map = list(image.by_layer), image.token_map
         for layer, own in own_maps:
             by_layer[layer:] = [own.lengths[0]] * (len(by_layer) - layer)
             token_map = token_map and token_map.then(own)
-        pictures.append(replace(picture, by_layer=tuple(by_layer), token_map=token_map))
+        images.append(replace(image, by_layer=tuple(by_layer), token_map=token_map))
     source, here = report.source, steps[0].here()
     if len(steps) == 1 and source is not None and here is not None:
         source = _gather(source[:, -steps[0].length :], here)
-    return replace(report, pictures=pictures, source=source)
+    return replace(report, images=images, source=source)
 
 
-def prompt_of(spans: list[Span], small: Mapping[str, Any]) -> Prompt | None:
-    """The prompt that goes into the LLM with `small`; `None` where it brings no pictures."""
+def prompt_of(spans: list[Span], compressed: Mapping[str, Any]) -> Prompt | None:
+    """The prompt that goes into the LLM with `compressed`; `None` where it brings no images."""
     if not spans:
         return None
-    real = small["attention_mask"].bool()
+    real = compressed["attention_mask"].bool()
     last = (real.long() * torch.arange(1, real.shape[1] + 1, device=real.device)).argmax(1).tolist()
     ends = [last[span.row] for span in spans]
-    if (labels := small.get("labels")) is not None:
+    if (labels := compressed.get("labels")) is not None:
         known = real.shape[1] - labels.shape[1]
         answers = [(row != -100).nonzero()[:, 0] + known for row in labels.cpu()]
-        for n, span in enumerate(spans):  # in training, every picture is asked about by the question before its answer
+        for n, span in enumerate(spans):  # in training, every image is asked about by the question before its answer
             following = answers[span.row][answers[span.row] > span.columns[-1]]
             ends[n] = int(following[0]) - 1 if len(following) else ends[n]
     return Prompt(spans, real, ends)
@@ -422,16 +422,16 @@ def _refuse_part_of_another_cache(cache: Any) -> None:
         )
 
 
-def _merge_and_drop(hidden: Float[Tensor, "batch length dim"], decision: Decision | None) -> Tensor:
+def _merge_and_drop(hidden: Float[Tensor, "batch length dim"], decision: LayerCut | None) -> Tensor:
     """Writes merged states at their anchors, and leaves the rest of each group out."""
     if decision is None:
         return hidden
     for rows, columns, token_map in decision.merges:
         merged = token_map.apply(hidden[rows[:, None], columns])
         anchors = token_map.anchor_index()
-        picture, output = (anchors >= 0).nonzero(as_tuple=True)
-        place = (rows[picture], columns[picture, anchors[picture, output]])
-        hidden = hidden.index_put(place, merged[picture, output])
+        image, output = (anchors >= 0).nonzero(as_tuple=True)
+        place = (rows[image], columns[image, anchors[image, output]])
+        hidden = hidden.index_put(place, merged[image, output])
     index = decision.source.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1])
     return hidden.gather(1, index)
 

@@ -1,6 +1,6 @@
 """Short rows side by side in one, so that an LLM in training computes on little padding.
 
-Pictures that leave different numbers of tokens make rows of different length; padded to the longest, a quarter of a
+Images that leave different numbers of tokens make rows of different length; padded to the longest, a quarter of a
 batch can be padding. transformers keeps packed rows apart by their positions, which count from 0 in each.
 """
 
@@ -15,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from vlmzip.models.adapter import ModelAdapter
-from vlmzip.runtime.report import CompressedPicture
+from vlmzip.runtime.report import CompressedImage
 
 if TYPE_CHECKING:
     from vlmzip.runtime.prepare import CompressedInputs
@@ -29,11 +29,11 @@ TRIED = 16
 
 
 def pack(
-    small: CompressedInputs, adapter: ModelAdapter, pictures: Sequence[CompressedPicture], fills: dict[str, int]
+    compressed: CompressedInputs, adapter: ModelAdapter, images: Sequence[CompressedImage], fills: dict[str, int]
 ) -> None:
     """Packs the rows of a compressed prompt that is to be trained on, if fewer would do; else leaves them as they are.
 
-    `pictures` are in order of appearance, `fills` has what padding gets by the name of the input. Loss and gradients
+    `images` are in order of appearance, `fills` has what padding gets by the name of the input. Loss and gradients
     stay the same. `report.source` is of the packed rows from then on. Where rows have positions of their own (original
     ones, several axes) nothing is packed: gaps in them would look like the beginning of another row. Nor is it where
     token types decide who sees whom (PaliGemma), in an LLM not known to keep packed rows apart, or under
@@ -42,29 +42,31 @@ def pack(
     llm = adapter.llm_config
     if llm._attn_implementation not in MASKED or llm.model_type not in KEPT_APART:
         return
-    if adapter.position_axes or any(small.get(name) is not None for name in ("position_ids", "token_type_ids")):
+    if adapter.position_axes or any(compressed.get(name) is not None for name in ("position_ids", "token_type_ids")):
         return
-    mask = small["attention_mask"].bool()
+    mask = compressed["attention_mask"].bool()
     # A token costs 8 h² + 6 h m floating point operations in the linear layers, a pair of tokens 4 h in attention.
     bins = cheapest(mask.sum(1).tolist(), 2 / (4 * llm.hidden_size + 3 * llm.intermediate_size))
     if len(bins) == len(mask):
         return
     index, positions = _places(mask, bins)
     for name, fill in fills.items():
-        if small.get(name) is not None:
-            small[name] = small[name].flatten()[index.clamp(min=0)].masked_fill(index < 0, fill)
-    if small.get("labels") is not None:  # nothing foretells the first token of a row, least of all the row before it
-        small["labels"] = small["labels"].masked_fill(positions == 0, fills["labels"])
-    source = small.report.source
-    assert source is not None  # there are pictures
-    small.report = replace(
-        small.report, source=source.flatten()[index.clamp(min=0)].masked_fill(index < 0, -1), packed=True
+        if compressed.get(name) is not None:
+            compressed[name] = compressed[name].flatten()[index.clamp(min=0)].masked_fill(index < 0, fill)
+    if (
+        compressed.get("labels") is not None
+    ):  # nothing foretells the first token of a row, least of all the row before it
+        compressed["labels"] = compressed["labels"].masked_fill(positions == 0, fills["labels"])
+    source = compressed.report.source
+    assert source is not None  # there are images
+    compressed.report = replace(
+        compressed.report, source=source.flatten()[index.clamp(min=0)].masked_fill(index < 0, -1), packed=True
     )
     order = {row: place for place, row in enumerate(row for one in bins for row in one)}
-    by_row = sorted(zip(pictures, small.report.pictures, strict=True), key=lambda both: order[both[1].row])
-    small["mm_encoder_outputs"] = adapter.encoder_outputs([picture.features for picture, _ in by_row])
-    small |= {"position_ids": positions, "use_cache": False}
-    del small["attention_mask"]  # with one, transformers would not look for where rows begin
+    by_row = sorted(zip(images, compressed.report.images, strict=True), key=lambda both: order[both[1].row])
+    compressed["mm_encoder_outputs"] = adapter.encoder_outputs([image.features for image, _ in by_row])
+    compressed |= {"position_ids": positions, "use_cache": False}
+    del compressed["attention_mask"]  # with one, transformers would not look for where rows begin
 
 
 def cheapest(lengths: Sequence[int], token_per_pair: float) -> list[list[int]]:

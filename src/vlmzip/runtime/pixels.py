@@ -1,4 +1,4 @@
-"""Compressors that act on pixels: the encoder sees smaller pictures, and the LLM gets all that it puts out."""
+"""Compressors that act on pixels: the encoder sees smaller images, and the LLM gets all that it puts out."""
 
 from __future__ import annotations
 
@@ -10,51 +10,51 @@ from torch import Tensor
 
 from vlmzip.compressor import Compressor
 from vlmzip.models.adapter import ModelAdapter
-from vlmzip.runtime.report import CompressedPicture, PictureReport, Stopwatch
+from vlmzip.runtime.report import CompressedImage, ImageReport, Stopwatch
 from vlmzip.visual_tokens import Grid, Site, VisualTokens
 
 
 def encode_smaller(
     adapter: ModelAdapter, inputs: Mapping[str, Any], compressor: Compressor, watch: Stopwatch
-) -> tuple[list[CompressedPicture], dict[str, Any]]:
-    """The tokens of the smaller pictures, projected; and `inputs` with the smaller pictures in them."""
+) -> tuple[list[CompressedImage], dict[str, Any]]:
+    """The tokens of the smaller images, projected; and `inputs` with the smaller images in them."""
     grids = adapter.grids(inputs)
     with watch.time("selection"):
         smaller = {**inputs, **adapter.downsample(inputs, [compressor.smaller(grid) for grid in grids])}
     with watch.time("encoder"):
         groups = adapter.encode(smaller, Site.PRE_PROJECTOR, frozenset())
-    found: dict[int, CompressedPicture] = {}
+    found: dict[int, CompressedImage] = {}
     for tokens, indices in groups:
         for place, index in enumerate(indices):
             with watch.time("bookkeeping"):
                 features, offsets, report = _account(adapter, compressor, tokens, place, grids[index])
             with watch.time("projector"):
                 projected = adapter.project(features, Site.PRE_PROJECTOR)
-            found[index] = CompressedPicture(projected, offsets, report)
+            found[index] = CompressedImage(projected, offsets, report)
     return [found[index] for index in sorted(found)], smaller
 
 
 def _account(
-    adapter: ModelAdapter, compressor: Compressor, small: VisualTokens, place: int, grid: Grid
-) -> tuple[Float[Tensor, "after dim"], list[int], PictureReport]:
-    """The features of one smaller picture, the placeholder that each gets its position from, and the report.
+    adapter: ModelAdapter, compressor: Compressor, compressed: VisualTokens, place: int, grid: Grid
+) -> tuple[Float[Tensor, "after dim"], list[int], ImageReport]:
+    """The features of one smaller image, the placeholder that each gets its position from, and the report.
 
-    The tokens that the whole picture would have had do not exist: they are written down without features.
+    The tokens that the whole image would have had do not exist: they are written down without features.
     """
-    absent = small.features.new_zeros(1, small.prefix + grid.size, 0)
-    whole = VisualTokens(absent, grid, small.prefix, passes_prefix=small.passes_prefix)
+    absent = compressed.features.new_zeros(1, compressed.prefix + grid.size, 0)
+    whole = VisualTokens(absent, grid, compressed.prefix, passes_prefix=compressed.passes_prefix)
     token_map = compressor(whole)
     after = token_map.lengths[0]
     hidden = absent.shape[1] - whole.plain_count
     offsets = [anchor - hidden for anchor in token_map.anchor_index()[0].tolist()]
-    report = PictureReport(
+    report = ImageReport(
         row=-1,
         before=whole.plain_count,
         after=after,
         by_layer=(after,) * len(adapter.decoder_layers),
         token_map=token_map,
         grid=grid,
-        prefix=small.prefix,
+        prefix=compressed.prefix,
         features=None,
     )
-    return small.features[place, -after:], offsets, report
+    return compressed.features[place, -after:], offsets, report

@@ -42,19 +42,19 @@ def _reach(rope: Mapping[str, Any], positions: int) -> int:
     return max(positions, int((rope.get("factor") or 1) * pretrained))
 
 
-def positions_taken(adapter: ModelAdapter, small: Mapping[str, Any], *, generating: bool) -> list[int]:
+def positions_taken(adapter: ModelAdapter, compressed: Mapping[str, Any], *, generating: bool) -> list[int]:
     """Return how many positions each row of a prompt takes that is about to enter the model.
 
     With several axes the farthest counts: such positions go on more slowly than tokens do.
     """
-    positions, mask = small.get("position_ids"), small.get("attention_mask")
+    positions, mask = compressed.get("position_ids"), compressed.get("attention_mask")
     if isinstance(positions, Tensor) and positions.ndim > 1 and positions.numel():
         first = 0 if generating else int(adapter.forward_positions(torch.zeros(1, 1, dtype=torch.long)))
         rows = positions.reshape(-1, *positions.shape[-2:]).amax((0, 2))
         return (rows + 1 - first).tolist()
     if isinstance(mask, Tensor) and mask.ndim == 2:
         return mask.sum(-1).tolist()
-    tokens = small.get("input_ids") if small.get("input_ids") is not None else small.get("inputs_embeds")
+    tokens = compressed.get("input_ids") if compressed.get("input_ids") is not None else compressed.get("inputs_embeds")
     return [] if tokens is None else [tokens.shape[1]] * len(tokens)
 
 

@@ -1,4 +1,4 @@
-"""The text of a prompt: one turn with its pictures before the question, or a whole conversation."""
+"""The text of a prompt: one turn with its images before the question, or a whole conversation."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from vlmzip.errors import UserError, reason
 from vlmzip.models.adapter import ModelAdapter
 
 
-def chat_prompt(adapter: ModelAdapter, processor: Any, question: str, pictures: int) -> str:
+def chat_prompt(adapter: ModelAdapter, processor: Any, question: str, images: int) -> str:
     """The prompt by the processor's chat template, or the family's own form where the checkpoint has none."""
-    content = [{"type": "image"} for _ in range(pictures)] + [{"type": "text", "text": question}]
+    content = [{"type": "image"} for _ in range(images)] + [{"type": "text", "text": question}]
     return conversation_prompt(adapter, processor, [{"role": "user", "content": content}])
 
 
 def conversation_prompt(adapter: ModelAdapter, processor: Any, messages: Sequence[dict[str, Any]]) -> str:
     """As `chat_prompt`, for messages whose `content` is a list of {"type": "image"} and {"type": "text", "text": …}.
 
-    Raises `UserError` for what a checkpoint without chat template has no form for: several turns, or pictures after
+    Raises `UserError` for what a checkpoint without chat template has no form for: several turns, or images after
     text.
     """
     if getattr(processor, "chat_template", None):
@@ -29,8 +29,8 @@ def conversation_prompt(adapter: ModelAdapter, processor: Any, messages: Sequenc
     kinds = [part["type"] for message in messages for part in message["content"]]
     if [message["role"] for message in messages] != ["user"] or kinds != sorted(kinds):  # "image" before "text"
         raise UserError(
-            "this checkpoint has no chat template: only one question with all pictures before it can be asked, no"
-            " conversation and no picture after text"
+            "this checkpoint has no chat template: only one question with all images before it can be asked, no"
+            " conversation and no image after text"
         )
     texts = [part["text"] for part in messages[0]["content"] if part["type"] == "text"]
     return adapter.prompt("\n".join(texts), kinds.count("image"))

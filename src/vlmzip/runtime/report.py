@@ -1,4 +1,4 @@
-"""What the runtime did to the pictures of one call: counts, maps and times."""
+"""What the runtime did to the images of one call: counts, maps and times."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from vlmzip.visual_tokens import Grid, VisualTokens
 
 
 @dataclass(frozen=True)
-class PictureReport:
-    """One picture: where it stands in the batch, and what became of its visual tokens."""
+class ImageReport:
+    """One image: where it stands in the batch, and what became of its visual tokens."""
 
     row: int
     before: int
@@ -32,21 +32,21 @@ class PictureReport:
     by_layer: tuple[int, ...]
     """Visual tokens at each layer of the LLM."""
     token_map: TokenMap | None
-    """The map of this picture alone (a batch of one), over prefix and grid, to the tokens of the last layer.
+    """The map of this image alone (a batch of one), over prefix and grid, to the tokens of the last layer.
 
-    `None` after a resampler, whose tokens come from everywhere in the picture."""
+    `None` after a resampler, whose tokens come from everywhere in the image."""
     grid: Grid | None
     prefix: int
     features: Float[Tensor, "tokens dim"] | None
     """The visual tokens before compression, without gradients; kept until the next call, for `detail_lost`.
 
-    `None` where they are not to be compared: only a smaller picture was encoded, or they were resampled."""
+    `None` where they are not to be compared: only a smaller image was encoded, or they were resampled."""
 
     @cached_property
     def detail_lost(self) -> float | None:
-        """Share of the picture's detail that the tokens left do not explain, 0 to 1 (see `detail.py`).
+        """Share of the image's detail that the tokens left do not explain, 0 to 1 (see `detail.py`).
 
-        `None` where that cannot be told: after a resampler, or where only a smaller picture was encoded."""
+        `None` where that cannot be told: after a resampler, or where only a smaller image was encoded."""
         if self.features is None or self.token_map is None:
             return None
         tokens = VisualTokens(self.features[None], self.grid, self.prefix)
@@ -54,15 +54,15 @@ class PictureReport:
 
 
 @dataclass(frozen=True)
-class CompressedPicture:
-    """The tokens of one picture on their way to the LLM."""
+class CompressedImage:
+    """The tokens of one image on their way to the LLM."""
 
     features: Float[Tensor, "after llm_dim"]
     offsets: list[int]
-    """For each token left, which of the picture's placeholders (0-based) gives it its position."""
-    report: PictureReport
+    """For each token left, which of the image's placeholders (0-based) gives it its position."""
+    report: ImageReport
 
-    def in_order_of_positions(self) -> CompressedPicture:
+    def in_order_of_positions(self) -> CompressedImage:
         """Return the same tokens in the order of the placeholders that give them their positions."""
         order = sorted(range(len(self.offsets)), key=self.offsets.__getitem__)
         if order == list(range(len(order))):
@@ -72,7 +72,7 @@ class CompressedPicture:
         if token_map is not None:
             token_map = token_map.rearranged(index.argsort()[None].to(token_map.group.device))
         offsets = [self.offsets[n] for n in order]
-        return CompressedPicture(self.features[index], offsets, replace(self.report, token_map=token_map))
+        return CompressedImage(self.features[index], offsets, replace(self.report, token_map=token_map))
 
 
 @dataclass
@@ -110,12 +110,12 @@ class Stopwatch:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """What one call of the runtime did: every picture in order of appearance, and where each position came from."""
+    """What one call of the runtime did: every image in order of appearance, and where each position came from."""
 
     compressor: Compressor
-    pictures: list[PictureReport]
+    images: list[ImageReport]
     source: Int[Tensor, "batch new_length"] | None
-    """For each position of the compressed prompt the position in the original one; -1: padding. `None`: no pictures."""
+    """For each position of the compressed prompt the position in the original one; -1: padding. `None`: no images."""
     stopwatch: Stopwatch
     packed: bool = False
     """Whether rows stand side by side, as they may in training; `source` is then of such packed rows."""
@@ -123,18 +123,18 @@ class Report:
     """How many of the LLM's positions each row of the prompt takes; `attach`ed models count them."""
 
     def __repr__(self) -> str:
-        counts = ", ".join(f"{picture.before} → {compact(picture.by_layer)}" for picture in self.pictures)
-        return f"Report({self.compressor.name()}: {counts or 'no pictures'})"
+        counts = ", ".join(f"{image.before} → {compact(image.by_layer)}" for image in self.images)
+        return f"Report({self.compressor.name()}: {counts or 'no images'})"
 
     @property
     def before(self) -> int:
-        """Visual tokens of all pictures without compression."""
-        return sum(picture.before for picture in self.pictures)
+        """Visual tokens of all images without compression."""
+        return sum(image.before for image in self.images)
 
     @property
     def after(self) -> int:
-        """Visual tokens of all pictures that the LLM got."""
-        return sum(picture.after for picture in self.pictures)
+        """Visual tokens of all images that the LLM got."""
+        return sum(image.after for image in self.images)
 
     def lined_up(
         self, predictions: Shaped[Tensor, "batch new_length *rest"], length: int, fill: float = -100
@@ -142,7 +142,7 @@ class Report:
         """Logits of this call, or tokens chosen from them, as they would stand in the prompt of `length` tokens.
 
         Each is moved to just before the token that it predicts, so that `[:, :-1]` goes with the prompt's `[:, 1:]`;
-        `fill` is where no token of a picture was left, and in padding. Without pictures they stand there already.
+        `fill` is where no token of an image was left, and in padding. Without images they stand there already.
         """
         if self.source is None:
             return predictions
@@ -161,13 +161,13 @@ class Report:
 
     @property
     def by_layer(self) -> list[int]:
-        """Visual tokens of all pictures at each layer of the LLM."""
-        return [sum(counts) for counts in zip(*(picture.by_layer for picture in self.pictures), strict=True)]
+        """Visual tokens of all images at each layer of the LLM."""
+        return [sum(counts) for counts in zip(*(image.by_layer for image in self.images), strict=True)]
 
     @property
     def retention(self) -> float:
         """Visual tokens over all layers of the LLM, as a share of what they would be without compression."""
-        return sum(self.by_layer) / (self.before * len(self.by_layer)) if self.pictures else 1.0
+        return sum(self.by_layer) / (self.before * len(self.by_layer)) if self.images else 1.0
 
     @property
     def milliseconds(self) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Compressors with weights: the module that `attach` makes for a model, and what it does to its pictures."""
+"""Compressors with weights: the module that `attach` makes for a model, and what it does to its images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vlmzip.errors import UserError
 from vlmzip.files import is_file, replace_whole
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.resampler import Resampler
-from vlmzip.runtime.report import CompressedPicture, PictureReport, Stopwatch
+from vlmzip.runtime.report import CompressedImage, ImageReport, Stopwatch
 
 #: The weights of a resampler, beside `compressor.json`.
 FILE = "resampler.safetensors"
@@ -40,26 +40,26 @@ def build_resampler(adapter: ModelAdapter, compressor: Compressor) -> nn.Module 
     return module.to(like.device, like.dtype)
 
 
-def resample_pictures(
+def resample_images(
     adapter: ModelAdapter,
     inputs: Mapping[str, Any],
     compressor: Resampler,
     resampler: nn.Module | None,
     watch: Stopwatch,
-) -> list[CompressedPicture]:
+) -> list[CompressedImage]:
     """Encodes and resamples; the model's projector is not asked."""
     if resampler is None:
         raise UserError(f"{compressor.name()} has weights: use what vlmzip.attach returns, which holds them")
     with watch.time("encoder"):
         groups = adapter.encode(inputs, compressor.site, compressor.needs)
-    found: dict[int, CompressedPicture] = {}
+    found: dict[int, CompressedImage] = {}
     for tokens, indices in groups:
         with watch.time("selection"):
             resampled = resampler(tokens.features)
         before, after = tokens.plain_count, resampled.shape[1]
         # Spread over the placeholders, so that "where did this come from" has an answer; positions do not use it.
         offsets = [n * before // after for n in range(after)]
-        report = PictureReport(
+        report = ImageReport(
             row=-1,
             before=before,
             after=after,
@@ -69,7 +69,7 @@ def resample_pictures(
             prefix=tokens.prefix,
             features=None,
         )
-        found |= {index: CompressedPicture(resampled[place], offsets, report) for place, index in enumerate(indices)}
+        found |= {index: CompressedImage(resampled[place], offsets, report) for place, index in enumerate(indices)}
     return [found[index] for index in sorted(found)]
 
 

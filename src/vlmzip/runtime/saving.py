@@ -52,10 +52,10 @@ def reattach(model: nn.Module, compressor: Compressor, folder: str | os.PathLike
     """`attach` for a compressor saved in `folder`, with the weights that it may have there."""
     from vlmzip.runtime.facade import CompressedModel
 
-    small = CompressedModel(model, compressor)
-    if small.resampler is not None:
-        read_weights(small.resampler, folder)
-    return small
+    compressed = CompressedModel(model, compressor)
+    if compressed.resampler is not None:
+        read_weights(compressed.resampler, folder)
+    return compressed
 
 
 def attach_saved(
@@ -66,8 +66,8 @@ def attach_saved(
 
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        small = reattach(model, compressor, folder) if _is_saved(compressor, folder) else attach(model, compressor)
-    return small, [str(warning.message) for warning in said]
+        compressed = reattach(model, compressor, folder) if _is_saved(compressor, folder) else attach(model, compressor)
+    return compressed, [str(warning.message) for warning in said]
 
 
 def _is_saved(compressor: Compressor, folder: str | os.PathLike[str]) -> bool:

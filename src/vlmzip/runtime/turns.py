@@ -29,11 +29,11 @@ from vlmzip.runtime.report import Report, Stopwatch
 
 
 @dataclass(frozen=True)
-class Seen:
+class CacheState:
     """A conversation so far: as the user sees it, and as it lies in the cache."""
 
     ids: Int[Tensor, "batch length"]
-    """The tokens so far, placeholders of uncompressed pictures included."""
+    """The tokens so far, placeholders of uncompressed images included."""
     real: Bool[Tensor, "batch length"]
     """Which of them are no padding."""
     source: Int[Tensor, "batch short"]
@@ -45,12 +45,12 @@ class Seen:
     """Compressed positions up to the end of the last prompt; what follows was generated."""
     next_position: Int[Tensor, " batch"]
     """The position that follows the last prompt."""
-    pictures: list[int]
-    """Pictures so far, by row."""
+    images: list[int]
+    """Images so far, by row."""
     keys: dict[int, Tensor] = field(default_factory=dict)
     """For each layer at which a compressor acts inside the LLM, what the caches from there on hold (`in_llm.py`)."""
 
-    def and_generated(self, tokens: Int[Tensor, "batch new"], filler: Bool[Tensor, "batch new"]) -> Seen:
+    def and_generated(self, tokens: Int[Tensor, "batch new"], filler: Bool[Tensor, "batch new"]) -> CacheState:
         """The conversation after the model has answered with `tokens`; `filler` follows the end of short answers."""
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         mask = (~filler).to(self.mask.dtype)
@@ -65,19 +65,19 @@ class Seen:
         )
 
 
-class Turns:
+class Conversations:
     """What is in each cache that a façade has filled; forgets a cache when nobody holds it any more."""
 
     def __init__(self) -> None:
-        self._seen: WeakKeyDictionary[Any, Seen] = WeakKeyDictionary()
+        self._seen: WeakKeyDictionary[Any, CacheState] = WeakKeyDictionary()
 
-    def __reduce__(self) -> tuple[type[Turns], tuple[()]]:
-        return Turns, ()  # a copy of a façade starts without conversations: the caches stay with the original
+    def __reduce__(self) -> tuple[type[Conversations], tuple[()]]:
+        return Conversations, ()  # a copy of a façade starts without conversations: the caches stay with the original
 
-    def remember(self, cache: Any, seen: Seen) -> None:
+    def remember(self, cache: Any, seen: CacheState) -> None:
         self._seen[cache] = seen
 
-    def recall(self, cache: Any) -> Seen | None:
+    def recall(self, cache: Any) -> CacheState | None:
         """What is in `cache`; `None` if it is empty. Raises `UserError` for a cache that someone else filled."""
         if cache is None or (length := cache.get_seq_length()) == 0:
             return None
@@ -99,30 +99,30 @@ class Turns:
 def first_turn(
     adapter: ModelAdapter,
     inputs: Mapping[str, Any],
-    small: CompressedInputs,
+    compressed: CompressedInputs,
     compressor: Compressor,
     *,
     generating: bool,
-) -> Seen:
-    """What a cache holds after the prompt `inputs`, compressed to `small`, has gone through the model."""
+) -> CacheState:
+    """What a cache holds after the prompt `inputs`, compressed to `compressed`, has gone through the model."""
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
-    source = small.report.source
+    source = compressed.report.source
     if source is None:
         source = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     short_mask = gather(mask, source, 0)
     original, next_position = adapter.original_positions(inputs, mask)
     if positions_of(compressor, adapter) == "original":
         positions = gather(original, source, 0)
-    elif generating or (small.smaller is not None and adapter.position_axes):
-        positions, next_position = contiguous_positions(adapter, small, short_mask)
+    elif generating or (compressed.smaller is not None and adapter.position_axes):
+        positions, next_position = contiguous_positions(adapter, compressed, short_mask)
     else:  # a model's `forward` counts padding too
         positions = torch.arange(source.shape[1], device=ids.device).expand_as(gather(original, source, 0))
         next_position = torch.full_like(next_position, source.shape[1])
-    return Seen(
+    return CacheState(
         ids, mask.bool(), source, short_mask, positions, source.shape[1], next_position,
-        [sum(picture.row == row for picture in small.report.pictures) for row in range(len(ids))],
+        [sum(image.row == row for image in compressed.report.images) for row in range(len(ids))],
     )  # fmt: skip
 
 
@@ -131,21 +131,21 @@ def next_turn(
     adapter: ModelAdapter,
     inputs: Mapping[str, Any],
     compressor: Compressor,
-    seen: Seen,
+    seen: CacheState,
     *,
     generating: bool,
     resampler: nn.Module | None = None,
-) -> tuple[CompressedInputs, Seen]:
+) -> tuple[CompressedInputs, CacheState]:
     """Inputs for a later turn, given as the whole conversation or as its new part alone; and what is seen after it.
 
-    Only pictures of the new part are encoded. For `generate` the prompt is the whole compressed conversation, of which
+    Only images of the new part are encoded. For `generate` the prompt is the whole compressed conversation, of which
     it skips what the cache holds; for `forward` it is what the cache does not hold.
     """
     # After `generate` the last token of the answer has not been through the model.
     pending = seen.source.shape[1] - cache_of(inputs).get_seq_length()
     new, seen_mask = _new_part(adapter, inputs, seen, 0 if generating else pending)
     out = CompressedInputs(inputs)
-    for name in (*adapter.picture_inputs, *PER_TOKEN):
+    for name in (*adapter.image_inputs, *PER_TOKEN):
         out.pop(name, None)
     whole = replace(seen, mask=seen_mask)
     if new["input_ids"].shape[1]:
@@ -167,12 +167,12 @@ def next_turn(
     return out, whole
 
 
-def _joined(seen: Seen, new: Seen) -> Seen:
+def _joined(seen: CacheState, new: CacheState) -> CacheState:
     """A conversation and what follows it, whose positions still count from 0."""
     length, generated = seen.ids.shape[1], seen.mask[:, seen.prompt_length :].sum(-1)
     offset = seen.next_position + generated
     mask = torch.cat([seen.mask, new.mask], 1)
-    return Seen(
+    return CacheState(
         ids=torch.cat([seen.ids, new.ids], 1),
         real=torch.cat([seen.real, new.real], 1),
         source=torch.cat([seen.source, torch.where(new.source < 0, -1, new.source + length)], 1),
@@ -180,12 +180,12 @@ def _joined(seen: Seen, new: Seen) -> Seen:
         positions=torch.cat([seen.positions, new.positions + offset[:, None]], -1),
         prompt_length=mask.shape[1],
         next_position=new.next_position + offset,
-        pictures=[old + own for old, own in zip(seen.pictures, new.pictures, strict=True)],
+        images=[old + own for old, own in zip(seen.images, new.images, strict=True)],
     )
 
 
 def _new_part(
-    adapter: ModelAdapter, inputs: Mapping[str, Any], seen: Seen, pending: int
+    adapter: ModelAdapter, inputs: Mapping[str, Any], seen: CacheState, pending: int
 ) -> tuple[dict[str, Any], Int[Tensor, "batch short"]]:
     """The inputs of the part of the conversation that has not been seen, and the mask of the part that has."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
@@ -220,12 +220,12 @@ def _new_part(
         )
     if inputs.get("labels") is not None:
         new["labels"] = inputs["labels"][:, inputs["labels"].shape[1] - new_ids.shape[1] :]
-    new |= _new_pictures(adapter, inputs, new_ids, seen, whole=whole)
+    new |= _new_images(adapter, inputs, new_ids, seen, whole=whole)
     return new, seen_mask
 
 
 def _rows_after(
-    ids: Int[Tensor, "batch length"], mask: Tensor | None, seen: Seen
+    ids: Int[Tensor, "batch length"], mask: Tensor | None, seen: CacheState
 ) -> tuple[Int[Tensor, "batch new"], Int[Tensor, "batch new"]] | None:
     """What follows the seen conversation in each row, padding aside, and its mask; `None` if a row begins otherwise."""
     if mask is None or mask.shape != ids.shape:
@@ -241,7 +241,7 @@ def _rows_after(
     return new, torch.nn.utils.rnn.pad_sequence(ones, batch_first=True).flip(1)
 
 
-def _begins_alike(ids: Int[Tensor, "batch length"], mask: Tensor | None, seen: Seen) -> bool:
+def _begins_alike(ids: Int[Tensor, "batch length"], mask: Tensor | None, seen: CacheState) -> bool:
     """Whether some row shares the first half of what its conversation has so far: a new part rarely does."""
     for row, own_mask, old, real in zip(
         ids, ids >= 0 if mask is None else mask.bool(), seen.ids, seen.real, strict=True
@@ -254,35 +254,40 @@ def _begins_alike(ids: Int[Tensor, "batch length"], mask: Tensor | None, seen: S
     return False
 
 
-def _new_pictures(
-    adapter: ModelAdapter, inputs: Mapping[str, Any], new_ids: Int[Tensor, "batch new"], seen: Seen, *, whole: bool
+def _new_images(
+    adapter: ModelAdapter,
+    inputs: Mapping[str, Any],
+    new_ids: Int[Tensor, "batch new"],
+    seen: CacheState,
+    *,
+    whole: bool,
 ) -> dict[str, Any]:
-    """The inputs of the pictures in the new part; `inputs` may hold all pictures of the conversation or these alone."""
+    """The inputs of the images in the new part; `inputs` may hold all images of the conversation or these alone."""
     wanted = int((new_ids == adapter.placeholder_id).sum())
-    if inputs.get(adapter.picture_inputs[0]) is None:
+    if inputs.get(adapter.image_inputs[0]) is None:
         return {}
     counts = adapter.plain_counts(inputs)
     conversation = torch.cat([seen.ids, new_ids], 1)
     if sum(counts) == int((conversation == adapter.placeholder_id).sum()) and (whole or wanted):
-        return _later_pictures(adapter, inputs, conversation, counts, seen.pictures) if wanted else {}
+        return _later_images(adapter, inputs, conversation, counts, seen.images) if wanted else {}
     if sum(counts) != wanted:
         raise UserError(
-            f"the new part of the prompt has {wanted} image placeholders; its pictures have {sum(counts)} visual tokens"
+            f"the new part of the prompt has {wanted} image placeholders; its images have {sum(counts)} visual tokens"
         )
-    return {name: inputs[name] for name in adapter.picture_inputs if inputs.get(name) is not None}
+    return {name: inputs[name] for name in adapter.image_inputs if inputs.get(name) is not None}
 
 
-def _later_pictures(
+def _later_images(
     adapter: ModelAdapter,
     inputs: Mapping[str, Any],
     conversation: Int[Tensor, "batch length"],
     counts: Sequence[int],
     seen: Sequence[int],
 ) -> dict[str, Any]:
-    """All pictures of a conversation come row by row: without the first `seen` of each row."""
+    """All images of a conversation come row by row: without the first `seen` of each row."""
     chosen, at = [], [0] * len(conversation)
     for index, (row, _) in enumerate(find_placeholders(conversation, adapter.placeholder_id, counts)):
         if at[row] >= seen[row]:
             chosen.append(index)
         at[row] += 1
-    return adapter.choose_pictures(inputs, chosen)
+    return adapter.choose_images(inputs, chosen)

@@ -20,17 +20,17 @@ from vlmzip.models.adapter import ModelAdapter
 from vlmzip.runtime.positions import llm_positions
 from vlmzip.runtime.prepare import PER_TOKEN
 from vlmzip.runtime.prompts import special_tokens
-from vlmzip.training.records import PLACE, BadRecord, Record, Records, Turn
+from vlmzip.training.records import PLACE, BadRecord, Records, TrainingRecord, Turn
 
 #: What the loss leaves out.
 IGNORE = -100
-#: Width and height of the picture of a batch that has none, in pixels.
+#: Width and height of the image of a batch that has none, in pixels.
 BLANK = (336, 336)
 #: One line for each record that was left out, with the reason.
 BAD = "bad_records.jsonl"
 
 
-class Conversations:
+class Preprocessor:
     """Turns a record into the inputs of a model, and labels.
 
     What is said is put into words by the processor's chat template. Labels are the answers and, behind each, the end of
@@ -53,25 +53,25 @@ class Conversations:
         self._own = _own_words(processor, self.tokenizer.convert_ids_to_tokens(self.placeholder))
         self._end = self._try_out()
 
-    def __call__(self, record: Record, folder: Path) -> dict[str, Tensor]:
-        """Inputs of one row, without a batch axis but for the pictures' own, and `labels` [tokens].
+    def __call__(self, record: TrainingRecord, folder: Path) -> dict[str, Tensor]:
+        """Inputs of one row, without a batch axis but for the images' own, and `labels` [tokens].
 
         Raises `BadRecord` for what cannot be read, what the processor refuses, and what is longer than `max_length` or
         than the LLM has positions.
         """
         self._refuse_own_words(record)
-        pictures = record.load_pictures(folder)
+        images = record.load_images(folder)
         text, answers = self._rendered(record, self._end)
         try:
-            row = self._row(text, pictures)
+            row = self._row(text, images)
         except (TypeError, ValueError) as error:  # not of its own: it was tried out
             raise BadRecord(f"the processor refuses it: {_beginning(str(error))}") from error
         self._refuse_long(len(row["input_ids"]))
         return {**row, "labels": self._labels(row["input_ids"], text, answers)}
 
     def blank(self) -> dict[str, Tensor]:
-        """A row about a black picture that nothing is learned from: no token of it is a label."""
-        text, _ = self._rendered(Record("", (Turn(f"{PLACE}\n?", "!"),), ()), self._end)
+        """A row about a black image that nothing is learned from: no token of it is a label."""
+        text, _ = self._rendered(TrainingRecord("", (Turn(f"{PLACE}\n?", "!"),), ()), self._end)
         row = self._row(text, [Image.new("RGB", BLANK)])
         return {**row, "labels": torch.full_like(row["input_ids"], IGNORE)}
 
@@ -79,16 +79,16 @@ class Conversations:
         """What to write behind an answer. Raises `UserError` for a processor whose conversations cannot be labelled."""
         eos = self.tokenizer.eos_token
         try:
-            text, (answer,) = self._rendered(Record("", (Turn("?", "!"),), ()), end="")
+            text, (answer,) = self._rendered(TrainingRecord("", (Turn("?", "!"),), ()), end="")
             end = "" if eos in text[slice(*answer)] else eos
-            text, answers = self._rendered(Record("", (Turn(f"{PLACE}\n?", "!"), Turn("?", "yes")), ()), end)
+            text, answers = self._rendered(TrainingRecord("", (Turn(f"{PLACE}\n?", "!"), Turn("?", "yes")), ()), end)
             self._labels(self._row(text, [Image.new("RGB", BLANK)])["input_ids"], text, answers)
             self._refuse_merged(text, answers)
         except BadRecord as reason:
             raise UserError(f"no conversation of the checkpoint's processor can be trained on: {reason}") from None
         return end
 
-    def _refuse_own_words(self, record: Record) -> None:
+    def _refuse_own_words(self, record: TrainingRecord) -> None:
         for turn in record.turns:
             for word in self._own:
                 if word in turn.question or word in turn.answer:
@@ -102,12 +102,12 @@ class Conversations:
         if self.positions is not None and length > self.positions:
             raise BadRecord(f"longer than the LLM's {self.positions} positions")
 
-    def _row(self, text: str, pictures: Sequence[Image.Image]) -> dict[str, Tensor]:
+    def _row(self, text: str, images: Sequence[Image.Image]) -> dict[str, Tensor]:
         special = special_tokens(self.tokenizer, text)
-        made = self.processor(images=list(pictures) or None, text=[text], return_tensors="pt", **special)
+        made = self.processor(images=list(images) or None, text=[text], return_tensors="pt", **special)
         return {name: value[0] if name in ("input_ids", *PER_TOKEN) else value for name, value in made.items()}
 
-    def _rendered(self, record: Record, end: str) -> tuple[str, list[tuple[int, int]]]:
+    def _rendered(self, record: TrainingRecord, end: str) -> tuple[str, list[tuple[int, int]]]:
         """The conversation as the model reads it, and where in it the answers are, their ends included.
 
         Raises `BadRecord` where the template refuses it, or takes back what it said.
@@ -179,7 +179,7 @@ def _overlap(token: tuple[int, int], answer: tuple[int, int]) -> bool:
 
 
 def _parts(question: str) -> list[dict[str, str]]:
-    """A question as chat templates take it: its pictures and the text around them, in order."""
+    """A question as chat templates take it: its images and the text around them, in order."""
     parts: list[dict[str, str]] = []
     for number, text in enumerate(question.split(PLACE)):
         if number:
@@ -190,7 +190,7 @@ def _parts(question: str) -> list[dict[str, str]]:
 
 
 def _own_words(processor: Any, placeholder: str) -> list[str]:
-    """What a processor takes for a picture or video wherever it is written; `PLACE` is counted as one elsewhere."""
+    """What a processor takes for an image or video wherever it is written; `PLACE` is counted as one elsewhere."""
     words = [placeholder, *(getattr(processor, name, None) for name in ("image_token", "video_token"))]
     return [word for word in dict.fromkeys(words) if word and word != PLACE]
 
@@ -210,7 +210,7 @@ class Examples(Dataset):
         self,
         records: Records,
         folder: Path,
-        conversations: Conversations,
+        conversations: Preprocessor,
         notes: Path,
         chosen: Sequence[int] | None = None,
     ) -> None:
@@ -250,7 +250,7 @@ class Examples(Dataset):
 
     def lengths(self, visual_tokens: int) -> list[int]:
         """About how many tokens each record has, to put rows of like length together: four bytes for a token."""
-        return [self.records.size(n) // 4 + visual_tokens * self.records.pictures(n) for n in self.chosen]
+        return [self.records.size(n) // 4 + visual_tokens * self.records.images(n) for n in self.chosen]
 
     def _note(self, number: int, reason: str) -> None:
         if number not in self._noted:
@@ -291,10 +291,10 @@ def count_bad(notes: Path) -> Counter[str]:
     return Counter(found.values())
 
 
-class Padded:
-    """Puts rows together: padded on the right to the longest of them, pictures one after the other.
+class Collator:
+    """Puts rows together: padded on the right to the longest of them, images one after the other.
 
-    Rows without a single picture get one more, `blank`, as in LLaVA's code: encoder and projector then run in every
+    Rows without a single image get one more, `blank`, as in LLaVA's code: encoder and projector then run in every
     forward. With several processes they must, since one that leaves them out lets the others wait for ever.
     """
 
@@ -308,7 +308,7 @@ class Padded:
         longest = max(len(row["input_ids"]) for row in rows)
         batch = {}
         for name in dict.fromkeys(name for row in rows for name in row):
-            have = [row[name] for row in rows if name in row]  # rows without pictures lack theirs
+            have = [row[name] for row in rows if name in row]  # rows without images lack theirs
             if name in ("input_ids", *PER_TOKEN):
                 batch[name] = torch.stack([self._padded(name, value, longest) for value in have])
             else:

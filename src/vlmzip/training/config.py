@@ -101,8 +101,8 @@ class Config:
     """A file in LLaVA's JSON format."""
     out: str
     """The folder of checkpoints, logs, and of the trained model."""
-    pictures: str | None = None
-    """The folder that paths of pictures start from; default: the records'."""
+    images: str | None = None
+    """The folder that paths of images start from; default: the records'."""
     schedule: Any = "none"
     """A scheme's name, a compressor, or stages; see docs/training.md."""
     learn: tuple[str, ...] = ("projector", "llm")
@@ -148,13 +148,13 @@ class Config:
     log_every: int = 10
     """Optimiser steps between lines of the log."""
     workers: int = 0
-    """Processes that read records and pictures, beside each training process."""
+    """Processes that read records and images, beside each training process."""
     seed: int = 0
     """Of the order of the records, of those chosen by `fraction`, and of fresh weights."""
     sharding: Literal["none", "fsdp"] = "none"
     """fsdp: several processes share weights, gradients and the optimiser's state out, instead of a copy each."""
     text_tokens: int = 62
-    """Tokens of text beside a picture, for what `--explain` counts; LLaVolta's tables fit 62."""
+    """Tokens of text beside an image, for what `--explain` counts; LLaVolta's tables fit 62."""
     trainer: Mapping[str, Any] = field(default_factory=dict)
     """Further settings of transformers' TrainingArguments, such as deepspeed."""
 

@@ -31,20 +31,20 @@ IN_THE_PAPER = {
 }
 #: A bar of at most this height, in percent, has its text above it.
 LOW = 20
-#: Visual tokens of a picture in LLaVA-1.5, for which the paper's numbers are.
+#: Visual tokens of an image in LLaVA-1.5, for which the paper's numbers are.
 PUBLISHED_TOKENS = 576
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """What training in one stage takes for one picture and its text."""
+    """What training in one stage takes for one image and its text."""
 
     compressor: str
     begins: Fraction
     ends: Fraction
     steps: int
     tokens: float | None
-    """Visual tokens of a picture, summed over all layers of the LLM; `None` where its content decides."""
+    """Visual tokens of an image, summed over all layers of the LLM; `None` where its content decides."""
     of: int
     """The same without compression."""
     flops: float | None
@@ -74,7 +74,7 @@ class Cost:
 
 
 def explain(schedule: Schedule, adapter: ModelAdapter, steps: int, text_tokens: int) -> Cost:
-    """The cost of a schedule for pictures at the model's own resolution, each with `text_tokens` tokens of text.
+    """The cost of a schedule for images at the model's own resolution, each with `text_tokens` tokens of text.
 
     The adapter's model needs no weights: one on the "meta" device does. Raises `UserError` for a stage whose layers the
     LLM does not have.
@@ -112,7 +112,7 @@ def explain(schedule: Schedule, adapter: ModelAdapter, steps: int, text_tokens: 
 
 
 def tokens_by_layer(compressor: Compressor, profile: Profile) -> list[list[int]] | None:
-    """Visual tokens of a picture at each layer, for each of equally likely cases; `None` if its content decides."""
+    """Visual tokens of an image at each layer, for each of equally likely cases; `None` if its content decides."""
     compressor.check_layers(profile.layers)
     if isinstance(compressor, RandomFactor):
         return [[count] * profile.layers for count in compressor.counts(profile.grid)]
@@ -186,11 +186,11 @@ def lines(cost: Cost) -> list[list[str]]:
 
 
 def _number(value: float | None, form: str) -> str:
-    return "the pictures decide" if value is None else form.format(value)
+    return "the images decide" if value is None else form.format(value)
 
 
 def as_json(cost: Cost) -> dict[str, Any]:
-    """The cost with plain numbers; what the pictures decide is `None`."""
+    """The cost with plain numbers; what the images decide is `None`."""
     stages = [
         {**dataclasses.asdict(stage), "begins": float(stage.begins), "ends": float(stage.ends), "ratio": stage.ratio}
         for stage in cost.stages
@@ -201,7 +201,7 @@ def as_json(cost: Cost) -> dict[str, Any]:
 def draw_staircase(cost: Cost, title: str) -> Figure:
     """Visual tokens over the course of training, as a share of those without compression.
 
-    Stages in which the pictures decide are hatched over the whole height. Raises `UserError` where matplotlib is not
+    Stages in which the images decide are hatched over the whole height. Raises `UserError` where matplotlib is not
     installed.
     """
     figure = new_figure(8, 4)
@@ -211,7 +211,7 @@ def draw_staircase(cost: Cost, title: str) -> Figure:
         height = 100.0 if stage.tokens is None else 100 * stage.tokens / stage.of
         look = {"hatch": "//", "facecolor": "none"} if stage.tokens is None else {"facecolor": "C0", "alpha": 0.35}
         axes.bar(left, height, right - left, align="edge", edgecolor="C0", linewidth=1.5, **look)
-        ratio = "the pictures decide" if stage.ratio is None else f"CR {stage.ratio:.2f}x"
+        ratio = "the images decide" if stage.ratio is None else f"CR {stage.ratio:.2f}x"
         axes.text(
             (left + right) / 2,
             height / 2 if height > LOW else height + LOW / 2,

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from vlmzip.errors import UserError
-from vlmzip.evaluation.records import Hold, hold
+from vlmzip.evaluation.records import FolderLock, hold
 from vlmzip.files import write_text
 from vlmzip.json_text import read_json
 from vlmzip.training.batches import BAD, note_bad
@@ -36,7 +36,7 @@ FREE = {
     "batch_per_process", "text_tokens", "max_left_out",
 }  # fmt: skip
 #: Settings that name files and folders, which can be written in many ways.
-PLACES = {"model", "records", "pictures"}
+PLACES = {"model", "records", "images"}
 #: What may differ when a run goes on, but is told: a run of days has to survive an upgrade.
 TOLD = ("code of vlmzip", "torch", "transformers")
 #: What an `OSError` has for its reason where the disk, and nothing else, refuses.
@@ -58,7 +58,7 @@ class RunFolder:
     finished: bool
     notes: tuple[str, ...] = ()
     """What may have changed since the run began, and does not keep it from going on."""
-    hold: Hold | None = None
+    hold: FolderLock | None = None
     """Keeps other runs out, as long as it lives; the first process alone has it."""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class RunFolder:
         return cls(None, model, finished=False, hold=holding)
 
 
-def _hold(out: Path) -> Hold:
+def _hold(out: Path) -> FolderLock:
     """`hold`, for which a run that was killed may leave us waiting: its workers end some seconds after it."""
     for _ in range(PATIENCE):
         with contextlib.suppress(UserError):

@@ -22,7 +22,7 @@ class RandomFactor(Compressor):
     """Average square windows whose side is drawn from `factors`, each equally likely.
 
     The "Random" variant of LLaVA-Zip (arXiv:2412.08771), which trains with a factor from {1, 2, 3}; whether it is drawn
-    for each step or each picture is not known, hence `per`. For training alone: a trainer calls `drawn` before each
+    for each step or each image is not known, hence `per`. For training alone: a trainer calls `drawn` before each
     forward; without that, every call draws the same.
     """
 
@@ -30,15 +30,15 @@ class RandomFactor(Compressor):
 
     factors: tuple[int, ...] = (1, 2, 3)
     """Sides of the windows, in tokens."""
-    per: Literal["picture", "step"] = "picture"
-    """Whether each "picture" has a draw of its own, or all of an optimiser "step", in all processes, share it."""
+    per: Literal["image", "step"] = "image"
+    """Whether each "image" has a draw of its own, or all of an optimiser "step", in all processes, share it."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         if isinstance(self.factors, list):  # JSON has lists
             object.__setattr__(self, "factors", tuple(self.factors))
         super().__post_init__()
-        check_choice("per", self.per, ("picture", "step"))
+        check_choice("per", self.per, ("image", "step"))
         if not isinstance(self.factors, tuple) or not self.factors:
             raise UserError(f"factors={self.factors!r}: give sides of windows, such as 1,2,3")
         for factor in self.factors:
@@ -55,7 +55,7 @@ class RandomFactor(Compressor):
         return dataclasses.replace(self, seed=mixed(self.seed, step, salt))
 
     def counts(self, grid: Grid) -> list[int]:
-        """A picture's output tokens for each of the factors."""
+        """An image's output tokens for each of the factors."""
         return [self._pool(factor).token_count(grid) for factor in self.factors]
 
     def token_count(self, grid: Grid) -> int | None:
@@ -70,8 +70,8 @@ class RandomFactor(Compressor):
         return TokenMap.merge(torch.stack([outputs[factor] for factor in factors]))
 
     def _factors_for(self, count: int, seed: int) -> list[int]:
-        dice = torch.Generator().manual_seed(seed)
-        return [self.factors[i] for i in torch.randint(len(self.factors), (count,), generator=dice).tolist()]
+        rng = torch.Generator().manual_seed(seed)
+        return [self.factors[i] for i in torch.randint(len(self.factors), (count,), generator=rng).tolist()]
 
     def _pool(self, factor: int) -> Pool2d:
         return Pool2d(factor=factor, site=self.site, positions=self.positions)

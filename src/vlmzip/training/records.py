@@ -5,7 +5,7 @@ A file is one JSON list, or JSON Lines, of
     {"id": …, "image": "a.jpg" or ["a.jpg", …] or nothing, "conversations": [{"from": "human", "value": "<image>\\n…"},
      {"from": "gpt", "value": "…"}, …]}
 
-with one `<image>` for each picture, anywhere in what the human says. `images` is another name for `image`. A video is
+with one `<image>` for each image, anywhere in what the human says. `images` is another name for `image`. A video is
 `"video": ["1.jpg", "2.jpg", …]`, its frames, with one `<video>` where they stand. What is no such record is counted,
 never used.
 """
@@ -24,11 +24,11 @@ from PIL import Image
 
 from vlmzip.errors import UserError
 from vlmzip.json_text import JsonError, open_json, parse, read_lines
-from vlmzip.runtime.pictures import ImageError, load_picture
+from vlmzip.runtime.images import ImageError, load_image
 
 PLACE, VIDEO = "<image>", "<video>"
 HUMAN, MODEL = ("human", "user"), ("gpt", "assistant")
-#: What a picture cannot be the name of.
+#: What an image cannot be the name of.
 VIDEO_FILES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 #: Bytes read at once while looking for where records begin and end.
 CHUNK = 1 << 20
@@ -43,28 +43,28 @@ class BadRecord(Exception):
 @dataclass(frozen=True)
 class Turn:
     question: str
-    """With `PLACE` where a picture stands."""
+    """With `PLACE` where an image stands."""
     answer: str
 
 
 @dataclass(frozen=True)
-class Record:
-    """A conversation, about pictures or not."""
+class TrainingRecord:
+    """A conversation, about images or not."""
 
     id: str
     turns: tuple[Turn, ...]
-    pictures: tuple[str, ...]
+    images: tuple[str, ...]
     """Paths, in the order of the places."""
 
-    def load_pictures(self, folder: Path) -> list[Image.Image]:
+    def load_images(self, folder: Path) -> list[Image.Image]:
         """Return the images as every command reads them. Raises `BadRecord` where one is missing or broken."""
         try:
-            return [load_picture(folder / path) for path in self.pictures]
+            return [load_image(folder / path) for path in self.images]
         except ImageError as error:
             raise BadRecord(f"an image {error.kind}") from error
 
 
-def read_record(content: Any) -> Record:
+def read_record(content: Any) -> TrainingRecord:
     """Raises `BadRecord` for what is no record of LLaVA's format."""
     if not isinstance(content, dict):
         raise BadRecord("not an object")
@@ -72,19 +72,19 @@ def read_record(content: Any) -> Record:
     if not isinstance(said, list) or not said:
         raise BadRecord("no conversations")
     turns = tuple(_turns(said))
-    pictures, frames = _pictures(content), _frames(content)
-    if sum(turn.question.count(PLACE) for turn in turns) != len(pictures):
+    images, frames = _images(content), _frames(content)
+    if sum(turn.question.count(PLACE) for turn in turns) != len(images):
         raise BadRecord(f"not as many {PLACE} as images")
     if sum(turn.question.count(VIDEO) for turn in turns) != bool(frames):
         raise BadRecord(f"not as many {VIDEO} as videos")
     if frames:
         before = "\n".join(turn.question for turn in turns).partition(VIDEO)[0].count(PLACE)
-        pictures[before:before] = frames
+        images[before:before] = frames
         turns = tuple(Turn(turn.question.replace(VIDEO, PLACE * len(frames)), turn.answer) for turn in turns)
-    return Record(str(content.get("id", "")), turns, tuple(pictures))
+    return TrainingRecord(str(content.get("id", "")), turns, tuple(images))
 
 
-def _pictures(content: dict[str, Any]) -> list[str]:
+def _images(content: dict[str, Any]) -> list[str]:
     found = [content[name] for name in ("image", "images") if content.get(name) is not None]
     if len(found) > 1:
         raise BadRecord("both image and images")
@@ -152,15 +152,15 @@ class Records:
         self.path = path
         self.bad: list[tuple[int, str]] = []
         self.numbers = array("Q")
-        self._begins, self._ends, self._pictures = array("Q"), array("Q"), array("Q")
+        self._begins, self._ends, self._images = array("Q"), array("Q"), array("Q")
         try:
             for number, (begin, text) in enumerate(_texts(path)):
                 try:
-                    pictures = len(read_record(_parsed(text)).pictures)
+                    images = len(read_record(_parsed(text)).images)
                 except BadRecord as reason:
                     self.bad.append((number, str(reason)))
                     continue
-                columns = (number, begin, begin + len(text), pictures)
+                columns = (number, begin, begin + len(text), images)
                 for values, value in zip(self._columns(), columns, strict=True):
                     values.append(value)
         except OSError as error:
@@ -171,21 +171,21 @@ class Records:
     def __len__(self) -> int:
         return len(self._begins)
 
-    def __getitem__(self, number: int) -> Record:
+    def __getitem__(self, number: int) -> TrainingRecord:
         with self.path.open("rb") as file:
             file.seek(self._begins[number])
             return read_record(_parsed(file.read(self.size(number))))
 
-    def pictures(self, number: int) -> int:
-        """How many pictures the record is about."""
-        return self._pictures[number]
+    def images(self, number: int) -> int:
+        """How many images the record is about."""
+        return self._images[number]
 
     def size(self, number: int) -> int:
         """Bytes of the record in the file: about how long it is."""
         return self._ends[number] - self._begins[number]
 
     def _columns(self) -> tuple[array, ...]:
-        return self.numbers, self._begins, self._ends, self._pictures
+        return self.numbers, self._begins, self._ends, self._images
 
     def _first_bad(self) -> str:
         if not self.bad:

@@ -21,7 +21,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from vlmzip import spec
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
-from vlmzip.evaluation.answering import Asker
+from vlmzip.evaluation.answering import Answerer
 from vlmzip.evaluation.fingerprint import of_code, of_files, of_json, of_method_code, of_model
 from vlmzip.evaluation.processes import Processes
 from vlmzip.evaluation.task import Task
@@ -30,7 +30,7 @@ from vlmzip.files import is_folder
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.runtime.facade import CompressedModel, attach
 from vlmzip.runtime.prepare import pad_id
-from vlmzip.training.batches import BAD, Conversations, Examples, Padded, count_bad
+from vlmzip.training.batches import BAD, Collator, Examples, Preprocessor, count_bad
 from vlmzip.training.config import Config, Lora
 from vlmzip.training.folder import RunFolder, fill_whole, goes_on, refused_by_disk, take_name
 from vlmzip.training.records import Records
@@ -65,11 +65,11 @@ def train(config: Config, model: nn.Module, processor: Any, adapter: ModelAdapte
     steps = config.steps_for(len(records))
     examples = _examples(config, records, processor, adapter)
     sources = _sources(records, model, processor, schedule) if processes.first else {}
-    small = attach(_with_lora(model, config.lora), schedule.stages[0].compressor)
-    _choose_what_learns(small, adapter, config.learn, config.lora)
-    trainer = make_trainer(config, small, schedule, examples, adapter, processor, steps)
-    _check_stages(small, schedule, trainer.evaluated_with)
-    if config.lora is not None and not trainer.sharded and moves_together(small):
+    compressed = attach(_with_lora(model, config.lora), schedule.stages[0].compressor)
+    _choose_what_learns(compressed, adapter, config.learn, config.lora)
+    trainer = make_trainer(config, compressed, schedule, examples, adapter, processor, steps)
+    _check_stages(compressed, schedule, trainer.evaluated_with)
+    if config.lora is not None and not trainer.sharded and moves_together(compressed):
         raise UserError(
             "lora: ZeRO-3 holds weights in parts that nothing is merged into; take ZeRO-2 or sharding: fsdp"
         )
@@ -77,7 +77,7 @@ def train(config: Config, model: nn.Module, processor: Any, adapter: ModelAdapte
     if folder.finished:
         tell(f"this run is finished, nothing is left to do; for another one give another out than {config.out!r}")
         return folder.model
-    tell(_about(small, config, steps, len(examples), trainer.args.device))
+    tell(_about(compressed, config, steps, len(examples), trainer.args.device))
     if records.bad:
         tell(f"{len(records.bad):,} of {len(records) + len(records.bad):,} records cannot be used; see {out / BAD}")
     if left_out := processes.from_first(lambda: _look_at(examples, config)):
@@ -90,7 +90,7 @@ def train(config: Config, model: nn.Module, processor: Any, adapter: ModelAdapte
         _run(trainer, folder.checkpoint, steps)
         state = trainer.gather()
         if trainer.args.should_save:
-            _save(small, schedule.afterwards, processor, folder.model, state)
+            _save(compressed, schedule.afterwards, processor, folder.model, state)
     except KeyboardInterrupt:
         if processes.first:
             tell(f"stopped; {goes_on(out)}")
@@ -106,9 +106,9 @@ def train(config: Config, model: nn.Module, processor: Any, adapter: ModelAdapte
     return folder.model
 
 
-def _about(small: CompressedModel, config: Config, steps: int, records: int, device: torch.device) -> str:
+def _about(compressed: CompressedModel, config: Config, steps: int, records: int, device: torch.device) -> str:
     """A line on what is going to be trained, and how."""
-    sizes = [(weights.numel(), weights.requires_grad) for weights in small.parameters()]
+    sizes = [(weights.numel(), weights.requires_grad) for weights in compressed.parameters()]
     learn, of = sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
     return (
         f"{learn / 1e6:,.1f} of {of / 1e6:,.1f} million weights learn, in {steps:,} steps of {config.batch:,} from"
@@ -139,12 +139,12 @@ def _look_at(examples: Examples, config: Config) -> str:
     )
 
 
-def _check_stages(small: CompressedModel, schedule: Schedule, evaluated_with: Compressor) -> None:
+def _check_stages(compressed: CompressedModel, schedule: Schedule, evaluated_with: Compressor) -> None:
     """Raises `UserError` now, not in the middle of the run, for a compressor that the model cannot be switched to."""
-    first = small.compressor
+    first = compressed.compressor
     for compressor in (*(stage.compressor for stage in schedule.stages), schedule.afterwards, evaluated_with):
-        small.switch(compressor)
-    small.switch(first)
+        compressed.switch(compressor)
+    compressed.switch(first)
 
 
 def _run(trainer: StagedTrainer, checkpoint: Path | None, steps: int) -> None:
@@ -159,7 +159,7 @@ def _run(trainer: StagedTrainer, checkpoint: Path | None, steps: int) -> None:
 
 def make_trainer(
     config: Config,
-    small: CompressedModel,
+    compressed: CompressedModel,
     schedule: Schedule,
     examples: Examples,
     adapter: ModelAdapter,
@@ -172,18 +172,18 @@ def make_trainer(
     task = read_task(asked.task, asked.limit, None) if asked else None
     sharded = config.sharding != "none" and Processes().count > 1
     settings: dict[str, Any] = {
-        "score": None if task is None else Score(Asker(adapter, processor), task),
+        "score": None if task is None else Score(Answerer(adapter, processor), task),
         "lengths": examples.lengths(adapter.profile().grid.size) if config.group_by_length else None,
         "args": arguments(config, steps),
         "train_dataset": examples,
         "eval_dataset": examples if task else None,  # only so that Trainer evaluates; `score` has questions of its own
-        "data_collator": Padded(pad_id(adapter), examples.conversations.blank()),
+        "data_collator": Collator(pad_id(adapter), examples.conversations.blank()),
         "callbacks": [JsonLog(Path(config.out) / LOG, schedule), *([Sharded()] if sharded else [])],
     }
     try:
-        _try_optimiser(settings["args"], small, steps)
+        _try_optimiser(settings["args"], compressed, steps)
         return StagedTrainer(
-            small, schedule, evaluated_with=evaluated_with, batch=config.batch, checkpoints=config.checkpoints,
+            compressed, schedule, evaluated_with=evaluated_with, batch=config.batch, checkpoints=config.checkpoints,
             sharded=sharded, **settings,
         )  # fmt: skip
     except OSError as error:
@@ -259,8 +259,8 @@ def try_out(config: Config) -> None:
 def _try_compiling(args: TrainingArguments) -> None:
     how: Any = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
     TorchDynamoPlugin(**how)  # checks the name, as accelerate will
-    small = nn.Linear(2, 2).to(args.device)
-    torch.compile(small, **how)(torch.zeros(1, 2, device=args.device)).sum().backward()
+    compressed = nn.Linear(2, 2).to(args.device)
+    torch.compile(compressed, **how)(torch.zeros(1, 2, device=args.device)).sum().backward()
 
 
 def arguments(config: Config, steps: int) -> TrainingArguments:
@@ -318,25 +318,25 @@ class Score:
     Where parameters are shared out, every process answers all: one that ran more often would wait for the others.
     """
 
-    def __init__(self, asker: Asker, task: Task) -> None:
-        self.asker, self.task = asker, task
+    def __init__(self, answerer: Answerer, task: Task) -> None:
+        self.answerer, self.task = answerer, task
 
-    def __call__(self, small: CompressedModel) -> dict[str, float]:
+    def __call__(self, compressed: CompressedModel) -> dict[str, float]:
         rank, world = Processes().rank, Processes().count
-        if moves_together(small):
+        if moves_together(compressed):
             rank, world = 0, 1
         starts = range(0, len(self.task.samples), ASK)[rank::world]
         total, seen, of = 0.0, 0.0, 0.0
         for start in starts:
             some = self.task.samples[start : start + ASK]
-            pictures = [sample.load() for sample in some]
-            answers = self.asker.answer(small, pictures, [one.question for one in some], self.task.max_new_tokens)
+            images = [sample.load() for sample in some]
+            answers = self.answerer.answer(compressed, images, [one.question for one in some], self.task.max_new_tokens)
             total += sum(self.task.metric.score(a.text, s.answers) for a, s in zip(answers, some, strict=True))
             seen += sum(sum(answer.by_layer) for answer in answers)
             of += sum(answer.visual_tokens * len(answer.by_layer) for answer in answers)
         sums = torch.tensor([total, seen, of], dtype=torch.float64)
         if world > 1:
-            sums = sums.to(small.device)
+            sums = sums.to(compressed.device)
             torch.distributed.all_reduce(sums)
         return {
             "score": round(100 * float(sums[0]) / len(self.task.samples), 3),
@@ -361,10 +361,10 @@ def _sources(records: Records, model: nn.Module, processor: Any, schedule: Sched
 
 
 def _examples(config: Config, records: Records, processor: Any, adapter: ModelAdapter) -> Examples:
-    folder = Path(config.pictures) if config.pictures is not None else records.path.parent
+    folder = Path(config.images) if config.images is not None else records.path.parent
     if not is_folder(folder):
-        raise UserError(f"pictures: there is no folder {str(folder)!r}")
-    conversations = Conversations(processor, adapter, config.max_length)
+        raise UserError(f"images: there is no folder {str(folder)!r}")
+    conversations = Preprocessor(processor, adapter, config.max_length)
     return Examples(records, folder, conversations, Path(config.out) / BAD, _subset(len(records), config))
 
 
@@ -387,9 +387,11 @@ def _with_lora(model: nn.Module, lora: Lora | None) -> nn.Module:
     return get_peft_model(model, wanted)
 
 
-def _choose_what_learns(small: CompressedModel, adapter: ModelAdapter, learn: Sequence[str], lora: Lora | None) -> None:
+def _choose_what_learns(
+    compressed: CompressedModel, adapter: ModelAdapter, learn: Sequence[str], lora: Lora | None
+) -> None:
     """Freezes everything but the parts that learn, and what compression has of its own."""
-    for name, parameter in small.inner.named_parameters():
+    for name, parameter in compressed.inner.named_parameters():
         parameter.requires_grad_(lora is not None and "lora_" in name)
     if lora is None:
         for module in (adapter.llm, adapter.model.get_output_embeddings()):
@@ -399,18 +401,22 @@ def _choose_what_learns(small: CompressedModel, adapter: ModelAdapter, learn: Se
 
 
 def _save(
-    small: CompressedModel, compressor: Compressor, processor: Any, folder: Path, state: dict[str, Any] | None = None
+    compressed: CompressedModel,
+    compressor: Compressor,
+    processor: Any,
+    folder: Path,
+    state: dict[str, Any] | None = None,
 ) -> None:
     """The model as transformers alone loads it, LoRA merged into it, with the compressor and the processor.
 
     `state` is the façade's state dict, where its parameters are not its own.
     """
-    small.switch(compressor)
-    if hasattr(small.inner, "merge_and_unload"):
-        small.detach()
-        small = attach(small.inner.merge_and_unload(), compressor)
+    compressed.switch(compressor)
+    if hasattr(compressed.inner, "merge_and_unload"):
+        compressed.detach()
+        compressed = attach(compressed.inner.merge_and_unload(), compressor)
     unfinished = fill_whole(folder)
-    small.save_pretrained(unfinished, **({} if state is None else {"state_dict": state}))
+    compressed.save_pretrained(unfinished, **({} if state is None else {"state_dict": state}))
     processor.save_pretrained(unfinished)
     take_name(unfinished, folder)
 

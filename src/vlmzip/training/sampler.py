@@ -30,8 +30,8 @@ class EpochSampler(Sampler[int]):
         return self.count // self.batch * self.batch
 
     def __iter__(self) -> Iterator[int]:
-        dice = torch.Generator().manual_seed(mixed(self.seed, self.epoch()))
-        order = torch.randperm(self.count, generator=dice).tolist()[: len(self)]
+        rng = torch.Generator().manual_seed(mixed(self.seed, self.epoch()))
+        order = torch.randperm(self.count, generator=rng).tolist()[: len(self)]
         if self.lengths is not None:
             many = TOGETHER * self.batch
             parts = [order[start : start + many] for start in range(0, len(order), many)]

@@ -19,7 +19,7 @@ from vlmzip.models import adapter_for
 from vlmzip.runtime.facade import CompressedModel
 
 
-def shard(small: CompressedModel, device: torch.device, *, bf16: bool) -> None:
+def shard(compressed: CompressedModel, device: torch.device, *, bf16: bool) -> None:
     """Shares the parameters out among all processes, which each must call this.
 
     Each decoder layer and the projector are gathered when they run, and freed; the vision encoder is kept from there to
@@ -27,16 +27,16 @@ def shard(small: CompressedModel, device: torch.device, *, bf16: bool) -> None:
     are gathered and computed with in bfloat16, gradients are summed in float32. Raises `UserError` for what stayed
     whole.
     """
-    adapter, mesh = adapter_for(small.inner), init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    adapter, mesh = adapter_for(compressed.inner), init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
     for part in (*adapter.decoder_layers, adapter.projector):  # the projector may be a part of the encoder
         fully_shard(part, mesh=mesh, mp_policy=policy)
     # Features are those of an inner layer, so that nothing would gather the encoder again for its backward.
     fully_shard(adapter.vision_encoder, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     # Not the model but the façade is the root: it runs the encoder before the model's own forward.
-    fully_shard(small, mesh=mesh, mp_policy=policy)
-    register_fsdp_forward_method(small, "generate")
-    check_sharded(small)
+    fully_shard(compressed, mesh=mesh, mp_policy=policy)
+    register_fsdp_forward_method(compressed, "generate")
+    check_sharded(compressed)
 
 
 def check_sharded(model: nn.Module) -> None:
@@ -47,11 +47,11 @@ def check_sharded(model: nn.Module) -> None:
             raise UserError(f"sharding: {name} is not shared out among the processes")
 
 
-def moves_together(small: nn.Module) -> bool:
+def moves_together(compressed: nn.Module) -> bool:
     """Whether parameters are shared out, so that all processes must run the same modules equally often."""
     from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-    return isinstance(small, FSDPModule) or is_deepspeed_zero3_enabled()
+    return isinstance(compressed, FSDPModule) or is_deepspeed_zero3_enabled()
 
 
 def whole(value: Any, keep: bool) -> Any:
@@ -65,21 +65,21 @@ def whole(value: Any, keep: bool) -> Any:
     return together.cpu() if keep else torch.empty(0)
 
 
-def whole_state(small: CompressedModel, keep: bool) -> dict[str, Any]:
+def whole_state(compressed: CompressedModel, keep: bool) -> dict[str, Any]:
     """The state dict as it is without sharding."""
-    return {name: whole(value, keep) for name, value in small.state_dict().items()}
+    return {name: whole(value, keep) for name, value in compressed.state_dict().items()}
 
 
-def make_whole(small: CompressedModel, keep: bool) -> None:
+def make_whole(compressed: CompressedModel, keep: bool) -> None:
     """Ends the sharding: puts plain parameters on the CPU in place of the shared-out ones, ties as they are.
 
     For saving and merging; the model cannot run any more.
     """
-    for module in small.modules():
+    for module in compressed.modules():
         if isinstance(module, FSDPModule):
             module.reshard()  # what an evaluation has gathered is still there, perhaps in bfloat16
     done: dict[nn.Parameter, nn.Parameter] = {}
-    for module in small.modules():
+    for module in compressed.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if isinstance(parameter, DTensor):
                 if parameter not in done:

@@ -52,7 +52,7 @@ class StagedTrainer(Trainer):
 
     def __init__(
         self,
-        small: CompressedModel,
+        compressed: CompressedModel,
         schedule: Schedule,
         *,
         evaluated_with: Compressor,
@@ -69,8 +69,8 @@ class StagedTrainer(Trainer):
         processes share the parameters out.
         """
         self.sharded = sharded  # asked for while Trainer sets itself up
-        super().__init__(small, **settings)
-        self.small, self.schedule, self.evaluated_with = small, schedule, evaluated_with
+        super().__init__(compressed, **settings)
+        self.compressed, self.schedule, self.evaluated_with = compressed, schedule, evaluated_with
         self._score, self._lengths, self._batch, self._checkpoints = score, lengths, batch, checkpoints
         self._forwards = (-1, 0)
         self._trained = self._seen = self._of = self._padding = self._positions = 0
@@ -81,15 +81,15 @@ class StagedTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         self._trained = self.stage()  # what is logged after a step is about the stage it was in
-        self.small.switch(self._compressor())
+        self.compressed.switch(self._compressor())
         learned_from = (inputs["labels"] != IGNORE).any(1).tolist()
         loss = super().training_step(model, {**inputs, "pack_rows": True}, num_items_in_batch)
-        for picture in self.small.report.pictures:
-            if not learned_from[picture.row]:  # the blank one of a batch without pictures
+        for image in self.compressed.report.images:
+            if not learned_from[image.row]:  # the blank one of a batch without images
                 continue
-            self._seen += sum(picture.by_layer)
-            self._of += picture.before * len(picture.by_layer)
-        source = self.small.report.source  # none without a single picture, which `Padded` sees to that there is
+            self._seen += sum(image.by_layer)
+            self._of += image.before * len(image.by_layer)
+        source = self.compressed.report.source  # none without a single image, which `Collator` sees to that there is
         if source is not None:
             self._padding += int((source < 0).sum())
             self._positions += source.numel()
@@ -107,8 +107,8 @@ class StagedTrainer(Trainer):
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Scores the model as it will be used, and goes on training as before."""
-        with evaluating(self.small, self.evaluated_with) as small:
-            found = self._score(small) if self._score else {}
+        with evaluating(self.compressed, self.evaluated_with) as compressed:
+            found = self._score(compressed) if self._score else {}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -157,7 +157,7 @@ class StagedTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()  # each process writes the state of its own dice
+        self.accelerator.wait_for_everyone()  # each process writes the state of its own rng
         if self.args.should_save:
             out = Path(str(self.args.output_dir))
             (out / f"checkpoint-{self.state.global_step}" / WHOLE).touch()
@@ -174,18 +174,18 @@ class StagedTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> Any:
         """Shares the parameters out before: a checkpoint is loaded by now, and the optimiser takes what is left."""
         if self.sharded and self.optimizer is None:
-            sharding.shard(self.small, self.args.device, bf16=self.args.bf16)
+            sharding.shard(self.compressed, self.args.device, bf16=self.args.bf16)
             # accelerate's mark of what it need not wrap any more. It would refuse to put DDP around this, and its
             # autocast would keep a copy of every gathered weight until the end of the forward.
-            small: Any = self.small
-            small._is_accelerate_prepared = True
+            compressed: Any = self.compressed
+            compressed._is_accelerate_prepared = True
         return super().create_optimizer(model)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self.sharded:
             super().save_model(output_dir, _internal_call)
             return
-        state = sharding.whole_state(self.small, keep=self.args.should_save)
+        state = sharding.whole_state(self.compressed, keep=self.args.should_save)
         if self.args.should_save:
             self._save(output_dir, state_dict=state)
 
@@ -213,8 +213,8 @@ class StagedTrainer(Trainer):
         Returns its state dict where it cannot be held in the model itself (ZeRO-3, by accelerate's documentation).
         """
         if self.sharded:
-            sharding.make_whole(self.small, keep=self.args.should_save)
-        elif sharding.moves_together(self.small):
+            sharding.make_whole(self.compressed, keep=self.args.should_save)
+        elif sharding.moves_together(self.compressed):
             return self.accelerator.get_state_dict(self.model_wrapped)
         return None
 
@@ -292,13 +292,13 @@ def remove_torn_checkpoints(out: Path) -> None:
 
 
 @contextmanager
-def evaluating(small: CompressedModel, compressor: Compressor) -> Iterator[CompressedModel]:
+def evaluating(compressed: CompressedModel, compressor: Compressor) -> Iterator[CompressedModel]:
     """The façade with another compressor and in evaluation mode, for a block."""
-    before, training = small.compressor, small.training
-    small.switch(compressor)
-    small.eval()
+    before, training = compressed.compressor, compressed.training
+    compressed.switch(compressor)
+    compressed.eval()
     try:
-        yield small
+        yield compressed
     finally:
-        small.switch(before)
-        small.train(training)
+        compressed.switch(before)
+        compressed.train(training)

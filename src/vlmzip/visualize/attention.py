@@ -1,4 +1,4 @@
-"""How much attention each visual token of a picture gets, drawn on the picture: one map beside another."""
+"""How much attention each visual token of an image gets, drawn on the image: one map beside another."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIDE = 190
 MARGIN, LINE = 12, 20
 BRIGHT = (255, 221, 64)
 DIMMED = 0.35
-"""How much is left of the picture's own light where no attention goes."""
+"""How much is left of the image's own light where no attention goes."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Map:
     weights: Sequence[float]
 
 
-def draw_maps(picture: Image.Image, grid: Grid, maps: Sequence[Map]) -> Image.Image:
-    """The picture, then the maps, on one scale: yellow as the square root of a token's share of the attention."""
+def draw_maps(image: Image.Image, grid: Grid, maps: Sequence[Map]) -> Image.Image:
+    """The image, then the maps, on one scale: yellow as the square root of a token's share of the attention."""
     cell = max(2, SIDE // max(grid.rows, grid.cols))
-    plain = enlarged(picture, grid, cell)
+    plain = enlarged(image, grid, cell)
     shares = [np.array(one.weights) / sum(one.weights) for one in maps]
     brightest = max(share.max() for share in shares)
-    panels = {"picture": plain}
+    panels = {"image": plain}
     panels |= {one.title: _lit(plain, grid, s / brightest) for one, s in zip(maps, shares, strict=True)}
     step = plain.width + MARGIN
     page = Image.new("RGB", (len(panels) * step + MARGIN, plain.height + 2 * LINE + MARGIN), PAPER)
@@ -48,7 +48,7 @@ def draw_maps(picture: Image.Image, grid: Grid, maps: Sequence[Map]) -> Image.Im
 
 
 def _lit(plain: Image.Image, grid: Grid, light: np.ndarray) -> Image.Image:
-    """The picture in dim grey, and yellow over each token as its `light`, from 0 to 1, says."""
+    """The image in dim grey, and yellow over each token as its `light`, from 0 to 1, says."""
     alpha = Image.fromarray((255 * np.sqrt(light)).round().astype(np.uint8).reshape(-1, grid.cols)[: grid.rows])
     dim = Image.blend(Image.new("RGB", plain.size), plain.convert("L").convert("RGB"), DIMMED)
     return Image.composite(

@@ -1,4 +1,4 @@
-"""How the deviations of pictures lie around the threshold that was set from them."""
+"""How the deviations of images lie around the threshold that was set from them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BINS = 30
 
 
 def draw_deviations(deviations: Sequence[dict[int, float]], threshold: float, title: str) -> Image.Image:
-    """One outline for each factor: how many pictures have which deviation; those left of the line can be pooled."""
+    """One outline for each factor: how many images have which deviation; those left of the line can be pooled."""
     figure = new_figure(7, 4)
     from matplotlib.ticker import MaxNLocator
 
@@ -24,7 +24,7 @@ def draw_deviations(deviations: Sequence[dict[int, float]], threshold: float, ti
     for factor, found in values.items():
         axes.hist(found, bins=BINS, range=(0, 1.05 * most), histtype="step", linewidth=1.5, label=f"factor {factor}")
     axes.axvline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold:.4g}")
-    axes.set(xlabel="deviation inside windows", ylabel="pictures", title=f"{title}: {len(deviations)} pictures")
+    axes.set(xlabel="deviation inside windows", ylabel="images", title=f"{title}: {len(deviations)} images")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,4 +1,4 @@
-"""Which visual tokens were kept, merged (one colour per group) and dropped, drawn over the picture."""
+"""Which visual tokens were kept, merged (one colour per group) and dropped, drawn over the image."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ SIDE = 480
 WHITE, INK, PAPER = (255, 255, 255), (30, 30, 30), (250, 250, 248)
 
 
-def seen_picture(pixels: Float[Tensor, "3 height width"], mean: Sequence[float], std: Sequence[float]) -> Image.Image:
-    """The picture as the vision encoder saw it: resized and cropped, its normalisation undone."""
+def seen_image(pixels: Float[Tensor, "3 height width"], mean: Sequence[float], std: Sequence[float]) -> Image.Image:
+    """The image as the vision encoder saw it: resized and cropped, its normalisation undone."""
     values = pixels.float().cpu().numpy().transpose(1, 2, 0) * np.array(std) + np.array(mean)
     return Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8))
 
 
-def draw_tokens(picture: Image.Image, token_map: TokenMap, grid: Grid, prefix: int, title: str = "") -> Image.Image:
-    """The picture, and beside it the fate of each of its tokens; `token_map` is of this picture alone."""
+def draw_tokens(image: Image.Image, token_map: TokenMap, grid: Grid, prefix: int, title: str = "") -> Image.Image:
+    """The image, and beside it the fate of each of its tokens; `token_map` is of this image alone."""
     cell = max(8, SIDE // max(grid.rows, grid.cols))
     sizes = _sizes(token_map, prefix)
-    fates = draw_fates(picture, token_map, grid, prefix, cell)
-    return _page(enlarged(picture, grid, cell), fates, title, _caption(sizes, token_map, prefix), sizes)
+    fates = draw_fates(image, token_map, grid, prefix, cell)
+    return _page(enlarged(image, grid, cell), fates, title, _caption(sizes, token_map, prefix), sizes)
 
 
-def draw_fates(picture: Image.Image, token_map: TokenMap, grid: Grid, prefix: int, cell: int) -> Image.Image:
-    """The picture with `cell` pixels a token: kept ones framed, merged ones tinted, dropped ones dark."""
-    fates = enlarged(picture, grid, cell)
+def draw_fates(image: Image.Image, token_map: TokenMap, grid: Grid, prefix: int, cell: int) -> Image.Image:
+    """The image with `cell` pixels a token: kept ones framed, merged ones tinted, dropped ones dark."""
+    fates = enlarged(image, grid, cell)
     group, anchor = token_map.group[0, prefix:].tolist(), token_map.anchor[0, prefix:].tolist()
     sizes = _sizes(token_map, prefix)
     colours = _colours(sizes)
@@ -46,7 +46,7 @@ def draw_fates(picture: Image.Image, token_map: TokenMap, grid: Grid, prefix: in
             fates.paste(_dimmed(fates.crop(box)), box)
         elif sizes[g] > 1:
             tint = Image.new("RGB", (cell, cell), colours[g])
-            grey = fates.crop(box).convert("L").convert("RGB")  # the picture's own colours must not look like a group's
+            grey = fates.crop(box).convert("L").convert("RGB")  # the image's own colours must not look like a group's
             fates.paste(Image.blend(grey, tint, 0.75 if is_anchor else 0.5), box)
             if is_anchor:
                 ImageDraw.Draw(fates).rectangle((box[0] + 2, box[1] + 2, box[2] - 3, box[3] - 3), outline=INK, width=2)
@@ -67,17 +67,17 @@ def stack(pages: list[Image.Image]) -> Image.Image:
     return out
 
 
-def _page(picture: Image.Image, fates: Image.Image, title: str, caption: str, sizes: Counter[int]) -> Image.Image:
+def _page(image: Image.Image, fates: Image.Image, title: str, caption: str, sizes: Counter[int]) -> Image.Image:
     margin, line = 16, 26
-    page = Image.new("RGB", (2 * picture.width + 3 * margin, picture.height + 2 * margin + 3 * line), PAPER)
+    page = Image.new("RGB", (2 * image.width + 3 * margin, image.height + 2 * margin + 3 * line), PAPER)
     draw = ImageDraw.Draw(page)
     font = ImageFont.load_default(size=16)
     draw.text((margin, margin - 8), title, fill=INK, font=font)
     top = margin + line - 8
-    page.paste(picture, (margin, top))
-    page.paste(fates, (2 * margin + picture.width, top))
-    draw.text((margin, top + picture.height + 6), caption, fill=INK, font=font)
-    _legend(draw, (margin, top + picture.height + 6 + line), font, sizes)
+    page.paste(image, (margin, top))
+    page.paste(fates, (2 * margin + image.width, top))
+    draw.text((margin, top + image.height + 6), caption, fill=INK, font=font)
+    _legend(draw, (margin, top + image.height + 6 + line), font, sizes)
     return page
 
 
@@ -119,10 +119,10 @@ def _caption(sizes: Counter[int], token_map: TokenMap, prefix: int) -> str:
     return ", ".join(parts) + (f", and {outside} from outside the grid (CLS)" if outside else "")
 
 
-def enlarged(picture: Image.Image, grid: Grid, cell: int) -> Image.Image:
-    """A copy with `cell` pixels a token; enlarged without smoothing, so that small pictures stay what they are."""
+def enlarged(image: Image.Image, grid: Grid, cell: int) -> Image.Image:
+    """A copy with `cell` pixels a token; enlarged without smoothing, so that small images stay what they are."""
     size = (cell * grid.cols, cell * grid.rows)
-    return picture.resize(size, Image.Resampling.NEAREST if picture.width < size[0] else Image.Resampling.LANCZOS)
+    return image.resize(size, Image.Resampling.NEAREST if image.width < size[0] else Image.Resampling.LANCZOS)
 
 
 def _sizes(token_map: TokenMap, prefix: int) -> Counter[int]:

@@ -1,4 +1,4 @@
-"""A comparison as one web page that needs nothing else: styles inside, pictures as data URIs, no script."""
+"""A comparison as one web page that needs nothing else: styles inside, images as data URIs, no script."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class Card:
-    """One method: its pictures, its answer and its counts."""
+    """One method: its images, its answer and its counts."""
 
     title: str
     answer: str
@@ -138,10 +138,10 @@ def notes_html(notes: Sequence[str]) -> str:
 </ul>"""
 
 
-def data_uri(picture: Image.Image) -> str:
-    """The picture itself in place of an address; PNG, since frames of one pixel do not survive JPEG."""
+def data_uri(image: Image.Image) -> str:
+    """The image itself in place of an address; PNG, since frames of one pixel do not survive JPEG."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
@@ -149,7 +149,7 @@ def card_html(card: Card) -> str:
     """One card of a `section` of class cards."""
     images = "".join(
         f'<img src="{data_uri(image)}" width="{image.width}" height="{image.height}"'
-        f' alt="visual tokens of picture {number} under {escape(card.title)}">'
+        f' alt="visual tokens of image {number} under {escape(card.title)}">'
         for number, image in enumerate(card.images, 1)
     )
     return (

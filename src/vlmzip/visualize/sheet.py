@@ -27,7 +27,7 @@ Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture under one method."""
+    """One image under one method."""
 
     image: Image.Image
     title: str
@@ -38,14 +38,14 @@ class Panel:
 
 
 def fates_panel(seen: Image.Image, token_map: TokenMap | None, grid: Grid | None, prefix: int) -> Image.Image:
-    """The tokens of one picture drawn on it; where they lie on no grid, the picture in grey."""
+    """The tokens of one image drawn on it; where they lie on no grid, the image in grey."""
     if token_map is None or grid is None or token_map.group.shape[1] != prefix + grid.size:
         return plain_panel(seen, None).convert("L").convert("RGB")
     return draw_fates(seen, token_map, grid, prefix, _cell(grid))
 
 
 def plain_panel(seen: Image.Image, grid: Grid | None) -> Image.Image:
-    """The picture alone, as large as its tokens would be drawn."""
+    """The image alone, as large as its tokens would be drawn."""
     if grid is not None:
         return enlarged(seen, grid, _cell(grid))
     scale = SIDE / max(seen.size)

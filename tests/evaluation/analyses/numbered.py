@@ -1,4 +1,4 @@
-"""A tiny model with a task of a few questions about a few pictures."""
+"""A tiny model with a task of a few questions about a few images."""
 
 from tests.evaluation.test_tasks import question, write
 from tests.tiny import tiny_llava, tiny_processor
@@ -17,11 +17,11 @@ TEMPLATE = (
 )
 
 
-def numbered_subject(folder, words=WORDS, pictures="aabbacd", batch=3, model=None, processor=None):
-    """Questions number n is about picture `pictures[n]`; the right answers are what nobody says."""
-    lines = [question(f"{name}.png", question=text) for name, text in zip(pictures, words, strict=True)]
-    names = [f"{name}.png" for name in sorted(set(pictures))]
-    task = read_task(write(folder / "q", *lines, pictures=names) + ":exact", None, None)
+def numbered_subject(folder, words=WORDS, images="aabbacd", batch=3, model=None, processor=None):
+    """Questions number n is about image `images[n]`; the right answers are what nobody says."""
+    lines = [question(f"{name}.png", question=text) for name, text in zip(images, words, strict=True)]
+    names = [f"{name}.png" for name in sorted(set(images))]
+    task = read_task(write(folder / "q", *lines, images=names) + ":exact", None, None)
     if processor is None:
         processor = tiny_processor("llava")
         processor.chat_template = TEMPLATE

@@ -1,4 +1,4 @@
-"""Tiny subjects for analyses: a model with random weights and ten questions about three pictures of noise."""
+"""Tiny subjects for analyses: a model with random weights and ten questions about three images of noise."""
 
 from tests.evaluation.test_tasks import question, write
 from tests.tiny import tiny_llava, tiny_processor
@@ -6,7 +6,7 @@ from vlmzip.evaluation.analyses.subject import Subject
 from vlmzip.evaluation.processes import Processes
 from vlmzip.evaluation.tasks import read_task
 
-#: Of each picture; questions about one have one level and several types.
+#: Of each image; questions about one have one level and several types.
 LEVELS = {"a.png": "plain", "b.png": "rich", "c.png": "plain"}
 
 
@@ -16,7 +16,7 @@ def make_subject(folder, model=None, family="llava", questions=10, batch=4):
     lines = [question(names[n % 3], question=f"w{n + 4}") for n in range(questions)]
     task = read_task(write(folder / "asked", *lines) + ":exact", None, None)
     for number, sample in enumerate(task.samples):
-        level = LEVELS[sample.picture.rpartition("/")[2]]
+        level = LEVELS[sample.image.rpartition("/")[2]]
         sample.groups.update(level=level, type="even" if number % 2 == 0 else "odd")
     model = tiny_llava() if model is None else model
     said = []

@@ -55,7 +55,7 @@ def measured(tmp_path_factory):
 
 
 def test_the_difference_is_the_part_minus_both():
-    wrong, right = ([{"picture": str(n), "score": score} for n in range(4)] for score in (0, 1))
+    wrong, right = ([{"image": str(n), "score": score} for n in range(4)] for score in (0, 1))
     few, all_of = Result(None, wrong), Result(None, right)
     assert _against(few, all_of, 0) == dict.fromkeys(("against_both", "against_both_low", "against_both_high"), -100.0)
     assert _against(all_of, few, 0)["against_both"] == 100

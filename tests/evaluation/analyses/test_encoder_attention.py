@@ -40,11 +40,11 @@ def test_every_layer_is_as_the_matrices_say(name):
     tower.set_attn_implementation("eager")
     with torch.no_grad():
         matrices = tower(inputs["pixel_values"], output_attentions=True).attentions
-    assert len(found.by_picture) == 2
-    for picture, scores in enumerate(found.by_picture):
+    assert len(found.by_image) == 2
+    for image, scores in enumerate(found.by_image):
         assert scores.shape == (len(matrices), 36)
         for layer, matrix in enumerate(matrices):
-            heads = matrix[picture]
+            heads = matrix[image]
             if name in ("llava", "vipllava"):
                 expected = heads[:, 0, 1:].mean(0)
                 assert found.whose[layer] == "CLS"
@@ -66,15 +66,15 @@ def test_the_layer_that_is_read_is_the_one_that_encode_reads(name):
     with torch.no_grad():
         groups = adapter.encode(inputs, Site.PRE_PROJECTOR, frozenset({Signal.CLS_ATTENTION}))
     for tokens, indices in groups:
-        for row, picture in enumerate(indices):
+        for row, image in enumerate(indices):
             read = tokens.cls_attention[row, tokens.prefix :]
-            torch.testing.assert_close(found.by_picture[picture][found.scored], read)
-            others = [scores for layer, scores in enumerate(found.by_picture[picture]) if layer != found.scored]
+            torch.testing.assert_close(found.by_image[image][found.scored], read)
+            others = [scores for layer, scores in enumerate(found.by_image[image]) if layer != found.scored]
             assert all((scores - read).abs().max() > 1e-4 for scores in others)
 
 
 def test_qwens_windows_are_windows():
-    """The model's own attention, caught in every block: in windows of 2 x 2 merged tokens, then of whole pictures."""
+    """The model's own attention, caught in every block: in windows of 2 x 2 merged tokens, then of whole images."""
     seen = []
 
     def catch(module, query, key, value, attention_mask, scaling, **kwargs):
@@ -96,7 +96,7 @@ def test_qwens_windows_are_windows():
         parts = [received for module, received in seen if module is block.attn]
         assert len(parts) == (2 if layer == 1 else 6 + 6)
         expected = torch.cat(parts).unflatten(0, (-1, 4)).mean(1)
-        together = torch.cat([scores[layer] for scores in found.by_picture])
+        together = torch.cat([scores[layer] for scores in found.by_image])
         torch.testing.assert_close(together[order], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -123,7 +123,7 @@ def test_no_square_of_the_tokens_and_no_hook_left():
 
     with torch.no_grad(), Watch():
         found = adapter_for(model).encoder_attention({"pixel_values": torch.zeros(1, 3, 384, 384)})
-    assert found.by_picture[0].shape == (3, 2304)
+    assert found.by_image[0].shape == (3, 2304)
     assert max(sizes) <= 256 * 2304 * 4
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
@@ -156,13 +156,13 @@ class TestStudy:
     def rows(self, tmp_path):
         return measure(make_subject(tmp_path)[0])
 
-    def test_each_picture_counts_once(self, rows, tmp_path):
+    def test_each_image_counts_once(self, rows, tmp_path):
         subject, _ = make_subject(tmp_path)
-        pictures = [Image.open(tmp_path / "asked" / name) for name in ("a.png", "b.png", "c.png")]
-        inputs = subject.processor(images=pictures, text=["<image>"] * 3, return_tensors="pt")
+        images = [Image.open(tmp_path / "asked" / name) for name in ("a.png", "b.png", "c.png")]
+        inputs = subject.processor(images=images, text=["<image>"] * 3, return_tensors="pt")
         found = adapter_for(subject.model).encoder_attention(inputs)
-        tens = 100 * np.stack([concentration(scores)[:, 1] for scores in found.by_picture])
-        assert [row["pictures"] for row in rows] == [3] * 3
+        tens = 100 * np.stack([concentration(scores)[:, 1] for scores in found.by_image])
+        assert [row["images"] for row in rows] == [3] * 3
         assert [row["layer"] for row in rows if row["read_by_visionzip"]] == [1]
         for layer, row in enumerate(rows):
             assert row["top_10"] == pytest.approx(tens[:, layer].mean(), abs=0.006)

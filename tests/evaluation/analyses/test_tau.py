@@ -1,43 +1,43 @@
-"""The sweep over tau: groups of pictures, their means, and what may be said of a loss."""
+"""The sweep over tau: groups of images, their means, and what may be said of a loss."""
 
 import pytest
 
 from tests.evaluation.analyses.subjects import make_subject
 from vlmzip.evaluation.analyses import tau
-from vlmzip.evaluation.analyses.tau import draw, findings, measure, picture_groups
+from vlmzip.evaluation.analyses.tau import draw, findings, image_groups, measure
 from vlmzip.evaluation.records import read_records
 
 
-def record(picture, **groups):
-    return {"picture": picture, "groups": groups}
+def record(image, **groups):
+    return {"image": image, "groups": groups}
 
 
 class TestGroups:
-    def test_a_group_sorts_pictures_if_all_questions_about_one_share_it(self):
+    def test_a_group_sorts_images_if_all_questions_about_one_share_it(self):
         records = [
             record("a", type="color", level="flat"),
             record("a", type="count", level="flat"),
             record("b", type="color", level="rich"),
         ]
-        assert picture_groups(records) == [("level", "flat"), ("level", "rich")]
+        assert image_groups(records) == [("level", "flat"), ("level", "rich")]
 
     def test_a_group_that_some_records_lack_is_none(self):
-        assert picture_groups([record("a", level="flat"), record("b")]) == []
+        assert image_groups([record("a", level="flat"), record("b")]) == []
 
     def test_a_group_of_many_values_is_none(self):
         names = [record(str(n), level=str(n)) for n in range(tau.MOST_VALUES + 1)]
-        assert picture_groups(names) == []
-        assert len(picture_groups(names[1:])) == tau.MOST_VALUES
+        assert image_groups(names) == []
+        assert len(image_groups(names[1:])) == tau.MOST_VALUES
 
     def test_a_task_without_groups_has_none(self):
-        assert picture_groups([record("a"), record("b")]) == []
+        assert image_groups([record("a"), record("b")]) == []
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     subject, _ = make_subject(tmp_path_factory.mktemp("tau"))
     with pytest.MonkeyPatch.context() as patched:
-        # Between the deviations of the three pictures of noise, so that pictures differ in what they keep.
+        # Between the deviations of the three images of noise, so that images differ in what they keep.
         patched.setattr(tau, "TAUS", (0.0, 0.72, 2.0))
         yield measure(subject), subject
 
@@ -63,7 +63,7 @@ def test_tokens_and_scores_of_groups_are_those_of_their_records(measured):
 def test_the_figure_has_a_thin_line_for_each_group(measured):
     rows, _ = measured
     above, below = draw(rows, "a title").axes
-    assert [line.get_label() for line in above.get_lines()] == ["all pictures", "level: plain", "level: rich"]
+    assert [line.get_label() for line in above.get_lines()] == ["all images", "level: plain", "level: rich"]
     assert [list(line.get_ydata()) for line in below.get_lines()] == [
         [row[name] for row in rows] for name in ("tokens", "tokens_level_plain", "tokens_level_rich")
     ]
@@ -93,7 +93,7 @@ class TestFindings:
             " tokens, -1.0 points (-2.5 to +0.5), so that a loss of up to 2.5 points is not ruled out."
         )
         assert flat == (
-            "At tau=0.3, with 48.0 % kept, level flat has 24.0 tokens a picture and -6.0 points (-10.0 to -2.0) of 100"
+            "At tau=0.3, with 48.0 % kept, level flat has 24.0 tokens an image and -6.0 points (-10.0 to -2.0) of 100"
             " questions."
         )
 

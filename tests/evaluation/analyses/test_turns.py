@@ -38,14 +38,14 @@ def test_a_second_turn_is_the_whole_conversation(subject, compressor):
     Of FastV the first answers alone: in one prompt the last question chooses its tokens, not the first.
     """
     study, pairs = subject.study(), turns.pairs(subject.task.samples)
-    with compressor.on(subject.model) as small:
-        found = turns.converse(study, subject.task, small, pairs)
+    with compressor.on(subject.model) as compressed:
+        found = turns.converse(study, subject.task, compressed, pairs)
     ended = []
     for (first, second), record in zip(pairs, found, strict=True):
-        with compressor.on(subject.model) as small:
-            inputs = study.asker.inputs([first.load()], [first.question])
+        with compressor.on(subject.model) as compressed:
+            inputs = study.answerer.inputs([first.load()], [first.question])
             length = inputs["input_ids"].shape[1]
-            ids = small.generate(**inputs, max_new_tokens=subject.task.max_new_tokens, do_sample=False)
+            ids = compressed.generate(**inputs, max_new_tokens=subject.task.max_new_tokens, do_sample=False)
             assert record["first"]["given"] == said(subject, ids[:, length:])
             ended.append(bool(torch.isin(ids[0, -1], torch.tensor(subject.model.generation_config.eos_token_id))))
             end = "" if ended[-1] else "</s>"
@@ -56,7 +56,7 @@ def test_a_second_turn_is_the_whole_conversation(subject, compressor):
             if isinstance(compressor, FastV):
                 continue
             inputs = {**inputs, "input_ids": whole, "attention_mask": torch.ones_like(whole)}
-            out = small.generate(**inputs, max_new_tokens=subject.task.max_new_tokens, do_sample=False)
+            out = compressed.generate(**inputs, max_new_tokens=subject.task.max_new_tokens, do_sample=False)
             assert record["given"] == said(subject, out[:, whole.shape[1] :])
     assert len(set(ended)) == 2  # some answers ended, some were cut
 
@@ -89,13 +89,13 @@ def test_replaying_a_questions_own_tokens_changes_nothing(subject):
     samples = [second for _, second in turns.pairs(subject.task.samples)]
     found = turns.replay(study, subject.task, fastv, [(sample, sample) for sample in samples])
     images, questions = [sample.load() for sample in samples], [sample.question for sample in samples]
-    with fastv.on(subject.model) as small:
-        expected = study.asker.answer(small, images, questions, subject.task.max_new_tokens)
+    with fastv.on(subject.model) as compressed:
+        expected = study.answerer.answer(compressed, images, questions, subject.task.max_new_tokens)
     assert [record["given"] for record in found] == [answer.text for answer in expected]
     assert {tuple(record["visual_tokens_by_layer"]) for record in found} == {(36, 3, 3, 3)}
 
 
-def test_pictures_of_several_sizes_get_their_own_tokens(tmp_path):
+def test_images_of_several_sizes_get_their_own_tokens(tmp_path):
     subject = numbered_subject(tmp_path, model=tiny_qwen(), processor=tiny_processor("qwen2_5_vl"))
     Image.open(tmp_path / "q" / "b.png").resize((32, 48)).save(tmp_path / "q" / "b.png")
     study, fastv, pairs = subject.study(), FastV(keep=3, layer=1), turns.pairs(subject.task.samples)
@@ -109,14 +109,14 @@ def test_rows_compare_with_the_plain_model_in_the_same_place():
         return [{"score": score, "visual_tokens_by_layer": [36, 4]} for score in scores]
 
     plain = {"first": records(1, 1, 1, 0), "second": records(1, 1, 0, 0)}
-    small = {"first": records(1, 1, 0, 0), "second": records(0, 0, 0, 0), "replayed": records(1, 0, 0, 0)}
+    compressed = {"first": records(1, 1, 0, 0), "second": records(0, 0, 0, 0), "replayed": records(1, 0, 0, 0)}
     bootstrap = Bootstrap("aabb", 0)
-    rows = {place: turns._row(bootstrap, "fastv", "50%", place, small, plain) for place in small}
+    rows = {place: turns._row(bootstrap, "fastv", "50%", place, compressed, plain) for place in compressed}
     assert {place: row["score"] for place, row in rows.items()} == {"first": 50, "second": 0, "replayed": 25}
     assert {place: row["difference"] for place, row in rows.items()} == {"first": -25, "second": -50, "replayed": -50}
     assert {place: row["extra_loss"] for place, row in rows.items()} == {"first": 0, "second": 25, "replayed": 25}
     assert rows["second"]["tokens"] == 20
-    # Pictures a and b: of the plain model's 1 and 0 in second place nothing is left, whichever are drawn.
+    # Images a and b: of the plain model's 1 and 0 in second place nothing is left, whichever are drawn.
     assert (rows["second"]["difference_low"], rows["second"]["difference_high"]) == (-100, 0)
     assert np.isclose(rows["second"]["extra_loss_high"], 100)
     told = turns.findings(
@@ -150,7 +150,7 @@ def test_the_table_has_each_method_in_its_places_and_is_kept(subject, monkeypatc
 
 
 def test_it_says_what_it_cannot_do(tmp_path, subject):
-    alone = numbered_subject(tmp_path / "alone", words=("w4", "w5"), pictures="ab")
+    alone = numbered_subject(tmp_path / "alone", words=("w4", "w5"), images="ab")
     with pytest.raises(Unsuited, match="two questions or more"):
         turns.measure(alone)
     subject.processor.chat_template = None

@@ -4,7 +4,7 @@ LLaVolta (arXiv:2406.20092, Figure 1) and FastV (arXiv:2403.06764) find that it 
 compress inside the LLM. Read here are the rows from which the model makes each token of its own greedy answer: that of
 the prompt's last token, then those of the answer's tokens; the row that makes the end is left out, unless nothing else
 was said. Of each row the share on visual tokens, mean over heads, then over the answer, then over questions; beside it
-what it would be if the row were uniform over the tokens that it may attend to. Intervals are over pictures.
+what it would be if the row were uniform over the tokens that it may attend to. Intervals are over images.
 
 No attention matrix is made: rows come from one layer's queries and keys, as for compressors inside the LLM.
 """
@@ -49,7 +49,7 @@ def measure(subject: Subject) -> list[Row]:
     settings = {"compressor": NoCompression().to_dict()}
     check = partial(_wrong, len(study.adapter.decoder_layers))
     records = kept(study, subject.task, "attention_by_depth", settings, subject.task.samples, answer, check=check)
-    bootstrap, ones = Bootstrap([r["picture"] for r in records], subject.seed), np.ones(len(records))
+    bootstrap, ones = Bootstrap([r["image"] for r in records], subject.seed), np.ones(len(records))
     uniform = 100 * float(np.mean([record["uniform"] for record in records]))
     rows = []
     for layer, shares in enumerate(np.array([record["attention"] for record in records]).T):
@@ -73,7 +73,7 @@ def measure(subject: Subject) -> list[Row]:
 def _answer(study: Study, task: Task, places: Sequence[int]) -> list[Record]:
     """The plain model's answers to some of the task's samples, with the attention that made them."""
     samples = [task.samples[place] for place in places]
-    inputs = study.asker.inputs([sample.load() for sample in samples], [sample.question for sample in samples])
+    inputs = study.answerer.inputs([sample.load() for sample in samples], [sample.question for sample in samples])
     prompt = inputs["input_ids"]
     visual = prompt == study.adapter.placeholder_id
     warn_beyond(study.adapter, NoCompression(), inputs["attention_mask"].sum(1).tolist(), original=False)

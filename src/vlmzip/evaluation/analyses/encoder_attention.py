@@ -4,10 +4,10 @@ VisionZip (arXiv:2412.04467) keeps what CLS attends to in the layer whose featur
 LLaVA; in encoders without CLS, what gets most attention from all tokens (its appendix A.2). Here the same is read in
 every layer, from one run of the encoder and as rows, never as matrices of tokens by tokens.
 
-What a picture's tokens get is divided by its sum: CLS's attention to itself is left out, as VisionZip leaves it out. An
+What an image's tokens get is divided by its sum: CLS's attention to itself is left out, as VisionZip leaves it out. An
 even spread gives the most attended tenth 10 %. The effective number of tokens is the exponential of the entropy. In
 layers that attend inside of windows (most of Qwen2.5-VL's) each window gets as much as it has tokens, so that only what
-happens inside of windows is seen: compare them with one another, not with layers that attend to whole pictures.
+happens inside of windows is seen: compare them with one another, not with layers that attend to whole images.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vlmzip.errors import UserError
 from vlmzip.evaluation.analyses.subject import Row, Subject, Unsuited
-from vlmzip.evaluation.answering import Asker
+from vlmzip.evaluation.answering import Answerer
 from vlmzip.evaluation.bootstrap import Bootstrap, estimate
 from vlmzip.evaluation.configurations import AS_SET
 from vlmzip.evaluation.task import Sample
@@ -33,51 +33,51 @@ from vlmzip.models import adapter_for
 from vlmzip.models.adapter import EncoderAttention
 from vlmzip.visualize.attention import Map, draw_maps
 from vlmzip.visualize.figure import new_figure
-from vlmzip.visualize.overlay import seen_picture
+from vlmzip.visualize.overlay import seen_image
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 #: Most attended tokens, in percent of all, whose share of the attention is told.
 TOPS = (5, 10, 20)
-#: Pictures encoded at a time: queries and keys of all layers are held at once.
+#: Images encoded at a time: queries and keys of all layers are held at once.
 TOGETHER = 8
 #: Layers shown as maps: first, last and some between them.
 SHOWN = 6
 
 
 def measure(subject: Subject) -> list[Row]:
-    """Also draws what one picture's layers attend to, `encoder_attention-maps.png`; the first process does it all.
+    """Also draws what one image's layers attend to, `encoder_attention-maps.png`; the first process does it all.
 
     Raises `UserError` where the folder holds answers of another model: figures of two models do not belong together.
     """
     subject.study().configure([subject.task], [], [AS_SET])
     if not subject.processes.first:
         return []
-    asker = Asker(adapter_for(subject.model), subject.processor)
-    samples = list({sample.picture: sample for sample in subject.task.samples}.values())
+    answerer = Answerer(adapter_for(subject.model), subject.processor)
+    samples = list({sample.image: sample for sample in subject.task.samples}.values())
     values, found = [], None
-    for number, (one, picture) in enumerate(_encoded(asker, samples)):
-        values += [concentration(scores) for scores in one.by_picture]
+    for number, (one, image) in enumerate(_encoded(answerer, samples)):
+        values += [concentration(scores) for scores in one.by_image]
         if number == 0:
-            _draw_picture(subject, asker, picture, one)
+            _draw_image(subject, answerer, image, one)
         found = one
     assert found is not None  # a task has questions
-    return _rows(found, np.stack(values), [sample.picture for sample in samples], subject.seed)
+    return _rows(found, np.stack(values), [sample.image for sample in samples], subject.seed)
 
 
-def _encoded(asker: Asker, samples: Sequence[Sample]) -> Iterator[tuple[EncoderAttention, Sequence[Image.Image]]]:
-    """The attention of some pictures at a time, and these pictures."""
+def _encoded(answerer: Answerer, samples: Sequence[Sample]) -> Iterator[tuple[EncoderAttention, Sequence[Image.Image]]]:
+    """The attention of some images at a time, and these images."""
     for start in range(0, len(samples), TOGETHER):
-        pictures = [sample.load() for sample in samples[start : start + TOGETHER]]
-        inputs = asker.inputs(pictures, [""] * len(pictures))
-        yield _read(asker, inputs), pictures
+        images = [sample.load() for sample in samples[start : start + TOGETHER]]
+        inputs = answerer.inputs(images, [""] * len(images))
+        yield _read(answerer, inputs), images
 
 
-def _read(asker: Asker, inputs: Mapping[str, Any]) -> EncoderAttention:
+def _read(answerer: Answerer, inputs: Mapping[str, Any]) -> EncoderAttention:
     try:
         with torch.inference_mode():
-            return asker.adapter.encoder_attention(inputs)
+            return answerer.adapter.encoder_attention(inputs)
     except UserError as error:  # about the family or its encoder
         raise Unsuited(str(error)) from error
 
@@ -94,14 +94,14 @@ def concentration(scores: Float[Tensor, "layers tokens"]) -> np.ndarray:
     return torch.stack([*tops, entropy / most, entropy.exp()], dim=1).cpu().numpy()
 
 
-def _rows(one: EncoderAttention, values: np.ndarray, pictures: Sequence[str], seed: int) -> list[Row]:
-    """A row for each layer. `values`: pictures x layers x what `concentration` gives."""
-    bootstrap, ones = Bootstrap(pictures, seed), np.ones(len(values))
+def _rows(one: EncoderAttention, values: np.ndarray, images: Sequence[str], seed: int) -> list[Row]:
+    """A row for each layer. `values`: images x layers x what `concentration` gives."""
+    bootstrap, ones = Bootstrap(images, seed), np.ones(len(values))
     scales = {**{f"top_{top}": 100.0 for top in TOPS}, "entropy": 100.0, "effective_tokens": 1.0}
     rows = []
     for layer, whose in enumerate(one.whose):
         row: Row = {"layer": layer, "attends": whose, "read_by_visionzip": "yes" if layer == one.scored else ""}
-        row["pictures"] = len(values)
+        row["images"] = len(values)
         for column, (name, scale) in enumerate(scales.items()):
             row |= _told(name, bootstrap.share(scale * values[:, layer, column], ones))
         beyond = values[:, layer, TOPS.index(10)] - values[:, one.scored, TOPS.index(10)]
@@ -115,17 +115,17 @@ def _told(name: str, shares: np.ndarray) -> Row:
     return {name: round(found.value, 2), f"{name}_low": round(found.low, 2), f"{name}_high": round(found.high, 2)}
 
 
-def _draw_picture(subject: Subject, asker: Asker, pictures: Sequence[Image.Image], one: EncoderAttention) -> None:
-    """The first picture, and what some layers attend to in it."""
-    inputs = asker.inputs(pictures[:1], [""])
-    (grid,), pixels = asker.adapter.grids(inputs), inputs[asker.adapter.picture_inputs[0]]
-    images, seen = subject.processor.image_processor, pictures[0]
-    if pixels.ndim == 4:  # as the encoder sees it, cropped and scaled; else the grid covers the whole picture
-        seen = seen_picture(pixels[0], images.image_mean, images.image_std)
+def _draw_image(subject: Subject, answerer: Answerer, images: Sequence[Image.Image], one: EncoderAttention) -> None:
+    """The first image, and what some layers attend to in it."""
+    inputs = answerer.inputs(images[:1], [""])
+    (grid,), pixels = answerer.adapter.grids(inputs), inputs[answerer.adapter.image_inputs[0]]
+    processor, seen = subject.processor.image_processor, images[0]
+    if pixels.ndim == 4:  # as the encoder sees it, cropped and scaled; else the grid covers the whole image
+        seen = seen_image(pixels[0], processor.image_mean, processor.image_std)
     depth = len(one.whose)
     layers = {*np.linspace(0, depth - 1, min(SHOWN, depth)).round().astype(int).tolist(), one.scored}
     maps = [
-        Map(f"layer {layer}" + ", VisionZip's" * (layer == one.scored), one.by_picture[0][layer].tolist())
+        Map(f"layer {layer}" + ", VisionZip's" * (layer == one.scored), one.by_image[0][layer].tolist())
         for layer in sorted(layers)
     ]
     page = draw_maps(seen, grid, maps)
@@ -183,7 +183,7 @@ def findings(rows: Sequence[Row]) -> list[str]:
     said = [
         f"In layer {read['layer']} of {len(rows)} (from 0), which VisionZip reads, the most attended tenth of tokens"
         f" gets {_percent(read, 'top_10')} of the attention of {read['attends']}, and the effective number of tokens is"
-        f" {read['effective_tokens']:.0f} ({read['pictures']} pictures).",
+        f" {read['effective_tokens']:.0f} ({read['images']} images).",
         f"The most concentrated layer is {most['layer']} ({_percent(most, 'top_10')}), the least is {least['layer']}"
         f" ({_percent(least, 'top_10')}); by the effective number of tokens the most concentrated one is"
         f" {fewest['layer']} ({fewest['effective_tokens']:.0f}).",

@@ -11,7 +11,7 @@ from typing import Any
 from vlmzip import spec
 from vlmzip.compressor import Compressor, Profile
 from vlmzip.errors import UserError
-from vlmzip.evaluation.answering import Asker
+from vlmzip.evaluation.answering import Answerer
 from vlmzip.evaluation.configurations import Configurator
 from vlmzip.evaluation.processes import Processes
 from vlmzip.evaluation.results import Result, results
@@ -53,9 +53,9 @@ class Subject:
         return Study(self.model, self.processor, self.name, self.folder, self.batch, self.processes, self.tell)
 
     def profile(self) -> Profile:
-        """The depth of the LLM, and the grid of the task's pictures: the median where they have grids of their own."""
-        asker = Asker(adapter_for(self.model), self.processor)
-        return Configurator(self.model, asker, self.name).profile(self.task)
+        """The depth of the LLM, and the grid of the task's images: the median where they have grids of their own."""
+        answerer = Answerer(adapter_for(self.model), self.processor)
+        return Configurator(self.model, answerer, self.name).profile(self.task)
 
     def ask(self, compressors: Sequence[Compressor]) -> list[Result]:
         """The results of the uncompressed model and of each compressor, in this order, as `vlmzip eval` has them.

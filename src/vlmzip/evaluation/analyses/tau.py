@@ -1,9 +1,9 @@
-"""What DFMR's threshold does: tokens and score over tau, in all and by complexity of the picture.
+"""What DFMR's threshold does: tokens and score over tau, in all and by complexity of the image.
 
-LLaVA-Zip (arXiv:2412.08771) promises fewer tokens for plain pictures and more for those with much detail, and leaves
+LLaVA-Zip (arXiv:2412.08771) promises fewer tokens for plain images and more for those with much detail, and leaves
 open how tau is to be chosen. Each tau is asked as it is, without calibration.
 
-Complexity is what the task itself says of a picture: every group that all questions about a picture share (mini's
+Complexity is what the task itself says of an image: every group that all questions about an image share (mini's
 levels: flat, patterned, cluttered) has its own columns and lines. Other tasks have the columns of all questions alone.
 """
 
@@ -21,7 +21,7 @@ from vlmzip.visualize.figure import new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: From where every picture keeps its tokens to where every one is pooled by the largest factor.
+#: From where every image keeps its tokens to where every one is pooled by the largest factor.
 TAUS = (0.0, 0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8)
 #: A group with more values than this is no complexity, and would be no figure.
 MOST_VALUES = 6
@@ -32,25 +32,25 @@ def measure(subject: Subject) -> list[Row]:
     rows = []
     for tau, result in zip(TAUS, found, strict=True):
         row = {"tau": tau, **scored(result), **_tokens(result.records)}
-        for group in picture_groups(plain.records):
+        for group in image_groups(plain.records):
             row |= _of_group(group, result.records, plain.records, subject.seed)
         rows.append(row)
     return rows
 
 
-def picture_groups(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """The groups, such as ("level", "flat"), that sort pictures, not questions: by name, then as they first occur."""
+def image_groups(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """The groups, such as ("level", "flat"), that sort images, not questions: by name, then as they first occur."""
     found = []
     for name in sorted({name for record in records for name in record["groups"]}):
-        pairs = {(record["picture"], record["groups"].get(name)) for record in records}
+        pairs = {(record["image"], record["groups"].get(name)) for record in records}
         values = list(dict.fromkeys(record["groups"].get(name) for record in records))
-        if len(pairs) == len({picture for picture, _ in pairs}) and None not in values and len(values) <= MOST_VALUES:
+        if len(pairs) == len({image for image, _ in pairs}) and None not in values and len(values) <= MOST_VALUES:
             found += [(name, value) for value in values]
     return found
 
 
 def _tokens(records: Sequence[Record]) -> Row:
-    """The mean number of tokens, and the questions whose picture kept so and so many of them."""
+    """The mean number of tokens, and the questions whose image kept so and so many of them."""
     counts = [record["visual_tokens_by_layer"][0] for record in records]
     shares = {count: 100 * counts.count(count) / len(counts) for count in sorted(set(counts), reverse=True)}
     return {
@@ -78,13 +78,13 @@ def draw(rows: Sequence[Row], title: str) -> Figure:
     figure = new_figure(7, 6)
     above, below = figure.subplots(2, sharex=True)
     taus = [row["tau"] for row in rows]
-    above.plot(taus, [row["score"] for row in rows], marker="o", color="black", label="all pictures")
+    above.plot(taus, [row["score"] for row in rows], marker="o", color="black", label="all images")
     above.fill_between(taus, [row["low"] for row in rows], [row["high"] for row in rows], color="black", alpha=0.12)
     below.plot(taus, [row["tokens"] for row in rows], marker="o", color="black")
     for number, group in enumerate(_groups(rows)):
         _thin_lines(above, below, rows, group, f"C{number}")
     above.set(ylabel="score, % (95 % intervals)", title=title)
-    below.set(xlabel="tau", ylabel="visual tokens a picture", ylim=(0, None))
+    below.set(xlabel="tau", ylabel="visual tokens an image", ylim=(0, None))
     for axes in (above, below):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
@@ -141,7 +141,7 @@ def _largest_saving(rows: Sequence[Row]) -> str:
 
 def _group(row: Row, group: str) -> str:
     return (
-        f"{group.replace('_', ' ')} has {row[f'tokens_{group}']:.1f} tokens a picture and"
+        f"{group.replace('_', ' ')} has {row[f'tokens_{group}']:.1f} tokens an image and"
         f" {_points(row, f'difference_{group}')} of {row[f'questions_{group}']} questions"
     )
 

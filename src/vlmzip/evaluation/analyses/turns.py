@@ -2,9 +2,9 @@
 
 VisionZip (arXiv:2412.04467) says that text-aware methods do not suit several turns: what was kept for the first
 question is all that later ones get, while a text-agnostic method keeps the same for every question. Each question about
-a picture with several is asked three times, of the plain model and of both kinds of method at the same average budgets:
+an image with several is asked three times, of the plain model and of both kinds of method at the same average budgets:
 
-* `first`: as the first question about its picture.
+* `first`: as the first question about its image.
 * `second`: after another question and the model's own answer, as a turn of a real conversation on the same KV cache.
 * `replayed`: as the first question, but with the visual tokens that were kept for the other question. Only for the
   text-aware method: a text-agnostic one keeps the same, and its row would be `first` again.
@@ -12,7 +12,7 @@ a picture with several is asked three times, of the plain model and of both kind
 Second turns are harder for a model that was not trained on them, such as mini, compressed or not. So a score is
 compared with the plain model's in the same place, and `extra_loss` is how much more a method loses there than on first
 questions: what is due to compression alone. `replayed` does without second turns; there is only the choice of tokens
-between it and `first`. Differences are paired; intervals are over pictures.
+between it and `first`. Differences are paired; intervals are over images.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from vlmzip.evaluation.study import Study
 from vlmzip.evaluation.task import Sample, Task
 from vlmzip.methods import FastV, NoCompression
 from vlmzip.runtime.facade import CompressedModel
-from vlmzip.runtime.report import PictureReport
+from vlmzip.runtime.report import ImageReport
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Site, VisualTokens
 from vlmzip.visualize.figure import new_figure
@@ -59,36 +59,36 @@ _ANSWER = "ANSWER"
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Replayed(Compressor):
-    """Keeps, at a layer of the LLM, given tokens of each picture in a batch of equal grids, whatever the question."""
+    """Keeps, at a layer of the LLM, given tokens of each image in a batch of equal grids, whatever the question."""
 
     sites = (Site.IN_LLM,)
 
     site: Site = Site.IN_LLM
     layer: int
-    kept: Bool[Tensor, "pictures tokens"]
+    kept: Bool[Tensor, "images tokens"]
 
     def assign(self, tokens: VisualTokens) -> TokenMap:
         return TokenMap.keep(self.kept.to(tokens.features.device))
 
 
 def pairs(samples: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
-    """For each question about a picture with several the one before it, and itself; the last comes before the first.
+    """For each question about an image with several the one before it, and itself; the last comes before the first.
 
     So every question stands in both places once.
     """
     about: dict[str, list[Sample]] = {}
     for sample in samples:
-        about.setdefault(sample.picture, []).append(sample)
+        about.setdefault(sample.image, []).append(sample)
     return [(own[place - 1], sample) for own in about.values() if len(own) > 1 for place, sample in enumerate(own)]
 
 
 def measure(subject: Subject) -> list[Row]:
     study, both = subject.study(), pairs(subject.task.samples)
     if not both:
-        raise Unsuited(f"turns needs pictures with two questions or more; {subject.task.name} has none here")
+        raise Unsuited(f"turns needs images with two questions or more; {subject.task.name} has none here")
     if not getattr(subject.processor, "chat_template", None):
         raise Unsuited("turns needs a processor with a chat template, which says how a second turn is written")
-    bootstrap = Bootstrap([second.picture for _, second in both], subject.seed)
+    bootstrap = Bootstrap([second.image for _, second in both], subject.seed)
     plain = _asked(study, subject.task, NoCompression(), both)
     rows = [_row(bootstrap, PLAIN, "100%", place, plain, plain) for place in (FIRST, SECOND)]
     _, *configurations = study.configure([subject.task], spec.candidates(METHODS), BUDGETS)
@@ -139,26 +139,28 @@ def _answer_turns(
     places: Sequence[int],
 ) -> list[Record]:
     """Two turns on one KV cache for each pair."""
-    small = study.attach(compressor)
+    compressed = study.attach(compressor)
     try:
-        return converse(study, task, small, [both[place] for place in places])
+        return converse(study, task, compressed, [both[place] for place in places])
     finally:
-        small.detach()
+        compressed.detach()
 
 
-def converse(study: Study, task: Task, small: CompressedModel, some: Sequence[tuple[Sample, Sample]]) -> list[Record]:
+def converse(
+    study: Study, task: Task, compressed: CompressedModel, some: Sequence[tuple[Sample, Sample]]
+) -> list[Record]:
     """The answers to the second questions of pairs, with that to the first as `first`."""
-    inputs = study.asker.inputs([first.load() for first, _ in some], [first.question for first, _ in some])
+    inputs = study.answerer.inputs([first.load() for first, _ in some], [first.question for first, _ in some])
     generate: dict[str, Any] = {"max_new_tokens": task.max_new_tokens, "do_sample": False, "cache": DynamicCache()}
     with torch.inference_mode():
-        told = small.generate(**inputs, **generate)[:, inputs["input_ids"].shape[1] :]
-        pictures = {picture.row: picture for picture in small.report.pictures}
+        told = compressed.generate(**inputs, **generate)[:, inputs["input_ids"].shape[1] :]
+        images = {image.row: image for image in compressed.report.images}
         new = _second_prompts(study, told, [second.question for _, second in some])
-        more = small.generate(**new, **generate)[:, new["input_ids"].shape[1] :]
+        more = compressed.generate(**new, **generate)[:, new["input_ids"].shape[1] :]
     out = []
     answers = [study.processor.batch_decode(ids, skip_special_tokens=True) for ids in (told, more)]
     for row, (pair, said, then) in enumerate(zip(some, *answers, strict=True)):
-        counts = list(pictures[row].by_layer)
+        counts = list(images[row].by_layer)
         first = {"given": said.strip(), "score": task.metric.score(said.strip(), pair[0].answers)}
         out.append({"given": then.strip(), "visual_tokens_by_layer": counts, "first": first})
     return out
@@ -203,22 +205,27 @@ def replay(study: Study, task: Task, compressor: FastV, some: Sequence[tuple[Sam
         # A compressor is asked about each grid of a batch by itself, and would not know whose tokens those are.
         return [record for pair in some for record in replay(study, task, compressor, [pair])]
     seconds = [second for _, second in some]
-    with Replayed(layer=compressor.layer, kept=torch.cat(list(map(left, reports)))).on(study.model) as small:
-        answers = study.asker.answer(
-            small, [second.load() for second in seconds], [second.question for second in seconds], task.max_new_tokens
+    with Replayed(layer=compressor.layer, kept=torch.cat(list(map(left, reports)))).on(study.model) as compressed:
+        answers = study.answerer.answer(
+            compressed,
+            [second.load() for second in seconds],
+            [second.question for second in seconds],
+            task.max_new_tokens,
         )
     return [{"given": answer.text, "visual_tokens_by_layer": list(answer.by_layer)} for answer in answers]
 
 
-def kept_for(study: Study, compressor: FastV, samples: Sequence[Sample]) -> list[PictureReport]:
-    """What became of the samples' pictures, each asked its own question."""
-    with compressor.on(study.model) as small:
-        study.asker.answer(small, [sample.load() for sample in samples], [sample.question for sample in samples], 1)
-        return list(small.report.pictures)
+def kept_for(study: Study, compressor: FastV, samples: Sequence[Sample]) -> list[ImageReport]:
+    """What became of the samples' images, each asked its own question."""
+    with compressor.on(study.model) as compressed:
+        study.answerer.answer(
+            compressed, [sample.load() for sample in samples], [sample.question for sample in samples], 1
+        )
+        return list(compressed.report.images)
 
 
-def left(report: PictureReport) -> Bool[Tensor, "1 tokens"]:
-    """Which of the tokens that a picture brought to the LLM were left of it."""
+def left(report: ImageReport) -> Bool[Tensor, "1 tokens"]:
+    """Which of the tokens that an image brought to the LLM were left of it."""
     assert report.token_map is not None  # only a resampler leaves none
     return report.token_map.group[:, -report.before :] >= 0
 

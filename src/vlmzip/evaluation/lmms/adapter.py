@@ -3,7 +3,7 @@
     python -m lmms_eval --model vlmzip --model_args "pretrained=DIR,method=visionzip(keep=64)" --tasks pope
 
     from lmms_eval.evaluator import simple_evaluate
-    simple_evaluate(model=CompressedForLmms(small, processor, batch_size=8), tasks=["pope"])
+    simple_evaluate(model=CompressedForLmms(compressed, processor, batch_size=8), tasks=["pope"])
 
 Whatever breaks ends the run. lmms-eval's own adapters log an exception and hand back an empty answer, so that a broken
 method gets a low score instead of an error.
@@ -31,7 +31,7 @@ from vlmzip import spec
 from vlmzip.cli.loading import load, note
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, reason, telling_beyond_positions
-from vlmzip.evaluation.answering import Answer, Asker
+from vlmzip.evaluation.answering import Answer, Answerer
 from vlmzip.evaluation.lmms.requests import (
     NO_LIKELIHOODS,
     AnswerFailed,
@@ -70,7 +70,7 @@ class Costs(TokenCounts):
 
 
 @dataclass(frozen=True)
-class Question:
+class LmmsQuestion:
     """One request: where it stands among the others, what is asked, and how the answer is generated."""
 
     place: int
@@ -81,16 +81,16 @@ class Question:
 class CompressedForLmms(lmms):
     """Any model that `attach` returned (or any plain one, as `NoCompression().on(model)`), for lmms-eval."""
 
-    is_simple = False  # tasks hand over messages, not a text and pictures
+    is_simple = False  # tasks hand over messages, not a text and images
 
-    def __init__(self, small: CompressedModel, processor: Any, batch_size: int = 1) -> None:
+    def __init__(self, compressed: CompressedModel, processor: Any, batch_size: int = 1) -> None:
         """Raises `UserError` for a batch size below 1."""
         super().__init__()
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}: give at least 1")
-        self.small, self.batch_size = small, batch_size
-        self.asker = Asker(adapter_for(small.inner), processor)
-        self.device = self.asker.adapter.model.device
+        self.compressed, self.batch_size = compressed, batch_size
+        self.answerer = Answerer(adapter_for(compressed.inner), processor)
+        self.device = self.answerer.adapter.model.device
         self.ends_process = False
         self._noted: set[str] = set()
 
@@ -118,7 +118,7 @@ class CompressedForLmms(lmms):
         compressor = _compressor(name, settings.get("method"))
         device = Processes().device(settings.get("device"))
         loaded = load(name, device, settings.get("dtype"))
-        small, notes = attach_saved(loaded.model, compressor.placed(loaded.adapter.profile()), name)
+        compressed, notes = attach_saved(loaded.model, compressor.placed(loaded.adapter.profile()), name)
         for said in notes:
             note(said)
         try:
@@ -127,7 +127,7 @@ class CompressedForLmms(lmms):
             raise UserError(
                 f"batch_size={settings['batch_size']!r}: give a number, there are no automatic ones"
             ) from None
-        return cls(small, loaded.processor, batch_size)
+        return cls(compressed, loaded.processor, batch_size)
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """The answers in the order of the requests."""
@@ -161,13 +161,13 @@ class CompressedForLmms(lmms):
 
     # ---------------------------------------------------------------- one batch
 
-    def _question(self, place: int, request: Instance) -> Question:
+    def _question(self, place: int, request: Instance) -> LmmsQuestion:
         _, doc_to_messages, settings, doc_id, task, split = request.args
         chat = self._read(doc_to_messages(self.task_dict[task][split][doc_id]))
-        return Question(place, chat, self._generation(settings))
+        return LmmsQuestion(place, chat, self._generation(settings))
 
     def _read(self, messages: Any) -> Chat:
-        placeholders = {"<image>", getattr(self.asker.processor, "image_token", "<image>")}
+        placeholders = {"<image>", getattr(self.answerer.processor, "image_token", "<image>")}
         return read_chat(messages, sorted(placeholders))
 
     def _generation(self, settings: Mapping[str, Any]) -> Generation:
@@ -178,20 +178,20 @@ class CompressedForLmms(lmms):
                 print(f"note: the task's generation setting {name!r} means nothing here", file=sys.stderr)
         return generation
 
-    def _answer(self, questions: Sequence[Question]) -> Iterator[tuple[int, GenerationResult]]:
-        """Asks what can be asked together: questions with equally many pictures, to be answered in the same way."""
+    def _answer(self, questions: Sequence[LmmsQuestion]) -> Iterator[tuple[int, GenerationResult]]:
+        """Asks what can be asked together: questions with equally many images, to be answered in the same way."""
         order = sorted(questions, key=_kind)
         for _, alike in groupby(order, key=_kind):
             group = list(alike)
             how = group[0].generation
             prompts = [self._prompt(one.chat) for one in group]
-            pictures = [one.chat.pictures for one in group]
-            answers = self.asker.answer_prompts(self.small, prompts, pictures, **how.arguments)
+            images = [one.chat.images for one in group]
+            answers = self.answerer.answer_prompts(self.compressed, prompts, images, **how.arguments)
             for one, answer in zip(group, answers, strict=True):
                 yield one.place, GenerationResult(how.cut(answer.text), _costs(answer))
 
     def _prompt(self, chat: Chat) -> str:
-        return conversation_prompt(self.asker.adapter, self.asker.processor, chat.messages)
+        return conversation_prompt(self.answerer.adapter, self.answerer.processor, chat.messages)
 
     def _rounds(self, request: Instance) -> list[str]:
         """Each round is a conversation of its own, made by the task from the answers so far, until it says stop."""
@@ -200,7 +200,7 @@ class CompressedForLmms(lmms):
         said: list[str] = []
         messages, state, done = doc_to_messages(doc), None, False
         while not done:
-            (_, result), *_ = self._answer([Question(0, self._read(messages), how)])
+            (_, result), *_ = self._answer([LmmsQuestion(0, self._read(messages), how)])
             said.append(result.text)
             step = doc_to_messages(doc, round_idx=len(said), previous_output=list(said), previous_round_info=state)
             if not (isinstance(step, tuple) and len(step) == 4):
@@ -245,9 +245,9 @@ def _naming(requests: Sequence[Instance]) -> Iterator[None]:
         raise AnswerFailed(f"{where}: {reason(error)}") from error
 
 
-def _kind(question: Question) -> tuple[int, str]:
+def _kind(question: LmmsQuestion) -> tuple[int, str]:
     how = question.generation
-    return len(question.chat.pictures), json.dumps([how.arguments, how.until], sort_keys=True, default=str)
+    return len(question.chat.images), json.dumps([how.arguments, how.until], sort_keys=True, default=str)
 
 
 def _costs(answer: Answer) -> Costs:

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from vlmzip.errors import UserError, closest
-from vlmzip.runtime.pictures import load_picture
+from vlmzip.runtime.images import load_image
 
 #: What can stand in `--model_args`.
 SETTINGS = ("pretrained", "method", "device", "dtype", "batch_size", "max_batch_size")
@@ -107,41 +107,41 @@ def read_generation(settings: Mapping[str, Any] | None) -> Generation:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation as chat templates take it, and its pictures in order."""
+    """A conversation as chat templates take it, and its images in order."""
 
     messages: list[dict[str, Any]]
-    pictures: list[Image.Image]
+    images: list[Image.Image]
 
 
 def read_chat(messages: Sequence[Mapping[str, Any]], placeholders: Sequence[str]) -> Chat:
-    """What a task's `doc_to_messages` returns: turns with texts and pictures in any order.
+    """What a task's `doc_to_messages` returns: turns with texts and images in any order.
 
-    Raises `UserError` for videos and sound, for what is no picture, and for text that holds one of the placeholders,
-    which would bring in a picture that is not there.
+    Raises `UserError` for videos and sound, for what is no image, and for text that holds one of the placeholders,
+    which would bring in an image that is not there.
     """
     turns: list[dict[str, Any]] = []
-    pictures: list[Image.Image] = []
+    images: list[Image.Image] = []
     for message in messages:
         content = message["content"]
         parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        turns.append({"role": message["role"], "content": [_part(part, pictures, placeholders) for part in parts]})
-    return Chat(turns, pictures)
+        turns.append({"role": message["role"], "content": [_part(part, images, placeholders) for part in parts]})
+    return Chat(turns, images)
 
 
-def _part(part: Mapping[str, Any], pictures: list[Image.Image], placeholders: Sequence[str]) -> dict[str, Any]:
+def _part(part: Mapping[str, Any], images: list[Image.Image], placeholders: Sequence[str]) -> dict[str, Any]:
     kind = part["type"]
     if kind == "image":
-        pictures.append(_picture(part.get("url", part.get("image"))))
+        images.append(_image(part.get("url", part.get("image"))))
         return {"type": "image"}
     if kind != "text":
-        raise UserError(f"a question with {kind} in it: vlmzip compresses pictures, and supports no {kind} yet")
+        raise UserError(f"a question with {kind} in it: vlmzip compresses images, and supports no {kind} yet")
     for placeholder in placeholders:
         if placeholder in part["text"]:
-            raise UserError(f"the text {part['text'][:80]!r} holds {placeholder}, which stands for a picture")
+            raise UserError(f"the text {part['text'][:80]!r} holds {placeholder}, which stands for an image")
     return {"type": "text", "text": part["text"]}
 
 
-def _picture(given: Any) -> Image.Image:
+def _image(given: Any) -> Image.Image:
     if isinstance(given, Image.Image | str | PathLike):
-        return load_picture(given)
+        return load_image(given)
     raise UserError(f"{type(given).__name__} is not an image: a task must give Pillow images or paths")

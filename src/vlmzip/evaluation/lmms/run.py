@@ -23,7 +23,7 @@ from typing import Any
 from vlmzip import spec
 from vlmzip.cli.loading import Loaded
 from vlmzip.errors import UserError, reason
-from vlmzip.evaluation.answering import Asker
+from vlmzip.evaluation.answering import Answerer
 from vlmzip.evaluation.configurations import Configuration, Configurator, plain_json, read_calibrated
 from vlmzip.evaluation.fingerprint import of_files, of_method, of_model, of_name, refuse_changed
 from vlmzip.evaluation.lmms.requests import NO_LIKELIHOODS, AnswerFailed
@@ -31,7 +31,7 @@ from vlmzip.evaluation.lmms.suites import NO_JUDGE, Benchmark, Suite, has_judge,
 from vlmzip.evaluation.metrics import METRICS
 from vlmzip.evaluation.records import is_count, is_number, is_text
 from vlmzip.evaluation.study import attach_alike, file_stem, slug
-from vlmzip.evaluation.task import Calibration, Task
+from vlmzip.evaluation.task import CalibrationSet, Task
 from vlmzip.files import write_text
 from vlmzip.json_text import read_json
 from vlmzip.measure.machine import about
@@ -105,18 +105,22 @@ class SuiteRun:
         }
 
     def configure(
-        self, methods: Sequence[Candidate], budgets: Sequence[str], calibration: Calibration | None, uncalibrated: str
+        self,
+        methods: Sequence[Candidate],
+        budgets: Sequence[str],
+        calibration: CalibrationSet | None,
+        uncalibrated: str,
     ) -> list[Configuration]:
         """The uncompressed model and all methods at all budgets; notes in the folder what it holds.
 
-        Budgets are set for pictures of the model's own size, once for all benchmarks. Raises `UserError` where the
+        Budgets are set for images of the model's own size, once for all benchmarks. Raises `UserError` where the
         folder holds results of another model, or to another number of questions.
         """
         known = self._known()
         loaded = self.loaded
         configurator = Configurator(
             loaded.model,
-            Asker(loaded.adapter, loaded.processor),
+            Answerer(loaded.adapter, loaded.processor),
             loaded.name,
             read_calibrated(self.folder / FILE, known),
         )
@@ -187,11 +191,11 @@ class SuiteRun:
         key = file_stem(one)
         if key not in self._methods:
             assert one.compressor is not None
-            small = attach_alike(self.loaded.model, one.compressor, self.loaded.name)
+            compressed = attach_alike(self.loaded.model, one.compressor, self.loaded.name)
             try:
-                self._methods[key] = of_method(small)
+                self._methods[key] = of_method(compressed)
             finally:
-                small.detach()
+                compressed.detach()
         return self._methods[key]
 
     def _path(self, task: str, one: Configuration) -> Path:
@@ -202,14 +206,14 @@ class SuiteRun:
 
         assert one.compressor is not None
         written, told = spec.write(one.compressor), self._method(one)
-        small = attach_alike(self.loaded.model, one.compressor, self.loaded.name)
+        compressed = attach_alike(self.loaded.model, one.compressor, self.loaded.name)
         try:
-            model = CompressedForLmms(small, self.loaded.processor, self.batch)
+            model = CompressedForLmms(compressed, self.loaded.processor, self.batch)
             found, samples = self._ask(benchmark.task, model)
         except AnswerFailed as error:
             raise AnswerFailed(f"{written} broke on {error}") from error
         finally:
-            small.detach()
+            compressed.detach()
         _check_judged(benchmark, samples)
         return {
             "task": benchmark.task,
@@ -302,7 +306,7 @@ def _request(sample: Found) -> Found:
 
 
 def _costs(samples: Sequence[Found]) -> Found:
-    """Means over the questions that a picture was in; nothing where no costs are known, as in several rounds."""
+    """Means over the questions that an image was in; nothing where no costs are known, as in several rounds."""
     costs = [sample["token_counts"][0] for sample in samples if sample["token_counts"] and sample["token_counts"][0]]
     costs = [cost for cost in costs if cost["visual_tokens"]]
     if not costs:

@@ -9,12 +9,12 @@ from typing import Any
 
 from vlmzip.evaluation.configurations import Configuration
 from vlmzip.evaluation.lmms.suites import GUESSES, Benchmark, Suite, has_judge
-from vlmzip.evaluation.papers import Measured
+from vlmzip.evaluation.papers import MeasuredScore
 from vlmzip.files import write_csv
 
 
 @dataclass(frozen=True)
-class Row:
+class ScoreRow:
     """One benchmark under one configuration."""
 
     benchmark: Benchmark
@@ -41,7 +41,7 @@ class Column:
     """A configuration with all its benchmarks."""
 
     configuration: Configuration
-    rows: Sequence[Row] = ()
+    rows: Sequence[ScoreRow] = ()
     """None where the configuration cannot be, and then its note says why."""
     average: float | None = None
     plain_average: float | None = None
@@ -84,7 +84,9 @@ def _column(
         reason = left_out(benchmark)
         found = None if reason else look(benchmark, one)
         score = _score(benchmark, found)
-        rows.append(Row(benchmark, score, plain.get(benchmark.name), found or {}, reason or _note(benchmark, found)))
+        rows.append(
+            ScoreRow(benchmark, score, plain.get(benchmark.name), found or {}, reason or _note(benchmark, found))
+        )
     scores = {row.benchmark.name: row.score for row in rows if row.score is not None}
     base = {name: score for name, score in plain.items() if score is not None and name in scores}
     return Column(one, rows, suite.mean(scores, base), suite.mean(base, base))
@@ -100,21 +102,21 @@ def _note(benchmark: Benchmark, found: Mapping[str, Any] | None) -> str:
     return "; ".join(filter(None, [benchmark.note, guessed]))
 
 
-def measured(suite: Suite, column: Column, model: str) -> list[Measured]:
+def measured(suite: Suite, column: Column, model: str) -> list[MeasuredScore]:
     """A column as papers print theirs: each benchmark, and the suite's average."""
     if column.configuration.compressor is None:
         return []
     method = column.configuration.compressor.name()
     ran = [row for row in column.rows if row.score is not None and row.found.get("retention") is not None]
-    found = [Measured(model, method, row.benchmark.name, row.score or 0.0, *_kept([row])) for row in ran]
+    found = [MeasuredScore(model, method, row.benchmark.name, row.score or 0.0, *_kept([row])) for row in ran]
     if column.average is not None and ran:
         metric = "relative score" if suite.average == "relative scores" else "score"
         name = f"average of {column.averaged}"
-        found.append(Measured(model, method, name, column.average, *_kept(ran), metric=metric))
+        found.append(MeasuredScore(model, method, name, column.average, *_kept(ran), metric=metric))
     return found
 
 
-def _kept(rows: Sequence[Row]) -> tuple[float, float]:
+def _kept(rows: Sequence[ScoreRow]) -> tuple[float, float]:
     """Visual tokens that were left of a question's, and their share: the mean over benchmarks."""
     shares = [row.found["retention"] for row in rows]
     tokens = [row.found["visual_tokens"] * row.found["retention"] for row in rows]

@@ -1,22 +1,22 @@
 """The numbers that papers print, as data: to put beside one's own, and to check against each other.
 
-    from vlmzip.evaluation.papers import Measured, against, show
+    from vlmzip.evaluation.papers import MeasuredScore, against, show
 
-    mine = [Measured("llava-hf/llava-1.5-7b-hf", "visionzip", "GQA", 55.0, tokens=64)]
+    mine = [MeasuredScore("llava-hf/llava-1.5-7b-hf", "visionzip", "GQA", 55.0, tokens=64)]
     print(show(against("visionzip", mine)))
 
 One CSV file for each table lies in this folder; `Published` says what its columns mean.
 """
 
-from vlmzip.evaluation.papers.against import Comparison, Measured, against, show
+from vlmzip.evaluation.papers.against import MeasuredScore, PaperComparison, against, show
 from vlmzip.evaluation.papers.averages import Average, averages
 from vlmzip.evaluation.papers.published import CERTAINTIES, Published, papers, published
 
 __all__ = [
     "CERTAINTIES",
     "Average",
-    "Comparison",
-    "Measured",
+    "MeasuredScore",
+    "PaperComparison",
     "Published",
     "against",
     "averages",

@@ -27,7 +27,7 @@ BENCHMARKS = {
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredScore:
     """A number of one's own. Raises `UserError` where the budget is missing or is no share."""
 
     model: str
@@ -37,7 +37,7 @@ class Measured:
     value: float
     """In the paper's unit: percent, not a fraction."""
     tokens: float | None = None
-    """Visual tokens of one picture on average over the LLM's layers; or `retention`."""
+    """Visual tokens of one image on average over the LLM's layers; or `retention`."""
     retention: float | None = None
     """The share of them that is left, in (0, 1]."""
     metric: str = "score"
@@ -50,20 +50,20 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class PaperComparison:
     """A measured number and a published one; or, where there is none, the reason."""
 
-    measured: Measured
+    measured: MeasuredScore
     published: Published | None = None
     reason: str = ""
 
     @property
     def difference(self) -> float | None:
-        """Measured minus published, in the paper's unit; `None` without a published number."""
+        """MeasuredScore minus published, in the paper's unit; `None` without a published number."""
         return None if self.published is None else self.measured.value - self.published.value
 
 
-def against(paper: str, measured: Iterable[Measured]) -> list[Comparison]:
+def against(paper: str, measured: Iterable[MeasuredScore]) -> list[PaperComparison]:
     """Each measured number with every published one for its model, method, budget and benchmark.
 
     There can be several, which differ in their setting (tuned or not) or source; those that others measured come last.
@@ -74,7 +74,7 @@ def against(paper: str, measured: Iterable[Measured]) -> list[Comparison]:
     return [comparison for mine in measured for comparison in _compared(mine, rows)]
 
 
-def show(comparisons: Sequence[Comparison], markdown: bool = False) -> str:
+def show(comparisons: Sequence[PaperComparison], markdown: bool = False) -> str:
     """Paper, measured and difference as a table, and beneath it what has no published number."""
     columns = ["model", "method", "setting", "tokens", "benchmark", "paper", "measured", "difference", "source"]
     matched = [_cells(c, c.published) for c in comparisons if c.published is not None]
@@ -85,7 +85,7 @@ def show(comparisons: Sequence[Comparison], markdown: bool = False) -> str:
     return "\n".join(lines)
 
 
-def _compared(mine: Measured, rows: Sequence[Published]) -> list[Comparison]:
+def _compared(mine: MeasuredScore, rows: Sequence[Published]) -> list[PaperComparison]:
     """Narrows the rows step by step, so that the step that leaves none gives the reason."""
     full = _full_count(rows, mine.model)
     paper = rows[0].paper
@@ -101,12 +101,12 @@ def _compared(mine: Measured, rows: Sequence[Published]) -> list[Comparison]:
         if not rows:
             what = "budget" if what == "keep" else what
             listed = f"; it has {', '.join(there)}" if there else ""
-            return [Comparison(mine, reason=f"{paper} has no {mine.metric} for this {what}{listed}")]
+            return [PaperComparison(mine, reason=f"{paper} has no {mine.metric} for this {what}{listed}")]
     own_first = sorted(rows, key=lambda row: row.certainty == "measured by others")
-    return [Comparison(mine, row) for row in own_first]
+    return [PaperComparison(mine, row) for row in own_first]
 
 
-def _same_budget(keep: str, mine: Measured, full: float | None) -> bool:
+def _same_budget(keep: str, mine: MeasuredScore, full: float | None) -> bool:
     """Whether a printed budget, a count or a share, is the measured one."""
     if not keep:
         return False
@@ -140,7 +140,7 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _cells(comparison: Comparison, row: Published) -> list[str]:
+def _cells(comparison: PaperComparison, row: Published) -> list[str]:
     mine, places = comparison.measured, max(row.decimals, 1)
     return [
         row.model,
@@ -155,7 +155,7 @@ def _cells(comparison: Comparison, row: Published) -> list[str]:
     ]
 
 
-def _named(mine: Measured) -> str:
+def _named(mine: MeasuredScore) -> str:
     budget = f"{mine.tokens:g} tokens" if mine.tokens is not None else f"{mine.retention:.1%}"
     return f"{mine.model}, {mine.method}, {budget}, {mine.benchmark} = {mine.value:g}"
 

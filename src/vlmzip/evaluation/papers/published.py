@@ -36,7 +36,7 @@ class Published:
     setting: str
     """What sets the row apart: `layer=2; stride=8; retrained`."""
     keep: str
-    """Visual tokens of one picture (or video) on average over the LLM's layers, or a share of them, such as `70%`.
+    """Visual tokens of one image (or video) on average over the LLM's layers, or a share of them, such as `70%`.
     FastV and SparseVLM: as their authors count. Empty where it is not known."""
     benchmark: str
     """Empty for what belongs to no benchmark. `average of 11` says over how many."""

@@ -1,4 +1,4 @@
-"""The pictures and questions: the same everywhere, fair, and with answers that follow from what is drawn."""
+"""The images and questions: the same everywhere, fair, and with answers that follow from what is drawn."""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from vlmzip.mini.assets import SHIPPED, shipped_assets
-from vlmzip.mini.dice import Dice
 from vlmzip.mini.drawing import draw
 from vlmzip.mini.questions import ask, ask_all
+from vlmzip.mini.rng import Rng
 from vlmzip.mini.scene import SIDE, Scene, Thing, make_dense_scene, make_scene
 from vlmzip.mini.splits import (
     EXAMPLES,
@@ -32,18 +32,18 @@ SCENES = [make_scene(seed) for seed in range(600)]
 PATCH = 8
 
 
-def test_pictures_of_the_test_split_have_not_changed() -> None:
+def test_images_of_the_test_split_have_not_changed() -> None:
     digest = hashlib.sha256()
     for seed in TEST[:30]:
         digest.update(draw(make_scene(seed), shipped_assets("test")).tobytes())
-    assert digest.hexdigest() == PICTURES_DIGEST
+    assert digest.hexdigest() == IMAGES_DIGEST
 
 
 def test_questions_of_the_fixed_splits_have_not_changed() -> None:
     digest = hashlib.sha256()
     for split in (validation_split(), test_split()):
         for sample in split:
-            line = f"{sample.picture}|{sample.type}|{sample.level}|{sample.question}|{sample.answer}\n"
+            line = f"{sample.seed}|{sample.type}|{sample.level}|{sample.question}|{sample.answer}\n"
             digest.update(line.encode())
     assert digest.hexdigest() == QUESTIONS_DIGEST
 
@@ -60,7 +60,7 @@ def test_training_seeds_stay_in_their_range_and_never_repeat(seeds: range) -> No
     first = [train_seed(seeds, index) for index in range(1000)]
     assert len(set(first)) == len(first)
     assert all(seed in seeds for seed in first)
-    # The shipped run draws fewer pictures than this.
+    # The shipped run draws fewer images than this.
     assert train_seed(seeds, 400_000) in seeds
 
 
@@ -152,8 +152,8 @@ def test_ground_gets_busier_level_by_level() -> None:
     assets = shipped_assets("validation")
     spread = defaultdict(list)
     for scene in SCENES[:90]:
-        picture = draw(scene, assets).astype(float).mean(-1)
-        patches = picture.reshape(12, 8, 12, 8).transpose(0, 2, 1, 3).reshape(144, 64)
+        image = draw(scene, assets).astype(float).mean(-1)
+        patches = image.reshape(12, 8, 12, 8).transpose(0, 2, 1, 3).reshape(144, 64)
         spread[scene.level].append((patches.std(1) > 4).mean())
     busy = [float(np.mean(spread[level])) for level in LEVELS]
     assert busy[0] < 0.4 < 0.7 < busy[2]
@@ -216,25 +216,25 @@ def _found_again(scene: Scene, question_type: str, text: str) -> str:
 def test_answers_follow_from_the_scene(question_type: str) -> None:
     asked = 0
     for scene in SCENES:
-        question = ask(scene, Dice(scene.seed), question_type)
+        question = ask(scene, Rng(scene.seed), question_type)
         if question is not None:
             asked += 1
             assert _found_again(scene, question_type, question.text) == question.answer, (scene, question)
     assert asked > len(SCENES) // 2
 
 
-def test_questions_about_a_picture_are_of_different_types() -> None:
+def test_questions_about_an_image_are_of_different_types() -> None:
     for scene in SCENES[:100]:
         types = [question.type for question in questions_of(scene)]
         assert len(set(types)) == len(types)
-        assert len(ask_all(scene, Dice(1), 9)) >= len(types)
+        assert len(ask_all(scene, Rng(1), 9)) >= len(types)
 
 
 def test_no_to_exist_is_a_hard_no() -> None:
-    """The color and the shape of a thing that is not there are both in the picture, nearly always."""
+    """The color and the shape of a thing that is not there are both in the image, nearly always."""
     hard = []
     for scene in SCENES:
-        question = ask(scene, Dice(scene.seed), "exist")
+        question = ask(scene, Rng(scene.seed), "exist")
         assert question is not None
         if question.answer == "no":
             color, name = question.text.rstrip(" ?").split()[-2:]
@@ -269,5 +269,5 @@ def test_targets_spell_the_number() -> None:
     assert rows == {tuple([int(digit) for digit in name] + [10] * (3 - len(name)))}
 
 
-PICTURES_DIGEST = "47633d4e8eb42a67c4828c051e6ef56399a7b98e6afbb4ff440465b5da1f5cce"
+IMAGES_DIGEST = "47633d4e8eb42a67c4828c051e6ef56399a7b98e6afbb4ff440465b5da1f5cce"
 QUESTIONS_DIGEST = "503fa9ed55b46f9dde0a571460efb880d4218ff29511aca2f66983d4d32a2a65"

@@ -21,12 +21,12 @@ from PIL import Image, ImageOps, TiffImagePlugin, features
 import vlmzip
 from tests.tiny import tiny_llava, tiny_processor
 from vlmzip import DFMR, calibrate
-from vlmzip.cli.pictures import load_picture as load_in_cli
+from vlmzip.cli.images import load_image as load_in_cli
 from vlmzip.errors import UserError
 from vlmzip.evaluation.folder import folder_task
 from vlmzip.evaluation.lmms.requests import read_chat
-from vlmzip.runtime.pictures import ImageError, load_picture
-from vlmzip.training.records import BadRecord, Record, Turn
+from vlmzip.runtime.images import ImageError, load_image
+from vlmzip.training.records import BadRecord, TrainingRecord, Turn
 
 #: Each format with the modes that it can hold.
 FORMATS = {
@@ -46,12 +46,12 @@ def draw(mode, size=(40, 24)):
     """Something without any symmetry, half of it see-through where the mode can be."""
     rows, cols = np.mgrid[: size[1], : size[0]]
     values = np.stack([4 * cols, 6 * rows, 255 - 3 * cols, np.where(cols < size[0] // 2, 255, 40)], -1) % 256
-    picture = Image.fromarray(values.astype(np.uint8), "RGBA")
+    image = Image.fromarray(values.astype(np.uint8), "RGBA")
     if mode == "I;16":
         return Image.fromarray((values[..., 0] * 257).astype(np.uint16))
     if mode == "LAB":
-        return Image.merge("LAB", picture.convert("RGB").split())
-    return picture if mode == "RGBA" else picture.convert("RGB" if mode in ("P", "CMYK") else "RGBA").convert(mode)
+        return Image.merge("LAB", image.convert("RGB").split())
+    return image if mode == "RGBA" else image.convert("RGB" if mode in ("P", "CMYK") else "RGBA").convert(mode)
 
 
 def save(folder, suffix, mode, size=(40, 24), orientation=None):
@@ -76,16 +76,16 @@ def evaluated(path):
 
 
 def trained_on(path):
-    (picture,) = Record("", (Turn("<image>", "!"),), (path.name,)).load_pictures(path.parent)
-    return picture
+    (image,) = TrainingRecord("", (Turn("<image>", "!"),), (path.name,)).load_images(path.parent)
+    return image
 
 
 def handed_over(how, path):
     """By a task of lmms-eval: a path, or what Pillow has opened."""
     given = Image.open(path) if how == "opened" else str(path)
     messages = [{"role": "user", "content": [{"type": "image", "url": given}]}]
-    (picture,) = read_chat(messages, ["<image>"]).pictures
-    return picture
+    (image,) = read_chat(messages, ["<image>"]).images
+    return image
 
 
 READERS = {
@@ -134,9 +134,9 @@ def test_calibration_sees_what_is_asked_about(tmp_path):
     processor, model = tiny_processor("llava"), tiny_llava()
     seen = []
 
-    def watched(pictures, **settings):
-        seen.extend(pictures)
-        return processor.image_processor(pictures, **settings)
+    def watched(images, **settings):
+        seen.extend(images)
+        return processor.image_processor(images, **settings)
 
     for images in (paths, [Image.open(path) for path in paths]):
         seen.clear()
@@ -144,16 +144,16 @@ def test_calibration_sees_what_is_asked_about(tmp_path):
         assert all(same(one, asked(path)) for one, path in zip(seen, paths, strict=True))
 
 
-def test_a_thin_picture_is_squeezed_wherever_it_comes_from(tmp_path):
+def test_a_thin_image_is_squeezed_wherever_it_comes_from(tmp_path):
     path = save(tmp_path, "png", "RGB", (4000, 5))
-    assert {READERS[name](path).size for name in READERS} == {(160, 5)} == {load_picture(Image.open(path)).size}
+    assert {READERS[name](path).size for name in READERS} == {(160, 5)} == {load_image(Image.open(path)).size}
 
 
 def test_an_animation_is_its_first_frame(tmp_path):
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "lime", "blue")]
     for suffix in ("gif", "png", "webp", "tiff"):
         frames[0].save(tmp_path / f"a.{suffix}", save_all=True, append_images=frames[1:])
-        red, green, blue = load_picture(tmp_path / f"a.{suffix}").getpixel((4, 4))
+        red, green, blue = load_image(tmp_path / f"a.{suffix}").getpixel((4, 4))
         assert red > 250 > 5 > green + blue - 4, suffix
 
 
@@ -162,19 +162,19 @@ def test_a_profile_changes_nothing(tmp_path):
 
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
     draw("RGB").save(tmp_path / "profile.png", icc_profile=profile)
-    assert same(load_picture(tmp_path / "profile.png"), draw("RGB"))
+    assert same(load_image(tmp_path / "profile.png"), draw("RGB"))
 
 
 @pytest.mark.parametrize("mode", ["RGBa", "La"])
 def test_premultiplied_colours_lie_on_white_too(mode):
     straight = {"RGBa": "RGBA", "La": "LA"}[mode]
     clear = Image.new(straight, (2, 2), (0,) * len(straight)).convert(mode)
-    assert load_picture(clear).getpixel((0, 0)) == (255, 255, 255)
+    assert load_image(clear).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_the_transparent_value_of_sixteen_bits_is_white(tmp_path):
     Image.fromarray(np.array([[7, 30000]], dtype=np.uint16)).save(tmp_path / "p.png", transparency=7)
-    assert [pixel[0] for pixel in map(load_picture(tmp_path / "p.png").getpixel, [(0, 0), (1, 0)])] == [255, 117]
+    assert [pixel[0] for pixel in map(load_image(tmp_path / "p.png").getpixel, [(0, 0), (1, 0)])] == [255, 117]
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])
@@ -188,14 +188,14 @@ def test_the_transparent_value_of_few_bits_is_white(tmp_path, bits):
     header = struct.pack(">IIBBBBB", 2, 1, bits, 0, 0, 0, 0)
     parts = ((b"IHDR", header), (b"tRNS", struct.pack(">H", 1)), (b"IDAT", zlib.compress(row)), (b"IEND", b""))
     (tmp_path / "p.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts))
-    image = load_picture(tmp_path / "p.png")
+    image = load_image(tmp_path / "p.png")
     assert [image.getpixel((x, 0)) for x in (0, 1)] == [(0, 0, 0), (255, 255, 255)]
 
 
 def test_what_pillow_has_opened_is_left_as_it_was(tmp_path):
     path = save(tmp_path, "jpg", "RGB", orientation=6)
     with Image.open(path) as opened:
-        load_picture(opened)
+        load_image(opened)
         assert (opened.size, opened.getexif()[0x0112]) == ((40, 24), 6)
 
 
@@ -221,7 +221,7 @@ def test_what_was_opened_in_spite_of_a_warning_is_refused(tmp_path, monkeypatch)
     opened = Image.open(bomb(tmp_path))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200_000)
     with pytest.raises(UserError, match="more than 200,000 pixels"):
-        load_picture(opened)
+        load_image(opened)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_a_broken_avif_is_one_line(tmp_path):
     for place in range(start + 4, len(whole)):
         path.write_bytes(whole[:place] + b"\0" * (len(whole) - place))
         try:
-            load_picture(path)
+            load_image(path)
         except UserError as error:
             found.add(str(error))
     assert any("decode" in said for said in found), found
@@ -275,27 +275,27 @@ def test_a_broken_avif_is_one_line(tmp_path):
 )
 def test_what_is_no_file_is_said_in_a_short_line(tmp_path, name, said, kind):
     with pytest.raises(ImageError, match=re.escape(said)) as told:
-        load_picture(tmp_path / name)
+        load_image(tmp_path / name)
     assert len(str(told.value)) < 400
     with pytest.raises(BadRecord, match=f"^an image {re.escape(kind)}$"):
-        Record("", (Turn("<image>", "!"),), (name,)).load_pictures(tmp_path)
+        TrainingRecord("", (Turn("<image>", "!"),), (name,)).load_images(tmp_path)
 
 
 def test_an_empty_path_is_said():
     with pytest.raises(ImageError, match="the path of an image is empty"):
-        load_picture("")
+        load_image("")
 
 
 def test_broken_exif_says_nothing_about_the_pixels(tmp_path):
     draw("RGB").save(tmp_path / "p.png", exif=b"Exif\0\0no TIFF header")
     with pytest.raises(SyntaxError, match="not a TIFF file"):
         ImageOps.exif_transpose(Image.open(tmp_path / "p.png"))
-    assert same(load_picture(tmp_path / "p.png"), draw("RGB"))
+    assert same(load_image(tmp_path / "p.png"), draw("RGB"))
 
 
 def broken_files(seed, count):
     """Files of every format with some bytes changed, or cut short."""
-    dice = random.Random(seed)
+    rng = random.Random(seed)
     whole = []
     for suffix, modes in FORMATS.items():
         for mode in modes:
@@ -308,10 +308,10 @@ def broken_files(seed, count):
                     continue  # a compression that does not take the mode
                 whole.append(buffer.getvalue())
     for _ in range(count):
-        data = bytearray(dice.choice(whole))
-        for _ in range(dice.choice([1, 3, 10])):
-            data[dice.randrange(min(len(data), dice.choice([40, 200, 100_000])))] = dice.randrange(256)
-        yield bytes(data[: dice.randrange(1, len(data))] if dice.random() < 0.3 else data)
+        data = bytearray(rng.choice(whole))
+        for _ in range(rng.choice([1, 3, 10])):
+            data[rng.randrange(min(len(data), rng.choice([40, 200, 100_000])))] = rng.randrange(256)
+        yield bytes(data[: rng.randrange(1, len(data))] if rng.random() < 0.3 else data)
 
 
 def test_broken_files_print_nothing_and_raise_nothing_else(tmp_path, capfd):
@@ -322,7 +322,7 @@ def test_broken_files_print_nothing_and_raise_nothing_else(tmp_path, capfd):
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             try:
-                load_picture(tmp_path / "file")
+                load_image(tmp_path / "file")
                 outcomes["read"] += 1
             except UserError as error:
                 outcomes["refused"] += 1
@@ -334,24 +334,24 @@ def test_broken_files_print_nothing_and_raise_nothing_else(tmp_path, capfd):
 
 
 def test_stderr_is_back_afterwards(tmp_path, capfd):
-    load_picture(save(tmp_path, "tiff", "RGB"))
+    load_image(save(tmp_path, "tiff", "RGB"))
     (tmp_path / "cut.tiff").write_bytes(save(tmp_path, "tiff", "RGB").read_bytes()[:-99])
     with pytest.raises(UserError):
-        load_picture(tmp_path / "cut.tiff")
+        load_image(tmp_path / "cut.tiff")
     os.write(2, b"still here")
     assert capfd.readouterr().err == "still here"
 
 
 def test_without_a_stderr_images_are_read_too(tmp_path):
     """The image's own file then has the number of stderr."""
-    code = "import sys; from vlmzip.runtime.pictures import load_picture as f; print(f(sys.argv[1]).size)"
+    code = "import sys; from vlmzip.runtime.images import load_image as f; print(f(sys.argv[1]).size)"
     command = f"exec '{sys.executable}' -c '{code}' '{save(tmp_path, 'tiff', 'RGB')}' 2>&-"
     assert subprocess.run(command, shell=True, stdout=subprocess.PIPE, text=True).stdout == "(40, 24)\n"
 
 
 def test_what_pillow_logs_is_not_printed_beside_ours(tmp_path):
     code = (
-        "import logging, vlmzip.runtime.pictures;"
+        "import logging, vlmzip.runtime.images;"
         " logging.getLogger('PIL.TiffImagePlugin').error('More samples per pixel than can be decoded')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -365,4 +365,4 @@ def test_no_file_of_the_user_is_read_in_another_way():
     folder = Path(vlmzip.__file__).parent
     found = {str(path.relative_to(folder)) for path in folder.rglob("*.py") if "Image.open(" in path.read_text()}
     own = {"evaluation/report.py", "visualize/histogram.py"}  # drawn by us into a buffer
-    assert found - own == {"runtime/pictures.py"}
+    assert found - own == {"runtime/images.py"}

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vlmzip.errors import UserError
 
-#: Processors that scale the short side up would turn a 20000 x 3 picture into gigabytes; beyond this it is squeezed.
+#: Processors that scale the short side up would turn a 20000 x 3 image into gigabytes; beyond this it is squeezed.
 LONGEST_TO_SHORTEST = 32
 #: Modes with alpha, and the modes whose colours are already multiplied with it.
 ALPHA, PREMULTIPLIED = ("RGBA", "LA", "PA"), {"RGBa": "RGBA", "La": "LA"}
@@ -38,7 +38,7 @@ class ImageError(UserError):
         self.kind = kind
 
 
-def load_picture(given: str | os.PathLike[str] | Image.Image) -> Image.Image:
+def load_image(given: str | os.PathLike[str] | Image.Image) -> Image.Image:
     """Return the image at a path, or one that Pillow has opened, as upright RGB.
 
     Raises `ImageError` for what cannot be read as one.
@@ -159,30 +159,30 @@ def _without_lines_of_libtiff(image: Image.Image) -> Iterator[None]:
             os.close(stderr)
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """8-bit RGB: alpha over white, more than 8 bits scaled down."""
-    if picture.mode.startswith("I") or picture.mode == "F":
-        return _from_many_bits(picture)
-    if picture.mode in PREMULTIPLIED:
-        picture = picture.convert(PREMULTIPLIED[picture.mode])
-    if picture.mode in ALPHA or "transparency" in picture.info:
-        rgba = picture.convert("RGBA")
+    if image.mode.startswith("I") or image.mode == "F":
+        return _from_many_bits(image)
+    if image.mode in PREMULTIPLIED:
+        image = image.convert(PREMULTIPLIED[image.mode])
+    if image.mode in ALPHA or "transparency" in image.info:
+        rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return picture.convert("RGB")
+    return image.convert("RGB")
 
 
-def squeeze(picture: Image.Image) -> Image.Image:
+def squeeze(image: Image.Image) -> Image.Image:
     """Shortens the long side of an extreme strip to `LONGEST_TO_SHORTEST` times the short one."""
-    limit = LONGEST_TO_SHORTEST * min(picture.size)
-    if max(picture.size) <= limit:
-        return picture
-    return picture.resize((min(picture.width, limit), min(picture.height, limit)), Image.Resampling.BOX)
+    limit = LONGEST_TO_SHORTEST * min(image.size)
+    if max(image.size) <= limit:
+        return image
+    return image.resize((min(image.width, limit), min(image.height, limit)), Image.Resampling.BOX)
 
 
-def _from_many_bits(picture: Image.Image) -> Image.Image:
-    sixteen_bit = picture.mode.startswith("I;16")
-    values = np.asarray(picture, dtype=np.float64)
-    clear = picture.info.get("transparency")  # of a 16-bit PNG: the value that is transparent
+def _from_many_bits(image: Image.Image) -> Image.Image:
+    sixteen_bit = image.mode.startswith("I;16")
+    values = np.asarray(image, dtype=np.float64)
+    clear = image.info.get("transparency")  # of a 16-bit PNG: the value that is transparent
     if sixteen_bit and isinstance(clear, int):
         values = np.where(values == clear, 65535, values)
     return Image.fromarray(_to_8_bit(values, sixteen_bit=sixteen_bit)).convert("RGB")

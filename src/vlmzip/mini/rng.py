@@ -9,7 +9,7 @@ import numpy as np
 T = TypeVar("T")
 
 
-class Dice:
+class Rng:
     """Draws from `random.Random.random()`, the one stream that Python promises never to change.
 
     `randrange`, `choice` and `shuffle` carry no such promise, so they are spelt out here.
