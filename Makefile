@@ -14,7 +14,7 @@ NEWEST ?= .venv-newest
 # CUDA along, which no test uses. TORCH=torch installs the newest.
 TORCH ?= torch==2.13.0
 # What another version can break: all that touches models. The rest is the same Python in both.
-TESTS ?= tests/models tests/runtime tests/methods tests/measure tests/training tests/cli/test_commands.py
+TESTS ?= tests/models tests/runtime tests/methods tests/training tests/cli/test_commands.py
 # What is slow for reasons of its own, such as killed runs, is the same Python too; MARKED= for all.
 MARKED ?= -m "promise or not slow"
 # Tests run in several processes of one thread each; a file's tests stay together, since they share models.
@@ -70,7 +70,7 @@ $(LMMS)/.installed: pyproject.toml constraints-lmms.txt tests/lmms/torchvision_b
 	@touch $@
 
 test-lmms: $(LMMS)/.installed ## install lmms-eval beside vlmzip, and run the tests of the two together
-	$(LMMS)/bin/python -m pytest tests/lmms tests/evaluation/test_lmms.py
+	$(LMMS)/bin/python -m pytest tests/lmms tests/lab/test_lmms.py
 
 test-extras: ## install each extra alone, with the newest of what it brings, and use it; EXTRAS= for some
 	@for extra in $(EXTRAS); do .ci/extra $$extra "$(TORCH)" || failed="$$failed $$extra"; done; \

@@ -23,7 +23,7 @@ from PIL import Image
 
 from vlmzip import DFMR, mini
 from vlmzip.files import write_csv
-from vlmzip.measure.machine import about
+from vlmzip.lab.machine import about
 from vlmzip.mini.assets import shipped_assets
 from vlmzip.mini.drawing import draw
 from vlmzip.mini.scene import make_scene

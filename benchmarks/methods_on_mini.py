@@ -28,8 +28,7 @@ import vlmzip
 from vlmzip import KMeans, LLaVolta, NoCompression, RandomTokens, Site, VisionZip, catalogue
 from vlmzip.compressor import BudgetError, Calibratable, Compressor, Profile
 from vlmzip.files import write_csv
-from vlmzip.measure.flops import prefill_flops
-from vlmzip.measure.machine import about
+from vlmzip.lab.machine import about
 from vlmzip.mini import load
 from vlmzip.mini.assets import shipped_assets
 from vlmzip.mini.drawing import draw
@@ -38,6 +37,7 @@ from vlmzip.mini.scene import make_scene
 from vlmzip.mini.splits import VALIDATION, test_split
 from vlmzip.models import adapter_for
 from vlmzip.runtime.calibration import MeasuredImage, measure, meet
+from vlmzip.runtime.flops import prefill_flops
 
 BUDGETS = ("50%", "25%", "11%")
 SIMPLEST = ("random_tokens", "pool2d", "downsample")

@@ -16,11 +16,11 @@ import torch
 
 from vlmzip import spec
 from vlmzip.keep import A_NINTH
-from vlmzip.measure.flops import prefill_flops
-from vlmzip.measure.machine import about
-from vlmzip.measure.presets import PRESETS, make_config, make_inputs, make_model
-from vlmzip.measure.timing import cpu_seconds, in_turns, time_answer
+from vlmzip.lab.bench.presets import PRESETS, make_config, make_inputs, make_model
+from vlmzip.lab.bench.timing import cpu_seconds, in_turns, time_answer
+from vlmzip.lab.machine import about
 from vlmzip.models import adapter_for
+from vlmzip.runtime.flops import prefill_flops
 
 METHODS = "visionzip,pool2d,llavolta,fastv"
 

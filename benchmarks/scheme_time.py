@@ -22,8 +22,8 @@ from vlmzip.cli.loading import load
 from vlmzip.compressor import Compressor
 from vlmzip.files import write_csv
 from vlmzip.json_text import parse, read_lines
-from vlmzip.measure.machine import about
-from vlmzip.measure.timing import in_turns
+from vlmzip.lab.bench.timing import in_turns
+from vlmzip.lab.machine import about
 from vlmzip.runtime.prepare import pad_id
 from vlmzip.training.batches import Collator, Preprocessor
 from vlmzip.training.records import Records

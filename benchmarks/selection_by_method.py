@@ -27,9 +27,9 @@ from vlmzip import Grid, KMeans, LLaVolta, RandomTokens, Site, VisionZip, Visual
 from vlmzip.compressor import Compressor, Profile
 from vlmzip.errors import UserError
 from vlmzip.files import write_csv
-from vlmzip.measure.machine import about
-from vlmzip.measure.memory import FRUGAL, peak_bytes
-from vlmzip.measure.timing import interleaved, quartiles
+from vlmzip.lab.bench.memory import FRUGAL, peak_bytes
+from vlmzip.lab.bench.timing import interleaved, quartiles
+from vlmzip.lab.machine import about
 from vlmzip.models.recording import attention_received, attention_rows, cls_attention_row, mean_over_heads
 
 WIDTH, HEADS, QUESTION, LAYERS = 1024, 16, 20, 32

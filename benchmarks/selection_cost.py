@@ -27,9 +27,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from vlmzip import Signal, Site, VisionZip
 from vlmzip.files import write_csv
-from vlmzip.measure.machine import commit, file_name
-from vlmzip.measure.memory import FRUGAL, peak_bytes
-from vlmzip.measure.timing import now
+from vlmzip.lab.bench.memory import FRUGAL, peak_bytes
+from vlmzip.lab.bench.timing import now
+from vlmzip.lab.machine import commit, file_name
 from vlmzip.models import adapter_for
 
 VARIANTS = ("plain", "visionzip", "eager")

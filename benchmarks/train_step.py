@@ -16,13 +16,13 @@ from torch import nn
 
 from vlmzip import LLaVolta, NoCompression, attach
 from vlmzip.files import write_csv
-from vlmzip.measure.flops import flops_inside
-from vlmzip.measure.machine import about
-from vlmzip.measure.presets import PRESETS, make_config, make_inputs, make_model
-from vlmzip.measure.timing import cpu_seconds, in_turns, now, quartiles, ratios
-from vlmzip.measure.token_profile import TokenProfile
+from vlmzip.lab.bench.presets import PRESETS, make_config, make_inputs, make_model
+from vlmzip.lab.bench.timing import cpu_seconds, in_turns, now, quartiles, ratios
+from vlmzip.lab.machine import about
 from vlmzip.methods import Pool2d, VisionZip
 from vlmzip.models import adapter_for
+from vlmzip.runtime.flops import flops_inside
+from vlmzip.runtime.token_profile import TokenProfile
 
 #: The stages of Table 1, and two methods before the LLM.
 STAGES = {

@@ -23,10 +23,10 @@ from typing import Any
 import numpy as np
 
 from vlmzip import spec
-from vlmzip.evaluation.bootstrap import Bootstrap, estimate
-from vlmzip.evaluation.records import read_records
 from vlmzip.files import write_csv
 from vlmzip.json_text import parse, read_lines
+from vlmzip.lab.records import read_records
+from vlmzip.lab.stats import Bootstrap, estimate
 
 STEPS, BATCH, QUESTIONS = 200, 16, 1024
 #: Steps without compression of the base that all start from, with a seed of its own. An LLM that has seen captions
@@ -167,7 +167,7 @@ def _calibrate(model: Path) -> dict[str, str]:
     """The thresholds at which mini's 180 validation images keep `SHARES` of their tokens on average."""
     from vlmzip import DFMR
     from vlmzip.cli.loading import load
-    from vlmzip.evaluation.mini_task import mini_task
+    from vlmzip.lab.tasks.mini import mini_task
     from vlmzip.runtime.calibration import measure, meet
 
     loaded = load(str(model))

@@ -7,11 +7,11 @@ import torch
 from vlmzip import LLaVolta, NoCompression
 from vlmzip.compressor import Profile
 from vlmzip.keep import A_NINTH, count_to_keep
-from vlmzip.measure.flops import flops_inside, llavolta_flops, prefill_flops, visionzip_flops
-from vlmzip.measure.presets import PRESETS, VOCABULARY, Preset, make_config, make_model
-from vlmzip.measure.token_profile import TokenProfile
+from vlmzip.lab.bench.presets import PRESETS, VOCABULARY, Preset, make_config, make_model
 from vlmzip.models import adapter_for
 from vlmzip.models.adapter import ModelAdapter
+from vlmzip.runtime.flops import flops_inside, llavolta_flops, prefill_flops, visionzip_flops
+from vlmzip.runtime.token_profile import TokenProfile
 
 PAGE = Path(__file__).parent / "flops.md"
 #: LLaVolta's printed TFLOPs (arXiv:2406.20092v2, Tables 2 and 5) by K and S; stride 1: no compression.
@@ -21,9 +21,9 @@ LLAVOLTA_TEXT, BENCH_TEXT = 62, 64
 
 HEAD = """# FLOPs: three ways to count the same prefill
 
-Written by `python docs/flops.py`, from shapes alone; nothing here is timed. Ours (`vlmzip.measure.flops.prefill_flops`)
+Written by `python docs/flops.py`, from shapes alone; nothing here is timed. Ours (`vlmzip.runtime.flops.prefill_flops`)
 is read off the model's own layers, and within 1 % of `torch.utils.flop_counter` on `mini` and, on the meta device, at
-the dimensions of LLaVA-1.5-7B and 13B (`tests/measure/test_flops.py`).
+the dimensions of LLaVA-1.5-7B and 13B (`tests/runtime/test_flops.py`).
 
 ## LLaVolta's printed figures
 

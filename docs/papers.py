@@ -11,9 +11,9 @@ from collections import Counter
 from pathlib import Path
 
 from vlmzip import FastV, Grid, LLaVolta, Profile, QFormer, SparseVLM, VisionZip
-from vlmzip.evaluation.papers import CERTAINTIES, Published, averages, papers, published
-from vlmzip.evaluation.papers.averages import AVERAGED, Average, every_column, sets_that_fit
-from vlmzip.evaluation.papers.published import tables
+from vlmzip.lab.papers import CERTAINTIES, Published, averages, papers, published
+from vlmzip.lab.papers.averages import AVERAGED, Average, every_column, sets_that_fit
+from vlmzip.lab.papers.published import tables
 from vlmzip.methods.sparsevlm import PUBLISHED_LAYERS, SCHEDULES
 
 PAGE = Path(__file__).parent / "papers.md"
@@ -26,7 +26,7 @@ SPARSEVLM_AUTHORS = tuple(layer - 1 for layer in PUBLISHED_LAYERS)
 HEAD = """# What the papers print
 
 Written by `python docs/papers.py`, and checked by the tests. The published numbers lie as CSV files in
-`src/vlmzip/evaluation/papers/`; what is computed here comes from the library's own classes, on LLaVA-1.5-7B: 576 visual
+`src/vlmzip/lab/papers/`; what is computed here comes from the library's own classes, on LLaVA-1.5-7B: 576 visual
 tokens, 32 layers. A dash is a number that the files do not have.
 """
 

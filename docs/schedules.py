@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from vlmzip.measure.presets import PRESETS, make_config, make_model
+from vlmzip.lab.bench.presets import PRESETS, make_config, make_model
 from vlmzip.models import adapter_for
 from vlmzip.training.explain import COLUMNS, Cost, explain, lines
 from vlmzip.training.schedule import SCHEMES, scheme

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vlmzip import spec
-from vlmzip.evaluation.papers import published
+from vlmzip.lab.papers import published
 from vlmzip.mini import weights_folder
 from vlmzip.models import adapter_for
 from vlmzip.training.explain import IN_THE_PAPER, explain

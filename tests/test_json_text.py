@@ -10,8 +10,8 @@ import re
 import pytest
 
 from vlmzip.errors import UserError
-from vlmzip.evaluation.folder import folder_task
 from vlmzip.json_text import JsonError, parse, read_json, read_lines, write_line
+from vlmzip.lab.tasks.folder import folder_task
 from vlmzip.training.records import Records
 
 #: Every character at which `str.splitlines` cuts and JSON does not, as text may hold it.

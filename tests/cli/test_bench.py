@@ -19,10 +19,10 @@ from vlmzip.cli.bench_progress import Progress, in_words
 from vlmzip.cli.main import main
 from vlmzip.compressor import Profile
 from vlmzip.errors import UserError
-from vlmzip.measure import presets
-from vlmzip.measure.bench import BenchStep, Contender, compare
-from vlmzip.measure.presets import PRESETS, Preset, make_config, make_inputs, make_model
-from vlmzip.measure.timing import Spans
+from vlmzip.lab.bench import presets
+from vlmzip.lab.bench.bench import BenchStep, Contender, compare
+from vlmzip.lab.bench.presets import PRESETS, Preset, make_config, make_inputs, make_model
+from vlmzip.lab.bench.timing import Spans
 from vlmzip.visual_tokens import Grid
 
 QUICK = ("--repeats", "2", "--new-tokens", "2", "--text-tokens", "6", "--device", "cpu", "--scale", "1")
@@ -41,7 +41,7 @@ def tiny(monkeypatch):
 @pytest.fixture
 def memory_is_known(monkeypatch):
     """Saves the process that measures it."""
-    monkeypatch.setattr("vlmzip.measure.memory.in_frugal_process", lambda peaks, *recipe: [2**20] * len(recipe[-1]))
+    monkeypatch.setattr("vlmzip.lab.bench.memory.in_frugal_process", lambda peaks, *recipe: [2**20] * len(recipe[-1]))
 
 
 def run(capsys, *arguments):
@@ -267,7 +267,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(capsys, arguments, said):
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_made(capsys, monkeypatch):
-    monkeypatch.setattr("vlmzip.measure.memory.available_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr("vlmzip.lab.bench.memory.available_bytes", lambda device: 1_000_000)
     code, _, err = run(capsys)
     assert code == 2
     assert "the weights take" in err
@@ -313,7 +313,7 @@ class TestWhatIsMeasuredIsKept:
         monkeypatch.undo()
 
     def test_a_kill_while_the_memory_is_measured_costs_the_memory_alone(self, capsys, monkeypatch, tmp_path):
-        monkeypatch.setattr("vlmzip.measure.memory.in_frugal_process", lambda *_: in_child(one_and_a_kill))
+        monkeypatch.setattr("vlmzip.lab.bench.memory.in_frugal_process", lambda *_: in_child(one_and_a_kill))
         code, out, _ = run(capsys, *self.ASKED, "--out", tmp_path, "--json")
         assert code == 0
         rows = json.loads(out)["rows"]
@@ -335,7 +335,7 @@ class TestWhatIsMeasuredIsKept:
             yield from [None] * 3 if all(model() is None for model in models) else []
 
         monkeypatch.setattr(presets, "make_model", remembered)
-        monkeypatch.setattr("vlmzip.measure.memory.in_frugal_process", in_another_process)
+        monkeypatch.setattr("vlmzip.lab.bench.memory.in_frugal_process", in_another_process)
         code, _, _ = run(capsys, "--methods", "fastv(layer=1,keep=9),visionzip", "--keep", "none")
         assert code == 0
         assert len(models) == 2

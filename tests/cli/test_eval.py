@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 
 from tests.cli.test_compare import Elements
-from tests.evaluation.test_tasks import question, write
+from tests.lab.test_tasks import question, write
 from tests.tiny import save_checkpoint
 from vlmzip.cli.main import main
 from vlmzip.errors import UserError
-from vlmzip.evaluation.tasks import read_task
+from vlmzip.lab.tasks.catalogue import read_task
 from vlmzip.visualize.page import POLICY
 
 TINY = ("--methods", "pool2d,fastv(layer=1)", "--keep", "25%", "--batch", "4", "--max-new-tokens", "3")
@@ -172,7 +172,7 @@ class TestFullDisk:
             return real(file, data)
 
         with monkeypatch.context() as patched:
-            patched.setattr("vlmzip.evaluation.records.os.write", write)
+            patched.setattr("vlmzip.lab.records.os.write", write)
             code, out, err = evaluate()
         assert (code, out, err.count("vlmzip: ")) == (2, "", 1)
         assert "No space left on device; the records so far are kept" in err
@@ -268,13 +268,13 @@ def test_an_unreadable_image_is_named_before_the_model_is_loaded(capsys, monkeyp
 
 def test_papers_numbers_stand_beside_what_was_measured(capsys, checkpoint, asked, tmp_path, monkeypatch):
     """The tiny model goes by a name the paper knows; what the paper has for its 36 tokens is made up."""
-    from vlmzip.evaluation.papers import published
+    from vlmzip.lab.papers import published
 
     (tmp_path / "llava-1.5-7b-hf").symlink_to(checkpoint)
     (tmp_path / "GQA").symlink_to(asked)
     rows = [row for row in published("visionzip") if (row.model, row.benchmark) == ("LLaVA-1.5-7B", "GQA")]
     made_up = [replace(row, keep={"576": "36", "64": "9"}.get(row.keep, row.keep)) for row in rows]
-    module = sys.modules["vlmzip.evaluation.papers.against"]  # the package has a function of that name
+    module = sys.modules["vlmzip.lab.papers.against"]  # the package has a function of that name
     monkeypatch.setattr(module, "published", lambda name: made_up)
     run = ["eval", "--model", str(tmp_path / "llava-1.5-7b-hf"), "--tasks", f"{tmp_path / 'GQA'}:exact"]
     run += ["--methods", "visionzip,pool2d", "--keep", "25%", "--max-new-tokens", "3", "--out", str(tmp_path / "out")]

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from tests.evaluation.test_tasks import question, write
+from tests.lab.test_tasks import question, write
 from tests.tiny import save_checkpoint, tiny_llava
 from vlmzip.cli.main import main
-from vlmzip.measure.presets import PRESETS, make_config
+from vlmzip.lab.bench.presets import PRESETS, make_config
 
 #: With an image's 36 tokens a prompt takes more, with 8 of them fewer.
 LIMIT = 30

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from tests.cli.test_eval import write_questions
-from tests.evaluation.test_study import asked as listen
+from tests.lab.test_study import asked as listen
 from tests.tiny import save_checkpoint, tiny_llava
 from vlmzip.cli.main import main
 from vlmzip.errors import UserError
-from vlmzip.evaluation.analyses import NAMES, about
-from vlmzip.evaluation.analyses.subject import Unsuited
+from vlmzip.lab.analyses import NAMES, about
+from vlmzip.lab.analyses.subject import Unsuited
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,7 +34,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def fewer_taus(monkeypatch):
-    monkeypatch.setattr("vlmzip.evaluation.analyses.tau.TAUS", (0.0, 0.8))
+    monkeypatch.setattr("vlmzip.lab.analyses.tau.TAUS", (0.0, 0.8))
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_json(study, tmp_path):
 def test_all_are_run_once(study, monkeypatch):
     ran = []
     for name in NAMES:
-        module = f"vlmzip.evaluation.analyses.{name}"
+        module = f"vlmzip.lab.analyses.{name}"
         monkeypatch.setattr(f"{module}.measure", lambda subject, name=name: ran.append(name) or [{"name": name}])
         monkeypatch.setattr(f"{module}.findings", lambda rows: [f"{rows[0]['name']} was run"])
         monkeypatch.setattr("vlmzip.cli.study._write", lambda *_: None)
@@ -101,7 +101,7 @@ def test_all_go_without_one_that_does_not_suit_the_task(study, monkeypatch):
         return [{"name": name}]
 
     for name in NAMES:
-        module = f"vlmzip.evaluation.analyses.{name}"
+        module = f"vlmzip.lab.analyses.{name}"
         monkeypatch.setattr(f"{module}.measure", partial(measure, name=name))
         monkeypatch.setattr(f"{module}.findings", lambda rows: [f"{rows[0]['name']} was run"])
         monkeypatch.setattr("vlmzip.cli.study._write", lambda *_: None)
@@ -144,7 +144,7 @@ def test_a_full_disk_ends_the_command(study, tmp_path, monkeypatch):
     def full(figure, path):
         raise UserError(f"cannot write {str(path)!r}: No space left on device")
 
-    monkeypatch.setattr("vlmzip.evaluation.curves.save_figure", full)
+    monkeypatch.setattr("vlmzip.lab.curves.save_figure", full)
     code, out, err = study("tau")
     assert (code, out) == (2, "")
     assert "No space left on device" in err.splitlines()[-1]

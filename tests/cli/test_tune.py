@@ -8,8 +8,8 @@ import xml.etree.ElementTree as ET
 import pytest
 from PIL import Image
 
-from tests.evaluation.test_study import asked as listen
-from tests.evaluation.test_tasks import question, write
+from tests.lab.test_study import asked as listen
+from tests.lab.test_tasks import question, write
 from tests.tiny import save_checkpoint
 from vlmzip import Pool2d, spec
 from vlmzip.cli.main import main
@@ -97,13 +97,13 @@ def test_limits_that_nothing_meets_leave_no_compressor(on_mini, capsys):
 
 
 def test_milliseconds_are_measured_once(tune, monkeypatch):
-    monkeypatch.setattr("vlmzip.evaluation.tuned_study.TIMED", 1)
-    monkeypatch.setattr("vlmzip.evaluation.tuned_study.REPEATS", 2)
+    monkeypatch.setattr("vlmzip.lab.tune.study.TIMED", 1)
+    monkeypatch.setattr("vlmzip.lab.tune.study.REPEATS", 2)
     code, out, _ = tune("--max-prefill-ms", "100000", "--json")
     first = json.loads(out)
     assert (code, first["verdict"], first["cost"]) == (0, "best", "ms")
     assert all(one["ms"] > 0 for one in first["candidates"])
-    monkeypatch.setattr("vlmzip.evaluation.tuned_study.time_answer", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("vlmzip.lab.tune.study.time_answer", lambda *_: pytest.fail("measured again"))
     assert json.loads(tune("--max-prefill-ms", "100000", "--json")[1]) == first
     fastest = min(one["ms"] for one in first["candidates"])
     (said,) = json.loads(tune("--max-prefill-ms", fastest / 2, "--json")[1])["said"]
@@ -112,8 +112,8 @@ def test_milliseconds_are_measured_once(tune, monkeypatch):
 
 @pytest.mark.parametrize("content", ["{broken", "[]", '{"conditions": 1}', "without a time", "with a wrong time"])
 def test_corrupt_times_are_named(tune, tmp_path, monkeypatch, content):
-    monkeypatch.setattr("vlmzip.evaluation.tuned_study.TIMED", 1)
-    monkeypatch.setattr("vlmzip.evaluation.tuned_study.REPEATS", 1)
+    monkeypatch.setattr("vlmzip.lab.tune.study.TIMED", 1)
+    monkeypatch.setattr("vlmzip.lab.tune.study.REPEATS", 1)
     tune("--max-prefill-ms", "0.001")
     path = tmp_path / "out" / "prefill.json"
     known = json.loads(path.read_text())
@@ -136,8 +136,8 @@ def test_what_breaks_while_it_is_timed_is_reported_too(tune, tmp_path, monkeypat
         raise RuntimeError("boom")
 
     monkeypatch.setattr("vlmzip.Pool2d.assign", broken)
-    monkeypatch.setattr("vlmzip.evaluation.tuned_study.TIMED", 1)
-    monkeypatch.setattr("vlmzip.evaluation.tuned_study.REPEATS", 1)
+    monkeypatch.setattr("vlmzip.lab.tune.study.TIMED", 1)
+    monkeypatch.setattr("vlmzip.lab.tune.study.REPEATS", 1)
     with pytest.raises(SystemExit) as exit:
         tune("--max-prefill-ms", "100000")
     assert exit.value.code == 1
@@ -148,9 +148,9 @@ def test_what_breaks_while_it_is_timed_is_reported_too(tune, tmp_path, monkeypat
 
 def test_a_stop_in_the_middle_costs_nothing(tune, tmp_path, monkeypatch):
     """Nor do rounds: three of them here, of 4, 8 and 12 questions."""
-    from vlmzip.evaluation.answering import Answerer
+    from vlmzip.runtime.answering import Answerer
 
-    monkeypatch.setattr("vlmzip.evaluation.tuning.FIRST", 4)
+    monkeypatch.setattr("vlmzip.lab.tune.search.FIRST", 4)
     whole = json.loads(tune("--max-flops", "60%", "--max-loss", "5", "--json", out="whole")[1])
     heard, real = listen(monkeypatch), Answerer.answer
 

@@ -11,7 +11,7 @@ import argparse
 import json
 from pathlib import Path
 
-from vlmzip.evaluation.mini_task import mini_task
+from vlmzip.lab.tasks.mini import mini_task
 
 YAML = """\
 task: {task}
@@ -39,7 +39,7 @@ UTILS = '''\
 
 from PIL import Image
 
-from vlmzip.evaluation.metrics import exact
+from vlmzip.lab.tasks.metrics import exact
 
 
 def images(doc):

@@ -11,8 +11,8 @@ from PIL import Image
 import vlmzip
 from vlmzip import spec
 from vlmzip.errors import UserError
-from vlmzip.evaluation.lmms.adapter import CompressedForLmms
-from vlmzip.evaluation.lmms.requests import AnswerFailed
+from vlmzip.lab.lmms.adapter import CompressedForLmms
+from vlmzip.lab.lmms.requests import AnswerFailed
 from vlmzip.methods import FastV, VisionZip
 
 IMAGE = "examples/flat.png"

@@ -13,8 +13,8 @@ pytest.importorskip("lmms_eval")
 
 from tests.lmms.mini_as_task import write_task
 from vlmzip.cli.main import main
-from vlmzip.evaluation.lmms import suites
-from vlmzip.evaluation.lmms.adapter import CompressedForLmms
+from vlmzip.lab.lmms import suites
+from vlmzip.lab.lmms.adapter import CompressedForLmms
 
 ROOT = Path(__file__).parents[2]
 BROKEN = "tests.lmms.broken:Broken"
@@ -193,7 +193,7 @@ def test_lmms_eval_finds_the_adapter_and_writes_what_it_cost(tasks, tmp_path):
     (path,) = tmp_path.rglob("*results.json")
     found = json.loads(path.read_text())
     assert found["throughput"]["avg_retention"] == pytest.approx(16 / 144)
-    assert found["config"]["model_backend"] == "vlmzip.evaluation.lmms.adapter.CompressedForLmms (chat)"
+    assert found["config"]["model_backend"] == "vlmzip.lab.lmms.adapter.CompressedForLmms (chat)"
     (path,) = tmp_path.rglob("*samples_mini_exact.jsonl")
     samples = [json.loads(line) for line in path.read_text().splitlines()]
     assert [sample["token_counts"][0]["visual_tokens_by_layer"] for sample in samples] == ["16"] * 8

@@ -7,7 +7,7 @@ pytest.importorskip("lmms_eval")
 from lmms_eval.tasks import TaskManager
 from lmms_eval.utils import load_yaml_config
 
-from vlmzip.evaluation.lmms.suites import SUITES
+from vlmzip.lab.lmms.suites import SUITES
 
 
 @pytest.fixture(scope="module")

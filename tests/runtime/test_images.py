@@ -23,8 +23,8 @@ from tests.tiny import tiny_llava, tiny_processor
 from vlmzip import DFMR, calibrate
 from vlmzip.cli.images import load_image as load_in_cli
 from vlmzip.errors import UserError
-from vlmzip.evaluation.folder import folder_task
-from vlmzip.evaluation.lmms.requests import read_chat
+from vlmzip.lab.lmms.requests import read_chat
+from vlmzip.lab.tasks.folder import folder_task
 from vlmzip.runtime.images import ImageError, load_image
 from vlmzip.training.records import BadRecord, TrainingRecord, Turn
 
@@ -364,5 +364,5 @@ def test_no_file_of_the_user_is_read_in_another_way():
     """`Image.open` stands where figures come back from memory, and in the one loader."""
     folder = Path(vlmzip.__file__).parent
     found = {str(path.relative_to(folder)) for path in folder.rglob("*.py") if "Image.open(" in path.read_text()}
-    own = {"evaluation/report.py", "visualize/histogram.py"}  # drawn by us into a buffer
+    own = {"lab/report.py", "visualize/histogram.py"}  # drawn by us into a buffer
     assert found - own == {"runtime/images.py"}

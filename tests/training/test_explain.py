@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vlmzip.errors import UserError
-from vlmzip.measure.presets import PRESETS, make_config, make_model
+from vlmzip.lab.bench.presets import PRESETS, make_config, make_model
 from vlmzip.models import adapter_for
 from vlmzip.training.explain import COLUMNS, draw_staircase, explain, lines
 from vlmzip.training.schedule import SCHEMES, read_schedule, scheme

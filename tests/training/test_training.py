@@ -21,7 +21,7 @@ import vlmzip
 from tests.training.runs import COUNT, losses, stages, write_config, write_run
 from vlmzip import LLaVolta, NoCompression
 from vlmzip.cli.main import main
-from vlmzip.evaluation.answering import Answerer
+from vlmzip.runtime.answering import Answerer
 from vlmzip.training.random_factor import RandomFactor
 from vlmzip.training.trainer import StagedTrainer
 

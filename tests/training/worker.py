@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from vlmzip import spec
 from vlmzip.cli.main import main
-from vlmzip.evaluation.answering import Answerer
+from vlmzip.runtime.answering import Answerer
 from vlmzip.training import run
 from vlmzip.training.trainer import StagedTrainer
 

@@ -61,7 +61,7 @@ def test_staircases(name):
 
 def test_eval_and_study_of_a_task_with_such_a_name(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("vlmzip.evaluation.analyses.tau.TAUS", (0.0, 0.8))
+    monkeypatch.setattr("vlmzip.lab.analyses.tau.TAUS", (0.0, 0.8))
     save_checkpoint(tmp_path / "tiny")
     write_questions(tmp_path / NAMES[0])
     common = ["--model", "tiny", "--batch", "4"]

@@ -13,10 +13,10 @@ from vlmzip.cli.loading import Loaded, note
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.files import is_file
-from vlmzip.measure.flops import kv_cache_bytes, prefill_flops
-from vlmzip.measure.timing import now
+from vlmzip.lab.bench.timing import now
 from vlmzip.runtime.detail import WORRYING
 from vlmzip.runtime.facade import CompressedModel
+from vlmzip.runtime.flops import kv_cache_bytes, prefill_flops
 from vlmzip.runtime.prompts import chat_prompt, special_tokens, unknown_words
 from vlmzip.runtime.report import Report
 from vlmzip.runtime.saving import attach_saved

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import torch
 
     from vlmzip.compressor import Compressor, Profile
-    from vlmzip.measure.bench import Contender
-    from vlmzip.measure.presets import Preset
+    from vlmzip.lab.bench.bench import Contender
+    from vlmzip.lab.bench.presets import Preset
 
 EXAMPLES = """  vlmzip bench
   vlmzip bench --preset llava-next-7b --methods visionzip,pool2d --keep 11% --scale 1/16
@@ -82,7 +82,7 @@ def run(args: Namespace) -> None:
     from vlmzip.cli.bench_output import rows
     from vlmzip.cli.loading import DTYPES, find_device
     from vlmzip.files import write_csv
-    from vlmzip.measure.machine import about, file_name
+    from vlmzip.lab.machine import about, file_name
 
     device = find_device(args.device)
     on_gpu = device.type == "cuda"
@@ -156,9 +156,9 @@ def _measure(
     """Time the methods, then measure their memory; call `keep` with each result."""
     from vlmzip.cli.bench_progress import START, Progress
     from vlmzip.cli.loading import console, tell
-    from vlmzip.measure.bench import PLAIN, bench
-    from vlmzip.measure.presets import make_config
-    from vlmzip.measure.timing import cpu_seconds, now
+    from vlmzip.lab.bench.bench import PLAIN, bench
+    from vlmzip.lab.bench.presets import make_config
+    from vlmzip.lab.bench.timing import cpu_seconds, now
     from vlmzip.models import adapter_for
 
     methods = [(name, method) for name, method in methods if name != PLAIN]
@@ -194,7 +194,7 @@ def _measure(
 def _measure_memory(found: list[Contender], recipe: tuple[Any, ...], keep: Callable[[list[Contender]], None]) -> None:
     """Measures in a process of its own, which may be killed for want of memory: all else is kept."""
     from vlmzip.children import ChildFailed
-    from vlmzip.measure.memory import in_frugal_process
+    from vlmzip.lab.bench.memory import in_frugal_process
 
     gc.collect()  # a model and its hooks refer to each other
     measured = 0
@@ -209,14 +209,14 @@ def _measure_memory(found: list[Contender], recipe: tuple[Any, ...], keep: Calla
 
 def _make(args: Namespace, preset: Preset, device: torch.device, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """The model and what it is asked."""
-    from vlmzip.measure.presets import make_config, make_inputs
+    from vlmzip.lab.bench.presets import make_config, make_inputs
 
     model = _make_model(args, make_config(preset, args.text_tokens, args.new_tokens), device, dtype)
     return model, make_inputs(preset, args.batch, args.text_tokens, device, dtype)
 
 
 def _make_model(args: Namespace, config: Any, device: str | torch.device, dtype: torch.dtype) -> Any:
-    from vlmzip.measure.presets import make_model
+    from vlmzip.lab.bench.presets import make_model
 
     try:
         return make_model(config, device, dtype, args.attention)
@@ -233,8 +233,8 @@ def _peaks(
     model: Any = None,
 ) -> Iterator[int | None]:
     from vlmzip.cli.bench_progress import DUE, Progress
-    from vlmzip.measure.bench import peaks
-    from vlmzip.measure.presets import make_config, make_inputs
+    from vlmzip.lab.bench.bench import peaks
+    from vlmzip.lab.bench.presets import make_config, make_inputs
 
     progress = Progress()  # without a spinner: on a CPU that is another process's
 
@@ -251,7 +251,7 @@ def _peaks(
 def _set_up(name: str, method: Compressor, keep: Any, profile: Profile) -> Contender:
     """The method at the budget; where it cannot reach it, as it is written: cost and limit stand beside it anyway."""
     from vlmzip.compressor import BudgetError, missed
-    from vlmzip.measure.bench import Contender
+    from vlmzip.lab.bench.bench import Contender
 
     if keep is None:
         return Contender(name, method.placed(profile))
@@ -266,7 +266,7 @@ def _refuse_what_cannot_run(args: Namespace, config: Any, device: torch.device, 
     """Raises `UserError` for an attention that is not there, and for weights that the memory has no room for: the
     system would end the process instead."""
     from vlmzip.cli.tables import show_bytes
-    from vlmzip.measure.memory import available_bytes
+    from vlmzip.lab.bench.memory import available_bytes
 
     weights = sum(p.numel() for p in _make_model(args, config, "meta", dtype).parameters()) * dtype.itemsize
     room = available_bytes(device)
@@ -279,7 +279,7 @@ def _refuse_what_cannot_run(args: Namespace, config: Any, device: torch.device, 
 def _check(args: Namespace) -> None:
     """Raises `UserError` for what can be refused before anything slow happens, and reads `keep`."""
     from vlmzip.cli.loading import check_dtype
-    from vlmzip.measure.presets import PRESETS
+    from vlmzip.lab.bench.presets import PRESETS
 
     if args.preset not in PRESETS:
         raise UserError(f"there is no preset {args.preset!r}{closest(args.preset, PRESETS)}")
@@ -300,7 +300,7 @@ def _check(args: Namespace) -> None:
 
 
 def _preset(args: Namespace) -> Preset:
-    from vlmzip.measure.presets import PRESETS
+    from vlmzip.lab.bench.presets import PRESETS
 
     return PRESETS[args.preset].scaled(_number(args.scale))
 

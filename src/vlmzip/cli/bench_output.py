@@ -15,9 +15,9 @@ from rich.text import Text
 from vlmzip import spec
 from vlmzip.cli.console import Console
 from vlmzip.cli.tables import show_bytes
-from vlmzip.measure.bench import SCOPES, Compared, Contender, Scope, compare
-from vlmzip.measure.presets import Preset
-from vlmzip.measure.timing import Quartiles
+from vlmzip.lab.bench.bench import SCOPES, Compared, Contender, Scope, compare
+from vlmzip.lab.bench.presets import Preset
+from vlmzip.lab.bench.timing import Quartiles
 from vlmzip.runtime.report import compact
 
 WORDS: dict[Scope, str] = {"prefill": "LLM prefill", "ttft": "TTFT"}

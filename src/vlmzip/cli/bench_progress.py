@@ -9,7 +9,7 @@ from rich.status import Status
 from rich.text import Text
 
 from vlmzip.cli.loading import console, tell
-from vlmzip.measure.bench import BenchStep
+from vlmzip.lab.bench.bench import BenchStep
 
 #: Seconds after which a line is due in the middle of a round, and those that lie between two lines at least.
 DUE, SOON = 20.0, 5.0

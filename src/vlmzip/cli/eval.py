@@ -13,15 +13,15 @@ from vlmzip import spec
 from vlmzip.cli import suite
 from vlmzip.cli.options import add_model, check_counts, check_folder
 from vlmzip.errors import UserError
-from vlmzip.evaluation.papers import published
-from vlmzip.evaluation.tasks import FORMS as TASKS
+from vlmzip.lab.papers import published
+from vlmzip.lab.tasks.catalogue import FORMS as TASKS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from vlmzip.evaluation.results import Result
-    from vlmzip.evaluation.study import Study
-    from vlmzip.evaluation.task import Task
+    from vlmzip.lab.results import Result
+    from vlmzip.lab.study import Study
+    from vlmzip.lab.tasks.task import Task
 
 DEFAULT_TASKS = "mini"
 REPORT = "report.html"
@@ -81,10 +81,10 @@ def run(args: Namespace) -> None:
     from dataclasses import replace
 
     from vlmzip.cli.loading import load, note_unknown_words, tell
-    from vlmzip.evaluation.configurations import read_rows
-    from vlmzip.evaluation.processes import Processes
-    from vlmzip.evaluation.study import Study
-    from vlmzip.evaluation.tasks import read_tasks
+    from vlmzip.lab.configurations import read_rows
+    from vlmzip.lab.processes import Processes
+    from vlmzip.lab.study import Study
+    from vlmzip.lab.tasks.catalogue import read_tasks
 
     _check(args)
     if args.suite is not None:
@@ -104,7 +104,7 @@ def run(args: Namespace) -> None:
         study.run(tasks, configurations)
         if not processes.first:
             return
-        from vlmzip.evaluation.results import results
+        from vlmzip.lab.results import results
 
         found = [(task, list(results(study, task, configurations, args.seed))) for task in tasks]
         try:
@@ -129,7 +129,7 @@ def _check(args: Namespace) -> None:
 def _write(study: Study, found: list[tuple[Task, list[Result]]], args: Namespace) -> None:
     """The table as CSV, the curves, and the report if it is wanted."""
     from vlmzip.cli.loading import note
-    from vlmzip.evaluation.results import write_table
+    from vlmzip.lab.results import write_table
 
     write_table(study.folder / "results.csv", [result for _, of_task in found for result in of_task])
     figures = [_curves(study, task, of_task) for task, of_task in found]
@@ -141,8 +141,8 @@ def _write(study: Study, found: list[tuple[Task, list[Result]]], args: Namespace
 
 def _curves(study: Study, task: Task, found: list[Result]) -> list[Figure]:
     from vlmzip.cli.loading import note
-    from vlmzip.evaluation.curves import COSTS, draw_curve, save_figure
-    from vlmzip.evaluation.study import slug
+    from vlmzip.lab.curves import COSTS, draw_curve, save_figure
+    from vlmzip.lab.study import slug
     from vlmzip.visualize.figure import import_matplotlib
 
     try:
@@ -162,9 +162,9 @@ def _write_report(
     study: Study, found: list[tuple[Task, list[Result]]], figures: list[list[Figure]], args: Namespace
 ) -> None:
     from vlmzip.cli.loading import progress
-    from vlmzip.evaluation.examples import examples
-    from vlmzip.evaluation.report import Chapter, notes, render_report
     from vlmzip.files import write_text
+    from vlmzip.lab.examples import examples
+    from vlmzip.lab.report import Chapter, notes, render_report
 
     chapters = []
     with progress("drawing what was dropped"):
@@ -182,9 +182,9 @@ def _write_report(
 
 def _print(folder: Path, args: Namespace, found: list[tuple[Task, list[Result]]]) -> None:
     from vlmzip.cli.tables import print_table
-    from vlmzip.evaluation import results
-    from vlmzip.evaluation.papers import against, show
-    from vlmzip.evaluation.report import SHORT_COLUMNS, notes, reasons, short_cells, size
+    from vlmzip.lab import results
+    from vlmzip.lab.papers import against, show
+    from vlmzip.lab.report import SHORT_COLUMNS, notes, reasons, short_cells, size
 
     ran = [result for _, of_task in found for result in of_task if result.score is not None]
     beside = against(args.against, [results.measured(result, args.model) for result in ran]) if args.against else []

@@ -21,7 +21,7 @@ from vlmzip.runtime.prompts import unknown_words
 from vlmzip.runtime.saving import refuse_lora
 
 if TYPE_CHECKING:
-    from vlmzip.evaluation.task import Task
+    from vlmzip.lab.tasks.task import Task
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

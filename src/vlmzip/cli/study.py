@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from vlmzip.cli.options import add_model, check_counts, check_folder
 from vlmzip.errors import UserError
-from vlmzip.evaluation.analyses import NAMES, about, find
-from vlmzip.evaluation.tasks import FORMS as TASKS
+from vlmzip.lab.analyses import NAMES, about, find
+from vlmzip.lab.tasks.catalogue import FORMS as TASKS
 
 if TYPE_CHECKING:
-    from vlmzip.evaluation.analyses.subject import Row, Subject
+    from vlmzip.lab.analyses.subject import Row, Subject
 
 EXAMPLES = """  vlmzip study tau --limit 300
   vlmzip study all --model llava-hf/llava-1.5-7b-hf --task my_questions:vqa --limit 500
@@ -37,9 +37,9 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
 
 def run(args: Namespace) -> None:
     from vlmzip.cli.loading import load, note, note_unknown_words, tell
-    from vlmzip.evaluation.analyses.subject import Subject, Unsuited
-    from vlmzip.evaluation.processes import Processes
-    from vlmzip.evaluation.tasks import read_one_task
+    from vlmzip.lab.analyses.subject import Subject, Unsuited
+    from vlmzip.lab.processes import Processes
+    from vlmzip.lab.tasks.catalogue import read_one_task
 
     names = list(dict.fromkeys(NAMES if "all" in args.names else args.names))
     analyses = {name: find(name) for name in names}
@@ -85,9 +85,9 @@ def _check(args: Namespace) -> None:
 def _write(subject: Subject, name: str, rows: list[Row]) -> None:
     """The table, each line with what it was measured on, and the figure where matplotlib is there."""
     from vlmzip.cli.loading import note
-    from vlmzip.evaluation.curves import save_figure
     from vlmzip.files import write_csv
-    from vlmzip.measure.machine import about as machine
+    from vlmzip.lab.curves import save_figure
+    from vlmzip.lab.machine import about as machine
     from vlmzip.visualize.figure import import_matplotlib
 
     conditions = {"model": subject.name, "task": subject.task.name, **machine(subject.model.device)}

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmzip.errors import UserError
-from vlmzip.evaluation.lmms.suites import FORMS, Suite, read_suite
 from vlmzip.files import is_folder
+from vlmzip.lab.lmms.suites import FORMS, Suite, read_suite
 
 if TYPE_CHECKING:
-    from vlmzip.evaluation.lmms.scores import Column
+    from vlmzip.lab.lmms.scores import Column
 
 #: Options of `eval` that are about its own tasks, and what they are where nobody gives them.
 OTHERS = {"tasks": None, "report": False, "max_new_tokens": None, "examples": 4, "seed": 0}
@@ -46,11 +46,11 @@ def check(args: Namespace) -> None:
 def run(args: Namespace) -> None:
     suite = read_suite(args.suite)
     from vlmzip.cli.loading import load, tell
-    from vlmzip.evaluation.configurations import read_rows
-    from vlmzip.evaluation.folder import UNCALIBRATED, calibration_on
-    from vlmzip.evaluation.lmms.requests import AnswerFailed
-    from vlmzip.evaluation.lmms.run import SuiteRun, import_lmms_eval
-    from vlmzip.evaluation.lmms.scores import columns, write_table
+    from vlmzip.lab.configurations import read_rows
+    from vlmzip.lab.lmms.requests import AnswerFailed
+    from vlmzip.lab.lmms.run import SuiteRun, import_lmms_eval
+    from vlmzip.lab.lmms.scores import columns, write_table
+    from vlmzip.lab.tasks.folder import UNCALIBRATED, calibration_on
 
     methods, budgets = read_rows(args.methods, args.keep)
     calibration = calibration_on(args.calibrate_on, []) if args.calibrate_on else None
@@ -73,14 +73,14 @@ def run(args: Namespace) -> None:
 
 def suite_file(suite: Suite) -> str:
     """The name of a suite's table, without its ending."""
-    from vlmzip.evaluation.study import slug
+    from vlmzip.lab.study import slug
 
     return slug(suite.name)
 
 
 def _print(suite: Suite, found: list[Column], folder: Path, args: Namespace) -> None:
-    from vlmzip.evaluation.lmms.scores import lines, measured
-    from vlmzip.evaluation.papers import against, show
+    from vlmzip.lab.lmms.scores import lines, measured
+    from vlmzip.lab.papers import against, show
 
     mine = [one for column in found for one in measured(suite, column, args.model)]
     beside = against(args.against, mine) if args.against else []

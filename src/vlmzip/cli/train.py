@@ -65,7 +65,7 @@ def _train(config: Config) -> None:
         import accelerate  # noqa: F401
     except ImportError:
         raise UserError("training needs accelerate: pip install 'vlmzip[train]'") from None
-    from vlmzip.evaluation.processes import Processes
+    from vlmzip.lab.processes import Processes
     from vlmzip.training.run import train, try_out
 
     refuse_place(Path(config.out), "out:")
@@ -135,7 +135,7 @@ def _on_paper(config: Config, preset: str | None) -> Any:
     from transformers import AutoModelForImageTextToText
 
     from vlmzip.cli.loading import source_of
-    from vlmzip.measure.presets import PRESETS, make_config, make_model
+    from vlmzip.lab.bench.presets import PRESETS, make_config, make_model
     from vlmzip.models import adapter_for
     from vlmzip.runtime.checkpoints import load_config, refusing
 

@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING
 from vlmzip import spec
 from vlmzip.cli.options import add_model, check_counts, check_folder
 from vlmzip.errors import UserError
-from vlmzip.evaluation.tasks import FORMS as TASKS
 from vlmzip.keep import count_to_keep, parse_keep
+from vlmzip.lab.tasks.catalogue import FORMS as TASKS
 
 if TYPE_CHECKING:
     from vlmzip.cli.tune_output import SearchOutcome
-    from vlmzip.evaluation.configurations import Configuration
-    from vlmzip.evaluation.processes import Processes
-    from vlmzip.evaluation.study import Study
-    from vlmzip.evaluation.task import Task
-    from vlmzip.evaluation.tuned_study import Cost, TunedStudy
+    from vlmzip.lab.configurations import Configuration
+    from vlmzip.lab.processes import Processes
+    from vlmzip.lab.study import Study
+    from vlmzip.lab.tasks.task import Task
+    from vlmzip.lab.tune.study import Cost, TunedStudy
 
 EXAMPLES = """  vlmzip tune --max-loss 5 --limit 1000
   vlmzip tune --max-tokens 16 --methods visionzip,kmeans,pool2d
@@ -82,11 +82,11 @@ def run(args: Namespace) -> None:
 
     from vlmzip.cli.loading import load, note, note_unknown_words, tell
     from vlmzip.cli.tune_output import show
-    from vlmzip.evaluation.configurations import read_rows
-    from vlmzip.evaluation.processes import Processes
-    from vlmzip.evaluation.study import Study
-    from vlmzip.evaluation.tasks import read_one_task
-    from vlmzip.evaluation.tuned_study import halves
+    from vlmzip.lab.configurations import read_rows
+    from vlmzip.lab.processes import Processes
+    from vlmzip.lab.study import Study
+    from vlmzip.lab.tasks.catalogue import read_one_task
+    from vlmzip.lab.tune.study import halves
     from vlmzip.runtime.saving import FILE
 
     _check(args)
@@ -118,9 +118,9 @@ def _search(
     study: Study, task: Task, rows: list[Configuration], args: Namespace, processes: Processes
 ) -> SearchOutcome:
     from vlmzip.cli.tune_output import SearchOutcome
-    from vlmzip.evaluation.configurations import TOO_FAR
-    from vlmzip.evaluation.tuned_study import TunedStudy, prefill_milliseconds
-    from vlmzip.evaluation.tuning import Target, Tuning
+    from vlmzip.lab.configurations import TOO_FAR
+    from vlmzip.lab.tune.search import Target, Tuning
+    from vlmzip.lab.tune.study import TunedStudy, prefill_milliseconds
 
     configurations = _distinct(rows)
     asked = TunedStudy(study, task, configurations, _cost(args), args.seed)

@@ -16,12 +16,12 @@ from vlmzip.cli.loading import note
 from vlmzip.cli.tables import print_table
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
-from vlmzip.evaluation.bootstrap import Estimate
-from vlmzip.evaluation.configurations import Configuration
-from vlmzip.evaluation.report import NOTHING
-from vlmzip.evaluation.tuned_study import Cost, TunedStudy
-from vlmzip.evaluation.tuning import LEAST_IMAGES, PLAIN, CandidateRow, Rejection, Tuning, Verdict
 from vlmzip.files import write_csv
+from vlmzip.lab.configurations import Configuration
+from vlmzip.lab.report import NOTHING
+from vlmzip.lab.stats import Estimate
+from vlmzip.lab.tune.search import LEAST_IMAGES, PLAIN, CandidateRow, Rejection, Tuning, Verdict
+from vlmzip.lab.tune.study import Cost, TunedStudy
 from vlmzip.runtime.saving import FILE, write_compressor
 
 UNITS: dict[Cost, str] = {"tokens": "visual tokens", "flops": "of the prefill FLOPs", "ms": "ms prefill"}
@@ -126,8 +126,8 @@ def show(found: SearchOutcome, args: Namespace) -> None:
 
 
 def _draw(found: SearchOutcome, folder: Path) -> None:
-    from vlmzip.evaluation.curves import save_figure
-    from vlmzip.evaluation.tuning_curve import draw
+    from vlmzip.lab.curves import save_figure
+    from vlmzip.lab.tune.curve import draw
     from vlmzip.visualize.figure import import_matplotlib
 
     try:

@@ -9,10 +9,10 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from vlmzip.compressor import Compressor, Profile
-from vlmzip.evaluation.papers import Published, published
-from vlmzip.measure.flops import prefill_flops
+from vlmzip.lab.papers import Published, published
 from vlmzip.methods import LLaVolta
 from vlmzip.models.adapter import ModelAdapter
+from vlmzip.runtime.flops import prefill_flops
 from vlmzip.training.random_factor import RandomFactor
 from vlmzip.training.schedule import PUBLISHED_DEPTH, SCHEMES, Schedule, written
 from vlmzip.visualize.figure import new_figure

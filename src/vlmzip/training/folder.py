@@ -18,9 +18,9 @@ from typing import Any
 from safetensors import SafetensorError
 
 from vlmzip.errors import UserError
-from vlmzip.evaluation.records import FolderLock, hold
 from vlmzip.files import write_text
 from vlmzip.json_text import read_json
+from vlmzip.lab.records import FolderLock, hold
 from vlmzip.training.batches import BAD, note_bad
 from vlmzip.training.config import Config
 from vlmzip.training.trainer import LOG, remove_torn_checkpoints, whole_checkpoints

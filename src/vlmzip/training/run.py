@@ -21,14 +21,14 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 from vlmzip import spec
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
-from vlmzip.evaluation.answering import Answerer
-from vlmzip.evaluation.fingerprint import of_code, of_files, of_json, of_method_code, of_model
-from vlmzip.evaluation.processes import Processes
-from vlmzip.evaluation.task import Task
-from vlmzip.evaluation.tasks import read_task
 from vlmzip.files import is_folder
+from vlmzip.lab.processes import Processes
+from vlmzip.lab.tasks.catalogue import read_task
+from vlmzip.lab.tasks.task import Task
 from vlmzip.models.adapter import ModelAdapter
+from vlmzip.runtime.answering import Answerer
 from vlmzip.runtime.facade import CompressedModel, attach
+from vlmzip.runtime.fingerprint import of_code, of_files, of_json, of_method_code, of_model
 from vlmzip.runtime.prepare import pad_id
 from vlmzip.training.batches import BAD, Collator, Examples, Preprocessor, count_bad
 from vlmzip.training.config import Config, Lora

@@ -1,0 +1,135 @@
+"""What VisionZip's two kinds of tokens are worth: dominant alone, contextual alone, and both, at equal counts.
+
+VisionZip (arXiv:2412.04467) keeps the tokens that its encoder attends to (dominant) and merges the rest into a few more
+(contextual). Both merges are asked: the authors' code adds the mean of the merged tokens to one of them ("reference"),
+their paper takes the mean of all ("mean"). Without contextual tokens nothing is merged, so that dominant alone is asked
+once and stands beside both.
+
+Counts are shares of the task's median grid. In encoders with CLS the dominant tokens include it: dominant alone is CLS
+and one patch fewer, and contextual alone has no CLS, so that the LLM sees merged patches only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from vlmzip.keep import count_to_keep
+from vlmzip.lab.analyses.subject import Row, Subject, Unsuited, scored
+from vlmzip.lab.results import Result, difference
+from vlmzip.methods import VisionZip
+from vlmzip.visualize.figure import new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SHARES = ("25%", "11%", "5.6%")
+MERGES: tuple[Literal["reference", "mean"], ...] = ("reference", "mean")
+BOTH, DOMINANT, CONTEXTUAL = "both", "dominant", "contextual"
+COLOURS = {BOTH: "C0", DOMINANT: "C1", CONTEXTUAL: "C2"}
+#: Points of equal counts are drawn beside one another, so that their intervals can be told apart.
+BESIDE = {BOTH: 1.0, DOMINANT: 0.97, CONTEXTUAL: 1.03}
+
+
+def measure(subject: Subject) -> list[Row]:
+    size = subject.profile().grid.size
+    shares = [share for share in SHARES if VisionZip(keep=share).split(size)[1]]
+    if len(shares) < len(SHARES):
+        less = ", ".join(share for share in SHARES if share not in shares)
+        if not shares:
+            raise Unsuited(f"ablation needs budgets of tokens of both kinds, and {less} of {size} are too few for that")
+        subject.tell(f"ablation leaves {less} out: of {size} tokens that is too few for both kinds")
+    variants = [
+        (share, merge, part, _variant(size, share, merge, part))
+        for share in shares
+        for merge in MERGES
+        for part in COLOURS
+    ]
+    asked = list(dict.fromkeys(one for *_, one in variants))
+    plain, *found = subject.ask(asked)
+    results = dict(zip(asked, found, strict=True))
+    both = {(share, merge): results[one] for share, merge, part, one in variants if part == BOTH}
+    first = {"budget": "100%", "merge": "", "part": "no_compression", "dominant": "", "contextual": ""}
+    rows: list[Row] = [{**first, **scored(plain), "against_both": "", "against_both_low": "", "against_both_high": ""}]
+    for share, merge, part, one in variants:
+        names = {"budget": share, "merge": merge, "part": part}
+        counts = {"dominant": one.dominant, "contextual": one.contextual}
+        against = _against(results[one], both[share, merge], subject.seed)
+        rows.append({**names, **counts, **scored(results[one]), **against})
+    return rows
+
+
+def _variant(size: int, share: str, merge: Literal["reference", "mean"], part: str) -> VisionZip:
+    count = count_to_keep(share, size)
+    if part == DOMINANT:  # nothing is merged, so that it is one and the same under both merges
+        return VisionZip(dominant=count, contextual=0)
+    if part == CONTEXTUAL:
+        return VisionZip(dominant=0, contextual=count, merge=merge)
+    dominant, contextual = VisionZip(keep=share).split(size)
+    return VisionZip(dominant=dominant, contextual=contextual, merge=merge)
+
+
+def _against(result: Result, both: Result, seed: int) -> Row:
+    """The paired difference from both kinds together, in points."""
+    against = difference(result.records, both.records, seed)
+    return {
+        "against_both": round(100 * against.value, 2),
+        "against_both_low": round(100 * against.low, 2),
+        "against_both_high": round(100 * against.high, 2),
+    }
+
+
+def draw(rows: Sequence[Row], title: str) -> Figure:
+    plain, *rest = rows
+    figure = new_figure(9, 5)
+    figure.suptitle(title)
+    for axes, merge in zip(figure.subplots(1, len(MERGES), sharey=True), MERGES, strict=True):
+        axes.axhline(plain["score"], color="black", linestyle="--", linewidth=1, label="no compression")
+        for part in COLOURS:
+            _line(axes, [row for row in rest if (row["merge"], row["part"]) == (merge, part)], part)
+        places = sorted({row["reached"] for row in rest})
+        axes.set(xlabel="visual tokens kept, %", xscale="log")
+        axes.set_title(f"merge: {merge}", fontsize="medium")
+        axes.set_xticks(places, [f"{place:.3g}" for place in places])
+        axes.minorticks_off()
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set(ylabel="score, % (95 % intervals)")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _line(axes: Any, mine: Sequence[Row], part: str) -> None:
+    """One part's scores over its tokens; differences of rounded numbers can lie a hair below 0."""
+    places, scores = [BESIDE[part] * row["reached"] for row in mine], [row["score"] for row in mine]
+    below, above = (
+        [max(0.0, sign * (row[end] - row["score"])) for row in mine] for end, sign in (("low", -1), ("high", 1))
+    )
+    label = part if part == BOTH else f"{part} alone"
+    axes.errorbar(
+        places, scores, yerr=[below, above], color=COLOURS[part], marker="o", capsize=2, linewidth=1.2, label=label
+    )
+
+
+def findings(rows: Sequence[Row]) -> list[str]:
+    plain, *rest = rows
+    said = [f"Without compression the score is {plain['score']:.1f} ({plain['questions']} questions)."]
+    for share in dict.fromkeys(row["budget"] for row in rest):
+        for merge in MERGES:
+            both, dominant, contextual = (
+                next(row for row in rest if (row["budget"], row["merge"], row["part"]) == (share, merge, part))
+                for part in COLOURS
+            )
+            said.append(
+                f"{share}, merge {merge}: both ({both['dominant']} + {both['contextual']}) {both['score']:.1f};"
+                f" dominant alone {_beside(dominant)}; contextual alone {_beside(contextual)}."
+            )
+    return said
+
+
+def _beside(row: Row) -> str:
+    """A score and whether it differs from both kinds together."""
+    low, high = row["against_both_low"], row["against_both_high"]
+    sure = "" if low > 0 or high < 0 else ", not told apart from both"
+    return f"{row['score']:.1f} ({row['against_both']:+.1f} points, {low:+.1f} to {high:+.1f}{sure})"

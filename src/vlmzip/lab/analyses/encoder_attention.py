@@ -1,0 +1,205 @@
+"""How few tokens the vision encoder attends to, layer by layer: why VisionZip reads the layer that it reads.
+
+VisionZip (arXiv:2412.04467) keeps what CLS attends to in the layer whose features the LLM gets, the last but one in
+LLaVA; in encoders without CLS, what gets most attention from all tokens (its appendix A.2). Here the same is read in
+every layer, from one run of the encoder and as rows, never as matrices of tokens by tokens.
+
+What an image's tokens get is divided by its sum: CLS's attention to itself is left out, as VisionZip leaves it out. An
+even spread gives the most attended tenth 10 %. The effective number of tokens is the exponential of the entropy. In
+layers that attend inside of windows (most of Qwen2.5-VL's) each window gets as much as it has tokens, so that only what
+happens inside of windows is seen: compare them with one another, not with layers that attend to whole images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from vlmzip.errors import UserError
+from vlmzip.files import write_whole
+from vlmzip.keep import count_to_keep
+from vlmzip.lab.analyses.subject import Row, Subject, Unsuited
+from vlmzip.lab.configurations import AS_SET
+from vlmzip.lab.stats import Bootstrap, estimate
+from vlmzip.lab.tasks.task import Sample
+from vlmzip.models import adapter_for
+from vlmzip.models.adapter import EncoderAttention
+from vlmzip.runtime.answering import Answerer
+from vlmzip.visualize.attention import Map, draw_maps
+from vlmzip.visualize.figure import new_figure
+from vlmzip.visualize.overlay import seen_image
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+#: Most attended tokens, in percent of all, whose share of the attention is told.
+TOPS = (5, 10, 20)
+#: Images encoded at a time: queries and keys of all layers are held at once.
+TOGETHER = 8
+#: Layers shown as maps: first, last and some between them.
+SHOWN = 6
+
+
+def measure(subject: Subject) -> list[Row]:
+    """Also draws what one image's layers attend to, `encoder_attention-maps.png`; the first process does it all.
+
+    Raises `UserError` where the folder holds answers of another model: figures of two models do not belong together.
+    """
+    subject.study().configure([subject.task], [], [AS_SET])
+    if not subject.processes.first:
+        return []
+    answerer = Answerer(adapter_for(subject.model), subject.processor)
+    samples = list({sample.image: sample for sample in subject.task.samples}.values())
+    values, found = [], None
+    for number, (one, image) in enumerate(_encoded(answerer, samples)):
+        values += [concentration(scores) for scores in one.by_image]
+        if number == 0:
+            _draw_image(subject, answerer, image, one)
+        found = one
+    assert found is not None  # a task has questions
+    return _rows(found, np.stack(values), [sample.image for sample in samples], subject.seed)
+
+
+def _encoded(answerer: Answerer, samples: Sequence[Sample]) -> Iterator[tuple[EncoderAttention, Sequence[Image.Image]]]:
+    """The attention of some images at a time, and these images."""
+    for start in range(0, len(samples), TOGETHER):
+        images = [sample.load() for sample in samples[start : start + TOGETHER]]
+        inputs = answerer.inputs(images, [""] * len(images))
+        yield _read(answerer, inputs), images
+
+
+def _read(answerer: Answerer, inputs: Mapping[str, Any]) -> EncoderAttention:
+    try:
+        with torch.inference_mode():
+            return answerer.adapter.encoder_attention(inputs)
+    except UserError as error:  # about the family or its encoder
+        raise Unsuited(str(error)) from error
+
+
+def concentration(scores: Float[Tensor, "layers tokens"]) -> np.ndarray:
+    """For each layer, layers x 5: the share of attention that the top 5, 10 and 20 % of tokens get, the entropy as a
+    share of its largest value, and the effective number of tokens."""
+    share = scores.double() / scores.double().sum(1, keepdim=True)
+    size = share.shape[1]
+    falling = share.sort(dim=1, descending=True).values.cumsum(1)
+    tops = [falling[:, count_to_keep(f"{top}%", size) - 1] for top in TOPS]
+    entropy = -torch.special.xlogy(share, share).sum(1)
+    most = np.log(size) if size > 1 else 1.0
+    return torch.stack([*tops, entropy / most, entropy.exp()], dim=1).cpu().numpy()
+
+
+def _rows(one: EncoderAttention, values: np.ndarray, images: Sequence[str], seed: int) -> list[Row]:
+    """A row for each layer. `values`: images x layers x what `concentration` gives."""
+    bootstrap, ones = Bootstrap(images, seed), np.ones(len(values))
+    scales = {**{f"top_{top}": 100.0 for top in TOPS}, "entropy": 100.0, "effective_tokens": 1.0}
+    rows = []
+    for layer, whose in enumerate(one.whose):
+        row: Row = {"layer": layer, "attends": whose, "read_by_visionzip": "yes" if layer == one.scored else ""}
+        row["images"] = len(values)
+        for column, (name, scale) in enumerate(scales.items()):
+            row |= _told(name, bootstrap.share(scale * values[:, layer, column], ones))
+        beyond = values[:, layer, TOPS.index(10)] - values[:, one.scored, TOPS.index(10)]
+        row |= _told("top_10_beyond_read", bootstrap.share(100 * beyond, ones))
+        rows.append(row)
+    return rows
+
+
+def _told(name: str, shares: np.ndarray) -> Row:
+    found = estimate(shares)
+    return {name: round(found.value, 2), f"{name}_low": round(found.low, 2), f"{name}_high": round(found.high, 2)}
+
+
+def _draw_image(subject: Subject, answerer: Answerer, images: Sequence[Image.Image], one: EncoderAttention) -> None:
+    """The first image, and what some layers attend to in it."""
+    inputs = answerer.inputs(images[:1], [""])
+    (grid,), pixels = answerer.adapter.grids(inputs), inputs[answerer.adapter.image_inputs[0]]
+    processor, seen = subject.processor.image_processor, images[0]
+    if pixels.ndim == 4:  # as the encoder sees it, cropped and scaled; else the grid covers the whole image
+        seen = seen_image(pixels[0], processor.image_mean, processor.image_std)
+    depth = len(one.whose)
+    layers = {*np.linspace(0, depth - 1, min(SHOWN, depth)).round().astype(int).tolist(), one.scored}
+    maps = [
+        Map(f"layer {layer}" + ", VisionZip's" * (layer == one.scored), one.by_image[0][layer].tolist())
+        for layer in sorted(layers)
+    ]
+    page = draw_maps(seen, grid, maps)
+    write_whole(subject.folder / "encoder_attention-maps.png", lambda name: page.save(name))
+
+
+def draw(rows: Sequence[Row], title: str) -> Figure:
+    figure = new_figure(7, 7)
+    from matplotlib.ticker import MaxNLocator
+
+    above, below = figure.subplots(2, sharex=True)
+    layers = [row["layer"] for row in rows]
+    for number, top in enumerate(TOPS):
+        _line(above, rows, f"top_{top}", f"C{number}", f"most attended {top} % of tokens")
+    for number, top in enumerate(TOPS):
+        label = "their shares if evenly spread" if number == 0 else "_"  # "_": no entry of its own
+        above.axhline(top, color=f"C{number}", linestyle=":", linewidth=1, label=label)
+    _line(below, rows, "effective_tokens", "C3", "")
+    above.set(ylabel="share of the attention, %", title=title, ylim=(0, None))
+    below.set(xlabel="layer of the vision encoder, from 0", ylabel="effective number of tokens", ylim=(0, None))
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (above, below):
+        _mark_layers(axes, rows)
+        axes.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*above.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _line(axes: Any, rows: Sequence[Row], name: str, colour: str, label: str) -> None:
+    """A line with its 95 % interval."""
+    layers = [row["layer"] for row in rows]
+    axes.plot(layers, [row[name] for row in rows], color=colour, marker="o", markersize=4, label=label)
+    low, high = ([row[f"{name}_{end}"] for row in rows] for end in ("low", "high"))
+    axes.fill_between(layers, low, high, color=colour, alpha=0.2, linewidth=0)
+
+
+def _mark_layers(axes: Any, rows: Sequence[Row]) -> None:
+    """The layer that VisionZip reads, and those that attend inside of windows."""
+    read = next(row["layer"] for row in rows if row["read_by_visionzip"])
+    axes.axvline(read, color="0.5", linestyle="--", linewidth=1, label="read by VisionZip")
+    windowed = [row["layer"] for row in rows if "window" in row["attends"]]
+    for layer in windowed:
+        label = "inside of windows" if layer == windowed[0] else "_"
+        axes.axvspan(layer - 0.5, layer + 0.5, color="0.92", zorder=0, label=label)
+
+
+def findings(rows: Sequence[Row]) -> list[str]:
+    read = next(row for row in rows if row["read_by_visionzip"])
+    like = [row for row in rows if row["attends"] == read["attends"]]
+    most, least = (choose(like, key=lambda row: row["top_10"]) for choose in (max, min))
+    fewest = min(like, key=lambda row: row["effective_tokens"])
+    more = [str(row["layer"]) for row in like if row["top_10_beyond_read_low"] > 0]
+    said = [
+        f"In layer {read['layer']} of {len(rows)} (from 0), which VisionZip reads, the most attended tenth of tokens"
+        f" gets {_percent(read, 'top_10')} of the attention of {read['attends']}, and the effective number of tokens is"
+        f" {read['effective_tokens']:.0f} ({read['images']} images).",
+        f"The most concentrated layer is {most['layer']} ({_percent(most, 'top_10')}), the least is {least['layer']}"
+        f" ({_percent(least, 'top_10')}); by the effective number of tokens the most concentrated one is"
+        f" {fewest['layer']} ({fewest['effective_tokens']:.0f}).",
+        f"More concentrated than the layer that is read, by their tenths and beyond the 95 % interval:"
+        f" {', '.join(more) or 'none'}.",
+    ]
+    if read is not rows[-1]:
+        last = rows[-1]
+        said.append(
+            f"The last layer's tenth gets {last['top_10_beyond_read']:+.1f} points"
+            f" ({last['top_10_beyond_read_low']:+.1f} to {last['top_10_beyond_read_high']:+.1f}) against it."
+        )
+    if len(like) < len(rows):
+        said.append(f"{len(rows) - len(like)} layers attend inside of windows and are not compared with it.")
+    return said
+
+
+def _percent(row: Row, name: str) -> str:
+    return f"{row[name]:.1f} % ({row[f'{name}_low']:.1f} to {row[f'{name}_high']:.1f})"

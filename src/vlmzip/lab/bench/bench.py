@@ -1,0 +1,195 @@
+"""Speed and memory of methods on one model, each beside the FLOPs that it leaves to be done."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vlmzip.compressor import Compressor
+from vlmzip.errors import reason
+from vlmzip.lab.bench.memory import peak_bytes
+from vlmzip.lab.bench.timing import Quartiles, Spans, in_turns, now, quartiles, ratios, time_answer
+from vlmzip.methods import NoCompression
+from vlmzip.models.adapter import ModelAdapter
+from vlmzip.runtime.facade import attached
+from vlmzip.runtime.flops import flops_inside
+from vlmzip.runtime.token_profile import TokenProfile
+
+PLAIN = NoCompression.name()
+
+#: What is timed: the LLM's prefill, and everything from the call to the first token.
+Scope = Literal["prefill", "ttft"]
+SCOPES: tuple[Scope, ...] = ("prefill", "ttft")
+
+
+@dataclass
+class Contender:
+    """A method and what was measured of it; the plain model has no compressor."""
+
+    name: str
+    compressor: Compressor | None
+    note: str = ""
+    """Why there are no numbers, or what is unusual about them."""
+    profiles: list[TokenProfile] = field(default_factory=list)
+    """One for each row of the batch."""
+    flops: dict[Scope, int] = field(default_factory=dict)
+    """What the scope has to compute: selection is no part of it."""
+    kv_bytes: int = 0
+    peak_bytes: int | None = None
+    """Beyond the weights, at the highest; `None` where it cannot be measured."""
+    without_peak: str = ""
+    """Why the memory was not measured, where its process failed."""
+    spans: list[Spans] = field(default_factory=list)
+
+    @contextmanager
+    def on(self, model: nn.Module) -> Iterator[Any]:
+        """The model as this contender uses it, and as it was behind the block."""
+        if self.compressor is None:
+            yield model
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # said once, by the first run
+            with attached(model, self.compressor) as compressed:
+                yield compressed
+
+    def seconds(self, scope: Scope) -> list[float]:
+        return [getattr(spans, scope) for spans in self.spans]
+
+    @property
+    def tokens_per_second(self) -> Quartiles:
+        """Of decoding, all rows together."""
+        return quartiles([len(self.profiles) / spans.token for spans in self.spans])
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One scope of one method beside the plain model's."""
+
+    milliseconds: Quartiles
+    speed_up: Quartiles
+    """Ratios within rounds."""
+    limit: float
+    """The speed-up if time were FLOPs: FLOPs of the plain model over FLOPs of the method, in this scope."""
+
+    @property
+    def share(self) -> Quartiles:
+        """The share of the limit that was reached; more than 1 where the plain model computes less efficiently."""
+        return Quartiles(*(value / self.limit for value in self.speed_up))
+
+
+@dataclass(frozen=True)
+class BenchStep:
+    """A run that is about to begin."""
+
+    name: str
+    round: int | None = None
+    """0 to warm up, from 1 on timed; `None` where tokens and FLOPs are counted."""
+    rounds: int = 0
+    """The timed ones."""
+
+
+def compare(contender: Contender, plain: Contender, scope: Scope) -> Compared:
+    """Of a contender that has numbers."""
+    seconds = contender.seconds(scope)
+    return Compared(
+        Quartiles(*(1000 * value for value in quartiles(seconds))),
+        ratios(seconds, plain.seconds(scope)),
+        plain.flops[scope] / contender.flops[scope],
+    )
+
+
+def bench(
+    model: nn.Module,
+    adapter: ModelAdapter,
+    inputs: Mapping[str, Tensor],
+    contenders: Sequence[Contender],
+    *,
+    repeats: int,
+    new_tokens: int,
+    clock: Callable[[torch.device], float] = now,
+    telling: Callable[[BenchStep], Any] = lambda _: None,
+    keeping: Callable[[list[Contender]], Any] = lambda _: None,
+) -> list[Contender]:
+    """The plain model and the contenders, timed in turns; whoever fails keeps a note and costs the others nothing.
+
+    Raises what the plain model raises. `telling` is told before each run; `keeping` gets what is measured, after each
+    round.
+    """
+    plain = Contender(PLAIN, None)
+    running = []
+    for one in (plain, *contenders):
+        telling(BenchStep(one.name))
+        try:
+            with one.on(model) as compressed:
+                _count(one, compressed, adapter, inputs)
+            running.append(one)
+        except Exception as error:  # whatever is wrong with one method, the others are still worth measuring
+            if one is plain:
+                raise
+            one.note = reason(error)
+
+    begun = count()
+
+    def run(one: Contender) -> Spans:
+        telling(BenchStep(one.name, next(begun) // len(running), repeats))
+        with one.on(model) as compressed:
+            return time_answer(compressed, adapter, inputs, new_tokens, clock)
+
+    everyone = [plain, *contenders]
+
+    def keep(found: dict[str, list[Spans]]) -> None:
+        for one, spans in zip(running, found.values(), strict=True):
+            one.spans = list(spans)
+        keeping(everyone)
+
+    in_turns({str(number): partial(run, one) for number, one in enumerate(running)}, repeats, keeping=keep)
+    return everyone
+
+
+def _count(one: Contender, compressed: Any, adapter: ModelAdapter, inputs: Mapping[str, Tensor]) -> None:
+    """Tokens, FLOPs and KV bytes of one run."""
+    ids = inputs["input_ids"]
+    vision = [adapter.model.model.vision_tower, adapter.model.model.multi_modal_projector]
+    vision += [module for module in (getattr(compressed, "resampler", None),) if isinstance(module, nn.Module)]
+    before_llm = flops_inside(
+        vision, lambda: compressed.generate(**inputs, do_sample=False, max_new_tokens=1, min_new_tokens=1)
+    )
+    if one.compressor is None:
+        visual = (ids == adapter.placeholder_id).sum(1).tolist()
+        layers = len(adapter.decoder_layers)
+        one.profiles = [TokenProfile(count, (count,) * layers, ids.shape[1] - count) for count in visual]
+    else:
+        one.profiles = TokenProfile.rows(compressed.report, inputs["attention_mask"].sum(1).tolist())
+    prefill = sum(profile.prefill_flops(adapter) for profile in one.profiles)
+    one.flops = {"prefill": prefill, "ttft": before_llm + prefill}
+    one.kv_bytes = sum(profile.kv_bytes(adapter) for profile in one.profiles)
+
+
+def peaks(
+    model: Any,
+    inputs: Mapping[str, Tensor],
+    compressors: Sequence[Compressor | None],
+    new_tokens: int,
+    telling: Callable[[int], Any] = lambda _: None,
+) -> Iterator[int | None]:
+    """Peak memory of an answer of the plain model (`None`) or through compressors, beyond the weights; `None` where it
+    fails or the system does not tell. On a CPU to be called in a process of its own, see `peak_bytes`.
+
+    `telling` is told before each how many are done."""
+    for done, compressor in enumerate(compressors):
+        telling(done)
+        try:
+            with Contender("", compressor).on(model) as compressed:
+                run = partial(compressed.generate, **inputs, do_sample=False, max_new_tokens=new_tokens)
+                peak = peak_bytes(run, inputs["input_ids"].device)
+        except Exception:  # `bench` runs the same and says why
+            peak = None
+        yield peak

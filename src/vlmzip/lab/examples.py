@@ -1,0 +1,78 @@
+"""Some of the questions whose answers compression has changed, with what became of the visual tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vlmzip.lab.records import Record
+from vlmzip.lab.results import Result
+from vlmzip.lab.study import Study
+from vlmzip.lab.tasks.task import Sample, Task
+from vlmzip.runtime.facade import CompressedModel
+from vlmzip.runtime.report import compact
+from vlmzip.visualize.overlay import seen_image
+from vlmzip.visualize.sheet import fates_panel, plain_panel
+
+GAP = 6
+"""Pixels between an image and its tokens."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question, answered without and with compression."""
+
+    sample: Sample
+    plain: Record
+    compressed: Record
+    image: Image.Image
+    """The image, and beside it the fate of its tokens."""
+    tokens: str
+
+    @property
+    def kind(self) -> str:
+        """What the change is worth."""
+        gain = self.compressed["score"] - self.plain["score"]
+        return "lost" if gain < 0 else "gained" if gain > 0 else "changed"
+
+
+def examples(study: Study, task: Task, plain: Result, result: Result, most: int, seed: int) -> list[Example]:
+    """Up to `most` of the changed answers, chosen by chance; their questions are asked once more for the token maps."""
+    chosen = np.random.default_rng(seed).permutation(result.changed)[:most]
+    compressor = result.configuration.compressor
+    if compressor is None or not len(chosen):
+        return []
+    compressed = study.attach(compressor)
+    try:
+        found = []
+        for place in sorted(chosen):
+            sample = task.samples[place]
+            image, counts = _drawn(study, compressed, sample)
+            found.append(Example(sample, plain.records[place], result.records[place], image, compact(counts)))
+        return found
+    finally:
+        compressed.detach()
+
+
+def _drawn(study: Study, compressed: CompressedModel, sample: Sample) -> tuple[Image.Image, Sequence[int]]:
+    image = sample.load()
+    inputs = study.answerer.inputs([image], [sample.question])
+    with torch.inference_mode():
+        compressed.generate(**inputs, max_new_tokens=1, do_sample=False)
+    pixels, processor = inputs[study.adapter.image_inputs[0]], study.processor.image_processor
+    if pixels.ndim == 4:  # as the encoder sees it, cropped and scaled; else the grid covers the whole image
+        image = seen_image(pixels[0], processor.image_mean, processor.image_std)
+    (report,) = compressed.report.images
+    panels = plain_panel(image, report.grid), fates_panel(image, report.token_map, report.grid, report.prefix)
+    return _side_by_side(*panels), report.by_layer
+
+
+def _side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
+    both = Image.new("RGB", (left.width + GAP + right.width, max(left.height, right.height)), "white")
+    both.paste(left, (0, 0))
+    both.paste(right, (left.width + GAP, 0))
+    return both

@@ -1,0 +1,270 @@
+"""lmms-eval's view of a model with a compressor: questions in batches, answers with what they cost.
+
+    python -m lmms_eval --model vlmzip --model_args "pretrained=DIR,method=visionzip(keep=64)" --tasks pope
+
+    from lmms_eval.evaluator import simple_evaluate
+    simple_evaluate(model=CompressedForLmms(compressed, processor, batch_size=8), tasks=["pope"])
+
+Whatever breaks ends the run. lmms-eval's own adapters log an exception and hand back an empty answer, so that a broken
+method gets a low score instead of an error.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from tqdm import tqdm
+
+from vlmzip import spec
+from vlmzip.cli.loading import load, note
+from vlmzip.compressor import Compressor
+from vlmzip.errors import UserError, reason, telling_beyond_positions
+from vlmzip.files import is_file
+from vlmzip.lab.lmms.requests import (
+    NO_LIKELIHOODS,
+    AnswerFailed,
+    Chat,
+    Generation,
+    read_chat,
+    read_generation,
+    read_settings,
+)
+from vlmzip.lab.processes import Processes
+from vlmzip.models import adapter_for
+from vlmzip.runtime.answering import Answer, Answerer
+from vlmzip.runtime.facade import CompressedModel
+from vlmzip.runtime.prompts import conversation_prompt
+from vlmzip.runtime.report import compact
+from vlmzip.runtime.saving import FILE, attach_saved, read_compressor
+
+
+@dataclass
+class Costs(TokenCounts):
+    """Tokens of one request, which lmms-eval writes beside the answer.
+
+    `input_tokens` is the prompt as the LLM got it.
+    """
+
+    visual_tokens: int = 0
+    """Without compression."""
+    visual_tokens_by_layer: str = ""
+    """Left at each layer of the LLM, in few words: `16`, or `144×2 → 18×4`."""
+    retention: float = 1.0
+    """Visual tokens over all layers, as a share of what they would be without compression."""
+
+    def to_dict(self) -> dict[str, Any]:
+        shown = {"visual_tokens": self.visual_tokens, "visual_tokens_by_layer": self.visual_tokens_by_layer}
+        return {**super().to_dict(), **shown, "retention": round(self.retention, 6)}
+
+
+@dataclass(frozen=True)
+class LmmsQuestion:
+    """One request: where it stands among the others, what is asked, and how the answer is generated."""
+
+    place: int
+    chat: Chat
+    generation: Generation
+
+
+class CompressedForLmms(lmms):
+    """Any model that `attach` returned (or any plain one, as `NoCompression().on(model)`), for lmms-eval."""
+
+    is_simple = False  # tasks hand over messages, not a text and images
+
+    def __init__(self, compressed: CompressedModel, processor: Any, batch_size: int = 1) -> None:
+        """Raises `UserError` for a batch size below 1."""
+        super().__init__()
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size}: give at least 1")
+        self.compressed, self.batch_size = compressed, batch_size
+        self.answerer = Answerer(adapter_for(compressed.inner), processor)
+        self.device = self.answerer.adapter.model.device
+        self.ends_process = False
+        self._noted: set[str] = set()
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: Any, additional_config: Mapping[str, Any] | None = None) -> Any:
+        """What `--model_args` asks for: `pretrained` (default mini), `method`, `device`, `dtype`, `batch_size`.
+
+        Ends the process where something is wrong, with code 2: lmms-eval's command line catches every exception and
+        then ends with 0.
+        """
+        given = {name: str(value) for name, value in (additional_config or {}).items() if value is not None}
+        try:
+            written = dict(arg_string) if isinstance(arg_string, Mapping) else read_settings(arg_string)
+            made = cls._load(given | written)
+        except UserError as error:
+            print(f"vlmzip: {reason(error)}", file=sys.stderr)
+            raise SystemExit(2) from error
+        made.ends_process = True
+        return made
+
+    @classmethod
+    def _load(cls, settings: Mapping[str, str]) -> CompressedForLmms:
+
+        name = settings.get("pretrained", "mini")
+        compressor = _compressor(name, settings.get("method"))
+        device = Processes().device(settings.get("device"))
+        loaded = load(name, device, settings.get("dtype"))
+        compressed, notes = attach_saved(loaded.model, compressor.placed(loaded.adapter.profile()), name)
+        for said in notes:
+            note(said)
+        try:
+            batch_size = int(settings.get("batch_size", 1))
+        except ValueError:
+            raise UserError(
+                f"batch_size={settings['batch_size']!r}: give a number, there are no automatic ones"
+            ) from None
+        return cls(compressed, loaded.processor, batch_size)
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """The answers in the order of the requests."""
+        results: list[Any] = [None] * len(requests)
+        start = time.perf_counter()
+        with self._stopping(), tqdm(total=len(requests), desc="answering", disable=self.rank != 0) as bar:
+            for begin in range(0, len(requests), self.batch_size):
+                some = requests[begin : begin + self.batch_size]
+                with _naming(some):
+                    questions = [self._question(place, one) for place, one in enumerate(some, begin)]
+                    for place, result in self._answer(questions):
+                        results[place] = result
+                bar.update(len(some))
+        self._log(results, time.perf_counter() - start)
+        return results
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
+        """For each request the answers of all its rounds, one request after the other."""
+        with self._stopping():
+            out = []
+            for request in tqdm(requests, desc="answering", disable=self.rank != 0):
+                with _naming([request]):
+                    out.append(self._rounds(request))
+            return out
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Refused; lmms-eval itself does not ask adapters that take messages for it."""
+        with self._stopping():
+            task = requests[0].args[-2] if requests else "this task"
+            raise UserError(f"{task} {NO_LIKELIHOODS}")
+
+    # ---------------------------------------------------------------- one batch
+
+    def _question(self, place: int, request: Instance) -> LmmsQuestion:
+        _, doc_to_messages, settings, doc_id, task, split = request.args
+        chat = self._read(doc_to_messages(self.task_dict[task][split][doc_id]))
+        return LmmsQuestion(place, chat, self._generation(settings))
+
+    def _read(self, messages: Any) -> Chat:
+        placeholders = {"<image>", getattr(self.answerer.processor, "image_token", "<image>")}
+        return read_chat(messages, sorted(placeholders))
+
+    def _generation(self, settings: Mapping[str, Any]) -> Generation:
+        generation = read_generation(settings)
+        for name in generation.unused:
+            if name not in self._noted:
+                self._noted.add(name)
+                print(f"note: the task's generation setting {name!r} means nothing here", file=sys.stderr)
+        return generation
+
+    def _answer(self, questions: Sequence[LmmsQuestion]) -> Iterator[tuple[int, GenerationResult]]:
+        """Asks what can be asked together: questions with equally many images, to be answered in the same way."""
+        order = sorted(questions, key=_kind)
+        for _, alike in groupby(order, key=_kind):
+            group = list(alike)
+            how = group[0].generation
+            prompts = [self._prompt(one.chat) for one in group]
+            images = [one.chat.images for one in group]
+            answers = self.answerer.answer_prompts(self.compressed, prompts, images, **how.arguments)
+            for one, answer in zip(group, answers, strict=True):
+                yield one.place, GenerationResult(how.cut(answer.text), _costs(answer))
+
+    def _prompt(self, chat: Chat) -> str:
+        return conversation_prompt(self.answerer.adapter, self.answerer.processor, chat.messages)
+
+    def _rounds(self, request: Instance) -> list[str]:
+        """Each round is a conversation of its own, made by the task from the answers so far, until it says stop."""
+        _, doc_to_messages, settings, doc_id, task, split = request.args
+        doc, how = self.task_dict[task][split][doc_id], self._generation(settings)
+        said: list[str] = []
+        messages, state, done = doc_to_messages(doc), None, False
+        while not done:
+            (_, result), *_ = self._answer([LmmsQuestion(0, self._read(messages), how)])
+            said.append(result.text)
+            step = doc_to_messages(doc, round_idx=len(said), previous_output=list(said), previous_round_info=state)
+            if not (isinstance(step, tuple) and len(step) == 4):
+                break  # a task whose messages know no rounds
+            messages, done, _, state = step
+        return said
+
+    def _log(self, results: Sequence[GenerationResult], seconds: float) -> None:
+        """What lmms-eval's result file has of costs beside the scores, under `throughput`."""
+        costs = [result.token_counts for result in results if isinstance(result.token_counts, Costs)]
+        new = sum(cost.output_tokens or 0 for cost in costs)
+        means = {
+            "visual_tokens_without_compression": sum(cost.visual_tokens for cost in costs) / max(1, len(costs)),
+            "retention": sum(cost.retention for cost in costs) / max(1, len(costs)),
+        }
+        log_metrics(total_elapsed_time=seconds, total_gen_tokens=new, avg_speed=new / seconds, additional_metrics=means)
+
+    @contextmanager
+    def _stopping(self) -> Iterator[None]:
+        """Lets nothing that breaks go by, not even under lmms-eval's command line."""
+        try:
+            with telling_beyond_positions(note):
+                yield
+        except Exception as error:
+            if not self.ends_process:
+                raise
+            mistake = isinstance(error.__cause__ or error, UserError)
+            if not mistake:
+                traceback.print_exc()
+            print(f"vlmzip: {error}", file=sys.stderr)
+            raise SystemExit(2 if mistake else 1) from error
+
+
+@contextmanager
+def _naming(requests: Sequence[Instance]) -> Iterator[None]:
+    """Says at which questions something broke."""
+    try:
+        yield
+    except Exception as error:
+        first, last = requests[0].args, requests[-1].args
+        where = f"{first[4]}, document {first[3]}" + (f" to {last[4]}, document {last[3]}" if len(requests) > 1 else "")
+        raise AnswerFailed(f"{where}: {reason(error)}") from error
+
+
+def _kind(question: LmmsQuestion) -> tuple[int, str]:
+    how = question.generation
+    return len(question.chat.images), json.dumps([how.arguments, how.until], sort_keys=True, default=str)
+
+
+def _costs(answer: Answer) -> Costs:
+    after = answer.by_layer[0] if answer.by_layer else 0
+    return Costs(
+        input_tokens=answer.text_tokens + after,
+        output_tokens=answer.new_tokens,
+        visual_tokens=answer.visual_tokens,
+        visual_tokens_by_layer=compact(answer.by_layer) if answer.by_layer else "0",
+        retention=answer.retention,
+    )
+
+
+def _compressor(name: str, method: str | None) -> Compressor:
+    """The method asked for, or the one saved with the model; which it is must have been said somewhere."""
+    if method is not None:
+        return spec.read(method)
+    if is_file(Path(name) / FILE):
+        return read_compressor(name)
+    raise UserError(f"--model_args needs method=…, {spec.FORMS}; the plain model is method=no_compression")

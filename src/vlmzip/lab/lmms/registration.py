@@ -1,0 +1,12 @@
+"""The entry point by which lmms-eval finds this library: `--model vlmzip`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def manifest() -> Any:
+    """Says which class answers to which name; called by lmms-eval when it starts."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(model_id="vlmzip", chat_class_path="vlmzip.lab.lmms.adapter.CompressedForLmms")

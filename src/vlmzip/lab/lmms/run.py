@@ -1,0 +1,349 @@
+"""lmms-eval run once for each configuration and benchmark; what is finished is not run again.
+
+In the output folder, `suite.json` says which model was asked and how, and results/TASK/COMPRESSOR.json holds what
+lmms-eval found, beside the costs of every request. A result file is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from vlmzip import spec
+from vlmzip.cli.loading import Loaded
+from vlmzip.errors import UserError, reason
+from vlmzip.files import write_text
+from vlmzip.json_text import read_json
+from vlmzip.lab.configurations import Configuration, Configurator, plain_json, read_calibrated
+from vlmzip.lab.lmms.requests import NO_LIKELIHOODS, AnswerFailed
+from vlmzip.lab.lmms.suites import NO_JUDGE, Benchmark, Suite, has_judge, no_such_task
+from vlmzip.lab.machine import about
+from vlmzip.lab.records import is_count, is_number, is_text
+from vlmzip.lab.study import attach_alike, file_stem, slug
+from vlmzip.lab.tasks.metrics import METRICS
+from vlmzip.lab.tasks.task import CalibrationSet, Task
+from vlmzip.runtime.answering import Answerer
+from vlmzip.runtime.fingerprint import of_files, of_method, of_model, of_name, refuse_changed
+from vlmzip.spec import Candidate
+from vlmzip.version import __version__
+
+FILE = "suite.json"
+INSTALL = "--suite needs lmms-eval, which is large: pip install 'vlmzip[lmms]'"
+#: What a task gives for a question that its judge did not answer; it would count as a wrong answer.
+UNJUDGED = ("", "Failed Request")
+
+Found = dict[str, Any]
+
+
+def import_lmms_eval() -> None:
+    """Raises `UserError` where lmms-eval is not installed, or cannot be imported."""
+    if find_spec("lmms_eval") is None:
+        raise UserError(INSTALL)
+    try:
+        import lmms_eval.evaluator  # noqa: F401
+        from loguru import logger
+    except Exception as error:  # a broken torchvision, for one
+        raise UserError(f"lmms-eval cannot be imported: {reason(error)}") from error
+    logger.remove()  # dozens of lines for each benchmark
+    logger.add(sys.stderr, level="ERROR", format="lmms-eval: {message}")
+
+
+@dataclass
+class SuiteRun:
+    """One model, one suite, one output folder."""
+
+    loaded: Loaded
+    suite: Suite
+    folder: Path
+    batch: int
+    limit: int | None
+    include: str | None = None
+    """A folder with tasks in lmms-eval's format, beside its own."""
+    tell: Callable[[str], None] = print
+    _loaded_tasks: dict[str, Any] = field(default_factory=dict)
+    _methods: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for benchmark in self.suite.benchmarks:
+            kind = self._manager.task_index.get(benchmark.task, {}).get("type")
+            if kind is None:
+                raise no_such_task(benchmark.task, self._manager.task_index)
+            if kind not in ("task", "python_task"):
+                raise UserError(f"{benchmark.task!r} is a {kind} of tasks in lmms-eval: name the tasks that you want")
+
+    @cached_property
+    def _manager(self) -> Any:
+        from lmms_eval.tasks import TaskManager
+
+        if self.include is not None:  # reading all of lmms-eval's own task files takes a while
+            own = TaskManager("ERROR", include_path=self.include, include_defaults=False, model_name="vlmzip")
+            if all(benchmark.task in own.task_index for benchmark in self.suite.benchmarks):
+                return own
+        return TaskManager("ERROR", include_path=self.include, model_name="vlmzip")
+
+    @property
+    def conditions(self) -> dict[str, str]:
+        """Where a result comes from."""
+        model = self.loaded.model
+        return {
+            "model": self.loaded.name,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "vlmzip": __version__,
+            "lmms_eval": version("lmms-eval"),
+            **about(model.device),
+        }
+
+    def configure(
+        self,
+        methods: Sequence[Candidate],
+        budgets: Sequence[str],
+        calibration: CalibrationSet | None,
+        uncalibrated: str,
+    ) -> list[Configuration]:
+        """The uncompressed model and all methods at all budgets; notes in the folder what it holds.
+
+        Budgets are set for images of the model's own size, once for all benchmarks. Raises `UserError` where the
+        folder holds results of another model, or to another number of questions.
+        """
+        known = self._known()
+        loaded = self.loaded
+        configurator = Configurator(
+            loaded.model,
+            Answerer(loaded.adapter, loaded.processor),
+            loaded.name,
+            read_calibrated(self.folder / FILE, known),
+        )
+        every = Task("suite", self.suite.about, METRICS["exact"], (), 0, calibration, uncalibrated)
+        found = list(configurator.rows(every, methods, budgets))
+        content = {"model": self.loaded.name, **self._identity, "calibrated": configurator.calibrated}
+        _write_json(self.folder / FILE, content)
+        return found
+
+    @cached_property
+    def _identity(self) -> dict[str, Any]:
+        """What all results in the folder depend on. Which questions a benchmark has is not looked at."""
+        return {
+            **of_name(self.loaded.name),
+            "limit": self.limit,
+            "lmms_eval": version("lmms-eval"),
+            "tasks of your own": "" if self.include is None else of_files(task_files(Path(self.include))),
+            **of_model(self.loaded.model, self.loaded.processor),
+        }
+
+    def _known(self) -> dict[str, Any]:
+        path = self.folder / FILE
+        if not path.exists():
+            return {}
+        known = _read_json(path)
+        refuse_changed(f"{str(self.folder)!r} holds results of other conditions", known, self._identity)
+        return known
+
+    def run(self, configurations: Sequence[Configuration]) -> None:
+        """Runs what has no result yet, the uncompressed model first.
+
+        Raises `UserError` naming the benchmark that cannot be fetched or scored, and `AnswerFailed` where the model or
+        the method breaks; in both cases results so far are kept.
+        """
+        runs = {file_stem(one): one for one in configurations if one.compressor is not None}
+        wanted = {benchmark.task: benchmark for benchmark in self.suite.benchmarks if not self.left_out(benchmark)}
+        total, number = len(runs) * len(wanted), 0
+        for one in runs.values():
+            for task, benchmark in wanted.items():
+                number += 1
+                if self.result(benchmark, one) is not None:
+                    continue
+                start = time.perf_counter()
+                found = self._evaluate(benchmark, one)
+                _write_json(self._path(task, one), found)
+                spent = time.perf_counter() - start
+                self.tell(f"[{number}/{total}] {task}, {found['method']}: {found['questions']:,} in {spent:.0f} s")
+
+    def left_out(self, benchmark: Benchmark) -> str:
+        """Why a benchmark is not run; empty where it is."""
+        return NO_JUDGE if benchmark.judge == "always" and not has_judge() else ""
+
+    def result(self, benchmark: Benchmark, one: Configuration) -> Found | None:
+        """What was found before. Raises `UserError` for a file that is no result of this configuration."""
+        path = self._path(benchmark.task, one)
+        if not path.exists():
+            return None
+        found = _read_json(path)
+        if found.get("task") != benchmark.task or found.get("compressor") != one.settings:
+            raise UserError(f"{str(path)!r} is no result of {benchmark.task} with these settings; move it away")
+        if wrong := wrong_result(found):
+            raise UserError(f"{str(path)!r} is not a result of vlmzip: {wrong}; move it away")
+        refuse_changed(f"{str(path)!r} is a result of another {found['method']}", found, self._method(one))
+        return found
+
+    def _method(self, one: Configuration) -> dict[str, str]:
+        """What results depend on beside the settings of a configuration."""
+        key = file_stem(one)
+        if key not in self._methods:
+            assert one.compressor is not None
+            compressed = attach_alike(self.loaded.model, one.compressor, self.loaded.name)
+            try:
+                self._methods[key] = of_method(compressed)
+            finally:
+                compressed.detach()
+        return self._methods[key]
+
+    def _path(self, task: str, one: Configuration) -> Path:
+        return self.folder / "results" / slug(task) / f"{file_stem(one)}.json"
+
+    def _evaluate(self, benchmark: Benchmark, one: Configuration) -> Found:
+        from vlmzip.lab.lmms.adapter import CompressedForLmms
+
+        assert one.compressor is not None
+        written, told = spec.write(one.compressor), self._method(one)
+        compressed = attach_alike(self.loaded.model, one.compressor, self.loaded.name)
+        try:
+            model = CompressedForLmms(compressed, self.loaded.processor, self.batch)
+            found, samples = self._ask(benchmark.task, model)
+        except AnswerFailed as error:
+            raise AnswerFailed(f"{written} broke on {error}") from error
+        finally:
+            compressed.detach()
+        _check_judged(benchmark, samples)
+        return {
+            "task": benchmark.task,
+            "method": written,
+            "compressor": plain_json(one.compressor.to_dict()),
+            **told,
+            "results": {key: float(value) for key, value in found.items() if _is_finite(value)},
+            "questions": len(samples),
+            **_costs(samples),
+            "batch": self.batch,
+            **self.conditions,
+            "requests": [_request(sample) for sample in samples],
+        }
+
+    def _ask(self, task: str, model: Any) -> tuple[Found, list[dict[str, Any]]]:
+        """lmms-eval's results of one task, and its samples, each document's first."""
+        from lmms_eval.evaluator import simple_evaluate
+
+        ready = self._load(task)
+        try:
+            with _quietly():
+                out = simple_evaluate(
+                    model=model, tasks=[ready], task_manager=self._manager, limit=self.limit,
+                    batch_size=self.batch, bootstrap_iters=0, verbosity="ERROR",
+                    cli_args=Namespace(output_path=str(self.folder), process_with_media=False),
+                )  # fmt: skip
+        except (AnswerFailed, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            raise UserError(f"lmms-eval could not score {task}: {_why(error)}") from error
+        first = {sample["doc_id"]: sample for sample in reversed(out["samples"][task])}
+        return out["results"][task], [first[number] for number in sorted(first)]
+
+    def _load(self, task: str) -> Any:
+        """lmms-eval's task with its questions. Raises `UserError` for one that cannot be fetched, or is not for us."""
+        if task in self._loaded_tasks:
+            return self._loaded_tasks[task]
+        self.tell(f"fetching {task}")
+        try:
+            with _quietly():
+                found = self._manager.load_task_or_group([task], task_type="chat")[task]
+        except Exception as error:  # no network, no access, a task file that is wrong
+            raise UserError(
+                f"lmms-eval cannot get the benchmark {task}: {_why(error)}; what is finished is kept, and the same"
+                " command goes on from there"
+            ) from error
+        if not str(found.OUTPUT_TYPE).startswith("generate_until"):
+            raise UserError(f"{task} {NO_LIKELIHOODS}")
+        self._loaded_tasks[task] = found
+        return found
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Tasks print tables of their own; standard output is for ours."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def _why(error: BaseException) -> str:
+    """The reason behind an error; lmms-eval wraps those of downloads in one that says only that it has tried again."""
+    attempt = getattr(error, "last_attempt", None)
+    behind = attempt.exception() if attempt is not None else None
+    return _why(behind) if behind is not None else reason(error) if isinstance(error, Exception) else str(error)
+
+
+def _check_judged(benchmark: Benchmark, samples: Sequence[Found]) -> None:
+    """Raises `UserError` where the judge left answers without a score, which lmms-eval counts as 0."""
+    if benchmark.judge != "always":
+        return
+    judged = [sample.get(metric) for sample in samples for metric in benchmark.metrics]
+    failed = [one for one in judged if isinstance(one, dict) and _unjudged(one)]
+    if failed:
+        raise UserError(
+            f"the judge of {benchmark.task} gave no score for {len(failed)} of {len(samples)} answers, which would"
+            " count as wrong; look at OPENAI_API_KEY, MODEL_VERSION and your quota"
+        )
+
+
+def _unjudged(one: Found) -> bool:
+    scores = one.get("scores")
+    return one.get("eval_model") in UNJUDGED or (isinstance(scores, list) and -1 in scores)
+
+
+def _request(sample: Found) -> Found:
+    """What is kept of a question: the answer, and what it cost."""
+    costs = sample["token_counts"][0] if sample["token_counts"] else None
+    given = sample["filtered_resps"]
+    return {"document": sample["doc_id"], "given": given[0] if len(given) == 1 else given, **(costs or {})}
+
+
+def _costs(samples: Sequence[Found]) -> Found:
+    """Means over the questions that an image was in; nothing where no costs are known, as in several rounds."""
+    costs = [sample["token_counts"][0] for sample in samples if sample["token_counts"] and sample["token_counts"][0]]
+    costs = [cost for cost in costs if cost["visual_tokens"]]
+    if not costs:
+        return {"visual_tokens": None, "retention": None}
+    names = ("visual_tokens", "retention")
+    return {name: round(sum(cost[name] for cost in costs) / len(costs), 6) for name in names}
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def wrong_result(found: Found) -> str:
+    """Return what is wrong with a result that was read; an empty text if nothing is."""
+    scores = found.get("results")
+    if not isinstance(scores, dict) or not all(map(is_number, scores.values())):
+        return "its results are not numbers by name"
+    if not is_text(found.get("method")):
+        return "its method is not a text"
+    if not is_count(found.get("questions")):
+        return "its questions is not a whole number"
+    costs: list[Any] = [found.get(name) for name in ("visual_tokens", "retention")]
+    known = all(is_number(cost) and cost >= 0 for cost in costs)
+    return "" if known or costs == [None, None] else "its visual_tokens and retention are not numbers from 0"
+
+
+def task_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix in (".yaml", ".yml", ".py"))
+
+
+def _read_json(path: Path) -> Found:
+    content = read_json(path, "move it away")
+    if not isinstance(content, dict):
+        raise UserError(f"{str(path)!r} was not written by vlmzip; move it away")
+    return content
+
+
+def _write_json(path: Path, content: Found) -> None:
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_text(path, text)

@@ -1,0 +1,170 @@
+"""Puts measured numbers beside published ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from vlmzip.errors import UserError
+from vlmzip.lab.papers.published import Published, published
+
+#: Budgets that differ by no more than this share count as the same: 11 % of 576 tokens is 63, the papers have 64.
+SAME_BUDGET = 0.02
+#: Checkpoints by the names of the papers; an organisation before the name and an ending as in `FORMAT` do not matter.
+MODELS = {"llavav16vicuna7b": "llavanext7b", "llavav16vicuna13b": "llavanext13b", "videollava7b": "videollava"}
+FORMAT = re.compile(r"(-hf|-instruct)+$")
+#: Usual abbreviations of benchmarks.
+BENCHMARKS = {
+    "sqa": "scienceqa",
+    "mmb": "mmbench",
+    "mmbcn": "mmbenchcn",
+    "seed": "seedbench",
+    "seedi": "seedimage",
+    "llavaw": "llavabench",
+    "llavabenchinthewild": "llavabench",
+}
+
+
+@dataclass(frozen=True)
+class MeasuredScore:
+    """A number of one's own. Raises `UserError` where the budget is missing or is no share."""
+
+    model: str
+    """As the papers name it, or the checkpoint: `LLaVA-1.5-7B`, `llava-hf/llava-1.5-7b-hf`."""
+    method: str
+    benchmark: str
+    value: float
+    """In the paper's unit: percent, not a fraction."""
+    tokens: float | None = None
+    """Visual tokens of one image on average over the LLM's layers; or `retention`."""
+    retention: float | None = None
+    """The share of them that is left, in (0, 1]."""
+    metric: str = "score"
+
+    def __post_init__(self) -> None:
+        if self.tokens is None and self.retention is None:
+            raise UserError(f"{self.method} on {self.benchmark}: give the tokens that it kept, or the retention")
+        if self.retention is not None and not 0 < self.retention <= 1:
+            raise UserError(f"retention={self.retention!r}: give a share in (0, 1]; a quarter is 0.25")
+
+
+@dataclass(frozen=True)
+class PaperComparison:
+    """A measured number and a published one; or, where there is none, the reason."""
+
+    measured: MeasuredScore
+    published: Published | None = None
+    reason: str = ""
+
+    @property
+    def difference(self) -> float | None:
+        """MeasuredScore minus published, in the paper's unit; `None` without a published number."""
+        return None if self.published is None else self.measured.value - self.published.value
+
+
+def against(paper: str, measured: Iterable[MeasuredScore]) -> list[PaperComparison]:
+    """Each measured number with every published one for its model, method, budget and benchmark.
+
+    There can be several, which differ in their setting (tuned or not) or source; those that others measured come last.
+    A measured number without one is listed with the reason. Averages meet only averages over as many benchmarks:
+    "average of 11". Raises `UserError` for a paper of which no numbers are here.
+    """
+    rows = published(paper)
+    return [comparison for mine in measured for comparison in _compared(mine, rows)]
+
+
+def show(comparisons: Sequence[PaperComparison], markdown: bool = False) -> str:
+    """Paper, measured and difference as a table, and beneath it what has no published number."""
+    columns = ["model", "method", "setting", "tokens", "benchmark", "paper", "measured", "difference", "source"]
+    matched = [_cells(c, c.published) for c in comparisons if c.published is not None]
+    lines = _table(columns, matched, markdown) if matched else []
+    if unmatched := [c for c in comparisons if c.published is None]:
+        lines += [*([""] if matched else []), "Without a published number:", *([""] if markdown else [])]
+        lines += [f"- {_named(c.measured)}: {c.reason}" for c in unmatched]
+    return "\n".join(lines)
+
+
+def _compared(mine: MeasuredScore, rows: Sequence[Published]) -> list[PaperComparison]:
+    """Narrows the rows step by step, so that the step that leaves none gives the reason."""
+    full = _full_count(rows, mine.model)
+    paper = rows[0].paper
+    rows = [row for row in rows if row.metric == mine.metric]
+    for what, own in (
+        ("model", lambda row: _model(row.model) == _model(mine.model)),
+        ("method", lambda row: _plain(row.method) == _plain(mine.method)),
+        ("benchmark", lambda row: _benchmark(row.benchmark) == _benchmark(mine.benchmark)),
+        ("keep", lambda row: _same_budget(row.keep, mine, full)),
+    ):
+        there = list(dict.fromkeys(getattr(row, what) or "not stated" for row in rows))
+        rows = [row for row in rows if own(row)]
+        if not rows:
+            what = "budget" if what == "keep" else what
+            listed = f"; it has {', '.join(there)}" if there else ""
+            return [PaperComparison(mine, reason=f"{paper} has no {mine.metric} for this {what}{listed}")]
+    own_first = sorted(rows, key=lambda row: row.certainty == "measured by others")
+    return [PaperComparison(mine, row) for row in own_first]
+
+
+def _same_budget(keep: str, mine: MeasuredScore, full: float | None) -> bool:
+    """Whether a printed budget, a count or a share, is the measured one."""
+    if not keep:
+        return False
+    if keep.endswith("%"):
+        own = mine.retention if mine.retention is not None or not full or mine.tokens is None else mine.tokens / full
+        printed, least = float(keep[:-1]) / 100, 0.0
+    else:
+        own = mine.tokens if mine.tokens is not None or not full or mine.retention is None else mine.retention * full
+        printed, least = float(keep), 0.5
+    return own is not None and abs(own - printed) <= max(SAME_BUDGET * printed, least)
+
+
+def _full_count(rows: Iterable[Published], model: str) -> float | None:
+    """The visual tokens of the uncompressed model, if the paper says so."""
+    for row in rows:
+        if not row.compressed and _model(row.model) == _model(model) and row.keep and not row.keep.endswith("%"):
+            return float(row.keep)
+    return None
+
+
+def _model(name: str) -> str:
+    plain = _plain(FORMAT.sub("", name.rpartition("/")[2].lower()))
+    return MODELS.get(plain, plain)
+
+
+def _benchmark(name: str) -> str:
+    return BENCHMARKS.get(_plain(name), _plain(name))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def _cells(comparison: PaperComparison, row: Published) -> list[str]:
+    mine, places = comparison.measured, max(row.decimals, 1)
+    return [
+        row.model,
+        row.method,
+        row.setting,
+        row.keep,
+        row.benchmark,
+        f"{row.value:.{row.decimals}f}",
+        f"{mine.value:.{places}f}",
+        f"{comparison.difference:+.{places}f}",
+        f"{row.source} ({'; '.join(filter(None, (row.certainty, row.note)))})",
+    ]
+
+
+def _named(mine: MeasuredScore) -> str:
+    budget = f"{mine.tokens:g} tokens" if mine.tokens is not None else f"{mine.retention:.1%}"
+    return f"{mine.model}, {mine.method}, {budget}, {mine.benchmark} = {mine.value:g}"
+
+
+def _table(columns: list[str], rows: list[list[str]], markdown: bool) -> list[str]:
+    if markdown:
+        return [f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *rows]]
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [columns, *rows]
+    ]

@@ -1,0 +1,67 @@
+"""From what is written after --tasks to the tasks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from vlmzip.errors import UserError, closest
+from vlmzip.files import is_there
+from vlmzip.lab.tasks.metrics import METRICS
+
+if TYPE_CHECKING:
+    from vlmzip.lab.tasks.task import Task
+
+#: For help texts.
+FORMS = (
+    "mini, easy-vqa, easy-vqa:tuned (for a model fine-tuned on it), or FOLDER:METRIC, a folder with images and a"
+    f" JSONL of image, question and answers, under {', '.join(METRICS)}"
+)
+
+
+def read_tasks(text: str, limit: int | None, calibrate_on: str | None) -> list[Task]:
+    """The tasks of a list with commas. Raises `UserError` for one that there is not, or that cannot be read."""
+    names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not names:
+        raise UserError("--tasks names no task; separate them with commas: --tasks mini,easy-vqa")
+    return [read_task(name, limit, calibrate_on) for name in names]
+
+
+def read_one_task(text: str, limit: int | None, calibrate_on: str | None) -> Task:
+    """For commands that take one task only. Raises `UserError` for a list of several, too."""
+    folder = text.rpartition(":")[0] or text
+    if not text.strip() or ("," in text and not is_there(folder)):
+        raise UserError(f"--task {text or repr(text)}: give one task")
+    return read_task(text.strip(), limit, calibrate_on)
+
+
+def read_task(text: str, limit: int | None, calibrate_on: str | None) -> Task:
+    """The task of that name. Raises `UserError` for one that there is not, or that cannot be read."""
+    from vlmzip.lab.tasks import easy_vqa, mini
+    from vlmzip.lab.tasks.folder import folder_task
+
+    name, _, how = text.rpartition(":") if ":" in text else (text, "", "")
+    if name == mini.NAME and not how:
+        return _calibrated_on(mini.mini_task(limit), calibrate_on)
+    if name == easy_vqa.NAME:
+        relation = how or "transfer"
+        if relation not in easy_vqa.RELATIONS:
+            raise UserError(f"{text!r} is no task{closest(relation, easy_vqa.RELATIONS)}")
+        return _calibrated_on(easy_vqa.easy_vqa_task(limit, relation), calibrate_on)
+    if not is_there(name):
+        known = (mini.NAME, easy_vqa.NAME)
+        raise UserError(f"there is no task and no folder {name!r}{closest(name, known)}, FOLDER:METRIC")
+    if how and how not in METRICS:
+        raise UserError(f"there is no metric {how!r}{closest(how, METRICS)}")
+    if not how:
+        raise UserError(
+            f"{name!r} needs a metric behind a colon, such as {name}:exact; there are: {', '.join(METRICS)}"
+        )
+    return folder_task(name, how, limit, calibrate_on)
+
+
+def _calibrated_on(task: Task, folder: str | None) -> Task:
+    """The task with thresholds from a folder of the user's, where there is one, instead of from its own images."""
+    from vlmzip.lab.tasks.folder import calibration_on
+
+    return task if folder is None else replace(task, calibration=calibration_on(folder, []))

@@ -1,0 +1,192 @@
+"""The study that `tuning` asks: which images choose and which confirm, and what candidates cost."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from vlmzip import spec
+from vlmzip.errors import UserError, reason
+from vlmzip.files import write_text
+from vlmzip.json_text import read_json
+from vlmzip.lab.bench.timing import in_turns, time_answer
+from vlmzip.lab.configurations import Configuration, Configurator
+from vlmzip.lab.records import Record
+from vlmzip.lab.study import Study
+from vlmzip.lab.tasks.task import Sample, Task
+from vlmzip.lab.tune.search import PLAIN, Answers, Part
+from vlmzip.runtime.fingerprint import of_method_code, of_name
+from vlmzip.runtime.flops import prefill_flops
+
+#: tokens: visual tokens per image, the mean over all layers of the LLM; flops: prefill FLOPs of the LLM, as a share
+#: of the uncompressed model's; ms: milliseconds of that prefill, one question at a time.
+Cost = Literal["tokens", "flops", "ms"]
+#: Questions whose prefill is timed, and how often.
+TIMED, REPEATS = 4, 5
+FILE = "prefill.json"
+
+
+def halves(samples: Sequence[Sample], seed: int) -> dict[Part, list[Sample]]:
+    """The questions of each part: every image in one of them. Raises `UserError` where there is only one image.
+
+    Within a part the order is drawn by chance and no image comes a second time before all came once: the first
+    questions then say as much as so few can.
+    """
+    images = list(dict.fromkeys(sample.image for sample in samples))
+    if len(images) < 2:
+        raise UserError("tune needs questions about 2 images at least: some choose, the others confirm the choice")
+    rng = np.random.default_rng(seed)
+    chosen = set(rng.permutation(len(images))[: -(-len(images) // 2)].tolist())
+    choosing = {image for number, image in enumerate(images) if number in chosen}
+    parts: dict[Part, list[tuple[int, Sample]]] = {"choose": [], "confirm": []}
+    seen: Counter[str] = Counter()
+    for place in rng.permutation(len(samples)):
+        sample = samples[place]
+        parts["choose" if sample.image in choosing else "confirm"].append((seen[sample.image], sample))
+        seen[sample.image] += 1
+    return {part: [sample for _, sample in sorted(some, key=lambda one: one[0])] for part, some in parts.items()}
+
+
+@dataclass
+class TunedStudy:
+    """Answers of a study as `tuning.Ask` wants them; a configuration's number is its place, the plain model's is 0."""
+
+    study: Study
+    task: Task
+    configurations: Sequence[Configuration]
+    cost: Cost
+    seed: int
+    milliseconds: Mapping[int, float] = field(default_factory=dict)
+    """Of each configuration, where they are the cost."""
+    failures: dict[int, str] = field(default_factory=dict)
+    """Why a configuration broke."""
+
+    def __post_init__(self) -> None:
+        self.parts = {
+            part: replace(self.task, samples=some) for part, some in halves(self.task.samples, self.seed).items()
+        }
+        self.profile = Configurator(self.study.model, self.study.answerer, self.study.name).profile(self.task)
+        self._records: dict[tuple[int, Part], list[Record]] = {}
+
+    def __call__(self, numbers: Sequence[int], part: Part, count: int) -> dict[int, Answers]:
+        """Batches are cut from the part's questions, of which `count` has to be whole batches or all: then a question
+        has the same neighbours in every round."""
+        some = replace(self.parts[part], samples=self.parts[part].samples[:count])
+        self.study.run([some], [self.configurations[number] for number in numbers])
+        found = {}
+        for number in numbers:
+            if failure := self.study.failure(self.configurations[number]):
+                self.failures[number] = failure
+                continue
+            records = self.study.records(some, self.configurations[number])
+            if len(records) > len(self._records.get((number, part), ())):
+                self._records[number, part] = records
+            scores = np.array([record["score"] for record in records], dtype=float)
+            found[number] = Answers(scores, self.means(number, part)[self.cost])
+        return found
+
+    def means(self, number: int, part: Part = "choose") -> dict[str, float]:
+        """What a configuration that was asked costs: each `Cost` that is known, and the visual tokens in percent."""
+        records = self._records[number, part]
+        plain = self._records[PLAIN, part][: len(records)]
+        found = {
+            "tokens": statistics.fmean(statistics.fmean(record["visual_tokens_by_layer"]) for record in records),
+            "flops": sum(r["prefill_flops"] for r in records) / sum(r["prefill_flops"] for r in plain),
+        }
+        return found | ({"ms": self.milliseconds[number]} if number in self.milliseconds else {})
+
+    def expected(self) -> dict[int, float]:
+        """The cost of each candidate before it is asked: measured, or from the shape of the images and one prompt;
+        0 where only the content of images tells."""
+        if self.cost == "ms":
+            return {number: ms for number, ms in self.milliseconds.items() if number != PLAIN}
+        text = self._text_tokens()
+        return {
+            number: self._from_shape(one, text) for number, one in enumerate(self.configurations) if number != PLAIN
+        }
+
+    def _from_shape(self, one: Configuration, text: int) -> float:
+        counts = one.compressor.tokens_by_layer(self.profile) if one.compressor else None
+        if counts is None:
+            return 0.0
+        if self.cost == "tokens":
+            return statistics.fmean(counts)
+        whole = prefill_flops(self.study.adapter, text + self.profile.grid.size)
+        return prefill_flops(self.study.adapter, [text + count for count in counts]) / whole
+
+    def _text_tokens(self) -> int:
+        sample = self.task.samples[0]
+        ids = self.study.answerer.inputs([sample.load()], [sample.question])["input_ids"]
+        return int((ids != self.study.adapter.placeholder_id).sum())
+
+
+def prefill_milliseconds(
+    study: Study, task: Task, configurations: Sequence[Configuration], telling: Callable[[str], Any]
+) -> tuple[dict[int, float], dict[int, str]]:
+    """Milliseconds of the LLM's prefill for each configuration, one question at a time, and why there are none.
+
+    All are timed in turns, so that whatever else the machine does troubles them alike. What was measured is kept in the
+    study's folder: a search that goes on must go on with the same figures, unless device or versions are others.
+    """
+    samples = list({sample.image: sample for sample in task.samples}.values())[:TIMED]
+    names = [spec.write(one.compressor) for one in configurations if one.compressor]
+    asked = [[sample.id, sample.image, sample.pixels, sample.question] for sample in samples]
+    code = [of_method_code(one.compressor) for one in configurations if one.compressor]
+    of_study = {**study.conditions, "model": of_name(study.name)}
+    conditions = {**of_study, "task": task.name, "samples": asked, "configurations": names, "code": code}
+    path = study.folder / FILE
+    known = _read_prefill(path, conditions, len(configurations)) if path.exists() else None
+    if known is not None:
+        return known
+    inputs = [study.answerer.inputs([sample.load()], [sample.question]) for sample in samples]
+
+    def run(one: Configuration) -> float:
+        assert one.compressor is not None
+        compressed = study.attach(one.compressor)
+        try:
+            return 1000 * statistics.fmean(time_answer(compressed, study.adapter, some, 2).prefill for some in inputs)
+        finally:
+            compressed.detach()
+
+    failures: dict[int, str] = {}
+    for number, one in enumerate(configurations):  # the warm-up, and who can run at all
+        telling(f"warming up: {spec.write(one.compressor) if one.compressor else one.method}")
+        try:
+            run(one)
+        except Exception as error:
+            if one.is_plain:
+                raise
+            failures[number] = reason(error)
+    telling("timing the prefill")
+    running = {str(n): partial(run, one) for n, one in enumerate(configurations) if n not in failures}
+    found = {int(n): statistics.median(times) for n, times in in_turns(running, REPEATS, warmup=0).items()}
+    text = json.dumps({"conditions": conditions, "ms": found, "failures": failures}, indent=1) + "\n"
+    write_text(path, text)
+    return found, failures
+
+
+def _read_prefill(
+    path: Path, conditions: Mapping[str, Any], count: int
+) -> tuple[dict[int, float], dict[int, str]] | None:
+    """What was measured before; `None` where it was under other conditions. Raises `UserError` for a corrupt file."""
+    known = read_json(path, advice := "delete it, and the prefill is timed again")
+    try:
+        if known["conditions"] != conditions:
+            return None
+        found = {int(number): float(ms) for number, ms in known["ms"].items()}
+        failures = {int(number): str(why) for number, why in known["failures"].items()}
+        if found.keys() | failures.keys() != set(range(count)) or not all(0 < ms < math.inf for ms in found.values()):
+            raise ValueError("times are missing or impossible")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        said = error if isinstance(error, ValueError) else "it is not what tune writes there"
+        raise UserError(f"{str(path)!r} cannot be read: {said}; {advice}") from None
+    return found, failures

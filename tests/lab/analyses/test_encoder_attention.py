@@ -1,0 +1,226 @@
+"""Attention of every layer against the matrices that the models themselves compute, and its sums against loops."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface
+
+from tests.lab.analyses.subjects import make_subject
+from tests.models.test_signals import llava_on_siglip
+from tests.tiny import FAMILIES, tiny_llava, tiny_paligemma, tiny_vipllava
+from vlmzip import Signal, Site, UserError
+from vlmzip.lab.analyses import encoder_attention
+from vlmzip.lab.analyses.encoder_attention import concentration, draw, findings, measure
+from vlmzip.lab.analyses.subject import Unsuited
+from vlmzip.models import adapter_for
+from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.llava import Llava
+from vlmzip.visual_tokens import Grid
+from vlmzip.visualize.attention import Map, draw_maps
+
+TOWERS = {
+    "llava": tiny_llava,
+    "llava on siglip": lambda: llava_on_siglip(side=48, vision_feature_layer=-2),
+    "paligemma": tiny_paligemma,
+    "vipllava": tiny_vipllava,
+}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_every_layer_is_as_the_matrices_say(name):
+    model = TOWERS[name]()
+    inputs = {"pixel_values": torch.randn(2, 3, 48, 48)}
+    found = adapter_for(model).encoder_attention(inputs)
+    tower = model.model.vision_tower
+    tower.set_attn_implementation("eager")
+    with torch.no_grad():
+        matrices = tower(inputs["pixel_values"], output_attentions=True).attentions
+    assert len(found.by_image) == 2
+    for image, scores in enumerate(found.by_image):
+        assert scores.shape == (len(matrices), 36)
+        for layer, matrix in enumerate(matrices):
+            heads = matrix[image]
+            if name in ("llava", "vipllava"):
+                expected = heads[:, 0, 1:].mean(0)
+                assert found.whose[layer] == "CLS"
+            else:
+                expected = heads.mean((0, 1))
+                assert found.whose[layer] == "all tokens"
+            torch.testing.assert_close(scores[layer], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", [*TOWERS, "qwen2_5_vl"])
+def test_the_layer_that_is_read_is_the_one_that_encode_reads(name):
+    if name == "qwen2_5_vl":
+        family = FAMILIES[name]()
+        model, inputs = family.model, family.batch(["image", "image"])
+    else:
+        model, inputs = TOWERS[name](), {"pixel_values": torch.randn(2, 3, 48, 48)}
+    adapter = adapter_for(model)
+    found = adapter.encoder_attention(inputs)
+    with torch.no_grad():
+        groups = adapter.encode(inputs, Site.PRE_PROJECTOR, frozenset({Signal.CLS_ATTENTION}))
+    for tokens, indices in groups:
+        for row, image in enumerate(indices):
+            read = tokens.cls_attention[row, tokens.prefix :]
+            torch.testing.assert_close(found.by_image[image][found.scored], read)
+            others = [scores for layer, scores in enumerate(found.by_image[image]) if layer != found.scored]
+            assert all((scores - read).abs().max() > 1e-4 for scores in others)
+
+
+def test_qwens_windows_are_windows():
+    """The model's own attention, caught in every block: in windows of 2 x 2 merged tokens, then of whole images."""
+    seen = []
+
+    def catch(module, query, key, value, attention_mask, scaling, **kwargs):
+        weights = (query @ key.transpose(2, 3) * scaling).softmax(-1)
+        seen.append((module, weights[0].mean(0).sum(0)))
+        return (weights @ value).transpose(1, 2), None
+
+    AttentionInterface.register("catching every block", catch)
+    family = FAMILIES["qwen2_5_vl"]()
+    inputs = family.batch([1, "image", "image", 4])
+    found = adapter_for(family.model).encoder_attention(inputs)
+    assert (found.whose, found.scored) == (["all tokens of the same window", "all tokens"], 1)
+    model = copy.deepcopy(family.model)
+    model.set_attn_implementation({"vision_config": "catching every block"})
+    with torch.no_grad():
+        model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+    order = torch.tensor(window_order(4, 6) + [24 + place for place in window_order(5, 3)])
+    for layer, block in enumerate(model.model.visual.blocks):
+        parts = [received for module, received in seen if module is block.attn]
+        assert len(parts) == (2 if layer == 1 else 6 + 6)
+        expected = torch.cat(parts).unflatten(0, (-1, 4)).mean(1)
+        together = torch.cat([scores[layer] for scores in found.by_image])
+        torch.testing.assert_close(together[order], expected, atol=1e-5, rtol=1e-5)
+
+
+def window_order(rows, cols):
+    """Raster numbers of merged tokens, window by window of 2 x 2, as the encoder runs over them."""
+    windows = [(r, c) for r in range(0, rows, 2) for c in range(0, cols, 2)]
+    return [
+        r * cols + c
+        for top, left in windows
+        for r in range(top, min(top + 2, rows))
+        for c in range(left, min(left + 2, cols))
+    ]
+
+
+def test_no_square_of_the_tokens_and_no_hook_left():
+    """2,304 tokens and 4 heads: a matrix of all attention would be 9 times the largest tensor allowed here."""
+    model, sizes = llava_on_siglip(side=384), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(o.numel() for o in (out if isinstance(out, tuple | list) else [out]) if torch.is_tensor(o))
+            return out
+
+    with torch.no_grad(), Watch():
+        found = adapter_for(model).encoder_attention({"pixel_values": torch.zeros(1, 3, 384, 384)})
+    assert found.by_image[0].shape == (3, 2304)
+    assert max(sizes) <= 256 * 2304 * 4
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_family_that_does_not_tell_is_refused():
+    with pytest.raises(UserError, match="does not tell what its encoder attends to"):
+        ModelAdapter.encoder_attention(adapter_for(tiny_llava()), {})
+
+
+def test_concentration_is_what_a_loop_says():
+    scores = torch.rand(3, 40, generator=torch.Generator().manual_seed(3)) ** 4
+    found = concentration(scores)
+    for layer in range(3):
+        values = sorted((float(v) for v in scores[layer]), reverse=True)
+        shares = [value / sum(values) for value in values]
+        entropy = -sum(share * math.log(share) for share in shares)
+        tops = [sum(shares[:count]) for count in (2, 4, 8)]
+        np.testing.assert_allclose(found[layer], [*tops, entropy / math.log(40), math.exp(entropy)], rtol=1e-6)
+
+
+def test_concentration_of_an_even_spread_and_of_a_single_token():
+    even, one = concentration(torch.stack([torch.full((100,), 0.3), torch.eye(100)[7]]))
+    np.testing.assert_allclose(even, [0.05, 0.1, 0.2, 1, 100], rtol=1e-6)
+    np.testing.assert_allclose(one, [1, 1, 1, 0, 1], atol=1e-9)
+    np.testing.assert_allclose(concentration(torch.tensor([[0.2]])), [[1, 1, 1, 0, 1]])
+
+
+class TestStudy:
+    @pytest.fixture
+    def rows(self, tmp_path):
+        return measure(make_subject(tmp_path)[0])
+
+    def test_each_image_counts_once(self, rows, tmp_path):
+        subject, _ = make_subject(tmp_path)
+        images = [Image.open(tmp_path / "asked" / name) for name in ("a.png", "b.png", "c.png")]
+        inputs = subject.processor(images=images, text=["<image>"] * 3, return_tensors="pt")
+        found = adapter_for(subject.model).encoder_attention(inputs)
+        tens = 100 * np.stack([concentration(scores)[:, 1] for scores in found.by_image])
+        assert [row["images"] for row in rows] == [3] * 3
+        assert [row["layer"] for row in rows if row["read_by_visionzip"]] == [1]
+        for layer, row in enumerate(rows):
+            assert row["top_10"] == pytest.approx(tens[:, layer].mean(), abs=0.006)
+            assert row["top_10_beyond_read"] == pytest.approx((tens[:, layer] - tens[:, 1]).mean(), abs=0.006)
+            assert tens[:, layer].min() - 0.006 <= row["top_10_low"] <= row["top_10"] <= row["top_10_high"]
+            assert row["top_5"] < row["top_10"] < row["top_20"] < 100
+
+    def test_how_many_are_encoded_together_changes_nothing(self, rows, tmp_path, monkeypatch):
+        monkeypatch.setattr(encoder_attention, "TOGETHER", 2)
+        assert measure(make_subject(tmp_path)[0]) == rows
+
+    def test_other_processes_leave_it_to_the_first(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("RANK", "1")
+        subject, _ = make_subject(tmp_path)
+        assert measure(subject) == []
+        assert not list(subject.folder.glob("*.png"))
+
+    def test_what_the_family_does_not_tell_does_not_suit_it(self, tmp_path, monkeypatch):
+        monkeypatch.delattr(Llava, "encoder_attention")
+        with pytest.raises(Unsuited, match="does not tell what its encoder attends to"):
+            measure(make_subject(tmp_path)[0])
+
+    @pytest.mark.filterwarnings("ignore:__array__ implementation")  # PaliGemma's processor and NumPy's newest
+    @pytest.mark.parametrize("family", ["paligemma", "qwen2_5_vl"])
+    def test_other_families(self, family, tmp_path):
+        rows = measure(make_subject(tmp_path, FAMILIES[family]().model, family)[0])
+        assert rows[-1]["read_by_visionzip"] == "yes"
+        assert Image.open(tmp_path / "out" / "encoder_attention-maps.png").width > 400
+        assert ("inside of windows and are not compared" in " ".join(findings(rows))) == (family == "qwen2_5_vl")
+
+    def test_the_figure_shows_the_rows(self, rows):
+        above, below = draw(rows, "a title").axes
+        drawn = [list(line.get_ydata()) for line in above.get_lines()]
+        for name in ("top_5", "top_10", "top_20"):
+            assert [row[name] for row in rows] in drawn
+        assert [row["effective_tokens"] for row in rows] in [list(line.get_ydata()) for line in below.get_lines()]
+        assert above.get_title() == "a title"
+
+    def test_findings_name_the_layers(self, rows):
+        for row, value in zip(rows, (50.0, 40.0, 30.0), strict=True):
+            row |= {"top_10": value, "top_10_low": value - 1, "top_10_high": value + 1}
+            row |= {"top_10_beyond_read": value - 40, "top_10_beyond_read_low": value - 42}
+            row |= {"top_10_beyond_read_high": value - 38}
+        text = " ".join(findings(rows))
+        assert "In layer 1 of 3 (from 0), which VisionZip reads, the most attended tenth of tokens gets 40.0 %" in text
+        assert "The most concentrated layer is 0 (50.0 % (49.0 to 51.0)), the least is 2 (30.0 %" in text
+        assert "beyond the 95 % interval: 0." in text
+        assert "The last layer's tenth gets -10.0 points (-12.0 to -8.0) against it." in text
+
+
+def test_maps_are_brightest_where_most_attention_goes():
+    weights = [1.0, 0.0, 0.0, 4.0, 0.0, 0.0]
+    page = draw_maps(Image.new("RGB", (30, 20), (200, 0, 0)), Grid(1, 2, 3), [Map("layer 0", weights)])
+    cell, left = 190 // 3, 2 * 12 + 3 * (190 // 3)
+    light = [
+        sum(page.getpixel((left + col * cell + cell // 2, 6 + 20 + row * cell + cell // 2)))
+        for row in range(2)
+        for col in range(3)
+    ]
+    assert light[3] == sum((255, 221, 64))
+    assert light[3] > light[0] > light[1] == light[2] == light[4] == light[5]
