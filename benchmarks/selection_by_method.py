@@ -17,7 +17,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -84,7 +83,7 @@ def selections(size: int) -> Iterator[tuple[tuple[str, str, str], Run]]:
                 if keep_name != "64 tokens":
                     continue
                 chosen, keep_name = method, ""
-            own = replace(tokens, layer=min(chosen.layers, default=None))
+            own = tokens.replace(layer=min(chosen.layers, default=None))
             yield (name, setting, keep_name), lambda chosen=chosen, own=own: chosen(own).apply(own.features)
 
 

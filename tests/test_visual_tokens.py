@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from vlmzip import Grid, VisualTokens
+from vlmzip import Grid, Signal, UserError, VisualTokens
 
 
 def test_prefix_and_grid_must_fill_the_tokens():
@@ -18,3 +18,35 @@ def test_plain_count_leaves_the_prefix_out_unless_the_model_passes_it():
 def test_shapes_in_signatures_are_executed():
     with pytest.raises(Exception, match="features"):
         VisualTokens(torch.zeros(10, 2), Grid(1, 3, 3))
+
+
+def test_a_signal_that_is_not_there_is_an_error_that_says_how_to_get_it():
+    tokens = VisualTokens(torch.zeros(2, 9, 2), Grid(1, 3, 3), keys=torch.ones(2, 9, 4))
+    assert tokens.signals == {"keys"}
+    assert tokens.keys.shape == (2, 9, 4)
+    with pytest.raises(UserError, match=r"came without cls_attention: name Signal.CLS_ATTENTION in the method's"):
+        tokens.cls_attention  # noqa: B018
+    with pytest.raises(UserError, match=r"came without llm_input: name Signal.TEXT_FEATURES in"):
+        tokens.llm_input  # noqa: B018
+
+
+def test_every_signal_can_be_given_and_read():
+    shapes = {"text_attention": (2, 3, 9), "text_features": (2, 3, 2), "pixels": (2, 3, 6, 6)}
+    for signal in Signal:
+        values = torch.rand(shapes.get(signal, (2, 9)) if signal != Signal.KEYS else (2, 9, 4))
+        tokens = VisualTokens(torch.zeros(2, 9, 2), Grid(1, 3, 3), **{signal: values})
+        assert getattr(tokens, signal) is values
+
+
+def test_rows_and_replacing_keep_everything_else():
+    tokens = VisualTokens(
+        torch.arange(36.0).view(2, 9, 2), Grid(1, 2, 4), 1, layer=3, passes_prefix=True, keys=torch.rand(2, 9, 4)
+    )
+    second = tokens.rows(torch.tensor([1]))
+    assert torch.equal(second.features, tokens.features[1:])
+    assert torch.equal(second.keys, tokens.keys[1:])
+    other = tokens.replace(features=tokens.features + 1)
+    for made in (second, other):
+        assert (made.grid, made.prefix, made.layer, made.passes_prefix) == (Grid(1, 2, 4), 1, 3, True)
+    assert other.keys is tokens.keys
+    assert torch.equal(other.features, tokens.features + 1)

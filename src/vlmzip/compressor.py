@@ -89,9 +89,6 @@ class Compressor(ABC):
 
     def __call__(self, tokens: VisualTokens) -> TokenMap:
         """The map for `tokens`: `assign`, or the identity where as many tokens are wanted as there are."""
-        for signal in self.needs:
-            if getattr(tokens, signal) is None:
-                raise UserError(f"{self.name()} needs {signal}, which these visual tokens came without")
         batch, count, _ = tokens.features.shape
         grid = tokens.grid or Grid(1, 1, count - tokens.prefix)
         wanted = self.token_count(grid)
@@ -103,6 +100,12 @@ class Compressor(ABC):
         if not type(self).__module__.startswith("vlmzip.methods."):
             token_map.check()
         return token_map
+
+    def grid_of(self, tokens: VisualTokens) -> Grid:
+        """Return the grid that the tokens lie on. Raises `UserError` after a method that leaves no grid."""
+        if tokens.grid is None:
+            raise UserError(f"{self.name()} needs tokens that lie on a grid; put it before the method that leaves none")
+        return tokens.grid
 
     def at_budget(self, keep: Keep, profile: Profile) -> tuple[Compressor, float]:
         """The nearest configuration to an average budget, and the retention ratio that it really reaches.

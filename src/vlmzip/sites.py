@@ -15,7 +15,7 @@ class Site(enum.StrEnum):
 
 
 class Signal(enum.StrEnum):
-    """What a compressor may ask for beside the features; the names are fields of `VisualTokens`."""
+    """What a compressor may ask for beside the features; the names are attributes of `VisualTokens`."""
 
     CLS_ATTENTION = "cls_attention"
     KEYS = "keys"

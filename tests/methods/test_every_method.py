@@ -1,7 +1,6 @@
 """Behaviours that every method owes, written once. A new method is in as soon as it is importable."""
 
 import contextlib
-import dataclasses
 import json
 import pickle
 from pathlib import Path
@@ -43,8 +42,7 @@ def tokens_of():
         )
     features += 0.01 * tokens.features
     noise = torch.Generator().manual_seed(1)
-    return dataclasses.replace(
-        tokens,
+    return tokens.replace(
         features=features,
         pixels=pixels,
         text_attention=torch.rand(3, 4, features.shape[1], generator=noise),
@@ -57,7 +55,7 @@ def tokens_of():
 def left_by(method, tokens):
     """How many tokens of the first image are left behind the last of the method's layers."""
     for layer in method.layers or (None,):
-        token_map = method(dataclasses.replace(tokens, layer=layer)).in_anchor_order()
+        token_map = method(tokens.replace(layer=layer)).in_anchor_order()
         features = token_map.apply(tokens.features)
         anchors = token_map.anchor_index()[:, None].expand(-1, tokens.text_attention.shape[1], -1)
         asked = tokens.text_attention.gather(2, anchors)
@@ -128,16 +126,16 @@ class TestEveryMethod:
         keys = torch.eye(37)[None].repeat(3, 1, 1) + 0.3 * torch.eye(37).roll(1, 0)
         names = ("features", "text_features", "llm_input")
         exact = {name: getattr(tokens, name).bfloat16().float() for name in names}
-        tokens = dataclasses.replace(tokens, **exact, cls_attention=separated, keys=keys)
-        tokens = dataclasses.replace(tokens, text_attention=separated[:, None].expand(-1, 4, -1))
+        tokens = tokens.replace(**exact, cls_attention=separated, keys=keys)
+        tokens = tokens.replace(text_attention=separated[:, None].expand(-1, 4, -1))
         scores = (*names, "cls_attention", "keys", "text_attention")
-        half = dataclasses.replace(tokens, **{name: getattr(tokens, name).bfloat16() for name in scores})
+        half = tokens.replace(**{name: getattr(tokens, name).bfloat16() for name in scores})
         assert torch.equal(method(tokens).group, method(half).group)
 
     def test_gradients_are_finite(self, method):
         tokens = tokens_of()
         features = tokens.features.clone().requires_grad_()
-        method(dataclasses.replace(tokens, features=features)).apply(features).square().sum().backward()
+        method(tokens.replace(features=features)).apply(features).square().sum().backward()
         assert features.grad.isfinite().all()
         assert features.grad.abs().sum() > 0
 
@@ -177,7 +175,7 @@ class TestEveryCalibratableMethod:
         tokens = tokens_of()
         method = cls(**{cls.threshold: 0.0})
         assert torch.equal(method(tokens).apply(tokens.features), tokens.features[:, 1:])
-        full = dataclasses.replace(tokens, passes_prefix=True)
+        full = tokens.replace(passes_prefix=True)
         assert torch.equal(method(full).apply(full.features), full.features)
 
     @pytest.mark.parametrize("measure", ["features", "pixels"])

@@ -31,8 +31,7 @@ def asked(tokens, queries, generator):
     mask[0, : queries // 2] = False
     attention = torch.rand(batch, queries, count, generator=generator)
     attention[0, : queries // 2] = torch.nan  # nobody may look there
-    return dataclasses.replace(
-        tokens,
+    return tokens.replace(
         text_attention=attention,
         query_mask=mask,
         text_features=torch.randn(batch, queries, dim, generator=generator),
@@ -156,7 +155,7 @@ def test_equals_the_naive_loop_on_mini(mini_tokens, chunk, monkeypatch):
     tokens = asked(mini_tokens, 8, torch.Generator().manual_seed(0))
     words = tokens.features[:, 10:18].flip(0) + tokens.features.mean(dim=(0, 1))
     check_against_loop(
-        dataclasses.replace(tokens, llm_input=tokens.features, text_features=words),
+        tokens.replace(llm_input=tokens.features, text_features=words),
         SparseVLM(counts=(30,), layer=(1,), recycle=0.9),
     )
 
@@ -183,7 +182,7 @@ def test_keeping_all_is_the_identity():
     tokens = tokens_of()
     method = SparseVLM(counts=(36,), layer=(1,))
     assert torch.equal(method(tokens).apply(tokens.features), tokens.features[:, 1:])
-    full = dataclasses.replace(tokens, passes_prefix=True)
+    full = tokens.replace(passes_prefix=True)
     assert torch.equal(method(full).apply(full.features), full.features)
 
 
@@ -192,7 +191,7 @@ def test_raters_are_chosen_by_the_question_that_is_there():
     tokens = tokens_of()
     words = tokens.text_features.clone()
     words[0, :3] = 100 * tokens.llm_input[0].mean(0)
-    found = module._raters(dataclasses.replace(tokens, text_features=words))
+    found = module._raters(tokens.replace(text_features=words))
     assert torch.equal(found, module._raters(tokens))
     for row, there in enumerate(tokens.query_mask):
         expected = raters(tokens.llm_input[row], words[row, there])
@@ -208,7 +207,7 @@ def test_a_question_without_raters_asks_with_its_last_token():
     one[:2, -1] = True
     same = tokens.text_features.clone()
     same[1] = same[1, :1]
-    tokens = dataclasses.replace(tokens, query_mask=one, text_features=same)
+    tokens = tokens.replace(query_mask=one, text_features=same)
     assert module._raters(tokens).nonzero().tolist() == [[0, 6], [1, 6], [2, 6]]
     kept = SparseVLM(counts=(4,), layer=(1,), recycle=0.0)(tokens).anchor_index() - 1
     best = tokens.text_attention[:, -1, 1:].topk(4).indices.sort(dim=1).values
@@ -240,7 +239,7 @@ def test_equal_points_make_as_many_clusters_as_are_wanted():
     tokens = tokens_of(prefix=0)
     features = tokens.features.clone()
     features[1] = features[1, :2].repeat(18, 1)
-    token_map = SparseVLM(counts=(3,), layer=(1,), recycle=1.0)(dataclasses.replace(tokens, features=features))
+    token_map = SparseVLM(counts=(3,), layer=(1,), recycle=1.0)(tokens.replace(features=features))
     token_map.check()
     assert token_map.lengths == [7, 7, 7]
 
@@ -249,8 +248,8 @@ def test_a_common_offset_costs_no_precision():
     tokens = tokens_of(prefix=0)
     far = tokens.features + 1000
     method = SparseVLM(counts=(3,), layer=(1,), recycle=1.0)
-    exact = method(dataclasses.replace(tokens, features=far - 1000)).group  # what is left of the digits
-    assert torch.equal(method(dataclasses.replace(tokens, features=far)).group, exact)
+    exact = method(tokens.replace(features=far - 1000)).group  # what is left of the digits
+    assert torch.equal(method(tokens.replace(features=far)).group, exact)
 
 
 def test_clusters_of_bfloat16_are_those_of_float32():
@@ -258,8 +257,8 @@ def test_clusters_of_bfloat16_are_those_of_float32():
     tokens = tokens_of(rows=12, cols=12, prefix=0)
     half = tokens.features.bfloat16()
     method = SparseVLM(counts=(20,), layer=(1,), recycle=1.0)
-    whole = method(dataclasses.replace(tokens, features=half.float()))
-    assert torch.equal(method(dataclasses.replace(tokens, features=half)).group, whole.group)
+    whole = method(tokens.replace(features=half.float()))
+    assert torch.equal(method(tokens.replace(features=half)).group, whole.group)
 
 
 def test_memory_is_chunked(monkeypatch):

@@ -113,7 +113,7 @@ def test_post_projector_tokens_are_projected(llava):
     [(before, _)] = adapter.encode(inputs, Site.PRE_PROJECTOR, frozenset())
     [(after, _)] = adapter.encode(inputs, Site.POST_PROJECTOR, frozenset())
     torch.testing.assert_close(after.features, llava.model.multi_modal_projector(before.features))
-    assert before.cls_attention is None
+    assert not before.signals
 
 
 def test_other_models_are_refused():

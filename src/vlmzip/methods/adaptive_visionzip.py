@@ -69,11 +69,10 @@ class AdaptiveVisionZip(Compressor):
 
     def assign(self, tokens: VisualTokens) -> TokenMap:
         choice = self.chooser.choose(tokens)
-        assert tokens.grid is not None
         batch, count, _ = tokens.features.shape
         whole = TokenMap.identity(batch, count, tokens.features.device)
         parts = {name: getattr(whole, name).clone() for name in ("group", "weight", "anchor", "length")}
-        for number, kept in enumerate(self.counts_by_factor(tokens.grid).values()):
+        for number, kept in enumerate(self.counts_by_factor(self.grid_of(tokens)).values()):
             rows = (choice == number).nonzero()[:, 0]
             if len(rows):
                 token_map = self.selector(kept)(tokens.rows(rows))

@@ -71,11 +71,8 @@ class DFMR(Compressor):
 
     def deviations(self, tokens: VisualTokens) -> Float[Tensor, "batch factors"]:
         """The deviation of every factor beyond 1, ascending; in float32."""
-        grid = tokens.grid
-        if grid is None:
-            raise UserError(f"{self.name()} needs tokens that lie on a grid; put it before the method that leaves none")
+        grid = self.grid_of(tokens)
         if self.measure == "pixels":
-            assert tokens.pixels is not None  # the base class has seen to it; this is for the type checker
             values = tokens.pixels.float().permute(0, 2, 3, 1)[:, None]
         else:
             values = self._normalized(tokens.features[:, tokens.prefix :].float()).unflatten(1, tuple(grid))
@@ -90,9 +87,8 @@ class DFMR(Compressor):
         return (qualifies * torch.arange(qualifies.shape[1], device=qualifies.device)).amax(1)
 
     def assign(self, tokens: VisualTokens) -> TokenMap:
-        choice = self.choose(tokens)
-        assert tokens.grid is not None
-        groups = [output_of_each(tokens, tokens.grid, factor) for factor in self.counts_by_factor(tokens.grid)]
+        choice, grid = self.choose(tokens), self.grid_of(tokens)
+        groups = [output_of_each(tokens, grid, factor) for factor in self.counts_by_factor(grid)]
         return TokenMap.merge(torch.stack(groups)[choice])
 
     def _normalized(self, features: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "batch tokens dim"]:

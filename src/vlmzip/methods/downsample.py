@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError
 from vlmzip.keep import A_NINTH, Keep, count_to_keep, parse_keep, round_half_up
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Site, VisualTokens
@@ -51,9 +50,8 @@ class Downsample(Compressor):
         return min(candidates, key=lambda g: (abs(g.size - wanted), g.size, abs(g.rows - g.cols), g.rows))
 
     def assign(self, tokens: VisualTokens) -> TokenMap:
-        if tokens.grid is None:
-            raise UserError("downsample needs tokens that lie on a grid: it acts on images, before all other methods")
-        group = cell_of_each(tokens.grid, self.smaller(tokens.grid), tokens.features.device)
+        grid = self.grid_of(tokens)
+        group = cell_of_each(grid, self.smaller(grid), tokens.features.device)
         return TokenMap.merge(group.expand(len(tokens.features), -1)).after_dropping(tokens.prefix)
 
 

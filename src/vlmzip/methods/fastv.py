@@ -42,7 +42,6 @@ class FastV(Compressor):
         return count_to_keep(self.keep, grid.size)
 
     def assign(self, tokens: VisualTokens) -> TokenMap:
-        assert tokens.text_attention is not None  # the base class has seen to it; this is for the type checker
         score = tokens.text_attention[:, -1]
         count = count_to_keep(self.keep, score.shape[1] - tokens.prefix)
         top = score[:, tokens.prefix :].topk(count, dim=1, sorted=False).indices + tokens.prefix

@@ -113,11 +113,7 @@ class LLaVolta(Compressor):
         batch, count, _ = tokens.features.shape
         device = tokens.features.device
         if self.window == "2d":
-            if tokens.grid is None:
-                raise UserError(
-                    "squares need tokens that lie on a grid; put llavolta before the method that leaves none"
-                )
-            group = self._squares(tokens.grid, stride, device)
+            group = self._squares(self.grid_of(tokens), stride, device)
         else:
             group = self._runs(count - tokens.prefix, stride, device)
         return TokenMap.merge(group.expand(batch, -1)).after_dropping(tokens.prefix)

@@ -49,9 +49,7 @@ class Pool2d(Compressor):
         return nearest, nearest.reached(profile)
 
     def assign(self, tokens: VisualTokens) -> TokenMap:
-        if tokens.grid is None:
-            raise UserError("pool2d needs tokens that lie on a grid; put it before the method that leaves none")
-        group = window_of_each(tokens.grid, self.factor, tokens.features.device)
+        group = window_of_each(self.grid_of(tokens), self.factor, tokens.features.device)
         batch = tokens.features.shape[0]
         return TokenMap.merge(group.expand(batch, -1)).after_dropping(tokens.prefix)
 

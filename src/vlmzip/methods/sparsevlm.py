@@ -178,7 +178,6 @@ class SparseVLM(Compressor):
     # --- which ------------------------------------------------------------------------------------------------
 
     def assign(self, tokens: VisualTokens) -> TokenMap:
-        assert tokens.text_attention is not None  # the base class has seen to it; this is for the type checker
         batch, available = len(tokens.features), tokens.features.shape[1] - tokens.prefix
         count = self._count(tokens.layer, available)
         if count >= available:
@@ -203,9 +202,6 @@ class SparseVLM(Compressor):
 def _raters(tokens: VisualTokens) -> Bool[Tensor, "batch queries"]:
     """The question's tokens that rate: those to which the image's tokens, on entering the LLM, are similar above
     average; where none is, the last."""
-    assert tokens.query_mask is not None
-    assert tokens.text_features is not None
-    assert tokens.llm_input is not None
     asked, text = tokens.query_mask, tokens.text_features.float().transpose(1, 2)
     similarity = torch.zeros(asked.shape, device=asked.device)
     for part in tokens.llm_input.split(CHUNK, dim=1):

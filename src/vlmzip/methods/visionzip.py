@@ -80,8 +80,6 @@ class VisionZip(Compressor):
         return chosen, chosen.reached(profile)
 
     def assign(self, tokens: VisualTokens) -> TokenMap:
-        assert tokens.cls_attention is not None  # the base class has seen to it; this is for the type checker
-        assert tokens.keys is not None
         count = tokens.features.shape[1]
         dominant, contextual = self.split(count - tokens.prefix)
         is_dominant = _most_attended(tokens.cls_attention, tokens.prefix, dominant)

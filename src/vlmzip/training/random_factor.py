@@ -63,9 +63,8 @@ class RandomFactor(Compressor):
         return counts.pop() if len(counts) == 1 else None
 
     def assign(self, tokens: VisualTokens) -> TokenMap:
-        if tokens.grid is None:
-            raise UserError("random_factor needs tokens that lie on a grid; put it before the method that leaves none")
-        outputs = {factor: output_of_each(tokens, tokens.grid, factor) for factor in self.factors}
+        grid = self.grid_of(tokens)
+        outputs = {factor: output_of_each(tokens, grid, factor) for factor in self.factors}
         factors = self._factors_for(len(tokens.features), self.seed)
         return TokenMap.merge(torch.stack([outputs[factor] for factor in factors]))
 
