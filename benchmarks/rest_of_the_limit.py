@@ -14,7 +14,7 @@ from unittest import mock
 
 import torch
 
-from vlmzip import spec
+from vlmzip import attach, spec
 from vlmzip.keep import A_NINTH
 from vlmzip.lab.bench.presets import PRESETS, make_config, make_inputs, make_model
 from vlmzip.lab.bench.timing import cpu_seconds, in_turns, time_answer
@@ -46,7 +46,7 @@ def main() -> None:
         return time_answer(model, adapter, {"input_ids": ids}, 2, cpu_seconds).prefill
 
     def of_method(name: str) -> float:
-        with methods[name].on(model) as compressed:
+        with attach(model, methods[name]) as compressed:
             spans = time_answer(compressed, adapter, inputs, 2, cpu_seconds)
             selection[name].append(compressed.report.milliseconds["selection"])
         return spans.prefill

@@ -3,7 +3,7 @@
 import pytest
 
 from vlmzip import Chain, FastV, LLaVolta, Pool2d, RandomTokens, Site, UserError, VisionZip, spec
-from vlmzip.runtime.saving import write_compressor
+from vlmzip.compressor_file import write_compressor
 
 
 @pytest.mark.parametrize(

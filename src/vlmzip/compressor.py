@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, SupportsIndex, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, SupportsIndex, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -17,11 +17,6 @@ from vlmzip.errors import UserError, closest
 from vlmzip.keep import Keep, count_to_keep, round_half_up
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
-
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    from torch import nn
 
 Positions = Literal["contiguous", "original"]
 
@@ -179,12 +174,6 @@ class Compressor(ABC):
             f"what {self.name()} keeps depends on the images: set its threshold from images of yours with"
             " `vlmzip calibrate`"
         )
-
-    def on(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """`with compressor.on(model) as compressed:` attaches for a block and leaves no trace."""
-        from vlmzip.runtime.facade import attached
-
-        return attached(model, self)
 
     @classmethod
     def name(cls) -> str:

@@ -37,6 +37,16 @@ def telling_beyond_positions(say: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def collecting_warnings() -> Iterator[list[str]]:
+    """Collect the texts of the block's warnings, which are not shown; the list is filled when the block ends."""
+    texts: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield texts
+    texts += [str(warning.message) for warning in caught]
+
+
 def closest(word: str, known: Iterable[str]) -> str:
     """`"; did you mean 'visionzip'?"` for a near miss, else the list of what there is."""
     known = sorted(known)

@@ -17,6 +17,8 @@ from vlmzip.sites import Signal, Site
 
 #: Where installed packages offer methods.
 ENTRY_POINTS = "vlmzip.methods"
+#: How a user can write a method, for help texts and messages.
+METHOD_FORMS = 'a name from `vlmzip methods`, "visionzip(merge=mean)", "dfmr+fastv(layer=3)" or a saved compressor.json'
 #: The class attributes to read, beside docstring and fields.
 VALUES = ("sites", "needs", "model_types", "example")
 #: The words that these values may be written with.

@@ -6,18 +6,15 @@ import dataclasses
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from vlmzip import catalogue
+from vlmzip.compressor import Compressor
+from vlmzip.compressor_file import FILE, read_compressor
 from vlmzip.errors import UserError
 from vlmzip.files import is_file, is_folder
-
-if TYPE_CHECKING:
-    from vlmzip.compressor import Compressor
-
-#: The file that says, beside a model's weights, which compressor was saved with it.
-FILE = "compressor.json"
-#: For help texts.
-FORMS = 'a name from `vlmzip methods`, "visionzip(merge=mean)", "dfmr+fastv(layer=3)" or a saved compressor.json'
+from vlmzip.methods import Chain, NoCompression
+from vlmzip.outline import METHOD_FORMS
 
 _STAGE = re.compile(r"\s*([^()+]+?)\s*(?:\(([^()]*)\))?\s*")
 _BETWEEN_FIELDS = re.compile(r",(?=\s*[A-Za-z_]\w*\s*=)")  # values may have commas themselves: stride=2,4
@@ -30,15 +27,18 @@ def read(text: str) -> Compressor:
     `Chain`; a path names a saved `compressor.json`, or the folder that holds one. Raises `UserError` for anything else.
     """
     if is_saved(text):
-        from vlmzip.runtime.saving import read_compressor
-
-        path = Path(text)
-        if is_folder(path):
-            return read_compressor(path)
-        if path.name != FILE or not is_file(path):
-            raise UserError(f"there is no folder or {FILE} at {text!r}; save_pretrained writes such files")
-        return read_compressor(path.parent)
+        return read_compressor(saved_folder(text))
     return _joined([_stage(part, text) for part in text.split("+")])
+
+
+def saved_folder(text: str) -> Path:
+    """Return the folder that holds a saved compressor, for the folder's path or the file's. Raise if there is none."""
+    path = Path(text)
+    if is_folder(path):
+        return path
+    if path.name != FILE or not is_file(path):
+        raise UserError(f"there is no folder or {FILE} at {text!r}; save_pretrained writes such files")
+    return path.parent
 
 
 def read_several(text: str) -> list[tuple[str, Compressor]]:
@@ -97,9 +97,6 @@ def candidates(text: str | None) -> list[Candidate]:
 
     Raises `UserError` for one that there is not.
     """
-    from vlmzip import catalogue
-    from vlmzip.methods import NoCompression
-
     if text is None:
         return [
             Candidate(name, _with_defaults(cls), False)
@@ -113,8 +110,6 @@ def candidates(text: str | None) -> list[Candidate]:
 
 
 def _with_defaults(cls: type[Compressor]) -> Compressor | None:
-    from vlmzip import catalogue
-
     try:
         return catalogue.make(cls, {})
     except UserError:
@@ -128,15 +123,11 @@ def is_name(text: str) -> bool:
 
 def is_saved(text: str) -> bool:
     """Whether this can only be a path."""
-    from vlmzip import catalogue
-
     return text.endswith(".json") or "/" in text or (is_folder(text) and text not in ("", *catalogue.available()))
 
 
 def write(compressor: Compressor) -> str:
     """The shortest text from which `read` makes `compressor` again."""
-    from vlmzip.methods import Chain
-
     stages = compressor.stages() if isinstance(compressor, Chain) else (compressor,)
     return "+".join(map(_written, stages))
 
@@ -159,14 +150,10 @@ def _usual(cls: type[Compressor]) -> dict[str, Any]:
 
 
 def _joined(stages: list[Compressor]) -> Compressor:
-    from vlmzip.methods import Chain
-
     return stages[0] if len(stages) == 1 else Chain(compressors=tuple(stages))
 
 
 def _stage(part: str, whole: str) -> Compressor:
-    from vlmzip import catalogue
-
     name, settings = _settings(part, whole)
     return catalogue.make(catalogue.find(name), settings)
 
@@ -175,7 +162,7 @@ def _settings(part: str, whole: str) -> tuple[str, dict[str, str]]:
     """The name of one compressor, and what is written in brackets behind it."""
     match = _STAGE.fullmatch(part)
     if match is None:
-        raise UserError(f"{whole!r} cannot be read as a method; write {FORMS}")
+        raise UserError(f"{whole!r} cannot be read as a method; write {METHOD_FORMS}")
     name, inside = match.groups()
     settings: dict[str, str] = {}
     for field in _BETWEEN_FIELDS.split(inside or ""):

@@ -7,7 +7,7 @@ from PIL import Image
 
 from vlmzip import UserError, VisionZip, spec
 from vlmzip.cli.main import main
-from vlmzip.runtime.saving import write_compressor
+from vlmzip.compressor_file import write_compressor
 
 #: Methods that are written with a budget, and the budget.
 WRITTEN = {

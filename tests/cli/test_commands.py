@@ -12,7 +12,7 @@ from PIL import Image
 from tests.tiny import save_checkpoint
 from vlmzip import RandomTokens, Resampler, available
 from vlmzip.cli.main import main
-from vlmzip.runtime.saving import write_compressor
+from vlmzip.compressor_file import write_compressor
 
 
 @pytest.fixture(scope="session")

@@ -13,10 +13,11 @@ from vlmzip import UserError, spec
 from vlmzip.cli import loading
 from vlmzip.cli.asking import split_images_and_question
 from vlmzip.cli.main import main
+from vlmzip.compressor_file import read_compressor
 from vlmzip.files import is_file, is_folder, is_there, open_to_read, refuse_place, write_text
 from vlmzip.json_text import read_json
 from vlmzip.lab.tasks.catalogue import read_task
-from vlmzip.runtime.saving import from_pretrained, read_compressor
+from vlmzip.runtime.saving import from_pretrained
 
 LONG = "what is it and where " * 15
 #: What cannot be the name of a file, or leads nowhere.

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 from tests.fuzz import changes
 from tests.fuzz.process import Case, run
 from vlmzip import mini, spec
-from vlmzip.runtime.saving import write_compressor
+from vlmzip.compressor_file import write_compressor
 
 PHOTO = Path(__file__).parents[2] / "examples" / "flat.png"
 PHOTOS: dict[str, bytes | Path] = {"a.png": PHOTO, "b.png": PHOTO.with_name("cluttered.png")}

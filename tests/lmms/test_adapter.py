@@ -26,7 +26,7 @@ def mini():
 
 @pytest.fixture
 def compressed(mini):
-    with VisionZip(keep=36).on(mini[0]) as compressed:
+    with vlmzip.attach(mini[0], VisionZip(keep=36)) as compressed:
         yield compressed
 
 
@@ -134,7 +134,7 @@ def test_costs_are_those_of_the_compressed_prompt(adapter, mini, images):
 
 
 def test_methods_inside_the_llm_tell_their_layers(mini, images):
-    with FastV(layer=3, keep=36).on(mini[0]) as compressed:
+    with vlmzip.attach(mini[0], FastV(layer=3, keep=36)) as compressed:
         adapter = CompressedForLmms(compressed, mini[1])
         (result,) = adapter.generate_until(requests(adapter, [user(images[0], "what color is the ring ?")]))
     assert result.token_counts.visual_tokens_by_layer.startswith("144×3 → ")
@@ -277,7 +277,7 @@ def test_wrong_settings_end_the_process_in_a_line(text, said, capsys):
 def test_prompts_beyond_the_llms_positions_are_noted_once(conversations, capsys):
     model, processor = vlmzip.mini.load()
     model.config.text_config.max_position_embeddings = 20
-    with VisionZip(keep=36).on(model) as compressed:
+    with vlmzip.attach(model, VisionZip(keep=36)) as compressed:
         adapter = CompressedForLmms(compressed, processor, batch_size=1)
         adapter.generate_until(requests(adapter, *conversations.values()))
     notes = [line for line in capsys.readouterr().err.splitlines() if "positions" in line]

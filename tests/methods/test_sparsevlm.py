@@ -331,7 +331,7 @@ def test_mini_sees_as_many_tokens_as_promised(dtype):
     questions = ["what color is the ring ?", "where is the star ?"]
     inputs = processor(images=[image] * 2, text=[f"<image> {q}" for q in questions], return_tensors="pt", padding=True)
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-    with method.on(model.to(dtype)) as compressed, torch.no_grad():
+    with vlmzip.attach(model.to(dtype), method) as compressed, torch.no_grad():
         compressed(**inputs)
         first, second = compressed.report.images
     model.float()

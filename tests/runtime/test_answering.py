@@ -28,7 +28,7 @@ def test_several_images_and_none_are_counted(mini):
     answerer = Answerer(adapter_for(model), processor)
     image = Image.open("examples/flat.png").convert("RGB")
     two = "USER: <image>\n<image>\nwhat color is the ring ? ASSISTANT:"
-    with VisionZip(keep=36).on(model) as compressed:
+    with vlmzip.attach(model, VisionZip(keep=36)) as compressed:
         (pair,) = answerer.answer_prompts(compressed, [two], [[image, image]], max_new_tokens=6, do_sample=False)
         (none,) = answerer.answer_prompts(
             compressed, ["USER: what ? ASSISTANT:"], [[]], max_new_tokens=3, do_sample=False
@@ -101,7 +101,7 @@ def test_without_a_pad_token_answers_of_a_batch_are_those_of_one_by_one(tmp_path
     image = Image.open("examples/flat.png").convert("RGB")
     questions = ["is there a star ?", "what color is the ring ?", "how many things are there in the image ?"]
     for method in (VisionZip(keep=36), FastV(layer=2, keep=36)):
-        with method.on(loaded.model) as compressed:
+        with vlmzip.attach(loaded.model, method) as compressed:
             together = answerer.answer(compressed, [image] * 3, questions, 6)
             alone = [answerer.answer(compressed, [image], [question], 6)[0] for question in questions]
         assert [one.text for one in together] == [one.text for one in alone]

@@ -108,7 +108,7 @@ def test_an_exception_in_the_middle_of_a_batch(family, unchanged, compressor):
         raise Failing.error
 
     handle = adapter_for(unchanged).decoder_layers[1].register_forward_hook(fail)
-    with pytest.raises(RuntimeError, match="in the middle"), compressor.on(unchanged) as compressed:
+    with pytest.raises(RuntimeError, match="in the middle"), vlmzip.attach(unchanged, compressor) as compressed:
         compressed.generate(**family.batch(ONE, ONE), **GREEDY)
     handle.remove()
 
@@ -195,7 +195,7 @@ def test_a_generation_config_set_on_the_facade_counts(family, unchanged):
 def test_attach_inside_on(family, unchanged):
     """Two façades on one model, one inside the other's block: each keeps its own budget."""
     inputs = family.batch(ONE)
-    with VisionZip(keep=8).on(unchanged) as outer:
+    with vlmzip.attach(unchanged, VisionZip(keep=8)) as outer:
         inner = vlmzip.attach(unchanged, VisionZip(keep=4))
         with torch.no_grad():
             assert inner(**inputs).logits.shape[1] == 6

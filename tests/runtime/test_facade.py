@@ -157,7 +157,7 @@ class TestNoTrace:
         state = {name: value.clone() for name, value in model.state_dict().items()}
 
         def work():
-            with VisionZip(keep=8, positions=positions).on(model) as compressed:
+            with vlmzip.attach(model, VisionZip(keep=8, positions=positions)) as compressed:
                 compressed(**inputs)
                 compressed.generate(**inputs, **GREEDY)
                 compressed.generate(**inputs, **GREEDY, num_beams=2)
@@ -178,7 +178,7 @@ class TestNoTrace:
             assert torch.equal(model(**inputs).logits, logits)
 
     def test_a_detached_facade_says_so(self, llava):
-        with VisionZip(keep=8).on(llava) as compressed:
+        with vlmzip.attach(llava, VisionZip(keep=8)) as compressed:
             pass
         with pytest.raises(UserError, match="was detached"):
             compressed.generate(**batch(prompt("image"), images=1), **GREEDY)
@@ -209,8 +209,9 @@ def test_mistakes_are_refused(llava):
     compressed = vlmzip.attach(llava, VisionZip(keep=8))
     with pytest.raises(UserError, match="already has a compressor"):
         vlmzip.attach(compressed, VisionZip(keep=8))
-    with pytest.raises(UserError, match="is no compressor"):
-        vlmzip.attach(llava, "visionzip")
+    for wrong in (VisionZip, 64, None):
+        with pytest.raises(UserError, match="is no compressor"):
+            vlmzip.attach(llava, wrong)
     with pytest.raises(UserError, match="no report yet"):
         compressed.report  # noqa: B018
 

@@ -86,7 +86,7 @@ def test_being_asked_changes_nothing(family):
     model, processor = FAMILIES[family]().model, tiny_processor(family)
     answerer = Answerer(adapter_for(model), processor)
     before = fingerprint.of_model(model, processor)
-    with VisionZip(keep=4).on(model) as compressed:
+    with vlmzip.attach(model, VisionZip(keep=4)) as compressed:
         image = Image.new("RGB", (48, 48), "red")
         answerer.answer(compressed, [image, image], ["w4", "w5 w6 w7"], 3)
         assert fingerprint.of_model(model, processor) == before
@@ -184,13 +184,13 @@ def test_a_helper_that_cannot_be_read_as_python_counts(own, tmp_path):
 @pytest.mark.filterwarnings("ignore:qformer is untrained")
 def test_weights_of_a_method():
     model = tiny_llava()
-    with vlmzip.QFormer(queries=4, depth=1, heads=2).on(model) as compressed:
+    with vlmzip.attach(model, vlmzip.QFormer(queries=4, depth=1, heads=2)) as compressed:
         before = fingerprint.of_method(compressed)
         assert fingerprint.of_method(compressed) == before
         with torch.no_grad():
             next(compressed.resampler.parameters()).view(-1)[-1] += 1
         assert fingerprint.of_method(compressed)["method weights"] != before["method weights"]
-    with VisionZip(keep=4).on(model) as compressed:
+    with vlmzip.attach(model, VisionZip(keep=4)) as compressed:
         assert fingerprint.of_method(compressed) == {"method code": "", "method weights": ""}
 
 

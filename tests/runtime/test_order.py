@@ -10,7 +10,7 @@ from tests.references.kmeans import kmeans
 from tests.references.visionzip import visionzip_in_place
 from tests.runtime.ragged import Ragged
 from tests.tiny import FAMILIES, IMAGE_TOKEN
-from vlmzip import Chain, FastV, KMeans, Resampler, Site, VisionZip, available, compress_inputs
+from vlmzip import Chain, FastV, KMeans, Resampler, Site, VisionZip, attach, available, compress_inputs
 from vlmzip.compressor import Calibratable, Compressor, Profile
 from vlmzip.models import adapter_for
 from vlmzip.runtime.prepare import shorten
@@ -65,7 +65,7 @@ def seen_by_the_llm(family, method, inputs):
     llm = adapter_for(family.model).llm
     handle = llm.register_forward_pre_hook(lambda _module, _args, kwargs: seen.update(kwargs), with_kwargs=True)
     try:
-        with torch.no_grad(), method.on(family.model) as compressed:
+        with torch.no_grad(), attach(family.model, method) as compressed:
             compressed(**inputs)
     finally:
         handle.remove()
@@ -126,7 +126,7 @@ def test_positions_ascend_over_several_turns(family):
     """`generate` fills a cache with two images, one in each turn; the second turn's prompt holds both."""
     method, cache = VisionZip(keep=8, positions="original"), DynamicCache()
     first, second = [1, "image", 5], [6, "image", 7]
-    with method.on(family.model) as compressed:
+    with attach(family.model, method) as compressed:
         inputs = family.batch(first)
         said = compressed.generate(**inputs, past_key_values=cache, max_new_tokens=3, do_sample=False)
         new = family.batch(second, first_image=1)
@@ -224,6 +224,6 @@ def test_qwen_equals_a_naive_reference(method, rule, row):
         start += len(features)
     positions, _ = family.model.model.get_rope_index(ids, inputs["mm_token_type_ids"], inputs["image_grid_thw"])
     left = torch.tensor(stays)
-    with torch.no_grad(), method.on(family.model) as compressed:
+    with torch.no_grad(), attach(family.model, method) as compressed:
         expected = family.model(inputs_embeds=embeddings[None, left], position_ids=positions[:, :, left]).logits
         torch.testing.assert_close(compressed(**inputs).logits, expected, atol=1e-4, rtol=0)

@@ -110,7 +110,7 @@ def test_the_report_counts_what_the_llm_counts(family, method, generating):
     first = int(family.name == "paligemma")  # which counts from 1
     together, taken = family.batch(*ROWS), []
     handle = llm.register_forward_pre_hook(catch, with_kwargs=True)
-    with method.on(family.model) as compressed:
+    with vlmzip.attach(family.model, method) as compressed:
         for row, parts in enumerate(ROWS):
             seen.clear()
             inputs = family.batch(parts, first_image=sum(other.count("image") for other in ROWS[:row]))

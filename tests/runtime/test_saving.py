@@ -5,7 +5,8 @@ import pytest
 import vlmzip
 from tests.runtime.ragged import Ragged
 from vlmzip import Pool2d, RandomTokens, UserError, VisionZip, available
-from vlmzip.runtime.saving import FORMAT, attach_saved, read_compressor, write_compressor
+from vlmzip.compressor_file import FORMAT, read_compressor, write_compressor
+from vlmzip.runtime.saving import saved_weights
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_a_method_from_elsewhere_can_be_used_beside_what_was_saved(tmp_path, lla
     """The commands attach so: with the method that was given, or another one."""
     write_compressor(Ragged(), tmp_path)
     for given in (Ragged(), VisionZip(keep=5)):
-        compressed, _ = attach_saved(llava, given, tmp_path)
+        compressed = vlmzip.attach(llava, given, weights=saved_weights(given, tmp_path))
         assert compressed.compressor == given
         compressed.detach()
 

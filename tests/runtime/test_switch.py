@@ -28,7 +28,7 @@ def test_after_a_switch_it_is_as_if_attached_anew(inputs):
     for compressor in (*STAGES, *STAGES[::-1]):
         compressed.switch(compressor)
         here = compressed(**inputs, labels=labels)
-        with compressor.on(tiny_llava()) as fresh:
+        with attach(tiny_llava(), compressor) as fresh:
             there = fresh(**inputs, labels=labels)
         torch.testing.assert_close(here.loss, there.loss, atol=1e-6, rtol=0)
         torch.testing.assert_close(here.logits, there.logits, atol=1e-5, rtol=0)

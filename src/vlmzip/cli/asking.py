@@ -11,15 +11,15 @@ from PIL import Image
 from vlmzip.cli.images import load_image
 from vlmzip.cli.loading import Loaded, note
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError
+from vlmzip.errors import UserError, collecting_warnings
 from vlmzip.files import is_file
 from vlmzip.lab.bench.timing import now
 from vlmzip.runtime.detail import WORRYING
-from vlmzip.runtime.facade import CompressedModel
+from vlmzip.runtime.facade import CompressedModel, attach
 from vlmzip.runtime.flops import kv_cache_bytes, prefill_flops
 from vlmzip.runtime.prompts import chat_prompt, special_tokens, unknown_words
 from vlmzip.runtime.report import Report
-from vlmzip.runtime.saving import attach_saved
+from vlmzip.runtime.saving import saved_weights
 from vlmzip.visualize.overlay import draw_tokens, seen_image, stack
 
 
@@ -58,14 +58,16 @@ def build_inputs(loaded: Loaded, paths: list[str], question: str) -> dict[str, A
 def attach_and_note(loaded: Loaded, compressor: Compressor) -> CompressedModel:
     """`attach`, with its warnings as one note each."""
     compressed, notes = attach_with_notes(loaded, compressor)
-    for said in notes:
-        note(said)
+    for text in notes:
+        note(text)
     return compressed
 
 
 def attach_with_notes(loaded: Loaded, compressor: Compressor) -> tuple[CompressedModel, list[str]]:
     """`attach`, and what it warns of."""
-    return attach_saved(loaded.model, compressor, loaded.name)
+    with collecting_warnings() as notes:
+        compressed = attach(loaded.model, compressor, weights=saved_weights(compressor, loaded.name))
+    return compressed, notes
 
 
 def answer(loaded: Loaded, compressed: CompressedModel, inputs: dict[str, Any], max_new_tokens: int) -> TimedAnswer:

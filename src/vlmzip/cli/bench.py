@@ -10,10 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmzip import spec
 from vlmzip.cli.options import check_folder, refuse_second_budgets
 from vlmzip.errors import UserError, closest
 from vlmzip.keep import A_NINTH, parse_keep
+from vlmzip.outline import METHOD_FORMS
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,7 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
         help="make LLM and vision encoder narrower: attention heads and MLP widths times S (0.125 or 1/8; at least one"
         f" head); layers, tokens and vocabulary stay; default: 1 on a GPU, {SMALL} on a CPU",
     )
-    parser.add_argument("--methods", default=METHODS, metavar="A,B,…", help=f"each {spec.FORMS}; default: {METHODS}")
+    parser.add_argument("--methods", default=METHODS, metavar="A,B,…", help=f"each {METHOD_FORMS}; default: {METHODS}")
     parser.add_argument(
         "--keep",
         default=A_NINTH,
@@ -73,6 +73,8 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
 
 
 def run(args: Namespace) -> None:
+    from vlmzip import spec
+
     _check(args)
     methods = spec.read_several(args.methods)
     if not methods:

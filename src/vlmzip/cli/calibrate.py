@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmzip import spec
 from vlmzip.cli.options import add_method, add_model, settings, without_budget
 from vlmzip.errors import UserError
 from vlmzip.files import is_file, is_folder, is_there
@@ -109,6 +108,7 @@ def _images(words: list[str]) -> list[str]:
 
 
 def _print(out: dict[str, Any], found: Calibration, threshold: float, args: Namespace) -> None:
+    from vlmzip import spec
     from vlmzip.cli.tables import print_table
 
     name = _threshold(found.compressor)

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmzip import spec
 from vlmzip.cli.options import add_answer_length, add_model, check_answer_length, refuse_second_budgets
 from vlmzip.errors import UserError
 from vlmzip.keep import A_NINTH, AS_SET, parse_keep
+from vlmzip.outline import METHOD_FORMS
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -32,7 +32,7 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.usage = f"{parser.prog} IMAGE… QUESTION [options]"
     parser.add_argument("words", nargs="+", metavar="IMAGE… QUESTION", help="one or several images, then the question")
     add_model(parser)
-    parser.add_argument("--methods", metavar="A,B,…", help=f"separated by commas, each {spec.FORMS}; default: all")
+    parser.add_argument("--methods", metavar="A,B,…", help=f"separated by commas, each {METHOD_FORMS}; default: all")
     parser.add_argument(
         "--keep",
         default=A_NINTH,
@@ -48,6 +48,7 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
 
 
 def run(args: Namespace) -> None:
+    from vlmzip import spec
     from vlmzip.cli.asking import build_inputs, seen_images, split_images_and_question
     from vlmzip.cli.compare_output import Comparison
     from vlmzip.cli.comparing import compare

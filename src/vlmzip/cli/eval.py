@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmzip import spec
 from vlmzip.cli import suite
 from vlmzip.cli.options import add_model, check_counts, check_folder
 from vlmzip.errors import UserError
 from vlmzip.lab.papers import published
 from vlmzip.lab.tasks.catalogue import FORMS as TASKS
+from vlmzip.outline import METHOD_FORMS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +41,7 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument(
         "--methods",
         metavar="A,B,…",
-        help=f"separated by commas, each {spec.FORMS}; default: all that need no training",
+        help=f"separated by commas, each {METHOD_FORMS}; default: all that need no training",
     )
     parser.add_argument(
         "--keep",

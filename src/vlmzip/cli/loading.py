@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmzip.cli.console import Console
+from vlmzip.compressor_file import refuse_lora
 from vlmzip.errors import UserError
 from vlmzip.files import is_file, is_folder
 from vlmzip.models import FAMILIES, adapter_for
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.runtime.prompts import unknown_words
-from vlmzip.runtime.saving import refuse_lora
 
 if TYPE_CHECKING:
     from vlmzip.lab.tasks.task import Task

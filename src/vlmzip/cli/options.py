@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmzip import spec
 from vlmzip.errors import UserError
 from vlmzip.files import is_file, refuse_place
 from vlmzip.keep import parse_keep
+from vlmzip.outline import METHOD_FORMS
 
 if TYPE_CHECKING:
     from vlmzip.compressor import Compressor, Profile
@@ -70,18 +70,19 @@ def add_method(parser: ArgumentParser, arguments: list[str], default: str = DEFA
 
     Left out, it is the compressor saved with the model, if there is one.
     """
-    from vlmzip import catalogue
+    from vlmzip import catalogue, spec
+    from vlmzip.compressor_file import FILE
 
     parser.add_argument(
         "--method",
-        help=f"{spec.FORMS}; default: what is saved with the model, else {default}",
+        help=f"{METHOD_FORMS}; default: what is saved with the model, else {default}",
     )
     parser.add_argument("--keep", help="visual tokens to keep per image: 64, 0.25 or 25%%")
     first = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--method", nargs="?")
     first.add_argument("--model", nargs="?")
     given = first.parse_known_args(arguments)[0]
-    saved = default == DEFAULT_METHOD and bool(given.model) and is_file(Path(given.model, spec.FILE))
+    saved = default == DEFAULT_METHOD and bool(given.model) and is_file(Path(given.model, FILE))
     default = given.model if saved else default
     chosen = given.method or default
     parser.set_defaults(method=default)
@@ -126,6 +127,7 @@ def refuse_second_budgets(methods: Iterable[tuple[str, Compressor | None]], keep
 
     Methods that decide by content are left out: without calibration they run as written, and their rows say so.
     """
+    from vlmzip import spec
     from vlmzip.compressor import Calibratable
 
     for name, method in methods:
@@ -154,7 +156,7 @@ def make_method(args: Namespace, profile: Profile) -> Compressor:
 
 def without_budget(args: Namespace) -> Compressor:
     """The compressor that the options ask for; `--keep` counts only where the method has such a field."""
-    from vlmzip import catalogue
+    from vlmzip import catalogue, spec
 
     if not spec.is_name(args.method):
         if args.keep is not None:

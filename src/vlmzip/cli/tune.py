@@ -8,11 +8,11 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vlmzip import spec
 from vlmzip.cli.options import add_model, check_counts, check_folder
 from vlmzip.errors import UserError
 from vlmzip.keep import count_to_keep, parse_keep
 from vlmzip.lab.tasks.catalogue import FORMS as TASKS
+from vlmzip.outline import METHOD_FORMS
 
 if TYPE_CHECKING:
     from vlmzip.cli.tune_output import SearchOutcome
@@ -58,7 +58,9 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
         "--task", "--tasks", dest="task", default="mini", metavar="T", help=f"{TASKS}; default: %(default)s"
     )
     parser.add_argument(
-        "--methods", metavar="A,B,…", help=f"separated by commas, each {spec.FORMS}; default: all that need no training"
+        "--methods",
+        metavar="A,B,…",
+        help=f"separated by commas, each {METHOD_FORMS}; default: all that need no training",
     )
     parser.add_argument(
         "--keep",
@@ -82,12 +84,12 @@ def run(args: Namespace) -> None:
 
     from vlmzip.cli.loading import load, note, note_unknown_words, tell
     from vlmzip.cli.tune_output import show
+    from vlmzip.compressor_file import FILE
     from vlmzip.lab.configurations import read_rows
     from vlmzip.lab.processes import Processes
     from vlmzip.lab.study import Study
     from vlmzip.lab.tasks.catalogue import read_one_task
     from vlmzip.lab.tune.study import halves
-    from vlmzip.runtime.saving import FILE
 
     _check(args)
     methods, budgets = read_rows(args.methods, args.keep)
@@ -144,6 +146,8 @@ def _search(
 
 def _distinct(rows: list[Configuration]) -> list[Configuration]:
     """What can run, each setting once, the uncompressed model first."""
+    from vlmzip import spec
+
     found: dict[str, Configuration] = {}
     for row in rows:
         if row.compressor is not None:

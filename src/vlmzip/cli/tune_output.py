@@ -15,6 +15,7 @@ from vlmzip import spec
 from vlmzip.cli.loading import note
 from vlmzip.cli.tables import print_table
 from vlmzip.compressor import Compressor
+from vlmzip.compressor_file import FILE, write_compressor
 from vlmzip.errors import UserError
 from vlmzip.files import write_csv
 from vlmzip.lab.configurations import Configuration
@@ -22,7 +23,6 @@ from vlmzip.lab.report import NOTHING
 from vlmzip.lab.stats import Estimate
 from vlmzip.lab.tune.search import LEAST_IMAGES, PLAIN, CandidateRow, Rejection, Tuning, Verdict
 from vlmzip.lab.tune.study import Cost, TunedStudy
-from vlmzip.runtime.saving import FILE, write_compressor
 
 UNITS: dict[Cost, str] = {"tokens": "visual tokens", "flops": "of the prefill FLOPs", "ms": "ms prefill"}
 

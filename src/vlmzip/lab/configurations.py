@@ -12,14 +12,15 @@ from torch import nn
 
 from vlmzip import catalogue, spec
 from vlmzip.compressor import Calibratable, Compressor, Profile, missed
-from vlmzip.errors import UserError
+from vlmzip.errors import UserError, collecting_warnings
 from vlmzip.keep import AS_SET, count_to_keep, parse_keep
 from vlmzip.lab.tasks.task import CalibrationSet, Task
 from vlmzip.methods import NoCompression
 from vlmzip.runtime.answering import Answerer
 from vlmzip.runtime.calibration import MeasuredImage, measure, meet
+from vlmzip.runtime.facade import attach
 from vlmzip.runtime.fingerprint import of_method_code
-from vlmzip.runtime.saving import attach_saved
+from vlmzip.runtime.saving import saved_weights
 from vlmzip.spec import Candidate
 
 PLAIN = NoCompression.name()
@@ -115,8 +116,8 @@ class Configurator:
         else:
             chosen, reached = method.at_budget(budget, profile)
             note = _near(budget, reached, profile)
-        compressed, notes = attach_saved(self.model, chosen, self.name)  # whether it has a place in the model
-        compressed.detach()
+        with collecting_warnings() as notes:  # attaching fails if the method has no place in the model
+            attach(self.model, chosen, weights=saved_weights(chosen, self.name)).detach()
         told = "; ".join(filter(None, [note, *notes]))
         return Configuration(task.name, candidate.name, budget, chosen, told, calibrated_on)
 

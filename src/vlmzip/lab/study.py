@@ -22,7 +22,7 @@ from torch import nn
 
 from vlmzip import spec
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError, reason
+from vlmzip.errors import UserError, collecting_warnings, reason
 from vlmzip.files import write_text
 from vlmzip.json_text import read_json
 from vlmzip.lab.configurations import Candidate, Configuration, Configurator, plain_json, read_calibrated
@@ -32,10 +32,10 @@ from vlmzip.lab.records import Record, Shard, hold, read_records
 from vlmzip.lab.tasks.task import Sample, Task
 from vlmzip.models import adapter_for
 from vlmzip.runtime.answering import Answer, Answerer
-from vlmzip.runtime.facade import CompressedModel
+from vlmzip.runtime.facade import CompressedModel, attach
 from vlmzip.runtime.fingerprint import of_image, of_method, of_model, of_name, refuse_changed
 from vlmzip.runtime.positions import llm_positions
-from vlmzip.runtime.saving import attach_saved
+from vlmzip.runtime.saving import saved_weights
 from vlmzip.version import __version__
 
 FILE = "study.json"
@@ -245,9 +245,9 @@ class Study:
 
 def attach_alike(model: nn.Module, compressor: Compressor, name: str) -> CompressedModel:
     """The model with a compressor; weights that were never trained are the same at every start."""
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), collecting_warnings():  # configuring the study has told of them
         torch.manual_seed(0)
-        return attach_saved(model, compressor, name)[0]
+        return attach(model, compressor, weights=saved_weights(compressor, name))
 
 
 def question(task: Task, sample: Sample) -> Record:

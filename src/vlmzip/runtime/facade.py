@@ -6,11 +6,10 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,7 +18,9 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers import Cache
 
+from vlmzip import spec
 from vlmzip.compressor import Compressor
+from vlmzip.compressor_file import write_compressor
 from vlmzip.errors import UserError, closest
 from vlmzip.methods import NoCompression
 from vlmzip.models import adapter_for
@@ -31,8 +32,7 @@ from vlmzip.runtime.in_llm import InLLMState, check_place, extend, prompt_of
 from vlmzip.runtime.positions import positions_taken, warn_beyond
 from vlmzip.runtime.prepare import PER_TOKEN, CompressedInputs, compress_inputs, gather, pad_id, positions_of
 from vlmzip.runtime.report import Report
-from vlmzip.runtime.resample import build_resampler, resampling, write_weights
-from vlmzip.runtime.saving import write_compressor
+from vlmzip.runtime.resample import build_resampler, read_weights, resampling, write_weights
 from vlmzip.runtime.turns import CacheState, Conversations, first_turn, next_turn
 from vlmzip.runtime.versions import warn_if_untested
 from vlmzip.visual_tokens import Site
@@ -50,27 +50,35 @@ _per_thread = threading.local()
 _latest: WeakKeyDictionary[CompressedModel, Report] = WeakKeyDictionary()
 
 
-def attach(model: nn.Module, compressor: Compressor) -> CompressedModel:
-    """The same model, answering with fewer visual tokens.
+def attach(
+    model: nn.Module, compressor: Compressor | str, *, weights: str | os.PathLike[str] | None = None
+) -> CompressedModel:
+    """Return the same model, answering with fewer visual tokens.
+
+    Used in a `with` statement, the result is detached at the end of the block, also after an error.
 
     `model` answers as before: it can be used beside the result, and in several of them with different compressors. A
     compressor inside the LLM puts hooks on its layers, which act in calls of the result alone; `detach` takes them off.
-    Raises `UserError` for a model that vlmzip cannot compress, or a compressor that has no place in it.
+
+    `compressor` may be written as on the command line: `"visionzip(keep=64)"`, `"dfmr(tau=0.3)+fastv(layer=3)"`, or the
+    path of a saved `compressor.json` or of its folder. `weights` is a folder that `save_pretrained` wrote, from which a
+    method with weights takes them; left out, it is the folder of a saved compressor, else the weights are untrained.
+
+    Raise `UserError` for a model that vlmzip cannot compress, a compressor that has no place in it, or weights that are
+    missing or do not fit.
     """
+    if isinstance(compressor, str):
+        if weights is None and spec.is_saved(compressor):
+            weights = spec.saved_folder(compressor)
+        compressor = spec.read(compressor)
     compressed = CompressedModel(model, compressor)
     warn_if_untested()
-    _warn_if_untrained(compressed)
+    if compressed.resampler is not None:
+        if weights is None:
+            _warn_if_untrained(compressed)
+        else:
+            read_weights(compressed.resampler, weights)
     return compressed
-
-
-@contextmanager
-def attached(model: nn.Module, compressor: Compressor) -> Iterator[CompressedModel]:
-    """`attach` for a block; the result is detached at its end, also after an exception."""
-    compressed = attach(model, compressor)
-    try:
-        yield compressed
-    finally:
-        compressed.detach()
 
 
 class CompressedModel(nn.Module):
@@ -133,8 +141,19 @@ class CompressedModel(nn.Module):
             self._hooks.remove()
             self._put_hooks()
 
+    def __enter__(self) -> Self:
+        self._refuse_detached()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.detach()
+
+    def _refuse_detached(self) -> None:
+        if self._detached:
+            raise UserError("this model was detached; call vlmzip.attach(model, compressor) again")
+
     def detach(self) -> nn.Module:
-        """Ends the façade and returns the plain model. Detaching twice is harmless."""
+        """End the façade and return the plain model. Detaching twice is harmless."""
         self._detached = True
         self._hooks.remove()
         return self.inner
@@ -270,8 +289,7 @@ class CompressedModel(nn.Module):
     ) -> tuple[CompressedInputs, Callable[[], CacheState] | None, InLLMState | None]:
         """The inputs for the inner model; what tells what its cache holds, `None` where there are no token ids; and
         what acts inside the LLM, `None` where nothing does."""
-        if self._detached:
-            raise UserError("this model was detached; call vlmzip.attach(model, compressor) again")
+        self._refuse_detached()
         adapter = adapter_for(self.inner)
         before = self._turns.recall(cache_of(inputs))
         if before is not None and inputs.get("input_ids") is None:

@@ -12,6 +12,7 @@ from vlmzip import catalogue, spec
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, closest
 from vlmzip.methods import Chain, LLaVolta, NoCompression
+from vlmzip.outline import METHOD_FORMS
 from vlmzip.training.random_factor import RandomFactor
 
 #: Depth of the LLM that LLaVolta's layers are given for (Vicuna-7B).
@@ -176,7 +177,7 @@ def read_compressor(content: Any) -> Compressor:
     if content is None or content == NOTHING:
         return NoCompression()
     if not isinstance(content, str):
-        raise UserError(f"{content!r} is no compressor; write {spec.FORMS}")
+        raise UserError(f"{content!r} is no compressor; write {METHOD_FORMS}")
     found = spec.read(RANDOM.sub(RANDOM_CLASS, content))
     if isinstance(found, Chain) and any(isinstance(part, RandomFactor) for part in found.stages()):
         raise UserError(f"{content!r}: random_factor cannot be chained; make it a stage of its own, without +")

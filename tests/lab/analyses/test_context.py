@@ -7,7 +7,7 @@ import torch
 
 from tests.lab.analyses.numbered import TEMPLATE, numbered_subject
 from tests.lab.test_study import asked
-from vlmzip import NoCompression, Pool2d
+from vlmzip import NoCompression, Pool2d, attach
 from vlmzip.lab.analyses import context
 from vlmzip.runtime.answering import Answerer
 
@@ -65,7 +65,7 @@ def test_answers_are_those_to_prompts_made_by_hand(subject, place, number):
     images.insert(number, asked.load())
     text = f"w90 <image> <image> <image> {asked.question} w91"
     inputs = subject.processor(images=images, text=[text], return_tensors="pt")
-    with Pool2d(factor=2).on(subject.model) as compressed:
+    with attach(subject.model, Pool2d(factor=2)) as compressed:
         ids = compressed.generate(**inputs, max_new_tokens=subject.task.max_new_tokens, do_sample=False)
     assert found["given"] == subject.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert found["visual_tokens_by_layer"] == [27] * 4
@@ -162,7 +162,7 @@ def test_several_images_a_prompt_are_summed_up(subject):
     """The counts of `Answerer.answer`, which everything here goes by."""
     answerer = subject.study().answerer
     images = [sample.load() for sample in subject.task.samples[:4]]
-    with NoCompression().on(subject.model) as compressed, torch.inference_mode():
+    with attach(subject.model, NoCompression()) as compressed, torch.inference_mode():
         answers = answerer.answer(compressed, images, ["w4", "w5 w6"], 2)
     assert [(answer.visual_tokens, answer.by_layer) for answer in answers] == [(72, (72,) * 4)] * 2
     assert [answer.text_tokens for answer in answers] == [3, 4]

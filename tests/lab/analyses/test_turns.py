@@ -7,7 +7,7 @@ from PIL import Image
 
 from tests.lab.analyses.numbered import numbered_subject
 from tests.tiny import tiny_llava, tiny_processor, tiny_qwen
-from vlmzip import FastV, NoCompression, TokenMap, VisionZip
+from vlmzip import FastV, NoCompression, TokenMap, VisionZip, attach
 from vlmzip.lab.analyses import turns
 from vlmzip.lab.analyses.subject import Unsuited
 from vlmzip.lab.stats import Bootstrap
@@ -38,11 +38,11 @@ def test_a_second_turn_is_the_whole_conversation(subject, compressor):
     Of FastV the first answers alone: in one prompt the last question chooses its tokens, not the first.
     """
     study, pairs = subject.study(), turns.pairs(subject.task.samples)
-    with compressor.on(subject.model) as compressed:
+    with attach(subject.model, compressor) as compressed:
         found = turns.converse(study, subject.task, compressed, pairs)
     ended = []
     for (first, second), record in zip(pairs, found, strict=True):
-        with compressor.on(subject.model) as compressed:
+        with attach(subject.model, compressor) as compressed:
             inputs = study.answerer.inputs([first.load()], [first.question])
             length = inputs["input_ids"].shape[1]
             ids = compressed.generate(**inputs, max_new_tokens=subject.task.max_new_tokens, do_sample=False)
@@ -89,7 +89,7 @@ def test_replaying_a_questions_own_tokens_changes_nothing(subject):
     samples = [second for _, second in turns.pairs(subject.task.samples)]
     found = turns.replay(study, subject.task, fastv, [(sample, sample) for sample in samples])
     images, questions = [sample.load() for sample in samples], [sample.question for sample in samples]
-    with fastv.on(subject.model) as compressed:
+    with attach(subject.model, fastv) as compressed:
         expected = study.answerer.answer(compressed, images, questions, subject.task.max_new_tokens)
     assert [record["given"] for record in found] == [answer.text for answer in expected]
     assert {tuple(record["visual_tokens_by_layer"]) for record in found} == {(36, 3, 3, 3)}

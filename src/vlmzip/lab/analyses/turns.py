@@ -39,7 +39,7 @@ from vlmzip.lab.stats import Bootstrap, Estimate, estimate
 from vlmzip.lab.study import Study
 from vlmzip.lab.tasks.task import Sample, Task
 from vlmzip.methods import FastV, NoCompression
-from vlmzip.runtime.facade import CompressedModel
+from vlmzip.runtime.facade import CompressedModel, attach
 from vlmzip.runtime.report import ImageReport
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Site, VisualTokens
@@ -205,7 +205,8 @@ def replay(study: Study, task: Task, compressor: FastV, some: Sequence[tuple[Sam
         # A compressor is asked about each grid of a batch by itself, and would not know whose tokens those are.
         return [record for pair in some for record in replay(study, task, compressor, [pair])]
     seconds = [second for _, second in some]
-    with Replayed(layer=compressor.layer, kept=torch.cat(list(map(left, reports)))).on(study.model) as compressed:
+    replayed = Replayed(layer=compressor.layer, kept=torch.cat(list(map(left, reports))))
+    with attach(study.model, replayed) as compressed:
         answers = study.answerer.answer(
             compressed,
             [second.load() for second in seconds],
@@ -217,7 +218,7 @@ def replay(study: Study, task: Task, compressor: FastV, some: Sequence[tuple[Sam
 
 def kept_for(study: Study, compressor: FastV, samples: Sequence[Sample]) -> list[ImageReport]:
     """What became of the samples' images, each asked its own question."""
-    with compressor.on(study.model) as compressed:
+    with attach(study.model, compressor) as compressed:
         study.answerer.answer(
             compressed, [sample.load() for sample in samples], [sample.question for sample in samples], 1
         )

@@ -19,7 +19,7 @@ from vlmzip.lab.bench.memory import peak_bytes
 from vlmzip.lab.bench.timing import Quartiles, Spans, in_turns, now, quartiles, ratios, time_answer
 from vlmzip.methods import NoCompression
 from vlmzip.models.adapter import ModelAdapter
-from vlmzip.runtime.facade import attached
+from vlmzip.runtime.facade import attach
 from vlmzip.runtime.flops import flops_inside
 from vlmzip.runtime.token_profile import TokenProfile
 
@@ -57,7 +57,7 @@ class Contender:
             return
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # said once, by the first run
-            with attached(model, self.compressor) as compressed:
+            with attach(model, self.compressor) as compressed:
                 yield compressed
 
     def seconds(self, scope: Scope) -> list[float]:

@@ -30,7 +30,8 @@ from tqdm import tqdm
 from vlmzip import spec
 from vlmzip.cli.loading import load, note
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError, reason, telling_beyond_positions
+from vlmzip.compressor_file import FILE, read_compressor
+from vlmzip.errors import UserError, collecting_warnings, reason, telling_beyond_positions
 from vlmzip.files import is_file
 from vlmzip.lab.lmms.requests import (
     NO_LIKELIHOODS,
@@ -43,11 +44,12 @@ from vlmzip.lab.lmms.requests import (
 )
 from vlmzip.lab.processes import Processes
 from vlmzip.models import adapter_for
+from vlmzip.outline import METHOD_FORMS
 from vlmzip.runtime.answering import Answer, Answerer
-from vlmzip.runtime.facade import CompressedModel
+from vlmzip.runtime.facade import CompressedModel, attach
 from vlmzip.runtime.prompts import conversation_prompt
 from vlmzip.runtime.report import compact
-from vlmzip.runtime.saving import FILE, attach_saved, read_compressor
+from vlmzip.runtime.saving import saved_weights
 
 
 @dataclass
@@ -79,7 +81,7 @@ class LmmsQuestion:
 
 
 class CompressedForLmms(lmms):
-    """Any model that `attach` returned (or any plain one, as `NoCompression().on(model)`), for lmms-eval."""
+    """Any model that `attach` returned (also with `NoCompression`, which is the plain one), for lmms-eval."""
 
     is_simple = False  # tasks hand over messages, not a text and images
 
@@ -118,9 +120,11 @@ class CompressedForLmms(lmms):
         compressor = _compressor(name, settings.get("method"))
         device = Processes().device(settings.get("device"))
         loaded = load(name, device, settings.get("dtype"))
-        compressed, notes = attach_saved(loaded.model, compressor.placed(loaded.adapter.profile()), name)
-        for said in notes:
-            note(said)
+        compressor = compressor.placed(loaded.adapter.profile())
+        with collecting_warnings() as notes:
+            compressed = attach(loaded.model, compressor, weights=saved_weights(compressor, name))
+        for text in notes:
+            note(text)
         try:
             batch_size = int(settings.get("batch_size", 1))
         except ValueError:
@@ -267,4 +271,4 @@ def _compressor(name: str, method: str | None) -> Compressor:
         return spec.read(method)
     if is_file(Path(name) / FILE):
         return read_compressor(name)
-    raise UserError(f"--model_args needs method=…, {spec.FORMS}; the plain model is method=no_compression")
+    raise UserError(f"--model_args needs method=…, {METHOD_FORMS}; the plain model is method=no_compression")

@@ -1,0 +1,96 @@
+"""`attach`: what it takes for a compressor, and how long the result lasts."""
+
+import copy
+
+import pytest
+import torch
+
+import vlmzip
+from tests.tiny import batch, prompt
+from vlmzip import DFMR, Chain, FastV, QFormer, UserError, VisionZip
+from vlmzip.compressor_file import write_compressor
+
+QFORMER = QFormer(queries=4, depth=1, width=8, heads=2)
+
+
+@pytest.fixture
+def inputs():
+    return batch(prompt(7, "image", 5, 6), images=1)
+
+
+def hooks_on(model):
+    return sum(len(module._forward_pre_hooks) for module in model.modules())
+
+
+def test_a_block_ends_with_the_plain_model(llava, inputs):
+    with vlmzip.attach(llava, FastV(layer=2, keep=9)) as compressed:
+        compressed(**inputs)
+        assert compressed.report.images[0].by_layer == (36, 36, 9, 9)
+        assert hooks_on(llava) > 0
+    assert hooks_on(llava) == 0
+    with pytest.raises(UserError, match="this model was detached"):
+        compressed(**inputs)
+    with pytest.raises(UserError, match="this model was detached"), compressed:
+        pass
+
+
+def test_a_block_that_fails_ends_with_the_plain_model(llava):
+    with pytest.raises(RuntimeError, match="in the middle"), vlmzip.attach(llava, FastV(layer=2, keep=9)):
+        raise RuntimeError("in the middle")
+    assert hooks_on(llava) == 0
+
+
+def test_a_loaded_model_is_detached_likewise(llava, tmp_path):
+    vlmzip.attach(llava, VisionZip(keep=8)).save_pretrained(tmp_path)
+    with vlmzip.from_pretrained(tmp_path) as compressed:
+        assert compressed.compressor == VisionZip(keep=8)
+    with pytest.raises(UserError, match="this model was detached"):
+        compressed(input_ids=torch.tensor([[5]]))
+
+
+@pytest.mark.parametrize(
+    ("text", "compressor"),
+    [
+        ("visionzip", VisionZip()),
+        ("visionzip(keep=8)", VisionZip(keep=8)),
+        ("dfmr(tau=0.3)+fastv(layer=3)", Chain(compressors=(DFMR(tau=0.3), FastV(layer=3)))),
+        ("tests.runtime.ragged:Ragged", None),
+    ],
+)
+def test_a_compressor_may_be_written_as_on_the_command_line(llava, inputs, text, compressor):
+    with vlmzip.attach(llava, text) as compressed:
+        assert compressed.compressor == (compressor or vlmzip.spec.read(text))
+        compressed(**inputs)
+    assert compressed.report.images[0].by_layer[-1] < 36
+
+
+@pytest.mark.parametrize("text", ["visionsip", "visionzip(kep=3)", "fastv(layer=40)", "there/is/none"])
+def test_a_text_that_names_no_compressor_is_refused(llava, text):
+    with pytest.raises(UserError):
+        vlmzip.attach(llava, text)
+
+
+@pytest.mark.parametrize("file", ["", "compressor.json"])
+def test_a_saved_compressor_brings_its_weights(llava, inputs, tmp_path, file):
+    with pytest.warns(UserWarning, match="qformer is untrained"):
+        trained = vlmzip.attach(copy.deepcopy(llava), QFORMER)
+    trained.save_pretrained(tmp_path)
+    again = vlmzip.attach(llava, str(tmp_path / file))
+    assert again.compressor == QFORMER
+    torch.testing.assert_close(again(**inputs).logits, trained(**inputs).logits)
+
+
+def test_weights_come_from_the_folder_that_is_given(llava, tmp_path):
+    with pytest.warns(UserWarning, match="qformer is untrained"):
+        trained = vlmzip.attach(copy.deepcopy(llava), QFORMER)
+    trained.save_pretrained(tmp_path / "trained")
+    again = vlmzip.attach(llava, QFORMER, weights=tmp_path / "trained")
+    for name, value in trained.resampler.state_dict().items():
+        torch.testing.assert_close(again.resampler.state_dict()[name], value)
+
+
+def test_a_saved_compressor_without_its_weights_is_refused(llava, tmp_path):
+    write_compressor(QFORMER, tmp_path)
+    with pytest.raises(UserError, match=r"there is no resampler.safetensors in .*; without it"):
+        vlmzip.attach(llava, str(tmp_path))
+    vlmzip.attach(llava, VisionZip(keep=8), weights=tmp_path).detach()  # which has none
