@@ -334,7 +334,7 @@ def main() -> None:
     dfmr = prepare(given.out, given.processes)
     runs = trainings(*dfmr)
     if given.only and given.only not in [one.name for one in runs]:
-        parser.error(f"there is no run {given.only!r}; there are: {', '.join(one.name for one in runs)}")
+        parser.error(f"there is no run {given.only!r}; choose one of {', '.join(one.name for one in runs)}")
     for one in [] if given.table else runs:
         if given.only in (None, one.name):
             train(one, given.out, given.processes)

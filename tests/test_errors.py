@@ -43,4 +43,4 @@ NAMES = {
 )
 def test_a_near_miss_is_named_and_a_far_one_is_not(word, names, meant):
     said = closest(word, NAMES[names])
-    assert said == (f"; did you mean {meant!r}?" if meant else f"; there are: {', '.join(sorted(NAMES[names]))}")
+    assert said == (f"; did you mean {meant!r}?" if meant else f"; choose one of {', '.join(sorted(NAMES[names]))}")

@@ -1,4 +1,4 @@
-"""What other tools write as JSON and JSON Lines is read; what is no JSON is refused in one line."""
+"""JSON and JSON Lines of other tools are read; invalid JSON is refused in one line."""
 
 import bz2
 import gzip
@@ -62,8 +62,8 @@ def test_what_editors_write_is_read(ask, content, numbers):
         (b"{no", "Expecting property name enclosed in double quotes (character 2)"),
         (b'{"a": 1,}', "double quotes (character 9)"),
         (b'{"a":\n tru}', "Expecting value (line 2, character 2)"),
-        (b"[" * 100_000, "too many brackets in one another"),
-        (b'{"a":' * 100_000, "too many brackets in one another"),
+        (b"[" * 100_000, "brackets nested too deeply"),
+        (b'{"a":' * 100_000, "brackets nested too deeply"),
         (rb'"\ud800"', "half a character in the text (a lone surrogate)"),
         (rb'{"\uDFFF": 1}', "half a character in the text (a lone surrogate)"),
         (b"\xed\xa0\x80", "byte 1 is not UTF-8; save the file as UTF-8"),
@@ -72,7 +72,7 @@ def test_what_editors_write_is_read(ask, content, numbers):
         (b"-1e999", "the number -1e999 is too large"),
         (b"NaN", "JSON has no number NaN"),
         (b"[-Infinity]", "JSON has no number -Infinity"),
-        (b'{"a": 1, "b": 2, "a": 1}', "'a' stands twice in an object"),
+        (b'{"a": 1, "b": 2, "a": 1}', "'a' occurs twice in an object"),
         (b"", "Expecting value (character 1)"),
         (b"1 2", "Extra data (character 3)"),
     ],

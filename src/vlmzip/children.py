@@ -1,4 +1,4 @@
-"""Run a function in a child process that sends results one by one and never outlives its parent."""
+"""Run a function in a child process that sends its results one by one and never outlives its parent."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ T = TypeVar("T")
 
 
 class ChildFailed(UserError):
-    """A child process did not finish its work; the message says why."""
+    """A child process that did not finish its work. The message gives the reason."""
 
 
 def end_with_parent() -> None:
-    """Have this process end when its parent is gone, in whatever way that ended."""
+    """End this process when its parent ends, for whatever reason."""
     parent = multiprocessing.parent_process()
     launcher = os.getppid()
 
@@ -39,7 +39,7 @@ def end_with_parent() -> None:
 
 
 def end_with_launcher() -> None:
-    """`end_with_parent` for a process that torchrun or `accelerate launch` started."""
+    """Call `end_with_parent` if torchrun or `accelerate launch` started this process."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
 
@@ -47,10 +47,11 @@ def end_with_launcher() -> None:
 def in_child(
     run: Callable[..., Iterable[T]], *arguments: Any, environment: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[T]:
-    """Yield what `run(*arguments)` yields in a fresh process; all that goes in and out is pickled, `run` by its name.
+    """Yield what `run(*arguments)` yields in a fresh process.
 
-    `environment` is added to the child's. Raises `ChildFailed` where `run` raises or the child is killed. Where memory
-    runs out, Linux kills the child first.
+    `run`, the arguments and the results are pickled, `run` by its name. `environment` is added to the child's
+    environment. Raises `ChildFailed` if `run` raises or the child is killed. If memory runs out, Linux kills the child
+    first.
     """
     context = multiprocessing.get_context("spawn")
     results, ours = context.Pipe(duplex=False)
@@ -62,7 +63,7 @@ def in_child(
     finally:
         os.environ.clear()
         os.environ.update(before)
-    ours.close()  # so that the end of the child is the end of the results
+    ours.close()  # the child now holds the only sending end, so `recv` raises EOFError when the child ends
     try:
         while (received := _receive(results, child)) is not None:
             yield received[0]
@@ -72,7 +73,7 @@ def in_child(
 
 
 def _receive(results: Connection, child: Any) -> list[Any] | None:
-    """Return the next result, in a list, or `None` behind the last one."""
+    """Return the next result, in a list, or `None` after the last one."""
     try:
         received = results.recv()
     except EOFError:
@@ -85,13 +86,14 @@ def _receive(results: Connection, child: Any) -> list[Any] | None:
 
 
 def _hand_over(results: Connection, run: Callable[..., Iterable[Any]], arguments: tuple[Any, ...]) -> None:
+    """Run in the child: send each result in a list, then `None`, or the reason of an error as text."""
     end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C, and then ends this process
     with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
+        Path("/proc/self/oom_score_adj").write_text("1000")  # the first process that Linux kills if memory runs out
     try:
         for result in run(*arguments):
             results.send([result])
         results.send(None)
-    except Exception as error:  # said by the parent
+    except Exception as error:  # the parent raises it
         results.send(reason(error))

@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend. The command line prints them as one line and exits with code 2."""
+"""Errors that the user can fix. The command line prints them as one line and exits with code 2."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from contextlib import contextmanager
 from difflib import SequenceMatcher, get_close_matches
 from typing import Any
 
-#: Letters of a word of which a few are in many names.
+#: Words of at most this many letters share letters with many names, so a near miss must share two thirds of them.
 SHORT = 4
 
 
 class UserError(ValueError):
-    """The input is wrong; the message says what is wrong and what to do, in one line."""
+    """Wrong input. The message says in one line what is wrong and what to do."""
 
 
 class BeyondPositions(UserWarning):
-    """A prompt, or a prompt and its answer, takes more positions than the LLM has."""
+    """A warning that a prompt, with or without its answer, takes more positions than the LLM has."""
 
 
 @contextmanager
 def telling_beyond_positions(say: Callable[[str], None]) -> Iterator[None]:
-    """Give `say` the text of every `BeyondPositions` of the block; other warnings go where they went."""
+    """Pass the text of every `BeyondPositions` warning in the block to `say`; other warnings are shown as before."""
     shown = warnings.showwarning
 
     def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
@@ -48,14 +48,14 @@ def collecting_warnings() -> Iterator[list[str]]:
 
 
 def closest(word: str, known: Iterable[str]) -> str:
-    """`"; did you mean 'visionzip'?"` for a near miss, else the list of what there is."""
+    """Return the end of a message: "; did you mean 'visionzip'?" for a near miss, else "; choose one of …"."""
     known = sorted(known)
     near = nearest(word, known)
-    return f"; there are: {', '.join(known)}" if near is None else f"; did you mean {near!r}?"
+    return f"; choose one of {', '.join(known)}" if near is None else f"; did you mean {near!r}?"
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """Return the name that a word is a near miss or the initials of; `None` where no name is."""
+    """Return the known name that `word` misspells or abbreviates by its initials, or `None`."""
     known = sorted(known)
     near = [name for name in known if word and _initials(name) == word]
     near += [name for name in get_close_matches(word, known, cutoff=0.6) if len(word) > SHORT or _shares(word, name)]
@@ -63,19 +63,19 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 def _initials(name: str) -> str:
-    """ "lr" of "learning_rate"; nothing for one word."""
+    """Return the initials of a name, such as "lr" for "learning_rate"; empty for a single word."""
     parts = name.split("_")
     return "".join(part[:1] for part in parts) if len(parts) > 1 else ""
 
 
 def _shares(word: str, name: str) -> bool:
-    """Whether two thirds of the letters of the longer one are in both: "lr" has but half of "lora"."""
+    """Return whether both share two thirds of the longer one's letters, in order: "lr" has only half of "lora"."""
     word, name = word.lstrip("-"), name.lstrip("-")
     both = sum(block.size for block in SequenceMatcher(None, name, word).get_matching_blocks())
     return 3 * both >= 2 * max(len(word), len(name))
 
 
 def reason(error: BaseException) -> str:
-    """Why something could not be done, in one line: the message, after its kind where nobody wrote it for users."""
-    said = " ".join(str(error).split())
-    return said if isinstance(error, UserError) else f"failed with {type(error).__name__}: {said}"[:300]
+    """Return an error's message on one line; unless it is a `UserError`, after its type, cut at 300 characters."""
+    message = " ".join(str(error).split())
+    return message if isinstance(error, UserError) else f"failed with {type(error).__name__}: {message}"[:300]

@@ -1,4 +1,4 @@
-"""Files and folders by any text that a user gives; results whole or not at all, and never over their sources."""
+"""Test and write paths that users give. A result is written completely or not at all, never over one of its sources."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from pathlib import Path
 
 from vlmzip.errors import UserError
 
-#: What users write where a path may stand: a path, or any other text.
+#: A path, or any other text that a user gives where a path is possible.
 PathText = str | os.PathLike[str]
 
 
-# `Path.is_file` and its like raise an error for a text that is longer than a name may be; these functions never do.
+# `Path.is_file` and the like raise an error for a text that is too long for a file name; these functions never do.
 
 
 def is_file(path: PathText) -> bool:
-    """Return whether there is a file at `path`, which may be any text."""
+    """Return whether `path`, which may be any text, is a file."""
     return os.path.isfile(path)
 
 
 def is_folder(path: PathText) -> bool:
-    """Return whether there is a folder at `path`, which may be any text."""
+    """Return whether `path`, which may be any text, is a folder."""
     return os.path.isdir(path)
 
 
 def is_there(path: PathText) -> bool:
-    """Return whether there is anything at `path`, which may be any text."""
+    """Return whether `path`, which may be any text, exists."""
     return os.path.exists(path)
 
 
 def open_to_read(path: PathText) -> io.BufferedReader:
-    """Open a file or a pipe. Raise `OSError` for a device, such as /dev/zero, which never ends."""
+    """Open a file or a pipe. Raises `OSError` for a device: some, such as /dev/zero, never end."""
     if is_there(path) and not (is_file(path) or is_folder(path) or stat.S_ISFIFO(os.stat(path).st_mode)):
         raise OSError("it is a device, not a file")
     try:
@@ -45,19 +45,19 @@ def open_to_read(path: PathText) -> io.BufferedReader:
 
 
 def refuse_place(path: Path, option: str = "") -> None:
-    """Raise `UserError` for a path at which nothing can be written: its name is too long, or its links end nowhere."""
-    said = f"{option} {str(path)!r}".lstrip()
+    """Raise `UserError` for a path that cannot be written: a name that is too long, or a broken link."""
+    name = f"{option} {str(path)!r}".lstrip()
     try:
         os.stat(path)
     except FileNotFoundError:
         if os.path.islink(path):
-            raise UserError(f"{said} is a link that leads nowhere; give another name") from None
+            raise UserError(f"{name} is a broken link; give another name") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{said} cannot be written: {getattr(error, 'strerror', None) or error}") from None
+        raise UserError(f"{name} cannot be written: {getattr(error, 'strerror', None) or error}") from None
 
 
 def refuse_source(path: Path, sources: list[str]) -> None:
-    """Raises `UserError` for a result that would replace one of its `sources`, or that is a folder."""
+    """Raise `UserError` if `path` is a folder or one of the result's `sources`."""
     refuse_place(path)
     if path.is_dir():
         raise UserError(f"{str(path)!r} is a folder; give the result a name inside it")
@@ -66,7 +66,7 @@ def refuse_source(path: Path, sources: list[str]) -> None:
 
 
 def replace_whole(path: Path, write: Callable[[str], object]) -> None:
-    """Has `write` fill a file beside `path`, which takes the name only when it is whole. Raises what `write` raises."""
+    """Write a file atomically: `write` fills a temporary file, which then replaces `path`. Errors of `write` pass."""
     handle, unfinished = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:40]}-", suffix=path.suffix)
     os.close(handle)
     try:
@@ -78,7 +78,7 @@ def replace_whole(path: Path, write: Callable[[str], object]) -> None:
 
 
 def write_whole(path: Path, write: Callable[[str], object]) -> None:
-    """`replace_whole`, in a folder that need not be there yet. Raises `UserError` where the disk refuses."""
+    """Make the folder of `path` if needed and write the file by `replace_whole`. Raises `UserError` on disk errors."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_whole(path, write)
@@ -87,12 +87,12 @@ def write_whole(path: Path, write: Callable[[str], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_whole` of a text, in UTF-8."""
+    """Write a text in UTF-8 by `write_whole`."""
     write_whole(path, lambda name: Path(name).write_text(text, encoding="utf-8"))
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
-    """Writes a table: a column for each key of the first row, which every row has."""
+    """Write a table with a column for each key of the first row. All rows must have the same keys."""
 
     def fill(name: str) -> None:
         with Path(name).open("w", newline="", encoding="utf-8") as file:

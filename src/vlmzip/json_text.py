@@ -1,9 +1,9 @@
-"""JSON and JSON Lines, read and written in one way by everything in the package.
+"""Read and write JSON and JSON Lines; the whole package uses these functions.
 
-JSON is what RFC 8259 says, in UTF-8: a mark at the beginning (BOM) is skipped, and what only Python's reader takes is
-refused (NaN, Infinity). A name that stands twice in an object is refused too: readers differ in which value they take.
-In JSON Lines, a line ends at "\\n" or "\\r\\n" and nowhere else, so that texts may have any other separator (U+2028).
-Lines without content are skipped.
+JSON follows RFC 8259, in UTF-8. A byte order mark (BOM) at the beginning is skipped. NaN and Infinity, which Python's
+own reader accepts, are refused. So is a key that occurs twice in an object, because readers differ in which value they
+take. In JSON Lines, only "\\n" or "\\r\\n" ends a line, so a text may contain any other separator (U+2028). Blank lines
+are skipped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vlmzip.files import open_to_read
 
 MARK = b"\xef\xbb\xbf"
 BLANK = b" \t\r\n"
-#: How files begin that are often taken for JSON, or named like it, and what they are.
+#: First bytes of other files that users mistake for JSON, and what each file is.
 OTHER_FILES = {
     b"PAR1": "a Parquet file",
     b"ARROW1": "an Arrow file",
@@ -37,43 +37,44 @@ OTHER_FILES = {
     b"%PDF": "a PDF file",
     b"\x89PNG": "an image",
     b"\xff\xd8\xff": "an image",
-    b"version https://git-lfs": "a pointer of Git LFS, which git lfs pull replaces by the file",
+    b"version https://git-lfs": "a Git LFS pointer, which git lfs pull replaces by the file",
     b"<": "a web page or XML",
 }
-#: No number that anybody means has more digits, and a longer one fits no float.
+#: The longest number to read, in digits. A number with more is a mistake, and most are too large for a float.
 MOST_DIGITS = 300
-#: Escapes of half a character; two of them make a whole one, such as an emoji.
+#: Escapes of surrogates, which are half a character each; a pair is one character, such as an emoji.
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
-#: Separators that JSON may hold as they are, and at which other readers cut lines.
+#: Separators that JSON allows unescaped, but at which other readers split lines.
 _SEPARATORS = re.compile("[\x7f-\x9f\u2028\u2029]")
 
 
 class JsonError(ValueError):
-    """The text is not JSON; the message says why, without the name of a file."""
+    """Invalid JSON. The message gives the reason, without a file name."""
 
     def __init__(self, kind: str, where: str = "") -> None:
         super().__init__(where or kind)
         self.kind = kind
-        """The reason in words that are the same for all errors of its kind."""
+        """The reason without details, the same text for all errors of one kind."""
 
 
 class Line(NamedTuple):
-    """A line of a file that has something in it."""
+    """A line of a file that is not blank."""
 
     number: int
-    """The first line of the file is 1; empty lines count."""
+    """The line number, from 1; blank lines count."""
     begin: int
-    """The place of its first byte in the file."""
+    """The offset of the line's first byte in the file."""
     text: bytes
-    """With the end of the line, which the last one may lack."""
+    """The line with its line ending, which the last line may lack."""
 
     @property
     def is_whole(self) -> bool:
+        """Return whether the line has its line ending: the writer may have been stopped in the middle of it."""
         return self.text.endswith(b"\n")
 
 
 def parse(text: str | bytes) -> Any:
-    """Return the one value that the text holds. Raises `JsonError` with a short reason."""
+    """Return the JSON value in the text. Raises `JsonError` with a short reason."""
     try:
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff")
         value = _DECODER.decode(decoded.rstrip())
@@ -81,18 +82,18 @@ def parse(text: str | bytes) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
         where = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise JsonError("no JSON", f"{error.msg} ({where}character {error.colno})") from None
+        raise JsonError("invalid JSON", f"{error.msg} ({where}character {error.colno})") from None
     except UnicodeDecodeError as error:
-        raise JsonError("no UTF-8", f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
+        raise JsonError("invalid UTF-8", f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
     except UnicodeEncodeError:
         raise JsonError("half a character in the text (a lone surrogate)") from None
     except RecursionError:
-        raise JsonError("too many brackets in one another") from None
+        raise JsonError("brackets nested too deeply") from None
     return value
 
 
 def read_json(path: Path, advice: str = "") -> Any:
-    """Return what a JSON file holds. Raises `UserError` with the path, the reason and the advice."""
+    """Return the content of a JSON file. Raises `UserError` with the path, the reason and the advice."""
     try:
         with open_json(path) as file:
             return parse(file.read())
@@ -101,7 +102,7 @@ def read_json(path: Path, advice: str = "") -> Any:
 
 
 def read_lines(path: Path, advice: str = "") -> Iterator[Line]:
-    """Yield the lines of a file, one at a time, without parsing them. Raises `UserError` as `read_json` does."""
+    """Yield the lines of a file that are not blank, unparsed. Raises `UserError` like `read_json`."""
     try:
         with open_json(path) as file:
             begin = 0
@@ -115,13 +116,13 @@ def read_lines(path: Path, advice: str = "") -> Iterator[Line]:
 
 
 def write_line(content: Any) -> str:
-    """Return the content as a line of JSON Lines. NaN and infinite numbers, which JSON does not have, become null."""
+    """Return the content as a line of JSON Lines. NaN and infinite numbers become null: JSON has neither."""
     text = json.dumps(_without_nan(content), ensure_ascii=False, allow_nan=False)
-    return _SEPARATORS.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n"
+    return _SEPARATORS.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n"
 
 
 def open_json(path: Path) -> BinaryIO:
-    """Open a file that should hold JSON. Raises `OSError` with what it is instead, as far as its beginning tells."""
+    """Open a file that should contain JSON. Raises `OSError` that names the format if the first bytes are another's."""
     file = open_to_read(path)
     first = file.peek(64)[:64]
     other = next((kind for mark, kind in OTHER_FILES.items() if first.startswith(mark)), None)
@@ -135,11 +136,12 @@ def open_json(path: Path) -> BinaryIO:
 
 
 def _cannot_read(path: Path, error: Exception, advice: str) -> UserError:
-    said = (error.strerror if isinstance(error, OSError) else None) or str(error)
-    return UserError(f"{str(path)!r} cannot be read: {said}" + (f"; {advice}" if advice else ""))
+    cause = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return UserError(f"{str(path)!r} cannot be read: {cause}" + (f"; {advice}" if advice else ""))
 
 
 def _without_nan(value: Any) -> Any:
+    """Return the value with null in place of every NaN and infinite number, at any depth."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -148,12 +150,12 @@ def _without_nan(value: Any) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise JsonError("a name that stands twice in an object", f"{twice[:80]!r} stands twice in an object")
-    return found
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise JsonError("a duplicate key in an object", f"{twice[:80]!r} occurs twice in an object")
+    return content
 
 
 def _whole_number(text: str) -> int:
@@ -169,7 +171,7 @@ def _fraction(text: str) -> float:
 
 
 def _no_number(name: str) -> Any:
-    raise JsonError("no JSON", f"JSON has no number {name}")
+    raise JsonError("invalid JSON", f"JSON has no number {name}")
 
 
 _DECODER = json.JSONDecoder(

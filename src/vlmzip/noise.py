@@ -1,4 +1,4 @@
-"""Lines of other libraries that would stand beside our own and concern nothing that the user asked for."""
+"""Silence log lines of other libraries that do not concern the user's command."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ def _concerns_weights(record: logging.LogRecord) -> bool:
 
 
 def silence_bitsandbytes() -> None:
-    """Keep bitsandbytes, which transformers and peft import wherever it is installed, from naming a kernel it lacks."""
+    """Stop bitsandbytes from logging that it lacks a CPU kernel; transformers and peft import it if it is installed."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_concerns_weights)

@@ -1,6 +1,6 @@
-"""What methods and families of models say about themselves, read from their source.
+"""Names, docstrings and class attributes of methods and model families, read from their source code.
 
-Importing them takes seconds, because they need torch. A list of them must not.
+Listing them must be fast. Importing them takes seconds, because they import torch.
 """
 
 from __future__ import annotations
@@ -15,36 +15,37 @@ from typing import Any
 
 from vlmzip.sites import Signal, Site
 
-#: Where installed packages offer methods.
+#: The entry-point group in which installed packages offer methods.
 ENTRY_POINTS = "vlmzip.methods"
 #: How a user can write a method, for help texts and messages.
 METHOD_FORMS = 'a name from `vlmzip methods`, "visionzip(merge=mean)", "dfmr+fastv(layer=3)" or a saved compressor.json'
-#: The class attributes to read, beside docstring and fields.
+#: The class attributes to read, in addition to docstring and fields.
 VALUES = ("sites", "needs", "model_types", "example")
-#: The words that these values may be written with.
+#: The names that the expressions of these attributes may use.
 WORDS = {"Site": Site, "Signal": Signal, "frozenset": frozenset, "tuple": tuple}
 
 
 @dataclass
 class Outline:
-    """A class as its source describes it."""
+    """The outline of a class, read from its source."""
 
     name: str
-    """The stem of its file."""
+    """The stem of its file name."""
     doc: str
+    """The docstring."""
     values: dict[str, Any] = field(default_factory=dict)
-    """Those of `VALUES` that the class or a base class sets."""
+    """The attributes of `VALUES` that the class or a base class sets."""
     fields: set[str] = field(default_factory=set)
     """The names of a method's fields."""
 
     @property
     def summary(self) -> str:
-        """The first line of the docstring."""
+        """Return the first line of the docstring."""
         return self.doc.partition("\n")[0]
 
 
 def methods() -> list[Outline]:
-    """Every method by name. Those that installed packages offer have to be imported."""
+    """Return every method, sorted by name. If installed packages offer methods, all methods are imported."""
     if not entry_points(group=ENTRY_POINTS):
         return sorted(_of_package("vlmzip.methods"), key=lambda outline: outline.name)
     from vlmzip import catalogue
@@ -56,17 +57,17 @@ def methods() -> list[Outline]:
 
 
 def families() -> list[Outline]:
-    """Every family of models."""
+    """Return every model family."""
     return [outline for outline in _of_package("vlmzip.models") if "example" in outline.values]
 
 
 def summary(package: str, file: str) -> str:
-    """The first line of a module's docstring."""
+    """Return the first line of a module's docstring."""
     return (ast.get_docstring(_parsed(package, file)) or "").partition("\n")[0]
 
 
 def _of_package(package: str) -> list[Outline]:
-    """The classes that a package's `__init__` imports from its files."""
+    """Return the classes that a package's `__init__` imports from its own modules."""
     homes = _homes(_parsed(package, "__init__"))
     return [_outline(module, name) for name, module in homes.items() if module.startswith(f"{package}.")]
 
@@ -96,9 +97,9 @@ def _outline(module: str, name: str) -> Outline:
 
 
 def _homes(tree: ast.Module) -> dict[str, str]:
-    """The module of every name that a file imports from one."""
+    """Return the module of every name that a file imports by `from module import name`."""
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
-    return {name.name: node.module or "" for node in imports for name in node.names}
+    return {alias.name: node.module or "" for node in imports for alias in node.names}
 
 
 @cache

@@ -1,7 +1,7 @@
-"""Methods in files of the user's own: the current folder is searched for them and for what they import, for no others.
+"""Import the user's own method files, and what they import, from the current folder.
 
-A folder on `sys.path` would be searched for every package that is not installed: a `tabulate.py` beside somebody's
-images would run as soon as a library looks for tabulate.
+The folder is not put on `sys.path`: Python would then search it for every package that is not installed. A
+`tabulate.py` beside somebody's images would run as soon as a library looks for tabulate.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ from vlmzip.errors import UserError
 
 
 class _OwnFiles(MetaPathFinder):
-    """Finds modules that were asked for by name, and those that they import, at whatever time they do."""
+    """An import finder for modules that the user named and for the modules that those import, at any time."""
 
     def __init__(self) -> None:
         self.folders: dict[str, str] = {}
-        """The folder of each top-level module that is searched for, or was found."""
+        """The folder of each top-level module that was named, or found as an import of one."""
         self.closed = False
-        """Whether nothing new may be asked for."""
+        """Whether `search_for` refuses new modules."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         folder = self.folders.get(name) or self.folders.get(_importer())
-        if path is not None or folder is None:  # what lies in a package is found without us
+        if path is not None or folder is None:  # Python finds the submodules of a package itself
             return None
-        found = PathFinder.find_spec(name, [folder])
-        if found is not None:
+        module_spec = PathFinder.find_spec(name, [folder])
+        if module_spec is not None:
             self.folders[name] = folder
-        return found
+        return module_spec
 
 
 _FINDER = _OwnFiles()
 
 
 def search_for(module: str) -> None:
-    """Let `module` be imported from the current folder, if no installed package has that name.
+    """Let `module` be imported from the current folder, unless an installed package has that name.
 
-    Raises `UserError` for a file that is there, within `left_alone`.
+    Raises `UserError` inside `left_alone` if the current folder has such a file.
     """
     top = module.partition(".")[0]
     if not top or top in sys.modules or find_spec(top) is not None:
         return
     if _FINDER.closed:
         if PathFinder.find_spec(top, [os.getcwd()]) is not None:
-            raise UserError(f"{top!r} is a file of this folder, and nothing of yours is run here")
+            raise UserError(f"{top!r} is a file of this folder, and files of this folder are not run here")
         return
     if _FINDER not in sys.meta_path:
         sys.meta_path.append(_FINDER)
@@ -60,13 +60,13 @@ def search_for(module: str) -> None:
 
 
 def is_own(module: str) -> bool:
-    """Whether `module` came from a file that was found here."""
+    """Return whether `module` was imported from the current folder by `search_for`."""
     return module.partition(".")[0] in _FINDER.folders
 
 
 @contextmanager
 def left_alone() -> Iterator[None]:
-    """Import nothing new from the current folder for a block."""
+    """Refuse to import anything new from the current folder inside the block."""
     _FINDER.closed = True
     try:
         yield
@@ -75,7 +75,7 @@ def left_alone() -> Iterator[None]:
 
 
 def _importer() -> str:
-    """The top-level module whose code is importing."""
+    """Return the top-level module whose code is importing."""
     frame: FrameType | None = sys._getframe(2)
     while frame is not None and str(frame.f_globals.get("__name__")).startswith("importlib"):
         frame = frame.f_back

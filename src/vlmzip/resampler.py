@@ -1,4 +1,4 @@
-"""The base of methods that have weights: new tokens are computed from the visual tokens, none of which is kept."""
+"""The base class of methods with weights, which compute new tokens instead of keeping visual tokens."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Resampler(Compressor):
-    """Settings of a module that computes the LLM's tokens from the visual tokens; the weights are the façade's.
+    """The settings of a module that computes the LLM's tokens from the visual tokens. The façade holds its weights.
 
-    A compressor in all that is about names, fields, budgets and saving; but no token map says what it does. Its tokens
-    come from everywhere in the image, so positions are contiguous (one after another on every axis, as text has
-    them), a report has counts and no map, and keeping all is no identity: it always makes as many tokens as it makes.
-    It stands in the place of the model's projector, and in a chain before all others.
+    A resampler has a name, fields, a budget and a saved form like every compressor, but no token map: each of its
+    tokens draws on the whole image. Therefore:
+
+    - positions are contiguous (one after another on every axis, like those of text),
+    - a report has counts and no map,
+    - no setting is the identity: even a resampler that makes as many tokens as there were computes new ones.
+
+    It replaces the model's projector, and comes first in a chain.
     """
 
     trained_weights = True
@@ -29,11 +33,12 @@ class Resampler(Compressor):
 
     @abstractmethod
     def build(self, in_dim: int, out_dim: int) -> nn.Module:
-        """The untrained module, on the CPU in float32: [batch, tokens, in_dim] to [batch, new tokens, out_dim].
+        """Build the untrained module: [batch, tokens, in_dim] to [batch, new tokens, out_dim].
 
-        The same weights at every call, whatever the state of the global random generators, which stays as it is.
-        `in_dim` is the width of the visual tokens at `site`, prefix (CLS) among them; `out_dim` the LLM's width. Parts
-        of it that are transformers' models follow the façade's `gradient_checkpointing_enable`.
+        It is on the CPU, in float32. Every call gives the same weights; it neither reads nor changes the state of the
+        global random generators. `in_dim` is the width of the visual tokens at `site`, which include the prefix (CLS);
+        `out_dim` is the LLM's width. Submodules that are transformers models follow the façade's
+        `gradient_checkpointing_enable`.
         """
 
     def __call__(self, tokens: VisualTokens) -> NoReturn:

@@ -109,7 +109,7 @@ def test_explaining_a_training_run_runs_nothing(tmp_path, monkeypatch, capsys):
     content = {"model": "mini", "records": "data.json", "out": "out", "schedule": method, "steps": 3}
     Path("run.yaml").write_text(json.dumps(content))
     assert main(["train", "run.yaml", "--explain"]) == 2
-    assert "'found_by_nobody' is a file of this folder, and nothing of yours is run" in capsys.readouterr().err
+    assert "'found_by_nobody' is a file of this folder, and files of this folder are not run" in capsys.readouterr().err
     assert "found_by_nobody" not in sys.modules
     with own_files.left_alone(), pytest.raises(UserError, match="cannot import"):
         catalogue.find("found_nowhere:Mine")

@@ -69,10 +69,10 @@ def test_a_torn_character_is_no_matter(path):
         ("{broken", "cannot be read as JSON"),
         ("[1]", "it lacks answers, compressor"),
         ('{"sample": "7"}', "it lacks answers, compressor"),
-        ("[" * 100_000, "too many brackets"),
+        ("[" * 100_000, "brackets nested too deeply"),
         (json.dumps(record(1) | {"given": "\ud800"}), "half a character"),
         (json.dumps(record(1) | {"score": float("nan")}), "no number NaN"),
-        (json.dumps(record(1))[:-1] + ', "score": 1.0}', "'score' stands twice"),
+        (json.dumps(record(1))[:-1] + ', "score": 1.0}', "'score' occurs twice"),
         (b"\xff\x00", "cannot be read as JSON"),
         *[
             (json.dumps(record(1) | {name: value}), f"its {name} is .*, not ")

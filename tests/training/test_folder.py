@@ -45,12 +45,12 @@ def checkpoint(out, step, whole=True):
 
 def test_a_new_run_says_what_it_was_asked(tmp_path, config):
     out = tmp_path / "run" / "out"
-    found = begin(out, config(), bad=[(3, "no JSON")])
+    found = begin(out, config(), bad=[(3, "invalid JSON")])
     assert (found.checkpoint, found.finished) == (None, False)
     asked = json.loads((out / "run.json").read_text())
     assert asked["learning_rate"] == 0.003
     assert asked["schedule"] == {"name": "three-stage-deeper"}
-    assert json.loads((out / "bad_records.jsonl").read_text()) == {"record": 3, "reason": "no JSON"}
+    assert json.loads((out / "bad_records.jsonl").read_text()) == {"record": 3, "reason": "invalid JSON"}
 
 
 def test_what_an_earlier_try_left_out_is_not_counted(tmp_path, config):
@@ -162,7 +162,7 @@ def test_a_folder_that_cannot_be_written_is_a_line(tmp_path, config, monkeypatch
 
     monkeypatch.setattr("vlmzip.training.folder.note_bad", full)
     with pytest.raises(UserError, match=r"cannot write into .*: No space left on device"):
-        begin(tmp_path / "run" / "out", config(), bad=[(1, "no JSON")])
+        begin(tmp_path / "run" / "out", config(), bad=[(1, "invalid JSON")])
 
 
 def test_settings_that_change_nothing_that_is_learned_may_differ(tmp_path, config):

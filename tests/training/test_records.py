@@ -110,7 +110,7 @@ def test_bad_records_are_counted_and_the_others_are_read(tmp_path, lines):
     path.write_text("\n".join(texts) if lines else f"[{', '.join(texts)}]")
     found = Records(path)
     assert [one.id for one in found] == ["0", "3"]
-    assert found.bad == [(1, "no JSON"), (2, "not as many <image> as images")]
+    assert found.bad == [(1, "invalid JSON"), (2, "not as many <image> as images")]
     assert list(found.numbers) == [0, 3]
     assert found.images(1) == 1
     assert found.size(1) == len(texts[3])
@@ -120,7 +120,7 @@ def test_a_line_cut_short_is_one_bad_record(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(record()) + "\n" + json.dumps(record())[:30])
     assert len(Records(path)) == 1
-    assert Records(path).bad == [(1, "no JSON")]
+    assert Records(path).bad == [(1, "invalid JSON")]
 
 
 @pytest.mark.parametrize("lines", [True, False])
@@ -130,7 +130,7 @@ def test_brackets_in_one_another_are_one_bad_record(tmp_path, lines):
     path = tmp_path / "data.json"
     path.write_text("\n".join(texts) if lines else f"[{', '.join(texts)}]")
     found = Records(path)
-    assert found.bad == [(0, "too many brackets in one another" if lines else "no JSON")]
+    assert found.bad == [(0, "brackets nested too deeply" if lines else "invalid JSON")]
     assert list(found.numbers) == [1]
 
 
@@ -169,7 +169,7 @@ def test_a_record_of_a_list_that_is_no_json_takes_no_other_along(tmp_path, monke
     texts[number] = BREAKS[broken](texts[number])
     (tmp_path / "data.json").write_text(f"[\n{', '.join(texts)}\n]\n")
     found = Records(tmp_path / "data.json")
-    assert found.bad == [(number, "no JSON")]
+    assert found.bad == [(number, "invalid JSON")]
     assert list(found.numbers) == [n for n in range(4) if n != number]
     assert [int(one.id) for one in found] == list(found.numbers)
 
@@ -198,7 +198,7 @@ def test_what_nothing_closes_is_not_held_in_memory(tmp_path, monkeypatch):
 
     monkeypatch.setattr(records, "_decoded", measured)
     found = Records(tmp_path / "data.json")
-    assert found.bad == [(1, "no JSON")]
+    assert found.bad == [(1, "invalid JSON")]
     assert len(found) == 201
     assert longest < 10_000
 

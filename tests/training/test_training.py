@@ -397,7 +397,7 @@ def test_bad_records_are_reported_and_training_goes_on(start, again, tmp_path):
     (start / "bad.json").write_text(text)
     out, said = again(records=str(start / "bad.json"), images=str(start), steps=10)
     assert len(losses(out)) == 10
-    for reason in ("an image is missing", "longer than 200 tokens", "not as many <image> as images", "no JSON"):
+    for reason in ("an image is missing", "longer than 200 tokens", "not as many <image> as images", "invalid JSON"):
         assert f"1 of {COUNT} records left out: {reason}" in said
 
 

@@ -1,4 +1,4 @@
-"""Names stand in figures as they are."""
+"""Figures show names with `$` verbatim, not as mathematics."""
 
 import io
 from collections import namedtuple
@@ -15,7 +15,7 @@ from vlmzip.training.explain import draw_staircase
 from vlmzip.visualize.figure import new_figure
 from vlmzip.visualize.histogram import draw_deviations
 
-#: The first cannot be read as mathematics; the second can, and would be drawn as such.
+#: Matplotlib cannot parse the first name as mathematics; it can parse the second, and would draw it as mathematics.
 NAMES = [r"cost $5 and \frac $10", "from $5 to $10"]
 
 
@@ -26,7 +26,7 @@ def drawn(figure, kind="png"):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_text_but_those_at_ticks_stands_as_it_is(name):
+def test_every_text_but_tick_labels_is_verbatim(name):
     figures = []
     for parse in (None, False):
         figure = new_figure(4, 3)

@@ -1,3 +1,5 @@
+"""Overlays of token maps."""
+
 import numpy as np
 import torch
 from PIL import Image
@@ -10,7 +12,7 @@ IMAGE = Image.new("RGB", (16, 16), (200, 100, 50))
 
 
 def cells(page: Image.Image) -> list[tuple[int, int, int]]:
-    """The colour in the middle of each of the four cells of the right-hand panel."""
+    """Return the colour at the centre of each of the four cells of the right-hand panel."""
     cell, left, top = 240, 16 + 480 + 16, 16 + 26 - 8
     return [page.getpixel((left + c * cell + 120, top + r * cell + 120)) for r in (0, 1) for c in (0, 1)]
 
@@ -24,7 +26,7 @@ def test_kept_merged_and_dropped_look_different():
     assert len({kept, first, second, dropped}) == 4
 
 
-def test_each_group_has_a_colour_of_its_own():
+def test_each_group_has_a_different_colour():
     token_map = TokenMap.merge(torch.tensor([[0, 1, 0, 1]]), anchor=torch.tensor([[True, True, False, False]]))
     a, b, a2, b2 = cells(draw_tokens(IMAGE, token_map, GRID, 0))
     distance = lambda x, y: sum(abs(i - j) for i, j in zip(x, y, strict=True))  # noqa: E731
@@ -43,5 +45,5 @@ def test_the_seen_image_is_the_image():
     assert np.array_equal(np.asarray(seen_image(pixels, [0.4] * 3, [0.3] * 3)), original)
 
 
-def test_stack_puts_pages_below_one_another():
+def test_stack_puts_pages_from_top_to_bottom():
     assert stack([Image.new("RGB", (5, 7)), Image.new("RGB", (9, 4))]).size == (9, 11)

@@ -1,3 +1,5 @@
+"""Contact sheets."""
+
 import pytest
 import torch
 from PIL import Image, ImageFont
@@ -25,7 +27,7 @@ def test_tokens_on_a_grid_are_drawn_and_others_leave_the_image_grey():
         assert without.size == (sheet.SIDE, sheet.SIDE)
 
 
-def test_a_map_that_is_not_of_this_grid_is_not_drawn():
+def test_a_map_of_another_grid_is_not_drawn():
     assert len(set(fates_panel(SEEN, TokenMap.identity(1, 9), GRID, 0).getpixel((78, 78)))) == 1
 
 

@@ -1,4 +1,4 @@
-"""How much attention each visual token of an image gets, drawn on the image: one map beside another."""
+"""Attention maps of an image, side by side: how much attention each visual token gets."""
 
 from __future__ import annotations
 
@@ -12,29 +12,34 @@ from vlmzip.visual_tokens import Grid
 from vlmzip.visualize.overlay import INK, PAPER, enlarged
 
 SIDE = 190
-"""Width in pixels of one map, about."""
+"""Approximate width of one map, in pixels."""
 MARGIN, LINE = 12, 20
 BRIGHT = (255, 221, 64)
 DIMMED = 0.35
-"""How much is left of the image's own light where no attention goes."""
+"""Brightness of the image, as a fraction, where no attention falls."""
 
 
 @dataclass(frozen=True)
 class Map:
-    """What the tokens of a grid get, in raster order, in any unit."""
+    """The attention that each token of a grid receives."""
 
     title: str
     weights: Sequence[float]
+    """One weight per token, in raster order and in any unit; each map is normalised to sum to 1."""
 
 
 def draw_maps(image: Image.Image, grid: Grid, maps: Sequence[Map]) -> Image.Image:
-    """The image, then the maps, on one scale: yellow as the square root of a token's share of the attention."""
+    """Draw the image, then each map, all on one scale.
+
+    The yellow of a token is the square root of its share of the attention.
+    """
     cell = max(2, SIDE // max(grid.rows, grid.cols))
     plain = enlarged(image, grid, cell)
-    shares = [np.array(one.weights) / sum(one.weights) for one in maps]
+    shares = [np.array(attention.weights) / sum(attention.weights) for attention in maps]
     brightest = max(share.max() for share in shares)
     panels = {"image": plain}
-    panels |= {one.title: _lit(plain, grid, s / brightest) for one, s in zip(maps, shares, strict=True)}
+    for attention, share in zip(maps, shares, strict=True):
+        panels[attention.title] = _lit(plain, grid, share / brightest)
     step = plain.width + MARGIN
     page = Image.new("RGB", (len(panels) * step + MARGIN, plain.height + 2 * LINE + MARGIN), PAPER)
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(size=14)
@@ -48,7 +53,7 @@ def draw_maps(image: Image.Image, grid: Grid, maps: Sequence[Map]) -> Image.Imag
 
 
 def _lit(plain: Image.Image, grid: Grid, light: np.ndarray) -> Image.Image:
-    """The image in dim grey, and yellow over each token as its `light`, from 0 to 1, says."""
+    """Return the image in dim grey under yellow, whose opacity is the square root of each token's `light` in [0, 1]."""
     alpha = Image.fromarray((255 * np.sqrt(light)).round().astype(np.uint8).reshape(-1, grid.cols)[: grid.rows])
     dim = Image.blend(Image.new("RGB", plain.size), plain.convert("L").convert("RGB"), DIMMED)
     return Image.composite(

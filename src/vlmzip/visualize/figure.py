@@ -1,4 +1,4 @@
-"""The figures of matplotlib that everything here draws on."""
+"""Matplotlib figures for every plot of this package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def import_matplotlib() -> Any:
-    """Raises `UserError` where it is not installed."""
+    """Return the matplotlib module. Raises `UserError` if it is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -20,13 +20,13 @@ def import_matplotlib() -> Any:
 
 
 def new_figure(width: int | float, height: int | float) -> Figure:
-    """An empty figure, in inches, whose texts stand as they are: names with `$` are names, not mathematics.
+    """Return an empty figure of the given size in inches that does not read `$` in text as mathematics.
 
-    Texts at ticks are matplotlib's own, which writes powers as mathematics. Raises `UserError` where matplotlib is not
-    installed.
+    Method names may contain `$`. Tick labels are excepted: matplotlib writes powers as mathematics. Raises `UserError`
+    if matplotlib is not installed.
     """
     import_matplotlib()
-    from matplotlib.figure import Figure  # without pyplot: no window, no state that lasts
+    from matplotlib.figure import Figure  # not pyplot, which opens windows and keeps global state
 
     class Plain(Figure):
         def draw(self, renderer: Any) -> None:
@@ -37,6 +37,7 @@ def new_figure(width: int | float, height: int | float) -> Figure:
 
 
 def _write_plainly(part: Any) -> None:
+    """Turn off mathematics in every text inside `part`, except tick labels."""
     from matplotlib.axis import Axis
     from matplotlib.text import Text
 

@@ -1,4 +1,4 @@
-"""How the deviations of images lie around the threshold that was set from them."""
+"""A histogram of the images' deviations around the calibrated threshold."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ BINS = 30
 
 
 def draw_deviations(deviations: Sequence[dict[int, float]], threshold: float, title: str) -> Image.Image:
-    """One outline for each factor: how many images have which deviation; those left of the line can be pooled."""
+    """Draw one histogram outline per factor. Images to the left of the threshold line can be pooled by that factor."""
     figure = new_figure(7, 4)
     from matplotlib.ticker import MaxNLocator
 
     axes = figure.subplots()
-    factors = sorted({factor for one in deviations for factor in one})
-    values = {factor: [one[factor] for one in deviations if factor in one] for factor in factors}
-    most = max([threshold, *(max(found) for found in values.values())], default=threshold)
-    for factor, found in values.items():
-        axes.hist(found, bins=BINS, range=(0, 1.05 * most), histtype="step", linewidth=1.5, label=f"factor {factor}")
+    factors = sorted({factor for by_factor in deviations for factor in by_factor})
+    values = {factor: [by_factor[factor] for by_factor in deviations if factor in by_factor] for factor in factors}
+    most = max([threshold, *(max(series) for series in values.values())], default=threshold)
+    for factor, series in values.items():
+        axes.hist(series, bins=BINS, range=(0, 1.05 * most), histtype="step", linewidth=1.5, label=f"factor {factor}")
     axes.axvline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold:.4g}")
     axes.set(xlabel="deviation inside windows", ylabel="images", title=f"{title}: {len(deviations)} images")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))

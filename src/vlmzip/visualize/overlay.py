@@ -1,4 +1,4 @@
-"""Which visual tokens were kept, merged (one colour per group) and dropped, drawn over the image."""
+"""Token maps drawn over images: visual tokens that were kept, merged (one colour per group) or dropped."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid
 
 SIDE = 480
-"""Width in pixels of each of the two panels, about."""
+"""Approximate width of each of the two panels, in pixels."""
 WHITE, INK, PAPER = (255, 255, 255), (30, 30, 30), (250, 250, 248)
 
 
 def seen_image(pixels: Float[Tensor, "3 height width"], mean: Sequence[float], std: Sequence[float]) -> Image.Image:
-    """The image as the vision encoder saw it: resized and cropped, its normalisation undone."""
+    """Return the image as the vision encoder saw it, resized and cropped, with its normalisation undone."""
     values = pixels.float().cpu().numpy().transpose(1, 2, 0) * np.array(std) + np.array(mean)
     return Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8))
 
 
 def draw_tokens(image: Image.Image, token_map: TokenMap, grid: Grid, prefix: int, title: str = "") -> Image.Image:
-    """The image, and beside it the fate of each of its tokens; `token_map` is of this image alone."""
+    """Draw the image and, beside it, what became of each token. `token_map` has one row, for this image."""
     cell = max(8, SIDE // max(grid.rows, grid.cols))
     sizes = _sizes(token_map, prefix)
     fates = draw_fates(image, token_map, grid, prefix, cell)
@@ -34,7 +34,7 @@ def draw_tokens(image: Image.Image, token_map: TokenMap, grid: Grid, prefix: int
 
 
 def draw_fates(image: Image.Image, token_map: TokenMap, grid: Grid, prefix: int, cell: int) -> Image.Image:
-    """The image with `cell` pixels a token: kept ones framed, merged ones tinted, dropped ones dark."""
+    """Draw the image at `cell` pixels per token: kept tokens framed, merged tokens tinted, dropped tokens dark."""
     fates = enlarged(image, grid, cell)
     group, anchor = token_map.group[0, prefix:].tolist(), token_map.anchor[0, prefix:].tolist()
     sizes = _sizes(token_map, prefix)
@@ -51,15 +51,15 @@ def draw_fates(image: Image.Image, token_map: TokenMap, grid: Grid, prefix: int,
             if is_anchor:
                 ImageDraw.Draw(fates).rectangle((box[0] + 2, box[1] + 2, box[2] - 3, box[3] - 3), outline=INK, width=2)
         else:
-            # White inside black shows on any ground.
+            # A white frame inside a black one shows on any background.
             ImageDraw.Draw(fates).rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=INK)
             ImageDraw.Draw(fates).rectangle((box[0] + 1, box[1] + 1, box[2] - 2, box[3] - 2), outline=WHITE, width=2)
     return fates
 
 
 def stack(pages: list[Image.Image]) -> Image.Image:
-    """Several pages below one another."""
-    out = Image.new("RGB", (max(p.width for p in pages), sum(p.height for p in pages)), PAPER)
+    """Stack pages from top to bottom on one image."""
+    out = Image.new("RGB", (max(page.width for page in pages), sum(page.height for page in pages)), PAPER)
     top = 0
     for page in pages:
         out.paste(page, (0, top))
@@ -87,7 +87,7 @@ def _legend(
     font: ImageFont.ImageFont | ImageFont.FreeTypeFont,
     sizes: Counter[int],
 ) -> None:
-    """A swatch for each fate that occurs."""
+    """Draw one entry for each of kept, merged and dropped that occurs, with up to four group colours."""
     colours = list(_colours(sizes).values())
     swatches: list[tuple[str, list[tuple[int, int, int]]]] = []
     if any(g >= 0 and size == 1 for g, size in sizes.items()):
@@ -120,13 +120,13 @@ def _caption(sizes: Counter[int], token_map: TokenMap, prefix: int) -> str:
 
 
 def enlarged(image: Image.Image, grid: Grid, cell: int) -> Image.Image:
-    """A copy with `cell` pixels a token; enlarged without smoothing, so that small images stay what they are."""
+    """Return a copy with `cell` pixels per token. Enlarging does not smooth, so that small images keep their pixels."""
     size = (cell * grid.cols, cell * grid.rows)
     return image.resize(size, Image.Resampling.NEAREST if image.width < size[0] else Image.Resampling.LANCZOS)
 
 
 def _sizes(token_map: TokenMap, prefix: int) -> Counter[int]:
-    """How many tokens of the grid joined each output token; -1 counts the dropped ones."""
+    """Count the grid tokens that joined each output token; key -1 counts the dropped tokens."""
     return Counter(token_map.group[0, prefix:].tolist())
 
 
@@ -135,7 +135,7 @@ def _dimmed(tile: Image.Image) -> Image.Image:
 
 
 def _colours(sizes: Counter[int]) -> dict[int, tuple[int, int, int]]:
-    """A colour for each group of several tokens, far apart: hues a golden section from one to the next."""
+    """Return a colour for each group of two or more tokens. Hues step by the golden ratio, so they lie far apart."""
     out = {}
     for n, g in enumerate(sorted(g for g, size in sizes.items() if g >= 0 and size > 1)):
         red, green, blue = colorsys.hsv_to_rgb((0.05 + n * 0.618034) % 1, 0.85, 0.95 if n % 2 == 0 else 0.7)

@@ -1,4 +1,4 @@
-"""A comparison as one web page that needs nothing else: styles inside, images as data URIs, no script."""
+"""A comparison as one self-contained web page: inline styles, images as data URIs, no script."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from html import escape
 
 from PIL import Image
 
-#: The browser itself sees to it that nothing is fetched or run.
+#: The content security policy: the browser fetches nothing and runs no script.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 STYLE = """
@@ -73,13 +73,13 @@ LEGEND = (
 
 @dataclass(frozen=True)
 class Card:
-    """One method: its images, its answer and its counts."""
+    """The card of one method: its images, answer and token counts."""
 
     title: str
     answer: str
     counts: str
     marked: bool
-    """Whether the answer stands out."""
+    """Whether to highlight the answer."""
     images: Sequence[Image.Image]
 
 
@@ -91,7 +91,10 @@ def render(
     rows: Sequence[tuple[Sequence[str], bool]],
     notes: Sequence[str],
 ) -> str:
-    """The page. A row is its cells and whether its answer, the second cell, stands out; all text is escaped here."""
+    """Return the page as HTML; all text is escaped here.
+
+    A row is its cells and whether to highlight its answer, the second cell.
+    """
     return document(
         title,
         facts,
@@ -104,7 +107,7 @@ def render(
 
 
 def document(title: str, facts: Sequence[str], body: str) -> str:
-    """A whole page around `body`, which is HTML."""
+    """Return a complete page around `body`, which is HTML."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -128,25 +131,26 @@ def document(title: str, facts: Sequence[str], body: str) -> str:
 
 
 def legend_html() -> str:
-    """What the marks on token maps mean."""
+    """Return the legend of the token maps."""
     return f'<p class="legend">{"".join(_swatch(fill, name) for fill, name in LEGEND)}</p>'
 
 
 def notes_html(notes: Sequence[str]) -> str:
+    """Return the notes as a list."""
     return f"""<ul class="notes">
 {"".join(f"<li>{escape(note)}</li>" for note in notes)}
 </ul>"""
 
 
 def data_uri(image: Image.Image) -> str:
-    """The image itself in place of an address; PNG, since frames of one pixel do not survive JPEG."""
+    """Return the image as a data URI, in PNG: one-pixel frames do not survive JPEG."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def card_html(card: Card) -> str:
-    """One card of a `section` of class cards."""
+    """Return one card for a `<section class="cards">`."""
     images = "".join(
         f'<img src="{data_uri(image)}" width="{image.width}" height="{image.height}"'
         f' alt="visual tokens of image {number} under {escape(card.title)}">'
@@ -159,7 +163,7 @@ def card_html(card: Card) -> str:
 
 
 def _breakable(name: str) -> str:
-    """A method's name, which may go on in a new line behind its underscores."""
+    """Return a method's name, escaped, that may break after each underscore."""
     return escape(name).replace("_", "_<wbr>")
 
 
@@ -168,7 +172,7 @@ def _swatch(fill: str, name: str) -> str:
 
 
 def table_html(columns: Sequence[str], rows: Sequence[tuple[Sequence[str], bool]]) -> str:
-    """A table that scrolls sideways where it has to; each row with whether it is marked."""
+    """Return a table that scrolls sideways if it must. A row is its cells and whether to highlight its answer."""
     head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
     body = "".join(
         f'<tr{" class=marked" * marked}><th scope="row">{_breakable(name)}</th><td class="answer">{escape(answer)}</td>'

@@ -1,4 +1,4 @@
-"""A contact sheet: the token maps of many methods on one page, each with its name, its counts and its answer."""
+"""A contact sheet: the token maps of many methods on one page, each with its name, counts and answer."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from vlmzip.visual_tokens import Grid
 from vlmzip.visualize.overlay import INK, PAPER, draw_fates, enlarged
 
 SIDE = 312
-"""Width in pixels of one panel, about."""
+"""Approximate width of one panel, in pixels."""
 ACROSS = 4
-"""Panels in one line."""
+"""Panels per line."""
 MARGIN, LINE = 16, 24
 MARKED = (168, 56, 0)
 LEGEND = "white frame: kept · tinted: merged, one colour a group, its anchor framed · dark: dropped"
-#: Pillow's own font has hardly more than ASCII; answers come in many scripts.
+#: Fonts to try in order. Pillow's own font covers little beyond ASCII, and answers come in many scripts.
 FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf")
 
 Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
@@ -27,25 +27,25 @@ Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 @dataclass(frozen=True)
 class Panel:
-    """One image under one method."""
+    """The panel of one image under one method."""
 
     image: Image.Image
     title: str
     counts: str
     answer: str
     marked: bool = False
-    """Whether the answer stands out."""
+    """Whether to highlight the answer."""
 
 
 def fates_panel(seen: Image.Image, token_map: TokenMap | None, grid: Grid | None, prefix: int) -> Image.Image:
-    """The tokens of one image drawn on it; where they lie on no grid, the image in grey."""
+    """Draw the tokens of one image on it. If they lie on no grid, return the image in grey."""
     if token_map is None or grid is None or token_map.group.shape[1] != prefix + grid.size:
         return plain_panel(seen, None).convert("L").convert("RGB")
     return draw_fates(seen, token_map, grid, prefix, _cell(grid))
 
 
 def plain_panel(seen: Image.Image, grid: Grid | None) -> Image.Image:
-    """The image alone, as large as its tokens would be drawn."""
+    """Return the image without tokens, at the size of a panel with tokens."""
     if grid is not None:
         return enlarged(seen, grid, _cell(grid))
     scale = SIDE / max(seen.size)
@@ -53,9 +53,9 @@ def plain_panel(seen: Image.Image, grid: Grid | None) -> Image.Image:
 
 
 def contact_sheet(title: str, panels: Sequence[Panel], notes: Sequence[str] = (), together: int = 1) -> Image.Image:
-    """Panels in lines of `ACROSS`, the title above them, the legend and the notes below.
+    """Draw panels in lines of `ACROSS`, with the title above and the legend and notes below.
 
-    `together` panels that follow one another are of one method: they stay in one line.
+    Each `together` successive panels belong to one method and stay on one line.
     """
     across = min(max(ACROSS // together, 1) * together, len(panels))
     width = max(SIDE, *(panel.image.width for panel in panels))
@@ -84,7 +84,7 @@ def _put(page: Image.Image, panel: Panel, at: tuple[int, int], width: int) -> No
 
 
 def _answer(panel: Panel, width: int) -> list[str]:
-    """The answer on one line or two."""
+    """Return the answer as one or two lines."""
     font = _font(16)
     first, *rest = _wrapped(f"“{panel.answer}”", width, font)
     return [first, _cut(" ".join(rest), width, font)] if rest else [first]
@@ -99,7 +99,7 @@ def _write(
 
 
 def _cell(grid: Grid) -> int:
-    """Pixels a token; with fewer than 8 its frame would hide it."""
+    """Return the pixels per token, at least 8: the frame would hide a smaller token."""
     return max(8, SIDE // max(grid.rows, grid.cols))
 
 
@@ -113,7 +113,7 @@ def _font(size: int) -> Font:
 
 
 def _cut(text: str, width: int, font: Font) -> str:
-    """One line of what can be written, ended by "…" where it is too long."""
+    """Return the writable text on one line, cut with "…" if it is too long."""
     text = _writable(text, font)
     if font.getlength(text) <= width:
         return text
@@ -123,6 +123,7 @@ def _cut(text: str, width: int, font: Font) -> str:
 
 
 def _wrapped(text: str, width: int, font: Font) -> list[str]:
+    """Return the writable text as lines of at most `width` pixels."""
     lines = [""]
     for word in _writable(text, font).split():
         longer = f"{lines[-1]} {word}".strip()
@@ -134,7 +135,7 @@ def _wrapped(text: str, width: int, font: Font) -> list[str]:
 
 
 def _writable(text: str, font: Font) -> str:
-    """The text on one line, with "?" for what the font lacks (é becomes e), not a box."""
+    """Return the text on one line. A character that the font lacks becomes its base letter (é: e) or "?", not a box."""
     missing = bytes(font.getmask("\U0010ffff"))
 
     def known(character: str) -> bool:
