@@ -28,7 +28,7 @@ SECONDS ?= 60
 SEED ?= 0
 
 .PHONY: help demo test test-transformers test-newest test-lmms test-extras fuzz check fmt lint types tables bench bench-gpu \
-	flops figures support papers mini always extras-beside-tests
+	flops figures support papers mini mini-data always extras-beside-tests
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -85,12 +85,12 @@ extras-beside-tests: # installing is mostly waiting
 	$(MAKE) --no-print-directory --jobs=2 --output-sync test-extras test-transformers
 
 fmt: $(INSTALLED) ## format the code
-	$(BIN)/ruff format src tests benchmarks docs configs
-	$(BIN)/ruff check --fix src tests benchmarks docs configs
+	$(BIN)/ruff format src tests benchmarks docs recipes
+	$(BIN)/ruff check --fix src tests benchmarks docs recipes
 
 lint: $(INSTALLED) ## check style
-	$(BIN)/ruff format --check src tests benchmarks docs configs
-	$(BIN)/ruff check src tests benchmarks docs configs
+	$(BIN)/ruff format --check src tests benchmarks docs recipes
+	$(BIN)/ruff check src tests benchmarks docs recipes
 
 types: $(INSTALLED) ## check types
 	$(BIN)/mypy
@@ -126,6 +126,9 @@ runs/support-%.json: .venv-transformers-%/.installed always
 papers: $(INSTALLED) ## recompute what the papers print; writes docs/papers.md
 	$(BIN)/python docs/papers.py
 
+mini-data: $(INSTALLED) ## draw images and make the model that configs/mini.yaml and its siblings train; in runs/mini-data
+	$(BIN)/python -m recipes.mini.conversations --out runs/mini-data
+	$(BIN)/python -m recipes.mini.base --out runs/mini-data
+
 mini: $(INSTALLED) ## train the small model again from nothing; resumes where it was stopped
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[train]"
-	$(BIN)/python -m vlmzip.mini.train --out runs/mini
+	$(BIN)/python -m recipes.mini.train --out runs/mini

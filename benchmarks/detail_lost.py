@@ -13,10 +13,10 @@ import argparse
 from pathlib import Path
 
 import vlmzip
+from recipes.mini.evaluate import ModelAnswer, accuracy
 from vlmzip import NoCompression, Pool2d, RandomTokens, VisionZip
 from vlmzip.files import write_csv
 from vlmzip.mini import load
-from vlmzip.mini.evaluate import ModelAnswer, accuracy
 from vlmzip.mini.splits import validation_split
 
 METHODS = [

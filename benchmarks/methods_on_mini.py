@@ -25,6 +25,7 @@ from PIL import Image
 from torch import nn
 
 import vlmzip
+from recipes.mini.evaluate import AnswerRecord, ModelAnswer, by, share_right
 from vlmzip import KMeans, LLaVolta, NoCompression, RandomTokens, Site, VisionZip, catalogue
 from vlmzip.compressor import BudgetError, Calibratable, Compressor, Profile
 from vlmzip.files import write_csv
@@ -32,7 +33,6 @@ from vlmzip.lab.machine import about
 from vlmzip.mini import load
 from vlmzip.mini.assets import shipped_assets
 from vlmzip.mini.drawing import draw
-from vlmzip.mini.evaluate import AnswerRecord, ModelAnswer, by, share_right
 from vlmzip.mini.scene import make_scene
 from vlmzip.mini.splits import VALIDATION, test_split
 from vlmzip.models import adapter_for

@@ -1,6 +1,6 @@
 """What rows side by side save in training: padding, and time of forward and backward, beside rows that are padded.
 
-    python -m vlmzip.mini.conversations --images 600 --out runs/guide/data
+    python -m recipes.mini.conversations --images 600 --out runs/guide/data
     OMP_NUM_THREADS=1 python benchmarks/packing.py --records runs/guide/data/records.json --clock cpu
 
 mini on its own training records, `--batch` to a forward, bfloat16 autocast; projector and LLM learn.

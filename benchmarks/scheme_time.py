@@ -14,9 +14,9 @@ from pathlib import Path
 from statistics import mean, median
 
 import torch
-
 from train_step import step_flops
 from training_claims import BATCH, LAST, SCHEMES, SEEDS, WARM, prepare, train_model
+
 from vlmzip import NoCompression, attach
 from vlmzip.cli.loading import load
 from vlmzip.compressor import Compressor

@@ -151,12 +151,11 @@ def prepare(out: Path, processes: int) -> list[str]:
     """Images, the base that all start from, and DFMR at the thresholds for `SHARES`; returns those."""
     data = out / "data"
     if not (data / "records.json").exists():
-        make = [sys.executable, "-m", "vlmzip.mini.conversations", "--out", str(data)]
+        make = [sys.executable, "-m", "recipes.mini.conversations", "--out", str(data)]
         subprocess.run([*make, "--images", str(IMAGES)], check=True)
     if not (data / "base" / "model" / "config.json").exists():
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        make = [*launcher, "-m", "vlmzip.mini.conversations", "--base", "--out", str(data)]
-        subprocess.run(make, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+        make = [sys.executable, "-m", "recipes.mini.base", "--out", str(data)]
+        subprocess.run([*make, "--processes", str(processes)], check=True)
     more = [f"schedule={_quoted('none')}", f"steps={BASE_STEPS}", f"seed={BASE_SEED}"]
     train_model(out, out / WARM, data / "base", more, processes)
     found = _calibrate(data / "base" / "model")

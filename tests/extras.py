@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from importlib import import_module
-from importlib.metadata import packages_distributions, requires
+from importlib.metadata import files, packages_distributions, requires
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -86,6 +86,8 @@ def main(extra):
     call(sys.executable, "-m", "pip", "check")
     found = import_module("vlmzip").__file__
     assert Path(found).is_relative_to(sys.prefix), f"vlmzip comes from {found}, not from this environment"
+    beside = {file.parts[0] for file in files("vlmzip")} & {"benchmarks", "docs", "recipes", "tests"}
+    assert not beside, f"what belongs to the repository alone is installed too: {beside}"
     for module in brought(extra):
         import_module(module)
     for use in USES[extra]:

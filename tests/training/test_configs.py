@@ -2,22 +2,17 @@
 
 import dataclasses
 import json
-import runpy
-import sys
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIPVisionModel, LlamaForCausalLM
 
-from tests.tiny import VOCABULARY, save_checkpoint, tiny_llava
 from vlmzip import DFMR, LLaVolta, QFormer, VisionZip
-from vlmzip.cli.loading import load
 from vlmzip.cli.main import main
 from vlmzip.training.config import read_config
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -26,65 +21,6 @@ def test_every_configuration_can_be_read(path):
     config.schedule_for(32)
     for name in config.trainer.values():
         assert (CONFIGS.parent / name).exists()
-
-
-@pytest.fixture
-def parts(tmp_path):
-    """A tiny LLaVA, and an LLM and an encoder of its shape, whose vocabulary lacks the last eight words."""
-    save_checkpoint(tmp_path / "llava")
-    shape = tiny_llava().config
-    text = type(shape.text_config).from_dict({**shape.text_config.to_dict(), "vocab_size": VOCABULARY - 8})
-    LlamaForCausalLM(text).save_pretrained(tmp_path / "llm")
-    CLIPVisionModel(shape.vision_config).save_pretrained(tmp_path / "encoder")
-    smaller = {**shape.vision_config.to_dict(), "image_size": shape.vision_config.image_size // 2}
-    CLIPVisionModel(type(shape.vision_config).from_dict(smaller)).save_pretrained(tmp_path / "smaller")
-    return tmp_path
-
-
-@pytest.fixture
-def put_together(parts, monkeypatch, capsys):
-    """Runs the script; returns its exit code and what it says on stderr."""
-
-    def run(llm="llm", encoder="encoder"):
-        given = {"llm": parts / llm, "encoder": parts / encoder, "like": parts / "llava", "out": parts / "untrained"}
-        words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
-        monkeypatch.setattr(sys, "argv", [str(CONFIGS / "llava_untrained.py"), *words])
-        try:
-            runpy.run_path(sys.argv[0], run_name="__main__")
-        except SystemExit as ended:
-            return ended.code, capsys.readouterr().err
-        return 0, capsys.readouterr().err
-
-    return run
-
-
-def test_an_untrained_llava_is_put_together(parts, put_together):
-    assert put_together()[0] == 0
-    made = AutoModelForImageTextToText.from_pretrained(parts / "untrained")
-    llm = AutoModelForCausalLM.from_pretrained(parts / "llm")
-    encoder = CLIPVisionModel.from_pretrained(parts / "encoder")
-    rows = VOCABULARY - 8
-    for ours, theirs in ((made.model.language_model, llm.model), (made.model.vision_tower, encoder)):
-        for name, value in theirs.state_dict().items():
-            torch.testing.assert_close(ours.state_dict()[name][: len(value)] if value.dim() else value, value)
-    torch.testing.assert_close(made.lm_head.weight[:rows], llm.lm_head.weight)
-    assert made.lm_head.weight[rows:].std() > 0
-    trained = tiny_llava().model.multi_modal_projector.state_dict()
-    assert any(not torch.equal(value, trained[name]) for name, value in
-               made.model.multi_modal_projector.state_dict().items())  # fmt: skip
-    assert load(str(parts / "untrained")).processor.tokenizer is not None
-    code, said = put_together()
-    assert (code, "exists already" in said) == (2, True)
-
-
-@pytest.mark.parametrize(
-    "wrong", [{"llm": "encoder"}, {"encoder": "llava"}, {"encoder": "smaller"}, {"llm": "nowhere"}]
-)
-def test_parts_that_do_not_fit_are_a_line(parts, put_together, wrong):
-    code, said = put_together(**wrong)
-    assert code == 2
-    assert said.splitlines()[-1].startswith("llava_untrained.py: error: ")
-    assert not (parts / "untrained").exists()
 
 
 #: What is trained on mini, beside mini.yaml, and what the model answers with afterwards.
@@ -128,6 +64,28 @@ def test_recipes_fit_mini(name, capsys):
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_configuration_says_how_to_run_it(path):
     assert f"-m vlmzip.cli.main train configs/{path.name}\n" in path.read_text()
+
+
+@pytest.mark.parametrize("words", [[], ["--explain"], ["--set", "model=mini"]])
+@pytest.mark.parametrize("name", ["mini", *MINI])
+def test_what_is_missing_is_one_command_away(name, words, tmp_path, monkeypatch, capsys):
+    """In a fresh clone the error names the lines that say how to make what is trained, and they name a command."""
+    monkeypatch.chdir(tmp_path)
+    path = CONFIGS / f"{name}.yaml"
+    assert main(["train", str(path), *words]) == 2
+    said = capsys.readouterr().err
+    assert "runs/mini-" in said
+    assert said.endswith(f"; the first lines of {path} say how to get it\n")
+    head = path.read_text().split("model:")[0]
+    step = "make mini-data" if name != "mini-visionzip-tuning" else "run that\n# first"
+    assert step in head
+    assert "\nmini-data:" in (ROOT / "Makefile").read_text()
+
+
+def test_an_error_about_something_else_names_no_head(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", str(CONFIGS / "mini.yaml"), "--set", "batch=3", "--set", "model=mini", "--json"]) == 2
+    assert "first lines" not in capsys.readouterr().err
 
 
 def test_llavoltas_recipe_is_that_of_the_authors_script():

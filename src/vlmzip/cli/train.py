@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import warnings
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,13 +51,31 @@ def run(args: Namespace) -> None:
 
     if args.explain:
         with own_files.left_alone():
-            _explain(read_config(args.config, args.set), args)
+            config = read_config(args.config, args.set)
+            with _naming_the_head(args.config, config):
+                _explain(config, args)
         return
     config = read_config(args.config, args.set)
     for name in ("shape", "staircase", "json"):
         if getattr(args, name):
             raise UserError(f"--{name} goes with --explain")
-    _train(config)
+    with _naming_the_head(args.config, config):
+        _train(config)
+
+
+@contextmanager
+def _naming_the_head(path: Path, config: Config) -> Iterator[None]:
+    """Add to an error about a missing file that the configuration's first lines say how to get it.
+
+    A configuration that does not begin with a comment adds nothing.
+    """
+    try:
+        yield
+    except UserError as error:
+        files = [name for name in (config.model, config.records, config.images) if name and not Path(name).exists()]
+        if not any(repr(name) in str(error) for name in files) or not path.read_text(encoding="utf-8").startswith("#"):
+            raise
+        raise UserError(f"{error}; the first lines of {path} say how to get it") from None
 
 
 def _train(config: Config) -> None:

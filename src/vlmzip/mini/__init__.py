@@ -1,8 +1,7 @@
 """mini: a small real LLaVA that comes with the package, and the image questions it was trained on.
 
-Its parts, along the way of the data: `words`, `scene`, `drawing` and `assets` make images, `questions` and `splits`
-ask about them, `model` and `tokenizer` are the model, `encoder`, `instruct` and `train` teach it, `export` writes it,
-`evaluate` measures it.
+`words`, `scene`, `assets` and `drawing` make images, `questions` and `splits` ask about them; `weights/` is the model.
+How it was trained is in the repository's `recipes/mini/`, which is not part of the package.
 """
 
 from pathlib import Path

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 OFF_CENTER = 8  # pixels between a thing that "where" asks for and the lines that divide the corners
+MOST_NEW_TOKENS = 6  # of an answer: three words or digits and </s>, and room to be wrong
 APART = 14  # pixels between the centers of two things that "relation" compares
 
 

@@ -11,7 +11,7 @@ from vlmzip.lab.tasks.metrics import METRICS
 from vlmzip.lab.tasks.task import CalibrationSet, Sample, Task
 from vlmzip.mini.assets import shipped_assets
 from vlmzip.mini.drawing import draw
-from vlmzip.mini.evaluate import MOST_NEW_TOKENS
+from vlmzip.mini.questions import MOST_NEW_TOKENS
 from vlmzip.mini.scene import make_scene
 from vlmzip.mini.splits import TEST, VALIDATION, samples
 from vlmzip.runtime.fingerprint import of_image

@@ -1,4 +1,4 @@
-"""`python -m vlmzip.mini.evaluate`: exact-match accuracy by question type and by level, with controls."""
+"""`python -m recipes.mini.evaluate`: exact-match accuracy by question type and by level, with controls."""
 
 import argparse
 import json
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from vlmzip.mini import weights_folder
-from vlmzip.mini.questions import ImageQuestion
+from vlmzip.mini.questions import MOST_NEW_TOKENS, ImageQuestion
 from vlmzip.mini.rng import Rng
 from vlmzip.mini.splits import test_split, validation_split
 from vlmzip.mini.words import LEVELS, TYPES, normalized
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 Answer = Callable[[list[Image.Image], list[str]], list[str]]
 CONTROLS = ("none", "text-only", "shuffled", "downsampled")
 SMALL = 32  # pixels a side of the down-sampled control
-MOST_NEW_TOKENS = 6
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ def _shrunk(image: Image.Image) -> Image.Image:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m vlmzip.mini.evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m recipes.mini.evaluate", description=__doc__)
     parser.add_argument("--model", type=Path, default=weights_folder(), help="folder of the model (default: mini)")
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     parser.add_argument("--limit", type=int, help="ask only the first questions")

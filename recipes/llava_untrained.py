@@ -1,6 +1,6 @@
 """LLaVA-1.5 before its training: an LLM and an encoder put together, with a projector of random weights.
 
-    python configs/llava_untrained.py --llm lmsys/vicuna-7b-v1.5 --encoder openai/clip-vit-large-patch14-336 \\
+    python -m recipes.llava_untrained --llm lmsys/vicuna-7b-v1.5 --encoder openai/clip-vit-large-patch14-336 \\
         --like llava-hf/llava-1.5-7b-hf --out models/vicuna-7b-clip-336
 
 From `--like` come configuration, tokenizer, image sizes and chat template, and none of the weights. Its vocabulary

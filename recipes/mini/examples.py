@@ -1,4 +1,4 @@
-"""`python -m vlmzip.mini.examples`: the example images, and a figure of images by level."""
+"""`python -m recipes.mini.examples`: the example images, and a figure of images by level."""
 
 import argparse
 from collections.abc import Sequence
@@ -46,7 +46,7 @@ def _framed(image: Image.Image) -> np.ndarray:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m vlmzip.mini.examples", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m recipes.mini.examples", description=__doc__)
     parser.add_argument("--examples", type=Path, help="folder for the example images")
     parser.add_argument("--figure", type=Path, help="file for the figure of images by level")
     parser.add_argument("--list", type=int, default=0, help="print the questions about this many example images")

@@ -5,8 +5,8 @@ import math
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from vlmzip.mini.recipe import Shape
-from vlmzip.mini.tokenizer import make_tokenizer
+from recipes.mini.recipe import Shape
+from recipes.mini.tokenizer import make_tokenizer
 
 
 def make_config(shape: Shape) -> LlavaConfig:

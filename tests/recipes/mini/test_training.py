@@ -2,22 +2,25 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vlmzip.mini.assets import AssetsMissing, find_fashion_mnist, shipped_assets
-from vlmzip.mini.encoder import position_probe, train_encoder
-from vlmzip.mini.instruct import answer_states, train_language, training_questions
-from vlmzip.mini.loop import CHECKPOINT, OtherRecipe, Run, learning_rate
-from vlmzip.mini.model import make_model, plane_waves, visual_features
-from vlmzip.mini.packing import IGNORE, Packer
-from vlmzip.mini.processes import TrainingProcesses
-from vlmzip.mini.recipe import STAGES, Recipe, RecipeStage, Shape
+from recipes.mini.encoder import position_probe, train_encoder
+from recipes.mini.instruct import answer_states, train_language, training_questions
+from recipes.mini.loop import CHECKPOINT, Run, learning_rate
+from recipes.mini.model import make_model, plane_waves, visual_features
+from recipes.mini.packing import IGNORE, Packer
+from recipes.mini.processes import join_processes, share
+from recipes.mini.recipe import STAGES, Recipe, RecipeStage, Shape
+from recipes.mini.sources import find_fashion_mnist
+from recipes.mini.tokenizer import make_tokenizer
+from recipes.mini.train import train
+from vlmzip.errors import UserError
+from vlmzip.mini.assets import shipped_assets
 from vlmzip.mini.scene import make_scene
-from vlmzip.mini.tokenizer import make_tokenizer
-from vlmzip.mini.train import train
 
 
 def tiny_recipe() -> Recipe:
@@ -39,7 +42,7 @@ def trained(folder: Path, stop_encoder: int | None = None, stop_language: int | 
     """One call of the training, as from the command line; leaves early where told to."""
     recipe = tiny_recipe()
     folder.mkdir(exist_ok=True)
-    run = Run(folder, recipe, TrainingProcesses())
+    run = Run(folder, recipe, join_processes())
     model = make_model(recipe.shape, recipe.seed)
     run.load_model(model)
     if not run.finished("detail"):
@@ -62,7 +65,7 @@ def test_a_run_that_was_killed_twice_ends_like_one_that_was_not(tmp_path: Path) 
 def test_a_half_written_checkpoint_is_never_read(tmp_path: Path) -> None:
     trained(tmp_path, stop_encoder=2)
     (tmp_path / CHECKPOINT).with_suffix(".partial").write_bytes(b"half")
-    run = Run(tmp_path, tiny_recipe(), TrainingProcesses())
+    run = Run(tmp_path, tiny_recipe(), join_processes())
     assert run.saved is not None
     assert run.saved["step"] == 2
 
@@ -70,10 +73,10 @@ def test_a_half_written_checkpoint_is_never_read(tmp_path: Path) -> None:
 def test_another_recipe_does_not_go_on_in_the_same_folder(tmp_path: Path) -> None:
     trained(tmp_path, stop_encoder=1)
     other = replace(tiny_recipe(), encoder=RecipeStage(steps=9, learning_rate=1e-3, batch=2))
-    with pytest.raises(OtherRecipe, match="another encoder"):
-        Run(tmp_path, other, TrainingProcesses())
+    with pytest.raises(UserError, match="another encoder"):
+        Run(tmp_path, other, join_processes())
     later = replace(tiny_recipe(), instruct=RecipeStage(steps=9, learning_rate=1e-3, batch=2))
-    assert Run(tmp_path, later, TrainingProcesses()).saved is not None
+    assert Run(tmp_path, later, join_processes()).saved is not None
 
 
 def test_training_exports_a_model_that_loads(tmp_path: Path) -> None:
@@ -85,13 +88,9 @@ def test_training_exports_a_model_that_loads(tmp_path: Path) -> None:
     assert AutoProcessor.from_pretrained(folder).image_token == "<image>"
 
 
-def test_each_process_takes_its_share_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    processes = TrainingProcesses()
-    processes.count = 2
-    shares = []
-    for processes.rank in (0, 1):
-        shares += list(processes.share(8, 3))
-    assert shares == list(range(24, 32))
+def test_each_process_takes_its_share_of_a_step() -> None:
+    processes = [SimpleNamespace(num_processes=2, process_index=index) for index in (0, 1)]
+    assert [number for process in processes for number in share(process, 8, 3)] == list(range(24, 32))
 
 
 def test_learning_rate_rises_then_falls() -> None:
@@ -159,6 +158,6 @@ def test_features_are_the_ones_llava_projects() -> None:
 
 
 def test_missing_fashion_mnist_is_said_in_one_line(tmp_path: Path) -> None:
-    with pytest.raises(AssetsMissing) as error:
+    with pytest.raises(UserError) as error:
         find_fashion_mnist(tmp_path, None)
     assert "\n" not in str(error.value)

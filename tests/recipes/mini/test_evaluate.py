@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmzip.mini import evaluate
-from vlmzip.mini.evaluate import (
+from recipes.mini import evaluate
+from recipes.mini.evaluate import (
     AnswerRecord,
     accuracy,
     by,

@@ -7,17 +7,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
+from recipes.mini.encoder import pixels_of
+from recipes.mini.loop import Run, train_stage
+from recipes.mini.model import visual_features
+from recipes.mini.packing import IGNORE, Packed, Packer
+from recipes.mini.tokenizer import make_tokenizer
 from vlmzip.mini.assets import Assets, shipped_assets
 from vlmzip.mini.drawing import draw
-from vlmzip.mini.encoder import pixels_of
-from vlmzip.mini.loop import Run, train_stage
-from vlmzip.mini.model import visual_features
-from vlmzip.mini.packing import IGNORE, Packed, Packer
 from vlmzip.mini.questions import ask, ask_all
 from vlmzip.mini.rng import Rng
 from vlmzip.mini.scene import SIDE, Scene, Thing, make_scene
 from vlmzip.mini.splits import TRAIN_LANGUAGE, VALIDATION, questions_of, train_seed
-from vlmzip.mini.tokenizer import make_tokenizer
 from vlmzip.mini.words import TYPES
 
 CAPTION_QUESTION = "what do you see ?"

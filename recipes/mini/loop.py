@@ -8,26 +8,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vlmzip.mini.processes import TrainingProcesses
-from vlmzip.mini.recipe import ENCODER_TURNS, STAGES, Recipe, RecipeStage
+from recipes.mini.processes import average_gradients, share
+from recipes.mini.recipe import ENCODER_TURNS, STAGES, Recipe, RecipeStage
+from vlmzip.errors import UserError
 
 CHECKPOINT = "checkpoint.pt"
 
 
-class OtherRecipe(Exception):
-    """The folder holds a run of another recipe; going on would mix the two."""
-
-
 @dataclass
 class Run:
-    """A training run: its folder, its recipe, its processes and what the last checkpoint says."""
+    """A training run: its folder, its recipe, its processes and what the last checkpoint says.
+
+    Raises `UserError` where the folder holds a run of another recipe: going on would mix the two.
+    """
 
     folder: Path
     recipe: Recipe
-    processes: TrainingProcesses
+    processes: PartialState
     saved: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -43,7 +44,8 @@ class Run:
         mine = asdict(self.recipe)
         for name in (*begun, *ENCODER_TURNS, "shape", "seed"):
             if mine[name] != saved[name]:
-                raise OtherRecipe(f"{self.folder} holds a run with another {name}: {saved[name]}, not {mine[name]}")
+                other = f"{self.folder} holds a run with another {name}: {saved[name]}, not {mine[name]}"
+                raise UserError(f"{other}; give another --out")
 
     def finished(self, stage: str) -> bool:
         """Whether the checkpoint lies after that stage."""
@@ -54,7 +56,7 @@ class Run:
             model.load_state_dict(self.saved["model"])
 
     def save(self, stage: str, step: int, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> None:
-        if not self.processes.first:
+        if not self.processes.is_main_process:
             return
         states = {name: module.state_dict() for name, module in modules.items()}
         write_atomically(
@@ -85,7 +87,7 @@ def train_stage(
     report: Callable[[int], str] | None = None,
     stop_at: int | None = None,
 ) -> None:
-    """Trains `learning` for the stage's steps on the mean loss of the images numbered in a range.
+    """Train `learning` for the stage's steps on the mean loss of the images numbered in a range.
 
     Nothing in a step is random but the numbers of its images, so a run that was killed goes on exactly as it would
     have. `stop_at` leaves after that step, as a kill would.
@@ -93,15 +95,16 @@ def train_stage(
     stage: RecipeStage = getattr(run.recipe, name)
     optimizer = make_optimizer(modules, learning, stage)
     start = _resume(run, name, modules, optimizer)
-    bar = tqdm(range(start, stage.steps), name, initial=start, total=stage.steps, disable=not run.processes.first)
+    silent = not run.processes.is_main_process
+    bar = tqdm(range(start, stage.steps), name, initial=start, total=stage.steps, disable=silent)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(stage, step)
         with torch.autocast(run.processes.device.type, torch.bfloat16):
-            loss = loss_of(run.processes.share(stage.batch, step))
+            loss = loss_of(share(run.processes, stage.batch, step))
         optimizer.zero_grad(set_to_none=False)
         loss.backward()
-        run.processes.average_gradients(learning)
+        average_gradients(run.processes, learning)
         nn.utils.clip_grad_norm_(learning, 1.0)
         optimizer.step()
         if step % 20 == 0:
@@ -109,15 +112,15 @@ def train_stage(
         done = step + 1
         if done % run.recipe.save_every == 0 or done == stage.steps:
             run.save(name, done, modules, optimizer)
-            if report is not None and run.processes.first:
+            if report is not None and run.processes.is_main_process:
                 bar.write(f"{name} {done}: {report(done)}")
         if done == stop_at:
             break
-    run.processes.wait()
+    run.processes.wait_for_everyone()
 
 
 def _resume(run: Run, name: str, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
-    """Loads what the checkpoint holds of this stage; the step to go on from."""
+    """Load what the checkpoint holds of this stage; return the step to go on from."""
     if run.saved is None or run.saved["stage"] != name:
         return 0
     for key, module in modules.items():

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
+from recipes.mini.loop import Run, train_stage
+from recipes.mini.recipe import Recipe
+from recipes.mini.targets import IGNORE, NAMES, PRESENCE, Targets, targets
 from vlmzip.mini.assets import Assets, shipped_assets
 from vlmzip.mini.drawing import draw
-from vlmzip.mini.loop import Run, train_stage
-from vlmzip.mini.recipe import Recipe
 from vlmzip.mini.scene import Scene, make_dense_scene, make_scene
 from vlmzip.mini.splits import TRAIN_ENCODER, VALIDATION, train_seed
-from vlmzip.mini.targets import IGNORE, NAMES, PRESENCE, Targets, targets
 from vlmzip.mini.words import COLORS, MOST_DIGITS
 
 GROUND_WEIGHT = 0.3

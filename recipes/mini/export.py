@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from vlmzip.mini.recipe import Shape
-from vlmzip.mini.tokenizer import make_tokenizer
+from recipes.mini.recipe import Shape
+from recipes.mini.tokenizer import make_tokenizer
 
 WEIGHTS = "model.safetensors"
 

@@ -1,0 +1,60 @@
+"""Several training processes on one machine: start them, divide a batch among them, average their gradients.
+
+Which process this is, and on which device, accelerate's `PartialState` knows.
+"""
+
+import os
+import sys
+from collections.abc import Iterable, Sequence
+
+import torch
+from accelerate import PartialState
+from torch import distributed
+
+from vlmzip.children import end_with_launcher
+
+MOST_PROCESSES = 2  # the shipped weights' number; the batch is divided among them
+
+
+def default_count() -> int:
+    """Return 1 with a GPU; else one process a core, 2 at most: they train faster than one process of two threads."""
+    return 1 if torch.cuda.is_available() else min(MOST_PROCESSES, os.cpu_count() or 1)
+
+
+def start(module: str, count: int, arguments: Sequence[str]) -> None:
+    """Replace this process by torchrun, which runs `python -m module` in `count` processes. Return in each of those.
+
+    torchrun takes this process's place, so that there is no parent that could end without its children. With a count
+    of 1, return at once.
+    """
+    if "RANK" in os.environ or count == 1:
+        end_with_launcher()
+        return
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count))}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    os.execve(sys.executable, [*torchrun, "-m", module, *arguments], environment)
+
+
+def join_processes() -> PartialState:
+    """Return the group that torchrun started, which this process joins; else a group of one."""
+    return PartialState(cpu=not torch.cuda.is_available())
+
+
+def share(processes: PartialState, batch: int, step: int) -> range:
+    """Return this process's part of the numbers of a step's images."""
+    part = batch // processes.num_processes
+    first = step * batch + processes.process_index * part
+    return range(first, first + part)
+
+
+def average_gradients(processes: PartialState, parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Give every process the mean of all processes' gradients, in one exchange."""
+    if processes.num_processes == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    distributed.all_reduce(flat)
+    flat /= processes.num_processes
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
