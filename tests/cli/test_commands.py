@@ -303,6 +303,36 @@ def test_mistakes_get_one_line_and_exit_code_2(capsys, checkpoint, image, tmp_pa
     assert not [p for p in tmp_path.iterdir() if p.is_file()]
 
 
+ON_GPU = torch.OutOfMemoryError(
+    "CUDA out of memory. Tried to allocate 6.72 GiB. GPU 0 has a total capacity of 139.80 GiB"
+)
+ON_CPU = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 270950400000 bytes. Error 12")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["bench"], ON_GPU, ": 6.72 GiB more were needed; try a smaller --batch, or a smaller --scale, or --dtype"),
+        (["bench"], ON_CPU, ": 252.3 GiB more were needed; try"),
+        (["bench"], MemoryError(), "the memory is full; try a smaller --batch"),
+        (["bench", "--dtype", "float16"], ON_GPU, "try a smaller --batch, or a smaller --scale\n"),
+        (["eval", "--batch", "900"], ON_GPU, "try a smaller --batch, or --dtype bfloat16\n"),
+        (["ask", "a.png", "w", "--dtype", "bfloat16"], ON_GPU, "try fewer images\n"),
+        (["train", "run.yaml"], ON_GPU, "try --set batch_per_process=1\n"),
+    ],
+)
+def test_too_much_at_once_gets_one_line(capsys, monkeypatch, arguments, error, message):
+    def run(_):
+        raise error
+
+    monkeypatch.setattr(f"vlmzip.cli.{arguments[0]}.run", run)
+    assert main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "the memory is full" in said
+    assert message in said
+    assert said.count("\n") == 1
+
+
 def test_ask_with_fewer_pixels_has_no_detail_to_tell_of(capsys, checkpoint, image, tmp_path):
     arguments = ["--method", "downsample", "--keep", "9", "--json", "--overlay", str(tmp_path / "tokens.png")]
     code, out, err = run(capsys, "ask", image, "w4", "--model", checkpoint, "--max-new-tokens", "2", *arguments)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
+from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vlmzip.cli.console import Console
+from vlmzip.cli.tables import show_bytes
 from vlmzip.compressor_file import refuse_lora
 from vlmzip.errors import UserError
 from vlmzip.files import is_file, is_folder
@@ -79,6 +82,21 @@ def refuse_model_at_fault(error: Exception) -> None:
 
     for loaded in _latest if "CUDA error" not in str(error) else ():
         refuse_if_it_cannot_answer(loaded.name, loaded.processor, loaded.adapter)
+
+
+def refuse_too_much_at_once(error: Exception, args: Namespace) -> None:
+    """Raise `UserError` where the memory was full, with the options that need less of it; return for other errors."""
+    on_cpu = "DefaultCPUAllocator: can't allocate memory" in str(error)  # torch has no class for it
+    if not on_cpu and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return
+    found = re.search(r"ried to allocate ([\d.]+) ?(\w+)", str(error))
+    size, unit = found.groups() if found else ("", "")
+    wanted = show_bytes(int(size)) if unit == "bytes" else f"{size} {unit}"
+    said = f": {wanted} more were needed" if found else ""
+    options = [f"a smaller --{name}" for name in ("batch", "scale") if hasattr(args, name)]
+    options += ["--dtype bfloat16"] * (getattr(args, "dtype", "bfloat16") in (None, "float32"))
+    options += ["--set batch_per_process=1"] * hasattr(args, "set")
+    raise UserError(f"the memory is full{said}; try {', or '.join(options or ['fewer images'])}") from None
 
 
 def check_dtype(dtype: str | None) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from tests.lab.analyses.numbered import numbered_subject
 from tests.tiny import FAMILIES, IMAGE_TOKEN
@@ -54,6 +55,14 @@ def test_means_are_over_the_steps_that_count():
     shares, uniform = read.over(torch.tensor([[True, True], [True, False]]))
     torch.testing.assert_close(shares, torch.tensor([[0.2, 0.25], [0.2, 0.4]]))
     torch.testing.assert_close(uniform, torch.tensor([0.6, 0.4]))
+
+
+def test_answers_on_a_gpu_meet_what_was_read():
+    """Fake tensors have devices but no numbers; they need no GPU."""
+    with FakeTensorMode():
+        read = analysis.Read(torch.ones(2, 3, dtype=torch.bool, device="cuda"), [[torch.ones(2)]], [torch.ones(2)])
+        shares, uniform = read.over(torch.ones(2, 1, dtype=torch.bool, device="cuda"))
+        assert shares.device == uniform.device == torch.device("cpu")
 
 
 def test_rows_of_the_table_are_means_over_questions(tmp_path):

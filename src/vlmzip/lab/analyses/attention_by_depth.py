@@ -132,6 +132,7 @@ class Read:
         self, counts: Bool[Tensor, "batch steps"]
     ) -> tuple[Float[Tensor, "batch layers"], Float[Tensor, " batch"]]:
         """Means over those steps of each row that count, of the shares and of what uniform rows would have."""
+        counts = counts.cpu()  # where `look` puts what it reads
         shares = torch.stack([torch.stack(own, -1) for own in self.shares], 1)
         uniform, among = torch.stack(self.uniform, -1), counts.sum(-1)
         return (shares * counts[:, None]).sum(-1) / among[:, None], (uniform * counts).sum(-1) / among
