@@ -1,12 +1,13 @@
-"""Puts the README's table of results together from committed results: `python docs/tables.py`, or `--check` in CI.
+"""Puts tables of results together from committed results: `python docs/tables.py`, or `--check` in CI.
 
-The table stands between two comments, `<!-- results -->` and `<!-- end of results -->`. It comes from
+Each stands between two comments, such as `<!-- results -->` and `<!-- end of results -->`. The README's comes from
 benchmarks/results/mini-study.csv, the results.csv of the full study on mini:
 
     vlmzip eval --methods METHODS --keep 75%,50%,25%,11%,5.6% --batch 60 --out runs/eval/mini
     cp runs/eval/mini/results.csv benchmarks/results/mini-study.csv
 
-with METHODS as in docs/results.md.
+with METHODS as in docs/results.md. Those of docs/results.md on speed and memory on a GPU, and on what the selection
+costs there, come from the files that benchmarks/gpu.sh, `vlmzip bench` and benchmarks/selection_cost.py wrote on it.
 """
 
 import argparse
@@ -16,9 +17,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- results -->\n", "<!-- end of results -->"
 NOTHING = "—"
 NEAR = 0.05
+GPU = "NVIDIA-H200"
+MIB = 2**20
 
 
 def study_table(rows: list[dict[str, str]]) -> list[str]:
@@ -46,35 +48,118 @@ def score(row: dict[str, str]) -> str:
     return shown if abs(reached - wanted) <= NEAR * wanted else f"{shown} ({reached:.1%})"
 
 
-def table(folder: Path) -> str:
-    """The table as the README should have it."""
-    with (folder / "mini-study.csv").open(encoding="utf-8", newline="") as file:
-        return "\n".join(study_table(list(csv.DictReader(file)))) + "\n"
+def speed_table(runs: list[dict[str, list[dict[str, str]]]], scope: str) -> list[str]:
+    """Runs down, methods across: speed-up and the share of the limit that it is; `scope` as in the CSV."""
+    methods = list(runs[0])[1:]
+    lines = [f"| preset | batch | plain ms | limit | {' | '.join(f'`{name}`' for name in methods)} |"]
+    lines.append("| --- " * (4 + len(methods)) + "|")
+    for run in runs:
+        of = {name: next(row for row in rows if row["scope"] == scope) for name, rows in run.items()}
+        plain, limit = of["no_compression"], of["visionzip"]["flops_limit"]
+        cells = (f"{float(of[m]['speed_up']):.2f}x, {float(of[m]['share_of_limit']):.0%}" for m in methods)
+        lines.append(f"| {named(plain)} | {float(plain['ms']):.1f} | {float(limit):.2f}x | {' | '.join(cells)} |")
+    return lines
 
 
-def replaced(text: str, new: str) -> str:
-    """The text with what stands between the comments replaced. Raises `ValueError` where they are not there once."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"there should be one {BEGIN.strip()} and one {END} after it")
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + new + END + rest.split(END)[1]
+def memory_table(runs: list[dict[str, list[dict[str, str]]]]) -> list[str]:
+    """Runs down: KV cache, peak memory and tokens per second of the plain model and of two methods."""
+    methods = ("no_compression", "visionzip", "sparsevlm")
+    columns = [f"{what} {name}" for what in ("KV MiB,", "peak MiB,", "tokens/s,") for name in ("plain", *methods[1:])]
+    lines = [f"| preset | batch | {' | '.join(columns)} |", "| --- " * (2 + len(columns)) + "|"]
+    for run in runs:
+        rows = [run[name][0] for name in methods]
+        cells = [f"{int(row[what]) / MIB:.0f}" for what in ("kv_bytes", "peak_bytes") for row in rows]
+        cells += [f"{float(row['tokens_per_second']):.1f}" for row in rows]
+        lines.append(f"| {named(rows[0])} | {' | '.join(cells)} |")
+    return lines
+
+
+def selection_table(files: list[list[dict[str, str]]]) -> list[str]:
+    """A row for each file of selection_cost.py, by precision and images at once."""
+    lines = [
+        "| dtype | images | plain ms | visionzip, time (quartiles) | selection | peak | eager, time | peak |",
+        "| --- " * 8 + "|",
+    ]
+    for plain, visionzip, eager in sorted(files, key=lambda rows: (rows[0]["dtype"], int(rows[0]["batch"]))):
+        times = f"{float(visionzip['time_ratio']):.2f}x ({ends(visionzip, 'time_ratio')})"
+        selection = f"{float(visionzip['selection_over_encoder']):.1%}"
+        memory = [f"{float(row['memory_ratio']):.2f}x ({float(row['peak_mib']):.0f} MiB)" for row in (visionzip, eager)]
+        lines.append(
+            f"| {plain['dtype']} | {plain['batch']} | {plain['median_ms']} | {times} | {selection} | {memory[0]}"
+            f" | {float(eager['time_ratio']):.2f}x | {memory[1]} |"
+        )
+    return lines
+
+
+def ends(row: dict[str, str], name: str) -> str:
+    return f"{float(row[f'{name}_q1']):.2f} to {float(row[f'{name}_q3']):.2f}"
+
+
+def named(row: dict[str, str]) -> str:
+    """The first two cells of a run; attention where it is not SDPA."""
+    attention = "" if row["attention"] == "sdpa" else f", {row['attention']}"
+    return f"`{row['preset']}`{attention} | {row['batch']}"
+
+
+def bench_runs(folder: Path) -> list[dict[str, list[dict[str, str]]]]:
+    """Rows by method of every run of `vlmzip bench` on the GPU, smaller models, fewer tokens and batches first."""
+    runs = []
+    for rows in map(read, folder.glob(f"bench-*-{GPU}-*.csv")):
+        run: dict[str, list[dict[str, str]]] = {}
+        for row in rows:
+            run.setdefault(row["method"], []).append(row)
+        runs.append(run)
+    order = ("layers", "visual_tokens_before", "batch")
+    plain = "no_compression"
+    return sorted(runs, key=lambda run: (run[plain][0]["attention"] != "sdpa", *(int(run[plain][0][n]) for n in order)))
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def tables(folder: Path) -> dict[str, dict[str, list[str]]]:
+    """The tables as the pages should have them, by page and by the word in their comments."""
+    runs = bench_runs(folder)
+    costs = [read(path) for path in folder.glob(f"selection-cost-{GPU}-*.csv")]
+    gpu = {
+        "selection on a GPU": selection_table(costs),
+        "prefill on a GPU": speed_table(runs, "LLM prefill"),
+        "first token on a GPU": speed_table(runs, "TTFT"),
+        "memory on a GPU": memory_table(runs),
+    }
+    return {"README.md": {"results": study_table(read(folder / "mini-study.csv"))}, "docs/results.md": gpu}
+
+
+def replaced(text: str, name: str, lines: list[str]) -> str:
+    """The text with what stands between two comments replaced. Raises `ValueError` where they are not there once."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"there should be one {begin.strip()} and one {end} after it")
+    before, rest = text.split(begin)
+    return before + begin + "\n".join(lines) + "\n" + end + rest.split(end)[1]
 
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the README differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page differs")
     check = parser.parse_args(arguments).check
-    path = root / "README.md"
-    now = path.read_text(encoding="utf-8")
-    then = replaced(now, table(root / "benchmarks" / "results"))
-    if not check:
-        path.write_text(then, encoding="utf-8")
-    elif now != then:
-        difference = difflib.unified_diff(now.splitlines(), then.splitlines(), "README.md", "the results", lineterm="")
-        print("\n".join(difference))
-        print("README.md differs from the committed results: python docs/tables.py", file=sys.stderr)
-        return 1
-    return 0
+    code = 0
+    for page, wanted in tables(root / "benchmarks" / "results").items():
+        path = root / page
+        now = then = path.read_text(encoding="utf-8")
+        for name, lines in wanted.items():
+            then = replaced(then, name, lines)
+        if not check:
+            path.write_text(then, encoding="utf-8")
+        elif now != then:
+            print(
+                "\n".join(difflib.unified_diff(now.splitlines(), then.splitlines(), page, "the results", lineterm=""))
+            )
+            print(f"{page} differs from the committed results: python docs/tables.py", file=sys.stderr)
+            code = 1
+    return code
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The README's table agrees with committed results, and `--check` notices where it does not."""
+"""The pages' tables agree with committed results, and `--check` notices where they do not."""
 
 import csv
 import importlib.util
@@ -18,6 +18,14 @@ STUDY = [
     ("mini", "qformer", "25%", "", "", "", "", "left out"),
     ("easy-vqa:transfer", "dfmr", "25%", "50.00", "49.00", "51.00", "0.2500", ""),
 ]
+#: Of `vlmzip bench`, a row for each scope; all files begin with the plain model.
+BENCH = {"preset": "llava-1.5-7b", "attention": "sdpa", "layers": "32", "visual_tokens_before": "576", "batch": "8"}
+BENCH |= {"kv_bytes": 2**28, "peak_bytes": 2**29, "tokens_per_second": "48.04", "flops_limit": "5.104"}
+PLAIN = BENCH | {"method": "no_compression", "speed_up": "1.000", "share_of_limit": "1.000"}
+SMALL = BENCH | {"speed_up": "4.683", "share_of_limit": "0.918"}
+COST = {"dtype": "bfloat16", "batch": "1", "median_ms": "7.0", "time_ratio": "1.2329", "time_ratio_q1": "1.2084"}
+COST |= {"time_ratio_q3": "1.2569", "selection_over_encoder": "0.20557", "memory_ratio": "1.166", "peak_mib": "21.7"}
+BLOCKS = ("selection on a GPU", "prefill on a GPU", "first token on a GPU", "memory on a GPU")
 
 
 @pytest.fixture
@@ -30,16 +38,35 @@ def tables():
 
 @pytest.fixture
 def root(tmp_path):
-    """A repository with a README and a full study."""
+    """A repository with two pages, a full study, and two runs and one selection on a GPU."""
     (tmp_path / "README.md").write_text("above\n\n<!-- results -->\nold\n<!-- end of results -->\n\nbelow\n")
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)
     with (results / "mini-study.csv").open("w", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *STUDY])
+    (tmp_path / "docs").mkdir()
+    blocks = (f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in BLOCKS)
+    (tmp_path / "docs" / "results.md").write_text("".join(blocks))
+    for name, changed in {"batch8": {}, "batch32": {"batch": "32"}, "eager": {"attention": "eager"}}.items():
+        rows = [
+            row | {"scope": scope, "ms": ms} | changed
+            for row in (PLAIN, *(SMALL | {"method": method} for method in ("visionzip", "sparsevlm")))
+            for scope, ms in (("LLM prefill", "142.31"), ("TTFT", "154.67"))
+        ]
+        write(results / f"bench-{name}-NVIDIA-H200-x.csv", rows)
+    write(results / "bench-cpu.csv", [PLAIN])
+    write(results / "selection-cost-NVIDIA-H200-x.csv", [COST] * 3)
     return tmp_path
 
 
-def test_the_readme_agrees_with_the_committed_results(tables, capsys):
+def write(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_the_pages_agree_with_the_committed_results(tables, capsys):
     assert tables.main(["--check"]) == 0, capsys.readouterr().out
 
 
@@ -55,6 +82,27 @@ def test_a_study_becomes_a_table(tables, root):
         "<!-- end of results -->\n\nbelow\n"
     )
     assert tables.main(["--check"], root) == 0
+
+
+def test_runs_on_a_gpu_become_tables(tables, root):
+    tables.main([], root)
+    lines = (root / "docs" / "results.md").read_text().splitlines()
+    prefill, first, memory = (lines.index(f"<!-- {name} -->") for name in BLOCKS[1:])
+    assert lines[:5] == [
+        "<!-- selection on a GPU -->",
+        "| dtype | images | plain ms | visionzip, time (quartiles) | selection | peak | eager, time | peak |",
+        "| --- " * 8 + "|",
+        "| bfloat16 | 1 | 7.0 | 1.23x (1.21 to 1.26) | 20.6% | 1.17x (22 MiB) | 1.23x | 1.17x (22 MiB) |",
+        "<!-- end of selection on a GPU -->",
+    ]
+    assert lines[prefill + 1] == "| preset | batch | plain ms | limit | `visionzip` | `sparsevlm` |"
+    assert lines[prefill + 3 : prefill + 6] == [
+        "| `llava-1.5-7b` | 8 | 142.3 | 5.10x | 4.68x, 92% | 4.68x, 92% |",
+        "| `llava-1.5-7b` | 32 | 142.3 | 5.10x | 4.68x, 92% | 4.68x, 92% |",
+        "| `llava-1.5-7b`, eager | 8 | 142.3 | 5.10x | 4.68x, 92% | 4.68x, 92% |",
+    ]
+    assert lines[first + 3] == "| `llava-1.5-7b` | 8 | 154.7 | 5.10x | 4.68x, 92% | 4.68x, 92% |"
+    assert lines[memory + 3] == "| `llava-1.5-7b` | 8 | 256 | 256 | 256 | 512 | 512 | 512 | 48.0 | 48.0 | 48.0 |"
 
 
 def test_check_notices_a_difference_and_writes_nothing(tables, root, capsys):
