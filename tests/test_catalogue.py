@@ -34,9 +34,9 @@ def test_what_is_no_method_is_refused_with_the_closest(name, message):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("dominant", "many", "cannot be read as int"),
+        ("dominant", "many", "dominant must be a whole number of at least 0, got 'many'"),
         ("merge", "meen", "did you mean 'mean'"),
-        ("site", "in", "site='in'"),
+        ("site", "in", "site must be pre_projector, got 'in'"),
         ("tau", "1", "no field 'tau'"),
     ],
 )

@@ -4,10 +4,11 @@ import pytest
 
 from vlmzip.cli.main import COMMANDS
 from vlmzip.errors import closest
-from vlmzip.training.config import defaults
+from vlmzip.schema import describe
+from vlmzip.training.config import Config
 
 NAMES = {
-    "settings": list(defaults()),
+    "settings": [field.name for field in describe(Config)],
     "commands": list(COMMANDS),
     "options": ["--keep", "--json", "--lora", "--max-factor", "--methods", "--dominant"],
     "others": ["mini", "none", "tau", "l2", "layer", "float32", "visionzip", "attention_by_depth", "mean", "cpu"],

@@ -10,11 +10,11 @@ import sys
 import pytest
 
 import vlmzip
-from vlmzip import outline
+from vlmzip import catalogue, outline
 from vlmzip.models import FAMILIES
 
 #: Packages that take long to import.
-SLOW = ("torch", "transformers", "numpy", "PIL", "jaxtyping", "yaml", "matplotlib")
+SLOW = ("torch", "transformers", "numpy", "PIL", "jaxtyping", "yaml", "matplotlib", "pydantic")
 RUN = f"""
 import contextlib, io, json, sys
 for statement in json.loads(sys.argv[1]):
@@ -90,7 +90,7 @@ def test_outlines_say_what_the_classes_say():
     for of_source, (name, cls) in zip(outline.methods(), vlmzip.available().items(), strict=True):
         assert (of_source.name, of_source.doc) == (name, inspect.getdoc(cls))
         assert of_source.values == {"sites": cls.sites, "needs": cls.needs}
-        assert of_source.fields == set(cls.field_names())
+        assert of_source.fields == {field.name: field.doc for field in catalogue.describe(cls)}
     for of_source, family in zip(outline.families(), FAMILIES, strict=True):
         assert family.__module__ == f"vlmzip.models.{of_source.name}"
         assert of_source.values == {name: getattr(family, name) for name in ("model_types", "sites", "example")}

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import ast
-import contextlib
 import dataclasses
-import enum
 import importlib
 import inspect
-import textwrap
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
-from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
-from vlmzip import methods, own_files
-from vlmzip.compressor import Compressor, check_choice
-from vlmzip.errors import UserError, closest
+from vlmzip import methods, own_files, schema
+from vlmzip.compressor import Compressor
+from vlmzip.errors import UserError, check_choice, closest
 from vlmzip.outline import ENTRY_POINTS
-from vlmzip.visual_tokens import Site
-
-REQUIRED = "required"
 
 
 def available() -> dict[str, type[Compressor]]:
@@ -51,14 +42,16 @@ def make(cls: type[Compressor], settings: dict[str, Any]) -> Compressor:
 
     Raises `UserError` for unknown fields and unreadable values.
     """
-    hints = get_type_hints(cls)
     for name in settings:
         if name not in cls.field_names():
             raise UserError(f"{cls.name()} has no field {name!r}{closest(name, cls.field_names())}")
     for field in dataclasses.fields(cls):
-        if field.name not in settings and _default(field) == REQUIRED:
+        if field.name not in settings and schema.default_of(field) == schema.REQUIRED:
             raise UserError(f"{cls.name()} needs a value for its field {field.name!r}")
-    return cls(**{name: read_field(name, value, hints[name]) for name, value in settings.items()})
+    if "site" in settings:
+        check_choice("site", settings["site"], cls.sites)
+    hints = schema.hints_of(cls)
+    return cls(**{name: schema.read_value(name, value, hints[name]) for name, value in settings.items()})
 
 
 def from_dict(content: Mapping[str, Any], find: Callable[[str], type[Compressor]] = find) -> Compressor:
@@ -73,114 +66,10 @@ def from_dict(content: Mapping[str, Any], find: Callable[[str], type[Compressor]
     return make(cls, settings)
 
 
-def read_field(name: str, value: Any, hint: Any) -> Any:
-    """A value for a field of type `hint`: text is read as a number, truth value or enum member where the type asks."""
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    if not isinstance(value, str):
-        if not any(_fits(value, kind) for kind in kinds):
-            raise UserError(f"{name}={value!r} cannot be read as {_expected(kinds)}")
-        return tuple(value) if isinstance(value, list) and any(get_origin(kind) is tuple for kind in kinds) else value
-    if value.lower() == "none" and NoneType in kinds:
-        return None
-    for kind in kinds:
-        if get_origin(kind) is Literal:
-            check_choice(name, value, get_args(kind))
-            return value
-        if inspect.isclass(kind) and issubclass(kind, enum.Enum):
-            check_choice(name, value, [str(member) for member in kind])
-            return kind(value)
-        if kind is bool and value.lower() in ("true", "false"):
-            return value.lower() == "true"
-        if get_origin(kind) is tuple:
-            return tuple(read_field(name, part.strip(), get_args(kind)[0]) for part in value.split(","))
-        if kind in (int, float):
-            with contextlib.suppress(ValueError):
-                return kind(value)
-    if str in kinds:
-        return value
-    raise UserError(f"{name}={value!r} cannot be read as {_expected(kinds)}")
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value other than text is of a type; what is not known of a type is left to the method."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) is tuple:  # JSON has lists
-        inner = get_args(get_args(kind)[0]) or get_args(kind)[:1]
-        return isinstance(value, list | tuple) and all(any(_fits(one, of) for of in inner) for one in value)
-    if not inspect.isclass(kind):
-        return True
-    if kind in (int, float):
-        return isinstance(value, (int, kind)) and not isinstance(value, bool)
-    return isinstance(value, kind)
-
-
-def _expected(kinds: Sequence[Any]) -> str:
-    named = [
-        "|".join(map(str, get_args(kind))) if get_origin(kind) is Literal else getattr(kind, "__name__", str(kind))
-        for kind in kinds
-        if kind is not NoneType
-    ]
-    return " or ".join(named)
-
-
-@dataclass(frozen=True)
-class FieldDescription:
-    """One field of a method, for help texts and tables."""
-
-    name: str
-    type: str
-    default: Any
-    doc: str
-
-
-def describe(cls: type[Compressor]) -> list[FieldDescription]:
-    """The fields of a method, its own before the shared ones, each with the string written below it."""
-    docs: dict[str, str] = {}
-    own: list[str] = []
-    for owner in cls.__mro__[::-1]:
-        if issubclass(owner, Compressor):
-            own = _documented_fields(owner, docs)
-    shared = [name for name in cls.field_names() if name not in own]
-    by_name = {field.name: field for field in dataclasses.fields(cls)}
-    return [
-        FieldDescription(name, _type(by_name[name], cls), _default(by_name[name]), docs.get(name, ""))
-        for name in [*(n for n in own if n in by_name), *shared]
-    ]
-
-
-def _type(field: dataclasses.Field, cls: type[Compressor]) -> str:
-    hint = get_type_hints(cls)[field.name]
-    if hint is Site:
-        return " | ".join(cls.sites)
-    if get_origin(hint) is Literal:
-        return " | ".join(map(str, get_args(hint)))
-    # A file without `from __future__ import annotations` has types, others have their names.
-    return field.type.__name__ if isinstance(field.type, type) else str(field.type)
-
-
-def _default(field: dataclasses.Field) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return str(field.default_factory())
-    if field.default is dataclasses.MISSING:
-        return REQUIRED
-    value = field.default
-    return round(value, 4) if isinstance(value, float) else str(value) if isinstance(value, enum.Enum) else value
-
-
-def _documented_fields(owner: type, docs: dict[str, str]) -> list[str]:
-    """Adds the strings below `owner`'s fields to `docs`; returns the names of the fields it declares."""
-    try:
-        body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
-    except (OSError, TypeError, SyntaxError):  # a class without source, made in a console
-        return []
-    declared: list[str] = []
-    for statement in getattr(body, "body", []):
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-            declared.append(statement.target.id)
-        elif declared and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-            docs[declared[-1]] = " ".join(str(statement.value.value).split())
-    return declared
+def describe(cls: type[Compressor]) -> list[schema.FieldDescription]:
+    """Describe the fields of a method, its own before the shared ones; of sites those that it can work at."""
+    fields, sites = schema.describe(cls), " | ".join(cls.sites)
+    return [dataclasses.replace(field, type=sites) if field.name == "site" else field for field in fields]
 
 
 def _import(path: str) -> type[Compressor]:

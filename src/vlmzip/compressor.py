@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Protocol, SupportsIndex, runtime_checkable
 
@@ -12,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vlmzip import own_files
-from vlmzip.errors import UserError, closest
+from vlmzip import own_files, schema
+from vlmzip.errors import UserError, check_choice
 from vlmzip.keep import Keep, count_to_keep, round_half_up
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
@@ -199,19 +198,8 @@ class Compressor(ABC):
         return from_dict, (self.to_dict(),)
 
     def __post_init__(self) -> None:
-        if self.positions is not None:
-            check_choice("positions", self.positions, ("contiguous", "original"))
         check_choice("site", self.site, self.sites)
-        object.__setattr__(self, "site", Site(self.site))
-        for layer in self.layers:
-            if type(layer) is not int:
-                raise UserError(f"layer={layer!r}: give a whole number")
-
-
-def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
-    """Raises `UserError` if a field's value is none of its choices."""
-    if value not in tuple(choices):
-        raise UserError(f"{name}={str(value)!r} is no choice{closest(str(value), map(str, choices))}")
+        schema.check(self)
 
 
 @runtime_checkable

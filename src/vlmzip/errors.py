@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import SequenceMatcher, get_close_matches
 from typing import Any
@@ -47,11 +47,29 @@ def collecting_warnings() -> Iterator[list[str]]:
     texts += [str(warning.message) for warning in caught]
 
 
+def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
+    """Raise `UserError` if a value is not one of its choices."""
+    names = list(map(str, choices))
+    if str(value) not in names:
+        raise UserError(f"{name} must be {alternatives(names)}, got {value!r}{did_you_mean(str(value), names)}")
+
+
+def alternatives(names: Sequence[str]) -> str:
+    """Return names as a sentence has them: "a, b or c"."""
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return `"; did you mean 'visionzip'?"` for a near miss, else nothing."""
+    near = nearest(word, known)
+    return "" if near is None else f"; did you mean {near!r}?"
+
+
 def closest(word: str, known: Iterable[str]) -> str:
     """Return the end of a message: "; did you mean 'visionzip'?" for a near miss, else "; choose one of …"."""
     known = sorted(known)
-    near = nearest(word, known)
-    return f"; choose one of {', '.join(known)}" if near is None else f"; did you mean {near!r}?"
+    return did_you_mean(word, known) or f"; choose one of {', '.join(known)}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

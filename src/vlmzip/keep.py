@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import math
 import numbers
+from typing import Annotated
+
+from annotated_types import Predicate
 
 from vlmzip.errors import UserError
 
+
+def is_keep(keep: int | float | str) -> bool:
+    """Return whether a budget can be read: always true, or a `UserError` that says what is wrong."""
+    parse_keep(keep)
+    return True
+
+
 #: An int is a number of tokens per image, a float in (0, 1] a fraction of them, a string either ("64", "11%").
-Keep = int | float | str
+Keep = Annotated[int | float | str, "64, 0.25 or '25%'", Predicate(is_keep)]
 #: What methods keep when nothing is asked: a ninth, as VisionZip's 64 of 576 and DFMR's 3 x 3 windows.
 A_NINTH = 1 / 9
 #: In place of a budget: methods as they are written, with their own settings.

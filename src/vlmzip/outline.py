@@ -35,8 +35,8 @@ class Outline:
     """The docstring."""
     values: dict[str, Any] = field(default_factory=dict)
     """The attributes of `VALUES` that the class or a base class sets."""
-    fields: set[str] = field(default_factory=set)
-    """The names of a method's fields."""
+    fields: dict[str, str] = field(default_factory=dict)
+    """A method's fields with their documentation."""
 
     @property
     def summary(self) -> str:
@@ -50,10 +50,11 @@ def methods() -> list[Outline]:
         return sorted(_of_package("vlmzip.methods"), key=lambda outline: outline.name)
     from vlmzip import catalogue
 
-    return [
-        Outline(name, inspect.getdoc(cls) or "", {"sites": cls.sites, "needs": cls.needs}, set(cls.field_names()))
-        for name, cls in catalogue.available().items()
-    ]
+    outlines = []
+    for name, cls in catalogue.available().items():
+        fields = {field.name: field.doc for field in catalogue.describe(cls)}
+        outlines.append(Outline(name, inspect.getdoc(cls) or "", {"sites": cls.sites, "needs": cls.needs}, fields))
+    return outlines
 
 
 def families() -> list[Outline]:
@@ -82,11 +83,10 @@ def _outline(module: str, name: str) -> Outline:
             inherited = _outline(homes[base], base)
             outline.values |= inherited.values
             outline.fields |= inherited.fields
+    outline.fields = with_docs(outline.fields, field_docs(definition))
     for statement in definition.body:
         if isinstance(statement, ast.AnnAssign):
             target, value = ast.unparse(statement.target), statement.value
-            if not ast.unparse(statement.annotation).startswith("ClassVar"):
-                outline.fields.add(target)
         elif isinstance(statement, ast.Assign):
             target, value = ast.unparse(statement.targets[0]), statement.value
         else:
@@ -94,6 +94,26 @@ def _outline(module: str, name: str) -> Outline:
         if target in VALUES and value is not None:
             outline.values[target] = eval(ast.unparse(value), dict(WORDS))
     return outline
+
+
+def field_docs(definition: ast.stmt) -> dict[str, str]:
+    """Return the fields that a dataclass declares, each with the string below it in one line."""
+    docs: dict[str, str] = {}
+    name = ""
+    for statement in getattr(definition, "body", []):
+        if isinstance(statement, ast.AnnAssign):
+            is_field = not ast.unparse(statement.annotation).startswith("ClassVar")
+            name = ast.unparse(statement.target) if is_field else ""
+            docs |= {name: ""} if is_field else {}
+        elif name and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+            docs[name] = " ".join(str(statement.value.value).split())
+            name = ""
+    return docs
+
+
+def with_docs(inherited: dict[str, str], declared: dict[str, str]) -> dict[str, str]:
+    """Return the fields of a class with their documentation; one without a string below it keeps its base class's."""
+    return inherited | {name: doc or inherited.get(name, "") for name, doc in declared.items()}
 
 
 def _homes(tree: ast.Module) -> dict[str, str]:

@@ -7,7 +7,6 @@ import torch
 
 from tests.training.runs import COUNT, write_config, write_run
 from vlmzip.cli.main import main
-from vlmzip.training.config import defaults, described
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +114,7 @@ def test_attention_that_cannot_be_used_is_said_in_a_line(trained_with, monkeypat
     ("change", "said"),
     [
         ("steps=[", "--set 'steps=[' is not YAML"),
-        ("learning_rate=-1", "learning_rate: -1.0 is out of range"),
+        ("learning_rate=-1", "learning_rate must be a number above 0, got -1"),
         ("trainer.max_steps=5", "trainer: max_steps follows from the run's own setting steps"),
         ("schedule=random_factor(per=step)+fastv(layer=1)", "random_factor cannot be chained"),
     ],
@@ -132,7 +131,7 @@ def test_help_names_every_setting(capsys):
     said = capsys.readouterr().out
     for line in ("learning_rate = 2e-05 ", "lora.alpha = 256 ", "evaluation.every ", "schedule = none ", "model "):
         assert f"\n  {line}" in said
-    assert defaults().keys() == described().keys()
+    assert "\n  evaluation.limit = 200 " in said
 
 
 def test_costs_need_neither_model_nor_records(tmp_path, capsys):

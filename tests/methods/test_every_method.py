@@ -200,7 +200,7 @@ class TestEveryCalibratableMethod:
 def test_unknown_fields_and_positions_are_refused(cls):
     with pytest.raises(UserError, match="did you mean 'positions'"):
         catalogue.make(cls, {"position": "original"})
-    with pytest.raises(UserError, match="positions="):
+    with pytest.raises(UserError, match="positions must be contiguous or original, got 'elsewhere'"):
         cls(positions="elsewhere")
 
 

@@ -96,7 +96,10 @@ def test_a_budget_below_the_layers_before_is_refused():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"stride": 0}, "no stride"),
+        (
+            {"stride": 0},
+            "stride must be a whole number of at least 1 or several, such as 1,3, got 0",
+        ),
         ({"layer": (4, 2), "stride": 2}, "ascending"),
         ({"layer": (1, 2, 3), "stride": (2, 2)}, "2 strides for 3 layers"),
         ({"layer": (1, 2), "window": "2d"}, "squares need a grid"),

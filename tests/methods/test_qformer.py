@@ -157,12 +157,12 @@ def test_more_queries_than_tokens_are_counted_as_such():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"queries": 0}, "queries=0"),
-        ({"depth": "two"}, "depth='two'"),
+        ({"queries": 0}, "queries must be a whole number from 1 to 1,000,000,000, got 0"),
+        ({"depth": "two"}, "depth must be a whole number .*, got 'two'"),
         ({"heads": 5}, "width=768 is no multiple of heads=5"),
-        ({"seed": -1}, "seed=-1"),
+        ({"seed": -1}, "seed must be a whole number from 0 to .*, got -1"),
         ({"positions": "original"}, "contiguous positions only"),
-        ({"site": "post_projector"}, "site="),
+        ({"site": "post_projector"}, "site must be pre_projector, got 'post_projector'"),
     ],
 )
 def test_wrong_fields_are_refused(fields, message):

@@ -298,17 +298,17 @@ def test_fields_survive_pickle_json_and_the_command_line(fields):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"schedule": "v3"}, "schedule='v3' is no choice"),
-        ({"budget": 100}, "budget='100' is no choice"),
+        ({"schedule": "v3"}, "schedule must be v1 or v2, got 'v3'"),
+        ({"budget": 100}, "budget must be 192, 128, 96 or 64, got 100"),
         ({"layer": (7, 3, 16)}, "ascending"),
         ({"layer": (3, 3, 16)}, "ascending"),
         ({"layer": (3, 7)}, "3 counts for 2 layers"),
-        ({"layer": "3,x,16"}, "layer='x' cannot be read as int"),
+        ({"layer": "3,x,16"}, "layer must be whole numbers, such as 1,3, got '3,x,16'"),
         ({"counts": (300, 200)}, "2 counts for 3 layers"),
         ({"counts": (300, 200, 0)}, "keeps nothing"),
         ({"counts": (300, 200, 1.5)}, "no fraction"),
-        ({"recycle": 1.5}, "a share from 0 to 1"),
-        ({"site": "pre_projector"}, "site="),
+        ({"recycle": 1.5}, "recycle must be a number from 0 to 1, got 1.5"),
+        ({"site": "pre_projector"}, "site must be in_llm, got 'pre_projector'"),
     ],
 )
 def test_wrong_settings_are_refused(fields, message):

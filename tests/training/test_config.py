@@ -58,23 +58,26 @@ def test_changes_win_over_the_file(read):
     [
         ("model: mini\n", "records is missing"),
         (LEAST + "stepps: 3\n", "there is no 'stepps'; did you mean 'steps'"),
-        (LEAST + "steps: many\n", "steps: 'many' is no whole number"),
-        (LEAST + "steps: true\n", "steps: True is no whole number"),
-        (LEAST + "steps: 0\n", "steps: 0 is out of range; give at least 1"),
-        (LEAST + "learning_rate: fast\n", "learning_rate: 'fast' is no number"),
-        (LEAST + "gradient_checkpointing: 1\n", "gradient_checkpointing: 1 is no true or false"),
-        (LEAST + "precision: fp8\n", "precision"),
-        (LEAST + "learn: [projektor]\n", "learn='projektor'.*projector"),
+        (LEAST + "steps: many\n", "steps must be a whole number from 1 to 1,000,000,000, got 'many'"),
+        (LEAST + "steps: true\n", "steps must be a whole number .*, got True"),
+        (LEAST + "steps: 0\n", "steps must be a whole number from 1 to 1,000,000,000, got 0"),
+        (LEAST + "learning_rate: fast\n", "learning_rate must be a number above 0, got 'fast'"),
+        (LEAST + "gradient_checkpointing: 1\n", "gradient_checkpointing must be true or false, got 1"),
+        (LEAST + "precision: fp8\n", "precision must be bf16 or float32, got 'fp8'"),
+        (
+            LEAST + "learn: [projektor]\n",
+            "learn must be projector, llm or vision, .* did you mean 'projector'",
+        ),
         (LEAST + "learn: projector\nlora: {}\n", "lora: adapters are on the LLM"),
         (LEAST + "lora: {rank: 3}\n", "lora: there is no 'rank'"),
         (LEAST + "evaluation: {}\n", "evaluation.every is missing"),
-        (LEAST + "evaluation: 5\n", "evaluation is no list of settings"),
-        (LEAST + "trainer: 5\n", "trainer: 5 is no mapping"),
+        (LEAST + "evaluation: 5\n", "evaluation must be a mapping of settings such as {every: …}, got 5"),
+        (LEAST + "trainer: 5\n", "trainer must be a mapping, got 5"),
         (LEAST + "fraction: lots\n", "fraction: 'lots' is no number"),
         (LEAST + "fraction: -10%\n", "fraction: '-10%' is below 0"),
         (LEAST + "fraction: 110%\n", "got 110%"),
         (LEAST + "fraction: 10\n", "got 10"),
-        (LEAST + "learning_rate: " + "9" * 400 + "\n", "learning_rate: 9+ is no number"),
+        (LEAST + "learning_rate: " + "9" * 400 + "\n", "learning_rate must be a number above 0, got 9+"),
         (LEAST + "learn: []\n", "learn: nothing would; give at least one of projector"),
         (LEAST + "steps: 3\nseed: 1\nsteps: 4\n", "steps stands twice, again in line 6"),
         (LEAST + "lora: {r: 1, r: 2}\n", "r stands twice"),
@@ -87,8 +90,8 @@ def test_changes_win_over_the_file(read):
         ("model: " + "{a: " * 20_000, "too many brackets in one another"),
         (LEAST + r'schedule: "\ud800"', "half a character in the text of line 4"),
         (LEAST + r'"\ud800": 3', "half a character in the text of line 4"),
-        ("- model\n", "is no list of settings, such as"),
-        ("", "is no list of settings, such as"),
+        ("- model\n", "must be a YAML mapping such as model: mini"),
+        ("", "must be a YAML mapping such as model: mini"),
     ],
 )
 def test_mistakes_are_named(read, text, said):
@@ -135,7 +138,7 @@ def test_wrong_changes_are_named(read, tmp_path):
 )  # fmt: skip
 def test_numbers_out_of_range_are_named(read, setting):
     name, _, _ = setting.partition("=")
-    with pytest.raises(UserError, match=f"^{name}: .* is out of range; give "):
+    with pytest.raises(UserError, match=f"^{name} must be a .*number .*, got "):
         read(LEAST + "evaluation: {every: 5}\n", setting)
 
 

@@ -38,12 +38,14 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
 
 def _settings() -> str:
     """Every setting of the file, with its default and what it is."""
-    from vlmzip.training.config import defaults, described
+    from vlmzip.schema import REQUIRED, describe
+    from vlmzip.training.config import Config
 
-    told = {name: f"{name} = {value}" if value else name for name, value in defaults().items()}
-    said = described()
-    lines = [f"  {told[name]:<32} {said[name]}" for name in told]
-    return "\n".join(["settings, in the file or by --set:", *lines])
+    lines = ["settings, in the file or by --set:"]
+    for field in describe(Config):
+        default = "" if field.default in (REQUIRED, None, "{}") else f" = {field.default}"
+        lines.append(f"  {field.name + default:<32} {field.doc}")
+    return "\n".join(lines)
 
 
 def run(args: Namespace) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
+from annotated_types import Ge
 from jaxtyping import Float
 from torch import Tensor
 
@@ -30,9 +31,9 @@ class AdaptiveVisionZip(Compressor):
     threshold: ClassVar[str] = DFMR.threshold
     budget_fields = DFMR.budget_fields
 
-    tau: float = DFMR.tau
+    tau: Annotated[float, Ge(0)] = DFMR.tau
     """The deviation from which on a factor is too coarse; set it from images with `calibrate`."""
-    max_factor: int = DFMR.max_factor
+    max_factor: Annotated[int, Ge(1)] = DFMR.max_factor
     """Side of the largest window that DFMR tries; the smallest count is tokens / max_factor²."""
     normalize: Literal["layer", "l2", "none"] = DFMR.normalize
     """As DFMR's: features of each token before measuring."""

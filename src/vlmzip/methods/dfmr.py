@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
+from annotated_types import Ge
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import layer_norm, normalize, pad
 
-from vlmzip.compressor import Compressor, check_choice
-from vlmzip.errors import UserError
+from vlmzip.compressor import Compressor
 from vlmzip.methods.pool2d import output_of_each
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
@@ -38,10 +37,10 @@ class DFMR(Compressor):
     threshold: ClassVar[str] = "tau"
     budget_fields = ("tau",)
 
-    tau: float = 0.3
+    tau: Annotated[float, Ge(0)] = 0.3
     """The deviation from which on a factor is too coarse. The paper's value is unknown: with this one mini's images
     get all three factors. For another model or budget set it with `vlmzip calibrate`."""
-    max_factor: int = 3
+    max_factor: Annotated[int, Ge(1)] = 3
     """Side of the largest window, in tokens."""
     normalize: Literal["layer", "l2", "none"] = "layer"
     """Features of each token before measuring: "layer" to mean 0 and variance 1, "l2" to length 1, "none" as is."""
@@ -52,13 +51,6 @@ class DFMR(Compressor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.tau, int | float) or isinstance(self.tau, bool) or not 0 <= self.tau < math.inf:
-            raise UserError(f"tau={self.tau!r} is no threshold; give a number of at least 0")
-        if isinstance(self.max_factor, bool) or not isinstance(self.max_factor, int) or self.max_factor < 1:
-            raise UserError(f"max_factor={self.max_factor!r} is no side of a window; give a whole number of at least 1")
-        check_choice("normalize", self.normalize, ("layer", "l2", "none"))
-        check_choice("measure", self.measure, ("features", "pixels"))
-        check_choice("windows", self.windows, ("mean", "max"))
         if self.measure == "pixels":
             object.__setattr__(self, "needs", type(self).needs | {Signal.PIXELS})
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vlmzip.compressor import Compressor
-from vlmzip.keep import A_NINTH, Keep, count_to_keep, parse_keep, round_half_up
+from vlmzip.keep import A_NINTH, Keep, count_to_keep, round_half_up
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Site, VisualTokens
 
@@ -33,10 +33,6 @@ class Downsample(Compressor):
     """Where it acts: on the pixels, before the vision encoder."""
     keep: Keep = A_NINTH
     """Tokens per image (int), or a fraction of them (float, "25%"); the nearest grid of the image's shape."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        parse_keep(self.keep)
 
     def token_count(self, grid: Grid) -> int:
         return self.smaller(grid).size

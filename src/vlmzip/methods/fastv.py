@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vlmzip.compressor import Compressor
-from vlmzip.keep import Keep, count_to_keep, parse_keep
+from vlmzip.keep import Keep, count_to_keep
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
@@ -33,10 +33,6 @@ class FastV(Compressor):
     """Tokens per image that layer K and those behind it see (int), or a fraction (float, "50%")."""
     layer: int = 2
     """K, the first layer that sees fewer tokens, 0-based; at least 1."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        parse_keep(self.keep)
 
     def token_count(self, grid: Grid) -> int:
         return count_to_keep(self.keep, grid.size)

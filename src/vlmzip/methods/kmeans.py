@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vlmzip.compressor import Compressor, check_choice
-from vlmzip.errors import UserError
-from vlmzip.keep import A_NINTH, Keep, count_to_keep, parse_keep
+from vlmzip.compressor import Compressor
+from vlmzip.keep import A_NINTH, Keep, count_to_keep
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Site, VisualTokens
 
@@ -39,21 +39,12 @@ class KMeans(Compressor):
 
     keep: Keep = A_NINTH
     """Tokens per image (int), or a fraction of them (float, "25%"): the number of clusters."""
-    iterations: int = 10
+    iterations: Annotated[int, Ge(1)] = 10
     """Lloyd's steps: assign each token to the nearest centroid, then move the centroids to their members' means."""
     metric: Literal["euclidean", "cosine"] = "euclidean"
     """Nearness of features: squared Euclidean distance, of the features as they are or ("cosine") at length 1."""
-    layer: int = 2
+    layer: Annotated[int, Ge(0)] = 2
     """The first LLM layer that sees fewer tokens (site in_llm)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        parse_keep(self.keep)
-        check_choice("metric", self.metric, ("euclidean", "cosine"))
-        for name, least in (("iterations", 1), ("layer", 0)):
-            value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise UserError(f"{name}={value!r}: give a whole number of at least {least}")
 
     def token_count(self, grid: Grid) -> int:
         return count_to_keep(self.keep, grid.size)

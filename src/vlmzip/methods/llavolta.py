@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge
 from jaxtyping import Int
 from torch import Tensor
 
-from vlmzip.compressor import BudgetError, Compressor, Profile, check_choice
+from vlmzip.compressor import BudgetError, Compressor, Profile
 from vlmzip.errors import UserError
 from vlmzip.keep import Keep, count_to_keep
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Site, VisualTokens
 
 BEFORE_THE_LLM = -1
+Stride = Annotated[int, Ge(1)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class LLaVolta(Compressor):
     site: Site = Site.IN_LLM
     layer: int | tuple[int, ...] = 2
     """K, the first layer that sees fewer tokens, 0-based; -1: on the projected tokens, before the LLM; several: 4,8."""
-    stride: int | tuple[int, ...] = 8
+    stride: Stride | tuple[Stride, ...] = 8
     """Tokens averaged into one; one number, or one for each layer: 2,4."""
     window: Literal["1d", "2d"] = "1d"
     """"1d": runs of tokens in raster order, as the paper; "2d": squares of the grid."""
@@ -49,9 +51,7 @@ class LLaVolta(Compressor):
     """The last run, where the stride does not divide the tokens: "drop" it as the authors do, or "keep" its mean."""
 
     def __post_init__(self) -> None:
-        for name in ("layer", "stride"):  # JSON has lists
-            if isinstance(value := getattr(self, name), list):
-                object.__setattr__(self, name, tuple(value))
+        super().__post_init__()
         if self.layer == BEFORE_THE_LLM:
             object.__setattr__(self, "site", Site.POST_PROJECTOR)
         elif self.site == Site.POST_PROJECTOR:
@@ -60,14 +60,9 @@ class LLaVolta(Compressor):
                     f"layer={self.layer!r} is inside the LLM, site={self.site!s} before it: give one of them"
                 )
             object.__setattr__(self, "layer", BEFORE_THE_LLM)
-        super().__post_init__()
-        check_choice("window", self.window, ("1d", "2d"))
-        check_choice("last", self.last, ("drop", "keep"))
         layers, strides = _several(self.layer), _several(self.stride)
         if not layers or list(layers) != sorted(set(layers)) or (len(layers) > 1 and layers[0] < 1):
             raise UserError(f"layer={self.layer!r}: give one layer, or several in ascending order")
-        if any(isinstance(s, bool) or not isinstance(s, int) or s < 1 for s in strides):
-            raise UserError(f"stride={self.stride!r} is no stride; give whole numbers of at least 1")
         if len(strides) not in (1, len(layers)):
             raise UserError(f"{len(strides)} strides for {len(layers)} layers: give one, or one for each layer")
         if len(layers) > 1 and self.window == "2d":

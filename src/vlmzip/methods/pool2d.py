@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from annotated_types import Ge
 
 from vlmzip.compressor import Compressor, Profile
-from vlmzip.errors import UserError
 from vlmzip.keep import Keep, count_to_keep
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Site, VisualTokens
@@ -26,13 +27,8 @@ class Pool2d(Compressor):
     sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR)
     budget_fields = ("factor",)
 
-    factor: int = 3
+    factor: Annotated[int, Ge(1)] = 3
     """Side of the window, in tokens."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.factor, bool) or not isinstance(self.factor, int) or self.factor < 1:
-            raise UserError(f"factor={self.factor!r} is no side of a window; give a whole number of at least 1")
 
     def token_count(self, grid: Grid) -> int:
         return grid.frames * _windows(grid.rows, self.factor) * _windows(grid.cols, self.factor)

@@ -13,6 +13,7 @@ from vlmzip.compressor import Profile
 from vlmzip.errors import UserError
 from vlmzip.keep import Keep, count_to_keep
 from vlmzip.resampler import Resampler
+from vlmzip.schema import Count, Seed
 from vlmzip.visual_tokens import Grid
 
 #: Spread of the initial weights and queries, BERT's and BLIP-2's.
@@ -36,25 +37,21 @@ class QFormer(Resampler):
 
     budget_fields = ("queries",)
 
-    queries: int = 32
+    queries: Count = 32
     """Learned queries: the tokens that the LLM gets of each image, whatever its size."""
-    depth: int = 12
+    depth: Count = 12
     """Layers of the Q-Former."""
-    width: int = 768
+    width: Count = 768
     """Width of the queries; the feed-forward layers are four times as wide."""
-    heads: int = 12
+    heads: Count = 12
     """Attention heads."""
-    cross_every: int = 2
+    cross_every: Count = 2
     """Every how many layers, from the first, the queries attend to the visual tokens."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initial weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("queries", "depth", "width", "heads", "cross_every", "seed"):
-            value, least = getattr(self, name), 0 if name == "seed" else 1
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63:
-                raise UserError(f"{name}={value!r}: give a whole number of at least {least}")
         if self.width % self.heads:
             raise UserError(f"width={self.width} is no multiple of heads={self.heads}")
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError
-from vlmzip.keep import A_NINTH, Keep, count_to_keep, parse_keep
+from vlmzip.keep import A_NINTH, Keep, count_to_keep
+from vlmzip.schema import Seed
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Site, VisualTokens
 
@@ -26,16 +26,10 @@ class RandomTokens(Compressor):
 
     keep: Keep = A_NINTH
     """Tokens per image (int), or a fraction of them (float, "25%")."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the draw."""
     layer: int = 2
     """Inside the LLM: the first layer that sees fewer tokens, 0-based."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        parse_keep(self.keep)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or not 0 <= self.seed < 2**63:
-            raise UserError(f"seed={self.seed!r} is no seed; give a whole number from 0 to 2**63 - 1")
 
     def token_count(self, grid: Grid) -> int:
         return count_to_keep(self.keep, grid.size)

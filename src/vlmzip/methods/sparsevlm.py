@@ -6,15 +6,16 @@ import dataclasses
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge, Le
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vlmzip.compressor import BudgetError, Compressor, Profile, check_choice
-from vlmzip.errors import UserError
-from vlmzip.keep import Keep, count_to_keep, parse_keep, round_half_up
+from vlmzip.compressor import BudgetError, Compressor, Profile
+from vlmzip.errors import UserError, check_choice
+from vlmzip.keep import Keep, count_to_keep, round_half_up
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Signal, Site, VisualTokens
 
@@ -71,31 +72,21 @@ class SparseVLM(Compressor):
     """The published counts: "v1" with recycling, or "v2" (SparseVLM+) without."""
     budget: int = 192
     """The schedule for this many of 576 tokens by the authors' count: 192, 128, 96 or 64."""
-    counts: tuple[int | float, ...] | None = None
+    counts: tuple[Keep, ...] | None = None
     """Instead of published ones: tokens to keep at each layer, or fractions of those that reach it: 300,200,110."""
     layer: tuple[int, ...] = PUBLISHED_LAYERS
     """The first layers that see fewer tokens, 0-based, ascending; ranked by the attention of the layers before."""
-    recycle: float | None = None
+    recycle: Annotated[float, Ge(0), Le(1)] | None = None
     """Share of the pruned tokens that is merged and not lost; 0: none. Left out, 0.3 in v1 and none in v2."""
 
     def __post_init__(self) -> None:
-        for name in ("counts", "layer"):
-            if isinstance(value := getattr(self, name), list):
-                object.__setattr__(self, name, tuple(value))
         super().__post_init__()
-        check_choice("schedule", self.schedule, SCHEDULES)
-        check_choice("budget", str(self.budget), map(str, SCHEDULES[self.schedule]))
-        whole = isinstance(self.layer, tuple) and all(type(layer) is int for layer in self.layer)
-        if not whole or not self.layer or list(self.layer) != sorted(set(self.layer)):
+        check_choice("budget", self.budget, map(str, SCHEDULES[self.schedule]))
+        if not self.layer or list(self.layer) != sorted(set(self.layer)):
             raise UserError(f"layer={self.layer!r}: give layers in ascending order, such as 3,7,16")
-        if not isinstance(self.counts, tuple | None):
-            raise UserError(f"counts={self.counts!r}: give one count for each layer, such as 300,200,110")
-        for count in self._kept:
-            parse_keep(count)
-        if len(self._kept) != len(self.layer):
-            raise UserError(f"{len(self._kept)} counts for {len(self.layer)} layers: give one for each")
-        if self.recycle is not None and not 0 <= self.recycle <= 1:
-            raise UserError(f"recycle={self.recycle!r}: give a share from 0 to 1")
+        counts = self._published if self.counts is None else self.counts
+        if len(counts) != len(self.layer):
+            raise UserError(f"{len(counts)} counts for {len(self.layer)} layers: give one for each")
 
     # --- how many ---------------------------------------------------------------------------------------------
 
@@ -131,9 +122,9 @@ class SparseVLM(Compressor):
         return self._scaled(0.5, profile) if moves else self
 
     @property
-    def _kept(self) -> tuple[int | float, ...]:
-        """For each layer the tokens to keep, or the fraction of those that reach it."""
-        return SCHEDULES[self.schedule][self.budget] if self.counts is None else self.counts
+    def _published(self) -> tuple[int, ...]:
+        """The tokens that the published schedule keeps at each layer."""
+        return SCHEDULES[self.schedule][self.budget]
 
     @property
     def _recycle(self) -> float:
@@ -142,12 +133,12 @@ class SparseVLM(Compressor):
     def _count(self, layer: int | None, available: int) -> int:
         """Tokens that stay as they are at a layer; without one, at the first."""
         stage = 0 if layer is None else self.layer.index(layer)
-        kept, reaching = self._kept[stage], PUBLISHED_TOKENS
-        if self.counts is None:
-            for before in self._kept[:stage]:
-                reaching = self._left(int(before), reaching)
-            kept = kept / reaching
-        return count_to_keep(kept, available)
+        if self.counts is not None:
+            return count_to_keep(self.counts[stage], available)
+        reaching = PUBLISHED_TOKENS
+        for before in self._published[:stage]:
+            reaching = self._left(before, reaching)
+        return count_to_keep(self._published[stage] / reaching, available)
 
     def _recycled(self, pruned: int) -> tuple[int, int]:
         """How many of the pruned tokens are recycled, and into how many."""

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vlmzip.compressor import Compressor, Profile, check_choice
+from vlmzip.compressor import Compressor, Profile
 from vlmzip.errors import UserError
-from vlmzip.keep import A_NINTH, Keep, count_to_keep, parse_keep, round_half_up
+from vlmzip.keep import A_NINTH, Keep, count_to_keep, round_half_up
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Signal, VisualTokens
 
@@ -40,25 +41,20 @@ class VisionZip(Compressor):
 
     keep: Keep | None = None
     """Tokens per image (int) or a fraction (float, "11%"), split 5.4 : 1 into dominant and contextual; else 1/9."""
-    dominant: int | None = None
+    dominant: Annotated[int, Ge(0)] | None = None
     """Dominant tokens, CLS included; together with `contextual`, instead of `keep`."""
-    contextual: int | None = None
+    contextual: Annotated[int, Ge(0)] | None = None
     """Contextual tokens."""
     merge: Literal["reference", "mean"] = "reference"
     """"reference": target + mean of the assigned tokens, as the authors' code; "mean": mean of all, as their paper."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("merge", self.merge, ("reference", "mean"))
         split = (self.dominant, self.contextual)
-        if split == (None, None):
-            parse_keep(self.budget)
-        elif None in split or self.keep is not None:
+        if split != (None, None) and (None in split or self.keep is not None):
             raise UserError("visionzip takes keep alone, or dominant and contextual together")
-        elif any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in split) or split == (0, 0):
-            raise UserError(
-                f"dominant={self.dominant!r}, contextual={self.contextual!r}: counts of at least 1 together"
-            )
+        if split == (0, 0):
+            raise UserError("dominant and contextual are 0: nothing would be kept; give 1 or more of one of them")
 
     @property
     def budget(self) -> Keep:

@@ -2,91 +2,65 @@
 
 from __future__ import annotations
 
-import ast
-import dataclasses
-import inspect
-import itertools
 import math
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
+from annotated_types import Ge, Gt, Le, Lt
 
-from vlmzip.compressor import check_choice
+from vlmzip import schema
 from vlmzip.errors import UserError
 from vlmzip.files import open_to_read
-from vlmzip.training.schedule import Schedule, read_lasting, read_schedule, read_share, refuse_unknown
+from vlmzip.schema import Count
+from vlmzip.training.schedule import Schedule, read_lasting, read_schedule, read_share
 from vlmzip.training.trainer_settings import read_trainer
 
 #: Bytes that a list of settings has at most; a model's weights have more.
 LARGEST = 1 << 20
 #: Parts of a model that can learn.
-PARTS = ("projector", "llm", "vision")
-#: The largest count; no run needs as much, and some counts are memory or processes.
-MOST = 10**9
-#: What a number can be: in words, and whether one is.
-Range = tuple[str, Callable[[float], bool]]
-COUNT_FROM_0: Range = (f"at least 0, at most {MOST:,}", lambda value: 0 <= value <= MOST)
-COUNT: Range = (f"at least 1, at most {MOST:,}", lambda value: 1 <= value <= MOST)
-WORKERS: Range = ("at least 0, at most 512", lambda value: 0 <= value <= 512)
-FROM_0: Range = ("at least 0", lambda value: 0 <= value < math.inf)
-ABOVE_0: Range = ("a number above 0", lambda value: 0 < value < math.inf)
-BELOW_1: Range = ("at least 0 and less than 1", lambda value: 0 <= value < 1)
-SEED: Range = ("0 to 4294967295", lambda value: 0 <= value < 2**32)  # NumPy's seeds
-RANGES: dict[str, Range] = {
-    "steps": COUNT,
-    "epochs": ABOVE_0,
-    "batch": COUNT,
-    "batch_per_process": COUNT,
-    "learning_rate": ABOVE_0,
-    "warmup": BELOW_1,
-    "weight_decay": FROM_0,
-    "max_length": COUNT,
-    "save_every": COUNT,
-    "checkpoints": COUNT,
-    "log_every": COUNT,
-    "workers": WORKERS,
-    "seed": SEED,
-    "text_tokens": COUNT_FROM_0,
-}
-#: What a value is called that a setting does not take.
-KINDS = {int: "whole number", float: "number", bool: "true or false", str: "text"}
+Part = Literal["projector", "llm", "vision"]
+#: A whole number that may be 0.
+Whole = Annotated[int, Ge(0), Le(10**9)]
+#: A share, and never all.
+BelowOne = Annotated[float, Ge(0), Lt(1)]
+#: What NumPy takes, too.
+NumpySeed = Annotated[int, Ge(0), Le(2**32 - 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
     """Low-rank adapters on the LLM's linear layers instead of all its weights."""
 
-    r: int = 128
+    r: Count = 128
     """Rank."""
-    alpha: int = 256
+    alpha: Count = 256
     """Their scale is alpha / r."""
-    dropout: float = 0.05
+    dropout: BelowOne = 0.05
     """On what goes into them, while training."""
 
     def __post_init__(self) -> None:
-        check_ranges("lora.", self, {"r": COUNT, "alpha": COUNT, "dropout": BELOW_1})
+        schema.check(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """What is measured during training, with the compressor that the schedule has for afterwards, or another."""
 
-    every: int
+    every: Count
     """Optimiser steps between two evaluations."""
     task: str = "mini"
     """As `vlmzip eval --tasks` takes it; one."""
-    limit: int | None = 200
+    limit: Count | None = 200
     """The first questions of the task."""
     compressor: str | None = None
     """Instead of the schedule's."""
 
     def __post_init__(self) -> None:
-        check_ranges("evaluation.", self, {"every": COUNT, "limit": COUNT})
+        schema.check(self)
         if self.compressor is not None:
             read_lasting("evaluation.compressor", self.compressor)  # refuses what is none
 
@@ -103,27 +77,27 @@ class Config:
     """The folder of checkpoints, logs, and of the trained model."""
     images: str | None = None
     """The folder that paths of images start from; default: the records'."""
-    schedule: Any = "none"
+    schedule: object = "none"
     """A scheme's name, a compressor, or stages; see docs/training.md."""
-    learn: tuple[str, ...] = ("projector", "llm")
+    learn: tuple[Part, ...] = ("projector", "llm")
     """Which of projector, llm and vision learn; the rest is frozen. The Q-Former's weights always learn."""
     lora: Lora | None = None
     """Adapters on the LLM; llm must be among what learns."""
     fraction: str = "100%"
     """The share of the records that is used, drawn by `seed`."""
-    epochs: float = 1.0
+    epochs: Annotated[float, Gt(0)] = 1.0
     """Times that each record is seen; `steps` counts instead if it is given."""
-    steps: int | None = None
+    steps: Count | None = None
     """Optimiser steps."""
-    batch: int = 128
+    batch: Count = 128
     """Records in an optimiser step, over all processes."""
-    batch_per_process: int | None = None
+    batch_per_process: Count | None = None
     """Records in one forward; what is missing to `batch` is accumulated. Default: all of the process's share."""
-    learning_rate: float = 2e-5
+    learning_rate: Annotated[float, Gt(0)] = 2e-5
     """The highest, of AdamW."""
-    warmup: float = 0.03
+    warmup: BelowOne = 0.03
     """Share of the steps in which the learning rate rises; after them it falls in a cosine."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Ge(0)] = 0.0
     """AdamW's, on all weights but biases and those of norms."""
     precision: Literal["bf16", "float32"] = "bf16"
     """bf16: automatic mixed precision, on a CPU too."""
@@ -133,7 +107,7 @@ class Config:
     """transformers' implementation; on a CPU eager may be faster for a small model."""
     gradient_checkpointing: bool = False
     """Compute layers again in the backward instead of keeping what they put out: less memory, more time."""
-    max_length: int = 2048
+    max_length: Count = 2048
     """Tokens of a record, visual ones uncompressed; longer records are left out and counted."""
     max_left_out: str = "25%"
     """The largest share of the records that may be left out, going by some that are read before the first step."""
@@ -141,25 +115,25 @@ class Config:
     """Records of like length stand in a batch, so that little is padded."""
     evaluation: Evaluation | None = None
     """Questions that are asked during training."""
-    save_every: int = 500
+    save_every: Count = 500
     """Optimiser steps between checkpoints."""
-    checkpoints: int = 2
+    checkpoints: Count = 2
     """How many are kept."""
-    log_every: int = 10
+    log_every: Count = 10
     """Optimiser steps between lines of the log."""
-    workers: int = 0
+    workers: Annotated[int, Ge(0), Le(512)] = 0
     """Processes that read records and images, beside each training process."""
-    seed: int = 0
+    seed: NumpySeed = 0
     """Of the order of the records, of those chosen by `fraction`, and of fresh weights."""
     sharding: Literal["none", "fsdp"] = "none"
     """fsdp: several processes share weights, gradients and the optimiser's state out, instead of a copy each."""
-    text_tokens: int = 62
+    text_tokens: Whole = 62
     """Tokens of text beside an image, for what `--explain` counts; LLaVolta's tables fit 62."""
     trainer: Mapping[str, Any] = field(default_factory=dict)
     """Further settings of transformers' TrainingArguments, such as deepspeed."""
 
     def __post_init__(self) -> None:
-        check_ranges("", self, RANGES)
+        schema.check(self)
         schedule = self.schedule_for(32)  # refuses what is none, whatever the depth
         self._check_what_learns(schedule)
         if not 0 < self.share <= 1:
@@ -169,11 +143,9 @@ class Config:
         self._check_trainer()
 
     def _check_what_learns(self, schedule: Schedule) -> None:
-        for part in self.learn:
-            check_choice("learn", part, PARTS)
         trained = [part.trained_weights for stage in schedule.stages for part in stage.compressor.stages()]
         if not self.learn and not any(trained):
-            raise UserError(f"learn: nothing would; give at least one of {', '.join(PARTS)}")
+            raise UserError(f"learn: nothing would; give at least one of {', '.join(get_args(Part))}")
         if self.lora is not None and "llm" not in self.learn:
             raise UserError("lora: adapters are on the LLM; put llm among what learns")
 
@@ -227,42 +199,6 @@ class Config:
         return steps
 
 
-#: Settings that have settings of their own.
-WITHIN: dict[type, dict[str, type]] = {Config: {"lora": Lora, "evaluation": Evaluation}}
-
-
-def check_ranges(where: str, settings: Any, ranges: Mapping[str, Range]) -> None:
-    """Raises `UserError` for a number that cannot be, with its name behind `where`; what is not given can be `None`."""
-    for name, (wanted, is_one) in ranges.items():
-        value = getattr(settings, name)
-        if value is not None and not is_one(value):
-            raise UserError(f"{where}{name}: {value} is out of range; give {wanted}")
-
-
-def described(cls: type = Config) -> dict[str, str]:
-    """What each setting is, from the sentence behind it; those of `lora` and `evaluation` by their full names."""
-    (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    assert isinstance(body, ast.ClassDef)
-    found = {}
-    for field_, said in itertools.pairwise(body.body):
-        if isinstance(field_, ast.AnnAssign) and isinstance(said, ast.Expr) and isinstance(said.value, ast.Constant):
-            found[ast.unparse(field_.target)] = " ".join(str(said.value.value).split())
-    for name, part in WITHIN.get(cls, {}).items():
-        found |= {f"{name}.{key}": sentence for key, sentence in described(part).items()}
-    return found
-
-
-def defaults(cls: type = Config) -> dict[str, str]:
-    """Each setting with its default, as it is written; nothing for what has to be given, or has settings of its own."""
-    found = {}
-    for field_ in dataclasses.fields(cls):
-        missing = field_.default is dataclasses.MISSING or field_.default is None
-        found[field_.name] = "" if missing else str(field_.default)
-        if part := WITHIN.get(cls, {}).get(field_.name):
-            found |= {f"{field_.name}.{name}": value for name, value in defaults(part).items()}
-    return found
-
-
 def read_config(path: Path, changes: Sequence[str] = ()) -> Config:
     """The run that a YAML file describes, with `changes` such as "steps=100" or "evaluation.every=50".
 
@@ -277,10 +213,10 @@ def read_config(path: Path, changes: Sequence[str] = ()) -> Config:
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{str(path)!r} is no list of settings, such as model: mini")
+        raise UserError(f"{str(path)!r} must be a YAML mapping such as model: mini")
     for change in changes:
         _change(content, change)
-    return _read(Config, content, "")
+    return schema.read(Config, content)
 
 
 class _Loader(yaml.SafeLoader):
@@ -330,47 +266,3 @@ def _change(content: dict[str, Any], change: str) -> None:
         if not isinstance(content, dict):
             raise UserError(f"--set {change!r}: {name} has no settings of its own")
     content[last] = _parse(f"--set {change!r}", value)
-
-
-def _read(cls: Any, content: Any, where: str) -> Any:
-    """An instance of a dataclass from a mapping."""
-    if not isinstance(content, Mapping):
-        raise UserError(f"{where or 'the file'} is no list of settings")
-    hints = get_type_hints(cls)
-    refuse_unknown(where or "the file", content, list(hints))
-    for one in dataclasses.fields(cls):
-        needed = one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
-        if needed and one.name not in content:
-            raise UserError(f"{where + '.' if where else ''}{one.name} is missing")
-    prefix = f"{where}." if where else ""
-    return cls(**{name: _value(prefix + name, value, hints[name]) for name, value in content.items()})
-
-
-def _value(where: str, value: Any, hint: Any) -> Any:
-    can_be_left_out = type(None) in get_args(hint)
-    kind = next(kind for kind in get_args(hint) if kind is not type(None)) if can_be_left_out else hint
-    if value is None and can_be_left_out:
-        return None
-    if dataclasses.is_dataclass(kind):
-        return _read(kind, {} if value is True else value, where)
-    if kind is Any:
-        return value
-    if get_origin(kind) is Literal:
-        check_choice(where, value, get_args(kind))
-        return value
-    if get_origin(kind) is tuple:
-        several = value if isinstance(value, list) else [value]
-        return tuple(_value(where, one, get_args(kind)[0]) for one in several)
-    if get_origin(kind) is not None:  # a mapping that somebody else reads
-        if isinstance(value, Mapping):
-            return dict(value)
-    elif kind is str and isinstance(value, str | int | float) and not isinstance(value, bool):
-        return str(value)
-    elif kind is float and not isinstance(value, bool):
-        try:  # YAML takes 1e-3 for text
-            return float(value)
-        except (TypeError, ValueError, OverflowError):
-            pass
-    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
-        return value
-    raise UserError(f"{where}: {value!r} is no {KINDS.get(kind, 'mapping')}")

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from annotated_types import Ge
 
-from vlmzip.compressor import Compressor, check_choice
+from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.methods import Pool2d
 from vlmzip.methods.pool2d import output_of_each
+from vlmzip.schema import Seed
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Site, VisualTokens
 
@@ -28,21 +30,16 @@ class RandomFactor(Compressor):
 
     sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR)
 
-    factors: tuple[int, ...] = (1, 2, 3)
+    factors: tuple[Annotated[int, Ge(1)], ...] = (1, 2, 3)
     """Sides of the windows, in tokens."""
     per: Literal["image", "step"] = "image"
     """Whether each "image" has a draw of its own, or all of an optimiser "step", in all processes, share it."""
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if isinstance(self.factors, list):  # JSON has lists
-            object.__setattr__(self, "factors", tuple(self.factors))
         super().__post_init__()
-        check_choice("per", self.per, ("image", "step"))
-        if not isinstance(self.factors, tuple) or not self.factors:
-            raise UserError(f"factors={self.factors!r}: give sides of windows, such as 1,2,3")
-        for factor in self.factors:
-            Pool2d(factor=factor)  # refuses what is no side
+        if not self.factors:
+            raise UserError("factors are missing: give sides of windows, such as 1,2,3")
 
     def drawn(self, step: int, salt: int = 0) -> Compressor:
         """What to compress with in an optimiser step; the same whenever the same is asked, so that a run can resume.
