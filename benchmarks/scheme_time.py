@@ -18,12 +18,12 @@ from train_step import step_flops
 from training_claims import BATCH, LAST, SCHEMES, SEEDS, WARM, prepare, train_model
 
 from vlmzip import NoCompression, attach
-from vlmzip.cli.loading import load
 from vlmzip.compressor import Compressor
 from vlmzip.files import write_csv
 from vlmzip.json_text import parse, read_lines
 from vlmzip.lab.bench.timing import in_turns
 from vlmzip.lab.machine import about
+from vlmzip.runtime.loading import load
 from vlmzip.runtime.prepare import pad_id
 from vlmzip.training.batches import Collator, Preprocessor
 from vlmzip.training.records import Records

@@ -165,9 +165,9 @@ def prepare(out: Path, processes: int) -> list[str]:
 def _calibrate(model: Path) -> dict[str, str]:
     """The thresholds at which mini's 180 validation images keep `SHARES` of their tokens on average."""
     from vlmzip import DFMR
-    from vlmzip.cli.loading import load
     from vlmzip.lab.tasks.mini import mini_task
     from vlmzip.runtime.calibration import measure, meet
+    from vlmzip.runtime.loading import load
 
     loaded = load(str(model))
     calibration = mini_task(1).calibration

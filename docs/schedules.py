@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from vlmzip.lab.bench.presets import PRESETS, make_config, make_model
+from vlmzip.lab.papers.llavolta import explain_beside_paper
 from vlmzip.models import adapter_for
-from vlmzip.training.explain import COLUMNS, Cost, explain, lines
+from vlmzip.training.explain import COLUMNS, Cost, lines
 from vlmzip.training.schedule import SCHEMES, scheme
 
 PAGE = Path(__file__).with_suffix(".md")
@@ -40,7 +41,7 @@ def page() -> str:
     adapter = adapter_for(make_model(make_config(PRESETS["llava-1.5-7b"]), "meta", torch.bfloat16))
     parts = [HEAD]
     for name in SCHEMES:
-        parts.append(f"## {name}\n\n{_table(explain(scheme(name), adapter, STEPS, TEXT))}\n")
+        parts.append(f"## {name}\n\n{_table(explain_beside_paper(scheme(name), adapter, STEPS, TEXT))}\n")
     return "\n".join(parts)
 
 

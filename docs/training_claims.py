@@ -17,9 +17,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from vlmzip import spec
 from vlmzip.lab.papers import published
+from vlmzip.lab.papers.llavolta import IN_THE_PAPER, explain_beside_paper
 from vlmzip.mini import weights_folder
 from vlmzip.models import adapter_for
-from vlmzip.training.explain import IN_THE_PAPER, explain
 from vlmzip.training.schedule import SCHEMES, scheme
 
 Row = dict[str, str]
@@ -307,7 +307,7 @@ def _schemes(rows: Sequence[Row], times: Mapping[str, Row]) -> list[str]:
     layers = adapter.profile().layers
     lines = []
     for name in SCHEMES:
-        cost = explain(scheme(name, layers), adapter, 1000, TEXT)
+        cost = explain_beside_paper(scheme(name, layers), adapter, 1000, TEXT)
         used = _score(rows, name, LIGHT) if name in ("none", LAST) else ""
         lines.append([f"`{name}`", f"{cost.ratio:.0%}", f"{cost.flops - 1:+.0%}", *_times(times[name])])
         lines[-1] += [_score(rows, name, PLAIN), used, *_printed(name)]

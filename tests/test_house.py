@@ -14,7 +14,7 @@ import vlmzip
 
 #: From the ground up. A room imports itself and the rooms above it in this list.
 ROOMS = {
-    "ground": ("version", "errors", "files", "json_text", "children", "noise", "sites"),
+    "ground": ("version", "errors", "files", "json_text", "children", "locks", "processes", "noise", "sites"),
     "vocabulary": ("keep", "visual_tokens", "token_map", "compressor", "resampler"),
     "methods": ("methods",),
     "catalogue": ("outline", "own_files", "catalogue", "compressor_file", "spec"),
@@ -38,14 +38,6 @@ IMPORTS_NOT_YET_RIGHT: dict[tuple[str, str], str] = {
     ("runtime.packing", "runtime.prepare"): "the prompt's types move below both",
     ("runtime.fingerprint", ""): "the folder of the package is that of vlmzip.version",
     ("runtime.imported", ""): "the folder of the package is that of vlmzip.version",
-    ("training.explain", "lab.papers"): "the lab adds the papers' schedules to the table",
-    ("training.explain", "lab.papers.published"): "the lab adds the papers' schedules to the table",
-    ("training.folder", "lab.records"): "filelock",
-    ("training.run", "lab.processes"): "accelerate's process state",
-    ("training.run", "lab.tasks.catalogue"): "the lab evaluates what was trained",
-    ("training.run", "lab.tasks.task"): "the lab evaluates what was trained",
-    ("lab.lmms.adapter", "cli.loading"): "loading a model is the runtime's",
-    ("lab.lmms.run", "cli.loading"): "loading a model is the runtime's",
 }
 #: (module, class): where code outside `methods/` asks whether a compressor is of a certain class.
 METHODS_KNOWN_BY_CLASS: dict[tuple[str, str], str] = {

@@ -37,7 +37,7 @@ FREE = [
 @pytest.fixture
 def refused(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("vlmzip.cli.loading.load", lambda *_: pytest.fail("loaded before it refused"))
+    monkeypatch.setattr("vlmzip.runtime.loading.load", lambda *_: pytest.fail("loaded before it refused"))
     Image.new("RGB", (9, 9)).save("a.png")
 
     def run(*arguments):

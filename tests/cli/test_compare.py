@@ -350,7 +350,7 @@ def test_mistakes_get_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, ar
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)).save(image)
     before = image.read_bytes()
     if not (arguments and "<image>" in arguments[-1]):  # only the model's own placeholder can be known no sooner
-        monkeypatch.setattr("vlmzip.cli.loading.load", lambda *_: pytest.fail("loaded before it refused"))
+        monkeypatch.setattr("vlmzip.runtime.loading.load", lambda *_: pytest.fail("loaded before it refused"))
     code, out, err = run(capsys, *[a.format(image=image) for a in arguments])
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("vlmzip: ")

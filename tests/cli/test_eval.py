@@ -249,7 +249,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(a) for a, _ in MISTAKES])
 def test_mistakes_get_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, asked, arguments, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("vlmzip.cli.loading.load", lambda *_: pytest.fail("loaded before it refused"))
+    monkeypatch.setattr("vlmzip.runtime.loading.load", lambda *_: pytest.fail("loaded before it refused"))
     before = sorted(tmp_path.rglob("*"))
     code = main(["eval", *(argument.format(folder=asked) for argument in arguments)])
     out, err = capsys.readouterr()
@@ -260,7 +260,7 @@ def test_mistakes_get_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, as
 
 
 def test_an_unreadable_image_is_named_before_the_model_is_loaded(capsys, monkeypatch, tmp_path, asked):
-    monkeypatch.setattr("vlmzip.cli.loading.load", lambda *_: pytest.fail("loaded before it refused"))
+    monkeypatch.setattr("vlmzip.runtime.loading.load", lambda *_: pytest.fail("loaded before it refused"))
     (tmp_path / "asked" / "b.png").write_bytes((tmp_path / "asked" / "b.png").read_bytes()[:200])
     assert main(["eval", "--tasks", asked + ":exact", "--out", str(tmp_path / "out")]) == 2
     assert re.search(r"^vlmzip: 1 of 3 images cannot be read; the first: '.*b\.png' .*$", capsys.readouterr().err)

@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 
 from vlmzip import UserError, spec
-from vlmzip.cli import loading
 from vlmzip.cli.asking import split_images_and_question
 from vlmzip.cli.main import main
 from vlmzip.compressor_file import read_compressor
 from vlmzip.files import is_file, is_folder, is_there, open_to_read, refuse_place, write_text
 from vlmzip.json_text import read_json
 from vlmzip.lab.tasks.catalogue import read_task
+from vlmzip.runtime import loading
 from vlmzip.runtime.saving import from_pretrained
 
 LONG = "what is it and where " * 15
@@ -76,7 +76,7 @@ def load_others(name, device=None, *others, load=loading.load, **settings):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("vlmzip.cli.loading.load", load_others)
+    monkeypatch.setattr("vlmzip.runtime.loading.load", load_others)
     monkeypatch.setattr("vlmzip.cli.bench._measure", lambda *_: pytest.fail("measured before it refused"))
     Image.new("RGB", (9, 9)).save("a.png")
     Path("loop").symlink_to("loop")

@@ -220,7 +220,7 @@ MISTAKES = [
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES, ids=[" ".join(a) for a, _ in MISTAKES])
 def test_mistakes_get_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, place, arguments, message):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("vlmzip.cli.loading.load", lambda *_: pytest.fail("loaded before it refused"))
+    monkeypatch.setattr("vlmzip.runtime.loading.load", lambda *_: pytest.fail("loaded before it refused"))
     code = main(["study", *(argument.format(folder=place) for argument in arguments)])
     out, err = capsys.readouterr()
     assert (code, out, err.count("\n")) == (2, "", 1)

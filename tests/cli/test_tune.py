@@ -249,7 +249,7 @@ def test_mistakes_get_one_line_and_exit_code_2(
     capsys, tmp_path, monkeypatch, questions, checkpoint, arguments, message
 ):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("vlmzip.cli.loading.load", lambda *_: pytest.fail("loaded before it refused"))
+    monkeypatch.setattr("vlmzip.runtime.loading.load", lambda *_: pytest.fail("loaded before it refused"))
     before = sorted(tmp_path.rglob("*"))
     code = main(["tune", *(argument.format(folder=questions, model=checkpoint) for argument in arguments)])
     out, err = capsys.readouterr()

@@ -3,14 +3,11 @@
 import errno
 import json
 import os
-import subprocess
-import sys
-from contextlib import contextmanager
 
 import pytest
 
 from vlmzip.errors import UserError
-from vlmzip.lab.records import KEYS, Shard, hold, read_records
+from vlmzip.lab.records import KEYS, Shard, read_records
 
 
 def record(number):
@@ -124,59 +121,7 @@ def test_a_full_disk_keeps_what_was_written_and_says_so(path, monkeypatch, call)
     assert set(read_records([path])) == {"0", "1", "2", "3"}
 
 
-def test_two_runs_cannot_write_one_file(path):
-    with Shard(path), pytest.raises(UserError, match="another run is writing"):
-        Shard(path)
-    Shard(path).close()
-
-
-HOLDS = """
-import sys, time
-from pathlib import Path
-from vlmzip.lab.records import hold
-
-held = hold(Path(sys.argv[1]))
-print("held", flush=True)
-time.sleep(120)
-"""
-
-
-@contextmanager
-def another_run(folder):
-    """A process that holds a folder until it is killed."""
-    with subprocess.Popen([sys.executable, "-c", HOLDS, str(folder)], stdout=subprocess.PIPE, text=True) as process:
-        try:
-            assert process.stdout.readline() == "held\n"
-            yield
-        finally:
-            process.kill()
-
-
-def test_a_folder_is_one_runs_until_it_ends(tmp_path):
-    with another_run(tmp_path / "out"), pytest.raises(UserError, match=r"another run is writing .*out'; wait for it"):
-        hold(tmp_path / "out")
-    held, again = hold(tmp_path / "out"), hold(tmp_path / "a" / ".." / "out")  # it was killed
-    assert held is again
-    del held, again
-    with another_run(tmp_path / "out"):  # nobody here has it any more
-        pass
-
-
-def test_where_there_are_no_locks_nobody_is_kept_out(tmp_path, monkeypatch):
-    def none(*_):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    with another_run(tmp_path):
-        with monkeypatch.context() as patched:
-            patched.setattr("vlmzip.lab.records.fcntl.flock", none)
-            hold(tmp_path)
-        monkeypatch.setattr("vlmzip.lab.records.fcntl", None)
-        hold(tmp_path)
-
-
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         Shard(tmp_path / "file" / "it.jsonl")
-    with pytest.raises(UserError, match="cannot write"):
-        hold(tmp_path / "file" / "out")

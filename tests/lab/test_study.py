@@ -10,18 +10,18 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.lab.test_records import another_run
 from tests.lab.test_tasks import question, write
+from tests.test_locks import another_run
 from tests.tiny import FAMILIES, tiny_llava, tiny_processor
 from vlmzip import Pool2d, TokenMap
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.lab.configurations import read_budgets
-from vlmzip.lab.processes import Processes
-from vlmzip.lab.records import LOCK
 from vlmzip.lab.results import results
 from vlmzip.lab.study import Study
 from vlmzip.lab.tasks.catalogue import read_task
+from vlmzip.locks import LOCK
+from vlmzip.processes import Processes
 from vlmzip.spec import Candidate, candidates
 
 WORDS = ("w4 w5", "w6", "w7 w8 w9", "w10", "w11 w12", "w13", "w14")

@@ -10,11 +10,11 @@ from tokenizers.processors import TemplateProcessing
 import vlmzip
 from tests.tiny import tiny_llava, tiny_processor
 from vlmzip.cli.asking import build_inputs
-from vlmzip.cli.loading import Loaded, load
 from vlmzip.errors import UserError
 from vlmzip.methods import FastV, VisionZip
 from vlmzip.models import adapter_for
 from vlmzip.runtime.answering import Answerer
+from vlmzip.runtime.loading import Loaded, load
 from vlmzip.runtime.prompts import chat_prompt, conversation_prompt
 
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 import vlmzip
 from tests.tiny import save_checkpoint, tiny_llava
 from vlmzip import UserError, VisionZip
-from vlmzip.cli.loading import find_device, load
 from vlmzip.cli.main import main
 from vlmzip.runtime import checkpoints
+from vlmzip.runtime.loading import find_device, load
 
 WEIGHTS = "model.safetensors"
 

@@ -323,7 +323,7 @@ def test_a_processor_that_rewrites_prompts_is_refused(llava):
 
 
 def test_mini_learns_what_its_own_template_says(tmp_path):
-    from vlmzip.cli.loading import load
+    from vlmzip.runtime.loading import load
 
     loaded = load("mini")
     Image.new("RGB", (96, 96)).save(tmp_path / "a.png")

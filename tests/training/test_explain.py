@@ -8,8 +8,9 @@ import torch
 
 from vlmzip.errors import UserError
 from vlmzip.lab.bench.presets import PRESETS, make_config, make_model
+from vlmzip.lab.papers.llavolta import explain_beside_paper as explain
 from vlmzip.models import adapter_for
-from vlmzip.training.explain import COLUMNS, draw_staircase, explain, lines
+from vlmzip.training.explain import COLUMNS, draw_staircase, lines
 from vlmzip.training.schedule import SCHEMES, read_schedule, scheme
 
 #: Exact means over the stages, worked out by hand from Eq. 3's token counts: (3312 + 18432) / 2 and so on.

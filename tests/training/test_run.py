@@ -6,10 +6,11 @@ from tests.tiny import tiny_llava, tiny_qwen
 from tests.training.runs import write_config
 from vlmzip import FastV, NoCompression, Pool2d, attach
 from vlmzip.compressor import Compressor
+from vlmzip.errors import UserError
 from vlmzip.methods import Chain, RandomTokens
 from vlmzip.models import adapter_for
 from vlmzip.training.config import Lora, read_config
-from vlmzip.training.run import CHECKPOINTING, _choose_what_learns, _subset, _with_lora, arguments
+from vlmzip.training.run import CHECKPOINTING, _choose_what_learns, _subset, _with_lora, arguments, train
 from vlmzip.training.trainer import _redrawn, evaluating
 
 pytest.importorskip("accelerate")
@@ -86,3 +87,8 @@ def test_after_an_evaluation_training_goes_on_as_before():
         assert compressed.compressor == NoCompression()
     assert compressed.training
     assert compressed.compressor == Pool2d(factor=2)
+
+
+def test_an_evaluation_needs_a_score(config):
+    with pytest.raises(UserError, match="evaluation: train needs a score"):
+        train(config(evaluation={"every": 1, "task": "mini"}), None, None, None, print)

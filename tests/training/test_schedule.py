@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from vlmzip import DFMR, LLaVolta, NoCompression
 from vlmzip.errors import UserError
 from vlmzip.lab.papers import published
-from vlmzip.training.explain import IN_THE_PAPER
+from vlmzip.lab.papers.llavolta import IN_THE_PAPER
 from vlmzip.training.schedule import SCHEMES, Schedule, Stage, constant, read_schedule, scheme
 
 

@@ -543,7 +543,7 @@ def test_every_question_is_asked(start, again, monkeypatch, tmp_path):
         return answer(answerer, compressed, images, questions, *rest)
 
     monkeypatch.setattr(Answerer, "answer", counted)
-    monkeypatch.setattr("vlmzip.training.run.ASK", 2)
+    monkeypatch.setattr("vlmzip.lab.score.BATCH", 2)
     again(steps=1, evaluation={"every": 1, "task": f"{tmp_path}:exact"})
     assert asked == ["w6", "w7", "w8", "w9", "w10"]
 

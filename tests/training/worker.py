@@ -16,12 +16,12 @@ from torch.distributed.tensor import DTensor
 
 from vlmzip import spec
 from vlmzip.cli.main import main
+from vlmzip.lab import score
 from vlmzip.runtime.answering import Answerer
-from vlmzip.training import run
 from vlmzip.training.trainer import StagedTrainer
 
 PATIENCE = 120
-ASK = run.ASK
+BATCH = score.BATCH
 #: Questions answered together where each process is to get some.
 DIVIDED = 2
 
@@ -45,7 +45,7 @@ def watched_step(self, model, inputs, num_items_in_batch=None, plain=StagedTrain
 
 def watched_answer(self, compressed, images, questions, *more, plain=Answerer.answer):
     answers = plain(self, compressed, images, questions, *more)
-    if run.ASK == DIVIDED:  # some are right
+    if score.BATCH == DIVIDED:  # some are right
         answers = [replace(answer, text=question) for answer, question in zip(answers, questions, strict=True)]
     note(os.environ["OUT"], answers=[answer.text for answer in answers])
     return answers
@@ -56,6 +56,6 @@ if __name__ == "__main__":
     for config in sys.argv[1:]:
         faulthandler.dump_traceback_later(PATIENCE, exit=True)
         os.environ["OUT"] = json.loads(Path(config).read_text())["out"]
-        run.ASK = DIVIDED if os.environ["OUT"].endswith("evaluated-ddp") else ASK
+        score.BATCH = DIVIDED if os.environ["OUT"].endswith("evaluated-ddp") else BATCH
         if main(["train", config]) != 0:
             sys.exit(1)

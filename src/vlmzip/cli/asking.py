@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from vlmzip.cli.images import load_image
-from vlmzip.cli.loading import Loaded, note
+from vlmzip.cli.loading import note
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, collecting_warnings
 from vlmzip.files import is_file
@@ -17,6 +17,7 @@ from vlmzip.lab.bench.timing import now
 from vlmzip.runtime.detail import WORRYING
 from vlmzip.runtime.facade import CompressedModel, attach
 from vlmzip.runtime.flops import kv_cache_bytes, prefill_flops
+from vlmzip.runtime.loading import Loaded
 from vlmzip.runtime.prompts import chat_prompt, special_tokens, unknown_words
 from vlmzip.runtime.report import Report
 from vlmzip.runtime.saving import saved_weights

@@ -82,9 +82,9 @@ def run(args: Namespace) -> None:
     if args.keep is not None:
         refuse_second_budgets(methods, args.keep, "take the budget out of the method, or give --keep none")
     from vlmzip.cli.bench_output import rows
-    from vlmzip.cli.loading import DTYPES, find_device
     from vlmzip.files import write_csv
     from vlmzip.lab.machine import about, file_name
+    from vlmzip.runtime.loading import DTYPES, find_device
 
     device = find_device(args.device)
     on_gpu = device.type == "cuda"
@@ -280,8 +280,8 @@ def _refuse_what_cannot_run(args: Namespace, config: Any, device: torch.device, 
 
 def _check(args: Namespace) -> None:
     """Raises `UserError` for what can be refused before anything slow happens, and reads `keep`."""
-    from vlmzip.cli.loading import check_dtype
     from vlmzip.lab.bench.presets import PRESETS
+    from vlmzip.runtime.loading import check_dtype
 
     if args.preset not in PRESETS:
         raise UserError(f"there is no preset {args.preset!r}{closest(args.preset, PRESETS)}")

@@ -8,12 +8,13 @@ from statistics import median
 from typing import Any
 
 from vlmzip.cli.asking import TimedAnswer, answer, attach_and_note, attach_with_notes
-from vlmzip.cli.loading import Loaded, progress
+from vlmzip.cli.loading import progress
 from vlmzip.compressor import BudgetError, Compressor, Profile, missed
 from vlmzip.errors import UserError, reason, telling_beyond_positions
 from vlmzip.keep import Keep
 from vlmzip.methods import NoCompression
 from vlmzip.runtime.facade import CompressedModel
+from vlmzip.runtime.loading import Loaded
 from vlmzip.spec import Candidate
 
 PLAIN = NoCompression.name()

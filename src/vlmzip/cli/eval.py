@@ -82,9 +82,9 @@ def run(args: Namespace) -> None:
 
     from vlmzip.cli.loading import load, note_unknown_words, tell
     from vlmzip.lab.configurations import read_rows
-    from vlmzip.lab.processes import Processes
     from vlmzip.lab.study import Study
     from vlmzip.lab.tasks.catalogue import read_tasks
+    from vlmzip.processes import Processes
 
     _check(args)
     if args.suite is not None:

@@ -144,7 +144,8 @@ def _run(arguments: list[str]) -> None:
         except (UserError, OSError):
             raise
         except Exception as error:
-            from vlmzip.cli.loading import refuse_model_at_fault, refuse_too_much_at_once
+            from vlmzip.cli.loading import refuse_too_much_at_once
+            from vlmzip.runtime.loading import refuse_model_at_fault
 
             refuse_too_much_at_once(error, args)
             refuse_model_at_fault(error)

@@ -38,8 +38,8 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
 def run(args: Namespace) -> None:
     from vlmzip.cli.loading import load, note, note_unknown_words, tell
     from vlmzip.lab.analyses.subject import Subject, Unsuited
-    from vlmzip.lab.processes import Processes
     from vlmzip.lab.tasks.catalogue import read_one_task
+    from vlmzip.processes import Processes
 
     names = list(dict.fromkeys(NAMES if "all" in args.names else args.names))
     analyses = {name: find(name) for name in names}

@@ -87,17 +87,24 @@ def _train(config: Config) -> None:
         import accelerate  # noqa: F401
     except ImportError:
         raise UserError("training needs accelerate: pip install 'vlmzip[train]'") from None
-    from vlmzip.lab.processes import Processes
+    from vlmzip.lab.score import TaskScore
+    from vlmzip.lab.tasks.catalogue import read_task
+    from vlmzip.processes import Processes
+    from vlmzip.runtime.answering import Answerer
     from vlmzip.training.run import train, try_out
 
     refuse_place(Path(config.out), "out:")
     try_out(config)
+    asked = config.evaluation
+    task = None if asked is None else read_task(asked.task, asked.limit, None)
     first = Processes().first
     loaded = load(config.model, "cpu", config.weights)  # Trainer moves it to where it belongs
     _set_attention(loaded.model, config.attention)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is untrained")  # here it is trained
-        folder = train(config, loaded.model, loaded.processor, loaded.adapter, note if first else _say_nothing)
+        score = None if task is None else TaskScore(Answerer(loaded.adapter, loaded.processor), task)
+        tell_first = note if first else _say_nothing
+        folder = train(config, loaded.model, loaded.processor, loaded.adapter, tell_first, score)
     if first:
         tell(f"the trained model is in {folder}")
 
@@ -116,14 +123,15 @@ def _say_nothing(_text: str) -> None:
 
 def _explain(config: Config, args: Namespace) -> None:
     from vlmzip.cli.tables import print_table
-    from vlmzip.training.explain import COLUMNS, as_json, explain, lines
+    from vlmzip.lab.papers.llavolta import explain_beside_paper
+    from vlmzip.training.explain import COLUMNS, as_json, lines
 
     if args.staircase:
         _check_image(args.staircase)
     _note_what_is_missing(config)
     adapter, steps = _on_paper(config, args.shape), _steps(config)
     schedule = config.schedule_for(adapter.profile().layers)
-    cost = explain(schedule, adapter, steps, config.text_tokens)
+    cost = explain_beside_paper(schedule, adapter, steps, config.text_tokens)
     _note_unreached(cost, steps)
     if args.json:
         print(json.dumps(as_json(cost), indent=2))
@@ -156,10 +164,10 @@ def _on_paper(config: Config, preset: str | None) -> Any:
     import torch
     from transformers import AutoModelForImageTextToText
 
-    from vlmzip.cli.loading import source_of
     from vlmzip.lab.bench.presets import PRESETS, make_config, make_model
     from vlmzip.models import adapter_for
     from vlmzip.runtime.checkpoints import load_config, refusing
+    from vlmzip.runtime.loading import source_of
 
     if preset is not None:
         if preset not in PRESETS:

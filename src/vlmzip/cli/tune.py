@@ -17,10 +17,10 @@ from vlmzip.outline import METHOD_FORMS
 if TYPE_CHECKING:
     from vlmzip.cli.tune_output import SearchOutcome
     from vlmzip.lab.configurations import Configuration
-    from vlmzip.lab.processes import Processes
     from vlmzip.lab.study import Study
     from vlmzip.lab.tasks.task import Task
     from vlmzip.lab.tune.study import Cost, TunedStudy
+    from vlmzip.processes import Processes
 
 EXAMPLES = """  vlmzip tune --max-loss 5 --limit 1000
   vlmzip tune --max-tokens 16 --methods visionzip,kmeans,pool2d
@@ -86,10 +86,10 @@ def run(args: Namespace) -> None:
     from vlmzip.cli.tune_output import show
     from vlmzip.compressor_file import FILE
     from vlmzip.lab.configurations import read_rows
-    from vlmzip.lab.processes import Processes
     from vlmzip.lab.study import Study
     from vlmzip.lab.tasks.catalogue import read_one_task
     from vlmzip.lab.tune.study import halves
+    from vlmzip.processes import Processes
 
     _check(args)
     methods, budgets = read_rows(args.methods, args.keep)

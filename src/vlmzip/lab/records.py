@@ -10,22 +10,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import weakref
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from vlmzip.errors import UserError
 from vlmzip.json_text import JsonError, Line, parse, read_lines, write_line
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs into one folder are not told apart there
-    fcntl = None  # type: ignore[assignment]
+from vlmzip.locks import cannot_write
 
 Record = dict[str, Any]
-#: The file of a study's folder that is locked while a run writes there. It stays: whoever deleted it would let two in.
-LOCK = ".lock"
 #: What a line must have to be a record.
 KEYS = {"task", "sample", "image", "question", "answers", "given", "score", "compressor", "visual_tokens_by_layer"}
 
@@ -109,42 +102,8 @@ def _refuse(path: Path, number: int, reason: str) -> Any:
     )
 
 
-class FolderLock:
-    """A folder that one run writes, until nobody in the process has this any more, or the process dies. See `hold`."""
-
-    def __init__(self, folder: Path) -> None:
-        path = folder / LOCK
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise _cannot_write(path, error) from None
-        self._closing = weakref.finalize(self, os.close, file)
-        try:
-            _lock(file, folder)
-        except UserError:
-            self._closing()
-            raise
-
-
-def hold(folder: Path) -> FolderLock:
-    """Keeps other runs out of a folder. Raises `UserError` where one is in it; within a process all share the hold.
-
-    Processes of one run share its folder too, so that only its first one is to hold it.
-    """
-    place = folder.resolve()
-    held = _holds.get(place)
-    if held is None:
-        held = _holds[place] = FolderLock(folder)
-    return held
-
-
-#: Whatever the folders' own runs in this process still hold.
-_holds: weakref.WeakValueDictionary[Path, FolderLock] = weakref.WeakValueDictionary()
-
-
 class Shard:
-    """The file that one process adds its records to. Raises `UserError` where another one does already."""
+    """The file that one process adds its records to. The process holds the folder, see `hold`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -152,9 +111,8 @@ class Shard:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         except OSError as error:
-            raise _cannot_write(path, error) from None
+            raise cannot_write(path, error) from None
         try:
-            _lock(self._file, path)
             self._end = _end_of_whole_lines(path)
             os.ftruncate(self._file, self._end)
         except BaseException:
@@ -172,7 +130,7 @@ class Shard:
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._file, self._end)
-            raise _cannot_write(self.path, error) from None
+            raise cannot_write(self.path, error) from None
         self._end += size
 
     def close(self) -> None:
@@ -183,25 +141,6 @@ class Shard:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _lock(file: int, path: Path) -> None:
-    """Locks an open file until it is closed; `path` is what `UserError` names where another process has locked it."""
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"another run is writing {str(path)!r}; wait for it, or give another --out") from None
-    except OSError:  # file systems without locks
-        return
-
-
-def _cannot_write(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"cannot write {str(path)!r}: {error.strerror or error}; the records so far are kept, and the same"
-        " command goes on from them"
-    )
 
 
 def _end_of_whole_lines(path: Path) -> int:

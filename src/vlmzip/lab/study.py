@@ -27,10 +27,10 @@ from vlmzip.files import write_text
 from vlmzip.json_text import read_json
 from vlmzip.lab.configurations import Candidate, Configuration, Configurator, plain_json, read_calibrated
 from vlmzip.lab.machine import about
-from vlmzip.lab.processes import Processes
-from vlmzip.lab.records import Record, Shard, hold, read_records
+from vlmzip.lab.records import Record, Shard, read_records
 from vlmzip.lab.tasks.task import Sample, Task
 from vlmzip.models import adapter_for
+from vlmzip.processes import Processes
 from vlmzip.runtime.answering import Answer, Answerer
 from vlmzip.runtime.facade import CompressedModel, attach
 from vlmzip.runtime.fingerprint import of_image, of_method, of_model, of_name, refuse_changed
@@ -90,12 +90,14 @@ class Study:
         for task in tasks:
             for sample in task.samples:
                 self.answerer.check(sample.question)
-        return self.processes.from_first(lambda: self._configure(tasks, methods, budgets))
+        configurations = self.processes.from_first(lambda: self._configure(tasks, methods, budgets))
+        self.processes.hold(self.folder)
+        return configurations
 
     def _configure(
         self, tasks: Sequence[Task], methods: Sequence[Candidate], budgets: Sequence[str]
     ) -> list[Configuration]:
-        self.processes.held.setdefault(self.folder, hold(self.folder))
+        self.processes.hold(self.folder)
         path = self.folder / FILE
         known = _read_study(path)
         if known:

@@ -9,30 +9,18 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from vlmzip.compressor import Compressor, Profile
-from vlmzip.lab.papers import Published, published
 from vlmzip.methods import LLaVolta
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.runtime.flops import prefill_flops
 from vlmzip.training.random_factor import RandomFactor
-from vlmzip.training.schedule import PUBLISHED_DEPTH, SCHEMES, Schedule, written
+from vlmzip.training.schedule import Schedule, written
 from vlmzip.visualize.figure import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Names of LLaVolta's schemes in its tables.
-IN_THE_PAPER = {
-    "two-stage": "two",
-    "three-stage-deeper": "deeper",
-    "three-stage-wider": "wider",
-    "four-stage-wider-then-deeper": "wider then deeper",
-    "four-stage-deeper-then-wider": "deeper then wider",
-    "last-stage-compression": "last stage",
-}
 #: A bar of at most this height, in percent, has its text above it.
 LOW = 20
-#: Visual tokens of an image in LLaVA-1.5, for which the paper's numbers are.
-PUBLISHED_TOKENS = 576
 
 
 @dataclass(frozen=True)
@@ -51,7 +39,7 @@ class StageCost:
     """Of the LLM's forward, as a share of that without compression; forward and backward together are three times
     both, so the share is theirs too."""
     printed: tuple[str, ...] = ()
-    """What the paper prints for this stage."""
+    """What a paper prints for this stage; the caller adds it."""
 
     @property
     def ratio(self) -> float | None:
@@ -98,7 +86,6 @@ def explain(schedule: Schedule, adapter: ModelAdapter, steps: int, text_tokens: 
                 None if by_layer is None else sum(map(sum, by_layer)) / len(by_layer),
                 profile.grid.size * profile.layers,
                 flops,
-                _printed_of_stage(schedule, number, profile),
             )
         )
     run = [stage for stage in stages if stage.steps]
@@ -107,7 +94,6 @@ def explain(schedule: Schedule, adapter: ModelAdapter, steps: int, text_tokens: 
         tuple(stages),
         _mean([stage.tokens for stage in run], counts),
         _mean([stage.flops for stage in run], counts),
-        _printed_in_all(schedule, profile) if len(run) == len(stages) else (),
     )
 
 
@@ -130,33 +116,6 @@ def _written(compressor: Compressor) -> str:
 def _mean(values: Sequence[float | None], steps: Sequence[int]) -> float | None:
     known = [value * count for value, count in zip(values, steps, strict=True) if value is not None]
     return sum(known) / sum(steps) if len(known) == len(values) else None
-
-
-# ---------------------------------------------------------------- beside the paper
-
-
-def _printed_of_stage(schedule: Schedule, number: int, profile: Profile) -> tuple[str, ...]:
-    rows = [row for row in _paper_rows(schedule, profile, "Table 1") if row.settings.get("stage") == str(number + 1)]
-    return tuple(f"CR {row.value:g} %" for row in rows)
-
-
-def _printed_in_all(schedule: Schedule, profile: Profile) -> tuple[str, ...]:
-    """Totals are of stages that are equally long."""
-    if len({stage.share for stage in schedule.stages}) > 1:
-        return ()
-    rows = _paper_rows(schedule, profile, "Table 2")
-    names = {"tokens over all layers": "{:g} tokens", "compression ratio": "CR {:g} %", "training time": "{:g} h"}
-    return tuple(form.format(row.value) for name, form in names.items() for row in rows if row.metric == name)
-
-
-def _paper_rows(schedule: Schedule, profile: Profile, table: str) -> list[Published]:
-    """The paper's rows on this scheme; none for a model of other dimensions, and where a stage was left out."""
-    if (profile.layers, profile.grid.size) != (PUBLISHED_DEPTH, PUBLISHED_TOKENS):
-        return []
-    if schedule.name not in IN_THE_PAPER or len(schedule.stages) != len(SCHEMES[schedule.name]):
-        return []
-    own = IN_THE_PAPER[schedule.name]
-    return [row for row in published("llavolta") if row.table == table and row.settings.get("scheme") == own]
 
 
 # ---------------------------------------------------------------- to be read

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import BaseFileLock
 from safetensors import SafetensorError
 
 from vlmzip.errors import UserError
 from vlmzip.files import write_text
 from vlmzip.json_text import read_json
-from vlmzip.lab.records import FolderLock, hold
+from vlmzip.locks import hold
 from vlmzip.training.batches import BAD, note_bad
 from vlmzip.training.config import Config
 from vlmzip.training.trainer import LOG, remove_torn_checkpoints, whole_checkpoints
@@ -58,7 +59,7 @@ class RunFolder:
     finished: bool
     notes: tuple[str, ...] = ()
     """What may have changed since the run began, and does not keep it from going on."""
-    hold: FolderLock | None = None
+    hold: BaseFileLock | None = None
     """Keeps other runs out, as long as it lives; the first process alone has it."""
 
     def __getstate__(self) -> dict[str, Any]:
@@ -109,7 +110,7 @@ class RunFolder:
         return cls(None, model, finished=False, hold=holding)
 
 
-def _hold(out: Path) -> FolderLock:
+def _hold(out: Path) -> BaseFileLock:
     """`hold`, for which a run that was killed may leave us waiting: its workers end some seconds after it."""
     for _ in range(PATIENCE):
         with contextlib.suppress(UserError):

@@ -22,11 +22,8 @@ from vlmzip import spec
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.files import is_folder
-from vlmzip.lab.processes import Processes
-from vlmzip.lab.tasks.catalogue import read_task
-from vlmzip.lab.tasks.task import Task
 from vlmzip.models.adapter import ModelAdapter
-from vlmzip.runtime.answering import Answerer
+from vlmzip.processes import Processes
 from vlmzip.runtime.facade import CompressedModel, attach
 from vlmzip.runtime.fingerprint import of_code, of_files, of_json, of_method_code, of_model
 from vlmzip.runtime.prepare import pad_id
@@ -36,13 +33,11 @@ from vlmzip.training.folder import RunFolder, fill_whole, goes_on, refused_by_di
 from vlmzip.training.records import Records
 from vlmzip.training.schedule import Schedule, read_compressor
 from vlmzip.training.sharding import moves_together
-from vlmzip.training.trainer import LOG, JsonLog, Sharded, StagedTrainer, step_of
+from vlmzip.training.trainer import LOG, JsonLog, Score, Sharded, StagedTrainer, step_of
 
 #: transformers 5.23 has a new name for it, and warns of the old one.
 NAMES = {field.name for field in dataclasses.fields(TrainingArguments)}
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in NAMES else "gradient_checkpointing"
-#: Questions answered together while training.
-ASK = 32
 #: Records that are read before the first step, to see how many of them can be trained on.
 SAMPLE = 64
 #: Steps, evenly spaced, at which a schedule of the learning rate is tried: each one of a run that has no more.
@@ -51,13 +46,24 @@ TRIED = 1000
 MANY_STEPS = 10**6
 
 
-def train(config: Config, model: nn.Module, processor: Any, adapter: ModelAdapter, tell: Callable[[str], None]) -> Path:
+def train(
+    config: Config,
+    model: nn.Module,
+    processor: Any,
+    adapter: ModelAdapter,
+    tell: Callable[[str], None],
+    score: Score | None = None,
+) -> Path:
     """Trains `model` as `config` says and saves it with the compressor for afterwards; returns its folder.
+
+    `score` measures the model during the run, where the configuration asks for an evaluation.
 
     A run that was stopped goes on from its last whole checkpoint; one that is finished is left as it is. Raises
     `UserError` for what cannot be trained, for a folder that another run or something else has written into, and where
     the disk refuses; what was saved before stays.
     """
+    if config.evaluation is not None and score is None:
+        raise UserError("evaluation: train needs a score, such as vlmzip.lab.score.TaskScore")
     set_seed(config.seed)
     processes, out = Processes(), Path(config.out)
     schedule = config.schedule_for(adapter.profile().layers)
@@ -67,7 +73,7 @@ def train(config: Config, model: nn.Module, processor: Any, adapter: ModelAdapte
     sources = _sources(records, model, processor, schedule) if processes.first else {}
     compressed = attach(_with_lora(model, config.lora), schedule.stages[0].compressor)
     _choose_what_learns(compressed, adapter, config.learn, config.lora)
-    trainer = make_trainer(config, compressed, schedule, examples, adapter, processor, steps)
+    trainer = make_trainer(config, compressed, schedule, examples, adapter, steps, score)
     _check_stages(compressed, schedule, trainer.evaluated_with)
     if config.lora is not None and not trainer.sharded and moves_together(compressed):
         raise UserError(
@@ -163,20 +169,19 @@ def make_trainer(
     schedule: Schedule,
     examples: Examples,
     adapter: ModelAdapter,
-    processor: Any,
     steps: int,
+    score: Score | None = None,
 ) -> StagedTrainer:
     """The trainer for a façade; the compressor that it evaluates with is the schedule's for afterwards, or another."""
     asked = config.evaluation
     evaluated_with = read_compressor(asked.compressor) if asked and asked.compressor else schedule.afterwards
-    task = read_task(asked.task, asked.limit, None) if asked else None
     sharded = config.sharding != "none" and Processes().count > 1
     settings: dict[str, Any] = {
-        "score": None if task is None else Score(Answerer(adapter, processor), task),
+        "score": score if asked else None,
         "lengths": examples.lengths(adapter.profile().grid.size) if config.group_by_length else None,
         "args": arguments(config, steps),
         "train_dataset": examples,
-        "eval_dataset": examples if task else None,  # only so that Trainer evaluates; `score` has questions of its own
+        "eval_dataset": examples if asked else None,  # only so that Trainer evaluates; `score` has questions of its own
         "data_collator": Collator(pad_id(adapter), examples.conversations.blank()),
         "callbacks": [JsonLog(Path(config.out) / LOG, schedule), *([Sharded()] if sharded else [])],
     }
@@ -310,38 +315,6 @@ def arguments(config: Config, steps: int) -> TrainingArguments:
             backend = config.trainer["ddp_backend"]
             said = f"ddp_backend: {backend} needs several processes; start the run with torchrun, or leave it out"
         raise UserError(f"trainer: {said}") from error
-
-
-class Score:
-    """Answers the questions of a task; each process its share, and all get the same score.
-
-    Where parameters are shared out, every process answers all: one that ran more often would wait for the others.
-    """
-
-    def __init__(self, answerer: Answerer, task: Task) -> None:
-        self.answerer, self.task = answerer, task
-
-    def __call__(self, compressed: CompressedModel) -> dict[str, float]:
-        rank, world = Processes().rank, Processes().count
-        if moves_together(compressed):
-            rank, world = 0, 1
-        starts = range(0, len(self.task.samples), ASK)[rank::world]
-        total, seen, of = 0.0, 0.0, 0.0
-        for start in starts:
-            some = self.task.samples[start : start + ASK]
-            images = [sample.load() for sample in some]
-            answers = self.answerer.answer(compressed, images, [one.question for one in some], self.task.max_new_tokens)
-            total += sum(self.task.metric.score(a.text, s.answers) for a, s in zip(answers, some, strict=True))
-            seen += sum(sum(answer.by_layer) for answer in answers)
-            of += sum(answer.visual_tokens * len(answer.by_layer) for answer in answers)
-        sums = torch.tensor([total, seen, of], dtype=torch.float64)
-        if world > 1:
-            sums = sums.to(compressed.device)
-            torch.distributed.all_reduce(sums)
-        return {
-            "score": round(100 * float(sums[0]) / len(self.task.samples), 3),
-            "retention": round(float(sums[1] / sums[2]), 4),
-        }
 
 
 def _sources(records: Records, model: nn.Module, processor: Any, schedule: Schedule) -> dict[str, str]:

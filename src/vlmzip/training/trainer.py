@@ -31,6 +31,8 @@ from vlmzip.training.random_factor import RandomFactor, mixed
 from vlmzip.training.sampler import EpochSampler
 from vlmzip.training.schedule import Schedule, written
 
+#: Measure a model during a run: a score and whatever else is logged, by name. All processes call it together.
+Score = Callable[[CompressedModel], dict[str, float]]
 #: Written into a checkpoint when everything else is: one without it was cut short.
 WHOLE = "whole"
 CHECKPOINT = re.compile(r"checkpoint-\d+")
@@ -56,7 +58,7 @@ class StagedTrainer(Trainer):
         schedule: Schedule,
         *,
         evaluated_with: Compressor,
-        score: Callable[[CompressedModel], dict[str, float]] | None = None,
+        score: Score | None = None,
         batch: int,
         checkpoints: int = 2,
         lengths: Sequence[int] | None = None,

@@ -3,8 +3,8 @@
 from tests.lab.test_tasks import question, write
 from tests.tiny import tiny_llava, tiny_processor
 from vlmzip.lab.analyses.subject import Subject
-from vlmzip.lab.processes import Processes
 from vlmzip.lab.tasks.catalogue import read_task
+from vlmzip.processes import Processes
 
 WORDS = ("w4 w5", "w6", "w7 w8 w9", "w10", "w11 w12", "w13", "w14")
 #: As LLaVA's, in words that the tiny tokenizer has.

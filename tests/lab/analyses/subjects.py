@@ -3,8 +3,8 @@
 from tests.lab.test_tasks import question, write
 from tests.tiny import tiny_llava, tiny_processor
 from vlmzip.lab.analyses.subject import Subject
-from vlmzip.lab.processes import Processes
 from vlmzip.lab.tasks.catalogue import read_task
+from vlmzip.processes import Processes
 
 #: Of each image; questions about one have one level and several types.
 LEVELS = {"a.png": "plain", "b.png": "rich", "c.png": "plain"}

@@ -13,11 +13,11 @@ from vlmzip.compressor import Compressor, Profile
 from vlmzip.errors import UserError
 from vlmzip.keep import AS_SET
 from vlmzip.lab.configurations import Configurator
-from vlmzip.lab.processes import Processes
 from vlmzip.lab.results import Result, results
 from vlmzip.lab.study import Study
 from vlmzip.lab.tasks.task import Task
 from vlmzip.models import adapter_for
+from vlmzip.processes import Processes
 from vlmzip.runtime.answering import Answerer
 
 #: A line of an analysis' CSV: the same columns in all of its lines.

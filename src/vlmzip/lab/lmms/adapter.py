@@ -28,7 +28,6 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 
 from vlmzip import spec
-from vlmzip.cli.loading import load, note
 from vlmzip.compressor import Compressor
 from vlmzip.compressor_file import FILE, read_compressor
 from vlmzip.errors import UserError, collecting_warnings, reason, telling_beyond_positions
@@ -42,14 +41,20 @@ from vlmzip.lab.lmms.requests import (
     read_generation,
     read_settings,
 )
-from vlmzip.lab.processes import Processes
 from vlmzip.models import adapter_for
 from vlmzip.outline import METHOD_FORMS
+from vlmzip.processes import Processes
 from vlmzip.runtime.answering import Answer, Answerer
 from vlmzip.runtime.facade import CompressedModel, attach
+from vlmzip.runtime.loading import load
 from vlmzip.runtime.prompts import conversation_prompt
 from vlmzip.runtime.report import compact
 from vlmzip.runtime.saving import saved_weights
+
+
+def note(text: str) -> None:
+    """Say on stderr, in a line, what the user should know: lmms-eval's command line sets up no logging for it."""
+    print(f"note: {text}", file=sys.stderr)
 
 
 @dataclass

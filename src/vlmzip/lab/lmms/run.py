@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from vlmzip import spec
-from vlmzip.cli.loading import Loaded
 from vlmzip.errors import UserError, reason
 from vlmzip.files import write_text
 from vlmzip.json_text import read_json
@@ -35,6 +34,7 @@ from vlmzip.lab.tasks.metrics import METRICS
 from vlmzip.lab.tasks.task import CalibrationSet, Task
 from vlmzip.runtime.answering import Answerer
 from vlmzip.runtime.fingerprint import of_files, of_method, of_model, of_name, refuse_changed
+from vlmzip.runtime.loading import Loaded
 from vlmzip.spec import Candidate
 from vlmzip.version import __version__
 

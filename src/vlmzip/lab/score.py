@@ -1,0 +1,46 @@
+"""The score of a model on a task while it is trained."""
+
+from __future__ import annotations
+
+import torch
+
+from vlmzip.lab.tasks.task import Task
+from vlmzip.processes import Processes
+from vlmzip.runtime.answering import Answerer
+from vlmzip.runtime.facade import CompressedModel
+from vlmzip.training.sharding import moves_together
+
+#: Questions answered together.
+BATCH = 32
+
+
+class TaskScore:
+    """Answer the questions of a task; each process answers its share, and all get the same score.
+
+    Where parameters are shared out, every process answers all: one that ran more often would wait for the others.
+    """
+
+    def __init__(self, answerer: Answerer, task: Task) -> None:
+        self.answerer, self.task = answerer, task
+
+    def __call__(self, compressed: CompressedModel) -> dict[str, float]:
+        rank, world = Processes().rank, Processes().count
+        if moves_together(compressed):
+            rank, world = 0, 1
+        starts = range(0, len(self.task.samples), BATCH)[rank::world]
+        total, seen, of = 0.0, 0.0, 0.0
+        for start in starts:
+            some = self.task.samples[start : start + BATCH]
+            images = [sample.load() for sample in some]
+            answers = self.answerer.answer(compressed, images, [one.question for one in some], self.task.max_new_tokens)
+            total += sum(self.task.metric.score(a.text, s.answers) for a, s in zip(answers, some, strict=True))
+            seen += sum(sum(answer.by_layer) for answer in answers)
+            of += sum(answer.visual_tokens * len(answer.by_layer) for answer in answers)
+        sums = torch.tensor([total, seen, of], dtype=torch.float64)
+        if world > 1:
+            sums = sums.to(compressed.device)
+            torch.distributed.all_reduce(sums)
+        return {
+            "score": round(100 * float(sums[0]) / len(self.task.samples), 3),
+            "retention": round(float(sums[1] / sums[2]), 4),
+        }

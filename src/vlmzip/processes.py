@@ -1,0 +1,86 @@
+"""One process, or several that `accelerate launch` or `torchrun` started: their numbers, and what they agree on."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from filelock import BaseFileLock
+from torch import distributed
+
+from vlmzip.errors import UserError
+from vlmzip.locks import hold
+
+T = TypeVar("T")
+#: How long a process waits for the others: one may be busy for long after they have finished.
+PATIENCE = timedelta(days=7)
+
+
+class Processes:
+    """The processes that a launcher started, or this process alone.
+
+    As a context manager it opens the group that they talk in, and leaves it at the end. Inside a training run, Trainer
+    opens that group.
+    """
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.count = int(os.environ.get("WORLD_SIZE", "1"))
+        self._held: list[BaseFileLock] = []
+        self._state: Any = None
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def device(self, asked: str | None) -> str | None:
+        """Return the device of this process: the one that was asked for, else a GPU for each process."""
+        if asked is not None or self.count == 1 or not torch.cuda.is_available():
+            return asked
+        return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+
+    def __enter__(self) -> Processes:
+        """Open the group. Raise `UserError` if there are several processes and accelerate is not installed."""
+        if self.count > 1:
+            try:
+                from accelerate import PartialState  # an extra, which a single process does not need
+            except ImportError:
+                raise UserError("several processes need accelerate: pip install 'vlmzip[eval]'") from None
+            self._state = PartialState(cpu=True, timeout=PATIENCE)  # they exchange a few words, never on a GPU
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._held.clear()
+        if self._state is not None:
+            self._state.destroy_process_group()
+
+    def hold(self, folder: Path) -> None:
+        """Keep other runs out of a folder until the context ends. Raise `UserError` if another run holds it."""
+        self._held.append(hold(folder, self.rank))
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """Return what `make` returns in the first process, in all processes. Raise its `UserError` in all of them."""
+        if self.count == 1:
+            return make()
+        box: list[Any] = [None, None]
+        if self.first:
+            try:
+                box[0] = make()
+            except UserError as error:
+                box[1] = error
+        distributed.broadcast_object_list(box)
+        if box[1] is not None:
+            raise box[1]
+        return box[0]
+
+    def together(self, mine: dict[str, str]) -> dict[str, str]:
+        """Wait for all processes, and return the entries of all of them."""
+        if self.count == 1:
+            return mine
+        entries: list[Any] = [None] * self.count
+        distributed.all_gather_object(entries, mine)
+        return {key: value for one in entries for key, value in one.items()}

@@ -1,0 +1,118 @@
+"""Load a model and its processor by name. Wrong names and broken checkpoints are refused in one line."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import logging as hub_logging
+from transformers.utils import logging
+
+from vlmzip.compressor_file import refuse_lora
+from vlmzip.errors import UserError
+from vlmzip.files import is_file, is_folder
+from vlmzip.models import FAMILIES, adapter_for
+from vlmzip.models.adapter import ModelAdapter
+from vlmzip.runtime import checkpoints
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: Names of models that ship with the package, and the folder of each in it.
+SHIPPED = {"mini": Path("mini", "weights")}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to be asked."""
+
+    name: str
+    """As the user wrote it."""
+    model: Any
+    processor: Any
+    adapter: ModelAdapter
+
+
+#: The model that was loaded last.
+_latest: list[Loaded] = []
+
+
+def load(name: str, device: str | None = None, dtype: str | None = None, *, allow_pickle: bool = False) -> Loaded:
+    """Load `mini`, a checkpoint folder or a hub id. Raise `UserError` for anything else."""
+    target = find_device(device)
+    check_dtype(dtype)
+    source = source_of(name)
+    weights: dict[str, Any] = {"use_safetensors": None} if allow_pickle else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        hub_logging.set_verbosity_error()  # the error that ends its retries says what they would
+        config = checkpoints.load_config(source)
+        processor = checkpoints.load_processor(source, config)
+        model = checkpoints.load_model(source, dtype=DTYPES.get(dtype or "", "auto"), **weights)
+        with checkpoints.refusing(f"cannot move {name!r} to {target}"):
+            model.to(target).eval()
+        adapter = adapter_for(model)
+        checkpoints.try_out(name, processor, adapter)
+    loaded = Loaded(name, model, processor, adapter)
+    _latest[:] = [loaded]
+    return loaded
+
+
+def refuse_model_at_fault(error: Exception) -> None:
+    """Raise `UserError` if the model that was loaded last fails without compression, too.
+
+    Loading cannot notice all that is wrong with a config. After a "CUDA error" everything fails, so nothing is learned
+    from trying.
+    """
+    for loaded in _latest if "CUDA error" not in str(error) else ():
+        checkpoints.refuse_if_it_cannot_answer(loaded.name, loaded.processor, loaded.adapter)
+
+
+def check_dtype(dtype: str | None) -> None:
+    """Raise `UserError` for a dtype that models are not loaded in."""
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
+
+
+def source_of(name: str) -> str:
+    """Return the folder or hub id that transformers loads. Raise `UserError` for a name that is neither."""
+    if name in SHIPPED:
+        folder = Path(__file__).parents[1] / SHIPPED[name]
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{name}'s weights are not in this installation; make them with `make {name}`")
+        return str(folder)
+    path = Path(name)
+    if is_folder(path):
+        if not is_file(path / "config.json"):
+            refuse_lora(path)
+            raise UserError(f"{name!r} is no checkpoint: there is no config.json in it")
+    elif is_file(path):
+        raise UserError(f"{name!r} is a file; a model is a checkpoint folder or a hub id")
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or name.count(os.sep) > 1 or "/" not in name:
+        raise UserError(
+            f"there is no folder {name!r}; a model is mini, a checkpoint folder or a hub id, "
+            f"such as {FAMILIES[0].example}"
+        )
+    return name
+
+
+def find_device(device: str | None) -> torch.device:
+    """Return the device of that name, or a GPU if there is one. Raise `UserError` for one that cannot be used."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of kinds of devices that it will not know for long
+            target = torch.device(device)
+            torch.ones(1, device=target).item()  # a kind of device can lack memory ("meta") or all code to use it
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise UserError(f"--device {device!r} cannot be used: {_first_sentence(error)}") from None
+    return target
+
+
+def _first_sentence(error: BaseException) -> str:
+    return " ".join(str(error).split("\n")[0].split())[:300]
