@@ -18,7 +18,7 @@ from vlmzip.files import write_csv
 from vlmzip.lab.bench.timing import cpu_seconds, in_turns, now, quartiles, ratios
 from vlmzip.lab.machine import about
 from vlmzip.runtime.loading import load
-from vlmzip.runtime.prepare import pad_id
+from vlmzip.runtime.prompt import pad_id
 from vlmzip.training.batches import Collator, Preprocessor
 from vlmzip.training.random_factor import RandomFactor
 from vlmzip.training.records import Records

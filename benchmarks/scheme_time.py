@@ -24,7 +24,7 @@ from vlmzip.json_text import parse, read_lines
 from vlmzip.lab.bench.timing import in_turns
 from vlmzip.lab.machine import about
 from vlmzip.runtime.loading import load
-from vlmzip.runtime.prepare import pad_id
+from vlmzip.runtime.prompt import pad_id
 from vlmzip.training.batches import Collator, Preprocessor
 from vlmzip.training.records import Records
 from vlmzip.training.schedule import scheme

@@ -61,9 +61,9 @@ def variant(name: str, args: argparse.Namespace) -> Callable[[], dict[str, float
     def run() -> dict[str, float]:
         start = now(args.device)
         if name == "visionzip":
-            [(tokens, _)] = adapter.encode({"pixel_values": pixels}, Site.PRE_PROJECTOR, needs)
+            (group,) = adapter.encode({"pixel_values": pixels}, Site.PRE_PROJECTOR, needs).groups
             encoded = now(args.device)
-            METHOD(tokens).apply(tokens.features)
+            METHOD(group.tokens).apply(group.tokens.features)
             end = now(args.device)
             return {"seconds": end - start, "selection": end - encoded}
         tower = model.model.vision_tower

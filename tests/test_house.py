@@ -35,7 +35,6 @@ IMPORTS_NOT_YET_RIGHT: dict[tuple[str, str], str] = {
     ("compressor", "catalogue"): "a schema reads and describes the fields of a method",
     ("compressor", "own_files"): "a schema reads and describes the fields of a method",
     ("outline", "catalogue"): "both find the methods of installed packages",
-    ("runtime.packing", "runtime.prepare"): "the prompt's types move below both",
     ("runtime.fingerprint", ""): "the folder of the package is that of vlmzip.version",
     ("runtime.imported", ""): "the folder of the package is that of vlmzip.version",
 }
@@ -57,7 +56,6 @@ METHODS_KNOWN_BY_CLASS: dict[tuple[str, str], str] = {
 NAMED_IN_RUNTIME: dict[tuple[str, str], str] = {
     ("runtime.facade", "NoCompression"): "a method says that it changes nothing",
     ("runtime.positions", "NoCompression"): "a method says that it changes nothing",
-    ("runtime.prepare", "NoCompression"): "a method says that it changes nothing",
     **{
         ("runtime.packing", name): "the family says that its LLM keeps packed rows apart"
         for name in ("gemma2", "llama", "mistral", "qwen2")

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmzip.errors import UserError
-from vlmzip.keep import count_to_keep, parse_keep, round_half_up
+from vlmzip.keep import count_to_keep, parse_keep, round_half_up, shared_out
 
 
 @pytest.mark.parametrize(
@@ -73,3 +73,27 @@ def test_a_fraction_is_off_by_half_a_token_at_most(fraction, available):
 
 def test_halves_round_up():
     assert [round_half_up(x) for x in (0.5, 1.5, 2.5, 2.4)] == [1, 2, 3, 2]
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes", "shares"),
+    [
+        (64, [576] * 5, [13, 13, 13, 13, 12]),
+        (320, [576] * 5, [64] * 5),
+        (10, [576, 288, 288], [5, 3, 2]),
+        (3, [576, 1, 1], [1, 1, 1]),
+        (9, [1, 1, 16], [1, 1, 7]),
+        (100, [4, 2], [4, 2]),
+        (5, [4, 2], [3, 2]),
+        (7, [7], [7]),
+    ],
+)
+def test_a_count_is_shared_out_over_views(count, sizes, shares):
+    assert shared_out(count, sizes) == shares
+
+
+def test_every_share_is_possible_and_they_add_up():
+    for count in range(3, 30):
+        shares = shared_out(count, [3, 17, 6])
+        assert sum(shares) == min(count, 26)
+        assert all(1 <= share <= size for share, size in zip(shares, [3, 17, 6], strict=True))

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from vlmzip.resampler import Resampler
     from vlmzip.runtime.calibration import Calibration, calibrate
     from vlmzip.runtime.facade import CompressedModel, attach
-    from vlmzip.runtime.prepare import compress_inputs
+    from vlmzip.runtime.inputs import compress_inputs
     from vlmzip.runtime.report import Report
     from vlmzip.runtime.saving import from_pretrained
     from vlmzip.token_map import TokenMap
@@ -103,7 +103,7 @@ _NAMES = {
     "resampler": ["Resampler"],
     "runtime.calibration": ["Calibration", "calibrate"],
     "runtime.facade": ["CompressedModel", "attach"],
-    "runtime.prepare": ["compress_inputs"],
+    "runtime.inputs": ["compress_inputs"],
     "runtime.report": ["Report"],
     "runtime.saving": ["from_pretrained"],
     "token_map": ["TokenMap"],

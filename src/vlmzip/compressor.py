@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Protocol, SupportsIndex, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vlmzip import own_files, schema
 from vlmzip.errors import UserError, check_choice
-from vlmzip.keep import Keep, count_to_keep, round_half_up
+from vlmzip.keep import Keep, count_to_keep, parse_keep, round_half_up, shared_out
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
@@ -77,18 +78,50 @@ class Compressor(ABC):
         """Output tokens for one image of this grid, known from its shape alone; `None` if its content decides."""
         return None
 
+    @property
+    def whole_views(self) -> bool:
+        """Whether it acts on whole views, the padding of tiles included, which the LLM does not see otherwise."""
+        return self.site is Site.PIXELS
+
+    @property
+    def by_view(self) -> bool:
+        """Whether it acts on each view of an image by itself: what lies on a grid, or is ranked within an encoder.
+
+        Inside the LLM an image's tokens are one sequence, unless a method needs a grid.
+        """
+        return self.site is not Site.IN_LLM
+
+    def shared(self, views: Sequence[Grid]) -> Sequence[Compressor]:
+        """Return the compressor for each view of an image: a count to keep is shared out over them."""
+        keep = getattr(self, "keep", None)
+        count = None if keep is None or len(views) == 1 else parse_keep(keep)
+        if not isinstance(count, int):
+            return (self,) * len(views)
+        changes: list[dict[str, Any]] = [{"keep": share} for share in shared_out(count, [grid.size for grid in views])]
+        return [dataclasses.replace(self, **change) for change in changes]
+
+    def arrange(
+        self, views: Sequence[Grid], prefix: int, places: Sequence[Int[Tensor, " outputs"]]
+    ) -> Int[Tensor, " features"]:
+        """Return the order in which the LLM gets an image's output tokens, if they are renumbered there.
+
+        `places` has for each output of each view the placeholder of its anchor. One view: the map's own order. Several:
+        the model's order of placeholders, in which rows of tiles may interleave.
+        """
+        if len(views) == 1:
+            return torch.arange(len(places[0]))
+        return torch.cat(list(places)).argsort(stable=True)
+
     def smaller(self, grid: Grid) -> Grid:
         """The grid of the smaller image to encode instead of one of this grid; asked at the pixel site only."""
         return grid
 
     def __call__(self, tokens: VisualTokens) -> TokenMap:
         """The map for `tokens`: `assign`, or the identity where as many tokens are wanted as there are."""
-        batch, count, _ = tokens.features.shape
-        grid = tokens.grid or Grid(1, 1, count - tokens.prefix)
+        grid = tokens.grid or Grid(1, 1, tokens.features.shape[1] - tokens.prefix)
         wanted = self.token_count(grid)
         if wanted is not None and wanted >= grid.size:
-            plain = TokenMap.identity(batch, tokens.plain_count, tokens.features.device)
-            return plain.after_dropping(count - tokens.plain_count)
+            return keep_all(tokens)
         with torch.no_grad():
             token_map = self.assign(tokens)
         if not type(self).__module__.startswith("vlmzip.methods."):
@@ -200,6 +233,13 @@ class Compressor(ABC):
     def __post_init__(self) -> None:
         check_choice("site", self.site, self.sites)
         schema.check(self)
+
+
+def keep_all(tokens: VisualTokens) -> TokenMap:
+    """Return the map that leaves the model what it gets without compression."""
+    batch, count, _ = tokens.features.shape
+    plain = TokenMap.identity(batch, tokens.plain_count, tokens.features.device)
+    return plain.after_dropping(count - tokens.plain_count)
 
 
 @runtime_checkable

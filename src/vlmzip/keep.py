@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Annotated
 
 from annotated_types import Predicate
@@ -49,6 +50,27 @@ def count_to_keep(keep: Keep, available: int) -> int:
     value = parse_keep(keep)
     wanted = value if isinstance(value, int) else round_half_up(value * available)
     return min(max(wanted, 1), available)
+
+
+def shared_out(count: int, sizes: Sequence[int]) -> list[int]:
+    """Share a count of tokens out over the views of an image, in proportion to their sizes.
+
+    Every view gets at least one token and at most as many as it has; the shares add up to `count`, or to all there is.
+    Views of equal size differ by one token at most: the first ones get more. Raises `UserError` where the count does
+    not reach for one token each.
+    """
+    if count < len(sizes):
+        raise UserError(f"keep={count} is too few for an image of {len(sizes)} views: give at least {len(sizes)}")
+    wanted = min(count, sum(sizes))
+    exact = [wanted * size / sum(sizes) for size in sizes]
+    shares = [min(max(math.floor(share), 1), size) for share, size in zip(exact, sizes, strict=True)]
+    # What rounding left over goes to those that lost most by it; what the minimum of 1 took, from those that won most.
+    while (missing := wanted - sum(shares)) != 0:
+        step = 1 if missing > 0 else -1
+        able = [n for n, share in enumerate(shares) if (share < sizes[n] if step > 0 else share > 1)]
+        chosen = max(able, key=lambda n: (step * (exact[n] - shares[n]), -n))
+        shares[chosen] += step
+    return shares
 
 
 def round_half_up(value: float) -> int:

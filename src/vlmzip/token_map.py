@@ -115,6 +115,11 @@ class TokenMap:
         anchor = self.anchor & _look_up(second.anchor, self.group) & (group >= 0)
         return TokenMap(group, weight, anchor, second.length)
 
+    def of_inputs(self, index: Int[Tensor, " tokens"]) -> TokenMap:
+        """Return the map of some inputs, or of all in another order: input `n` is this map's `index[n]`."""
+        index = index.to(self.group.device)
+        return TokenMap(self.group[:, index], self.weight[:, index], self.anchor[:, index], self.length)
+
     def rows(self, index: Int[Tensor, " rows"] | slice) -> TokenMap:
         """Return the map of the selected rows of the batch."""
         return TokenMap(self.group[index], self.weight[index], self.anchor[index], self.length[index])

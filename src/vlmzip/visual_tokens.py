@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -141,6 +142,22 @@ class VisualTokens:
         """Return the same visual tokens with other values for some of the constructor's arguments."""
         names = ("features", "grid", "prefix", "layer", "passes_prefix")
         return VisualTokens(**{**{name: getattr(self, name) for name in names}, **self._signals, **changes})
+
+    def window(self, rows: tuple[int, int], cols: tuple[int, int]) -> VisualTokens:
+        """Return the tokens in some rows and columns of the grid (half-open ranges), and the prefix."""
+        if self.grid is None:
+            raise ValueError("tokens without a grid have no rows and columns")
+        numbers = torch.arange(self.features.shape[1], device=self.features.device)
+        inside = numbers[self.prefix :].view(tuple(self.grid))[:, slice(*rows), slice(*cols)]
+        chosen = torch.cat([numbers[: self.prefix], inside.flatten()])
+        by_token = self.signals & {"cls_attention", "keys"}
+        changes: dict[str, Any] = {name: self._signals[name][:, chosen] for name in by_token}
+        if "pixels" in self.signals:
+            height, width = self.pixels.shape[-2] // self.grid.rows, self.pixels.shape[-1] // self.grid.cols
+            down, across = slice(rows[0] * height, rows[1] * height), slice(cols[0] * width, cols[1] * width)
+            changes["pixels"] = self.pixels[..., down, across]
+        changes["grid"] = Grid(self.grid.frames, *inside.shape[1:])
+        return self.replace(features=self.features[:, chosen], **changes)
 
     def rows(self, index: Int[Tensor, " rows"]) -> VisualTokens:
         """Return the visual tokens of some images of the batch."""

@@ -23,5 +23,5 @@ def mini_tokens(mini_images):
     pixels = processor.image_processor(mini_images, return_tensors="pt")
     needs = frozenset({Signal.CLS_ATTENTION, Signal.KEYS, Signal.PIXELS})
     with torch.no_grad():
-        [(tokens, _)] = adapter_for(model).encode(pixels, Site.PRE_PROJECTOR, needs)
-    return tokens
+        (group,) = adapter_for(model).encode(pixels, Site.PRE_PROJECTOR, needs).groups
+        return group.tokens

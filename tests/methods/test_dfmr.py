@@ -100,12 +100,13 @@ def test_pixels_come_from_the_model_in_0_to_1(llava):
     )
     image = torch.rand(2, 3, 48, 48)
     inputs = {"pixel_values": (image - mean[:, None, None]) / deviation[:, None, None]}
-    [(tokens, _)] = adapter_for(llava).encode(inputs, Site.PRE_PROJECTOR, frozenset({Signal.PIXELS}))
+    (group,) = adapter_for(llava).encode(inputs, Site.PRE_PROJECTOR, frozenset({Signal.PIXELS})).groups
+    tokens = group.tokens
     torch.testing.assert_close(tokens.pixels, image)
     assert "cls_attention" not in tokens.signals
     wider = {"pixel_values": torch.zeros(1, 3, 48, 48)}
-    [(tokens, _)] = adapter_for(llava).encode(wider, Site.PRE_PROJECTOR, frozenset())
-    assert "pixels" not in tokens.signals
+    (group,) = adapter_for(llava).encode(wider, Site.PRE_PROJECTOR, frozenset()).groups
+    assert "pixels" not in group.tokens.signals
 
 
 def test_qwen_has_no_pixels_to_measure():
@@ -129,7 +130,8 @@ def test_images_of_different_factors_answer_in_one_batch_as_alone(llava):
     from vlmzip import Site
     from vlmzip.models import adapter_for
 
-    [(tokens, _)] = adapter_for(llava).encode(inputs, Site.PRE_PROJECTOR, frozenset())
+    (group,) = adapter_for(llava).encode(inputs, Site.PRE_PROJECTOR, frozenset()).groups
+    tokens = group.tokens
     low, high = DFMR().deviations(tokens)[:, 0].sort().values.tolist()
     compressed = attach(llava, DFMR(tau=(low + high) / 2, max_factor=2))
     with torch.no_grad():

@@ -24,7 +24,9 @@ def eager_truth(model, pixels):
 def test_attention_row_features_and_keys_equal_eager(attention, layer):
     model = tiny_llava(attention, vision_feature_layer=layer)
     inputs = batch(prompt("image"), prompt("image"), images=2)
-    [(tokens, indices)] = adapter_for(model).encode(inputs, Site.PRE_PROJECTOR, NEEDS)
+    (group,) = adapter_for(model).encode(inputs, Site.PRE_PROJECTOR, NEEDS).groups
+    tokens = group.tokens
+    indices = list(group.numbers)
     truth = eager_truth(model, inputs["pixel_values"])
     block = layer % 4 - 1
     assert indices == [0, 1]
@@ -48,7 +50,8 @@ def test_the_attention_is_far_from_uniform():
 
 def test_features_of_several_layers_are_put_side_by_side():
     model = tiny_llava(vision_feature_layer=[-2, -1])
-    [(tokens, _)] = adapter_for(model).encode(batch([1], images=1), Site.PRE_PROJECTOR, NEEDS)
+    (group,) = adapter_for(model).encode(batch([1], images=1), Site.PRE_PROJECTOR, NEEDS).groups
+    tokens = group.tokens
     assert tokens.features.shape == (1, 37, 64)
 
 
@@ -98,7 +101,7 @@ def test_threads_record_their_own_images(llava):
 
     def encode(one):
         with torch.no_grad():
-            return adapter.encode(one, Site.PRE_PROJECTOR, NEEDS)[0][0].cls_attention
+            return adapter.encode(one, Site.PRE_PROJECTOR, NEEDS).groups[0].tokens.cls_attention
 
     alone = [encode(one) for one in inputs]
     with ThreadPoolExecutor(4) as pool:
@@ -110,8 +113,10 @@ def test_threads_record_their_own_images(llava):
 def test_post_projector_tokens_are_projected(llava):
     adapter = adapter_for(llava)
     inputs = batch([1], images=2)
-    [(before, _)] = adapter.encode(inputs, Site.PRE_PROJECTOR, frozenset())
-    [(after, _)] = adapter.encode(inputs, Site.POST_PROJECTOR, frozenset())
+    (group,) = adapter.encode(inputs, Site.PRE_PROJECTOR, frozenset()).groups
+    before = group.tokens
+    (group,) = adapter.encode(inputs, Site.POST_PROJECTOR, frozenset()).groups
+    after = group.tokens
     torch.testing.assert_close(after.features, llava.model.multi_modal_projector(before.features))
     assert not before.signals
 
@@ -147,7 +152,8 @@ def test_a_frozen_encoder_keeps_nothing_for_a_backward(family, frozen):
     model.enable_input_require_grads()
     inputs = batch(prompt("image"), images=1)
     for site in (Site.PRE_PROJECTOR, Site.POST_PROJECTOR):
-        [(tokens, _)] = adapter.encode(inputs, site, frozenset())
+        (group,) = adapter.encode(inputs, site, frozenset()).groups
+        tokens = group.tokens
         learns = not frozen or site is Site.POST_PROJECTOR  # the projector's own weights do
         assert tokens.features.requires_grad == learns
         if site is Site.POST_PROJECTOR:

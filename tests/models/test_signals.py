@@ -26,7 +26,8 @@ def test_attention_received_equals_the_matrix(chunk):
 def test_paligemma_takes_the_attention_of_the_last_layer():
     family = FAMILIES["paligemma"]()
     inputs = family.batch([1, "image"], ["image", 4])
-    [(tokens, _)] = adapter_for(family.model).encode(inputs, Site.PRE_PROJECTOR, NEEDS)
+    (group,) = adapter_for(family.model).encode(inputs, Site.PRE_PROJECTOR, NEEDS).groups
+    tokens = group.tokens
     tower = tiny_paligemma("eager").model.vision_tower
     with torch.no_grad():
         truth = tower(inputs["pixel_values"], output_attentions=True)
@@ -40,7 +41,8 @@ def test_llava_on_siglip_takes_the_attention_of_its_feature_layer(layer):
     """No CLS: the attention received in the layer whose output the features are, whichever that is."""
     model = llava_on_siglip(side=48, vision_feature_layer=layer)
     inputs = {"pixel_values": torch.randn(2, 3, 48, 48)}
-    [(tokens, _)] = adapter_for(model).encode(inputs, Site.PRE_PROJECTOR, NEEDS)
+    (group,) = adapter_for(model).encode(inputs, Site.PRE_PROJECTOR, NEEDS).groups
+    tokens = group.tokens
     tower = model.model.vision_tower
     tower.set_attn_implementation("eager")
     with torch.no_grad():
@@ -56,7 +58,8 @@ def test_llava_on_siglip_takes_the_attention_of_its_feature_layer(layer):
 def test_vipllava_takes_the_attention_of_its_deepest_feature_layer():
     family = FAMILIES["vipllava"]()
     inputs = family.batch([1, "image"], ["image", 4])
-    [(tokens, _)] = adapter_for(family.model).encode(inputs, Site.PRE_PROJECTOR, NEEDS)
+    (group,) = adapter_for(family.model).encode(inputs, Site.PRE_PROJECTOR, NEEDS).groups
+    tokens = group.tokens
     tower = tiny_vipllava("eager").model.vision_tower
     with torch.no_grad():
         truth = tower(inputs["pixel_values"], output_attentions=True, output_hidden_states=True)
@@ -78,9 +81,10 @@ def test_signals_take_no_square_of_the_tokens():
             return out
 
     with torch.no_grad(), Watch():
-        [(tokens, _)] = adapter_for(model).encode(
-            {"pixel_values": torch.zeros(1, 3, 384, 384)}, Site.PRE_PROJECTOR, NEEDS
+        (group,) = (
+            adapter_for(model).encode({"pixel_values": torch.zeros(1, 3, 384, 384)}, Site.PRE_PROJECTOR, NEEDS).groups
         )
+        tokens = group.tokens
     assert tokens.grid.size == 2304
     assert max(sizes) <= 256 * 2304 * 4
 
@@ -111,7 +115,8 @@ class TestQwen:
     def signals(self, model, inputs):
         """Score and keys of each image, in order."""
         found = {}
-        for tokens, indices in adapter_for(model).encode(inputs, Site.PRE_PROJECTOR, NEEDS):
+        for group in adapter_for(model).encode(inputs, Site.PRE_PROJECTOR, NEEDS).groups:
+            tokens, indices = group.tokens, group.numbers
             found |= {n: (tokens.cls_attention[i], tokens.keys[i], tokens.grid) for i, n in enumerate(indices)}
         return [found[n] for n in sorted(found)]
 
@@ -146,11 +151,12 @@ class TestQwen:
         return [r * grid.cols + c for top, left in windows for r in rows[top : top + 2] for c in cols[left : left + 2]]
 
     def test_images_of_equal_grid_come_together(self, family):
-        groups = adapter_for(family.model).encode(
+        encoded = adapter_for(family.model).encode(
             family.batch(["image", "image"], ["image", 3]), Site.PRE_PROJECTOR, frozenset()
         )
-        assert [(tuple(tokens.grid), indices) for tokens, indices in groups] == [((1, 4, 6), [0, 2]), ((1, 5, 3), [1])]
-        assert "cls_attention" not in groups[0][0].signals
+        found = [(tuple(group.tokens.grid), group.numbers) for group in encoded.groups]
+        assert found == [((1, 4, 6), [0, 2]), ((1, 5, 3), [1])]
+        assert "cls_attention" not in encoded.groups[0].tokens.signals
 
     def test_videos_are_refused(self, family):
         inputs = {**family.batch(["image"]), "pixel_values_videos": torch.zeros(1)}

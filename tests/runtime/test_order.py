@@ -13,7 +13,7 @@ from tests.tiny import FAMILIES, IMAGE_TOKEN
 from vlmzip import Chain, FastV, KMeans, Resampler, Site, VisionZip, attach, available, compress_inputs
 from vlmzip.compressor import Calibratable, Compressor, Profile
 from vlmzip.models import adapter_for
-from vlmzip.runtime.prepare import shorten
+from vlmzip.runtime.prompt import shorten
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid
 

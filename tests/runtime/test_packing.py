@@ -8,8 +8,8 @@ from tests.runtime.ragged import Ragged
 from tests.tiny import FAMILIES, IMAGE_TOKEN, batch, prompt, tiny_llava, tiny_vipllava
 from vlmzip import FastV, NoCompression, Pool2d, UserError
 from vlmzip.methods import Chain
+from vlmzip.runtime.inputs import compress_inputs
 from vlmzip.runtime.packing import bins_of, cheapest
-from vlmzip.runtime.prepare import compress_inputs
 
 ROWS = (
     prompt(9, "image", *range(10, 19)),

@@ -31,7 +31,7 @@ def run(args: Namespace) -> None:
     from vlmzip.cli.asking import attach_and_note, build_inputs, draw
     from vlmzip.cli.images import check_target, load_image, save_image
     from vlmzip.cli.loading import load, progress
-    from vlmzip.runtime.prepare import compress_inputs
+    from vlmzip.runtime.inputs import compress_inputs
 
     check_method(args, draws=True)
     method = without_budget(args)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vlmzip.compressor import Compressor
+from vlmzip.compressor import Compressor, keep_all
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, VisualTokens
 
@@ -17,6 +17,4 @@ class NoCompression(Compressor):
         return grid.size
 
     def assign(self, tokens: VisualTokens) -> TokenMap:
-        batch, count, _ = tokens.features.shape
-        dropped = count - tokens.plain_count
-        return TokenMap.identity(batch, tokens.plain_count, tokens.features.device).after_dropping(dropped)
+        return keep_all(tokens)

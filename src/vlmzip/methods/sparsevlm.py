@@ -13,7 +13,7 @@ from annotated_types import Ge, Le
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vlmzip.compressor import BudgetError, Compressor, Profile
+from vlmzip.compressor import BudgetError, Compressor, Profile, keep_all
 from vlmzip.errors import UserError, check_choice
 from vlmzip.keep import Keep, count_to_keep, round_half_up
 from vlmzip.token_map import TokenMap
@@ -169,11 +169,10 @@ class SparseVLM(Compressor):
     # --- which ------------------------------------------------------------------------------------------------
 
     def assign(self, tokens: VisualTokens) -> TokenMap:
-        batch, available = len(tokens.features), tokens.features.shape[1] - tokens.prefix
+        available = tokens.features.shape[1] - tokens.prefix
         count = self._count(tokens.layer, available)
         if count >= available:
-            plain = TokenMap.identity(batch, tokens.plain_count, tokens.features.device)
-            return plain.after_dropping(tokens.features.shape[1] - tokens.plain_count)
+            return keep_all(tokens)
         score = _mean(tokens.text_attention[..., tokens.prefix :], _raters(tokens))
         ranking = score.argsort(dim=1, descending=True, stable=True)
         best = torch.zeros_like(score, dtype=torch.bool).scatter(1, ranking[:, :count], True)

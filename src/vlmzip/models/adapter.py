@@ -14,8 +14,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmzip.compressor import Positions, Profile
 from vlmzip.errors import UserError
+from vlmzip.models.layout import Encoded, Layout
 from vlmzip.models.recording import rotate
-from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
+from vlmzip.visual_tokens import Grid, Signal, Site
 
 
 @dataclass(frozen=True)
@@ -94,12 +95,10 @@ class ModelAdapter(ABC):
         return "<image>" * images + question
 
     @abstractmethod
-    def encode(
-        self, inputs: Mapping[str, Any], site: Site, needs: frozenset[Signal]
-    ) -> Sequence[tuple[VisualTokens, list[int]]]:
+    def encode(self, inputs: Mapping[str, Any], site: Site, needs: frozenset[Signal]) -> Encoded:
         """The visual tokens of all images in `inputs`, as they are at `site`, with what `needs` asks for.
 
-        Images of equal grid come together: each group with the indices of its images, in order of appearance.
+        Views of equal grid come together, each whole: what of them the LLM sees is what `layouts` say.
         """
 
     def encoder_attention(self, inputs: Mapping[str, Any]) -> EncoderAttention:
@@ -110,15 +109,19 @@ class ModelAdapter(ABC):
         raise UserError(f"{type(self).__name__} does not tell what its encoder attends to, layer by layer")
 
     @abstractmethod
-    def plain_counts(self, inputs: Mapping[str, Any]) -> list[int]:
-        """Visual tokens of each image in `inputs` without compression, from shapes alone."""
+    def layouts(self, inputs: Mapping[str, Any]) -> list[Layout]:
+        """Where each placeholder of each image in `inputs` comes from, from shapes alone."""
 
-    @abstractmethod
+    def plain_counts(self, inputs: Mapping[str, Any]) -> list[int]:
+        """Placeholders of each image in `inputs`: the visual tokens that the LLM gets without compression."""
+        return [layout.placeholders for layout in self.layouts(inputs)]
+
     def grids(self, inputs: Mapping[str, Any]) -> list[Grid]:
-        """The grid of each image in `inputs`, from shapes alone."""
+        """The grid of each view of all images in `inputs`."""
+        return [grid for layout in self.layouts(inputs) for grid in layout.views]
 
     def downsample(self, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> dict[str, Any]:
-        """The image inputs of the same images made smaller, one grid each; for `encode`, not for the model.
+        """The image inputs of the same images with smaller views, one grid each; for `encode`, not for the model.
 
         Antialiased bicubic interpolation, in float32: what the processors of these families resize with, so that the
         result is the smaller image that they would have made, but for their rounding to 8 bits.
@@ -149,8 +152,13 @@ class ModelAdapter(ABC):
         """What the model's `forward` wants for positions counted from 0; `generate` always takes those."""
         return positions
 
-    def encoder_outputs(self, features: list[Float[Tensor, "_ llm_dim"]]) -> dict[str, BaseModelOutputWithPooling]:
-        """`mm_encoder_outputs` for the model's `forward` and `generate`: projected tokens, one entry an image."""
+    def encoder_outputs(
+        self, features: list[Float[Tensor, "_ llm_dim"]], streams: Sequence[tuple[Tensor, ...]] = ()
+    ) -> dict[str, BaseModelOutputWithPooling]:
+        """`mm_encoder_outputs` for the model's `forward` and `generate`: projected tokens, one entry an image.
+
+        `streams` has for each image the features of the same tokens that later layers of the LLM get.
+        """
         # A tensor is scattered over the placeholders as a whole: one row can hold images of different lengths.
         form: Any = features if self.features_as_list else torch.cat(features)[None]
         return {"image": BaseModelOutputWithPooling(pooler_output=form)}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vlmzip.errors import UserError
 from vlmzip.models.adapter import EncoderAttention, ModelAdapter
+from vlmzip.models.layout import Encoded, Layout, Views
 from vlmzip.models.vit import downsampled, encoder_attention, feature_layers, grid_of, hidden_states, prefix_of, run_vit
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
@@ -36,9 +37,7 @@ class Llava(ModelAdapter):
         hidden_states(self._setting({}, "vision_feature_layer"), self._depth)
         self._passes_prefix({})
 
-    def encode(
-        self, inputs: Mapping[str, Any], site: Site, needs: frozenset[Signal]
-    ) -> Sequence[tuple[VisualTokens, list[int]]]:
+    def encode(self, inputs: Mapping[str, Any], site: Site, needs: frozenset[Signal]) -> Encoded:
         pixels = inputs["pixel_values"]
         full = self._passes_prefix(inputs)
         if not full and not self.prefix:
@@ -56,7 +55,7 @@ class Llava(ModelAdapter):
         tokens = VisualTokens(
             features, grid_of(self.model.config.vision_config, pixels), self.prefix, passes_prefix=full, **signals
         )
-        return [(tokens, list(range(len(pixels))))]
+        return Encoded([Views(tokens, range(len(pixels)))])
 
     def encoder_attention(self, inputs: Mapping[str, Any]) -> EncoderAttention:
         scored = max(feature_layers(self._setting(inputs, "vision_feature_layer"), self._depth))
@@ -68,14 +67,10 @@ class Llava(ModelAdapter):
     def prompt(self, question: str, images: int) -> str:
         return f"USER: {'<image>' * images}\n{question} ASSISTANT:"
 
-    def plain_counts(self, inputs: Mapping[str, Any]) -> list[int]:
+    def layouts(self, inputs: Mapping[str, Any]) -> list[Layout]:
         pixels = inputs["pixel_values"]
-        full = self._passes_prefix(inputs)
-        return [grid_of(self.model.config.vision_config, pixels).size + (self.prefix if full else 0)] * len(pixels)
-
-    def grids(self, inputs: Mapping[str, Any]) -> list[Grid]:
-        pixels = inputs["pixel_values"]
-        return [grid_of(self.model.config.vision_config, pixels)] * len(pixels)
+        grid = grid_of(self.model.config.vision_config, pixels)
+        return [Layout.of_one_view(grid, self.prefix, passes_prefix=self._passes_prefix(inputs))] * len(pixels)
 
     def downsample(self, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> dict[str, Any]:
         return downsampled(self.model.config.vision_config, inputs["pixel_values"], grids[0])

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vlmzip.models.adapter import EncoderAttention, ModelAdapter
+from vlmzip.models.layout import Encoded, Layout, Views
 from vlmzip.models.vit import downsampled, encoder_attention, grid_of, run_vit
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
@@ -25,9 +26,7 @@ class PaliGemma(ModelAdapter):
     image_inputs = ("pixel_values",)
     features_as_list = False
 
-    def encode(
-        self, inputs: Mapping[str, Any], site: Site, needs: frozenset[Signal]
-    ) -> Sequence[tuple[VisualTokens, list[int]]]:
+    def encode(self, inputs: Mapping[str, Any], site: Site, needs: frozenset[Signal]) -> Encoded:
         pixels = inputs["pixel_values"]
         last = self.model.config.vision_config.num_hidden_layers - 1
         _, signals, out = run_vit(
@@ -37,12 +36,8 @@ class PaliGemma(ModelAdapter):
         features = out.last_hidden_state  # behind the encoder's last norm
         if site is Site.POST_PROJECTOR:
             features = self.project(features, Site.PRE_PROJECTOR)
-        return [
-            (
-                VisualTokens(features, grid_of(self.model.config.vision_config, pixels), **signals),
-                list(range(len(pixels))),
-            )
-        ]
+        tokens = VisualTokens(features, grid_of(self.model.config.vision_config, pixels), **signals)
+        return Encoded([Views(tokens, range(len(pixels)))])
 
     def encoder_attention(self, inputs: Mapping[str, Any]) -> EncoderAttention:
         return encoder_attention(
@@ -51,12 +46,9 @@ class PaliGemma(ModelAdapter):
             interpolate_pos_encoding=inputs.get("interpolate_pos_encoding", False),
         )  # fmt: skip
 
-    def plain_counts(self, inputs: Mapping[str, Any]) -> list[int]:
-        return [grid.size for grid in self.grids(inputs)]
-
-    def grids(self, inputs: Mapping[str, Any]) -> list[Grid]:
+    def layouts(self, inputs: Mapping[str, Any]) -> list[Layout]:
         pixels = inputs["pixel_values"]
-        return [grid_of(self.model.config.vision_config, pixels)] * len(pixels)
+        return [Layout.of_one_view(grid_of(self.model.config.vision_config, pixels))] * len(pixels)
 
     def downsample(self, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> dict[str, Any]:
         return downsampled(self.model.config.vision_config, inputs["pixel_values"], grids[0])

@@ -14,6 +14,7 @@ from transformers.vision_utils import get_vision_window_index
 from vlmzip.compressor import Positions, Profile
 from vlmzip.errors import UserError
 from vlmzip.models.adapter import EncoderAttention, ModelAdapter
+from vlmzip.models.layout import Encoded, Layout, Views
 from vlmzip.models.pixels import resized
 from vlmzip.models.recording import Recording, attention_received, mean_over_heads, record, rotate
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
@@ -40,9 +41,7 @@ class Qwen25VL(ModelAdapter):
         side = 448 // vision.patch_size // vision.spatial_merge_size
         return Profile(Grid(1, side, side), self.llm_config.num_hidden_layers)
 
-    def encode(
-        self, inputs: Mapping[str, Any], site: Site, needs: frozenset[Signal]
-    ) -> Sequence[tuple[VisualTokens, list[int]]]:
+    def encode(self, inputs: Mapping[str, Any], site: Site, needs: frozenset[Signal]) -> Encoded:
         if inputs.get("pixel_values_videos") is not None:
             raise UserError("videos are not supported in this family yet; images are")
         if Signal.PIXELS in needs:
@@ -61,11 +60,11 @@ class Qwen25VL(ModelAdapter):
                 name: torch.stack([values[span] for span in spans]) for name, values in signals.items()
             }
             features = torch.stack([out.pooler_output[span] for span in spans])
-            groups.append((VisualTokens(features, grid, **own), indices))
-        return groups
+            groups.append(Views(VisualTokens(features, grid, **own), indices))
+        return Encoded(groups)
 
-    def plain_counts(self, inputs: Mapping[str, Any]) -> list[int]:
-        return [grid.size for grid in self.grids(inputs)]
+    def layouts(self, inputs: Mapping[str, Any]) -> list[Layout]:
+        return [Layout.of_one_view(grid) for grid in self.grids(inputs)]
 
     def grids(self, inputs: Mapping[str, Any]) -> list[Grid]:
         merge = self.model.config.vision_config.spatial_merge_size

@@ -134,7 +134,8 @@ def _measure_together(
     inputs = processor.image_processor(loaded, return_tensors="pt").to(adapter.model.device, adapter.model.dtype)
     found: dict[int, MeasuredImage] = {}
     with torch.no_grad():
-        for tokens, indices in adapter.encode(inputs, compressor.site, compressor.needs):
+        for group in adapter.encode(inputs, compressor.site, compressor.needs).groups:
+            tokens, indices = group.tokens, group.numbers
             assert tokens.grid is not None  # encoders have grids
             counts = compressor.counts_by_factor(tokens.grid)
             beyond = list(counts)[1:]

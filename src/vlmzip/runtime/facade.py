@@ -27,10 +27,12 @@ from vlmzip.models import adapter_for
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.runtime import pipelines
 from vlmzip.runtime.cache import cache_name, cache_of, with_cache_named
+from vlmzip.runtime.compressed_inputs import CompressedInputs
 from vlmzip.runtime.decoder_hooks import Hooks, running
 from vlmzip.runtime.in_llm import InLLMState, check_place, extend, prompt_of
+from vlmzip.runtime.inputs import compress_inputs, positions_of
 from vlmzip.runtime.positions import positions_taken, warn_beyond
-from vlmzip.runtime.prepare import PER_TOKEN, CompressedInputs, compress_inputs, gather, pad_id, positions_of
+from vlmzip.runtime.prompt import PER_TOKEN, gather, pad_id
 from vlmzip.runtime.report import Report
 from vlmzip.runtime.resample import build_resampler, read_weights, resampling, write_weights
 from vlmzip.runtime.turns import CacheState, Conversations, first_turn, next_turn

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.layout import Layout
 from vlmzip.models.recording import attention_rows
 from vlmzip.runtime.masks import shrink_mask
-from vlmzip.runtime.prepare import Span
+from vlmzip.runtime.prompt import Span
 from vlmzip.runtime.report import Report, Stopwatch
 from vlmzip.runtime.versions import argument
 from vlmzip.token_map import TokenMap
@@ -63,6 +64,24 @@ class LayerCut:
     padded: bool
     tables: dict[str, Any] = field(default_factory=dict)
     """Mask and positions for the layers behind; they are the same for all, and made once."""
+
+
+@dataclass
+class Part:
+    """Tokens on which a compressor acts together at one layer: a view of an image, or all that is left of the image."""
+
+    image: int
+    compressor: Compressor
+    inside: Int[Tensor, " tokens"]
+    """Which of what is left of the image they are."""
+    columns: Int[Tensor, " tokens"]
+    """Their columns among the tokens that entered the layer."""
+    grid: Grid | None
+    prefix: int
+    entered: int
+    """Tokens of the whole image as it entered the LLM."""
+    token_map: TokenMap = field(init=False)
+    """What becomes of them, in the order of anchors."""
 
 
 class InLLMState:
@@ -144,6 +163,8 @@ class LayerState:
             self.ends = [end - past for end in prompt.question_ends for _ in range(self.copies)]
         self.places = [torch.tensor(span.columns, device=device) - past for span in self.spans]
         self.decided: dict[int, LayerCut | None] = {}
+        self.layouts: list[Layout | None] = [span.layout for span in self.spans]
+        """For each image how what is left of it lies on the grids of its views, if nothing is gone."""
         self.maps: list[list[tuple[int, TokenMap]]] = [[] for _ in self.spans]
         """For each image the maps of the layers, in order."""
         self.attention: dict[int, Float[Tensor, "batch queries kept"]] = {}
@@ -206,42 +227,56 @@ class LayerState:
         """Maps for all images; which tokens stay; for each image the columns of its output tokens."""
         kept = self.real.clone() if before is None else before.here >= 0
         places = self.places if before is None else before.places
-        targets: list[Any] = [None] * len(places)
-        merges = []
-        for images in self._alike(index, places):
-            rows = torch.tensor([self.spans[p].row for p in images], device=hidden.device)
-            columns = torch.stack([places[p] for p in images])
-            tokens = self._tokens(index, images, rows, columns, hidden, before)
-            token_map = self.inside.at[index](tokens).in_anchor_order()
+        parts = self._parts(index, places)
+        merges: list[tuple[Tensor, Tensor, TokenMap]] = []
+        for group in _alike(parts):
+            rows = torch.tensor([self.spans[part.image].row for part in group], device=hidden.device)
+            columns = torch.stack([part.columns for part in group])
+            token_map = group[0].compressor(self._tokens(index, group, rows, columns, hidden, before))
+            token_map = token_map.in_anchor_order()
             if 0 in token_map.lengths:
-                raise UserError(f"{self.inside.at[index].name()} left no token of an image; it must keep at least one")
-            anchors = token_map.anchor_index()
-            kept[rows[:, None], columns] = False
-            for n, image in enumerate(images):
-                own = token_map.rows(slice(n, n + 1))
-                targets[image] = columns[n, anchors[n, : own.lengths[0]]]
-                kept[rows[n], targets[image]] = True
-                self.maps[image].append((index, own))
+                name = self.inside.at[index].name()
+                raise UserError(f"{name} left no token of an image; it must keep at least one")
+            for n, part in enumerate(group):
+                part.token_map = token_map.rows(slice(n, n + 1))
             merges.append((rows, columns, token_map))
+        targets = []
+        for image, columns in enumerate(places):
+            own = [part for part in parts if part.image == image]
+            whole = sum(part.token_map.lengths[0] for part in own) == sum(len(part.inside) for part in own)
+            if not whole:
+                self.layouts[image] = None
+            image_map = _joined(own, len(columns), separators_stay=whole)
+            self.maps[image].append((index, image_map))
+            anchors = image_map.anchor_index()[0]
+            kept[self.spans[image].row, columns] = False
+            kept[self.spans[image].row, columns[anchors]] = True
+            targets.append(columns[anchors])
         return merges, kept, targets
 
-    def _alike(self, index: int, places: list[Tensor]) -> list[list[int]]:
-        """Images of equal grid and count, now and when they entered, whose tokens form one `VisualTokens`."""
-        groups: dict[Any, list[int]] = {}
-        for image, span in enumerate(self.spans):
-            kind = (self._grid(image), span.prefix, len(self.places[image]), len(places[image]))
-            groups.setdefault(kind, []).append(image)
-        return list(groups.values())
-
-    def _grid(self, image: int) -> Grid | None:
-        return None if self.maps[image] else self.spans[image].grid
+    def _parts(self, index: int, places: list[Tensor]) -> list[Part]:
+        """What the compressor at layer `index` acts on: views of images, or images as a whole."""
+        compressor, parts = self.inside.at[index], []
+        for image, (columns, layout) in enumerate(zip(places, self.layouts, strict=True)):
+            choices: list[tuple[Compressor, Tensor, Grid | None, int]] = []
+            if layout is None:
+                choices.append((compressor, torch.arange(len(columns)), None, 0))
+            elif len(layout.views) > 1 and not compressor.by_view:
+                choices.append((compressor, (layout.slots >= 0).nonzero()[:, 0], None, 0))
+            else:
+                for n, share in enumerate(compressor.shared(layout.views)):
+                    choices.append((share, layout.placeholders_of(n), layout.views[n], layout.prefix))
+            for share, inside, grid, prefix in choices:
+                inside = inside.to(columns.device)
+                parts.append(Part(image, share, inside, columns[inside], grid, prefix, len(self.places[image])))
+        return parts
 
     def _tokens(
-        self, index: int, images: list[int], rows: Tensor, columns: Tensor, hidden: Tensor, before: LayerCut | None
+        self, index: int, parts: list[Part], rows: Tensor, columns: Tensor, hidden: Tensor, before: LayerCut | None
     ) -> VisualTokens:
-        """What the compressor at layer `index` may look at, for images of equal grid."""
-        grid, needs = self._grid(images[0]), self.inside.at[index].needs
-        prefix = self.spans[images[0]].prefix if grid is not None else 0
+        """What the compressor at layer `index` may look at, for parts that are alike."""
+        needs = self.inside.at[index].needs
+        images = [part.image for part in parts]
         optional: dict[str, Any] = {}
         if needs:
             asks = _compact(self._question(images, rows), pad_right=False)
@@ -251,8 +286,9 @@ class LayerState:
             optional["text_attention"] = attention.gather(2, columns[:, None].expand(-1, asks.shape[1], -1))
         if Signal.TEXT_FEATURES in needs:
             optional["text_features"] = self.embeddings[rows[:, None], self.queries[rows].gather(1, asks.clamp(min=0))]
-            optional["llm_input"] = torch.stack([self.embeddings[self.spans[p].row, self.places[p]] for p in images])
+            optional["llm_input"] = torch.stack([self.embeddings[self.spans[n].row, self.places[n]] for n in images])
         features = hidden[rows[:, None], columns].detach()
+        grid, prefix = parts[0].grid, parts[0].prefix
         return VisualTokens(features, grid, prefix, layer=index, passes_prefix=True, **optional)
 
     # --- what travels along -----------------------------------------------------------------------------------
@@ -338,6 +374,43 @@ class LayerState:
         """For each token behind the last layer its column in this forward, without the copies of rows."""
         last = self._latest(len(self.inside.adapter.decoder_layers))
         return None if last is None else last.here[:: self.copies]
+
+
+def _alike(parts: list[Part]) -> list[list[Part]]:
+    """Parts whose tokens form one `VisualTokens`."""
+    groups: dict[Any, list[Part]] = {}
+    for part in parts:
+        kind = (part.compressor, part.grid, part.prefix, part.entered, len(part.columns))
+        groups.setdefault(kind, []).append(part)
+    return list(groups.values())
+
+
+def _joined(parts: list[Part], count: int, *, separators_stay: bool) -> TokenMap:
+    """The map of the `count` tokens left of an image from the maps of its parts, in the order of anchors.
+
+    Tokens in no part are separators: they stay only where nothing else goes.
+    """
+    (first, *others) = parts
+    if not others and len(first.inside) == count:
+        return first.token_map
+    device = first.inside.device
+    group = torch.full((count,), -1, device=device)
+    weight, anchor = torch.zeros(count, device=device), torch.zeros(count, dtype=torch.bool, device=device)
+    outputs = 0
+    for part in parts:
+        own = part.token_map
+        group[part.inside] = torch.where(own.group[0] < 0, -1, own.group[0] + outputs)
+        weight[part.inside] = own.weight[0]
+        anchor[part.inside] = own.anchor[0]
+        outputs += own.lengths[0]
+    if separators_stay:
+        alone = torch.ones(count, dtype=torch.bool, device=device)
+        alone[torch.cat([part.inside for part in parts])] = False
+        group[alone] = outputs + torch.arange(int(alone.sum()), device=device)
+        weight[alone], anchor[alone] = 1.0, True
+        outputs += int(alone.sum())
+    joined = TokenMap(group[None], weight[None], anchor[None], torch.tensor([outputs], device=device))
+    return joined.in_anchor_order()
 
 
 def extend(report: Report, steps: Sequence[LayerState]) -> Report:

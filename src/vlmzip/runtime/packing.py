@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
 from vlmzip.models.adapter import ModelAdapter
+from vlmzip.runtime.compressed_inputs import CompressedInputs
 from vlmzip.runtime.report import CompressedImage
-
-if TYPE_CHECKING:
-    from vlmzip.runtime.prepare import CompressedInputs
 
 #: Implementations of attention for which transformers makes masks, in which packed rows do not see each other.
 MASKED = ("sdpa", "eager")
@@ -64,7 +61,9 @@ def pack(
     )
     order = {row: place for place, row in enumerate(row for one in bins for row in one)}
     by_row = sorted(zip(images, compressed.report.images, strict=True), key=lambda both: order[both[1].row])
-    compressed["mm_encoder_outputs"] = adapter.encoder_outputs([image.features for image, _ in by_row])
+    compressed["mm_encoder_outputs"] = adapter.encoder_outputs(
+        [image.features for image, _ in by_row], [image.streams for image, _ in by_row]
+    )
     compressed |= {"position_ids": positions, "use_cache": False}
     del compressed["attention_mask"]  # with one, transformers would not look for where rows begin
 

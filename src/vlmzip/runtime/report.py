@@ -15,6 +15,8 @@ from torch import Tensor
 
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
+from vlmzip.models.layout import Layout
+from vlmzip.runtime.compress import in_order
 from vlmzip.runtime.detail import detail_lost
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, VisualTokens
@@ -32,47 +34,97 @@ class ImageReport:
     by_layer: tuple[int, ...]
     """Visual tokens at each layer of the LLM."""
     token_map: TokenMap | None
-    """The map of this image alone (a batch of one), over prefix and grid, to the tokens of the last layer.
+    """The map of this image alone (a batch of one), from the tokens of all its views to those of the last layer.
 
     `None` after a resampler, whose tokens come from everywhere in the image."""
-    grid: Grid | None
-    prefix: int
-    features: Float[Tensor, "tokens dim"] | None
-    """The visual tokens before compression, without gradients; kept until the next call, for `detail_lost`.
+    layout: Layout
+    """Of the image's views: the tokens that the map begins with, and behind them the separators."""
+    view_features: tuple[Float[Tensor, "_ dim"], ...] | None
+    """The visual tokens of each view before compression, without gradients; kept until the next call, for
+    `detail_lost`.
 
     `None` where they are not to be compared: only a smaller image was encoded, or they were resampled."""
+
+    @property
+    def features(self) -> Float[Tensor, "tokens dim"] | None:
+        """The visual tokens of all views before compression, without gradients."""
+        return None if self.view_features is None else torch.cat(self.view_features)
+
+    @property
+    def grid(self) -> Grid:
+        """The grid of its first view."""
+        return self.layout.views[0]
+
+    @property
+    def prefix(self) -> int:
+        """Tokens of each view before its grid."""
+        return self.layout.prefix
+
+    @property
+    def views(self) -> list[ViewReport]:
+        """What became of each view: its grid, and its part of the map."""
+        layout, parts = self.layout, []
+        for grid, start, end in zip(layout.views, layout.starts, layout.starts[1:], strict=False):
+            token_map = self.token_map and self.token_map.of_inputs(torch.arange(start, end))
+            parts.append(ViewReport(grid, layout.prefix, token_map))
+        return parts
 
     @cached_property
     def detail_lost(self) -> float | None:
         """Share of the image's detail that the tokens left do not explain, 0 to 1 (see `detail.py`).
 
         `None` where that cannot be told: after a resampler, or where only a smaller image was encoded."""
-        if self.features is None or self.token_map is None:
+        if self.view_features is None or self.token_map is None:
             return None
-        tokens = VisualTokens(self.features[None], self.grid, self.prefix)
-        return float(detail_lost(tokens, self.token_map))
+        layout = self.layout
+        # All tokens of the image as one: first what lies on no grid, then the grids, view by view.
+        numbers = torch.arange(layout.tokens)
+        starts = zip(layout.starts, layout.starts[1:], strict=False)
+        on_grid = torch.cat([numbers[start + layout.prefix : end] for start, end in starts])
+        outside = numbers[~torch.isin(numbers, on_grid)]
+        order = torch.cat([outside, on_grid])
+        features = in_order(self.view_features, order)[None]
+        tokens = VisualTokens(features, Grid(1, 1, len(on_grid)), prefix=len(outside))
+        return float(detail_lost(tokens, self.token_map.of_inputs(order)))
+
+
+@dataclass(frozen=True)
+class ViewReport:
+    """One view of an image: a base image, a tile, or the frames of a video."""
+
+    grid: Grid
+    prefix: int
+    """Tokens before the grid."""
+    token_map: TokenMap | None
+    """Where the tokens of the view went, among all tokens left of the image; `None` after a resampler."""
 
 
 @dataclass(frozen=True)
 class CompressedImage:
     """The tokens of one image on their way to the LLM."""
 
-    features: Float[Tensor, "after llm_dim"]
-    offsets: list[int]
-    """For each token left, which of the image's placeholders (0-based) gives it its position."""
+    features: Float[Tensor, "features llm_dim"]
+    """In the order in which the LLM gets them."""
+    streams: tuple[Float[Tensor, "features stream_dim"], ...]
+    """Further features of the same tokens, for later layers of the LLM."""
+    slots: Int[Tensor, " placeholders_left"]
+    """For each placeholder left its feature; `SEPARATOR` for a separator."""
+    places: list[int]
+    """For each placeholder left, which of the image's placeholders (0-based) gives it its position."""
     report: ImageReport
+    left: Layout | None
+    """Of the placeholders left, `None` where they lie on no grid any more."""
 
-    def in_order_of_positions(self) -> CompressedImage:
-        """Return the same tokens in the order of the placeholders that give them their positions."""
-        order = sorted(range(len(self.offsets)), key=self.offsets.__getitem__)
-        if order == list(range(len(order))):
+    def with_separators(self, separator: Float[Tensor, " llm_dim"] | None) -> CompressedImage:
+        """Return the image with a feature for every placeholder left; later layers add nothing to separators."""
+        if separator is None or bool((self.slots >= 0).all()):
             return self
-        index = torch.tensor(order, device=self.features.device)
-        token_map = self.report.token_map
-        if token_map is not None:
-            token_map = token_map.rearranged(index.argsort()[None].to(token_map.group.device))
-        offsets = [self.offsets[n] for n in order]
-        return CompressedImage(self.features[index], offsets, replace(self.report, token_map=token_map))
+        places = (self.slots >= 0).nonzero()[:, 0].to(self.features.device)
+        whole = separator.to(self.features).expand(len(self.slots), -1).index_copy(0, places, self.features)
+        streams = tuple(
+            stream.new_zeros(len(self.slots), stream.shape[1]).index_copy(0, places, stream) for stream in self.streams
+        )
+        return replace(self, features=whole, streams=streams, slots=torch.arange(len(self.slots)))
 
 
 @dataclass

@@ -1,11 +1,10 @@
-"""Compressors with weights: the module that `attach` makes for a model, and what it does to its images."""
+"""Compressors with weights: the module that `attach` makes for a model, and how it is saved."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,7 +16,6 @@ from vlmzip.errors import UserError
 from vlmzip.files import is_file, replace_whole
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.resampler import Resampler
-from vlmzip.runtime.report import CompressedImage, ImageReport, Stopwatch
 
 #: The weights of a resampler, beside `compressor.json`.
 FILE = "resampler.safetensors"
@@ -38,39 +36,6 @@ def build_resampler(adapter: ModelAdapter, compressor: Compressor) -> nn.Module 
     # Quantised weights have no precision to follow, offloaded ones no place.
     like = next((p for p in adapter.model.parameters() if p.is_floating_point() and not p.is_meta), torch.empty(0))
     return module.to(like.device, like.dtype)
-
-
-def resample_images(
-    adapter: ModelAdapter,
-    inputs: Mapping[str, Any],
-    compressor: Resampler,
-    resampler: nn.Module | None,
-    watch: Stopwatch,
-) -> list[CompressedImage]:
-    """Encodes and resamples; the model's projector is not asked."""
-    if resampler is None:
-        raise UserError(f"{compressor.name()} has weights: use what vlmzip.attach returns, which holds them")
-    with watch.time("encoder"):
-        groups = adapter.encode(inputs, compressor.site, compressor.needs)
-    found: dict[int, CompressedImage] = {}
-    for tokens, indices in groups:
-        with watch.time("selection"):
-            resampled = resampler(tokens.features)
-        before, after = tokens.plain_count, resampled.shape[1]
-        # Spread over the placeholders, so that "where did this come from" has an answer; positions do not use it.
-        offsets = [n * before // after for n in range(after)]
-        report = ImageReport(
-            row=-1,
-            before=before,
-            after=after,
-            by_layer=(after,) * len(adapter.decoder_layers),
-            token_map=None,
-            grid=tokens.grid,
-            prefix=tokens.prefix,
-            features=None,
-        )
-        found |= {index: CompressedImage(resampled[place], offsets, report) for place, index in enumerate(indices)}
-    return [found[index] for index in sorted(found)]
 
 
 def write_weights(weights: Mapping[str, Tensor], folder: str | os.PathLike[str]) -> None:

@@ -15,16 +15,9 @@ from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.runtime.cache import cache_of
-from vlmzip.runtime.prepare import (
-    PER_TOKEN,
-    CompressedInputs,
-    compress_inputs,
-    contiguous_positions,
-    find_placeholders,
-    gather,
-    pad_id,
-    positions_of,
-)
+from vlmzip.runtime.compressed_inputs import CompressedInputs
+from vlmzip.runtime.inputs import compress_inputs, contiguous_positions, positions_of
+from vlmzip.runtime.prompt import PER_TOKEN, find_placeholders, gather, pad_id
 from vlmzip.runtime.report import Report, Stopwatch
 
 

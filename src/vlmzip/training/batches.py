@@ -18,7 +18,7 @@ from vlmzip.errors import UserError
 from vlmzip.json_text import JsonError, parse, read_lines, write_line
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.runtime.positions import llm_positions
-from vlmzip.runtime.prepare import PER_TOKEN
+from vlmzip.runtime.prompt import PER_TOKEN
 from vlmzip.runtime.prompts import special_tokens
 from vlmzip.training.records import PLACE, BadRecord, Records, TrainingRecord, Turn
 

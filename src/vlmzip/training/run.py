@@ -26,7 +26,7 @@ from vlmzip.models.adapter import ModelAdapter
 from vlmzip.processes import Processes
 from vlmzip.runtime.facade import CompressedModel, attach
 from vlmzip.runtime.fingerprint import of_code, of_files, of_json, of_method_code, of_model
-from vlmzip.runtime.prepare import pad_id
+from vlmzip.runtime.prompt import pad_id
 from vlmzip.training.batches import BAD, Collator, Examples, Preprocessor, count_bad
 from vlmzip.training.config import Config, Lora
 from vlmzip.training.folder import RunFolder, fill_whole, goes_on, refused_by_disk, take_name

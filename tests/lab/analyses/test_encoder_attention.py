@@ -64,8 +64,8 @@ def test_the_layer_that_is_read_is_the_one_that_encode_reads(name):
     adapter = adapter_for(model)
     found = adapter.encoder_attention(inputs)
     with torch.no_grad():
-        groups = adapter.encode(inputs, Site.PRE_PROJECTOR, frozenset({Signal.CLS_ATTENTION}))
-    for tokens, indices in groups:
+        groups = adapter.encode(inputs, Site.PRE_PROJECTOR, frozenset({Signal.CLS_ATTENTION})).groups
+    for tokens, indices in ((group.tokens, group.numbers) for group in groups):
         for row, image in enumerate(indices):
             read = tokens.cls_attention[row, tokens.prefix :]
             torch.testing.assert_close(found.by_image[image][found.scored], read)

@@ -3,7 +3,7 @@ import torch
 
 from tests.tiny import IMAGE_TOKEN, PAD, batch, prompt
 from vlmzip import Pool2d, RandomTokens, UserError, VisionZip, compress_inputs
-from vlmzip.runtime.prepare import find_placeholders, shorten
+from vlmzip.runtime.prompt import find_placeholders, shorten
 
 MIXED = (prompt(1, "image", 5, 6, 7), prompt(1, "image", 4, "image", 5), prompt(1, 2, 3, 4))
 

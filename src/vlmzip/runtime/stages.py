@@ -1,0 +1,208 @@
+"""What happens to images before the LLM, stage by stage: encode, compress, project, compress again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vlmzip.compressor import Compressor
+from vlmzip.errors import UserError
+from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.layout import Encoded, Layout, Views
+from vlmzip.resampler import Resampler
+from vlmzip.runtime.compress import Kept, Plan, compress, encoded_again, in_order, plan_views, view_numbers
+from vlmzip.runtime.report import CompressedImage, ImageReport, Stopwatch
+from vlmzip.visual_tokens import Grid, Site, VisualTokens
+
+
+def compress_images(
+    adapter: ModelAdapter,
+    inputs: Mapping[str, Any],
+    compressor: Compressor,
+    watch: Stopwatch,
+    resampler: nn.Module | None,
+    *,
+    ascending: bool = False,
+) -> tuple[list[CompressedImage], Mapping[str, Any] | None]:
+    """Encode, select, apply and project; the projector sees nothing but what is left.
+
+    Returns the images in order of appearance, and the inputs that the encoder saw if its images were made smaller.
+    `ascending`: tokens keep positions, so each compressor's output tokens stand in the order of their anchors.
+    """
+    stages = [stage for stage in compressor.stages() if stage.site is not Site.IN_LLM]
+    first, later = stages[0] if stages else None, stages[1:]
+    smaller = None
+    layouts = adapter.layouts(inputs)
+    if isinstance(first, Resampler):
+        images, separator = _resample(adapter, inputs, layouts, first, resampler, watch), None
+    elif first is not None and first.site is Site.PIXELS:
+        images, separator, smaller = _encode_smaller(adapter, inputs, layouts, first, watch, ascending=ascending)
+    else:
+        images, separator = _encode_and_compress(adapter, inputs, layouts, first, watch, ascending=ascending)
+    for stage in later:
+        with watch.time("selection"):
+            images = [_compress_projected(stage, image, ascending=ascending) for image in images]
+    with watch.time("bookkeeping"):
+        return [image.with_separators(separator) for image in images], smaller
+
+
+def _encode_and_compress(
+    adapter: ModelAdapter,
+    inputs: Mapping[str, Any],
+    layouts: Sequence[Layout],
+    compressor: Compressor | None,
+    watch: Stopwatch,
+    *,
+    ascending: bool,
+) -> tuple[list[CompressedImage], Float[Tensor, " llm_dim"] | None]:
+    """The images behind the projector, through the first compressor; and what stands for a separator."""
+    site = Site.PRE_PROJECTOR if compressor is None else compressor.site
+    with watch.time("encoder"):
+        encoded = adapter.encode(inputs, site, frozenset() if compressor is None else compressor.needs)
+    with watch.time("selection"):
+        kept = compress(layouts, encoded, compressor, ascending=ascending)
+    features = _project(adapter, [image.features for image in kept], site, watch)
+    with watch.time("bookkeeping"):
+        images = [
+            CompressedImage(projected, image.streams, image.plan.slots, image.plan.places, report, image.plan.left)
+            for projected, image, report in zip(features, kept, _reports(adapter, layouts, kept), strict=True)
+        ]
+    return images, encoded.separator
+
+
+def _project(
+    adapter: ModelAdapter, features: Sequence[Float[Tensor, "_ dim"]], site: Site, watch: Stopwatch
+) -> Sequence[Float[Tensor, "_ llm_dim"]]:
+    """All images' tokens through the projector at once."""
+    with watch.time("projector"):
+        return adapter.project(torch.cat(list(features)), site).split([len(values) for values in features])
+
+
+def _reports(adapter: ModelAdapter, layouts: Sequence[Layout], kept: Sequence[Kept]) -> list[ImageReport]:
+    return [_report(adapter, layout, image.plan, image.seen) for layout, image in zip(layouts, kept, strict=True)]
+
+
+def _report(
+    adapter: ModelAdapter, layout: Layout, plan: Plan, seen: tuple[Float[Tensor, "_ dim"], ...] | None
+) -> ImageReport:
+    """What became of one image; its row is known when its placeholders are found."""
+    after = len(plan.places)
+    return ImageReport(
+        row=-1,
+        before=layout.placeholders,
+        after=after,
+        by_layer=(after,) * len(adapter.decoder_layers),
+        token_map=plan.token_map,
+        layout=plan.layout,
+        view_features=seen,
+    )
+
+
+def _encode_smaller(
+    adapter: ModelAdapter,
+    inputs: Mapping[str, Any],
+    layouts: Sequence[Layout],
+    compressor: Compressor,
+    watch: Stopwatch,
+    *,
+    ascending: bool,
+) -> tuple[list[CompressedImage], Float[Tensor, " llm_dim"] | None, dict[str, Any]]:
+    """The tokens of smaller views, projected, what stands for a separator, and `inputs` with smaller views in them.
+
+    The tokens that the whole views would have had do not exist: the compressor's map is made without features.
+    """
+    grids = [grid for layout in layouts for grid in layout.views]
+    shares = [share for layout in layouts for share in compressor.shared(layout.views)]
+    with watch.time("selection"):
+        wanted = [share.smaller(grid) for share, grid in zip(shares, grids, strict=True)]
+        smaller = {**inputs, **adapter.downsample(inputs, wanted)}
+    with watch.time("encoder"):
+        encoded = adapter.encode(smaller, Site.PRE_PROJECTOR, frozenset())
+    with watch.time("bookkeeping"):
+        plans = plan_views(layouts, _without_features(layouts, grids, encoded), compressor, ascending=ascending)
+        by_view = {
+            number: group.tokens.features[row] for group in encoded.groups for row, number in enumerate(group.numbers)
+        }
+        features = []
+        for numbers, plan in zip(view_numbers(layouts), plans, strict=True):
+            # The encoder's prefix comes first; it goes to the LLM only where nothing was made smaller.
+            parts = [by_view[n][len(by_view[n]) - count :] for n, count in zip(numbers, plan.outputs, strict=True)]
+            features.append(in_order(parts, plan.order))
+    projected = _project(adapter, features, Site.PRE_PROJECTOR, watch)
+    images = [
+        CompressedImage(values, (), plan.slots, plan.places, _report(adapter, layout, plan, None), plan.left)
+        for values, plan, layout in zip(projected, plans, layouts, strict=True)
+    ]
+    return images, encoded.separator, smaller
+
+
+def _without_features(layouts: Sequence[Layout], grids: Sequence[Grid], encoded: Encoded) -> Encoded:
+    """All views at their whole size, with features of no width."""
+    like = encoded.groups[0].tokens
+    groups: dict[tuple[Grid, int, bool], list[int]] = {}
+    kinds = [(layout.prefix, layout.passes_prefix) for layout in layouts for _ in layout.views]
+    for number, (grid, kind) in enumerate(zip(grids, kinds, strict=True)):
+        groups.setdefault((grid, *kind), []).append(number)
+    return Encoded(
+        [
+            Views(
+                VisualTokens(
+                    like.features.new_zeros(len(numbers), prefix + grid.size, 0), grid, prefix, passes_prefix=passed
+                ),
+                numbers,
+            )
+            for (grid, prefix, passed), numbers in groups.items()
+        ]
+    )
+
+
+def _compress_projected(compressor: Compressor, image: CompressedImage, *, ascending: bool) -> CompressedImage:
+    """What a second compressor, behind the projector, makes of one image."""
+    layout = image.left or Layout.of_one_view(Grid(1, 1, len(image.features)))
+    encoded = encoded_again(image.features, image.streams, layout)
+    if image.left is None:
+        encoded = Encoded([replace(group, tokens=group.tokens.replace(grid=None)) for group in encoded.groups])
+    (kept,) = compress([layout], encoded, compressor, ascending=ascending)
+    plan, count = kept.plan, len(kept.plan.places)
+    before = image.report.token_map
+    report = replace(
+        image.report,
+        after=count,
+        by_layer=(count,) * len(image.report.by_layer),
+        token_map=before and before.then(plan.token_map.of_inputs(layout.numbers)),
+    )
+    places = [image.places[place] for place in plan.places]
+    return CompressedImage(kept.features, kept.streams, plan.slots, places, report, image.left and plan.left)
+
+
+def _resample(
+    adapter: ModelAdapter,
+    inputs: Mapping[str, Any],
+    layouts: Sequence[Layout],
+    compressor: Resampler,
+    resampler: nn.Module | None,
+    watch: Stopwatch,
+) -> list[CompressedImage]:
+    """Encode and resample every view; the model's projector is not asked."""
+    if resampler is None:
+        raise UserError(f"{compressor.name()} has weights: use what vlmzip.attach returns, which holds them")
+    with watch.time("encoder"):
+        encoded = adapter.encode(inputs, compressor.site, compressor.needs)
+    by_view: dict[int, Tensor] = {}
+    for group in encoded.groups:
+        with watch.time("selection"):
+            by_view |= dict(zip(group.numbers, resampler(group.tokens.features), strict=True))
+    images = []
+    for layout, numbers in zip(layouts, view_numbers(layouts), strict=True):
+        features = torch.cat([by_view[number] for number in numbers])
+        before, after = layout.placeholders, len(features)
+        # Spread over the placeholders, so that "where did this come from" has an answer; positions do not use it.
+        places = [n * before // after for n in range(after)]
+        report = ImageReport(-1, before, after, (after,) * len(adapter.decoder_layers), None, layout, None)
+        images.append(CompressedImage(features, (), torch.arange(after), places, report, None))
+    return images

@@ -1,0 +1,165 @@
+"""The pure core: layouts and features in, fewer features out; against naive loops."""
+
+import dataclasses
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from vlmzip import (
+    Compressor,
+    Grid,
+    KMeans,
+    NoCompression,
+    Pool2d,
+    RandomTokens,
+    Site,
+    TokenMap,
+    UserError,
+    VisualTokens,
+)
+from vlmzip.models.layout import Encoded, Layout, Views
+from vlmzip.runtime.compress import compress, encoded_again, plan_views
+
+GRID = Grid(1, 2, 2)
+#: A base image and two tiles side by side; behind each row of the tiles stands a newline.
+TILED = Layout((GRID,) * 3, torch.tensor([0, 1, 2, 3, 4, 5, 8, 9, -1, 6, 7, 10, 11, -1]))
+#: The same, with a CLS in each view, and with the second row of the tiles in the padding.
+PADDED = Layout((GRID,) * 3, torch.tensor([1, 2, 3, 4, 6, 7, 11, 12, -1]), prefix=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backwards(Compressor):
+    """Keep the last tokens of each view, in reverse."""
+
+    last: int = 2
+
+    def assign(self, tokens):
+        batch, count, _ = tokens.features.shape
+        kept = TokenMap.keep((torch.arange(count) >= count - self.last).expand(batch, count))
+        return kept.rearranged(torch.arange(self.last).flip(0).expand(batch, -1))
+
+
+def encoded(*layouts, streams=0):
+    """Each token's feature is its number in its image plus 100 times the image's; stream s adds 1000 (s + 1)."""
+    groups, number = {}, 0
+    for image, layout in enumerate(layouts):
+        for grid, start, end in zip(layout.views, layout.starts, layout.starts[1:], strict=False):
+            values = 100.0 * image + torch.arange(start, end)[:, None]
+            groups.setdefault((grid, layout.prefix, layout.passes_prefix), []).append((number, values))
+            number += 1
+    return Encoded(
+        [
+            Views(
+                VisualTokens(torch.stack([values for _, values in some]), grid, prefix, passes_prefix=passed),
+                [n for n, _ in some],
+                tuple(torch.stack([v + 1000 * (s + 1) for _, v in some]) for s in range(streams)),
+            )
+            for (grid, prefix, passed), some in groups.items()
+        ]
+    )
+
+
+@pytest.mark.parametrize("layout", [TILED, PADDED], ids=["tiles", "padding"])
+@pytest.mark.parametrize("ascending", [False, True])
+def test_without_compression_every_placeholder_gets_its_token(layout, ascending):
+    (kept,) = compress([layout], encoded(layout), NoCompression(), ascending=ascending)
+    expected = [slot for slot in layout.slots.tolist() if slot >= 0]
+    assert kept.features[:, 0].tolist() == expected
+    plan = kept.plan
+    features = [None if slot < 0 else int(kept.features[slot, 0]) for slot in plan.slots.tolist()]
+    assert features == [None if slot < 0 else slot for slot in layout.slots.tolist()]
+    assert plan.places == list(range(layout.placeholders))
+    assert plan.left is not None
+    plan.token_map.check()
+
+
+@pytest.mark.parametrize("method", [Pool2d(factor=2), KMeans(keep="50%"), RandomTokens(keep=7), Backwards()])
+@pytest.mark.parametrize("ascending", [False, True])
+def test_the_map_gives_features_and_streams(method, ascending):
+    """The one map of an image says of all its tokens what the maps of its views say, and streams follow it."""
+    layouts = [TILED, PADDED, TILED]
+    for kept in compress(layouts, encoded(*layouts, streams=2), method, ascending=ascending):
+        kept.plan.token_map.check()
+        before = torch.cat([*kept.seen, torch.zeros(kept.plan.layout.separators, 1)])
+        torch.testing.assert_close(kept.plan.token_map.apply(before[None])[0], kept.features)
+        for s, stream in enumerate(kept.streams):
+            shifted = torch.cat([*kept.seen, torch.zeros(kept.plan.layout.separators, 1)]) + 1000 * (s + 1)
+            torch.testing.assert_close(kept.plan.token_map.apply(shifted[None])[0], stream)
+        assert kept.plan.left is None
+        assert (kept.plan.slots >= 0).all(), "separators go with the first token that goes"
+        assert kept.plan.places == sorted(kept.plan.places) or not ascending
+
+
+def test_padding_is_not_seen_unless_whole_views_are_wanted():
+    (kept,) = compress([PADDED], encoded(PADDED), Backwards())
+    #                                       base    tiles, whose second row is padding: both rows of tokens are short
+    assert sorted(kept.features[:, 0].tolist()) == [3, 4, 6, 7, 11, 12]
+    whole = WholeBackwards()
+    (kept,) = compress([PADDED], encoded(PADDED), whole)
+    assert sorted(kept.features[:, 0].tolist()) == [3, 4, 8, 9, 13, 14]
+    assert kept.plan.layout is PADDED
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeBackwards(Backwards):
+    """The same, on views as the encoder gives them."""
+
+    whole_views = True
+
+
+def test_one_view_keeps_the_order_of_the_map_and_several_that_of_the_placeholders():
+    one = Layout.of_one_view(GRID)
+    (kept,) = compress([one], encoded(one), Backwards())
+    assert kept.features[:, 0].tolist() == [3, 2]
+    (kept,) = compress([one], encoded(one), Backwards(), ascending=True)
+    assert kept.features[:, 0].tolist() == [2, 3]
+    (kept,) = compress([TILED], encoded(TILED), Backwards())
+    assert kept.features[:, 0].tolist() == [2, 3, 6, 7, 10, 11]
+    assert kept.plan.places == [2, 3, 9, 10, 11, 12]
+
+
+def test_a_count_is_of_the_image_and_a_fraction_of_each_view():
+    layouts = [TILED, Layout.of_one_view(GRID), PADDED]
+    assert [len(kept.features) for kept in compress(layouts, encoded(*layouts), RandomTokens(keep=4))] == [4, 4, 4]
+    assert [len(kept.features) for kept in compress(layouts, encoded(*layouts), RandomTokens(keep=0.5))] == [6, 2, 4]
+
+
+def test_a_count_must_reach_for_one_token_of_each_view():
+    with pytest.raises(UserError, match="keep=2 is too few for an image of 3 views: give at least 3"):
+        compress([TILED], encoded(TILED), RandomTokens(keep=2))
+
+
+@pytest.mark.parametrize("layout", [TILED, PADDED], ids=["tiles", "padding"])
+def test_a_second_compressor_goes_on_where_nothing_is_gone(layout):
+    """Behind the identity a second compressor sees the same views, and its map fits the placeholders left."""
+    (once,) = compress([layout], encoded(layout), Pool2d(factor=2))
+    (plain,) = compress([layout], encoded(layout), NoCompression())
+    left = plain.plan.left
+    (twice,) = compress([left], encoded_again(plain.features, plain.streams, left), Pool2d(factor=2))
+    assert torch.equal(once.features, twice.features)
+    assert [plain.plan.places[place] for place in twice.plan.places] == once.plan.places
+    both = plain.plan.token_map.then(twice.plan.token_map.of_inputs(left.numbers))
+    assert torch.equal(both.group, once.plan.token_map.group)
+    assert torch.equal(both.weight, once.plan.token_map.weight)
+
+
+def test_plans_need_no_features():
+    bare = encoded(TILED)
+    bare = Encoded([dataclasses.replace(g, tokens=g.tokens.replace(features=g.tokens.features[..., :0]))
+                    for g in bare.groups])  # fmt: skip
+    (plan,), (kept,) = plan_views([TILED], bare, Pool2d(factor=2)), compress([TILED], encoded(TILED), Pool2d(factor=2))
+    assert torch.equal(plan.token_map.group, kept.plan.token_map.group)
+    assert plan.places == kept.plan.places
+
+
+def test_nothing_left_is_an_error():
+    @dataclass(frozen=True, kw_only=True)
+    class Nothing(Compressor):
+        site: Site = Site.PRE_PROJECTOR
+
+        def assign(self, tokens):
+            return TokenMap.keep(torch.zeros(tokens.features.shape[:2], dtype=torch.bool))
+
+    with pytest.raises(UserError, match="left no token of an image"):
+        compress([TILED], encoded(TILED), Nothing())
