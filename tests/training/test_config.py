@@ -73,7 +73,7 @@ def test_changes_win_over_the_file(read):
         (LEAST + "evaluation: {}\n", "evaluation.every is missing"),
         (LEAST + "evaluation: 5\n", "evaluation must be a mapping of settings such as {every: …}, got 5"),
         (LEAST + "trainer: 5\n", "trainer must be a mapping, got 5"),
-        (LEAST + "fraction: lots\n", "fraction: 'lots' is no number"),
+        (LEAST + "fraction: lots\n", "fraction: 'lots' is not a number"),
         (LEAST + "fraction: -10%\n", "fraction: '-10%' is below 0"),
         (LEAST + "fraction: 110%\n", "got 110%"),
         (LEAST + "fraction: 10\n", "got 10"),

@@ -214,7 +214,7 @@ def test_a_template_that_joins_answers_to_words_of_the_prompt_is_refused(name):
     spans = words(" nyes", return_offsets_mapping=True)["offset_mapping"]
     assert any(begin < 2 < stop for begin, stop in spans), "the test needs a tokenizer with a token for it"
     joining = template(" n", "in the prompt")
-    with pytest.raises(UserError, match=r"its chat template joins the answer to the prompt, '.*nyes' is one token"):
+    with pytest.raises(UserError, match=r"its chat template joins the answer to the prompt: '.*nyes' is one token"):
         conversations(words, joining)
 
 

@@ -58,8 +58,8 @@ def test_conversations_of_all_kinds(tmp_path, lines):
         (record(conversations=said("<image>?", "a")[::-1]), "do not take turns"),
         (record(conversations=[]), "no conversations"),
         (record(conversations=[1, 2]), "without text"),
-        (record(image=5), "image is no path"),
-        (record(image=[""]), "image is no path"),
+        (record(image=5), "image is not a path"),
+        (record(image=[""]), "image is not a path"),
         ([1], "not an object"),
         (record("?", "a", images=["a.png"]), "both image and images"),
         ({"conversations": said("?", "a"), "images": ["a.png"]}, "not as many <image> as images"),
@@ -73,7 +73,7 @@ def test_conversations_of_all_kinds(tmp_path, lines):
         (film("<video> <video>", "a"), "not as many <video> as videos"),
         (film("<image>\n?", "a"), "not as many <image> as images"),
         (film("<video>?", "<video>"), "an answer with <video>"),
-        (film("<video>?", "a", video={"1": "a.png"}), "video is no list of images"),
+        (film("<video>?", "a", video={"1": "a.png"}), "video is not a list of image paths"),
         (film("<video>?", "a", videos=[["1.png"]]), "only one video"),
     ],
 )
@@ -272,5 +272,5 @@ def test_images_are_loaded_or_bad(tmp_path):
 
 def test_a_system_turn_is_named():
     said = [{"from": "system", "value": "be kind"}, {"from": "human", "value": "w9"}, {"from": "gpt", "value": "w10"}]
-    with pytest.raises(BadRecord, match="a turn by system"):
+    with pytest.raises(BadRecord, match="a system turn"):
         read_record({"conversations": said})

@@ -296,7 +296,7 @@ def test_what_the_trainer_itself_lacks_is_a_line(again, monkeypatch):
 
 def test_a_mistake_in_a_worker_is_a_line_too(again):
     _, said = again(code=2, workers=1, max_length=3, max_left_out="100%")
-    assert "not one record of" in said
+    assert "no record of" in said
     assert "Traceback" not in said
     assert said.count("vlmzip: ") == 1
 

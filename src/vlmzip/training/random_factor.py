@@ -1,4 +1,4 @@
-"""LLaVA-Zip's Random: pooling factors drawn by lot while training, so that the LLM meets every number of tokens."""
+"""LLaVA-Zip's Random: pooling by random factors during training, so that the LLM sees every number of tokens."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from vlmzip.visual_tokens import Grid, Site, VisualTokens
 class RandomFactor(Compressor):
     """Average square windows whose side is drawn from `factors`, each equally likely.
 
-    The "Random" variant of LLaVA-Zip (arXiv:2412.08771), which trains with a factor from {1, 2, 3}; whether it is drawn
-    for each step or each image is not known, hence `per`. For training alone: a trainer calls `drawn` before each
-    forward; without that, every call draws the same.
+    This is the "Random" variant of LLaVA-Zip (arXiv:2412.08771), which trains with a factor from {1, 2, 3}. The paper
+    does not say whether it draws per step or per image, hence `per`. Use it only for training: a trainer calls `drawn`
+    before each forward. Without that, every call draws the same factors.
     """
 
     sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR)
@@ -33,7 +33,8 @@ class RandomFactor(Compressor):
     factors: tuple[Annotated[int, Ge(1)], ...] = (1, 2, 3)
     """Sides of the windows, in tokens."""
     per: Literal["image", "step"] = "image"
-    """Whether each "image" has a draw of its own, or all of an optimiser "step", in all processes, share it."""
+    """What shares a factor: "image" draws a factor for each image, "step" one for all images of an optimiser step, in
+    all processes."""
     seed: Seed = 0
 
     def __post_init__(self) -> None:
@@ -42,17 +43,16 @@ class RandomFactor(Compressor):
             raise UserError("factors are missing: give sides of windows, such as 1,2,3")
 
     def drawn(self, step: int, salt: int = 0) -> Compressor:
-        """What to compress with in an optimiser step; the same whenever the same is asked, so that a run can resume.
+        """Return the compressor for an optimiser step. Equal arguments give an equal result, so a run can resume.
 
-        `step` is its number, or any other that stands for it; `salt` tells apart the forwards of one step: processes,
-        and batches that are accumulated.
+        `step` identifies the step. `salt` identifies the forward within the step: process and accumulated batch.
         """
         if self.per == "step":
             return self._pool(self._factors_for(1, mixed(self.seed, step))[0])
         return dataclasses.replace(self, seed=mixed(self.seed, step, salt))
 
     def counts(self, grid: Grid) -> list[int]:
-        """An image's output tokens for each of the factors."""
+        """Return the number of output tokens of an image for each of `factors`."""
         return [self._pool(factor).token_count(grid) for factor in self.factors]
 
     def token_count(self, grid: Grid) -> int | None:
@@ -74,5 +74,5 @@ class RandomFactor(Compressor):
 
 
 def mixed(*numbers: int) -> int:
-    """A seed from several numbers; neighbours do not resemble each other."""
+    """Return a seed that mixes several numbers; neighbouring numbers give unrelated seeds."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7])

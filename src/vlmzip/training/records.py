@@ -1,13 +1,13 @@
 """Training records in LLaVA's JSON format, read one at a time from files of any size.
 
-A file is one JSON list, or JSON Lines, of
+A file is a JSON list, or JSON Lines, of records
 
     {"id": …, "image": "a.jpg" or ["a.jpg", …] or nothing, "conversations": [{"from": "human", "value": "<image>\\n…"},
      {"from": "gpt", "value": "…"}, …]}
 
-with one `<image>` for each image, anywhere in what the human says. `images` is another name for `image`. A video is
-`"video": ["1.jpg", "2.jpg", …]`, its frames, with one `<video>` where they stand. What is no such record is counted,
-never used.
+with one `<image>` per image, anywhere in the human turns. `images` is another name for `image`. A video is a list of
+its frames, `"video": ["1.jpg", "2.jpg", …]`, with one `<video>` in the text. Anything else is counted as a bad record
+and not used.
 """
 
 from __future__ import annotations
@@ -28,36 +28,38 @@ from vlmzip.runtime.images import ImageError, load_image
 
 PLACE, VIDEO = "<image>", "<video>"
 HUMAN, MODEL = ("human", "user"), ("gpt", "assistant")
-#: What an image cannot be the name of.
+#: Endings of video files, which are not images.
 VIDEO_FILES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
-#: Bytes read at once while looking for where records begin and end.
+#: Bytes to read at once while searching for the beginnings and ends of records.
 CHUNK = 1 << 20
-#: Bytes of the longest record of a list. What seems to be longer has a bracket or quote that nothing closes.
+#: The longest record of a list, in bytes. One that seems to be longer has an unclosed bracket or quote.
 LONGEST = 1 << 24
 
 
 class BadRecord(Exception):
-    """A record that cannot be trained on; the message says why, in few words that are the same for all of its kind."""
+    """A record that cannot be trained on. The message is a short reason, the same text for all records of one kind."""
 
 
 @dataclass(frozen=True)
 class Turn:
+    """A question and its answer."""
+
     question: str
-    """With `PLACE` where an image stands."""
+    """The question, with `PLACE` in the place of each image."""
     answer: str
 
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """A conversation, about images or not."""
+    """A conversation, with or without images."""
 
     id: str
     turns: tuple[Turn, ...]
     images: tuple[str, ...]
-    """Paths, in the order of the places."""
+    """Paths, in the order of the `PLACE`s."""
 
     def load_images(self, folder: Path) -> list[Image.Image]:
-        """Return the images as every command reads them. Raises `BadRecord` where one is missing or broken."""
+        """Return the images, read as in every command. Raises `BadRecord` if one is missing or broken."""
         try:
             return [load_image(folder / path) for path in self.images]
         except ImageError as error:
@@ -65,19 +67,19 @@ class TrainingRecord:
 
 
 def read_record(content: Any) -> TrainingRecord:
-    """Raises `BadRecord` for what is no record of LLaVA's format."""
+    """Return the record in parsed JSON. Raises `BadRecord` if it is not in LLaVA's format."""
     if not isinstance(content, dict):
         raise BadRecord("not an object")
-    said = content.get("conversations")
-    if not isinstance(said, list) or not said:
+    parts = content.get("conversations")
+    if not isinstance(parts, list) or not parts:
         raise BadRecord("no conversations")
-    turns = tuple(_turns(said))
+    turns = tuple(_turns(parts))
     images, frames = _images(content), _frames(content)
     if sum(turn.question.count(PLACE) for turn in turns) != len(images):
         raise BadRecord(f"not as many {PLACE} as images")
     if sum(turn.question.count(VIDEO) for turn in turns) != bool(frames):
         raise BadRecord(f"not as many {VIDEO} as videos")
-    if frames:
+    if frames:  # from here on a video is images: its frames, in the place of <video>
         before = "\n".join(turn.question for turn in turns).partition(VIDEO)[0].count(PLACE)
         images[before:before] = frames
         turns = tuple(Turn(turn.question.replace(VIDEO, PLACE * len(frames)), turn.answer) for turn in turns)
@@ -85,41 +87,44 @@ def read_record(content: Any) -> TrainingRecord:
 
 
 def _images(content: dict[str, Any]) -> list[str]:
-    found = [content[name] for name in ("image", "images") if content.get(name) is not None]
-    if len(found) > 1:
+    """Return the paths of a record's images."""
+    values = [content[name] for name in ("image", "images") if content.get(name) is not None]
+    if len(values) > 1:
         raise BadRecord("both image and images")
-    paths = found[0] if found else []
+    paths = values[0] if values else []
     paths = [paths] if isinstance(paths, str) else paths
     if not _are_paths(paths):
-        raise BadRecord("image is no path and no list of paths")
+        raise BadRecord("image is not a path or a list of paths")
     return list(paths)
 
 
 def _frames(content: dict[str, Any]) -> list[str]:
+    """Return the paths of a record's video frames."""
     if content.get("videos") is not None:
         raise BadRecord("videos: only one video can be given, as video")
     frames = content.get("video")
     frames = [] if frames is None else frames
-    named = [frames] if isinstance(frames, str) else frames
-    if not _are_paths(named):
-        raise BadRecord("video is no list of images")
-    if isinstance(frames, str) or any(path.lower().endswith(VIDEO_FILES) for path in named):
+    paths = [frames] if isinstance(frames, str) else frames
+    if not _are_paths(paths):
+        raise BadRecord("video is not a list of image paths")
+    if isinstance(frames, str) or any(path.lower().endswith(VIDEO_FILES) for path in paths):
         raise BadRecord("a video file; give its frames as a list of images")
-    return list(named)
+    return list(paths)
 
 
 def _are_paths(paths: Any) -> bool:
     return isinstance(paths, list) and all(isinstance(path, str) and path for path in paths)
 
 
-def _turns(said: Sequence[Any]) -> Iterator[Turn]:
-    for one in said:
-        if isinstance(one, Mapping) and one.get("from") == "system":
-            raise BadRecord("a turn by system; human and gpt alone take turns")
-    if len(said) % 2:
+def _turns(parts: Sequence[Any]) -> Iterator[Turn]:
+    """Yield the turns of a conversation, whose parts are questions and answers in alternation."""
+    for part in parts:
+        if isinstance(part, Mapping) and part.get("from") == "system":
+            raise BadRecord("a system turn; only human and gpt may take turns")
+    if len(parts) % 2:
         raise BadRecord("a conversation that does not end with an answer")
-    for asked, answered in zip(said[::2], said[1::2], strict=True):
-        question, answer = _said(asked, HUMAN), _said(answered, MODEL)
+    for human, model in zip(parts[::2], parts[1::2], strict=True):
+        question, answer = _text(human, HUMAN), _text(model, MODEL)
         for place in (PLACE, VIDEO):
             if place in answer:
                 raise BadRecord(f"an answer with {place}")
@@ -128,10 +133,11 @@ def _turns(said: Sequence[Any]) -> Iterator[Turn]:
         yield Turn(question, answer)
 
 
-def _said(part: Any, who: tuple[str, ...]) -> str:
+def _text(part: Any, speakers: tuple[str, ...]) -> str:
+    """Return the text of a part of a conversation, which must be by one of `speakers`."""
     if not isinstance(part, dict) or not isinstance(part.get("value"), str):
         raise BadRecord("a part of the conversation without text")
-    if part.get("from") not in who:
+    if part.get("from") not in speakers:
         raise BadRecord("human and gpt do not take turns")
     try:
         part["value"].encode()
@@ -141,14 +147,17 @@ def _said(part: Any, who: tuple[str, ...]) -> str:
 
 
 class Records:
-    """The records of a file; each is read from the disk when it is asked for.
+    """The good records of a file, as a sequence that reads each record from the disk on access.
 
-    Records that are none are left out. `numbers` has the place in the file of each of those that are here; `bad` the
-    place of each that is not, and the reason.
+    `numbers` lists, for each good record, its 0-based number among all records of the file. `bad` lists the number of
+    each bad record and the reason.
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises `UserError` for a file that cannot be read, that ends in the middle of a record, or that has none."""
+        """Index the file.
+
+        Raises `UserError` if it cannot be read, ends in the middle of a record, or has no good record.
+        """
         self.path = path
         self.bad: list[tuple[int, str]] = []
         self.numbers = array("Q")
@@ -177,11 +186,11 @@ class Records:
             return read_record(_parsed(file.read(self.size(number))))
 
     def images(self, number: int) -> int:
-        """How many images the record is about."""
+        """Return the number of images of a record."""
         return self._images[number]
 
     def size(self, number: int) -> int:
-        """Bytes of the record in the file: about how long it is."""
+        """Return the bytes of a record in the file, a rough measure of its length."""
         return self._ends[number] - self._begins[number]
 
     def _columns(self) -> tuple[array, ...]:
@@ -201,7 +210,7 @@ def _parsed(text: bytes) -> Any:
 
 
 def _texts(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Each record as it stands in the file, and where it begins, in bytes; nothing for one that is no JSON."""
+    """Yield each record's offset in the file and its bytes, which are empty for invalid JSON in a list."""
     with open_json(path) as file:
         if not file.seekable():
             raise OSError("it is a pipe, which can be read only once; give a file")
@@ -215,10 +224,10 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _elements(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The values of one JSON list.
+    """Yield the offset and bytes of each value of one JSON list.
 
-    One that does not parse, or that no comma follows, is bad; it ends where the next object with "conversations" begins
-    that parses. Raises `UserError` for a file that ends in the middle of a value.
+    A value is bad, and its bytes are empty, if it does not parse or no comma follows. It ends where the next object
+    begins that parses and has "conversations". Raises `UserError` if the file ends in the middle of a value.
     """
     with path.open("rb") as file:
         window = _Window(file)
@@ -235,7 +244,7 @@ def _elements(path: Path) -> Iterator[tuple[int, bytes]]:
             if following is None and (window.ran_out or not _ends_closed(path)):
                 raise UserError(
                     f"{str(path)!r} ends in the middle of a record, which begins at byte {begin}: was it cut short?"
-                    " Get the file whole, or mend that record"
+                    " Get the complete file, or fix that record"
                 )
             yield from [(begin, b"")] * max(1, lost)
             if following is None:
@@ -244,7 +253,10 @@ def _elements(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _next_record(window: _Window, at: int) -> tuple[int, int | None]:
-    """How many records begin at `at` that do not parse, and where the next one does; `None` where there is none."""
+    """Return the number of lost records from `at` to the next record that parses, and its offset, or `None`.
+
+    A key "conversations" outside of an object that parses counts as a lost record.
+    """
     lost = 0
     while (place := window.search(at)) is not None:
         if window.character(place) == "{":
@@ -259,65 +271,67 @@ def _next_record(window: _Window, at: int) -> tuple[int, int | None]:
 
 
 def _ends_closed(path: Path) -> bool:
+    """Return whether the file ends with the bracket that closes the list."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - LONGEST))
         return file.read().rstrip().endswith(b"]")
 
 
-#: In place of a value that does not parse.
+#: Stands for a value that does not parse.
 BROKEN = object()
 _DECODER = json.JSONDecoder()
-#: With the mark that some editors put before UTF-8.
+#: Blanks, and the byte order mark that some editors put before UTF-8.
 _BLANK = re.compile("[ \t\r\n\xef\xbb\xbf]*")
 _CONVERSATIONS = '"conversations"'
 _OPENS_RECORD = re.compile("{|" + _CONVERSATIONS)
-#: What the end of the text can change lies no further from it: `-Infinity`, `\\uD83D\\uDE00`.
+#: More text may change how the last characters parse, but none further from the end than this: `-Infinity` or
+#: `\\uD83D\\uDE00` may be cut.
 _UNSURE = 16
 
 
 class _Window:
-    """The part of a file that is in memory, with places counted from the beginning of the file.
+    """The part of a file that is in memory. All offsets are bytes from the beginning of the file.
 
-    It is read as Latin-1, one character a byte: what JSON is made of looks the same there as in UTF-8.
+    The bytes are decoded as Latin-1, one character per byte: JSON's own characters are the same in it and in UTF-8.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._text, self._start = file, "", 0
         self.keep = 0
-        """Where what must stay in memory begins."""
+        """The first offset that must stay in memory."""
         self.ran_out = False
         """Whether the file ended before a value did."""
 
     def character(self, at: int) -> str:
-        """Empty behind the end of the file."""
+        """Return the character at `at`; empty at the end of the file."""
         return self._text[at - self._start : at - self._start + 1]
 
     def cut(self, begin: int, end: int) -> bytes:
         return self._text[begin - self._start : end - self._start].encode("latin-1")
 
     def skip(self, at: int) -> int:
-        """The place of the first character from `at` on that is no blank, or of the end of the file."""
+        """Return the offset of the first non-blank character from `at` on, or of the end of the file."""
         while True:
-            found = _BLANK.match(self._text, at - self._start)
-            at = max(at, self._start + found.end()) if found else at
+            blanks = _BLANK.match(self._text, at - self._start)
+            at = max(at, self._start + blanks.end()) if blanks else at
             if at < self._end() or not self._read():
                 return at
 
     def closes(self, at: int) -> bool:
-        """Whether the list ends at `at`, and with it the file."""
+        """Return whether the list, and with it the file, ends at `at`."""
         return self.character(at) == "]" and self.character(self.skip(at + 1)) == ""
 
     def search(self, at: int) -> int | None:
-        """The next place from `at` on that opens an object or is the key of conversations."""
+        """Return the next offset from `at` on of an opening brace or a key "conversations", or `None`."""
         while True:
-            if found := _OPENS_RECORD.search(self._text, at - self._start):
-                return self._start + found.start()
+            if match := _OPENS_RECORD.search(self._text, at - self._start):
+                return self._start + match.start()
             self.keep = at = max(at, self._end() - len(_CONVERSATIONS) + 1)  # the key may be cut in two
             if not self._read():
                 return None
 
     def value(self, at: int) -> tuple[Any, int]:
-        """The JSON value at `at` and where it ends, or `BROKEN` and where it begins to be wrong."""
+        """Return the JSON value at `at` and the offset of its end, or `BROKEN` and the offset of the error."""
         while True:
             value, stop = _decoded(self._text, at - self._start)
             if stop < len(self._text) - _UNSURE or not self._read():
@@ -330,7 +344,10 @@ class _Window:
         return self._start + len(self._text)
 
     def _read(self) -> bool:
-        """Reads on, as much again as is kept, so that nothing is looked at often. False where there is no more."""
+        """Read on, and return whether there was more.
+
+        It reads as much as it keeps, so the total work of parsing from `keep` again stays linear in the file's size.
+        """
         kept = self._text[self.keep - self._start :]
         more = self._file.read(max(CHUNK, len(kept))) if len(kept) < LONGEST else b""
         if more:
@@ -339,10 +356,11 @@ class _Window:
 
 
 def _decoded(text: str, at: int) -> tuple[Any, int]:
+    """Return the JSON value at index `at` and the index of its end, or `BROKEN` and the index of the error."""
     try:
         return _DECODER.raw_decode(text, at)
     except json.JSONDecodeError as error:
         unclosed = error.msg.startswith("Unterminated string")
         return BROKEN, len(text) if unclosed else error.pos
-    except (ValueError, RecursionError):  # a number of thousands of digits; too many brackets in one another
+    except (ValueError, RecursionError):  # a number of thousands of digits; brackets nested too deeply
         return BROKEN, at

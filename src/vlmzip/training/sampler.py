@@ -9,21 +9,21 @@ from torch.utils.data import Sampler
 
 from vlmzip.training.random_factor import mixed
 
-#: Steps among whose records those of like length are looked for.
+#: Steps among whose records those of similar length are grouped.
 TOGETHER = 50
 
 
 class EpochSampler(Sampler[int]):
-    """The order of an epoch's records, in whole steps; what is left over has its turn in another epoch.
+    """A sampler that shuffles the records of each epoch into whole steps; an epoch leaves out an incomplete last step.
 
-    It follows from the seed and the number of the epoch alone, so that a run that was stopped draws the same again.
-    With `lengths` records of like length stand in a step, the long ones of some fifty steps first.
+    The order depends only on the seed and the number of the epoch, so a resumed run draws the same order. With
+    `lengths`, a step has records of similar length: within every 50 steps, the records are sorted from long to short.
     """
 
     def __init__(
         self, count: int, batch: int, seed: int, epoch: Callable[[], int], *, lengths: Sequence[int] | None = None
     ) -> None:
-        """`epoch` tells which one it is, from 0, whenever an epoch begins."""
+        """Take the number of records and of records per step. `epoch` returns the number of the epoch, from 0."""
         self.count, self.batch, self.seed, self.epoch, self.lengths = count, batch, seed, epoch, lengths
 
     def __len__(self) -> int:
@@ -33,7 +33,7 @@ class EpochSampler(Sampler[int]):
         rng = torch.Generator().manual_seed(mixed(self.seed, self.epoch()))
         order = torch.randperm(self.count, generator=rng).tolist()[: len(self)]
         if self.lengths is not None:
-            many = TOGETHER * self.batch
-            parts = [order[start : start + many] for start in range(0, len(order), many)]
+            size = TOGETHER * self.batch
+            parts = [order[start : start + size] for start in range(0, len(order), size)]
             order = [n for part in parts for n in sorted(part, key=self.lengths.__getitem__, reverse=True)]
         yield from order

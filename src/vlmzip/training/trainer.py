@@ -1,4 +1,4 @@
-"""transformers' Trainer, with a compressor that the schedule chooses for each step."""
+"""transformers' Trainer with the schedule's compressor at each step."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ from vlmzip.training.schedule import Schedule, written
 
 #: Measure a model during a run: a score and whatever else is logged, by name. All processes call it together.
 Score = Callable[[CompressedModel], dict[str, float]]
-#: Written into a checkpoint when everything else is: one without it was cut short.
+#: The file that is written into a checkpoint last. A checkpoint without it is incomplete.
 WHOLE = "whole"
 CHECKPOINT = re.compile(r"checkpoint-\d+")
 LOG = "log.jsonl"
-#: What the last line of a run's log has, and no other.
+#: A key that only the last line of a run's log has.
 SUMMARY = "train_runtime"
 
 
 class StagedTrainer(Trainer):
-    """Trains a façade through the stages of a schedule.
+    """A trainer that takes a façade through the stages of a schedule.
 
-    Which stage it is follows from the optimiser steps taken, so it is the same in every process, under accumulation
-    and after a resume. Evaluation runs with the compressor for afterwards. Checkpoints count only when they are whole;
-    they are the same whether parameters were shared out among processes or not.
+    The number of optimiser steps taken decides the stage. So it is the same in every process, under accumulation and
+    after a resume. Evaluation uses the schedule's compressor for afterwards. Incomplete checkpoints are ignored.
+    Checkpoints of sharded and of unsharded parameters are the same.
     """
 
-    optimizer: Any  # to a type checker they may be None; they are before training alone
+    optimizer: Any  # Trainer's types allow None, which they are only before training
     lr_scheduler: Any
 
     def __init__(
@@ -65,33 +65,36 @@ class StagedTrainer(Trainer):
         sharded: bool = False,
         **settings: Any,
     ) -> None:
-        """`score` measures the model during training; `batch` counts the records of a step over all processes.
+        """Prepare the training; `settings` go to transformers' Trainer.
 
-        `checkpoints` is how many are kept; `lengths` of the records put like ones together. With `sharded` several
-        processes share the parameters out.
+        `score` evaluates the model during training, with the compressor `evaluated_with`. `batch` is the number of
+        records per step over all processes. `checkpoints` is the number of checkpoints to keep. `lengths`, one per
+        record, group records of similar length. `sharded` shards the parameters among the processes.
         """
-        self.sharded = sharded  # asked for while Trainer sets itself up
+        self.sharded = sharded  # Trainer's constructor calls methods that read it
         super().__init__(compressed, **settings)
         self.compressed, self.schedule, self.evaluated_with = compressed, schedule, evaluated_with
         self._score, self._lengths, self._batch, self._checkpoints = score, lengths, batch, checkpoints
-        self._forwards = (-1, 0)
+        self._forwards = (-1, 0)  # an optimiser step, and the number of its current forward, from 0
+        # The stage of the last step; and sums since the last log: visual tokens over all layers, the same without
+        # compression, padding, and positions.
         self._trained = self._seen = self._of = self._padding = self._positions = 0
 
     def stage(self) -> int:
-        """The number of the present stage, from 0."""
+        """Return the number of the current stage, from 0."""
         return self.schedule.index(Fraction(self.state.global_step, max(1, self.state.max_steps)))
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        self._trained = self.stage()  # what is logged after a step is about the stage it was in
+        self._trained = self.stage()  # the log after a step describes the step's own stage
         self.compressed.switch(self._compressor())
         learned_from = (inputs["labels"] != IGNORE).any(1).tolist()
         loss = super().training_step(model, {**inputs, "pack_rows": True}, num_items_in_batch)
         for image in self.compressed.report.images:
-            if not learned_from[image.row]:  # the blank one of a batch without images
+            if not learned_from[image.row]:  # the blank image of a batch without images
                 continue
             self._seen += sum(image.by_layer)
             self._of += image.before * len(image.by_layer)
-        source = self.compressed.report.source  # none without a single image, which `Collator` sees to that there is
+        source = self.compressed.report.source  # None only for a batch without images; `Collator` adds a blank one
         if source is not None:
             self._padding += int((source < 0).sum())
             self._positions += source.numel()
@@ -102,27 +105,27 @@ class StagedTrainer(Trainer):
         self._forwards = (step, self._forwards[1] + 1 if self._forwards[0] == step else 0)
         compressor, salt = self.schedule.stages[self._trained].compressor, self.args.process_index
         salt += self.args.world_size * self._forwards[1]
-        step = mixed(self.args.seed, step)  # runs with other seeds draw otherwise
+        step = mixed(self.args.seed, step)  # runs with different seeds draw differently
         if isinstance(compressor, RandomFactor):
             return compressor.drawn(step, salt)
         return _redrawn(compressor, step, salt)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
-        """Scores the model as it will be used, and goes on training as before."""
+        """Score the model with the compressor that it will be used with, then restore the training state."""
         with evaluating(self.compressed, self.evaluated_with) as compressed:
-            found = self._score(compressed) if self._score else {}
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+            scores = self._score(compressed) if self._score else {}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Adds what was trained on since the last log. Raises `UserError` for a loss that is no number any more."""
+        """Log, and add stage, retention and padding since the last log. Raises `UserError` for a loss of NaN."""
         if "loss" in logs:
             self._refuse_broken(logs)
             logs["stage"] = self._trained + 1
-            counted = torch.tensor([self._seen, self._of, self._padding, self._positions], device=self.args.device)
-            seen, of, padding, positions = self.accelerator.reduce(counted, "sum").tolist()  # over all processes
+            sums = torch.tensor([self._seen, self._of, self._padding, self._positions], device=self.args.device)
+            seen, of, padding, positions = self.accelerator.reduce(sums, "sum").tolist()  # over all processes
             if of:
                 logs["retention"] = round(seen / of, 4)
             if positions:
@@ -133,21 +136,21 @@ class StagedTrainer(Trainer):
         super().log(logs, start_time)
 
     def _mean_loss(self) -> float:
-        """Return the mean of the loss over all steps of the run; Trainer's own is of those since it was started."""
+        """Return the mean loss over all steps of the run. Trainer's own mean is over the steps since the last start."""
         total, before = 0.0, 0.0
-        for line in self.state.log_history:  # checkpoints have it, and `JsonLog` has a line written before each
+        for line in self.state.log_history:  # checkpoints save it, and `JsonLog` makes Trainer log before each
             if "loss" in line:
                 total += line["loss"] * (line["step"] - before)
                 before = line["step"]
         return total / max(1.0, before)
 
     def _refuse_broken(self, logs: dict[str, Any]) -> None:
-        scaled = self.accelerator.scaler is not None  # then a step with gradients that overflow is left out
+        scaled = self.accelerator.scaler is not None  # a gradient scaler skips steps whose gradients overflow
         for name in ("loss",) if scaled else ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0)):
                 raise UserError(
-                    f"the {name} is {logs[name]} at step {self.state.global_step:,}, and nothing can be learned from"
-                    " there on; what was saved before is as it was: lower learning_rate and give another out"
+                    f"the {name} is {logs[name]} at step {self.state.global_step:,}, so the training cannot go on;"
+                    " lower learning_rate and give another out (checkpoints saved so far are unchanged)"
                 )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -159,26 +162,26 @@ class StagedTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()  # each process writes the state of its own rng
+        self.accelerator.wait_for_everyone()  # every process writes the state of its rng
         if self.args.should_save:
             out = Path(str(self.args.output_dir))
             (out / f"checkpoint-{self.state.global_step}" / WHOLE).touch()
-            # Only now that there is another one; Trainer itself would be too early.
+            # Delete old checkpoints only now that the new one is complete; Trainer itself would delete too early.
             for old in whole_checkpoints(out)[: -self._checkpoints]:
                 shutil.rmtree(old)
 
-    # --- parameters that are shared out -----------------------------------------------------------------------
+    # --- sharded parameters -----------------------------------------------------------------------------------
 
     def _move_model_to_device(self, model: Any, device: torch.device) -> None:
-        if not self.sharded:  # else each process moves the parts that are its own
+        if not self.sharded:  # sharding moves each process's own shards
             super()._move_model_to_device(model, device)
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """Shares the parameters out before: a checkpoint is loaded by now, and the optimiser takes what is left."""
+        """Create the optimiser, after sharding the parameters. By now Trainer has loaded a checkpoint's weights."""
         if self.sharded and self.optimizer is None:
             sharding.shard(self.compressed, self.args.device, bf16=self.args.bf16)
-            # accelerate's mark of what it need not wrap any more. It would refuse to put DDP around this, and its
-            # autocast would keep a copy of every gathered weight until the end of the forward.
+            # Tell accelerate that the model is already wrapped. It would refuse to wrap a sharded model in DDP, and
+            # its autocast would keep a copy of every gathered weight until the end of the forward.
             compressed: Any = self.compressed
             compressed._is_accelerate_prepared = True
         return super().create_optimizer(model)
@@ -204,15 +207,15 @@ class StagedTrainer(Trainer):
         if not self.sharded or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        # Mapped, not read: a process needs its own part alone, and all of it may not fit on its GPU.
+        # Map the file instead of reading it: a process needs only its shards, and all of it may not fit on its GPU.
         state = torch.load(os.path.join(checkpoint, OPTIMIZER_NAME), map_location="cpu", mmap=True, weights_only=True)
         self.optimizer.load_state_dict(sharding.shard_optimizer_state(state, self.optimizer))
         self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
 
     def gather(self) -> dict[str, Any] | None:
-        """Makes a model that is shared out whole for saving, in the first process; all must call it.
+        """Gather a sharded model in the first process, for saving. Every process must call this.
 
-        Returns its state dict where it cannot be held in the model itself (ZeRO-3, by accelerate's documentation).
+        Returns the state dict if the model itself cannot hold the gathered weights (ZeRO-3, as accelerate documents).
         """
         if self.sharded:
             sharding.make_whole(self.compressed, keep=self.args.should_save)
@@ -222,23 +225,26 @@ class StagedTrainer(Trainer):
 
 
 class Sharded(TrainerCallback):
-    """Makes sure that parameters are still shared out when everything is wrapped and training begins."""
+    """A callback that checks that parameters are still sharded when training begins, after all wrapping."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         sharding.check_sharded(model)
 
 
 def _redrawn(compressor: Compressor, step: int, salt: int) -> Compressor:
-    """A compressor with other places by lot at every step; any other as it is."""
+    """Return a compressor that draws new random tokens at every step; a compressor without draws is unchanged."""
     if isinstance(compressor, RandomTokens):
         return replace(compressor, seed=mixed(compressor.seed, step, salt))
     if isinstance(compressor, Chain):
-        return replace(compressor, compressors=tuple(_redrawn(one, step, salt) for one in compressor.compressors))
+        return replace(compressor, compressors=tuple(_redrawn(part, step, salt) for part in compressor.compressors))
     return compressor
 
 
 class JsonLog(TrainerCallback):
-    """Every log as a line of JSON, with the step; a run that resumes goes on behind what is still true."""
+    """A callback that writes every log as a line of JSON, with its step.
+
+    A resumed run first removes the lines after its checkpoint.
+    """
 
     def __init__(self, path: Path, schedule: Schedule) -> None:
         self.path, self.schedule = path, schedule
@@ -251,7 +257,7 @@ class JsonLog(TrainerCallback):
         write_text(self.path, "".join(kept))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """What is logged is a mean since the last log: one that began before a checkpoint could not be resumed."""
+        """Log before each checkpoint: logs are means since the last log, and a resumed run could not finish a mean."""
         if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True
 
@@ -267,7 +273,7 @@ class JsonLog(TrainerCallback):
 
 
 def _step_of(line: Line) -> float:
-    """The step of a line of the log; one that was cut short, or sums a run up, is behind every other."""
+    """Return the step of a line of the log; infinity for an incomplete line and for the run's summary."""
     try:
         content = parse(line.text)
         return float("inf") if SUMMARY in content or not line.is_whole else float(content["step"])
@@ -276,18 +282,18 @@ def _step_of(line: Line) -> float:
 
 
 def whole_checkpoints(out: Path) -> list[Path]:
-    """The checkpoints of a run that say that they are whole, from the first to the last."""
-    found = [path for path in out.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name) and (path / WHOLE).exists()]
-    return sorted(found, key=step_of)
+    """Return the complete checkpoints of a run, from first to last."""
+    paths = [path for path in out.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name) and (path / WHOLE).exists()]
+    return sorted(paths, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
-    """After how many optimiser steps a checkpoint was written."""
+    """Return the number of optimiser steps after which a checkpoint was written."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
 def remove_torn_checkpoints(out: Path) -> None:
-    """Removes the checkpoints of a run that were cut short, so that nothing takes them for whole ones."""
+    """Remove the incomplete checkpoints of a run, so that nothing mistakes them for complete ones."""
     for path in out.glob("checkpoint-*"):
         if CHECKPOINT.fullmatch(path.name) and not (path / WHOLE).exists():
             shutil.rmtree(path)
@@ -295,7 +301,7 @@ def remove_torn_checkpoints(out: Path) -> None:
 
 @contextmanager
 def evaluating(compressed: CompressedModel, compressor: Compressor) -> Iterator[CompressedModel]:
-    """The façade with another compressor and in evaluation mode, for a block."""
+    """Yield the façade in evaluation mode, with another compressor, and restore both after the block."""
     before, training = compressed.compressor, compressed.training
     compressed.switch(compressor)
     compressed.eval()

@@ -1,7 +1,7 @@
-"""Which settings of transformers' TrainingArguments a run can have under `trainer`, and what their values can be.
+"""The settings of transformers' TrainingArguments that a run can have under `trainer`, and their valid values.
 
-Every one stands in one of three tables: `MADE_FROM`, which a setting of ours makes; `REFUSED`, with the reason;
-`PASSED`, with what its value can be. One that a newer transformers brings is refused until it stands here.
+Every setting is in one of three tables: `MADE_FROM` (a setting of vlmzip sets it), `REFUSED` (with the reason) or
+`PASSED` (with its valid values). A setting that a newer transformers adds is refused until it is in a table.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 from vlmzip.errors import UserError, closest, nearest
 
-#: Settings that one of ours makes, by its name.
+#: TrainingArguments that vlmzip sets, and the setting of the run that each comes from.
 MADE_FROM = {
     "output_dir": "out",
     "max_steps": "steps",
@@ -43,50 +43,50 @@ MADE_FROM = {
     "parallelism_config": "sharding",
 }
 
-_ASKS = "it changes nothing: an evaluation asks questions, whatever Trainer would do"
-_HUB = "a run writes into out alone; put out/model on a hub from there"
-_LAST = "what is saved is the model after the last step"
+_ASKS = "it changes nothing: an evaluation asks questions and does not run Trainer's evaluation loop"
+_HUB = "a run writes only into out; upload out/model to a hub yourself"
+_LAST = "the model after the last step is saved"
 _NOTHING = "it changes nothing"
 #: Settings that a run cannot have, and why.
 REFUSED = {
-    # With these a run would not be what it says it is.
-    "save_only_model": "a run could not go on from its checkpoints as if it had not been stopped",
-    "ignore_data_skip": "a run that goes on would see other records",
-    "logging_nan_inf_filter": "a loss of NaN would go unseen",
-    "accelerator_config": "a step would have other records than batch says",
-    "dataloader_in_order": "a step would have other records than in another run",
-    "remove_unused_columns": "records have no columns of Trainer's",
+    # With these, a run would break its promises.
+    "save_only_model": "a run could not resume from its checkpoints with the same losses",
+    "ignore_data_skip": "a resumed run would see other records",
+    "logging_nan_inf_filter": "a loss of NaN would go unnoticed",
+    "accelerator_config": "a step could have other records than batch says",
+    "dataloader_in_order": "a step could have other records than in another run",
+    "remove_unused_columns": "records have no columns for Trainer to remove",
     "average_tokens_across_devices": "the loss would depend on the number of processes",
     "load_best_model_at_end": _LAST,
     "metric_for_best_model": _LAST,
     "greater_is_better": _LAST,
-    # These look at the uncompressed prompt, or at logits from outside the model.
+    # These use the uncompressed prompt, or the logits outside the model.
     "label_smoothing_factor": "its loss compares logits and labels outside the model, where compression has moved them",
     "neftune_noise_alpha": "its noise would be scaled by the length of the uncompressed prompt",
     "include_num_input_tokens_seen": "it would count the tokens of the uncompressed prompt",
-    # These would change nothing here.
+    # These would have no effect here.
     "do_train": f"{_NOTHING}: a run trains",
     "do_eval": f"{_NOTHING}; set evaluation instead",
     "do_predict": f"{_NOTHING}: a run predicts nothing",
-    "dataloader_drop_last": f"{_NOTHING}: an epoch is whole steps",
+    "dataloader_drop_last": f"{_NOTHING}: an epoch consists of whole steps",
     "length_column_name": f"{_NOTHING}: records have no columns",
     "local_rank": f"{_NOTHING}: torchrun numbers the processes",
-    "use_liger_kernel": f"{_NOTHING}: its kernels go into transformers' own classes, not into a compressed model",
-    "liger_kernel_config": f"{_NOTHING}: there are no kernels of Liger in a compressed model",
+    "use_liger_kernel": f"{_NOTHING}: its kernels patch transformers' own classes, not a compressed model",
+    "liger_kernel_config": f"{_NOTHING}: a compressed model has no Liger kernels",
     "use_cache": f"{_NOTHING}: training fills no KV cache",
-    "restore_callback_states_from_checkpoint": f"{_NOTHING}: what a run needs to go on is always restored",
+    "restore_callback_states_from_checkpoint": f"{_NOTHING}: a resumed run always restores what it needs",
     **dict.fromkeys(
         ["per_device_eval_batch_size", "eval_accumulation_steps", "prediction_loss_only", "eval_do_concat_batches",
          "eval_use_gather_object", "include_for_metrics", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval",
          "label_names"],
         _ASKS,
     ),
-    # These have their own way here, or none.
-    "debug": "a run whose loss or gradients are no numbers ends in a line anyway",
-    "save_on_each_node": "the first process writes the run's folder",
-    "enable_jit_checkpoint": "a stopped run goes on from its last whole checkpoint; set save_every lower",
+    # vlmzip does these in another way, or not at all.
+    "debug": "a run whose loss or gradients are NaN ends with an error message anyway",
+    "save_on_each_node": "only the first process writes the run's folder",
+    "enable_jit_checkpoint": "a stopped run resumes from its last complete checkpoint; lower save_every instead",
     "ddp_static_graph": "stages run different parts of the model",
-    "fsdp": "fsdp shares nothing out on a CPU, and says nothing; write sharding: fsdp instead",
+    "fsdp": "fsdp silently shards nothing on a CPU; write sharding: fsdp instead",
     "fsdp_config": "write sharding: fsdp instead, which has no further settings",
     **dict.fromkeys(
         ["push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push",
@@ -98,22 +98,24 @@ REFUSED = {
 
 @dataclass(frozen=True)
 class Kind:
-    """What a setting can be: in words, and the value made of what was given; `None` is made of what it cannot be."""
+    """The valid values of a setting."""
 
-    wanted: str
+    description: str
+    """The valid values in words, for messages."""
     read: Callable[[Any], Any]
+    """A function from a given value to the value for Trainer, or to `None` if it is invalid."""
 
 
 def _number(value: Any) -> float:
-    """Return a value as a number, `nan` if it is not one; YAML reads 1e-8 as text."""
+    """Return a value as a number, NaN if it is not a number. YAML reads 1e-8 as text, which counts as a number."""
     try:
         return math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         return math.nan
 
 
-def _number_in(wanted: str, is_one: Callable[[float], bool]) -> Kind:
-    return Kind(wanted, lambda value: number if is_one(number := _number(value)) else None)
+def _number_in(description: str, is_valid: Callable[[float], bool]) -> Kind:
+    return Kind(description, lambda value: number if is_valid(number := _number(value)) else None)
 
 
 def _whole(least: int, most: int = 10**9) -> Kind:
@@ -134,52 +136,52 @@ def _texts(value: Any) -> Any:
 
 
 def _optim_args(value: Any) -> Any:
-    """Return text such as momentum=0.9,nesterov=true, which transformers takes apart at each comma and "="."""
+    """Return valid text such as momentum=0.9,nesterov=true, which transformers splits at each comma and "="."""
     pairs = [part.split("=") for part in value.replace(" ", "").split(",")] if isinstance(value, str) else []
     are_pairs = all(len(pair) == 2 and all(pair) for pair in pairs)
     return value if pairs and are_pairs and len({pair[0] for pair in pairs}) == len(pairs) else None
 
 
 def _numbers_as_such(value: Any) -> Any:
-    """Return a mapping in which a text that is a number, such as YAML's 1e-6, is one."""
+    """Return a mapping with every text that is a number, such as YAML's 1e-6, as a number."""
     if not isinstance(value, Mapping):
         return None
-    numbers = {key: _number(one) for key, one in value.items() if isinstance(one, str)}
+    numbers = {key: _number(entry) for key, entry in value.items() if isinstance(entry, str)}
     return {**value, **{key: number for key, number in numbers.items() if math.isfinite(number)}}
 
 
 def _save_strategy(value: Any) -> Any:
-    return "no" if value is False else _choice("steps", "no").read(value)  # YAML takes no for false
+    return "no" if value is False else _choice("steps", "no").read(value)  # YAML reads no as false
 
 
 TRUTH = Kind("true or false", lambda value: value if isinstance(value, bool) else None)
 TEXT = Kind("text", lambda value: value if isinstance(value, str) and value else None)
 TEXTS = Kind("a text or a list of texts", _texts)
 MAPPING = Kind("a mapping", _numbers_as_such)
-OPTIM_ARGS = Kind("each name once, as name=value,name=value; no value can have a comma in it", _optim_args)
-FILE = Kind("a file's name or a mapping", lambda value: value if value and isinstance(value, str | dict) else None)
+OPTIM_ARGS = Kind("name=value,name=value with each name once and no comma in a value", _optim_args)
+FILE = Kind("a file name or a mapping", lambda value: value if value and isinstance(value, str | dict) else None)
 FROM_0 = _number_in("a number of at least 0", lambda value: 0 <= value < math.inf)
 BELOW_1 = _number_in("a number of at least 0 and below 1", lambda value: 0 <= value < 1)
 LOG_LEVEL = _choice("debug", "info", "warning", "error", "critical", "passive")
-#: How activation checkpointing can be done; its other settings are PyTorch's own.
+#: The settings of activation checkpointing. Its others are PyTorch's own, and are not offered.
 RECOMPUTE = Kind(
     "{use_reentrant: true} or {use_reentrant: false}",
     lambda value: dict(value) if value in ({"use_reentrant": True}, {"use_reentrant": False}) else None,
 )
-#: Schedules that follow an evaluation loss; runs evaluate no loss.
+#: Learning-rate schedules that follow an evaluation loss, which runs do not have.
 BY_SCORE = ("reduce_lr_on_plateau", "greedy")
 
 
 def _schedules() -> Kind:
     from transformers.trainer_utils import SchedulerType
 
-    return _choice(*(one.value for one in SchedulerType if one.value not in BY_SCORE))
+    return _choice(*(name.value for name in SchedulerType if name.value not in BY_SCORE))
 
 
 def _optimisers() -> Kind:
     from transformers.training_args import OptimizerNames
 
-    return _choice(*(one.value for one in OptimizerNames))
+    return _choice(*(name.value for name in OptimizerNames))
 
 
 def _reporters() -> Kind:
@@ -200,7 +202,7 @@ def _backends() -> Kind:
     return _choice(*(name for name in Backend.backend_list if name != "undefined"))
 
 
-#: Settings that Trainer gets as they are, and what each can be.
+#: Settings that are passed to Trainer, and their valid values; a function makes those that transformers lists.
 PASSED: dict[str, Kind | Callable[[], Kind]] = {
     "lr_scheduler_type": _schedules,
     "lr_scheduler_kwargs": MAPPING,
@@ -247,7 +249,7 @@ PASSED: dict[str, Kind | Callable[[], Kind]] = {
     "deepspeed": FILE,
     "skip_memory_metrics": TRUTH,
 }
-#: Settings that mean something only beside another setting of the run's, which has to be set, too.
+#: Settings that have an effect only if another setting of the run is set, too.
 BESIDE = {
     "gradient_checkpointing_kwargs": "gradient_checkpointing",
     "activation_checkpointing_kwargs": "gradient_checkpointing",
@@ -257,7 +259,7 @@ BESIDE = {
     "dataloader_prefetch_factor": "workers",
     "dataloader_multiprocessing_context": "workers",
 }
-#: Settings that mean something only where another one under `trainer` begins with one of these words.
+#: Settings that have an effect only if another setting under `trainer` begins with one of these words.
 BESIDE_IN_TRAINER = {
     "optim_target_modules": ("optim", ("galore", "apollo")),
     **dict.fromkeys(
@@ -265,8 +267,8 @@ BESIDE_IN_TRAINER = {
         ("report_to", ("trackio", "all")),
     ),
 }
-#: What transformers reads of `optim_args`, by what the optimiser's name begins with, the longer beginning first; other
-#: optimisers read nothing of it. `None`: all goes to the optimiser, which refuses what it does not know.
+#: The names in `optim_args` that transformers reads, by the beginning of the optimiser's name, longer beginnings first.
+#: Other optimisers read none. `None`: all are passed to the optimiser, which refuses unknown names.
 READ_OF_OPTIM_ARGS: dict[str, tuple[str, ...] | None] = {
     "sgd": ("momentum", "dampening", "nesterov"),
     "adagrad": ("lr_decay", "eps"),
@@ -281,21 +283,21 @@ READ_OF_OPTIM_ARGS: dict[str, tuple[str, ...] | None] = {
     "schedule_free": ("weight_lr_power", "r"),
     "stable_adamw": ("max_lr", "kahan_sum", "decouple_lr"),
 }
-#: Settings that transformers silently turns round where another one is set: the first, its value, the other one.
+#: Settings that transformers silently reverses if another one is set: the setting, its value, the other setting.
 TURNED_ROUND = [
     ("torch_compile", False, "torch_compile_backend"),
     ("torch_compile", False, "torch_compile_mode"),
     ("dataloader_pin_memory", True, "use_cpu"),
 ]
-#: What newer versions call a setting.
+#: Settings that newer versions of transformers call by another name.
 RENAMED = {"gradient_checkpointing_kwargs": "activation_checkpointing_kwargs"}
 
 
 def read_trainer(given: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    """Return what Trainer gets of the settings under `trainer`.
+    """Return the arguments for Trainer from the settings under `trainer`.
 
-    Raises `UserError` for one that there is not, that a run cannot have, whose value it cannot be, or that changes
-    nothing beside the other settings of `config`. What this machine lacks is not looked at.
+    Raises `UserError` for a setting that does not exist, that a run cannot have, that has an invalid value, or that has
+    no effect with the other settings of `config`. Whether this machine supports a setting is not checked here.
     """
     for old, new in RENAMED.items():
         if old in given and new in given:
@@ -333,36 +335,40 @@ def _read(key: Any, value: Any, config: Any) -> Any:
     kind = kind if isinstance(kind, Kind) else kind()
     read = kind.read(value)
     if read is None:
-        raise UserError(f"trainer: {key} cannot be {value!r}; give {kind.wanted}")
+        raise UserError(f"trainer: {key} cannot be {value!r}; give {kind.description}")
     if key == "optim_args":
         _refuse_unread(read, str(config.trainer.get("optim", "adamw_torch")))
     return read
 
 
 def _refuse_unread(optim_args: str, optim: str) -> None:
-    """Raise `UserError` for a part of `optim_args` that a run makes itself, or that the optimiser does not read."""
+    """Raise `UserError` for a name in `optim_args` that a run sets itself, or that the optimiser does not read."""
     known = next((names for word, names in READ_OF_OPTIM_ARGS.items() if optim.startswith(word)), ())
     for pair in optim_args.replace(" ", "").split(","):
         name = pair.partition("=")[0]
         if name in ("lr", "weight_decay"):
-            own = "learning_rate" if name == "lr" else name
-            raise UserError(f"trainer: optim_args: {name} follows from the run's own setting {own}; set that instead")
+            setting = "learning_rate" if name == "lr" else name
+            raise UserError(
+                f"trainer: optim_args: {name} follows from the run's own setting {setting}; set that instead"
+            )
         if known is not None and name not in known:
             reads = f"reads {', '.join(known)}" if known else "reads no optim_args"
             raise UserError(f"trainer: optim_args: {name} changes nothing: optim {optim} {reads}")
 
 
 def _refuse_alone(key: str, trainer: Mapping[str, Any]) -> None:
+    """Raise `UserError` for a setting that has no effect without another one (`BESIDE_IN_TRAINER`)."""
     if key in BESIDE_IN_TRAINER:
         other, words = BESIDE_IN_TRAINER[key]
         set_to = trainer.get(other)
-        if not any(str(one).startswith(words) for one in (set_to if isinstance(set_to, list) else [set_to])):
-            raise UserError(f"trainer: {key} changes nothing unless {other} is of {' or '.join(words)}")
+        if not any(str(value).startswith(words) for value in (set_to if isinstance(set_to, list) else [set_to])):
+            raise UserError(f"trainer: {key} changes nothing unless {other} includes {' or '.join(words)}")
 
 
 def _unknown(key: Any, known: set[str]) -> str:
+    """Return the message for a setting in no table; `known` are the settings of the installed transformers."""
     if key in known:
-        return f"{key} is a setting that vlmzip does not know yet, and that might break what a run promises"
+        return f"{key} is a setting that vlmzip does not know yet; it might break what a run promises"
     if key in PASSED:
         return f"the installed transformers has no setting {key}"
     passed = known & PASSED.keys()
