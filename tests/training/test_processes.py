@@ -241,7 +241,7 @@ def test_what_is_counted_is_counted_over_all_processes(runs):
 
 
 def test_what_is_not_shared_out_is_refused():
-    with pytest.raises(UserError, match=r"sharding: inner\..* is not shared out"):
+    with pytest.raises(UserError, match=r"sharding: inner\..* is not sharded"):
         check_sharded(attach(tiny_llava(), NoCompression()))
 
 

@@ -58,7 +58,7 @@ def test_a_stage_begins_where_the_one_before_ends():
     assert [schedule.index(Fraction(step, 6)) for step in range(7)] == [0, 0, 1, 1, 2, 2, 2]
     assert scheme("two-stage").index(0.5) == 1
     for nonsense in (-0.01, 1.01):
-        with pytest.raises(UserError, match="give 0 to 1"):
+        with pytest.raises(UserError, match=r"progress must be in \[0, 1\], got"):
             schedule.at(nonsense)
 
 
