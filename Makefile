@@ -85,36 +85,36 @@ extras-beside-tests: # installing is mostly waiting
 	$(MAKE) --no-print-directory --jobs=2 --output-sync test-extras test-transformers
 
 fmt: $(INSTALLED) ## format the code
-	$(BIN)/ruff format src tests benchmarks docs recipes
-	$(BIN)/ruff check --fix src tests benchmarks docs recipes
+	$(BIN)/ruff format src tests docs recipes
+	$(BIN)/ruff check --fix src tests docs recipes
 
 lint: $(INSTALLED) ## check style
-	$(BIN)/ruff format --check src tests benchmarks docs recipes
-	$(BIN)/ruff check src tests benchmarks docs recipes
+	$(BIN)/ruff format --check src tests docs recipes
+	$(BIN)/ruff check src tests docs recipes
 
 types: $(INSTALLED) ## check types
 	$(BIN)/mypy
 
 tables: $(INSTALLED) ## check that README and docs/training_claims.md agree with the committed results
-	$(BIN)/python docs/tables.py --check
-	$(BIN)/python docs/training_claims.py --check
+	$(BIN)/python docs/_make/tables.py --check
+	$(BIN)/python docs/_make/training_claims.py --check
 
 bench: $(INSTALLED) ## time and memory of encoder and selection; writes a CSV into benchmarks/results
-	$(BIN)/python benchmarks/selection_cost.py
+	$(BIN)/python -m recipes.benchmarks.selection_cost
 
 bench-gpu: ## speed and memory on one GPU, within 8 minutes; installs nothing and writes CSVs into benchmarks/results
-	PYTHON=$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.sh
+	PYTHON=$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) recipes/benchmarks/gpu.sh
 
 flops: $(INSTALLED) ## count prefill FLOPs beside the papers'; writes docs/flops.md
-	$(BIN)/python docs/flops.py
+	$(BIN)/python docs/_make/flops.py
 
 figures: $(INSTALLED) ## make the images in docs/figures again
-	$(BIN)/python docs/figures/make.py
+	$(BIN)/python docs/_make/figures.py
 
 CELLS = runs/support-newest.json $(SUPPORTED:%=runs/support-%.json)
 
 support: $(CELLS) ## run the promises of the façade in all supported versions of transformers; writes docs/support.md
-	$(BIN)/python docs/support.py $(CELLS)
+	$(BIN)/python docs/_make/support.py $(CELLS)
 
 # A test that fails is a cell of the table (1); else pytest itself went wrong.
 runs/support-newest.json: $(INSTALLED) always
@@ -124,7 +124,7 @@ runs/support-%.json: .venv-transformers-%/.installed always
 	$(<D)/bin/python -m pytest tests/runtime/test_promises.py --support-cells $@ || test $$? -eq 1
 
 papers: $(INSTALLED) ## recompute what the papers print; writes docs/papers.md
-	$(BIN)/python docs/papers.py
+	$(BIN)/python docs/_make/papers.py
 
 mini-data: $(INSTALLED) ## draw images and make the model that configs/mini.yaml and its siblings train; in runs/mini-data
 	$(BIN)/python -m recipes.mini.conversations --out runs/mini-data

@@ -50,12 +50,12 @@ def _seed():
     torch.manual_seed(0)
 
 
-# --- docs/support.md: which promise holds in which family; docs/support.py makes the table -----------------------
+# --- docs/support.md: which promise holds in which family; docs/_make/support.py makes the table -----------------
 
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--support-cells", metavar="FILE", help="write what the `promise` tests found, for docs/support.py"
+        "--support-cells", metavar="FILE", help="write what the `promise` tests found, for docs/_make/support.py"
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vlmzip import Grid, LLaVolta, Profile, QFormer, UserError, VisionZip
-from vlmzip.lab.papers import CERTAINTIES, Measured, against, averages, papers, published, show
+from vlmzip.lab.papers import CERTAINTIES, MeasuredScore, against, averages, papers, published, show
 from vlmzip.lab.papers.averages import AVERAGED, KNOWN, every_column, sets_that_fit
 from vlmzip.lab.papers.published import read, tables
 from vlmzip.methods.sparsevlm import SCHEDULES
@@ -151,7 +151,7 @@ def test_visionzips_splits_are_our_own(model, crops):
 
 
 def mine(benchmark="GQA", value=55.5, model="llava-hf/llava-1.5-7b-hf", method="visionzip", **budget):
-    return Measured(model, method, benchmark, value, **(budget or {"tokens": 64}))
+    return MeasuredScore(model, method, benchmark, value, **(budget or {"tokens": 64}))
 
 
 def test_a_measured_number_meets_every_published_one():
@@ -171,7 +171,7 @@ def test_a_measured_number_meets_every_published_one():
         ("visionzip", mine("DocVQA", model="Qwen/Qwen2.5-VL-7B-Instruct", retention=0.7), 94.5),
         ("visionzip", mine("MSVD", model="LanguageBind/Video-LLaVA-7B-hf", tokens=136), 63.5),
         ("llavolta", mine("LLaVA-W", method="llavolta", tokens=360), 69.2),
-        ("visionzip", Measured("LLaVA-1.5-7B", "fastv", "average of 11", 80, 64, metric="relative score"), 75.6),
+        ("visionzip", MeasuredScore("LLaVA-1.5-7B", "fastv", "average of 11", 80, 64, metric="relative score"), 75.6),
         ("dfmr", mine("GQA", method="dfmr"), None),
     ],
 )
@@ -202,7 +202,7 @@ def test_budgets_are_the_same_within_two_percent(budget, matches):
         (mine(method="dfmr"), "no score for this method; it has visionzip, no_compression, fastv, sparsevlm"),
         (mine("ChartQA"), "no score for this benchmark; it has GQA"),
         (mine(tokens=32), "no score for this budget; it has 192, 128, 64"),
-        (Measured("LLaVA-1.5-7B", "visionzip", "GQA", 1.0, 64, metric="F1"), "no F1 for this model"),
+        (MeasuredScore("LLaVA-1.5-7B", "visionzip", "GQA", 1.0, 64, metric="F1"), "no F1 for this model"),
     ],
 )
 def test_what_has_no_published_number_says_why(measured, reason):
@@ -212,7 +212,9 @@ def test_what_has_no_published_number_says_why(measured, reason):
 
 
 def test_an_average_meets_only_one_over_as_many_benchmarks():
-    (found,) = against("visionzip", [Measured("LLaVA-1.5-7B", "visionzip", "average", 94, 64, metric="relative score")])
+    (found,) = against(
+        "visionzip", [MeasuredScore("LLaVA-1.5-7B", "visionzip", "average", 94, 64, metric="relative score")]
+    )
     assert "average of 11" in found.reason
 
 
@@ -247,28 +249,3 @@ def test_the_table_as_text_and_as_markdown():
     assert "(measured by others; accuracy)" in show(
         against("visionzip", [mine("POPE")])
     )  # the note, where there is one
-
-
-# --- the page -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def script():
-    path = Path(__file__).parents[2] / "docs" / "papers.py"
-    spec = importlib.util.spec_from_file_location("papers_page", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_page_is_what_the_command_writes(script, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["papers.py", "--check"])
-    assert script.main() == 0, "run python docs/papers.py"
-    old = tmp_path / "papers.md"
-    old.write_text(script.PAGE.read_text().replace("6912", "6913"))
-    monkeypatch.setattr(script, "PAGE", old)
-    assert script.main() == 1
-    assert "run python docs/papers.py" in capsys.readouterr().err
-    monkeypatch.setattr("sys.argv", ["papers.py"])
-    assert script.main() == 0
-    assert "gives 6912 tokens, 266.7 %" in old.read_text()

@@ -1,11 +1,11 @@
 import csv
-import importlib.util
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from recipes.benchmarks import RESULTS
+from recipes.benchmarks.detail_lost import threshold
 from tests.methods.test_visionzip import tokens_of
 from vlmzip import NoCompression, Pool2d, RandomTokens, TokenMap, VisionZip
 from vlmzip.cli.asking import warn_about_detail
@@ -68,14 +68,10 @@ def test_cls_is_no_detail():
 
 
 def test_the_threshold_of_the_warning_is_the_measured_one():
-    """`benchmarks/detail_lost.py` made the table; what it says there is what `ask` warns at."""
-    root = Path(__file__).parents[2]
-    spec = importlib.util.spec_from_file_location("detail_lost", root / "benchmarks" / "detail_lost.py")
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    with (root / "benchmarks" / "results" / "detail-lost.csv").open() as file:
+    """`recipes/benchmarks/detail_lost.py` made the table; what it says there is what `ask` warns at."""
+    with (RESULTS / "detail-lost.csv").open() as file:
         rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    assert benchmark.threshold(rows, rows[0]["plain"]) == pytest.approx(WORRYING)
+    assert threshold(rows, rows[0]["plain"]) == pytest.approx(WORRYING)
 
 
 @pytest.mark.parametrize(("lost", "warns"), [(WORRYING + 0.01, True), (WORRYING - 0.01, False), (None, False)])

@@ -1,8 +1,5 @@
 """What a schedule costs: exact, and beside what LLaVolta prints."""
 
-import runpy
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -116,8 +113,3 @@ def test_lines_and_staircase(llava_7b):
     bars = draw_staircase(cost, "four stages").axes[0].patches
     assert [bar.get_height() for bar in bars] == pytest.approx([17.97, 53.125, 75, 100], abs=0.01)
     assert [bar.get_x() for bar in bars] == [0, 25, 50, 75]
-
-
-def test_the_page_of_schedules_is_what_the_script_makes():
-    script = Path(__file__).resolve().parents[2] / "docs" / "schedules.py"
-    assert runpy.run_path(str(script))["page"]() == script.with_suffix(".md").read_text(encoding="utf-8")

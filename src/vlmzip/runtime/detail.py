@@ -11,7 +11,7 @@ from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import VisualTokens
 
 WORRYING = 0.3
-"""Lost detail from which on reading falls below three quarters of what it was: benchmarks/detail_lost.py, on mini.
+"""Lost detail from which on reading falls below three quarters of what it was, measured on mini (docs/results.md).
 
 Features of other encoders vary differently: what it says there is unmeasured."""
 LEAST_DETAIL = 1e-3

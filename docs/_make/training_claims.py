@@ -1,6 +1,7 @@
-"""What the papers claim about training, beside what was measured on mini: `python docs/training_claims.py [--check]`.
+"""What the papers claim about training, beside what was measured on mini.
 
-Writes docs/training_claims.md from what benchmarks/training_claims.py and scheme_time.py left in benchmarks/results.
+`python docs/_make/training_claims.py [--check]` writes docs/training_claims.md from what the scripts of recipes/claims/
+left in benchmarks/results.
 """
 
 import argparse
@@ -23,8 +24,8 @@ from vlmzip.models import adapter_for
 from vlmzip.training.schedule import SCHEMES, scheme
 
 Row = dict[str, str]
-PAGE = Path(__file__).with_suffix(".md")
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "training-claims.csv"
+PAGE = Path(__file__).resolve().parents[1] / "training_claims.md"
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "training-claims.csv"
 PLAIN, HEAVY, LIGHT = "no_compression", "llavolta(layer=1,stride=8)", "llavolta(layer=4,stride=4)"
 POOLED = {"pool2d(factor=2)": "36 tokens", "pool2d(factor=3)": "16 tokens"}
 #: Compressors of LLaVolta's Table 3: the training with each, what it answers with, the paper's name.
@@ -40,8 +41,8 @@ QFORMER = "qformer(queries=36,width=192,heads=6,depth=2)"
 TEXT = 128
 
 HEAD = """
-Made by `python docs/training_claims.py` from what `python benchmarks/training_claims.py --out runs/claims` measured
-({device} for each of two processes, torch {torch}, transformers {transformers}; trained and asked with
+Made by `python docs/_make/training_claims.py` from what `python -m recipes.claims.training_claims --out runs/claims`
+measured ({device} for each of two processes, torch {torch}, transformers {transformers}; trained and asked with
 the library of commit {commit}). Later commits put records in another order and rows of different length side by side
 instead of padding them; what they measure will differ by what another seed changes.
 
@@ -69,7 +70,8 @@ t-interval over them alone would hold zero in {t_open} of the {several} rows wit
 STAGES = """
 CR (compression ratio) and FLOPs of the LLM are counted for mini with {text} tokens of text, which no compression
 touches; LLaVA has less text beside more visual tokens, and saves more. *all FLOPs*: of a training step, with encoder,
-projector and output head; *time*: wall-clock of the whole of training, by `python benchmarks/scheme_time.py` ({steps}
+projector and output head; *time*: wall-clock of the whole of training, by `python -m recipes.claims.scheme_time`
+({steps}
 steps of 16 images, {repeats} times in turns, median, least and greatest, commit {commit}). Scores here and below are
 those of seed 1; averages and hours are those of the paper's Table 2. The base from which all start scores {base}. That
 `none` answers as well with light compression as without shows that training with compression, not answering with it,
@@ -382,7 +384,9 @@ def main() -> int:
     text = page(_read(given.results), _read(differences), times)
     if given.check:
         if PAGE.read_text(encoding="utf-8") != text:
-            print(f"{PAGE.name} differs from the committed results: python docs/training_claims.py", file=sys.stderr)
+            print(
+                f"{PAGE.name} differs from the committed results: python docs/_make/training_claims.py", file=sys.stderr
+            )
             return 1
         return 0
     PAGE.write_text(text, encoding="utf-8")

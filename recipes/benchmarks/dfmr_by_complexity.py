@@ -1,6 +1,6 @@
 """Does DFMR keep more tokens where an image holds more? mini's test images, by level of complexity.
 
-    python benchmarks/dfmr_by_complexity.py
+    python -m recipes.benchmarks.dfmr_by_complexity
 
 Measures the deviations of mini's 570 test images (a third each flat, patterned and cluttered), in several ways of
 measuring, and sets the threshold for several budgets in two ways:
@@ -21,6 +21,7 @@ from statistics import fmean
 import torch
 from PIL import Image
 
+from recipes.benchmarks import RESULTS
 from vlmzip import DFMR, mini
 from vlmzip.files import write_csv
 from vlmzip.lab.machine import about
@@ -81,7 +82,7 @@ def rows_of(method: DFMR, model: torch.nn.Module, processor: object, splits: dic
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "dfmr-by-complexity.csv")
+    parser.add_argument("--out", type=Path, default=RESULTS / "dfmr-by-complexity.csv")
     args = parser.parse_args()
     model, processor = mini.load()
     splits = {"test": images(TEST, "test"), "validation": images(VALIDATION, "validation")}

@@ -1,6 +1,6 @@
 """Time of a training step in each stage of LLaVolta's schemes, beside what FLOPs promise.
 
-    OMP_NUM_THREADS=1 python benchmarks/train_step.py --clock cpu     # LLaVA-1.5-7B with heads and MLPs at 1/8
+    OMP_NUM_THREADS=1 python -m recipes.benchmarks.train_step --clock cpu     # LLaVA-1.5-7B with heads and MLPs at 1/8
 
 A step is forward, loss and backward; projector and LLM learn, the vision encoder is frozen; without the optimiser,
 which no compression touches. FLOPs: the encoder's forward once; three times the forward of projector and LLM, whose
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from recipes.benchmarks import RESULTS
 from vlmzip import LLaVolta, NoCompression, attach
 from vlmzip.files import write_csv
 from vlmzip.lab.bench.presets import PRESETS, make_config, make_inputs, make_model
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: where others use the cores too")
     parser.add_argument("--device", default="cpu")
-    results = Path(__file__).parent / "results" / "train-step.csv"
+    results = RESULTS / "train-step.csv"
     parser.add_argument("--results", type=Path, default=results, metavar="CSV")
     args = parser.parse_args()
 

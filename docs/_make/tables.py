@@ -1,4 +1,4 @@
-"""Puts tables of results together from committed results: `python docs/tables.py`, or `--check` in CI.
+"""Put tables of results together from committed results: `python docs/_make/tables.py`, or `--check` in CI.
 
 Each stands between two comments, such as `<!-- results -->` and `<!-- end of results -->`. The README's comes from
 benchmarks/results/mini-study.csv, the results.csv of the full study on mini:
@@ -7,7 +7,7 @@ benchmarks/results/mini-study.csv, the results.csv of the full study on mini:
     cp runs/eval/mini/results.csv benchmarks/results/mini-study.csv
 
 with METHODS as in docs/results.md. Those of docs/results.md on speed and memory on a GPU, and on what the selection
-costs there, come from the files that benchmarks/gpu.sh, `vlmzip bench` and benchmarks/selection_cost.py wrote on it.
+costs there, come from the files that gpu.sh, selection_cost.py (recipes/benchmarks/) and `vlmzip bench` wrote on it.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import difflib
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 NOTHING = "—"
 NEAR = 0.05
 GPU = "NVIDIA-H200"
@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
             print(
                 "\n".join(difflib.unified_diff(now.splitlines(), then.splitlines(), page, "the results", lineterm=""))
             )
-            print(f"{page} differs from the committed results: python docs/tables.py", file=sys.stderr)
+            print(f"{page} differs from the committed results: python docs/_make/tables.py", file=sys.stderr)
             code = 1
     return code
 

@@ -6,6 +6,7 @@ from collections import Counter
 from itertools import groupby
 from pathlib import Path
 
+PAGE = Path(__file__).resolve().parents[1] / "support.md"
 #: Several tests can prove one cell; the worst of them counts.
 WORST = ["works", "plain model fails", "refused", "not run", "fails"]
 
@@ -65,7 +66,7 @@ def main(paths: list[str]) -> int:
     )
     totals = "".join(f"\n- {counts(run, list(runs[-1]['cells']))}" for run in reversed(runs))
     text = [HEAD.format(versions=versions), *table(runs), "", f"Cells:\n{totals}"]
-    (Path(__file__).parent / "support.md").write_text("\n".join(text) + "\n")
+    PAGE.write_text("\n".join(text) + "\n")
     return int(any("fails" in words for run in runs for row in run["cells"].values() for words in row.values()))
 
 

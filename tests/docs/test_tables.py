@@ -1,12 +1,9 @@
 """The pages' tables agree with committed results, and `--check` notices where they do not."""
 
 import csv
-import importlib.util
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
 COLUMNS = ("task", "method", "budget", "score", "low", "high", "reached", "note")
 STUDY = [
     ("mini", "no_compression", "100%", "88.00", "86.90", "89.10", "1.0000", ""),
@@ -29,11 +26,8 @@ BLOCKS = ("selection on a GPU", "prefill on a GPU", "first token on a GPU", "mem
 
 
 @pytest.fixture
-def tables():
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "docs" / "tables.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def tables(maker):
+    return maker("tables")
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Writes docs/papers.md: what papers print, recomputed with this library's classes.
 
-python docs/papers.py            writes the page
-python docs/papers.py --check    exits with 1 if the page is not what this would write
+python docs/_make/papers.py            writes the page
+python docs/_make/papers.py --check    exits with 1 if the page is not what this would write
 """
 
 import argparse
@@ -16,7 +16,7 @@ from vlmzip.lab.papers.averages import AVERAGED, Average, every_column, sets_tha
 from vlmzip.lab.papers.published import tables
 from vlmzip.methods.sparsevlm import PUBLISHED_LAYERS, SCHEDULES
 
-PAGE = Path(__file__).parent / "papers.md"
+PAGE = Path(__file__).resolve().parents[1] / "papers.md"
 #: LLaVA-1.5-7B, on which the papers count: 24 x 24 patches, 32 layers.
 LLAVA = Profile(Grid(1, 24, 24), layers=32)
 FULL = LLAVA.grid.size * LLAVA.layers
@@ -25,7 +25,7 @@ SPARSEVLM_AUTHORS = tuple(layer - 1 for layer in PUBLISHED_LAYERS)
 
 HEAD = """# What the papers print
 
-Written by `python docs/papers.py`, and checked by the tests. The published numbers lie as CSV files in
+Written by `python docs/_make/papers.py`, and checked by the tests. The published numbers lie as CSV files in
 `src/vlmzip/lab/papers/`; what is computed here comes from the library's own classes, on LLaVA-1.5-7B: 576 visual
 tokens, 32 layers. A dash is a number that the files do not have.
 """
@@ -38,7 +38,7 @@ def main() -> int:
     if parser.parse_args().check:
         current = PAGE.exists() and PAGE.read_text(encoding="utf-8") == text
         if not current:
-            print(f"{PAGE.name} is out of date: run python docs/papers.py", file=sys.stderr)
+            print(f"{PAGE.name} is out of date: run python docs/_make/papers.py", file=sys.stderr)
         return 0 if current else 1
     PAGE.write_text(text, encoding="utf-8")
     return 0

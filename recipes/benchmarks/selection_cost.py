@@ -1,6 +1,6 @@
 """What VisionZip's selection costs: time and peak memory of the vision encoder with and without it.
 
-    python benchmarks/selection_cost.py            # CLIP ViT-L/14-336 with random weights, on what is there
+    python -m recipes.benchmarks.selection_cost            # CLIP ViT-L/14-336 with random weights, on what is there
 
 Three variants, interleaved in one run, so that a noisy machine troubles them alike:
 
@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from recipes.benchmarks import RESULTS
 from vlmzip import Signal, Site, VisionZip
 from vlmzip.files import write_csv
 from vlmzip.lab.bench.memory import FRUGAL, peak_bytes
@@ -76,7 +77,7 @@ def variant(name: str, args: argparse.Namespace) -> Callable[[], dict[str, float
 
 def memory_in_a_fresh_process(name: str, arguments: list[str]) -> int:
     """Peak memory without what other variants left in the allocator, which gives back at once what is freed."""
-    command = [sys.executable, __file__, *arguments, "--memory-of", name]
+    command = [sys.executable, "-m", "recipes.benchmarks.selection_cost", *arguments, "--memory-of", name]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | FRUGAL).stdout)
 
 
@@ -87,7 +88,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="images at once")
     parser.add_argument("--layers", type=int, default=24, help="encoder layers; 24 is CLIP ViT-L")
     parser.add_argument("--repeats", type=int, default=11)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--memory-of", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:

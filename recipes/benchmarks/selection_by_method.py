@@ -1,6 +1,6 @@
 """What each method's selection costs at 576, 2,880 and 18,432 visual tokens, beside CLIP ViT-L/14-336 at 576.
 
-    python benchmarks/selection_by_method.py
+    python -m recipes.benchmarks.selection_by_method
 
 Random visual tokens of CLIP ViT-L's width (1,024) and random signals, one image of 1, 5 or 32 frames of 24 x 24: what
 is timed is deciding and applying (`method(tokens).apply(features)`), the signals' own rows apart ("signal: ..."). Each
@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from recipes.benchmarks import RESULTS
 from vlmzip import Grid, KMeans, LLaVolta, RandomTokens, Site, VisionZip, VisualTokens, catalogue
 from vlmzip.compressor import Compressor, Profile
 from vlmzip.errors import UserError
@@ -115,7 +116,7 @@ def runs_at(size: int) -> dict[str, Run]:
 
 
 def memory_of(variant: str) -> int:
-    command = [sys.executable, __file__, "--memory-of", variant]
+    command = [sys.executable, "-m", "recipes.benchmarks.selection_by_method", "--memory-of", variant]
     out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | FRUGAL)
     return int(out.stdout)
 
@@ -156,7 +157,7 @@ def growth(rows: list[dict[str, object]], what: str) -> dict[tuple[str, str, str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "selection-by-method.csv")
+    parser.add_argument("--out", type=Path, default=RESULTS / "selection-by-method.csv")
     parser.add_argument("--check", action="store_true", help="fail if something grows faster than it should")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,19 +1,11 @@
 """docs/flops.md is what its command writes."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "docs" / "flops.py"
 
-
-@pytest.fixture(scope="module")
-def flops():
-    spec = importlib.util.spec_from_file_location("flops_page", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def flops(maker):
+    return maker("flops")
 
 
 def test_the_page_is_what_the_command_writes(flops):

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Speed and memory of every method on one GPU, at full size: `make bench-gpu`. Random weights, no network.
 #
-#     benchmarks/gpu.sh [FOLDER]        # CSVs go there; default: benchmarks/results
+#     recipes/benchmarks/gpu.sh [FOLDER]        # CSVs go there; default: benchmarks/results
 #
 # Needs a Python with torch for CUDA and transformers (PYTHON=…); vlmzip itself is taken from src. bfloat16 and SDPA,
 # with two presets FlashAttention too where it is installed. Stops after LIMIT seconds: what is done by then is kept, and
 # the rest named.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
 folder=${1:-benchmarks/results}
 limit=${LIMIT:-480}

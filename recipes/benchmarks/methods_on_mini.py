@@ -1,7 +1,7 @@
 """Every method on mini's test split, at three budgets: accuracy, what it costs, and which of the simplest it beats.
 
-    python benchmarks/methods_on_mini.py                  # all 3,414 questions
-    python benchmarks/methods_on_mini.py --limit 1026
+    python -m recipes.benchmarks.methods_on_mini                  # all 3,414 questions
+    python -m recipes.benchmarks.methods_on_mini --limit 1026
 
 Budgets are average shares of the visual tokens over all layers of the LLM; where a method has no such setting, the
 table has no row. Methods whose threshold decides by content are calibrated on mini's validation images. Each
@@ -25,6 +25,7 @@ from PIL import Image
 from torch import nn
 
 import vlmzip
+from recipes.benchmarks import RESULTS
 from recipes.mini.evaluate import AnswerRecord, ModelAnswer, by, share_right
 from vlmzip import KMeans, LLaVolta, NoCompression, RandomTokens, Site, VisionZip, catalogue
 from vlmzip.compressor import BudgetError, Calibratable, Compressor, Profile
@@ -197,7 +198,7 @@ def not_beaten(row: dict[str, str], rows: Sequence[dict[str, str]]) -> list[str]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, help="ask only the first questions")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "methods-on-mini.csv")
+    parser.add_argument("--out", type=Path, default=RESULTS / "methods-on-mini.csv")
     args = parser.parse_args()
     rows: list[dict[str, object]] = list(csv.DictReader(args.out.open())) if args.out.exists() else []
     profile, measured = adapter_for(mini()[0]).profile(), {}

@@ -1,6 +1,7 @@
-"""What LLaVolta's training schemes cost, counted, beside what the paper prints: `python docs/schedules.py [--check]`.
+"""What LLaVolta's training schemes cost, counted, beside what the paper prints.
 
-Writes docs/schedules.md. Shapes alone are needed: LLaVA-1.5-7B and -13B without weights.
+`python docs/_make/schedules.py [--check]` writes docs/schedules.md. Shapes alone are needed: LLaVA-1.5-7B
+and -13B without weights.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from vlmzip.models import adapter_for
 from vlmzip.training.explain import COLUMNS, Cost, lines
 from vlmzip.training.schedule import SCHEMES, scheme
 
-PAGE = Path(__file__).with_suffix(".md")
+PAGE = Path(__file__).resolve().parents[1] / "schedules.md"
 #: LLaVA-1.5's second step has 5,197: 665k records, 128 to a step, one epoch. One less is a multiple of 2, 3 and 4, so
 #: that stages are equally long and the totals are the exact ones of the schemes.
 STEPS = 5196
@@ -23,7 +24,7 @@ TEXT = 62
 
 HEAD = f"""# What training schedules cost
 
-Made by `python docs/schedules.py`, and checked by the tests. LLaVolta's schemes (arXiv:2406.20092, Table 1) on
+Made by `python docs/_make/schedules.py`, and checked by the tests. LLaVolta's schemes (arXiv:2406.20092, Table 1) on
 LLaVA-1.5-7B: visual tokens of an image summed over all 32 layers, compression ratio (CR, Eq. 3), and FLOPs of the
 LLM's forward with {TEXT} tokens of text, as a share of those without compression; forward and backward have the
 same share together. Steps: {STEPS:,}, which 2, 3 and 4 equally long stages divide; an epoch of LLaVA-1.5's instruction

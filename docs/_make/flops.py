@@ -1,4 +1,4 @@
-"""Writes docs/flops.md, our count of prefill FLOPs beside the papers': `python docs/flops.py`. Nothing is timed."""
+"""`python docs/_make/flops.py` writes docs/flops.md: our count of prefill FLOPs beside the papers', nothing timed."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from vlmzip.models.adapter import ModelAdapter
 from vlmzip.runtime.flops import flops_inside, llavolta_flops, prefill_flops, visionzip_flops
 from vlmzip.runtime.token_profile import TokenProfile
 
-PAGE = Path(__file__).parent / "flops.md"
+PAGE = Path(__file__).resolve().parents[1] / "flops.md"
 #: LLaVolta's printed TFLOPs (arXiv:2406.20092v2, Tables 2 and 5) by K and S; stride 1: no compression.
 PRINTED = {(0, 1): 8.26, (2, 8): 2.14, (2, 4): 3.02, (2, 2): 4.77, (16, 8): 5.00, (16, 4): 5.47, (16, 2): 6.40}
 #: Tokens of text with which one formula gives all of LLaVolta's figures, and those that `vlmzip bench` puts in.
@@ -21,9 +21,9 @@ LLAVOLTA_TEXT, BENCH_TEXT = 62, 64
 
 HEAD = """# FLOPs: three ways to count the same prefill
 
-Written by `python docs/flops.py`, from shapes alone; nothing here is timed. Ours (`vlmzip.runtime.flops.prefill_flops`)
-is read off the model's own layers, and within 1 % of `torch.utils.flop_counter` on `mini` and, on the meta device, at
-the dimensions of LLaVA-1.5-7B and 13B (`tests/runtime/test_flops.py`).
+Written by `python docs/_make/flops.py`, from shapes alone; nothing here is timed. Ours
+(`vlmzip.runtime.flops.prefill_flops`) is read off the model's own layers, and within 1 % of `torch.utils.flop_counter`
+on `mini` and, on the meta device, at the dimensions of LLaVA-1.5-7B and 13B (`tests/runtime/test_flops.py`).
 
 ## LLaVolta's printed figures
 

@@ -1,7 +1,7 @@
 """What rows side by side save in training: padding, and time of forward and backward, beside rows that are padded.
 
     python -m recipes.mini.conversations --images 600 --out runs/guide/data
-    OMP_NUM_THREADS=1 python benchmarks/packing.py --records runs/guide/data/records.json --clock cpu
+    OMP_NUM_THREADS=1 python -m recipes.benchmarks.packing --records runs/guide/data/records.json --clock cpu
 
 mini on its own training records, `--batch` to a forward, bfloat16 autocast; projector and LLM learn.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from recipes.benchmarks import RESULTS
 from vlmzip import attach, spec
 from vlmzip.files import write_csv
 from vlmzip.lab.bench.timing import cpu_seconds, in_turns, now, quartiles, ratios
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--forwards", type=int, default=4, help="different batches in a round")
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: where others use the cores too")
-    results = Path(__file__).parent / "results" / "packing.csv"
+    results = RESULTS / "packing.csv"
     parser.add_argument("--results", type=Path, default=results, metavar="CSV")
     args = parser.parse_args()
 

@@ -1,10 +1,10 @@
-"""The papers' claims on training, tried in miniature on mini: `python benchmarks/training_claims.py --out runs/claims`.
+"""The papers' claims on training, tried on mini: `python -m recipes.claims.training_claims --out runs/claims`.
 
 Every run starts from the same mini (its encoder, and an LLM that has seen captions and some questions, without
 compression), sees as many images, and takes the same number of steps. Stopped at any point, the same command goes on
 where it was: runs that are complete are not trained again, answers that were given are not asked for again. `--only
 NAME` runs one; `--table` only writes the results so far. The runs stand in the order in which they tell most;
-`python docs/training_claims.py` makes their page.
+`python docs/_make/training_claims.py` makes their page.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from recipes.benchmarks import RESULTS
 from vlmzip import spec
 from vlmzip.files import write_csv
 from vlmzip.json_text import parse, read_lines
@@ -133,7 +134,7 @@ def _quoted(schedule: str) -> str:
 def train_model(out: Path, folder: Path, base: Path, settings: Sequence[str], processes: int) -> None:
     """Trains on the records in `out` with mini's recipe; a model that is there already is left, or refused if it was
     trained otherwise."""
-    config = Path(__file__).resolve().parents[1] / "configs" / "mini.yaml"
+    config = Path(__file__).resolve().parents[2] / "configs" / "mini.yaml"
     usual = [f"model={base / 'model'}", f"records={out / 'data' / 'records.json'}", f"out={folder}", f"batch={BATCH}"]
     changes = [word for setting in (*usual, *settings) for word in ("--set", setting)]
     _start(["train", str(config), *changes], processes)
@@ -327,7 +328,7 @@ def main() -> None:
     parser.add_argument("--only", metavar="NAME", help="one of the runs")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--table", action="store_true", help="train nothing")
-    results = Path(__file__).parent / "results" / "training-claims.csv"
+    results = RESULTS / "training-claims.csv"
     parser.add_argument("--results", type=Path, default=results, metavar="CSV")
     given = parser.parse_args()
     dfmr = prepare(given.out, given.processes)

@@ -1,6 +1,6 @@
-"""How long training with each of LLaVolta's schemes takes, on mini: `benchmarks/scheme_time.py --out runs/claims`.
+"""How long training with LLaVolta's schemes takes, on mini: `python -m recipes.claims.scheme_time --out runs/claims`.
 
-All seven are trained as in benchmarks/training_claims.py, for fewer steps over the same records, in turns. `seconds` is
+All seven are trained as in training_claims.py, for fewer steps over the same records, in turns. `seconds` is
 wall-clock from the first step to the end, as `Trainer` reports it, without start, loading and saving; `time` is its
 share of that of `none` in the same round: median, least and greatest. `limit`: what would be left of the time if all of
 it went with the FLOPs of a step (encoder, projector, LLM and output head; forward and backward). For a quiet machine:
@@ -14,9 +14,10 @@ from pathlib import Path
 from statistics import mean, median
 
 import torch
-from train_step import step_flops
-from training_claims import BATCH, LAST, SCHEMES, SEEDS, WARM, prepare, train_model
 
+from recipes.benchmarks import RESULTS
+from recipes.benchmarks.train_step import step_flops
+from recipes.claims.training_claims import BATCH, LAST, SCHEMES, SEEDS, WARM, prepare, train_model
 from vlmzip import NoCompression, attach
 from vlmzip.compressor import Compressor
 from vlmzip.files import write_csv
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/claims"))
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
-    results = Path(__file__).parent / "results" / "scheme-time.csv"
+    results = RESULTS / "scheme-time.csv"
     parser.add_argument("--results", type=Path, default=results, metavar="CSV")
     given = parser.parse_args()
     prepare(given.out, given.processes)

@@ -1,21 +1,15 @@
 """docs/support.md shows what differs from version to version, and counts it."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "docs" / "support.py"
-
 
 @pytest.fixture
-def support(tmp_path):
-    """The script, as if it lay in another folder: what it writes goes there."""
-    spec = importlib.util.spec_from_file_location("support", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.__file__ = str(tmp_path / "support.py")
+def support(maker, tmp_path):
+    """The script, with its page in another folder."""
+    module = maker("support")
+    module.PAGE = tmp_path / "support.md"
     return module
 
 

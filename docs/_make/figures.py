@@ -13,8 +13,8 @@ from vlmzip.compressor import Compressor
 from vlmzip.mini import load
 from vlmzip.visualize.overlay import INK, PAPER, draw_fates, draw_tokens, seen_image
 
-HERE = Path(__file__).parent
-EXAMPLES = HERE.parent.parent / "examples"
+ROOT = Path(__file__).resolve().parents[2]
+FIGURES, EXAMPLES = ROOT / "docs" / "figures", ROOT / "examples"
 SHOWN: list[tuple[str, Compressor]] = [
     ("all 144 tokens", NoCompression()),
     ("random_tokens, 16", RandomTokens(keep=16)),
@@ -33,13 +33,13 @@ def main() -> None:
             return_tensors="pt",
         )
         panels = [panel(model, processor, inputs, title, method) for title, method in SHOWN]
-        side_by_side(panels, question).save(HERE / f"methods_{name}.png")
+        side_by_side(panels, question).save(FIGURES / f"methods_{name}.png")
         compressed = vlmzip.attach(model, VisionZip(keep=16))
         with torch.no_grad():
             compressed(**inputs)
         image = compressed.report.images[0]
         page = draw_tokens(seen(processor, inputs), image.token_map, image.grid, image.prefix, "visionzip: 144 to 16")
-        page.save(HERE / f"tokens_{name}.png")
+        page.save(FIGURES / f"tokens_{name}.png")
 
 
 def panel(model, processor, inputs, title: str, method: Compressor) -> tuple[Image.Image, str, str]:

@@ -1,6 +1,6 @@
 """Where does lost detail cost answers? The threshold of `ask`'s warning, measured on mini's reading questions.
 
-    python benchmarks/detail_lost.py
+    python -m recipes.benchmarks.detail_lost
 
 Asks the reading questions of mini's validation split with several methods and budgets, and puts each answer beside the
 `detail_lost` of its image. The threshold is the start of the first bin from which on reading keeps less than
@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 
 import vlmzip
+from recipes.benchmarks import RESULTS
 from recipes.mini.evaluate import ModelAnswer, accuracy
 from vlmzip import NoCompression, Pool2d, RandomTokens, VisionZip
 from vlmzip.files import write_csv
@@ -30,7 +31,7 @@ KEEPS_AT_LEAST = 0.75
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "detail-lost.csv")
+    parser.add_argument("--out", type=Path, default=RESULTS / "detail-lost.csv")
     args = parser.parse_args()
     model, processor = load()
     samples = [sample for sample in validation_split() if sample.type == "read"]
