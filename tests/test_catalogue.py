@@ -53,4 +53,4 @@ def test_settings_from_text():
 
 def test_types_of_fields_are_named_in_files_without_postponed_annotations():
     made = dataclasses.make_dataclass("Made", [("stride", int, 4)], bases=(RandomTokens,), frozen=True, kw_only=True)
-    assert {field.name: field.type for field in catalogue.describe(made)}["stride"] == "int"
+    assert {field.name: field.type for field in catalogue.describe(made)}["stride"] == "a whole number"

@@ -12,7 +12,7 @@ from typing import Any
 
 from vlmzip import methods, own_files, schema
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError, check_choice, closest
+from vlmzip.errors import UserError, alternatives, check_choice, closest
 from vlmzip.outline import ENTRY_POINTS
 
 
@@ -50,8 +50,8 @@ def make(cls: type[Compressor], settings: dict[str, Any]) -> Compressor:
             raise UserError(f"{cls.name()} needs a value for its field {field.name!r}")
     if "site" in settings:
         check_choice("site", settings["site"], cls.sites)
-    hints = schema.hints_of(cls)
-    return cls(**{name: schema.read_value(name, value, hints[name]) for name, value in settings.items()})
+    types = schema.types_of(cls)
+    return cls(**{name: schema.read_value(name, value, types[name]) for name, value in settings.items()})
 
 
 def from_dict(content: Mapping[str, Any], find: Callable[[str], type[Compressor]] = find) -> Compressor:
@@ -68,7 +68,7 @@ def from_dict(content: Mapping[str, Any], find: Callable[[str], type[Compressor]
 
 def describe(cls: type[Compressor]) -> list[schema.FieldDescription]:
     """Describe the fields of a method, its own before the shared ones; of sites those that it can work at."""
-    fields, sites = schema.describe(cls), " | ".join(cls.sites)
+    fields, sites = schema.describe(cls), alternatives(cls.sites)
     return [dataclasses.replace(field, type=sites) if field.name == "site" else field for field in fields]
 
 

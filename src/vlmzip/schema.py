@@ -19,13 +19,12 @@ import inspect
 import numbers
 import textwrap
 from collections.abc import Iterator, Mapping
-from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 from weakref import WeakKeyDictionary
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, InstanceOf, TypeAdapter, ValidationError
 
 from vlmzip.errors import UserError, alternatives, closest, did_you_mean
 from vlmzip.outline import field_docs, with_docs
@@ -37,33 +36,30 @@ Count = Annotated[int, Ge(1), Le(10**9)]
 #: What `torch.Generator.manual_seed` takes.
 Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
 
-_HINTS: WeakKeyDictionary[type, dict[str, Any]] = WeakKeyDictionary()
+_TYPES: WeakKeyDictionary[type, dict[str, FieldType]] = WeakKeyDictionary()
 #: How a field without a default is described.
 REQUIRED = "required"
 #: A boolean is not a number, 2.0 is not a whole number, and no setting is NaN or infinite.
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
-#: Types in words, one value and several.
-_WORDS = {
-    int: ("a whole number", "whole numbers"),
-    float: ("a number", "numbers"),
-    bool: ("true or false", "truth values"),
-    str: ("text", "texts"),
-}
+#: Types of values that are tried as they are before they are converted.
+_AS_GIVEN = {int, float, bool, tuple, NoneType}
+#: Types in words.
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 # ---------------------------------------------------------------- reading
 
 
-def read(cls: type[T], content: Any, where: str = "", *, what: str = "") -> T:
+def read(cls: type[T], content: Any, where: str = "") -> T:
     """Make a dataclass from the settings that a command line, YAML or JSON has.
 
-    `where` is the key that holds the settings, such as "lora"; `what` names them in messages. Raises `UserError`, in
-    one line, for an unknown key, a missing one, or a value that does not fit.
+    `where` is the key that holds the settings, such as "lora". Raises `UserError`, in one line, for an unknown key, a
+    missing one, or a value that does not fit.
     """
-    what = what or where or "the file"
+    what = where or "the file"
     if not isinstance(content, Mapping):
         raise UserError(f"{what} must be a mapping of settings such as {_example(cls)}, got {content!r}")
-    hints = hints_of(cls)
+    types = types_of(cls)
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
     for key in content:
         if key not in fields:
@@ -72,7 +68,7 @@ def read(cls: type[T], content: Any, where: str = "", *, what: str = "") -> T:
     for name, field in fields.items():
         if name not in content and default_of(field) == REQUIRED:
             raise UserError(f"{prefix}{name} is missing")
-    return cls(**{name: read_value(prefix + name, value, hints[name]) for name, value in content.items()})
+    return cls(**{name: read_value(prefix + name, value, types[name]) for name, value in content.items()})
 
 
 def check(settings: Any) -> None:
@@ -80,27 +76,30 @@ def check(settings: Any) -> None:
 
     `__post_init__` calls this. Raises `UserError` for a value that does not fit.
     """
-    for name, hint in hints_of(type(settings)).items():
+    for name, kind in types_of(type(settings)).items():
         given = getattr(settings, name)
-        value = read_value(name, given, hint)
+        value = read_value(name, given, kind)
         if value is not given:
             object.__setattr__(settings, name, value)
 
 
-def read_value(name: str, value: Any, hint: Any) -> Any:
-    """Return a value as a field of type `hint` holds it.
+def read_value(name: str, value: Any, kind: FieldType) -> Any:
+    """Return a value as a field of this type holds it.
 
     Raises `UserError`, which begins with `name`, for a value that does not fit.
     """
-    nested = _dataclass_in(hint)
+    nested = kind.settings
     if nested is not None and (value is True or isinstance(value, Mapping)):
         return read(nested, {} if value is True else value, name)
     if nested is not None and value is not None and not isinstance(value, nested):
         raise UserError(f"{name} must be a mapping of settings such as {_example(nested)}, got {value!r}")
     try:
-        return _validated(_converted(value, hint), hint)
+        if type(value) in _AS_GIVEN:  # most values: compressors are made by the thousand to find a budget
+            with contextlib.suppress(ValidationError):
+                return kind.adapter.validate_python(value)
+        return kind.adapter.validate_python(_converted(value, kind.hint))
     except ValidationError as error:
-        raise _refusal(name, value, hint, error) from None
+        raise _refusal(name, value, kind.hint, error) from None
 
 
 def _converted(value: Any, hint: Any) -> Any:
@@ -137,15 +136,6 @@ def _from_text(text: str, hint: Any) -> Any:
     return text
 
 
-def _validated(value: Any, hint: Any) -> Any:
-    return _adapter(hint).validate_python(value)
-
-
-@cache
-def _adapter(hint: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(hint, config=_STRICT)
-
-
 def _refusal(name: str, value: Any, hint: Any, error: ValidationError) -> UserError:
     """Return the one line for a value that does not fit."""
     for problem in error.errors(include_url=False):
@@ -162,12 +152,31 @@ def _refusal(name: str, value: Any, hint: Any, error: ValidationError) -> UserEr
 # ---------------------------------------------------------------- types
 
 
-def hints_of(cls: type) -> dict[str, Any]:
-    """Return the type of each field that the constructor takes, with ranges."""
-    if cls not in _HINTS:
+@dataclasses.dataclass(frozen=True, eq=False)
+class FieldType:
+    """The type of a field."""
+
+    hint: Any
+    """As it is written, with its range."""
+    adapter: TypeAdapter[Any]
+    """Checks values."""
+    settings: type | None
+    """The dataclass that holds the field's own settings, if it has some."""
+
+
+def types_of(cls: type) -> dict[str, FieldType]:
+    """Return the type of each field that the constructor takes."""
+    if cls not in _TYPES:
         hints = get_type_hints(cls, include_extras=True)
-        _HINTS[cls] = {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
-    return _HINTS[cls]
+        hints = {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
+        _TYPES[cls] = {name: FieldType(hint, _adapter(hint), _settings_in(hint)) for name, hint in hints.items()}
+    return _TYPES[cls]
+
+
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    if dataclasses.is_dataclass(hint):  # pydantic takes no configuration for them, and their fields are read above
+        return TypeAdapter(InstanceOf[hint])
+    return TypeAdapter(hint, config=_STRICT)
 
 
 def _arms(hint: Any) -> tuple[Any, ...]:
@@ -186,10 +195,10 @@ def _element(hint: Any) -> Any:
     return get_args(base)[0] if get_origin(base) is tuple else hint
 
 
-def _dataclass_in(hint: Any) -> type | None:
+def _settings_in(hint: Any) -> type | None:
     """Return the dataclass of settings that a field holds, if it holds one."""
-    kinds = [kind for kind in map(_base, _arms(hint)) if dataclasses.is_dataclass(kind)]
-    return kinds[0] if kinds and isinstance(kinds[0], type) else None
+    kinds = [kind for kind in map(_base, _arms(hint)) if isinstance(kind, type) and not inspect.isabstract(kind)]
+    return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
 
 
 def _choices(kind: Any) -> list[str]:
@@ -199,27 +208,24 @@ def _choices(kind: Any) -> list[str]:
     return list(map(str, base)) if inspect.isclass(base) and issubclass(base, enum.Enum) else []
 
 
-def in_words(hint: Any, *, several: bool = False) -> str:
+def in_words(hint: Any) -> str:
     """Return what a value of a type can be, such as "a whole number of at least 1"."""
     arms = [arm for arm in _arms(hint) if arm is not NoneType]
-    words = [
-        "several, such as 1,3" if _element(arm) is not arm and _element(arm) in arms else _in_words(arm, several)
-        for arm in arms
-    ]
+    lists = [arm for arm in arms if _element(arm) is not arm and _element(arm) in arms]
+    words = ["several, such as 1,3" if arm in lists else _in_words(arm) for arm in arms]
     return " or ".join(dict.fromkeys(words))
 
 
-def _in_words(kind: Any, several: bool) -> str:
+def _in_words(kind: Any) -> str:
     base, marks = _base(kind), kind.__metadata__ if get_origin(kind) is Annotated else ()
     if named := [mark for mark in marks if isinstance(mark, str)]:  # the type says it in its own words
         return str(named[0])
     if get_origin(base) is tuple:
-        example = "such as 1,3" if {int, float} & set(map(_base, _arms(_element(base)))) else "separated by commas"
-        return f"{in_words(_element(base), several=True)}, {example}"
+        return f"one or several, separated by commas: {in_words(_element(base))}"
     if choices := _choices(base):
         return alternatives(choices)
     if base in _WORDS:
-        return f"{_WORDS[base][several]}{_range_in_words(marks)}"
+        return _WORDS[base] + _range_in_words(marks)
     return "a mapping" if get_origin(base) is not None else f"a {getattr(base, '__name__', base)}"
 
 
@@ -263,11 +269,11 @@ def _described(cls: type) -> Iterator[FieldDescription]:
         if dataclasses.is_dataclass(owner):
             declared = _docs_of(owner)
             docs, own = with_docs(docs, declared), list(declared)
-    hints = hints_of(cls)
+    types = types_of(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name in sorted(fields, key=lambda name: name not in own):
-        yield FieldDescription(name, type_text(hints[name]), default_of(fields[name]), docs.get(name, ""))
-        if (nested := _dataclass_in(hints[name])) is not None:
+        yield FieldDescription(name, in_words(types[name].hint), default_of(fields[name]), docs.get(name, ""))
+        if (nested := types[name].settings) is not None:
             for part in describe(nested):
                 yield dataclasses.replace(part, name=f"{name}.{part.name}")
 
@@ -278,29 +284,6 @@ def _docs_of(owner: type) -> dict[str, str]:
     except (OSError, TypeError, SyntaxError, ValueError):  # a class without source, made in a console
         return {}
     return field_docs(definition)
-
-
-def type_text(hint: Any) -> str:
-    """Return a type in short, such as "int ≥ 1 | None" or "mean | max"."""
-    return " | ".join(dict.fromkeys(_type_text(arm) for arm in _arms(hint)))
-
-
-def _type_text(kind: Any) -> str:
-    base, marks = _base(kind), kind.__metadata__ if get_origin(kind) is Annotated else ()
-    if named := [mark for mark in marks if isinstance(mark, str)]:
-        return str(named[0])
-    if kind is NoneType:
-        return "None"
-    if choices := _choices(base):
-        return " | ".join(choices)
-    if get_origin(base) is tuple:
-        return f"tuple[{type_text(get_args(base)[0])}, ...]"
-    text = base.__name__ if isinstance(base, type) and not get_args(base) else str(base).replace("typing.", "")
-    bounds = _bounds(marks)
-    if bounds.keys() == {Ge, Le}:
-        return f"{text} {bounds[Ge]} to {bounds[Le]}"
-    signs = {Ge: "≥", Gt: ">", Le: "≤", Lt: "<"}
-    return " ".join([text, ", ".join(f"{signs[kind]} {bounds[kind]}" for kind in bounds)]).strip()
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
@@ -315,6 +298,6 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 
 def _example(cls: type) -> str:
     """Return the settings that a dataclass needs, or its first one, as YAML has them."""
-    described = [field for field in describe(cls) if "." not in field.name]
-    needed = [field.name for field in described if field.default == REQUIRED] or [described[0].name]
+    fields = [field for field in dataclasses.fields(cls) if field.init]
+    needed = [field.name for field in fields if default_of(field) == REQUIRED] or [fields[0].name]
     return "{" + ", ".join(f"{name}: …" for name in needed) + "}"

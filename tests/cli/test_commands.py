@@ -114,7 +114,7 @@ def test_methods_in_one_line(capsys, checkpoint, image):
     code, out, _ = run(capsys, "ask", image, "w4", "--method", "visionzip(merge=mean)", "--keep", "5", "--model",
                        checkpoint, "--json")  # fmt: skip
     fields = json.loads(out)["compressor"]
-    assert (code, fields["keep"], fields["merge"]) == (0, "5", "mean")
+    assert (code, fields["keep"], fields["merge"]) == (0, 5, "mean")
 
 
 def test_the_saved_compressor_is_what_a_saved_model_answers_with(capsys, checkpoint, image, tmp_path):

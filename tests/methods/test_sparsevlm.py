@@ -303,7 +303,7 @@ def test_fields_survive_pickle_json_and_the_command_line(fields):
         ({"layer": (7, 3, 16)}, "ascending"),
         ({"layer": (3, 3, 16)}, "ascending"),
         ({"layer": (3, 7)}, "3 counts for 2 layers"),
-        ({"layer": "3,x,16"}, "layer must be whole numbers, such as 1,3, got '3,x,16'"),
+        ({"layer": "3,x,16"}, "layer must be .* separated by commas: a whole number, got '3,x,16'"),
         ({"counts": (300, 200)}, "2 counts for 3 layers"),
         ({"counts": (300, 200, 0)}, "keeps nothing"),
         ({"counts": (300, 200, 1.5)}, "no fraction"),

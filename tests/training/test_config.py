@@ -66,7 +66,7 @@ def test_changes_win_over_the_file(read):
         (LEAST + "precision: fp8\n", "precision must be bf16 or float32, got 'fp8'"),
         (
             LEAST + "learn: [projektor]\n",
-            "learn must be projector, llm or vision, .* did you mean 'projector'",
+            "learn must be .* projector, llm or vision, .* did you mean 'projector'",
         ),
         (LEAST + "learn: projector\nlora: {}\n", "lora: adapters are on the LLM"),
         (LEAST + "lora: {rank: 3}\n", "lora: there is no 'rank'"),

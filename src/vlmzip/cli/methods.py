@@ -65,5 +65,5 @@ def _print_one(cls: Any, *, as_json: bool) -> None:
         return
     print(f"{cls.name()}\n\n{inspect.getdoc(cls)}\n")
     print_table(
-        ["field", "type", "default", "meaning"], [[f"--{f.name}", f.type, str(f.default), f.doc] for f in fields]
+        ["field", "value", "default", "meaning"], [[f"--{f.name}", f.type, str(f.default), f.doc] for f in fields]
     )
