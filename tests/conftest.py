@@ -21,7 +21,8 @@ CHECKED = [
     "runtime.report",
     "runtime.resample",
     "runtime.detail",
-    "runtime.turns",
+    "runtime.conversation",
+    "runtime.generation",
     "measure",
     "visualize",
 ]

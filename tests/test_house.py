@@ -14,10 +14,21 @@ import vlmzip
 
 #: From the ground up. A room imports itself and the rooms above it in this list.
 ROOMS = {
-    "ground": ("version", "errors", "files", "json_text", "children", "locks", "processes", "noise", "sites"),
-    "vocabulary": ("keep", "visual_tokens", "token_map", "compressor", "resampler"),
+    "ground": (
+        "version",
+        "errors",
+        "files",
+        "json_text",
+        "children",
+        "locks",
+        "processes",
+        "noise",
+        "sites",
+        "outline",
+    ),
+    "vocabulary": ("schema", "keep", "visual_tokens", "token_map", "compressor", "resampler"),
     "methods": ("methods",),
-    "catalogue": ("outline", "own_files", "catalogue", "compressor_file", "spec"),
+    "catalogue": ("own_files", "catalogue", "compressor_file", "spec"),
     "models": ("models",),
     "runtime": ("runtime",),
     "visualize": ("visualize",),
@@ -41,8 +52,6 @@ IMPORTS_NOT_YET_RIGHT: dict[tuple[str, str], str] = {
 #: (module, class): where code outside `methods/` asks whether a compressor is of a certain class.
 METHODS_KNOWN_BY_CLASS: dict[tuple[str, str], str] = {
     ("spec", "Chain"): "a chain writes itself",
-    ("runtime.facade", "NoCompression"): "a method says that it changes nothing",
-    ("runtime.positions", "NoCompression"): "a method says that it changes nothing",
     ("training.explain", "LLaVolta"): "a method says how it is named in a schedule",
     ("training.explain", "RandomFactor"): "a method says that it is for training only",
     ("training.schedule", "Chain"): "a chain answers for its parts",
@@ -54,8 +63,6 @@ METHODS_KNOWN_BY_CLASS: dict[tuple[str, str], str] = {
 }
 #: (module, name): where `runtime/` names a method or a type of model.
 NAMED_IN_RUNTIME: dict[tuple[str, str], str] = {
-    ("runtime.facade", "NoCompression"): "a method says that it changes nothing",
-    ("runtime.positions", "NoCompression"): "a method says that it changes nothing",
     **{
         ("runtime.packing", name): "the family says that its LLM keeps packed rows apart"
         for name in ("gemma2", "llama", "mistral", "qwen2")

@@ -33,8 +33,9 @@ if TYPE_CHECKING:
         VisionZip,
     )
     from vlmzip.resampler import Resampler
+    from vlmzip.runtime.attach import attach
     from vlmzip.runtime.calibration import Calibration, calibrate
-    from vlmzip.runtime.facade import CompressedModel, attach
+    from vlmzip.runtime.facade import CompressedModel
     from vlmzip.runtime.inputs import compress_inputs
     from vlmzip.runtime.report import Report
     from vlmzip.runtime.saving import from_pretrained
@@ -101,8 +102,9 @@ _NAMES = {
         "VisionZip",
     ],
     "resampler": ["Resampler"],
+    "runtime.attach": ["attach"],
     "runtime.calibration": ["Calibration", "calibrate"],
-    "runtime.facade": ["CompressedModel", "attach"],
+    "runtime.facade": ["CompressedModel"],
     "runtime.inputs": ["compress_inputs"],
     "runtime.report": ["Report"],
     "runtime.saving": ["from_pretrained"],

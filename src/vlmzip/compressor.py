@@ -60,6 +60,8 @@ class Compressor(ABC):
     """Whether it has weights of its own: before they are trained, answers through it mean nothing."""
     budget_fields: ClassVar[tuple[str, ...]] = ("keep",)
     """The fields that say how many tokens it keeps: `at_budget` and calibration set them, and no others."""
+    changes_nothing: ClassVar[bool] = False
+    """Whether it is meant to keep every token: nobody is warned that it does."""
     default_positions: ClassVar[Positions | None] = None
     """What `positions=None` means for this method; `None`: what it means in the model's family."""
 

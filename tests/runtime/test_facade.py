@@ -1,4 +1,5 @@
 import copy
+import inspect
 import warnings
 
 import pytest
@@ -203,6 +204,18 @@ def test_it_can_be_used_like_the_model(llava):
     assert compressed.training == llava.training
     with pytest.raises(AttributeError):
         compressed.no_such_thing  # noqa: B018
+
+
+def test_the_signature_names_what_any_family_takes(llava):
+    """`Trainer` drops the columns of a data set that it does not find in the signature of `forward`."""
+    compressed = vlmzip.attach(llava, VisionZip(keep=8))
+    *named, others = inspect.signature(compressed.forward).parameters.values()
+    assert others.kind is inspect.Parameter.VAR_KEYWORD
+    assert {name for family in vlmzip.models.FAMILIES for name in family.image_inputs} <= {
+        parameter.name for parameter in named
+    }
+    assert {"input_ids", "attention_mask", "labels", "pack_rows"} <= {parameter.name for parameter in named}
+    assert inspect.signature(compressed.forward).bind(torch.ones(1, 1), image_grid_thw=None, anything=3)
 
 
 def test_mistakes_are_refused(llava):

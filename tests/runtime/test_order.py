@@ -135,7 +135,7 @@ def test_positions_ascend_over_several_turns(family):
         for name in ("mm_token_type_ids", "token_type_ids"):
             new.pop(name, None)
         compressed.generate(**new, past_key_values=cache, max_new_tokens=3, do_sample=False)
-        seen = compressed._turns.recall(cache)
+        seen = compressed._conversations.recall(cache)
     assert ascends(seen.source[0])
     assert ascends(seen.positions[..., 0, :])
 

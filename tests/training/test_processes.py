@@ -21,7 +21,7 @@ from tests.tiny import tiny_llava, tiny_processor
 from tests.training.runs import losses, stages, write_config, write_run
 from vlmzip import NoCompression, UserError
 from vlmzip.cli.main import main
-from vlmzip.runtime.facade import attach
+from vlmzip.runtime.attach import attach
 from vlmzip.training.run import _save
 from vlmzip.training.sharding import check_sharded
 

@@ -14,8 +14,9 @@ from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, collecting_warnings
 from vlmzip.files import is_file
 from vlmzip.lab.bench.timing import now
+from vlmzip.runtime.attach import attach
 from vlmzip.runtime.detail import WORRYING
-from vlmzip.runtime.facade import CompressedModel, attach
+from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.flops import kv_cache_bytes, prefill_flops
 from vlmzip.runtime.loading import Loaded
 from vlmzip.runtime.prompts import chat_prompt, special_tokens, unknown_words

@@ -17,8 +17,8 @@ from vlmzip.keep import AS_SET, count_to_keep, parse_keep
 from vlmzip.lab.tasks.task import CalibrationSet, Task
 from vlmzip.methods import NoCompression
 from vlmzip.runtime.answering import Answerer
+from vlmzip.runtime.attach import attach
 from vlmzip.runtime.calibration import MeasuredImage, measure, meet
-from vlmzip.runtime.facade import attach
 from vlmzip.runtime.fingerprint import of_method_code
 from vlmzip.runtime.saving import saved_weights
 from vlmzip.spec import Candidate

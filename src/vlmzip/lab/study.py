@@ -32,7 +32,8 @@ from vlmzip.lab.tasks.task import Sample, Task
 from vlmzip.models import adapter_for
 from vlmzip.processes import Processes
 from vlmzip.runtime.answering import Answer, Answerer
-from vlmzip.runtime.facade import CompressedModel, attach
+from vlmzip.runtime.attach import attach
+from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.fingerprint import of_image, of_method, of_model, of_name, refuse_changed
 from vlmzip.runtime.positions import llm_positions
 from vlmzip.runtime.saving import saved_weights

@@ -13,6 +13,8 @@ from vlmzip.visual_tokens import Grid, VisualTokens
 class NoCompression(Compressor):
     """Keep every visual token: the baseline of every comparison."""
 
+    changes_nothing = True
+
     def token_count(self, grid: Grid) -> int:
         return grid.size
 

@@ -22,7 +22,7 @@ from vlmzip.models.adapter import ModelAdapter
 from vlmzip.models.layout import Layout
 from vlmzip.models.recording import attention_rows
 from vlmzip.runtime.masks import shrink_mask
-from vlmzip.runtime.prompt import Span
+from vlmzip.runtime.prompt import PER_TOKEN, Span, gather
 from vlmzip.runtime.report import Report, Stopwatch
 from vlmzip.runtime.versions import argument
 from vlmzip.token_map import TokenMap
@@ -448,27 +448,23 @@ def prompt_of(spans: list[Span], compressed: Mapping[str, Any]) -> Prompt | None
     return Prompt(spans, real, ends)
 
 
-def check_place(adapter: ModelAdapter, compressors: Sequence[Compressor]) -> None:
-    """Raises `UserError` for compressors that have no place in this LLM."""
-    depth = len(adapter.decoder_layers)
-    if compressors and has_sliding_windows(adapter):
-        raise UserError(SLIDING)
-    for compressor in compressors:
-        if compressor.positions == "contiguous":
-            raise UserError("inside the LLM tokens keep their positions: positions='contiguous' is not possible there")
-        if not compressor.layers:
-            raise UserError(f"{compressor.name()} inside the LLM needs a layer to act at")
-        compressor.check_layers(depth)
+def loss_behind(in_llm: InLLMState, out: Any, labels: Int[Tensor, "batch length"], arguments: Mapping[str, Any]) -> Any:
+    """Return the output `out` of a model with its loss on the tokens behind the last layer.
 
-
-def has_sliding_windows(adapter: ModelAdapter) -> bool:
-    """Whether layers of the LLM attend to the latest tokens alone."""
-    kinds = getattr(adapter.llm_config, "layer_types", None)
-    window = getattr(adapter.llm_config, "sliding_window", None)
-    return "sliding_attention" in kinds if kinds else bool(window)
-
-
-SLIDING = "this LLM has sliding-window layers, inside which tokens cannot be dropped yet; choose a site before the LLM"
+    `labels` are of the prompt that went into the LLM; `arguments` are the call's.
+    """
+    here = None if in_llm.first is None else in_llm.first.here()
+    left = labels if here is None else gather(labels, here, PER_TOKEN["labels"])
+    as_tuple = isinstance(out, tuple)
+    loss = in_llm.adapter.model.loss_function(
+        logits=out[0] if as_tuple else out.logits,
+        labels=left,
+        vocab_size=in_llm.adapter.llm_config.vocab_size,
+        **{name: arguments[name] for name in ("num_items_in_batch",) if name in arguments},
+    )
+    if as_tuple:
+        return (loss, *out)
+    return type(out)(**{"loss": loss, **{name: value for name, value in out.items() if name != "loss"}})
 
 
 def _refuse_other_caches(cache: Any) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from vlmzip.compressor import Compressor
 from vlmzip.errors import BeyondPositions
-from vlmzip.methods import NoCompression
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.visual_tokens import Site
 
@@ -72,7 +71,7 @@ def warn_beyond(
     if repr(compressor) in told:
         return
     told.add(repr(compressor))
-    plain = isinstance(compressor, NoCompression)
+    plain = compressor.changes_nothing
     before = any(stage.site is not Site.IN_LLM for stage in compressor.stages())
     advice = ["ask for a shorter answer"] if answered else []
     advice += ["keep fewer visual tokens"] if before and not plain and not original else []

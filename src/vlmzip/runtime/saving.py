@@ -10,8 +10,9 @@ from vlmzip.compressor import Compressor
 from vlmzip.compressor_file import FILE, NotInstalled, read_compressor, refuse_lora
 from vlmzip.errors import UserError
 from vlmzip.files import is_file, is_folder
+from vlmzip.runtime.attach import attach
 from vlmzip.runtime.checkpoints import load_model
-from vlmzip.runtime.facade import CompressedModel, attach
+from vlmzip.runtime.facade import CompressedModel
 
 
 def from_pretrained(

@@ -24,7 +24,8 @@ from vlmzip.errors import UserError
 from vlmzip.files import is_folder
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.processes import Processes
-from vlmzip.runtime.facade import CompressedModel, attach
+from vlmzip.runtime.attach import attach
+from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.fingerprint import of_code, of_files, of_json, of_method_code, of_model
 from vlmzip.runtime.prompt import pad_id
 from vlmzip.training.batches import BAD, Collator, Examples, Preprocessor, count_bad

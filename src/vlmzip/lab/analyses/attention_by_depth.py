@@ -32,7 +32,7 @@ from vlmzip.methods import NoCompression
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.models.recording import attention_rows
 from vlmzip.runtime.cache import cache_argument
-from vlmzip.runtime.in_llm import has_sliding_windows
+from vlmzip.runtime.place import has_sliding_windows
 from vlmzip.runtime.positions import warn_beyond
 from vlmzip.runtime.versions import argument
 from vlmzip.visualize.figure import new_figure

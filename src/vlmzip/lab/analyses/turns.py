@@ -39,7 +39,8 @@ from vlmzip.lab.stats import Bootstrap, Estimate, estimate
 from vlmzip.lab.study import Study
 from vlmzip.lab.tasks.task import Sample, Task
 from vlmzip.methods import FastV, NoCompression
-from vlmzip.runtime.facade import CompressedModel, attach
+from vlmzip.runtime.attach import attach
+from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.report import ImageReport
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Site, VisualTokens

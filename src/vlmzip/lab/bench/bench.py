@@ -19,7 +19,7 @@ from vlmzip.lab.bench.memory import peak_bytes
 from vlmzip.lab.bench.timing import Quartiles, Spans, in_turns, now, quartiles, ratios, time_answer
 from vlmzip.methods import NoCompression
 from vlmzip.models.adapter import ModelAdapter
-from vlmzip.runtime.facade import attach
+from vlmzip.runtime.attach import attach
 from vlmzip.runtime.flops import flops_inside
 from vlmzip.runtime.token_profile import TokenProfile
 

@@ -45,7 +45,8 @@ from vlmzip.models import adapter_for
 from vlmzip.outline import METHOD_FORMS
 from vlmzip.processes import Processes
 from vlmzip.runtime.answering import Answer, Answerer
-from vlmzip.runtime.facade import CompressedModel, attach
+from vlmzip.runtime.attach import attach
+from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.loading import load
 from vlmzip.runtime.prompts import conversation_prompt
 from vlmzip.runtime.report import compact

@@ -1,0 +1,222 @@
+"""What `generate` promises although the model inside gets a shorter prompt: limits, padding, copies, streams.
+
+transformers' `generate` returns the prompt with the answer behind it and counts its tokens. A `Generation` keeps this
+as the user sees it, and refuses what transformers would answer wrongly without an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from jaxtyping import Bool, Int
+from packaging.version import Version
+from torch import Tensor
+
+from vlmzip.errors import UserError
+from vlmzip.models.adapter import ModelAdapter
+from vlmzip.runtime.cache import cache_name, cache_of, with_cache_named
+from vlmzip.runtime.call import CompressedCall
+from vlmzip.runtime.decoder_hooks import running
+from vlmzip.runtime.in_llm import InLLMState
+from vlmzip.runtime.prompt import PER_TOKEN, pad_id
+
+#: Whether chunked prefill gives each chunk its own part of the images' features.
+CAN_CUT_FEATURES = hasattr(transformers.generation.utils, "_slice_mm_encoder_output")
+
+#: Inputs with one row for each prompt.
+ONE_A_ROW = {"input_ids", *PER_TOKEN}
+
+
+@dataclass
+class Generated:
+    """What came of a call of `generate`."""
+
+    output: Any
+    """What the user gets."""
+    new_tokens: Int[Tensor, "rows new"]
+    filler: Bool[Tensor, "rows new"]
+    """What of it stands behind the end of rows that were done before the longest."""
+    in_llm: list[InLLMState]
+    """What acted inside the LLM: the call's state, or one for each row where rows ran one by one."""
+    cache: Any = None
+    """A filled cache that can be continued: the user's, or one that was returned."""
+
+    def warn_beyond_positions(self, call: CompressedCall) -> None:
+        """Warn where answers grow beyond the LLM's positions; the last token of each has not been through the LLM."""
+        written = (~self.filler).sum(1).tolist()
+        copies = len(written) // len(call.report.positions)
+        taken = [call.report.positions[row // copies] + count - 1 for row, count in enumerate(written)]
+        call.warn_beyond_positions(taken, answered=True)
+
+
+class Generation:
+    """One call of `generate`, before and after the inner model's."""
+
+    def __init__(self, model: Any, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> None:
+        """Raise `UserError` for arguments that give wrong answers with any compressor."""
+        self.model, self.adapter = model, adapter
+        self.arguments = with_cache_named(arguments, cache_name(adapter.model))
+        self.cache = cache_of(arguments)
+        self.repeats = self.setting("num_beams", 1) > 1 or self.setting("num_return_sequences", 1) > 1
+        """Whether a prompt gets several rows: for beams, or for several sequences."""
+        if self.repeats and self.cache is not None:
+            raise UserError("a cache can be neither filled nor continued with beams or several sequences a prompt")
+        if self.cache is not None and self.setting("use_cache", True) is False:
+            raise UserError("use_cache=False with a KV cache gives wrong answers: leave one of the two out")
+        if self.arguments.get("assistant_model") is not None or self.setting("assistant_early_exit"):
+            raise UserError("assisted decoding is not supported: the assistant would need the compressed prompt too")
+        self._infer_mask()
+
+    # --- settings ---------------------------------------------------------------------------------------------
+
+    def setting(self, name: str, default: Any = None) -> Any:
+        """Return a setting: the argument, or what the given generation config or the model's own says."""
+        configs = (self.arguments.get("generation_config"), getattr(self.model, "generation_config", None))
+        values = (self.arguments.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in values if value is not None), default)
+
+    @property
+    def _ends(self) -> list[int]:
+        """The tokens that end an answer."""
+        ends = self.setting("eos_token_id")
+        return [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+
+    @property
+    def _pad(self) -> int:
+        """What `generate` writes behind the end of a row: without a pad token the first end, as transformers does."""
+        pad = self.setting("pad_token_id")
+        return pad if pad is not None else (*self._ends, pad_id(self.adapter))[0]
+
+    def _infer_mask(self) -> None:
+        """Take pad tokens for padding where no `attention_mask` says more, as transformers does."""
+        ids, pad = self.arguments.get("input_ids"), self.setting("pad_token_id")
+        mask_is_known = self.arguments.get("attention_mask") is not None or self.cache is not None
+        if ids is None or mask_is_known or pad is None or pad in self._ends:
+            return
+        if bool((ids == pad).any()):
+            self.arguments["attention_mask"] = (ids != pad).long()
+
+    def _filler(self, tokens: Int[Tensor, "rows new"]) -> Bool[Tensor, "rows new"]:
+        """Mark what `generate` wrote behind the end of rows that were done before the longest."""
+        pad = self._pad
+        after = (tokens == pad).flip(1).cumprod(1).sum(1)
+        # Whatever ended a row, nothing is behind the row that ended last; a pad that is the end itself was generated.
+        after = after - (after.clamp(max=1) if pad in self._ends else after.min())
+        return torch.arange(tokens.shape[1], 0, -1, device=tokens.device) <= after[:, None]
+
+    # --- refusals ---------------------------------------------------------------------------------------------
+
+    def refuse(self, call: CompressedCall) -> None:
+        """Raise `UserError` for what transformers would do wrongly with the compressed prompt, without an error."""
+        version = transformers.__version__
+        # Older transformers prefill in chunks without cutting the images' features to match.
+        if self.setting("prefill_chunk_size") and "mm_encoder_outputs" in call.inputs and not CAN_CUT_FEATURES:
+            raise UserError(f"prefill_chunk_size with images gives wrong answers in transformers {version}; update it")
+        rows = [image.row for image in call.report.images]
+        # Before 5.19 transformers gives the copies of a row the images of its neighbours.
+        if self.repeats and len(rows) != len(set(rows)) and Version(version) < Version("5.19"):
+            raise UserError(
+                "beams and several sequences of prompts with several images give wrong answers in transformers"
+                f" {version}; update it"
+            )
+        if call.in_llm is not None:
+            self._refuse_inside_the_llm()
+
+    def _refuse_inside_the_llm(self) -> None:
+        """Raise `UserError` for what `generate` would do with a cache whose layers hold different tokens."""
+        for name in ("prefill_chunk_size", "prompt_lookup_num_tokens"):
+            if self.setting(name):
+                raise UserError(f"{name} does not go with a compressor inside the LLM; leave it out")
+        if self.setting("guidance_scale", 1) != 1 and self.setting("use_cache", True) is False:
+            # Without a cache nothing tells the forwards of the answer from those of the negative prompt.
+            raise UserError("guidance_scale with a compressor inside the LLM needs use_cache=True")
+
+    # --- running ----------------------------------------------------------------------------------------------
+
+    def run(self, call: CompressedCall) -> Generated:
+        """Return the user's prompt with the answer of the model to the compressed one behind it."""
+        prompt, inputs = self.arguments["input_ids"], call.inputs
+        short = inputs["input_ids"].shape[1]
+        self._keep_length_limits(inputs, prompt.shape[1], short)
+        if inputs.get("streamer") is not None:
+            inputs["streamer"] = PromptStreamer(inputs["streamer"], prompt)
+        if self.repeats and not self.adapter.features_as_list:
+            return self._run_row_by_row(call)
+        with running(call.in_llm):
+            output = self.model.generate(**inputs)
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        new_tokens = sequences[:, short:]
+        copies = len(new_tokens) // len(prompt)
+        whole = torch.cat([prompt.to(new_tokens.device).repeat_interleave(copies, dim=0), new_tokens], dim=1)
+        cache = self.cache
+        if isinstance(output, Tensor):
+            output = whole
+        else:
+            output.sequences = whole
+            cache = cache_of(output) if cache is None and not self.repeats else cache
+        states = [] if call.in_llm is None else [call.in_llm]
+        return Generated(output, new_tokens, self._filler(new_tokens), states, cache)
+
+    def _keep_length_limits(self, inputs: dict[str, Any], prompt: int, short: int) -> None:
+        """Let `max_length` and `min_length` count the prompt as the user sees it: `prompt` tokens, not `short`."""
+        for limit, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            value = self.setting(limit)
+            if value is not None and self.setting(new_tokens) is None:
+                if limit == "max_length" and value <= prompt:
+                    raise UserError(
+                        f"max_length={value} leaves no room for an answer: the prompt alone has {prompt} tokens,"
+                        " images counted uncompressed; raise it, or give max_new_tokens"
+                    )
+                inputs[limit] = max(value - prompt + short, 0)
+
+    def _run_row_by_row(self, call: CompressedCall) -> Generated:
+        """Run each row alone, where `generate` itself would repeat images of different rows wrongly.
+
+        It repeats rows for beams image by image; features that are one tensor have no images to tell apart.
+        """
+        refused = ("return_dict_in_generate", "streamer", "prefix_allowed_tokens_fn")
+        if any(self.setting(name) for name in refused):
+            raise UserError(
+                f"beams and several sequences a prompt do not go with {' or '.join(refused)} in this family"
+            )
+        prompt, inputs, images = self.arguments["input_ids"], call.inputs, call.report.images
+        features = inputs["mm_encoder_outputs"]["image"].pooler_output[0] if images else None
+        rows, first, states = [], 0, []
+        for row in range(len(prompt)):
+            row_inputs = {name: value[row : row + 1] if name in ONE_A_ROW else value for name, value in inputs.items()}
+            if features is not None:
+                count = sum(image.after for image in images if image.row == row)
+                row_inputs["mm_encoder_outputs"] = self.adapter.encoder_outputs([features[first : first + count]])
+                first += count
+                if count == 0:
+                    del row_inputs["mm_encoder_outputs"]
+            state = None if call.in_llm is None else call.in_llm.row(row)
+            with running(state):
+                answers = self.model.generate(**row_inputs)[:, inputs["input_ids"].shape[1] :]
+            states += [] if state is None else [state]
+            rows += list(torch.cat([prompt[row].to(answers.device).expand(len(answers), -1), answers], dim=1))
+        whole = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._pad)
+        new_tokens = whole[:, prompt.shape[1] :]
+        return Generated(whole, new_tokens, self._filler(new_tokens), states)
+
+
+class PromptStreamer:
+    """Shows a streamer the prompt as the user gave it, then the new tokens."""
+
+    def __init__(self, streamer: Any, prompt: Int[Tensor, "rows length"]) -> None:
+        self._streamer = streamer
+        self._prompt: Tensor | None = prompt
+
+    def put(self, value: Tensor) -> None:
+        # The first thing that `generate` streams is its own, shortened prompt, repeated for several sequences.
+        if self._prompt is not None:
+            value = self._prompt.cpu().repeat_interleave(len(value) // len(self._prompt), dim=0)
+        self._streamer.put(value)
+        self._prompt = None
+
+    def end(self) -> None:
+        self._streamer.end()

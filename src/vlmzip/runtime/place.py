@@ -1,0 +1,62 @@
+"""Whether a compressor has a place in a model, and something to do there."""
+
+from __future__ import annotations
+
+import warnings
+
+from vlmzip.compressor import Compressor
+from vlmzip.errors import UserError, closest
+from vlmzip.models.adapter import ModelAdapter
+from vlmzip.runtime.cache import cache_name
+from vlmzip.runtime.resample import resampling
+from vlmzip.visual_tokens import Site
+
+SLIDING = "this LLM has sliding-window layers, inside which tokens cannot be dropped yet; choose a site before the LLM"
+
+
+def inside_the_llm(compressor: Compressor) -> list[Compressor]:
+    """Return the stages of `compressor` that act inside the LLM."""
+    return [stage for stage in compressor.stages() if stage.site is Site.IN_LLM]
+
+
+def check_place(compressor: Compressor, adapter: ModelAdapter) -> None:
+    """Raise `UserError` for what is no compressor, or has no place in the model."""
+    if not isinstance(compressor, Compressor):
+        raise UserError(f"{compressor!r} is no compressor; try vlmzip.VisionZip(keep=64)")
+    for stage in compressor.stages():
+        if stage.site not in adapter.sites:
+            known = closest(stage.site, adapter.sites)
+            raise UserError(f"{type(adapter.model).__name__} has no site {stage.site.value!r}{known}")
+    cache_name(adapter.model)
+    for stage in inside_the_llm(compressor):
+        _check_place_inside(stage, adapter)
+
+
+def _check_place_inside(compressor: Compressor, adapter: ModelAdapter) -> None:
+    """Raise `UserError` for a compressor that has no place inside this LLM."""
+    if has_sliding_windows(adapter):
+        raise UserError(SLIDING)
+    if compressor.positions == "contiguous":
+        raise UserError("inside the LLM tokens keep their positions: positions='contiguous' is not possible there")
+    if not compressor.layers:
+        raise UserError(f"{compressor.name()} inside the LLM needs a layer to act at")
+    compressor.check_layers(len(adapter.decoder_layers))
+
+
+def has_sliding_windows(adapter: ModelAdapter) -> bool:
+    """Whether layers of the LLM attend to the latest tokens alone."""
+    kinds = getattr(adapter.llm_config, "layer_types", None)
+    window = getattr(adapter.llm_config, "sliding_window", None)
+    return "sliding_attention" in kinds if kinds else bool(window)
+
+
+def warn_if_nothing_to_do(compressor: Compressor, adapter: ModelAdapter) -> None:
+    """Warn of a method that keeps all tokens of an image, unless it is meant to."""
+    if compressor.changes_nothing or resampling(compressor) is not None:
+        return
+    grid = adapter.profile().grid
+    counts = compressor.tokens_by_layer(adapter.profile())
+    if counts is not None and min(counts) >= grid.size:
+        warnings.warn(
+            f"{compressor.name()} keeps all of an image's {grid.size} visual tokens: it changes nothing", stacklevel=5
+        )
