@@ -24,11 +24,12 @@ ROOMS = {
         "processes",
         "noise",
         "sites",
-        "outline",
+        "field_docs",
+        "own_files",
     ),
     "vocabulary": ("schema", "keep", "visual_tokens", "token_map", "compressor", "resampler"),
     "methods": ("methods",),
-    "catalogue": ("own_files", "catalogue", "compressor_file", "spec"),
+    "catalogue": ("outline", "catalogue", "compressor_file", "spec"),
     "models": ("models",),
     "runtime": ("runtime",),
     "visualize": ("visualize",),
@@ -43,9 +44,6 @@ STRANGERS = {("models", "methods"), ("models", "catalogue")}
 
 #: (importer, imported): imports that break the rules or tie a circle, and what will untie them.
 IMPORTS_NOT_YET_RIGHT: dict[tuple[str, str], str] = {
-    ("compressor", "catalogue"): "a schema reads and describes the fields of a method",
-    ("compressor", "own_files"): "a schema reads and describes the fields of a method",
-    ("outline", "catalogue"): "both find the methods of installed packages",
     ("runtime.fingerprint", ""): "the folder of the package is that of vlmzip.version",
     ("runtime.imported", ""): "the folder of the package is that of vlmzip.version",
 }

@@ -13,7 +13,7 @@ from typing import Any
 from vlmzip import methods, own_files, schema
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, alternatives, check_choice, closest
-from vlmzip.outline import ENTRY_POINTS
+from vlmzip.own_files import ENTRY_POINTS
 
 
 def available() -> dict[str, type[Compressor]]:

@@ -226,11 +226,11 @@ class Compressor(ABC):
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
         """Pickle a method from a file of the user's own by its settings: another process has to find the file first."""
-        if not own_files.is_own(type(self).__module__):
+        cls = type(self)
+        if not own_files.is_own(cls.__module__):
             return super().__reduce_ex__(protocol)
-        from vlmzip.catalogue import from_dict
-
-        return from_dict, (self.to_dict(),)
+        settings = {name: getattr(self, name) for name in self.field_names()}
+        return own_files.make, (cls.__module__, cls.__qualname__, settings)
 
     def __post_init__(self) -> None:
         check_choice("site", self.site, self.sites)

@@ -13,10 +13,10 @@ from importlib.metadata import entry_points
 from importlib.resources import files
 from typing import Any
 
+from vlmzip.field_docs import field_docs, with_docs
+from vlmzip.own_files import ENTRY_POINTS
 from vlmzip.sites import Signal, Site
 
-#: The entry-point group in which installed packages offer methods.
-ENTRY_POINTS = "vlmzip.methods"
 #: How a user can write a method, for help texts and messages.
 METHOD_FORMS = 'a name from `vlmzip methods`, "visionzip(merge=mean)", "dfmr+fastv(layer=3)" or a saved compressor.json'
 #: The class attributes to read, in addition to docstring and fields.
@@ -94,26 +94,6 @@ def _outline(module: str, name: str) -> Outline:
         if target in VALUES and value is not None:
             outline.values[target] = eval(ast.unparse(value), dict(WORDS))
     return outline
-
-
-def field_docs(definition: ast.stmt) -> dict[str, str]:
-    """Return the fields that a dataclass declares, each with the string below it in one line."""
-    docs: dict[str, str] = {}
-    name = ""
-    for statement in getattr(definition, "body", []):
-        if isinstance(statement, ast.AnnAssign):
-            is_field = not ast.unparse(statement.annotation).startswith("ClassVar")
-            name = ast.unparse(statement.target) if is_field else ""
-            docs |= {name: ""} if is_field else {}
-        elif name and isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
-            docs[name] = " ".join(str(statement.value.value).split())
-            name = ""
-    return docs
-
-
-def with_docs(inherited: dict[str, str], declared: dict[str, str]) -> dict[str, str]:
-    """Return the fields of a class with their documentation; one without a string below it keeps its base class's."""
-    return inherited | {name: doc or inherited.get(name, "") for name, doc in declared.items()}
 
 
 def _homes(tree: ast.Module) -> dict[str, str]:

@@ -10,12 +10,17 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from types import FrameType, ModuleType
+from typing import Any
 
 from vlmzip.errors import UserError
+
+#: The entry-point group in which installed packages offer methods.
+ENTRY_POINTS = "vlmzip.methods"
 
 
 class _OwnFiles(MetaPathFinder):
@@ -62,6 +67,12 @@ def search_for(module: str) -> None:
 def is_own(module: str) -> bool:
     """Return whether `module` was imported from the current folder by `search_for`."""
     return module.partition(".")[0] in _FINDER.folders
+
+
+def make(module: str, name: str, settings: dict[str, Any]) -> Any:
+    """Make an object of a class in a file of the user's own; another process has to find the file first."""
+    search_for(module)
+    return getattr(import_module(module), name)(**settings)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict, InstanceOf, TypeAdapter, ValidationError
 
 from vlmzip.errors import UserError, alternatives, closest, did_you_mean
-from vlmzip.outline import field_docs, with_docs
+from vlmzip.field_docs import field_docs, with_docs
 
 T = TypeVar("T")
 
