@@ -1,4 +1,4 @@
-"""Several questions answered together, greedily, with what each of them cost."""
+"""Answer several questions in one batch, and count the tokens that each answer took."""
 
 from __future__ import annotations
 
@@ -20,47 +20,49 @@ from vlmzip.runtime.prompts import chat_prompt, special_tokens
 
 @dataclass(frozen=True)
 class Answer:
+    """An answer and its token counts."""
+
     text: str
     visual_tokens: int
-    """Of all images of the prompt, without compression."""
+    """Visual tokens of all images of the prompt, without compression."""
     by_layer: tuple[int, ...]
-    """Visual tokens left at each layer of the LLM."""
+    """Visual tokens that each layer of the LLM sees."""
     text_tokens: int
-    """Of the prompt."""
+    """Text tokens of the prompt."""
     new_tokens: int = 0
-    """Of the answer, its end included."""
+    """Tokens of the answer, including its end token."""
     positions: int = 0
-    """The LLM's positions that prompt and answer take."""
+    """Positions of the LLM that prompt and answer take."""
 
     @property
     def retention(self) -> float:
-        """Visual tokens over all layers, as a share of what they would be without compression; 1 without images."""
+        """Return the retention ratio: visual tokens over all layers, relative to no compression; 1 without images."""
         return sum(self.by_layer) / (self.visual_tokens * len(self.by_layer)) if self.visual_tokens else 1.0
 
 
 class Answerer:
-    """Makes the inputs of a model from images and questions."""
+    """A model's processor with methods that turn images and questions into inputs and answers."""
 
     def __init__(self, adapter: ModelAdapter, processor: Any) -> None:
         self.adapter, self.processor = adapter, processor
-        # Answers of a batch go on where their prompts end; published checkpoints often pad there.
+        # The answers of a batch continue at the ends of their prompts, where published checkpoints often pad.
         processor.tokenizer.padding_side = "left"
         self.flops = cache(self._flops)
 
     def check(self, question: str) -> None:
-        """Raises `UserError` for a question that would bring in an image of its own."""
+        """Raise `UserError` for a question with a placeholder, which the processor would take for an image."""
         if "<image>" in question or getattr(self.processor, "image_token", "<image>") in question:
             raise UserError(f"the question {question!r} must not contain <image>: images are placed before it")
 
     def inputs(self, images: Sequence[Image.Image], questions: Sequence[str]) -> dict[str, Any]:
-        """Model inputs of one prompt for each question, with its image, or with its images: as many for each."""
+        """Return the model inputs of one prompt per question. The images are divided equally, in order."""
         rows = _shared_out(images, len(questions))
         return self._inputs(self._prompts(questions, rows), rows)
 
     def answer(
         self, compressed: CompressedModel, images: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int
     ) -> list[Answer]:
-        """The answers in the order of the questions, each about its image, or its images: as many for each."""
+        """Answer each question greedily, in order. The images are divided equally among the questions, in order."""
         rows = _shared_out(images, len(questions))
         prompts = self._prompts(questions, rows)
         return self.answer_prompts(compressed, prompts, rows, max_new_tokens=max_new_tokens, do_sample=False)
@@ -72,7 +74,7 @@ class Answerer:
         images: Sequence[Sequence[Image.Image]],
         **generation: Any,
     ) -> list[Answer]:
-        """The answers in the order of the prompts, each with equally many images; `generation` is for `generate`."""
+        """Answer each prompt, in order. All prompts have the same number of images; `generation` goes to `generate`."""
         inputs = self._inputs(prompts, images)
         with torch.inference_mode():
             ids = compressed.generate(**inputs, **generation)
@@ -85,38 +87,39 @@ class Answerer:
         ]
 
     def _prompts(self, questions: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> list[str]:
-        both = zip(questions, images, strict=True)
-        return [chat_prompt(self.adapter, self.processor, question, len(own)) for question, own in both]
+        pairs = zip(questions, images, strict=True)
+        return [chat_prompt(self.adapter, self.processor, question, len(row)) for question, row in pairs]
 
     def _inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> dict[str, Any]:
-        """Model inputs of prompts that have their images' places in them."""
-        alone = all(len(row) == 1 for row in images)  # processors agree on the form of one image a prompt
-        batch: Any = [row[0] for row in images] if alone else [list(row) for row in images]
+        """Return the model inputs of prompts that contain the image placeholders."""
+        single = all(len(row) == 1 for row in images)  # all processors accept a flat list of one image per prompt
+        batch: Any = [row[0] for row in images] if single else [list(row) for row in images]
         batch = batch if any(images) else None
-        special = special_tokens(self.processor.tokenizer, prompts[0])  # one template made all
-        made = self.processor(images=batch, text=list(prompts), padding=True, return_tensors="pt", **special)
-        return dict(made.to(self.adapter.model.device, self.adapter.model.dtype))
+        special = special_tokens(self.processor.tokenizer, prompts[0])  # all prompts come from the same template
+        inputs = self.processor(images=batch, text=list(prompts), padding=True, return_tensors="pt", **special)
+        return dict(inputs.to(self.adapter.model.device, self.adapter.model.dtype))
 
     def _answer(self, compressed: CompressedModel, row: int, text: str, length: int, count: int) -> Answer:
-        mine = [image for image in compressed.report.images if image.row == row]
-        before = sum(image.before for image in mine)
-        by_layer = tuple(map(sum, zip(*(image.by_layer for image in mine), strict=True)))
+        """Return the answer of a row, whose prompt has `length` uncompressed tokens and whose answer has `count`."""
+        images = [image for image in compressed.report.images if image.row == row]
+        before = sum(image.before for image in images)
+        by_layer = tuple(map(sum, zip(*(image.by_layer for image in images), strict=True)))
         positions = compressed.report.positions[row] + max(count - 1, 0)  # the last token does not go through the LLM
         return Answer(text, before, by_layer, length - before, count, positions)
 
     def _written(self, compressed: CompressedModel, new: Tensor) -> list[int]:
-        """How many tokens of each row were generated: those up to its first end, which is one of them."""
+        """Count the tokens that were generated for each row, up to and including its first end token."""
         config = compressed.generation_config
         ends = torch.as_tensor(config.eos_token_id if config.eos_token_id is not None else -1).flatten()
         ended = torch.isin(new, ends.to(new.device)).long().cumsum(1)
         return ((ended == 0).sum(1) + (ended[:, -1:] > 0).sum(1)).tolist() if new.shape[1] else [0] * len(new)
 
     def _flops(self, text_tokens: int, by_layer: tuple[int, ...]) -> int:
-        """Prefill FLOPs of the LLM."""
+        """Return the prefill FLOPs of the LLM."""
         return prefill_flops(self.adapter, [text_tokens + count for count in by_layer])
 
 
 def _shared_out(images: Sequence[Image.Image], count: int) -> list[Sequence[Image.Image]]:
-    """The images of each of `count` prompts, which have equally many."""
-    each = len(images) // count
-    return [images[start : start + each] for start in range(0, len(images), each)]
+    """Divide the images equally among `count` prompts, in order."""
+    per_prompt = len(images) // count
+    return [images[start : start + per_prompt] for start in range(0, len(images), per_prompt)]

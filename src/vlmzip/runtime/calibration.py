@@ -1,4 +1,4 @@
-"""Setting a threshold from images, so that what they keep on average meets a budget."""
+"""Calibrate a compressor's threshold on images, so that the tokens kept on average meet a budget."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from vlmzip.models import adapter_for
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.runtime.images import load_image
 
-#: How far the average may lie from the budget, as a share of it.
+#: The largest deviation of the average from the budget, as a fraction of the budget.
 TOLERANCE = 0.05
 
 ImageLike = Image.Image | str | os.PathLike[str]
@@ -30,27 +30,27 @@ ImageLike = Image.Image | str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Calibration:
-    """A compressor whose threshold was set from images, and what it does to them; lists have one entry an image."""
+    """A calibrated compressor and its effect on the images. Each list has one entry per image."""
 
     compressor: Compressor
-    """The compressor that was given, with its threshold set."""
+    """The given compressor with its threshold set."""
     before: list[int]
     """Visual tokens on the grid."""
     after: list[int]
     """Output tokens."""
     factors: list[int]
-    """The factor that the image gets."""
+    """The factor chosen for the image."""
     deviations: list[dict[int, float]]
-    """What was compared with the threshold, by factor."""
+    """The values that are compared with the threshold, by factor."""
 
     @property
     def average(self) -> float:
-        """Output tokens per image."""
+        """Return the mean number of output tokens per image."""
         return sum(self.after) / len(self.after)
 
     @property
     def reached(self) -> float:
-        """The retention ratio over all images."""
+        """Return the retention ratio over all images."""
         return sum(self.after) / sum(self.before)
 
 
@@ -63,15 +63,16 @@ def calibrate(
     processor: Any = None,
     batch: int = 16,
 ) -> Calibration:
-    """Sets a compressor's threshold so that images like `images` keep `keep` visual tokens on average.
+    """Set a compressor's threshold so that images like `images` keep `keep` visual tokens on average.
 
-    `compressor` is one whose threshold decides by content (`DFMR`, `AdaptiveVisionZip`); its other fields stay.
-    `images` are images or paths of them, read and encoded `batch` at a time. `keep` is, as everywhere, tokens per
-    image or a fraction of them. `processor` is the model's; left out, it is loaded from where the model came from.
+    `compressor` must decide by content and a threshold (`DFMR`, `AdaptiveVisionZip`); its other fields are unchanged.
+    `images` are images or their paths, which are read and encoded in batches of `batch`. `keep` is tokens per image or
+    a fraction of them, as everywhere. `processor` is the model's processor; by default it is loaded from the model's
+    checkpoint.
 
-    The average is a step function of the threshold: the nearest step is taken, and it lies within 5 % of the budget.
-    Raises `BudgetError` where no step does, with the averages that can be reached; `UserError` for a compressor without
-    a threshold, images that cannot be read, or none at all.
+    The average is a step function of the threshold. The nearest step is chosen; it must lie within 5 % of the budget.
+    Raises `BudgetError`, with the averages that are possible, if no step does. Raises `UserError` for a compressor
+    without a threshold, for an image that cannot be read, and if there are no images.
     """
     _calibratable(compressor)
     parse_keep(keep)
@@ -80,44 +81,47 @@ def calibrate(
 
 @dataclass(frozen=True)
 class MeasuredImage:
-    """One image: its visual tokens, its output tokens by factor, and its deviation by factor beyond 1."""
+    """The measurements of one image."""
 
     size: int
+    """Visual tokens on the grid."""
     counts: dict[int, int]
+    """Output tokens by factor, ascending from 1."""
     deviations: dict[int, float]
+    """Deviation inside windows by factor, without factor 1."""
 
 
 def measure(
     model: nn.Module, images: Iterable[ImageLike], compressor: Compressor, *, processor: Any = None, batch: int = 16
 ) -> list[MeasuredImage]:
-    """The first half of `calibrate`: encodes the images and measures them, once for any number of budgets."""
+    """Encode and measure the images: the first half of `calibrate`, which serves any number of budgets."""
     if batch < 1:
         raise UserError(f"batch={batch}: give at least 1")
     adapter = adapter_for(model)
     processor = processor or _processor_of(model)
-    rest, found = iter(images), []
-    while some := list(islice(rest, batch)):
-        found += _measure_together(adapter, processor, _calibratable(compressor), some)
-    return found
+    remaining, measured = iter(images), []
+    while part := list(islice(remaining, batch)):
+        measured += _measure_together(adapter, processor, _calibratable(compressor), part)
+    return measured
 
 
 def meet(compressor: Compressor, images: Sequence[MeasuredImage], keep: Keep) -> Calibration:
-    """The second half of `calibrate`: the threshold that comes nearest to the budget."""
+    """Set the threshold that comes nearest to the budget: the second half of `calibrate`."""
     if not images:
         raise UserError("there is no image to calibrate on")
     steps = _Steps(images)
-    wanted = sum(count_to_keep(keep, one.size) for one in images) / len(images)
-    number = steps.nearest(wanted)
-    if abs(steps.average(number) - wanted) > TOLERANCE * wanted:
-        raise _out_of_reach(compressor.name(), wanted, steps)
+    budget = sum(count_to_keep(keep, image.size) for image in images) / len(images)
+    number = steps.nearest(budget)
+    if abs(steps.average(number) - budget) > TOLERANCE * budget:
+        raise _out_of_reach(compressor.name(), budget, steps)
     choice = steps.choice(number)
     setting: dict[str, Any] = {_calibratable(compressor).threshold: steps.threshold(number)}
     return Calibration(
         dataclasses.replace(compressor, **setting),
-        before=[one.size for one in images],
+        before=[image.size for image in images],
         after=steps.tokens(choice).tolist(),
         factors=[steps.factors[index] for index in choice],
-        deviations=[one.deviations for one in images],
+        deviations=[image.deviations for image in images],
     )
 
 
@@ -132,7 +136,7 @@ def _measure_together(
 ) -> list[MeasuredImage]:
     loaded = [load_image(image) for image in images]
     inputs = processor.image_processor(loaded, return_tensors="pt").to(adapter.model.device, adapter.model.dtype)
-    found: dict[int, MeasuredImage] = {}
+    measured: dict[int, MeasuredImage] = {}
     with torch.no_grad():
         for group in adapter.encode(inputs, compressor.site, compressor.needs).groups:
             tokens, indices = group.tokens, group.numbers
@@ -140,30 +144,30 @@ def _measure_together(
             counts = compressor.counts_by_factor(tokens.grid)
             beyond = list(counts)[1:]
             for index, row in zip(indices, compressor.deviations(tokens).tolist(), strict=True):
-                found[index] = MeasuredImage(tokens.grid.size, counts, dict(zip(beyond, row, strict=True)))
-    return [found[index] for index in sorted(found)]
+                measured[index] = MeasuredImage(tokens.grid.size, counts, dict(zip(beyond, row, strict=True)))
+    return [measured[index] for index in sorted(measured)]
 
 
 class _Steps:
-    """The average as a function of the threshold: constant between the deviations, and falling from step to step.
+    """The average as a function of the threshold: it is constant between the deviations, and falls at each of them.
 
-    Step 0 is every threshold up to the smallest deviation, step i those beyond i deviations.
+    Step 0 is every threshold up to the smallest deviation. Step i is every threshold above exactly i deviations.
     """
 
     def __init__(self, images: Sequence[MeasuredImage]) -> None:
-        self.factors = sorted({factor for one in images for factor in one.counts})
-        none = float("inf")  # a factor that does not divide an image's grid never lies below a threshold
+        self.factors = sorted({factor for image in images for factor in image.counts})
+        never = float("inf")  # a factor that does not divide an image's grid is never below a threshold
         beyond = self.factors[1:]
-        self._deviations = np.array([[one.deviations.get(f, none) for f in beyond] for one in images])
+        self._deviations = np.array([[image.deviations.get(factor, never) for factor in beyond] for image in images])
         self._deviations = self._deviations.reshape(len(images), len(beyond)).astype(np.float32)
-        self._counts = np.array([[one.counts.get(f, 0) for f in self.factors] for one in images])
+        self._counts = np.array([[image.counts.get(factor, 0) for factor in self.factors] for image in images])
         self._edges = np.unique(self._deviations[np.isfinite(self._deviations)])
 
     def __len__(self) -> int:
         return len(self._edges) + 1
 
     def choice(self, step: int) -> np.ndarray:
-        """For each image which of `factors` it gets, as the methods choose it: the largest below the threshold."""
+        """Return the index of each image's factor: the largest factor whose deviation is below the threshold."""
         if step == 0:
             return np.zeros(len(self._counts), dtype=int)
         below = self._deviations <= self._edges[step - 1]
@@ -175,14 +179,14 @@ class _Steps:
     def average(self, step: int) -> float:
         return float(self.tokens(self.choice(step)).mean())
 
-    def nearest(self, wanted: float) -> int:
-        """The step whose average is nearest; of two equally near ones the smaller average, which keeps the budget."""
-        below = bisect_left(range(len(self)), -wanted, key=lambda step: -self.average(step))
+    def nearest(self, budget: float) -> int:
+        """Return the step with the nearest average; of two equally near steps, the one that keeps fewer tokens."""
+        below = bisect_left(range(len(self)), -budget, key=lambda step: -self.average(step))
         around = [step for step in (below, below - 1) if 0 <= step < len(self)]
-        return min(around, key=lambda step: abs(self.average(step) - wanted))
+        return min(around, key=lambda step: abs(self.average(step) - budget))
 
     def threshold(self, step: int) -> float:
-        """A threshold of the step: the shortest decimal near its middle."""
+        """Return a threshold of the step: the shortest decimal near its middle."""
         if step == 0:
             return 0.0
         low = float(self._edges[step - 1])
@@ -194,16 +198,17 @@ class _Steps:
         return high
 
 
-def _out_of_reach(name: str, wanted: float, steps: _Steps) -> BudgetError:
+def _out_of_reach(name: str, budget: float, steps: _Steps) -> BudgetError:
+    """Return the error for a budget outside the possible averages, or too far from the nearest of them."""
     least, most = steps.average(len(steps) - 1), steps.average(0)
-    if not least * (1 - TOLERANCE) <= wanted <= most * (1 + TOLERANCE):
+    if not least * (1 - TOLERANCE) <= budget <= most * (1 + TOLERANCE):
         return BudgetError(
-            f"{wanted:.4g} visual tokens per image are out of {name}'s reach: it can average"
+            f"{budget:.4g} visual tokens per image are out of {name}'s reach: it can average"
             f" {least:.4g} to {most:.4g} on these images"
         )
-    near = steps.average(steps.nearest(wanted))
+    near = steps.average(steps.nearest(budget))
     return BudgetError(
-        f"the nearest average to {wanted:.4g} visual tokens per image is {near:.4g} on these images"
+        f"the nearest average to {budget:.4g} visual tokens per image is {near:.4g} on these images"
         f" ({least:.4g} to {most:.4g} in steps); give more images"
     )
 

@@ -1,4 +1,4 @@
-"""Checkpoints as transformers loads them: whatever is wrong with one is a `UserError` of one line."""
+"""Load checkpoints by transformers, and raise a one-line `UserError` for everything that is wrong with one."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from vlmzip.runtime.resample import FILE as RESAMPLER
 Source = str | os.PathLike[str]
 silence_bitsandbytes()
 
-#: Width and height in pixels of the image that a processor is tried out with.
+#: Width and height, in pixels, of the image for trying out a processor.
 TRIAL = (336, 336)
-#: The largest side of an image that a processor may make.
+#: The largest side, in pixels, that a processor may resize images to.
 MOST_PIXELS = 8192
-#: Settings of a generation config that name tokens.
+#: Settings of a generation config that are token ids.
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
-    """Turn whatever a library raises in the block into a `UserError` that begins with `what`.
+    """Turn every error of a library in the block into a `UserError` that begins with `what`.
 
-    The block holds calls of libraries alone: a defect of vlmzip must still show as a traceback.
+    The block must only call libraries: a defect of vlmzip must still show as a traceback.
     """
     try:
         yield
     except UserError:
         raise
     except BaseException as error:
-        # Panics of the tokenizers library, which is written in Rust, are no `Exception`.
+        # Panics of the tokenizers library, which is written in Rust, are not an `Exception`.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise UserError(f"{what}: {reason(error)}") from error
@@ -55,14 +55,14 @@ def load_config(source: Source, **kwargs: Any) -> Any:
     with refusing(f"cannot load {str(source)!r}"):
         raw = PreTrainedConfig.get_config_dict(source, **kwargs)[0]
         if not isinstance(raw, Mapping):
-            raise UserError(f"cannot load {str(source)!r}: its config.json holds no settings")
+            raise UserError(f"cannot load {str(source)!r}: its config.json is not a JSON object")
     _check_family(str(source), raw)
     with refusing(f"cannot load {str(source)!r}"):
         return AutoConfig.from_pretrained(source, **kwargs)
 
 
 def _check_family(name: str, raw: Mapping[str, Any]) -> None:
-    """Refuse other families before transformers looks for code of the checkpoint's own."""
+    """Raise `UserError` for an unsupported family, before transformers looks for code in the checkpoint."""
     supported = [model_type for family in FAMILIES for model_type in family.model_types]
     model_type = raw.get("model_type")
     if model_type in supported:
@@ -73,7 +73,7 @@ def _check_family(name: str, raw: Mapping[str, Any]) -> None:
 
 
 def load_processor(source: Source, config: Any) -> Any:
-    """Return the processor of a checkpoint, with a token for padding. Raises `UserError` for a broken one."""
+    """Return the processor of a checkpoint, with a pad token. Raises `UserError` if it is missing or broken."""
     with refusing(f"cannot load the processor of {str(source)!r}"):
         processor: Any = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     for part in ("tokenizer", "image_processor"):
@@ -89,12 +89,13 @@ def load_processor(source: Source, config: Any) -> Any:
 
 def _refuse_large_images(name: str, image_processor: Any, config: Any) -> None:
     """Raise `UserError` for a processor that would fill the memory with one image."""
-    sides = hasattr(config.vision_config, "image_size")  # other encoders take any size: a least and a largest area
+    # Encoders without `image_size` take any size; their processors have a least and a largest area, not sides.
+    sides = hasattr(config.vision_config, "image_size")
     limit = MOST_PIXELS if sides else MOST_PIXELS**2
     for setting in ("size", "crop_size"):
         sizes = dict(getattr(image_processor, setting, None) or {})
-        numbers = {key: value for key, value in sizes.items() if isinstance(value, int | float)}
-        too_large = [key for key, value in numbers.items() if value > limit and (sides or "shortest" in key)]
+        numeric = {key: value for key, value in sizes.items() if isinstance(value, int | float)}
+        too_large = [key for key, value in numeric.items() if value > limit and (sides or "shortest" in key)]
         if too_large:
             raise UserError(
                 f"cannot use {name!r}: its processor makes images of {setting}={sizes}, more than {limit:,}"
@@ -102,9 +103,9 @@ def _refuse_large_images(name: str, image_processor: Any, config: Any) -> None:
 
 
 def _give_pad_token(tokenizer: Any, config: Any) -> None:
-    """Give a tokenizer without a pad token one; those of Llama and Mistral have none.
+    """Give a pad token to a tokenizer without one, such as Llama's or Mistral's.
 
-    An attention mask hides padding, so any token of the model's vocabulary does, but for the placeholder of images.
+    An attention mask hides padding, so any token of the model's vocabulary will do, except the image placeholder.
     """
     text = config.get_text_config()
 
@@ -117,27 +118,27 @@ def _give_pad_token(tokenizer: Any, config: Any) -> None:
     end = getattr(text, "eos_token_id", None)
     ends = end if isinstance(end, list) else [end]
     candidates = (getattr(text, "pad_token_id", None), tokenizer.eos_token_id, *ends, *range(len(tokenizer)))
-    if (chosen := next(filter(usable, candidates), None)) is None:
+    if (pad := next(filter(usable, candidates), None)) is None:
         raise UserError(
             f"the tokenizer has {len(tokenizer):,} tokens, and the config's vocab_size is {text.vocab_size}"
         )
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(chosen)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
 
 
 def load_model(source: Source, **kwargs: Any) -> Any:
     """Return the model of a checkpoint; `kwargs` go to transformers.
 
     Raises `UserError` for pickled weights, unless `use_safetensors` is given, and for weights that do not fit the
-    config: transformers fills in random numbers for those that it lacks, and drops those that have no place.
+    config: transformers would fill missing weights with random numbers and drop superfluous ones.
     """
     if "use_safetensors" not in kwargs:
         _refuse_pickles(source)
     if os.path.isdir(source) and not {"config", "subfolder"} & kwargs.keys():
         _refuse_larger_config(Path(source), load_config(source))
-    mine = {"ignore_mismatched_sizes": True, "output_loading_info": True}  # the report names what does not fit
+    forced = {"ignore_mismatched_sizes": True, "output_loading_info": True}  # a report of all weights that do not fit
     with refusing(f"cannot load {str(source)!r}"):
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            source, **{"use_safetensors": True, "trust_remote_code": False, **kwargs, **mine}
+            source, **{"use_safetensors": True, "trust_remote_code": False, **kwargs, **forced}
         )
     model, report = loaded
     _refuse_wrong_weights(str(source), report, mismatched=not kwargs.get("ignore_mismatched_sizes"))
@@ -146,12 +147,12 @@ def load_model(source: Source, **kwargs: Any) -> Any:
 
 
 def _refuse_pickles(source: Source) -> None:
-    """Raise `UserError` for a folder whose weights are pickled: reading them can run code."""
+    """Raise `UserError` for a folder with only pickled weights: reading them can run code."""
     files = sorted(os.listdir(source)) if os.path.isdir(source) else []
     pickles = [name for name in files if name.startswith("pytorch_model") and ".bin" in name]
     if pickles and not any(name.endswith(".safetensors") for name in files):
         raise UserError(
-            f"{str(source)!r} has pickled weights alone ({pickles[0]}), which can run code when they are read: save"
+            f"{str(source)!r} has only pickled weights ({pickles[0]}), which can run code when they are read: save"
             " them as safetensors, or, if you trust their source, give --allow-pickle (use_safetensors=False in Python)"
         )
 
@@ -159,11 +160,11 @@ def _refuse_pickles(source: Source) -> None:
 def _refuse_larger_config(folder: Path, config: Any) -> None:
     """Raise `UserError` for the config of a much larger model: transformers would fill the memory with random weights.
 
-    Smaller differences are left to `_refuse_wrong_weights`, which can name the weights.
+    `_refuse_wrong_weights` refuses smaller differences: it can name the weights.
     """
     packed = getattr(config, "quantization_config", None) is not None
     stored = [] if packed or (folder / "adapter_config.json").is_file() else _stored_weights(folder)
-    if not stored:  # pickled, or missing beside a LoRA: transformers says so
+    if not stored:  # quantised, pickled, a LoRA, or no weights; transformers reports missing ones
         return
     parts = (config, config.get_text_config(), config.vision_config)
     layers = [getattr(part, name, 0) for part in parts for name in ("num_hidden_layers", "depth")]
@@ -171,16 +172,16 @@ def _refuse_larger_config(folder: Path, config: Any) -> None:
         raise UserError(f"{str(folder)!r} has {len(stored):,} weights, and its config.json says {max(layers):,} layers")
     with refusing(f"cannot load {str(folder)!r}"), torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
-    wanted, found = sum(weight.numel() for weight in model.parameters()), sum(stored)
-    if wanted > 2 * found:
+    expected, available = sum(weight.numel() for weight in model.parameters()), sum(stored)
+    if expected > 2 * available:
         raise UserError(
-            f"{str(folder)!r} has weights of {found:,} numbers, and the model of its config.json {wanted:,}:"
-            " the config is another model's"
+            f"{str(folder)!r} has weights of {available:,} numbers, but the model of its config.json has {expected:,}:"
+            " the config belongs to another model"
         )
 
 
 def _stored_weights(folder: Path) -> list[int]:
-    """Return how many numbers each weight in a folder's safetensors files has."""
+    """Return the number of elements of each weight in a folder's safetensors files, without a resampler's."""
     sizes = []
     for path in sorted(folder.glob("*.safetensors")):
         if path.name != RESAMPLER:
@@ -190,26 +191,26 @@ def _stored_weights(folder: Path) -> list[int]:
 
 
 def _refuse_wrong_weights(name: str, report: Mapping[str, Any], *, mismatched: bool) -> None:
-    """Raise `UserError` for weights that are missing, have no place in the model, or have another shape than it."""
+    """Raise `UserError` for weights that are missing, that the model lacks, or whose shape differs from the model's."""
     if missing := sorted(report["missing_keys"]):
-        raise UserError(f"{name!r} lacks {len(missing)} of its weights, {missing[0]} for one; fetch it again")
+        raise UserError(f"{name!r} lacks {len(missing)} of its weights, such as {missing[0]}; download it again")
     if unexpected := sorted(report["unexpected_keys"]):
         raise UserError(
-            f"{name!r} has weights without a place in the model of its config.json: {len(unexpected)},"
-            f" {unexpected[0]} for one; the config is another model's"
+            f"{name!r} has {len(unexpected)} weights that the model of its config.json lacks, such as {unexpected[0]};"
+            " the config belongs to another model"
         )
     if mismatched and report["mismatched_keys"]:
-        weight, found, wanted = min(report["mismatched_keys"])
+        weight, shape, expected = min(report["mismatched_keys"])
         raise UserError(
-            f"{name!r} has weights of another shape than its config.json says: {len(report['mismatched_keys'])},"
-            f" {weight} for one, {list(found)} instead of {list(wanted)}"
+            f"{name!r} has {len(report['mismatched_keys'])} weights of another shape than in the model of its"
+            f" config.json, such as {weight}: {list(shape)} instead of {list(expected)}"
         )
     if report["error_msgs"]:
         raise UserError(f"cannot load {name!r}: {report['error_msgs'][0]}")
 
 
 def _refuse_unknown_tokens(name: str, model: Any) -> None:
-    """Raise `UserError` for tokens of the generation config that are no token ids of the model."""
+    """Raise `UserError` for tokens of the generation config that are not token ids of the model."""
     size = model.config.get_text_config().vocab_size
     for setting in TOKENS:
         value = getattr(model.generation_config, setting, None)
@@ -222,22 +223,25 @@ def _refuse_unknown_tokens(name: str, model: Any) -> None:
 
 
 def try_out(name: str, processor: Any, adapter: ModelAdapter) -> None:
-    """Raise `UserError` for a processor that cannot make a prompt about an image that the model understands."""
+    """Raise `UserError` for a processor whose inputs for an image do not fit the model."""
     inputs = _trial(name, processor, adapter)
     rows = adapter.model.get_input_embeddings().weight.shape[0]
     if (largest := int(inputs["input_ids"].max())) >= rows:
-        raise UserError(f"cannot use {name!r}: its tokenizer writes the token {largest}, and the model knows {rows:,}")
+        raise UserError(
+            f"cannot use {name!r}: its tokenizer writes the token {largest}, but the model has {rows:,} tokens"
+        )
     if missing := [key for key in adapter.image_inputs if key not in inputs]:
         raise UserError(f"cannot use {name!r}: its processor makes no {', '.join(missing)}")
-    wanted, found = adapter.plain_counts(inputs)[0], int((inputs["input_ids"] == adapter.placeholder_id).sum())
-    if wanted != found:
+    tokens, placeholders = adapter.plain_counts(inputs)[0], int((inputs["input_ids"] == adapter.placeholder_id).sum())
+    if tokens != placeholders:
         raise UserError(
-            f"cannot use {name!r}: its processor writes {found} placeholders for an image of {wanted} visual tokens"
+            f"cannot use {name!r}: its processor writes {placeholders} placeholders for an image of {tokens} visual"
+            " tokens"
         )
 
 
 def refuse_if_it_cannot_answer(name: str, processor: Any, adapter: ModelAdapter) -> None:
-    """Raise `UserError` for a model that fails at an image by transformers alone. Takes an uncompressed answer."""
+    """Raise `UserError` for a model that cannot answer about an image without vlmzip. Costs an uncompressed answer."""
     inputs = _trial(name, processor, adapter).to(adapter.model.device, adapter.model.dtype)
     quantised = getattr(adapter.model.config, "quantization_config", None)
     method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)

@@ -1,7 +1,7 @@
-"""What an answer depends on, in short texts that are kept beside answers and compared when a run goes on.
+"""Fingerprints of everything that an answer depends on, stored with the answers.
 
-An answer that was kept is used again only where all of this is the same. `docs/going_on.md` has the list, and what is
-left out of it and why.
+A resumed run reuses a stored answer only if all fingerprints are the same. `docs/going_on.md` lists what is included,
+what is left out, and why.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from vlmzip.files import is_folder
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.imported import files_of
 
-#: Parts of this package that answers come from.
+#: The parts of this package that affect answers.
 CODE = (
     "compressor.py", "keep.py", "lab/analyses", "lab/lmms", "lab/study.py", "methods", "models", "resampler.py",
     "runtime", "sites.py", "token_map.py", "visual_tokens.py",
 )  # fmt: skip
-#: What configurations say of the files that they come from, and not of the model.
+#: Settings that describe the files a configuration comes from, not the model.
 ORIGIN = ("_name_or_path", "name_or_path", "transformers_version", "_commit_hash", "_from_model_config")
-#: Tensors whose digests are computed at the same time.
+#: Tensors to hash in parallel.
 TOGETHER = 8
 
 
 def of_name(name: str) -> dict[str, str]:
-    """Return the name of a model, for comparing; nothing for a local folder, which can be written in many ways."""
+    """Return the fingerprint of a model's name; empty for a local folder, whose path can be written in many ways."""
     return {} if is_folder(Path(name)) else {"model": name}
 
 
 def of_model(model: Any, processor: Any) -> dict[str, str]:
-    """Return what all answers of a model depend on, beside the question: its weights and settings, and the code."""
+    """Return the fingerprints of a model, its processor and the code: all that answers depend on but the question."""
     return {
         "weights": of_weights(model.state_dict()),
         "configuration": of_json(_without_origin(model.config.to_dict())),
@@ -58,9 +58,9 @@ def of_model(model: Any, processor: Any) -> dict[str, str]:
 
 
 def of_processor(processor: Any) -> dict[str, str]:
-    """Return what the inputs of a model depend on, beside image and text.
+    """Return the fingerprints of a processor, on which a model's inputs depend.
 
-    The class counts as well: an image processor of another backend rounds in another way, under the same settings.
+    They include the classes: an image processor of another backend rounds differently with the same settings.
     """
     settings = _without_origin(processor.to_dict())
     images = settings.pop("image_processor", None) or processor.image_processor.to_dict()
@@ -80,7 +80,7 @@ def of_weights(weights: Mapping[str, Tensor]) -> str:
 
 
 def of_method(compressed: CompressedModel) -> dict[str, str]:
-    """Return what answers depend on beside a method's settings: code from outside of this package, and weights."""
+    """Return the fingerprints of a method's weights and of its code outside this package. Settings are not included."""
     weights = compressed.resampler.state_dict() if compressed.resampler is not None else {}
     return {
         "method code": of_method_code(compressed.compressor),
@@ -89,31 +89,31 @@ def of_method(compressed: CompressedModel) -> dict[str, str]:
 
 
 def of_method_code(compressor: Compressor) -> str:
-    """Return the digest of the files of a method's classes and of what they import; empty for this package's own."""
+    """Return the digest of the files of a method's classes and of their imports; empty for methods of this package."""
     classes = {cls for stage in compressor.stages() for cls in type(stage).__mro__}
     files = {file for cls in classes for file in files_of(cls)}
     return of_files(sorted(files)) if files else ""
 
 
 def of_code(*more: str) -> str:
-    """Return the digest of this package's own files, as far as answers come from them, and of `more`."""
+    """Return the digest of the files of this package that affect answers, and of `more` files or folders of it."""
     root = Path(vlmzip.__file__).parent
-    places = [root / name for name in (*CODE, *more)]
-    return of_files(sorted(file for place in places for file in (place.rglob("*.py") if place.is_dir() else [place])))
+    paths = [root / name for name in (*CODE, *more)]
+    return of_files(sorted(file for path in paths for file in (path.rglob("*.py") if path.is_dir() else [path])))
 
 
 def of_image(image: Image.Image) -> str:
-    """Return the digest of an image's pixels: a file that shows the same image gives the same."""
+    """Return the digest of an image's pixels, which is the same for every file with these pixels."""
     return _digest([f"{image.mode} {image.size}", image.tobytes()])
 
 
 def of_images(images: Iterable[Image.Image | str]) -> str:
-    """Return the digest of several images; of a file, all that is in it, which takes less time than decoding it."""
+    """Return the digest of several images. A path is hashed by the bytes of its file, which is faster than decoding."""
     return _digest(of_files([Path(image)]) if isinstance(image, str) else of_image(image) for image in images)
 
 
 def of_files(files: Iterable[Path]) -> str:
-    """Return the digest of what is in files. Raises `UserError` for one that cannot be read."""
+    """Return the digest of the contents of files. Raises `UserError` for a file that cannot be read."""
 
     def contents() -> Iterator[bytes]:
         for path in files:
@@ -127,36 +127,39 @@ def of_files(files: Iterable[Path]) -> str:
 
 
 def of_json(content: Any) -> str:
+    """Return the digest of a value as JSON with sorted keys; other values are hashed as text."""
     return _digest([json.dumps(content, sort_keys=True, default=str)])
 
 
 def refuse_changed(what: str, known: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raise `UserError`, which begins with `what`, where something differs from what was noted, and name it."""
+    """Raise `UserError`, which begins with `what` and names the differences, if fingerprints are not as `known`."""
     if missing := [name for name in now if name not in known]:
         raise UserError(f"{what}, or of an earlier vlmzip: it does not say its {missing[0]}; give another --out")
-    other = [f"{name} is {known[name]!r} there and {now[name]!r} here" for name in now if known[name] != now[name]]
-    if other:
-        raise UserError(f"{what}: {'; '.join(other)}; give another --out")
+    changes = [f"{name} is {known[name]!r} there and {now[name]!r} here" for name in now if known[name] != now[name]]
+    if changes:
+        raise UserError(f"{what}: {'; '.join(changes)}; give another --out")
 
 
 def _digest(parts: Iterable[str | bytes]) -> str:
-    found = hashlib.sha256()
+    """Return a short SHA-256 of the parts. Each part's length is hashed, too, so that parts do not run together."""
+    digest = hashlib.sha256()
     for part in parts:
         content = part.encode() if isinstance(part, str) else part
-        found.update(len(content).to_bytes(8, "big") + content)
-    return found.hexdigest()[:16]
+        digest.update(len(content).to_bytes(8, "big") + content)
+    return digest.hexdigest()[:16]
 
 
 def _tensor(weights: Tensor) -> str:
-    said = f"{weights.dtype} {tuple(weights.shape)}"
-    if weights.is_meta:  # kept elsewhere, or not at all
-        return said
+    """Return a tensor's type, shape and digest."""
+    form = f"{weights.dtype} {tuple(weights.shape)}"
+    if weights.is_meta:  # the values are stored elsewhere, or nowhere
+        return form
     values = weights.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-    return f"{said} {hashlib.sha256(values.numpy().data).hexdigest()}"
+    return f"{form} {hashlib.sha256(values.numpy().data).hexdigest()}"
 
 
 def _tokenizer(tokenizer: Any) -> Any:
-    """All that makes tokens of a text, and text of tokens. Padding and truncation are the last call's, not its own."""
+    """Return everything by which a tokenizer encodes and decodes, without padding and truncation: calls set them."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}
     return [
@@ -168,6 +171,7 @@ def _tokenizer(tokenizer: Any) -> Any:
 
 
 def _without_origin(content: Any) -> Any:
+    """Return a configuration without the settings in `ORIGIN`, at any depth."""
     if isinstance(content, dict):
         return {name: _without_origin(part) for name, part in content.items() if name not in ORIGIN}
     return [_without_origin(part) for part in content] if isinstance(content, list | tuple) else content

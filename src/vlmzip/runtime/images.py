@@ -1,7 +1,7 @@
-"""Read images as upright 8-bit RGB; refuse anything else in one line.
+"""Read images as upright 8-bit RGB, and refuse anything else with a one-line message.
 
-Every command reads its images here, so that the same file is the same pixels wherever it is used. An animation is its
-first frame. Colour profiles are not applied, as in the published models' own code.
+Every command reads its images here, so a file gives the same pixels everywhere. Of an animation, the first frame is
+read. Colour profiles are not applied, as in the code of the published models.
 """
 
 from __future__ import annotations
@@ -21,27 +21,29 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vlmzip.errors import UserError
 
-#: Processors that scale the short side up would turn a 20000 x 3 image into gigabytes; beyond this it is squeezed.
+#: The largest ratio of the sides; longer images are squeezed. A processor that scales the short side up would turn a
+#: 20000 x 3 image into gigabytes.
 LONGEST_TO_SHORTEST = 32
-#: Modes with alpha, and the modes whose colours are already multiplied with it.
+#: Modes with alpha, and modes whose colours are premultiplied with alpha.
 ALPHA, PREMULTIPLIED = ("RGBA", "LA", "PA"), {"RGBa": "RGBA", "La": "LA"}
 
-# Pillow's plugins log what they refuse; without a handler Python prints it beside our own line.
+# Pillow's plugins log what they refuse. Without a handler, Python would print it next to our message.
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
 class ImageError(UserError):
-    """An image that cannot be used; `kind` says why in few words, the same for all of its kind."""
+    """An image that cannot be used."""
 
     def __init__(self, message: str, kind: str = "cannot be read") -> None:
         super().__init__(message)
         self.kind = kind
+        """The reason in a few words, the same text for all errors of one kind."""
 
 
 def load_image(given: str | os.PathLike[str] | Image.Image) -> Image.Image:
-    """Return the image at a path, or one that Pillow has opened, as upright RGB.
+    """Return the image at a path, or an image that Pillow has opened, as upright RGB.
 
-    Raises `ImageError` for what cannot be read as one.
+    Raises `ImageError` if it cannot be read as an image.
     """
     if isinstance(given, Image.Image):
         return _finished(given, _name_of(given))
@@ -65,13 +67,13 @@ def _shortened(text: str) -> str:
 def _check_file(path: Path, name: str) -> None:
     try:
         status = path.stat()
-    except (OSError, ValueError) as error:  # a ValueError for a name with a zero byte
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
         if _is_address(path):
             message = f"{name} is not a file: download the image and give its path"
             raise ImageError(message, "is a URL or data, not a file") from None
         if isinstance(error, FileNotFoundError | NotADirectoryError):
             raise ImageError(f"there is no file {name}", "is missing") from None
-        raise ImageError(f"{name} cannot be read: {_said(error)}") from None
+        raise ImageError(f"{name} cannot be read: {_cause(error)}") from None
     if path.is_dir():
         raise ImageError(f"{name} is a folder; give image files")
     if not stat.S_ISREG(status.st_mode):
@@ -81,23 +83,23 @@ def _check_file(path: Path, name: str) -> None:
 
 
 def _is_address(path: Path) -> bool:
-    """Return whether `path` is a URL or a `data:` text; a folder may have been put before it."""
+    """Return whether `path` is a URL or a `data:` URI, possibly inside a folder that was joined to it."""
     return any(part in ("http:", "https:") or part.startswith("data:image") for part in path.parts)
 
 
 def _finished(image: Image.Image, name: str) -> Image.Image:
-    """Decode an image and bring it into the form that models get."""
+    """Decode an image and convert it to the form that processors get."""
     with _errors_in_one_line(name), _without_lines_of_libtiff(image):
         limit = Image.MAX_IMAGE_PIXELS
         if limit is not None and image.width * image.height > limit:
-            raise Image.DecompressionBombError  # the caller may have ignored Pillow's warning
+            raise Image.DecompressionBombError  # Pillow itself only warns of it, perhaps before this call
         _scale_clear_value(image)
         image.load()
         return squeeze(to_rgb(_upright(image)))
 
 
 def _scale_clear_value(image: Image.Image) -> None:
-    """Bring the transparent value of a 2- or 4-bit PNG to the 8 bits that Pillow brings its pixels to."""
+    """Scale the transparent value of a 2- or 4-bit PNG to 8 bits, as Pillow scales its pixels."""
     tiles = getattr(image, "tile", None)
     rawmode = tiles[0][3] if tiles else None
     factor = {"L;2": 85, "L;4": 17}.get(rawmode) if isinstance(rawmode, str) else None
@@ -108,13 +110,13 @@ def _scale_clear_value(image: Image.Image) -> None:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # broken EXIF data says nothing about the pixels: viewers show the image as it is stored
+    except Exception:  # broken EXIF data does not affect the pixels: viewers show the image as it is stored
         return image
 
 
 @contextmanager
 def _errors_in_one_line(name: str) -> Iterator[None]:
-    """Raise `ImageError` for whatever Pillow's plugins raise, and keep what they warn of to ourselves."""
+    """Raise `ImageError` for any error of Pillow's plugins, and suppress their warnings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -128,13 +130,14 @@ def _errors_in_one_line(name: str) -> Iterator[None]:
         limit = f"{Image.MAX_IMAGE_PIXELS:,}"
         message = f"{name} would unpack to more than {limit} pixels; scale it down first"
         raise ImageError(message, "has too many pixels") from None
-    except Exception as error:  # each plugin has errors of its own: RuntimeError for AVIF, struct.error, KeyError …
-        raise ImageError(f"{name} cannot be read: {_said(error)}") from None
+    except Exception as error:  # plugins raise many types: RuntimeError for AVIF, struct.error, KeyError …
+        raise ImageError(f"{name} cannot be read: {_cause(error)}") from None
 
 
-def _said(error: Exception) -> str:
-    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(said).split())[:200]
+def _cause(error: Exception) -> str:
+    """Return an error's message on one line of at most 200 characters."""
+    cause = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return " ".join(str(cause).split())[:200]
 
 
 _ONE_AT_A_TIME = threading.Lock()
@@ -142,8 +145,8 @@ _ONE_AT_A_TIME = threading.Lock()
 
 @contextmanager
 def _without_lines_of_libtiff(image: Image.Image) -> Iterator[None]:
-    """Keep libtiff, which writes to the process's stderr directly, from adding lines to ours."""
-    if image.format != "TIFF" or sys.__stderr__ is None:  # without a stderr its number may be the image's own file
+    """Suppress the messages of libtiff, which writes directly to the process's stderr."""
+    if image.format != "TIFF" or sys.__stderr__ is None:  # without stderr, descriptor 2 may be the image file
         yield
         return
     with _ONE_AT_A_TIME:
@@ -160,7 +163,7 @@ def _without_lines_of_libtiff(image: Image.Image) -> Iterator[None]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB: alpha over white, more than 8 bits scaled down."""
+    """Convert to 8-bit RGB: alpha is composed over white, and deeper colours are scaled down."""
     if image.mode.startswith("I") or image.mode == "F":
         return _from_many_bits(image)
     if image.mode in PREMULTIPLIED:
@@ -172,7 +175,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def squeeze(image: Image.Image) -> Image.Image:
-    """Shortens the long side of an extreme strip to `LONGEST_TO_SHORTEST` times the short one."""
+    """Shorten the long side of an extreme strip to `LONGEST_TO_SHORTEST` times the short side."""
     limit = LONGEST_TO_SHORTEST * min(image.size)
     if max(image.size) <= limit:
         return image
@@ -180,16 +183,17 @@ def squeeze(image: Image.Image) -> Image.Image:
 
 
 def _from_many_bits(image: Image.Image) -> Image.Image:
+    """Convert an image of integers or floats of more than 8 bits to RGB."""
     sixteen_bit = image.mode.startswith("I;16")
     values = np.asarray(image, dtype=np.float64)
-    clear = image.info.get("transparency")  # of a 16-bit PNG: the value that is transparent
+    clear = image.info.get("transparency")  # the transparent value of a 16-bit PNG
     if sixteen_bit and isinstance(clear, int):
         values = np.where(values == clear, 65535, values)
     return Image.fromarray(_to_8_bit(values, sixteen_bit=sixteen_bit)).convert("RGB")
 
 
 def _to_8_bit(values: np.ndarray, *, sixteen_bit: bool) -> np.ndarray:
-    """16-bit values, values up to 255 and floats in [0, 1] to 0..255."""
+    """Scale 16-bit values and floats in [0, 1] to 0..255; values up to 255 are kept."""
     finite = np.nan_to_num(values, posinf=0.0, neginf=0.0)
     largest = finite.max(initial=0.0)
     scale = 1 / 257 if sixteen_bit or largest > 255 else 255.0 if largest <= 1 else 1.0

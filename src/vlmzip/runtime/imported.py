@@ -1,7 +1,7 @@
-"""The files that a class outside of this package is made of: its own, and those beside it that it imports.
+"""Find the source files of a class outside this package: its own file, and those in its folder that it imports.
 
-Imports are read from the source, not from `sys.modules`: a module that a method imports as late as it works would be
-missing before the first answer and be there after it.
+Imports are read from the source, not from `sys.modules`. A module that a method imports while it works would not be in
+`sys.modules` before the first answer, but would be there afterwards.
 """
 
 from __future__ import annotations
@@ -15,34 +15,35 @@ from pathlib import Path
 
 import vlmzip
 
-#: Top-level modules that are no user's.
+#: Top-level modules that do not belong to a user.
 FOREIGN = {vlmzip.__name__, *sys.stdlib_module_names}
-#: Folders of installed packages have one of these names.
+#: Names of the folders that contain installed packages.
 INSTALLED = {"site-packages", "dist-packages"}
 
 
 def files_of(cls: type) -> set[Path]:
-    """Return the file of a class and those that it imports, directly or not, from the folder of its top-level module.
+    """Return the file of a class, and the files that it imports, directly or not, from its top-level module's folder.
 
-    Of an installed package, it is the file of the class alone; of this package and Python's own, none.
+    For a class of an installed package, return only its own file; for a class of vlmzip or of Python's standard
+    library, return nothing.
     """
     if cls.__module__.partition(".")[0] in FOREIGN or (file := _source(cls)) is None:
         return set()
     if INSTALLED & set(file.parts):
         return {file}
     folder = file.parents[cls.__module__.count(".") + (file.name == "__init__.py")]
-    found, left = {file}, [(cls.__module__, file)]
-    while left:
-        for name in _imports(*left.pop()):
+    files, pending = {file}, [(cls.__module__, file)]
+    while pending:
+        for name in _imports(*pending.pop()):
             path = _find(folder, name)
-            if path is not None and path not in found:
-                found.add(path)
-                left.append((name, path))
-    return found
+            if path is not None and path not in files:
+                files.add(path)
+                pending.append((name, path))
+    return files
 
 
 def _imports(module: str, file: Path) -> Iterator[str]:
-    """Yield the full names of all modules that a module may import, anywhere in it, and of the packages around them."""
+    """Yield the full names of all modules that a module may import, anywhere in it, and of their parent packages."""
     package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
     for name in _written_imports(package, file):
         if name.partition(".")[0] not in FOREIGN:
@@ -50,28 +51,29 @@ def _imports(module: str, file: Path) -> Iterator[str]:
 
 
 def _written_imports(package: list[str], file: Path) -> Iterator[str]:
+    """Yield the full name of everything that a file's import statements name."""
     try:
         tree = ast.parse(file.read_bytes())
-    except (OSError, SyntaxError, ValueError):  # its content still counts, as far as it can be read
+    except (OSError, SyntaxError, ValueError):  # a file without imports; its content is still hashed
         return
     for statement in ast.walk(tree):
         if isinstance(statement, ast.Import):
-            yield from (one.name for one in statement.names)
+            yield from (alias.name for alias in statement.names)
         elif isinstance(statement, ast.ImportFrom):
             outer = package[: len(package) + 1 - statement.level] if statement.level else []
             start = [*outer, *filter(None, [statement.module])]
-            yield from (".".join([*start, one.name]) for one in statement.names)  # a module, or a name in one
+            yield from (".".join([*start, alias.name]) for alias in statement.names)  # a module, or a name in a module
 
 
 def _find(folder: Path, module: str) -> Path | None:
     path = folder.joinpath(*module.split("."))
-    places = (path / "__init__.py", path.with_name(f"{path.name}.py"))
-    return next((place for place in places if place.is_file()), None)
+    candidates = (path / "__init__.py", path.with_name(f"{path.name}.py"))
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
 def _source(cls: type) -> Path | None:
     try:
-        found = inspect.getsourcefile(cls)
-    except TypeError:  # a class of a console, or built in
+        file = inspect.getsourcefile(cls)
+    except TypeError:  # a built-in class, or one defined in a console
         return None
-    return None if found is None else Path(found).absolute()
+    return None if file is None else Path(file).absolute()

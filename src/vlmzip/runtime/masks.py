@@ -20,12 +20,14 @@ def shrink_mask(
     *,
     flash: bool,
 ) -> Any:
-    """The rows and columns of a layer's `mask` that belong to the tokens left.
+    """Return the rows and columns of a layer's `mask` for the tokens that are left.
 
-    `here` are the columns of the tokens of this forward, which are column `past` and on of the conversation; `keys`
-    those of everything in the layer's cache; -1: padding, which nobody attends to. `mask` is what transformers gives a
-    layer: [batch or 1, 1, length, all] of truth values or of summands, [batch, all] for FlashAttention, or `None` for a
-    causal mask without padding.
+    `here` gives, for each token that is left, its column among the tokens that entered the LLM in this forward. The
+    first of those is column `past` of the conversation. `keys` gives, for each token in the layer's cache, its column
+    in the conversation. -1 is padding, which no token attends to. `padded` is whether there is padding.
+
+    `mask` is the mask that transformers gives a layer: [batch or 1, 1, length, all] of booleans or of summands,
+    [batch, all] for FlashAttention (`flash`), or `None` for a causal mask without padding.
     """
     if mask is None and not padded:
         return None
@@ -51,10 +53,11 @@ def shrink_mask(
 def _causal(
     here: Int[Tensor, "batch kept"], keys: Int[Tensor, "batch all_kept"], past: int
 ) -> Bool[Tensor, "batch 1 kept all_kept"]:
+    """Return the causal mask of the tokens that are left; True: the token attends to the key."""
     return ((keys >= 0)[:, None] & (keys[:, None] <= here[..., None] + past))[:, None]
 
 
 def _open_for_padding(mask: Tensor, here: Int[Tensor, "batch kept"], keys: Int[Tensor, "batch all_kept"]) -> Tensor:
-    """Lets padding attend to padding: a row that attends to nothing would be NaN in some kernels."""
-    both = (here < 0)[:, None, :, None] & (keys < 0)[:, None, None, :]
-    return mask.masked_fill(both, True if mask.dtype == torch.bool else 0.0)
+    """Let padding attend to padding: some kernels return NaN for a row that attends to nothing."""
+    padding = (here < 0)[:, None, :, None] & (keys < 0)[:, None, None, :]
+    return mask.masked_fill(padding, True if mask.dtype == torch.bool else 0.0)

@@ -1,4 +1,4 @@
-"""The text of a prompt: one turn with its images before the question, or a whole conversation."""
+"""Write the text of a prompt: one question after its images, or a whole conversation."""
 
 from __future__ import annotations
 
@@ -10,21 +10,24 @@ from vlmzip.models.adapter import ModelAdapter
 
 
 def chat_prompt(adapter: ModelAdapter, processor: Any, question: str, images: int) -> str:
-    """The prompt by the processor's chat template, or the family's own form where the checkpoint has none."""
+    """Return the prompt of a question about `images` images.
+
+    The processor's chat template writes it, or the family if the checkpoint has no template.
+    """
     content = [{"type": "image"} for _ in range(images)] + [{"type": "text", "text": question}]
     return conversation_prompt(adapter, processor, [{"role": "user", "content": content}])
 
 
 def conversation_prompt(adapter: ModelAdapter, processor: Any, messages: Sequence[dict[str, Any]]) -> str:
-    """As `chat_prompt`, for messages whose `content` is a list of {"type": "image"} and {"type": "text", "text": …}.
+    """Return the prompt of a conversation like `chat_prompt`.
 
-    Raises `UserError` for what a checkpoint without chat template has no form for: several turns, or images after
-    text.
+    The `content` of each message is a list of {"type": "image"} and {"type": "text", "text": …}. Without a chat
+    template, raises `UserError` for several turns and for images after text.
     """
     if getattr(processor, "chat_template", None):
         try:
             return processor.apply_chat_template(list(messages), add_generation_prompt=True)
-        except Exception as error:  # templates are code, and raise what they like
+        except Exception as error:  # templates are code, and may raise anything
             raise UserError(f"the chat template cannot be used: {reason(error)}") from error
     kinds = [part["type"] for message in messages for part in message["content"]]
     if [message["role"] for message in messages] != ["user"] or kinds != sorted(kinds):  # "image" before "text"
@@ -37,12 +40,12 @@ def conversation_prompt(adapter: ModelAdapter, processor: Any, messages: Sequenc
 
 
 def special_tokens(tokenizer: Any, text: str) -> dict[str, bool]:
-    """What to tell a processor about a text, so that it begins with one BOS where its chat template writes one too."""
+    """Return the processor's arguments with which a text begins with only one BOS, even if its template wrote one."""
     return {"add_special_tokens": False} if tokenizer.bos_token and text.startswith(tokenizer.bos_token) else {}
 
 
 def unknown_words(processor: Any, question: str) -> list[str]:
-    """Words that the tokenizer has no token for. Those of most models can spell anything; mini's cannot."""
+    """Return the words that the tokenizer cannot encode. Most models' tokenizers can encode any text; mini's cannot."""
     tokenizer = processor.tokenizer
     unknown = tokenizer.unk_token_id
     if unknown is None or unknown not in tokenizer(question, add_special_tokens=False)["input_ids"]:

@@ -1,4 +1,4 @@
-"""The versions of transformers that vlmzip was tested with, and its words about others."""
+"""The versions of transformers that vlmzip is tested with, and messages about others."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OLDEST, NEWEST = "5.18", "5.24"
 
 
 def warn_if_untested() -> None:
-    """Warn, once per process, if transformers is newer than any version that was tested."""
+    """Warn, once per process, if transformers is newer than every tested version."""
     version = Version(transformers.__version__)
     if (version.major, version.minor) > tuple(Version(NEWEST).release[:2]):
         _warn(f"vlmzip is tested with transformers {OLDEST} to {NEWEST}; {version} is newer and may behave differently")
@@ -31,7 +31,7 @@ def _warn(message: str) -> None:
 
 
 def unknown_interface(what: str) -> UserError:
-    """Return the error for a model that is not built or called in a way that vlmzip knows."""
+    """Return the error for a model whose structure or calls vlmzip does not know."""
     return UserError(
         f"{what}: transformers {transformers.__version__} may have changed it;"
         f" use a version from {OLDEST} to {NEWEST}, or update vlmzip"
@@ -39,7 +39,7 @@ def unknown_interface(what: str) -> UserError:
 
 
 def check_takes(model: nn.Module, name: str) -> None:
-    """Raise `UserError` unless `model.forward` names the argument `name`: one that it does not know, it may swallow."""
+    """Raise `UserError` unless `model.forward` has a parameter `name`: it may silently accept and ignore others."""
     if name not in inspect.signature(model.forward).parameters:
         raise unknown_interface(f"{type(model).__name__}.forward takes no {name}")
 
@@ -47,7 +47,7 @@ def check_takes(model: nn.Module, name: str) -> None:
 def argument(arguments: Mapping[str, Any], name: str, called: str) -> Any:
     """Return the argument `name` of a call that a hook sees.
 
-    Raise `UserError` if the call does not name it: a default would be a guess. `called` is for the message.
+    Raises `UserError` if the call does not have it: a default would be a guess. `called` names the call in the message.
     """
     if name not in arguments:
         raise unknown_interface(f"{called} was called without {name}")
