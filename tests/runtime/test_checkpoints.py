@@ -83,7 +83,7 @@ class TestWeights:
         [
             (("text_config", "num_hidden_layers"), 10**6, "98 weights, and its config.json says 1,000,000 layers"),
             (("vision_config", "num_hidden_layers"), 10**6, "98 weights, and its config.json says 1,000,000 layers"),
-            (("vision_config", "num_channels"), 10**6, "the model of its config.json 2,048,"),
+            (("vision_config", "num_channels"), 10**6, "the model of its config.json has 2,048,"),
         ],
     )
     def test_a_much_larger_config_takes_no_memory(self, folder, keys, value, message):
