@@ -52,6 +52,13 @@ def test_writing_is_read_again(compressor):
     assert spec.read(spec.write(compressor)) == compressor
 
 
+def test_a_label_has_what_stages_differ_in_even_at_its_default():
+    chain = Chain(compressors=(Pool2d(factor=2), LLaVolta(stride=4)))
+    assert spec.write(LLaVolta(), label=True) == "llavolta(layer=2,stride=8)"
+    assert spec.write(chain, label=True) == "pool2d(factor=2)+llavolta(layer=2,stride=4)"
+    assert spec.write(chain) == "pool2d(factor=2)+llavolta(stride=4)"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

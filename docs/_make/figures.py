@@ -48,7 +48,7 @@ def panel(model, processor, inputs, title: str, method: Compressor) -> tuple[Ima
     out = compressed.generate(**inputs, max_new_tokens=8, do_sample=False)
     answer = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     image = compressed.report.images[0]
-    if isinstance(method, NoCompression):
+    if method.changes_nothing:
         fates = seen(processor, inputs).resize((360, 360), Image.Resampling.NEAREST)
     else:
         fates = draw_fates(seen(processor, inputs), image.token_map, image.grid, image.prefix, cell=30)

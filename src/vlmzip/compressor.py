@@ -62,6 +62,10 @@ class Compressor(ABC):
     """The fields that say how many tokens it keeps: `at_budget` and calibration set them, and no others."""
     changes_nothing: ClassVar[bool] = False
     """Whether it is meant to keep every token: nobody is warned that it does."""
+    label_fields: ClassVar[tuple[str, ...]] = ()
+    """The fields that a table of stages shows even at their defaults, because stages differ in them."""
+    for_training_only: ClassVar[bool] = False
+    """Whether no model is evaluated, saved or served with it."""
     default_positions: ClassVar[Positions | None] = None
     """What `positions=None` means for this method; `None`: what it means in the model's family."""
 
@@ -151,6 +155,14 @@ class Compressor(ABC):
         chosen = dataclasses.replace(self, keep=keep)  # type: ignore[call-arg]
         return chosen, chosen.reached(profile)
 
+    def at_step(self, step: int, salt: int = 0) -> Compressor:
+        """Return the compressor for an optimiser step of training; one that draws nothing at random is the same.
+
+        `step` identifies the step, `salt` the forward within it: process and accumulated batch. Equal arguments give
+        an equal result, so that a run can resume.
+        """
+        return self
+
     def placed(self, profile: Profile) -> Compressor:
         """The same at layers that this LLM has, for methods whose default layers suit large ones only."""
         return self
@@ -181,6 +193,11 @@ class Compressor(ABC):
         layer = getattr(self, "layer", None)
         return (layer,) if self.site is Site.IN_LLM and layer is not None else ()
 
+    @property
+    def text_aware(self) -> bool:
+        """Whether the question decides which tokens are kept."""
+        return bool(self.needs & {Signal.TEXT_ATTENTION, Signal.TEXT_FEATURES})
+
     def stages(self) -> tuple[Compressor, ...]:
         """The compressors that it consists of, in the order in which tokens meet them."""
         return (self,)
@@ -192,6 +209,12 @@ class Compressor(ABC):
             return None
         first = min(self.layers, default=0)
         return [profile.grid.size] * first + [min(count, profile.grid.size)] * (profile.layers - first)
+
+    def cases_by_layer(self, profile: Profile) -> list[list[int]] | None:
+        """Return `tokens_by_layer` for each case that a random draw decides on, all equally likely."""
+        self.check_layers(profile.layers)
+        counts = self.tokens_by_layer(profile)
+        return None if counts is None else [counts]
 
     def reached(self, profile: Profile) -> float:
         """The retention ratio on an image of the profile's grid, over all layers of the LLM."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from vlmzip.compressor import Compressor
 from vlmzip.compressor_file import FILE, read_compressor
 from vlmzip.errors import UserError
 from vlmzip.files import is_file, is_folder
-from vlmzip.methods import Chain, NoCompression
+from vlmzip.methods import Chain
 from vlmzip.outline import METHOD_FORMS
 
 _STAGE = re.compile(r"\s*([^()+]+?)\s*(?:\(([^()]*)\))?\s*")
@@ -101,12 +102,12 @@ def candidates(text: str | None) -> list[Candidate]:
         return [
             Candidate(name, _with_defaults(cls), False)
             for name, cls in catalogue.available().items()
-            if name != NoCompression.name()
+            if not (cls.changes_nothing or cls.for_training_only)
         ]
     asked = read_several(text)
     if not asked:
         raise UserError("--methods names no method; separate them with commas: --methods visionzip,pool2d")
-    return [Candidate(name, method, True) for name, method in asked if name != NoCompression.name()]
+    return [Candidate(name, method, True) for name, method in asked if not method.changes_nothing]
 
 
 def _with_defaults(cls: type[Compressor]) -> Compressor | None:
@@ -126,18 +127,20 @@ def is_saved(text: str) -> bool:
     return text.endswith(".json") or "/" in text or (is_folder(text) and text not in ("", *catalogue.available()))
 
 
-def write(compressor: Compressor) -> str:
-    """The shortest text from which `read` makes `compressor` again."""
-    stages = compressor.stages() if isinstance(compressor, Chain) else (compressor,)
-    return "+".join(map(_written, stages))
+def write(compressor: Compressor, *, label: bool = False) -> str:
+    """Return the shortest text from which `read` makes `compressor` again.
+
+    A label has the method's `label_fields`, too, whatever their values.
+    """
+    return "+".join(_written(stage, stage.label_fields if label else ()) for stage in compressor.stages())
 
 
-def _written(compressor: Compressor) -> str:
+def _written(compressor: Compressor, always: Sequence[str]) -> str:
     usual = {field.name: field.default for field in dataclasses.fields(compressor)} | _usual(type(compressor))
     told = []
     for name in compressor.field_names():
         value = getattr(compressor, name)
-        if value != usual[name]:
+        if value != usual[name] or name in always:
             told.append(f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
     method = str(compressor.to_dict()["method"])
     return f"{method}({','.join(told)})" if told else method

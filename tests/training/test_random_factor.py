@@ -22,13 +22,13 @@ def lengths(compressor, count=600):
 
 
 def test_each_image_has_a_draw_of_its_own_and_every_factor_comes_equally_often():
-    counts = Counter(lengths(RandomFactor().drawn(step=3)))
+    counts = Counter(lengths(RandomFactor().at_step(step=3)))
     assert set(counts) == {144, 36, 16}
     assert all(160 < count < 240 for count in counts.values())  # 200 expected, deviation 12
 
 
 def test_images_are_pooled_as_by_their_factor_alone():
-    random, tokens = RandomFactor().drawn(7), images(9)
+    random, tokens = RandomFactor().at_step(7), images(9)
     token_map = random(tokens)
     pooled = token_map.apply(tokens.features)
     for row, length in enumerate(token_map.length.tolist()):
@@ -38,16 +38,16 @@ def test_images_are_pooled_as_by_their_factor_alone():
 
 def test_the_same_step_draws_the_same_and_other_steps_and_processes_do_not():
     random = RandomFactor(seed=5)
-    assert lengths(random.drawn(3, 1)) == lengths(random.drawn(3, 1))
-    drawn = [lengths(one) for one in (random.drawn(3, 1), random.drawn(3, 2), random.drawn(4, 1))]
-    drawn.append(lengths(RandomFactor(seed=6).drawn(3, 1)))
+    assert lengths(random.at_step(3, 1)) == lengths(random.at_step(3, 1))
+    drawn = [lengths(one) for one in (random.at_step(3, 1), random.at_step(3, 2), random.at_step(4, 1))]
+    drawn.append(lengths(RandomFactor(seed=6).at_step(3, 1)))
     assert len({tuple(one) for one in drawn}) == 4
 
 
 def test_per_step_all_processes_share_one_factor():
     random = RandomFactor(per="step")
-    steps = [random.drawn(step, salt=0) for step in range(300)]
-    assert steps == [random.drawn(step, salt=1) for step in range(300)]
+    steps = [random.at_step(step, salt=0) for step in range(300)]
+    assert steps == [random.at_step(step, salt=1) for step in range(300)]
     assert {type(one) for one in steps} == {Pool2d}
     counts = Counter(one.factor for one in steps)
     assert set(counts) == {1, 2, 3}

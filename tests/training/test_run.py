@@ -11,7 +11,7 @@ from vlmzip.methods import Chain, RandomTokens
 from vlmzip.models import adapter_for
 from vlmzip.training.config import Lora, read_config
 from vlmzip.training.run import CHECKPOINTING, _choose_what_learns, _subset, _with_lora, arguments, train
-from vlmzip.training.trainer import _redrawn, evaluating
+from vlmzip.training.trainer import evaluating
 
 pytest.importorskip("accelerate")
 
@@ -74,10 +74,10 @@ def test_places_by_lot_are_others_at_every_step_and_forward():
         return [stage.seed for stage in compressor.stages() if isinstance(stage, RandomTokens)]
 
     for compressor in (RandomTokens(keep=3), Chain(compressors=(RandomTokens(keep=9), FastV(keep=3)))):
-        drawn = [seeds(_redrawn(compressor, step, salt)) for step, salt in ((0, 0), (1, 0), (0, 1))]
+        drawn = [seeds(compressor.at_step(step, salt)) for step, salt in ((0, 0), (1, 0), (0, 1))]
         assert len({str(one) for one in drawn}) == 3
-        assert seeds(_redrawn(compressor, 1, 0)) == drawn[1]
-    assert _redrawn(Pool2d(factor=2), 1, 1) == Pool2d(factor=2)
+        assert seeds(compressor.at_step(1, 0)) == drawn[1]
+    assert Pool2d(factor=2).at_step(1, 1) == Pool2d(factor=2)
 
 
 def test_after_an_evaluation_training_goes_on_as_before():

@@ -520,11 +520,11 @@ def test_a_black_image_beside_text_counts_as_none(again):
 def test_each_forward_of_a_step_draws_anew(again, monkeypatch):
     salts = []
 
-    def drawn(compressor, step, salt, plain=RandomFactor.drawn):
+    def drawn(compressor, step, salt, plain=RandomFactor.at_step):
         salts.append((step, salt))
         return plain(compressor, step, salt)
 
-    monkeypatch.setattr(RandomFactor, "drawn", drawn)
+    monkeypatch.setattr(RandomFactor, "at_step", drawn)
     again(schedule="random_factor", batch_per_process=2, steps=3)
     assert len(salts) == len(set(salts)) == 6
     steps = [step for step, _ in salts]

@@ -47,6 +47,11 @@ class Chain(Compressor):
         sites = {stage.site for stage in stages}
         if Site.PIXELS in sites and sites & {Site.PRE_PROJECTOR, Site.POST_PROJECTOR}:
             raise UserError("behind smaller images a chain can go on inside the LLM only, for now")
+        for stage in stages:
+            if stage.for_training_only:
+                raise UserError(
+                    f"{stage.name()} cannot be chained: it is for training only; make it a separate stage, without +"
+                )
         for stage in stages[1:]:
             if isinstance(stage, Resampler):
                 raise UserError(
@@ -108,6 +113,9 @@ class Chain(Compressor):
         if best is None or best[0] > 0.5 * wanted:
             raise BudgetError(f"fitting {first.name()} alone does not bring the chain near {wanted:.1%}")
         return best[1], best[1].reached(profile)
+
+    def at_step(self, step: int, salt: int = 0) -> Chain:
+        return dataclasses.replace(self, compressors=tuple(stage.at_step(step, salt) for stage in self.compressors))
 
     def placed(self, profile: Profile) -> Chain:
         return dataclasses.replace(self, compressors=tuple(stage.placed(profile) for stage in self.compressors))

@@ -39,6 +39,7 @@ class LLaVolta(Compressor):
 
     sites = (Site.IN_LLM, Site.POST_PROJECTOR)
     budget_fields = ("stride",)
+    label_fields = ("layer", "stride")
 
     site: Site = Site.IN_LLM
     layer: int | tuple[int, ...] = 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from vlmzip.compressor import Compressor
 from vlmzip.keep import A_NINTH, Keep, count_to_keep
 from vlmzip.schema import Seed
+from vlmzip.seeds import mixed
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Site, VisualTokens
 
@@ -30,6 +32,9 @@ class RandomTokens(Compressor):
     """Seed of the draw."""
     layer: int = 2
     """Inside the LLM: the first layer that sees fewer tokens, 0-based."""
+
+    def at_step(self, step: int, salt: int = 0) -> RandomTokens:
+        return dataclasses.replace(self, seed=mixed(self.seed, step, salt))
 
     def token_count(self, grid: Grid) -> int:
         return count_to_keep(self.keep, grid.size)

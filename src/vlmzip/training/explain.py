@@ -8,11 +8,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from vlmzip.compressor import Compressor, Profile
-from vlmzip.methods import LLaVolta
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.runtime.flops import prefill_flops
-from vlmzip.training.random_factor import RandomFactor
 from vlmzip.training.schedule import Schedule, written
 from vlmzip.visualize.figure import new_figure
 
@@ -71,7 +68,7 @@ def explain(schedule: Schedule, adapter: ModelAdapter, steps: int, text_tokens: 
     plain = prefill_flops(adapter, profile.grid.size + text_tokens)
     stages = []
     for number, (stage, count) in enumerate(zip(schedule.stages, schedule.steps(steps), strict=True)):
-        by_layer = tokens_by_layer(stage.compressor, profile)
+        by_layer = stage.compressor.cases_by_layer(profile)
         flops = None
         if by_layer is not None:
             flops = (
@@ -79,7 +76,7 @@ def explain(schedule: Schedule, adapter: ModelAdapter, steps: int, text_tokens: 
             )
         stages.append(
             StageCost(
-                _written(stage.compressor),
+                written(stage.compressor, label=True),
                 whole[number - 1] if number else Fraction(),
                 whole[number],
                 count,
@@ -95,22 +92,6 @@ def explain(schedule: Schedule, adapter: ModelAdapter, steps: int, text_tokens: 
         _mean([stage.tokens for stage in run], counts),
         _mean([stage.flops for stage in run], counts),
     )
-
-
-def tokens_by_layer(compressor: Compressor, profile: Profile) -> list[list[int]] | None:
-    """Visual tokens of an image at each layer, for each of equally likely cases; `None` if its content decides."""
-    compressor.check_layers(profile.layers)
-    if isinstance(compressor, RandomFactor):
-        return [[count] * profile.layers for count in compressor.counts(profile.grid)]
-    found = compressor.tokens_by_layer(profile)
-    return None if found is None else [found]
-
-
-def _written(compressor: Compressor) -> str:
-    """In one line; of LLaVolta's compressor also the usual layer and stride: they are what stages differ in."""
-    if isinstance(compressor, LLaVolta) and dataclasses.replace(compressor, layer=2, stride=8) == LLaVolta():
-        return f"llavolta(layer={compressor.layer},stride={compressor.stride})"
-    return written(compressor)
 
 
 def _mean(values: Sequence[float | None], steps: Sequence[int]) -> float | None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
 from annotated_types import Ge
 
-from vlmzip.compressor import Compressor
+from vlmzip.compressor import Compressor, Profile
 from vlmzip.errors import UserError
 from vlmzip.methods import Pool2d
 from vlmzip.methods.pool2d import output_of_each
 from vlmzip.schema import Seed
+from vlmzip.seeds import mixed
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Site, VisualTokens
 
@@ -24,11 +24,12 @@ class RandomFactor(Compressor):
     """Average square windows whose side is drawn from `factors`, each equally likely.
 
     This is the "Random" variant of LLaVA-Zip (arXiv:2412.08771), which trains with a factor from {1, 2, 3}. The paper
-    does not say whether it draws per step or per image, hence `per`. Use it only for training: a trainer calls `drawn`
-    before each forward. Without that, every call draws the same factors.
+    does not say whether it draws per step or per image, hence `per`. Use it only for training: a trainer calls
+    `at_step` before each forward. Without that, every call draws the same factors.
     """
 
     sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR)
+    for_training_only = True
 
     factors: tuple[Annotated[int, Ge(1)], ...] = (1, 2, 3)
     """Sides of the windows, in tokens."""
@@ -42,11 +43,7 @@ class RandomFactor(Compressor):
         if not self.factors:
             raise UserError("factors are missing: give sides of windows, such as 1,2,3")
 
-    def drawn(self, step: int, salt: int = 0) -> Compressor:
-        """Return the compressor for an optimiser step. Equal arguments give an equal result, so a run can resume.
-
-        `step` identifies the step. `salt` identifies the forward within the step: process and accumulated batch.
-        """
+    def at_step(self, step: int, salt: int = 0) -> Compressor:
         if self.per == "step":
             return self._pool(self._factors_for(1, mixed(self.seed, step))[0])
         return dataclasses.replace(self, seed=mixed(self.seed, step, salt))
@@ -54,6 +51,10 @@ class RandomFactor(Compressor):
     def counts(self, grid: Grid) -> list[int]:
         """Return the number of output tokens of an image for each of `factors`."""
         return [self._pool(factor).token_count(grid) for factor in self.factors]
+
+    def cases_by_layer(self, profile: Profile) -> list[list[int]]:
+        self.check_layers(profile.layers)
+        return [[count] * profile.layers for count in self.counts(profile.grid)]
 
     def token_count(self, grid: Grid) -> int | None:
         counts = set(self.counts(grid))
@@ -71,8 +72,3 @@ class RandomFactor(Compressor):
 
     def _pool(self, factor: int) -> Pool2d:
         return Pool2d(factor=factor, site=self.site, positions=self.positions)
-
-
-def mixed(*numbers: int) -> int:
-    """Return a seed that mixes several numbers; neighbouring numbers give unrelated seeds."""
-    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:7])

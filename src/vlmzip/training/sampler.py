@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.utils.data import Sampler
 
-from vlmzip.training.random_factor import mixed
+from vlmzip.seeds import mixed
 
 #: Steps among whose records those of similar length are grouped.
 TOGETHER = 50

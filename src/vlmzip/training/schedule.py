@@ -11,9 +11,8 @@ from typing import Any
 from vlmzip import catalogue, spec
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, closest
-from vlmzip.methods import Chain, LLaVolta, NoCompression
+from vlmzip.methods import LLaVolta, NoCompression
 from vlmzip.outline import METHOD_FORMS
-from vlmzip.training.random_factor import RandomFactor
 
 #: Layers of the LLM for which LLaVolta publishes its layers (Vicuna-7B).
 PUBLISHED_DEPTH = 32
@@ -126,7 +125,7 @@ def constant(compressor: Compressor) -> Schedule:
 
 
 def _afterwards(last: Compressor) -> Compressor:
-    return NoCompression() if isinstance(last, RandomFactor) else last
+    return NoCompression() if last.for_training_only else last
 
 
 def read_schedule(content: Any, depth: int = PUBLISHED_DEPTH) -> Schedule:
@@ -182,10 +181,7 @@ def read_compressor(content: Any) -> Compressor:
         return NoCompression()
     if not isinstance(content, str):
         raise UserError(f"{content!r} is not a compressor; write {METHOD_FORMS}")
-    compressor = spec.read(RANDOM.sub(RANDOM_CLASS, content))
-    if isinstance(compressor, Chain) and any(isinstance(part, RandomFactor) for part in compressor.stages()):
-        raise UserError(f"{content!r}: random_factor cannot be chained; make it a separate stage, without +")
-    return compressor
+    return spec.read(RANDOM.sub(RANDOM_CLASS, content))
 
 
 def read_lasting(where: str, content: Any) -> Compressor:
@@ -194,14 +190,14 @@ def read_lasting(where: str, content: Any) -> Compressor:
     Raises `UserError`, which begins with `where`, for random factors: they are only for training.
     """
     compressor = read_compressor(content)
-    if isinstance(compressor, RandomFactor):
-        raise UserError(f"{where}: random_factor is for training only; give another compressor, or none")
+    if compressor.for_training_only:
+        raise UserError(f"{where}: {compressor.name()} is for training only; give another compressor, or none")
     return compressor
 
 
-def written(compressor: Compressor) -> str:
-    """Return a compressor in one line, in the form that schedules accept."""
-    return spec.write(compressor).replace(RANDOM_CLASS, "random_factor")
+def written(compressor: Compressor, *, label: bool = False) -> str:
+    """Return a compressor in one line, in the form that schedules accept; see `spec.write`."""
+    return spec.write(compressor, label=label).replace(RANDOM_CLASS, "random_factor")
 
 
 def read_share(content: Any, what: str = "share") -> Fraction:

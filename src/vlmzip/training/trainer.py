@@ -9,7 +9,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,10 @@ from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.files import write_text
 from vlmzip.json_text import JsonError, Line, parse, read_lines, write_line
-from vlmzip.methods import Chain, RandomTokens
 from vlmzip.runtime.facade import CompressedModel
+from vlmzip.seeds import mixed
 from vlmzip.training import sharding
 from vlmzip.training.batches import IGNORE
-from vlmzip.training.random_factor import RandomFactor, mixed
 from vlmzip.training.sampler import EpochSampler
 from vlmzip.training.schedule import Schedule, written
 
@@ -106,9 +104,7 @@ class StagedTrainer(Trainer):
         compressor, salt = self.schedule.stages[self._trained].compressor, self.args.process_index
         salt += self.args.world_size * self._forwards[1]
         step = mixed(self.args.seed, step)  # runs with different seeds draw differently
-        if isinstance(compressor, RandomFactor):
-            return compressor.drawn(step, salt)
-        return _redrawn(compressor, step, salt)
+        return compressor.at_step(step, salt)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Score the model with the compressor that it will be used with, then restore the training state."""
@@ -229,15 +225,6 @@ class Sharded(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         sharding.check_sharded(model)
-
-
-def _redrawn(compressor: Compressor, step: int, salt: int) -> Compressor:
-    """Return a compressor that draws new random tokens at every step; a compressor without draws is unchanged."""
-    if isinstance(compressor, RandomTokens):
-        return replace(compressor, seed=mixed(compressor.seed, step, salt))
-    if isinstance(compressor, Chain):
-        return replace(compressor, compressors=tuple(_redrawn(part, step, salt) for part in compressor.compressors))
-    return compressor
 
 
 class JsonLog(TrainerCallback):

@@ -38,7 +38,7 @@ from vlmzip.lab.records import Record, is_text
 from vlmzip.lab.stats import Bootstrap, Estimate, estimate
 from vlmzip.lab.study import Study
 from vlmzip.lab.tasks.task import Sample, Task
-from vlmzip.methods import FastV, NoCompression
+from vlmzip.methods import NoCompression
 from vlmzip.runtime.attach import attach
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.report import ImageReport
@@ -98,7 +98,7 @@ def measure(subject: Subject) -> list[Row]:
             study.tell(f"turns goes without {one.method} at {one.budget}: {one.note}")
             continue
         found = _asked(study, subject.task, one.compressor, both)
-        if isinstance(one.compressor, FastV):
+        if one.compressor.text_aware:
             found |= _replayed(study, subject.task, one.compressor, both)
         rows += [_row(bootstrap, one.method, one.budget, place, found, plain) for place in found]
     return rows
@@ -189,7 +189,7 @@ def _after_answer(processor: Any, question: str) -> str:
 
 
 def _replayed(
-    study: Study, task: Task, compressor: FastV, both: Sequence[tuple[Sample, Sample]]
+    study: Study, task: Task, compressor: Compressor, both: Sequence[tuple[Sample, Sample]]
 ) -> dict[str, list[Record]]:
     """The records of each pair's second question with the tokens that were kept for the first."""
     samples = [dataclasses.replace(second, id=f"{second.id} with {first.id}'s") for first, second in both]
@@ -199,14 +199,15 @@ def _replayed(
     return {REPLAYED: kept(study, task, "turns-replayed", settings, samples, answer, beside)}
 
 
-def replay(study: Study, task: Task, compressor: FastV, some: Sequence[tuple[Sample, Sample]]) -> list[Record]:
+def replay(study: Study, task: Task, compressor: Compressor, some: Sequence[tuple[Sample, Sample]]) -> list[Record]:
     """The answers to the second questions of pairs, from the tokens that were kept for the first ones."""
     reports = kept_for(study, compressor, [first for first, _ in some])
     if len({report.grid for report in reports}) > 1:
         # A compressor is asked about each grid of a batch by itself, and would not know whose tokens those are.
         return [record for pair in some for record in replay(study, task, compressor, [pair])]
     seconds = [second for _, second in some]
-    replayed = Replayed(layer=compressor.layer, kept=torch.cat(list(map(left, reports))))
+    (layer,) = compressor.layers
+    replayed = Replayed(layer=layer, kept=torch.cat(list(map(left, reports))))
     with attach(study.model, replayed) as compressed:
         answers = study.answerer.answer(
             compressed,
@@ -217,7 +218,7 @@ def replay(study: Study, task: Task, compressor: FastV, some: Sequence[tuple[Sam
     return [{"given": answer.text, "visual_tokens_by_layer": list(answer.by_layer)} for answer in answers]
 
 
-def kept_for(study: Study, compressor: FastV, samples: Sequence[Sample]) -> list[ImageReport]:
+def kept_for(study: Study, compressor: Compressor, samples: Sequence[Sample]) -> list[ImageReport]:
     """What became of the samples' images, each asked its own question."""
     with attach(study.model, compressor) as compressed:
         study.answerer.answer(
