@@ -17,9 +17,9 @@ TORCH ?= torch==2.13.0
 TESTS ?= tests/models tests/runtime tests/methods tests/training tests/cli/test_commands.py
 # What is slow for reasons of its own, such as killed runs, is the same Python too; MARKED= for all.
 MARKED ?= -m "promise or not slow"
-# Tests run in several processes of one thread each; a file's tests stay together, since they share models.
+# Tests run in several processes of one thread each; tests/conftest.py says which stay together.
 JOBS ?= 2
-IN_PARALLEL := -n $(JOBS) --dist loadfile --no-loadscope-reorder
+IN_PARALLEL := -n $(JOBS) --no-loadscope-reorder
 # lmms-eval brings a hundred packages along, 2.4 GB, and needs older versions of some: it has an environment of its own.
 LMMS ?= .venv-lmms
 # `base` is an installation without extras.
@@ -27,7 +27,7 @@ EXTRAS = base $(shell $(PYTHON) -c "import tomllib; print(*tomllib.load(open('py
 SECONDS ?= 60
 SEED ?= 0
 
-.PHONY: help demo test test-transformers test-newest test-lmms test-extras fuzz check fmt lint types tables bench bench-gpu \
+.PHONY: help demo test test-slow test-transformers test-newest test-lmms test-extras fuzz check fmt lint types tables bench bench-gpu \
 	flops figures support papers mini mini-data always extras-beside-tests
 .DEFAULT_GOAL := help
 
@@ -43,8 +43,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED) ## set up, then ask the small model about an image, with and without compression
 	$(BIN)/vlmzip ask examples/cluttered.png "$$(cat examples/cluttered.txt)" --baseline --overlay runs/demo.png
 
-test: $(INSTALLED) ## set up, then run the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL)
+test: $(INSTALLED) ## set up, then run the quick tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow"
+
+test-slow: $(INSTALLED) ## run the other tests: what is compiled, quantised, killed or resumed, further families and cases
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL) -m slow
 
 .venv-transformers-%/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)
@@ -79,7 +82,7 @@ test-extras: ## install each extra alone, with the newest of what it brings, and
 fuzz: $(INSTALLED) ## break the input of every command, SECONDS= long; fails on a traceback, hang or wrong exit code
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED) --jobs $(JOBS)
 
-check: lint types tables extras-beside-tests test ## what CI runs
+check: lint types tables extras-beside-tests test test-slow ## what CI runs
 
 extras-beside-tests: # installing is mostly waiting
 	$(MAKE) --no-print-directory --jobs=2 --output-sync test-extras test-transformers

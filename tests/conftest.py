@@ -23,7 +23,9 @@ CHECKED = [
     "runtime.detail",
     "runtime.conversation",
     "runtime.generation",
-    "measure",
+    "runtime.flops",
+    "runtime.token_profile",
+    "lab.bench",
     "visualize",
 ]
 install_import_hook([f"vlmzip.{name}" for name in CHECKED], "beartype.beartype")
@@ -31,7 +33,8 @@ install_import_hook([f"vlmzip.{name}" for name in CHECKED], "beartype.beartype")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from tests.tiny import IMAGE_TOKEN, tiny_llava  # noqa: E402
+from tests.families import FAMILIES, tiny_llava  # noqa: E402
+from tests.tiny import IMAGE_TOKEN  # noqa: E402
 from vlmzip import UserError  # noqa: E402
 
 
@@ -39,6 +42,18 @@ from vlmzip import UserError  # noqa: E402
 def llava():
     """A LLaVA with random weights: 36 visual tokens, 4 LLM layers with grouped-query attention."""
     return tiny_llava()
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    """A tiny model of each family, with inputs; tests of a file share it, so what changes it takes `fresh`."""
+    return FAMILIES[request.param]()
+
+
+@pytest.fixture
+def fresh(family):
+    """The family with a model of its own."""
+    return type(family)()
 
 
 @pytest.fixture
@@ -51,6 +66,53 @@ def _seed():
     torch.manual_seed(0)
 
 
+# --- which tests are slow, and which process runs them -----------------------------------------------------------
+
+
+def family_of(item):
+    """The family that a test runs over, by name, if it does."""
+    name = item.callspec.params.get("family") if hasattr(item, "callspec") else None
+    return name if name in FAMILIES else None
+
+
+def is_slow(item):
+    """Whether quick runs leave out this family, since another stands for it, or this case in this family."""
+    name = family_of(item)
+    if name is None:
+        return False
+    said = vars(FAMILIES[name])  # not of the family that it derives from
+    if said.get("like") and not item.get_closest_marker("every_family"):
+        return True
+    crossed = item.get_closest_marker("crossed")
+    few = {} if crossed is None or said.get("every_case") else crossed.kwargs
+    return any(item.callspec.params.get(argument, cases[0]) not in cases for argument, cases in few.items())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """What takes longest begins first, so that parallel processes end together; tests of a file stay in its order."""
+    for item in items:
+        if is_slow(item):
+            item.add_marker("slow")
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    count = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in slow, -count[item.path]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Tests of one file and one family run in one process, in their order: they share models."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class FileAndFamily(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path, _, rest = nodeid.partition("::")
+            words = set(rest.rpartition("[")[2].rstrip("]").split("-"))
+            return f"{path} {' '.join(words & FAMILIES.keys())}"
+
+    return FileAndFamily(config, log)
+
+
 # --- docs/support.md: which promise holds in which family; docs/_make/support.py makes the table -----------------
 
 
@@ -58,13 +120,6 @@ def pytest_addoption(parser):
     parser.addoption(
         "--support-cells", metavar="FILE", help="write what the `promise` tests found, for docs/_make/support.py"
     )
-
-
-def pytest_collection_modifyitems(items):
-    """What takes longest begins first, so that parallel processes end together; tests of a file stay in its order."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    count = Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.path not in slow, -count[item.path]))
 
 
 def pytest_configure(config):

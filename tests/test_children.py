@@ -84,6 +84,7 @@ def test_a_child_ends_when_its_results_are_no_longer_wanted():
     assert not is_running(process)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [ENDLESS, LAUNCHED], ids=["ours", "torchrun's"])
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
 def test_no_child_outlives_its_parent(tmp_path, code, end):

@@ -109,6 +109,7 @@ def test_methods_of_installed_packages_are_listed(tmp_path, monkeypatch):
     assert "every_other" not in [method.name for method in outline.methods()]
 
 
+@pytest.mark.slow
 def test_every_home_can_be_imported_first():
     """In a new process each, which forks from one that has the slow packages: no import may need another before it."""
     code = """

@@ -38,10 +38,22 @@ def tiny(monkeypatch):
     monkeypatch.setattr(presets, "VOCABULARY", 32_064)
 
 
+#: Peaks of a method's run, where no test needs real ones.
+PEAK = 2**20
+
+
+@pytest.fixture(autouse=True)
+def memory_is_known(monkeypatch, request):
+    """Saves the process that measures it, which takes seconds; tests that ask for `real_memory` have it."""
+    if "real_memory" not in request.fixturenames:
+        monkeypatch.setattr(
+            "vlmzip.lab.bench.memory.in_frugal_process", lambda peaks, *recipe: [PEAK] * len(recipe[-1])
+        )
+
+
 @pytest.fixture
-def memory_is_known(monkeypatch):
-    """Saves the process that measures it."""
-    monkeypatch.setattr("vlmzip.lab.bench.memory.in_frugal_process", lambda peaks, *recipe: [2**20] * len(recipe[-1]))
+def real_memory():
+    """Measure the memory in a process of its own."""
 
 
 def run(capsys, *arguments):
@@ -73,7 +85,18 @@ def test_two_rows_a_method_each_beside_its_limit(capsys):
         assert float(row["tokens_per_second"]) > 0
         assert row["device"]
     assert (plain["kv_bytes"], before["kv_bytes"]) == (2 * 128 * 4 * 4 * 78, 2 * 128 * 4 * 4 * 42)
-    assert plain["peak_bytes"] > 0
+    assert {row["peak_bytes"] for row in rows} == {PEAK}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("real_memory")
+def test_the_memory_is_measured_in_a_process_of_its_own(capsys):
+    code, out, _ = run(capsys, "--methods", "visionzip,llavolta(layer=1)", "--keep", "50%", "--json")
+    assert code == 0
+    peaks = [row["peak_bytes"] for row in json.loads(out)["rows"]]
+    assert peaks[0::2] == peaks[1::2]  # a method's two rows tell of the same run
+    assert all(peak > 0 for peak in peaks)
+    assert PEAK not in peaks
 
 
 def test_a_batch_counts_all_of_its_rows(capsys):
@@ -109,7 +132,6 @@ def test_the_table_and_the_file(capsys, tmp_path, monkeypatch):
     assert {"layers", "width", "mlp", "vision_layers", "dtype", "commit", "torch"} <= rows[0].keys()
 
 
-@pytest.mark.usefixtures("memory_is_known")
 def test_it_fits_80_columns_and_nothing_is_broken(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "80")
     chain = "llavolta(layer=2,stride=8)+random_tokens(keep=4)"
@@ -124,14 +146,12 @@ def test_it_fits_80_columns_and_nothing_is_broken(capsys, monkeypatch, tmp_path)
     assert len(re.findall(r" [\d.]+ [KM]iB +[\d.]+ [KM]?i?B +\d+\.\d$", out, flags=re.M)) == 3
 
 
-@pytest.mark.usefixtures("memory_is_known")
 def test_a_window_that_is_too_narrow_costs_no_digits(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     _, out, _ = run(capsys, "--methods", "pool2d", "--keep", 9)
     assert len(re.findall(r"\d\.\d\dx \([\d.]+-[\d.]+\) +[\d.]+x +\d+%$", out, flags=re.M)) == 4
 
 
-@pytest.mark.usefixtures("memory_is_known")
 def test_one_round_has_no_spread(capsys):
     _, out, err = run(capsys, "--methods", "pool2d", "--keep", 9, "--repeats", 1)
     assert re.search(r"^no_compression +[\d.]+ +1\.00x +1\.00x +100%$", out, flags=re.M)
@@ -139,7 +159,6 @@ def test_one_round_has_no_spread(capsys):
     assert "one round of each" in err
 
 
-@pytest.mark.usefixtures("memory_is_known")
 def test_a_scale_at_which_overheads_rule_is_said(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
     quick = ("--methods", "pool2d", "--keep", 9)
@@ -166,7 +185,6 @@ def test_timings_of_a_busy_machine_are_called_unreliable(device, clock, said):
     assert ("--clock cpu" in text) == (clock == "wall" and device == "cpu")
 
 
-@pytest.mark.usefixtures("memory_is_known")
 def test_how_far_it_is_is_said_without_a_terminal(capsys):
     _, out, err = run(capsys, "--methods", "pool2d,visionzip", "--keep", 9, "--json")
     first, second, third = err.splitlines()
@@ -295,7 +313,6 @@ class TestWhatIsMeasuredIsKept:
 
         monkeypatch.setattr(Progress, "__call__", telling)
 
-    @pytest.mark.usefixtures("memory_is_known")
     def test_rounds_are_written_as_they_come(self, capsys, monkeypatch, tmp_path):
         code, _, _ = run(capsys, *self.ASKED, "--out", tmp_path)
         [whole] = tmp_path.iterdir()
@@ -312,6 +329,7 @@ class TestWhatIsMeasuredIsKept:
         assert "the run was stopped after 1 of 2 rounds" in found["notes"]
         monkeypatch.undo()
 
+    @pytest.mark.slow
     def test_a_kill_while_the_memory_is_measured_costs_the_memory_alone(self, capsys, monkeypatch, tmp_path):
         monkeypatch.setattr("vlmzip.lab.bench.memory.in_frugal_process", lambda *_: in_child(one_and_a_kill))
         code, out, _ = run(capsys, *self.ASKED, "--out", tmp_path, "--json")

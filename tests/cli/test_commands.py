@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.tiny import save_checkpoint
+from tests.families import save_checkpoint
 from vlmzip import RandomTokens, Resampler, available
 from vlmzip.cli.main import main
 from vlmzip.compressor_file import write_compressor

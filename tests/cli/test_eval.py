@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 
 from tests.cli.test_compare import Elements
+from tests.families import save_checkpoint
 from tests.lab.test_tasks import question, write
-from tests.tiny import save_checkpoint
 from vlmzip.cli.main import main
 from vlmzip.errors import UserError
 from vlmzip.lab.tasks.catalogue import read_task

@@ -178,6 +178,7 @@ def test_a_name_as_long_as_names_may_be_can_be_written(tmp_path):
 FULL = "the output cannot be written: No space left on device"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
     ("shell", "code", "said"),

@@ -47,6 +47,7 @@ def write_method(folder, name):
     return f"{name}:Mine"
 
 
+@pytest.mark.slow
 def test_only_the_method_and_what_it_imports_are_run(tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     traps = [name for name in OPTIONAL if find_spec(name) is None]
@@ -92,6 +93,7 @@ def test_every_command_finds_it(tmp_path, monkeypatch, capsys, command):
     assert "Keep some." in (out := capsys.readouterr().out) or "144" in out
 
 
+@pytest.mark.slow
 def test_another_process_finds_it_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     method = spec.read(write_method(tmp_path, "found_by_child") + "(keep=5)")

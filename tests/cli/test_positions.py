@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from tests.families import save_checkpoint, tiny_llava
 from tests.lab.test_tasks import question, write
-from tests.tiny import save_checkpoint, tiny_llava
 from vlmzip.cli.main import main
 from vlmzip.lab.bench.presets import PRESETS, make_config
 

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 from tests.cli.test_eval import write_questions
+from tests.families import save_checkpoint, tiny_llava
 from tests.lab.test_study import asked as listen
-from tests.tiny import save_checkpoint, tiny_llava
 from vlmzip.cli.main import main
 from vlmzip.errors import UserError
 from vlmzip.lab.analyses import NAMES, about
@@ -130,6 +130,7 @@ def test_a_folder_of_another_model_ends_the_command(study, place, tmp_path, name
     assert not (tmp_path / "out" / "encoder_attention.csv").exists()
 
 
+@pytest.mark.slow
 def test_corrupt_records_end_the_command(study, tmp_path):
     study("layer_stride")
     path = next((tmp_path / "out" / "records").rglob("llavolta*.jsonl"))
@@ -159,6 +160,7 @@ def test_the_same_command_again_asks_nothing(study, monkeypatch, tmp_path):
     assert table(tmp_path / "out" / "tau.csv") == before
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_where_it_was(study, monkeypatch, tmp_path):
     study("tau")
     (path,) = (tmp_path / "out" / "records").rglob("dfmr-tau=0.8*.jsonl")
@@ -181,6 +183,7 @@ def test_without_matplotlib_the_table_is_kept(study, tmp_path, monkeypatch):
     assert not (tmp_path / "out" / "encoder_attention.png").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_give_what_one_gives(study, place, tmp_path):
     both, out = ("tau", "encoder_attention", "--limit", "4", "--batch", "2"), tmp_path / "two"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]

@@ -8,9 +8,9 @@ import xml.etree.ElementTree as ET
 import pytest
 from PIL import Image
 
+from tests.families import save_checkpoint
 from tests.lab.test_study import asked as listen
 from tests.lab.test_tasks import question, write
-from tests.tiny import save_checkpoint
 from vlmzip import Pool2d, spec
 from vlmzip.cli.main import main
 
@@ -146,6 +146,7 @@ def test_what_breaks_while_it_is_timed_is_reported_too(tune, tmp_path, monkeypat
     assert fates["pool2d(factor=2)"] == ("broke", "failed with RuntimeError: boom")
 
 
+@pytest.mark.slow
 def test_a_stop_in_the_middle_costs_nothing(tune, tmp_path, monkeypatch):
     """Nor do rounds: three of them here, of 4, 8 and 12 questions."""
     from vlmzip.runtime.answering import Answerer

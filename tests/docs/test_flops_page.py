@@ -8,6 +8,7 @@ def flops(maker):
     return maker("flops")
 
 
+@pytest.mark.slow
 def test_the_page_is_what_the_command_writes(flops):
     assert flops.PAGE.read_text(encoding="utf-8") == flops.page()
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.families import FAMILIES, tiny_llava
 from tests.lab.test_tasks import question, write
 from tests.test_locks import another_run
-from tests.tiny import FAMILIES, tiny_llava, tiny_processor
 from vlmzip import Pool2d, TokenMap
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
@@ -71,7 +71,7 @@ def study(model, tmp_path):
 
 
 def make_study(model, folder, batch=3):
-    return Study(model, tiny_processor("llava"), "tiny", folder, batch, Processes(), lambda text: None)
+    return Study(model, FAMILIES["llava"].processor(), "tiny", folder, batch, Processes(), lambda text: None)
 
 
 def noise(seed):
@@ -121,11 +121,10 @@ def test_one_record_for_each_question_with_all_it_takes_to_check_it(study, task)
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # PaliGemma's processor and NumPy's newest
-@pytest.mark.parametrize("family", FAMILIES)
-def test_each_answer_is_the_models_own(family, task, tmp_path):
+def test_each_answer_is_the_models_own(fresh, task, tmp_path):
     """What is recorded is what `generate` answers to that question alone."""
-    model = FAMILIES[family]().model
-    study = Study(model, tiny_processor(family), "tiny", tmp_path / "out", 3, Processes(), lambda text: None)
+    model = fresh.model
+    study = Study(model, fresh.processor(), "tiny", tmp_path / "out", 3, Processes(), lambda text: None)
     (one,) = study.configure([task], candidates("no_compression"), ["25%"])
     study.run([task], [one])
     for sample, record in zip(task.samples, study.records(task, one), strict=True):
@@ -139,7 +138,9 @@ def test_each_answer_is_the_models_own(family, task, tmp_path):
 def test_budgets_are_set_for_the_grids_of_the_images(task, tmp_path):
     """A tiny Qwen could see images of 16 x 16 tokens; these have 36."""
     model = FAMILIES["qwen2_5_vl"]().model
-    study = Study(model, tiny_processor("qwen2_5_vl"), "tiny", tmp_path / "out", 3, Processes(), lambda text: None)
+    study = Study(
+        model, FAMILIES["qwen2_5_vl"].processor(), "tiny", tmp_path / "out", 3, Processes(), lambda text: None
+    )
     configurations = study.configure([task], candidates("fastv"), ["75%"])
     study.run([task], configurations)
     assert {tuple(record["visual_tokens_by_layer"]) for record in study.records(task, configurations[1])} == {
@@ -324,7 +325,9 @@ class TestGoingOn:
 
     def test_the_folder_is_kept_until_the_run_ends(self, model, task, tmp_path):
         with Processes() as processes:
-            study = Study(model, tiny_processor("llava"), "tiny", tmp_path / "out", 3, processes, lambda text: None)
+            study = Study(
+                model, FAMILIES["llava"].processor(), "tiny", tmp_path / "out", 3, processes, lambda text: None
+            )
             study.configure([task], [], ["as-set"])
             del study
             gc.collect()

@@ -103,6 +103,7 @@ def test_nothing_to_measure_is_refused():
         interleaved({"a": lambda: None}, repeats=0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_peak_memory_is_what_a_run_takes():
     code = (
@@ -118,6 +119,7 @@ def test_peak_memory_is_what_a_run_takes():
     assert none < 4e6
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_peak_memory_in_a_process_that_has_used_much_before():
     code = (
@@ -136,6 +138,7 @@ def tell_of_the_process(name):
     yield os.getpid(), os.getenv(name)
 
 
+@pytest.mark.slow
 def test_a_frugal_process_is_another_one_and_this_one_stays_as_it_is():
     name = next(iter(FRUGAL))
     [(process, value)] = in_frugal_process(tell_of_the_process, name)

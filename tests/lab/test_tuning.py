@@ -190,6 +190,7 @@ class TestConfirming:
         assert tuning.run().row.number == 3
         assert tuning.rows[4].out == Rejection("cost")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize(("loss", "images"), [(0.05, 300), (0.1, 150)])
     def test_what_loses_too_much_is_seldom_certified(self, loss, images):
         """Five candidates that lose a little more than they may, and hardly anything where they are chosen: the hardest

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from tests.families import FAMILIES
 from tests.methods.test_visionzip import tokens_of
 from tests.references import dfmr as naive
 from tests.tiny import batch, prompt
@@ -23,6 +24,7 @@ def test_equals_the_naive_loop(rows, cols, max_factor, normalize):
         check_against_loop(tokens, DFMR(tau=tau, max_factor=max_factor, normalize=normalize))
 
 
+@pytest.mark.slow
 def test_equals_the_naive_loop_on_mini(mini_tokens):
     for tau in (0.2, 0.3, 0.4):
         check_against_loop(mini_tokens, DFMR(tau=tau))
@@ -110,7 +112,6 @@ def test_pixels_come_from_the_model_in_0_to_1(llava):
 
 
 def test_qwen_has_no_pixels_to_measure():
-    from tests.tiny import FAMILIES
 
     family = FAMILIES["qwen2_5_vl"]()
     with pytest.raises(UserError, match="patches, not images"), torch.no_grad():

@@ -10,10 +10,11 @@ import torch
 from transformers import AutoModelForImageTextToText, DynamicCache, PreTrainedModel
 
 import vlmzip
+from tests.families import FAMILIES, tiny_llava
 from tests.methods.test_visionzip import tokens_of
 from tests.references.in_llm import logits_of
 from tests.references.qformer import qformer as naive
-from tests.tiny import FAMILIES, IMAGE_TOKEN, batch, tiny_llava
+from tests.tiny import IMAGE_TOKEN, batch
 from vlmzip import (
     Chain,
     Downsample,
@@ -42,11 +43,6 @@ pytestmark = [
         "ignore:.(is_)?gradient_checkpointing:FutureWarning"
     ),  # its name until transformers 5.23
 ]
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
-    return FAMILIES[request.param]()
 
 
 def attached(model, settings=TINY):
@@ -184,30 +180,17 @@ def test_equals_a_hand_made_sequence(family):
     compressed, model = attached(family.model), family.model
     inputs = family.batch([1, "image", 5, 6])
     with torch.no_grad():
-        features = _features(family, inputs)
+        features = family.encoded(inputs)
         images = compressed.resampler(features)[0]
         embed = model.get_input_embeddings()
         sequence = torch.cat([embed(torch.tensor([1])), images, embed(torch.tensor([5, 6]))])[None]
-        plain = {"token_type_ids": torch.zeros(1, 8, dtype=torch.long)} if family.name == "paligemma" else {}
-        if family.name == "paligemma":  # sees its prompt both ways, which embeddings alone do not say
+        if family.sees_prompt_both_ways:  # which embeddings alone do not say
             ids = torch.tensor([[1, *[IMAGE_TOKEN] * 5, 5, 6]])
             mm = adapter_for(model).encoder_outputs([images])
-            expected = model(input_ids=ids, mm_encoder_outputs=mm, **plain).logits
+            expected = model(input_ids=ids, mm_encoder_outputs=mm, **family.token_types(ids, 8)).logits
         else:
             expected = model(inputs_embeds=sequence).logits
         torch.testing.assert_close(compressed(**inputs).logits, expected, atol=1e-5, rtol=0)
-
-
-def _features(family, inputs):
-    """What the family's encoder puts out, from transformers' own hidden states."""
-    model = family.model.model
-    if family.name == "qwen2_5_vl":
-        return model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output[None]
-    out = model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
-    if family.name == "paligemma":
-        return out.last_hidden_state
-    layers = {"llava": [-2], "vipllava": [-2, 1]}[family.name]
-    return torch.cat([out.hidden_states[layer] for layer in layers], -1)
 
 
 def alone(family, row):
@@ -259,13 +242,7 @@ def test_later_turns_on_a_cache(family, whole):
     new = {"input_ids": conversation if whole else part["input_ids"], "attention_mask": mask}
     got = compressed.generate(**new, **family.images(2, 2), **GREEDY, past_key_values=cache)
     assert [p.after for p in compressed.report.images] == [5, 5]
-    parts = [family.images(n, 1) for n in (0, 2, 1, 3)]
-    fresh = {name: torch.cat([one[name] for one in parts]) for name in parts[0]}
-    if family.name == "paligemma":  # which sees its first prompt both ways and the rest causally
-        later = torch.arange(conversation.shape[1]) >= first["input_ids"].shape[1]
-        fresh["token_type_ids"] = later.long().expand_as(conversation)
-    if family.name == "qwen2_5_vl":
-        fresh["mm_token_type_ids"] = (conversation == IMAGE_TOKEN).int()
+    fresh = family.pixels([0, 2, 1, 3]) | family.token_types(conversation, first["input_ids"].shape[1])
     expected = compressed.generate(input_ids=conversation, attention_mask=mask, **fresh, **GREEDY)
     assert torch.equal(got[:, new["input_ids"].shape[1] :], expected[:, conversation.shape[1] :])
 
@@ -438,7 +415,7 @@ def test_a_chain_goes_on_inside_the_llm(family):
             columns = [range(span.columns[0], span.columns[0] + 9) for span in one.spans]
             expected, left = logits_of(
                 family.model, one, torch.tensor([], dtype=torch.long), IMAGE_TOKEN, columns, {2: every_third},
-                bidirectional=family.name == "paligemma",
+                bidirectional=family.sees_prompt_both_ways,
             )  # fmt: skip
             torch.testing.assert_close(together[row, -int(left.sum()) :], expected[left], atol=3e-5, rtol=0)
 
@@ -447,7 +424,7 @@ def test_a_chain_goes_on_behind_the_projector(llava):
     chain = Chain(compressors=(TINY, RandomTokens(keep=2, site=Site.POST_PROJECTOR)))
     compressed, inputs = attached(llava, chain), FAMILIES["llava"]().batch([1, "image", 5])
     with torch.no_grad():
-        read = compressed.resampler(_features(FAMILIES["llava"](), inputs))[0]
+        read = compressed.resampler(FAMILIES["llava"]().encoded(inputs))[0]
         out = vlmzip.compress_inputs(llava, inputs, chain, resampler=compressed.resampler)
     kept = out["mm_encoder_outputs"]["image"].pooler_output[0]
     assert len(kept) == 2
@@ -528,6 +505,7 @@ torch.save(compressed.generate(**inputs, max_new_tokens=6, do_sample=False), sys
 """
 
 
+@pytest.mark.slow
 def test_trained_weights_come_back_in_a_fresh_process(tmp_path, llava):
     compressed = attached(llava)
     inputs = FAMILIES["llava"]().batch(*ROWS)

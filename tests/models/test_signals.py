@@ -7,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
-from tests.tiny import FAMILIES, _with_large_weights, tiny_llava, tiny_paligemma, tiny_vipllava
+from tests.families import FAMILIES, tiny_llava
+from tests.tiny import with_large_weights
 from vlmzip import Signal, Site, UserError
 from vlmzip.models import adapter_for
 from vlmzip.models.recording import attention_received
@@ -28,7 +29,7 @@ def test_paligemma_takes_the_attention_of_the_last_layer():
     inputs = family.batch([1, "image"], ["image", 4])
     (group,) = adapter_for(family.model).encode(inputs, Site.PRE_PROJECTOR, NEEDS).groups
     tokens = group.tokens
-    tower = tiny_paligemma("eager").model.vision_tower
+    tower = FAMILIES["paligemma"].build("eager").model.vision_tower
     with torch.no_grad():
         truth = tower(inputs["pixel_values"], output_attentions=True)
     torch.testing.assert_close(tokens.cls_attention, truth.attentions[-1].mean((1, 2)), atol=1e-6, rtol=0)
@@ -60,7 +61,7 @@ def test_vipllava_takes_the_attention_of_its_deepest_feature_layer():
     inputs = family.batch([1, "image"], ["image", 4])
     (group,) = adapter_for(family.model).encode(inputs, Site.PRE_PROJECTOR, NEEDS).groups
     tokens = group.tokens
-    tower = tiny_vipllava("eager").model.vision_tower
+    tower = FAMILIES["vipllava"].build("eager").model.vision_tower
     with torch.no_grad():
         truth = tower(inputs["pixel_values"], output_attentions=True, output_hidden_states=True)
     side_by_side = torch.cat([truth.hidden_states[-2], truth.hidden_states[1]], dim=-1)
@@ -104,7 +105,7 @@ def llava_on_siglip(side, **settings):
         vision_feature_select_strategy="full",
         **settings,
     )
-    return _with_large_weights(LlavaForConditionalGeneration(config), "sdpa")
+    return with_large_weights(LlavaForConditionalGeneration(config), "sdpa")
 
 
 class TestQwen:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIPVisionModel, LlamaForCausalLM
 
-from tests.tiny import VOCABULARY, save_checkpoint, tiny_llava
+from tests.families import save_checkpoint, tiny_llava
+from tests.tiny import VOCABULARY
 from vlmzip.cli.loading import load
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "llava_untrained.py"

@@ -8,7 +8,7 @@ from PIL import Image
 from tokenizers.processors import TemplateProcessing
 
 import vlmzip
-from tests.tiny import tiny_llava, tiny_processor
+from tests.families import FAMILIES, tiny_llava
 from vlmzip.cli.asking import build_inputs
 from vlmzip.errors import UserError
 from vlmzip.methods import FastV, VisionZip
@@ -74,7 +74,7 @@ def test_without_a_template_other_forms_are_refused(mini, messages):
 @pytest.mark.parametrize("template", ["USER: <image>\n{{ messages[0]['content'][-1]['text'] }}", "<s>USER: <image> ?"])
 def test_a_prompt_begins_once(template, tmp_path):
     """Whether the template writes the first token, as Llama-3's does, or the tokenizer adds it."""
-    processor = tiny_processor("llava")
+    processor = FAMILIES["llava"].processor()
     processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     processor.chat_template = template
     model = tiny_llava()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import vlmzip
-from tests.tiny import FAMILIES, IMAGE_TOKEN
+from tests.families import FAMILIES
+from tests.tiny import IMAGE_TOKEN
 from vlmzip import FastV, UserError, VisionZip
 from vlmzip.compressor import Compressor
 from vlmzip.models import adapter_for
@@ -18,11 +19,6 @@ GREEDY = {"max_new_tokens": 3, "do_sample": False}
 def hooks(model):
     kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
     return {name: [len(getattr(module, kind)) for kind in kinds] for name, module in model.named_modules()}
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
-    return FAMILIES[request.param]()
 
 
 @pytest.fixture
@@ -45,9 +41,8 @@ def test_what_is_no_model_is_refused(family, unchanged):
         vlmzip.attach(unchanged.model, VisionZip())
 
 
-def test_patches_without_or_with_other_sizes_are_refused(family):
-    if family.name != "qwen2_5_vl":
-        return
+def test_patches_without_or_with_other_sizes_are_refused():
+    family = FAMILIES["qwen2_5_vl"]()
     inputs, compressed = family.batch(ONE), vlmzip.attach(family.model, VisionZip(keep=8))
     with pytest.raises(UserError, match="image_grid_thw is missing"):
         compressed(**without(inputs, "image_grid_thw"))
@@ -218,8 +213,19 @@ def test_a_method_inside_the_llm_without_a_layer(unchanged):
         vlmzip.attach(unchanged, Inside(site=vlmzip.Site.IN_LLM))
 
 
+@pytest.mark.slow
 def test_many_images_leave_nothing_behind(family, unchanged):
-    """A soak, five times as long in one family: memory held by tensors, and hooks, are flat after the first few.
+    soak(family, unchanged, 100)
+
+
+@pytest.mark.slow
+def test_five_times_as_many_leave_nothing_behind():
+    family = FAMILIES["llava"]()
+    soak(family, family.model, 500)
+
+
+def soak(family, model, many):
+    """Asks about many images: memory held by tensors, and hooks, are flat after the first few.
 
     Nothing waits for the garbage collector: it runs once, before the first count.
     """
@@ -228,8 +234,8 @@ def test_many_images_leave_nothing_behind(family, unchanged):
     def held():
         return sum(t.numel() for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter))
 
-    compressed = vlmzip.attach(unchanged, VisionZip(keep=8))
-    counts, many = [], 500 if family.name == "llava" else 100
+    compressed = vlmzip.attach(model, VisionZip(keep=8))
+    counts = []
     for n in range(many):
         inputs = family.batch(ONE, first_image=n)
         compressed.generate(**inputs, max_new_tokens=2, do_sample=False)
@@ -240,7 +246,7 @@ def test_many_images_leave_nothing_behind(family, unchanged):
             compressed(**inputs, labels=inputs["input_ids"]).loss.backward()
             compressed.zero_grad()
         if n % (many // 5) == many // 10:
-            counts.append((held(), sum(map(sum, hooks(unchanged).values()))))
+            counts.append((held(), sum(map(sum, hooks(model).values()))))
     gc.enable()
     assert len(counts) == 5
     assert len(set(counts)) == 1, counts

@@ -9,7 +9,6 @@ import transformers
 from transformers import DynamicCache
 
 import vlmzip
-from tests.tiny import FAMILIES
 from vlmzip import FastV, LLaVolta, NoCompression, UserError, VisionZip
 from vlmzip.runtime import versions
 from vlmzip.runtime.cache import NAMES, cache_name, cache_of
@@ -17,11 +16,6 @@ from vlmzip.runtime.cache import NAMES, cache_name, cache_of
 ROWS = ([1, "image", 5, 6, 7], ["image", 8])
 GREEDY = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
 COMPRESSORS = [VisionZip(keep=8), FastV(keep=0.3), LLaVolta(stride=5, layer=1), NoCompression()]
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
-    return FAMILIES[request.param]()
 
 
 @pytest.fixture(params=COMPRESSORS, ids=lambda compressor: compressor.name())

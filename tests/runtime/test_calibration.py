@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.tiny import FAMILIES
+from tests.families import FAMILIES
 from vlmzip import DFMR, AdaptiveVisionZip, BudgetError, Site, UserError, VisionZip, attach, calibrate, mini
 from vlmzip.mini.assets import shipped_assets
 from vlmzip.mini.drawing import draw

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import vlmzip
-from tests.tiny import save_checkpoint, tiny_llava
+from tests.families import save_checkpoint, tiny_llava
 from vlmzip import UserError, VisionZip
 from vlmzip.cli.main import main
 from vlmzip.runtime import checkpoints

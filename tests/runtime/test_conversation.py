@@ -7,13 +7,8 @@ from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
 import vlmzip
 from tests.runtime.ragged import Ragged
 from tests.runtime.test_promises import GREEDY, interleaved, types, without_padding
-from tests.tiny import FAMILIES, PAD
+from tests.tiny import PAD
 from vlmzip import NoCompression, UserError
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
-    return FAMILIES[request.param]()
 
 
 @pytest.fixture(scope="module", params=["ragged", "none"])

@@ -7,23 +7,17 @@ import torch
 
 import vlmzip
 from tests.runtime.ragged import Ragged
-from tests.tiny import FAMILIES, PAD, wrong_copies
+from tests.tiny import PAD, wrong_copies
 from vlmzip import FastV, LLaVolta, VisionZip
 
 ROWS = ([1, "image", 5, 6, 7], [1, "image", 4, "image", 5], [1, 2, 3, 4])
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
-    return FAMILIES[request.param]()
-
-
 @pytest.mark.parametrize("positions", ["contiguous", "original"])
 def test_positions_of_your_own_are_kept_whatever_the_policy(family, positions):
     inputs = family.batch(ROWS[0])
-    axes = (3,) if family.name == "qwen2_5_vl" else ()
-    own = (7 + 2 * torch.arange(inputs["input_ids"].shape[1])).expand(*axes, 1, -1)
+    own = (7 + 2 * torch.arange(inputs["input_ids"].shape[1])).expand(*family.position_axes, 1, -1)
     compressed = vlmzip.compress_inputs(
         family.model, inputs | {"position_ids": own}, VisionZip(keep=8, positions=positions)
     )

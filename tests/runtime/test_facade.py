@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import vlmzip
+from tests.families import tiny_llava
 from tests.runtime.ragged import Ragged
-from tests.tiny import FAMILIES, IMAGE_TOKEN, batch, prompt, tiny_llava
+from tests.tiny import IMAGE_TOKEN, batch, prompt
 from vlmzip import NoCompression, Pool2d, RandomTokens, UserError, VisionZip
 
 MIXED = (prompt(1, "image", 5, 6, 7), prompt(1, "image", 4, "image", 5), prompt(1, 2, 3, 4), prompt("image", 8))
@@ -145,13 +146,11 @@ def traces(model):
 
 
 class TestNoTrace:
-    @pytest.mark.parametrize("family", FAMILIES)
     @pytest.mark.parametrize("positions", ["contiguous", "original"])
     @pytest.mark.parametrize("broken", [False, True])
-    def test_after_detach_the_model_is_as_it_was(self, family, positions, broken):
-        family = FAMILIES[family]()
-        model = family.model
-        inputs = family.batch([1, "image", 5, 6, 7], [1, "image", 4, "image", 5], [1, 2, 3, 4])
+    def test_after_detach_the_model_is_as_it_was(self, fresh, positions, broken):
+        model = fresh.model
+        inputs = fresh.batch([1, "image", 5, 6, 7], [1, "image", 4, "image", 5], [1, 2, 3, 4])
         with torch.no_grad():
             logits = model(**inputs).logits
         before = traces(model)

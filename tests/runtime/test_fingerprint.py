@@ -10,7 +10,7 @@ import transformers
 from PIL import Image
 
 import vlmzip
-from tests.tiny import FAMILIES, tiny_llava, tiny_processor
+from tests.families import FAMILIES, tiny_llava
 from vlmzip import VisionZip, spec
 from vlmzip.models import adapter_for
 from vlmzip.runtime import fingerprint
@@ -19,7 +19,7 @@ from vlmzip.runtime.answering import Answerer
 
 def changed(change, *more):
     """The names of what is another when `change` has been at work on a model and its processor."""
-    model, processor = tiny_llava(), tiny_processor("llava")
+    model, processor = tiny_llava(), FAMILIES["llava"].processor()
     before = fingerprint.of_model(model, processor)
     change(model, processor, *more)
     now = fingerprint.of_model(model, processor)
@@ -49,7 +49,7 @@ CHANGES = {
 
 
 def test_every_part_is_tried():
-    assert CHANGES.keys() == fingerprint.of_model(tiny_llava(), tiny_processor("llava")).keys()
+    assert CHANGES.keys() == fingerprint.of_model(tiny_llava(), FAMILIES["llava"].processor()).keys()
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -81,9 +81,8 @@ def test_dtype_and_weights_in_it():
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # PaliGemma's processor and NumPy's newest
-@pytest.mark.parametrize("family", FAMILIES)
-def test_being_asked_changes_nothing(family):
-    model, processor = FAMILIES[family]().model, tiny_processor(family)
+def test_being_asked_changes_nothing(fresh):
+    model, processor = fresh.model, fresh.processor()
     answerer = Answerer(adapter_for(model), processor)
     before = fingerprint.of_model(model, processor)
     with vlmzip.attach(model, VisionZip(keep=4)) as compressed:
@@ -99,7 +98,7 @@ def test_a_model_loaded_from_another_place_is_the_same(tmp_path):
     found = []
     for name in "ab":
         tiny_llava().save_pretrained(tmp_path / name)
-        tiny_processor("llava").save_pretrained(tmp_path / name)
+        FAMILIES["llava"].processor().save_pretrained(tmp_path / name)
         loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / name)
         found.append(fingerprint.of_model(loaded, AutoProcessor.from_pretrained(tmp_path / name)))
     assert found[0] == found[1]

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.tiny import batch, prompt, tiny_llava
+from tests.families import tiny_llava
+from tests.tiny import batch, prompt
 from vlmzip import QFormer, VisionZip, attach, mini
 from vlmzip.lab.bench.presets import PRESETS, make_config, make_model
 from vlmzip.models import adapter_for

@@ -19,7 +19,7 @@ import pytest
 from PIL import Image, ImageOps, TiffImagePlugin, features
 
 import vlmzip
-from tests.tiny import tiny_llava, tiny_processor
+from tests.families import FAMILIES, tiny_llava
 from vlmzip import DFMR, calibrate
 from vlmzip.cli.images import load_image as load_in_cli
 from vlmzip.errors import UserError
@@ -131,7 +131,7 @@ def test_all_orientations_look_alike(tmp_path, reader, suffix):
 def test_calibration_sees_what_is_asked_about(tmp_path):
     """Given paths, or what Pillow has opened: the same pixels reach the processor."""
     paths = [save(tmp_path, "jpg", "RGB", orientation=6), save(tmp_path, "png", "RGBA"), save(tmp_path, "tiff", "I;16")]
-    processor, model = tiny_processor("llava"), tiny_llava()
+    processor, model = FAMILIES["llava"].processor(), tiny_llava()
     seen = []
 
     def watched(images, **settings):

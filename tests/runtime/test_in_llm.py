@@ -10,13 +10,17 @@ import torch
 from transformers import DynamicCache
 
 import vlmzip
+from tests.families import FAMILIES, tiny_llava
 from tests.references.in_llm import logits_of
 from tests.references.kmeans import kmeans
 from tests.references.sparsevlm import raters, sparsevlm
-from tests.tiny import FAMILIES, IMAGE_TOKEN, batch, prompt, tiny_llava
+from tests.tiny import IMAGE_TOKEN, batch, prompt
 from vlmzip import Chain, FastV, KMeans, LLaVolta, Pool2d, RandomTokens, Site, SparseVLM, TokenMap, UserError, VisionZip
 from vlmzip.compressor import Compressor
 from vlmzip.runtime.decoder_hooks import LayerHook, LLMHook
+
+#: In quick runs: one that drops and one that merges.
+pytestmark = pytest.mark.crossed(case=["fastv", "ragged merging"])
 
 ROWS = ([1, "image", 5, 6, 7], [1, "image", 4, "image", 5], [1, 2, 3, 4], ["image", 8], [1, 7, "image"])
 STEPS = 16
@@ -132,10 +136,9 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
+@pytest.fixture(scope="module")
+def family(family):
     """Logits below 3, of which float32 rounds off less than the 1e-5 that the oracle allows."""
-    family = FAMILIES[request.param]()
     with torch.no_grad():
         family.model.get_output_embeddings().weight.mul_(0.4)
     return family
@@ -161,6 +164,8 @@ def columns_of(family, row, first):
     return columns
 
 
+@pytest.mark.every_family
+@pytest.mark.crossed(case=["fastv", "ragged merging"], attention=["sdpa"])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_every_row_of_a_ragged_batch_equals_masking(family, case, attention):
     """Prefill logits and 16 decode steps with a KV cache, left-padded, against the full forward of each row alone."""
@@ -181,7 +186,7 @@ def test_every_row_of_a_ragged_batch_equals_masking(family, case, attention):
         one, images = alone(family, row)
         new = out.sequences[row, width:-1]
         expected, alive = logits_of(
-            family.model, one, new, IMAGE_TOKEN, images, rules, bidirectional=family.name == "paligemma"
+            family.model, one, new, IMAGE_TOKEN, images, rules, bidirectional=family.sees_prompt_both_ways
         )
         got = torch.stack([step[row] for step in out.logits])
         # A masked row of the reference still holds numbers of its own; only those that are left count.
@@ -215,8 +220,6 @@ def test_without_a_cache_and_padded_on_the_right(family, case):
         left, right = family.batch(*ROWS), family.batch(*ROWS, pad="right")
         logits = compressed(**left).logits
         torch.testing.assert_close(compressed(**left, use_cache=False).logits, logits, atol=1e-5, rtol=0)
-        if family.name == "qwen2_5_vl" or family.name == "paligemma":
-            return  # padding on the right changes nothing more there
         mirrored = compressed(**right).logits
     source = compressed.report.source
     for row in range(len(ROWS)):
@@ -284,7 +287,7 @@ def test_beams(family, case, how):
 def test_second_turn_on_one_cache_equals_a_fresh_run(family, case):
     """Turn 2 brings a new image; masks and caches of the layers behind K are as if the turns had been one."""
     compressor, _ = case
-    if family.name == "paligemma":
+    if family.sees_prompt_both_ways:
         pytest.skip("its first turn sees the prompt both ways, which one run over both turns would not")
     needs_question = compressor.needs or any(stage.needs for stage in compressor.stages())
     if needs_question:
@@ -439,7 +442,7 @@ def test_its_time_counts_as_selection():
 @pytest.mark.parametrize("method", [FastV(keep=6, layer=2), SparseVLM(counts=(6,), layer=(2,), recycle=0.0)])
 def test_in_training_every_image_is_asked_about_by_the_question_before_its_answer(family, method):
     """Image, question, answer, image, question, answer: each decision is that of the prompt up to its question."""
-    if family.name == "paligemma":
+    if family.sees_prompt_both_ways:
         pytest.skip("sees the prompt both ways: what follows a question changes its attention")
     compressed = vlmzip.attach(family.model, method)
     first, second = [1, "image", 5, 6], [7, "image", 8, 9]
@@ -477,7 +480,7 @@ def test_a_chain_from_before_the_llm_into_it(family, before, inside, rules):
     columns = (hand["input_ids"][0] == IMAGE_TOKEN).nonzero()[:, 0].tolist()
     expected, alive = logits_of(
         family.model, hand, torch.tensor([], dtype=torch.long), IMAGE_TOKEN, [columns], rules,
-        bidirectional=family.name == "paligemma",
+        bidirectional=family.sees_prompt_both_ways,
     )  # fmt: skip
     torch.testing.assert_close(got, expected[alive], atol=1e-5, rtol=0)
     compressed.detach()

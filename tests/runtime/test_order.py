@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import AttentionInterface, DynamicCache
 
+from tests.families import FAMILIES
 from tests.references.kmeans import kmeans
 from tests.references.visionzip import visionzip_in_place
 from tests.runtime.ragged import Ragged
-from tests.tiny import FAMILIES, IMAGE_TOKEN
+from tests.tiny import IMAGE_TOKEN
 from vlmzip import Chain, FastV, KMeans, Resampler, Site, VisionZip, attach, available, compress_inputs
 from vlmzip.compressor import Calibratable, Compressor, Profile
 from vlmzip.models import adapter_for
@@ -52,11 +53,6 @@ def every_method():
         (Backwards(), Backwards(site=Site.POST_PROJECTOR)),
     ):
         yield pytest.param(Chain(compressors=stages), id="+".join(stage.name() for stage in stages))
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
-    return FAMILIES[request.param]()
 
 
 def seen_by_the_llm(family, method, inputs):

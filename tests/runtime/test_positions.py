@@ -8,8 +8,8 @@ import torch
 from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig, Qwen2Config
 
 import vlmzip
+from tests.families import FAMILIES
 from tests.runtime.ragged import Ragged
-from tests.tiny import FAMILIES
 from vlmzip import Downsample, FastV, NoCompression, VisionZip
 from vlmzip.errors import BeyondPositions, telling_beyond_positions
 from vlmzip.models import adapter_for
@@ -17,11 +17,6 @@ from vlmzip.runtime.positions import llm_positions, warn_beyond
 
 ROWS = ([1, "image", 5, 6, 7], [1, "image", 4, "image", 5], [1, 2, 3, 4], ["image", 8])
 GREEDY = {"do_sample": False}
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request):
-    return FAMILIES[request.param]()
 
 
 def limit(model, positions):
@@ -99,23 +94,22 @@ METHODS = {
 
 @pytest.mark.parametrize("generating", [False, True], ids=["forward", "generate"])
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_the_report_counts_what_the_llm_counts(family, method, generating):
+def test_the_report_counts_what_the_llm_counts(fresh, method, generating):
     """Each row alone: the positions that enter the LLM are caught, and the last of them is the count."""
-    llm, seen = adapter_for(family.model).llm, []
+    llm, seen = adapter_for(fresh.model).llm, []
 
     def catch(_module, _args, kwargs):
         positions, length = kwargs.get("position_ids"), kwargs["inputs_embeds"].shape[1]
         seen.append(torch.arange(length) if positions is None else positions)
 
-    first = int(family.name == "paligemma")  # which counts from 1
-    together, taken = family.batch(*ROWS), []
+    together, taken = fresh.batch(*ROWS), []
     handle = llm.register_forward_pre_hook(catch, with_kwargs=True)
-    with vlmzip.attach(family.model, method) as compressed:
+    with vlmzip.attach(fresh.model, method) as compressed:
         for row, parts in enumerate(ROWS):
             seen.clear()
-            inputs = family.batch(parts, first_image=sum(other.count("image") for other in ROWS[:row]))
+            inputs = fresh.batch(parts, first_image=sum(other.count("image") for other in ROWS[:row]))
             compressed.generate(**inputs, max_new_tokens=1, **GREEDY) if generating else compressed(**inputs)
-            taken.append(int(seen[0].max()) + 1 - first)
+            taken.append(int(seen[0].max()) + 1 - fresh.first_position)
             assert compressed.report.positions == taken[-1:]
         compressed.generate(**together, max_new_tokens=1, **GREEDY) if generating else compressed(**together)
         assert compressed.report.positions == taken
@@ -126,15 +120,15 @@ def test_the_report_counts_what_the_llm_counts(family, method, generating):
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_one_position_too_many_is_said(family, method):
-    inputs = family.batch(*ROWS)
-    compressed = vlmzip.attach(family.model, method)
+def test_one_position_too_many_is_said(fresh, method):
+    inputs = fresh.batch(*ROWS)
+    compressed = vlmzip.attach(fresh.model, method)
     compressed(**inputs)
     most = max(compressed.report.positions)
-    limit(family.model, most)
+    limit(fresh.model, most)
     assert said(lambda: compressed(**inputs)) == []
     assert said(lambda: compressed.generate(**inputs, max_new_tokens=1, **GREEDY)) == []
-    limit(family.model, most - 1)
+    limit(fresh.model, most - 1)
     (text,) = said(lambda: compressed(**inputs))
     assert f"takes {most:,} positions and the LLM has {most - 1:,}: the answer may be wrong" in text
     compressed.detach()
@@ -151,15 +145,15 @@ def test_axes_that_go_on_slowly_count_less_than_tokens():
     assert said(lambda: whole(**inputs)) == []
 
 
-def test_it_is_said_once_for_each_model_and_compressor(family):
-    inputs = family.batch(*ROWS)
-    limit(family.model, 8)
-    whole, compressed = vlmzip.attach(family.model, NoCompression()), vlmzip.attach(family.model, VisionZip(keep=12))
+def test_it_is_said_once_for_each_model_and_compressor(fresh):
+    inputs = fresh.batch(*ROWS)
+    limit(fresh.model, 8)
+    whole, compressed = vlmzip.attach(fresh.model, NoCompression()), vlmzip.attach(fresh.model, VisionZip(keep=12))
     assert len(said(lambda: [whole(**inputs) for _ in range(3)])) == 1
     assert len(said(lambda: [compressed.generate(**inputs, max_new_tokens=2, **GREEDY) for _ in range(3)])) == 1
-    again = vlmzip.attach(family.model, VisionZip(keep=12))
+    again = vlmzip.attach(fresh.model, VisionZip(keep=12))
     assert said(lambda: again(**inputs)) == []
-    other = FAMILIES[family.name]()
+    other = type(fresh)()
     limit(other.model, 8)
     assert len(said(lambda: vlmzip.attach(other.model, VisionZip(keep=12))(**inputs))) == 1
 
@@ -193,16 +187,16 @@ def test_fewer_visual_tokens_are_advised_where_they_help(method, advised):
 
 
 @pytest.mark.parametrize("how", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
-def test_answers_that_grow_beyond(family, how):
+def test_answers_that_grow_beyond(fresh, how):
     """The last token of an answer does not go through the LLM: six of them take five positions."""
-    inputs = family.batch([1, "image", 5, 6, 7], [1, 2, 3, 4])
-    compressed = vlmzip.attach(family.model, VisionZip(keep=12))
+    inputs = fresh.batch([1, "image", 5, 6, 7], [1, 2, 3, 4])
+    compressed = vlmzip.attach(fresh.model, VisionZip(keep=12))
     answer = lambda: compressed.generate(**inputs, max_new_tokens=6, min_new_tokens=6, **GREEDY, **how)  # noqa: E731
     answer()
     most = max(compressed.report.positions) + 5
-    limit(family.model, most)
+    limit(fresh.model, most)
     assert said(answer) == []
-    limit(family.model, most - 1)
+    limit(fresh.model, most - 1)
     (text,) = said(answer)
     assert f"the prompt and its answer take {most} positions and the LLM has {most - 1}" in text
     assert "ask for a shorter answer" in text

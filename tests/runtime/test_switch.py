@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import DynamicCache
 
-from tests.tiny import batch, prompt, tiny_llava
+from tests.families import tiny_llava
+from tests.tiny import batch, prompt
 from vlmzip import FastV, LLaVolta, NoCompression, Pool2d, QFormer, VisionZip, attach
 from vlmzip.errors import UserError
 

@@ -8,16 +8,12 @@ from transformers import DynamicCache, GenerationConfig, UnbatchedClassifierFree
 
 import vlmzip
 from tests.runtime.test_in_llm import CASES, ROWS
-from tests.tiny import FAMILIES
 from vlmzip import FastV, NoCompression, UserError, VisionZip
+
+pytestmark = pytest.mark.crossed(compressed=[("fastv", "sdpa"), ("ragged merging", "sdpa"), ("visionzip", "sdpa")])
 
 HOW = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True}
 SETTINGS = {**{name: case[0] for name, case in CASES.items()}, "visionzip": VisionZip(keep=8), "none": NoCompression()}
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request):
-    return FAMILIES[request.param]()
 
 
 @pytest.fixture(params=[*((name, "sdpa") for name in SETTINGS), ("fastv", "eager"), ("ragged merging", "eager")])

@@ -5,7 +5,7 @@ import random
 
 from PIL import Image
 
-from tests.tiny import save_checkpoint, tiny_processor
+from tests.families import FAMILIES, save_checkpoint
 from tests.training.test_batches import TEMPLATE
 from tests.training.test_records import record, said
 
@@ -15,7 +15,7 @@ COUNT = 24
 def write_run(folder, **settings):
     """A checkpoint, records and a configuration in `folder`; returns the configuration's path."""
     save_checkpoint(folder / "model")
-    processor = tiny_processor("llava")
+    processor = FAMILIES["llava"].processor()
     processor.chat_template = TEMPLATE
     processor.save_pretrained(folder / "model")
     rng = random.Random(0)

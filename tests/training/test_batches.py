@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.tiny import IMAGE_TOKEN, PAD, TOKENS, tiny_llava, tiny_processor, tiny_qwen
+from tests.families import FAMILIES, tiny_llava
+from tests.tiny import IMAGE_TOKEN, PAD, TOKENS
 from tests.training.test_records import film, record, said, write
 from vlmzip import Pool2d, attach
 from vlmzip.errors import UserError
@@ -27,7 +28,7 @@ USER, MODEL, END = 4, 5, 2
 
 @pytest.fixture(scope="module")
 def processor():
-    made = tiny_processor("llava")
+    made = FAMILIES["llava"].processor()
     made.chat_template = TEMPLATE
     return made
 
@@ -46,7 +47,7 @@ def folder(tmp_path):
 
 
 def with_template(template):
-    made = tiny_processor("llava")
+    made = FAMILIES["llava"].processor()
     made.chat_template = template
     return made
 
@@ -56,7 +57,7 @@ def qwen_conversations():
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-    made = tiny_processor("qwen2_5_vl")
+    made = FAMILIES["qwen2_5_vl"].processor()
     words = made.tokenizer.backend_tokenizer.to_str()
     words = words.replace("<image>", "<|image_pad|>").replace('"w98"', '"<|video_pad|>"')
     special = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
@@ -66,7 +67,7 @@ def qwen_conversations():
     )
     processor = type(made)(made.image_processor, tokenizer)
     processor.chat_template = TEMPLATE.replace("<image>", "<|image_pad|>")
-    return Preprocessor(processor, adapter_for(tiny_qwen()), max_length=600)
+    return Preprocessor(processor, adapter_for(FAMILIES["qwen2_5_vl"].build()), max_length=600)
 
 
 def without_images(ids):
@@ -85,7 +86,7 @@ def test_labels_are_the_answers_and_their_ends(conversations, folder):
 
 
 def test_a_template_with_an_end_gets_no_second_one(processor, llava, folder):
-    ending = tiny_processor("llava")
+    ending = FAMILIES["llava"].processor()
     ending.chat_template = TEMPLATE.replace(
         "{% endfor %}{% endfor %}", "{% endfor %}{{ '</s> ' if m.role != 'user' }}{% endfor %}"
     )
@@ -303,7 +304,7 @@ def test_lengths_tell_long_records_from_short_ones(conversations, folder):
 
 
 def test_processors_that_cannot_be_used_are_refused(llava):
-    bare = tiny_processor("llava")
+    bare = FAMILIES["llava"].processor()
     with pytest.raises(UserError, match="no chat template"):
         Preprocessor(bare, adapter_for(llava), 100)
     bare.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content[0].text }}{% endfor %}"
@@ -316,7 +317,7 @@ def test_processors_that_cannot_be_used_are_refused(llava):
 
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # its processor's own
 def test_a_processor_that_rewrites_prompts_is_refused(llava):
-    rewriting = tiny_processor("paligemma")
+    rewriting = FAMILIES["paligemma"].processor()
     rewriting.chat_template = TEMPLATE
     with pytest.raises(UserError, match="PaliGemmaProcessor rewrites it"):
         Preprocessor(rewriting, adapter_for(llava), 100)

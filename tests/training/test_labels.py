@@ -7,7 +7,8 @@ from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
 
-from tests.tiny import PATCH, SIDE, tiny_llava
+from tests.families import tiny_llava
+from tests.tiny import PATCH, SIDE
 from tests.training.test_records import record
 from vlmzip.errors import UserError
 from vlmzip.models import adapter_for

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
-from tests.tiny import tiny_llava, tiny_processor
+from tests.families import FAMILIES, tiny_llava
 from tests.training.runs import losses, stages, write_config, write_run
 from vlmzip import NoCompression, UserError
 from vlmzip.cli.main import main
@@ -268,7 +268,7 @@ def test_what_is_saved_is_the_gathered_state_where_there_is_one(tmp_path):
     """As under ZeRO-3, where the model itself has no weights to save."""
     compressed = attach(tiny_llava(), NoCompression())
     gathered = {name: value + 1 for name, value in compressed.state_dict().items()}
-    _save(compressed, NoCompression(), tiny_processor("llava"), tmp_path / "model", gathered)
+    _save(compressed, NoCompression(), FAMILIES["llava"].processor(), tmp_path / "model", gathered)
     saved = AutoModelForImageTextToText.from_pretrained(tmp_path / "model").state_dict()
     for name, value in compressed.inner.state_dict().items():
         torch.testing.assert_close(saved[name], value + 1)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.tiny import tiny_llava, tiny_qwen
+from tests.families import tiny_llava
 from tests.training.runs import write_config
 from vlmzip import FastV, NoCompression, Pool2d, attach
 from vlmzip.compressor import Compressor
@@ -55,11 +55,10 @@ def test_the_records_of_a_fraction_are_drawn_by_the_seed(config):
     assert first == sorted(first)
 
 
-@pytest.mark.parametrize("make", [tiny_llava, tiny_qwen])
 @pytest.mark.parametrize("learn", [("projector",), ("llm",), ("vision",), ("vision", "projector")])
-def test_what_learns(make, learn):
+def test_what_learns(fresh, learn):
     """In Qwen the projector is a part of the encoder: it learns, or does not, all the same."""
-    model = make()
+    model = fresh.model
     adapter, compressed = adapter_for(model), attach(model, NoCompression())
     _choose_what_learns(compressed, adapter, learn, None)
     inside = set(adapter.projector.parameters())

@@ -245,6 +245,7 @@ def test_a_loss_that_is_no_number_ends_the_run(again):
     assert all(loss == loss for loss in losses(out))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"log_every": 100, "trainer": {"save_strategy": "no"}}])
 def test_gradients_that_are_no_numbers_are_not_saved(again, monkeypatch, settings):
     """The loss before them is one; and nothing else would be logged of the last step."""
@@ -301,6 +302,7 @@ def test_a_mistake_in_a_worker_is_a_line_too(again):
     assert said.count("vlmzip: ") == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(again, monkeypatch):
     step = StagedTrainer.training_step
 
@@ -468,6 +470,7 @@ def summary(out):
     return json.loads((out / "log.jsonl").read_text().splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_the_mean_loss_is_of_all_steps_however_often_a_run_was_stopped(again):
     """Logged in stretches of unequal length, and stopped twice."""
     settings = {"log_every": 4, "save_every": 3, "steps": 8, "checkpoints": 9}
@@ -620,6 +623,7 @@ def test_tensorboard_has_what_is_logged(start):
     assert [event.step for event in found.Scalars("train/retention")] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_what_bitsandbytes_lacks_for_weights_that_nobody_has_is_not_said():
     """transformers' trainer imports peft, which imports bitsandbytes."""
     code = (

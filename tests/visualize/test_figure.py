@@ -9,7 +9,7 @@ from matplotlib.image import imread
 
 from tests.cli.test_eval import write_questions
 from tests.cli.test_study import table
-from tests.tiny import save_checkpoint
+from tests.families import save_checkpoint
 from vlmzip.cli.main import main
 from vlmzip.training.explain import draw_staircase
 from vlmzip.visualize.figure import new_figure
@@ -59,6 +59,7 @@ def test_staircases(name):
     assert drawn(draw_staircase(SimpleNamespace(stages=[stage]), name))
 
 
+@pytest.mark.slow
 def test_eval_and_study_of_a_task_with_such_a_name(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("vlmzip.lab.analyses.tau.TAUS", (0.0, 0.8))

@@ -1,7 +1,7 @@
 """A tiny model with a task of a few questions about a few images."""
 
+from tests.families import FAMILIES, tiny_llava
 from tests.lab.test_tasks import question, write
-from tests.tiny import tiny_llava, tiny_processor
 from vlmzip.lab.analyses.subject import Subject
 from vlmzip.lab.tasks.catalogue import read_task
 from vlmzip.processes import Processes
@@ -23,7 +23,7 @@ def numbered_subject(folder, words=WORDS, images="aabbacd", batch=3, model=None,
     names = [f"{name}.png" for name in sorted(set(images))]
     task = read_task(write(folder / "q", *lines, images=names) + ":exact", None, None)
     if processor is None:
-        processor = tiny_processor("llava")
+        processor = FAMILIES["llava"].processor()
         processor.chat_template = TEMPLATE
     model = model or tiny_llava()
     return Subject(model, processor, "tiny", task, folder / "out", batch, 0, Processes(), lambda text: None)

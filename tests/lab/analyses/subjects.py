@@ -1,7 +1,7 @@
 """Tiny subjects for analyses: a model with random weights and ten questions about three images of noise."""
 
+from tests.families import FAMILIES
 from tests.lab.test_tasks import question, write
-from tests.tiny import tiny_llava, tiny_processor
 from vlmzip.lab.analyses.subject import Subject
 from vlmzip.lab.tasks.catalogue import read_task
 from vlmzip.processes import Processes
@@ -10,7 +10,7 @@ from vlmzip.processes import Processes
 LEVELS = {"a.png": "plain", "b.png": "rich", "c.png": "plain"}
 
 
-def make_subject(folder, model=None, family="llava", questions=10, batch=4):
+def make_subject(folder, family=None, questions=10, batch=4):
     """A subject whose answers and figures go into folder/out, and the list of what it tells."""
     names = list(LEVELS)
     lines = [question(names[n % 3], question=f"w{n + 4}") for n in range(questions)]
@@ -18,8 +18,8 @@ def make_subject(folder, model=None, family="llava", questions=10, batch=4):
     for number, sample in enumerate(task.samples):
         level = LEVELS[sample.image.rpartition("/")[2]]
         sample.groups.update(level=level, type="even" if number % 2 == 0 else "odd")
-    model = tiny_llava() if model is None else model
+    family = family or FAMILIES["llava"]()
     said = []
     return Subject(
-        model, tiny_processor(family), "tiny", task, folder / "out", batch, 0, Processes(), said.append
+        family.model, family.processor(), "tiny", task, folder / "out", batch, 0, Processes(), said.append
     ), said

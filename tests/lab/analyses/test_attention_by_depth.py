@@ -5,7 +5,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from tests.lab.analyses.numbered import numbered_subject
-from tests.tiny import FAMILIES, IMAGE_TOKEN
+from tests.tiny import IMAGE_TOKEN
 from vlmzip.lab.analyses import attention_by_depth as analysis
 from vlmzip.lab.analyses.subject import Unsuited
 from vlmzip.models import adapter_for
@@ -14,10 +14,9 @@ STEPS = 5
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", FAMILIES)
-def test_rows_are_those_of_eager_attention(name, attention):
+def test_rows_are_those_of_eager_attention(fresh, attention):
     """Grouped queries, rotary positions on one and three axes, padding, prompts that see each other both ways."""
-    family = FAMILIES[name]()
+    family = fresh
     inputs = family.batch([1, "image", 5, 6], [1, 3, "image", 7, 5, 6, 8])
     visual = inputs["input_ids"] == IMAGE_TOKEN
     generate = dict(max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False)

@@ -10,9 +10,9 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
+from tests.families import FAMILIES, tiny_llava
 from tests.lab.analyses.subjects import make_subject
 from tests.models.test_signals import llava_on_siglip
-from tests.tiny import FAMILIES, tiny_llava, tiny_paligemma, tiny_vipllava
 from vlmzip import Signal, Site, UserError
 from vlmzip.lab.analyses import encoder_attention
 from vlmzip.lab.analyses.encoder_attention import concentration, draw, findings, measure
@@ -23,44 +23,36 @@ from vlmzip.models.llava import Llava
 from vlmzip.visual_tokens import Grid
 from vlmzip.visualize.attention import Map, draw_maps
 
-TOWERS = {
-    "llava": tiny_llava,
-    "llava on siglip": lambda: llava_on_siglip(side=48, vision_feature_layer=-2),
-    "paligemma": tiny_paligemma,
-    "vipllava": tiny_vipllava,
-}
 
-
-@pytest.mark.parametrize("name", TOWERS)
-def test_every_layer_is_as_the_matrices_say(name):
-    model = TOWERS[name]()
+def assert_scores_are_of_matrices(model, whose):
+    """The model's own attention matrices, of two images of noise."""
     inputs = {"pixel_values": torch.randn(2, 3, 48, 48)}
     found = adapter_for(model).encoder_attention(inputs)
     tower = model.model.vision_tower
     tower.set_attn_implementation("eager")
     with torch.no_grad():
         matrices = tower(inputs["pixel_values"], output_attentions=True).attentions
+    assert found.whose == [whose] * len(matrices)
     assert len(found.by_image) == 2
     for image, scores in enumerate(found.by_image):
         assert scores.shape == (len(matrices), 36)
         for layer, matrix in enumerate(matrices):
             heads = matrix[image]
-            if name in ("llava", "vipllava"):
-                expected = heads[:, 0, 1:].mean(0)
-                assert found.whose[layer] == "CLS"
-            else:
-                expected = heads.mean((0, 1))
-                assert found.whose[layer] == "all tokens"
+            expected = heads[:, 0, 1:].mean(0) if whose == "CLS" else heads.mean((0, 1))
             torch.testing.assert_close(scores[layer], expected, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("name", [*TOWERS, "qwen2_5_vl"])
-def test_the_layer_that_is_read_is_the_one_that_encode_reads(name):
-    if name == "qwen2_5_vl":
-        family = FAMILIES[name]()
-        model, inputs = family.model, family.batch(["image", "image"])
-    else:
-        model, inputs = TOWERS[name](), {"pixel_values": torch.randn(2, 3, 48, 48)}
+def test_every_layer_is_as_the_matrices_say(fresh):
+    if not fresh.one_size:
+        pytest.skip("its encoder gives no matrices: see the test of Qwen2.5-VL")
+    assert_scores_are_of_matrices(fresh.model, fresh.scored_by)
+
+
+def test_every_layer_of_an_encoder_without_cls_is_as_the_matrices_say():
+    assert_scores_are_of_matrices(llava_on_siglip(side=48, vision_feature_layer=-2), "all tokens")
+
+
+def assert_encode_reads_the_layer(model, inputs):
     adapter = adapter_for(model)
     found = adapter.encoder_attention(inputs)
     with torch.no_grad():
@@ -71,6 +63,15 @@ def test_the_layer_that_is_read_is_the_one_that_encode_reads(name):
             torch.testing.assert_close(found.by_image[image][found.scored], read)
             others = [scores for layer, scores in enumerate(found.by_image[image]) if layer != found.scored]
             assert all((scores - read).abs().max() > 1e-4 for scores in others)
+
+
+def test_the_layer_that_is_read_is_the_one_that_encode_reads(fresh):
+    assert_encode_reads_the_layer(fresh.model, fresh.batch(["image", "image"]))
+
+
+def test_without_cls_too_the_layer_that_is_read_is_the_one_that_encode_reads():
+    model = llava_on_siglip(side=48, vision_feature_layer=-2)
+    assert_encode_reads_the_layer(model, {"pixel_values": torch.randn(2, 3, 48, 48)})
 
 
 def test_qwens_windows_are_windows():
@@ -186,12 +187,11 @@ class TestStudy:
             measure(make_subject(tmp_path)[0])
 
     @pytest.mark.filterwarnings("ignore:__array__ implementation")  # PaliGemma's processor and NumPy's newest
-    @pytest.mark.parametrize("family", ["paligemma", "qwen2_5_vl"])
-    def test_other_families(self, family, tmp_path):
-        rows = measure(make_subject(tmp_path, FAMILIES[family]().model, family)[0])
-        assert rows[-1]["read_by_visionzip"] == "yes"
+    def test_every_family(self, fresh, tmp_path):
+        rows = measure(make_subject(tmp_path, fresh)[0])
+        assert sum(row["read_by_visionzip"] == "yes" for row in rows) == 1
         assert Image.open(tmp_path / "out" / "encoder_attention-maps.png").width > 400
-        assert ("inside of windows and are not compared" in " ".join(findings(rows))) == (family == "qwen2_5_vl")
+        assert ("inside of windows and are not compared" in " ".join(findings(rows))) == fresh.windowed
 
     def test_the_figure_shows_the_rows(self, rows):
         above, below = draw(rows, "a title").axes

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.families import FAMILIES, tiny_llava
 from tests.lab.analyses.numbered import numbered_subject
-from tests.tiny import tiny_llava, tiny_processor, tiny_qwen
 from vlmzip import FastV, NoCompression, TokenMap, VisionZip, attach
 from vlmzip.lab.analyses import turns
 from vlmzip.lab.analyses.subject import Unsuited
@@ -96,7 +96,9 @@ def test_replaying_a_questions_own_tokens_changes_nothing(subject):
 
 
 def test_images_of_several_sizes_get_their_own_tokens(tmp_path):
-    subject = numbered_subject(tmp_path, model=tiny_qwen(), processor=tiny_processor("qwen2_5_vl"))
+    subject = numbered_subject(
+        tmp_path, model=FAMILIES["qwen2_5_vl"].build(), processor=FAMILIES["qwen2_5_vl"].processor()
+    )
     Image.open(tmp_path / "q" / "b.png").resize((32, 48)).save(tmp_path / "q" / "b.png")
     study, fastv, pairs = subject.study(), FastV(keep=3, layer=1), turns.pairs(subject.task.samples)
     found = turns.replay(study, subject.task, fastv, pairs)

@@ -52,6 +52,7 @@ def trained(folder: Path, stop_encoder: int | None = None, stop_language: int | 
     return model.state_dict()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_twice_ends_like_one_that_was_not(tmp_path: Path) -> None:
     whole = trained(tmp_path / "whole")
     trained(tmp_path / "killed", stop_encoder=2)
@@ -79,6 +80,7 @@ def test_another_recipe_does_not_go_on_in_the_same_folder(tmp_path: Path) -> Non
     assert Run(tmp_path, later, join_processes()).saved is not None
 
 
+@pytest.mark.slow
 def test_training_exports_a_model_that_loads(tmp_path: Path) -> None:
     folder = train(tmp_path, tiny_recipe(), shipped_assets("validation"))
     model, about = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)

@@ -1,0 +1,30 @@
+"""The families that the tests run over: each file here is one, and is found by being here.
+
+A file has a class that derives from `tests.tiny.Family` and whose `name` is the file's. Tests take the fixture
+`family`. In quick runs (`-m "not slow"`) they run over the families that no other stands for, and what is marked
+`every_family` over all.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
+
+from tests.tiny import Family
+
+
+def _in(module: str) -> type[Family]:
+    """The class of the file that is called like it."""
+    classes = vars(import_module(f"{__name__}.{module}")).values()
+    (family,) = (cls for cls in classes if isinstance(cls, type) and getattr(cls, "name", None) == module)
+    return family
+
+
+#: Name → class. Calling it gives a tiny model with inputs.
+FAMILIES: dict[str, type[Family]] = {module.name: _in(module.name) for module in iter_modules(__path__)}
+#: For tests that need any model.
+tiny_llava = FAMILIES["llava"].build
+
+
+def save_checkpoint(folder, model=None) -> None:
+    """A tiny LLaVA with processor, as a folder that `from_pretrained` loads."""
+    FAMILIES["llava"].processor().save_pretrained(folder)
+    (model or tiny_llava()).save_pretrained(folder)
