@@ -5,8 +5,9 @@
 
 Budgets are average shares of the visual tokens over all layers of the LLM; where a method has no such setting, the
 table has no row. Methods whose threshold decides by content are calibrated on mini's validation images. Each
-configuration is appended to benchmarks/results/methods-on-mini.csv as soon as it is done; a second run goes on where
-the first was stopped. mini is a test-bed: what wins here need not win on a model of seven billion parameters.
+configuration is written to benchmarks/results/methods-on-mini.csv as soon as it is done; a second run goes on where the
+first was stopped, and measures again what other code, weights or versions of torch and transformers gave. mini is a
+test-bed: what wins here need not win on a model of seven billion parameters.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import nn
 
 import vlmzip
 from recipes.benchmarks import RESULTS
+from recipes.mini import evaluate
 from recipes.mini.evaluate import AnswerRecord, ModelAnswer, by, share_right
 from vlmzip import KMeans, LLaVolta, NoCompression, RandomTokens, Site, VisionZip, catalogue
 from vlmzip.compressor import BudgetError, Calibratable, Compressor, Profile
@@ -38,6 +40,7 @@ from vlmzip.mini.scene import make_scene
 from vlmzip.mini.splits import VALIDATION, test_split
 from vlmzip.models import adapter_for
 from vlmzip.runtime.calibration import MeasuredImage, measure, meet
+from vlmzip.runtime.fingerprint import of_code, of_files, of_json, of_model
 from vlmzip.runtime.flops import prefill_flops
 
 BUDGETS = ("50%", "25%", "11%")
@@ -98,6 +101,13 @@ def ask(compressed: nn.Module, limit: int | None) -> tuple[list[AnswerRecord], l
     return records, mean, milliseconds / len(samples), time.perf_counter() - start
 
 
+@cache
+def fingerprint() -> str:
+    """Return the digest of all that answers depend on beside the compressor's settings: code, weights and versions."""
+    scripts = of_files([Path(__file__), Path(evaluate.__file__)])
+    return of_json([of_model(*mini()), of_code("mini"), scripts])
+
+
 def row_of(budget: str, setting: str, method: Compressor, limit: int | None) -> dict[str, object]:
     model, processor = mini()
     compressed = vlmzip.attach(model, method)
@@ -124,6 +134,7 @@ def row_of(budget: str, setting: str, method: Compressor, limit: int | None) -> 
         "seconds": f"{seconds:.0f}",
         "right": "".join("01"[record.right] for record in records),
         "compressor": str(method.to_dict()),
+        "fingerprint": fingerprint(),
         **about(),
     }
 
@@ -138,7 +149,8 @@ def setting_of(method: Compressor) -> str:
 
 def save(rows: list[dict[str, object]], path: Path) -> None:
     rows.sort(key=lambda row: ("100%", *BUDGETS).index(str(row["budget"])))
-    write_csv(path, [{name: row.get(name, "") for name in rows[0]} for row in rows])
+    names = max(rows, key=len)  # a method that has no such budget has fewer columns
+    write_csv(path, [{name: row.get(name, "") for name in names} for row in rows])
 
 
 def cannot(budget: str, method: Compressor, error: BudgetError) -> dict[str, object]:
@@ -150,6 +162,12 @@ def cannot(budget: str, method: Compressor, error: BudgetError) -> dict[str, obj
 def is_row_of(row: dict[str, object], budget: str, method: Compressor) -> bool:
     asked = (budget, method.name(), setting_of(method), positions_of(method))
     return (row["budget"], row["method"], row["setting"], row["positions"]) == asked
+
+
+def is_measured(row: dict[str, object], method: Compressor, questions: int) -> bool:
+    """Whether a row has the answers of the method, at its budget, to so many questions by the code that runs now."""
+    wanted = {"compressor": str(method.to_dict()), "questions": str(questions), "fingerprint": fingerprint()}
+    return all(str(row.get(name)) == value for name, value in wanted.items())
 
 
 def positions_of(method: Compressor) -> str:
@@ -202,19 +220,17 @@ def main() -> None:
     args = parser.parse_args()
     rows: list[dict[str, object]] = list(csv.DictReader(args.out.open())) if args.out.exists() else []
     profile, measured = adapter_for(mini()[0]).profile(), {}
+    count = min(args.limit or 10**9, len(test_split()))
     for budget, method in [("100%", NoCompression()), *((b, m) for b in BUDGETS for m in settings())]:
+        others = [row for row in rows if not is_row_of(row, budget, method)]
         try:
             chosen = method if budget == "100%" else at_budget(method, budget, profile, measured)
         except BudgetError as error:
-            rows = [row for row in rows if not is_row_of(row, budget, method)] + [cannot(budget, method, error)]
+            rows = [*others, cannot(budget, method, error)]
             continue
-        count = min(args.limit or 10**9, len(test_split()))
-        if any(
-            (row["compressor"], int(row["questions"])) == (str(chosen.to_dict()), count) and row["budget"] == budget
-            for row in rows
-        ):
+        if any(is_measured(row, chosen, count) for row in rows if is_row_of(row, budget, method)):
             continue
-        rows.append(row_of(budget, setting_of(method), chosen, args.limit))
+        rows = [*others, row_of(budget, setting_of(method), chosen, args.limit)]
         save(rows, args.out)
         print(f"{budget:>5} {method.name():<18}{rows[-1]['positions']!s:<11} {rows[-1]['accuracy']} %", flush=True)
     save(rows, args.out)
