@@ -27,3 +27,10 @@ def test_links_between_documents_lead_somewhere():
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / unquote(target)).exists(), f"{page.name} links to {target}"
+
+
+def test_numbers_come_from_committed_code():
+    """A commit with `-dirty` behind it names code that nobody can look up."""
+    files = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks" / "results").rglob("*.csv")]
+    assert len(files) > 20
+    assert [path.name for path in files if "-dirty" in path.read_text(encoding="utf-8")] == []
