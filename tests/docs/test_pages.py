@@ -5,6 +5,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,6 +21,8 @@ def test_using(monkeypatch, capsys):
     assert capsys.readouterr().out.strip() == "orange"
     assert names["report"].after == 36
     assert names["out"].shape[1] > names["more"]["input_ids"].shape[1]
+    torch.testing.assert_close(names["logits"], names["same"])
+    assert names["ids"].shape[1] == names["inputs"]["input_ids"].shape[1] - 144 + 36
     assert names["again"].compressor == names["compressed"].compressor
 
 
