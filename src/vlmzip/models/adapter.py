@@ -18,6 +18,11 @@ from vlmzip.models.layout import Encoded, Layout
 from vlmzip.models.recording import rotate
 from vlmzip.visual_tokens import Grid, Signal, Site
 
+#: Implementations of attention for which transformers makes masks, in which packed rows do not see each other.
+MASKED_ATTENTION = ("sdpa", "eager")
+#: LLMs that were seen to keep packed rows apart. Others never look for them (gpt_oss), or carry a state along.
+LLMS_THAT_MASK_PACKED_ROWS = ("llama", "mistral", "qwen2", "gemma2")
+
 
 @dataclass(frozen=True)
 class EncoderAttention:
@@ -83,6 +88,17 @@ class ModelAdapter(ABC):
     def llm_config(self) -> Any:
         """The config of the decoder."""
         return self.model.config.get_text_config()
+
+    @property
+    def keeps_packed_rows_apart(self) -> bool:
+        """Whether rows that stand side by side in one do not see each other, if the positions of each count from 0.
+
+        transformers masks them so, but under FlashAttention in a batch of one alone. Positions of several axes do not
+        show where a row begins.
+        """
+        llm = self.llm_config
+        masks = llm._attn_implementation in MASKED_ATTENTION and llm.model_type in LLMS_THAT_MASK_PACKED_ROWS
+        return masks and not self.position_axes
 
     def profile(self) -> Profile:
         """The grid of one image at the model's own resolution, and the depth of its LLM."""

@@ -17,10 +17,6 @@ from vlmzip.models.adapter import ModelAdapter
 from vlmzip.runtime.compressed_inputs import CompressedInputs
 from vlmzip.runtime.report import CompressedImage
 
-#: Implementations of attention for which transformers makes masks, in which packed rows do not see each other.
-MASKED = ("sdpa", "eager")
-#: LLMs that were seen to keep packed rows apart. Others look for them nowhere (gpt_oss), or carry a state along.
-KEPT_APART = ("llama", "mistral", "qwen2", "gemma2")
 #: Lengths of bins that are tried between the longest row's and twice that.
 TRIED = 16
 
@@ -28,18 +24,17 @@ TRIED = 16
 def pack(
     compressed: CompressedInputs, adapter: ModelAdapter, images: Sequence[CompressedImage], fills: dict[str, int]
 ) -> None:
-    """Packs the rows of a compressed prompt that is to be trained on, if fewer would do; else leaves them as they are.
+    """Pack the rows of a compressed prompt that is to be trained on, if fewer would do; else leave them as they are.
 
     `images` are in order of appearance, `fills` has what padding gets by the name of the input. Loss and gradients
     stay the same. `report.source` is of the packed rows from then on. Where rows have positions of their own (original
-    ones, several axes) nothing is packed: gaps in them would look like the beginning of another row. Nor is it where
-    token types decide who sees whom (PaliGemma), in an LLM not known to keep packed rows apart, or under
-    FlashAttention, where transformers looks for the beginnings of rows in a batch of one alone.
+    ones) nothing is packed: gaps in them would look like the beginning of another row. Nor is it where token types
+    decide which tokens see each other, or where the LLM does not keep packed rows apart.
     """
-    llm = adapter.llm_config
-    if llm._attn_implementation not in MASKED or llm.model_type not in KEPT_APART:
+    llm, source = adapter.llm_config, compressed.report.source
+    if source is None or not adapter.keeps_packed_rows_apart:
         return
-    if adapter.position_axes or any(compressed.get(name) is not None for name in ("position_ids", "token_type_ids")):
+    if any(compressed.get(name) is not None for name in ("position_ids", "token_type_ids")):
         return
     mask = compressed["attention_mask"].bool()
     # A token costs 8 h² + 6 h m floating point operations in the linear layers, a pair of tokens 4 h in attention.
@@ -50,12 +45,8 @@ def pack(
     for name, fill in fills.items():
         if compressed.get(name) is not None:
             compressed[name] = compressed[name].flatten()[index.clamp(min=0)].masked_fill(index < 0, fill)
-    if (
-        compressed.get("labels") is not None
-    ):  # nothing foretells the first token of a row, least of all the row before it
+    if compressed.get("labels") is not None:  # the last token of one row must not foretell the first of the next
         compressed["labels"] = compressed["labels"].masked_fill(positions == 0, fills["labels"])
-    source = compressed.report.source
-    assert source is not None  # there are images
     compressed.report = replace(
         compressed.report, source=source.flatten()[index.clamp(min=0)].masked_fill(index < 0, -1), packed=True
     )
