@@ -23,6 +23,7 @@ CHECKED = [
     "runtime.detail",
     "runtime.conversation",
     "runtime.generation",
+    "runtime.in_llm",
     "runtime.flops",
     "runtime.token_profile",
     "lab.bench",

@@ -49,12 +49,7 @@ IMPORTS_NOT_YET_RIGHT: dict[tuple[str, str], str] = {
     ("runtime.imported", ""): "the folder of the package is that of vlmzip.version",
 }
 #: (module, name): where `runtime/` names a method or a type of model.
-NAMED_IN_RUNTIME: dict[tuple[str, str], str] = {
-    **{
-        ("runtime.packing", name): "the family says that its LLM keeps packed rows apart"
-        for name in ("gemma2", "llama", "mistral", "qwen2")
-    },
-}
+NAMED_IN_RUNTIME: dict[tuple[str, str], str] = {}
 #: Imports inside functions. Each needs a reason, such as a package that takes long to import.
 MOST_INSIDE_FUNCTIONS = 217
 

@@ -17,7 +17,7 @@ from tests.references.sparsevlm import raters, sparsevlm
 from tests.tiny import IMAGE_TOKEN, batch, prompt
 from vlmzip import Chain, FastV, KMeans, LLaVolta, Pool2d, RandomTokens, Site, SparseVLM, TokenMap, UserError, VisionZip
 from vlmzip.compressor import Compressor
-from vlmzip.runtime.decoder_hooks import LayerHook, LLMHook
+from vlmzip.runtime.in_llm.hooks import LayerHook, LLMHook
 
 #: In quick runs: one that drops and one that merges.
 pytestmark = pytest.mark.crossed(case=["fastv", "ragged merging"])

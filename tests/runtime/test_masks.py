@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from vlmzip.runtime.masks import shrink_mask
+from vlmzip.runtime.in_llm.masks import shrink_mask
 
 #: Two rows of a forward of 5 tokens behind 2 cached ones; the second row has fewer left, padded on the left.
 HERE = torch.tensor([[0, 1, 3, 4], [-1, 0, 2, 4]])

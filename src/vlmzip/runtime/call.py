@@ -14,7 +14,8 @@ from vlmzip.models.adapter import ModelAdapter
 from vlmzip.runtime.cache import cache_of
 from vlmzip.runtime.compressed_inputs import CompressedInputs
 from vlmzip.runtime.conversation import CacheState, Conversations, first_turn, next_turn
-from vlmzip.runtime.in_llm import InLLMState, prompt_of
+from vlmzip.runtime.in_llm.prompt import prompt_of
+from vlmzip.runtime.in_llm.state import InLLMState
 from vlmzip.runtime.inputs import compress_inputs, positions_of
 from vlmzip.runtime.place import inside_the_llm
 from vlmzip.runtime.positions import positions_taken, warn_beyond

@@ -41,7 +41,7 @@ class CacheState:
     images: list[int]
     """Images so far, by row."""
     keys: dict[int, Tensor] = field(default_factory=dict)
-    """For each layer at which a compressor acts inside the LLM, what the caches from there on hold (`in_llm.py`)."""
+    """For each layer before which a compressor acts, what the caches from there on hold (`LayerCut.keys`)."""
 
     def and_generated(self, tokens: Int[Tensor, "batch new"], filler: Bool[Tensor, "batch new"]) -> CacheState:
         """The conversation after the model has answered with `tokens`; `filler` follows the end of short answers."""

@@ -20,9 +20,10 @@ from vlmzip.runtime import pipelines
 from vlmzip.runtime.cache import cache_name, cache_of, with_cache_named
 from vlmzip.runtime.call import CompressedCall, compress_call
 from vlmzip.runtime.conversation import Conversations
-from vlmzip.runtime.decoder_hooks import Hooks, running
 from vlmzip.runtime.generation import Generated, Generation
-from vlmzip.runtime.in_llm import InLLMState, extend, loss_behind
+from vlmzip.runtime.in_llm.hooks import Hooks, running
+from vlmzip.runtime.in_llm.outcome import extend, loss_behind
+from vlmzip.runtime.in_llm.state import InLLMState
 from vlmzip.runtime.last_report import last_report, publish
 from vlmzip.runtime.place import check_place, inside_the_llm, warn_if_nothing_to_do
 from vlmzip.runtime.report import Report

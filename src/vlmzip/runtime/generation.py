@@ -20,8 +20,8 @@ from vlmzip.errors import UserError
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.runtime.cache import cache_name, cache_of, with_cache_named
 from vlmzip.runtime.call import CompressedCall
-from vlmzip.runtime.decoder_hooks import running
-from vlmzip.runtime.in_llm import InLLMState
+from vlmzip.runtime.in_llm.hooks import running
+from vlmzip.runtime.in_llm.state import InLLMState
 from vlmzip.runtime.prompt import PER_TOKEN, pad_id
 
 #: Whether chunked prefill gives each chunk its own part of the images' features.

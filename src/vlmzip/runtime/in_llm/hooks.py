@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 from vlmzip.runtime.cache import cache_argument
-from vlmzip.runtime.in_llm import InLLMState, LayerState
+from vlmzip.runtime.in_llm.state import InLLMState
+from vlmzip.runtime.in_llm.step import Step
 from vlmzip.runtime.versions import argument
 
 #: The name under which the state of a call travels from the LLM to its layers.
@@ -29,7 +30,7 @@ _lock = threading.Lock()
 
 @contextmanager
 def running(inside: InLLMState | None) -> Iterator[None]:
-    """Lets `inside`, if there is one, act on the LLM for the block, in this thread alone."""
+    """Let `inside`, if there is one, act on the LLM for the block, in this thread alone."""
     token = _running.set(inside)
     try:
         yield
@@ -38,26 +39,26 @@ def running(inside: InLLMState | None) -> Iterator[None]:
 
 
 class LLMHook:
-    """Before the LLM runs: hands the state of the running call to its layers."""
+    """Hands the state of the running call to the layers, before the LLM runs."""
 
     @torch.compiler.disable
     def __call__(self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inside = _running.get()
-        if inside is None or inside.adapter.llm is not llm:
+        if inside is None or inside.plan.adapter.llm is not llm:
             return None
         step = inside.step(argument(kwargs, "inputs_embeds", "the LLM"), cache_argument(kwargs, "the LLM"))
         return None if step is None else (args, {**kwargs, STEP: step})
 
 
 class LayerHook:
-    """Before a decoder layer runs: shortens its inputs as the state of the call says."""
+    """Shortens the inputs of a decoder layer as the state of the call says, before the layer runs."""
 
     def __init__(self, index: int) -> None:
         self.index = index
 
     @torch.compiler.disable
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        step: LayerState | None = kwargs.pop(STEP, None)
+        step: Step | None = kwargs.pop(STEP, None)
         if step is None:
             return None
         kwargs = dict(kwargs)
@@ -85,7 +86,7 @@ class Hooks:
                 _users[module] = _users.get(module, 0) + 1
 
     def remove(self) -> None:
-        """Gives up this façade's claim. Twice is harmless."""
+        """Give up this façade's claim on the hooks. Twice is harmless."""
         with _lock:
             for module in self._modules:
                 _users[module] -= 1

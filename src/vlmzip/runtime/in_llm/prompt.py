@@ -1,0 +1,49 @@
+"""The prompt that goes through the LLM in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from vlmzip.runtime.prompt import PER_TOKEN, Span
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The part of a prompt that goes through the LLM in one call, as far as compressors inside it need to know."""
+
+    spans: list[Span]
+    """Its images; columns count from the beginning of the conversation."""
+    real: Bool[Tensor, "batch length"]
+    """Which tokens of the conversation are no padding."""
+    question_ends: list[int]
+    """For each image the column of its question's last token: the one before the next label, or the last of all."""
+
+    def row(self, row: int) -> Prompt:
+        """Return one row as a prompt of its own."""
+        images = [n for n, span in enumerate(self.spans) if span.row == row]
+        spans = [replace(self.spans[n], row=0) for n in images]
+        return Prompt(spans, self.real[row : row + 1], [self.question_ends[n] for n in images])
+
+
+def prompt_of(spans: list[Span], compressed: Mapping[str, Any]) -> Prompt | None:
+    """Return the prompt that goes into the LLM with `compressed`; `None` where it brings no images."""
+    if not spans:
+        return None
+    real = compressed["attention_mask"].bool()
+    last = (real.long() * torch.arange(1, real.shape[1] + 1, device=real.device)).argmax(1).tolist()
+    ends = [last[span.row] for span in spans]
+    labels = compressed.get("labels")
+    if labels is not None:
+        # In training, the question about an image ends before the first answer behind the image.
+        known = real.shape[1] - labels.shape[1]  # labels cover the new part of a conversation
+        answers = [(row != PER_TOKEN["labels"]).nonzero()[:, 0] + known for row in labels.cpu()]
+        for n, span in enumerate(spans):
+            following = answers[span.row][answers[span.row] > span.columns[-1]]
+            ends[n] = int(following[0]) - 1 if len(following) else ends[n]
+    return Prompt(spans, real, ends)

@@ -1,0 +1,103 @@
+"""One call of the model: what compressors inside the LLM carry from one forward to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from vlmzip.compressor import Compressor
+from vlmzip.errors import UserError
+from vlmzip.models.adapter import ModelAdapter
+from vlmzip.runtime.in_llm.plan import Plan
+from vlmzip.runtime.in_llm.prompt import Prompt
+from vlmzip.runtime.in_llm.step import Step
+from vlmzip.runtime.report import Stopwatch
+
+
+class InLLMState:
+    """One call of the model: carries the decisions from layer to layer, and from step to step of `generate`."""
+
+    def __init__(
+        self,
+        adapter: ModelAdapter,
+        compressors: Sequence[Compressor],
+        prompt: Prompt | None,
+        watch: Stopwatch,
+        keys: dict[int, Int[Tensor, "batch _"]] | None = None,
+    ) -> None:
+        self.plan = Plan(adapter, compressors, watch)
+        self.prompt = prompt
+        self.keys = dict(keys or {})
+        """For each compressing layer, what its cache holds (see `LayerCut.keys`)."""
+        self.first: Step | None = None
+        """The step that took in the images."""
+        self._started = False
+        self._cache: Any = None
+        """The KV cache of the call; it stays `None` if the call runs without one."""
+
+    def row(self, row: int) -> InLLMState:
+        """Return the same for one row of the prompt alone."""
+        prompt = None if self.prompt is None else self.prompt.row(row)
+        keys = {layer: held[row : row + 1] for layer, held in self.keys.items()}
+        compressors = list(dict.fromkeys(self.plan.at.values()))
+        return InLLMState(self.plan.adapter, compressors, prompt, self.plan.watch, keys)
+
+    def step(self, embeddings: Float[Tensor, "batch length dim"], cache: Any) -> Step | None:
+        """Return the state of one forward of the LLM, `None` where no layer has anything to do."""
+        if self._started and cache is not self._cache:
+            _refuse_part_of_another_cache(cache)
+            return None  # a logits processor, such as that of guidance_scale, asks the model something else
+        past = 0 if cache is None else cache.get_seq_length()
+        prompt = self._prompt_for(embeddings.shape[1], past)
+        self._started, self._cache = True, cache
+        if past == 0:
+            self.keys = {}
+        if prompt is None and not self.keys:
+            return None
+        _refuse_other_caches(cache)
+        step = Step(self.plan, self.keys, prompt, embeddings.detach(), cache, past)
+        if step.images is not None and self.first is None:
+            self.first = step
+        return step
+
+    def _prompt_for(self, length: int, past: int) -> Prompt | None:
+        """Return the prompt that this forward takes in; without a KV cache that is all of it, at every step."""
+        if not self._started:
+            return self.prompt
+        if past or self.prompt is None:
+            return None
+        new = length - self.prompt.real.shape[1]
+        if new < 0:
+            raise UserError(
+                "the KV cache was not filled, so this answer cannot go on: call model.eval() before generate, or"
+                " switch off gradient checkpointing"
+            )
+        return replace(self.prompt, real=nn.functional.pad(self.prompt.real, (0, new), value=True))
+
+
+def _refuse_other_caches(cache: Any) -> None:
+    """Raise `UserError` for a cache whose layers must hold equal numbers of tokens."""
+    if cache is None:
+        return
+    if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
+        raise UserError(
+            f"compressors inside the LLM need a DynamicCache of full-attention layers, not {type(cache).__name__}:"
+            " layers hold different numbers of tokens"
+        )
+
+
+def _refuse_part_of_another_cache(cache: Any) -> None:
+    """Raise `UserError` for a cache with fewer tokens in some layers, where this call has filled another one."""
+    if cache is None:
+        return
+    if len({cache.get_seq_length(layer) for layer in range(len(cache.layers))}) > 1:
+        raise UserError(
+            "a compressor inside the LLM goes on with the KV cache that it has filled, not with a copy of it:"
+            " use generate without custom_generate, or a compressor before the LLM"
+        )

@@ -1,0 +1,120 @@
+"""One forward of the LLM: what happens before each of its layers."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from vlmzip.runtime.in_llm.cut import LayerCut
+from vlmzip.runtime.in_llm.images import Images
+from vlmzip.runtime.in_llm.indices import compact, follow, look_up
+from vlmzip.runtime.in_llm.plan import Plan
+from vlmzip.runtime.in_llm.prompt import Prompt
+from vlmzip.token_map import TokenMap
+
+
+class Step:
+    """The state of one forward. It travels with the arguments of the layers, also into a recomputation of them."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        keys: dict[int, Int[Tensor, "batch _"]],
+        prompt: Prompt | None,
+        embeddings: Float[Tensor, "batch length dim"],
+        cache: Any,
+        past: int,
+    ) -> None:
+        self.plan, self.cache, self.past = plan, cache, past
+        self._keys = keys
+        """For each compressing layer what its cache holds (see `LayerCut.keys`); the call's."""
+        self.batch, self.length = embeddings.shape[:2]
+        self.copies = self.batch // (self.batch if prompt is None else len(prompt.real))
+        """`generate` repeats the rows of a prompt for beams and several sequences."""
+        self.images = Images(prompt, embeddings, past, self.copies) if prompt is not None and prompt.spans else None
+        self._cuts: dict[int, LayerCut | None] = {}
+
+    def enter(
+        self, index: int, layer: nn.Module, hidden: Float[Tensor, "batch length dim"], arguments: dict[str, Any]
+    ) -> Float[Tensor, "batch kept dim"]:
+        """Return the hidden states for layer `index`; shorten mask and positions in `arguments` to match."""
+        # 1. A compressor decides here. A recomputation finds the decision of the first run.
+        if index in self.plan.at:
+            if index not in self._cuts:
+                with torch.no_grad(), self._timed():
+                    self._cuts[index] = self._decide(index, hidden)
+            cut = self._cuts[index]
+            hidden = hidden if cut is None else cut.merge_and_drop(hidden)
+        # 2. What the latest compressor left is all that this layer sees.
+        cut = self._latest(index)
+        if cut is not None:
+            cut.shorten(arguments, past=self.past, flash=self.plan.flash)
+        # 3. The compressor before the next layer looks at this layer's attention.
+        if self.images is not None and index in self.plan.watched and index + 1 not in self._cuts:
+            with torch.no_grad(), self._timed():
+                self.images.attention[index] = self._attention(self.images, index, layer, hidden, arguments, cut)
+        return hidden
+
+    def _timed(self) -> AbstractContextManager[None]:
+        """Count as selection what is done where images come in; later forwards follow it."""
+        return nullcontext() if self.images is None else self.plan.watch.time("selection")
+
+    def _latest(self, index: int) -> LayerCut | None:
+        """Return the cut that layer `index` sees: its own, or that of the last compressing layer before it."""
+        layers = [layer for layer in self._cuts if layer <= index]
+        return self._cuts[max(layers)] if layers else None
+
+    def _decide(self, index: int, hidden: Float[Tensor, "batch length dim"]) -> LayerCut | None:
+        """Return the cut before layer `index`; `None` if there is nothing to do."""
+        before = self._latest(index)
+        cached = self._keys.get(index)
+        if self.images is None and cached is None:
+            return None
+        length, device = hidden.shape[1], hidden.device
+        if self.images is None:  # text behind compressed images: all of it stays
+            merges, places = [], []
+            source = torch.arange(length, device=device).expand(self.batch, -1)
+        else:
+            compressed = self.images.compress(index, self.plan.at[index], hidden, before)
+            merges = compressed.merges
+            source = compact(compressed.kept, pad_right=self.images.pad_right)
+            places = follow(compressed.outputs, self.images.rows, source, length)
+        here = source if before is None else look_up(before.here, source)
+        if cached is None:  # earlier forwards left all of their tokens
+            cached = torch.arange(self.past, device=device).expand(self.batch, -1)
+        keys = torch.cat([cached, torch.where(here < 0, -1, here + self.past)], 1)
+        self._keys[index] = keys
+        return LayerCut(merges, source, here, keys, places, padded=bool((keys < 0).any()))
+
+    def _attention(
+        self,
+        images: Images,
+        index: int,
+        layer: nn.Module,
+        hidden: Tensor,
+        arguments: dict[str, Any],
+        cut: LayerCut | None,
+    ) -> Float[Tensor, "batch queries kept"]:
+        """Return the question's attention at layer `index` to the tokens that enter it."""
+        if cut is None:
+            here = torch.arange(self.length, device=hidden.device).expand(self.batch, -1)
+            keys = torch.arange(self.past + self.length, device=hidden.device).expand(self.batch, -1)
+        else:
+            here, keys = cut.here, cut.keys
+        cached = self.cache.layers[index].keys if self.past else None
+        return images.question.attention(self.plan.adapter, layer, hidden, arguments, here, keys, self.past, cached)
+
+    # --- what came of it --------------------------------------------------------------------------------------
+
+    def here(self) -> Int[Tensor, "rows kept"] | None:
+        """Return for each token behind the last layer its column, without the copies of rows; `None` for all tokens."""
+        last = self._latest(len(self.plan.adapter.decoder_layers))
+        return None if last is None else last.here[:: self.copies]
+
+    def maps(self) -> list[list[tuple[int, TokenMap]]]:
+        """Return for each image, without copies, the layers at which a compressor acted on it, and the map of each."""
+        return [] if self.images is None else self.images.maps[:: self.copies]
