@@ -1,1 +1,1 @@
-"""Broken input for every command: `make fuzz` counts tracebacks, hangs and wrong exit codes; there should be none."""
+"""Fuzzing: `make fuzz` gives broken input to every command and counts tracebacks, hangs and wrong exit codes."""

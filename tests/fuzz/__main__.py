@@ -1,10 +1,10 @@
-"""Breaks the input of every command for a minute, and says what did not end as it should: `make fuzz`.
+"""Break the input of every command for a minute, and report each wrong ending (a find): `make fuzz`.
 
     python -m tests.fuzz --seconds 600 --seed 1
-    python -m tests.fuzz --only images --first 812 --cases 1     # one case again
+    python -m tests.fuzz --only images --first 812 --cases 1     # repeat one case
 
-Every case follows from the seed, its target and its number. A find's files are left in runs/fuzz, with the fewest
-changes that show it. The exit code is 1 if there is a find.
+The seed, the target and the number determine a case. The files of a find are written to runs/fuzz, with only the
+changes that it needs. The exit code is 1 if there is a find.
 """
 
 from __future__ import annotations
@@ -36,36 +36,36 @@ KINDS = ("traceback", "hang", "exit code", "noise")
 
 @dataclass
 class Tally:
-    """What became of one target's cases."""
+    """The outcomes of one target's cases."""
 
     target: Target
     bases: list[Case]
     number: int
-    """Of the next case."""
+    """The number of the next case."""
     seconds: float = 0.0
     counts: Counter[str] = field(default_factory=Counter)
-    told: set[tuple[str, str]] = field(default_factory=set)
-    """Finds by their cause; the first of each is told."""
+    reported: set[tuple[str, str]] = field(default_factory=set)
+    """The finds so far, by kind and cause; only the first of each is reported."""
 
 
 def case_of(tally: Tally, seed: int, number: int, kept: set[int] | None = None) -> tuple[Case, int]:
-    """Case `number` of a target and how many changes it has; `kept` are the ones made, all by default.
+    """Return case `number` of a target and the number of its changes. `kept` selects the changes to make, default: all.
 
-    The first cases are the valid ones as they are.
+    The first cases are the valid ones, without changes.
     """
     rng = random.Random(f"{seed}/{tally.target.name}/{number}")
     valid = number < len(tally.bases)
     base = tally.bases[number] if valid else rng.choice(tally.bases)
     case = Case(list(base.arguments), dict(base.files))
     seeds = [] if valid else [rng.random() for _ in range(rng.choice((1, 1, 1, 2, 3)))]
-    for place, one in enumerate(seeds):
+    for place, change_seed in enumerate(seeds):
         if kept is None or place in kept:
-            tally.target.change(random.Random(one), case)
+            tally.target.change(random.Random(change_seed), case)
     return case, len(seeds)
 
 
 def fewest(tally: Tally, seed: int, number: int, found: Outcome) -> Case:
-    """The case without the changes that the find does not need."""
+    """Return the case with only the changes that the find needs."""
     case, changes = case_of(tally, seed, number)
     kept = set(range(changes))
     for place in range(changes):
@@ -84,13 +84,14 @@ def try_case(tally: Tally, seed: int, out: Path) -> None:
         tally.counts.update(["cases", "done" if outcome.code == 0 else "refused" if outcome.code == 2 else "other"])
         if find:
             tally.counts[find] += 1
-            if (find, outcome.where) not in tally.told:
-                tally.told.add((find, outcome.where))
-                tell(tally, seed, tally.number, find, outcome, out)
+            if (find, outcome.where) not in tally.reported:
+                tally.reported.add((find, outcome.where))
+                report(tally, seed, tally.number, find, outcome, out)
     tally.seconds += time.monotonic() - began
 
 
-def tell(tally: Tally, seed: int, number: int, find: str, outcome: Outcome, out: Path) -> None:
+def report(tally: Tally, seed: int, number: int, find: str, outcome: Outcome, out: Path) -> None:
+    """Write the smallest case of a find, and print how to repeat it."""
     name = tally.target.name
     folder = out / f"{seed}-{name}-{number}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -104,45 +105,47 @@ def tell(tally: Tally, seed: int, number: int, find: str, outcome: Outcome, out:
 
 
 def warm() -> None:
-    """Imports what commands import, once for all cases."""
-    modules = ("accelerate", "transformers.trainer", "matplotlib.figure", *(f"vlmzip.cli.{one}" for one in COMMANDS))
+    """Import what the commands import, once for all cases."""
+    commands = (f"vlmzip.cli.{name}" for name in COMMANDS)
+    modules = ("accelerate", "transformers.trainer", "matplotlib.figure", *commands)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         for name in modules:
             import_module(name)
         main(["ask", str(PHOTO), *ASK[2:], "--baseline"])
 
 
-def table(found: dict[str, Counter[str]]) -> str:
+def table(totals: dict[str, Counter[str]]) -> str:
+    """Return a table of the counts by target, with a last row for all targets."""
     names = ("cases", "done", "refused", *KINDS)
     lines = [f"{'':<16}" + "".join(f"{name:>12}" for name in names)]
-    for target, counts in {**found, "all": sum(found.values(), Counter())}.items():
+    for target, counts in {**totals, "all": sum(totals.values(), Counter())}.items():
         lines.append(f"{target:<16}" + "".join(f"{counts[name]:>12,}" for name in names))
     return "\n".join(lines)
 
 
 def work(tallies: list[Tally], end: float, last: float, seed: int, jobs: int, out: Path) -> dict[str, Counter[str]]:
-    """Counts by target. The next case is of the target that has had the least time."""
-    while open_ones := [tally for tally in tallies if tally.number < last and time.monotonic() < end]:
-        tally = min(open_ones, key=lambda one: one.seconds)
+    """Return the counts by target. Each case is of the target that has had the least time."""
+    while unfinished := [tally for tally in tallies if tally.number < last and time.monotonic() < end]:
+        tally = min(unfinished, key=lambda tally: tally.seconds)
         try_case(tally, seed, out)
         tally.number += jobs
     return {tally.target.name: tally.counts for tally in tallies}
 
 
 def fuzz(seconds: float, cases: int | None, seed: int, only: list[str], first: int, jobs: int, out: Path) -> bool:
-    """Whether there is no find."""
+    """Try cases of the targets and print a table of the outcomes. Return whether there is no find."""
     warm()
     chosen = [(target, target.bases()) for target in TARGETS if not only or target.name in only]
     end, last = (time.monotonic() + seconds, math.inf) if cases is None else (math.inf, first + cases)
-    found: dict[str, Counter[str]] = {target.name: Counter() for target, _ in chosen}
+    totals: dict[str, Counter[str]] = {target.name: Counter() for target, _ in chosen}
     with ProcessPoolExecutor(jobs, FORK) as pool:
         shares = [[Tally(target, bases, first + job) for target, bases in chosen] for job in range(jobs)]
-        began = [pool.submit(work, share, end, last, seed, jobs, out) for share in shares]
-        for one in began:
-            for name, counts in one.result().items():
-                found[name] += counts
-    print(f"seed {seed}\n{table(found)}")
-    return not any(counts[kind] for counts in found.values() for kind in KINDS)
+        futures = [pool.submit(work, share, end, last, seed, jobs, out) for share in shares]
+        for future in futures:
+            for name, counts in future.result().items():
+                totals[name] += counts
+    print(f"seed {seed}\n{table(totals)}")
+    return not any(counts[kind] for counts in totals.values() for kind in KINDS)
 
 
 if __name__ == "__main__":
@@ -150,7 +153,7 @@ if __name__ == "__main__":
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--cases", type=int, help="cases of each target, however long they take")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", nargs="+", default=[], choices=[one.name for one in TARGETS])
+    parser.add_argument("--only", nargs="+", default=[], choices=[target.name for target in TARGETS])
     parser.add_argument("--first", type=int, default=0, metavar="NUMBER", help="number of the first case")
     parser.add_argument("--jobs", type=int, default=1, help="processes that try cases; the cases are the same")
     parser.add_argument("--out", type=Path, default=Path("runs/fuzz"))

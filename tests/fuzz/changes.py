@@ -1,4 +1,4 @@
-"""Ways to break a text, bytes, or the tree of a JSON file; each draws what it does from `rng`."""
+"""Ways to break a text, bytes, or the tree of a JSON file. Each way draws its change from `rng`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import random
 from typing import Any
 
-#: What tends to be forgotten: limits of numbers, odd characters, signs with a meaning, other types.
+#: Inputs that programs tend to forget: limits of numbers, odd characters, characters with a meaning, other types.
 WORDS = (
     *("", " ", "0", "-1", "1", "2", "0.5", "50%", "1e9", "1e400", "nan", "inf", "9" * 30, "9" * 400, "0x10", "1_0"),
     *("None", "null", "true", "[]", "{}", "(", ")", "((", "=", ",", "+", ":", "'", '"', "%", "#", "&x", "*x", "\\"),
@@ -34,6 +34,7 @@ DEEP = 100_000
 
 
 def text(rng: random.Random, old: str) -> str:
+    """Replace, insert, double or delete a part of a text, or replace it all."""
     begin = rng.randrange(len(old) + 1)
     end = min(len(old), begin + rng.choice((1, 1, 2, 5, 20)))
     new = rng.choice((rng.choice(WORDS), old[begin:end] * 2, "", chr(rng.randrange(32, 127))))
@@ -41,7 +42,7 @@ def text(rng: random.Random, old: str) -> str:
 
 
 def data(rng: random.Random, old: bytes) -> bytes:
-    """Flips, cuts, doubles or overwrites bytes; half of the time near the beginning, where headers are."""
+    """Cut off, delete, double, overwrite or flip bytes; half of the time near the beginning, where headers are."""
     begin = rng.randrange(min(len(old), 64) if rng.random() < 0.5 else len(old)) if old else 0
     end = begin + rng.choice((1, 1, 2, 4, 16, 500))
     how = rng.randrange(6)
@@ -59,7 +60,7 @@ def data(rng: random.Random, old: bytes) -> bytes:
 
 
 def tree(rng: random.Random, old: Any) -> Any:
-    """Replaces, removes, renames or doubles one node of what JSON or YAML can hold."""
+    """Replace, remove, rename or double one node of a JSON or YAML value."""
     new = copy.deepcopy(old)
     nodes = list(_nodes(new))
     if not nodes:
@@ -81,7 +82,7 @@ def tree(rng: random.Random, old: Any) -> Any:
 
 
 def json_file(rng: random.Random, old: bytes) -> bytes:
-    """Mostly still JSON, of another content."""
+    """Change the content of a JSON file; the result is mostly still JSON."""
     how = rng.random()
     if how < 0.2:
         return data(rng, old)
@@ -94,6 +95,7 @@ def json_file(rng: random.Random, old: bytes) -> bytes:
 
 
 def json_lines(rng: random.Random, old: bytes) -> bytes:
+    """Change, double or delete one line of JSON Lines, or insert an empty line."""
     lines = old.split(b"\n")
     place = rng.randrange(len(lines))
     lines[place : place + 1] = rng.choice(([json_file(rng, lines[place])], [lines[place]] * 2, [], [b"", lines[place]]))
@@ -107,7 +109,7 @@ def _nodes(value: Any) -> Any:
 
 
 def _like(rng: random.Random, value: Any) -> Any:
-    """A value of the same type."""
+    """Return another value of the same type; a list of two for other types than text and numbers."""
     if isinstance(value, str):
         return text(rng, value)
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -1,4 +1,4 @@
-"""Runs one case as the command line would: in a process of its own, forked from one that has everything imported."""
+"""Run one case like the command line, in a process that is forked from one with everything imported."""
 
 from __future__ import annotations
 
@@ -15,34 +15,36 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 FORK = multiprocessing.get_context("fork")
-#: Beyond what the parent has; a case that wants more is a find, not the end of the machine.
+#: Bytes of memory that a case may take in addition to its parent's. A case that needs more is a find.
 MEMORY = 8 << 30
 NOTES = ("note: ", "warning: ")
 
 
 @dataclass
 class Case:
-    """A command line and a folder of files; a path in the place of bytes is a file elsewhere."""
+    """A command line and the files of its folder; a path instead of bytes becomes a link to that file."""
 
     arguments: list[str]
     files: dict[str, bytes | Path] = field(default_factory=dict)
 
     def read(self, name: str) -> bytes:
-        held = self.files[name]
-        return held.read_bytes() if isinstance(held, Path) else held
+        content = self.files[name]
+        return content.read_bytes() if isinstance(content, Path) else content
 
 
 @dataclass
 class Outcome:
+    """The outcome of a case."""
+
     folder: Path
     code: int | None
-    """None: it did not end in time."""
+    """The exit code; None if the case did not end in time."""
     stdout: str
     stderr: str
 
     @property
     def find(self) -> str:
-        """What is wrong with it, in a word; "" for nothing."""
+        """Return the kind of failure in a word or two; empty if there is none."""
         if self.code is None:
             return "hang"
         if "Traceback (most recent call last)" in self.stderr:
@@ -56,7 +58,7 @@ class Outcome:
 
     @property
     def where(self) -> str:
-        """What is alike in finds of one cause."""
+        """Return the place or message of the failure, which is the same for finds of one cause."""
         if self.find == "traceback":
             places = re.findall(r'vlmzip/(\S+)", line \d+, in (\S+)', self.stderr)
             error = self.stderr.rstrip().splitlines()[-1].partition(":")[0]
@@ -66,7 +68,7 @@ class Outcome:
 
 @contextmanager
 def run(case: Case, limit: float) -> Iterator[Outcome]:
-    """The outcome of a case, whose folder lasts as long as the context. `limit` is in seconds."""
+    """Run a case for at most `limit` seconds and yield its outcome, whose folder lasts as long as the context."""
     with tempfile.TemporaryDirectory(prefix="vlmzip-fuzz-") as place:
         folder = Path(place) / "case"
         write(case, folder)
@@ -76,13 +78,14 @@ def run(case: Case, limit: float) -> Iterator[Outcome]:
         process.join(limit)
         late = process.is_alive()
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # with whatever it has started
+            os.killpg(process.pid, signal.SIGKILL)  # and all processes that it has started
         process.join()
-        said = [path.read_text(errors="replace") if path.exists() else "" for path in (out, err)]
-        yield Outcome(folder, None if late else process.exitcode, *said)
+        outputs = [path.read_text(errors="replace") if path.exists() else "" for path in (out, err)]
+        yield Outcome(folder, None if late else process.exitcode, *outputs)
 
 
 def write(case: Case, folder: Path) -> None:
+    """Write the files of a case into a new folder."""
     folder.mkdir(parents=True)
     for name, content in case.files.items():
         path = folder / name
@@ -100,6 +103,6 @@ def _command(arguments: list[str], folder: Path, out: Path, err: Path) -> None:
     os.chdir(folder)
     for number, path in ((1, out), (2, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (held + MEMORY, held + MEMORY))
+    inherited = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (inherited + MEMORY, inherited + MEMORY))
     sys.exit(main(arguments))

@@ -1,4 +1,4 @@
-"""What is fuzzed: command lines and the files that they read, valid ones, and the ways to break them."""
+"""The targets of fuzzing: valid command lines with the files that they read, and ways to break them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SPECS = (
     "random_tokens(keep=9,site=in_llm)",
 )
 FORMATS = ("png", "jpeg", "gif", "webp", "tiff", "bmp", "avif", "ppm", "ico", "tga", "pcx", "jpeg2000")
-#: Modes that some formats store, each by a way of its own.
+#: Modes that some formats store differently.
 MODES = (("png", "P"), ("png", "I;16"), ("png", "LA"), ("jpeg", "CMYK"), ("tiff", "CMYK"), ("tiff", "F"), ("gif", "P"))
 CONFIG = yaml.safe_load("""
 model: mini
@@ -73,7 +73,7 @@ trainer: {max_grad_norm: 0.5, adam_beta2: 0.9, lr_scheduler_type: linear, optim:
 """)
 SHORT = {name: CONFIG[name] for name in ("model", "records", "out", "steps", "batch", "max_length", "save_every")}
 QUESTIONS = ["--tasks", "questions.jsonl:exact", "--limit", "2", "--batch", "2", "--out", "out"]
-#: Commands that take seconds at most, whatever becomes of one word.
+#: Commands that take at most seconds, even if any one word changes.
 COMMANDS = (
     ASK,
     [*ASK, "--baseline", "--json", "--overlay", "o.png", "--keep", "25%"],
@@ -103,11 +103,13 @@ COMMANDS = (
 
 @dataclass(frozen=True)
 class Target:
+    """A kind of input to break."""
+
     name: str
     bases: Callable[[], list[Case]]
-    """Valid cases: each ends with 0."""
+    """A function that returns valid cases, which all end with exit code 0."""
     change: Callable[[random.Random, Case], None]
-    """Breaks a case in one place."""
+    """A function that breaks a case in one place."""
 
 
 # ---------------------------------------------------------------- valid cases
@@ -115,21 +117,21 @@ class Target:
 
 def _commands() -> list[Case]:
     asked, explained = _questions()[0], _explained()[0]
-    return [Case(list(one), {**asked.files, **explained.files}) for one in COMMANDS]
+    return [Case(list(command), {**asked.files, **explained.files}) for command in COMMANDS]
 
 
 def _specs() -> list[Case]:
-    return [Case([*ASK, "--method", one], {"a.png": PHOTO}) for one in SPECS]
+    return [Case([*ASK, "--method", method], {"a.png": PHOTO}) for method in SPECS]
 
 
 def _saved() -> list[Case]:
-    found = []
-    for one in SPECS[:4]:
+    cases = []
+    for method in SPECS[:4]:
         with tempfile.TemporaryDirectory() as folder:
-            write_compressor(spec.read(one), folder)
+            write_compressor(spec.read(method), folder)
             content = (Path(folder) / "compressor.json").read_bytes()
-        found.append(Case([*ASK, "--method", "compressor.json"], {"a.png": PHOTO, "compressor.json": content}))
-    return found
+        cases.append(Case([*ASK, "--method", "compressor.json"], {"a.png": PHOTO, "compressor.json": content}))
+    return cases
 
 
 def _images() -> list[Case]:
@@ -138,7 +140,7 @@ def _images() -> list[Case]:
 
 
 def drawn(kind: str, mode: str) -> bytes:
-    """A small image with all that its format holds beside the pixels: orientation, compression, a second frame."""
+    """Return a small image file that uses its format's features: orientation, compression, a second frame."""
     image = Image.open(PHOTO).convert("RGB").resize((48, 40))
     image = image.convert("L").convert("I;16") if mode == "I;16" else image.convert(mode)
     exif = image.getexif()
@@ -159,11 +161,11 @@ def _training() -> list[Case]:
     turns = [{"from": "human", "value": f"<image>\n{QUESTION}"}, {"from": "gpt", "value": "orange"}]
     records: list[dict] = [{"id": n, "image": "a.png", "conversations": turns} for n in range(2)]
     records += [{"id": 2, "conversations": [{**turns[0], "value": "what color is the sky ?"}, turns[1]]}]
-    found = []
+    cases = []
     for name, text in (("records.json", json.dumps(records)), ("records.jsonl", _lines(records))):
         config = json.dumps(SHORT | {"records": name}).encode()
-        found.append(Case(["train", "run.yaml"], {"a.png": PHOTO, "run.yaml": config, name: text.encode()}))
-    return found
+        cases.append(Case(["train", "run.yaml"], {"a.png": PHOTO, "run.yaml": config, name: text.encode()}))
+    return cases
 
 
 def _questions() -> list[Case]:
@@ -173,19 +175,19 @@ def _questions() -> list[Case]:
 
 
 def _lines(contents: list[dict]) -> str:
-    return "".join(json.dumps(one) + "\n" for one in contents)
+    return "".join(json.dumps(content) + "\n" for content in contents)
 
 
 def _results() -> list[Case]:
-    """What a finished `eval` and a finished `train` left, and the same commands again."""
-    found = []
+    """Return the commands `eval` and `train`, to be run again on the files that they left."""
+    cases = []
     for case in (*_questions(), *_training()[:1]):
         with run(case, 120) as outcome:
             assert outcome.code == 0, outcome.stderr
             left = [path for path in outcome.folder.rglob("*") if path.is_file() and path.stat().st_size < 1 << 20]
             files = {str(path.relative_to(outcome.folder)): path.read_bytes() for path in left}
-        found.append(Case(case.arguments, case.files | files))
-    return found
+        cases.append(Case(case.arguments, case.files | files))
+    return cases
 
 
 def _model() -> list[Case]:
@@ -214,7 +216,7 @@ def _last_word(rng: random.Random, case: Case) -> None:
 
 
 def _one_file(how: Callable[[random.Random, bytes], bytes], rng: random.Random, case: Case) -> None:
-    """Breaks the file that the case is about, its last one."""
+    """Break the subject of the case, its last file."""
     name = list(case.files)[-1]
     case.files[name] = how(rng, case.read(name))
 

@@ -1,4 +1,4 @@
-"""A small part of `make fuzz`, the same each time; and what counts as a find."""
+"""The kinds of finds, and a small, fixed part of `make fuzz`."""
 
 import subprocess
 import sys
@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TARGETS = ["words", "specs", "compressor.json", "images", "yaml", "questions", "model"]
-#: `main` is replaced; a case's first word says what it does.
+#: A script that replaces `main`; the first word of a case chooses what `main` does.
 WHAT_IS_A_FIND = """
 import sys, time
 from tests.fuzz.process import Case, run
@@ -36,7 +36,7 @@ def python(*arguments):
     return done.returncode, done.stdout, done.stderr
 
 
-def test_what_is_a_find():
+def test_each_kind_of_find():
     code, out, err = python("-c", WHAT_IS_A_FIND)
     assert code == 0, err
     assert out.splitlines() == [

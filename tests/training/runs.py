@@ -1,4 +1,4 @@
-"""Small training runs for tests: a tiny LLaVA, two dozen records, a configuration."""
+"""Small training runs for tests: a tiny LLaVA, two dozen records and a configuration."""
 
 import json
 import random
@@ -13,7 +13,7 @@ COUNT = 24
 
 
 def write_run(folder, **settings):
-    """A checkpoint, records and a configuration in `folder`; returns the configuration's path."""
+    """Write a checkpoint, records and a configuration into `folder`; return the configuration's path."""
     save_checkpoint(folder / "model")
     processor = FAMILIES["llava"].processor()
     processor.chat_template = TEMPLATE
@@ -30,6 +30,7 @@ def write_run(folder, **settings):
 
 
 def write_config(folder, name="run.yaml", **settings):
+    """Write a configuration into `folder`; return its path."""
     usual = {
         "model": str(folder / "model"),
         "records": str(folder / "data.json"),
@@ -44,16 +45,17 @@ def write_config(folder, name="run.yaml", **settings):
         "save_every": 2,
         "max_length": 200,
     }
-    (folder / name).write_text(json.dumps(usual | settings))  # JSON is YAML
+    (folder / name).write_text(json.dumps(usual | settings))  # JSON is valid YAML
     return folder / name
 
 
 def losses(out):
-    """The loss of each step, as it was logged."""
+    """Return the logged loss of each step."""
     lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     return [line["loss"] for line in lines if "loss" in line]
 
 
 def stages(out):
+    """Return the logged stage and compressor of each step."""
     lines = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     return [(line["stage"], line["compressor"]) for line in lines if "loss" in line]

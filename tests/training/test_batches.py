@@ -1,4 +1,4 @@
-"""From records to tensors: what the model reads, what it is to learn, and what is left out."""
+"""From records to tensors: the model's inputs, the labels, and the records that are left out."""
 
 import json
 
@@ -16,7 +16,7 @@ from vlmzip.runtime import images
 from vlmzip.training.batches import IGNORE, Collator, Examples, Preprocessor, count_bad, note_bad
 from vlmzip.training.records import BadRecord, Records, read_record
 
-#: As LLaVA-1.5's: no end of text.
+#: A template without end of text, like LLaVA-1.5's.
 TEMPLATE = (
     "{% for m in messages %}{{ 'w4 ' if m.role == 'user' else 'w5 ' }}"
     "{% for part in m.content if part.type == 'image' %}<image> {% endfor %}"
@@ -53,7 +53,7 @@ def with_template(template):
 
 
 def qwen_conversations():
-    """Its words for images and videos are not LLaVA's."""
+    """Return a preprocessor whose words for images and videos are not LLaVA's."""
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -96,16 +96,16 @@ def test_a_template_with_an_end_gets_no_second_one(processor, llava, folder):
     assert kept == [20, END, 21, END]
 
 
-def test_an_end_behind_questions_is_none_of_answers(llava, folder):
-    """As in templates that close each part of a conversation but the last."""
+def test_an_end_of_text_after_a_question_is_not_learned(llava, folder):
+    """Some templates end each part of a conversation but the last."""
     asking = with_template(TEMPLATE.replace("'w4 '", "'</s> w4 '"))
     row = Preprocessor(asking, adapter_for(llava), 150)(read_record(record("<image> w10", "w20", "w11", "w21")), folder)
     assert row["labels"][row["labels"] != IGNORE].tolist() == [20, END, 21, END]
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, "{{ '<s>' }}" + TEMPLATE])
-def test_a_conversation_begins_once(llava, folder, template):
-    """Whether the template writes the first token, as Llama-3's does, or the tokenizer adds it."""
+def test_a_conversation_has_one_first_token(llava, folder, template):
+    """The template may write the first token (Llama-3), or the tokenizer may add it."""
     from tokenizers.processors import TemplateProcessing
 
     beginning = with_template(template)
@@ -137,13 +137,13 @@ def test_what_the_processor_refuses_is_bad(folder, monkeypatch):
     Image.new("RGB", (1000, 2)).save(folder / "thin.png")
     asked, thin = qwen_conversations(), read_record(record("<image> w9", "w20", image="thin.png"))
     assert (asked(read_record(record("<image> w9", "w20")), folder)["input_ids"] == IMAGE_TOKEN).any()
-    assert (asked(thin, folder)["input_ids"] == IMAGE_TOKEN).any()  # squeezed, as when it is asked about
+    assert (asked(thin, folder)["input_ids"] == IMAGE_TOKEN).any()  # squeezed, as in every command
     monkeypatch.setattr(images, "LONGEST_TO_SHORTEST", 1000)
     with pytest.raises(BadRecord, match=r"^the processor refuses it: absolute aspect ratio must be smaller than 200$"):
         asked(thin, folder)
 
 
-def test_a_processor_that_refuses_everything_is_no_fault_of_the_records(llava, monkeypatch):
+def test_an_error_of_a_broken_processor_is_not_a_bad_record(llava, monkeypatch):
     def broken(*_, **__):
         raise TypeError("no such argument")
 
@@ -160,15 +160,15 @@ def test_an_answer_that_would_end_early_is_bad(conversations, folder):
     assert asked["labels"][asked["labels"] != IGNORE].tolist() == [20, END]
 
 
-def test_what_the_llm_has_no_positions_for_is_bad(processor, llava, folder):
+def test_a_record_longer_than_the_llms_positions_is_bad(processor, llava, folder):
     long = Preprocessor(processor, adapter_for(llava), max_length=9999)
-    rest = 512 - TOKENS - 4  # positions of the LLM, without the image and the words around question and answer
+    rest = 512 - TOKENS - 4  # the LLM's positions without the image and the words of the template
     assert len(long(read_record(record("<image>" + " w9" * rest, "w20")), folder)["input_ids"]) == 512
     with pytest.raises(BadRecord, match="longer than the LLM's 512 positions"):
         long(read_record(record("<image>" + " w9" * (rest + 1), "w20")), folder)
 
 
-def test_the_words_of_a_question_that_are_also_the_answers_are_not_learned(conversations, folder):
+def test_words_of_the_question_are_not_learned_even_if_the_answer_has_them(conversations, folder):
     row = conversations(read_record(record("<image> w20 w5 w20", "w20")), folder)
     assert row["labels"][row["labels"] != IGNORE].tolist() == [20, END]
     assert row["labels"][-2:].tolist() == [20, END]
@@ -184,7 +184,7 @@ def test_several_images_and_none(conversations, folder):
     assert none["input_ids"].tolist() == [USER, 9, MODEL, 20, END]
 
 
-def test_what_is_too_long_or_broken_is_a_bad_record(processor, llava, folder):
+def test_long_and_broken_records_are_bad(processor, llava, folder):
     short = Preprocessor(processor, adapter_for(llava), max_length=TOKENS + 5)
     assert len(short(read_record(record("<image> w10", "w20")), folder)["input_ids"]) == TOKENS + 5
     for content, reason in (
@@ -203,10 +203,10 @@ def test_bad_records_are_replaced_noted_once_and_counted(conversations, folder):
     examples = Examples(found, folder, conversations, folder / "bad.jsonl")
     for _ in range(2):
         learned = [row["labels"][row["labels"] != IGNORE][0].item() for row in map(examples.__getitem__, range(4))]
-        assert learned == [20, 22, 22, 20]  # the next good one; behind the last comes the first
+        assert learned == [20, 22, 22, 20]  # a bad record is replaced by the next good one; the first follows the last
     assert count_bad(folder / "bad.jsonl") == {"an image is missing": 1, "an image cannot be read": 1}
     noted = [json.loads(line)["record"] for line in (folder / "bad.jsonl").read_text().splitlines()]
-    assert noted == [2, 4]  # as they stand in the file, the first of which was no record at all
+    assert noted == [2, 4]  # numbers in the file, whose record 0 is invalid
 
 
 def test_a_record_that_two_processes_met_is_counted_once(conversations, folder):
@@ -233,14 +233,14 @@ def test_a_note_cut_short_is_left_out(tmp_path):
         count_bad(notes)
 
 
-def test_where_nothing_can_be_trained_on_it_says_so(conversations, folder):
+def test_a_file_without_good_records_is_refused(conversations, folder):
     found = Records(write(folder / "data.json", [record("<image>", "w20", image="none.png")], lines=True))
     with pytest.raises(UserError, match=r"^no record of"):
         Examples(found, folder, conversations, folder / "bad.jsonl")[0]
 
 
-def test_rows_stand_together_as_they_stand_alone(conversations, folder):
-    """The loss of a batch, text-only row and two images among it, is that of its rows."""
+def test_the_loss_of_a_batch_is_that_of_its_rows(conversations, folder):
+    """The batch has a row without image and a row with two images."""
     contents = [
         record("<image> w10 w11 w12", "w20 w21"),
         {"conversations": said("w9", "w20")},
@@ -255,8 +255,8 @@ def test_rows_stand_together_as_they_stand_alone(conversations, folder):
         losses.append(compressed(**alone).loss.item())
         counts.append(int((alone["labels"][:, 1:] != IGNORE).sum()))
     together = compressed(**pad(rows)).loss.item()
-    wanted = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
-    assert together == pytest.approx(wanted, rel=1e-5)
+    expected = sum(loss * count for loss, count in zip(losses, counts, strict=True)) / sum(counts)
+    assert together == pytest.approx(expected, rel=1e-5)
 
 
 def test_rows_are_padded_on_the_right_and_padding_is_not_learned():
@@ -274,7 +274,7 @@ def test_rows_are_padded_on_the_right_and_padding_is_not_learned():
     assert batch["labels"].tolist() == [[7, 8, 9], [5, IGNORE, IGNORE]]
 
 
-def test_rows_without_images_get_a_blank_one_that_teaches_nothing(conversations, folder):
+def test_a_batch_without_images_gets_a_blank_image_without_gradients(conversations, folder):
     text = conversations(read_record({"conversations": said("w9 w8", "w7")}), folder)
     seen = conversations(read_record(record("<image> w10", "w20", image="a.png")), folder)
     pad = Collator(0, conversations.blank())
@@ -291,7 +291,7 @@ def test_rows_without_images_get_a_blank_one_that_teaches_nothing(conversations,
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
 
 
-def test_lengths_tell_long_records_from_short_ones(conversations, folder):
+def test_lengths_order_records_by_length(conversations, folder):
     content = [
         record("<image> w10", "w20"),
         {"conversations": said("w9", "w20")},
@@ -315,7 +315,7 @@ def test_processors_that_cannot_be_used_are_refused(llava):
         Preprocessor(bare, adapter_for(llava), 100)
 
 
-@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # its processor's own
+@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # raised in the processor
 def test_a_processor_that_rewrites_prompts_is_refused(llava):
     rewriting = FAMILIES["paligemma"].processor()
     rewriting.chat_template = TEMPLATE
@@ -323,7 +323,7 @@ def test_a_processor_that_rewrites_prompts_is_refused(llava):
         Preprocessor(rewriting, adapter_for(llava), 100)
 
 
-def test_mini_learns_what_its_own_template_says(tmp_path):
+def test_mini_learns_the_answers_in_its_own_template(tmp_path):
     from vlmzip.runtime.loading import load
 
     loaded = load("mini")

@@ -1,4 +1,4 @@
-"""Configuration files: what is read, and one line for each mistake."""
+"""Configuration files: their settings, and one line for each mistake."""
 
 from fractions import Fraction
 from typing import get_args, get_type_hints
@@ -99,8 +99,8 @@ def test_mistakes_are_named(read, text, said):
         read(text)
 
 
-def test_null_is_only_for_what_can_be_left_out(read):
-    """Also where a setting has several choices, or is a list or a mapping."""
+def test_null_is_only_for_optional_settings(read):
+    """This includes settings with choices, lists and mappings."""
     hints = get_type_hints(Config)
     for name in hints:
         if type(None) in get_args(hints[name]):
@@ -166,7 +166,7 @@ def test_a_qformer_can_learn_alone(read):
         ("resume_from_checkpoint", "out"),
     ],
 )  # fmt: skip
-def test_what_our_settings_say_is_not_for_the_trainer_to_say(read, key, own):
+def test_settings_of_the_run_are_refused_under_trainer(read, key, own):
     with pytest.raises(UserError, match=f"trainer: {key} follows from the run's own setting {own}; set that instead"):
         read(LEAST, f"trainer.{key}=1")
 
@@ -177,7 +177,7 @@ def test_logs_and_checkpoints_are_counted_in_steps(read, setting):
         read(LEAST, f"trainer.{setting}")
 
 
-def test_the_trainer_can_be_told_what_we_have_no_setting_for(read):
+def test_trainer_takes_settings_that_a_run_does_not_have(read):
     said = {"lr_scheduler_type": "linear", "max_grad_norm": 0.5, "optim": "sgd", "adam_beta2": 0.9, "report_to": []}
     said |= {"ddp_timeout": 60, "save_strategy": "no", "logging_strategy": "steps", "deepspeed": "zero3.json"}
     assert read(LEAST, f"trainer={said}").trainer == said
@@ -187,7 +187,7 @@ def test_the_trainer_can_be_told_what_we_have_no_setting_for(read):
     ("settings", "records", "steps"),
     [
         ((), 1280, 10),
-        ((), 1407, 10),  # a step that is not full is none
+        ((), 1407, 10),  # an incomplete step is not counted
         (("epochs=2.5",), 1407, 25),
         (("epochs=0.29", "batch=1"), 100, 29),  # 28.999999999999996 in floats
         (("epochs=1e-1", "batch=1"), 30, 3),
@@ -200,7 +200,7 @@ def test_steps_are_the_whole_ones_of_all_epochs(read, settings, records, steps):
     assert read(LEAST, *settings).steps_for(records) == steps
 
 
-def test_one_record_at_least_is_chosen(read):
+def test_at_least_one_record_is_chosen(read):
     assert [read(LEAST, f"fraction={share}").chosen(24) for share in ("1%", "50%", "1")] == [1, 12, 24]
 
 
@@ -219,11 +219,11 @@ def test_no_step_is_refused(read):
         "remove_unused_columns", "push_to_hub",
     ],
 )  # fmt: skip
-def test_what_would_break_a_promise_is_refused(read, key):
+def test_settings_that_would_break_a_promise_are_refused(read, key):
     with pytest.raises(UserError, match=f"trainer: {key} cannot be set: "):
         read(LEAST, f"trainer.{key}=true")
 
 
-def test_a_key_that_is_no_text_is_a_line(read):
+def test_a_key_that_is_not_text_is_refused_in_a_line(read):
     with pytest.raises(UserError, match=r"no YAML|unhashable"):
         read(LEAST + "steps: {{ N }}\n")

@@ -1,4 +1,4 @@
-"""The configurations that are shipped can be read, and say what the papers say."""
+"""The shipped configurations can be read, and agree with the papers."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ def test_every_configuration_can_be_read(path):
         assert (CONFIGS.parent / name).exists()
 
 
-#: What is trained on mini, beside mini.yaml, and what the model answers with afterwards.
+#: The recipes on mini other than mini.yaml, and the compressor that each model answers with afterwards.
 MINI = {
     "mini-llavolta": LLaVolta(layer=4, stride=4),
     "mini-dfmr": DFMR(tau=0.3206),
@@ -33,7 +33,7 @@ MINI = {
 
 
 @pytest.mark.parametrize("name", MINI)
-def test_recipes_on_mini_differ_in_what_they_are_about_alone(name):
+def test_recipes_on_mini_differ_only_in_their_subject(name):
     usual, config = read_config(CONFIGS / "mini.yaml"), read_config(CONFIGS / f"{name}.yaml")
     assert config.schedule_for(8).afterwards == MINI[name]
     assert config.out == f"runs/{name}"
@@ -44,7 +44,7 @@ def test_recipes_on_mini_differ_in_what_they_are_about_alone(name):
     assert {each for each in different if getattr(config, each) != getattr(usual, each)} == set()
 
 
-#: Visual tokens of an image over mini's eight layers, worked out by hand; `None` where the images decide.
+#: Visual tokens of an image over mini's eight layers, computed by hand; `None` if they depend on the image.
 TOKENS = {
     "mini": 8 * 144,
     "mini-llavolta": ((144 + 7 * 9) + 4 * (144 + 9) + 4 * (144 + 36)) / 3,
@@ -69,7 +69,7 @@ def test_every_configuration_says_how_to_run_it(path):
 @pytest.mark.parametrize("words", [[], ["--explain"], ["--set", "model=mini"]])
 @pytest.mark.parametrize("name", ["mini", *MINI])
 def test_what_is_missing_is_one_command_away(name, words, tmp_path, monkeypatch, capsys):
-    """In a fresh clone the error names the lines that say how to make what is trained, and they name a command."""
+    """In a fresh clone, the error points to the comment in the file that names the command to run first."""
     monkeypatch.chdir(tmp_path)
     path = CONFIGS / f"{name}.yaml"
     assert main(["train", str(path), *words]) == 2
@@ -88,7 +88,7 @@ def test_an_error_about_something_else_names_no_head(tmp_path, monkeypatch, caps
     assert "first lines" not in capsys.readouterr().err
 
 
-def test_llavoltas_recipe_is_that_of_the_authors_script():
+def test_llavoltas_recipe_is_the_authors_script():
     config = read_config(CONFIGS / "llava-1.5-7b-llavolta.yaml")
     assert (config.batch, config.learning_rate, config.warmup, config.weight_decay) == (128, 2e-5, 0.03, 0)
     stages = [stage.compressor for stage in config.schedule_for(32).stages]

@@ -1,4 +1,4 @@
-"""What a schedule costs: exact, and beside what LLaVolta prints."""
+"""The exact cost of a schedule, next to LLaVolta's printed values."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from vlmzip.models import adapter_for
 from vlmzip.training.explain import COLUMNS, draw_staircase, lines
 from vlmzip.training.schedule import SCHEMES, read_schedule, scheme
 
-#: Exact means over the stages, worked out by hand from Eq. 3's token counts: (3312 + 18432) / 2 and so on.
+#: Exact means over the stages, computed by hand from the token counts of Eq. 3: (3312 + 18432) / 2 and so on.
 TOKENS = {
     "none": 18432,
     "two-stage": 10872,
@@ -28,7 +28,7 @@ def llava_7b():
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-def test_tokens_are_the_exact_means_and_stand_beside_the_papers(llava_7b, name):
+def test_tokens_are_the_exact_means_with_the_papers_values(llava_7b, name):
     cost = explain(scheme(name), llava_7b, steps=5196, text_tokens=62)
     assert cost.tokens == pytest.approx(TOKENS[name])
     assert cost.ratio == pytest.approx(18432 / TOKENS[name])
@@ -44,8 +44,8 @@ def test_the_last_stage_scheme_agrees_with_the_papers_total(llava_7b):
     assert explain(scheme("last-stage-compression"), llava_7b, 30, 62).printed[:2] == ("7848 tokens", "CR 235 %")
 
 
-def test_flops_are_the_layers_own(llava_7b):
-    """Linear layers alone would give the share of all tokens; products between tokens make it a little smaller."""
+def test_flops_are_counted_per_layer(llava_7b):
+    """Linear layers alone would give the share of all tokens; products between tokens make it slightly smaller."""
     cost = explain(scheme("two-stage"), llava_7b, 100, text_tokens=62)
     linear = (3312 + 32 * 62) / (18432 + 32 * 62)
     assert linear - 0.02 < cost.stages[0].flops < linear
@@ -53,7 +53,7 @@ def test_flops_are_the_layers_own(llava_7b):
     assert cost.flops == pytest.approx((cost.stages[0].flops + 1) / 2)
 
 
-def test_shares_weigh_the_mean_and_leave_the_papers_totals_out(llava_7b):
+def test_shares_weigh_the_mean_and_hide_the_papers_totals(llava_7b):
     cost = explain(read_schedule({"name": "two-stage", "split": [25, 75]}), llava_7b, 100, 62)
     assert cost.tokens == pytest.approx(0.25 * 3312 + 0.75 * 18432)
     assert cost.printed == ()
@@ -79,7 +79,7 @@ def test_means_are_over_the_steps_that_are_run(llava_7b):
     assert never.tokens == 18432
 
 
-def test_random_factors_are_a_mean_and_dfmr_is_for_the_images_to_decide(llava_7b):
+def test_random_factors_give_a_mean_and_dfmr_no_number(llava_7b):
     random = explain(read_schedule("random_factor"), llava_7b, 10, 62)
     assert random.tokens == pytest.approx(32 * (576 + 144 + 64) / 3)
     dfmr = explain(read_schedule({"stages": [{"compressor": "dfmr"}, {"compressor": "none"}]}), llava_7b, 10, 62)

@@ -1,4 +1,4 @@
-"""A run's folder: nothing of others is touched, nothing of a run is lost, another run is kept out."""
+"""A run's folder: other files are not touched, no run is lost, and a second run cannot write into it."""
 
 import errno
 import fcntl
@@ -26,7 +26,7 @@ def begin(out, config, records=24, steps=6, bad=()):
 
 
 def begun(tmp_path, config, *whole):
-    """A run's folder with checkpoints."""
+    """Begin a run and return its folder, with checkpoints."""
     out = tmp_path / "run" / "out"
     begin(out, config())
     for step in whole:
@@ -43,7 +43,7 @@ def checkpoint(out, step, whole=True):
     return path
 
 
-def test_a_new_run_says_what_it_was_asked(tmp_path, config):
+def test_a_new_run_writes_its_settings(tmp_path, config):
     out = tmp_path / "run" / "out"
     found = begin(out, config(), bad=[(3, "invalid JSON")])
     assert (found.checkpoint, found.finished) == (None, False)
@@ -53,7 +53,7 @@ def test_a_new_run_says_what_it_was_asked(tmp_path, config):
     assert json.loads((out / "bad_records.jsonl").read_text()) == {"record": 3, "reason": "invalid JSON"}
 
 
-def test_what_an_earlier_try_left_out_is_not_counted(tmp_path, config):
+def test_bad_records_of_an_earlier_try_are_not_counted(tmp_path, config):
     out = begun(tmp_path, config)
     (out / "bad_records.jsonl").write_text('{"record": 9, "reason": "an image is missing"}\n')
     begin(out, config())
@@ -61,7 +61,7 @@ def test_what_an_earlier_try_left_out_is_not_counted(tmp_path, config):
 
 
 @pytest.mark.parametrize("name", ["checkpoint-500", "checkpoint-best", "model", "log.jsonl", "bad_records.jsonl"])
-def test_what_others_left_is_refused_and_not_touched(tmp_path, config, name):
+def test_a_folder_with_other_files_is_refused_and_not_touched(tmp_path, config, name):
     out = tmp_path / "run" / "out"
     (out / name).mkdir(parents=True)
     (out / name / "precious.bin").write_bytes(b"1")
@@ -70,7 +70,7 @@ def test_what_others_left_is_refused_and_not_touched(tmp_path, config, name):
     assert (out / name / "precious.bin").exists()
 
 
-def test_in_a_runs_own_folder_only_its_torn_checkpoints_go(tmp_path, config):
+def test_only_incomplete_checkpoints_of_a_run_are_removed(tmp_path, config):
     out = begun(tmp_path, config, 2, 10)
     torn, other = checkpoint(out, 12, whole=False), out / "checkpoint-best.pt"
     other.touch()
@@ -119,7 +119,7 @@ def test_other_sources_are_another_run(tmp_path, config):
 
 
 @pytest.mark.parametrize("name", ["code of vlmzip", "torch", "transformers"])
-def test_an_upgrade_is_told_and_the_run_goes_on(tmp_path, config, name):
+def test_an_upgrade_is_noted_and_the_run_resumes(tmp_path, config, name):
     out = tmp_path / "run" / "out"
     sources = {"code of vlmzip": "a", "torch": "1", "transformers": "1"}
     start = lambda **more: RunFolder.begin(out, config(), 24, 6, (), {**sources, **more})  # noqa: E731
@@ -132,7 +132,7 @@ def test_an_upgrade_is_told_and_the_run_goes_on(tmp_path, config, name):
     assert f"{name} has changed since the run began ({sources[name]}, now 2)" in note
 
 
-def test_what_an_earlier_version_did_not_note_is_told(tmp_path, config):
+def test_a_version_that_an_earlier_vlmzip_did_not_note_is_reported(tmp_path, config):
     out = begun(tmp_path, config, 2)
     (note,) = RunFolder.begin(out, config(), 24, 6, (), {"torch": "1", "method code": ""}).notes
     assert note == "not compared, for the run was begun by an earlier vlmzip: torch, method code"
@@ -147,7 +147,7 @@ def test_the_spelling_of_a_path_may_differ(tmp_path, config, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["[1]", '{"lr": 1}'])
-def test_a_file_of_the_same_name_is_not_ours(tmp_path, config, content):
+def test_another_file_of_the_same_name_is_refused(tmp_path, config, content):
     out = tmp_path / "run" / "out"
     precious = checkpoint(out, 5, whole=False)
     (out / "run.json").write_text(content)
@@ -165,7 +165,7 @@ def test_a_folder_that_cannot_be_written_is_a_line(tmp_path, config, monkeypatch
         begin(tmp_path / "run" / "out", config(), bad=[(1, "invalid JSON")])
 
 
-def test_settings_that_change_nothing_that_is_learned_may_differ(tmp_path, config):
+def test_settings_without_effect_on_learning_may_differ(tmp_path, config):
     out = begun(tmp_path, config, 2)
     free = {"log_every": 5, "save_every": 1, "workers": 1, "batch_per_process": 1, "sharding": "fsdp"}
     assert begin(out, config(**free)).checkpoint == out / "checkpoint-2"
@@ -193,7 +193,7 @@ def test_another_run_is_kept_out(tmp_path, config, monkeypatch):
     fcntl.flock(other, fcntl.LOCK_EX)
     with pytest.raises(UserError, match="another run is writing"):
         begin(out, config())
-    assert torn.exists()  # it may be writing that
+    assert torn.exists()  # the other run may be writing it
     os.close(other)
     found = begin(out, config())
     assert found.hold is not None
@@ -206,7 +206,7 @@ def test_how_to_go_on(tmp_path, config):
     assert f"goes on from {out / 'checkpoint-2'}" in goes_on(out)
 
 
-def test_only_what_the_disk_refuses_is_the_disks():
+def test_only_disk_errors_are_reported_as_disk_errors():
     assert refused_by_disk(OSError(errno.ENOSPC, "No space left on device")) == "No space left on device"
     worker = "Caught OSError in DataLoader worker process 0.\nOSError: [Errno 28] No space left on device"
     assert refused_by_disk(OSError(worker)) == "No space left on device"
@@ -214,7 +214,7 @@ def test_only_what_the_disk_refuses_is_the_disks():
     assert refused_by_disk(BrokenPipeError(errno.EPIPE, "Broken pipe")) is None
 
 
-def test_a_run_of_another_version_of_the_file_is_not_guessed_at(tmp_path, config):
+def test_a_run_file_of_another_version_is_refused(tmp_path, config):
     out = begun(tmp_path, config, 2)
     (out / "run.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):

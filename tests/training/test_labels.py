@@ -1,4 +1,4 @@
-"""What is learned of an answer, with every kind of tokenizer that checkpoints have: all of it, and nothing else."""
+"""The labels are exactly the answers, with every kind of tokenizer that checkpoints have."""
 
 from functools import cache
 
@@ -25,7 +25,7 @@ QWEN_WORDS = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n
 
 
 def byte_level(trim=None, split=None):
-    """GPT-2's; with `trim` and its own words as Llama-3's, without as Qwen2's."""
+    """Return GPT-2's tokenizer. With `split`, it is Llama-3's if `trim` is true, else Qwen2's."""
     bpe = Tokenizer(models.BPE())
     bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split is None)
     words = pre_tokenizers.Split(Regex(split), "isolated") if split else None
@@ -40,7 +40,10 @@ def byte_level(trim=None, split=None):
 
 
 def sentencepiece_bpe(prefix):
-    """Llama-2's `legacy` one writes a space before each part between special tokens, today's before the first alone."""
+    """Return a tokenizer like Llama-2's or Gemma's.
+
+    `prefix="legacy"` writes a space before each part between special tokens, "first" only before the first part.
+    """
     bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     bpe.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     words = trainers.BpeTrainer(vocab_size=600, special_tokens=SPECIAL + BYTES, show_progress=False)
@@ -56,7 +59,7 @@ def sentencepiece_bpe(prefix):
 
 
 def unigram():
-    """T5's: pieces with how likely they are."""
+    """Return a tokenizer like T5's: pieces with their log-likelihoods."""
     pieces = [(text, 0.0) for text in SPECIAL] + [("▁" + word, -2.0) for word in ("yes", "no", "red", "nyes", "USER:")]
     letters = sorted({letter for text in [*CORPUS, "▁😀é日!"] for letter in text})
     made = Tokenizer(models.Unigram([*pieces, *((letter, -9.0) for letter in letters)], SPECIAL.index("<unk>")))
@@ -82,9 +85,9 @@ MAKERS = {
     "T5": unigram,
     "mini": word_level,
 }
-#: What can stand between the prompt and the answer.
+#: White space between the prompt and the answer.
 BETWEEN = {"a space": " ", "a newline": "\n", "newlines": "\n\n", "spaces": "   "}
-#: Where that space is: a part of what the generation prompt says, or of what follows it.
+#: Whether the generation prompt ends with that white space, or the answer begins with it.
 ENDS = ["in the prompt", "in the answer"]
 ANSWERS = ["yes", "a red ring", "😀", "é日 yes", "no\n\nand more", "a  red   ring", "!"]
 
@@ -102,7 +105,7 @@ def wrapped(made, end="</s>"):
 
 
 def template(between, where, behind="", around=("", "")):
-    """Turns of USER: and ASSISTANT: with something between the latter and the answer."""
+    """Return a template of USER: and ASSISTANT: turns with `between` after ASSISTANT: and `around` the answer."""
     prompt, answer = ("ASSISTANT:" + between, "") if where == "in the prompt" else ("ASSISTANT:", between)
     said = "{% for c in m.content %}{{ '<image>\n' if c.type == 'image' else c.text }}{% endfor %}"
     return (
@@ -129,7 +132,7 @@ def folder(tmp_path):
 
 
 def learned(asked, folder, *answers):
-    """What the labels say, run by run."""
+    """Return the text of each run of labels."""
     turns = [text for answer in answers for text in ("is it red?", answer)]
     row = asked(read_record(record("<image>\n" + turns[0], *turns[1:])), folder)
     runs, before = [], IGNORE
@@ -142,27 +145,27 @@ def learned(asked, folder, *answers):
 
 
 def known(words, answers):
-    """Those that the tokenizer can spell."""
+    """Return the answers that the tokenizer can encode."""
     return [text for text in answers if words.unk_token_id not in words(text, add_special_tokens=False)["input_ids"]]
 
 
 @pytest.mark.parametrize("where", ENDS)
 @pytest.mark.parametrize("between", BETWEEN)
 @pytest.mark.parametrize("name", MAKERS)
-def test_all_of_an_answer_is_learned_and_its_end(folder, name, between, where):
+def test_a_whole_answer_and_its_end_are_learned(folder, name, between, where):
     words = wrapped(tokenizer(name))
     asked = conversations(words, template(BETWEEN[between], where, behind="\n"))
     answers = known(words, ANSWERS)
     assert len(answers) >= (3 if name == "mini" else 5)
     for said, answer in zip(learned(asked, folder, *answers), answers, strict=True):
-        if name == "mini":  # its tokenizer knows no white space
+        if name == "mini":  # its tokenizer drops white space
             assert said.split() == [*answer.split(), "</s>"]
         else:
             assert said.strip() == f"{answer}</s>"
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_what_the_template_says_before_and_behind_the_question_is_not_learned(folder, name):
+def test_the_templates_words_around_the_question_are_not_learned(folder, name):
     words = wrapped(tokenizer(name))
     asked = conversations(words, template(" ", "in the prompt"))
     for said in learned(asked, folder, "yes", "no", "yes"):
@@ -170,7 +173,7 @@ def test_what_the_template_says_before_and_behind_the_question_is_not_learned(fo
         assert not said.partition("</s>")[2]
 
 
-def test_the_first_word_is_learned_where_its_token_begins_in_the_prompt(folder):
+def test_the_first_word_is_learned_if_its_token_begins_in_the_prompt(folder):
     words = wrapped(tokenizer("GPT-2"))
     assert words.tokenize("ASSISTANT: yes")[-1] == "Ġyes"
     asked = conversations(words, template(" ", "in the prompt"))
@@ -179,7 +182,7 @@ def test_the_first_word_is_learned_where_its_token_begins_in_the_prompt(folder):
 
 @pytest.mark.parametrize("trim", [True, False])
 def test_white_space_within_an_answer_is_learned(folder, trim):
-    """With `trim_offsets` a token that is a space alone is said to be nowhere."""
+    """With `trim_offsets`, the span of a token that is only a space is empty."""
     words = wrapped(byte_level(trim=trim))
     assert "Ġ" in words.tokenize("yes   no")
     asked = conversations(words, template(" ", "in the answer"))
@@ -187,13 +190,13 @@ def test_white_space_within_an_answer_is_learned(folder, trim):
     asked = conversations(words, template("   ", "in the prompt"))
     (said,) = learned(asked, folder, "yes")
     assert said.lstrip() == "yes</s>"
-    assert len(said) <= len(" yes</s>")  # the prompt's other spaces are the prompt's
+    assert len(said) <= len(" yes</s>")  # the other spaces belong to the prompt
 
 
 @pytest.mark.parametrize("side", ["rstrip", "lstrip"])
 @pytest.mark.parametrize("name", ["GPT-2", "Llama-2", "T5"])
-def test_an_end_that_takes_white_space_along_is_learned(folder, name, side):
-    """As Phi-3's, which holds the newline behind it."""
+def test_an_end_token_that_includes_white_space_is_learned(folder, name, side):
+    """Phi-3's end token includes the newline after it."""
     words = wrapped(tokenizer(name), end=AddedToken("<|end|>", special=True, **{side: True}))
     spans = words("yes <|end|>\n", return_offsets_mapping=True)["offset_mapping"]
     assert ((4, 12) if side == "rstrip" else (3, 11)) in map(tuple, spans)
@@ -203,7 +206,7 @@ def test_an_end_that_takes_white_space_along_is_learned(folder, name, side):
 
 
 @pytest.mark.parametrize("name", ["GPT-2", "Llama-2", "T5", "mini"])
-def test_what_a_template_writes_around_answers_is_learned_with_them(folder, name):
+def test_template_words_inside_the_answers_turn_are_learned(folder, name):
     asked = conversations(wrapped(tokenizer(name)), template(" ", "in the answer", around=("a ", " it")))
     (said,) = learned(asked, folder, "red ring")
     assert said.split("</s>")[0].split() in (["a", "red", "ring", "it"], ["a", "red", "ring"])
@@ -219,7 +222,7 @@ def test_a_template_that_joins_answers_to_words_of_the_prompt_is_refused(name):
         conversations(words, joining)
 
 
-def test_a_tokenizer_that_does_not_say_where_its_tokens_stand_is_refused():
+def test_a_tokenizer_without_offsets_is_refused():
     class Slow:
         is_fast, eos_token = False, "</s>"
 

@@ -1,6 +1,6 @@
-"""Two processes on the CPU against one: losses, weights, stages, checkpoints; with copies and with shared-out weights.
+"""Two processes on the CPU against one: losses, weights, stages and checkpoints, with copied and with sharded weights.
 
-What two processes do is done in two launches, the first of which is killed; the tests look at what they left.
+All runs of two processes are made in two launches, the first of which is killed. The tests check the files they left.
 """
 
 import json
@@ -29,19 +29,19 @@ pytest.importorskip("accelerate")
 
 pytestmark = [
     pytest.mark.slow,
-    # peft asks the one; the other is trained here
+    # peft reads `is_gradient_checkpointing`; the Q-Former is trained here
     pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*is untrained"),
 ]
 WORKER = Path(__file__).with_name("worker.py")
-#: Numbers of visual tokens drawn by lot; the attention of a layer read in a hook of the layer; pooled states.
+#: Random numbers of visual tokens; attention that is read in a hook inside the LLM; pooled hidden states.
 STAGES = ["random_factor(per=step)", "fastv", "llavolta(layer=1,stride=4)"]
 USUAL = {"schedule": {"stages": [{"compressor": one} for one in STAGES]}, "save_every": 3}
-#: One record in a forward, so that one process sees the record without image and the other one with.
+#: One record per forward, so that one process has the record without image while the other has an image.
 SINGLY = {"batch_per_process": 1}
 FSDP = {"sharding": "fsdp", **SINGLY}
 LORA = {"lora": {"r": 4, "alpha": 8, "dropout": 0.0}, "learn": ["vision", "projector", "llm"]}
-#: A checkpoint behind the last evaluation would undo what that has gathered.
+#: No checkpoints: a checkpoint after the last evaluation would reshard the weights that the evaluation has gathered.
 UNSAVED = {"trainer": {"save_strategy": "no"}}
 EVALUATED = {"precision": "bf16", "evaluation": {"every": 4, "task": "QUESTIONS:exact"}, "steps": 4, **UNSAVED}
 QFORMER = {"schedule": "qformer(queries=4,width=32,heads=2,depth=2)", "learn": "projector", "steps": 3}
@@ -66,11 +66,11 @@ class Launch:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        found = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
         self.processes = [
             subprocess.Popen(
                 [sys.executable, WORKER, *configs],
-                env={**os.environ, **found, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -92,13 +92,16 @@ class Launch:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder with all runs: NAME.yaml and what it wrote, NAME."""
+    """Return a folder with all runs: NAME.yaml and the run's folder NAME."""
     folder = tmp_path_factory.mktemp("processes")
     write_run(folder)
     (folder / "questions").mkdir()
     shutil.copy(folder / "0.png", folder / "questions")
     asked = [{"image": "0.png", "question": word, "answers": ["w50"]} for word in ("w9", "w10 w11", "w12")]
-    asked[1]["answers"], asked[2]["answers"] = ["w10 w11"], ["w12"]  # right where the question stands for the answer
+    asked[1]["answers"], asked[2]["answers"] = (
+        ["w10 w11"],
+        ["w12"],
+    )  # correct if the answer is the question, as in worker.py
     (folder / "questions" / "q.jsonl").write_text("\n".join(map(json.dumps, asked)))
     configs = {}
     for name, settings in (ALONE | TOGETHER).items():
@@ -118,14 +121,14 @@ def runs(tmp_path_factory):
 
 
 def cut_short(complete, out):
-    """The same run as if it had stopped after its third step."""
+    """Copy a run as if it had stopped after its third step."""
     shutil.copytree(complete, out)
     shutil.rmtree(out / "checkpoint-6")
     shutil.rmtree(out / "model")
 
 
 def seen(out):
-    """What each of the two processes wrote down."""
+    """Return the lines that each of the two processes wrote."""
     return [[json.loads(line) for line in (out / f"seen-{rank}.jsonl").open()] for rank in range(2)]
 
 
@@ -138,13 +141,13 @@ def same_weights(one, other, tolerance=2e-5):
     assert ours.keys() == theirs.keys()
     for name in ours:
         if name.endswith("k_proj.bias") and tolerance:
-            continue  # no softmax sees it: its gradients are roundings, which Adam makes as large as any
+            continue  # softmax cancels it: its gradients are rounding errors, which Adam scales up like any other
         torch.testing.assert_close(ours[name], theirs[name], atol=tolerance, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_two_processes_learn_what_one_learns(runs, name):
-    """With accumulation, though one process has a text in a forward in which the other has an image."""
+    """With accumulation, and with a forward in which one process has only text and the other an image."""
     blank = [[line["blank"] for line in lines] for lines in forwards(runs / name)]
     assert len(blank[0]) == len(blank[1]) == 12
     assert sum(blank[0]) + sum(blank[1]) == 1
@@ -155,7 +158,7 @@ def test_two_processes_learn_what_one_learns(runs, name):
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_stages_switch_on_the_same_step_in_every_process(runs, name):
-    """All of a step draw the same factor, too."""
+    """All forwards of a step draw the same factor, too."""
     steps = [[(line["step"], line["compressor"].split("(")[0]) for line in lines] for lines in forwards(runs / name)]
     methods = ["pool2d"] * 4 + ["fastv"] * 4 + ["llavolta"] * 4
     assert steps[0] == steps[1] == [(n // 2, method) for n, method in enumerate(methods)]
@@ -164,7 +167,7 @@ def test_stages_switch_on_the_same_step_in_every_process(runs, name):
 
 
 def test_each_process_holds_half_of_the_parameters(runs):
-    """All of them: those that are frozen as well."""
+    """Frozen parameters are sharded, too."""
     count = sum(parameter.numel() for parameter in tiny_llava().parameters())
     first, second = [{line["held"] for line in lines} for lines in forwards(runs / "fsdp")]
     assert first | second != {count}
@@ -174,22 +177,22 @@ def test_each_process_holds_half_of_the_parameters(runs):
 
 
 def test_killed_and_started_again(runs):
-    """`kill -9` for both in the second stage: the losses are those of a run that was never stopped."""
+    """After `kill -9` of both in the second stage, the losses are those of a run that was never stopped."""
     steps = [line["step"] for line in forwards(runs / "killed")[0]]
-    assert steps.count(0) == 2  # of two forwards: the second launch did not begin from the beginning
+    assert steps.count(0) == 2  # the first launch's two forwards; the second launch did not begin anew
     assert losses(runs / "killed") == losses(runs / "fsdp")
     same_weights(runs / "killed", runs / "fsdp", tolerance=0)
 
 
 @pytest.mark.parametrize("name", ["one-ddp", "one-fsdp"])
-def test_two_go_on_where_one_stopped(runs, name):
+def test_two_processes_resume_the_run_of_one(runs, name):
     assert {line["step"] for line in forwards(runs / name)[0]} == {3, 4, 5}
     assert losses(runs / name) == pytest.approx(losses(runs / "one"), rel=1e-6)
     same_weights(runs / name, runs / "one")
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
-def test_one_goes_on_where_two_stopped(runs, tmp_path, capsys, name):
+def test_one_process_resumes_the_run_of_two(runs, tmp_path, capsys, name):
     cut_short(runs / name, tmp_path / "out")
     settings = USUAL | TOGETHER[name] | {"out": str(tmp_path / "out")}
     assert main(["train", str(write_config(runs, f"{name}-again.yaml", **settings))]) == 0
@@ -199,7 +202,7 @@ def test_one_goes_on_where_two_stopped(runs, tmp_path, capsys, name):
 
 
 @pytest.mark.parametrize("method", ["lora", "qformer"])
-def test_adapters_and_weights_of_a_method_are_shared_out_and_saved_whole(runs, method):
+def test_adapters_and_weights_of_a_method_are_sharded_and_saved_whole(runs, method):
     assert losses(runs / f"{method}-fsdp") == pytest.approx(losses(runs / f"{method}-one"), rel=1e-6)
     same_weights(runs / f"{method}-fsdp", runs / f"{method}-one")
     resamplers = [runs / f"{method}-{how}" / "model" / "resampler.safetensors" for how in ("one", "fsdp")]
@@ -209,8 +212,8 @@ def test_adapters_and_weights_of_a_method_are_shared_out_and_saved_whole(runs, m
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
 
 
-def test_evaluation_between_processes_that_share_weights(runs):
-    """In bfloat16, which what is saved is not; the last evaluation is behind the last step."""
+def test_evaluation_with_sharded_weights(runs):
+    """The evaluation runs in bfloat16 after the last step; the saved weights are float32."""
     answers = [[line["answers"] for line in lines if "answers" in line] for lines in seen(runs / "evaluated-fsdp")]
     assert answers[0] == answers[1]
     assert [len(batch) for batch in answers[0]] == [3]
@@ -224,15 +227,15 @@ def test_evaluation_between_processes_that_share_weights(runs):
 
 
 def test_evaluation_is_divided_among_processes(runs):
-    """Two questions for the first, one for the second; the score is that of all three."""
+    """The first process gets two questions, the second gets one; the score is over all three."""
     answers = [[line["answers"] for line in lines if "answers" in line] for lines in seen(runs / "evaluated-ddp")]
     assert answers == [[["w9", "w10 w11"]], [["w12"]]]
     scored = [line for line in map(json.loads, (runs / "evaluated-ddp" / "log.jsonl").open()) if "eval_score" in line]
     assert [line["eval_score"] for line in scored] == [66.667]
 
 
-def test_what_is_counted_is_counted_over_all_processes(runs):
-    """Each draws factors of its own, so neither alone knows the whole."""
+def test_counts_are_over_all_processes(runs):
+    """Each process draws different factors, so neither knows the sum alone."""
     logged = [line for line in map(json.loads, (runs / "evaluated-ddp" / "log.jsonl").open()) if "loss" in line]
     both = [{name: one[name] + other[name] for name in ("kept", "of", "padding", "positions")}
             for one, other in zip(*forwards(runs / "evaluated-ddp"), strict=True)]  # fmt: skip
@@ -240,7 +243,7 @@ def test_what_is_counted_is_counted_over_all_processes(runs):
     assert [line["padding"] for line in logged] == [round(sums["padding"] / sums["positions"], 4) for sums in both]
 
 
-def test_what_is_not_shared_out_is_refused():
+def test_parameters_that_are_not_sharded_are_refused():
     with pytest.raises(UserError, match=r"sharding: inner\..* is not sharded"):
         check_sharded(attach(tiny_llava(), NoCompression()))
 
@@ -253,7 +256,7 @@ def test_what_is_not_shared_out_is_refused():
         ({"sharding": "zero3"}, "sharding"),
     ],
 )
-def test_other_ways_of_sharing_are_refused(tmp_path, capsys, settings, said):
+def test_other_ways_of_sharding_are_refused(tmp_path, capsys, settings, said):
     assert main(["train", str(write_config(tmp_path, **settings))]) == 2
     assert said in capsys.readouterr().err
 
@@ -264,8 +267,8 @@ def test_lora_is_refused_under_zero_3(tmp_path, capsys, monkeypatch):
     assert "take ZeRO-2 or sharding: fsdp" in capsys.readouterr().err
 
 
-def test_what_is_saved_is_the_gathered_state_where_there_is_one(tmp_path):
-    """As under ZeRO-3, where the model itself has no weights to save."""
+def test_a_gathered_state_is_saved(tmp_path):
+    """Under ZeRO-3, the model itself has no weights to save."""
     compressed = attach(tiny_llava(), NoCompression())
     gathered = {name: value + 1 for name, value in compressed.state_dict().items()}
     _save(compressed, NoCompression(), FAMILIES["llava"].processor(), tmp_path / "model", gathered)
@@ -274,7 +277,7 @@ def test_what_is_saved_is_the_gathered_state_where_there_is_one(tmp_path):
         torch.testing.assert_close(saved[name], value + 1)
 
 
-def test_accelerates_own_way_is_refused(tmp_path, capsys, monkeypatch):
+def test_accelerates_own_sharding_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     assert main(["train", str(write_run(tmp_path))]) == 2
     assert "write sharding: fsdp into the configuration" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Factors by lot: evenly, again the same after a resume, other ones elsewhere."""
+"""Random factors: equally frequent, the same after a resume, and different in other steps and processes."""
 
 from collections import Counter
 
@@ -21,13 +21,13 @@ def lengths(compressor, count=600):
     return compressor(images(count)).length.tolist()
 
 
-def test_each_image_has_a_draw_of_its_own_and_every_factor_comes_equally_often():
+def test_each_image_draws_a_factor_and_factors_are_equally_frequent():
     counts = Counter(lengths(RandomFactor().at_step(step=3)))
     assert set(counts) == {144, 36, 16}
-    assert all(160 < count < 240 for count in counts.values())  # 200 expected, deviation 12
+    assert all(160 < count < 240 for count in counts.values())  # 200 expected, standard deviation 12
 
 
-def test_images_are_pooled_as_by_their_factor_alone():
+def test_each_image_is_pooled_like_pool2d_with_its_factor():
     random, tokens = RandomFactor().at_step(7), images(9)
     token_map = random(tokens)
     pooled = token_map.apply(tokens.features)
@@ -60,7 +60,7 @@ def test_counts_before_anything_runs():
     assert RandomFactor(factors=(2,)).token_count(GRID) == 36
 
 
-def test_it_is_written_in_one_line():
+def test_it_can_be_written_in_one_line():
     assert read_compressor("random_factor") == RandomFactor()
     asked = read_compressor("random_factor(factors=1,3,per=step,seed=4)")
     assert asked == RandomFactor(factors=(1, 3), per="step", seed=4)

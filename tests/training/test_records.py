@@ -1,4 +1,4 @@
-"""LLaVA's JSON, whole or in lines, with everything that can be wrong in it."""
+"""Records in LLaVA's format, in JSON and JSON Lines, and everything that can be wrong in them."""
 
 import json
 
@@ -77,12 +77,12 @@ def test_conversations_of_all_kinds(tmp_path, lines):
         (film("<video>?", "a", videos=[["1.png"]]), "only one video"),
     ],
 )
-def test_what_is_no_record_says_why(content, reason):
+def test_a_bad_record_has_a_reason(content, reason):
     with pytest.raises(BadRecord, match=reason):
         read_record(content)
 
 
-def test_the_frames_of_a_video_are_images_where_it_stands(tmp_path):
+def test_the_frames_of_a_video_replace_its_placeholder(tmp_path):
     content = [
         film("<video>\nwhat ?", "this", "and ?", "that"),
         film("<image> a", "b", "<image><video> <image>", "d", image=["a.png", "b.png", "c.png"]),
@@ -124,7 +124,7 @@ def test_a_line_cut_short_is_one_bad_record(tmp_path):
 
 
 @pytest.mark.parametrize("lines", [True, False])
-def test_brackets_in_one_another_are_one_bad_record(tmp_path, lines):
+def test_deeply_nested_brackets_are_one_bad_record(tmp_path, lines):
     deep = '{"conversations": ' + "[" * 100_000 + "]" * 100_000 + "}"
     texts = [deep, json.dumps(record())]
     path = tmp_path / "data.json"
@@ -134,7 +134,7 @@ def test_brackets_in_one_another_are_one_bad_record(tmp_path, lines):
     assert list(found.numbers) == [1]
 
 
-def test_what_is_no_object_is_bad_and_counts(tmp_path):
+def test_a_value_that_is_not_an_object_is_a_bad_record(tmp_path):
     content = [record(id=0), None, 5, "text", True, record(id=5), [record()], 1.5]
     found = Records(write(tmp_path / "data.json", content, lines=False))
     assert [one.id for one in found] == ["0", "5"]
@@ -163,7 +163,7 @@ BREAKS = {
 @pytest.mark.parametrize("chunk", [1, 50, 1 << 20])
 @pytest.mark.parametrize("broken", BREAKS)
 @pytest.mark.parametrize("number", [0, 1, 3])
-def test_a_record_of_a_list_that_is_no_json_takes_no_other_along(tmp_path, monkeypatch, number, broken, chunk):
+def test_invalid_json_in_a_list_loses_no_other_record(tmp_path, monkeypatch, number, broken, chunk):
     monkeypatch.setattr(records, "CHUNK", chunk)
     texts = list(WHOLE)
     texts[number] = BREAKS[broken](texts[number])
@@ -174,7 +174,7 @@ def test_a_record_of_a_list_that_is_no_json_takes_no_other_along(tmp_path, monke
     assert [int(one.id) for one in found] == list(found.numbers)
 
 
-def test_broken_records_beside_one_another_are_counted_each(tmp_path):
+def test_adjacent_broken_records_are_counted_separately(tmp_path):
     texts = [WHOLE[0][:-1], WHOLE[1] + "}", WHOLE[2].replace("{x}", '"x'), WHOLE[3]]
     (tmp_path / "data.json").write_text(f"[{', '.join(texts)}]")
     found = Records(tmp_path / "data.json")
@@ -182,8 +182,8 @@ def test_broken_records_beside_one_another_are_counted_each(tmp_path):
     assert list(found.numbers) == [3]
 
 
-def test_what_nothing_closes_is_not_held_in_memory(tmp_path, monkeypatch):
-    """An open bracket and brace could reach to the end of a file of any size."""
+def test_an_unclosed_record_is_not_held_in_memory(tmp_path, monkeypatch):
+    """A record with an open bracket and brace could reach to the end of a file of any size."""
     monkeypatch.setattr(records, "CHUNK", 1000)
     monkeypatch.setattr(records, "LONGEST", 4000)
     texts = [WHOLE[0], WHOLE[1][:-2], *WHOLE[2:] * 100]
@@ -215,7 +215,7 @@ def test_a_list_cut_anywhere_is_refused(tmp_path, broken):
             Records(tmp_path / "data.json")
 
 
-def test_a_comma_behind_the_last_record_is_no_record(tmp_path):
+def test_a_trailing_comma_is_not_a_record(tmp_path):
     (tmp_path / "data.json").write_text(f"[{WHOLE[0]}, ]")
     assert Records(tmp_path / "data.json").bad == []
 
@@ -224,7 +224,7 @@ NASTY = st.text(alphabet='a"\\{}[],: \n\té🙂<', max_size=12)
 
 
 @given(st.lists(st.tuples(NASTY, NASTY), min_size=1, max_size=6), st.integers(1, 40))
-def test_where_chunks_end_makes_no_difference(tmp_path_factory, talk, chunk):
+def test_records_do_not_depend_on_where_chunks_end(tmp_path_factory, talk, chunk):
     content = [record("<image>" + question, answer + "!") for question, answer in talk]
     path = tmp_path_factory.mktemp("records") / "data.json"
     path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
@@ -248,7 +248,7 @@ def test_where_chunks_end_makes_no_difference(tmp_path_factory, talk, chunk):
         ('[{"id": 1}]', r"1 are bad, the first \(record 0\): no conversations"),
     ],
 )
-def test_files_that_are_none_are_refused(tmp_path, text, message):
+def test_files_without_records_are_refused(tmp_path, text, message):
     (tmp_path / "data.json").write_text(text)
     with pytest.raises(UserError, match=message):
         Records(tmp_path / "data.json")

@@ -1,4 +1,4 @@
-"""What a configuration becomes: transformers' settings, what learns, what changes by lot."""
+"""From a configuration to a run: transformers' settings, the parts that learn, and random draws."""
 
 import pytest
 
@@ -38,11 +38,11 @@ def test_settings_reach_the_trainer(config):
     assert not plain.logging_nan_inf_filter
 
 
-def test_what_has_no_setting_of_ours_goes_to_the_trainer(config):
+def test_other_settings_go_to_the_trainer(config):
     assert arguments(config(trainer={"max_grad_norm": 0.3}), 1).max_grad_norm == 0.3
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks it
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft reads it
 def test_loras_settings_reach_peft():
     found = _with_lora(tiny_llava(), Lora(r=4, alpha=9, dropout=0.25)).peft_config["default"]
     assert (found.r, found.lora_alpha, found.lora_dropout) == (4, 9, 0.25)
@@ -56,8 +56,8 @@ def test_the_records_of_a_fraction_are_drawn_by_the_seed(config):
 
 
 @pytest.mark.parametrize("learn", [("projector",), ("llm",), ("vision",), ("vision", "projector")])
-def test_what_learns(fresh, learn):
-    """In Qwen the projector is a part of the encoder: it learns, or does not, all the same."""
+def test_the_chosen_parts_learn(fresh, learn):
+    """In Qwen, the projector is a part of the encoder, but is still chosen separately."""
     model = fresh.model
     adapter, compressed = adapter_for(model), attach(model, NoCompression())
     _choose_what_learns(compressed, adapter, learn, None)
@@ -68,7 +68,7 @@ def test_what_learns(fresh, learn):
         assert {one.requires_grad for one in weights} == {part in learn}, part
 
 
-def test_places_by_lot_are_others_at_every_step_and_forward():
+def test_random_tokens_differ_at_every_step_and_forward():
     def seeds(compressor: Compressor) -> list[int]:
         return [stage.seed for stage in compressor.stages() if isinstance(stage, RandomTokens)]
 
@@ -79,7 +79,7 @@ def test_places_by_lot_are_others_at_every_step_and_forward():
     assert Pool2d(factor=2).at_step(1, 1) == Pool2d(factor=2)
 
 
-def test_after_an_evaluation_training_goes_on_as_before():
+def test_an_evaluation_restores_the_training_state():
     compressed = attach(tiny_llava(), Pool2d(factor=2)).train()
     with evaluating(compressed, NoCompression()):
         assert not compressed.training

@@ -1,4 +1,4 @@
-"""Schedules: which stage, when; LLaVolta's schemes; what a configuration file may say."""
+"""Schedules: the stage at each step, LLaVolta's schemes, and the forms in a configuration file."""
 
 from fractions import Fraction
 
@@ -38,13 +38,13 @@ def test_only_the_last_scheme_compresses_afterwards():
     assert set(after.values()) == {NoCompression()}
 
 
-def test_layers_go_with_the_depth_of_the_llm():
+def test_layers_scale_with_the_depth_of_the_llm():
     layers = [stage.compressor.layer for stage in scheme("last-stage-compression", depth=8).stages]
     assert layers == [1, 4, 4]
 
 
 @given(st.lists(st.integers(1, 99), min_size=1, max_size=5), st.integers(1, 300))
-def test_steps_of_the_stages_are_those_that_at_gives(shares, total):
+def test_steps_agree_with_at(shares, total):
     stages = tuple(Stage(LLaVolta(layer=i + 1), Fraction(share)) for i, share in enumerate(shares))
     schedule = Schedule(stages)
     at = [schedule.at(Fraction(step, total)).compressor.layer - 1 for step in range(total)]
@@ -114,6 +114,6 @@ def test_any_method_at_any_site_from_yaml():
         ({"name": "two-stage", "afterwards": "random_factor(per=step)"}, "afterwards: random_factor is for training"),
     ],
 )
-def test_nonsense_is_refused_in_a_sentence(content, said):
+def test_mistakes_are_named(content, said):
     with pytest.raises(UserError, match=said):
         read_schedule(content)

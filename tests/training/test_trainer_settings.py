@@ -1,4 +1,4 @@
-"""What can stand under `trainer`: every setting of TrainingArguments is known, its value is looked at first."""
+"""Settings under `trainer`: every setting of TrainingArguments is known, and its value is checked before a run."""
 
 import inspect
 
@@ -47,14 +47,14 @@ OURS = {
 }  # fmt: skip
 
 
-def test_what_a_newer_version_brings_is_refused_until_it_is_known(config, monkeypatch):
+def test_settings_of_a_newer_version_are_refused(config, monkeypatch):
     known = in_this_version()
     monkeypatch.setattr(trainer_settings, "in_this_version", lambda: known | {"drop_every_other_label"})
     with pytest.raises(UserError, match="trainer: drop_every_other_label is a setting that vlmzip does not know yet"):
         config({"drop_every_other_label": True})
 
 
-def test_what_an_older_version_lacks_is_named(config, monkeypatch):
+def test_a_setting_that_an_older_version_lacks_is_named(config, monkeypatch):
     known = in_this_version()
     monkeypatch.setattr(trainer_settings, "in_this_version", lambda: known - {"ddp_timeout"})
     with pytest.raises(UserError, match="trainer: the installed transformers has no setting ddp_timeout"):
@@ -62,14 +62,14 @@ def test_what_an_older_version_lacks_is_named(config, monkeypatch):
 
 
 @pytest.mark.parametrize("key", [*MADE_FROM, *REFUSED])
-def test_what_a_run_cannot_have_is_refused_whatever_its_value(config, key):
+def test_refused_settings_are_refused_with_any_value(config, key):
     for value in (None, False, 0, "x"):
         with pytest.raises(UserError, match=f"^trainer: {key} ") as told:
             config({key: value})
         assert "\n" not in str(told.value)
 
 
-#: For each setting that is passed on one value that is taken, some that are not, and what it needs beside it.
+#: For each setting that is passed on: a valid value, then invalid ones.
 VALUES = {
     "lr_scheduler_type": ("linear", ["lineare", "reduce_lr_on_plateau", "greedy", 5]),
     "lr_scheduler_kwargs": ({"num_cycles": 1}, [5, "x", []]),
@@ -125,12 +125,12 @@ NEEDS = {"optim_target_modules": {"optim": "galore_adamw"}, "optim_args": {"opti
 }
 
 
-def test_every_setting_that_is_passed_on_is_tried_here():
+def test_every_passed_setting_has_a_test():
     assert VALUES.keys() == PASSED.keys()
 
 
 @pytest.mark.parametrize("key", [key for key in VALUES if key in in_this_version()])
-def test_values_are_looked_at_before_a_run(config, key):
+def test_values_are_checked_before_a_run(config, key):
     good, bad = VALUES[key]
     read = config({**NEEDS.get(key, {}), key: good}, **BESIDE).for_trainer()
     name = key if key in read else trainer_settings.RENAMED[key]
@@ -183,7 +183,7 @@ def test_values_are_looked_at_before_a_run(config, key):
         ({"optim": "rmsprop_bnb", "optim_args": "lr=1"}, "lr follows from the run's own setting learning_rate"),
     ],
 )
-def test_what_would_change_nothing_or_is_not_there_is_refused(config, trainer, said):
+def test_unknown_settings_and_settings_without_effect_are_refused(config, trainer, said):
     with pytest.raises(UserError, match=f"trainer: .*{said}"):
         config(trainer)
 
@@ -192,7 +192,7 @@ def test_what_would_change_nothing_or_is_not_there_is_refused(config, trainer, s
     ("trainer", "said"),
     [
         ({"optim": "galore_adamw"}, "galore_torch"),
-        ({"optim": "galore_adamw", "optim_target_modules": ["attn"]}, None),  # tried with the model itself
+        ({"optim": "galore_adamw", "optim_target_modules": ["attn"]}, None),  # checked later, with the model
         ({"optim": "adamw_torch_4bit"}, "torchao"),
         ({"optim": "grokadamw"}, "grokadamw"),
         ({"optim": "sgd", "optim_args": "momentum=fast"}, "trainer: .*optim_args 'momentum=fast'"),
@@ -231,7 +231,7 @@ def test_what_would_change_nothing_or_is_not_there_is_refused(config, trainer, s
         ({"adam_epsilon": "1e-6", "max_grad_norm": "1e-1", "adam_beta1": 0}, None),
     ],
 )
-def test_what_this_machine_lacks_is_found_without_a_model(config, trainer, said):
+def test_missing_support_of_the_machine_is_found_without_a_model(config, trainer, said):
     made = config(trainer)
     if said is None:
         try_out(made)
@@ -254,8 +254,8 @@ def test_every_schedule_can_be_tried(config):
             try_out(config({"lr_scheduler_type": one.value, "lr_scheduler_kwargs": needs.get(one.value, {})}))
 
 
-def test_what_is_read_of_optim_args_is_what_transformers_reads():
-    """Each name stands in transformers' own reader of the optimiser."""
+def test_the_known_optim_args_are_those_that_transformers_reads():
+    """Each name occurs in transformers' own handler of the optimiser."""
     for one in OptimizerNames:
         known = next((names for word, names in READ_OF_OPTIM_ARGS.items() if one.value.startswith(word)), ())
         source = inspect.getsource(_OPTIMIZER_HANDLERS[one])
@@ -273,13 +273,13 @@ def test_a_wrong_value_is_one_line_at_explain_and_at_the_start(tmp_path, capsys,
     assert line.startswith(f"vlmzip: trainer: {next(iter(trainer))} ")
 
 
-def test_what_is_missing_is_said_before_the_model_is_loaded(tmp_path, capsys):
+def test_missing_packages_are_reported_before_the_model_is_loaded(tmp_path, capsys):
     path = write_config(tmp_path, model="./not-there", trainer={"optim": "galore_adamw"})
     assert main(["train", str(path)]) == 2
     assert "galore_torch" in capsys.readouterr().err
 
 
-def test_what_is_missing_here_is_a_note_where_costs_alone_are_asked_for(tmp_path, capsys):
+def test_missing_packages_are_a_note_for_explain(tmp_path, capsys):
     path = write_run(tmp_path, trainer={"optim": "galore_adamw"})
     main(["train", str(path), "--explain"])
     out, said = capsys.readouterr()
@@ -293,7 +293,7 @@ def test_what_is_missing_here_is_a_note_where_costs_alone_are_asked_for(tmp_path
      "text_tokens", "lora.r", "lora.alpha", "evaluation.every", "evaluation.limit"],
 )  # fmt: skip
 @pytest.mark.parametrize("value", [18446744073709551616, 10**400, -(10**30)])
-def test_no_count_is_beyond_what_a_machine_can_have(tmp_path, setting, value):
+def test_counts_that_are_too_large_are_refused(tmp_path, setting, value):
     path = write_config(tmp_path, **LEAST, evaluation={"every": 5})
     with pytest.raises(UserError, match=f"^{setting} must be a whole number from . to .*, got "):
         read_config(path, [f"{setting}={value}"])

@@ -1,4 +1,4 @@
-"""Whole runs of `vlmzip train` on a tiny model: stages, resumes, what learns, what is saved, what goes wrong."""
+"""Complete runs of `vlmzip train` on a tiny model: stages, resuming, trained parts, saved files and failures."""
 
 import errno
 import json
@@ -30,7 +30,7 @@ pytest.importorskip("accelerate")
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """A folder whose run is complete."""
+    """Return a folder with a complete run."""
     folder = tmp_path_factory.mktemp("run")
     assert main(["train", str(write_run(folder))]) == 0
     return folder
@@ -38,7 +38,7 @@ def start(tmp_path_factory):
 
 @pytest.fixture
 def again(start, tmp_path, capsys):
-    """Runs the same data with other settings, into a folder of its own; the folder and what was said."""
+    """Return a function that trains on the same data with other settings: it returns the run's folder and stderr."""
 
     def run(code=0, **settings):
         settings = {"out": str(tmp_path / "out")} | settings
@@ -89,17 +89,17 @@ def questions(start):
 
 @pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(start, again):
-    """Stopped in the middle of stage two, whose steps are the third and the fourth."""
+    """The run stops in the middle of stage two, whose steps are the third and the fourth."""
     out, _ = again(save_every=3)
     subprocess.run(["rm", "-r", out / "checkpoint-6", out / "model"], check=True)
-    (out / "checkpoint-5").mkdir()  # cut short: it does not say that it is whole
+    (out / "checkpoint-5").mkdir()  # incomplete: it lacks the file `whole`
     out, said = again(save_every=3)
     assert f"going on from {out / 'checkpoint-3'}" in said.replace("\n", "")
     assert losses(out) == losses(start / "out")
 
 
 def stop_at(out, step):
-    """Leaves what a run that was killed leaves: nothing behind its checkpoint of that step but the log."""
+    """Leave the files of a killed run: after the checkpoint of that step, only the log."""
     for path in out.glob("checkpoint-*"):
         if int(path.name.rpartition("-")[2]) > step:
             subprocess.run(["rm", "-r", path], check=True)
@@ -107,8 +107,8 @@ def stop_at(out, step):
 
 
 @pytest.mark.slow
-def test_in_the_second_epoch_too(again):
-    """Where the records' order is another one than in the first, and like lengths stand together."""
+def test_a_run_stopped_in_its_second_epoch_resumes(again):
+    """The second epoch has another order of records than the first; records of similar length are grouped."""
     settings = {"schedule": "two-stage", "steps": 14, "save_every": 8, "checkpoints": 3}
     out, _ = again(**settings)
     whole = losses(out)
@@ -118,7 +118,7 @@ def test_in_the_second_epoch_too(again):
 
 
 @pytest.mark.slow
-def test_what_is_logged_is_the_same_where_logs_and_checkpoints_do_not_meet(again):
+def test_logs_of_a_resumed_run_are_the_same_if_logs_and_checkpoints_differ_in_steps(again):
     out, _ = again(log_every=4, save_every=3)
     whole = losses(out)
     summed_up = len((out / "log.jsonl").read_text().splitlines())
@@ -132,7 +132,7 @@ CONSTANT = {"trainer": {"lr_scheduler_type": "constant"}, "steps": 5}
 
 
 def test_a_finished_run_is_left_as_it_is(again):
-    """Also where another step would still change the weights."""
+    """Another step would still change the weights."""
     out, _ = again(**CONSTANT)
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
     _, said = again(**CONSTANT)
@@ -140,7 +140,7 @@ def test_a_finished_run_is_left_as_it_is(again):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == before
 
 
-def test_a_run_whose_model_alone_is_missing_takes_no_further_step(again):
+def test_a_run_that_lacks_only_its_model_takes_no_further_step(again):
     out, _ = again(**CONSTANT)
     trained = weights(out / "model")
     stop_at(out, 5)
@@ -157,7 +157,7 @@ def test_other_settings_are_refused_in_the_same_folder(again):
 
 
 def test_other_records_and_another_base_are_refused_in_the_same_folder(again, start):
-    """As many of them, under the same names."""
+    """There are as many records, and the names are the same."""
     again(steps=2)
     data, model = start / "data.json", start / "model" / "model.safetensors"
     for path, name in ((data, "records file"), (model, "base model")):
@@ -185,7 +185,7 @@ def test_a_model_with_other_settings_is_refused_in_the_same_folder(again, start)
     assert "give another out" in said.replace("\n", " ")
 
 
-def test_a_method_of_ones_own_that_has_changed_is_refused_in_the_same_folder(again, tmp_path, monkeypatch):
+def test_a_changed_method_file_is_refused_in_the_same_folder(again, tmp_path, monkeypatch):
     (tmp_path / "trained_method.py").write_text(
         "import trained_helper\nfrom vlmzip import Pool2d\n\nclass Mine(Pool2d):\n    pass\n"
     )
@@ -202,7 +202,7 @@ def test_a_method_of_ones_own_that_has_changed_is_refused_in_the_same_folder(aga
 
 @pytest.mark.slow
 def test_the_only_checkpoint_goes_when_the_next_is_whole(again, monkeypatch):
-    """Stopped between the two: the mark that it is whole is what the disk has no room for."""
+    """The run stops between the two: the disk has no room for the file `whole` of the second checkpoint."""
     touch, calls = Path.touch, []
 
     def full(path, *args, **kwargs):
@@ -231,14 +231,14 @@ def test_the_only_checkpoint_goes_when_the_next_is_whole(again, monkeypatch):
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*is untrained")
-def test_what_comes_later_is_checked_before_the_first_step(again, settings):
+def test_later_stages_are_checked_before_the_first_step(again, settings):
     out, said = again(code=2, **settings)
     assert "layer=9 is no place" in said or "cannot be switched on or off" in said
     assert not (out / "log.jsonl").exists()
 
 
-def test_a_loss_that_is_no_number_ends_the_run(again):
-    """Nothing is saved of it, and nothing before it is lost."""
+def test_a_loss_of_nan_ends_the_run(again):
+    """Its weights are not saved, and no earlier loss is lost."""
     out, said = again(code=2, learning_rate=1e20, warmup=0, trainer={"max_grad_norm": 0})
     assert "the loss is nan at step" in said
     assert not (out / "model").exists()
@@ -247,8 +247,8 @@ def test_a_loss_that_is_no_number_ends_the_run(again):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"log_every": 100, "trainer": {"save_strategy": "no"}}])
-def test_gradients_that_are_no_numbers_are_not_saved(again, monkeypatch, settings):
-    """The loss before them is one; and nothing else would be logged of the last step."""
+def test_infinite_gradients_are_not_saved(again, monkeypatch, settings):
+    """The loss of the last step is still finite; only the gradients show the failure."""
     step = StagedTrainer.training_step
 
     def overflowing(trainer, *args, **kwargs):
@@ -265,7 +265,7 @@ def test_gradients_that_are_no_numbers_are_not_saved(again, monkeypatch, setting
 
 
 def test_a_smoothed_loss_is_refused(again):
-    """transformers takes it outside the model, where it would compare each logit with the token that it has read."""
+    """transformers computes it outside the model, where it would compare each logit with the token just read."""
     out, said = again(code=2, schedule="none", trainer={"label_smoothing_factor": 0.1})
     assert "vlmzip: trainer: label_smoothing_factor cannot be set: its loss compares logits and labels outside" in said
     assert not out.exists()
@@ -286,7 +286,7 @@ def test_a_folder_that_cannot_be_made_is_a_line(again, tmp_path, make, words):
     assert said.count("vlmzip: ") == 1
 
 
-def test_what_the_trainer_itself_lacks_is_a_line(again, monkeypatch):
+def test_a_package_that_the_trainer_lacks_is_reported_in_a_line(again, monkeypatch):
     def lacking(*_, **__):
         raise RuntimeError("WandbCallback requires wandb to be installed.")
 
@@ -316,7 +316,7 @@ def test_ctrl_c_says_how_to_go_on(again, monkeypatch):
     assert f"the same command goes on from {out / 'checkpoint-2'}" in said.replace("\n", "")
 
 
-def test_what_is_going_to_happen_is_said(again):
+def test_the_plan_of_the_run_is_printed(again):
     _, said = again(steps=2, learn="projector")
     assert re.search(r"\d\.\d of \d\.\d million weights learn, in 2 steps of 4 from 24 records; float32 on cpu", said)
     assert "afterwards it answers with no_compression" in said
@@ -324,7 +324,7 @@ def test_what_is_going_to_happen_is_said(again):
 
 @pytest.mark.slow
 def test_killed_in_the_middle_of_stage_two(start, tmp_path):
-    """`kill -9`, then the same command: the losses are those of a run that was never stopped."""
+    """After `kill -9` and the same command again, the losses are those of a run that was never stopped."""
     path = write_config(start, name="killed.yaml", out=str(tmp_path / "out"), save_every=1)
     command = [sys.executable, "-m", "vlmzip.cli.main", "train", str(path)]
     process = subprocess.Popen(command, env={**os.environ}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
@@ -339,7 +339,7 @@ def test_killed_in_the_middle_of_stage_two(start, tmp_path):
     assert changed(weights(tmp_path / "out" / "model"), weights(start / "out" / "model")) == set()
 
 
-def test_what_is_saved_loads_in_transformers_alone_and_answers_with_the_compressor_for_afterwards(start, again):
+def test_a_saved_model_loads_in_transformers_and_answers_with_the_compressor_for_afterwards(start, again):
     compressed = vlmzip.from_pretrained(start / "out" / "model")
     assert compressed.compressor == NoCompression()
     before, after = weights(start / "model"), weights(start / "out" / "model")
@@ -358,7 +358,7 @@ def test_visionzips_tuning_trains_the_projector_alone(start, again):
     assert vlmzip.from_pretrained(out / "model").compressor == vlmzip.VisionZip(keep=9)
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks it
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft reads it
 def test_lora_trains_the_llm_and_is_merged(start, again):
     out, _ = again(lora={"r": 4, "alpha": 8}, learn=["projector", "llm"], steps=3)
     learned = changed(weights(start / "model"), weights(out / "model"))
@@ -404,7 +404,7 @@ def test_bad_records_are_reported_and_training_goes_on(start, again, tmp_path):
 
 
 def spoil(start, count):
-    """The same records in another file, so many of them about an image that is not there."""
+    """Write the same records into another file, `count` of them with a missing image."""
     content = json.loads((start / "data.json").read_text())
     for one in [one for one in content if "image" in one][:count]:
         one["image"] = "missing.png"
@@ -429,7 +429,7 @@ def test_where_many_records_would_be_left_out_no_step_is_taken(start, again, set
     assert {path.name for path in out.iterdir()} == {".lock", "run.json", "bad_records.jsonl"}
 
 
-def test_records_that_are_none_count_among_those_left_out(start, again):
+def test_invalid_records_count_among_those_left_out(start, again):
     content = json.loads((start / "data.json").read_text())
     (start / "none.json").write_text(json.dumps([*content, *[{"id": "none"}] * 12]))
     settings = {"records": str(start / "none.json"), "images": str(start)}
@@ -438,7 +438,7 @@ def test_records_that_are_none_count_among_those_left_out(start, again):
     assert "of 24 looked at: no conversations" in said
 
 
-def test_a_few_are_named_before_the_first_step_and_a_run_can_be_asked_to_go_on(start, again, tmp_path):
+def test_bad_records_are_reported_before_the_first_step_and_can_be_allowed(start, again, tmp_path):
     few = "note: 6 of 24 records looked at are left out: 6 an image is missing"
     _, said = again(**spoil(start, 6))
     assert said.index(few) < said.index("records left out: an image is missing")
@@ -448,7 +448,7 @@ def test_a_few_are_named_before_the_first_step_and_a_run_can_be_asked_to_go_on(s
     assert "note: 23 of 24 records looked at are left out: 23 an image is missing" in said
 
 
-def test_the_records_looked_at_come_from_all_over_the_file():
+def test_the_records_tried_first_are_spread_over_the_file():
     from vlmzip.training.batches import Examples
 
     seen = []
@@ -471,8 +471,8 @@ def summary(out):
 
 
 @pytest.mark.slow
-def test_the_mean_loss_is_of_all_steps_however_often_a_run_was_stopped(again):
-    """Logged in stretches of unequal length, and stopped twice."""
+def test_the_mean_loss_is_over_all_steps_of_a_resumed_run(again):
+    """The logs cover unequal numbers of steps, and the run is stopped twice."""
     settings = {"log_every": 4, "save_every": 3, "steps": 8, "checkpoints": 9}
     out, _ = again(**settings)
     lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -499,7 +499,7 @@ def test_another_seed_draws_other_factors(again, tmp_path):
 
 
 def test_padding_is_logged(start, again):
-    """One record at a time needs none, but for the one without image, beside which stands a black one."""
+    """One record per forward needs no padding, except the record without image, which gets a blank image's row."""
     assert sum(share > 0 for share in logged(start / "out", "padding")) > 1
     out, _ = again(batch_per_process=1, schedule="llavolta(layer=1)")
     assert sum(share > 0 for share in logged(out, "padding")) == 1
@@ -509,12 +509,12 @@ def test_padding_is_logged(start, again):
 
 
 def test_ragged_rows_are_packed(again):
-    """In the LLM's input side by side, where nothing acts inside the LLM."""
+    """They are packed side by side in the LLM's input if no compressor acts inside the LLM."""
     out, _ = again(batch_per_process=1, schedule="none")
     assert logged(out, "padding") == [0] * 6
 
 
-def test_a_black_image_beside_text_counts_as_none(again):
+def test_the_blank_image_of_a_text_batch_is_not_counted(again):
     out, _ = again(schedule="pool2d(factor=2)", batch=1, steps=COUNT)
     lines = [line for line in map(json.loads, (out / "log.jsonl").open()) if "loss" in line]
     assert sorted(line.get("retention", 1) for line in lines) == [0.25] * (COUNT - 1) + [1]
@@ -551,7 +551,7 @@ def test_every_question_is_asked(start, again, monkeypatch, tmp_path):
     assert asked == ["w6", "w7", "w8", "w9", "w10"]
 
 
-#: What a full disk looks like to whoever writes; the second and third as seen on a small tmpfs.
+#: The error that each writer raises on a full disk; the second and third were seen on a small tmpfs.
 FULL = {
     "python": OSError(errno.ENOSPC, "No space left on device"),
     "safetensors": SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
@@ -562,7 +562,7 @@ FULL = {
 @pytest.mark.slow
 @pytest.mark.parametrize("who", FULL)
 def test_a_full_disk_leaves_the_checkpoint_before(start, again, monkeypatch, who):
-    """The disk is full while the second checkpoint is written; with room again, the same command goes on."""
+    """The disk is full while the second checkpoint is written. With room again, the same command resumes."""
     write, calls = safetensors.torch.save_file, []
 
     def full(tensors, filename, *args, **kwargs):
@@ -597,7 +597,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(start, again, monkeypatch, who
         ({"evaluation": {"every": 1, "task": "nothing"}}, "no task and no folder 'nothing'"),
     ],
 )
-def test_what_cannot_be_trained_is_said_in_a_line(again, settings, said):
+def test_runs_that_cannot_be_trained_are_refused_in_a_line(again, settings, said):
     _, err = again(code=2, **settings)
     assert re.search(said, err)
     assert err.count("vlmzip: ") == 1
@@ -624,8 +624,8 @@ def test_tensorboard_has_what_is_logged(start):
 
 
 @pytest.mark.slow
-def test_what_bitsandbytes_lacks_for_weights_that_nobody_has_is_not_said():
-    """transformers' trainer imports peft, which imports bitsandbytes."""
+def test_bitsandbytes_log_about_its_kernels_is_silenced():
+    """transformers' Trainer imports peft, which imports bitsandbytes."""
     code = (
         "import vlmzip.training.run, logging; logger = logging.getLogger('bitsandbytes.backends.cpu.ops');"
         " logger.warning('Failed to load CPU gemm_4bit_forward from kernels-community: %s.', 'x');"

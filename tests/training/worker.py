@@ -1,8 +1,8 @@
-"""One process of a launch in `test_processes.py`: trains one configuration after another and writes down what it sees.
+"""One process of a launch in `test_processes.py`: it trains one configuration after another and records what it sees.
 
-Into OUT/seen-RANK.jsonl goes a line for each forward in training and for each batch of answers; where these are
-divided, what was asked stands in for the answers. A run that takes longer than `PATIENCE` seconds has its processes
-waiting for each other: it ends with their tracebacks.
+It writes a line to OUT/seen-RANK.jsonl for each training forward and for each batch of answers. In the run whose
+questions are divided among the processes, the questions replace the answers. The processes of a run that takes longer
+than `PATIENCE` seconds are waiting for each other; they end with their tracebacks.
 """
 
 import faulthandler
@@ -22,7 +22,7 @@ from vlmzip.training.trainer import StagedTrainer
 
 PATIENCE = 120
 BATCH = score.BATCH
-#: Questions answered together where each process is to get some.
+#: Questions per batch in the run whose questions are divided among the processes.
 DIVIDED = 2
 
 
@@ -45,7 +45,7 @@ def watched_step(self, model, inputs, num_items_in_batch=None, plain=StagedTrain
 
 def watched_answer(self, compressed, images, questions, *more, plain=Answerer.answer):
     answers = plain(self, compressed, images, questions, *more)
-    if score.BATCH == DIVIDED:  # some are right
+    if score.BATCH == DIVIDED:  # makes some answers correct
         answers = [replace(answer, text=question) for answer, question in zip(answers, questions, strict=True)]
     note(os.environ["OUT"], answers=[answer.text for answer in answers])
     return answers
