@@ -13,7 +13,7 @@ SHORT = 4
 
 
 class UserError(ValueError):
-    """Wrong input. The message says in one line what is wrong and what to do."""
+    """Wrong input. The message gives the mistake and the remedy in one line."""
 
 
 class BeyondPositions(UserWarning):

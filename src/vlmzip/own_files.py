@@ -70,7 +70,7 @@ def is_own(module: str) -> bool:
 
 
 def make(module: str, name: str, settings: dict[str, Any]) -> Any:
-    """Make an object of a class in a file of the user's own; another process has to find the file first."""
+    """Make an instance of a class in the user's own file; search for the file first, as another process must."""
     search_for(module)
     return getattr(import_module(module), name)(**settings)
 

@@ -29,7 +29,8 @@ from vlmzip.training.batches import IGNORE
 from vlmzip.training.sampler import EpochSampler
 from vlmzip.training.schedule import Schedule, written
 
-#: Measure a model during a run: a score and whatever else is logged, by name. All processes call it together.
+#: A function that evaluates a model during a run. It returns a score and other values to log, by name. All processes
+#: call it at the same time.
 Score = Callable[[CompressedModel], dict[str, float]]
 #: The file that is written into a checkpoint last. A checkpoint without it is incomplete.
 WHOLE = "whole"

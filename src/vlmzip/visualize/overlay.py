@@ -26,7 +26,7 @@ def seen_image(pixels: Float[Tensor, "3 height width"], mean: Sequence[float], s
 
 
 def draw_tokens(image: Image.Image, token_map: TokenMap, grid: Grid, prefix: int, title: str = "") -> Image.Image:
-    """Draw the image and, beside it, what became of each token. `token_map` has one row, for this image."""
+    """Draw the image and, beside it, the fate of each token. `token_map` has one row, for this image."""
     cell = max(8, SIDE // max(grid.rows, grid.cols))
     sizes = _sizes(token_map, prefix)
     fates = draw_fates(image, token_map, grid, prefix, cell)
