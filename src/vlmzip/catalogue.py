@@ -18,7 +18,7 @@ from vlmzip.own_files import ENTRY_POINTS
 
 def available() -> dict[str, type[Compressor]]:
     """Every method by name: those of `vlmzip.methods`, and those that installed packages offer as entry points."""
-    found = {cls.name(): cls for cls in vars(methods).values() if _is_method(cls)}
+    found = _shipped()
     for entry in entry_points(group=ENTRY_POINTS):
         try:
             found.setdefault(entry.name, entry.load())
@@ -27,11 +27,18 @@ def available() -> dict[str, type[Compressor]]:
     return dict(sorted(found.items()))
 
 
+def _shipped() -> dict[str, type[Compressor]]:
+    """The methods of `vlmzip.methods` by name."""
+    return {cls.name(): cls for cls in vars(methods).values() if _is_method(cls)}
+
+
 def find(name: str) -> type[Compressor]:
     """The method called `name`, or the class at `package.module:Class`. Raises `UserError` if there is none."""
     if ":" in name:
         return _import(name)
-    known = available()
+    known = _shipped()
+    if name not in known:
+        known = available()  # looks through all installed packages
     if name not in known:
         raise UserError(f"there is no method {name!r}{closest(name, known)}")
     return known[name]

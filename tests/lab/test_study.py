@@ -156,6 +156,7 @@ class TestGoingOn:
         assert [question for some in heard for question in some] == list(WORDS)  # visionzip alone
         assert before.items() < everything(study).items()
 
+    @pytest.mark.slow
     def test_a_stop_in_the_middle_leaves_the_same_records(self, model, task, tmp_path, monkeypatch):
         whole, cut = make_study(model, tmp_path / "whole"), make_study(model, tmp_path / "cut")
         for study in (whole, cut):

@@ -13,7 +13,7 @@ from vlmzip.mini.assets import shipped_assets
 from vlmzip.mini.drawing import draw
 from vlmzip.mini.questions import MOST_NEW_TOKENS
 from vlmzip.mini.scene import make_scene
-from vlmzip.mini.splits import TEST, VALIDATION, samples
+from vlmzip.mini.splits import TEST, VALIDATION, samples, test_split
 from vlmzip.runtime.fingerprint import of_image
 
 NAME = "mini"
@@ -21,7 +21,7 @@ NAME = "mini"
 
 def mini_task(limit: int | None) -> Task:
     """All 3,414 questions, or the first `limit`."""
-    asked = samples(TEST, shipped_assets("test"), limit)
+    asked = test_split() if limit is None else samples(TEST, shipped_assets("test"), limit)
     return Task(
         name=NAME,
         about="mini's test split: images and photos that mini has not seen",

@@ -1,0 +1,37 @@
+"""Every family has a file in tests/families, and quick runs stay quick with many of them."""
+
+import pytest
+from PIL import Image
+
+from tests.families import FAMILIES
+from tests.tiny import IMAGE_TOKEN, SIDE, Family
+from vlmzip import models
+
+#: Each costs quick runs about 10 seconds of computing.
+MOST_THAT_LEAD = 10
+
+
+def test_every_family_is_tested():
+    tested = {family.model_class.config_class.model_type for family in FAMILIES.values()}
+    assert {name for family in models.FAMILIES for name in family.model_types} == tested
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_a_family_that_another_stands_for_names_one_that_leads(family):
+    assert issubclass(family, Family)
+    stands_for_it = vars(family).get("like")
+    assert stands_for_it is None or "like" not in vars(FAMILIES[stands_for_it])
+
+
+def test_few_families_lead_and_one_has_every_case():
+    assert sum("like" not in vars(family) for family in FAMILIES.values()) <= MOST_THAT_LEAD
+    assert sum(vars(family).get("every_case", False) for family in FAMILIES.values()) == 1
+
+
+@pytest.mark.every_family
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # PaliGemma's, beside NumPy 2
+def test_batches_are_made_of_what_the_processor_makes(family):
+    image = Image.new("RGB", (SIDE, SIDE), "red")
+    inputs = family.processor()(images=image, text="w5 <image> w6", return_tensors="pt")
+    assert family.batch([5, "image", 6]).keys() == inputs.keys() - {"labels"}
+    assert (inputs["input_ids"] == IMAGE_TOKEN).any()
