@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
@@ -11,11 +11,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vlmzip.models.adapter import ModelAdapter
 
+Count = TypeVar("Count", int, float)
 
-def prefill_flops(adapter: ModelAdapter, tokens: int | Sequence[int]) -> int:
+
+@overload
+def prefill_flops(adapter: ModelAdapter, tokens: int | Sequence[int]) -> int: ...
+@overload
+def prefill_flops(adapter: ModelAdapter, tokens: Sequence[float]) -> float: ...
+def prefill_flops(adapter: ModelAdapter, tokens: int | Sequence[int] | Sequence[float]) -> int | float:
     """Return the LLM's floating-point operations for one prompt of `tokens` tokens, text and visual.
 
-    `tokens` is one number, or one per layer if some layers see fewer tokens. Counted are
+    `tokens` is one number, or one per layer if some layers see fewer tokens. The number of a layer may be a mean over
+    several images, such as 35.5. Counted are
 
     - 2 per weight and token of every linear layer,
     - 4 * tokens^2 * heads * head size per layer for attention scores and their application. This is the full square,
@@ -27,7 +34,7 @@ def prefill_flops(adapter: ModelAdapter, tokens: int | Sequence[int]) -> int:
     """
     config = adapter.llm_config
     width = config.num_attention_heads * head_size(adapter)
-    flops = 2 * config.hidden_size * config.vocab_size
+    flops: int | float = 2 * config.hidden_size * config.vocab_size
     for layer, count in zip(adapter.decoder_layers, _by_layer(adapter, tokens), strict=True):
         weights = sum(m.in_features * m.out_features for m in layer.modules() if isinstance(m, nn.Linear))
         flops += 2 * weights * count + 4 * count**2 * width
@@ -101,7 +108,7 @@ def kv_cache_bytes(adapter: ModelAdapter, tokens: int | Sequence[int]) -> int:
     return 2 * config.num_key_value_heads * head_size(adapter) * element * sum(_by_layer(adapter, tokens))
 
 
-def _by_layer(adapter: ModelAdapter, tokens: int | Sequence[int]) -> Sequence[int]:
+def _by_layer(adapter: ModelAdapter, tokens: int | Sequence[Count]) -> Sequence[int] | Sequence[Count]:
     """Return the tokens at each layer; one number stands for all layers."""
     return [tokens] * len(adapter.decoder_layers) if isinstance(tokens, int) else tokens
 
