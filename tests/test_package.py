@@ -6,6 +6,8 @@ import json
 import pickle
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -66,7 +68,9 @@ def test_every_name_is_there(name):
 def test_type_checkers_see_the_same_names():
     (block,) = (node for node in ast.parse(inspect.getsource(vlmzip)).body if _is_for_checkers(node))
     names = [alias.name for statement in block.body for alias in statement.names]
-    assert sorted([*names, "__version__"]) == sorted(vlmzip.__all__)
+    names.remove("*")  # of vlmzip.methods
+    assert sorted([*names, *outline.method_classes(), "__version__"]) == sorted(vlmzip.__all__)
+    assert all(alias.asname == alias.name for s in block.body for alias in s.names if alias.name != "*")
 
 
 def _is_for_checkers(node):
@@ -81,6 +85,13 @@ def test_modules_are_attributes_and_other_names_are_not():
             getattr(vlmzip, name)
 
 
+def test_type_checkers_of_users_read_the_package():
+    """Without `py.typed` in the wheel they would take every name for `Any`."""
+    hatch = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["tool"]["hatch"]["build"]
+    assert hatch == {"targets": {"wheel": {"packages": ["src/vlmzip"]}}}  # all files of the folder, then
+    assert (Path(vlmzip.__file__).parent / "py.typed").is_file()
+
+
 @pytest.mark.parametrize("thing", [vlmzip.VisionZip(keep=7), vlmzip.Site.IN_LLM, vlmzip.Grid(1, 2, 3), vlmzip.attach])
 def test_what_comes_from_the_package_can_be_pickled(thing):
     assert pickle.loads(pickle.dumps(thing)) == thing
@@ -89,7 +100,7 @@ def test_what_comes_from_the_package_can_be_pickled(thing):
 def test_outlines_say_what_the_classes_say():
     for of_source, (name, cls) in zip(outline.methods(), vlmzip.available().items(), strict=True):
         assert (of_source.name, of_source.doc) == (name, inspect.getdoc(cls))
-        assert of_source.values == {"sites": cls.sites, "needs": cls.needs}
+        assert of_source.values == {"paper": cls.paper, "sites": cls.sites, "needs": cls.needs}
         assert of_source.fields == {field.name: field.doc for field in catalogue.describe(cls)}
     for of_source, family in zip(outline.families(), FAMILIES, strict=True):
         assert family.__module__ == f"vlmzip.models.{of_source.name}"

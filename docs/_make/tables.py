@@ -1,4 +1,4 @@
-"""Put tables of results together from committed results: `python docs/_make/tables.py`, or `--check` in CI.
+"""Put tables together from committed results and from the methods: `python docs/_make/tables.py`, or `--check` in CI.
 
 Each stands between two comments, such as `<!-- results -->` and `<!-- end of results -->`. The README's comes from
 benchmarks/results/mini-study.csv, the results.csv of the full study on mini:
@@ -8,13 +8,17 @@ benchmarks/results/mini-study.csv, the results.csv of the full study on mini:
 
 with METHODS as in docs/results.md. Those of docs/results.md on speed and memory on a GPU, and on what the selection
 costs there, come from the files that gpu.sh, selection_cost.py (recipes/benchmarks/) and `vlmzip bench` wrote on it.
+The README's table of methods comes from the methods' files.
 """
 
 import argparse
 import csv
 import difflib
+import re
 import sys
 from pathlib import Path
+
+from vlmzip import outline
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTHING = "—"
@@ -91,6 +95,16 @@ def selection_table(files: list[list[dict[str, str]]]) -> list[str]:
     return lines
 
 
+def methods_table() -> list[str]:
+    """Every method with the first sentence of its documentation, where it comes from and its file."""
+    lines = ["| name | what it does | from | file |", "| --- " * 4 + "|"]
+    for method in outline.methods():
+        paper = re.sub(r"arXiv:(\S+?)(?=,|$)", r"[\1](https://arxiv.org/abs/\1)", method.values["paper"])
+        file = f"[{method.name}.py](src/vlmzip/methods/{method.name}.py)"
+        lines.append(f"| `{method.name}` | {method.summary} | {paper or 'no paper'} | {file} |")
+    return lines
+
+
 def ends(row: dict[str, str], name: str) -> str:
     return f"{float(row[f'{name}_q1']):.2f} to {float(row[f'{name}_q3']):.2f}"
 
@@ -129,7 +143,8 @@ def tables(folder: Path) -> dict[str, dict[str, list[str]]]:
         "first token on a GPU": speed_table(runs, "TTFT"),
         "memory on a GPU": memory_table(runs),
     }
-    return {"README.md": {"results": study_table(read(folder / "mini-study.csv"))}, "docs/results.md": gpu}
+    readme = {"results": study_table(read(folder / "mini-study.csv")), "methods": methods_table()}
+    return {"README.md": readme, "docs/results.md": gpu}
 
 
 def replaced(text: str, name: str, lines: list[str]) -> str:

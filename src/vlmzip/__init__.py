@@ -9,98 +9,39 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from vlmzip.version import __version__
+from vlmzip.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from vlmzip import mini, spec
-    from vlmzip.catalogue import available
-    from vlmzip.compressor import BudgetError, Compressor, Profile
-    from vlmzip.errors import UserError
-    from vlmzip.keep import Keep
-    from vlmzip.methods import (
-        DFMR,
-        AdaptiveVisionZip,
-        Chain,
-        Downsample,
-        FastV,
-        KMeans,
-        LLaVolta,
-        NoCompression,
-        Pool2d,
-        QFormer,
-        RandomTokens,
-        SparseVLM,
-        VisionZip,
-    )
-    from vlmzip.resampler import Resampler
-    from vlmzip.runtime.attach import attach
-    from vlmzip.runtime.calibration import Calibration, calibrate
-    from vlmzip.runtime.facade import CompressedModel
-    from vlmzip.runtime.inputs import compress_inputs
-    from vlmzip.runtime.report import Report
-    from vlmzip.runtime.saving import from_pretrained
-    from vlmzip.token_map import TokenMap
-    from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
+    from vlmzip import mini as mini
+    from vlmzip import spec as spec
+    from vlmzip.catalogue import available as available
+    from vlmzip.compressor import BudgetError as BudgetError
+    from vlmzip.compressor import Compressor as Compressor
+    from vlmzip.compressor import Profile as Profile
+    from vlmzip.errors import UserError as UserError
+    from vlmzip.keep import Keep as Keep
+    from vlmzip.methods import *  # noqa: F403
+    from vlmzip.resampler import Resampler as Resampler
+    from vlmzip.runtime.attach import attach as attach
+    from vlmzip.runtime.calibration import Calibration as Calibration
+    from vlmzip.runtime.calibration import calibrate as calibrate
+    from vlmzip.runtime.facade import CompressedModel as CompressedModel
+    from vlmzip.runtime.inputs import compress_inputs as compress_inputs
+    from vlmzip.runtime.report import Report as Report
+    from vlmzip.runtime.saving import from_pretrained as from_pretrained
+    from vlmzip.token_map import TokenMap as TokenMap
+    from vlmzip.visual_tokens import Grid as Grid
+    from vlmzip.visual_tokens import Signal as Signal
+    from vlmzip.visual_tokens import Site as Site
+    from vlmzip.visual_tokens import VisualTokens as VisualTokens
 
-__all__ = [
-    "DFMR",
-    "AdaptiveVisionZip",
-    "BudgetError",
-    "Calibration",
-    "Chain",
-    "CompressedModel",
-    "Compressor",
-    "Downsample",
-    "FastV",
-    "Grid",
-    "KMeans",
-    "Keep",
-    "LLaVolta",
-    "NoCompression",
-    "Pool2d",
-    "Profile",
-    "QFormer",
-    "RandomTokens",
-    "Report",
-    "Resampler",
-    "Signal",
-    "Site",
-    "SparseVLM",
-    "TokenMap",
-    "UserError",
-    "VisionZip",
-    "VisualTokens",
-    "__version__",
-    "attach",
-    "available",
-    "calibrate",
-    "compress_inputs",
-    "from_pretrained",
-    "mini",
-    "spec",
-]
 
-#: Names by the module that has them; the rest of `__all__` are modules.
+#: Names by the module that has them, beside the methods and modules.
 _NAMES = {
     "catalogue": ["available"],
     "compressor": ["BudgetError", "Compressor", "Profile"],
     "errors": ["UserError"],
     "keep": ["Keep"],
-    "methods": [
-        "DFMR",
-        "AdaptiveVisionZip",
-        "Chain",
-        "Downsample",
-        "FastV",
-        "KMeans",
-        "LLaVolta",
-        "NoCompression",
-        "Pool2d",
-        "QFormer",
-        "RandomTokens",
-        "SparseVLM",
-        "VisionZip",
-    ],
     "resampler": ["Resampler"],
     "runtime.attach": ["attach"],
     "runtime.calibration": ["Calibration", "calibrate"],
@@ -114,14 +55,29 @@ _NAMES = {
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 
+def _method_classes() -> list[str]:
+    from vlmzip.outline import method_classes  # what reads source is for those who ask
+
+    return method_classes()
+
+
+def _all() -> list[str]:
+    """Return every public name. The methods' are read from source, so that a new method is one more line there."""
+    return sorted([*_HOMES, *_method_classes(), "__version__", "mini", "spec"])
+
+
 if not TYPE_CHECKING:  # type checkers would take any name for one that is there
 
     def __getattr__(name: str) -> Any:
-        """Import a name of `__all__`, or a module of this package, on first use."""
-        if name in _HOMES:
+        """Import a public name, or a module of this package, on first use."""
+        if name == "__all__":
+            value = _all()
+        elif name in _HOMES:
             value = getattr(import_module(f"vlmzip.{_HOMES[name]}"), name)
         elif not name.startswith("_") and find_spec(f"vlmzip.{name}") is not None:
             value = import_module(f"vlmzip.{name}")
+        elif name in _method_classes():
+            value = getattr(import_module("vlmzip.methods"), name)
         else:
             raise AttributeError(f"module 'vlmzip' has no attribute {name!r}")
         globals()[name] = value
@@ -129,4 +85,4 @@ if not TYPE_CHECKING:  # type checkers would take any name for one that is there
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return _all()

@@ -52,6 +52,10 @@ class Compressor(ABC):
     a saved `compressor.json` and the rows of the documentation's table.
     """
 
+    paper: ClassVar[str] = ""
+    """Where it comes from, such as "arXiv:2412.04467" or "baseline of arXiv:2406.20092"."""
+    examples: ClassVar[tuple[str, ...]] = ()
+    """Settings to start with, such as "keep=64": `vlmzip methods NAME` shows them, and the shared tests run them."""
     needs: ClassVar[frozenset[Signal]] = frozenset()
     """What it looks at beside the features. Settings can ask for more: an instance's own value is what counts."""
     sites: ClassVar[tuple[Site, ...]] = (Site.PRE_PROJECTOR,)

@@ -20,7 +20,7 @@ from vlmzip.sites import Signal, Site
 #: How a user can write a method, for help texts and messages.
 METHOD_FORMS = 'a name from `vlmzip methods`, "visionzip(merge=mean)", "dfmr+fastv(layer=3)" or a saved compressor.json'
 #: The class attributes to read, in addition to docstring and fields.
-VALUES = ("sites", "needs", "model_types", "example")
+VALUES = ("paper", "sites", "needs", "model_types", "example")
 #: The names that the expressions of these attributes may use.
 WORDS = {"Site": Site, "Signal": Signal, "frozenset": frozenset, "tuple": tuple}
 
@@ -53,8 +53,15 @@ def methods() -> list[Outline]:
     outlines = []
     for name, cls in catalogue.available().items():
         fields = {field.name: field.doc for field in catalogue.describe(cls)}
-        outlines.append(Outline(name, inspect.getdoc(cls) or "", {"sites": cls.sites, "needs": cls.needs}, fields))
+        values = {"paper": cls.paper, "sites": cls.sites, "needs": cls.needs}
+        outlines.append(Outline(name, inspect.getdoc(cls) or "", values, fields))
     return outlines
+
+
+def method_classes() -> list[str]:
+    """Return the class names of the methods in `vlmzip.methods`."""
+    homes = _homes(_parsed("vlmzip.methods", "__init__"))
+    return [name for name, module in homes.items() if module.startswith("vlmzip.methods.")]
 
 
 def families() -> list[Outline]:

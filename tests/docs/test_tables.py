@@ -22,6 +22,7 @@ PLAIN = BENCH | {"method": "no_compression", "speed_up": "1.000", "share_of_limi
 SMALL = BENCH | {"speed_up": "4.683", "share_of_limit": "0.918"}
 COST = {"dtype": "bfloat16", "batch": "1", "median_ms": "7.0", "time_ratio": "1.2329", "time_ratio_q1": "1.2084"}
 COST |= {"time_ratio_q3": "1.2569", "selection_over_encoder": "0.20557", "memory_ratio": "1.166", "peak_mib": "21.7"}
+METHODS = "<!-- methods -->\n<!-- end of methods -->\n"
 BLOCKS = ("selection on a GPU", "prefill on a GPU", "first token on a GPU", "memory on a GPU")
 
 
@@ -33,7 +34,7 @@ def tables(maker):
 @pytest.fixture
 def root(tmp_path):
     """A repository with two pages, a full study, and two runs and one selection on a GPU."""
-    (tmp_path / "README.md").write_text("above\n\n<!-- results -->\nold\n<!-- end of results -->\n\nbelow\n")
+    (tmp_path / "README.md").write_text("above\n\n<!-- results -->\nold\n<!-- end of results -->\n\nbelow\n" + METHODS)
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)
     with (results / "mini-study.csv").open("w", newline="") as file:
@@ -66,7 +67,12 @@ def test_the_pages_agree_with_the_committed_results(tables, capsys):
 
 def test_a_study_becomes_a_table(tables, root):
     assert tables.main([], root) == 0
-    assert (root / "README.md").read_text() == (
+    text, methods = (root / "README.md").read_text().split(METHODS.partition("\n")[0])
+    assert (
+        "| `pool2d` | Average each `factor` x `factor` window of visual tokens into one. | baseline of [2412.08771]("
+        in (methods)
+    )
+    assert text == (
         "above\n\n<!-- results -->\n"
         "| method | 50% | 25% |\n"
         "| --- | --- | --- |\n"

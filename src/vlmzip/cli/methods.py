@@ -36,6 +36,7 @@ def _print_all(*, as_json: bool) -> None:
             "name": method.name,
             "sites": [str(site) for site in method.values["sites"]],
             "needs": sorted(map(str, method.values["needs"])),
+            "paper": method.values["paper"],
             "summary": method.summary,
         }
         for method in outline.methods()
@@ -44,9 +45,9 @@ def _print_all(*, as_json: bool) -> None:
         print(json.dumps(rows, indent=2))
         return
     print_table(
-        ["method", "acts at", "looks at", "what it does"],
+        ["method", "acts at", "looks at", "what it does", "from"],
         [
-            [row["name"], ", ".join(row["sites"]), ", ".join(["features", *row["needs"]]), row["summary"]]
+            [row["name"], ", ".join(row["sites"]), ", ".join(["features", *row["needs"]]), row["summary"], row["paper"]]
             for row in rows
         ],
     )
@@ -59,7 +60,14 @@ def _print_one(cls: Any, *, as_json: bool) -> None:
     if as_json:
         print(
             json.dumps(
-                {"name": cls.name(), "doc": inspect.getdoc(cls), "fields": [asdict(f) for f in fields]}, indent=2
+                {
+                    "name": cls.name(),
+                    "doc": inspect.getdoc(cls),
+                    "paper": cls.paper,
+                    "examples": [f"{cls.name()}({settings})" for settings in cls.examples],
+                    "fields": [asdict(f) for f in fields],
+                },
+                indent=2,
             )
         )
         return
@@ -67,3 +75,6 @@ def _print_one(cls: Any, *, as_json: bool) -> None:
     print_table(
         ["field", "value", "default", "meaning"], [[f"--{f.name}", f.type, str(f.default), f.doc] for f in fields]
     )
+    if cls.examples:
+        print("\nfor example:")
+        print("\n".join(f'  --method "{cls.name()}({settings})"' for settings in cls.examples))

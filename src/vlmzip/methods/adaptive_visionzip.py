@@ -27,6 +27,8 @@ class AdaptiveVisionZip(Compressor):
     tokens.
     """
 
+    paper = "our own combination of dfmr and visionzip"
+    examples = ("tau=0.5", "tau=0.2,merge=mean")
     needs = frozenset({Signal.CLS_ATTENTION, Signal.KEYS})
     threshold: ClassVar[str] = DFMR.threshold
     budget_fields = DFMR.budget_fields

@@ -28,6 +28,7 @@ class Chain(Compressor):
     Our own combination; the papers combine nothing.
     """
 
+    paper = "our own combination"
     sites = tuple(Site)
     budget_fields = ("compressors",)
 

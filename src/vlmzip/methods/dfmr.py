@@ -33,6 +33,8 @@ class DFMR(Compressor):
     LLaVA-1.5's 24 x 24 tokens become 576, 144 or 64. Rows of a batch get different numbers of tokens.
     """
 
+    paper = "arXiv:2412.08771, our reading"
+    examples = ("tau=0.5", "tau=0.1,measure=pixels,windows=max")
     sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR)
     threshold: ClassVar[str] = "tau"
     budget_fields = ("tau",)

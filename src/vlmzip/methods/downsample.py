@@ -26,6 +26,7 @@ class Downsample(Compressor):
     that mean: they come from encoding the smaller image. A CLS token is dropped, unless nothing is to be done.
     """
 
+    examples = ("keep=25%",)
     sites = (Site.PIXELS,)
     default_positions = "contiguous"
 

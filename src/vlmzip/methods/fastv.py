@@ -25,6 +25,8 @@ class FastV(Compressor):
     it ends at the last token of the prompt, which in a conversation with answers is the last answer's.
     """
 
+    paper = "arXiv:2403.06764"
+    examples = ("keep=50%,layer=2", "keep=64,layer=3")
     needs = frozenset({Signal.TEXT_ATTENTION})
     sites = (Site.IN_LLM,)
 

@@ -35,6 +35,8 @@ class KMeans(Compressor):
     Time grows with tokens times clusters, memory with `CHUNK` times clusters.
     """
 
+    paper = "baseline of arXiv:2406.20092"
+    examples = ("keep=64", "keep=25%,metric=cosine")
     sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
 
     keep: Keep = A_NINTH

@@ -37,6 +37,8 @@ class LLaVolta(Compressor):
     becomes one token (theirs vanishes).
     """
 
+    paper = "arXiv:2406.20092"
+    examples = ("layer=2,stride=8", "layer=2,16,stride=8,2", "layer=-1,stride=4,window=2d")
     sites = (Site.IN_LLM, Site.POST_PROJECTOR)
     budget_fields = ("stride",)
     label_fields = ("layer", "stride")

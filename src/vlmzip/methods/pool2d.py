@@ -24,6 +24,8 @@ class Pool2d(Compressor):
     their mean is taken over fewer tokens; nothing is dropped.
     """
 
+    paper = "baseline of arXiv:2412.08771"
+    examples = ("factor=2",)
     sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR)
     budget_fields = ("factor",)
 

@@ -35,6 +35,8 @@ class QFormer(Resampler):
     through it.
     """
 
+    paper = "arXiv:2301.12597"
+    examples = ("queries=64",)
     budget_fields = ("queries",)
 
     queries: Count = 32

@@ -24,6 +24,8 @@ class RandomTokens(Compressor):
     to see the spread. The authors draw anew for every batch.
     """
 
+    paper = "baseline of arXiv:2406.20092"
+    examples = ("keep=64", "keep=25%,seed=1")
     sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
 
     keep: Keep = A_NINTH

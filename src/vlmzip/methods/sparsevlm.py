@@ -63,6 +63,8 @@ class SparseVLM(Compressor):
     Memory is linear in an image's tokens; clustering takes time by the square of the recycled ones.
     """
 
+    paper = "arXiv:2410.04417"
+    examples = ("budget=64", "schedule=v2,budget=64", "counts=300,200,110,recycle=0.3")
     needs = frozenset({Signal.TEXT_ATTENTION, Signal.TEXT_FEATURES})
     sites = (Site.IN_LLM,)
     budget_fields = ("budget", "counts")

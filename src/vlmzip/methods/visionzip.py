@@ -36,6 +36,8 @@ class VisionZip(Compressor):
     exactly equal, which of them is dominant may differ.
     """
 
+    paper = "arXiv:2412.04467"
+    examples = ("keep=64", "keep=11%,merge=mean", "dominant=54,contextual=10")
     needs = frozenset({Signal.CLS_ATTENTION, Signal.KEYS})
     budget_fields = ("keep", "dominant", "contextual")
 
