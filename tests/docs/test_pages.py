@@ -1,13 +1,19 @@
 """The documents' code runs as it stands."""
 
 import re
+import sys
 from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
 import torch
 
+import vlmzip
+from vlmzip.cli.asking import build_inputs
+from vlmzip.runtime.loading import load
+
 ROOT = Path(__file__).parents[2]
+PACKAGE = Path(vlmzip.__file__).parent
 
 
 @pytest.mark.filterwarnings("error::UserWarning")
@@ -24,6 +30,30 @@ def test_using(monkeypatch, capsys):
     torch.testing.assert_close(names["logits"], names["same"])
     assert names["ids"].shape[1] == names["inputs"]["input_ids"].shape[1] - 144 + 36
     assert names["again"].compressor == names["compressed"].compressor
+
+
+def test_an_image_goes_the_way_that_is_described():
+    """Each function of the list is called for the first time after the one before it."""
+    page = (ROOT / "CONTRIBUTING.md").read_text()
+    stations = re.findall(r"^\d+\. `([\w/]+\.py)`, `(\w+)`", page, flags=re.M)
+    called = {}
+
+    def note(frame, event, _):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(PACKAGE):
+            called.setdefault((str(path.relative_to(PACKAGE)), frame.f_code.co_name), len(called))
+
+    loaded = load("mini")
+    compressed = vlmzip.attach(loaded.model, vlmzip.VisionZip(keep=36))
+    sys.setprofile(note)
+    try:
+        inputs = build_inputs(loaded, [str(ROOT / "examples" / "flat.png")], "what color is the ring ?")
+        compressed.generate(**inputs, max_new_tokens=1, do_sample=False)
+    finally:
+        sys.setprofile(None)
+    assert len(stations) == 10
+    assert [station for station in stations if station not in called] == []
+    assert sorted(stations, key=called.get) == stations
 
 
 def test_links_between_documents_lead_somewhere():

@@ -46,6 +46,7 @@ def test_a_loaded_model_is_detached_likewise(llava, tmp_path):
         assert compressed.compressor == VisionZip(keep=8)
     with pytest.raises(UserError, match="this model was detached"):
         compressed(input_ids=torch.tensor([[5]]))
+    assert vlmzip.from_pretrained(tmp_path, "visionzip(keep=3)").compressor == VisionZip(keep=3)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Several turns on one KV cache: what is in a cache, and how the next turn's prompt joins it."""
+"""Several turns on one KV cache: what a cache holds, and how the next turn's prompt joins it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from vlmzip.runtime.report import Report, Stopwatch
 
 @dataclass(frozen=True)
 class CacheState:
-    """A conversation so far: as the user sees it, and as it lies in the cache."""
+    """What a cache holds: the conversation so far, as the user sees it and compressed."""
 
     ids: Int[Tensor, "batch length"]
     """The tokens so far, placeholders of uncompressed images included."""
@@ -44,7 +44,7 @@ class CacheState:
     """For each layer before which a compressor acts, what the caches from there on hold (`LayerCut.keys`)."""
 
     def and_generated(self, tokens: Int[Tensor, "batch new"], filler: Bool[Tensor, "batch new"]) -> CacheState:
-        """The conversation after the model has answered with `tokens`; `filler` follows the end of short answers."""
+        """Return the state after the model has answered with `tokens`; `filler` follows the end of short answers."""
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         mask = (~filler).to(self.mask.dtype)
         positions = (self.next_position[:, None] + steps).expand(*self.positions.shape[:-1], -1)
@@ -59,7 +59,7 @@ class CacheState:
 
 
 class Conversations:
-    """What is in each cache that a façade has filled; forgets a cache when nobody holds it any more."""
+    """The state of each cache that a façade has filled; a cache that is garbage-collected is forgotten."""
 
     def __init__(self) -> None:
         self._seen: WeakKeyDictionary[Any, CacheState] = WeakKeyDictionary()
@@ -71,7 +71,7 @@ class Conversations:
         self._seen[cache] = seen
 
     def recall(self, cache: Any) -> CacheState | None:
-        """What is in `cache`; `None` if it is empty. Raises `UserError` for a cache that someone else filled."""
+        """Return the state of `cache`; `None` if it is empty. Raise `UserError` if others filled or changed it."""
         if cache is None or (length := cache.get_seq_length()) == 0:
             return None
         seen = self._seen.get(cache)
@@ -97,7 +97,7 @@ def first_turn(
     *,
     generating: bool,
 ) -> CacheState:
-    """What a cache holds after the prompt `inputs`, compressed to `compressed`, has gone through the model."""
+    """Return what a cache holds after the prompt `inputs`, compressed to `compressed`, has gone through the model."""
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
@@ -129,7 +129,9 @@ def next_turn(
     generating: bool,
     resampler: nn.Module | None = None,
 ) -> tuple[CompressedInputs, CacheState]:
-    """Inputs for a later turn, given as the whole conversation or as its new part alone; and what is seen after it.
+    """Return the inputs for a later turn, and what the cache holds after it.
+
+    The prompt in `inputs` is the whole conversation or its new part alone; `seen` is what the cache holds already.
 
     Only images of the new part are encoded. For `generate` the prompt is the whole compressed conversation, of which
     it skips what the cache holds; for `forward` it is what the cache does not hold.
@@ -161,7 +163,7 @@ def next_turn(
 
 
 def _joined(seen: CacheState, new: CacheState) -> CacheState:
-    """A conversation and what follows it, whose positions still count from 0."""
+    """Return a conversation and what follows it as one; the positions of `new` count from 0."""
     length, generated = seen.ids.shape[1], seen.mask[:, seen.prompt_length :].sum(-1)
     offset = seen.next_position + generated
     mask = torch.cat([seen.mask, new.mask], 1)
@@ -173,14 +175,14 @@ def _joined(seen: CacheState, new: CacheState) -> CacheState:
         positions=torch.cat([seen.positions, new.positions + offset[:, None]], -1),
         prompt_length=mask.shape[1],
         next_position=new.next_position + offset,
-        images=[old + own for old, own in zip(seen.images, new.images, strict=True)],
+        images=[before + added for before, added in zip(seen.images, new.images, strict=True)],
     )
 
 
 def _new_part(
     adapter: ModelAdapter, inputs: Mapping[str, Any], seen: CacheState, pending: int
 ) -> tuple[dict[str, Any], Int[Tensor, "batch short"]]:
-    """The inputs of the part of the conversation that has not been seen, and the mask of the part that has."""
+    """Return the inputs of the part of the conversation that has not been seen, and the mask of the part that has."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     old = seen.ids.shape[1]
     if len(ids) != len(seen.ids):
@@ -220,28 +222,31 @@ def _new_part(
 def _rows_after(
     ids: Int[Tensor, "batch length"], mask: Tensor | None, seen: CacheState
 ) -> tuple[Int[Tensor, "batch new"], Int[Tensor, "batch new"]] | None:
-    """What follows the seen conversation in each row, padding aside, and its mask; `None` if a row begins otherwise."""
+    """Return what follows the seen conversation in each row, without its padding, and a mask for it.
+
+    `None` if a row does not begin with the seen conversation.
+    """
     if mask is None or mask.shape != ids.shape:
         return None
     rows = []
-    for row, own_mask, old, real in zip(ids, mask.bool(), seen.ids, seen.real, strict=True):
-        given, known = row[own_mask], old[real]
-        if len(given) < len(known) or not torch.equal(given[: len(known)], known):
+    for row, row_mask, old, real in zip(ids, mask.bool(), seen.ids, seen.real, strict=True):
+        tokens, known = row[row_mask], old[real]
+        if len(tokens) < len(known) or not torch.equal(tokens[: len(known)], known):
             return None
-        rows.append(given[len(known) :].flip(0))
+        rows.append(tokens[len(known) :].flip(0))
     new = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).flip(1)
     ones = [torch.ones_like(row) for row in rows]
     return new, torch.nn.utils.rnn.pad_sequence(ones, batch_first=True).flip(1)
 
 
 def _begins_alike(ids: Int[Tensor, "batch length"], mask: Tensor | None, seen: CacheState) -> bool:
-    """Whether some row shares the first half of what its conversation has so far: a new part rarely does."""
-    for row, own_mask, old, real in zip(
+    """Whether a row begins with at least half of its conversation so far: a new part rarely does."""
+    for row, row_mask, old, real in zip(
         ids, ids >= 0 if mask is None else mask.bool(), seen.ids, seen.real, strict=True
     ):
-        given, known = row[own_mask], old[real]
-        shared = min(len(given), len(known))
-        same = (given[:shared] == known[:shared]).long().cumprod(0).sum()
+        tokens, known = row[row_mask], old[real]
+        shared = min(len(tokens), len(known))
+        same = (tokens[:shared] == known[:shared]).long().cumprod(0).sum()
         if len(known) and 2 * int(same) >= len(known):
             return True
     return False
@@ -255,7 +260,7 @@ def _new_images(
     *,
     whole: bool,
 ) -> dict[str, Any]:
-    """The inputs of the images in the new part; `inputs` may hold all images of the conversation or these alone."""
+    """Return the inputs of the images in the new part; `inputs` hold all images of the conversation or these alone."""
     wanted = int((new_ids == adapter.placeholder_id).sum())
     if inputs.get(adapter.image_inputs[0]) is None:
         return {}
@@ -277,7 +282,7 @@ def _later_images(
     counts: Sequence[int],
     seen: Sequence[int],
 ) -> dict[str, Any]:
-    """All images of a conversation come row by row: without the first `seen` of each row."""
+    """Return the inputs of a conversation's images, which come row by row, without the first `seen` of each row."""
     chosen, at = [], [0] * len(conversation)
     for index, (row, _) in enumerate(find_placeholders(conversation, adapter.placeholder_id, counts)):
         if at[row] >= seen[row]:

@@ -44,22 +44,31 @@ def compress_inputs(
     resampler: nn.Module | None = None,
     pack_rows: bool = False,
 ) -> CompressedInputs:
-    """Replaces the images in `inputs` by their compressed visual tokens, and shortens the prompt to match.
+    """Replace the images in `inputs` by their compressed visual tokens, and shorten the prompt to match.
 
     `inputs` are what the processor returns, with labels or generation arguments if you like; what is not about the
     prompt or the images is passed through. The result goes into the plain model's `model(**...)`, or with
-    `generating=True` into `model.generate(**...)` (a family may count positions differently there). Rows may end up
-    with different numbers of tokens: they are padded again, on the side that was padded. Position ids that you give
-    yourself are kept, whatever the compressor's `positions`. Where tokens keep positions, an image's tokens stand in
-    the order of their anchors, so that positions ascend; contiguous ones are counted in the compressor's own order.
-    What acts inside the LLM does not act here: for that there is `vlmzip.attach`.
+    `generating=True` into `model.generate(**...)` (a family may count positions differently there).
+
+    In the result, `mm_encoder_outputs` stands in place of the images: its `["image"].pooler_output` holds the projected
+    tokens, `[after, llm_dim]` for each image in a list, or `[1, all, llm_dim]` in families that take one tensor.
+    `input_ids`, `attention_mask`, labels and token types are `[batch, new_length]`, with a placeholder for each token
+    left. Rows may end up with different numbers of tokens: they are padded again, on the side that was padded.
+
+    `position_ids` are there where tokens keep their positions, where positions have several axes, or where you give
+    them: those are kept, whatever the compressor's `positions`. Elsewhere the model counts. Where tokens keep
+    positions, an image's tokens stand in the order of their anchors, so that positions ascend; contiguous ones are
+    counted in the compressor's own order.
+
+    Compressors inside the LLM do not act here, and nothing warns of prompts beyond the LLM's positions: that is
+    `vlmzip.attach`. docs/using.md shows how to feed another engine.
 
     With `pack_rows`, which is for training without a cache, short rows stand side by side in one where they can (see
     `packing.py`): loss and gradients stay the same, logits are of the packed rows.
 
     A method with weights needs `resampler`, the module that holds them: the façade's attribute of this name.
 
-    Raises `UserError` where placeholders and images do not match.
+    Raise `UserError` where placeholders and images do not match.
     """
     adapter = adapter or adapter_for(model)
     out = CompressedInputs(inputs)

@@ -16,15 +16,16 @@ from vlmzip.runtime.facade import CompressedModel
 
 
 def from_pretrained(
-    folder: str | os.PathLike[str], compressor: Compressor | None = None, **kwargs: Any
+    folder: str | os.PathLike[str], compressor: Compressor | str | None = None, **kwargs: Any
 ) -> CompressedModel:
     """Load what `save_pretrained` wrote: the model with its compressor. `kwargs` go to transformers.
 
-    `compressor` replaces the saved one. The weights of a method that has some come from `resampler.safetensors`. Raise
-    `UserError` for a folder without `compressor.json`, an unknown method or field, weights that are missing or do not
-    fit, or a file that a newer vlmzip wrote.
+    `compressor` replaces the saved one; it may be text, as for `attach`. The weights of a method that has some come
+    from `resampler.safetensors`. Raise `UserError` for a folder without `compressor.json`, an unknown method or field,
+    weights that are missing or do not fit, or a file that a newer vlmzip wrote.
     """
-    compressor = compressor or read_compressor(folder)
+    if compressor is None:
+        compressor = read_compressor(folder)
     _check_model(Path(folder))
     return attach(load_model(folder, **kwargs), compressor, weights=folder)
 
