@@ -95,6 +95,10 @@ class Family:
         rows, cols = self.grid(image)
         return rows * cols
 
+    def separators(self, image: int) -> list[int]:
+        """Return which placeholders of an image hold no token but the end of a row of tiles."""
+        return []
+
     def pixels(self, images: Sequence[int]) -> dict[str, torch.Tensor]:
         """Return the encoder's inputs for some images. Image n always looks the same."""
         return {"pixel_values": torch.stack([noise(image, 3, SIDE, SIDE) for image in images])}

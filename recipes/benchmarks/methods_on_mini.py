@@ -114,7 +114,7 @@ def row_of(budget: str, setting: str, method: Compressor, limit: int | None) -> 
     records, tokens, milliseconds, seconds = ask(compressed, limit)
     adapter, right = adapter_for(model), share_right(records)
     text = len(processor.tokenizer("USER: \nwhat color is the ring ? ASSISTANT:").input_ids)
-    whole = adapter.profile().grid.size
+    whole = adapter.profile().size
     flops = prefill_flops(adapter, [text + count for count in tokens])
     return {
         "budget": budget,

@@ -6,7 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, Protocol, SupportsIndex, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, Self, SupportsIndex, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -29,9 +29,21 @@ class Profile:
     """The shape of a model, as far as a budget depends on it."""
 
     grid: Grid
-    """The visual tokens of one image."""
+    """The visual tokens of an image, or of its first view."""
     layers: int
     """Decoder layers of the LLM."""
+    tiles: tuple[Grid, ...] = ()
+    """The visual tokens of further views of the image."""
+
+    @property
+    def grids(self) -> tuple[Grid, ...]:
+        """The grids of all views."""
+        return (self.grid, *self.tiles)
+
+    @property
+    def size(self) -> int:
+        """Visual tokens of the image."""
+        return sum(grid.size for grid in self.grids)
 
 
 class BudgetError(UserError):
@@ -40,7 +52,7 @@ class BudgetError(UserError):
 
 def missed(keep: Keep, reached: float, profile: Profile) -> str:
     """What to say about a budget that was not met; nothing where it was, nearly."""
-    wanted = count_to_keep(keep, profile.grid.size) / profile.grid.size
+    wanted = count_to_keep(keep, profile.size) / profile.size
     return "" if abs(reached - wanted) <= NEAR * wanted else f"the nearest to {wanted:.1%} that it has is {reached:.1%}"
 
 
@@ -85,7 +97,7 @@ class Compressor(ABC):
         """The map for visual tokens of which fewer than all are wanted. Runs without gradients."""
 
     def token_count(self, grid: Grid) -> int | None:
-        """Output tokens for one image of this grid, known from its shape alone; `None` if its content decides."""
+        """Output tokens for one view of this grid, known from its shape alone; `None` if its content decides."""
         return None
 
     @property
@@ -101,7 +113,20 @@ class Compressor(ABC):
         """
         return self.site is not Site.IN_LLM
 
-    def shared(self, views: Sequence[Grid]) -> Sequence[Compressor]:
+    def acts_on(self, views: Sequence[Grid]) -> Sequence[Grid]:
+        """Return the grids on which it acts, each by itself: those of the views, or the image as a whole."""
+        if self.by_view or len(views) == 1:
+            return views
+        return [Grid(1, 1, sum(grid.size for grid in views))]
+
+    def image_count(self, views: Sequence[Grid]) -> int | None:
+        """Return the output tokens for an image of these views, known from shapes alone; `None` if content decides."""
+        parts = self.acts_on(views)
+        counts = [share.token_count(grid) for share, grid in zip(self.shared(parts), parts, strict=True)]
+        known = [count for count in counts if count is not None]
+        return sum(known) if len(known) == len(counts) else None
+
+    def shared(self, views: Sequence[Grid]) -> Sequence[Self]:
         """Return the compressor for each view of an image: a count to keep is shared out over them."""
         keep = getattr(self, "keep", None)
         count = None if keep is None or len(views) == 1 else parse_keep(keep)
@@ -111,16 +136,16 @@ class Compressor(ABC):
         return [dataclasses.replace(self, **change) for change in changes]
 
     def arrange(
-        self, views: Sequence[Grid], prefix: int, places: Sequence[Int[Tensor, " outputs"]]
+        self, views: Sequence[Grid], prefix: int, ranks: Sequence[Int[Tensor, " _"]]
     ) -> Int[Tensor, " features"]:
         """Return the order in which the LLM gets an image's output tokens, if they are renumbered there.
 
-        `places` has for each output of each view the placeholder of its anchor. One view: the map's own order. Several:
-        the model's order of placeholders, in which rows of tiles may interleave.
+        `ranks` has for each output of each view the rank of its anchor in the order in which the model packs an image;
+        the rows of tiles may interleave there. By default that order, and for a single view the map's own.
         """
         if len(views) == 1:
-            return torch.arange(len(places[0]))
-        return torch.cat(list(places)).argsort(stable=True)
+            return torch.arange(len(ranks[0]))
+        return torch.cat(list(ranks)).argsort(stable=True)
 
     def smaller(self, grid: Grid) -> Grid:
         """The grid of the smaller image to encode instead of one of this grid; asked at the pixel site only."""
@@ -156,8 +181,13 @@ class Compressor(ABC):
         self.check_layers(profile.layers)
         if self.layers:
             keep = self._count_inside(keep, profile)
-        chosen = dataclasses.replace(self, keep=keep)  # type: ignore[call-arg]
+        chosen = self.with_keep(keep)
         return chosen, chosen.reached(profile)
+
+    def with_keep(self, keep: Keep) -> Compressor:
+        """Return the same method with another budget, of an image."""
+        changes: dict[str, Any] = {"keep": keep}
+        return dataclasses.replace(self, **changes)
 
     def at_step(self, step: int, salt: int = 0) -> Compressor:
         """Return the compressor for an optimiser step of training; one that draws nothing at random is the same.
@@ -182,7 +212,7 @@ class Compressor(ABC):
 
     def _count_inside(self, keep: Keep, profile: Profile) -> int:
         """Tokens to keep from its first layer on, so that the average over all layers of the LLM is `keep`."""
-        size, depth, first = profile.grid.size, profile.layers, min(self.layers)
+        size, depth, first = profile.size, profile.layers, min(self.layers)
         left = (count_to_keep(keep, size) * depth - size * first) / (depth - first)
         if left < 1:
             least = (first + (depth - first) / size) / depth
@@ -207,12 +237,12 @@ class Compressor(ABC):
         return (self,)
 
     def tokens_by_layer(self, profile: Profile) -> list[int] | None:
-        """Visual tokens of one image of the profile's grid at each LLM layer; `None` if its content decides."""
-        count = self.token_count(profile.grid)
+        """Visual tokens of an image of the profile at each LLM layer; `None` if its content decides."""
+        count = self.image_count(profile.grids)
         if count is None:
             return None
         first = min(self.layers, default=0)
-        return [profile.grid.size] * first + [min(count, profile.grid.size)] * (profile.layers - first)
+        return [profile.size] * first + [min(count, profile.size)] * (profile.layers - first)
 
     def cases_by_layer(self, profile: Profile) -> list[list[int]] | None:
         """Return `tokens_by_layer` for each case that a random draw decides on, all equally likely."""
@@ -221,12 +251,12 @@ class Compressor(ABC):
         return None if counts is None else [counts]
 
     def reached(self, profile: Profile) -> float:
-        """The retention ratio on an image of the profile's grid, over all layers of the LLM."""
+        """The retention ratio on an image of the profile, over all layers of the LLM."""
         self.check_layers(profile.layers)
         counts = self.tokens_by_layer(profile)
         if counts is None:
             raise self._content_decides()
-        return sum(counts) / (profile.grid.size * profile.layers)
+        return sum(counts) / (profile.size * profile.layers)
 
     def _content_decides(self) -> BudgetError:
         if not isinstance(self, Calibratable):
@@ -262,6 +292,33 @@ class Compressor(ABC):
     def __post_init__(self) -> None:
         check_choice("site", self.site, self.sites)
         schema.check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetedCompressor(Compressor):
+    """A method that keeps a number of tokens, or a fraction of them."""
+
+    budget_fields: ClassVar[tuple[str, ...]] = ("keep", "keep_per_view")
+
+    keep: Keep | None = None
+    """Tokens per image (int), or a fraction of them (float, "25%")."""
+    keep_per_view: Keep | None = None
+    """Tokens per view (int) of images that have several, such as tiles, in place of `keep`, which the views share."""
+
+    def with_keep(self, keep: Keep) -> Compressor:
+        return dataclasses.replace(self, keep=keep, keep_per_view=None)
+
+    def shared(self, views: Sequence[Grid]) -> Sequence[Self]:
+        return super().shared(views) if self.keep_per_view is None else (self,) * len(views)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep_per_view is None:
+            return
+        default = next(field.default for field in fields(self) if field.name == "keep")
+        if self.keep not in (default, self.keep_per_view):
+            raise UserError("give keep, for an image, or keep_per_view, for each of its views, not both")
+        object.__setattr__(self, "keep", self.keep_per_view)
 
 
 def keep_all(tokens: VisualTokens) -> TokenMap:

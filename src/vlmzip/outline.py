@@ -82,7 +82,7 @@ def _of_package(package: str) -> list[Outline]:
 
 def _outline(module: str, name: str) -> Outline:
     tree = _parsed(*module.rsplit(".", 1))
-    homes = _homes(tree)
+    homes = {node.name: module for node in tree.body if isinstance(node, ast.ClassDef)} | _homes(tree)
     (definition,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
     outline = Outline(module.rpartition(".")[2], ast.get_docstring(definition) or "")
     for base in map(ast.unparse, definition.bases):

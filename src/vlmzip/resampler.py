@@ -48,7 +48,7 @@ class Resampler(Compressor):
         raise UserError(f"{self.name()} has no token map: each of its tokens comes from all visual tokens")
 
     def tokens_by_layer(self, profile: Profile) -> list[int] | None:
-        count = self.token_count(profile.grid)
+        count = self.image_count(profile.grids)
         return None if count is None else [count] * profile.layers
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ from vlmzip.cli.comparing import MethodRow, configure, image_profile
 from vlmzip.cli.main import main
 from vlmzip.compressor import BudgetError, Compressor, Profile
 from vlmzip.errors import UserError
+from vlmzip.models.layout import Layout
 from vlmzip.runtime.report import compact
 from vlmzip.spec import Candidate
 from vlmzip.visual_tokens import Grid, Site
@@ -366,11 +367,13 @@ def test_times_are_medians_of_the_runs():
 
 def test_budgets_are_set_for_the_largest_image():
     grids = [Grid(1, 4, 4), Grid(1, 6, 6), Grid(1, 5, 5)]
-    plain = types.SimpleNamespace(
-        report=types.SimpleNamespace(images=[types.SimpleNamespace(grid=grid) for grid in grids])
-    )
+    images = [types.SimpleNamespace(layout=Layout.of_one_view(grid)) for grid in grids]
+    tiled = types.SimpleNamespace(layout=Layout((Grid(1, 4, 4), Grid(1, 3, 8)), torch.arange(40)))
+    plain = types.SimpleNamespace(report=types.SimpleNamespace(images=images))
     loaded = types.SimpleNamespace(adapter=types.SimpleNamespace(profile=lambda: Profile(Grid(1, 9, 9), 4)))
     assert image_profile(loaded, plain) == Profile(Grid(1, 6, 6), 4)
+    images.append(tiled)
+    assert image_profile(loaded, plain) == Profile(Grid(1, 4, 4), 4, tiles=(Grid(1, 3, 8),))
 
 
 def test_a_layer_that_the_llm_has_not_is_said_in_a_footnote(capsys):

@@ -20,12 +20,13 @@ def attention_of(layer, hidden, cos, sin, mask):
 
 
 @torch.no_grad()
-def logits_of(model, inputs, new_tokens, placeholder, images, rules, bidirectional=False):
+def logits_of(model, inputs, new_tokens, placeholder, images, rules, bidirectional=False, separators=()):
     """Logits of every position of one row's prompt followed by `new_tokens`, and which positions are left at the end.
 
     `images`: for each image its columns. `rules`: {layer: rule}, a rule being a function of the hidden states of
     one image's remaining tokens, of the question's attention to them (in the layer before), and of the image and
     the question as they entered the LLM; it returns groups: lists of (index, weight), the first being the anchor.
+    `separators`: columns of newlines among an image's columns; they are left as long as all of its tokens are.
     """
     seen = {}
 
@@ -61,12 +62,15 @@ def logits_of(model, inputs, new_tokens, placeholder, images, rules, bidirection
                 last = int(alive[:prompt].nonzero()[-1])
                 questions = [q for q in range(images[image][0], prompt) if q not in visual] or [last]
                 whole = entered[list(images[image])]
-                groups = rules[number](hidden[columns], attention[questions][:, columns], whole, entered[questions])
-                states = {columns[g[0][0]]: sum(w * hidden[columns[i]] for i, w in g) for g in groups}
+                tokens = [column for column in columns if column not in separators]
+                groups = rules[number](hidden[tokens], attention[questions][:, tokens], whole, entered[questions])
+                states = {tokens[g[0][0]]: sum(w * hidden[tokens[i]] for i, w in g) for g in groups}
+                newlines = [] if len(states) < len(tokens) else [c for c in columns if c in separators]
                 alive[columns] = False
                 for anchor, state in states.items():
-                    hidden[anchor], alive[anchor] = state, True
-                places[image] = sorted(states)
+                    hidden[anchor] = state
+                places[image] = sorted([*states, *newlines])
+                alive[places[image]] = True
         mask = torch.zeros(length, length).masked_fill(~(allowed & (alive | torch.eye(length).bool())), -torch.inf)
         attention = attention_of(layer, hidden, cos, sin, mask)
         out = layer(hidden[None], attention_mask=mask[None, None], position_embeddings=(cos[None], sin[None]))

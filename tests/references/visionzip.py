@@ -42,3 +42,24 @@ def placed(features, attention, keys, dominant, contextual, merge, cls):
         else:
             out.append((t, torch.stack([features[t], *members]).mean(0)))
     return out
+
+
+def visionzip_tiles(views, dominant, contextual, rows, cols, merge="reference"):
+    """The path for an image with tiles: the base image first, then `rows` x `cols` tiles, all with a CLS.
+
+    Each view is (features, attention, keys), as `placed` takes them. Behind the base image's tokens come the dominant
+    patches of all tiles, in raster order over the whole image, then each tile's CLS, then each tile's contextual
+    tokens. No row ends with a newline, and the padding of tiles counts as image.
+    """
+    side = round((len(views[0][0]) - 1) ** 0.5)
+    base, *tiles = [placed(*view, dominant, contextual, merge, cls=1) for view in views]
+    patches, contextual_tokens = [], []
+    for number, tile in enumerate(tiles):
+        for place, token in tile[1:dominant]:
+            row = number // cols * side + (place - 1) // side
+            col = number % cols * side + (place - 1) % side
+            patches.append((row * cols * side + col, token))
+        contextual_tokens += [token for _, token in tile[dominant:]]
+    ordered = [token for _, token in sorted(patches, key=lambda one: one[0])]
+    cls = [tile[0][1] for tile in tiles]
+    return torch.stack([token for _, token in base] + ordered + cls + contextual_tokens)

@@ -154,6 +154,12 @@ def alone(family, row):
     return family.batch(ROWS[row], first_image=first), columns_of(family, row, first)
 
 
+def separators_of(family, row, images):
+    """The columns of what ends a row of tiles."""
+    first = sum(other.count("image") for other in ROWS[:row])
+    return {columns[n] for image, columns in enumerate(images, first) for n in family.separators(image)}
+
+
 def columns_of(family, row, first):
     columns, at = [], 0
     for part in ROWS[row]:
@@ -186,8 +192,9 @@ def test_every_row_of_a_ragged_batch_equals_masking(family, case, attention):
         one, images = alone(family, row)
         new = out.sequences[row, width:-1]
         expected, alive = logits_of(
-            family.model, one, new, IMAGE_TOKEN, images, rules, bidirectional=family.sees_prompt_both_ways
-        )
+            family.model, one, new, IMAGE_TOKEN, images, rules, bidirectional=family.sees_prompt_both_ways,
+            separators=separators_of(family, row, images),
+        )  # fmt: skip
         got = torch.stack([step[row] for step in out.logits])
         # A masked row of the reference still holds numbers of its own; only those that are left count.
         left = expected[:-STEPS][alive[:-STEPS]]

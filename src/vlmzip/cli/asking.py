@@ -22,7 +22,8 @@ from vlmzip.runtime.loading import Loaded
 from vlmzip.runtime.prompts import chat_prompt, special_tokens, unknown_words
 from vlmzip.runtime.report import Report
 from vlmzip.runtime.saving import saved_weights
-from vlmzip.visualize.overlay import draw_tokens, seen_image, stack
+from vlmzip.visualize.overlay import draw_tokens, stack
+from vlmzip.visualize.views import seen_views
 
 
 @dataclass(frozen=True)
@@ -115,21 +116,19 @@ def warn_about_detail(report: Report, paths: list[str]) -> None:
 def draw(loaded: Loaded, inputs: dict[str, Any], report: Report, paths: list[str]) -> Image.Image:
     """The token maps of all images below one another."""
     pages = []
-    for seen, image in zip(seen_images(loaded, inputs, paths), report.images, strict=True):
-        if image.grid is None:
-            raise UserError("the tokens left lie on no grid, so there is nothing to draw them on")
-        assert image.token_map is not None  # what has none is refused at the beginning, see `check_method`
-        title = f"{report.compressor.name()}: {image.before} to {image.after} visual tokens"
-        pages.append(draw_tokens(seen, image.token_map, image.grid, image.prefix, title))
+    for views, image in zip(seen_images(loaded, inputs, paths, report), report.images, strict=True):
+        counts = f"{report.compressor.name()}: {image.before} to {image.after} visual tokens"
+        for number, (seen, view) in enumerate(zip(views, image.views, strict=True), 1):
+            assert view.token_map is not None  # what has none is refused at the beginning, see `check_method`
+            title = counts if len(views) == 1 else f"{counts}, view {number} of {len(views)}"
+            pages.append(draw_tokens(seen, view.token_map, view.grid, view.prefix, title))
     return stack(pages)
 
 
-def seen_images(loaded: Loaded, inputs: dict[str, Any], paths: list[str]) -> list[Image.Image]:
-    """The images as their grids cover them."""
-    processor, pixels = loaded.processor.image_processor, inputs[loaded.adapter.image_inputs[0]]
-    if pixels.ndim == 4:  # images as the encoder sees them, cropped and scaled
-        return [seen_image(one, processor.image_mean, processor.image_std) for one in pixels]
-    return [load_image(path) for path in paths]  # patches of any number: the grid covers the whole image
+def seen_images(loaded: Loaded, inputs: dict[str, Any], paths: list[str], report: Report) -> list[list[Image.Image]]:
+    """The views of the images as their grids cover them."""
+    images = [load_image(path) for path in paths]
+    return seen_views(loaded.adapter, loaded.processor.image_processor, inputs, report.images, images)
 
 
 def split_images_and_question(words: list[str], command: str) -> tuple[list[str], str]:

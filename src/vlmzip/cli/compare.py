@@ -6,6 +6,7 @@ import json
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,9 @@ from vlmzip.keep import A_NINTH, AS_SET, parse_keep
 from vlmzip.outline import METHOD_FORMS
 
 if TYPE_CHECKING:
-    from PIL import Image
     from rich.table import Table
 
-    from vlmzip.cli.compare_output import Comparison
+    from vlmzip.cli.compare_output import Comparison, Seen
 
 EXAMPLES = """  vlmzip compare examples/cluttered.png "what color is the ring ?" --keep 25%
   vlmzip compare photo.jpg "What is on the table?" --methods "visionzip(merge=mean),pool2d+fastv" --sheet tokens.png
@@ -69,7 +69,7 @@ def run(args: Namespace) -> None:
     device, dtype = loaded.model.device, loaded.model.dtype
     found = Comparison(rows, args.model, question, paths, args.keep, args.repeats, device, dtype)
     try:
-        _write(found, seen_images(loaded, inputs, paths), args.sheet, args.html)
+        _write(found, partial(seen_images, loaded, inputs, paths), args.sheet, args.html)
     finally:  # a full disk must not cost the answers, nor a reader that stops early (`| head -5`) the files
         _print(found, args)
     if broken := [row.method for row in rows if row.broke]:
@@ -77,7 +77,7 @@ def run(args: Namespace) -> None:
         sys.exit(1)
 
 
-def _write(found: Comparison, seen: list[Image.Image], sheet_file: Path | None, html_file: Path | None) -> None:
+def _write(found: Comparison, seen: Seen, sheet_file: Path | None, html_file: Path | None) -> None:
     from vlmzip.cli.compare_output import page, sheet
     from vlmzip.cli.images import save_image
     from vlmzip.files import write_text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,10 +14,14 @@ from vlmzip.cli.asking import TimedAnswer
 from vlmzip.cli.comparing import PLAIN, MethodRow
 from vlmzip.cli.tables import show_bytes, show_flops
 from vlmzip.keep import Keep, parse_keep
-from vlmzip.runtime.report import compact
+from vlmzip.runtime.report import Report, compact
 from vlmzip.version import __version__
 from vlmzip.visualize.page import Card, render
-from vlmzip.visualize.sheet import Panel, contact_sheet, fates_panel, plain_panel
+from vlmzip.visualize.sheet import Panel, contact_sheet
+from vlmzip.visualize.views import fates_of_views, plain_views
+
+#: The views of every image of a report, as the encoder saw them.
+Seen = Callable[[Report], list[list[Image.Image]]]
 
 NOTHING = "—"
 DIFFERS = "≠ "
@@ -152,7 +157,7 @@ def _row_as_json(row: MethodRow) -> dict[str, Any]:
     }
 
 
-def sheet(found: Comparison, seen: list[Image.Image]) -> Image.Image:
+def sheet(found: Comparison, seen: Seen) -> Image.Image:
     """One page with every image under every method that ran."""
     panels = []
     for row in found.rows:
@@ -165,10 +170,10 @@ def sheet(found: Comparison, seen: list[Image.Image]) -> Image.Image:
             counts = _counts(ratio, counted.by_layer)
             panels.append(Panel(image, title, counts, printable(row.first.text), row.differs))
     absent = [f"{row.method}: {printable(row.note)}" for row in found.rows if row.first is None]
-    return contact_sheet(f"{found.title}   ({found.budget})", panels, absent, together=len(seen))
+    return contact_sheet(f"{found.title}   ({found.budget})", panels, absent, together=len(found.paths))
 
 
-def page(found: Comparison, seen: list[Image.Image]) -> str:
+def page(found: Comparison, seen: Seen) -> str:
     """The whole comparison as HTML."""
     cards = []
     for row in found.rows:
@@ -190,9 +195,7 @@ def _counts(ratio: float, by_layer: list[int] | tuple[int, ...]) -> str:
     return f"{ratio:.1f}x, {compact(by_layer)} visual tokens"
 
 
-def _images(row: MethodRow, first: TimedAnswer, seen: list[Image.Image]) -> list[Image.Image]:
-    """What became of the tokens of each image, drawn on it; without compression the image itself."""
-    pairs = list(zip(seen, first.report.images, strict=True))
-    if row.method == PLAIN:
-        return [plain_panel(one, image.grid) for one, image in pairs]
-    return [fates_panel(one, image.token_map, image.grid, image.prefix) for one, image in pairs]
+def _images(row: MethodRow, first: TimedAnswer, seen: Seen) -> list[Image.Image]:
+    """What became of the tokens of each image, drawn on its views; without compression the views themselves."""
+    draw_views = plain_views if row.method == PLAIN else fates_of_views
+    return [draw_views(views, image) for views, image in zip(seen(first.report), first.report.images, strict=True)]

@@ -85,10 +85,13 @@ def compare(
 
 
 def image_profile(loaded: Loaded, plain: TimedAnswer) -> Profile:
-    """The shape that budgets are set for: the images' own grid, the largest if they differ."""
-    grids = [image.grid for image in plain.report.images if image.grid is not None]
+    """The shape that budgets are set for: the images' own grids, of the largest image if they differ."""
+    layouts = [image.layout for image in plain.report.images]
     usual = loaded.adapter.profile()
-    return replace(usual, grid=max(grids, key=lambda grid: grid.size)) if grids else usual
+    if not layouts:
+        return usual
+    first, *tiles = max(layouts, key=lambda layout: layout.size).views
+    return replace(usual, grid=first, tiles=tuple(tiles))
 
 
 def configure(candidate: Candidate, keep: Keep | None, profile: Profile) -> tuple[Compressor, str]:

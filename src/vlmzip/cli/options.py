@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Iterable
 from pathlib import Path
@@ -163,7 +162,7 @@ def without_budget(args: Namespace) -> Compressor:
             spec.refuse_second_budget(args.method, args.keep, "give one of them")
         method = spec.read(args.method)
         takes_keep = args.keep is not None and "keep" in method.field_names()
-        return dataclasses.replace(method, keep=args.keep) if takes_keep else method  # type: ignore[call-arg]
+        return method.with_keep(args.keep) if takes_keep else method
     cls = catalogue.find(args.method)
     given = settings(args)
     if args.keep is not None and "keep" in cls.field_names():

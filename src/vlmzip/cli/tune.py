@@ -162,7 +162,7 @@ def _cost(args: Namespace) -> Cost:
 def _most(args: Namespace, asked: TunedStudy) -> float | None:
     """The wished limit in the unit of the cost; a share of the tokens is one of the middle image's."""
     if args.max_tokens is not None:
-        return float(count_to_keep(args.max_tokens, asked.profile.grid.size))
+        return float(count_to_keep(args.max_tokens, asked.profile.size))
     return args.max_prefill_ms if args.max_flops is None else float(parse_keep(args.max_flops))
 
 

@@ -152,8 +152,10 @@ class Configurator:
             return self.answerer.adapter.profile()
         first = {sample.image: sample for sample in task.samples[:LOOK_AT]}.values()
         inputs = self.answerer.inputs([sample.load() for sample in first], [""] * len(first))
-        grids = sorted(self.answerer.adapter.grids(inputs), key=lambda grid: grid.size)
-        return replace(self.answerer.adapter.profile(), grid=grids[(len(grids) - 1) // 2])
+        seen = [layout.unpadded()[0] for layout in self.answerer.adapter.layouts(inputs)]
+        layouts = sorted(seen, key=lambda layout: layout.size)
+        grid, *tiles = layouts[(len(layouts) - 1) // 2].views
+        return replace(self.answerer.adapter.profile(), grid=grid, tiles=tuple(tiles))
 
 
 def read_calibrated(path: Path, known: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -172,7 +174,7 @@ def read_calibrated(path: Path, known: Mapping[str, Any]) -> list[dict[str, Any]
 
 def _near(budget: str, reached: float, profile: Profile) -> str:
     """What to say about a budget that is missed. Raises `UserError` where it is missed by far."""
-    wanted = count_to_keep(budget, profile.grid.size) / profile.grid.size
+    wanted = count_to_keep(budget, profile.size) / profile.size
     said = missed(budget, reached, profile)
     if abs(reached - wanted) > TOO_FAR * wanted:
         raise UserError(said)

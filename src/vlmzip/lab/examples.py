@@ -15,8 +15,7 @@ from vlmzip.lab.study import Study
 from vlmzip.lab.tasks.task import Sample, Task
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.report import compact
-from vlmzip.visualize.overlay import seen_image
-from vlmzip.visualize.sheet import fates_panel, plain_panel
+from vlmzip.visualize.views import fates_of_views, plain_views, seen_views
 
 GAP = 6
 """Pixels between an image and its tokens."""
@@ -63,12 +62,9 @@ def _drawn(study: Study, compressed: CompressedModel, sample: Sample) -> tuple[I
     inputs = study.answerer.inputs([image], [sample.question])
     with torch.inference_mode():
         compressed.generate(**inputs, max_new_tokens=1, do_sample=False)
-    pixels, processor = inputs[study.adapter.image_inputs[0]], study.processor.image_processor
-    if pixels.ndim == 4:  # as the encoder sees it, cropped and scaled; else the grid covers the whole image
-        image = seen_image(pixels[0], processor.image_mean, processor.image_std)
     (report,) = compressed.report.images
-    panels = plain_panel(image, report.grid), fates_panel(image, report.token_map, report.grid, report.prefix)
-    return _side_by_side(*panels), report.by_layer
+    (views,) = seen_views(study.adapter, study.processor.image_processor, inputs, [report], [image])
+    return _side_by_side(plain_views(views, report), fates_of_views(views, report)), report.by_layer
 
 
 def _side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:

@@ -86,24 +86,24 @@ class Chain(Compressor):
         return grid.size
 
     def tokens_by_layer(self, profile: Profile) -> list[int] | None:
-        counts = [profile.grid.size] * profile.layers
-        grid = profile.grid
+        counts = [profile.size] * profile.layers
+        reaching = profile
         for stage in self.compressors:
-            own = stage.tokens_by_layer(Profile(grid, profile.layers))
+            own = stage.tokens_by_layer(reaching)
             if own is None:
                 return None
             first = min(stage.layers, default=0)
             counts[first:] = own[first:]
-            if counts[-1] != grid.size:
-                grid = Grid(1, 1, counts[-1])
+            if counts[-1] != reaching.size:
+                reaching = Profile(Grid(1, 1, counts[-1]), profile.layers)
         return counts
 
     def at_budget(self, keep: Keep, profile: Profile) -> tuple[Chain, float]:
         """Fits the first compressor; the others stay as they are set."""
         first, *others = self.compressors
-        wanted = count_to_keep(keep, profile.grid.size) / profile.grid.size
+        wanted = count_to_keep(keep, profile.size) / profile.size
         best: tuple[float, Chain] | None = None
-        for count in range(1, profile.grid.size + 1):
+        for count in range(1, profile.size + 1):
             try:
                 candidate = dataclasses.replace(self, compressors=(first.at_budget(count, profile)[0], *others))
             except BudgetError:

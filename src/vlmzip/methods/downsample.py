@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from vlmzip.compressor import Compressor
+from vlmzip.compressor import BudgetedCompressor
 from vlmzip.keep import A_NINTH, Keep, count_to_keep, round_half_up
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Site, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class Downsample(Compressor):
+class Downsample(BudgetedCompressor):
     """Show the vision encoder a smaller image, so that it puts out fewer visual tokens.
 
     The baseline that papers on visual tokens seldom run; no paper defines it. The image is resized (bicubic with

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
-from vlmzip.compressor import Compressor
+from vlmzip.compressor import BudgetedCompressor
 from vlmzip.keep import Keep, count_to_keep
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class FastV(Compressor):
+class FastV(BudgetedCompressor):
     """Keep the visual tokens that the last question token attends to most in layer K-1.
 
     Chen et al., ECCV 2024 (arXiv:2403.06764), section 4: ranking by attention, mean over heads, K=2 and R=50 % as

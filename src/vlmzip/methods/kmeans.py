@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vlmzip.compressor import Compressor
+from vlmzip.compressor import BudgetedCompressor
 from vlmzip.keep import A_NINTH, Keep, count_to_keep
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Site, VisualTokens
@@ -23,7 +23,7 @@ SAME = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
-class KMeans(Compressor):
+class KMeans(BudgetedCompressor):
     """Cluster the visual tokens of each image and keep the mean of every cluster.
 
     The K-Means baseline of LLaVolta (arXiv:2406.20092, Table 3: L / S centroids). The authors' code of it is not

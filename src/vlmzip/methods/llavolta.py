@@ -75,6 +75,10 @@ class LLaVolta(Compressor):
     def layers(self) -> tuple[int, ...]:
         return _several(self.layer) if self.site is Site.IN_LLM else ()
 
+    @property
+    def by_view(self) -> bool:
+        return self.window == "2d" or super().by_view
+
     def stride_at(self, layer: int | None) -> int:
         strides = _several(self.stride)
         return strides[0] if len(strides) == 1 or layer is None else strides[self.layers.index(layer)]
@@ -83,25 +87,25 @@ class LLaVolta(Compressor):
         return self._count(grid, _several(self.stride)[0]) if len(self.layers) < 2 else None
 
     def tokens_by_layer(self, profile: Profile) -> list[int]:
+        grids, counts = self.acts_on(profile.grids), []
         if not self.layers:
-            return [self._count(profile.grid, self.stride_at(None))] * profile.layers
-        grid, counts = profile.grid, []
+            return [sum(self._count(grid, self.stride_at(None)) for grid in grids)] * profile.layers
         for layer in range(profile.layers):
             if layer in self.layers:
-                grid = Grid(1, 1, self._count(grid, self.stride_at(layer)))
-            counts.append(grid.size)
+                grids = [Grid(1, 1, sum(self._count(grid, self.stride_at(layer)) for grid in grids))]
+            counts.append(sum(grid.size for grid in grids))
         return counts
 
     def at_budget(self, keep: Keep, profile: Profile) -> tuple[LLaVolta, float]:
         """The stride that comes nearest, at the layers that are set; at several layers one stride for all."""
         self.check_layers(profile.layers)
-        wanted = count_to_keep(keep, profile.grid.size) / profile.grid.size
+        wanted = count_to_keep(keep, profile.size) / profile.size
         if self.layers and self.layers[0] / profile.layers >= wanted:
             raise BudgetError(
                 f"{self.layers[0]} of {profile.layers} layers see all tokens before llavolta acts: on average more than"
                 f" {self.layers[0] / profile.layers:.1%}"
             )
-        strides = range(1, profile.grid.size + 1)
+        strides = range(1, profile.size + 1)
         candidates = [dataclasses.replace(self, stride=stride) for stride in strides]
         nearest = min(candidates, key=lambda c: (abs(c.reached(profile) - wanted), c.reached(profile)))
         return nearest, nearest.reached(profile)

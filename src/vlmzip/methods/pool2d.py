@@ -36,14 +36,15 @@ class Pool2d(Compressor):
         return grid.frames * _windows(grid.rows, self.factor) * _windows(grid.cols, self.factor)
 
     def at_budget(self, keep: Keep, profile: Profile) -> tuple[Pool2d, float]:
-        wanted = count_to_keep(keep, profile.grid.size)
-        candidates = [
-            dataclasses.replace(self, factor=f) for f in range(1, max(profile.grid.rows, profile.grid.cols) + 1)
-        ]
+        wanted, grids = count_to_keep(keep, profile.size), profile.grids
+        sides = range(1, max(max(grid.rows, grid.cols) for grid in grids) + 1)
+        counts = {
+            factor: sum(dataclasses.replace(self, factor=factor).token_count(grid) for grid in grids)
+            for factor in sides
+        }
         # Between two equally near factors take the smaller count: a budget is kept rather than broken.
-        nearest = min(
-            candidates, key=lambda c: (abs(c.token_count(profile.grid) - wanted), c.token_count(profile.grid))
-        )
+        factor = min(counts, key=lambda factor: (abs(counts[factor] - wanted), counts[factor]))
+        nearest = dataclasses.replace(self, factor=factor)
         return nearest, nearest.reached(profile)
 
     def assign(self, tokens: VisualTokens) -> TokenMap:

@@ -40,7 +40,7 @@ class QFormer(Resampler):
     budget_fields = ("queries",)
 
     queries: Count = 32
-    """Learned queries: the tokens that the LLM gets of each image, whatever its size."""
+    """Learned queries: the tokens that the LLM gets of each image, or of each of its views, whatever its size."""
     depth: Count = 12
     """Layers of the Q-Former."""
     width: Count = 768
@@ -61,7 +61,8 @@ class QFormer(Resampler):
         return self.queries
 
     def at_budget(self, keep: Keep, profile: Profile) -> tuple[QFormer, float]:
-        chosen = dataclasses.replace(self, queries=count_to_keep(keep, profile.grid.size))
+        queries = count_to_keep(keep, profile.size) // len(profile.grids)
+        chosen = dataclasses.replace(self, queries=max(queries, 1))
         return chosen, chosen.reached(profile)
 
     def build(self, in_dim: int, out_dim: int) -> QFormerModule:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vlmzip.compressor import Compressor
+from vlmzip.compressor import BudgetedCompressor
 from vlmzip.keep import A_NINTH, Keep, count_to_keep
 from vlmzip.schema import Seed
 from vlmzip.seeds import mixed
@@ -16,7 +16,7 @@ from vlmzip.visual_tokens import Grid, Site, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class RandomTokens(Compressor):
+class RandomTokens(BudgetedCompressor):
     """Keep a random subset of the visual tokens, in raster order.
 
     The random-drop baseline of LLaVolta (arXiv:2406.20092, Table 3). The subset depends on `seed` and the number of

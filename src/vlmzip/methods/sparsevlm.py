@@ -97,7 +97,7 @@ class SparseVLM(Compressor):
         return self.layer
 
     def tokens_by_layer(self, profile: Profile) -> list[int]:
-        left, counts = profile.grid.size, []
+        left, counts = profile.size, []
         for layer in range(profile.layers):
             if layer in self.layer:
                 left = self._left(self._count(layer, left), left)
@@ -106,8 +106,8 @@ class SparseVLM(Compressor):
 
     def at_budget(self, keep: Keep, profile: Profile) -> tuple[SparseVLM, float]:
         """Its counts, all scaled down towards 1 or all up towards the whole image; see the class for the layers."""
-        wanted = count_to_keep(keep, profile.grid.size) / profile.grid.size
-        steps = range(8 * profile.grid.size + 1)  # so fine that counts change one by one
+        wanted = count_to_keep(keep, profile.size) / profile.size
+        steps = range(8 * profile.size + 1)  # so fine that counts change one by one
         least = self._scaled(0.0, profile)
         if wanted < least.reached(profile):
             raise BudgetError(
@@ -155,7 +155,7 @@ class SparseVLM(Compressor):
 
     def _scaled(self, scale: float, profile: Profile) -> SparseVLM:
         """Counts for the profile's grid at `scale` 1/2; towards 0 they shrink to 1, towards 1 they grow to all."""
-        depth, size = profile.layers, profile.grid.size
+        depth, size = profile.layers, profile.size
         if depth < 2:
             raise BudgetError("an LLM of one layer has no place inside")
         counts, left = {}, size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -12,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vlmzip.compressor import Compressor, Profile
+from vlmzip.compressor import BudgetedCompressor
 from vlmzip.errors import UserError
 from vlmzip.keep import A_NINTH, Keep, count_to_keep, round_half_up
 from vlmzip.token_map import TokenMap
@@ -23,7 +24,7 @@ TOKENS_PER_CONTEXTUAL = 6.4
 
 
 @dataclass(frozen=True, kw_only=True)
-class VisionZip(Compressor):
+class VisionZip(BudgetedCompressor):
     """Keep the dominant tokens that CLS attends to most, and merge the rest into a few contextual ones.
 
     Yang et al., CVPR 2025 (arXiv:2412.04467), Algorithms 1 and 2. Dominant tokens (CLS among them) come first, in
@@ -32,6 +33,11 @@ class VisionZip(Compressor):
 
     The paper and the authors' code differ: the paper averages each cluster (`merge="mean"`), the code adds
     the mean of the assigned tokens to the target (`merge="reference"`, the default: the published numbers are its).
+    Images of several views (LLaVA-NeXT) follow the authors' code: each view by itself; after the base image's tokens
+    come the tiles' dominant patches in the raster order of the whole image, then the CLS of each tile, then the
+    contextual tokens tile by tile; no newlines. Their setting for 320 tokens counts for each view:
+    `VisionZip(dominant=54, contextual=10, whole_views=True)`. A `keep` is shared out over the views.
+
     Differences from the authors' code: any batch size; `contextual=0` works; where the attention of two tokens is
     exactly equal, which of them is dominant may differ.
     """
@@ -39,16 +45,19 @@ class VisionZip(Compressor):
     paper = "arXiv:2412.04467"
     examples = ("keep=64", "keep=11%,merge=mean", "dominant=54,contextual=10")
     needs = frozenset({Signal.CLS_ATTENTION, Signal.KEYS})
-    budget_fields = ("keep", "dominant", "contextual")
+    budget_fields = ("keep", "keep_per_view", "dominant", "contextual")
 
     keep: Keep | None = None
     """Tokens per image (int) or a fraction (float, "11%"), split 5.4 : 1 into dominant and contextual; else 1/9."""
     dominant: Annotated[int, Ge(0)] | None = None
-    """Dominant tokens, CLS included; together with `contextual`, instead of `keep`."""
+    """Dominant tokens of each view, CLS included; together with `contextual`, instead of `keep`."""
     contextual: Annotated[int, Ge(0)] | None = None
-    """Contextual tokens."""
+    """Contextual tokens of each view."""
     merge: Literal["reference", "mean"] = "reference"
     """"reference": target + mean of the assigned tokens, as the authors' code; "mean": mean of all, as their paper."""
+    whole_views: bool = False
+    """Whether the padding of tiles (LLaVA-NeXT) counts as image, as in the authors' code. By default only tokens that
+    the LLM would see without compression are chosen or merged, so that a budget is spent on the image alone."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,9 +82,26 @@ class VisionZip(Compressor):
     def token_count(self, grid: Grid) -> int:
         return sum(self.split(grid.size))
 
-    def at_budget(self, keep: Keep, profile: Profile) -> tuple[VisionZip, float]:
-        chosen = dataclasses.replace(self, keep=keep, dominant=None, contextual=None)
-        return chosen, chosen.reached(profile)
+    def with_keep(self, keep: Keep) -> VisionZip:
+        return dataclasses.replace(self, keep=keep, keep_per_view=None, dominant=None, contextual=None)
+
+    def arrange(
+        self, views: Sequence[Grid], prefix: int, ranks: Sequence[Int[Tensor, " _"]]
+    ) -> Int[Tensor, " features"]:
+        if len(views) == 1:
+            return super().arrange(views, prefix, ranks)
+        parts: list[list[Tensor]] = [[], [], []]  # outputs of the tiles: dominant patches, CLS, contextual tokens
+        start = len(ranks[0])
+        for share, grid, rank in zip(list(self.shared(views))[1:], views[1:], ranks[1:], strict=True):
+            outputs = torch.arange(start, start + len(rank))
+            dominant = share.split(grid.size)[0] if len(rank) < grid.size else len(rank)
+            first = min(prefix, dominant) if len(rank) < grid.size else 0
+            for part, values in zip(parts, (outputs[first:dominant], outputs[:first], outputs[dominant:]), strict=True):
+                part.append(values)
+            start += len(rank)
+        patches = torch.cat(parts[0])
+        patches = patches[torch.cat(list(ranks))[patches].argsort(stable=True)]
+        return torch.cat([torch.arange(len(ranks[0])), patches, *parts[1], *parts[2]])
 
     def assign(self, tokens: VisualTokens) -> TokenMap:
         count = tokens.features.shape[1]

@@ -7,11 +7,12 @@ from torch import nn
 from vlmzip.errors import UserError
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.models.llava import Llava
+from vlmzip.models.llava_next import LlavaNext
 from vlmzip.models.paligemma import PaliGemma
 from vlmzip.models.qwen2_5_vl import Qwen25VL
 from vlmzip.models.vipllava import VipLlava
 
-FAMILIES: tuple[type[ModelAdapter], ...] = (Llava, PaliGemma, Qwen25VL, VipLlava)
+FAMILIES: tuple[type[ModelAdapter], ...] = (Llava, LlavaNext, PaliGemma, Qwen25VL, VipLlava)
 
 
 def adapter_for(model: nn.Module) -> ModelAdapter:

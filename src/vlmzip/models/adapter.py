@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmzip.compressor import Positions, Profile
 from vlmzip.errors import UserError
-from vlmzip.models.layout import Encoded, Layout
+from vlmzip.models.layout import Encoded, Layout, Pixels
 from vlmzip.models.recording import rotate
 from vlmzip.visual_tokens import Grid, Signal, Site
 
@@ -135,6 +135,10 @@ class ModelAdapter(ABC):
     def grids(self, inputs: Mapping[str, Any]) -> list[Grid]:
         """The grid of each view of all images in `inputs`."""
         return [grid for layout in self.layouts(inputs) for grid in layout.views]
+
+    def view_pixels(self, inputs: Mapping[str, Any]) -> Pixels | None:
+        """The pixels of each view as the encoder sees them, normalised; `None` where the inputs are patches."""
+        return inputs["pixel_values"]
 
     def downsample(self, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> dict[str, Any]:
         """The image inputs of the same images with smaller views, one grid each; for `encode`, not for the model.

@@ -21,6 +21,10 @@ SEPARATOR = -1
 Pack = Callable[[Float[Tensor, "views tokens 1"]], Float[Tensor, "placeholders 1"]]
 
 
+#: The pixels of some views: a batch, if all have the same size, or one by one.
+Pixels = Float[Tensor, "views 3 height width"] | Sequence[Float[Tensor, "3 _ _"]]
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """Where each placeholder of an image comes from. Known from shapes alone, before anything is encoded.
@@ -36,6 +40,8 @@ class Layout:
     """For each placeholder the number of its token; `SEPARATOR` for a newline. On the CPU."""
     prefix: int = 0
     """Tokens of each view before its grid."""
+    padded_slots: Int[Tensor, " padded_placeholders"] | None = None
+    """As `slots`, if padding had placeholders, too; `None` for images without padding."""
 
     @classmethod
     def of_one_view(cls, grid: Grid, prefix: int = 0, *, passes_prefix: bool = False) -> Layout:
@@ -121,6 +127,13 @@ class Layout:
         places[self.slots[holds]] = index[holds]
         return torch.cat([places, index[~holds]])
 
+    @cached_property
+    def ranks(self) -> Int[Tensor, " tokens"]:
+        """For each token its rank in the order in which the model packs an image, padding included."""
+        if self.padded_slots is None:
+            return self.places[: self.tokens]
+        return Layout(self.views, self.padded_slots, self.prefix).ranks
+
     def unpadded(self) -> tuple[Layout, list[Window | None]]:
         """Return the layout of what the LLM sees of each view, and the window of each view that it sees.
 
@@ -172,19 +185,21 @@ class Window:
         return torch.cat([torch.arange(prefix), numbers[:, slice(*self.rows), slice(*self.cols)].flatten()])
 
 
-def layout_of(views: tuple[Grid, ...], pack: Pack, prefix: int = 0) -> Layout:
+def layout_of(views: tuple[Grid, ...], pack: Pack, prefix: int = 0, pack_padded: Pack | None = None) -> Layout:
     """Ask a model for the layout of an image: let it pack the numbers of tokens in place of their features.
 
     `pack` is the model's own packing. It gets one number per token that the LLM may see, all views of equal size, and
     returns one per placeholder. `prefix` tokens of each view stand before its grid, and the LLM does not see them.
+    `pack_padded` is the same packing of an image that fills all views, if the model cuts off their padding.
     """
     if len({view.size for view in views}) > 1:
         raise ValueError("models pack views of equal size")
     size = views[0].size
     numbers = torch.arange(len(views) * (prefix + size)).view(len(views), prefix + size)[:, prefix:]
     # Whole numbers below 2**24 are exact in float32, which every packing takes.
-    packed = pack(numbers[..., None].to(torch.float32))
-    return Layout(views, packed[:, 0].round().long(), prefix)
+    packs = [pack] if pack_padded is None else [pack, pack_padded]
+    slots, *padded = [one(numbers[..., None].to(torch.float32))[:, 0].round().long() for one in packs]
+    return Layout(views, slots, prefix, *padded)
 
 
 @dataclass(frozen=True)

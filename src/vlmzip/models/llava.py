@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vlmzip.errors import UserError
 from vlmzip.models.adapter import EncoderAttention, ModelAdapter
-from vlmzip.models.layout import Encoded, Layout, Views
-from vlmzip.models.vit import downsampled, encoder_attention, feature_layers, grid_of, hidden_states, prefix_of, run_vit
+from vlmzip.models.layout import Encoded, Layout, Pixels, Views
+from vlmzip.models.vit import (
+    downsampled,
+    encoder_attention,
+    feature_layers,
+    grid_of,
+    hidden_states,
+    prefix_of,
+    run_vit,
+    views_of_equal_size,
+)
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 #: What `vision_feature_select_strategy` can be.
@@ -29,7 +38,7 @@ class Llava(ModelAdapter):
     model_types = ("llava",)
     example = "llava-hf/llava-1.5-7b-hf"
     sites = (Site.PIXELS, Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
-    image_inputs = ("pixel_values",)
+    image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -38,13 +47,28 @@ class Llava(ModelAdapter):
         self._passes_prefix({})
 
     def encode(self, inputs: Mapping[str, Any], site: Site, needs: frozenset[Signal]) -> Encoded:
-        pixels = inputs["pixel_values"]
         full = self._passes_prefix(inputs)
         if not full and not self.prefix:
             raise UserError(
                 "this model drops the first patch of an encoder that has no CLS;"
                 ' set vision_feature_select_strategy="full"'
             )
+        return Encoded(
+            [
+                Views(self._encode_views(inputs, pixels, site, needs, passes_prefix=full), numbers)
+                for pixels, numbers in views_of_equal_size(self.view_pixels(inputs))
+            ]
+        )
+
+    def _encode_views(
+        self,
+        inputs: Mapping[str, Any],
+        pixels: Float[Tensor, "views 3 height width"],
+        site: Site,
+        needs: frozenset[Signal],
+        *,
+        passes_prefix: bool,
+    ) -> VisualTokens:
         layers = feature_layers(self._setting(inputs, "vision_feature_layer"), self._depth)
         features, signals, _ = run_vit(
             self.model.model.vision_tower, pixels, layers, needs,
@@ -52,10 +76,11 @@ class Llava(ModelAdapter):
         )  # fmt: skip
         if site is Site.POST_PROJECTOR:
             features = self.project(features.flatten(0, 1), Site.PRE_PROJECTOR).unflatten(0, features.shape[:2])
-        tokens = VisualTokens(
-            features, grid_of(self.model.config.vision_config, pixels), self.prefix, passes_prefix=full, **signals
-        )
-        return Encoded([Views(tokens, range(len(pixels)))])
+        grid = grid_of(self.model.config.vision_config, pixels)
+        return VisualTokens(features, grid, self.prefix, passes_prefix=passes_prefix, **signals)
+
+    def view_pixels(self, inputs: Mapping[str, Any]) -> Pixels:
+        return inputs["pixel_values"]
 
     def encoder_attention(self, inputs: Mapping[str, Any]) -> EncoderAttention:
         scored = max(feature_layers(self._setting(inputs, "vision_feature_layer"), self._depth))

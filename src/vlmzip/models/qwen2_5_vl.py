@@ -70,6 +70,9 @@ class Qwen25VL(ModelAdapter):
         merge = self.model.config.vision_config.spatial_merge_size
         return [Grid(t, rows // merge, cols // merge) for t, rows, cols in _sizes(inputs).tolist()]
 
+    def view_pixels(self, inputs: Mapping[str, Any]) -> None:
+        return None
+
     def downsample(self, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> dict[str, Any]:
         """Patches to images, images resized, images to patches."""
         config, thw = self.model.config.vision_config, _sizes(inputs)

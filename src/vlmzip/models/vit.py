@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers.image_utils import (
 
 from vlmzip.errors import UserError
 from vlmzip.models.adapter import EncoderAttention
+from vlmzip.models.layout import Pixels
 from vlmzip.models.pixels import resized
 from vlmzip.models.recording import Recording, attention_received, cls_attention_row, mean_over_heads, record
 from vlmzip.visual_tokens import Grid, Signal
@@ -38,9 +40,30 @@ def prefix_of(vision_config: Any) -> int:
     return PREFIX[vision_config.model_type]
 
 
-def grid_of(vision_config: Any, pixels: Float[Tensor, "batch 3 height width"]) -> Grid:
+def grid_of(vision_config: Any, pixels: Float[Tensor, "*batch 3 height width"]) -> Grid:
     """The grid of each image in a batch of equal size."""
     return Grid(1, pixels.shape[-2] // vision_config.patch_size, pixels.shape[-1] // vision_config.patch_size)
+
+
+def views_of_equal_size(
+    views: Pixels,
+) -> list[tuple[Float[Tensor, "views 3 height width"], Sequence[int]]]:
+    """Return the pixels of views of equal size together, and which of all views they are."""
+    if isinstance(views, Tensor):
+        return [(views, range(len(views)))]
+    groups: dict[torch.Size, list[int]] = {}
+    for number, view in enumerate(views):
+        groups.setdefault(view.shape, []).append(number)
+    return [(torch.stack([views[number] for number in numbers]), numbers) for numbers in groups.values()]
+
+
+def resized_views(vision_config: Any, views: Pixels, grids: Sequence[Grid]) -> list[Float[Tensor, "3 _ _"]]:
+    """Return the pixels of views at the sizes of some grids; those of that size already stay as they are."""
+    patch = vision_config.patch_size
+    return [
+        view if grid == grid_of(vision_config, view) else resized(view[None], grid.rows * patch, grid.cols * patch)[0]
+        for view, grid in zip(views, grids, strict=True)
+    ]
 
 
 def downsampled(vision_config: Any, pixels: Float[Tensor, "batch 3 height width"], grid: Grid) -> dict[str, Any]:

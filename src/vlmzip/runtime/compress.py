@@ -117,7 +117,8 @@ def plan_image(layout: Layout, views: Sequence[ViewMap], compressor: Compressor 
     if compressor is None or ascending or (whole and len(views) > 1):
         order = at.argsort(stable=True)
     else:
-        order = compressor.arrange(layout.views, layout.prefix, places)
+        ranks = [layout.ranks[start + view.anchors] for start, view in zip(layout.starts, views, strict=False)]
+        order = compressor.arrange(layout.views, layout.prefix, ranks)
     slots, left = torch.arange(len(order)), at[order]
     if whole and layout.separators:  # nothing is gone: each separator stands where it stood
         both = torch.cat([left, layout.places[layout.tokens :]])

@@ -54,9 +54,10 @@ def warn_if_nothing_to_do(compressor: Compressor, adapter: ModelAdapter) -> None
     """Warn of a method that keeps all tokens of an image, unless it is meant to."""
     if compressor.changes_nothing or resampling(compressor) is not None:
         return
-    grid = adapter.profile().grid
-    counts = compressor.tokens_by_layer(adapter.profile())
-    if counts is not None and min(counts) >= grid.size:
+    profile = adapter.profile()
+    counts = compressor.tokens_by_layer(profile)
+    if counts is not None and min(counts) >= profile.size:
         warnings.warn(
-            f"{compressor.name()} keeps all of an image's {grid.size} visual tokens: it changes nothing", stacklevel=5
+            f"{compressor.name()} keeps all of an image's {profile.size} visual tokens: it changes nothing",
+            stacklevel=5,
         )

@@ -120,6 +120,10 @@ def _encode_smaller(
     shares = [share for layout in layouts for share in compressor.shared(layout.views)]
     with watch.time("selection"):
         wanted = [share.smaller(grid) for share, grid in zip(shares, grids, strict=True)]
+    if wanted == grids:
+        images, separator = _encode_and_compress(adapter, inputs, layouts, None, watch, ascending=ascending)
+        return images, separator, dict(inputs)
+    with watch.time("selection"):
         smaller = {**inputs, **adapter.downsample(inputs, wanted)}
     with watch.time("encoder"):
         encoded = adapter.encode(smaller, Site.PRE_PROJECTOR, frozenset())

@@ -65,7 +65,7 @@ def explain(schedule: Schedule, adapter: ModelAdapter, steps: int, text_tokens: 
     LLM does not have.
     """
     profile, whole = adapter.profile(), schedule.ends
-    plain = prefill_flops(adapter, profile.grid.size + text_tokens)
+    plain = prefill_flops(adapter, profile.size + text_tokens)
     stages = []
     for number, (stage, count) in enumerate(zip(schedule.stages, schedule.steps(steps), strict=True)):
         by_layer = stage.compressor.cases_by_layer(profile)
@@ -81,7 +81,7 @@ def explain(schedule: Schedule, adapter: ModelAdapter, steps: int, text_tokens: 
                 whole[number],
                 count,
                 None if by_layer is None else sum(map(sum, by_layer)) / len(by_layer),
-                profile.grid.size * profile.layers,
+                profile.size * profile.layers,
                 flops,
             )
         )

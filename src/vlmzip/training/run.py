@@ -179,7 +179,7 @@ def make_trainer(
     sharded = config.sharding != "none" and Processes().count > 1
     settings: dict[str, Any] = {
         "score": score if asked else None,
-        "lengths": examples.lengths(adapter.profile().grid.size) if config.group_by_length else None,
+        "lengths": examples.lengths(adapter.profile().size) if config.group_by_length else None,
         "args": arguments(config, steps),
         "train_dataset": examples,
         "eval_dataset": examples if asked else None,  # only so that Trainer evaluates; `score` has questions of its own

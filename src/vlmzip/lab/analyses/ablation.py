@@ -32,7 +32,7 @@ BESIDE = {BOTH: 1.0, DOMINANT: 0.97, CONTEXTUAL: 1.03}
 
 
 def measure(subject: Subject) -> list[Row]:
-    size = subject.profile().grid.size
+    size = subject.profile().size
     shares = [share for share in SHARES if VisionZip(keep=share).split(size)[1]]
     if len(shares) < len(SHARES):
         less = ", ".join(share for share in SHARES if share not in shares)

@@ -118,9 +118,9 @@ def _told(name: str, shares: np.ndarray) -> Row:
 def _draw_image(subject: Subject, answerer: Answerer, images: Sequence[Image.Image], one: EncoderAttention) -> None:
     """The first image, and what some layers attend to in it."""
     inputs = answerer.inputs(images[:1], [""])
-    (grid,), pixels = answerer.adapter.grids(inputs), inputs[answerer.adapter.image_inputs[0]]
+    (grid,), pixels = answerer.adapter.grids(inputs), answerer.adapter.view_pixels(inputs)
     processor, seen = subject.processor.image_processor, images[0]
-    if pixels.ndim == 4:  # as the encoder sees it, cropped and scaled; else the grid covers the whole image
+    if pixels is not None:  # as the encoder sees it, cropped and scaled; else the grid covers the whole image
         seen = seen_image(pixels[0], processor.image_mean, processor.image_std)
     depth = len(one.whose)
     layers = {*np.linspace(0, depth - 1, min(SHOWN, depth)).round().astype(int).tolist(), one.scored}

@@ -202,7 +202,7 @@ def _replayed(
 def replay(study: Study, task: Task, compressor: Compressor, some: Sequence[tuple[Sample, Sample]]) -> list[Record]:
     """The answers to the second questions of pairs, from the tokens that were kept for the first ones."""
     reports = kept_for(study, compressor, [first for first, _ in some])
-    if len({report.grid for report in reports}) > 1:
+    if len({report.layout.views for report in reports}) > 1:
         # A compressor is asked about each grid of a batch by itself, and would not know whose tokens those are.
         return [record for pair in some for record in replay(study, task, compressor, [pair])]
     seconds = [second for _, second in some]

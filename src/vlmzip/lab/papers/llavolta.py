@@ -49,7 +49,7 @@ def _printed_in_all(schedule: Schedule, profile: Profile) -> tuple[str, ...]:
 
 def _paper_rows(schedule: Schedule, profile: Profile, table: str) -> list[Published]:
     """The paper's rows on this scheme; none for a model of other dimensions, and where a stage was left out."""
-    if (profile.layers, profile.grid.size) != (PUBLISHED_DEPTH, PUBLISHED_TOKENS):
+    if (profile.layers, profile.size) != (PUBLISHED_DEPTH, PUBLISHED_TOKENS):
         return []
     if schedule.name not in IN_THE_PAPER or len(schedule.stages) != len(SCHEMES[schedule.name]):
         return []

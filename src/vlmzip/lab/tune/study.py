@@ -120,7 +120,7 @@ class TunedStudy:
             return 0.0
         if self.cost == "tokens":
             return statistics.fmean(counts)
-        whole = prefill_flops(self.study.adapter, text + self.profile.grid.size)
+        whole = prefill_flops(self.study.adapter, text + self.profile.size)
         return prefill_flops(self.study.adapter, [text + count for count in counts]) / whole
 
     def _text_tokens(self) -> int:

@@ -1,0 +1,73 @@
+"""LLaVA-NeXT (LLaVA-1.6): a base image and tiles, packed with newlines and without the padding of the tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers.image_processing_utils import select_best_resolution
+
+from vlmzip.compressor import Profile
+from vlmzip.errors import UserError
+from vlmzip.models.adapter import EncoderAttention
+from vlmzip.models.layout import SEPARATOR, Encoded, Layout, layout_of
+from vlmzip.models.llava import Llava
+from vlmzip.models.vit import resized_views
+from vlmzip.visual_tokens import Grid, Signal, Site
+
+#: Views of a common image: the base and 2 x 2 tiles, to which the papers' budgets for this model refer.
+COMMON_VIEWS = 5
+
+
+class LlavaNext(Llava):
+    """`LlavaNextForConditionalGeneration`: each view is encoded and projected as LLaVA's single one."""
+
+    model_types = ("llava_next",)
+    example = "llava-hf/llava-v1.6-vicuna-7b-hf"
+    image_inputs = ("pixel_values", "image_sizes")
+
+    def profile(self) -> Profile:
+        return replace(plain := super().profile(), tiles=(plain.grid,) * (COMMON_VIEWS - 1))
+
+    def encode(self, inputs: Mapping[str, Any], site: Site, needs: frozenset[Signal]) -> Encoded:
+        return replace(super().encode(inputs, site, needs), separator=self.model.model.image_newline)
+
+    def layouts(self, inputs: Mapping[str, Any]) -> list[Layout]:
+        if self._passes_prefix(inputs) and self.prefix:
+            raise UserError("LLaVA-NeXT cannot pack CLS: leave vision_feature_select_strategy at 'default'")
+        sizes = [tuple(size) for size in inputs["image_sizes"].tolist()]
+        layouts = {size: self._layout(size) for size in dict.fromkeys(sizes)}
+        return [layouts[size] for size in sizes]
+
+    def view_pixels(self, inputs: Mapping[str, Any]) -> list[Float[Tensor, "3 height width"]]:
+        """The base image and the tiles of every image; those of images with few tiles are padded with empty ones."""
+        counts = [len(layout.views) for layout in self.layouts(inputs)]
+        return [view for image, count in zip(inputs["pixel_values"], counts, strict=True) for view in image[:count]]
+
+    def downsample(self, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> dict[str, Any]:
+        smaller = iter(resized_views(self.model.config.vision_config, self.view_pixels(inputs), grids))
+        images = [[next(smaller) for _ in layout.views] for layout in self.layouts(inputs)]
+        return {"pixel_values": images, "interpolate_pos_encoding": True}
+
+    def encoder_attention(self, inputs: Mapping[str, Any]) -> EncoderAttention:
+        raise UserError(
+            "LLaVA-NeXT does not tell what its encoder attends to, layer by layer: images have several views"
+        )
+
+    def _layout(self, size: tuple[int, int]) -> Layout:
+        """The layout of an image of this height and width, by the model's own packing."""
+        vision = self.model.config.vision_config
+        height, width = select_best_resolution(size, self.model.config.image_grid_pinpoints)
+        side = vision.image_size // vision.patch_size
+        views = (Grid(1, side, side),) * (1 + (height // vision.image_size) * (width // vision.image_size))
+        return layout_of(views, partial(self._pack, size), self.prefix, partial(self._pack, (height, width)))
+
+    def _pack(self, size: tuple[int, int], numbers: Float[Tensor, "views tokens 1"]) -> Float[Tensor, "placeholders 1"]:
+        newline = torch.tensor([float(SEPARATOR)])
+        packed, _ = self.model.model.pack_image_features([numbers], [list(size)], "default", image_newline=newline)
+        return packed[0]

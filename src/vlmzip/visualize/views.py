@@ -1,0 +1,77 @@
+"""What each view of an image shows, and several views beside each other."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from vlmzip.models.adapter import ModelAdapter
+from vlmzip.runtime.compress import view_numbers
+from vlmzip.runtime.report import ImageReport
+from vlmzip.visualize.overlay import PAPER, seen_image
+from vlmzip.visualize.sheet import fates_panel, plain_panel
+
+GAP = 6
+"""Pixels between two views."""
+
+
+def seen_views(
+    adapter: ModelAdapter,
+    processor: Any,
+    inputs: Mapping[str, Any],
+    reports: Sequence[ImageReport],
+    images: Sequence[Image.Image],
+) -> list[list[Image.Image]]:
+    """Return for each image what the tokens of each of its views cover, as the encoder sees it.
+
+    `processor` is the image processor. The grid of a family whose inputs are patches covers the whole of `images`.
+    """
+    pixels = adapter.view_pixels(inputs)
+    if pixels is None:
+        return [[image] for image in images]
+    layouts = adapter.layouts(inputs)
+    out = []
+    for layout, numbers, report in zip(layouts, view_numbers(layouts), reports, strict=True):
+        views = [seen_image(pixels[number], processor.image_mean, processor.image_std) for number in numbers]
+        if report.layout.views != layout.views:  # the compressor did not see the padding
+            views = [
+                _cropped(view, grid.rows, grid.cols, window.rows, window.cols)
+                for view, grid, window in zip(views, layout.views, layout.unpadded()[1], strict=True)
+                if window is not None
+            ]
+        out.append(views)
+    return out
+
+
+def plain_views(seen: Sequence[Image.Image], report: ImageReport) -> Image.Image:
+    """Return the views of an image without tokens, at the size of `fates_of_views`."""
+    return _beside([plain_panel(view, part.grid) for view, part in zip(seen, report.views, strict=True)])
+
+
+def fates_of_views(seen: Sequence[Image.Image], report: ImageReport) -> Image.Image:
+    """Return the views of an image with what became of their tokens."""
+    parts = zip(seen, report.views, strict=True)
+    return _beside([fates_panel(view, part.token_map, part.grid, part.prefix) for view, part in parts])
+
+
+def _beside(panels: Sequence[Image.Image]) -> Image.Image:
+    """The panels in a square, row by row."""
+    if len(panels) == 1:
+        return panels[0]
+    across = math.ceil(math.sqrt(len(panels)))
+    width, height = (max(sizes) + GAP for sizes in zip(*(panel.size for panel in panels), strict=True))
+    page = Image.new("RGB", (across * width - GAP, math.ceil(len(panels) / across) * height - GAP), PAPER)
+    for number, panel in enumerate(panels):
+        page.paste(panel, (number % across * width, number // across * height))
+    return page
+
+
+def _cropped(
+    view: Image.Image, rows: int, cols: int, kept_rows: tuple[int, int], kept_cols: tuple[int, int]
+) -> Image.Image:
+    """The part of a view that some of its rows and columns of tokens cover."""
+    width, height = view.width // cols, view.height // rows
+    return view.crop((kept_cols[0] * width, kept_rows[0] * height, kept_cols[1] * width, kept_rows[1] * height))

@@ -1,0 +1,220 @@
+"""LLaVA-NeXT: images of several views, with newlines and without the padding of the tiles."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
+
+import vlmzip
+from tests.families import tiny_llava
+from tests.references.visionzip import visionzip_tiles
+from tests.tiny import IMAGE_TOKEN, batch
+from vlmzip import Chain, Downsample, KMeans, LLaVolta, NoCompression, Pool2d, QFormer, Site, UserError, VisionZip
+from vlmzip.models import adapter_for
+from vlmzip.visual_tokens import Grid
+
+#: Height and width of image 0, 1, …: 2 x 2, 1 x 2, 1 x 3 and 2 x 1 tiles of 48 pixels. The padding of the third takes
+#: two of the three rows of each tile.
+SIZES = ((96, 96), (40, 90), (20, 120), (60, 31))
+ROWS = ([1, "image", 5, 6], [1, "image", 4, "image", 7], [1, 2, 3], ["image", 8])
+
+
+@pytest.fixture(scope="module")
+def model():
+    """3 x 3 tokens a view; four layers in the LLM."""
+    torch.manual_seed(0)
+    plain = tiny_llava()
+    vision = copy.deepcopy(plain.config.vision_config)
+    vision.patch_size = 16
+    config = LlavaNextConfig(
+        vision_config=vision, text_config=plain.config.text_config, image_token_index=IMAGE_TOKEN,
+        image_grid_pinpoints=[[48, 96], [96, 48], [96, 96], [48, 144]],
+    )  # fmt: skip
+    model = LlavaNextForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim >= 2:
+                parameter.normal_(0, 0.3 if "vision" in name else 0.15)
+    return model
+
+
+def inputs_of(model, *rows, pad="left"):
+    layouts = adapter_for(model).layouts({"image_sizes": torch.tensor(SIZES)})
+    images, ids = 0, []
+    for row in rows:
+        ids.append([])
+        for part in row:
+            ids[-1] += [IMAGE_TOKEN] * layouts[images].placeholders if part == "image" else [part]
+            images += part == "image"
+    pixels = torch.randn(images, 5, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+    return {**batch(*ids, pad=pad), "pixel_values": pixels, "image_sizes": torch.tensor(SIZES[:images])}
+
+
+def seen_by_the_llm(model, inputs):
+    """What enters the LLM, and the report."""
+    entered = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda _module, _args, kwargs: entered.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(**inputs)
+    hook.remove()
+    return entered[0]
+
+
+@pytest.mark.parametrize("pad", ["left", "right"])
+@torch.no_grad()
+def test_without_compression_the_model_is_the_plain_one(model, pad):
+    inputs = inputs_of(model, *ROWS, pad=pad)
+    assert torch.equal(vlmzip.attach(model, NoCompression())(**inputs).logits, model(**inputs).logits)
+
+
+def test_answers_without_compression_are_the_models_own(model):
+    inputs = inputs_of(model, *ROWS)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(
+        vlmzip.attach(model, NoCompression()).generate(**inputs, **options), model.generate(**inputs, **options)
+    )
+
+
+def configured():
+    """Every method; what depends on counts of the model's layers fits them."""
+    for name, cls in vlmzip.available().items():
+        settings = {"queries": 3, "depth": 2, "width": 16, "heads": 2} if issubclass(cls, QFormer) else {}
+        yield pytest.param(cls(**settings), id=name)
+    yield pytest.param(LLaVolta(stride=2, window="2d", layer=1), id="2d inside")
+    yield pytest.param(KMeans(keep=12, site=Site.IN_LLM), id="kmeans inside")
+    yield pytest.param(Pool2d(factor=2, site=Site.POST_PROJECTOR), id="behind the projector")
+    yield pytest.param(Chain(compressors=(NoCompression(), Pool2d(factor=2, site=Site.POST_PROJECTOR))), id="whole, 2d")
+    yield pytest.param(VisionZip(keep_per_view=2, positions="original"), id="original positions")
+
+
+@pytest.mark.filterwarnings("ignore:.*changes nothing", "ignore:.*is untrained")
+@pytest.mark.parametrize("method", list(configured()))
+@torch.no_grad()
+def test_every_method_keeps_what_it_says(model, method):
+    """Counts from shapes are the real ones, layer by layer; the map has a group for each token that the LLM gets."""
+    profile = adapter_for(model).profile()
+    method = method.placed(profile)
+    inputs = inputs_of(model, *ROWS)
+    compressed = vlmzip.attach(model, method)
+    logits = compressed(**inputs).logits
+    assert logits.isfinite().all()
+    layouts = adapter_for(model).layouts(inputs)
+    for image, layout in zip(compressed.report.images, layouts, strict=True):
+        assert image.before == layout.placeholders
+        views = layout.views if method.whole_views else layout.unpadded()[0].views
+        promised = method.tokens_by_layer(dataclasses.replace(profile, grid=views[0], tiles=views[1:]))
+        whole = sum(grid.size for grid in views)
+        if promised is not None:  # newlines stay as long as nothing is gone
+            stay = [count + layout.separators if count == whole else count for count in promised]
+            assert list(image.by_layer) == stay
+        if image.token_map is not None:
+            image.token_map.check()
+            assert image.token_map.lengths == [image.by_layer[-1]]
+            assert [view.grid for view in image.views] == list(views)
+            assert image.detail_lost is None or 0 <= image.detail_lost <= 1
+
+
+def test_a_budget_belongs_to_the_image(model):
+    inputs = inputs_of(model, *ROWS)
+    views = [5, 3, 4, 3]
+
+    def after(method):
+        return [image.after for image in vlmzip.compress_inputs(model, inputs, method).report.images]
+
+    assert after(VisionZip(keep=10)) == [10] * 4
+    # 9 tokens a view, of which padding leaves 3 in the tiles of the third image.
+    assert after(VisionZip(keep_per_view=4)) == [20, 12, 4 + 3 * 3, 12]
+    assert after(VisionZip(dominant=3, contextual=1)) == [20, 12, 4 + 3 * 3, 12]
+    assert after(VisionZip(keep_per_view=4, whole_views=True)) == [4 * count for count in views]
+    assert after(VisionZip(keep="33%")) == [15, 9, 3 + 3 * 1, 9]
+    assert after(VisionZip(keep="33%", whole_views=True)) == [3 * count for count in views]
+
+
+@pytest.mark.parametrize("merge", ["reference", "mean"])
+def test_the_authors_setting_equals_a_naive_reference(model, merge):
+    """Each view by itself, in the authors' order, without newlines, the padding of tiles counted as image."""
+    inputs = inputs_of(model, [1, "image", 4, "image", "image", "image", 5])
+    tower, projector = model.model.vision_tower, model.model.multi_modal_projector
+    method = VisionZip(dominant=4, contextual=2, merge=merge, whole_views=True)
+    small = vlmzip.compress_inputs(model, inputs, method)
+    tower.set_attn_implementation("eager")
+    for image, (rows, cols) in enumerate([(2, 2), (1, 2), (1, 3), (2, 1)]):
+        views = []
+        for pixels in inputs["pixel_values"][image, : 1 + rows * cols]:
+            layer = len(tower.encoder.layers) - 2
+            keys = []
+            hook = tower.encoder.layers[layer].self_attn.k_proj.register_forward_hook(
+                lambda _module, _args, out, keys=keys: keys.append(out)
+            )
+            with torch.no_grad():
+                out = tower(pixels[None], output_hidden_states=True, output_attentions=True)
+            hook.remove()
+            attention = out.attentions[layer][0, :, 0]
+            views.append((out.hidden_states[-2][0], attention, keys[0][0].unflatten(-1, (4, -1)).mean(1)))
+        with torch.no_grad():
+            expected = projector(visionzip_tiles(views, 4, 2, rows, cols, merge))
+        torch.testing.assert_close(small["mm_encoder_outputs"]["image"].pooler_output[image], expected)
+    tower.set_attn_implementation("sdpa")
+    assert "position_ids" not in small
+
+
+def test_original_positions_ascend(model):
+    inputs = inputs_of(model, *ROWS)
+    small = vlmzip.compress_inputs(model, inputs, VisionZip(keep=10, positions="original"))
+    for positions, mask in zip(small["position_ids"], small["attention_mask"].bool(), strict=True):
+        assert (positions[mask].diff() >= 0).all()
+
+
+def test_squares_of_tiles_can_be_pooled_inside_the_llm(model):
+    """Each square of each tile becomes one token, also where rows of tiles interleave and newlines stand between."""
+    inputs = inputs_of(model, [1, "image", 5])
+    compressed = vlmzip.attach(model, LLaVolta(stride=2, window="2d", layer=1, last="keep"))
+    with torch.no_grad():
+        compressed(**inputs)
+    (image,) = compressed.report.images
+    assert image.by_layer == (51, 20, 20, 20)  # 9 + 36 tokens and 6 newlines; 4 squares in each of 5 views
+    for view in image.views:
+        assert view.grid == Grid(1, 3, 3)
+        squares = view.token_map.group[0, 1:].view(3, 3)
+        assert len({int(squares[0, 0]), int(squares[0, 2]), int(squares[2, 0]), int(squares[2, 2])}) == 4
+        assert (squares[:2, :2] == squares[0, 0]).all()
+    assert image.token_map.group[0, -6:].tolist() == [-1] * 6
+
+
+def test_smaller_views_give_the_llm_all_that_they_have(model):
+    inputs = inputs_of(model, [1, "image", 5])
+    small = vlmzip.compress_inputs(model, inputs, Downsample(keep="45%"))
+    (image,) = small.report.images
+    assert (image.before, image.after) == (51, 5 * 4)
+    assert image.token_map.lengths == [20]
+
+
+def test_smaller_views_may_differ_in_size(model):
+    """22 tokens are 5, 5, 4, 4 and 4 of five views; the nearest grids are not all the same."""
+    inputs = inputs_of(model, [1, "image", 5])
+    small = vlmzip.compress_inputs(model, inputs, Downsample(keep=24))
+    assert small.report.images[0].after == sum(
+        share.smaller(Grid(1, 3, 3)).size for share in Downsample(keep=24).shared([Grid(1, 3, 3)] * 5)
+    )
+
+
+def test_later_turns_choose_their_own_images(model):
+    inputs = inputs_of(model, [1, "image", 4, "image", 7])
+    later = adapter_for(model).choose_images(inputs, [1])
+    assert later["image_sizes"].tolist() == [list(SIZES[1])]
+    assert torch.equal(later["pixel_values"], inputs["pixel_values"][1:])
+
+
+def test_strategies_that_the_model_cannot_pack_are_refused(model):
+    inputs = {**inputs_of(model, [1, "image"]), "vision_feature_select_strategy": "full"}
+    with pytest.raises(UserError, match="cannot pack CLS"):
+        vlmzip.compress_inputs(model, inputs, VisionZip(keep=10))
+
+
+def test_too_small_a_budget_is_refused(model):
+    with pytest.raises(UserError, match="keep=4 is too few for an image of 5 views: give at least 5"):
+        vlmzip.compress_inputs(model, inputs_of(model, [1, "image"]), VisionZip(keep=4))
