@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from transformers import Cache
 
 from vlmzip.errors import UserError
 from vlmzip.runtime.versions import unknown_interface
@@ -40,6 +41,13 @@ def cache_of(values: Mapping[str, Any]) -> Any:
     if len(found) > 1:
         raise UserError(f"{' and '.join(NAMES)} are two names of the KV cache: give one of them")
     return next(iter(found.values()), None)
+
+
+def returned_cache(out: Any) -> Any:
+    """Return the KV cache that a model's `forward` returned, in a dict or a tuple; `None` if there is none."""
+    if not isinstance(out, tuple):
+        return cache_of(out)
+    return next((value for value in out if isinstance(value, Cache)), None)
 
 
 def cache_argument(arguments: Mapping[str, Any], called: str) -> Any:

@@ -10,14 +10,13 @@ from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
 
 from vlmzip.compressor import Compressor
 from vlmzip.compressor_file import write_compressor
 from vlmzip.errors import UserError
 from vlmzip.models import adapter_for
 from vlmzip.runtime import pipelines
-from vlmzip.runtime.cache import cache_name, cache_of, with_cache_named
+from vlmzip.runtime.cache import cache_name, cache_of, returned_cache, with_cache_named
 from vlmzip.runtime.call import CompressedCall, compress_call
 from vlmzip.runtime.conversation import Conversations
 from vlmzip.runtime.generation import Generated, Generation
@@ -152,7 +151,7 @@ class CompressedModel(nn.Module):
         call = self._compress(arguments, generating=False, pack_rows=pack_rows)
         out = self.inner(**call.inputs) if call.in_llm is None else self._forward_inside(call, call.in_llm)
         filled = cache_of(arguments)
-        filled = _cache_in(out) if filled is None else filled  # not `or`: an empty cache is false
+        filled = returned_cache(out) if filled is None else filled  # not `or`: an empty cache is false
         if filled is not None:
             self._remember(filled, call)
         return out
@@ -285,13 +284,6 @@ class CompressedModel(nn.Module):
                 raise
             value = getattr(self.inner, name)
             return partial(self._switch_checkpointing, name) if name in CHECKPOINTING else value
-
-
-def _cache_in(out: Any) -> Any:
-    """Return the KV cache that a model's `forward` returned, `None` if there is none."""
-    if not isinstance(out, tuple):
-        return cache_of(out)
-    return next((value for value in out if isinstance(value, Cache)), None)
 
 
 def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
