@@ -8,7 +8,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, TypeGuard
 
 from vlmzip import methods, own_files, schema
 from vlmzip.compressor import Compressor
@@ -93,5 +93,5 @@ def _import(path: str) -> type[Compressor]:
     return found
 
 
-def _is_method(thing: object) -> bool:
+def _is_method(thing: object) -> TypeGuard[type[Compressor]]:
     return inspect.isclass(thing) and issubclass(thing, Compressor) and not inspect.isabstract(thing)

@@ -82,7 +82,8 @@ def _receive(results: Connection, child: Any) -> list[Any] | None:
         raise ChildFailed(f"its process was ended {why}") from None
     if isinstance(received, str):
         raise ChildFailed(received)
-    return received
+    values: list[Any] | None = received
+    return values
 
 
 def _hand_over(results: Connection, run: Callable[..., Iterable[Any]], arguments: tuple[Any, ...]) -> None:

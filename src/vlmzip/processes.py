@@ -75,7 +75,8 @@ class Processes:
         distributed.broadcast_object_list(box)
         if box[1] is not None:
             raise box[1]
-        return box[0]
+        made: T = box[0]
+        return made
 
     def together(self, mine: dict[str, str]) -> dict[str, str]:
         """Wait for all processes, and return the entries of all of them."""

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from vlmzip.errors import UserError
-from vlmzip.lab.configurations import AS_SET, plain_json
+from vlmzip.keep import AS_SET
+from vlmzip.lab.configurations import plain_json
 from vlmzip.lab.records import Record, Shard, read_records
 from vlmzip.lab.study import AGAIN, Study, question, refuse_other_question, slug, wrong_layers
 from vlmzip.lab.tasks.task import Sample, Task

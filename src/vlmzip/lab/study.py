@@ -25,7 +25,7 @@ from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, collecting_warnings, reason
 from vlmzip.files import write_text
 from vlmzip.json_text import read_json
-from vlmzip.lab.configurations import Candidate, Configuration, Configurator, plain_json, read_calibrated
+from vlmzip.lab.configurations import Configuration, Configurator, plain_json, read_calibrated
 from vlmzip.lab.machine import about
 from vlmzip.lab.records import Record, Shard, read_records
 from vlmzip.lab.tasks.task import Sample, Task
@@ -37,6 +37,7 @@ from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.fingerprint import of_image, of_method, of_model, of_name, refuse_changed
 from vlmzip.runtime.positions import llm_positions
 from vlmzip.runtime.saving import saved_weights
+from vlmzip.spec import Candidate
 from vlmzip.version import __version__
 
 FILE = "study.json"

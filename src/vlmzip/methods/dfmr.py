@@ -93,6 +93,6 @@ class DFMR(Compressor):
     def _deviation(
         self, values: Float[Tensor, "batch frames rows cols channels"], side: int
     ) -> Float[Tensor, " batch"]:
-        inside = values.unflatten(3, (-1, side)).unflatten(2, (-1, side))
+        inside: Tensor = values.unflatten(3, (-1, side)).unflatten(2, (-1, side))
         by_window = inside.var(dim=(3, 5), correction=0).sqrt().mean(-1).flatten(1)
         return by_window.mean(1) if self.windows == "mean" else by_window.amax(1)

@@ -107,4 +107,5 @@ class QFormerModule(nn.Module):
     def forward(self, features: Float[Tensor, "batch tokens in_dim"]) -> Float[Tensor, "batch queries out_dim"]:
         queries = self.queries.expand(len(features), -1, -1)
         read = self.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
-        return self.to_llm(read).to(features.dtype)  # its weights may be kept wider than the model's
+        tokens: Tensor = self.to_llm(read)
+        return tokens.to(features.dtype)  # its weights may be kept wider than the model's

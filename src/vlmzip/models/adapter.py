@@ -62,12 +62,14 @@ class ModelAdapter(ABC):
     @property
     def placeholder_id(self) -> int:
         """The token id that stands for one visual token in `input_ids`."""
-        return self.model.config.image_token_id
+        token: int = self.model.config.image_token_id
+        return token
 
     @property
     def llm(self) -> nn.Module:
         """The decoder, without vision encoder, projector and head."""
-        return self.model.model.language_model
+        llm: nn.Module = self.model.model.language_model
+        return llm
 
     @property
     def decoder_layers(self) -> nn.ModuleList:
@@ -77,12 +79,14 @@ class ModelAdapter(ABC):
     @property
     def vision_encoder(self) -> nn.Module:
         """What sees the pixels."""
-        return self.model.model.vision_tower
+        encoder: nn.Module = self.model.model.vision_tower
+        return encoder
 
     @property
     def projector(self) -> nn.Module:
         """What makes the encoder's features into tokens of the LLM."""
-        return self.model.model.multi_modal_projector
+        projector: nn.Module = self.model.model.multi_modal_projector
+        return projector
 
     @property
     def llm_config(self) -> Any:
@@ -138,7 +142,8 @@ class ModelAdapter(ABC):
 
     def view_pixels(self, inputs: Mapping[str, Any]) -> Pixels | None:
         """The pixels of each view as the encoder sees them, normalised; `None` where the inputs are patches."""
-        return inputs["pixel_values"]
+        pixels: Pixels = inputs["pixel_values"]
+        return pixels
 
     def downsample(self, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> dict[str, Any]:
         """The image inputs of the same images with smaller views, one grid each; for `encode`, not for the model.
@@ -154,9 +159,8 @@ class ModelAdapter(ABC):
 
     def feature_width(self, site: Site) -> int:
         """The width of the visual tokens at `site`."""
-        return (
-            self.llm_config.hidden_size if site is Site.POST_PROJECTOR else self.model.config.vision_config.hidden_size
-        )
+        config = self.llm_config if site is Site.POST_PROJECTOR else self.model.config.vision_config
+        return int(config.hidden_size)
 
     @abstractmethod
     def project(self, features: Float[Tensor, "tokens dim"], site: Site) -> Float[Tensor, "tokens llm_dim"]:

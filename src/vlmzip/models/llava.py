@@ -80,7 +80,8 @@ class Llava(ModelAdapter):
         return VisualTokens(features, grid, self.prefix, passes_prefix=passes_prefix, **signals)
 
     def view_pixels(self, inputs: Mapping[str, Any]) -> Pixels:
-        return inputs["pixel_values"]
+        pixels: Pixels = inputs["pixel_values"]
+        return pixels
 
     def encoder_attention(self, inputs: Mapping[str, Any]) -> EncoderAttention:
         scored = max(feature_layers(self._setting(inputs, "vision_feature_layer"), self._depth))
@@ -112,11 +113,11 @@ class Llava(ModelAdapter):
         strategy = self._setting(inputs, "vision_feature_select_strategy", "default")
         if strategy not in STRATEGIES:
             raise UserError(f"unknown vision_feature_select_strategy {strategy!r}; choose default or full")
-        return strategy == "full"
+        return str(strategy) == "full"
 
     @property
     def _depth(self) -> int:
-        return self.model.config.vision_config.num_hidden_layers
+        return int(self.model.config.vision_config.num_hidden_layers)
 
     def _setting(self, inputs: Mapping[str, Any], name: str, default: Any = None) -> Any:
         """A forward argument that overrides the config's, as in the model's own `get_image_features`."""

@@ -69,5 +69,6 @@ class LlavaNext(Llava):
 
     def _pack(self, size: tuple[int, int], numbers: Float[Tensor, "views tokens 1"]) -> Float[Tensor, "placeholders 1"]:
         newline = torch.tensor([float(SEPARATOR)])
+        packed: list[Tensor]
         packed, _ = self.model.model.pack_image_features([numbers], [list(size)], "default", image_newline=newline)
         return packed[0]

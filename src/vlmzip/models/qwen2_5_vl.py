@@ -92,15 +92,17 @@ class Qwen25VL(ModelAdapter):
         return {"pixel_values": torch.cat([parts[n] for n in chosen]), "image_grid_thw": sizes[chosen]}
 
     def feature_width(self, site: Site) -> int:
-        return self.model.config.vision_config.out_hidden_size
+        return int(self.model.config.vision_config.out_hidden_size)
 
     @property
     def vision_encoder(self) -> nn.Module:
-        return self.model.model.visual  # the projector is a part of it
+        encoder: nn.Module = self.model.model.visual  # the projector is a part of it
+        return encoder
 
     @property
     def projector(self) -> nn.Module:
-        return self.model.model.visual.merger
+        merger: nn.Module = self.model.model.visual.merger
+        return merger
 
     def project(self, features: Float[Tensor, "tokens dim"], site: Site) -> Float[Tensor, "tokens llm_dim"]:
         return features  # the merger projects, and it comes before both sites
@@ -167,7 +169,8 @@ class Qwen25VL(ModelAdapter):
         scores = [
             attention_received(q[None], k[None], attention.num_heads, attention.scaling)[0] * len(k) for q, k in parts
         ]
-        return torch.cat(scores).unflatten(0, (-1, self.model.model.visual.spatial_merge_unit)).mean(1)
+        by_token: Tensor = torch.cat(scores).unflatten(0, (-1, self.model.model.visual.spatial_merge_unit))
+        return by_token.mean(1)
 
     def _rotated(
         self, recording: Recording, layer: int
@@ -192,7 +195,8 @@ class Qwen25VL(ModelAdapter):
 
 def _sizes(inputs: Mapping[str, Any]) -> Int[Tensor, "images 3"]:
     """`image_grid_thw`, which must say of every patch to which image it belongs."""
-    sizes, patches = inputs.get("image_grid_thw"), len(inputs["pixel_values"])
+    sizes: Tensor | None = inputs.get("image_grid_thw")
+    patches = len(inputs["pixel_values"])
     if sizes is None:
         raise UserError("image_grid_thw is missing: give the model everything that its processor returns")
     if int(sizes.prod(-1).sum()) != patches:

@@ -126,4 +126,5 @@ def mean_over_heads(key: Float[Tensor, "batch tokens dim"], heads: int) -> Float
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    by_head: Tensor = x.unflatten(-1, (heads, -1))
+    return by_head.transpose(1, 2)

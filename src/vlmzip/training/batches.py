@@ -211,7 +211,7 @@ def _beginning(message: str) -> str:
     return re.split(r"[,.;:]?\s*\n|[,.;:]\s", message)[0][:120]
 
 
-class Examples(Dataset):
+class Examples(Dataset[dict[str, Tensor]]):
     """A dataset of rows for training. The next good record replaces one that turns out to be bad.
 
     Each process notes each bad record that it met once, in a file that all share. `count_bad` counts them.

@@ -193,7 +193,7 @@ class Records:
         """Return the bytes of a record in the file, a rough measure of its length."""
         return self._ends[number] - self._begins[number]
 
-    def _columns(self) -> tuple[array, ...]:
+    def _columns(self) -> tuple[array[int], ...]:
         return self.numbers, self._begins, self._ends, self._images
 
     def _first_bad(self) -> str:

@@ -23,9 +23,8 @@ from torch import Tensor
 
 from vlmzip.errors import UserError
 from vlmzip.files import write_whole
-from vlmzip.keep import count_to_keep
+from vlmzip.keep import AS_SET, count_to_keep
 from vlmzip.lab.analyses.subject import Row, Subject, Unsuited
-from vlmzip.lab.configurations import AS_SET
 from vlmzip.lab.stats import Bootstrap, estimate
 from vlmzip.lab.tasks.task import Sample
 from vlmzip.models import adapter_for
