@@ -61,7 +61,7 @@ def make(cls: type[Compressor], settings: dict[str, Any]) -> Compressor:
     return cls(**{name: schema.read_value(name, value, types[name]) for name, value in settings.items()})
 
 
-def from_dict(content: Mapping[str, Any], find: Callable[[str], type[Compressor]] = find) -> Compressor:
+def from_dict(content: Mapping[str, object], find: Callable[[str], type[Compressor]] = find) -> Compressor:
     """The compressor that `Compressor.to_dict` described; `find` turns the methods' names into classes."""
     settings = dict(content)
     cls = find(str(settings.pop("method")))

@@ -45,7 +45,7 @@ def end_with_launcher() -> None:
 
 
 def in_child(
-    run: Callable[..., Iterable[T]], *arguments: Any, environment: Mapping[str, str] = MappingProxyType({})
+    run: Callable[..., Iterable[T]], *arguments: object, environment: Mapping[str, str] = MappingProxyType({})
 ) -> Iterator[T]:
     """Yield what `run(*arguments)` yields in a fresh process.
 

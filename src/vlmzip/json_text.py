@@ -115,7 +115,7 @@ def read_lines(path: Path, advice: str = "") -> Iterator[Line]:
         raise _cannot_read(path, error, advice) from None
 
 
-def write_line(content: Any) -> str:
+def write_line(content: object) -> str:
     """Return the content as a line of JSON Lines. NaN and infinite numbers become null: JSON has neither."""
     text = json.dumps(_without_nan(content), ensure_ascii=False, allow_nan=False)
     return _SEPARATORS.sub(lambda match: f"\\u{ord(match[0]):04x}", text) + "\n"
@@ -140,7 +140,7 @@ def _cannot_read(path: Path, error: Exception, advice: str) -> UserError:
     return UserError(f"{str(path)!r} cannot be read: {cause}" + (f"; {advice}" if advice else ""))
 
 
-def _without_nan(value: Any) -> Any:
+def _without_nan(value: object) -> Any:
     """Return the value with null in place of every NaN and infinite number, at any depth."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None

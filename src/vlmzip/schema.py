@@ -50,7 +50,7 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 # ---------------------------------------------------------------- reading
 
 
-def read(cls: type[T], content: Any, where: str = "") -> T:
+def read(cls: type[T], content: object, where: str = "") -> T:
     """Make a dataclass from the settings that a command line, YAML or JSON has.
 
     `where` is the key that holds the settings, such as "lora". Raises `UserError`, in one line, for an unknown key, a
@@ -71,7 +71,7 @@ def read(cls: type[T], content: Any, where: str = "") -> T:
     return cls(**{name: read_value(prefix + name, value, types[name]) for name, value in content.items()})
 
 
-def check(settings: Any) -> None:
+def check(settings: object) -> None:
     """Check every field of a frozen dataclass that is being made, and set it to the value that its type reads.
 
     `__post_init__` calls this. Raises `UserError` for a value that does not fit.
@@ -83,7 +83,7 @@ def check(settings: Any) -> None:
             object.__setattr__(settings, name, value)
 
 
-def read_value(name: str, value: Any, kind: FieldType) -> Any:
+def read_value(name: str, value: object, kind: FieldType) -> Any:
     """Return a value as a field of this type holds it.
 
     Raises `UserError`, which begins with `name`, for a value that does not fit.
@@ -102,7 +102,7 @@ def read_value(name: str, value: Any, kind: FieldType) -> Any:
         raise _refusal(name, value, kind.hint, error) from None
 
 
-def _converted(value: Any, hint: Any) -> Any:
+def _converted(value: object, hint: object) -> Any:
     """Return text, a list or another library's number as the type asks; any other value as it is."""
     if isinstance(value, str) and not isinstance(value, enum.Enum):
         return _from_text(value, hint)
@@ -116,7 +116,7 @@ def _converted(value: Any, hint: Any) -> Any:
     return value
 
 
-def _from_text(text: str, hint: Any) -> Any:
+def _from_text(text: str, hint: object) -> Any:
     """Return text as the first type of a union that can be read from it; text that none can be read from, as it is."""
     arms = _arms(hint)
     if text.lower() == "none" and NoneType in arms and str not in arms:
@@ -136,7 +136,7 @@ def _from_text(text: str, hint: Any) -> Any:
     return text
 
 
-def _refusal(name: str, value: Any, hint: Any, error: ValidationError) -> UserError:
+def _refusal(name: str, value: object, hint: object, error: ValidationError) -> UserError:
     """Return the one line for a value that does not fit."""
     for problem in error.errors(include_url=False):
         said = problem.get("ctx", {}).get("error")
@@ -184,31 +184,31 @@ def _arms(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
-def _base(hint: Any) -> Any:
+def _base(hint: object) -> Any:
     """Return a type without its ranges."""
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
-def _element(hint: Any) -> Any:
+def _element(hint: object) -> Any:
     """Return the type of a tuple's elements; another type as it is."""
     base = _base(hint)
     return get_args(base)[0] if get_origin(base) is tuple else hint
 
 
-def _settings_in(hint: Any) -> type | None:
+def _settings_in(hint: object) -> type | None:
     """Return the dataclass of settings that a field holds, if it holds one."""
     kinds = [kind for kind in map(_base, _arms(hint)) if isinstance(kind, type) and not inspect.isabstract(kind)]
     return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
 
 
-def _choices(kind: Any) -> list[str]:
+def _choices(kind: object) -> list[str]:
     base = _base(kind)
     if get_origin(base) is Literal:
         return list(map(str, get_args(base)))
     return list(map(str, base)) if inspect.isclass(base) and issubclass(base, enum.Enum) else []
 
 
-def in_words(hint: Any) -> str:
+def in_words(hint: object) -> str:
     """Return what a value of a type can be, such as "a whole number of at least 1"."""
     arms = [arm for arm in _arms(hint) if arm is not NoneType]
     lists = [arm for arm in arms if _element(arm) is not arm and _element(arm) in arms]

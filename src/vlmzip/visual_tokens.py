@@ -138,7 +138,7 @@ class VisualTokens:
         """Visual tokens per image that the LLM gets without compression."""
         return self.features.shape[1] - (0 if self.passes_prefix else self.prefix)
 
-    def replace(self, **changes: Any) -> VisualTokens:
+    def replace(self, **changes: object) -> VisualTokens:
         """Return the same visual tokens with other values for some of the constructor's arguments."""
         names = ("features", "grid", "prefix", "layer", "passes_prefix")
         return VisualTokens(**{**{name: getattr(self, name) for name in names}, **self._signals, **changes})

@@ -264,7 +264,7 @@ def _set_up(name: str, method: Compressor, keep: Any, profile: Profile) -> Conte
         return Contender(name, method.placed(profile), f"not at this budget, but as it is set: {error}")
 
 
-def _refuse_what_cannot_run(args: Namespace, config: Any, device: torch.device, dtype: torch.dtype) -> None:
+def _refuse_what_cannot_run(args: Namespace, config: object, device: torch.device, dtype: torch.dtype) -> None:
     """Raises `UserError` for an attention that is not there, and for weights that the memory has no room for: the
     system would end the process instead."""
     from vlmzip.cli.tables import show_bytes
@@ -316,7 +316,7 @@ def _number(text: str) -> float:
         raise UserError(f"--scale {text!r} is no number; write 0.125 or 1/8") from None
 
 
-def _keep_in_words(keep: Any) -> str:
+def _keep_in_words(keep: object) -> str:
     return "none" if keep is None else f"{keep:.3g}" if isinstance(keep, float) else str(keep).replace("%", "pc")
 
 

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from vlmzip.errors import UserError
 from vlmzip.keep import AS_SET
@@ -28,10 +27,10 @@ def kept(
     study: Study,
     task: Task,
     name: str,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
     samples: Sequence[Sample],
     answer: Answerer,
-    beside: Sequence[Any] = (),
+    beside: Sequence[object] = (),
     check: Check = lambda record: "",
 ) -> list[Record]:
     """The record of each sample, in their order; `answer` is asked for those that the study's folder has not.
@@ -69,7 +68,9 @@ def _open(batch: Sequence[int], samples: Sequence[Sample], done: Mapping[str, Re
     return any(samples[place].id not in done for place in batch)
 
 
-def _record(study: Study, task: Task, settings: Mapping[str, Any], sample: Sample, beside: Any, own: Record) -> Record:
+def _record(
+    study: Study, task: Task, settings: Mapping[str, object], sample: Sample, beside: object, own: Record
+) -> Record:
     return {
         **question(task, sample),
         "beside": beside,
@@ -81,7 +82,7 @@ def _record(study: Study, task: Task, settings: Mapping[str, Any], sample: Sampl
 
 
 def _read(
-    task: Task, stem: Path, samples: Sequence[Sample], beside: Sequence[Any], layers: int, check: Check
+    task: Task, stem: Path, samples: Sequence[Sample], beside: Sequence[object], layers: int, check: Check
 ) -> dict[str, Record]:
     found = read_records(sorted(stem.parent.glob(f"{stem.name}.*.jsonl")), ("beside",))
     for sample, more in zip(samples, beside, strict=True):

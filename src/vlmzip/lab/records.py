@@ -54,11 +54,11 @@ def _record(path: Path, line: Line, names: set[str]) -> Record:
     return record
 
 
-def is_text(value: Any) -> bool:
+def is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: object) -> bool:
     return type(value) in (int, float)
 
 
@@ -70,12 +70,12 @@ def is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def is_list(value: Any, fits: Callable[[Any], bool]) -> bool:
+def is_list(value: object, fits: Callable[[Any], bool]) -> bool:
     """Whether it is a list with something in it, all of which `fits`."""
     return isinstance(value, list) and bool(value) and all(map(fits, value))
 
 
-def _are_texts(value: Any) -> bool:
+def _are_texts(value: object) -> bool:
     return isinstance(value, dict) and all(map(is_text, value.values()))
 
 

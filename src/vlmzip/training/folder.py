@@ -144,7 +144,7 @@ def _refuse_changes(out: Path, before: dict[str, Any], asked: dict[str, Any]) ->
         )
 
 
-def _plain(name: str, value: Any) -> Any:
+def _plain(name: str, value: object) -> Any:
     return os.path.realpath(value) if name in PLACES and isinstance(value, str) else value
 
 
@@ -160,7 +160,7 @@ def _notes(before: dict[str, Any], asked: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return text if len(text) <= 40 else f"{text[:40]}…"
 

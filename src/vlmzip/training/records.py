@@ -66,7 +66,7 @@ class TrainingRecord:
             raise BadRecord(f"an image {error.kind}") from error
 
 
-def read_record(content: Any) -> TrainingRecord:
+def read_record(content: object) -> TrainingRecord:
     """Return the record in parsed JSON. Raises `BadRecord` if it is not in LLaVA's format."""
     if not isinstance(content, dict):
         raise BadRecord("not an object")
@@ -112,11 +112,11 @@ def _frames(content: dict[str, Any]) -> list[str]:
     return list(paths)
 
 
-def _are_paths(paths: Any) -> bool:
+def _are_paths(paths: object) -> bool:
     return isinstance(paths, list) and all(isinstance(path, str) and path for path in paths)
 
 
-def _turns(parts: Sequence[Any]) -> Iterator[Turn]:
+def _turns(parts: Sequence[object]) -> Iterator[Turn]:
     """Yield the turns of a conversation, whose parts are questions and answers in alternation."""
     for part in parts:
         if isinstance(part, Mapping) and part.get("from") == "system":
@@ -133,7 +133,7 @@ def _turns(parts: Sequence[Any]) -> Iterator[Turn]:
         yield Turn(question, answer)
 
 
-def _text(part: Any, speakers: tuple[str, ...]) -> str:
+def _text(part: object, speakers: tuple[str, ...]) -> str:
     """Return the text of a part of a conversation, which must be by one of `speakers`."""
     if not isinstance(part, dict) or not isinstance(part.get("value"), str):
         raise BadRecord("a part of the conversation without text")

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import Any
 
 from vlmzip import catalogue, spec
 from vlmzip.compressor import Compressor
@@ -74,7 +73,7 @@ class Schedule:
         stops = [-(-end.numerator * total // end.denominator) for end in self.ends]  # rounded up: see `index`
         return [stop - start for start, stop in zip([0, *stops], stops, strict=False)]
 
-    def split(self, shares: Sequence[Any]) -> Schedule:
+    def split(self, shares: Sequence[object]) -> Schedule:
         """Return the same stages with other shares, such as [25, 75] (LLaVolta, Table 9). 0 leaves a stage out."""
         if len(shares) != len(self.stages):
             raise UserError(f"split={list(shares)} has {len(shares)} shares for {len(self.stages)} stages")
@@ -128,7 +127,7 @@ def _afterwards(last: Compressor) -> Compressor:
     return NoCompression() if last.for_training_only else last
 
 
-def read_schedule(content: Any, depth: int = PUBLISHED_DEPTH) -> Schedule:
+def read_schedule(content: object, depth: int = PUBLISHED_DEPTH) -> Schedule:
     """Return the schedule of a configuration file.
 
     `content` is a name of `SCHEMES`, a compressor in one line, or a mapping: `{name: two-stage, split: [25, 75]}` or
@@ -159,7 +158,7 @@ def read_schedule(content: Any, depth: int = PUBLISHED_DEPTH) -> Schedule:
     return schedule
 
 
-def _of_stages(content: Any) -> Schedule:
+def _of_stages(content: object) -> Schedule:
     if not isinstance(content, list) or not all(isinstance(entry, Mapping) for entry in content):
         raise UserError("schedule: stages must be a list of {compressor: …, share: …}")
     stages = []
@@ -172,7 +171,7 @@ def _of_stages(content: Any) -> Schedule:
     return replace(schedule, afterwards=_afterwards(stages[-1].compressor))
 
 
-def read_compressor(content: Any) -> Compressor:
+def read_compressor(content: object) -> Compressor:
     """Return a compressor from one line, `none`, or `random_factor`, which is only for training.
 
     Raises `UserError` for anything else, and for `random_factor` in a chain.
@@ -184,7 +183,7 @@ def read_compressor(content: Any) -> Compressor:
     return spec.read(RANDOM.sub(RANDOM_CLASS, content))
 
 
-def read_lasting(where: str, content: Any) -> Compressor:
+def read_lasting(where: str, content: object) -> Compressor:
     """Return a compressor with which a model can be evaluated, saved and served.
 
     Raises `UserError`, which begins with `where`, for random factors: they are only for training.
@@ -200,7 +199,7 @@ def written(compressor: Compressor, *, label: bool = False) -> str:
     return spec.write(compressor, label=label).replace(RANDOM_CLASS, "random_factor")
 
 
-def read_share(content: Any, what: str = "share") -> Fraction:
+def read_share(content: object, what: str = "share") -> Fraction:
     """Return a share such as 0.25, 25, "25%" or "1/4" as a number; only proportions count. `what` begins an error."""
     try:
         share = Fraction(str(content).strip().removesuffix("%"))
@@ -211,7 +210,7 @@ def read_share(content: Any, what: str = "share") -> Fraction:
     return share
 
 
-def refuse_unknown(where: str, content: Mapping[str, Any], known: Sequence[str]) -> None:
+def refuse_unknown(where: str, content: Mapping[str, object], known: Sequence[str]) -> None:
     """Raise `UserError` for a key that is not `known`; the message has the closest one."""
     for key in content:
         if key not in known:

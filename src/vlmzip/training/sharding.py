@@ -54,7 +54,7 @@ def moves_together(compressed: nn.Module) -> bool:
     return isinstance(compressed, FSDPModule) or is_deepspeed_zero3_enabled()
 
 
-def whole(value: Any, keep: bool) -> Any:
+def whole(value: object, keep: bool) -> Any:
     """Gather a sharded tensor on the CPU, in the processes that `keep` it; the others get an empty tensor.
 
     All processes must call this for the same tensors in the same order. Any other value is returned unchanged.
@@ -107,7 +107,7 @@ def shard_optimizer_state(state: dict[str, Any], optimizer: Any) -> dict[str, An
     return {**state, "state": moments}
 
 
-def _like(parameter: Tensor, value: Any) -> Any:
+def _like(parameter: Tensor, value: object) -> Any:
     """Return a value of the optimiser's state, sharded like its parameter if it has the parameter's shape."""
     if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value  # such as the number of steps

@@ -119,7 +119,7 @@ def _number_in(description: str, is_valid: Callable[[float], bool]) -> Kind:
 
 
 def _whole(least: int, most: int = 10**9) -> Kind:
-    def read(value: Any) -> int | None:
+    def read(value: object) -> int | None:
         return value if type(value) is int and least <= value <= most else None
 
     return Kind(f"a whole number from {least:,} to {most:,}", read)
@@ -129,20 +129,20 @@ def _choice(*values: str) -> Kind:
     return Kind(f"one of {', '.join(values)}", lambda value: value if value in values else None)
 
 
-def _texts(value: Any) -> Any:
+def _texts(value: object) -> Any:
     texts = [value] if isinstance(value, str) else value
     are_texts = isinstance(texts, list) and all(isinstance(text, str) and text for text in texts)
     return value if texts and are_texts else None
 
 
-def _optim_args(value: Any) -> Any:
+def _optim_args(value: object) -> Any:
     """Return valid text such as momentum=0.9,nesterov=true, which transformers splits at each comma and "="."""
     pairs = [part.split("=") for part in value.replace(" ", "").split(",")] if isinstance(value, str) else []
     are_pairs = all(len(pair) == 2 and all(pair) for pair in pairs)
     return value if pairs and are_pairs and len({pair[0] for pair in pairs}) == len(pairs) else None
 
 
-def _numbers_as_such(value: Any) -> Any:
+def _numbers_as_such(value: object) -> Any:
     """Return a mapping with every text that is a number, such as YAML's 1e-6, as a number."""
     if not isinstance(value, Mapping):
         return None
@@ -150,7 +150,7 @@ def _numbers_as_such(value: Any) -> Any:
     return {**value, **{key: number for key, number in numbers.items() if math.isfinite(number)}}
 
 
-def _save_strategy(value: Any) -> Any:
+def _save_strategy(value: object) -> Any:
     return "no" if value is False else _choice("steps", "no").read(value)  # YAML reads no as false
 
 
@@ -189,7 +189,7 @@ def _reporters() -> Kind:
 
     known = ("all", "none", *INTEGRATION_TO_CALLBACK)
 
-    def read(value: Any) -> Any:
+    def read(value: object) -> Any:
         names = [value] if isinstance(value, str) else value
         return value if isinstance(names, list) and all(name in known for name in names) else None
 
@@ -293,7 +293,7 @@ TURNED_ROUND = [
 RENAMED = {"gradient_checkpointing_kwargs": "activation_checkpointing_kwargs"}
 
 
-def read_trainer(given: Mapping[str, Any], config: Any) -> dict[str, Any]:
+def read_trainer(given: Mapping[str, object], config: object) -> dict[str, Any]:
     """Return the arguments for Trainer from the settings under `trainer`.
 
     Raises `UserError` for a setting that does not exist, that a run cannot have, that has an invalid value, or that has
@@ -320,7 +320,7 @@ def _name(key: str) -> str:
     return new if new is not None and new in in_this_version() else key
 
 
-def _read(key: Any, value: Any, config: Any) -> Any:
+def _read(key: object, value: object, config: Any) -> Any:
     if key in MADE_FROM:
         raise UserError(f"trainer: {key} follows from the run's own setting {MADE_FROM[key]}; set that instead")
     if key in REFUSED:
@@ -356,7 +356,7 @@ def _refuse_unread(optim_args: str, optim: str) -> None:
             raise UserError(f"trainer: optim_args: {name} changes nothing: optim {optim} {reads}")
 
 
-def _refuse_alone(key: str, trainer: Mapping[str, Any]) -> None:
+def _refuse_alone(key: str, trainer: Mapping[str, object]) -> None:
     """Raise `UserError` for a setting that has no effect without another one (`BESIDE_IN_TRAINER`)."""
     if key in BESIDE_IN_TRAINER:
         other, words = BESIDE_IN_TRAINER[key]
@@ -365,7 +365,7 @@ def _refuse_alone(key: str, trainer: Mapping[str, Any]) -> None:
             raise UserError(f"trainer: {key} changes nothing unless {other} includes {' or '.join(words)}")
 
 
-def _unknown(key: Any, known: set[str]) -> str:
+def _unknown(key: object, known: set[str]) -> str:
     """Return the message for a setting in no table; `known` are the settings of the installed transformers."""
     if key in known:
         return f"{key} is a setting that vlmzip does not know yet; it might break what a run promises"

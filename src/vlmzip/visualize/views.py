@@ -21,7 +21,7 @@ GAP = 6
 def seen_views(
     adapter: ModelAdapter,
     processor: Any,
-    inputs: Mapping[str, Any],
+    inputs: Mapping[str, object],
     reports: Sequence[ImageReport],
     images: Sequence[Image.Image],
 ) -> list[list[Image.Image]]:

@@ -196,7 +196,7 @@ def question(processor: Any, sample: Sample, number: int, count: int) -> str:
 # ---------------------------------------------------------------- what is shown
 
 
-def _row(part: str, **values: Any) -> Row:
+def _row(part: str, **values: object) -> Row:
     """A line of the table; what it has not is empty."""
     names = ["what", "method", "budget", "tokens", "images", "place", "stated", "questions"]
     names += ["score", "low", "high", "difference", "difference_low", "difference_high"]

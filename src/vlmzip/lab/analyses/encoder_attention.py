@@ -73,7 +73,7 @@ def _encoded(answerer: Answerer, samples: Sequence[Sample]) -> Iterator[tuple[En
         yield _read(answerer, inputs), images
 
 
-def _read(answerer: Answerer, inputs: Mapping[str, Any]) -> EncoderAttention:
+def _read(answerer: Answerer, inputs: Mapping[str, object]) -> EncoderAttention:
     try:
         with torch.inference_mode():
             return answerer.adapter.encoder_attention(inputs)

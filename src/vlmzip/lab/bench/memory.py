@@ -8,7 +8,7 @@ import gc
 import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -32,7 +32,7 @@ def available_bytes(device: str | torch.device = "cpu") -> int | None:
     return None
 
 
-def in_frugal_process(run: Callable[..., Iterable[T]], *arguments: Any) -> Iterator[T]:
+def in_frugal_process(run: Callable[..., Iterable[T]], *arguments: object) -> Iterator[T]:
     """Yield what `run(*arguments)` yields in a fresh process with `FRUGAL` set; see `in_child`."""
     return in_child(run, *arguments, environment=FRUGAL)  # read once, when a process starts: this one stays as it is
 

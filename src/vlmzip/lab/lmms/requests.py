@@ -141,7 +141,7 @@ def _part(part: Mapping[str, Any], images: list[Image.Image], placeholders: Sequ
     return {"type": "text", "text": part["text"]}
 
 
-def _image(given: Any) -> Image.Image:
+def _image(given: object) -> Image.Image:
     if isinstance(given, Image.Image | str | PathLike):
         return load_image(given)
     raise UserError(f"{type(given).__name__} is not an image: a task must give Pillow images or paths")

@@ -315,7 +315,7 @@ def _costs(samples: Sequence[Found]) -> Found:
     return {name: round(sum(cost[name] for cost in costs) / len(costs), 6) for name in names}
 
 
-def _is_finite(value: Any) -> bool:
+def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 

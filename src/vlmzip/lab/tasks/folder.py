@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -96,7 +95,7 @@ def _read(path: Path, metric: Metric) -> list[Sample]:
     return list(samples.values())
 
 
-def _sample(folder: Path, number: int, content: Any, metric: Metric) -> Sample:
+def _sample(folder: Path, number: int, content: object, metric: Metric) -> Sample:
     if not isinstance(content, dict):
         raise UserError("this is no object with image, question and answers")
     if unknown := [name for name in content if name not in FIELDS]:

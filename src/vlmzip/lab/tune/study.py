@@ -175,7 +175,7 @@ def prefill_milliseconds(
 
 
 def _read_prefill(
-    path: Path, conditions: Mapping[str, Any], count: int
+    path: Path, conditions: Mapping[str, object], count: int
 ) -> tuple[dict[int, float], dict[int, str]] | None:
     """What was measured before; `None` where it was under other conditions. Raises `UserError` for a corrupt file."""
     known = read_json(path, advice := "delete it, and the prefill is timed again")
