@@ -275,13 +275,13 @@ class Compressor(ABC):
     def field_names(cls) -> list[str]:
         return [field.name for field in fields(cls)]
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """The method's name (module and class, for a method from elsewhere) and fields, as JSON can hold them."""
         own = type(self).__module__.startswith("vlmzip.methods.")
         method = self.name() if own else f"{type(self).__module__}:{type(self).__qualname__}"
         return {"method": method, **{name: getattr(self, name) for name in self.field_names()}}
 
-    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[Any, ...]:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[object, ...]:
         """Pickle a method from a file of the user's own by its settings: another process has to find the file first."""
         cls = type(self)
         if not own_files.is_own(cls.__module__):

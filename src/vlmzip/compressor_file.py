@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from vlmzip import catalogue
 from vlmzip.compressor import Compressor
@@ -78,7 +77,7 @@ def read_compressor(folder: str | os.PathLike[str], known: type[Compressor] | No
     return catalogue.from_dict({"method": method, **settings}, find)
 
 
-def _read_file(path: Path) -> tuple[str, dict[str, Any]]:
+def _read_file(path: Path) -> tuple[str, dict[str, object]]:
     """Return the method and its fields. Raise `UserError` for a file of a newer vlmzip, or one with other content."""
     content = read_json(path)
     if not isinstance(content, dict):

@@ -149,7 +149,7 @@ def _without_nan(value: object) -> Any:
     return [_without_nan(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     content = dict(pairs)
     if len(content) < len(pairs):
         keys = [key for key, _ in pairs]

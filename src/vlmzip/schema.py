@@ -179,7 +179,7 @@ def _adapter(hint: Any) -> TypeAdapter[Any]:
     return TypeAdapter(hint, config=_STRICT)
 
 
-def _arms(hint: Any) -> tuple[Any, ...]:
+def _arms(hint: Any) -> tuple[object, ...]:
     """Return the types of a union; a type alone is the only one."""
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
@@ -229,7 +229,7 @@ def _in_words(kind: Any) -> str:
     return "a mapping" if get_origin(base) is not None else f"a {getattr(base, '__name__', base)}"
 
 
-def _range_in_words(marks: tuple[Any, ...]) -> str:
+def _range_in_words(marks: tuple[object, ...]) -> str:
     bounds = _bounds(marks)
     if bounds.keys() == {Ge, Le}:
         return f" from {bounds[Ge]} to {bounds[Le]}"
@@ -237,7 +237,7 @@ def _range_in_words(marks: tuple[Any, ...]) -> str:
     return "".join(f" {part}" for part in [" and ".join(f"{words[kind]} {bounds[kind]}" for kind in bounds)] if part)
 
 
-def _bounds(marks: tuple[Any, ...]) -> dict[type, str]:
+def _bounds(marks: tuple[object, ...]) -> dict[type, str]:
     """Return the ends of a range, the lower one first."""
     ends = {Ge: "ge", Gt: "gt", Le: "le", Lt: "lt"}
     return {kind: f"{getattr(mark, name):,}" for kind, name in ends.items() for mark in marks if isinstance(mark, kind)}

@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vlmzip import catalogue
 from vlmzip.compressor import Compressor
@@ -146,7 +145,7 @@ def _written(compressor: Compressor, always: Sequence[str]) -> str:
     return f"{method}({','.join(told)})" if told else method
 
 
-def _usual(cls: type[Compressor]) -> dict[str, Any]:
+def _usual(cls: type[Compressor]) -> dict[str, object]:
     """What a method's fields are when nothing is asked; nothing is known where some have to be asked for."""
     usual = _with_defaults(cls)
     return {} if usual is None else {name: getattr(usual, name) for name in cls.field_names()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -151,7 +151,7 @@ class VisualTokens:
         inside = numbers[self.prefix :].view(tuple(self.grid))[:, slice(*rows), slice(*cols)]
         chosen = torch.cat([numbers[: self.prefix], inside.flatten()])
         by_token = self.signals & {"cls_attention", "keys"}
-        changes: dict[str, Any] = {name: self._signals[name][:, chosen] for name in by_token}
+        changes: dict[str, object] = {name: self._signals[name][:, chosen] for name in by_token}
         if "pixels" in self.signals:
             height, width = self.pixels.shape[-2] // self.grid.rows, self.pixels.shape[-1] // self.grid.cols
             down, across = slice(rows[0] * height, rows[1] * height), slice(cols[0] * width, cols[1] * width)

@@ -60,7 +60,7 @@ def run(args: Namespace) -> None:
             answer(loaded, whole, inputs, 1)  # the first run pays for one-time set-up, which belongs to neither side
             plain = answer(loaded, whole, inputs, args.max_new_tokens)
         result = answer(loaded, compressed, inputs, args.max_new_tokens)
-    out: dict[str, Any] = {
+    out: dict[str, object] = {
         "model": args.model,
         "compressor": compressed.compressor.to_dict(),
         "question": question,

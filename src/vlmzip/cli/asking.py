@@ -45,7 +45,7 @@ class TimedAnswer:
     report: Report
 
 
-def build_inputs(loaded: Loaded, paths: list[str], question: str) -> dict[str, Any]:
+def build_inputs(loaded: Loaded, paths: list[str], question: str) -> dict[str, object]:
     """Model inputs for one conversation turn with all images before the question."""
     images = [load_image(path) for path in paths]
     if "<image>" in question or getattr(loaded.processor, "image_token", "<image>") in question:
@@ -113,7 +113,7 @@ def warn_about_detail(report: Report, paths: list[str]) -> None:
             )
 
 
-def draw(loaded: Loaded, inputs: dict[str, Any], report: Report, paths: list[str]) -> Image.Image:
+def draw(loaded: Loaded, inputs: dict[str, object], report: Report, paths: list[str]) -> Image.Image:
     """The token maps of all images below one another."""
     pages = []
     for views, image in zip(seen_images(loaded, inputs, paths, report), report.images, strict=True):
@@ -125,7 +125,7 @@ def draw(loaded: Loaded, inputs: dict[str, Any], report: Report, paths: list[str
     return stack(pages)
 
 
-def seen_images(loaded: Loaded, inputs: dict[str, Any], paths: list[str], report: Report) -> list[list[Image.Image]]:
+def seen_images(loaded: Loaded, inputs: dict[str, object], paths: list[str], report: Report) -> list[list[Image.Image]]:
     """The views of the images as their grids cover them."""
     images = [load_image(path) for path in paths]
     return seen_views(loaded.adapter, loaded.processor.image_processor, inputs, report.images, images)

@@ -43,7 +43,7 @@ def rows(found: list[Contender], args: Namespace, preset: Preset, machine: Mappi
     return table
 
 
-def _row(one: Contender, scope: Scope, measured: Compared, args: Namespace, preset: Preset) -> dict[str, Any]:
+def _row(one: Contender, scope: Scope, measured: Compared, args: Namespace, preset: Preset) -> dict[str, object]:
     first = one.profiles[0]
     return {
         "preset": args.preset,
@@ -122,8 +122,8 @@ def gaps(found: list[Contender], repeats: int) -> list[str]:
 
 
 def as_json(
-    found: list[Contender], table: list[dict[str, Any]], doubtful: list[str], path: Path | None
-) -> dict[str, Any]:
+    found: list[Contender], table: list[dict[str, object]], doubtful: list[str], path: Path | None
+) -> dict[str, object]:
     missing = [{"method": one.name, "note": one.note} for one in found if not one.spans]
     return {"rows": table, "not_measured": missing, "notes": doubtful, "csv": str(path) if path else None}
 

@@ -49,7 +49,7 @@ def run(args: Namespace) -> None:
     with progress(f"measuring {len(paths)} images"):
         found = calibrate(loaded.model, paths, compressor, args.keep, processor=loaded.processor)
     threshold = getattr(found.compressor, _threshold(compressor))
-    out: dict[str, Any] = {
+    out: dict[str, object] = {
         "model": args.model,
         "compressor": found.compressor.to_dict(),
         "keep": args.keep,

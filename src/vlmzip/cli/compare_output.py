@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from PIL import Image
@@ -117,7 +116,7 @@ class Comparison:
         )
 
 
-def as_json(found: Comparison) -> dict[str, Any]:
+def as_json(found: Comparison) -> dict[str, object]:
     asked = None if found.keep is None else parse_keep(found.keep)
     return {
         "model": found.model,
@@ -138,8 +137,8 @@ def as_json(found: Comparison) -> dict[str, Any]:
     }
 
 
-def _row_as_json(row: MethodRow) -> dict[str, Any]:
-    out: dict[str, Any] = {"method": row.method, "note": row.note or None, "answer": None}
+def _row_as_json(row: MethodRow) -> dict[str, object]:
+    out: dict[str, object] = {"method": row.method, "note": row.note or None, "answer": None}
     if row.first is None or row.compressed is None:
         return out
     report, account = row.first.report, row.first.account

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Any
 
 from vlmzip.cli.asking import TimedAnswer, answer, attach_and_note, attach_with_notes
 from vlmzip.cli.loading import progress
@@ -40,7 +39,7 @@ class MethodRow:
         """The median of the timed runs, by part."""
         return {part: median(run[part] for run in self.spent) for part in self.spent[0]} if self.spent else {}
 
-    def run(self, loaded: Loaded, inputs: dict[str, Any], max_new_tokens: int) -> TimedAnswer:
+    def run(self, loaded: Loaded, inputs: dict[str, object], max_new_tokens: int) -> TimedAnswer:
         assert self.compressed is not None
         with progress(self.method), telling_beyond_positions(self._add_note):
             return answer(loaded, self.compressed, inputs, max_new_tokens)
@@ -55,7 +54,7 @@ class MethodRow:
 
 def compare(
     loaded: Loaded,
-    inputs: dict[str, Any],
+    inputs: dict[str, object],
     methods: Iterable[Candidate],
     keep: Keep | None,
     *,
@@ -112,7 +111,7 @@ def configure(candidate: Candidate, keep: Keep | None, profile: Profile) -> tupl
 
 
 def _first_run(
-    loaded: Loaded, inputs: dict[str, Any], one: Candidate, keep: Keep | None, profile: Profile, max_new_tokens: int
+    loaded: Loaded, inputs: dict[str, object], one: Candidate, keep: Keep | None, profile: Profile, max_new_tokens: int
 ) -> MethodRow:
     """Sets a method up and runs it once: the answer, and the warm-up of the timing."""
     row = MethodRow(one.name)

@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vlmzip import spec
 from vlmzip.cli.loading import note
@@ -275,7 +274,7 @@ def _estimate(loss: Estimate | None) -> str:
 # ---------------------------------------------------------------- as data
 
 
-def as_json(found: SearchOutcome, args: Namespace) -> dict[str, Any]:
+def as_json(found: SearchOutcome, args: Namespace) -> dict[str, object]:
     """Scores, losses and shares are from 0 to 1; a bound that nobody knows is null."""
     folder, target = found.asked.study.folder, found.tuning.target
     return {
@@ -299,9 +298,9 @@ def as_json(found: SearchOutcome, args: Namespace) -> dict[str, Any]:
     }
 
 
-def _candidate(found: SearchOutcome, row: CandidateRow) -> dict[str, Any]:
+def _candidate(found: SearchOutcome, row: CandidateRow) -> dict[str, object]:
     one = found.asked.configurations[row.number]
-    out: dict[str, Any] = {"method": one.method, "budget": one.budget, "compressor": found.name(row)}
+    out: dict[str, object] = {"method": one.method, "budget": one.budget, "compressor": found.name(row)}
     out |= {**found.costs(row), "asked": row.asked, "rounds": row.round, "fate": found.fate(row)}
     out["detail"] = found.detail(row) or None
     if row.loss:

@@ -158,7 +158,7 @@ class Configurator:
         return replace(self.answerer.adapter.profile(), grid=grid, tiles=tuple(tiles))
 
 
-def read_calibrated(path: Path, known: Mapping[str, Any]) -> list[dict[str, Any]]:
+def read_calibrated(path: Path, known: Mapping[str, object]) -> list[dict[str, object]]:
     """Return the calibrations that a run noted in a file. Raise `UserError` if it holds anything else."""
     found = known.get("calibrated", [])
     names = ("task", "method", "budget", "on", "code", "images")

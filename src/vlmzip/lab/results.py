@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -143,10 +142,10 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def as_json(result: Result) -> dict[str, Any]:
+def as_json(result: Result) -> dict[str, object]:
     """A result without its records."""
     one = result.configuration
-    out: dict[str, Any] = {"task": one.task, "method": one.method, "budget": one.budget, "note": result.note or None}
+    out: dict[str, object] = {"task": one.task, "method": one.method, "budget": one.budget, "note": result.note or None}
     if result.score is None or result.against_plain is None:
         return out
     return out | {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from vlmzip.compressor import BudgetError, Compressor, Profile
 from vlmzip.errors import UserError
@@ -124,5 +123,5 @@ class Chain(Compressor):
     def assign(self, tokens: VisualTokens) -> TokenMap:
         raise UserError("a chain acts at several places: attach it to a model")
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return {**super().to_dict(), "compressors": [stage.to_dict() for stage in self.compressors]}

@@ -119,12 +119,12 @@ class Preprocessor:
 
         Raises `BadRecord` if the template refuses the conversation, or changes earlier turns when it goes on.
         """
-        messages: list[dict[str, Any]] = []
+        messages: list[dict[str, object]] = []
         for turn in record.turns:
             messages.append({"role": "user", "content": _parts(turn.question)})
             messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer.strip() + end}]})
 
-        def render(beginning: list[dict[str, Any]], **settings: bool) -> str:
+        def render(beginning: list[dict[str, object]], **settings: bool) -> str:
             try:
                 return self.processor.apply_chat_template(beginning, **settings)
             except Exception as error:  # templates are code, and may raise anything

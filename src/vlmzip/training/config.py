@@ -129,7 +129,7 @@ class Config:
     """fsdp: several processes share weights, gradients and the optimiser's state out, instead of a copy each."""
     text_tokens: Whole = 62
     """Tokens of text beside an image, for what `--explain` counts; LLaVolta's tables fit 62."""
-    trainer: Mapping[str, Any] = field(default_factory=dict)
+    trainer: Mapping[str, object] = field(default_factory=dict)
     """Further settings of transformers' TrainingArguments, such as deepspeed."""
 
     def __post_init__(self) -> None:
@@ -156,7 +156,7 @@ class Config:
             raise UserError("sharding: fsdp does what trainer: deepspeed does; choose one of them")
         self.for_trainer()
 
-    def for_trainer(self) -> dict[str, Any]:
+    def for_trainer(self) -> dict[str, object]:
         """Return the settings under `trainer`, as TrainingArguments takes them."""
         return read_trainer(self.trainer, self) if self.trainer else {}
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.runtime.flops import prefill_flops
@@ -129,7 +129,7 @@ def _number(value: float | None, form: str) -> str:
     return "the images decide" if value is None else form.format(value)
 
 
-def as_json(cost: Cost) -> dict[str, Any]:
+def as_json(cost: Cost) -> dict[str, object]:
     """The cost with plain numbers; what the images decide is `None`."""
     stages = [
         {**dataclasses.asdict(stage), "begins": float(stage.begins), "ends": float(stage.ends), "ratio": stage.ratio}

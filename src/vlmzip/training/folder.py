@@ -62,7 +62,7 @@ class RunFolder:
     hold: BaseFileLock | None = None
     """Keeps other runs out, as long as it lives; the first process alone has it."""
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "hold": None}  # what other processes are told
 
     @classmethod
@@ -89,7 +89,7 @@ class RunFolder:
             raise UserError(f"out: cannot write into {str(out)!r}: {error.strerror or error}") from None
 
     @classmethod
-    def _begin(cls, out: Path, asked: dict[str, Any], bad: Sequence[tuple[int, str]]) -> RunFolder:
+    def _begin(cls, out: Path, asked: dict[str, object], bad: Sequence[tuple[int, str]]) -> RunFolder:
         holding, model = _hold(out), out / MODEL
         before = _read(out / ASKED)
         theirs = [out / name for name in (MODEL, LOG, BAD) if (out / name).exists()] + list(out.glob("checkpoint-*"))
@@ -119,12 +119,12 @@ def _hold(out: Path) -> BaseFileLock:
     return hold(out)
 
 
-def _written(config: Config) -> dict[str, Any]:
+def _written(config: Config) -> dict[str, object]:
     """The settings as JSON has them."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def _read(path: Path) -> dict[str, Any] | None:
+def _read(path: Path) -> dict[str, object] | None:
     if not path.exists():
         return None
     found = read_json(path, "give another out")
@@ -133,7 +133,7 @@ def _read(path: Path) -> dict[str, Any] | None:
     return found
 
 
-def _refuse_changes(out: Path, before: dict[str, Any], asked: dict[str, Any]) -> None:
+def _refuse_changes(out: Path, before: dict[str, object], asked: dict[str, object]) -> None:
     # A setting that an older version did not have is none that was changed.
     compared = [name for name in asked if name in before and name not in FREE and name not in TOLD]
     changed = [name for name in compared if _plain(name, before[name]) != _plain(name, asked[name])]
@@ -148,7 +148,7 @@ def _plain(name: str, value: object) -> Any:
     return os.path.realpath(value) if name in PLACES and isinstance(value, str) else value
 
 
-def _notes(before: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+def _notes(before: dict[str, object], asked: dict[str, object]) -> list[str]:
     """Return lines on what is another than when the run began, or may be."""
     changed = [name for name in TOLD if name in asked and name in before and before[name] != asked[name]]
     lines = [

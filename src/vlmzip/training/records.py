@@ -330,7 +330,7 @@ class _Window:
             if not self._read():
                 return None
 
-    def value(self, at: int) -> tuple[Any, int]:
+    def value(self, at: int) -> tuple[object, int]:
         """Return the JSON value at `at` and the offset of its end, or `BROKEN` and the offset of the error."""
         while True:
             value, stop = _decoded(self._text, at - self._start)
@@ -355,7 +355,7 @@ class _Window:
         return bool(more)
 
 
-def _decoded(text: str, at: int) -> tuple[Any, int]:
+def _decoded(text: str, at: int) -> tuple[object, int]:
     """Return the JSON value at index `at` and the index of its end, or `BROKEN` and the index of the error."""
     try:
         return _DECODER.raw_decode(text, at)

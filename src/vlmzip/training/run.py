@@ -379,7 +379,7 @@ def _save(
     compressor: Compressor,
     processor: Any,
     folder: Path,
-    state: dict[str, Any] | None = None,
+    state: dict[str, object] | None = None,
 ) -> None:
     """The model as transformers alone loads it, LoRA merged into it, with the compressor and the processor.
 

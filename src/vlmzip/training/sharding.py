@@ -65,7 +65,7 @@ def whole(value: object, keep: bool) -> Any:
     return gathered.cpu() if keep else torch.empty(0)
 
 
-def whole_state(compressed: CompressedModel, keep: bool) -> dict[str, Any]:
+def whole_state(compressed: CompressedModel, keep: bool) -> dict[str, object]:
     """Return the gathered state dict, the same as without sharding."""
     return {name: whole(value, keep) for name, value in compressed.state_dict().items()}
 
@@ -87,7 +87,7 @@ def make_whole(compressed: CompressedModel, keep: bool) -> None:
                 setattr(module, name, plain[parameter])
 
 
-def whole_optimizer(optimizer: Any, keep: bool) -> dict[str, Any]:
+def whole_optimizer(optimizer: Any, keep: bool) -> dict[str, object]:
     """Return the gathered optimiser state, from which a run on any number of processes can resume."""
     state = optimizer.state_dict()
     moments = {

@@ -209,7 +209,7 @@ class StagedTrainer(Trainer):
         self.optimizer.load_state_dict(sharding.shard_optimizer_state(state, self.optimizer))
         self.lr_scheduler.load_state_dict(torch.load(os.path.join(checkpoint, SCHEDULER_NAME), weights_only=True))
 
-    def gather(self) -> dict[str, Any] | None:
+    def gather(self) -> dict[str, object] | None:
         """Gather a sharded model in the first process, for saving. Every process must call this.
 
         Returns the state dict if the model itself cannot hold the gathered weights (ZeRO-3, as accelerate documents).

@@ -293,7 +293,7 @@ TURNED_ROUND = [
 RENAMED = {"gradient_checkpointing_kwargs": "activation_checkpointing_kwargs"}
 
 
-def read_trainer(given: Mapping[str, object], config: object) -> dict[str, Any]:
+def read_trainer(given: Mapping[str, object], config: object) -> dict[str, object]:
     """Return the arguments for Trainer from the settings under `trainer`.
 
     Raises `UserError` for a setting that does not exist, that a run cannot have, that has an invalid value, or that has

@@ -170,7 +170,7 @@ def reading(adapter: ModelAdapter, visual: Bool[Tensor, "batch prompt"]) -> Iter
     layers = adapter.decoder_layers
     read = Read(visual, [[] for _ in layers])
 
-    def hook(index: int, layer: nn.Module, args: Any, arguments: dict[str, Any]) -> None:
+    def hook(index: int, layer: nn.Module, args: Any, arguments: dict[str, object]) -> None:
         read.look(index, adapter, layer, args, arguments)
 
     handles = [

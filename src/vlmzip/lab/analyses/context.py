@@ -116,7 +116,7 @@ def _asked(study: Study, task: Task, one: Configuration, bootstrap: Bootstrap, m
         if count > min(most, len(images)):
             return
         for place in (ONLY,) if count == 1 else (FIRST, LAST):
-            settings: dict[str, Any] = {"compressor": one.compressor.to_dict(), "method": spec.write(one.compressor)}
+            settings: dict[str, object] = {"compressor": one.compressor.to_dict(), "method": spec.write(one.compressor)}
             settings |= {"images": count, "place": place}
             answer = partial(_answer, study, task, one.compressor, count, place)
             beside = [[other.pixels for other in following(task.samples, one, count - 1)] for one in task.samples]

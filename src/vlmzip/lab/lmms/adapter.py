@@ -72,7 +72,7 @@ class Costs(TokenCounts):
     retention: float = 1.0
     """Visual tokens over all layers, as a share of what they would be without compression."""
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         shown = {"visual_tokens": self.visual_tokens, "visual_tokens_by_layer": self.visual_tokens_by_layer}
         return {**super().to_dict(), **shown, "retention": round(self.retention, 6)}
 
@@ -103,7 +103,7 @@ class CompressedForLmms(lmms):
         self._noted: set[str] = set()
 
     @classmethod
-    def create_from_arg_string(cls, arg_string: Any, additional_config: Mapping[str, Any] | None = None) -> Any:
+    def create_from_arg_string(cls, arg_string: Any, additional_config: Mapping[str, object] | None = None) -> Any:
         """What `--model_args` asks for: `pretrained` (default mini), `method`, `device`, `dtype`, `batch_size`.
 
         Ends the process where something is wrong, with code 2: lmms-eval's command line catches every exception and
@@ -141,7 +141,7 @@ class CompressedForLmms(lmms):
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """The answers in the order of the requests."""
-        results: list[Any] = [None] * len(requests)
+        results: list[object] = [None] * len(requests)
         start = time.perf_counter()
         with self._stopping(), tqdm(total=len(requests), desc="answering", disable=self.rank != 0) as bar:
             for begin in range(0, len(requests), self.batch_size):
@@ -180,7 +180,7 @@ class CompressedForLmms(lmms):
         placeholders = {"<image>", getattr(self.answerer.processor, "image_token", "<image>")}
         return read_chat(messages, sorted(placeholders))
 
-    def _generation(self, settings: Mapping[str, Any]) -> Generation:
+    def _generation(self, settings: Mapping[str, object]) -> Generation:
         generation = read_generation(settings)
         for name in generation.unused:
             if name not in self._noted:

@@ -70,7 +70,7 @@ def _split(text: str) -> list[str]:
 class Generation:
     """How an answer is to be generated."""
 
-    arguments: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, object] = field(default_factory=dict)
     """For `generate`."""
     until: tuple[str, ...] = ()
     """An answer ends before the first of these."""
@@ -109,7 +109,7 @@ def read_generation(settings: Mapping[str, Any] | None) -> Generation:
 class Chat:
     """A conversation as chat templates take it, and its images in order."""
 
-    messages: list[dict[str, Any]]
+    messages: list[dict[str, object]]
     images: list[Image.Image]
 
 

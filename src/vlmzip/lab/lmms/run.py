@@ -71,7 +71,7 @@ class SuiteRun:
     include: str | None = None
     """A folder with tasks in lmms-eval's format, beside its own."""
     tell: Callable[[str], None] = print
-    _loaded_tasks: dict[str, Any] = field(default_factory=dict)
+    _loaded_tasks: dict[str, object] = field(default_factory=dict)
     _methods: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -131,7 +131,7 @@ class SuiteRun:
         return found
 
     @cached_property
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> dict[str, object]:
         """What all results in the folder depend on. Which questions a benchmark has is not looked at."""
         return {
             **of_name(self.loaded.name),
@@ -141,7 +141,7 @@ class SuiteRun:
             **of_model(self.loaded.model, self.loaded.processor),
         }
 
-    def _known(self) -> dict[str, Any]:
+    def _known(self) -> dict[str, object]:
         path = self.folder / FILE
         if not path.exists():
             return {}
@@ -228,7 +228,7 @@ class SuiteRun:
             "requests": [_request(sample) for sample in samples],
         }
 
-    def _ask(self, task: str, model: Any) -> tuple[Found, list[dict[str, Any]]]:
+    def _ask(self, task: str, model: Any) -> tuple[Found, list[dict[str, object]]]:
         """lmms-eval's results of one task, and its samples, each document's first."""
         from lmms_eval.evaluator import simple_evaluate
 
