@@ -1,4 +1,4 @@
-"""`python docs/_make/flops.py` writes docs/flops.md: our count of prefill FLOPs beside the papers', nothing timed."""
+"""Write docs/flops.md, our count of prefill FLOPs beside the papers': `python docs/_make/flops.py`."""
 
 from pathlib import Path
 
@@ -16,14 +16,15 @@ from vlmzip.runtime.token_profile import TokenProfile
 PAGE = Path(__file__).resolve().parents[1] / "flops.md"
 #: LLaVolta's printed TFLOPs (arXiv:2406.20092v2, Tables 2 and 5) by K and S; stride 1: no compression.
 PRINTED = {(0, 1): 8.26, (2, 8): 2.14, (2, 4): 3.02, (2, 2): 4.77, (16, 8): 5.00, (16, 4): 5.47, (16, 2): 6.40}
-#: Tokens of text with which one formula gives all of LLaVolta's figures, and those that `vlmzip bench` puts in.
+#: Tokens of text with which one formula gives all of LLaVolta's figures, and the tokens of text of `vlmzip bench`.
 LLAVOLTA_TEXT, BENCH_TEXT = 62, 64
 
 HEAD = """# FLOPs: three ways to count the same prefill
 
-Written by `python docs/_make/flops.py`, from shapes alone; nothing here is timed. Ours
-(`vlmzip.runtime.flops.prefill_flops`) is read off the model's own layers, and within 1 % of `torch.utils.flop_counter`
-on `mini` and, on the meta device, at the dimensions of LLaVA-1.5-7B and 13B (`tests/runtime/test_flops.py`).
+Compare FLOPs across papers here, and see the limits that they set. `python docs/_make/flops.py` writes this page from
+shapes alone; nothing is timed. Our count (`vlmzip.runtime.flops.prefill_flops`) comes from the model's own layers. It
+is within 1 % of `torch.utils.flop_counter` on `mini` and, on the meta device, at the dimensions of LLaVA-1.5-7B and
+13B (`tests/runtime/test_flops.py`).
 
 ## LLaVolta's printed figures
 
@@ -32,25 +33,28 @@ its Tables 2 and 5. *VisionZip's*: T·(4nd² + 2n²d + 2ndm) of arXiv:2412.04467
 """
 
 DIFFERENCES = """
-- **LLaVolta** prints figures and no formula. All seven lie within {worst:.3f} of 2·(4d² + 3dm) per token and layer with
-  {text} tokens of text in the prompt (*as we read it*): two operations for each multiply-add, all three MLP matrices of
-  Llama, but neither the products between tokens (attention scores and their application) nor the output head. What we
-  read as text is a constant in all seven; a vision encoder counted in would look the same, with about 30 tokens of
-  text left. The paper does not say.
-- **Ours** on the same tokens is larger by those products: {products:.2f} TFLOPs of {ours:.2f} without compression.
-- **VisionZip's** formula counts a multiply-add once, and an MLP of two matrices where Vicuna's has three. From its
-  {zip:.2f} to our {visual:.2f} for 576 visual tokens alone: doubled {doubled:.2f}, with the third matrix {third:.2f}; the output head for the
-  last token does not show. Whether n holds text is the reader's choice; here it does not.
-- VisionZip's and ours count the full square of attention; a causal kernel may do half.
-- So figures cannot be compared across papers, and ratios only with the text in mind, which nobody compresses: from no
-  compression to K=2 S=8 the printed ratio is {printed_ratio:.2f}, ours {our_ratio:.2f} with that text and {visual_ratio:.2f} without.
+- **LLaVolta** prints figures but no formula. All seven lie within {worst:.3f} of 2·(4d² + 3dm) per token and layer
+  with {text} tokens of text in the prompt (*as we read it*). This counts two operations for each multiply-add and all
+  three MLP matrices of Llama, but neither the products between tokens (attention scores and their application) nor
+  the output head. What we read as text is a constant in all seven figures. A vision encoder in the count would look
+  the same, with about 30 tokens of text left. The paper does not say.
+- **Our count** on the same tokens is larger by those products: {products:.2f} TFLOPs of {ours:.2f} without compression.
+- **VisionZip's** formula counts a multiply-add once, and two MLP matrices where Vicuna has three. Its {zip:.2f} for
+  576 visual tokens alone becomes {doubled:.2f} when doubled and {third:.2f} with the third matrix, which is our
+  {visual:.2f}; the output head for the last token is too small to show. The formula leaves open whether n includes
+  text; here it does not.
+- VisionZip's count and ours use the full square of attention; a causal kernel may do half.
+- So figures cannot be compared across papers, and ratios only for the same text, which no method compresses. From no
+  compression to K=2 S=8 the printed ratio is {printed_ratio:.2f}, ours {our_ratio:.2f} with that text and
+  {visual_ratio:.2f} without.
 
 ## The limits of a ninth
 
-What `vlmzip bench` could reach with {bench} tokens of text and a ninth of the visual tokens before the LLM, if time were
-FLOPs: TFLOPs of one prompt, and plain over compressed as the limit. *TTFT* adds vision encoder and projector, not the
-selection. *at 1/8*: the limits of the preset with `--scale 1/8`, where products between tokens weigh more.
-"""  # noqa: E501
+The table gives what `vlmzip bench` could reach with {bench} tokens of text and a ninth of the visual tokens before
+the LLM, if time were proportional to FLOPs: TFLOPs of one prompt, and plain over compressed as the limit. *TTFT* adds
+vision encoder and projector, but not the selection. *at 1/8*: the preset's limits with `--scale 1/8`, where products
+between tokens weigh more.
+"""
 
 
 def markdown(columns: list[str], rows: list[list[str]]) -> list[str]:
@@ -59,18 +63,18 @@ def markdown(columns: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def scheme(layer: int, stride: int) -> tuple[int, ...]:
-    """Visual tokens of LLaVA-1.5-7B at each layer."""
+    """Return the visual tokens of LLaVA-1.5-7B at each layer."""
     method = NoCompression() if stride == 1 else LLaVolta(layer=layer, stride=stride)
     return tuple(method.tokens_by_layer(Profile(adapter_of("llava-1.5-7b").profile().grid, 32)))
 
 
 def adapter_of(name: str, scale: float = 1.0) -> ModelAdapter:
-    """Of a model without weights."""
+    """Return the adapter of a model without weights."""
     return adapter_for(make_model(make_config(PRESETS[name].scaled(scale)), "meta", torch.bfloat16))
 
 
 def printed_beside_ours() -> tuple[list[str], float]:
-    """The table, and by how much our reading of LLaVolta's count is off at most."""
+    """Return the table, and the largest error of our reading of LLaVolta's count."""
     adapter, preset, rows, worst = adapter_of("llava-1.5-7b"), PRESETS["llava-1.5-7b"], [], 0.0
     for (layer, stride), printed in PRINTED.items():
         profile = TokenProfile(576, scheme(layer, stride), LLAVOLTA_TEXT)
@@ -92,7 +96,7 @@ def differences(worst: float) -> str:
     zip_flops = visionzip_flops(plain, preset.width, preset.mlp)
     third = 2 * zip_flops + 2 * preset.width * preset.mlp * sum(plain)
     visual, with_text = prefill_flops(adapter, 576), prefill_flops(adapter, 576 + LLAVOLTA_TEXT)
-    assert third + 2 * preset.width * VOCABULARY == visual  # the page must not say what does not add up
+    assert third + 2 * preset.width * VOCABULARY == visual  # the page's steps must add up
     pooled_with_text = prefill_flops(adapter, TokenProfile(576, pooled, LLAVOLTA_TEXT).all)
     figures = dict(
         zip=zip_flops,
@@ -114,7 +118,7 @@ def differences(worst: float) -> str:
 
 
 def scopes(name: str, scale: float = 1.0) -> list[tuple[float, float]]:
-    """FLOPs of LLM prefill and of TTFT, plain and at a ninth."""
+    """Return the FLOPs of LLM prefill and of TTFT, plain and at a ninth."""
     preset = PRESETS[name].scaled(scale)
     adapter, each = adapter_of(name, scale), preset.visual_tokens // preset.images
     kept = preset.images * count_to_keep(A_NINTH, each)
@@ -129,7 +133,7 @@ def before_the_llm(adapter: ModelAdapter, preset: Preset, projected: int) -> int
     tower, projector = adapter.model.model.vision_tower, adapter.model.model.multi_modal_projector
     pixels = torch.empty(preset.images, 3, preset.side, preset.side, device="meta", dtype=torch.bfloat16)
     features = torch.empty(projected, preset.vision_width, device="meta", dtype=torch.bfloat16)
-    tower.set_attn_implementation("eager")  # whose products the counter sees on every device
+    tower.set_attn_implementation("eager")  # the counter sees eager attention's products on every device
     with torch.no_grad():
         return flops_inside([tower, projector], lambda: (tower(pixels), projector(features)))
 

@@ -1,4 +1,4 @@
-"""Writes docs/papers.md: what papers print, recomputed with this library's classes.
+"""Write docs/papers.md: the papers' printed numbers, recomputed with this library's classes.
 
 python docs/_make/papers.py            writes the page
 python docs/_make/papers.py --check    exits with 1 if the page is not what this would write
@@ -17,17 +17,18 @@ from vlmzip.lab.papers.published import tables
 from vlmzip.methods.sparsevlm import PUBLISHED_LAYERS, SCHEDULES
 
 PAGE = Path(__file__).resolve().parents[1] / "papers.md"
-#: LLaVA-1.5-7B, on which the papers count: 24 x 24 patches, 32 layers.
+#: LLaVA-1.5-7B, the model of the papers' counts: 24 x 24 patches, 32 layers.
 LLAVA = Profile(Grid(1, 24, 24), layers=32)
 FULL = LLAVA.grid.size * LLAVA.layers
-#: Behind these layers SparseVLM's authors drop; they count what the layers leave, so one layer before ours.
+#: SparseVLM's authors drop after these layers and count what each layer leaves, so one layer before ours.
 SPARSEVLM_AUTHORS = tuple(layer - 1 for layer in PUBLISHED_LAYERS)
 
 HEAD = """# What the papers print
 
-Written by `python docs/_make/papers.py`, and checked by the tests. The published numbers lie as CSV files in
-`src/vlmzip/lab/papers/`; what is computed here comes from the library's own classes, on LLaVA-1.5-7B: 576 visual
-tokens, 32 layers. A dash is a number that the files do not have.
+Look up the papers' printed numbers here, and see where they do not add up. The published numbers are CSV files in
+`src/vlmzip/lab/papers/`. The computed ones come from the library's own classes, on LLaVA-1.5-7B: 576 visual tokens,
+32 layers. A dash is a number that the files do not have. `python docs/_make/papers.py` writes this page, and the tests
+check it.
 """
 
 
@@ -71,7 +72,7 @@ def llavolta() -> str:
     return f"""
 ## LLaVolta: tokens and compression ratio
 
-Tokens over all layers and CR = {FULL:,} / tokens (equation 3), from layer and stride.
+Layer and stride give the tokens over all layers and CR = {FULL:,} / tokens (equation 3).
 
 Table 1, the training stages:
 
@@ -81,11 +82,11 @@ Table 4:
 
 {table(["method", "setting", "tokens", "printed tokens", "CR %", "printed CR %"], table_4())}
 
-Table 5. Most of its compression ratios are not in the files; Table 1 prints the same layer and stride:
+Table 5. Most of its compression ratios are not in the files, but Table 1 prints the same layers and strides:
 
 {table(["layer", "stride", "tokens", "CR %", "printed CR %", "printed in Table 1"], table_5())}
 
-Table 2 gives means over the stages of Table 1. They are not the means:
+Table 2 gives means over the stages of Table 1. Most are not the means:
 
 {table(["scheme", "mean tokens", "printed", "CR %", "printed CR %", "the printed number is"], table_2())}
 """
@@ -103,7 +104,7 @@ def stage_rows() -> list[list]:
 
 
 def stage_tokens(row: Published) -> int:
-    """Tokens over all layers for a row's layer and stride; all of them where it has none."""
+    """Return the tokens over all layers for a row's layer and stride, or all tokens if it has none."""
     if "layer" not in row.settings:
         return FULL
     layer, stride = (tuple(map(int, row.settings[name].split(","))) for name in ("layer", "stride"))
@@ -111,7 +112,7 @@ def stage_tokens(row: Published) -> int:
 
 
 def ratio(tokens: float) -> float:
-    """The compression ratio in percent."""
+    """Return the compression ratio in percent."""
     return 100 * FULL / tokens
 
 
@@ -128,7 +129,7 @@ def table_4() -> list[list]:
 
 
 def table_5() -> list[list]:
-    """The rows that have a layer, one for each setting."""
+    """Return the rows that have a layer, one for each setting."""
     own = [row for row in published("llavolta") if row.table == "Table 5" and "layer" in row.settings]
     first = {(r.settings["layer"], r.settings["stride"]): number(r) for r in ratios("Table 1") if "layer" in r.settings}
     here = {row.setting: number(row) for row in ratios("Table 5")}
@@ -158,7 +159,7 @@ def table_2() -> list[list]:
 
 
 def explained(stages: list[int], printed: float) -> str:
-    """Which other sum of the same stages gives the printed mean, if one of those tried does."""
+    """Name the sum of the same stages that gives the printed mean, or return "unexplained"."""
     count, rest = len(stages), sum(stages[1:])
     first = LLaVolta(layer=2, stride=8).tokens_by_layer(LLAVA)
     tried = {
@@ -189,13 +190,13 @@ def sparsevlm() -> str:
     return f"""
 ## SparseVLM: averages of the schedules
 
-The authors drop behind layers {listed(SPARSEVLM_AUTHORS)} and count what each layer *leaves*;
-attention and MLP cost what each layer *sees*.
+The authors drop tokens after layers {listed(SPARSEVLM_AUTHORS)} and count what each layer *leaves*.
+Attention and MLP pay for what each layer *sees*.
 
 {table(columns, rows)}
 
-The comment in their code arrives at {printed} for 192: without recycled tokens and with the third cut one layer later
-it is {sum(comment) / LLAVA.layers:.2f}.
+The comment in their code gives {printed} for 192. Without recycled tokens, and with the third cut one layer later, it
+is {sum(comment) / LLAVA.layers:.2f}.
 """
 
 
@@ -217,12 +218,12 @@ def visionzip() -> str:
     return f"""
 ## VisionZip: splits and percentages
 
-Dominant tokens count CLS, so that 54 are 53 patches and CLS. LLaVA-NeXT: at most five crops, each with its own split;
-Video-LLaVA: eight frames.
+Dominant tokens include CLS: 54 are 53 patches and CLS. LLaVA-NeXT has at most five crops, each with its own split.
+Video-LLaVA has eight frames.
 
 {table(columns, rows)}
 
-The split of Video-LLaVA's 17 tokens a frame is not known; it stands here as the ratio of the others gives it.
+The split of Video-LLaVA's 17 tokens per frame is not known; here it follows the ratio of the others.
 """
 
 
@@ -246,15 +247,16 @@ def recomputed() -> str:
     return f"""
 ## Averages, recomputed from the printed columns
 
-LLaVolta averages scores, with MME / 2000; the others average shares of the uncompressed model's scores, in percent.
-*Rounding* is how far the rounding of the columns and of the average can put the two apart.
+LLaVolta averages scores, with MME / 2000. The others average shares of the uncompressed model's scores, in percent.
+*Rounding* is the largest gap that rounding of the columns and of the average can cause.
 
 {table(whole_columns, [whole_row(a) for a in whole])}
 
-VisionZip averages LLaVA-NeXT-7B over seven benchmarks without saying which. Of all choices of seven of its nine columns
-one gives all six averages: {listed(fits[0])}.
+VisionZip averages LLaVA-NeXT-7B over seven benchmarks without naming them. Only one choice of seven of its nine columns
+gives all six averages: {listed(fits[0])}.
 
-Averages of which some columns are missing here, and what these must be on average if the printed one is right:
+For these averages some columns are missing here. The last column is the mean that they must have if the printed average
+is right:
 
 {table(part_columns, [part_row(a) for a in part])}
 """
@@ -297,11 +299,11 @@ def llavolta_points() -> list[str]:
     eighth, sixteenth = (ratio(sum(LLaVolta(layer=2, stride=stride).tokens_by_layer(LLAVA))) for stride in (8, 16))
     return [
         f"**LLaVolta, one ratio in two spellings.** Layer 2, stride 8 is {eighth:.2f} %: Tables 1 and 5 print 557,"
-        f" Table 3 prints 556. Layer 2, stride 16 is {sixteenth:.2f} %, printed as 825: cut off, not rounded.",
-        "**LLaVolta, Table 2.** Of the tokens and ratios only the last-stage row's are the means of its stages. What"
-        " the others are stands above as far as it was found; 10,062 for the two-stage scheme remains unexplained.",
+        f" Table 3 prints 556. Layer 2, stride 16 is {sixteenth:.2f} %, printed as 825: truncated, not rounded.",
+        "**LLaVolta, Table 2.** Only the last-stage row gives the means of its stages, in tokens and ratio. The table"
+        " above says what the others are, where we found it; 10,062 for the two-stage scheme remains unexplained.",
         f"**LLaVolta, Table 3.** K-Means, retrained: the columns give {kmeans.mean:.2f}, the paper {kmeans.row.value}."
-        f" ScienceQA ({kmeans.parts['ScienceQA']}) stands out, but alone it does not explain the average: it would have"
+        f" ScienceQA ({kmeans.parts['ScienceQA']}) stands out, but does not explain the average alone: it would have"
         f" to be {science:.1f}, and no ScienceQA in these tables is above {highest}.",
         f"**LLaVolta, Tables 3 and 5.** Layer 2, stride 8, retrained: average"
         f" {score('llavolta', 'Table 3', 'llavolta', 'average of 13', 'layer=2; stride=8; retrained')} in one,"
@@ -311,7 +313,7 @@ def llavolta_points() -> list[str]:
         f" {ratio(eight):.1f} %. The table's progressive schedule (by 2 from layer 4, 12 and 24) gives {stages} tokens,"
         f" {ratio(stages):.1f} %.",
         f"**LLaVolta, Table 9.** {table_9()} Table 2 gives means of three runs; what Table 9 gives is not recorded. Its"
-        " tokens and compression ratios are a list of another table.",
+        " tokens and compression ratios are those of another table.",
         f"**LLaVolta, Table 10.** The caption claims higher scores; the average is {ours} against {base}.",
         f"**LLaVolta, proof of concept.** The text credits layer 16, stride 4 with two losses: about 1 % and, at up to"
         f" 70 % fewer tokens, 3 %. That setting keeps {deep:.1%}; layer 2, stride 4 keeps {shallow:.1%} and is probably"
@@ -320,7 +322,7 @@ def llavolta_points() -> list[str]:
 
 
 def table_9() -> str:
-    """Its rows without and with an even split beside the same training in Table 2."""
+    """Compare its rows without and with an even split with the same training in Table 2."""
     parts = []
     for split, method, setting, name in (
         ("0/100", "no_compression", "", "no compression"),
@@ -351,20 +353,20 @@ def visionzip_points() -> list[str]:
     apart = ", ".join(f"{r.benchmark} {r.value:g} against {printed_64(r.benchmark):g}" for r in ran)
     return [
         f"**VisionZip, defaults of the code.** {listed(number(r) for r in defaults)} make"
-        f" {sum(r.value for r in defaults):.0f} tokens, a budget that no table has.",
-        "**VisionZip, paper and code.** The paper averages a cluster, the code adds the mean of the assigned tokens to"
-        " the target; the published numbers are the code's (`merge` of `visionzip`).",
+        f" {sum(r.value for r in defaults):.0f} tokens, a budget in no table.",
+        "**VisionZip, paper and code.** The paper averages a cluster. The code adds the mean of the assigned tokens to"
+        " the target. The published numbers are the code's (`merge` of `visionzip`).",
         f"**VisionZip, splits.** 5.4 to 1 in the tables; for Qwen2.5-VL {number(qwen[0])} + {number(qwen[1])} and"
         f" {number(qwen[2])} + {number(qwen[3])} % of all tokens, which are {qwen[0].value / qwen[1].value:g} to 1 and"
         f" {qwen[2].value / qwen[3].value:g} to 1.",
         f"**VisionZip, times.** LLaVA-NeXT-7B on TextVQA takes {total['13B and 7B', '2880', seven]:g} s in one place,"
         f" {again:g} s in another. LLaVA-NeXT-13B: {total['13B and 7B', '2880', thirteen]:g} and"
         f" {total['times 13B', '2880', thirteen]:g} s whole, {total['13B and 7B', '640', thirteen]:g} and"
-        f" {total['times 13B', '640', thirteen]:g} s with 640 tokens; the second pair comes without its benchmark.",
-        f"**VisionZip, run again by others** at 64 tokens: {apart}. POPE is the one far apart; the rerun gives"
-        " accuracy, and what the paper gives there is not recorded.",
-        "**VisionZip, averages.** Eleven benchmarks for LLaVA-1.5-7B, nine for LLaVA-1.5-13B, seven for LLaVA-NeXT-7B:"
-        " averages of different models do not compare.",
+        f" {total['times 13B', '640', thirteen]:g} s with 640 tokens; the second pair does not name its benchmark.",
+        f"**VisionZip, run again by others** at 64 tokens: {apart}. Only POPE is far apart; the rerun gives"
+        " accuracy, and the paper's metric is not recorded.",
+        "**VisionZip, averages.** They cover eleven benchmarks for LLaVA-1.5-7B, nine for LLaVA-1.5-13B and seven for"
+        " LLaVA-NeXT-7B, so averages of different models are not comparable.",
     ]
 
 
@@ -378,12 +380,12 @@ def points_between() -> list[str]:
     return [
         f"**Tokens of Video-LLaVA.** LLaVolta counts 8 x {all_frames // 8} = {all_frames}, VisionZip"
         f" 8 x {int(clip.keep) // 8} = {clip.keep}.",
-        f"**192 tokens.** VisionZip's are seen by every layer. SparseVLM's are what layers leave: its layers see"
+        f"**192 tokens.** Every layer sees VisionZip's 192. SparseVLM counts what its layers leave; they see"
         f" {seen:.1f}. A method that acts in layer K pays for all tokens before it: FastV at K = 2 with half of the"
         f" tokens keeps {fastv:.1%}.",
         "**One average, several numbers.** VisionZip at 64 tokens on LLaVA-1.5-7B: "
         + "; ".join(f"{value} ({paper}, {what})" for paper, what, value in visionzip_at_64())
-        + ". The benchmarks and runs differ; rows of different papers do not mix.",
+        + ". The benchmarks and runs differ; do not mix rows of different papers.",
     ]
 
 
@@ -402,7 +404,7 @@ def printed_64(benchmark: str) -> float:
 
 
 def score(paper: str, name: str, method: str, benchmark: str, setting: str = "", metric: str = "score") -> float:
-    """The one value of a row; without a setting, the first."""
+    """Return the value of the matching row; without a setting, of the first."""
     own = [
         r for r in published(paper) if (r.table, r.method, r.benchmark, r.metric) == (name, method, benchmark, metric)
     ]

@@ -1,7 +1,7 @@
-"""What LLaVolta's training schemes cost, counted, beside what the paper prints.
+"""Count the cost of LLaVolta's training schemes, and show it beside the paper's numbers.
 
-`python docs/_make/schedules.py [--check]` writes docs/schedules.md. Shapes alone are needed: LLaVA-1.5-7B
-and -13B without weights.
+`python docs/_make/schedules.py [--check]` writes docs/schedules.md. It needs only the shapes of LLaVA-1.5-7B, no
+weights.
 """
 
 import argparse
@@ -17,24 +17,25 @@ from vlmzip.training.explain import COLUMNS, Cost, lines
 from vlmzip.training.schedule import SCHEMES, scheme
 
 PAGE = Path(__file__).resolve().parents[1] / "schedules.md"
-#: LLaVA-1.5's second step has 5,197: 665k records, 128 to a step, one epoch. One less is a multiple of 2, 3 and 4, so
-#: that stages are equally long and the totals are the exact ones of the schemes.
+#: LLaVA-1.5's second step has 5,197 steps: 665k records, 128 to a step, one epoch. One less is a multiple of 2, 3 and
+#: 4, so the stages are equally long and the totals are the exact ones of the schemes.
 STEPS = 5196
 TEXT = 62
 
 HEAD = f"""# What training schedules cost
 
-Made by `python docs/_make/schedules.py`, and checked by the tests. LLaVolta's schemes (arXiv:2406.20092, Table 1) on
-LLaVA-1.5-7B: visual tokens of an image summed over all 32 layers, compression ratio (CR, Eq. 3), and FLOPs of the
-LLM's forward with {TEXT} tokens of text, as a share of those without compression; forward and backward have the
-same share together. Steps: {STEPS:,}, which 2, 3 and 4 equally long stages divide; an epoch of LLaVA-1.5's instruction
-data has one more. *paper*: as printed there.
+See here what each training schedule saves. The tables show LLaVolta's schemes (arXiv:2406.20092, Table 1) on
+LLaVA-1.5-7B: visual tokens per image summed over all 32 layers, compression ratio (CR, Eq. 3), and FLOPs of the LLM's
+forward with {TEXT} tokens of text, as a share of those without compression. Forward and backward together have the
+same share. There are {STEPS:,} steps, which 2, 3 and 4 stages divide equally; an epoch of LLaVA-1.5's instruction
+data has one more. *paper*: as printed there. `python docs/_make/schedules.py` writes this page, and the tests check
+it.
 
-The ratios of the stages agree with the paper's to the percent that it prints. Its totals (Table 2) do not all follow
-from its stages: only `last-stage-compression` does exactly. In `four-stage-deeper-then-wider` the first stage seems to
-have been divided by 4 already, in `four-stage-wider-then-deeper` to have 72 x 32 tokens instead of 3,312; the means of
-three stages are a little low, as if each weighed 0.33; for the total of `two-stage` no such reading was found. Training
-times are the paper's, on its hardware, and nothing that this repository has measured.
+The stages' ratios agree with the paper's to the percent that it prints. Not all of its totals (Table 2) follow from
+its stages: only that of `last-stage-compression` does exactly. In `four-stage-deeper-then-wider` the first stage
+seems already divided by 4, and in `four-stage-wider-then-deeper` it seems to have 72 x 32 tokens instead of 3,312.
+The means of three stages are a little low, as if each weighed 0.33. We found no such reading for the total of
+`two-stage`. Training times are the paper's, on its hardware; this repository has not measured them.
 """
 
 
@@ -53,7 +54,7 @@ def _table(cost: Cost) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the page differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page differs")
     text = page()
     if parser.parse_args().check:
         return int(PAGE.read_text(encoding="utf-8") != text)

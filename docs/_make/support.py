@@ -1,4 +1,4 @@
-"""Writes docs/support.md from what the tests found in each version of transformers: `make support`."""
+"""Write docs/support.md from the test results in each version of transformers: `make support`."""
 
 import json
 import sys
@@ -7,25 +7,25 @@ from itertools import groupby
 from pathlib import Path
 
 PAGE = Path(__file__).resolve().parents[1] / "support.md"
-#: Several tests can prove one cell; the worst of them counts.
+#: Several tests can prove one cell; the worst result counts.
 WORST = ["works", "plain model fails", "refused", "not run", "fails"]
 
 HEAD = """# What works
 
-Written by `make support` from runs of `tests/runtime/test_promises.py`, whose tests prove each cell on tiny models with
-random weights, on a CPU ({versions}).
+Look up here whether a feature works with your model and your transformers. `make support` writes this page from runs of
+`tests/runtime/test_promises.py`, whose tests prove each cell on tiny models with random weights, on a CPU
+({versions}).
 
-- *works*: as the row says, in every version of the list, unless the cell names versions. The tests' compressors act
-  before the LLM; inside it static caches, chunked prefill, prompt lookup and LLMs with sliding-window layers are
-  refused.
-- *refused*: a `UserError` says in one sentence why not and what to do.
-- *plain model fails*: transformers itself cannot do this here, with or without vlmzip. There are more such cases
-  than the table has rows: [what may surprise](using.md#what-may-surprise).
+- *works*: in every listed version, unless the cell names versions. The tests' compressors act before the LLM. Inside
+  it, static caches, chunked prefill, prompt lookup and LLMs with sliding-window layers are refused.
+- *refused*: a `UserError` says in one sentence why, and what to do instead.
+- *plain model fails*: transformers itself cannot do this here, with or without vlmzip.
+  [What may surprise](using.md#what-may-surprise) lists more such cases.
 """
 
 
 def table(runs: list[dict]) -> list[str]:
-    """The lines of the table: a cell says in which version it differs from the newest."""
+    """Return the lines of the table. A cell names the versions if their results differ."""
     newest = runs[-1]["cells"]
     families = list(dict.fromkeys(family for row in newest.values() for family in row))
     lines = ["| | " + " | ".join(families) + " |", "| --- " * (len(families) + 1) + "|"]
@@ -40,7 +40,7 @@ def found(run: dict, promise: str, family: str) -> str:
 
 
 def cell(by_version: list[tuple[str, str]]) -> str:
-    """What was found, with the versions if they differ, the newest first."""
+    """Return the result, with the versions if results differ, the newest first."""
     versions: dict[str, list[str]] = {}
     for version, word in reversed(by_version):
         versions.setdefault(word, []).append(version)
@@ -50,14 +50,14 @@ def cell(by_version: list[tuple[str, str]]) -> str:
 
 
 def counts(run: dict, promises: list[str]) -> str:
-    """How many cells there are of each kind, in one version."""
+    """Return the number of cells of each kind, in one version."""
     families = {family for row in run["cells"].values() for family in row}
     count = Counter(found(run, promise, family) for promise in promises for family in families)
     return f"transformers {run['transformers']}: " + ", ".join(f"{count[word]} {word}" for word in WORST if count[word])
 
 
 def main(paths: list[str]) -> int:
-    """Writes the page. Returns the exit code: 1 if a cell fails in any version."""
+    """Write the page. Return the exit code: 1 if a cell fails in any version."""
     runs = [json.loads(Path(path).read_text()) for path in paths]
     runs.sort(key=lambda run: [int(part) for part in run["transformers"].split(".")[:3] if part.isdigit()])
     versions = "; ".join(

@@ -1,7 +1,7 @@
-"""What the papers claim about training, beside what was measured on mini.
+"""Compare the papers' claims about training with measurements on mini.
 
-`python docs/_make/training_claims.py [--check]` writes docs/training_claims.md from what the scripts of recipes/claims/
-left in benchmarks/results.
+`python docs/_make/training_claims.py [--check]` writes docs/training_claims.md from the results of recipes/claims/ in
+benchmarks/results.
 """
 
 import argparse
@@ -28,7 +28,7 @@ PAGE = Path(__file__).resolve().parents[1] / "training_claims.md"
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "training-claims.csv"
 PLAIN, HEAVY, LIGHT = "no_compression", "llavolta(layer=1,stride=8)", "llavolta(layer=4,stride=4)"
 POOLED = {"pool2d(factor=2)": "36 tokens", "pool2d(factor=3)": "16 tokens"}
-#: Compressors of LLaVolta's Table 3: the training with each, what it answers with, the paper's name.
+#: Compressors of LLaVolta's Table 3: the training with each, the compressor that it answers with, the paper's name.
 COMPRESSORS = {
     "random": ("random-in-llm", "random_tokens(site=in_llm,keep=18,layer=1)", "random_tokens"),
     "k-means": ("kmeans-in-llm", "kmeans(site=in_llm,keep=18,layer=1)", "kmeans"),
@@ -41,61 +41,68 @@ QFORMER = "qformer(queries=36,width=192,heads=6,depth=2)"
 TEXT = 128
 
 HEAD = """
-Made by `python docs/_make/training_claims.py` from what `python -m recipes.claims.training_claims --out runs/claims`
-measured ({device} for each of two processes, torch {torch}, transformers {transformers}; trained and asked with
-the library of commit {commit}). Later commits put records in another order and rows of different length side by side
-instead of padding them; what they measure will differ by what another seed changes.
+Check here which of the papers' claims about training hold on mini:
 
-All start from one model: [mini](mini.md)'s encoder, and an LLM that has seen captions and 240 steps of questions,
-without compression. Each is trained for {steps} steps of 16 images with up to twelve questions each (tuning: a
-tenth), projector and LLM at 1.2e-3, bfloat16 autocast. Seeds draw the records; the factors that Random draws are the
-same with all of them. Scores are percent of {questions} test questions. mini is a model of 6.4 million weights, trained
-here for minutes: what holds on it may not hold on LLaVA, and the other way round. The papers' numbers are means over
-real benchmarks.
+- **LLaVolta's schemes.** mini learns less in as many steps; the paper's LLaVA loses nothing or half a point. Retraining
+  with pooling does not make it better than the other compressors.
+- **DFMR.** A model trained with DFMR answers better with DFMR. The gain over training with random factors is small. A
+  model trained and used without compression, or (one seed) with a fixed factor that keeps as many tokens, answers
+  better still.
+- **VisionZip.** Tuning the projector with VisionZip helps: at 33 and 22 % of the tokens by two points or more with
+  every seed, at 11 % unevenly.
 
-In short: trained with LLaVolta's schemes, mini learns less in as many steps, where the paper's LLaVA loses nothing or
-half a point; retraining with pooling does not make it better than the other compressors. Training with DFMR makes a
-model answer better with DFMR; over training with random factors the gain is small, and without compression, or (one
-seed) with a fixed factor that keeps as many tokens, it answers better still. Tuning the projector with VisionZip on
-helps, at 33 and 22 % of the tokens with every seed by two points or more, at 11 % unevenly.
+mini is a model of 6.4 million weights, trained here for minutes. What holds on it may not hold on LLaVA, and vice
+versa. The papers' numbers are means over real benchmarks.
+
+All trainings start from one model: [mini](mini.md)'s encoder, and an LLM that has seen captions and 240 steps of
+questions, without compression. Each takes {steps} steps of 16 images with up to twelve questions each (tuning: a
+tenth), with projector and LLM at 1.2e-3 and bfloat16 autocast. Seeds draw the records; the factors that Random draws
+are the same for all seeds. Scores are percent of {questions} test questions.
+
+`python docs/_make/training_claims.py` writes this page from the results of
+`python -m recipes.claims.training_claims --out runs/claims` ({device} for each of two processes, torch {torch},
+transformers {transformers}; trained and answered with the library of commit {commit}). Later commits order the records
+differently, and pack rows of different length side by side instead of padding them. Their results will differ as
+much as those of another seed.
 """
 DIFFERENCES = """
-Differences in percentage points, paired by question; 95 % intervals from drawing the test images anew. They leave out
-how much another seed would change: where there are several seeds, the difference with each follows; all start from the
-same base. *as claimed*, *contrary*: the interval does not hold zero, and all seeds agree in sign; *open* otherwise.
-Where no paper claims anything that could be compared, *more* and *less* stand instead. That a scheme of LLaVolta's
-loses nothing is taken as: no more than {margin} points, the most that one loses in the paper. Three seeds are few: a
-t-interval over them alone would hold zero in {t_open} of the {several} rows with three seeds; one seed proves less yet.
+Differences are in percentage points, paired by question, with 95 % intervals from resampled test images. The
+intervals do not include the effect of another seed. Rows with several seeds give the difference for each; all start
+from the same base. *as claimed* and *contrary* mean that the interval excludes zero and all seeds agree in sign;
+*open* covers the rest. If no paper makes a comparable claim, the row says *more* or *less*. A scheme of LLaVolta's
+"loses nothing" if it loses no more than {margin} points, the most that one loses in the paper. Three seeds are few: a
+t-interval over them alone would include zero in {t_open} of the {several} rows with three seeds. One seed proves even
+less.
 """
 STAGES = """
-CR (compression ratio) and FLOPs of the LLM are counted for mini with {text} tokens of text, which no compression
-touches; LLaVA has less text beside more visual tokens, and saves more. *all FLOPs*: of a training step, with encoder,
-projector and output head; *time*: wall-clock of the whole of training, by `python -m recipes.claims.scheme_time`
-({steps}
-steps of 16 images, {repeats} times in turns, median, least and greatest, commit {commit}). Scores here and below are
-those of seed 1; averages and hours are those of the paper's Table 2. The base from which all start scores {base}. That
-`none` answers as well with light compression as without shows that training with compression, not answering with it,
-costs the points. [docs/training.md](training.md) has the time of single steps at LLaVA's proportions.
+CR (compression ratio) and FLOPs of the LLM are counted for mini with {text} tokens of text, which no method
+compresses. LLaVA has less text and more visual tokens, and saves more. *all FLOPs*: FLOPs of a training step, with
+encoder, projector and output head. *time*: wall-clock time of the whole training, by
+`python -m recipes.claims.scheme_time` ({steps} steps of 16 images, {repeats} times in turns, median, least and
+greatest, commit {commit}). Scores here and below are for seed 1. Averages and hours are from the paper's Table 2. The
+common base scores {base}. `none` answers as well with light compression as without. So the points are lost by training
+with compression, not by answering with it. [docs/training.md](training.md) has the time of single steps at LLaVA's
+proportions.
 """
 IN_LLM = """
-18 of 144 tokens behind layer 1 of 8 (the paper: 72 of 576 behind layer 2 of 32); seed 1. LLaVolta's VCC
-is not implemented. Its Table 4 has a Q-Former of 32 queries at 56.2, below pooling with 27 tokens a layer at 57.8: here
-one of 36 queries scores {qformer}, and pooling with 34 tokens a layer {pooling}. So few steps do not teach a Q-Former
-of random weights to read; what it could do with more is not measured.
+18 of 144 tokens from layer 1 of 8 on (the paper: 72 of 576 from layer 2 of 32 on); seed 1. LLaVolta's VCC is not
+implemented. Its Table 4 has a Q-Former of 32 queries at 56.2, below pooling with 27 tokens per layer at 57.8. Here a
+Q-Former of 36 queries scores {qformer}, and pooling with 34 tokens per layer {pooling}. So few steps do not teach a
+Q-Former with random weights to read; more steps were not measured.
 """
 LENGTHS = """
-Scores of each training (rows) by what it answers with. DFMR's thresholds are set on validation images, to keep as
-many tokens as Random does on average (45 %) and as many as factor 2 does (25 %; `dfmr-25`, which answers with its own);
-on the test images they keep a little less and a little more, as the columns say. *padding*: the share of the LLM's
-input in training that was padding, in the first process.
+Rows are trainings, columns the compressors that the trained model answers with. DFMR's thresholds are set on validation
+images, to keep as many tokens as Random does on average (45 %), and as many as factor 2 does (25 %; `dfmr-25`, which
+answers with its own). On the test images they keep a little less and a little more, as the column heads say. *padding*:
+the share of padding in the LLM's input during training, in the first process.
 """
 TUNING = """
-Without compression the model scores {score}. Tuning: the projector alone, a tenth of the records, a tenth of the steps,
-on that model.
+Without compression the model scores {score}. Tuning trains only the projector of that model, with a tenth of the
+records and a tenth of the steps.
 """
 
 
-#: Of 100: what a scheme may lose and still lose nothing.
+#: Points of 100 that a scheme may lose and still count as losing nothing.
 MARGIN = 0.5
 #: Quantile of Student's t with two degrees of freedom, for 95 % over three seeds.
 T_3 = 4.303
@@ -103,13 +110,13 @@ T_3 = 4.303
 
 @dataclass(frozen=True)
 class Claim:
-    """Something said of training, and the difference that tells whether it is so on mini (a name in the CSV)."""
+    """A claim about training, and the difference (a name in the CSV) that tests it on mini."""
 
     text: str
     difference: str
     published: str = ""
     expected: Literal["more", "less", "not less", ""] = ""
-    """What the paper says; nothing where none does, or where it was measured in another way."""
+    """The paper's claim; empty if no paper makes one, or if it was measured in another way."""
 
     def verdict(self, row: Row) -> str:
         border = -MARGIN if self.expected == "not less" else 0
@@ -123,12 +130,12 @@ class Claim:
 
 
 def _seeds(row: Row) -> list[float]:
-    """The difference with each seed."""
+    """Return the difference for each seed."""
     return [float(one) for one in row["by_seed"].split()]
 
 
 def _printed(name: str) -> list[str]:
-    """The paper's average of a scheme and its hours, from Table 2."""
+    """Return the paper's average of a scheme and its hours, from Table 2."""
     setting = f"scheme={IN_THE_PAPER[name]}" if name in IN_THE_PAPER else ""
     table = [one for one in published("llavolta") if (one.table, one.setting.split(";")[0]) == ("Table 2", setting)]
     average = next(one.value for one in table if one.benchmark == "average of 13" and one.metric == "score")
@@ -137,7 +144,7 @@ def _printed(name: str) -> list[str]:
 
 
 def _beside_none(name: str, which: int = 0) -> str:
-    """What the paper prints for a scheme, and for training without compression."""
+    """Return the paper's numbers for a scheme and for training without compression."""
     return f"{_printed(name)[which]} against {_printed('none')[which]}"
 
 
@@ -156,7 +163,7 @@ CLAIMS = (
         if name not in ("none", LAST)
     ],
     Claim(
-        "heavily compressed throughout (layer 2, stride 8) it loses, answering so",
+        "training heavily compressed throughout (layer 2, stride 8) loses, answering compressed",
         "always compressed, answering so",
         "60.3 against 61.8 (Table 5)",
         "less",
@@ -188,14 +195,12 @@ CLAIMS = (
     Claim(
         "DFMR, trained and used, over no compression",
         "dfmr over no compression",
-        "+3.44 % over a baseline that we do not know (second-hand)",
+        "+3.44 % over an unknown baseline (second-hand)",
     ),
     Claim("DFMR trained over DFMR untrained", "dfmr, trained over untrained"),
+    Claim("DFMR over Random, each answering as it was trained, 44 against 45 % of the tokens", "dfmr over random"),
     Claim(
-        "DFMR over Random, each trained and answering in its own way, 44 against 45 % of the tokens", "dfmr over random"
-    ),
-    Claim(
-        "DFMR over factor 2, each trained and answering in its own way, 26 against 25 % of the tokens",
+        "DFMR over factor 2, each answering as it was trained, 26 against 25 % of the tokens",
         "dfmr over factor 2",
     ),
     Claim(
@@ -204,7 +209,7 @@ CLAIMS = (
     ),
     Claim("the same, both answering at factors 1, 2 and 3", "dfmr over random, at fixed factors"),
     Claim(
-        "DFMR's choice of factors over a choice by lot, in the model trained with DFMR",
+        "DFMR's choice of factors over a random choice, in the model trained with DFMR",
         "choosing by complexity over by lot",
     ),
     Claim(
@@ -222,7 +227,7 @@ CLAIMS = (
     ],
     *[
         Claim(
-            f"VisionZip tuned over the projector tuned as much without it, {PERCENT[keep]}",
+            f"VisionZip tuned over the projector tuned as long without it, {PERCENT[keep]}",
             f"visionzip(keep={keep}), tuned with over without",
         )
         for keep in PERCENT
@@ -291,13 +296,13 @@ def _claims(found: dict[str, Row], last_stage: Row) -> list[str]:
 
 
 def _over_seeds(differences: Sequence[Row]) -> dict[str, int]:
-    """How many differences have three seeds, and in how many the seeds alone leave the sign open."""
+    """Count the differences with three seeds, and those whose sign the seeds alone leave open."""
     several = [_seeds(row) for row in differences if len(_seeds(row)) == 3]
     return {"several": len(several), "t_open": sum(abs(mean(one)) <= T_3 * stdev(one) / 3**0.5 for one in several)}
 
 
 def _score(rows: Sequence[Row], training: str, answers_with: str) -> str:
-    """Of one training; names of other seeds' end in the seed."""
+    """Return the score of one training. Names of other seeds' trainings end in the seed."""
     method = spec.read(answers_with)
     found = [row["score"] for row in rows if row["training"] == training and spec.read(row["answers_with"]) == method]
     return f"{float(found[0]):.1f}" if found else "—"
@@ -326,7 +331,7 @@ def _schemes(rows: Sequence[Row], times: Mapping[str, Row]) -> list[str]:
 
 
 def _times(row: Row) -> list[str]:
-    """The limit, and what was measured."""
+    """Return the limit and the measured time."""
     if row["scheme"] == "none":
         return ["", f"{float(row['seconds']):.0f} s"]
     less = {name: f"{float(row[name]) - 1:+.0%}" for name in ("limit", "time", "low", "high")}
@@ -375,7 +380,7 @@ def _read(path: Path) -> list[Row]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the page differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page differs")
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="CSV")
     parser.add_argument("--times", type=Path, default=RESULTS.with_name("scheme-time.csv"), metavar="CSV")
     given = parser.parse_args()
