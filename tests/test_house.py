@@ -28,7 +28,7 @@ ROOMS = {
         "seeds",
         "own_files",
     ),
-    "vocabulary": ("schema", "keep", "visual_tokens", "token_map", "compressor", "resampler"),
+    "vocabulary": ("schema", "keep", "processor", "visual_tokens", "token_map", "compressor", "resampler"),
     "methods": ("methods",),
     "catalogue": ("outline", "catalogue", "compressor_file", "spec"),
     "models": ("models",),

@@ -31,6 +31,7 @@ from vlmzip.lab.records import Record, Shard, read_records
 from vlmzip.lab.tasks.task import Sample, Task
 from vlmzip.models import adapter_for
 from vlmzip.processes import Processes
+from vlmzip.processor import Processor
 from vlmzip.runtime.answering import Answer, Answerer
 from vlmzip.runtime.attach import attach
 from vlmzip.runtime.facade import CompressedModel
@@ -57,7 +58,7 @@ class Study:
     """One model, one output folder."""
 
     model: nn.Module
-    processor: Any
+    processor: Processor
     name: str
     """Where the model came from, as written."""
     folder: Path

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlmzip.errors import UserError
 from vlmzip.models.adapter import ModelAdapter
+from vlmzip.processor import Processor
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.flops import prefill_flops
 from vlmzip.runtime.prompts import chat_prompt, special_tokens
@@ -43,7 +44,7 @@ class Answer:
 class Answerer:
     """A model's processor with methods that turn images and questions into inputs and answers."""
 
-    def __init__(self, adapter: ModelAdapter, processor: Any) -> None:
+    def __init__(self, adapter: ModelAdapter, processor: Processor) -> None:
         self.adapter, self.processor = adapter, processor
         # The answers of a batch continue at the ends of their prompts, where published checkpoints often pad.
         processor.tokenizer.padding_side = "left"

@@ -20,6 +20,7 @@ from vlmzip.errors import UserError
 from vlmzip.keep import Keep, count_to_keep, parse_keep
 from vlmzip.models import adapter_for
 from vlmzip.models.adapter import ModelAdapter
+from vlmzip.processor import Processor
 from vlmzip.runtime.images import load_image
 
 #: The largest deviation of the average from the budget, as a fraction of the budget.
@@ -60,7 +61,7 @@ def calibrate(
     compressor: Compressor,
     keep: Keep,
     *,
-    processor: Any = None,
+    processor: Processor | None = None,
     batch: int = 16,
 ) -> Calibration:
     """Set a compressor's threshold so that images like `images` keep `keep` visual tokens on average.
@@ -92,7 +93,12 @@ class MeasuredImage:
 
 
 def measure(
-    model: nn.Module, images: Iterable[ImageLike], compressor: Compressor, *, processor: Any = None, batch: int = 16
+    model: nn.Module,
+    images: Iterable[ImageLike],
+    compressor: Compressor,
+    *,
+    processor: Processor | None = None,
+    batch: int = 16,
 ) -> list[MeasuredImage]:
     """Encode and measure the images: the first half of `calibrate`, which serves any number of budgets."""
     if batch < 1:
@@ -132,7 +138,7 @@ def _calibratable(compressor: Compressor) -> Any:
 
 
 def _measure_together(
-    adapter: ModelAdapter, processor: Any, compressor: Any, images: list[ImageLike]
+    adapter: ModelAdapter, processor: Processor, compressor: Any, images: list[ImageLike]
 ) -> list[MeasuredImage]:
     loaded = [load_image(image) for image in images]
     inputs = processor.image_processor(loaded, return_tensors="pt").to(adapter.model.device, adapter.model.dtype)

@@ -18,6 +18,7 @@ from vlmzip.errors import UserError, reason
 from vlmzip.models import FAMILIES
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.noise import silence_bitsandbytes
+from vlmzip.processor import Processor
 from vlmzip.runtime.prompts import chat_prompt, special_tokens
 from vlmzip.runtime.resample import FILE as RESAMPLER
 
@@ -75,7 +76,7 @@ def _check_family(name: str, raw: Mapping[str, Any]) -> None:
 def load_processor(source: Source, config: Any) -> Any:
     """Return the processor of a checkpoint, with a pad token. Raises `UserError` if it is missing or broken."""
     with refusing(f"cannot load the processor of {str(source)!r}"):
-        processor: Any = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+        processor: Processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     for part in ("tokenizer", "image_processor"):
         if getattr(processor, part, None) is None:
             raise UserError(
@@ -222,7 +223,7 @@ def _refuse_unknown_tokens(name: str, model: Any) -> None:
             )
 
 
-def try_out(name: str, processor: Any, adapter: ModelAdapter) -> None:
+def try_out(name: str, processor: Processor, adapter: ModelAdapter) -> None:
     """Raise `UserError` for a processor whose inputs for an image do not fit the model."""
     inputs = _trial(name, processor, adapter)
     rows = adapter.model.get_input_embeddings().weight.shape[0]
@@ -240,7 +241,7 @@ def try_out(name: str, processor: Any, adapter: ModelAdapter) -> None:
         )
 
 
-def refuse_if_it_cannot_answer(name: str, processor: Any, adapter: ModelAdapter) -> None:
+def refuse_if_it_cannot_answer(name: str, processor: Processor, adapter: ModelAdapter) -> None:
     """Raise `UserError` for a model that cannot answer about an image without vlmzip. Costs an uncompressed answer."""
     inputs = _trial(name, processor, adapter).to(adapter.model.device, adapter.model.dtype)
     quantised = getattr(adapter.model.config, "quantization_config", None)
@@ -250,7 +251,7 @@ def refuse_if_it_cannot_answer(name: str, processor: Any, adapter: ModelAdapter)
         adapter.model.generate(**inputs, max_new_tokens=2, do_sample=False)
 
 
-def _trial(name: str, processor: Any, adapter: ModelAdapter) -> Any:
+def _trial(name: str, processor: Processor, adapter: ModelAdapter) -> Any:
     """Return the model inputs of a prompt about one image."""
     try:
         text = chat_prompt(adapter, processor, "", 1)

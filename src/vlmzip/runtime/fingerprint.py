@@ -22,6 +22,7 @@ import vlmzip
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.files import is_folder
+from vlmzip.processor import Processor
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.imported import files_of
 
@@ -41,7 +42,7 @@ def of_name(name: str) -> dict[str, str]:
     return {} if is_folder(Path(name)) else {"model": name}
 
 
-def of_model(model: Any, processor: Any) -> dict[str, str]:
+def of_model(model: Any, processor: Processor) -> dict[str, str]:
     """Return the fingerprints of a model, its processor and the code: all that answers depend on but the question."""
     return {
         "weights": of_weights(model.state_dict()),
@@ -57,7 +58,7 @@ def of_model(model: Any, processor: Any) -> dict[str, str]:
     }
 
 
-def of_processor(processor: Any) -> dict[str, str]:
+def of_processor(processor: Processor) -> dict[str, str]:
     """Return the fingerprints of a processor, on which a model's inputs depend.
 
     They include the classes: an image processor of another backend rounds differently with the same settings.

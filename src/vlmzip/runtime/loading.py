@@ -17,6 +17,7 @@ from vlmzip.errors import UserError
 from vlmzip.files import is_file, is_folder
 from vlmzip.models import FAMILIES, adapter_for
 from vlmzip.models.adapter import ModelAdapter
+from vlmzip.processor import Processor
 from vlmzip.runtime import checkpoints
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -31,7 +32,7 @@ class Loaded:
     name: str
     """As the user wrote it."""
     model: Any
-    processor: Any
+    processor: Processor
     adapter: ModelAdapter
 
 

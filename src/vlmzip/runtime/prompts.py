@@ -7,9 +7,10 @@ from typing import Any
 
 from vlmzip.errors import UserError, reason
 from vlmzip.models.adapter import ModelAdapter
+from vlmzip.processor import Processor
 
 
-def chat_prompt(adapter: ModelAdapter, processor: Any, question: str, images: int) -> str:
+def chat_prompt(adapter: ModelAdapter, processor: Processor, question: str, images: int) -> str:
     """Return the prompt of a question about `images` images.
 
     The processor's chat template writes it, or the family if the checkpoint has no template.
@@ -18,7 +19,7 @@ def chat_prompt(adapter: ModelAdapter, processor: Any, question: str, images: in
     return conversation_prompt(adapter, processor, [{"role": "user", "content": content}])
 
 
-def conversation_prompt(adapter: ModelAdapter, processor: Any, messages: Sequence[dict[str, Any]]) -> str:
+def conversation_prompt(adapter: ModelAdapter, processor: Processor, messages: Sequence[dict[str, Any]]) -> str:
     """Return the prompt of a conversation like `chat_prompt`.
 
     The `content` of each message is a list of {"type": "image"} and {"type": "text", "text": …}. Without a chat
@@ -44,7 +45,7 @@ def special_tokens(tokenizer: Any, text: str) -> dict[str, bool]:
     return {"add_special_tokens": False} if tokenizer.bos_token and text.startswith(tokenizer.bos_token) else {}
 
 
-def unknown_words(processor: Any, question: str) -> list[str]:
+def unknown_words(processor: Processor, question: str) -> list[str]:
     """Return the words that the tokenizer cannot encode. Most models' tokenizers can encode any text; mini's cannot."""
     tokenizer = processor.tokenizer
     unknown = tokenizer.unk_token_id

@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from os import SEEK_END
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -17,6 +16,7 @@ from torch.utils.data import Dataset
 from vlmzip.errors import UserError
 from vlmzip.json_text import JsonError, parse, read_lines, write_line
 from vlmzip.models.adapter import ModelAdapter
+from vlmzip.processor import Processor
 from vlmzip.runtime.positions import llm_positions
 from vlmzip.runtime.prompt import PER_TOKEN
 from vlmzip.runtime.prompts import special_tokens
@@ -37,7 +37,7 @@ class Preprocessor:
     which is added if the template has none: a model that never saw the token would not know when to stop.
     """
 
-    def __init__(self, processor: Any, adapter: ModelAdapter, max_length: int) -> None:
+    def __init__(self, processor: Processor, adapter: ModelAdapter, max_length: int) -> None:
         """Try the processor out. `max_length` counts tokens, with visual tokens uncompressed.
 
         Raises `UserError` for a processor whose conversations cannot be labelled, or that has no chat template, fast
@@ -197,7 +197,7 @@ def _parts(question: str) -> list[dict[str, str]]:
     return parts
 
 
-def _reserved_words(processor: Any, placeholder: str) -> list[str]:
+def _reserved_words(processor: Processor, placeholder: str) -> list[str]:
     """Return the words that a processor takes for an image or video wherever they occur in a text.
 
     `PLACE` is left out: `records` counts it as an image.

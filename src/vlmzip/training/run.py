@@ -24,6 +24,7 @@ from vlmzip.errors import UserError
 from vlmzip.files import is_folder
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.processes import Processes
+from vlmzip.processor import Processor
 from vlmzip.runtime.attach import attach
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.fingerprint import of_code, of_files, of_json, of_method_code, of_model
@@ -50,7 +51,7 @@ MANY_STEPS = 10**6
 def train(
     config: Config,
     model: nn.Module,
-    processor: Any,
+    processor: Processor,
     adapter: ModelAdapter,
     tell: Callable[[str], None],
     score: Score | None = None,
@@ -318,7 +319,7 @@ def arguments(config: Config, steps: int) -> TrainingArguments:
         raise UserError(f"trainer: {said}") from error
 
 
-def _sources(records: Records, model: nn.Module, processor: Any, schedule: Schedule) -> dict[str, str]:
+def _sources(records: Records, model: nn.Module, processor: Processor, schedule: Schedule) -> dict[str, str]:
     """Return what a run learns from, and starts from, beside its settings. Images are too many to be looked at."""
     found = of_model(model, processor)
     weights = found.pop("weights")
@@ -334,7 +335,7 @@ def _sources(records: Records, model: nn.Module, processor: Any, schedule: Sched
     }
 
 
-def _examples(config: Config, records: Records, processor: Any, adapter: ModelAdapter) -> Examples:
+def _examples(config: Config, records: Records, processor: Processor, adapter: ModelAdapter) -> Examples:
     folder = Path(config.images) if config.images is not None else records.path.parent
     if not is_folder(folder):
         raise UserError(f"images: there is no folder {str(folder)!r}")
@@ -377,7 +378,7 @@ def _choose_what_learns(
 def _save(
     compressed: CompressedModel,
     compressor: Compressor,
-    processor: Any,
+    processor: Processor,
     folder: Path,
     state: dict[str, object] | None = None,
 ) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
 from vlmzip.compressor import Compressor
@@ -224,7 +224,9 @@ class StagedTrainer(Trainer):
 class Sharded(TrainerCallback):
     """A callback that checks that parameters are still sharded when training begins, after all wrapping."""
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **_: object) -> None:
+    def on_train_begin(
+        self, args: object, state: TrainerState, control: TrainerControl, model: Any = None, **_: object
+    ) -> None:
         sharding.check_sharded(model)
 
 
@@ -237,19 +239,19 @@ class JsonLog(TrainerCallback):
     def __init__(self, path: Path, schedule: Schedule) -> None:
         self.path, self.schedule = path, schedule
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: object) -> None:
+    def on_train_begin(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
         if not state.is_world_process_zero:
             return
         lines = read_lines(self.path) if self.path.exists() else ()
         kept = [line.text.decode() for line in lines if _step_of(line) <= state.global_step]
         write_text(self.path, "".join(kept))
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: object) -> None:
+    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **_: object) -> None:
         """Log before each checkpoint: logs are means since the last log, and a resumed run could not finish a mean."""
         if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: object) -> None:
+    def on_log(self, args: object, state: TrainerState, control: TrainerControl, logs: Any = None, **_: object) -> None:
         if not state.is_world_process_zero:
             return
         line = {"step": state.global_step, **logs}

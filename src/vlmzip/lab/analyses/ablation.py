@@ -12,7 +12,7 @@ and one patch fewer, and contextual alone has no CLS, so that the LLM sees merge
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from vlmzip.keep import count_to_keep
 from vlmzip.lab.analyses.subject import Row, Subject, Unsuited, scored
@@ -21,6 +21,7 @@ from vlmzip.methods import VisionZip
 from vlmzip.visualize.figure import new_figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SHARES = ("25%", "11%", "5.6%")
@@ -100,7 +101,7 @@ def draw(rows: Sequence[Row], title: str) -> Figure:
     return figure
 
 
-def _line(axes: Any, mine: Sequence[Row], part: str) -> None:
+def _line(axes: Axes, mine: Sequence[Row], part: str) -> None:
     """One part's scores over its tokens; differences of rounded numbers can lie a hair below 0."""
     places, scores = [BESIDE[part] * row["reached"] for row in mine], [row["score"] for row in mine]
     below, above = (

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
@@ -33,10 +33,12 @@ from vlmzip.lab.records import Record
 from vlmzip.lab.stats import Bootstrap, Estimate, estimate
 from vlmzip.lab.study import Study
 from vlmzip.lab.tasks.task import Sample, Task
+from vlmzip.processor import Processor
 from vlmzip.runtime.positions import llm_positions
 from vlmzip.visualize.figure import new_figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FITS, ASKED = "fits", "asked"
@@ -179,14 +181,14 @@ def _named(samples: Sequence[Sample], count: int) -> list[Sample]:
     ]
 
 
-def says_which(processor: Any, count: int) -> bool:
+def says_which(processor: Processor, count: int) -> bool:
     """Whether the prompt tells which image is meant: where there are several, and the tokenizer knows the words."""
     tokenizer = processor.tokenizer
     words = tokenizer(STATED.format(number=1, count=count, question=""), add_special_tokens=False).input_ids
     return count > 1 and tokenizer.unk_token_id not in words
 
 
-def question(processor: Any, sample: Sample, number: int, count: int) -> str:
+def question(processor: Processor, sample: Sample, number: int, count: int) -> str:
     """The question about image `number` of `count`, counted from 1."""
     if not says_which(processor, count):
         return sample.question
@@ -230,7 +232,7 @@ def draw(rows: Sequence[Row], title: str) -> Figure:
     return figure
 
 
-def _draw_scores(axes: Any, asked: Sequence[Row]) -> None:
+def _draw_scores(axes: Axes, asked: Sequence[Row]) -> None:
     for number, method in enumerate(dict.fromkeys(row["method"] for row in asked)):
         mine = [row for row in asked if row["method"] == method]
         for place, line in ((LAST, "-"), (FIRST, "--")):

@@ -13,7 +13,7 @@ happens inside of windows is seen: compare them with one another, not with layer
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from vlmzip.visualize.figure import new_figure
 from vlmzip.visualize.overlay import seen_image
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 #: Most attended tokens, in percent of all, whose share of the attention is told.
@@ -155,7 +156,7 @@ def draw(rows: Sequence[Row], title: str) -> Figure:
     return figure
 
 
-def _line(axes: Any, rows: Sequence[Row], name: str, colour: str, label: str) -> None:
+def _line(axes: Axes, rows: Sequence[Row], name: str, colour: str, label: str) -> None:
     """A line with its 95 % interval."""
     layers = [row["layer"] for row in rows]
     axes.plot(layers, [row[name] for row in rows], color=colour, marker="o", markersize=4, label=label)
@@ -163,7 +164,7 @@ def _line(axes: Any, rows: Sequence[Row], name: str, colour: str, label: str) ->
     axes.fill_between(layers, low, high, color=colour, alpha=0.2, linewidth=0)
 
 
-def _mark_layers(axes: Any, rows: Sequence[Row]) -> None:
+def _mark_layers(axes: Axes, rows: Sequence[Row]) -> None:
     """The layer that VisionZip reads, and those that attend inside of windows."""
     read = next(row["layer"] for row in rows if row["read_by_visionzip"])
     axes.axvline(read, color="0.5", linestyle="--", linewidth=1, label="read by VisionZip")

@@ -18,6 +18,7 @@ from vlmzip.lab.study import Study
 from vlmzip.lab.tasks.task import Task
 from vlmzip.models import adapter_for
 from vlmzip.processes import Processes
+from vlmzip.processor import Processor
 from vlmzip.runtime.answering import Answerer
 
 #: A line of an analysis' CSV: the same columns in all of its lines.
@@ -33,7 +34,7 @@ class Subject:
     """One model on one task."""
 
     model: Any
-    processor: Any
+    processor: Processor
     name: str
     """Where the model came from, as written."""
     task: Task

@@ -39,6 +39,7 @@ from vlmzip.lab.stats import Bootstrap, Estimate, estimate
 from vlmzip.lab.study import Study
 from vlmzip.lab.tasks.task import Sample, Task
 from vlmzip.methods import NoCompression
+from vlmzip.processor import Processor
 from vlmzip.runtime.attach import attach
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.report import ImageReport
@@ -179,7 +180,7 @@ def _second_prompts(study: Study, told: Tensor, questions: Sequence[str]) -> dic
     return {name: new[name].to(told.device) for name in ("input_ids", "attention_mask")}
 
 
-def _after_answer(processor: Any, question: str) -> str:
+def _after_answer(processor: Processor, question: str) -> str:
     turns = [("user", ""), ("assistant", _ANSWER), ("user", question)]
     messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
     _, found, after = processor.apply_chat_template(messages, add_generation_prompt=True).partition(_ANSWER)

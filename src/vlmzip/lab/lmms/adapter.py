@@ -44,6 +44,7 @@ from vlmzip.lab.lmms.requests import (
 from vlmzip.models import adapter_for
 from vlmzip.outline import METHOD_FORMS
 from vlmzip.processes import Processes
+from vlmzip.processor import Processor
 from vlmzip.runtime.answering import Answer, Answerer
 from vlmzip.runtime.attach import attach
 from vlmzip.runtime.facade import CompressedModel
@@ -91,7 +92,7 @@ class CompressedForLmms(lmms):
 
     is_simple = False  # tasks hand over messages, not a text and images
 
-    def __init__(self, compressed: CompressedModel, processor: Any, batch_size: int = 1) -> None:
+    def __init__(self, compressed: CompressedModel, processor: Processor, batch_size: int = 1) -> None:
         """Raises `UserError` for a batch size below 1."""
         super().__init__()
         if batch_size < 1:
