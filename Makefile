@@ -16,7 +16,7 @@ TORCH ?= torch==2.13.0
 # What another version can break: all that touches models. The rest is the same Python in both.
 TESTS ?= tests/models tests/runtime tests/methods tests/training tests/cli/test_commands.py
 # What is slow for reasons of its own, such as killed runs, is the same Python too; MARKED= for all.
-MARKED ?= -m "promise or not slow"
+MARKED ?= -m "promise or further or not slow"
 # Tests run in several processes of one thread each; tests/conftest.py says which stay together.
 JOBS ?= 2
 IN_PARALLEL := -n $(JOBS) --no-loadscope-reorder

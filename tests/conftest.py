@@ -76,7 +76,7 @@ def family_of(item):
     return name if name in FAMILIES else None
 
 
-def is_slow(item):
+def is_further(item):
     """Whether quick runs leave out this family, since another stands for it, or this case in this family."""
     name = family_of(item)
     if name is None:
@@ -93,7 +93,9 @@ def is_slow(item):
 def pytest_collection_modifyitems(items):
     """What takes longest begins first, so that parallel processes end together; tests of a file stay in its order."""
     for item in items:
-        if is_slow(item):
+        if is_further(item):
+            item.add_marker("further")
+        if item.get_closest_marker("further"):
             item.add_marker("slow")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     count = Counter(item.path for item in items)

@@ -7,7 +7,7 @@ from tests.families import FAMILIES
 from tests.tiny import IMAGE_TOKEN, SIDE, Family
 from vlmzip import models
 
-#: Each costs quick runs about 10 seconds of computing.
+#: Each costs quick runs about 20 seconds of computing.
 MOST_THAT_LEAD = 10
 
 

@@ -77,6 +77,7 @@ def _is_for_checkers(node):
     return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
 
 
+@pytest.mark.slow
 def test_modules_are_attributes_and_other_names_are_not():
     code = "import vlmzip; vlmzip.errors.UserError; vlmzip.methods.VisionZip; from vlmzip import *; VisionZip"
     subprocess.run([sys.executable, "-c", code], check=True)

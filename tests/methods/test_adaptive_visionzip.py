@@ -34,7 +34,7 @@ def test_equals_the_naive_loops(merge):
         check_against_loops(tokens, AdaptiveVisionZip(tau=tau, merge=merge))
 
 
-@pytest.mark.slow
+@pytest.mark.further
 def test_equals_the_naive_loops_on_mini(mini_tokens):
     check_against_loops(mini_tokens, AdaptiveVisionZip())
     assert AdaptiveVisionZip()(mini_tokens).lengths == DFMR()(mini_tokens).lengths

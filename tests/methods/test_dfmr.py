@@ -24,7 +24,7 @@ def test_equals_the_naive_loop(rows, cols, max_factor, normalize):
         check_against_loop(tokens, DFMR(tau=tau, max_factor=max_factor, normalize=normalize))
 
 
-@pytest.mark.slow
+@pytest.mark.further
 def test_equals_the_naive_loop_on_mini(mini_tokens):
     for tau in (0.2, 0.3, 0.4):
         check_against_loop(mini_tokens, DFMR(tau=tau))

@@ -505,7 +505,7 @@ torch.save(compressed.generate(**inputs, max_new_tokens=6, do_sample=False), sys
 """
 
 
-@pytest.mark.slow
+@pytest.mark.further
 def test_trained_weights_come_back_in_a_fresh_process(tmp_path, llava):
     compressed = attached(llava)
     inputs = FAMILIES["llava"]().batch(*ROWS)

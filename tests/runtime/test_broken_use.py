@@ -213,12 +213,12 @@ def test_a_method_inside_the_llm_without_a_layer(unchanged):
         vlmzip.attach(unchanged, Inside(site=vlmzip.Site.IN_LLM))
 
 
-@pytest.mark.slow
+@pytest.mark.further
 def test_many_images_leave_nothing_behind(family, unchanged):
     soak(family, unchanged, 100)
 
 
-@pytest.mark.slow
+@pytest.mark.further
 def test_five_times_as_many_leave_nothing_behind():
     family = FAMILIES["llava"]()
     soak(family, family.model, 500)

@@ -26,6 +26,7 @@ def images():
     return [Image.fromarray(draw(make_scene(seed), shipped_assets("validation"))) for seed in VALIDATION[:30]]
 
 
+@pytest.mark.further
 @pytest.mark.parametrize("method", [DFMR(), AdaptiveVisionZip(windows="max"), DFMR(measure="pixels", max_factor=4)])
 @pytest.mark.parametrize("keep", ["75%", 0.5, 50, "25%", "15%"])
 def test_the_average_is_within_5_percent_of_the_budget(loaded, images, method, keep):

@@ -46,6 +46,7 @@ def test_within_a_percent_of_torchs_counter_on_mini(tokens):
     assert prefill_flops(adapter_for(model), tokens) == pytest.approx(counted, rel=0.01)
 
 
+@pytest.mark.further
 @pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-1.5-13b"])
 @pytest.mark.parametrize("tokens", [128, 640])
 def test_within_a_percent_of_torchs_counter_at_published_dimensions(name, tokens):

@@ -89,6 +89,7 @@ def test_prompts_say_which_image_where_the_words_are_known(subject, monkeypatch)
     assert context.question(subject.processor, sample, 2, 3) == "w52 w63 w6"
 
 
+@pytest.mark.slow
 def test_the_table(subject, monkeypatch):
     rows = context.measure(subject)
     fits = {(row["what"], row["budget"]): row["images"] for row in rows if row["part"] == "fits"}

@@ -15,6 +15,7 @@ def test_layers_suit_the_depth(depth, expected):
     assert layer_stride.layers(depth) == expected
 
 
+@pytest.mark.slow
 def test_rows_are_the_results_of_their_settings(tmp_path, monkeypatch):
     monkeypatch.setattr(layer_stride, "STRIDES", (4, 5))
     subject = numbered_subject(tmp_path)

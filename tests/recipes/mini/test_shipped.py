@@ -53,6 +53,7 @@ def test_every_word_is_known() -> None:
             assert tokenizer.unk_token_id not in tokenizer(text)["input_ids"], text
 
 
+@pytest.mark.slow
 def test_mini_answers(mini) -> None:
     records = accuracy(ModelAnswer(*mini), validation_split(150))
     assert share_right(records) > LEAST_RIGHT
