@@ -1,13 +1,16 @@
-"""What the processors of all model families have in common."""
+"""What goes into a model, and what makes it: the processor that every model family has."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from jaxtyping import Int
 from torch import Tensor
+
+#: Arguments of a model's forward by name: token ids, masks, pixels and whatever else its family takes.
+Inputs: TypeAlias = Mapping[str, Any]
 
 
 class Processor(Protocol):

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Cache
 
 from vlmzip.errors import UserError
+from vlmzip.processor import Inputs
 from vlmzip.runtime.versions import unknown_interface
 
 #: The name since transformers 5.24, and the one before.
@@ -31,7 +32,7 @@ def cache_name(model: nn.Module) -> str:
     raise unknown_interface(f"{type(model).__name__}.forward takes no KV cache named {' or '.join(NAMES)}")
 
 
-def cache_of(values: Mapping[str, Any]) -> Any:
+def cache_of(values: Mapping[str, object]) -> Any:
     """Return the KV cache among arguments or a model's outputs, `None` if there is none.
 
     Raise `UserError` for two of them.
@@ -50,7 +51,7 @@ def returned_cache(out: Any) -> Any:
     return next((value for value in out if isinstance(value, Cache)), None)
 
 
-def cache_argument(arguments: Mapping[str, Any], called: str) -> Any:
+def cache_argument(arguments: Inputs, called: str) -> Any:
     """Return the KV cache of a call that a hook sees, `None` if it was called with `None`.
 
     Raise `UserError` if the call names no cache: a third name would otherwise pass for "no cache". `called` is for the
@@ -61,7 +62,7 @@ def cache_argument(arguments: Mapping[str, Any], called: str) -> Any:
     return cache_of(arguments)
 
 
-def with_cache_named(arguments: Mapping[str, Any], name: str) -> dict[str, Any]:
+def with_cache_named(arguments: Inputs, name: str) -> dict[str, Any]:
     """Return `arguments` with the KV cache, if there is one, under `name`."""
     cache = cache_of(arguments)
     out = {key: value for key, value in arguments.items() if key not in NAMES}

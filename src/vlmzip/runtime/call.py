@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch import Tensor, nn
 
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.models.adapter import ModelAdapter
+from vlmzip.processor import Inputs
 from vlmzip.runtime.cache import cache_of
 from vlmzip.runtime.compressed_inputs import CompressedInputs
 from vlmzip.runtime.conversation import CacheState, Conversations, first_turn, next_turn
@@ -28,7 +28,7 @@ class CompressedCall:
 
     adapter: ModelAdapter
     compressor: Compressor
-    arguments: Mapping[str, Any]
+    arguments: Inputs
     """What the user gave."""
     inputs: CompressedInputs
     """What the inner model gets."""
@@ -72,7 +72,7 @@ def compress_call(
     compressor: Compressor,
     resampler: nn.Module | None,
     conversations: Conversations,
-    arguments: Mapping[str, Any],
+    arguments: Inputs,
     *,
     generating: bool,
     pack_rows: bool = False,
@@ -100,7 +100,7 @@ def compress_call(
     return call
 
 
-def _refuse(arguments: Mapping[str, Any], before: CacheState | None) -> None:
+def _refuse(arguments: Inputs, before: CacheState | None) -> None:
     """Raise `UserError` for arguments that mean something else for a compressed prompt or a filled cache."""
     if before is not None and arguments.get("input_ids") is None:
         raise UserError("a filled KV cache is continued by input_ids: embeddings do not tell what was said")

@@ -50,7 +50,7 @@ def refusing(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {reason(error)}") from error
 
 
-def load_config(source: Source, **kwargs: Any) -> Any:
+def load_config(source: Source, **kwargs: object) -> Any:
     """Return the config of a checkpoint. Raises `UserError` for a family that vlmzip does not support."""
     kwargs = {"trust_remote_code": False, **kwargs}
     with refusing(f"cannot load {str(source)!r}"):
@@ -62,7 +62,7 @@ def load_config(source: Source, **kwargs: Any) -> Any:
         return AutoConfig.from_pretrained(source, **kwargs)
 
 
-def _check_family(name: str, raw: Mapping[str, Any]) -> None:
+def _check_family(name: str, raw: Mapping[str, object]) -> None:
     """Raise `UserError` for an unsupported family, before transformers looks for code in the checkpoint."""
     supported = [model_type for family in FAMILIES for model_type in family.model_types]
     model_type = raw.get("model_type")
@@ -88,7 +88,7 @@ def load_processor(source: Source, config: Any) -> Any:
     return processor
 
 
-def _refuse_large_images(name: str, image_processor: Any, config: Any) -> None:
+def _refuse_large_images(name: str, image_processor: object, config: Any) -> None:
     """Raise `UserError` for a processor that would fill the memory with one image."""
     # Encoders without `image_size` take any size; their processors have a least and a largest area, not sides.
     sides = hasattr(config.vision_config, "image_size")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.models.adapter import ModelAdapter
+from vlmzip.processor import Inputs
 from vlmzip.runtime.cache import cache_of
 from vlmzip.runtime.compressed_inputs import CompressedInputs
 from vlmzip.runtime.inputs import compress_inputs, contiguous_positions, positions_of
@@ -91,7 +92,7 @@ class Conversations:
 
 def first_turn(
     adapter: ModelAdapter,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     compressed: CompressedInputs,
     compressor: Compressor,
     *,
@@ -122,7 +123,7 @@ def first_turn(
 def next_turn(
     model: nn.Module,
     adapter: ModelAdapter,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     compressor: Compressor,
     seen: CacheState,
     *,
@@ -180,7 +181,7 @@ def _joined(seen: CacheState, new: CacheState) -> CacheState:
 
 
 def _new_part(
-    adapter: ModelAdapter, inputs: Mapping[str, Any], seen: CacheState, pending: int
+    adapter: ModelAdapter, inputs: Inputs, seen: CacheState, pending: int
 ) -> tuple[dict[str, Any], Int[Tensor, "batch short"]]:
     """Return the inputs of the part of the conversation that has not been seen, and the mask of the part that has."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
@@ -254,7 +255,7 @@ def _begins_alike(ids: Int[Tensor, "batch length"], mask: Tensor | None, seen: C
 
 def _new_images(
     adapter: ModelAdapter,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     new_ids: Int[Tensor, "batch new"],
     seen: CacheState,
     *,
@@ -277,7 +278,7 @@ def _new_images(
 
 def _later_images(
     adapter: ModelAdapter,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     conversation: Int[Tensor, "batch length"],
     counts: Sequence[int],
     seen: Sequence[int],

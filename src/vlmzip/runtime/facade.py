@@ -125,13 +125,13 @@ class CompressedModel(nn.Module):
         pixel_values: Tensor | None = None,
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
+        past_key_values: object = None,
         cache: Any = None,
         inputs_embeds: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         pack_rows: bool = False,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Any:
         """Run the model's own `forward` on the compressed inputs; logits cover the compressed sequence.
 
@@ -157,7 +157,7 @@ class CompressedModel(nn.Module):
         return out
 
     @torch.no_grad()
-    def generate(self, inputs: Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+    def generate(self, inputs: Tensor | None = None, generation_config: object = None, **kwargs: object) -> Any:
         """Run the model's own `generate`; return the original prompt followed by the new tokens.
 
         With a cache that this model has filled, the prompt is the whole conversation or its new part alone. Logits
@@ -236,7 +236,7 @@ class CompressedModel(nn.Module):
             write_weights(self.resampler.state_dict() if state is None else _under("resampler.", state), folder)
         write_compressor(self.compressor, folder)
 
-    def push_to_hub(self, *_args: Any, **_kwargs: Any) -> NoReturn:
+    def push_to_hub(self, *_args: Any, **_kwargs: object) -> NoReturn:
         """Refuse: transformers would upload the model without its compressor."""
         raise UserError("save_pretrained(folder) first, then upload the folder: huggingface_hub.upload_folder")
 
@@ -269,7 +269,7 @@ class CompressedModel(nn.Module):
     def generation_config(self, config: Any) -> None:
         self.inner.generation_config = config
 
-    def _switch_checkpointing(self, name: str, *args: Any, **kwargs: Any) -> None:
+    def _switch_checkpointing(self, name: str, *args: Any, **kwargs: object) -> None:
         """Switch it in the model and in what a resampler has of transformers, which alone knows these switches."""
         getattr(self.inner, name)(*args, **kwargs)
         for module in () if self.resampler is None else self.resampler.modules():

@@ -127,12 +127,12 @@ def of_files(files: Iterable[Path]) -> str:
     return _digest(contents())
 
 
-def of_json(content: Any) -> str:
+def of_json(content: object) -> str:
     """Return the digest of a value as JSON with sorted keys; other values are hashed as text."""
     return _digest([json.dumps(content, sort_keys=True, default=str)])
 
 
-def refuse_changed(what: str, known: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def refuse_changed(what: str, known: Mapping[str, object], now: Mapping[str, object]) -> None:
     """Raise `UserError`, which begins with `what` and names the differences, if fingerprints are not as `known`."""
     if missing := [name for name in now if name not in known]:
         raise UserError(f"{what}, or of an earlier vlmzip: it does not say its {missing[0]}; give another --out")
@@ -171,7 +171,7 @@ def _tokenizer(tokenizer: Any) -> Any:
     ]
 
 
-def _without_origin(content: Any) -> Any:
+def _without_origin(content: object) -> Any:
     """Return a configuration without the settings in `ORIGIN`, at any depth."""
     if isinstance(content, dict):
         return {name: _without_origin(part) for name, part in content.items() if name not in ORIGIN}

@@ -92,7 +92,7 @@ def flops_inside(modules: Sequence[nn.Module], run: Callable[[], object]) -> int
     return total
 
 
-def _attention_on_cpu(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+def _attention_on_cpu(query: Any, key: Any, value: Any, *_: object, **__: object) -> int:
     batch, heads, queries, size = query
     return 2 * batch * heads * queries * key[-2] * (size + value[-1])
 

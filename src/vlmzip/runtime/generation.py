@@ -6,7 +6,6 @@ as the user sees it, and refuses what transformers would answer wrongly without 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from vlmzip.errors import UserError
 from vlmzip.models.adapter import ModelAdapter
+from vlmzip.processor import Inputs
 from vlmzip.runtime.cache import cache_name, cache_of, with_cache_named
 from vlmzip.runtime.call import CompressedCall
 from vlmzip.runtime.in_llm.hooks import running
@@ -56,7 +56,7 @@ class Generated:
 class Generation:
     """One call of `generate`, before and after the inner model's."""
 
-    def __init__(self, model: Any, adapter: ModelAdapter, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, model: Any, adapter: ModelAdapter, arguments: Inputs) -> None:
         """Raise `UserError` for arguments that give wrong answers with any compressor."""
         self.model, self.adapter = model, adapter
         self.arguments = with_cache_named(arguments, cache_name(adapter.model))

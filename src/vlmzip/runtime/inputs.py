@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.models import adapter_for
 from vlmzip.models.adapter import ModelAdapter
+from vlmzip.processor import Inputs
 from vlmzip.runtime.cache import cache_of
 from vlmzip.runtime.compressed_inputs import CompressedInputs
 from vlmzip.runtime.packing import pack
@@ -36,7 +36,7 @@ from vlmzip.visual_tokens import Site
 
 def compress_inputs(
     model: nn.Module,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     compressor: Compressor,
     *,
     generating: bool = False,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vlmzip.compressor import Compressor
 from vlmzip.errors import BeyondPositions
 from vlmzip.models.adapter import ModelAdapter
+from vlmzip.processor import Inputs
 from vlmzip.visual_tokens import Site
 
 #: The compressors that each model was warned about: one warning for each of them.
@@ -41,7 +42,7 @@ def _reach(rope: Mapping[str, Any], positions: int) -> int:
     return max(positions, int((rope.get("factor") or 1) * pretrained))
 
 
-def positions_taken(adapter: ModelAdapter, compressed: Mapping[str, Any], *, generating: bool) -> list[int]:
+def positions_taken(adapter: ModelAdapter, compressed: Inputs, *, generating: bool) -> list[int]:
     """Return how many positions each row of a prompt takes that is about to enter the model.
 
     With several axes the farthest counts: such positions go on more slowly than tokens do.

@@ -5,9 +5,8 @@ This file handles token ids and what goes with them token by token; it never see
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -16,6 +15,7 @@ from torch import Tensor
 from vlmzip.errors import UserError
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.models.layout import Layout
+from vlmzip.processor import Inputs
 
 #: Inputs with one value per token of the prompt, and the value that padding gets. `input_ids` gets the pad token.
 PER_TOKEN = {"attention_mask": 0, "labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0, "position_ids": 0}
@@ -111,7 +111,7 @@ def pad_id(adapter: ModelAdapter) -> int:
     return 0 if pad is None else max(pad, 0)
 
 
-def prompt_in(inputs: Mapping[str, Any]) -> tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]:
+def prompt_in(inputs: Inputs) -> tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]:
     """Return token ids and attention mask. Raise `UserError` where they are not what goes with images."""
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if ids is None:
@@ -126,7 +126,7 @@ def prompt_in(inputs: Mapping[str, Any]) -> tuple[Int[Tensor, "batch length"], I
     return ids, torch.ones_like(ids) if mask is None else mask
 
 
-def refuse_placeholders_without_images(adapter: ModelAdapter, inputs: Mapping[str, Any]) -> None:
+def refuse_placeholders_without_images(adapter: ModelAdapter, inputs: Inputs) -> None:
     """Raise `UserError` for a prompt that speaks of images without having any."""
     ids = inputs.get("input_ids")
     if ids is None or inputs.get("mm_encoder_outputs"):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 from vlmzip.compressor import Compressor
 from vlmzip.compressor_file import FILE, NotInstalled, read_compressor, refuse_lora
@@ -16,7 +15,7 @@ from vlmzip.runtime.facade import CompressedModel
 
 
 def from_pretrained(
-    folder: str | os.PathLike[str], compressor: Compressor | str | None = None, **kwargs: Any
+    folder: str | os.PathLike[str], compressor: Compressor | str | None = None, **kwargs: object
 ) -> CompressedModel:
     """Load what `save_pretrained` wrote: the model with its compressor. `kwargs` go to transformers.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -13,6 +12,7 @@ from packaging.version import Version
 from torch import nn
 
 from vlmzip.errors import UserError
+from vlmzip.processor import Inputs
 
 #: The oldest and the newest minor version of transformers that the tests pass with.
 OLDEST, NEWEST = "5.18", "5.24"
@@ -44,7 +44,7 @@ def check_takes(model: nn.Module, name: str) -> None:
         raise unknown_interface(f"{type(model).__name__}.forward takes no {name}")
 
 
-def argument(arguments: Mapping[str, Any], name: str, called: str) -> Any:
+def argument(arguments: Inputs, name: str, called: str) -> Any:
     """Return the argument `name` of a call that a hook sees.
 
     Raises `UserError` if the call does not have it: a default would be a guess. `called` names the call in the message.

@@ -67,6 +67,6 @@ class LayerCut:
             self._short["position_ids"] = ids, None if ids is None else ids.expand(len(column), -1).gather(1, column)
         arguments |= {name: short for name, (_, short) in self._short.items()}
 
-    def _changed(self, name: str, given: Any) -> bool:
+    def _changed(self, name: str, given: object) -> bool:
         """Whether an argument is another object than the one that was shortened last."""
         return name not in self._short or self._short[name][0] is not given

@@ -12,7 +12,7 @@ from vlmzip.errors import UserError
 
 
 def shrink_mask(
-    mask: Any,
+    mask: object,
     here: Int[Tensor, "batch kept"],
     keys: Int[Tensor, "batch all_kept"],
     past: int,

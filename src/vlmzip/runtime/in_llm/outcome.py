@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
 
+from vlmzip.processor import Inputs
 from vlmzip.runtime.in_llm.indices import look_up
 from vlmzip.runtime.in_llm.state import InLLMState
 from vlmzip.runtime.in_llm.step import Step
@@ -35,7 +36,7 @@ def extend(report: Report, steps: Sequence[Step]) -> Report:
     return replace(report, images=images, source=source)
 
 
-def loss_behind(in_llm: InLLMState, out: Any, labels: Int[Tensor, "batch length"], arguments: Mapping[str, Any]) -> Any:
+def loss_behind(in_llm: InLLMState, out: Any, labels: Int[Tensor, "batch length"], arguments: Inputs) -> Any:
     """Return the output `out` of a model with its loss on the tokens behind the last layer.
 
     `labels` are of the prompt that went into the LLM; `arguments` are the call's.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from vlmzip.processor import Inputs
 from vlmzip.runtime.prompt import PER_TOKEN, Span
 
 
@@ -31,7 +30,7 @@ class Prompt:
         return Prompt(spans, self.real[row : row + 1], [self.question_ends[n] for n in images])
 
 
-def prompt_of(spans: list[Span], compressed: Mapping[str, Any]) -> Prompt | None:
+def prompt_of(spans: list[Span], compressed: Inputs) -> Prompt | None:
     """Return the prompt that goes into the LLM with `compressed`; `None` where it brings no images."""
     if not spans:
         return None
