@@ -95,6 +95,10 @@ class Family:
         rows, cols = self.grid(image)
         return rows * cols
 
+    def views(self, image: int) -> int:
+        """Return how many views the encoder sees of an image."""
+        return 1
+
     def separators(self, image: int) -> list[int]:
         """Return which placeholders of an image hold no token but the end of a row of tiles."""
         return []

@@ -34,6 +34,8 @@ class Profile:
     """Decoder layers of the LLM."""
     tiles: tuple[Grid, ...] = ()
     """The visual tokens of further views of the image."""
+    first_layer: int = 1
+    """The first layer of the LLM before which tokens may go. Models with deepstack add image features up to there."""
 
     @property
     def grids(self) -> tuple[Grid, ...]:
@@ -178,7 +180,7 @@ class Compressor(ABC):
             raise self._content_decides()
         if "keep" not in self.field_names():
             raise BudgetError(f"{self.name()} has no budget to set")
-        self.check_layers(profile.layers)
+        self.check_layers(profile.layers, profile.first_layer)
         if self.layers:
             keep = self._count_inside(keep, profile)
         chosen = self.with_keep(keep)
@@ -198,16 +200,28 @@ class Compressor(ABC):
         return self
 
     def placed(self, profile: Profile) -> Compressor:
-        """The same at layers that this LLM has, for methods whose default layers suit large ones only."""
-        return self
+        """The same at layers that this LLM has, for methods whose default layers suit most of them only."""
+        default = {field.name: field.default for field in fields(self)}.get("layer")
+        if self.layers != (default,) or self.layers[0] >= profile.first_layer:
+            return self
+        moved: dict[str, Any] = {"layer": profile.first_layer}
+        return dataclasses.replace(self, **moved)
 
-    def check_layers(self, depth: int) -> None:
-        """Raises `BudgetError` for layers that are no places inside an LLM of `depth` layers."""
+    def check_layers(self, depth: int, first: int = 1) -> None:
+        """Raises `BudgetError` for layers that are no places inside an LLM of `depth` layers.
+
+        `first` is the first layer before which tokens may go.
+        """
         for layer in self.layers:
             if not 1 <= layer < depth:
                 raise BudgetError(
-                    f"layer={layer} is no place inside this LLM of {depth} layers: give 1 to {depth - 1};"
+                    f"layer={layer} is no place inside this LLM of {depth} layers: give {first} to {depth - 1};"
                     f" before the LLM there are site={Site.PRE_PROJECTOR} and {Site.POST_PROJECTOR}"
+                )
+            if layer < first:
+                raise BudgetError(
+                    f"layer={layer} is too early in this LLM, whose layers before {first} still get features of the"
+                    f" image: give {first} to {depth - 1}"
                 )
 
     def _count_inside(self, keep: Keep, profile: Profile) -> int:
@@ -246,13 +260,13 @@ class Compressor(ABC):
 
     def cases_by_layer(self, profile: Profile) -> list[list[int]] | None:
         """Return `tokens_by_layer` for each case that a random draw decides on, all equally likely."""
-        self.check_layers(profile.layers)
+        self.check_layers(profile.layers, profile.first_layer)
         counts = self.tokens_by_layer(profile)
         return None if counts is None else [counts]
 
     def reached(self, profile: Profile) -> float:
         """The retention ratio on an image of the profile, over all layers of the LLM."""
-        self.check_layers(profile.layers)
+        self.check_layers(profile.layers, profile.first_layer)
         counts = self.tokens_by_layer(profile)
         if counts is None:
             raise self._content_decides()

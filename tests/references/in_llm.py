@@ -12,9 +12,10 @@ def attention_of(layer, hidden, cos, sin, mask):
     """The whole attention matrix of a layer, mean over heads: [length, length]."""
     attention = layer.self_attn
     x = layer.input_layernorm(hidden[None])[0]
-    query = attention.q_proj(x).unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
-    key = attention.k_proj(x).unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)
-    query, key = rotated(query, cos, sin), rotated(key, cos, sin)
+    query, key = (proj(x).unflatten(-1, (-1, attention.head_dim)) for proj in (attention.q_proj, attention.k_proj))
+    if hasattr(attention, "q_norm"):
+        query, key = attention.q_norm(query), attention.k_norm(key)
+    query, key = rotated(query.transpose(0, 1), cos, sin), rotated(key.transpose(0, 1), cos, sin)
     key = key.repeat_interleave(len(query) // len(key), 0)
     return ((query @ key.transpose(1, 2)) * attention.head_dim**-0.5 + mask).softmax(-1).mean(0)
 
@@ -75,6 +76,10 @@ def logits_of(model, inputs, new_tokens, placeholder, images, rules, bidirection
         attention = attention_of(layer, hidden, cos, sin, mask)
         out = layer(hidden[None], attention_mask=mask[None, None], position_embeddings=(cos[None], sin[None]))
         hidden = (out if isinstance(out, torch.Tensor) else out[0])[0]
+        streams = seen.get("deepstack_visual_embeds") or []
+        if number < len(streams):  # features of an earlier layer of the encoder, for the visual tokens
+            hidden = hidden.clone()
+            hidden[:prompt][seen["visual_pos_masks"][0]] += streams[number]
     return model.lm_head(llm.norm(hidden[None]))[0], alive
 
 

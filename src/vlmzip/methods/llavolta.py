@@ -98,7 +98,7 @@ class LLaVolta(Compressor):
 
     def at_budget(self, keep: Keep, profile: Profile) -> tuple[LLaVolta, float]:
         """The stride that comes nearest, at the layers that are set; at several layers one stride for all."""
-        self.check_layers(profile.layers)
+        self.check_layers(profile.layers, profile.first_layer)
         wanted = count_to_keep(keep, profile.size) / profile.size
         if self.layers and self.layers[0] / profile.layers >= wanted:
             raise BudgetError(

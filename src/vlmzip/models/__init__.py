@@ -10,9 +10,10 @@ from vlmzip.models.llava import Llava
 from vlmzip.models.llava_next import LlavaNext
 from vlmzip.models.paligemma import PaliGemma
 from vlmzip.models.qwen2_5_vl import Qwen25VL
+from vlmzip.models.qwen3_vl import Qwen3VL
 from vlmzip.models.vipllava import VipLlava
 
-FAMILIES: tuple[type[ModelAdapter], ...] = (Llava, LlavaNext, PaliGemma, Qwen25VL, VipLlava)
+FAMILIES: tuple[type[ModelAdapter], ...] = (Llava, LlavaNext, PaliGemma, Qwen25VL, Qwen3VL, VipLlava)
 
 
 def adapter_for(model: nn.Module) -> ModelAdapter:

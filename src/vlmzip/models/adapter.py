@@ -36,6 +36,17 @@ class EncoderAttention:
     """The layer, 0-based, that VisionZip reads."""
 
 
+@dataclass
+class WithStreams(BaseModelOutputWithPooling):
+    """What models with deepstack read: tokens, and what later layers of the LLM add to them."""
+
+    last_hidden_state: Any = None  # accelerate makes outputs anew from one dictionary, which comes first
+    pooler_output: Any = None
+    """Projected tokens, an entry an image."""
+    deepstack_features: list[list[Tensor]] | None = None
+    """For each layer an entry an image."""
+
+
 class ModelAdapter(ABC):
     """What vlmzip has to know about a family of vision-language models; it changes nothing on the model."""
 
@@ -77,6 +88,11 @@ class ModelAdapter(ABC):
         return self.llm.layers  # type: ignore[return-value]
 
     @property
+    def first_free_layer(self) -> int:
+        """The first layer of the LLM before which tokens may go: no later one adds features to all of them."""
+        return 1
+
+    @property
     def vision_encoder(self) -> nn.Module:
         """What sees the pixels."""
         encoder: nn.Module = self.model.model.vision_tower
@@ -108,7 +124,7 @@ class ModelAdapter(ABC):
         """The grid of one image at the model's own resolution, and the depth of its LLM."""
         vision = self.model.config.vision_config
         side = vision.image_size // vision.patch_size
-        return Profile(Grid(1, side, side), self.llm_config.num_hidden_layers)
+        return Profile(Grid(1, side, side), self.llm_config.num_hidden_layers, first_layer=self.first_free_layer)
 
     def prompt(self, question: str, images: int) -> str:
         """The text of a prompt, for checkpoints without a chat template."""
@@ -185,6 +201,9 @@ class ModelAdapter(ABC):
         """
         # A tensor is scattered over the placeholders as a whole: one row can hold images of different lengths.
         form: Any = features if self.features_as_list else torch.cat(features)[None]
+        if any(streams):
+            by_layer = [list(layer) for layer in zip(*streams, strict=True)]
+            return {"image": WithStreams(pooler_output=form, deepstack_features=by_layer)}
         return {"image": BaseModelOutputWithPooling(pooler_output=form)}
 
     def queries_and_keys(

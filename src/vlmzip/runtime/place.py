@@ -40,7 +40,7 @@ def _check_place_inside(compressor: Compressor, adapter: ModelAdapter) -> None:
         raise UserError("inside the LLM tokens keep their positions: positions='contiguous' is not possible there")
     if not compressor.layers:
         raise UserError(f"{compressor.name()} inside the LLM needs a layer to act at")
-    compressor.check_layers(len(adapter.decoder_layers))
+    compressor.check_layers(len(adapter.decoder_layers), adapter.first_free_layer)
 
 
 def has_sliding_windows(adapter: ModelAdapter) -> bool:

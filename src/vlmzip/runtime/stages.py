@@ -130,17 +130,24 @@ def _encode_smaller(
     with watch.time("bookkeeping"):
         plans = plan_views(layouts, _without_features(layouts, grids, encoded), compressor, ascending=ascending)
         by_view = {
-            number: group.tokens.features[row] for group in encoded.groups for row, number in enumerate(group.numbers)
+            number: [values[row] for values in (group.tokens.features, *group.streams)]
+            for group in encoded.groups
+            for row, number in enumerate(group.numbers)
         }
-        features = []
+        left = []
         for numbers, plan in zip(view_numbers(layouts), plans, strict=True):
             # The encoder's prefix comes first; it goes to the LLM only where nothing was made smaller.
-            parts = [by_view[n][len(by_view[n]) - count :] for n, count in zip(numbers, plan.outputs, strict=True)]
-            features.append(in_order(parts, plan.order))
-    projected = _project(adapter, features, Site.PRE_PROJECTOR, watch)
+            views = [
+                [values[len(values) - count :] for values in by_view[number]]
+                for number, count in zip(numbers, plan.outputs, strict=True)
+            ]
+            left.append([in_order(parts, plan.order) for parts in zip(*views, strict=True)])
+    projected = _project(adapter, [features for features, *_ in left], Site.PRE_PROJECTOR, watch)
     images = [
-        CompressedImage(values, (), plan.slots, plan.places, _report(adapter, layout, plan, None), plan.left)
-        for values, plan, layout in zip(projected, plans, layouts, strict=True)
+        CompressedImage(
+            values, tuple(streams), plan.slots, plan.places, _report(adapter, layout, plan, None), plan.left
+        )
+        for values, (_, *streams), plan, layout in zip(projected, left, plans, layouts, strict=True)
     ]
     return images, encoded.separator, smaller
 
@@ -198,6 +205,7 @@ def _resample(
     with watch.time("encoder"):
         encoded = adapter.encode(inputs, compressor.site, compressor.needs)
     by_view: dict[int, Tensor] = {}
+    widths = [stream.shape[-1] for stream in encoded.groups[0].streams]
     for group in encoded.groups:
         with watch.time("selection"):
             by_view |= dict(zip(group.numbers, resampler(group.tokens.features), strict=True))
@@ -208,5 +216,6 @@ def _resample(
         # Spread over the placeholders, so that "where did this come from" has an answer; positions do not use it.
         places = [n * before // after for n in range(after)]
         report = ImageReport(-1, before, after, (after,) * len(adapter.decoder_layers), None, layout, None)
-        images.append(CompressedImage(features, (), torch.arange(after), places, report, None))
+        nothing = tuple(features.new_zeros(after, width) for width in widths)  # for later layers of the LLM to add
+        images.append(CompressedImage(features, nothing, torch.arange(after), places, report, None))
     return images

@@ -53,7 +53,7 @@ class RandomFactor(Compressor):
         return [self._pool(factor).token_count(grid) for factor in self.factors]
 
     def cases_by_layer(self, profile: Profile) -> list[list[int]]:
-        self.check_layers(profile.layers)
+        self.check_layers(profile.layers, profile.first_layer)
         return [[count] * profile.layers for count in self.counts(profile.grid)]
 
     def token_count(self, grid: Grid) -> int | None:

@@ -1,0 +1,40 @@
+"""Qwen3-VL: as Qwen2.5-VL without windows; one stream of deepstack, which the LLM adds behind its first layer."""
+
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+
+from tests.families.qwen2_5_vl import Qwen25VL
+from tests.tiny import IMAGE_TOKEN, LLM, tiny_tokenizer
+
+
+class Qwen3ImagesOnly(Qwen3VLProcessor):
+    """Its part for videos needs torchvision."""
+
+    def check_argument_for_proper_class(self, name, part):
+        return type(part)
+
+
+class Qwen3VL(Qwen25VL):
+    name = "qwen3_vl"
+    model_class = Qwen3VLForConditionalGeneration
+    windowed = False
+    streams = (0,)
+
+    @classmethod
+    def config(cls, streams=streams, **settings):
+        return Qwen3VLConfig(
+            vision_config=dict(
+                depth=4, hidden_size=32, intermediate_size=64, num_heads=4, patch_size=4, spatial_merge_size=2,
+                temporal_patch_size=2, out_hidden_size=48, num_position_embeddings=36,
+                deepstack_visual_indexes=list(streams),
+            ),
+            text_config=dict(
+                **LLM, bos_token_id=1, eos_token_id=2, head_dim=8,
+                rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+            ),
+            image_token_id=IMAGE_TOKEN, video_token_id=98, vision_start_token_id=97, vision_end_token_id=96, **settings,
+        )  # fmt: skip
+
+    @classmethod
+    def processor(cls):
+        images = super().processor().image_processor
+        return Qwen3ImagesOnly(images, tiny_tokenizer())
