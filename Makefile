@@ -1,26 +1,26 @@
-# The two commands of the README are `make demo` and `make test`; `make help` lists the rest.
+# The README's two commands are `make demo` and `make test`; `make help` lists the rest.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# Another version of transformers gets an environment of its own: make test-transformers TRANSFORMERS=5.19
+# Another version of transformers gets a separate environment: make test-transformers TRANSFORMERS=5.19
 TRANSFORMERS ?= 5.19
 OTHER := .venv-transformers-$(TRANSFORMERS)
-# docs/support.md says what holds in these, and in the version of constraints.txt.
+# docs/support.md covers these versions, and that of constraints.txt.
 SUPPORTED ?= 5.18 5.19 5.23
 NEWEST ?= .venv-newest
-# Where the rest is not pinned, torch still is, to a version that comes as a build for the CPU: others bring gigabytes of
-# CUDA along, which no test uses. TORCH=torch installs the newest.
+# Unpinned environments still pin torch, to a version with a CPU build: others install gigabytes of CUDA, which no test
+# uses. TORCH=torch installs the newest.
 TORCH ?= torch==2.13.0
-# What another version can break: all that touches models. The rest is the same Python in both.
+# Another version can break the tests that touch models. The rest is the same Python in both.
 TESTS ?= tests/models tests/runtime tests/methods tests/training tests/cli/test_commands.py
-# What is slow for reasons of its own, such as killed runs, is the same Python too; MARKED= for all.
+# Slow tests that are neither a promise nor `further`, such as killed runs, are the same Python too; MARKED= runs all.
 MARKED ?= -m "promise or further or not slow"
-# Tests run in several processes of one thread each; tests/conftest.py says which stay together.
+# Tests run in several processes of one thread each; tests/conftest.py keeps some together.
 JOBS ?= 2
 IN_PARALLEL := -n $(JOBS) --no-loadscope-reorder
-# lmms-eval brings a hundred packages along, 2.4 GB, and needs older versions of some: it has an environment of its own.
+# lmms-eval installs a hundred packages, 2.4 GB, and needs older versions of some, so it has a separate environment.
 LMMS ?= .venv-lmms
 # `base` is an installation without extras.
 EXTRAS = base $(shell $(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'])")
@@ -31,7 +31,7 @@ SEED ?= 0
 	flops figures support papers mini mini-data always extras-beside-tests
 .DEFAULT_GOAL := help
 
-help: ## this list
+help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s%s\n", $$1, $$2}'
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -46,7 +46,7 @@ demo: $(INSTALLED) ## set up, then ask the small model about an image, with and 
 test: $(INSTALLED) ## set up, then run the quick tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow"
 
-test-slow: $(INSTALLED) ## run the other tests: what is compiled, quantised, killed or resumed, further families and cases
+test-slow: $(INSTALLED) ## run the slow tests: compiled, quantised, killed and resumed runs, further families and cases
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL) -m slow
 
 .venv-transformers-%/.installed: pyproject.toml constraints.txt
@@ -56,10 +56,10 @@ test-slow: $(INSTALLED) ## run the other tests: what is compiled, quantised, kil
 	$(@D)/bin/python -m pip install --quiet -c $(@D)/constraints.txt -e ".[dev]" "transformers==$*.*"
 	@touch $@
 
-test-transformers: $(OTHER)/.installed ## run the tests with another version of transformers; TESTS= MARKED= for all
+test-transformers: $(OTHER)/.installed ## run the tests with another version of transformers (TRANSFORMERS=); TESTS= MARKED= for all
 	OMP_NUM_THREADS=1 $(OTHER)/bin/python -m pytest $(IN_PARALLEL) $(MARKED) $(TESTS)
 
-test-newest: ## install the newest version of transformers and of all else, then run the tests
+test-newest: ## install the newest version of every package, then run the tests
 	$(PYTHON) -m venv $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade pip
 	$(NEWEST)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager "$(TORCH)" -e ".[dev]"
@@ -72,14 +72,14 @@ $(LMMS)/.installed: pyproject.toml constraints-lmms.txt tests/lmms/torchvision_b
 	$(LMMS)/bin/python tests/lmms/torchvision_beside_cpu_torch.py
 	@touch $@
 
-test-lmms: $(LMMS)/.installed ## install lmms-eval beside vlmzip, and run the tests of the two together
+test-lmms: $(LMMS)/.installed ## install lmms-eval with vlmzip, then run the tests of both together
 	$(LMMS)/bin/python -m pytest tests/lmms tests/lab/test_lmms.py
 
-test-extras: ## install each extra alone, with the newest of what it brings, and use it; EXTRAS= for some
+test-extras: ## install each extra alone, with the newest packages, and use it; EXTRAS= for some
 	@for extra in $(EXTRAS); do .ci/extra $$extra "$(TORCH)" || failed="$$failed $$extra"; done; \
 	test -z "$$failed" || { echo "these extras do not work:$$failed"; exit 1; }
 
-fuzz: $(INSTALLED) ## break the input of every command, SECONDS= long; fails on a traceback, hang or wrong exit code
+fuzz: $(INSTALLED) ## break the input of every command for SECONDS=; fails on a traceback, hang or wrong exit code
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED) --jobs $(JOBS)
 
 check: lint types tables extras-beside-tests test test-slow ## what CI runs
@@ -102,36 +102,36 @@ tables: $(INSTALLED) ## check that README and docs/training_claims.md agree with
 	$(BIN)/python docs/_make/tables.py --check
 	$(BIN)/python docs/_make/training_claims.py --check
 
-bench: $(INSTALLED) ## time and memory of encoder and selection; writes a CSV into benchmarks/results
+bench: $(INSTALLED) ## measure time and memory of encoder and selection; writes a CSV into benchmarks/results
 	$(BIN)/python -m recipes.benchmarks.selection_cost
 
-bench-gpu: ## speed and memory on one GPU, within 8 minutes; installs nothing and writes CSVs into benchmarks/results
+bench-gpu: ## measure speed and memory on one GPU, within 8 minutes; installs nothing and writes CSVs into benchmarks/results
 	PYTHON=$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) recipes/benchmarks/gpu.sh
 
 flops: $(INSTALLED) ## count prefill FLOPs beside the papers'; writes docs/flops.md
 	$(BIN)/python docs/_make/flops.py
 
-figures: $(INSTALLED) ## make the images in docs/figures again
+figures: $(INSTALLED) ## redraw the figures in docs/figures
 	$(BIN)/python docs/_make/figures.py
 
 CELLS = runs/support-newest.json $(SUPPORTED:%=runs/support-%.json)
 
-support: $(CELLS) ## run the promises of the façade in all supported versions of transformers; writes docs/support.md
+support: $(CELLS) ## test the façade's promises in all supported versions of transformers; writes docs/support.md
 	$(BIN)/python docs/_make/support.py $(CELLS)
 
-# A test that fails is a cell of the table (1); else pytest itself went wrong.
+# A failed test is a cell of the table (exit code 1); any other code means that pytest itself failed.
 runs/support-newest.json: $(INSTALLED) always
 	$(BIN)/python -m pytest tests/runtime/test_promises.py --support-cells $@ || test $$? -eq 1
 
 runs/support-%.json: .venv-transformers-%/.installed always
 	$(<D)/bin/python -m pytest tests/runtime/test_promises.py --support-cells $@ || test $$? -eq 1
 
-papers: $(INSTALLED) ## recompute what the papers print; writes docs/papers.md
+papers: $(INSTALLED) ## recompute the papers' printed numbers; writes docs/papers.md
 	$(BIN)/python docs/_make/papers.py
 
-mini-data: $(INSTALLED) ## draw images and make the model that configs/mini.yaml and its siblings train; in runs/mini-data
+mini-data: $(INSTALLED) ## draw the images and make the base model for configs/mini*.yaml, in runs/mini-data
 	$(BIN)/python -m recipes.mini.conversations --out runs/mini-data
 	$(BIN)/python -m recipes.mini.base --out runs/mini-data
 
-mini: $(INSTALLED) ## train the small model again from nothing; resumes where it was stopped
+mini: $(INSTALLED) ## train the small model again from scratch; resumes where it stopped
 	$(BIN)/python -m recipes.mini.train --out runs/mini

@@ -1,4 +1,4 @@
-"""Makes the images of README and docs: `make figures`."""
+"""Draw the figures of README and docs: `make figures`."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def panel(model, processor, inputs, title: str, method: Compressor) -> tuple[Image.Image, str, str]:
-    """The fate of the tokens under one method, and the answer."""
+    """Return the drawing of the tokens' fates under one method, its title, and the answer."""
     compressed = vlmzip.attach(model, method)
     out = compressed.generate(**inputs, max_new_tokens=8, do_sample=False)
     answer = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

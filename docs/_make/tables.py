@@ -1,14 +1,14 @@
-"""Put tables together from committed results and from the methods: `python docs/_make/tables.py`, or `--check` in CI.
+"""Make tables from committed results and from the methods: `python docs/_make/tables.py`, or `--check` in CI.
 
-Each stands between two comments, such as `<!-- results -->` and `<!-- end of results -->`. The README's comes from
-benchmarks/results/mini-study.csv, the results.csv of the full study on mini:
+Each table stands between two comments, such as `<!-- results -->` and `<!-- end of results -->`. The README's results
+come from benchmarks/results/mini-study.csv, the results.csv of the full study on mini:
 
     vlmzip eval --methods METHODS --keep 75%,50%,25%,11%,5.6% --batch 60 --out runs/eval/mini
     cp runs/eval/mini/results.csv benchmarks/results/mini-study.csv
 
-with METHODS as in docs/results.md. Those of docs/results.md on speed and memory on a GPU, and on what the selection
-costs there, come from the files that gpu.sh, selection_cost.py (recipes/benchmarks/) and `vlmzip bench` wrote on it.
-The README's table of methods comes from the methods' files.
+with METHODS as in docs/results.md. The GPU tables of docs/results.md (speed, memory, cost of the selection) come from
+the files that gpu.sh, selection_cost.py (recipes/benchmarks/) and `vlmzip bench` wrote on the GPU. The README's table
+of methods comes from the methods' files.
 """
 
 import argparse
@@ -28,9 +28,9 @@ MIB = 2**20
 
 
 def study_table(rows: list[dict[str, str]]) -> list[str]:
-    """Methods down, budgets across, the uncompressed model first: score in percent ± half of its 95 % interval.
+    """Return methods down, budgets across, the uncompressed model first: score in percent ± half of its 95 % interval.
 
-    What was really kept stands beside it where that is off by more than a twentieth of the budget.
+    A cell adds the tokens really kept if these miss the budget by more than a twentieth of it.
     """
     rows = [row for row in rows if row["task"] == "mini"]
     plain = next(row for row in rows if row["method"] == "no_compression")
@@ -53,7 +53,7 @@ def score(row: dict[str, str]) -> str:
 
 
 def speed_table(runs: list[dict[str, list[dict[str, str]]]], scope: str) -> list[str]:
-    """Runs down, methods across: speed-up and the share of the limit that it is; `scope` as in the CSV."""
+    """Return runs down, methods across: speed-up and its share of the limit; `scope` as in the CSV."""
     methods = list(runs[0])[1:]
     lines = [f"| preset | batch | plain ms | limit | {' | '.join(f'`{name}`' for name in methods)} |"]
     lines.append("| --- " * (4 + len(methods)) + "|")
@@ -66,7 +66,7 @@ def speed_table(runs: list[dict[str, list[dict[str, str]]]], scope: str) -> list
 
 
 def memory_table(runs: list[dict[str, list[dict[str, str]]]]) -> list[str]:
-    """Runs down: KV cache, peak memory and tokens per second of the plain model and of two methods."""
+    """Return runs down: KV cache, peak memory and tokens per second of the plain model and of two methods."""
     methods = ("no_compression", "visionzip", "sparsevlm")
     columns = [f"{what} {name}" for what in ("KV MiB,", "peak MiB,", "tokens/s,") for name in ("plain", *methods[1:])]
     lines = [f"| preset | batch | {' | '.join(columns)} |", "| --- " * (2 + len(columns)) + "|"]
@@ -79,7 +79,7 @@ def memory_table(runs: list[dict[str, list[dict[str, str]]]]) -> list[str]:
 
 
 def selection_table(files: list[list[dict[str, str]]]) -> list[str]:
-    """A row for each file of selection_cost.py, by precision and images at once."""
+    """Return a row for each file of selection_cost.py, by precision and images per batch."""
     lines = [
         "| dtype | images | plain ms | visionzip, time (quartiles) | selection | peak | eager, time | peak |",
         "| --- " * 8 + "|",
@@ -96,7 +96,7 @@ def selection_table(files: list[list[dict[str, str]]]) -> list[str]:
 
 
 def methods_table() -> list[str]:
-    """Every method with the first sentence of its documentation, where it comes from and its file."""
+    """Return every method with the first sentence of its documentation, its source and its file."""
     lines = ["| name | what it does | from | file |", "| --- " * 4 + "|"]
     for method in outline.methods():
         paper = re.sub(r"arXiv:(\S+?)(?=,|$)", r"[\1](https://arxiv.org/abs/\1)", method.values["paper"])
@@ -110,13 +110,13 @@ def ends(row: dict[str, str], name: str) -> str:
 
 
 def named(row: dict[str, str]) -> str:
-    """The first two cells of a run; attention where it is not SDPA."""
+    """Return the first two cells of a run, with the attention if it is not SDPA."""
     attention = "" if row["attention"] == "sdpa" else f", {row['attention']}"
     return f"`{row['preset']}`{attention} | {row['batch']}"
 
 
 def bench_runs(folder: Path) -> list[dict[str, list[dict[str, str]]]]:
-    """Rows by method of every run of `vlmzip bench` on the GPU, smaller models, fewer tokens and batches first."""
+    """Return rows by method of every GPU run of `vlmzip bench`: smaller models, fewer tokens, smaller batches first."""
     runs = []
     for rows in map(read, folder.glob(f"bench-*-{GPU}-*.csv")):
         run: dict[str, list[dict[str, str]]] = {}
@@ -134,7 +134,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def tables(folder: Path) -> dict[str, dict[str, list[str]]]:
-    """The tables as the pages should have them, by page and by the word in their comments."""
+    """Return the lines of every table, by page and by the name in its comments."""
     runs = bench_runs(folder)
     costs = [read(path) for path in folder.glob(f"selection-cost-{GPU}-*.csv")]
     gpu = {
@@ -148,7 +148,7 @@ def tables(folder: Path) -> dict[str, dict[str, list[str]]]:
 
 
 def replaced(text: str, name: str, lines: list[str]) -> str:
-    """The text with what stands between two comments replaced. Raises `ValueError` where they are not there once."""
+    """Replace the text between two comments. Raises `ValueError` unless each appears exactly once."""
     begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError(f"there should be one {begin.strip()} and one {end} after it")
@@ -158,7 +158,7 @@ def replaced(text: str, name: str, lines: list[str]) -> str:
 
 def main(arguments: list[str] | None = None, root: Path = ROOT) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a page differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page differs")
     check = parser.parse_args(arguments).check
     code = 0
     for page, wanted in tables(root / "benchmarks" / "results").items():

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Speed and memory of every method on one GPU, at full size: `make bench-gpu`. Random weights, no network.
+# Measure speed and memory of every method on one GPU, at full size: `make bench-gpu`. Random weights, no network.
 #
 #     recipes/benchmarks/gpu.sh [FOLDER]        # CSVs go there; default: benchmarks/results
 #
-# Needs a Python with torch for CUDA and transformers (PYTHON=…); vlmzip itself is taken from src. bfloat16 and SDPA,
-# with two presets FlashAttention too where it is installed. Stops after LIMIT seconds: what is done by then is kept, and
-# the rest named.
+# It needs a Python with torch for CUDA and transformers (PYTHON=…), and takes vlmzip from src. It runs bfloat16 and SDPA,
+# and two presets with FlashAttention if that is installed. It stops after LIMIT seconds, keeps the finished results, and
+# names the rest.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
