@@ -22,9 +22,7 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     add_model(parser)
     add_method(parser, arguments)
     parser.add_argument("--baseline", action="store_true", help="also answer without compression, and compare")
-    parser.add_argument(
-        "--overlay", type=Path, metavar="FILE", help="write an image of the tokens kept, merged and dropped"
-    )
+    parser.add_argument("--overlay", type=Path, metavar="FILE", help="draw the tokens kept, merged and dropped")
     add_answer_length(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 

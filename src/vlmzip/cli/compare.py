@@ -38,7 +38,7 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
         default=A_NINTH,
         help="visual tokens to keep per image: 64, 0.25 or 25%%; as-set: methods as they are written; default: a ninth",
     )
-    parser.add_argument("--sheet", type=Path, metavar="FILE", help="draw the tokens of every method on one image")
+    parser.add_argument("--sheet", type=Path, metavar="FILE", help="draw the tokens of every method on one sheet")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write everything as one page for the browser")
     parser.add_argument(
         "--repeats", type=int, default=3, metavar="N", help="timed runs of each method; default: %(default)s"

@@ -72,7 +72,9 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
         metavar="PAPER",
         help="print a paper's numbers for the same model, method and budget, and the difference",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of intervals and of the report's choice of images")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the intervals and of the report's choice of images"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     suite.add_arguments(parser)
 

@@ -31,7 +31,7 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("--limit", type=int, metavar="N", help="ask only the first questions of the task")
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="questions at a time; default: %(default)s")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go; default: runs/study/MODEL")
-    parser.add_argument("--seed", type=int, default=0, help="of intervals and of whatever is drawn by lot")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the intervals and of every random draw")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -75,7 +75,9 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("--batch", type=int, default=32, metavar="N", help="questions at a time; default: %(default)s")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="length of answers; default: the task's")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go; default: runs/tune/MODEL")
-    parser.add_argument("--seed", type=int, default=0, help="of the halves, the order of questions and the intervals")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the halves, the order of questions and the intervals"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -58,7 +58,7 @@ def draw_fates(image: Image.Image, token_map: TokenMap, grid: Grid, prefix: int,
 
 
 def stack(pages: list[Image.Image]) -> Image.Image:
-    """Stack pages from top to bottom on one image."""
+    """Stack pages from top to bottom on one page."""
     out = Image.new("RGB", (max(page.width for page in pages), sum(page.height for page in pages)), PAPER)
     top = 0
     for page in pages:
