@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -102,7 +103,7 @@ class TokenMap:
     def rearranged(self, place: Int[Tensor, "batch max_out"]) -> TokenMap:
         """Return the same map with output token `g` of each row at `place[row, g]`."""
         group = torch.where(self.group < 0, -1, _look_up(place, self.group))
-        return TokenMap(group, self.weight, self.anchor, self.length)
+        return TokenMap(group, self.weight, self.anchor, self.length)._with_lengths(vars(self).get("lengths"))
 
     def then(self, second: TokenMap) -> TokenMap:
         """Return this map followed by `second`, whose inputs are this map's (padded) output tokens. Associative."""
@@ -113,7 +114,7 @@ class TokenMap:
         group = torch.where(dropped, -1, _look_up(second.group, self.group))
         weight = torch.where(group >= 0, self.weight * _look_up(second.weight, self.group), 0.0)
         anchor = self.anchor & _look_up(second.anchor, self.group) & (group >= 0)
-        return TokenMap(group, weight, anchor, second.length)
+        return TokenMap(group, weight, anchor, second.length)._with_lengths(vars(second).get("lengths"))
 
     def of_inputs(self, index: Int[Tensor, " tokens"]) -> TokenMap:
         """Return the map of some inputs, or of all in another order: input `n` is this map's `index[n]`."""
@@ -123,6 +124,24 @@ class TokenMap:
     def rows(self, index: Int[Tensor, " rows"] | slice) -> TokenMap:
         """Return the map of the selected rows of the batch."""
         return TokenMap(self.group[index], self.weight[index], self.anchor[index], self.length[index])
+
+    def split(self) -> list[TokenMap]:
+        """Return the map of each row. The lengths are read from the device once for all of them."""
+        parts = zip(*(values.split(1) for values in (self.group, self.weight, self.anchor, self.length)), strict=True)
+        return [TokenMap(*part)._with_lengths([length]) for part, length in zip(parts, self.lengths, strict=True)]
+
+    @classmethod
+    def stack(cls, maps: Sequence[TokenMap]) -> TokenMap:
+        """Return maps of equally many tokens as one: the reverse of `split`."""
+        if len(maps) == 1:
+            return maps[0]
+        stacked = cls(
+            torch.cat([one.group for one in maps]),
+            torch.cat([one.weight for one in maps]),
+            torch.cat([one.anchor for one in maps]),
+            torch.cat([one.length for one in maps]),
+        )
+        return stacked._with_lengths([length for one in maps for length in one.lengths])
 
     def after_dropping(self, front: int) -> TokenMap:
         """Return the same map for rows with `front` more tokens at the front, all of which it drops."""
@@ -134,6 +153,12 @@ class TokenMap:
             torch.cat([zeros.bool(), self.anchor], 1),
             self.length,
         )
+
+    def _with_lengths(self, lengths: list[int] | None) -> TokenMap:
+        """Return this map, which takes `lengths` from here instead of reading them from the device."""
+        if lengths is not None:
+            vars(self)["lengths"] = lengths
+        return self
 
     def check(self) -> None:
         """Raise `ValueError` if a group lies outside the output or an output token lacks exactly one anchor."""

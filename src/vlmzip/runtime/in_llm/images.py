@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,28 +14,39 @@ from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.models.layout import Layout
 from vlmzip.runtime.in_llm.cut import LayerCut, Merge
+from vlmzip.runtime.in_llm.indices import row_and_slot, tensors
 from vlmzip.runtime.in_llm.prompt import Prompt
-from vlmzip.runtime.in_llm.question import Question
+from vlmzip.runtime.in_llm.question import Bounds, Question
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Signal, VisualTokens
 
 
-@dataclass
-class Part:
-    """Tokens on which a compressor acts together at one layer: a view of an image, or all that is left of the image."""
+class Choice(NamedTuple):
+    """Tokens of an image on which a compressor acts together: those of a view, or all that are left of the image."""
 
-    image: int
     compressor: Compressor
     numbers: Int[Tensor, " tokens"]
     """Their numbers among the tokens left of the image."""
-    slots: Int[Tensor, " tokens"]
-    """Their slots among the tokens that entered the layer."""
+    is_all: bool
+    """Whether these are all tokens left of the image, in order."""
     grid: Grid | None
     prefix: int
+
+
+@dataclass
+class Part:
+    """Such tokens of one image at one layer."""
+
+    image: int
+    choice: Choice
+    slots: Int[Tensor, " tokens"]
+    """Their slots among the tokens that entered the layer."""
     entered: int
     """Tokens of the whole image as it entered the LLM."""
     token_map: TokenMap = field(init=False)
     """What becomes of them, in the order of anchors."""
+    outputs: Int[Tensor, " outputs"] = field(init=False)
+    """The slots of the anchors."""
 
 
 @dataclass
@@ -57,11 +68,15 @@ class Images:
         device, length = embeddings.device, embeddings.shape[1]
         self.spans = [replace(s, row=s.row * copies + copy) for s in prompt.spans for copy in range(copies)]
         self.rows = [span.row for span in self.spans]
-        self.places = [torch.tensor(span.columns, device=device) - past for span in self.spans]
+        self.places = tensors([[column - past for column in span.columns] for span in self.spans], device)
         """For each image the columns of its tokens."""
         self.real = prompt.real[:, past : past + length].to(device).repeat_interleave(copies, 0)
-        ends = [end - past for end in prompt.question_ends for _ in range(copies)]
-        self.question = Question(self.rows, self.places, ends, self.real)
+        ends = [end for end in prompt.question_ends for _ in range(copies)]
+        bounds = [
+            Bounds(span.columns[0] - past, span.columns[-1] - past, end - past)
+            for span, end in zip(self.spans, ends, strict=True)
+        ]
+        self.question = Question(self.rows, self.places, bounds, self.real)
         self.attention: dict[int, Float[Tensor, "rows queries kept"]] = {}
         """For each watched layer the question's attention to the tokens that entered it."""
         self.layouts: list[Layout | None] = [span.layout for span in self.spans]
@@ -86,38 +101,37 @@ class Images:
             rows = torch.tensor([self.rows[part.image] for part in group], device=hidden.device)
             slots = torch.stack([part.slots for part in group])
             tokens = self._tokens(index, compressor.needs, group, rows, slots, hidden)
-            token_map = group[0].compressor(tokens).in_anchor_order()
+            token_map = group[0].choice.compressor(tokens).in_anchor_order()
             if 0 in token_map.lengths:
                 raise UserError(f"{compressor.name()} left no token of an image; it must keep at least one")
-            for n, part in enumerate(group):
-                part.token_map = token_map.rows(slice(n, n + 1))
+            anchors = slots.gather(1, token_map.anchor_index().clamp(min=0)).unbind()
+            for part, part_map, outputs in zip(group, token_map.split(), anchors, strict=True):
+                part.token_map, part.outputs = part_map, outputs[: part_map.max_length]
             merges.append(Merge(rows, slots, token_map))
         # Gather the parts of each image again, and note which of its slots stay.
-        outputs = []
-        for image, slots in enumerate(slots_of):
-            image_map = self._join(image, [part for part in parts if part.image == image], len(slots))
+        parts_of: list[list[Part]] = [[] for _ in slots_of]
+        for part in parts:
+            parts_of[part.image].append(part)
+        outputs_of = []
+        for image, (slots, image_parts) in enumerate(zip(slots_of, parts_of, strict=True)):
+            image_map = self._join(image, image_parts, len(slots))
             self.maps[image].append((index, image_map))
-            anchors = image_map.anchor_index()[0]
-            kept[self.rows[image], slots] = False
-            kept[self.rows[image], slots[anchors]] = True
-            outputs.append(slots[anchors])
-        return Compressed(merges, kept, outputs)
+            is_one = image_map is image_parts[0].token_map
+            outputs_of.append(image_parts[0].outputs if is_one else slots[image_map.anchor_index()[0]])
+        kept[row_and_slot(self.rows, slots_of)] = False
+        kept[row_and_slot(self.rows, outputs_of)] = True
+        return Compressed(merges, kept, outputs_of)
 
     def _parts(self, compressor: Compressor, slots_of: Sequence[Int[Tensor, " _"]]) -> list[Part]:
         """Return what the compressor acts on: views of images, or images as a whole."""
         parts = []
+        choices: dict[tuple[Layout | None, int], list[Choice]] = {}  # images of equal layout have the same ones
         for image, (slots, layout) in enumerate(zip(slots_of, self.layouts, strict=True)):
-            choices: list[tuple[Compressor, Tensor, Grid | None, int]] = []
-            if layout is None:
-                choices.append((compressor, torch.arange(len(slots)), None, 0))
-            elif len(layout.views) > 1 and not compressor.by_view:
-                choices.append((compressor, (layout.slots >= 0).nonzero()[:, 0], None, 0))
-            else:
-                for n, share in enumerate(compressor.shared(layout.views)):
-                    choices.append((share, layout.placeholders_of(n), layout.views[n], layout.prefix))
-            for share, chosen, grid, prefix in choices:
-                numbers = chosen.to(slots.device)
-                parts.append(Part(image, share, numbers, slots[numbers], grid, prefix, len(self.places[image])))
+            if (layout, len(slots)) not in choices:
+                choices[layout, len(slots)] = _choices(compressor, layout, len(slots), slots.device)
+            for choice in choices[layout, len(slots)]:
+                chosen = slots if choice.is_all else slots[choice.numbers]
+                parts.append(Part(image, choice, chosen, len(self.places[image])))
         return parts
 
     def _tokens(
@@ -141,34 +155,36 @@ class Images:
             signals["text_attention"] = attention.gather(2, slots[:, None].expand(-1, asks.shape[1], -1))
         if Signal.TEXT_FEATURES in needs:
             signals["text_features"] = self.embeddings[rows[:, None], self.question.columns[rows].gather(1, query)]
-            signals["llm_input"] = torch.stack([self.embeddings[self.rows[n], self.places[n]] for n in images])
+            signals["llm_input"] = self.embeddings[rows[:, None], torch.stack([self.places[n] for n in images])]
         features = hidden[rows[:, None], slots].detach()
-        return VisualTokens(features, parts[0].grid, parts[0].prefix, layer=index, passes_prefix=True, **signals)
+        grid, prefix = parts[0].choice.grid, parts[0].choice.prefix
+        return VisualTokens(features, grid, prefix, layer=index, passes_prefix=True, **signals)
 
     def _join(self, image: int, parts: list[Part], count: int) -> TokenMap:
         """Return the map of the `count` tokens left of an image from the maps of its parts, in the order of anchors.
 
         Tokens in no part are separators: they stay only where nothing else goes.
         """
-        is_whole = sum(part.token_map.lengths[0] for part in parts) == sum(len(part.numbers) for part in parts)
+        is_whole = sum(part.token_map.lengths[0] for part in parts) == sum(len(part.slots) for part in parts)
         if not is_whole:
             self.layouts[image] = None
         (first, *others) = parts
-        if not others and len(first.numbers) == count:
+        if not others and len(first.slots) == count:
             return first.token_map
-        device = first.numbers.device
+        device = first.slots.device
         group = torch.full((count,), -1, device=device)
         weight, anchor = torch.zeros(count, device=device), torch.zeros(count, dtype=torch.bool, device=device)
         outputs = 0
         for part in parts:
             part_map = part.token_map
-            group[part.numbers] = torch.where(part_map.group[0] < 0, -1, part_map.group[0] + outputs)
-            weight[part.numbers] = part_map.weight[0]
-            anchor[part.numbers] = part_map.anchor[0]
+            numbers = part.choice.numbers
+            group[numbers] = torch.where(part_map.group[0] < 0, -1, part_map.group[0] + outputs)
+            weight[numbers] = part_map.weight[0]
+            anchor[numbers] = part_map.anchor[0]
             outputs += part_map.lengths[0]
         if is_whole:
             separator = torch.ones(count, dtype=torch.bool, device=device)
-            separator[torch.cat([part.numbers for part in parts])] = False
+            separator[torch.cat([part.choice.numbers for part in parts])] = False
             group[separator] = outputs + torch.arange(int(separator.sum()), device=device)
             weight[separator], anchor[separator] = 1.0, True
             outputs += int(separator.sum())
@@ -176,10 +192,29 @@ class Images:
         return joined.in_anchor_order()
 
 
+def _choices(compressor: Compressor, layout: Layout | None, count: int, device: torch.device) -> list[Choice]:
+    """Return what `compressor` acts on in an image of which `count` tokens are left."""
+    if layout is None:
+        return [Choice(compressor, torch.arange(count, device=device), True, None, 0)]
+    views: list[tuple[Compressor, Tensor, Grid | None, int]]
+    if len(layout.views) > 1 and not compressor.by_view:
+        views = [(compressor, (layout.slots >= 0).nonzero()[:, 0], None, 0)]
+    else:
+        views = [
+            (share, layout.placeholders_of(n), layout.views[n], layout.prefix)
+            for n, share in enumerate(compressor.shared(layout.views))
+        ]
+    return [
+        Choice(share, numbers.to(device), torch.equal(numbers, torch.arange(count)), grid, prefix)
+        for share, numbers, grid, prefix in views
+    ]
+
+
 def _alike(parts: list[Part]) -> list[list[Part]]:
     """Return the parts in groups, the tokens of each of which form one `VisualTokens`."""
     groups: dict[Any, list[Part]] = {}
     for part in parts:
-        kind = (part.compressor, part.grid, part.prefix, part.entered, len(part.slots))
+        choice = part.choice
+        kind = (choice.compressor, choice.grid, choice.prefix, part.entered, len(part.slots))
         groups.setdefault(kind, []).append(part)
     return list(groups.values())

@@ -17,8 +17,9 @@ A token has a number in each of four spaces. Columns and slots count padding, to
 | `LayerCut.here` | each token left at the layer (slot) | column |
 | `LayerCut.keys` | each token in the layer's cache | conversation column |
 | `LayerCut.places` | each token left of an image (number) | slot |
-| `Part.numbers` | each token that a compressor gets | number, before the layer acts |
+| `Choice.numbers` | each token that a compressor gets | number, before the layer acts |
 | `Part.slots` | each token that a compressor gets | slot among the tokens that entered the layer |
+| `Part.outputs` | each token that it puts out | slot of its anchor, before the layer acts |
 | `Question.columns` | each text token of a row that may ask (query) | column |
 | `Question.about` | each text token that asks about an image | query |
 """
@@ -45,18 +46,38 @@ def compact(kept: Bool[Tensor, "batch length"], *, pad_right: bool) -> Int[Tenso
     return torch.where(valid, front.gather(1, slot.clamp(0, max(longest - 1, 0))), -1)
 
 
+# A GPU waits for the CPU at each small step. What can be done for all images of a batch at once is done so.
+
+
+def tensors(lists: Sequence[Sequence[int]], device: torch.device) -> list[Int[Tensor, " _"]]:
+    """Return each of the lists as a tensor; they go to the device together."""
+    flat = torch.tensor([value for values in lists for value in values], dtype=torch.long, device=device)
+    return list(flat.split([len(values) for values in lists]))
+
+
+def row_and_slot(
+    rows: Sequence[int], slots: Sequence[Int[Tensor, " _"]]
+) -> tuple[Int[Tensor, " tokens"], Int[Tensor, " tokens"]]:
+    """Return the row and the slot of every token of all images, which index `[batch, length]`.
+
+    `rows` has the row of each image, and `slots` the slots of its tokens.
+    """
+    counts = torch.tensor([len(some) for some in slots])
+    return torch.tensor(rows).repeat_interleave(counts).to(slots[0].device), torch.cat(list(slots))
+
+
 def follow(
     before: Sequence[Int[Tensor, " _"]], rows: Sequence[int], source: Int[Tensor, "batch kept"], length: int
 ) -> list[Int[Tensor, " _"]]:
     """Return the slots after a cut for slots `before` it, of tokens that the cut keeps: `source` the other way round.
 
-    `length` counts the slots before the cut; `rows` are the tokens' rows.
+    `length` counts the slots before the cut; `rows` has the row of each image.
     """
     # One column more than there are slots takes in what padding would write.
     after = torch.full((len(source), length + 1), -1, device=source.device)
     slot = torch.arange(source.shape[1], device=source.device).expand_as(source)
     after = after.scatter(1, torch.where(source < 0, length, source), slot)
-    return [after[row, slots] for row, slots in zip(rows, before, strict=True)]
+    return list(after[row_and_slot(rows, before)].split([len(slots) for slots in before]))
 
 
 def look_up(values: Int[Tensor, "rows length"], index: Int[Tensor, "batch kept"]) -> Int[Tensor, "batch kept"]:

@@ -15,6 +15,7 @@ from vlmzip.runtime.in_llm.state import InLLMState
 from vlmzip.runtime.in_llm.step import Step
 from vlmzip.runtime.prompt import PER_TOKEN, gather
 from vlmzip.runtime.report import Report
+from vlmzip.token_map import TokenMap
 
 
 def extend(report: Report, steps: Sequence[Step]) -> Report:
@@ -23,17 +24,37 @@ def extend(report: Report, steps: Sequence[Step]) -> Report:
     Behind one step, `source` follows to the tokens of the last layer.
     """
     maps = [image_maps for step in steps for image_maps in step.maps()]
+    token_maps = _followed([image.token_map for image in report.images], maps)
     images = []
-    for image, image_maps in zip(report.images, maps, strict=True):
-        by_layer, token_map = list(image.by_layer), image.token_map
+    for image, token_map, image_maps in zip(report.images, token_maps, maps, strict=True):
+        by_layer = list(image.by_layer)
         for layer, layer_map in image_maps:
             by_layer[layer:] = [layer_map.lengths[0]] * (len(by_layer) - layer)
-            token_map = token_map and token_map.then(layer_map)
         images.append(replace(image, by_layer=tuple(by_layer), token_map=token_map))
     source, here = report.source, steps[0].here()
     if len(steps) == 1 and source is not None and here is not None:
         source = look_up(source[:, -steps[0].length :], here)
     return replace(report, images=images, source=source)
+
+
+def _followed(
+    token_maps: Sequence[TokenMap | None], later: Sequence[Sequence[tuple[int, TokenMap]]]
+) -> list[TokenMap | None]:
+    """Return the map of each image, followed by those of the layers; images with as many tokens go together."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for image, (token_map, layers) in enumerate(zip(token_maps, later, strict=True)):
+        if token_map is not None:
+            counts = (token_map.group.shape[1], *(layer_map.group.shape[1] for _, layer_map in layers))
+            groups.setdefault(counts, []).append(image)
+    followed: list[TokenMap | None] = [None] * len(token_maps)
+    for images in groups.values():
+        first = [token_map for image in images if (token_map := token_maps[image]) is not None]
+        together = TokenMap.stack(first)
+        for layer in range(len(later[images[0]])):
+            together = together.then(TokenMap.stack([later[image][layer][1] for image in images]))
+        for image, token_map in zip(images, together.split(), strict=True):
+            followed[image] = token_map
+    return followed
 
 
 def loss_behind(in_llm: InLLMState, out: Any, labels: Int[Tensor, "batch length"], arguments: Inputs) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,8 +11,19 @@ from torch import Tensor, nn
 
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.models.recording import attention_rows
-from vlmzip.runtime.in_llm.indices import compact, look_up
+from vlmzip.runtime.in_llm.indices import compact, look_up, row_and_slot
 from vlmzip.runtime.versions import argument
+
+
+class Bounds(NamedTuple):
+    """Columns between which the question about an image lies."""
+
+    image_starts: int
+    """The first token of the image."""
+    image_ends: int
+    """Its last token."""
+    end: int
+    """The last token of the question."""
 
 
 class Question:
@@ -26,40 +37,40 @@ class Question:
         self,
         rows: Sequence[int],
         places: Sequence[Int[Tensor, " _"]],
-        ends: Sequence[int],
+        bounds: Sequence[Bounds],
         real: Bool[Tensor, "batch length"],
     ) -> None:
-        """`rows`, `places`, `ends`: for each image its row, its columns, and the column where its question ends.
+        """`rows`, `places`, `bounds`: for each image its row, its columns, and what its question lies between.
 
         `real` marks what is no padding.
         """
-        self._places, self._ends = places, ends
+        self._bounds = bounds
         self._is_text = real.clone()
-        for row, columns in zip(rows, places, strict=True):
-            self._is_text[row, columns] = False
+        self._is_text[row_and_slot(rows, places)] = False
         self.columns = self._queries(rows)
         """For each row the columns of the text behind its first image, and of the ends of questions; -1: padding."""
 
     def _queries(self, rows: Sequence[int]) -> Int[Tensor, "batch queries"]:
         batch, length = self._is_text.shape
         device = self._is_text.device
-        first = torch.full((batch,), length, device=device)
-        last = torch.full((batch,), -1, device=device)
+        between = [(length, -1)] * batch  # for each row the first token of its images, and the last end of a question
+        for row, bounds in zip(rows, self._bounds, strict=True):
+            first, last = between[row]
+            between[row] = min(first, bounds.image_starts), max(last, bounds.end)
+        firsts, lasts = torch.tensor(between, device=device)[..., None].unbind(1)
+        ends = torch.tensor([(row, bounds.end) for row, bounds in zip(rows, self._bounds, strict=True)], device=device)
         is_end = torch.zeros_like(self._is_text)
-        for row, columns, end in zip(rows, self._places, self._ends, strict=True):
-            is_end[row, end] = True
-            first[row] = torch.minimum(first[row], columns[0])
-            last[row] = last[row].clamp(min=end)
+        is_end[ends.unbind(1)] = True
         column = torch.arange(length, device=device)
-        asks = self._is_text & (column > first[:, None]) & (column <= last[:, None]) | is_end
+        asks = self._is_text & (column > firsts) & (column <= lasts) | is_end
         return compact(asks, pad_right=False)
 
     def about(self, images: Sequence[int], rows: Int[Tensor, " images"]) -> Int[Tensor, "images asking"]:
         """Return which of their row's queries ask about each image, padded with -1 on the left."""
         queries = self.columns[rows]
-        ends = torch.tensor([self._ends[n] for n in images], device=queries.device)[:, None]
-        behind = queries > torch.stack([self._places[n][-1] for n in images])[:, None]
-        asks = behind & (queries <= ends) & self._is_text[rows].gather(1, queries.clamp(min=0))
+        between = [(self._bounds[n].image_ends, self._bounds[n].end) for n in images]
+        lasts, ends = torch.tensor(between, device=queries.device)[..., None].unbind(1)
+        asks = (queries > lasts) & (queries <= ends) & self._is_text[rows].gather(1, queries.clamp(min=0))
         asks |= (queries == ends) & ~asks.any(1, keepdim=True)
         return compact(asks, pad_right=False)
 
