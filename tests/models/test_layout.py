@@ -72,8 +72,8 @@ def test_what_the_llm_does_not_see_can_be_cut_off():
     assert seen.is_seen_whole
     assert [(window.rows, window.cols) for window in windows] == [((0, 2), (0, 2)), ((0, 1), (0, 2)), ((0, 1), (0, 2))]
     assert windows[1].tokens(Grid(1, 2, 2), prefix=1).tolist() == [0, 1, 2]
-    assert seen.as_seen().slots.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, -1]
-    assert seen.as_seen().prefix == 0
+    assert seen.as_seen.slots.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, -1]
+    assert seen.as_seen.prefix == 0
     assert seen.placeholders_of(2).tolist() == [6, 7]
 
 

@@ -49,6 +49,12 @@ class Layout:
         first = 0 if passes_prefix else prefix
         return cls((grid,), torch.arange(first, prefix + grid.size), prefix)
 
+    @classmethod
+    def of_single_views(cls, grids: Sequence[Grid]) -> list[Layout]:
+        """Return the layouts of images of one view each. Images of equal grid share one, and what it has worked out."""
+        layouts = {grid: cls.of_one_view(grid) for grid in dict.fromkeys(grids)}
+        return [layouts[grid] for grid in grids]
+
     @cached_property
     def starts(self) -> list[int]:
         """The number of the first token of each view, and the number of all tokens behind the last."""
@@ -92,7 +98,7 @@ class Layout:
         mine = ((self.slots >= self.starts[view]) & (self.slots < self.starts[view + 1])).nonzero()[:, 0]
         return mine[self.slots[mine].argsort()]
 
-    @property
+    @cached_property
     def passes_prefix(self) -> bool:
         """Whether the LLM sees the tokens before the grids."""
         return self.prefix > 0 and bool(self.has_placeholder[: self.prefix].all())
@@ -105,8 +111,9 @@ class Layout:
             for start, end in zip(self.starts, self.starts[1:], strict=False)
         )
 
+    @cached_property
     def as_seen(self) -> Layout:
-        """Return the layout of the tokens that the LLM sees: without a prefix that has no placeholder."""
+        """The layout of the tokens that the LLM sees: without a prefix that has no placeholder."""
         if self.prefix == 0 or self.passes_prefix:
             return self
         numbers = self.has_placeholder.cumsum(0) - 1

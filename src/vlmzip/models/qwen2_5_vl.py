@@ -65,7 +65,7 @@ class Qwen25VL(ModelAdapter):
         return QwenTower(self.model.model.visual)
 
     def layouts(self, inputs: Mapping[str, Any]) -> list[Layout]:
-        return [Layout.of_one_view(grid) for grid in self.tower.grids(inputs)]
+        return Layout.of_single_views(self.tower.grids(inputs))
 
     def view_pixels(self, inputs: Mapping[str, Any]) -> None:
         return None

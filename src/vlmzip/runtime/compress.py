@@ -131,7 +131,7 @@ def plan_image(layout: Layout, views: Sequence[ViewMap], compressor: Compressor 
         slots,
         left.tolist(),
         outputs=[len(view.anchors) for view in views],
-        left=layout.as_seen() if whole else None,
+        left=layout.as_seen if whole else None,
     )
 
 
