@@ -155,7 +155,7 @@ def test_devices_are_no_files(capsys, folder, device):
 def test_what_is_too_large_for_settings_is_not_read_whole(capsys, folder):
     with Path("weights.yaml").open("wb") as file:
         file.truncate(1 << 40)
-    assert "is larger than any list of settings" in refused(capsys, "train", "weights.yaml")
+    assert "is too large for a configuration" in refused(capsys, "train", "weights.yaml")
 
 
 def test_a_pipe_is_read(folder):

@@ -65,7 +65,7 @@ def test_steps_are_those_of_the_records(explain, settings, counts):
 
 def test_records_that_fill_no_step_are_refused(explain):
     _, err = explain(code=2, steps=None, batch=32)
-    assert err.startswith("vlmzip: batch: 24 records are fewer than the 32 of a step")
+    assert err.startswith("vlmzip: batch: a step needs 32 records, but there are 24")
 
 
 def test_with_steps_given_the_records_need_not_be_there(explain):

@@ -102,7 +102,7 @@ def test_a_budget_below_the_layers_before_is_refused():
         ),
         ({"layer": (4, 2), "stride": 2}, "ascending"),
         ({"layer": (1, 2, 3), "stride": (2, 2)}, "2 strides for 3 layers"),
-        ({"layer": (1, 2), "window": "2d"}, "squares need a grid"),
+        ({"layer": (1, 2), "window": "2d"}, "window='2d' needs a grid"),
     ],
 )
 def test_wrong_settings_are_refused(fields, message):

@@ -155,7 +155,7 @@ def test_more_queries_than_tokens_are_counted_as_such():
     [
         ({"queries": 0}, "queries must be a whole number from 1 to 1,000,000,000, got 0"),
         ({"depth": "two"}, "depth must be a whole number .*, got 'two'"),
-        ({"heads": 5}, "width=768 is no multiple of heads=5"),
+        ({"heads": 5}, "width must be a multiple of heads=5, got 768"),
         ({"seed": -1}, "seed must be a whole number from 0 to .*, got -1"),
         ({"positions": "original"}, "contiguous positions only"),
         ({"site": "post_projector"}, "site must be pre_projector, got 'post_projector'"),
@@ -479,8 +479,8 @@ class Behind(Resampler):
     [
         ((TINY, FastV()), {"positions": "original"}, "qformer has contiguous positions only"),
         ((TINY, FastV(positions="original")), {}, "qformer has contiguous positions only"),
-        ((Downsample(), TINY), {}, "behind smaller images"),
-        ((RandomTokens(), Behind()), {}, "in a chain nothing can come before it"),
+        ((Downsample(), TINY), {}, "after downsample, a chain can compress inside the LLM only"),
+        ((RandomTokens(), Behind()), {}, "must come first in a chain"),
     ],
 )
 def test_chains_that_cannot_be_are_refused(compressors, settings, message):

@@ -65,7 +65,7 @@ def test_a_folder_with_other_files_is_refused_and_not_touched(tmp_path, config, 
     out = tmp_path / "run" / "out"
     (out / name).mkdir(parents=True)
     (out / name / "precious.bin").write_bytes(b"1")
-    with pytest.raises(UserError, match="is of something else; give another folder"):
+    with pytest.raises(UserError, match="is not from a training run; give another folder"):
         begin(out, config())
     assert (out / name / "precious.bin").exists()
 
@@ -135,7 +135,7 @@ def test_an_upgrade_is_noted_and_the_run_resumes(tmp_path, config, name):
 def test_a_version_that_an_earlier_vlmzip_did_not_note_is_reported(tmp_path, config):
     out = begun(tmp_path, config, 2)
     (note,) = RunFolder.begin(out, config(), 24, 6, (), {"torch": "1", "method code": ""}).notes
-    assert note == "not compared, for the run was begun by an earlier vlmzip: torch, method code"
+    assert note == "not compared, because an earlier vlmzip began the run: torch, method code"
 
 
 def test_the_spelling_of_a_path_may_differ(tmp_path, config, monkeypatch):
@@ -151,7 +151,7 @@ def test_another_file_of_the_same_name_is_refused(tmp_path, config, content):
     out = tmp_path / "run" / "out"
     precious = checkpoint(out, 5, whole=False)
     (out / "run.json").write_text(content)
-    with pytest.raises(UserError, match="is of something else"):
+    with pytest.raises(UserError, match="is not from a training run"):
         begin(out, config())
     assert precious.exists()
 
@@ -201,7 +201,7 @@ def test_another_run_is_kept_out(tmp_path, config, monkeypatch):
 
 def test_how_to_go_on(tmp_path, config):
     out = begun(tmp_path, config)
-    assert goes_on(out) == "there is no checkpoint yet; the same command begins anew"
+    assert goes_on(out) == "there is no checkpoint yet; the same command starts again"
     checkpoint(out, 2)
     assert f"goes on from {out / 'checkpoint-2'}" in goes_on(out)
 

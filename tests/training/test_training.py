@@ -319,7 +319,7 @@ def test_ctrl_c_says_how_to_go_on(again, monkeypatch):
 def test_the_plan_of_the_run_is_printed(again):
     _, said = again(steps=2, learn="projector")
     assert re.search(r"\d\.\d of \d\.\d million weights learn, in 2 steps of 4 from 24 records; float32 on cpu", said)
-    assert "afterwards it answers with no_compression" in said
+    assert "the trained model uses no_compression" in said
 
 
 @pytest.mark.slow
@@ -425,7 +425,9 @@ def spoil(start, count):
 def test_where_many_records_would_be_left_out_no_step_is_taken(start, again, settings, said):
     settings = settings if isinstance(settings, dict) else spoil(start, settings)
     out, told = again(code=2, **settings)
-    assert re.search(f"vlmzip: records: .*{said}.*; mend that, or set max_left_out: 100% to train on the rest", told)
+    assert re.search(
+        f"vlmzip: records: .*{said}.*; correct the records, or set max_left_out: 100% to train on the rest", told
+    )
     assert {path.name for path in out.iterdir()} == {".lock", "run.json", "bad_records.jsonl"}
 
 

@@ -1,6 +1,6 @@
-"""The methods: one file, one paper, one class, one name on the command line.
+"""The compression methods. Each has one file, one class and one name on the command line.
 
-To add one, write its file and add one line here.
+To add a method, write its file and add one line here.
 """
 
 from vlmzip.methods.adaptive_visionzip import AdaptiveVisionZip as AdaptiveVisionZip

@@ -1,4 +1,4 @@
-"""Adaptive VisionZip: DFMR says how many tokens an image deserves, VisionZip says which."""
+"""Adaptive VisionZip: DFMR chooses how many tokens each image keeps, VisionZip chooses which ones."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from vlmzip.visual_tokens import Grid, Signal, VisualTokens
 
 @dataclass(frozen=True, kw_only=True)
 class AdaptiveVisionZip(Compressor):
-    """VisionZip with a budget for each image, the one that DFMR's variation would give it.
+    """Run VisionZip with a token count that DFMR chooses for each image.
 
-    Our own combination, in no paper. DFMR (arXiv:2412.08771, in our reading, see `dfmr`) picks each image's factor,
-    and with it a count: 576, 144 or 64 of LLaVA-1.5's 576. VisionZip (arXiv:2412.04467, see `visionzip`) then keeps
-    that many tokens, dominant and contextual. An image of factor 1 is left as it is. Rows get different numbers of
-    tokens.
+    This is our own combination; no paper describes it. DFMR (arXiv:2412.08771, our reading, see `dfmr`) chooses a
+    factor for each image from the variation of its tokens. The factor gives a token count: 576, 144 or 64 of
+    LLaVA-1.5's 576. VisionZip (arXiv:2412.04467, see `visionzip`) then keeps that many dominant and contextual tokens.
+    An image with factor 1 keeps all its tokens. The images of a batch can keep different numbers of tokens.
     """
 
     paper = "our own combination of dfmr and visionzip"
@@ -34,17 +34,17 @@ class AdaptiveVisionZip(Compressor):
     budget_fields = DFMR.budget_fields
 
     tau: Annotated[float, Ge(0)] = DFMR.tau
-    """The deviation from which on a factor is too coarse; set it from images with `calibrate`."""
+    """Use only factors with a deviation below this threshold; set it from images with `vlmzip calibrate`."""
     max_factor: Annotated[int, Ge(1)] = DFMR.max_factor
-    """Side of the largest window that DFMR tries; the smallest count is tokens / max_factor²."""
+    """Side of the largest window that DFMR tries, in tokens; at least tokens / max_factor² tokens remain."""
     normalize: Literal["layer", "l2", "none"] = DFMR.normalize
-    """As DFMR's: features of each token before measuring."""
+    """Normalization of the features before DFMR measures their deviation; see `dfmr`."""
     measure: Literal["features", "pixels"] = DFMR.measure
-    """As DFMR's: what is to vary, features or the image's pixels."""
+    """Measure the deviation of the visual tokens' features or of the image's pixels; see `dfmr`."""
     windows: Literal["mean", "max"] = DFMR.windows
-    """As DFMR's: the "mean" deviation over windows, or their "max"."""
+    """Take the "mean" or the "max" of the deviations of all windows; see `dfmr`."""
     merge: Literal["reference", "mean"] = VisionZip.merge
-    """As VisionZip's: how contextual tokens are merged, as the authors' code or as their paper."""
+    """How VisionZip merges contextual tokens: as in the authors' code, or as in their paper; see `visionzip`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -53,12 +53,12 @@ class AdaptiveVisionZip(Compressor):
 
     @property
     def chooser(self) -> DFMR:
-        """What picks the factors."""
+        """The DFMR compressor that chooses the factors."""
         shared = {field.name for field in dataclasses.fields(DFMR)}
         return DFMR(**{name: getattr(self, name) for name in self.field_names() if name in shared})
 
     def selector(self, count: int) -> VisionZip:
-        """What picks the tokens of images that keep `count`."""
+        """Return the VisionZip compressor for images that keep `count` tokens."""
         return VisionZip(keep=count, merge=self.merge)
 
     def counts_by_factor(self, grid: Grid) -> dict[int, int]:
@@ -73,8 +73,8 @@ class AdaptiveVisionZip(Compressor):
     def assign(self, tokens: VisualTokens) -> TokenMap:
         choice = self.chooser.choose(tokens)
         batch, count, _ = tokens.features.shape
-        whole = TokenMap.identity(batch, count, tokens.features.device)
-        parts = {name: getattr(whole, name).clone() for name in ("group", "weight", "anchor", "length")}
+        identity = TokenMap.identity(batch, count, tokens.features.device)
+        parts = {name: getattr(identity, name).clone() for name in ("group", "weight", "anchor", "length")}
         for number, kept in enumerate(self.counts_by_factor(self.grid_of(tokens)).values()):
             rows = (choice == number).nonzero()[:, 0]
             if len(rows):

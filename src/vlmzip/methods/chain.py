@@ -1,4 +1,4 @@
-"""Several compressors in one model, one after the other: DFMR before the LLM, FastV inside."""
+"""Several compressors in one model, one after another, such as DFMR before the LLM and FastV inside it."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from vlmzip.resampler import Resampler
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Site, VisualTokens
 
-#: The way of a token: a chain follows it.
+#: The sites in the order in which tokens pass them.
 ORDER = tuple(Site)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chain(Compressor):
-    """Let several compressors act, each on what the one before has left.
+    """Run several compressors one after another, each on the tokens that the previous one left.
 
-    Each site and each layer takes one compressor; they are put in the order in which tokens meet them. Behind a
-    compressor that leaves no grid, methods that need one refuse; before one with weights (`qformer`) nothing can act.
-    Our own combination; the papers combine nothing.
+    This is our own combination; the papers use each method alone. A site or LLM layer takes at most one compressor.
+    The compressors are sorted in the order in which tokens pass their sites and layers.
+
+    A method that needs a grid cannot follow a compressor whose tokens lie on none. A compressor with weights
+    (`qformer`) must come first.
     """
 
     paper = "our own combination"
@@ -32,7 +34,7 @@ class Chain(Compressor):
     budget_fields = ("compressors",)
 
     compressors: tuple[Compressor, ...] = (VisionZip(), FastV())
-    """The compressors, such as `(Pool2d(factor=2), FastV(layer=8))`."""
+    """The compressors to run, such as `(Pool2d(factor=2), FastV(layer=8))`."""
 
     def __post_init__(self) -> None:
         stages = [stage for compressor in self.compressors for stage in compressor.stages()]
@@ -43,10 +45,12 @@ class Chain(Compressor):
         for place in places:
             if places.count(place) > 1:
                 where = place[0].value if place[1] is None else f"layer {place[1]}"
-                raise UserError(f"a chain has two compressors at {where}; give each a site or layer of its own")
+                raise UserError(f"a chain has two compressors at {where}; give each a different site or layer")
         sites = {stage.site for stage in stages}
         if Site.PIXELS in sites and sites & {Site.PRE_PROJECTOR, Site.POST_PROJECTOR}:
-            raise UserError("behind smaller images a chain can go on inside the LLM only, for now")
+            raise UserError(
+                f"after {stages[0].name()}, a chain can compress inside the LLM only; choose methods with site=in_llm"
+            )
         for stage in stages:
             if stage.for_training_only:
                 raise UserError(
@@ -54,13 +58,11 @@ class Chain(Compressor):
                 )
         for stage in stages[1:]:
             if isinstance(stage, Resampler):
-                raise UserError(
-                    f"{stage.name()} reads what the encoder puts out: in a chain nothing can come before it"
-                )
+                raise UserError(f"{stage.name()} must come first in a chain: it needs all tokens of the vision encoder")
         positions = {self.positions, *(stage.positions for stage in stages)} - {None}
         if len(positions) > 1:
-            raise UserError("the compressors of a chain ask for different positions; positions are one setting for all")
-        for stage in stages:  # which may refuse the positions of the others
+            raise UserError("the compressors of a chain have different positions; give all of them the same")
+        for stage in stages:  # raises if a compressor does not allow the positions that the others set
             dataclasses.replace(stage, positions=next(iter(positions), None))
         object.__setattr__(self, "compressors", tuple(stages))
         object.__setattr__(self, "positions", next(iter(positions), None))
@@ -75,7 +77,7 @@ class Chain(Compressor):
         return tuple(layer for stage in self.compressors for layer in stage.layers)
 
     def token_count(self, grid: Grid) -> int | None:
-        """Tokens that enter the LLM."""
+        """Return the number of tokens that enter the LLM."""
         for stage in self.compressors:
             if stage.site is not Site.IN_LLM:
                 counts = stage.tokens_by_layer(Profile(grid, layers=1))
@@ -88,30 +90,32 @@ class Chain(Compressor):
         counts = [profile.size] * profile.layers
         reaching = profile
         for stage in self.compressors:
-            own = stage.tokens_by_layer(reaching)
-            if own is None:
+            stage_counts = stage.tokens_by_layer(reaching)
+            if stage_counts is None:
                 return None
             first = min(stage.layers, default=0)
-            counts[first:] = own[first:]
+            counts[first:] = stage_counts[first:]
             if counts[-1] != reaching.size:
                 reaching = Profile(Grid(1, 1, counts[-1]), profile.layers)
         return counts
 
     def at_budget(self, keep: Keep, profile: Profile) -> tuple[Chain, float]:
-        """Fits the first compressor; the others stay as they are set."""
+        """Fit the first compressor to the budget and leave the others unchanged."""
         first, *others = self.compressors
-        wanted = count_to_keep(keep, profile.size) / profile.size
+        target = count_to_keep(keep, profile.size) / profile.size
         best: tuple[float, Chain] | None = None
         for count in range(1, profile.size + 1):
             try:
                 candidate = dataclasses.replace(self, compressors=(first.at_budget(count, profile)[0], *others))
             except BudgetError:
                 continue
-            miss = abs(candidate.reached(profile) - wanted)
+            miss = abs(candidate.reached(profile) - target)
             if best is None or miss < best[0]:
                 best = miss, candidate
-        if best is None or best[0] > 0.5 * wanted:
-            raise BudgetError(f"fitting {first.name()} alone does not bring the chain near {wanted:.1%}")
+        if best is None or best[0] > 0.5 * target:
+            raise BudgetError(
+                f"no setting of {first.name()}, the chain's first compressor, brings the chain near {target:.1%}"
+            )
         return best[1], best[1].reached(profile)
 
     def at_step(self, step: int, salt: int = 0) -> Chain:
@@ -121,7 +125,7 @@ class Chain(Compressor):
         return dataclasses.replace(self, compressors=tuple(stage.placed(profile) for stage in self.compressors))
 
     def assign(self, tokens: VisualTokens) -> TokenMap:
-        raise UserError("a chain acts at several places: attach it to a model")
+        raise UserError("a chain acts at several sites and has no single token map; attach it to a model")
 
     def to_dict(self) -> dict[str, object]:
         return {**super().to_dict(), "compressors": [stage.to_dict() for stage in self.compressors]}

@@ -1,4 +1,4 @@
-"""DFMR: pool plain images by a large factor and images with much detail by a small one, or not at all."""
+"""DFMR: pool plain images by a large factor, and detailed images by a small factor or not at all."""
 
 from __future__ import annotations
 
@@ -19,18 +19,22 @@ from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 @dataclass(frozen=True, kw_only=True)
 class DFMR(Compressor):
-    """Average square windows, with a factor for each image that its own variation decides.
+    """Average square windows of visual tokens, with a window size that depends on the image's detail.
 
-    "Dynamic feature map reduction" of LLaVA-Zip (arXiv:2412.08771). No code of the authors is public and sources of
-    the method's details disagree, so this is our reading. The factor is the largest of 1 to `max_factor` that divides
-    the grid's sides and whose deviation lies below `tau`. The deviation of factor s is the population standard
-    deviation inside each of the non-overlapping s x s windows, averaged over channels and windows. Factor 1 always
-    qualifies (inside windows of one token nothing deviates), so an image with much detail keeps its tokens as they
-    are.
+    This is the dynamic feature map reduction of LLaVA-Zip (arXiv:2412.08771). The authors published no code, and
+    sources disagree about the method's details, so this is our reading:
 
-    Not confirmed by any source, hence fields or choices of ours: whether features or pixels are measured, the
-    normalisation, the averaging over channels, the value of `tau`, and that factor 3 is tried where 2 has failed.
-    LLaVA-1.5's 24 x 24 tokens become 576, 144 or 64. Rows of a batch get different numbers of tokens.
+    1. For each factor s of 1 to `max_factor` that divides both sides of the grid, split the grid into s x s windows.
+    2. The deviation of s is the population standard deviation of each channel inside a window, averaged over channels
+       and then over windows.
+    3. Choose the largest s with a deviation below `tau`. Factor 1 always qualifies, because a single token has no
+       deviation. An image with much detail therefore keeps all its tokens.
+    4. Average each s x s window into one token.
+
+    LLaVA-1.5's 24 x 24 tokens become 576, 144 or 64. The images of a batch can keep different numbers of tokens.
+
+    No source confirms what to measure, the normalization, the mean over windows or the value of `tau`; these are
+    settings. Nor does any source confirm the mean over channels, or that factor 3 is tried even if factor 2 fails.
     """
 
     paper = "arXiv:2412.08771, our reading"
@@ -40,16 +44,16 @@ class DFMR(Compressor):
     budget_fields = ("tau",)
 
     tau: Annotated[float, Ge(0)] = 0.3
-    """The deviation from which on a factor is too coarse. The paper's value is unknown: with this one mini's images
-    get all three factors. For another model or budget set it with `vlmzip calibrate`."""
+    """Use only factors with a deviation below this threshold. The paper's value is unknown. With the default, mini's
+    images get all three factors. Set it for another model or budget with `vlmzip calibrate`."""
     max_factor: Annotated[int, Ge(1)] = 3
     """Side of the largest window, in tokens."""
     normalize: Literal["layer", "l2", "none"] = "layer"
-    """Features of each token before measuring: "layer" to mean 0 and variance 1, "l2" to length 1, "none" as is."""
+    """Scale each token's features before measuring: "layer" to mean 0 and variance 1, "l2" to length 1, "none" not."""
     measure: Literal["features", "pixels"] = "features"
-    """What is to vary: the visual tokens at `site`, or the image's pixels in [0, 1] under the windows' patches."""
+    """Measure the visual tokens at `site`, or the image's pixels in [0, 1] under each window."""
     windows: Literal["mean", "max"] = "mean"
-    """Over windows: their "mean" deviation, or "max", so that one detailed spot suffices to keep tokens."""
+    """Take the "mean" deviation of all windows, or the "max": then one detailed window suffices to keep tokens."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,20 +68,20 @@ class DFMR(Compressor):
         return grid.size if len(self.counts_by_factor(grid)) == 1 else None
 
     def deviations(self, tokens: VisualTokens) -> Float[Tensor, "batch factors"]:
-        """The deviation of every factor beyond 1, ascending; in float32."""
+        """Return the deviation of each factor above 1, in ascending order of factors, in float32."""
         grid = self.grid_of(tokens)
         if self.measure == "pixels":
             values = tokens.pixels.float().permute(0, 2, 3, 1)[:, None]
         else:
             values = self._normalized(tokens.features[:, tokens.prefix :].float()).unflatten(1, tuple(grid))
         side = values.shape[2] // grid.rows
-        found = [self._deviation(values, f * side) for f in self.counts_by_factor(grid) if f > 1]
-        return torch.stack(found, dim=1) if found else values.new_zeros(len(values), 0)
+        deviations = [self._deviation(values, f * side) for f in self.counts_by_factor(grid) if f > 1]
+        return torch.stack(deviations, dim=1) if deviations else values.new_zeros(len(values), 0)
 
     def choose(self, tokens: VisualTokens) -> Int[Tensor, " batch"]:
-        """For each image which of the factors in `counts_by_factor` it gets, counted from 0."""
+        """Return the factor of each image as a 0-based index into `counts_by_factor`."""
         deviations = self.deviations(tokens)
-        qualifies = pad(deviations < self.tau, (1, 0), value=True)  # factor 1 always does
+        qualifies = pad(deviations < self.tau, (1, 0), value=True)  # factor 1 always qualifies
         return (qualifies * torch.arange(qualifies.shape[1], device=qualifies.device)).amax(1)
 
     def assign(self, tokens: VisualTokens) -> TokenMap:

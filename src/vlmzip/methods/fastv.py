@@ -1,4 +1,4 @@
-"""FastV: drop, inside the LLM, the visual tokens that the question attends to least."""
+"""FastV: drop the visual tokens that the question attends to least, inside the LLM."""
 
 from __future__ import annotations
 
@@ -16,13 +16,18 @@ from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 class FastV(BudgetedCompressor):
     """Keep the visual tokens that the last question token attends to most in layer K-1.
 
-    Chen et al., ECCV 2024 (arXiv:2403.06764), section 4: ranking by attention, mean over heads, K=2 and R=50 % as
-    defaults; tokens keep their positions. Differences from the authors' code: every row of a batch is ranked by its own
-    attention (theirs uses the first row's), the image's tokens are ranked image by image, and no attention matrix
-    is made: the one row is computed from the layer's queries and keys, so SDPA and FlashAttention stay on.
+    Chen et al., ECCV 2024 (arXiv:2403.06764), section 4. Visual tokens are ranked by attention, mean over heads. As in
+    the paper, K=2 and half of the tokens (R=50 %) remain by default, and tokens keep their positions.
 
-    Labels decide where an image's question ends: at the token before the first label behind the image. Without labels
-    it ends at the last token of the prompt, which in a conversation with answers is the last answer's.
+    Differences from the authors' code:
+
+    - Each row of a batch is ranked by its own attention; theirs uses the attention of the first row.
+    - Each image of a prompt is ranked separately.
+    - Only the attention row of the last question token is computed, from the layer's queries and keys. SDPA and
+      FlashAttention can stay on.
+
+    With labels, an image's question ends at the token before the first label after the image. Without labels, it ends
+    at the last token of the prompt. In a conversation with answers, that is the last token of the last answer.
     """
 
     paper = "arXiv:2403.06764"
@@ -32,7 +37,7 @@ class FastV(BudgetedCompressor):
 
     site: Site = Site.IN_LLM
     keep: Keep = 0.5
-    """Tokens per image that layer K and those behind it see (int), or a fraction (float, "50%")."""
+    """Tokens per image that layer K and later layers see (int), or a fraction of them (float, "50%")."""
     layer: int = 2
     """K, the first layer that sees fewer tokens, 0-based; at least 1."""
 

@@ -1,4 +1,4 @@
-"""K-means: each image's visual tokens become the means of as many clusters as are wanted."""
+"""K-means: cluster the visual tokens of each image and keep the cluster means."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from vlmzip.keep import A_NINTH, Keep, count_to_keep
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Site, VisualTokens
 
-#: Tokens that are compared with the centroids at a time.
+#: Number of tokens that are compared with the centroids at a time.
 CHUNK = 1024
-#: Squared distances that differ by this share count as equal.
+#: Squared distances that differ by at most this fraction count as equal.
 SAME = 1e-4
 
 
@@ -26,13 +26,16 @@ SAME = 1e-4
 class KMeans(BudgetedCompressor):
     """Cluster the visual tokens of each image and keep the mean of every cluster.
 
-    The K-Means baseline of LLaVolta (arXiv:2406.20092, Table 3: L / S centroids). The authors' code of it is not
-    public; these are our choices. Nothing is drawn at random: centroids start at tokens evenly spaced in raster order,
-    and Lloyd's steps follow. A cluster that is left empty takes the token farthest from its own centroid, so exactly as
-    many tokens come out as are wanted. The means stand in the order of their first members; the member nearest to the
-    mean is the anchor. Tokens outside the grid (CLS) take no part.
+    This is the K-Means baseline of LLaVolta (arXiv:2406.20092, Table 3: L / S centroids). The authors did not publish
+    their code for it, so these are our choices:
 
-    Time grows with tokens times clusters, memory with `CHUNK` times clusters.
+    - Centroids start at tokens that are evenly spaced in raster order. Lloyd's iterations follow. There is no
+      randomness.
+    - An empty cluster takes the token that is farthest from its centroid, so the number of output tokens is exact.
+    - The means are ordered by their clusters' first tokens. A cluster's anchor is its token nearest to the mean.
+    - Tokens outside the grid (CLS) are dropped.
+
+    Time is proportional to tokens times clusters, memory to `CHUNK` times clusters.
     """
 
     paper = "baseline of arXiv:2406.20092"
@@ -42,11 +45,11 @@ class KMeans(BudgetedCompressor):
     keep: Keep = A_NINTH
     """Tokens per image (int), or a fraction of them (float, "25%"): the number of clusters."""
     iterations: Annotated[int, Ge(1)] = 10
-    """Lloyd's steps: assign each token to the nearest centroid, then move the centroids to their members' means."""
+    """Lloyd's iterations: assign each token to the nearest centroid, then move each centroid to its cluster's mean."""
     metric: Literal["euclidean", "cosine"] = "euclidean"
-    """Nearness of features: squared Euclidean distance, of the features as they are or ("cosine") at length 1."""
+    """Squared Euclidean distance between features ("euclidean"), or between features scaled to length 1 ("cosine")."""
     layer: Annotated[int, Ge(0)] = 2
-    """The first LLM layer that sees fewer tokens (site in_llm)."""
+    """K, the first LLM layer that sees fewer tokens, 0-based; used at site in_llm."""
 
     def token_count(self, grid: Grid) -> int:
         return count_to_keep(self.keep, grid.size)
@@ -54,7 +57,7 @@ class KMeans(BudgetedCompressor):
     def assign(self, tokens: VisualTokens) -> TokenMap:
         x = tokens.features[:, tokens.prefix :].float()
         x = normalize(x, dim=-1) if self.metric == "cosine" else x
-        x = x - x.mean(dim=1, keepdim=True)  # distances stay, and what the tokens have in common costs no digits
+        x = x - x.mean(dim=1, keepdim=True)  # distances stay the same; small values lose fewer digits to rounding
         size = x.shape[1]
         clusters = count_to_keep(self.keep, size)
         start = (2 * torch.arange(clusters, device=x.device) + 1) * size // (2 * clusters)
@@ -62,27 +65,27 @@ class KMeans(BudgetedCompressor):
         for _ in range(self.iterations):
             cluster = _fill_empty(*_nearest(x, centroids), clusters)
             centroids = _means(x, cluster, clusters)
-        own = (x - centroids.gather(1, cluster[..., None].expand_as(x))).square().sum(-1)
-        anchor = _first_smallest(own, cluster, clusters)
+        distance = (x - centroids.gather(1, cluster[..., None].expand_as(x))).square().sum(-1)
+        anchor = _first_smallest(distance, cluster, clusters)
         return TokenMap.merge(_in_raster_order(cluster, clusters), anchor=anchor).after_dropping(tokens.prefix)
 
 
 def _nearest(
     x: Float[Tensor, "batch tokens dim"], centroids: Float[Tensor, "batch clusters dim"]
 ) -> tuple[Int[Tensor, "batch tokens"], Float[Tensor, "batch tokens"]]:
-    """The nearest centroid of each token, the first of equals, and its squared distance."""
+    """Return the index of each token's nearest centroid and its squared distance. On a tie, take the first centroid."""
     squares, directions = centroids.square().sum(-1)[:, None], centroids.transpose(1, 2)
-    found = [(squares - 2 * part @ directions).min(dim=-1) for part in x.split(CHUNK, dim=1)]
-    distance = torch.cat([values for values, _ in found], dim=1) + x.square().sum(-1)
-    return torch.cat([indices for _, indices in found], dim=1), distance.clamp(min=0)
+    nearest = [(squares - 2 * part @ directions).min(dim=-1) for part in x.split(CHUNK, dim=1)]
+    distance = torch.cat([values for values, _ in nearest], dim=1) + x.square().sum(-1)
+    return torch.cat([indices for _, indices in nearest], dim=1), distance.clamp(min=0)
 
 
 def _fill_empty(
     cluster: Int[Tensor, "batch tokens"], distance: Float[Tensor, "batch tokens"], clusters: int
 ) -> Int[Tensor, "batch tokens"]:
-    """Gives each empty cluster one token: the one farthest from its centroid, the next empty one the next farthest.
+    """Give each empty cluster one token, starting with the token that is farthest from its centroid.
 
-    The nearest token of each cluster stays with it, so that no cluster becomes empty for another's sake.
+    The nearest token of each cluster never moves, so no other cluster becomes empty.
     """
     batch, tokens = cluster.shape
     stays = _first_smallest(distance, cluster, clusters)
@@ -90,7 +93,7 @@ def _fill_empty(
     filled = torch.zeros(batch, clusters, dtype=torch.bool, device=cluster.device)
     empty = ~filled.scatter(1, cluster, True)
     token = farthest.gather(1, (empty.cumsum(dim=1) - 1).clamp(min=0))
-    # Clusters with members write into a slot behind the tokens that is cut off again.
+    # Only empty clusters take a token. The others write to an extra last column, which is cut off again.
     slot = torch.where(empty, token, tokens)
     number = torch.arange(clusters, device=cluster.device).expand(batch, clusters)
     return torch.cat([cluster, cluster[:, :1]], dim=1).scatter(1, slot, number)[:, :-1]
@@ -99,9 +102,9 @@ def _fill_empty(
 def _first_smallest(
     value: Float[Tensor, "batch tokens"], cluster: Int[Tensor, "batch tokens"], clusters: int
 ) -> Bool[Tensor, "batch tokens"]:
-    """Marks one member of each cluster: the one with the smallest value, of equals the first in raster order.
+    """Mark the member of each cluster with the smallest value. On a tie, mark the first one in raster order.
 
-    Two tokens are equally far from their mean but for rounding, which must not decide: hence the tolerance.
+    The two tokens of a pair are equally far from their mean. The tolerance `SAME` keeps rounding from deciding.
     """
     batch, tokens = value.shape
     least = value.new_full((batch, clusters), torch.inf).scatter_reduce(1, cluster, value, "amin")
@@ -120,7 +123,7 @@ def _means(
 
 
 def _in_raster_order(cluster: Int[Tensor, "batch tokens"], clusters: int) -> Int[Tensor, "batch tokens"]:
-    """The same clusters, numbered by their first members."""
+    """Renumber the clusters by the raster order of their first members."""
     batch, tokens = cluster.shape
     place = torch.arange(tokens, device=cluster.device).expand(batch, tokens)
     first = torch.full((batch, clusters), tokens, device=cluster.device).scatter_reduce(1, cluster, place, "amin")

@@ -1,4 +1,4 @@
-"""LLaVolta's visual context compressor: average pooling along the sequence of visual tokens, inside the LLM."""
+"""LLaVolta's visual context compressor: average pooling of the visual tokens inside the LLM."""
 
 from __future__ import annotations
 
@@ -23,18 +23,20 @@ Stride = Annotated[int, Ge(1)]
 
 @dataclass(frozen=True, kw_only=True)
 class LLaVolta(Compressor):
-    """Average each run of `stride` visual tokens into one, from layer K on.
+    """Average each run of `stride` consecutive visual tokens into one, from layer K on.
 
-    Chen et al., NeurIPS 2024 (arXiv:2406.20092), section 3.2. Runs follow the raster order of one image, so a run of
-    8 is a strip of one row of LLaVA's 24 x 24 grid, and runs cross rows where the stride does not divide them. Each
-    average takes the position of its run's middle token, number (stride - 1) // 2; text keeps its positions.
+    Chen et al., NeurIPS 2024 (arXiv:2406.20092), section 3.2. The tokens of an image are taken in raster order. In
+    LLaVA's 24 x 24 grid a run of 8 tokens lies in one row; a run crosses rows if the stride does not divide 24. Each
+    average gets the position of its run's middle token, index (stride - 1) // 2. Text keeps its positions.
 
-    Several layers are the paper's layer-wise variant (Table 7): each pools what the one before has left.
-    `window="2d"` pools squares of stride x stride tokens instead, which the authors did not try.
+    Several layers give the paper's layer-wise variant (Table 7): each layer pools the tokens that the previous one
+    left. `window="2d"` pools squares of stride x stride tokens instead; the authors did not try this.
 
-    Differences from the authors' code: any number of tokens and images, rows of text alone, ragged batches, padding
-    on either side; positions are exact (theirs are averaged in float16); an image of fewer tokens than the stride
-    becomes one token (theirs vanishes).
+    Differences from the authors' code:
+
+    - Any number of tokens and images, text-only rows, ragged batches and padding on either side work.
+    - Positions are exact; theirs are averaged in float16.
+    - An image with fewer tokens than the stride becomes one token; in their code it vanishes.
     """
 
     paper = "arXiv:2406.20092"
@@ -45,13 +47,13 @@ class LLaVolta(Compressor):
 
     site: Site = Site.IN_LLM
     layer: int | tuple[int, ...] = 2
-    """K, the first layer that sees fewer tokens, 0-based; -1: on the projected tokens, before the LLM; several: 4,8."""
+    """K, the first layer that sees fewer tokens, 0-based; -1 pools projected tokens before the LLM; several: 4,8."""
     stride: Stride | tuple[Stride, ...] = 8
-    """Tokens averaged into one; one number, or one for each layer: 2,4."""
+    """Tokens that are averaged into one: a number for all layers, or a number for each layer: 2,4."""
     window: Literal["1d", "2d"] = "1d"
-    """"1d": runs of tokens in raster order, as the paper; "2d": squares of the grid."""
+    """Pool runs of tokens in raster order ("1d", as the paper does) or squares of the grid ("2d")."""
     last: Literal["drop", "keep"] = "drop"
-    """The last run, where the stride does not divide the tokens: "drop" it as the authors do, or "keep" its mean."""
+    """If the last run is shorter than the stride, "drop" it as the authors do, or "keep" its mean."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -60,16 +62,16 @@ class LLaVolta(Compressor):
         elif self.site == Site.POST_PROJECTOR:
             if self.layer != LLaVolta.layer:
                 raise UserError(
-                    f"layer={self.layer!r} is inside the LLM, site={self.site!s} before it: give one of them"
+                    f"layer={self.layer!r} is inside the LLM, but site={self.site!s} is before it; give only one"
                 )
             object.__setattr__(self, "layer", BEFORE_THE_LLM)
         layers, strides = _several(self.layer), _several(self.stride)
         if not layers or list(layers) != sorted(set(layers)) or (len(layers) > 1 and layers[0] < 1):
-            raise UserError(f"layer={self.layer!r}: give one layer, or several in ascending order")
+            raise UserError(f"layer must be one layer, or several in ascending order, got {self.layer!r}")
         if len(strides) not in (1, len(layers)):
-            raise UserError(f"{len(strides)} strides for {len(layers)} layers: give one, or one for each layer")
+            raise UserError(f"got {len(strides)} strides for {len(layers)} layers; give one stride, or one per layer")
         if len(layers) > 1 and self.window == "2d":
-            raise UserError("squares need a grid, which the first pooling ends: give one layer with window='2d'")
+            raise UserError("window='2d' needs a grid, and none is left after the first layer; give one layer")
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -97,17 +99,17 @@ class LLaVolta(Compressor):
         return counts
 
     def at_budget(self, keep: Keep, profile: Profile) -> tuple[LLaVolta, float]:
-        """The stride that comes nearest, at the layers that are set; at several layers one stride for all."""
+        """Return the configuration with the nearest stride. Layers stay as they are and share one stride."""
         self.check_layers(profile.layers, profile.first_layer)
-        wanted = count_to_keep(keep, profile.size) / profile.size
-        if self.layers and self.layers[0] / profile.layers >= wanted:
+        target = count_to_keep(keep, profile.size) / profile.size
+        if self.layers and self.layers[0] / profile.layers >= target:
             raise BudgetError(
                 f"{self.layers[0]} of {profile.layers} layers see all tokens before llavolta acts: on average more than"
                 f" {self.layers[0] / profile.layers:.1%}"
             )
         strides = range(1, profile.size + 1)
         candidates = [dataclasses.replace(self, stride=stride) for stride in strides]
-        nearest = min(candidates, key=lambda c: (abs(c.reached(profile) - wanted), c.reached(profile)))
+        nearest = min(candidates, key=lambda c: (abs(c.reached(profile) - target), c.reached(profile)))
         return nearest, nearest.reached(profile)
 
     def assign(self, tokens: VisualTokens) -> TokenMap:
@@ -139,7 +141,7 @@ class LLaVolta(Compressor):
 
 
 def _windows(count: int, stride: int, last: str) -> int:
-    """How many windows: the last, partial one counts if it is kept; an image smaller than one window keeps one."""
+    """Return the number of windows. A partial last window counts if it is kept, or if it is the only one."""
     return max(count // stride, 1) if last == "drop" else -(-count // stride)
 
 

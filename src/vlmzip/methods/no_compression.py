@@ -1,4 +1,4 @@
-"""No compression: the model as it is, through the same code path as every method."""
+"""No compression: the unchanged model, run through the same code path as every method."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vlmzip.visual_tokens import Grid, VisualTokens
 
 @dataclass(frozen=True, kw_only=True)
 class NoCompression(Compressor):
-    """Keep every visual token: the baseline of every comparison."""
+    """Keep every visual token. This is the baseline of every comparison."""
 
     changes_nothing = True
 

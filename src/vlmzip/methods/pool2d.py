@@ -1,4 +1,4 @@
-"""Average pooling over square windows of the grid."""
+"""Pool2d: average pooling over square windows of the grid."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from vlmzip.visual_tokens import Grid, Site, VisualTokens
 class Pool2d(Compressor):
     """Average each `factor` x `factor` window of visual tokens into one.
 
-    The fixed-factor baseline of LLaVA-Zip (arXiv:2412.08771), which pools LLaVA-1.5's 24 x 24 tokens by 1, 2 or 3 to
-    576, 144 or 64. Where the factor does not divide the grid, the last windows of a row or column are smaller and
-    their mean is taken over fewer tokens; nothing is dropped.
+    This is the fixed-factor baseline of LLaVA-Zip (arXiv:2412.08771). Factors 1, 2 and 3 pool LLaVA-1.5's 24 x 24
+    tokens to 576, 144 and 64. If the factor does not divide a side of the grid, the last windows of that side are
+    smaller and average fewer tokens. No token is dropped.
     """
 
     paper = "baseline of arXiv:2412.08771"
@@ -36,14 +36,14 @@ class Pool2d(Compressor):
         return grid.frames * _windows(grid.rows, self.factor) * _windows(grid.cols, self.factor)
 
     def at_budget(self, keep: Keep, profile: Profile) -> tuple[Pool2d, float]:
-        wanted, grids = count_to_keep(keep, profile.size), profile.grids
+        target, grids = count_to_keep(keep, profile.size), profile.grids
         sides = range(1, max(max(grid.rows, grid.cols) for grid in grids) + 1)
         counts = {
             factor: sum(dataclasses.replace(self, factor=factor).token_count(grid) for grid in grids)
             for factor in sides
         }
-        # Between two equally near factors take the smaller count: a budget is kept rather than broken.
-        factor = min(counts, key=lambda factor: (abs(counts[factor] - wanted), counts[factor]))
+        # Of two equally near factors take the one with fewer tokens, which stays within the budget.
+        factor = min(counts, key=lambda factor: (abs(counts[factor] - target), counts[factor]))
         nearest = dataclasses.replace(self, factor=factor)
         return nearest, nearest.reached(profile)
 
@@ -54,7 +54,7 @@ class Pool2d(Compressor):
 
 
 def window_of_each(grid: Grid, factor: int, device: torch.device) -> torch.Tensor:
-    """The number of the window that each token of the grid lies in, windows in raster order; shape [grid.size]."""
+    """Return the index of each token's window, with windows in raster order; shape [grid.size]."""
     frame = torch.arange(grid.frames, device=device)[:, None, None]
     row = torch.arange(grid.rows, device=device)[None, :, None] // factor
     col = torch.arange(grid.cols, device=device)[None, None, :] // factor
@@ -63,9 +63,9 @@ def window_of_each(grid: Grid, factor: int, device: torch.device) -> torch.Tenso
 
 
 def output_of_each(tokens: VisualTokens, grid: Grid, factor: int) -> torch.Tensor:
-    """The output token that each token of an image joins, prefix included; shape [prefix + grid.size].
+    """Return the index of the output token that each token joins, -1 for none; shape [prefix + grid.size].
 
-    An image that is not pooled is left as the model has it, with CLS where its LLM gets CLS.
+    Factor 1 gives the model's usual tokens, including the prefix (CLS) if the model passes it to the LLM.
     """
     device = tokens.features.device
     kept = tokens.prefix if factor == 1 and tokens.passes_prefix else 0

@@ -1,4 +1,4 @@
-"""Q-Former: a few learned queries read the visual tokens by cross-attention."""
+"""Q-Former: a few learned queries attend to the visual tokens and replace them."""
 
 from __future__ import annotations
 
@@ -16,23 +16,25 @@ from vlmzip.resampler import Resampler
 from vlmzip.schema import Count, Seed
 from vlmzip.visual_tokens import Grid
 
-#: Spread of the initial weights and queries, BERT's and BLIP-2's.
+#: Standard deviation of the initial weights and queries, as in BERT and BLIP-2.
 INITIAL_SPREAD = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
 class QFormer(Resampler):
-    """Let learned queries read the visual tokens, and give the LLM what they have read. Has to be trained.
+    """Replace the visual tokens with learned queries that attend to them. It must be trained before use.
 
-    Li et al., ICML 2023 (arXiv:2301.12597, section 3.1): self-attention among the queries, cross-attention to the
-    encoder's features (CLS among them) in every `cross_every`-th layer, feed-forward; then one linear layer to the
-    LLM's width in the place of the model's projector. The baseline of LLaVolta (arXiv:2406.20092, Table 4), which
-    gives 105 M parameters and 1024 tokens over 32 layers: 32 queries. The module is transformers' `Blip2QFormerModel`:
-    at the defaults, which are BERT-base's, 105.1 M parameters for BLIP-2's features (width 1408), and 104.8 M with
-    queries and last layer for LLaVA-1.5 (1024 to 4096).
+    Li et al., ICML 2023 (arXiv:2301.12597), section 3.1. Each layer has self-attention among the queries and a
+    feed-forward network. Every `cross_every`-th layer also has cross-attention to the encoder's features, including
+    CLS. A linear layer then maps the queries to the LLM's width; it replaces the model's projector.
 
-    Differences from the authors' code: no dropout; weights are drawn from `seed`, not taken from BERT; no text goes
-    through it.
+    LLaVolta uses a Q-Former as a baseline (arXiv:2406.20092, Table 4) with 105 M parameters and 1024 tokens over 32
+    layers, which means 32 queries. The module here is `Blip2QFormerModel` of transformers with BERT-base's dimensions.
+    It has 105.1 M parameters for BLIP-2's features (width 1408). For LLaVA-1.5 (1024 to 4096) it has 104.8 M, including
+    the queries and the linear layer.
+
+    Differences from the authors' code: there is no dropout, the initial weights are drawn from `seed` instead of copied
+    from BERT, and no text passes through the module.
     """
 
     paper = "arXiv:2301.12597"
@@ -40,7 +42,7 @@ class QFormer(Resampler):
     budget_fields = ("queries",)
 
     queries: Count = 32
-    """Learned queries: the tokens that the LLM gets of each image, or of each of its views, whatever its size."""
+    """Learned queries: the number of tokens that the LLM gets for each image, or each view, whatever its size."""
     depth: Count = 12
     """Layers of the Q-Former."""
     width: Count = 768
@@ -48,14 +50,14 @@ class QFormer(Resampler):
     heads: Count = 12
     """Attention heads."""
     cross_every: Count = 2
-    """Every how many layers, from the first, the queries attend to the visual tokens."""
+    """Cross-attention period: the first layer and every `cross_every`-th layer after it attend to the visual tokens."""
     seed: Seed = 0
     """Seed of the initial weights."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.width % self.heads:
-            raise UserError(f"width={self.width} is no multiple of heads={self.heads}")
+            raise UserError(f"width must be a multiple of heads={self.heads}, got {self.width}")
 
     def token_count(self, grid: Grid) -> int:
         return self.queries
@@ -66,7 +68,7 @@ class QFormer(Resampler):
         return chosen, chosen.reached(profile)
 
     def build(self, in_dim: int, out_dim: int) -> QFormerModule:
-        with torch.device("meta"):  # the constructors would draw from the global generator, for nothing
+        with torch.device("meta"):  # constructors must not draw random numbers from the global generator
             module = QFormerModule(self, in_dim, out_dim)
         module.to_empty(device="cpu")
         module.initialise(torch.Generator().manual_seed(self.seed))
@@ -74,10 +76,10 @@ class QFormer(Resampler):
 
 
 class QFormerModule(nn.Module):
-    """The weights of a Q-Former."""
+    """The module of a Q-Former: queries, transformer layers and the linear layer to the LLM's width."""
 
     def __init__(self, settings: QFormer, in_dim: int, out_dim: int) -> None:
-        from transformers import Blip2QFormerConfig, Blip2QFormerModel  # slow, and few need it
+        from transformers import Blip2QFormerConfig, Blip2QFormerModel  # a slow import that other methods do not need
 
         super().__init__()
         self.queries = nn.Parameter(torch.empty(settings.queries, settings.width))
@@ -97,7 +99,7 @@ class QFormerModule(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
-        """Normal weights, zero biases, norms that change nothing."""
+        """Draw normal weights, and set biases to 0 and layer-norm weights to 1."""
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 parameter.normal_(0, INITIAL_SPREAD, generator=generator)
@@ -106,6 +108,6 @@ class QFormerModule(nn.Module):
 
     def forward(self, features: Float[Tensor, "batch tokens in_dim"]) -> Float[Tensor, "batch queries out_dim"]:
         queries = self.queries.expand(len(features), -1, -1)
-        read = self.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
-        tokens: Tensor = self.to_llm(read)
-        return tokens.to(features.dtype)  # its weights may be kept wider than the model's
+        hidden = self.qformer(query_embeds=queries, encoder_hidden_states=features).last_hidden_state
+        tokens: Tensor = self.to_llm(hidden)
+        return tokens.to(features.dtype)  # these weights can have a higher precision than the model's

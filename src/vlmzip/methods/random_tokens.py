@@ -1,4 +1,4 @@
-"""Random drop: the baseline that every selection must beat."""
+"""Random drop: the baseline that every selection method must beat."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from vlmzip.visual_tokens import Grid, Site, VisualTokens
 class RandomTokens(BudgetedCompressor):
     """Keep a random subset of the visual tokens, in raster order.
 
-    The random-drop baseline of LLaVolta (arXiv:2406.20092, Table 3). The subset depends on `seed` and the number of
-    tokens alone, so an image gets the same answer in any batch, on any device and in any precision; run several seeds
-    to see the spread. The authors draw anew for every batch.
+    This is the random-drop baseline of LLaVolta (arXiv:2406.20092, Table 3). The subset depends only on `seed` and the
+    number of tokens. An image therefore keeps the same tokens in any batch, on any device and in any precision. Run
+    several seeds to see the spread of results. The authors, in contrast, draw a new subset for every batch.
     """
 
     paper = "baseline of arXiv:2406.20092"
@@ -31,9 +31,9 @@ class RandomTokens(BudgetedCompressor):
     keep: Keep = A_NINTH
     """Tokens per image (int), or a fraction of them (float, "25%")."""
     seed: Seed = 0
-    """Seed of the draw."""
+    """Seed of the random subset."""
     layer: int = 2
-    """Inside the LLM: the first layer that sees fewer tokens, 0-based."""
+    """K, the first LLM layer that sees fewer tokens, 0-based; used at site in_llm."""
 
     def at_step(self, step: int, salt: int = 0) -> RandomTokens:
         return dataclasses.replace(self, seed=mixed(self.seed, step, salt))
@@ -44,7 +44,7 @@ class RandomTokens(BudgetedCompressor):
     def assign(self, tokens: VisualTokens) -> TokenMap:
         batch, count, _ = tokens.features.shape
         size = count - tokens.prefix
-        # Drawn on the CPU: other devices have random generators of their own.
+        # Draw on the CPU: with the same seed, other devices draw different numbers.
         order = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed))
         kept = torch.zeros(count, dtype=torch.bool)
         kept[tokens.prefix + order[: count_to_keep(self.keep, size)]] = True

@@ -1,4 +1,4 @@
-"""SparseVLM: inside the LLM, keep what the question's relevant words attend to, and recycle part of the rest."""
+"""SparseVLM: keep the visual tokens that the question's relevant words attend to, and recycle some of the rest."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from vlmzip.keep import Keep, count_to_keep, round_half_up
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Signal, Site, VisualTokens
 
-#: Tokens that are compared with all others at a time.
+#: Number of tokens that are compared with all others at a time.
 CHUNK = 1024
-#: Similarities, and densities' mean squared distances, that differ by this share count as equal.
+#: Similarities, and mean squared distances, that differ by at most this fraction count as equal.
 SAME = 1e-5
-#: What the published schedules were made for: LLaVA-1.5-7B.
+#: Visual tokens and LLM layers of LLaVA-1.5-7B, for which the schedules were published, and the schedules' layers.
 PUBLISHED_TOKENS, PUBLISHED_DEPTH, PUBLISHED_LAYERS = 576, 32, (3, 7, 16)
-#: Tokens kept by attention at each of the three layers, by budget ("v1": SparseVLM 1.5; "v2": SparseVLM+).
+#: Tokens kept by attention at each of the three layers, by version and budget (v1: SparseVLM 1.5; v2: SparseVLM+).
 SCHEDULES = {
     "v1": {192: (300, 200, 110), 128: (303, 110, 36), 96: (238, 48, 26), 64: (66, 30, 17)},
     "v2": {192: (300, 200, 118), 128: (238, 108, 60), 96: (246, 54, 28), 64: (66, 34, 20)},
 }
-#: The share of the pruned tokens that each version recycles.
+#: The fraction of the pruned tokens that each version recycles.
 RECYCLE = {"v1": 0.3, "v2": 0.0}
 
 
@@ -38,29 +38,41 @@ RECYCLE = {"v1": 0.3, "v2": 0.0}
 class SparseVLM(Compressor):
     """Keep the visual tokens that the question's raters attend to, and merge the best of the rest into a few.
 
-    Zhang et al., ICML 2025 (arXiv:2410.04417), section 3. Raters are the question's tokens to which the image's
-    tokens are similar above average, on entering the LLM: softmax over the question of each dot product, mean over the
-    image. At each of several layers a visual token's score is its attention from the raters, mean over them and over
-    heads. The best stay; of the others the next best 30 % (and one more) are recycled: n of them become n // 10 + 1
-    tokens, the means of clusters by density peaks (DPC-KNN), as in the authors' code.
+    Zhang et al., ICML 2025 (arXiv:2410.04417), section 3:
 
-    Layers: the authors score by the attention of layers 2, 6 and 15 and drop behind them, so the first layers that see
-    fewer tokens are 3, 7 and 16. Budgets: theirs are averages over the layers of what each *leaves*, 192.03 tokens in
-    the schedule for 192; what each layer *sees* is 206.5 there, and that is what is reported here. `at_budget` scales
-    a schedule's counts together until that average fits, on the set layers or, in a smaller LLM, on proportional ones.
-    On other grids the published counts are the same shares of the tokens that reach each layer.
+    1. Raters are the question tokens with above-average similarity to the image. Similarity is measured once, on the
+       tokens that enter the LLM: take the dot product of each visual token with each question token, softmax over the
+       question tokens, and average over the visual tokens.
+    2. At each of several layers, a visual token's score is the attention that it gets from the raters, mean over raters
+       and heads. The tokens with the highest scores stay.
+    3. Of the others, the best 30 % plus one are recycled, as in the authors' code. These n tokens are clustered by
+       density peaks (DPC-KNN) and become n // 10 + 1 tokens, the cluster means.
 
-    Differences from the authors' code: any batch size; each image of a prompt is rated on its own, by the text behind
-    it; a merged token stands where its cluster's centre stood (theirs follow the last kept one), and tokens keep their
-    positions (theirs are renumbered in v1, kept in v2); equally dense tokens rank in raster order (theirs get random
-    noise); no raters above the average (a question of one token): the last; keeping all is possible. "v2" stands for
-    counts and no recycling: the corrected attention and the choice of heads of SparseVLM+ are left out. So is the
-    number of tokens by the rank of the attention matrix (section 3.2), which their code has replaced by these counts.
+    **Layers.** The authors score by the attention of layers 2, 6 and 15 and drop tokens after them, so the first layers
+    that see fewer tokens are 3, 7 and 16.
 
-    Labels decide where an image's question ends: at the token before the first label behind the image. Without labels
-    it ends at the last token of the prompt, so answers in the prompt count as question.
+    **Budgets.** The authors average the tokens that each layer *leaves*: 192.03 in the schedule for 192. We report the
+    tokens that each layer *sees*, on average 206.5 in that schedule. `at_budget` scales all counts of a schedule
+    together until this average fits. It uses the layers that are set, or proportional ones in a smaller LLM. On other
+    grids, the published counts become the same fractions of the tokens that reach each layer.
 
-    Memory is linear in an image's tokens; clustering takes time by the square of the recycled ones.
+    Differences from the authors' code:
+
+    - Any batch size works. Each image of a prompt is rated separately, by the text after it.
+    - A merged token takes the place of its cluster's centre; theirs come after the last kept token. Tokens keep their
+      positions; the authors renumber them in v1 and keep them in v2.
+    - Equally dense tokens are ranked in raster order; the authors add random noise.
+    - If no question token is above average (as in a question of one token), the last one is the rater.
+    - Keeping all tokens is possible.
+    - "v2" means the counts of SparseVLM+ without recycling. Its corrected attention and its choice of heads are left
+      out.
+    - Counts do not depend on the rank of the attention matrix (section 3.2); the authors' code uses these fixed counts,
+      too.
+
+    With labels, an image's question ends at the token before the first label after the image. Without labels, it ends
+    at the last token of the prompt, so answers in the prompt count as part of the question.
+
+    Memory is linear in an image's tokens. Clustering time is quadratic in the recycled tokens.
     """
 
     paper = "arXiv:2410.04417"
@@ -73,22 +85,22 @@ class SparseVLM(Compressor):
     schedule: Literal["v1", "v2"] = "v1"
     """The published counts: "v1" with recycling, or "v2" (SparseVLM+) without."""
     budget: int = 192
-    """The schedule for this many of 576 tokens by the authors' count: 192, 128, 96 or 64."""
+    """The authors' average number of tokens, out of 576, which selects the published schedule: 192, 128, 96 or 64."""
     counts: tuple[Keep, ...] | None = None
-    """Instead of published ones: tokens to keep at each layer, or fractions of those that reach it: 300,200,110."""
+    """Tokens to keep at each layer, or fractions of the tokens that reach it, instead of `budget`: 300,200,110."""
     layer: tuple[int, ...] = PUBLISHED_LAYERS
-    """The first layers that see fewer tokens, 0-based, ascending; ranked by the attention of the layers before."""
+    """The first layers that see fewer tokens, 0-based, ascending. Each ranks by the attention of the layer before."""
     recycle: Annotated[float, Ge(0), Le(1)] | None = None
-    """Share of the pruned tokens that is merged and not lost; 0: none. Left out, 0.3 in v1 and none in v2."""
+    """Fraction of the pruned tokens to merge instead of dropping; default 0.3 in v1 and 0 in v2."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("budget", self.budget, map(str, SCHEDULES[self.schedule]))
         if not self.layer or list(self.layer) != sorted(set(self.layer)):
-            raise UserError(f"layer={self.layer!r}: give layers in ascending order, such as 3,7,16")
+            raise UserError(f"layer must be in ascending order, such as 3,7,16, got {self.layer!r}")
         counts = self._published if self.counts is None else self.counts
         if len(counts) != len(self.layer):
-            raise UserError(f"{len(counts)} counts for {len(self.layer)} layers: give one for each")
+            raise UserError(f"got {len(counts)} counts for {len(self.layer)} layers; give one count per layer")
 
     # --- how many ---------------------------------------------------------------------------------------------
 
@@ -105,18 +117,21 @@ class SparseVLM(Compressor):
         return counts
 
     def at_budget(self, keep: Keep, profile: Profile) -> tuple[SparseVLM, float]:
-        """Its counts, all scaled down towards 1 or all up towards the whole image; see the class for the layers."""
-        wanted = count_to_keep(keep, profile.size) / profile.size
-        steps = range(8 * profile.size + 1)  # so fine that counts change one by one
+        """Return the configuration with all counts scaled down towards 1, or up towards the whole image.
+
+        The class docstring says which layers it uses.
+        """
+        target = count_to_keep(keep, profile.size) / profile.size
+        steps = range(8 * profile.size + 1)  # fine enough that each count changes by at most 1 per step
         least = self._scaled(0.0, profile)
-        if wanted < least.reached(profile):
+        if target < least.reached(profile):
             raise BudgetError(
                 f"{least.layer[0]} of {profile.layers} layers see all tokens before sparsevlm acts:"
                 f" on average at least {least.reached(profile):.1%}"
             )
-        above = bisect_right(steps, wanted, key=lambda step: self._scaled(step / steps[-1], profile).reached(profile))
+        above = bisect_right(steps, target, key=lambda step: self._scaled(step / steps[-1], profile).reached(profile))
         near = [self._scaled(step / steps[-1], profile) for step in steps[above - 1 : above + 1]]
-        nearest = min(near, key=lambda candidate: abs(candidate.reached(profile) - wanted))
+        nearest = min(near, key=lambda candidate: abs(candidate.reached(profile) - target))
         return nearest, nearest.reached(profile)
 
     def placed(self, profile: Profile) -> SparseVLM:
@@ -125,7 +140,7 @@ class SparseVLM(Compressor):
 
     @property
     def _published(self) -> tuple[int, ...]:
-        """The tokens that the published schedule keeps at each layer."""
+        """The number of tokens that the published schedule keeps at each layer."""
         return SCHEDULES[self.schedule][self.budget]
 
     @property
@@ -133,7 +148,7 @@ class SparseVLM(Compressor):
         return RECYCLE[self.schedule] if self.recycle is None else self.recycle
 
     def _count(self, layer: int | None, available: int) -> int:
-        """Tokens that stay as they are at a layer; without one, at the first."""
+        """Return how many of the available tokens stay unmerged at `layer`; `None` means the first layer."""
         stage = 0 if layer is None else self.layer.index(layer)
         if self.counts is not None:
             return count_to_keep(self.counts[stage], available)
@@ -143,32 +158,32 @@ class SparseVLM(Compressor):
         return count_to_keep(self._published[stage] / reaching, available)
 
     def _recycled(self, pruned: int) -> tuple[int, int]:
-        """How many of the pruned tokens are recycled, and into how many."""
+        """Return how many of the pruned tokens are recycled, and how many tokens they become."""
         if pruned == 0 or self._recycle == 0:
             return 0, 0
         recycled = min(int(pruned * self._recycle) + 1, pruned)
         return recycled, recycled // 10 + 1
 
     def _left(self, count: int, available: int) -> int:
-        """Tokens behind a layer that keeps `count`."""
+        """Return how many tokens are left if a layer keeps `count`, including the merged ones."""
         return count + self._recycled(available - count)[1]
 
     def _scaled(self, scale: float, profile: Profile) -> SparseVLM:
-        """Counts for the profile's grid at `scale` 1/2; towards 0 they shrink to 1, towards 1 they grow to all."""
+        """Return this compressor with scaled counts: 0 is one token per layer, 0.5 its own counts, 1 all tokens."""
         depth, size = profile.layers, profile.size
         if depth < 2:
-            raise BudgetError("an LLM of one layer has no place inside")
+            raise BudgetError("in-LLM compression needs at least 2 decoder layers")
         counts, left = {}, size
         for layer in self.layer:
             count = self._count(layer, left)
             left = self._left(count, left)
             scaled = 2 * scale * count if scale < 0.5 else count + (2 * scale - 1) * (size - count)
-            if self.layer[-1] >= depth:  # stages that fall on one layer act as the last of them
+            if self.layer[-1] >= depth:  # move layers proportionally; of several that meet, the last one counts
                 layer = min(max(round_half_up(layer * depth / PUBLISHED_DEPTH), 1), depth - 1)
             counts[layer] = max(round_half_up(scaled), 1)
         return dataclasses.replace(self, layer=tuple(counts), counts=tuple(counts.values()))
 
-    # --- which ------------------------------------------------------------------------------------------------
+    # --- which tokens ------------------------------------------------------------------------------------------------
 
     def assign(self, tokens: VisualTokens) -> TokenMap:
         available = tokens.features.shape[1] - tokens.prefix
@@ -192,14 +207,13 @@ class SparseVLM(Compressor):
 
 
 def _raters(tokens: VisualTokens) -> Bool[Tensor, "batch queries"]:
-    """The question's tokens that rate: those to which the image's tokens, on entering the LLM, are similar above
-    average; where none is, the last."""
-    asked, text = tokens.query_mask, tokens.text_features.float().transpose(1, 2)
-    similarity = torch.zeros(asked.shape, device=asked.device)
+    """Mark the raters: the question tokens with above-average similarity to the image, or else the last one."""
+    mask, text = tokens.query_mask, tokens.text_features.float().transpose(1, 2)
+    similarity = torch.zeros(mask.shape, device=mask.device)
     for part in tokens.llm_input.split(CHUNK, dim=1):
-        products = (part.float() @ text).masked_fill(~asked[:, None], -torch.inf)
+        products = (part.float() @ text).masked_fill(~mask[:, None], -torch.inf)
         similarity += products.softmax(dim=-1).sum(dim=1)
-    raters = asked & (similarity > (1 + SAME) * _mean(similarity[..., None], asked))  # rounding must not rate
+    raters = mask & (similarity > (1 + SAME) * _mean(similarity[..., None], mask))  # `SAME` absorbs rounding
     raters[:, -1] |= ~raters.any(dim=1)
     return raters
 
@@ -207,7 +221,7 @@ def _raters(tokens: VisualTokens) -> Bool[Tensor, "batch queries"]:
 def _mean(
     values: Float[Tensor, "batch queries tokens"], chosen: Bool[Tensor, "batch queries"]
 ) -> Float[Tensor, "batch tokens"]:
-    """The mean over the chosen queries of each row."""
+    """Return the mean over the chosen queries of each row."""
     total = values.float().masked_fill(~chosen[..., None], 0.0).sum(dim=1)
     return total / chosen.sum(dim=1, keepdim=True).clamp(min=1)
 
@@ -215,18 +229,18 @@ def _mean(
 def _density_peaks(
     x: Float[Tensor, "batch points dim"], clusters: int
 ) -> tuple[Int[Tensor, "batch points"], Bool[Tensor, "batch points"]]:
-    """The cluster of each point, and which points are the clusters' centres (DPC-KNN; Du et al., 2016).
+    """Return each point's cluster, and a mask of the cluster centres (DPC-KNN; Du et al., 2016).
 
-    A point is dense where its nearest neighbours, as many as there are clusters and itself among them, are near:
-    exp(-mean squared distance). Centres are far from all denser points: those with the largest product of density and
-    distance to the nearest denser one. The others join the nearest centre. Squared distances are means over `dim`;
-    products are compared by their logarithms, where no density rounds to 0.
+    A point's density is exp(-mean squared distance to its `clusters` nearest neighbours, itself included). Centres are
+    the points with the largest product of density and distance to the nearest denser point. The other points join the
+    nearest centre. Squared distances are means over `dim`. Products are compared by their logarithms, because a density
+    can round to 0.
     """
     batch, points, _ = x.shape
     x = x.float()
-    x = x - x.mean(dim=1, keepdim=True)  # distances stay, and what the points have in common costs no digits
+    x = x - x.mean(dim=1, keepdim=True)  # distances stay the same; small values lose fewer digits to rounding
     parts = [d.topk(clusters, largest=False).values.mean(dim=-1) for _, d in _distances(x)]
-    order = _ascending(spread := torch.cat(parts, dim=1))  # densest first: a denser point is an earlier one
+    order = _ascending(spread := torch.cat(parts, dim=1))  # densest first; below, denser points have lower indices
     x, log_density = x.gather(1, order[..., None].expand_as(x)), -spread.gather(1, order)
 
     index = torch.arange(points, device=x.device)
@@ -236,7 +250,7 @@ def _density_peaks(
         nearest.append(d.masked_fill(~denser, torch.inf).amin(dim=-1))
         farthest = torch.maximum(farthest, d.amax(dim=(1, 2)))
     gap = torch.cat(nearest, dim=1)
-    gap[:, 0] = farthest  # the densest point of all
+    gap[:, 0] = farthest  # the densest point has no denser neighbour
     centre = (log_density + gap.log() / 2).argsort(dim=1, descending=True, stable=True)[:, :clusters]
 
     number = torch.arange(clusters, device=x.device).expand(batch, -1)
@@ -248,9 +262,10 @@ def _density_peaks(
 
 
 def _ascending(value: Float[Tensor, "batch points"]) -> Int[Tensor, "batch points"]:
-    """The points by rising value, equal ones in their order.
+    """Return the indices that sort points by ascending value. Equal points keep their order.
 
-    Two points are equally dense where each is the other's nearest; rounding must not decide, hence the tolerance.
+    Two points that are each other's nearest neighbour can be equally dense. The tolerance `SAME` keeps rounding from
+    deciding.
     """
     ordered, order = value.sort(dim=1)
     higher = ordered > (1 + SAME) * torch.cat([ordered[:, :1], ordered[:, :-1]], dim=1)
@@ -261,13 +276,15 @@ def _ascending(value: Float[Tensor, "batch points"]) -> Int[Tensor, "batch point
 def _distances(
     x: Float[Tensor, "batch points dim"], others: Float[Tensor, "batch others dim"] | None = None
 ) -> Iterator[tuple[int, Float[Tensor, "batch chunk others"]]]:
-    """Squared distances from `CHUNK` points at a time, and the number of the first of them, to other points or to all
-    of `x`; means over `dim`."""
+    """Yield, for `CHUNK` points of `x` at a time, the first point's index and their squared distances to `others`.
+
+    Squared distances are means over `dim`. Without `others`, they are distances to all points of `x`.
+    """
     y = x if others is None else others
     squares, directions = y.square().sum(dim=-1)[:, None], y.transpose(1, 2)
     for start in range(0, x.shape[1], CHUNK):
         part = x[:, start : start + CHUNK]
         squared = part.square().sum(dim=-1, keepdim=True) + squares - 2 * part @ directions
         if others is None:
-            squared.diagonal(start, 1, 2).zero_()  # a point lies at itself, whatever was rounded
+            squared.diagonal(start, 1, 2).zero_()  # a point's distance to itself is 0, also after rounding
         yield start, squared.clamp(min=0) / x.shape[-1]

@@ -1,4 +1,4 @@
-"""VisionZip: keep what the vision encoder attends to, merge the rest into a few contextual tokens."""
+"""VisionZip: keep the tokens that the vision encoder attends to, and merge the rest into contextual tokens."""
 
 from __future__ import annotations
 
@@ -19,27 +19,33 @@ from vlmzip.keep import A_NINTH, Keep, count_to_keep, round_half_up
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Signal, VisualTokens
 
-#: Dominant to contextual is 5.4 : 1 in every setting of the paper (54+10, 108+20, 162+30): one contextual in 6.4.
+#: The paper's settings (54+10, 108+20, 162+30) all have 5.4 dominant tokens per contextual token.
 TOKENS_PER_CONTEXTUAL = 6.4
 
 
 @dataclass(frozen=True, kw_only=True)
 class VisionZip(BudgetedCompressor):
-    """Keep the dominant tokens that CLS attends to most, and merge the rest into a few contextual ones.
+    """Keep the dominant tokens that CLS attends to most, and merge the rest into a few contextual tokens.
 
-    Yang et al., CVPR 2025 (arXiv:2412.04467), Algorithms 1 and 2. Dominant tokens (CLS among them) come first, in
-    raster order; then the contextual ones, each an evenly spaced target token of the rest together with the rest tokens
-    whose keys are nearest to the target's (cosine). Encoders without CLS: attention received (paper, A.2).
+    Yang et al., CVPR 2025 (arXiv:2412.04467), Algorithms 1 and 2:
 
-    The paper and the authors' code differ: the paper averages each cluster (`merge="mean"`), the code adds
-    the mean of the assigned tokens to the target (`merge="reference"`, the default: the published numbers are its).
-    Images of several views (LLaVA-NeXT) follow the authors' code: each view by itself; after the base image's tokens
-    come the tiles' dominant patches in the raster order of the whole image, then the CLS of each tile, then the
-    contextual tokens tile by tile; no newlines. Their setting for 320 tokens counts for each view:
-    `VisionZip(dominant=54, contextual=10, whole_views=True)`. A `keep` is shared out over the views.
+    1. Dominant tokens are CLS and the patches with the highest attention from CLS. An encoder without CLS ranks patches
+       by the attention that they receive from all tokens (appendix A.2).
+    2. Of the remaining patches, `contextual` evenly spaced ones become targets. Every other patch joins the target with
+       the nearest key (cosine similarity).
+    3. The output is the dominant tokens in raster order, CLS first, and then one contextual token per target.
 
-    Differences from the authors' code: any batch size; `contextual=0` works; where the attention of two tokens is
-    exactly equal, which of them is dominant may differ.
+    The paper and the authors' code merge differently. The paper averages target and assigned tokens (`merge="mean"`).
+    The code adds the mean of the assigned tokens to the target (`merge="reference"`, the default); the published
+    numbers come from the code.
+
+    Images with several views (LLaVA-NeXT) follow the authors' code: each view is compressed separately. The output is
+    the base image's tokens, the tiles' dominant patches in the raster order of the whole image, the CLS tokens of the
+    tiles, and the contextual tokens tile by tile, without newlines. The authors count tokens per view; their setting
+    for 320 tokens is `VisionZip(dominant=54, contextual=10, whole_views=True)`. A `keep` is shared out over the views.
+
+    Differences from the authors' code: any batch size and `contextual=0` work. If several tokens have exactly the same
+    attention, a different one of them may be dominant.
     """
 
     paper = "arXiv:2412.04467"
@@ -48,16 +54,16 @@ class VisionZip(BudgetedCompressor):
     budget_fields = ("keep", "keep_per_view", "dominant", "contextual")
 
     keep: Keep | None = None
-    """Tokens per image (int) or a fraction (float, "11%"), split 5.4 : 1 into dominant and contextual; else 1/9."""
+    """Tokens per image (int) or a fraction (float, "11%"), split 5.4 : 1 into dominant and contextual; default 1/9."""
     dominant: Annotated[int, Ge(0)] | None = None
-    """Dominant tokens of each view, CLS included; together with `contextual`, instead of `keep`."""
+    """Dominant tokens per view, including CLS. Give it together with `contextual`, instead of `keep`."""
     contextual: Annotated[int, Ge(0)] | None = None
-    """Contextual tokens of each view."""
+    """Contextual tokens per view. Give it together with `dominant`, instead of `keep`."""
     merge: Literal["reference", "mean"] = "reference"
-    """"reference": target + mean of the assigned tokens, as the authors' code; "mean": mean of all, as their paper."""
+    """Target plus mean of the assigned tokens ("reference", the authors' code), or mean of all ("mean", the paper)."""
     whole_views: bool = False
-    """Whether the padding of tiles (LLaVA-NeXT) counts as image, as in the authors' code. By default only tokens that
-    the LLM would see without compression are chosen or merged, so that a budget is spent on the image alone."""
+    """Whether the padding of tiles (LLaVA-NeXT) counts as part of the image, as in the authors' code. By default, only
+    tokens that the LLM would see without compression are kept or merged, so that the budget is spent on the image."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,14 +71,14 @@ class VisionZip(BudgetedCompressor):
         if split != (None, None) and (None in split or self.keep is not None):
             raise UserError("visionzip takes keep alone, or dominant and contextual together")
         if split == (0, 0):
-            raise UserError("dominant and contextual are 0: nothing would be kept; give 1 or more of one of them")
+            raise UserError("dominant and contextual must not both be 0; give at least 1 of one of them")
 
     @property
     def budget(self) -> Keep:
         return A_NINTH if self.keep is None else self.keep
 
     def split(self, size: int) -> tuple[int, int]:
-        """Dominant (with CLS) and contextual tokens out of a grid of `size`."""
+        """Return the numbers of dominant tokens (including CLS) and contextual tokens for `size` grid tokens."""
         if self.dominant is not None and self.contextual is not None:
             return self.dominant, self.contextual
         count = count_to_keep(self.budget, size)
@@ -107,13 +113,15 @@ class VisionZip(BudgetedCompressor):
         count = tokens.features.shape[1]
         dominant, contextual = self.split(count - tokens.prefix)
         is_dominant = _most_attended(tokens.cls_attention, tokens.prefix, dominant)
-        # The rest in raster order: a stable sort puts the tokens that are neither dominant nor CLS first.
+        # rest[b] holds the indices of the tokens that are neither dominant nor prefix. The stable sort of 0s and 1s
+        # puts them first and keeps their raster order.
         taken = is_dominant.clone()
         taken[:, : tokens.prefix] = True
         rest_count = count - tokens.prefix - max(dominant - tokens.prefix, 0)
         rest = taken.to(torch.uint8).argsort(dim=1, stable=True)[:, :rest_count]
         nearest, target = _nearest_target(tokens.keys, rest, contextual)
 
+        # Output tokens: first the dominant ones, then, from index `start`, the contextual ones.
         start = is_dominant.sum(dim=1, keepdim=True)
         group = torch.where(is_dominant, is_dominant.cumsum(dim=1) - 1, -1)
         group = group.scatter(1, rest, torch.where(nearest >= 0, nearest + start, -1))
@@ -124,7 +132,7 @@ class VisionZip(BudgetedCompressor):
     def _weights(
         self, nearest: Int[Tensor, "batch rest"], target: Tensor, contextual: int
     ) -> Float[Tensor, "batch rest"]:
-        """The weight of each rest token in its contextual token."""
+        """Return the weight of each rest token in its contextual token."""
         if contextual == 0:
             return torch.zeros_like(nearest, dtype=torch.float32)
         others = torch.zeros(len(nearest), contextual, device=nearest.device)
@@ -135,7 +143,7 @@ class VisionZip(BudgetedCompressor):
 
 
 def _most_attended(score: Float[Tensor, "batch tokens"], prefix: int, dominant: int) -> Tensor:
-    """Marks the dominant tokens: the prefix (as far as `dominant` reaches), and the patches that score highest."""
+    """Mark `dominant` tokens: first the prefix (CLS), then the patches with the highest scores."""
     top = score[:, prefix:].topk(max(dominant - prefix, 0), dim=1, sorted=False).indices + prefix
     marked = torch.zeros_like(score, dtype=torch.bool).scatter(1, top, True)
     marked[:, : min(prefix, dominant)] = True
@@ -145,9 +153,9 @@ def _most_attended(score: Float[Tensor, "batch tokens"], prefix: int, dominant: 
 def _nearest_target(
     keys: Float[Tensor, "batch tokens key_dim"], rest: Int[Tensor, "batch rest"], contextual: int
 ) -> tuple[Int[Tensor, "batch rest"], Tensor]:
-    """For each rest token the number of its contextual token, and whether it is that one's target.
+    """Return each rest token's contextual token (0-based), and whether the rest token is its target.
 
-    Without contextual tokens the number is -1 everywhere: the rest is dropped.
+    If `contextual` is 0, all indices are -1: the rest is dropped.
     """
     place = torch.arange(rest.shape[1], device=rest.device).expand_as(rest)
     if contextual == 0:

@@ -1,4 +1,4 @@
-"""What a training run is: a YAML file, read once, with every mistake named in a line."""
+"""The configuration of a training run, read from a YAML file. Every mistake gives a one-line error."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from vlmzip.schema import Count
 from vlmzip.training.schedule import Schedule, read_lasting, read_schedule, read_share
 from vlmzip.training.trainer_settings import read_trainer
 
-#: Bytes that a list of settings has at most; a model's weights have more.
+#: The largest size of a configuration file in bytes; a larger file is probably a model's weights.
 LARGEST = 1 << 20
-#: Parts of a model that can learn.
+#: The parts of a model that can learn.
 Part = Literal["projector", "llm", "vision"]
 #: A whole number that may be 0.
 Whole = Annotated[int, Ge(0), Le(10**9)]
-#: A share, and never all.
+#: A fraction below 1.
 BelowOne = Annotated[float, Ge(0), Lt(1)]
-#: What NumPy takes, too.
+#: A seed that NumPy accepts, too.
 NumpySeed = Annotated[int, Ge(0), Le(2**32 - 1)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Low-rank adapters on the LLM's linear layers instead of all its weights."""
+    """Low-rank adapters (LoRA) on the LLM's linear layers, trained instead of all its weights."""
 
     r: Count = 128
-    """Rank."""
+    """Rank of the adapters."""
     alpha: Count = 256
-    """Their scale is alpha / r."""
+    """The adapters are scaled by alpha / r."""
     dropout: BelowOne = 0.05
-    """On what goes into them, while training."""
+    """Dropout probability of the adapters' inputs during training."""
 
     def __post_init__(self) -> None:
         schema.check(self)
@@ -48,93 +48,93 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What is measured during training, with the compressor that the schedule has for afterwards, or another."""
+    """An evaluation during training, with the compressor that the schedule sets for afterwards or with another one."""
 
     every: Count
     """Optimiser steps between two evaluations."""
     task: str = "mini"
-    """As `vlmzip eval --tasks` takes it; one."""
+    """One task, written as for `vlmzip eval --tasks`."""
     limit: Count | None = 200
-    """The first questions of the task."""
+    """Number of questions, from the start of the task."""
     compressor: str | None = None
-    """Instead of the schedule's."""
+    """The compressor to evaluate with, instead of the schedule's for afterwards."""
 
     def __post_init__(self) -> None:
         schema.check(self)
         if self.compressor is not None:
-            read_lasting("evaluation.compressor", self.compressor)  # refuses what is none
+            read_lasting("evaluation.compressor", self.compressor)  # raises for an invalid compressor
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A training run. Paths are as on the command line: from where it is started."""
+    """A training run. Relative paths start from the current directory."""
 
     model: str
     """mini, a checkpoint folder or a hub id."""
     records: str
-    """A file in LLaVA's JSON format."""
+    """The training records: a file in LLaVA's JSON format."""
     out: str
-    """The folder of checkpoints, logs, and of the trained model."""
+    """The folder for checkpoints, logs and the trained model."""
     images: str | None = None
-    """The folder that paths of images start from; default: the records'."""
+    """The folder from which image paths start; default: the folder of the records file."""
     schedule: object = "none"
     """A scheme's name, a compressor, or stages; see docs/training.md."""
     learn: tuple[Part, ...] = ("projector", "llm")
     """Which of projector, llm and vision learn; the rest is frozen. The Q-Former's weights always learn."""
     lora: Lora | None = None
-    """Adapters on the LLM; llm must be among what learns."""
+    """Adapters on the LLM; requires llm in `learn`."""
     fraction: str = "100%"
-    """The share of the records that is used, drawn by `seed`."""
+    """The fraction of the records to use, such as 10%; the records are drawn with `seed`."""
     epochs: Annotated[float, Gt(0)] = 1.0
-    """Times that each record is seen; `steps` counts instead if it is given."""
+    """How often to use each record; ignored if `steps` is set."""
     steps: Count | None = None
     """Optimiser steps."""
     batch: Count = 128
-    """Records in an optimiser step, over all processes."""
+    """Records per optimiser step, over all processes."""
     batch_per_process: Count | None = None
-    """Records in one forward; what is missing to `batch` is accumulated. Default: all of the process's share."""
+    """Records per forward pass; gradients are accumulated up to `batch`. Default: the process's part of `batch`."""
     learning_rate: Annotated[float, Gt(0)] = 2e-5
-    """The highest, of AdamW."""
+    """AdamW's peak learning rate."""
     warmup: BelowOne = 0.03
-    """Share of the steps in which the learning rate rises; after them it falls in a cosine."""
+    """Fraction of the steps in which the learning rate rises; it then falls along a cosine."""
     weight_decay: Annotated[float, Ge(0)] = 0.0
-    """AdamW's, on all weights but biases and those of norms."""
+    """AdamW's weight decay, for all weights except biases and norms."""
     precision: Literal["bf16", "float32"] = "bf16"
-    """bf16: automatic mixed precision, on a CPU too."""
+    """bf16 is automatic mixed precision, also on a CPU."""
     weights: Literal["float32", "bfloat16"] = "float32"
-    """What the model is loaded as, whatever the checkpoint has; bfloat16 for what is frozen under LoRA, say."""
+    """The dtype to load the model in, whatever the checkpoint has; bfloat16 saves memory if LoRA freezes weights."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """transformers' implementation; on a CPU eager may be faster for a small model."""
+    """The attention implementation of transformers; on a CPU, eager can be faster for a small model."""
     gradient_checkpointing: bool = False
-    """Compute layers again in the backward instead of keeping what they put out: less memory, more time."""
+    """Recompute layers in the backward pass instead of storing their outputs: less memory, more time."""
     max_length: Count = 2048
-    """Tokens of a record, visual ones uncompressed; longer records are left out and counted."""
+    """Tokens per record, visual tokens uncompressed; longer records are left out and counted."""
     max_left_out: str = "25%"
-    """The largest share of the records that may be left out, going by some that are read before the first step."""
+    """The largest fraction of the records to leave out, estimated from a sample before the first step."""
     group_by_length: bool = True
-    """Records of like length stand in a batch, so that little is padded."""
+    """Put records of similar length into a batch, so that there is little padding."""
     evaluation: Evaluation | None = None
-    """Questions that are asked during training."""
+    """Evaluation during training."""
     save_every: Count = 500
     """Optimiser steps between checkpoints."""
     checkpoints: Count = 2
-    """How many are kept."""
+    """How many checkpoints to keep."""
     log_every: Count = 10
     """Optimiser steps between lines of the log."""
     workers: Annotated[int, Ge(0), Le(512)] = 0
-    """Processes that read records and images, beside each training process."""
+    """Processes that read records and images, per training process."""
     seed: NumpySeed = 0
-    """Of the order of the records, of those chosen by `fraction`, and of fresh weights."""
+    """Seed of the order of the records, of the choice by `fraction`, and of new weights."""
     sharding: Literal["none", "fsdp"] = "none"
-    """fsdp: several processes share weights, gradients and the optimiser's state out, instead of a copy each."""
+    """fsdp splits weights, gradients and the optimiser's state between processes instead of copying them."""
     text_tokens: Whole = 62
-    """Tokens of text beside an image, for what `--explain` counts; LLaVolta's tables fit 62."""
+    """Text tokens per image that `--explain` assumes; 62 fits LLaVolta's tables."""
     trainer: Mapping[str, object] = field(default_factory=dict)
     """Further settings of transformers' TrainingArguments, such as deepspeed."""
 
     def __post_init__(self) -> None:
         schema.check(self)
-        schedule = self.schedule_for(32)  # refuses what is none, whatever the depth
+        schedule = self.schedule_for(32)  # raises for a schedule that is invalid at any depth
         self._check_what_learns(schedule)
         if not 0 < self.share <= 1:
             raise UserError(f"fraction must be a share of the records such as 10% or 0.1, got {self.fraction}")
@@ -145,15 +145,15 @@ class Config:
     def _check_what_learns(self, schedule: Schedule) -> None:
         trained = [part.trained_weights for stage in schedule.stages for part in stage.compressor.stages()]
         if not self.learn and not any(trained):
-            raise UserError(f"learn: nothing would; give at least one of {', '.join(get_args(Part))}")
+            raise UserError(f"learn must not be empty; give at least one of {', '.join(get_args(Part))}")
         if self.lora is not None and "llm" not in self.learn:
-            raise UserError("lora: adapters are on the LLM; put llm among what learns")
+            raise UserError("lora trains the LLM; add llm to learn")
 
     def _check_trainer(self) -> None:
         if self.trainer.get("fsdp"):
-            raise UserError("trainer: fsdp shares nothing out on a CPU, and says nothing; write sharding: fsdp instead")
+            raise UserError("trainer: transformers ignores fsdp on a CPU; write sharding: fsdp instead")
         if self.sharding != "none" and self.trainer.get("deepspeed"):
-            raise UserError("sharding: fsdp does what trainer: deepspeed does; choose one of them")
+            raise UserError("sharding: fsdp and trainer: deepspeed both split the model; choose one of them")
         self.for_trainer()
 
     def for_trainer(self) -> dict[str, object]:
@@ -161,12 +161,12 @@ class Config:
         return read_trainer(self.trainer, self) if self.trainer else {}
 
     def schedule_for(self, depth: int) -> Schedule:
-        """The schedule for an LLM of that many layers."""
+        """Return the schedule for an LLM of `depth` layers."""
         return read_schedule(self.schedule, depth)
 
     @property
     def share(self) -> Fraction:
-        """Of the records, from 0 to 1."""
+        """Return `fraction` as a number from 0 to 1."""
         return read_share(self.fraction, "fraction:") / (100 if self.fraction.endswith("%") else 1)
 
     @property
@@ -175,19 +175,19 @@ class Config:
         return read_share(self.max_left_out, "max_left_out:") / (100 if self.max_left_out.endswith("%") else 1)
 
     def chosen(self, records: int) -> int:
-        """How many of so many records are used: their `fraction`, rounded, and one at least."""
+        """Return how many of `records` records are used: their `fraction`, rounded, at least 1."""
         return max(1, round(self.share * records))
 
     def steps_for(self, records: int) -> int:
-        """Optimiser steps of a run on a file of so many records: `steps`, or else the whole ones of all epochs.
+        """Return the optimiser steps of a run on a file of `records` records: `steps`, or the steps of all epochs.
 
-        An epoch has as many as the chosen records fill; the rest of them is left over. Raises `UserError` where they
-        do not fill one, or where less than an epoch comes to none.
+        An epoch has as many steps as the chosen records fill; records that do not fill a step are left over. Raises
+        `UserError` if the records do not fill a step, or if a fraction of an epoch has no whole step.
         """
         chosen = self.chosen(records)
         if chosen < self.batch:
             raise UserError(
-                f"batch: {chosen:,} records are fewer than the {self.batch:,} of a step; give a smaller batch or a"
+                f"batch: a step needs {self.batch:,} records, but there are {chosen:,}; give a smaller batch or a"
                 " larger fraction"
             )
         if self.steps is not None:
@@ -195,20 +195,23 @@ class Config:
         in_epoch = chosen // self.batch
         steps = math.floor(Fraction(str(self.epochs)) * in_epoch)
         if steps == 0:
-            raise UserError(f"epochs: {self.epochs:g} of an epoch's {in_epoch:,} steps is none; give more, or steps")
+            raise UserError(
+                f"epochs: {self.epochs:g} of an epoch's {in_epoch:,} steps is less than 1 step; give more epochs, or"
+                " give steps"
+            )
         return steps
 
 
 def read_config(path: Path, changes: Sequence[str] = ()) -> Config:
-    """The run that a YAML file describes, with `changes` such as "steps=100" or "evaluation.every=50".
+    """Read a run from a YAML file and apply `changes` such as "steps=100" or "evaluation.every=50".
 
-    Raises `UserError` for a file that cannot be read, a key that there is not, or a value that cannot be.
+    Raises `UserError` for a file that cannot be read, an unknown key or an invalid value.
     """
     try:
         with open_to_read(path) as file:
             text = file.read(LARGEST + 1)
         if len(text) > LARGEST:
-            raise UserError(f"{str(path)!r} is larger than any list of settings; give a YAML file, see configs/")
+            raise UserError(f"{str(path)!r} is too large for a configuration; give a YAML file, see configs/")
         content = _parse(repr(str(path)), text)
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror or error}") from None
@@ -220,7 +223,10 @@ def read_config(path: Path, changes: Sequence[str] = ()) -> Config:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML's own reader silently takes the last, and half characters."""
+    """A YAML loader that refuses repeated keys and lone surrogates.
+
+    PyYAML's own loader silently takes the last of two equal keys.
+    """
 
     def construct_scalar(self, node: Any) -> Any:
         try:
@@ -235,34 +241,34 @@ class _Loader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                continue  # the reader itself refuses what cannot be a key
+                continue  # PyYAML itself raises for invalid keys
             if key.value in seen:
-                raise UserError(f"{key.value} stands twice, again in line {key.start_mark.line + 1}; keep one of them")
+                raise UserError(f"{key.value} is repeated in line {key.start_mark.line + 1}; keep one of them")
             seen.add(key.value)
         return node
 
 
 def _parse(where: str, text: str | bytes) -> Any:
-    """What YAML says. Raises `UserError`, which begins with `where`, for what is none."""
+    """Parse YAML text. Raises `UserError`, with a message that starts with `where`, for invalid YAML."""
     try:
         return yaml.load(text, _Loader)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
     except RecursionError:
-        raise UserError(f"{where}: too many brackets in one another") from None
+        raise UserError(f"{where} is nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:  # a date of month 13 is a ValueError
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        said = f"{problem} in line {mark.line + 1}" if mark and problem else " ".join(str(error).split())
-        raise UserError(f"{where} is not YAML: {said}") from None
+        reason = f"{problem} in line {mark.line + 1}" if mark and problem else " ".join(str(error).split())
+        raise UserError(f"{where} is not YAML: {reason}") from None
 
 
 def _change(content: dict[str, Any], change: str) -> None:
     key, equals, value = change.partition("=")
     if not equals:
-        raise UserError(f"--set {change!r} is no setting; write key=value")
+        raise UserError(f"--set must be key=value, got {change!r}")
     *outer, last = key.strip().split(".")
     for name in outer:
         content = content.setdefault(name, {})
         if not isinstance(content, dict):
-            raise UserError(f"--set {change!r}: {name} has no settings of its own")
+            raise UserError(f"--set {change!r}: {name} has no settings inside it")
     content[last] = _parse(f"--set {change!r}", value)

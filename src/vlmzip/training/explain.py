@@ -1,4 +1,4 @@
-"""What a schedule costs, before a step is taken: visual tokens, compression ratio and FLOPs of each stage."""
+"""The cost of a schedule, computed without training: visual tokens, compression ratio and FLOPs of each stage."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ from vlmzip.visualize.figure import new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: A bar of at most this height, in percent, has its text above it.
+#: A bar of at most this height, in percent, has its label above it.
 LOW = 20
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """What training in one stage takes for one image and its text."""
+    """The cost of training on one image and its text in one stage."""
 
     compressor: str
     begins: Fraction
     ends: Fraction
     steps: int
     tokens: float | None
-    """Visual tokens of an image, summed over all layers of the LLM; `None` where its content decides."""
+    """Visual tokens of an image, summed over all LLM layers; `None` if they depend on the image's content."""
     of: int
-    """The same without compression."""
+    """The same sum without compression."""
     flops: float | None
-    """Of the LLM's forward, as a share of that without compression; forward and backward together are three times
-    both, so the share is theirs too."""
+    """FLOPs of the LLM's forward pass, as a fraction of those without compression. The backward pass takes twice the
+    forward's FLOPs in both cases, so the fraction also holds for training."""
     printed: tuple[str, ...] = ()
-    """What a paper prints for this stage; the caller adds it."""
+    """Numbers that a paper prints for this stage; the caller adds them."""
 
     @property
     def ratio(self) -> float | None:
-        """Compression ratio (LLaVolta's Eq. 3)."""
+        """Return the compression ratio (LLaVolta's Eq. 3)."""
         return None if self.tokens is None else self.of / self.tokens
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a whole schedule takes; means are over the steps that are run."""
+    """The cost of a whole schedule, as means over its optimiser steps."""
 
     stages: tuple[StageCost, ...]
     tokens: float | None
@@ -59,10 +59,10 @@ class Cost:
 
 
 def explain(schedule: Schedule, adapter: ModelAdapter, steps: int, text_tokens: int) -> Cost:
-    """The cost of a schedule for images at the model's own resolution, each with `text_tokens` tokens of text.
+    """Return the cost of a schedule for images at the model's resolution, each with `text_tokens` text tokens.
 
-    The adapter's model needs no weights: one on the "meta" device does. Raises `UserError` for a stage whose layers the
-    LLM does not have.
+    The adapter's model needs no weights and can be on the "meta" device. Raises `UserError` for a stage whose layers
+    the LLM does not have.
     """
     profile, whole = adapter.profile(), schedule.ends
     plain = prefill_flops(adapter, profile.size + text_tokens)
@@ -71,9 +71,8 @@ def explain(schedule: Schedule, adapter: ModelAdapter, steps: int, text_tokens: 
         by_layer = stage.compressor.cases_by_layer(profile)
         flops = None
         if by_layer is not None:
-            flops = (
-                sum(prefill_flops(adapter, [text_tokens + n for n in one]) for one in by_layer) / len(by_layer) / plain
-            )
+            cases = [prefill_flops(adapter, [text_tokens + n for n in counts]) for counts in by_layer]
+            flops = sum(cases) / len(cases) / plain
         stages.append(
             StageCost(
                 written(stage.compressor, label=True),
@@ -99,15 +98,15 @@ def _mean(values: Sequence[float | None], steps: Sequence[int]) -> float | None:
     return sum(known) / sum(steps) if len(known) == len(values) else None
 
 
-# ---------------------------------------------------------------- to be read
+# ---------------------------------------------------------------- output
 
 
 COLUMNS = ("stage", "progress", "steps", "compressor", "tokens over all layers", "CR", "LLM FLOPs", "paper")
 
 
 def lines(cost: Cost) -> list[list[str]]:
-    """A line for each stage and one for all, in `COLUMNS`."""
-    found = [
+    """Return table rows with the columns `COLUMNS`: one row per stage, and a last one for the whole schedule."""
+    rows = [
         [
             str(number),
             f"{float(stage.begins):.0%} to {float(stage.ends):.0%}",
@@ -122,7 +121,7 @@ def lines(cost: Cost) -> list[list[str]]:
     ]
     total = ["all", "", f"{sum(stage.steps for stage in cost.stages):,}", "", _number(cost.tokens, "{:,.0f}")]
     total += [_number(cost.ratio and 100 * cost.ratio, "{:.2f} %"), _number(cost.flops, "{:.1%}")]
-    return [*found, [*total, ", ".join(cost.printed)]]
+    return [*rows, [*total, ", ".join(cost.printed)]]
 
 
 def _number(value: float | None, form: str) -> str:
@@ -130,7 +129,7 @@ def _number(value: float | None, form: str) -> str:
 
 
 def as_json(cost: Cost) -> dict[str, object]:
-    """The cost with plain numbers; what the images decide is `None`."""
+    """Return the cost as JSON values. Values that depend on the images are `None`."""
     stages = [
         {**dataclasses.asdict(stage), "begins": float(stage.begins), "ends": float(stage.ends), "ratio": stage.ratio}
         for stage in cost.stages
@@ -139,9 +138,9 @@ def as_json(cost: Cost) -> dict[str, object]:
 
 
 def draw_staircase(cost: Cost, title: str) -> Figure:
-    """Visual tokens over the course of training, as a share of those without compression.
+    """Draw the visual tokens over the course of training, in percent of those without compression.
 
-    Stages in which the images decide are hatched over the whole height. Raises `UserError` where matplotlib is not
+    Stages whose count depends on the images are hatched over the whole height. Raises `UserError` if matplotlib is not
     installed.
     """
     figure = new_figure(8, 4)

@@ -1,4 +1,4 @@
-"""The folder of a training run: whose it is, how far it has come, and what is kept when something goes wrong."""
+"""The folder of a training run: its settings, its checkpoints and its lock."""
 
 from __future__ import annotations
 
@@ -27,43 +27,45 @@ from vlmzip.training.config import Config
 from vlmzip.training.trainer import LOG, remove_torn_checkpoints, whole_checkpoints
 from vlmzip.version import __version__
 
-#: What the run was asked to do; a folder without it is none of ours.
+#: The settings of the run; a folder without this file is not the folder of a run.
 ASKED = "run.json"
 #: The folder of the trained model, in the folder of the run.
 MODEL = "model"
-#: Settings that may differ when a run goes on: they do not change what is learned, but for what is drawn by lot.
+#: Settings that may differ when a run is resumed: apart from random choices, they do not change what is learned.
 FREE = {
     "out", "log_every", "save_every", "checkpoints", "workers", "evaluation", "gradient_checkpointing", "sharding",
     "batch_per_process", "text_tokens", "max_left_out",
 }  # fmt: skip
 #: Settings that name files and folders, which can be written in many ways.
 PLACES = {"model", "records", "images"}
-#: What may differ when a run goes on, but is told: a run of days has to survive an upgrade.
+#: Versions that may differ when a run is resumed, with a note: a run of several days must survive an upgrade.
 TOLD = ("code of vlmzip", "torch", "transformers")
-#: What an `OSError` has for its reason where the disk, and nothing else, refuses.
+#: Error numbers of an `OSError` if the disk refuses to write.
 REFUSED = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO}
-#: Seconds that the workers of a run that was killed may take to end.
+#: Seconds that the worker processes of a killed run may take to end.
 PATIENCE = 8
 ERRNO = re.compile(r"\[Errno (\d+)\]")
-#: In the message of `torch.save` where the disk refuses.
+#: Part of the error message of `torch.save` if the disk refuses to write.
 WRITING = "inline_container"
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What a run found in its folder when it began."""
+    """The state of a run's folder when the run starts."""
 
     checkpoint: Path | None
-    """The last whole one, to go on from."""
+    """The last complete checkpoint, to resume from."""
     model: Path
+    """The folder of the trained model."""
     finished: bool
+    """Whether the trained model is saved already."""
     notes: tuple[str, ...] = ()
-    """What may have changed since the run began, and does not keep it from going on."""
+    """Lines about changes since the run began that do not prevent resuming it."""
     hold: BaseFileLock | None = None
-    """Keeps other runs out, as long as it lives; the first process alone has it."""
+    """The lock that keeps other runs out. Only the first process has it."""
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "hold": None}  # what other processes are told
+        return {**self.__dict__, "hold": None}  # a lock cannot be sent to other processes
 
     @classmethod
     def begin(
@@ -75,12 +77,12 @@ class RunFolder:
         bad: Sequence[tuple[int, str]],
         sources: Mapping[str, str] | None = None,
     ) -> RunFolder:
-        """Looks at the folder and, where the run is a new one, makes it ready.
+        """Read the folder of a run, or prepare it for a new run.
 
-        `records` are the usable ones of the file, `bad` those known to be none, `sources` the digests of what it learns
-        from. Raises `UserError` where another run is at work, where the run there was asked for something else or
-        learned from something else, where files lie that are not a run's of ours (nothing of those is touched), or
-        where the disk refuses.
+        `records` is the number of usable records in the file, `bad` lists the invalid ones, and `sources` has the
+        digests of everything that the run learns from. Raises `UserError` if another run is using the folder, if its
+        run has other settings or sources, if it has files that are not from a run (they are not touched), or if the
+        disk refuses to write.
         """
         counts = {"usable records": records, "steps in all": steps}
         try:
@@ -94,7 +96,7 @@ class RunFolder:
         before = _read(out / ASKED)
         theirs = [out / name for name in (MODEL, LOG, BAD) if (out / name).exists()] + list(out.glob("checkpoint-*"))
         if before is None and theirs:
-            raise UserError(f"out: {str(theirs[0])!r} is of something else; give another folder")
+            raise UserError(f"out: {str(theirs[0])!r} is not from a training run; give another folder")
         checkpoint, notes = next(reversed(whole_checkpoints(out)), None), []
         if before is not None and (checkpoint is not None or model.exists()):
             _refuse_changes(out, before, asked)
@@ -111,7 +113,7 @@ class RunFolder:
 
 
 def _hold(out: Path) -> BaseFileLock:
-    """`hold`, for which a run that was killed may leave us waiting: its workers end some seconds after it."""
+    """Lock the folder. Retry for some seconds, because the workers of a killed run end a little later than the run."""
     for _ in range(PATIENCE):
         with contextlib.suppress(UserError):
             return hold(out)
@@ -120,27 +122,27 @@ def _hold(out: Path) -> BaseFileLock:
 
 
 def _written(config: Config) -> dict[str, object]:
-    """The settings as JSON has them."""
+    """Return the settings as JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
 def _read(path: Path) -> dict[str, object] | None:
     if not path.exists():
         return None
-    found = read_json(path, "give another out")
-    if not isinstance(found, dict) or not {"vlmzip", "model", "records"} <= found.keys():
-        raise UserError(f"out: {str(path)!r} is of something else; give another folder")
-    return found
+    settings = read_json(path, "give another out")
+    if not isinstance(settings, dict) or not {"vlmzip", "model", "records"} <= settings.keys():
+        raise UserError(f"out: {str(path)!r} is not from a training run; give another folder")
+    return settings
 
 
 def _refuse_changes(out: Path, before: dict[str, object], asked: dict[str, object]) -> None:
-    # A setting that an older version did not have is none that was changed.
+    # Settings that the older version did not have are not compared.
     compared = [name for name in asked if name in before and name not in FREE and name not in TOLD]
     changed = [name for name in compared if _plain(name, before[name]) != _plain(name, asked[name])]
     if changed:
-        told = ", ".join(f"{name}: {_short(before[name])}, now {_short(asked[name])}" for name in changed[:3])
+        changes = ", ".join(f"{name}: {_short(before[name])}, now {_short(asked[name])}" for name in changed[:3])
         raise UserError(
-            f"out: the run in {str(out)!r} was begun with other settings ({told}); give another out, or the same ones"
+            f"out: the run in {str(out)!r} has other settings ({changes}); give another out, or the same settings"
         )
 
 
@@ -149,14 +151,14 @@ def _plain(name: str, value: object) -> Any:
 
 
 def _notes(before: dict[str, object], asked: dict[str, object]) -> list[str]:
-    """Return lines on what is another than when the run began, or may be."""
+    """Return lines about what has changed, or may have changed, since the run began."""
     changed = [name for name in TOLD if name in asked and name in before and before[name] != asked[name]]
     lines = [
-        f"{name} has changed since the run began ({before[name]}, now {asked[name]}); it goes on with what is here"
+        f"{name} has changed since the run began ({before[name]}, now {asked[name]}); the run goes on with the new one"
         for name in changed
     ]
     if missing := [name for name in asked if name not in before]:
-        lines.append(f"not compared, for the run was begun by an earlier vlmzip: {', '.join(missing)}")
+        lines.append(f"not compared, because an earlier vlmzip began the run: {', '.join(missing)}")
     return lines
 
 
@@ -166,15 +168,15 @@ def _short(value: object) -> str:
 
 
 def goes_on(out: Path) -> str:
-    """How to go on after a stop, in a few words."""
+    """Return a short text that says how to resume the run after a stop."""
     whole = whole_checkpoints(out)
     if not whole:
-        return "there is no checkpoint yet; the same command begins anew"
-    return f"the same command goes on from {whole[-1]}, the last whole checkpoint"
+        return "there is no checkpoint yet; the same command starts again"
+    return f"the same command goes on from {whole[-1]}, the last complete checkpoint"
 
 
 def fill_whole(folder: Path) -> Path:
-    """An empty folder beside `folder`, to be filled and then renamed to it by `take_name`."""
+    """Make an empty folder beside `folder`. Fill it and then rename it to `folder` with `take_name`."""
     unfinished = folder.with_name(f".{folder.name}-unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
@@ -182,7 +184,7 @@ def fill_whole(folder: Path) -> Path:
 
 
 def take_name(unfinished: Path, folder: Path) -> None:
-    """Puts a folder that is whole in the place of what was there; its files are as readable as any new file."""
+    """Replace `folder` with a completely written folder, and give its files the usual read permissions."""
     for path in unfinished.rglob("*"):
         if path.is_file():
             path.chmod(0o644)
@@ -191,11 +193,11 @@ def take_name(unfinished: Path, folder: Path) -> None:
 
 
 def refused_by_disk(error: BaseException) -> str | None:
-    """What a full or read-only disk said; it is an OSError only where Python itself was writing."""
+    """Return why the disk refused to write, or `None` for any other error. Libraries raise other types than OSError."""
     if isinstance(error, OSError) and error.errno in REFUSED:
         return error.strerror or str(error)
-    if isinstance(error, OSError) and (told := ERRNO.search(str(error))) and int(told[1]) in REFUSED:
-        return os.strerror(int(told[1]))  # from a worker process, with all of its traceback
+    if isinstance(error, OSError) and (number := ERRNO.search(str(error))) and int(number[1]) in REFUSED:
+        return os.strerror(int(number[1]))  # from a worker process, whose message contains its traceback
     if isinstance(error, SafetensorError) and "I/O error" in str(error):
         return str(error).rpartition("I/O error: ")[2]
     if isinstance(error, RuntimeError) and WRITING in str(error):

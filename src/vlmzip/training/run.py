@@ -1,4 +1,4 @@
-"""A training run from its configuration to the trained model: what learns, on what, how it is resumed and saved."""
+"""A training run, from its configuration to the saved model."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from vlmzip.training.schedule import Schedule, read_compressor
 from vlmzip.training.sharding import moves_together
 from vlmzip.training.trainer import LOG, JsonLog, Score, Sharded, StagedTrainer, step_of
 
-#: transformers 5.23 has a new name for it, and warns of the old one.
 NAMES = {field.name for field in dataclasses.fields(TrainingArguments)}
+#: transformers 5.23 renames this setting and warns about the old name.
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in NAMES else "gradient_checkpointing"
-#: Records that are read before the first step, to see how many of them can be trained on.
+#: Number of records to read before the first step, to estimate how many can be used.
 SAMPLE = 64
-#: Steps, evenly spaced, at which a schedule of the learning rate is tried: each one of a run that has no more.
+#: Number of evenly spaced steps at which to try a learning-rate schedule; shorter runs try every step.
 TRIED = 1000
-#: Steps that a run is tried with where its number of epochs is known alone.
+#: Number of steps to try a run with if only its epochs are known.
 MANY_STEPS = 10**6
 
 
@@ -56,13 +56,13 @@ def train(
     tell: Callable[[str], None],
     score: Score | None = None,
 ) -> Path:
-    """Trains `model` as `config` says and saves it with the compressor for afterwards; returns its folder.
+    """Train `model` as configured, save it with the schedule's compressor for afterwards, and return its folder.
 
-    `score` measures the model during the run, where the configuration asks for an evaluation.
+    `score` evaluates the model during the run if the configuration has an evaluation.
 
-    A run that was stopped goes on from its last whole checkpoint; one that is finished is left as it is. Raises
-    `UserError` for what cannot be trained, for a folder that another run or something else has written into, and where
-    the disk refuses; what was saved before stays.
+    A stopped run continues from its last complete checkpoint. A finished run is left as it is. Raises `UserError` for a
+    model or setting that cannot be trained, for a folder that another run or another program has written to, and if
+    writing to the disk fails. Earlier checkpoints stay.
     """
     if config.evaluation is not None and score is None:
         raise UserError("evaluation: train needs a score, such as vlmzip.lab.score.TaskScore")
@@ -79,11 +79,11 @@ def train(
     _check_stages(compressed, schedule, trainer.evaluated_with)
     if config.lora is not None and not trainer.sharded and moves_together(compressed):
         raise UserError(
-            "lora: ZeRO-3 holds weights in parts that nothing is merged into; take ZeRO-2 or sharding: fsdp"
+            "lora: adapters cannot be merged into the split weights of ZeRO-3; use ZeRO-2 or sharding: fsdp"
         )
     folder = processes.from_first(lambda: RunFolder.begin(out, config, len(records), steps, records.bad, sources))
     if folder.finished:
-        tell(f"this run is finished, nothing is left to do; for another one give another out than {config.out!r}")
+        tell(f"this run is finished; to start a new one, give a different out than {config.out!r}")
         return folder.model
     tell(_about(compressed, config, steps, len(examples), trainer.args.device))
     if records.bad:
@@ -104,30 +104,30 @@ def train(
             tell(f"stopped; {goes_on(out)}")
         raise
     except Exception as error:
-        if (said := refused_by_disk(error)) is None:
+        if (reason := refused_by_disk(error)) is None:
             raise
-        raise UserError(f"cannot write into {str(out)!r}: {said}; {goes_on(out)}") from None
+        raise UserError(f"cannot write into {str(out)!r}: {reason}; {goes_on(out)}") from None
     if trainer.args.should_save:
         for reason, count in count_bad(out / BAD).most_common():
             tell(f"{count:,} of {len(records) + len(records.bad):,} records left out: {reason}")
-        tell(f"afterwards it answers with {spec.write(schedule.afterwards)}")
+        tell(f"the trained model uses {spec.write(schedule.afterwards)}")
     return folder.model
 
 
 def _about(compressed: CompressedModel, config: Config, steps: int, records: int, device: torch.device) -> str:
-    """A line on what is going to be trained, and how."""
+    """Return a line that describes the run: weights, steps, records, precision and device."""
     sizes = [(weights.numel(), weights.requires_grad) for weights in compressed.parameters()]
-    learn, of = sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
+    learn, total = sum(size for size, learns in sizes if learns), sum(size for size, _ in sizes)
     return (
-        f"{learn / 1e6:,.1f} of {of / 1e6:,.1f} million weights learn, in {steps:,} steps of {config.batch:,} from"
+        f"{learn / 1e6:,.1f} of {total / 1e6:,.1f} million weights learn, in {steps:,} steps of {config.batch:,} from"
         f" {records:,} records; {config.precision} on {device}"
     )
 
 
 def _look_at(examples: Examples, config: Config) -> str:
-    """Return what is wrong with some of the records, or nothing. Raises `UserError` where too many are left out.
+    """Return a line about records that are left out, or "". Raises `UserError` if too many are left out.
 
-    Those that are no records at all count as well: they are known from reading the file.
+    Invalid records, which are known from reading the file, count as left out.
     """
     looked, reasons, first = examples.look_at(SAMPLE)
     for _, reason in examples.records.bad:
@@ -137,18 +137,18 @@ def _look_at(examples: Examples, config: Config) -> str:
     share = (known + records * bad / looked) / (records + known)
     if not share:
         return ""
-    found = ", ".join(f"{count} {reason}" if count else reason for reason, count in reasons.most_common(4))
+    problems = ", ".join(f"{count} {reason}" if count else reason for reason, count in reasons.most_common(4))
     if share <= config.most_left_out:
-        return f"{bad} of {looked} records looked at are left out: {found}" if bad else ""
+        return f"{bad} of {looked} records looked at are left out: {problems}" if bad else ""
     raise UserError(
         f"records: about {share:.0%} of them are left out, more than max_left_out, {config.max_left_out}; of {looked}"
-        f" looked at: {found}{f' ({first})' if first and first not in reasons else ''}; mend that"
+        f" looked at: {problems}{f' ({first})' if first and first not in reasons else ''}; correct the records"
         + ("" if share == 1 else ", or set max_left_out: 100% to train on the rest")
     )
 
 
 def _check_stages(compressed: CompressedModel, schedule: Schedule, evaluated_with: Compressor) -> None:
-    """Raises `UserError` now, not in the middle of the run, for a compressor that the model cannot be switched to."""
+    """Raise `UserError` before the run starts if the model cannot switch to one of its compressors."""
     first = compressed.compressor
     for compressor in (*(stage.compressor for stage in schedule.stages), schedule.afterwards, evaluated_with):
         compressed.switch(compressor)
@@ -161,7 +161,7 @@ def _run(trainer: StagedTrainer, checkpoint: Path | None, steps: int) -> None:
         return
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except UserError as error:  # one from a worker process has all of its traceback in the message
+    except UserError as error:  # an error from a worker process contains its traceback in the message
         raise UserError(str(error).strip().rpartition("UserError: ")[2]) from None
 
 
@@ -174,16 +174,18 @@ def make_trainer(
     steps: int,
     score: Score | None = None,
 ) -> StagedTrainer:
-    """The trainer for a façade; the compressor that it evaluates with is the schedule's for afterwards, or another."""
-    asked = config.evaluation
-    evaluated_with = read_compressor(asked.compressor) if asked and asked.compressor else schedule.afterwards
+    """Make the trainer for a façade. It evaluates with the compressor for afterwards, or the evaluation's own one."""
+    evaluation = config.evaluation
+    evaluated_with = (
+        read_compressor(evaluation.compressor) if evaluation and evaluation.compressor else schedule.afterwards
+    )
     sharded = config.sharding != "none" and Processes().count > 1
     settings: dict[str, Any] = {
-        "score": score if asked else None,
+        "score": score if evaluation else None,
         "lengths": examples.lengths(adapter.profile().size) if config.group_by_length else None,
         "args": arguments(config, steps),
         "train_dataset": examples,
-        "eval_dataset": examples if asked else None,  # only so that Trainer evaluates; `score` has questions of its own
+        "eval_dataset": examples if evaluation else None,  # makes Trainer evaluate; `score` asks other questions
         "data_collator": Collator(pad_id(adapter), examples.conversations.blank()),
         "callbacks": [JsonLog(Path(config.out) / LOG, schedule), *([Sharded()] if sharded else [])],
     }
@@ -196,12 +198,12 @@ def make_trainer(
     except OSError as error:
         raise UserError(f"out: cannot write into {config.out!r}: {error.strerror or error}") from None
     except (RuntimeError, ImportError, TypeError, ValueError) as error:
-        # A setting of `trainer` needs what is not there, or has a value that cannot be.
+        # A setting under `trainer` needs something that is not installed, or has an invalid value.
         raise UserError(f"trainer: {' '.join(str(error).split())[:200]}") from None
 
 
 def _try_optimiser(args: Any, model: Any, steps: int) -> None:
-    """Raise what Trainer would raise later, when the run has begun, for its optimiser or learning rate."""
+    """Raise now what Trainer would raise during the run for a bad optimiser or learning-rate schedule."""
     try:
         _try_optimiser_step(args, model)
     except (ArithmeticError, AttributeError, TypeError, ValueError, RuntimeError) as error:
@@ -212,78 +214,75 @@ def _try_optimiser(args: Any, model: Any, steps: int) -> None:
 
 
 def _try_optimiser_step(args: Any, model: Any) -> None:
-    made, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
-    if isinstance(made, type) and not settings.keys() & {
-        "params",
-        "model",
-        "optimizer_dict",
-    }:  # else of this very model
+    optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    needs_model = settings.keys() & {"params", "model", "optimizer_dict"}
+    if isinstance(optimizer, type) and not needs_model:
         weights = torch.zeros(64, 64, device=args.device, requires_grad=True)
         weights.grad = torch.zeros_like(weights)
-        made([weights], **settings).step()
+        optimizer([weights], **settings).step()
 
 
 def _try_schedule(args: Any, steps: int) -> None:
-    """Raise `ValueError` for a schedule that cannot be made, or that gives a step no learning rate."""
+    """Raise `ValueError` for an invalid learning-rate schedule, or one without a valid rate at some step."""
     name, kwargs, warmup = args.lr_scheduler_type.value, args.lr_scheduler_kwargs, args.get_warmup_steps(steps)
-    given = f"lr_scheduler_type {name} with lr_scheduler_kwargs {kwargs or {}}"
+    label = f"lr_scheduler_type {name} with lr_scheduler_kwargs {kwargs or {}}"
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
     try:
         schedule = get_scheduler(name, stand_in, warmup, steps, kwargs)
-        assert isinstance(schedule, LambdaLR)  # as all are that a run can have
+        assert isinstance(schedule, LambdaLR)  # true for all schedules that a run can have
         (factor_at,) = schedule.lr_lambdas
         marks = {warmup - 1, warmup, warmup + 1, steps - 1, steps, *range(0, steps, steps // TRIED or 1)}
         factors = {step: factor_at(step) for step in sorted(marks) if 0 <= step <= steps}
-    except Exception as error:  # each schedule refuses in its own way
-        raise ValueError(f"{given}: {error}") from error
+    except Exception as error:  # schedules raise errors of any type
+        raise ValueError(f"{label}: {error}") from error
     for step, factor in factors.items():
         if not (isinstance(factor, int | float) and 0 <= factor < math.inf):
-            raise ValueError(f"{given}: step {step:,} would have {factor!r} times the learning rate")
+            raise ValueError(f"{label}: step {step:,} would have {factor!r} times the learning rate")
 
 
 def try_out(config: Config) -> None:
-    """Raise `UserError` for settings under `trainer` that this machine has not got what they need for.
+    """Raise `UserError` for settings under `trainer` that cannot work on this machine, such as a missing package.
 
-    It needs no model, so that nothing large is loaded for a run that could not begin.
+    This check needs no model, so it runs before a large model is loaded.
     """
-    given = dict(config.trainer)
-    if not given:
+    settings = dict(config.trainer)
+    if not settings:
         return
-    if given.pop("deepspeed", None) and find_spec("deepspeed") is None:
+    if settings.pop("deepspeed", None) and find_spec("deepspeed") is None:
         raise UserError("trainer: deepspeed is not installed: pip install deepspeed")
-    args = arguments(dataclasses.replace(config, trainer=given), steps := config.steps or MANY_STEPS)
+    args = arguments(dataclasses.replace(config, trainer=settings), steps := config.steps or MANY_STEPS)
     try:
-        if "optim_target_modules" not in given:  # those that name parts of the model are tried with the model
+        if "optim_target_modules" not in settings:  # an optimiser that names parts of the model is tried with the model
             _try_optimiser(args, nn.Linear(2, 2), steps)
         for callback in get_reporting_integration_callbacks(args.report_to):
             callback()
         if args.torch_compile:
             _try_compiling(args)
-    except Exception as error:  # each package refuses in its own way
+    except Exception as error:  # packages raise errors of any type
         raise UserError(f"trainer: {' '.join(str(error).split())[:300] or type(error).__name__}") from None
 
 
 def _try_compiling(args: TrainingArguments) -> None:
-    how: Any = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
-    TorchDynamoPlugin(**how)  # checks the name, as accelerate will
-    compressed = nn.Linear(2, 2).to(args.device)
-    torch.compile(compressed, **how)(torch.zeros(1, 2, device=args.device)).sum().backward()
+    options: Any = {"backend": args.torch_compile_backend, "mode": args.torch_compile_mode}
+    TorchDynamoPlugin(**options)  # checks the backend's name as accelerate will
+    module = nn.Linear(2, 2).to(args.device)
+    torch.compile(module, **options)(torch.zeros(1, 2, device=args.device)).sum().backward()
 
 
 def arguments(config: Config, steps: int) -> TrainingArguments:
-    """The configuration in transformers' words, for so many optimiser steps.
+    """Return the configuration as TrainingArguments for a run of `steps` optimiser steps.
 
-    Raises `UserError` for a batch that processes cannot share evenly, and for what transformers refuses.
+    Raises `UserError` if the processes cannot share the batch evenly, or if transformers refuses a setting.
     """
     processes = Processes().count
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        raise UserError("accelerate's FSDP was asked for; write sharding: fsdp into the configuration instead")
+        raise UserError("accelerate's FSDP is not supported; write sharding: fsdp into the configuration instead")
     if config.batch % processes:
-        raise UserError(f"batch: {config.batch} records cannot be shared evenly by {processes} processes")
+        raise UserError(f"batch must be a multiple of the {processes} processes, got {config.batch}")
     share = config.batch // processes
     at_once = config.batch_per_process or share
     if share % at_once:
-        raise UserError(f"batch_per_process: {at_once} does not divide each process's {share} records of a step")
+        raise UserError(f"batch_per_process must divide the {share} records per process and step, got {at_once}")
     settings: dict[str, Any] = {
         "output_dir": config.out,
         "per_device_train_batch_size": at_once,
@@ -297,9 +296,9 @@ def arguments(config: Config, steps: int) -> TrainingArguments:
         CHECKPOINTING: config.gradient_checkpointing,
         "logging_steps": config.log_every,
         "logging_first_step": True,
-        "logging_nan_inf_filter": False,  # it writes 0 where there is no number any more
+        "logging_nan_inf_filter": False,  # the filter would log a NaN loss as 0
         "save_steps": config.save_every,
-        "save_total_limit": None,  # the trainer of ours removes old ones when the new one is whole
+        "save_total_limit": None,  # our trainer removes an old checkpoint only when the new one is complete
         "eval_strategy": "steps" if config.evaluation else "no",
         "eval_steps": config.evaluation.every if config.evaluation else None,
         "dataloader_num_workers": config.workers,
@@ -312,24 +311,25 @@ def arguments(config: Config, steps: int) -> TrainingArguments:
     try:
         return TrainingArguments(**{**settings, **config.for_trainer()})
     except (TypeError, ValueError, ImportError, RuntimeError) as error:
-        said = " ".join(str(error).split())
-        if "ddp_backend" in config.trainer and "process group has not been initialized" in said:
+        reason = " ".join(str(error).split())
+        if "ddp_backend" in config.trainer and "process group has not been initialized" in reason:
             backend = config.trainer["ddp_backend"]
-            said = f"ddp_backend: {backend} needs several processes; start the run with torchrun, or leave it out"
-        raise UserError(f"trainer: {said}") from error
+            reason = f"ddp_backend: {backend} needs several processes; start the run with torchrun, or leave it out"
+        raise UserError(f"trainer: {reason}") from error
 
 
 def _sources(records: Records, model: nn.Module, processor: Processor, schedule: Schedule) -> dict[str, str]:
-    """Return what a run learns from, and starts from, beside its settings. Images are too many to be looked at."""
-    found = of_model(model, processor)
-    weights = found.pop("weights")
-    for name in ("attention", "dtype", "device"):  # two are settings; a run may go on elsewhere
-        del found[name]
-    methods = [of_method_code(one) for one in (*(stage.compressor for stage in schedule.stages), schedule.afterwards)]
+    """Return digests of the records file, the base model and the code. Images are not hashed: there are too many."""
+    digests = of_model(model, processor)
+    weights = digests.pop("weights")
+    for name in ("attention", "dtype", "device"):  # two are settings; a run may continue on another device
+        del digests[name]
+    compressors = (*(stage.compressor for stage in schedule.stages), schedule.afterwards)
+    methods = [of_method_code(compressor) for compressor in compressors]
     return {
         "records file": of_files([records.path]),
         "base model": weights,
-        **found,
+        **digests,
         "code of vlmzip": of_code("training"),
         "method code": of_json(methods) if any(methods) else "",
     }
@@ -344,7 +344,7 @@ def _examples(config: Config, records: Records, processor: Processor, adapter: M
 
 
 def _subset(count: int, config: Config) -> Sequence[int]:
-    """The records that are used, in the order of the file."""
+    """Return the indices of the records to use, in the order of the file."""
     if config.share == 1:
         return range(count)
     return sorted(random.Random(config.seed).sample(range(count), config.chosen(count)))
@@ -358,14 +358,14 @@ def _with_lora(model: nn.Module, lora: Lora | None) -> nn.Module:
     except ImportError:
         raise UserError("lora needs peft: pip install 'vlmzip[train]'") from None
     on_llm = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-    wanted = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=on_llm)
-    return get_peft_model(model, wanted)
+    lora_config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=on_llm)
+    return get_peft_model(model, lora_config)
 
 
 def _choose_what_learns(
     compressed: CompressedModel, adapter: ModelAdapter, learn: Sequence[str], lora: Lora | None
 ) -> None:
-    """Freezes everything but the parts that learn, and what compression has of its own."""
+    """Freeze the model except for the parts that learn. A compressor's own weights always learn."""
     for name, parameter in compressed.inner.named_parameters():
         parameter.requires_grad_(lora is not None and "lora_" in name)
     if lora is None:
@@ -382,9 +382,9 @@ def _save(
     folder: Path,
     state: dict[str, object] | None = None,
 ) -> None:
-    """The model as transformers alone loads it, LoRA merged into it, with the compressor and the processor.
+    """Save the model, the compressor and the processor. LoRA adapters are merged, so transformers can load the model.
 
-    `state` is the façade's state dict, where its parameters are not its own.
+    `state` is the façade's state dict if its parameters are sharded.
     """
     compressed.switch(compressor)
     if hasattr(compressed.inner, "merge_and_unload"):
