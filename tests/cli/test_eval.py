@@ -241,7 +241,7 @@ MISTAKES = [
     (["--limit", "some"], "invalid int value"),
     (["--out", "{folder}/a.png"], "is a file; give a folder"),
     (["--method", "visionzip"], "did you mean '--methods'"),
-    (["--tasks", "{folder}:exact", "--calibrate-on", "{folder}"], "holds images that are asked about"),
+    (["--tasks", "{folder}:exact", "--calibrate-on", "{folder}"], "has images with questions in the task"),
     (["mini"], "unexpected argument 'mini'"),
 ]
 
@@ -315,5 +315,5 @@ def test_thresholds_come_from_the_users_images_for_every_task(tmp_path, task):
     calibration = read_task(task, 2, str(tmp_path)).calibration
     assert calibration.about == f"the 4 images of {tmp_path}"
     assert [Path(path).stem for path in calibration.images()] == ["0", "1", "2", "3"]
-    with pytest.raises(UserError, match="is no folder of images"):
+    with pytest.raises(UserError, match="must be a folder of images"):
         read_task(task, 2, str(tmp_path / "none"))

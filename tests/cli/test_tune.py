@@ -186,7 +186,7 @@ def test_the_table_says_what_is_certain_and_what_is_not(tune, checkpoint, tmp_pa
     assert rows[0]["method"] == "no_compression"
     assert sum(row["fate"] == "chosen" for row in rows) == 1
     assert {row["detail"] for row in rows if row["method"] == "dfmr"} == {
-        "its threshold has to be set from images that are not asked about: name them, --calibrate-on FOLDER"
+        "its threshold must be set from images without questions in the task; give --calibrate-on FOLDER"
     }
 
 

@@ -93,12 +93,12 @@ class TestFolder:
         [
             ("{no", r"questions\.jsonl:2: Expecting property name"),
             ("[]", r"questions\.jsonl:2: this is no object"),
-            (question(colour="red"), r"questions\.jsonl:2: there is no field 'colour'"),
+            (question(colour="red"), r"questions\.jsonl:2: unknown field 'colour'"),
             ({"image": "a.png", "answers": ["it"]}, r":2: the field 'question' is missing"),
-            (question(answers=[]), ":2: image and question are texts, answers is a list of texts"),
-            (question(answers=[None]), ":2: image and question are texts"),
-            (question(id=[1]), ":2: id is a text or a number"),
-            (question(type=None), ":2: type is a text or a number"),
+            (question(answers=[]), ":2: image and question must be texts, and answers a list of texts"),
+            (question(answers=[None]), ":2: image and question must be texts"),
+            (question(id=[1]), ":2: id must be a text or a number"),
+            (question(type=None), ":2: type must be a text or a number"),
             (question(id="1"), ":2: the id '1' occurs twice"),
         ],
     )
@@ -128,7 +128,7 @@ class TestFolder:
         task = read_task(f"{folder}:exact", None, other)
         assert [path.rpartition("/")[2] for path in task.calibration.images()] == ["a.png", "b.png", "c.png"]
         (tmp_path / "o" / "d.png").symlink_to(tmp_path / "q" / "a.png")
-        with pytest.raises(UserError, match=r"holds images that are asked about, d\.png for one"):
+        with pytest.raises(UserError, match=r"has images with questions in the task, such as d\.png"):
             read_task(f"{folder}:exact", None, other)
 
     @pytest.mark.parametrize("calibrate_on", ["nowhere", "empty"])
@@ -145,9 +145,9 @@ class TestFolder:
         (" ,", "names no task"),
         ("mimi", "no task and no folder 'mimi'; did you mean 'mini'"),
         ("easy-vqa:tunde", "did you mean 'tuned'"),
-        ("{folder}", "needs a metric behind a colon"),
+        ("{folder}", "needs a metric after a colon"),
         ("{folder}:exakt", "no metric 'exakt'; did you mean 'exact'"),
-        ("{folder}/empty:exact", "should hold one .jsonl file with the questions, there are: none"),
+        ("{folder}/empty:exact", "must have one .jsonl file with the questions, found none"),
         ("{folder}/none.jsonl:exact", "there is no question"),
         ("{folder}/bytes.jsonl:exact", r"bytes\.jsonl:1: byte 1 is not UTF-8; save the file as UTF-8"),
     ],

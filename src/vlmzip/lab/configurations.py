@@ -1,4 +1,4 @@
-"""Methods at budgets, for each task: what will run, and why the rest cannot."""
+"""The configurations of a study: methods at budgets for each task, and why some of them cannot run."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from vlmzip.spec import Candidate
 
 PLAIN = NoCompression.name()
 WHOLE = "100%"
-#: A nearest setting farther from the budget than this share of it is no answer to the question.
+#: Reject a setting that misses the budget by more than this fraction of it.
 TOO_FAR = 0.25
-#: Questions whose images tell how large the grids of a task are.
+#: Number of questions, from the start of a task, whose images determine the task's median grid.
 LOOK_AT = 32
 
 
@@ -37,9 +37,9 @@ class Configuration:
 
     task: str
     method: str
-    """As it was written."""
+    """The method as the user wrote it."""
     budget: str
-    """As it was written."""
+    """The budget as the user wrote it."""
     compressor: Compressor | None
     note: str = ""
     """Why there is no compressor, or what is unusual about it."""
@@ -48,29 +48,30 @@ class Configuration:
 
     @property
     def is_plain(self) -> bool:
-        """Whether this is the uncompressed model, which all others are compared with."""
+        """Return whether this is the uncompressed model, the baseline of all others."""
         return self.method == PLAIN
 
     @property
     def settings(self) -> dict[str, Any] | None:
-        """The compressor as JSON gives it back."""
+        """Return the compressor's settings as JSON values."""
         return None if self.compressor is None else plain_json(self.compressor.to_dict())
 
 
 def read_rows(methods: str | None, keep: str) -> tuple[list[Candidate], list[str]]:
-    """The methods and budgets of two lists with commas, `--methods` and `--keep`.
+    """Read the comma-separated lists of `--methods` and `--keep`.
 
-    Raises `UserError` for an invalid method, and for a method that already sets a budget beside `budgets`.
+    Raises `UserError` for an invalid method or budget, and for a method that sets a budget in addition to `--keep`.
     """
     candidates, budgets = spec.candidates(methods), read_budgets(keep)
     if set(budgets) != {AS_SET}:
-        for one in candidates:
-            spec.refuse_second_budget(one.name, keep, f"take the budget out of the method, or give --keep {AS_SET}")
+        for candidate in candidates:
+            remedy = f"take the budget out of the method, or give --keep {AS_SET}"
+            spec.refuse_second_budget(candidate.name, keep, remedy)
     return candidates, budgets
 
 
 def read_budgets(text: str) -> list[str]:
-    """The budgets of a list with commas. Raises `UserError` for what is none."""
+    """Read a comma-separated list of budgets. Raises `UserError` for an invalid budget."""
     budgets = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not budgets:
         raise UserError("--keep names no budget; separate them with commas: --keep 50%,25%")
@@ -82,20 +83,20 @@ def read_budgets(text: str) -> list[str]:
 
 @dataclass
 class Configurator:
-    """Sets methods to budgets on one model; what calibration measures is measured once for all budgets."""
+    """Fits methods to budgets on one model. Calibration measures its images once for all budgets."""
 
     model: nn.Module
     answerer: Answerer
     name: str
-    """Where the model came from; a compressor saved there brings its weights."""
+    """The model as the user wrote it. A compressor that is saved there brings its weights."""
     calibrated: list[dict[str, Any]] = field(default_factory=list)
-    """Calibrations that were made before, and those that are made now; as JSON. A run that goes on, perhaps elsewhere,
-    must go on with the same thresholds."""
+    """Earlier and new calibrations, as JSON values. A resumed run must use the same thresholds, even on another
+    machine."""
     _measured: dict[tuple[str, str], list[MeasuredImage]] = field(default_factory=dict)
     _digests: dict[str, str] = field(default_factory=dict)
 
     def rows(self, task: Task, methods: Sequence[Candidate], budgets: Sequence[str]) -> Iterator[Configuration]:
-        """The uncompressed model, then every method at every budget; where one cannot be, the reason."""
+        """Yield the uncompressed model, then every method at every budget, or the reason why it cannot run."""
         yield Configuration(task.name, PLAIN, WHOLE, NoCompression())
         profile = self.profile(task)
         for candidate in methods:
@@ -116,10 +117,10 @@ class Configurator:
         else:
             chosen, reached = method.at_budget(budget, profile)
             note = _near(budget, reached, profile)
-        with collecting_warnings() as notes:  # attaching fails if the method has no place in the model
+        with collecting_warnings() as warnings:  # attaching fails if the method does not fit the model
             attach(self.model, chosen, weights=saved_weights(chosen, self.name)).detach()
-        told = "; ".join(filter(None, [note, *notes]))
-        return Configuration(task.name, candidate.name, budget, chosen, told, calibrated_on)
+        notes = "; ".join(filter(None, [note, *warnings]))
+        return Configuration(task.name, candidate.name, budget, chosen, notes, calibrated_on)
 
     def _calibrated(self, task: Task, method: Compressor, budget: str) -> Compressor:
         if task.calibration is None:
@@ -134,9 +135,9 @@ class Configurator:
             self._measured[images] = measure(
                 self.model, task.calibration.images(), method, processor=self.answerer.processor
             )
-        found = meet(method, self._measured[images], budget).compressor
-        self.calibrated.append({**key, "compressor": plain_json(found.to_dict())})
-        return found
+        compressor = meet(method, self._measured[images], budget).compressor
+        self.calibrated.append({**key, "compressor": plain_json(compressor.to_dict())})
+        return compressor
 
     def _digest(self, calibration: CalibrationSet) -> str:
         if calibration.about not in self._digests:
@@ -144,9 +145,9 @@ class Configurator:
         return self._digests[calibration.about]
 
     def profile(self, task: Task) -> Profile:
-        """The shape that budgets are set for: where images have grids of their own, the median of the first ones.
+        """Return the model's shape that budgets are set for, with the median grid of the task's first images.
 
-        A task that does not tell its questions beforehand has the model's own.
+        For a task without known questions, return the model's own grid.
         """
         if not task.samples:
             return self.answerer.adapter.profile()
@@ -159,28 +160,28 @@ class Configurator:
 
 
 def read_calibrated(path: Path, known: Mapping[str, object]) -> list[dict[str, object]]:
-    """Return the calibrations that a run noted in a file. Raise `UserError` if it holds anything else."""
-    found = known.get("calibrated", [])
+    """Return the calibrations in a run's file. Raises `UserError` if they are invalid."""
+    calibrations = known.get("calibrated", [])
     names = ("task", "method", "budget", "on", "code", "images")
 
-    def is_whole(one: Any) -> bool:
-        texts = isinstance(one, dict) and all(isinstance(one.get(name), str) for name in names)
-        return texts and isinstance(one.get("compressor"), dict) and "method" in one["compressor"]
+    def is_valid(entry: Any) -> bool:
+        texts = isinstance(entry, dict) and all(isinstance(entry.get(name), str) for name in names)
+        return texts and isinstance(entry.get("compressor"), dict) and "method" in entry["compressor"]
 
-    if not isinstance(found, list) or not all(map(is_whole, found)):
+    if not isinstance(calibrations, list) or not all(map(is_valid, calibrations)):
         raise UserError(f"{str(path)!r} cannot be read: calibrated is not what vlmzip writes; give another --out")
-    return found
+    return calibrations
 
 
 def _near(budget: str, reached: float, profile: Profile) -> str:
-    """What to say about a budget that is missed. Raises `UserError` where it is missed by far."""
-    wanted = count_to_keep(budget, profile.size) / profile.size
-    said = missed(budget, reached, profile)
-    if abs(reached - wanted) > TOO_FAR * wanted:
-        raise UserError(said)
-    return said
+    """Return a note about a missed budget, or "". Raises `UserError` if it is missed by more than `TOO_FAR`."""
+    target = count_to_keep(budget, profile.size) / profile.size
+    note = missed(budget, reached, profile)
+    if abs(reached - target) > TOO_FAR * target:
+        raise UserError(note)
+    return note
 
 
 def plain_json(content: dict[str, Any]) -> dict[str, Any]:
-    """The content as JSON gives it back: lists for tuples, text for members of enumerations."""
+    """Return the content as JSON values: lists for tuples, text for enumeration members."""
     return json.loads(json.dumps(content))

@@ -1,4 +1,4 @@
-"""Score over what it costs: a line for each method through its budgets, and the front that nothing beats."""
+"""Figures of score over cost: a line for each method through its budgets, and the Pareto front."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlmzip.visualize.figure import new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: What stands below, and the attribute that has it.
+#: The label of the x axis and the attribute of a result, by cost.
 COSTS = {
     "tokens": ("visual tokens kept, mean over all layers of the LLM, %", "reached"),
     "flops": ("prefill FLOPs of the LLM, % of the uncompressed model's", "flops"),
@@ -23,7 +23,7 @@ MARKERS = "osD^vP*Xhd<>"
 
 
 def draw_curve(found: Sequence[Result], cost: str, title: str) -> Figure:
-    """One task's results; `cost` is one of `COSTS`. Raises `UserError` where matplotlib is not installed."""
+    """Draw one task's results. `cost` is one of `COSTS`. Raises `UserError` if matplotlib is not installed."""
     label, attribute = COSTS[cost]
     ran = [result for result in found if result.score is not None]
     figure = new_figure(8, 5)
@@ -43,7 +43,7 @@ def draw_curve(found: Sequence[Result], cost: str, title: str) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Writes PNG and SVG beside each other, named by `path` with its suffix replaced."""
+    """Write a PNG and an SVG file, named by `path` with its suffix replaced."""
     for suffix in (".png", ".svg"):
         write_whole(path.with_suffix(suffix), lambda name: figure.savefig(name))
 

@@ -1,4 +1,4 @@
-"""Some of the questions whose answers compression has changed, with what became of the visual tokens."""
+"""Example questions whose answers compression has changed, with drawings of the visual tokens."""
 
 from __future__ import annotations
 
@@ -23,36 +23,37 @@ GAP = 6
 
 @dataclass(frozen=True)
 class Example:
-    """One question, answered without and with compression."""
+    """A question, answered without and with compression."""
 
     sample: Sample
     plain: Record
     compressed: Record
     image: Image.Image
-    """The image, and beside it the fate of its tokens."""
+    """The image, and beside it a drawing of which tokens were kept, merged or dropped."""
     tokens: str
+    """Visual tokens by LLM layer, in short form."""
 
     @property
     def kind(self) -> str:
-        """What the change is worth."""
+        """Return whether compression lost the answer ("lost"), gained it, or only changed it."""
         gain = self.compressed["score"] - self.plain["score"]
         return "lost" if gain < 0 else "gained" if gain > 0 else "changed"
 
 
 def examples(study: Study, task: Task, plain: Result, result: Result, most: int, seed: int) -> list[Example]:
-    """Up to `most` of the changed answers, chosen by chance; their questions are asked once more for the token maps."""
+    """Return up to `most` randomly chosen changed answers. Their questions are asked again to get the token maps."""
     chosen = np.random.default_rng(seed).permutation(result.changed)[:most]
     compressor = result.configuration.compressor
     if compressor is None or not len(chosen):
         return []
     compressed = study.attach(compressor)
     try:
-        found = []
+        changed = []
         for place in sorted(chosen):
             sample = task.samples[place]
             image, counts = _drawn(study, compressed, sample)
-            found.append(Example(sample, plain.records[place], result.records[place], image, compact(counts)))
-        return found
+            changed.append(Example(sample, plain.records[place], result.records[place], image, compact(counts)))
+        return changed
     finally:
         compressed.detach()
 

@@ -1,7 +1,7 @@
-"""How sure a score is: intervals from drawing the images of a task again and again.
+"""Confidence intervals of scores, from a bootstrap over the images of a task.
 
-Images are drawn, not questions, since several questions about one image stand and fall together. All
-configurations of a task are summed up over the same draws, so that the difference of two of them is paired.
+The bootstrap draws images, not questions, because several questions about one image are not independent. All
+configurations of a task use the same draws, so differences between them are paired.
 """
 
 from __future__ import annotations
@@ -12,25 +12,28 @@ from dataclasses import dataclass
 import numpy as np
 
 DRAWS = 2000
-#: Percentiles of the draws: 95 % lie between them.
+#: Percentiles of the draws that bound the 95 % interval.
 INTERVAL = (2.5, 97.5)
+#: Number of draws to compute at a time.
 _TOGETHER = 100
 
 
 @dataclass(frozen=True)
 class Estimate:
+    """A value with its 95 % interval."""
+
     value: float
     low: float
     high: float
 
     @property
     def half(self) -> float:
-        """Half the width of the interval."""
+        """Return half the width of the interval."""
         return (self.high - self.low) / 2
 
 
 class Bootstrap:
-    """The draws for one task; `images` has the image of each question, in the order of all that is summed up."""
+    """The bootstrap draws for one task. `images` has the image of each question, in the order of the questions."""
 
     def __init__(self, images: Sequence[str], seed: int, draws: int = DRAWS) -> None:
         number = {image: index for index, image in enumerate(dict.fromkeys(images))}
@@ -38,18 +41,18 @@ class Bootstrap:
         self._count, self._seed, self._draws = len(number), seed, draws
 
     def share(self, above: np.ndarray, below: np.ndarray) -> np.ndarray:
-        """sum(above) / sum(below) for each draw, after the value for all images as they are.
+        """Return sum(above) / sum(below), first for the task itself and then for each draw; shape [1 + draws].
 
-        A mean is the share of the scores by ones. Where nothing is below, the share is 0.
+        For a mean, give the scores as `above` and ones as `below`. If sum(below) is 0, the share is 0.
         """
         sums = np.stack([np.bincount(self._place, part, self._count) for part in (above, below)], axis=1)
         drawn = np.concatenate([sums.sum(0)[None], *(times @ sums for times in self._times())])
         return np.divide(drawn[:, 0], drawn[:, 1], out=np.zeros(len(drawn)), where=drawn[:, 1] != 0)
 
     def means(self, columns: np.ndarray) -> np.ndarray:
-        """The mean of each column (questions by columns) for each draw, after the means for all images as they are.
+        """Return the mean of each column of [questions, columns], first for the task itself and then for each draw.
 
-        Columns share their draws, so differences between them are paired.
+        The shape is [1 + draws, columns]. Columns share their draws, so differences between them are paired.
         """
         counts = np.bincount(self._place, minlength=self._count)
         sums = np.stack([counts, *(np.bincount(self._place, column, self._count) for column in columns.T)], axis=1)
@@ -57,7 +60,7 @@ class Bootstrap:
         return drawn[:, 1:] / drawn[:, :1]
 
     def _times(self) -> Iterator[np.ndarray]:
-        """How often each image is drawn, some draws at a time; the same each time it is called."""
+        """Yield how often each image is drawn, `_TOGETHER` draws at a time. Every call yields the same values."""
         rng = np.random.default_rng(self._seed)
         for start in range(0, self._draws, _TOGETHER):
             many = min(_TOGETHER, self._draws - start)
@@ -65,6 +68,6 @@ class Bootstrap:
 
 
 def estimate(shares: np.ndarray) -> Estimate:
-    """Value and interval of what `Bootstrap.share` returned, or of the difference of two of those."""
+    """Return value and interval of a result of `Bootstrap.share`, or of the difference of two results."""
     low, high = np.percentile(shares[1:], INTERVAL)
     return Estimate(float(shares[0]), float(low), float(high))

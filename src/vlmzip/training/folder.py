@@ -142,7 +142,8 @@ def _refuse_changes(out: Path, before: dict[str, object], asked: dict[str, objec
     if changed:
         changes = ", ".join(f"{name}: {_short(before[name])}, now {_short(asked[name])}" for name in changed[:3])
         raise UserError(
-            f"out: the run in {str(out)!r} has other settings ({changes}); give another out, or the same settings"
+            f"out: the run in {str(out)!r} was begun with other settings ({changes});"
+            " give another out, or the same settings"
         )
 
 

@@ -1,13 +1,13 @@
-"""The papers' analyses, on any model and task: one file each, `vlmzip study NAME`.
+"""The papers' analyses, for any model and task. Each has one file; run it with `vlmzip study NAME`.
 
-A file has a docstring whose first line says what it finds out, and three functions:
+The first line of a file's docstring says what the analysis measures. A file has three functions:
 
-    measure(subject: Subject) -> list[Row]                      what is written as CSV
-    draw(rows: Sequence[Row], title: str) -> Figure             what is written as PNG and SVG; reads the rows alone
-    findings(rows: Sequence[Row]) -> list[str]                  the rows in a few sentences, with their figures
+    measure(subject: Subject) -> list[Row]                      the rows of the CSV file
+    draw(rows: Sequence[Row], title: str) -> Figure             the figure, drawn from the rows alone
+    findings(rows: Sequence[Row]) -> list[str]                  a few sentences about the rows, with numbers
 
-`measure` raises `Unsuited` where the task or the model does not suit the analysis, and `vlmzip study all` goes on
-without it. Any other error ends the command.
+`measure` raises `Unsuited` if the analysis does not apply to the task or the model; `vlmzip study all` then skips it.
+Any other error ends the command.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from types import ModuleType
 from vlmzip import outline
 from vlmzip.errors import UserError, closest
 
-#: The files of this folder.
+#: The names of the analyses, which are the files of this folder.
 NAMES = ("ablation", "attention_by_depth", "context", "encoder_attention", "layer_stride", "tau", "turns")
 
 
 def find(name: str) -> ModuleType:
-    """The analysis of that name. Raises `UserError` with the closest one where there is none."""
+    """Return the module of an analysis. Raises `UserError` with the closest name if there is no such analysis."""
     if name not in NAMES:
         raise UserError(f"there is no analysis {name!r}{closest(name, (*NAMES, 'all'))}")
     return import_module(f"{__name__}.{name}")
 
 
 def about(name: str) -> str:
-    """What an analysis finds out, in a line."""
+    """Return a line that says what an analysis measures."""
     return outline.summary(__name__, name)

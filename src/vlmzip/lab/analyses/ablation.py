@@ -1,12 +1,12 @@
-"""What VisionZip's two kinds of tokens are worth: dominant alone, contextual alone, and both, at equal counts.
+"""The value of VisionZip's two kinds of tokens: dominant alone, contextual alone, and both, at equal counts.
 
 VisionZip (arXiv:2412.04467) keeps the tokens that its encoder attends to (dominant) and merges the rest into a few more
-(contextual). Both merges are asked: the authors' code adds the mean of the merged tokens to one of them ("reference"),
-their paper takes the mean of all ("mean"). Without contextual tokens nothing is merged, so that dominant alone is asked
-once and stands beside both.
+(contextual). Both ways to merge are measured: the authors' code adds the mean of the merged tokens to the target
+("reference"), and their paper takes the mean of all ("mean"). Without contextual tokens nothing is merged, so dominant
+alone is measured once and compared with both.
 
-Counts are shares of the task's median grid. In encoders with CLS the dominant tokens include it: dominant alone is CLS
-and one patch fewer, and contextual alone has no CLS, so that the LLM sees merged patches only.
+Counts are fractions of the task's median grid. In encoders with CLS the dominant tokens include it. Dominant alone is
+therefore CLS and one patch fewer, and contextual alone has no CLS: the LLM sees merged patches only.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SHARES = ("25%", "11%", "5.6%")
 MERGES: tuple[Literal["reference", "mean"], ...] = ("reference", "mean")
 BOTH, DOMINANT, CONTEXTUAL = "both", "dominant", "contextual"
 COLOURS = {BOTH: "C0", DOMINANT: "C1", CONTEXTUAL: "C2"}
-#: Points of equal counts are drawn beside one another, so that their intervals can be told apart.
+#: Horizontal factors of the points, so that intervals at equal counts do not overlap.
 BESIDE = {BOTH: 1.0, DOMINANT: 0.97, CONTEXTUAL: 1.03}
 
 
@@ -38,7 +38,7 @@ def measure(subject: Subject) -> list[Row]:
     if len(shares) < len(SHARES):
         less = ", ".join(share for share in SHARES if share not in shares)
         if not shares:
-            raise Unsuited(f"ablation needs budgets of tokens of both kinds, and {less} of {size} are too few for that")
+            raise Unsuited(f"ablation needs budgets with both kinds of tokens, and {less} of {size} are too few")
         subject.tell(f"ablation leaves {less} out: of {size} tokens that is too few for both kinds")
     variants = [
         (share, merge, part, _variant(size, share, merge, part))
@@ -46,23 +46,23 @@ def measure(subject: Subject) -> list[Row]:
         for merge in MERGES
         for part in COLOURS
     ]
-    asked = list(dict.fromkeys(one for *_, one in variants))
-    plain, *found = subject.ask(asked)
-    results = dict(zip(asked, found, strict=True))
-    both = {(share, merge): results[one] for share, merge, part, one in variants if part == BOTH}
+    methods = list(dict.fromkeys(method for *_, method in variants))
+    plain, *compressed = subject.ask(methods)
+    results = dict(zip(methods, compressed, strict=True))
+    both = {(share, merge): results[method] for share, merge, part, method in variants if part == BOTH}
     first = {"budget": "100%", "merge": "", "part": "no_compression", "dominant": "", "contextual": ""}
     rows: list[Row] = [{**first, **scored(plain), "against_both": "", "against_both_low": "", "against_both_high": ""}]
-    for share, merge, part, one in variants:
+    for share, merge, part, method in variants:
         names = {"budget": share, "merge": merge, "part": part}
-        counts = {"dominant": one.dominant, "contextual": one.contextual}
-        against = _against(results[one], both[share, merge], subject.seed)
-        rows.append({**names, **counts, **scored(results[one]), **against})
+        counts = {"dominant": method.dominant, "contextual": method.contextual}
+        against = _against(results[method], both[share, merge], subject.seed)
+        rows.append({**names, **counts, **scored(results[method]), **against})
     return rows
 
 
 def _variant(size: int, share: str, merge: Literal["reference", "mean"], part: str) -> VisionZip:
     count = count_to_keep(share, size)
-    if part == DOMINANT:  # nothing is merged, so that it is one and the same under both merges
+    if part == DOMINANT:  # nothing is merged, so this method is equal for both merges
         return VisionZip(dominant=count, contextual=0)
     if part == CONTEXTUAL:
         return VisionZip(dominant=0, contextual=count, merge=merge)
@@ -71,7 +71,7 @@ def _variant(size: int, share: str, merge: Literal["reference", "mean"], part: s
 
 
 def _against(result: Result, both: Result, seed: int) -> Row:
-    """The paired difference from both kinds together, in points."""
+    """Return the paired difference from both kinds together, in points."""
     against = difference(result.records, both.records, seed)
     return {
         "against_both": round(100 * against.value, 2),
@@ -102,9 +102,9 @@ def draw(rows: Sequence[Row], title: str) -> Figure:
 
 
 def _line(axes: Axes, mine: Sequence[Row], part: str) -> None:
-    """One part's scores over its tokens; differences of rounded numbers can lie a hair below 0."""
+    """Draw the scores of one part over its tokens."""
     places, scores = [BESIDE[part] * row["reached"] for row in mine], [row["score"] for row in mine]
-    below, above = (
+    below, above = (  # differences of rounded numbers can be slightly below 0
         [max(0.0, sign * (row[end] - row["score"])) for row in mine] for end, sign in (("low", -1), ("high", 1))
     )
     label = part if part == BOTH else f"{part} alone"
@@ -115,22 +115,22 @@ def _line(axes: Axes, mine: Sequence[Row], part: str) -> None:
 
 def findings(rows: Sequence[Row]) -> list[str]:
     plain, *rest = rows
-    said = [f"Without compression the score is {plain['score']:.1f} ({plain['questions']} questions)."]
+    sentences = [f"Without compression the score is {plain['score']:.1f} ({plain['questions']} questions)."]
     for share in dict.fromkeys(row["budget"] for row in rest):
         for merge in MERGES:
             both, dominant, contextual = (
                 next(row for row in rest if (row["budget"], row["merge"], row["part"]) == (share, merge, part))
                 for part in COLOURS
             )
-            said.append(
+            sentences.append(
                 f"{share}, merge {merge}: both ({both['dominant']} + {both['contextual']}) {both['score']:.1f};"
                 f" dominant alone {_beside(dominant)}; contextual alone {_beside(contextual)}."
             )
-    return said
+    return sentences
 
 
 def _beside(row: Row) -> str:
-    """A score and whether it differs from both kinds together."""
+    """Return a score, its difference from both kinds together, and whether the difference is significant."""
     low, high = row["against_both_low"], row["against_both_high"]
     sure = "" if low > 0 or high < 0 else ", not told apart from both"
     return f"{row['score']:.1f} ({row['against_both']:+.1f} points, {low:+.1f} to {high:+.1f}{sure})"

@@ -1,12 +1,13 @@
 """How much of an answer's attention goes to visual tokens, layer by layer of the LLM.
 
-LLaVolta (arXiv:2406.20092, Figure 1) and FastV (arXiv:2403.06764) find that it falls with depth, which is why they
-compress inside the LLM. Read here are the rows from which the model makes each token of its own greedy answer: that of
-the prompt's last token, then those of the answer's tokens; the row that makes the end is left out, unless nothing else
-was said. Of each row the share on visual tokens, mean over heads, then over the answer, then over questions; beside it
-what it would be if the row were uniform over the tokens that it may attend to. Intervals are over images.
+LLaVolta (arXiv:2406.20092, Figure 1) and FastV (arXiv:2403.06764) find that this share falls with depth, and therefore
+compress inside the LLM. This analysis reads the attention rows that produce the tokens of the model's greedy answer:
+first the row of the prompt's last token, then those of the answer's tokens. The row that produces the end-of-answer
+token is left out, unless the answer is empty. For each row, the share of attention on visual tokens is averaged over
+heads, then over the answer, then over questions. It is compared with the share of a uniform row over the tokens that
+the row may attend to. Intervals are over images.
 
-No attention matrix is made: rows come from one layer's queries and keys, as for compressors inside the LLM.
+No attention matrix is computed: the rows come from one layer's queries and keys, as for compressors inside the LLM.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def measure(subject: Subject) -> list[Row]:
 
 
 def _answer(study: Study, task: Task, places: Sequence[int]) -> list[Record]:
-    """The plain model's answers to some of the task's samples, with the attention that made them."""
+    """Return the plain model's answers to some of the task's samples, with the attention shares of each answer."""
     samples = [task.samples[place] for place in places]
     inputs = study.answerer.inputs([sample.load() for sample in samples], [sample.question for sample in samples])
     prompt = inputs["input_ids"]
@@ -113,7 +114,7 @@ def _is_about_a_share(value: Any) -> bool:
 
 
 def says_something(tokens: Int[Tensor, "batch steps"], end: int | list[int] | None) -> Bool[Tensor, "batch steps"]:
-    """Which generated tokens are the answer: all before its end; the first in any case."""
+    """Mark the generated tokens that belong to the answer: all before the end token, and always the first one."""
     ends = torch.as_tensor([] if end is None else end, device=tokens.device)
     answer = torch.isin(tokens, ends).cumsum(1) == 0
     answer[:, 0] = True
@@ -122,7 +123,7 @@ def says_something(tokens: Int[Tensor, "batch steps"], end: int | list[int] | No
 
 @dataclass
 class Read:
-    """The rows of a call of `generate`, summed up: a list for each layer, with an entry for each step."""
+    """The attention shares of a call of `generate`: a list for each layer, with an entry for each step."""
 
     visual: Bool[Tensor, "batch prompt"]
     shares: list[list[Float[Tensor, " batch"]]]
@@ -131,14 +132,14 @@ class Read:
     def over(
         self, counts: Bool[Tensor, "batch steps"]
     ) -> tuple[Float[Tensor, "batch layers"], Float[Tensor, " batch"]]:
-        """Means over those steps of each row that count, of the shares and of what uniform rows would have."""
-        counts = counts.cpu()  # where `look` puts what it reads
-        shares = torch.stack([torch.stack(own, -1) for own in self.shares], 1)
+        """Return the mean shares, and the mean shares of uniform rows, over the steps of each row that count."""
+        counts = counts.cpu()  # `look` moves shares to the CPU, too
+        shares = torch.stack([torch.stack(steps, -1) for steps in self.shares], 1)
         uniform, among = torch.stack(self.uniform, -1), counts.sum(-1)
         return (shares * counts[:, None]).sum(-1) / among[:, None], (uniform * counts).sum(-1) / among
 
     def look(self, index: int, adapter: ModelAdapter, layer: nn.Module, args: Any, arguments: dict[str, Any]) -> None:
-        """Reads the newest token's row at layer `index`, which is about to be called so."""
+        """Read the newest token's attention row at layer `index`, which is about to run with these arguments."""
         hidden = args[0] if args else arguments["hidden_states"]
         last = torch.full((len(hidden), 1), hidden.shape[1] - 1, device=hidden.device)
         query, key = adapter.queries_and_keys(layer, hidden, arguments["position_embeddings"], last)
@@ -156,7 +157,7 @@ class Read:
 
 
 def _allowed(mask: Tensor | None, batch: int, keys: int) -> Bool[Tensor, "batch 1 keys"]:
-    """What the newest token may attend to, under any of the masks that transformers gives a layer."""
+    """Mark the tokens that the newest token may attend to, for each form of mask that transformers gives a layer."""
     if mask is None:
         return torch.ones(batch, 1, keys, dtype=torch.bool)
     row = mask[:, None] if mask.ndim == 2 else mask[:, 0, -1:]
@@ -166,7 +167,7 @@ def _allowed(mask: Tensor | None, batch: int, keys: int) -> Bool[Tensor, "batch 
 
 @contextmanager
 def reading(adapter: ModelAdapter, visual: Bool[Tensor, "batch prompt"]) -> Iterator[Read]:
-    """Reads along while the model generates in the block, one call for one prompt; no hook stays."""
+    """Record attention shares while the model generates inside the block, once. All hooks are removed at the end."""
     layers = adapter.decoder_layers
     read = Read(visual, [[] for _ in layers])
 

@@ -1,15 +1,16 @@
-"""How many images fit the context, and what becomes of a question about one of several.
+"""How many images fit the context, and the score of questions about one of several images.
 
-LLaVA-Zip (arXiv:2412.08771) promises that fewer tokens an image make room for several images and for video frames.
+LLaVA-Zip (arXiv:2412.08771) promises that fewer tokens per image make room for several images and for video frames.
 
-* `fits` is arithmetic: the images whose tokens fit the model's positions beside the text, at each budget; for the
-  task's images, and for LLaVA-1.5's images and Video-LLaVA's frames in the 4,096 positions of Vicuna. Where kept
-  tokens keep their positions (`positions="original"`, and inside the LLM) no positions are saved, only work and cache.
-* `asked` is measured: every question of the task, about the first or the last of n images; the others are the
-  images that follow in the task. Numbers of images are tried as far as they fit. The prompt says which image is
-  meant, unless that takes words which the tokenizer does not know: then nothing but its place tells the image.
+* `fits` is arithmetic: how many images fit the model's positions beside the text, at each budget. It covers the task's
+  images, and LLaVA-1.5's images and Video-LLaVA's frames in the 4,096 positions of Vicuna. If kept tokens keep their
+  positions (`positions="original"`, and inside the LLM), compression saves computation and cache but no positions.
+* `asked` is measured: every question of the task, about the first or the last of n images. The other images are those
+  that follow in the task. n grows as long as the images fit. The prompt says which image is meant. If the tokenizer
+  does not know the words for this, only the position in the prompt identifies the image.
 
-`difference` is from the same method with one image, paired; intervals are over the images that are asked about.
+`difference` is the paired difference from the same method with one image. Intervals are over the images that the
+questions are about.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ BUDGETS = (WHOLE, "50%", "25%", "11%")
 METHODS, BUDGET = "visionzip,dfmr", "25%"
 COUNTS = (1, 2, 4, 8)
 ONLY, FIRST, LAST = "only", "first", "last"
-#: How a prompt says which image is meant.
+#: The prompt of a question about one of several images.
 STATED = "Image {number} of {count}: {question}"
-#: Positions of Vicuna 1.5, and what question and answer take of them, for images and frames of other models.
+#: Positions of Vicuna 1.5, and positions for question and answer, for the images and frames of `TYPICAL`.
 POSITIONS, TEXT = 4096, 128
 TYPICAL = {"LLaVA-1.5 image": "llava-1.5-7b", "Video-LLaVA frame": "video-llava-7b"}
 
@@ -62,12 +63,12 @@ def measure(subject: Subject) -> list[Row]:
         frame = PRESETS[preset].visual_tokens // PRESETS[preset].images
         rows += _fits(name, frame, POSITIONS - TEXT, 0)
     bootstrap = Bootstrap([sample.image for sample in subject.task.samples], subject.seed)
-    for one in configurations:
-        if one.compressor is None:
-            study.tell(f"context goes without {one.method} at {one.budget}: {one.note}")
+    for configuration in configurations:
+        if configuration.compressor is None:
+            study.tell(f"context skips {configuration.method} at {configuration.budget}: {configuration.note}")
             continue
-        most = fitting(count_to_keep(one.budget, tokens), room, between)
-        rows += _asked(study, subject.task, one, bootstrap, most)
+        most = fitting(count_to_keep(configuration.budget, tokens), room, between)
+        rows += _asked(study, subject.task, configuration, bootstrap, most)
     return rows
 
 
@@ -75,10 +76,10 @@ def measure(subject: Subject) -> list[Row]:
 
 
 def _room(study: Study, task: Task) -> tuple[int, int, int]:
-    """Visual tokens of an image; positions for images beside the longest question and its answer; and the text that
-    comes with each further image.
+    """Return the visual tokens of an image, the positions for images, and the text tokens of each further image.
 
-    The task's first image stands for all.
+    The positions for images are those left by the longest question and its answer. The task's first image represents
+    all images.
     """
     image = task.samples[0].load()
 
@@ -96,7 +97,7 @@ def _room(study: Study, task: Task) -> tuple[int, int, int]:
 
 
 def fitting(tokens: int, room: int, between: int) -> int:
-    """How many images of `tokens`, each with `between` more of text, fit `room` positions."""
+    """Return how many images of `tokens` visual tokens, each with `between` text tokens, fit into `room` positions."""
     return max(room // (tokens + between), 0)
 
 
@@ -109,26 +110,27 @@ def _fits(what: str, tokens: int, room: int, between: int) -> Iterator[Row]:
 # ---------------------------------------------------------------- what is answered
 
 
-def _asked(study: Study, task: Task, one: Configuration, bootstrap: Bootstrap, most: int) -> Iterator[Row]:
-    """The rows of a method for all numbers of images up to `most`, and both places."""
-    assert one.compressor is not None  # the caller has seen to it
+def _asked(study: Study, task: Task, configuration: Configuration, bootstrap: Bootstrap, most: int) -> Iterator[Row]:
+    """Yield a method's rows for all numbers of images up to `most`, with the image of the question first and last."""
+    compressor = configuration.compressor
+    assert compressor is not None  # for the type checker; the caller has checked it
     images = {sample.image: sample for sample in task.samples}
     alone: np.ndarray | None = None
     for count in COUNTS:
         if count > min(most, len(images)):
             return
         for place in (ONLY,) if count == 1 else (FIRST, LAST):
-            settings: dict[str, object] = {"compressor": one.compressor.to_dict(), "method": spec.write(one.compressor)}
+            settings: dict[str, object] = {"compressor": compressor.to_dict(), "method": spec.write(compressor)}
             settings |= {"images": count, "place": place}
-            answer = partial(_answer, study, task, one.compressor, count, place)
-            beside = [[other.pixels for other in following(task.samples, one, count - 1)] for one in task.samples]
+            answer = partial(_answer, study, task, compressor, count, place)
+            beside = [[other.pixels for other in following(task.samples, sample, count - 1)] for sample in task.samples]
             records = kept(study, task, "context", settings, _named(task.samples, count), answer, beside)
             scores = np.array([record["score"] for record in records], float)
             drawn = bootstrap.share(scores, np.ones(len(records)))
             alone = drawn if alone is None else alone
             tokens = np.mean([record["visual_tokens_by_layer"] for record in records]) / count
             yield _row(
-                ASKED, what="this model's image", method=one.method, budget=one.budget,
+                ASKED, what="this model's image", method=configuration.method, budget=configuration.budget,
                 tokens=round(float(tokens), 2), images=count, place=place,
                 stated="yes" if says_which(study.processor, count) else "no", questions=len(records),
                 **_columns("score", estimate(100 * drawn)), **_columns("difference", estimate(100 * (drawn - alone))),
@@ -138,7 +140,7 @@ def _asked(study: Study, task: Task, one: Configuration, bootstrap: Bootstrap, m
 def _answer(
     study: Study, task: Task, compressor: Compressor, count: int, place: str, places: Sequence[int]
 ) -> list[Record]:
-    """The answers to some of the task's questions, each about one of `count` images."""
+    """Return the answers to some of the task's questions, each about one of `count` images."""
     samples = [task.samples[number] for number in places]
     images = [image for sample in samples for image in arranged(task.samples, sample, count, place)]
     number = count if place == LAST else 1
@@ -152,16 +154,16 @@ def _answer(
 
 
 def arranged(samples: Sequence[Sample], asked: Sample, count: int, place: str) -> list[Image.Image]:
-    """The image that is asked about, first or last of `count`; the others are those that follow it in the task.
+    """Return `count` images: the image of the question, first or last, and the images that follow it in the task.
 
-    Behind the task's last image comes its first.
+    The task's first image follows its last one.
     """
     others = [sample.load() for sample in following(samples, asked, count - 1)]
     return [*others, asked.load()] if place == LAST else [asked.load(), *others]
 
 
 def following(samples: Sequence[Sample], asked: Sample, count: int) -> list[Sample]:
-    """The first question about each of the `count` images that follow the asked one."""
+    """Return the first question about each of the `count` images that follow the image of the question."""
     images: dict[str, Sample] = {}
     for sample in samples:
         images.setdefault(sample.image, sample)
@@ -171,25 +173,24 @@ def following(samples: Sequence[Sample], asked: Sample, count: int) -> list[Samp
 
 
 def _named(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """The samples, named also by the images beside theirs, of which the end of the task decides: with another
-    `--limit` the last questions have others, and are other questions."""
-    return [
-        dataclasses.replace(
-            one, id=" with ".join([one.id, *(other.id for other in following(samples, one, count - 1))])
-        )
-        for one in samples
-    ]
+    """Return the samples with ids that also name the other images of the prompt.
+
+    The last questions of a task are combined with its first images. With another `--limit` they are combined with other
+    images, and their answers must not be reused.
+    """
+    others = {sample.id: [other.id for other in following(samples, sample, count - 1)] for sample in samples}
+    return [dataclasses.replace(sample, id=" with ".join([sample.id, *others[sample.id]])) for sample in samples]
 
 
 def says_which(processor: Processor, count: int) -> bool:
-    """Whether the prompt tells which image is meant: where there are several, and the tokenizer knows the words."""
+    """Return whether the prompt says which image is meant: there are several, and the tokenizer knows the words."""
     tokenizer = processor.tokenizer
     words = tokenizer(STATED.format(number=1, count=count, question=""), add_special_tokens=False).input_ids
     return count > 1 and tokenizer.unk_token_id not in words
 
 
 def question(processor: Processor, sample: Sample, number: int, count: int) -> str:
-    """The question about image `number` of `count`, counted from 1."""
+    """Return the question about image `number` of `count`, 1-based."""
     if not says_which(processor, count):
         return sample.question
     return STATED.format(number=number, count=count, question=sample.question)
@@ -199,7 +200,7 @@ def question(processor: Processor, sample: Sample, number: int, count: int) -> s
 
 
 def _row(part: str, **values: object) -> Row:
-    """A line of the table; what it has not is empty."""
+    """Return a row of the table. Columns without a value are empty."""
     names = ["what", "method", "budget", "tokens", "images", "place", "stated", "questions"]
     names += ["score", "low", "high", "difference", "difference_low", "difference_high"]
     return {"part": part, **{name: values.get(name, "") for name in names}}
@@ -211,7 +212,7 @@ def _columns(name: str, share: Estimate) -> Row:
 
 
 def draw(rows: Sequence[Row], title: str) -> Figure:
-    """Left: the images that fit, by budget. Right: the score over the number of images."""
+    """Draw the number of images that fit at each budget (left) and the score by number of images (right)."""
     figure = new_figure(10, 4.5)
     left, right = figure.subplots(1, 2)
     fits = [row for row in rows if row["part"] == FITS]
@@ -256,13 +257,14 @@ def _draw_scores(axes: Axes, asked: Sequence[Row]) -> None:
 
 
 def findings(rows: Sequence[Row]) -> list[str]:
-    own = [row for row in rows if row["part"] == FITS and row["what"] == rows[0]["what"]]
-    said = ["This model's context holds " + ", ".join(f"{r['images']} images at {r['budget']}" for r in own) + "."]
+    fits = [row for row in rows if row["part"] == FITS and row["what"] == rows[0]["what"]]
+    counts = ", ".join(f"{row['images']} images at {row['budget']}" for row in fits)
+    sentences = [f"This model's context holds {counts}."]
     asked = [row for row in rows if row["part"] == ASKED]
     for method in dict.fromkeys(row["method"] for row in asked):
         mine = [row for row in asked if row["method"] == method]
         parts = [f"{row['score']:.1f} for {row['images']} ({row['place']})" for row in mine]
-        said.append(f"{method} at {mine[0]['budget']}: " + ", ".join(parts) + ".")
+        sentences.append(f"{method} at {mine[0]['budget']}: " + ", ".join(parts) + ".")
     if any(row["stated"] == "no" for row in asked if row["images"] > 1):
-        said.append("The prompt does not say which image is meant: this tokenizer does not know the words for it.")
-    return said
+        sentences.append("The prompt does not say which image is meant: this tokenizer does not know the words for it.")
+    return sentences

@@ -1,13 +1,15 @@
-"""How few tokens the vision encoder attends to, layer by layer: why VisionZip reads the layer that it reads.
+"""How concentrated the vision encoder's attention is, layer by layer, and why VisionZip reads the layer that it reads.
 
-VisionZip (arXiv:2412.04467) keeps what CLS attends to in the layer whose features the LLM gets, the last but one in
-LLaVA; in encoders without CLS, what gets most attention from all tokens (its appendix A.2). Here the same is read in
-every layer, from one run of the encoder and as rows, never as matrices of tokens by tokens.
+VisionZip (arXiv:2412.04467) keeps the tokens that CLS attends to in the layer whose features the LLM gets (the
+penultimate one in LLaVA). In encoders without CLS it keeps the tokens that receive most attention from all tokens
+(appendix A.2). This analysis reads the same scores in every layer, in one run of the encoder, as attention rows; it
+never computes a matrix of tokens by tokens.
 
-What an image's tokens get is divided by its sum: CLS's attention to itself is left out, as VisionZip leaves it out. An
-even spread gives the most attended tenth 10 %. The effective number of tokens is the exponential of the entropy. In
-layers that attend inside of windows (most of Qwen2.5-VL's) each window gets as much as it has tokens, so that only what
-happens inside of windows is seen: compare them with one another, not with layers that attend to whole images.
+The scores of an image's tokens are divided by their sum. CLS's attention to itself is left out, as in VisionZip. If
+attention is spread evenly, the most attended tenth of tokens gets 10 %. The effective number of tokens is the
+exponential of the entropy. In layers with windowed attention (most of Qwen2.5-VL's), each window's total is its number
+of tokens, so the scores only show differences inside windows. Compare these layers with each other, not with layers
+that attend to whole images.
 """
 
 from __future__ import annotations
@@ -38,36 +40,37 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-#: Most attended tokens, in percent of all, whose share of the attention is told.
+#: Percentages of the most attended tokens whose share of the attention is reported.
 TOPS = (5, 10, 20)
-#: Images encoded at a time: queries and keys of all layers are held at once.
+#: Number of images to encode at a time; the queries and keys of all layers are in memory at once.
 TOGETHER = 8
-#: Layers shown as maps: first, last and some between them.
+#: Number of layers to show as maps: the first, the last and some between them.
 SHOWN = 6
 
 
 def measure(subject: Subject) -> list[Row]:
-    """Also draws what one image's layers attend to, `encoder_attention-maps.png`; the first process does it all.
+    """Measure the concentration, and draw the attention of one image's layers to `encoder_attention-maps.png`.
 
-    Raises `UserError` where the folder holds answers of another model: figures of two models do not belong together.
+    The first process does all the work. Raises `UserError` if the folder has answers of another model, so that figures
+    of two models do not get mixed.
     """
     subject.study().configure([subject.task], [], [AS_SET])
     if not subject.processes.first:
         return []
     answerer = Answerer(adapter_for(subject.model), subject.processor)
     samples = list({sample.image: sample for sample in subject.task.samples}.values())
-    values, found = [], None
-    for number, (one, image) in enumerate(_encoded(answerer, samples)):
-        values += [concentration(scores) for scores in one.by_image]
+    values, last = [], None
+    for number, (attention, images) in enumerate(_encoded(answerer, samples)):
+        values += [concentration(scores) for scores in attention.by_image]
         if number == 0:
-            _draw_image(subject, answerer, image, one)
-        found = one
-    assert found is not None  # a task has questions
-    return _rows(found, np.stack(values), [sample.image for sample in samples], subject.seed)
+            _draw_image(subject, answerer, images, attention)
+        last = attention
+    assert last is not None  # a task has questions
+    return _rows(last, np.stack(values), [sample.image for sample in samples], subject.seed)
 
 
 def _encoded(answerer: Answerer, samples: Sequence[Sample]) -> Iterator[tuple[EncoderAttention, Sequence[Image.Image]]]:
-    """The attention of some images at a time, and these images."""
+    """Yield the attention of `TOGETHER` images at a time, and these images."""
     for start in range(0, len(samples), TOGETHER):
         images = [sample.load() for sample in samples[start : start + TOGETHER]]
         inputs = answerer.inputs(images, [""] * len(images))
@@ -78,13 +81,16 @@ def _read(answerer: Answerer, inputs: Mapping[str, object]) -> EncoderAttention:
     try:
         with torch.inference_mode():
             return answerer.adapter.encoder_attention(inputs)
-    except UserError as error:  # about the family or its encoder
+    except UserError as error:  # the family's encoder does not support this
         raise Unsuited(str(error)) from error
 
 
 def concentration(scores: Float[Tensor, "layers tokens"]) -> np.ndarray:
-    """For each layer, layers x 5: the share of attention that the top 5, 10 and 20 % of tokens get, the entropy as a
-    share of its largest value, and the effective number of tokens."""
+    """Return five numbers per layer, shape [layers, 5].
+
+    They are the shares of attention that the top 5, 10 and 20 % of tokens get, the entropy as a fraction of its
+    maximum, and the effective number of tokens.
+    """
     share = scores.double() / scores.double().sum(1, keepdim=True)
     size = share.shape[1]
     falling = share.sort(dim=1, descending=True).values.cumsum(1)
@@ -94,38 +100,40 @@ def concentration(scores: Float[Tensor, "layers tokens"]) -> np.ndarray:
     return torch.stack([*tops, entropy / most, entropy.exp()], dim=1).cpu().numpy()
 
 
-def _rows(one: EncoderAttention, values: np.ndarray, images: Sequence[str], seed: int) -> list[Row]:
-    """A row for each layer. `values`: images x layers x what `concentration` gives."""
+def _rows(attention: EncoderAttention, values: np.ndarray, images: Sequence[str], seed: int) -> list[Row]:
+    """Return a row for each layer. `values` has the numbers of `concentration`, shape [images, layers, 5]."""
     bootstrap, ones = Bootstrap(images, seed), np.ones(len(values))
     scales = {**{f"top_{top}": 100.0 for top in TOPS}, "entropy": 100.0, "effective_tokens": 1.0}
     rows = []
-    for layer, whose in enumerate(one.whose):
-        row: Row = {"layer": layer, "attends": whose, "read_by_visionzip": "yes" if layer == one.scored else ""}
+    for layer, whose in enumerate(attention.whose):
+        row: Row = {"layer": layer, "attends": whose, "read_by_visionzip": "yes" if layer == attention.scored else ""}
         row["images"] = len(values)
         for column, (name, scale) in enumerate(scales.items()):
-            row |= _told(name, bootstrap.share(scale * values[:, layer, column], ones))
-        beyond = values[:, layer, TOPS.index(10)] - values[:, one.scored, TOPS.index(10)]
-        row |= _told("top_10_beyond_read", bootstrap.share(100 * beyond, ones))
+            row |= _columns(name, bootstrap.share(scale * values[:, layer, column], ones))
+        beyond = values[:, layer, TOPS.index(10)] - values[:, attention.scored, TOPS.index(10)]
+        row |= _columns("top_10_beyond_read", bootstrap.share(100 * beyond, ones))
         rows.append(row)
     return rows
 
 
-def _told(name: str, shares: np.ndarray) -> Row:
-    found = estimate(shares)
-    return {name: round(found.value, 2), f"{name}_low": round(found.low, 2), f"{name}_high": round(found.high, 2)}
+def _columns(name: str, shares: np.ndarray) -> Row:
+    share = estimate(shares)
+    return {name: round(share.value, 2), f"{name}_low": round(share.low, 2), f"{name}_high": round(share.high, 2)}
 
 
-def _draw_image(subject: Subject, answerer: Answerer, images: Sequence[Image.Image], one: EncoderAttention) -> None:
-    """The first image, and what some layers attend to in it."""
+def _draw_image(
+    subject: Subject, answerer: Answerer, images: Sequence[Image.Image], attention: EncoderAttention
+) -> None:
+    """Draw the first image and the attention of some layers to it."""
     inputs = answerer.inputs(images[:1], [""])
     (grid,), pixels = answerer.adapter.grids(inputs), answerer.adapter.view_pixels(inputs)
     processor, seen = subject.processor.image_processor, images[0]
-    if pixels is not None:  # as the encoder sees it, cropped and scaled; else the grid covers the whole image
+    if pixels is not None:  # draw the cropped and scaled image that the encoder sees; else the grid covers it all
         seen = seen_image(pixels[0], processor.image_mean, processor.image_std)
-    depth = len(one.whose)
-    layers = {*np.linspace(0, depth - 1, min(SHOWN, depth)).round().astype(int).tolist(), one.scored}
+    depth = len(attention.whose)
+    layers = {*np.linspace(0, depth - 1, min(SHOWN, depth)).round().astype(int).tolist(), attention.scored}
     maps = [
-        Map(f"layer {layer}" + ", VisionZip's" * (layer == one.scored), one.by_image[0][layer].tolist())
+        Map(f"layer {layer}" + ", VisionZip's" * (layer == attention.scored), attention.by_image[0][layer].tolist())
         for layer in sorted(layers)
     ]
     page = draw_maps(seen, grid, maps)
@@ -141,7 +149,7 @@ def draw(rows: Sequence[Row], title: str) -> Figure:
     for number, top in enumerate(TOPS):
         _line(above, rows, f"top_{top}", f"C{number}", f"most attended {top} % of tokens")
     for number, top in enumerate(TOPS):
-        label = "their shares if evenly spread" if number == 0 else "_"  # "_": no entry of its own
+        label = "their shares if evenly spread" if number == 0 else "_"  # "_" gives no entry in the legend
         above.axhline(top, color=f"C{number}", linestyle=":", linewidth=1, label=label)
     _line(below, rows, "effective_tokens", "C3", "")
     above.set(ylabel="share of the attention, %", title=title, ylim=(0, None))
@@ -157,7 +165,7 @@ def draw(rows: Sequence[Row], title: str) -> Figure:
 
 
 def _line(axes: Axes, rows: Sequence[Row], name: str, colour: str, label: str) -> None:
-    """A line with its 95 % interval."""
+    """Draw a line with its 95 % interval."""
     layers = [row["layer"] for row in rows]
     axes.plot(layers, [row[name] for row in rows], color=colour, marker="o", markersize=4, label=label)
     low, high = ([row[f"{name}_{end}"] for row in rows] for end in ("low", "high"))
@@ -165,7 +173,7 @@ def _line(axes: Axes, rows: Sequence[Row], name: str, colour: str, label: str) -
 
 
 def _mark_layers(axes: Axes, rows: Sequence[Row]) -> None:
-    """The layer that VisionZip reads, and those that attend inside of windows."""
+    """Mark the layer that VisionZip reads and the layers with windowed attention."""
     read = next(row["layer"] for row in rows if row["read_by_visionzip"])
     axes.axvline(read, color="0.5", linestyle="--", linewidth=1, label="read by VisionZip")
     windowed = [row["layer"] for row in rows if "window" in row["attends"]]
@@ -180,7 +188,7 @@ def findings(rows: Sequence[Row]) -> list[str]:
     most, least = (choose(like, key=lambda row: row["top_10"]) for choose in (max, min))
     fewest = min(like, key=lambda row: row["effective_tokens"])
     more = [str(row["layer"]) for row in like if row["top_10_beyond_read_low"] > 0]
-    said = [
+    sentences = [
         f"In layer {read['layer']} of {len(rows)} (from 0), which VisionZip reads, the most attended tenth of tokens"
         f" gets {_percent(read, 'top_10')} of the attention of {read['attends']}, and the effective number of tokens is"
         f" {read['effective_tokens']:.0f} ({read['images']} images).",
@@ -192,13 +200,13 @@ def findings(rows: Sequence[Row]) -> list[str]:
     ]
     if read is not rows[-1]:
         last = rows[-1]
-        said.append(
+        sentences.append(
             f"The last layer's tenth gets {last['top_10_beyond_read']:+.1f} points"
             f" ({last['top_10_beyond_read_low']:+.1f} to {last['top_10_beyond_read_high']:+.1f}) against it."
         )
     if len(like) < len(rows):
-        said.append(f"{len(rows) - len(like)} layers attend inside of windows and are not compared with it.")
-    return said
+        sentences.append(f"{len(rows) - len(like)} layers attend inside of windows and are not compared with it.")
+    return sentences
 
 
 def _percent(row: Row, name: str) -> str:

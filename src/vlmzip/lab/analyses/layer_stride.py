@@ -1,8 +1,8 @@
-"""What LLaVolta's layer and stride do: score and tokens for each layer K at which it averages, and each stride S.
+"""The effect of LLaVolta's layer and stride: score and tokens for each layer K and each stride S.
 
-LLaVolta (arXiv:2406.20092) shows in its Figure 1 that visual tokens matter less the deeper the layer: GQA over K and S
-for LLaVA-1.5-7B, whose answers were trained on all tokens, as are those here. K = -1 is before the LLM, the setting of
-its baselines.
+LLaVolta (arXiv:2406.20092) shows in its Figure 1 that visual tokens matter less in deeper layers. The figure has GQA
+over K and S for LLaVA-1.5-7B, trained without compression, like the model here. K = -1 pools before the LLM, which is
+the setting of the paper's baselines.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ STRIDES = (2, 4, 8, 16)
 
 
 def layers(depth: int) -> list[int]:
-    """Before the LLM, the paper's 1 and 2, and a quarter, half and three quarters of the way through `depth` layers."""
+    """Return the layers to try: before the LLM, the paper's 1 and 2, and 1/4, 1/2 and 3/4 of `depth`."""
     inside = {1, 2, depth // 4, depth // 2, 3 * depth // 4}
     return [BEFORE_THE_LLM, *sorted(layer for layer in inside if 1 <= layer < depth)]
 
@@ -32,16 +32,16 @@ def layers(depth: int) -> list[int]:
 def measure(subject: Subject) -> list[Row]:
     depth = len(adapter_for(subject.model).decoder_layers)
     places = [(layer, stride) for layer in layers(depth) for stride in STRIDES]
-    plain, *found = subject.ask([LLaVolta(layer=layer, stride=stride) for layer, stride in places])
+    plain, *results = subject.ask([LLaVolta(layer=layer, stride=stride) for layer, stride in places])
     rows = [{"method": "llavolta", "layer": layer, "stride": stride} for layer, stride in places]
     return [
         {"method": PLAIN, "layer": "", "stride": "", **scored(plain)},
-        *({**row, **scored(result)} for row, result in zip(rows, found, strict=True)),
+        *({**row, **scored(result)} for row, result in zip(rows, results, strict=True)),
     ]
 
 
 def draw(rows: Sequence[Row], title: str) -> Figure:
-    """A heat map of the loss; each cell has the score and the share of tokens."""
+    """Draw a heat map of the loss. Each cell has the score and the share of tokens."""
     plain, *tried = rows
     at = {(row["layer"], row["stride"]): row for row in tried}
     depths, strides = sorted({layer for layer, _ in at}), sorted({stride for _, stride in at})
@@ -73,13 +73,16 @@ def findings(rows: Sequence[Row]) -> list[str]:
     middle = sorted({row["stride"] for row in tried})[1]
     along = sorted((row for row in tried if row["stride"] == middle), key=lambda row: row["layer"])
     steps = ", ".join(f"{_name(row['layer']).replace(chr(10), ' ')}: {row['score']:.1f}" for row in along)
-    said = [f"Without compression {plain['score']:.1f}. At stride {middle}, by layer K: {steps}."]
+    sentences = [f"Without compression {plain['score']:.1f}. At stride {middle}, by layer K: {steps}."]
     near = [row for row in tried if row["difference_high"] >= 0]
     if not near:
-        return [*said, f"Every layer and stride that was tried loses for sure, with {plain['questions']} questions."]
+        return [
+            *sentences,
+            f"Every layer and stride that was tried loses for sure, with {plain['questions']} questions.",
+        ]
     least = min(near, key=lambda row: row["reached"])
     return [
-        *said,
+        *sentences,
         f"The fewest tokens at which {plain['questions']} questions cannot tell a loss from none: K={least['layer']},"
         f" S={least['stride']}, {least['reached']:.1f} % of the tokens, {least['difference']:+.1f} points; a loss of"
         f" {-least['difference_low']:.1f} is not ruled out.",

@@ -1,4 +1,4 @@
-"""What is analysed: a model, a task, and a folder for what is found."""
+"""The subject of an analysis: a model, a task, and a folder for the results."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from vlmzip.processes import Processes
 from vlmzip.processor import Processor
 from vlmzip.runtime.answering import Answerer
 
-#: A line of an analysis' CSV: the same columns in all of its lines.
+#: A row of an analysis' CSV file. All rows of an analysis have the same columns.
 Row = dict[str, Any]
 
 
 class Unsuited(UserError):
-    """The task or the model does not suit an analysis; others may well suit it."""
+    """The analysis does not apply to the task or the model. Other analyses may still apply."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +36,17 @@ class Subject:
     model: Any
     processor: Processor
     name: str
-    """Where the model came from, as written."""
+    """The model as the user wrote it: mini, a folder or a hub id."""
     task: Task
     folder: Path
-    """Answers of the model are kept here, and never asked for again."""
+    """The folder that stores the model's answers, so that no question is asked twice."""
     batch: int
     seed: int
     processes: Processes
     tell: Callable[[str], None] = print
 
     def study(self) -> Study:
-        """What asks, and keeps answers in the folder."""
+        """Return the study that asks the questions and stores the answers in the folder."""
         return self._study
 
     @cached_property
@@ -54,31 +54,31 @@ class Subject:
         return Study(self.model, self.processor, self.name, self.folder, self.batch, self.processes, self.tell)
 
     def profile(self) -> Profile:
-        """The depth of the LLM, and the grid of the task's images: the median where they have grids of their own."""
+        """Return the depth of the LLM and the grid of the task's images: the median one if their grids differ."""
         answerer = Answerer(adapter_for(self.model), self.processor)
         return Configurator(self.model, answerer, self.name).profile(self.task)
 
     def ask(self, compressors: Sequence[Compressor]) -> list[Result]:
-        """The results of the uncompressed model and of each compressor, in this order, as `vlmzip eval` has them.
+        """Return the results of the uncompressed model and then of each compressor, as in `vlmzip eval`.
 
-        Raises `Unsuited` where one of them has no place in the model, and `UserError` where one breaks.
+        Raises `Unsuited` if a compressor does not fit the model, and `UserError` if one fails.
         """
         study = self.study()
         written = ",".join(map(spec.write, compressors))
         configurations = study.configure([self.task], spec.candidates(written) if written else [], [AS_SET])
         study.run([self.task], configurations)
-        found = list(results(study, self.task, configurations, self.seed))
-        for result in found:
+        measured = list(results(study, self.task, configurations, self.seed))
+        for result in measured:
             if result.score is None:
                 kind = Unsuited if result.configuration.compressor is None else UserError
                 raise kind(f"{result.configuration.method}: {result.note}")
-        return found
+        return measured
 
 
 def scored(result: Result) -> Row:
-    """What the analyses tell of a result: scores and shares in percent."""
+    """Return the columns that analyses report for a result; scores and shares are in percent."""
     score, against = result.score, result.against_plain
-    assert score is not None  # `ask` has seen to it; this is for the type checker
+    assert score is not None  # for the type checker; `ask` returns results with scores only
     assert against is not None
     return {
         "questions": len(result.records),

@@ -1,10 +1,10 @@
-"""What DFMR's threshold does: tokens and score over tau, in all and by complexity of the image.
+"""The effect of DFMR's threshold: tokens and score over tau, for all images and by image complexity.
 
-LLaVA-Zip (arXiv:2412.08771) promises fewer tokens for plain images and more for those with much detail, and leaves
-open how tau is to be chosen. Each tau is asked as it is, without calibration.
+LLaVA-Zip (arXiv:2412.08771) promises fewer tokens for plain images and more for detailed ones, and leaves open how to
+choose tau. Here each tau is used as it is, without calibration.
 
-Complexity is what the task itself says of an image: every group that all questions about an image share (mini's
-levels: flat, patterned, cluttered) has its own columns and lines. Other tasks have the columns of all questions alone.
+A task can state the complexity of its images. Each group that all questions about an image share (mini's levels: flat,
+patterned, cluttered) has separate columns and lines. Tasks without such groups only have the columns of all questions.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from vlmzip.visualize.figure import new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: From where every image keeps its tokens to where every one is pooled by the largest factor.
+#: From a threshold at which no image is pooled to one at which every image is pooled by the largest factor.
 TAUS = (0.0, 0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8)
-#: A group with more values than this is no complexity, and would be no figure.
+#: A group with more values than this does not state complexity, and would overload the figure.
 MOST_VALUES = 6
 
 
 def measure(subject: Subject) -> list[Row]:
-    plain, *found = subject.ask([DFMR(tau=tau) for tau in TAUS])
+    plain, *results = subject.ask([DFMR(tau=tau) for tau in TAUS])
     rows = []
-    for tau, result in zip(TAUS, found, strict=True):
+    for tau, result in zip(TAUS, results, strict=True):
         row = {"tau": tau, **scored(result), **_tokens(result.records)}
         for group in image_groups(plain.records):
             row |= _of_group(group, result.records, plain.records, subject.seed)
@@ -39,18 +39,21 @@ def measure(subject: Subject) -> list[Row]:
 
 
 def image_groups(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """The groups, such as ("level", "flat"), that sort images, not questions: by name, then as they first occur."""
-    found = []
+    """Return the groups of images, such as ("level", "flat"), sorted by name and then by first occurrence.
+
+    Groups that differ between questions about the same image, such as question types, are left out.
+    """
+    groups = []
     for name in sorted({name for record in records for name in record["groups"]}):
         pairs = {(record["image"], record["groups"].get(name)) for record in records}
         values = list(dict.fromkeys(record["groups"].get(name) for record in records))
         if len(pairs) == len({image for image, _ in pairs}) and None not in values and len(values) <= MOST_VALUES:
-            found += [(name, value) for value in values]
-    return found
+            groups += [(name, value) for value in values]
+    return groups
 
 
 def _tokens(records: Sequence[Record]) -> Row:
-    """The mean number of tokens, and the questions whose image kept so and so many of them."""
+    """Return the mean number of tokens, and the share of questions for each number of tokens."""
     counts = [record["visual_tokens_by_layer"][0] for record in records]
     shares = {count: 100 * counts.count(count) / len(counts) for count in sorted(set(counts), reverse=True)}
     return {
@@ -60,9 +63,9 @@ def _tokens(records: Sequence[Record]) -> Row:
 
 
 def _of_group(group: tuple[str, str], records: Sequence[Record], plain: Sequence[Record], seed: int) -> Row:
-    """A group's questions, score in percent, its paired difference from no compression, and mean number of tokens."""
+    """Return a group's questions, score in percent, paired difference from no compression, and mean token count."""
     name, value = group
-    mine, before = ([one for one in some if one["groups"][name] == value] for some in (records, plain))
+    mine, before = ([r for r in part if r["groups"][name] == value] for part in (records, plain))
     against = difference(mine, before, seed)
     return {
         f"questions_{name}_{value}": len(mine),
@@ -94,7 +97,7 @@ def draw(rows: Sequence[Row], title: str) -> Figure:
 
 
 def _groups(rows: Sequence[Row]) -> list[str]:
-    """The groups that have columns, such as "level_flat"."""
+    """Return the groups that have columns, such as "level_flat"."""
     return [name.removeprefix("score_") for name in rows[0] if name.startswith("score_")]
 
 
@@ -106,20 +109,23 @@ def _thin_lines(above: Any, below: Any, rows: Sequence[Row], group: str, colour:
 
 def findings(rows: Sequence[Row]) -> list[str]:
     first, last = rows[0], rows[-1]
-    said = [
+    sentences = [
         f"From tau={first['tau']:g} to tau={last['tau']:g} the share of tokens kept goes from {first['reached']:.1f} %"
         f" to {last['reached']:.1f} %, the score from {first['score']:.1f} to {last['score']:.1f}.",
         _largest_saving(rows),
     ]
     half = min(rows, key=lambda row: abs(row["reached"] - 50))
-    said += [
+    sentences += [
         f"At tau={half['tau']:g}, with {half['reached']:.1f} % kept, {_group(half, name)}." for name in _groups(rows)
     ]
-    return said
+    return sentences
 
 
 def _largest_saving(rows: Sequence[Row]) -> str:
-    """Any loss that is sure at a smaller tau ends the search, so that no lucky draw behind it counts."""
+    """Return a sentence about the largest saving without a significant loss.
+
+    The search ends at the first tau with a significant loss, so that a lucky result at a larger tau does not count.
+    """
     saving = [row for row in rows if row["reached"] < 100]
     if not saving:
         return "No tau that was tried saves tokens."

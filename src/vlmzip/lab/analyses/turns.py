@@ -1,18 +1,19 @@
-"""What compression for one question leaves for the next: the same questions asked first, and as a second turn.
+"""The effect of compressing for one question on the next one: the same questions as first and as second turns.
 
-VisionZip (arXiv:2412.04467) says that text-aware methods do not suit several turns: what was kept for the first
-question is all that later ones get, while a text-agnostic method keeps the same for every question. Each question about
-an image with several is asked three times, of the plain model and of both kinds of method at the same average budgets:
+VisionZip (arXiv:2412.04467) says that text-aware methods do not suit several turns: later questions only get the tokens
+that were kept for the first question, while a text-agnostic method keeps the same tokens for every question. Each
+question about an image with several questions is asked three times, of the plain model and of both kinds of method at
+the same average budgets:
 
 * `first`: as the first question about its image.
-* `second`: after another question and the model's own answer, as a turn of a real conversation on the same KV cache.
-* `replayed`: as the first question, but with the visual tokens that were kept for the other question. Only for the
-  text-aware method: a text-agnostic one keeps the same, and its row would be `first` again.
+* `second`: after another question and the model's answer to it, as a turn of a conversation on the same KV cache.
+* `replayed`: as the first question, but with the visual tokens that were kept for the other question. This is only
+  measured for the text-aware method; for a text-agnostic one it is equal to `first`.
 
-Second turns are harder for a model that was not trained on them, such as mini, compressed or not. So a score is
-compared with the plain model's in the same place, and `extra_loss` is how much more a method loses there than on first
-questions: what is due to compression alone. `replayed` does without second turns; there is only the choice of tokens
-between it and `first`. Differences are paired; intervals are over images.
+Second turns are harder for a model that was not trained on them, such as mini, with or without compression. A score is
+therefore compared with the plain model's score in the same turn. `extra_loss` is how much more a method loses there
+than on first questions, which is due to compression alone. `replayed` has no second turn; it differs from `first` only
+in the choice of tokens. Differences are paired; intervals are over images.
 """
 
 from __future__ import annotations
@@ -50,18 +51,18 @@ from vlmzip.visualize.figure import new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: One that does not look at the question, and one that does.
+#: A text-agnostic and a text-aware method.
 METHODS = "visionzip,fastv"
-#: Shares of the visual tokens, mean over all layers of the LLM.
+#: Fractions of the visual tokens, averaged over all LLM layers.
 BUDGETS = ("50%", "33%")
 FIRST, SECOND, REPLAYED = "first", "second", "replayed"
-#: Stands for an answer where only what follows it is wanted.
+#: A placeholder for an answer in a chat template.
 _ANSWER = "ANSWER"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Replayed(Compressor):
-    """Keeps, at a layer of the LLM, given tokens of each image in a batch of equal grids, whatever the question."""
+    """Keep given tokens of each image at a layer of the LLM, whatever the question. The batch must have equal grids."""
 
     sites = (Site.IN_LLM,)
 
@@ -74,34 +75,36 @@ class Replayed(Compressor):
 
 
 def pairs(samples: Sequence[Sample]) -> list[tuple[Sample, Sample]]:
-    """For each question about an image with several the one before it, and itself; the last comes before the first.
+    """Return pairs of a question and the next question about the same image. The first question follows the last one.
 
-    So every question stands in both places once.
+    Every question about an image with several questions is the first of one pair and the second of one pair.
     """
-    about: dict[str, list[Sample]] = {}
+    by_image: dict[str, list[Sample]] = {}
     for sample in samples:
-        about.setdefault(sample.image, []).append(sample)
-    return [(own[place - 1], sample) for own in about.values() if len(own) > 1 for place, sample in enumerate(own)]
+        by_image.setdefault(sample.image, []).append(sample)
+    several = [questions for questions in by_image.values() if len(questions) > 1]
+    return [(questions[place - 1], sample) for questions in several for place, sample in enumerate(questions)]
 
 
 def measure(subject: Subject) -> list[Row]:
     study, both = subject.study(), pairs(subject.task.samples)
     if not both:
-        raise Unsuited(f"turns needs images with two questions or more; {subject.task.name} has none here")
+        raise Unsuited(f"turns needs images with two or more questions; {subject.task.name} has none here")
     if not getattr(subject.processor, "chat_template", None):
-        raise Unsuited("turns needs a processor with a chat template, which says how a second turn is written")
+        raise Unsuited("turns needs a processor with a chat template to write a second turn")
     bootstrap = Bootstrap([second.image for _, second in both], subject.seed)
     plain = _asked(study, subject.task, NoCompression(), both)
     rows = [_row(bootstrap, PLAIN, "100%", place, plain, plain) for place in (FIRST, SECOND)]
     _, *configurations = study.configure([subject.task], spec.candidates(METHODS), BUDGETS)
-    for one in configurations:
-        if one.compressor is None:
-            study.tell(f"turns goes without {one.method} at {one.budget}: {one.note}")
+    for configuration in configurations:
+        method, budget, compressor = configuration.method, configuration.budget, configuration.compressor
+        if compressor is None:
+            study.tell(f"turns skips {method} at {budget}: {configuration.note}")
             continue
-        found = _asked(study, subject.task, one.compressor, both)
-        if one.compressor.text_aware:
-            found |= _replayed(study, subject.task, one.compressor, both)
-        rows += [_row(bootstrap, one.method, one.budget, place, found, plain) for place in found]
+        records = _asked(study, subject.task, compressor, both)
+        if compressor.text_aware:
+            records |= _replayed(study, subject.task, compressor, both)
+        rows += [_row(bootstrap, method, budget, place, records, plain) for place in records]
     return rows
 
 
@@ -111,13 +114,13 @@ def measure(subject: Subject) -> list[Row]:
 def _asked(
     study: Study, task: Task, compressor: Compressor, both: Sequence[tuple[Sample, Sample]]
 ) -> dict[str, list[Record]]:
-    """The records of each pair's second question where it came first, and where it came second."""
+    """Return the records of each pair's second question, as a first and as a second turn."""
     samples = [dataclasses.replace(second, id=f"{second.id} after {first.id}") for first, second in both]
     settings = {"compressor": compressor.to_dict(), "method": spec.write(compressor)}
     answer = partial(_answer_turns, study, task, compressor, both)
     beside = [[first.question, first.answers] for first, _ in both]
     second = kept(study, task, "turns", settings, samples, answer, beside, _wrong)
-    # A pair's first question is the second of another pair; there it is wanted.
+    # Each question is the first one of some pair. Its record as a first turn is in that pair's record.
     first = {pair[0].id: _scored(task, pair[0], record["first"]) for pair, record in zip(both, second, strict=True)}
     return {FIRST: [first[pair[1].id] for pair in both], SECOND: second}
 
@@ -140,7 +143,7 @@ def _answer_turns(
     both: Sequence[tuple[Sample, Sample]],
     places: Sequence[int],
 ) -> list[Record]:
-    """Two turns on one KV cache for each pair."""
+    """Return the records of some pairs, each with two turns on one KV cache."""
     compressed = study.attach(compressor)
     try:
         return converse(study, task, compressed, [both[place] for place in places])
@@ -151,33 +154,33 @@ def _answer_turns(
 def converse(
     study: Study, task: Task, compressed: CompressedModel, some: Sequence[tuple[Sample, Sample]]
 ) -> list[Record]:
-    """The answers to the second questions of pairs, with that to the first as `first`."""
+    """Return the answers to the second questions of pairs. Each record has the first question's answer as `first`."""
     inputs = study.answerer.inputs([first.load() for first, _ in some], [first.question for first, _ in some])
     generate: dict[str, Any] = {"max_new_tokens": task.max_new_tokens, "do_sample": False, "cache": DynamicCache()}
     with torch.inference_mode():
-        told = compressed.generate(**inputs, **generate)[:, inputs["input_ids"].shape[1] :]
+        first_ids = compressed.generate(**inputs, **generate)[:, inputs["input_ids"].shape[1] :]
         images = {image.row: image for image in compressed.report.images}
-        new = _second_prompts(study, told, [second.question for _, second in some])
-        more = compressed.generate(**new, **generate)[:, new["input_ids"].shape[1] :]
-    out = []
-    answers = [study.processor.batch_decode(ids, skip_special_tokens=True) for ids in (told, more)]
-    for row, (pair, said, then) in enumerate(zip(some, *answers, strict=True)):
+        new = _second_prompts(study, first_ids, [second.question for _, second in some])
+        second_ids = compressed.generate(**new, **generate)[:, new["input_ids"].shape[1] :]
+    records = []
+    answers = [study.processor.batch_decode(ids, skip_special_tokens=True) for ids in (first_ids, second_ids)]
+    for row, (pair, first_answer, second_answer) in enumerate(zip(some, *answers, strict=True)):
         counts = list(images[row].by_layer)
-        first = {"given": said.strip(), "score": task.metric.score(said.strip(), pair[0].answers)}
-        out.append({"given": then.strip(), "visual_tokens_by_layer": counts, "first": first})
-    return out
+        first = {"given": first_answer.strip(), "score": task.metric.score(first_answer.strip(), pair[0].answers)}
+        records.append({"given": second_answer.strip(), "visual_tokens_by_layer": counts, "first": first})
+    return records
 
 
-def _second_prompts(study: Study, told: Tensor, questions: Sequence[str]) -> dict[str, Any]:
-    """What follows the generated answers, as the chat template writes it; padded on the left."""
+def _second_prompts(study: Study, answers: Tensor, questions: Sequence[str]) -> dict[str, Any]:
+    """Return the text that the chat template writes after the generated answers, as left-padded token ids."""
     tokenizer, ends = study.processor.tokenizer, study.adapter.model.generation_config.eos_token_id
-    ended = torch.isin(told, torch.as_tensor([] if ends is None else ends, device=told.device)).any(1).tolist()
+    ended = torch.isin(answers, torch.as_tensor([] if ends is None else ends, device=answers.device)).any(1).tolist()
     texts = [_after_answer(study.processor, question) for question in questions]
-    # The end of an answer, which templates write, is in the cache already where the model said it.
+    # Templates write an end token after an answer. If the model generated it, it is in the cache already.
     end = tokenizer.eos_token or ""
-    texts = [text.lstrip().removeprefix(end) if said else text for text, said in zip(texts, ended, strict=True)]
+    texts = [text.lstrip().removeprefix(end) if has_end else text for text, has_end in zip(texts, ended, strict=True)]
     new = tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
-    return {name: new[name].to(told.device) for name in ("input_ids", "attention_mask")}
+    return {name: new[name].to(answers.device) for name in ("input_ids", "attention_mask")}
 
 
 def _after_answer(processor: Processor, question: str) -> str:
@@ -185,14 +188,14 @@ def _after_answer(processor: Processor, question: str) -> str:
     messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
     _, found, after = processor.apply_chat_template(messages, add_generation_prompt=True).partition(_ANSWER)
     if not found:
-        raise Unsuited("turns cannot use this chat template: it does not write what the assistant said")
+        raise Unsuited("turns cannot use this chat template: it leaves out the assistant's messages")
     return after
 
 
 def _replayed(
     study: Study, task: Task, compressor: Compressor, both: Sequence[tuple[Sample, Sample]]
 ) -> dict[str, list[Record]]:
-    """The records of each pair's second question with the tokens that were kept for the first."""
+    """Return the records of each pair's second question, answered with the tokens that were kept for the first one."""
     samples = [dataclasses.replace(second, id=f"{second.id} with {first.id}'s") for first, second in both]
     settings = {"compressor": compressor.to_dict(), "method": f"{spec.write(compressor)}, replayed"}
     answer = lambda places: replay(study, task, compressor, [both[place] for place in places])  # noqa: E731
@@ -201,10 +204,10 @@ def _replayed(
 
 
 def replay(study: Study, task: Task, compressor: Compressor, some: Sequence[tuple[Sample, Sample]]) -> list[Record]:
-    """The answers to the second questions of pairs, from the tokens that were kept for the first ones."""
+    """Return the answers to the second questions of pairs, with the tokens that were kept for the first ones."""
     reports = kept_for(study, compressor, [first for first, _ in some])
     if len({report.layout.views for report in reports}) > 1:
-        # A compressor is asked about each grid of a batch by itself, and would not know whose tokens those are.
+        # A compressor gets images of equal grid at a time and could not tell which images of the batch they are.
         return [record for pair in some for record in replay(study, task, compressor, [pair])]
     seconds = [second for _, second in some]
     (layer,) = compressor.layers
@@ -220,7 +223,7 @@ def replay(study: Study, task: Task, compressor: Compressor, some: Sequence[tupl
 
 
 def kept_for(study: Study, compressor: Compressor, samples: Sequence[Sample]) -> list[ImageReport]:
-    """What became of the samples' images, each asked its own question."""
+    """Return the reports of the samples' images, each with its own question."""
     with attach(study.model, compressor) as compressed:
         study.answerer.answer(
             compressed, [sample.load() for sample in samples], [sample.question for sample in samples], 1
@@ -229,8 +232,8 @@ def kept_for(study: Study, compressor: Compressor, samples: Sequence[Sample]) ->
 
 
 def left(report: ImageReport) -> Bool[Tensor, "1 tokens"]:
-    """Which of the tokens that an image brought to the LLM were left of it."""
-    assert report.token_map is not None  # only a resampler leaves none
+    """Mark the tokens that remained of those that an image brought to the LLM."""
+    assert report.token_map is not None  # only a resampler has no token map
     return report.token_map.group[:, -report.before :] >= 0
 
 
@@ -242,16 +245,16 @@ def _row(
     method: str,
     budget: str,
     place: str,
-    found: dict[str, list[Record]],
+    by_place: dict[str, list[Record]],
     plain: dict[str, list[Record]],
 ) -> Row:
     def scores(records: Sequence[Record]) -> np.ndarray:
         return bootstrap.share(np.array([record["score"] for record in records], float), np.ones(len(records)))
 
-    here, among = scores(found[place]), scores(plain[SECOND if place == SECOND else FIRST])
-    loss, loss_first = here - among, scores(found[FIRST]) - scores(plain[FIRST])
-    counts = np.array([record["visual_tokens_by_layer"] for record in found[SECOND]], float)
-    row: Row = {"method": method, "budget": budget, "place": place, "questions": len(found[place])}
+    here, plain_here = scores(by_place[place]), scores(plain[SECOND if place == SECOND else FIRST])
+    loss, loss_first = here - plain_here, scores(by_place[FIRST]) - scores(plain[FIRST])
+    counts = np.array([record["visual_tokens_by_layer"] for record in by_place[SECOND]], float)
+    row: Row = {"method": method, "budget": budget, "place": place, "questions": len(by_place[place])}
     row |= {"tokens": round(float(counts.mean()), 2)}
     for name, share in {"": here, "difference": loss, "extra_loss": loss_first - loss}.items():
         row |= _columns(name, estimate(100 * share))
@@ -264,7 +267,7 @@ def _columns(name: str, share: Estimate) -> Row:
 
 
 def draw(rows: Sequence[Row], title: str) -> Figure:
-    """Scores in each place, and beside them how much more is lost there than on first questions."""
+    """Draw the scores in each turn (left), and the loss beyond that on first questions (right)."""
     figure = new_figure(10, 4.5)
     left, right = figure.subplots(1, 2, gridspec_kw={"width_ratios": (3, 2)})
     names = list(dict.fromkeys(_name(row) for row in rows))
@@ -304,13 +307,13 @@ def _errors(rows: Sequence[Row], name: str) -> list[list[float]]:
 
 def findings(rows: Sequence[Row]) -> list[str]:
     plain = {row["place"]: row["score"] for row in rows if row["method"] == PLAIN}
-    said = [f"Without compression {plain[FIRST]:.1f} on first questions, {plain[SECOND]:.1f} on second ones."]
+    sentences = [f"Without compression {plain[FIRST]:.1f} on first questions, {plain[SECOND]:.1f} on second ones."]
     words = {SECOND: "as second turns", REPLAYED: "with the tokens kept for another question"}
     for row in rows:
         if row["method"] != PLAIN and row["place"] in words:
-            said.append(
+            sentences.append(
                 f"{row['method']} at {row['budget']} {words[row['place']]}: {row['difference']:+.1f} points beside the"
                 f" plain model, where first questions have {row['difference'] + row['extra_loss']:+.1f}; extra loss"
                 f" {row['extra_loss']:.1f} (95 %: {row['extra_loss_low']:.1f} to {row['extra_loss_high']:.1f})."
             )
-    return said
+    return sentences

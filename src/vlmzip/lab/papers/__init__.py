@@ -1,11 +1,11 @@
-"""The numbers that papers print, as data: to put beside one's own, and to check against each other.
+"""Numbers that papers print, as data, to compare with your own measurements and with each other.
 
     from vlmzip.lab.papers import MeasuredScore, against, show
 
     mine = [MeasuredScore("llava-hf/llava-1.5-7b-hf", "visionzip", "GQA", 55.0, tokens=64)]
     print(show(against("visionzip", mine)))
 
-One CSV file for each table lies in this folder; `Published` says what its columns mean.
+Each table is one CSV file in this folder. `Published` documents the columns.
 """
 
 from vlmzip.lab.papers.against import MeasuredScore, PaperComparison, against, show

@@ -1,4 +1,4 @@
-"""Puts measured numbers beside published ones."""
+"""Compare measured numbers with published ones."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from vlmzip.errors import UserError
 from vlmzip.lab.papers.published import Published, published
 
-#: Budgets that differ by no more than this share count as the same: 11 % of 576 tokens is 63, the papers have 64.
+#: Budgets that differ by at most this fraction count as equal: 11 % of 576 tokens is 63, the papers have 64.
 SAME_BUDGET = 0.02
-#: Checkpoints by the names of the papers; an organisation before the name and an ending as in `FORMAT` do not matter.
+#: Names of models in the papers, by checkpoint name without organisation and without an ending as in `FORMAT`.
 MODELS = {"llavav16vicuna7b": "llavanext7b", "llavav16vicuna13b": "llavanext13b", "videollava7b": "videollava"}
 FORMAT = re.compile(r"(-hf|-instruct)+$")
-#: Usual abbreviations of benchmarks.
+#: Names of benchmarks, by their usual abbreviations.
 BENCHMARKS = {
     "sqa": "scienceqa",
     "mmb": "mmbench",
@@ -28,30 +28,30 @@ BENCHMARKS = {
 
 @dataclass(frozen=True)
 class MeasuredScore:
-    """A number of one's own. Raises `UserError` where the budget is missing or is no share."""
+    """A score that you have measured. Raises `UserError` if the budget is missing or invalid."""
 
     model: str
-    """As the papers name it, or the checkpoint: `LLaVA-1.5-7B`, `llava-hf/llava-1.5-7b-hf`."""
+    """The papers' name of the model, or the checkpoint: `LLaVA-1.5-7B`, `llava-hf/llava-1.5-7b-hf`."""
     method: str
     benchmark: str
     value: float
-    """In the paper's unit: percent, not a fraction."""
+    """The score in the paper's unit, such as percent instead of a fraction."""
     tokens: float | None = None
-    """Visual tokens of one image on average over the LLM's layers; or `retention`."""
+    """Visual tokens per image, averaged over the LLM's layers. Give this or `retention`."""
     retention: float | None = None
-    """The share of them that is left, in (0, 1]."""
+    """The fraction of the visual tokens that remains, in (0, 1]."""
     metric: str = "score"
 
     def __post_init__(self) -> None:
         if self.tokens is None and self.retention is None:
             raise UserError(f"{self.method} on {self.benchmark}: give the tokens that it kept, or the retention")
         if self.retention is not None and not 0 < self.retention <= 1:
-            raise UserError(f"retention={self.retention!r}: give a share in (0, 1]; a quarter is 0.25")
+            raise UserError(f"retention must be in (0, 1], got {self.retention!r}; write 0.25 for a quarter")
 
 
 @dataclass(frozen=True)
 class PaperComparison:
-    """A measured number and a published one; or, where there is none, the reason."""
+    """A measured number with a published one, or with the reason why there is none."""
 
     measured: MeasuredScore
     published: Published | None = None
@@ -59,23 +59,23 @@ class PaperComparison:
 
     @property
     def difference(self) -> float | None:
-        """MeasuredScore minus published, in the paper's unit; `None` without a published number."""
+        """Return measured minus published score in the paper's unit, or `None` without a published number."""
         return None if self.published is None else self.measured.value - self.published.value
 
 
 def against(paper: str, measured: Iterable[MeasuredScore]) -> list[PaperComparison]:
-    """Each measured number with every published one for its model, method, budget and benchmark.
+    """Compare each measured number with every published one for its model, method, budget and benchmark.
 
-    There can be several, which differ in their setting (tuned or not) or source; those that others measured come last.
-    A measured number without one is listed with the reason. Averages meet only averages over as many benchmarks:
-    "average of 11". Raises `UserError` for a paper of which no numbers are here.
+    Several published numbers can differ in setting (tuned or not) or source; numbers measured by others come last. A
+    measured number without a published one is listed with the reason. Averages are only compared with averages over the
+    same number of benchmarks, such as "average of 11". Raises `UserError` for a paper without published numbers here.
     """
     rows = published(paper)
     return [comparison for mine in measured for comparison in _compared(mine, rows)]
 
 
 def show(comparisons: Sequence[PaperComparison], markdown: bool = False) -> str:
-    """Paper, measured and difference as a table, and beneath it what has no published number."""
+    """Return a table of published and measured numbers, followed by the measured ones without a published number."""
     columns = ["model", "method", "setting", "tokens", "benchmark", "paper", "measured", "difference", "source"]
     matched = [_cells(c, c.published) for c in comparisons if c.published is not None]
     lines = _table(columns, matched, markdown) if matched else []
@@ -86,18 +86,18 @@ def show(comparisons: Sequence[PaperComparison], markdown: bool = False) -> str:
 
 
 def _compared(mine: MeasuredScore, rows: Sequence[Published]) -> list[PaperComparison]:
-    """Narrows the rows step by step, so that the step that leaves none gives the reason."""
+    """Compare one number. Filter the rows step by step; the step that leaves no row gives the reason."""
     full = _full_count(rows, mine.model)
     paper = rows[0].paper
     rows = [row for row in rows if row.metric == mine.metric]
-    for what, own in (
+    for what, matches in (
         ("model", lambda row: _model(row.model) == _model(mine.model)),
         ("method", lambda row: _plain(row.method) == _plain(mine.method)),
         ("benchmark", lambda row: _benchmark(row.benchmark) == _benchmark(mine.benchmark)),
         ("keep", lambda row: _same_budget(row.keep, mine, full)),
     ):
         there = list(dict.fromkeys(getattr(row, what) or "not stated" for row in rows))
-        rows = [row for row in rows if own(row)]
+        rows = [row for row in rows if matches(row)]
         if not rows:
             what = "budget" if what == "keep" else what
             listed = f"; it has {', '.join(there)}" if there else ""
@@ -107,20 +107,20 @@ def _compared(mine: MeasuredScore, rows: Sequence[Published]) -> list[PaperCompa
 
 
 def _same_budget(keep: str, mine: MeasuredScore, full: float | None) -> bool:
-    """Whether a printed budget, a count or a share, is the measured one."""
+    """Return whether a printed budget, a count or a percentage, equals the measured one."""
     if not keep:
         return False
     if keep.endswith("%"):
-        own = mine.retention if mine.retention is not None or not full or mine.tokens is None else mine.tokens / full
+        kept = mine.retention if mine.retention is not None or not full or mine.tokens is None else mine.tokens / full
         printed, least = float(keep[:-1]) / 100, 0.0
     else:
-        own = mine.tokens if mine.tokens is not None or not full or mine.retention is None else mine.retention * full
+        kept = mine.tokens if mine.tokens is not None or not full or mine.retention is None else mine.retention * full
         printed, least = float(keep), 0.5
-    return own is not None and abs(own - printed) <= max(SAME_BUDGET * printed, least)
+    return kept is not None and abs(kept - printed) <= max(SAME_BUDGET * printed, least)
 
 
 def _full_count(rows: Iterable[Published], model: str) -> float | None:
-    """The visual tokens of the uncompressed model, if the paper says so."""
+    """Return the visual tokens of the uncompressed model, or `None` if the paper does not state them."""
     for row in rows:
         if not row.compressed and _model(row.model) == _model(model) and row.keep and not row.keep.endswith("%"):
             return float(row.keep)

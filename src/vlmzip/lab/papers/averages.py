@@ -1,4 +1,4 @@
-"""Recomputes the averages that papers print from the columns that they print."""
+"""Recompute the averages in the papers' tables from the tables' columns."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from dataclasses import dataclass
 
 from vlmzip.lab.papers.published import Published, published
 
-#: Whose columns a paper's averages are of, where it reprints another paper's.
+#: For papers that reprint another paper's numbers: the paper with the columns of their averages.
 COLUMNS_OF = {"mmtok": "visionzip"}
-#: Which columns are averaged, where a row has more. VisionZip averages seven of LLaVA-NeXT-7B's nine and does not say
-#: which: these are the only seven that give its six averages (`sets_that_fit`).
+#: The averaged columns of rows that have more columns. VisionZip averages seven of LLaVA-NeXT-7B's nine columns and
+#: does not say which; only these seven give its six averages (`sets_that_fit`).
 AVERAGED = {
     ("visionzip", "LLaVA-NeXT-7B"): ("GQA", "MMBench", "MME", "ScienceQA", "VQAv2", "TextVQA", "MMMU"),
     ("mmtok", "averages"): ("GQA", "MMBench", "MME", "POPE", "ScienceQA", "VQAv2", "TextVQA", "MMMU", "SEED-Bench"),
 }
-#: LLaVolta counts MME, whose score goes up to 2,000, in percent of that.
+#: LLaVolta's averages have MME in percent of its largest score.
 MME_FULL = 2000
-#: Rows whose average does not follow from their columns: the papers' own mistakes.
+#: Rows whose average does not follow from their columns, because of a mistake in the paper.
 KNOWN = {
     ("llavolta", "Table 3", "kmeans", "layer=2; retrained"): "a misprint in the average or in a column",
 }
@@ -30,13 +30,13 @@ class Average:
 
     row: Published
     parts: dict[str, float]
-    """What each benchmark contributes, in percent."""
+    """The contribution of each benchmark, in percent."""
     error: float
-    """How far rounding alone can put the printed average from `mean`."""
+    """The largest difference between the printed average and `mean` that rounding can cause."""
 
     @property
     def of(self) -> int:
-        """Over how many benchmarks the paper averages."""
+        """Return the number of benchmarks in the paper's average."""
         return int(self.row.benchmark.rpartition(" ")[2])
 
     @property
@@ -49,41 +49,42 @@ class Average:
 
     @property
     def agrees(self) -> bool:
-        """Whether the columns give the average, as far as rounding lets one see. Only for complete rows."""
+        """Return whether the columns give the printed average within rounding. Only for complete rows."""
         return abs(self.mean - self.row.value) <= self.error
 
     @property
     def missing(self) -> float:
-        """The mean of the columns that are not here, if the printed average is right. Only for incomplete rows."""
+        """Return the mean of the missing columns, assuming the printed average is right. Only for incomplete rows."""
         return (self.of * self.row.value - sum(self.parts.values())) / (self.of - len(self.parts))
 
     @property
     def known(self) -> str:
-        """What is known about an average that does not agree, else empty."""
+        """Return the known reason why the average does not agree, or ""."""
         row = self.row
         return KNOWN.get((row.paper, row.table, row.method, row.setting), "")
 
 
 def averages(paper: str) -> list[Average]:
-    """The paper's averages over a stated number of benchmarks, where at least one column of the row is here.
+    """Return the paper's averages over a stated number of benchmarks that have at least one column here.
 
-    Raises `UserError` for a paper of which no numbers are here.
+    Raises `UserError` for a paper without published numbers here.
     """
     rows = published(paper)
     columns = published(COLUMNS_OF[paper]) if paper in COLUMNS_OF else rows
-    found = (_average(row, columns) for row in rows if row.benchmark.startswith("average of"))
-    return [average for average in found if average is not None]
+    candidates = (_average(row, columns) for row in rows if row.benchmark.startswith("average of"))
+    return [average for average in candidates if average is not None]
 
 
 def weight(benchmark: str) -> float:
-    """How many percent a unit of a benchmark's score counts in LLaVolta's averages."""
+    """Return the percent points that one unit of a benchmark's score contributes to LLaVolta's averages."""
     return 100 / MME_FULL if benchmark == "MME" else 1.0
 
 
 def sets_that_fit(rows: Iterable[Average]) -> list[tuple[str, ...]]:
-    """Every choice of as many columns as these averages count that gives each of them within rounding.
+    """Return every set of columns that gives all of these averages within rounding.
 
-    Takes averages with all their columns: `every_column`.
+    A set has as many columns as the paper averages. The averages must have all columns of their rows; see
+    `every_column`.
     """
     rows = list(rows)
     return [
@@ -94,24 +95,24 @@ def sets_that_fit(rows: Iterable[Average]) -> list[tuple[str, ...]]:
 
 
 def every_column(paper: str, table: str) -> list[Average]:
-    """Averages of a table with all the columns that their rows have, whether the paper averages them or not."""
+    """Return the averages of a table with all columns of their rows, whether the paper averages them or not."""
     rows = published(paper)
     averaged = [row for row in rows if row.table == table and row.benchmark.startswith("average of")]
-    found = (_average(row, rows, choose=False) for row in averaged)
-    return [average for average in found if average is not None]
+    candidates = (_average(row, rows, choose=False) for row in averaged)
+    return [average for average in candidates if average is not None]
 
 
 def _average(row: Published, columns: list[Published], choose: bool = True) -> Average | None:
-    """None where no column of the row is here, or the row is no average of scores."""
+    """Return the average of a row. Return `None` if it has no columns here, or is not an average of scores."""
     if row.metric not in ("score", "relative score"):
         return None
-    own = [c for c in columns if _same_row(c, row) and _is_column(c)]
+    row_columns = [c for c in columns if _same_row(c, row) and _is_column(c)]
     if choose and (chosen := AVERAGED.get((row.paper, row.table))):
-        own = [c for c in own if c.benchmark in chosen]
-    if not own:
+        row_columns = [c for c in row_columns if c.benchmark in chosen]
+    if not row_columns:
         return None
     parts, errors = {}, []
-    for column in own:
+    for column in row_columns:
         parts[column.benchmark], error = _part(column, row, columns)
         errors.append(error)
     return Average(row, parts, sum(errors) / len(errors) + row.half_unit)
@@ -129,7 +130,7 @@ def _is_column(row: Published) -> bool:
 
 
 def _part(column: Published, row: Published, columns: list[Published]) -> tuple[float, float]:
-    """What a column contributes, in percent, and how far rounding may have moved it."""
+    """Return a column's contribution to the average and its largest rounding error, both in percent."""
     if row.metric == "score":
         scale = weight(column.benchmark)
         return scale * column.value, scale * column.half_unit

@@ -1,4 +1,4 @@
-"""What a training schedule costs, beside the numbers that LLaVolta prints for its schemes."""
+"""The cost of a training schedule, with the numbers that LLaVolta prints for its schemes."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ IN_THE_PAPER = {
     "four-stage-deeper-then-wider": "deeper then wider",
     "last-stage-compression": "last stage",
 }
-#: Visual tokens of an image in LLaVA-1.5, for which the paper's numbers are.
+#: Visual tokens per image in LLaVA-1.5, the model of the paper's numbers.
 PUBLISHED_TOKENS = 576
 
 
 def explain_beside_paper(schedule: Schedule, adapter: ModelAdapter, steps: int, text_tokens: int) -> Cost:
-    """`explain`, with what the paper prints wherever it has a number for the same scheme and model."""
+    """Return `explain`'s cost, with the paper's numbers if it has any for the same scheme and model."""
     cost, profile = explain(schedule, adapter, steps, text_tokens), adapter.profile()
     stages = tuple(
         replace(stage, printed=_printed_of_stage(schedule, number, profile)) for number, stage in enumerate(cost.stages)
@@ -39,7 +39,7 @@ def _printed_of_stage(schedule: Schedule, number: int, profile: Profile) -> tupl
 
 
 def _printed_in_all(schedule: Schedule, profile: Profile) -> tuple[str, ...]:
-    """Totals are of stages that are equally long."""
+    """Return the paper's totals. They only apply to stages of equal length."""
     if len({stage.share for stage in schedule.stages}) > 1:
         return ()
     rows = _paper_rows(schedule, profile, "Table 2")
@@ -48,10 +48,10 @@ def _printed_in_all(schedule: Schedule, profile: Profile) -> tuple[str, ...]:
 
 
 def _paper_rows(schedule: Schedule, profile: Profile, table: str) -> list[Published]:
-    """The paper's rows on this scheme; none for a model of other dimensions, and where a stage was left out."""
+    """Return the paper's rows for this scheme. There are none for a model of another size or a left-out stage."""
     if (profile.layers, profile.size) != (PUBLISHED_DEPTH, PUBLISHED_TOKENS):
         return []
     if schedule.name not in IN_THE_PAPER or len(schedule.stages) != len(SCHEMES[schedule.name]):
         return []
-    own = IN_THE_PAPER[schedule.name]
-    return [row for row in published("llavolta") if row.table == table and row.settings.get("scheme") == own]
+    name = IN_THE_PAPER[schedule.name]
+    return [row for row in published("llavolta") if row.table == table and row.settings.get("scheme") == name]

@@ -1,4 +1,4 @@
-"""From what is written after --tasks to the tasks."""
+"""Read tasks from the values of `--tasks` and `--task`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FORMS = (
 
 
 def read_tasks(text: str, limit: int | None, calibrate_on: str | None) -> list[Task]:
-    """The tasks of a list with commas. Raises `UserError` for one that there is not, or that cannot be read."""
+    """Return the tasks of a comma-separated list. Raises `UserError` for an unknown task or one that cannot be read."""
     names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not names:
         raise UserError("--tasks names no task; separate them with commas: --tasks mini,easy-vqa")
@@ -28,7 +28,7 @@ def read_tasks(text: str, limit: int | None, calibrate_on: str | None) -> list[T
 
 
 def read_one_task(text: str, limit: int | None, calibrate_on: str | None) -> Task:
-    """For commands that take one task only. Raises `UserError` for a list of several, too."""
+    """Return the task of a command that takes one task only. Raises `UserError` for a list of several tasks, too."""
     folder = text.rpartition(":")[0] or text
     if not text.strip() or ("," in text and not is_there(folder)):
         raise UserError(f"--task {text or repr(text)}: give one task")
@@ -36,32 +36,32 @@ def read_one_task(text: str, limit: int | None, calibrate_on: str | None) -> Tas
 
 
 def read_task(text: str, limit: int | None, calibrate_on: str | None) -> Task:
-    """The task of that name. Raises `UserError` for one that there is not, or that cannot be read."""
-    from vlmzip.lab.tasks import easy_vqa, mini
+    """Return a task by name. Raises `UserError` for an unknown task or one that cannot be read."""
+    from vlmzip.lab.tasks import easy_vqa, mini  # slow imports, which help texts do not need
     from vlmzip.lab.tasks.folder import folder_task
 
-    name, _, how = text.rpartition(":") if ":" in text else (text, "", "")
-    if name == mini.NAME and not how:
+    name, _, suffix = text.rpartition(":") if ":" in text else (text, "", "")
+    if name == mini.NAME and not suffix:
         return _calibrated_on(mini.mini_task(limit), calibrate_on)
     if name == easy_vqa.NAME:
-        relation = how or "transfer"
+        relation = suffix or "transfer"
         if relation not in easy_vqa.RELATIONS:
-            raise UserError(f"{text!r} is no task{closest(relation, easy_vqa.RELATIONS)}")
+            raise UserError(f"unknown task {text!r}{closest(relation, easy_vqa.RELATIONS)}")
         return _calibrated_on(easy_vqa.easy_vqa_task(limit, relation), calibrate_on)
     if not is_there(name):
         known = (mini.NAME, easy_vqa.NAME)
         raise UserError(f"there is no task and no folder {name!r}{closest(name, known)}, FOLDER:METRIC")
-    if how and how not in METRICS:
-        raise UserError(f"there is no metric {how!r}{closest(how, METRICS)}")
-    if not how:
+    if suffix and suffix not in METRICS:
+        raise UserError(f"unknown metric {suffix!r}{closest(suffix, METRICS)}")
+    if not suffix:
         raise UserError(
-            f"{name!r} needs a metric behind a colon, such as {name}:exact; there are: {', '.join(METRICS)}"
+            f"{name!r} needs a metric after a colon, such as {name}:exact; choose one of {', '.join(METRICS)}"
         )
-    return folder_task(name, how, limit, calibrate_on)
+    return folder_task(name, suffix, limit, calibrate_on)
 
 
 def _calibrated_on(task: Task, folder: str | None) -> Task:
-    """The task with thresholds from a folder of the user's, where there is one, instead of from its own images."""
+    """Return the task with a folder's images for calibration, if there is a folder, instead of its own ones."""
     from vlmzip.lab.tasks.folder import calibration_on
 
     return task if folder is None else replace(task, calibration=calibration_on(folder, []))

@@ -1,7 +1,8 @@
 """easy-VQA, from the package of that name: 9,673 questions about 1,000 images of one shape each (64 x 64 pixels).
 
-github.com/vzhou842/easy-VQA, MIT licence. There are 13 answers, and most are yes or no: always saying yes is right in
-37 %. For a model that was not trained on it (mini knows neither "rectangle" nor "teal") the task is transfer.
+Source: github.com/vzhou842/easy-VQA, MIT licence. There are 13 answers, most of them yes or no. Answering always yes is
+right in 37 % of the questions. For a model that was not trained on it, the task is transfer (mini, for example, knows
+neither "rectangle" nor "teal").
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ RELATIONS = {
     "transfer": "the model was not trained on it",
     "tuned": "the model was fine-tuned on its training split, says who runs this",
 }
-#: The first of its 4,000 training images.
+#: Number of images to calibrate on: the first of the 4,000 training images.
 CALIBRATE_ON = 200
 
 
 def easy_vqa_task(limit: int | None, relation: str) -> Task:
-    """Its test split. Raises `UserError` where the package is not installed."""
+    """Return the test split. Raises `UserError` if the package is not installed."""
     package = _package()
     paths = package.get_test_image_paths()
     seen: Counter[int] = Counter()

@@ -1,10 +1,10 @@
-"""Questions of one's own: a JSONL file, one object a line, beside the images that it names.
+"""The user's own questions: a JSONL file with one object per line, next to the images that it names.
 
     {"image": "street.jpg", "question": "What does the sign say?", "answers": ["stop"], "type": "reading"}
 
-`answers` is a list, or one text; `id` (default: the line's number) and `type` can be left out. Everything is read and
-every image is decoded before the model is loaded: a broken one ends the command at once, with its name, since a
-question left out in silence would change the score.
+`answers` is a list of texts or one text. `id` (default: the line number) and `type` are optional. All questions are
+read and all images decoded before the model is loaded. A broken image ends the command with an error that names it: to
+skip its questions silently would change the score.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from vlmzip.runtime.fingerprint import of_image
 from vlmzip.runtime.images import load_image
 
 FIELDS = ("image", "question", "answers", "id", "type")
-UNCALIBRATED = "its threshold has to be set from images that are not asked about: name them, --calibrate-on FOLDER"
+UNCALIBRATED = "its threshold must be set from images without questions in the task; give --calibrate-on FOLDER"
 
 
 def folder_task(place: str, metric: str, limit: int | None, calibrate_on: str | None) -> Task:
-    """The questions of a JSONL file, or of the only one in a folder.
+    """Return the task of a JSONL file, or of the only JSONL file in a folder.
 
-    Raises `UserError` naming file and line for what cannot be read, and for images that cannot be read.
+    Raises `UserError` with file and line for an invalid question, and for images that cannot be read.
     """
-    path, how = _questions_file(Path(place)), METRICS[metric]
-    samples = _read(path, how)[:limit]
+    path, scoring = _questions_file(Path(place)), METRICS[metric]
+    samples = _read(path, scoring)[:limit]
     if not samples:
         raise UserError(f"there is no question in {str(path)!r}")
     pixels = check_images(samples)
@@ -43,7 +43,7 @@ def folder_task(place: str, metric: str, limit: int | None, calibrate_on: str | 
     return Task(
         name=place,
         about=f"{len(samples):,} questions of {path.name}",
-        metric=how,
+        metric=scoring,
         samples=samples,
         max_new_tokens=16,
         calibration=calibration_on(calibrate_on, samples) if calibrate_on else None,
@@ -52,9 +52,9 @@ def folder_task(place: str, metric: str, limit: int | None, calibrate_on: str | 
 
 
 def check_images(samples: Sequence[Sample]) -> dict[str, str]:
-    """Decodes every image once, and returns its digest.
+    """Decode every image once and return the digests, by image.
 
-    Raises `UserError` with how many cannot be read, and why the first cannot.
+    Raises `UserError` with the number of images that cannot be read and the reason for the first one.
     """
     pixels: dict[str, str] = {}
     wrong: dict[str, str] = {}
@@ -64,9 +64,9 @@ def check_images(samples: Sequence[Sample]) -> dict[str, str]:
         except UserError as error:
             wrong[image] = str(error)
     if wrong:
-        all_of = len({sample.image for sample in samples})
+        images = len({sample.image for sample in samples})
         first = next(iter(wrong.values()))
-        raise UserError(f"{len(wrong)} of {all_of} images cannot be read; the first: {first}")
+        raise UserError(f"{len(wrong)} of {images} images cannot be read; the first: {first}")
     return pixels
 
 
@@ -75,11 +75,11 @@ def _questions_file(place: Path) -> Path:
         raise UserError(f"there is no file or folder {str(place)!r}")
     if not is_folder(place):
         return place
-    found = sorted(place.glob("*.jsonl"))
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise UserError(f"{str(place)!r} should hold one .jsonl file with the questions, there are: {names}")
-    return found[0]
+    files = sorted(place.glob("*.jsonl"))
+    if len(files) != 1:
+        names = ", ".join(path.name for path in files) or "none"
+        raise UserError(f"{str(place)!r} must have one .jsonl file with the questions, found {names}")
+    return files[0]
 
 
 def _read(path: Path, metric: Metric) -> list[Sample]:
@@ -97,17 +97,17 @@ def _read(path: Path, metric: Metric) -> list[Sample]:
 
 def _sample(folder: Path, number: int, content: object, metric: Metric) -> Sample:
     if not isinstance(content, dict):
-        raise UserError("this is no object with image, question and answers")
+        raise UserError("a line must be a JSON object with image, question and answers")
     if unknown := [name for name in content if name not in FIELDS]:
-        raise UserError(f"there is no field {unknown[0]!r}{closest(unknown[0], FIELDS)}")
+        raise UserError(f"unknown field {unknown[0]!r}{closest(unknown[0], FIELDS)}")
     if missing := [name for name in FIELDS[:3] if name not in content]:
         raise UserError(f"the field {missing[0]!r} is missing")
     answers = content["answers"] if isinstance(content["answers"], list) else [content["answers"]]
     answers = [str(answer) if isinstance(answer, int | float) else answer for answer in answers]
     if not answers or not all(isinstance(text, str) for text in (content["image"], content["question"], *answers)):
-        raise UserError("image and question are texts, answers is a list of texts")
+        raise UserError("image and question must be texts, and answers a list of texts")
     if wrong := [name for name in ("id", "type") if not isinstance(content.get(name, ""), str | int | float)]:
-        raise UserError(f"{wrong[0]} is a text or a number")
+        raise UserError(f"{wrong[0]} must be a text or a number")
     if reason := metric.unfit(answers):
         raise UserError(reason)
     path = folder / content["image"]
@@ -117,20 +117,20 @@ def _sample(folder: Path, number: int, content: object, metric: Metric) -> Sampl
         question=content["question"],
         answers=tuple(answers),
         load=partial(load_image, path),
-        pixels="",  # known when all have been decoded
+        pixels="",  # set after all images have been decoded
         groups={"type": str(content["type"])} if "type" in content else {},
     )
 
 
 def calibration_on(folder: str, samples: Sequence[Sample]) -> CalibrationSet:
-    """The images of a folder. Raises `UserError` where there are none, or some that `samples` ask about."""
+    """Return the images of a folder. Raises `UserError` if there are none, or if `samples` ask about one of them."""
     if not is_folder(folder):
-        raise UserError(f"--calibrate-on {folder!r} is no folder of images")
+        raise UserError(f"--calibrate-on must be a folder of images, got {folder!r}")
     known = Image.registered_extensions()
     paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in known)
     if not paths:
         raise UserError(f"there is no image in the folder {folder!r} (subfolders are not searched)")
     asked = {os.path.realpath(sample.image) for sample in samples}
     if shared := [path for path in paths if os.path.realpath(path) in asked]:
-        raise UserError(f"--calibrate-on {folder!r} holds images that are asked about, {shared[0].name} for one")
+        raise UserError(f"--calibrate-on {folder!r} has images with questions in the task, such as {shared[0].name}")
     return CalibrationSet(f"the {len(paths)} images of {folder}", lambda: map(str, paths))

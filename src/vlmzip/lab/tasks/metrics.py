@@ -1,4 +1,4 @@
-"""How an answer is scored: from 0 to 1 for each question, and what a whole task has beside the mean."""
+"""Metrics: a score from 0 to 1 for each answer, and further numbers for a whole task, such as F1."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from vlmzip.lab.tasks.vqa_accuracy import vqa_accuracy
 from vlmzip.mini.words import normalized
 
-#: Relative error that relaxed accuracy forgives (ChartQA, arXiv:2203.10244, section 5.1).
+#: The relative error that relaxed accuracy allows (ChartQA, arXiv:2203.10244, section 5.1).
 RELAXED = 0.05
 
-#: A share over a task is the sum of the first numbers by the sum of the second ones.
+#: A numerator and a denominator. The share of a task is the sum of the numerators over the sum of the denominators.
 Share = tuple[float, float]
 
 
@@ -22,28 +22,28 @@ class Metric:
     name: str
     about: str
     score: Callable[[str, Sequence[str]], float]
-    """The score of a given answer against those that count as right."""
+    """Score a given answer against the reference answers."""
     unfit: Callable[[Sequence[str]], str] = field(default=lambda answers: "")
-    """Why these reference answers cannot be scored against; empty where they can."""
+    """Return why the metric cannot use these reference answers, or ""."""
     shares: Mapping[str, Callable[[str, Sequence[str]], Share]] = field(default_factory=dict)
-    """What is not a mean of scores, by name: F1 is a share whose terms are sums over the task."""
+    """Numbers of a whole task that are not means of scores, by name. F1 is a share of sums over the task."""
 
 
 def exact(given: str, answers: Sequence[str]) -> float:
-    """1 where the answer is one of the right ones but for case, spaces and a full stop at the end."""
+    """Return 1 if the answer equals a reference answer except for case, spaces and a full stop at the end, else 0."""
     return float(normalized(given) in map(normalized, answers))
 
 
 def relaxed(given: str, answers: Sequence[str]) -> float:
-    """1 where a number is within 5 % of a right one (50% is 0.5), or a text is the same but for case."""
+    """Return 1 for a number within 5 % of a reference (50% is 0.5), or for equal text except for case, else 0."""
     return float(any(_relaxed(given.strip(), answer.strip()) for answer in answers))
 
 
 def _relaxed(given: str, answer: str) -> bool:
-    said, right = _number(given), _number(answer)
-    if said is None or not right:  # nothing is near 0 in proportion: compared as text, as the published codes do
+    value, right = _number(given), _number(answer)
+    if value is None or not right:  # no relative error from 0: compare as text, as the published codes do
         return given.lower() == answer.lower()
-    return abs(said - right) / abs(right) <= RELAXED
+    return abs(value - right) / abs(right) <= RELAXED
 
 
 def _number(text: str) -> float | None:
@@ -54,30 +54,30 @@ def _number(text: str) -> float | None:
 
 
 def yes_or_no(answer: str) -> str:
-    """What the first sentence says: "no" where it has a no or not, else "yes" where it has a yes, else nothing."""
+    """Return "no" if the first sentence has the word no or not, else "yes" if it has the word yes, else ""."""
     words = answer.lower().split(".")[0].replace(",", " ").split()
     words = [word.strip("!?;:\"'()") for word in words]
     return "no" if {"no", "not"} & set(words) else "yes" if "yes" in words else ""
 
 
 def says_right(given: str, answers: Sequence[str]) -> float:
-    """1 where yes or no is said, and rightly. Other answers are wrong, where POPE's own code takes them for yes."""
+    """Return 1 for the right one of yes and no, else 0. Other answers are wrong; POPE's own code counts them as yes."""
     return float(yes_or_no(given) == yes_or_no(answers[0]))
 
 
 def f1(given: str, answers: Sequence[str]) -> Share:
-    """F1 of "yes": 2 TP / (2 TP + FP + FN)."""
-    said, right = yes_or_no(given) == "yes", yes_or_no(answers[0]) == "yes"
-    return 2.0 * (said and right), float(said) + float(right)
+    """Return the F1 score of "yes" as a share: 2 TP / (2 TP + FP + FN)."""
+    yes, right = yes_or_no(given) == "yes", yes_or_no(answers[0]) == "yes"
+    return 2.0 * (yes and right), float(yes) + float(right)
 
 
 def _too_few(answers: Sequence[str]) -> str:
-    return "" if len(answers) > 3 else f"VQA accuracy needs the answers of 4 people or more, here are {len(answers)}"
+    return "" if len(answers) > 3 else f"VQA accuracy needs the answers of at least 4 people, got {len(answers)}"
 
 
 def _not_yes_or_no(answers: Sequence[str]) -> str:
-    one = len(answers) == 1 and normalized(answers[0]) in ("yes", "no")
-    return "" if one else f"yesno needs one answer, yes or no, not {list(answers)}"
+    fits = len(answers) == 1 and normalized(answers[0]) in ("yes", "no")
+    return "" if fits else f"yesno needs one answer, yes or no, got {list(answers)}"
 
 
 METRICS = {

@@ -20,23 +20,23 @@ NAME = "mini"
 
 
 def mini_task(limit: int | None) -> Task:
-    """All 3,414 questions, or the first `limit`."""
-    asked = test_split() if limit is None else samples(TEST, shipped_assets("test"), limit)
+    """Return the task with all 3,414 questions, or with the first `limit`."""
+    questions = test_split() if limit is None else samples(TEST, shipped_assets("test"), limit)
     return Task(
         name=NAME,
         about="mini's test split: images and photos that mini has not seen",
         metric=METRICS["exact"],
         samples=[
             Sample(
-                id=f"{one.seed}-{one.type}",  # an image is asked once about each type
-                image=str(one.seed),
-                question=one.question,
-                answers=(one.answer,),
-                load=partial(Image.Image.copy, one.image),
-                pixels=of_image(one.image),
-                groups={"type": one.type, "level": one.level},
+                id=f"{question.seed}-{question.type}",  # an image has at most one question of each type
+                image=str(question.seed),
+                question=question.question,
+                answers=(question.answer,),
+                load=partial(Image.Image.copy, question.image),
+                pixels=of_image(question.image),
+                groups={"type": question.type, "level": question.level},
             )
-            for one in asked
+            for question in questions
         ],
         max_new_tokens=MOST_NEW_TOKENS,
         calibration=CalibrationSet(f"mini's {len(VALIDATION)} validation images", _validation_images),

@@ -1,4 +1,4 @@
-"""What is asked: questions about images, the right answers, and how answers are scored."""
+"""A task: questions about images, the right answers, and a metric."""
 
 from __future__ import annotations
 
@@ -13,45 +13,47 @@ from vlmzip.runtime.fingerprint import of_images
 
 @dataclass(frozen=True)
 class Sample:
-    """One question."""
+    """A question about an image."""
 
     id: str
-    """Stays the same from run to run, and occurs once in a task."""
+    """A name that is unique in the task and stays the same from run to run."""
     image: str
-    """Tells images apart: answers about the same one are not independent of each other."""
+    """A name of the image. Answers about the same image are not independent of each other."""
     question: str
     answers: tuple[str, ...]
-    """Those that count as right; what several of them mean is the metric's."""
+    """The right answers. The metric defines what several answers mean."""
     load: Callable[[], Image.Image] = field(compare=False)
-    """The image in RGB. Raises `UserError` where it cannot be read."""
+    """Return the image in RGB. Raises `UserError` if it cannot be read."""
     pixels: str
-    """The digest of the image, by which one that was replaced is noticed."""
+    """The digest of the image, which detects a replaced image."""
     groups: Mapping[str, str] = field(default_factory=dict)
-    """What scores are also told by, such as {"type": "count"}."""
+    """The groups for which scores are reported, such as {"type": "count"}."""
 
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Images, other than the task's own, from which content-deciding methods get their thresholds."""
+    """Images, different from the task's, that set the thresholds of methods such as DFMR."""
 
     about: str
     images: Callable[[], Iterable[Image.Image | str]]
 
     @property
     def digest(self) -> str:
-        """Tells these images from those that bore their names before."""
+        """Return a digest of the images, which detects replaced ones."""
         return of_images(self.images())
 
 
 @dataclass(frozen=True)
 class Task:
+    """Questions about images, with a metric."""
+
     name: str
-    """As written after --tasks."""
+    """The task as written for `--tasks`."""
     about: str
-    """What it is, and what it is to the model: its own test, transfer, fine-tuned for."""
+    """A description, and the task's relation to the model: its own test split, transfer, or fine-tuned."""
     metric: Metric
     samples: Sequence[Sample]
     max_new_tokens: int
     calibration: CalibrationSet | None = None
     uncalibrated: str = ""
-    """Why there is no calibration, for the rows of methods that would need one."""
+    """Why there is no calibration set, for the rows of methods that need one."""

@@ -1,7 +1,8 @@
-"""VQA accuracy: how many of the people asked gave the same answer, after both are brought into one form.
+"""VQA accuracy: the share of annotators who gave the same answer, after normalization.
 
-As the challenge's published evaluation (github.com/GT-Vision-Lab/VQA, vqaEval.py), but for one thing: both sides are
-always brought into one form, as its server does; that code leaves them as they are where all people agree.
+It follows the VQA challenge's published evaluation (github.com/GT-Vision-Lab/VQA, vqaEval.py) with one difference:
+answers are always normalized, as on the challenge's server. The published code does not normalize them if all
+annotators agree.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-#: Each person's answer is set against the others'; this many equal ones are full marks.
+#: The number of other annotators with the same answer that gives the full score.
 AGREEING = 3
 
 _CONTRACTIONS = """
@@ -38,22 +39,25 @@ _FULL_STOP = re.compile(r"\.(?!\d)")
 
 
 def vqa_accuracy(given: str, answers: Sequence[str]) -> float:
-    """The mean, over the people asked, of min(1, how many of the *others* said the same / 3)."""
-    said, others = vqa_form(given), [vqa_form(answer) for answer in answers]
-    same = others.count(said)
-    marks = [min(1.0, (same - (other == said)) / AGREEING) for other in others]
+    """Return the mean over annotators of min(1, number of the *other* annotators with the given answer / 3)."""
+    normalized, others = vqa_form(given), [vqa_form(answer) for answer in answers]
+    same = others.count(normalized)
+    marks = [min(1.0, (same - (other == normalized)) / AGREEING) for other in others]
     return sum(marks) / len(marks)
 
 
 def vqa_form(answer: str) -> str:
-    """Lower case, no punctuation, no articles, numbers up to ten as digits, contractions with their apostrophes."""
+    """Normalize an answer: lower case, no punctuation or articles, digits for numbers up to ten, full contractions."""
     words = _without_marks(" ".join(answer.split())).lower().split()
     words = [_NUMBERS.get(word, word) for word in words]
     return " ".join(_WITHOUT_ONE_APOSTROPHE.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def _without_marks(text: str) -> str:
-    """Marks beside a space vanish, others become one; in texts with a number such as 1,000 all vanish."""
+    """Remove punctuation marks next to a space, and replace others by a space.
+
+    In a text with a number such as 1,000, remove all marks.
+    """
     grouped = _COMMA_IN_NUMBER.search(text) is not None
     out = text
     for mark in _MARKS:
