@@ -1,4 +1,4 @@
-"""Scripts that make what this repository commits: the weights of mini, and the results that the documents cite.
+"""Scripts that produce files of this repository: mini's weights, and the results that the documents cite.
 
 Run them from the repository's root: `python -m recipes.mini.train`. They import vlmzip; vlmzip never imports them.
 """

@@ -1,11 +1,11 @@
-"""LLaVA-1.5 before its training: an LLM and an encoder put together, with a projector of random weights.
+"""Make an untrained LLaVA-1.5: a pretrained LLM and vision encoder with a randomly initialized projector.
 
     python -m recipes.llava_untrained --llm lmsys/vicuna-7b-v1.5 --encoder openai/clip-vit-large-patch14-336 \\
         --like llava-hf/llava-1.5-7b-hf --out models/vicuna-7b-clip-336
 
-From `--like` come configuration, tokenizer, image sizes and chat template, and none of the weights. Its vocabulary
-may be larger than the LLM's, by <image> for one: rows of the LLM's embedding that nobody has trained are random, too.
-The 7B model needs about 45 GB of main memory.
+`--like` gives configuration, tokenizer, image sizes and chat template, but no weights. Its vocabulary can be larger
+than the LLM's, for example by <image>; the embedding rows of such words are random. The 7B model needs about 45 GB of
+main memory.
 """
 
 import argparse
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, CLIPVisionModel
 
-#: The embedding, and what the output head alone calls its weights.
+#: Weights with a row for each word: the embedding's, and the output head's in its own state dict.
 OF_WORDS = ("embed_tokens.weight", "weight")
 
 
 def put_together(llm: str, encoder: str, like: str, out: Path) -> None:
-    """Raises OSError for a checkpoint that cannot be found, ValueError for parts that do not fit."""
+    """Write the model and processor. Raises OSError for a missing checkpoint, ValueError for parts that do not fit."""
     processor = AutoProcessor.from_pretrained(like)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(like), dtype=torch.float32)
@@ -35,7 +35,7 @@ def put_together(llm: str, encoder: str, like: str, out: Path) -> None:
 
 
 def whole(kind: Any, source: str) -> Any:
-    """A model none of whose weights is missing, for which transformers would take random ones."""
+    """Load a model. Raises ValueError if weights are missing; transformers would initialize them randomly."""
     model, about = kind.from_pretrained(source, output_loading_info=True)
     if about["missing_keys"]:
         raise ValueError(f"{source} has no weights for a {type(model).__name__}, such as {min(about['missing_keys'])}")
@@ -43,14 +43,14 @@ def whole(kind: Any, source: str) -> Any:
 
 
 def take(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copies weights, of which those with a row for each word of the vocabulary may have fewer rows."""
-    own = module.state_dict()
-    if own.keys() != weights.keys():
-        raise ValueError(f"weights do not fit, such as {min(own.keys() ^ weights.keys())}")
+    """Copy weights into a module. Weights with a row for each word of the vocabulary may have fewer rows."""
+    state = module.state_dict()
+    if state.keys() != weights.keys():
+        raise ValueError(f"weights do not fit, such as {min(state.keys() ^ weights.keys())}")
     for name, value in weights.items():
-        rows = own[name][: len(value)] if name in OF_WORDS else own[name]
+        rows = state[name][: len(value)] if name in OF_WORDS else state[name]
         if rows.shape != value.shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}, which does not fit into {tuple(own[name].shape)}")
+            raise ValueError(f"{name} has shape {tuple(value.shape)}, which does not fit {tuple(state[name].shape)}")
         rows.copy_(value)
 
 
@@ -60,14 +60,14 @@ def main() -> None:
     parser.add_argument("--encoder", required=True, help="a CLIP")
     parser.add_argument("--like", required=True, help="a LLaVA of that shape")
     parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
-    if given.out.exists():
-        parser.error(f"--out {str(given.out)!r} exists already")
+    args = parser.parse_args()
+    if args.out.exists():
+        parser.error(f"--out {str(args.out)!r} exists already")
     try:
-        put_together(given.llm, given.encoder, given.like, given.out)
+        put_together(args.llm, args.encoder, args.like, args.out)
     except (OSError, ValueError, AttributeError) as error:
         parser.error(" ".join(str(error).split())[:300])
-    print(f"the untrained model is in {given.out}")
+    print(f"the untrained model is in {args.out}")
 
 
 if __name__ == "__main__":

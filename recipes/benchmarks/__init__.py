@@ -1,4 +1,4 @@
-"""What the speeds, costs and scores of docs/results.md come from; each script writes a CSV into benchmarks/results."""
+"""The scripts behind the speeds, costs and scores of docs/results.md. Each writes a CSV file to benchmarks/results."""
 
 from pathlib import Path
 

@@ -1,10 +1,10 @@
-"""Where does lost detail cost answers? The threshold of `ask`'s warning, measured on mini's reading questions.
+"""Measure the threshold of `ask`'s warning about lost detail on mini's reading questions.
 
     python -m recipes.benchmarks.detail_lost
 
-Asks the reading questions of mini's validation split with several methods and budgets, and puts each answer beside the
-`detail_lost` of its image. The threshold is the start of the first bin from which on reading keeps less than
-three quarters of its accuracy without compression. Writes benchmarks/results/detail-lost.csv.
+The script asks the reading questions of mini's validation split with several methods and budgets, and sorts the answers
+into bins by the `detail_lost` of their images. The threshold is the start of the first bin from which all bins keep
+less than three quarters of the accuracy without compression. It writes benchmarks/results/detail-lost.csv.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def table(answers: list[tuple[float, bool]], base: float) -> list[dict[str, floa
 
 
 def threshold(rows: list[dict[str, float]], base: float) -> float:
-    """The start of the first bin from which on every bin keeps less than KEEPS_AT_LEAST of the plain accuracy."""
+    """Return the start of the first bin from which every bin keeps less than KEEPS_AT_LEAST of the plain accuracy."""
     low = [row["accuracy"] < KEEPS_AT_LEAST * base for row in rows]
     return next(row["from"] for n, row in enumerate(rows) if all(low[n:]))
 

@@ -1,1 +1,1 @@
-"""What the papers claim about training, tried on mini; docs/training_claims.md is the page."""
+"""The papers' claims about training, tested on mini. The results are in docs/training_claims.md."""

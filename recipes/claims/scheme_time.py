@@ -1,10 +1,10 @@
-"""How long training with LLaVolta's schemes takes, on mini: `python -m recipes.claims.scheme_time --out runs/claims`.
+"""The time of training mini with LLaVolta's schemes: `python -m recipes.claims.scheme_time --out runs/claims`.
 
-All seven are trained as in training_claims.py, for fewer steps over the same records, in turns. `seconds` is
-wall-clock from the first step to the end, as `Trainer` reports it, without start, loading and saving; `time` is its
-share of that of `none` in the same round: median, least and greatest. `limit`: what would be left of the time if all of
-it went with the FLOPs of a step (encoder, projector, LLM and output head; forward and backward). For a quiet machine:
-each process computes with one thread.
+All seven schemes are trained as in training_claims.py, in turns, for fewer steps over the same records. `seconds` is
+the wall-clock time from the first step to the end, as `Trainer` reports it, without start, loading and saving. `time`
+is its ratio to that of `none` in the same round: median, least and greatest. `limit` is the ratio that the FLOPs of a
+step alone would give (encoder, projector, LLM and output head; forward and backward). Run it on a quiet machine; each
+process uses one thread.
 """
 
 import argparse
@@ -31,13 +31,13 @@ from vlmzip.training.records import Records
 from vlmzip.training.schedule import scheme
 from vlmzip.training.trainer import LOG, SUMMARY
 
-#: A multiple of two, three and four: all stages of a scheme are as long.
+#: A multiple of two, three and four, so that all stages of a scheme have the same length.
 STEPS = 48
 NAMES = ("none", *SCHEMES, LAST)
 
 
 def seconds(name: str, out: Path, processes: int) -> float:
-    """Trains once; what was learned is thrown away."""
+    """Train once, delete the model, and return the seconds."""
     with tempfile.TemporaryDirectory() as empty:
         folder = Path(empty) / "run"
         settings = [f"schedule={name}", f"steps={STEPS}", f"seed={SEEDS[0]}", 'trainer.save_strategy="no"']
@@ -47,21 +47,21 @@ def seconds(name: str, out: Path, processes: int) -> float:
 
 
 def flops(out: Path) -> dict[str, float]:
-    """Of a step with each scheme, the mean over its stages, on one batch."""
+    """Return the FLOPs of a step with each scheme, as the mean over its stages, on one batch."""
     loaded = load(str(out / WARM / "model"), "cpu", "float32")
-    records = out / "data" / "records.json"
-    read, conversations = Records(records), Preprocessor(loaded.processor, loaded.adapter, 500)
-    rows = [conversations(read[number], records.parent) for number in range(BATCH)]
+    path = out / "data" / "records.json"
+    records, conversations = Records(path), Preprocessor(loaded.processor, loaded.adapter, 500)
+    rows = [conversations(records[number], path.parent) for number in range(BATCH)]
     batch = Collator(pad_id(loaded.adapter), conversations.blank())(rows)
     compressed = attach(loaded.model, NoCompression())
 
-    def one(compressor: Compressor) -> int:
+    def flops_with(compressor: Compressor) -> int:
         compressed.switch(compressor)
         with torch.no_grad():
             return step_flops(compressed, batch)
 
     layers = loaded.adapter.profile().layers
-    return {name: mean(one(stage.compressor) for stage in scheme(name, layers).stages) for name in NAMES}
+    return {name: mean(flops_with(stage.compressor) for stage in scheme(name, layers).stages) for name in NAMES}
 
 
 def main() -> None:
@@ -71,21 +71,21 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     results = RESULTS / "scheme-time.csv"
     parser.add_argument("--results", type=Path, default=results, metavar="CSV")
-    given = parser.parse_args()
-    prepare(given.out, given.processes)
-    whole = flops(given.out)
-    runs = {name: partial(seconds, name, given.out, given.processes) for name in NAMES}
-    runs["none"]()  # reads the images from the disk, which later runs find in memory
-    taken = in_turns(runs, given.repeats, warmup=0)
+    args = parser.parse_args()
+    prepare(args.out, args.processes)
+    step = flops(args.out)
+    runs = {name: partial(seconds, name, args.out, args.processes) for name in NAMES}
+    runs["none"]()  # reads the images into the disk cache, as a warm-up
+    taken = in_turns(runs, args.repeats, warmup=0)
     rows = []
     for name in NAMES:
         shares = [mine / plain for mine, plain in zip(taken[name], taken["none"], strict=True)]
         rows.append({"scheme": name, "seconds": f"{median(taken[name]):.1f}", "time": f"{median(shares):.3f}"})
         rows[-1] |= {"low": f"{min(shares):.3f}", "high": f"{max(shares):.3f}"}
-        rows[-1] |= {"limit": f"{whole[name] / whole['none']:.3f}", "steps": STEPS, "repeats": given.repeats}
-        rows[-1] |= {"processes": given.processes, **about()}
+        rows[-1] |= {"limit": f"{step[name] / step['none']:.3f}", "steps": STEPS, "repeats": args.repeats}
+        rows[-1] |= {"processes": args.processes, **about()}
         print(*list(rows[-1].values())[:6])
-    write_csv(given.results, rows)
+    write_csv(args.results, rows)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""The papers' claims on training, tried on mini: `python -m recipes.claims.training_claims --out runs/claims`.
+"""The papers' claims about training, tested on mini: `python -m recipes.claims.training_claims --out runs/claims`.
 
 Every run starts from the same mini (its encoder, and an LLM that has seen captions and some questions, without
-compression), sees as many images, and takes the same number of steps. Stopped at any point, the same command goes on
-where it was: runs that are complete are not trained again, answers that were given are not asked for again. `--only
-NAME` runs one; `--table` only writes the results so far. The runs stand in the order in which they tell most;
-`python docs/_make/training_claims.py` makes their page.
+compression), sees the same number of images and takes the same number of steps. If the command is stopped, the same
+command resumes: it does not repeat complete runs or given answers. `--only NAME` runs one of them; `--table` only
+writes the results so far. The most informative runs come first. `python docs/_make/training_claims.py` makes the page
+of the results.
 """
 
 import argparse
@@ -30,11 +30,12 @@ from vlmzip.lab.records import read_records
 from vlmzip.lab.stats import Bootstrap, estimate
 
 STEPS, BATCH, QUESTIONS = 200, 16, 1024
-#: Steps without compression of the base that all start from, with a seed of its own. An LLM that has seen captions
-#: alone must first learn to look things up by name; that comes suddenly and drowns what is compared. LLaVA's can.
+#: Steps without compression of the common base, with a separate seed. An LLM that has only seen captions must first
+#: learn to look things up by name. It learns this suddenly, which would hide the differences to measure. LLaVA's LLM
+#: can do it from the start.
 BASE_STEPS, BASE_SEED, WARM = 240, 0, "data/warm"
 SEEDS = (1, 2, 3)
-#: 15,360 images, of which a run sees those that its seed draws.
+#: Number of images. A run sees the images that its seed draws.
 IMAGES = 15_360
 SCHEMES = (
     "two-stage",
@@ -44,7 +45,7 @@ SCHEMES = (
     "four-stage-deeper-then-wider",
 )
 LAST = "last-stage-compression"
-#: LLaVolta's (2, 8) and (16, 4) of 32 layers in an LLM of eight; of 144 tokens 18 and 36 are left.
+#: LLaVolta's (layer, stride) of (2, 8) and (16, 4) in 32 layers, for an LLM of eight; 18 and 36 of 144 tokens remain.
 HEAVY, LIGHT = "llavolta(layer=1,stride=8)", "llavolta(layer=4,stride=4)"
 #: The other compressors of the paper's Table 3, at the same layer and count.
 OTHERS = {
@@ -55,33 +56,33 @@ OTHERS = {
 FACTORS = ("pool2d(factor=2)", "pool2d(factor=3)")
 #: 33, 22 and 11 % of 144 tokens, the paper's 192, 128 and 64 of 576.
 ZIPS = tuple(f"visionzip(keep={keep})" for keep in (48, 32, 16))
-#: LLaVolta's baseline with weights of its own (Table 4), as in configs/mini-qformer.yaml; HEAVY leaves about as many.
+#: LLaVolta's Q-Former baseline (Table 4), as in configs/mini-qformer.yaml; its average budget is close to HEAVY's.
 QFORMER = "qformer(queries=36,width=192,heads=6,depth=2)"
-#: The mean of DFMR's tokens is to be Random's, (144 + 36 + 16) / 3 of 144, and once factor 2's.
+#: DFMR's average budgets: the mean of the random factors, (144 + 36 + 16) / 3 of 144 tokens, and that of factor 2.
 SHARES = {"dfmr": (144 + 36 + 16) / 3 / 144, "dfmr-25": 36 / 144}
 
 
 @dataclass(frozen=True)
 class Training:
-    """A model to train, and what it answers with."""
+    """A model to train, and the compressors to evaluate it with."""
 
     name: str
     schedule: str
     answers_with: tuple[str, ...]
-    """Beside the model without compression."""
+    """The compressors of the evaluation, in addition to no compression."""
     seed: int = SEEDS[0]
     settings: tuple[str, ...] = ()
     base: str = ""
-    """The training that it goes on from; else the common base."""
+    """The training whose model it starts from; default: the common base."""
 
 
 def trainings(dfmr: str, quarter: str) -> list[Training]:
-    """All runs, in the order in which they tell most."""
+    """Return all runs, the most informative ones first."""
     none_with = (HEAVY, LIGHT, *OTHERS.values(), *FACTORS, dfmr, *ZIPS)
     varied = (dfmr, *FACTORS)
 
     def thrice(seed: int) -> list[Training]:
-        """What is trained with three seeds."""
+        """Return the trainings of one seed, of those that run with three seeds."""
         mark, is_first = _mark(seed), seed == SEEDS[0]
         return [
             Training(f"none{mark}", "none", none_with if is_first else (LIGHT, *FACTORS, dfmr, *ZIPS), seed),
@@ -98,42 +99,44 @@ def trainings(dfmr: str, quarter: str) -> list[Training]:
     runs += [Training(f"{zipped}-throughout", zipped, (zipped,)) for zipped in ZIPS]
     runs += [Training("dfmr-25", quarter, (quarter,)), Training("qformer", QFORMER, (QFORMER,))]
     runs += [run for seed in SEEDS[1:] for run in thrice(seed)]
-    # Tuned as much, but without compression: what more training of the projector does by itself.
+    # A control: tuning the projector for as many steps without compression.
     runs += [_tuned("none", ZIPS, "none", seed) for seed in SEEDS]
     return [*runs, Training(WARM, "none", (LIGHT,), BASE_SEED)]
 
 
 def _mark(seed: int) -> str:
-    """What the names of trainings with this seed end in."""
+    """Return the ending of the names of trainings with this seed."""
     return "" if seed == SEEDS[0] else f"-seed{seed}"
 
 
 def _tuned(name: str, answers_with: tuple[str, ...], schedule: str, seed: int) -> Training:
-    """VisionZip's efficient tuning: the projector alone, a tenth of the steps, on the model trained without it."""
+    """Return VisionZip's efficient tuning: it trains the projector alone for a tenth of the steps, from `none`."""
     settings, mark = ("learn=projector", "fraction=10%", f"steps={STEPS // 10}"), _mark(seed)
     return Training(f"{name}-tuned{mark}", schedule, answers_with, seed, settings, base=f"none{mark}")
 
 
-def train(one: Training, out: Path, processes: int) -> None:
-    """Trains a model, unless it is there, and asks it its questions."""
-    folder = out / one.name
-    settings = [f"schedule={_quoted(one.schedule)}", f"steps={STEPS}", f"seed={one.seed}", *one.settings]
-    train_model(out, folder, out / (one.base or WARM), settings, processes)
-    methods = ",".join(one.answers_with) or "no_compression"
-    if QFORMER in one.answers_with:  # its weights lie beside the model's
+def train(training: Training, out: Path, processes: int) -> None:
+    """Train a model, unless it exists, and evaluate it."""
+    folder = out / training.name
+    settings = [f"schedule={_quoted(training.schedule)}", f"steps={STEPS}", f"seed={training.seed}", *training.settings]
+    train_model(out, folder, out / (training.base or WARM), settings, processes)
+    methods = ",".join(training.answers_with) or "no_compression"
+    if QFORMER in training.answers_with:  # load its trained weights, which are saved with the model
         methods = str(folder / "model" / "compressor.json")
-    wanted = ["--methods", methods, "--keep", "as-set", "--limit", str(QUESTIONS), "--batch", "64"]
-    _start(["eval", "--model", str(folder / "model"), *wanted, "--out", str(folder / "eval")], processes)
+    options = ["--methods", methods, "--keep", "as-set", "--limit", str(QUESTIONS), "--batch", "64"]
+    _start(["eval", "--model", str(folder / "model"), *options, "--out", str(folder / "eval")], processes)
 
 
 def _quoted(schedule: str) -> str:
-    """In YAML's form: brackets and commas of a compressor must not be read as something else."""
+    """Quote a schedule for YAML, which would misread a compressor's brackets and commas."""
     return json.dumps(schedule)
 
 
 def train_model(out: Path, folder: Path, base: Path, settings: Sequence[str], processes: int) -> None:
-    """Trains on the records in `out` with mini's recipe; a model that is there already is left, or refused if it was
-    trained otherwise."""
+    """Train on the records in `out` with mini's configuration.
+
+    A finished model is left as it is. The command fails if the folder's model was trained with other settings.
+    """
     config = Path(__file__).resolve().parents[2] / "configs" / "mini.yaml"
     usual = [f"model={base / 'model'}", f"records={out / 'data' / 'records.json'}", f"out={folder}", f"batch={BATCH}"]
     changes = [word for setting in (*usual, *settings) for word in ("--set", setting)]
@@ -141,7 +144,7 @@ def train_model(out: Path, folder: Path, base: Path, settings: Sequence[str], pr
 
 
 def _start(command: list[str], processes: int) -> None:
-    """A command of vlmzip in several processes of one thread each."""
+    """Run a command of vlmzip in several processes of one thread each."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     print("vlmzip", *command, flush=True)
@@ -149,7 +152,7 @@ def _start(command: list[str], processes: int) -> None:
 
 
 def prepare(out: Path, processes: int) -> list[str]:
-    """Images, the base that all start from, and DFMR at the thresholds for `SHARES`; returns those."""
+    """Make the images and the common base, and return DFMR with the thresholds for `SHARES`."""
     data = out / "data"
     if not (data / "records.json").exists():
         make = [sys.executable, "-m", "recipes.mini.conversations", "--out", str(data)]
@@ -159,12 +162,12 @@ def prepare(out: Path, processes: int) -> list[str]:
         subprocess.run([*make, "--processes", str(processes)], check=True)
     more = [f"schedule={_quoted('none')}", f"steps={BASE_STEPS}", f"seed={BASE_SEED}"]
     train_model(out, out / WARM, data / "base", more, processes)
-    found = _calibrate(data / "base" / "model")
-    return [f"dfmr(tau={found[name]})" for name in SHARES]
+    taus = _calibrate(data / "base" / "model")
+    return [f"dfmr(tau={taus[name]})" for name in SHARES]
 
 
 def _calibrate(model: Path) -> dict[str, str]:
-    """The thresholds at which mini's 180 validation images keep `SHARES` of their tokens on average."""
+    """Return the thresholds at which mini's 180 validation images keep `SHARES` of their tokens on average."""
     from vlmzip import DFMR
     from vlmzip.lab.tasks.mini import mini_task
     from vlmzip.runtime.calibration import measure, meet
@@ -179,9 +182,9 @@ def _calibrate(model: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much more one trained model scores than another: of each its name, and what it answers with.
+    """The difference in score between two trained models. Each side is a model's name and compressors to evaluate with.
 
-    Several ways of answering are averaged. With several seeds, seed is compared with seed.
+    The scores of several compressors are averaged. With several seeds, models of the same seed are compared.
     """
 
     name: str
@@ -191,11 +194,11 @@ class Difference:
 
 
 def differences(dfmr: str, quarter: str) -> list[Difference]:
-    """What the claims are about."""
+    """Return the differences that the claims are about."""
     plain, all_factors = "no_compression", ("no_compression", *FACTORS)
     base = ("none", plain)
     pooled = {"before": ("none", HEAVY), "after": ("heavy", HEAVY)}
-    found = [
+    pairs = [
         Difference("last stage compressed, answering so", (LAST, LIGHT), base, SEEDS),
         Difference("last stage compressed, answering without", (LAST, plain), base, SEEDS),
         *[Difference(name, (name, plain), base) for name in SCHEMES],
@@ -206,8 +209,8 @@ def differences(dfmr: str, quarter: str) -> list[Difference]:
     ]
     for name, written in OTHERS.items():
         other = {"before": ("none", written), "after": (f"{name}-in-llm", written)}
-        found += [Difference(f"pooling over {name}, {when}", pooled[when], other[when]) for when in pooled]
-    found += [
+        pairs += [Difference(f"pooling over {name}, {when}", pooled[when], other[when]) for when in pooled]
+    pairs += [
         Difference("dfmr over no compression", ("dfmr", dfmr), base, SEEDS),
         Difference("dfmr, trained over untrained", ("dfmr", dfmr), ("none", dfmr), SEEDS),
         Difference("dfmr over random", ("dfmr", dfmr), ("random-factor", *all_factors), SEEDS),
@@ -220,27 +223,27 @@ def differences(dfmr: str, quarter: str) -> list[Difference]:
         Difference("factor 2 throughout over dfmr, at factor 2", ("pool2d-2", FACTORS[0]), ("dfmr", FACTORS[0])),
     ]
     for zipped in ZIPS:
-        found.append(Difference(f"{zipped}, tuned", (f"{zipped}-tuned", zipped), ("none", zipped), SEEDS))
-        found.append(
+        pairs.append(Difference(f"{zipped}, tuned", (f"{zipped}-tuned", zipped), ("none", zipped), SEEDS))
+        pairs.append(
             Difference(f"{zipped}, tuned with over without", (f"{zipped}-tuned", zipped), ("none-tuned", zipped), SEEDS)
         )
-        found.append(Difference(f"{zipped}, throughout", (f"{zipped}-throughout", zipped), ("none", zipped)))
-    return found
+        pairs.append(Difference(f"{zipped}, throughout", (f"{zipped}-throughout", zipped), ("none", zipped)))
+    return pairs
 
 
 class Scores:
-    """What was answered, from the records of `vlmzip eval`: for each question right or not, and its image."""
+    """The scores and images of all questions, read from the records of `vlmzip eval`."""
 
     def __init__(self, out: Path) -> None:
         self.out, self._images = out, dict[str, str]()
-        self._found: dict[str, dict[str, Any]] = {}
+        self._scores: dict[str, dict[str, Any]] = {}
 
     def __call__(self, training: str, seed: int, answers_with: Sequence[str]) -> np.ndarray | None:
-        """The mean over ways of answering; `None` where one of them is not complete."""
+        """Return the mean scores over the compressors, shape [questions]; `None` if one of them is not complete."""
         name = training + _mark(seed)
-        if name not in self._found:
-            self._found[name] = self._read(self.out / name / "eval" / "records" / "mini")
-        of_methods = [self._found[name].get(_settings(spec.read(written).to_dict())) for written in answers_with]
+        if name not in self._scores:
+            self._scores[name] = self._read(self.out / name / "eval" / "records" / "mini")
+        of_methods = [self._scores[name].get(_settings(spec.read(written).to_dict())) for written in answers_with]
         if any(scores is None or len(scores) < QUESTIONS for scores in of_methods):
             return None
         if any(scores.keys() != self._images.keys() for scores in of_methods):
@@ -248,19 +251,19 @@ class Scores:
         return np.mean([[scores[sample] for sample in sorted(scores)] for scores in of_methods], axis=0)
 
     def images(self) -> list[str]:
-        """Of each question, in the order of the scores."""
+        """Return the image of each question, in the order of the scores."""
         return [self._images[sample] for sample in sorted(self._images)]
 
     def _read(self, folder: Path) -> dict[str, Any]:
-        found: dict[str, dict[str, float]] = {}
+        scores: dict[str, dict[str, float]] = {}
         images = {}
         for path in sorted(folder.glob("*.jsonl")):
             for sample, record in read_records([path]).items():
-                found.setdefault(_settings(record["compressor"]), {})[sample] = record["score"]
+                scores.setdefault(_settings(record["compressor"]), {})[sample] = record["score"]
                 images[sample] = record["image"]
         if len(images) == QUESTIONS:
             self._images = self._images or images
-        return found
+        return scores
 
 
 def _settings(compressor: Any) -> str:
@@ -268,55 +271,58 @@ def _settings(compressor: Any) -> str:
 
 
 def compare(out: Path, dfmr: Sequence[str]) -> list[dict[str, object]]:
-    """A line for each difference that is complete with some seed: percentage points, 95 % over images drawn anew."""
+    """Return a row for each difference with at least one complete seed.
+
+    Differences are in percentage points, with 95 % intervals from a bootstrap over images.
+    """
     scores, rows = Scores(out), []
-    for one in differences(*dfmr):
+    for difference in differences(*dfmr):
         of_seeds = {}
-        for seed in one.seeds:
-            more, than = (scores(side[0], seed, side[1:]) for side in (one.more, one.than))
+        for seed in difference.seeds:
+            more, than = (scores(side[0], seed, side[1:]) for side in (difference.more, difference.than))
             if more is not None and than is not None:
                 of_seeds[seed] = 100 * (more - than)
         if not of_seeds:
             continue
         mean = np.mean(list(of_seeds.values()), axis=0)
-        found = estimate(Bootstrap(scores.images(), 0).share(mean, np.ones(len(mean))))
+        points = estimate(Bootstrap(scores.images(), 0).share(mean, np.ones(len(mean))))
         by_seed = [round(float(values.mean()), 4) for values in of_seeds.values()]
-        row = {"difference": one.name, "points": round(found.value, 4), "low": round(found.low, 4)}
-        row |= {"high": round(found.high, 4), "seeds": len(of_seeds), "by_seed": " ".join(map(str, by_seed))}
-        row |= {"more": ": ".join((one.more[0], ", ".join(one.more[1:])))}
-        rows.append(row | {"than": ": ".join((one.than[0], ", ".join(one.than[1:])))})
+        row = {"difference": difference.name, "points": round(points.value, 4), "low": round(points.low, 4)}
+        row |= {"high": round(points.high, 4), "seeds": len(of_seeds), "by_seed": " ".join(map(str, by_seed))}
+        row |= {"more": ": ".join((difference.more[0], ", ".join(difference.more[1:])))}
+        rows.append(row | {"than": ": ".join((difference.than[0], ", ".join(difference.than[1:])))})
     return rows
 
 
 def table(out: Path, path: Path, dfmr: Sequence[str]) -> None:
-    """One line for each trained model and what it answered with, and the differences, from what is there so far."""
+    """Write the results so far: a row for each trained model and compressor, and a file with the differences."""
     rows = []
-    for one in trainings(*dfmr):
-        results = out / one.name / "eval" / "results.csv"
+    for training in trainings(*dfmr):
+        results = out / training.name / "eval" / "results.csv"
         if not results.exists():
             continue
-        logged = [parse(line.text) for line in read_lines(out / one.name / "log.jsonl")]
+        logged = [parse(line.text) for line in read_lines(out / training.name / "log.jsonl")]
         with results.open(encoding="utf-8", newline="") as file:
             for answered in csv.DictReader(file):
                 names = ("score", "low", "high", "reached", "questions", "device", "torch", "transformers", "commit")
                 trained = {
-                    "training": one.name,
-                    "schedule": one.schedule,
-                    "seed": one.seed,
+                    "training": training.name,
+                    "schedule": training.schedule,
+                    "seed": training.seed,
                     "steps": logged[-1]["step"],
                 }
                 is_file = answered["method"].endswith("compressor.json")
                 trained |= {"padding": padding(logged), "answers_with": QFORMER if is_file else answered["method"]}
                 rows.append(trained | {name: answered[name] for name in names})
     if not rows:
-        sys.exit(f"nothing is trained in {out} yet")
+        sys.exit(f"no training in {out} is finished yet")
     write_csv(path, rows)
     write_csv(path.with_stem(f"{path.stem}-differences"), compare(out, dfmr))
     print(f"{len(rows)} results in {path}")
 
 
 def padding(logged: list[dict[str, Any]]) -> float:
-    """The share of the LLM's input that was padding, over all steps; a line is about those since the one before."""
+    """Return the share of padding in the LLM's input over all steps. A line covers the steps since the one before."""
     lines = [line for line in logged if "loss" in line]
     steps = [after - before for before, after in itertools.pairwise([0, *(line["step"] for line in lines)])]
     return round(sum(line["padding"] * count for line, count in zip(lines, steps, strict=True)) / sum(steps), 4)
@@ -330,17 +336,18 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="train nothing")
     results = RESULTS / "training-claims.csv"
     parser.add_argument("--results", type=Path, default=results, metavar="CSV")
-    given = parser.parse_args()
-    dfmr = prepare(given.out, given.processes)
+    args = parser.parse_args()
+    dfmr = prepare(args.out, args.processes)
     runs = trainings(*dfmr)
-    if given.only and given.only not in [one.name for one in runs]:
-        parser.error(f"there is no run {given.only!r}; choose one of {', '.join(one.name for one in runs)}")
-    for one in [] if given.table else runs:
-        if given.only in (None, one.name):
-            train(one, given.out, given.processes)
-            table(given.out, given.results, dfmr)
-    if given.table:
-        table(given.out, given.results, dfmr)
+    names = [training.name for training in runs]
+    if args.only and args.only not in names:
+        parser.error(f"unknown run {args.only!r}; choose one of {', '.join(names)}")
+    for training in [] if args.table else runs:
+        if args.only in (None, training.name):
+            train(training, args.out, args.processes)
+            table(args.out, args.results, dfmr)
+    if args.table:
+        table(args.out, args.results, dfmr)
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(f"{(used.ru_utime + used.ru_stime) / 3600:.2f} CPU-hours since this command began")
 

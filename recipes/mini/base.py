@@ -1,7 +1,7 @@
-"""`python -m recipes.mini.base --out DIR`: mini before it learns to answer, in DIR/base/model.
+"""`python -m recipes.mini.base --out DIR`: make mini before its instruction training, in DIR/base/model.
 
-It has the shipped encoder, and a projector and an LLM that have seen some text and captions. Stopped at any moment, the
-same command goes on.
+It has the shipped encoder, and a projector and an LLM that have seen some text and captions. If the command is stopped,
+the same command resumes.
 """
 
 import argparse

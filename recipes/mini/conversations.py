@@ -1,6 +1,6 @@
-"""`python -m recipes.mini.conversations --out DIR`: mini's training images and questions in LLaVA's JSON format.
+"""`python -m recipes.mini.conversations --out DIR`: write mini's training data in LLaVA's JSON format.
 
-They are what `vlmzip train` reads: DIR/records.json, and images beside it.
+`vlmzip train` reads it: DIR/records.json, and a folder of images next to it.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from vlmzip.mini.drawing import draw
 from vlmzip.mini.scene import make_scene
 from vlmzip.mini.splits import TRAIN_LANGUAGE, train_seed
 
-#: The base has seen the images before this one in the range of training seeds (`recipes/mini/base.py`).
+#: The first image in the range of training seeds; the base has seen the images before it (`recipes/mini/base.py`).
 FIRST = 100_000
 IMAGES, TURNS = 15_360, 12
 IMAGES_PER_FOLDER = 1000
@@ -41,7 +41,7 @@ def write_conversations(out: Path, count: int, turns: int, assets: Assets) -> Pa
 
 
 def _as_turns(pairs: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
-    """Return (question, answer) pairs as LLaVA writes them; the image stands before the first question."""
+    """Return (question, answer) pairs in LLaVA's format, with the image before the first question."""
     turns = []
     for number, (question, answer) in enumerate(pairs):
         turns.append({"from": "human", "value": question if number else f"<image>\n{question}"})

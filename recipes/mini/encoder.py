@@ -1,6 +1,6 @@
-"""Step 1: the vision encoder learns what each patch shows and where it is.
+"""Step 1: train the vision encoder to predict what each patch shows and where it is.
 
-The losses stand on the layer that LLaVA hands on (the last but one), and on CLS there and at the end.
+The losses use the penultimate layer, which LLaVA passes on, and CLS of the penultimate and the last layer.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,7 @@ PLACE_WEIGHT = 2.0
 
 
 class EncoderHeads(nn.Module):
-    """Linear readers of the encoder's features, thrown away after training."""
+    """Linear heads on the encoder's features. They are discarded after training."""
 
     def __init__(self, hidden: int) -> None:
         super().__init__()
@@ -34,60 +34,62 @@ class EncoderHeads(nn.Module):
         self.color = nn.Linear(hidden, len(COLORS))
         self.digits = nn.Linear(hidden, MOST_DIGITS * 11)
         self.middle = nn.Linear(hidden, 1)
-        # Read without a norm: the projector of LLaVA gets the features without one.
+        # No norm here: LLaVA's projector gets the features without a norm, too.
         self.place = nn.Linear(hidden, 4)
         self.image = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, PRESENCE))
         self.last_image = nn.Sequential(nn.LayerNorm(hidden), nn.Linear(hidden, PRESENCE))
 
 
 def pixels_of(images: list[np.ndarray], device: torch.device) -> Tensor:
-    """[batch 3 96 96] from -1 to 1, as mini's processor makes them, from uint8 [96 96 3]."""
+    """Return pixels from -1 to 1, [batch 3 96 96], as mini's processor makes them, from images uint8 [96 96 3]."""
     stacked = torch.from_numpy(np.stack(images)).to(device)
     return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def stacked_targets(scenes: list[Scene], rows: int, device: torch.device) -> dict[str, Tensor]:
-    made: list[Targets] = [targets(scene, rows) for scene in scenes]
+    """Return the targets of several scenes as tensors, by name; shapes as in `Targets`, with a batch dimension."""
+    of_scenes: list[Targets] = [targets(scene, rows) for scene in scenes]
     fields = ("name", "color", "digits", "middle", "place", "presence")
-    return {field: torch.from_numpy(np.stack([getattr(one, field) for one in made])).to(device) for field in fields}
+    return {f: torch.from_numpy(np.stack([getattr(scene, f) for scene in of_scenes])).to(device) for f in fields}
 
 
 def encoder_losses(
-    model: LlavaForConditionalGeneration, heads: EncoderHeads, pixels: Tensor, wanted: dict[str, Tensor]
+    model: LlavaForConditionalGeneration, heads: EncoderHeads, pixels: Tensor, target: dict[str, Tensor]
 ) -> dict[str, Tensor]:
+    """Return the losses of a batch, by name."""
     states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
     penultimate, last = states[-2], states[-1]
     raw = penultimate[:, 1:]
     patches = heads.norm(raw)
     weights = torch.ones(len(NAMES), device=pixels.device)
     weights[0] = GROUND_WEIGHT
-    thing = (wanted["name"] > 0).float()
-    place = (heads.place(raw).float() - wanted["place"]).square()
+    thing = (target["name"] > 0).float()
+    place = (heads.place(raw).float() - target["place"]).square()
     digits = heads.digits(patches).unflatten(-1, (MOST_DIGITS, 11))
     return {
-        "name": F.cross_entropy(heads.name(patches).flatten(0, 1).float(), wanted["name"].flatten(), weights),
+        "name": F.cross_entropy(heads.name(patches).flatten(0, 1).float(), target["name"].flatten(), weights),
         "color": F.cross_entropy(
-            heads.color(patches).flatten(0, 1).float(), wanted["color"].flatten(), ignore_index=IGNORE
+            heads.color(patches).flatten(0, 1).float(), target["color"].flatten(), ignore_index=IGNORE
         ),
-        "digits": _mean_known(digits.flatten(0, 2).float(), wanted["digits"].flatten()),
+        "digits": _mean_known(digits.flatten(0, 2).float(), target["digits"].flatten()),
         "middle": F.binary_cross_entropy_with_logits(
-            heads.middle(patches)[..., 0].float(), wanted["middle"], pos_weight=torch.tensor(5.0, device=pixels.device)
+            heads.middle(patches)[..., 0].float(), target["middle"], pos_weight=torch.tensor(5.0, device=pixels.device)
         ),
         "own place": PLACE_WEIGHT * place[..., :2].mean(),
         "thing's place": PLACE_WEIGHT * (place[..., 2:].mean(-1) * thing).sum() / thing.sum().clamp(min=1),
-        "image": F.binary_cross_entropy_with_logits(heads.image(penultimate[:, 0]).float(), wanted["presence"]),
-        "last image": F.binary_cross_entropy_with_logits(heads.last_image(last[:, 0]).float(), wanted["presence"]),
+        "image": F.binary_cross_entropy_with_logits(heads.image(penultimate[:, 0]).float(), target["presence"]),
+        "last image": F.binary_cross_entropy_with_logits(heads.last_image(last[:, 0]).float(), target["presence"]),
     }
 
 
-def _mean_known(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Cross-entropy where there is a target; zero, not NaN, in a batch without a number."""
-    known = (wanted != IGNORE).sum().clamp(min=1)
-    return F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="sum") / known
+def _mean_known(logits: Tensor, target: Tensor) -> Tensor:
+    """Return the mean cross-entropy over the known targets. In a batch without targets it is 0 instead of NaN."""
+    known = (target != IGNORE).sum().clamp(min=1)
+    return F.cross_entropy(logits, target, ignore_index=IGNORE, reduction="sum") / known
 
 
 def training_scene(number: int, recipe: Recipe) -> Scene:
-    """Scenes like the questions', and the denser ones that the recipe asks for at that step."""
+    """Return a training scene: one like those of the questions, or a denser one if the recipe has it at that step."""
     seed = train_seed(TRAIN_ENCODER, number)
     step = number // recipe.encoder.batch
     crowded = step >= recipe.crowded_from
@@ -99,7 +101,7 @@ def training_scene(number: int, recipe: Recipe) -> Scene:
 
 
 def train_encoder(run: Run, model: LlavaForConditionalGeneration, assets: Assets, stop_at: int | None = None) -> None:
-    """The encoder and detail stages, or what the run's checkpoint leaves of them. `stop_at` leaves within the first."""
+    """Run the encoder and detail stages, or the rest of them after the checkpoint. `stop_at` ends the first early."""
     device, recipe = run.processes.device, run.recipe
     torch.manual_seed(recipe.seed)
     heads = EncoderHeads(recipe.shape.hidden)
@@ -127,7 +129,7 @@ def train_encoder(run: Run, model: LlavaForConditionalGeneration, assets: Assets
 def _reporter(
     model: LlavaForConditionalGeneration, heads: EncoderHeads, rows: int, device: torch.device
 ) -> Callable[[int], str]:
-    """Losses on validation images, and every so often the position probe."""
+    """Return a function that reports the losses and the position probe on validation images."""
 
     def report(done: int) -> str:
         scenes = [make_scene(seed) for seed in VALIDATION[:60]]
@@ -143,7 +145,7 @@ def _reporter(
 
 @torch.no_grad()
 def position_probe(model: LlavaForConditionalGeneration, pixels: Tensor) -> tuple[float, float]:
-    """R² of a linear fit of each patch's row and column on its feature, on images the fit has not seen."""
+    """Return R² of linear fits of each patch's row and column on its feature, for images that the fit has not seen."""
     features = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[
         model.config.vision_feature_layer
     ]
@@ -151,11 +153,11 @@ def position_probe(model: LlavaForConditionalGeneration, pixels: Tensor) -> tupl
     images, tokens, _ = features.shape
     rows = round(tokens**0.5)
     place = torch.arange(tokens).repeat(images, 1)
-    wanted = torch.stack([place // rows, place % rows], -1).float()
+    target = torch.stack([place // rows, place % rows], -1).float()
     ones = torch.ones(images, tokens, 1)
     inputs = torch.cat([features, ones], -1)
     half = images // 2
-    fit = torch.linalg.lstsq(inputs[:half].flatten(0, 1), wanted[:half].flatten(0, 1)).solution
-    rest, found = wanted[half:].flatten(0, 1), inputs[half:].flatten(0, 1) @ fit
-    r2 = 1 - (rest - found).square().mean(0) / (rest - rest.mean(0)).square().mean(0)
+    fit = torch.linalg.lstsq(inputs[:half].flatten(0, 1), target[:half].flatten(0, 1)).solution
+    rest, predicted = target[half:].flatten(0, 1), inputs[half:].flatten(0, 1) @ fit
+    r2 = 1 - (rest - predicted).square().mean(0) / (rest - rest.mean(0)).square().mean(0)
     return float(r2[0]), float(r2[1])

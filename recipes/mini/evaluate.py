@@ -1,4 +1,4 @@
-"""`python -m recipes.mini.evaluate`: exact-match accuracy by question type and by level, with controls."""
+"""`python -m recipes.mini.evaluate`: measure exact-match accuracy by question type and by level, with controls."""
 
 import argparse
 import json
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 
 Answer = Callable[[list[Image.Image], list[str]], list[str]]
 CONTROLS = ("none", "text-only", "shuffled", "downsampled")
-SMALL = 32  # pixels a side of the down-sampled control
+SMALL = 32  # side in pixels of the down-sampled control's images
 
 
 @dataclass(frozen=True)
 class AnswerRecord:
-    """One answered question."""
+    """An answered question."""
 
     image: int
     question: str
@@ -43,7 +43,7 @@ class AnswerRecord:
 
 
 def accuracy(answer: Answer, samples: Sequence[ImageQuestion], batch: int = 60) -> list[AnswerRecord]:
-    """Asks `answer` every question, `batch` at a time. `share_right`, `by` and `table` read the records."""
+    """Answer all questions, `batch` at a time. `share_right`, `by` and `table` summarize the records."""
     records = []
     for start in range(0, len(samples), batch):
         some = samples[start : start + batch]
@@ -60,23 +60,26 @@ def share_right(records: Sequence[AnswerRecord]) -> float:
 
 
 def by(records: Sequence[AnswerRecord], field: str) -> dict[str, float]:
-    """Share of right answers for each "type" or "level" that occurs, in the order of `words`."""
+    """Return the share of right answers for each "type" or "level" that occurs, in the order of `words`."""
     groups = {value: [record for record in records if getattr(record, field) == value] for value in (*TYPES, *LEVELS)}
     return {value: share_right(group) for value, group in groups.items() if group}
 
 
 def majority(samples: Sequence[ImageQuestion | AnswerRecord]) -> dict[str, float]:
-    """What always giving each type's most frequent answer would reach."""
-    found = {}
+    """Return the accuracy of always giving the most frequent answer of each type."""
+    shares = {}
     for question_type in TYPES:
         answers = Counter(sample.answer for sample in samples if sample.type == question_type)
         if answers:
-            found[question_type] = max(answers.values()) / sum(answers.values())
-    return found
+            shares[question_type] = max(answers.values()) / sum(answers.values())
+    return shares
 
 
 def table(records: Sequence[AnswerRecord]) -> str:
-    """A Markdown table in percent: types down, levels across, with the number of questions and the majority guesser."""
+    """Return a Markdown table of accuracies in percent by type (rows) and level (columns).
+
+    It also has the number of questions and the accuracy of the majority guesser.
+    """
     guess = majority(records)
     lines = [f"| type | n | all | {' | '.join(LEVELS)} | majority |", "| --- " * (4 + len(LEVELS)) + "|"]
     for question_type in (*TYPES, "all"):
@@ -94,7 +97,7 @@ def table(records: Sequence[AnswerRecord]) -> str:
 
 
 class ModelAnswer:
-    """Greedy answers of a model that has `generate`; the processor makes its inputs, all on the model's device."""
+    """Answers questions with a model and its processor, by greedy decoding on the model's device."""
 
     def __init__(self, model: "nn.Module", processor: "ProcessorMixin") -> None:
         self.model, self.processor = model, processor
@@ -115,7 +118,10 @@ class ModelAnswer:
 
 
 def controlled(samples: Sequence[ImageQuestion], control: str) -> list[ImageQuestion]:
-    """The same questions with other images: mid-grey, another one of the split, or shrunk to 32 by 32 and back."""
+    """Return the same questions with other images: grey ones, others of the split, or blurred ones.
+
+    The "downsampled" control shrinks images to 32 x 32 pixels and enlarges them again.
+    """
     if control == "none":
         return list(samples)
     return [
@@ -132,9 +138,9 @@ def _other_images(samples: Sequence[ImageQuestion], control: str) -> list[Image.
     images = {sample.seed: sample.image for sample in samples}
     seeds = list(images)
     if len(seeds) < 2:
-        raise ValueError("the shuffled control needs questions about two images or more")
+        raise ValueError("the shuffled control needs questions about at least two images")
     rng = Rng(0)
-    # Any image but the question's own: a step of 1 to n-1 around the circle of seeds.
+    # Take any image except the question's: go 1 to n-1 steps around the circle of seeds.
     place = {seed: number for number, seed in enumerate(seeds)}
     steps = [rng.between(1, len(seeds) - 1) for _ in samples]
     return [
@@ -159,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, help="write every answer to this file")
     given = parser.parse_args(arguments)
     if not (given.model / "config.json").exists():
-        print(f"{given.model} holds no model (config.json is missing)", file=sys.stderr)
+        print(f"{given.model} is not a model's folder: config.json is missing", file=sys.stderr)
         return 2
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

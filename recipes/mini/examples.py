@@ -1,4 +1,4 @@
-"""`python -m recipes.mini.examples`: the example images, and a figure of images by level."""
+"""`python -m recipes.mini.examples`: write the example images, and a figure of images by level."""
 
 import argparse
 from collections.abc import Sequence
@@ -13,25 +13,25 @@ from vlmzip.mini.scene import make_scene
 from vlmzip.mini.splits import EXAMPLES, questions_of
 from vlmzip.mini.words import LEVELS
 
-# Chosen by eye among the first of EXAMPLES: a few things on plain ground, many on a photo.
+# Chosen by hand among the first of EXAMPLES: a few things on a plain background, and many on a photo.
 CHOSEN = {"flat": 3_000_006, "cluttered": 3_000_014}
 BORDER = 4
 IMAGES_PER_ROW = 6
 
 
 def image(seed: int) -> Image.Image:
-    """An example image, 96 by 96."""
+    """Return an example image of 96 x 96 pixels."""
     return Image.fromarray(draw(make_scene(seed), shipped_assets("test")))
 
 
 def write_examples(folder: Path) -> None:
-    """At 96 by 96: enlarged ones come back from the processor a little softened, and small digits suffer."""
+    """Write the images at 96 x 96. The processor would blur larger copies slightly, which harms small digits."""
     for name, seed in CHOSEN.items():
         image(seed).save(folder / f"{name}.png", optimize=True)
 
 
 def write_figure(path: Path) -> None:
-    """One row of images a level, from the example seeds."""
+    """Draw a row of images for each level, from the example seeds."""
     rows = []
     for number in range(len(LEVELS)):
         seeds = [seed for seed in EXAMPLES if seed % len(LEVELS) == number][:IMAGES_PER_ROW]
@@ -50,12 +50,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--examples", type=Path, help="folder for the example images")
     parser.add_argument("--figure", type=Path, help="file for the figure of images by level")
     parser.add_argument("--list", type=int, default=0, help="print the questions about this many example images")
-    given = parser.parse_args(arguments)
-    if given.examples is not None:
-        write_examples(given.examples)
-    if given.figure is not None:
-        write_figure(given.figure)
-    for seed in EXAMPLES[: given.list]:
+    args = parser.parse_args(arguments)
+    if args.examples is not None:
+        write_examples(args.examples)
+    if args.figure is not None:
+        write_figure(args.figure)
+    for seed in EXAMPLES[: args.list]:
         scene = make_scene(seed)
         for question in questions_of(scene, most=9):
             print(seed, scene.level, f"{question.text} -> {question.answer}", sep="\t")

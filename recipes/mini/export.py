@@ -1,4 +1,4 @@
-"""From a trained model to a folder that `AutoModelForImageTextToText` and `AutoProcessor` load."""
+"""Export a trained model to a folder that `AutoModelForImageTextToText` and `AutoProcessor` can load."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,10 @@ WEIGHTS = "model.safetensors"
 
 
 def make_processor(shape: Shape) -> LlavaProcessor:
-    """Any image becomes `image` by `image` pixels from -1 to 1. The PIL processor: torchvision is not needed."""
+    """Make a processor that resizes any image to the model's size, with pixels from -1 to 1.
+
+    It uses the PIL image processor, which does not need torchvision.
+    """
     side = {"height": shape.image, "width": shape.image}
     images = CLIPImageProcessorPil(
         size=side,
@@ -32,7 +35,7 @@ def make_processor(shape: Shape) -> LlavaProcessor:
         tokenizer=tokenizer,
         patch_size=shape.patch,
         vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,  # CLS; the "default" strategy takes it away again
+        num_additional_image_tokens=1,  # CLS, which the "default" strategy drops again
         chat_template=tokenizer.chat_template,
     )
 
@@ -46,7 +49,7 @@ def export(model: LlavaForConditionalGeneration, shape: Shape, folder: Path) -> 
 
 
 def _halve_and_rename(path: Path) -> None:
-    """16-bit numbers, and the tower's names as serving engines expect them; transformers reads both spellings."""
+    """Store float16 weights, with the tower's names that serving engines expect; transformers reads both names."""
     weights = {}
     for name, weight in load_file(path).items():
         tower = "vision_tower."
@@ -58,7 +61,7 @@ def _halve_and_rename(path: Path) -> None:
 
 
 def _amend_config(path: Path) -> None:
-    """Stored in 16 bits, but to be computed with in 32; trained with eager attention, but free to be run with any."""
+    """Set the config to compute in float32 (weights are stored in float16), with any attention implementation."""
     config = json.loads(path.read_text())
     for part in (config, config["vision_config"], config["text_config"]):
         part["dtype"] = "float32"

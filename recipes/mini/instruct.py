@@ -1,4 +1,4 @@
-"""Steps 2 and 3: a little text for the LLM, then the projector, then answering questions. The encoder is held."""
+"""Steps 2 and 3: train the LLM on a little text, then the projector, then both on questions. The encoder is frozen."""
 
 from collections.abc import Callable
 
@@ -25,17 +25,19 @@ MOST_IN_CAPTION = 6
 
 
 def training_questions(scene: Scene, most: int) -> list[tuple[str, str]]:
-    """Up to `most` different (question, answer) pairs: one of each type, then more of any."""
+    """Return up to `most` different (question, answer) pairs: one of each type, then more of any type."""
     rng = Rng(scene.seed * 2 + 2_000_003)
-    asked = ask_all(scene, rng, most)
-    asked += [again for again in (ask(scene, rng, rng.pick(TYPES)) for _ in range(most - len(asked))) if again]
-    return list({question.text: (question.text, question.answer) for question in asked}.values())
+    questions = ask_all(scene, rng, most)
+    more = (ask(scene, rng, rng.pick(TYPES)) for _ in range(most - len(questions)))
+    questions += [question for question in more if question]
+    return list({question.text: (question.text, question.answer) for question in questions}.values())
 
 
 def captions(scene: Scene, count: int) -> list[tuple[str, str]]:
-    """'red circle top left , dress blue bottom right .': what is there, in any order, its words in several orders.
+    """Return captions such as 'red circle top left , dress blue bottom right .'.
 
-    A word just written names the thing that the next word is about: the shortest way to learn to look things up.
+    Things come in any order, and their words in several orders. Each word is about the thing that the word before it
+    names, which is the easiest way to learn to look things up.
     """
     rng = Rng(scene.seed * 2 + 4_000_003)
     return [(CAPTION_QUESTION, _caption(scene, rng)) for _ in range(count)]
@@ -54,14 +56,14 @@ def _described(thing: Thing, rng: Rng) -> str:
     if order < 2:
         return f"{thing.color} {name} {place}"
     if order < 4:
-        # "number red 347": the word that tells the thing first, what is read off it last.
+        # "number red 347": first the word that identifies the thing, last the digits to read.
         first, *rest = name.split()
         return " ".join([first, thing.color, *rest, place])
     return f"{thing.color} {thing.kind} {place}"
 
 
 def answer_states(model: LlavaForConditionalGeneration, packed: Packed, visual: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(logits [answers words], wanted [answers]) at the tokens that have a label."""
+    """Return the logits [answers words] and labels [answers] at the tokens that have a label."""
     inner = model.model
     embeddings = inner.get_input_embeddings()(packed.ids)
     if visual is not None:
@@ -79,7 +81,7 @@ def answer_states(model: LlavaForConditionalGeneration, packed: Packed, visual: 
 
 
 class Lessons:
-    """Images with their packed questions, ready for the model."""
+    """The losses of the stages, on images with packed questions."""
 
     def __init__(self, run: Run, model: LlavaForConditionalGeneration, assets: Assets) -> None:
         self.model, self.assets = model, assets
@@ -94,7 +96,7 @@ class Lessons:
             return visual_features(self.model, pixels_of([draw(scene, assets) for scene in scenes], self.device))
 
     def text_loss(self, numbers: range) -> Tensor:
-        """Questions, answers and captions as text: every word is to be foretold from those before it."""
+        """Return the loss of predicting every word of questions, answers and captions, without images."""
         pairs = [[*captions(scene, 1), *training_questions(scene, self.most)] for scene in _scenes(numbers)]
         return self._loss(self.without_image.pack(pairs, True, self.device), None)
 
@@ -110,8 +112,8 @@ class Lessons:
         return self._loss(self.with_image.pack(pairs, False, self.device), self.features(scenes, self.assets))
 
     def _loss(self, packed: Packed, visual: Tensor | None) -> Tensor:
-        logits, wanted = answer_states(self.model, packed, visual)
-        return F.cross_entropy(logits.float(), wanted)
+        logits, labels = answer_states(self.model, packed, visual)
+        return F.cross_entropy(logits.float(), labels)
 
 
 def _scenes(numbers: range) -> list[Scene]:
@@ -119,7 +121,7 @@ def _scenes(numbers: range) -> list[Scene]:
 
 
 def train_language(run: Run, model: LlavaForConditionalGeneration, assets: Assets, stop_at: int | None = None) -> None:
-    """The stages after the encoder, each skipped if the run is past it. `stop_at` leaves within the instruct stage."""
+    """Run the stages after the encoder, without finished ones. `stop_at` ends the instruct stage early."""
     lessons = Lessons(run, model, assets)
     language: list[nn.Parameter] = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
     both = [*language, *model.model.multi_modal_projector.parameters()]
@@ -127,16 +129,16 @@ def train_language(run: Run, model: LlavaForConditionalGeneration, assets: Asset
     if not run.finished("text"):
         train_stage(run, "text", modules, language, lessons.text_loss)
     if not run.finished("projector"):
-        # LLaVA holds its LLM here. This one is new: it has to learn along with the projector what to look for.
+        # LLaVA freezes its LLM here. This LLM is new and must learn what to look for, together with the projector.
         train_stage(run, "projector", modules, both, lessons.caption_loss)
     report = _reporter(lessons)
     train_stage(run, "instruct", modules, both, lessons.answer_loss, report, stop_at)
 
 
 def _reporter(lessons: Lessons) -> Callable[[int], str]:
-    """Accuracy by type on validation images.
+    """Return a function that reports the accuracy by type on validation images.
 
-    Greedy decoding is right exactly if every word of the answer is the likeliest after the right words before it.
+    Greedy decoding gives the right answer exactly if each of its words is the most likely one after the words before.
     """
     scenes = [make_scene(seed) for seed in VALIDATION[:90]]
     assets = shipped_assets("validation")
@@ -146,14 +148,14 @@ def _reporter(lessons: Lessons) -> Callable[[int], str]:
         right: dict[str, list[bool]] = {question_type: [] for question_type in TYPES}
         for start in range(0, len(scenes), 15):
             some = scenes[start : start + 15]
-            asked = [questions_of(scene) for scene in some]
-            pairs = [[(question.text, question.answer) for question in questions] for questions in asked]
+            by_scene = [questions_of(scene) for scene in some]
+            pairs = [[(question.text, question.answer) for question in questions] for questions in by_scene]
             packed = lessons.with_image.pack(pairs, False, lessons.device)
             with torch.autocast(lessons.device.type, torch.bfloat16):
-                logits, wanted = answer_states(lessons.model, packed, lessons.features(some, assets))
+                logits, labels = answer_states(lessons.model, packed, lessons.features(some, assets))
             hits = torch.ones_like(packed.ids, dtype=torch.bool)
-            hits[packed.labels != IGNORE] = logits.argmax(-1) == wanted
-            for row, questions in enumerate(asked):
+            hits[packed.labels != IGNORE] = logits.argmax(-1) == labels
+            for row, questions in enumerate(by_scene):
                 for number, question in enumerate(questions, 1):
                     right[question.type].append(bool(hits[row][packed.part[row] == number].all()))
         everything = [hit for hits_of_type in right.values() for hit in hits_of_type]

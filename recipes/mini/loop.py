@@ -1,4 +1,4 @@
-"""The training loop that all stages share, with checkpoints that survive a kill at any moment."""
+"""The training loop of all stages. A run that is killed at any moment can resume from its checkpoint."""
 
 import math
 import os
@@ -21,9 +21,9 @@ CHECKPOINT = "checkpoint.pt"
 
 @dataclass
 class Run:
-    """A training run: its folder, its recipe, its processes and what the last checkpoint says.
+    """A training run: its folder, its recipe, its processes and the content of its last checkpoint.
 
-    Raises `UserError` where the folder holds a run of another recipe: going on would mix the two.
+    Raises `UserError` if the folder has a run with another recipe.
     """
 
     folder: Path
@@ -38,17 +38,18 @@ class Run:
             self._check_recipe(self.saved["recipe"])
 
     def _check_recipe(self, saved: dict[str, Any]) -> None:
-        """Stages that have not begun may change; the others, the shape and the seed may not."""
+        """Raise `UserError` if the shape, the seed or a stage that has begun differs from the checkpoint's."""
         assert self.saved is not None
         begun = STAGES[: STAGES.index(self.saved["stage"]) + 1]
         mine = asdict(self.recipe)
         for name in (*begun, *ENCODER_TURNS, "shape", "seed"):
             if mine[name] != saved[name]:
-                other = f"{self.folder} holds a run with another {name}: {saved[name]}, not {mine[name]}"
-                raise UserError(f"{other}; give another --out")
+                raise UserError(
+                    f"{self.folder} has a run with another {name}: {saved[name]}, not {mine[name]}; give another --out"
+                )
 
     def finished(self, stage: str) -> bool:
-        """Whether the checkpoint lies after that stage."""
+        """Return whether the checkpoint is from a later stage."""
         return self.saved is not None and STAGES.index(self.saved["stage"]) > STAGES.index(stage)
 
     def load_model(self, model: nn.Module) -> None:
@@ -72,7 +73,7 @@ class Run:
 
 
 def write_atomically(content: dict[str, Any], path: Path) -> None:
-    """A reader, or a run after a kill, finds the old file or the new one, never half of one."""
+    """Write a file so that readers always see the complete old or the complete new file, even after a kill."""
     partial = path.with_suffix(".partial")
     torch.save(content, partial)
     os.replace(partial, path)
@@ -87,10 +88,10 @@ def train_stage(
     report: Callable[[int], str] | None = None,
     stop_at: int | None = None,
 ) -> None:
-    """Train `learning` for the stage's steps on the mean loss of the images numbered in a range.
+    """Train `learning` for the steps of a stage. `loss_of` returns the mean loss of a range of image numbers.
 
-    Nothing in a step is random but the numbers of its images, so a run that was killed goes on exactly as it would
-    have. `stop_at` leaves after that step, as a kill would.
+    A step depends only on its image numbers, so a resumed run gives the same result as an uninterrupted one. `stop_at`
+    ends the stage after that step, as a kill would.
     """
     stage: RecipeStage = getattr(run.recipe, name)
     optimizer = make_optimizer(modules, learning, stage)
@@ -120,7 +121,7 @@ def train_stage(
 
 
 def _resume(run: Run, name: str, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer) -> int:
-    """Load what the checkpoint holds of this stage; return the step to go on from."""
+    """Load the checkpoint if it is from this stage, and return the step to resume from."""
     if run.saved is None or run.saved["stage"] != name:
         return 0
     for key, module in modules.items():
@@ -132,7 +133,7 @@ def _resume(run: Run, name: str, modules: dict[str, nn.Module], optimizer: torch
 def make_optimizer(
     modules: dict[str, nn.Module], learning: list[nn.Parameter], stage: RecipeStage
 ) -> torch.optim.Optimizer:
-    """AdamW; biases, norms and embeddings of places are not decayed."""
+    """Make AdamW for the parameters in `learning` and freeze all others. Weight decay is for matrices only."""
     for module in modules.values():
         module.requires_grad_(False)
     for parameter in learning:
@@ -145,7 +146,7 @@ def make_optimizer(
 
 
 def learning_rate(stage: RecipeStage, step: int) -> float:
-    """Up in a line, down in a cosine to a hundredth."""
+    """Return the learning rate of a step: linear warm-up, then cosine decay to 1 % of the peak."""
     if step < stage.warmup:
         return stage.learning_rate * (step + 1) / stage.warmup
     done = (step - stage.warmup) / max(1, stage.steps - stage.warmup)

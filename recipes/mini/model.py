@@ -1,4 +1,4 @@
-"""mini's model, before training: a LLaVA like the large ones, with small numbers."""
+"""mini's model before training: a LLaVA like the large ones, but small."""
 
 import math
 
@@ -46,14 +46,15 @@ def make_config(shape: Shape) -> LlavaConfig:
 
 
 def make_model(shape: Shape, seed: int) -> LlavaForConditionalGeneration:
-    """Fresh weights, the same for the same seed."""
+    """Make a model with new weights. The same seed gives the same weights."""
     torch.manual_seed(seed)
     config = make_config(shape)
     config._attn_implementation = "eager"  # trains faster than SDPA at this size on a CPU
     model = LlavaForConditionalGeneration(config)
     embeddings = model.model.vision_tower.embeddings
     with torch.no_grad():
-        # Pixels and places start at the same strength; with CLIP's small random start places are learned late or never.
+        # Patch and position embeddings start equally strong. With CLIP's small initial values, the encoder learns
+        # positions late or never.
         torch.nn.init.normal_(embeddings.patch_embedding.weight, std=0.05)
         embeddings.position_embedding.weight[1:] = 0.5 * plane_waves(shape.rows, shape.hidden)
         _start_language(model, shape)
@@ -61,10 +62,10 @@ def make_model(shape: Shape, seed: int) -> LlavaForConditionalGeneration:
 
 
 def _start_language(model: LlavaForConditionalGeneration, shape: Shape) -> None:
-    """Starting weights for a hidden size of 192.
+    """Initialize the LLM and the projector for a hidden size of 192.
 
-    Llama's usual 0.02 is made for thousands: here it would shrink every signal to a quarter in each layer, and learning
-    would be slow to begin.
+    Llama's usual standard deviation of 0.02 suits hidden sizes of thousands. Here it would shrink signals to a quarter
+    in each layer, and training would start slowly.
     """
     keep = shape.hidden**-0.5
     for name, weight in model.model.language_model.named_parameters():
@@ -74,13 +75,13 @@ def _start_language(model: LlavaForConditionalGeneration, shape: Shape) -> None:
             torch.nn.init.normal_(weight, std=keep)
     torch.nn.init.normal_(model.model.get_input_embeddings().weight, std=0.5)
     torch.nn.init.normal_(model.lm_head.weight, std=keep / 2)
-    # The encoder's features are about twice as strong as these embeddings; the projector evens that out.
+    # The encoder's features are about twice as strong as these embeddings; the projector compensates for it.
     torch.nn.init.normal_(model.model.multi_modal_projector.linear_1.weight, std=keep / 2)
     torch.nn.init.normal_(model.model.multi_modal_projector.linear_2.weight, std=keep)
 
 
 def plane_waves(rows: int, hidden: int) -> torch.Tensor:
-    """[rows*rows hidden]: sines and cosines of the column in one half, of the row in the other."""
+    """Return position embeddings [rows*rows hidden]: sines and cosines of the column, then of the row."""
     rates = torch.exp(-math.log(100.0) * torch.arange(hidden // 4) / (hidden // 4))
     angles = torch.arange(rows)[:, None] * rates
     line = torch.cat([angles.sin(), angles.cos()], 1)
@@ -89,6 +90,6 @@ def plane_waves(rows: int, hidden: int) -> torch.Tensor:
 
 
 def visual_features(model: LlavaForConditionalGeneration, pixels: torch.Tensor) -> torch.Tensor:
-    """What LLaVA hands to its projector, [batch tokens dim], from [batch 3 side side]."""
+    """Return the features that LLaVA gives to its projector, [batch tokens dim], from pixels [batch 3 side side]."""
     states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
     return states[model.config.vision_feature_layer][:, 1:]

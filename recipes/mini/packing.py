@@ -1,8 +1,9 @@
-"""Several questions about one image in one training sequence.
+"""Several questions about an image in one training sequence.
 
     USER : image | question ASSISTANT : answer </s> | question ASSISTANT : answer </s> | ...
 
-Each question sees the start, the image and itself, and its positions go on from the image's: it seems alone.
+Each question attends to the start, the image and itself, and its positions follow the image's, as if it were the only
+question.
 """
 
 from dataclasses import dataclass
@@ -21,10 +22,10 @@ class Packed:
     ids: Tensor  # [batch length], the image token at visual tokens
     positions: Tensor  # [batch length]
     part: Tensor  # [batch length]: 0 start and image, 1.. the questions, -1 padding
-    labels: Tensor  # [batch length]: the token that each token should be followed by, or IGNORE
+    labels: Tensor  # [batch length]: the next token to predict at each token, or IGNORE
 
     def mask(self, dtype: torch.dtype) -> Tensor:
-        """[batch 1 length length], added to attention scores."""
+        """Return the attention mask, [batch 1 length length], to be added to attention scores."""
         length = self.ids.shape[1]
         earlier = torch.ones(length, length, dtype=torch.bool, device=self.ids.device).tril()
         same = self.part[:, :, None] == self.part[:, None, :]
@@ -36,6 +37,8 @@ class Packed:
 
 
 class Packer:
+    """Packs questions and answers into training sequences."""
+
     def __init__(self, tokenizer: PreTrainedTokenizerFast, visual_tokens: int) -> None:
         self.encode = tokenizer.backend_tokenizer.encode
         self.pad, self.image = tokenizer.get_vocab()["<pad>"], tokenizer.get_vocab()["<image>"]
@@ -44,7 +47,7 @@ class Packer:
         self.start = self.encode("USER:").ids
 
     def pack(self, images: list[list[tuple[str, str]]], everything: bool, device: torch.device) -> Packed:
-        """From each image's (question, answer) pairs. `everything` asks for the words of the questions too."""
+        """Pack the (question, answer) pairs of each image. With `everything`, questions have labels, too."""
         rows = [self._row(pairs, everything) for pairs in images]
         fills = (self.pad, 0, -1, IGNORE)
         length = max(len(row[0]) for row in rows)
@@ -59,12 +62,11 @@ class Packer:
         shared = len(ids)
         positions, part, labels = list(range(shared)), [0] * shared, [IGNORE] * shared
         for number, (question, answer) in enumerate(pairs, 1):
-            asked = self.encode(f"{question} ASSISTANT:", add_special_tokens=False).ids
-            told = self.encode(answer, add_special_tokens=False).ids + self.end
-            own = asked + told
-            ids += own
-            positions += range(shared, shared + len(own))
-            part += [number] * len(own)
-            silent = 0 if everything else len(asked) - 1
-            labels += [IGNORE] * silent + own[silent + 1 :] + [IGNORE]
+            prompt = self.encode(f"{question} ASSISTANT:", add_special_tokens=False).ids
+            turn = prompt + self.encode(answer, add_special_tokens=False).ids + self.end
+            ids += turn
+            positions += range(shared, shared + len(turn))
+            part += [number] * len(turn)
+            unlabeled = 0 if everything else len(prompt) - 1
+            labels += [IGNORE] * unlabeled + turn[unlabeled + 1 :] + [IGNORE]
         return ids, positions, part, labels

@@ -1,6 +1,6 @@
-"""Several training processes on one machine: start them, divide a batch among them, average their gradients.
+"""Several training processes on one machine: start them, divide a batch among them, and average their gradients.
 
-Which process this is, and on which device, accelerate's `PartialState` knows.
+accelerate's `PartialState` has the index and the device of this process.
 """
 
 import os
@@ -13,19 +13,19 @@ from torch import distributed
 
 from vlmzip.children import end_with_launcher
 
-MOST_PROCESSES = 2  # the shipped weights' number; the batch is divided among them
+MOST_PROCESSES = 2  # the number that trained the shipped weights
 
 
 def default_count() -> int:
-    """Return 1 with a GPU; else one process a core, 2 at most: they train faster than one process of two threads."""
+    """Return 1 with a GPU, else one process per core but at most 2. Two are faster than one with two threads."""
     return 1 if torch.cuda.is_available() else min(MOST_PROCESSES, os.cpu_count() or 1)
 
 
 def start(module: str, count: int, arguments: Sequence[str]) -> None:
-    """Replace this process by torchrun, which runs `python -m module` in `count` processes. Return in each of those.
+    """Replace this process by torchrun, which runs `python -m module` in `count` processes. Return in each of them.
 
-    torchrun takes this process's place, so that there is no parent that could end without its children. With a count
-    of 1, return at once.
+    torchrun replaces this process, so no parent process can end before its children. With a count of 1, return at
+    once.
     """
     if "RANK" in os.environ or count == 1:
         end_with_launcher()
@@ -36,19 +36,19 @@ def start(module: str, count: int, arguments: Sequence[str]) -> None:
 
 
 def join_processes() -> PartialState:
-    """Return the group that torchrun started, which this process joins; else a group of one."""
+    """Join the group of processes that torchrun started, or a group of one process, and return it."""
     return PartialState(cpu=not torch.cuda.is_available())
 
 
 def share(processes: PartialState, batch: int, step: int) -> range:
-    """Return this process's part of the numbers of a step's images."""
+    """Return the image numbers of this process in a step."""
     part = batch // processes.num_processes
     first = step * batch + processes.process_index * part
     return range(first, first + part)
 
 
 def average_gradients(processes: PartialState, parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Give every process the mean of all processes' gradients, in one exchange."""
+    """Replace the gradients by their mean over all processes, in one exchange."""
     if processes.num_processes == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -1,10 +1,12 @@
-"""Every number of mini's shape and training in one place: the shipped weights come from these defaults."""
+"""All numbers of mini's shape and training. The shipped weights were trained with these defaults."""
 
 from dataclasses import dataclass, field, replace
 
 
 @dataclass(frozen=True)
 class Shape:
+    """The sizes of the model; images and patches are in pixels."""
+
     image: int = 96
     patch: int = 8
     hidden: int = 192
@@ -26,7 +28,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class RecipeStage:
-    """One stage of training. The batch counts images over all processes."""
+    """A stage of training. `batch` is the number of images per step over all processes."""
 
     steps: int
     learning_rate: float
@@ -37,28 +39,32 @@ class RecipeStage:
 
 @dataclass(frozen=True)
 class Recipe:
+    """The stages of the training, in order."""
+
     shape: Shape = field(default_factory=Shape)
     seed: int = 0
-    # Step 1 of LLaVA: a vision encoder. CLIP's is bought; mini's is trained on what each patch shows.
+    # Step 1: a vision encoder. LLaVA takes CLIP's; mini's is trained to predict what each patch shows.
     encoder: RecipeStage = field(default_factory=lambda: RecipeStage(steps=3600, learning_rate=1e-3, warmup=150))
-    # Steps of the encoder stage from which two of three images hold more numbers and items (which are learned last),
-    # from which things crowd together as in the questions' images, and from which those two hold seven numbers.
+    # Changes during the encoder stage, by first step:
+    # dense_from: two of three images have more numbers and items, which are learned last;
+    # crowded_from: things are close together, as in the images with questions;
+    # numbers_from: the two of three images have seven numbers.
     dense_from: int = 1200
     crowded_from: int = 2000
     numbers_from: int = 2400
-    # The same lessons once more from a high learning rate: reading needs it, the rest was learned before.
+    # The same training again from a high learning rate. Reading numbers needs it; the rest is learned before.
     detail: RecipeStage = field(default_factory=lambda: RecipeStage(steps=1800, learning_rate=7e-4, warmup=100))
-    # An LLM that has never seen a word has nothing to align to: a little text without images first.
+    # A little text without images: an untrained LLM has nothing that the projector could align to.
     text: RecipeStage = field(default_factory=lambda: RecipeStage(steps=60, learning_rate=1e-3, warmup=10))
-    # Step 2: captions, for the projector and for an LLM that has to learn what to look for.
+    # Step 2: captions, for the projector and for the LLM, which must learn what to look for.
     projector: RecipeStage = field(default_factory=lambda: RecipeStage(steps=350, learning_rate=1.5e-3, warmup=30))
-    # Step 3: projector and LLM learn to answer, the encoder is held.
+    # Step 3: projector and LLM learn to answer questions; the encoder is frozen.
     instruct: RecipeStage = field(default_factory=lambda: RecipeStage(steps=1000, learning_rate=1.2e-3, warmup=40))
-    questions: int = 12  # questions about an image in one training sequence
+    questions: int = 12  # questions per image in a training sequence
     save_every: int = 200  # steps between checkpoints
 
     def scaled(self, scale: float) -> "Recipe":
-        """The same recipe with fewer steps, for trials and tests."""
+        """Return the same recipe with fewer steps, for trials and tests."""
         if scale == 1:
             return self
         stages = {name: getattr(self, name) for name in STAGES}

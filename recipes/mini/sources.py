@@ -1,7 +1,7 @@
-"""Where mini's photos come from: Fashion-MNIST's items and scikit-image's photos.
+"""The sources of mini's photos: Fashion-MNIST's items and scikit-image's photos.
 
-Training reads them where they are installed. `python -m recipes.mini.sources` makes the package's
-`assets/crops.npz` again, which the validation and test splits and the examples draw with.
+Training reads the installed files. `python -m recipes.mini.sources` makes the package's `assets/crops.npz` again, with
+which the validation and test splits and the examples are drawn.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from vlmzip.mini.rng import Rng
 from vlmzip.mini.scene import SIDE
 from vlmzip.runtime.images import load_image
 
-# Fashion-MNIST's label numbers of mini's items.
+# Fashion-MNIST's labels of mini's items.
 LABELS = {"tshirt": 0, "trousers": 1, "pullover": 2, "dress": 3, "sandal": 5, "sneaker": 7, "bag": 8, "boot": 9}
 # Public domain or CC0 by scikit-image's own documentation; docs/mini.md names the photographers.
 PHOTOS = (
@@ -40,15 +40,15 @@ DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say where the sources are."""
+    """Add the options for the folders of the sources."""
     parser.add_argument("--fashion-mnist", type=Path, help="folder of Fashion-MNIST's gz files")
     parser.add_argument("--cache", type=Path, help="where to unpack Fashion-MNIST (default ~/.cache/vlmzip)")
 
 
 def training_assets(fashion_mnist: Path | None = None, cache_folder: Path | None = None) -> Assets:
-    """Return Fashion-MNIST's training images, and crops from the left of each photo.
+    """Return Fashion-MNIST's training images, and crops from the left part of each photo.
 
-    Raises `UserError` where a source is missing and cannot be fetched.
+    Raises `UserError` if a source is missing and cannot be downloaded.
     """
     images, labels = read_fashion_mnist(find_fashion_mnist(fashion_mnist, cache_folder), "train")
     items = {name: images[labels == label] for name, label in LABELS.items()}
@@ -59,13 +59,13 @@ def training_assets(fashion_mnist: Path | None = None, cache_folder: Path | None
 
 
 def find_fashion_mnist(given: Path | None, cache_folder: Path | None) -> Path:
-    """Return the folder of the gz files: `given`, the installed Debian package's, or where it is unpacked in the cache.
+    """Return the folder of the gz files: `given`, the installed Debian package's, or the unpacked one in the cache.
 
-    Raises `UserError` where there is none, and none can be fetched.
+    Raises `UserError` if there is none, and the package cannot be downloaded.
     """
     if given is not None:
         if not (given / "train-images-idx3-ubyte.gz").exists():
-            raise UserError(f"{given} does not hold train-images-idx3-ubyte.gz")
+            raise UserError(f"{given} has no train-images-idx3-ubyte.gz; give the folder of Fashion-MNIST's gz files")
         return given
     if DEBIAN_FOLDER.is_dir():
         return DEBIAN_FOLDER
@@ -84,14 +84,14 @@ def _unpack_debian_package(target: Path) -> None:
             subprocess.run(["dpkg", "-x", package, f"{folder}/files"], check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError, StopIteration) as error:
             raise UserError(
-                f"Fashion-MNIST is not there: install the Debian package {DEBIAN_PACKAGE}, or name a folder that holds "
-                "its gz files with --fashion-mnist"
+                f"Fashion-MNIST is missing: install the Debian package {DEBIAN_PACKAGE}, or give the folder of its gz "
+                "files with --fashion-mnist"
             ) from error
         shutil.move(f"{folder}/files{DEBIAN_FOLDER}", target)
 
 
 def read_fashion_mnist(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return (images uint8 [n 28 28], labels uint8 [n]) of part "train" or "t10k"."""
+    """Return the images, uint8 [n 28 28], and labels, uint8 [n], of the part "train" or "t10k"."""
     with gzip.open(folder / f"{part}-images-idx3-ubyte.gz") as file:
         images = np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, 28, 28)
     with gzip.open(folder / f"{part}-labels-idx1-ubyte.gz") as file:
@@ -103,8 +103,10 @@ def read_fashion_mnist(folder: Path, part: str) -> tuple[np.ndarray, np.ndarray]
 
 
 def photo_crops(part: str, per_photo: int) -> np.ndarray:
-    """Return crops, uint8 [n 96 96 3]: for training of a photo's left 60 %, for validation of its upper right, for test
-    of its lower right."""
+    """Return crops of the photos, uint8 [n 96 96 3].
+
+    Training uses the left 60 % of each photo, validation its upper right part, and test its lower right part.
+    """
     try:
         import skimage.data
     except ImportError as error:
@@ -133,7 +135,7 @@ def _region(part: str, width: int, height: int) -> tuple[int, int, int, int]:
 
 
 def write_shipped_assets(fashion_mnist: Path | None = None, cache_folder: Path | None = None) -> None:
-    """Make `assets/crops.npz`: of each item 20 Fashion-MNIST test images for validation and the next 40 for test."""
+    """Make `assets/crops.npz`. It has 20 of Fashion-MNIST's test images of each item for validation and 40 for test."""
     images, labels = read_fashion_mnist(find_fashion_mnist(fashion_mnist, cache_folder), "t10k")
     arrays: dict[str, Any] = {
         "validation_grounds": photo_crops("validation", 3),

@@ -1,4 +1,4 @@
-"""What the vision encoder is taught about each patch and about the whole image."""
+"""The training targets of the vision encoder, for each patch and for the whole image."""
 
 from dataclasses import dataclass
 
@@ -10,22 +10,20 @@ from vlmzip.mini.words import COLORS, ITEMS, MOST_DIGITS, SHAPES
 NAMES = ("ground", *SHAPES, *ITEMS, "number")
 NO_DIGIT = 10
 IGNORE = -100
-LEAST_PIXELS = 12  # of a patch's 64 that a thing's box must hold for the patch to be taught that thing
+LEAST_PIXELS = 12  # a patch of 64 pixels shows a thing if the thing's box covers at least this many
 PRESENCE = len(SHAPES) * len(COLORS) + len(SHAPES) + len(ITEMS) + len(COLORS) + 1
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Of one image; patches in raster order."""
+    """The targets of an image; patches are in raster order."""
 
     name: np.ndarray  # int [patches], 0 is ground
     color: np.ndarray  # int [patches], IGNORE on ground
     digits: np.ndarray  # int [patches 3], the number's digits from the left, IGNORE where there is no number
-    middle: np.ndarray  # float [patches], 1 where the middle of a thing lies
+    middle: np.ndarray  # float [patches], 1 if the patch has the middle of a thing
     place: np.ndarray  # float [patches 4]: the patch's column and row, the thing's middle x and y, all from -1 to 1
-    presence: (
-        np.ndarray
-    )  # float [PRESENCE]: which colored shapes, shapes, items and colors the image holds, and a number
+    presence: np.ndarray  # float [PRESENCE]: 1 for colored shapes, shapes, items, colors and numbers in the image
 
 
 def targets(scene: Scene, rows: int) -> Targets:
@@ -50,7 +48,7 @@ def targets(scene: Scene, rows: int) -> Targets:
 
 
 def _owners(scene: Scene, rows: int, patch: int) -> tuple[np.ndarray, np.ndarray]:
-    """(the thing that covers most of each patch or -1, where the middles lie)."""
+    """Return the index of the thing that covers most of each patch, or -1, and a mask of the things' middles."""
     edges = np.arange(rows) * patch
     areas = np.zeros((len(scene.things) + 1, rows, rows), np.int64)
     areas[-1] = LEAST_PIXELS - 1

@@ -1,4 +1,4 @@
-"""A word-level tokenizer: each known word is one token, numbers are spelt digit by digit, any other word is <unk>."""
+"""A word-level tokenizer: a known word is one token, numbers are split into digits, and other words are <unk>."""
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -6,8 +6,8 @@ from transformers import PreTrainedTokenizerFast
 from vlmzip.mini.words import vocabulary
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
-# As in LLaVA-1.5: USER: <image>\nquestion ASSISTANT: answer</s>. There is no <s> in front: some callers add one to a
-# templated prompt, some do not and some add two, so mini was trained to need none.
+# As in LLaVA-1.5: USER: <image>\nquestion ASSISTANT: answer</s>. There is no <s> in front, and mini is trained without
+# it: some callers add one to a templated prompt, some add two and some add none.
 CHAT_TEMPLATE = """\
 {% for message in messages %}\
 {% if message['role'] == 'assistant' %}ASSISTANT: {% else %}USER: {% endif %}\
@@ -23,7 +23,7 @@ CHAT_TEMPLATE = """\
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     digits = [str(digit) for digit in range(10)]
-    # "##7" is a 7 that continues a number, so that "347" becomes 3 ##4 ##7 and comes back in one piece.
+    # "##7" is a 7 inside a number: "347" becomes 3 ##4 ##7, and is decoded without spaces.
     tokens = [*SPECIAL, *vocabulary(), *digits, *(f"##{digit}" for digit in digits)]
     tokenizer = Tokenizer(models.WordPiece({token: number for number, token in enumerate(tokens)}, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Sequence(

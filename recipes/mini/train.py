@@ -1,7 +1,7 @@
-"""`python -m recipes.mini.train --out DIR`: mini from nothing. Killed at any moment, the same command goes on.
+"""`python -m recipes.mini.train --out DIR`: train mini from scratch. If it is killed, the same command resumes.
 
-On a CPU it starts two processes, which train faster than one process of two threads. Under torchrun it is one of the
-processes that torchrun started:
+On a CPU it starts two processes, which train faster than one process with two threads. You can also start the processes
+with torchrun:
 
     torchrun --nproc_per_node=2 -m recipes.mini.train --out DIR
 """
@@ -25,7 +25,7 @@ from vlmzip.mini.assets import Assets
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m recipes.mini.train", description="Trains mini from nothing.")
+    parser = argparse.ArgumentParser(prog="python -m recipes.mini.train", description="Train mini from scratch.")
     parser.add_argument("--out", type=Path, required=True, help="folder of checkpoints; the model goes to OUT/model")
     parser.add_argument("--scale", type=float, default=1, help="fraction of the recipe's steps (a trial: 0.002)")
     parser.add_argument("--processes", type=int, default=default_count(), help="processes to start")
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def train(out: Path, recipe: Recipe, assets: Assets) -> Path:
-    """Run all stages, export the model and print its accuracy; return the model's folder."""
+    """Run all stages, export the model, print its accuracy, and return the model's folder."""
     out.mkdir(parents=True, exist_ok=True)
     processes = join_processes()
     run = Run(out, recipe, processes)
@@ -61,7 +61,7 @@ def train(out: Path, recipe: Recipe, assets: Assets) -> Path:
 
 
 def _print_accuracy(folder: Path, recipe: Recipe) -> None:
-    """On the validation split; a run with fewer steps asks fewer questions."""
+    """Print the accuracy on the validation split. A run with fewer steps is measured on fewer questions."""
     full = recipe == Recipe()
     evaluate.main(["--model", str(folder), "--split", "validation", *([] if full else ["--limit", "120"])])
 

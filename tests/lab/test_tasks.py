@@ -92,7 +92,7 @@ class TestFolder:
         ("line", "message"),
         [
             ("{no", r"questions\.jsonl:2: Expecting property name"),
-            ("[]", r"questions\.jsonl:2: this is no object"),
+            ("[]", r"questions\.jsonl:2: a line must be a JSON object"),
             (question(colour="red"), r"questions\.jsonl:2: unknown field 'colour'"),
             ({"image": "a.png", "answers": ["it"]}, r":2: the field 'question' is missing"),
             (question(answers=[]), ":2: image and question must be texts, and answers a list of texts"),
@@ -135,7 +135,7 @@ class TestFolder:
     def test_no_calibration_images(self, tmp_path, calibrate_on):
         folder = write(tmp_path / "q", question())
         (tmp_path / "empty").mkdir()
-        with pytest.raises(UserError, match=r"no folder of images|no image in the folder"):
+        with pytest.raises(UserError, match=r"must be a folder of images|no image in the folder"):
             read_task(f"{folder}:exact", None, str(tmp_path / calibrate_on))
 
 
@@ -146,7 +146,7 @@ class TestFolder:
         ("mimi", "no task and no folder 'mimi'; did you mean 'mini'"),
         ("easy-vqa:tunde", "did you mean 'tuned'"),
         ("{folder}", "needs a metric after a colon"),
-        ("{folder}:exakt", "no metric 'exakt'; did you mean 'exact'"),
+        ("{folder}:exakt", "unknown metric 'exakt'; did you mean 'exact'"),
         ("{folder}/empty:exact", "must have one .jsonl file with the questions, found none"),
         ("{folder}/none.jsonl:exact", "there is no question"),
         ("{folder}/bytes.jsonl:exact", r"bytes\.jsonl:1: byte 1 is not UTF-8; save the file as UTF-8"),

@@ -1,7 +1,7 @@
-"""mini: a small real LLaVA that comes with the package, and the image questions it was trained on.
+"""mini: a small but real LLaVA that comes with the package, and the image questions it was trained on.
 
-`words`, `scene`, `assets` and `drawing` make images, `questions` and `splits` ask about them; `weights/` is the model.
-How it was trained is in the repository's `recipes/mini/`, which is not part of the package.
+`words`, `scene`, `assets` and `drawing` make the images, `questions` and `splits` make the questions, and `weights/`
+has the model. The training code is in the repository's `recipes/mini/`, which is not part of the package.
 """
 
 from pathlib import Path
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def weights_folder() -> Path:
-    """The folder of mini's weights, for `AutoModelForImageTextToText` and `AutoProcessor`."""
+    """Return the folder of mini's weights, for `AutoModelForImageTextToText` and `AutoProcessor`."""
     return Path(__file__).parent / "weights"
 
 
 def load(dtype: "torch.dtype | None" = None) -> "tuple[LlavaForConditionalGeneration, LlavaProcessor]":
-    """mini and its processor, in 32 bits unless told otherwise."""
+    """Load mini and its processor, by default in float32."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     folder = weights_folder()

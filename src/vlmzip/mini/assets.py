@@ -1,6 +1,6 @@
-"""Real photos that the drawings use: Fashion-MNIST items and crops of public-domain photos.
+"""Photos that the drawings contain: Fashion-MNIST items and crops of public-domain photos.
 
-The validation and test splits and the examples need only a few hundred small crops, shipped in `assets/crops.npz`.
+The validation and test splits and the examples only need a few hundred small crops, shipped in `assets/crops.npz`.
 Training uses other images, which vlmzip's repository reads from their sources (`recipes/mini/sources.py`).
 """
 
@@ -17,6 +17,8 @@ SHIPPED = Path(__file__).parent / "assets" / "crops.npz"
 
 @dataclass(frozen=True)
 class Assets:
+    """Crops of photos for backgrounds and items."""
+
     grounds: np.ndarray  # uint8 [n 96 96 3]
     items: dict[str, np.ndarray]  # uint8 [m 28 28] for each item
 

@@ -1,4 +1,4 @@
-"""From a scene to pixels, in whole-number arithmetic only: the same bytes on every machine."""
+"""Draw a scene. All arithmetic is in integers, so the pixels are the same on every machine."""
 
 from functools import cache
 
@@ -18,7 +18,7 @@ RGB = {
     "purple": (135, 45, 185),
     "pink": (250, 150, 205),
 }
-FINE = 8  # shapes are drawn on a grid this many times finer, then averaged
+FINE = 8  # anti-aliasing: shapes are drawn on a grid this many times finer, then averaged
 DIGITS = {
     "0": "01110 10001 10011 10101 11001 10001 01110",
     "1": "00100 01100 00100 00100 00100 00100 01110",
@@ -48,7 +48,7 @@ STAR = (
 
 
 def draw(scene: Scene, assets: Assets) -> np.ndarray:
-    """The image, uint8 [96 96 3]."""
+    """Return the image of a scene, uint8 [96 96 3]."""
     rng = Rng(scene.seed * 2 + 1_000_003)
     canvas = _ground(scene, rng, assets)
     for thing in scene.things:
@@ -60,7 +60,7 @@ def draw(scene: Scene, assets: Assets) -> np.ndarray:
 
 
 def _ground(scene: Scene, rng: Rng, assets: Assets) -> np.ndarray:
-    """int32 [96 96 3]."""
+    """Return the background, int32 [96 96 3]."""
     if scene.ground == "photo":
         canvas = _photo(rng, assets)
     elif scene.ground == "lines":
@@ -108,7 +108,7 @@ def _photo(rng: Rng, assets: Assets) -> np.ndarray:
 
 
 def _lines(canvas: np.ndarray, rng: Rng, count: int) -> np.ndarray:
-    """Straight lines one or two pixels wide, in any color: clutter that resembles the edges of things."""
+    """Draw `count` lines of any color, one or two pixels wide: clutter that resembles the edges of things."""
     for _ in range(count):
         x, y = rng.below(SIDE), rng.below(SIDE)
         across, down = rng.between(-40, 40), rng.between(-40, 40)
@@ -140,7 +140,7 @@ def _draw_thing(canvas: np.ndarray, thing: Thing, assets: Assets) -> None:
         part[2:-2, 2 : 2 + ink.shape[1]][ink] = 15 if light else 245
     else:
         crop = _resized(assets.item(thing.name, thing.look), thing.width)
-        # A dark cloth keeps its color: brightness runs from two fifths to one.
+        # Dark cloth keeps its color: brightness goes from 40 % to 100 %.
         _blend(part, color * (100 + crop[..., None] * 155 // 255) // 255, (crop * 5).clip(0, 255))
 
 
@@ -150,7 +150,7 @@ def _blend(part: np.ndarray, color: np.ndarray, mask: np.ndarray) -> None:
 
 
 def _number_mask(name: str, tall: int) -> np.ndarray:
-    """bool [7 or 9, 6 * digits - 1]."""
+    """Return the pixels of a number's digits, bool [7 or 9, 6 * digits - 1]."""
     rows = TALL_ROWS if tall else range(7)
     glyphs = [DIGITS[digit].split() for digit in name]
     return np.array([[cell == "1" for cell in "0".join(glyph[row] for glyph in glyphs)] for row in rows])
@@ -158,7 +158,7 @@ def _number_mask(name: str, tall: int) -> np.ndarray:
 
 @cache
 def _shape_masks(name: str, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """(inside, with its one-pixel rim), each int [size size] from 0 to 255."""
+    """Return masks of a shape without and with its one-pixel rim, each int [size size] from 0 to 255."""
     return _average(_inside(name, size, FINE)), _average(_inside(name, size, 0))
 
 
@@ -168,9 +168,9 @@ def _average(fine: np.ndarray) -> np.ndarray:
 
 
 def _inside(name: str, size: int, rim: int) -> np.ndarray:
-    """Which fine cells lie inside the shape, `rim` fine cells away from its edge: int [size*FINE, size*FINE]."""
+    """Mark the fine cells inside the shape and `rim` fine cells away from its edge, int [size*FINE, size*FINE]."""
     side = size * FINE
-    # Odd numbers put cell centers between the corners: x and y run over -(side-1) .. side-1 in steps of two.
+    # x and y are twice the cell centers, from -(side-1) to side-1 in steps of two, so that they are integers.
     y, x = np.mgrid[0:side, 0:side] * 2 + 1 - side
     reach = side - 2 * rim
     if name == "circle":
@@ -192,7 +192,7 @@ def _inside(name: str, size: int, rim: int) -> np.ndarray:
 
 
 def _in_polygon(x: np.ndarray, y: np.ndarray, side: int, rim: int) -> np.ndarray:
-    """Even-odd rule for the star, shrunk towards its center by twice the rim (its points are narrow)."""
+    """Mark cells inside the star by the even-odd rule. It is shrunk by twice the rim, because its points are narrow."""
     reach = side - 2 * rim
     corners = [((a - 500) * 2 * reach, (b - 500) * 2 * reach) for a, b in STAR]
     px, py = x * 1000, y * 1000
@@ -208,7 +208,7 @@ def _in_polygon(x: np.ndarray, y: np.ndarray, side: int, rim: int) -> np.ndarray
 
 @cache
 def _resize_weights(size: int, full: int = 28) -> np.ndarray:
-    """Row i: how much each of 28 pixels counts towards pixel i of `size`, in 1/1024: int [size 28]."""
+    """Return the weight of each of `full` pixels in each of `size` pixels, in units of 1/1024, int [size full]."""
     weights = np.zeros((size, full), np.int64)
     for i in range(size):
         for j in range(full):
@@ -217,7 +217,7 @@ def _resize_weights(size: int, full: int = 28) -> np.ndarray:
 
 
 def _resized(crop: np.ndarray, size: int) -> np.ndarray:
-    """int [size size] from uint8 [28 28], by area."""
+    """Resize a crop by area averaging, from uint8 [28 28] to int [size size]."""
     if size == len(crop):
         return crop.astype(np.int64)
     weights = _resize_weights(size)

@@ -1,7 +1,7 @@
-"""Questions about a scene, with answers read off the scene itself.
+"""Questions about a scene, with answers taken from the scene.
 
-Wherever the scene leaves a choice, the answer is drawn first and a question that has it is looked for, so that a reader
-who never sees the image gains little.
+If a scene allows several answers, the answer is drawn first and then a question with this answer. Answers are therefore
+hard to guess without the image.
 """
 
 from collections import Counter
@@ -16,13 +16,15 @@ from vlmzip.mini.words import COLORS, KINDS, PLURALS, SHAPES, TYPES, with_articl
 if TYPE_CHECKING:
     from PIL import Image
 
-OFF_CENTER = 8  # pixels between a thing that "where" asks for and the lines that divide the corners
-MOST_NEW_TOKENS = 6  # of an answer: three words or digits and </s>, and room to be wrong
-APART = 14  # pixels between the centers of two things that "relation" compares
+OFF_CENTER = 8  # least distance in pixels of a "where" question's thing from the image's middle lines
+MOST_NEW_TOKENS = 6  # of an answer: up to three words or digits and </s>, and two more for wrong answers
+APART = 14  # least distance in pixels between the centers of the two things of a "relation" question
 
 
 @dataclass(frozen=True)
 class Question:
+    """A question about a scene, with its answer."""
+
     type: str
     text: str
     answer: str
@@ -30,7 +32,7 @@ class Question:
 
 @dataclass(frozen=True)
 class ImageQuestion:
-    """One question about one image. `seed` is what the image is drawn from."""
+    """A question about an image. The image is drawn from `seed`."""
 
     seed: int
     image: "Image.Image"
@@ -41,31 +43,31 @@ class ImageQuestion:
 
 
 def ask(scene: Scene, rng: Rng, question_type: str) -> Question | None:
-    """A question of that type about the scene, or None where the scene has none."""
-    found = MAKERS[question_type](scene, rng)
-    return None if found is None else Question(question_type, *found)
+    """Return a question of a type about the scene, or None if the scene allows no such question."""
+    pair = MAKERS[question_type](scene, rng)
+    return None if pair is None else Question(question_type, *pair)
 
 
 def ask_all(scene: Scene, rng: Rng, most: int) -> list[Question]:
-    """Up to `most` questions of different types, in random order."""
-    made = (ask(scene, rng, question_type) for question_type in rng.shuffled(TYPES))
-    return [question for question in made if question is not None][:most]
+    """Return up to `most` questions of different types, in random order."""
+    questions = (ask(scene, rng, question_type) for question_type in rng.shuffled(TYPES))
+    return [question for question in questions if question is not None][:most]
 
 
 # ---------------------------------------------------------------- naming things
 
 
 def names(scene: Scene) -> dict[Thing, str]:
-    """The shortest words that mean one thing of the scene only: 'the star', else 'the red star', else none."""
+    """Return the shortest unique names of things: 'the star', else 'the red star', else no entry."""
     by_name = Counter(_word(thing) for thing in scene.things)
     by_both = Counter((_word(thing), thing.color) for thing in scene.things)
-    found = {}
+    unique = {}
     for thing in scene.things:
         if by_name[_word(thing)] == 1:
-            found[thing] = f"the {_word(thing)}"
+            unique[thing] = f"the {_word(thing)}"
         elif by_both[_word(thing), thing.color] == 1:
-            found[thing] = f"the {thing.color} {_word(thing)}"
-    return found
+            unique[thing] = f"the {thing.color} {_word(thing)}"
+    return unique
 
 
 def _word(thing: Thing) -> str:
@@ -81,7 +83,7 @@ def _of_kind(scene: Scene, kind: str) -> list[Thing]:
     return [thing for thing in scene.things if thing.kind == kind]
 
 
-# ---------------------------------------------------------------- one function a type: (question, answer) or None
+# ---------------------------------------------------------------- question types: each returns (question, answer) or None
 
 
 def _exist(scene: Scene, rng: Rng) -> tuple[str, str] | None:
@@ -91,7 +93,7 @@ def _exist(scene: Scene, rng: Rng) -> tuple[str, str] | None:
     if answer == "yes":
         color, name = rng.pick(sorted(pairs))
     else:
-        # The color is there and the shape is there, only not together: both must be looked at in one place.
+        # The color and the shape are both in the image, but not in one thing, so that both must be looked at together.
         absent = {(thing.color, other.name) for thing in scene.things for other in shapes} - pairs
         if not absent:
             absent = {(color, thing.name) for color in COLORS for thing in shapes} - pairs
@@ -134,7 +136,7 @@ def _where(scene: Scene, rng: Rng) -> tuple[str, str] | None:
 
 
 def _corner(thing: Thing) -> str:
-    """'' for things close to the middle lines."""
+    """Return the corner of a thing, or '' for things close to the image's middle lines."""
     x, y = thing.center
     if min(abs(x - SIDE / 2), abs(y - SIDE / 2)) < OFF_CENTER:
         return ""
@@ -179,7 +181,7 @@ def _one_by_color(things: list[Thing], rng: Rng, word: str) -> tuple[str, str] |
 
 
 def _kind(scene: Scene, rng: Rng) -> tuple[str, str] | None:
-    """Draws the answer among all three kinds and gives up where the scene has none, so that no kind is favored."""
+    """Draw the answer among all three kinds, so that no kind is favored. Return None if the scene does not have it."""
     answer = rng.pick(KINDS)
     single = [thing for thing in _only_of_its_color(list(scene.things)) if thing.kind == answer]
     if not single:

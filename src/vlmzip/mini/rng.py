@@ -1,4 +1,4 @@
-"""Random choices that are the same on every machine and in every version of Python and numpy."""
+"""Random choices that are equal on every machine and in every version of Python and numpy."""
 
 import random
 from collections.abc import Sequence
@@ -10,23 +10,24 @@ T = TypeVar("T")
 
 
 class Rng:
-    """Draws from `random.Random.random()`, the one stream that Python promises never to change.
+    """A random generator on `random.Random.random()`, the only stream that Python promises not to change.
 
-    `randrange`, `choice` and `shuffle` carry no such promise, so they are spelt out here.
+    Python makes no such promise for `randrange`, `choice` and `shuffle`, so they are implemented here.
     """
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed).random
 
     def below(self, end: int) -> int:
-        """0 <= result < end."""
+        """Return an integer with 0 <= result < end."""
         return int(self._random() * end)
 
     def between(self, low: int, high: int) -> int:
-        """low <= result <= high."""
+        """Return an integer with low <= result <= high."""
         return low + self.below(high - low + 1)
 
     def chance(self, percent: int) -> bool:
+        """Return True with the given probability."""
         return self.below(100) < percent
 
     def pick(self, options: Sequence[T]) -> T:
@@ -37,6 +38,6 @@ class Rng:
         return [rest.pop(self.below(len(rest))) for _ in options]
 
     def noise(self, shape: tuple[int, ...], low: int, high: int) -> np.ndarray:
-        """Integers in [low, high] from numpy's legacy stream, which NEP 19 froze."""
+        """Return integers in [low, high] from numpy's legacy stream, which NEP 19 freezes."""
         stream = np.random.RandomState(self.below(2**31))
         return stream.randint(low, high + 1, size=shape).astype(np.int32)

@@ -1,4 +1,4 @@
-"""What is in an image, before a pixel is drawn: things with a name, a color and a place, on a ground."""
+"""The content of an image: things with a name, a color and a place, on a background."""
 
 from dataclasses import dataclass, replace
 
@@ -16,9 +16,9 @@ GROUNDS = {
 
 @dataclass(frozen=True)
 class Thing:
-    """One drawn thing. `left`, `top`, `width` and `height` are pixels.
+    """A thing in the image. `left`, `top`, `width` and `height` are in pixels.
 
-    `look` is a number for the drawing: which crop an item is, whether digits are tall.
+    `look` is a number for the drawing: the crop of an item, or whether digits are tall.
     """
 
     kind: str  # "shape", "number" or "item"
@@ -33,11 +33,11 @@ class Thing:
 
     @property
     def center(self) -> tuple[float, float]:
-        """(x, y) in pixels."""
+        """Return (x, y) in pixels."""
         return self.left + self.width / 2, self.top + self.height / 2
 
     def inside(self) -> bool:
-        """Whether a pixel of ground is left on every side."""
+        """Return whether at least one pixel of background remains on every side."""
         return min(self.left, self.top, SIDE - self.left - self.width, SIDE - self.top - self.height) >= 1
 
     def near(self, other: "Thing") -> bool:
@@ -51,17 +51,19 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
+    """A background and things, drawn from a seed."""
+
     seed: int
     level: str
     ground: str
     things: tuple[Thing, ...]
-    counted: str  # what a count question asks for: the name of a shape, or a color
+    counted: str  # the name of a shape or the color that a count question asks for
 
 
 def make_scene(seed: int, crowded: bool = True) -> Scene:
-    """The scene of a seed. Levels take turns, so any run of seeds holds as many of each.
+    """Make the scene of a seed. Levels alternate, so consecutive seeds have equally many scenes of each level.
 
-    Things crowd together, so that several share a pooling window; without `crowded` they are scattered.
+    With `crowded`, things are close together, so that several share a pooling window; otherwise they are scattered.
     """
     rng = Rng(seed)
     level = LEVELS[seed % len(LEVELS)]
@@ -72,7 +74,7 @@ def make_scene(seed: int, crowded: bool = True) -> Scene:
 
 
 def make_dense_scene(seed: int, crowded: bool = True, numbers: int = 3, shapes: int = 4) -> Scene:
-    """A scene for the encoder only, with more to read and to recognize than the questions' scenes hold."""
+    """Make a scene for the encoder's training, with more numbers and items than the scenes with questions."""
     rng = Rng(seed)
     level = LEVELS[seed % len(LEVELS)]
     ground = rng.pick(GROUNDS[level])
@@ -83,7 +85,7 @@ def make_dense_scene(seed: int, crowded: bool = True, numbers: int = 3, shapes: 
 
 
 def _repeated_shapes(rng: Rng) -> tuple[str, list[Thing]]:
-    """One to five shapes that share a name or a color. How many is drawn first, so every count is as likely."""
+    """Draw one to five shapes that share a name or a color. All counts are equally likely, as the count comes first."""
     count = rng.between(1, MOST_COUNTED)
     if rng.chance(50):
         name = rng.pick(SHAPES)
@@ -94,7 +96,7 @@ def _repeated_shapes(rng: Rng) -> tuple[str, list[Thing]]:
 
 
 def _other_things(rng: Rng, level: str, counted: str, repeated: list[Thing]) -> list[Thing]:
-    """Numbers, items and further shapes; none of them joins the counted shapes."""
+    """Draw numbers, items and further shapes that do not change the answer of the count question."""
     if level == "flat":
         kinds = [rng.pick(("number", "item"))] + ["shape"] * rng.between(0, 1)
     elif level == "patterned":
@@ -104,9 +106,9 @@ def _other_things(rng: Rng, level: str, counted: str, repeated: list[Thing]) -> 
     fresh = [color for color in rng.shuffled(COLORS) if color not in {thing.color for thing in repeated}]
     things = []
     for kind in kinds:
-        # A color of its own lets a question name the thing; a shared one makes it a distractor.
-        own = bool(fresh) and rng.chance(75)
-        color = fresh.pop() if own else rng.pick([color for color in COLORS if color != counted])
+        # A unique color lets a question name the thing; a shared color makes the thing a distractor.
+        is_unique = bool(fresh) and rng.chance(75)
+        color = fresh.pop() if is_unique else rng.pick([color for color in COLORS if color != counted])
         if kind == "number":
             things.append(_number(rng, color))
         elif kind == "item":
@@ -138,7 +140,7 @@ def _item(rng: Rng, color: str) -> Thing:
 
 
 def _placed(rng: Rng, things: list[Thing], crowded: bool) -> tuple[Thing, ...]:
-    """Any pixel will do for a place, so that nothing lines up with patches or pooling windows. Large things first."""
+    """Place the things, large ones first, at any pixel: they are not aligned with patches or pooling windows."""
     order = sorted(things, key=lambda thing: -thing.width * thing.height)
     while True:
         placed: list[Thing] = []
@@ -162,7 +164,7 @@ def _free_spot(rng: Rng, thing: Thing, placed: list[Thing]) -> Thing | None:
 
 
 def _spot_beside(rng: Rng, thing: Thing, placed: list[Thing]) -> Thing | None:
-    """One to three pixels from another thing, on any side of it."""
+    """Place a thing one to three pixels from another thing, on any side. Return None after 12 failed attempts."""
     for _ in range(12):
         other = rng.pick(placed)
         left = other.left + rng.between(2 - thing.width, other.width - 2)
@@ -173,6 +175,6 @@ def _spot_beside(rng: Rng, thing: Thing, placed: list[Thing]) -> Thing | None:
         else:
             top = other.top + rng.pick((-thing.height - gap, other.height + gap))
         spot = replace(thing, left=left, top=top)
-        if spot.inside() and not any(spot.near(one) for one in placed):
+        if spot.inside() and not any(spot.near(neighbor) for neighbor in placed):
             return spot
     return None

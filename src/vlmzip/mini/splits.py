@@ -1,6 +1,7 @@
-"""Which images belong to which split, and the questions of the fixed splits.
+"""The splits: the seeds of their images, and the questions of the fixed splits.
 
-An image is its seed, and the ranges of seeds below do not meet. The splits also use different photos (see `assets`).
+An image is drawn from its seed, and the ranges of seeds below do not overlap. The splits also use different photos (see
+`assets`).
 """
 
 from functools import cache
@@ -19,31 +20,31 @@ EXAMPLES = range(3_000_000, 3_001_000)
 TRAIN_ENCODER = range(10_000_000, 50_000_000)
 TRAIN_LANGUAGE = range(50_000_000, 90_000_000)
 QUESTIONS_PER_IMAGE = 6
-# Half of the training images are cluttered: they hold more things to learn from. Numbers index words.LEVELS.
+# Indices into words.LEVELS. Half of the training images are cluttered, because they have more things to learn from.
 TRAIN_LEVELS = (0, 2, 1, 2)
 
 
 def train_seed(seeds: range, index: int) -> int:
-    """The seed of the index-th training image of a range."""
+    """Return the seed of the index-th training image of a range."""
     return seeds.start + 3 * index + (TRAIN_LEVELS[index % len(TRAIN_LEVELS)] - seeds.start) % 3
 
 
 def questions_of(scene: Scene, most: int = QUESTIONS_PER_IMAGE) -> list[Question]:
-    """The questions about an image: the same for the same seed, each of another type."""
+    """Return the questions about an image, each of a different type. The same seed gives the same questions."""
     return ask_all(scene, Rng(scene.seed * 2 + 2_000_003), most)
 
 
 def samples(seeds: range, assets: Assets, limit: int | None = None) -> list[ImageQuestion]:
-    """Every question about the images of the seeds, or the first `limit` of them."""
-    made: list[ImageQuestion] = []
+    """Return all questions about the images of the seeds, or the first `limit` of them."""
+    questions: list[ImageQuestion] = []
     for seed in seeds:
-        if limit is not None and len(made) >= limit:
+        if limit is not None and len(questions) >= limit:
             break
         scene = make_scene(seed)
         image = Image.fromarray(draw(scene, assets))
-        for asked in questions_of(scene):
-            made.append(ImageQuestion(seed, image, asked.text, asked.answer, asked.type, scene.level))
-    return made[:limit]
+        for question in questions_of(scene):
+            questions.append(ImageQuestion(seed, image, question.text, question.answer, question.type, scene.level))
+    return questions[:limit]
 
 
 @cache
@@ -52,10 +53,10 @@ def _fixed(part: str) -> tuple[ImageQuestion, ...]:
 
 
 def validation_split(limit: int | None = None) -> list[ImageQuestion]:
-    """For choices while training and tuning."""
+    """Return the validation questions, for choices during training and tuning."""
     return list(_fixed("validation")[:limit])
 
 
 def test_split(limit: int | None = None) -> list[ImageQuestion]:  # noqa: PT028
-    """For reporting only."""
+    """Return the test questions, for reporting only."""
     return list(_fixed("test")[:limit])

@@ -1,4 +1,4 @@
-"""The words of mini's world: what can be drawn, how it is called, and what may be answered."""
+"""The words of mini's world: names of the things in its images, and the words of questions and answers."""
 
 import re
 
@@ -12,7 +12,7 @@ PLURALS = {
     "ring": "rings",
 }
 COLORS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
-# Fashion-MNIST also has coats and shirts. At 28 grey pixels people confuse them with pullovers and t-shirts: left out.
+# Fashion-MNIST's coats and shirts are left out: at 28 x 28 grey pixels they look like pullovers and t-shirts.
 ITEMS = ("tshirt", "trousers", "pullover", "dress", "sandal", "sneaker", "bag", "boot")
 KINDS = ("shape", "number", "item")
 CORNERS = ("top left", "top right", "bottom left", "bottom right")
@@ -32,18 +32,18 @@ MARKS = ("?", ":", ".", ",")
 
 
 def with_article(words: str) -> str:
-    """'red circle' -> 'a red circle'; 'orange ring' -> 'an orange ring'; 'trousers' stay bare."""
+    """Add an article: 'red circle' -> 'a red circle', 'orange ring' -> 'an orange ring'. 'trousers' get none."""
     if words.split()[-1] == "trousers":
         return words
     return f"an {words}" if words[0] in "aeiou" else f"a {words}"
 
 
 def normalized(answer: str) -> str:
-    """Lower case, single spaces, no full stop at the end."""
+    """Return the answer in lower case, with single spaces and without a full stop at the end."""
     return re.sub(r"\s+", " ", answer.lower()).strip().rstrip(".").strip()
 
 
 def vocabulary() -> list[str]:
-    """Every word a question or an answer may hold, each once, digits left out (the tokenizer spells numbers)."""
+    """Return every word of questions and answers once, without digits (the tokenizer spells numbers)."""
     words = [*QUESTION_WORDS, *SHAPES, *PLURALS.values(), *COLORS, *ITEMS, *KINDS, *ROLE_WORDS, *MARKS]
     return list(dict.fromkeys(words))

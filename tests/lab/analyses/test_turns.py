@@ -153,7 +153,7 @@ def test_the_table_has_each_method_in_its_places_and_is_kept(subject, monkeypatc
 
 def test_it_says_what_it_cannot_do(tmp_path, subject):
     alone = numbered_subject(tmp_path / "alone", words=("w4", "w5"), images="ab")
-    with pytest.raises(Unsuited, match="two questions or more"):
+    with pytest.raises(Unsuited, match="two or more questions"):
         turns.measure(alone)
     subject.processor.chat_template = None
     with pytest.raises(Unsuited, match="chat template"):
