@@ -225,7 +225,11 @@ def test_an_unknown_paper_names_the_closest():
 
 @pytest.mark.parametrize(
     ("budget", "message"),
-    [({"tokens": None}, "give the tokens"), ({"retention": 11}, "retention must be in"), ({"retention": 0.0}, "share")],
+    [
+        ({"tokens": None}, "give the tokens"),
+        ({"retention": 11}, "retention must be in"),
+        ({"retention": 0.0}, "retention must be in"),
+    ],
 )
 def test_a_budget_must_be_one(budget, message):
     with pytest.raises(UserError, match=message):
