@@ -82,7 +82,8 @@ def _only_of_its_color(things: list[Thing]) -> list[Thing]:
 def _of_kind(scene: Scene, kind: str) -> list[Thing]:
     return [thing for thing in scene.things if thing.kind == kind]
 
-    # The color and the shape are in the image, but not in one thing: a model must look at both together.
+
+# ---------------------------------------------------------------- types: each returns (question, answer) or None
 
 
 def _exist(scene: Scene, rng: Rng) -> tuple[str, str] | None:
