@@ -21,9 +21,9 @@ def test_a_method_from_anywhere():
         ("xyz", "choose one of adaptive_visionzip, chain, dfmr"),
         ("no.such:Thing", "cannot import"),
         ("vlmzip.methods.pool2d:Nothing", "cannot import"),
-        ("vlmzip:Compressor", "is no method"),
+        ("vlmzip:Compressor", "is not a method"),
         (":", "cannot import"),
-        ("math:sqrt", "is no method"),
+        ("math:sqrt", "is not a method"),
     ],
 )
 def test_what_is_no_method_is_refused_with_the_closest(name, message):

@@ -1,6 +1,6 @@
 """vlmzip: answer questions about images with a fraction of the visual tokens.
 
-Names are imported when they are first used: most need torch, which takes seconds that `vlmzip --help` must not wait.
+Names are imported on first use, so that commands such as `vlmzip --help` do not wait for torch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from vlmzip.visual_tokens import VisualTokens as VisualTokens
 
 
-#: Names by the module that has them, beside the methods and modules.
+#: Public names by module, without the methods' classes and the public modules.
 _NAMES = {
     "catalogue": ["available"],
     "compressor": ["BudgetError", "Compressor", "Profile"],
@@ -56,17 +56,17 @@ _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def _method_classes() -> list[str]:
-    from vlmzip.outline import method_classes  # what reads source is for those who ask
+    from vlmzip.outline import method_classes  # it reads source files, which most users do not need
 
     return method_classes()
 
 
 def _all() -> list[str]:
-    """Return every public name. The methods' are read from source, so that a new method is one more line there."""
+    """Return every public name. The methods' names are read from their package's source."""
     return sorted([*_HOMES, *_method_classes(), "__version__", "mini", "spec"])
 
 
-if not TYPE_CHECKING:  # type checkers would take any name for one that is there
+if not TYPE_CHECKING:  # with __getattr__, type checkers would accept any name
 
     def __getattr__(name: str) -> Any:
         """Import a public name, or a module of this package, on first use."""

@@ -1,4 +1,4 @@
-"""Which methods there are, and how a name or a set of fields becomes one of them."""
+"""The catalogue of methods: list them, find one by name, and make one from settings."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from vlmzip.own_files import ENTRY_POINTS
 
 
 def available() -> dict[str, type[Compressor]]:
-    """Every method by name: those of `vlmzip.methods`, and those that installed packages offer as entry points."""
-    found = _shipped()
+    """Return all methods by name: those of `vlmzip.methods`, and the entry points of installed packages."""
+    classes = _shipped()
     for entry in entry_points(group=ENTRY_POINTS):
         try:
-            found.setdefault(entry.name, entry.load())
-        except Exception as error:  # one broken package must not take the others along
+            classes.setdefault(entry.name, entry.load())
+        except Exception as error:  # a broken package must not hide the other methods
             warnings.warn(f"the method {entry.name!r} of an installed package cannot be loaded: {error}", stacklevel=2)
-    return dict(sorted(found.items()))
+    return dict(sorted(classes.items()))
 
 
 def _shipped() -> dict[str, type[Compressor]]:
-    """The methods of `vlmzip.methods` by name."""
+    """Return the methods of `vlmzip.methods` by name."""
     return {cls.name(): cls for cls in vars(methods).values() if _is_method(cls)}
 
 
 def find(name: str) -> type[Compressor]:
-    """The method called `name`, or the class at `package.module:Class`. Raises `UserError` if there is none."""
+    """Return the method called `name`, or the class `package.module:Class`. Raises `UserError` if there is none."""
     if ":" in name:
         return _import(name)
     known = _shipped()
     if name not in known:
-        known = available()  # looks through all installed packages
+        known = available()  # slower: it looks through all installed packages
     if name not in known:
         raise UserError(f"there is no method {name!r}{closest(name, known)}")
     return known[name]
 
 
 def make(cls: type[Compressor], settings: dict[str, Any]) -> Compressor:
-    """`cls(**settings)` for settings from the command line, YAML or JSON: text is read by the field's type.
+    """Make a method from settings of the command line, YAML or JSON. Text is converted to the field's type.
 
-    Raises `UserError` for unknown fields and unreadable values.
+    Raises `UserError` for unknown fields, missing fields and invalid values.
     """
     for name in settings:
         if name not in cls.field_names():
@@ -62,19 +62,19 @@ def make(cls: type[Compressor], settings: dict[str, Any]) -> Compressor:
 
 
 def from_dict(content: Mapping[str, object], find: Callable[[str], type[Compressor]] = find) -> Compressor:
-    """The compressor that `Compressor.to_dict` described; `find` turns the methods' names into classes."""
+    """Make a compressor from the result of `Compressor.to_dict`. `find` returns the class of a method's name."""
     settings = dict(content)
     cls = find(str(settings.pop("method")))
-    if "compressors" in settings:  # a chain holds others
+    if "compressors" in settings:  # a chain has other compressors as a field
         parts = settings["compressors"]
         if not isinstance(parts, list) or not all(isinstance(part, dict) and "method" in part for part in parts):
-            raise UserError("compressors must be a list of objects, each with its method and the fields of it")
+            raise UserError("compressors must be a list of objects, each with a method and its fields")
         settings["compressors"] = tuple(from_dict(part, find) for part in parts)
     return make(cls, settings)
 
 
 def describe(cls: type[Compressor]) -> list[schema.FieldDescription]:
-    """Describe the fields of a method, its own before the shared ones; of sites those that it can work at."""
+    """Describe the fields of a method: first its own, then the shared ones. The field `site` lists its sites only."""
     fields, sites = schema.describe(cls), alternatives(cls.sites)
     return [dataclasses.replace(field, type=sites) if field.name == "site" else field for field in fields]
 
@@ -85,12 +85,12 @@ def _import(path: str) -> type[Compressor]:
         raise UserError(f"{path!r} names a file; give the module: {module.removesuffix('.py')}:{attribute}")
     own_files.search_for(module)
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # whatever somebody's module does while it is imported
+        method = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # an outside module can raise anything during its import
         raise UserError(f"cannot import the method {path!r}: {type(error).__name__}: {error}") from error
-    if not _is_method(found):
-        raise UserError(f"{path!r} is no method: a method is a subclass of vlmzip.Compressor that has assign()")
-    return found
+    if not _is_method(method):
+        raise UserError(f"{path!r} is not a method: a method is a subclass of vlmzip.Compressor with assign()")
+    return method
 
 
 def _is_method(thing: object) -> TypeGuard[type[Compressor]]:

@@ -1,4 +1,4 @@
-"""The base of every method: a frozen dataclass whose fields are its settings, and one method, `assign`."""
+"""The base class of all methods: a frozen dataclass with settings as fields, and a method `assign`."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 Positions = Literal["contiguous", "original"]
 
-#: A budget is met if what is reached is off by this share of it at most.
+#: A budget counts as met if the reached retention ratio differs from it by at most this fraction.
 NEAR = 0.05
 
 
 @dataclass(frozen=True)
 class Profile:
-    """The shape of a model, as far as a budget depends on it."""
+    """The sizes of a model that a budget depends on."""
 
     grid: Grid
     """The visual tokens of an image, or of its first view."""
@@ -39,12 +39,12 @@ class Profile:
 
     @property
     def grids(self) -> tuple[Grid, ...]:
-        """The grids of all views."""
+        """Return the grids of all views."""
         return (self.grid, *self.tiles)
 
     @property
     def size(self) -> int:
-        """Visual tokens of the image."""
+        """Return the number of visual tokens of the image."""
         return sum(grid.size for grid in self.grids)
 
 
@@ -53,83 +53,83 @@ class BudgetError(UserError):
 
 
 def missed(keep: Keep, reached: float, profile: Profile) -> str:
-    """What to say about a budget that was not met; nothing where it was, nearly."""
-    wanted = count_to_keep(keep, profile.size) / profile.size
-    return "" if abs(reached - wanted) <= NEAR * wanted else f"the nearest to {wanted:.1%} that it has is {reached:.1%}"
+    """Return a note about a budget that is not met, or "" for one that is nearly met."""
+    target = count_to_keep(keep, profile.size) / profile.size
+    return "" if abs(reached - target) <= NEAR * target else f"the nearest to {target:.1%} that it has is {reached:.1%}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compressor(ABC):
-    """Decides which output token each visual token joins, and with what weight; knows no model.
+    """A compression method. It maps each visual token to an output token and a weight, and knows no model.
 
-    A method is a frozen dataclass with `assign`. Its fields are at once the options of the command line, the keys of
-    a saved `compressor.json` and the rows of the documentation's table.
+    A method is a frozen dataclass with `assign`. Its fields are the options of the command line, the keys of a saved
+    `compressor.json` and the rows of the documentation's table.
     """
 
     paper: ClassVar[str] = ""
-    """Where it comes from, such as "arXiv:2412.04467" or "baseline of arXiv:2406.20092"."""
+    """The method's source, such as "arXiv:2412.04467" or "baseline of arXiv:2406.20092"."""
     examples: ClassVar[tuple[str, ...]] = ()
     """Settings to start with, such as "keep=64": `vlmzip methods NAME` shows them, and the shared tests run them."""
     needs: ClassVar[frozenset[Signal]] = frozenset()
-    """What it looks at beside the features. Settings can ask for more: an instance's own value is what counts."""
+    """The signals that it uses in addition to the features. Settings can add some, so read an instance's value."""
     sites: ClassVar[tuple[Site, ...]] = (Site.PRE_PROJECTOR,)
-    """The sites that it can work at."""
+    """The sites at which it can act."""
     trained_weights: ClassVar[bool] = False
-    """Whether it has weights of its own: before they are trained, answers through it mean nothing."""
+    """Whether it has weights that must be trained before its answers are useful."""
     budget_fields: ClassVar[tuple[str, ...]] = ("keep",)
-    """The fields that say how many tokens it keeps: `at_budget` and calibration set them, and no others."""
+    """The fields that set how many tokens it keeps. `at_budget` and calibration only change these."""
     changes_nothing: ClassVar[bool] = False
-    """Whether it is meant to keep every token: nobody is warned that it does."""
+    """Whether it keeps every token on purpose, so that no warning is needed."""
     label_fields: ClassVar[tuple[str, ...]] = ()
     """The fields that a table of stages shows even at their defaults, because stages differ in them."""
     for_training_only: ClassVar[bool] = False
-    """Whether no model is evaluated, saved or served with it."""
+    """Whether it is for training only: a model cannot be evaluated, saved or served with it."""
     default_positions: ClassVar[Positions | None] = None
-    """What `positions=None` means for this method; `None`: what it means in the model's family."""
+    """The meaning of `positions=None` for this method. If this is `None`, the model's family decides."""
 
     site: Site = Site.PRE_PROJECTOR
-    """Where on the way from image to answer it acts."""
+    """The site at which the method acts, between image and answer."""
     positions: Positions | None = None
-    """Positions in the LLM: "contiguous" renumbers the tokens left, in the order that the method gives them; "original"
-    keeps those of their anchors, and the tokens stand in the order of their anchors. Left out, what the papers use:
-    contiguous, or original in families whose positions have several axes (Qwen)."""
+    """Positions in the LLM. "contiguous" renumbers the remaining tokens in the method's order. "original" keeps the
+    positions of their anchors and sorts the tokens by anchor. The default follows the papers: contiguous, or original
+    for families whose positions have several axes (Qwen)."""
 
     @abstractmethod
     def assign(self, tokens: VisualTokens) -> TokenMap:
-        """The map for visual tokens of which fewer than all are wanted. Runs without gradients."""
+        """Return the token map. It is only called to keep fewer than all tokens, and runs without gradients."""
 
     def token_count(self, grid: Grid) -> int | None:
-        """Output tokens for one view of this grid, known from its shape alone; `None` if its content decides."""
+        """Return the number of output tokens of a view with this grid, or `None` if it depends on the content."""
         return None
 
     @property
     def whole_views(self) -> bool:
-        """Whether it acts on whole views, the padding of tiles included, which the LLM does not see otherwise."""
+        """Return whether it acts on whole views, including the padding of tiles that the LLM otherwise does not see."""
         return self.site is Site.PIXELS
 
     @property
     def by_view(self) -> bool:
-        """Whether it acts on each view of an image by itself: what lies on a grid, or is ranked within an encoder.
+        """Return whether it acts on each view of an image separately.
 
-        Inside the LLM an image's tokens are one sequence, unless a method needs a grid.
+        Methods before the LLM do. Inside the LLM an image's tokens are one sequence, unless a method needs a grid.
         """
         return self.site is not Site.IN_LLM
 
     def acts_on(self, views: Sequence[Grid]) -> Sequence[Grid]:
-        """Return the grids on which it acts, each by itself: those of the views, or the image as a whole."""
+        """Return the grids on which it acts separately: those of the views, or one for the whole image."""
         if self.by_view or len(views) == 1:
             return views
         return [Grid(1, 1, sum(grid.size for grid in views))]
 
     def image_count(self, views: Sequence[Grid]) -> int | None:
-        """Return the output tokens for an image of these views, known from shapes alone; `None` if content decides."""
+        """Return the number of output tokens of an image with these views, or `None` if it depends on the content."""
         parts = self.acts_on(views)
         counts = [share.token_count(grid) for share, grid in zip(self.shared(parts), parts, strict=True)]
         known = [count for count in counts if count is not None]
         return sum(known) if len(known) == len(counts) else None
 
     def shared(self, views: Sequence[Grid]) -> Sequence[Self]:
-        """Return the compressor for each view of an image: a count to keep is shared out over them."""
+        """Return the compressor for each view of an image. A count to keep is divided among the views."""
         keep = getattr(self, "keep", None)
         count = None if keep is None or len(views) == 1 else parse_keep(keep)
         if not isinstance(count, int):
@@ -140,24 +140,25 @@ class Compressor(ABC):
     def arrange(
         self, views: Sequence[Grid], prefix: int, ranks: Sequence[Int[Tensor, " _"]]
     ) -> Int[Tensor, " features"]:
-        """Return the order in which the LLM gets an image's output tokens, if they are renumbered there.
+        """Return the order in which the LLM gets an image's output tokens, for contiguous positions.
 
-        `ranks` has for each output of each view the rank of its anchor in the order in which the model packs an image;
-        the rows of tiles may interleave there. By default that order, and for a single view the map's own.
+        `ranks` has, for each output token of each view, the rank of its anchor in the model's own order, in which the
+        rows of tiles may interleave. By default, several views are in this order, and a single view is in its map's
+        order.
         """
         if len(views) == 1:
             return torch.arange(len(ranks[0]))
         return torch.cat(list(ranks)).argsort(stable=True)
 
     def smaller(self, grid: Grid) -> Grid:
-        """The grid of the smaller image to encode instead of one of this grid; asked at the pixel site only."""
+        """Return the grid of the smaller image to encode instead of an image of `grid`. Only used at the pixel site."""
         return grid
 
     def __call__(self, tokens: VisualTokens) -> TokenMap:
-        """The map for `tokens`: `assign`, or the identity where as many tokens are wanted as there are."""
+        """Return the token map: the result of `assign`, or the identity if all tokens are to be kept."""
         grid = tokens.grid or Grid(1, 1, tokens.features.shape[1] - tokens.prefix)
-        wanted = self.token_count(grid)
-        if wanted is not None and wanted >= grid.size:
+        count = self.token_count(grid)
+        if count is not None and count >= grid.size:
             return keep_all(tokens)
         with torch.no_grad():
             token_map = self.assign(tokens)
@@ -172,9 +173,9 @@ class Compressor(ABC):
         return tokens.grid
 
     def at_budget(self, keep: Keep, profile: Profile) -> tuple[Compressor, float]:
-        """The nearest configuration to an average budget, and the retention ratio that it really reaches.
+        """Return the configuration nearest to an average budget, and the retention ratio that it reaches.
 
-        Raises `BudgetError` with the reason where the method has no such configuration.
+        Raises `BudgetError` with the reason if the method cannot meet the budget.
         """
         if isinstance(self, Calibratable):
             raise self._content_decides()
@@ -187,20 +188,20 @@ class Compressor(ABC):
         return chosen, chosen.reached(profile)
 
     def with_keep(self, keep: Keep) -> Compressor:
-        """Return the same method with another budget, of an image."""
+        """Return the same method with another budget per image."""
         changes: dict[str, Any] = {"keep": keep}
         return dataclasses.replace(self, **changes)
 
     def at_step(self, step: int, salt: int = 0) -> Compressor:
-        """Return the compressor for an optimiser step of training; one that draws nothing at random is the same.
+        """Return the compressor for an optimiser step of training. Only methods with randomness change.
 
-        `step` identifies the step, `salt` the forward within it: process and accumulated batch. Equal arguments give
-        an equal result, so that a run can resume.
+        `step` identifies the step, and `salt` the forward pass within it (process and accumulated batch). Equal
+        arguments give equal results, so that a run can resume.
         """
         return self
 
     def placed(self, profile: Profile) -> Compressor:
-        """The same at layers that this LLM has, for methods whose default layers suit most of them only."""
+        """Return the same method at layers that this LLM has, if its default layers do not fit this LLM."""
         default = {field.name: field.default for field in fields(self)}.get("layer")
         if self.layers != (default,) or self.layers[0] >= profile.first_layer:
             return self
@@ -208,15 +209,15 @@ class Compressor(ABC):
         return dataclasses.replace(self, **moved)
 
     def check_layers(self, depth: int, first: int = 1) -> None:
-        """Raises `BudgetError` for layers that are no places inside an LLM of `depth` layers.
+        """Raise `BudgetError` if the layers are not inside an LLM of `depth` layers.
 
-        `first` is the first layer before which tokens may go.
+        `first` is the first layer that may see fewer tokens.
         """
         for layer in self.layers:
             if not 1 <= layer < depth:
                 raise BudgetError(
-                    f"layer={layer} is no place inside this LLM of {depth} layers: give {first} to {depth - 1};"
-                    f" before the LLM there are site={Site.PRE_PROJECTOR} and {Site.POST_PROJECTOR}"
+                    f"layer must be from {first} to {depth - 1} in this LLM of {depth} layers, got {layer};"
+                    f" to act before the LLM, give site={Site.PRE_PROJECTOR} or {Site.POST_PROJECTOR}"
                 )
             if layer < first:
                 raise BudgetError(
@@ -225,7 +226,7 @@ class Compressor(ABC):
                 )
 
     def _count_inside(self, keep: Keep, profile: Profile) -> int:
-        """Tokens to keep from its first layer on, so that the average over all layers of the LLM is `keep`."""
+        """Return the tokens to keep from its first layer on, so that the average over all LLM layers is `keep`."""
         size, depth, first = profile.size, profile.layers, min(self.layers)
         left = (count_to_keep(keep, size) * depth - size * first) / (depth - first)
         if left < 1:
@@ -237,21 +238,21 @@ class Compressor(ABC):
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """The LLM layers, 0-based, before which it acts: the first that see fewer tokens. Empty before the LLM."""
+        """Return the first LLM layers that see fewer tokens, 0-based. Empty for a method before the LLM."""
         layer = getattr(self, "layer", None)
         return (layer,) if self.site is Site.IN_LLM and layer is not None else ()
 
     @property
     def text_aware(self) -> bool:
-        """Whether the question decides which tokens are kept."""
+        """Return whether the kept tokens depend on the question."""
         return bool(self.needs & {Signal.TEXT_ATTENTION, Signal.TEXT_FEATURES})
 
     def stages(self) -> tuple[Compressor, ...]:
-        """The compressors that it consists of, in the order in which tokens meet them."""
+        """Return the compressors that it consists of, in the order in which tokens pass them."""
         return (self,)
 
     def tokens_by_layer(self, profile: Profile) -> list[int] | None:
-        """Visual tokens of an image of the profile at each LLM layer; `None` if its content decides."""
+        """Return an image's visual tokens at each LLM layer, or `None` if they depend on the content."""
         count = self.image_count(profile.grids)
         if count is None:
             return None
@@ -259,13 +260,13 @@ class Compressor(ABC):
         return [profile.size] * first + [min(count, profile.size)] * (profile.layers - first)
 
     def cases_by_layer(self, profile: Profile) -> list[list[int]] | None:
-        """Return `tokens_by_layer` for each case that a random draw decides on, all equally likely."""
+        """Return `tokens_by_layer` for each equally likely outcome of the method's randomness."""
         self.check_layers(profile.layers, profile.first_layer)
         counts = self.tokens_by_layer(profile)
         return None if counts is None else [counts]
 
     def reached(self, profile: Profile) -> float:
-        """The retention ratio on an image of the profile, over all layers of the LLM."""
+        """Return the retention ratio of an image of the profile, averaged over all LLM layers."""
         self.check_layers(profile.layers, profile.first_layer)
         counts = self.tokens_by_layer(profile)
         if counts is None:
@@ -276,13 +277,13 @@ class Compressor(ABC):
         if not isinstance(self, Calibratable):
             return BudgetError(f"what {self.name()} keeps depends on the image")
         return BudgetError(
-            f"what {self.name()} keeps depends on the images: set its threshold from images of yours with"
+            f"what {self.name()} keeps depends on the images; set its threshold from your images with"
             " `vlmzip calibrate`"
         )
 
     @classmethod
     def name(cls) -> str:
-        """The name on the command line: the stem of the file that holds the method."""
+        """Return the name on the command line, which is the stem of the method's file name."""
         return cls.__module__.rpartition(".")[2]
 
     @classmethod
@@ -290,13 +291,13 @@ class Compressor(ABC):
         return [field.name for field in fields(cls)]
 
     def to_dict(self) -> dict[str, object]:
-        """The method's name (module and class, for a method from elsewhere) and fields, as JSON can hold them."""
+        """Return the method's name and fields as JSON values. An outside method's name is its module and class."""
         own = type(self).__module__.startswith("vlmzip.methods.")
         method = self.name() if own else f"{type(self).__module__}:{type(self).__qualname__}"
         return {"method": method, **{name: getattr(self, name) for name in self.field_names()}}
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[object, ...]:
-        """Pickle a method from a file of the user's own by its settings: another process has to find the file first."""
+        """Pickle a method from the user's own file by its settings, so that other processes can find the file."""
         cls = type(self)
         if not own_files.is_own(cls.__module__):
             return super().__reduce_ex__(protocol)
@@ -317,7 +318,8 @@ class BudgetedCompressor(Compressor):
     keep: Keep | None = None
     """Tokens per image (int), or a fraction of them (float, "25%")."""
     keep_per_view: Keep | None = None
-    """Tokens per view (int) of images that have several, such as tiles, in place of `keep`, which the views share."""
+    """Tokens per view (int) of an image with several views, such as tiles. Give it instead of `keep`, which is the
+    number for all views together."""
 
     def with_keep(self, keep: Keep) -> Compressor:
         return dataclasses.replace(self, keep=keep, keep_per_view=None)
@@ -331,12 +333,12 @@ class BudgetedCompressor(Compressor):
             return
         default = next(field.default for field in fields(self) if field.name == "keep")
         if self.keep not in (default, self.keep_per_view):
-            raise UserError("give keep, for an image, or keep_per_view, for each of its views, not both")
+            raise UserError("give either keep (per image) or keep_per_view (per view), not both")
         object.__setattr__(self, "keep", self.keep_per_view)
 
 
 def keep_all(tokens: VisualTokens) -> TokenMap:
-    """Return the map that leaves the model what it gets without compression."""
+    """Return the map that keeps the tokens that the LLM gets without compression."""
     batch, count, _ = tokens.features.shape
     plain = TokenMap.identity(batch, tokens.plain_count, tokens.features.device)
     return plain.after_dropping(count - tokens.plain_count)
@@ -344,18 +346,18 @@ def keep_all(tokens: VisualTokens) -> TokenMap:
 
 @runtime_checkable
 class Calibratable(Protocol):
-    """A compressor whose threshold decides by an image's content how many tokens it keeps; see `vlmzip.calibrate`.
+    """A compressor that keeps a number of tokens that depends on the image, by a threshold; see `vlmzip.calibrate`.
 
-    Each image gets a factor: 1, or the largest whose deviation lies below the threshold.
+    Each image gets the largest factor with a deviation below the threshold, or factor 1.
     """
 
     threshold: ClassVar[str]
-    """The field that calibration sets: a number of at least 0."""
+    """The name of the field that calibration sets, a number of at least 0."""
 
     def counts_by_factor(self, grid: Grid) -> dict[int, int]:
-        """Output tokens of an image of this grid for each factor it can get, factors ascending from 1."""
+        """Return the output tokens of an image of this grid for each possible factor, in ascending order from 1."""
         ...
 
     def deviations(self, tokens: VisualTokens) -> Float[Tensor, "batch factors"]:
-        """What is compared with the threshold: a column for each factor of `counts_by_factor` beyond 1."""
+        """Return the values to compare with the threshold, for each factor of `counts_by_factor` above 1."""
         ...

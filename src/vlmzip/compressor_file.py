@@ -1,4 +1,4 @@
-"""`compressor.json`: a compressor as data, beside a model's weights. Nothing in a saved folder is ever executed."""
+"""`compressor.json`: a compressor saved as data with a model's weights. Code in a saved folder is never executed."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from vlmzip.version import __version__
 
 #: The file's name.
 FILE = "compressor.json"
-#: Raised when the file's layout changes in a way that older versions would misread.
+#: The version of the file's layout. Increase it if older versions of vlmzip would misread the file.
 FORMAT = 1
 #: The file's keys; `vlmzip` is the version that wrote it.
 KEYS = ("format", "vlmzip", "method", "fields")
 
 
 class NotInstalled(UserError):
-    """A saved compressor is of a class that is not known here."""
+    """A saved compressor's class is not installed."""
 
 
 def write_compressor(compressor: Compressor, folder: str | os.PathLike[str]) -> None:
-    """Write `compressor.json` whole or not at all."""
+    """Write `compressor.json` completely or not at all."""
     settings = compressor.to_dict()
     content = {"format": FORMAT, "vlmzip": __version__, "method": settings.pop("method"), "fields": settings}
 
@@ -38,18 +38,18 @@ def write_compressor(compressor: Compressor, folder: str | os.PathLike[str]) -> 
 
 
 def refuse_lora(folder: Path) -> None:
-    """Raise `UserError` for a folder of LoRA weights without the model that they change."""
+    """Raise `UserError` for a folder that has LoRA weights without their model."""
     if is_file(folder / "adapter_config.json"):
         raise UserError(
-            f"{str(folder)!r} holds a LoRA alone: load it with peft.PeftModel.from_pretrained, onto what it was trained"
-            " around: vlmzip.attach(model, compressor), or the plain model that is attached to afterwards"
+            f"{str(folder)!r} has LoRA weights without a model; load them with peft.PeftModel.from_pretrained onto the"
+            " model that was trained: vlmzip.attach(model, compressor), or the plain model that you attach to later"
         )
 
 
 def read_compressor(folder: str | os.PathLike[str], known: type[Compressor] | None = None) -> Compressor:
-    """Return the compressor saved in `folder`. Only methods that are installed here are found; no code is imported.
+    """Return the compressor saved in `folder`. Its class must be an installed method; no other code is imported.
 
-    `known` is a class that the caller has imported already, and so may be named, too.
+    `known` is a class that the caller has already imported, and which is therefore allowed, too.
     """
     path = Path(folder) / FILE
     if not is_file(path):
@@ -70,7 +70,7 @@ def read_compressor(folder: str | os.PathLike[str], known: type[Compressor] | No
         if ":" in name and name not in installed:
             raise NotInstalled(
                 f"{str(path)!r} names code that is not an installed method ({name});"
-                f" give it yourself: --method {name}, or vlmzip.from_pretrained(folder, compressor=…) in Python"
+                f" to use it, give --method {name}, or vlmzip.from_pretrained(folder, compressor=…) in Python"
             )
         return installed.get(name) or catalogue.find(name)
 
@@ -78,17 +78,17 @@ def read_compressor(folder: str | os.PathLike[str], known: type[Compressor] | No
 
 
 def _read_file(path: Path) -> tuple[str, dict[str, object]]:
-    """Return the method and its fields. Raise `UserError` for a file of a newer vlmzip, or one with other content."""
+    """Return the method and its fields. Raises `UserError` for invalid content or a file of a newer vlmzip."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{str(path)!r} cannot be read: it must be a JSON object with {', '.join(KEYS)}")
     version, method, settings = content.get("format"), content.get("method"), content.get("fields")
     if type(version) is int and version > FORMAT:
         raise UserError(
-            f"{str(path)!r} was written by vlmzip {content.get('vlmzip')}, newer than {__version__}: update vlmzip"
+            f"{str(path)!r} was written by vlmzip {content.get('vlmzip')}, newer than {__version__}; update vlmzip"
         )
     if unknown := [name for name in content if name not in KEYS]:
-        raise UserError(f"{str(path)!r} has no place for {unknown[0]!r}{closest(unknown[0], KEYS)}")
+        raise UserError(f"{str(path)!r} has an unknown key {unknown[0]!r}{closest(unknown[0], KEYS)}")
     if missing := [name for name in ("format", "method", "fields") if name not in content]:
         raise UserError(f"{str(path)!r} cannot be read: it lacks {missing[0]}")
     if type(version) is not int or version < 1:
@@ -96,5 +96,5 @@ def _read_file(path: Path) -> tuple[str, dict[str, object]]:
     if not isinstance(method, str):
         raise UserError(f"{str(path)!r} cannot be read: method must be a text")
     if not isinstance(settings, dict) or "method" in settings:
-        raise UserError(f"{str(path)!r} cannot be read: fields must be an object, and method no field of it")
+        raise UserError(f"{str(path)!r} cannot be read: fields must be an object without the key method")
     return method, settings

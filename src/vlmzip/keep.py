@@ -1,4 +1,4 @@
-"""How many visual tokens to keep: read, checked and rounded here and nowhere else."""
+"""Budgets of visual tokens. All code that reads, checks or rounds a budget is here."""
 
 from __future__ import annotations
 
@@ -13,84 +13,88 @@ from vlmzip.errors import UserError
 
 
 def is_keep(keep: int | float | str) -> bool:
-    """Return whether a budget can be read: always true, or a `UserError` that says what is wrong."""
+    """Return true for a valid budget. Raises `UserError` for an invalid one."""
     parse_keep(keep)
     return True
 
 
-#: An int is a number of tokens per image, a float in (0, 1] a fraction of them, a string either ("64", "11%").
+#: A budget: an int is a number of tokens per image, a float in (0, 1] a fraction, a string either ("64", "11%").
 Keep = Annotated[int | float | str, "64, 0.25 or '25%'", Predicate(is_keep)]
-#: What methods keep when nothing is asked: a ninth, as VisionZip's 64 of 576 and DFMR's 3 x 3 windows.
+#: The default budget of methods: a ninth, as in VisionZip's 64 of 576 tokens and DFMR's 3 x 3 windows.
 A_NINTH = 1 / 9
-#: In place of a budget: methods as they are written, with their own settings.
+#: Used in place of a budget: methods keep their own settings.
 AS_SET = "as-set"
 
 
 def parse_keep(keep: Keep, option: str = "") -> int | float:
-    """Turns `keep` into a count (int) or a fraction (float). `option` is where a user wrote it, for messages.
+    """Read a budget as a count (int) or a fraction (float). `option` is the command-line option, for messages.
 
-    Raises `UserError` for anything that is neither a whole number of at least 1 nor a fraction in (0, 1].
+    Raises `UserError` for a value that is neither a whole number of at least 1 nor a fraction in (0, 1].
     """
-    said = f"{option} {keep}" if option else f"keep={keep!r}"
-    value = _number(keep, said)
+    value = _number(keep, option or "keep")
     if isinstance(value, int):
         if value < 1:
-            raise UserError(f"{said} keeps nothing; give at least 1 token, or a fraction such as 0.25 or '25%'")
+            written = f"{option} {keep}" if option else f"keep={keep!r}"
+            raise UserError(f"{written} keeps nothing; give at least 1 token, or a fraction such as 0.25 or '25%'")
         return value
     if math.isnan(value) or not 0 < value <= 1:
-        raise UserError(f"{said} is no fraction in (0, 1]; write 64 for 64 tokens, 0.25 or '25%' for a quarter")
+        raise UserError(
+            f"{option or 'keep'} must be a fraction in (0, 1], got {keep!r};"
+            " write 64 for 64 tokens, 0.25 or '25%' for a quarter"
+        )
     return value
 
 
 def count_to_keep(keep: Keep, available: int) -> int:
-    """The number of tokens that `keep` means out of `available`: at least 1, never more than there are.
+    """Return the number of tokens to keep out of `available`, from 1 to `available`.
 
-    A fraction is rounded to the nearest whole token, halves up: 11 % of 576 is 63, 1/9 of it 64.
+    A fraction is rounded to the nearest whole token, halves up: 11 % of 576 is 63, and 1/9 of 576 is 64.
     """
     value = parse_keep(keep)
-    wanted = value if isinstance(value, int) else round_half_up(value * available)
-    return min(max(wanted, 1), available)
+    count = value if isinstance(value, int) else round_half_up(value * available)
+    return min(max(count, 1), available)
 
 
 def shared_out(count: int, sizes: Sequence[int]) -> list[int]:
-    """Share a count of tokens out over the views of an image, in proportion to their sizes.
+    """Divide a count of tokens among the views of an image, in proportion to their sizes.
 
-    Every view gets at least one token and at most as many as it has; the shares add up to `count`, or to all there is.
-    Views of equal size differ by one token at most: the first ones get more. Raises `UserError` where the count does
-    not reach for one token each.
+    Every view gets at least one token and at most all its tokens. The shares add up to `count`, or to all tokens if
+    `count` is larger. Shares of equally large views differ by at most one token; the first views get more. Raises
+    `UserError` if there are more views than tokens.
     """
     if count < len(sizes):
         raise UserError(f"keep={count} is too few for an image of {len(sizes)} views: give at least {len(sizes)}")
-    wanted = min(count, sum(sizes))
-    exact = [wanted * size / sum(sizes) for size in sizes]
+    total = min(count, sum(sizes))
+    exact = [total * size / sum(sizes) for size in sizes]
     shares = [min(max(math.floor(share), 1), size) for share, size in zip(exact, sizes, strict=True)]
-    # What rounding left over goes to those that lost most by it; what the minimum of 1 took, from those that won most.
-    while (missing := wanted - sum(shares)) != 0:
+    # Rounding down leaves tokens over: give them to the views that lost most. The minimum of 1 can take too many: take
+    # them from the views that gained most.
+    while (missing := total - sum(shares)) != 0:
         step = 1 if missing > 0 else -1
-        able = [n for n, share in enumerate(shares) if (share < sizes[n] if step > 0 else share > 1)]
-        chosen = max(able, key=lambda n: (step * (exact[n] - shares[n]), -n))
+        changeable = [n for n, share in enumerate(shares) if (share < sizes[n] if step > 0 else share > 1)]
+        chosen = max(changeable, key=lambda n: (step * (exact[n] - shares[n]), -n))
         shares[chosen] += step
     return shares
 
 
 def round_half_up(value: float) -> int:
-    """Rounds to the nearest integer, halves up; Python's own `round` would send 2.5 to 2."""
+    """Round to the nearest integer, halves up. Python's `round` would round 2.5 to 2."""
     return math.floor(value + 0.5)
 
 
-def _number(keep: Keep, said: str) -> int | float:
+def _number(keep: Keep, name: str) -> int | float:
     if isinstance(keep, str):
-        return _from_text(keep, said)
+        return _from_text(keep, name)
     if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
-        raise UserError(f"{said} is no number; write 64, 0.25 or '25%'")
+        raise UserError(f"{name} must be a number, got {keep!r}; write 64, 0.25 or '25%'")
     return int(keep) if isinstance(keep, numbers.Integral) else float(keep)
 
 
-def _from_text(text: str, said: str) -> int | float:
+def _from_text(text: str, name: str) -> int | float:
     stripped = text.strip()
     try:
         if stripped.endswith("%"):
             return float(stripped[:-1]) / 100
         return int(stripped) if stripped.lstrip("+-").isdigit() else float(stripped)
     except ValueError:
-        raise UserError(f"{said} is no number; write 64, 0.25 or '25%'") from None
+        raise UserError(f"{name} must be a number, got {text!r}; write 64, 0.25 or '25%'") from None

@@ -1,12 +1,12 @@
 """One schema for every dataclass of settings: the methods, a training run and its parts.
 
-The fields of a frozen dataclass are, written once, the constructor's arguments, the options of the command line and the
-keys of YAML and JSON. pydantic checks their values by type and range; the string below a field is its documentation.
+The fields of a frozen dataclass define the constructor's arguments, the command-line options and the keys of YAML and
+JSON. pydantic checks values by type and range. The string below a field is its documentation.
 
     queries: Annotated[int, Ge(1)] = 32
     \"\"\"Tokens per image.\"\"\"
 
-Text is read by the field's type: "3" as a number, "1,3" as a tuple, "none" as None, a name as the member of an enum.
+Text is converted to the field's type: "3" to a number, "1,3" to a tuple, "none" to None, a name to an enum's member.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from vlmzip.field_docs import field_docs, with_docs
 
 T = TypeVar("T")
 
-#: A count that becomes memory, steps or processes: no run needs more.
+#: A count of things that cost memory, steps or processes. The upper limit is more than any run needs.
 Count = Annotated[int, Ge(1), Le(10**9)]
-#: What `torch.Generator.manual_seed` takes.
+#: A seed that `torch.Generator.manual_seed` accepts.
 Seed = Annotated[int, Ge(0), Le(2**63 - 1)]
 
 _TYPES: WeakKeyDictionary[type, dict[str, FieldType]] = WeakKeyDictionary()
-#: How a field without a default is described.
+#: The description of the default of a field without one.
 REQUIRED = "required"
 #: A boolean is not a number, 2.0 is not a whole number, and no setting is NaN or infinite.
 _STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
-#: Types of values that are tried as they are before they are converted.
+#: Types of values that are checked without conversion first.
 _AS_GIVEN = {int, float, bool, tuple, NoneType}
 #: Types in words.
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -51,10 +51,10 @@ _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: 
 
 
 def read(cls: type[T], content: object, where: str = "") -> T:
-    """Make a dataclass from the settings that a command line, YAML or JSON has.
+    """Make a dataclass from settings of a command line, YAML or JSON.
 
-    `where` is the key that holds the settings, such as "lora". Raises `UserError`, in one line, for an unknown key, a
-    missing one, or a value that does not fit.
+    `where` is the key of the settings, such as "lora". Raises a one-line `UserError` for an unknown or missing key, or
+    an invalid value.
     """
     what = where or "the file"
     if not isinstance(content, Mapping):
@@ -72,9 +72,9 @@ def read(cls: type[T], content: object, where: str = "") -> T:
 
 
 def check(settings: object) -> None:
-    """Check every field of a frozen dataclass that is being made, and set it to the value that its type reads.
+    """Check every field of a frozen dataclass during its construction, and convert it to the field's type.
 
-    `__post_init__` calls this. Raises `UserError` for a value that does not fit.
+    `__post_init__` calls this. Raises `UserError` for an invalid value.
     """
     for name, kind in types_of(type(settings)).items():
         given = getattr(settings, name)
@@ -84,9 +84,9 @@ def check(settings: object) -> None:
 
 
 def read_value(name: str, value: object, kind: FieldType) -> Any:
-    """Return a value as a field of this type holds it.
+    """Return a value converted to a field's type.
 
-    Raises `UserError`, which begins with `name`, for a value that does not fit.
+    Raises `UserError`, with a message that starts with `name`, for an invalid value.
     """
     nested = kind.settings
     if nested is not None and (value is True or isinstance(value, Mapping)):
@@ -94,7 +94,7 @@ def read_value(name: str, value: object, kind: FieldType) -> Any:
     if nested is not None and value is not None and not isinstance(value, nested):
         raise UserError(f"{name} must be a mapping of settings such as {_example(nested)}, got {value!r}")
     try:
-        if type(value) in _AS_GIVEN:  # most values: compressors are made by the thousand to find a budget
+        if type(value) in _AS_GIVEN:  # the fast path: the search for a budget makes thousands of compressors
             with contextlib.suppress(ValidationError):
                 return kind.adapter.validate_python(value)
         return kind.adapter.validate_python(_converted(value, kind.hint))
@@ -103,7 +103,7 @@ def read_value(name: str, value: object, kind: FieldType) -> Any:
 
 
 def _converted(value: object, hint: object) -> Any:
-    """Return text, a list or another library's number as the type asks; any other value as it is."""
+    """Convert text, a list or another library's number to a type. Return other values unchanged."""
     if isinstance(value, str) and not isinstance(value, enum.Enum):
         return _from_text(value, hint)
     kinds = set(map(_base, _arms(hint)))
@@ -111,13 +111,13 @@ def _converted(value: object, hint: object) -> Any:
         return tuple(value)
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
         number = int(value) if isinstance(value, numbers.Integral) else float(value)
-        # YAML and JSON have numbers where a name or a share such as 0.25 is meant.
+        # In YAML and JSON, a text such as 0.25 is read as a number.
         return str(value) if kinds & {str} and not kinds & {int, float} else number
     return value
 
 
 def _from_text(text: str, hint: object) -> Any:
-    """Return text as the first type of a union that can be read from it; text that none can be read from, as it is."""
+    """Convert text to the first type of a union that accepts it. Return it unchanged if no type does."""
     arms = _arms(hint)
     if text.lower() == "none" and NoneType in arms and str not in arms:
         return None
@@ -137,11 +137,11 @@ def _from_text(text: str, hint: object) -> Any:
 
 
 def _refusal(name: str, value: object, hint: object, error: ValidationError) -> UserError:
-    """Return the one line for a value that does not fit."""
+    """Return the one-line error for an invalid value."""
     for problem in error.errors(include_url=False):
-        said = problem.get("ctx", {}).get("error")
-        if isinstance(said, UserError):  # the type has a check that says better what is wrong
-            return said
+        cause = problem.get("ctx", {}).get("error")
+        if isinstance(cause, UserError):  # the type's own check has a better message
+            return cause
     choices = [choice for arm in _arms(_element(hint)) for choice in _choices(arm)]
     parts = value if isinstance(value, tuple | list) else [value]
     wrong = [part for part in parts if choices and isinstance(part, str) and part not in choices]
@@ -157,15 +157,15 @@ class FieldType:
     """The type of a field."""
 
     hint: Any
-    """As it is written, with its range."""
+    """The type as written, with its range."""
     adapter: TypeAdapter[Any]
-    """Checks values."""
+    """The adapter that checks values."""
     settings: type | None
-    """The dataclass that holds the field's own settings, if it has some."""
+    """The dataclass of the field's nested settings, if it has any."""
 
 
 def types_of(cls: type) -> dict[str, FieldType]:
-    """Return the type of each field that the constructor takes."""
+    """Return the type of each field of the constructor."""
     if cls not in _TYPES:
         hints = get_type_hints(cls, include_extras=True)
         hints = {field.name: hints[field.name] for field in dataclasses.fields(cls) if field.init}
@@ -174,29 +174,29 @@ def types_of(cls: type) -> dict[str, FieldType]:
 
 
 def _adapter(hint: Any) -> TypeAdapter[Any]:
-    if dataclasses.is_dataclass(hint):  # pydantic takes no configuration for them, and their fields are read above
+    if dataclasses.is_dataclass(hint):  # pydantic accepts no configuration for them; `read` checks their fields
         return TypeAdapter(InstanceOf[hint])
     return TypeAdapter(hint, config=_STRICT)
 
 
 def _arms(hint: Any) -> tuple[object, ...]:
-    """Return the types of a union; a type alone is the only one."""
+    """Return the types of a union, or a single type as a tuple."""
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
 def _base(hint: object) -> Any:
-    """Return a type without its ranges."""
+    """Return a type without its range."""
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
 def _element(hint: object) -> Any:
-    """Return the type of a tuple's elements; another type as it is."""
+    """Return the type of a tuple's elements, or another type unchanged."""
     base = _base(hint)
     return get_args(base)[0] if get_origin(base) is tuple else hint
 
 
 def _settings_in(hint: object) -> type | None:
-    """Return the dataclass of settings that a field holds, if it holds one."""
+    """Return the dataclass of a field's nested settings, or `None`."""
     kinds = [kind for kind in map(_base, _arms(hint)) if isinstance(kind, type) and not inspect.isabstract(kind)]
     return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)
 
@@ -209,7 +209,7 @@ def _choices(kind: object) -> list[str]:
 
 
 def in_words(hint: object) -> str:
-    """Return what a value of a type can be, such as "a whole number of at least 1"."""
+    """Describe the values of a type in words, such as "a whole number of at least 1"."""
     arms = [arm for arm in _arms(hint) if arm is not NoneType]
     lists = [arm for arm in arms if _element(arm) is not arm and _element(arm) in arms]
     words = ["several, such as 1,3" if arm in lists else _in_words(arm) for arm in arms]
@@ -218,7 +218,7 @@ def in_words(hint: object) -> str:
 
 def _in_words(kind: Any) -> str:
     base, marks = _base(kind), kind.__metadata__ if get_origin(kind) is Annotated else ()
-    if named := [mark for mark in marks if isinstance(mark, str)]:  # the type says it in its own words
+    if named := [mark for mark in marks if isinstance(mark, str)]:  # the type has its own words
         return str(named[0])
     if get_origin(base) is tuple:
         return f"one or several, separated by commas: {in_words(_element(base))}"
@@ -238,7 +238,7 @@ def _range_in_words(marks: tuple[object, ...]) -> str:
 
 
 def _bounds(marks: tuple[object, ...]) -> dict[type, str]:
-    """Return the ends of a range, the lower one first."""
+    """Return the bounds of a range, the lower one first."""
     ends = {Ge: "ge", Gt: "gt", Le: "le", Lt: "lt"}
     return {kind: f"{getattr(mark, name):,}" for kind, name in ends.items() for mark in marks if isinstance(mark, kind)}
 
@@ -248,17 +248,17 @@ def _bounds(marks: tuple[object, ...]) -> dict[type, str]:
 
 @dataclasses.dataclass(frozen=True)
 class FieldDescription:
-    """One field of a dataclass of settings, for help texts and tables."""
+    """The description of a field, for help texts and tables."""
 
     name: str
-    """Fields of a part, such as `lora`, have their full names: "lora.r"."""
+    """The field's name. Nested fields have full names, such as "lora.r"."""
     type: str
     default: Any
     doc: str
 
 
 def describe(cls: type) -> list[FieldDescription]:
-    """Describe the fields of a dataclass, those of the class itself before those of its bases."""
+    """Describe the fields of a dataclass: first its own, then those of its base classes."""
     return list(_described(cls))
 
 
@@ -287,7 +287,7 @@ def _docs_of(owner: type) -> dict[str, str]:
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
-    """Return a field's default as help texts show it; `REQUIRED` if it has none."""
+    """Return a field's default as help texts show it, or `REQUIRED`."""
     if field.default_factory is not dataclasses.MISSING:
         return str(field.default_factory())
     if field.default is dataclasses.MISSING:
@@ -297,7 +297,7 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 
 
 def _example(cls: type) -> str:
-    """Return the settings that a dataclass needs, or its first one, as YAML has them."""
+    """Return an example in YAML of a dataclass's required settings, or of its first setting."""
     fields = [field for field in dataclasses.fields(cls) if field.init]
     needed = [field.name for field in fields if default_of(field) == REQUIRED] or [fields[0].name]
     return "{" + ", ".join(f"{name}: …" for name in needed) + "}"

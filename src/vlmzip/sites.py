@@ -1,4 +1,4 @@
-"""Where a compressor can act and what it can look at: words that need no torch."""
+"""The sites at which a compressor can act, and the signals that it can use. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import enum
 
 
 class Site(enum.StrEnum):
-    """Where on the way from image to answer a compressor acts."""
+    """The point between image and answer at which a compressor acts."""
 
     PIXELS = "pixels"
-    PRE_PROJECTOR = "pre_projector"  #: the last point where one token still becomes one LLM token
+    PRE_PROJECTOR = "pre_projector"  #: the last point at which each token becomes one LLM token
     POST_PROJECTOR = "post_projector"
     IN_LLM = "in_llm"
 
 
 class Signal(enum.StrEnum):
-    """What a compressor may ask for beside the features; the names are attributes of `VisualTokens`."""
+    """Inputs that a compressor can request in addition to the features; values name attributes of `VisualTokens`."""
 
     CLS_ATTENTION = "cls_attention"
     KEYS = "keys"

@@ -1,4 +1,4 @@
-"""What people write for a compressor, in one line: a name, settings, several methods, or a saved file."""
+"""Specs: a compressor written in one line, as a name with settings, several methods, or a saved file."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _BETWEEN_FIELDS = re.compile(r",(?=\s*[A-Za-z_]\w*\s*=)")  # values may have com
 
 
 def read(text: str) -> Compressor:
-    """The compressor that `text` asks for.
+    """Return the compressor of a spec.
 
-    `NAME` or `package.module:Class`, each with settings in brackets if you like; several joined by `+` become a
-    `Chain`; a path names a saved `compressor.json`, or the folder that holds one. Raises `UserError` for anything else.
+    A spec is `NAME` or `package.module:Class`, optionally with settings in brackets. Several specs joined by `+` become
+    a `Chain`. A path refers to a saved `compressor.json` or its folder. Raises `UserError` for anything else.
     """
     if is_saved(text):
         return read_compressor(saved_folder(text))
@@ -32,7 +32,10 @@ def read(text: str) -> Compressor:
 
 
 def saved_folder(text: str) -> Path:
-    """Return the folder that holds a saved compressor, for the folder's path or the file's. Raise if there is none."""
+    """Return the folder of a saved compressor, from the folder's or the file's path.
+
+    Raises `UserError` if there is none.
+    """
     path = Path(text)
     if is_folder(path):
         return path
@@ -42,15 +45,15 @@ def saved_folder(text: str) -> Path:
 
 
 def read_several(text: str) -> list[tuple[str, Compressor]]:
-    """Compressors separated by commas, each with what was written for it; brackets hold commas of their own."""
+    """Read comma-separated specs. Return each spec with its compressor. Commas in brackets do not separate specs."""
     parts = [part.strip() for part in re.split(r",(?![^()]*\))", text)]
     return [(part, read(part)) for part in dict.fromkeys(parts) if part]
 
 
 def budget_in(text: str) -> str:
-    """The settings in `text` that say how many tokens a compressor keeps, such as `"keep=64"`; empty without any.
+    """Return the settings in a spec that set the number of tokens, such as `"keep=64"`, or "".
 
-    Of several compressors the first counts: it is the one that a budget sets.
+    Of several compressors, only the first counts, because a budget sets the first one.
     """
     if is_saved(text):
         return ""
@@ -66,23 +69,23 @@ def budget_in(text: str) -> str:
 def refuse_second_budget(text: str, keep: object, otherwise: str) -> None:
     """Raise `UserError` if a method already sets a budget and `--keep` gives another."""
     if budget := budget_in(text):
-        wanted = f"{keep:.3g}" if isinstance(keep, float) else keep
-        raise UserError(f"{text} sets {budget}, and --keep is {wanted}: {otherwise}")
+        shown = f"{keep:.3g}" if isinstance(keep, float) else keep
+        raise UserError(f"{text} sets {budget}, and --keep is {shown}: {otherwise}")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method of a list, or of all that there are."""
+    """A method of the user's list, or of the list of all methods."""
 
     name: str
-    """As it was written."""
+    """The method as the user wrote it."""
     method: Compressor | None
-    """`None` where its class cannot be made without settings."""
+    """The method, or `None` if it has required settings."""
     named: bool
-    """Whether the user asked for it; else it is there because all are."""
+    """Whether the user named the method; otherwise, all methods were requested."""
 
     def usable(self) -> Compressor:
-        """The method. Raises `UserError` with the reason where it cannot run as it is."""
+        """Return the method. Raises `UserError` with the reason if it cannot run."""
         if self.method is None:
             raise UserError("left out: it needs settings; name it in --methods with them: name(field=value)")
         if self.method.trained_weights and not self.named:
@@ -93,9 +96,9 @@ class Candidate:
 
 
 def candidates(text: str | None) -> list[Candidate]:
-    """The methods of a list with commas, in its order, or all; the uncompressed model is left out.
+    """Return the methods of a comma-separated list, or all methods, without the uncompressed model.
 
-    Raises `UserError` for one that there is not.
+    Raises `UserError` for an unknown method.
     """
     if text is None:
         return [
@@ -103,10 +106,10 @@ def candidates(text: str | None) -> list[Candidate]:
             for name, cls in catalogue.available().items()
             if not (cls.changes_nothing or cls.for_training_only)
         ]
-    asked = read_several(text)
-    if not asked:
+    named = read_several(text)
+    if not named:
         raise UserError("--methods names no method; separate them with commas: --methods visionzip,pool2d")
-    return [Candidate(name, method, True) for name, method in asked if not method.changes_nothing]
+    return [Candidate(name, method, True) for name, method in named if not method.changes_nothing]
 
 
 def _with_defaults(cls: type[Compressor]) -> Compressor | None:
@@ -117,38 +120,38 @@ def _with_defaults(cls: type[Compressor]) -> Compressor | None:
 
 
 def is_name(text: str) -> bool:
-    """Whether this is one method without settings, which options of their own can add."""
+    """Return whether a spec is a single method without settings, so that command-line options can set its fields."""
     return not is_saved(text) and not set("+()") & set(text)
 
 
 def is_saved(text: str) -> bool:
-    """Whether this can only be a path."""
+    """Return whether a spec is the path of a saved compressor."""
     return text.endswith(".json") or "/" in text or (is_folder(text) and text not in ("", *catalogue.available()))
 
 
 def write(compressor: Compressor, *, label: bool = False) -> str:
-    """Return the shortest text from which `read` makes `compressor` again.
+    """Return the shortest spec from which `read` makes the same compressor.
 
-    A label has the method's `label_fields`, too, whatever their values.
+    A label also has the method's `label_fields`, even at their default values.
     """
     return "+".join(_written(stage, stage.label_fields if label else ()) for stage in compressor.stages())
 
 
 def _written(compressor: Compressor, always: Sequence[str]) -> str:
-    usual = {field.name: field.default for field in dataclasses.fields(compressor)} | _usual(type(compressor))
-    told = []
+    defaults = {field.name: field.default for field in dataclasses.fields(compressor)} | _defaults(type(compressor))
+    settings = []
     for name in compressor.field_names():
         value = getattr(compressor, name)
-        if value != usual[name] or name in always:
-            told.append(f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
+        if value != defaults[name] or name in always:
+            settings.append(f"{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}")
     method = str(compressor.to_dict()["method"])
-    return f"{method}({','.join(told)})" if told else method
+    return f"{method}({','.join(settings)})" if settings else method
 
 
-def _usual(cls: type[Compressor]) -> dict[str, object]:
-    """What a method's fields are when nothing is asked; nothing is known where some have to be asked for."""
-    usual = _with_defaults(cls)
-    return {} if usual is None else {name: getattr(usual, name) for name in cls.field_names()}
+def _defaults(cls: type[Compressor]) -> dict[str, object]:
+    """Return a method's default field values, or nothing if it has required fields."""
+    method = _with_defaults(cls)
+    return {} if method is None else {name: getattr(method, name) for name in cls.field_names()}
 
 
 def _joined(stages: list[Compressor]) -> Compressor:
@@ -161,7 +164,7 @@ def _stage(part: str, whole: str) -> Compressor:
 
 
 def _settings(part: str, whole: str) -> tuple[str, dict[str, str]]:
-    """The name of one compressor, and what is written in brackets behind it."""
+    """Return the name of a compressor and the settings in its brackets."""
     match = _STAGE.fullmatch(part)
     if match is None:
         raise UserError(f"{whole!r} cannot be read as a method; write {METHOD_FORMS}")
@@ -172,7 +175,7 @@ def _settings(part: str, whole: str) -> tuple[str, dict[str, str]]:
             continue
         key, equals, value = field.partition("=")
         if not equals:
-            raise UserError(f"{field.strip()!r} in {whole!r} is no setting; write field=value")
+            raise UserError(f"a setting in {whole!r} must be field=value, got {field.strip()!r}")
         if key.strip() in settings:
             raise UserError(f"{whole!r} sets {key.strip()} twice")
         settings[key.strip()] = value.strip()

@@ -66,7 +66,7 @@ class TokenMap:
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Return `length` as Python numbers, read from the device once."""
+        """Return `length` as Python integers; they are copied from the device once."""
         return self.length.tolist()
 
     @property

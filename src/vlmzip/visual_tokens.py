@@ -1,4 +1,4 @@
-"""What a compressor may look at: the visual tokens of images that share one grid."""
+"""The visual tokens that a compressor works on."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from vlmzip.errors import UserError
 from vlmzip.sites import Signal as Signal
 from vlmzip.sites import Site as Site
 
-#: What comes with a signal, and with which one.
+#: Attributes without a signal of their own, and the signal that provides each.
 COMES_WITH = {"query_mask": Signal.TEXT_ATTENTION, "llm_input": Signal.TEXT_FEATURES}
 
 
 class Grid(NamedTuple):
-    """How the visual tokens of one image lie: `frames` images of `rows` by `cols`, in raster order."""
+    """The layout of an image's visual tokens: `frames` grids of `rows` x `cols` tokens, in raster order."""
 
     frames: int
     rows: int
@@ -25,15 +25,15 @@ class Grid(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Number of visual tokens in the grid."""
+        """Return the number of visual tokens in the grid."""
         return self.frames * self.rows * self.cols
 
 
 class VisualTokens:
-    """The visual tokens of a batch of images of equal grid, at one site.
+    """The visual tokens of a batch of images with equal grids, at one site.
 
-    A signal, such as `keys`, is there if the compressor's `needs` ask for it and the model gives it. Reading a signal
-    that is not there raises `UserError`.
+    A signal, such as `keys`, is available if it is in the compressor's `needs` and the model provides it. Reading a
+    missing signal raises `UserError`.
     """
 
     def __init__(
@@ -53,15 +53,15 @@ class VisualTokens:
         pixels: Float[Tensor, "batch 3 height width"] | None = None,
     ) -> None:
         self.features = features
-        """Prefix and grid together."""
+        """Features of the prefix, followed by those of the grid."""
         self.grid = grid
-        """`None` after a map that leaves no grid; `prefix` is 0 then."""
+        """The grid. `None` after a token map that leaves no grid; `prefix` is then 0."""
         self.prefix = prefix
-        """Leading tokens outside the grid: 1 where the encoder has a CLS token that the family can pass on."""
+        """Number of leading tokens outside the grid: 1 if the encoder has a CLS token that the LLM could get."""
         self.layer = layer
-        """The LLM layer about to run, for compressors inside the LLM."""
+        """The LLM layer that runs next, for compressors inside the LLM."""
         self.passes_prefix = passes_prefix
-        """Whether the model without compression gives the prefix to its LLM (LLaVA's "default" strategy does not)."""
+        """Whether the LLM gets the prefix without compression (not with LLaVA's "default" strategy)."""
         signals = {
             "cls_attention": cls_attention,
             "keys": keys,
@@ -80,46 +80,46 @@ class VisualTokens:
 
     @property
     def cls_attention(self) -> Float[Tensor, "batch tokens"]:
-        """Attention that each token gets from CLS, mean over heads; without CLS, attention received from all tokens."""
+        """Attention from CLS to each token, mean over heads. Without CLS: attention received from all tokens."""
         return self._signal("cls_attention")
 
     @property
     def keys(self) -> Float[Tensor, "batch tokens key_dim"]:
-        """Attention keys of the feature layer, mean over heads."""
+        """Attention keys of the encoder layer that gives the features, mean over heads."""
         return self._signal("keys")
 
     @property
     def text_attention(self) -> Float[Tensor, "batch queries tokens"]:
-        """Attention of the question's tokens in the layer before `layer`, mean over heads.
+        """Attention of the question's tokens to the visual tokens in the layer before `layer`, mean over heads.
 
-        The question is the text behind the image, up to its last token: the one before the first label behind the
-        image, or the last of the prompt.
+        The question is the text after the image. It ends at the token before the first label after the image, or at the
+        last token of the prompt if there are no labels.
         """
         return self._signal("text_attention")
 
     @property
     def query_mask(self) -> Bool[Tensor, "batch queries"]:
-        """Which queries are there; rows are padded on the left, so that each ends with its last question token."""
+        """True for the question's tokens. Rows are padded on the left and end with the last question token."""
         return self._signal("query_mask")
 
     @property
     def text_features(self) -> Float[Tensor, "batch queries dim"]:
-        """The question's tokens as they entered the LLM."""
+        """Features of the question's tokens at the input of the LLM."""
         return self._signal("text_features")
 
     @property
     def llm_input(self) -> Float[Tensor, "batch entered dim"]:
-        """All of the image's tokens as they entered the LLM."""
+        """Features of all tokens of the image at the input of the LLM."""
         return self._signal("llm_input")
 
     @property
     def pixels(self) -> Float[Tensor, "batch 3 height width"]:
-        """The part of the image that the grid's patches cover, as the encoder sees it, in [0, 1]."""
+        """Pixels in [0, 1] of the image that the encoder sees, cut to the area of the grid's patches."""
         return self._signal("pixels")
 
     @property
     def signals(self) -> frozenset[str]:
-        """The names of the signals that are there."""
+        """Return the names of the available signals."""
         return frozenset(self._signals)
 
     def _signal(self, name: str) -> Tensor:
@@ -135,7 +135,7 @@ class VisualTokens:
 
     @property
     def plain_count(self) -> int:
-        """Visual tokens per image that the LLM gets without compression."""
+        """Return the number of visual tokens per image that the LLM gets without compression."""
         return self.features.shape[1] - (0 if self.passes_prefix else self.prefix)
 
     def replace(self, **changes: object) -> VisualTokens:

@@ -158,7 +158,7 @@ def test_published_layers_move_into_a_smaller_llm_unless_they_are_asked_for(caps
     assert abs(sum(json.loads(out)["images"][0]["by_layer"]) / (4 * 36) - 0.6) < 0.02
     code, _, err = run(capsys, *ask, "--layer", "3,7,15")
     assert code == 2
-    assert "layer=7 is no place inside this LLM of 4 layers" in err
+    assert "layer must be from 1 to 3 in this LLM of 4 layers, got 7" in err
 
 
 def test_keeping_more_than_there_is_is_said_once(capsys, checkpoint, image):
@@ -250,8 +250,8 @@ MISTAKES = [
     (["ask", "{checkpoint}/config.json", "w4"], "not an image"),
     (["ask", "{image}", "w4", "--keep", "0"], "keeps nothing"),
     (["ask", "{image}", "w4", "--keep", "-3"], "keeps nothing"),
-    (["ask", "{image}", "w4", "--keep", "abc"], "is no number"),
-    (["ask", "{image}", "w4", "--keep", "nan"], "is no fraction"),
+    (["ask", "{image}", "w4", "--keep", "abc"], "--keep must be a number, got 'abc'"),
+    (["ask", "{image}", "w4", "--keep", "nan"], "--keep must be a fraction in (0, 1], got"),
     (["ask", "{image}", "w4", "--method", "visionsip"], "did you mean 'visionzip'"),
     (["ask", "{image}", "w4", "--method", "nowhere:Method"], "cannot import"),
     (["ask", "{image}", "w4", "--dominent", "3"], "did you mean '--dominant'"),
@@ -272,7 +272,7 @@ MISTAKES = [
     (["ask", "{image}", "w4", "--method", "dfmr", "--keep", "25%"], "vlmzip calibrate"),
     (["calibrate", "--keep", "25%"], "required"),
     (["calibrate", "{image}"], "needs a budget"),
-    (["calibrate", "{image}", "--keep", "1.5"], "is no fraction"),
+    (["calibrate", "{image}", "--keep", "1.5"], "keep must be a fraction in (0, 1], got"),
     (["calibrate", "{empty}", "--keep", "25%"], "no image in the folder"),
     (["calibrate", "{checkpoint}/config.json", "--keep", "25%", "--model", "{checkpoint}"], "is not an image"),
     (["calibrate", "{image}", "--keep", "1", "--model", "{checkpoint}"], "it can average 4 to 36"),

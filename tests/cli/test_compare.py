@@ -331,7 +331,7 @@ MISTAKES = [
     (["{image}", "w", "--methods", "visionsip"], "did you mean 'visionzip'"),
     (["{image}", "w", "--methods", " ,"], "names no method"),
     (["{image}", "w", "--keep", "0"], "keeps nothing"),
-    (["{image}", "w", "--keep", "as-is"], "is no number"),
+    (["{image}", "w", "--keep", "as-is"], "must be a number, got 'as-is'"),
     (["{image}", "w", "--repeats", "0"], "at least 1"),
     (["{image}", "w", "--max-new-tokens", "0"], "at least 1"),
     (["{image}", "w", "--sheet", "{image}"], "choose another name"),
@@ -381,5 +381,5 @@ def test_a_layer_that_the_llm_has_not_is_said_in_a_footnote(capsys):
         capsys, IMAGE, QUESTION, "--methods", "kmeans(site=in_llm,layer=8),fastv(layer=40)", "--json", *QUICK
     )
     for row in rows_of(out).values():
-        assert "is no place inside this LLM of 8 layers: give 1 to 7" in (row["note"] or "plain") or row["note"] is None
+        assert "layer must be from 1 to 7 in this LLM of 8 layers" in (row["note"] or "plain") or row["note"] is None
     assert sum(bool(row["note"]) for row in rows_of(out).values()) == 2

@@ -306,7 +306,7 @@ def test_fields_survive_pickle_json_and_the_command_line(fields):
         ({"layer": "3,x,16"}, "layer must be .* separated by commas: a whole number, got '3,x,16'"),
         ({"counts": (300, 200)}, "2 counts for 3 layers"),
         ({"counts": (300, 200, 0)}, "keeps nothing"),
-        ({"counts": (300, 200, 1.5)}, "no fraction"),
+        ({"counts": (300, 200, 1.5)}, r"must be a fraction in \(0, 1\], got 1.5"),
         ({"recycle": 1.5}, "recycle must be a number from 0 to 1, got 1.5"),
         ({"site": "pre_projector"}, "site must be in_llm, got 'pre_projector'"),
     ],
@@ -317,7 +317,7 @@ def test_wrong_settings_are_refused(fields, message):
 
 
 def test_layers_beyond_the_llm_are_refused():
-    with pytest.raises(UserError, match="layer=16 is no place inside this LLM of 8 layers: give 1 to 7"):
+    with pytest.raises(UserError, match="layer must be from 1 to 7 in this LLM of 8 layers, got 16"):
         vlmzip.attach(vlmzip.mini.load()[0], SparseVLM())
 
 

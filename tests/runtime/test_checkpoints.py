@@ -147,7 +147,7 @@ class TestLoras:
         return tmp_path / "lora"
 
     def test_one_alone_is_refused_by_its_name(self, lora):
-        refused_by_both(lora, "holds a LoRA alone")
+        refused_by_both(lora, "has LoRA weights without a model")
 
     def test_one_beside_the_weights_that_it_changes(self, folder, lora):
         shutil.copytree(lora, folder, dirs_exist_ok=True)

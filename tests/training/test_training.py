@@ -233,7 +233,7 @@ def test_the_only_checkpoint_goes_when_the_next_is_whole(again, monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*is untrained")
 def test_later_stages_are_checked_before_the_first_step(again, settings):
     out, said = again(code=2, **settings)
-    assert "layer=9 is no place" in said or "cannot be switched on or off" in said
+    assert "layer must be from 1 to" in said or "cannot be switched on or off" in said
     assert not (out / "log.jsonl").exists()
 
 
@@ -588,7 +588,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(start, again, monkeypatch, who
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"schedule": "llavolta(layer=9)"}, "layer=9 is no place"),
+        ({"schedule": "llavolta(layer=9)"}, "layer must be from 1 to"),
         ({"images": "nowhere"}, "there is no folder 'nowhere'"),
         ({"records": "nowhere.json"}, "cannot read 'nowhere.json'"),
         ({"batch": 4, "batch_per_process": 3}, "does not divide"),
