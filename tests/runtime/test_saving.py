@@ -23,10 +23,10 @@ def test_round_trip(tmp_path, method):
         (None, "there is no compressor.json"),
         ("{", "cannot be read"),
         ({"format": 1, "fields": {}}, "cannot be read: it lacks method"),
-        ({"formt": 1, "method": "visionzip", "fields": {}}, "no place for 'formt'; did you mean 'format'"),
+        ({"formt": 1, "method": "visionzip", "fields": {}}, "an unknown key 'formt'; did you mean 'format'"),
         (
             {"format": 1, "method": "visionzip", "fields": {}, "keep": 3},
-            "no place for 'keep'; choose one of fields, format",
+            "an unknown key 'keep'; choose one of fields, format",
         ),
         ({"format": 1, "method": ["visionzip"], "fields": {}}, "method must be a text"),
         ({"format": 1, "method": "visionzip", "fields": [["keep", 3]]}, "fields must be an object"),
