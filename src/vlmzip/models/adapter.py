@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import inspect
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,9 +15,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmzip.compressor import Positions, Profile
 from vlmzip.errors import UserError
-from vlmzip.models.layout import Encoded, Layout, Pixels
-from vlmzip.models.recording import rotate
-from vlmzip.visual_tokens import Grid, Signal, Site
+from vlmzip.models.attention import queries_and_keys
+from vlmzip.models.layout import Encoded, Layout, Pixels, Views
+from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 #: Implementations of attention for which transformers makes masks, in which packed rows do not see each other.
 MASKED_ATTENTION = ("sdpa", "eager")
@@ -47,28 +48,38 @@ class WithStreams(BaseModelOutputWithPooling):
     """For each layer an entry an image."""
 
 
-class ModelAdapter(ABC):
-    """What vlmzip has to know about a family of vision-language models; it changes nothing on the model."""
+class ModelAdapter:
+    """What vlmzip has to know about a family of vision-language models; it changes nothing on the model.
 
-    model_types: ClassVar[tuple[str, ...]]
+    This class asks the model itself, and serves as it is behind the projector and inside the LLM: the tokens of an
+    image are what `get_image_features` says. An image is a run of placeholders in the prompt; it counts as one view, a
+    square if its tokens fill one. A family says what cannot be asked: the features before the projector and what in the
+    encoder scores them, the views of an image, and positions of several axes.
+    """
+
+    model_types: ClassVar[tuple[str, ...]] = ()
     """The `config.model_type`s that it serves."""
-    example: ClassVar[str]
+    example: ClassVar[str] = ""
     """A checkpoint of the family, for the list of families."""
-    sites: ClassVar[tuple[Site, ...]]
+    sites: ClassVar[tuple[Site, ...]] = (Site.POST_PROJECTOR, Site.IN_LLM)
     """Where compressors can act in this family."""
-    image_inputs: ClassVar[tuple[str, ...]]
+    image_inputs: tuple[str, ...] = ()
     """The model inputs that describe images; the first is there whenever there is an image."""
     default_positions: ClassVar[Positions] = "contiguous"
     """What `positions=None` means: as VisionZip and DFMR do before LLaVA's LLM, unless positions have several axes."""
     position_axes: ClassVar[tuple[int, ...]] = ()
     """Axes of `position_ids` before batch and length: (3,) where positions are temporal, height and width."""
-    features_as_list: ClassVar[bool] = True
+    features_as_list: bool = True
     """Whether the model takes a list of features, one entry an image, or one tensor for all images."""
 
     def __init__(self, model: nn.Module) -> None:
         # Adapters such as LoRA's hold the model; the modules inside are the ones that run.
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self.model: Any = inner  # a family's own attributes are known to its adapter, not to a type checker
+        if not self.image_inputs:
+            features: Any = inner.get_image_features
+            arguments = inspect.signature(features).parameters
+            self.image_inputs = tuple(name for name in arguments if name.startswith(("pixel_", "image_")))
 
     @property
     def placeholder_id(self) -> int:
@@ -86,6 +97,12 @@ class ModelAdapter(ABC):
     def decoder_layers(self) -> nn.ModuleList:
         """The layers of the LLM, in order."""
         return self.llm.layers  # type: ignore[return-value]
+
+    @property
+    def lora_targets(self) -> str:
+        """A regular expression for the names of the LLM's linear layers, on which low-rank adapters go."""
+        name = next(name for name, module in self.model.named_modules() if module is self.llm)
+        return rf".*{name.rpartition('.')[2]}.*\.(q|k|v|o|qkv|gate|up|down|gate_up)_proj"
 
     @property
     def first_free_layer(self) -> int:
@@ -130,12 +147,24 @@ class ModelAdapter(ABC):
         """The text of a prompt, for checkpoints without a chat template."""
         return "<image>" * images + question
 
-    @abstractmethod
     def encode(self, inputs: Mapping[str, Any], site: Site, needs: frozenset[Signal]) -> Encoded:
         """The visual tokens of all images in `inputs`, as they are at `site`, with what `needs` asks for.
 
         Views of equal grid come together, each whole: what of them the LLM sees is what `layouts` say.
         """
+        if site is not Site.POST_PROJECTOR and needs:
+            raise UserError(f"what the encoder of {type(self.model).__name__} attends to is not known yet")
+        given = {name: inputs[name] for name in self.image_inputs if inputs.get(name) is not None}
+        features = self.model.get_image_features(**given, return_dict=True).pooler_output
+        self.features_as_list = not isinstance(features, Tensor)
+        rows = torch.cat([one.flatten(0, -2) for one in features])
+        grids = [layout.views[0] for layout in self.layouts(inputs)]
+        images = rows.split([grid.size for grid in grids])
+        groups = []
+        for grid in dict.fromkeys(grids):
+            numbers = [number for number, own in enumerate(grids) if own == grid]
+            groups.append(Views(VisualTokens(torch.stack([images[number] for number in numbers]), grid), numbers))
+        return Encoded(groups)
 
     def encoder_attention(self, inputs: Mapping[str, Any]) -> EncoderAttention:
         """What VisionZip ranks visual tokens by, as it is in every layer of the encoder, from one run of it.
@@ -144,9 +173,13 @@ class ModelAdapter(ABC):
         """
         raise UserError(f"{type(self).__name__} does not tell what its encoder attends to, layer by layer")
 
-    @abstractmethod
     def layouts(self, inputs: Mapping[str, Any]) -> list[Layout]:
         """Where each placeholder of each image in `inputs` comes from, from shapes alone."""
+        counts = []
+        for row in (inputs["input_ids"] == self.placeholder_id).long().cpu():
+            edges = torch.nn.functional.pad(row, (1, 1)).diff().nonzero()[:, 0].view(-1, 2)
+            counts += edges.diff(dim=1)[:, 0].tolist()
+        return [Layout.of_one_view(square_of(count)) for count in counts]
 
     def plain_counts(self, inputs: Mapping[str, Any]) -> list[int]:
         """Placeholders of each image in `inputs`: the visual tokens that the LLM gets without compression."""
@@ -178,9 +211,9 @@ class ModelAdapter(ABC):
         config = self.llm_config if site is Site.POST_PROJECTOR else self.model.config.vision_config
         return int(config.hidden_size)
 
-    @abstractmethod
     def project(self, features: Float[Tensor, "tokens dim"], site: Site) -> Float[Tensor, "tokens llm_dim"]:
         """What the LLM gets for tokens that left `site`."""
+        return features
 
     def original_positions(
         self, inputs: Mapping[str, Any], mask: Int[Tensor, "batch length"]
@@ -213,21 +246,11 @@ class ModelAdapter(ABC):
         positions: tuple[Float[Tensor, "_ length head_dim"], Float[Tensor, "_ length head_dim"]],
         rows: Int[Tensor, "batch queries"],
     ) -> tuple[Float[Tensor, "batch heads queries head_dim"], Float[Tensor, "batch key_heads length head_dim"]]:
-        """Rotated queries of the tokens in `rows` and rotated keys of all, as the decoder layer's attention has them.
+        """Rotated queries of the tokens in `rows` and rotated keys of all, as a decoder layer's attention has them."""
+        return queries_and_keys(layer, hidden, positions, rows)
 
-        `hidden` is what the layer is given; `positions` are cosine and sine.
-        """
-        attention: Any = layer.self_attn
-        normed = layer.input_layernorm(hidden)  # type: ignore[operator]
-        queries = normed.gather(1, rows[..., None].expand(-1, -1, normed.shape[-1]))
-        out = []
-        for states, name in ((queries, "q"), (normed, "k")):
-            heads = getattr(attention, f"{name}_proj")(states).unflatten(-1, (-1, attention.head_dim))
-            if (norm := getattr(attention, f"{name}_norm", None)) is not None:
-                heads = norm(heads)
-            heads = heads.transpose(1, 2)
-            cos, sin = (table.expand(len(hidden), -1, -1) for table in positions)
-            if name == "q":
-                cos, sin = (table.gather(1, rows[..., None].expand(-1, -1, table.shape[-1])) for table in (cos, sin))
-            out.append(rotate(heads, cos[:, None].expand_as(heads), sin[:, None].expand_as(heads)))
-        return out[0], out[1]
+
+def square_of(tokens: int) -> Grid:
+    """Return the square grid that holds so many tokens; tokens that fill no square lie in one row."""
+    side = math.isqrt(tokens)
+    return Grid(1, side, side) if side * side == tokens else Grid(1, 1, tokens)

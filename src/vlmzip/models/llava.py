@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class Llava(ModelAdapter):
     model_types = ("llava",)
     example = "llava-hf/llava-1.5-7b-hf"
     sites = (Site.PIXELS, Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
-    image_inputs: ClassVar[tuple[str, ...]] = ("pixel_values",)
+    image_inputs: tuple[str, ...] = ("pixel_values",)
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)

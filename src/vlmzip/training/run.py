@@ -22,6 +22,7 @@ from vlmzip import spec
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.files import is_folder
+from vlmzip.models import adapter_for
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.processes import Processes
 from vlmzip.processor import Processor
@@ -357,8 +358,8 @@ def _with_lora(model: nn.Module, lora: Lora | None) -> nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise UserError("lora needs peft: pip install 'vlmzip[train]'") from None
-    on_llm = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-    lora_config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=on_llm)
+    targets = adapter_for(model).lora_targets
+    lora_config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
     return get_peft_model(model, lora_config)
 
 

@@ -157,7 +157,9 @@ def bench(
 def _count(one: Contender, compressed: Any, adapter: ModelAdapter, inputs: Mapping[str, Tensor]) -> None:
     """Tokens, FLOPs and KV bytes of one run."""
     ids = inputs["input_ids"]
-    vision = [adapter.model.model.vision_tower, adapter.model.model.multi_modal_projector]
+    vision = [adapter.vision_encoder]
+    if adapter.projector not in adapter.vision_encoder.modules():  # in some families the encoder holds it
+        vision.append(adapter.projector)
     vision += [module for module in (getattr(compressed, "resampler", None),) if isinstance(module, nn.Module)]
     before_llm = flops_inside(
         vision, lambda: compressed.generate(**inputs, do_sample=False, max_new_tokens=1, min_new_tokens=1)
