@@ -13,14 +13,15 @@ import torch
 
 from vlmzip import LLaVolta, VisionZip
 from vlmzip.children import in_child
+from vlmzip.cli._shared.bench_progress import Progress, in_words
+from vlmzip.cli._shared.console import log_on_stderr
 from vlmzip.cli.bench import _set_up
-from vlmzip.cli.bench_output import doubts
-from vlmzip.cli.bench_progress import Progress, in_words
 from vlmzip.cli.main import main
 from vlmzip.compressor import Profile
 from vlmzip.errors import UserError
 from vlmzip.lab.bench import presets
 from vlmzip.lab.bench.bench import BenchStep, Contender, compare
+from vlmzip.lab.bench.output import doubts
 from vlmzip.lab.bench.presets import PRESETS, Preset, make_config, make_inputs, make_model
 from vlmzip.lab.bench.timing import Spans
 from vlmzip.visual_tokens import Grid
@@ -46,9 +47,7 @@ PEAK = 2**20
 def memory_is_known(monkeypatch, request):
     """Saves the process that measures it, which takes seconds; tests that ask for `real_memory` have it."""
     if "real_memory" not in request.fixturenames:
-        monkeypatch.setattr(
-            "vlmzip.lab.bench.memory.in_frugal_process", lambda peaks, *recipe: [PEAK] * len(recipe[-1])
-        )
+        monkeypatch.setattr("vlmzip.cli.bench.in_frugal_process", lambda peaks, *recipe: [PEAK] * len(recipe[-1]))
 
 
 @pytest.fixture
@@ -197,11 +196,12 @@ def test_how_far_it_is_is_said_without_a_terminal(capsys):
 def test_a_line_a_round_and_one_in_20_seconds_with_the_time_left(capsys):
     time = 0.0
     progress = Progress(starting=10, clock=lambda: time)
-    for number in range(4):
-        for name, seconds in (("plain", 15), ("slow", 15), ("fast", 1)):
-            progress(BenchStep(name, number, 3))
-            time += seconds if number else 2 * seconds
-    progress.memory()
+    with log_on_stderr():
+        for number in range(4):
+            for name, seconds in (("plain", 15), ("slow", 15), ("fast", 1)):
+                progress(BenchStep(name, number, 3))
+                time += seconds if number else 2 * seconds
+        progress.memory()
     assert capsys.readouterr().err.splitlines() == [
         "the round to warm up: slow",
         "the round to warm up: fast",
@@ -212,9 +212,10 @@ def test_a_line_a_round_and_one_in_20_seconds_with_the_time_left(capsys):
         "measuring the memory, about 70 s left",
     ]
     progress = Progress(clock=lambda: time)
-    for number in range(100):  # rounds of a second
-        progress(BenchStep("plain", number, 99))
-        time += 1
+    with log_on_stderr():
+        for number in range(100):  # rounds of a second
+            progress(BenchStep("plain", number, 99))
+            time += 1
     assert len(capsys.readouterr().err.splitlines()) == 1 + 98 // 5
 
 
@@ -285,7 +286,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(capsys, arguments, said):
 
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_made(capsys, monkeypatch):
-    monkeypatch.setattr("vlmzip.lab.bench.memory.available_bytes", lambda device: 1_000_000)
+    monkeypatch.setattr("vlmzip.cli.bench.available_bytes", lambda device: 1_000_000)
     code, _, err = run(capsys)
     assert code == 2
     assert "the weights take" in err
@@ -296,7 +297,7 @@ def test_a_full_disk_costs_nothing_that_was_measured(capsys, monkeypatch, tmp_pa
     def full(path, rows):
         raise UserError("no space left")
 
-    monkeypatch.setattr("vlmzip.files.write_csv", full)
+    monkeypatch.setattr("vlmzip.cli.bench.write_csv", full)
     code, out, err = run(capsys, "--methods", "pool2d", "--keep", 9, "--out", tmp_path, "--json")
     assert code == 2
     assert "no space left" in err
@@ -331,7 +332,7 @@ class TestWhatIsMeasuredIsKept:
 
     @pytest.mark.slow
     def test_a_kill_while_the_memory_is_measured_costs_the_memory_alone(self, capsys, monkeypatch, tmp_path):
-        monkeypatch.setattr("vlmzip.lab.bench.memory.in_frugal_process", lambda *_: in_child(one_and_a_kill))
+        monkeypatch.setattr("vlmzip.cli.bench.in_frugal_process", lambda *_: in_child(one_and_a_kill))
         code, out, _ = run(capsys, *self.ASKED, "--out", tmp_path, "--json")
         assert code == 0
         rows = json.loads(out)["rows"]
@@ -352,8 +353,8 @@ class TestWhatIsMeasuredIsKept:
         def in_another_process(*_):
             yield from [None] * 3 if all(model() is None for model in models) else []
 
-        monkeypatch.setattr(presets, "make_model", remembered)
-        monkeypatch.setattr("vlmzip.lab.bench.memory.in_frugal_process", in_another_process)
+        monkeypatch.setattr("vlmzip.cli.bench.make_model", remembered)
+        monkeypatch.setattr("vlmzip.cli.bench.in_frugal_process", in_another_process)
         code, _, _ = run(capsys, "--methods", "fastv(layer=1,keep=9),visionzip", "--keep", "none")
         assert code == 0
         assert len(models) == 2

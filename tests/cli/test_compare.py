@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 
 from vlmzip import QFormer, TokenMap
-from vlmzip.cli.asking import answer
-from vlmzip.cli.compare_output import printable
-from vlmzip.cli.comparing import MethodRow, configure, image_profile
 from vlmzip.cli.main import main
 from vlmzip.compressor import BudgetError, Compressor, Profile
 from vlmzip.errors import UserError
+from vlmzip.lab.asking import answer
+from vlmzip.lab.compare.compare import MethodRow, configure, image_profile
+from vlmzip.lab.compare.output import printable
 from vlmzip.models.layout import Layout
 from vlmzip.runtime.report import compact
 from vlmzip.spec import Candidate
@@ -143,7 +143,7 @@ class TestTables:
 
     def test_markup_in_an_answer_is_printed_not_obeyed(self, capsys, monkeypatch):
         monkeypatch.setattr(
-            "vlmzip.cli.comparing.answer", lambda *args: dataclasses.replace(answer(*args), text="[red]a[/red]")
+            "vlmzip.lab.compare.compare.answer", lambda *args: dataclasses.replace(answer(*args), text="[red]a[/red]")
         )
         assert run(capsys, IMAGE, QUESTION, "--methods", "pool2d", *QUICK)[1].count("[red]a[/red]") == 2
 
@@ -274,7 +274,7 @@ class TestPage:
             assert "href" not in attributes
 
     def test_what_the_user_gave_is_escaped(self, text):
-        assert "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt; &amp; &lt;b&gt;" in text
+        assert "&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt; &amp; &lt;b&gt;" in text
         assert "&lt;i&gt;&amp;.png" in text
         assert not {"script", "b"} & {tag for tag, _ in Elements(text).found}
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vlmzip.cli.images import load_image, save_image
+from vlmzip.cli._shared.images import load_image, save_image
 from vlmzip.errors import UserError
 from vlmzip.runtime.images import to_rgb
 

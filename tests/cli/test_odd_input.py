@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from vlmzip import UserError, spec
-from vlmzip.cli.asking import split_images_and_question
+from vlmzip.cli._shared.words import split_images_and_question
 from vlmzip.cli.main import main
 from vlmzip.compressor_file import read_compressor
 from vlmzip.files import is_file, is_folder, is_there, open_to_read, refuse_place, write_text

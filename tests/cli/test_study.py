@@ -145,7 +145,7 @@ def test_a_full_disk_ends_the_command(study, tmp_path, monkeypatch):
     def full(figure, path):
         raise UserError(f"cannot write {str(path)!r}: No space left on device")
 
-    monkeypatch.setattr("vlmzip.lab.curves.save_figure", full)
+    monkeypatch.setattr("vlmzip.cli.study.save_figure", full)
     code, out, err = study("tau")
     assert (code, out) == (2, "")
     assert "No space left on device" in err.splitlines()[-1]

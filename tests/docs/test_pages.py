@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vlmzip
-from vlmzip.cli.asking import build_inputs
+from vlmzip.lab.asking import build_inputs
 from vlmzip.runtime.loading import load
 
 ROOT = Path(__file__).parents[2]

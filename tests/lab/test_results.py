@@ -6,8 +6,8 @@ import pytest
 
 from vlmzip import NoCompression, Pool2d
 from vlmzip.lab.configurations import Configuration
-from vlmzip.lab.report import cells, reasons, short_cells
-from vlmzip.lab.results import as_json, difference, pareto, results, write_table
+from vlmzip.lab.report import reasons
+from vlmzip.lab.results import difference, pareto, results, table
 from vlmzip.lab.tasks.metrics import METRICS
 from vlmzip.lab.tasks.task import Sample, Task
 
@@ -76,6 +76,7 @@ def test_scores_differences_and_shares(found):
 
 
 def test_cells(found):
+    cells, short_cells = table(found, short=False).texts, table(found).texts
     assert cells(found[1]) == [
         "pool2d", "25%", "37.5%", "20×1 → 10×1", "30.0%", "50.0 [50.0, 50.0]", "-25.0 [-50.0, +0.0]", "2",
         "50.0 [0.0, 66.7]",
@@ -101,11 +102,11 @@ def test_a_configuration_without_all_records_has_no_score(task):
     kept = {"no_compression": records(PLAIN, [40, 40], 1000), "pool2d": records(SMALL, [20, 10], 300)[:3]}
     compressed = list(results(Kept(kept, "it broke"), task, configurations, 0))[1]
     assert (compressed.score, compressed.note) == (None, "it broke (3 of 4 questions were answered)")
-    assert as_json(compressed)["note"] == compressed.note
+    assert table([compressed]).as_json()[0]["note"] == compressed.note
 
 
 def test_a_table_has_a_column_for_everything_that_any_row_has(found, tmp_path):
-    write_table(tmp_path / "results.csv", [found[3], *found[:3]])
+    table([found[3], *found[:3]]).write_csv(tmp_path / "results.csv")
     with (tmp_path / "results.csv").open(newline="") as file:
         last, *rows = csv.DictReader(file)
     assert [row["method"] for row in (*rows, last)] == ["no_compression", "pool2d", "fastv", "fastv"]

@@ -16,6 +16,7 @@ from tests.test_locks import another_run
 from vlmzip import Pool2d, TokenMap
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
+from vlmzip.lab.attacher import Attacher
 from vlmzip.lab.configurations import read_budgets
 from vlmzip.lab.results import results
 from vlmzip.lab.study import Study
@@ -71,7 +72,7 @@ def study(model, tmp_path):
 
 
 def make_study(model, folder, batch=3):
-    return Study(model, FAMILIES["llava"].processor(), "tiny", folder, batch, Processes(), lambda text: None)
+    return Study(model, FAMILIES["llava"].processor(), "tiny", folder, batch, Processes())
 
 
 def noise(seed):
@@ -124,7 +125,7 @@ def test_one_record_for_each_question_with_all_it_takes_to_check_it(study, task)
 def test_each_answer_is_the_models_own(fresh, task, tmp_path):
     """What is recorded is what `generate` answers to that question alone."""
     model = fresh.model
-    study = Study(model, fresh.processor(), "tiny", tmp_path / "out", 3, Processes(), lambda text: None)
+    study = Study(model, fresh.processor(), "tiny", tmp_path / "out", 3, Processes())
     (one,) = study.configure([task], candidates("no_compression"), ["25%"])
     study.run([task], [one])
     for sample, record in zip(task.samples, study.records(task, one), strict=True):
@@ -138,9 +139,7 @@ def test_each_answer_is_the_models_own(fresh, task, tmp_path):
 def test_budgets_are_set_for_the_grids_of_the_images(task, tmp_path):
     """A tiny Qwen could see images of 16 x 16 tokens; these have 36."""
     model = FAMILIES["qwen2_5_vl"]().model
-    study = Study(
-        model, FAMILIES["qwen2_5_vl"].processor(), "tiny", tmp_path / "out", 3, Processes(), lambda text: None
-    )
+    study = Study(model, FAMILIES["qwen2_5_vl"].processor(), "tiny", tmp_path / "out", 3, Processes())
     configurations = study.configure([task], candidates("fastv"), ["75%"])
     study.run([task], configurations)
     assert {tuple(record["visual_tokens_by_layer"]) for record in study.records(task, configurations[1])} == {
@@ -273,7 +272,7 @@ class TestGoingOn:
     def test_weights_of_a_method_that_have_changed_are_refused(self, study, task, monkeypatch):
         trained = candidates("qformer(queries=4,depth=1,heads=2)")
         study.run([task], study.configure([task], trained, ["as-set"]))
-        again, real = make_study(study.model, study.folder), Study.attach
+        again, real = make_study(study.model, study.folder), Attacher.attach
 
         def other_weights(self, compressor):
             compressed = real(self, compressor)
@@ -283,7 +282,7 @@ class TestGoingOn:
 
         again.run([task], again.configure([task], trained, ["as-set"]))
         again = make_study(study.model, study.folder)
-        monkeypatch.setattr(Study, "attach", other_weights)
+        monkeypatch.setattr(Attacher, "attach", other_weights)
         with pytest.raises(UserError, match=r"answers of another qformer.*: method weights"):
             again.run([task], again.configure([task], trained, ["as-set"]))
 
@@ -326,9 +325,7 @@ class TestGoingOn:
 
     def test_the_folder_is_kept_until_the_run_ends(self, model, task, tmp_path):
         with Processes() as processes:
-            study = Study(
-                model, FAMILIES["llava"].processor(), "tiny", tmp_path / "out", 3, processes, lambda text: None
-            )
+            study = Study(model, FAMILIES["llava"].processor(), "tiny", tmp_path / "out", 3, processes)
             study.configure([task], [], ["as-set"])
             del study
             gc.collect()

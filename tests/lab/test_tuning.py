@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from tests.lab.analyses.subjects import Lines
 from vlmzip import KMeans
-from vlmzip.cli.tune_output import SearchOutcome, sentences
 from vlmzip.errors import UserError
 from vlmzip.lab.configurations import Configuration
 from vlmzip.lab.tasks.task import Sample
 from vlmzip.lab.tune.curve import draw
+from vlmzip.lab.tune.output import SearchOutcome, sentences
 from vlmzip.lab.tune.search import (
     ERROR,
     LEAST_IMAGES,
@@ -357,9 +358,10 @@ def test_rounds_are_whole_batches_until_all(questions, batch, expected):
 
 def test_the_same_seed_gives_the_same_search():
     def told(seed):
-        said = []
-        tuning, (kind, row) = World(LOSSES | {3: 0.03}).tune(loss=0.04, seed=seed, tell=said.append)
-        return said, kind, row.number, row.held, [(one.asked, one.out) for one in tuning.rows.values()]
+        with Lines() as lines:
+            tuning, (kind, row) = World(LOSSES | {3: 0.03}).tune(loss=0.04, seed=seed)
+        assert lines
+        return lines, kind, row.number, row.held, [(one.asked, one.out) for one in tuning.rows.values()]
 
     assert told(1) == told(1)
     assert told(1)[3].loss != told(2)[3].loss

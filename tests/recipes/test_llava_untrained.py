@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIP
 
 from tests.families import save_checkpoint, tiny_llava
 from tests.tiny import VOCABULARY
-from vlmzip.cli.loading import load
+from vlmzip.cli._shared.loading import load
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "llava_untrained.py"
 

@@ -9,8 +9,8 @@ from tokenizers.processors import TemplateProcessing
 
 import vlmzip
 from tests.families import FAMILIES, tiny_llava
-from vlmzip.cli.asking import build_inputs
 from vlmzip.errors import UserError
+from vlmzip.lab.asking import build_inputs
 from vlmzip.methods import FastV, VisionZip
 from vlmzip.models import adapter_for
 from vlmzip.runtime.answering import Answerer

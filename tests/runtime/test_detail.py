@@ -8,7 +8,7 @@ from recipes.benchmarks import RESULTS
 from recipes.benchmarks.detail_lost import threshold
 from tests.methods.test_visionzip import tokens_of
 from vlmzip import NoCompression, Pool2d, RandomTokens, TokenMap, VisionZip
-from vlmzip.cli.asking import warn_about_detail
+from vlmzip.lab.asking import warn_about_detail
 from vlmzip.runtime.detail import WORRYING, detail_lost
 
 

@@ -21,7 +21,7 @@ from PIL import Image, ImageOps, TiffImagePlugin, features
 import vlmzip
 from tests.families import FAMILIES, tiny_llava
 from vlmzip import DFMR, calibrate
-from vlmzip.cli.images import load_image as load_in_cli
+from vlmzip.cli._shared.images import load_image as load_in_cli
 from vlmzip.errors import UserError
 from vlmzip.lab.lmms.requests import read_chat
 from vlmzip.lab.tasks.folder import folder_task

@@ -90,4 +90,4 @@ def test_an_evaluation_restores_the_training_state():
 
 def test_an_evaluation_needs_a_score(config):
     with pytest.raises(UserError, match="evaluation: train needs a score"):
-        train(config(evaluation={"every": 1, "task": "mini"}), None, None, None, print)
+        train(config(evaluation={"every": 1, "task": "mini"}), None, None, None)

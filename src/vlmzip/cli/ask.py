@@ -3,44 +3,32 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from vlmzip.cli.options import add_answer_length, add_method, add_model, check_answer_length, check_method, make_method
+from rich.markup import escape
+from rich.table import Table
 
-EXAMPLES = """  vlmzip ask examples/flat.png "what color is the ring ?"
-  vlmzip ask street.jpg "What does the sign say?" --model llava-hf/llava-1.5-7b-hf --keep 64
-  vlmzip ask a.png b.png "What differs?" --method pool2d --factor 2 --overlay tokens.png
-  vlmzip ask a.png "How many?" --dominant 13 --contextual 3 --merge mean --baseline --json"""
-
-
-def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
-    parser.usage = f"{parser.prog} IMAGE… QUESTION [options]"
-    parser.add_argument("words", nargs="+", metavar="IMAGE… QUESTION", help="one or several images, then the question")
-    add_model(parser)
-    add_method(parser, arguments)
-    parser.add_argument("--baseline", action="store_true", help="also answer without compression, and compare")
-    parser.add_argument("--overlay", type=Path, metavar="FILE", help="draw the tokens kept, merged and dropped")
-    add_answer_length(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
+from vlmzip.cli._options.common import check_answer_length
+from vlmzip.cli._shared.console import progress
+from vlmzip.cli._shared.images import check_target, load_image, save_image
+from vlmzip.cli._shared.loading import load
+from vlmzip.cli._shared.method import check_method, make_method
+from vlmzip.cli._shared.words import split_images_and_question
+from vlmzip.lab.asking import (
+    answer,
+    attach_and_note,
+    build_inputs,
+    draw,
+    plain_account,
+    warn_about_detail,
+)
+from vlmzip.lab.table import Console, show_bytes, show_count, show_flops
+from vlmzip.methods import NoCompression
 
 
 def run(args: Namespace) -> None:
-    from vlmzip.cli.asking import (
-        answer,
-        attach_and_note,
-        build_inputs,
-        draw,
-        plain_account,
-        split_images_and_question,
-        warn_about_detail,
-    )
-    from vlmzip.cli.images import check_target, load_image, save_image
-    from vlmzip.cli.loading import load, progress
-    from vlmzip.methods import NoCompression
-
     paths, question = split_images_and_question(args.words, "ask")
     check_answer_length(args)
     check_method(args, draws=bool(args.overlay))
@@ -90,12 +78,6 @@ def run(args: Namespace) -> None:
 
 
 def _print_account(out: dict[str, Any]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
-    from vlmzip.cli.console import Console
-    from vlmzip.cli.tables import show_bytes, show_count, show_flops
-
     plain, compressed, method = out["plain"], out["compressed"], out["compressor"]["method"]
     console = Console(highlight=False, soft_wrap=True)
     if "plain_answer" in out:

@@ -4,87 +4,47 @@ from __future__ import annotations
 
 import gc
 import json
-from argparse import ArgumentParser, Namespace
+import logging
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vlmzip.cli.options import check_folder, refuse_second_budgets
+import torch
+
+from vlmzip import spec
+from vlmzip.children import ChildFailed
+from vlmzip.cli._options.bench import ATTENTION, CLOCKS, SMALL, WHOLE
+from vlmzip.cli._options.common import check_folder
+from vlmzip.cli._shared.bench_progress import DUE, START, Progress
+from vlmzip.cli._shared.console import console, log_on_stderr
+from vlmzip.cli._shared.method import refuse_second_budgets
+from vlmzip.compressor import BudgetError, Compressor, Profile, missed
 from vlmzip.errors import UserError, closest
-from vlmzip.keep import A_NINTH, parse_keep
-from vlmzip.outline import METHOD_FORMS
+from vlmzip.files import write_csv
+from vlmzip.keep import parse_keep
+from vlmzip.lab.bench.bench import PLAIN, Contender, bench, peaks
+from vlmzip.lab.bench.memory import available_bytes, in_frugal_process
+from vlmzip.lab.bench.output import as_json, doubts, gaps, print_tables, rows
+from vlmzip.lab.bench.presets import PRESETS, Preset, make_config, make_inputs, make_model
+from vlmzip.lab.bench.timing import cpu_seconds, now
+from vlmzip.lab.machine import about, file_name
+from vlmzip.lab.table import show_bytes
+from vlmzip.models import adapter_for
+from vlmzip.runtime.loading import DTYPES, check_dtype, find_device
 
-if TYPE_CHECKING:
-    import torch
-
-    from vlmzip.compressor import Compressor, Profile
-    from vlmzip.lab.bench.bench import Contender
-    from vlmzip.lab.bench.presets import Preset
-
-EXAMPLES = """  vlmzip bench
-  vlmzip bench --preset llava-next-7b --methods visionzip,pool2d --keep 11% --scale 1/16
-  vlmzip bench --preset llava-1.5-13b --device cuda --dtype bfloat16 --batch 8 --out benchmarks/results
-  vlmzip bench --methods "llavolta(layer=2,stride=8),fastv(layer=3,keep=50%)" --keep none --json"""
-
-METHODS = "visionzip,pool2d,kmeans,downsample,random_tokens,llavolta,fastv,sparsevlm"
-ATTENTION = ("sdpa", "eager", "flash_attention_2")
-CLOCKS = ("wall", "cpu")
-#: What a small CPU does in a few minutes.
-SMALL = "1/8"
-#: Options that are whole numbers: name, default, least, what it is.
-WHOLE = (
-    ("text-tokens", 64, 1, "tokens of text in a prompt"),
-    ("new-tokens", 8, 2, "tokens of an answer"),
-    ("batch", 1, 1, "prompts at once"),
-    ("repeats", 11, 1, "timed rounds"),
-)
-
-
-def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
-    parser.add_argument("--preset", default="llava-1.5-7b", help=_presets_help())
-    parser.add_argument(
-        "--scale",
-        metavar="S",
-        help="make LLM and vision encoder narrower: attention heads and MLP widths times S (0.125 or 1/8; at least one"
-        f" head); layers, tokens and vocabulary stay; default: 1 on a GPU, {SMALL} on a CPU",
-    )
-    parser.add_argument("--methods", default=METHODS, metavar="A,B,…", help=f"each {METHOD_FORMS}; default: {METHODS}")
-    parser.add_argument(
-        "--keep",
-        default=A_NINTH,
-        help="visual tokens kept per image: 64, 0.25 or 25%%; none: methods as they are written; default: a ninth",
-    )
-    for name, usual, least, what in WHOLE:
-        parser.add_argument(
-            f"--{name}", type=int, metavar="N", default=usual, help=f"{what}, at least {least}; default: {usual}"
-        )
-    parser.add_argument("--device", default=None, help="cpu, cuda, cuda:1, …; default: a GPU if there is one")
-    parser.add_argument("--dtype", default=None, help="float32, bfloat16 or float16; default: bfloat16 on a GPU")
-    parser.add_argument("--attention", default=ATTENTION[0], help=f"{', '.join(ATTENTION)}; default: %(default)s")
-    parser.add_argument(
-        "--clock",
-        default=CLOCKS[0],
-        help="wall, or cpu: seconds that this process computed, for a CPU that others use too (with one thread);"
-        " default: %(default)s",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write a CSV there, named by hardware and versions")
+log = logging.getLogger(__name__)
 
 
 def run(args: Namespace) -> None:
-    from vlmzip import spec
-
     _check(args)
     methods = spec.read_several(args.methods)
     if not methods:
         raise UserError("--methods names no method; separate them with commas: --methods visionzip,pool2d")
     if args.keep is not None:
         refuse_second_budgets(methods, args.keep, "take the budget out of the method, or give --keep none")
-    from vlmzip.cli.bench_output import rows
-    from vlmzip.files import write_csv
-    from vlmzip.lab.machine import about, file_name
-    from vlmzip.runtime.loading import DTYPES, find_device
 
     device = find_device(args.device)
     on_gpu = device.type == "cuda"
@@ -129,9 +89,6 @@ def _show(
     path: Path | None,
 ) -> None:
     """Prints what was measured, and writes it; the file of a run that was stopped stays an unfinished one."""
-    from vlmzip.cli.bench_output import as_json, doubts, gaps, print_tables
-    from vlmzip.files import write_csv
-
     doubtful = doubts(found, args, device, narrow=_number(args.scale) < _number(SMALL)) + gaps(found, args.repeats)
     whole = len(found[0].spans) == args.repeats
     target = path if path is None or whole else _unfinished(path)
@@ -156,17 +113,10 @@ def _measure(
     keep: Callable[[list[Contender]], None],
 ) -> None:
     """Time the methods, then measure their memory; call `keep` with each result."""
-    from vlmzip.cli.bench_progress import START, Progress
-    from vlmzip.cli.loading import console, tell
-    from vlmzip.lab.bench.bench import PLAIN, bench
-    from vlmzip.lab.bench.presets import make_config
-    from vlmzip.lab.bench.timing import cpu_seconds, now
-    from vlmzip.models import adapter_for
-
     methods = [(name, method) for name, method in methods if name != PLAIN]
     _refuse_what_cannot_run(args, make_config(preset, args.text_tokens, args.new_tokens), device, dtype)
     rounds = f"{args.repeats} rounds" if args.repeats > 1 else "one round"
-    tell(f"{len(methods) + 1} methods, {PLAIN} among them: {rounds} of each, after one to warm up")
+    log.info(f"{len(methods) + 1} methods, {PLAIN} among them: {rounds} of each, after one to warm up")
     with console.status("making the model …") as status:
         progress = Progress(status, starting=START if device.type == "cpu" else 0)
         model, inputs = _make(args, preset, device, dtype)
@@ -195,13 +145,10 @@ def _measure(
 
 def _measure_memory(found: list[Contender], recipe: tuple[Any, ...], keep: Callable[[list[Contender]], None]) -> None:
     """Measures in a process of its own, which may be killed for want of memory: all else is kept."""
-    from vlmzip.children import ChildFailed
-    from vlmzip.lab.bench.memory import in_frugal_process
-
     gc.collect()  # a model and its hooks refer to each other
     measured = 0
     try:
-        for one, peak in zip(found, in_frugal_process(_peaks, *recipe), strict=True):
+        for one, peak in zip(found, in_frugal_process(_peaks_in_child, *recipe), strict=True):
             one.peak_bytes, measured = peak, measured + 1
             keep(found)
     except ChildFailed as error:
@@ -211,15 +158,11 @@ def _measure_memory(found: list[Contender], recipe: tuple[Any, ...], keep: Calla
 
 def _make(args: Namespace, preset: Preset, device: torch.device, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """The model and what it is asked."""
-    from vlmzip.lab.bench.presets import make_config, make_inputs
-
     model = _make_model(args, make_config(preset, args.text_tokens, args.new_tokens), device, dtype)
     return model, make_inputs(preset, args.batch, args.text_tokens, device, dtype)
 
 
 def _make_model(args: Namespace, config: Any, device: str | torch.device, dtype: torch.dtype) -> Any:
-    from vlmzip.lab.bench.presets import make_model
-
     try:
         return make_model(config, device, dtype, args.attention)
     except (ImportError, ValueError) as error:  # no FlashAttention here, or none for this precision
@@ -234,14 +177,10 @@ def _peaks(
     compressors: list[Compressor | None],
     model: Any = None,
 ) -> Iterator[int | None]:
-    from vlmzip.cli.bench_progress import DUE, Progress
-    from vlmzip.lab.bench.bench import peaks
-    from vlmzip.lab.bench.presets import make_config, make_inputs
-
     progress = Progress()  # without a spinner: on a CPU that is another process's
 
     def telling(done: int) -> None:
-        progress.tell(f"measuring the memory: {done} of {len(compressors)} methods done", DUE)
+        progress.say(f"measuring the memory: {done} of {len(compressors)} methods done", DUE)
 
     if model is None:
         _refuse_what_cannot_run(args, make_config(preset, args.text_tokens, args.new_tokens), device, dtype)
@@ -250,11 +189,14 @@ def _peaks(
     return peaks(model, inputs, compressors, args.new_tokens, telling)
 
 
+def _peaks_in_child(*recipe: Any) -> Iterator[int | None]:
+    """`_peaks` in another process, whose log lines have to be set up there."""
+    with log_on_stderr():
+        yield from _peaks(*recipe)
+
+
 def _set_up(name: str, method: Compressor, keep: Any, profile: Profile) -> Contender:
     """The method at the budget; where it cannot reach it, as it is written: cost and limit stand beside it anyway."""
-    from vlmzip.compressor import BudgetError, missed
-    from vlmzip.lab.bench.bench import Contender
-
     if keep is None:
         return Contender(name, method.placed(profile))
     try:
@@ -267,9 +209,6 @@ def _set_up(name: str, method: Compressor, keep: Any, profile: Profile) -> Conte
 def _refuse_what_cannot_run(args: Namespace, config: object, device: torch.device, dtype: torch.dtype) -> None:
     """Raises `UserError` for an attention that is not there, and for weights that the memory has no room for: the
     system would end the process instead."""
-    from vlmzip.cli.tables import show_bytes
-    from vlmzip.lab.bench.memory import available_bytes
-
     weights = sum(p.numel() for p in _make_model(args, config, "meta", dtype).parameters()) * dtype.itemsize
     room = available_bytes(device)
     if room is not None and weights > room:
@@ -280,9 +219,6 @@ def _refuse_what_cannot_run(args: Namespace, config: object, device: torch.devic
 
 def _check(args: Namespace) -> None:
     """Raises `UserError` for what can be refused before anything slow happens, and reads `keep`."""
-    from vlmzip.lab.bench.presets import PRESETS
-    from vlmzip.runtime.loading import check_dtype
-
     if args.preset not in PRESETS:
         raise UserError(f"there is no preset {args.preset!r}{closest(args.preset, PRESETS)}")
     for name, choices in (("attention", ATTENTION), ("clock", CLOCKS)):
@@ -302,14 +238,10 @@ def _check(args: Namespace) -> None:
 
 
 def _preset(args: Namespace) -> Preset:
-    from vlmzip.lab.bench.presets import PRESETS
-
     return PRESETS[args.preset].scaled(_number(args.scale))
 
 
 def _number(text: str) -> float:
-    from fractions import Fraction
-
     try:
         return float(Fraction(text))
     except (ValueError, ZeroDivisionError):
@@ -318,10 +250,3 @@ def _number(text: str) -> float:
 
 def _keep_in_words(keep: object) -> str:
     return "none" if keep is None else f"{keep:.3g}" if isinstance(keep, float) else str(keep).replace("%", "pc")
-
-
-def _presets_help() -> str:
-    return (
-        "llava-1.5-7b, llava-1.5-13b: 576 visual tokens; llava-next-7b, llava-next-13b: the same models at LLaVA-NeXT's"
-        " 2,880, as five images; video-llava-7b: at Video-LLaVA's 2,048, as eight; default: %(default)s"
-    )

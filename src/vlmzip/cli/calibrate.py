@@ -3,43 +3,29 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vlmzip.cli.options import add_method, add_model, settings, without_budget
+from PIL import Image
+
+from vlmzip import catalogue, spec
+from vlmzip.cli._shared.console import progress
+from vlmzip.cli._shared.images import check_target, save_image
+from vlmzip.cli._shared.loading import load
+from vlmzip.cli._shared.method import settings, without_budget
+from vlmzip.compressor import Calibratable, Compressor
 from vlmzip.errors import UserError
 from vlmzip.files import is_file, is_folder, is_there
 from vlmzip.keep import parse_keep
-
-if TYPE_CHECKING:
-    from vlmzip.compressor import Compressor
-    from vlmzip.runtime.calibration import Calibration
-
-EXAMPLES = """  vlmzip calibrate photos --keep 50%
-  vlmzip calibrate photos --keep 160 --model llava-hf/llava-1.5-7b-hf --histogram deviations.png
-  vlmzip calibrate a.png b.png c.png --method adaptive_visionzip --keep 25% --json"""
-
-
-def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
-    parser.usage = f"{parser.prog} FOLDER|IMAGE… --keep KEEP [options]"
-    parser.add_argument(
-        "images", nargs="+", metavar="FOLDER|IMAGE", help="images, and folders of them (without their subfolders)"
-    )
-    add_model(parser)
-    add_method(parser, arguments, default="dfmr")
-    parser.add_argument("--histogram", type=Path, metavar="FILE", help="draw how the images' deviations lie (PNG)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+from vlmzip.lab.table import print_table
+from vlmzip.runtime.calibration import Calibration, calibrate
+from vlmzip.visualize.figure import import_matplotlib
+from vlmzip.visualize.histogram import draw_deviations
 
 
 def run(args: Namespace) -> None:
-    from vlmzip.cli.images import check_target, save_image
-    from vlmzip.cli.loading import load, progress
-    from vlmzip.runtime.calibration import calibrate
-    from vlmzip.visualize.figure import import_matplotlib
-    from vlmzip.visualize.histogram import draw_deviations
-
     compressor = _compressor(args)
     paths = _images(args.images)
     if args.histogram:
@@ -66,9 +52,6 @@ def run(args: Namespace) -> None:
 
 def _compressor(args: Namespace) -> Compressor:
     """The method with its settings, without a budget; raises `UserError` where there is nothing to calibrate."""
-    from vlmzip import catalogue
-    from vlmzip.compressor import Calibratable
-
     if args.keep is None:
         raise UserError("calibrate needs a budget: --keep 64, --keep 0.25 or --keep 25%")
     parse_keep(args.keep)
@@ -82,16 +65,12 @@ def _compressor(args: Namespace) -> Compressor:
 
 
 def _threshold(compressor: Compressor) -> str:
-    from vlmzip.compressor import Calibratable
-
     assert isinstance(compressor, Calibratable)
     return compressor.threshold
 
 
 def _images(words: list[str]) -> list[str]:
     """The images meant: those named, and those in the folders named, in the order of their names."""
-    from PIL import Image
-
     known = Image.registered_extensions()
     paths: list[str] = []
     for word in words:
@@ -108,9 +87,6 @@ def _images(words: list[str]) -> list[str]:
 
 
 def _print(out: dict[str, Any], found: Calibration, threshold: float, args: Namespace) -> None:
-    from vlmzip import spec
-    from vlmzip.cli.tables import print_table
-
     name = _threshold(found.compressor)
     print(f"{name} {threshold}: {out['average']:.4g} visual tokens per image on average, {out['reached']:.1%} of all\n")
     after: dict[int, set[int]] = {}

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from importlib import import_module
 from typing import Any, NoReturn, TextIO
 
+from vlmzip import outline
+from vlmzip.children import end_with_launcher
+from vlmzip.cli._shared.console import log_on_stderr
 from vlmzip.errors import UserError, closest, telling_beyond_positions
 from vlmzip.version import __version__
 
-#: What each command does. Each is a module of this package that has `EXAMPLES`, `add_arguments(parser, arguments)`
-#: and `run(args)`.
+log = logging.getLogger("vlmzip.cli.main")  # by this name also for `python -m vlmzip.cli.main`
+#: What each command does. Each has a module in `_options`, which imports nothing slow and has `EXAMPLES` and
+#: `add_arguments(parser, arguments)`, and a module here, which has `run(args)`.
 COMMANDS = {
     "ask": "ask a vision-language model about one or several images",
     "bench": "measure speed and memory at the dimensions of a large model, with random weights",
@@ -130,38 +135,29 @@ def _run(arguments: list[str]) -> None:
     elif name not in COMMANDS:
         raise UserError(f"there is no command {name!r}{closest(name, COMMANDS)}")
     else:
-        command = import_module(f"vlmzip.cli.{name}")
-        parser = Parser(prog=f"vlmzip {name}", description=COMMANDS[name], epilog=f"examples:\n{command.EXAMPLES}")
-        command.add_arguments(parser, arguments[1:])
+        options = import_module(f"vlmzip.cli._options.{name}")
+        parser = Parser(prog=f"vlmzip {name}", description=COMMANDS[name], epilog=f"examples:\n{options.EXAMPLES}")
+        options.add_arguments(parser, arguments[1:])
         args, unknown = parser.parse_known_intermixed_args(arguments[1:])
         parser.refuse_unknown(unknown)
-        from vlmzip.children import end_with_launcher
-
         end_with_launcher()
-        try:
-            with telling_beyond_positions(_note):
+        command = import_module(f"vlmzip.cli.{name}")  # only now: most of them need torch, which takes seconds
+        with log_on_stderr(), telling_beyond_positions(log.warning):
+            try:
                 command.run(args)
-        except (UserError, OSError):
-            raise
-        except Exception as error:
-            from vlmzip.cli.loading import refuse_too_much_at_once
-            from vlmzip.runtime.loading import refuse_model_at_fault
+            except (UserError, OSError):
+                raise
+            except Exception as error:
+                from vlmzip.cli._shared.loading import refuse_too_much_at_once  # these need torch
+                from vlmzip.runtime.loading import refuse_model_at_fault
 
-            refuse_too_much_at_once(error, args)
-            refuse_model_at_fault(error)
-            raise
-
-
-def _note(text: str) -> None:
-    from vlmzip.cli.loading import note
-
-    note(text)
+                refuse_too_much_at_once(error, args)
+                refuse_model_at_fault(error)
+                raise
 
 
 def _owners(option: str) -> str:
     """The methods that have the field of an option, which only `--method` brings in."""
-    from vlmzip import outline
-
     field = option.removeprefix("--").replace("-", "_")
     names = [method.name for method in outline.methods() if field in method.fields]
     if not names:

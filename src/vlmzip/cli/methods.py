@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import inspect
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from dataclasses import asdict
 from typing import Any
 
 from vlmzip import outline
-from vlmzip.cli.tables import print_table
-
-EXAMPLES = """  vlmzip methods
-  vlmzip methods visionzip
-  vlmzip methods my_package.my_method:MyMethod --json"""
-
-
-def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
-    parser.add_argument("name", nargs="?", help="a method, or package.module:Class")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+from vlmzip.lab.table import print_table
 
 
 def run(args: Namespace) -> None:
     if args.name:
-        from vlmzip import catalogue
-
-        _print_one(catalogue.find(args.name), as_json=args.json)
+        _print_one(args.name, as_json=args.json)
     else:
         _print_all(as_json=args.json)
 
@@ -53,9 +42,10 @@ def _print_all(*, as_json: bool) -> None:
     )
 
 
-def _print_one(cls: Any, *, as_json: bool) -> None:
-    from vlmzip import catalogue
+def _print_one(name: str, *, as_json: bool) -> None:
+    from vlmzip import catalogue  # needs torch, which the list of all methods does not
 
+    cls = catalogue.find(name)
     fields = catalogue.describe(cls)
     if as_json:
         print(

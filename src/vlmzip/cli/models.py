@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from typing import Any
 
 from vlmzip import outline
-from vlmzip.cli.tables import print_table
-
-EXAMPLES = """  vlmzip models
-  vlmzip models --json"""
-
-
-def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON")
+from vlmzip.lab.table import print_table
 
 
 def run(args: Namespace) -> None:

@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import json
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from pathlib import Path
 
-from vlmzip.cli.options import add_method, add_model, check_method, make_method, without_budget
+import torch
+
+from vlmzip.cli._shared.console import progress
+from vlmzip.cli._shared.images import check_target, load_image, save_image
+from vlmzip.cli._shared.loading import load
+from vlmzip.cli._shared.method import check_method, make_method, without_budget
 from vlmzip.errors import UserError
+from vlmzip.lab.asking import attach_and_note, build_inputs, draw
+from vlmzip.runtime.inputs import compress_inputs
 from vlmzip.sites import Site
-
-EXAMPLES = """  vlmzip show examples/cluttered.png
-  vlmzip show examples/flat.png examples/cluttered.png --keep 25% --out tokens.png
-  vlmzip show photo.jpg --method pool2d --factor 2 --model ./llava-1.5-7b"""
-
-
-def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
-    parser.add_argument("images", nargs="+", metavar="IMAGE", help="one or several images")
-    add_model(parser)
-    add_method(parser, arguments)
-    parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="where to draw; default: IMAGE_METHOD.png in this folder"
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: Namespace) -> None:
-    import torch
-
-    from vlmzip.cli.asking import attach_and_note, build_inputs, draw
-    from vlmzip.cli.images import check_target, load_image, save_image
-    from vlmzip.cli.loading import load, progress
-    from vlmzip.runtime.inputs import compress_inputs
-
     check_method(args, draws=True)
     method = without_budget(args)
     if any(stage.site is Site.IN_LLM for stage in method.stages()):

@@ -14,6 +14,7 @@ from vlmzip import catalogue, spec
 from vlmzip.compressor import Calibratable, Compressor, Profile, missed
 from vlmzip.errors import UserError, collecting_warnings
 from vlmzip.keep import AS_SET, count_to_keep, parse_keep
+from vlmzip.lab.names import named, slug
 from vlmzip.lab.tasks.task import CalibrationSet, Task
 from vlmzip.methods import NoCompression
 from vlmzip.runtime.answering import Answerer
@@ -50,6 +51,22 @@ class Configuration:
     def is_plain(self) -> bool:
         """Return whether this is the uncompressed model, the baseline of all others."""
         return self.method == PLAIN
+
+    @property
+    def chosen(self) -> Compressor:
+        """The compressor of a configuration that can run; the others have none."""
+        assert self.compressor is not None
+        return self.compressor
+
+    @property
+    def file_stem(self) -> str:
+        """A name for files, of the settings alone: budgets that come out at the same settings share it."""
+        return named(spec.write(self.chosen), self.settings)
+
+    @property
+    def key(self) -> str:
+        """What tells runs apart: the task, and the settings."""
+        return f"{slug(self.task)}/{self.file_stem}"
 
     @property
     def settings(self) -> dict[str, Any] | None:

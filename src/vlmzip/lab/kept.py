@@ -1,18 +1,16 @@
-"""Answers that an analysis gets in ways of its own: a record for each, and what was answered is not asked again."""
+"""Resumable answers for analyses that ask in other ways than `Study`."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
 
 from vlmzip.errors import UserError
 from vlmzip.keep import AS_SET
+from vlmzip.lab.answers import question, wrong_layers
 from vlmzip.lab.configurations import plain_json
-from vlmzip.lab.records import Record, Shard, read_records
-from vlmzip.lab.study import AGAIN, Study, question, refuse_other_question, slug, wrong_layers
+from vlmzip.lab.names import named
+from vlmzip.lab.records import Record
+from vlmzip.lab.study import Study
 from vlmzip.lab.tasks.task import Sample, Task
 
 #: Given the places of some samples, the answers to them: records of at least `given` and `visual_tokens_by_layer`.
@@ -42,30 +40,28 @@ def kept(
     Raises `UserError` where the folder holds answers of another model, or to other questions, or what fails `check`.
     """
     study.configure([task], [], [AS_SET])
-    told = plain_json(dict(settings))
-    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
-    stem = study.folder / "records" / slug(task.name) / f"{name}-{digest}"
-    starts = range(0, len(samples), study.batch)[study.processes.rank :: study.processes.count]
-    batches = [range(start, min(start + study.batch, len(samples))) for start in starts]
-    beside = plain_json({"beside": list(beside) or [None] * len(samples)})["beside"]
+    settings, beside = plain_json(dict(settings)), plain_json({"": list(beside) or [None] * len(samples)})[""]
+    beside_by_sample = {sample.id: more for sample, more in zip(samples, beside, strict=True)}
     layers = study.adapter.profile().layers
-    read = partial(_read, task, stem, samples, beside, layers, check)
-    if any(_open(batch, samples, read()) for batch in batches):
-        with Shard(stem.with_name(f"{stem.name}.{study.processes.rank}.jsonl")) as shard:
-            done = read()  # once more: now nobody else can write here
-            for batch in (batch for batch in batches if _open(batch, samples, done)):
-                whole = [
-                    _record(study, task, told, samples[place], beside[place], record)
-                    for place, record in zip(batch, answer(batch), strict=True)
-                ]
-                shard.append([record for record in whole if record["sample"] not in done])
+
+    def check_record(sample: Sample, record: Record) -> str:
+        if record["beside"] != beside_by_sample[sample.id]:
+            raise UserError(
+                f"{str(series.folder)!r} has an answer for the sample {sample.id!r} that was given beside another"
+                " question or another image: the task has changed; give another --out"
+            )
+        return wrong_layers(record, layers) or check(record)
+
+    def ask(places: range) -> list[Record]:
+        answers = zip(places, answer(places), strict=True)
+        return [_record(study, task, settings, samples[place], beside[place], own) for place, own in answers]
+
+    series = study.store.series(task, named(name, settings), ("beside",), check_record)
+    if series.is_open(samples, study.batch):
+        series.fill(samples, study.batch, ask)
     study.processes.together({})
-    found = read()
-    return [found[sample.id] for sample in samples]
-
-
-def _open(batch: Sequence[int], samples: Sequence[Sample], done: Mapping[str, Record]) -> bool:
-    return any(samples[place].id not in done for place in batch)
+    records = series.read(samples)
+    return [records[sample.id] for sample in samples]
 
 
 def _record(
@@ -79,22 +75,3 @@ def _record(
         **own,
         **study.conditions,
     }
-
-
-def _read(
-    task: Task, stem: Path, samples: Sequence[Sample], beside: Sequence[object], layers: int, check: Check
-) -> dict[str, Record]:
-    found = read_records(sorted(stem.parent.glob(f"{stem.name}.*.jsonl")), ("beside",))
-    for sample, more in zip(samples, beside, strict=True):
-        record = found.get(sample.id)
-        if record is None:
-            continue
-        refuse_other_question(stem.parent, task, sample, record)
-        if record["beside"] != more:
-            raise UserError(
-                f"{str(stem.parent)!r} has an answer for the sample {sample.id!r} that was given beside another"
-                " question or another image: the task has changed; give another --out"
-            )
-        if wrong := wrong_layers(record, layers) or check(record):
-            raise UserError(f"{str(stem.parent)!r}, sample {sample.id!r}: {wrong}; {AGAIN}")
-    return found

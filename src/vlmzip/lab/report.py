@@ -5,26 +5,24 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from PIL import Image
 
+from vlmzip.lab import results
 from vlmzip.lab.examples import Example
 from vlmzip.lab.results import Result
-from vlmzip.lab.stats import DRAWS, Estimate
+from vlmzip.lab.stats import DRAWS
+from vlmzip.lab.table import Table
 from vlmzip.lab.tasks.task import Task
-from vlmzip.visualize.page import Card, card_html, data_uri, document, legend_html, notes_html, table_html
+from vlmzip.visualize.page import Card, render_page
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NOTHING = "—"
 #: Intervals come from drawing images again; drawn from fewer than this they are narrower than they should be.
 FEW = 20
-COLUMNS = ("method", "budget", "reached", "visual tokens", "prefill FLOPs", "score %", "against plain", "changed")
-#: Where there is little room, without the tokens by layer and with half an interval for a whole one.
-SHORT_COLUMNS = ("method", "budget", "reached", "FLOPs", "score %", "vs plain", "changed")
 
 
 @dataclass(frozen=True)
@@ -36,27 +34,44 @@ class Chapter:
     figures: Sequence[Figure]
     examples: Sequence[tuple[Result, Sequence[Example]]]
 
+    @property
+    def facts(self) -> str:
+        return f"{self.task.about}; {self.task.metric.about}; {size(self.task)}"
+
+    @cached_property
+    def table(self) -> Table[Result]:
+        return results.table(self.found, short=False)
+
+    @property
+    def rows(self) -> list[tuple[list[str], bool]]:
+        return [(self.table.texts(result), False) for result in self.found]
+
+    @property
+    def reasons(self) -> list[str]:
+        return reasons(self.found)
+
+    @property
+    def curves(self) -> list[tuple[Image.Image, str]]:
+        """The figures as images, with their titles."""
+        return [(_drawn(figure), figure.axes[0].get_title()) for figure in self.figures]
+
+    @property
+    def groups(self) -> list[tuple[str, list[str], list[tuple[list[str], bool]]]]:
+        return _groups(self.found)
+
+    @property
+    def changed(self) -> list[tuple[str, list[Card]]]:
+        return [_changed(result, some) for result, some in self.examples]
+
 
 def render_report(title: str, facts: Sequence[str], chapters: Sequence[Chapter], notes: Sequence[str]) -> str:
-    return document(title, facts, "\n".join(map(_chapter, chapters)) + notes_html(notes))
+    return render_page("report.html.j2", title, facts, "vlmzip.lab", chapters=chapters, notes=notes)
 
 
-def cells(result: Result) -> list[str]:
-    """A result in words, one for each of `COLUMNS`, then one for each further share of the metric."""
-    one = result.configuration
-    if result.score is None or result.against_plain is None:
-        return [one.method, one.budget, *[NOTHING] * (len(COLUMNS) - 2)]
-    return [
-        one.method,
-        one.budget,
-        f"{result.reached:.1%}",
-        result.tokens,
-        f"{result.flops:.1%}",
-        percent(result.score),
-        NOTHING if one.is_plain else signed(result.against_plain),
-        f"{len(result.changed):,}",
-        *map(percent, result.shares.values()),
-    ]
+def _drawn(figure: Figure) -> Image.Image:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return Image.open(buffer).convert("RGB")
 
 
 def notes(seed: int) -> list[str]:
@@ -79,33 +94,6 @@ def size(task: Task) -> str:
     return said if images >= FEW else f"{said}: too few for the intervals to be trusted"
 
 
-def percent(found: Estimate) -> str:
-    return f"{100 * found.value:.1f} [{100 * found.low:.1f}, {100 * found.high:.1f}]"
-
-
-def signed(found: Estimate) -> str:
-    return f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
-
-
-def short_cells(result: Result) -> list[str]:
-    """A result in few words, one for each of `SHORT_COLUMNS`, then one for each further share of the metric."""
-    one = result.configuration
-    if result.score is None or result.against_plain is None:
-        return [one.method, one.budget, *[NOTHING] * (len(SHORT_COLUMNS) - 2)]
-    difference = f"{100 * result.against_plain.value:+.1f} ± {100 * result.against_plain.half:.1f}"
-    scores = [f"{100 * found.value:.1f} ± {100 * found.half:.1f}" for found in (result.score, *result.shares.values())]
-    return [
-        one.method,
-        one.budget,
-        f"{result.reached:.1%}",
-        f"{result.flops:.1%}",
-        scores[0],
-        NOTHING if one.is_plain else difference,
-        f"{len(result.changed):,}",
-        *scores[1:],
-    ]
-
-
 def reasons(found: Sequence[Result]) -> list[str]:
     """What has to be said about rows: why some are empty, what is unusual, what a threshold was set from."""
     told: dict[tuple[str, str], list[str]] = {}
@@ -118,63 +106,30 @@ def reasons(found: Sequence[Result]) -> list[str]:
     return [f"{method} at {', '.join(budgets)}: {reason}" for (method, reason), budgets in told.items()]
 
 
-def _chapter(chapter: Chapter) -> str:
-    task, found = chapter.task, chapter.found
-    rows = [(cells(result), False) for result in found]
-    return f"""<section class="plain">
-<h2>{escape(task.name)}</h2>
-<p class="facts">{escape(f"{task.about}; {task.metric.about}; {size(task)}")}</p>
-{table_html([*COLUMNS, *task.metric.shares], rows)}
-{notes_html(reasons(found))}
-<div class="curves">{"".join(map(_figure, chapter.figures))}</div>
-{_groups(found)}
-</section>
-<section>
-<h3>Answers that changed: {escape(task.name)}</h3>
-{legend_html()}
-{"".join(_examples(result, some) for result, some in chapter.examples)}
-</section>
-"""
-
-
-def _figure(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    title = escape(figure.axes[0].get_title())
-    return f'<img src="{data_uri(Image.open(buffer).convert("RGB"))}" alt="{title}">'
-
-
-def _groups(found: Sequence[Result]) -> str:
-    """Scores by group, a table for each way to group."""
+def _groups(found: Sequence[Result]) -> list[tuple[str, list[str], list[tuple[list[str], bool]]]]:
+    """Return scores by group, a table for each way to group: its name, columns and rows."""
     ran = [result for result in found if result.score is not None]
     tables = []
     for name in dict.fromkeys(name for result in ran for name, _ in result.groups):
         groups = [group for group in ran[0].groups if group[0] == name]
         counts = [f"{value} ({ran[0].groups[name, value][1]:,})" for name, value in groups]
-        rows = [
-            (
-                [
-                    one.configuration.method,
-                    one.configuration.budget,
-                    *(f"{100 * one.groups[g][0]:.1f}" for g in groups),
-                ],
-                False,
-            )
-            for one in ran
-        ]
-        tables.append(
-            f"<h3>Score % by {escape(name)} (questions)</h3>{table_html(['method', 'budget', *counts], rows)}"
-        )
-    return "".join(tables)
+        rows = [(_group_cells(one, groups), False) for one in ran]
+        tables.append((name, ["method", "budget", *counts], rows))
+    return tables
 
 
-def _examples(result: Result, some: Sequence[Example]) -> str:
+def _group_cells(result: Result, groups: Sequence[tuple[str, str]]) -> list[str]:
+    one = result.configuration
+    return [one.method, one.budget, *(f"{100 * result.groups[group][0]:.1f}" for group in groups)]
+
+
+def _changed(result: Result, some: Sequence[Example]) -> tuple[str, list[Card]]:
+    """Return what heads the answers that changed, and their cards."""
     one = result.configuration
     head = f"{one.method} at {one.budget}: {len(result.changed):,} of {len(result.records):,} answers changed"
     if len(some) < len(result.changed):
         head += f", {len(some)} of them drawn by chance"
-    cards = "".join(card_html(_card(example)) for example in some)
-    return f'<details open><summary>{escape(head)}</summary><section class="cards wide">{cards}</section></details>\n'
+    return head, [_card(example) for example in some]
 
 
 def _card(example: Example) -> Card:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vlmzip import spec
-from vlmzip.files import write_csv
 from vlmzip.lab.configurations import Configuration
 from vlmzip.lab.papers import MeasuredScore
 from vlmzip.lab.records import Record
 from vlmzip.lab.stats import Bootstrap, Estimate, estimate
 from vlmzip.lab.study import Study
+from vlmzip.lab.table import ABSENT, Column, Table
 from vlmzip.lab.tasks.task import Task
 from vlmzip.runtime.report import compact
 
@@ -40,6 +41,11 @@ class Result:
     """Places of the records whose answer is another one than without compression."""
     groups: dict[tuple[str, str], tuple[float, int]] = field(default_factory=dict)
     """Score and number of questions by group, such as ("type", "count")."""
+
+    @property
+    def ran(self) -> bool:
+        """Whether the configuration answered all questions."""
+        return self.score is not None and self.against_plain is not None
 
     @property
     def tokens(self) -> str:
@@ -142,55 +148,89 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-def as_json(result: Result) -> dict[str, object]:
-    """A result without its records."""
-    one = result.configuration
-    out: dict[str, object] = {"task": one.task, "method": one.method, "budget": one.budget, "note": result.note or None}
-    if result.score is None or result.against_plain is None:
-        return out
-    return out | {
-        "compressor": one.settings,
-        "calibrated_on": one.calibrated_on or None,
-        "questions": len(result.records),
-        "score": vars(result.score),
-        "against_plain": vars(result.against_plain),
-        **{name: vars(share) for name, share in result.shares.items()},
-        "reached": result.reached,
-        "tokens": result.tokens,
-        "prefill_flops_share": result.flops,
-        "changed": len(result.changed),
-        "groups": {f"{name} {value}": score for (name, value), (score, _) in result.groups.items()},
-    }
+#: What a row of the CSV says about where it comes from, as the configuration's last record has it.
+CONDITIONS = ("model", "dtype", "device", "vlmzip", "torch", "transformers", "commit")
+#: Headings that people see in a page, and where there is little room: there, without the tokens by layer.
+COLUMNS = ("method", "budget", "reached", "visual tokens", "prefill FLOPs", "score %", "against plain", "changed")
+SHORT_COLUMNS = ("method", "budget", "reached", "FLOPs", "score %", "vs plain", "changed")
+Value = Callable[[Result], Any]
 
 
-def write_table(path: Path, all_results: Sequence[Result]) -> None:
-    """Every result as a line of CSV, scores in percent; what a line has not is empty."""
-    rows = [_line(result) for result in all_results]
-    columns = dict.fromkeys(name for row in rows for name in row)
-    write_csv(path, [{name: row.get(name, "") for name in columns} for row in rows])
+def table(all_results: Sequence[Result], *, short: bool = True) -> Table[Result]:
+    """Return results as rows. CSV has scores in percent, JSON from 0 to 1; `short` intervals are half their width."""
+    shares = dict.fromkeys(name for result in all_results for name in result.shares)
+    flops = "FLOPs" if short else "prefill FLOPs"
+    groups = sorted({group for result in all_results for group in result.groups})
+    columns: list[Column[Result]] = [
+        Column(lambda one: one.configuration.task, key="task", csv=("task",)),
+        Column(lambda one: one.configuration.budget, "budget", key="budget", csv=("budget",)),
+        Column(lambda one: one.configuration.method, "method", key="method", csv=("method",)),
+        _estimates(lambda one: one.score, "score %", "score", ("score", "low", "high"), short),
+        _estimates(lambda one: one.against_plain, "", "against_plain", _bounds("difference"), short),
+        _estimates(_unless_plain, "vs plain" if short else "against plain", "", (), short, "+"),
+        *(_estimates(_share(name), name, name, _bounds(name), short) for name in shares),
+        _ran(lambda one: one.reached, "reached", "{:.1%}".format, "reached", "{:.4f}".format),
+        _ran(lambda one: one.tokens, "visual tokens", str, "tokens"),
+        _ran(lambda one: one.flops, flops, "{:.1%}".format, "prefill_flops_share", "{:.4f}".format),
+        _ran(lambda one: len(one.changed), "changed", "{:,}".format, "changed"),
+        _ran(lambda one: len(one.records), key="questions"),
+        *(Column(_group(group), csv=(" ".join(group),), cells=_percent) for group in groups),
+        Column(_all_groups, key="groups"),
+        Column(lambda one: one.note or None, key="note", csv=("note",)),
+        _ran(lambda one: one.configuration.calibrated_on or None, key="calibrated_on"),
+        Column(lambda one: one.configuration.settings if one.ran else ABSENT, key="compressor"),
+        Column(lambda one: spec.write(one.configuration.chosen) if one.ran else ABSENT, csv=("compressor",)),
+        *(Column(_condition(name), csv=(name,)) for name in CONDITIONS),
+    ]
+    return Table(columns, all_results, [*(SHORT_COLUMNS if short else COLUMNS), *shares])
 
 
-def _line(result: Result) -> dict[str, object]:
-    one = result.configuration
-    row: dict[str, object] = {"task": one.task, "budget": one.budget, "method": one.method}
-    if result.score is None or result.against_plain is None:
-        return row | {"note": result.note}
-    row |= {"score": _percent(result.score.value), "low": _percent(result.score.low)}
-    row |= {"high": _percent(result.score.high), "difference": _percent(result.against_plain.value)}
-    row |= {"difference_low": _percent(result.against_plain.low)}
-    row |= {"difference_high": _percent(result.against_plain.high)}
-    for name, share in result.shares.items():
-        row |= {name: _percent(share.value), f"{name}_low": _percent(share.low), f"{name}_high": _percent(share.high)}
-    row |= {"reached": f"{result.reached:.4f}", "tokens": result.tokens, "prefill_flops_share": f"{result.flops:.4f}"}
-    row |= {"changed": len(result.changed), "questions": len(result.records)}
-    row |= {f"{name} {value}": _percent(score) for (name, value), (score, _) in sorted(result.groups.items())}
-    row |= {"note": result.note, "calibrated_on": one.calibrated_on}
-    assert one.compressor is not None
-    last = result.records[-1]
-    return row | {
-        "compressor": spec.write(one.compressor),
-        **{name: last[name] for name in ("model", "dtype", "device", "vlmzip", "torch", "transformers", "commit")},
-    }
+def _ran(
+    value: Value,
+    heading: str = "",
+    text: Callable[[Any], str] = str,
+    key: str = "",
+    cell: Callable[[Any], object] = lambda value: value,
+) -> Column[Result]:
+    """Return a column that a configuration has which ran to its end, of one name in JSON and CSV."""
+    return Column(lambda one: value(one) if one.ran else ABSENT, heading, text, key, (key,), cell)
+
+
+def _estimates(
+    value: Value, heading: str, key: str, csv: tuple[str, ...], short: bool, sign: str = ""
+) -> Column[Result]:
+    def text(estimate: Estimate) -> str:
+        middle, low, high = (f"{100 * share:{sign}.1f}" for share in (estimate.value, estimate.low, estimate.high))
+        return f"{middle} ± {100 * estimate.half:.1f}" if short else f"{middle} [{low}, {high}]"
+
+    def cells(estimate: Estimate) -> tuple[str, ...]:
+        return tuple(map(_percent, (estimate.value, estimate.low, estimate.high)))
+
+    return Column(lambda one: value(one) if one.ran else ABSENT, heading, text, key, csv, cells)
+
+
+def _unless_plain(one: Result) -> Estimate | None:
+    return None if one.configuration.is_plain else one.against_plain
+
+
+def _share(name: str) -> Value:
+    return lambda one: one.shares.get(name, ABSENT)
+
+
+def _group(group: tuple[str, str]) -> Value:
+    return lambda one: one.groups[group][0] if group in one.groups else ABSENT
+
+
+def _all_groups(one: Result) -> Any:
+    return {f"{name} {value}": score for (name, value), (score, _) in one.groups.items()} if one.ran else ABSENT
+
+
+def _condition(name: str) -> Value:
+    return lambda one: one.records[-1][name] if one.ran else ABSENT
+
+
+def _bounds(name: str) -> tuple[str, ...]:
+    return name, f"{name}_low", f"{name}_high"
 
 
 def _percent(share: float) -> str:

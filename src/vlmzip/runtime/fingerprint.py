@@ -28,8 +28,8 @@ from vlmzip.runtime.imported import files_of
 
 #: The parts of this package that affect answers.
 CODE = (
-    "compressor.py", "keep.py", "lab/analyses", "lab/lmms", "lab/study.py", "methods", "models", "resampler.py",
-    "runtime", "sites.py", "token_map.py", "visual_tokens.py",
+    "compressor.py", "keep.py", "lab/analyses", "lab/answers.py", "lab/attacher.py", "lab/lmms", "lab/study.py",
+    "methods", "models", "resampler.py", "runtime", "sites.py", "token_map.py", "visual_tokens.py",
 )  # fmt: skip
 #: Settings that describe the files a configuration comes from, not the model.
 ORIGIN = ("_name_or_path", "name_or_path", "transformers_version", "_commit_hash", "_from_model_config")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from vlmzip.training.schedule import Schedule, read_compressor
 from vlmzip.training.sharding import moves_together
 from vlmzip.training.trainer import LOG, JsonLog, Score, Sharded, StagedTrainer, step_of
 
+log = logging.getLogger(__name__)
 NAMES = {field.name for field in dataclasses.fields(TrainingArguments)}
 #: transformers 5.23 renames this setting and warns about the old name.
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in NAMES else "gradient_checkpointing"
@@ -54,7 +56,6 @@ def train(
     model: nn.Module,
     processor: Processor,
     adapter: ModelAdapter,
-    tell: Callable[[str], None],
     score: Score | None = None,
 ) -> Path:
     """Train `model` as configured, save it with the schedule's compressor for afterwards, and return its folder.
@@ -84,17 +85,19 @@ def train(
         )
     folder = processes.from_first(lambda: RunFolder.begin(out, config, len(records), steps, records.bad, sources))
     if folder.finished:
-        tell(f"this run is finished; to start a new one, give a different out than {config.out!r}")
+        log.info(f"this run is finished; to start a new one, give a different out than {config.out!r}")
         return folder.model
-    tell(_about(compressed, config, steps, len(examples), trainer.args.device))
+    log.info(_about(compressed, config, steps, len(examples), trainer.args.device))
     if records.bad:
-        tell(f"{len(records.bad):,} of {len(records) + len(records.bad):,} records cannot be used; see {out / BAD}")
+        log.warning(
+            f"{len(records.bad):,} of {len(records) + len(records.bad):,} records cannot be used; see {out / BAD}"
+        )
     if left_out := processes.from_first(lambda: _look_at(examples, config)):
-        tell(left_out)
+        log.warning(left_out)
     if folder.checkpoint is not None:
-        tell(f"going on from {folder.checkpoint}")
+        log.info(f"going on from {folder.checkpoint}")
         for note in folder.notes:
-            tell(note)
+            log.warning(note)
     try:
         _run(trainer, folder.checkpoint, steps)
         state = trainer.gather()
@@ -102,7 +105,7 @@ def train(
             _save(compressed, schedule.afterwards, processor, folder.model, state)
     except KeyboardInterrupt:
         if processes.first:
-            tell(f"stopped; {goes_on(out)}")
+            log.info(f"stopped; {goes_on(out)}")
         raise
     except Exception as error:
         if (reason := refused_by_disk(error)) is None:
@@ -110,8 +113,8 @@ def train(
         raise UserError(f"cannot write into {str(out)!r}: {reason}; {goes_on(out)}") from None
     if trainer.args.should_save:
         for reason, count in count_bad(out / BAD).most_common():
-            tell(f"{count:,} of {len(records) + len(records.bad):,} records left out: {reason}")
-        tell(f"the trained model uses {spec.write(schedule.afterwards)}")
+            log.warning(f"{count:,} of {len(records) + len(records.bad):,} records left out: {reason}")
+        log.info(f"the trained model uses {spec.write(schedule.afterwards)}")
     return folder.model
 
 

@@ -26,4 +26,4 @@ def numbered_subject(folder, words=WORDS, images="aabbacd", batch=3, model=None,
         processor = FAMILIES["llava"].processor()
         processor.chat_template = TEMPLATE
     model = model or tiny_llava()
-    return Subject(model, processor, "tiny", task, folder / "out", batch, 0, Processes(), lambda text: None)
+    return Subject(model, processor, "tiny", task, folder / "out", batch, 0, Processes())

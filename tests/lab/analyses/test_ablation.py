@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.lab.analyses.subjects import make_subject
+from tests.lab.analyses.subjects import Lines, make_subject
 from vlmzip import VisionZip
 from vlmzip.lab.analyses.ablation import (
     BOTH,
@@ -48,10 +48,12 @@ def test_alone_dominant_tokens_have_cls_and_contextual_ones_do_not():
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    subject, told = make_subject(tmp_path_factory.mktemp("ablation"))
+    subject = make_subject(tmp_path_factory.mktemp("ablation"))
     for number, sample in enumerate(subject.task.samples):  # answers that noise gives anyway: some are right
         object.__setattr__(sample, "answers", (["w17", "w80", "it"][number % 3],))
-    return measure(subject), told, subject
+    with Lines() as told:
+        rows = measure(subject)
+    return rows, told, subject
 
 
 def test_the_difference_is_the_part_minus_both():
@@ -90,7 +92,7 @@ class TestOnATinyModel:
 def test_no_budget_left_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("vlmzip.lab.analyses.ablation.SHARES", ("5.6%", "4%"))
     with pytest.raises(Unsuited, match=r"5\.6%, 4% of 36 are too few"):
-        measure(make_subject(tmp_path)[0])
+        measure(make_subject(tmp_path))
 
 
 def numbers(**more):

@@ -155,10 +155,10 @@ def test_concentration_of_an_even_spread_and_of_a_single_token():
 class TestStudy:
     @pytest.fixture
     def rows(self, tmp_path):
-        return measure(make_subject(tmp_path)[0])
+        return measure(make_subject(tmp_path))
 
     def test_each_image_counts_once(self, rows, tmp_path):
-        subject, _ = make_subject(tmp_path)
+        subject = make_subject(tmp_path)
         images = [Image.open(tmp_path / "asked" / name) for name in ("a.png", "b.png", "c.png")]
         inputs = subject.processor(images=images, text=["<image>"] * 3, return_tensors="pt")
         found = adapter_for(subject.model).encoder_attention(inputs)
@@ -173,22 +173,22 @@ class TestStudy:
 
     def test_how_many_are_encoded_together_changes_nothing(self, rows, tmp_path, monkeypatch):
         monkeypatch.setattr(encoder_attention, "TOGETHER", 2)
-        assert measure(make_subject(tmp_path)[0]) == rows
+        assert measure(make_subject(tmp_path)) == rows
 
     def test_other_processes_leave_it_to_the_first(self, tmp_path, monkeypatch):
         monkeypatch.setenv("RANK", "1")
-        subject, _ = make_subject(tmp_path)
+        subject = make_subject(tmp_path)
         assert measure(subject) == []
         assert not list(subject.folder.glob("*.png"))
 
     def test_what_the_family_does_not_tell_does_not_suit_it(self, tmp_path, monkeypatch):
         monkeypatch.delattr(Llava, "encoder_attention")
         with pytest.raises(Unsuited, match="does not tell what its encoder attends to"):
-            measure(make_subject(tmp_path)[0])
+            measure(make_subject(tmp_path))
 
     @pytest.mark.filterwarnings("ignore:__array__ implementation")  # PaliGemma's processor and NumPy's newest
     def test_every_family(self, fresh, tmp_path):
-        rows = measure(make_subject(tmp_path, fresh)[0])
+        rows = measure(make_subject(tmp_path, fresh))
         assert sum(row["read_by_visionzip"] == "yes" for row in rows) == 1
         assert Image.open(tmp_path / "out" / "encoder_attention-maps.png").width > 400
         assert ("inside of windows and are not compared" in " ".join(findings(rows))) == fresh.windowed

@@ -35,7 +35,7 @@ class TestGroups:
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    subject, _ = make_subject(tmp_path_factory.mktemp("tau"))
+    subject = make_subject(tmp_path_factory.mktemp("tau"))
     with pytest.MonkeyPatch.context() as patched:
         # Between the deviations of the three images of noise, so that images differ in what they keep.
         patched.setattr(tau, "TAUS", (0.0, 0.72, 2.0))

@@ -11,6 +11,7 @@ therefore CLS and one patch fewer, and contextual alone has no CLS: the LLM sees
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
@@ -19,6 +20,8 @@ from vlmzip.lab.analyses.subject import Row, Subject, Unsuited, scored
 from vlmzip.lab.results import Result, difference
 from vlmzip.methods import VisionZip
 from vlmzip.visualize.figure import new_figure
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +42,7 @@ def measure(subject: Subject) -> list[Row]:
         less = ", ".join(share for share in SHARES if share not in shares)
         if not shares:
             raise Unsuited(f"ablation needs budgets with both kinds of tokens, and {less} of {size} are too few")
-        subject.tell(f"ablation leaves {less} out: of {size} tokens that is too few for both kinds")
+        log.info(f"ablation leaves {less} out: of {size} tokens that is too few for both kinds")
     variants = [
         (share, merge, part, _variant(size, share, merge, part))
         for share in shares

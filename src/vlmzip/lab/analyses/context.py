@@ -16,6 +16,7 @@ questions are about.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -37,6 +38,8 @@ from vlmzip.lab.tasks.task import Sample, Task
 from vlmzip.processor import Processor
 from vlmzip.runtime.positions import llm_positions
 from vlmzip.visualize.figure import new_figure
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -65,7 +68,7 @@ def measure(subject: Subject) -> list[Row]:
     bootstrap = Bootstrap([sample.image for sample in subject.task.samples], subject.seed)
     for configuration in configurations:
         if configuration.compressor is None:
-            study.tell(f"context skips {configuration.method} at {configuration.budget}: {configuration.note}")
+            log.info(f"context skips {configuration.method} at {configuration.budget}: {configuration.note}")
             continue
         most = fitting(count_to_keep(configuration.budget, tokens), room, between)
         rows += _asked(study, subject.task, configuration, bootstrap, most)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,7 +43,6 @@ class Subject:
     batch: int
     seed: int
     processes: Processes
-    tell: Callable[[str], None] = print
 
     def study(self) -> Study:
         """Return the study that asks the questions and stores the answers in the folder."""
@@ -51,7 +50,7 @@ class Subject:
 
     @cached_property
     def _study(self) -> Study:
-        return Study(self.model, self.processor, self.name, self.folder, self.batch, self.processes, self.tell)
+        return Study(self.model, self.processor, self.name, self.folder, self.batch, self.processes)
 
     def profile(self) -> Profile:
         """Return the depth of the LLM and the grid of the task's images: the median one if their grids differ."""

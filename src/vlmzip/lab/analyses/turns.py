@@ -19,6 +19,7 @@ in the choice of tokens. Differences are paired; intervals are over images.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -47,6 +48,8 @@ from vlmzip.runtime.report import ImageReport
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Site, VisualTokens
 from vlmzip.visualize.figure import new_figure
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,7 +102,7 @@ def measure(subject: Subject) -> list[Row]:
     for configuration in configurations:
         method, budget, compressor = configuration.method, configuration.budget, configuration.compressor
         if compressor is None:
-            study.tell(f"turns skips {method} at {budget}: {configuration.note}")
+            log.info(f"turns skips {method} at {budget}: {configuration.note}")
             continue
         records = _asked(study, subject.task, compressor, both)
         if compressor.text_aware:

@@ -8,6 +8,7 @@ from os import PathLike
 from typing import Any
 
 from PIL import Image
+from transformers import GenerationConfig
 
 from vlmzip.errors import UserError, closest
 from vlmzip.runtime.images import load_image
@@ -85,8 +86,6 @@ class Generation:
 
 def read_generation(settings: Mapping[str, Any] | None) -> Generation:
     """A task's `generation_kwargs`. Greedy unless `do_sample` or, without it, a temperature above 0 says otherwise."""
-    from transformers import GenerationConfig
-
     given = {name: value for name, value in (settings or {}).items() if value is not None}
     until = given.pop("until", ())
     until = (until,) if isinstance(until, str) else tuple(until)

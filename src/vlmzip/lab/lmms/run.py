@@ -7,12 +7,12 @@ lmms-eval found, beside the costs of every request. A result file is there whole
 from __future__ import annotations
 
 import contextlib
-import json
+import logging
 import math
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.metadata import version
@@ -22,23 +22,27 @@ from typing import Any
 
 from vlmzip import spec
 from vlmzip.errors import UserError, reason
-from vlmzip.files import write_text
-from vlmzip.json_text import read_json
+from vlmzip.lab.answers import AnswerStore
+from vlmzip.lab.attacher import Attacher
 from vlmzip.lab.configurations import Configuration, Configurator, plain_json, read_calibrated
 from vlmzip.lab.lmms.requests import NO_LIKELIHOODS, AnswerFailed
 from vlmzip.lab.lmms.suites import NO_JUDGE, Benchmark, Suite, has_judge, no_such_task
 from vlmzip.lab.machine import about
+from vlmzip.lab.names import slug
 from vlmzip.lab.records import is_count, is_number, is_text
-from vlmzip.lab.study import attach_alike, file_stem, slug
 from vlmzip.lab.tasks.metrics import METRICS
 from vlmzip.lab.tasks.task import CalibrationSet, Task
+from vlmzip.processes import Processes
 from vlmzip.runtime.answering import Answerer
-from vlmzip.runtime.fingerprint import of_files, of_method, of_model, of_name, refuse_changed
+from vlmzip.runtime.fingerprint import of_files, of_model, of_name, refuse_changed
 from vlmzip.runtime.loading import Loaded
 from vlmzip.spec import Candidate
 from vlmzip.version import __version__
 
+log = logging.getLogger(__name__)
+
 FILE = "suite.json"
+RESULTS = "results"
 INSTALL = "--suite needs lmms-eval, which is large: pip install 'vlmzip[lmms]'"
 #: What a task gives for a question that its judge did not answer; it would count as a wrong answer.
 UNJUDGED = ("", "Failed Request")
@@ -70,11 +74,11 @@ class SuiteRun:
     limit: int | None
     include: str | None = None
     """A folder with tasks in lmms-eval's format, beside its own."""
-    tell: Callable[[str], None] = print
     _loaded_tasks: dict[str, object] = field(default_factory=dict)
-    _methods: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._attacher = Attacher(self.loaded.model, self.loaded.name)
+        self._store = AnswerStore(self.folder, FILE, Processes(), content=RESULTS)
         for benchmark in self.suite.benchmarks:
             kind = self._manager.task_index.get(benchmark.task, {}).get("type")
             if kind is None:
@@ -116,7 +120,7 @@ class SuiteRun:
         Budgets are set for images of the model's own size, once for all benchmarks. Raises `UserError` where the
         folder holds results of another model, or to another number of questions.
         """
-        known = self._known()
+        known = self._store.open(self._identity, "results of other conditions")
         loaded = self.loaded
         configurator = Configurator(
             loaded.model,
@@ -127,7 +131,7 @@ class SuiteRun:
         every = Task("suite", self.suite.about, METRICS["exact"], (), 0, calibration, uncalibrated)
         found = list(configurator.rows(every, methods, budgets))
         content = {"model": self.loaded.name, **self._identity, "calibrated": configurator.calibrated}
-        _write_json(self.folder / FILE, content)
+        self._store.note(content)
         return found
 
     @cached_property
@@ -141,21 +145,13 @@ class SuiteRun:
             **of_model(self.loaded.model, self.loaded.processor),
         }
 
-    def _known(self) -> dict[str, object]:
-        path = self.folder / FILE
-        if not path.exists():
-            return {}
-        known = _read_json(path)
-        refuse_changed(f"{str(self.folder)!r} holds results of other conditions", known, self._identity)
-        return known
-
     def run(self, configurations: Sequence[Configuration]) -> None:
         """Runs what has no result yet, the uncompressed model first.
 
         Raises `UserError` naming the benchmark that cannot be fetched or scored, and `AnswerFailed` where the model or
         the method breaks; in both cases results so far are kept.
         """
-        runs = {file_stem(one): one for one in configurations if one.compressor is not None}
+        runs = {one.file_stem: one for one in configurations if one.compressor is not None}
         wanted = {benchmark.task: benchmark for benchmark in self.suite.benchmarks if not self.left_out(benchmark)}
         total, number = len(runs) * len(wanted), 0
         for one in runs.values():
@@ -165,9 +161,9 @@ class SuiteRun:
                     continue
                 start = time.perf_counter()
                 found = self._evaluate(benchmark, one)
-                _write_json(self._path(task, one), found)
+                self._store.write_json(self._file(task, one), found)
                 spent = time.perf_counter() - start
-                self.tell(f"[{number}/{total}] {task}, {found['method']}: {found['questions']:,} in {spent:.0f} s")
+                log.info(f"[{number}/{total}] {task}, {found['method']}: {found['questions']:,} in {spent:.0f} s")
 
     def left_out(self, benchmark: Benchmark) -> str:
         """Why a benchmark is not run; empty where it is."""
@@ -175,38 +171,26 @@ class SuiteRun:
 
     def result(self, benchmark: Benchmark, one: Configuration) -> Found | None:
         """What was found before. Raises `UserError` for a file that is no result of this configuration."""
-        path = self._path(benchmark.task, one)
+        path = self.folder / self._file(benchmark.task, one)
         if not path.exists():
             return None
-        found = _read_json(path)
+        found = self._store.read_json(self._file(benchmark.task, one), "move it away")
         if found.get("task") != benchmark.task or found.get("compressor") != one.settings:
             raise UserError(f"{str(path)!r} is no result of {benchmark.task} with these settings; move it away")
         if wrong := wrong_result(found):
             raise UserError(f"{str(path)!r} is not a result of vlmzip: {wrong}; move it away")
-        refuse_changed(f"{str(path)!r} is a result of another {found['method']}", found, self._method(one))
+        refuse_changed(f"{str(path)!r} is a result of another {found['method']}", found, self._attacher.identity(one))
         return found
 
-    def _method(self, one: Configuration) -> dict[str, str]:
-        """What results depend on beside the settings of a configuration."""
-        key = file_stem(one)
-        if key not in self._methods:
-            assert one.compressor is not None
-            compressed = attach_alike(self.loaded.model, one.compressor, self.loaded.name)
-            try:
-                self._methods[key] = of_method(compressed)
-            finally:
-                compressed.detach()
-        return self._methods[key]
-
-    def _path(self, task: str, one: Configuration) -> Path:
-        return self.folder / "results" / slug(task) / f"{file_stem(one)}.json"
+    def _file(self, task: str, one: Configuration) -> str:
+        """Where a result stands in the folder."""
+        return f"{RESULTS}/{slug(task)}/{one.file_stem}.json"
 
     def _evaluate(self, benchmark: Benchmark, one: Configuration) -> Found:
         from vlmzip.lab.lmms.adapter import CompressedForLmms
 
-        assert one.compressor is not None
-        written, told = spec.write(one.compressor), self._method(one)
-        compressed = attach_alike(self.loaded.model, one.compressor, self.loaded.name)
+        written, told = spec.write(one.chosen), self._attacher.identity(one)
+        compressed = self._attacher.attach(one.chosen)
         try:
             model = CompressedForLmms(compressed, self.loaded.processor, self.batch)
             found, samples = self._ask(benchmark.task, model)
@@ -218,7 +202,7 @@ class SuiteRun:
         return {
             "task": benchmark.task,
             "method": written,
-            "compressor": plain_json(one.compressor.to_dict()),
+            "compressor": plain_json(one.chosen.to_dict()),
             **told,
             "results": {key: float(value) for key, value in found.items() if _is_finite(value)},
             "questions": len(samples),
@@ -251,7 +235,7 @@ class SuiteRun:
         """lmms-eval's task with its questions. Raises `UserError` for one that cannot be fetched, or is not for us."""
         if task in self._loaded_tasks:
             return self._loaded_tasks[task]
-        self.tell(f"fetching {task}")
+        log.info(f"fetching {task}")
         try:
             with _quietly():
                 found = self._manager.load_task_or_group([task], task_type="chat")[task]
@@ -335,15 +319,3 @@ def wrong_result(found: Found) -> str:
 
 def task_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix in (".yaml", ".yml", ".py"))
-
-
-def _read_json(path: Path) -> Found:
-    content = read_json(path, "move it away")
-    if not isinstance(content, dict):
-        raise UserError(f"{str(path)!r} was not written by vlmzip; move it away")
-    return content
-
-
-def _write_json(path: Path, content: Found) -> None:
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    write_text(path, text)

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from vlmzip.errors import UserError, closest
 from vlmzip.files import is_there
+from vlmzip.lab.tasks import easy_vqa, mini
+from vlmzip.lab.tasks.folder import calibration_on, folder_task
 from vlmzip.lab.tasks.metrics import METRICS
-
-if TYPE_CHECKING:
-    from vlmzip.lab.tasks.task import Task
-
-#: For help texts.
-FORMS = (
-    "mini, easy-vqa, easy-vqa:tuned (for a model fine-tuned on it), or FOLDER:METRIC, a folder with images and a"
-    f" JSONL of image, question and answers, under {', '.join(METRICS)}"
-)
+from vlmzip.lab.tasks.task import Task
 
 
 def read_tasks(text: str, limit: int | None, calibrate_on: str | None) -> list[Task]:
@@ -37,9 +30,6 @@ def read_one_task(text: str, limit: int | None, calibrate_on: str | None) -> Tas
 
 def read_task(text: str, limit: int | None, calibrate_on: str | None) -> Task:
     """Return a task by name. Raises `UserError` for an unknown task or one that cannot be read."""
-    from vlmzip.lab.tasks import easy_vqa, mini  # slow imports, which help texts do not need
-    from vlmzip.lab.tasks.folder import folder_task
-
     name, _, suffix = text.rpartition(":") if ":" in text else (text, "", "")
     if name == mini.NAME and not suffix:
         return _calibrated_on(mini.mini_task(limit), calibrate_on)
@@ -62,6 +52,4 @@ def read_task(text: str, limit: int | None, calibrate_on: str | None) -> Task:
 
 def _calibrated_on(task: Task, folder: str | None) -> Task:
     """Return the task with a folder's images for calibration, if there is a folder, instead of its own ones."""
-    from vlmzip.lab.tasks.folder import calibration_on
-
     return task if folder is None else replace(task, calibration=calibration_on(folder, []))

@@ -8,6 +8,7 @@ chosen, and that measurement decides. Nothing here knows models or files: `ask` 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +19,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from vlmzip.lab.stats import DRAWS, Bootstrap, Estimate, estimate
+
+log = logging.getLogger(__name__)
 
 #: The number of the uncompressed model; candidates are numbered from 1.
 PLAIN = 0
@@ -150,7 +153,6 @@ class Tuning:
     draws: int = DRAWS
     margin: float = 0.0
     """By which share a cost known beforehand may be wrong: more above `target.most` than that is not even asked."""
-    tell: Callable[[str], None] = lambda _: None
 
     def __post_init__(self) -> None:
         shared = set(self.images["choose"]) & set(self.images["confirm"])
@@ -219,7 +221,7 @@ class Tuning:
             row.round = self.counts.index(count) + 1
         self._judge([row for row in asked if row.out is None], count)
         gone = sum(row.out is not None for row in asked)
-        self.tell(f"{count:,} questions to {len(asked):,} candidates: {gone:,} dropped")
+        log.info(f"{count:,} questions to {len(asked):,} candidates: {gone:,} dropped")
 
     def _take(self, row: CandidateRow, answered: Answers | None) -> None:
         if answered is None:
@@ -317,7 +319,7 @@ class Tuning:
         plain, score = map(float, scores.mean(0))
         loss = estimate(drawn[:, 0] - drawn[:, 1])
         row.held = Confirmation(score, plain, loss, highest, found[row.number].cost, len(self.tries))
-        self.tell(f"confirming, try {len(self.tries)}: {len(images):,} questions")
+        log.info(f"confirming, try {len(self.tries)}: {len(images):,} questions")
         return row.held
 
     def _unsure(self) -> Verdict:

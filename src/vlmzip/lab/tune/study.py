@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -26,6 +27,8 @@ from vlmzip.lab.tasks.task import Sample, Task
 from vlmzip.lab.tune.search import PLAIN, Answers, Part
 from vlmzip.runtime.fingerprint import of_method_code, of_name
 from vlmzip.runtime.flops import prefill_flops
+
+log = logging.getLogger(__name__)
 
 #: tokens: visual tokens per image, the mean over all layers of the LLM; flops: prefill FLOPs of the LLM, as a share
 #: of the uncompressed model's; ms: milliseconds of that prefill, one question at a time.
@@ -130,7 +133,7 @@ class TunedStudy:
 
 
 def prefill_milliseconds(
-    study: Study, task: Task, configurations: Sequence[Configuration], telling: Callable[[str], Any]
+    study: Study, task: Task, configurations: Sequence[Configuration]
 ) -> tuple[dict[int, float], dict[int, str]]:
     """Milliseconds of the LLM's prefill for each configuration, one question at a time, and why there are none.
 
@@ -159,14 +162,14 @@ def prefill_milliseconds(
 
     failures: dict[int, str] = {}
     for number, one in enumerate(configurations):  # the warm-up, and who can run at all
-        telling(f"warming up: {spec.write(one.compressor) if one.compressor else one.method}")
+        log.info(f"warming up: {spec.write(one.compressor) if one.compressor else one.method}")
         try:
             run(one)
         except Exception as error:
             if one.is_plain:
                 raise
             failures[number] = reason(error)
-    telling("timing the prefill")
+    log.info("timing the prefill")
     running = {str(n): partial(run, one) for n, one in enumerate(configurations) if n not in failures}
     found = {int(n): statistics.median(times) for n, times in in_turns(running, REPEATS, warmup=0).items()}
     text = json.dumps({"conditions": conditions, "ms": found, "failures": failures}, indent=1) + "\n"

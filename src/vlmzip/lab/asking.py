@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from vlmzip.cli.images import load_image
-from vlmzip.cli.loading import note
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, collecting_warnings
-from vlmzip.files import is_file
 from vlmzip.lab.bench.timing import now
 from vlmzip.runtime.attach import attach
 from vlmzip.runtime.detail import WORRYING
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.flops import kv_cache_bytes, prefill_flops
+from vlmzip.runtime.images import load_image
 from vlmzip.runtime.loading import Loaded
 from vlmzip.runtime.prompts import chat_prompt, special_tokens, unknown_words
 from vlmzip.runtime.report import Report
 from vlmzip.runtime.saving import saved_weights
 from vlmzip.visualize.overlay import draw_tokens, stack
 from vlmzip.visualize.views import seen_views
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def build_inputs(loaded: Loaded, paths: list[str], question: str) -> dict[str, o
     if "<image>" in question or getattr(loaded.processor, "image_token", "<image>") in question:
         raise UserError("the question must not contain <image>: images are placed before it")
     if words := unknown_words(loaded.processor, question):
-        note(f"{loaded.name} does not know {', '.join(map(repr, dict.fromkeys(words)))}")
+        log.warning(f"{loaded.name} does not know {', '.join(map(repr, dict.fromkeys(words)))}")
     prompt = chat_prompt(loaded.adapter, loaded.processor, question, len(images))
     special = special_tokens(loaded.processor.tokenizer, prompt)
     inputs = loaded.processor(images=images or None, text=prompt, return_tensors="pt", **special)
@@ -62,7 +62,7 @@ def attach_and_note(loaded: Loaded, compressor: Compressor) -> CompressedModel:
     """`attach`, with its warnings as one note each."""
     compressed, notes = attach_with_notes(loaded, compressor)
     for text in notes:
-        note(text)
+        log.warning(text)
     return compressed
 
 
@@ -107,7 +107,7 @@ def warn_about_detail(report: Report, paths: list[str]) -> None:
     for image, path in zip(report.images, paths, strict=True):
         if (image.detail_lost or 0) > WORRYING:
             count = image.by_layer[-1]
-            note(
+            log.warning(
                 f"{count} token{'s leave' if count > 1 else ' leaves'} out {image.detail_lost:.0%} of the detail in"
                 f" {path}; dense text and small print need more (--keep 50%)"
             )
@@ -129,17 +129,3 @@ def seen_images(loaded: Loaded, inputs: dict[str, object], paths: list[str], rep
     """The views of the images as their grids cover them."""
     images = [load_image(path) for path in paths]
     return seen_views(loaded.adapter, loaded.processor.image_processor, inputs, report.images, images)
-
-
-def split_images_and_question(words: list[str], command: str) -> tuple[list[str], str]:
-    """`IMAGE… QUESTION`: the last word is the question. Raises `UserError` where it looks like a forgotten one."""
-    *paths, question = words
-    if not paths:
-        if Path(question).suffix.lower() in Image.registered_extensions():
-            raise UserError(f'there is an image but no question; try: vlmzip {command} {question} "What is there?"')
-        raise UserError(f'give at least one image before the question: vlmzip {command} image.png "What is there?"')
-    if is_file(question) or Path(question).suffix.lower() in Image.registered_extensions():
-        raise UserError(f"the last word is the question, but {question!r} is an image: add a question behind it")
-    if not question.strip():
-        raise UserError("the question is empty")
-    return paths, question

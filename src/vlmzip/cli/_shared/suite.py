@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from vlmzip.cli._shared.loading import load
 from vlmzip.errors import UserError
 from vlmzip.files import is_folder
-from vlmzip.lab.lmms.suites import FORMS, Suite, read_suite
+from vlmzip.lab.configurations import read_rows
+from vlmzip.lab.lmms.requests import AnswerFailed
+from vlmzip.lab.lmms.run import SuiteRun, import_lmms_eval
+from vlmzip.lab.lmms.scores import Column, columns, lines, measured, write_table
+from vlmzip.lab.lmms.suites import Suite, read_suite
+from vlmzip.lab.names import slug
+from vlmzip.lab.papers import against, show
+from vlmzip.lab.table import print_table
+from vlmzip.lab.tasks.folder import UNCALIBRATED, calibration_on
 
-if TYPE_CHECKING:
-    from vlmzip.lab.lmms.scores import Column
+log = logging.getLogger(__name__)
 
 #: Options of `eval` that are about its own tasks, and what they are where nobody gives them.
 OTHERS = {"tasks": None, "report": False, "max_new_tokens": None, "examples": 4, "seed": 0}
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    group = parser.add_argument_group("benchmarks of the field, by way of lmms-eval (pip install 'vlmzip[lmms]')")
-    group.add_argument("--suite", metavar="SUITE", help=f"in place of --tasks: {FORMS}")
-    group.add_argument("--include-path", metavar="FOLDER", help="tasks of your own in lmms-eval's format, for --suite")
 
 
 def check(args: Namespace) -> None:
@@ -45,24 +47,18 @@ def check(args: Namespace) -> None:
 
 def run(args: Namespace) -> None:
     suite = read_suite(args.suite)
-    from vlmzip.cli.loading import load, tell
-    from vlmzip.lab.configurations import read_rows
-    from vlmzip.lab.lmms.requests import AnswerFailed
-    from vlmzip.lab.lmms.run import SuiteRun, import_lmms_eval
-    from vlmzip.lab.lmms.scores import columns, write_table
-    from vlmzip.lab.tasks.folder import UNCALIBRATED, calibration_on
 
     methods, budgets = read_rows(args.methods, args.keep)
     calibration = calibration_on(args.calibrate_on, []) if args.calibrate_on else None
     import_lmms_eval()
     folder = args.out or Path("runs", "lmms", Path(args.model).name)
     loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)
-    study = SuiteRun(loaded, suite, folder, args.batch, args.limit, args.include_path, tell)
+    study = SuiteRun(loaded, suite, folder, args.batch, args.limit, args.include_path)
     configurations = study.configure(methods, budgets, calibration, UNCALIBRATED)
     try:
         study.run(configurations)
     except AnswerFailed as error:
-        tell(f"vlmzip: {error}; what is finished is kept in {folder}")
+        log.info(f"vlmzip: {error}; what is finished is kept in {folder}")
         sys.exit(1)
     found = columns(suite, configurations, study.result, study.left_out)
     try:
@@ -73,15 +69,10 @@ def run(args: Namespace) -> None:
 
 def suite_file(suite: Suite) -> str:
     """The name of a suite's table, without its ending."""
-    from vlmzip.lab.study import slug
-
     return slug(suite.name)
 
 
 def _print(suite: Suite, found: list[Column], folder: Path, args: Namespace) -> None:
-    from vlmzip.lab.lmms.scores import lines, measured
-    from vlmzip.lab.papers import against, show
-
     mine = [one for column in found for one in measured(suite, column, args.model)]
     beside = against(args.against, mine) if args.against else []
     if args.json:
@@ -100,8 +91,6 @@ def _print(suite: Suite, found: list[Column], folder: Path, args: Namespace) -> 
 
 
 def _print_column(suite: Suite, column: Column) -> None:
-    from vlmzip.cli.tables import print_table
-
     one = column.configuration
     print(f"\n{one.method} at {one.budget}" + (f": {one.note}" if one.note else ""))
     if not column.rows:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 
 from rich.status import Status
 from rich.text import Text
 
-from vlmzip.cli.loading import console, tell
+from vlmzip.cli._shared.console import console
 from vlmzip.lab.bench.bench import BenchStep
+
+log = logging.getLogger(__name__)
 
 #: Seconds after which a line is due in the middle of a round, and those that lie between two lines at least.
 DUE, SOON = 20.0, 5.0
@@ -32,35 +35,35 @@ class Progress:
     def __call__(self, step: BenchStep) -> None:
         """Before each run."""
         if step.round is None:
-            self.tell(f"counting tokens and FLOPs: {step.name}", DUE)
+            self.say(f"counting tokens and FLOPs: {step.name}", DUE)
             return
         fresh = step.round == len(self.begun)
         if fresh:
             self.begun.append(self.clock())
         now = f"round {step.round} of {step.rounds}" if step.round else "the round to warm up"
         if not step.round:
-            self.tell(f"{now}: {step.name}", DUE)
+            self.say(f"{now}: {step.name}", DUE)
             return
         left = self._left(step)
         if fresh and step.round == 1:
             rounds = f"{step.rounds} rounds" if step.rounds > 1 else "one round"
             self.spoken = self.clock()
-            tell(f"warmed up; {rounds} and the memory will take about {left}")
-        self.tell(f"{now}, about {left} left: {step.name}", SOON if fresh else DUE)
+            log.info(f"warmed up; {rounds} and the memory will take about {left}")
+        self.say(f"{now}, about {left} left: {step.name}", SOON if fresh else DUE)
 
     def memory(self) -> None:
         """Before the memory is measured."""
         took = self._round() * MEMORY_ROUNDS + self.starting
-        self.tell(f"measuring the memory, about {in_words(took)} left", 0)
+        self.say(f"measuring the memory, about {in_words(took)} left", 0)
 
-    def tell(self, text: str, due: float) -> None:
+    def say(self, text: str, due: float) -> None:
         """On the spinner, or as a line when the last one is `due` seconds old."""
         if console.is_terminal and not console.is_dumb_terminal:
             if self.status is not None:
                 self.status.update(Text(text, no_wrap=True, overflow="ellipsis"))
         elif self.clock() - self.spoken >= due:
             self.spoken = self.clock()
-            tell(text)
+            log.info(text)
 
     def _round(self) -> float:
         """Seconds of a round; the one to warm up is slower, and counts only while there is no other."""

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import median
 
-from vlmzip.cli.asking import TimedAnswer, answer, attach_and_note, attach_with_notes
-from vlmzip.cli.loading import progress
 from vlmzip.compressor import BudgetError, Compressor, Profile, missed
 from vlmzip.errors import UserError, reason, telling_beyond_positions
 from vlmzip.keep import Keep
+from vlmzip.lab.asking import TimedAnswer, answer, attach_and_note, attach_with_notes
 from vlmzip.methods import NoCompression
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.loading import Loaded
 from vlmzip.spec import Candidate
 
 PLAIN = NoCompression.name()
+
+
+#: Shows what is being done as long as it is: a spinner, for instance.
+Working = Callable[[str], AbstractContextManager[object]]
 
 
 @dataclass
@@ -33,6 +37,7 @@ class MethodRow:
     broke: bool = False
     """Whether the method failed with something other than a reason for the user."""
     spent: list[dict[str, float]] = field(default_factory=list)
+    working: Working = nullcontext
 
     @property
     def milliseconds(self) -> dict[str, float]:
@@ -41,7 +46,7 @@ class MethodRow:
 
     def run(self, loaded: Loaded, inputs: dict[str, object], max_new_tokens: int) -> TimedAnswer:
         assert self.compressed is not None
-        with progress(self.method), telling_beyond_positions(self._add_note):
+        with self.working(self.method), telling_beyond_positions(self._add_note):
             return answer(loaded, self.compressed, inputs, max_new_tokens)
 
     def _add_note(self, text: str) -> None:
@@ -60,15 +65,22 @@ def compare(
     *,
     repeats: int,
     max_new_tokens: int,
+    working: Working = nullcontext,
 ) -> list[MethodRow]:
     """A row for each method, the plain model's first; without `keep` they run as they are written.
 
     The runs of all methods are interleaved, so that none has the machine to itself while another shares it.
     """
-    plain = MethodRow(PLAIN, compressed=attach_and_note(loaded, NoCompression()))
+    plain = MethodRow(PLAIN, compressed=attach_and_note(loaded, NoCompression()), working=working)
     plain.first = plain.run(loaded, inputs, max_new_tokens)  # without it there is nothing to compare: errors are told
     profile = image_profile(loaded, plain.first)
-    rows = [plain, *(_first_run(loaded, inputs, one, keep, profile, max_new_tokens) for one in methods)]
+    rows = [
+        plain,
+        *(
+            _first_run(loaded, inputs, MethodRow(one.name, working=working), one, keep, profile, max_new_tokens)
+            for one in methods
+        ),
+    ]
     for _ in range(repeats):
         for row in rows:
             if row.compressed is not None:
@@ -111,10 +123,15 @@ def configure(candidate: Candidate, keep: Keep | None, profile: Profile) -> tupl
 
 
 def _first_run(
-    loaded: Loaded, inputs: dict[str, object], one: Candidate, keep: Keep | None, profile: Profile, max_new_tokens: int
+    loaded: Loaded,
+    inputs: dict[str, object],
+    row: MethodRow,
+    one: Candidate,
+    keep: Keep | None,
+    profile: Profile,
+    max_new_tokens: int,
 ) -> MethodRow:
     """Sets a method up and runs it once: the answer, and the warm-up of the timing."""
-    row = MethodRow(one.name)
     try:
         compressor, note = configure(one, keep, profile)
         row.compressed, notes = attach_with_notes(loaded, compressor)

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vlmzip import spec
-from vlmzip.cli.loading import note
-from vlmzip.cli.tables import print_table
 from vlmzip.compressor import Compressor
 from vlmzip.compressor_file import FILE, write_compressor
 from vlmzip.errors import UserError
 from vlmzip.files import write_csv
 from vlmzip.lab.configurations import Configuration
-from vlmzip.lab.report import NOTHING
+from vlmzip.lab.curves import save_figure
 from vlmzip.lab.stats import Estimate
+from vlmzip.lab.table import ABSENT, NOTHING, Column, Table
+from vlmzip.lab.tune.curve import draw
 from vlmzip.lab.tune.search import LEAST_IMAGES, PLAIN, CandidateRow, Rejection, Tuning, Verdict
 from vlmzip.lab.tune.study import Cost, TunedStudy
+from vlmzip.visualize.figure import import_matplotlib
 
+log = logging.getLogger(__name__)
+
+#: The heading of each cost, and how it looks.
+COST_TEXTS = {"tokens": ("tokens", "{:.1f}"), "flops": ("FLOPs", "{:.1%}"), "ms": ("ms", "{:.1f}")}
+#: The heading of what became of a candidate: none that is seen.
+FATE = " "
 UNITS: dict[Cost, str] = {"tokens": "visual tokens", "flops": "of the prefill FLOPs", "ms": "ms prefill"}
 
 FATES = {
@@ -125,14 +134,11 @@ def show(found: SearchOutcome, args: Namespace) -> None:
 
 
 def _draw(found: SearchOutcome, folder: Path) -> None:
-    from vlmzip.lab.curves import save_figure
-    from vlmzip.lab.tune.curve import draw
-    from vlmzip.visualize.figure import import_matplotlib
 
     try:
         import_matplotlib()
     except UserError as error:
-        note(f"there is no curve: {error}")
+        log.warning(f"there is no curve: {error}")
         return
     names = {number: found.method(row) for number, row in found.tuning.rows.items()}
     title = f"{found.asked.study.name} on {found.asked.task.name}, {len(found.asked.task.samples):,} questions"
@@ -204,9 +210,8 @@ def _lossy(found: SearchOutcome, row: CandidateRow, wished: str) -> str:
 def _print(found: SearchOutcome, folder: Path, args: Namespace) -> None:
     task = found.asked.task
     print(f"{task.name}: {task.about}; {task.metric.about}; {len(task.samples):,} questions\n")
-    costs = ["tokens", "FLOPs", *(["ms"] if found.asked.cost == "ms" else [])]
-    if rows := [_cells(found, row) for row in found.rows if not found.too_dear(row)]:
-        print_table(["candidate", *costs, "asked", "score %", "loss", ""], rows)
+    if asked := [row for row in found.rows if not found.too_dear(row)]:
+        table(found, asked).print()
     for name, why in found.broken.items():
         print(f"\n{name} {why}")
     if told := _left_out(found):
@@ -237,18 +242,6 @@ def _left_out(found: SearchOutcome) -> list[str]:
 def _by_method(methods: Sequence[str]) -> str:
     """How often each method is named: `3 of visionzip, 1 of dfmr`."""
     return ", ".join(f"{count:,} of {method}" for method, count in Counter(methods).items())
-
-
-def _cells(found: SearchOutcome, row: CandidateRow) -> list[str]:
-    costs = found.costs(row)
-    shown = [_shown(costs.get("tokens"), "{:.1f}"), _shown(costs.get("flops"), "{:.1%}")]
-    shown += [_shown(costs.get("ms"), "{:.1f}")] if found.asked.cost == "ms" else []
-    score = f"{100 * row.score:.1f}" if row.asked else NOTHING
-    return [found.name(row), *shown, f"{row.asked:,}", score, _estimate(row.loss), found.fate(row)]
-
-
-def _shown(value: float | None, how: str) -> str:
-    return NOTHING if value is None else how.format(value)
 
 
 def _cost(value: float | None, cost: Cost) -> str:
@@ -286,34 +279,71 @@ def as_json(found: SearchOutcome, args: Namespace) -> dict[str, object]:
         "loss": target.loss,
         "verdict": found.verdict.kind,
         "said": sentences(found),
-        "chosen": _candidate(found, found.chosen) if found.chosen else None,
+        "chosen": table(found, [found.chosen]).as_json()[0] if found.chosen else None,
         "compressor": str(folder / FILE) if found.chosen else None,
         "tries": len(found.tuning.tries),
         "answers": found.tuning.answers,
         "grid": found.grid,
         "questions": {part: len(images) for part, images in found.tuning.images.items()},
-        "candidates": [_candidate(found, row) for row in found.rows],
+        "candidates": table(found, found.rows).as_json(),
         "broken": found.broken,
         "impossible": [{"method": one.method, "budget": one.budget, "note": one.note} for one in found.impossible],
     }
 
 
-def _candidate(found: SearchOutcome, row: CandidateRow) -> dict[str, object]:
-    one = found.asked.configurations[row.number]
-    out: dict[str, object] = {"method": one.method, "budget": one.budget, "compressor": found.name(row)}
-    out |= {**found.costs(row), "asked": row.asked, "rounds": row.round, "fate": found.fate(row)}
-    out["detail"] = found.detail(row) or None
-    if row.loss:
-        out |= {"score": row.score, "lost": vars(row.loss)}
-    if row.held:
-        held = row.held._asdict() | {"loss": vars(row.held.loss)}
-        out["confirmed"] = held | {"bound": None if math.isinf(row.held.bound) else row.held.bound}
-    return out
+def table(found: SearchOutcome, rows: Sequence[CandidateRow]) -> Table[CandidateRow]:
+    """Return candidates as rows. CSV has scores in percent, JSON from 0 to 1."""
+    configurations, costs = found.asked.configurations, ["tokens", "flops", *["ms"] * (found.asked.cost == "ms")]
+    columns: list[Column[CandidateRow]] = [
+        Column(lambda row: configurations[row.number].method, key="method", csv=("method",)),
+        Column(lambda row: configurations[row.number].budget, key="budget", csv=("budget",)),
+        Column(found.name, "candidate", key="compressor", csv=("compressor",)),
+        *(_cost_column(found, name) for name in COST_TEXTS),
+        Column(lambda row: row.asked, "asked", "{:,}".format, "asked", ("asked",)),
+        Column(lambda row: row.round, key="rounds", csv=("rounds",)),
+        Column(
+            lambda row: row.score if row.asked else ABSENT, "score %", lambda score: f"{100 * score:.1f}",
+            "score", ("score",), _percent,
+        ),
+        Column(
+            lambda row: row.loss or ABSENT, "loss", _estimate,
+            "lost", ("loss", "loss_low", "loss_high"), _percents,
+        ),
+        Column(_confirmed, key="confirmed"),
+        Column(
+            lambda row: row.held or ABSENT,
+            csv=("confirmed_loss", "confirmed_low", "confirmed_high", "confirmed_bound"),
+            cells=lambda held: (*_percents(held.loss), _percent(held.bound)),
+        ),
+        Column(found.fate, FATE, key="fate", csv=("fate",)),
+        Column(lambda row: found.detail(row) or None, key="detail", csv=("detail",)),
+        *(_condition_column(found, name) for name in found.asked.study.conditions),
+    ]  # fmt: skip
+    return Table(
+        columns, rows, ["candidate", *(COST_TEXTS[name][0] for name in costs), "asked", "score %", "loss", FATE]
+    )
+
+
+def _cost_column(found: SearchOutcome, name: str) -> Column[CandidateRow]:
+    heading, text = COST_TEXTS[name]
+    return Column(lambda row: found.costs(row).get(name, ABSENT), heading, text.format, name, (name,), "{:.4f}".format)
+
+
+def _condition_column(found: SearchOutcome, name: str) -> Column[CandidateRow]:
+    return Column(lambda row: found.asked.study.conditions[name] if row is found.chosen else ABSENT, csv=(name,))
+
+
+def _confirmed(row: CandidateRow) -> Any:
+    """What the confirming half said; a bound that nobody knows is null."""
+    if row.held is None:
+        return ABSENT
+    bound = None if math.isinf(row.held.bound) else row.held.bound
+    return row.held._asdict() | {"loss": vars(row.held.loss), "bound": bound}
 
 
 def _csv(found: SearchOutcome) -> list[dict[str, object]]:
-    """A line for the uncompressed model and each candidate, scores in percent; then what cannot be, and why."""
-    rows = [_plain_line(found), *(_line(found, row) for row in found.rows)]
+    """A line for the uncompressed model and each candidate; then what broke, and what cannot be, and why."""
+    rows = [_plain_line(found), *table(found, found.rows).as_csv()]
     rows += [_broken_line(found, number) for number in found.asked.failures if number not in found.tuning.rows]
     rows += [{"method": one.method, "budget": one.budget, "detail": one.note} for one in found.impossible]
     columns = dict.fromkeys(name for row in rows for name in row)
@@ -335,22 +365,8 @@ def _broken_line(found: SearchOutcome, number: int) -> dict[str, object]:
     return {"method": one.method, "budget": one.budget, "compressor": name, "fate": FATES["broke"], "detail": why}
 
 
-def _line(found: SearchOutcome, row: CandidateRow) -> dict[str, object]:
-    one = found.asked.configurations[row.number]
-    line: dict[str, object] = {"method": one.method, "budget": one.budget, "compressor": found.name(row)}
-    line |= {name: f"{value:.4f}" for name, value in found.costs(row).items()}
-    line |= {"asked": row.asked, "rounds": row.round, "score": _percent(row.score) if row.asked else ""}
-    if row.loss:
-        line |= {"loss": _percent(row.loss.value), "loss_low": _percent(row.loss.low)}
-        line |= {"loss_high": _percent(row.loss.high)}
-    if row.held:
-        line |= {"confirmed_loss": _percent(row.held.loss.value), "confirmed_low": _percent(row.held.loss.low)}
-        line |= {"confirmed_high": _percent(row.held.loss.high), "confirmed_bound": _percent(row.held.bound)}
-    return line | {
-        "fate": found.fate(row),
-        "detail": found.detail(row),
-        **(found.asked.study.conditions if row is found.chosen else {}),
-    }
+def _percents(estimate: Estimate) -> tuple[str, ...]:
+    return tuple(map(_percent, (estimate.value, estimate.low, estimate.high)))
 
 
 def _percent(share: float) -> str:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from PIL import Image
 
-from vlmzip.cli.asking import TimedAnswer
-from vlmzip.cli.comparing import PLAIN, MethodRow
-from vlmzip.cli.tables import show_bytes, show_flops
 from vlmzip.keep import Keep, parse_keep
-from vlmzip.runtime.report import Report, compact
+from vlmzip.lab.asking import TimedAnswer
+from vlmzip.lab.compare.compare import PLAIN, MethodRow
+from vlmzip.lab.table import ABSENT, Column, Table, show_bytes, show_flops
+from vlmzip.runtime.report import ImageReport, Report, compact
 from vlmzip.version import __version__
 from vlmzip.visualize.page import Card, render
 from vlmzip.visualize.sheet import Panel, contact_sheet
@@ -22,13 +23,8 @@ from vlmzip.visualize.views import fates_of_views, plain_views
 #: The views of every image of a report, as the encoder saw them.
 Seen = Callable[[Report], list[list[Image.Image]]]
 
-NOTHING = "—"
 DIFFERS = "≠ "
 PARTS = ("vision encoder", "selection", "LLM")
-COLUMNS = (
-    "method", "answer", "visual tokens", "retention", "CR", "prefill FLOPs", "KV cache",
-    "encoder ms", "selection ms", "LLM ms",
-)  # fmt: skip
 #: How many of the columns tell what came out; the others tell what it cost.
 OUTCOME = 5
 
@@ -71,22 +67,31 @@ class Comparison:
         """The rows with a footnote, in the order of its number."""
         return [row for row in self.rows if row.note]
 
-    def cells(self, row: MethodRow) -> list[str]:
-        """The row in words, one for each of `COLUMNS`."""
-        name = row.method + (f" ({self.noted.index(row) + 1})" if row.note else "")
-        if row.first is None:
-            return [name, *[NOTHING] * (len(COLUMNS) - 1)]
-        report, account = row.first.report, row.first.account
-        return [
-            name,
-            self.answer(row),
-            compact(report.by_layer),
-            f"{report.retention:.1%}",
-            f"{1 / report.retention:.1f}x",
-            show_flops(account.prefill_flops),
-            show_bytes(account.kv_cache_bytes),
-            *(f"{row.milliseconds[part]:.1f}" for part in PARTS),
+    @cached_property
+    def table(self) -> Table[MethodRow]:
+        """A row for each method; one that did not run has its name and a note."""
+        columns: list[Column[MethodRow]] = [
+            Column(lambda row: row.method, key="method"),
+            Column(self._numbered, "method"),
+            Column(lambda row: row.note or None, key="note"),
+            Column(lambda row: row.first.text if row.first else None, key="answer"),
+            _ran(lambda row, first: self.answer(row), "answer"),
+            _ran(lambda row, first: row.differs, key="differs"),
+            _ran(lambda row, first: first.report.compressor.to_dict(), key="compressor"),
+            _ran(lambda row, first: first.report.by_layer, "visual tokens", compact, "visual_tokens_by_layer"),
+            _ran(lambda row, first: list(map(_counted, first.report.images)), key="images"),
+            _ran(lambda row, first: first.report.retention, "retention", "{:.1%}".format, "retention"),
+            _ran(lambda row, first: 1 / first.report.retention, "CR", "{:.1f}x".format, "compression_ratio"),
+            _ran(lambda row, first: first.account.prefill_flops, "prefill FLOPs", show_flops, "prefill_flops"),
+            _ran(lambda row, first: first.account.kv_cache_bytes, "KV cache", show_bytes, "kv_cache_bytes"),
+            *(_ran(_milliseconds(part), f"{part.removeprefix('vision ')} ms", "{:.1f}".format) for part in PARTS),
+            _ran(lambda row, first: row.milliseconds, key="milliseconds"),
         ]
+        return Table(columns, self.rows)
+
+    def _numbered(self, row: MethodRow) -> str:
+        """The method's name, with the number of its footnote."""
+        return row.method + (f" ({self.noted.index(row) + 1})" if row.note else "")
 
     def answer(self, row: MethodRow) -> str:
         assert row.first is not None
@@ -126,7 +131,7 @@ def as_json(found: Comparison) -> dict[str, object]:
             {"path": path, "visual_tokens": image.before}
             for path, image in zip(found.paths, found.plain.report.images, strict=True)
         ],
-        "rows": [_row_as_json(row) for row in found.rows],
+        "rows": found.table.as_json(),
         "timing": {
             "repeats": found.repeats,
             "statistic": "median",
@@ -137,23 +142,19 @@ def as_json(found: Comparison) -> dict[str, object]:
     }
 
 
-def _row_as_json(row: MethodRow) -> dict[str, object]:
-    out: dict[str, object] = {"method": row.method, "note": row.note or None, "answer": None}
-    if row.first is None or row.compressed is None:
-        return out
-    report, account = row.first.report, row.first.account
-    return out | {
-        "answer": row.first.text,
-        "differs": row.differs,
-        "compressor": row.compressed.compressor.to_dict(),
-        "visual_tokens_by_layer": report.by_layer,
-        "images": [{"before": p.before, "after": p.after, "by_layer": list(p.by_layer)} for p in report.images],
-        "retention": report.retention,
-        "compression_ratio": 1 / report.retention,
-        "prefill_flops": account.prefill_flops,
-        "kv_cache_bytes": account.kv_cache_bytes,
-        "milliseconds": row.milliseconds,
-    }
+def _ran(
+    value: Callable[[MethodRow, TimedAnswer], Any], heading: str = "", text: Callable[[Any], str] = str, key: str = ""
+) -> Column[MethodRow]:
+    """Return a column that only methods which ran have."""
+    return Column(lambda row: value(row, row.first) if row.first else ABSENT, heading, text, key)
+
+
+def _milliseconds(part: str) -> Callable[[MethodRow, TimedAnswer], float]:
+    return lambda row, _: row.milliseconds[part]
+
+
+def _counted(image: ImageReport) -> dict[str, object]:
+    return {"before": image.before, "after": image.after, "by_layer": list(image.by_layer)}
 
 
 def sheet(found: Comparison, seen: Seen) -> Image.Image:
@@ -181,8 +182,8 @@ def page(found: Comparison, seen: Seen) -> str:
             caption = _counts(1 / report.retention, report.by_layer)
             cards.append(Card(row.method, found.answer(row), caption, row.differs, _images(row, row.first, seen)))
     facts = [found.budget, ", ".join(map(printable, found.paths)), f"vlmzip {__version__}"]
-    rows = [(found.cells(row), row.differs) for row in found.rows]
-    return render(found.title, facts, cards, COLUMNS, rows, found.notes)
+    rows = [(found.table.texts(row), row.differs) for row in found.rows]
+    return render(found.title, facts, cards, found.table.headings, rows, found.notes)
 
 
 def printable(text: str) -> str:

@@ -13,11 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from vlmzip import spec
-from vlmzip.cli.console import Console
-from vlmzip.cli.tables import show_bytes
 from vlmzip.lab.bench.bench import SCOPES, Compared, Contender, Scope, compare
 from vlmzip.lab.bench.presets import Preset
 from vlmzip.lab.bench.timing import Quartiles
+from vlmzip.lab.table import Console, show_bytes
 from vlmzip.runtime.report import compact
 
 WORDS: dict[Scope, str] = {"prefill": "LLM prefill", "ttft": "TTFT"}

@@ -1,0 +1,28 @@
+"""Options of `vlmzip calibrate`."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlmzip.cli._options.common import add_model
+from vlmzip.cli._options.method import add_method
+
+if TYPE_CHECKING:
+    pass
+
+EXAMPLES = """  vlmzip calibrate photos --keep 50%
+  vlmzip calibrate photos --keep 160 --model llava-hf/llava-1.5-7b-hf --histogram deviations.png
+  vlmzip calibrate a.png b.png c.png --method adaptive_visionzip --keep 25% --json"""
+
+
+def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
+    parser.usage = f"{parser.prog} FOLDER|IMAGE… --keep KEEP [options]"
+    parser.add_argument(
+        "images", nargs="+", metavar="FOLDER|IMAGE", help="images, and folders of them (without their subfolders)"
+    )
+    add_model(parser)
+    add_method(parser, arguments, default="dfmr")
+    parser.add_argument("--histogram", type=Path, metavar="FILE", help="draw how the images' deviations lie (PNG)")
+    parser.add_argument("--json", action="store_true", help="print JSON")

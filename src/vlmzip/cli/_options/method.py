@@ -1,0 +1,54 @@
+"""`--method`, and an option for each field of the method that it names."""
+
+from __future__ import annotations
+
+from argparse import SUPPRESS, ArgumentParser
+from pathlib import Path
+
+from vlmzip import catalogue, spec
+from vlmzip.compressor_file import FILE
+from vlmzip.errors import UserError
+from vlmzip.files import is_file
+from vlmzip.outline import METHOD_FORMS
+
+DEFAULT_METHOD = "visionzip"
+#: Options of commands that draw or ask; a method's fields cannot have these names.
+OWN_OPTIONS = {
+    "model", "device", "dtype", "allow_pickle", "method", "baseline", "overlay", "max_new_tokens", "json", "out",
+    "histogram", "help"
+}  # fmt: skip
+
+
+def add_method(parser: ArgumentParser, arguments: list[str], default: str = DEFAULT_METHOD) -> None:
+    """`--method`, `--keep`, and every field of the method that `arguments` choose, if it is given by name alone.
+
+    Left out, it is the compressor saved with the model, if there is one.
+    """
+    parser.add_argument(
+        "--method",
+        help=f"{METHOD_FORMS}; default: what is saved with the model, else {default}",
+    )
+    parser.add_argument("--keep", help="visual tokens to keep per image: 64, 0.25 or 25%%")
+    first = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    first.add_argument("--method", nargs="?")
+    first.add_argument("--model", nargs="?")
+    given = first.parse_known_args(arguments)[0]
+    saved = default == DEFAULT_METHOD and bool(given.model) and is_file(Path(given.model, FILE))
+    default = given.model if saved else default
+    chosen = given.method or default
+    parser.set_defaults(method=default)
+    if not spec.is_name(chosen):
+        return
+    cls = catalogue.find(chosen)
+    fields = parser.add_argument_group(f"fields of {cls.name()}")
+    for field in catalogue.describe(cls):
+        if field.name in OWN_OPTIONS:
+            raise UserError(f"{cls.name()} has a field {field.name!r}, which is an option of vlmzip itself: rename it")
+        if field.name != "keep":
+            fields.add_argument(
+                f"--{field.name.replace('_', '-')}",
+                dest=f"field_{field.name}",
+                default=SUPPRESS,
+                metavar="VALUE",
+                help=f"{field.doc} ({field.type}; default {field.default})".replace("%", "%%"),
+            )

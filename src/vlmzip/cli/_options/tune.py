@@ -1,0 +1,71 @@
+"""Options of `vlmzip tune`."""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vlmzip.cli._options.common import TASKS, add_model
+from vlmzip.outline import METHOD_FORMS
+
+if TYPE_CHECKING:
+    pass
+
+EXAMPLES = """  vlmzip tune --max-loss 5 --limit 1000
+  vlmzip tune --max-tokens 16 --methods visionzip,kmeans,pool2d
+  vlmzip tune --model llava-hf/llava-1.5-7b-hf --task my_questions:vqa --max-prefill-ms 60 --max-loss 2
+  vlmzip tune --task my_questions:exact --calibrate-on other_photos --max-flops 30% --keep 40%,30%,20%,10%
+
+With a cost and a loss: the cheapest that meets both. With a cost alone: the best score within it. With a loss alone:
+the cheapest within it, in visual tokens. Half of the images choose, the other half confirms. A loss counts as within
+the limit only where a larger one would have shown on the confirming half in 39 of 40 cases; where it is the estimate
+alone, that is said. If nothing meets
+the limits there is no compressor.json, and the exit code is 0 all the same; it is 1 where a candidate broke.
+Run the same command again to go on where it was stopped: nothing is asked twice."""
+
+KEEP = "75%,50%,36%,25%,18%,11%,8%,5.6%"
+
+
+def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
+    add_model(parser)
+    limits = parser.add_argument_group("limits, one of the costs or --max-loss or both")
+    costs = limits.add_mutually_exclusive_group()
+    costs.add_argument(
+        "--max-tokens", metavar="Y", help="visual tokens per image, the mean over all layers of the LLM: 64 or 11%%"
+    )
+    costs.add_argument("--max-flops", metavar="SHARE", help="prefill FLOPs of the LLM, of the uncompressed: 30%%")
+    costs.add_argument(
+        "--max-prefill-ms",
+        type=float,
+        metavar="X",
+        help="milliseconds of the LLM's prefill on this machine, one question at a time, measured at the beginning",
+    )
+    limits.add_argument(
+        "--max-loss", type=float, metavar="Z", help="points of a hundred below the uncompressed model's score"
+    )
+    parser.add_argument(
+        "--task", "--tasks", dest="task", default="mini", metavar="T", help=f"{TASKS}; default: %(default)s"
+    )
+    parser.add_argument(
+        "--methods",
+        metavar="A,B,…",
+        help=f"separated by commas, each {METHOD_FORMS}; default: all that need no training",
+    )
+    parser.add_argument(
+        "--keep",
+        default=KEEP,
+        metavar="K,K,…",
+        help=f"average budgets to try, tokens per image or shares of them; default: {KEEP}".replace("%", "%%"),
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="use only the first questions of the task")
+    parser.add_argument(
+        "--calibrate-on", metavar="FOLDER", help="images for the thresholds of methods that decide by content"
+    )
+    parser.add_argument("--batch", type=int, default=32, metavar="N", help="questions at a time; default: %(default)s")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="length of answers; default: the task's")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go; default: runs/tune/MODEL")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the halves, the order of questions and the intervals"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")

@@ -1,0 +1,181 @@
+"""Answers that a folder keeps: what was answered is not asked again.
+
+A header, `study.json` or `suite.json`, says which model the folder is about. Each way to ask a task's questions has a
+series of records, one file for each process: records/TASK/NAME.PROCESS.jsonl. `records` has the format of these files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vlmzip.errors import UserError
+from vlmzip.files import write_text
+from vlmzip.json_text import read_json
+from vlmzip.lab.names import slug
+from vlmzip.lab.records import Record, Shard, read_records
+from vlmzip.lab.tasks.task import Sample, Task
+from vlmzip.processes import Processes
+from vlmzip.runtime.fingerprint import refuse_changed
+
+RECORDS = "records"
+AGAIN = "delete the line and run the same command again: its question will be asked again"
+
+
+@dataclass(frozen=True)
+class AnswerStore:
+    """One folder of answers about one model."""
+
+    folder: Path
+    header: str
+    """The file that says which model it is."""
+    processes: Processes
+    content: str = RECORDS
+    """The folder in it that has the answers."""
+
+    def open(self, identity: Mapping[str, Any], refusal: str) -> dict[str, Any]:
+        """Keep other runs out of the folder, and return its header, which is empty in a new folder.
+
+        Raises `UserError` if another run is writing there, if nobody knows whose the answers are, and if they belong to
+        another identity; `refusal` says what the folder then holds.
+        """
+        self.processes.hold(self.folder)
+        path = self.folder / self.header
+        if not path.exists():
+            if (self.folder / self.content).exists():
+                raise UserError(
+                    f"{str(self.folder)!r} has {self.content} but no {self.header}: nobody knows whose; give another"
+                    " --out"
+                )
+            return {}
+        header = self.read_json(self.header, "give another --out")
+        if not isinstance(header.get("tasks", {}), dict):
+            raise UserError(f"{str(path)!r} is no {self.header} of vlmzip; give another --out")
+        refuse_changed(f"{str(self.folder)!r} holds {refusal}", header, identity)
+        return header
+
+    def note(self, header: Mapping[str, Any]) -> None:
+        """Write the header."""
+        self.write_json(self.header, header)
+
+    def read_json(self, name: str, advice: str) -> dict[str, Any]:
+        """Return an object of JSON in the folder. Raise `UserError` with the advice if the file holds anything else."""
+        path = self.folder / name
+        content = read_json(path, advice)
+        if not isinstance(content, dict):
+            raise UserError(f"{str(path)!r} was not written by vlmzip; {advice}")
+        return content
+
+    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+        """Write an object of JSON into the folder, whole or not at all."""
+        write_text(self.folder / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+    def series(
+        self, task: Task, name: str, fields: Collection[str], check: Callable[[Sample, Record], str]
+    ) -> AnswerSeries:
+        """Return the answers to a task's questions that were obtained in one way, which `name` stands for.
+
+        Records must have `fields`. `check` returns what is wrong with one of them; an empty text if nothing is.
+        """
+        return AnswerSeries(self.folder / self.content / slug(task.name), name, task, self.processes, fields, check)
+
+
+@dataclass(frozen=True)
+class AnswerSeries:
+    """The answers to one task's questions that were obtained in one way."""
+
+    folder: Path
+    name: str
+    task: Task
+    processes: Processes
+    fields: Collection[str]
+    check: Callable[[Sample, Record], str]
+
+    def read(self, samples: Sequence[Sample]) -> dict[str, Record]:
+        """Return the records that there are, by sample.
+
+        Raises `UserError` for a line that is no record, and for a record about another question or that fails `check`.
+        """
+        records = read_records(sorted(self.folder.glob(f"{self.name}.*.jsonl")), self.fields)
+        for sample in samples:
+            record = records.get(sample.id)
+            if record is None:
+                continue
+            refuse_other_question(self.folder, self.task, sample, record)
+            if wrong := self.check(sample, record):
+                raise UserError(f"{str(self.folder)!r}, sample {sample.id!r}: {wrong}; {AGAIN}")
+        return records
+
+    def is_open(self, samples: Sequence[Sample], batch: int) -> bool:
+        """Whether this process has something to ask."""
+        return bool(self._open_batches(samples, batch, self.read(samples)))
+
+    def fill(self, samples: Sequence[Sample], batch: int, answer: Callable[[range], Sequence[Record]]) -> int:
+        """Ask this process's share of what has no record yet, and return how many records were added.
+
+        `answer` gets the places of a batch's samples, and returns their records.
+        """
+        count = 0
+        with Shard(self.folder / f"{self.name}.{self.processes.rank}.jsonl") as shard:
+            done = self.read(samples)
+            for places in self._open_batches(samples, batch, done):
+                records = [record for record in answer(places) if record["sample"] not in done]
+                shard.append(records)
+                count += len(records)
+        return count
+
+    def _open_batches(self, samples: Sequence[Sample], batch: int, done: Mapping[str, Record]) -> list[range]:
+        """Return this process's batches in which a record is missing.
+
+        Batches are cut from all questions, never from those left. So which questions share a batch, and with it every
+        rounding, depends neither on how often a run was interrupted nor on the number of processes.
+        """
+        starts = range(0, len(samples), batch)[self.processes.rank :: self.processes.count]
+        batches = [range(start, min(start + batch, len(samples))) for start in starts]
+        return [places for places in batches if any(samples[place].id not in done for place in places)]
+
+
+def question(task: Task, sample: Sample) -> Record:
+    """Return the part of a record that says what was asked. It must be the same for the record to be used again."""
+    return {
+        "task": task.name,
+        "sample": sample.id,
+        "image": sample.image,
+        "pixels": sample.pixels,
+        "groups": dict(sample.groups),
+        "question": sample.question,
+        "answers": list(sample.answers),
+    }
+
+
+def refuse_other_question(folder: Path, task: Task, sample: Sample, record: Record) -> None:
+    """Raise `UserError` if a record is about another question than the sample's, or its score does not follow."""
+    now = question(task, sample)
+    if other := [name for name, value in now.items() if record.get(name) != value]:
+        what = {
+            "image": f"an image other than {sample.image!r}",
+            "pixels": f"an earlier version of the image {sample.image!r}",
+            "groups": "another type",
+            "task": "another task",
+        }.get(other[0], "another question or other reference answers")
+        raise UserError(
+            f"{str(folder)!r} holds an answer for {what}: sample {sample.id!r} of {task.name} has changed;"
+            " give another --out"
+        )
+    score = task.metric.score(record["given"], sample.answers)
+    if record["score"] != score:
+        raise UserError(
+            f"{str(folder)!r}, sample {sample.id!r}: its score is {record['score']}, and {task.metric.name} gives"
+            f" {score} for its answer; {AGAIN}"
+        )
+
+
+def wrong_layers(record: Record, layers: int) -> str:
+    """Return what is wrong with a record's number of layers; an empty text if nothing is."""
+    count = len(record["visual_tokens_by_layer"])
+    return (
+        "" if count == layers else f"its visual_tokens_by_layer are {count} numbers, and the model has {layers} layers"
+    )
