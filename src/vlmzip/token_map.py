@@ -123,7 +123,9 @@ class TokenMap:
 
     def rows(self, index: Int[Tensor, " rows"] | slice) -> TokenMap:
         """Return the map of the selected rows of the batch."""
-        return TokenMap(self.group[index], self.weight[index], self.anchor[index], self.length[index])
+        chosen = TokenMap(self.group[index], self.weight[index], self.anchor[index], self.length[index])
+        lengths = vars(self).get("lengths")
+        return chosen._with_lengths(lengths[index]) if lengths and isinstance(index, slice) else chosen
 
     def split(self) -> list[TokenMap]:
         """Return the map of each row. The lengths are read from the device once for all of them."""

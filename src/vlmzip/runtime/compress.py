@@ -13,9 +13,10 @@ Four numberings meet here. All are of one image and count from 0:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -61,16 +62,42 @@ class Kept:
     plan: Plan
 
 
-@dataclass(frozen=True)
-class ViewMap:
-    """The map of one view, a batch of one, and for each of its outputs the anchor's number in the view."""
+@dataclass(frozen=True, eq=False)
+class ViewMaps:
+    """What becomes of views that were compressed together, or of some of them."""
 
     token_map: TokenMap
-    anchors: Int[Tensor, " outputs"]
-    outputs: tuple[Float[Tensor, "outputs _"], ...] = ()
-    """Features and streams behind the map."""
-    seen: Float[Tensor, "tokens dim"] | None = None
-    """The features before it, without gradients."""
+    anchors: Int[Tensor, "views outputs"]
+    """For each output its anchor's number in the view; -1 beyond a view's outputs. On the CPU."""
+    outputs: tuple[Float[Tensor, "views outputs _"], ...]
+    """Features and streams behind the map, if they are wanted."""
+
+    def of(self, rows: Sequence[int], count: int) -> ViewMaps:
+        """Return what becomes of some of the views, each of which has `count` outputs."""
+        # Rows at equal distances, as those of images with as many tiles, are a slice: nothing is copied.
+        step = rows[1] - rows[0] if len(rows) > 1 else 1
+        regular = range(rows[0], rows[-1] + 1, step) if step > 0 else ()
+        index = slice(rows[0], rows[-1] + 1, step) if list(rows) == list(regular) else torch.tensor(rows)
+        on_device = index if isinstance(index, slice) else index.to(self.token_map.group.device)
+        return ViewMaps(
+            self.token_map.rows(on_device),
+            self.anchors[index, :count],
+            tuple(values[on_device, :count] for values in self.outputs),
+        )
+
+
+class ViewMap(NamedTuple):
+    """What becomes of one view: a row of `ViewMaps`."""
+
+    together: ViewMaps
+    row: int
+    seen: Float[Tensor, "tokens dim"]
+    """Its features before compression, without gradients."""
+
+    @property
+    def length(self) -> int:
+        """How many outputs it has."""
+        return self.together.token_map.lengths[self.row]
 
 
 def compress(
@@ -87,14 +114,15 @@ def compress(
     """
     layouts, encoded = _as_seen(layouts, encoded, compressor)
     maps = _decide(layouts, encoded, compressor, apply=True)
-    kept = []
-    for layout, numbers in zip(layouts, view_numbers(layouts), strict=True):
-        views = [maps[number] for number in numbers]
-        plan = plan_image(layout, views, compressor, ascending=ascending)
-        features, *streams = (in_order(parts, plan.order) for parts in zip(*(v.outputs for v in views), strict=True))
-        seen = tuple(view.seen for view in views if view.seen is not None)
-        kept.append(Kept(features, tuple(streams), seen, plan))
-    return kept
+    numbers = view_numbers(layouts)
+    kept: dict[int, Kept] = {}
+    for images, views, plans in _plans(layouts, maps, compressor, ascending=ascending):
+        order = torch.stack([plan.order for plan in plans])
+        by_kind = [in_order(parts, order).unbind() for parts in zip(*(view.outputs for view in views), strict=True)]
+        for image, plan, (features, *streams) in zip(images, plans, zip(*by_kind, strict=True), strict=True):
+            seen = tuple(maps[number].seen for number in numbers[image])
+            kept[image] = Kept(features, tuple(streams), seen, plan)
+    return [kept[image] for image in range(len(layouts))]
 
 
 def plan_views(
@@ -103,69 +131,91 @@ def plan_views(
     """Decide as `compress` does, and leave the features alone: they may be without width."""
     layouts, encoded = _as_seen(layouts, encoded, compressor)
     maps = _decide(layouts, encoded, compressor, apply=False)
+    found: dict[int, Plan] = {}
+    for images, _, plans in _plans(layouts, maps, compressor, ascending=ascending):
+        found |= dict(zip(images, plans, strict=True))
+    return [found[image] for image in range(len(layouts))]
+
+
+def _plans(
+    layouts: Sequence[Layout], maps: Mapping[int, ViewMap], compressor: Compressor | None, *, ascending: bool
+) -> Iterator[tuple[list[int], list[ViewMaps], list[Plan]]]:
+    """Plan images that are alike together; yield which they are, what becomes of their views, one by one, and plans.
+
+    Images are alike if they have equal layouts, and their views were compressed together and have as many outputs. A
+    batch of them takes as many operations as one image.
+    """
+    groups: dict[tuple[object, ...], list[int]] = {}
+    numbers = view_numbers(layouts)
+    for image, layout in enumerate(layouts):
+        kinds = [(maps[number].together, maps[number].length) for number in numbers[image]]
+        groups.setdefault((layout, *kinds), []).append(image)
+    for images in groups.values():
+        together = []
+        for views in zip(*([maps[number] for number in numbers[image]] for image in images), strict=True):
+            together.append(views[0].together.of([view.row for view in views], views[0].length))
+        yield images, together, _plan(layouts[images[0]], together, compressor, ascending=ascending)
+
+
+def _plan(layout: Layout, views: Sequence[ViewMaps], compressor: Compressor | None, *, ascending: bool) -> list[Plan]:
+    """Join the maps of the views of images of this layout into one map for each image."""
+    anchors = [start + view.anchors for start, view in zip(layout.starts, views, strict=False)]
+    at = torch.cat([layout.places[numbers] for numbers in anchors], 1)
+    whole = layout.is_seen_whole and at.shape[1] == layout.placeholders - layout.separators
+    if compressor is None or ascending or (whole and len(views) > 1):
+        order = at.argsort(dim=1, stable=True)
+    else:
+        ranks = zip(*(layout.ranks[numbers].unbind() for numbers in anchors), strict=True)
+        order = torch.stack([compressor.arrange(layout.views, layout.prefix, of_image) for of_image in ranks])
+    slots, left = torch.arange(order.shape[1]).expand_as(order), at.gather(1, order)
+    if whole and layout.separators:  # nothing is gone: each separator stands where it stood
+        both = torch.cat([left, layout.places[layout.tokens :].expand(len(left), -1)], 1)
+        ranking = both.argsort(dim=1, stable=True)
+        slots, left = torch.where(ranking < order.shape[1], ranking, SEPARATOR), both.gather(1, ranking)
+    token_maps = _joined(layout, views, order, slots).split()
+    outputs = [view.anchors.shape[1] for view in views]
     return [
-        plan_image(layout, [maps[number] for number in numbers], compressor, ascending=ascending)
-        for layout, numbers in zip(layouts, view_numbers(layouts), strict=True)
+        Plan(layout, token_map, features, placeholders, places, outputs, layout.as_seen if whole else None)
+        for token_map, features, placeholders, places in zip(
+            token_maps, order.unbind(), slots.unbind(), left.tolist(), strict=True
+        )
     ]
 
 
-def plan_image(layout: Layout, views: Sequence[ViewMap], compressor: Compressor | None, *, ascending: bool) -> Plan:
-    """Join the maps of an image's views into one map of the image."""
-    places = [layout.places[start + view.anchors] for start, view in zip(layout.starts, views, strict=False)]
-    at = torch.cat(places)
-    whole = layout.is_seen_whole and len(at) == layout.placeholders - layout.separators
-    if compressor is None or ascending or (whole and len(views) > 1):
-        order = at.argsort(stable=True)
-    else:
-        ranks = [layout.ranks[start + view.anchors] for start, view in zip(layout.starts, views, strict=False)]
-        order = compressor.arrange(layout.views, layout.prefix, ranks)
-    slots, left = torch.arange(len(order)), at[order]
-    if whole and layout.separators:  # nothing is gone: each separator stands where it stood
-        both = torch.cat([left, layout.places[layout.tokens :]])
-        ranking = both.argsort(stable=True)
-        slots, left = torch.where(ranking < len(order), ranking, SEPARATOR), both[ranking]
-    return Plan(
-        layout,
-        _joined(layout, views, order, slots),
-        order,
-        slots,
-        left.tolist(),
-        outputs=[len(view.anchors) for view in views],
-        left=layout.as_seen if whole else None,
-    )
-
-
 def _joined(
-    layout: Layout, views: Sequence[ViewMap], order: Int[Tensor, " features"], slots: Int[Tensor, " left"]
+    layout: Layout,
+    views: Sequence[ViewMaps],
+    order: Int[Tensor, "images features"],
+    slots: Int[Tensor, "images left"],
 ) -> TokenMap:
-    """The map from all tokens of an image, and its separators, to the placeholders left."""
+    """The map from all tokens of an image, and its separators, to the placeholders left; a row for each image."""
     maps = [view.token_map for view in views]
     device = maps[0].group.device
-    left = torch.arange(len(slots))
-    # For each output the placeholder left that it fills.
-    fills = torch.empty_like(order)
-    fills[order[slots[slots >= 0]]] = left[slots >= 0]
+    (images, features), left = order.shape, torch.arange(slots.shape[1])
+    # For each output the placeholder left that it fills. One column more takes in what separators would write.
+    output = torch.where(slots < 0, features, order.gather(1, slots.clamp(min=0)))
+    fills = torch.zeros(images, features + 1, dtype=torch.long).scatter(1, output, left.expand_as(slots))[:, :-1]
     if len(maps) == 1 and not layout.separators:
-        return maps[0] if torch.equal(fills, left) else maps[0].rearranged(fills[None].to(device))
-    starts = accumulate((len(view.anchors) for view in views), initial=0)
-    output = torch.cat([torch.where(m.group[0] < 0, -1, m.group[0] + s) for m, s in zip(maps, starts, strict=False)])
-    group = torch.where(output < 0, -1, fills.to(device)[output.clamp(min=0)])
-    weight, anchor = torch.cat([m.weight[0] for m in maps]), torch.cat([m.anchor[0] for m in maps])
+        return maps[0] if bool((fills == left).all()) else maps[0].rearranged(fills.to(device))
+    starts = accumulate((view.anchors.shape[1] for view in views), initial=0)
+    output = torch.cat([torch.where(m.group < 0, -1, m.group + s) for m, s in zip(maps, starts, strict=False)], 1)
+    group = torch.where(output < 0, -1, fills.to(device).gather(1, output.clamp(min=0)))
+    weight, anchor = torch.cat([m.weight for m in maps], 1), torch.cat([m.anchor for m in maps], 1)
     # Separators: all of them stay, each for itself, or none does.
-    stay = left[slots < 0].to(device)
-    standing = stay if len(stay) else torch.full((layout.separators,), -1, device=device)
+    stay = left.expand_as(slots)[slots < 0].view(images, -1).to(device)
+    standing = stay if stay.shape[1] else torch.full((images, layout.separators), -1, device=device)
     return TokenMap(
-        torch.cat([group, standing])[None],
-        torch.cat([weight, (standing >= 0).to(weight.dtype)])[None],
-        torch.cat([anchor, standing >= 0])[None],
-        torch.tensor([len(slots)], device=device),
+        torch.cat([group, standing], 1),
+        torch.cat([weight, (standing >= 0).to(weight.dtype)], 1),
+        torch.cat([anchor, standing >= 0], 1),
+        torch.full((images,), len(left), device=device),
     )
 
 
 def _decide(
     layouts: Sequence[Layout], encoded: Encoded, compressor: Compressor | None, *, apply: bool
 ) -> dict[int, ViewMap]:
-    """The map of each view by its number; with `apply`, features and streams behind it."""
+    """What becomes of each view by its number; with `apply`, features and streams, too."""
     shares: list[Callable[[VisualTokens], TokenMap]] = [keep_all] * sum(len(layout.views) for layout in layouts)
     if compressor is not None:
         shares = [share for layout in layouts for share in compressor.shared(layout.views)]
@@ -175,17 +225,13 @@ def _decide(
             rows = [row for row, number in enumerate(group.numbers) if shares[number] == share]
             some = group if len(rows) == len(group.numbers) else group.rows(rows)
             token_map = share(some.tokens)
-            lengths, anchors = token_map.lengths, token_map.anchor_index().cpu()
-            if compressor is not None and 0 in lengths:
+            if compressor is not None and 0 in token_map.lengths:
                 raise UserError(f"{compressor.name()} left no token of an image; it must keep at least one")
             outputs = [token_map.apply(x) for x in (some.tokens.features, *some.streams)] if apply else []
+            together = ViewMaps(token_map, token_map.anchor_index().cpu(), tuple(outputs))
+            seen = some.tokens.features.detach().unbind()
             for row, number in enumerate(some.numbers):
-                maps[number] = ViewMap(
-                    token_map.rows(slice(row, row + 1)),
-                    anchors[row, : lengths[row]],
-                    tuple(values[row, : lengths[row]] for values in outputs),
-                    some.tokens.features[row].detach(),
-                )
+                maps[number] = ViewMap(together, row, seen[row])
     return maps
 
 
@@ -195,7 +241,8 @@ def _as_seen(
     """Cut off what lies in the padding of tiles, unless the compressor wants whole views."""
     if (compressor and compressor.whole_views) or all(layout.is_seen_whole for layout in layouts):
         return layouts, encoded
-    both = [layout.unpadded() for layout in layouts]
+    unpadded = {layout: layout.unpadded() for layout in dict.fromkeys(layouts)}
+    both = [unpadded[layout] for layout in layouts]
     windows = [window for _, own in both for window in own]
     grids = [grid for layout in layouts for grid in layout.views]
     new_number, numbers = 0, []
@@ -225,12 +272,17 @@ def view_numbers(layouts: Sequence[Layout]) -> list[range]:
     return [range(end - len(layout.views), end) for layout, end in zip(layouts, ends, strict=True)]
 
 
-def in_order(parts: Sequence[Float[Tensor, "_ dim"]], order: Int[Tensor, " features"]) -> Float[Tensor, "features dim"]:
-    """Return the outputs of all views in the order in which the LLM gets them."""
-    together = parts[0] if len(parts) == 1 else torch.cat(list(parts))
-    if torch.equal(order, torch.arange(len(order))):
+def in_order(
+    parts: Sequence[Float[Tensor, "*images _ dim"]], order: Int[Tensor, "*images features"]
+) -> Float[Tensor, "*images features dim"]:
+    """Return the outputs of all views of an image, or of several, in the order in which the LLM gets them."""
+    together = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-2)
+    if bool((order == torch.arange(order.shape[-1])).all()):
         return together
-    return together[order.to(together.device)]
+    index = order.to(together.device)
+    if order.ndim == 1:
+        return together[index]
+    return together[torch.arange(len(order), device=index.device)[:, None], index]
 
 
 def encoded_again(

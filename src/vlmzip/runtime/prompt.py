@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 from jaxtyping import Int
@@ -38,8 +39,11 @@ def find_placeholders(
 
     `counts` are the images' visual tokens. Raises `UserError` where they do not fill the placeholders, row by row.
     """
-    columns_of = [(row == placeholder_id).nonzero()[:, 0].tolist() for row in ids.cpu()]
-    total = sum(map(len, columns_of))
+    is_placeholder = ids.cpu() == placeholder_id
+    all_columns = is_placeholder.nonzero()[:, 1].tolist()
+    ends = accumulate(is_placeholder.sum(1).tolist(), initial=0)
+    columns_of = [all_columns[start:end] for start, end in pairwise(ends)]
+    total = len(all_columns)
     if total != sum(counts):
         raise UserError(
             f"the prompt has {total} image placeholders, but its {len(counts)} image(s) have {sum(counts)} visual"
@@ -73,10 +77,11 @@ def shorten(
     them; an offset names the placeholder of each. `ascending`: all of them stand in the order of the prompt.
     """
     attended = mask.cpu().bool()
+    # The first and the last token of each row; 0 and -1 where a row has none.
+    firsts = attended.int().argmax(1).tolist()
+    lasts = (attended * torch.arange(1, attended.shape[1] + 1)).amax(1).sub(1).tolist()
     kept_rows: list[list[int]] = []
-    for row in range(len(mask)):
-        columns = attended[row].nonzero()[:, 0]
-        first, last = (int(columns[0]), int(columns[-1])) if len(columns) else (0, -1)
+    for row, (first, last) in enumerate(zip(firsts, lasts, strict=True)):
         kept: list[int] = []
         at = first
         for (place_row, placeholders), image_offsets in zip(places, offsets, strict=True):
