@@ -160,3 +160,28 @@ def test_check_finds_broken_maps(broken):
 def test_maps_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="cannot follow"):
         TokenMap.identity(1, 5).then(TokenMap.identity(1, 4))
+
+
+@given(seeds)
+@settings(deadline=None, max_examples=20)
+def test_split_and_stack_are_the_reverse_of_each_other(seed):
+    m = random_map(seed, 3, [6, 8, 7])
+    x = torch.randn(3, 8, 4)
+    parts = m.split()
+    for row, part in enumerate(parts):
+        assert torch.equal(part.apply(x[row : row + 1])[0], m.apply(x)[row, : m.lengths[row]])
+        assert part.lengths == part.length.tolist()
+    again = TokenMap.stack(parts)
+    assert again.lengths == again.length.tolist() == m.lengths
+    assert torch.equal(again.group, m.group)
+    assert torch.equal(again.weight, m.weight)
+    assert torch.equal(again.anchor, m.anchor)
+
+
+@given(seeds)
+@settings(deadline=None, max_examples=20)
+def test_lengths_that_are_known_already_are_those_on_the_device(seed):
+    first, second = chain_of_maps(seed, 2)
+    assert first.lengths + second.lengths
+    for m in (first.then(second), first.in_anchor_order(), first.rows(slice(1, 3))):
+        assert m.lengths == m.length.tolist()

@@ -92,3 +92,11 @@ def test_views_of_which_the_llm_sees_no_rectangle_are_an_error():
 def test_views_of_different_size_are_not_packed():
     with pytest.raises(ValueError, match="equal size"):
         layout_of((Grid(1, 2, 2), Grid(1, 1, 2)), lambda numbers: numbers[:, 0])
+
+
+def test_images_of_equal_grid_share_a_layout():
+    wide, tall = Grid(1, 2, 3), Grid(1, 3, 2)
+    first, second, third = Layout.of_single_views([wide, tall, wide])
+    assert first is third
+    assert first.views == (wide,)
+    assert second.views == (tall,)

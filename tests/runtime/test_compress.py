@@ -16,6 +16,7 @@ from vlmzip import (
     Site,
     TokenMap,
     UserError,
+    VisionZip,
     VisualTokens,
 )
 from vlmzip.models.layout import Encoded, Layout, Views
@@ -163,3 +164,60 @@ def test_nothing_left_is_an_error():
 
     with pytest.raises(UserError, match="left no token of an image"):
         compress([TILED], encoded(TILED), Nothing())
+
+
+@dataclass(frozen=True, kw_only=True)
+class AsTheFeaturesSay(Compressor):
+    """Keep the last tokens of each view: one for even hundreds in its features, two for odd ones."""
+
+    def assign(self, tokens):
+        count = tokens.features.shape[1]
+        last = 1 + (tokens.features[:, :1, 0] // 100).long() % 2
+        return TokenMap.keep(torch.arange(count) >= count - last)
+
+
+@pytest.mark.parametrize("method", [AsTheFeaturesSay(), Backwards(), VisionZip(keep=6), NoCompression()])
+@pytest.mark.parametrize("ascending", [False, True])
+def test_an_image_in_a_batch_is_the_image_alone(method, ascending):
+    """Images that are alike are planned together, wherever they stand in the batch."""
+    layouts = [TILED, Layout.of_one_view(GRID), TILED, TILED, PADDED, TILED, TILED, PADDED, Layout.of_one_view(GRID)]
+    hundreds = [0, 1, 2, 1, 3, 4, 6, 0, 2]  # of the tiled images those at 0, 2, 5 and 6 keep one token of each view
+    generator = torch.Generator().manual_seed(0)
+    images = [
+        [(100.0 * hundred + torch.arange(start, end)[:, None], torch.rand(2, end - start, generator=generator))
+         for start, end in zip(layout.starts, layout.starts[1:], strict=False)]
+        for layout, hundred in zip(layouts, hundreds, strict=True)
+    ]  # fmt: skip
+    together = compress(layouts, views_of(layouts, images), method, ascending=ascending)
+    for layout, image, kept in zip(layouts, images, together, strict=True):
+        (alone,) = compress([layout], views_of([layout], [image]), method, ascending=ascending)
+        assert torch.equal(kept.features, alone.features)
+        for seen, other in zip(kept.seen, alone.seen, strict=True):
+            assert torch.equal(seen, other)
+        for name in ("order", "slots"):
+            assert torch.equal(getattr(kept.plan, name), getattr(alone.plan, name))
+        assert (kept.plan.places, kept.plan.outputs) == (alone.plan.places, alone.plan.outputs)
+        for name in ("group", "weight", "anchor", "length"):
+            assert torch.equal(getattr(kept.plan.token_map, name), getattr(alone.plan.token_map, name))
+
+
+def views_of(layouts, images):
+    """The views of images, each with its features, scores and keys, batched by grid and prefix."""
+    groups, number = {}, 0
+    for layout, image in zip(layouts, images, strict=True):
+        for grid, view in zip(layout.views, image, strict=True):
+            groups.setdefault((grid, layout.prefix, layout.passes_prefix), []).append((number, view))
+            number += 1
+    return Encoded(
+        [
+            Views(
+                VisualTokens(
+                    torch.stack([features for _, (features, _) in some]), grid, prefix, passes_prefix=passed,
+                    cls_attention=torch.stack([signals[0] for _, (_, signals) in some]),
+                    keys=torch.stack([signals[1:].T for _, (_, signals) in some]),
+                ),
+                [n for n, _ in some],
+            )
+            for (grid, prefix, passed), some in groups.items()
+        ]
+    )  # fmt: skip
