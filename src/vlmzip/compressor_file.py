@@ -96,5 +96,7 @@ def _read_file(path: Path) -> tuple[str, dict[str, object]]:
     if not isinstance(method, str):
         raise UserError(f"{str(path)!r} cannot be read: method must be a text")
     if not isinstance(settings, dict) or "method" in settings:
-        raise UserError(f"{str(path)!r} cannot be read: fields must be an object without the key method")
+        raise UserError(
+            f'{str(path)!r} cannot be read: `fields` must be a JSON object and must not contain a key "method"'
+        )
     return method, settings

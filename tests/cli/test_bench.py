@@ -134,7 +134,7 @@ def test_the_table_and_the_file(capsys, tmp_path, monkeypatch):
 def test_it_fits_80_columns_and_nothing_is_broken(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "80")
     chain = "llavolta(layer=2,stride=8)+random_tokens(keep=4)"
-    _, out, _ = run(capsys, "--methods", f"random_tokens,{chain}", "--keep", "none", "--out", tmp_path)
+    _, out, _ = run(capsys, "--methods", f"random_tokens,{chain}", "--keep", "as-set", "--out", tmp_path)
     *lines, written = out.splitlines()
     assert max(map(len, lines)) <= 80
     assert written.startswith("written to ")
@@ -266,7 +266,8 @@ def test_a_budget_out_of_reach_is_measured_as_set_and_said():
         (["--scale", "nan"], "--scale 'nan' is no number"),
         (["--batch", "0"], "--batch 0: give at least 1"),
         (["--new-tokens", "1"], "--new-tokens 1: give at least 2"),
-        (["--keep", "0"], "keeps nothing"),
+        (["--keep", "0"], "--keep 0 keeps nothing"),
+        (["--keep", "none"], "--keep must be a number, got 'none'"),
         (["--dtype", "int8"], "unknown dtype 'int8'; choose one of"),
         (["--attention", "flash"], "unknown attention 'flash'; choose one of"),
         (["--clock", "sun"], "unknown clock 'sun'; choose one of"),
@@ -355,7 +356,7 @@ class TestWhatIsMeasuredIsKept:
 
         monkeypatch.setattr("vlmzip.cli.bench.make_model", remembered)
         monkeypatch.setattr("vlmzip.cli.bench.in_frugal_process", in_another_process)
-        code, _, _ = run(capsys, "--methods", "fastv(layer=1,keep=9),visionzip", "--keep", "none")
+        code, _, _ = run(capsys, "--methods", "fastv(layer=1,keep=9),visionzip", "--keep", "as-set")
         assert code == 0
         assert len(models) == 2
 

@@ -215,7 +215,7 @@ MISTAKES = [
     (["tau", "--out", "{folder}/asked/a.png"], "is a file; give a folder"),
     (["tau", "--task", "nowhere:exact"], "no task and no folder 'nowhere'"),
     (["tau", "--tasks", "nowhere:exact"], "no task and no folder 'nowhere'"),
-    (["tau", "--task", "mini,easy-vqa"], "--task mini,easy-vqa: give one task"),
+    (["tau", "--task", "mini,easy-vqa"], "--task takes exactly one task, got 'mini,easy-vqa'"),
     (["tau", "--keep", "25%"], "vlmzip study has no option --keep"),
 ]
 

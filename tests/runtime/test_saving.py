@@ -29,7 +29,7 @@ def test_round_trip(tmp_path, method):
             "an unknown key 'keep'; choose one of fields, format",
         ),
         ({"format": 1, "method": ["visionzip"], "fields": {}}, "method must be a text"),
-        ({"format": 1, "method": "visionzip", "fields": [["keep", 3]]}, "fields must be an object"),
+        ({"format": 1, "method": "visionzip", "fields": [["keep", 3]]}, "`fields` must be a JSON object"),
         ([1], "it must be a JSON object with format, vlmzip, method, fields"),
         ('{"format": 1, "method": "visionzip", "method": "pool2d", "fields": {}}', "'method' occurs twice"),
         ('{"format": 1, "method": "visionzip", "fields": {"keep": NaN}}', "no number NaN"),
@@ -57,7 +57,7 @@ def test_round_trip(tmp_path, method):
         ("[" * 100_000, "cannot be read: brackets nested too deeply"),
         (
             {"format": 1, "method": "visionzip", "fields": {"method": "pool2d"}},
-            "fields must be an object without the key method",
+            '`fields` must be a JSON object and must not contain a key "method"',
         ),
         ({"format": 1, "method": "fastv", "fields": {"layer": 1.5}}, "layer must be a whole number, got 1.5"),
         ({"format": 1, "method": "os:system", "fields": {}}, "names code that is not an installed method"),

@@ -229,7 +229,9 @@ def test_a_note_cut_short_is_left_out(tmp_path):
         note_bad(notes, [(4, "four")])
         assert count_bad(notes) == {"one": 1, "three": 1, "four": 1}
     notes.write_bytes(whole + b"{no JSON}\n")
-    with pytest.raises(ValueError, match="Expecting property name"):
+    with pytest.raises(
+        UserError, match=r"bad\.jsonl:\d+ cannot be read as a note about a skipped record: .*; delete the"
+    ):
         count_bad(notes)
 
 

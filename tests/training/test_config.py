@@ -68,7 +68,7 @@ def test_changes_win_over_the_file(read):
             LEAST + "learn: [projektor]\n",
             "learn must be .* projector, llm or vision, .* did you mean 'projector'",
         ),
-        (LEAST + "learn: projector\nlora: {}\n", "lora trains the LLM; add llm to learn"),
+        (LEAST + "learn: projector\nlora: {}\n", "lora trains the LLM, so learn must include llm"),
         (LEAST + "lora: {rank: 3}\n", "lora: there is no 'rank'"),
         (LEAST + "evaluation: {}\n", "evaluation.every is missing"),
         (LEAST + "evaluation: 5\n", "evaluation must be a mapping of settings such as {every: …}, got 5"),

@@ -66,6 +66,11 @@ def test_it_can_be_written_in_one_line():
     assert asked == RandomFactor(factors=(1, 3), per="step", seed=4)
 
 
+def test_a_list_without_factors_is_refused_with_the_remedy():
+    with pytest.raises(UserError, match=r"factors is empty; give window sizes, such as 1,2,3"):
+        RandomFactor(factors=())
+
+
 @pytest.mark.parametrize("settings", [{"factors": ()}, {"factors": (0, 1)}, {"factors": 3}, {"per": "epoch"}])
 def test_nonsense_is_refused(settings):
     with pytest.raises(UserError):

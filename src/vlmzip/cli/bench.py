@@ -24,7 +24,7 @@ from vlmzip.cli._shared.method import refuse_second_budgets
 from vlmzip.compressor import BudgetError, Compressor, Profile, missed
 from vlmzip.errors import UserError, closest
 from vlmzip.files import write_csv
-from vlmzip.keep import parse_keep
+from vlmzip.keep import AS_SET, parse_keep
 from vlmzip.lab.bench.bench import PLAIN, Contender, bench, peaks
 from vlmzip.lab.bench.memory import available_bytes, in_frugal_process
 from vlmzip.lab.bench.output import as_json, doubts, gaps, print_tables, rows
@@ -44,7 +44,7 @@ def run(args: Namespace) -> None:
     if not methods:
         raise UserError("--methods names no method; separate them with commas: --methods visionzip,pool2d")
     if args.keep is not None:
-        refuse_second_budgets(methods, args.keep, "take the budget out of the method, or give --keep none")
+        refuse_second_budgets(methods, args.keep, f"take the budget out of the method, or give --keep {AS_SET}")
 
     device = find_device(args.device)
     on_gpu = device.type == "cuda"
@@ -228,10 +228,10 @@ def _check(args: Namespace) -> None:
         if (value := getattr(args, name.replace("-", "_"))) < least:
             raise UserError(f"--{name} {value}: give at least {least}")
     check_dtype(args.dtype)
-    if args.keep == "none":
+    if args.keep == AS_SET:
         args.keep = None
     else:
-        parse_keep(args.keep)
+        parse_keep(args.keep, "--keep")
     if args.scale is not None:
         _preset(args)
     check_folder(args)
@@ -249,4 +249,4 @@ def _number(text: str) -> float:
 
 
 def _keep_in_words(keep: object) -> str:
-    return "none" if keep is None else f"{keep:.3g}" if isinstance(keep, float) else str(keep).replace("%", "pc")
+    return f"-{AS_SET}" if keep is None else f"{keep:.3g}" if isinstance(keep, float) else str(keep).replace("%", "pc")

@@ -54,11 +54,11 @@ def _compressor(args: Namespace) -> Compressor:
     """The method with its settings, without a budget; raises `UserError` where there is nothing to calibrate."""
     if args.keep is None:
         raise UserError("calibrate needs a budget: --keep 64, --keep 0.25 or --keep 25%")
-    parse_keep(args.keep)
+    parse_keep(args.keep, "--keep")
     compressor = without_budget(args)
     if not isinstance(compressor, Calibratable):
         able = [name for name, cls in catalogue.available().items() if hasattr(cls, "threshold")]
-        raise UserError(f"{compressor.name()} has no threshold to calibrate; these methods have: {', '.join(able)}")
+        raise UserError(f"{compressor.name()} has no threshold to calibrate; these methods do: {', '.join(able)}")
     if compressor.threshold in settings(args):
         raise UserError(f"--{compressor.threshold} is what calibrate finds: leave it out")
     return compressor

@@ -79,7 +79,7 @@ def _check(args: Namespace, paths: list[str]) -> None:
     if args.keep == AS_SET:
         args.keep = None
     else:
-        parse_keep(args.keep)
+        parse_keep(args.keep, "--keep")
     check_answer_length(args)
     if args.repeats < 1:
         raise UserError(f"--repeats {args.repeats}: give at least 1")

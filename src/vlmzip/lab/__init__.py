@@ -1,7 +1,12 @@
 """Measure what a model loses and gains by compression. The lab imports the library; the library never imports the lab.
 
-Along the path of the data: `tasks` defines questions and metrics; `configurations` sets methods to budgets; `study`
-asks the questions, shares them among `processes` and keeps `records`; `stats` and `results` sum up; `curves`,
-`examples` and `report` show. `tune` searches for the cheapest method, `bench` times, `analyses` are the studies of the
-papers, `lmms` runs lmms-eval, and `papers` has published numbers as data.
+Along the path of the data: `tasks` defines questions and metrics. `configurations` sets methods to budgets. `study`
+asks the questions and shares them among `processes`. `answers` stores what was answered in files of `records`, so that
+an interrupted run can go on. `stats` and `results` summarise the records. `curves`, `examples` and `report` show the
+results, and `table` lays out tables for the terminal, CSV and JSON.
+
+Next to this path: `asking` answers one question and counts its cost, for `vlmzip ask` and `vlmzip show`. `compare`
+answers one question with several methods. `tune` searches for the cheapest method. `bench` measures speed and memory.
+`analyses` repeats the studies of the papers, and `analysis_answers` stores their answers. `lmms` runs lmms-eval.
+`papers` has published numbers as data.
 """

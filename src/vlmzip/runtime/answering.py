@@ -57,14 +57,14 @@ class Answerer:
 
     def inputs(self, images: Sequence[Image.Image], questions: Sequence[str]) -> dict[str, Any]:
         """Return the model inputs of one prompt per question. The images are divided equally, in order."""
-        rows = _shared_out(images, len(questions))
+        rows = _images_by_prompt(images, len(questions))
         return self._inputs(self._prompts(questions, rows), rows)
 
     def answer(
         self, compressed: CompressedModel, images: Sequence[Image.Image], questions: Sequence[str], max_new_tokens: int
     ) -> list[Answer]:
         """Answer each question greedily, in order. The images are divided equally among the questions, in order."""
-        rows = _shared_out(images, len(questions))
+        rows = _images_by_prompt(images, len(questions))
         prompts = self._prompts(questions, rows)
         return self.answer_prompts(compressed, prompts, rows, max_new_tokens=max_new_tokens, do_sample=False)
 
@@ -120,7 +120,7 @@ class Answerer:
         return prefill_flops(self.adapter, [text_tokens + count for count in by_layer])
 
 
-def _shared_out(images: Sequence[Image.Image], count: int) -> list[Sequence[Image.Image]]:
+def _images_by_prompt(images: Sequence[Image.Image], count: int) -> list[Sequence[Image.Image]]:
     """Divide the images equally among `count` prompts, in order."""
     per_prompt = len(images) // count
     return [images[start : start + per_prompt] for start in range(0, len(images), per_prompt)]

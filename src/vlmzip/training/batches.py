@@ -298,7 +298,9 @@ def count_bad(notes: Path) -> Counter[str]:
             note = parse(line.text)
             reasons[note["record"]] = note["reason"]
         except (JsonError, KeyError, TypeError) as error:
-            raise UserError(f"{notes}:{line.number} is not a note about a record: {error}; delete the line") from None
+            raise UserError(
+                f"{notes}:{line.number} cannot be read as a note about a skipped record: {error}; delete the line"
+            ) from None
     return Counter(reasons.values())
 
 

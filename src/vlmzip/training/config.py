@@ -147,7 +147,7 @@ class Config:
         if not self.learn and not any(trained):
             raise UserError(f"learn must not be empty; give at least one of {', '.join(get_args(Part))}")
         if self.lora is not None and "llm" not in self.learn:
-            raise UserError("lora trains the LLM; add llm to learn")
+            raise UserError("lora trains the LLM, so learn must include llm")
 
     def _check_trainer(self) -> None:
         if self.trainer.get("fsdp"):

@@ -41,7 +41,7 @@ class RandomFactor(Compressor):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.factors:
-            raise UserError("factors are missing: give sides of windows, such as 1,2,3")
+            raise UserError("factors is empty; give window sizes, such as 1,2,3")
 
     def at_step(self, step: int, salt: int = 0) -> Compressor:
         if self.per == "step":

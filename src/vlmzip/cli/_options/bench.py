@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vlmzip.keep import A_NINTH
 from vlmzip.outline import METHOD_FORMS
 
-if TYPE_CHECKING:
-    pass
-
 EXAMPLES = """  vlmzip bench
   vlmzip bench --preset llava-next-7b --methods visionzip,pool2d --keep 11% --scale 1/16
   vlmzip bench --preset llava-1.5-13b --device cuda --dtype bfloat16 --batch 8 --out benchmarks/results
-  vlmzip bench --methods "llavolta(layer=2,stride=8),fastv(layer=3,keep=50%)" --keep none --json"""
+  vlmzip bench --methods "llavolta(layer=2,stride=8),fastv(layer=3,keep=50%)" --keep as-set --json"""
 
 METHODS = "visionzip,pool2d,kmeans,downsample,random_tokens,llavolta,fastv,sparsevlm"
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
@@ -43,7 +39,7 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument(
         "--keep",
         default=A_NINTH,
-        help="visual tokens kept per image: 64, 0.25 or 25%%; none: methods as they are written; default: a ninth",
+        help="visual tokens kept per image: 64, 0.25 or 25%%; as-set: methods as they are written; default: a ninth",
     )
     for name, usual, least, what in WHOLE:
         parser.add_argument(

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vlmzip.cli._options.common import add_model
 from vlmzip.cli._options.method import add_method
-
-if TYPE_CHECKING:
-    pass
 
 EXAMPLES = """  vlmzip calibrate photos --keep 50%
   vlmzip calibrate photos --keep 160 --model llava-hf/llava-1.5-7b-hf --histogram deviations.png

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vlmzip.cli._options.common import add_answer_length, add_model
 from vlmzip.keep import A_NINTH
 from vlmzip.outline import METHOD_FORMS
-
-if TYPE_CHECKING:
-    pass
 
 EXAMPLES = """  vlmzip compare examples/cluttered.png "what color is the ring ?" --keep 25%
   vlmzip compare photo.jpg "What is on the table?" --methods "visionzip(merge=mean),pool2d+fastv" --sheet tokens.png

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vlmzip.cli._options.common import TASKS, add_model
 from vlmzip.lab.analyses import NAMES, about
-
-if TYPE_CHECKING:
-    pass
 
 EXAMPLES = """  vlmzip study tau --limit 300
   vlmzip study all --model llava-hf/llava-1.5-7b-hf --task my_questions:vqa --limit 500

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 EXAMPLES = """  vlmzip train configs/llava-1.5-7b-llavolta.yaml --explain --shape llava-1.5-7b --set steps=5196
   vlmzip train configs/mini.yaml --set steps=200 --set schedule=two-stage

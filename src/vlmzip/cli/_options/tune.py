@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vlmzip.cli._options.common import TASKS, add_model
 from vlmzip.outline import METHOD_FORMS
-
-if TYPE_CHECKING:
-    pass
 
 EXAMPLES = """  vlmzip tune --max-loss 5 --limit 1000
   vlmzip tune --max-tokens 16 --methods visionzip,kmeans,pool2d

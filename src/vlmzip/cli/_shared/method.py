@@ -24,7 +24,7 @@ def settings(args: Namespace) -> dict[str, Any]:
 def check_method(args: Namespace, *, draws: bool = False) -> None:
     """Raises `UserError` for wrong fields, or where nothing can be drawn, before anything slow happens."""
     if args.keep is not None:
-        parse_keep(args.keep)
+        parse_keep(args.keep, "--keep")
     method = without_budget(args)
     own = [field for field in method.budget_fields if field in settings(args)]
     if args.keep is not None and own:

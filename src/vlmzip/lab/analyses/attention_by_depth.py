@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from vlmzip.lab.analyses.subject import Row, Subject, Unsuited
-from vlmzip.lab.kept import kept
+from vlmzip.lab.analysis_answers import resumable_records
 from vlmzip.lab.records import Record, is_count, is_list, is_number
 from vlmzip.lab.stats import Bootstrap, estimate
 from vlmzip.lab.study import Study
@@ -49,7 +49,9 @@ def measure(subject: Subject) -> list[Row]:
     answer = partial(_answer, study, subject.task)
     settings = {"compressor": NoCompression().to_dict()}
     check = partial(_wrong, len(study.adapter.decoder_layers))
-    records = kept(study, subject.task, "attention_by_depth", settings, subject.task.samples, answer, check=check)
+    records = resumable_records(
+        study, subject.task, "attention_by_depth", settings, subject.task.samples, answer, check=check
+    )
     bootstrap, ones = Bootstrap([r["image"] for r in records], subject.seed), np.ones(len(records))
     uniform = 100 * float(np.mean([record["uniform"] for record in records]))
     rows = []

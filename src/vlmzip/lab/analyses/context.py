@@ -28,9 +28,9 @@ from vlmzip import spec
 from vlmzip.compressor import Compressor
 from vlmzip.keep import count_to_keep
 from vlmzip.lab.analyses.subject import Row, Subject, Unsuited
+from vlmzip.lab.analysis_answers import resumable_records
 from vlmzip.lab.bench.presets import PRESETS
 from vlmzip.lab.configurations import WHOLE, Configuration
-from vlmzip.lab.kept import kept
 from vlmzip.lab.records import Record
 from vlmzip.lab.stats import Bootstrap, Estimate, estimate
 from vlmzip.lab.study import Study
@@ -127,7 +127,7 @@ def _asked(study: Study, task: Task, configuration: Configuration, bootstrap: Bo
             settings |= {"images": count, "place": place}
             answer = partial(_answer, study, task, compressor, count, place)
             beside = [[other.pixels for other in following(task.samples, sample, count - 1)] for sample in task.samples]
-            records = kept(study, task, "context", settings, _named(task.samples, count), answer, beside)
+            records = resumable_records(study, task, "context", settings, _named(task.samples, count), answer, beside)
             scores = np.array([record["score"] for record in records], float)
             drawn = bootstrap.share(scores, np.ones(len(records)))
             alone = drawn if alone is None else alone

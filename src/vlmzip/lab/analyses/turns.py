@@ -34,8 +34,8 @@ from transformers import DynamicCache
 from vlmzip import spec
 from vlmzip.compressor import Compressor
 from vlmzip.lab.analyses.subject import Row, Subject, Unsuited
+from vlmzip.lab.analysis_answers import resumable_records
 from vlmzip.lab.configurations import PLAIN
-from vlmzip.lab.kept import kept
 from vlmzip.lab.records import Record, is_text
 from vlmzip.lab.stats import Bootstrap, Estimate, estimate
 from vlmzip.lab.study import Study
@@ -122,7 +122,7 @@ def _asked(
     settings = {"compressor": compressor.to_dict(), "method": spec.write(compressor)}
     answer = partial(_answer_turns, study, task, compressor, both)
     beside = [[first.question, first.answers] for first, _ in both]
-    second = kept(study, task, "turns", settings, samples, answer, beside, _wrong)
+    second = resumable_records(study, task, "turns", settings, samples, answer, beside, _wrong)
     # Each question is the first one of some pair. Its record as a first turn is in that pair's record.
     first = {pair[0].id: _scored(task, pair[0], record["first"]) for pair, record in zip(both, second, strict=True)}
     return {FIRST: [first[pair[1].id] for pair in both], SECOND: second}
@@ -203,7 +203,7 @@ def _replayed(
     settings = {"compressor": compressor.to_dict(), "method": f"{spec.write(compressor)}, replayed"}
     answer = lambda places: replay(study, task, compressor, [both[place] for place in places])  # noqa: E731
     beside = [first.question for first, _ in both]
-    return {REPLAYED: kept(study, task, "turns-replayed", settings, samples, answer, beside)}
+    return {REPLAYED: resumable_records(study, task, "turns-replayed", settings, samples, answer, beside)}
 
 
 def replay(study: Study, task: Task, compressor: Compressor, some: Sequence[tuple[Sample, Sample]]) -> list[Record]:

@@ -24,7 +24,7 @@ def read_one_task(text: str, limit: int | None, calibrate_on: str | None) -> Tas
     """Return the task of a command that takes one task only. Raises `UserError` for a list of several tasks, too."""
     folder = text.rpartition(":")[0] or text
     if not text.strip() or ("," in text and not is_there(folder)):
-        raise UserError(f"--task {text or repr(text)}: give one task")
+        raise UserError(f"--task takes exactly one task, got {text!r}")
     return read_task(text.strip(), limit, calibrate_on)
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from tests.lab.analyses.numbered import numbered_subject
 from vlmzip.errors import UserError
-from vlmzip.lab.kept import kept
+from vlmzip.lab.analysis_answers import resumable_records
 
 
 class Asked:
@@ -33,8 +33,8 @@ def test_it_goes_on_where_it_was_stopped(subject):
     study, task, first, then = subject.study(), subject.task, Asked(breaks_at=4), Asked()
     settings = {"compressor": {"method": "no_compression"}}
     with pytest.raises(RuntimeError):
-        kept(study, task, "it", settings, task.samples, first)
-    records = kept(study, task, "it", settings, task.samples, then)
+        resumable_records(study, task, "it", settings, task.samples, first)
+    records = resumable_records(study, task, "it", settings, task.samples, then)
     assert (first.batches, then.batches) == ([[0, 1, 2]], [[3, 4, 5], [6]])
     assert [record["given"] for record in records] == [f"w{place}" for place in range(7)]
     assert [record["sample"] for record in records] == [sample.id for sample in task.samples]
@@ -43,7 +43,7 @@ def test_it_goes_on_where_it_was_stopped(subject):
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:4] + lines[5:]))
     again = Asked()
-    assert kept(study, task, "it", settings, task.samples, again) == records
+    assert resumable_records(study, task, "it", settings, task.samples, again) == records
     assert again.batches == [[3, 4, 5]]
 
 
@@ -51,26 +51,26 @@ def test_settings_and_names_have_records_of_their_own(subject):
     study, task, asked = subject.study(), subject.task, Asked()
     for name, images in (("it", 1), ("it", 2), ("other", 1)):
         settings = {"compressor": {}, "images": images}
-        (record,) = kept(study, task, name, settings, task.samples[:1], asked)
+        (record,) = resumable_records(study, task, name, settings, task.samples[:1], asked)
         assert record["images"] == images
     assert len(asked.batches) == 3
 
 
 def test_records_of_other_questions_are_refused(subject):
     study, task = subject.study(), subject.task
-    kept(study, task, "it", {"compressor": {}}, task.samples, Asked())
+    resumable_records(study, task, "it", {"compressor": {}}, task.samples, Asked())
     changed = [replace(task.samples[0], question="w40"), *task.samples[1:]]
     with pytest.raises(UserError, match="another question"):
-        kept(study, task, "it", {"compressor": {}}, changed, Asked())
+        resumable_records(study, task, "it", {"compressor": {}}, changed, Asked())
 
 
 def test_records_with_other_things_beside_them_are_refused(subject):
     study, task = subject.study(), subject.task
     beside = [[n] for n in range(7)]
     for _ in range(2):
-        kept(study, task, "it", {"compressor": {}}, task.samples, Asked(), beside)
-    with pytest.raises(UserError, match="sample '7' that was given beside another question or another image"):
-        kept(study, task, "it", {"compressor": {}}, task.samples, Asked(), [*beside[:-1], [8]])
+        resumable_records(study, task, "it", {"compressor": {}}, task.samples, Asked(), beside)
+    with pytest.raises(UserError, match="sample '7' from a prompt with other questions or images"):
+        resumable_records(study, task, "it", {"compressor": {}}, task.samples, Asked(), [*beside[:-1], [8]])
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_records_with_other_things_beside_them_are_refused(subject):
 )
 def test_records_that_were_edited_are_refused(subject, name, value, said):
     study, task = subject.study(), subject.task
-    ask = partial(kept, study, task, "it", {"compressor": {}}, task.samples)
+    ask = partial(resumable_records, study, task, "it", {"compressor": {}}, task.samples)
     check = lambda record: "w99 is wrong" if record["given"] == "w99" else ""  # noqa: E731
     ask(Asked(), check=check)
     (path,) = subject.folder.glob("records/*/it-*.jsonl")
@@ -97,5 +97,5 @@ def test_records_that_were_edited_are_refused(subject, name, value, said):
 def test_scores_are_the_tasks(subject):
     study, task = subject.study(), subject.task
     sample = replace(task.samples[0], answers=("w0",))
-    (record,) = kept(study, task, "it", {"compressor": {}}, [sample], Asked())
+    (record,) = resumable_records(study, task, "it", {"compressor": {}}, [sample], Asked())
     assert (record["score"], record["answers"], record["image"]) == (1, ["w0"], sample.image)

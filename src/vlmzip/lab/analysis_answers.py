@@ -13,15 +13,13 @@ from vlmzip.lab.records import Record
 from vlmzip.lab.study import Study
 from vlmzip.lab.tasks.task import Sample, Task
 
-#: Given the places of some samples, the answers to them: records of at least `given` and `visual_tokens_by_layer`.
+#: Answer the samples at the given indices. Returned records have at least `given` and `visual_tokens_by_layer`.
 Answerer = Callable[[Sequence[int]], Sequence[Record]]
-
-
 #: Return what is wrong with the fields that an analysis added to a record; an empty text if nothing is.
 Check = Callable[[Record], str]
 
 
-def kept(
+def resumable_records(
     study: Study,
     task: Task,
     name: str,
@@ -31,13 +29,14 @@ def kept(
     beside: Sequence[object] = (),
     check: Check = lambda record: "",
 ) -> list[Record]:
-    """The record of each sample, in their order; `answer` is asked for those that the study's folder has not.
+    """Return the record of each sample, in the order of the samples. Call `answer` for samples without a record.
 
-    `name` and `settings` (JSON) tell what is asked from all else; `settings["compressor"]` goes into the records. As in
-    `Study`, batches are cut from all samples, and shared among the processes. `beside` (JSON) has, for each sample,
-    what its answer depends on beside its own question and image.
+    `name` and `settings` (JSON) identify the series of records in the study's folder. Each record contains `settings`,
+    so they need a key "compressor". As in `Study`, batches are cut from all samples and shared among the processes.
+    `beside` (JSON) has one entry per sample: everything else that its answer depends on, such as the other images in
+    the prompt.
 
-    Raises `UserError` where the folder holds answers of another model, or to other questions, or what fails `check`.
+    Raises `UserError` if the folder holds answers of another model or to other questions, or if a record fails `check`.
     """
     study.configure([task], [], [AS_SET])
     settings, beside = plain_json(dict(settings)), plain_json({"": list(beside) or [None] * len(samples)})[""]
@@ -47,14 +46,14 @@ def kept(
     def check_record(sample: Sample, record: Record) -> str:
         if record["beside"] != beside_by_sample[sample.id]:
             raise UserError(
-                f"{str(series.folder)!r} has an answer for the sample {sample.id!r} that was given beside another"
-                " question or another image: the task has changed; give another --out"
+                f"{str(series.folder)!r} has an answer for the sample {sample.id!r} from a prompt with other"
+                " questions or images: the task has changed; give another --out"
             )
         return wrong_layers(record, layers) or check(record)
 
     def ask(places: range) -> list[Record]:
         answers = zip(places, answer(places), strict=True)
-        return [_record(study, task, settings, samples[place], beside[place], own) for place, own in answers]
+        return [_record(study, task, settings, samples[place], beside[place], record) for place, record in answers]
 
     series = study.store.series(task, named(name, settings), ("beside",), check_record)
     if series.is_open(samples, study.batch):
@@ -65,13 +64,13 @@ def kept(
 
 
 def _record(
-    study: Study, task: Task, settings: Mapping[str, object], sample: Sample, beside: object, own: Record
+    study: Study, task: Task, settings: Mapping[str, object], sample: Sample, beside: object, answer: Record
 ) -> Record:
     return {
         **question(task, sample),
         "beside": beside,
-        "score": task.metric.score(own["given"], sample.answers),
+        "score": task.metric.score(answer["given"], sample.answers),
         **settings,
-        **own,
+        **answer,
         **study.conditions,
     }
