@@ -1,4 +1,4 @@
-"""Records of an analysis' own answers: asked once, by whole batches, and never mixed up."""
+"""Stored answers of analyses: each question is asked once, in whole batches, and records are never mixed."""
 
 import json
 from dataclasses import replace
@@ -12,7 +12,7 @@ from vlmzip.lab.analysis_answers import resumable_records
 
 
 class Asked:
-    """Answers with the place, and remembers what it was asked; breaks when told to."""
+    """A model that answers with the place, remembers its questions, and can be made to fail."""
 
     def __init__(self, breaks_at=None):
         self.batches, self.breaks_at = [], breaks_at
@@ -38,7 +38,7 @@ def test_it_goes_on_where_it_was_stopped(subject):
     assert (first.batches, then.batches) == ([[0, 1, 2]], [[3, 4, 5], [6]])
     assert [record["given"] for record in records] == [f"w{place}" for place in range(7)]
     assert [record["sample"] for record in records] == [sample.id for sample in task.samples]
-    # A batch with one sample missing is asked as a whole, and the rest of it is not written twice.
+    # A batch with a missing sample is asked again completely, but only the missing record is written.
     (path,) = subject.folder.glob("records/*/it-*.jsonl")
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:4] + lines[5:]))

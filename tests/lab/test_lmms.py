@@ -1,4 +1,4 @@
-"""What needs no lmms-eval: suites and averages, settings in one line, generation settings, options that do not combine.
+"""Tests that need no lmms-eval: suites, averages, settings in one line, generation settings, incompatible options.
 
 The adapter and whole runs are tested in tests/lmms (`make test-lmms`).
 """
@@ -40,7 +40,7 @@ def test_llavoltas_average_is_the_one_that_the_paper_prints():
 
 def test_visionzips_average_is_of_shares_of_the_plain_scores():
     assert VISIONZIP.mean({"MME": 900.0, "GQA": 60.0}, {"MME": 1800.0, "GQA": 60.0}) == 75.0
-    assert VISIONZIP.mean({"MME": 900.0, "GQA": 60.0}, {"MME": 1800.0, "GQA": 0.0}) == 50.0  # no share of nothing
+    assert VISIONZIP.mean({"MME": 900.0, "GQA": 60.0}, {"MME": 1800.0, "GQA": 0.0}) == 50.0  # no ratio to a score of 0
     assert VISIONZIP.mean({}, {}) is None
 
 
@@ -54,7 +54,7 @@ def test_a_score_is_in_the_papers_unit():
     assert Benchmark("x", "x").score({"a,none": None, "a_stderr,none": 0.1, "b,none": 0.5}) == 0.5
 
 
-#: Tasks of lmms-eval whose numbers are shares of 1; all others give percent, or MME's points.
+#: Tasks of lmms-eval with scores from 0 to 1; all others give percent, or MME's points.
 SHARES = {"gqa", "scienceqa_img", "textvqa_val", "pope", "vqav2_val", "mmmu_val", "vizwiz_vqa_val", "seedbench"}
 
 
@@ -71,7 +71,7 @@ def test_scales_are_of_the_units_in_which_lmms_eval_scores():
         ({"score": 0.0, "eval_model": ""}, False),
         ({"score": 0.0, "eval_model": "Failed Request"}, False),
         ({"scores": [8, 0], "eval_model": "it"}, True),
-        ({"scores": [8, -1], "eval_model": "it"}, False),  # lmms-eval's for a verdict that it cannot read
+        ({"scores": [8, -1], "eval_model": "it"}, False),  # lmms-eval's value for a judgement that it cannot parse
     ],
 )
 def test_an_answer_without_a_verdict_is_no_wrong_answer(verdict, counts):
@@ -82,7 +82,7 @@ def test_an_answer_without_a_verdict_is_no_wrong_answer(verdict, counts):
 
 
 class Configured:
-    """What `columns` looks at in a configuration."""
+    """The part of a configuration that `columns` uses."""
 
     def __init__(self, method, compressor="some", note=""):
         self.method, self.budget, self.compressor, self.note = method, "25%", compressor, note
@@ -111,7 +111,7 @@ def test_columns_have_scores_beside_the_plain_models_and_reasons():
 
 
 def test_a_suite_stands_beside_what_the_paper_prints():
-    """VisionZip's own scores at 64 tokens, and its plain model's, as if they had been measured."""
+    """The measured scores are the paper's own, of VisionZip at 64 tokens and of its plain model."""
     rows = [
         row for row in published("visionzip") if row.table == "Table 1" and row.metric == "score" and not row.setting
     ]

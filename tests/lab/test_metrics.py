@@ -1,4 +1,4 @@
-"""Metrics against values worked out by hand."""
+"""Compare metrics with values computed by hand."""
 
 import pytest
 
@@ -20,7 +20,7 @@ class TestVqaAccuracy:
     @pytest.mark.parametrize(
         ("same", "mark"),
         [
-            # Of ten people n said the same: n times min(1, (n-1)/3), (10-n) times min(1, n/3), by ten.
+            # If n of ten annotators agree: (n * min(1, (n-1)/3) + (10-n) * min(1, n/3)) / 10.
             (0, 0.0),
             (1, (1 * 0 + 9 / 3) / 10),
             (2, (2 / 3 + 8 * 2 / 3) / 10),
@@ -40,7 +40,7 @@ class TestVqaAccuracy:
             ("none", "0"),
             ("dont", "don't"),
             ("couldnt've", "couldn't've"),
-            ("its", "its"),  # no contraction in the challenge's list
+            ("its", "its"),  # not a contraction in the challenge's list
             ("yes, it is", "yes it is"),  # a mark beside a space vanishes
             ("t-shirt/jeans", "t shirt jeans"),  # others become one
             ("1,000 - about", "1000 about"),  # a grouped number: all marks vanish
@@ -67,7 +67,7 @@ class TestVqaAccuracy:
         ("50%", "0.5", 1),
         ("50", "50%", 0),
         ("0", "0", 1),
-        ("0.01", "0", 0),  # nothing is near 0 in proportion
+        ("0.01", "0", 0),  # no relative error from 0
         ("Blue", "blue", 1),
         ("blue.", "blue", 0),
         ("about 100", "100", 0),

@@ -1,4 +1,4 @@
-"""Published numbers: the files are whole, agree with themselves and with our methods, and find what was measured."""
+"""Files of published numbers are complete and consistent, fit our methods, and match measured numbers."""
 
 import importlib.util
 import math
@@ -89,7 +89,7 @@ def test_one_choice_of_columns_gives_visionzips_averages_over_seven():
 
 
 def test_columns_that_are_missing_follow_from_the_average():
-    """128 tokens: MM-Vet is 32.6 of 31.1, and LLaVA-Bench is not here."""
+    """At 128 tokens, MM-Vet is 32.6 (31.1 without compression), and LLaVA-Bench is missing."""
     (row,) = [a for a in averages("visionzip") if a.row.table == "Table 1" and len(a.parts) == 10]
     assert not row.complete
     assert row.parts["MM-Vet"] == pytest.approx(100 * 32.6 / 31.1)
@@ -155,7 +155,7 @@ def mine(benchmark="GQA", value=55.5, model="llava-hf/llava-1.5-7b-hf", method="
 
 
 def test_a_measured_number_meets_every_published_one():
-    """As it comes, tuned, and run again by others."""
+    """The published numbers are without training, tuned, and rerun by others."""
     found = against("visionzip", [mine()])
     pairs = [(c.published.setting, c.published.value, round(c.difference, 2)) for c in found]
     assert pairs == [("", 55.1, 0.4), ("projector tuned", 57.0, -1.5), ("run again", 55.53, -0.03)]

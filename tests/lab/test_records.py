@@ -1,4 +1,4 @@
-"""Files of records: what a kill, an editor or a full disk does to them."""
+"""Files of records survive a kill, an editor and a full disk."""
 
 import errno
 import json
@@ -108,7 +108,7 @@ def test_a_full_disk_keeps_what_was_written_and_says_so(path, monkeypatch, call)
 
     def full(file, *rest):
         if call == "write" and len(rest[0]) > 10:
-            return real(file, rest[0][:10])  # a disk can take some of it
+            return real(file, rest[0][:10])  # the disk accepts a part of it
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with Shard(path) as shard:
@@ -117,7 +117,7 @@ def test_a_full_disk_keeps_what_was_written_and_says_so(path, monkeypatch, call)
             with pytest.raises(UserError, match=r"it\.0\.jsonl.*No space left on device; the records so far are kept"):
                 shard.append([record(3)])
         assert path.read_bytes() == before
-        shard.append([record(3)])  # there is room again
+        shard.append([record(3)])  # the disk has space again
     assert set(read_records([path])) == {"0", "1", "2", "3"}
 
 

@@ -1,4 +1,4 @@
-"""Sums over records, against sums by hand."""
+"""Compare sums over records with sums by hand."""
 
 import csv
 
@@ -17,7 +17,7 @@ PLAIN, SMALL = ("yes", "yes", "no", "yes"), ("yes", "no", "no", "Yes")
 
 
 class Kept:
-    """A study that has its records."""
+    """A study with given records."""
 
     def __init__(self, by_method, failure=""):
         self.by_method, self.failure = by_method, lambda one: failure
@@ -66,7 +66,7 @@ def test_scores_differences_and_shares(found):
     plain, compressed = found[:2]
     assert (plain.score.value, compressed.score.value) == (0.75, 0.5)
     assert (plain.against_plain.value, compressed.against_plain.value) == (0, -0.25)
-    # Of two images one lost half: a draw of two has it never, once or twice.
+    # One of two images lost half; a draw of two images has it zero, one or two times.
     assert (compressed.against_plain.low, compressed.against_plain.high) == (-0.5, 0)
     assert plain.shares["F1"].value == pytest.approx(4 / 5)
     assert compressed.shares["F1"].value == pytest.approx(2 / 4)

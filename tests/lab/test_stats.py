@@ -1,4 +1,4 @@
-"""Intervals: where they must lie, and that images are what is drawn."""
+"""Intervals have the right bounds, and the bootstrap draws images."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def test_an_interval_of_independent_questions_is_about_two_standard_errors_each_
 
 
 def test_questions_about_one_image_are_not_independent():
-    """Four questions an image, all right or all wrong: as sure as a quarter of the questions."""
+    """Each image has four questions, all right or all wrong: the interval is as wide as for a quarter of them."""
     scores = np.repeat(([1] * 75 + [0] * 25), 4)
     alone = interval(scores, [str(n) for n in range(400)])
     together = interval(scores, [str(n // 4) for n in range(400)])
@@ -29,7 +29,7 @@ def test_questions_about_one_image_are_not_independent():
 
 
 def test_a_difference_is_paired():
-    """Two methods that fail on the same questions but for one in a hundred differ by little, surely."""
+    """Two methods fail on the same questions except for 1 %, so the interval of their difference is narrow."""
     rng = np.random.default_rng(1)
     one = rng.integers(0, 2, 400).astype(float)
     two = one.copy()

@@ -1,4 +1,4 @@
-"""Real processes: one that is killed, and two that share the work."""
+"""Tests with real processes: a killed one, and two that share the work."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ def start(*command, folder):
 
 
 def records(folder):
-    """Every record but for how many threads there were, in an order that does not depend on who wrote it."""
+    """Return all records without the number of threads, in an order that does not depend on the process."""
     found = []
     for path in (folder / "records").rglob("*.jsonl"):
         for line in path.read_text().splitlines():
@@ -38,7 +38,7 @@ def records(folder):
 
 
 def rows(folder):
-    """The table, without the column that tells how many threads there were."""
+    """Return the table without the number of threads."""
     with (folder / "results.csv").open() as file:
         return [{name: value for name, value in row.items() if name != "device"} for row in csv.DictReader(file)]
 
@@ -64,7 +64,7 @@ def test_a_run_that_is_killed_goes_on_where_it_was(undisturbed, tmp_path, capsys
     kept = records(tmp_path)
     assert 0 < len(kept) < 36
     with shards[0].open("a") as file:
-        file.write('{"task": "mini", "sample": "20000')  # what a kill in the middle of a line leaves
+        file.write('{"task": "mini", "sample": "20000')  # a half line, as after a kill
     assert main([*ASK, "--out", str(tmp_path)]) == 0
     assert records(tmp_path) == records(undisturbed)
     assert rows(tmp_path) == rows(undisturbed)
@@ -86,4 +86,4 @@ def test_two_processes_give_what_one_gives(undisturbed, tmp_path, launcher):
     assert {path.suffixes[-2] for path in (tmp_path / "records").rglob("*.jsonl")} == {".0", ".1"}
     assert records(tmp_path) == records(undisturbed)
     assert rows(tmp_path) == rows(undisturbed)
-    assert out.count("no_compression") == 1  # one of them speaks
+    assert out.count("no_compression") == 1  # only one process prints

@@ -1,4 +1,4 @@
-"""A study with a tiny model: what is asked, what is not asked again, and what costs nothing but its own row."""
+"""A study with a tiny model asks each question once, and a failing method only loses its own row."""
 
 import gc
 import json
@@ -30,7 +30,7 @@ WORDS = ("w4 w5", "w6", "w7 w8 w9", "w10", "w11 w12", "w13", "w14")
 
 @dataclass(frozen=True, kw_only=True)
 class BreaksLater(Compressor):
-    """Works on a batch of three, not on the last one, which is smaller."""
+    """A compressor that works on a batch of three and fails on the last, smaller one."""
 
     def token_count(self, grid):
         return 9
@@ -43,7 +43,7 @@ class BreaksLater(Compressor):
 
 @dataclass(frozen=True, kw_only=True)
 class Demanding(Compressor):
-    """Cannot be made without a setting."""
+    """A compressor with a required setting."""
 
     every: int
 
@@ -76,7 +76,7 @@ def make_study(model, folder, batch=3):
 
 
 def noise(seed):
-    """The image that `write` makes of a number."""
+    """Return the image that `write` makes from a number."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (48, 48, 3), dtype=np.uint8))
 
 
@@ -87,7 +87,7 @@ def edit(folder, old, new):
 
 
 def asked(monkeypatch):
-    """The questions that a model is asked from now on."""
+    """Record the questions that the model gets from now on."""
     from vlmzip.runtime.answering import Answerer
 
     heard, real = [], Answerer.answer
@@ -101,7 +101,7 @@ def asked(monkeypatch):
 
 
 def everything(study):
-    """All records by file, as they lie on disk."""
+    """Return the content of all files of records, by file."""
     return {path.name: path.read_text() for path in sorted((study.folder / "records").rglob("*.jsonl"))}
 
 
@@ -123,7 +123,7 @@ def test_one_record_for_each_question_with_all_it_takes_to_check_it(study, task)
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # PaliGemma's processor and NumPy's newest
 def test_each_answer_is_the_models_own(fresh, task, tmp_path):
-    """What is recorded is what `generate` answers to that question alone."""
+    """The records have the answers of `generate` to each question alone."""
     model = fresh.model
     study = Study(model, fresh.processor(), "tiny", tmp_path / "out", 3, Processes())
     (one,) = study.configure([task], candidates("no_compression"), ["25%"])
@@ -137,7 +137,7 @@ def test_each_answer_is_the_models_own(fresh, task, tmp_path):
 
 
 def test_budgets_are_set_for_the_grids_of_the_images(task, tmp_path):
-    """A tiny Qwen could see images of 16 x 16 tokens; these have 36."""
+    """A tiny Qwen supports images of 16 x 16 tokens; these images have 36 tokens."""
     model = FAMILIES["qwen2_5_vl"]().model
     study = Study(model, FAMILIES["qwen2_5_vl"].processor(), "tiny", tmp_path / "out", 3, Processes())
     configurations = study.configure([task], candidates("fastv"), ["75%"])
@@ -166,7 +166,10 @@ class TestGoingOn:
         path.write_text("".join(lines[:4]) + lines[4][:50])
         heard = asked(monkeypatch)
         cut.run([task], cut.configure([task], candidates("pool2d"), ["25%"]))
-        assert heard == [list(WORDS[3:6]), list(WORDS[6:])]  # whole batches: who stands beside whom stays the same
+        assert heard == [
+            list(WORDS[3:6]),
+            list(WORDS[6:]),
+        ]  # whole batches, so that each question has the same neighbours
         assert everything(whole) == everything(cut)
 
     def test_more_questions_than_before(self, model, task, tmp_path, monkeypatch):
@@ -315,7 +318,7 @@ class TestGoingOn:
             study.records(task, configurations[0])
 
     def test_a_folder_that_another_run_writes_is_refused_before_anything_is_asked(self, study, task, monkeypatch):
-        """Whatever the other has: a file of records of its own, as one of two processes, or none yet."""
+        """The other run can have a file of records for each process, or no records yet."""
         heard = asked(monkeypatch)
         with another_run(study.folder), pytest.raises(UserError, match=r"another run is writing .*out'; wait for it"):
             study.configure([task], candidates("pool2d"), ["25%"])
@@ -443,7 +446,7 @@ class TestRows:
                 make_study(model, study.folder).configure([task], candidates("dfmr"), ["40%"])
         path.write_text(json.dumps(known))
         noise(3).save(tmp_path / "others" / "20.png")
-        with pytest.raises(pytest.fail.Exception, match="measured again"):  # one of the images is another
+        with pytest.raises(pytest.fail.Exception, match="measured again"):  # one image has been replaced
             make_study(model, study.folder).configure([task], candidates("dfmr"), ["40%"])
 
 

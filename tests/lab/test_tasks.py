@@ -1,4 +1,4 @@
-"""Questions from files: read as they are, or refused with file and line."""
+"""Questions from files are read unchanged, or refused with file and line."""
 
 import json
 import sys
@@ -121,7 +121,7 @@ class TestFolder:
         (tmp_path / "q" / "text.png").write_text("no image")
         with pytest.raises(UserError, match=r"3 of 5 images cannot be read; the first: '.*torn\.png' cannot be read"):
             read_task(f"{folder}:exact", None, None)
-        assert len(read_task(f"{folder}:exact", 1, None).samples) == 1  # what is not asked about is no matter
+        assert len(read_task(f"{folder}:exact", 1, None).samples) == 1  # images without questions are not checked
 
     def test_calibration_images_are_others(self, tmp_path):
         folder, other = write(tmp_path / "q", question()), write(tmp_path / "o")

@@ -1,4 +1,4 @@
-"""Timing, memory and where they were measured."""
+"""Timing, memory and the description of the machine."""
 
 import os
 import re
@@ -41,7 +41,7 @@ def test_what_variants_return_is_kept_in_order():
 
 class TestAnAnswer:
     def slow(self, monkeypatch, module, seconds, sleep=time.sleep):
-        """Makes a module take longer by `seconds`; for the LLM's own modules, at every call."""
+        """Delay a module by `seconds`; modules of the LLM are delayed at every call."""
         run = module.forward
 
         def forward(*args, **kwargs):
@@ -54,7 +54,7 @@ class TestAnAnswer:
     def test_the_spans_hold_what_they_say(self, llava, monkeypatch, method):
         inputs = batch(prompt(1, "image", 7, 8), prompt(1, "image", 9, 5), images=2)
         model, adapter = (attach(llava, method) if method else llava), adapter_for(llava)
-        slept = []  # a clock on which nothing but this takes time
+        slept = []  # a fake clock that only advances here
         self.slow(monkeypatch, llava.model.vision_tower, 20, slept.append)
         self.slow(monkeypatch, llava.model.language_model.layers[2], 10, slept.append)
         self.slow(monkeypatch, llava.lm_head, 5, slept.append)
@@ -124,7 +124,7 @@ def test_peak_memory_is_what_a_run_takes():
 def test_peak_memory_in_a_process_that_has_used_much_before():
     code = (
         "import torch; from vlmzip.lab.bench.memory import peak_bytes\n"
-        # Small enough for the heap, and the last one keeps the heap from shrinking when the others go.
+        # The tensors are small enough for the heap. The last one keeps it from shrinking when the others are freed.
         "freed = [torch.ones(10_000) for _ in range(1000)]; pin = torch.ones(10_000); del freed\n"
         "print(peak_bytes(lambda: [torch.ones(15_000) for _ in range(300)]))"
     )

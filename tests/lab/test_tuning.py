@@ -1,4 +1,4 @@
-"""The search on made-up scores: that it finds the truth, asks little, keeps to its limits and certifies honestly."""
+"""The search finds the best candidate of simulated scores with few answers, within limits, and certifies correctly."""
 
 import math
 from collections import Counter
@@ -29,12 +29,12 @@ from vlmzip.lab.tune.search import (
 from vlmzip.lab.tune.study import halves
 
 COSTS = {1: 100.0, 2: 50.0, 3: 25.0, 4: 10.0, 5: 50.5}
-#: What they really lose; 5 costs what 2 does, nearly, and is worse.
+#: The candidates' true losses. Candidate 5 costs nearly as much as 2 and is worse.
 LOSSES = {1: 0.0, 2: 0.01, 3: 0.05, 4: 0.4, 5: 0.2}
 
 
 class World:
-    """Candidates of known cost and loss, three questions an image in rows, and what was asked of them."""
+    """Candidates with known costs and losses, with three questions per image, and a log of the questions asked."""
 
     def __init__(self, losses=LOSSES, costs=COSTS, images=200, seed=0, breaks=()):
         rng = np.random.default_rng(seed)
@@ -87,7 +87,7 @@ def test_a_cost_and_a_loss():
 
 
 def test_alike_costs_are_decided_by_the_score():
-    """Candidate 5 is a little cheaper and loses more; both are within the loss."""
+    """Candidate 5 is slightly cheaper and loses more; both are within the allowed loss."""
     kind, row = World({2: 0.01, 5: 0.04}, {2: 50.0, 5: 48.5}).tune(loss=0.1)[1]
     assert (kind, row.number) == ("certified", 2)
     kind, row = World({2: 0.01, 5: 0.04}, {2: 50.0, 5: 40.0}).tune(loss=0.1)[1]
@@ -110,7 +110,7 @@ def test_the_margin_lets_in_what_may_be_cheaper_than_its_shape_says():
 
 
 def test_few_answers_where_much_is_clear():
-    """Twenty hopeless candidates answer one round each, and what is dearer than the choice few."""
+    """Twenty bad candidates answer one round each, and candidates more expensive than the choice answer few."""
     losses = dict.fromkeys(range(1, 21), 0.5) | {21: 0.0, 22: 0.01}
     costs = {n: 10.0 + n for n in range(1, 21)} | {21: 100.0, 22: 50.0}
     world = World(losses, costs)
@@ -132,7 +132,7 @@ def test_nothing_is_asked_that_has_been_dropped():
 
 
 def test_the_plain_model_is_the_measure_on_the_same_questions():
-    """Where the uncompressed model fails often, that is no candidate's loss."""
+    """Failures of the uncompressed model do not count as losses of a candidate."""
     world = World({1: 0.0}, {1: 1.0})
     tuning, (kind, row) = world.tune(loss=0.02)
     assert kind == "certified"
@@ -142,12 +142,12 @@ def test_the_plain_model_is_the_measure_on_the_same_questions():
 
 class TestConfirming:
     def deceived(self, in_truth):
-        """Candidate 4 loses nothing where it is chosen, and `in_truth` elsewhere."""
+        """Candidate 4 loses nothing on the images of the search, and `in_truth` on all others."""
         world = World({2: 0.01, 4: 0.0}, {2: 50.0, 4: 10.0})
         plain = world.scores["confirm"][PLAIN]
         lost = np.random.default_rng(1).random(len(plain)) < in_truth / 0.85
         world.scores["confirm"][4] = np.where(lost, 0.0, plain)
-        # What is tried next has to look better than what failed.
+        # The next candidate must look better than the one that failed.
         world.scores["choose"][4][::60] = 0.0
         world.scores["choose"][2] = world.scores["choose"][PLAIN].copy()
         return world
@@ -194,8 +194,10 @@ class TestConfirming:
     @pytest.mark.slow
     @pytest.mark.parametrize(("loss", "images"), [(0.05, 300), (0.1, 150)])
     def test_what_loses_too_much_is_seldom_certified(self, loss, images):
-        """Five candidates that lose a little more than they may, and hardly anything where they are chosen: the hardest
-        case. Each is tried, and whatever is certified is certified wrongly."""
+        """Five candidates lose slightly more than allowed, but hardly anything on the images of the search.
+
+        This is the hardest case. Each candidate is tried, and every certificate is wrong.
+        """
         wrong, tries, runs = 0, 0, 30
         for seed in range(runs):
             losses = dict.fromkeys(range(1, 6), loss * 1.02)
@@ -210,7 +212,7 @@ class TestConfirming:
 
     @pytest.mark.parametrize("images", [20, 40, 100, 300])
     def test_questions_about_an_image_may_fail_together(self, images):
-        """Where no image of n was lost, the exact limit for images lost as a whole is 1 - error^(1/n)."""
+        """If none of n images was lost, the exact limit for whole lost images is 1 - error^(1/n)."""
         about = [str(n // 6) for n in range(6 * images)]
         for attempt in (1, 3):
             limit = 1 - error_of(attempt) ** (1 / images)
@@ -218,7 +220,7 @@ class TestConfirming:
 
     @pytest.mark.parametrize("together", [True, False])
     def test_a_loss_beyond_the_limit_stays_under_the_bound(self, together):
-        """100 draws of 100 images with 6 questions, lost one by one or all six at once, at a true loss of 10 %."""
+        """Make 100 draws of 100 images with 6 questions, lost singly or all six at once, at a true loss of 10 %."""
         rng, wrong = np.random.default_rng(0), 0
         about = [str(n // 6) for n in range(600)]
         for _ in range(100):
@@ -232,7 +234,7 @@ class TestConfirming:
 
 
 class TestNothing:
-    """What is said where nothing meets the target."""
+    """The result if no candidate meets the target."""
 
     def said(self, tuning, verdict):
         one = [Configuration("made up", "kmeans", "", KMeans(keep=number)) for number in range(1, 7)]
@@ -267,7 +269,7 @@ class TestNothing:
         assert said.endswith("on the half that confirms, so 4 is ruled out.")
 
     def test_the_nearest_is_one_that_was_asked_most(self):
-        """Losses on the first few questions alone do not compare."""
+        """Losses on different numbers of questions are not comparable."""
         tuning, verdict = World(dict.fromkeys(range(1, 6), 0.2), images=50, seed=5).tune(loss=0.1)
         assert verdict.row.asked == max(row.asked for row in tuning.rows.values())
 
@@ -293,7 +295,7 @@ IMAGES = [str(n) for n in range(100)]
 
 class TestBound:
     def test_no_loss_seen_is_not_no_loss(self):
-        """Of 100 images without a loss: 3 in 100 may still be lost, says the rule of three at 95 %."""
+        """With no loss in 100 images, up to 3 in 100 may still be lost (rule of three at 95 %)."""
         assert 0.01 < bound(np.zeros(100), IMAGES, 0.05, 0, 10_000) < 0.06
 
     def test_the_worst_image_counts_once_more(self):

@@ -12,13 +12,13 @@ from vlmzip.models import adapter_for
 
 @pytest.fixture(scope="session")
 def mini_images():
-    """Six of mini's validation images, two of each level."""
+    """Return six of mini's validation images, two of each level."""
     return [Image.fromarray(draw(make_scene(seed), shipped_assets("validation"))) for seed in VALIDATION[:6]]
 
 
 @pytest.fixture(scope="session")
 def mini_tokens(mini_images):
-    """Their visual tokens."""
+    """Return the visual tokens of `mini_images`."""
     model, processor = mini.load()
     pixels = processor.image_processor(mini_images, return_tensors="pt")
     needs = frozenset({Signal.CLS_ATTENTION, Signal.KEYS, Signal.PIXELS})

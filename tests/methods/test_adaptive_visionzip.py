@@ -8,7 +8,7 @@ from vlmzip import DFMR, AdaptiveVisionZip, Signal, UserError, VisionZip, catalo
 
 
 def check_against_loops(tokens, method):
-    """Each image through the loops of both papers."""
+    """Compare each image with the naive loops of both papers."""
     token_map = method(tokens)
     token_map.check()
     out = token_map.apply(tokens.features)

@@ -9,7 +9,7 @@ from vlmzip import DFMR, Grid, UserError, VisualTokens, attach, catalogue
 
 
 def smooth(tokens, strength):
-    """The same images with rows 0, 1, 2 less and less varied: neighbours move towards the mean."""
+    """Return the same images with decreasing variation from row to row: features move towards their mean."""
     mean = tokens.features.mean(1, keepdim=True)
     share = torch.linspace(1, strength, len(tokens.features))[:, None, None]
     return VisualTokens(mean + share * (tokens.features - mean), tokens.grid, tokens.prefix)
@@ -47,7 +47,7 @@ def check_against_loop(tokens, method):
 
 
 def test_pixels_are_measured_in_windows_of_patches():
-    """Patches of 4 pixels: windows of 2 x 2 and 3 x 3 of them are 8 and 12 pixels wide."""
+    """Patches have 4 x 4 pixels, so windows of 2 x 2 and 3 x 3 patches are 8 and 12 pixels wide."""
     tokens = tokens_of()
     pixels = torch.rand(3, 3, 24, 24)
     tokens = VisualTokens(tokens.features, tokens.grid, 1, pixels=pixels)
@@ -77,7 +77,7 @@ def test_one_varied_window_is_enough_for_max():
 
 
 def test_frames_are_not_mixed():
-    """Two frames of two plain images: nothing varies inside a window, however unlike the frames are."""
+    """Two different frames are each constant, so no window has any deviation."""
     features = torch.cat([torch.zeros(1, 4, 8), torch.ones(1, 4, 8)], dim=1)
     tokens = VisualTokens(features, Grid(2, 2, 2))
     assert DFMR(tau=0.01, normalize="none")(tokens).lengths == [2]
@@ -86,13 +86,16 @@ def test_frames_are_not_mixed():
 def test_the_papers_counts():
     assert DFMR().counts_by_factor(Grid(1, 24, 24)) == {1: 576, 2: 144, 3: 64}
     assert DFMR(max_factor=2).counts_by_factor(Grid(1, 24, 24)) == {1: 576, 2: 144}
-    assert DFMR(max_factor=10**30).counts_by_factor(Grid(1, 4, 6)) == {1: 24, 2: 6}  # none is tried beyond the side
+    assert DFMR(max_factor=10**30).counts_by_factor(Grid(1, 4, 6)) == {
+        1: 24,
+        2: 6,
+    }  # larger factors than the sides are not tried
     assert DFMR().token_count(Grid(1, 24, 24)) is None
     assert DFMR().token_count(Grid(1, 5, 7)) == 35
 
 
 def test_pixels_come_from_the_model_in_0_to_1(llava):
-    """A grey image, normalised as CLIP's processor does, comes back grey."""
+    """An image that is normalised as by CLIP's processor comes back unchanged."""
     from vlmzip import Signal, Site
     from vlmzip.models import adapter_for
 

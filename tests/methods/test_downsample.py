@@ -34,7 +34,7 @@ GREEDY = {"max_new_tokens": 6, "do_sample": False}
         (5, (1, 30), (1, 5)),
         (30, (6, 6), (5, 5)),
         (31, (6, 6), (6, 6)),
-        (9, (4, 6), (2, 3)),  # 6 and 12 are as near
+        (9, (4, 6), (2, 3)),  # 6 and 12 tokens are equally near
     ],
 )
 def test_the_nearest_grid_of_the_images_shape(keep, grid, smaller):
@@ -44,7 +44,7 @@ def test_the_nearest_grid_of_the_images_shape(keep, grid, smaller):
 
 
 def test_no_other_grid_of_this_shape_is_nearer():
-    """Tried one by one: among grids that are as near to the shape as whole numbers allow."""
+    """Compare with an exhaustive search over the grids that have nearly the image's shape."""
     for rows, cols, keep in [(7, 11, 20), (9, 4, 6), (13, 13, 50), (3, 17, 9)]:
         best = min(
             abs(r * c - keep)
@@ -82,7 +82,7 @@ def test_it_acts_on_images_alone():
 
 @pytest.mark.parametrize("positions", [None, "contiguous"])
 def test_is_the_plain_model_on_a_smaller_image(family, positions):
-    """Image resized and position embeddings interpolated by hand; only the plain model's code is shared."""
+    """The reference resizes the image and interpolates position embeddings by hand, and runs the plain model."""
     if not family.one_size:
         pytest.skip("its images have sizes: see the test of Qwen2.5-VL")
     inputs = family.batch(*ROWS)
@@ -99,12 +99,12 @@ def test_is_the_plain_model_on_a_smaller_image(family, positions):
 
 
 def test_is_plain_qwen_on_a_smaller_image():
-    """The small image cut into patches by transformers' own code; positions are those that Qwen gives it."""
+    """The reference cuts the small image into patches with transformers' code and uses Qwen's positions."""
     family = FAMILIES["qwen2_5_vl"]()
     inputs = family.batch([1, "image", 5, 6, 7], [1, 3, "image", 4])  # grids of 4 x 6 and 5 x 3 tokens
     config = family.model.config.vision_config
     parts = inputs["pixel_values"].split(inputs["image_grid_thw"].prod(-1).tolist())
-    # One image twice: the processor shows the temporal patch the same image.
+    # The image is repeated: the processor fills a temporal patch with the same image twice.
     first = [images_of(p, Grid(1, *g), config)[:1] for p, g in zip(parts, [(4, 6), (5, 3)], strict=True)]
     whole = [_cut_by_transformers(image) for image in first]
     compressed = [
@@ -126,7 +126,7 @@ def test_is_plain_qwen_on_a_smaller_image():
 
 
 def _cut_by_transformers(image):
-    """The patches that transformers' own processor makes of an image [1, 3, height, width] of fitting size."""
+    """Return the patches that transformers' processor makes from an image [1, 3, height, width] of fitting size."""
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     processor = Qwen2VLImageProcessorPil(
@@ -150,7 +150,7 @@ def test_patches_become_the_image_that_was_cut():
 
 
 def test_is_resizing_the_image_before_the_processor():
-    """With 8-bit rounding and normalisation between: alike to a rounding step of the processor's."""
+    """The processor rounds to 8 bits and normalises, so results agree up to one rounding step."""
     from PIL import Image
     from transformers import CLIPImageProcessor
 
@@ -168,7 +168,7 @@ def test_is_resizing_the_image_before_the_processor():
 
 
 def test_pixels_that_fill_no_patch_stay_where_they_are():
-    """An encoder of 50 pixels with patches of 8 looks at 48 of them; what is not to shrink must not be touched."""
+    """An encoder of 50 pixels with patches of 8 uses 48 of them. An image that keeps its size must not change."""
     adapter = vlmzip.models.adapter_for(FAMILIES["llava"]().model)
     pixels = torch.randn(1, 3, 50, 50)
     assert adapter.downsample({"pixel_values": pixels}, [Grid(1, 6, 6)]) == {"pixel_values": pixels}
@@ -202,7 +202,7 @@ def test_a_row_of_a_ragged_batch_is_that_row_alone(family, positions):
 def test_original_positions_are_those_of_the_middle_of_each_cell(llava):
     inputs = FAMILIES["llava"]().batch([1, "image", 5])
     out = vlmzip.compress_inputs(llava, inputs, Downsample(keep=4, positions="original"))
-    # Cells of 3 x 3 tokens of 6 x 6: the middle member of each, behind the first token, and the text behind all 36.
+    # The positions of the first token, of the middle token of each 3 x 3 cell of the 6 x 6 grid, and of the text.
     assert out["position_ids"].tolist() == [[0, 1 + 7, 1 + 10, 1 + 25, 1 + 28, 37]]
 
 
@@ -278,5 +278,5 @@ def test_report(llava):
     image = compressed.report.images[0]
     assert (image.before, image.after, image.grid) == (36, 9, Grid(1, 6, 6))
     assert image.token_map.group.shape == (1, 37)
-    assert image.detail_lost is None  # nobody has encoded the whole image
+    assert image.detail_lost is None  # the full image has not been encoded
     assert compressed.report.milliseconds["encoder"] > 0

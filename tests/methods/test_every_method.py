@@ -1,4 +1,4 @@
-"""Behaviours that every method owes, written once. A new method is in as soon as it is importable."""
+"""Tests that every method must pass. A new method is tested as soon as it can be imported."""
 
 import contextlib
 import json
@@ -30,7 +30,7 @@ METHODS = available()
 
 
 def tokens_of():
-    """Three images: one varies from token to token, one between 2 x 2 windows only, one between 3 x 3 windows."""
+    """Return three images that vary between tokens, between 2 x 2 windows only, and between 3 x 3 windows only."""
     tokens = test_visionzip.tokens_of()
     features, pixels = tokens.features.clone(), torch.rand(3, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     for row, factor in ((1, 2), (2, 3)):
@@ -54,7 +54,7 @@ def tokens_of():
 
 
 def left_by(method, tokens):
-    """How many tokens of the first image are left behind the last of the method's layers."""
+    """Return how many tokens of the first image remain after the last of the method's layers."""
     for layer in method.layers or (None,):
         token_map = method(tokens.replace(layer=layer)).in_anchor_order()
         features = token_map.apply(tokens.features)
@@ -72,7 +72,7 @@ def left_by(method, tokens):
 
 
 def configured(cls):
-    """A method as it is tested: its defaults, budgets, its examples, and thresholds with images on both sides."""
+    """Yield the tested settings of a method: defaults, budgets, its examples and thresholds between the images."""
     yield cls()
     if "keep" in cls.field_names():
         yield from (cls(keep=keep) for keep in (1, 5, "50%"))
@@ -85,8 +85,8 @@ PROFILE = Profile(tokens_of().grid, layers=4)
 CONFIGURED = [
     pytest.param(method, id=f"{name}-{i}")
     for name, cls in METHODS.items()
-    # A chain acts at several places of a model, see tests/runtime/test_in_llm.py; a resampler has no token map, and
-    # tests of the same behaviours behind `attach`.
+    # Chains are tested in tests/runtime/test_in_llm.py, because they act at several sites. Resamplers have no token map
+    # and are tested in a model.
     if cls is not Chain and not issubclass(cls, Resampler)
     for i, method in enumerate(configured(cls))
 ]
@@ -122,8 +122,8 @@ class TestEveryMethod:
 
     def test_bfloat16_decides_like_float32(self, method):
         tokens = tokens_of()
-        # Scores a clear distance apart, and keys in clear directions: rounding must not change a decision. Features are
-        # numbers that both types have: what is computed from them must not be rounded on the way.
+        # Scores and keys differ clearly, so that rounding them does not change a decision. Features have values that
+        # both types can represent, so that only rounding in intermediate results could change a decision.
         separated = torch.rand(3, 37).argsort(1).float() + 1
         keys = torch.eye(37)[None].repeat(3, 1, 1) + 0.3 * torch.eye(37).roll(1, 0)
         names = ("features", "text_features", "llm_input")
@@ -154,12 +154,12 @@ class TestEveryMethod:
         try:
             chosen, reached = method.at_budget(keep, PROFILE)
         except BudgetError:
-            return  # it says that it cannot; what it says is tested with each method
+            return  # the message is tested with each method
         by_layer = chosen.tokens_by_layer(PROFILE)
         assert left_by(chosen, tokens_of()) == by_layer[-1]
         assert reached == pytest.approx(sum(by_layer) / (36 * PROFILE.layers))
-        if "keep" in method.field_names() and type(method) is not Downsample:  # which reaches whole grids only
-            # Inside the LLM a token more or less counts for some of its layers.
+        if "keep" in method.field_names() and type(method) is not Downsample:  # it can only reach whole grids
+            # Inside the LLM, a token counts in some of the layers only.
             assert abs(reached - count_to_keep(keep, 36) / 36) <= (0.5 / 36 if method.layers else 0)
 
 
@@ -187,7 +187,7 @@ class TestEveryCalibratableMethod:
         assert method(tokens).lengths == [36, 9, 4]
         below = (method.deviations(tokens) < 0.1).tolist()
         assert below[:2] == [[False, False], [True, False]]
-        # 3 x 3 windows are found although features vary inside 2 x 2 ones.
+        # Factor 3 is chosen although features vary inside 2 x 2 windows.
         assert below[2] == [measure == "pixels", True]
 
     def test_it_has_no_budget_without_images(self, cls):

@@ -39,7 +39,7 @@ def check_against_loop(tokens, method):
 
 @pytest.mark.parametrize("distinct", [1, 2, 5])
 def test_exactly_as_many_tokens_where_fewer_differ(distinct):
-    """Equal tokens leave clusters empty: those are filled, in one image of the batch and not in another."""
+    """Equal tokens leave clusters empty. They are filled in the image that has them, and other images do not change."""
     tokens = tokens_of(prefix=0)
     features = tokens.features.clone()
     features[1] = features[1, :distinct].repeat(36 // distinct + 1, 1)[:36]
@@ -52,7 +52,7 @@ def test_exactly_as_many_tokens_where_fewer_differ(distinct):
 
 
 def test_clear_clusters_are_found():
-    """Four far-apart points, noisy tokens of each, mixed in raster order; the clusters start at one of each."""
+    """Tokens are noisy copies of four distant points, mixed in raster order; clusters start at one of each."""
     place = torch.arange(36)
     kind = (place // 9 + place % 9) % 4
     features = 100 * torch.eye(4)[kind][None] + torch.randn(1, 36, 4)
@@ -73,12 +73,12 @@ def test_cosine_ignores_length():
 def test_a_common_offset_costs_no_precision():
     tokens = tokens_of(prefix=0)
     far = VisualTokens(tokens.features + 1000, tokens.grid)
-    exact = VisualTokens(far.features - 1000, tokens.grid)  # what is left of the digits
+    exact = VisualTokens(far.features - 1000, tokens.grid)  # the digits that remain after adding 1000
     assert torch.equal(KMeans(keep=9)(far).group, KMeans(keep=9)(exact).group)
 
 
 def test_memory_is_chunked(monkeypatch):
-    """Distances are computed for a few tokens at a time, and chunks decide as the whole does."""
+    """Distances are computed for a few tokens at a time, with the same result as all at once."""
     tokens = tokens_of(rows=24, cols=24, dim=4)
     whole = KMeans(keep=288, iterations=2)(tokens)
     monkeypatch.setattr(module, "CHUNK", 50)
@@ -93,7 +93,7 @@ def test_memory_is_chunked(monkeypatch):
     with Watch():
         parts = KMeans(keep=288, iterations=2)(tokens)
     assert torch.equal(whole.group, parts.group)
-    assert max(sizes) <= 3 * 50 * 288  # the whole would be 3 * 576 * 288
+    assert max(sizes) <= 3 * 50 * 288  # all at once would be 3 * 576 * 288
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""LLaVolta's compressor: its arithmetic against the paper's tables, its windows against a loop."""
+"""Compare LLaVolta's compressor with the paper's tables and with a loop over windows."""
 
 import pytest
 import torch
@@ -27,12 +27,12 @@ PAPER = Profile(Grid(1, 24, 24), layers=32)
 def test_tokens_and_compression_ratio_are_the_papers(layer, stride, tokens, printed):
     by_layer = LLaVolta(layer=layer, stride=stride).tokens_by_layer(PAPER)
     assert sum(by_layer) == tokens
-    # Printed figures are rounded, or cut off: Table 1 has 825 for 825.8, Table 3 has 556 for 556.5.
+    # The paper rounds or truncates: Table 1 prints 825 for 825.8, Table 3 prints 556 for 556.5.
     assert abs(100 * 576 * 32 / tokens - printed) < 1
 
 
 def test_layer_wise_pooling_reaches_the_ratio_of_table_7():
-    """Layers 0-3 whole, 4-11 by 2, 12-23 by 4, 24-31 by 8: 267 %. Its "layer 8, stride 8" row is not Eq. 3's."""
+    """Strides 1, 2, 4 and 8 from layers 0, 4, 12 and 24 give 267 %. The row "layer 8, stride 8" contradicts Eq. 3."""
     stages = LLaVolta(layer=(4, 12, 24), stride=(2, 2, 2)).tokens_by_layer(PAPER)
     assert sum(stages) == 6912
     assert round(100 * 576 * 32 / sum(stages)) == 267

@@ -1,6 +1,6 @@
-"""Methods against their naive loops on what a real model sees: mini's features, questions and attention.
+"""Compare methods with their naive loops on a real model's data: mini's features, questions and attention.
 
-`dfmr`, `adaptive_visionzip`, `kmeans`, `sparsevlm` and `downsample` have theirs in their own files.
+`dfmr`, `adaptive_visionzip`, `kmeans`, `sparsevlm` and `downsample` have such tests in their own files.
 """
 
 import pytest
@@ -74,7 +74,7 @@ def asked(mini_images):
 
 @pytest.mark.parametrize("name", INSIDE)
 def test_inside_the_llm(asked, name):
-    """Logits of prefill and of the first steps, a ragged left-padded batch against each row alone, masked."""
+    """Compare a ragged left-padded batch with each row alone and masked: logits of prefill and the first steps."""
     model, inputs = asked
     compressor, rules = INSIDE[name]
     compressed = vlmzip.attach(model, compressor)

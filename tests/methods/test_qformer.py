@@ -41,12 +41,12 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:qformer is untrained"),
     pytest.mark.filterwarnings(
         "ignore:.(is_)?gradient_checkpointing:FutureWarning"
-    ),  # its name until transformers 5.23
+    ),  # the name before transformers 5.23
 ]
 
 
 def attached(model, settings=TINY):
-    """With weights so large that answers depend on the image, as after training."""
+    """Attach with weights large enough that answers depend on the image, as after training."""
     compressed = vlmzip.attach(model, settings)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -176,7 +176,7 @@ def test_there_is_no_token_map():
 
 
 def test_equals_a_hand_made_sequence(family):
-    """Features of the plain encoder through the module, between embedded text; only the LLM is shared."""
+    """The reference puts the module's tokens between embedded text by hand; only the LLM is shared."""
     compressed, model = attached(family.model), family.model
     inputs = family.batch([1, "image", 5, 6])
     with torch.no_grad():
@@ -184,7 +184,7 @@ def test_equals_a_hand_made_sequence(family):
         images = compressed.resampler(features)[0]
         embed = model.get_input_embeddings()
         sequence = torch.cat([embed(torch.tensor([1])), images, embed(torch.tensor([5, 6]))])[None]
-        if family.sees_prompt_both_ways:  # which embeddings alone do not say
+        if family.sees_prompt_both_ways:  # embeddings alone do not mark the image
             ids = torch.tensor([[1, *[IMAGE_TOKEN] * 5, 5, 6]])
             mm = adapter_for(model).encoder_outputs([images])
             expected = model(input_ids=ids, mm_encoder_outputs=mm, **family.token_types(ids, 8)).logits
@@ -198,12 +198,12 @@ def alone(family, row):
 
 
 def rounding(logits):
-    """What float32 may leave between two orders of summation, which batches and threads change."""
+    """Return the tolerance for different orders of float32 summation, which batches and threads change."""
     return 1e-5 * float(logits.abs().max())
 
 
 def test_a_row_of_a_batch_is_that_row_alone(family):
-    """Left-padded, with two images in one row and none in another; and no two rows are alike."""
+    """The batch is left-padded, has rows with two and with no images, and no two rows are equal."""
     compressed = attached(family.model)
     inputs = family.batch(*ROWS)
     width = inputs["input_ids"].shape[1]
@@ -223,7 +223,7 @@ def test_a_row_of_a_batch_is_that_row_alone(family):
 
 def test_permuting_the_batch_permutes_the_result(family):
     compressed = attached(family.model)
-    parts = [family.batch([1, "image", 5], first_image=n) for n in (0, 2)]  # of one size in every family
+    parts = [family.batch([1, "image", 5], first_image=n) for n in (0, 2)]  # of equal size in every family
     both = [{k: torch.cat([part[k] for part in order]) for k in order[0]} for order in (parts, parts[::-1])]
     with torch.no_grad():
         logits = [compressed(**inputs).logits for inputs in both]
@@ -254,7 +254,7 @@ def test_gradients_reach_every_weight_and_the_encoder(family):
     compressed(**inputs, labels=labels.masked_fill(inputs["attention_mask"] == 0, -100)).loss.backward()
     for name, parameter in compressed.resampler.named_parameters():
         assert parameter.grad.isfinite().all(), name
-        # A key's bias moves all scores of a query alike, so it has no effect.
+        # A key's bias shifts all scores of a query equally, so it has no effect.
         assert name.endswith("key.bias") or parameter.grad.abs().sum() > 0, name
     patch = next(p for name, p in compressed.inner.named_parameters() if "patch_emb" in name)
     assert patch.grad.abs().sum() > 0
@@ -285,7 +285,7 @@ def test_checkpointing_is_switched_by_the_facade(llava, switch):
         "qformer": compressed.resampler.qformer.encoder.layer[1],
         "llm": compressed.inner.model.language_model.layers[1],
     }
-    for name, layer in layers.items():  # a part of it, which is called anew by a recomputation
+    for name, layer in layers.items():  # a part of the layer, which a recomputation calls again
         part = layer.attention if name == "qformer" else layer.self_attn
         part.register_forward_pre_hook(lambda *_, name=name: runs.append(name))
     inputs = FAMILIES["llava"]().batch(*ROWS)
@@ -320,7 +320,7 @@ def test_precision_and_mode_follow_the_model(family):
             out = compressed(**inputs)
         assert out.logits.dtype == torch.bfloat16
         assert out.logits.isfinite().all()
-        compressed.resampler.float()  # as one trains it
+        compressed.resampler.float()  # mixed precision, as in training
     features = torch.zeros(1, 3, compressed.resampler.qformer.config.encoder_hidden_size, dtype=torch.bfloat16)
     assert compressed.resampler(features).dtype == torch.bfloat16
 
@@ -405,7 +405,7 @@ CHAIN = Chain(compressors=(QFormer(queries=9, depth=2, width=24, heads=4), LLaVo
 
 
 def test_a_chain_goes_on_inside_the_llm(family):
-    """A batch against the naive loop over layers, on the plain model with the Q-Former's tokens in its prompt."""
+    """Compare a batch with the naive loop over layers, on the plain model with the Q-Former's tokens in its prompt."""
     with torch.no_grad():
         compressed = attached(family.model, CHAIN)
         together = compressed(**family.batch(*ROWS)).logits
@@ -539,7 +539,7 @@ def test_plain_transformers_loads_the_model_alone(tmp_path, llava):
 
 def test_weights_keep_the_precision_they_were_saved_in(tmp_path, llava):
     compressed = attached(copy.deepcopy(llava).bfloat16())
-    compressed.resampler.float().queries.data += 1e-4  # which bfloat16 cannot say
+    compressed.resampler.float().queries.data += 1e-4  # bfloat16 cannot represent it
     compressed.save_pretrained(tmp_path)
     loaded = vlmzip.from_pretrained(tmp_path)
     assert loaded.dtype == torch.bfloat16

@@ -1,4 +1,4 @@
-"""SparseVLM: its schedules against the authors' arithmetic, its choices against a loop."""
+"""Compare SparseVLM's schedules with the authors' numbers, and its choices with a loop."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ PAPER = Profile(Grid(1, 24, 24), layers=32)
 
 
 def tokens_of(rows=6, cols=6, queries=7, seed=0, **settings) -> VisualTokens:
-    """Three images, of which the first is asked about with fewer words."""
+    """Return three images. The first one has a shorter question."""
     tokens = plain_tokens_of(rows=rows, cols=cols, seed=seed, **settings)
     return asked(tokens, queries, torch.Generator().manual_seed(seed + 1))
 
@@ -30,7 +30,7 @@ def asked(tokens, queries, generator):
     mask = torch.ones(batch, queries, dtype=torch.bool)
     mask[0, : queries // 2] = False
     attention = torch.rand(batch, queries, count, generator=generator)
-    attention[0, : queries // 2] = torch.nan  # nobody may look there
+    attention[0, : queries // 2] = torch.nan  # padding must not be read
     return tokens.replace(
         text_attention=attention,
         query_mask=mask,
@@ -56,7 +56,7 @@ def asked(tokens, queries, generator):
     ],
 )
 def test_the_published_schedules_reach_the_published_averages(schedule, budget, left, average):
-    """The authors drop behind layers 2, 6 and 15 and count what these layers leave."""
+    """The authors drop tokens after layers 2, 6 and 15 and count the tokens that each layer leaves."""
     by_layer = SparseVLM(schedule=schedule, budget=budget, layer=(2, 6, 15)).tokens_by_layer(PAPER)
     assert (by_layer[2], by_layer[6], by_layer[15]) == left
     assert sum(by_layer) / 32 == average
@@ -69,7 +69,7 @@ def test_what_the_layers_see_is_more():
 
 
 def test_the_comment_of_the_authors_code():
-    """(2 * 576 + 4 * 300 + 10 * 200 + 16 * 110) / 32 = 191: without the recycled tokens, and the third cut one late."""
+    """(2 * 576 + 4 * 300 + 10 * 200 + 16 * 110) / 32 = 191: no recycled tokens, and the third cut one layer later."""
     by_layer = SparseVLM(layer=(2, 6, 16), recycle=0.0).tokens_by_layer(PAPER)
     assert sum(by_layer) == 2 * 576 + 4 * 300 + 10 * 200 + 16 * 110
     assert sum(by_layer) // 32 == 191
@@ -80,7 +80,7 @@ def test_the_comment_of_the_authors_code():
 def test_other_grids_get_the_same_shares(size, schedule):
     profile = Profile(Grid(1, 1, size), 32)
     method = SparseVLM(schedule=schedule)
-    # Each layer recycles one token more than the share, and keeps a whole number.
+    # Each layer recycles one token more than the fraction, and counts are rounded.
     assert method.reached(profile) == pytest.approx(method.reached(PAPER), abs=0.002 + 2 / size)
 
 
@@ -115,7 +115,7 @@ def test_layers_that_are_there_stay_and_others_are_proportional(depth, layers):
     profile = Profile(Grid(1, 12, 12), depth)
     assert SparseVLM().at_budget("70%", profile)[0].layer == layers
     assert SparseVLM().placed(profile).layer == layers
-    # Stages that fall together act as the last of them.
+    # Of several stages at one layer, the last one counts.
     kept = {16: (75, 50, 28), 8: (75, 50, 28), 4: (50, 28), 2: (28,)}
     assert SparseVLM().placed(profile).counts == kept.get(depth)
 
@@ -150,7 +150,7 @@ def test_equals_the_naive_loop(rows, cols, fields):
 
 @pytest.mark.parametrize("chunk", [1024, 7])
 def test_equals_the_naive_loop_on_mini(mini_tokens, chunk, monkeypatch):
-    """Features, and image and question as they entered, from a trained model: similar tokens, dense clusters."""
+    """Features of a trained model have similar tokens and dense clusters."""
     monkeypatch.setattr(module, "CHUNK", chunk)
     tokens = asked(mini_tokens, 8, torch.Generator().manual_seed(0))
     words = tokens.features[:, 10:18].flip(0) + tokens.features.mean(dim=(0, 1))
@@ -187,7 +187,7 @@ def test_keeping_all_is_the_identity():
 
 
 def test_raters_are_chosen_by_the_question_that_is_there():
-    """Words that are not there would be the likest, and take their share of the softmax."""
+    """Padding words have the highest similarity here, and must not change the softmax."""
     tokens = tokens_of()
     words = tokens.text_features.clone()
     words[0, :3] = 100 * tokens.llm_input[0].mean(0)
@@ -201,7 +201,7 @@ def test_raters_are_chosen_by_the_question_that_is_there():
 
 
 def test_a_question_without_raters_asks_with_its_last_token():
-    """A single token, tokens that are all the same, or none behind the image."""
+    """The question is a single token, has equal tokens only, or is empty."""
     tokens = tokens_of()
     one = torch.zeros_like(tokens.query_mask)
     one[:2, -1] = True
@@ -215,7 +215,7 @@ def test_a_question_without_raters_asks_with_its_last_token():
 
 
 def test_clear_clusters_are_found_and_stand_at_a_member():
-    """Three far-apart points, noisy tokens of each."""
+    """Points are noisy copies of three distant points."""
     kind = torch.arange(30) % 3
     points = 5 * torch.eye(8)[kind][None] + 0.1 * torch.randn(1, 30, 8)
     cluster, centre = module._density_peaks(points, 3)
@@ -224,8 +224,10 @@ def test_clear_clusters_are_found_and_stand_at_a_member():
 
 
 def test_densities_that_round_to_nothing_still_rank():
-    """Three far-apart groups of 8 points, all equally near within a group; the first group is a little denser, so that
-    its points come first where densities are 0: exp(-133) in float32."""
+    """Three distant groups of 8 points have equal distances within a group. Densities of exp(-133) are 0 in float32.
+
+    The first group is a little denser. Without logarithms, all centres would be in this group.
+    """
     kind = torch.arange(24) // 8
     inner = 33 * torch.eye(8).repeat(3, 1) * torch.where(kind == 0, 0.999, 1.0)[:, None]
     points = torch.cat([inner, 330 * torch.eye(3)[kind]], dim=1)
@@ -248,12 +250,12 @@ def test_a_common_offset_costs_no_precision():
     tokens = tokens_of(prefix=0)
     far = tokens.features + 1000
     method = SparseVLM(counts=(3,), layer=(1,), recycle=1.0)
-    exact = method(tokens.replace(features=far - 1000)).group  # what is left of the digits
+    exact = method(tokens.replace(features=far - 1000)).group  # the digits that remain after adding 1000
     assert torch.equal(method(tokens.replace(features=far)).group, exact)
 
 
 def test_clusters_of_bfloat16_are_those_of_float32():
-    """Numbers that both types have; sums and distances must not be rounded to bfloat16 on the way."""
+    """Both types can represent the features. Sums and distances must not be rounded to bfloat16."""
     tokens = tokens_of(rows=12, cols=12, prefix=0)
     half = tokens.features.bfloat16()
     method = SparseVLM(counts=(20,), layer=(1,), recycle=1.0)
@@ -262,7 +264,7 @@ def test_clusters_of_bfloat16_are_those_of_float32():
 
 
 def test_memory_is_chunked(monkeypatch):
-    """No matrix over all tokens, none over all recycled ones; chunks decide as the whole does."""
+    """There is no matrix over all tokens or over all recycled ones, and the result is the same as all at once."""
     tokens = tokens_of(rows=30, cols=30, dim=4, queries=5)
     method = SparseVLM(budget=64, recycle=0.8)
     whole = method(tokens)
@@ -323,7 +325,7 @@ def test_layers_beyond_the_llm_are_refused():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mini_sees_as_many_tokens_as_promised(dtype):
-    """Two questions about one image, in a batch: counts at every layer as promised, tokens by the question."""
+    """For two questions about one image, counts at every layer are as promised, and tokens depend on the question."""
     model, processor = vlmzip.mini.load()
     method, reached = SparseVLM().at_budget("40%", Profile(Grid(1, 12, 12), 8))
     image = Image.new("RGB", (96, 96), "white")

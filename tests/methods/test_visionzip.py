@@ -118,7 +118,7 @@ def test_wrong_fields_are_refused(fields):
 
 
 def test_memory_has_no_square_of_the_tokens():
-    """At 9,216 tokens a square of floats would be 340 MB; the largest tensor here must stay near targets x rest."""
+    """The largest tensor must be about targets x rest. At 9,216 tokens, a square matrix of floats would be 340 MB."""
     tokens = tokens_of(batch=1, rows=96, cols=96, dim=4, key_dim=4)
     sizes = []
 

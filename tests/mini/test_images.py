@@ -1,4 +1,4 @@
-"""The images and questions: the same everywhere, fair, and with answers that follow from what is drawn."""
+"""Images and questions are equal on every machine, balanced, and have answers that match the drawing."""
 
 import hashlib
 from collections import Counter, defaultdict
@@ -25,7 +25,7 @@ from vlmzip.mini.splits import (
 )
 from vlmzip.mini.words import COLORS, ITEMS, LEVELS, PLURALS, RELATIONS, SHAPES, TYPES
 
-test_split.__test__ = False  # type: ignore[attr-defined]  # its name is not a test's
+test_split.__test__ = False  # type: ignore[attr-defined]  # its name looks like a test's
 SCENES = [make_scene(seed) for seed in range(600)]
 PATCH = 8
 
@@ -154,7 +154,7 @@ def test_ground_gets_busier_level_by_level() -> None:
 
 
 def _things(scene: Scene, words: str) -> list[Thing]:
-    """The things that 'red circle', 'circles', 'number' or 'blue shapes' may mean."""
+    """Return the things that 'red circle', 'circles', 'number' or 'blue shapes' can mean."""
     singular = {plural: name for name, plural in PLURALS.items()}
     kept = list(scene.things)
     for word in words.split():
@@ -221,7 +221,7 @@ def test_questions_about_an_image_are_of_different_types() -> None:
 
 
 def test_no_to_exist_is_a_hard_no() -> None:
-    """The color and the shape of a thing that is not there are both in the image, nearly always."""
+    """The color and the shape of an absent thing are nearly always both in the image."""
     hard = []
     for scene in SCENES:
         question = ask(scene, Rng(scene.seed), "exist")

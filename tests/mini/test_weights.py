@@ -1,4 +1,4 @@
-"""The shipped folder: small, harmless and complete."""
+"""The shipped folder is small, safe to load and complete."""
 
 import json
 import subprocess

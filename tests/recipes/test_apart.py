@@ -1,4 +1,4 @@
-"""The library imports nothing that belongs to the repository alone, and configs/ holds settings alone."""
+"""The library imports no other folder of the repository, and configs/ has settings only."""
 
 import ast
 import tomllib

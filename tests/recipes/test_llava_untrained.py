@@ -1,4 +1,4 @@
-"""An untrained LLaVA is put together from an LLM and an encoder, or a line says why the parts do not fit."""
+"""An untrained LLaVA is made from an LLM and an encoder, or one line says why the parts do not fit."""
 
 import runpy
 import sys
@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parents[2] / "recipes" / "llava_untrained.py"
 
 @pytest.fixture
 def parts(tmp_path):
-    """A tiny LLaVA, and an LLM and an encoder of its shape, whose vocabulary lacks the last eight words."""
+    """Write a tiny LLaVA, and an LLM (without the last eight words) and an encoder of its shape."""
     save_checkpoint(tmp_path / "llava")
     shape = tiny_llava().config
     text = type(shape.text_config).from_dict({**shape.text_config.to_dict(), "vocab_size": VOCABULARY - 8})
@@ -30,7 +30,7 @@ def parts(tmp_path):
 
 @pytest.fixture
 def put_together(parts, monkeypatch, capsys):
-    """Runs the script; returns its exit code and what it says on stderr."""
+    """Run the script, and return its exit code and stderr."""
 
     def run(llm="llm", encoder="encoder"):
         given = {"llm": parts / llm, "encoder": parts / encoder, "like": parts / "llava", "out": parts / "untrained"}

@@ -1,10 +1,10 @@
-"""DFMR as loops over one image's windows and channels, written from a description of the paper's rule."""
+"""A reference for DFMR: loops over one image's windows and channels, from a description of the paper's rule."""
 
 from statistics import fmean, pstdev
 
 
 def dfmr(features, rows, cols, tau, max_factor):
-    """features: rows * cols lists of floats in raster order, normalised. The factor, and the pooled tokens."""
+    """Return the factor and the pooled tokens. `features` has a normalised list of floats per token."""
     factor = 1
     for s in range(2, max_factor + 1):
         if rows % s == 0 and cols % s == 0 and deviation(features, rows, cols, s) < tau:

@@ -1,4 +1,4 @@
-"""Compressors inside the LLM, the naive way: one row, no cache, nothing is removed; dropped tokens are masked."""
+"""A reference for compressors inside the LLM: one row, no cache, and dropped tokens are masked instead of removed."""
 
 import torch
 
@@ -9,7 +9,7 @@ def rotated(x, cos, sin):
 
 
 def attention_of(layer, hidden, cos, sin, mask):
-    """The whole attention matrix of a layer, mean over heads: [length, length]."""
+    """Return the attention matrix of a layer, mean over heads, shape [length, length]."""
     attention = layer.self_attn
     x = layer.input_layernorm(hidden[None])[0]
     query, key = (proj(x).unflatten(-1, (-1, attention.head_dim)) for proj in (attention.q_proj, attention.k_proj))
@@ -22,12 +22,12 @@ def attention_of(layer, hidden, cos, sin, mask):
 
 @torch.no_grad()
 def logits_of(model, inputs, new_tokens, placeholder, images, rules, bidirectional=False, separators=()):
-    """Logits of every position of one row's prompt followed by `new_tokens`, and which positions are left at the end.
+    """Return the logits at all positions of a row's prompt and `new_tokens`, and a mask of the remaining positions.
 
-    `images`: for each image its columns. `rules`: {layer: rule}, a rule being a function of the hidden states of
-    one image's remaining tokens, of the question's attention to them (in the layer before), and of the image and
-    the question as they entered the LLM; it returns groups: lists of (index, weight), the first being the anchor.
-    `separators`: columns of newlines among an image's columns; they are left as long as all of its tokens are.
+    `images` has the columns of each image. `separators` has the columns of newlines among them; they remain as long as
+    all of the image's tokens do. `rules` has a function for each layer with a compressor. It gets the hidden states of
+    an image's remaining tokens, the question's attention to them in the layer before, and the image and the question at
+    the input of the LLM. It returns groups, which are lists of (index, weight) with the anchor first.
     """
     seen = {}
 
@@ -84,7 +84,7 @@ def logits_of(model, inputs, new_tokens, placeholder, images, rules, bidirection
 
 
 def embedding_scale(model, inputs, hidden):
-    """Some families scale embeddings on the way into the LLM."""
+    """Return the factor by which the LLM scales embeddings; some families do so."""
     text = (inputs["input_ids"][0] != model.config.image_token_id).nonzero()[-1]
     plain = model.get_input_embeddings()(inputs["input_ids"][0, text])[0]
     return (hidden[text][0] @ plain) / (plain @ plain)

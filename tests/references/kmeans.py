@@ -1,10 +1,10 @@
-"""K-means as loops over one image: even start, Lloyd's steps, an empty cluster takes the farthest token."""
+"""A reference for k-means: loops over one image with an even start; empty clusters take the farthest token."""
 
 import torch
 
 
 def kmeans(features, clusters, iterations):
-    """features [tokens, dim]. The members of each cluster as lists of indices, in the order of their first members."""
+    """Return the token indices of each cluster, sorted by first member. `features` has shape [tokens, dim]."""
     tokens = range(len(features))
     centroids = [features[(2 * i + 1) * len(features) // (2 * clusters)] for i in range(clusters)]
     for _ in range(iterations):

@@ -1,4 +1,4 @@
-"""BLIP-2's Q-Former, one query, one head and one token at a time, from the paper's section 3.1 and BERT's layer."""
+"""A reference for BLIP-2's Q-Former: loops over queries, heads and tokens, from section 3.1 and BERT's layer."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch.nn.functional import gelu
 
 
 def qformer(weights, queries, features, depth, heads, cross_every):
-    """What each query has read in `features` [tokens, dim] of one image: [queries, width]."""
+    """Return the output of each query, shape [queries, width], for an image's `features` [tokens, dim]."""
     w = {name.removeprefix("qformer."): value for name, value in weights.items()}
     x = [norm(q, w, "layernorm") for q in queries]
     for n in range(depth):

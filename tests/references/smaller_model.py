@@ -1,4 +1,4 @@
-"""The plain model as if it had been built for smaller images, and smaller images, both made by hand."""
+"""A reference for downsample: smaller images, and the plain model changed to their size by hand."""
 
 import copy
 
@@ -8,13 +8,13 @@ from PIL import Image
 
 
 def smaller_image(pixels, height, width):
-    """One image [3, height, width], resized channel by channel with Pillow."""
+    """Resize an image [3, h, w] to [3, height, width], channel by channel with Pillow."""
     channels = [Image.fromarray(c.numpy(), mode="F").resize((width, height), Image.Resampling.BICUBIC) for c in pixels]
     return torch.from_numpy(np.stack([np.asarray(c) for c in channels]))
 
 
 def model_for(model, side):
-    """A copy of a model with a CLIP or SigLIP encoder whose own resolution is `side` x `side` pixels."""
+    """Return a copy of a model whose CLIP or SigLIP encoder has a resolution of `side` x `side` pixels."""
     model = copy.deepcopy(model)
     embeddings = model.model.vision_tower.embeddings
     old = embeddings.position_embedding.weight

@@ -1,10 +1,10 @@
-"""SparseVLM as loops over one image of one row: raters, scores, the next best, clusters by density peaks."""
+"""A reference for SparseVLM: loops over one image of one row for raters, scores, recycling and clusters."""
 
 import math
 
 
 def raters(visual, question):
-    """The numbers of the question's tokens [queries, dim] that rate the image [tokens, dim], on entering the LLM."""
+    """Return the indices of the raters, for image [tokens, dim] and question [queries, dim] at the input of the LLM."""
     shares = [0.0] * len(question)
     for token in visual.double():
         products = [float(token @ word) for word in question.double()]
@@ -16,7 +16,7 @@ def raters(visual, question):
 
 
 def density_peaks(points, clusters):
-    """The members of each cluster of points [points, dim], its centre first; the clusters by falling score."""
+    """Return the indices of each cluster's points [points, dim], centre first, and clusters by descending score."""
     points, dim = points.double(), points.shape[1]
     every = range(len(points))
     away = [[float((points[i] - points[j]).norm()) / math.sqrt(dim) for j in every] for i in every]
@@ -35,8 +35,11 @@ def density_peaks(points, clusters):
 
 
 def sparsevlm(features, attention, rating, count, recycle):
-    """features [tokens, dim], attention [queries, tokens]; the numbers of the raters; how many to keep, what share to
-    recycle. Output tokens as lists of (index, weight), the anchor first: those kept, then the merged ones."""
+    """Return the output tokens as lists of (index, weight), anchor first: the kept ones, then the merged ones.
+
+    `features` is [tokens, dim], `attention` [queries, tokens], `rating` has the indices of the raters, `count` is the
+    number of tokens to keep, and `recycle` the fraction of the others to recycle.
+    """
     tokens = range(len(features))
     if count >= len(features):
         return [[(i, 1.0)] for i in tokens]
@@ -46,6 +49,6 @@ def sparsevlm(features, attention, rating, count, recycle):
     groups = [[(i, 1.0)] for i in kept]
     if recycle > 0:
         recycled = sorted(pruned[: int(len(pruned) * recycle) + 1])
-        for own in density_peaks(features[recycled], int(len(recycled) / 10) + 1):
-            groups.append([(recycled[i], 1 / len(own)) for i in own])
+        for members in density_peaks(features[recycled], int(len(recycled) / 10) + 1):
+            groups.append([(recycled[i], 1 / len(members)) for i in members])
     return groups

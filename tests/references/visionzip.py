@@ -1,24 +1,25 @@
-"""VisionZip as loops over one image, written from the paper and a description of the authors' code."""
+"""A reference for VisionZip: loops over one image, from the paper and a description of the authors' code."""
 
 import torch
 
 
 def visionzip(features, attention, keys, dominant, contextual, merge, cls=1):
-    """The output tokens: dominant ones, then contextual ones.
+    """Return the output tokens: the dominant ones, then the contextual ones.
 
-    features [cls + patches, dim], CLS first if there is one (`cls` is 1 or 0); attention [heads, cls + patches], the
-    CLS row or what each patch receives; keys [cls + patches, key]."""
+    `features` is [cls + patches, dim], with CLS first if `cls` is 1 and without CLS if it is 0. `attention` is
+    [heads, cls + patches], the row of CLS or the attention that each patch receives. `keys` is [cls + patches, key].
+    """
     return torch.stack([token for _, token in placed(features, attention, keys, dominant, contextual, merge, cls)])
 
 
 def visionzip_in_place(features, attention, keys, dominant, contextual, merge="reference"):
-    """The variant for Qwen2.5-VL: each contextual token stands at its target's place. The places, and the tokens."""
+    """Return places and tokens of the variant for Qwen2.5-VL, with each contextual token at its target's place."""
     tokens = dict(placed(features, attention, keys, dominant, contextual, merge, cls=0))
     return sorted(tokens), torch.stack([tokens[place] for place in sorted(tokens)])
 
 
 def placed(features, attention, keys, dominant, contextual, merge, cls):
-    """The output tokens of `visionzip`, each with the number of the patch that it stands for."""
+    """Return the output tokens of `visionzip`, each with the index of its patch."""
     patches = range(cls, len(features))
     score = {j: sum(float(head[j]) for head in attention) for j in patches}
     best = sorted(patches, key=lambda j: score[j], reverse=True)[: dominant - cls]
