@@ -1,14 +1,14 @@
-"""Does DFMR keep more tokens where an image holds more? mini's test images, by level of complexity.
+"""Measure whether DFMR keeps more tokens of more complex images, on mini's test images by level.
 
     python -m recipes.benchmarks.dfmr_by_complexity
 
-Measures the deviations of mini's 570 test images (a third each flat, patterned and cluttered), in several ways of
-measuring, and sets the threshold for several budgets in two ways:
+The script measures the deviations of mini's 570 test images (a third each flat, patterned and cluttered) with several
+settings, and sets the threshold for several budgets in two ways:
 
-* test:       from the test images themselves, which shows how near to a budget the steps of the average come;
-* validation: from mini's 180 validation images, and applied to the test images, as a user would have it.
+* test:       from the test images themselves, which shows how near the average can come to a budget;
+* validation: from mini's 180 validation images, applied to the test images, as a user would do.
 
-Writes the mean deviation and the mean token count of every level to benchmarks/results/dfmr-by-complexity.csv.
+It writes the mean deviation and the mean token count of every level to benchmarks/results/dfmr-by-complexity.csv.
 """
 
 from __future__ import annotations

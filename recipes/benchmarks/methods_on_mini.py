@@ -1,13 +1,13 @@
-"""Every method on mini's test split, at three budgets: accuracy, what it costs, and which of the simplest it beats.
+"""Run every method on mini's test split at three budgets: accuracy, costs, and the simplest methods that it beats.
 
     python -m recipes.benchmarks.methods_on_mini                  # all 3,414 questions
     python -m recipes.benchmarks.methods_on_mini --limit 1026
 
-Budgets are average shares of the visual tokens over all layers of the LLM; where a method has no such setting, the
-table has no row. Methods whose threshold decides by content are calibrated on mini's validation images. Each
-configuration is written to benchmarks/results/methods-on-mini.csv as soon as it is done; a second run goes on where the
-first was stopped, and measures again what other code, weights or versions of torch and transformers gave. mini is a
-test-bed: what wins here need not win on a model of seven billion parameters.
+Budgets are fractions of the visual tokens, averaged over all LLM layers. The table has no row for a method that cannot
+meet a budget. Methods with a threshold, such as DFMR, are calibrated on mini's validation images. Each configuration is
+written to benchmarks/results/methods-on-mini.csv when it is done. A second run resumes a stopped one, and measures rows
+of other code, weights or versions of torch and transformers again. mini is a test bed: the best method here may not be
+the best one on a model with seven billion parameters.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from vlmzip.runtime.flops import prefill_flops
 
 BUDGETS = ("50%", "25%", "11%")
 SIMPLEST = ("random_tokens", "pool2d", "downsample")
-#: Further settings of methods that are there with their defaults anyway.
+#: Settings to run in addition to the methods' defaults.
 VARIANTS = [
     VisionZip(merge="mean"),
     RandomTokens(site=Site.IN_LLM, layer=1),
@@ -62,7 +62,7 @@ def mini() -> tuple[nn.Module, Any]:
 
 
 def settings() -> Iterator[Compressor]:
-    """Every method with its defaults; before the LLM also with original positions."""
+    """Return every method with its defaults. Methods before the LLM are also run with original positions."""
     for cls in catalogue.available().values():
         if cls is NoCompression or cls.trained_weights:
             continue
@@ -86,7 +86,7 @@ def at_budget(
 
 
 def ask(compressed: nn.Module, limit: int | None) -> tuple[list[AnswerRecord], list[float], float, float]:
-    """Answers, visual tokens by layer (the mean image's), milliseconds of selection an image, seconds in all."""
+    """Return answers, mean visual tokens by layer, milliseconds of selection per image, and total seconds."""
     answer, samples = ModelAnswer(compressed, mini()[1]), test_split(limit)
     records, layers, milliseconds, start = [], [], 0.0, time.perf_counter()
     for first in range(0, len(samples), BATCH):
@@ -103,7 +103,7 @@ def ask(compressed: nn.Module, limit: int | None) -> tuple[list[AnswerRecord], l
 
 @cache
 def fingerprint() -> str:
-    """Return the digest of all that answers depend on beside the compressor's settings: code, weights and versions."""
+    """Return a digest of what answers depend on in addition to the compressor's settings: code, weights, versions."""
     scripts = of_files([Path(__file__), Path(evaluate.__file__)])
     return of_json([of_model(*mini()), of_code("mini"), scripts])
 
@@ -140,7 +140,7 @@ def row_of(budget: str, setting: str, method: Compressor, limit: int | None) -> 
 
 
 def setting_of(method: Compressor) -> str:
-    """What tells this method, not yet at a budget, from the same with its defaults; positions have a column."""
+    """Return the settings that differ from the method's defaults, before fitting to a budget, without positions."""
     usual = catalogue.make(type(method), {})
     names = [name for name in method.field_names() if name != "positions"]
     told = [f"{name}={value}" for name in names if (value := getattr(method, name)) != getattr(usual, name)]
@@ -154,7 +154,7 @@ def save(rows: list[dict[str, object]], path: Path) -> None:
 
 
 def cannot(budget: str, method: Compressor, error: BudgetError) -> dict[str, object]:
-    """The row of a method that has no such budget: the reason in place of the compressor."""
+    """Return the row of a method that cannot meet the budget, with the reason instead of the compressor."""
     own = {"budget": budget, "method": method.name(), "setting": setting_of(method)}
     return {**own, "positions": positions_of(method), "questions": 0, "compressor": str(error)}
 
@@ -165,7 +165,7 @@ def is_row_of(row: dict[str, object], budget: str, method: Compressor) -> bool:
 
 
 def is_measured(row: dict[str, object], method: Compressor, questions: int) -> bool:
-    """Whether a row has the answers of the method, at its budget, to so many questions by the code that runs now."""
+    """Return whether a row has the method's answers at this budget to this many questions, by the current code."""
     wanted = {"compressor": str(method.to_dict()), "questions": str(questions), "fingerprint": fingerprint()}
     return all(str(row.get(name)) == value for name, value in wanted.items())
 
@@ -176,7 +176,7 @@ def positions_of(method: Compressor) -> str:
 
 
 def markdown(rows: Sequence[dict[str, str]]) -> str:
-    """The table for the documents; the last column names the simplest methods, same budget, that are not beaten."""
+    """Return the table for the documents. The last column has the simplest methods that a method does not beat."""
     lines = [
         "| budget | method | setting | positions | reached | FLOPs | selection ms | accuracy | not ahead of |",
         "| --- " * 9 + "|",
@@ -196,8 +196,11 @@ def markdown(rows: Sequence[dict[str, str]]) -> str:
 
 
 def not_beaten(row: dict[str, str], rows: Sequence[dict[str, str]]) -> list[str]:
-    """The simplest methods at the same budget, each with its better positions, that this one is not ahead of by two
-    standard errors of the paired difference."""
+    """Return the simplest methods at the same budget that a method does not beat.
+
+    A method beats another one if it is ahead by two standard errors of the paired difference. Each of the simplest
+    methods is taken with its better positions.
+    """
     found = []
     for name in SIMPLEST:
         rivals = [r for r in rows if r["method"] == name and r["budget"] == row["budget"] and not r["setting"]]

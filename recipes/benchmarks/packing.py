@@ -1,9 +1,9 @@
-"""What rows side by side save in training: padding, and time of forward and backward, beside rows that are padded.
+"""Measure what packing rows side by side saves in training, compared with padding: padding and forward/backward time.
 
     python -m recipes.mini.conversations --images 600 --out runs/guide/data
     OMP_NUM_THREADS=1 python -m recipes.benchmarks.packing --records runs/guide/data/records.json --clock cpu
 
-mini on its own training records, `--batch` to a forward, bfloat16 autocast; projector and LLM learn.
+mini is trained on its training records in batches of `--batch`, with bfloat16 autocast; projector and LLM learn.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from vlmzip.training.batches import Collator, Preprocessor
 from vlmzip.training.random_factor import RandomFactor
 from vlmzip.training.records import Records
 
-#: Those whose tokens vary keep 45 % on average, as in configs/mini-dfmr.yaml.
+#: Methods with varying token counts keep 45 % on average, as in configs/mini-dfmr.yaml.
 COMPRESSORS = {
     "dfmr(tau=0.3206)": spec.read("dfmr(tau=0.3206)"),
     "random_factor": RandomFactor(),
@@ -54,7 +54,7 @@ def main() -> None:
     compressed = attach(loaded.model, COMPRESSORS["no_compression"]).train()
 
     def run(name: str, packed: bool) -> tuple[float, float]:
-        """Seconds, and the share of the LLM's input that is padding."""
+        """Return the seconds, and the share of padding in the LLM's input."""
         compressed.switch(COMPRESSORS[name])
         padding = of = 0
         start = clock("cpu")

@@ -1,9 +1,10 @@
-"""Why a method's prefill stays short of its FLOPs limit: prompts of text alone beside it, in CPU seconds.
+"""Measure why a method's prefill is slower than its FLOPs limit, against text-only prompts, in CPU seconds.
 
     OMP_NUM_THREADS=1 python -m recipes.benchmarks.rest_of_the_limit  # LLaVA-1.5-7B with heads and MLPs at 1/8
 
-A prompt of text has no compressor and no images. Layers that see n tokens cannot be faster than those of a text of n
-tokens; what a method takes beyond the sum of such layers is its own work, of which the report's "selection" is a part.
+A text-only prompt needs no compressor and no images. Layers that see n tokens cannot be faster than those of a text
+with n tokens. The time of a method beyond the sum of such layers is the method's own work, which includes the report's
+"selection".
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""What each method's selection costs at 576, 2,880 and 18,432 visual tokens, beside CLIP ViT-L/14-336 at 576.
+"""Measure the cost of each method's selection at 576, 2,880 and 18,432 visual tokens, relative to CLIP ViT-L/14-336.
 
     python -m recipes.benchmarks.selection_by_method
 
-Random visual tokens of CLIP ViT-L's width (1,024) and random signals, one image of 1, 5 or 32 frames of 24 x 24: what
-is timed is deciding and applying (`method(tokens).apply(features)`), the signals' own rows apart ("signal: ..."). Each
-method keeps 64 tokens, and then a ninth. All variants and the encoder take turns in one run; ratios are medians of the
-ratios within each round. Peak memory is measured in a fresh process for each. Writes
-benchmarks/results/selection-by-method.csv; --check fails if something that should grow with the tokens grows faster.
+Inputs are random visual tokens of CLIP ViT-L's width (1,024) and random signals, for an image of 1, 5 or 32 frames of
+24 x 24 tokens. The script times `method(tokens).apply(features)`; computing the signals has separate rows
+("signal: ..."). Each method keeps 64 tokens, and then a ninth. All variants and the encoder take turns in one run;
+ratios are medians of the ratios within each round. Peak memory is measured in a new process for each. It writes
+benchmarks/results/selection-by-method.csv. --check fails if a cost that should be linear in the tokens grows faster.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""What VisionZip's selection costs: time and peak memory of the vision encoder with and without it.
+"""Measure the cost of VisionZip's selection: time and peak memory of the vision encoder with and without it.
 
-    python -m recipes.benchmarks.selection_cost            # CLIP ViT-L/14-336 with random weights, on what is there
+    python -m recipes.benchmarks.selection_cost            # CLIP ViT-L/14-336 with random weights, on a GPU or the CPU
 
-Three variants, interleaved in one run, so that a noisy machine troubles them alike:
+Three variants are interleaved in one run, so that noise affects them equally:
 
 * plain:     the vision encoder with SDPA, keeping no hidden states;
 * visionzip: the same, and the attention row, keys, selection and merging of VisionZip at 64 tokens;
-* eager:     eager attention with `output_attentions=True`, as the published implementations run the encoder; their
-             selection, which comes on top, is not counted.
+* eager:     eager attention with `output_attentions=True`, as the published implementations run the encoder, without
+             the additional cost of their selection.
 
-Writes one row a variant to benchmarks/results/, the hardware and versions in the file's name.
+It writes one row per variant to benchmarks/results/, with hardware and versions in the file name.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ METHOD = VisionZip(keep=64)
 
 
 def build(args: argparse.Namespace) -> LlavaForConditionalGeneration:
-    """LLaVA-1.5's vision encoder and projector; the language model is a stump that never runs."""
+    """Make LLaVA-1.5's vision encoder and projector, with a minimal LLM that never runs."""
     vision = CLIPVisionConfig(
         hidden_size=1024, intermediate_size=4096, num_hidden_layers=args.layers, num_attention_heads=16,
         image_size=336, patch_size=14, projection_dim=768,
@@ -52,7 +52,7 @@ def build(args: argparse.Namespace) -> LlavaForConditionalGeneration:
 
 
 def variant(name: str, args: argparse.Namespace) -> Callable[[], dict[str, float]]:
-    """A function that runs the variant once and says how many seconds each part took."""
+    """Return a function that runs the variant once and returns the seconds of each part."""
     model = build(args)
     pixels = torch.randn(args.batch, 3, 336, 336, device=args.device, dtype=getattr(torch, args.dtype))
     adapter = adapter_for(model)
@@ -76,7 +76,7 @@ def variant(name: str, args: argparse.Namespace) -> Callable[[], dict[str, float
 
 
 def memory_in_a_fresh_process(name: str, arguments: list[str]) -> int:
-    """Peak memory without what other variants left in the allocator, which gives back at once what is freed."""
+    """Return the peak memory without memory that other variants left in the allocator, which frees memory at once."""
     command = [sys.executable, "-m", "recipes.benchmarks.selection_cost", *arguments, "--memory-of", name]
     return int(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | FRUGAL).stdout)
 
@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def row(name: str, times: dict, memory: dict, args: argparse.Namespace) -> dict[str, object]:
-    """One line of the table. Ratios are medians of the ratios within each round, to plain in the same round."""
+    """Return a row of the table. Ratios are medians of the ratios to `plain` within each round."""
     ratios = [own["seconds"] / plain["seconds"] for own, plain in zip(times[name], times["plain"], strict=True)]
     selection = [own["selection"] / plain["seconds"] for own, plain in zip(times[name], times["plain"], strict=True)]
     quartiles = statistics.quantiles(ratios, n=4)

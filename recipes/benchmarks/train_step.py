@@ -1,10 +1,10 @@
-"""Time of a training step in each stage of LLaVolta's schemes, beside what FLOPs promise.
+"""Measure the time of a training step in each stage of LLaVolta's schemes, and compare it with the FLOPs.
 
     OMP_NUM_THREADS=1 python -m recipes.benchmarks.train_step --clock cpu     # LLaVA-1.5-7B with heads and MLPs at 1/8
 
-A step is forward, loss and backward; projector and LLM learn, the vision encoder is frozen; without the optimiser,
-which no compression touches. FLOPs: the encoder's forward once; three times the forward of projector and LLM, whose
-output head sees every token. *share of the saving*: of the time that the FLOPs say is saved, how much is.
+A step is forward, loss and backward, without the optimiser, which compression does not change. Projector and LLM learn;
+the vision encoder is frozen. FLOPs count the encoder's forward once, and the forward of projector and LLM three times;
+the output head sees every token. *share of the saving* is the saved time as a share of the saving that the FLOPs give.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def step_flops(compressed: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
-    """Forward and backward of one step; selection and pooling are left out."""
+    """Return the FLOPs of forward and backward of a step, without selection and pooling."""
     adapter = adapter_for(compressed.inner)
     with torch.no_grad():
         encoder = flops_inside([adapter.vision_encoder], lambda: compressed(**inputs))
