@@ -591,7 +591,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(start, again, monkeypatch, who
         ({"schedule": "llavolta(layer=9)"}, "layer must be from 1 to"),
         ({"images": "nowhere"}, "there is no folder 'nowhere'"),
         ({"records": "nowhere.json"}, "cannot read 'nowhere.json'"),
-        ({"batch": 4, "batch_per_process": 3}, "does not divide"),
+        ({"batch": 4, "batch_per_process": 3}, "batch_per_process must divide"),
         ({"trainer": {"optimm": "sgd"}}, "trainer: .*optimm"),
         ({"trainer": {"lr_scheduler_kwargs": {"nonsense": 1}}}, "trainer: .*nonsense"),
         ({"trainer": {"optim": "galore_adamw"}}, "trainer: .*galore_torch"),
