@@ -54,7 +54,7 @@ class Preprocessor:
             raise UserError("the checkpoint has no fast tokenizer, which is needed to tell answers from questions")
         if self.tokenizer.eos_token is None:
             raise UserError("the checkpoint's tokenizer has no end-of-text token for the ends of answers")
-        self._reserved = _reserved_words(processor, self.tokenizer.convert_ids_to_tokens(self.placeholder))
+        self._reserved = _reserved_words(processor, str(self.tokenizer.convert_ids_to_tokens(self.placeholder)))
         self._end = self._try_out()
 
     def __call__(self, record: TrainingRecord, folder: Path) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Literal, get_args
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt
@@ -228,7 +228,7 @@ class _Loader(yaml.SafeLoader):
     PyYAML's own loader silently takes the last of two equal keys.
     """
 
-    def construct_scalar(self, node: Any) -> Any:
+    def construct_scalar(self, node: yaml.ScalarNode) -> object:
         try:
             node.value.encode()
         except UnicodeEncodeError:
@@ -236,7 +236,7 @@ class _Loader(yaml.SafeLoader):
             raise UserError(f"half a character in the text of line {line} (a lone surrogate)") from None
         return super().construct_scalar(node)
 
-    def compose_mapping_node(self, anchor: Any) -> Any:
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen = set()
         for key, _ in node.value:
@@ -248,7 +248,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-def _parse(where: str, text: str | bytes) -> Any:
+def _parse(where: str, text: str | bytes) -> object:
     """Parse YAML text. Raises `UserError`, with a message that starts with `where`, for invalid YAML."""
     try:
         return yaml.load(text, _Loader)
@@ -262,13 +262,14 @@ def _parse(where: str, text: str | bytes) -> Any:
         raise UserError(f"{where} is not YAML: {reason}") from None
 
 
-def _change(content: dict[str, Any], change: str) -> None:
+def _change(content: dict[str, object], change: str) -> None:
     key, equals, value = change.partition("=")
     if not equals:
         raise UserError(f"--set must be key=value, got {change!r}")
     *outer, last = key.strip().split(".")
     for name in outer:
-        content = content.setdefault(name, {})
-        if not isinstance(content, dict):
+        part = content.setdefault(name, {})
+        if not isinstance(part, dict):
             raise UserError(f"--set {change!r}: {name} has no settings inside it")
+        content = part
     content[last] = _parse(f"--set {change!r}", value)

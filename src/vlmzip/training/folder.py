@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from filelock import BaseFileLock
 from safetensors import SafetensorError
@@ -147,7 +146,7 @@ def _refuse_changes(out: Path, before: dict[str, object], asked: dict[str, objec
         )
 
 
-def _plain(name: str, value: object) -> Any:
+def _plain(name: str, value: object) -> object:
     return os.path.realpath(value) if name in PLACES and isinstance(value, str) else value
 
 

@@ -18,7 +18,7 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, TypeGuard
 
 from PIL import Image
 
@@ -86,25 +86,25 @@ def read_record(content: object) -> TrainingRecord:
     return TrainingRecord(str(content.get("id", "")), turns, tuple(images))
 
 
-def _images(content: dict[str, Any]) -> list[str]:
+def _images(content: dict[str, object]) -> list[str]:
     """Return the paths of a record's images."""
     values = [content[name] for name in ("image", "images") if content.get(name) is not None]
     if len(values) > 1:
         raise BadRecord("both image and images")
-    paths = values[0] if values else []
-    paths = [paths] if isinstance(paths, str) else paths
+    value = values[0] if values else []
+    paths = [value] if isinstance(value, str) else value
     if not _are_paths(paths):
         raise BadRecord("image is not a path or a list of paths")
     return list(paths)
 
 
-def _frames(content: dict[str, Any]) -> list[str]:
+def _frames(content: dict[str, object]) -> list[str]:
     """Return the paths of a record's video frames."""
     if content.get("videos") is not None:
         raise BadRecord("videos: only one video can be given, as video")
     frames = content.get("video")
     frames = [] if frames is None else frames
-    paths = [frames] if isinstance(frames, str) else frames
+    paths: object = [frames] if isinstance(frames, str) else frames
     if not _are_paths(paths):
         raise BadRecord("video is not a list of image paths")
     if isinstance(frames, str) or any(path.lower().endswith(VIDEO_FILES) for path in paths):
@@ -112,7 +112,7 @@ def _frames(content: dict[str, Any]) -> list[str]:
     return list(paths)
 
 
-def _are_paths(paths: object) -> bool:
+def _are_paths(paths: object) -> TypeGuard[list[str]]:
     return isinstance(paths, list) and all(isinstance(path, str) and path for path in paths)
 
 
@@ -202,7 +202,7 @@ class Records:
         return f"; {len(self.bad):,} are bad, the first (record {self.bad[0][0]}): {self.bad[0][1]}"
 
 
-def _parsed(text: bytes) -> Any:
+def _parsed(text: bytes) -> object:
     try:
         return parse(text)
     except JsonError as error:

@@ -18,6 +18,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments, get_scheduler, set_seed
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from vlmzip import spec
 from vlmzip.compressor import Compressor
@@ -206,18 +208,19 @@ def make_trainer(
         raise UserError(f"trainer: {' '.join(str(error).split())[:200]}") from None
 
 
-def _try_optimiser(args: Any, model: Any, steps: int) -> None:
+def _try_optimiser(args: TrainingArguments, model: nn.Module, steps: int) -> None:
     """Raise now what Trainer would raise during the run for a bad optimiser or learning-rate schedule."""
     try:
         _try_optimiser_step(args, model)
     except (ArithmeticError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         if not args.optim_args:
             raise
-        raise ValueError(f"optim {args.optim.value} with optim_args {args.optim_args!r}: {error}") from error
+        optim = OptimizerNames(args.optim).value
+        raise ValueError(f"optim {optim} with optim_args {args.optim_args!r}: {error}") from error
     _try_schedule(args, steps)
 
 
-def _try_optimiser_step(args: Any, model: Any) -> None:
+def _try_optimiser_step(args: TrainingArguments, model: Any) -> None:
     optimizer, settings = Trainer.get_optimizer_cls_and_kwargs(args, model)
     needs_model = settings.keys() & {"params", "model", "optimizer_dict"}
     if isinstance(optimizer, type) and not needs_model:
@@ -226,9 +229,11 @@ def _try_optimiser_step(args: Any, model: Any) -> None:
         optimizer([weights], **settings).step()
 
 
-def _try_schedule(args: Any, steps: int) -> None:
+def _try_schedule(args: TrainingArguments, steps: int) -> None:
     """Raise `ValueError` for an invalid learning-rate schedule, or one without a valid rate at some step."""
-    name, kwargs, warmup = args.lr_scheduler_type.value, args.lr_scheduler_kwargs, args.get_warmup_steps(steps)
+    name, kwargs = SchedulerType(args.lr_scheduler_type).value, args.lr_scheduler_kwargs
+    warmup = args.get_warmup_steps(steps)
+    assert not isinstance(kwargs, str)  # TrainingArguments has read it
     label = f"lr_scheduler_type {name} with lr_scheduler_kwargs {kwargs or {}}"
     stand_in = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
     try:

@@ -6,13 +6,13 @@ silently wraps the model in DDP instead.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import StateDict
 
 from vlmzip.errors import UserError
 from vlmzip.models import adapter_for
@@ -54,13 +54,17 @@ def moves_together(compressed: nn.Module) -> bool:
     return isinstance(compressed, FSDPModule) or is_deepspeed_zero3_enabled()
 
 
-def whole(value: object, keep: bool) -> Any:
+def whole(value: object, keep: bool) -> object:
     """Gather a sharded tensor on the CPU, in the processes that `keep` it; the others get an empty tensor.
 
     All processes must call this for the same tensors in the same order. Any other value is returned unchanged.
     """
     if not isinstance(value, DTensor):
         return value
+    return _gathered(value, keep)
+
+
+def _gathered(value: DTensor, keep: bool) -> Tensor:
     gathered = value.full_tensor().detach()
     return gathered.cpu() if keep else torch.empty(0)
 
@@ -83,11 +87,11 @@ def make_whole(compressed: CompressedModel, keep: bool) -> None:
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             if isinstance(parameter, DTensor):
                 if parameter not in plain:
-                    plain[parameter] = nn.Parameter(whole(parameter, keep), requires_grad=parameter.requires_grad)
+                    plain[parameter] = nn.Parameter(_gathered(parameter, keep), requires_grad=parameter.requires_grad)
                 setattr(module, name, plain[parameter])
 
 
-def whole_optimizer(optimizer: Any, keep: bool) -> dict[str, object]:
+def whole_optimizer(optimizer: Optimizer, keep: bool) -> dict[str, object]:
     """Return the gathered optimiser state, from which a run on any number of processes can resume."""
     state = optimizer.state_dict()
     moments = {
@@ -97,7 +101,7 @@ def whole_optimizer(optimizer: Any, keep: bool) -> dict[str, object]:
     return {**state, "state": moments}
 
 
-def shard_optimizer_state(state: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+def shard_optimizer_state(state: StateDict, optimizer: Optimizer) -> StateDict:
     """Return a gathered optimiser state, sharded like the optimiser's parameters."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
@@ -107,7 +111,7 @@ def shard_optimizer_state(state: dict[str, Any], optimizer: Any) -> dict[str, An
     return {**state, "state": moments}
 
 
-def _like(parameter: Tensor, value: object) -> Any:
+def _like(parameter: Tensor, value: object) -> object:
     """Return a value of the optimiser's state, sharded like its parameter if it has the parameter's shape."""
     if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != parameter.shape:
         return value  # such as the number of steps

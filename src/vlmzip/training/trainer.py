@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
@@ -22,6 +24,7 @@ from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.files import write_text
 from vlmzip.json_text import JsonError, Line, parse, read_lines, write_line
+from vlmzip.processor import InputDict
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.seeds import mixed
 from vlmzip.training import sharding
@@ -83,7 +86,9 @@ class StagedTrainer(Trainer):
         """Return the number of the current stage, from 0."""
         return self.schedule.index(Fraction(self.state.global_step, max(1, self.state.max_steps)))
 
-    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: InputDict, num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         self._trained = self.stage()  # the log after a step describes the step's own stage
         self.compressed.switch(self._compressor())
         learned_from = (inputs["labels"] != IGNORE).any(1).tolist()
@@ -107,7 +112,9 @@ class StagedTrainer(Trainer):
         step = mixed(self.args.seed, step)  # runs with different seeds draw differently
         return compressor.at_step(step, salt)
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
+    def evaluate(
+        self, eval_dataset: object = None, ignore_keys: object = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Score the model with the compressor that it will be used with, then restore the training state."""
         with evaluating(self.compressed, self.evaluated_with) as compressed:
             scores = self._score(compressed) if self._score else {}
@@ -116,7 +123,7 @@ class StagedTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, and add stage, retention and padding since the last log. Raises `UserError` for a loss of NaN."""
         if "loss" in logs:
             self._refuse_broken(logs)
@@ -141,7 +148,7 @@ class StagedTrainer(Trainer):
                 before = line["step"]
         return total / max(1.0, before)
 
-    def _refuse_broken(self, logs: dict[str, Any]) -> None:
+    def _refuse_broken(self, logs: dict[str, float]) -> None:
         scaled = self.accelerator.scaler is not None  # a gradient scaler skips steps whose gradients overflow
         for name in ("loss",) if scaled else ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0)):
@@ -150,14 +157,14 @@ class StagedTrainer(Trainer):
                     " lower learning_rate and give another out (checkpoints saved so far are unchanged)"
                 )
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+    def _get_train_sampler(self, train_dataset: Dataset[object] | None = None) -> EpochSampler:
         records = len(train_dataset if train_dataset is not None else self.train_dataset)  # type: ignore[arg-type]
         per_epoch = records // self._batch
         return EpochSampler(
             records, self._batch, self.args.seed, lambda: self.state.global_step // per_epoch, lengths=self._lengths
         )
 
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: object) -> None:
         super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()  # every process writes the state of its rng
         if self.args.should_save:
@@ -169,11 +176,11 @@ class StagedTrainer(Trainer):
 
     # --- sharded parameters -----------------------------------------------------------------------------------
 
-    def _move_model_to_device(self, model: Any, device: torch.device) -> None:
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         if not self.sharded:  # sharding moves each process's own shards
             super()._move_model_to_device(model, device)
 
-    def create_optimizer(self, model: Any = None) -> Any:
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Create the optimiser, after sharding the parameters. By now Trainer has loaded a checkpoint's weights."""
         if self.sharded and self.optimizer is None:
             sharding.shard(self.compressed, self.args.device, bf16=self.args.bf16)
@@ -225,8 +232,9 @@ class Sharded(TrainerCallback):
     """A callback that checks that parameters are still sharded when training begins, after all wrapping."""
 
     def on_train_begin(
-        self, args: object, state: TrainerState, control: TrainerControl, model: Any = None, **_: object
+        self, args: object, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **_: object
     ) -> None:
+        assert model is not None  # Trainer gives it
         sharding.check_sharded(model)
 
 
@@ -251,13 +259,20 @@ class JsonLog(TrainerCallback):
         if control.should_save or state.global_step >= state.max_steps:
             control.should_log = True
 
-    def on_log(self, args: object, state: TrainerState, control: TrainerControl, logs: Any = None, **_: object) -> None:
-        if not state.is_world_process_zero:
+    def on_log(
+        self,
+        args: object,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: object,
+    ) -> None:
+        if not state.is_world_process_zero or logs is None:
             return
-        line = {"step": state.global_step, **logs}
-        if "stage" in line:
+        line: dict[str, object] = {"step": state.global_step, **logs}
+        if "stage" in logs:
             line["cpu_seconds"] = round(time.process_time(), 2)
-            line["compressor"] = written(self.schedule.stages[line["stage"] - 1].compressor)
+            line["compressor"] = written(self.schedule.stages[int(logs["stage"]) - 1].compressor)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(write_line(line))
 

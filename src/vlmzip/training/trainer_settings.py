@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 from vlmzip.errors import UserError, closest, nearest
 
@@ -96,13 +96,22 @@ REFUSED = {
 }  # fmt: skip
 
 
+class Run(Protocol):
+    """The configuration of a run: its other settings are looked up by name."""
+
+    @property
+    def trainer(self) -> Mapping[str, object]:
+        """The settings for Trainer."""
+        ...
+
+
 @dataclass(frozen=True)
 class Kind:
     """The valid values of a setting."""
 
     description: str
     """The valid values in words, for messages."""
-    read: Callable[[Any], Any]
+    read: Callable[[object], object]
     """A function from a given value to the value for Trainer, or to `None` if it is invalid."""
 
 
@@ -129,20 +138,20 @@ def _choice(*values: str) -> Kind:
     return Kind(f"one of {', '.join(values)}", lambda value: value if value in values else None)
 
 
-def _texts(value: object) -> Any:
+def _texts(value: object) -> object:
     texts = [value] if isinstance(value, str) else value
     are_texts = isinstance(texts, list) and all(isinstance(text, str) and text for text in texts)
     return value if texts and are_texts else None
 
 
-def _optim_args(value: object) -> Any:
+def _optim_args(value: object) -> object:
     """Return valid text such as momentum=0.9,nesterov=true, which transformers splits at each comma and "="."""
     pairs = [part.split("=") for part in value.replace(" ", "").split(",")] if isinstance(value, str) else []
     are_pairs = all(len(pair) == 2 and all(pair) for pair in pairs)
     return value if pairs and are_pairs and len({pair[0] for pair in pairs}) == len(pairs) else None
 
 
-def _numbers_as_such(value: object) -> Any:
+def _numbers_as_such(value: object) -> dict[object, object] | None:
     """Return a mapping with every text that is a number, such as YAML's 1e-6, as a number."""
     if not isinstance(value, Mapping):
         return None
@@ -150,7 +159,7 @@ def _numbers_as_such(value: object) -> Any:
     return {**value, **{key: number for key, number in numbers.items() if math.isfinite(number)}}
 
 
-def _save_strategy(value: object) -> Any:
+def _save_strategy(value: object) -> object:
     return "no" if value is False else _choice("steps", "no").read(value)  # YAML reads no as false
 
 
@@ -189,7 +198,7 @@ def _reporters() -> Kind:
 
     known = ("all", "none", *INTEGRATION_TO_CALLBACK)
 
-    def read(value: object) -> Any:
+    def read(value: object) -> object:
         names = [value] if isinstance(value, str) else value
         return value if isinstance(names, list) and all(name in known for name in names) else None
 
@@ -293,7 +302,7 @@ TURNED_ROUND = [
 RENAMED = {"gradient_checkpointing_kwargs": "activation_checkpointing_kwargs"}
 
 
-def read_trainer(given: Mapping[str, object], config: object) -> dict[str, object]:
+def read_trainer(given: Mapping[str, object], config: Run) -> dict[str, object]:
     """Return the arguments for Trainer from the settings under `trainer`.
 
     Raises `UserError` for a setting that does not exist, that a run cannot have, that has an invalid value, or that has
@@ -320,7 +329,7 @@ def _name(key: str) -> str:
     return new if new is not None and new in in_this_version() else key
 
 
-def _read(key: object, value: object, config: Any) -> Any:
+def _read(key: object, value: object, config: Run) -> object:
     if key in MADE_FROM:
         raise UserError(f"trainer: {key} follows from the run's own setting {MADE_FROM[key]}; set that instead")
     if key in REFUSED:
@@ -337,7 +346,7 @@ def _read(key: object, value: object, config: Any) -> Any:
     if read is None:
         raise UserError(f"trainer: {key} cannot be {value!r}; give {kind.description}")
     if key == "optim_args":
-        _refuse_unread(read, str(config.trainer.get("optim", "adamw_torch")))
+        _refuse_unread(str(read), str(config.trainer.get("optim", "adamw_torch")))
     return read
 
 
