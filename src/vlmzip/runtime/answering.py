@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vlmzip.errors import UserError
 from vlmzip.models.adapter import ModelAdapter
-from vlmzip.processor import Processor
+from vlmzip.processor import InputDict, Processor
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.flops import prefill_flops
 from vlmzip.runtime.prompts import chat_prompt, special_tokens
@@ -55,7 +55,7 @@ class Answerer:
         if "<image>" in question or getattr(self.processor, "image_token", "<image>") in question:
             raise UserError(f"the question {question!r} must not contain <image>: images are placed before it")
 
-    def inputs(self, images: Sequence[Image.Image], questions: Sequence[str]) -> dict[str, Any]:
+    def inputs(self, images: Sequence[Image.Image], questions: Sequence[str]) -> InputDict:
         """Return the model inputs of one prompt per question. The images are divided equally, in order."""
         rows = _images_by_prompt(images, len(questions))
         return self._inputs(self._prompts(questions, rows), rows)
@@ -91,10 +91,12 @@ class Answerer:
         pairs = zip(questions, images, strict=True)
         return [chat_prompt(self.adapter, self.processor, question, len(row)) for question, row in pairs]
 
-    def _inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> dict[str, Any]:
+    def _inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> InputDict:
         """Return the model inputs of prompts that contain the image placeholders."""
         single = all(len(row) == 1 for row in images)  # all processors accept a flat list of one image per prompt
-        batch: Any = [row[0] for row in images] if single else [list(row) for row in images]
+        batch: list[Image.Image] | list[list[Image.Image]] | None = (
+            [row[0] for row in images] if single else [list(row) for row in images]
+        )
         batch = batch if any(images) else None
         special = special_tokens(self.processor.tokenizer, prompts[0])  # all prompts come from the same template
         inputs = self.processor(images=batch, text=list(prompts), padding=True, return_tensors="pt", **special)

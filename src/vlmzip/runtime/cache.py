@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Cache
 
 from vlmzip.errors import UserError
-from vlmzip.processor import Inputs
+from vlmzip.processor import InputDict, Inputs
 from vlmzip.runtime.versions import unknown_interface
 
 #: The name since transformers 5.24, and the one before.
@@ -62,7 +62,7 @@ def cache_argument(arguments: Inputs, called: str) -> Any:
     return cache_of(arguments)
 
 
-def with_cache_named(arguments: Inputs, name: str) -> dict[str, Any]:
+def with_cache_named(arguments: Inputs, name: str) -> InputDict:
     """Return `arguments` with the KV cache, if there is one, under `name`."""
     cache = cache_of(arguments)
     out = {key: value for key, value in arguments.items() if key not in NAMES}

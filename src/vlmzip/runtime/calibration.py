@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
@@ -121,9 +120,8 @@ def meet(compressor: Compressor, images: Sequence[MeasuredImage], keep: Keep) ->
     if abs(steps.average(number) - budget) > TOLERANCE * budget:
         raise _out_of_reach(compressor.name(), budget, steps)
     choice = steps.choice(number)
-    setting: dict[str, Any] = {_calibratable(compressor).threshold: steps.threshold(number)}
     return Calibration(
-        dataclasses.replace(compressor, **setting),
+        compressor.with_fields(**{_calibratable(compressor).threshold: steps.threshold(number)}),
         before=[image.size for image in images],
         after=steps.tokens(choice).tolist(),
         factors=[steps.factors[index] for index in choice],
@@ -219,11 +217,12 @@ def _out_of_reach(name: str, budget: float, steps: _Steps) -> BudgetError:
     )
 
 
-def _processor_of(model: nn.Module) -> Any:
+def _processor_of(model: nn.Module) -> Processor:
     from vlmzip.runtime.checkpoints import load_processor
 
-    source = getattr(getattr(model, "config", None), "_name_or_path", "")
+    config: Any = getattr(model, "config", None)
+    source = getattr(config, "_name_or_path", "")
     try:
-        return load_processor(source, model.config)
+        return load_processor(source, config)
     except UserError as error:
         raise UserError(f"there is no processor at {source!r}: give one, calibrate(…, processor=…)") from error

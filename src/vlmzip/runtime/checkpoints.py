@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from PIL import Image
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BatchFeature,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from vlmzip.errors import UserError, reason
 from vlmzip.models import FAMILIES
@@ -33,6 +41,16 @@ MOST_PIXELS = 8192
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
+class LoadReport(TypedDict):
+    """What transformers says of the weights that it has loaded."""
+
+    missing_keys: set[str]
+    unexpected_keys: set[str]
+    mismatched_keys: set[tuple[str, Sequence[int], Sequence[int]]]
+    """Names, with the shape in the file and the model's."""
+    error_msgs: list[str]
+
+
 @contextmanager
 def refusing(what: str) -> Iterator[None]:
     """Turn every error of a library in the block into a `UserError` that begins with `what`.
@@ -50,7 +68,7 @@ def refusing(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {reason(error)}") from error
 
 
-def load_config(source: Source, **kwargs: object) -> Any:
+def load_config(source: Source, **kwargs: object) -> PreTrainedConfig:
     """Return the config of a checkpoint. Raises `UserError` for a family that vlmzip does not support."""
     kwargs = {"trust_remote_code": False, **kwargs}
     with refusing(f"cannot load {str(source)!r}"):
@@ -73,7 +91,7 @@ def _check_family(name: str, raw: Mapping[str, object]) -> None:
     raise UserError(f"vlmzip does not support the model type {model_type!r} yet; it supports: {', '.join(supported)}")
 
 
-def load_processor(source: Source, config: Any) -> Any:
+def load_processor(source: Source, config: PreTrainedConfig) -> Processor:
     """Return the processor of a checkpoint, with a pad token. Raises `UserError` if it is missing or broken."""
     with refusing(f"cannot load the processor of {str(source)!r}"):
         processor: Processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
@@ -88,7 +106,7 @@ def load_processor(source: Source, config: Any) -> Any:
     return processor
 
 
-def _refuse_large_images(name: str, image_processor: object, config: Any) -> None:
+def _refuse_large_images(name: str, image_processor: object, config: PreTrainedConfig) -> None:
     """Raise `UserError` for a processor that would fill the memory with one image."""
     # Encoders without `image_size` take any size; their processors have a least and a largest area, not sides.
     sides = hasattr(config.vision_config, "image_size")
@@ -103,14 +121,14 @@ def _refuse_large_images(name: str, image_processor: object, config: Any) -> Non
             )
 
 
-def _give_pad_token(tokenizer: Any, config: Any) -> None:
+def _give_pad_token(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
     """Give a pad token to a tokenizer without one, such as Llama's or Mistral's.
 
     An attention mask hides padding, so any token of the model's vocabulary will do, except the image placeholder.
     """
     text = config.get_text_config()
 
-    def usable(token: Any) -> bool:
+    def usable(token: object) -> bool:
         known = isinstance(token, int) and 0 <= token < min(text.vocab_size, len(tokenizer))
         return known and token != config.image_token_id
 
@@ -126,7 +144,7 @@ def _give_pad_token(tokenizer: Any, config: Any) -> None:
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
 
 
-def load_model(source: Source, **kwargs: Any) -> Any:
+def load_model(source: Source, **kwargs: Any) -> PreTrainedModel:
     """Return the model of a checkpoint; `kwargs` go to transformers.
 
     Raises `UserError` for pickled weights, unless `use_safetensors` is given, and for weights that do not fit the
@@ -158,7 +176,7 @@ def _refuse_pickles(source: Source) -> None:
         )
 
 
-def _refuse_larger_config(folder: Path, config: Any) -> None:
+def _refuse_larger_config(folder: Path, config: PreTrainedConfig) -> None:
     """Raise `UserError` for the config of a much larger model: transformers would fill the memory with random weights.
 
     `_refuse_wrong_weights` refuses smaller differences: it can name the weights.
@@ -191,7 +209,7 @@ def _stored_weights(folder: Path) -> list[int]:
     return sizes
 
 
-def _refuse_wrong_weights(name: str, report: Mapping[str, Any], *, mismatched: bool) -> None:
+def _refuse_wrong_weights(name: str, report: LoadReport, *, mismatched: bool) -> None:
     """Raise `UserError` for weights that are missing, that the model lacks, or whose shape differs from the model's."""
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{name!r} lacks {len(missing)} of its weights, such as {missing[0]}; download it again")
@@ -210,7 +228,7 @@ def _refuse_wrong_weights(name: str, report: Mapping[str, Any], *, mismatched: b
         raise UserError(f"cannot load {name!r}: {report['error_msgs'][0]}")
 
 
-def _refuse_unknown_tokens(name: str, model: Any) -> None:
+def _refuse_unknown_tokens(name: str, model: PreTrainedModel) -> None:
     """Raise `UserError` for tokens of the generation config that are not token ids of the model."""
     size = model.config.get_text_config().vocab_size
     for setting in TOKENS:
@@ -251,7 +269,7 @@ def refuse_if_it_cannot_answer(name: str, processor: Processor, adapter: ModelAd
         adapter.model.generate(**inputs, max_new_tokens=2, do_sample=False)
 
 
-def _trial(name: str, processor: Processor, adapter: ModelAdapter) -> Any:
+def _trial(name: str, processor: Processor, adapter: ModelAdapter) -> BatchFeature:
     """Return the model inputs of a prompt about one image."""
     try:
         text = chat_prompt(adapter, processor, "", 1)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
+from vlmzip.processor import Inputs
 from vlmzip.runtime.prompt import Span
 from vlmzip.runtime.report import Report
 
@@ -15,5 +15,5 @@ class CompressedInputs(dict[str, Any]):
     report: Report
     spans: list[Span]
     """Where the images' tokens stand in the shortened prompt; only for compressors that go on inside the LLM."""
-    smaller: Mapping[str, Any] | None = None
+    smaller: Inputs | None = None
     """The inputs with smaller images in them, where the encoder saw such."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.models.adapter import ModelAdapter
-from vlmzip.processor import Inputs
+from vlmzip.processor import InputDict, Inputs
 from vlmzip.runtime.cache import cache_of
 from vlmzip.runtime.compressed_inputs import CompressedInputs
 from vlmzip.runtime.inputs import compress_inputs, contiguous_positions, positions_of
@@ -63,12 +63,12 @@ class Conversations:
     """The state of each cache that a façade has filled; a cache that is garbage-collected is forgotten."""
 
     def __init__(self) -> None:
-        self._seen: WeakKeyDictionary[Any, CacheState] = WeakKeyDictionary()
+        self._seen: WeakKeyDictionary[object, CacheState] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[type[Conversations], tuple[()]]:
         return Conversations, ()  # a copy of a façade starts without conversations: the caches stay with the original
 
-    def remember(self, cache: Any, seen: CacheState) -> None:
+    def remember(self, cache: object, seen: CacheState) -> None:
         self._seen[cache] = seen
 
     def recall(self, cache: Any) -> CacheState | None:
@@ -182,7 +182,7 @@ def _joined(seen: CacheState, new: CacheState) -> CacheState:
 
 def _new_part(
     adapter: ModelAdapter, inputs: Inputs, seen: CacheState, pending: int
-) -> tuple[dict[str, Any], Int[Tensor, "batch short"]]:
+) -> tuple[InputDict, Int[Tensor, "batch short"]]:
     """Return the inputs of the part of the conversation that has not been seen, and the mask of the part that has."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     old = seen.ids.shape[1]
@@ -202,7 +202,7 @@ def _new_part(
         whole, new_ids = False, ids
         if pending and torch.equal(ids[:, :pending], seen.ids[:, old - pending :]):
             new_ids = ids[:, pending:]  # given once more, as transformers wants it
-    new: dict[str, Any] = {"input_ids": new_ids, "attention_mask": torch.ones_like(new_ids)}
+    new: InputDict = {"input_ids": new_ids, "attention_mask": torch.ones_like(new_ids)}
     seen_mask = seen.mask
     if mask is not None and mask.shape[1] == old + new_ids.shape[1]:
         seen_mask = gather(mask[:, :old], seen.source, 0)
@@ -260,7 +260,7 @@ def _new_images(
     seen: CacheState,
     *,
     whole: bool,
-) -> dict[str, Any]:
+) -> InputDict:
     """Return the inputs of the images in the new part; `inputs` hold all images of the conversation or these alone."""
     wanted = int((new_ids == adapter.placeholder_id).sum())
     if inputs.get(adapter.image_inputs[0]) is None:
@@ -282,7 +282,7 @@ def _later_images(
     conversation: Int[Tensor, "batch length"],
     counts: Sequence[int],
     seen: Sequence[int],
-) -> dict[str, Any]:
+) -> InputDict:
     """Return the inputs of a conversation's images, which come row by row, without the first `seen` of each row."""
     chosen, at = [], [0] * len(conversation)
     for index, (row, _) in enumerate(find_placeholders(conversation, adapter.placeholder_id, counts)):

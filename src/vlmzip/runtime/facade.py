@@ -10,11 +10,13 @@ from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from vlmzip.compressor import Compressor
 from vlmzip.compressor_file import write_compressor
 from vlmzip.errors import UserError
 from vlmzip.models import adapter_for
+from vlmzip.processor import Inputs
 from vlmzip.runtime import pipelines
 from vlmzip.runtime.cache import cache_name, cache_of, returned_cache, with_cache_named
 from vlmzip.runtime.call import CompressedCall, compress_call
@@ -126,7 +128,7 @@ class CompressedModel(nn.Module):
         labels: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: object = None,
-        cache: Any = None,
+        cache: object = None,
         inputs_embeds: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
@@ -180,7 +182,7 @@ class CompressedModel(nn.Module):
         return generated.output
 
     @torch.compiler.disable  # reads counts off the device and walks Python lists; what follows it is compiled
-    def _compress(self, arguments: dict[str, Any], *, generating: bool, pack_rows: bool = False) -> CompressedCall:
+    def _compress(self, arguments: Inputs, *, generating: bool, pack_rows: bool = False) -> CompressedCall:
         self._refuse_detached()
         call = compress_call(
             self.inner, self._adapter, self.compressor, self.resampler, self._conversations, arguments,
@@ -192,7 +194,7 @@ class CompressedModel(nn.Module):
         return call
 
     @torch.compiler.disable(recursive=False)  # what is around the LLM; its layers are compiled each for itself
-    def _forward_inside(self, call: CompressedCall, in_llm: InLLMState) -> Any:
+    def _forward_inside(self, call: CompressedCall, in_llm: InLLMState) -> object:
         """Run `forward` with compressors inside the LLM; the loss is taken on the tokens of the last layer."""
         labels = call.inputs.pop("labels", None) if call.inputs.spans else None
         with running(in_llm):
@@ -207,7 +209,7 @@ class CompressedModel(nn.Module):
             publish(self, extend(report, steps))
 
     @torch.compiler.disable  # as `_compress`
-    def _remember(self, cache: Any, call: CompressedCall, generated: Generated | None = None) -> None:
+    def _remember(self, cache: object, call: CompressedCall, generated: Generated | None = None) -> None:
         """Remember what the call has put into `cache`, if that is known."""
         if call.can_be_continued:
             state = call.cache_state()
@@ -236,7 +238,7 @@ class CompressedModel(nn.Module):
             write_weights(self.resampler.state_dict() if state is None else _under("resampler.", state), folder)
         write_compressor(self.compressor, folder)
 
-    def push_to_hub(self, *_args: Any, **_kwargs: object) -> NoReturn:
+    def push_to_hub(self, *_args: object, **_kwargs: object) -> NoReturn:
         """Refuse: transformers would upload the model without its compressor."""
         raise UserError("save_pretrained(folder) first, then upload the folder: huggingface_hub.upload_folder")
 
@@ -251,25 +253,25 @@ class CompressedModel(nn.Module):
                 seen.add(value.data_ptr())
         return state
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "_hooks"}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__(state)
         self._put_hooks()
 
     # --- like the model itself --------------------------------------------------------------------------------
 
     @property
-    def generation_config(self) -> Any:
+    def generation_config(self) -> GenerationConfig:
         """The inner model's; setting it here sets it there."""
         return self.inner.generation_config
 
     @generation_config.setter
-    def generation_config(self, config: Any) -> None:
+    def generation_config(self, config: GenerationConfig) -> None:
         self.inner.generation_config = config
 
-    def _switch_checkpointing(self, name: str, *args: Any, **kwargs: object) -> None:
+    def _switch_checkpointing(self, name: str, *args: object, **kwargs: object) -> None:
         """Switch it in the model and in what a resampler has of transformers, which alone knows these switches."""
         getattr(self.inner, name)(*args, **kwargs)
         for module in () if self.resampler is None else self.resampler.modules():

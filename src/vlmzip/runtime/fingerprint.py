@@ -17,6 +17,7 @@ import torch
 import transformers
 from PIL import Image
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 import vlmzip
 from vlmzip.compressor import Compressor
@@ -159,7 +160,7 @@ def _tensor(weights: Tensor) -> str:
     return f"{form} {hashlib.sha256(values.numpy().data).hexdigest()}"
 
 
-def _tokenizer(tokenizer: Any) -> Any:
+def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[object]:
     """Return everything by which a tokenizer encodes and decodes, without padding and truncation: calls set them."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = json.loads(backend.to_str()) if backend is not None else {"vocabulary": tokenizer.get_vocab()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, overload
+from typing import TypeVar, overload
 
 import torch
 from torch import nn
@@ -92,7 +92,7 @@ def flops_inside(modules: Sequence[nn.Module], run: Callable[[], object]) -> int
     return total
 
 
-def _attention_on_cpu(query: Any, key: Any, value: Any, *_: object, **__: object) -> int:
+def _attention_on_cpu(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: object, **__: object) -> int:
     batch, heads, queries, size = query
     return 2 * batch * heads * queries * key[-2] * (size + value[-1])
 

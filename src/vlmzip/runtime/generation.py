@@ -7,7 +7,7 @@ as the user sees it, and refuses what transformers would answer wrongly without 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import transformers
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vlmzip.errors import UserError
 from vlmzip.models.adapter import ModelAdapter
-from vlmzip.processor import Inputs
+from vlmzip.processor import InputDict, Inputs
 from vlmzip.runtime.cache import cache_name, cache_of, with_cache_named
 from vlmzip.runtime.call import CompressedCall
 from vlmzip.runtime.in_llm.hooks import running
@@ -35,14 +35,14 @@ ONE_A_ROW = {"input_ids", *PER_TOKEN}
 class Generated:
     """What came of a call of `generate`."""
 
-    output: Any
+    output: object
     """What the user gets."""
     new_tokens: Int[Tensor, "rows new"]
     filler: Bool[Tensor, "rows new"]
     """What of it stands behind the end of rows that were done before the longest."""
     in_llm: list[InLLMState]
     """What acted inside the LLM: the call's state, or one for each row where rows ran one by one."""
-    cache: Any = None
+    cache: object = None
     """A filled cache that can be continued: the user's, or one that was returned."""
 
     def warn_beyond_positions(self, call: CompressedCall) -> None:
@@ -73,7 +73,7 @@ class Generation:
 
     # --- settings ---------------------------------------------------------------------------------------------
 
-    def setting(self, name: str, default: Any = None) -> Any:
+    def setting(self, name: str, default: object = None) -> Any:
         """Return a setting: the argument, or what the given generation config or the model's own says."""
         configs = (self.arguments.get("generation_config"), getattr(self.model, "generation_config", None))
         values = (self.arguments.get(name), *(getattr(config, name, None) for config in configs))
@@ -161,7 +161,7 @@ class Generation:
         states = [] if call.in_llm is None else [call.in_llm]
         return Generated(output, new_tokens, self._filler(new_tokens), states, cache)
 
-    def _keep_length_limits(self, inputs: dict[str, Any], prompt: int, short: int) -> None:
+    def _keep_length_limits(self, inputs: InputDict, prompt: int, short: int) -> None:
         """Let `max_length` and `min_length` count the prompt as the user sees it: `prompt` tokens, not `short`."""
         for limit, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
             value = self.setting(limit)
@@ -204,10 +204,21 @@ class Generation:
         return Generated(whole, new_tokens, self._filler(new_tokens), states)
 
 
+@runtime_checkable
+class Streamer(Protocol):
+    """Gets the tokens of an answer while `generate` writes them."""
+
+    def put(self, value: Tensor) -> object:
+        """Take the next tokens."""
+
+    def end(self) -> object:
+        """Take note that the answer is complete."""
+
+
 class PromptStreamer:
     """Shows a streamer the prompt as the user gave it, then the new tokens."""
 
-    def __init__(self, streamer: Any, prompt: Int[Tensor, "rows length"]) -> None:
+    def __init__(self, streamer: Streamer, prompt: Int[Tensor, "rows length"]) -> None:
         self._streamer = streamer
         self._prompt: Tensor | None = prompt
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from huggingface_hub.utils import logging as hub_logging
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from vlmzip.compressor_file import refuse_lora
@@ -31,7 +33,7 @@ class Loaded:
 
     name: str
     """As the user wrote it."""
-    model: Any
+    model: PreTrainedModel
     processor: Processor
     adapter: ModelAdapter
 
@@ -55,7 +57,8 @@ def load(name: str, device: str | None = None, dtype: str | None = None, *, allo
         processor = checkpoints.load_processor(source, config)
         model = checkpoints.load_model(source, dtype=DTYPES.get(dtype or "", "auto"), **weights)
         with checkpoints.refusing(f"cannot move {name!r} to {target}"):
-            model.to(target).eval()
+            module: nn.Module = model  # mypy cannot call the `to` that transformers wraps
+            module.to(target).eval()
         adapter = adapter_for(model)
         checkpoints.try_out(name, processor, adapter)
     loaded = Loaded(name, model, processor, adapter)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from vlmzip.errors import UserError, reason
 from vlmzip.models.adapter import ModelAdapter
@@ -19,7 +21,7 @@ def chat_prompt(adapter: ModelAdapter, processor: Processor, question: str, imag
     return conversation_prompt(adapter, processor, [{"role": "user", "content": content}])
 
 
-def conversation_prompt(adapter: ModelAdapter, processor: Processor, messages: Sequence[dict[str, Any]]) -> str:
+def conversation_prompt(adapter: ModelAdapter, processor: Processor, messages: Sequence[Mapping[str, Any]]) -> str:
     """Return the prompt of a conversation like `chat_prompt`.
 
     The `content` of each message is a list of {"type": "image"} and {"type": "text", "text": …}. Without a chat
@@ -40,7 +42,7 @@ def conversation_prompt(adapter: ModelAdapter, processor: Processor, messages: S
     return adapter.prompt("\n".join(texts), kinds.count("image"))
 
 
-def special_tokens(tokenizer: Any, text: str) -> dict[str, bool]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, bool]:
     """Return the processor's arguments with which a text begins with only one BOS, even if its template wrote one."""
     return {"add_special_tokens": False} if tokenizer.bos_token and text.startswith(tokenizer.bos_token) else {}
 

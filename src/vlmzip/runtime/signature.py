@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import TypeVar
 
 from torch import Tensor
 
 from vlmzip.models import FAMILIES
 
+Forward = TypeVar("Forward", bound=Callable[..., object])
 
-def names_image_inputs(forward: Callable[..., Any]) -> Callable[..., Any]:
+
+def names_image_inputs(forward: Forward) -> Forward:
     """Decorate a `forward` whose signature shall name what describes images in any family.
 
     `Trainer` drops the columns of a data set that it does not find in the signature.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -14,6 +13,7 @@ from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.models.adapter import ModelAdapter
 from vlmzip.models.layout import Encoded, Layout, Views
+from vlmzip.processor import InputDict, Inputs
 from vlmzip.resampler import Resampler
 from vlmzip.runtime.compress import Kept, Plan, compress, encoded_again, in_order, plan_views, view_numbers
 from vlmzip.runtime.report import CompressedImage, ImageReport, Stopwatch
@@ -22,13 +22,13 @@ from vlmzip.visual_tokens import Grid, Site, VisualTokens
 
 def compress_images(
     adapter: ModelAdapter,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     compressor: Compressor,
     watch: Stopwatch,
     resampler: nn.Module | None,
     *,
     ascending: bool = False,
-) -> tuple[list[CompressedImage], Mapping[str, Any] | None]:
+) -> tuple[list[CompressedImage], Inputs | None]:
     """Encode, select, apply and project; the projector sees nothing but what is left.
 
     Returns the images in order of appearance, and the inputs that the encoder saw if its images were made smaller.
@@ -53,7 +53,7 @@ def compress_images(
 
 def _encode_and_compress(
     adapter: ModelAdapter,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     layouts: Sequence[Layout],
     compressor: Compressor | None,
     watch: Stopwatch,
@@ -105,13 +105,13 @@ def _report(
 
 def _encode_smaller(
     adapter: ModelAdapter,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     layouts: Sequence[Layout],
     compressor: Compressor,
     watch: Stopwatch,
     *,
     ascending: bool,
-) -> tuple[list[CompressedImage], Float[Tensor, " llm_dim"] | None, dict[str, Any]]:
+) -> tuple[list[CompressedImage], Float[Tensor, " llm_dim"] | None, InputDict]:
     """The tokens of smaller views, projected, what stands for a separator, and `inputs` with smaller views in them.
 
     The tokens that the whole views would have had do not exist: the compressor's map is made without features.
@@ -193,7 +193,7 @@ def _compress_projected(compressor: Compressor, image: CompressedImage, *, ascen
 
 def _resample(
     adapter: ModelAdapter,
-    inputs: Mapping[str, Any],
+    inputs: Inputs,
     layouts: Sequence[Layout],
     compressor: Resampler,
     resampler: nn.Module | None,

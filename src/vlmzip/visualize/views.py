@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from PIL import Image
 
 from vlmzip.models.adapter import ModelAdapter
+from vlmzip.processor import ImageProcessor
 from vlmzip.runtime.compress import view_numbers
 from vlmzip.runtime.report import ImageReport
 from vlmzip.visualize.overlay import PAPER, seen_image
@@ -20,7 +20,7 @@ GAP = 6
 
 def seen_views(
     adapter: ModelAdapter,
-    processor: Any,
+    processor: ImageProcessor,
     inputs: Mapping[str, object],
     reports: Sequence[ImageReport],
     images: Sequence[Image.Image],
