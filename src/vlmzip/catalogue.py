@@ -44,7 +44,7 @@ def find(name: str) -> type[Compressor]:
     return known[name]
 
 
-def make(cls: type[Compressor], settings: dict[str, Any]) -> Compressor:
+def make(cls: type[Compressor], settings: Mapping[str, object]) -> Compressor:
     """Make a method from settings of the command line, YAML or JSON. Text is converted to the field's type.
 
     Raises `UserError` for unknown fields, missing fields and invalid values.
@@ -58,7 +58,8 @@ def make(cls: type[Compressor], settings: dict[str, Any]) -> Compressor:
     if "site" in settings:
         check_choice("site", settings["site"], cls.sites)
     types = schema.types_of(cls)
-    return cls(**{name: schema.read_value(name, value, types[name]) for name, value in settings.items()})
+    values: dict[str, Any] = {name: schema.read_value(name, value, types[name]) for name, value in settings.items()}
+    return cls(**values)
 
 
 def from_dict(content: Mapping[str, object], find: Callable[[str], type[Compressor]] = find) -> Compressor:

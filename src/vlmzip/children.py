@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -72,13 +73,14 @@ def in_child(
         child.join()
 
 
-def _receive(results: Connection, child: Any) -> list[Any] | None:
+def _receive(results: Connection, child: BaseProcess) -> list[Any] | None:
     """Return the next result, in a list, or `None` after the last one."""
     try:
         received = results.recv()
     except EOFError:
         child.join()
-        why = f"by signal {-child.exitcode}, perhaps for lack of memory" if child.exitcode < 0 else "by itself"
+        code = child.exitcode or 0
+        why = f"by signal {-code}, perhaps for lack of memory" if code < 0 else "by itself"
         raise ChildFailed(f"its process was ended {why}") from None
     if isinstance(received, str):
         raise ChildFailed(received)
@@ -86,7 +88,7 @@ def _receive(results: Connection, child: Any) -> list[Any] | None:
     return values
 
 
-def _hand_over(results: Connection, run: Callable[..., Iterable[Any]], arguments: tuple[Any, ...]) -> None:
+def _hand_over(results: Connection, run: Callable[..., Iterable[object]], arguments: tuple[object, ...]) -> None:
     """Run in the child: send each result in a list, then `None`, or the reason of an error as text."""
     end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C, and then ends this process

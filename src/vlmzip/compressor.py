@@ -134,8 +134,7 @@ class Compressor(ABC):
         count = None if keep is None or len(views) == 1 else parse_keep(keep)
         if not isinstance(count, int):
             return (self,) * len(views)
-        changes: list[dict[str, Any]] = [{"keep": share} for share in shared_out(count, [grid.size for grid in views])]
-        return [dataclasses.replace(self, **change) for change in changes]
+        return [self.with_fields(keep=share) for share in shared_out(count, [grid.size for grid in views])]
 
     def arrange(
         self, views: Sequence[Grid], prefix: int, ranks: Sequence[Int[Tensor, " _"]]
@@ -189,8 +188,11 @@ class Compressor(ABC):
 
     def with_keep(self, keep: Keep) -> Compressor:
         """Return the same method with another budget per image."""
-        changes: dict[str, Any] = {"keep": keep}
-        return dataclasses.replace(self, **changes)
+        return self.with_fields(keep=keep)
+
+    def with_fields(self, **values: Any) -> Self:
+        """Return the same method with other values of some of its fields."""
+        return dataclasses.replace(self, **values)
 
     def at_step(self, step: int, salt: int = 0) -> Compressor:
         """Return the compressor for an optimiser step of training. Only methods with randomness change.
@@ -205,8 +207,7 @@ class Compressor(ABC):
         default = {field.name: field.default for field in fields(self)}.get("layer")
         if self.layers != (default,) or self.layers[0] >= profile.first_layer:
             return self
-        moved: dict[str, Any] = {"layer": profile.first_layer}
-        return dataclasses.replace(self, **moved)
+        return self.with_fields(layer=profile.first_layer)
 
     def check_layers(self, depth: int, first: int = 1) -> None:
         """Raise `BudgetError` if the layers are not inside an LLM of `depth` layers.

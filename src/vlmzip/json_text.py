@@ -13,7 +13,7 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from vlmzip.errors import UserError
 from vlmzip.files import open_to_read
@@ -140,7 +140,7 @@ def _cannot_read(path: Path, error: Exception, advice: str) -> UserError:
     return UserError(f"{str(path)!r} cannot be read: {cause}" + (f"; {advice}" if advice else ""))
 
 
-def _without_nan(value: object) -> Any:
+def _without_nan(value: object) -> object:
     """Return the value with null in place of every NaN and infinite number, at any depth."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -170,7 +170,7 @@ def _fraction(text: str) -> float:
     return number
 
 
-def _no_number(name: str) -> Any:
+def _no_number(name: str) -> NoReturn:
     raise JsonError("invalid JSON", f"JSON has no number {name}")
 
 

@@ -15,7 +15,6 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from types import FrameType, ModuleType
-from typing import Any
 
 from vlmzip.errors import UserError
 
@@ -69,7 +68,7 @@ def is_own(module: str) -> bool:
     return module.partition(".")[0] in _FINDER.folders
 
 
-def make(module: str, name: str, settings: dict[str, Any]) -> Any:
+def make(module: str, name: str, settings: dict[str, object]) -> object:
     """Make an instance of a class in the user's own file; search for the file first, as another process must."""
     search_for(module)
     return getattr(import_module(module), name)(**settings)

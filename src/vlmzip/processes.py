@@ -82,6 +82,6 @@ class Processes:
         """Wait for all processes, and return the entries of all of them."""
         if self.count == 1:
             return mine
-        entries: list[Any] = [None] * self.count
+        entries: list[dict[str, str]] = [{}] * self.count
         distributed.all_gather_object(entries, mine)
         return {key: value for one in entries for key, value in one.items()}

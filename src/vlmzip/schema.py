@@ -44,7 +44,7 @@ _STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=T
 #: Types of values that are checked without conversion first.
 _AS_GIVEN = {int, float, bool, tuple, NoneType}
 #: Types in words.
-_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+_WORDS: dict[object, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 # ---------------------------------------------------------------- reading
@@ -83,7 +83,7 @@ def check(settings: object) -> None:
             object.__setattr__(settings, name, value)
 
 
-def read_value(name: str, value: object, kind: FieldType) -> Any:
+def read_value(name: str, value: object, kind: FieldType) -> object:
     """Return a value converted to a field's type.
 
     Raises `UserError`, with a message that starts with `name`, for an invalid value.
@@ -102,7 +102,7 @@ def read_value(name: str, value: object, kind: FieldType) -> Any:
         raise _refusal(name, value, kind.hint, error) from None
 
 
-def _converted(value: object, hint: object) -> Any:
+def _converted(value: object, hint: object) -> object:
     """Convert text, a list or another library's number to a type. Return other values unchanged."""
     if isinstance(value, str) and not isinstance(value, enum.Enum):
         return _from_text(value, hint)
@@ -116,7 +116,7 @@ def _converted(value: object, hint: object) -> Any:
     return value
 
 
-def _from_text(text: str, hint: object) -> Any:
+def _from_text(text: str, hint: object) -> object:
     """Convert text to the first type of a union that accepts it. Return it unchanged if no type does."""
     arms = _arms(hint)
     if text.lower() == "none" and NoneType in arms and str not in arms:
@@ -156,9 +156,9 @@ def _refusal(name: str, value: object, hint: object, error: ValidationError) -> 
 class FieldType:
     """The type of a field."""
 
-    hint: Any
+    hint: object
     """The type as written, with its range."""
-    adapter: TypeAdapter[Any]
+    adapter: TypeAdapter[object]
     """The adapter that checks values."""
     settings: type | None
     """The dataclass of the field's nested settings, if it has any."""
@@ -173,23 +173,23 @@ def types_of(cls: type) -> dict[str, FieldType]:
     return _TYPES[cls]
 
 
-def _adapter(hint: Any) -> TypeAdapter[Any]:
+def _adapter(hint: Any) -> TypeAdapter[object]:
     if dataclasses.is_dataclass(hint):  # pydantic accepts no configuration for them; `read` checks their fields
         return TypeAdapter(InstanceOf[hint])
     return TypeAdapter(hint, config=_STRICT)
 
 
-def _arms(hint: Any) -> tuple[object, ...]:
+def _arms(hint: object) -> tuple[object, ...]:
     """Return the types of a union, or a single type as a tuple."""
     return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
 
 
-def _base(hint: object) -> Any:
+def _base(hint: object) -> object:
     """Return a type without its range."""
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
-def _element(hint: object) -> Any:
+def _element(hint: object) -> object:
     """Return the type of a tuple's elements, or another type unchanged."""
     base = _base(hint)
     return get_args(base)[0] if get_origin(base) is tuple else hint
@@ -216,8 +216,8 @@ def in_words(hint: object) -> str:
     return " or ".join(dict.fromkeys(words))
 
 
-def _in_words(kind: Any) -> str:
-    base, marks = _base(kind), kind.__metadata__ if get_origin(kind) is Annotated else ()
+def _in_words(kind: object) -> str:
+    base, marks = _base(kind), get_args(kind)[1:] if get_origin(kind) is Annotated else ()
     if named := [mark for mark in marks if isinstance(mark, str)]:  # the type has its own words
         return str(named[0])
     if get_origin(base) is tuple:
@@ -253,7 +253,7 @@ class FieldDescription:
     name: str
     """The field's name. Nested fields have full names, such as "lora.r"."""
     type: str
-    default: Any
+    default: object
     doc: str
 
 
@@ -286,7 +286,7 @@ def _docs_of(owner: type) -> dict[str, str]:
     return field_docs(definition)
 
 
-def default_of(field: dataclasses.Field[Any]) -> Any:
+def default_of(field: dataclasses.Field[object]) -> object:
     """Return a field's default as help texts show it, or `REQUIRED`."""
     if field.default_factory is not dataclasses.MISSING:
         return str(field.default_factory())
