@@ -383,8 +383,8 @@ class TestHooks:
 @pytest.mark.parametrize(
     ("compressor", "message"),
     [
-        (FastV(layer=0), "no place inside this LLM of 4 layers: give 1 to 3"),
-        (FastV(layer=4), "give 1 to 3"),
+        (FastV(layer=0), "layer must be from 1 to 3 in this LLM of 4 layers, got 0"),
+        (FastV(layer=4), "layer must be from 1 to 3 in this LLM of 4 layers, got 4"),
         (FastV(positions="contiguous"), "tokens keep their positions"),
     ],
 )

@@ -264,7 +264,7 @@ def test_other_ways_of_sharding_are_refused(tmp_path, capsys, settings, said):
 def test_lora_is_refused_under_zero_3(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("transformers.integrations.deepspeed.is_deepspeed_zero3_enabled", lambda: True)
     assert main(["train", str(write_run(tmp_path, lora={"r": 4}))]) == 2
-    assert "take ZeRO-2 or sharding: fsdp" in capsys.readouterr().err
+    assert "use ZeRO-2 or sharding: fsdp" in capsys.readouterr().err
 
 
 def test_a_gathered_state_is_saved(tmp_path):
