@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ from vlmzip.compressor import Positions, Profile
 from vlmzip.errors import UserError
 from vlmzip.models.attention import queries_and_keys
 from vlmzip.models.layout import Encoded, Layout, Pixels, Views
+from vlmzip.processor import InputDict, Inputs
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 #: Implementations of attention for which transformers makes masks, in which packed rows do not see each other.
@@ -147,7 +148,7 @@ class ModelAdapter:
         """The text of a prompt, for checkpoints without a chat template."""
         return "<image>" * images + question
 
-    def encode(self, inputs: Mapping[str, Any], site: Site, needs: frozenset[Signal]) -> Encoded:
+    def encode(self, inputs: Inputs, site: Site, needs: frozenset[Signal]) -> Encoded:
         """The visual tokens of all images in `inputs`, as they are at `site`, with what `needs` asks for.
 
         Views of equal grid come together, each whole: what of them the LLM sees is what `layouts` say.
@@ -166,14 +167,14 @@ class ModelAdapter:
             groups.append(Views(VisualTokens(torch.stack([images[number] for number in numbers]), grid), numbers))
         return Encoded(groups)
 
-    def encoder_attention(self, inputs: Mapping[str, Any]) -> EncoderAttention:
+    def encoder_attention(self, inputs: Inputs) -> EncoderAttention:
         """What VisionZip ranks visual tokens by, as it is in every layer of the encoder, from one run of it.
 
         Raises `UserError` for a family that does not tell.
         """
         raise UserError(f"{type(self).__name__} does not tell what its encoder attends to, layer by layer")
 
-    def layouts(self, inputs: Mapping[str, Any]) -> list[Layout]:
+    def layouts(self, inputs: Inputs) -> list[Layout]:
         """Where each placeholder of each image in `inputs` comes from, from shapes alone."""
         counts = []
         for row in (inputs["input_ids"] == self.placeholder_id).long().cpu():
@@ -181,20 +182,20 @@ class ModelAdapter:
             counts += edges.diff(dim=1)[:, 0].tolist()
         return [Layout.of_one_view(square_of(count)) for count in counts]
 
-    def plain_counts(self, inputs: Mapping[str, Any]) -> list[int]:
+    def plain_counts(self, inputs: Inputs) -> list[int]:
         """Placeholders of each image in `inputs`: the visual tokens that the LLM gets without compression."""
         return [layout.placeholders for layout in self.layouts(inputs)]
 
-    def grids(self, inputs: Mapping[str, Any]) -> list[Grid]:
+    def grids(self, inputs: Inputs) -> list[Grid]:
         """The grid of each view of all images in `inputs`."""
         return [grid for layout in self.layouts(inputs) for grid in layout.views]
 
-    def view_pixels(self, inputs: Mapping[str, Any]) -> Pixels | None:
+    def view_pixels(self, inputs: Inputs) -> Pixels | None:
         """The pixels of each view as the encoder sees them, normalised; `None` where the inputs are patches."""
         pixels: Pixels = inputs["pixel_values"]
         return pixels
 
-    def downsample(self, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> dict[str, Any]:
+    def downsample(self, inputs: Inputs, grids: Sequence[Grid]) -> InputDict:
         """The image inputs of the same images with smaller views, one grid each; for `encode`, not for the model.
 
         Antialiased bicubic interpolation, in float32: what the processors of these families resize with, so that the
@@ -202,7 +203,7 @@ class ModelAdapter:
         """
         raise UserError(f"{type(self.model).__name__} cannot be shown smaller images")
 
-    def choose_images(self, inputs: Mapping[str, Any], chosen: list[int]) -> dict[str, Any]:
+    def choose_images(self, inputs: Inputs, chosen: list[int]) -> InputDict:
         """The image inputs of some of the images; one row an image, unless the family says otherwise."""
         return {name: inputs[name][chosen] for name in self.image_inputs if inputs.get(name) is not None}
 
@@ -216,7 +217,7 @@ class ModelAdapter:
         return features
 
     def original_positions(
-        self, inputs: Mapping[str, Any], mask: Int[Tensor, "batch length"]
+        self, inputs: Inputs, mask: Int[Tensor, "batch length"]
     ) -> tuple[Int[Tensor, "*axes batch length"], Int[Tensor, " batch"]]:
         """The positions of the uncompressed prompt, counted from 0, and the position of each row's next token."""
         return (mask.long().cumsum(-1) - 1).clamp(min=0), mask.sum(-1)

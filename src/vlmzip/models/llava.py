@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from vlmzip.models.vit import (
     run_vit,
     views_of_equal_size,
 )
+from vlmzip.processor import InputDict, Inputs
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 #: What `vision_feature_select_strategy` can be.
@@ -46,7 +47,7 @@ class Llava(ModelAdapter):
         hidden_states(self._setting({}, "vision_feature_layer"), self._depth)
         self._passes_prefix({})
 
-    def encode(self, inputs: Mapping[str, Any], site: Site, needs: frozenset[Signal]) -> Encoded:
+    def encode(self, inputs: Inputs, site: Site, needs: frozenset[Signal]) -> Encoded:
         full = self._passes_prefix(inputs)
         if not full and not self.prefix:
             raise UserError(
@@ -62,7 +63,7 @@ class Llava(ModelAdapter):
 
     def _encode_views(
         self,
-        inputs: Mapping[str, Any],
+        inputs: Inputs,
         pixels: Float[Tensor, "views 3 height width"],
         site: Site,
         needs: frozenset[Signal],
@@ -79,11 +80,11 @@ class Llava(ModelAdapter):
         grid = grid_of(self.model.config.vision_config, pixels)
         return VisualTokens(features, grid, self.prefix, passes_prefix=passes_prefix, **signals)
 
-    def view_pixels(self, inputs: Mapping[str, Any]) -> Pixels:
+    def view_pixels(self, inputs: Inputs) -> Pixels:
         pixels: Pixels = inputs["pixel_values"]
         return pixels
 
-    def encoder_attention(self, inputs: Mapping[str, Any]) -> EncoderAttention:
+    def encoder_attention(self, inputs: Inputs) -> EncoderAttention:
         scored = max(feature_layers(self._setting(inputs, "vision_feature_layer"), self._depth))
         return encoder_attention(
             self.model.model.vision_tower, inputs["pixel_values"], scored,
@@ -93,12 +94,12 @@ class Llava(ModelAdapter):
     def prompt(self, question: str, images: int) -> str:
         return f"USER: {'<image>' * images}\n{question} ASSISTANT:"
 
-    def layouts(self, inputs: Mapping[str, Any]) -> list[Layout]:
+    def layouts(self, inputs: Inputs) -> list[Layout]:
         pixels = inputs["pixel_values"]
         grid = grid_of(self.model.config.vision_config, pixels)
         return [Layout.of_one_view(grid, self.prefix, passes_prefix=self._passes_prefix(inputs))] * len(pixels)
 
-    def downsample(self, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> dict[str, Any]:
+    def downsample(self, inputs: Inputs, grids: Sequence[Grid]) -> InputDict:
         return downsampled(self.model.config.vision_config, inputs["pixel_values"], grids[0])
 
     def feature_width(self, site: Site) -> int:
@@ -108,7 +109,7 @@ class Llava(ModelAdapter):
     def project(self, features: Float[Tensor, "tokens dim"], site: Site) -> Float[Tensor, "tokens llm_dim"]:
         return features if site is Site.POST_PROJECTOR else self.model.model.multi_modal_projector(features)
 
-    def _passes_prefix(self, inputs: Mapping[str, Any]) -> bool:
+    def _passes_prefix(self, inputs: Inputs) -> bool:
         """Whether the LLM gets the tokens before the patches. Raises `UserError` for an unknown strategy."""
         strategy = self._setting(inputs, "vision_feature_select_strategy", "default")
         if strategy not in STRATEGIES:
@@ -119,7 +120,7 @@ class Llava(ModelAdapter):
     def _depth(self) -> int:
         return int(self.model.config.vision_config.num_hidden_layers)
 
-    def _setting(self, inputs: Mapping[str, Any], name: str, default: Any = None) -> Any:
+    def _setting(self, inputs: Inputs, name: str, default: Any = None) -> Any:
         """A forward argument that overrides the config's, as in the model's own `get_image_features`."""
         given = inputs.get(name)
         return getattr(self.model.config, name, default) if given is None else given

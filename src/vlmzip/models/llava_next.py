@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,6 +17,7 @@ from vlmzip.models.adapter import EncoderAttention
 from vlmzip.models.layout import SEPARATOR, Encoded, Layout, layout_of
 from vlmzip.models.llava import Llava
 from vlmzip.models.vit import resized_views
+from vlmzip.processor import InputDict, Inputs
 from vlmzip.visual_tokens import Grid, Signal, Site
 
 #: Views of a common image: the base and 2 x 2 tiles, to which the papers' budgets for this model refer.
@@ -34,27 +34,27 @@ class LlavaNext(Llava):
     def profile(self) -> Profile:
         return replace(plain := super().profile(), tiles=(plain.grid,) * (COMMON_VIEWS - 1))
 
-    def encode(self, inputs: Mapping[str, Any], site: Site, needs: frozenset[Signal]) -> Encoded:
+    def encode(self, inputs: Inputs, site: Site, needs: frozenset[Signal]) -> Encoded:
         return replace(super().encode(inputs, site, needs), separator=self.model.model.image_newline)
 
-    def layouts(self, inputs: Mapping[str, Any]) -> list[Layout]:
+    def layouts(self, inputs: Inputs) -> list[Layout]:
         if self._passes_prefix(inputs) and self.prefix:
             raise UserError("LLaVA-NeXT cannot pack CLS: leave vision_feature_select_strategy at 'default'")
         sizes = [tuple(size) for size in inputs["image_sizes"].tolist()]
         layouts = {size: self._layout(size) for size in dict.fromkeys(sizes)}
         return [layouts[size] for size in sizes]
 
-    def view_pixels(self, inputs: Mapping[str, Any]) -> list[Float[Tensor, "3 height width"]]:
+    def view_pixels(self, inputs: Inputs) -> list[Float[Tensor, "3 height width"]]:
         """The base image and the tiles of every image; those of images with few tiles are padded with empty ones."""
         counts = [len(layout.views) for layout in self.layouts(inputs)]
         return [view for image, count in zip(inputs["pixel_values"], counts, strict=True) for view in image[:count]]
 
-    def downsample(self, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> dict[str, Any]:
+    def downsample(self, inputs: Inputs, grids: Sequence[Grid]) -> InputDict:
         smaller = iter(resized_views(self.model.config.vision_config, self.view_pixels(inputs), grids))
         images = [[next(smaller) for _ in layout.views] for layout in self.layouts(inputs)]
         return {"pixel_values": images, "interpolate_pos_encoding": True}
 
-    def encoder_attention(self, inputs: Mapping[str, Any]) -> EncoderAttention:
+    def encoder_attention(self, inputs: Inputs) -> EncoderAttention:
         raise UserError(
             "LLaVA-NeXT does not tell what its encoder attends to, layer by layer: images have several views"
         )

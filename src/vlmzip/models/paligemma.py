@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -11,6 +10,7 @@ from torch import Tensor
 from vlmzip.models.adapter import EncoderAttention, ModelAdapter
 from vlmzip.models.layout import Encoded, Layout, Views
 from vlmzip.models.vit import downsampled, encoder_attention, grid_of, run_vit
+from vlmzip.processor import InputDict, Inputs
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 
@@ -26,7 +26,7 @@ class PaliGemma(ModelAdapter):
     image_inputs = ("pixel_values",)
     features_as_list = False
 
-    def encode(self, inputs: Mapping[str, Any], site: Site, needs: frozenset[Signal]) -> Encoded:
+    def encode(self, inputs: Inputs, site: Site, needs: frozenset[Signal]) -> Encoded:
         pixels = inputs["pixel_values"]
         last = self.model.config.vision_config.num_hidden_layers - 1
         _, signals, out = run_vit(
@@ -39,18 +39,18 @@ class PaliGemma(ModelAdapter):
         tokens = VisualTokens(features, grid_of(self.model.config.vision_config, pixels), **signals)
         return Encoded([Views(tokens, range(len(pixels)))])
 
-    def encoder_attention(self, inputs: Mapping[str, Any]) -> EncoderAttention:
+    def encoder_attention(self, inputs: Inputs) -> EncoderAttention:
         return encoder_attention(
             self.model.model.vision_tower, inputs["pixel_values"],
             self.model.config.vision_config.num_hidden_layers - 1,
             interpolate_pos_encoding=inputs.get("interpolate_pos_encoding", False),
         )  # fmt: skip
 
-    def layouts(self, inputs: Mapping[str, Any]) -> list[Layout]:
+    def layouts(self, inputs: Inputs) -> list[Layout]:
         pixels = inputs["pixel_values"]
         return [Layout.of_one_view(grid_of(self.model.config.vision_config, pixels))] * len(pixels)
 
-    def downsample(self, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> dict[str, Any]:
+    def downsample(self, inputs: Inputs, grids: Sequence[Grid]) -> InputDict:
         return downsampled(self.model.config.vision_config, inputs["pixel_values"], grids[0])
 
     def project(self, features: Float[Tensor, "*tokens dim"], site: Site) -> Float[Tensor, "*tokens llm_dim"]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from vlmzip.errors import UserError
 from vlmzip.models.adapter import EncoderAttention, ModelAdapter
 from vlmzip.models.layout import Encoded, Layout, Views
 from vlmzip.models.towers.qwen import QwenTower, sizes_of
+from vlmzip.processor import InputDict, Inputs
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 
@@ -38,7 +39,7 @@ class Qwen25VL(ModelAdapter):
         side = 448 // vision.patch_size // vision.spatial_merge_size
         return Profile(Grid(1, side, side), self.llm_config.num_hidden_layers, first_layer=self.first_free_layer)
 
-    def encode(self, inputs: Mapping[str, Any], site: Site, needs: frozenset[Signal]) -> Encoded:
+    def encode(self, inputs: Inputs, site: Site, needs: frozenset[Signal]) -> Encoded:
         if inputs.get("pixel_values_videos") is not None:
             raise UserError("videos are not supported in this family yet; images are")
         if Signal.PIXELS in needs:
@@ -64,16 +65,16 @@ class Qwen25VL(ModelAdapter):
     def tower(self) -> QwenTower:
         return QwenTower(self.model.model.visual)
 
-    def layouts(self, inputs: Mapping[str, Any]) -> list[Layout]:
+    def layouts(self, inputs: Inputs) -> list[Layout]:
         return Layout.of_single_views(self.tower.grids(inputs))
 
-    def view_pixels(self, inputs: Mapping[str, Any]) -> None:
+    def view_pixels(self, inputs: Inputs) -> None:
         return None
 
-    def downsample(self, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> dict[str, Any]:
+    def downsample(self, inputs: Inputs, grids: Sequence[Grid]) -> InputDict:
         return self.tower.downsample(inputs, grids)
 
-    def choose_images(self, inputs: Mapping[str, Any], chosen: list[int]) -> dict[str, Any]:
+    def choose_images(self, inputs: Inputs, chosen: list[int]) -> InputDict:
         sizes = sizes_of(inputs)
         parts = inputs["pixel_values"].split(sizes.prod(-1).tolist())
         return {"pixel_values": torch.cat([parts[n] for n in chosen]), "image_grid_thw": sizes[chosen]}
@@ -95,7 +96,7 @@ class Qwen25VL(ModelAdapter):
         return features  # the merger projects, and it comes before both sites
 
     def original_positions(
-        self, inputs: Mapping[str, Any], mask: Int[Tensor, "batch length"]
+        self, inputs: Inputs, mask: Int[Tensor, "batch length"]
     ) -> tuple[Int[Tensor, "3 batch length"], Int[Tensor, " batch"]]:
         """Positions on three axes, computed for the full grids (the authors re-slice them likewise)."""
         ids = inputs["input_ids"]
@@ -108,7 +109,7 @@ class Qwen25VL(ModelAdapter):
         return positions, deltas[:, 0] + mask.sum(-1)
 
     @torch.no_grad()
-    def encoder_attention(self, inputs: Mapping[str, Any]) -> EncoderAttention:
+    def encoder_attention(self, inputs: Inputs) -> EncoderAttention:
         """The attention received in every block. In most of them a patch attends to its own window only, and each
         window gets the same in all: what is concentrated there, is so inside of windows."""
         layers = range(self.tower.depth)

@@ -35,15 +35,15 @@ def record(modules: dict[str, nn.Module], arguments: dict[str, nn.Module] | None
     """
     recording = Recording()
 
-    def output_hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+    def output_hook(name: str) -> Callable[[nn.Module, object, Any], None]:
+        def keep(_module: nn.Module, _args: object, output: Any) -> None:
             if _recording.get() is recording:
                 recording.outputs[name] = output[0] if isinstance(output, tuple) else output
 
         return keep
 
-    def argument_hook(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def keep(_module: nn.Module, _args: Any, keywords: Any) -> None:
+    def argument_hook(name: str) -> Callable[[nn.Module, object, Any], None]:
+        def keep(_module: nn.Module, _args: object, keywords: Any) -> None:
             if _recording.get() is recording:
                 recording.arguments[name] = dict(keywords)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from vlmzip.models.llava import Llava
+from vlmzip.processor import Inputs
 
 
 class VipLlava(Llava):
@@ -15,7 +15,7 @@ class VipLlava(Llava):
     example = "llava-hf/vip-llava-7b-hf"
     features_as_list = False
 
-    def _setting(self, inputs: Mapping[str, Any], name: str, default: Any = None) -> Any:
+    def _setting(self, inputs: Inputs, name: str, default: Any = None) -> Any:
         if name == "vision_feature_layer" and not hasattr(self.model.config, name):
             name = "vision_feature_layers"  # its name up to transformers 5.21
         return super()._setting(inputs, name, default)

@@ -20,6 +20,7 @@ from vlmzip.models.adapter import EncoderAttention
 from vlmzip.models.layout import Pixels
 from vlmzip.models.pixels import resized
 from vlmzip.models.recording import Recording, attention_received, cls_attention_row, mean_over_heads, record
+from vlmzip.processor import InputDict
 from vlmzip.visual_tokens import Grid, Signal
 
 #: Encoders of this form, and the tokens that they put before the patches.
@@ -66,7 +67,7 @@ def resized_views(vision_config: Any, views: Pixels, grids: Sequence[Grid]) -> l
     ]
 
 
-def downsampled(vision_config: Any, pixels: Float[Tensor, "batch 3 height width"], grid: Grid) -> dict[str, Any]:
+def downsampled(vision_config: Any, pixels: Float[Tensor, "batch 3 height width"], grid: Grid) -> InputDict:
     """The inputs of smaller images, one size for all, and the word to the encoder to interpolate its positions."""
     patch = vision_config.patch_size
     if grid == grid_of(vision_config, pixels):  # whose last pixels may fill no patch: they would be squeezed in

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers.vision_utils import get_vision_window_index
 from vlmzip.errors import UserError
 from vlmzip.models.pixels import resized
 from vlmzip.models.recording import Recording, attention_received, mean_over_heads, record, rotate
+from vlmzip.processor import InputDict, Inputs
 from vlmzip.visual_tokens import Grid, Signal
 
 
@@ -29,14 +30,14 @@ class QwenTower:
         """Blocks of the encoder."""
         return len(self.visual.blocks)
 
-    def run(self, inputs: Mapping[str, Any], layers: Sequence[int]) -> tuple[Any, Recording, Int[Tensor, "images 3"]]:
+    def run(self, inputs: Inputs, layers: Sequence[int]) -> tuple[Any, Recording, Int[Tensor, "images 3"]]:
         """What the encoder returns, what `layers` were recorded, and the patches of each image."""
         sizes = sizes_of(inputs)
         with self._record(layers) as recording:
             out = self.visual(inputs["pixel_values"].type(self.visual.dtype), grid_thw=sizes, return_dict=True)
         return out, recording, sizes
 
-    def grids(self, inputs: Mapping[str, Any]) -> list[Grid]:
+    def grids(self, inputs: Inputs) -> list[Grid]:
         """The grid of merged tokens of each image."""
         merge = self.visual.spatial_merge_size
         return [Grid(t, rows // merge, cols // merge) for t, rows, cols in sizes_of(inputs).tolist()]
@@ -71,7 +72,7 @@ class QwenTower:
         scores = torch.stack([self._received(recording, layer) for layer in range(self.depth)])
         return scores[:, self._raster_order(sizes).to(scores.device)]
 
-    def downsample(self, inputs: Mapping[str, Any], grids: Sequence[Grid]) -> dict[str, Any]:
+    def downsample(self, inputs: Inputs, grids: Sequence[Grid]) -> InputDict:
         """Patches to images, images resized, images to patches."""
         config, sizes = self.visual.config, sizes_of(inputs)
         merge, side = config.spatial_merge_size, config.patch_size * config.spatial_merge_size
@@ -125,7 +126,7 @@ class QwenTower:
         )[0].argsort()
 
 
-def sizes_of(inputs: Mapping[str, Any]) -> Int[Tensor, "images 3"]:
+def sizes_of(inputs: Inputs) -> Int[Tensor, "images 3"]:
     """`image_grid_thw`, which must say of every patch to which image it belongs."""
     sizes: Tensor | None = inputs.get("image_grid_thw")
     patches = len(inputs["pixel_values"])
