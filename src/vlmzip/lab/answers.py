@@ -36,7 +36,7 @@ class AnswerStore:
     content: str = RECORDS
     """The folder in it that has the answers."""
 
-    def open(self, identity: Mapping[str, Any], refusal: str) -> dict[str, Any]:
+    def open(self, identity: Mapping[str, object], refusal: str) -> dict[str, Any]:
         """Keep other runs out of the folder, and return its header, which is empty in a new folder.
 
         Raises `UserError` if another run is writing there, if nobody knows whose the answers are, and if they belong to
@@ -57,7 +57,7 @@ class AnswerStore:
         refuse_changed(f"{str(self.folder)!r} holds {refusal}", header, identity)
         return header
 
-    def note(self, header: Mapping[str, Any]) -> None:
+    def note(self, header: Mapping[str, object]) -> None:
         """Write the header."""
         self.write_json(self.header, header)
 
@@ -69,7 +69,7 @@ class AnswerStore:
             raise UserError(f"{str(path)!r} was not written by vlmzip; {advice}")
         return content
 
-    def write_json(self, name: str, content: Mapping[str, Any]) -> None:
+    def write_json(self, name: str, content: Mapping[str, object]) -> None:
         """Write an object of JSON into the folder, whole or not at all."""
         write_text(self.folder / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 

@@ -11,6 +11,7 @@ from PIL import Image
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, collecting_warnings
 from vlmzip.lab.bench.timing import now
+from vlmzip.processor import InputDict
 from vlmzip.runtime.attach import attach
 from vlmzip.runtime.detail import WORRYING
 from vlmzip.runtime.facade import CompressedModel
@@ -73,7 +74,7 @@ def attach_with_notes(loaded: Loaded, compressor: Compressor) -> tuple[Compresse
     return compressed, notes
 
 
-def answer(loaded: Loaded, compressed: CompressedModel, inputs: dict[str, Any], max_new_tokens: int) -> TimedAnswer:
+def answer(loaded: Loaded, compressed: CompressedModel, inputs: InputDict, max_new_tokens: int) -> TimedAnswer:
     """Greedy decoding, timed as a whole and by part."""
     start = now(loaded.model.device)
     out = compressed.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
@@ -91,7 +92,7 @@ def answer(loaded: Loaded, compressed: CompressedModel, inputs: dict[str, Any], 
     return TimedAnswer(text, account, report)
 
 
-def plain_account(loaded: Loaded, inputs: dict[str, Any], report: Report) -> dict[str, Any]:
+def plain_account(loaded: Loaded, inputs: InputDict, report: Report) -> dict[str, Any]:
     """What the same prompt costs without compression; counted, not run."""
     prompt = inputs["input_ids"].shape[1]
     account = Account(

@@ -6,10 +6,9 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from typing import Any
 
 
-def named(text: str, settings: Mapping[str, Any] | None) -> str:
+def named(text: str, settings: Mapping[str, object] | None) -> str:
     """Return a name for files of some settings (JSON): readable, and no other settings have it."""
     return f"{_plain(text)}-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}"
 

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeGuard
 
 from vlmzip.errors import UserError
 from vlmzip.json_text import JsonError, Line, parse, read_lines, write_line
@@ -58,19 +58,19 @@ def is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[int | float]:
     return type(value) in (int, float)
 
 
-def is_share(value: Any) -> bool:
+def is_share(value: object) -> bool:
     return is_number(value) and 0 <= value <= 1
 
 
-def is_count(value: Any) -> bool:
+def is_count(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
-def is_list(value: object, fits: Callable[[Any], bool]) -> bool:
+def is_list(value: object, fits: Callable[[object], bool]) -> bool:
     """Whether it is a list with something in it, all of which `fits`."""
     return isinstance(value, list) and bool(value) and all(map(fits, value))
 
@@ -80,7 +80,7 @@ def _are_texts(value: object) -> bool:
 
 
 #: Which values a record can have, by name, and what they are called.
-_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+_VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
     **dict.fromkeys(
         ("task", "sample", "image", "question", "given", "method", "device", "vlmzip", "commit"), (is_text, "a text")
     ),
@@ -95,7 +95,7 @@ _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def _refuse(path: Path, number: int, reason: str) -> Any:
+def _refuse(path: Path, number: int, reason: str) -> NoReturn:
     raise UserError(
         f"{path}:{number} is no record of this run: {reason}; delete the line and run the same command again:"
         " its question will be asked again, all other records are kept"

@@ -221,7 +221,7 @@ def _group(group: tuple[str, str]) -> Value:
     return lambda one: one.groups[group][0] if group in one.groups else ABSENT
 
 
-def _all_groups(one: Result) -> Any:
+def _all_groups(one: Result) -> object:
     return {f"{name} {value}": score for (name, value), (score, _) in one.groups.items()} if one.ran else ABSENT
 
 

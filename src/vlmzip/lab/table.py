@@ -63,7 +63,7 @@ class Table(Generic[R]):
         by_heading = {column.heading: column for column in self.columns}
         return [_text(by_heading[heading], row) for heading in self.headings]
 
-    def as_json(self) -> list[dict[str, Any]]:
+    def as_json(self) -> list[dict[str, object]]:
         """Return the rows with plain values by key."""
         keyed = [column for column in self.columns if column.key]
         rows = [{column.key: _plain(column.value(row)) for column in keyed} for row in self.rows]
@@ -108,7 +108,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     Console(highlight=False, width=None if sys.stdout.isatty() else WIDE).print(table)
 
 
-def print_json(content: Any) -> None:
+def print_json(content: object) -> None:
     print(json.dumps(content, indent=2))
 
 
@@ -148,7 +148,7 @@ def show_bytes(value: float) -> str:
     return _scaled(value, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Return a value for JSON: the fields of a dataclass as an object."""
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 

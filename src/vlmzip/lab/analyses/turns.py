@@ -41,7 +41,7 @@ from vlmzip.lab.stats import Bootstrap, Estimate, estimate
 from vlmzip.lab.study import Study
 from vlmzip.lab.tasks.task import Sample, Task
 from vlmzip.methods import NoCompression
-from vlmzip.processor import Processor
+from vlmzip.processor import InputDict, Processor
 from vlmzip.runtime.attach import attach
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.report import ImageReport
@@ -174,7 +174,7 @@ def converse(
     return records
 
 
-def _second_prompts(study: Study, answers: Tensor, questions: Sequence[str]) -> dict[str, Any]:
+def _second_prompts(study: Study, answers: Tensor, questions: Sequence[str]) -> InputDict:
     """Return the text that the chat template writes after the generated answers, as left-padded token ids."""
     tokenizer, ends = study.processor.tokenizer, study.adapter.model.generation_config.eos_token_id
     ended = torch.isin(answers, torch.as_tensor([] if ends is None else ends, device=answers.device)).any(1).tolist()

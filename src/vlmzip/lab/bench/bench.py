@@ -115,8 +115,8 @@ def bench(
     repeats: int,
     new_tokens: int,
     clock: Callable[[torch.device], float] = now,
-    telling: Callable[[BenchStep], Any] = lambda _: None,
-    keeping: Callable[[list[Contender]], Any] = lambda _: None,
+    telling: Callable[[BenchStep], object] = lambda _: None,
+    keeping: Callable[[list[Contender]], object] = lambda _: None,
 ) -> list[Contender]:
     """The plain model and the contenders, timed in turns; whoever fails keeps a note and costs the others nothing.
 
@@ -180,7 +180,7 @@ def peaks(
     inputs: Mapping[str, Tensor],
     compressors: Sequence[Compressor | None],
     new_tokens: int,
-    telling: Callable[[int], Any] = lambda _: None,
+    telling: Callable[[int], object] = lambda _: None,
 ) -> Iterator[int | None]:
     """Peak memory of an answer of the plain model (`None`) or through compressors, beyond the weights; `None` where it
     fails or the system does not tell. On a CPU to be called in a process of its own, see `peak_bytes`.

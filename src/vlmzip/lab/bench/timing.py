@@ -42,7 +42,7 @@ def in_turns(
     repeats: int,
     *,
     warmup: int = 1,
-    keeping: Callable[[dict[str, list[T]]], Any] = lambda _: None,
+    keeping: Callable[[dict[str, list[T]]], object] = lambda _: None,
 ) -> dict[str, list[T]]:
     """What each run of each variant returned. One round runs every variant once, in turns forwards and backwards, so
     that none of them always follows the same other; `warmup` rounds come first and are left out. `keeping` gets what

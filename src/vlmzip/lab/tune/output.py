@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from vlmzip import spec
 from vlmzip.compressor import Compressor
@@ -333,7 +332,7 @@ def _condition_column(found: SearchOutcome, name: str) -> Column[CandidateRow]:
     return Column(lambda row: found.asked.study.conditions[name] if row is found.chosen else ABSENT, csv=(name,))
 
 
-def _confirmed(row: CandidateRow) -> Any:
+def _confirmed(row: CandidateRow) -> object:
     """What the confirming half said; a bound that nobody knows is null."""
     if row.held is None:
         return ABSENT
