@@ -262,8 +262,8 @@ def test_a_budget_out_of_reach_is_measured_as_set_and_said():
     [
         (["--preset", "llava-7b"], "no preset 'llava-7b'; did you mean 'llava-1.5-7b'?"),
         (["--scale", "2"], "scale 2: give a number above 0 and up to 1"),
-        (["--scale", "1/0"], "--scale '1/0' is no number"),
-        (["--scale", "nan"], "--scale 'nan' is no number"),
+        (["--scale", "1/0"], "--scale '1/0' is not a number"),
+        (["--scale", "nan"], "--scale 'nan' is not a number"),
         (["--batch", "0"], "--batch 0: give at least 1"),
         (["--new-tokens", "1"], "--new-tokens 1: give at least 2"),
         (["--keep", "0"], "--keep 0 keeps nothing"),
@@ -291,7 +291,7 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_made(capsys, monkey
     code, _, err = run(capsys)
     assert code == 2
     assert "the weights take" in err
-    assert "give --scale" in err
+    assert "give a smaller --scale" in err
 
 
 def test_a_full_disk_costs_nothing_that_was_measured(capsys, monkeypatch, tmp_path):

@@ -305,7 +305,7 @@ def test_few_images_and_unknown_words_are_told(evaluate, capsys):
 
 def test_a_report_of_an_earlier_run_is_not_taken_for_this_ones(evaluate):
     evaluate("--report")
-    assert "report.html is an earlier run's; --report makes it anew" in evaluate()[2].replace("\n", "")
+    assert "report.html is from an earlier run; give --report to write it again" in evaluate()[2].replace("\n", "")
 
 
 @pytest.mark.parametrize("task", ["mini", "easy-vqa"])

@@ -225,7 +225,7 @@ def test_a_chat_has_its_images_in_order_and_in_rgb():
         (["--suite", "pope", "--seed", "1"], "--seed is for"),
         (["--suite", "pope", "--examples", "1"], "--examples is for"),
         (["--suite", "pope", "--batch", "0"], "--batch 0: give at least 1"),
-        (["--suite", "pope", "--include-path", "nowhere"], "--include-path 'nowhere' is no folder"),
+        (["--suite", "pope", "--include-path", "nowhere"], "--include-path 'nowhere' is not a folder"),
         (["--include-path", "tests"], "--include-path is for --suite"),
         (["--suite", "videollava4"], "videollava4: vlmzip supports no video model yet"),
         (["--suite", "pope", "--methods", "visionzap"], "did you mean 'visionzip'"),

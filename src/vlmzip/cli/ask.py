@@ -1,4 +1,4 @@
-"""`vlmzip ask IMAGE… QUESTION`."""
+"""`vlmzip ask IMAGE… QUESTION`: answer a question about images, and show what compression saves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vlmzip bench`: speed and memory at chosen dimensions, with random weights."""
+"""`vlmzip bench`: measure speed and memory at the dimensions of a large model, with random weights."""
 
 from __future__ import annotations
 
@@ -49,34 +49,34 @@ def run(args: Namespace) -> None:
     device = find_device(args.device)
     on_gpu = device.type == "cuda"
     if on_gpu and args.clock == "cpu":
-        raise UserError("--clock cpu does not see what a GPU does; leave it out, or give --device cpu")
+        raise UserError("--clock cpu cannot time a GPU; leave it out, or give --device cpu")
     args.dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
     args.scale = args.scale or ("1" if on_gpu else SMALL)
     preset = _preset(args)
-    machine = about(device)  # of the sources that run now, whatever is changed meanwhile
+    machine = about(device)  # read now, because the sources may change during the run
     path = None
     if args.out:
         scaled = f"scale{_number(args.scale):g}"
         settings = [scaled, args.dtype, args.attention, f"batch{args.batch}", f"keep{_keep_in_words(args.keep)}"]
         settings += ["cpu-seconds"] * (args.clock == "cpu")
         path = args.out / file_name(f"bench-{args.preset}", device, *settings)
-    found: list[Contender] = []
+    contenders: list[Contender] = []
 
     def keep(measured: list[Contender]) -> None:
-        found[:] = measured
+        contenders[:] = measured
         if path is not None:
-            with suppress(UserError):  # the last time says that the disk refuses
-                write_csv(_unfinished(path), rows(found, args, preset, machine))
+            with suppress(UserError):  # `_show` reports a disk error
+                write_csv(_unfinished(path), rows(contenders, args, preset, machine))
 
     try:
         _measure(args, preset, methods, device, DTYPES[args.dtype], keep)
-    finally:  # whatever ends it, what was measured is shown and written
-        if found:
-            _show(found, rows(found, args, preset, machine), args, preset, device, path)
+    finally:  # show and write the measurements even if an error ends the run
+        if contenders:
+            _show(contenders, rows(contenders, args, preset, machine), args, preset, device, path)
 
 
 def _unfinished(path: Path) -> Path:
-    """Where results stand while they are measured: those of an earlier run stay until these are whole."""
+    """Return the file of results during a run. Earlier results stay in `path` until the new ones are complete."""
     return path.with_name(f"{path.stem}.unfinished.csv")
 
 
@@ -88,7 +88,7 @@ def _show(
     device: torch.device,
     path: Path | None,
 ) -> None:
-    """Prints what was measured, and writes it; the file of a run that was stopped stays an unfinished one."""
+    """Print the measurements and write them. Results of a run that was stopped stay in the unfinished file."""
     doubtful = doubts(found, args, device, narrow=_number(args.scale) < _number(SMALL)) + gaps(found, args.repeats)
     whole = len(found[0].spans) == args.repeats
     target = path if path is None or whole else _unfinished(path)
@@ -97,7 +97,7 @@ def _show(
             write_csv(target, table)
         if path is not None and whole:
             _unfinished(path).unlink(missing_ok=True)
-    finally:  # a full disk must not cost what was measured
+    finally:  # print the measurements even if the disk is full
         if args.json:
             print(json.dumps(as_json(found, table, doubtful, target), indent=2))
         else:
@@ -136,7 +136,7 @@ def _measure(
         progress.memory()
         recipe = (args, preset, device, dtype, [one.compressor for one in found])
         if device.type == "cpu":
-            del model, adapter, inputs  # the other process makes its own, and there may be no room for both
+            del model, adapter, inputs  # the other process makes its own model, and both may not fit
             _measure_memory(found, recipe, keep)
         else:
             for one, peak in zip(found, _peaks(*recipe, model=model), strict=True):
@@ -144,7 +144,10 @@ def _measure(
 
 
 def _measure_memory(found: list[Contender], recipe: tuple[Any, ...], keep: Callable[[list[Contender]], None]) -> None:
-    """Measures in a process of its own, which may be killed for want of memory: all else is kept."""
+    """Measure the memory in another process.
+
+    The system may kill that process if the memory is full; the timings survive.
+    """
     gc.collect()  # a model and its hooks refer to each other
     measured = 0
     try:
@@ -157,7 +160,7 @@ def _measure_memory(found: list[Contender], recipe: tuple[Any, ...], keep: Calla
 
 
 def _make(args: Namespace, preset: Preset, device: torch.device, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """The model and what it is asked."""
+    """Return the model and its inputs."""
     model = _make_model(args, make_config(preset, args.text_tokens, args.new_tokens), device, dtype)
     return model, make_inputs(preset, args.batch, args.text_tokens, device, dtype)
 
@@ -165,7 +168,7 @@ def _make(args: Namespace, preset: Preset, device: torch.device, dtype: torch.dt
 def _make_model(args: Namespace, config: Any, device: str | torch.device, dtype: torch.dtype) -> Any:
     try:
         return make_model(config, device, dtype, args.attention)
-    except (ImportError, ValueError) as error:  # no FlashAttention here, or none for this precision
+    except (ImportError, ValueError) as error:  # FlashAttention is not installed or does not support this dtype
         raise UserError(f"--attention {args.attention} cannot be used: {error}") from None
 
 
@@ -177,7 +180,7 @@ def _peaks(
     compressors: list[Compressor | None],
     model: Any = None,
 ) -> Iterator[int | None]:
-    progress = Progress()  # without a spinner: on a CPU that is another process's
+    progress = Progress()  # without a spinner: on a CPU, the spinner belongs to the parent process
 
     def telling(done: int) -> None:
         progress.say(f"measuring the memory: {done} of {len(compressors)} methods done", DUE)
@@ -190,13 +193,17 @@ def _peaks(
 
 
 def _peaks_in_child(*recipe: Any) -> Iterator[int | None]:
-    """`_peaks` in another process, whose log lines have to be set up there."""
+    """Yield the values of `_peaks` in another process, and set up logging there."""
     with log_on_stderr():
         yield from _peaks(*recipe)
 
 
 def _set_up(name: str, method: Compressor, keep: Any, profile: Profile) -> Contender:
-    """The method at the budget; where it cannot reach it, as it is written: cost and limit stand beside it anyway."""
+    """Return the method at the budget.
+
+    If the method cannot reach the budget, it keeps its own settings and the row has a note: the row still shows its
+    cost and limit.
+    """
     if keep is None:
         return Contender(name, method.placed(profile))
     try:
@@ -207,18 +214,20 @@ def _set_up(name: str, method: Compressor, keep: Any, profile: Profile) -> Conte
 
 
 def _refuse_what_cannot_run(args: Namespace, config: object, device: torch.device, dtype: torch.dtype) -> None:
-    """Raises `UserError` for an attention that is not there, and for weights that the memory has no room for: the
-    system would end the process instead."""
+    """Raise `UserError` if the attention implementation is unavailable or the weights exceed the free memory.
+
+    Without this check, the system would kill the process.
+    """
     weights = sum(p.numel() for p in _make_model(args, config, "meta", dtype).parameters()) * dtype.itemsize
     room = available_bytes(device)
     if room is not None and weights > room:
         raise UserError(
-            f"the weights take {show_bytes(weights)}, and there are {show_bytes(room)} of memory: give --scale"
+            f"the weights take {show_bytes(weights)}, but {show_bytes(room)} of memory are free; give a smaller --scale"
         )
 
 
 def _check(args: Namespace) -> None:
-    """Raises `UserError` for what can be refused before anything slow happens, and reads `keep`."""
+    """Raise `UserError` for invalid options before the model is made, and set `args.keep` to None for `as-set`."""
     if args.preset not in PRESETS:
         raise UserError(f"there is no preset {args.preset!r}{closest(args.preset, PRESETS)}")
     for name, choices in (("attention", ATTENTION), ("clock", CLOCKS)):
@@ -245,7 +254,7 @@ def _number(text: str) -> float:
     try:
         return float(Fraction(text))
     except (ValueError, ZeroDivisionError):
-        raise UserError(f"--scale {text!r} is no number; write 0.125 or 1/8") from None
+        raise UserError(f"--scale {text!r} is not a number; write 0.125 or 1/8") from None
 
 
 def _keep_in_words(keep: object) -> str:

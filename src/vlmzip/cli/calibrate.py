@@ -1,4 +1,4 @@
-"""`vlmzip calibrate FOLDER|IMAGE…`: the threshold with which images like these meet a budget on average."""
+"""`vlmzip calibrate FOLDER|IMAGE…`: find the threshold with which similar images meet a budget on average."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def run(args: Namespace) -> None:
 
 
 def _compressor(args: Namespace) -> Compressor:
-    """The method with its settings, without a budget; raises `UserError` where there is nothing to calibrate."""
+    """Return the method without a budget. Raise `UserError` if it has no threshold to calibrate."""
     if args.keep is None:
         raise UserError("calibrate needs a budget: --keep 64, --keep 0.25 or --keep 25%")
     parse_keep(args.keep, "--keep")
@@ -70,7 +70,7 @@ def _threshold(compressor: Compressor) -> str:
 
 
 def _images(words: list[str]) -> list[str]:
-    """The images meant: those named, and those in the folders named, in the order of their names."""
+    """Return the paths of the images that `words` name and of those in the folders that `words` name."""
     known = Image.registered_extensions()
     paths: list[str] = []
     for word in words:

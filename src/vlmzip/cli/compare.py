@@ -1,4 +1,4 @@
-"""`vlmzip compare IMAGE… QUESTION`: what each method makes of one question, side by side."""
+"""`vlmzip compare IMAGE… QUESTION`: answer one question with every method, side by side."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from vlmzip.lab.compare.output import OUTCOME, Comparison, Seen, as_json, page, 
 from vlmzip.lab.table import Console
 
 log = logging.getLogger(__name__)
-#: Characters; where a terminal or pipe has fewer, what came out and what it cost get a table each.
+#: Characters per line. On a narrower terminal or pipe, answers and costs get a table each.
 WIDE = 112
 
 
@@ -38,7 +38,7 @@ def run(args: Namespace) -> None:
     _check(args, paths)
     methods = spec.candidates(args.methods)
     if args.keep is not None:
-        named = [(one.name, one.method) for one in methods]
+        named = [(candidate.name, candidate.method) for candidate in methods]
         refuse_second_budgets(named, args.keep, f"take the budget out of the method, or give --keep {AS_SET}")
     for path in paths:
         load_image(path)
@@ -51,7 +51,7 @@ def run(args: Namespace) -> None:
     found = Comparison(rows, args.model, question, paths, args.keep, args.repeats, device, dtype)
     try:
         _write(found, partial(seen_images, loaded, inputs, paths), args.sheet, args.html)
-    finally:  # a full disk must not cost the answers, nor a reader that stops early (`| head -5`) the files
+    finally:  # print the answers even if the disk is full; the files precede a closed pipe (`| head -5`)
         _print(found, args)
     if broken := [row.method for row in rows if row.broke]:
         log.info(f"{', '.join(broken)} broke; the note says how")
@@ -75,7 +75,7 @@ def _print(found: Comparison, args: Namespace) -> None:
 
 
 def _check(args: Namespace, paths: list[str]) -> None:
-    """Raises `UserError` for what can be refused before anything slow happens, and reads `keep`."""
+    """Raise `UserError` for invalid options before the model is loaded, and set `args.keep` to None for `as-set`."""
     if args.keep == AS_SET:
         args.keep = None
     else:
@@ -103,7 +103,7 @@ def _print_tables(found: Comparison) -> None:
 
 
 def _table(found: Comparison, columns: Sequence[int]) -> Table:
-    """Some of the columns; numbers are never broken, answers are."""
+    """Return a table of some columns. Answers may wrap; numbers never do."""
     table = Table(box=None, pad_edge=False)
     for column in columns:
         heading = found.table.headings[column]

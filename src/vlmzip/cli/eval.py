@@ -1,4 +1,4 @@
-"""`vlmzip eval`: what methods lose and gain at several budgets, on mini's questions, easy-VQA or yours."""
+"""`vlmzip eval`: measure what methods lose and gain at several budgets, on built-in tasks or your questions."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def run(args: Namespace) -> None:
         found = [(task, list(results.results(study, task, configurations, args.seed))) for task in tasks]
         try:
             _write(study, found, args)
-        finally:  # a full disk must not cost the table
+        finally:  # print the table even if the disk is full
             _print(folder, args, found)
     if study.failures:
         log.info(f"{len(study.failures)} configurations broke; see the notes above")
@@ -72,7 +72,7 @@ def run(args: Namespace) -> None:
 
 
 def _check(args: Namespace) -> None:
-    """Raises `UserError` for what can be refused before anything slow happens."""
+    """Raise `UserError` for invalid options before the model is loaded."""
     check_counts(args, "limit", "batch", "max_new_tokens")
     check_counts(args, "examples", "seed", least=0)
     check_folder(args)
@@ -82,13 +82,13 @@ def _check(args: Namespace) -> None:
 
 
 def _write(study: Study, found: list[tuple[Task, list[Result]]], args: Namespace) -> None:
-    """The table as CSV, the curves, and the report if it is wanted."""
+    """Write the table as CSV, the curves and, with --report, the report."""
     results.table([result for _, of_task in found for result in of_task]).write_csv(study.folder / "results.csv")
     figures = [_curves(study, task, of_task) for task, of_task in found]
     if args.report:
         _write_report(study, found, figures, args)
     elif (study.folder / REPORT).exists():
-        log.warning(f"{study.folder / REPORT} is an earlier run's; --report makes it anew")
+        log.warning(f"{study.folder / REPORT} is from an earlier run; give --report to write it again")
 
 
 def _curves(study: Study, task: Task, found: list[Result]) -> list[Figure]:

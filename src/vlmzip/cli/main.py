@@ -1,4 +1,4 @@
-"""`vlmzip COMMAND …`: finds the command, runs it, turns a user's mistake into one line and exit code 2."""
+"""`vlmzip COMMAND …`: run a command, and turn a user's mistake into one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from vlmzip.cli._shared.console import log_on_stderr
 from vlmzip.errors import UserError, closest, telling_beyond_positions
 from vlmzip.version import __version__
 
-log = logging.getLogger("vlmzip.cli.main")  # by this name also for `python -m vlmzip.cli.main`
-#: What each command does. Each has a module in `_options`, which imports nothing slow and has `EXAMPLES` and
-#: `add_arguments(parser, arguments)`, and a module here, which has `run(args)`.
+log = logging.getLogger("vlmzip.cli.main")  # not __name__, which is __main__ for `python -m vlmzip.cli.main`
+#: The commands and their descriptions. A command has a module in `_options`, with `EXAMPLES` and
+#: `add_arguments(parser, arguments)` and without slow imports, and a module in `cli`, with `run(args)`.
 COMMANDS = {
     "ask": "ask a vision-language model about one or several images",
     "bench": "measure speed and memory at the dimensions of a large model, with random weights",
@@ -36,7 +36,7 @@ COMMANDS = {
 
 
 class Parser(ArgumentParser):
-    """Says what is wrong in one line instead of printing the usage first."""
+    """A parser that reports an error in one line, without the usage text."""
 
     def __init__(self, prog: str, description: str, epilog: str) -> None:
         super().__init__(
@@ -44,13 +44,13 @@ class Parser(ArgumentParser):
         )
 
     def print_help(self, file: Any = None) -> None:
-        print(self.format_help(), end="", file=file)  # argparse's own says nothing where it cannot write
+        print(self.format_help(), end="", file=file)  # argparse ignores a failing write
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
     def refuse_unknown(self, unknown: list[str]) -> None:
-        """Raises `UserError` for arguments that nothing has taken, with the closest option."""
+        """Raise `UserError` for arguments that no option takes, with the closest option."""
         options = [option for option in self._option_string_actions if option.startswith("--")]
         for word in unknown:
             name = word.partition("=")[0]
@@ -60,9 +60,9 @@ class Parser(ArgumentParser):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one command.
+    """Run one command and return the exit code.
 
-    Returns the exit code: 0 done, 1 the disk refuses what is written, 2 the input is wrong, 130 interrupted.
+    0: done; 1: an output cannot be written; 2: invalid input; 130: interrupted.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     _open_streams()
@@ -70,12 +70,12 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             _run(arguments)
         finally:
-            sys.stdout.flush()  # what cannot be written has to be said here; Python would say it in its own way
+            sys.stdout.flush()  # report a failing write here, before Python prints a traceback
     except UserError as error:
         return _end(" ".join(str(error).split()), 2)
     except KeyboardInterrupt:
         return _end("interrupted", 130)
-    except BrokenPipeError:  # who reads our output has enough (`vlmzip methods | head -1`): nothing is wrong
+    except BrokenPipeError:  # the reader closed the pipe (`vlmzip methods | head -1`), which is no error
         _drop(sys.stdout)
     except OSError as error:
         _drop(sys.stdout)
@@ -83,17 +83,20 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _end(said: str, code: int) -> int:
-    """Say why a command ends, and return its exit code."""
+def _end(reason: str, code: int) -> int:
+    """Print why a command ends, and return its exit code."""
     try:
-        print(f"vlmzip: {said}", file=sys.stderr, flush=True)
+        print(f"vlmzip: {reason}", file=sys.stderr, flush=True)
     except OSError:
         _drop(sys.stderr)
     return code
 
 
 def _open_streams() -> None:
-    """Make sure that both streams take any text: the shell may have closed them, a terminal may know ASCII alone."""
+    """Make sure that stdout and stderr accept any text.
+
+    The shell may have closed them, and a terminal may support only ASCII.
+    """
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
@@ -102,20 +105,20 @@ def _open_streams() -> None:
 
 
 def _drop(stream: TextIO) -> None:
-    """Let what is still to be written go nowhere."""
+    """Discard what has not been written to a stream yet."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _what_failed(error: OSError) -> str:
-    said = error.strerror or " ".join(str(error).split())
+    reason = error.strerror or " ".join(str(error).split())
     if error.filename:
-        return f"{os.fspath(error.filename)!r}: {said}"
-    return said if error.errno is None else f"the output cannot be written: {said}"
+        return f"{os.fspath(error.filename)!r}: {reason}"
+    return reason if error.errno is None else f"the output cannot be written: {reason}"
 
 
 def _refuse_no_text(arguments: list[str]) -> None:
-    """Raise `UserError` for bytes that are no text: neither a tokenizer nor a JSON file takes them."""
+    """Raise `UserError` for an argument that is not UTF-8 or has a zero byte: tokenizers and JSON files need text."""
     for argument in arguments:
         try:
             argument.encode()
@@ -157,7 +160,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def _owners(option: str) -> str:
-    """The methods that have the field of an option, which only `--method` brings in."""
+    """Return a hint that names the methods with this field, or "". Such options exist only with `--method`."""
     field = option.removeprefix("--").replace("-", "_")
     names = [method.name for method in outline.methods() if field in method.fields]
     if not names:
@@ -175,5 +178,5 @@ def _overview() -> str:
 
 if __name__ == "__main__":
     if not sys.flags.safe_path and sys.path[0] == os.getcwd():
-        del sys.path[0]  # `python -m` puts it there, and whatever lies in it would pass for a library
+        del sys.path[0]  # `python -m` adds it, and files in it would shadow libraries
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""`vlmzip methods [NAME]`: what there is, and the fields of one."""
+"""`vlmzip methods [NAME]`: list the compression methods, or the fields of one."""
 
 from __future__ import annotations
 

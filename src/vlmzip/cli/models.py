@@ -1,4 +1,4 @@
-"""`vlmzip models`: the families that can be compressed."""
+"""`vlmzip models`: list the model families that can be compressed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`vlmzip show IMAGE`: which visual tokens of an image are kept, merged and dropped."""
+"""`vlmzip show IMAGE`: draw which visual tokens of an image are kept, merged and dropped."""
 
 from __future__ import annotations
 

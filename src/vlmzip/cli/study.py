@@ -1,4 +1,4 @@
-"""`vlmzip study`: the papers' analyses on any model, each a figure and a table."""
+"""`vlmzip study`: repeat the papers' analyses on any model, each with a figure and a table."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def run(args: Namespace) -> None:
 
 
 def _check(args: Namespace) -> None:
-    """Raises `UserError` for what can be refused before anything slow happens."""
+    """Raise `UserError` for invalid options before the model is loaded."""
     check_counts(args, "limit", "batch")
     check_counts(args, "seed", least=0)
     check_folder(args)
 
 
 def _write(subject: Subject, name: str, rows: list[Row]) -> None:
-    """The table, each line with what it was measured on, and the figure where matplotlib is there."""
+    """Write the table, with model, task and machine in each row, and the figure if matplotlib is installed."""
     conditions = {"model": subject.name, "task": subject.task.name, **machine(subject.model.device)}
     write_csv(subject.folder / f"{name}.csv", [{**row, **conditions} for row in rows])
     try:

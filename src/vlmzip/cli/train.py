@@ -1,4 +1,4 @@
-"""`vlmzip train`: trains a model with compression, in stages, from a YAML file."""
+"""`vlmzip train`: train a model with compression, in stages, as a YAML file describes."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def run(args: Namespace) -> None:
 
 @contextmanager
 def _naming_the_head(path: Path, config: Config) -> Iterator[None]:
-    """Add to an error about a missing file that the configuration's first lines say how to get it.
+    """Add a hint to an error about a missing file: the configuration's first lines say how to get it.
 
-    A configuration that does not begin with a comment adds nothing.
+    Leave the error as it is if the configuration does not begin with a comment.
     """
     try:
         yield
@@ -112,7 +112,7 @@ def _explain(config: Config, args: Namespace) -> None:
 
 
 def _note_what_is_missing(config: Config) -> None:
-    """Note what this machine lacks for the run; costs can be counted elsewhere than where it will run."""
+    """Log a warning if this machine cannot do the run. Costs can be computed on any machine."""
     if not config.trainer:
         return
     try:
@@ -124,7 +124,10 @@ def _note_what_is_missing(config: Config) -> None:
 
 
 def _on_paper(config: Config, preset: str | None) -> Any:
-    """The adapter of the model, or of a published one, without its weights: shapes are all that costs need."""
+    """Return the adapter of the model or of a preset, without its weights.
+
+    Costs depend only on shapes.
+    """
     if preset is not None:
         if preset not in PRESETS:
             raise UserError(f"--shape: there is no {preset!r}{closest(preset, PRESETS)}")
@@ -140,7 +143,7 @@ def _on_paper(config: Config, preset: str | None) -> Any:
 
 
 def _steps(config: Config) -> int:
-    """How many optimiser steps a run takes; where the configuration says it, the records need not be there."""
+    """Return the number of optimiser steps of a run. Read the records only if the file does not give the number."""
     if config.steps is not None:
         return config.steps
     try:

@@ -1,4 +1,4 @@
-"""`vlmzip tune`: from what may be spent and what may be lost to a method and its budget, by asking your questions."""
+"""`vlmzip tune`: find the method and budget within a limit on cost or loss, by asking your questions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(args: Namespace) -> None:
     task = read_one_task(args.task, args.limit, args.calibrate_on)
     if args.max_new_tokens is not None:
         task = replace(task, max_new_tokens=args.max_new_tokens)
-    halves(task.samples, args.seed)  # refuses what has too few images before the model is loaded
+    halves(task.samples, args.seed)  # raises for too few images, before the model is loaded
     folder = args.out or Path("runs", "tune", Path(args.model).name)
     with Processes() as processes:
         loaded = load(args.model, processes.device(args.device), args.dtype, allow_pickle=args.allow_pickle)
@@ -45,14 +45,14 @@ def run(args: Namespace) -> None:
         if processes.first and (folder / FILE).exists():
             (folder / FILE).unlink()
             log.warning(
-                f"{FILE} of an earlier run is removed: it must not pass for what this run finds ({folder / FILE})"
+                f"{folder / FILE} of an earlier run is removed, so that it is not mistaken for a result of this run"
             )
-        found = _search(study, task, rows, args, processes)
+        outcome = _search(study, task, rows, args, processes)
         if processes.first:
-            show(found, args)
-    if found.asked.failures:
+            show(outcome, args)
+    if outcome.asked.failures:
         if processes.first:
-            log.info(f"candidates broke: {len(found.asked.failures):,}; their reasons are above")
+            log.info(f"candidates broke: {len(outcome.asked.failures):,}; their reasons are above")
         sys.exit(1)
 
 
@@ -79,12 +79,12 @@ def _search(
 
 
 def _distinct(rows: list[Configuration]) -> list[Configuration]:
-    """What can run, each setting once, the uncompressed model first."""
-    found: dict[str, Configuration] = {}
+    """Return the configurations that can run, each setting once, the uncompressed model first."""
+    distinct: dict[str, Configuration] = {}
     for row in rows:
         if row.compressor is not None:
-            found.setdefault(spec.write(row.compressor), row)
-    return list(found.values())
+            distinct.setdefault(spec.write(row.compressor), row)
+    return list(distinct.values())
 
 
 def _cost(args: Namespace) -> Cost:
@@ -92,7 +92,10 @@ def _cost(args: Namespace) -> Cost:
 
 
 def _most(args: Namespace, asked: TunedStudy) -> float | None:
-    """The wished limit in the unit of the cost; a share of the tokens is one of the middle image's."""
+    """Return the limit on the cost, in the unit of the cost.
+
+    A share of the visual tokens becomes a count by the median image.
+    """
     if args.max_tokens is not None:
         return float(count_to_keep(args.max_tokens, asked.profile.size))
     return args.max_prefill_ms if args.max_flops is None else float(parse_keep(args.max_flops))
@@ -106,7 +109,7 @@ def _is_share(text: str) -> bool:
 
 
 def _check(args: Namespace) -> None:
-    """Raises `UserError` for what can be refused before anything slow happens."""
+    """Raise `UserError` for invalid options before the model is loaded."""
     if args.max_loss is None and args.max_tokens is None and args.max_flops is None and args.max_prefill_ms is None:
         raise UserError("tune needs a limit: --max-tokens, --max-flops or --max-prefill-ms, or --max-loss, or both")
     if args.max_tokens is not None:
@@ -121,4 +124,6 @@ def _check(args: Namespace) -> None:
     check_counts(args, "seed", least=0)
     check_folder(args)
     if args.out is not None and (args.out / "config.json").exists():
-        raise UserError(f"--out {str(args.out)!r} holds a model, whose own compressor.json is not tune's to replace")
+        raise UserError(
+            f"--out {str(args.out)!r} holds a model, and tune would replace its compressor.json; give another folder"
+        )

@@ -40,7 +40,7 @@ def check_answer_length(args: Namespace) -> None:
 
 
 def check_counts(args: Namespace, *names: str, least: int = 1) -> None:
-    """Raises `UserError` for an option, if it is given, that is below `least`."""
+    """Raise `UserError` if one of the named options is given and less than `least`."""
     for name in names:
         value = getattr(args, name)
         if value is not None and value < least:
@@ -48,7 +48,7 @@ def check_counts(args: Namespace, *names: str, least: int = 1) -> None:
 
 
 def check_folder(args: Namespace) -> None:
-    """Raises `UserError` for an --out that cannot be a folder."""
+    """Raise `UserError` if --out cannot be a folder."""
     if args.out is None:
         return
     refuse_place(args.out, "--out")

@@ -12,7 +12,7 @@ from vlmzip.files import is_file
 from vlmzip.outline import METHOD_FORMS
 
 DEFAULT_METHOD = "visionzip"
-#: Options of commands that draw or ask; a method's fields cannot have these names.
+#: Options of the commands that take `--method`. The fields of a method cannot have these names.
 OWN_OPTIONS = {
     "model", "device", "dtype", "allow_pickle", "method", "baseline", "overlay", "max_new_tokens", "json", "out",
     "histogram", "help"
@@ -20,9 +20,10 @@ OWN_OPTIONS = {
 
 
 def add_method(parser: ArgumentParser, arguments: list[str], default: str = DEFAULT_METHOD) -> None:
-    """`--method`, `--keep`, and every field of the method that `arguments` choose, if it is given by name alone.
+    """Add `--method`, `--keep`, and an option for each field of the method that `arguments` name.
 
-    Left out, it is the compressor saved with the model, if there is one.
+    A spec such as `visionzip(keep=16)` has its fields inside, so it gets no options. Without `--method`, the command
+    uses the compressor saved with the model, if there is one, and `default` otherwise.
     """
     parser.add_argument(
         "--method",

@@ -24,7 +24,7 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
 
 
 def _settings() -> str:
-    """Every setting of the file, with its default and what it is."""
+    """Return a list of the file's settings, with their defaults and meanings."""
     from vlmzip.schema import REQUIRED, describe  # these need torch, and only the help needs them
     from vlmzip.training.config import Config
 

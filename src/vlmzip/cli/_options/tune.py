@@ -14,11 +14,11 @@ EXAMPLES = """  vlmzip tune --max-loss 5 --limit 1000
   vlmzip tune --task my_questions:exact --calibrate-on other_photos --max-flops 30% --keep 40%,30%,20%,10%
 
 With a cost and a loss: the cheapest that meets both. With a cost alone: the best score within it. With a loss alone:
-the cheapest within it, in visual tokens. Half of the images choose, the other half confirms. A loss counts as within
-the limit only where a larger one would have shown on the confirming half in 39 of 40 cases; where it is the estimate
-alone, that is said. If nothing meets
-the limits there is no compressor.json, and the exit code is 0 all the same; it is 1 where a candidate broke.
-Run the same command again to go on where it was stopped: nothing is asked twice."""
+the cheapest within it, in visual tokens. Half of the images choose the candidate, the other half confirms it. A loss is
+certified as within the limit only if a larger loss would have shown on the confirming half in 39 of 40 cases; otherwise
+the result says that only the estimate is within the limit. If no candidate meets the limits, no compressor.json is
+written, and the exit code is still 0. The exit code is 1 if a candidate broke.
+Run the same command again to continue an interrupted run: no question is asked twice."""
 
 KEEP = "75%,50%,36%,25%,18%,11%,8%,5.6%"
 

@@ -21,19 +21,22 @@ MEMORY_ROUNDS, START = 2, 10.0
 
 
 class Progress:
-    """A spinner's text on a terminal; elsewhere lines: one a round, or one in `SOON` seconds where rounds are short."""
+    """The progress of `vlmzip bench`: a spinner on a terminal, log lines elsewhere.
+
+    Lines appear once per round, or once in `SOON` seconds if rounds are shorter.
+    """
 
     def __init__(
         self, status: Status | None = None, starting: float = 0.0, clock: Callable[[], float] = time.monotonic
     ) -> None:
-        """`starting`: seconds until the process that measures the memory runs."""
+        """Start the clock. `starting` is the time that the memory-measuring process takes to start, in seconds."""
         self.status, self.starting, self.clock = status, starting, clock
         self.spoken = clock()
         self.begun: list[float] = []
         """When each round began, the one to warm up first."""
 
     def __call__(self, step: BenchStep) -> None:
-        """Before each run."""
+        """Show what is about to run. `bench` calls this before each run."""
         if step.round is None:
             self.say(f"counting tokens and FLOPs: {step.name}", DUE)
             return
@@ -52,12 +55,12 @@ class Progress:
         self.say(f"{now}, about {left} left: {step.name}", SOON if fresh else DUE)
 
     def memory(self) -> None:
-        """Before the memory is measured."""
+        """Show that the memory is measured next, and how long it will take."""
         took = self._round() * MEMORY_ROUNDS + self.starting
         self.say(f"measuring the memory, about {in_words(took)} left", 0)
 
     def say(self, text: str, due: float) -> None:
-        """On the spinner, or as a line when the last one is `due` seconds old."""
+        """Update the spinner; without a terminal, log the text if the last line is at least `due` seconds old."""
         if console.is_terminal and not console.is_dumb_terminal:
             if self.status is not None:
                 self.status.update(Text(text, no_wrap=True, overflow="ellipsis"))
@@ -66,7 +69,7 @@ class Progress:
             log.info(text)
 
     def _round(self) -> float:
-        """Seconds of a round; the one to warm up is slower, and counts only while there is no other."""
+        """Return the duration of a round in seconds. The slower warm-up round counts only while it is the only one."""
         begun = self.begun[1:] if len(self.begun) > 2 else self.begun
         return (begun[-1] - begun[0]) / (len(begun) - 1)
 
@@ -79,7 +82,7 @@ class Progress:
 
 
 def in_words(seconds: float) -> str:
-    """As exact as an estimate is: 5 s, 40 s, 2.5 min, 3.2 h."""
+    """Return a duration, rounded as coarsely as an estimate deserves: 5 s, 40 s, 2.5 min, 3.2 h."""
     if seconds < 90:
         return f"{max(5 * round(seconds / 5), 5)} s"
     return f"{round(seconds / 30) / 2:g} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""What commands say on stderr: log lines, and a spinner on a terminal."""
+"""Log lines and spinners of commands, on stderr."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ console = Console(stderr=True)
 
 
 class _Lines(logging.Handler):
-    """Print each record as a line: information as it is, warnings as notes. Of several processes the first speaks."""
+    """A handler that prints log records on stderr, with "note:" before warnings. Only the first process prints."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if os.environ.get("RANK", "0") != "0":
@@ -24,7 +24,7 @@ class _Lines(logging.Handler):
 
 @contextmanager
 def log_on_stderr() -> Iterator[None]:
-    """Print what vlmzip logs within the block; afterwards logging is as it was."""
+    """Print what vlmzip logs within the block, and restore the logging settings afterwards."""
     logger, lines = logging.getLogger("vlmzip"), _Lines()
     before = logger.level, logger.propagate
     logger.setLevel(logging.INFO)

@@ -1,4 +1,4 @@
-"""Images that commands read and write; a result is never written over an image that was asked about."""
+"""Read and write the images of commands. Results never replace an image that they are about."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from vlmzip.runtime.images import load_image as load_image
 
 
 def check_target(path: Path, sources: list[str]) -> None:
-    """Raises `UserError` for a result that would replace one of its `sources`, or whose format is unknown."""
+    """Raise `UserError` if a result would replace one of its `sources` or its suffix is not an image format's."""
     refuse_source(path, sources)
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise UserError(f"{str(path)!r} has no suffix of an image format; try {path.stem}.png")
 
 
 def save_image(image: Image.Image, path: Path, sources: list[str]) -> None:
-    """Writes PNG, JPEG or whatever the suffix says: whole or not at all, and never over one of its `sources`."""
+    """Write an image whole or not at all, in the format of the suffix. Raise `UserError` as `check_target` does."""
     check_target(path, sources)
     write_whole(path, image.save)

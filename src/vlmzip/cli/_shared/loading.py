@@ -1,4 +1,4 @@
-"""Load a model for a command, and say what to do if it fails."""
+"""Load a model for a command, and say what to do if that fails."""
 
 from __future__ import annotations
 
@@ -21,15 +21,18 @@ def load(name: str, device: str | None = None, dtype: str | None = None, *, allo
 
 
 def refuse_too_much_at_once(error: Exception, args: Namespace) -> None:
-    """Raise `UserError` where the memory was full, with the options that need less of it; return for other errors."""
-    on_cpu = "DefaultCPUAllocator: can't allocate memory" in str(error)  # torch has no class for it
+    """Raise `UserError` if the error says that the memory is full. Return for all other errors.
+
+    The message names the options that reduce the memory that the command needs.
+    """
+    on_cpu = "DefaultCPUAllocator: can't allocate memory" in str(error)  # torch has no exception class for this
     if not on_cpu and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return
-    found = re.search(r"ried to allocate ([\d.]+) ?(\w+)", str(error))
-    size, unit = found.groups() if found else ("", "")
-    wanted = show_bytes(int(size)) if unit == "bytes" else f"{size} {unit}"
-    said = f": {wanted} more were needed" if found else ""
+    match = re.search(r"ried to allocate ([\d.]+) ?(\w+)", str(error))
+    size, unit = match.groups() if match else ("", "")
+    amount = show_bytes(int(size)) if unit == "bytes" else f"{size} {unit}"
+    needed = f": {amount} more were needed" if match else ""
     options = [f"a smaller --{name}" for name in ("batch", "scale") if hasattr(args, name)]
     options += ["--dtype bfloat16"] * (getattr(args, "dtype", "bfloat16") in (None, "float32"))
     options += ["--set batch_per_process=1"] * hasattr(args, "set")
-    raise UserError(f"the memory is full{said}; try {', or '.join(options or ['fewer images'])}") from None
+    raise UserError(f"the memory is full{needed}; try {', or '.join(options or ['fewer images'])}") from None

@@ -1,4 +1,4 @@
-"""From the options about a method to a compressor."""
+"""Make a compressor from a command's options."""
 
 from __future__ import annotations
 
@@ -17,26 +17,27 @@ log = logging.getLogger(__name__)
 
 
 def settings(args: Namespace) -> dict[str, Any]:
-    """The method's fields as given on the command line."""
+    """Return the method's fields that were given as options."""
     return {name.removeprefix("field_"): value for name, value in vars(args).items() if name.startswith("field_")}
 
 
 def check_method(args: Namespace, *, draws: bool = False) -> None:
-    """Raises `UserError` for wrong fields, or where nothing can be drawn, before anything slow happens."""
+    """Raise `UserError` for invalid fields before the model is loaded; with `draws`, also without a token map."""
     if args.keep is not None:
         parse_keep(args.keep, "--keep")
     method = without_budget(args)
-    own = [field for field in method.budget_fields if field in settings(args)]
-    if args.keep is not None and own:
-        raise UserError(f"give --keep or --{own[0].replace('_', '-')}, not both")
+    fields = [field for field in method.budget_fields if field in settings(args)]
+    if args.keep is not None and fields:
+        raise UserError(f"give --keep or --{fields[0].replace('_', '-')}, not both")
     if draws and resampling(method) is not None:
         raise UserError(f"each token of {method.name()} comes from the whole image: there is no token map to draw")
 
 
 def refuse_second_budgets(methods: Iterable[tuple[str, Compressor | None]], keep: object, otherwise: str) -> None:
-    """Raise `UserError` for a method in a list that is written with a budget, where `--keep` gives another.
+    """Raise `UserError` if a method of a list has a budget in its spec and `keep` gives another one.
 
-    Methods that decide by content are left out: without calibration they run as written, and their rows say so.
+    Methods that decide by image content are accepted: uncalibrated, they run with the settings of their spec, and the
+    note of their row says so.
     """
     for name, method in methods:
         if method is not None and not isinstance(method.stages()[0], Calibratable):
@@ -44,9 +45,10 @@ def refuse_second_budgets(methods: Iterable[tuple[str, Compressor | None]], keep
 
 
 def make_method(args: Namespace, profile: Profile) -> Compressor:
-    """The compressor that the options ask for; where the method has no `keep`, its nearest configuration.
+    """Return the compressor that the options ask for.
 
-    Tells where that is not near.
+    For a method without a field `keep`, return its configuration nearest to the budget, and log a warning if that
+    misses the budget.
     """
     method = without_budget(args)
     if args.keep is None:
@@ -54,13 +56,13 @@ def make_method(args: Namespace, profile: Profile) -> Compressor:
     if "keep" in method.field_names():
         return method
     chosen, reached = method.at_budget(args.keep, profile)
-    if said := missed(args.keep, reached, profile):
-        log.warning(f"{method.name()}: {said}")
+    if note := missed(args.keep, reached, profile):
+        log.warning(f"{method.name()}: {note}")
     return chosen
 
 
 def without_budget(args: Namespace) -> Compressor:
-    """The compressor that the options ask for; `--keep` counts only where the method has such a field."""
+    """Return the compressor that the options ask for. Ignore `--keep` if the method has no such field."""
     if not spec.is_name(args.method):
         if args.keep is not None:
             spec.refuse_second_budget(args.method, args.keep, "give one of them")
@@ -68,7 +70,7 @@ def without_budget(args: Namespace) -> Compressor:
         takes_keep = args.keep is not None and "keep" in method.field_names()
         return method.with_keep(args.keep) if takes_keep else method
     cls = catalogue.find(args.method)
-    given = settings(args)
+    values = settings(args)
     if args.keep is not None and "keep" in cls.field_names():
-        given["keep"] = args.keep
-    return catalogue.make(cls, given)
+        values["keep"] = args.keep
+    return catalogue.make(cls, values)

@@ -1,4 +1,4 @@
-"""`vlmzip eval --suite`: the field's benchmarks by way of lmms-eval, beside the uncompressed model."""
+"""`vlmzip eval --suite`: run public benchmarks with lmms-eval, with and without compression."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from vlmzip.lab.tasks.folder import UNCALIBRATED, calibration_on
 
 log = logging.getLogger(__name__)
 
-#: Options of `eval` that are about its own tasks, and what they are where nobody gives them.
+#: Options of `eval` that do not go with --suite, and their defaults.
 OTHERS = {"tasks": None, "report": False, "max_new_tokens": None, "examples": 4, "seed": 0}
 
 
 def check(args: Namespace) -> None:
-    """Raises `UserError` for options that do not combine."""
+    """Raise `UserError` for options that do not combine."""
     if args.suite is None:
         if args.include_path is not None:
             raise UserError("--include-path is for --suite: name the tasks in that folder, --suite my_task")
@@ -40,7 +40,7 @@ def check(args: Namespace) -> None:
             option = f"--{name.replace('_', '-')}"
             raise UserError(f"{option} is for vlmzip's own tasks and does not go with --suite; leave one of them out")
     if args.include_path is not None and not is_folder(args.include_path):
-        raise UserError(f"--include-path {args.include_path!r} is no folder")
+        raise UserError(f"--include-path {args.include_path!r} is not a folder")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("--suite runs in one process; for several: accelerate launch -m lmms_eval --model vlmzip …")
 
@@ -63,12 +63,12 @@ def run(args: Namespace) -> None:
     found = columns(suite, configurations, study.result, study.left_out)
     try:
         write_table(folder / f"{suite_file(suite)}.csv", suite, found)
-    finally:  # a full disk must not cost the table
+    finally:  # print the table even if the disk is full
         _print(suite, found, folder, args)
 
 
 def suite_file(suite: Suite) -> str:
-    """The name of a suite's table, without its ending."""
+    """Return the name of a suite's table, without its suffix."""
     return slug(suite.name)
 
 
