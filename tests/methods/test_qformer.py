@@ -181,11 +181,11 @@ def test_equals_a_hand_made_sequence(family):
     inputs = family.batch([1, "image", 5, 6])
     with torch.no_grad():
         features = family.encoded(inputs)
-        images = compressed.resampler(features)[0]
+        images = compressed.resampler(features).flatten(0, 1)
         embed = model.get_input_embeddings()
         sequence = torch.cat([embed(torch.tensor([1])), images, embed(torch.tensor([5, 6]))])[None]
         if family.sees_prompt_both_ways:  # embeddings alone do not mark the image
-            ids = torch.tensor([[1, *[IMAGE_TOKEN] * 5, 5, 6]])
+            ids = torch.tensor([[1, *[IMAGE_TOKEN] * len(images), 5, 6]])
             mm = adapter_for(model).encoder_outputs([images])
             expected = model(input_ids=ids, mm_encoder_outputs=mm, **family.token_types(ids, 8)).logits
         else:
@@ -241,7 +241,7 @@ def test_later_turns_on_a_cache(family, whole):
     mask = torch.cat([first["attention_mask"], torch.ones(2, 6, dtype=torch.long), part["attention_mask"]], 1)
     new = {"input_ids": conversation if whole else part["input_ids"], "attention_mask": mask}
     got = compressed.generate(**new, **family.images(2, 2), **GREEDY, past_key_values=cache)
-    assert [p.after for p in compressed.report.images] == [5, 5]
+    assert [p.after for p in compressed.report.images] == [5 * family.views(image) for image in (2, 3)]
     fresh = family.pixels([0, 2, 1, 3]) | family.token_types(conversation, first["input_ids"].shape[1])
     expected = compressed.generate(input_ids=conversation, attention_mask=mask, **fresh, **GREEDY)
     assert torch.equal(got[:, new["input_ids"].shape[1] :], expected[:, conversation.shape[1] :])
@@ -409,10 +409,11 @@ def test_a_chain_goes_on_inside_the_llm(family):
     with torch.no_grad():
         compressed = attached(family.model, CHAIN)
         together = compressed(**family.batch(*ROWS)).logits
-        assert {p.by_layer for p in compressed.report.images} == {(9, 9, 3, 3)}
+        queries = [9 * family.views(image) for image in range(4)]
+        assert [p.by_layer for p in compressed.report.images] == [(n, n, n // 3, n // 3) for n in queries]
         for row in range(len(ROWS)):
             one = vlmzip.compress_inputs(family.model, alone(family, row), CHAIN, resampler=compressed.resampler)
-            columns = [range(span.columns[0], span.columns[0] + 9) for span in one.spans]
+            columns = [range(span.columns[0], span.columns[-1] + 1) for span in one.spans]
             expected, left = logits_of(
                 family.model, one, torch.tensor([], dtype=torch.long), IMAGE_TOKEN, columns, {2: every_third},
                 bidirectional=family.sees_prompt_both_ways,

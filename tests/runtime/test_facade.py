@@ -162,11 +162,12 @@ class TestNoTrace:
                 compressed.generate(**inputs, **GREEDY)
                 compressed.generate(**inputs, **GREEDY, num_beams=2)
                 if broken:
-                    compressed(**{**inputs, "pixel_values": torch.zeros(3, 3, 7, 7)})
+                    pixels = torch.zeros(*inputs["pixel_values"].shape[:-2], 7, 7)
+                    compressed(**{**inputs, "pixel_values": pixels})
 
         if broken:
             with pytest.raises(
-                (ValueError, RuntimeError), match=r"Input image size|input size per channel|pixel_values has 3"
+                (ValueError, RuntimeError), match=r"Input image size|input size per channel|pixel_values has 7"
             ):
                 work()
         else:

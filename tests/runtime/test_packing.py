@@ -6,24 +6,24 @@ import torch
 import vlmzip
 from tests.families import FAMILIES, tiny_llava
 from tests.runtime.ragged import Ragged
-from tests.tiny import IMAGE_TOKEN, batch, prompt
+from tests.tiny import IMAGE_TOKEN
 from vlmzip import FastV, NoCompression, Pool2d, UserError
 from vlmzip.methods import Chain
 from vlmzip.runtime.inputs import compress_inputs
 from vlmzip.runtime.packing import bins_of, cheapest
 
 ROWS = (
-    prompt(9, "image", *range(10, 19)),
-    prompt(9, 10, 11),
-    prompt("image", 12, "image", 13),
-    prompt(9, "image", 14, 15),
-    prompt(*range(9, 60)),
-    prompt(8, "image", 17),
+    [9, "image", *range(10, 19)],
+    [9, 10, 11],
+    ["image", 12, "image", 13],
+    [9, "image", 14, 15],
+    [*range(9, 60)],
+    [8, "image", 17],
 )
 
 
-def example(pad="right"):
-    inputs = batch(*ROWS, images=5, pad=pad)
+def example(pad="right", family="llava"):
+    inputs = FAMILIES[family]().batch(*ROWS, pad=pad)
     mask = inputs["attention_mask"]
     learned = (inputs["input_ids"] >= 9) & (inputs["input_ids"] != IMAGE_TOKEN) & (mask == 1)
     labels = inputs["input_ids"].masked_fill(~learned, -100)
@@ -46,7 +46,7 @@ def test_loss_and_gradients_are_those_of_padded_rows(family, attention, pad, com
     if not family.packs_rows:
         pytest.skip("its rows are padded: see the test below")
     compressed = vlmzip.attach(family.build(attention), compressor).train()
-    inputs = example(pad)
+    inputs = example(pad, family.name)
     out, gradients = loss_and_gradients(compressed, inputs)
     padding = (compressed.report.source < 0).float().mean()
     packed, same = loss_and_gradients(compressed, inputs, pack_rows=True)

@@ -31,7 +31,7 @@ class EncoderAttention:
     """The attention that VisionZip ranks visual tokens by, in every layer of a vision encoder."""
 
     by_image: Sequence[Float[Tensor, "layers _"]]
-    """For each image: of each token of its grid, in raster order; mean over heads. Rows need not sum to 1."""
+    """For each view of all images: of each token of its grid, mean over heads. Rows need not sum to 1."""
     whose: Sequence[str]
     """For each layer, in a few words: who attends."""
     scored: int

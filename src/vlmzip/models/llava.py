@@ -86,8 +86,9 @@ class Llava(ModelAdapter):
 
     def encoder_attention(self, inputs: Inputs) -> EncoderAttention:
         scored = max(feature_layers(self._setting(inputs, "vision_feature_layer"), self._depth))
+        ((pixels, _),) = views_of_equal_size(self.view_pixels(inputs))
         return encoder_attention(
-            self.model.model.vision_tower, inputs["pixel_values"], scored,
+            self.model.model.vision_tower, pixels, scored,
             interpolate_pos_encoding=inputs.get("interpolate_pos_encoding", False),
         )  # fmt: skip
 

@@ -13,7 +13,6 @@ from transformers.image_processing_utils import select_best_resolution
 
 from vlmzip.compressor import Profile
 from vlmzip.errors import UserError
-from vlmzip.models.adapter import EncoderAttention
 from vlmzip.models.layout import SEPARATOR, Encoded, Layout, layout_of
 from vlmzip.models.llava import Llava
 from vlmzip.models.vit import resized_views
@@ -53,11 +52,6 @@ class LlavaNext(Llava):
         smaller = iter(resized_views(self.model.config.vision_config, self.view_pixels(inputs), grids))
         images = [[next(smaller) for _ in layout.views] for layout in self.layouts(inputs)]
         return {"pixel_values": images, "interpolate_pos_encoding": True}
-
-    def encoder_attention(self, inputs: Inputs) -> EncoderAttention:
-        raise UserError(
-            "LLaVA-NeXT does not tell what its encoder attends to, layer by layer: images have several views"
-        )
 
     def _layout(self, size: tuple[int, int]) -> Layout:
         """The layout of an image of this height and width, by the model's own packing."""

@@ -126,7 +126,7 @@ def _draw_image(
 ) -> None:
     """Draw the first image and the attention of some layers to it."""
     inputs = answerer.inputs(images[:1], [""])
-    (grid,), pixels = answerer.adapter.grids(inputs), answerer.adapter.view_pixels(inputs)
+    (grid, *_), pixels = answerer.adapter.grids(inputs), answerer.adapter.view_pixels(inputs)
     processor, seen = subject.processor.image_processor, images[0]
     if pixels is not None:  # draw the cropped and scaled image that the encoder sees; else the grid covers it all
         seen = seen_image(pixels[0], processor.image_mean, processor.image_std)
