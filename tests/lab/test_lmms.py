@@ -167,7 +167,7 @@ def test_settings_keep_what_is_in_brackets_together(method, quote):
     [
         ("method=visionzip(keep=16", "without its other half"),
         ("method='visionzip", "without its other half"),
-        ("pretrained", "'pretrained' in --model_args is no setting"),
+        ("pretrained", "'pretrained' in --model_args is not a setting"),
         ("pretraind=x", "did you mean 'pretrained'"),
         ("method=a,method=b", "sets method twice"),
     ],

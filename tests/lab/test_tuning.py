@@ -335,7 +335,7 @@ class TestHalves:
         assert [s.id for s in halves(samples, 1)["choose"]] != [s.id for s in samples][:24]
 
     def test_one_image_cannot_be_halved(self):
-        with pytest.raises(UserError, match="2 images at least"):
+        with pytest.raises(UserError, match="at least 2 images"):
             halves(self.samples(images=1), 0)
 
     def test_an_image_in_both_is_a_defect(self):

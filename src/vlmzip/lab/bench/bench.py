@@ -51,12 +51,12 @@ class Contender:
 
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[Any]:
-        """The model as this contender uses it, and as it was behind the block."""
+        """Provide the model as this contender uses it, and restore it after the block."""
         if self.compressor is None:
             yield model
             return
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # said once, by the first run
+            warnings.simplefilter("ignore")  # the first run already showed them
             with attach(model, self.compressor) as compressed:
                 yield compressed
 
@@ -65,7 +65,7 @@ class Contender:
 
     @property
     def tokens_per_second(self) -> Quartiles:
-        """Of decoding, all rows together."""
+        """Return the decoding speed, all rows together."""
         return quartiles([len(self.profiles) / spans.token for spans in self.spans])
 
 
@@ -81,7 +81,7 @@ class Compared:
 
     @property
     def share(self) -> Quartiles:
-        """The share of the limit that was reached; more than 1 where the plain model computes less efficiently."""
+        """Return the share of the limit that was reached; above 1 if the plain model computes less efficiently."""
         return Quartiles(*(value / self.limit for value in self.speed_up))
 
 
@@ -97,7 +97,7 @@ class BenchStep:
 
 
 def compare(contender: Contender, plain: Contender, scope: Scope) -> Compared:
-    """Of a contender that has numbers."""
+    """Return times, speed-up and its limit for a contender that was measured."""
     seconds = contender.seconds(scope)
     return Compared(
         Quartiles(*(1000 * value for value in quartiles(seconds))),
@@ -118,9 +118,9 @@ def bench(
     telling: Callable[[BenchStep], object] = lambda _: None,
     keeping: Callable[[list[Contender]], object] = lambda _: None,
 ) -> list[Contender]:
-    """The plain model and the contenders, timed in turns; whoever fails keeps a note and costs the others nothing.
+    """Time the plain model and the contenders in turns. A contender that fails gets a note and stops; the others go on.
 
-    Raises what the plain model raises. `telling` is told before each run; `keeping` gets what is measured, after each
+    Raise what the plain model raises. `telling` is called before each run, and `keeping` with all contenders after each
     round.
     """
     plain = Contender(PLAIN, None)
@@ -131,7 +131,7 @@ def bench(
             with one.on(model) as compressed:
                 _count(one, compressed, adapter, inputs)
             running.append(one)
-        except Exception as error:  # whatever is wrong with one method, the others are still worth measuring
+        except Exception as error:  # an error in one method must not stop the others
             if one is plain:
                 raise
             one.note = reason(error)
@@ -155,7 +155,7 @@ def bench(
 
 
 def _count(one: Contender, compressed: Any, adapter: ModelAdapter, inputs: Mapping[str, Tensor]) -> None:
-    """Tokens, FLOPs and KV bytes of one run."""
+    """Set the tokens, FLOPs and KV-cache bytes of one run."""
     ids = inputs["input_ids"]
     vision = [adapter.vision_encoder]
     if adapter.projector not in adapter.vision_encoder.modules():  # in some families the encoder holds it
@@ -182,10 +182,11 @@ def peaks(
     new_tokens: int,
     telling: Callable[[int], object] = lambda _: None,
 ) -> Iterator[int | None]:
-    """Peak memory of an answer of the plain model (`None`) or through compressors, beyond the weights; `None` where it
-    fails or the system does not tell. On a CPU to be called in a process of its own, see `peak_bytes`.
+    """Yield the peak memory of an answer beyond the weights, in bytes, for each compressor (`None`: the plain model).
 
-    `telling` is told before each how many are done."""
+    Yield `None` if the run fails or the system does not report memory. On a CPU, call this in a separate process, see
+    `peak_bytes`. `telling` is called before each run with the number of completed ones.
+    """
     for done, compressor in enumerate(compressors):
         telling(done)
         try:

@@ -23,12 +23,12 @@ T = TypeVar("T")
 
 
 def available_bytes(device: str | torch.device = "cpu") -> int | None:
-    """Memory that a process can still take there; `None` where nobody tells."""
+    """Return the free memory of a device in bytes, or `None` if the system does not report it."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with contextlib.suppress(OSError):
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        return 1024 * int(found.group(1)) if found else None
+        match = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        return 1024 * int(match.group(1)) if match else None
     return None
 
 
@@ -38,9 +38,10 @@ def in_frugal_process(run: Callable[..., Iterable[T]], *arguments: object) -> It
 
 
 def peak_bytes(run: Callable[[], object], device: str | torch.device = "cpu") -> int:
-    """Peak of one run, after another that is not counted: what libraries set up at their first use is there to stay.
+    """Return the peak memory of a run in bytes.
 
-    On a CPU this is the process's resident memory (Linux only): measure in a fresh process with `FRUGAL` set.
+    A first run is not counted, because libraries keep what they allocate at first use. On a CPU this is the process's
+    resident memory (Linux only): measure in a fresh process with `FRUGAL` set.
     """
     run()
     gc.collect()
@@ -61,7 +62,7 @@ def peak_bytes(run: Callable[[], object], device: str | torch.device = "cpu") ->
 
 
 def _trim() -> None:
-    """Gives back what glibc's allocator holds between used memory: it would be used again, and not seen."""
+    """Return the free memory that glibc's allocator holds to the system: reusing it would not show in the peak."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)

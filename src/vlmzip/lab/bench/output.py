@@ -33,7 +33,7 @@ BUSY = 1.25
 
 
 def rows(found: list[Contender], args: Namespace, preset: Preset, machine: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Two rows for each method that ran."""
+    """Return two rows for each method that ran, one per scope."""
     plain = found[0]
     table = []
     for one in found:
@@ -85,7 +85,10 @@ def _quartiles(name: str, values: Quartiles, digits: int) -> dict[str, str]:
 
 
 def doubts(found: list[Contender], args: Namespace, device: torch.device, *, narrow: bool) -> list[str]:
-    """Why these numbers should not be trusted, or not say what they seem to. `narrow`: at less than the usual scale."""
+    """Return why the numbers may be unreliable or misleading.
+
+    `narrow` says that the model is scaled down more than by default.
+    """
     said = []
     milliseconds = [compare(found[0], found[0], scope).milliseconds for scope in SCOPES]
     widest = max(milliseconds, key=lambda one: one.third / one.first)
@@ -167,7 +170,7 @@ def _title(args: Namespace, preset: Preset, device: torch.device) -> str:
 
 
 def _block(found: list[Contender], scope: Scope | None, columns: tuple[str, ...], *, spread: bool) -> Table:
-    """Some of what was measured, a row for each method. Neither names nor numbers are broken by the table itself."""
+    """Return a table of some measurements, a row for each method. Names and numbers never wrap."""
     table = Table(box=None, pad_edge=False)
     table.add_column("method", no_wrap=True)
     for column in columns:
@@ -194,7 +197,7 @@ def _speed(measured: Compared, spread: bool) -> list[str]:
 
 
 def _in_lines(name: str) -> str:
-    """Broken behind a comma or plus where it is long, and elsewhere only where it has none."""
+    """Return a long name in several lines, broken after commas and pluses, and elsewhere only without these."""
     lines = [""]
     for piece in re.findall(rf"[^,+]{{0,{NAME - 1}}}[,+]|[^,+]{{1,{NAME}}}", name):
         if len(lines[-1]) + len(piece) > NAME:

@@ -37,7 +37,7 @@ class Preset:
 
     @property
     def visual_tokens(self) -> int:
-        """Of one prompt."""
+        """Return the number of visual tokens in a prompt."""
         return self.images * (self.side // PATCH) ** 2
 
     @property
@@ -49,9 +49,9 @@ class Preset:
         return self.vision_heads * VISION_HEAD
 
     def scaled(self, scale: float) -> Preset:
-        """Narrower: heads and MLPs of LLM and vision encoder times `scale`, to whole ones, at least one head.
+        """Return a narrower preset: attention heads and MLP widths times `scale`, rounded, at least one head.
 
-        Layers, the size of a head, vocabulary, images and tokens stay, so that token profiles are the published ones.
+        Layers, head size, vocabulary, images and tokens stay, so that token profiles equal the published ones.
         """
         if not 0 < scale <= 1:
             raise UserError(f"scale {scale:g}: give a number above 0 and up to 1")
@@ -102,7 +102,7 @@ def make_config(preset: Preset, text_tokens: int = 64, new_tokens: int = 16) -> 
 
 
 def make_model(config: LlavaConfig, device: str | torch.device, dtype: torch.dtype, attention: str = "sdpa") -> Any:
-    """Random weights, drawn where they are to be; on "meta" none at all."""
+    """Return a model with random weights, made on the device. On "meta" it has no weights."""
     torch.manual_seed(0)
     with torch.device(device):
         model: Any = LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=attention)
@@ -112,7 +112,7 @@ def make_model(config: LlavaConfig, device: str | torch.device, dtype: torch.dty
 def make_inputs(
     preset: Preset, batch: int, text_tokens: int, device: str | torch.device, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """A batch of prompts, each half of the text, its images (noise), the other half."""
+    """Return a batch of prompts: half of the text, the images (noise), the other half of the text."""
     generator = torch.Generator().manual_seed(0)
     text = torch.randint(3, 32_000, (batch, text_tokens), generator=generator)
     first = text_tokens // 2

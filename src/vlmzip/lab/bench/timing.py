@@ -25,15 +25,18 @@ class Quartiles(NamedTuple):
 
 
 def now(device: str | torch.device = "cpu") -> float:
-    """Seconds, after everything that was sent to the device is done."""
+    """Return the time in seconds, after all work that was sent to the device is done."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def cpu_seconds(device: str | torch.device = "cpu") -> float:
-    """What this process has computed, all threads together: on a CPU that others use too, and with one thread, what
-    `now` would tell on a quiet one. Waiting does not count, so it says nothing of a GPU."""
+    """Return the CPU time of this process in seconds, all threads together.
+
+    With one thread, on a CPU that other processes use too, this is what `now` would measure on an idle CPU. Waiting
+    does not count, so it cannot time a GPU.
+    """
     return time.process_time()
 
 
@@ -44,9 +47,12 @@ def in_turns(
     warmup: int = 1,
     keeping: Callable[[dict[str, list[T]]], object] = lambda _: None,
 ) -> dict[str, list[T]]:
-    """What each run of each variant returned. One round runs every variant once, in turns forwards and backwards, so
-    that none of them always follows the same other; `warmup` rounds come first and are left out. `keeping` gets what
-    there is after each other round."""
+    """Return what each run of each variant returned.
+
+    One round runs every variant once. Rounds alternate between forward and backward order, so that no variant always
+    follows the same other one. The first `warmup` rounds are discarded. `keeping` is called with the results after each
+    further round.
+    """
     if repeats < 1:
         raise ValueError(f"{repeats} repeats measure nothing")
     found: dict[str, list[T]] = {name: [] for name in runs}
@@ -63,7 +69,7 @@ def in_turns(
 def interleaved(
     runs: Mapping[str, Callable[[], object]], repeats: int, *, warmup: int = 1, device: str | torch.device = "cpu"
 ) -> dict[str, list[float]]:
-    """Seconds of each run of each variant, `in_turns`."""
+    """Return the seconds of each run of each variant, run as in `in_turns`."""
 
     def timed(run: Callable[[], object]) -> float:
         start = now(device)
@@ -91,10 +97,10 @@ def time_answer(
     new_tokens: int,
     clock: Callable[[torch.device], float] = now,
 ) -> Spans:
-    """One call of `generate`, greedy and without an end before `new_tokens` (at least 2).
+    """Time one call of `generate`: greedy, and without an end before `new_tokens` (at least 2).
 
-    `model` is a plain model or what `vlmzip.attach` makes of one; `adapter` is the plain model's. On a GPU every mark
-    waits for what was sent before it: one wait more than without a clock, where the LLM begins.
+    `model` is a plain model or the result of `vlmzip.attach`; `adapter` is the plain model's. On a GPU every time mark
+    waits for earlier work. The mark at the start of the LLM is one wait more than without timing.
     """
     if new_tokens < 2:
         raise ValueError("the time of further tokens needs at least 2")
@@ -127,7 +133,7 @@ def time_answer(
 
 
 def quartiles(values: Sequence[float]) -> Quartiles:
-    """Of at least one value; of one, three times that."""
+    """Return the quartiles of at least one value. A single value is all three."""
     if len(values) == 1:
         return Quartiles(values[0], values[0], values[0])
     first, middle, third = statistics.quantiles(values, n=4, method="inclusive")
@@ -135,5 +141,5 @@ def quartiles(values: Sequence[float]) -> Quartiles:
 
 
 def ratios(seconds: Sequence[float], plain: Sequence[float]) -> Quartiles:
-    """How many times faster than `plain`: quartiles of the ratios within each round."""
+    """Return how many times faster than `plain`: the quartiles of the ratios within each round."""
     return quartiles([slow / fast for slow, fast in zip(plain, seconds, strict=True)])

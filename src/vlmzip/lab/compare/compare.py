@@ -41,7 +41,7 @@ class MethodRow:
 
     @property
     def milliseconds(self) -> dict[str, float]:
-        """The median of the timed runs, by part."""
+        """Return the median of the timed runs, by part."""
         return {part: median(run[part] for run in self.spent) for part in self.spent[0]} if self.spent else {}
 
     def run(self, loaded: Loaded, inputs: dict[str, object], max_new_tokens: int) -> TimedAnswer:
@@ -67,12 +67,14 @@ def compare(
     max_new_tokens: int,
     working: Working = nullcontext,
 ) -> list[MethodRow]:
-    """A row for each method, the plain model's first; without `keep` they run as they are written.
+    """Return a row for each method, the plain model's first. Without `keep`, methods keep their own settings.
 
-    The runs of all methods are interleaved, so that none has the machine to itself while another shares it.
+    The runs of all methods are interleaved, so that other work on the machine affects all alike.
     """
     plain = MethodRow(PLAIN, compressed=attach_and_note(loaded, NoCompression()), working=working)
-    plain.first = plain.run(loaded, inputs, max_new_tokens)  # without it there is nothing to compare: errors are told
+    plain.first = plain.run(
+        loaded, inputs, max_new_tokens
+    )  # its errors are raised: without it there is nothing to compare
     profile = image_profile(loaded, plain.first)
     rows = [
         plain,
@@ -96,7 +98,7 @@ def compare(
 
 
 def image_profile(loaded: Loaded, plain: TimedAnswer) -> Profile:
-    """The shape that budgets are set for: the images' own grids, of the largest image if they differ."""
+    """Return the shape that budgets are set for: the grids of the largest image."""
     layouts = [image.layout for image in plain.report.images]
     usual = loaded.adapter.profile()
     if not layouts:
@@ -106,9 +108,9 @@ def image_profile(loaded: Loaded, plain: TimedAnswer) -> Profile:
 
 
 def configure(candidate: Candidate, keep: Keep | None, profile: Profile) -> tuple[Compressor, str]:
-    """The method at the budget, and what to say about it; without a budget, as it is written.
+    """Return the method at the budget and a note. Without a budget, the method keeps its own settings.
 
-    Raises `UserError` with the reason where it cannot run.
+    Raise `UserError` with the reason if it cannot run.
     """
     method = candidate.usable()
     if keep is None:
@@ -131,12 +133,12 @@ def _first_run(
     profile: Profile,
     max_new_tokens: int,
 ) -> MethodRow:
-    """Sets a method up and runs it once: the answer, and the warm-up of the timing."""
+    """Set a method up and run it once, for the answer and as a warm-up."""
     try:
         compressor, note = configure(one, keep, profile)
         row.compressed, notes = attach_with_notes(loaded, compressor)
         row.note = "; ".join(filter(None, [note, *notes]))
         row.first = row.run(loaded, inputs, max_new_tokens)
-    except Exception as error:  # whatever is wrong with one method, the others are still worth comparing
+    except Exception as error:  # an error in one method must not stop the others
         row.give_up(error)
     return row

@@ -54,7 +54,7 @@ class Comparison:
 
     @property
     def budget(self) -> str:
-        """The budget in words."""
+        """Return the budget in words."""
         before = " and ".join(dict.fromkeys(f"{image.before:,}" for image in self.plain.report.images))
         if self.keep is None:
             return f"methods as they are written, {before} visual tokens an image, {self.model}"
@@ -64,12 +64,12 @@ class Comparison:
 
     @cached_property
     def noted(self) -> list[MethodRow]:
-        """The rows with a footnote, in the order of its number."""
+        """Return the rows with a footnote, in the order of its number."""
         return [row for row in self.rows if row.note]
 
     @cached_property
     def table(self) -> Table[MethodRow]:
-        """A row for each method; one that did not run has its name and a note."""
+        """Return a table with a row for each method. A method that did not run has only its name and a note."""
         columns: list[Column[MethodRow]] = [
             Column(lambda row: row.method, key="method"),
             Column(self._numbered, "method"),
@@ -90,7 +90,7 @@ class Comparison:
         return Table(columns, self.rows)
 
     def _numbered(self, row: MethodRow) -> str:
-        """The method's name, with the number of its footnote."""
+        """Return the method's name, with the number of its footnote."""
         return row.method + (f" ({self.noted.index(row) + 1})" if row.note else "")
 
     def answer(self, row: MethodRow) -> str:
@@ -99,7 +99,7 @@ class Comparison:
 
     @property
     def notes(self) -> list[str]:
-        """What stands below the table: the footnotes, what the marks mean, and how time was taken."""
+        """Return the lines below the table: footnotes, the meaning of marks, and how time was measured."""
         notes = [f"({n}) {row.method}: {printable(row.note)}" for n, row in enumerate(self.noted, 1)]
         if any(row.differs for row in self.rows):
             notes.append(f"{DIFFERS}another answer than {PLAIN}'s")
@@ -158,7 +158,7 @@ def _counted(image: ImageReport) -> dict[str, object]:
 
 
 def sheet(found: Comparison, seen: Seen) -> Image.Image:
-    """One page with every image under every method that ran."""
+    """Return one page with every image under every method that ran."""
     panels = []
     for row in found.rows:
         if row.first is None:
@@ -174,7 +174,7 @@ def sheet(found: Comparison, seen: Seen) -> Image.Image:
 
 
 def page(found: Comparison, seen: Seen) -> str:
-    """The whole comparison as HTML."""
+    """Return the whole comparison as HTML."""
     cards = []
     for row in found.rows:
         if row.first is not None:
@@ -187,7 +187,7 @@ def page(found: Comparison, seen: Seen) -> str:
 
 
 def printable(text: str) -> str:
-    """On one line, and nothing in it that a terminal would obey."""
+    """Return the text in one line, without control characters that a terminal would obey."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
 
 
@@ -196,6 +196,6 @@ def _counts(ratio: float, by_layer: list[int] | tuple[int, ...]) -> str:
 
 
 def _images(row: MethodRow, first: TimedAnswer, seen: Seen) -> list[Image.Image]:
-    """What became of the tokens of each image, drawn on its views; without compression the views themselves."""
+    """Return each image with the fate of its tokens drawn on its views; without compression the plain views."""
     draw_views = plain_views if row.method == PLAIN else fates_of_views
     return [draw_views(views, image) for views, image in zip(seen(first.report), first.report.images, strict=True)]

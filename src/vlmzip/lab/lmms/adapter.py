@@ -93,7 +93,7 @@ class CompressedForLmms(lmms):
     is_simple = False  # tasks hand over messages, not a text and images
 
     def __init__(self, compressed: CompressedModel, processor: Processor, batch_size: int = 1) -> None:
-        """Raises `UserError` for a batch size below 1."""
+        """Prepare to answer. Raise `UserError` for a batch size below 1."""
         super().__init__()
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}: give at least 1")
@@ -105,20 +105,21 @@ class CompressedForLmms(lmms):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: Any, additional_config: Mapping[str, object] | None = None) -> Any:
-        """What `--model_args` asks for: `pretrained` (default mini), `method`, `device`, `dtype`, `batch_size`.
+        """Return the adapter for `--model_args`: `pretrained` (default mini), `method`, `device`, `dtype`,
+        `batch_size`.
 
-        Ends the process where something is wrong, with code 2: lmms-eval's command line catches every exception and
-        then ends with 0.
+        End the process with code 2 on an error, because lmms-eval's command line catches every exception and then ends
+        with 0.
         """
         given = {name: str(value) for name, value in (additional_config or {}).items() if value is not None}
         try:
             written = dict(arg_string) if isinstance(arg_string, Mapping) else read_settings(arg_string)
-            made = cls._load(given | written)
+            adapter = cls._load(given | written)
         except UserError as error:
             print(f"vlmzip: {reason(error)}", file=sys.stderr)
             raise SystemExit(2) from error
-        made.ends_process = True
-        return made
+        adapter.ends_process = True
+        return adapter
 
     @classmethod
     def _load(cls, settings: Mapping[str, str]) -> CompressedForLmms:
@@ -141,7 +142,7 @@ class CompressedForLmms(lmms):
         return cls(compressed, loaded.processor, batch_size)
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """The answers in the order of the requests."""
+        """Return the answers in the order of the requests."""
         results: list[object] = [None] * len(requests)
         start = time.perf_counter()
         with self._stopping(), tqdm(total=len(requests), desc="answering", disable=self.rank != 0) as bar:
@@ -156,7 +157,7 @@ class CompressedForLmms(lmms):
         return results
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[list[str]]:
-        """For each request the answers of all its rounds, one request after the other."""
+        """Return the answers of all rounds of each request. Requests are answered one after the other."""
         with self._stopping():
             out = []
             for request in tqdm(requests, desc="answering", disable=self.rank != 0):
@@ -165,7 +166,7 @@ class CompressedForLmms(lmms):
             return out
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Refused; lmms-eval itself does not ask adapters that take messages for it."""
+        """Raise `UserError`. lmms-eval does not ask adapters that take messages for likelihoods."""
         with self._stopping():
             task = requests[0].args[-2] if requests else "this task"
             raise UserError(f"{task} {NO_LIKELIHOODS}")
@@ -190,7 +191,7 @@ class CompressedForLmms(lmms):
         return generation
 
     def _answer(self, questions: Sequence[LmmsQuestion]) -> Iterator[tuple[int, GenerationResult]]:
-        """Asks what can be asked together: questions with equally many images, to be answered in the same way."""
+        """Answer in batches: questions with equal image counts and equal generation settings go together."""
         order = sorted(questions, key=_kind)
         for _, alike in groupby(order, key=_kind):
             group = list(alike)
@@ -205,22 +206,27 @@ class CompressedForLmms(lmms):
         return conversation_prompt(self.answerer.adapter, self.answerer.processor, chat.messages)
 
     def _rounds(self, request: Instance) -> list[str]:
-        """Each round is a conversation of its own, made by the task from the answers so far, until it says stop."""
+        """Return the answers of all rounds of a request.
+
+        For each round the task makes a new conversation from the answers so far, until it says that it is done.
+        """
         _, doc_to_messages, settings, doc_id, task, split = request.args
         doc, how = self.task_dict[task][split][doc_id], self._generation(settings)
-        said: list[str] = []
+        answers: list[str] = []
         messages, state, done = doc_to_messages(doc), None, False
         while not done:
             (_, result), *_ = self._answer([LmmsQuestion(0, self._read(messages), how)])
-            said.append(result.text)
-            step = doc_to_messages(doc, round_idx=len(said), previous_output=list(said), previous_round_info=state)
+            answers.append(result.text)
+            step = doc_to_messages(
+                doc, round_idx=len(answers), previous_output=list(answers), previous_round_info=state
+            )
             if not (isinstance(step, tuple) and len(step) == 4):
-                break  # a task whose messages know no rounds
+                break  # the task's messages do not depend on rounds
             messages, done, _, state = step
-        return said
+        return answers
 
     def _log(self, results: Sequence[GenerationResult], seconds: float) -> None:
-        """What lmms-eval's result file has of costs beside the scores, under `throughput`."""
+        """Add the costs to lmms-eval's result file, under `throughput`."""
         costs = [result.token_counts for result in results if isinstance(result.token_counts, Costs)]
         new = sum(cost.output_tokens or 0 for cost in costs)
         means = {
@@ -231,7 +237,7 @@ class CompressedForLmms(lmms):
 
     @contextmanager
     def _stopping(self) -> Iterator[None]:
-        """Lets nothing that breaks go by, not even under lmms-eval's command line."""
+        """Let every error end the process, even under lmms-eval's command line."""
         try:
             with telling_beyond_positions(note):
                 yield
@@ -247,7 +253,7 @@ class CompressedForLmms(lmms):
 
 @contextmanager
 def _naming(requests: Sequence[Instance]) -> Iterator[None]:
-    """Says at which questions something broke."""
+    """Add to an error the documents of the questions that broke."""
     try:
         yield
     except Exception as error:
@@ -273,7 +279,7 @@ def _costs(answer: Answer) -> Costs:
 
 
 def _compressor(name: str, method: str | None) -> Compressor:
-    """The method asked for, or the one saved with the model; which it is must have been said somewhere."""
+    """Return the compressor that `method` names, or the saved one. Raise `UserError` without either."""
     if method is not None:
         return spec.read(method)
     if is_file(Path(name) / FILE):

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def manifest() -> Any:
-    """Says which class answers to which name; called by lmms-eval when it starts."""
+    """Return which class lmms-eval uses for the model name `vlmzip`. lmms-eval calls this when it starts."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(model_id="vlmzip", chat_class_path="vlmzip.lab.lmms.adapter.CompressedForLmms")

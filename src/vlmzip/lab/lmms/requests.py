@@ -30,16 +30,17 @@ class AnswerFailed(Exception):
 
 
 def read_settings(text: str) -> dict[str, str]:
-    """The settings in `a=1,b=visionzip(dominant=10,contextual=6)`: commas inside brackets or quotes separate nothing.
+    """Return the settings of a text such as `a=1,b=visionzip(dominant=10,contextual=6)`.
 
-    lmms-eval's own parser knows no round brackets. Raises `UserError` for a setting that there is not.
+    Commas inside brackets or quotes do not separate settings; lmms-eval's parser does not know round brackets. Raise
+    `UserError` for an unknown setting.
     """
     found: dict[str, str] = {}
     for part in _split(text):
         name, equals, value = part.partition("=")
         name, value = name.strip(), value.strip()
         if not equals:
-            raise UserError(f"{part!r} in --model_args is no setting; write name=value")
+            raise UserError(f"{part!r} in --model_args is not a setting; write name=value")
         if name not in SETTINGS:
             raise UserError(f"--model_args has no setting {name!r}{closest(name, SETTINGS)}")
         if name in found:
@@ -79,13 +80,16 @@ class Generation:
     """Settings that mean nothing to `generate`."""
 
     def cut(self, text: str) -> str:
-        """The answer up to where it should have ended."""
+        """Return the answer up to the first end text."""
         ends = [text.find(end) for end in self.until]
         return text[: min((end for end in ends if end >= 0), default=len(text))].strip()
 
 
 def read_generation(settings: Mapping[str, Any] | None) -> Generation:
-    """A task's `generation_kwargs`. Greedy unless `do_sample` or, without it, a temperature above 0 says otherwise."""
+    """Return a task's `generation_kwargs`.
+
+    Decoding is greedy unless `do_sample` is true, or is absent and the temperature is above 0.
+    """
     given = {name: value for name, value in (settings or {}).items() if value is not None}
     until = given.pop("until", ())
     until = (until,) if isinstance(until, str) else tuple(until)
@@ -113,10 +117,10 @@ class Chat:
 
 
 def read_chat(messages: Sequence[Mapping[str, Any]], placeholders: Sequence[str]) -> Chat:
-    """What a task's `doc_to_messages` returns: turns with texts and images in any order.
+    """Return what a task's `doc_to_messages` returns: turns with texts and images in any order.
 
-    Raises `UserError` for videos and sound, for what is no image, and for text that holds one of the placeholders,
-    which would bring in an image that is not there.
+    Raise `UserError` for video, for audio, for invalid images, and for text that contains a placeholder, which would
+    stand for an image that does not exist.
     """
     turns: list[dict[str, Any]] = []
     images: list[Image.Image] = []

@@ -51,7 +51,7 @@ Found = dict[str, Any]
 
 
 def import_lmms_eval() -> None:
-    """Raises `UserError` where lmms-eval is not installed, or cannot be imported."""
+    """Raise `UserError` if lmms-eval is not installed or cannot be imported."""
     if find_spec("lmms_eval") is None:
         raise UserError(INSTALL)
     try:
@@ -98,7 +98,7 @@ class SuiteRun:
 
     @property
     def conditions(self) -> dict[str, str]:
-        """Where a result comes from."""
+        """Return the conditions of a result: model, versions and machine."""
         model = self.loaded.model
         return {
             "model": self.loaded.name,
@@ -115,10 +115,10 @@ class SuiteRun:
         calibration: CalibrationSet | None,
         uncalibrated: str,
     ) -> list[Configuration]:
-        """The uncompressed model and all methods at all budgets; notes in the folder what it holds.
+        """Return the uncompressed model and all methods at all budgets, and write them to the folder.
 
-        Budgets are set for images of the model's own size, once for all benchmarks. Raises `UserError` where the
-        folder holds results of another model, or to another number of questions.
+        Budgets are set once for all benchmarks, for images of the model's own size. Raise `UserError` if the folder
+        holds results of another model or for another number of questions.
         """
         known = self._store.open(self._identity, "results of other conditions")
         loaded = self.loaded
@@ -136,7 +136,7 @@ class SuiteRun:
 
     @cached_property
     def _identity(self) -> dict[str, object]:
-        """What all results in the folder depend on. Which questions a benchmark has is not looked at."""
+        """Return what all results in the folder depend on. Which questions a benchmark has is not checked."""
         return {
             **of_name(self.loaded.name),
             "limit": self.limit,
@@ -146,10 +146,10 @@ class SuiteRun:
         }
 
     def run(self, configurations: Sequence[Configuration]) -> None:
-        """Runs what has no result yet, the uncompressed model first.
+        """Run everything without a result, the uncompressed model first.
 
-        Raises `UserError` naming the benchmark that cannot be fetched or scored, and `AnswerFailed` where the model or
-        the method breaks; in both cases results so far are kept.
+        Raise `UserError` with the benchmark that cannot be fetched or scored, and `AnswerFailed` if the model or the
+        method breaks. Results so far are kept in both cases.
         """
         runs = {one.file_stem: one for one in configurations if one.compressor is not None}
         wanted = {benchmark.task: benchmark for benchmark in self.suite.benchmarks if not self.left_out(benchmark)}
@@ -166,11 +166,11 @@ class SuiteRun:
                 log.info(f"[{number}/{total}] {task}, {found['method']}: {found['questions']:,} in {spent:.0f} s")
 
     def left_out(self, benchmark: Benchmark) -> str:
-        """Why a benchmark is not run; empty where it is."""
+        """Return why a benchmark is not run, or ""."""
         return NO_JUDGE if benchmark.judge == "always" and not has_judge() else ""
 
     def result(self, benchmark: Benchmark, one: Configuration) -> Found | None:
-        """What was found before. Raises `UserError` for a file that is no result of this configuration."""
+        """Return the stored result, or `None`. Raise `UserError` for a file that is not this configuration's."""
         path = self.folder / self._file(benchmark.task, one)
         if not path.exists():
             return None
@@ -183,7 +183,7 @@ class SuiteRun:
         return found
 
     def _file(self, task: str, one: Configuration) -> str:
-        """Where a result stands in the folder."""
+        """Return the path of a result in the folder."""
         return f"{RESULTS}/{slug(task)}/{one.file_stem}.json"
 
     def _evaluate(self, benchmark: Benchmark, one: Configuration) -> Found:
@@ -213,7 +213,7 @@ class SuiteRun:
         }
 
     def _ask(self, task: str, model: Any) -> tuple[Found, list[dict[str, object]]]:
-        """lmms-eval's results of one task, and its samples, each document's first."""
+        """Return lmms-eval's results of one task and its samples, sorted by document."""
         from lmms_eval.evaluator import simple_evaluate
 
         ready = self._load(task)
@@ -232,7 +232,7 @@ class SuiteRun:
         return out["results"][task], [first[number] for number in sorted(first)]
 
     def _load(self, task: str) -> Any:
-        """lmms-eval's task with its questions. Raises `UserError` for one that cannot be fetched, or is not for us."""
+        """Return lmms-eval's task with its questions. Raise `UserError` if it is unavailable or needs likelihoods."""
         if task in self._loaded_tasks:
             return self._loaded_tasks[task]
         log.info(f"fetching {task}")
@@ -252,20 +252,20 @@ class SuiteRun:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Tasks print tables of their own; standard output is for ours."""
+    """Redirect the tables that tasks print to stderr, because stdout is for vlmzip's output."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
 
 def _why(error: BaseException) -> str:
-    """The reason behind an error; lmms-eval wraps those of downloads in one that says only that it has tried again."""
+    """Return the reason for an error. lmms-eval wraps download errors in one that only says that it tried again."""
     attempt = getattr(error, "last_attempt", None)
     behind = attempt.exception() if attempt is not None else None
     return _why(behind) if behind is not None else reason(error) if isinstance(error, Exception) else str(error)
 
 
 def _check_judged(benchmark: Benchmark, samples: Sequence[Found]) -> None:
-    """Raises `UserError` where the judge left answers without a score, which lmms-eval counts as 0."""
+    """Raise `UserError` if the judge left answers without a score: lmms-eval counts them as 0."""
     if benchmark.judge != "always":
         return
     judged = [sample.get(metric) for sample in samples for metric in benchmark.metrics]
@@ -283,14 +283,14 @@ def _unjudged(one: Found) -> bool:
 
 
 def _request(sample: Found) -> Found:
-    """What is kept of a question: the answer, and what it cost."""
+    """Return the stored part of a question: the answer and its costs."""
     costs = sample["token_counts"][0] if sample["token_counts"] else None
     given = sample["filtered_resps"]
     return {"document": sample["doc_id"], "given": given[0] if len(given) == 1 else given, **(costs or {})}
 
 
 def _costs(samples: Sequence[Found]) -> Found:
-    """Means over the questions that an image was in; nothing where no costs are known, as in several rounds."""
+    """Return the mean costs of the questions with an image; `None` for unknown costs, as in several rounds."""
     costs = [sample["token_counts"][0] for sample in samples if sample["token_counts"] and sample["token_counts"][0]]
     costs = [cost for cost in costs if cost["visual_tokens"]]
     if not costs:

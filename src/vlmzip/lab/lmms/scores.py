@@ -32,7 +32,7 @@ class ScoreRow:
 
     @property
     def relative(self) -> float | None:
-        """The share of the uncompressed model's score, in percent."""
+        """Return the score as a share of the uncompressed model's, in percent."""
         return None if self.score is None or not self.plain else 100 * self.score / self.plain
 
 
@@ -48,7 +48,7 @@ class Column:
 
     @property
     def averaged(self) -> int:
-        """Over how many benchmarks."""
+        """Return the number of benchmarks in the average."""
         return sum(row.score is not None for row in self.rows)
 
 
@@ -58,9 +58,9 @@ Look = Callable[[Benchmark, Configuration], Mapping[str, Any] | None]
 def columns(
     suite: Suite, configurations: Sequence[Configuration], look: Look, left_out: Callable[[Benchmark], str]
 ) -> list[Column]:
-    """One column for each configuration, the uncompressed model's first.
+    """Return a column for each configuration, the uncompressed model's first.
 
-    `look` has the results; `left_out` says why a benchmark was not run.
+    `look` returns a result; `left_out` returns why a benchmark was not run.
     """
     plain = {one.name: _score(one, look(one, configurations[0])) for one in suite.benchmarks if not left_out(one)}
     return [_column(suite, one, look, left_out, plain) for one in configurations]
@@ -103,7 +103,7 @@ def _note(benchmark: Benchmark, found: Mapping[str, Any] | None) -> str:
 
 
 def measured(suite: Suite, column: Column, model: str) -> list[MeasuredScore]:
-    """A column as papers print theirs: each benchmark, and the suite's average."""
+    """Return a column as papers print it: each benchmark, and the suite's average."""
     if column.configuration.compressor is None:
         return []
     method = column.configuration.compressor.name()
@@ -117,14 +117,14 @@ def measured(suite: Suite, column: Column, model: str) -> list[MeasuredScore]:
 
 
 def _kept(rows: Sequence[ScoreRow]) -> tuple[float, float]:
-    """Visual tokens that were left of a question's, and their share: the mean over benchmarks."""
+    """Return the number of visual tokens kept per question and their share, as means over benchmarks."""
     shares = [row.found["retention"] for row in rows]
     tokens = [row.found["visual_tokens"] * row.found["retention"] for row in rows]
     return sum(tokens) / len(rows), sum(shares) / len(rows)
 
 
 def write_table(path: Path, suite: Suite, found: Sequence[Column]) -> None:
-    """Every benchmark under every configuration as a line of CSV, then the averages; what a line has not is empty."""
+    """Write a CSV row for each benchmark under each configuration, then the averages. Missing values are empty."""
     rows = [line for column in found for line in lines(suite, column)]
     names = dict.fromkeys(name for row in rows for name in row)
     write_csv(path, [{name: _cell(row.get(name)) for name in names} for row in rows])
@@ -135,7 +135,7 @@ def _cell(value: object) -> object:
 
 
 def lines(suite: Suite, column: Column) -> list[dict[str, Any]]:
-    """A column as lines of a table, one for each benchmark and one for the average."""
+    """Return a column as rows of a table, one for each benchmark and one for the average."""
     one = column.configuration
     head = {"suite": suite.name, "method": one.method, "budget": one.budget}
     if one.compressor is None:

@@ -32,7 +32,7 @@ class Benchmark:
     """How this differs from what the papers measured."""
 
     def score(self, found: Mapping[str, object]) -> float | None:
-        """The benchmark's number from what lmms-eval gives by "metric,filter"; `None` where something is missing."""
+        """Return the benchmark's score from lmms-eval's numbers by "metric,filter", or `None` if one is missing."""
         names = self.metrics or tuple(_numbers(found))[:1]
         parts = [_numbers(found).get(name) for name in names]
         if not parts or any(part is None for part in parts):
@@ -41,7 +41,7 @@ class Benchmark:
 
 
 def _numbers(found: Mapping[str, object]) -> dict[str, float]:
-    """Numbers by metric, those of the first filter, without standard errors."""
+    """Return the numbers by metric, from the first filter, without standard errors."""
     out: dict[str, float] = {}
     for key, value in found.items():
         metric, comma, _ = key.partition(",")
@@ -64,9 +64,10 @@ class Suite:
     """Why it cannot be run; empty where it can."""
 
     def mean(self, scores: Mapping[str, float], plain: Mapping[str, float]) -> float | None:
-        """The suite's average in percent over the benchmarks (by name) in `scores`; `None` where it has none.
+        """Return the suite's average in percent over the benchmarks (by name) in `scores`, or `None` without an
+        average.
 
-        Relative scores leave out benchmarks on which the plain model has 0.
+        Relative scores leave out benchmarks on which the uncompressed model has 0.
         """
         if self.average == "scores":
             parts = [weight(name) * score for name, score in scores.items()]
@@ -149,7 +150,7 @@ FORMS = f"{', '.join(SUITES)}, or tasks of lmms-eval separated by commas"
 
 
 def read_suite(text: str) -> Suite:
-    """The suite of that name, or one of the tasks named. Raises `UserError` for a suite that cannot be run."""
+    """Return the suite of that name, or one with the named tasks. Raise `UserError` for a suite that cannot run."""
     names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not names:
         raise UserError(f"--suite names nothing; give {FORMS}")
@@ -164,7 +165,7 @@ def read_suite(text: str) -> Suite:
 
 
 def no_such_task(name: str, known: Mapping[str, object]) -> UserError:
-    """For a task that lmms-eval does not have."""
+    """Return the error for a task that lmms-eval does not have."""
     return UserError(
         f"lmms-eval has no task {name!r}{_near(name, known)}; tasks of your own need --include-path FOLDER"
     )
@@ -176,7 +177,7 @@ def _near(name: str, known: Mapping[str, object]) -> str:
 
 
 def has_judge() -> bool:
-    """Whether there is a key for the language model that some benchmarks are scored by."""
+    """Return whether there is a key for the language model that scores some benchmarks."""
     keys = {"openai": "OPENAI_API_KEY", "azure": "AZURE_API_KEY"}
     return bool(os.environ.get(keys.get(os.environ.get("API_TYPE", "openai"), "OPENAI_API_KEY")))
 

@@ -22,10 +22,10 @@ LABELS: dict[Cost, str] = {
 
 
 def draw(tuning: Tuning, chosen: CandidateRow | None, methods: Mapping[int, str], cost: Cost, title: str) -> Figure:
-    """`methods` names the method of each candidate. Raises `UserError` where matplotlib is not installed.
+    """Draw score against cost. `methods` has the method of each candidate. Raise `UserError` without matplotlib.
 
-    Scores are drawn as differences from the uncompressed model on the same questions: candidates that were dropped
-    early were asked fewer, and scores on different questions do not compare.
+    Scores are differences from the uncompressed model on the same questions. Candidates that were dropped early
+    answered fewer questions, and scores on different questions are not comparable.
     """
     scale = 100 if cost == "flops" else 1
     figure = new_figure(8, 5)
@@ -47,7 +47,7 @@ def draw(tuning: Tuning, chosen: CandidateRow | None, methods: Mapping[int, str]
 
 
 def _points(axes: Any, rows: Sequence[CandidateRow], method: str, number: int, scale: float, whole: int) -> None:
-    """A method's candidates: filled and with an interval where the whole choosing half was asked, else hollow."""
+    """Draw a method's candidates: filled, with an interval, if they answered the whole choosing half, else hollow."""
     look = {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)], "linestyle": "none"}
     asked = [row for row in rows if row.asked == whole]
     fewer = [row for row in rows if row.asked < whole]
@@ -56,7 +56,7 @@ def _points(axes: Any, rows: Sequence[CandidateRow], method: str, number: int, s
         axes.plot(*_places(fewer, scale), **look, markersize=4, fillstyle="none", alpha=0.5, label=label)
     if asked:
         errors = _errors([row.loss for row in asked if row.loss])
-        # Where methods cost the same their intervals lie on each other: the ends of each have a width of their own.
+        # Intervals of methods with equal costs overlap, so the caps of each method have another width.
         axes.errorbar(
             *_places(asked, scale), yerr=errors, **look, markersize=6, markeredgecolor="white", markeredgewidth=0.5,
             elinewidth=0.8, capsize=2 + 1.5 * (number % 5), label=method,
@@ -68,8 +68,10 @@ def _places(rows: Sequence[CandidateRow], scale: float) -> tuple[list[float], li
 
 
 def _errors(losses: Sequence[Estimate]) -> list[list[float]]:
-    """How far the intervals reach below and above their points; a loss is drawn downwards, so that its high end is the
-    lower one."""
+    """Return how far the intervals reach below and above their points.
+
+    Losses are drawn downwards, so the high end of an interval is the lower one.
+    """
     below = [max(100 * (loss.high - loss.value), 0.0) for loss in losses]
     return [below, [max(100 * (loss.value - loss.low), 0.0) for loss in losses]]
 
@@ -83,7 +85,7 @@ def _limits(axes: Any, tuning: Tuning, scale: float) -> None:
 
 
 def _choice(axes: Any, chosen: CandidateRow, scale: float) -> None:
-    """The choice, where the confirming half puts it."""
+    """Draw the choice at its cost and loss on the confirming half."""
     assert chosen.held is not None
     place = scale * chosen.held.cost, -100 * chosen.held.loss.value
     axes.errorbar(

@@ -1,4 +1,4 @@
-"""What `vlmzip tune` found: in words, as a table, JSON and CSV, as a curve, and the compressor itself."""
+"""The results of `vlmzip tune`: sentences, a table, JSON, CSV, a curve, and the compressor itself."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from vlmzip.visualize.figure import import_matplotlib
 
 log = logging.getLogger(__name__)
 
-#: The heading of each cost, and how it looks.
+#: The heading and format of each cost.
 COST_TEXTS = {"tokens": ("tokens", "{:.1f}"), "flops": ("FLOPs", "{:.1%}"), "ms": ("ms", "{:.1f}")}
-#: The heading of what became of a candidate: none that is seen.
+#: The heading of the column with the fate of a candidate; blank in print.
 FATE = " "
 UNITS: dict[Cost, str] = {"tokens": "visual tokens", "flops": "of the prefill FLOPs", "ms": "ms prefill"}
 
@@ -44,13 +44,13 @@ FATES = {
 
 @dataclass(frozen=True)
 class SearchOutcome:
-    """A search that has ended."""
+    """A completed search."""
 
     asked: TunedStudy
     tuning: Tuning
     verdict: Verdict
     impossible: Sequence[Configuration]
-    """Methods at budgets that cannot be."""
+    """Methods at budgets that they cannot reach."""
 
     @property
     def chosen(self) -> CandidateRow | None:
@@ -58,7 +58,7 @@ class SearchOutcome:
 
     @property
     def rows(self) -> list[CandidateRow]:
-        """Those that were asked most come first, and among them the best; what costs too much comes last."""
+        """Return the candidates: most questions first, then least loss; candidates that cost too much come last."""
 
         def place(row: CandidateRow) -> tuple[bool, int, float]:
             return row.out == Rejection("cost"), -row.asked, row.lost if row.asked else row.cost
@@ -66,12 +66,12 @@ class SearchOutcome:
         return sorted(self.tuning.rows.values(), key=place)
 
     def too_dear(self, row: CandidateRow) -> bool:
-        """Whether a candidate costs so much that it was not asked at all."""
+        """Return whether a candidate was not asked because of its cost."""
         return row.out == Rejection("cost") and not row.asked
 
     @property
     def broken(self) -> dict[str, str]:
-        """Whatever broke, when it was asked or already when it was timed, and how."""
+        """Return the candidates that broke while they were asked or timed, with the reasons."""
         return dict(map(self.broke, sorted(self.asked.failures)))
 
     def broke(self, number: int) -> tuple[str, str]:
@@ -79,11 +79,11 @@ class SearchOutcome:
 
     @property
     def grid(self) -> int:
-        """Answers if everything that was asked at all had been asked everything, and the uncompressed model."""
+        """Return how many answers all questions take, for the uncompressed model and each candidate that was asked."""
         return len(self.asked.task.samples) * (1 + sum(row.asked > 0 for row in self.rows))
 
     def name(self, row: CandidateRow) -> str:
-        """A candidate in one line, as `--method` takes it."""
+        """Return a candidate in one line, as `--method` takes it."""
         return self._name(row.number)
 
     def method(self, row: CandidateRow) -> str:
@@ -101,7 +101,7 @@ class SearchOutcome:
         return compressor
 
     def fate(self, row: CandidateRow) -> str:
-        """What became of a candidate."""
+        """Return what became of a candidate."""
         if row is self.chosen:
             return "chosen"
         if row.out is None:
@@ -109,19 +109,19 @@ class SearchOutcome:
         return FATES[row.out.why]
 
     def detail(self, row: CandidateRow) -> str:
-        """Whom a dropped candidate was clearly behind, or how it broke."""
+        """Return the candidate that a dropped one was clearly worse than, or the error of one that broke."""
         if row.out is None or row.out.why not in ("behind", "broke"):
             return ""
         behind = row.out.why == "behind"
         return self.name(self.tuning.rows[row.out.than]) if behind else self.asked.failures.get(row.number, "")
 
     def costs(self, row: CandidateRow) -> dict[str, float]:
-        """What is known of a candidate's costs."""
+        """Return the known costs of a candidate."""
         return self.asked.means(row.number) if row.asked else {self.asked.cost: row.cost} if row.cost else {}
 
 
 def show(found: SearchOutcome, args: Namespace) -> None:
-    """Writes everything and prints what came out; a full disk must not cost the table."""
+    """Write all results and print them. Print them even if the disk is full."""
     folder = found.asked.study.folder
     try:
         write_csv(folder / "tune.csv", [*_csv(found)])
@@ -148,7 +148,7 @@ def _draw(found: SearchOutcome, folder: Path) -> None:
 
 
 def sentences(found: SearchOutcome) -> list[str]:
-    """The verdict."""
+    """Return the verdict in sentences."""
     row, target = found.verdict.row, found.tuning.target
     if found.verdict.kind == "nothing":
         return [_nothing(found)]
@@ -191,7 +191,10 @@ def _nothing(found: SearchOutcome) -> str:
 
 
 def _lossy(found: SearchOutcome, row: CandidateRow, wished: str) -> str:
-    """That nobody is known to lose so little, by the nearest; whether the interval rules it out, or estimates alone."""
+    """Return that no candidate is known to lose so little, and the nearest candidate.
+
+    Also say whether the intervals rule the target out or only the estimates miss it.
+    """
     loss, doubtful = found.tuning.target.loss, found.tuning.in_doubt()
     assert loss is not None
     half, cost = ("confirms", row.held.cost) if row.held else ("chooses", row.cost)
@@ -223,7 +226,7 @@ def _print(found: SearchOutcome, folder: Path, args: Namespace) -> None:
 
 
 def _left_out(found: SearchOutcome) -> list[str]:
-    """What is not in the table, a line for each reason."""
+    """Return a line for each reason why candidates are missing from the table."""
     dear = [row for row in found.rows if found.too_dear(row)]  # the cheapest first
     told = []
     if dear:
@@ -239,7 +242,7 @@ def _left_out(found: SearchOutcome) -> list[str]:
 
 
 def _by_method(methods: Sequence[str]) -> str:
-    """How often each method is named: `3 of visionzip, 1 of dfmr`."""
+    """Return how often each method occurs: `3 of visionzip, 1 of dfmr`."""
     return ", ".join(f"{count:,} of {method}" for method, count in Counter(methods).items())
 
 
@@ -255,7 +258,7 @@ def _points(loss: float | None) -> str:
 
 
 def _interval(row: CandidateRow) -> str:
-    """The loss on the confirming half, or on the choosing one where nothing was confirmed."""
+    """Return the loss on the confirming half, or on the choosing half for a candidate that was not confirmed."""
     return _estimate(row.held.loss if row.held else row.loss)
 
 
@@ -267,7 +270,7 @@ def _estimate(loss: Estimate | None) -> str:
 
 
 def as_json(found: SearchOutcome, args: Namespace) -> dict[str, object]:
-    """Scores, losses and shares are from 0 to 1; a bound that nobody knows is null."""
+    """Return the results for JSON. Scores, losses and shares are from 0 to 1; an unknown bound is null."""
     folder, target = found.asked.study.folder, found.tuning.target
     return {
         "model": args.model,
@@ -333,7 +336,7 @@ def _condition_column(found: SearchOutcome, name: str) -> Column[CandidateRow]:
 
 
 def _confirmed(row: CandidateRow) -> object:
-    """What the confirming half said; a bound that nobody knows is null."""
+    """Return the result on the confirming half for JSON; an unknown bound is null."""
     if row.held is None:
         return ABSENT
     bound = None if math.isinf(row.held.bound) else row.held.bound
@@ -341,7 +344,11 @@ def _confirmed(row: CandidateRow) -> object:
 
 
 def _csv(found: SearchOutcome) -> list[dict[str, object]]:
-    """A line for the uncompressed model and each candidate; then what broke, and what cannot be, and why."""
+    """Return the rows of the CSV.
+
+    They are the uncompressed model, the candidates, methods that broke, and combinations that cannot run, with the
+    reasons.
+    """
     rows = [_plain_line(found), *table(found, found.rows).as_csv()]
     rows += [_broken_line(found, number) for number in found.asked.failures if number not in found.tuning.rows]
     rows += [{"method": one.method, "budget": one.budget, "detail": one.note} for one in found.impossible]
@@ -359,7 +366,7 @@ def _plain_line(found: SearchOutcome) -> dict[str, object]:
 
 
 def _broken_line(found: SearchOutcome, number: int) -> dict[str, object]:
-    """What broke when it was timed, and was no candidate any more."""
+    """Return the row of a method that broke when it was timed and so never became a candidate."""
     one, (name, why) = found.asked.configurations[number], found.broke(number)
     return {"method": one.method, "budget": one.budget, "compressor": name, "fate": FATES["broke"], "detail": why}
 

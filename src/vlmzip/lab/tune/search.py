@@ -1,10 +1,9 @@
-"""Which of many candidates to take: cheap enough, within a loss, found with few answers, confirmed on unseen images.
+"""Search for the best candidate: cheap enough, within a loss, found with few answers, confirmed on unseen images.
 
-Half of the images choose, the other half confirms. In the choosing half every candidate answers few questions at
-first, those that are clearly out are dropped, and the rest goes on to twice as many. The best of many is better on the
-questions that chose it than elsewhere; its loss is therefore measured again on the other half, by which nothing was
-chosen, and that measurement decides. Nothing here knows models or files: `ask` brings scores and costs.
-"""
+Half of the images choose, the other half confirms. On the choosing half every candidate first answers few questions;
+clearly unsuitable candidates are dropped, and the others answer twice as many. The best of many candidates looks better
+on the questions that chose it than on others. So its loss is measured again on the confirming half, and that
+measurement decides. This module knows neither models nor files: `ask` provides scores and costs."""
 
 from __future__ import annotations
 
@@ -26,15 +25,15 @@ log = logging.getLogger(__name__)
 PLAIN = 0
 #: Questions of the first round, rounded up to whole batches.
 FIRST = 64
-#: Percentiles of the draws between which there must be nothing left to hope for, before a candidate is dropped.
+#: Percentiles of the bootstrap draws. A candidate is dropped if even the lower one says that it is worse.
 CLEARLY = (0.5, 99.5)
 #: Costs that differ by this share of the lower one count as the same: then the score decides.
 ALIKE = 0.05
-#: How often a candidate may be certified that loses more than it may: what lies above a 95 % interval.
+#: The probability of certifying a candidate whose loss is too large: the part above a 95 % interval.
 ERROR = 0.025
-#: With fewer images than this the draws say too little to certify anything.
+#: The smallest number of images with which a candidate can be certified.
 LEAST_IMAGES = 20
-#: How many times as many draws the bound takes that certifies, since it lies far out.
+#: The certifying bound lies far in the tail, so it takes this many times more draws.
 FAR_OUT = 5
 
 Part = Literal["choose", "confirm"]
@@ -42,63 +41,66 @@ Part = Literal["choose", "confirm"]
 
 @dataclass(frozen=True)
 class Target:
-    """What is asked. Both: the cheapest that meets both; a cost alone: the best score; a loss alone: the cheapest."""
+    """A limit on cost, on loss, or on both.
+
+    Both: find the cheapest candidate within both. Cost alone: find the best score. Loss alone: find the cheapest.
+    """
 
     most: float | None = None
-    """What a candidate may cost at most, in the unit of its costs."""
+    """The largest cost, in the unit of the costs."""
     loss: float | None = None
-    """What it may lose at most against the uncompressed model, as a share: 0.02 is two points of a hundred."""
+    """The largest loss against the uncompressed model, as a fraction: 0.02 is two points of a hundred."""
 
 
 class Answers(NamedTuple):
-    """What came of asking a candidate the first questions of a part."""
+    """A candidate's answers to the first questions of a part."""
 
     scores: np.ndarray
-    """Of each question, in their order."""
+    """The score of each question, in the order of the questions."""
     cost: float
-    """The mean over these questions."""
+    """The mean cost of these questions."""
 
 
-#: Has the candidates answer the first so many questions of a part. One that breaks is missing in what comes back.
+#: Ask candidates (by number) the first questions of a part. The result lacks candidates that break.
 Ask = Callable[[Sequence[int], Part, int], Mapping[int, Answers]]
 
 
 class Rejection(NamedTuple):
-    """Why a candidate was dropped."""
+    """The reason why a candidate was dropped."""
 
     why: Literal["cost", "loss", "behind", "broke", "unconfirmed"]
     than: int = PLAIN
-    """Whom it is clearly behind."""
+    """The number of the candidate that is clearly better."""
 
 
 class Confirmation(NamedTuple):
-    """What the confirming half says of a candidate."""
+    """A candidate's results on the confirming half."""
 
     score: float
     plain: float
-    """The uncompressed model's score there."""
+    """The uncompressed model's score on the confirming half."""
     loss: Estimate
     bound: float
-    """What the loss stays under, all tries considered; infinite where the images are too few to say."""
+    """An upper bound on the loss that accounts for all tries; infinite for too few images."""
     cost: float
     attempt: int
-    """1 for the first candidate that was tried."""
+    """The number of the try, from 1."""
 
 
 @dataclass(eq=False)
 class CandidateRow:
-    """A candidate and what is known of it from the choosing half."""
+    """A candidate and its results on the choosing half."""
 
     number: int
     cost: float
-    """From the shape of the tokens at first, or measured; from answers as soon as there are some."""
+    """From answers; before there are any, measured or computed from token counts."""
     scores: np.ndarray = field(default_factory=lambda: np.zeros(0))
     loss: Estimate | None = None
-    """Against the uncompressed model on the same questions."""
+    """The loss against the uncompressed model on the same questions."""
     bound: float = math.inf
-    """What the loss stays under, as certain as the first try of the confirming half has to be."""
+    """An upper bound on the loss, at the confidence level of the first try on the confirming half."""
     round: int = 0
-    """The last round that it was asked in."""
+    """The last round in which it was asked."""
     out: Rejection | None = None
     held: Confirmation | None = None
 
@@ -112,30 +114,33 @@ class CandidateRow:
 
     @property
     def lost(self) -> float:
-        """The estimate of the loss, from the confirming half where there is one; infinite where nothing was asked."""
+        """Return the estimated loss, from the confirming half if there is one; infinite if nothing was asked."""
         known = self.held.loss if self.held else self.loss
         return known.value if known else math.inf
 
     @property
     def lowest(self) -> float:
-        """The lower end of that estimate's interval."""
+        """Return the lower end of the interval of `lost`."""
         known = self.held.loss if self.held else self.loss
         return known.low if known else math.inf
 
     @property
     def highest(self) -> float:
-        """The upper end of that estimate's interval."""
+        """Return the upper end of the interval of `lost`."""
         known = self.held.loss if self.held else self.loss
         return known.high if known else math.inf
 
 
 class Verdict(NamedTuple):
-    """How it ended. certified: the loss is surely within what is wished; likely: its estimate is, on both halves; best:
-    the best score within the cost, no loss being wished for; nothing: nobody meets the target."""
+    """The result of a search.
+
+    certified: the loss is within the target with confidence. likely: the loss is within the target by its estimate, on
+    both halves. best: the best score within the cost, without a target loss. nothing: no candidate meets the target.
+    """
 
     kind: Literal["certified", "likely", "best", "nothing"]
     row: CandidateRow | None
-    """The choice; for "nothing" whoever came nearest, if anybody was asked."""
+    """The choice; for "nothing", the nearest candidate, if any candidate can run."""
 
 
 @dataclass
@@ -144,15 +149,15 @@ class Tuning:
 
     ask: Ask
     costs: Mapping[int, float]
-    """What is known of each candidate's cost before it is asked."""
+    """The cost of each candidate before it is asked; 0 if unknown."""
     images: Mapping[Part, Sequence[str]]
     target: Target
     batch: int = 1
-    """Rounds are multiples of it, so that no batch is cut differently because a candidate was dropped."""
+    """Questions per batch. Rounds are multiples of it, so that dropping a candidate changes no batch."""
     seed: int = 0
     draws: int = DRAWS
     margin: float = 0.0
-    """By which share a cost known beforehand may be wrong: more above `target.most` than that is not even asked."""
+    """The relative error of `costs`. A candidate further above `target.most` is not asked at all."""
 
     def __post_init__(self) -> None:
         shared = set(self.images["choose"]) & set(self.images["confirm"])
@@ -168,12 +173,12 @@ class Tuning:
 
     @property
     def answers(self) -> int:
-        """How many answers were looked at, the uncompressed model's among them."""
+        """Return the number of answers used, including those of the uncompressed model."""
         confirming = len(self.images["confirm"]) * (len(self.tries) + bool(self.tries))
         return self.plain.asked + sum(row.asked for row in self.rows.values()) + confirming
 
     def run(self) -> Verdict:
-        """Searches, and confirms the first choice; where that fails, the next one."""
+        """Search, and confirm the first choice; if that fails, search on for the next one."""
         while True:
             self._search()
             row = self._choice()
@@ -190,21 +195,23 @@ class Tuning:
     # ------------------------------------------------------------ the choosing half
 
     def waiting(self) -> list[CandidateRow]:
-        """Candidates that need not be asked more: something cheaper meets the target as things stand."""
+        """Return the candidates that need no more questions, because a cheaper one currently meets the target."""
         active = self._active()
         return [row for row in self.rows.values() if row.out is None and row not in active]
 
     def in_doubt(self) -> list[CandidateRow]:
-        """Candidates that the wished loss is not ruled out for: it is no less than the lower end of their interval.
+        """Return the candidates whose interval does not rule out the target loss.
 
-        Whatever is clearly behind another is left out: for its loss to be small enough, that other's must be."""
+        Leave out candidates that are clearly worse than another: their loss can be within the target only if the
+        other's is.
+        """
         gone = ("cost", "broke", "behind")
         rows = [row for row in self.rows.values() if not row.out or row.out.why not in gone]
         wished = -math.inf if self.target.loss is None else self.target.loss
         return sorted((row for row in rows if row.lowest <= wished), key=lambda row: (row.lost, row.cost))
 
     def _search(self) -> None:
-        """Asks until every candidate that matters has answered all questions of the choosing half."""
+        """Ask until every relevant candidate has answered all questions of the choosing half."""
         while True:
             asked = [row.asked for row in self._active() if row.asked < self.counts[-1]]
             if not asked:
@@ -231,14 +238,14 @@ class Tuning:
         self._within(row.cost, row)
 
     def _within(self, cost: float, row: CandidateRow) -> bool:
-        """Whether a cost is one that is wished for; else the candidate is out."""
+        """Return whether a cost is within the target; if not, drop the candidate."""
         if self.target.most is not None and cost > self.target.most:
             row.out = Rejection("cost")
             return False
         return True
 
     def _judge(self, asked: Sequence[CandidateRow], count: int) -> None:
-        """Compares those that have just answered `count` questions, on these questions, with all that have."""
+        """Compare candidates that have just answered `count` questions with all that have answered these."""
         known = [row for row in self.rows.values() if row.out is None and row.asked >= count]
         scores = np.stack([row.scores[:count] for row in [self.plain, *known]], axis=1)
         drawn = self._bootstrap(count).means(scores)
@@ -255,8 +262,10 @@ class Tuning:
                 row.out = Rejection("behind", rival.number)
 
     def _rival(self, row: CandidateRow, known: Sequence[CandidateRow], of: Mapping[int, np.ndarray]) -> CandidateRow:
-        """The best score among those that would be taken before `row` if they are better: with a wished loss, they must
-        not cost more."""
+        """Return the candidate with the best score among those that would be preferred to `row` at a better score.
+
+        With a target loss, these must not cost more.
+        """
         dear = math.inf if self.target.loss is None else row.cost * (1 + ALIKE)
         return max((one for one in known if one.cost <= dear), key=lambda one: of[one.number][0])
 
@@ -268,7 +277,7 @@ class Tuning:
         return bound(losses, self.images["choose"][:count], error_of(1), self.seed, self.draws)
 
     def _good(self) -> list[CandidateRow]:
-        """Those that would be certified here, had nothing been chosen, and that look better than all tried in vain."""
+        """Return the candidates whose loss is certified on the choosing half and less than that of all failed tries."""
         if self.target.loss is None:
             return []
         least = min((row.loss.value for row in self.tries if row.out and row.loss), default=math.inf)
@@ -284,12 +293,12 @@ class Tuning:
         return [row for row in running if row.cost <= dear]
 
     def _choice(self) -> CandidateRow | None:
-        """Whom to confirm next."""
+        """Return the next candidate to confirm, if any."""
         rows = self._active() if self.target.loss is None else self._good()
         return next(iter(self._order([row for row in rows if row.asked == self.counts[-1]])), None)
 
     def _order(self, rows: Sequence[CandidateRow]) -> list[CandidateRow]:
-        """Best first: by score, or where a loss is wished, by cost, and by score among costs that are alike."""
+        """Sort candidates, best first: by score, or with a target loss by cost, and by score among similar costs."""
 
         def by_score(some: Sequence[CandidateRow]) -> list[CandidateRow]:
             return sorted(some, key=lambda row: (-row.score, row.cost, row.number))
@@ -306,7 +315,7 @@ class Tuning:
     # ------------------------------------------------------------ the confirming half
 
     def _confirm(self, row: CandidateRow) -> Confirmation | None:
-        """Measures a candidate on images that nothing was chosen by; `None` where it breaks."""
+        """Measure a candidate on the confirming half, whose images chose nothing. Return `None` if it breaks."""
         images = self.images["confirm"]
         found = self.ask([PLAIN, row.number], "confirm", len(images))
         if row.number not in found:
@@ -323,7 +332,7 @@ class Tuning:
         return row.held
 
     def _unsure(self) -> Verdict:
-        """Nobody is certified: who is within the wished loss by estimate, and safest?"""
+        """Return the verdict if no candidate is certified: the safest one whose estimate is within the target."""
         wished = self.target.loss
         if wished is None:
             return Verdict("nothing", self._nearest())
@@ -339,9 +348,10 @@ class Tuning:
         return Verdict("nothing", self._nearest())
 
     def _nearest(self) -> CandidateRow | None:
-        """Who comes nearest to a target that nobody meets: by loss among those that are cheap enough, else by cost.
+        """Return the candidate nearest to an unmet target: by loss among those that are cheap enough, else by cost.
 
-        Losses on different questions do not compare: who was asked most comes first."""
+        Losses on different questions are not comparable, so candidates that answered most questions come first.
+        """
         rows = [row for row in self.rows.values() if not row.out or row.out.why not in ("cost", "broke")]
         if judged := [row for row in rows if row.asked]:
             return min(judged, key=lambda row: (-row.asked, row.lost, row.cost))
@@ -350,7 +360,7 @@ class Tuning:
 
 
 def rounds(questions: int, batch: int) -> list[int]:
-    """How many questions have been asked at the end of each round: doubling whole batches, then all."""
+    """Return how many questions have been asked at the end of each round: doubling whole batches, then all."""
     counts, count = [], math.ceil(FIRST / batch) * batch
     while count < questions:
         counts.append(count)
@@ -359,15 +369,15 @@ def rounds(questions: int, batch: int) -> list[int]:
 
 
 def error_of(attempt: int) -> float:
-    """How often the attempt may certify wrongly: 1/2, 1/6, 1/12, … of `ERROR`, which all together never exceed it."""
+    """Return how often an attempt may certify wrongly: 1/2, 1/6, 1/12, … of `ERROR`, in total at most `ERROR`."""
     return ERROR / (attempt * (attempt + 1))
 
 
 def bound(losses: np.ndarray, images: Sequence[str], error: float, seed: int, draws: int) -> float:
-    """What the mean loss stays under, but for a share `error` of cases.
+    """Return a bound that the mean loss exceeds in at most a share `error` of cases; infinite for too few images.
 
-    The draws alone are too sure where losses are rare: what was not seen is never drawn. So one image more is
-    counted, with as many questions as any other and all of them lost: questions about an image can fail together.
+    The draws alone are too confident if losses are rare, because an unseen loss is never drawn. So one image is added,
+    with the largest number of questions per image, all of them lost: questions about an image can fail together.
     """
     of = Counter(images)
     if len(of) < LEAST_IMAGES:

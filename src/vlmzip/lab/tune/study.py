@@ -1,4 +1,4 @@
-"""The study that `tuning` asks: which images choose and which confirm, and what candidates cost."""
+"""The questions and costs of a search: which images choose and which confirm, and what candidates cost."""
 
 from __future__ import annotations
 
@@ -33,20 +33,22 @@ log = logging.getLogger(__name__)
 #: tokens: visual tokens per image, the mean over all layers of the LLM; flops: prefill FLOPs of the LLM, as a share
 #: of the uncompressed model's; ms: milliseconds of that prefill, one question at a time.
 Cost = Literal["tokens", "flops", "ms"]
-#: Questions whose prefill is timed, and how often.
+#: Number of questions whose prefill is timed, and of timed runs.
 TIMED, REPEATS = 4, 5
 FILE = "prefill.json"
 
 
 def halves(samples: Sequence[Sample], seed: int) -> dict[Part, list[Sample]]:
-    """The questions of each part: every image in one of them. Raises `UserError` where there is only one image.
+    """Divide the questions into the two parts; all questions about an image are in the same part.
 
-    Within a part the order is drawn by chance and no image comes a second time before all came once: the first
-    questions then say as much as so few can.
+    Within a part the order is random, but no image comes a second time before all images came once. So the first
+    questions are as representative as possible. Raise `UserError` for fewer than 2 images.
     """
     images = list(dict.fromkeys(sample.image for sample in samples))
     if len(images) < 2:
-        raise UserError("tune needs questions about 2 images at least: some choose, the others confirm the choice")
+        raise UserError(
+            "tune needs questions about at least 2 images: one half chooses, the other half confirms the choice"
+        )
     rng = np.random.default_rng(seed)
     chosen = set(rng.permutation(len(images))[: -(-len(images) // 2)].tolist())
     choosing = {image for number, image in enumerate(images) if number in chosen}
@@ -61,7 +63,7 @@ def halves(samples: Sequence[Sample], seed: int) -> dict[Part, list[Sample]]:
 
 @dataclass
 class TunedStudy:
-    """Answers of a study as `tuning.Ask` wants them; a configuration's number is its place, the plain model's is 0."""
+    """The `Ask` of a search, on a study. A configuration's number is its index; 0 is the uncompressed model."""
 
     study: Study
     task: Task
@@ -69,7 +71,7 @@ class TunedStudy:
     cost: Cost
     seed: int
     milliseconds: Mapping[int, float] = field(default_factory=dict)
-    """Of each configuration, where they are the cost."""
+    """The prefill time of each configuration, if that is the cost."""
     failures: dict[int, str] = field(default_factory=dict)
     """Why a configuration broke."""
 
@@ -81,8 +83,11 @@ class TunedStudy:
         self._records: dict[tuple[int, Part], list[Record]] = {}
 
     def __call__(self, numbers: Sequence[int], part: Part, count: int) -> dict[int, Answers]:
-        """Batches are cut from the part's questions, of which `count` has to be whole batches or all: then a question
-        has the same neighbours in every round."""
+        """Ask the first `count` questions of a part.
+
+        Batches are cut from all questions of the part. `count` must be whole batches or all questions, so that a
+        question shares its batch with the same questions in every round.
+        """
         some = replace(self.parts[part], samples=self.parts[part].samples[:count])
         self.study.run([some], [self.configurations[number] for number in numbers])
         found = {}
@@ -98,7 +103,7 @@ class TunedStudy:
         return found
 
     def means(self, number: int, part: Part = "choose") -> dict[str, float]:
-        """What a configuration that was asked costs: each `Cost` that is known, and the visual tokens in percent."""
+        """Return the mean costs of a configuration that was asked: visual tokens, FLOPs and, if timed, milliseconds."""
         records = self._records[number, part]
         plain = self._records[PLAIN, part][: len(records)]
         found = {
@@ -108,8 +113,11 @@ class TunedStudy:
         return found | ({"ms": self.milliseconds[number]} if number in self.milliseconds else {})
 
     def expected(self) -> dict[int, float]:
-        """The cost of each candidate before it is asked: measured, or from the shape of the images and one prompt;
-        0 where only the content of images tells."""
+        """Return the cost of each candidate before it is asked.
+
+        The cost is measured, or computed from the shape of the images and one prompt. It is 0 if it depends on the
+        images' content.
+        """
         if self.cost == "ms":
             return {number: ms for number, ms in self.milliseconds.items() if number != PLAIN}
         text = self._text_tokens()
@@ -135,10 +143,11 @@ class TunedStudy:
 def prefill_milliseconds(
     study: Study, task: Task, configurations: Sequence[Configuration]
 ) -> tuple[dict[int, float], dict[int, str]]:
-    """Milliseconds of the LLM's prefill for each configuration, one question at a time, and why there are none.
+    """Return the LLM's prefill time for each configuration that can be timed, and the errors of the others.
 
-    All are timed in turns, so that whatever else the machine does troubles them alike. What was measured is kept in the
-    study's folder: a search that goes on must go on with the same figures, unless device or versions are others.
+    Times are in milliseconds, for one question at a time. The configurations take turns, so that other work on the
+    machine affects all alike. The times are kept in the study's folder and used again: a resumed search must not change
+    its figures. Another device or other versions make it measure again.
     """
     samples = list({sample.image: sample for sample in task.samples}.values())[:TIMED]
     names = [spec.write(one.compressor) for one in configurations if one.compressor]
@@ -180,7 +189,10 @@ def prefill_milliseconds(
 def _read_prefill(
     path: Path, conditions: Mapping[str, object], count: int
 ) -> tuple[dict[int, float], dict[int, str]] | None:
-    """What was measured before; `None` where it was under other conditions. Raises `UserError` for a corrupt file."""
+    """Return the stored times and errors, or `None` if they are from other conditions.
+
+    Raise `UserError` for a corrupt file.
+    """
     known = read_json(path, advice := "delete it, and the prefill is timed again")
     try:
         if known["conditions"] != conditions:
