@@ -201,7 +201,7 @@ def test_a_corrupt_line_is_named_and_nothing_is_lost(evaluate, tmp_path):
     path.write_text("".join([*lines[:4], "{broken\n", *lines[5:]]))
     code, out, err = evaluate()
     assert (code, out, err.count("vlmzip: ")) == (2, "", 1)
-    assert f"{path}:5 is no record of this run" in err
+    assert f"{path}:5 is not a record of this run" in err
     path.write_text("".join(lines[:4] + lines[5:]))  # as the message says
     assert evaluate()[0] == 0
     assert sorted(path.read_text().splitlines(keepends=True)) == sorted(lines)

@@ -137,7 +137,7 @@ def test_corrupt_records_end_the_command(study, tmp_path):
     path.write_text("it\n" + path.read_text())
     code, _, err = study("all")
     assert code == 2
-    assert f"{path}:1 is no record of this run" in err
+    assert f"{path}:1 is not a record of this run" in err
     assert "there is no layer_stride" not in err
 
 

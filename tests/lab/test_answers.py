@@ -83,5 +83,5 @@ def test_a_store_is_one_models(tmp_path):
         store.open({"weights": "a"}, "")
     (tmp_path / "suite.json").unlink()
     (tmp_path / "results").mkdir()
-    with pytest.raises(UserError, match=r"has results but no suite\.json: nobody knows whose"):
+    with pytest.raises(UserError, match=r"has results but no suite\.json, so their model is unknown"):
         store.open({"weights": "a"}, "")

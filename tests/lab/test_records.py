@@ -84,7 +84,7 @@ def test_a_corrupt_line_in_the_middle_is_named_and_everything_is_kept(path, line
     lines[1] = line if isinstance(line, bytes) else line.encode()
     path.write_bytes(b"\n".join(lines))
     before = path.read_bytes()
-    with pytest.raises(UserError, match=f"it.0.jsonl:2 is no record of this run: .*{reason}.*delete the line"):
+    with pytest.raises(UserError, match=f"it.0.jsonl:2 is not a record of this run: .*{reason}.*delete the line"):
         read_records([path])
     assert path.read_bytes() == before
 
@@ -98,7 +98,7 @@ def test_a_sample_in_two_files_is_no_sample_twice(path):
 
 
 def test_numbers_beside_the_score_are_wanted_where_they_are_needed(path):
-    with pytest.raises(UserError, match=r"it\.0\.jsonl:1 is no record of this run: it lacks retention"):
+    with pytest.raises(UserError, match=r"it\.0\.jsonl:1 is not a record of this run: it lacks retention"):
         read_records([path], ["retention"])
 
 

@@ -357,7 +357,7 @@ class TestGoingOn:
         study.run([task], configurations)
         (path,) = study.folder.glob("records/*/*.jsonl")
         path.write_text(path.read_text().replace(f'"{name}"', '"it"'))
-        with pytest.raises(UserError, match=f"jsonl:1 is no record of this run: it lacks {name}"):
+        with pytest.raises(UserError, match=f"jsonl:1 is not a record of this run: it lacks {name}"):
             study.records(task, configurations[0])
 
     def test_an_image_that_vanishes_ends_the_run_and_keeps_the_rest(self, study, task, tmp_path):

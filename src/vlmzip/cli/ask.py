@@ -43,7 +43,7 @@ def run(args: Namespace) -> None:
         plain = None
         if args.baseline:
             whole = attach_and_note(loaded, NoCompression())
-            answer(loaded, whole, inputs, 1)  # the first run pays for one-time set-up, which belongs to neither side
+            answer(loaded, whole, inputs, 1)  # the warm-up: one-time set-up must not count for either side
             plain = answer(loaded, whole, inputs, args.max_new_tokens)
         result = answer(loaded, compressed, inputs, args.max_new_tokens)
     out: dict[str, object] = {

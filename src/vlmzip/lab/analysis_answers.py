@@ -36,7 +36,7 @@ def resumable_records(
     `beside` (JSON) has one entry per sample: everything else that its answer depends on, such as the other images in
     the prompt.
 
-    Raises `UserError` if the folder holds answers of another model or to other questions, or if a record fails `check`.
+    Raise `UserError` if the folder holds answers of another model or to other questions, or if a record fails `check`.
     """
     study.configure([task], [], [AS_SET])
     settings, beside = plain_json(dict(settings)), plain_json({"": list(beside) or [None] * len(samples)})[""]

@@ -1,8 +1,7 @@
-"""Answers that a folder keeps: what was answered is not asked again.
+"""Store answers in a folder, so that no question is asked twice.
 
-A header, `study.json` or `suite.json`, says which model the folder is about. Each way to ask a task's questions has a
-series of records, one file for each process: records/TASK/NAME.PROCESS.jsonl. `records` has the format of these files.
-"""
+A header, `study.json` or `suite.json`, says which model the folder is about. Each way of asking a task's questions has a
+series of records, with one file per process: records/TASK/NAME.PROCESS.jsonl. `records` defines the format of the files."""
 
 from __future__ import annotations
 
@@ -27,33 +26,33 @@ AGAIN = "delete the line and run the same command again: its question will be as
 
 @dataclass(frozen=True)
 class AnswerStore:
-    """One folder of answers about one model."""
+    """A folder of answers about one model."""
 
     folder: Path
     header: str
-    """The file that says which model it is."""
+    """The name of the file that identifies the model."""
     processes: Processes
     content: str = RECORDS
-    """The folder in it that has the answers."""
+    """The subfolder with the answers."""
 
     def open(self, identity: Mapping[str, object], refusal: str) -> dict[str, Any]:
-        """Keep other runs out of the folder, and return its header, which is empty in a new folder.
+        """Keep other runs out of the folder, and return its header, which is empty for a new folder.
 
-        Raises `UserError` if another run is writing there, if nobody knows whose the answers are, and if they belong to
-        another identity; `refusal` says what the folder then holds.
+        Raise `UserError` if another run writes there, if the folder has answers without a header, or if the answers
+        belong to another identity. `refusal` says what the folder holds in that case.
         """
         self.processes.hold(self.folder)
         path = self.folder / self.header
         if not path.exists():
             if (self.folder / self.content).exists():
                 raise UserError(
-                    f"{str(self.folder)!r} has {self.content} but no {self.header}: nobody knows whose; give another"
+                    f"{str(self.folder)!r} has {self.content} but no {self.header}, so their model is unknown; give another"
                     " --out"
                 )
             return {}
         header = self.read_json(self.header, "give another --out")
         if not isinstance(header.get("tasks", {}), dict):
-            raise UserError(f"{str(path)!r} is no {self.header} of vlmzip; give another --out")
+            raise UserError(f"{str(path)!r} is not a {self.header} of vlmzip; give another --out")
         refuse_changed(f"{str(self.folder)!r} holds {refusal}", header, identity)
         return header
 
@@ -76,16 +75,16 @@ class AnswerStore:
     def series(
         self, task: Task, name: str, fields: Collection[str], check: Callable[[Sample, Record], str]
     ) -> AnswerSeries:
-        """Return the answers to a task's questions that were obtained in one way, which `name` stands for.
+        """Return the series of answers that one way of asking gives; `name` identifies it.
 
-        Records must have `fields`. `check` returns what is wrong with one of them; an empty text if nothing is.
+        Records must have `fields`. `check` returns what is wrong with a record, or "".
         """
         return AnswerSeries(self.folder / self.content / slug(task.name), name, task, self.processes, fields, check)
 
 
 @dataclass(frozen=True)
 class AnswerSeries:
-    """The answers to one task's questions that were obtained in one way."""
+    """The answers to a task's questions that were asked in one way."""
 
     folder: Path
     name: str
@@ -95,9 +94,10 @@ class AnswerSeries:
     check: Callable[[Sample, Record], str]
 
     def read(self, samples: Sequence[Sample]) -> dict[str, Record]:
-        """Return the records that there are, by sample.
+        """Return the existing records, by sample.
 
-        Raises `UserError` for a line that is no record, and for a record about another question or that fails `check`.
+        Raise `UserError` for a line that is not a record, for a record about another question, and for one that fails
+        `check`.
         """
         records = read_records(sorted(self.folder.glob(f"{self.name}.*.jsonl")), self.fields)
         for sample in samples:
@@ -110,13 +110,13 @@ class AnswerSeries:
         return records
 
     def is_open(self, samples: Sequence[Sample], batch: int) -> bool:
-        """Whether this process has something to ask."""
+        """Return whether this process has something left to ask."""
         return bool(self._open_batches(samples, batch, self.read(samples)))
 
     def fill(self, samples: Sequence[Sample], batch: int, answer: Callable[[range], Sequence[Record]]) -> int:
-        """Ask this process's share of what has no record yet, and return how many records were added.
+        """Ask this process's share of the questions without a record, and return the number of added records.
 
-        `answer` gets the places of a batch's samples, and returns their records.
+        `answer` gets the indices of a batch's samples and returns their records.
         """
         count = 0
         with Shard(self.folder / f"{self.name}.{self.processes.rank}.jsonl") as shard:
@@ -130,8 +130,8 @@ class AnswerSeries:
     def _open_batches(self, samples: Sequence[Sample], batch: int, done: Mapping[str, Record]) -> list[range]:
         """Return this process's batches in which a record is missing.
 
-        Batches are cut from all questions, never from those left. So which questions share a batch, and with it every
-        rounding, depends neither on how often a run was interrupted nor on the number of processes.
+        Batches are cut from all questions, not only from the open ones. So interruptions and the number of processes
+        change neither which questions share a batch nor the rounding errors.
         """
         starts = range(0, len(samples), batch)[self.processes.rank :: self.processes.count]
         batches = [range(start, min(start + batch, len(samples))) for start in starts]
@@ -139,7 +139,7 @@ class AnswerSeries:
 
 
 def question(task: Task, sample: Sample) -> Record:
-    """Return the part of a record that says what was asked. It must be the same for the record to be used again."""
+    """Return the fields of a record that say what was asked. A record is used again only if they are unchanged."""
     return {
         "task": task.name,
         "sample": sample.id,
@@ -152,7 +152,7 @@ def question(task: Task, sample: Sample) -> Record:
 
 
 def refuse_other_question(folder: Path, task: Task, sample: Sample, record: Record) -> None:
-    """Raise `UserError` if a record is about another question than the sample's, or its score does not follow."""
+    """Raise `UserError` if a record is about another question, or if its score does not follow from its answer."""
     now = question(task, sample)
     if other := [name for name, value in now.items() if record.get(name) != value]:
         what = {
@@ -174,7 +174,7 @@ def refuse_other_question(folder: Path, task: Task, sample: Sample, record: Reco
 
 
 def wrong_layers(record: Record, layers: int) -> str:
-    """Return what is wrong with a record's number of layers; an empty text if nothing is."""
+    """Return what is wrong with a record's number of layers, or ""."""
     count = len(record["visual_tokens_by_layer"])
     return (
         "" if count == layers else f"its visual_tokens_by_layer are {count} numbers, and the model has {layers} layers"

@@ -1,4 +1,4 @@
-"""One question about some images, answered and accounted for; what `ask`, `show` and `compare` have in common."""
+"""Answer one question about images and count the cost, for `ask`, `show` and `compare`."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Account:
-    """What an answer cost."""
+    """The cost of an answer."""
 
     visual_tokens: int
     prompt_tokens: int
     prefill_flops: int
     kv_cache_bytes: int
     milliseconds: dict[str, float]
-    """vision encoder, selection and LLM (projector, prefill and decoding)."""
+    """Times of the vision encoder, the selection, and the LLM (projector, prefill and decoding)."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class TimedAnswer:
 
 
 def build_inputs(loaded: Loaded, paths: list[str], question: str) -> dict[str, object]:
-    """Model inputs for one conversation turn with all images before the question."""
+    """Return model inputs for one conversation turn with all images before the question."""
     images = [load_image(path) for path in paths]
     if "<image>" in question or getattr(loaded.processor, "image_token", "<image>") in question:
         raise UserError("the question must not contain <image>: images are placed before it")
@@ -60,7 +60,7 @@ def build_inputs(loaded: Loaded, paths: list[str], question: str) -> dict[str, o
 
 
 def attach_and_note(loaded: Loaded, compressor: Compressor) -> CompressedModel:
-    """`attach`, with its warnings as one note each."""
+    """Attach a compressor, and log each of the warnings once."""
     compressed, notes = attach_with_notes(loaded, compressor)
     for text in notes:
         log.warning(text)
@@ -68,14 +68,14 @@ def attach_and_note(loaded: Loaded, compressor: Compressor) -> CompressedModel:
 
 
 def attach_with_notes(loaded: Loaded, compressor: Compressor) -> tuple[CompressedModel, list[str]]:
-    """`attach`, and what it warns of."""
+    """Attach a compressor, and return the warnings too."""
     with collecting_warnings() as notes:
         compressed = attach(loaded.model, compressor, weights=saved_weights(compressor, loaded.name))
     return compressed, notes
 
 
 def answer(loaded: Loaded, compressed: CompressedModel, inputs: InputDict, max_new_tokens: int) -> TimedAnswer:
-    """Greedy decoding, timed as a whole and by part."""
+    """Answer with greedy decoding, and time the whole and its parts."""
     start = now(loaded.model.device)
     out = compressed.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     total = 1000 * (now(loaded.model.device) - start)
@@ -93,7 +93,7 @@ def answer(loaded: Loaded, compressed: CompressedModel, inputs: InputDict, max_n
 
 
 def plain_account(loaded: Loaded, inputs: InputDict, report: Report) -> dict[str, Any]:
-    """What the same prompt costs without compression; counted, not run."""
+    """Return the cost of the same prompt without compression. It is computed, not measured."""
     prompt = inputs["input_ids"].shape[1]
     account = Account(
         report.before, prompt, prefill_flops(loaded.adapter, prompt), kv_cache_bytes(loaded.adapter, prompt), {}
@@ -104,7 +104,7 @@ def plain_account(loaded: Loaded, inputs: InputDict, report: Report) -> dict[str
 
 
 def warn_about_detail(report: Report, paths: list[str]) -> None:
-    """One note for each image that lost more detail than reading can spare."""
+    """Log a warning for each image that lost more detail than reading text allows."""
     for image, path in zip(report.images, paths, strict=True):
         if (image.detail_lost or 0) > WORRYING:
             count = image.by_layer[-1]
@@ -115,18 +115,18 @@ def warn_about_detail(report: Report, paths: list[str]) -> None:
 
 
 def draw(loaded: Loaded, inputs: dict[str, object], report: Report, paths: list[str]) -> Image.Image:
-    """The token maps of all images below one another."""
+    """Draw the token maps of all images, one below the other."""
     pages = []
     for views, image in zip(seen_images(loaded, inputs, paths, report), report.images, strict=True):
         counts = f"{report.compressor.name()}: {image.before} to {image.after} visual tokens"
         for number, (seen, view) in enumerate(zip(views, image.views, strict=True), 1):
-            assert view.token_map is not None  # what has none is refused at the beginning, see `check_method`
+            assert view.token_map is not None  # methods without a map are refused earlier, see `check_method`
             title = counts if len(views) == 1 else f"{counts}, view {number} of {len(views)}"
             pages.append(draw_tokens(seen, view.token_map, view.grid, view.prefix, title))
     return stack(pages)
 
 
 def seen_images(loaded: Loaded, inputs: dict[str, object], paths: list[str], report: Report) -> list[list[Image.Image]]:
-    """The views of the images as their grids cover them."""
+    """Return the views of the images, cropped to the areas that their grids cover."""
     images = [load_image(path) for path in paths]
     return seen_views(loaded.adapter, loaded.processor.image_processor, inputs, report.images, images)

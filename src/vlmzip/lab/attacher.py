@@ -1,4 +1,4 @@
-"""One model, with one compressor after another."""
+"""Attach one compressor after another to a model."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from vlmzip.runtime.saving import saved_weights
 
 @dataclass
 class Attacher:
-    """Attaches compressors to a model, and knows what their answers depend on beside their settings."""
+    """A model to which compressors are attached, with the code and weights that answers depend on."""
 
     model: nn.Module
     name: str
-    """Where the model came from; a compressor that was saved there brings its weights."""
+    """The model as the user wrote it. A compressor that was saved with it has trained weights."""
     _identities: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def attach(self, compressor: Compressor) -> CompressedModel:
-        """Return the model with a compressor. Weights that were never trained are the same at every start."""
-        with torch.random.fork_rng(), collecting_warnings():  # they were told of when the methods were configured
+        """Return the model with a compressor. Untrained weights are the same each time."""
+        with torch.random.fork_rng(), collecting_warnings():  # the warnings were shown when the methods were configured
             torch.manual_seed(0)
             return attach(self.model, compressor, weights=saved_weights(compressor, self.name))
 
     def identity(self, one: Configuration) -> dict[str, str]:
-        """Return what answers depend on beside the settings of a configuration: its code and its weights."""
+        """Return what the answers of a configuration depend on in addition to its settings: code and weights."""
         if one.file_stem not in self._identities:
             compressed = self.attach(one.chosen)
             try:

@@ -54,18 +54,18 @@ class Configuration:
 
     @property
     def chosen(self) -> Compressor:
-        """The compressor of a configuration that can run; the others have none."""
+        """Return the compressor of a configuration that can run; the others have none."""
         assert self.compressor is not None
         return self.compressor
 
     @property
     def file_stem(self) -> str:
-        """A name for files, of the settings alone: budgets that come out at the same settings share it."""
+        """Return a name for files. It depends only on the settings, so budgets with equal settings share files."""
         return named(spec.write(self.chosen), self.settings)
 
     @property
     def key(self) -> str:
-        """What tells runs apart: the task, and the settings."""
+        """Return what identifies a run: the task and the settings."""
         return f"{slug(self.task)}/{self.file_stem}"
 
     @property
@@ -77,7 +77,7 @@ class Configuration:
 def read_rows(methods: str | None, keep: str) -> tuple[list[Candidate], list[str]]:
     """Read the comma-separated lists of `--methods` and `--keep`.
 
-    Raises `UserError` for an invalid method or budget, and for a method that sets a budget in addition to `--keep`.
+    Raise `UserError` for an invalid method or budget, and for a method that sets a budget in addition to `--keep`.
     """
     candidates, budgets = spec.candidates(methods), read_budgets(keep)
     if set(budgets) != {AS_SET}:
@@ -88,7 +88,7 @@ def read_rows(methods: str | None, keep: str) -> tuple[list[Candidate], list[str
 
 
 def read_budgets(text: str) -> list[str]:
-    """Read a comma-separated list of budgets. Raises `UserError` for an invalid budget."""
+    """Read a comma-separated list of budgets. Raise `UserError` for an invalid budget."""
     budgets = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not budgets:
         raise UserError("--keep names no budget; separate them with commas: --keep 50%,25%")
@@ -177,7 +177,7 @@ class Configurator:
 
 
 def read_calibrated(path: Path, known: Mapping[str, object]) -> list[dict[str, object]]:
-    """Return the calibrations in a run's file. Raises `UserError` if they are invalid."""
+    """Return the calibrations in a run's file. Raise `UserError` if they are invalid."""
     calibrations = known.get("calibrated", [])
     names = ("task", "method", "budget", "on", "code", "images")
 
@@ -191,7 +191,7 @@ def read_calibrated(path: Path, known: Mapping[str, object]) -> list[dict[str, o
 
 
 def _near(budget: str, reached: float, profile: Profile) -> str:
-    """Return a note about a missed budget, or "". Raises `UserError` if it is missed by more than `TOO_FAR`."""
+    """Return a note about a missed budget, or "". Raise `UserError` if it is missed by more than `TOO_FAR`."""
     target = count_to_keep(budget, profile.size) / profile.size
     note = missed(budget, reached, profile)
     if abs(reached - target) > TOO_FAR * target:

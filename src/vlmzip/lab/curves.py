@@ -23,7 +23,7 @@ MARKERS = "osD^vP*Xhd<>"
 
 
 def draw_curve(found: Sequence[Result], cost: str, title: str) -> Figure:
-    """Draw one task's results. `cost` is one of `COSTS`. Raises `UserError` if matplotlib is not installed."""
+    """Draw one task's results. `cost` is one of `COSTS`. Raise `UserError` if matplotlib is not installed."""
     label, attribute = COSTS[cost]
     ran = [result for result in found if result.score is not None]
     figure = new_figure(8, 5)

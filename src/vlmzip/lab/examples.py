@@ -29,7 +29,7 @@ class Example:
     plain: Record
     compressed: Record
     image: Image.Image
-    """The image, and beside it a drawing of which tokens were kept, merged or dropped."""
+    """The image, with a drawing of the kept, merged and dropped tokens next to it."""
     tokens: str
     """Visual tokens by LLM layer, in short form."""
 

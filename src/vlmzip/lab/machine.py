@@ -14,7 +14,7 @@ from vlmzip.version import __version__
 
 
 def hardware(device: str | torch.device = "cpu") -> str:
-    """The GPU's name, or the CPU's and how many threads torch uses."""
+    """Return the name of the GPU, or the name of the CPU and the number of threads that torch uses."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     cpus = Path("/proc/cpuinfo")
@@ -24,7 +24,7 @@ def hardware(device: str | torch.device = "cpu") -> str:
 
 
 def commit() -> str:
-    """The commit of the sources that run, with `-dirty` if they were changed; the version where there is no git."""
+    """Return the commit of the running sources, with `-dirty` if they were changed, or the version without git."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -34,7 +34,7 @@ def commit() -> str:
 
 
 def about(device: str | torch.device = "cpu") -> dict[str, str]:
-    """Columns that every row of a results file ends with."""
+    """Return the last columns of every row of a results file."""
     return {
         "device": hardware(device),
         "torch": torch.__version__,
@@ -44,6 +44,6 @@ def about(device: str | torch.device = "cpu") -> dict[str, str]:
 
 
 def file_name(what: str, device: str | torch.device = "cpu", *settings: str) -> str:
-    """The name of a CSV that says what was measured, on which hardware, with which versions and settings."""
+    """Return the name of a CSV: what was measured, the hardware, the versions and the settings."""
     words = [what, hardware(device), f"torch{torch.__version__}", f"transformers{transformers.__version__}", *settings]
     return re.sub(r"[^A-Za-z0-9.+]+", "-", " ".join(words)).strip("-") + ".csv"

@@ -1,4 +1,4 @@
-"""Names of files that say what is in them."""
+"""Make file names from texts and settings."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from collections.abc import Mapping
 
 
 def named(text: str, settings: Mapping[str, object] | None) -> str:
-    """Return a name for files of some settings (JSON): readable, and no other settings have it."""
+    """Return a readable file name for settings (JSON) that is unique to them."""
     return f"{_plain(text)}-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
 def slug(text: str) -> str:
-    """Return a name that every file system takes: the text itself, or something like it that no other text has."""
+    """Return a file name that every file system accepts and that is unique to the text."""
     plain = _plain(text)
     return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
 

@@ -1,9 +1,8 @@
-"""One line of JSON for each answered question; a run that was killed goes on where its files end.
+"""Records: one line of JSON per answered question. An interrupted run continues at the end of its files.
 
-Lines are only ever added, a batch at a time, and each process has a file of its own. A last line without its end was
-cut short by a kill or a full disk: it does not count, and the process that goes on writing there cuts it off. Any other
-line that is no record is an error that names it: nobody knows what it was.
-"""
+Lines are only ever appended, a batch at a time, and each process has a separate file. A last line without a line break
+was cut short by a kill or a full disk: it is ignored, and the process that continues the file removes it. Any other
+invalid line is an error with its file and number."""
 
 from __future__ import annotations
 
@@ -19,25 +18,26 @@ from vlmzip.json_text import JsonError, Line, parse, read_lines, write_line
 from vlmzip.locks import cannot_write
 
 Record = dict[str, Any]
-#: What a line must have to be a record.
+#: The keys that every record has.
 KEYS = {"task", "sample", "image", "question", "answers", "given", "score", "compressor", "visual_tokens_by_layer"}
 
 
 def read_records(paths: Iterable[Path], names: Collection[str] = ()) -> dict[str, Record]:
-    """The records of several files of one configuration, by sample; `names` they have beside `KEYS`.
+    """Return the records of several files of one configuration, by sample.
 
-    Raises `UserError` naming file and line for what is no record, or a sample that was there before.
+    Records must have `names` in addition to `KEYS`. Raise `UserError` with file and line for an invalid record or a
+    second record of a sample.
     """
-    found: dict[str, Record] = {}
+    records: dict[str, Record] = {}
     for path in paths:
         for line in read_lines(path):
             if not line.is_whole:
                 continue
             record = _record(path, line, {*KEYS, *names})
-            if record["sample"] in found:
+            if record["sample"] in records:
                 _refuse(path, line.number, f"the sample {record['sample']!r} has a record before this one")
-            found[record["sample"]] = record
-    return found
+            records[record["sample"]] = record
+    return records
 
 
 def _record(path: Path, line: Line, names: set[str]) -> Record:
@@ -71,7 +71,7 @@ def is_count(value: object) -> bool:
 
 
 def is_list(value: object, fits: Callable[[object], bool]) -> bool:
-    """Whether it is a list with something in it, all of which `fits`."""
+    """Return whether a value is a non-empty list whose items all fit."""
     return isinstance(value, list) and bool(value) and all(map(fits, value))
 
 
@@ -79,7 +79,7 @@ def _are_texts(value: object) -> bool:
     return isinstance(value, dict) and all(map(is_text, value.values()))
 
 
-#: Which values a record can have, by name, and what they are called.
+#: The valid values of a record's fields, and their description for messages.
 _VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
     **dict.fromkeys(
         ("task", "sample", "image", "question", "given", "method", "device", "vlmzip", "commit"), (is_text, "a text")
@@ -97,13 +97,13 @@ _VALUES: dict[str, tuple[Callable[[object], bool], str]] = {
 
 def _refuse(path: Path, number: int, reason: str) -> NoReturn:
     raise UserError(
-        f"{path}:{number} is no record of this run: {reason}; delete the line and run the same command again:"
+        f"{path}:{number} is not a record of this run: {reason}; delete the line and run the same command again:"
         " its question will be asked again, all other records are kept"
     )
 
 
 class Shard:
-    """The file that one process adds its records to. The process holds the folder, see `hold`."""
+    """The file to which one process appends its records. The process holds the folder, see `hold`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -120,7 +120,7 @@ class Shard:
             raise
 
     def append(self, records: Sequence[Record]) -> None:
-        """Writes the records, and waits until the disk has them. Raises `UserError` where that fails."""
+        """Write the records, and wait until they are on disk. Raise `UserError` if that fails."""
         rest = "".join(map(write_line, records)).encode()
         size = len(rest)
         try:

@@ -1,4 +1,4 @@
-"""The study as one web page that needs nothing else: tables, curves, and images whose answers changed."""
+"""The report of a study: one self-contained web page with tables, curves, and images whose answers changed."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from vlmzip.visualize.page import Card, render_page
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-#: Intervals come from drawing images again; drawn from fewer than this they are narrower than they should be.
+#: With fewer images than this, bootstrap intervals are too narrow.
 FEW = 20
 
 
 @dataclass(frozen=True)
 class Chapter:
-    """One task."""
+    """A chapter of the report: one task."""
 
     task: Task
     found: Sequence[Result]
@@ -52,7 +52,7 @@ class Chapter:
 
     @property
     def curves(self) -> list[tuple[Image.Image, str]]:
-        """The figures as images, with their titles."""
+        """Return the figures as images, with their titles."""
         return [(_drawn(figure), figure.axes[0].get_title()) for figure in self.figures]
 
     @property
@@ -75,7 +75,7 @@ def _drawn(figure: Figure) -> Image.Image:
 
 
 def notes(seed: int) -> list[str]:
-    """How the numbers are to be read."""
+    """Return how to read the numbers."""
     return [
         f"[low, high], or ± half of that width: 95 % intervals, from {DRAWS:,} draws of the images (seed {seed});"
         " against plain: paired, on the same questions",
@@ -86,24 +86,24 @@ def notes(seed: int) -> list[str]:
 
 
 def size(task: Task) -> str:
-    """How many questions about how many images, and what so few images mean for intervals."""
+    """Return the numbers of questions and images, with a warning if so few images make intervals unreliable."""
     images = len({sample.image for sample in task.samples})
-    said = f"{len(task.samples):,} questions about {images:,} image{'s'[: images != 1]}"
+    counts = f"{len(task.samples):,} questions about {images:,} image{'s'[: images != 1]}"
     if images == 1:
-        return f"{said}: intervals, drawn from images, mean nothing"
-    return said if images >= FEW else f"{said}: too few for the intervals to be trusted"
+        return f"{counts}: intervals, drawn from images, mean nothing"
+    return counts if images >= FEW else f"{counts}: too few for the intervals to be trusted"
 
 
 def reasons(found: Sequence[Result]) -> list[str]:
-    """What has to be said about rows: why some are empty, what is unusual, what a threshold was set from."""
-    told: dict[tuple[str, str], list[str]] = {}
+    """Return notes about rows: why some are empty, what is unusual, which images set a threshold."""
+    budgets_by_note: dict[tuple[str, str], list[str]] = {}
     for result in found:
         one = result.configuration
         calibrated = one.calibrated_on and result.score is not None
         for reason in (result.note, f"threshold set from {one.calibrated_on}" if calibrated else ""):
             if reason:
-                told.setdefault((one.method, reason), []).append(one.budget)
-    return [f"{method} at {', '.join(budgets)}: {reason}" for (method, reason), budgets in told.items()]
+                budgets_by_note.setdefault((one.method, reason), []).append(one.budget)
+    return [f"{method} at {', '.join(budgets)}: {reason}" for (method, reason), budgets in budgets_by_note.items()]
 
 
 def _groups(found: Sequence[Result]) -> list[tuple[str, list[str], list[tuple[list[str], bool]]]]:
@@ -124,7 +124,7 @@ def _group_cells(result: Result, groups: Sequence[tuple[str, str]]) -> list[str]
 
 
 def _changed(result: Result, some: Sequence[Example]) -> tuple[str, list[Card]]:
-    """Return what heads the answers that changed, and their cards."""
+    """Return the heading of the changed answers, and their cards."""
     one = result.configuration
     head = f"{one.method} at {one.budget}: {len(result.changed):,} of {len(result.records):,} answers changed"
     if len(some) < len(result.changed):

@@ -1,4 +1,4 @@
-"""Records summed up: a row for each configuration, beside the uncompressed model on the same questions."""
+"""Results: a row for each configuration, compared with the uncompressed model on the same questions."""
 
 from __future__ import annotations
 
@@ -22,40 +22,40 @@ from vlmzip.runtime.report import compact
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one configuration. Scores and shares are from 0 to 1."""
+    """The result of one configuration. Scores and shares are from 0 to 1."""
 
     configuration: Configuration
     records: Sequence[Record] = ()
-    """In the order of the questions; none where it could not run to its end, and then `note` says why."""
+    """In the order of the questions. Empty if not all questions were answered; then `note` says why."""
     note: str = ""
     score: Estimate | None = None
     against_plain: Estimate | None = None
     """The difference from the uncompressed model, paired."""
     shares: dict[str, Estimate] = field(default_factory=dict)
-    """What the metric has beside the score, such as F1."""
+    """Further numbers of the metric, such as F1."""
     reached: float = 0.0
     """Retention ratio over all layers and questions."""
     flops: float = 0.0
-    """Prefill FLOPs of the LLM, as a share of what it takes without compression."""
+    """Prefill FLOPs of the LLM, as a share of those without compression."""
     changed: Sequence[int] = ()
-    """Places of the records whose answer is another one than without compression."""
+    """Indices of the records whose answer differs from the one without compression."""
     groups: dict[tuple[str, str], tuple[float, int]] = field(default_factory=dict)
     """Score and number of questions by group, such as ("type", "count")."""
 
     @property
     def ran(self) -> bool:
-        """Whether the configuration answered all questions."""
+        """Return whether the configuration answered all questions."""
         return self.score is not None and self.against_plain is not None
 
     @property
     def tokens(self) -> str:
-        """Visual tokens at the layers of the LLM, the mean over all questions, in few words."""
+        """Return the visual tokens at the LLM's layers, as means over all questions, in short form."""
         layers = zip(*(record["visual_tokens_by_layer"] for record in self.records), strict=True)
         return compact(round(sum(counts) / len(self.records)) for counts in layers)
 
 
 def results(study: Study, task: Task, configurations: Sequence[Configuration], seed: int) -> Iterator[Result]:
-    """A result for each configuration of a task, the uncompressed model's first."""
+    """Yield a result for each configuration of a task, the uncompressed model's first."""
     mine = [one for one in configurations if one.task == task.name]
     plain = next(one for one in mine if one.is_plain)
     base = study.records(task, plain)
@@ -96,13 +96,13 @@ def _result(
 
 
 def _beyond_positions(records: Sequence[Record]) -> str:
-    """What to say about prompts that took more positions than the LLM has; older records do not tell."""
+    """Return a note about prompts with more positions than the LLM has, or "". Older records lack this field."""
     beyond = sum(bool(record.get("beyond_positions")) for record in records)
     return f"{beyond:,} of {len(records):,} prompts took more positions than the LLM has" if beyond else ""
 
 
 def difference(records: Sequence[Record], others: Sequence[Record], seed: int) -> Estimate:
-    """The mean score of some records minus that of others, which answer the same questions: paired."""
+    """Return the mean score of some records minus that of others to the same questions, paired."""
     bootstrap, ones = Bootstrap([record["image"] for record in records], seed), np.ones(len(records))
     return estimate(bootstrap.share(_scores(records), ones) - bootstrap.share(_scores(others), ones))
 
@@ -120,7 +120,10 @@ def _groups(records: Sequence[Record]) -> dict[tuple[str, str], tuple[float, int
 
 
 def measured(result: Result, model: str) -> MeasuredScore:
-    """A result as papers print theirs; what the papers call the benchmark is the task's name or its folder's."""
+    """Return a result as papers print theirs.
+
+    The name of the task, or of its folder, stands for the paper's name of the benchmark.
+    """
     one = result.configuration
     assert one.compressor is not None  # the caller has those that ran
     assert result.score is not None
@@ -139,7 +142,7 @@ def measured(result: Result, model: str) -> MeasuredScore:
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The places of the points (cost, score) that no other one beats in both, cheapest first."""
+    """Return the indices of the points (cost, score) that no cheaper or equally cheap point beats, cheapest first."""
     order = sorted(range(len(points)), key=lambda place: (points[place][0], -points[place][1]))
     front: list[int] = []
     for place in order:
@@ -148,9 +151,9 @@ def pareto(points: Sequence[tuple[float, float]]) -> list[int]:
     return front
 
 
-#: What a row of the CSV says about where it comes from, as the configuration's last record has it.
+#: The CSV columns with the conditions of a row, taken from the configuration's last record.
 CONDITIONS = ("model", "dtype", "device", "vlmzip", "torch", "transformers", "commit")
-#: Headings that people see in a page, and where there is little room: there, without the tokens by layer.
+#: Headings in a page, and on the terminal, which has no room for the tokens by layer.
 COLUMNS = ("method", "budget", "reached", "visual tokens", "prefill FLOPs", "score %", "against plain", "changed")
 SHORT_COLUMNS = ("method", "budget", "reached", "FLOPs", "score %", "vs plain", "changed")
 Value = Callable[[Result], Any]
@@ -192,7 +195,7 @@ def _ran(
     key: str = "",
     cell: Callable[[Any], object] = lambda value: value,
 ) -> Column[Result]:
-    """Return a column that a configuration has which ran to its end, of one name in JSON and CSV."""
+    """Return a column for configurations that answered all questions, with one name for JSON and CSV."""
     return Column(lambda one: value(one) if one.ran else ABSENT, heading, text, key, (key,), cell)
 
 
@@ -234,4 +237,4 @@ def _bounds(name: str) -> tuple[str, ...]:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.4f}"  # what reads it rounds, and should not round what is rounded
+    return f"{100 * share:.4f}"  # four decimals, so that readers do not round a rounded number

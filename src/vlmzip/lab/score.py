@@ -15,9 +15,10 @@ BATCH = 32
 
 
 class TaskScore:
-    """Answer the questions of a task; each process answers its share, and all get the same score.
+    """The score of a model on a task. Each process answers its share, and all processes get the same score.
 
-    Where parameters are shared out, every process answers all: one that ran more often would wait for the others.
+    If parameters are sharded, every process answers all questions: a process with more forwards would wait for the
+    others.
     """
 
     def __init__(self, answerer: Answerer, task: Task) -> None:

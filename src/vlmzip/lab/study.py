@@ -1,8 +1,7 @@
-"""Every configuration asked every question of its task; whatever was answered before is not asked again.
+"""Ask every configuration every question of its task. Answers that exist are not asked again.
 
-In the output folder, `study.json` says what was asked of which model, and records/TASK/COMPRESSOR.PROCESS.jsonl holds
-the answers. Budgets that come out at the same settings share their records.
-"""
+In the output folder, `study.json` says which model was asked what, and records/TASK/COMPRESSOR.PROCESS.jsonl holds the
+answers. Budgets that lead to the same settings share their records."""
 
 from __future__ import annotations
 
@@ -39,7 +38,7 @@ from vlmzip.version import __version__
 log = logging.getLogger(__name__)
 
 FILE = "study.json"
-#: What a record has of what it cost.
+#: The fields of a record that hold its costs.
 COSTS = ("method", "visual_tokens", "retention", "text_tokens", "prefill_flops", "beyond_positions")
 #: Fields that have one value in all records of a folder.
 SAME = ("dtype", "torch", "transformers")
@@ -47,17 +46,17 @@ AGAIN = "delete the line and run the same command again: its question will be as
 
 
 class MethodFailed(Exception):
-    """A method broke while it was answering; the others can go on."""
+    """A method broke while it was answering. Other methods can continue."""
 
 
 @dataclass
 class Study:
-    """One model, one output folder."""
+    """A study of one model in one output folder."""
 
     model: nn.Module
     processor: Processor
     name: str
-    """Where the model came from, as written."""
+    """The model as the user wrote it: mini, a folder or a hub id."""
     folder: Path
     batch: int
     processes: Processes
@@ -75,16 +74,17 @@ class Study:
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """What all answers in the folder depend on."""
+        """Return what all answers in the folder depend on."""
         return {**of_name(self.name), **of_model(self.model, self.processor)}
 
     def configure(
         self, tasks: Sequence[Task], methods: Sequence[Candidate], budgets: Sequence[str]
     ) -> list[Configuration]:
-        """What is to be asked; notes it in the folder, which other runs are kept out of until this one ends.
+        """Return the configurations to ask, write them to the folder, and keep other runs out of it until this one
+        ends.
 
-        Raises `UserError` where another run is writing there, and where the folder holds answers of another model, or
-        to other questions.
+        Raise `UserError` if another run writes there, or if the folder holds answers of another model or to other
+        questions.
         """
         for task in tasks:
             for sample in task.samples:
@@ -113,9 +113,9 @@ class Study:
         return found
 
     def run(self, tasks: Sequence[Task], configurations: Sequence[Configuration]) -> None:
-        """Asks whatever has no record yet. Returns when all processes are done; `failures` has what went wrong.
+        """Ask every question without a record. Return when all processes are done; `failures` then has the errors.
 
-        Raises `UserError` for records that cannot be read or written, and for images that cannot be read (any more).
+        Raise `UserError` for records that cannot be read or written, and for images that can no longer be read.
         """
         by_name = {task.name: task for task in tasks}
         runs = {one.key: one for one in configurations if one.compressor is not None}
@@ -134,19 +134,19 @@ class Study:
         self.failures = self.processes.together(mine)
 
     def records(self, task: Task, one: Configuration) -> list[Record]:
-        """The records of a configuration, in the order of the task's questions, as far as there are any."""
+        """Return the existing records of a configuration, in the order of the task's questions."""
         found = self._series(task, one).read(task.samples)
         return [found[sample.id] for sample in task.samples if sample.id in found]
 
     def failure(self, one: Configuration) -> str:
-        """Why a configuration could not be finished; empty where it could."""
+        """Return why a configuration could not be finished, or ""."""
         return self.failures.get(one.key, "") if one.compressor else ""
 
     def attach(self, compressor: Compressor) -> CompressedModel:
         return self.attacher.attach(compressor)
 
     def _ask_all(self, task: Task, one: Configuration) -> int:
-        """Asks this process's share of the questions that have no record. Returns how many were asked."""
+        """Ask this process's share of the questions without a record, and return their number."""
         series = self._series(task, one)
         if not series.is_open(task.samples, self.batch):
             return 0
@@ -159,7 +159,7 @@ class Study:
     def _answer(self, task: Task, one: Configuration, compressed: CompressedModel, places: range) -> list[Record]:
         samples = [task.samples[place] for place in places]
         images, questions = [sample.load() for sample in samples], [sample.question for sample in samples]
-        pixels = [of_image(image) for image in images]  # of what is shown, in case a file changes meanwhile
+        pixels = [of_image(image) for image in images]  # of the images as asked, in case a file changes during the run
         answers = _guarded(one, lambda: self.answerer.answer(compressed, images, questions, task.max_new_tokens))
         return [
             self._record(task, one, sample, answer) | {"pixels": digest}
@@ -198,7 +198,7 @@ class Study:
         return self.store.series(task, one.file_stem, (*COSTS, *self.conditions), check)
 
     def _disagreeing(self, record: Record) -> str:
-        """Which number of a record does not follow from the others of it; empty where all do."""
+        """Return which number of a record does not follow from its other numbers, or ""."""
         by_layer = tuple(record["visual_tokens_by_layer"])
         answer = Answer(record["given"], record["visual_tokens"], by_layer, record["text_tokens"])
         now = {"retention": round(answer.retention, 6)}
@@ -208,7 +208,7 @@ class Study:
 
 
 def _guarded(one: Configuration, work: Callable[[], Any]) -> Any:
-    """The work's result; whatever breaks in a method ends that method. Without compression, nothing is left to say."""
+    """Return the result of `work`. Raise `MethodFailed` if a method breaks; without compression, raise the error."""
     try:
         return work()
     except Exception as error:

@@ -1,8 +1,7 @@
-"""Results as rows and columns, rendered for people and for programs.
+"""Results as rows and columns, for people and for programs.
 
-A command lists its columns once. A column says how a row's value looks to people, under a heading, and how it stands in
-files: under a key in JSON, and under one or several names in CSV.
-"""
+A command defines its columns once. A column has a heading and a format for people, a key for JSON, and one or several
+names for CSV."""
 
 from __future__ import annotations
 
@@ -20,39 +19,39 @@ from rich.table import Table as RichTable
 from vlmzip.files import write_csv
 
 R = TypeVar("R")
-#: What people see where a row has no value.
+#: Printed if a row has no value.
 NOTHING = "—"
-#: The value of a row that does not have a column at all: JSON leaves the key out, and a cell of CSV is empty.
+#: The value of a column that does not apply to a row: JSON omits the key, and the CSV cell is empty.
 ABSENT: Any = type("Absent", (), {"__repr__": lambda self: "ABSENT"})()
-#: Line width where no screen limits it.
+#: Line width without a terminal.
 WIDE = 240
 
 
 @dataclass(frozen=True)
 class Column(Generic[R]):
-    """One column: what a row has, and how it is shown."""
+    """A column: how to get its value from a row, and how to show it."""
 
     value: Callable[[R], Any]
     heading: str = ""
-    """What people see above it; empty: it stands in files alone."""
+    """The heading for people. Without one, the column is only in files."""
     text: Callable[[Any], str] = str
-    """The value for people."""
+    """Format a value for people."""
     key: str = ""
-    """Its name in JSON; empty: it is not there."""
+    """The key in JSON. Without one, the column is not in JSON."""
     csv: tuple[str, ...] = ()
-    """Its names in CSV. Several: `cells` gives as many."""
+    """The names in CSV. For several names, `cells` returns as many values."""
     cells: Callable[[Any], object] = lambda value: value
-    """The value for CSV, or a tuple of values."""
+    """Return the CSV value, or a tuple of values."""
 
 
 @dataclass(frozen=True)
 class Table(Generic[R]):
-    """Rows under columns."""
+    """A table: columns and rows."""
 
     columns: Sequence[Column[R]]
     rows: Sequence[R]
     shown: Sequence[str] | None = None
-    """The headings that people see, in their order; `None`: all, in the order of the columns."""
+    """The headings to print, in order; `None`: all, in the order of the columns."""
 
     @property
     def headings(self) -> list[str]:
@@ -70,7 +69,7 @@ class Table(Generic[R]):
         return [{key: value for key, value in row.items() if value is not ABSENT} for row in rows]
 
     def as_csv(self) -> list[dict[str, object]]:
-        """Return the rows with a cell for every name that some row has a value for."""
+        """Return the rows as CSV cells, with every name for which some row has a value."""
         rows = [dict(pair for column in self.columns for pair in _cells(column, row)) for row in self.rows]
         names = [name for column in self.columns for name in column.csv]
         known = [name for name in dict.fromkeys(names) if any(name in row for row in rows)]
@@ -92,7 +91,7 @@ class Table(Generic[R]):
 
 
 class Console(console.Console):
-    """Rich's console, which leaves it to the caller what happens when nobody reads the output any more."""
+    """A rich console that raises `BrokenPipeError` when the reader closes the pipe. The caller handles the error."""
 
     def on_broken_pipe(self) -> NoReturn:
         raise BrokenPipeError
@@ -119,7 +118,7 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in escaped)
 
 
-#: What LaTeX reads as commands, and how it is written instead.
+#: Characters that are special in LaTeX, and their replacements.
 LATEX = {
     **{char: f"\\{char}" for char in "&%$#_{}"},
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
@@ -128,7 +127,7 @@ LATEX = {
 
 
 def latex(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Return a `tabular` with the lines of booktabs: words to the left, numbers to the right."""
+    """Return a `tabular` with booktabs rules: words on the left, numbers on the right."""
     lines = [" & ".join("".join(LATEX.get(char, char) for char in cell) for cell in line) for line in [columns, *rows]]
     head, *body = (f"  {line} \\\\" for line in lines)
     begin = f"\\begin{{tabular}}{{l{'r' * (len(columns) - 1)}}}"
@@ -149,7 +148,7 @@ def show_bytes(value: float) -> str:
 
 
 def _plain(value: object) -> object:
-    """Return a value for JSON: the fields of a dataclass as an object."""
+    """Return a value for JSON. A dataclass becomes an object."""
     return asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
 
 

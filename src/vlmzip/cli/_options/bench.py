@@ -16,9 +16,9 @@ EXAMPLES = """  vlmzip bench
 METHODS = "visionzip,pool2d,kmeans,downsample,random_tokens,llavolta,fastv,sparsevlm"
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
 CLOCKS = ("wall", "cpu")
-#: What a small CPU does in a few minutes.
+#: The scale with which a small CPU finishes in a few minutes.
 SMALL = "1/8"
-#: Options that are whole numbers: name, default, least, what it is.
+#: Integer options: name, default, smallest value, description.
 WHOLE = (
     ("text-tokens", 64, 1, "tokens of text in a prompt"),
     ("new-tokens", 8, 2, "tokens of an answer"),
@@ -51,7 +51,7 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument(
         "--clock",
         default=CLOCKS[0],
-        help="wall, or cpu: seconds that this process computed, for a CPU that others use too (with one thread);"
+        help="wall, or cpu: CPU seconds of this process, for a CPU that other processes use too (with one thread);"
         " default: %(default)s",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")

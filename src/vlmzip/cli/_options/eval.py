@@ -18,7 +18,7 @@ EXAMPLES = """  vlmzip eval --limit 300 --methods visionzip,pool2d --keep 25%,11
   vlmzip eval --suite llavolta13 --model llava-hf/llava-1.5-7b-hf --methods visionzip --keep 64
   accelerate launch --multi_gpu --num_processes 4 -m vlmzip.cli.main eval --model llava-hf/llava-1.5-7b-hf …
 
-Run the same command again to go on where it was stopped: nothing is asked twice."""
+Run the same command again to continue an interrupted run: no question is asked twice."""
 
 
 def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:

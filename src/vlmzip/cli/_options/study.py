@@ -11,7 +11,7 @@ from vlmzip.lab.analyses import NAMES, about
 EXAMPLES = """  vlmzip study tau --limit 300
   vlmzip study all --model llava-hf/llava-1.5-7b-hf --task my_questions:vqa --limit 500
 
-Each writes NAME.csv, NAME.png and NAME.svg into --out. Run the same command again to go on where it was stopped."""
+Each writes NAME.csv, NAME.png and NAME.svg into --out. Run the same command again to continue an interrupted run."""
 
 
 def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:

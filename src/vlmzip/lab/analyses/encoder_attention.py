@@ -51,7 +51,7 @@ SHOWN = 6
 def measure(subject: Subject) -> list[Row]:
     """Measure the concentration, and draw the attention of one image's layers to `encoder_attention-maps.png`.
 
-    The first process does all the work. Raises `UserError` if the folder has answers of another model, so that figures
+    The first process does all the work. Raise `UserError` if the folder has answers of another model, so that figures
     of two models do not get mixed.
     """
     subject.study().configure([subject.task], [], [AS_SET])

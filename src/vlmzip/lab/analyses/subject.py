@@ -60,7 +60,7 @@ class Subject:
     def ask(self, compressors: Sequence[Compressor]) -> list[Result]:
         """Return the results of the uncompressed model and then of each compressor, as in `vlmzip eval`.
 
-        Raises `Unsuited` if a compressor does not fit the model, and `UserError` if one fails.
+        Raise `Unsuited` if a compressor does not fit the model, and `UserError` if one fails.
         """
         study = self.study()
         written = ",".join(map(spec.write, compressors))

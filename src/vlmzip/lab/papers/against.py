@@ -28,7 +28,7 @@ BENCHMARKS = {
 
 @dataclass(frozen=True)
 class MeasuredScore:
-    """A score that you have measured. Raises `UserError` if the budget is missing or invalid."""
+    """A score that you have measured. Raise `UserError` if the budget is missing or invalid."""
 
     model: str
     """The papers' name of the model, or the checkpoint: `LLaVA-1.5-7B`, `llava-hf/llava-1.5-7b-hf`."""
@@ -68,7 +68,7 @@ def against(paper: str, measured: Iterable[MeasuredScore]) -> list[PaperComparis
 
     Several published numbers can differ in setting (tuned or not) or source; numbers measured by others come last. A
     measured number without a published one is listed with the reason. Averages are only compared with averages over the
-    same number of benchmarks, such as "average of 11". Raises `UserError` for a paper without published numbers here.
+    same number of benchmarks, such as "average of 11". Raise `UserError` for a paper without published numbers here.
     """
     rows = published(paper)
     return [comparison for mine in measured for comparison in _compared(mine, rows)]

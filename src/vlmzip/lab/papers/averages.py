@@ -67,7 +67,7 @@ class Average:
 def averages(paper: str) -> list[Average]:
     """Return the paper's averages over a stated number of benchmarks that have at least one column here.
 
-    Raises `UserError` for a paper without published numbers here.
+    Raise `UserError` for a paper without published numbers here.
     """
     rows = published(paper)
     columns = published(COLUMNS_OF[paper]) if paper in COLUMNS_OF else rows

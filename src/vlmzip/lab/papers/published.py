@@ -76,7 +76,7 @@ def papers() -> list[str]:
 def published(paper: str) -> list[Published]:
     """Return a paper's numbers, file by file.
 
-    Raises `UserError` with the closest name if there are none.
+    Raise `UserError` with the closest name if there are none.
     """
     name = paper.strip().lower()
     name = ALIASES.get(name, name)
@@ -94,7 +94,7 @@ def tables() -> dict[str, tuple[Published, ...]]:
 
 
 def read(text: str) -> tuple[Published, ...]:
-    """Parse the rows of one file. Raises `ValueError` for a missing column or cell, or a value that is not a number."""
+    """Parse the rows of one file. Raise `ValueError` for a missing column or cell, or a value that is not a number."""
     names = [field.name for field in fields(Published)][:-1]  # `decimals` follows from the value
     reader = csv.DictReader(text.splitlines(), strict=True)
     if reader.fieldnames != names:

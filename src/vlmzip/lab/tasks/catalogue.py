@@ -13,7 +13,7 @@ from vlmzip.lab.tasks.task import Task
 
 
 def read_tasks(text: str, limit: int | None, calibrate_on: str | None) -> list[Task]:
-    """Return the tasks of a comma-separated list. Raises `UserError` for an unknown task or one that cannot be read."""
+    """Return the tasks of a comma-separated list. Raise `UserError` for an unknown task or one that cannot be read."""
     names = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not names:
         raise UserError("--tasks names no task; separate them with commas: --tasks mini,easy-vqa")
@@ -21,7 +21,7 @@ def read_tasks(text: str, limit: int | None, calibrate_on: str | None) -> list[T
 
 
 def read_one_task(text: str, limit: int | None, calibrate_on: str | None) -> Task:
-    """Return the task of a command that takes one task only. Raises `UserError` for a list of several tasks, too."""
+    """Return the task of a command that takes one task only. Raise `UserError` for a list of several tasks, too."""
     folder = text.rpartition(":")[0] or text
     if not text.strip() or ("," in text and not is_there(folder)):
         raise UserError(f"--task takes exactly one task, got {text!r}")
@@ -29,7 +29,7 @@ def read_one_task(text: str, limit: int | None, calibrate_on: str | None) -> Tas
 
 
 def read_task(text: str, limit: int | None, calibrate_on: str | None) -> Task:
-    """Return a task by name. Raises `UserError` for an unknown task or one that cannot be read."""
+    """Return a task by name. Raise `UserError` for an unknown task or one that cannot be read."""
     name, _, suffix = text.rpartition(":") if ":" in text else (text, "", "")
     if name == mini.NAME and not suffix:
         return _calibrated_on(mini.mini_task(limit), calibrate_on)

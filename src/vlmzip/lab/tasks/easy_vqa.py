@@ -27,7 +27,7 @@ CALIBRATE_ON = 200
 
 
 def easy_vqa_task(limit: int | None, relation: str) -> Task:
-    """Return the test split. Raises `UserError` if the package is not installed."""
+    """Return the test split. Raise `UserError` if the package is not installed."""
     package = _package()
     paths = package.get_test_image_paths()
     seen: Counter[int] = Counter()

@@ -32,7 +32,7 @@ UNCALIBRATED = "its threshold must be set from images without questions in the t
 def folder_task(place: str, metric: str, limit: int | None, calibrate_on: str | None) -> Task:
     """Return the task of a JSONL file, or of the only JSONL file in a folder.
 
-    Raises `UserError` with file and line for an invalid question, and for images that cannot be read.
+    Raise `UserError` with file and line for an invalid question, and for images that cannot be read.
     """
     path, scoring = _questions_file(Path(place)), METRICS[metric]
     samples = _read(path, scoring)[:limit]
@@ -54,7 +54,7 @@ def folder_task(place: str, metric: str, limit: int | None, calibrate_on: str | 
 def check_images(samples: Sequence[Sample]) -> dict[str, str]:
     """Decode every image once and return the digests, by image.
 
-    Raises `UserError` with the number of images that cannot be read and the reason for the first one.
+    Raise `UserError` with the number of images that cannot be read and the reason for the first one.
     """
     pixels: dict[str, str] = {}
     wrong: dict[str, str] = {}
@@ -123,7 +123,7 @@ def _sample(folder: Path, number: int, content: object, metric: Metric) -> Sampl
 
 
 def calibration_on(folder: str, samples: Sequence[Sample]) -> CalibrationSet:
-    """Return the images of a folder. Raises `UserError` if there are none, or if `samples` ask about one of them."""
+    """Return the images of a folder. Raise `UserError` if there are none, or if `samples` ask about one of them."""
     if not is_folder(folder):
         raise UserError(f"--calibrate-on must be a folder of images, got {folder!r}")
     known = Image.registered_extensions()

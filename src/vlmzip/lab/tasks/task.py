@@ -23,7 +23,7 @@ class Sample:
     answers: tuple[str, ...]
     """The right answers. The metric defines what several answers mean."""
     load: Callable[[], Image.Image] = field(compare=False)
-    """Return the image in RGB. Raises `UserError` if it cannot be read."""
+    """Return the image in RGB. Raise `UserError` if it cannot be read."""
     pixels: str
     """The digest of the image, which detects a replaced image."""
     groups: Mapping[str, str] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What a search has seen, as a figure: the loss of every candidate over its cost, the limits, and the choice."""
+"""Draw a search: the loss of every candidate over its cost, the limits, and the choice."""
 
 from __future__ import annotations
 

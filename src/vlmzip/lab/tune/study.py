@@ -170,7 +170,7 @@ def prefill_milliseconds(
             compressed.detach()
 
     failures: dict[int, str] = {}
-    for number, one in enumerate(configurations):  # the warm-up, and who can run at all
+    for number, one in enumerate(configurations):  # the warm-up, which also finds out which configurations can run
         log.info(f"warming up: {spec.write(one.compressor) if one.compressor else one.method}")
         try:
             run(one)
