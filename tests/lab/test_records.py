@@ -93,7 +93,7 @@ def test_a_sample_in_two_files_is_no_sample_twice(path):
     other = path.with_name("it.1.jsonl")
     with Shard(other) as shard:
         shard.append([record(9), record(2)])
-    with pytest.raises(UserError, match=r"it\.1\.jsonl:2 is no record"):
+    with pytest.raises(UserError, match=r"it\.1\.jsonl:2 is not a record"):
         read_records([path, other])
 
 

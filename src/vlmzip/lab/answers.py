@@ -1,7 +1,7 @@
 """Store answers in a folder, so that no question is asked twice.
 
-A header, `study.json` or `suite.json`, says which model the folder is about. Each way of asking a task's questions has a
-series of records, with one file per process: records/TASK/NAME.PROCESS.jsonl. `records` defines the format of the files."""
+A header, `study.json` or `suite.json`, says which model the folder is about. Each way of asking a task's questions has
+a series of records, with one file per process: records/TASK/NAME.PROCESS.jsonl. `records` defines the file format."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class AnswerStore:
         if not path.exists():
             if (self.folder / self.content).exists():
                 raise UserError(
-                    f"{str(self.folder)!r} has {self.content} but no {self.header}, so their model is unknown; give another"
-                    " --out"
+                    f"{str(self.folder)!r} has {self.content} but no {self.header}, so their model is unknown;"
+                    " give another --out"
                 )
             return {}
         header = self.read_json(self.header, "give another --out")

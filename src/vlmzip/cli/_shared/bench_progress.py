@@ -1,4 +1,4 @@
-"""What `bench` says on stderr while it runs: how far it is and how long it will still take."""
+"""The progress of `bench` on stderr: how far it is, and how long the rest will take."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from vlmzip.lab.bench.bench import BenchStep
 
 log = logging.getLogger(__name__)
 
-#: Seconds after which a line is due in the middle of a round, and those that lie between two lines at least.
+#: Seconds after which a line is due within a round, and the shortest time between two lines.
 DUE, SOON = 20.0, 5.0
-#: What measuring the memory takes: every method answers twice, on a CPU in a process that has to start first.
+#: The cost of measuring the memory: two answers per method and, on a CPU, the seconds until the process starts.
 MEMORY_ROUNDS, START = 2, 10.0
 
 

@@ -2,7 +2,7 @@
 
 LLaVA-Zip (arXiv:2412.08771) promises that fewer tokens per image make room for several images and for video frames.
 
-* `fits` is arithmetic: how many images fit the model's positions beside the text, at each budget. It covers the task's
+* `fits` is arithmetic: how many images fit the model's positions with the text, at each budget. It covers the task's
   images, and LLaVA-1.5's images and Video-LLaVA's frames in the 4,096 positions of Vicuna. If kept tokens keep their
   positions (`positions="original"`, and inside the LLM), compression saves computation and cache but no positions.
 * `asked` is measured: every question of the task, about the first or the last of n images. The other images are those

@@ -1,4 +1,4 @@
-"""Speed and memory of methods on one model, each beside the FLOPs that it leaves to be done."""
+"""Measure speed and memory of methods on one model, and compare them with the FLOPs that remain."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from vlmzip.runtime.token_profile import TokenProfile
 
 PLAIN = NoCompression.name()
 
-#: What is timed: the LLM's prefill, and everything from the call to the first token.
+#: The timed scopes: the LLM's prefill, and everything from the call to the first token.
 Scope = Literal["prefill", "ttft"]
 SCOPES: tuple[Scope, ...] = ("prefill", "ttft")
 
 
 @dataclass
 class Contender:
-    """A method and what was measured of it; the plain model has no compressor."""
+    """A method and its measurements. The plain model has no compressor."""
 
     name: str
     compressor: Compressor | None
     note: str = ""
-    """Why there are no numbers, or what is unusual about them."""
+    """Why numbers are missing or unusual."""
     profiles: list[TokenProfile] = field(default_factory=list)
-    """One for each row of the batch."""
+    """The token profile of each row of the batch."""
     flops: dict[Scope, int] = field(default_factory=dict)
-    """What the scope has to compute: selection is no part of it."""
+    """The FLOPs of each scope, without those of selection."""
     kv_bytes: int = 0
     peak_bytes: int | None = None
-    """Beyond the weights, at the highest; `None` where it cannot be measured."""
+    """Peak memory beyond the weights; `None` if it cannot be measured."""
     without_peak: str = ""
-    """Why the memory was not measured, where its process failed."""
+    """Why the memory was not measured, if its process failed."""
     spans: list[Spans] = field(default_factory=list)
 
     @contextmanager
@@ -71,13 +71,13 @@ class Contender:
 
 @dataclass(frozen=True)
 class Compared:
-    """One scope of one method beside the plain model's."""
+    """A scope of a method, compared with the plain model's."""
 
     milliseconds: Quartiles
     speed_up: Quartiles
-    """Ratios within rounds."""
+    """Quartiles of the ratios within rounds."""
     limit: float
-    """The speed-up if time were FLOPs: FLOPs of the plain model over FLOPs of the method, in this scope."""
+    """The speed-up if time were proportional to FLOPs: the plain model's FLOPs over the method's, in this scope."""
 
     @property
     def share(self) -> Quartiles:
@@ -91,9 +91,9 @@ class BenchStep:
 
     name: str
     round: int | None = None
-    """0 to warm up, from 1 on timed; `None` where tokens and FLOPs are counted."""
+    """0 for the warm-up, from 1 for timed rounds; `None` while tokens and FLOPs are counted."""
     rounds: int = 0
-    """The timed ones."""
+    """The number of timed rounds."""
 
 
 def compare(contender: Contender, plain: Contender, scope: Scope) -> Compared:
@@ -158,7 +158,7 @@ def _count(one: Contender, compressed: Any, adapter: ModelAdapter, inputs: Mappi
     """Set the tokens, FLOPs and KV-cache bytes of one run."""
     ids = inputs["input_ids"]
     vision = [adapter.vision_encoder]
-    if adapter.projector not in adapter.vision_encoder.modules():  # in some families the encoder holds it
+    if adapter.projector not in adapter.vision_encoder.modules():  # in some families it is part of the encoder
         vision.append(adapter.projector)
     vision += [module for module in (getattr(compressed, "resampler", None),) if isinstance(module, nn.Module)]
     before_llm = flops_inside(
@@ -193,6 +193,6 @@ def peaks(
             with Contender("", compressor).on(model) as compressed:
                 run = partial(compressed.generate, **inputs, do_sample=False, max_new_tokens=new_tokens)
                 peak = peak_bytes(run, inputs["input_ids"].device)
-        except Exception:  # `bench` runs the same and says why
+        except Exception:  # `bench` runs the same method and reports the error
             peak = None
         yield peak

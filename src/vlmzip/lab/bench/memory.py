@@ -1,4 +1,4 @@
-"""The memory that a run takes at its highest, beyond what is there before it."""
+"""Measure the peak memory of a run, beyond the memory in use before it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import torch
 from vlmzip.children import in_child
 from vlmzip.errors import UserError
 
-#: For the environment of a process whose memory is measured on the CPU: its allocator gives back at once what is freed,
-#: so that what ran before is not taken for what runs now.
+#: The environment of a process whose memory is measured on the CPU. Its allocator returns freed memory to the system at
+#: once, so that memory of earlier runs does not count.
 FRUGAL = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ def available_bytes(device: str | torch.device = "cpu") -> int | None:
 
 def in_frugal_process(run: Callable[..., Iterable[T]], *arguments: object) -> Iterator[T]:
     """Yield what `run(*arguments)` yields in a fresh process with `FRUGAL` set; see `in_child`."""
-    return in_child(run, *arguments, environment=FRUGAL)  # read once, when a process starts: this one stays as it is
+    return in_child(run, *arguments, environment=FRUGAL)  # a process reads it once, when it starts
 
 
 def peak_bytes(run: Callable[[], object], device: str | torch.device = "cpu") -> int:
@@ -53,7 +53,7 @@ def peak_bytes(run: Callable[[], object], device: str | torch.device = "cpu") ->
         return torch.cuda.max_memory_allocated(device) - before
     try:
         _trim()
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
         before = _resident("VmRSS")
         run()
         return max(_resident("VmHWM") - before, 0)

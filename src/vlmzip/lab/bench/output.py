@@ -1,4 +1,4 @@
-"""What `bench` measured, as rows of a CSV, as JSON and as a table."""
+"""The measurements of `bench`: rows of a CSV, JSON, and tables."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from vlmzip.lab.table import Console, show_bytes
 from vlmzip.runtime.report import compact
 
 WORDS: dict[Scope, str] = {"prefill": "LLM prefill", "ttft": "TTFT"}
-#: Blocks of the table: a heading, and what stands beside the method's name.
+#: Blocks of the table: a heading, and the columns after the method's name.
 BLOCKS: tuple[tuple[Scope | None, str, tuple[str, ...]], ...] = (
     ("prefill", "LLM prefill, with output head", ("ms", "speed-up", "limit", "share of limit")),
     ("ttft", "TTFT: from the call to the first token", ("ms", "speed-up", "limit", "share of limit")),
     (None, "Memory and decoding", ("visual tokens", "KV cache", "peak memory", "tokens/s")),
 )
-#: Every block fits into so many characters; a method's name takes at most `NAME` of them in a line.
+#: The width of a block, and of a method's name in it, in characters per line.
 WIDTH, NAME = 80, 30
-#: Third over first quartile of the plain model's times; beyond, something else than chance is at work.
+#: Third over first quartile of the plain model's times. Above this, other work probably shares the processor.
 BUSY = 1.25
 
 
@@ -139,7 +139,7 @@ def print_tables(
     path: Path | None,
 ) -> None:
     console, repeats = Console(highlight=False), len(found[0].spans)
-    console.width = max(console.width, WIDTH)  # in a narrower window lines go on below; a number cut off would mislead
+    console.width = max(console.width, WIDTH)  # a narrower window wraps lines; truncated numbers would mislead
     console.print(Text(_title(args, preset, device), style="bold"), "", sep="\n")
     for scope, heading, columns in BLOCKS:
         console.print(Text(heading), _block(found, scope, columns, spread=repeats > 1), "", sep="\n")
@@ -174,7 +174,7 @@ def _block(found: list[Contender], scope: Scope | None, columns: tuple[str, ...]
     table = Table(box=None, pad_edge=False)
     table.add_column("method", no_wrap=True)
     for column in columns:
-        words = column == "visual tokens"  # counts by layer may go on below, between numbers
+        words = column == "visual tokens"  # counts by layer may wrap between numbers
         header = Text(column.replace(" ", "\n"))
         table.add_column(header, justify="left" if words else "right", no_wrap=not words)
     for one in found:

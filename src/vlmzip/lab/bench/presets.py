@@ -1,4 +1,4 @@
-"""Models of published dimensions with random weights: what speed and memory need, and no download."""
+"""Models of published dimensions with random weights, for speed and memory. They need no download."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from vlmzip.errors import UserError
 from vlmzip.keep import round_half_up
 
-#: LLaVA-1.5's vocabulary as llava-hf has it: Vicuna's 32,000, the placeholder, padding up to a multiple of 64.
+#: LLaVA-1.5's vocabulary in llava-hf: Vicuna's 32,000, the placeholder, and padding to a multiple of 64.
 VOCABULARY, PLACEHOLDER, PAD = 32_064, 32_000, 32_001
 #: Width of an attention head in Vicuna and in CLIP ViT-L.
 LLM_HEAD, VISION_HEAD = 128, 64
@@ -22,12 +22,12 @@ PATCH = 14
 
 @dataclass(frozen=True)
 class Preset:
-    """Dimensions of a LLaVA: Vicuna as LLM, CLIP ViT-L/14 as vision encoder, a projector of two layers."""
+    """Dimensions of a LLaVA: Vicuna as LLM, CLIP ViT-L/14 as vision encoder, and a projector of two layers."""
 
     images: int
-    """Images in each prompt: tiles and frames are images here."""
+    """Images per prompt. Tiles and frames count as images."""
     side: int
-    """Pixels of an image's side."""
+    """The side of an image, in pixels."""
     layers: int = 32
     heads: int = 32
     mlp: int = 11_008
@@ -62,7 +62,7 @@ class Preset:
 _13B = {"layers": 40, "heads": 40, "mlp": 13_824}
 
 #: LLaVA-1.5's dimensions; "llava-next" and "video-llava" are these at the visual tokens of LLaVA-NeXT (an overview and
-#: four tiles: 2,880) and Video-LLaVA (8 frames of 256: 2,048). What else these families do is not in them.
+#: four tiles: 2,880) and Video-LLaVA (8 frames of 256: 2,048). Other features of these families are not modelled.
 PRESETS = {
     "llava-1.5-7b": Preset(images=1, side=336),
     "llava-1.5-13b": Preset(images=1, side=336, **_13B),

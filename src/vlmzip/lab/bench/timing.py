@@ -1,4 +1,4 @@
-"""Timing: variants interleaved in one run, so that whatever else the machine does troubles them alike."""
+"""Time variants interleaved in one run, so that other work on the machine affects all alike."""
 
 from __future__ import annotations
 
@@ -80,14 +80,14 @@ def interleaved(
 
 
 class Spans(NamedTuple):
-    """Where the time of one answer went; seconds."""
+    """The times of one answer, in seconds."""
 
     prefill: float
-    """The prompt in the LLM: its layers, what acts inside them, and the output head."""
+    """The LLM's prefill: its layers, compression inside them, and the output head."""
     ttft: float
     """From the call of `generate` to the first token: vision encoder, selection, projector, prefill."""
     token: float
-    """Each further token."""
+    """The mean time of each further token."""
 
 
 def time_answer(
@@ -110,7 +110,7 @@ def time_answer(
     tokens: list[float] = []
 
     def mark(times: list[float], *_: object) -> None:
-        if not times:  # the prompt; what follows are single tokens
+        if not times:  # only the first call has the prompt; later calls have single tokens
             times.append(clock(device))
 
     def each_token(ids: Tensor, *_: object, **__: object) -> Tensor:

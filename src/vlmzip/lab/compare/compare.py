@@ -1,4 +1,4 @@
-"""One question answered by many methods at one budget; a method that fails costs the others nothing."""
+"""Answer one question with many methods at one budget. A method that fails does not stop the others."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from vlmzip.spec import Candidate
 PLAIN = NoCompression.name()
 
 
-#: Shows what is being done as long as it is: a spinner, for instance.
+#: Show the current work until the block ends, for instance with a spinner.
 Working = Callable[[str], AbstractContextManager[object]]
 
 
 @dataclass
 class MethodRow:
-    """What came of one method."""
+    """A method's answer and its costs."""
 
     method: str
     note: str = ""
-    """Why there is no answer, or what is unusual about it."""
+    """Why the answer is missing or unusual."""
     compressed: CompressedModel | None = None
     first: TimedAnswer | None = None
     differs: bool = False
-    """Whether the answer is another than the plain model's."""
+    """Whether the answer differs from the plain model's."""
     broke: bool = False
-    """Whether the method failed with something other than a reason for the user."""
+    """Whether the method failed with an error other than `UserError`."""
     spent: list[dict[str, float]] = field(default_factory=list)
     working: Working = nullcontext
 

@@ -1,4 +1,4 @@
-"""What `compare` found, in words, as JSON, as a contact sheet and as a page."""
+"""The result of `compare`: a table, JSON, a contact sheet, and a page."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from vlmzip.visualize.page import Card, render
 from vlmzip.visualize.sheet import Panel, contact_sheet
 from vlmzip.visualize.views import fates_of_views, plain_views
 
-#: The views of every image of a report, as the encoder saw them.
+#: Return the views of every image of a report, as the encoder saw them.
 Seen = Callable[[Report], list[list[Image.Image]]]
 
 DIFFERS = "≠ "
 PARTS = ("vision encoder", "selection", "LLM")
-#: How many of the columns tell what came out; the others tell what it cost.
+#: The number of columns about the answer. The other columns are about its cost.
 OUTCOME = 5
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The rows, the plain model's first, and under what conditions they came about."""
+    """The rows of a comparison, the plain model's first, and their conditions."""
 
     rows: list[MethodRow]
     model: str
     question: str
     paths: list[str]
     keep: Keep | None
-    """`None`: methods as they are written."""
+    """The budget; `None`: methods keep their own settings."""
     repeats: int
     device: torch.device
     dtype: torch.dtype

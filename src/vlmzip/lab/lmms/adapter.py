@@ -1,12 +1,12 @@
-"""lmms-eval's view of a model with a compressor: questions in batches, answers with what they cost.
+"""Let lmms-eval ask a model with a compressor: questions in batches, answers with their costs.
 
     python -m lmms_eval --model vlmzip --model_args "pretrained=DIR,method=visionzip(keep=64)" --tasks pope
 
     from lmms_eval.evaluator import simple_evaluate
     simple_evaluate(model=CompressedForLmms(compressed, processor, batch_size=8), tasks=["pope"])
 
-Whatever breaks ends the run. lmms-eval's own adapters log an exception and hand back an empty answer, so that a broken
-method gets a low score instead of an error.
+Any error ends the run. lmms-eval's own adapters log an exception and return an empty answer, so that a broken method
+gets a low score instead of an error.
 """
 
 from __future__ import annotations
@@ -61,17 +61,17 @@ def note(text: str) -> None:
 
 @dataclass
 class Costs(TokenCounts):
-    """Tokens of one request, which lmms-eval writes beside the answer.
+    """The token counts of one request, which lmms-eval writes next to the answer.
 
-    `input_tokens` is the prompt as the LLM got it.
+    `input_tokens` is the length of the compressed prompt.
     """
 
     visual_tokens: int = 0
-    """Without compression."""
+    """The count without compression."""
     visual_tokens_by_layer: str = ""
-    """Left at each layer of the LLM, in few words: `16`, or `144×2 → 18×4`."""
+    """The number at each LLM layer, in short form: `16`, or `144×2 → 18×4`."""
     retention: float = 1.0
-    """Visual tokens over all layers, as a share of what they would be without compression."""
+    """Visual tokens over all layers, as a share of those without compression."""
 
     def to_dict(self) -> dict[str, object]:
         shown = {"visual_tokens": self.visual_tokens, "visual_tokens_by_layer": self.visual_tokens_by_layer}
@@ -80,7 +80,7 @@ class Costs(TokenCounts):
 
 @dataclass(frozen=True)
 class LmmsQuestion:
-    """One request: where it stands among the others, what is asked, and how the answer is generated."""
+    """A request: its index, the conversation, and the generation settings."""
 
     place: int
     chat: Chat
@@ -88,9 +88,9 @@ class LmmsQuestion:
 
 
 class CompressedForLmms(lmms):
-    """Any model that `attach` returned (also with `NoCompression`, which is the plain one), for lmms-eval."""
+    """A model that `attach` returned, for lmms-eval. The plain model has the compressor `NoCompression`."""
 
-    is_simple = False  # tasks hand over messages, not a text and images
+    is_simple = False  # tasks provide messages, not a text and images
 
     def __init__(self, compressed: CompressedModel, processor: Processor, batch_size: int = 1) -> None:
         """Prepare to answer. Raise `UserError` for a batch size below 1."""

@@ -1,4 +1,4 @@
-"""What lmms-eval hands over, in the form that this library takes: settings in one line, messages, ways to generate."""
+"""Parse what lmms-eval provides: settings in one line, messages, and generation settings."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from transformers import GenerationConfig
 from vlmzip.errors import UserError, closest
 from vlmzip.runtime.images import load_image
 
-#: What can stand in `--model_args`.
+#: The settings of `--model_args`.
 SETTINGS = ("pretrained", "method", "device", "dtype", "batch_size", "max_batch_size")
-#: The length of answers where a task sets none; the usual one of lmms-eval's own adapters.
+#: The length of answers if a task sets none, as in lmms-eval's own adapters.
 MAX_NEW_TOKENS = 1024
-#: Said of a task that compares log-likelihoods. lmms-eval itself does not ask adapters that take messages for them.
+#: The message for tasks that compare log-likelihoods. lmms-eval does not ask adapters that take messages for them.
 NO_LIKELIHOODS = (
     "compares log-likelihoods (output_type loglikelihood or multiple_choice, as in seedbench_ppl), which vlmzip does"
     " not give: take a task that has answers generated"
@@ -26,7 +26,7 @@ _OPEN, _CLOSE = "([{", ")]}"
 
 
 class AnswerFailed(Exception):
-    """A request that could not be answered. It ends the run: an answer left empty would count as a wrong one."""
+    """A request that could not be answered. It ends the run, because an empty answer would count as a wrong one."""
 
 
 def read_settings(text: str) -> dict[str, str]:
@@ -70,14 +70,14 @@ def _split(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Generation:
-    """How an answer is to be generated."""
+    """The generation settings of an answer."""
 
     arguments: dict[str, object] = field(default_factory=dict)
-    """For `generate`."""
+    """The arguments of `generate`."""
     until: tuple[str, ...] = ()
-    """An answer ends before the first of these."""
+    """Texts that end an answer. They are not part of it."""
     unused: tuple[str, ...] = ()
-    """Settings that mean nothing to `generate`."""
+    """Settings that `generate` does not have."""
 
     def cut(self, text: str) -> str:
         """Return the answer up to the first end text."""
@@ -101,7 +101,7 @@ def read_generation(settings: Mapping[str, Any] | None) -> Generation:
     if samples:
         arguments["temperature"] = temperature
     else:
-        for name in ("top_p", "top_k", "min_p", "typical_p"):  # mean nothing without sampling
+        for name in ("top_p", "top_k", "min_p", "typical_p"):  # without effect unless sampling
             arguments.pop(name, None)
     if arguments.get("num_return_sequences", 1) != 1:
         raise UserError("num_return_sequences: there is one answer to a request; lmms-eval's --repeats asks again")
@@ -110,7 +110,7 @@ def read_generation(settings: Mapping[str, Any] | None) -> Generation:
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation as chat templates take it, and its images in order."""
+    """A conversation for chat templates, and its images in order."""
 
     messages: list[dict[str, object]]
     images: list[Image.Image]

@@ -1,8 +1,7 @@
-"""lmms-eval run once for each configuration and benchmark; what is finished is not run again.
+"""Run lmms-eval for each configuration and benchmark. Completed benchmarks are not run again.
 
-In the output folder, `suite.json` says which model was asked and how, and results/TASK/COMPRESSOR.json holds what
-lmms-eval found, beside the costs of every request. A result file is there whole or not at all.
-"""
+In the output folder, `suite.json` says which model was asked and how. results/TASK/COMPRESSOR.json holds lmms-eval's
+results and the costs of every request. Result files are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -44,7 +43,7 @@ log = logging.getLogger(__name__)
 FILE = "suite.json"
 RESULTS = "results"
 INSTALL = "--suite needs lmms-eval, which is large: pip install 'vlmzip[lmms]'"
-#: What a task gives for a question that its judge did not answer; it would count as a wrong answer.
+#: A task's value for a question that its judge did not answer. lmms-eval would count it as a wrong answer.
 UNJUDGED = ("", "Failed Request")
 
 Found = dict[str, Any]
@@ -57,15 +56,15 @@ def import_lmms_eval() -> None:
     try:
         import lmms_eval.evaluator  # noqa: F401
         from loguru import logger
-    except Exception as error:  # a broken torchvision, for one
+    except Exception as error:  # for example, a broken torchvision
         raise UserError(f"lmms-eval cannot be imported: {reason(error)}") from error
-    logger.remove()  # dozens of lines for each benchmark
+    logger.remove()  # it logs dozens of lines for each benchmark
     logger.add(sys.stderr, level="ERROR", format="lmms-eval: {message}")
 
 
 @dataclass
 class SuiteRun:
-    """One model, one suite, one output folder."""
+    """A run of one suite with one model in one output folder."""
 
     loaded: Loaded
     suite: Suite
@@ -73,7 +72,7 @@ class SuiteRun:
     batch: int
     limit: int | None
     include: str | None = None
-    """A folder with tasks in lmms-eval's format, beside its own."""
+    """A folder with further tasks in lmms-eval's format."""
     _loaded_tasks: dict[str, object] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -90,7 +89,7 @@ class SuiteRun:
     def _manager(self) -> Any:
         from lmms_eval.tasks import TaskManager
 
-        if self.include is not None:  # reading all of lmms-eval's own task files takes a while
+        if self.include is not None:  # reading all of lmms-eval's task files is slow
             own = TaskManager("ERROR", include_path=self.include, include_defaults=False, model_name="vlmzip")
             if all(benchmark.task in own.task_index for benchmark in self.suite.benchmarks):
                 return own
@@ -176,7 +175,7 @@ class SuiteRun:
             return None
         found = self._store.read_json(self._file(benchmark.task, one), "move it away")
         if found.get("task") != benchmark.task or found.get("compressor") != one.settings:
-            raise UserError(f"{str(path)!r} is no result of {benchmark.task} with these settings; move it away")
+            raise UserError(f"{str(path)!r} is not a result of {benchmark.task} with these settings; move it away")
         if wrong := wrong_result(found):
             raise UserError(f"{str(path)!r} is not a result of vlmzip: {wrong}; move it away")
         refuse_changed(f"{str(path)!r} is a result of another {found['method']}", found, self._attacher.identity(one))
@@ -239,7 +238,7 @@ class SuiteRun:
         try:
             with _quietly():
                 found = self._manager.load_task_or_group([task], task_type="chat")[task]
-        except Exception as error:  # no network, no access, a task file that is wrong
+        except Exception as error:  # no network, no access, or an invalid task file
             raise UserError(
                 f"lmms-eval cannot get the benchmark {task}: {_why(error)}; what is finished is kept, and the same"
                 " command goes on from there"

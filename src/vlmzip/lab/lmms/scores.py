@@ -1,4 +1,4 @@
-"""Results of a suite as rows: each benchmark beside the uncompressed model, and the paper's average."""
+"""Results of a suite as rows: each benchmark with the uncompressed model's score, and the paper's average."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from vlmzip.lab.papers import MeasuredScore
 
 @dataclass(frozen=True)
 class ScoreRow:
-    """One benchmark under one configuration."""
+    """A benchmark under a configuration."""
 
     benchmark: Benchmark
     score: float | None = None
-    """In the unit of the papers: percent, and MME's points."""
+    """The score in the papers' unit: percent, or MME's points."""
     plain: float | None = None
-    """The uncompressed model's."""
+    """The uncompressed model's score."""
     found: Mapping[str, Any] = field(default_factory=dict)
-    """The result file."""
+    """The content of the result file."""
     note: str = ""
 
     @property
@@ -42,7 +42,7 @@ class Column:
 
     configuration: Configuration
     rows: Sequence[ScoreRow] = ()
-    """None where the configuration cannot be, and then its note says why."""
+    """Empty if the configuration cannot run; then its note says why."""
     average: float | None = None
     plain_average: float | None = None
 

@@ -1,4 +1,4 @@
-"""The benchmarks that papers average over, as tasks of lmms-eval 0.7.3: names, metrics, units, and what differs."""
+"""The benchmarks that papers average over, as tasks of lmms-eval 0.7.3: names, metrics, units, and differences."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ Judge = Literal["never", "always", "sometimes"]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark of a suite."""
+    """A benchmark of a suite."""
 
     name: str
-    """As the papers and `evaluation.papers` name it."""
+    """The name in the papers and in `vlmzip.lab.papers`."""
     task: str
-    """As lmms-eval names it."""
+    """The name in lmms-eval."""
     metrics: tuple[str, ...] = ()
-    """What is added up to the benchmark's one number; nothing: the first number that lmms-eval gives."""
+    """The metrics whose sum is the benchmark's score. If empty, the first number of lmms-eval is the score."""
     scale: float = 1.0
-    """What lmms-eval's number is multiplied with to be in percent, or in MME's points."""
+    """The factor from lmms-eval's number to percent, or to MME's points."""
     judge: Judge = "never"
-    """Whether a language model behind an API scores the answers; "sometimes": those that name no option."""
+    """Whether a language model behind an API scores the answers; "sometimes": only those that name no option."""
     note: str = ""
-    """How this differs from what the papers measured."""
+    """The difference from the papers' measurement."""
 
     def score(self, found: Mapping[str, object]) -> float | None:
         """Return the benchmark's score from lmms-eval's numbers by "metric,filter", or `None` if one is missing."""
@@ -52,7 +52,7 @@ def _numbers(found: Mapping[str, object]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Suite:
-    """Benchmarks that are run together."""
+    """A set of benchmarks that are run together."""
 
     name: str
     about: str
@@ -61,7 +61,7 @@ class Suite:
     """"scores": their mean, MME in percent of 2,000 (LLaVolta); "relative scores": the mean share of the plain model's
     (VisionZip)."""
     refused: str = ""
-    """Why it cannot be run; empty where it can."""
+    """Why it cannot be run, or ""."""
 
     def mean(self, scores: Mapping[str, float], plain: Mapping[str, float]) -> float | None:
         """Return the suite's average in percent over the benchmarks (by name) in `scores`, or `None` without an
@@ -145,7 +145,7 @@ VIDEO_LLAVA = Suite(
 )
 
 SUITES = {suite.name: suite for suite in (LLAVOLTA, VISIONZIP, VIDEO_LLAVA)}
-#: For help texts.
+#: The values of --suite, for help texts.
 FORMS = f"{', '.join(SUITES)}, or tasks of lmms-eval separated by commas"
 
 
@@ -173,7 +173,7 @@ def no_such_task(name: str, known: Mapping[str, object]) -> UserError:
 
 def _near(name: str, known: Mapping[str, object]) -> str:
     told = closest(name, [*known, *SUITES])
-    return told if "did you mean" in told else ""  # the list of all would be thousands of names
+    return told if "did you mean" in told else ""  # the list of all tasks has thousands of names
 
 
 def has_judge() -> bool:
