@@ -8,8 +8,8 @@ from vlmzip import LLaVolta, NoCompression
 from vlmzip.compressor import Profile
 from vlmzip.keep import A_NINTH, count_to_keep
 from vlmzip.lab.bench.presets import PRESETS, VOCABULARY, Preset, make_config, make_model
-from vlmzip.models import adapter_for
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models import family_of
+from vlmzip.models.family import Family
 from vlmzip.runtime.flops import flops_inside, llavolta_flops, prefill_flops, visionzip_flops
 from vlmzip.runtime.token_profile import TokenProfile
 
@@ -68,18 +68,18 @@ def scheme(layer: int, stride: int) -> tuple[int, ...]:
     return tuple(method.tokens_by_layer(Profile(adapter_of("llava-1.5-7b").profile().grid, 32)))
 
 
-def adapter_of(name: str, scale: float = 1.0) -> ModelAdapter:
-    """Return the adapter of a model without weights."""
-    return adapter_for(make_model(make_config(PRESETS[name].scaled(scale)), "meta", torch.bfloat16))
+def adapter_of(name: str, scale: float = 1.0) -> Family:
+    """Return the family of a model without weights."""
+    return family_of(make_model(make_config(PRESETS[name].scaled(scale)), "meta", torch.bfloat16))
 
 
 def printed_beside_ours() -> tuple[list[str], float]:
     """Return the table, and the largest error of our reading of LLaVolta's count."""
-    adapter, preset, rows, worst = adapter_of("llava-1.5-7b"), PRESETS["llava-1.5-7b"], [], 0.0
+    family, preset, rows, worst = adapter_of("llava-1.5-7b"), PRESETS["llava-1.5-7b"], [], 0.0
     for (layer, stride), printed in PRINTED.items():
         profile = TokenProfile(576, scheme(layer, stride), LLAVOLTA_TEXT)
         read = llavolta_flops(profile.all, preset.width, preset.mlp) / 1e12
-        ours, visual = (prefill_flops(adapter, tokens) / 1e12 for tokens in (profile.all, profile.visual))
+        ours, visual = (prefill_flops(family, tokens) / 1e12 for tokens in (profile.all, profile.visual))
         theirs = visionzip_flops(profile.visual, preset.width, preset.mlp) / 1e12
         worst = max(worst, abs(read - printed))
         name = "none" if stride == 1 else f"K={layer} S={stride}"
@@ -92,12 +92,12 @@ def printed_beside_ours() -> tuple[list[str], float]:
 
 
 def differences(worst: float) -> str:
-    adapter, preset, plain, pooled = adapter_of("llava-1.5-7b"), PRESETS["llava-1.5-7b"], [576] * 32, scheme(2, 8)
+    family, preset, plain, pooled = adapter_of("llava-1.5-7b"), PRESETS["llava-1.5-7b"], [576] * 32, scheme(2, 8)
     zip_flops = visionzip_flops(plain, preset.width, preset.mlp)
     third = 2 * zip_flops + 2 * preset.width * preset.mlp * sum(plain)
-    visual, with_text = prefill_flops(adapter, 576), prefill_flops(adapter, 576 + LLAVOLTA_TEXT)
+    visual, with_text = prefill_flops(family, 576), prefill_flops(family, 576 + LLAVOLTA_TEXT)
     assert third + 2 * preset.width * VOCABULARY == visual  # the page's steps must add up
-    pooled_with_text = prefill_flops(adapter, TokenProfile(576, pooled, LLAVOLTA_TEXT).all)
+    pooled_with_text = prefill_flops(family, TokenProfile(576, pooled, LLAVOLTA_TEXT).all)
     figures = dict(
         zip=zip_flops,
         doubled=2 * zip_flops,
@@ -112,7 +112,7 @@ def differences(worst: float) -> str:
         bench=BENCH_TEXT,
         printed_ratio=PRINTED[0, 1] / PRINTED[2, 8],
         our_ratio=with_text / pooled_with_text,
-        visual_ratio=visual / prefill_flops(adapter, pooled),
+        visual_ratio=visual / prefill_flops(family, pooled),
         **{name: value / 1e12 for name, value in figures.items()},
     )
 
@@ -120,17 +120,17 @@ def differences(worst: float) -> str:
 def scopes(name: str, scale: float = 1.0) -> list[tuple[float, float]]:
     """Return the FLOPs of LLM prefill and of TTFT, plain and at a ninth."""
     preset = PRESETS[name].scaled(scale)
-    adapter, each = adapter_of(name, scale), preset.visual_tokens // preset.images
+    family, each = adapter_of(name, scale), preset.visual_tokens // preset.images
     kept = preset.images * count_to_keep(A_NINTH, each)
     out = []
     for tokens in (preset.visual_tokens, kept):
-        prefill = prefill_flops(adapter, tokens + BENCH_TEXT)
-        out.append((prefill, prefill + before_the_llm(adapter, preset, tokens)))
+        prefill = prefill_flops(family, tokens + BENCH_TEXT)
+        out.append((prefill, prefill + before_the_llm(family, preset, tokens)))
     return out
 
 
-def before_the_llm(adapter: ModelAdapter, preset: Preset, projected: int) -> int:
-    tower, projector = adapter.model.model.vision_tower, adapter.model.model.multi_modal_projector
+def before_the_llm(family: Family, preset: Preset, projected: int) -> int:
+    tower, projector = family.model.model.vision_tower, family.model.model.multi_modal_projector
     pixels = torch.empty(preset.images, 3, preset.side, preset.side, device="meta", dtype=torch.bfloat16)
     features = torch.empty(projected, preset.vision_width, device="meta", dtype=torch.bfloat16)
     tower.set_attn_implementation("eager")  # the counter sees eager attention's products on every device

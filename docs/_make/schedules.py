@@ -12,7 +12,7 @@ import torch
 
 from vlmzip.lab.bench.presets import PRESETS, make_config, make_model
 from vlmzip.lab.papers.llavolta import explain_beside_paper
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 from vlmzip.training.explain import COLUMNS, Cost, lines
 from vlmzip.training.schedule import SCHEMES, scheme
 
@@ -40,10 +40,10 @@ The means of three stages are a little low, as if each weighed 0.33. We found no
 
 
 def page() -> str:
-    adapter = adapter_for(make_model(make_config(PRESETS["llava-1.5-7b"]), "meta", torch.bfloat16))
+    family = family_of(make_model(make_config(PRESETS["llava-1.5-7b"]), "meta", torch.bfloat16))
     parts = [HEAD]
     for name in SCHEMES:
-        parts.append(f"## {name}\n\n{_table(explain_beside_paper(scheme(name), adapter, STEPS, TEXT))}\n")
+        parts.append(f"## {name}\n\n{_table(explain_beside_paper(scheme(name), family, STEPS, TEXT))}\n")
     return "\n".join(parts)
 
 

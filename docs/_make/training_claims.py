@@ -20,7 +20,7 @@ from vlmzip import spec
 from vlmzip.lab.papers import published
 from vlmzip.lab.papers.llavolta import IN_THE_PAPER, explain_beside_paper
 from vlmzip.mini import weights_folder
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 from vlmzip.training.schedule import SCHEMES, scheme
 
 Row = dict[str, str]
@@ -310,11 +310,11 @@ def _score(rows: Sequence[Row], training: str, answers_with: str) -> str:
 
 def _schemes(rows: Sequence[Row], times: Mapping[str, Row]) -> list[str]:
     with torch.device("meta"):
-        adapter = adapter_for(AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(weights_folder())))
-    layers = adapter.profile().layers
+        family = family_of(AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(weights_folder())))
+    layers = family.profile().layers
     lines = []
     for name in SCHEMES:
-        cost = explain_beside_paper(scheme(name, layers), adapter, 1000, TEXT)
+        cost = explain_beside_paper(scheme(name, layers), family, 1000, TEXT)
         used = _score(rows, name, LIGHT) if name in ("none", LAST) else ""
         lines.append([f"`{name}`", f"{cost.ratio:.0%}", f"{cost.flops - 1:+.0%}", *_times(times[name])])
         lines[-1] += [_score(rows, name, PLAIN), used, *_printed(name)]

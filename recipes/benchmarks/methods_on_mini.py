@@ -38,7 +38,7 @@ from vlmzip.mini.assets import shipped_assets
 from vlmzip.mini.drawing import draw
 from vlmzip.mini.scene import make_scene
 from vlmzip.mini.splits import VALIDATION, test_split
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 from vlmzip.runtime.calibration import MeasuredImage, measure, meet
 from vlmzip.runtime.fingerprint import of_code, of_files, of_json, of_model
 from vlmzip.runtime.flops import prefill_flops
@@ -112,10 +112,10 @@ def row_of(budget: str, setting: str, method: Compressor, limit: int | None) -> 
     model, processor = mini()
     compressed = vlmzip.attach(model, method)
     records, tokens, milliseconds, seconds = ask(compressed, limit)
-    adapter, right = adapter_for(model), share_right(records)
+    family, right = family_of(model), share_right(records)
     text = len(processor.tokenizer("USER: \nwhat color is the ring ? ASSISTANT:").input_ids)
-    whole = adapter.profile().size
-    flops = prefill_flops(adapter, [text + count for count in tokens])
+    whole = family.profile().size
+    flops = prefill_flops(family, [text + count for count in tokens])
     return {
         "budget": budget,
         "method": method.name(),
@@ -124,7 +124,7 @@ def row_of(budget: str, setting: str, method: Compressor, limit: int | None) -> 
         "reached": f"{sum(tokens) / (len(tokens) * whole):.4f}",
         "tokens_first_layer": f"{tokens[0]:.1f}",
         "tokens_last_layer": f"{tokens[-1]:.1f}",
-        "prefill_flops_share": f"{flops / prefill_flops(adapter, text + whole):.4f}",
+        "prefill_flops_share": f"{flops / prefill_flops(family, text + whole):.4f}",
         "selection_ms": f"{milliseconds:.3f}",
         "accuracy": f"{100 * right:.2f}",
         "standard_error": f"{100 * math.sqrt(right * (1 - right) / len(records)):.2f}",
@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "methods-on-mini.csv")
     args = parser.parse_args()
     rows: list[dict[str, object]] = list(csv.DictReader(args.out.open())) if args.out.exists() else []
-    profile, measured = adapter_for(mini()[0]).profile(), {}
+    profile, measured = family_of(mini()[0]).profile(), {}
     count = min(args.limit or 10**9, len(test_split()))
     for budget, method in [("100%", NoCompression()), *((b, m) for b in BUDGETS for m in settings())]:
         others = [row for row in rows if not is_row_of(row, budget, method)]

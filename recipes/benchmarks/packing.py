@@ -45,11 +45,11 @@ def main() -> None:
 
     loaded, clock = load("mini", "cpu", "float32"), {"wall": now, "cpu": cpu_seconds}[args.clock]
     loaded.model.set_attn_implementation("eager")
-    loaded.adapter.vision_encoder.requires_grad_(False)
+    loaded.family.vision_encoder.requires_grad_(False)
     records = Records(args.records)
-    conversations = Preprocessor(loaded.processor, loaded.adapter, 500)
+    conversations = Preprocessor(loaded.processor, loaded.family, 500)
     rows = [conversations(records[n], args.records.parent) for n in range(args.batch * args.forwards)]
-    together = Collator(pad_id(loaded.adapter), conversations.blank())
+    together = Collator(pad_id(loaded.family), conversations.blank())
     batches = [together(rows[start : start + args.batch]) for start in range(0, len(rows), args.batch)]
     compressed = attach(loaded.model, COMPRESSORS["no_compression"]).train()
 

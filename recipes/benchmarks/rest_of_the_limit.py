@@ -20,7 +20,7 @@ from vlmzip.keep import A_NINTH
 from vlmzip.lab.bench.presets import PRESETS, make_config, make_inputs, make_model
 from vlmzip.lab.bench.timing import cpu_seconds, in_turns, time_answer
 from vlmzip.lab.machine import about
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 from vlmzip.runtime.flops import prefill_flops
 
 METHODS = "visionzip,pool2d,llavolta,fastv"
@@ -35,8 +35,8 @@ def main() -> None:
 
     preset = PRESETS["llava-1.5-7b"].scaled(1 / 8)
     model = make_model(make_config(preset), "cpu", torch.float32)
-    adapter, inputs = adapter_for(model), make_inputs(preset, 1, args.text_tokens, "cpu", torch.float32)
-    profile = adapter.profile()
+    family, inputs = family_of(model), make_inputs(preset, 1, args.text_tokens, "cpu", torch.float32)
+    profile = family.profile()
     methods = {name: method.at_budget(A_NINTH, profile)[0] for name, method in spec.read_several(args.methods)}
     by_layer = {n: [count + args.text_tokens for count in m.tokens_by_layer(profile)] for n, m in methods.items()}
     lengths = {preset.visual_tokens + args.text_tokens, *(count for counts in by_layer.values() for count in counts)}
@@ -44,11 +44,11 @@ def main() -> None:
 
     def of_text(length: int) -> float:
         ids = torch.randint(3, 32_000, (1, length))
-        return time_answer(model, adapter, {"input_ids": ids}, 2, cpu_seconds).prefill
+        return time_answer(model, family, {"input_ids": ids}, 2, cpu_seconds).prefill
 
     def of_method(name: str) -> float:
         with attach(model, methods[name]) as compressed:
-            spans = time_answer(compressed, adapter, inputs, 2, cpu_seconds)
+            spans = time_answer(compressed, family, inputs, 2, cpu_seconds)
             selection[name].append(compressed.report.milliseconds["selection"])
         return spans.prefill
 
@@ -59,7 +59,7 @@ def main() -> None:
     print("| prefill of | ms | GFLOP/s |\n| --- | --- | --- |")
     for n in sorted(lengths):
         spent = found[f"text {n}"]
-        print(f"| text, {n} tokens | {spent:.1f} | {prefill_flops(adapter, n) / spent / 1e6:.1f} |")
+        print(f"| text, {n} tokens | {spent:.1f} | {prefill_flops(family, n) / spent / 1e6:.1f} |")
     print("\n| method | ms | layers as in text alone | the rest | selection |\n| --- | --- | --- | --- | --- |")
     for name, counts in by_layer.items():
         layers = sum(found[f"text {count}"] for count in counts) / len(counts)

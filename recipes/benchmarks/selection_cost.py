@@ -31,7 +31,7 @@ from vlmzip.files import write_csv
 from vlmzip.lab.bench.memory import FRUGAL, peak_bytes
 from vlmzip.lab.bench.timing import now
 from vlmzip.lab.machine import commit, file_name
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 
 VARIANTS = ("plain", "visionzip", "eager")
 METHOD = VisionZip(keep=64)
@@ -55,14 +55,14 @@ def variant(name: str, args: argparse.Namespace) -> Callable[[], dict[str, float
     """Return a function that runs the variant once and returns the seconds of each part."""
     model = build(args)
     pixels = torch.randn(args.batch, 3, 336, 336, device=args.device, dtype=getattr(torch, args.dtype))
-    adapter = adapter_for(model)
+    family = family_of(model)
     model.set_attn_implementation("eager" if name == "eager" else "sdpa")
     needs = frozenset({Signal.CLS_ATTENTION, Signal.KEYS})
 
     def run() -> dict[str, float]:
         start = now(args.device)
         if name == "visionzip":
-            (group,) = adapter.encode({"pixel_values": pixels}, Site.PRE_PROJECTOR, needs).groups
+            (group,) = family.encode({"pixel_values": pixels}, Site.PRE_PROJECTOR, needs).groups
             encoded = now(args.device)
             METHOD(group.tokens).apply(group.tokens.features)
             end = now(args.device)

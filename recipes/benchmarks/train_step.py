@@ -21,7 +21,7 @@ from vlmzip.lab.bench.presets import PRESETS, make_config, make_inputs, make_mod
 from vlmzip.lab.bench.timing import cpu_seconds, in_turns, now, quartiles, ratios
 from vlmzip.lab.machine import about
 from vlmzip.methods import Pool2d, VisionZip
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 from vlmzip.runtime.flops import flops_inside
 from vlmzip.runtime.token_profile import TokenProfile
 
@@ -51,9 +51,9 @@ def main() -> None:
     preset = PRESETS["llava-1.5-7b"].scaled(args.scale)
     model = make_model(make_config(preset), args.device, dtype).train()
     model.model.vision_tower.requires_grad_(False)
-    adapter = adapter_for(model)
+    family = family_of(model)
     inputs = make_inputs(preset, args.batch, args.text_tokens, args.device, dtype)
-    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == adapter.placeholder_id, -100)
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == family.placeholder_id, -100)
     compressed = attach(model, NoCompression())
     clock = {"wall": now, "cpu": cpu_seconds}[args.clock]
 
@@ -95,14 +95,14 @@ def main() -> None:
 
 def step_flops(compressed: nn.Module, inputs: dict[str, torch.Tensor]) -> int:
     """Return the FLOPs of forward and backward of a step, without selection and pooling."""
-    adapter = adapter_for(compressed.inner)
+    family = family_of(compressed.inner)
     with torch.no_grad():
-        encoder = flops_inside([adapter.vision_encoder], lambda: compressed(**inputs))
-        projector = flops_inside([adapter.projector], lambda: compressed(**inputs))
+        encoder = flops_inside([family.vision_encoder], lambda: compressed(**inputs))
+        projector = flops_inside([family.projector], lambda: compressed(**inputs))
     llm = 0
-    head = 2 * adapter.llm_config.hidden_size * adapter.llm_config.vocab_size
+    head = 2 * family.llm_config.hidden_size * family.llm_config.vocab_size
     for profile in TokenProfile.rows(compressed.report, inputs["attention_mask"].sum(1).tolist()):
-        llm += profile.prefill_flops(adapter) + head * (profile.all[-1] - 1)
+        llm += profile.prefill_flops(family) + head * (profile.all[-1] - 1)
     return encoder + 3 * (projector + llm)
 
 

@@ -50,9 +50,9 @@ def flops(out: Path) -> dict[str, float]:
     """Return the FLOPs of a step with each scheme, as the mean over its stages, on one batch."""
     loaded = load(str(out / WARM / "model"), "cpu", "float32")
     path = out / "data" / "records.json"
-    records, conversations = Records(path), Preprocessor(loaded.processor, loaded.adapter, 500)
+    records, conversations = Records(path), Preprocessor(loaded.processor, loaded.family, 500)
     rows = [conversations(records[number], path.parent) for number in range(BATCH)]
-    batch = Collator(pad_id(loaded.adapter), conversations.blank())(rows)
+    batch = Collator(pad_id(loaded.family), conversations.blank())(rows)
     compressed = attach(loaded.model, NoCompression())
 
     def flops_with(compressor: Compressor) -> int:
@@ -60,7 +60,7 @@ def flops(out: Path) -> dict[str, float]:
         with torch.no_grad():
             return step_flops(compressed, batch)
 
-    layers = loaded.adapter.profile().layers
+    layers = loaded.family.profile().layers
     return {name: mean(flops_with(stage.compressor) for stage in scheme(name, layers).stages) for name in NAMES}
 
 

@@ -370,7 +370,7 @@ def test_budgets_are_set_for_the_largest_image():
     images = [types.SimpleNamespace(layout=Layout.of_one_view(grid)) for grid in grids]
     tiled = types.SimpleNamespace(layout=Layout((Grid(1, 4, 4), Grid(1, 3, 8)), torch.arange(40)))
     plain = types.SimpleNamespace(report=types.SimpleNamespace(images=images))
-    loaded = types.SimpleNamespace(adapter=types.SimpleNamespace(profile=lambda: Profile(Grid(1, 9, 9), 4)))
+    loaded = types.SimpleNamespace(family=types.SimpleNamespace(profile=lambda: Profile(Grid(1, 9, 9), 4)))
     assert image_profile(loaded, plain) == Profile(Grid(1, 6, 6), 4)
     images.append(tiled)
     assert image_profile(loaded, plain) == Profile(Grid(1, 4, 4), 4, tiles=(Grid(1, 3, 8),))

@@ -15,7 +15,7 @@ from vlmzip.files import write_csv
 from vlmzip.lab.bench.memory import FRUGAL, in_frugal_process
 from vlmzip.lab.bench.timing import Spans, cpu_seconds, in_turns, interleaved, quartiles, ratios, time_answer
 from vlmzip.lab.machine import about, commit, file_name, hardware
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 
 
 def test_variants_take_turns_and_the_warm_up_does_not_count():
@@ -53,18 +53,18 @@ class TestAnAnswer:
     @pytest.mark.parametrize("method", [None, VisionZip(keep=9), FastV(layer=1, keep=9)])
     def test_the_spans_hold_what_they_say(self, llava, monkeypatch, method):
         inputs = batch(prompt(1, "image", 7, 8), prompt(1, "image", 9, 5), images=2)
-        model, adapter = (attach(llava, method) if method else llava), adapter_for(llava)
+        model, model_family = (attach(llava, method) if method else llava), family_of(llava)
         slept = []  # a fake clock that only advances here
         self.slow(monkeypatch, llava.model.vision_tower, 20, slept.append)
         self.slow(monkeypatch, llava.model.language_model.layers[2], 10, slept.append)
         self.slow(monkeypatch, llava.lm_head, 5, slept.append)
-        spans = time_answer(model, adapter, inputs, 4, lambda _: float(sum(slept)))
+        spans = time_answer(model, model_family, inputs, 4, lambda _: float(sum(slept)))
         assert spans == Spans(prefill=15, ttft=35, token=15)
 
     def test_cpu_seconds_leave_waiting_out(self, llava, monkeypatch):
-        inputs, adapter = batch(prompt(1, "image", 7), images=1), adapter_for(llava)
+        inputs, model_family = batch(prompt(1, "image", 7), images=1), family_of(llava)
         self.slow(monkeypatch, llava.model.language_model.layers[2], 0.5)
-        spans = time_answer(llava, adapter, inputs, 2, cpu_seconds)
+        spans = time_answer(llava, model_family, inputs, 2, cpu_seconds)
         assert 0 < spans.prefill < spans.ttft < 0.4
         assert 0 < spans.token < 0.4
 
@@ -76,20 +76,20 @@ class TestAnAnswer:
         before = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules]
         monkeypatch.setattr(llava.lm_head, "forward", broken)
         with pytest.raises(RuntimeError, match="boom"):
-            time_answer(llava, adapter_for(llava), batch(prompt(1, "image", 7), images=1), 2)
+            time_answer(llava, family_of(llava), batch(prompt(1, "image", 7), images=1), 2)
         assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in modules] == before
 
     def test_an_end_of_sequence_ends_nothing(self, llava, monkeypatch):
         monkeypatch.setattr(llava.generation_config, "eos_token_id", list(range(50)))
         calls = []
         handle = llava.lm_head.register_forward_hook(lambda *_: calls.append(1))
-        time_answer(llava, adapter_for(llava), batch(prompt(1, "image", 7), images=1), 5)
+        time_answer(llava, family_of(llava), batch(prompt(1, "image", 7), images=1), 5)
         handle.remove()
         assert len(calls) == 5
 
     def test_one_token_has_no_further_ones(self, llava):
         with pytest.raises(ValueError, match="at least 2"):
-            time_answer(llava, adapter_for(llava), {}, 1)
+            time_answer(llava, family_of(llava), {}, 1)
 
 
 def test_quartiles_and_ratios_round_by_round():

@@ -7,7 +7,7 @@ from vlmzip.mini.assets import shipped_assets
 from vlmzip.mini.drawing import draw
 from vlmzip.mini.scene import make_scene
 from vlmzip.mini.splits import VALIDATION
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 
 
 @pytest.fixture(scope="session")
@@ -23,5 +23,5 @@ def mini_tokens(mini_images):
     pixels = processor.image_processor(mini_images, return_tensors="pt")
     needs = frozenset({Signal.CLS_ATTENTION, Signal.KEYS, Signal.PIXELS})
     with torch.no_grad():
-        (group,) = adapter_for(model).encode(pixels, Site.PRE_PROJECTOR, needs).groups
+        (group,) = family_of(model).encode(pixels, Site.PRE_PROJECTOR, needs).groups
         return group.tokens

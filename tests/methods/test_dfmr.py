@@ -97,7 +97,7 @@ def test_the_papers_counts():
 def test_pixels_come_from_the_model_in_0_to_1(llava):
     """An image that is normalised as by CLIP's processor comes back unchanged."""
     from vlmzip import Signal, Site
-    from vlmzip.models import adapter_for
+    from vlmzip.models import family_of
 
     mean, deviation = (
         torch.tensor([0.48145466, 0.4578275, 0.40821073]),
@@ -105,12 +105,12 @@ def test_pixels_come_from_the_model_in_0_to_1(llava):
     )
     image = torch.rand(2, 3, 48, 48)
     inputs = {"pixel_values": (image - mean[:, None, None]) / deviation[:, None, None]}
-    (group,) = adapter_for(llava).encode(inputs, Site.PRE_PROJECTOR, frozenset({Signal.PIXELS})).groups
+    (group,) = family_of(llava).encode(inputs, Site.PRE_PROJECTOR, frozenset({Signal.PIXELS})).groups
     tokens = group.tokens
     torch.testing.assert_close(tokens.pixels, image)
     assert "cls_attention" not in tokens.signals
     wider = {"pixel_values": torch.zeros(1, 3, 48, 48)}
-    (group,) = adapter_for(llava).encode(wider, Site.PRE_PROJECTOR, frozenset()).groups
+    (group,) = family_of(llava).encode(wider, Site.PRE_PROJECTOR, frozenset()).groups
     assert "pixels" not in group.tokens.signals
 
 
@@ -132,9 +132,9 @@ def test_images_of_different_factors_answer_in_one_batch_as_alone(llava):
     inputs = batch(prompt(1, "image", 5, 6), prompt(1, "image", 4), images=2)
     inputs["pixel_values"][1] = 0.1 * inputs["pixel_values"][1] + 1
     from vlmzip import Site
-    from vlmzip.models import adapter_for
+    from vlmzip.models import family_of
 
-    (group,) = adapter_for(llava).encode(inputs, Site.PRE_PROJECTOR, frozenset()).groups
+    (group,) = family_of(llava).encode(inputs, Site.PRE_PROJECTOR, frozenset()).groups
     tokens = group.tokens
     low, high = DFMR().deviations(tokens)[:, 0].sort().values.tolist()
     compressed = attach(llava, DFMR(tau=(low + high) / 2, max_factor=2))

@@ -162,16 +162,16 @@ def test_is_resizing_the_image_before_the_processor():
         CLIPImageProcessor(size=size, do_center_crop=False)(image, return_tensors="pt")["pixel_values"]
         for size in sizes
     )
-    adapter = vlmzip.models.adapter_for(FAMILIES["llava"]().model)
-    got = adapter.downsample({"pixel_values": whole}, [Grid(1, 4, 4)])["pixel_values"]
+    model_family = vlmzip.models.family_of(FAMILIES["llava"]().model)
+    got = model_family.downsample({"pixel_values": whole}, [Grid(1, 4, 4)])["pixel_values"]
     assert (got - compressed).abs().max() < 1.5 / 255 / 0.26  # the smallest standard deviation of CLIP's normalisation
 
 
 def test_pixels_that_fill_no_patch_stay_where_they_are():
     """An encoder of 50 pixels with patches of 8 uses 48 of them. An image that keeps its size must not change."""
-    adapter = vlmzip.models.adapter_for(FAMILIES["llava"]().model)
+    model_family = vlmzip.models.family_of(FAMILIES["llava"]().model)
     pixels = torch.randn(1, 3, 50, 50)
-    assert adapter.downsample({"pixel_values": pixels}, [Grid(1, 6, 6)]) == {"pixel_values": pixels}
+    assert model_family.downsample({"pixel_values": pixels}, [Grid(1, 6, 6)]) == {"pixel_values": pixels}
 
 
 # --- the façade ------------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def test_bfloat16(family):
     inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
     compressed = vlmzip.attach(copy.deepcopy(family.model).bfloat16(), Downsample(keep=8))
     views = sum(map(family.views, range(4)))
-    smaller = vlmzip.models.adapter_for(family.model).downsample(inputs, [Grid(1, 2, 3)] * views)
+    smaller = vlmzip.models.family_of(family.model).downsample(inputs, [Grid(1, 2, 3)] * views)
     pixels = smaller["pixel_values"]
     assert (pixels if isinstance(pixels, torch.Tensor) else pixels[0][0]).dtype == torch.bfloat16
     with torch.no_grad():

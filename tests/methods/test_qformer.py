@@ -31,7 +31,7 @@ from vlmzip import (
     VisionZip,
     catalogue,
 )
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 
 ROWS = ([1, "image", 5, 6, 7], [1, "image", 4, "image", 5], [1, 2, 3, 4], ["image", 8])
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
@@ -186,7 +186,7 @@ def test_equals_a_hand_made_sequence(family):
         sequence = torch.cat([embed(torch.tensor([1])), images, embed(torch.tensor([5, 6]))])[None]
         if family.sees_prompt_both_ways:  # embeddings alone do not mark the image
             ids = torch.tensor([[1, *[IMAGE_TOKEN] * len(images), 5, 6]])
-            mm = adapter_for(model).encoder_outputs([images])
+            mm = family_of(model).encoder_outputs([images])
             expected = model(input_ids=ids, mm_encoder_outputs=mm, **family.token_types(ids, 8)).logits
         else:
             expected = model(inputs_embeds=sequence).logits

@@ -15,7 +15,8 @@ from transformers import (
 
 from tests.tiny import IMAGE_TOKEN, LLM, batch
 from vlmzip import Grid, NoCompression, Pool2d, RandomTokens, Site, UserError, VisionZip, compress_inputs
-from vlmzip.models.adapter import ModelAdapter, square_of
+from vlmzip.models.family import Family as ModelFamily
+from vlmzip.models.family import square_of
 
 VIT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, patch_size=8)
 SIGLIP = dict(model_type="siglip_vision_model", **VIT, image_size=32, vision_use_head=False)
@@ -86,8 +87,8 @@ def asked(request):
 @torch.no_grad()
 def test_without_compression_the_model_is_the_plain_one(asked):
     model, inputs = asked
-    family = ModelAdapter(model)
-    small = compress_inputs(model, inputs, NoCompression(), adapter=family)
+    family = ModelFamily(model)
+    small = compress_inputs(model, inputs, NoCompression(), family=family)
     assert torch.equal(model(**small).logits, model(**inputs).logits)
     assert [image.views[0].grid for image in small.report.images] == [Grid(1, 2, 2)] * 3
 
@@ -95,9 +96,9 @@ def test_without_compression_the_model_is_the_plain_one(asked):
 @torch.no_grad()
 def test_fewer_tokens_change_the_answer(asked):
     model, inputs = asked
-    family = ModelAdapter(model)
+    family = ModelFamily(model)
     for method in (Pool2d(factor=2, site=Site.POST_PROJECTOR), RandomTokens(keep=1, site=Site.POST_PROJECTOR)):
-        small = compress_inputs(model, inputs, method, adapter=family)
+        small = compress_inputs(model, inputs, method, family=family)
         assert [image.after for image in small.report.images] == [1, 1, 1]
         logits = model(**small).logits
         assert logits.isfinite().all()
@@ -108,7 +109,7 @@ def test_fewer_tokens_change_the_answer(asked):
 def test_what_the_encoder_attends_to_cannot_be_asked(asked):
     model, inputs = asked
     with pytest.raises(UserError, match=f"what the encoder of {type(model).__name__} attends to is not known yet"):
-        compress_inputs(model, inputs, VisionZip(keep=2), adapter=ModelAdapter(model))
+        compress_inputs(model, inputs, VisionZip(keep=2), family=ModelFamily(model))
 
 
 @pytest.mark.parametrize(("tokens", "grid"), [(1, (1, 1, 1)), (16, (1, 4, 4)), (15, (1, 1, 15)), (256, (1, 16, 16))])

@@ -7,7 +7,7 @@ import vlmzip
 from tests.families import FAMILIES, tiny_llava
 from tests.tiny import batch, prompt
 from vlmzip import Signal, Site, UserError, VisionZip
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 from vlmzip.models.recording import record
 
 NEEDS = frozenset({Signal.CLS_ATTENTION, Signal.KEYS})
@@ -25,7 +25,7 @@ def eager_truth(model, pixels):
 def test_attention_row_features_and_keys_equal_eager(attention, layer):
     model = tiny_llava(attention, vision_feature_layer=layer)
     inputs = batch(prompt("image"), prompt("image"), images=2)
-    (group,) = adapter_for(model).encode(inputs, Site.PRE_PROJECTOR, NEEDS).groups
+    (group,) = family_of(model).encode(inputs, Site.PRE_PROJECTOR, NEEDS).groups
     tokens = group.tokens
     indices = list(group.numbers)
     truth = eager_truth(model, inputs["pixel_values"])
@@ -51,7 +51,7 @@ def test_the_attention_is_far_from_uniform():
 
 def test_features_of_several_layers_are_put_side_by_side():
     model = tiny_llava(vision_feature_layer=[-2, -1])
-    (group,) = adapter_for(model).encode(batch([1], images=1), Site.PRE_PROJECTOR, NEEDS).groups
+    (group,) = family_of(model).encode(batch([1], images=1), Site.PRE_PROJECTOR, NEEDS).groups
     tokens = group.tokens
     assert tokens.features.shape == (1, 37, 64)
 
@@ -90,19 +90,19 @@ def test_no_hook_is_left_behind_not_even_after_an_error(llava):
     before = [len(block._forward_hooks), len(block.self_attn.q_proj._forward_hooks)]  # transformers may have its own
     with pytest.raises(RuntimeError, match="boom"), record({"x": block}):
         raise RuntimeError("boom")
-    adapter_for(llava).encode(batch([1], images=1), Site.PRE_PROJECTOR, NEEDS)
+    family_of(llava).encode(batch([1], images=1), Site.PRE_PROJECTOR, NEEDS)
     assert [len(block._forward_hooks), len(block.self_attn.q_proj._forward_hooks)] == before
 
 
 def test_threads_record_their_own_images(llava):
     from concurrent.futures import ThreadPoolExecutor
 
-    adapter = adapter_for(llava)
+    model_family = family_of(llava)
     inputs = [batch([1], images=1, seed=seed) for seed in range(16)]
 
     def encode(one):
         with torch.no_grad():
-            return adapter.encode(one, Site.PRE_PROJECTOR, NEEDS).groups[0].tokens.cls_attention
+            return model_family.encode(one, Site.PRE_PROJECTOR, NEEDS).groups[0].tokens.cls_attention
 
     alone = [encode(one) for one in inputs]
     with ThreadPoolExecutor(4) as pool:
@@ -112,11 +112,11 @@ def test_threads_record_their_own_images(llava):
 
 
 def test_post_projector_tokens_are_projected(llava):
-    adapter = adapter_for(llava)
+    model_family = family_of(llava)
     inputs = batch([1], images=2)
-    (group,) = adapter.encode(inputs, Site.PRE_PROJECTOR, frozenset()).groups
+    (group,) = model_family.encode(inputs, Site.PRE_PROJECTOR, frozenset()).groups
     before = group.tokens
-    (group,) = adapter.encode(inputs, Site.POST_PROJECTOR, frozenset()).groups
+    (group,) = model_family.encode(inputs, Site.POST_PROJECTOR, frozenset()).groups
     after = group.tokens
     torch.testing.assert_close(after.features, llava.model.multi_modal_projector(before.features))
     assert not before.signals
@@ -126,7 +126,7 @@ def test_other_models_are_refused():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     with pytest.raises(UserError, match=r"cannot compress LlamaForCausalLM.*supports: llava"):
-        adapter_for(
+        family_of(
             LlamaForCausalLM(
                 LlamaConfig(
                     hidden_size=8, num_hidden_layers=1, intermediate_size=8, vocab_size=8, num_attention_heads=1
@@ -134,31 +134,31 @@ def test_other_models_are_refused():
             )
         )
     with pytest.raises(UserError, match="cannot compress Linear"):
-        adapter_for(torch.nn.Linear(1, 1))
+        family_of(torch.nn.Linear(1, 1))
 
 
 def test_embeddings_have_no_attention():
     model = tiny_llava(vision_feature_layer=0)
     with pytest.raises(UserError, match="patch embeddings"):
-        adapter_for(model).encode(batch([1], images=1), Site.PRE_PROJECTOR, NEEDS)
+        family_of(model).encode(batch([1], images=1), Site.PRE_PROJECTOR, NEEDS)
 
 
 @pytest.mark.parametrize("frozen", [True, False])
 def test_a_frozen_encoder_keeps_nothing_for_a_backward(fresh, frozen):
     """Not even where embeddings ask for gradients, as they do under gradient checkpointing."""
     model = fresh.model.train()
-    adapter = adapter_for(model)
-    if adapter.projector in list(adapter.vision_encoder.modules()):
+    model_family = family_of(model)
+    if model_family.projector in list(model_family.vision_encoder.modules()):
         pytest.skip("its projector is a part of the encoder")
-    adapter.vision_encoder.requires_grad_(not frozen)
+    model_family.vision_encoder.requires_grad_(not frozen)
     model.enable_input_require_grads()
     inputs = fresh.batch(["image"])
     for site in (Site.PRE_PROJECTOR, Site.POST_PROJECTOR):
-        (group,) = adapter.encode(inputs, site, frozenset()).groups
+        (group,) = model_family.encode(inputs, site, frozenset()).groups
         tokens = group.tokens
         learns = not frozen or site is Site.POST_PROJECTOR  # the projector's own weights do
         assert tokens.features.requires_grad == learns
         if site is Site.POST_PROJECTOR:
             tokens.features.sum().backward()
-    assert any(weights.grad is not None for weights in adapter.projector.parameters())
-    assert any(weights.grad is not None for weights in adapter.vision_encoder.parameters()) != frozen
+    assert any(weights.grad is not None for weights in model_family.projector.parameters())
+    assert any(weights.grad is not None for weights in model_family.vision_encoder.parameters()) != frozen

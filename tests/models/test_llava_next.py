@@ -12,7 +12,7 @@ from tests.families import tiny_llava
 from tests.references.visionzip import visionzip_tiles
 from tests.tiny import IMAGE_TOKEN, batch
 from vlmzip import Chain, Downsample, KMeans, LLaVolta, NoCompression, Pool2d, QFormer, Site, UserError, VisionZip
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 from vlmzip.visual_tokens import Grid
 
 #: Height and width of image 0, 1, …: 2 x 2, 1 x 2, 1 x 3 and 2 x 1 tiles of 48 pixels. The padding of the third takes
@@ -41,7 +41,7 @@ def model():
 
 
 def inputs_of(model, *rows, pad="left"):
-    layouts = adapter_for(model).layouts({"image_sizes": torch.tensor(SIZES)})
+    layouts = family_of(model).layouts({"image_sizes": torch.tensor(SIZES)})
     images, ids = 0, []
     for row in rows:
         ids.append([])
@@ -96,13 +96,13 @@ def configured():
 @torch.no_grad()
 def test_every_method_keeps_what_it_says(model, method):
     """Counts from shapes are the real ones, layer by layer; the map has a group for each token that the LLM gets."""
-    profile = adapter_for(model).profile()
+    profile = family_of(model).profile()
     method = method.placed(profile)
     inputs = inputs_of(model, *ROWS)
     compressed = vlmzip.attach(model, method)
     logits = compressed(**inputs).logits
     assert logits.isfinite().all()
-    layouts = adapter_for(model).layouts(inputs)
+    layouts = family_of(model).layouts(inputs)
     for image, layout in zip(compressed.report.images, layouts, strict=True):
         assert image.before == layout.placeholders
         views = layout.views if method.whole_views else layout.unpadded()[0].views
@@ -204,7 +204,7 @@ def test_smaller_views_may_differ_in_size(model):
 
 def test_later_turns_choose_their_own_images(model):
     inputs = inputs_of(model, [1, "image", 4, "image", 7])
-    later = adapter_for(model).choose_images(inputs, [1])
+    later = family_of(model).choose_images(inputs, [1])
     assert later["image_sizes"].tolist() == [list(SIZES[1])]
     assert torch.equal(later["pixel_values"], inputs["pixel_values"][1:])
 

@@ -6,7 +6,7 @@ import torch
 import vlmzip
 from tests.families import FAMILIES
 from vlmzip import BudgetError, Chain, FastV, KMeans, LLaVolta, NoCompression, Pool2d, RandomTokens, Site, SparseVLM
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 
 ROWS = ([1, "image", 5, 6], [1, "image", 4, "image", 7], [3, 4])
 
@@ -54,11 +54,11 @@ def test_layers_that_still_get_features_are_refused(family, method):
     with pytest.raises(BudgetError, match=message):
         vlmzip.attach(family.model, method)
     with pytest.raises(BudgetError, match=message):
-        method.reached(adapter_for(family.model).profile())
+        method.reached(family_of(family.model).profile())
 
 
 def test_default_layers_move_to_the_first_free_one(family):
-    profile = adapter_for(family.model).profile()
+    profile = family_of(family.model).profile()
     assert FastV().placed(profile).layer == 3
     assert FastV(layer=1).placed(profile).layer == 1
     assert RandomTokens().placed(profile) == RandomTokens()

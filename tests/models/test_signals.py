@@ -10,7 +10,7 @@ from transformers import AttentionInterface, LlavaConfig, LlavaForConditionalGen
 from tests.families import FAMILIES, tiny_llava
 from tests.tiny import with_large_weights
 from vlmzip import Signal, Site, UserError
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 from vlmzip.models.recording import attention_received
 
 NEEDS = frozenset({Signal.CLS_ATTENTION, Signal.KEYS})
@@ -27,7 +27,7 @@ def test_attention_received_equals_the_matrix(chunk):
 def test_paligemma_takes_the_attention_of_the_last_layer():
     family = FAMILIES["paligemma"]()
     inputs = family.batch([1, "image"], ["image", 4])
-    (group,) = adapter_for(family.model).encode(inputs, Site.PRE_PROJECTOR, NEEDS).groups
+    (group,) = family_of(family.model).encode(inputs, Site.PRE_PROJECTOR, NEEDS).groups
     tokens = group.tokens
     tower = FAMILIES["paligemma"].build("eager").model.vision_tower
     with torch.no_grad():
@@ -42,7 +42,7 @@ def test_llava_on_siglip_takes_the_attention_of_its_feature_layer(layer):
     """No CLS: the attention received in the layer whose output the features are, whichever that is."""
     model = llava_on_siglip(side=48, vision_feature_layer=layer)
     inputs = {"pixel_values": torch.randn(2, 3, 48, 48)}
-    (group,) = adapter_for(model).encode(inputs, Site.PRE_PROJECTOR, NEEDS).groups
+    (group,) = family_of(model).encode(inputs, Site.PRE_PROJECTOR, NEEDS).groups
     tokens = group.tokens
     tower = model.model.vision_tower
     tower.set_attn_implementation("eager")
@@ -59,7 +59,7 @@ def test_llava_on_siglip_takes_the_attention_of_its_feature_layer(layer):
 def test_vipllava_takes_the_attention_of_its_deepest_feature_layer():
     family = FAMILIES["vipllava"]()
     inputs = family.batch([1, "image"], ["image", 4])
-    (group,) = adapter_for(family.model).encode(inputs, Site.PRE_PROJECTOR, NEEDS).groups
+    (group,) = family_of(family.model).encode(inputs, Site.PRE_PROJECTOR, NEEDS).groups
     tokens = group.tokens
     tower = FAMILIES["vipllava"].build("eager").model.vision_tower
     with torch.no_grad():
@@ -83,7 +83,7 @@ def test_signals_take_no_square_of_the_tokens():
 
     with torch.no_grad(), Watch():
         (group,) = (
-            adapter_for(model).encode({"pixel_values": torch.zeros(1, 3, 384, 384)}, Site.PRE_PROJECTOR, NEEDS).groups
+            family_of(model).encode({"pixel_values": torch.zeros(1, 3, 384, 384)}, Site.PRE_PROJECTOR, NEEDS).groups
         )
         tokens = group.tokens
     assert tokens.grid.size == 2304
@@ -116,7 +116,7 @@ class TestQwen:
     def signals(self, model, inputs):
         """Score and keys of each image, in order."""
         found = {}
-        for group in adapter_for(model).encode(inputs, Site.PRE_PROJECTOR, NEEDS).groups:
+        for group in family_of(model).encode(inputs, Site.PRE_PROJECTOR, NEEDS).groups:
             tokens, indices = group.tokens, group.numbers
             found |= {n: (tokens.cls_attention[i], tokens.keys[i], tokens.grid) for i, n in enumerate(indices)}
         return [found[n] for n in sorted(found)]
@@ -152,7 +152,7 @@ class TestQwen:
         return [r * grid.cols + c for top, left in windows for r in rows[top : top + 2] for c in cols[left : left + 2]]
 
     def test_images_of_equal_grid_come_together(self, family):
-        encoded = adapter_for(family.model).encode(
+        encoded = family_of(family.model).encode(
             family.batch(["image", "image"], ["image", 3]), Site.PRE_PROJECTOR, frozenset()
         )
         found = [(tuple(group.tokens.grid), group.numbers) for group in encoded.groups]
@@ -162,7 +162,7 @@ class TestQwen:
     def test_videos_are_refused(self, family):
         inputs = {**family.batch(["image"]), "pixel_values_videos": torch.zeros(1)}
         with pytest.raises(UserError, match="videos are not supported"):
-            adapter_for(family.model).encode(inputs, Site.PRE_PROJECTOR, frozenset())
+            family_of(family.model).encode(inputs, Site.PRE_PROJECTOR, frozenset())
 
     def test_positions_are_those_of_the_full_grid(self, family):
         """Kept tokens keep their three axes, and the text goes on where the full grid says."""
@@ -182,4 +182,4 @@ def test_other_encoders_are_refused(llava):
     model = copy.deepcopy(llava)
     model.config.vision_config.model_type = "pixtral"
     with pytest.raises(UserError, match="type pixtral are not supported yet"):
-        adapter_for(model)
+        family_of(model)

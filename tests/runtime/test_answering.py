@@ -12,7 +12,7 @@ from tests.families import FAMILIES, tiny_llava
 from vlmzip.errors import UserError
 from vlmzip.lab.asking import build_inputs
 from vlmzip.methods import FastV, VisionZip
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 from vlmzip.runtime.answering import Answerer
 from vlmzip.runtime.loading import Loaded, load
 from vlmzip.runtime.prompts import chat_prompt, conversation_prompt
@@ -25,7 +25,7 @@ def mini():
 
 def test_several_images_and_none_are_counted(mini):
     model, processor = mini
-    answerer = Answerer(adapter_for(model), processor)
+    answerer = Answerer(family_of(model), processor)
     image = Image.open("examples/flat.png").convert("RGB")
     two = "USER: <image>\n<image>\nwhat color is the ring ? ASSISTANT:"
     with vlmzip.attach(model, VisionZip(keep=36)) as compressed:
@@ -52,10 +52,10 @@ IMAGE = {"type": "image"}
 
 
 def test_without_a_template_one_question_with_images_before_it_can_be_asked(mini):
-    adapter = adapter_for(mini[0])
+    model_family = family_of(mini[0])
     one = [{"role": "user", "content": [IMAGE, IMAGE, text("a"), text("b")]}]
-    assert conversation_prompt(adapter, NoTemplate(), one) == "USER: <image><image>\na\nb ASSISTANT:"
-    assert chat_prompt(adapter, NoTemplate(), "a", 1) == "USER: <image>\na ASSISTANT:"
+    assert conversation_prompt(model_family, NoTemplate(), one) == "USER: <image><image>\na\nb ASSISTANT:"
+    assert chat_prompt(model_family, NoTemplate(), "a", 1) == "USER: <image>\na ASSISTANT:"
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_without_a_template_one_question_with_images_before_it_can_be_asked(mini
 )
 def test_without_a_template_other_forms_are_refused(mini, messages):
     with pytest.raises(UserError, match="no chat template"):
-        conversation_prompt(adapter_for(mini[0]), NoTemplate(), messages)
+        conversation_prompt(family_of(mini[0]), NoTemplate(), messages)
 
 
 @pytest.mark.parametrize("template", ["USER: <image>\n{{ messages[0]['content'][-1]['text'] }}", "<s>USER: <image> ?"])
@@ -79,9 +79,9 @@ def test_a_prompt_begins_once(template, tmp_path):
     processor.chat_template = template
     model = tiny_llava()
     image = Image.new("RGB", (24, 24))
-    asked = Answerer(adapter_for(model), processor).inputs([image], ["w9"])
+    asked = Answerer(family_of(model), processor).inputs([image], ["w9"])
     image.save(path := tmp_path / "0.png")
-    typed = build_inputs(Loaded("tiny", model, processor, adapter_for(model)), [str(path)], "w9")
+    typed = build_inputs(Loaded("tiny", model, processor, family_of(model)), [str(path)], "w9")
     for inputs in (asked, typed):
         assert inputs["input_ids"][0].tolist().count(processor.tokenizer.bos_token_id) == 1
         assert inputs["input_ids"][0, 0] == processor.tokenizer.bos_token_id
@@ -97,7 +97,7 @@ def test_without_a_pad_token_answers_of_a_batch_are_those_of_one_by_one(tmp_path
         settings = json.loads((folder / file).read_text())
         (folder / file).write_text(json.dumps({name: value for name, value in settings.items() if name not in removed}))
     loaded = load(str(folder), "cpu")
-    answerer = Answerer(loaded.adapter, loaded.processor)
+    answerer = Answerer(loaded.family, loaded.processor)
     image = Image.open("examples/flat.png").convert("RGB")
     questions = ["is there a star ?", "what color is the ring ?", "how many things are there in the image ?"]
     for method in (VisionZip(keep=36), FastV(layer=2, keep=36)):

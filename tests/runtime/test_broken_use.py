@@ -10,7 +10,7 @@ from tests.families import FAMILIES
 from tests.tiny import IMAGE_TOKEN
 from vlmzip import FastV, UserError, VisionZip
 from vlmzip.compressor import Compressor
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 
 ONE = [1, "image", 5]
 GREEDY = {"max_new_tokens": 3, "do_sample": False}
@@ -102,7 +102,7 @@ def test_an_exception_in_the_middle_of_a_batch(family, unchanged, compressor):
     def fail(*_):
         raise Failing.error
 
-    handle = adapter_for(unchanged).decoder_layers[1].register_forward_hook(fail)
+    handle = family_of(unchanged).decoder_layers[1].register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="in the middle"), vlmzip.attach(unchanged, compressor) as compressed:
         compressed.generate(**family.batch(ONE, ONE), **GREEDY)
     handle.remove()
@@ -200,7 +200,7 @@ def test_attach_inside_on(family, unchanged):
 
 
 def test_a_site_the_model_has_not(unchanged, monkeypatch):
-    monkeypatch.setattr(type(adapter_for(unchanged)), "sites", (vlmzip.Site.PRE_PROJECTOR,))
+    monkeypatch.setattr(type(family_of(unchanged)), "sites", (vlmzip.Site.PRE_PROJECTOR,))
     with pytest.raises(UserError, match="has no site 'in_llm'"):
         vlmzip.attach(unchanged, vlmzip.FastV())
 

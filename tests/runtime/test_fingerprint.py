@@ -12,7 +12,7 @@ from PIL import Image
 import vlmzip
 from tests.families import FAMILIES, tiny_llava
 from vlmzip import VisionZip, spec
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 from vlmzip.runtime import fingerprint
 from vlmzip.runtime.answering import Answerer
 
@@ -83,7 +83,7 @@ def test_dtype_and_weights_in_it():
 @pytest.mark.filterwarnings("ignore:__array__ implementation")  # PaliGemma's processor and NumPy's newest
 def test_being_asked_changes_nothing(fresh):
     model, processor = fresh.model, fresh.processor()
-    answerer = Answerer(adapter_for(model), processor)
+    answerer = Answerer(family_of(model), processor)
     before = fingerprint.of_model(model, processor)
     with vlmzip.attach(model, VisionZip(keep=4)) as compressed:
         image = Image.new("RGB", (48, 48), "red")

@@ -6,7 +6,7 @@ from tests.families import tiny_llava
 from tests.tiny import batch, prompt
 from vlmzip import QFormer, VisionZip, attach, mini
 from vlmzip.lab.bench.presets import PRESETS, make_config, make_model
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 from vlmzip.runtime.flops import flops_inside, kv_cache_bytes, prefill_flops
 
 
@@ -21,14 +21,14 @@ def test_flops_are_those_that_torch_counts(tokens):
     rotary = sum(
         sum(counts.values()) for name, counts in by_module.items() if name.endswith("language_model.rotary_emb")
     )
-    assert prefill_flops(adapter_for(model), tokens) == counter.get_total_flops() - rotary
+    assert prefill_flops(family_of(model), tokens) == counter.get_total_flops() - rotary
 
 
 def test_kv_bytes_are_those_of_the_cache(llava):
     with torch.no_grad():
         cache = llava(input_ids=torch.ones(1, 9, dtype=torch.long)).past_key_values
     size = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
-    assert kv_cache_bytes(adapter_for(llava), 9) == size
+    assert kv_cache_bytes(family_of(llava), 9) == size
 
 
 def counted_by_torch(model, tokens, device="cpu"):
@@ -43,7 +43,7 @@ def test_within_a_percent_of_torchs_counter_on_mini(tokens):
     model = mini.load()[0]
     model.set_attn_implementation("eager")
     counted = counted_by_torch(model, tokens)
-    assert prefill_flops(adapter_for(model), tokens) == pytest.approx(counted, rel=0.01)
+    assert prefill_flops(family_of(model), tokens) == pytest.approx(counted, rel=0.01)
 
 
 @pytest.mark.further
@@ -52,7 +52,7 @@ def test_within_a_percent_of_torchs_counter_on_mini(tokens):
 def test_within_a_percent_of_torchs_counter_at_published_dimensions(name, tokens):
     model = make_model(make_config(PRESETS[name]), "meta", torch.bfloat16, "eager")
     counted = counted_by_torch(model, tokens, "meta")
-    assert prefill_flops(adapter_for(model), tokens) == pytest.approx(counted, rel=0.01)
+    assert prefill_flops(family_of(model), tokens) == pytest.approx(counted, rel=0.01)
 
 
 def encoder_flops(tokens, width, mlp, layers, patches, patch_size):

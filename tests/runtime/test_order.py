@@ -13,7 +13,7 @@ from tests.runtime.ragged import Ragged
 from tests.tiny import IMAGE_TOKEN
 from vlmzip import Chain, FastV, KMeans, Resampler, Site, VisionZip, attach, available, compress_inputs
 from vlmzip.compressor import Calibratable, Compressor, Profile
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 from vlmzip.runtime.prompt import shorten
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid
@@ -58,7 +58,7 @@ def every_method():
 def seen_by_the_llm(family, method, inputs):
     """The report of a forward, and the positions and embeddings that entered the LLM."""
     seen: dict = {}
-    llm = adapter_for(family.model).llm
+    llm = family_of(family.model).llm
     handle = llm.register_forward_pre_hook(lambda _module, _args, kwargs: seen.update(kwargs), with_kwargs=True)
     try:
         with torch.no_grad(), attach(family.model, method) as compressed:
@@ -96,7 +96,7 @@ def test_the_report_describes_what_the_llm_got(family, method):
     method = dataclasses.replace(method, positions="original")
     inputs = family.batch(*ROWS, pad="right")
     report, _, entered = seen_by_the_llm(family, method, inputs)
-    adapter = adapter_for(family.model)
+    model_family = family_of(family.model)
     at = dict.fromkeys(range(len(ROWS)), 0)
     is_visual = [
         (source >= 0) & (ids[source] == IMAGE_TOKEN)
@@ -105,7 +105,7 @@ def test_the_report_describes_what_the_llm_got(family, method):
     for image in report.images:
         columns = is_visual[image.row].nonzero()[at[image.row] :][: image.after, 0]
         at[image.row] += image.after
-        out = adapter.project(image.token_map.apply(image.features[None])[0], Site.PRE_PROJECTOR)
+        out = model_family.project(image.token_map.apply(image.features[None])[0], Site.PRE_PROJECTOR)
         scale = (entered[image.row, columns] / out).median()  # Gemma's embeddings are scaled
         torch.testing.assert_close(entered[image.row, columns], out * scale, atol=1e-4, rtol=1e-4)
 
@@ -113,7 +113,7 @@ def test_the_report_describes_what_the_llm_got(family, method):
 def test_positions_that_are_given_ascend_too(family):
     inputs = family.batch(*ROWS)
     counted = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    inputs["position_ids"] = counted.expand(*adapter_for(family.model).position_axes, -1, -1)
+    inputs["position_ids"] = counted.expand(*family_of(family.model).position_axes, -1, -1)
     compressed = compress_inputs(family.model, inputs, VisionZip(keep=8, positions="contiguous"))
     for row, source in enumerate(compressed.report.source):
         assert ascends(compressed["position_ids"][..., row, :][..., source >= 0])

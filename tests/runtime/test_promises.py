@@ -21,7 +21,7 @@ import vlmzip
 from tests.runtime.ragged import Ragged
 from tests.tiny import IMAGE_TOKEN, PAD, WRONG_COPIES, batch, wider, wrong_copies
 from vlmzip import NoCompression, UserError, VisionZip
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 from vlmzip.runtime.cache import NAMES
 
 ROWS = ([1, "image", 5, 6, 7], [1, "image", 4, "image", 5], [1, 2, 3, 4], ["image", 8])
@@ -152,7 +152,7 @@ def test_beams_with_extras(family, compressed, repeats, extra, record_property):
     }
     how = {"max_new_tokens": 4, **repeats, extra: given[extra]}
     inputs = family.batch(*ROWS)
-    if not adapter_for(family.model).features_as_list:
+    if not family_of(family.model).features_as_list:
         with pytest.raises(UserError, match=f"sequences a prompt do not go with .*{extra}.* in this family"):
             compressed.generate(**inputs, **how)
         record_property("cell", "refused")
@@ -288,7 +288,7 @@ def test_streamers(family, compressed, rows):
     assert torch.equal(streamer.prompt, inputs["input_ids"])
     assert torch.equal(torch.stack(streamer.steps, 1), rows_out[:, inputs["input_ids"].shape[1] :])
     assert streamer.ended
-    if adapter_for(family.model).features_as_list:  # others refuse: they generate row by row
+    if family_of(family.model).features_as_list:  # others refuse: they generate row by row
         twice, several = Collect(), {**GREEDY, "do_sample": True, "num_return_sequences": 2}
         if WRONG_COPIES and len(rows) > 1:  # a row has several images: see test_beams
             with pytest.raises(UserError, match="give wrong answers in transformers"):
@@ -581,7 +581,7 @@ def test_loss(family, pad):
         total += torch.nn.functional.cross_entropy(out.logits[0, :-1], labels, ignore_index=-100, reduction="sum")
         count += int((labels != -100).sum())
     torch.testing.assert_close(loss.detach(), total / count, atol=1e-5, rtol=1e-5)
-    for part in (adapter_for(model).projector, adapter_for(model).vision_encoder):
+    for part in (family_of(model).projector, family_of(model).vision_encoder):
         gradients = [p.grad for p in part.parameters() if p.grad is not None]
         assert all(g.isfinite().all() for g in gradients)
         assert sum(g.abs().sum() for g in gradients) > 0
@@ -595,7 +595,7 @@ def test_training_counts_positions_no_more_than_it_must(family, positions, monke
     """What a cache holds is worked out only where one comes back: not in training."""
     compressed = vlmzip.attach(family.model, Ragged(positions=positions))
     counted = []
-    kind = type(adapter_for(family.model))
+    kind = type(family_of(family.model))
     original = kind.original_positions
     monkeypatch.setattr(kind, "original_positions", lambda *a: counted.append(1) or original(*a))
     compressed(**with_labels(family.batch(*ROWS)), use_cache=False).loss.backward()

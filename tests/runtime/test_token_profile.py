@@ -6,7 +6,7 @@ import torch
 from tests.tiny import batch, prompt
 from vlmzip import LLaVolta, NoCompression, VisionZip, attach
 from vlmzip.compressor import Profile
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 from vlmzip.runtime.flops import kv_cache_bytes, llavolta_flops, prefill_flops, visionzip_flops
 from vlmzip.runtime.token_profile import TokenProfile
 from vlmzip.visual_tokens import Grid
@@ -68,9 +68,9 @@ def test_kv_bytes_are_those_of_a_cache_whose_layers_differ(llava):
         cache = compressed(**batch(ids, images=1)).past_key_values
     [profile] = TokenProfile.rows(compressed.report, [len(ids)])
     size = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
-    adapter = adapter_for(llava)
-    assert profile.kv_bytes(adapter) == size == kv_cache_bytes(adapter, [38, 38, 6, 6])
-    assert profile.prefill_flops(adapter) == prefill_flops(adapter, [38, 38, 6, 6])
+    model_family = family_of(llava)
+    assert profile.kv_bytes(model_family) == size == kv_cache_bytes(model_family, [38, 38, 6, 6])
+    assert profile.prefill_flops(model_family) == prefill_flops(model_family, [38, 38, 6, 6])
 
 
 def test_a_method_before_the_llm_has_the_same_count_at_every_layer(llava):

@@ -11,7 +11,7 @@ from tests.tiny import IMAGE_TOKEN, PAD, TOKENS
 from tests.training.test_records import film, record, said, write
 from vlmzip import Pool2d, attach
 from vlmzip.errors import UserError
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 from vlmzip.runtime import images
 from vlmzip.training.batches import IGNORE, Collator, Examples, Preprocessor, count_bad, note_bad
 from vlmzip.training.records import BadRecord, Records, read_record
@@ -35,7 +35,7 @@ def processor():
 
 @pytest.fixture
 def conversations(processor, llava):
-    return Preprocessor(processor, adapter_for(llava), max_length=150)
+    return Preprocessor(processor, family_of(llava), max_length=150)
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def qwen_conversations():
     )
     processor = type(made)(made.image_processor, tokenizer)
     processor.chat_template = TEMPLATE.replace("<image>", "<|image_pad|>")
-    return Preprocessor(processor, adapter_for(FAMILIES["qwen2_5_vl"].build()), max_length=600)
+    return Preprocessor(processor, family_of(FAMILIES["qwen2_5_vl"].build()), max_length=600)
 
 
 def without_images(ids):
@@ -90,7 +90,7 @@ def test_a_template_with_an_end_gets_no_second_one(processor, llava, folder):
     ending.chat_template = TEMPLATE.replace(
         "{% endfor %}{% endfor %}", "{% endfor %}{{ '</s> ' if m.role != 'user' }}{% endfor %}"
     )
-    row = Preprocessor(ending, adapter_for(llava), 150)(read_record(record("<image> w10", "w20", "w11", "w21")), folder)
+    row = Preprocessor(ending, family_of(llava), 150)(read_record(record("<image> w10", "w20", "w11", "w21")), folder)
     assert without_images(row["input_ids"]) == [USER, 10, MODEL, 20, END, USER, 11, MODEL, 21, END]
     kept = row["labels"][row["labels"] != IGNORE].tolist()
     assert kept == [20, END, 21, END]
@@ -99,7 +99,7 @@ def test_a_template_with_an_end_gets_no_second_one(processor, llava, folder):
 def test_an_end_of_text_after_a_question_is_not_learned(llava, folder):
     """Some templates end each part of a conversation but the last."""
     asking = with_template(TEMPLATE.replace("'w4 '", "'</s> w4 '"))
-    row = Preprocessor(asking, adapter_for(llava), 150)(read_record(record("<image> w10", "w20", "w11", "w21")), folder)
+    row = Preprocessor(asking, family_of(llava), 150)(read_record(record("<image> w10", "w20", "w11", "w21")), folder)
     assert row["labels"][row["labels"] != IGNORE].tolist() == [20, END, 21, END]
 
 
@@ -111,7 +111,7 @@ def test_a_conversation_has_one_first_token(llava, folder, template):
     beginning = with_template(template)
     beginning.tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
     assert beginning.tokenizer("w9")["input_ids"] == [1, 9]
-    row = Preprocessor(beginning, adapter_for(llava), 150)(read_record(record("<image> w10", "w20")), folder)
+    row = Preprocessor(beginning, family_of(llava), 150)(read_record(record("<image> w10", "w20")), folder)
     assert without_images(row["input_ids"]) == [1, USER, 10, MODEL, 20, END]
     labels = row["labels"][row["input_ids"] != IMAGE_TOKEN].tolist()
     assert labels == [IGNORE] * 4 + [20, END]
@@ -150,7 +150,7 @@ def test_an_error_of_a_broken_processor_is_not_a_bad_record(llava, monkeypatch):
     made = with_template(TEMPLATE)
     monkeypatch.setattr(type(made), "__call__", broken)
     with pytest.raises(TypeError, match="no such argument"):
-        Preprocessor(made, adapter_for(llava), 150)
+        Preprocessor(made, family_of(llava), 150)
 
 
 def test_an_answer_that_would_end_early_is_bad(conversations, folder):
@@ -161,7 +161,7 @@ def test_an_answer_that_would_end_early_is_bad(conversations, folder):
 
 
 def test_a_record_longer_than_the_llms_positions_is_bad(processor, llava, folder):
-    long = Preprocessor(processor, adapter_for(llava), max_length=9999)
+    long = Preprocessor(processor, family_of(llava), max_length=9999)
     rest = 512 - TOKENS - 4  # the LLM's positions without the image and the words of the template
     assert len(long(read_record(record("<image>" + " w9" * rest, "w20")), folder)["input_ids"]) == 512
     with pytest.raises(BadRecord, match="longer than the LLM's 512 positions"):
@@ -185,7 +185,7 @@ def test_several_images_and_none(conversations, folder):
 
 
 def test_long_and_broken_records_are_bad(processor, llava, folder):
-    short = Preprocessor(processor, adapter_for(llava), max_length=TOKENS + 5)
+    short = Preprocessor(processor, family_of(llava), max_length=TOKENS + 5)
     assert len(short(read_record(record("<image> w10", "w20")), folder)["input_ids"]) == TOKENS + 5
     for content, reason in (
         (record("<image> w10", "w20 w21"), f"longer than {TOKENS + 5} tokens"),
@@ -289,7 +289,7 @@ def test_a_batch_without_images_gets_a_blank_image_without_gradients(conversatio
     loss = compressed(**batch).loss
     loss.backward()
     assert loss.item() == pytest.approx(compressed(**Collator(0)([text])).loss.item(), rel=1e-6)
-    gradients = [parameter.grad for parameter in adapter_for(compressed.inner).projector.parameters()]
+    gradients = [parameter.grad for parameter in family_of(compressed.inner).projector.parameters()]
     assert all(gradient is not None and not gradient.any() for gradient in gradients)
 
 
@@ -308,13 +308,13 @@ def test_lengths_order_records_by_length(conversations, folder):
 def test_processors_that_cannot_be_used_are_refused(llava):
     bare = FAMILIES["llava"].processor()
     with pytest.raises(UserError, match="no chat template"):
-        Preprocessor(bare, adapter_for(llava), 100)
+        Preprocessor(bare, family_of(llava), 100)
     bare.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content[0].text }}{% endfor %}"
     with pytest.raises(UserError, match="rewrites earlier turns"):
-        Preprocessor(bare, adapter_for(llava), 100)
+        Preprocessor(bare, family_of(llava), 100)
     bare.chat_template = TEMPLATE.replace("'w5 ' }}", "'w5 ' if loop.last else 'w6 ' }}")
     with pytest.raises(UserError, match="rewrites earlier turns"):
-        Preprocessor(bare, adapter_for(llava), 100)
+        Preprocessor(bare, family_of(llava), 100)
 
 
 @pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # raised in the processor
@@ -322,7 +322,7 @@ def test_a_processor_that_rewrites_prompts_is_refused(llava):
     rewriting = FAMILIES["paligemma"].processor()
     rewriting.chat_template = TEMPLATE
     with pytest.raises(UserError, match="PaliGemmaProcessor rewrites it"):
-        Preprocessor(rewriting, adapter_for(llava), 100)
+        Preprocessor(rewriting, family_of(llava), 100)
 
 
 def test_mini_learns_the_answers_in_its_own_template(tmp_path):
@@ -330,7 +330,7 @@ def test_mini_learns_the_answers_in_its_own_template(tmp_path):
 
     loaded = load("mini")
     Image.new("RGB", (96, 96)).save(tmp_path / "a.png")
-    row = Preprocessor(loaded.processor, loaded.adapter, 400)(
+    row = Preprocessor(loaded.processor, loaded.family, 400)(
         read_record(record("<image>\nwhat color is the ring ?", "red", "where is it ?", "top left")), tmp_path
     )
     kept = row["labels"][row["labels"] != IGNORE]
@@ -340,7 +340,7 @@ def test_mini_learns_the_answers_in_its_own_template(tmp_path):
 
 def test_what_the_template_refuses_is_a_bad_record(llava, folder):
     refusing = "{% if 'w13' in messages[0].content[-1].text %}{{ raise_exception('no w13 here') }}{% endif %}"
-    conversations = Preprocessor(with_template(refusing + TEMPLATE), adapter_for(llava), 150)
+    conversations = Preprocessor(with_template(refusing + TEMPLATE), family_of(llava), 150)
     conversations(read_record(record("<image> w10", "w20")), folder)
     with pytest.raises(BadRecord, match="the chat template refuses it: no w13 here"):
         conversations(read_record(record("<image> w13", "w20")), folder)

@@ -6,7 +6,7 @@ import torch
 from vlmzip.errors import UserError
 from vlmzip.lab.bench.presets import PRESETS, make_config, make_model
 from vlmzip.lab.papers.llavolta import explain_beside_paper as explain
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 from vlmzip.training.explain import COLUMNS, draw_staircase, lines
 from vlmzip.training.schedule import SCHEMES, read_schedule, scheme
 
@@ -24,7 +24,7 @@ TOKENS = {
 
 @pytest.fixture(scope="module")
 def llava_7b():
-    return adapter_for(make_model(make_config(PRESETS["llava-1.5-7b"]), "meta", torch.bfloat16))
+    return family_of(make_model(make_config(PRESETS["llava-1.5-7b"]), "meta", torch.bfloat16))
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -11,7 +11,7 @@ from tests.families import tiny_llava
 from tests.tiny import PATCH, SIDE
 from tests.training.test_records import record
 from vlmzip.errors import UserError
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 from vlmzip.training.batches import IGNORE, Preprocessor
 from vlmzip.training.records import read_record
 
@@ -122,7 +122,7 @@ def conversations(words, chat_template):
     )
     model = tiny_llava()
     model.config.image_token_id = words.convert_tokens_to_ids("<image>")
-    return Preprocessor(processor, adapter_for(model), 900)
+    return Preprocessor(processor, family_of(model), 900)
 
 
 @pytest.fixture
@@ -229,4 +229,4 @@ def test_a_tokenizer_without_offsets_is_refused():
     asked = conversations(wrapped(tokenizer("GPT-2")), template(" ", "in the prompt"))
     asked.processor.tokenizer = Slow()
     with pytest.raises(UserError, match="no fast tokenizer"):
-        Preprocessor(asked.processor, adapter_for(tiny_llava()), 900)
+        Preprocessor(asked.processor, family_of(tiny_llava()), 900)

@@ -8,7 +8,7 @@ from vlmzip import FastV, NoCompression, Pool2d, attach
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.methods import Chain, RandomTokens
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 from vlmzip.training.config import Lora, read_config
 from vlmzip.training.run import CHECKPOINTING, _choose_what_learns, _subset, _with_lora, arguments, train
 from vlmzip.training.trainer import evaluating
@@ -59,11 +59,11 @@ def test_the_records_of_a_fraction_are_drawn_by_the_seed(config):
 def test_the_chosen_parts_learn(fresh, learn):
     """In Qwen, the projector is a part of the encoder, but is still chosen separately."""
     model = fresh.model
-    adapter, compressed = adapter_for(model), attach(model, NoCompression())
-    _choose_what_learns(compressed, adapter, learn, None)
-    inside = set(adapter.projector.parameters())
-    parts = {"projector": inside, "llm": set(adapter.llm.parameters())}
-    parts["vision"] = set(adapter.vision_encoder.parameters()) - inside
+    model_family, compressed = family_of(model), attach(model, NoCompression())
+    _choose_what_learns(compressed, model_family, learn, None)
+    inside = set(model_family.projector.parameters())
+    parts = {"projector": inside, "llm": set(model_family.llm.parameters())}
+    parts["vision"] = set(model_family.vision_encoder.parameters()) - inside
     for part, weights in parts.items():
         assert {one.requires_grad for one in weights} == {part in learn}, part
 

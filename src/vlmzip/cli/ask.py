@@ -37,7 +37,7 @@ def run(args: Namespace) -> None:
     for path in paths:
         load_image(path)
     loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)
-    compressed = attach_and_note(loaded, make_method(args, loaded.adapter.profile()))
+    compressed = attach_and_note(loaded, make_method(args, loaded.family.profile()))
     inputs = build_inputs(loaded, paths, question)
     with progress("answering"):
         plain = None

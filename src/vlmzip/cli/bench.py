@@ -32,7 +32,7 @@ from vlmzip.lab.bench.presets import PRESETS, Preset, make_config, make_inputs, 
 from vlmzip.lab.bench.timing import cpu_seconds, now
 from vlmzip.lab.machine import about, file_name
 from vlmzip.lab.table import show_bytes
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 from vlmzip.runtime.loading import DTYPES, check_dtype, find_device
 
 log = logging.getLogger(__name__)
@@ -120,11 +120,11 @@ def _measure(
     with console.status("making the model …") as status:
         progress = Progress(status, starting=START if device.type == "cpu" else 0)
         model, inputs = _make(args, preset, device, dtype)
-        adapter = adapter_for(model)
-        contenders = [_set_up(name, method, args.keep, adapter.profile()) for name, method in methods]
+        family = family_of(model)
+        contenders = [_set_up(name, method, args.keep, family.profile()) for name, method in methods]
         found = bench(
             model,
-            adapter,
+            family,
             inputs,
             contenders,
             repeats=args.repeats,
@@ -136,7 +136,7 @@ def _measure(
         progress.memory()
         recipe = (args, preset, device, dtype, [one.compressor for one in found])
         if device.type == "cpu":
-            del model, adapter, inputs  # the other process makes its own model, and both may not fit
+            del model, family, inputs  # the other process makes its own model, and both may not fit
             _measure_memory(found, recipe, keep)
         else:
             for one, peak in zip(found, _peaks(*recipe, model=model), strict=True):

@@ -28,7 +28,7 @@ def run(args: Namespace) -> None:
     for path in args.images:
         load_image(path)
     loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)
-    compressor = attach_and_note(loaded, make_method(args, loaded.adapter.profile())).compressor
+    compressor = attach_and_note(loaded, make_method(args, loaded.family.profile())).compressor
     with progress("encoding"), torch.no_grad():
         inputs = build_inputs(loaded, args.images, "")
         report = compress_inputs(loaded.model, inputs, compressor).report

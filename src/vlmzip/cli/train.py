@@ -24,10 +24,10 @@ from vlmzip.lab.papers.llavolta import explain_beside_paper
 from vlmzip.lab.score import TaskScore
 from vlmzip.lab.table import print_table
 from vlmzip.lab.tasks.catalogue import read_task
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 from vlmzip.runtime.answering import Answerer
-from vlmzip.runtime.checkpoints import load_config, refusing
 from vlmzip.runtime.loading import source_of
+from vlmzip.runtime.pretrained import load_config, refusing
 from vlmzip.training.config import Config, read_config
 from vlmzip.training.explain import COLUMNS, Cost, as_json, draw_staircase, lines
 from vlmzip.training.records import Records
@@ -78,8 +78,8 @@ def _train(config: Config) -> None:
     _set_attention(loaded.model, config.attention)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is untrained")  # here it is trained
-        score = None if task is None else TaskScore(Answerer(loaded.adapter, loaded.processor), task)
-        folder = train(config, loaded.model, loaded.processor, loaded.adapter, score)
+        score = None if task is None else TaskScore(Answerer(loaded.family, loaded.processor), task)
+        folder = train(config, loaded.model, loaded.processor, loaded.family, score)
     log.info(f"the trained model is in {folder}")
 
 
@@ -95,9 +95,9 @@ def _explain(config: Config, args: Namespace) -> None:
     if args.staircase:
         _check_image(args.staircase)
     _note_what_is_missing(config)
-    adapter, steps = _on_paper(config, args.shape), _steps(config)
-    schedule = config.schedule_for(adapter.profile().layers)
-    cost = explain_beside_paper(schedule, adapter, steps, config.text_tokens)
+    family, steps = _on_paper(config, args.shape), _steps(config)
+    schedule = config.schedule_for(family.profile().layers)
+    cost = explain_beside_paper(schedule, family, steps, config.text_tokens)
     _note_unreached(cost, steps)
     if args.json:
         print(json.dumps(as_json(cost), indent=2))
@@ -124,19 +124,19 @@ def _note_what_is_missing(config: Config) -> None:
 
 
 def _on_paper(config: Config, preset: str | None) -> Any:
-    """Return the adapter of the model or of a preset, without its weights.
+    """Return the family of the model or of a preset, without its weights.
 
     Costs depend only on shapes.
     """
     if preset is not None:
         if preset not in PRESETS:
             raise UserError(f"--shape: there is no {preset!r}{closest(preset, PRESETS)}")
-        return adapter_for(make_model(make_config(PRESETS[preset]), "meta", torch.bfloat16))
+        return family_of(make_model(make_config(PRESETS[preset]), "meta", torch.bfloat16))
     try:
         shape = load_config(source_of(config.model))
         with refusing(f"cannot read the shape of {config.model!r}"), torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(shape, trust_remote_code=False)
-        return adapter_for(model)
+        return family_of(model)
     except UserError as error:
         said = str(error).replace("--model takes", "it takes")
         raise UserError(f"model: {said}; for costs alone: --shape llava-1.5-7b") from None

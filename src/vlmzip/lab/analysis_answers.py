@@ -41,7 +41,7 @@ def resumable_records(
     study.configure([task], [], [AS_SET])
     settings, beside = plain_json(dict(settings)), plain_json({"": list(beside) or [None] * len(samples)})[""]
     beside_by_sample = {sample.id: more for sample, more in zip(samples, beside, strict=True)}
-    layers = study.adapter.profile().layers
+    layers = study.family.profile().layers
 
     def check_record(sample: Sample, record: Record) -> str:
         if record["beside"] != beside_by_sample[sample.id]:

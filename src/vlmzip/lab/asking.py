@@ -53,7 +53,7 @@ def build_inputs(loaded: Loaded, paths: list[str], question: str) -> dict[str, o
         raise UserError("the question must not contain <image>: images are placed before it")
     if words := unknown_words(loaded.processor, question):
         log.warning(f"{loaded.name} does not know {', '.join(map(repr, dict.fromkeys(words)))}")
-    prompt = chat_prompt(loaded.adapter, loaded.processor, question, len(images))
+    prompt = chat_prompt(loaded.family, loaded.processor, question, len(images))
     special = special_tokens(loaded.processor.tokenizer, prompt)
     inputs = loaded.processor(images=images or None, text=prompt, return_tensors="pt", **special)
     return dict(inputs.to(loaded.model.device, loaded.model.dtype))
@@ -87,7 +87,7 @@ def answer(loaded: Loaded, compressed: CompressedModel, inputs: InputDict, max_n
     report = compressed.report
     text_tokens = inputs["input_ids"].shape[1] - report.before
     by_layer = [text_tokens + count for count in report.by_layer]
-    flops, kv_bytes = prefill_flops(loaded.adapter, by_layer), kv_cache_bytes(loaded.adapter, by_layer)
+    flops, kv_bytes = prefill_flops(loaded.family, by_layer), kv_cache_bytes(loaded.family, by_layer)
     account = Account(report.after, text_tokens + report.after, flops, kv_bytes, spent)
     return TimedAnswer(text, account, report)
 
@@ -96,7 +96,7 @@ def plain_account(loaded: Loaded, inputs: InputDict, report: Report) -> dict[str
     """Return the cost of the same prompt without compression. It is computed, not measured."""
     prompt = inputs["input_ids"].shape[1]
     account = Account(
-        report.before, prompt, prefill_flops(loaded.adapter, prompt), kv_cache_bytes(loaded.adapter, prompt), {}
+        report.before, prompt, prefill_flops(loaded.family, prompt), kv_cache_bytes(loaded.family, prompt), {}
     )
     counted = asdict(account)
     del counted["milliseconds"]
@@ -129,4 +129,4 @@ def draw(loaded: Loaded, inputs: dict[str, object], report: Report, paths: list[
 def seen_images(loaded: Loaded, inputs: dict[str, object], paths: list[str], report: Report) -> list[list[Image.Image]]:
     """Return the views of the images, cropped to the areas that their grids cover."""
     images = [load_image(path) for path in paths]
-    return seen_views(loaded.adapter, loaded.processor.image_processor, inputs, report.images, images)
+    return seen_views(loaded.family, loaded.processor.image_processor, inputs, report.images, images)

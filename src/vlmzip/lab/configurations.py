@@ -167,13 +167,13 @@ class Configurator:
         For a task without known questions, return the model's own grid.
         """
         if not task.samples:
-            return self.answerer.adapter.profile()
+            return self.answerer.family.profile()
         first = {sample.image: sample for sample in task.samples[:LOOK_AT]}.values()
         inputs = self.answerer.inputs([sample.load() for sample in first], [""] * len(first))
-        seen = [layout.unpadded()[0] for layout in self.answerer.adapter.layouts(inputs)]
+        seen = [layout.unpadded()[0] for layout in self.answerer.family.layouts(inputs)]
         layouts = sorted(seen, key=lambda layout: layout.size)
         grid, *tiles = layouts[(len(layouts) - 1) // 2].views
-        return replace(self.answerer.adapter.profile(), grid=grid, tiles=tuple(tiles))
+        return replace(self.answerer.family.profile(), grid=grid, tiles=tuple(tiles))
 
 
 def read_calibrated(path: Path, known: Mapping[str, object]) -> list[dict[str, object]]:

@@ -25,13 +25,13 @@ from vlmzip.lab.configurations import Configuration, Configurator, plain_json, r
 from vlmzip.lab.machine import about
 from vlmzip.lab.records import Record
 from vlmzip.lab.tasks.task import Sample, Task
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 from vlmzip.processes import Processes
 from vlmzip.processor import Processor
 from vlmzip.runtime.answering import Answer, Answerer
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.fingerprint import of_image, of_model, of_name, refuse_changed
-from vlmzip.runtime.positions import llm_positions
+from vlmzip.runtime.position_limit import llm_positions
 from vlmzip.spec import Candidate
 from vlmzip.version import __version__
 
@@ -64,10 +64,10 @@ class Study:
     """Why a configuration could not be finished, by the folder and name of its records."""
 
     def __post_init__(self) -> None:
-        self.adapter = adapter_for(self.model)
-        self.answerer = Answerer(self.adapter, self.processor)
-        self.device = self.adapter.model.device
-        dtype = str(self.adapter.model.dtype).removeprefix("torch.")
+        self.family = family_of(self.model)
+        self.answerer = Answerer(self.family, self.processor)
+        self.device = self.family.model.device
+        dtype = str(self.family.model.dtype).removeprefix("torch.")
         self.conditions = {"model": self.name, "dtype": dtype, "vlmzip": __version__, **about(self.device)}
         self.attacher = Attacher(self.model, self.name)
         self.store = AnswerStore(self.folder, FILE, self.processes)
@@ -178,7 +178,7 @@ class Study:
             "visual_tokens_by_layer": list(answer.by_layer),
             "retention": round(answer.retention, 6),
             "text_tokens": answer.text_tokens,
-            "beyond_positions": answer.positions > (llm_positions(self.adapter) or math.inf),
+            "beyond_positions": answer.positions > (llm_positions(self.family) or math.inf),
             "prefill_flops": self.answerer.flops(answer.text_tokens, answer.by_layer),
             **self.conditions,
         }
@@ -193,7 +193,7 @@ class Study:
                 raise UserError(f"the records in {where} are of other settings than {settings}")
             known = self.attacher.identity(one) | now
             refuse_changed(f"{where} holds answers of another {record['method']}", record, known)
-            return wrong_layers(record, self.adapter.profile().layers) or self._disagreeing(record)
+            return wrong_layers(record, self.family.profile().layers) or self._disagreeing(record)
 
         return self.store.series(task, one.file_stem, (*COSTS, *self.conditions), check)
 

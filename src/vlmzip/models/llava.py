@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vlmzip.errors import UserError
-from vlmzip.models.adapter import EncoderAttention, ModelAdapter
+from vlmzip.models.family import EncoderAttention, Family
 from vlmzip.models.layout import Encoded, Layout, Pixels, Views
 from vlmzip.models.vit import (
     downsampled,
@@ -28,7 +28,7 @@ from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 STRATEGIES = ("default", "full")
 
 
-class Llava(ModelAdapter):
+class Llava(Family):
     """`LlavaForConditionalGeneration` with a CLIP or SigLIP encoder.
 
     The features are those of `vision_feature_layer`, and attention row and keys are those of the layer that puts these

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vlmzip.models.adapter import EncoderAttention, ModelAdapter
+from vlmzip.models.family import EncoderAttention, Family
 from vlmzip.models.layout import Encoded, Layout, Views
 from vlmzip.models.vit import downsampled, encoder_attention, grid_of, run_vit
 from vlmzip.processor import InputDict, Inputs
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 
-class PaliGemma(ModelAdapter):
+class PaliGemma(Family):
     """`PaliGemmaForConditionalGeneration`.
 
     SigLIP has no CLS: `cls_attention` is the attention received (VisionZip, A.2).

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from vlmzip.compressor import Positions, Profile
 from vlmzip.errors import UserError
-from vlmzip.models.adapter import EncoderAttention, ModelAdapter
+from vlmzip.models.family import EncoderAttention, Family
 from vlmzip.models.layout import Encoded, Layout, Views
 from vlmzip.models.towers.qwen import QwenTower, sizes_of
 from vlmzip.processor import InputDict, Inputs
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 
-class Qwen25VL(ModelAdapter):
+class Qwen25VL(Family):
     """`Qwen2_5_VLForConditionalGeneration`.
 
     One token becomes one LLM token behind the merger, so that is where compressors act. Score and keys follow

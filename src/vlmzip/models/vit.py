@@ -16,7 +16,7 @@ from transformers.utils.constants import (
 )
 
 from vlmzip.errors import UserError
-from vlmzip.models.adapter import EncoderAttention
+from vlmzip.models.family import EncoderAttention
 from vlmzip.models.layout import Pixels
 from vlmzip.models.pixels import resized
 from vlmzip.models.recording import Recording, attention_received, cls_attention_row, mean_over_heads, record

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlmzip.errors import UserError
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.family import Family
 from vlmzip.processor import InputDict, Processor
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.flops import prefill_flops
@@ -44,8 +44,8 @@ class Answer:
 class Answerer:
     """A model's processor with methods that turn images and questions into inputs and answers."""
 
-    def __init__(self, adapter: ModelAdapter, processor: Processor) -> None:
-        self.adapter, self.processor = adapter, processor
+    def __init__(self, family: Family, processor: Processor) -> None:
+        self.family, self.processor = family, processor
         # The answers of a batch continue at the ends of their prompts, where published checkpoints often pad.
         processor.tokenizer.padding_side = "left"
         self.flops = cache(self._flops)
@@ -89,7 +89,7 @@ class Answerer:
 
     def _prompts(self, questions: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> list[str]:
         pairs = zip(questions, images, strict=True)
-        return [chat_prompt(self.adapter, self.processor, question, len(row)) for question, row in pairs]
+        return [chat_prompt(self.family, self.processor, question, len(row)) for question, row in pairs]
 
     def _inputs(self, prompts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> InputDict:
         """Return the model inputs of prompts that contain the image placeholders."""
@@ -100,7 +100,7 @@ class Answerer:
         batch = batch if any(images) else None
         special = special_tokens(self.processor.tokenizer, prompts[0])  # all prompts come from the same template
         inputs = self.processor(images=batch, text=list(prompts), padding=True, return_tensors="pt", **special)
-        return dict(inputs.to(self.adapter.model.device, self.adapter.model.dtype))
+        return dict(inputs.to(self.family.model.device, self.family.model.dtype))
 
     def _answer(self, compressed: CompressedModel, row: int, text: str, length: int, count: int) -> Answer:
         """Return the answer of a row, whose prompt has `length` uncompressed tokens and whose answer has `count`."""
@@ -119,7 +119,7 @@ class Answerer:
 
     def _flops(self, text_tokens: int, by_layer: tuple[int, ...]) -> int:
         """Return the prefill FLOPs of the LLM."""
-        return prefill_flops(self.adapter, [text_tokens + count for count in by_layer])
+        return prefill_flops(self.family, [text_tokens + count for count in by_layer])
 
 
 def _images_by_prompt(images: Sequence[Image.Image], count: int) -> list[Sequence[Image.Image]]:

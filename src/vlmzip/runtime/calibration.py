@@ -17,8 +17,8 @@ from torch import nn
 from vlmzip.compressor import BudgetError, Calibratable, Compressor
 from vlmzip.errors import UserError
 from vlmzip.keep import Keep, count_to_keep, parse_keep
-from vlmzip.models import adapter_for
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models import family_of
+from vlmzip.models.family import Family
 from vlmzip.processor import Processor
 from vlmzip.runtime.images import load_image
 
@@ -102,11 +102,11 @@ def measure(
     """Encode and measure the images: the first half of `calibrate`, which serves any number of budgets."""
     if batch < 1:
         raise UserError(f"batch={batch}: give at least 1")
-    adapter = adapter_for(model)
+    family = family_of(model)
     processor = processor or _processor_of(model)
     remaining, measured = iter(images), []
     while part := list(islice(remaining, batch)):
-        measured += _measure_together(adapter, processor, _calibratable(compressor), part)
+        measured += _measure_together(family, processor, _calibratable(compressor), part)
     return measured
 
 
@@ -136,13 +136,13 @@ def _calibratable(compressor: Compressor) -> Any:
 
 
 def _measure_together(
-    adapter: ModelAdapter, processor: Processor, compressor: Any, images: list[ImageLike]
+    family: Family, processor: Processor, compressor: Any, images: list[ImageLike]
 ) -> list[MeasuredImage]:
     loaded = [load_image(image) for image in images]
-    inputs = processor.image_processor(loaded, return_tensors="pt").to(adapter.model.device, adapter.model.dtype)
+    inputs = processor.image_processor(loaded, return_tensors="pt").to(family.model.device, family.model.dtype)
     measured: dict[int, MeasuredImage] = {}
     with torch.no_grad():
-        for group in adapter.encode(inputs, compressor.site, compressor.needs).groups:
+        for group in family.encode(inputs, compressor.site, compressor.needs).groups:
             tokens, indices = group.tokens, group.numbers
             assert tokens.grid is not None  # encoders have grids
             counts = compressor.counts_by_factor(tokens.grid)
@@ -218,7 +218,7 @@ def _out_of_reach(name: str, budget: float, steps: _Steps) -> BudgetError:
 
 
 def _processor_of(model: nn.Module) -> Processor:
-    from vlmzip.runtime.checkpoints import load_processor
+    from vlmzip.runtime.pretrained import load_processor
 
     config: Any = getattr(model, "config", None)
     source = getattr(config, "_name_or_path", "")

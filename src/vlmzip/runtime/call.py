@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.family import Family
 from vlmzip.processor import Inputs
 from vlmzip.runtime.cache import cache_of
 from vlmzip.runtime.compressed_inputs import CompressedInputs
@@ -18,7 +18,7 @@ from vlmzip.runtime.in_llm.prompt import prompt_of
 from vlmzip.runtime.in_llm.state import InLLMState
 from vlmzip.runtime.inputs import compress_inputs, positions_of
 from vlmzip.runtime.place import inside_the_llm
-from vlmzip.runtime.positions import positions_taken, warn_beyond
+from vlmzip.runtime.position_limit import positions_taken, warn_beyond
 from vlmzip.runtime.report import Report
 
 
@@ -26,7 +26,7 @@ from vlmzip.runtime.report import Report
 class CompressedCall:
     """One call of a model with a compressor, ready to run."""
 
-    adapter: ModelAdapter
+    family: Family
     compressor: Compressor
     arguments: Inputs
     """What the user gave."""
@@ -56,19 +56,19 @@ class CompressedCall:
         Counting positions takes time, and training keeps no cache: to be called only where one came back.
         """
         state = self.later_turn or first_turn(
-            self.adapter, self.arguments, self.inputs, self.compressor, generating=self.generating
+            self.family, self.arguments, self.inputs, self.compressor, generating=self.generating
         )
         return state if self.in_llm is None else replace(state, keys=self.in_llm.keys)
 
     def warn_beyond_positions(self, taken: Sequence[int], *, answered: bool = False) -> None:
         """Warn where the rows of the prompt, or their answers, take more positions than the LLM has."""
-        original = positions_of(self.compressor, self.adapter) == "original"
-        warn_beyond(self.adapter, self.compressor, taken, original=original, answered=answered)
+        original = positions_of(self.compressor, self.family) == "original"
+        warn_beyond(self.family, self.compressor, taken, original=original, answered=answered)
 
 
 def compress_call(
     model: nn.Module,
-    adapter: ModelAdapter,
+    family: Family,
     compressor: Compressor,
     resampler: nn.Module | None,
     conversations: Conversations,
@@ -83,19 +83,19 @@ def compress_call(
     later_turn = None
     if before is None:
         inputs = compress_inputs(
-            model, arguments, compressor, generating=generating, adapter=adapter, resampler=resampler,
+            model, arguments, compressor, generating=generating, family=family, resampler=resampler,
             pack_rows=pack_rows,
         )  # fmt: skip
     else:
         inputs, later_turn = next_turn(
-            model, adapter, arguments, compressor, before, generating=generating, resampler=resampler
+            model, family, arguments, compressor, before, generating=generating, resampler=resampler
         )
-    inputs.report = replace(inputs.report, positions=positions_taken(adapter, inputs, generating=generating))
+    inputs.report = replace(inputs.report, positions=positions_taken(family, inputs, generating=generating))
     in_llm = None
     if compressors := inside_the_llm(compressor):
         keys = None if before is None else before.keys
-        in_llm = InLLMState(adapter, compressors, prompt_of(inputs.spans, inputs), inputs.report.stopwatch, keys)
-    call = CompressedCall(adapter, compressor, arguments, inputs, generating, later_turn, in_llm)
+        in_llm = InLLMState(family, compressors, prompt_of(inputs.spans, inputs), inputs.report.stopwatch, keys)
+    call = CompressedCall(family, compressor, arguments, inputs, generating, later_turn, in_llm)
     call.warn_beyond_positions(call.report.positions)
     return call
 

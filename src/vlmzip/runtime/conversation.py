@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.family import Family
 from vlmzip.processor import InputDict, Inputs
 from vlmzip.runtime.cache import cache_of
 from vlmzip.runtime.compressed_inputs import CompressedInputs
@@ -91,7 +91,7 @@ class Conversations:
 
 
 def first_turn(
-    adapter: ModelAdapter,
+    family: Family,
     inputs: Inputs,
     compressed: CompressedInputs,
     compressor: Compressor,
@@ -106,11 +106,11 @@ def first_turn(
     if source is None:
         source = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     short_mask = gather(mask, source, 0)
-    original, next_position = adapter.original_positions(inputs, mask)
-    if positions_of(compressor, adapter) == "original":
+    original, next_position = family.original_positions(inputs, mask)
+    if positions_of(compressor, family) == "original":
         positions = gather(original, source, 0)
-    elif generating or (compressed.smaller is not None and adapter.position_axes):
-        positions, next_position = contiguous_positions(adapter, compressed, short_mask)
+    elif generating or (compressed.smaller is not None and family.position_axes):
+        positions, next_position = contiguous_positions(family, compressed, short_mask)
     else:  # a model's `forward` counts padding too
         positions = torch.arange(source.shape[1], device=ids.device).expand_as(gather(original, source, 0))
         next_position = torch.full_like(next_position, source.shape[1])
@@ -122,7 +122,7 @@ def first_turn(
 
 def next_turn(
     model: nn.Module,
-    adapter: ModelAdapter,
+    family: Family,
     inputs: Inputs,
     compressor: Compressor,
     seen: CacheState,
@@ -139,14 +139,14 @@ def next_turn(
     """
     # After `generate` the last token of the answer has not been through the model.
     pending = seen.source.shape[1] - cache_of(inputs).get_seq_length()
-    new, seen_mask = _new_part(adapter, inputs, seen, 0 if generating else pending)
+    new, seen_mask = _new_part(family, inputs, seen, 0 if generating else pending)
     out = CompressedInputs(inputs)
-    for name in (*adapter.image_inputs, *PER_TOKEN):
+    for name in (*family.image_inputs, *PER_TOKEN):
         out.pop(name, None)
     whole = replace(seen, mask=seen_mask)
     if new["input_ids"].shape[1]:
-        part = compress_inputs(model, new, compressor, generating=True, adapter=adapter, resampler=resampler)
-        whole = _joined(whole, first_turn(adapter, new, part, compressor, generating=True))
+        part = compress_inputs(model, new, compressor, generating=True, family=family, resampler=resampler)
+        whole = _joined(whole, first_turn(family, new, part, compressor, generating=True))
         out |= {name: part[name] for name in ("mm_encoder_outputs", "labels") if part.get(name) is not None}
         report = part.report
         start_of_part = seen.source.shape[1]
@@ -154,8 +154,8 @@ def next_turn(
     else:
         report, spans = Report(compressor, [], None, Stopwatch(seen.ids.device)), []
     start = 0 if generating else seen.source.shape[1] - pending
-    positions = whole.positions if generating else adapter.forward_positions(whole.positions[..., start:])
-    out["input_ids"] = gather(whole.ids, whole.source, pad_id(adapter))[:, start:]
+    positions = whole.positions if generating else family.forward_positions(whole.positions[..., start:])
+    out["input_ids"] = gather(whole.ids, whole.source, pad_id(family))[:, start:]
     out["attention_mask"], out["position_ids"] = whole.mask, positions
     if "labels" in out and pending and not generating:
         out["labels"] = torch.nn.functional.pad(out["labels"], (pending, 0), value=PER_TOKEN["labels"])
@@ -181,7 +181,7 @@ def _joined(seen: CacheState, new: CacheState) -> CacheState:
 
 
 def _new_part(
-    adapter: ModelAdapter, inputs: Inputs, seen: CacheState, pending: int
+    family: Family, inputs: Inputs, seen: CacheState, pending: int
 ) -> tuple[InputDict, Int[Tensor, "batch short"]]:
     """Return the inputs of the part of the conversation that has not been seen, and the mask of the part that has."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
@@ -216,7 +216,7 @@ def _new_part(
         )
     if inputs.get("labels") is not None:
         new["labels"] = inputs["labels"][:, inputs["labels"].shape[1] - new_ids.shape[1] :]
-    new |= _new_images(adapter, inputs, new_ids, seen, whole=whole)
+    new |= _new_images(family, inputs, new_ids, seen, whole=whole)
     return new, seen_mask
 
 
@@ -254,7 +254,7 @@ def _begins_alike(ids: Int[Tensor, "batch length"], mask: Tensor | None, seen: C
 
 
 def _new_images(
-    adapter: ModelAdapter,
+    family: Family,
     inputs: Inputs,
     new_ids: Int[Tensor, "batch new"],
     seen: CacheState,
@@ -262,22 +262,22 @@ def _new_images(
     whole: bool,
 ) -> InputDict:
     """Return the inputs of the images in the new part; `inputs` hold all images of the conversation or these alone."""
-    wanted = int((new_ids == adapter.placeholder_id).sum())
-    if inputs.get(adapter.image_inputs[0]) is None:
+    wanted = int((new_ids == family.placeholder_id).sum())
+    if inputs.get(family.image_inputs[0]) is None:
         return {}
-    counts = adapter.plain_counts(inputs)
+    counts = family.plain_counts(inputs)
     conversation = torch.cat([seen.ids, new_ids], 1)
-    if sum(counts) == int((conversation == adapter.placeholder_id).sum()) and (whole or wanted):
-        return _later_images(adapter, inputs, conversation, counts, seen.images) if wanted else {}
+    if sum(counts) == int((conversation == family.placeholder_id).sum()) and (whole or wanted):
+        return _later_images(family, inputs, conversation, counts, seen.images) if wanted else {}
     if sum(counts) != wanted:
         raise UserError(
             f"the new part of the prompt has {wanted} image placeholders; its images have {sum(counts)} visual tokens"
         )
-    return {name: inputs[name] for name in adapter.image_inputs if inputs.get(name) is not None}
+    return {name: inputs[name] for name in family.image_inputs if inputs.get(name) is not None}
 
 
 def _later_images(
-    adapter: ModelAdapter,
+    family: Family,
     inputs: Inputs,
     conversation: Int[Tensor, "batch length"],
     counts: Sequence[int],
@@ -285,8 +285,8 @@ def _later_images(
 ) -> InputDict:
     """Return the inputs of a conversation's images, which come row by row, without the first `seen` of each row."""
     chosen, at = [], [0] * len(conversation)
-    for index, (row, _) in enumerate(find_placeholders(conversation, adapter.placeholder_id, counts)):
+    for index, (row, _) in enumerate(find_placeholders(conversation, family.placeholder_id, counts)):
         if at[row] >= seen[row]:
             chosen.append(index)
         at[row] += 1
-    return adapter.choose_images(inputs, chosen)
+    return family.choose_images(inputs, chosen)

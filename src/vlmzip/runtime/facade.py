@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 from vlmzip.compressor import Compressor
 from vlmzip.compressor_file import write_compressor
 from vlmzip.errors import UserError
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 from vlmzip.processor import Inputs
 from vlmzip.runtime import pipelines
 from vlmzip.runtime.cache import cache_name, cache_of, returned_cache, with_cache_named
@@ -51,7 +51,7 @@ class CompressedModel(nn.Module):
             raise UserError(f"{model!r} is no model: load it first, or use vlmzip.from_pretrained(folder, compressor)")
         if any(isinstance(module, CompressedModel) for module in model.modules()):
             raise UserError("this model already has a compressor: detach() it first, or attach to the plain model")
-        self._adapter = adapter_for(model)
+        self._adapter = family_of(model)
         check_place(compressor, self._adapter)
         self.inner: Any = model
         self.compressor = compressor

@@ -9,16 +9,16 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.family import Family
 
 Count = TypeVar("Count", int, float)
 
 
 @overload
-def prefill_flops(adapter: ModelAdapter, tokens: int | Sequence[int]) -> int: ...
+def prefill_flops(family: Family, tokens: int | Sequence[int]) -> int: ...
 @overload
-def prefill_flops(adapter: ModelAdapter, tokens: Sequence[float]) -> float: ...
-def prefill_flops(adapter: ModelAdapter, tokens: int | Sequence[int] | Sequence[float]) -> int | float:
+def prefill_flops(family: Family, tokens: Sequence[float]) -> float: ...
+def prefill_flops(family: Family, tokens: int | Sequence[int] | Sequence[float]) -> int | float:
     """Return the LLM's floating-point operations for one prompt of `tokens` tokens, text and visual.
 
     `tokens` is one number, or one per layer if some layers see fewer tokens. The number of a layer may be a mean over
@@ -32,10 +32,10 @@ def prefill_flops(adapter: ModelAdapter, tokens: int | Sequence[int] | Sequence[
     Norms, activations and rotary embeddings are left out, as usual. `visionzip_flops` and `llavolta_flops` count as
     two papers do.
     """
-    config = adapter.llm_config
-    width = config.num_attention_heads * head_size(adapter)
+    config = family.llm_config
+    width = config.num_attention_heads * head_size(family)
     flops: int | float = 2 * config.hidden_size * config.vocab_size
-    for layer, count in zip(adapter.decoder_layers, _by_layer(adapter, tokens), strict=True):
+    for layer, count in zip(family.decoder_layers, _by_layer(family, tokens), strict=True):
         weights = sum(m.in_features * m.out_features for m in layer.modules() if isinstance(m, nn.Linear))
         flops += 2 * weights * count + 4 * count**2 * width
     return flops
@@ -101,19 +101,19 @@ def _attention_on_cpu(query: Sequence[int], key: Sequence[int], value: Sequence[
 _UNKNOWN_TO_TORCH = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu}
 
 
-def kv_cache_bytes(adapter: ModelAdapter, tokens: int | Sequence[int]) -> int:
+def kv_cache_bytes(family: Family, tokens: int | Sequence[int]) -> int:
     """Return the bytes of keys and values in the LLM's cache for one row of `tokens` tokens, or tokens per layer."""
-    config = adapter.llm_config
-    element = next(adapter.llm.parameters()).element_size()
-    return 2 * config.num_key_value_heads * head_size(adapter) * element * sum(_by_layer(adapter, tokens))
+    config = family.llm_config
+    element = next(family.llm.parameters()).element_size()
+    return 2 * config.num_key_value_heads * head_size(family) * element * sum(_by_layer(family, tokens))
 
 
-def _by_layer(adapter: ModelAdapter, tokens: int | Sequence[Count]) -> Sequence[int] | Sequence[Count]:
+def _by_layer(family: Family, tokens: int | Sequence[Count]) -> Sequence[int] | Sequence[Count]:
     """Return the tokens at each layer; one number stands for all layers."""
-    return [tokens] * len(adapter.decoder_layers) if isinstance(tokens, int) else tokens
+    return [tokens] * len(family.decoder_layers) if isinstance(tokens, int) else tokens
 
 
-def head_size(adapter: ModelAdapter) -> int:
+def head_size(family: Family) -> int:
     """Return the width of one attention head of the LLM."""
-    config = adapter.llm_config
+    config = family.llm_config
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -16,7 +16,7 @@ from packaging.version import Version
 from torch import Tensor
 
 from vlmzip.errors import UserError
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.family import Family
 from vlmzip.processor import InputDict, Inputs
 from vlmzip.runtime.cache import cache_name, cache_of, with_cache_named
 from vlmzip.runtime.call import CompressedCall
@@ -56,10 +56,10 @@ class Generated:
 class Generation:
     """One call of `generate`, before and after the inner model's."""
 
-    def __init__(self, model: Any, adapter: ModelAdapter, arguments: Inputs) -> None:
+    def __init__(self, model: Any, family: Family, arguments: Inputs) -> None:
         """Raise `UserError` for arguments that give wrong answers with any compressor."""
-        self.model, self.adapter = model, adapter
-        self.arguments = with_cache_named(arguments, cache_name(adapter.model))
+        self.model, self.family = model, family
+        self.arguments = with_cache_named(arguments, cache_name(family.model))
         self.cache = cache_of(arguments)
         self.repeats = self.setting("num_beams", 1) > 1 or self.setting("num_return_sequences", 1) > 1
         """Whether a prompt gets several rows: for beams, or for several sequences."""
@@ -89,7 +89,7 @@ class Generation:
     def _pad(self) -> int:
         """What `generate` writes behind the end of a row: without a pad token the first end, as transformers does."""
         pad = self.setting("pad_token_id")
-        return pad if pad is not None else (*self._ends, pad_id(self.adapter))[0]
+        return pad if pad is not None else (*self._ends, pad_id(self.family))[0]
 
     def _infer_mask(self) -> None:
         """Take pad tokens for padding where no `attention_mask` says more, as transformers does."""
@@ -144,7 +144,7 @@ class Generation:
         self._keep_length_limits(inputs, prompt.shape[1], short)
         if inputs.get("streamer") is not None:
             inputs["streamer"] = PromptStreamer(inputs["streamer"], prompt)
-        if self.repeats and not self.adapter.features_as_list:
+        if self.repeats and not self.family.features_as_list:
             return self._run_row_by_row(call)
         with running(call.in_llm):
             output = self.model.generate(**inputs)
@@ -190,7 +190,7 @@ class Generation:
             row_inputs = {name: value[row : row + 1] if name in ONE_A_ROW else value for name, value in inputs.items()}
             if features is not None:
                 count = sum(image.after for image in images if image.row == row)
-                row_inputs["mm_encoder_outputs"] = self.adapter.encoder_outputs([features[first : first + count]])
+                row_inputs["mm_encoder_outputs"] = self.family.encoder_outputs([features[first : first + count]])
                 first += count
                 if count == 0:
                     del row_inputs["mm_encoder_outputs"]

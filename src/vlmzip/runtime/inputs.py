@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
-from vlmzip.models import adapter_for
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models import family_of
+from vlmzip.models.family import Family
 from vlmzip.processor import Inputs
 from vlmzip.runtime.cache import cache_of
 from vlmzip.runtime.compressed_inputs import CompressedInputs
@@ -40,7 +40,7 @@ def compress_inputs(
     compressor: Compressor,
     *,
     generating: bool = False,
-    adapter: ModelAdapter | None = None,
+    family: Family | None = None,
     resampler: nn.Module | None = None,
     pack_rows: bool = False,
 ) -> CompressedInputs:
@@ -70,52 +70,52 @@ def compress_inputs(
 
     Raise `UserError` where placeholders and images do not match.
     """
-    adapter = adapter or adapter_for(model)
+    family = family or family_of(model)
     out = CompressedInputs(inputs)
     watch = Stopwatch(next(model.parameters()).device)
     if inputs.get("pixel_values_videos") is not None:
         warnings.warn("videos go through uncompressed: this version compresses images", stacklevel=2)
-    if inputs.get(adapter.image_inputs[0]) is None:
-        refuse_placeholders_without_images(adapter, inputs)
+    if inputs.get(family.image_inputs[0]) is None:
+        refuse_placeholders_without_images(family, inputs)
         out.report, out.spans = Report(compressor, [], None, watch), []
         return out
 
     ids, mask = prompt_in(inputs)
-    refuse_unknown_tokens(adapter, ids)
-    if len(inputs[adapter.image_inputs[0]]) == 0:
-        raise UserError(f"{adapter.image_inputs[0]} is empty; leave it out where there are no images")
+    refuse_unknown_tokens(family, ids)
+    if len(inputs[family.image_inputs[0]]) == 0:
+        raise UserError(f"{family.image_inputs[0]} is empty; leave it out where there are no images")
     given = inputs.get("position_ids") is not None
-    original = given or positions_of(compressor, adapter) == "original"
-    images, out.smaller = compress_images(adapter, inputs, compressor, watch, resampler, ascending=original)
-    found = find_placeholders(ids, adapter.placeholder_id, [image.report.before for image in images])
+    original = given or positions_of(compressor, family) == "original"
+    images, out.smaller = compress_images(family, inputs, compressor, watch, resampler, ascending=original)
+    found = find_placeholders(ids, family.placeholder_id, [image.report.before for image in images])
     source = shorten(mask, found, [image.places for image in images], ascending=original)
 
-    for name in adapter.image_inputs:
+    for name in family.image_inputs:
         out.pop(name, None)
-    check_takes(adapter.model, "mm_encoder_outputs")
-    out["mm_encoder_outputs"] = adapter.encoder_outputs(
+    check_takes(family.model, "mm_encoder_outputs")
+    out["mm_encoder_outputs"] = family.encoder_outputs(
         [image.features for image in images], [image.streams for image in images]
     )
-    out["input_ids"] = gather(ids, source, pad_id(adapter))
+    out["input_ids"] = gather(ids, source, pad_id(family))
     out["attention_mask"] = gather(mask, source, PER_TOKEN["attention_mask"])
     if original and not given:
-        positions, _ = adapter.original_positions({**inputs, "input_ids": ids}, mask)
-        out["position_ids"] = positions if generating else adapter.forward_positions(positions)
+        positions, _ = family.original_positions({**inputs, "input_ids": ids}, mask)
+        out["position_ids"] = positions if generating else family.forward_positions(positions)
     counted = out.get("position_ids") is None
     for name in PER_TOKEN.keys() - {"attention_mask"}:
         if out.get(name) is not None:
             if out[name].ndim < 2 or out[name].shape[-1] != ids.shape[1]:
                 raise UserError(f"{name} must be [batch, length] as input_ids; got shape {tuple(out[name].shape)}")
             out[name] = gather(out[name], source, PER_TOKEN[name])
-    if counted and adapter.position_axes and (generating or out.smaller is not None):
+    if counted and family.position_axes and (generating or out.smaller is not None):
         # Left to itself, `generate` would leave the positions' offsets on the model, for others to stumble over.
-        out["position_ids"] = contiguous_positions(adapter, out, out["attention_mask"])[0]
+        out["position_ids"] = contiguous_positions(family, out, out["attention_mask"])[0]
     reports = [replace(image.report, row=row) for image, (row, _) in zip(images, found, strict=True)]
     out.report = Report(compressor, reports, source, watch)
     goes_on = any(stage.site is Site.IN_LLM for stage in compressor.stages())
-    out.spans = _spans(out["input_ids"], adapter.placeholder_id, images) if goes_on else []
+    out.spans = _spans(out["input_ids"], family.placeholder_id, images) if goes_on else []
     if pack_rows and not goes_on and not generating and cache_of(out) is None:
-        pack(out, adapter, images, {"input_ids": pad_id(adapter), **PER_TOKEN})
+        pack(out, family, images, {"input_ids": pad_id(family), **PER_TOKEN})
     return out
 
 
@@ -125,19 +125,19 @@ def _spans(ids: Int[Tensor, "batch length"], placeholder_id: int, images: Sequen
     return [Span(row, columns, image.left) for (row, columns), image in zip(found, images, strict=True)]
 
 
-def positions_of(compressor: Compressor, adapter: ModelAdapter) -> str:
+def positions_of(compressor: Compressor, family: Family) -> str:
     """The policy for kept positions: the compressor's own, or what the papers use in this family."""
-    return compressor.positions or compressor.stages()[0].default_positions or adapter.default_positions
+    return compressor.positions or compressor.stages()[0].default_positions or family.default_positions
 
 
 def contiguous_positions(
-    adapter: ModelAdapter, compressed: CompressedInputs, mask: Int[Tensor, "batch length"]
+    family: Family, compressed: CompressedInputs, mask: Int[Tensor, "batch length"]
 ) -> tuple[Int[Tensor, "*axes batch length"], Int[Tensor, " batch"]]:
     """Positions of the compressed prompt, counted from 0 as `generate` does, and the position of each next token.
 
     One after another on every axis; smaller images keep a grid, which the family counts as it counts any other.
     """
     if compressed.smaller is not None:
-        return adapter.original_positions({**compressed.smaller, "input_ids": compressed["input_ids"]}, mask)
+        return family.original_positions({**compressed.smaller, "input_ids": compressed["input_ids"]}, mask)
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
-    return positions.expand(*adapter.position_axes, *mask.shape), mask.sum(-1)
+    return positions.expand(*family.position_axes, *mask.shape), mask.sum(-1)

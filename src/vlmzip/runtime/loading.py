@@ -17,10 +17,10 @@ from transformers.utils import logging
 from vlmzip.compressor_file import refuse_lora
 from vlmzip.errors import UserError
 from vlmzip.files import is_file, is_folder
-from vlmzip.models import FAMILIES, adapter_for
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models import FAMILIES, family_of
+from vlmzip.models.family import Family
 from vlmzip.processor import Processor
-from vlmzip.runtime import checkpoints
+from vlmzip.runtime import pretrained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: Names of models that ship with the package, and the folder of each in it.
@@ -35,7 +35,7 @@ class Loaded:
     """As the user wrote it."""
     model: PreTrainedModel
     processor: Processor
-    adapter: ModelAdapter
+    family: Family
 
 
 #: The model that was loaded last.
@@ -53,15 +53,15 @@ def load(name: str, device: str | None = None, dtype: str | None = None, *, allo
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         hub_logging.set_verbosity_error()  # the error that ends its retries says what they would
-        config = checkpoints.load_config(source)
-        processor = checkpoints.load_processor(source, config)
-        model = checkpoints.load_model(source, dtype=DTYPES.get(dtype or "", "auto"), **weights)
-        with checkpoints.refusing(f"cannot move {name!r} to {target}"):
+        config = pretrained.load_config(source)
+        processor = pretrained.load_processor(source, config)
+        model = pretrained.load_model(source, dtype=DTYPES.get(dtype or "", "auto"), **weights)
+        with pretrained.refusing(f"cannot move {name!r} to {target}"):
             module: nn.Module = model  # mypy cannot call the `to` that transformers wraps
             module.to(target).eval()
-        adapter = adapter_for(model)
-        checkpoints.try_out(name, processor, adapter)
-    loaded = Loaded(name, model, processor, adapter)
+        family = family_of(model)
+        pretrained.try_out(name, processor, family)
+    loaded = Loaded(name, model, processor, family)
     _latest[:] = [loaded]
     return loaded
 
@@ -73,7 +73,7 @@ def refuse_model_at_fault(error: Exception) -> None:
     from trying.
     """
     for loaded in _latest if "CUDA error" not in str(error) else ():
-        checkpoints.refuse_if_it_cannot_answer(loaded.name, loaded.processor, loaded.adapter)
+        pretrained.refuse_if_it_cannot_answer(loaded.name, loaded.processor, loaded.family)
 
 
 def check_dtype(dtype: str | None) -> None:

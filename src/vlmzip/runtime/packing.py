@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.family import Family
 from vlmzip.runtime.compressed_inputs import CompressedInputs
 from vlmzip.runtime.report import CompressedImage
 
@@ -22,7 +22,7 @@ TRIED = 16
 
 
 def pack(
-    compressed: CompressedInputs, adapter: ModelAdapter, images: Sequence[CompressedImage], fills: dict[str, int]
+    compressed: CompressedInputs, family: Family, images: Sequence[CompressedImage], fills: dict[str, int]
 ) -> None:
     """Pack the rows of a compressed prompt that is to be trained on, if fewer would do; else leave them as they are.
 
@@ -31,8 +31,8 @@ def pack(
     ones) nothing is packed: gaps in them would look like the beginning of another row. Nor is it where token types
     decide which tokens see each other, or where the LLM does not keep packed rows apart.
     """
-    llm, source = adapter.llm_config, compressed.report.source
-    if source is None or not adapter.keeps_packed_rows_apart:
+    llm, source = family.llm_config, compressed.report.source
+    if source is None or not family.keeps_packed_rows_apart:
         return
     if any(compressed.get(name) is not None for name in ("position_ids", "token_type_ids")):
         return
@@ -52,7 +52,7 @@ def pack(
     )
     order = {row: place for place, row in enumerate(row for one in bins for row in one)}
     by_row = sorted(zip(images, compressed.report.images, strict=True), key=lambda both: order[both[1].row])
-    compressed["mm_encoder_outputs"] = adapter.encoder_outputs(
+    compressed["mm_encoder_outputs"] = family.encoder_outputs(
         [image.features for image, _ in by_row], [image.streams for image, _ in by_row]
     )
     compressed |= {"position_ids": positions, "use_cache": False}

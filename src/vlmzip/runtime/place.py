@@ -6,7 +6,7 @@ import warnings
 
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, closest
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.family import Family
 from vlmzip.runtime.cache import cache_name
 from vlmzip.runtime.resample import resampling
 from vlmzip.visual_tokens import Site
@@ -19,42 +19,42 @@ def inside_the_llm(compressor: Compressor) -> list[Compressor]:
     return [stage for stage in compressor.stages() if stage.site is Site.IN_LLM]
 
 
-def check_place(compressor: Compressor, adapter: ModelAdapter) -> None:
+def check_place(compressor: Compressor, family: Family) -> None:
     """Raise `UserError` for what is no compressor, or has no place in the model."""
     if not isinstance(compressor, Compressor):
         raise UserError(f"{compressor!r} is no compressor; try vlmzip.VisionZip(keep=64)")
     for stage in compressor.stages():
-        if stage.site not in adapter.sites:
-            known = closest(stage.site, adapter.sites)
-            raise UserError(f"{type(adapter.model).__name__} has no site {stage.site.value!r}{known}")
-    cache_name(adapter.model)
+        if stage.site not in family.sites:
+            known = closest(stage.site, family.sites)
+            raise UserError(f"{type(family.model).__name__} has no site {stage.site.value!r}{known}")
+    cache_name(family.model)
     for stage in inside_the_llm(compressor):
-        _check_place_inside(stage, adapter)
+        _check_place_inside(stage, family)
 
 
-def _check_place_inside(compressor: Compressor, adapter: ModelAdapter) -> None:
+def _check_place_inside(compressor: Compressor, family: Family) -> None:
     """Raise `UserError` for a compressor that has no place inside this LLM."""
-    if has_sliding_windows(adapter):
+    if has_sliding_windows(family):
         raise UserError(SLIDING)
     if compressor.positions == "contiguous":
         raise UserError("inside the LLM tokens keep their positions: positions='contiguous' is not possible there")
     if not compressor.layers:
         raise UserError(f"{compressor.name()} inside the LLM needs a layer to act at")
-    compressor.check_layers(len(adapter.decoder_layers), adapter.first_free_layer)
+    compressor.check_layers(len(family.decoder_layers), family.first_free_layer)
 
 
-def has_sliding_windows(adapter: ModelAdapter) -> bool:
+def has_sliding_windows(family: Family) -> bool:
     """Whether layers of the LLM attend to the latest tokens alone."""
-    kinds = getattr(adapter.llm_config, "layer_types", None)
-    window = getattr(adapter.llm_config, "sliding_window", None)
+    kinds = getattr(family.llm_config, "layer_types", None)
+    window = getattr(family.llm_config, "sliding_window", None)
     return "sliding_attention" in kinds if kinds else bool(window)
 
 
-def warn_if_nothing_to_do(compressor: Compressor, adapter: ModelAdapter) -> None:
+def warn_if_nothing_to_do(compressor: Compressor, family: Family) -> None:
     """Warn of a method that keeps all tokens of an image, unless it is meant to."""
     if compressor.changes_nothing or resampling(compressor) is not None:
         return
-    profile = adapter.profile()
+    profile = family.profile()
     try:
         counts = compressor.tokens_by_layer(profile)
     except UserError:  # too few for the views of a common image: the images of a call decide

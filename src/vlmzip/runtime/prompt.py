@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from vlmzip.errors import UserError
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.family import Family
 from vlmzip.models.layout import Layout
 from vlmzip.processor import Inputs
 
@@ -110,9 +110,9 @@ def gather(
     return values.expand(*shape, -1).gather(-1, index).masked_fill(source < 0, fill)
 
 
-def pad_id(adapter: ModelAdapter) -> int:
+def pad_id(family: Family) -> int:
     """The token that stands where there is none; some configs say -1, which has no embedding."""
-    pad = getattr(adapter.llm_config, "pad_token_id", None)
+    pad = getattr(family.llm_config, "pad_token_id", None)
     return 0 if pad is None else max(pad, 0)
 
 
@@ -131,20 +131,20 @@ def prompt_in(inputs: Inputs) -> tuple[Int[Tensor, "batch length"], Int[Tensor, 
     return ids, torch.ones_like(ids) if mask is None else mask
 
 
-def refuse_placeholders_without_images(adapter: ModelAdapter, inputs: Inputs) -> None:
+def refuse_placeholders_without_images(family: Family, inputs: Inputs) -> None:
     """Raise `UserError` for a prompt that speaks of images without having any."""
     ids = inputs.get("input_ids")
     if ids is None or inputs.get("mm_encoder_outputs"):
         return
-    if bool((ids == adapter.placeholder_id).any()):
-        raise UserError(f"the prompt has image placeholders, but there is no {adapter.image_inputs[0]}")
-    refuse_unknown_tokens(adapter, ids)
+    if bool((ids == family.placeholder_id).any()):
+        raise UserError(f"the prompt has image placeholders, but there is no {family.image_inputs[0]}")
+    refuse_unknown_tokens(family, ids)
 
 
-def refuse_unknown_tokens(adapter: ModelAdapter, ids: Int[Tensor, "batch length"]) -> None:
+def refuse_unknown_tokens(family: Family, ids: Int[Tensor, "batch length"]) -> None:
     """Raise `UserError` for tokens without an embedding; families replace placeholders before they look them up."""
-    rows = adapter.model.get_input_embeddings().num_embeddings
-    unknown = ids[(ids != adapter.placeholder_id) & ((ids < 0) | (ids >= rows))]
+    rows = family.model.get_input_embeddings().num_embeddings
+    unknown = ids[(ids != family.placeholder_id) & ((ids < 0) | (ids >= rows))]
     if len(unknown):
         raise UserError(
             f"the prompt has the token {int(unknown[0])}, and the model knows tokens 0 to {rows - 1}:"

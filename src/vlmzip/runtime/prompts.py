@@ -8,20 +8,20 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from vlmzip.errors import UserError, reason
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.family import Family
 from vlmzip.processor import Processor
 
 
-def chat_prompt(adapter: ModelAdapter, processor: Processor, question: str, images: int) -> str:
+def chat_prompt(family: Family, processor: Processor, question: str, images: int) -> str:
     """Return the prompt of a question about `images` images.
 
     The processor's chat template writes it, or the family if the checkpoint has no template.
     """
     content = [{"type": "image"} for _ in range(images)] + [{"type": "text", "text": question}]
-    return conversation_prompt(adapter, processor, [{"role": "user", "content": content}])
+    return conversation_prompt(family, processor, [{"role": "user", "content": content}])
 
 
-def conversation_prompt(adapter: ModelAdapter, processor: Processor, messages: Sequence[Mapping[str, Any]]) -> str:
+def conversation_prompt(family: Family, processor: Processor, messages: Sequence[Mapping[str, Any]]) -> str:
     """Return the prompt of a conversation like `chat_prompt`.
 
     The `content` of each message is a list of {"type": "image"} and {"type": "text", "text": …}. Without a chat
@@ -39,7 +39,7 @@ def conversation_prompt(adapter: ModelAdapter, processor: Processor, messages: S
             " conversation and no image after text"
         )
     texts = [part["text"] for part in messages[0]["content"] if part["type"] == "text"]
-    return adapter.prompt("\n".join(texts), kinds.count("image"))
+    return family.prompt("\n".join(texts), kinds.count("image"))
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, bool]:

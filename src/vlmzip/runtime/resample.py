@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.files import is_file, replace_whole
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.family import Family
 from vlmzip.resampler import Resampler
 
 #: The weights of a resampler, beside `compressor.json`.
@@ -27,14 +27,14 @@ def resampling(compressor: Compressor) -> Resampler | None:
     return first if isinstance(first, Resampler) else None
 
 
-def build_resampler(adapter: ModelAdapter, compressor: Compressor) -> nn.Module | None:
+def build_resampler(family: Family, compressor: Compressor) -> nn.Module | None:
     """The untrained module, in the model's precision and where the model is; `None` for methods without weights."""
     method = resampling(compressor)
     if method is None:
         return None
-    module = method.build(adapter.feature_width(method.site), adapter.llm_config.hidden_size)
+    module = method.build(family.feature_width(method.site), family.llm_config.hidden_size)
     # Quantised weights have no precision to follow, offloaded ones no place.
-    like = next((p for p in adapter.model.parameters() if p.is_floating_point() and not p.is_meta), torch.empty(0))
+    like = next((p for p in family.model.parameters() if p.is_floating_point() and not p.is_meta), torch.empty(0))
     return module.to(like.device, like.dtype)
 
 

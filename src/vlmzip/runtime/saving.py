@@ -10,8 +10,8 @@ from vlmzip.compressor_file import FILE, NotInstalled, read_compressor, refuse_l
 from vlmzip.errors import UserError
 from vlmzip.files import is_file, is_folder
 from vlmzip.runtime.attach import attach
-from vlmzip.runtime.checkpoints import load_model
 from vlmzip.runtime.facade import CompressedModel
+from vlmzip.runtime.pretrained import load_model
 
 
 def from_pretrained(

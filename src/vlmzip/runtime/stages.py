@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.family import Family
 from vlmzip.models.layout import Encoded, Layout, Views
 from vlmzip.processor import InputDict, Inputs
 from vlmzip.resampler import Resampler
@@ -21,7 +21,7 @@ from vlmzip.visual_tokens import Grid, Site, VisualTokens
 
 
 def compress_images(
-    adapter: ModelAdapter,
+    family: Family,
     inputs: Inputs,
     compressor: Compressor,
     watch: Stopwatch,
@@ -37,13 +37,13 @@ def compress_images(
     stages = [stage for stage in compressor.stages() if stage.site is not Site.IN_LLM]
     first, later = stages[0] if stages else None, stages[1:]
     smaller = None
-    layouts = adapter.layouts(inputs)
+    layouts = family.layouts(inputs)
     if isinstance(first, Resampler):
-        images, separator = _resample(adapter, inputs, layouts, first, resampler, watch), None
+        images, separator = _resample(family, inputs, layouts, first, resampler, watch), None
     elif first is not None and first.site is Site.PIXELS:
-        images, separator, smaller = _encode_smaller(adapter, inputs, layouts, first, watch, ascending=ascending)
+        images, separator, smaller = _encode_smaller(family, inputs, layouts, first, watch, ascending=ascending)
     else:
-        images, separator = _encode_and_compress(adapter, inputs, layouts, first, watch, ascending=ascending)
+        images, separator = _encode_and_compress(family, inputs, layouts, first, watch, ascending=ascending)
     for stage in later:
         with watch.time("selection"):
             images = [_compress_projected(stage, image, ascending=ascending) for image in images]
@@ -52,7 +52,7 @@ def compress_images(
 
 
 def _encode_and_compress(
-    adapter: ModelAdapter,
+    family: Family,
     inputs: Inputs,
     layouts: Sequence[Layout],
     compressor: Compressor | None,
@@ -63,40 +63,38 @@ def _encode_and_compress(
     """The images behind the projector, through the first compressor; and what stands for a separator."""
     site = Site.PRE_PROJECTOR if compressor is None else compressor.site
     with watch.time("encoder"):
-        encoded = adapter.encode(inputs, site, frozenset() if compressor is None else compressor.needs)
+        encoded = family.encode(inputs, site, frozenset() if compressor is None else compressor.needs)
     with watch.time("selection"):
         kept = compress(layouts, encoded, compressor, ascending=ascending)
-    features = _project(adapter, [image.features for image in kept], site, watch)
+    features = _project(family, [image.features for image in kept], site, watch)
     with watch.time("bookkeeping"):
         images = [
             CompressedImage(projected, image.streams, image.plan.slots, image.plan.places, report, image.plan.left)
-            for projected, image, report in zip(features, kept, _reports(adapter, layouts, kept), strict=True)
+            for projected, image, report in zip(features, kept, _reports(family, layouts, kept), strict=True)
         ]
     return images, encoded.separator
 
 
 def _project(
-    adapter: ModelAdapter, features: Sequence[Float[Tensor, "_ dim"]], site: Site, watch: Stopwatch
+    family: Family, features: Sequence[Float[Tensor, "_ dim"]], site: Site, watch: Stopwatch
 ) -> Sequence[Float[Tensor, "_ llm_dim"]]:
     """All images' tokens through the projector at once."""
     with watch.time("projector"):
-        return adapter.project(torch.cat(list(features)), site).split([len(values) for values in features])
+        return family.project(torch.cat(list(features)), site).split([len(values) for values in features])
 
 
-def _reports(adapter: ModelAdapter, layouts: Sequence[Layout], kept: Sequence[Kept]) -> list[ImageReport]:
-    return [_report(adapter, layout, image.plan, image.seen) for layout, image in zip(layouts, kept, strict=True)]
+def _reports(family: Family, layouts: Sequence[Layout], kept: Sequence[Kept]) -> list[ImageReport]:
+    return [_report(family, layout, image.plan, image.seen) for layout, image in zip(layouts, kept, strict=True)]
 
 
-def _report(
-    adapter: ModelAdapter, layout: Layout, plan: Plan, seen: tuple[Float[Tensor, "_ dim"], ...] | None
-) -> ImageReport:
+def _report(family: Family, layout: Layout, plan: Plan, seen: tuple[Float[Tensor, "_ dim"], ...] | None) -> ImageReport:
     """What became of one image; its row is known when its placeholders are found."""
     after = len(plan.places)
     return ImageReport(
         row=-1,
         before=layout.placeholders,
         after=after,
-        by_layer=(after,) * len(adapter.decoder_layers),
+        by_layer=(after,) * len(family.decoder_layers),
         token_map=plan.token_map,
         layout=plan.layout,
         view_features=seen,
@@ -104,7 +102,7 @@ def _report(
 
 
 def _encode_smaller(
-    adapter: ModelAdapter,
+    family: Family,
     inputs: Inputs,
     layouts: Sequence[Layout],
     compressor: Compressor,
@@ -121,12 +119,12 @@ def _encode_smaller(
     with watch.time("selection"):
         wanted = [share.smaller(grid) for share, grid in zip(shares, grids, strict=True)]
     if wanted == grids:
-        images, separator = _encode_and_compress(adapter, inputs, layouts, None, watch, ascending=ascending)
+        images, separator = _encode_and_compress(family, inputs, layouts, None, watch, ascending=ascending)
         return images, separator, dict(inputs)
     with watch.time("selection"):
-        smaller = {**inputs, **adapter.downsample(inputs, wanted)}
+        smaller = {**inputs, **family.downsample(inputs, wanted)}
     with watch.time("encoder"):
-        encoded = adapter.encode(smaller, Site.PRE_PROJECTOR, frozenset())
+        encoded = family.encode(smaller, Site.PRE_PROJECTOR, frozenset())
     with watch.time("bookkeeping"):
         plans = plan_views(layouts, _without_features(layouts, grids, encoded), compressor, ascending=ascending)
         by_view = {
@@ -142,11 +140,9 @@ def _encode_smaller(
                 for number, count in zip(numbers, plan.outputs, strict=True)
             ]
             left.append([in_order(parts, plan.order) for parts in zip(*views, strict=True)])
-    projected = _project(adapter, [features for features, *_ in left], Site.PRE_PROJECTOR, watch)
+    projected = _project(family, [features for features, *_ in left], Site.PRE_PROJECTOR, watch)
     images = [
-        CompressedImage(
-            values, tuple(streams), plan.slots, plan.places, _report(adapter, layout, plan, None), plan.left
-        )
+        CompressedImage(values, tuple(streams), plan.slots, plan.places, _report(family, layout, plan, None), plan.left)
         for values, (_, *streams), plan, layout in zip(projected, left, plans, layouts, strict=True)
     ]
     return images, encoded.separator, smaller
@@ -192,7 +188,7 @@ def _compress_projected(compressor: Compressor, image: CompressedImage, *, ascen
 
 
 def _resample(
-    adapter: ModelAdapter,
+    family: Family,
     inputs: Inputs,
     layouts: Sequence[Layout],
     compressor: Resampler,
@@ -203,7 +199,7 @@ def _resample(
     if resampler is None:
         raise UserError(f"{compressor.name()} has weights: use what vlmzip.attach returns, which holds them")
     with watch.time("encoder"):
-        encoded = adapter.encode(inputs, compressor.site, compressor.needs)
+        encoded = family.encode(inputs, compressor.site, compressor.needs)
     by_view: dict[int, Tensor] = {}
     widths = [stream.shape[-1] for stream in encoded.groups[0].streams]
     for group in encoded.groups:
@@ -215,7 +211,7 @@ def _resample(
         before, after = layout.placeholders, len(features)
         # Spread over the placeholders, so that "where did this come from" has an answer; positions do not use it.
         places = [n * before // after for n in range(after)]
-        report = ImageReport(-1, before, after, (after,) * len(adapter.decoder_layers), None, layout, None)
+        report = ImageReport(-1, before, after, (after,) * len(family.decoder_layers), None, layout, None)
         nothing = tuple(features.new_zeros(after, width) for width in widths)  # for later layers of the LLM to add
         images.append(CompressedImage(features, nothing, torch.arange(after), places, report, None))
     return images

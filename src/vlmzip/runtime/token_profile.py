@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.family import Family
 from vlmzip.runtime.flops import kv_cache_bytes, prefill_flops
 from vlmzip.runtime.report import Report
 
@@ -50,10 +50,10 @@ class TokenProfile:
         """
         return 1 / self.retention
 
-    def kv_bytes(self, adapter: ModelAdapter) -> int:
+    def kv_bytes(self, family: Family) -> int:
         """Return the bytes of the KV cache after prefill."""
-        return kv_cache_bytes(adapter, self.all)
+        return kv_cache_bytes(family, self.all)
 
-    def prefill_flops(self, adapter: ModelAdapter) -> int:
+    def prefill_flops(self, family: Family) -> int:
         """Return the LLM's prefill FLOPs; see `vlmzip.runtime.flops.prefill_flops`."""
-        return prefill_flops(adapter, self.all)
+        return prefill_flops(family, self.all)

@@ -15,9 +15,9 @@ from torch.utils.data import Dataset
 
 from vlmzip.errors import UserError
 from vlmzip.json_text import JsonError, parse, read_lines, write_line
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.family import Family
 from vlmzip.processor import Processor
-from vlmzip.runtime.positions import llm_positions
+from vlmzip.runtime.position_limit import llm_positions
 from vlmzip.runtime.prompt import PER_TOKEN
 from vlmzip.runtime.prompts import special_tokens
 from vlmzip.training.records import PLACE, BadRecord, Records, TrainingRecord, Turn
@@ -37,15 +37,15 @@ class Preprocessor:
     which is added if the template has none: a model that never saw the token would not know when to stop.
     """
 
-    def __init__(self, processor: Processor, adapter: ModelAdapter, max_length: int) -> None:
+    def __init__(self, processor: Processor, family: Family, max_length: int) -> None:
         """Try the processor out. `max_length` counts tokens, with visual tokens uncompressed.
 
         Raises `UserError` for a processor whose conversations cannot be labelled, or that has no chat template, fast
         tokenizer or end-of-text token.
         """
         self.processor, self.tokenizer, self.max_length = processor, processor.tokenizer, max_length
-        self.positions = llm_positions(adapter)
-        self.placeholder = adapter.placeholder_id
+        self.positions = llm_positions(family)
+        self.placeholder = family.placeholder_id
         if not getattr(processor, "chat_template", None):
             raise UserError(
                 "the checkpoint's processor has no chat template: save one with it (processor.chat_template)"

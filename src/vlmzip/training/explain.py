@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.family import Family
 from vlmzip.runtime.flops import prefill_flops
 from vlmzip.training.schedule import Schedule, written
 from vlmzip.visualize.figure import new_figure
@@ -58,20 +58,20 @@ class Cost:
         return None if self.tokens is None else self.stages[0].of / self.tokens
 
 
-def explain(schedule: Schedule, adapter: ModelAdapter, steps: int, text_tokens: int) -> Cost:
+def explain(schedule: Schedule, family: Family, steps: int, text_tokens: int) -> Cost:
     """Return the cost of a schedule for images at the model's resolution, each with `text_tokens` text tokens.
 
-    The adapter's model needs no weights and can be on the "meta" device. Raises `UserError` for a stage whose layers
+    The family's model needs no weights and can be on the "meta" device. Raises `UserError` for a stage whose layers
     the LLM does not have.
     """
-    profile, whole = adapter.profile(), schedule.ends
-    plain = prefill_flops(adapter, profile.size + text_tokens)
+    profile, whole = family.profile(), schedule.ends
+    plain = prefill_flops(family, profile.size + text_tokens)
     stages = []
     for number, (stage, count) in enumerate(zip(schedule.stages, schedule.steps(steps), strict=True)):
         by_layer = stage.compressor.cases_by_layer(profile)
         flops = None
         if by_layer is not None:
-            cases = [prefill_flops(adapter, [text_tokens + n for n in counts]) for counts in by_layer]
+            cases = [prefill_flops(family, [text_tokens + n for n in counts]) for counts in by_layer]
             flops = sum(cases) / len(cases) / plain
         stages.append(
             StageCost(

@@ -25,8 +25,8 @@ from vlmzip import spec
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.files import is_folder
-from vlmzip.models import adapter_for
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models import family_of
+from vlmzip.models.family import Family
 from vlmzip.processes import Processes
 from vlmzip.processor import Processor
 from vlmzip.runtime.attach import attach
@@ -57,7 +57,7 @@ def train(
     config: Config,
     model: nn.Module,
     processor: Processor,
-    adapter: ModelAdapter,
+    family: Family,
     score: Score | None = None,
 ) -> Path:
     """Train `model` as configured, save it with the schedule's compressor for afterwards, and return its folder.
@@ -72,14 +72,14 @@ def train(
         raise UserError("evaluation: train needs a score, such as vlmzip.lab.score.TaskScore")
     set_seed(config.seed)
     processes, out = Processes(), Path(config.out)
-    schedule = config.schedule_for(adapter.profile().layers)
+    schedule = config.schedule_for(family.profile().layers)
     records = Records(Path(config.records))
     steps = config.steps_for(len(records))
-    examples = _examples(config, records, processor, adapter)
+    examples = _examples(config, records, processor, family)
     sources = _sources(records, model, processor, schedule) if processes.first else {}
     compressed = attach(_with_lora(model, config.lora), schedule.stages[0].compressor)
-    _choose_what_learns(compressed, adapter, config.learn, config.lora)
-    trainer = make_trainer(config, compressed, schedule, examples, adapter, steps, score)
+    _choose_what_learns(compressed, family, config.learn, config.lora)
+    trainer = make_trainer(config, compressed, schedule, examples, family, steps, score)
     _check_stages(compressed, schedule, trainer.evaluated_with)
     if config.lora is not None and not trainer.sharded and moves_together(compressed):
         raise UserError(
@@ -176,7 +176,7 @@ def make_trainer(
     compressed: CompressedModel,
     schedule: Schedule,
     examples: Examples,
-    adapter: ModelAdapter,
+    family: Family,
     steps: int,
     score: Score | None = None,
 ) -> StagedTrainer:
@@ -188,11 +188,11 @@ def make_trainer(
     sharded = config.sharding != "none" and Processes().count > 1
     settings: dict[str, Any] = {
         "score": score if evaluation else None,
-        "lengths": examples.lengths(adapter.profile().size) if config.group_by_length else None,
+        "lengths": examples.lengths(family.profile().size) if config.group_by_length else None,
         "args": arguments(config, steps),
         "train_dataset": examples,
         "eval_dataset": examples if evaluation else None,  # makes Trainer evaluate; `score` asks other questions
-        "data_collator": Collator(pad_id(adapter), examples.conversations.blank()),
+        "data_collator": Collator(pad_id(family), examples.conversations.blank()),
         "callbacks": [JsonLog(Path(config.out) / LOG, schedule), *([Sharded()] if sharded else [])],
     }
     try:
@@ -344,11 +344,11 @@ def _sources(records: Records, model: nn.Module, processor: Processor, schedule:
     }
 
 
-def _examples(config: Config, records: Records, processor: Processor, adapter: ModelAdapter) -> Examples:
+def _examples(config: Config, records: Records, processor: Processor, family: Family) -> Examples:
     folder = Path(config.images) if config.images is not None else records.path.parent
     if not is_folder(folder):
         raise UserError(f"images: there is no folder {str(folder)!r}")
-    conversations = Preprocessor(processor, adapter, config.max_length)
+    conversations = Preprocessor(processor, family, config.max_length)
     return Examples(records, folder, conversations, Path(config.out) / BAD, _subset(len(records), config))
 
 
@@ -366,22 +366,20 @@ def _with_lora(model: nn.Module, lora: Lora | None) -> nn.Module:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise UserError("lora needs peft: pip install 'vlmzip[train]'") from None
-    targets = adapter_for(model).lora_targets
+    targets = family_of(model).lora_targets
     lora_config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
     return get_peft_model(model, lora_config)
 
 
-def _choose_what_learns(
-    compressed: CompressedModel, adapter: ModelAdapter, learn: Sequence[str], lora: Lora | None
-) -> None:
+def _choose_what_learns(compressed: CompressedModel, family: Family, learn: Sequence[str], lora: Lora | None) -> None:
     """Freeze the model except for the parts that learn. A compressor's own weights always learn."""
     for name, parameter in compressed.inner.named_parameters():
         parameter.requires_grad_(lora is not None and "lora_" in name)
     if lora is None:
-        for module in (adapter.llm, adapter.model.get_output_embeddings()):
+        for module in (family.llm, family.model.get_output_embeddings()):
             module.requires_grad_("llm" in learn)
-    adapter.vision_encoder.requires_grad_("vision" in learn)
-    adapter.projector.requires_grad_("projector" in learn)  # last: in some families the encoder holds it
+    family.vision_encoder.requires_grad_("vision" in learn)
+    family.projector.requires_grad_("projector" in learn)  # last: in some families the encoder holds it
 
 
 def _save(

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import StateDict
 
 from vlmzip.errors import UserError
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 from vlmzip.runtime.facade import CompressedModel
 
 
@@ -27,12 +27,12 @@ def shard(compressed: CompressedModel, device: torch.device, *, bf16: bool) -> N
     for the whole step. With `bf16`, weights are gathered and used in bfloat16, and gradients are summed in float32.
     Raises `UserError` if a parameter is not sharded.
     """
-    adapter, mesh = adapter_for(compressed.inner), init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    family, mesh = family_of(compressed.inner), init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
-    for part in (*adapter.decoder_layers, adapter.projector):  # before the encoder, which may contain the projector
+    for part in (*family.decoder_layers, family.projector):  # before the encoder, which may contain the projector
         fully_shard(part, mesh=mesh, mp_policy=policy)
     # The features are the output of an inner layer, so nothing would gather the encoder again for its backward.
-    fully_shard(adapter.vision_encoder, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
+    fully_shard(family.vision_encoder, mesh=mesh, mp_policy=policy, reshard_after_forward=False)
     # The façade is the root, not the model: it runs the encoder before the model's own forward.
     fully_shard(compressed, mesh=mesh, mp_policy=policy)
     register_fsdp_forward_method(compressed, "generate")

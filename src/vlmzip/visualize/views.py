@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from PIL import Image
 
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.family import Family
 from vlmzip.processor import ImageProcessor
 from vlmzip.runtime.compress import view_numbers
 from vlmzip.runtime.report import ImageReport
@@ -19,7 +19,7 @@ GAP = 6
 
 
 def seen_views(
-    adapter: ModelAdapter,
+    family: Family,
     processor: ImageProcessor,
     inputs: Mapping[str, object],
     reports: Sequence[ImageReport],
@@ -29,10 +29,10 @@ def seen_views(
 
     `processor` is the image processor. The grid of a family whose inputs are patches covers the whole of `images`.
     """
-    pixels = adapter.view_pixels(inputs)
+    pixels = family.view_pixels(inputs)
     if pixels is None:
         return [[image] for image in images]
-    layouts = adapter.layouts(inputs)
+    layouts = family.layouts(inputs)
     out = []
     for layout, numbers, report in zip(layouts, view_numbers(layouts), reports, strict=True):
         views = [seen_image(pixels[number], processor.image_mean, processor.image_std) for number in numbers]

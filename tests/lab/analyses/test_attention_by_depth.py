@@ -8,7 +8,7 @@ from tests.lab.analyses.numbered import numbered_subject
 from tests.tiny import IMAGE_TOKEN
 from vlmzip.lab.analyses import attention_by_depth as analysis
 from vlmzip.lab.analyses.subject import Unsuited
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 
 STEPS = 5
 
@@ -21,7 +21,7 @@ def test_rows_are_those_of_eager_attention(fresh, attention):
     visual = inputs["input_ids"] == IMAGE_TOKEN
     generate = dict(max_new_tokens=STEPS, min_new_tokens=STEPS, do_sample=False)
     family.model.set_attn_implementation(attention)
-    with torch.no_grad(), analysis.reading(adapter_for(family.model), visual) as read:
+    with torch.no_grad(), analysis.reading(family_of(family.model), visual) as read:
         family.model.generate(**inputs, **generate)
     family.model.set_attn_implementation("eager")
     out = family.model.generate(**inputs, **generate, output_attentions=True, return_dict_in_generate=True)
@@ -35,7 +35,7 @@ def test_rows_are_those_of_eager_attention(fresh, attention):
                 some = (row > 0).sum(-1)
                 torch.testing.assert_close(read.uniform[step], visual.sum(-1) / some)
     assert [len(own) for own in read.shares] == [STEPS] * len(out.attentions[0])
-    assert not any(layer._forward_pre_hooks for layer in adapter_for(family.model).decoder_layers)
+    assert not any(layer._forward_pre_hooks for layer in family_of(family.model).decoder_layers)
 
 
 def test_an_answer_ends_before_its_end():
@@ -80,6 +80,6 @@ def test_rows_of_the_table_are_means_over_questions(tmp_path):
 
 
 def test_sliding_windows_do_not_suit_it(tmp_path, monkeypatch):
-    monkeypatch.setattr(analysis, "has_sliding_windows", lambda adapter: True)
+    monkeypatch.setattr(analysis, "has_sliding_windows", lambda model_family: True)
     with pytest.raises(Unsuited, match="sliding windows"):
         analysis.measure(numbered_subject(tmp_path))

@@ -21,7 +21,7 @@ def test_what_fits_is_the_longest_prompt_within_the_positions(subject):
     """Counted by making longer and longer prompts, in which a word follows each image."""
     subject.processor.chat_template = TEMPLATE.replace("<image>", "<image> w92")
     study = subject.study()
-    study.adapter.llm_config.max_position_embeddings = 200
+    study.family.llm_config.max_position_embeddings = 200
     tokens, room, between = context._room(study, subject.task)
     image, count = subject.task.samples[0].load(), 1
     longest = max((sample.question for sample in subject.task.samples), key=lambda text: len(text.split()))
@@ -34,7 +34,7 @@ def test_what_fits_is_the_longest_prompt_within_the_positions(subject):
     # One position fewer than five images need.
     length = study.answerer.inputs([image] * 5, [longest])["input_ids"].shape[1] + subject.task.max_new_tokens
     for positions, fits in ((length, 5), (length - 1, 4)):
-        study.adapter.llm_config.max_position_embeddings = positions
+        study.family.llm_config.max_position_embeddings = positions
         assert context.fitting(*context._room(study, subject.task)) == fits
 
 

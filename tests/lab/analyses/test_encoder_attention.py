@@ -17,8 +17,8 @@ from vlmzip import Signal, Site, UserError
 from vlmzip.lab.analyses import encoder_attention
 from vlmzip.lab.analyses.encoder_attention import concentration, draw, findings, measure
 from vlmzip.lab.analyses.subject import Unsuited
-from vlmzip.models import adapter_for
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models import family_of
+from vlmzip.models.family import Family as ModelFamily
 from vlmzip.models.llava import Llava
 from vlmzip.visual_tokens import Grid
 from vlmzip.visualize.attention import Map, draw_maps
@@ -27,7 +27,7 @@ from vlmzip.visualize.attention import Map, draw_maps
 def assert_scores_are_of_matrices(model, whose):
     """The model's own attention matrices, of two images of noise."""
     inputs = {"pixel_values": torch.randn(2, 3, 48, 48)}
-    found = adapter_for(model).encoder_attention(inputs)
+    found = family_of(model).encoder_attention(inputs)
     tower = model.model.vision_tower
     tower.set_attn_implementation("eager")
     with torch.no_grad():
@@ -53,10 +53,10 @@ def test_every_layer_of_an_encoder_without_cls_is_as_the_matrices_say():
 
 
 def assert_encode_reads_the_layer(model, inputs):
-    adapter = adapter_for(model)
-    found = adapter.encoder_attention(inputs)
+    model_family = family_of(model)
+    found = model_family.encoder_attention(inputs)
     with torch.no_grad():
-        groups = adapter.encode(inputs, Site.PRE_PROJECTOR, frozenset({Signal.CLS_ATTENTION})).groups
+        groups = model_family.encode(inputs, Site.PRE_PROJECTOR, frozenset({Signal.CLS_ATTENTION})).groups
     for tokens, indices in ((group.tokens, group.numbers) for group in groups):
         for row, image in enumerate(indices):
             read = tokens.cls_attention[row, tokens.prefix :]
@@ -86,7 +86,7 @@ def test_qwens_windows_are_windows():
     AttentionInterface.register("catching every block", catch)
     family = FAMILIES["qwen2_5_vl"]()
     inputs = family.batch([1, "image", "image", 4])
-    found = adapter_for(family.model).encoder_attention(inputs)
+    found = family_of(family.model).encoder_attention(inputs)
     assert (found.whose, found.scored) == (["all tokens of the same window", "all tokens"], 1)
     model = copy.deepcopy(family.model)
     model.set_attn_implementation({"vision_config": "catching every block"})
@@ -123,7 +123,7 @@ def test_no_square_of_the_tokens_and_no_hook_left():
             return out
 
     with torch.no_grad(), Watch():
-        found = adapter_for(model).encoder_attention({"pixel_values": torch.zeros(1, 3, 384, 384)})
+        found = family_of(model).encoder_attention({"pixel_values": torch.zeros(1, 3, 384, 384)})
     assert found.by_image[0].shape == (3, 2304)
     assert max(sizes) <= 256 * 2304 * 4
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -131,7 +131,7 @@ def test_no_square_of_the_tokens_and_no_hook_left():
 
 def test_a_family_that_does_not_tell_is_refused():
     with pytest.raises(UserError, match="does not tell what its encoder attends to"):
-        ModelAdapter.encoder_attention(adapter_for(tiny_llava()), {})
+        ModelFamily.encoder_attention(family_of(tiny_llava()), {})
 
 
 def test_concentration_is_what_a_loop_says():
@@ -161,7 +161,7 @@ class TestStudy:
         subject = make_subject(tmp_path)
         images = [Image.open(tmp_path / "asked" / name) for name in ("a.png", "b.png", "c.png")]
         inputs = subject.processor(images=images, text=["<image>"] * 3, return_tensors="pt")
-        found = adapter_for(subject.model).encoder_attention(inputs)
+        found = family_of(subject.model).encoder_attention(inputs)
         tens = 100 * np.stack([concentration(scores)[:, 1] for scores in found.by_image])
         assert [row["images"] for row in rows] == [3] * 3
         assert [row["layer"] for row in rows if row["read_by_visionzip"]] == [1]

@@ -30,11 +30,11 @@ from vlmzip.lab.stats import Bootstrap, estimate
 from vlmzip.lab.study import Study
 from vlmzip.lab.tasks.task import Task
 from vlmzip.methods import NoCompression
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.family import Family
 from vlmzip.models.recording import attention_rows
 from vlmzip.runtime.cache import cache_argument
 from vlmzip.runtime.place import has_sliding_windows
-from vlmzip.runtime.positions import warn_beyond
+from vlmzip.runtime.position_limit import warn_beyond
 from vlmzip.runtime.versions import argument
 from vlmzip.visualize.figure import new_figure
 
@@ -44,11 +44,11 @@ if TYPE_CHECKING:
 
 def measure(subject: Subject) -> list[Row]:
     study = subject.study()
-    if has_sliding_windows(study.adapter):
+    if has_sliding_windows(study.family):
         raise Unsuited("attention_by_depth cannot read this LLM: it has layers with sliding windows")
     answer = partial(_answer, study, subject.task)
     settings = {"compressor": NoCompression().to_dict()}
-    check = partial(_wrong, len(study.adapter.decoder_layers))
+    check = partial(_wrong, len(study.family.decoder_layers))
     records = resumable_records(
         study, subject.task, "attention_by_depth", settings, subject.task.samples, answer, check=check
     )
@@ -78,15 +78,15 @@ def _answer(study: Study, task: Task, places: Sequence[int]) -> list[Record]:
     samples = [task.samples[place] for place in places]
     inputs = study.answerer.inputs([sample.load() for sample in samples], [sample.question for sample in samples])
     prompt = inputs["input_ids"]
-    visual = prompt == study.adapter.placeholder_id
-    warn_beyond(study.adapter, NoCompression(), inputs["attention_mask"].sum(1).tolist(), original=False)
-    with torch.inference_mode(), reading(study.adapter, visual) as read:
-        model = study.adapter.model
+    visual = prompt == study.family.placeholder_id
+    warn_beyond(study.family, NoCompression(), inputs["attention_mask"].sum(1).tolist(), original=False)
+    with torch.inference_mode(), reading(study.family, visual) as read:
+        model = study.family.model
         ids = model.generate(**inputs, max_new_tokens=task.max_new_tokens, do_sample=False)[:, prompt.shape[1] :]
     counts = says_something(ids, model.generation_config.eos_token_id)
     attention, uniform = read.over(counts)
     texts = study.processor.batch_decode(ids, skip_special_tokens=True)
-    layers = len(study.adapter.decoder_layers)
+    layers = len(study.family.decoder_layers)
     columns = zip(
         texts, attention.tolist(), uniform.tolist(), counts.sum(1).tolist(), visual.sum(1).tolist(), strict=True
     )
@@ -140,11 +140,11 @@ class Read:
         uniform, among = torch.stack(self.uniform, -1), counts.sum(-1)
         return (shares * counts[:, None]).sum(-1) / among[:, None], (uniform * counts).sum(-1) / among
 
-    def look(self, index: int, adapter: ModelAdapter, layer: nn.Module, args: Any, arguments: dict[str, Any]) -> None:
+    def look(self, index: int, family: Family, layer: nn.Module, args: Any, arguments: dict[str, Any]) -> None:
         """Read the newest token's attention row at layer `index`, which is about to run with these arguments."""
         hidden = args[0] if args else arguments["hidden_states"]
         last = torch.full((len(hidden), 1), hidden.shape[1] - 1, device=hidden.device)
-        query, key = adapter.queries_and_keys(layer, hidden, arguments["position_embeddings"], last)
+        query, key = family.queries_and_keys(layer, hidden, arguments["position_embeddings"], last)
         cache = cache_argument(arguments, "a decoder layer")
         if cache is not None and cache.get_seq_length(index):
             key = torch.cat([cache.layers[index].keys, key], 2)
@@ -168,13 +168,13 @@ def _allowed(mask: Tensor | None, batch: int, keys: int) -> Bool[Tensor, "batch 
 
 
 @contextmanager
-def reading(adapter: ModelAdapter, visual: Bool[Tensor, "batch prompt"]) -> Iterator[Read]:
+def reading(family: Family, visual: Bool[Tensor, "batch prompt"]) -> Iterator[Read]:
     """Record attention shares while the model generates inside the block, once. All hooks are removed at the end."""
-    layers = adapter.decoder_layers
+    layers = family.decoder_layers
     read = Read(visual, [[] for _ in layers])
 
     def hook(index: int, layer: nn.Module, args: Any, arguments: dict[str, object]) -> None:
-        read.look(index, adapter, layer, args, arguments)
+        read.look(index, family, layer, args, arguments)
 
     handles = [
         layer.register_forward_pre_hook(partial(hook, index), with_kwargs=True) for index, layer in enumerate(layers)

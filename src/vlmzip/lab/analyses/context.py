@@ -36,7 +36,7 @@ from vlmzip.lab.stats import Bootstrap, Estimate, estimate
 from vlmzip.lab.study import Study
 from vlmzip.lab.tasks.task import Sample, Task
 from vlmzip.processor import Processor
-from vlmzip.runtime.positions import llm_positions
+from vlmzip.runtime.position_limit import llm_positions
 from vlmzip.visualize.figure import new_figure
 
 log = logging.getLogger(__name__)
@@ -88,12 +88,12 @@ def _room(study: Study, task: Task) -> tuple[int, int, int]:
 
     def counts(count: int) -> tuple[int, int]:
         inputs = study.answerer.inputs([image] * count, [longest])
-        visual = sum(study.adapter.plain_counts(inputs))
+        visual = sum(study.family.plain_counts(inputs))
         return visual, int(inputs["attention_mask"].sum()) - visual
 
     longest = max(task.samples, key=lambda sample: len(study.processor.tokenizer(sample.question).input_ids)).question
     (tokens, text), (_, more) = counts(1), counts(2)
-    positions = llm_positions(study.adapter)
+    positions = llm_positions(study.family)
     if positions is None:
         raise Unsuited("the LLM's config does not say how many positions it has")
     return tokens, positions - task.max_new_tokens - text + (more - text), more - text

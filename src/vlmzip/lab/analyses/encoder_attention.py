@@ -29,8 +29,8 @@ from vlmzip.keep import AS_SET, count_to_keep
 from vlmzip.lab.analyses.subject import Row, Subject, Unsuited
 from vlmzip.lab.stats import Bootstrap, estimate
 from vlmzip.lab.tasks.task import Sample
-from vlmzip.models import adapter_for
-from vlmzip.models.adapter import EncoderAttention
+from vlmzip.models import family_of
+from vlmzip.models.family import EncoderAttention
 from vlmzip.runtime.answering import Answerer
 from vlmzip.visualize.attention import Map, draw_maps
 from vlmzip.visualize.figure import new_figure
@@ -57,7 +57,7 @@ def measure(subject: Subject) -> list[Row]:
     subject.study().configure([subject.task], [], [AS_SET])
     if not subject.processes.first:
         return []
-    answerer = Answerer(adapter_for(subject.model), subject.processor)
+    answerer = Answerer(family_of(subject.model), subject.processor)
     samples = list({sample.image: sample for sample in subject.task.samples}.values())
     values, last = [], None
     for number, (attention, images) in enumerate(_encoded(answerer, samples)):
@@ -80,7 +80,7 @@ def _encoded(answerer: Answerer, samples: Sequence[Sample]) -> Iterator[tuple[En
 def _read(answerer: Answerer, inputs: Mapping[str, object]) -> EncoderAttention:
     try:
         with torch.inference_mode():
-            return answerer.adapter.encoder_attention(inputs)
+            return answerer.family.encoder_attention(inputs)
     except UserError as error:  # the family's encoder does not support this
         raise Unsuited(str(error)) from error
 
@@ -126,7 +126,7 @@ def _draw_image(
 ) -> None:
     """Draw the first image and the attention of some layers to it."""
     inputs = answerer.inputs(images[:1], [""])
-    (grid, *_), pixels = answerer.adapter.grids(inputs), answerer.adapter.view_pixels(inputs)
+    (grid, *_), pixels = answerer.family.grids(inputs), answerer.family.view_pixels(inputs)
     processor, seen = subject.processor.image_processor, images[0]
     if pixels is not None:  # draw the cropped and scaled image that the encoder sees; else the grid covers it all
         seen = seen_image(pixels[0], processor.image_mean, processor.image_std)

@@ -14,7 +14,7 @@ from vlmzip.lab.analyses.subject import Row, Subject, scored
 from vlmzip.lab.configurations import PLAIN
 from vlmzip.methods import LLaVolta
 from vlmzip.methods.llavolta import BEFORE_THE_LLM
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 from vlmzip.visualize.figure import new_figure
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def layers(depth: int) -> list[int]:
 
 
 def measure(subject: Subject) -> list[Row]:
-    depth = len(adapter_for(subject.model).decoder_layers)
+    depth = len(family_of(subject.model).decoder_layers)
     places = [(layer, stride) for layer in layers(depth) for stride in STRIDES]
     plain, *results = subject.ask([LLaVolta(layer=layer, stride=stride) for layer, stride in places])
     rows = [{"method": "llavolta", "layer": layer, "stride": stride} for layer, stride in places]

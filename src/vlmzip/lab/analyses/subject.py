@@ -16,7 +16,7 @@ from vlmzip.lab.configurations import Configurator
 from vlmzip.lab.results import Result, results
 from vlmzip.lab.study import Study
 from vlmzip.lab.tasks.task import Task
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 from vlmzip.processes import Processes
 from vlmzip.processor import Processor
 from vlmzip.runtime.answering import Answerer
@@ -54,7 +54,7 @@ class Subject:
 
     def profile(self) -> Profile:
         """Return the depth of the LLM and the grid of the task's images: the median one if their grids differ."""
-        answerer = Answerer(adapter_for(self.model), self.processor)
+        answerer = Answerer(family_of(self.model), self.processor)
         return Configurator(self.model, answerer, self.name).profile(self.task)
 
     def ask(self, compressors: Sequence[Compressor]) -> list[Result]:

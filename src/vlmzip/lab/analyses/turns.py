@@ -176,7 +176,7 @@ def converse(
 
 def _second_prompts(study: Study, answers: Tensor, questions: Sequence[str]) -> InputDict:
     """Return the text that the chat template writes after the generated answers, as left-padded token ids."""
-    tokenizer, ends = study.processor.tokenizer, study.adapter.model.generation_config.eos_token_id
+    tokenizer, ends = study.processor.tokenizer, study.family.model.generation_config.eos_token_id
     ended = torch.isin(answers, torch.as_tensor([] if ends is None else ends, device=answers.device)).any(1).tolist()
     texts = [_after_answer(study.processor, question) for question in questions]
     # Templates write an end token after an answer. If the model generated it, it is in the cache already.

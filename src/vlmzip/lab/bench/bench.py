@@ -18,7 +18,7 @@ from vlmzip.errors import reason
 from vlmzip.lab.bench.memory import peak_bytes
 from vlmzip.lab.bench.timing import Quartiles, Spans, in_turns, now, quartiles, ratios, time_answer
 from vlmzip.methods import NoCompression
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.family import Family
 from vlmzip.runtime.attach import attach
 from vlmzip.runtime.flops import flops_inside
 from vlmzip.runtime.token_profile import TokenProfile
@@ -108,7 +108,7 @@ def compare(contender: Contender, plain: Contender, scope: Scope) -> Compared:
 
 def bench(
     model: nn.Module,
-    adapter: ModelAdapter,
+    family: Family,
     inputs: Mapping[str, Tensor],
     contenders: Sequence[Contender],
     *,
@@ -129,7 +129,7 @@ def bench(
         telling(BenchStep(one.name))
         try:
             with one.on(model) as compressed:
-                _count(one, compressed, adapter, inputs)
+                _count(one, compressed, family, inputs)
             running.append(one)
         except Exception as error:  # an error in one method must not stop the others
             if one is plain:
@@ -141,7 +141,7 @@ def bench(
     def run(one: Contender) -> Spans:
         telling(BenchStep(one.name, next(begun) // len(running), repeats))
         with one.on(model) as compressed:
-            return time_answer(compressed, adapter, inputs, new_tokens, clock)
+            return time_answer(compressed, family, inputs, new_tokens, clock)
 
     everyone = [plain, *contenders]
 
@@ -154,25 +154,25 @@ def bench(
     return everyone
 
 
-def _count(one: Contender, compressed: Any, adapter: ModelAdapter, inputs: Mapping[str, Tensor]) -> None:
+def _count(one: Contender, compressed: Any, family: Family, inputs: Mapping[str, Tensor]) -> None:
     """Set the tokens, FLOPs and KV-cache bytes of one run."""
     ids = inputs["input_ids"]
-    vision = [adapter.vision_encoder]
-    if adapter.projector not in adapter.vision_encoder.modules():  # in some families it is part of the encoder
-        vision.append(adapter.projector)
+    vision = [family.vision_encoder]
+    if family.projector not in family.vision_encoder.modules():  # in some families it is part of the encoder
+        vision.append(family.projector)
     vision += [module for module in (getattr(compressed, "resampler", None),) if isinstance(module, nn.Module)]
     before_llm = flops_inside(
         vision, lambda: compressed.generate(**inputs, do_sample=False, max_new_tokens=1, min_new_tokens=1)
     )
     if one.compressor is None:
-        visual = (ids == adapter.placeholder_id).sum(1).tolist()
-        layers = len(adapter.decoder_layers)
+        visual = (ids == family.placeholder_id).sum(1).tolist()
+        layers = len(family.decoder_layers)
         one.profiles = [TokenProfile(count, (count,) * layers, ids.shape[1] - count) for count in visual]
     else:
         one.profiles = TokenProfile.rows(compressed.report, inputs["attention_mask"].sum(1).tolist())
-    prefill = sum(profile.prefill_flops(adapter) for profile in one.profiles)
+    prefill = sum(profile.prefill_flops(family) for profile in one.profiles)
     one.flops = {"prefill": prefill, "ttft": before_llm + prefill}
-    one.kv_bytes = sum(profile.kv_bytes(adapter) for profile in one.profiles)
+    one.kv_bytes = sum(profile.kv_bytes(family) for profile in one.profiles)
 
 
 def peaks(

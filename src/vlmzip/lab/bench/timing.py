@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.family import Family
 
 T = TypeVar("T")
 
@@ -92,14 +92,14 @@ class Spans(NamedTuple):
 
 def time_answer(
     model: Any,
-    adapter: ModelAdapter,
+    family: Family,
     inputs: Mapping[str, Tensor],
     new_tokens: int,
     clock: Callable[[torch.device], float] = now,
 ) -> Spans:
     """Time one call of `generate`: greedy, and without an end before `new_tokens` (at least 2).
 
-    `model` is a plain model or the result of `vlmzip.attach`; `adapter` is the plain model's. On a GPU every time mark
+    `model` is a plain model or the result of `vlmzip.attach`; `family` is the plain model's. On a GPU every time mark
     waits for earlier work. The mark at the start of the LLM is one wait more than without timing.
     """
     if new_tokens < 2:
@@ -117,9 +117,9 @@ def time_answer(
         tokens.append(clock(device))
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
-    head: nn.Module = adapter.model.get_output_embeddings()
+    head: nn.Module = family.model.get_output_embeddings()
     handles = [
-        adapter.llm.register_forward_pre_hook(partial(mark, begun), prepend=True),
+        family.llm.register_forward_pre_hook(partial(mark, begun), prepend=True),
         head.register_forward_hook(partial(mark, done)),
     ]
     length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}

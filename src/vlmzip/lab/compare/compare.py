@@ -100,7 +100,7 @@ def compare(
 def image_profile(loaded: Loaded, plain: TimedAnswer) -> Profile:
     """Return the shape that budgets are set for: the grids of the largest image."""
     layouts = [image.layout for image in plain.report.images]
-    usual = loaded.adapter.profile()
+    usual = loaded.family.profile()
     if not layouts:
         return usual
     first, *tiles = max(layouts, key=lambda layout: layout.size).views

@@ -41,7 +41,7 @@ from vlmzip.lab.lmms.requests import (
     read_generation,
     read_settings,
 )
-from vlmzip.models import adapter_for
+from vlmzip.models import family_of
 from vlmzip.outline import METHOD_FORMS
 from vlmzip.processes import Processes
 from vlmzip.processor import Processor
@@ -98,8 +98,8 @@ class CompressedForLmms(lmms):
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}: give at least 1")
         self.compressed, self.batch_size = compressed, batch_size
-        self.answerer = Answerer(adapter_for(compressed.inner), processor)
-        self.device = self.answerer.adapter.model.device
+        self.answerer = Answerer(family_of(compressed.inner), processor)
+        self.device = self.answerer.family.model.device
         self.ends_process = False
         self._noted: set[str] = set()
 
@@ -114,12 +114,12 @@ class CompressedForLmms(lmms):
         given = {name: str(value) for name, value in (additional_config or {}).items() if value is not None}
         try:
             written = dict(arg_string) if isinstance(arg_string, Mapping) else read_settings(arg_string)
-            adapter = cls._load(given | written)
+            family = cls._load(given | written)
         except UserError as error:
             print(f"vlmzip: {reason(error)}", file=sys.stderr)
             raise SystemExit(2) from error
-        adapter.ends_process = True
-        return adapter
+        family.ends_process = True
+        return family
 
     @classmethod
     def _load(cls, settings: Mapping[str, str]) -> CompressedForLmms:
@@ -128,7 +128,7 @@ class CompressedForLmms(lmms):
         compressor = _compressor(name, settings.get("method"))
         device = Processes().device(settings.get("device"))
         loaded = load(name, device, settings.get("dtype"))
-        compressor = compressor.placed(loaded.adapter.profile())
+        compressor = compressor.placed(loaded.family.profile())
         with collecting_warnings() as notes:
             compressed = attach(loaded.model, compressor, weights=saved_weights(compressor, name))
         for text in notes:
@@ -203,7 +203,7 @@ class CompressedForLmms(lmms):
                 yield one.place, GenerationResult(how.cut(answer.text), _costs(answer))
 
     def _prompt(self, chat: Chat) -> str:
-        return conversation_prompt(self.answerer.adapter, self.answerer.processor, chat.messages)
+        return conversation_prompt(self.answerer.family, self.answerer.processor, chat.messages)
 
     def _rounds(self, request: Instance) -> list[str]:
         """Return the answers of all rounds of a request.

@@ -123,7 +123,7 @@ class SuiteRun:
         loaded = self.loaded
         configurator = Configurator(
             loaded.model,
-            Answerer(loaded.adapter, loaded.processor),
+            Answerer(loaded.family, loaded.processor),
             loaded.name,
             read_calibrated(self.folder / FILE, known),
         )

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from vlmzip.compressor import Profile
 from vlmzip.lab.papers import Published, published
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.family import Family
 from vlmzip.training.explain import Cost, explain
 from vlmzip.training.schedule import PUBLISHED_DEPTH, SCHEMES, Schedule
 
@@ -23,9 +23,9 @@ IN_THE_PAPER = {
 PUBLISHED_TOKENS = 576
 
 
-def explain_beside_paper(schedule: Schedule, adapter: ModelAdapter, steps: int, text_tokens: int) -> Cost:
+def explain_beside_paper(schedule: Schedule, family: Family, steps: int, text_tokens: int) -> Cost:
     """Return `explain`'s cost, with the paper's numbers if it has any for the same scheme and model."""
-    cost, profile = explain(schedule, adapter, steps, text_tokens), adapter.profile()
+    cost, profile = explain(schedule, family, steps, text_tokens), family.profile()
     stages = tuple(
         replace(stage, printed=_printed_of_stage(schedule, number, profile)) for number, stage in enumerate(cost.stages)
     )

@@ -131,13 +131,13 @@ class TunedStudy:
             return 0.0
         if self.cost == "tokens":
             return statistics.fmean(counts)
-        whole = prefill_flops(self.study.adapter, text + self.profile.size)
-        return prefill_flops(self.study.adapter, [text + count for count in counts]) / whole
+        whole = prefill_flops(self.study.family, text + self.profile.size)
+        return prefill_flops(self.study.family, [text + count for count in counts]) / whole
 
     def _text_tokens(self) -> int:
         sample = self.task.samples[0]
         ids = self.study.answerer.inputs([sample.load()], [sample.question])["input_ids"]
-        return int((ids != self.study.adapter.placeholder_id).sum())
+        return int((ids != self.study.family.placeholder_id).sum())
 
 
 def prefill_milliseconds(
@@ -165,7 +165,7 @@ def prefill_milliseconds(
         assert one.compressor is not None
         compressed = study.attach(one.compressor)
         try:
-            return 1000 * statistics.fmean(time_answer(compressed, study.adapter, some, 2).prefill for some in inputs)
+            return 1000 * statistics.fmean(time_answer(compressed, study.family, some, 2).prefill for some in inputs)
         finally:
             compressed.detach()
 

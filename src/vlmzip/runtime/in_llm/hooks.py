@@ -44,7 +44,7 @@ class LLMHook:
     @torch.compiler.disable
     def __call__(self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inside = _running.get()
-        if inside is None or inside.plan.adapter.llm is not llm:
+        if inside is None or inside.plan.family.llm is not llm:
             return None
         step = inside.step(argument(kwargs, "inputs_embeds", "the LLM"), cache_argument(kwargs, "the LLM"))
         return None if step is None else (args, {**kwargs, STEP: step})

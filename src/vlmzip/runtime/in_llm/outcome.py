@@ -65,10 +65,10 @@ def loss_behind(in_llm: InLLMState, out: Any, labels: Int[Tensor, "batch length"
     here = None if in_llm.first is None else in_llm.first.here()
     left = labels if here is None else gather(labels, here, PER_TOKEN["labels"])
     as_tuple = isinstance(out, tuple)
-    loss = in_llm.plan.adapter.model.loss_function(
+    loss = in_llm.plan.family.model.loss_function(
         logits=out[0] if as_tuple else out.logits,
         labels=left,
-        vocab_size=in_llm.plan.adapter.llm_config.vocab_size,
+        vocab_size=in_llm.plan.family.llm_config.vocab_size,
         **{name: arguments[name] for name in ("num_items_in_batch",) if name in arguments},
     )
     if as_tuple:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.family import Family
 from vlmzip.models.recording import attention_rows
 from vlmzip.runtime.in_llm.indices import compact, look_up, row_and_slot
 from vlmzip.runtime.versions import argument
@@ -76,7 +76,7 @@ class Question:
 
     def attention(
         self,
-        adapter: ModelAdapter,
+        family: Family,
         layer: nn.Module,
         hidden: Float[Tensor, "batch kept dim"],
         arguments: dict[str, Any],
@@ -95,7 +95,7 @@ class Question:
         slot = torch.arange(here.shape[1], device=here.device)
         up_to = (here >= 0)[:, None] & (here[:, None] <= self.columns.clamp(min=0)[..., None])
         slots = torch.where(up_to, slot, 0).amax(-1)
-        query, key = adapter.queries_and_keys(layer, hidden, arguments["position_embeddings"], slots)
+        query, key = family.queries_and_keys(layer, hidden, arguments["position_embeddings"], slots)
         if cached is not None:
             key = torch.cat([cached.to(key.device), key], dim=2)
         mask = argument(arguments, "attention_mask", "a decoder layer")

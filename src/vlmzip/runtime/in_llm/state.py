@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicLayer
 
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.family import Family
 from vlmzip.runtime.in_llm.plan import Plan
 from vlmzip.runtime.in_llm.prompt import Prompt
 from vlmzip.runtime.in_llm.step import Step
@@ -25,13 +25,13 @@ class InLLMState:
 
     def __init__(
         self,
-        adapter: ModelAdapter,
+        family: Family,
         compressors: Sequence[Compressor],
         prompt: Prompt | None,
         watch: Stopwatch,
         keys: dict[int, Int[Tensor, "batch _"]] | None = None,
     ) -> None:
-        self.plan = Plan(adapter, compressors, watch)
+        self.plan = Plan(family, compressors, watch)
         self.prompt = prompt
         self.keys = dict(keys or {})
         """For each compressing layer, what its cache holds (see `LayerCut.keys`)."""
@@ -46,7 +46,7 @@ class InLLMState:
         prompt = None if self.prompt is None else self.prompt.row(row)
         keys = {layer: held[row : row + 1] for layer, held in self.keys.items()}
         compressors = list(dict.fromkeys(self.plan.at.values()))
-        return InLLMState(self.plan.adapter, compressors, prompt, self.plan.watch, keys)
+        return InLLMState(self.plan.family, compressors, prompt, self.plan.watch, keys)
 
     def step(self, embeddings: Float[Tensor, "batch length dim"], cache: Any) -> Step | None:
         """Return the state of one forward of the LLM, `None` where no layer has anything to do."""

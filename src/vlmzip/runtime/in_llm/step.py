@@ -106,13 +106,13 @@ class Step:
         else:
             here, keys = cut.here, cut.keys
         cached = self.cache.layers[index].keys if self.past else None
-        return images.question.attention(self.plan.adapter, layer, hidden, arguments, here, keys, self.past, cached)
+        return images.question.attention(self.plan.family, layer, hidden, arguments, here, keys, self.past, cached)
 
     # --- what came of it --------------------------------------------------------------------------------------
 
     def here(self) -> Int[Tensor, "rows kept"] | None:
         """Return for each token behind the last layer its column, without the copies of rows; `None` for all tokens."""
-        last = self._latest(len(self.plan.adapter.decoder_layers))
+        last = self._latest(len(self.plan.family.decoder_layers))
         return None if last is None else last.here[:: self.copies]
 
     def maps(self) -> list[list[tuple[int, TokenMap]]]:

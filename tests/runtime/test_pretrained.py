@@ -13,7 +13,7 @@ import vlmzip
 from tests.families import save_checkpoint, tiny_llava
 from vlmzip import UserError, VisionZip
 from vlmzip.cli.main import main
-from vlmzip.runtime import checkpoints
+from vlmzip.runtime import pretrained
 from vlmzip.runtime.loading import find_device, load
 
 WEIGHTS = "model.safetensors"
@@ -250,10 +250,10 @@ class TestProcessors:
 
         with (
             pytest.raises(UserError, match="cannot load: failed with PanicException: boom"),
-            checkpoints.refusing("cannot load"),
+            pretrained.refusing("cannot load"),
         ):
             raise PanicException("boom")
-        with pytest.raises(KeyboardInterrupt), checkpoints.refusing("cannot load"):
+        with pytest.raises(KeyboardInterrupt), pretrained.refusing("cannot load"):
             raise KeyboardInterrupt
 
 
@@ -330,6 +330,6 @@ def test_devices_that_nothing_can_run_on(name):
 
 
 def test_a_defect_of_our_own_is_not_taken_for_the_checkpoints(folder, monkeypatch):
-    monkeypatch.setattr(checkpoints, "_refuse_wrong_weights", lambda *_, **__: {}["defect"])
+    monkeypatch.setattr(pretrained, "_refuse_wrong_weights", lambda *_, **__: {}["defect"])
     with pytest.raises(KeyError, match="defect"):
         load(str(folder), "cpu")

@@ -15,8 +15,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmzip.compressor import Positions, Profile
 from vlmzip.errors import UserError
-from vlmzip.models.attention import queries_and_keys
 from vlmzip.models.layout import Encoded, Layout, Pixels, Views
+from vlmzip.models.llm_attention import queries_and_keys
 from vlmzip.processor import InputDict, Inputs
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
@@ -49,7 +49,7 @@ class WithStreams(BaseModelOutputWithPooling):
     """For each layer an entry an image."""
 
 
-class ModelAdapter:
+class Family:
     """What vlmzip has to know about a family of vision-language models; it changes nothing on the model.
 
     This class asks the model itself, and serves as it is behind the projector and inside the LLM: the tokens of an
@@ -76,7 +76,7 @@ class ModelAdapter:
     def __init__(self, model: nn.Module) -> None:
         # Adapters such as LoRA's hold the model; the modules inside are the ones that run.
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-        self.model: Any = inner  # a family's own attributes are known to its adapter, not to a type checker
+        self.model: Any = inner  # a family's own attributes are known to its own file, not to a type checker
         if not self.image_inputs:
             features: Any = inner.get_image_features
             arguments = inspect.signature(features).parameters

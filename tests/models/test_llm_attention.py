@@ -6,7 +6,7 @@ from transformers import LlamaConfig, LlamaModel, Phi3Config, Phi3Model, Qwen3Co
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import DeepseekV2Config, DeepseekV2Model
 
 from vlmzip import UserError
-from vlmzip.models.attention import queries_and_keys
+from vlmzip.models.llm_attention import queries_and_keys
 from vlmzip.models.recording import attention_rows
 
 SIZES = dict(

@@ -12,8 +12,8 @@ from tests.families import FAMILIES
 from tests.runtime.ragged import Ragged
 from vlmzip import Downsample, FastV, NoCompression, VisionZip
 from vlmzip.errors import BeyondPositions, telling_beyond_positions
-from vlmzip.models import adapter_for
-from vlmzip.runtime.positions import llm_positions, warn_beyond
+from vlmzip.models import family_of
+from vlmzip.runtime.position_limit import llm_positions, warn_beyond
 
 ROWS = ([1, "image", 5, 6, 7], [1, "image", 4, "image", 5], [1, 2, 3, 4], ["image", 8])
 GREEDY = {"do_sample": False}
@@ -96,7 +96,7 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_the_report_counts_what_the_llm_counts(fresh, method, generating):
     """Each row alone: the positions that enter the LLM are caught, and the last of them is the count."""
-    llm, seen = adapter_for(fresh.model).llm, []
+    llm, seen = family_of(fresh.model).llm, []
 
     def catch(_module, _args, kwargs):
         positions, length = kwargs.get("position_ids"), kwargs["inputs_embeds"].shape[1]

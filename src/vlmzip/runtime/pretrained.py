@@ -24,7 +24,7 @@ from transformers import (
 
 from vlmzip.errors import UserError, reason
 from vlmzip.models import FAMILIES
-from vlmzip.models.adapter import ModelAdapter
+from vlmzip.models.family import Family
 from vlmzip.noise import silence_bitsandbytes
 from vlmzip.processor import Processor
 from vlmzip.runtime.prompts import chat_prompt, special_tokens
@@ -241,17 +241,17 @@ def _refuse_unknown_tokens(name: str, model: PreTrainedModel) -> None:
             )
 
 
-def try_out(name: str, processor: Processor, adapter: ModelAdapter) -> None:
+def try_out(name: str, processor: Processor, family: Family) -> None:
     """Raise `UserError` for a processor whose inputs for an image do not fit the model."""
-    inputs = _trial(name, processor, adapter)
-    rows = adapter.model.get_input_embeddings().weight.shape[0]
+    inputs = _trial(name, processor, family)
+    rows = family.model.get_input_embeddings().weight.shape[0]
     if (largest := int(inputs["input_ids"].max())) >= rows:
         raise UserError(
             f"cannot use {name!r}: its tokenizer writes the token {largest}, but the model has {rows:,} tokens"
         )
-    if missing := [key for key in adapter.image_inputs if key not in inputs]:
+    if missing := [key for key in family.image_inputs if key not in inputs]:
         raise UserError(f"cannot use {name!r}: its processor makes no {', '.join(missing)}")
-    tokens, placeholders = adapter.plain_counts(inputs)[0], int((inputs["input_ids"] == adapter.placeholder_id).sum())
+    tokens, placeholders = family.plain_counts(inputs)[0], int((inputs["input_ids"] == family.placeholder_id).sum())
     if tokens != placeholders:
         raise UserError(
             f"cannot use {name!r}: its processor writes {placeholders} placeholders for an image of {tokens} visual"
@@ -259,20 +259,20 @@ def try_out(name: str, processor: Processor, adapter: ModelAdapter) -> None:
         )
 
 
-def refuse_if_it_cannot_answer(name: str, processor: Processor, adapter: ModelAdapter) -> None:
+def refuse_if_it_cannot_answer(name: str, processor: Processor, family: Family) -> None:
     """Raise `UserError` for a model that cannot answer about an image without vlmzip. Costs an uncompressed answer."""
-    inputs = _trial(name, processor, adapter).to(adapter.model.device, adapter.model.dtype)
-    quantised = getattr(adapter.model.config, "quantization_config", None)
+    inputs = _trial(name, processor, family).to(family.model.device, family.model.dtype)
+    quantised = getattr(family.model.config, "quantization_config", None)
     method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)
-    weights = f", with weights quantised by {getattr(method, 'value', method)} on {adapter.model.device}"
+    weights = f", with weights quantised by {getattr(method, 'value', method)} on {family.model.device}"
     with refusing(f"{name!r} cannot answer, not even without compression{weights if quantised else ''}"):
-        adapter.model.generate(**inputs, max_new_tokens=2, do_sample=False)
+        family.model.generate(**inputs, max_new_tokens=2, do_sample=False)
 
 
-def _trial(name: str, processor: Processor, adapter: ModelAdapter) -> BatchFeature:
+def _trial(name: str, processor: Processor, family: Family) -> BatchFeature:
     """Return the model inputs of a prompt about one image."""
     try:
-        text = chat_prompt(adapter, processor, "", 1)
+        text = chat_prompt(family, processor, "", 1)
     except UserError as error:
         raise UserError(f"cannot use {name!r}: {error}") from error
     special = special_tokens(processor.tokenizer, text)
