@@ -253,7 +253,7 @@ def test_a_budget_out_of_reach_is_measured_as_set_and_said():
     late = LLaVolta(layer=4, stride=8)
     one = _set_up("late", late, "11%", profile)
     assert one.compressor == late
-    assert one.note.startswith("not at this budget, but as it is set: 4 of 8 layers see all tokens")
+    assert one.note.startswith("runs with its own settings, not at this budget: 4 of 8 layers see all tokens")
     assert _set_up("as written", LLaVolta(stride=8), None, profile).compressor == LLaVolta(stride=8)
 
 

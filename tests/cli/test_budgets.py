@@ -131,4 +131,4 @@ def test_compare_runs_methods_as_they_are_written(capsys, tmp_path):
     kept = {row["method"]: row["visual_tokens_by_layer"][0] for row in found["rows"]}
     assert (found["keep"], kept) == (None, {"no_compression": 144, "visionzip(keep=16)": 16, "pool2d(factor=4)": 9})
     assert main(["compare", str(tmp_path / "a.png"), "is there a star ?", *methods, *quick]) == 0
-    assert "methods as they are written, 144 visual tokens an image, mini" in capsys.readouterr().out
+    assert "methods with their own settings, 144 visual tokens per image, mini" in capsys.readouterr().out

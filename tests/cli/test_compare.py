@@ -184,7 +184,7 @@ class TestRowsThatCannotBe:
         _, out, _ = run(capsys, IMAGE, QUESTION, "--methods", odd("ByImage"), "--json", *QUICK)
         row = rows_of(out)["odd_methods:ByImage"]
         assert row["retention"] == pytest.approx(29 / 144)
-        assert row["note"].startswith("not at this budget, but as it is set: ")
+        assert row["note"].startswith("runs with its own settings, not at this budget: ")
 
     @pytest.mark.parametrize(
         ("cls", "reason"), [(ByImage, "no budget"), (Untrained, "to be trained"), (QFormer, "to be trained")]

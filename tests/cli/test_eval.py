@@ -227,7 +227,7 @@ def test_a_broken_method_gives_its_row_and_exit_code_1(evaluate, monkeypatch):
 
 
 MISTAKES = [
-    (["--keep", "75%,0"], "keeps nothing"),
+    (["--keep", "75%,0"], "--keep 0 keeps nothing"),
     (["--keep", ","], "names no budget"),
     (["--methods", "visionsip"], "did you mean 'visionzip'"),
     (["--methods", ","], "names no method"),

@@ -106,7 +106,7 @@ def test_attention_that_cannot_be_used_is_said_in_a_line(trained_with, monkeypat
     monkeypatch.setattr("transformers.PreTrainedModel.set_attn_implementation", refuse)
     _, err = trained_with(code=2, attention="flash_attention_2")
     assert err == (
-        "vlmzip: attention: flash_attention_2 cannot be used, take sdpa or eager: flash_attention_2 is not there\n"
+        "vlmzip: attention: flash_attention_2 cannot be used, use sdpa or eager: flash_attention_2 is not there\n"
     )
 
 

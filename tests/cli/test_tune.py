@@ -233,6 +233,7 @@ MISTAKES = [
     (["--max-loss", "-1"], "--max-loss -1: give points from 0 to 100"),
     (["--max-loss", "nan"], "--max-loss nan: give points from 0 to 100"),
     (["--max-loss", "1", "--keep", ","], "names no budget"),
+    (["--max-loss", "1", "--keep", "0"], "--keep 0 keeps nothing"),
     (["--max-loss", "1", "--methods", "visionsip"], "did you mean 'visionzip'"),
     (["--max-loss", "1", "--tasks", "mini,{folder}:exact"], "--task takes exactly one task, got 'mini,"),
     (["--max-loss", "1", "--task", ""], "--task takes exactly one task, got ''"),

@@ -210,7 +210,7 @@ def _set_up(name: str, method: Compressor, keep: Any, profile: Profile) -> Conte
         chosen, reached = method.at_budget(keep, profile)
         return Contender(name, chosen, missed(keep, reached, profile))
     except BudgetError as error:
-        return Contender(name, method.placed(profile), f"not at this budget, but as it is set: {error}")
+        return Contender(name, method.placed(profile), f"runs with its own settings, not at this budget: {error}")
 
 
 def _refuse_what_cannot_run(args: Namespace, config: object, device: torch.device, dtype: torch.dtype) -> None:

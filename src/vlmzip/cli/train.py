@@ -74,7 +74,7 @@ def _train(config: Config) -> None:
     try_out(config)
     asked = config.evaluation
     task = None if asked is None else read_task(asked.task, asked.limit, None)
-    loaded = load(config.model, "cpu", config.weights)  # Trainer moves it to where it belongs
+    loaded = load(config.model, "cpu", config.weights)  # the Trainer moves it to its device
     _set_attention(loaded.model, config.attention)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is untrained")  # here it is trained
@@ -87,8 +87,8 @@ def _set_attention(model: Any, name: str) -> None:
     try:
         model.set_attn_implementation(name)
     except (ImportError, ValueError) as error:
-        said = " ".join(str(error).split())
-        raise UserError(f"attention: {name} cannot be used, take sdpa or eager: {said[:200]}") from None
+        cause = " ".join(str(error).split())
+        raise UserError(f"attention: {name} cannot be used, use sdpa or eager: {cause[:200]}") from None
 
 
 def _explain(config: Config, args: Namespace) -> None:
@@ -138,8 +138,8 @@ def _on_paper(config: Config, preset: str | None) -> Any:
             model = AutoModelForImageTextToText.from_config(shape, trust_remote_code=False)
         return family_of(model)
     except UserError as error:
-        said = str(error).replace("--model takes", "it takes")
-        raise UserError(f"model: {said}; for costs alone: --shape llava-1.5-7b") from None
+        cause = str(error).replace("--model takes", "it takes")
+        raise UserError(f"model: {cause}; for costs alone: --shape llava-1.5-7b") from None
 
 
 def _steps(config: Config) -> int:

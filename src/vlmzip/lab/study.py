@@ -129,8 +129,8 @@ class Study:
                 continue
             if count and self.processes.first:
                 spent = time.perf_counter() - start
-                told = f"{one.task}, {spec.write(one.chosen)}: {count:,} questions in {spent:.0f} s"
-                log.info(f"[{number}/{len(runs)}] {told}")
+                progress = f"{one.task}, {spec.write(one.chosen)}: {count:,} questions in {spent:.0f} s"
+                log.info(f"[{number}/{len(runs)}] {progress}")
         self.failures = self.processes.together(mine)
 
     def records(self, task: Task, one: Configuration) -> list[Record]:

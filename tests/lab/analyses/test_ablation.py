@@ -116,8 +116,8 @@ def test_findings_say_what_cannot_be_told_apart(rows):
     assert text[0] == "Without compression the score is 90.0 (200 questions)."
     assert len(text) == 3
     assert text[1] == (
-        "25%, merge reference: both (30 + 6) 80.0; dominant alone 79.0 (-1.0 points, -3.0 to +1.0, not told apart from"
-        " both); contextual alone 60.0 (-20.0 points, -24.0 to -16.0)."
+        "25%, merge reference: both (30 + 6) 80.0; dominant alone 79.0 (-1.0 points, -3.0 to +1.0, no significant"
+        " difference from both); contextual alone 60.0 (-20.0 points, -24.0 to -16.0)."
     )
 
 

@@ -89,7 +89,7 @@ class TestFindings:
         ]
         _, text, flat = findings(rows)
         assert text == (
-            "The largest saving at which no loss can be told from none with 400 questions is at tau=0.2: 70.0 % of the"
+            "The largest saving without a significant loss with 400 questions is at tau=0.2: 70.0 % of the"
             " tokens, -1.0 points (-2.5 to +0.5), so that a loss of up to 2.5 points is not ruled out."
         )
         assert flat == (

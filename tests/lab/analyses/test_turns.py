@@ -130,7 +130,7 @@ def test_rows_compare_with_the_plain_model_in_the_same_place():
     )
     assert "50.0 on first questions, 50.0 on second ones" in told[0]
     assert (
-        "second turns: -50.0 points beside the plain model, where first questions have -25.0; extra loss 25.0"
+        "second turns: -50.0 points compared with the plain model, where first questions have -25.0; extra loss 25.0"
         in told[1]
     )
 

@@ -39,7 +39,8 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument(
         "--keep",
         default=A_NINTH,
-        help="visual tokens kept per image: 64, 0.25 or 25%%; as-set: methods as they are written; default: a ninth",
+        help="visual tokens kept per image: 64, 0.25 or 25%%; as-set: methods with the budgets in their specs;"
+        " default: a ninth",
     )
     for name, usual, least, what in WHOLE:
         parser.add_argument(

@@ -22,7 +22,8 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument(
         "--keep",
         default=A_NINTH,
-        help="visual tokens to keep per image: 64, 0.25 or 25%%; as-set: methods as they are written; default: a ninth",
+        help="visual tokens to keep per image: 64, 0.25 or 25%%; as-set: methods with the budgets in their specs;"
+        " default: a ninth",
     )
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="draw the tokens of every method on one sheet")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write everything as one page for the browser")

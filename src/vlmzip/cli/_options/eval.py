@@ -32,7 +32,7 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
         "--keep",
         default="75%,50%,25%,11%",
         metavar="K,K,…",
-        help="average budgets, tokens per image or shares of them, or as-set: methods as they are written;"
+        help="average budgets, tokens per image or shares of them, or as-set: methods with the budgets in their specs;"
         " default: 75%%,50%%,25%%,11%%",
     )
     parser.add_argument("--tasks", metavar="T,T,…", help=f"{TASKS}; default: {DEFAULT_TASKS}")

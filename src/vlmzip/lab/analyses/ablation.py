@@ -135,5 +135,5 @@ def findings(rows: Sequence[Row]) -> list[str]:
 def _beside(row: Row) -> str:
     """Return a score, its difference from both kinds together, and whether the difference is significant."""
     low, high = row["against_both_low"], row["against_both_high"]
-    sure = "" if low > 0 or high < 0 else ", not told apart from both"
+    sure = "" if low > 0 or high < 0 else ", no significant difference from both"
     return f"{row['score']:.1f} ({row['against_both']:+.1f} points, {low:+.1f} to {high:+.1f}{sure})"

@@ -139,7 +139,7 @@ def _largest_saving(rows: Sequence[Row]) -> str:
     lost = next((place for place, row in enumerate(saving) if row["difference_high"] < 0), len(saving))
     least = min(saving[:lost], key=lambda row: row["reached"])
     return (
-        f"The largest saving at which no loss can be told from none with {least['questions']} questions is at"
+        f"The largest saving without a significant loss with {least['questions']} questions is at"
         f" tau={least['tau']:g}: {least['reached']:.1f} % of the tokens, {_points(least, 'difference')}, so that a loss"
         f" of up to {max(0.0, -least['difference_low']):.1f} points is not ruled out."
     )

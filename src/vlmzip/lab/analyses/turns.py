@@ -315,8 +315,8 @@ def findings(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         if row["method"] != PLAIN and row["place"] in words:
             sentences.append(
-                f"{row['method']} at {row['budget']} {words[row['place']]}: {row['difference']:+.1f} points beside the"
-                f" plain model, where first questions have {row['difference'] + row['extra_loss']:+.1f}; extra loss"
-                f" {row['extra_loss']:.1f} (95 %: {row['extra_loss_low']:.1f} to {row['extra_loss_high']:.1f})."
+                f"{row['method']} at {row['budget']} {words[row['place']]}: {row['difference']:+.1f} points compared"
+                f" with the plain model, where first questions have {row['difference'] + row['extra_loss']:+.1f}; extra"
+                f" loss {row['extra_loss']:.1f} (95 %: {row['extra_loss_low']:.1f} to {row['extra_loss_high']:.1f})."
             )
     return sentences

@@ -89,7 +89,7 @@ def doubts(found: list[Contender], args: Namespace, device: torch.device, *, nar
 
     `narrow` says that the model is scaled down more than by default.
     """
-    said = []
+    notes = []
     milliseconds = [compare(found[0], found[0], scope).milliseconds for scope in SCOPES]
     widest = max(milliseconds, key=lambda one: one.third / one.first)
     if widest.third / widest.first > BUSY:
@@ -100,27 +100,27 @@ def doubts(found: list[Contender], args: Namespace, device: torch.device, *, nar
             mend = "measure again while nothing else runs, with OMP_NUM_THREADS=1 or with more --repeats"
         else:
             mend = "measure again while nothing else runs, or with --clock cpu and OMP_NUM_THREADS=1"
-        said.append(
+        notes.append(
             f"these timings are unreliable: the quartiles of the plain model's {what} are {widest.first:.0f} and"
             f" {widest.third:.0f} ms, so other work probably shares the processor; {mend}"
         )
     if narrow:
-        said.append(
-            f"at --scale {args.scale} most of the time is overhead that no method can save: how low the shares of the"
-            " limit are is the small model's doing, not the methods'; use --scale 1/8 or more to compare them"
+        notes.append(
+            f"at --scale {args.scale} most of the time is overhead that no method can save, so the small model lowers"
+            " the shares of the limit; use --scale 1/8 or more to compare methods"
         )
-    return said
+    return notes
 
 
 def gaps(found: list[Contender], repeats: int) -> list[str]:
     """Return the requested figures that were not measured."""
-    said = []
+    notes = []
     done = len(found[0].spans)
     if done < repeats:
-        said.append(f"the run was stopped after {done} of {repeats} rounds")
+        notes.append(f"the run was stopped after {done} of {repeats} rounds")
     if unmeasured := [one for one in found if one.without_peak]:
-        said.append(f"{unmeasured[0].without_peak} ({', '.join(one.name for one in unmeasured)})")
-    return said
+        notes.append(f"{unmeasured[0].without_peak} ({', '.join(one.name for one in unmeasured)})")
+    return notes
 
 
 def as_json(

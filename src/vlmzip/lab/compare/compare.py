@@ -121,7 +121,7 @@ def configure(candidate: Candidate, keep: Keep | None, profile: Profile) -> tupl
     except BudgetError as error:
         if not candidate.named or method.tokens_by_layer(profile) is not None:
             raise
-        return method, f"not at this budget, but as it is set: {error}"
+        return method, f"runs with its own settings, not at this budget: {error}"
 
 
 def _first_run(

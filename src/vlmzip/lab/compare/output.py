@@ -57,10 +57,10 @@ class Comparison:
         """Return the budget in words."""
         before = " and ".join(dict.fromkeys(f"{image.before:,}" for image in self.plain.report.images))
         if self.keep is None:
-            return f"methods as they are written, {before} visual tokens an image, {self.model}"
+            return f"methods with their own settings, {before} visual tokens per image, {self.model}"
         asked = min(parse_keep(self.keep), max(image.before for image in self.plain.report.images))
         share = str(asked) if isinstance(asked, int) else f"{100 * asked:.3g}%"
-        return f"{share} of {before} visual tokens an image, {self.model}"
+        return f"{share} of {before} visual tokens per image, {self.model}"
 
     @cached_property
     def noted(self) -> list[MethodRow]:

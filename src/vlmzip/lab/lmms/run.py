@@ -188,7 +188,7 @@ class SuiteRun:
     def _evaluate(self, benchmark: Benchmark, one: Configuration) -> Found:
         from vlmzip.lab.lmms.adapter import CompressedForLmms
 
-        written, told = spec.write(one.chosen), self._attacher.identity(one)
+        written, identity = spec.write(one.chosen), self._attacher.identity(one)
         compressed = self._attacher.attach(one.chosen)
         try:
             model = CompressedForLmms(compressed, self.loaded.processor, self.batch)
@@ -202,7 +202,7 @@ class SuiteRun:
             "task": benchmark.task,
             "method": written,
             "compressor": plain_json(one.chosen.to_dict()),
-            **told,
+            **identity,
             "results": {key: float(value) for key, value in found.items() if _is_finite(value)},
             "questions": len(samples),
             **_costs(samples),

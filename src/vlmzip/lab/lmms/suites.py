@@ -172,8 +172,8 @@ def no_such_task(name: str, known: Mapping[str, object]) -> UserError:
 
 
 def _near(name: str, known: Mapping[str, object]) -> str:
-    told = closest(name, [*known, *SUITES])
-    return told if "did you mean" in told else ""  # the list of all tasks has thousands of names
+    suggestion = closest(name, [*known, *SUITES])
+    return suggestion if "did you mean" in suggestion else ""  # the list of all tasks has thousands of names
 
 
 def has_judge() -> bool:

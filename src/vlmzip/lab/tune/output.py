@@ -156,16 +156,16 @@ def sentences(found: SearchOutcome) -> list[str]:
     assert row.held is not None
     held, confirming = row.held, len(found.tuning.images["confirm"])
     where = f"on {confirming:,} questions that chose nothing ({100 * held.score:.1f} % for {100 * held.plain:.1f} %)"
-    said = [f"{found.name(row)}: {_cost(held.cost, found.asked.cost)}, loses {_interval(row)} points {where}"]
+    verdict_lines = [f"{found.name(row)}: {_cost(held.cost, found.asked.cost)}, loses {_interval(row)} points {where}"]
     if found.verdict.kind == "certified":
-        said.append(
+        verdict_lines.append(
             f"The loss is within {_points(target.loss)}: with all tries considered at most {100 * held.bound:.1f}."
         )
     elif found.verdict.kind == "likely":
-        said.append(_unsure(found, row))
+        verdict_lines.append(_unsure(found, row))
     if held.attempt > 1 or (found.verdict.kind == "certified" and len(found.tuning.tries) > 1):
-        said.append(f"{len(found.tuning.tries)} candidates were tried there, the cheapest first.")
-    return said
+        verdict_lines.append(f"{len(found.tuning.tries)} candidates were tried there, the cheapest first.")
+    return verdict_lines
 
 
 def _unsure(found: SearchOutcome, row: CandidateRow) -> str:
@@ -216,8 +216,8 @@ def _print(found: SearchOutcome, folder: Path, args: Namespace) -> None:
         table(found, asked).print()
     for name, why in found.broken.items():
         print(f"\n{name} {why}")
-    if told := _left_out(found):
-        print("\n" + "\n".join(told))
+    if lines := _left_out(found):
+        print("\n" + "\n".join(lines))
     print("\n" + "\n".join(sentences(found)))
     print(f"{found.tuning.answers:,} of the {found.grid:,} answers that the whole grid would take")
     if found.chosen:
@@ -228,17 +228,19 @@ def _print(found: SearchOutcome, folder: Path, args: Namespace) -> None:
 def _left_out(found: SearchOutcome) -> list[str]:
     """Return a line for each reason why candidates are missing from the table."""
     dear = [row for row in found.rows if found.too_dear(row)]  # the cheapest first
-    told = []
+    lines = []
     if dear:
         methods = _by_method([found.method(row) for row in dear])
         cheapest = f"{found.name(dear[0])}, {_cost(dear[0].cost, found.asked.cost)}"
         were = "candidate was" if len(dear) == 1 else "candidates were"
-        told.append(f"{len(dear):,} {were} not asked, being too costly ({methods}); the cheapest: {cheapest}")
+        lines.append(f"{len(dear):,} {were} not asked, being too costly ({methods}); the cheapest: {cheapest}")
     if found.impossible:
         methods = _by_method([one.method for one in found.impossible])
         pairs = "combination" if len(found.impossible) == 1 else "combinations"
-        told.append(f"{len(found.impossible):,} {pairs} of method and budget cannot run ({methods}); tune.csv says why")
-    return told
+        lines.append(
+            f"{len(found.impossible):,} {pairs} of method and budget cannot run ({methods}); tune.csv says why"
+        )
+    return lines
 
 
 def _by_method(methods: Sequence[str]) -> str:

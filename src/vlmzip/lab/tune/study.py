@@ -202,6 +202,6 @@ def _read_prefill(
         if found.keys() | failures.keys() != set(range(count)) or not all(0 < ms < math.inf for ms in found.values()):
             raise ValueError("times are missing or impossible")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        said = error if isinstance(error, ValueError) else "it is not what tune writes there"
-        raise UserError(f"{str(path)!r} cannot be read: {said}; {advice}") from None
+        cause = error if isinstance(error, ValueError) else "it is not what tune writes there"
+        raise UserError(f"{str(path)!r} cannot be read: {cause}; {advice}") from None
     return found, failures
