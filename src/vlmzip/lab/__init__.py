@@ -9,4 +9,6 @@ Next to this path: `asking` answers one question and counts its cost, for `vlmzi
 answers one question with several methods. `tune` searches for the cheapest method. `bench` measures speed and memory.
 `analyses` repeats the studies of the papers, and `analysis_answers` stores their answers. `lmms` runs lmms-eval.
 `papers` has published numbers as data.
+
+In all of these, the plain model is the uncompressed model, with which methods are compared.
 """

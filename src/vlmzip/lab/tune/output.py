@@ -1,4 +1,7 @@
-"""The results of `vlmzip tune`: sentences, a table, JSON, CSV, a curve, and the compressor itself."""
+"""The results of `vlmzip tune`: sentences, a table, JSON, CSV, a curve, and the compressor itself.
+
+`search` explains the choosing half and the confirming half of the images.
+"""
 
 from __future__ import annotations
 

@@ -207,8 +207,8 @@ class Tuning:
         """
         gone = ("cost", "broke", "behind")
         rows = [row for row in self.rows.values() if not row.out or row.out.why not in gone]
-        wished = -math.inf if self.target.loss is None else self.target.loss
-        return sorted((row for row in rows if row.lowest <= wished), key=lambda row: (row.lost, row.cost))
+        target_loss = -math.inf if self.target.loss is None else self.target.loss
+        return sorted((row for row in rows if row.lowest <= target_loss), key=lambda row: (row.lost, row.cost))
 
     def _search(self) -> None:
         """Ask until every relevant candidate has answered all questions of the choosing half."""
@@ -333,16 +333,16 @@ class Tuning:
 
     def _unsure(self) -> Verdict:
         """Return the verdict if no candidate is certified: the safest one whose estimate is within the target."""
-        wished = self.target.loss
-        if wished is None:
+        target_loss = self.target.loss
+        if target_loss is None:
             return Verdict("nothing", self._nearest())
         if not self.tries:
-            hopeful = [row for row in self.rows.values() if row.out is None and row.lost <= wished]
+            hopeful = [row for row in self.rows.values() if row.out is None and row.lost <= target_loss]
             safest = min(hopeful, key=lambda row: (row.highest, row.cost), default=None)
             held = self._confirm(safest) if safest else None
-            if safest and held and self._within(held.cost, safest) and held.bound <= wished:
+            if safest and held and self._within(held.cost, safest) and held.bound <= target_loss:
                 return Verdict("certified", safest)
-        likely = [row for row in self.tries if row.lost <= wished and row.out != Rejection("cost")]
+        likely = [row for row in self.tries if row.lost <= target_loss and row.out != Rejection("cost")]
         if likely:
             return Verdict("likely", min(likely, key=lambda row: (row.highest, row.cost)))
         return Verdict("nothing", self._nearest())
