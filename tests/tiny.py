@@ -59,6 +59,8 @@ class Family:
     """The first prompt is not causal: its later tokens change what earlier ones see."""
     generates_from_embeddings: ClassVar[bool] = True
     """`generate` takes `inputs_embeds`."""
+    projects_padding: ClassVar[bool] = False
+    """The plain model projects tokens that its LLM does not see. Images from the fourth on have none."""
     first_position: ClassVar[int] = 0
     position_axes: ClassVar[tuple[int, ...]] = ()
     """What `position_ids` have before [batch, length]."""

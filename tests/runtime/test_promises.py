@@ -872,7 +872,8 @@ def test_8_bit(family, tmp_path):
         tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map="cpu"
     )
     assert type(model.model.language_model.layers[0].self_attn.q_proj).__name__ == "Linear8bitLt"
-    inputs = family.batch(*ROWS)
+    # Which columns are outliers depends on all tokens that are projected together.
+    inputs = family.batch(*ROWS, first_image=3 if family.projects_padding else 0)
     whole = vlmzip.attach(model, NoCompression())
     assert torch.equal(whole.generate(**inputs, **GREEDY), model.generate(**inputs, **GREEDY))
     hand = vlmzip.compress_inputs(model, inputs, VisionZip(keep=8), generating=True)

@@ -30,7 +30,7 @@ LLMS_THAT_MASK_PACKED_ROWS = ("llama", "mistral", "qwen2", "gemma2")
 class EncoderAttention:
     """The attention that VisionZip ranks visual tokens by, in every layer of a vision encoder."""
 
-    by_image: Sequence[Float[Tensor, "layers _"]]
+    by_view: Sequence[Float[Tensor, "layers _"]]
     """For each view of all images: of each token of its grid, mean over heads. Rows need not sum to 1."""
     whose: Sequence[str]
     """For each layer, in a few words: who attends."""

@@ -33,8 +33,8 @@ def assert_scores_are_of_matrices(model, whose):
     with torch.no_grad():
         matrices = tower(inputs["pixel_values"], output_attentions=True).attentions
     assert found.whose == [whose] * len(matrices)
-    assert len(found.by_image) == 2
-    for image, scores in enumerate(found.by_image):
+    assert len(found.by_view) == 2
+    for image, scores in enumerate(found.by_view):
         assert scores.shape == (len(matrices), 36)
         for layer, matrix in enumerate(matrices):
             heads = matrix[image]
@@ -60,8 +60,8 @@ def assert_encode_reads_the_layer(model, inputs):
     for tokens, indices in ((group.tokens, group.numbers) for group in groups):
         for row, image in enumerate(indices):
             read = tokens.cls_attention[row, tokens.prefix :]
-            torch.testing.assert_close(found.by_image[image][found.scored], read)
-            others = [scores for layer, scores in enumerate(found.by_image[image]) if layer != found.scored]
+            torch.testing.assert_close(found.by_view[image][found.scored], read)
+            others = [scores for layer, scores in enumerate(found.by_view[image]) if layer != found.scored]
             assert all((scores - read).abs().max() > 1e-4 for scores in others)
 
 
@@ -97,7 +97,7 @@ def test_qwens_windows_are_windows():
         parts = [received for module, received in seen if module is block.attn]
         assert len(parts) == (2 if layer == 1 else 6 + 6)
         expected = torch.cat(parts).unflatten(0, (-1, 4)).mean(1)
-        together = torch.cat([scores[layer] for scores in found.by_image])
+        together = torch.cat([scores[layer] for scores in found.by_view])
         torch.testing.assert_close(together[order], expected, atol=1e-5, rtol=1e-5)
 
 
@@ -124,7 +124,7 @@ def test_no_square_of_the_tokens_and_no_hook_left():
 
     with torch.no_grad(), Watch():
         found = family_of(model).encoder_attention({"pixel_values": torch.zeros(1, 3, 384, 384)})
-    assert found.by_image[0].shape == (3, 2304)
+    assert found.by_view[0].shape == (3, 2304)
     assert max(sizes) <= 256 * 2304 * 4
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
@@ -162,7 +162,7 @@ class TestStudy:
         images = [Image.open(tmp_path / "asked" / name) for name in ("a.png", "b.png", "c.png")]
         inputs = subject.processor(images=images, text=["<image>"] * 3, return_tensors="pt")
         found = family_of(subject.model).encoder_attention(inputs)
-        tens = 100 * np.stack([concentration(scores)[:, 1] for scores in found.by_image])
+        tens = 100 * np.stack([concentration(scores)[:, 1] for scores in found.by_view])
         assert [row["images"] for row in rows] == [3] * 3
         assert [row["layer"] for row in rows if row["read_by_visionzip"]] == [1]
         for layer, row in enumerate(rows):

@@ -32,6 +32,7 @@ from vlmzip.lab.tasks.task import Sample
 from vlmzip.models import family_of
 from vlmzip.models.family import EncoderAttention
 from vlmzip.runtime.answering import Answerer
+from vlmzip.runtime.compress import view_numbers
 from vlmzip.visualize.attention import Map, draw_maps
 from vlmzip.visualize.figure import new_figure
 from vlmzip.visualize.overlay import seen_image
@@ -60,8 +61,9 @@ def measure(subject: Subject) -> list[Row]:
     answerer = Answerer(family_of(subject.model), subject.processor)
     samples = list({sample.image: sample for sample in subject.task.samples}.values())
     values, last = [], None
-    for number, (attention, images) in enumerate(_encoded(answerer, samples)):
-        values += [concentration(scores) for scores in attention.by_image]
+    for number, (attention, images, views_of) in enumerate(_encoded(answerer, samples)):
+        by_view = [concentration(scores) for scores in attention.by_view]
+        values += [np.mean([by_view[view] for view in views], axis=0) for views in views_of]
         if number == 0:
             _draw_image(subject, answerer, images, attention)
         last = attention
@@ -69,12 +71,14 @@ def measure(subject: Subject) -> list[Row]:
     return _rows(last, np.stack(values), [sample.image for sample in samples], subject.seed)
 
 
-def _encoded(answerer: Answerer, samples: Sequence[Sample]) -> Iterator[tuple[EncoderAttention, Sequence[Image.Image]]]:
-    """Yield the attention of `TOGETHER` images at a time, and these images."""
+def _encoded(
+    answerer: Answerer, samples: Sequence[Sample]
+) -> Iterator[tuple[EncoderAttention, Sequence[Image.Image], list[range]]]:
+    """Yield the attention of `TOGETHER` images at a time, these images, and the numbers of the views of each."""
     for start in range(0, len(samples), TOGETHER):
         images = [sample.load() for sample in samples[start : start + TOGETHER]]
         inputs = answerer.inputs(images, [""] * len(images))
-        yield _read(answerer, inputs), images
+        yield _read(answerer, inputs), images, view_numbers(answerer.family.layouts(inputs))
 
 
 def _read(answerer: Answerer, inputs: Mapping[str, object]) -> EncoderAttention:
@@ -133,7 +137,7 @@ def _draw_image(
     depth = len(attention.whose)
     layers = {*np.linspace(0, depth - 1, min(SHOWN, depth)).round().astype(int).tolist(), attention.scored}
     maps = [
-        Map(f"layer {layer}" + ", VisionZip's" * (layer == attention.scored), attention.by_image[0][layer].tolist())
+        Map(f"layer {layer}" + ", VisionZip's" * (layer == attention.scored), attention.by_view[0][layer].tolist())
         for layer in sorted(layers)
     ]
     page = draw_maps(seen, grid, maps)

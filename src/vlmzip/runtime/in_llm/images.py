@@ -39,14 +39,16 @@ class Part:
 
     image: int
     choice: Choice
-    slots: Int[Tensor, " tokens"]
-    """Their slots among the tokens that entered the layer."""
+    image_slots: Int[Tensor, " left"]
+    """The slots of all that is left of the image, among the tokens that entered the layer."""
     entered: int
     """Tokens of the whole image as it entered the LLM."""
     token_map: TokenMap = field(init=False)
     """What becomes of them, in the order of anchors."""
     outputs: Int[Tensor, " outputs"] = field(init=False)
     """The slots of the anchors."""
+    image_map: TokenMap | None = None
+    """The map of all that was left of the image, where this is its only part and the separators go."""
 
 
 @dataclass
@@ -99,7 +101,9 @@ class Images:
         merges: list[Merge] = []
         for group in _alike(parts):
             rows = torch.tensor([self.rows[part.image] for part in group], device=hidden.device)
-            slots = torch.stack([part.slots for part in group])
+            slots = torch.stack([part.image_slots for part in group])
+            if not group[0].choice.is_all:
+                slots = slots.gather(1, torch.stack([part.choice.numbers for part in group]))
             tokens = self._tokens(index, compressor.needs, group, rows, slots, hidden)
             token_map = group[0].choice.compressor(tokens).in_anchor_order()
             if 0 in token_map.lengths:
@@ -107,6 +111,8 @@ class Images:
             anchors = slots.gather(1, token_map.anchor_index().clamp(min=0)).unbind()
             for part, part_map, outputs in zip(group, token_map.split(), anchors, strict=True):
                 part.token_map, part.outputs = part_map, outputs[: part_map.max_length]
+            if not group[0].choice.is_all and not compressor.by_view:
+                _map_images(group, token_map)
             merges.append(Merge(rows, slots, token_map))
         # Gather the parts of each image again, and note which of its slots stay.
         parts_of: list[list[Part]] = [[] for _ in slots_of]
@@ -116,7 +122,7 @@ class Images:
         for image, (slots, image_parts) in enumerate(zip(slots_of, parts_of, strict=True)):
             image_map = self._join(image, image_parts, len(slots))
             self.maps[image].append((index, image_map))
-            is_one = image_map is image_parts[0].token_map
+            is_one = image_map in (image_parts[0].token_map, image_parts[0].image_map)
             outputs_of.append(image_parts[0].outputs if is_one else slots[image_map.anchor_index()[0]])
         kept[row_and_slot(self.rows, slots_of)] = False
         kept[row_and_slot(self.rows, outputs_of)] = True
@@ -130,8 +136,7 @@ class Images:
             if (layout, len(slots)) not in choices:
                 choices[layout, len(slots)] = _choices(compressor, layout, len(slots), slots.device)
             for choice in choices[layout, len(slots)]:
-                chosen = slots if choice.is_all else slots[choice.numbers]
-                parts.append(Part(image, choice, chosen, len(self.places[image])))
+                parts.append(Part(image, choice, slots, len(self.places[image])))
         return parts
 
     def _tokens(
@@ -165,13 +170,15 @@ class Images:
 
         Tokens in no part are separators: they stay only where nothing else goes.
         """
-        is_whole = sum(part.token_map.lengths[0] for part in parts) == sum(len(part.slots) for part in parts)
+        is_whole = sum(part.token_map.lengths[0] for part in parts) == sum(len(part.choice.numbers) for part in parts)
         if not is_whole:
             self.layouts[image] = None
         (first, *others) = parts
-        if not others and len(first.slots) == count:
+        if first.image_map is not None:
+            return first.image_map
+        if not others and len(first.choice.numbers) == count:
             return first.token_map
-        device = first.slots.device
+        device = first.image_slots.device
         group = torch.full((count,), -1, device=device)
         weight, anchor = torch.zeros(count, device=device), torch.zeros(count, dtype=torch.bool, device=device)
         outputs = 0
@@ -210,11 +217,37 @@ def _choices(compressor: Compressor, layout: Layout | None, count: int, device: 
     ]
 
 
+def _map_images(parts: list[Part], token_map: TokenMap) -> None:
+    """Set the maps of images from those of their only parts, all at once; their other tokens are separators, and go.
+
+    Where a part keeps all its tokens the separators stay, and the image has no such map.
+    """
+    numbers = torch.stack([part.choice.numbers for part in parts])
+    shape, device = (len(parts), parts[0].entered), numbers.device
+    whole = TokenMap(
+        torch.full(shape, -1, device=device).scatter(1, numbers, token_map.group),
+        torch.zeros(shape, dtype=token_map.weight.dtype, device=device).scatter(1, numbers, token_map.weight),
+        torch.zeros(shape, dtype=torch.bool, device=device).scatter(1, numbers, token_map.anchor),
+        token_map.length,
+    )
+    for part, image_map in zip(parts, whole.split(), strict=True):
+        if part.token_map.lengths[0] < len(part.choice.numbers):
+            part.image_map = image_map
+
+
 def _alike(parts: list[Part]) -> list[list[Part]]:
     """Return the parts in groups, the tokens of each of which form one `VisualTokens`."""
     groups: dict[Any, list[Part]] = {}
     for part in parts:
         choice = part.choice
-        kind = (choice.compressor, choice.grid, choice.prefix, part.entered, len(part.slots))
+        kind = (
+            choice.compressor,
+            choice.grid,
+            choice.prefix,
+            part.entered,
+            len(part.image_slots),
+            len(choice.numbers),
+            choice.is_all,
+        )
         groups.setdefault(kind, []).append(part)
     return list(groups.values())
