@@ -136,6 +136,10 @@ class Compressor(ABC):
             return (self,) * len(views)
         return [self.with_fields(keep=share) for share in shared_out(count, [grid.size for grid in views])]
 
+    def together(self, views: int) -> Self:
+        """Return the compressor for an image whose tokens lie on no grids any more and come from so many views."""
+        return self
+
     def arrange(
         self, views: Sequence[Grid], prefix: int, ranks: Sequence[Int[Tensor, " _"]]
     ) -> Int[Tensor, " features"]:
@@ -325,8 +329,16 @@ class BudgetedCompressor(Compressor):
     def with_keep(self, keep: Keep) -> Compressor:
         return dataclasses.replace(self, keep=keep, keep_per_view=None)
 
+    @property
+    def by_view(self) -> bool:
+        return super().by_view or self.keep_per_view is not None
+
     def shared(self, views: Sequence[Grid]) -> Sequence[Self]:
         return super().shared(views) if self.keep_per_view is None else (self,) * len(views)
+
+    def together(self, views: int) -> Self:
+        per_view = None if self.keep_per_view is None or views == 1 else parse_keep(self.keep_per_view)
+        return self.with_fields(keep=per_view * views, keep_per_view=None) if isinstance(per_view, int) else self
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,7 +11,19 @@ import vlmzip
 from tests.families import tiny_llava
 from tests.references.visionzip import visionzip_tiles
 from tests.tiny import IMAGE_TOKEN, batch
-from vlmzip import Chain, Downsample, KMeans, LLaVolta, NoCompression, Pool2d, QFormer, Site, UserError, VisionZip
+from vlmzip import (
+    Chain,
+    Downsample,
+    FastV,
+    KMeans,
+    LLaVolta,
+    NoCompression,
+    Pool2d,
+    QFormer,
+    Site,
+    UserError,
+    VisionZip,
+)
 from vlmzip.models import family_of
 from vlmzip.visual_tokens import Grid
 
@@ -218,3 +230,38 @@ def test_strategies_that_the_model_cannot_pack_are_refused(model):
 def test_too_small_a_budget_is_refused(model):
     with pytest.raises(UserError, match="keep=4 is too few for an image of 5 views: give at least 5"):
         vlmzip.compress_inputs(model, inputs_of(model, [1, "image"]), VisionZip(keep=4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_sizes": None}, "needs image_sizes"),
+        ({"pixel_values": torch.zeros(5, 3, 48, 48)}, r"needs pixel_values of \[images, views, 3"),
+        ({"pixel_values": torch.zeros(1, 3, 3, 48, 48)}, "asks for 5 views of an image; pixel_values has 3"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused_in_one_line(model, changes, message):
+    with pytest.raises(UserError, match=message):
+        vlmzip.compress_inputs(model, {**inputs_of(model, [1, "image"]), **changes}, NoCompression())
+
+
+def test_sizes_may_be_a_list(model):
+    inputs = inputs_of(model, [1, "image"])
+    listed = {**inputs, "image_sizes": inputs["image_sizes"].tolist()}
+    plain, same = (vlmzip.compress_inputs(model, given, VisionZip(keep=10)) for given in (inputs, listed))
+    assert torch.equal(plain["input_ids"], same["input_ids"])
+
+
+@pytest.mark.parametrize(
+    "compressor",
+    [
+        FastV(keep_per_view=2, layer=1),
+        KMeans(keep_per_view=2, site=Site.IN_LLM, layer=1),
+        Chain(compressors=(VisionZip(keep_per_view=4), FastV(keep_per_view=2, layer=1))),
+    ],
+    ids=str,
+)
+def test_a_budget_of_each_view_holds_inside_the_llm(model, compressor):
+    with vlmzip.attach(model, compressor) as compressed, torch.no_grad():
+        compressed(**inputs_of(model, *ROWS))
+    assert [image.by_layer[-1] for image in compressed.report.images] == [2 * views for views in (5, 3, 4, 3)]

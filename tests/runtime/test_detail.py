@@ -75,8 +75,7 @@ def test_the_threshold_of_the_warning_is_the_measured_one():
 
 
 @pytest.mark.parametrize(("lost", "warns"), [(WORRYING + 0.01, True), (WORRYING - 0.01, False), (None, False)])
-def test_ask_warns_above_the_threshold(lost, warns, capsys):
+def test_ask_warns_above_the_threshold(lost, warns, caplog):
     image = SimpleNamespace(detail_lost=lost, by_layer=(64, 16))
     warn_about_detail(SimpleNamespace(images=[image]), ["letter.png"])
-    said = capsys.readouterr().err
-    assert ("16 tokens leave out" in said and "letter.png" in said) is warns
+    assert ("16 tokens leave out" in caplog.text and "letter.png" in caplog.text) is warns

@@ -251,7 +251,7 @@ def test_parameters_that_are_not_sharded_are_refused():
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"trainer": {"fsdp": "full_shard"}}, "trainer: transformers ignores fsdp on a CPU"),
+        ({"trainer": {"fsdp": "full_shard"}}, "trainer: fsdp is ignored by transformers on a CPU"),
         ({"sharding": "fsdp", "trainer": {"deepspeed": "x.json"}}, "choose one of them"),
         ({"sharding": "zero3"}, "sharding"),
     ],

@@ -70,6 +70,8 @@ class Family:
     """What `positions=None` means: as VisionZip and DFMR do before LLaVA's LLM, unless positions have several axes."""
     position_axes: ClassVar[tuple[int, ...]] = ()
     """Axes of `position_ids` before batch and length: (3,) where positions are temporal, height and width."""
+    has_streams: ClassVar[bool] = False
+    """Whether layers of the LLM add further features to the visual tokens (deepstack)."""
     features_as_list: bool = True
     """Whether the model takes a list of features, one entry an image, or one tensor for all images."""
 
@@ -235,7 +237,7 @@ class Family:
         """
         # A tensor is scattered over the placeholders as a whole: one row can hold images of different lengths.
         form: Any = features if self.features_as_list else torch.cat(features)[None]
-        if any(streams):
+        if self.has_streams:
             by_layer = [list(layer) for layer in zip(*streams, strict=True)]
             return {"image": WithStreams(pooler_output=form, deepstack_features=by_layer)}
         return {"image": BaseModelOutputWithPooling(pooler_output=form)}

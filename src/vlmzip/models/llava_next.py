@@ -39,14 +39,18 @@ class LlavaNext(Llava):
     def layouts(self, inputs: Inputs) -> list[Layout]:
         if self._passes_prefix(inputs) and self.prefix:
             raise UserError("LLaVA-NeXT cannot pack CLS: leave vision_feature_select_strategy at 'default'")
-        sizes = [tuple(size) for size in inputs["image_sizes"].tolist()]
+        if inputs.get("image_sizes") is None:
+            raise UserError("LLaVA-NeXT needs image_sizes, the height and width of each image: use its own processor")
+        sizes = [tuple(size) for size in torch.as_tensor(inputs["image_sizes"]).tolist()]
         layouts = {size: self._layout(size) for size in dict.fromkeys(sizes)}
         return [layouts[size] for size in sizes]
 
     def view_pixels(self, inputs: Inputs) -> list[Float[Tensor, "3 height width"]]:
         """The base image and the tiles of every image; those of images with few tiles are padded with empty ones."""
-        counts = [len(layout.views) for layout in self.layouts(inputs)]
-        return [view for image, count in zip(inputs["pixel_values"], counts, strict=True) for view in image[:count]]
+        counts, pixels = [len(layout.views) for layout in self.layouts(inputs)], inputs["pixel_values"]
+        if isinstance(pixels, Tensor):  # `downsample` makes lists of views
+            _check_pixels(pixels, counts)
+        return [view for image, count in zip(pixels, counts, strict=True) for view in image[:count]]
 
     def downsample(self, inputs: Inputs, grids: Sequence[Grid]) -> InputDict:
         smaller = iter(resized_views(self.model.config.vision_config, self.view_pixels(inputs), grids))
@@ -66,3 +70,14 @@ class LlavaNext(Llava):
         packed: list[Tensor]
         packed, _ = self.model.model.pack_image_features([numbers], [list(size)], "default", image_newline=newline)
         return packed[0]
+
+
+def _check_pixels(pixels: Tensor, counts: Sequence[int]) -> None:
+    """Raise `UserError` for pixels that do not hold the views of every image; `counts` has the views of each."""
+    if pixels.ndim != 5 or len(pixels) != len(counts):
+        raise UserError(
+            "LLaVA-NeXT needs pixel_values of [images, views, 3, height, width], one entry for each of image_sizes:"
+            " use its own processor"
+        )
+    if (most := max(counts)) > pixels.shape[1]:
+        raise UserError(f"image_sizes asks for {most} views of an image; pixel_values has {pixels.shape[1]}")

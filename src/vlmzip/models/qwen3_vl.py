@@ -14,6 +14,7 @@ class Qwen3VL(Qwen25VL):
 
     model_types = ("qwen3_vl",)
     example = "Qwen/Qwen3-VL-8B-Instruct"
+    has_streams = True
 
     @property
     def first_free_layer(self) -> int:

@@ -51,19 +51,19 @@ class CompressedModel(nn.Module):
             raise UserError(f"{model!r} is no model: load it first, or use vlmzip.from_pretrained(folder, compressor)")
         if any(isinstance(module, CompressedModel) for module in model.modules()):
             raise UserError("this model already has a compressor: detach() it first, or attach to the plain model")
-        self._adapter = family_of(model)
-        check_place(compressor, self._adapter)
+        self._family = family_of(model)
+        check_place(compressor, self._family)
         self.inner: Any = model
         self.compressor = compressor
         #: The weights of a method that has some, else `None`.
-        self.resampler: nn.Module | None = build_resampler(self._adapter, compressor)
+        self.resampler: nn.Module | None = build_resampler(self._family, compressor)
         self._conversations = Conversations()
         self._detached = False
         self._put_hooks()
         self.training = model.training  # not train(): parts of the model may be in another mode
         if self.resampler is not None:
             self.resampler.train(model.training)
-        warn_if_nothing_to_do(compressor, self._adapter)
+        warn_if_nothing_to_do(compressor, self._family)
 
     # --- attached or not --------------------------------------------------------------------------------------
 
@@ -86,7 +86,7 @@ class CompressedModel(nn.Module):
         For training in stages. What a KV cache has seen, it has seen: begin new ones. Raise `UserError` for a
         compressor that has no place in the model, or that brings or needs other weights of its own.
         """
-        check_place(compressor, self._adapter)
+        check_place(compressor, self._family)
         if resampling(compressor) != resampling(self.compressor):
             raise UserError("a method with weights of its own cannot be switched on or off: attach it anew")
         moved = bool(inside_the_llm(compressor)) != bool(inside_the_llm(self.compressor))
@@ -99,7 +99,7 @@ class CompressedModel(nn.Module):
     def _put_hooks(self) -> None:
         """Put hooks on the LLM if a compressor acts inside it; they go with `detach` or with the façade itself."""
         inside = inside_the_llm(self.compressor) and not self._detached
-        self._hooks = Hooks(self._adapter.llm, list(self._adapter.decoder_layers)) if inside else Hooks(None)
+        self._hooks = Hooks(self._family.llm, list(self._family.decoder_layers)) if inside else Hooks(None)
         weakref.finalize(self, self._hooks.remove).atexit = False
 
     def _refuse_detached(self) -> None:
@@ -149,7 +149,7 @@ class CompressedModel(nn.Module):
             token_type_ids=token_type_ids, mm_token_type_ids=mm_token_type_ids,
         )  # fmt: skip
         arguments = {**{name: value for name, value in named.items() if value is not None}, **kwargs}
-        arguments = with_cache_named(arguments, cache_name(self._adapter.model))
+        arguments = with_cache_named(arguments, cache_name(self._family.model))
         call = self._compress(arguments, generating=False, pack_rows=pack_rows)
         out = self.inner(**call.inputs) if call.in_llm is None else self._forward_inside(call, call.in_llm)
         filled = cache_of(arguments)
@@ -169,7 +169,7 @@ class CompressedModel(nn.Module):
             kwargs["input_ids"] = inputs
         if generation_config is not None:
             kwargs["generation_config"] = generation_config
-        generation = Generation(self.inner, self._adapter, kwargs)
+        generation = Generation(self.inner, self._family, kwargs)
         call = self._compress(generation.arguments, generating=True)
         generation.refuse(call)
         if generation.arguments.get("input_ids") is None:  # embeddings come back without a prompt
@@ -185,7 +185,7 @@ class CompressedModel(nn.Module):
     def _compress(self, arguments: Inputs, *, generating: bool, pack_rows: bool = False) -> CompressedCall:
         self._refuse_detached()
         call = compress_call(
-            self.inner, self._adapter, self.compressor, self.resampler, self._conversations, arguments,
+            self.inner, self._family, self.compressor, self.resampler, self._conversations, arguments,
             generating=generating, pack_rows=pack_rows,
         )  # fmt: skip
         # A loop over new tokens keeps the report of its images.

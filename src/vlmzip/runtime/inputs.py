@@ -122,7 +122,10 @@ def compress_inputs(
 def _spans(ids: Int[Tensor, "batch length"], placeholder_id: int, images: Sequence[CompressedImage]) -> list[Span]:
     """Where the images stand in the shortened prompt."""
     found = find_placeholders(ids, placeholder_id, [image.report.after for image in images])
-    return [Span(row, columns, image.left) for (row, columns), image in zip(found, images, strict=True)]
+    return [
+        Span(row, columns, image.left, len(image.report.layout.views))
+        for (row, columns), image in zip(found, images, strict=True)
+    ]
 
 
 def positions_of(compressor: Compressor, family: Family) -> str:

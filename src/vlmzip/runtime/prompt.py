@@ -30,6 +30,8 @@ class Span:
     columns: list[int]
     layout: Layout | None
     """How they lie on the grids of the image's views; `None` where they lie on no grid any more."""
+    views: int = 1
+    """Views of the image."""
 
 
 def find_placeholders(

@@ -151,7 +151,7 @@ class Config:
 
     def _check_trainer(self) -> None:
         if self.trainer.get("fsdp"):
-            raise UserError("trainer: transformers ignores fsdp on a CPU; write sharding: fsdp instead")
+            raise UserError("trainer: fsdp is ignored by transformers on a CPU; write sharding: fsdp instead")
         if self.sharding != "none" and self.trainer.get("deepspeed"):
             raise UserError("sharding: fsdp and trainer: deepspeed both split the model; choose one of them")
         self.for_trainer()

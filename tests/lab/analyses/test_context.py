@@ -124,7 +124,7 @@ def test_more_questions_in_the_same_folder_give_what_a_fresh_one_gives(subject, 
     def given(subject):
         """The answers in the order of the questions, by number and place of the images."""
         told = {}
-        real = context.kept
+        real = context.resumable_records
 
         def keep(study, task, name, settings, *rest):
             records = real(study, task, name, settings, *rest)
@@ -132,7 +132,7 @@ def test_more_questions_in_the_same_folder_give_what_a_fresh_one_gives(subject, 
             return records
 
         with monkeypatch.context() as patched:
-            patched.setattr(context, "kept", keep)
+            patched.setattr(context, "resumable_records", keep)
             return context.measure(subject), told
 
     monkeypatch.setattr(context, "_answer", answer)

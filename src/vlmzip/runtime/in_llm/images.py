@@ -81,6 +81,8 @@ class Images:
         self.question = Question(self.rows, self.places, bounds, self.real)
         self.attention: dict[int, Float[Tensor, "rows queries kept"]] = {}
         """For each watched layer the question's attention to the tokens that entered it."""
+        self.views = [span.views for span in self.spans]
+        """For each image the number of its views."""
         self.layouts: list[Layout | None] = [span.layout for span in self.spans]
         """For each image how what is left of it lies on the grids of its views, if nothing is gone."""
         self.maps: list[list[tuple[int, TokenMap]]] = [[] for _ in self.spans]
@@ -131,11 +133,12 @@ class Images:
     def _parts(self, compressor: Compressor, slots_of: Sequence[Int[Tensor, " _"]]) -> list[Part]:
         """Return what the compressor acts on: views of images, or images as a whole."""
         parts = []
-        choices: dict[tuple[Layout | None, int], list[Choice]] = {}  # images of equal layout have the same ones
+        choices: dict[tuple[Layout | None, int, int], list[Choice]] = {}  # images of equal layout have the same ones
         for image, (slots, layout) in enumerate(zip(slots_of, self.layouts, strict=True)):
-            if (layout, len(slots)) not in choices:
-                choices[layout, len(slots)] = _choices(compressor, layout, len(slots), slots.device)
-            for choice in choices[layout, len(slots)]:
+            alike = layout, len(slots), self.views[image]
+            if alike not in choices:
+                choices[alike] = _choices(compressor, layout, self.views[image], slots)
+            for choice in choices[alike]:
                 parts.append(Part(image, choice, slots, len(self.places[image])))
         return parts
 
@@ -199,10 +202,11 @@ class Images:
         return joined.in_anchor_order()
 
 
-def _choices(compressor: Compressor, layout: Layout | None, count: int, device: torch.device) -> list[Choice]:
-    """Return what `compressor` acts on in an image of which `count` tokens are left."""
+def _choices(compressor: Compressor, layout: Layout | None, count_of_views: int, slots: Tensor) -> list[Choice]:
+    """Return what `compressor` acts on in an image whose remaining tokens are in `slots`."""
+    count, device = len(slots), slots.device
     if layout is None:
-        return [Choice(compressor, torch.arange(count, device=device), True, None, 0)]
+        return [Choice(compressor.together(count_of_views), torch.arange(count, device=device), True, None, 0)]
     views: list[tuple[Compressor, Tensor, Grid | None, int]]
     if len(layout.views) > 1 and not compressor.by_view:
         views = [(compressor, (layout.slots >= 0).nonzero()[:, 0], None, 0)]
