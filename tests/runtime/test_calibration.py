@@ -145,3 +145,10 @@ def test_the_nearest_step_is_the_best_of_all_thresholds():
         step = steps.nearest(wanted)
         assert steps.average(step) == pytest.approx(average(steps.threshold(step)))
         assert abs(steps.average(step) - wanted) == pytest.approx(min(abs(one - wanted) for one in possible))
+
+
+def test_images_of_several_views_are_refused(images):
+    """A budget belongs to the image, and a threshold for its views is not measured yet."""
+    family = FAMILIES["llava_next"]()
+    with pytest.raises(UserError, match=r"several views of an image.*give dfmr its tau yourself"):
+        calibrate(family.model, images[:2], DFMR(), "50%", processor=family.processor())

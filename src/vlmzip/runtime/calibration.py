@@ -72,7 +72,8 @@ def calibrate(
 
     The average is a step function of the threshold. The nearest step is chosen; it must lie within 5 % of the budget.
     Raises `BudgetError`, with the averages that are possible, if no step does. Raises `UserError` for a compressor
-    without a threshold, for an image that cannot be read, and if there are no images.
+    without a threshold, for an image that cannot be read, for a model with several views of an image (LLaVA-NeXT), and
+    if there are no images.
     """
     _calibratable(compressor)
     parse_keep(keep)
@@ -142,7 +143,13 @@ def _measure_together(
     inputs = processor.image_processor(loaded, return_tensors="pt").to(family.model.device, family.model.dtype)
     measured: dict[int, MeasuredImage] = {}
     with torch.no_grad():
-        for group in family.encode(inputs, compressor.site, compressor.needs).groups:
+        groups = family.encode(inputs, compressor.site, compressor.needs).groups
+        if sum(len(group.numbers) for group in groups) != len(images):
+            raise UserError(
+                f"{type(family.model).__name__} has several views of an image, for which vlmzip cannot set a threshold"
+                f" yet: give {compressor.name()} its {compressor.threshold} yourself"
+            )
+        for group in groups:
             tokens, indices = group.tokens, group.numbers
             assert tokens.grid is not None  # encoders have grids
             counts = compressor.counts_by_factor(tokens.grid)
