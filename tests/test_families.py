@@ -9,13 +9,11 @@ from vlmzip import models
 
 #: Each costs quick runs about 20 seconds of computing.
 MOST_THAT_LEAD = 10
-#: By `model_type`: families that do not have a file in tests/families yet, and where they are tested instead.
-ELSEWHERE = {"llava_next": "tests/models/test_llava_next.py"}
 
 
 def test_every_family_is_tested():
     tested = {family.model_class.config_class.model_type for family in FAMILIES.values()}
-    assert {name for family in models.FAMILIES for name in family.model_types} - ELSEWHERE.keys() == tested
+    assert {name for family in models.FAMILIES for name in family.model_types} == tested
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
