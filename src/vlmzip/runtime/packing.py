@@ -1,7 +1,7 @@
-"""Short rows side by side in one, so that an LLM in training computes on little padding.
+"""Packing of short rows into longer ones, which saves an LLM in training most of the padding.
 
-Images that leave different numbers of tokens make rows of different length; padded to the longest, a quarter of a
-batch can be padding. transformers keeps packed rows apart by their positions, which count from 0 in each.
+Rows differ in length if their images keep different numbers of tokens. Padded to the longest row, a quarter of a batch
+can be padding. transformers keeps packed rows apart by their positions, which start at 0 in each row.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from vlmzip.models.family import Family
 from vlmzip.runtime.compressed_inputs import CompressedInputs
 from vlmzip.runtime.report import CompressedImage
 
-#: Lengths of bins that are tried between the longest row's and twice that.
+#: Number of steps between the two extreme bin lengths to try: that of the longest row, and twice that.
 TRIED = 16
 
 
 def pack(
     compressed: CompressedInputs, family: Family, images: Sequence[CompressedImage], fills: dict[str, int]
 ) -> None:
-    """Pack the rows of a compressed prompt that is to be trained on, if fewer would do; else leave them as they are.
+    """Pack the rows of a compressed training batch in place, if that is cheaper; otherwise leave them unchanged.
 
-    `images` are in order of appearance, `fills` has what padding gets by the name of the input. Loss and gradients
-    stay the same. `report.source` is of the packed rows from then on. Where rows have positions of their own (original
-    ones) nothing is packed: gaps in them would look like the beginning of another row. Nor is it where token types
-    decide which tokens see each other, or where the LLM does not keep packed rows apart.
+    `images` are in order of appearance. `fills` maps the name of each input to its padding value. Loss and gradients
+    stay the same. Afterwards `report.source` describes the packed rows. Rows are not packed in three cases: they have
+    explicit position ids, whose gaps would look like the start of another row; token types decide which tokens attend
+    to each other; or the LLM does not keep packed rows apart.
     """
     llm, source = family.llm_config, compressed.report.source
     if source is None or not family.keeps_packed_rows_apart:
@@ -37,7 +37,8 @@ def pack(
     if any(compressed.get(name) is not None for name in ("position_ids", "token_type_ids")):
         return
     mask = compressed["attention_mask"].bool()
-    # A token costs 8 h² + 6 h m floating point operations in the linear layers, a pair of tokens 4 h in attention.
+    # With hidden size h and MLP size m, the linear layers cost 8 h² + 6 h m floating-point operations per token, and
+    # attention costs 4 h per pair of tokens.
     bins = cheapest(mask.sum(1).tolist(), 2 / (4 * llm.hidden_size + 3 * llm.intermediate_size))
     if len(bins) == len(mask):
         return
@@ -45,7 +46,7 @@ def pack(
     for name, fill in fills.items():
         if compressed.get(name) is not None:
             compressed[name] = compressed[name].flatten()[index.clamp(min=0)].masked_fill(index < 0, fill)
-    if compressed.get("labels") is not None:  # the last token of one row must not foretell the first of the next
+    if compressed.get("labels") is not None:  # the last token of a row must not predict the first of the next
         compressed["labels"] = compressed["labels"].masked_fill(positions == 0, fills["labels"])
     compressed.report = replace(
         compressed.report, source=source.flatten()[index.clamp(min=0)].masked_fill(index < 0, -1), packed=True
@@ -56,14 +57,15 @@ def pack(
         [image.features for image, _ in by_row], [image.streams for image, _ in by_row]
     )
     compressed |= {"position_ids": positions, "use_cache": False}
-    del compressed["attention_mask"]  # with one, transformers would not look for where rows begin
+    del compressed["attention_mask"]  # with a mask, transformers would not look for the starts of rows
 
 
 def cheapest(lengths: Sequence[int], token_per_pair: float) -> list[list[int]]:
-    """The rows of each bin, in bins of the length that costs an LLM least: from the longest row's to twice that.
+    """Return the rows of each bin, for the bin length that costs the LLM least.
 
-    Longer bins are filled better, but attention computes on all pairs of a bin, also of different rows.
-    `token_per_pair` is what a pair of tokens costs, as a share of what the linear layers cost for one token.
+    The lengths tried lie between that of the longest row and twice that. Longer bins leave less padding, but attention
+    computes all pairs of tokens in a bin, even pairs from different rows. `token_per_pair` is the cost of a pair of
+    tokens in attention, as a fraction of the cost of a token in the linear layers.
     """
 
     def cost(bins: list[list[int]]) -> float:
@@ -76,7 +78,7 @@ def cheapest(lengths: Sequence[int], token_per_pair: float) -> list[list[int]]:
 
 
 def bins_of(lengths: Sequence[int], width: int) -> list[list[int]]:
-    """Rows that fit together into `width`: the long ones first, each into the first bin with room."""
+    """Return the rows of each bin of `width` tokens: longest rows first, each in the first bin with enough room."""
     bins: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
         room = (one for one in bins if sum(lengths[other] for other in one) + lengths[row] <= width)
@@ -88,7 +90,10 @@ def bins_of(lengths: Sequence[int], width: int) -> list[list[int]]:
 
 
 def _places(mask: Tensor, bins: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "bins width"], Int[Tensor, "bins width"]]:
-    """For each place its token's number among those of all rows, -1 for padding; and its position in its own row."""
+    """Return two tables of the packed rows: the index of each token in the flattened mask, and its position in its row.
+
+    For padding the index is -1 and the position is 0.
+    """
     tokens = [row.nonzero()[:, 0] + number * mask.shape[1] for number, row in enumerate(mask)]
     joined = [torch.cat([tokens[row] for row in one]) for one in bins]
     counted = [torch.cat([torch.arange(len(tokens[row]), device=mask.device) for row in one]) for one in bins]

@@ -1,14 +1,14 @@
-"""What transformers' pipelines say about the façade: they know models by the names of their classes."""
+"""Fit of the façade into transformers' pipelines, which recognise models by class name."""
 
 from __future__ import annotations
 
 import logging
 
-#: The pipeline that takes the façade as it takes the model; of others it is true that they do not support it.
+#: The task of the only pipeline that supports the façade. Other pipelines do not, and their errors are correct.
 TASK = "image-text-to-text"
 
 
 def expect(name: str) -> None:
-    """Keep the pipeline from saying, with a list of all classes it knows, that it does not support `name`."""
+    """Suppress the log record in which this pipeline says that it does not support the class `name`."""
     said = f"The model '{name}' is not supported for {TASK}."
     logging.getLogger("transformers.pipelines.base").addFilter(lambda record: not record.getMessage().startswith(said))

@@ -1,4 +1,4 @@
-"""Whether a compressor has a place in a model, and something to do there."""
+"""Checks that a compressor fits a model, and that it drops anything there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def inside_the_llm(compressor: Compressor) -> list[Compressor]:
 
 
 def check_place(compressor: Compressor, family: Family) -> None:
-    """Raise `UserError` for what is no compressor, or has no place in the model."""
+    """Raise `UserError` if `compressor` is not a compressor, or if one of its stages cannot act in the model."""
     if not isinstance(compressor, Compressor):
         raise UserError(f"{compressor!r} is no compressor; try vlmzip.VisionZip(keep=64)")
     for stage in compressor.stages():
@@ -33,7 +33,7 @@ def check_place(compressor: Compressor, family: Family) -> None:
 
 
 def _check_place_inside(compressor: Compressor, family: Family) -> None:
-    """Raise `UserError` for a compressor that has no place inside this LLM."""
+    """Raise `UserError` if a compressor cannot act inside this LLM."""
     if has_sliding_windows(family):
         raise UserError(SLIDING)
     if compressor.positions == "contiguous":
@@ -44,20 +44,20 @@ def _check_place_inside(compressor: Compressor, family: Family) -> None:
 
 
 def has_sliding_windows(family: Family) -> bool:
-    """Whether layers of the LLM attend to the latest tokens alone."""
+    """Return True if some layers of the LLM attend only to the most recent tokens."""
     kinds = getattr(family.llm_config, "layer_types", None)
     window = getattr(family.llm_config, "sliding_window", None)
     return "sliding_attention" in kinds if kinds else bool(window)
 
 
 def warn_if_nothing_to_do(compressor: Compressor, family: Family) -> None:
-    """Warn of a method that keeps all tokens of an image, unless it is meant to."""
+    """Warn if a method keeps all tokens of a common image, unless it is a resampler or is meant to change nothing."""
     if compressor.changes_nothing or resampling(compressor) is not None:
         return
     profile = family.profile()
     try:
         counts = compressor.tokens_by_layer(profile)
-    except UserError:  # too few for the views of a common image: the images of a call decide
+    except UserError:  # too few tokens for the views of a common image; a real image can have fewer views
         return
     if counts is not None and min(counts) >= profile.size:
         warnings.warn(

@@ -1,4 +1,4 @@
-"""How many positions an LLM has, how many a prompt takes, and the one warning where these are more."""
+"""The number of positions that an LLM supports, the number that a prompt takes, and the warning if it takes more."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from vlmzip.models.family import Family
 from vlmzip.processor import Inputs
 from vlmzip.visual_tokens import Site
 
-#: The compressors that each model was warned about: one warning for each of them.
+#: The compressors that each model has been warned about: each gets one warning.
 _warned: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 
 
 def llm_positions(family: Family) -> int | None:
-    """Return how many positions the LLM was made for; `None` where its config does not say.
+    """Return the number of positions that the LLM supports; `None` if its config does not state it.
 
-    Scaled rotary embeddings reach `factor` times the positions of pretraining. A config that states `factor` without
-    those may mean its `max_position_embeddings` before or after scaling: we take the larger number.
+    Scaled rotary embeddings support `factor` times the positions of pretraining. If a config gives `factor` without
+    `original_max_position_embeddings`, its `max_position_embeddings` may be the number before or after scaling. We
+    then assume that it is the number before scaling, which gives the larger limit.
     """
     positions = getattr(family.llm_config, "max_position_embeddings", None)
     if positions is None:
         return None
     rope = getattr(family.llm_config, "rope_parameters", None) or {}
-    # Some LLMs have such settings for each kind of layer; the kind that reaches least far decides.
+    # Some LLMs have these settings for each kind of layer. The smallest limit counts.
     kinds = [kind for kind in rope.values() if isinstance(kind, Mapping)] or [rope]
     return min(_reach(kind, positions) for kind in kinds)
 
@@ -43,9 +44,9 @@ def _reach(rope: Mapping[str, Any], positions: int) -> int:
 
 
 def positions_taken(family: Family, compressed: Inputs, *, generating: bool) -> list[int]:
-    """Return how many positions each row of a prompt takes that is about to enter the model.
+    """Return the number of positions that each row takes, for a prompt that is about to enter the model.
 
-    With several axes the farthest counts: such positions go on more slowly than tokens do.
+    If positions have several axes, the largest value counts. Such positions grow more slowly than the number of tokens.
     """
     positions, mask = compressed.get("position_ids"), compressed.get("attention_mask")
     if isinstance(positions, Tensor) and positions.ndim > 1 and positions.numel():
@@ -61,9 +62,10 @@ def positions_taken(family: Family, compressed: Inputs, *, generating: bool) -> 
 def warn_beyond(
     family: Family, compressor: Compressor, taken: Sequence[int], *, original: bool, answered: bool = False
 ) -> None:
-    """Warn once for each model and compressor where a prompt, or a prompt and its answer, takes too many positions.
+    """Warn if a prompt, or a prompt with its answer (`answered`), takes too many positions.
 
-    `original`: visual tokens keep their positions, so that fewer of them take no fewer positions.
+    Each model and compressor gets the warning once. `original`: visual tokens keep their original positions, so keeping
+    fewer of them does not save positions.
     """
     limit, most = llm_positions(family), max(taken, default=0)
     if limit is None or most <= limit:

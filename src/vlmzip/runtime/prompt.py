@@ -1,6 +1,6 @@
-"""The prompt around the images: where their placeholders stand, and the prompt without those that are gone.
+"""The prompt around the images: the columns of their placeholders, and the prompt without the dropped ones.
 
-This file handles token ids and what goes with them token by token; it never sees a feature.
+This file handles token ids and the inputs with one value per token. It never handles features.
 """
 
 from __future__ import annotations
@@ -18,28 +18,29 @@ from vlmzip.models.family import Family
 from vlmzip.models.layout import Layout
 from vlmzip.processor import Inputs
 
-#: Inputs with one value per token of the prompt, and the value that padding gets. `input_ids` gets the pad token.
+#: Inputs with one value per token of the prompt, and their padding values. `input_ids` is padded with the pad token.
 PER_TOKEN = {"attention_mask": 0, "labels": -100, "token_type_ids": 0, "mm_token_type_ids": 0, "position_ids": 0}
 
 
 @dataclass(frozen=True)
 class Span:
-    """Where the visual tokens of one image stand in the prompt that the LLM gets."""
+    """The location of one image's visual tokens in the prompt that the LLM gets."""
 
     row: int
     columns: list[int]
     layout: Layout | None
-    """How they lie on the grids of the image's views; `None` where they lie on no grid any more."""
+    """The layout of these tokens on the grids of the image's views; `None` if they no longer form grids."""
     views: int = 1
-    """Views of the image."""
+    """The number of views of the image."""
 
 
 def find_placeholders(
     ids: Int[Tensor, "batch length"], placeholder_id: int, counts: Sequence[int]
 ) -> list[tuple[int, list[int]]]:
-    """For each image its row and the columns of its placeholders, in order of appearance.
+    """Return the row and the placeholder columns of each image, in order of appearance.
 
-    `counts` are the images' visual tokens. Raises `UserError` where they do not fill the placeholders, row by row.
+    `counts` has the number of visual tokens of each image. Raise `UserError` if they do not match the placeholders of
+    the rows.
     """
     is_placeholder = ids.cpu() == placeholder_id
     all_columns = is_placeholder.nonzero()[:, 1].tolist()
@@ -73,13 +74,14 @@ def shorten(
     *,
     ascending: bool = False,
 ) -> Int[Tensor, "batch new_length"]:
-    """Where each position of the shortened prompt comes from; -1 for padding.
+    """Return the column in the original prompt of each token of the shortened prompt; -1 for padding.
 
-    The tokens left of an image stand where its first placeholder stood, and what stands among its placeholders behind
-    them; an offset names the placeholder of each. `ascending`: all of them stand in the order of the prompt.
+    `places` has the row and the placeholder columns of each image. `offsets` has, for each remaining token of an image,
+    the index of the placeholder that it takes. The remaining tokens start at the image's first placeholder, and other
+    tokens between its placeholders follow them. With `ascending`, both keep the order of the prompt.
     """
     attended = mask.cpu().bool()
-    # The first and the last token of each row; 0 and -1 where a row has none.
+    # The first and the last token of each row; 0 and -1 for a row without tokens.
     firsts = attended.int().argmax(1).tolist()
     lasts = (attended * torch.arange(1, attended.shape[1] + 1)).amax(1).sub(1).tolist()
     kept_rows: list[list[int]] = []
@@ -106,20 +108,20 @@ def shorten(
 def gather(
     values: Int[Tensor, "*axes _ length"], source: Int[Tensor, "batch new_length"], fill: int
 ) -> Int[Tensor, "*axes batch new_length"]:
-    """`values` at `source`, `fill` where that is -1."""
+    """Return `values` at the columns in `source`, and `fill` for those that are -1."""
     shape = (*values.shape[:-2], len(source))
     index = source.clamp(min=0).expand(*shape, -1)
     return values.expand(*shape, -1).gather(-1, index).masked_fill(source < 0, fill)
 
 
 def pad_id(family: Family) -> int:
-    """The token that stands where there is none; some configs say -1, which has no embedding."""
+    """Return the pad token of the config; 0 if it is missing or -1, which has no embedding."""
     pad = getattr(family.llm_config, "pad_token_id", None)
     return 0 if pad is None else max(pad, 0)
 
 
 def prompt_in(inputs: Inputs) -> tuple[Int[Tensor, "batch length"], Int[Tensor, "batch length"]]:
-    """Return token ids and attention mask. Raise `UserError` where they are not what goes with images."""
+    """Return token ids and attention mask. Raise `UserError` if they cannot go with images."""
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
     if ids is None:
         raise UserError("give input_ids together with the images: vlmzip finds an image's place by its placeholders")
@@ -134,7 +136,7 @@ def prompt_in(inputs: Inputs) -> tuple[Int[Tensor, "batch length"], Int[Tensor, 
 
 
 def refuse_placeholders_without_images(family: Family, inputs: Inputs) -> None:
-    """Raise `UserError` for a prompt that speaks of images without having any."""
+    """Raise `UserError` if a prompt without images has image placeholders or unknown tokens."""
     ids = inputs.get("input_ids")
     if ids is None or inputs.get("mm_encoder_outputs"):
         return
@@ -144,7 +146,10 @@ def refuse_placeholders_without_images(family: Family, inputs: Inputs) -> None:
 
 
 def refuse_unknown_tokens(family: Family, ids: Int[Tensor, "batch length"]) -> None:
-    """Raise `UserError` for tokens without an embedding; families replace placeholders before they look them up."""
+    """Raise `UserError` for tokens without an embedding.
+
+    Placeholders need none: families replace them before they look up embeddings.
+    """
     rows = family.model.get_input_embeddings().num_embeddings
     unknown = ids[(ids != family.placeholder_id) & ((ids < 0) | (ids >= rows))]
     if len(unknown):

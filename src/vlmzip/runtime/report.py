@@ -1,4 +1,4 @@
-"""What the runtime did to the images of one call: counts, maps and times."""
+"""A report on the images of one call: token counts, token maps and times."""
 
 from __future__ import annotations
 
@@ -24,45 +24,44 @@ from vlmzip.visual_tokens import Grid, VisualTokens
 
 @dataclass(frozen=True)
 class ImageReport:
-    """One image: where it stands in the batch, and what became of its visual tokens."""
+    """The report on one image: its row in the batch, and the fate of its visual tokens."""
 
     row: int
     before: int
     """Visual tokens that the LLM would get without compression."""
     after: int
-    """Visual tokens that the LLM gets; inside it they may become fewer, see `by_layer`."""
+    """Visual tokens that enter the LLM. Compressors inside the LLM may reduce them further, see `by_layer`."""
     by_layer: tuple[int, ...]
     """Visual tokens at each layer of the LLM."""
     token_map: TokenMap | None
-    """The map of this image alone (a batch of one), from the tokens of all its views to those of the last layer.
+    """The map of this image (a batch of 1), from the tokens of all its views to those of the last layer.
 
-    `None` after a resampler, whose tokens come from everywhere in the image."""
+    `None` after a resampler, because each of its tokens comes from the whole image."""
     layout: Layout
-    """Of the image's views: the tokens that the map begins with, and behind them the separators."""
+    """The layout of the image's views: the input tokens of the map, and the separators that follow them."""
     view_features: tuple[Float[Tensor, "_ dim"], ...] | None
-    """The visual tokens of each view before compression, without gradients; kept until the next call, for
-    `detail_lost`.
+    """The visual tokens of each view before compression, without gradients; `detail_lost` needs them.
 
-    `None` where they are not to be compared: only a smaller image was encoded, or they were resampled."""
+    `None` if there is nothing to compare: only a smaller image was encoded, or the tokens were resampled."""
 
     @property
     def features(self) -> Float[Tensor, "tokens dim"] | None:
-        """The visual tokens of all views before compression, without gradients."""
+        """Return the visual tokens of all views before compression, without gradients."""
         return None if self.view_features is None else torch.cat(self.view_features)
 
     @property
     def grid(self) -> Grid:
-        """The grid of its first view."""
+        """Return the grid of the first view."""
         return self.layout.views[0]
 
     @property
     def prefix(self) -> int:
-        """Tokens of each view before its grid."""
+        """Return the number of tokens before the grid of each view."""
         return self.layout.prefix
 
     @property
     def views(self) -> list[ViewReport]:
-        """What became of each view: its grid, and its part of the map."""
+        """Return a report on each view: its grid, and its part of the map."""
         layout, parts = self.layout, []
         for grid, start, end in zip(layout.views, layout.starts, layout.starts[1:], strict=False):
             token_map = self.token_map and self.token_map.of_inputs(torch.arange(start, end))
@@ -71,13 +70,13 @@ class ImageReport:
 
     @cached_property
     def detail_lost(self) -> float | None:
-        """Share of the image's detail that the tokens left do not explain, 0 to 1 (see `detail.py`).
+        """Return the share of the image's detail that the remaining tokens do not explain, 0 to 1 (see `detail.py`).
 
-        `None` where that cannot be told: after a resampler, or where only a smaller image was encoded."""
+        Return `None` if it is unknown: after a resampler, or if only a smaller image was encoded."""
         if self.view_features is None or self.token_map is None:
             return None
         layout = self.layout
-        # All tokens of the image as one: first what lies on no grid, then the grids, view by view.
+        # Treat all tokens of the image as one view: first the tokens outside the grids, then the grids, view by view.
         numbers = torch.arange(layout.tokens)
         starts = zip(layout.starts, layout.starts[1:], strict=False)
         on_grid = torch.cat([numbers[start + layout.prefix : end] for start, end in starts])
@@ -94,9 +93,9 @@ class ViewReport:
 
     grid: Grid
     prefix: int
-    """Tokens before the grid."""
+    """The number of tokens before the grid."""
     token_map: TokenMap | None
-    """Where the tokens of the view went, among all tokens left of the image; `None` after a resampler."""
+    """The map from the tokens of the view to the remaining tokens of the image; `None` after a resampler."""
 
 
 @dataclass(frozen=True)
@@ -104,19 +103,19 @@ class CompressedImage:
     """The tokens of one image on their way to the LLM."""
 
     features: Float[Tensor, "features llm_dim"]
-    """In the order in which the LLM gets them."""
+    """The features, in the order in which the LLM gets them."""
     streams: tuple[Float[Tensor, "features stream_dim"], ...]
     """Further features of the same tokens, for later layers of the LLM."""
     slots: Int[Tensor, " placeholders_left"]
-    """For each placeholder left its feature; `SEPARATOR` for a separator."""
+    """The index into `features` for each remaining placeholder; `SEPARATOR` for a separator."""
     places: list[int]
-    """For each placeholder left, which of the image's placeholders (0-based) gives it its position."""
+    """The 0-based index, for each remaining placeholder, of the image's placeholder whose position it takes."""
     report: ImageReport
     left: Layout | None
-    """Of the placeholders left, `None` where they lie on no grid any more."""
+    """The layout of the remaining placeholders; `None` if they no longer form grids."""
 
     def with_separators(self, separator: Float[Tensor, " llm_dim"] | None) -> CompressedImage:
-        """Return the image with a feature for every placeholder left; later layers add nothing to separators."""
+        """Return the image with a feature for every remaining placeholder; the `streams` of separators are 0."""
         if separator is None or bool((self.slots >= 0).all()):
             return self
         places = (self.slots >= 0).nonzero()[:, 0].to(self.features.device)
@@ -129,7 +128,7 @@ class CompressedImage:
 
 @dataclass
 class Stopwatch:
-    """Adds up milliseconds by name; on a GPU with events, so that measuring never makes the device wait."""
+    """A stopwatch that adds up milliseconds by name. On a GPU it records events, which do not block the device."""
 
     device: torch.device
     _spans: list[tuple[str, object, object]] = field(default_factory=list)
@@ -162,17 +161,17 @@ class Stopwatch:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """What one call of the runtime did: every image in order of appearance, and where each position came from."""
+    """The report on one call: every image in order of appearance, and the origin of every position."""
 
     compressor: Compressor
     images: list[ImageReport]
     source: Int[Tensor, "batch new_length"] | None
-    """For each position of the compressed prompt the position in the original one; -1: padding. `None`: no images."""
+    """The original column of each token of the compressed prompt; -1 for padding. `None` without images."""
     stopwatch: Stopwatch
     packed: bool = False
-    """Whether rows stand side by side, as they may in training; `source` is then of such packed rows."""
+    """True if rows were packed for training; `source` then describes the packed rows."""
     positions: list[int] = field(default_factory=list)
-    """How many of the LLM's positions each row of the prompt takes; `attach`ed models count them."""
+    """The number of the LLM's positions that each row of the prompt takes; models from `attach` fill it in."""
 
     def __repr__(self) -> str:
         counts = ", ".join(f"{image.before} → {compact(image.by_layer)}" for image in self.images)
@@ -180,21 +179,23 @@ class Report:
 
     @property
     def before(self) -> int:
-        """Visual tokens of all images without compression."""
+        """Return the number of visual tokens of all images without compression."""
         return sum(image.before for image in self.images)
 
     @property
     def after(self) -> int:
-        """Visual tokens of all images that the LLM got."""
+        """Return the number of visual tokens of all images that entered the LLM."""
         return sum(image.after for image in self.images)
 
     def lined_up(
         self, predictions: Shaped[Tensor, "batch new_length *rest"], length: int, fill: float = -100
     ) -> Shaped[Tensor, "batch {length} *rest"]:
-        """Logits of this call, or tokens chosen from them, as they would stand in the prompt of `length` tokens.
+        """Return this call's predictions (logits, or tokens chosen from them) aligned to the original prompt.
 
-        Each is moved to just before the token that it predicts, so that `[:, :-1]` goes with the prompt's `[:, 1:]`;
-        `fill` is where no token of an image was left, and in padding. Without images they stand there already.
+        The original prompt has `length` tokens. Each prediction moves to the column just before the token that it
+        predicts, so that `[:, :-1]` of the result matches `[:, 1:]` of the prompt. All other columns get `fill`.
+        Without images the predictions are already aligned. Raise `UserError` if rows were packed, or if `predictions`
+        or `length` do not fit this call.
         """
         if self.source is None:
             return predictions
@@ -205,7 +206,7 @@ class Report:
         if int(self.source.max()) >= length:
             raise UserError(f"the prompt of this call had more than {length} tokens")
         after = torch.nn.functional.pad(self.source[:, 1:], (0, 1), value=-1)
-        place = torch.where(after >= 0, after - 1, self.source)  # nothing follows the last
+        place = torch.where(after >= 0, after - 1, self.source)  # the last token has no next token
         rows, columns = (self.source >= 0).nonzero(as_tuple=True)
         out = predictions.new_full((len(predictions), length, *predictions.shape[2:]), fill)
         out[rows, place[rows, columns].to(out.device)] = predictions[rows, columns]
@@ -213,24 +214,25 @@ class Report:
 
     @property
     def by_layer(self) -> list[int]:
-        """Visual tokens of all images at each layer of the LLM."""
+        """Return the number of visual tokens of all images at each layer of the LLM."""
         return [sum(counts) for counts in zip(*(image.by_layer for image in self.images), strict=True)]
 
     @property
     def retention(self) -> float:
-        """Visual tokens over all layers of the LLM, as a share of what they would be without compression."""
+        """Return the visual tokens summed over all layers of the LLM, as a share of the sum without compression."""
         return sum(self.by_layer) / (self.before * len(self.by_layer)) if self.images else 1.0
 
     @property
     def milliseconds(self) -> dict[str, float]:
-        """Time by stage: "encoder" (and projector, where one acts behind it), "selection", "projector" and others.
+        """Return the time of each stage in milliseconds: "encoder", "selection", "projector" and others.
 
-        "selection" is the method's own work: choosing, resizing pixels, or running a resampler.
+        "encoder" includes the projector if the method acts after it. "selection" is the work of the method: selecting
+        tokens, resizing pixels, or running a resampler.
         """
         return self.stopwatch.milliseconds()
 
 
 def compact(counts: Iterable[int]) -> str:
-    """Visual tokens by layer in few words: "64", or "576×2 → 64×30" for 576 in two layers and 64 in thirty."""
+    """Return the visual tokens by layer as short text: "64", or "576×2 → 64×30" for 576 in 2 layers, then 64 in 30."""
     runs = [(count, len(list(run))) for count, run in groupby(counts)]
     return str(runs[0][0]) if len(runs) == 1 else " → ".join(f"{count}×{layers}" for count, layers in runs)

@@ -1,4 +1,4 @@
-"""Compressors with weights: the module that `attach` makes for a model, and how it is saved."""
+"""Compressors with weights: build the module that `attach` adds to a model, and save and load its weights."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from vlmzip.files import is_file, replace_whole
 from vlmzip.models.family import Family
 from vlmzip.resampler import Resampler
 
-#: The weights of a resampler, beside `compressor.json`.
+#: The file with a resampler's weights, next to `compressor.json`.
 FILE = "resampler.safetensors"
 
 
 def resampling(compressor: Compressor) -> Resampler | None:
-    """The compressor that has weights: itself, or the one that a chain begins with."""
+    """Return the first stage of `compressor` if it is a resampler, the only kind with weights; otherwise `None`."""
     first = compressor.stages()[0]
     return first if isinstance(first, Resampler) else None
 
 
 def build_resampler(family: Family, compressor: Compressor) -> nn.Module | None:
-    """The untrained module, in the model's precision and where the model is; `None` for methods without weights."""
+    """Return the untrained module, in the model's dtype and on its device; `None` for methods without weights."""
     method = resampling(compressor)
     if method is None:
         return None
     module = method.build(family.feature_width(method.site), family.llm_config.hidden_size)
-    # Quantised weights have no precision to follow, offloaded ones no place.
+    # Take dtype and device from a weight that is neither quantised nor offloaded.
     like = next((p for p in family.model.parameters() if p.is_floating_point() and not p.is_meta), torch.empty(0))
     return module.to(like.device, like.dtype)
 
 
 def write_weights(weights: Mapping[str, Tensor], folder: str | os.PathLike[str]) -> None:
-    """Writes `resampler.safetensors` whole or not at all."""
+    """Write `resampler.safetensors` to `folder`; a failed write leaves no partial file."""
     whole = {name: value.detach().contiguous().cpu() for name, value in weights.items()}
     replace_whole(Path(folder) / FILE, lambda name: save_file(whole, name))
 
 
 def read_weights(resampler: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Fills `resampler` with the weights saved in `folder`, in the precision in which they were saved.
+    """Load the weights in `folder` into `resampler`, in the dtype in which they were saved.
 
-    Raises `UserError` where they are missing, unreadable, or another resampler's.
+    Raise `UserError` if they are missing, unreadable, or do not fit the resampler.
     """
     path = Path(folder) / FILE
     if not is_file(path):

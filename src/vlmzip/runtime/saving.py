@@ -1,4 +1,4 @@
-"""A model saved with its compressor: load it again, and find the weights that belong to a method."""
+"""Load a model that was saved with its compressor, and find the saved weights of a method."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from vlmzip.runtime.pretrained import load_model
 def from_pretrained(
     folder: str | os.PathLike[str], compressor: Compressor | str | None = None, **kwargs: object
 ) -> CompressedModel:
-    """Load what `save_pretrained` wrote: the model with its compressor. `kwargs` go to transformers.
+    """Load a model with its compressor, as saved by `save_pretrained`. `kwargs` go to transformers.
 
-    `compressor` replaces the saved one; it may be text, as for `attach`. The weights of a method that has some come
-    from `resampler.safetensors`. Raise `UserError` for a folder without `compressor.json`, an unknown method or field,
-    weights that are missing or do not fit, or a file that a newer vlmzip wrote.
+    `compressor` replaces the saved compressor; it may be text, as for `attach`. If the method has weights, they are
+    read from `resampler.safetensors`. Raise `UserError` for a folder without a model, an unknown method or
+    field, and weights that are missing or do not fit. Without the argument `compressor`, also raise it if
+    `compressor.json` is missing or written by a newer vlmzip.
     """
     if compressor is None:
         compressor = read_compressor(folder)
@@ -30,17 +31,17 @@ def from_pretrained(
 
 
 def saved_weights(compressor: Compressor, folder: str | os.PathLike[str]) -> str | os.PathLike[str] | None:
-    """Return `folder` if `compressor` is the one saved there, else `None`: its weights are not in that folder."""
+    """Return `folder` if `compressor` equals the compressor saved there, and its weights with it; otherwise `None`."""
     if not is_file(Path(folder) / FILE):
         return None
     try:
         return folder if read_compressor(folder, type(compressor)) == compressor else None
-    except NotInstalled:  # the saved method is another one
+    except NotInstalled:  # the saved compressor is another method
         return None
 
 
 def _check_model(folder: Path) -> None:
-    """Raise `UserError` for a folder without a model; a path that is no folder may be a hub id."""
+    """Raise `UserError` for a folder without a model. A path that is not a folder may be a hub id."""
     if is_folder(folder) and not is_file(folder / "config.json"):
         refuse_lora(folder)
         raise UserError(f"{str(folder)!r} holds no model (config.json is missing)")

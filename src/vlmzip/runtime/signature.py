@@ -1,4 +1,4 @@
-"""The signature of the façade's `forward`, by which trainers decide what the model takes."""
+"""The signature of the façade's `forward`, from which trainers learn the inputs of the model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ Forward = TypeVar("Forward", bound=Callable[..., object])
 
 
 def names_image_inputs(forward: Forward) -> Forward:
-    """Decorate a `forward` whose signature shall name what describes images in any family.
+    """Add the image inputs of all families to the signature of a `forward`.
 
-    `Trainer` drops the columns of a data set that it does not find in the signature.
+    `Trainer` drops data set columns that are not in the signature.
     """
     signature = inspect.signature(forward)
-    *named, others = signature.parameters.values()  # the last is **kwargs, which takes them
+    *named, others = signature.parameters.values()  # the last parameter is **kwargs, which receives the added inputs
     names = [name for family in FAMILIES for name in family.image_inputs if name not in signature.parameters]
     added = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor | None)
