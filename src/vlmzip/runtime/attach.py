@@ -1,4 +1,4 @@
-"""`attach`: a model with a compressor, which may be written as text and bring its own weights."""
+"""`attach`: put a compressor, given as an object or as text, on a model, and load the weights of the method."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from vlmzip.runtime.versions import warn_if_untested
 def attach(
     model: nn.Module, compressor: Compressor | str, *, weights: str | os.PathLike[str] | None = None
 ) -> CompressedModel:
-    """Return the same model, answering with fewer visual tokens.
+    """Return a model that wraps `model` and answers with fewer visual tokens.
 
-    Used in a `with` statement, the result is detached at the end of the block, also after an error.
+    In a `with` statement, the result is detached at the end of the block, even after an error.
 
-    `model` answers as before: it can be used beside the result, and in several of them with different compressors. A
-    compressor inside the LLM puts hooks on its layers, which act in calls of the result alone; `detach` takes them off.
+    `model` itself still answers as before. You can use it next to the result, and attach other compressors to it with
+    further calls. A compressor inside the LLM puts hooks on the LLM and its layers. They act only in calls of the
+    result, and `detach` removes them.
 
-    `compressor` may be written as on the command line: `"visionzip(keep=64)"`, `"dfmr(tau=0.3)+fastv(layer=3)"`, or the
-    path of a saved `compressor.json` or of its folder. `weights` is a folder that `save_pretrained` wrote, from which a
-    method with weights takes them; left out, it is the folder of a saved compressor, else the weights are untrained.
+    `compressor` may be text, as on the command line: `"visionzip(keep=64)"`, `"dfmr(tau=0.3)+fastv(layer=3)"`, or the
+    path of a saved `compressor.json` or of its folder. `weights` is a folder that `save_pretrained` wrote. A method
+    with weights loads them from there. By default they come from the folder of a compressor given as a path; for any
+    other compressor they are untrained.
 
-    Raise `UserError` for a model that vlmzip cannot compress, a compressor that has no place in it, or weights that are
+    Raise `UserError` if vlmzip cannot compress the model, if the compressor has no place in it, or if weights are
     missing or do not fit.
     """
     if isinstance(compressor, str):

@@ -1,4 +1,4 @@
-"""One call of an attached model: its prompt compressed, and all that the end of the call needs to know."""
+"""One call of an attached model: the compressed prompt, and the data that is needed after the call."""
 
 from __future__ import annotations
 
@@ -29,31 +29,34 @@ class CompressedCall:
     family: Family
     compressor: Compressor
     arguments: Inputs
-    """What the user gave."""
+    """The arguments from the user."""
     inputs: CompressedInputs
-    """What the inner model gets."""
+    """The inputs for the inner model."""
     generating: bool
-    """Whether `generate` gets it, not `forward`."""
+    """True for `generate`, False for `forward`."""
     later_turn: CacheState | None
-    """Where the call continues a filled cache: what the cache holds after the prompt."""
+    """The state of the cache after the prompt, if the call continues a filled cache; `None` otherwise."""
     in_llm: InLLMState | None
-    """What acts inside the LLM; `None` if nothing does."""
+    """The state of the compressors inside the LLM; `None` if no compressor acts there."""
 
     @property
     def report(self) -> Report:
-        """What was done to the images."""
+        """Return the report of what was done to the images."""
         return self.inputs.report
 
     @property
     def can_be_continued(self) -> bool:
-        """Whether it is known what a cache holds after the call: not with the user's own embeddings or positions."""
+        """Return whether the state of a cache after the call is known.
+
+        It is unknown if the call has no `input_ids`, or if `forward` starts a conversation with given `position_ids`.
+        """
         own_positions = not self.generating and self.arguments.get("position_ids") is not None
         return self.later_turn is not None or (self.arguments.get("input_ids") is not None and not own_positions)
 
     def cache_state(self) -> CacheState:
-        """Return what a cache holds after the prompt has gone through the model.
+        """Return the state of a cache after the model has processed the prompt.
 
-        Counting positions takes time, and training keeps no cache: to be called only where one came back.
+        Call this only if the model returned a cache: counting positions takes time, and training keeps no cache.
         """
         state = self.later_turn or first_turn(
             self.family, self.arguments, self.inputs, self.compressor, generating=self.generating
@@ -61,7 +64,7 @@ class CompressedCall:
         return state if self.in_llm is None else replace(state, keys=self.in_llm.keys)
 
     def warn_beyond_positions(self, taken: Sequence[int], *, answered: bool = False) -> None:
-        """Warn where the rows of the prompt, or their answers, take more positions than the LLM has."""
+        """Warn if a row takes more positions than the LLM has; with `answered`, `taken` includes the answers."""
         original = positions_of(self.compressor, self.family) == "original"
         warn_beyond(self.family, self.compressor, taken, original=original, answered=answered)
 
@@ -77,7 +80,7 @@ def compress_call(
     generating: bool,
     pack_rows: bool = False,
 ) -> CompressedCall:
-    """Return the call with its prompt compressed: a first one, or one that continues a cache in `conversations`."""
+    """Compress the prompt and return the call, which starts a conversation or continues a cache in `conversations`."""
     before = conversations.recall(cache_of(arguments))
     _refuse(arguments, before)
     later_turn = None
@@ -101,7 +104,7 @@ def compress_call(
 
 
 def _refuse(arguments: Inputs, before: CacheState | None) -> None:
-    """Raise `UserError` for arguments that mean something else for a compressed prompt or a filled cache."""
+    """Raise `UserError` for arguments that do not work with a compressed prompt or a filled cache."""
     if before is not None and arguments.get("input_ids") is None:
         raise UserError("a filled KV cache is continued by input_ids: embeddings do not tell what was said")
     if isinstance(arguments.get("logits_to_keep"), Tensor):

@@ -1,4 +1,4 @@
-"""Inputs for a model whose images are compressed: what passes between compressing, packing and the façade."""
+"""The inputs for a model whose images are compressed, as compression, packing and the façade exchange them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from vlmzip.runtime.report import Report
 
 
 class CompressedInputs(dict[str, Any]):
-    """Inputs for the model's own `forward` or `generate`, with the `report` of what was done to the images."""
+    """Inputs for the model's own `forward` or `generate`, with a `report` of what was done to the images."""
 
     report: Report
     spans: list[Span]
-    """Where the images' tokens stand in the shortened prompt; only for compressors that go on inside the LLM."""
+    """The places of the images' tokens in the shortened prompt; empty unless a compressor acts inside the LLM."""
     smaller: Inputs | None = None
-    """The inputs with smaller images in them, where the encoder saw such."""
+    """The inputs with the images that the encoder saw, if the compressor resizes images before the encoder.
+
+    `None` otherwise, and in later turns of a conversation.
+    """

@@ -1,4 +1,4 @@
-"""Before the LLM: encode the images, compress their tokens, shorten the prompt. Data in, data out; no hook stays."""
+"""Compression before the LLM: encode the images, compress their tokens and shorten the prompt, without hooks."""
 
 from __future__ import annotations
 
@@ -44,31 +44,32 @@ def compress_inputs(
     resampler: nn.Module | None = None,
     pack_rows: bool = False,
 ) -> CompressedInputs:
-    """Replace the images in `inputs` by their compressed visual tokens, and shorten the prompt to match.
+    """Replace the images in `inputs` with their compressed visual tokens, and shorten the prompt to match.
 
-    `inputs` are what the processor returns, with labels or generation arguments if you like; what is not about the
-    prompt or the images is passed through. The result goes into the plain model's `model(**...)`, or with
-    `generating=True` into `model.generate(**...)` (a family may count positions differently there).
+    `inputs` are the processor's outputs, optionally with labels or generation arguments. Inputs that do not belong to
+    the prompt or the images pass through unchanged. Call the plain model on the result: `model(**...)`, or
+    `model.generate(**...)` after `generating=True`, because a family may count positions differently there.
 
-    In the result, `mm_encoder_outputs` stands in place of the images: its `["image"].pooler_output` holds the projected
-    tokens, `[after, llm_dim]` for each image in a list, or `[1, all, llm_dim]` in families that take one tensor.
-    `input_ids`, `attention_mask`, labels and token types are `[batch, new_length]`, with a placeholder for each token
-    left. Rows may end up with different numbers of tokens: they are padded again, on the side that was padded.
+    In the result, `mm_encoder_outputs` replaces the images. Its `["image"].pooler_output` holds the projected tokens: a
+    list with `[after, llm_dim]` for each image, or `[1, all, llm_dim]` in families that take one tensor. `input_ids`,
+    `attention_mask`, labels and token types are `[batch, new_length]`, with one placeholder for each remaining token.
+    Rows of different lengths are padded, on the right if the prompt was padded there, else on the left.
 
-    `position_ids` are there where tokens keep their positions, where positions have several axes, or where you give
-    them: those are kept, whatever the compressor's `positions`. Elsewhere the model counts. Where tokens keep
-    positions, an image's tokens stand in the order of their anchors, so that positions ascend; contiguous ones are
-    counted in the compressor's own order.
+    The result has `position_ids` if tokens keep their positions, or if `inputs` has them: given positions are kept,
+    whatever the compressor's `positions`. If positions have several axes, it also has them with `generating` or with a
+    compressor that resizes images. Otherwise the model counts positions. If tokens keep positions, an image's tokens
+    are in the order of their anchors, so that positions ascend. Contiguous positions follow the compressor's order.
 
-    Compressors inside the LLM do not act here, and nothing warns of prompts beyond the LLM's positions: that is
-    `vlmzip.attach`. docs/using.md shows how to feed another engine.
+    Compressors inside the LLM do not act here, and there is no warning about prompts beyond the LLM's positions; use
+    `vlmzip.attach` for both. docs/using.md shows how to pass the result to another engine.
 
-    With `pack_rows`, which is for training without a cache, short rows stand side by side in one where they can (see
-    `packing.py`): loss and gradients stay the same, logits are of the packed rows.
+    `pack_rows` is for training without a cache. It joins short rows into one row where this saves computation (see
+    `packing.py`) and sets `position_ids` in place of `attention_mask`. Loss and gradients stay the same; logits belong
+    to the packed rows.
 
-    A method with weights needs `resampler`, the module that holds them: the façade's attribute of this name.
+    A method with weights needs `resampler`, the module that holds them, such as the façade's `resampler`.
 
-    Raise `UserError` where placeholders and images do not match.
+    Raise `UserError` if placeholders and images do not match.
     """
     family = family or family_of(model)
     out = CompressedInputs(inputs)
@@ -108,7 +109,7 @@ def compress_inputs(
                 raise UserError(f"{name} must be [batch, length] as input_ids; got shape {tuple(out[name].shape)}")
             out[name] = gather(out[name], source, PER_TOKEN[name])
     if counted and family.position_axes and (generating or out.smaller is not None):
-        # Left to itself, `generate` would leave the positions' offsets on the model, for others to stumble over.
+        # Without `position_ids`, `generate` would store position offsets on the model, which could affect later calls.
         out["position_ids"] = contiguous_positions(family, out, out["attention_mask"])[0]
     reports = [replace(image.report, row=row) for image, (row, _) in zip(images, found, strict=True)]
     out.report = Report(compressor, reports, source, watch)
@@ -120,7 +121,7 @@ def compress_inputs(
 
 
 def _spans(ids: Int[Tensor, "batch length"], placeholder_id: int, images: Sequence[CompressedImage]) -> list[Span]:
-    """Where the images stand in the shortened prompt."""
+    """Return the places of the images in the shortened prompt."""
     found = find_placeholders(ids, placeholder_id, [image.report.after for image in images])
     return [
         Span(row, columns, image.left, len(image.report.layout.views))
@@ -129,16 +130,17 @@ def _spans(ids: Int[Tensor, "batch length"], placeholder_id: int, images: Sequen
 
 
 def positions_of(compressor: Compressor, family: Family) -> str:
-    """The policy for kept positions: the compressor's own, or what the papers use in this family."""
+    """Return the position policy: the compressor's own, else its first stage's default, else the family's."""
     return compressor.positions or compressor.stages()[0].default_positions or family.default_positions
 
 
 def contiguous_positions(
     family: Family, compressed: CompressedInputs, mask: Int[Tensor, "batch length"]
 ) -> tuple[Int[Tensor, "*axes batch length"], Int[Tensor, " batch"]]:
-    """Positions of the compressed prompt, counted from 0 as `generate` does, and the position of each next token.
+    """Return the positions of the compressed prompt, counted from 0, and the position of each row's next token.
 
-    One after another on every axis; smaller images keep a grid, which the family counts as it counts any other.
+    Positions count up by one on every axis. Resized images still lie on a grid, so the family counts their positions as
+    for any image.
     """
     if compressed.smaller is not None:
         return family.original_positions({**compressed.smaller, "input_ids": compressed["input_ids"]}, mask)

@@ -1,4 +1,4 @@
-"""The last report of each façade. Threads that share a façade do not see each other's."""
+"""The last report of each façade. A thread that has called the façade gets the report of its own last call."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _in_any_thread: WeakKeyDictionary[nn.Module, Report] = WeakKeyDictionary()
 
 
 def publish(facade: nn.Module, report: Report) -> None:
-    """Make `report` the last one of `facade`."""
+    """Store `report` as the last report of `facade`."""
     _reports()[facade] = _in_any_thread[facade] = report
 
 
 def last_report(facade: nn.Module) -> Report:
-    """Return the last report of `facade` in this thread, or in any if there was none here.
+    """Return the last report of `facade` in this thread, or in any thread if this one has not called it.
 
-    Raise `UserError` before the first.
+    Raise `UserError` before the first call.
     """
     report = _reports().get(facade) or _in_any_thread.get(facade)
     if report is None:
