@@ -1,4 +1,4 @@
-"""The families of models: one file, one family."""
+"""The supported families of models, one per file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FAMILIES: tuple[type[Family], ...] = (Llava, LlavaNext, PaliGemma, Qwen25VL, Qwe
 
 
 def family_of(model: nn.Module) -> Family:
-    """Return the family of a model, which answers for this model. Raise `UserError` if vlmzip cannot compress it."""
+    """Return the family object for a model. Raise `UserError` if vlmzip cannot compress the model."""
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     for cls in FAMILIES:
         if model_type in cls.model_types:

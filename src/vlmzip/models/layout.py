@@ -1,4 +1,4 @@
-"""Where each placeholder of an image comes from, known from shapes alone; and what an encoder says about its views."""
+"""The layout of an image: its views and the token of each placeholder. Also the output of a vision encoder."""
 
 from __future__ import annotations
 
@@ -13,83 +13,83 @@ from torch import Tensor
 
 from vlmzip.visual_tokens import Grid, VisualTokens
 
-#: What stands in `Layout.slots` for a placeholder that holds no visual token, such as the newline behind a row.
+#: The value in `Layout.slots` of a placeholder that holds no visual token, such as the newline after a row.
 SEPARATOR = -1
 
-#: A model's own packing: one feature per token of each view to one feature per placeholder. Separators become
-#: `SEPARATOR`.
+#: A model's own packing. It takes one feature per token of each view and returns one feature per placeholder, with
+#: `SEPARATOR` for separators.
 Pack = Callable[[Float[Tensor, "views tokens 1"]], Float[Tensor, "placeholders 1"]]
 
 
-#: The pixels of some views: a batch, if all have the same size, or one by one.
+#: The pixels of several views: one batch if all have the same size, or a list with one tensor per view.
 Pixels = Float[Tensor, "views 3 height width"] | Sequence[Float[Tensor, "3 _ _"]]
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Where each placeholder of an image comes from. Known from shapes alone, before anything is encoded.
+    """The views of an image and the token of each placeholder. It follows from shapes alone, before encoding.
 
     An image consists of views: a base image and its tiles, or the frames of a video. Its tokens are numbered through
-    all views, in each view first the `prefix` tokens (CLS), then the grid in raster order. A token without a
-    placeholder is one that the LLM does not see: CLS in most models, and what lies in the padding of a tile.
+    all views. In each view, the `prefix` tokens (CLS) come first, followed by the grid in raster order. The LLM does
+    not see tokens without a placeholder: CLS in most models, and tokens in the padding of a tile.
     """
 
     views: tuple[Grid, ...]
     """The grid of each view."""
     slots: Int[Tensor, " placeholders"]
-    """For each placeholder the number of its token; `SEPARATOR` for a newline. On the CPU."""
+    """The token number of each placeholder, or `SEPARATOR` for a newline. On the CPU."""
     prefix: int = 0
-    """Tokens of each view before its grid."""
+    """Number of tokens of each view before its grid."""
     padded_slots: Int[Tensor, " padded_placeholders"] | None = None
-    """As `slots`, if padding had placeholders, too; `None` for images without padding."""
+    """The value of `slots` if padding had placeholders, too. `None` for images without padding."""
 
     @classmethod
     def of_one_view(cls, grid: Grid, prefix: int = 0, *, passes_prefix: bool = False) -> Layout:
-        """Return the layout of a single view without separators; the LLM sees the prefix only if it is passed."""
+        """Return the layout of a single view without separators. The LLM sees the prefix if `passes_prefix` is set."""
         first = 0 if passes_prefix else prefix
         return cls((grid,), torch.arange(first, prefix + grid.size), prefix)
 
     @classmethod
     def of_single_views(cls, grids: Sequence[Grid]) -> list[Layout]:
-        """Return the layouts of images of one view each. Images of equal grid share one, and what it has worked out."""
+        """Return the layouts of images of one view each. Images of equal grid share one layout and its cache."""
         layouts = {grid: cls.of_one_view(grid) for grid in dict.fromkeys(grids)}
         return [layouts[grid] for grid in grids]
 
     @cached_property
     def starts(self) -> list[int]:
-        """The number of the first token of each view, and the number of all tokens behind the last."""
+        """The number of the first token of each view, followed by the count of all tokens."""
         return [0, *accumulate(self.prefix + grid.size for grid in self.views)]
 
     @property
     def tokens(self) -> int:
-        """Tokens of all views, whether the LLM sees them or not."""
+        """The count of tokens of all views, including those that the LLM does not see."""
         return self.starts[-1]
 
     @cached_property
     def separators(self) -> int:
-        """Placeholders that hold no token."""
+        """The count of placeholders that hold no token."""
         return int((self.slots < 0).sum())
 
     @property
     def placeholders(self) -> int:
-        """Visual tokens of the image that the LLM gets without compression, separators included."""
+        """The count of visual tokens that the LLM gets without compression, including separators."""
         return len(self.slots)
 
     @property
     def size(self) -> int:
-        """Tokens of all grids."""
+        """The count of tokens in all grids, without prefixes."""
         return sum(grid.size for grid in self.views)
 
     @cached_property
     def has_placeholder(self) -> Tensor:
-        """For each token whether the LLM sees it."""
+        """A boolean mask of [tokens], true for tokens that the LLM sees."""
         marks = torch.zeros(self.tokens, dtype=torch.bool)
         marks[self.slots[self.slots >= 0]] = True
         return marks
 
     @cached_property
     def numbers(self) -> Int[Tensor, " placeholders"]:
-        """For each placeholder the number of its token, or of its separator among those behind all tokens."""
+        """The token number of each placeholder. Separators are numbered after all tokens."""
         separator = self.slots < 0
         return torch.where(separator, self.tokens + separator.cumsum(0) - 1, self.slots)
 
@@ -100,12 +100,12 @@ class Layout:
 
     @cached_property
     def passes_prefix(self) -> bool:
-        """Whether the LLM sees the tokens before the grids."""
+        """True if the LLM sees the tokens before the grids."""
         return self.prefix > 0 and bool(self.has_placeholder[: self.prefix].all())
 
     @cached_property
     def is_seen_whole(self) -> bool:
-        """Whether the LLM sees every token of every grid."""
+        """True if the LLM sees every token of every grid."""
         return all(
             bool(self.has_placeholder[start + self.prefix : end].all())
             for start, end in zip(self.starts, self.starts[1:], strict=False)
@@ -113,7 +113,7 @@ class Layout:
 
     @cached_property
     def as_seen(self) -> Layout:
-        """The layout of the tokens that the LLM sees: without a prefix that has no placeholder."""
+        """The layout without a prefix that has no placeholder. Tokens are renumbered."""
         if self.prefix == 0 or self.passes_prefix:
             return self
         numbers = self.has_placeholder.cumsum(0) - 1
@@ -121,9 +121,9 @@ class Layout:
 
     @cached_property
     def places(self) -> Int[Tensor, " tokens_and_separators"]:
-        """For each token, and behind them each separator, its placeholder.
+        """The placeholder of each token, followed by the placeholder of each separator.
 
-        A token without one stands at the first placeholder of its view.
+        A token without a placeholder has the first placeholder of its view.
         """
         index = torch.arange(self.placeholders)
         holds = self.slots >= 0
@@ -136,16 +136,16 @@ class Layout:
 
     @cached_property
     def ranks(self) -> Int[Tensor, " tokens"]:
-        """For each token its rank in the order in which the model packs an image, padding included."""
+        """The rank of each token in the order in which the model packs an image, including padding."""
         if self.padded_slots is None:
             return self.places[: self.tokens]
         return Layout(self.views, self.padded_slots, self.prefix).ranks
 
     def unpadded(self) -> tuple[Layout, list[Window | None]]:
-        """Return the layout of what the LLM sees of each view, and the window of each view that it sees.
+        """Return a layout with each view cropped to the window that the LLM sees, and the window of each view.
 
-        The window of a view that lies in the padding as a whole is `None`: the layout leaves the view out. Prefixes
-        stay. Raises `ValueError` where the tokens seen of a view form no rectangle.
+        The layout omits a view that lies completely in the padding; its window is `None`. Prefixes stay. Raise
+        `ValueError` if the tokens of a view that the LLM sees do not form a rectangle.
         """
         windows = [
             Window.of(self.has_placeholder[start + self.prefix : end].view(tuple(grid)))
@@ -173,7 +173,7 @@ class Window:
 
     @classmethod
     def of(cls, marked: Tensor) -> Window | None:
-        """Return the rectangle that is marked in a grid of [frames, rows, cols], `None` if nothing is."""
+        """Return the marked rectangle of a boolean mask of [frames, rows, cols], or `None` if nothing is marked."""
         if not marked.any():
             return None
         rows, cols = (marked.any(0).any(axis).nonzero()[:, 0] for axis in (1, 0))
@@ -187,23 +187,24 @@ class Window:
         return Grid(whole.frames, self.rows[1] - self.rows[0], self.cols[1] - self.cols[0])
 
     def tokens(self, whole: Grid, prefix: int) -> Int[Tensor, " tokens"]:
-        """Return the numbers of a view's tokens that are left: its prefix, and the grid inside the window."""
+        """Return the numbers of a view's remaining tokens: its prefix and the part of its grid inside the window."""
         numbers = torch.arange(prefix, prefix + whole.size).view(tuple(whole))
         return torch.cat([torch.arange(prefix), numbers[:, slice(*self.rows), slice(*self.cols)].flatten()])
 
 
 def layout_of(views: tuple[Grid, ...], pack: Pack, prefix: int = 0, pack_padded: Pack | None = None) -> Layout:
-    """Ask a model for the layout of an image: let it pack the numbers of tokens in place of their features.
+    """Return the layout of an image by letting the model pack token numbers instead of features.
 
-    `pack` is the model's own packing. It gets one number per token that the LLM may see, all views of equal size, and
-    returns one per placeholder. `prefix` tokens of each view stand before its grid, and the LLM does not see them.
-    `pack_padded` is the same packing of an image that fills all views, if the model cuts off their padding.
+    `pack` is the model's own packing. It gets one number for each token that the LLM may see and returns one number per
+    placeholder. `prefix` tokens precede the grid of each view, and the LLM does not see them. `pack_padded` is the same
+    packing for an image that fills all views; give it if the model cuts off their padding. Raise `ValueError` if views
+    differ in size.
     """
     if len({view.size for view in views}) > 1:
         raise ValueError("models pack views of equal size")
     size = views[0].size
     numbers = torch.arange(len(views) * (prefix + size)).view(len(views), prefix + size)[:, prefix:]
-    # Whole numbers below 2**24 are exact in float32, which every packing takes.
+    # float32, which every packing accepts, represents integers below 2**24 exactly.
     packs = [pack] if pack_padded is None else [pack, pack_padded]
     slots, *padded = [one(numbers[..., None].to(torch.float32))[:, 0].round().long() for one in packs]
     return Layout(views, slots, prefix, *padded)
@@ -211,16 +212,16 @@ def layout_of(views: tuple[Grid, ...], pack: Pack, prefix: int = 0, pack_padded:
 
 @dataclass(frozen=True)
 class Views:
-    """Views of equal grid, batched."""
+    """A batch of views of equal grid."""
 
     tokens: VisualTokens
     numbers: Sequence[int]
-    """Which view each row is, counted through all views of all images."""
+    """The number of each row's view, counted through all views of all images."""
     streams: tuple[Float[Tensor, "batch tokens stream_dim"], ...] = ()
-    """Further features of the same tokens, which later layers of the LLM get (deepstack)."""
+    """Further features of the same tokens, which layers of the LLM add to them (deepstack)."""
 
     def rows(self, rows: Sequence[int]) -> Views:
-        """Return some of the views."""
+        """Return the views with these row numbers."""
         index = torch.tensor(rows, device=self.tokens.features.device)
         streams = tuple(stream[index] for stream in self.streams)
         return Views(self.tokens.rows(index), [self.numbers[row] for row in rows], streams)
@@ -228,8 +229,8 @@ class Views:
 
 @dataclass(frozen=True)
 class Encoded:
-    """What a model's vision encoder says about the views of some images."""
+    """The output of a model's vision encoder for the views of all images."""
 
     groups: Sequence[Views]
     separator: Float[Tensor, " llm_dim"] | None = None
-    """What the LLM gets where a placeholder is a separator."""
+    """The input of the LLM at a placeholder that is a separator."""

@@ -1,4 +1,4 @@
-"""LLaVA-1.5 and everything built like it: one grid of tokens per image, projected by an MLP."""
+"""LLaVA-1.5 and models with the same structure: one grid of tokens per image, projected by an MLP."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from vlmzip.models.vit import (
 from vlmzip.processor import InputDict, Inputs
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
-#: What `vision_feature_select_strategy` can be.
+#: The values of `vision_feature_select_strategy`.
 STRATEGIES = ("default", "full")
 
 
 class Llava(Family):
     """`LlavaForConditionalGeneration` with a CLIP or SigLIP encoder.
 
-    The features are those of `vision_feature_layer`, and attention row and keys are those of the layer that puts these
-    features out (VisionZip's code: `hidden_states[-2]` and `attentions[-2]`, the same layer); of several layers, the
-    deepest's.
+    The features are the output of `vision_feature_layer`. Attention row and keys come from the same layer, as in
+    VisionZip's code (`hidden_states[-2]` and `attentions[-2]`). If features come from several layers, attention row and
+    keys come from the deepest.
     """
 
     model_types = ("llava",)
@@ -111,7 +111,7 @@ class Llava(Family):
         return features if site is Site.POST_PROJECTOR else self.model.model.multi_modal_projector(features)
 
     def _passes_prefix(self, inputs: Inputs) -> bool:
-        """Whether the LLM gets the tokens before the patches. Raises `UserError` for an unknown strategy."""
+        """Return True if the LLM gets the tokens before the patches. Raise `UserError` for an unknown strategy."""
         strategy = self._setting(inputs, "vision_feature_select_strategy", "default")
         if strategy not in STRATEGIES:
             raise UserError(f"unknown vision_feature_select_strategy {strategy!r}; choose default or full")
@@ -122,6 +122,6 @@ class Llava(Family):
         return int(self.model.config.vision_config.num_hidden_layers)
 
     def _setting(self, inputs: Inputs, name: str, default: Any = None) -> Any:
-        """A forward argument that overrides the config's, as in the model's own `get_image_features`."""
+        """Return a forward argument, or the config's value if there is none, as `get_image_features` does."""
         given = inputs.get(name)
         return getattr(self.model.config, name, default) if given is None else given

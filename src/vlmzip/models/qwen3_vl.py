@@ -1,4 +1,4 @@
-"""Qwen3-VL, images only: as Qwen2.5-VL without windows; the first layers of the LLM get features, too (deepstack)."""
+"""Qwen3-VL, images only: Qwen2.5-VL without windows, with image features added in the first LLM layers (deepstack)."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from vlmzip.models.qwen2_5_vl import Qwen25VL
 class Qwen3VL(Qwen25VL):
     """`Qwen3VLForConditionalGeneration`.
 
-    Behind each of its first layers the LLM adds features of earlier vision blocks to the visual tokens: streams, which
-    follow the map of the tokens. Inside the LLM tokens can go from the layer behind the last stream on.
+    After each of its first layers, the LLM adds features of earlier vision blocks to the visual tokens. We call these
+    features streams and compress them with the token map of the visual tokens. Inside the LLM, tokens can be dropped
+    after the layer that adds the last stream.
     """
 
     model_types = ("qwen3_vl",)

@@ -1,4 +1,4 @@
-"""Attention rows without attention matrices: q and k of one layer, recorded while the model runs as it is."""
+"""Attention rows without attention matrices, from queries and keys recorded in an unchanged model."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-#: Recordings of the running thread. Hooks see every thread's forward; they write only into their own.
+#: The recording of the current thread. Hooks run in every thread's forward, so each writes only to its own recording.
 _recording: ContextVar[Recording | None] = ContextVar("vlmzip_recording", default=None)
 
 
 @dataclass
 class Recording:
-    """What some modules put out and were given, by the names they were asked under."""
+    """The recorded outputs and keyword arguments of modules, by the names given to `record`."""
 
     outputs: dict[str, Tensor] = field(default_factory=dict)
     arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -29,9 +29,9 @@ class Recording:
 
 @contextmanager
 def record(modules: dict[str, nn.Module], arguments: dict[str, nn.Module] | None = None) -> Iterator[Recording]:
-    """Records what `modules` put out inside the block, for this thread only; leaves no hook behind.
+    """Record the outputs of `modules` and the keyword arguments of `arguments` inside the block.
 
-    Of the modules in `arguments` it records the keyword arguments that they are called with.
+    Only this thread's calls are recorded. A later call replaces an earlier one. All hooks are removed at the end.
     """
     recording = Recording()
 
@@ -64,9 +64,9 @@ def record(modules: dict[str, nn.Module], arguments: dict[str, nn.Module] | None
 def cls_attention_row(
     query: Float[Tensor, "batch tokens dim"], key: Float[Tensor, "batch tokens dim"], heads: int, scale: float
 ) -> Float[Tensor, "batch tokens"]:
-    """The attention of token 0 to every token, mean over heads: one row per head, never the matrix.
+    """Return the attention of token 0 to every token, mean over heads, without computing the attention matrix.
 
-    `query` and `key` are the projections' outputs, unscaled, heads side by side. Computed in float32.
+    `query` and `key` are the unscaled outputs of the projections, with heads concatenated. Computed in float32.
     """
     first = _by_head(query[:, :1].float(), heads)
     scores = first @ _by_head(key.float(), heads).transpose(2, 3) * scale
@@ -80,10 +80,10 @@ def attention_received(
     scale: float,
     chunk: int = 256,
 ) -> Float[Tensor, "batch tokens"]:
-    """The attention that each token gets, mean over heads and over all tokens that attend (VisionZip, A.2).
+    """Return the attention that each token receives, mean over heads and over all attending tokens (VisionZip, A.2).
 
-    For encoders without CLS. Every query is needed, but only `chunk` of them at a time: memory grows with the tokens,
-    not with their square. Computed in float32.
+    This is the score for encoders without CLS. It processes `chunk` queries at a time, so that memory grows with the
+    number of tokens and not with its square. Computed in float32.
     """
     queries, keys = _by_head(query.float(), heads), _by_head(key.float(), heads).transpose(2, 3)
     total = torch.zeros(key.shape[:2], device=key.device)
@@ -99,9 +99,10 @@ def attention_rows(
     scale: float,
     chunk: int = 32,
 ) -> Float[Tensor, "batch queries keys"]:
-    """The attention of some queries to all keys, mean over heads, where the mask allows it; other rows are never made.
+    """Return the attention of some queries to all allowed keys, mean over heads, without computing other rows.
 
-    `query` and `key` as the kernel gets them, rotated; several query heads may share a key head. Computed in float32.
+    `query` and `key` are rotated, as the attention kernel gets them; several query heads may share a key head. A query
+    with no allowed key gets zeros. Computed in float32.
     """
     shared = query.shape[1] // key.shape[1]
     keys = key.float().transpose(2, 3)[:, :, None]
@@ -115,13 +116,13 @@ def attention_rows(
 def rotate(
     x: Float[Tensor, "*batch dim"], cos: Float[Tensor, "*batch dim"], sin: Float[Tensor, "*batch dim"]
 ) -> Tensor:
-    """Rotary positions: each pair of entries, half the width apart, turned by its angle."""
+    """Apply rotary positions: rotate each pair of entries, half the width apart, by its angle."""
     first, second = x.chunk(2, dim=-1)
     return x * cos + torch.cat([-second, first], dim=-1) * sin
 
 
 def mean_over_heads(key: Float[Tensor, "batch tokens dim"], heads: int) -> Float[Tensor, "batch tokens head_dim"]:
-    """The attention keys averaged over heads: VisionZip's similarity metric."""
+    """Return the attention keys averaged over heads, which VisionZip compares by similarity."""
     return _by_head(key, heads).mean(dim=1)
 
 

@@ -1,4 +1,4 @@
-"""ViP-LLaVA: LLaVA with the features of several encoder layers side by side, and one tensor for all images."""
+"""ViP-LLaVA: LLaVA with concatenated features of several encoder layers, in one tensor for all images."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vlmzip.processor import Inputs
 
 
 class VipLlava(Llava):
-    """`VipLlavaForConditionalGeneration`. Attention row and keys are those of the deepest feature layer."""
+    """`VipLlavaForConditionalGeneration`. Attention row and keys come from the deepest feature layer."""
 
     model_types = ("vipllava",)
     example = "llava-hf/vip-llava-7b-hf"
@@ -17,5 +17,5 @@ class VipLlava(Llava):
 
     def _setting(self, inputs: Inputs, name: str, default: Any = None) -> Any:
         if name == "vision_feature_layer" and not hasattr(self.model.config, name):
-            name = "vision_feature_layers"  # its name up to transformers 5.21
+            name = "vision_feature_layers"  # the name of the setting up to transformers 5.21
         return super()._setting(inputs, name, default)
