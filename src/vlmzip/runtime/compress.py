@@ -1,14 +1,14 @@
 """Compress the visual tokens of images: layouts and features in, fewer features out.
 
-This file knows no token ids, no KV cache and no transformers: any engine that has an image's layout and the features
-of its views can call `compress`.
+This file does not depend on token ids, the KV cache or transformers. Any engine that has an image's layout and the
+features of its views can call `compress`.
 
-Four numberings meet here. All are of one image and count from 0:
+It uses four index spaces. Each belongs to one image and starts at 0:
 
-* token: a visual token, counted through all views of the image (`Layout`); behind the tokens come the separators
-* output: a token that a compressor puts out, counted through all views, in each view in the map's own order
-* feature: an output again, in the order in which the LLM gets them (`Kept.features`)
-* placeholder: a place in the prompt, before compression (`Kept.places`) or after it (`Kept.slots`)
+* token: a visual token, counted through all views of the image (`Layout`); the separators follow after the tokens
+* output: an output token of the compressor, counted through all views, in each view in the order of the token map
+* feature: an output token in the order in which the LLM gets them (`Kept.features`)
+* placeholder: a placeholder of the image in the prompt, before compression (`Plan.places`) or after it (`Plan.slots`)
 """
 
 from __future__ import annotations
@@ -31,30 +31,30 @@ from vlmzip.visual_tokens import VisualTokens
 
 @dataclass(frozen=True)
 class Plan:
-    """What becomes of the tokens of one image, before anything is done to their features."""
+    """The result of compression for the tokens of one image, without their features."""
 
     layout: Layout
-    """Of the tokens that the compressor saw: without those in the padding of tiles, unless it wants whole views."""
+    """The layout of the tokens that the compressor saw: without the padding of tiles, unless it needs whole views."""
     token_map: TokenMap
-    """From the image's tokens and the separators behind them to the placeholders left; a batch of one."""
+    """The map from the image's tokens, followed by its separators, to the remaining placeholders; a batch of one."""
     order: Int[Tensor, " features"]
-    """For each feature left the number of its output. On the CPU, as `slots`."""
+    """The output index of each feature. On the CPU, as `slots` is."""
     slots: Int[Tensor, " placeholders_left"]
-    """For each placeholder left its feature; `SEPARATOR` for a separator."""
+    """The feature index of each remaining placeholder; `SEPARATOR` for a separator."""
     places: list[int]
-    """For each placeholder left the placeholder before compression that gives it its position."""
+    """The placeholder before compression that gives each remaining placeholder its position."""
     outputs: list[int]
-    """Outputs of each view."""
+    """The number of outputs of each view."""
     left: Layout | None
-    """Of what is left, if nothing is gone; `None` if the tokens left lie on no grid any more."""
+    """The layout of the remaining tokens if all of them remain; otherwise `None`, because they lie on no grid."""
 
 
 @dataclass(frozen=True)
 class Kept:
-    """The tokens left of one image."""
+    """The remaining tokens of one image."""
 
     features: Float[Tensor, "features dim"]
-    """In the order in which the LLM gets them, without separators."""
+    """Features in the order in which the LLM gets them, without separators."""
     streams: tuple[Float[Tensor, "features stream_dim"], ...]
     """Further features of the same tokens."""
     seen: tuple[Float[Tensor, "_ dim"], ...]
@@ -64,17 +64,17 @@ class Kept:
 
 @dataclass(frozen=True, eq=False)
 class ViewMaps:
-    """What becomes of views that were compressed together, or of some of them."""
+    """The token maps and outputs of views that were compressed together, or of some of them."""
 
     token_map: TokenMap
     anchors: Int[Tensor, "views outputs"]
-    """For each output its anchor's number in the view; -1 beyond a view's outputs. On the CPU."""
+    """The index of each output's anchor in its view; -1 beyond a view's outputs. On the CPU."""
     outputs: tuple[Float[Tensor, "views outputs _"], ...]
-    """Features and streams behind the map, if they are wanted."""
+    """Features and streams after the map; empty if only a plan is needed."""
 
     def of(self, rows: Sequence[int], count: int) -> ViewMaps:
-        """Return what becomes of some of the views, each of which has `count` outputs."""
-        # Rows at equal distances, as those of images with as many tiles, are a slice: nothing is copied.
+        """Return the same for some of the views, each of which has `count` outputs."""
+        # Index evenly spaced rows, such as those of images with equally many tiles, with a slice: it makes no copy.
         step = rows[1] - rows[0] if len(rows) > 1 else 1
         regular = range(rows[0], rows[-1] + 1, step) if step > 0 else ()
         index = slice(rows[0], rows[-1] + 1, step) if list(rows) == list(regular) else torch.tensor(rows)
@@ -87,30 +87,30 @@ class ViewMaps:
 
 
 class ViewMap(NamedTuple):
-    """What becomes of one view: a row of `ViewMaps`."""
+    """The token map and outputs of one view: a row of `ViewMaps`."""
 
     together: ViewMaps
     row: int
     seen: Float[Tensor, "tokens dim"]
-    """Its features before compression, without gradients."""
+    """The features of the view before compression, without gradients."""
 
     @property
     def length(self) -> int:
-        """How many outputs it has."""
+        """Return the number of outputs of the view."""
         return self.together.token_map.lengths[self.row]
 
 
 def compress(
     layouts: Sequence[Layout], encoded: Encoded, compressor: Compressor | None, *, ascending: bool = False
 ) -> list[Kept]:
-    """Apply `compressor` to every view of some images; return what is left of each image, without one everything.
+    """Apply `compressor` to every view of the images, and return the remaining tokens of each image.
 
-    `encoded` holds all views of all images. A count of tokens is shared out over the views of an image. The tokens
-    left stand in the order that the compressor gives them, or with `ascending`, for tokens that keep their positions,
-    in the order of the placeholders of their anchors. Separators stay only where all tokens of their image do: where
-    tokens are dropped or merged there are no rows left to separate.
+    If `compressor` is `None`, keep all tokens. `encoded` holds all views of all images. A token count is divided among
+    the views of an image. The remaining tokens are in the compressor's order or, with `ascending`, in the order of
+    their anchors' placeholders, for tokens that keep their positions. Separators remain only if all tokens of their
+    image do: after tokens are dropped or merged, there are no rows to separate.
 
-    Raises `UserError` if nothing is left of a view.
+    Raise `UserError` if no token of a view remains.
     """
     layouts, encoded = _as_seen(layouts, encoded, compressor)
     maps = _decide(layouts, encoded, compressor, apply=True)
@@ -128,7 +128,7 @@ def compress(
 def plan_views(
     layouts: Sequence[Layout], encoded: Encoded, compressor: Compressor, *, ascending: bool = False
 ) -> list[Plan]:
-    """Decide as `compress` does, and leave the features alone: they may be without width."""
+    """Return the plan of each image as in `compress`, without computing features: theirs may have width 0."""
     layouts, encoded = _as_seen(layouts, encoded, compressor)
     maps = _decide(layouts, encoded, compressor, apply=False)
     found: dict[int, Plan] = {}
@@ -140,10 +140,10 @@ def plan_views(
 def _plans(
     layouts: Sequence[Layout], maps: Mapping[int, ViewMap], compressor: Compressor | None, *, ascending: bool
 ) -> Iterator[tuple[list[int], list[ViewMaps], list[Plan]]]:
-    """Plan images that are alike together; yield which they are, what becomes of their views, one by one, and plans.
+    """Plan similar images together; yield their indices, the `ViewMaps` of each view, and a plan for each image.
 
-    Images are alike if they have equal layouts, and their views were compressed together and have as many outputs. A
-    batch of them takes as many operations as one image.
+    Images are similar if they share a layout, their views were compressed together, and corresponding views have
+    equally many outputs. A batch of them takes as many tensor operations as one image.
     """
     groups: dict[tuple[object, ...], list[int]] = {}
     numbers = view_numbers(layouts)
@@ -158,7 +158,7 @@ def _plans(
 
 
 def _plan(layout: Layout, views: Sequence[ViewMaps], compressor: Compressor | None, *, ascending: bool) -> list[Plan]:
-    """Join the maps of the views of images of this layout into one map for each image."""
+    """Join the views' maps into one map for each image of this layout, and return the images' plans."""
     anchors = [start + view.anchors for start, view in zip(layout.starts, views, strict=False)]
     at = torch.cat([layout.places[numbers] for numbers in anchors], 1)
     whole = layout.is_seen_whole and at.shape[1] == layout.placeholders - layout.separators
@@ -168,7 +168,7 @@ def _plan(layout: Layout, views: Sequence[ViewMaps], compressor: Compressor | No
         ranks = zip(*(layout.ranks[numbers].unbind() for numbers in anchors), strict=True)
         order = torch.stack([compressor.arrange(layout.views, layout.prefix, of_image) for of_image in ranks])
     slots, left = torch.arange(order.shape[1]).expand_as(order), at.gather(1, order)
-    if whole and layout.separators:  # nothing is gone: each separator stands where it stood
+    if whole and layout.separators:  # all tokens remain: keep each separator at its place
         both = torch.cat([left, layout.places[layout.tokens :].expand(len(left), -1)], 1)
         ranking = both.argsort(dim=1, stable=True)
         slots, left = torch.where(ranking < order.shape[1], ranking, SEPARATOR), both.gather(1, ranking)
@@ -188,11 +188,11 @@ def _joined(
     order: Int[Tensor, "images features"],
     slots: Int[Tensor, "images left"],
 ) -> TokenMap:
-    """The map from all tokens of an image, and its separators, to the placeholders left; a row for each image."""
+    """Return the map from an image's tokens and separators to the remaining placeholders; one row for each image."""
     maps = [view.token_map for view in views]
     device = maps[0].group.device
     (images, features), left = order.shape, torch.arange(slots.shape[1])
-    # For each output the placeholder left that it fills. One column more takes in what separators would write.
+    # The remaining placeholder that each output fills. An extra column receives the writes of separators.
     output = torch.where(slots < 0, features, order.gather(1, slots.clamp(min=0)))
     fills = torch.zeros(images, features + 1, dtype=torch.long).scatter(1, output, left.expand_as(slots))[:, :-1]
     if len(maps) == 1 and not layout.separators:
@@ -201,7 +201,7 @@ def _joined(
     output = torch.cat([torch.where(m.group < 0, -1, m.group + s) for m, s in zip(maps, starts, strict=False)], 1)
     group = torch.where(output < 0, -1, fills.to(device).gather(1, output.clamp(min=0)))
     weight, anchor = torch.cat([m.weight for m in maps], 1), torch.cat([m.anchor for m in maps], 1)
-    # Separators: all of them stay, each for itself, or none does.
+    # Separators: all remain, each in a group of one, or none does.
     stay = left.expand_as(slots)[slots < 0].view(images, -1).to(device)
     standing = stay if stay.shape[1] else torch.full((images, layout.separators), -1, device=device)
     return TokenMap(
@@ -215,7 +215,7 @@ def _joined(
 def _decide(
     layouts: Sequence[Layout], encoded: Encoded, compressor: Compressor | None, *, apply: bool
 ) -> dict[int, ViewMap]:
-    """What becomes of each view by its number; with `apply`, features and streams, too."""
+    """Return the token map of each view by view number; with `apply`, also compute the features and streams."""
     shares: list[Callable[[VisualTokens], TokenMap]] = [keep_all] * sum(len(layout.views) for layout in layouts)
     if compressor is not None:
         shares = [share for layout in layouts for share in compressor.shared(layout.views)]
@@ -238,7 +238,7 @@ def _decide(
 def _as_seen(
     layouts: Sequence[Layout], encoded: Encoded, compressor: Compressor | None
 ) -> tuple[Sequence[Layout], Encoded]:
-    """Cut off what lies in the padding of tiles, unless the compressor wants whole views."""
+    """Cut off the tokens in the padding of tiles, unless the compressor needs whole views."""
     if (compressor and compressor.whole_views) or all(layout.is_seen_whole for layout in layouts):
         return layouts, encoded
     unpadded = {layout: layout.unpadded() for layout in dict.fromkeys(layouts)}
@@ -267,7 +267,7 @@ def _as_seen(
 
 
 def view_numbers(layouts: Sequence[Layout]) -> list[range]:
-    """Return for each image the numbers of its views, counted through all images."""
+    """Return the view numbers of each image, counted through all images."""
     ends = list(accumulate(len(layout.views) for layout in layouts))
     return [range(end - len(layout.views), end) for layout, end in zip(layouts, ends, strict=True)]
 
@@ -275,7 +275,7 @@ def view_numbers(layouts: Sequence[Layout]) -> list[range]:
 def in_order(
     parts: Sequence[Float[Tensor, "*images _ dim"]], order: Int[Tensor, "*images features"]
 ) -> Float[Tensor, "*images features dim"]:
-    """Return the outputs of all views of an image, or of several, in the order in which the LLM gets them."""
+    """Join the outputs of all views of one or several images, and reorder them by `order`."""
     together = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=-2)
     if bool((order == torch.arange(order.shape[-1])).all()):
         return together
@@ -288,7 +288,7 @@ def in_order(
 def encoded_again(
     features: Float[Tensor, "features dim"], streams: Sequence[Float[Tensor, "features _"]], layout: Layout
 ) -> Encoded:
-    """Return what is left of one image for a second compressor; the LLM sees all tokens of `layout`."""
+    """Return the remaining tokens of one image for a second compressor; the LLM sees all tokens of `layout`."""
     by_token = layout.slots[layout.slots >= 0].argsort()
     groups = []
     for number, (grid, start, end) in enumerate(zip(layout.views, layout.starts, layout.starts[1:], strict=False)):

@@ -1,4 +1,4 @@
-"""Several turns on one KV cache: what a cache holds, and how the next turn's prompt joins it."""
+"""Conversations of several turns on one KV cache: the state of a cache, and the prompt of the next turn."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from vlmzip.runtime.report import Report, Stopwatch
 
 @dataclass(frozen=True)
 class CacheState:
-    """What a cache holds: the conversation so far, as the user sees it and compressed."""
+    """The state of a cache: the conversation so far, uncompressed and compressed."""
 
     ids: Int[Tensor, "batch length"]
-    """The tokens so far, placeholders of uncompressed images included."""
+    """The tokens so far, with all placeholders of the uncompressed images."""
     real: Bool[Tensor, "batch length"]
-    """Which of them are no padding."""
+    """True for tokens of `ids` that are not padding."""
     source: Int[Tensor, "batch short"]
-    """For each compressed position the one in `ids` that it stands for; -1: padding."""
+    """The column of `ids` that each column of the compressed conversation comes from; -1 for padding."""
     mask: Int[Tensor, "batch short"]
     positions: Int[Tensor, "*axes batch short"]
-    """Position of each compressed token under the policy, counted from 0."""
+    """The position of each compressed token under the position policy, counted from 0."""
     prompt_length: int
-    """Compressed positions up to the end of the last prompt; what follows was generated."""
+    """The number of compressed columns up to the end of the last prompt; later columns were generated."""
     next_position: Int[Tensor, " batch"]
     """The position that follows the last prompt."""
     images: list[int]
-    """Images so far, by row."""
+    """The number of images so far in each row."""
     keys: dict[int, Tensor] = field(default_factory=dict)
-    """For each layer before which a compressor acts, what the caches from there on hold (`LayerCut.keys`)."""
+    """The conversation column of each token in the cache of a compressing layer, by layer (`LayerCut.keys`)."""
 
     def and_generated(self, tokens: Int[Tensor, "batch new"], filler: Bool[Tensor, "batch new"]) -> CacheState:
-        """Return the state after the model has answered with `tokens`; `filler` follows the end of short answers."""
+        """Return the state after the model has answered with `tokens`; `filler` marks padding after short answers."""
         steps = torch.arange(tokens.shape[1], device=tokens.device)
         mask = (~filler).to(self.mask.dtype)
         positions = (self.next_position[:, None] + steps).expand(*self.positions.shape[:-1], -1)
@@ -60,19 +60,22 @@ class CacheState:
 
 
 class Conversations:
-    """The state of each cache that a façade has filled; a cache that is garbage-collected is forgotten."""
+    """The states of the caches that a façade has filled. References to the caches are weak."""
 
     def __init__(self) -> None:
         self._seen: WeakKeyDictionary[object, CacheState] = WeakKeyDictionary()
 
     def __reduce__(self) -> tuple[type[Conversations], tuple[()]]:
-        return Conversations, ()  # a copy of a façade starts without conversations: the caches stay with the original
+        return Conversations, ()  # a copied façade starts without conversations: the caches belong to the original
 
     def remember(self, cache: object, seen: CacheState) -> None:
         self._seen[cache] = seen
 
     def recall(self, cache: Any) -> CacheState | None:
-        """Return the state of `cache`; `None` if it is empty. Raise `UserError` if others filled or changed it."""
+        """Return the state of `cache`, or `None` if it is empty.
+
+        Raise `UserError` if the state is unknown, or if the cache has changed since.
+        """
         if cache is None or (length := cache.get_seq_length()) == 0:
             return None
         seen = self._seen.get(cache)
@@ -83,7 +86,7 @@ class Conversations:
                 " cache and the whole conversation"
             )
         short = seen.source.shape[1]
-        if length not in (short, short - 1):  # the last generated token has not been through the model yet
+        if length not in (short, short - 1):  # the model has not processed the last generated token yet
             raise UserError(
                 f"this KV cache has changed: it holds {length} tokens, not {short}; start with an empty one"
             )
@@ -98,7 +101,7 @@ def first_turn(
     *,
     generating: bool,
 ) -> CacheState:
-    """Return what a cache holds after the prompt `inputs`, compressed to `compressed`, has gone through the model."""
+    """Return the state of a cache after the model has processed the prompt `inputs`, compressed to `compressed`."""
     ids = inputs["input_ids"]
     mask = inputs.get("attention_mask")
     mask = torch.ones_like(ids) if mask is None else mask
@@ -130,14 +133,14 @@ def next_turn(
     generating: bool,
     resampler: nn.Module | None = None,
 ) -> tuple[CompressedInputs, CacheState]:
-    """Return the inputs for a later turn, and what the cache holds after it.
+    """Return the inputs for a later turn, and the state of the cache after its prompt.
 
-    The prompt in `inputs` is the whole conversation or its new part alone; `seen` is what the cache holds already.
+    The prompt in `inputs` is the whole conversation or only its new part. `seen` is the state of the cache before.
 
-    Only images of the new part are encoded. For `generate` the prompt is the whole compressed conversation, of which
-    it skips what the cache holds; for `forward` it is what the cache does not hold.
+    Only images of the new part are encoded. For `generate` the returned prompt is the whole compressed conversation;
+    `generate` skips the part that the cache holds. For `forward` it is the part that the cache does not hold.
     """
-    # After `generate` the last token of the answer has not been through the model.
+    # After `generate`, the model has not processed the last token of the answer.
     pending = seen.source.shape[1] - cache_of(inputs).get_seq_length()
     new, seen_mask = _new_part(family, inputs, seen, 0 if generating else pending)
     out = CompressedInputs(inputs)
@@ -164,7 +167,7 @@ def next_turn(
 
 
 def _joined(seen: CacheState, new: CacheState) -> CacheState:
-    """Return a conversation and what follows it as one; the positions of `new` count from 0."""
+    """Join a conversation and its continuation; the positions of `new` count from 0."""
     length, generated = seen.ids.shape[1], seen.mask[:, seen.prompt_length :].sum(-1)
     offset = seen.next_position + generated
     mask = torch.cat([seen.mask, new.mask], 1)
@@ -183,14 +186,14 @@ def _joined(seen: CacheState, new: CacheState) -> CacheState:
 def _new_part(
     family: Family, inputs: Inputs, seen: CacheState, pending: int
 ) -> tuple[InputDict, Int[Tensor, "batch short"]]:
-    """Return the inputs of the part of the conversation that has not been seen, and the mask of the part that has."""
+    """Return the inputs of the new part of the conversation, and the compressed attention mask of the seen part."""
     ids, mask = inputs["input_ids"], inputs.get("attention_mask")
     old = seen.ids.shape[1]
     if len(ids) != len(seen.ids):
         raise UserError(f"this KV cache holds {len(seen.ids)} rows, the prompt has {len(ids)}")
     if ids.shape[1] >= old and torch.equal(ids[:, :old], seen.ids):
         whole, new_ids = True, ids[:, old:]
-    elif (rows := _rows_after(ids, mask, seen)) is not None:  # the same conversation, padded in another way
+    elif (rows := _rows_after(ids, mask, seen)) is not None:  # the same conversation with different padding
         whole, (new_ids, mask) = True, rows
     elif ids.shape[1] >= old and (mask is None or mask.shape[1] == ids.shape[1]) and _begins_alike(ids, mask, seen):
         raise UserError(
@@ -201,7 +204,7 @@ def _new_part(
     else:
         whole, new_ids = False, ids
         if pending and torch.equal(ids[:, :pending], seen.ids[:, old - pending :]):
-            new_ids = ids[:, pending:]  # given once more, as transformers wants it
+            new_ids = ids[:, pending:]  # the prompt repeats the last generated token, as transformers requires
     new: InputDict = {"input_ids": new_ids, "attention_mask": torch.ones_like(new_ids)}
     seen_mask = seen.mask
     if mask is not None and mask.shape[1] == old + new_ids.shape[1]:
@@ -223,9 +226,9 @@ def _new_part(
 def _rows_after(
     ids: Int[Tensor, "batch length"], mask: Tensor | None, seen: CacheState
 ) -> tuple[Int[Tensor, "batch new"], Int[Tensor, "batch new"]] | None:
-    """Return what follows the seen conversation in each row, without its padding, and a mask for it.
+    """Return the tokens after the seen conversation in each row, padded on the left, and their mask.
 
-    `None` if a row does not begin with the seen conversation.
+    Return `None` if a row does not begin with the seen conversation, or if `mask` does not have the shape of `ids`.
     """
     if mask is None or mask.shape != ids.shape:
         return None
@@ -241,7 +244,7 @@ def _rows_after(
 
 
 def _begins_alike(ids: Int[Tensor, "batch length"], mask: Tensor | None, seen: CacheState) -> bool:
-    """Whether a row begins with at least half of its conversation so far: a new part rarely does."""
+    """Return whether a row begins with at least half of its conversation so far, which is rare for a new part."""
     for row, row_mask, old, real in zip(
         ids, ids >= 0 if mask is None else mask.bool(), seen.ids, seen.real, strict=True
     ):
@@ -261,7 +264,7 @@ def _new_images(
     *,
     whole: bool,
 ) -> InputDict:
-    """Return the inputs of the images in the new part; `inputs` hold all images of the conversation or these alone."""
+    """Return the inputs of the images in the new part; `inputs` has all images of the conversation or only these."""
     wanted = int((new_ids == family.placeholder_id).sum())
     if inputs.get(family.image_inputs[0]) is None:
         return {}
@@ -283,7 +286,7 @@ def _later_images(
     counts: Sequence[int],
     seen: Sequence[int],
 ) -> InputDict:
-    """Return the inputs of a conversation's images, which come row by row, without the first `seen` of each row."""
+    """Return the inputs of a conversation's images, in order of rows, without the first `seen[row]` of each row."""
     chosen, at = [], [0] * len(conversation)
     for index, (row, _) in enumerate(find_placeholders(conversation, family.placeholder_id, counts)):
         if at[row] >= seen[row]:
