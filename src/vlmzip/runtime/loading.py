@@ -1,4 +1,4 @@
-"""Load a model and its processor by name. Wrong names and broken checkpoints are refused in one line."""
+"""Load a model and its processor by name. Invalid names and broken checkpoints raise a one-line `UserError`."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from vlmzip.processor import Processor
 from vlmzip.runtime import pretrained
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-#: Names of models that ship with the package, and the folder of each in it.
+#: Names of the models that ship with vlmzip, and the folder of each in the package.
 SHIPPED = {"mini": Path("mini", "weights")}
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model that is ready to be asked."""
+    """A loaded model that is ready to answer, with its processor and family."""
 
     name: str
-    """As the user wrote it."""
+    """The name as the user wrote it."""
     model: PreTrainedModel
     processor: Processor
     family: Family
@@ -43,7 +43,11 @@ _latest: list[Loaded] = []
 
 
 def load(name: str, device: str | None = None, dtype: str | None = None, *, allow_pickle: bool = False) -> Loaded:
-    """Load `mini`, a checkpoint folder or a hub id. Raise `UserError` for anything else."""
+    """Load `mini`, a checkpoint folder or a hub id. Raise `UserError` if the model cannot be loaded.
+
+    By default the device is a GPU if there is one, and the dtype is that of the checkpoint. `allow_pickle` permits
+    pickled weights, which can run code.
+    """
     target = find_device(device)
     check_dtype(dtype)
     source = source_of(name)
@@ -52,7 +56,7 @@ def load(name: str, device: str | None = None, dtype: str | None = None, *, allo
         warnings.simplefilter("ignore")
         logging.set_verbosity_error()
         logging.disable_progress_bar()
-        hub_logging.set_verbosity_error()  # the error that ends its retries says what they would
+        hub_logging.set_verbosity_error()  # its warnings on retries repeat the final error
         config = pretrained.load_config(source)
         processor = pretrained.load_processor(source, config)
         model = pretrained.load_model(source, dtype=DTYPES.get(dtype or "", "auto"), **weights)
@@ -67,23 +71,23 @@ def load(name: str, device: str | None = None, dtype: str | None = None, *, allo
 
 
 def refuse_model_at_fault(error: Exception) -> None:
-    """Raise `UserError` if the model that was loaded last fails without compression, too.
+    """Raise `UserError` if the model that was loaded last also fails without compression.
 
-    Loading cannot notice all that is wrong with a config. After a "CUDA error" everything fails, so nothing is learned
-    from trying.
+    Loading cannot detect every fault of a config. Do nothing after a "CUDA error": every later call fails, so a trial
+    would prove nothing.
     """
     for loaded in _latest if "CUDA error" not in str(error) else ():
         pretrained.refuse_if_it_cannot_answer(loaded.name, loaded.processor, loaded.family)
 
 
 def check_dtype(dtype: str | None) -> None:
-    """Raise `UserError` for a dtype that models are not loaded in."""
+    """Raise `UserError` unless `dtype` is `None` or a name in `DTYPES`."""
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}")
 
 
 def source_of(name: str) -> str:
-    """Return the folder or hub id that transformers loads. Raise `UserError` for a name that is neither."""
+    """Return the folder or hub id to load with transformers. Raise `UserError` for a name that is neither."""
     if name in SHIPPED:
         folder = Path(__file__).parents[1] / SHIPPED[name]
         if not (folder / "config.json").is_file():
@@ -105,14 +109,17 @@ def source_of(name: str) -> str:
 
 
 def find_device(device: str | None) -> torch.device:
-    """Return the device of that name, or a GPU if there is one. Raise `UserError` for one that cannot be used."""
+    """Return the device named `device`; for `None`, a GPU if there is one, otherwise the CPU.
+
+    Raise `UserError` for a device that cannot be used.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of kinds of devices that it will not know for long
+            warnings.simplefilter("ignore")  # torch warns about deprecated device types
             target = torch.device(device)
-            torch.ones(1, device=target).item()  # a kind of device can lack memory ("meta") or all code to use it
+            torch.ones(1, device=target).item()  # fails without storage ("meta") or a backend
     except (RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"--device {device!r} cannot be used: {_first_sentence(error)}") from None
     return target

@@ -1,4 +1,4 @@
-"""Load checkpoints by transformers, and raise a one-line `UserError` for everything that is wrong with one."""
+"""Load checkpoints with transformers, and raise a one-line `UserError` for invalid ones."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ from vlmzip.runtime.resample import FILE as RESAMPLER
 Source = str | os.PathLike[str]
 silence_bitsandbytes()
 
-#: Width and height, in pixels, of the image for trying out a processor.
+#: Width and height, in pixels, of the image that tests a processor.
 TRIAL = (336, 336)
 #: The largest side, in pixels, that a processor may resize images to.
 MOST_PIXELS = 8192
-#: Settings of a generation config that are token ids.
+#: Settings of a generation config whose values are token ids.
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class LoadReport(TypedDict):
-    """What transformers says of the weights that it has loaded."""
+    """The report of transformers on the weights that it loaded."""
 
     missing_keys: set[str]
     unexpected_keys: set[str]
     mismatched_keys: set[tuple[str, Sequence[int], Sequence[int]]]
-    """Names, with the shape in the file and the model's."""
+    """The name of each weight, its shape in the file, and its shape in the model."""
     error_msgs: list[str]
 
 
@@ -69,7 +69,7 @@ def refusing(what: str) -> Iterator[None]:
 
 
 def load_config(source: Source, **kwargs: object) -> PreTrainedConfig:
-    """Return the config of a checkpoint. Raises `UserError` for a family that vlmzip does not support."""
+    """Return the config of a checkpoint. Raise `UserError` if it is broken or its family is not supported."""
     kwargs = {"trust_remote_code": False, **kwargs}
     with refusing(f"cannot load {str(source)!r}"):
         raw = PreTrainedConfig.get_config_dict(source, **kwargs)[0]
@@ -92,7 +92,7 @@ def _check_family(name: str, raw: Mapping[str, object]) -> None:
 
 
 def load_processor(source: Source, config: PreTrainedConfig) -> Processor:
-    """Return the processor of a checkpoint, with a pad token. Raises `UserError` if it is missing or broken."""
+    """Return the processor of a checkpoint, with a pad token. Raise `UserError` if it is missing or broken."""
     with refusing(f"cannot load the processor of {str(source)!r}"):
         processor: Processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     for part in ("tokenizer", "image_processor"):
@@ -108,7 +108,7 @@ def load_processor(source: Source, config: PreTrainedConfig) -> Processor:
 
 def _refuse_large_images(name: str, image_processor: object, config: PreTrainedConfig) -> None:
     """Raise `UserError` for a processor that would fill the memory with one image."""
-    # Encoders without `image_size` take any size; their processors have a least and a largest area, not sides.
+    # Encoders without `image_size` take any size. Their processors limit the area of an image, not its sides.
     sides = hasattr(config.vision_config, "image_size")
     limit = MOST_PIXELS if sides else MOST_PIXELS**2
     for setting in ("size", "crop_size"):
@@ -124,7 +124,8 @@ def _refuse_large_images(name: str, image_processor: object, config: PreTrainedC
 def _give_pad_token(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
     """Give a pad token to a tokenizer without one, such as Llama's or Mistral's.
 
-    An attention mask hides padding, so any token of the model's vocabulary will do, except the image placeholder.
+    The attention mask hides padding, so any token of the vocabulary works, except the image placeholder. Raise
+    `UserError` if the tokenizer and the model share no such token.
     """
     text = config.get_text_config()
 
@@ -147,14 +148,14 @@ def _give_pad_token(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig
 def load_model(source: Source, **kwargs: Any) -> PreTrainedModel:
     """Return the model of a checkpoint; `kwargs` go to transformers.
 
-    Raises `UserError` for pickled weights, unless `use_safetensors` is given, and for weights that do not fit the
-    config: transformers would fill missing weights with random numbers and drop superfluous ones.
+    Raise `UserError` for pickled weights, unless `use_safetensors` is given, and for weights that do not fit the
+    config: transformers would fill missing weights with random numbers and drop unexpected ones.
     """
     if "use_safetensors" not in kwargs:
         _refuse_pickles(source)
     if os.path.isdir(source) and not {"config", "subfolder"} & kwargs.keys():
         _refuse_larger_config(Path(source), load_config(source))
-    forced = {"ignore_mismatched_sizes": True, "output_loading_info": True}  # a report of all weights that do not fit
+    forced = {"ignore_mismatched_sizes": True, "output_loading_info": True}  # report all weights that do not fit
     with refusing(f"cannot load {str(source)!r}"):
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             source, **{"use_safetensors": True, "trust_remote_code": False, **kwargs, **forced}
@@ -166,7 +167,7 @@ def load_model(source: Source, **kwargs: Any) -> PreTrainedModel:
 
 
 def _refuse_pickles(source: Source) -> None:
-    """Raise `UserError` for a folder with only pickled weights: reading them can run code."""
+    """Raise `UserError` for a folder with only pickled weights, because reading them can run code."""
     files = sorted(os.listdir(source)) if os.path.isdir(source) else []
     pickles = [name for name in files if name.startswith("pytorch_model") and ".bin" in name]
     if pickles and not any(name.endswith(".safetensors") for name in files):
@@ -177,13 +178,14 @@ def _refuse_pickles(source: Source) -> None:
 
 
 def _refuse_larger_config(folder: Path, config: PreTrainedConfig) -> None:
-    """Raise `UserError` for the config of a much larger model: transformers would fill the memory with random weights.
+    """Raise `UserError` if the config describes a model much larger than the weights in the folder.
 
-    `_refuse_wrong_weights` refuses smaller differences: it can name the weights.
+    transformers would fill the memory with random weights. `_refuse_wrong_weights` handles smaller differences, because
+    it can name the weights.
     """
     packed = getattr(config, "quantization_config", None) is not None
     stored = [] if packed or (folder / "adapter_config.json").is_file() else _stored_weights(folder)
-    if not stored:  # quantised, pickled, a LoRA, or no weights; transformers reports missing ones
+    if not stored:  # quantised, pickled, LoRA or no weights; transformers reports missing weights
         return
     parts = (config, config.get_text_config(), config.vision_config)
     layers = [getattr(part, name, 0) for part in parts for name in ("num_hidden_layers", "depth")]
@@ -200,7 +202,7 @@ def _refuse_larger_config(folder: Path, config: PreTrainedConfig) -> None:
 
 
 def _stored_weights(folder: Path) -> list[int]:
-    """Return the number of elements of each weight in a folder's safetensors files, without a resampler's."""
+    """Return the number of elements of each weight in a folder's safetensors files, except those of a resampler."""
     sizes = []
     for path in sorted(folder.glob("*.safetensors")):
         if path.name != RESAMPLER:
@@ -210,7 +212,7 @@ def _stored_weights(folder: Path) -> list[int]:
 
 
 def _refuse_wrong_weights(name: str, report: LoadReport, *, mismatched: bool) -> None:
-    """Raise `UserError` for weights that are missing, that the model lacks, or whose shape differs from the model's."""
+    """Raise `UserError` for missing weights, unexpected weights, and, if `mismatched`, weights of the wrong shape."""
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{name!r} lacks {len(missing)} of its weights, such as {missing[0]}; download it again")
     if unexpected := sorted(report["unexpected_keys"]):
@@ -229,7 +231,7 @@ def _refuse_wrong_weights(name: str, report: LoadReport, *, mismatched: bool) ->
 
 
 def _refuse_unknown_tokens(name: str, model: PreTrainedModel) -> None:
-    """Raise `UserError` for tokens of the generation config that are not token ids of the model."""
+    """Raise `UserError` if a token in the generation config is not a token id of the model."""
     size = model.config.get_text_config().vocab_size
     for setting in TOKENS:
         value = getattr(model.generation_config, setting, None)
@@ -242,7 +244,7 @@ def _refuse_unknown_tokens(name: str, model: PreTrainedModel) -> None:
 
 
 def try_out(name: str, processor: Processor, family: Family) -> None:
-    """Raise `UserError` for a processor whose inputs for an image do not fit the model."""
+    """Raise `UserError` if the processor's inputs for an image do not fit the model."""
     inputs = _trial(name, processor, family)
     rows = family.model.get_input_embeddings().weight.shape[0]
     if (largest := int(inputs["input_ids"].max())) >= rows:
@@ -260,7 +262,10 @@ def try_out(name: str, processor: Processor, family: Family) -> None:
 
 
 def refuse_if_it_cannot_answer(name: str, processor: Processor, family: Family) -> None:
-    """Raise `UserError` for a model that cannot answer about an image without vlmzip. Costs an uncompressed answer."""
+    """Raise `UserError` if the model cannot answer about an image without compression.
+
+    This generates an uncompressed answer of at most 2 tokens.
+    """
     inputs = _trial(name, processor, family).to(family.model.device, family.model.dtype)
     quantised = getattr(family.model.config, "quantization_config", None)
     method = quantised.get("quant_method") if isinstance(quantised, dict) else getattr(quantised, "quant_method", None)

@@ -1,4 +1,4 @@
-"""What happens to images before the LLM, stage by stage: encode, compress, project, compress again."""
+"""The stages of an image before the LLM: encode, compress, project, compress again."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ def compress_images(
     *,
     ascending: bool = False,
 ) -> tuple[list[CompressedImage], Inputs | None]:
-    """Encode, select, apply and project; the projector sees nothing but what is left.
+    """Encode, compress and project the images; the projector gets only the remaining tokens.
 
-    Returns the images in order of appearance, and the inputs that the encoder saw if its images were made smaller.
-    `ascending`: tokens keep positions, so each compressor's output tokens stand in the order of their anchors.
+    Return the images in order of appearance. Also return the inputs of the encoder if a compressor at the pixel site
+    made the images smaller, otherwise `None`. `ascending`: tokens keep their positions, so the output tokens of each
+    compressor are in the order of their anchors.
     """
     stages = [stage for stage in compressor.stages() if stage.site is not Site.IN_LLM]
     first, later = stages[0] if stages else None, stages[1:]
@@ -60,7 +61,7 @@ def _encode_and_compress(
     *,
     ascending: bool,
 ) -> tuple[list[CompressedImage], Float[Tensor, " llm_dim"] | None]:
-    """The images behind the projector, through the first compressor; and what stands for a separator."""
+    """Return the images after the first compressor and the projector, and the feature of a separator."""
     site = Site.PRE_PROJECTOR if compressor is None else compressor.site
     with watch.time("encoder"):
         encoded = family.encode(inputs, site, frozenset() if compressor is None else compressor.needs)
@@ -78,7 +79,7 @@ def _encode_and_compress(
 def _project(
     family: Family, features: Sequence[Float[Tensor, "_ dim"]], site: Site, watch: Stopwatch
 ) -> Sequence[Float[Tensor, "_ llm_dim"]]:
-    """All images' tokens through the projector at once."""
+    """Project the tokens of all images in one call of the projector; return those of each image."""
     with watch.time("projector"):
         return family.project(torch.cat(list(features)), site).split([len(values) for values in features])
 
@@ -88,7 +89,7 @@ def _reports(family: Family, layouts: Sequence[Layout], kept: Sequence[Kept]) ->
 
 
 def _report(family: Family, layout: Layout, plan: Plan, seen: tuple[Float[Tensor, "_ dim"], ...] | None) -> ImageReport:
-    """What became of one image; its row is known when its placeholders are found."""
+    """Return the report on one image. Its row is -1 until its placeholders are found."""
     after = len(plan.places)
     return ImageReport(
         row=-1,
@@ -110,9 +111,9 @@ def _encode_smaller(
     *,
     ascending: bool,
 ) -> tuple[list[CompressedImage], Float[Tensor, " llm_dim"] | None, InputDict]:
-    """The tokens of smaller views, projected, what stands for a separator, and `inputs` with smaller views in them.
+    """Return the projected tokens of smaller views, the feature of a separator, and `inputs` with the smaller views.
 
-    The tokens that the whole views would have had do not exist: the compressor's map is made without features.
+    The full-size views are never encoded, so the compressor makes its map from tokens without features.
     """
     grids = [grid for layout in layouts for grid in layout.views]
     shares = [share for layout in layouts for share in compressor.shared(layout.views)]
@@ -134,7 +135,7 @@ def _encode_smaller(
         }
         left = []
         for numbers, plan in zip(view_numbers(layouts), plans, strict=True):
-            # The encoder's prefix comes first; it goes to the LLM only where nothing was made smaller.
+            # The prefix comes first. The last `count` tokens leave it out if the plan has no outputs for it.
             views = [
                 [values[len(values) - count :] for values in by_view[number]]
                 for number, count in zip(numbers, plan.outputs, strict=True)
@@ -149,7 +150,7 @@ def _encode_smaller(
 
 
 def _without_features(layouts: Sequence[Layout], grids: Sequence[Grid], encoded: Encoded) -> Encoded:
-    """All views at their whole size, with features of no width."""
+    """Return all views at full size, with features of width 0."""
     like = encoded.groups[0].tokens
     groups: dict[tuple[Grid, int, bool], list[int]] = {}
     kinds = [(layout.prefix, layout.passes_prefix) for layout in layouts for _ in layout.views]
@@ -169,7 +170,7 @@ def _without_features(layouts: Sequence[Layout], grids: Sequence[Grid], encoded:
 
 
 def _compress_projected(compressor: Compressor, image: CompressedImage, *, ascending: bool) -> CompressedImage:
-    """What a second compressor, behind the projector, makes of one image."""
+    """Return one image after a second compressor, which acts after the projector."""
     layout = image.left or Layout.of_one_view(Grid(1, 1, len(image.features)))
     encoded = encoded_again(image.features, image.streams, layout)
     if image.left is None:
@@ -195,7 +196,7 @@ def _resample(
     resampler: nn.Module | None,
     watch: Stopwatch,
 ) -> list[CompressedImage]:
-    """Encode and resample every view; the model's projector is not asked."""
+    """Return the images with every view encoded and resampled. The model's projector is not used."""
     if resampler is None:
         raise UserError(f"{compressor.name()} has weights: use what vlmzip.attach returns, which holds them")
     with watch.time("encoder"):
@@ -209,9 +210,9 @@ def _resample(
     for layout, numbers in zip(layouts, view_numbers(layouts), strict=True):
         features = torch.cat([by_view[number] for number in numbers])
         before, after = layout.placeholders, len(features)
-        # Spread over the placeholders, so that "where did this come from" has an answer; positions do not use it.
+        # Spread the tokens evenly over the placeholders, so that `report.source` is defined. Positions ignore it.
         places = [n * before // after for n in range(after)]
         report = ImageReport(-1, before, after, (after,) * len(family.decoder_layers), None, layout, None)
-        nothing = tuple(features.new_zeros(after, width) for width in widths)  # for later layers of the LLM to add
+        nothing = tuple(features.new_zeros(after, width) for width in widths)  # later layers of the LLM add these zeros
         images.append(CompressedImage(features, nothing, torch.arange(after), places, report, None))
     return images

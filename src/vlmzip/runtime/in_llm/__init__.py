@@ -1,10 +1,12 @@
-"""Inside the LLM: what compressors decide at their layers, and what every later layer sees of it.
+"""Compression inside the LLM: compressors act before their layers, and all later layers see only the result.
 
-At layer K the hidden states of dropped tokens go, and merged states are written at their group's anchor. From there on
-hidden states, position tables, mask and KV cache are shorter; tokens keep their positions. Outside the LLM everything
-keeps its full length: prompt, mask, and the cache of the layers before K, from which transformers counts positions.
+Before layer K, merged hidden states are written at their group's anchor, and those of dropped tokens are removed.
+From layer K on, hidden states, position tables, mask and KV cache are shorter; tokens keep their positions. The rest
+keeps its full length: the prompt, its mask, and the cache of the layers before K, from which transformers counts
+positions.
 
-The files along the data's path: `prompt` (what goes in), `state` (a call), `step` (one forward of the LLM), `images`
-and `question` (what a compressor looks at), `cut` and `masks` (what later layers get), `outcome` (report and loss).
-`hooks` bring all this to the layers; `indices` has the table of index spaces.
+The files, in the order of the data's path: `prompt` (the input), `state` (one call), `step` (one forward of the LLM),
+`images` and `question` (the input of a compressor), `cut` and `masks` (the input of later layers), `outcome` (report
+and loss). `plan` lists the compressors and their layers, `hooks` connects all this to the layers, and `indices` has
+the table of index spaces.
 """

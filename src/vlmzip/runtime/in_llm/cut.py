@@ -1,4 +1,4 @@
-"""What a compressor did to the tokens that entered one layer, and what this layer and the later ones get of it."""
+"""The effect of a compressor before one layer, and the shortened inputs of that layer and later ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from vlmzip.token_map import TokenMap
 
 
 class Merge(NamedTuple):
-    """Parts of equal size that were compressed together (see `images.Part`)."""
+    """The token map of parts of equal size that were compressed together (see `images.Part`)."""
 
     rows: Int[Tensor, " parts"]
     slots: Int[Tensor, "parts tokens"]
@@ -23,23 +23,23 @@ class Merge(NamedTuple):
 
 @dataclass
 class LayerCut:
-    """What became of the tokens that entered one layer. `indices` explains slots and columns."""
+    """The tokens that remain after a compressor before one layer. `indices` explains slots and columns."""
 
     merges: list[Merge]
     source: Int[Tensor, "batch kept"]
-    """For each token left its slot among those that entered the layer; -1: padding."""
+    """The slot of each remaining token among the tokens that entered the layer; -1 for padding."""
     here: Int[Tensor, "batch kept"]
-    """For each token left its column; -1: padding."""
+    """The column of each remaining token; -1 for padding."""
     keys: Int[Tensor, "batch all_kept"]
-    """For every token in the layer's cache its conversation column; -1: padding."""
+    """The conversation column of each token in the layer's cache; -1 for padding."""
     places: list[Int[Tensor, " _"]]
-    """For each image the slots of what is left of it."""
+    """The slots of the remaining tokens of each image."""
     padded: bool
     _short: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    """Arguments of the layers, as given and as shortened: all get the same ones, so they are shortened once."""
+    """The original and the shortened value of layer arguments, by name. All layers get the same, so we shorten once."""
 
     def merge_and_drop(self, hidden: Float[Tensor, "batch length dim"]) -> Float[Tensor, "batch kept dim"]:
-        """Write merged states at their anchors, and leave the rest of each group out."""
+        """Write merged states at their anchors, and remove the tokens that are not kept."""
         for rows, slots, token_map in self.merges:
             merged = token_map.apply(hidden[rows[:, None], slots])
             anchors = token_map.anchor_index()
@@ -50,7 +50,7 @@ class LayerCut:
         return hidden.gather(1, index)
 
     def shorten(self, arguments: dict[str, Any], *, past: int, flash: bool) -> None:
-        """Replace mask and positions among a decoder layer's `arguments` by those of the tokens left."""
+        """Replace the mask and positions in a decoder layer's `arguments` by those of the remaining tokens."""
         mask = argument(arguments, "attention_mask", "a decoder layer")
         if self._changed("attention_mask", mask):
             short = shrink_mask(mask, self.here, self.keys, past, self.padded, flash=flash)
@@ -68,5 +68,5 @@ class LayerCut:
         arguments |= {name: short for name, (_, short) in self._short.items()}
 
     def _changed(self, name: str, given: object) -> bool:
-        """Whether an argument is another object than the one that was shortened last."""
+        """Return True if an argument is not the object that was last shortened under this name."""
         return name not in self._short or self._short[name][0] is not given

@@ -1,7 +1,8 @@
 """Hooks on the LLM and its layers, through which compressors inside it act. Without a running call they do nothing.
 
-They stay while a façade is attached, since gradient checkpointing may run layers again during backward. The state of a
-call travels with the arguments of the layers, so that a recomputation, perhaps in another thread, finds it there.
+They stay on the model while a façade is attached, because gradient checkpointing may run layers again during backward.
+The state of a forward is passed as an argument of the layers, so that a recomputation gets it, too, even in another
+thread.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from vlmzip.runtime.in_llm.state import InLLMState
 from vlmzip.runtime.in_llm.step import Step
 from vlmzip.runtime.versions import argument
 
-#: The name under which the state of a call travels from the LLM to its layers.
+#: The keyword argument that passes the state of a forward from the LLM to its layers.
 STEP = "vlmzip_step"
 
 _running: ContextVar[InLLMState | None] = ContextVar("vlmzip_inside", default=None)
@@ -30,7 +31,7 @@ _lock = threading.Lock()
 
 @contextmanager
 def running(inside: InLLMState | None) -> Iterator[None]:
-    """Let `inside`, if there is one, act on the LLM for the block, in this thread alone."""
+    """Make `inside` the running call for the block, in this thread only. `None` makes the hooks do nothing."""
     token = _running.set(inside)
     try:
         yield
@@ -39,7 +40,7 @@ def running(inside: InLLMState | None) -> Iterator[None]:
 
 
 class LLMHook:
-    """Hands the state of the running call to the layers, before the LLM runs."""
+    """A hook that passes the state of the running call to the layers, before the LLM runs."""
 
     @torch.compiler.disable
     def __call__(self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -51,7 +52,7 @@ class LLMHook:
 
 
 class LayerHook:
-    """Shortens the inputs of a decoder layer as the state of the call says, before the layer runs."""
+    """A hook that shortens the inputs of a decoder layer before it runs, if it gets the state of a forward."""
 
     def __init__(self, index: int) -> None:
         self.index = index
@@ -69,24 +70,24 @@ class LayerHook:
         return args, kwargs
 
 
-#: How many façades need the hooks of a module.
+#: The number of façades that use the hooks of a module.
 _users: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 class Hooks:
-    """The hooks that a façade needs on a model. Several façades share them; the last one's removal leaves nothing."""
+    """The hooks of a façade on a model. All façades of a model share them, and the last one to go removes them."""
 
     def __init__(self, llm: nn.Module | None, layers: Sequence[nn.Module] = ()) -> None:
         self._modules = [] if llm is None else [llm, *layers]
         with _lock:
             for number, module in enumerate(self._modules):
                 hook: Any = LayerHook(number - 1) if number else LLMHook()
-                if not _ours(module):  # a copied model brings the hooks of the original along
+                if not _ours(module):  # a copied model already has the hooks of the original
                     module.register_forward_pre_hook(hook, with_kwargs=True)
                 _users[module] = _users.get(module, 0) + 1
 
     def remove(self) -> None:
-        """Give up this façade's claim on the hooks. Twice is harmless."""
+        """Release the hooks; remove them from modules that no other façade uses. A second call does nothing."""
         with _lock:
             for module in self._modules:
                 _users[module] -= 1

@@ -1,4 +1,4 @@
-"""The images of one forward of the LLM: what a compressor gets of them at its layer, and what it leaves."""
+"""The images of one forward of the LLM: a compressor's input before its layer, and its result."""
 
 from __future__ import annotations
 
@@ -22,48 +22,48 @@ from vlmzip.visual_tokens import Grid, Signal, VisualTokens
 
 
 class Choice(NamedTuple):
-    """Tokens of an image on which a compressor acts together: those of a view, or all that are left of the image."""
+    """Tokens of an image that a compressor gets together: those of a view, or those of all views."""
 
     compressor: Compressor
     numbers: Int[Tensor, " tokens"]
-    """Their numbers among the tokens left of the image."""
+    """The numbers of these tokens among the remaining tokens of the image."""
     is_all: bool
-    """Whether these are all tokens left of the image, in order."""
+    """True if these are all remaining tokens of the image, in order."""
     grid: Grid | None
     prefix: int
 
 
 @dataclass
 class Part:
-    """Such tokens of one image at one layer."""
+    """One choice of tokens of one image before one layer, and the compressor's result."""
 
     image: int
     choice: Choice
     image_slots: Int[Tensor, " left"]
-    """The slots of all that is left of the image, among the tokens that entered the layer."""
+    """The slots of all remaining tokens of the image, among the tokens that entered the layer."""
     entered: int
-    """Tokens of the whole image as it entered the LLM."""
+    """The number of tokens of the whole image that entered the LLM."""
     token_map: TokenMap = field(init=False)
-    """What becomes of them, in the order of anchors."""
+    """The map of the chosen tokens, with outputs in the order of their anchors."""
     outputs: Int[Tensor, " outputs"] = field(init=False)
     """The slots of the anchors."""
     image_map: TokenMap | None = None
-    """The map of all that was left of the image, where this is its only part and the separators go."""
+    """The map of all remaining tokens of the image, if this is its only part and its separators are dropped."""
 
 
 @dataclass
 class Compressed:
-    """What a compressor leaves of the tokens that entered a layer."""
+    """The result of a compressor on the tokens that entered a layer."""
 
     merges: list[Merge]
     kept: Bool[Tensor, "batch length"]
-    """Which slots stay."""
+    """True for the slots that are kept."""
     outputs: list[Int[Tensor, " _"]]
-    """For each image the slots of its output tokens."""
+    """The slots of each image's output tokens."""
 
 
 class Images:
-    """The images that one forward of the LLM takes in. `copies` are the rows that `generate` makes of each."""
+    """The images that enter the LLM in one forward. `generate` repeats each row of the prompt `copies` times."""
 
     def __init__(self, prompt: Prompt, embeddings: Float[Tensor, "rows length dim"], past: int, copies: int) -> None:
         self.embeddings = embeddings
@@ -71,7 +71,7 @@ class Images:
         self.spans = [replace(s, row=s.row * copies + copy) for s in prompt.spans for copy in range(copies)]
         self.rows = [span.row for span in self.spans]
         self.places = tensors([[column - past for column in span.columns] for span in self.spans], device)
-        """For each image the columns of its tokens."""
+        """The columns of each image's tokens."""
         self.real = prompt.real[:, past : past + length].to(device).repeat_interleave(copies, 0)
         ends = [end for end in prompt.question_ends for _ in range(copies)]
         bounds = [
@@ -80,13 +80,13 @@ class Images:
         ]
         self.question = Question(self.rows, self.places, bounds, self.real)
         self.attention: dict[int, Float[Tensor, "rows queries kept"]] = {}
-        """For each watched layer the question's attention to the tokens that entered it."""
+        """The question's attention to the tokens that entered a watched layer, by layer."""
         self.views = [span.views for span in self.spans]
-        """For each image the number of its views."""
+        """The number of views of each image."""
         self.layouts: list[Layout | None] = [span.layout for span in self.spans]
-        """For each image how what is left of it lies on the grids of its views, if nothing is gone."""
+        """The layout of each image on the grids of its views; `None` if tokens were dropped or merged."""
         self.maps: list[list[tuple[int, TokenMap]]] = [[] for _ in self.spans]
-        """For each image the layers at which a compressor acted on it, in order, and the map of each."""
+        """The layers before which a compressor acted on each image, in order, with the map of each layer."""
 
     @property
     def pad_right(self) -> bool:
@@ -95,7 +95,10 @@ class Images:
     def compress(
         self, index: int, compressor: Compressor, hidden: Float[Tensor, "rows length dim"], before: LayerCut | None
     ) -> Compressed:
-        """Return what `compressor` leaves before layer `index` of the tokens that enter it."""
+        """Return the result of `compressor` before layer `index`, on the tokens that enter the layer.
+
+        Raise `UserError` if the compressor keeps no token of an image.
+        """
         kept = self.real.clone() if before is None else before.here >= 0
         slots_of = self.places if before is None else before.places
         # Decide: parts of equal shape form one batch of visual tokens.
@@ -116,7 +119,7 @@ class Images:
             if not group[0].choice.is_all and not compressor.by_view:
                 _map_images(group, token_map)
             merges.append(Merge(rows, slots, token_map))
-        # Gather the parts of each image again, and note which of its slots stay.
+        # Collect the parts of each image, and mark its slots that are kept.
         parts_of: list[list[Part]] = [[] for _ in slots_of]
         for part in parts:
             parts_of[part.image].append(part)
@@ -131,9 +134,9 @@ class Images:
         return Compressed(merges, kept, outputs_of)
 
     def _parts(self, compressor: Compressor, slots_of: Sequence[Int[Tensor, " _"]]) -> list[Part]:
-        """Return what the compressor acts on: views of images, or images as a whole."""
+        """Return the parts that the compressor acts on: views of images, or whole images."""
         parts = []
-        choices: dict[tuple[Layout | None, int, int], list[Choice]] = {}  # images of equal layout have the same ones
+        choices: dict[tuple[Layout | None, int, int], list[Choice]] = {}  # images of equal layout share their choices
         for image, (slots, layout) in enumerate(zip(slots_of, self.layouts, strict=True)):
             alike = layout, len(slots), self.views[image]
             if alike not in choices:
@@ -151,7 +154,7 @@ class Images:
         slots: Int[Tensor, "parts tokens"],
         hidden: Float[Tensor, "rows length dim"],
     ) -> VisualTokens:
-        """Return what the compressor before layer `index` may look at, for parts that are alike."""
+        """Return the input of the compressor before layer `index`, for parts of equal shape."""
         images = [part.image for part in parts]
         signals: dict[str, Any] = {}
         if needs:
@@ -169,9 +172,10 @@ class Images:
         return VisualTokens(features, grid, prefix, layer=index, passes_prefix=True, **signals)
 
     def _join(self, image: int, parts: list[Part], count: int) -> TokenMap:
-        """Return the map of the `count` tokens left of an image from the maps of its parts, in the order of anchors.
+        """Return the map of the `count` remaining tokens of an image, joined from the maps of its parts.
 
-        Tokens in no part are separators: they stay only where nothing else goes.
+        The outputs are in the order of their anchors. Tokens outside the parts are separators, which are kept only if
+        all other tokens are kept.
         """
         is_whole = sum(part.token_map.lengths[0] for part in parts) == sum(len(part.choice.numbers) for part in parts)
         if not is_whole:
@@ -203,7 +207,7 @@ class Images:
 
 
 def _choices(compressor: Compressor, layout: Layout | None, count_of_views: int, slots: Tensor) -> list[Choice]:
-    """Return what `compressor` acts on in an image whose remaining tokens are in `slots`."""
+    """Return the choices of tokens for `compressor` in an image whose remaining tokens are in `slots`."""
     count, device = len(slots), slots.device
     if layout is None:
         return [Choice(compressor.together(count_of_views), torch.arange(count, device=device), True, None, 0)]
@@ -222,9 +226,9 @@ def _choices(compressor: Compressor, layout: Layout | None, count_of_views: int,
 
 
 def _map_images(parts: list[Part], token_map: TokenMap) -> None:
-    """Set the maps of images from those of their only parts, all at once; their other tokens are separators, and go.
+    """Set `image_map` of parts that are the only parts of their images; the other tokens are separators.
 
-    Where a part keeps all its tokens the separators stay, and the image has no such map.
+    This map drops the separators. A part that keeps all its tokens does not get it, because then the separators stay.
     """
     numbers = torch.stack([part.choice.numbers for part in parts])
     shape, device = (len(parts), parts[0].entered), numbers.device
@@ -240,7 +244,7 @@ def _map_images(parts: list[Part], token_map: TokenMap) -> None:
 
 
 def _alike(parts: list[Part]) -> list[list[Part]]:
-    """Return the parts in groups, the tokens of each of which form one `VisualTokens`."""
+    """Return groups of parts with equal compressor and shape. Each group forms one `VisualTokens`."""
     groups: dict[Any, list[Part]] = {}
     for part in parts:
         choice = part.choice

@@ -1,4 +1,4 @@
-"""Attention masks for layers that see fewer tokens than the mask was made for."""
+"""Attention masks for layers that see fewer tokens than the original mask covers."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ def shrink_mask(
     *,
     flash: bool,
 ) -> Any:
-    """Return the rows and columns of a layer's `mask` for the tokens that are left.
+    """Return the rows and columns of a layer's `mask` for the remaining tokens.
 
-    `here` gives, for each token that is left, its column among the tokens that entered the LLM in this forward. The
-    first of those is column `past` of the conversation. `keys` gives, for each token in the layer's cache, its column
-    in the conversation. -1 is padding, which no token attends to. `padded` is whether there is padding.
+    `here` has the column of each remaining token among the tokens that entered the LLM in this forward. Column 0 of the
+    forward is column `past` of the conversation. `keys` has the conversation column of each token in the layer's cache.
+    -1 is padding, which no real token attends to. `padded` is True if `keys` has padding.
 
-    `mask` is the mask that transformers gives a layer: [batch or 1, 1, length, all] of booleans or of summands,
-    [batch, all] for FlashAttention (`flash`), or `None` for a causal mask without padding.
+    `mask` is the mask that transformers gives a layer: [batch or 1, 1, length, all] with booleans or with values to add
+    to the attention logits, [batch, all] for FlashAttention (`flash`), or `None` for a causal mask without padding.
+    Raise `UserError` for any other kind of mask.
     """
     if mask is None and not padded:
         return None
@@ -53,11 +54,11 @@ def shrink_mask(
 def _causal(
     here: Int[Tensor, "batch kept"], keys: Int[Tensor, "batch all_kept"], past: int
 ) -> Bool[Tensor, "batch 1 kept all_kept"]:
-    """Return the causal mask of the tokens that are left; True: the token attends to the key."""
+    """Return the causal mask of the remaining tokens; True means that the token attends to the key."""
     return ((keys >= 0)[:, None] & (keys[:, None] <= here[..., None] + past))[:, None]
 
 
 def _open_for_padding(mask: Tensor, here: Int[Tensor, "batch kept"], keys: Int[Tensor, "batch all_kept"]) -> Tensor:
-    """Let padding attend to padding: some kernels return NaN for a row that attends to nothing."""
+    """Let padding attend to padding, because some kernels return NaN for a row that attends to nothing."""
     padding = (here < 0)[:, None, :, None] & (keys < 0)[:, None, None, :]
     return mask.masked_fill(padding, True if mask.dtype == torch.bool else 0.0)

@@ -1,4 +1,4 @@
-"""What comes out of the LLM: the report of its layers, and the loss on the tokens that are left."""
+"""The results of a call with compression inside the LLM: the report, and the loss on the remaining tokens."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from vlmzip.token_map import TokenMap
 
 
 def extend(report: Report, steps: Sequence[Step]) -> Report:
-    """Return the report with what happened inside the LLM in one step, or in a step for each row in turn.
+    """Return the report, extended by the compression inside the LLM.
 
-    Behind one step, `source` follows to the tokens of the last layer.
+    `steps` has a single step for all rows, or one step per row with images. With a single step, `source` then describes
+    the tokens of the last layer.
     """
     maps = [image_maps for step in steps for image_maps in step.maps()]
     token_maps = _followed([image.token_map for image in report.images], maps)
@@ -40,7 +41,10 @@ def extend(report: Report, steps: Sequence[Step]) -> Report:
 def _followed(
     token_maps: Sequence[TokenMap | None], later: Sequence[Sequence[tuple[int, TokenMap]]]
 ) -> list[TokenMap | None]:
-    """Return the map of each image, followed by those of the layers; images with as many tokens go together."""
+    """Return the map of each image, composed with its maps inside the LLM.
+
+    Images with equal token counts at all layers are handled together.
+    """
     groups: dict[tuple[int, ...], list[int]] = {}
     for image, (token_map, layers) in enumerate(zip(token_maps, later, strict=True)):
         if token_map is not None:
@@ -58,9 +62,9 @@ def _followed(
 
 
 def loss_behind(in_llm: InLLMState, out: Any, labels: Int[Tensor, "batch length"], arguments: Inputs) -> Any:
-    """Return the output `out` of a model with its loss on the tokens behind the last layer.
+    """Return the output `out` of a model, with the loss on the tokens that remain after the last layer.
 
-    `labels` are of the prompt that went into the LLM; `arguments` are the call's.
+    `labels` belong to the prompt that entered the LLM, and `arguments` are those of the call.
     """
     here = None if in_llm.first is None else in_llm.first.here()
     left = labels if here is None else gather(labels, here, PER_TOKEN["labels"])

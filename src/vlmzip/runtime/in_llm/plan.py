@@ -1,4 +1,4 @@
-"""Which compressors act inside an LLM, and before which layers."""
+"""The compressors inside an LLM, and the layers before which they act."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Plan:
         self.family, self.watch = family, watch
         self.at = {layer: compressor for compressor in compressors for layer in compressor.layers}
         self.watched = {layer - 1 for layer, c in self.at.items() if Signal.TEXT_ATTENTION in c.needs}
-        """Layers whose attention the compressor before the next layer asks for."""
+        """The layers whose attention the compressor before the next layer needs."""
 
     @property
     def flash(self) -> bool:
-        """Whether masks have the form that FlashAttention takes."""
+        """Return True if the LLM uses FlashAttention, which takes masks of shape [batch, all]."""
         return "flash" in (self.family.llm_config._attn_implementation or "")

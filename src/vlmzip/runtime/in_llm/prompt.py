@@ -1,4 +1,4 @@
-"""The prompt that goes through the LLM in one call."""
+"""The prompt that enters the LLM in one call."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from vlmzip.runtime.prompt import PER_TOKEN, Span
 
 @dataclass(frozen=True)
 class Prompt:
-    """The part of a prompt that goes through the LLM in one call, as far as compressors inside it need to know."""
+    """The parts of a prompt that compressors inside the LLM need: its images, padding and questions."""
 
     spans: list[Span]
-    """Its images; columns count from the beginning of the conversation."""
+    """The images. Columns count from the beginning of the conversation."""
     real: Bool[Tensor, "batch length"]
-    """Which tokens of the conversation are no padding."""
+    """True for the tokens of the conversation that are not padding."""
     question_ends: list[int]
-    """For each image the column of its question's last token: the one before the next label, or the last of all."""
+    """The last column of each image's question: the token before the next label, or the last token of the row."""
 
     def row(self, row: int) -> Prompt:
-        """Return one row as a prompt of its own."""
+        """Return one row of the prompt as a prompt with a single row."""
         images = [n for n, span in enumerate(self.spans) if span.row == row]
         spans = [replace(self.spans[n], row=0) for n in images]
         return Prompt(spans, self.real[row : row + 1], [self.question_ends[n] for n in images])
 
 
 def prompt_of(spans: list[Span], compressed: Inputs) -> Prompt | None:
-    """Return the prompt that goes into the LLM with `compressed`; `None` where it brings no images."""
+    """Return the prompt that enters the LLM with `compressed`; `None` if it has no images."""
     if not spans:
         return None
     real = compressed["attention_mask"].bool()
@@ -39,7 +39,7 @@ def prompt_of(spans: list[Span], compressed: Inputs) -> Prompt | None:
     ends = [last[span.row] for span in spans]
     labels = compressed.get("labels")
     if labels is not None:
-        # In training, the question about an image ends before the first answer behind the image.
+        # In training, the question about an image ends before the first answer that follows the image.
         known = real.shape[1] - labels.shape[1]  # labels cover the new part of a conversation
         answers = [(row != PER_TOKEN["labels"]).nonzero()[:, 0] + known for row in labels.cpu()]
         for n, span in enumerate(spans):

@@ -1,4 +1,4 @@
-"""The text that asks about the images of a forward, and its attention to their tokens."""
+"""The questions about the images of a forward, and their attention to the image tokens."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from vlmzip.runtime.versions import argument
 
 
 class Bounds(NamedTuple):
-    """Columns between which the question about an image lies."""
+    """The columns that bound an image and the question about it."""
 
     image_starts: int
-    """The first token of the image."""
+    """The column of the first token of the image."""
     image_ends: int
-    """Its last token."""
+    """The column of the last token of the image."""
     end: int
-    """The last token of the question."""
+    """The column of the last token of the question."""
 
 
 class Question:
-    """The text tokens of a forward that ask about its images.
+    """The tokens of a forward that form the questions about its images.
 
-    The question about an image is the text behind it, up to the end of its question. Where no text follows the image,
-    it is that end alone, whatever it is.
+    The question about an image is the text after it, up to the column `Bounds.end`. If there is no text between them,
+    the question is the token at that column, even if it is a token of an image.
     """
 
     def __init__(
@@ -40,20 +40,21 @@ class Question:
         bounds: Sequence[Bounds],
         real: Bool[Tensor, "batch length"],
     ) -> None:
-        """`rows`, `places`, `bounds`: for each image its row, its columns, and what its question lies between.
+        """Find the tokens of all questions.
 
-        `real` marks what is no padding.
+        `rows`, `places` and `bounds` have the row, the token columns and the bounds of each image. `real` is True for
+        tokens that are not padding.
         """
         self._bounds = bounds
         self._is_text = real.clone()
         self._is_text[row_and_slot(rows, places)] = False
         self.columns = self._queries(rows)
-        """For each row the columns of the text behind its first image, and of the ends of questions; -1: padding."""
+        """The columns of each row's queries: text after its first image, and the ends of questions; -1: padding."""
 
     def _queries(self, rows: Sequence[int]) -> Int[Tensor, "batch queries"]:
         batch, length = self._is_text.shape
         device = self._is_text.device
-        between = [(length, -1)] * batch  # for each row the first token of its images, and the last end of a question
+        between = [(length, -1)] * batch  # for each row, the first token of its images and the last end of a question
         for row, bounds in zip(rows, self._bounds, strict=True):
             first, last = between[row]
             between[row] = min(first, bounds.image_starts), max(last, bounds.end)
@@ -66,7 +67,7 @@ class Question:
         return compact(asks, pad_right=False)
 
     def about(self, images: Sequence[int], rows: Int[Tensor, " images"]) -> Int[Tensor, "images asking"]:
-        """Return which of their row's queries ask about each image, padded with -1 on the left."""
+        """Return the queries about each image, as indices into the queries of its row, padded with -1 on the left."""
         queries = self.columns[rows]
         between = [(self._bounds[n].image_ends, self._bounds[n].end) for n in images]
         lasts, ends = torch.tensor(between, device=queries.device)[..., None].unbind(1)
@@ -85,13 +86,13 @@ class Question:
         past: int,
         cached: Tensor | None,
     ) -> Float[Tensor, "batch queries kept"]:
-        """Return the question's attention at a layer to the tokens that enter it, mean over heads.
+        """Return the attention of the queries to the tokens that enter a layer, averaged over heads.
 
-        `hidden` and `arguments` are what the layer gets, `here` and `keys` as in `LayerCut`, `cached` are the keys of
-        earlier forwards in the layer's cache.
+        `hidden` and `arguments` are the inputs of the layer. `here` and `keys` are those of `LayerCut`. `cached` has
+        the attention keys of earlier forwards in the layer's cache.
         """
-        # The slots of the question's tokens. Text is never dropped; an end that is an image's token may be: then the
-        # last token before it that is left.
+        # Find the slots of the queries. Text is never dropped, but an end that is an image token can be. Then take the
+        # last remaining token before it.
         slot = torch.arange(here.shape[1], device=here.device)
         up_to = (here >= 0)[:, None] & (here[:, None] <= self.columns.clamp(min=0)[..., None])
         slots = torch.where(up_to, slot, 0).amax(-1)

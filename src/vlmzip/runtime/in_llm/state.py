@@ -1,4 +1,4 @@
-"""One call of the model: what compressors inside the LLM carry from one forward to the next."""
+"""The state that compressors inside the LLM keep during one call of the model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vlmzip.runtime.report import Stopwatch
 
 
 class InLLMState:
-    """One call of the model: carries the decisions from layer to layer, and from step to step of `generate`."""
+    """The state of one call of the model, from its first forward of the LLM to the last step of `generate`."""
 
     def __init__(
         self,
@@ -34,25 +34,28 @@ class InLLMState:
         self.plan = Plan(family, compressors, watch)
         self.prompt = prompt
         self.keys = dict(keys or {})
-        """For each compressing layer, what its cache holds (see `LayerCut.keys`)."""
+        """The conversation columns in the cache of each compressing layer (see `LayerCut.keys`)."""
         self.first: Step | None = None
-        """The step that took in the images."""
+        """The first step with images."""
         self._started = False
         self._cache: Any = None
-        """The KV cache of the call; it stays `None` if the call runs without one."""
+        """The KV cache of the call; `None` before the first step, and in calls without a cache."""
 
     def row(self, row: int) -> InLLMState:
-        """Return the same for one row of the prompt alone."""
+        """Return the state of a call with only one row of the prompt."""
         prompt = None if self.prompt is None else self.prompt.row(row)
         keys = {layer: held[row : row + 1] for layer, held in self.keys.items()}
         compressors = list(dict.fromkeys(self.plan.at.values()))
         return InLLMState(self.plan.family, compressors, prompt, self.plan.watch, keys)
 
     def step(self, embeddings: Float[Tensor, "batch length dim"], cache: Any) -> Step | None:
-        """Return the state of one forward of the LLM, `None` where no layer has anything to do."""
+        """Return the state of one forward of the LLM; `None` if no layer has anything to do.
+
+        Raise `UserError` for a cache that this call cannot use.
+        """
         if self._started and cache is not self._cache:
             _refuse_part_of_another_cache(cache)
-            return None  # a logits processor, such as that of guidance_scale, asks the model something else
+            return None  # another forward, for example from the logits processor of guidance_scale
         past = 0 if cache is None else cache.get_seq_length()
         prompt = self._prompt_for(embeddings.shape[1], past)
         self._started, self._cache = True, cache
@@ -67,7 +70,10 @@ class InLLMState:
         return step
 
     def _prompt_for(self, length: int, past: int) -> Prompt | None:
-        """Return the prompt that this forward takes in; without a KV cache that is all of it, at every step."""
+        """Return the prompt that enters the LLM in this forward, or `None`.
+
+        Without a KV cache, the whole prompt enters in every step, with the new tokens after it.
+        """
         if not self._started:
             return self.prompt
         if past or self.prompt is None:
@@ -82,7 +88,7 @@ class InLLMState:
 
 
 def _refuse_other_caches(cache: Any) -> None:
-    """Raise `UserError` for a cache whose layers must hold equal numbers of tokens."""
+    """Raise `UserError` for a cache whose layers cannot hold different numbers of tokens."""
     if cache is None:
         return
     if type(cache) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in cache.layers):
@@ -93,7 +99,7 @@ def _refuse_other_caches(cache: Any) -> None:
 
 
 def _refuse_part_of_another_cache(cache: Any) -> None:
-    """Raise `UserError` for a cache with fewer tokens in some layers, where this call has filled another one."""
+    """Raise `UserError` if another cache than this call's holds fewer tokens in some layers than in others."""
     if cache is None:
         return
     if len({cache.get_seq_length(layer) for layer in range(len(cache.layers))}) > 1:

@@ -1,4 +1,4 @@
-"""One forward of the LLM: what happens before each of its layers."""
+"""One forward of the LLM: the work of compressors before each of its layers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vlmzip.token_map import TokenMap
 
 
 class Step:
-    """The state of one forward. It travels with the arguments of the layers, also into a recomputation of them."""
+    """The state of one forward of the LLM. Layers get it as an argument, even if they are recomputed."""
 
     def __init__(
         self,
@@ -31,10 +31,10 @@ class Step:
     ) -> None:
         self.plan, self.cache, self.past = plan, cache, past
         self._keys = keys
-        """For each compressing layer what its cache holds (see `LayerCut.keys`); the call's."""
+        """The conversation columns in each compressing layer's cache (see `LayerCut.keys`); shared with the call."""
         self.batch, self.length = embeddings.shape[:2]
         self.copies = self.batch // (self.batch if prompt is None else len(prompt.real))
-        """`generate` repeats the rows of a prompt for beams and several sequences."""
+        """The number of copies of each prompt row: `generate` repeats rows for beams and for several sequences."""
         self.images = Images(prompt, embeddings, past, self.copies) if prompt is not None and prompt.spans else None
         self._cuts: dict[int, LayerCut | None] = {}
 
@@ -42,29 +42,29 @@ class Step:
         self, index: int, layer: nn.Module, hidden: Float[Tensor, "batch length dim"], arguments: dict[str, Any]
     ) -> Float[Tensor, "batch kept dim"]:
         """Return the hidden states for layer `index`; shorten mask and positions in `arguments` to match."""
-        # 1. A compressor decides here. A recomputation finds the decision of the first run.
+        # 1. Run the compressor before this layer. A recomputation reuses the cut of the first run.
         if index in self.plan.at:
             if index not in self._cuts:
                 with torch.no_grad(), self._timed():
                     self._cuts[index] = self._decide(index, hidden)
             cut = self._cuts[index]
             hidden = hidden if cut is None else cut.merge_and_drop(hidden)
-        # 2. What the latest compressor left is all that this layer sees.
+        # 2. Shorten mask and positions to the tokens that the latest compressor kept.
         cut = self._latest(index)
         if cut is not None:
             cut.shorten(arguments, past=self.past, flash=self.plan.flash)
-        # 3. The compressor before the next layer looks at this layer's attention.
+        # 3. Compute this layer's attention if the compressor before the next layer needs it.
         if self.images is not None and index in self.plan.watched and index + 1 not in self._cuts:
             with torch.no_grad(), self._timed():
                 self.images.attention[index] = self._attention(self.images, index, layer, hidden, arguments, cut)
         return hidden
 
     def _timed(self) -> AbstractContextManager[None]:
-        """Count as selection what is done where images come in; later forwards follow it."""
+        """Return a context that times the block as selection, if this forward has images."""
         return nullcontext() if self.images is None else self.plan.watch.time("selection")
 
     def _latest(self, index: int) -> LayerCut | None:
-        """Return the cut that layer `index` sees: its own, or that of the last compressing layer before it."""
+        """Return the cut that applies to layer `index`: that of the last compressing layer up to and including it."""
         layers = [layer for layer in self._cuts if layer <= index]
         return self._cuts[max(layers)] if layers else None
 
@@ -75,7 +75,7 @@ class Step:
         if self.images is None and cached is None:
             return None
         length, device = hidden.shape[1], hidden.device
-        if self.images is None:  # text behind compressed images: all of it stays
+        if self.images is None:  # text after compressed images: all of it is kept
             merges, places = [], []
             source = torch.arange(length, device=device).expand(self.batch, -1)
         else:
@@ -84,7 +84,7 @@ class Step:
             source = compact(compressed.kept, pad_right=self.images.pad_right)
             places = follow(compressed.outputs, self.images.rows, source, length)
         here = source if before is None else look_up(before.here, source)
-        if cached is None:  # earlier forwards left all of their tokens
+        if cached is None:  # earlier forwards kept all tokens
             cached = torch.arange(self.past, device=device).expand(self.batch, -1)
         keys = torch.cat([cached, torch.where(here < 0, -1, here + self.past)], 1)
         self._keys[index] = keys
@@ -99,7 +99,7 @@ class Step:
         arguments: dict[str, Any],
         cut: LayerCut | None,
     ) -> Float[Tensor, "batch queries kept"]:
-        """Return the question's attention at layer `index` to the tokens that enter it."""
+        """Return the attention of the queries at layer `index` to the tokens that enter it."""
         if cut is None:
             here = torch.arange(self.length, device=hidden.device).expand(self.batch, -1)
             keys = torch.arange(self.past + self.length, device=hidden.device).expand(self.batch, -1)
@@ -108,13 +108,13 @@ class Step:
         cached = self.cache.layers[index].keys if self.past else None
         return images.question.attention(self.plan.family, layer, hidden, arguments, here, keys, self.past, cached)
 
-    # --- what came of it --------------------------------------------------------------------------------------
+    # --- results ----------------------------------------------------------------------------------------------
 
     def here(self) -> Int[Tensor, "rows kept"] | None:
-        """Return for each token behind the last layer its column, without the copies of rows; `None` for all tokens."""
+        """Return the columns of the tokens at the last layer, without copies of rows; `None` if no layer has a cut."""
         last = self._latest(len(self.plan.family.decoder_layers))
         return None if last is None else last.here[:: self.copies]
 
     def maps(self) -> list[list[tuple[int, TokenMap]]]:
-        """Return for each image, without copies, the layers at which a compressor acted on it, and the map of each."""
+        """Return `Images.maps` without the copies of images: the layers and maps of each image."""
         return [] if self.images is None else self.images.maps[:: self.copies]
