@@ -46,7 +46,7 @@ class Plan:
     outputs: list[int]
     """The number of outputs of each view."""
     left: Layout | None
-    """The layout of the remaining tokens if all of them remain; otherwise `None`, because they lie on no grid."""
+    """The layout of the remaining tokens if all of them remain; `None` otherwise."""
 
 
 @dataclass(frozen=True)

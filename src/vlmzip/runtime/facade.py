@@ -1,4 +1,4 @@
-"""What `attach` returns: the model with a compressor before or inside its LLM, used like the model itself."""
+"""The façade that `attach` returns: a model with a compressor, used like the model itself."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ from vlmzip.runtime.report import Report
 from vlmzip.runtime.resample import build_resampler, resampling, write_weights
 from vlmzip.runtime.signature import names_image_inputs
 
-#: The switches of gradient checkpointing: "activation" is what transformers 5.23 calls it.
+#: The methods that switch gradient checkpointing, which transformers 5.23 calls "activation checkpointing".
 CHECKPOINTING = {f"{kind}_checkpointing_{to}" for kind in ("gradient", "activation") for to in ("enable", "disable")}
 
 
 class CompressedModel(nn.Module):
-    """A vision-language model whose images go through a compressor; holds the model as `inner`.
+    """A vision-language model whose images go through a compressor. The original model is `inner`.
 
-    `forward` and `generate` take what the model takes, by name. What is not defined here is looked up on the model.
+    `forward` and `generate` take the model's own arguments, by name. Other attributes are looked up on `inner`.
 
-    `Trainer` trains it and resumes it, but `Trainer.save_model` and checkpoints write weights alone: save with
-    `trainer.model.save_pretrained(folder)`. What `Trainer.predict` returns covers the compressed sequence, the labels
-    beside it the prompt; `report.lined_up`, called in `preprocess_logits_for_metrics`, brings them together.
+    `Trainer` can train it and resume training, but `Trainer.save_model` and checkpoints contain only weights: save with
+    `trainer.model.save_pretrained(folder)`. `Trainer.predict` returns predictions for the compressed sequence, but
+    labels for the prompt. To align them, call `report.lined_up` in `preprocess_logits_for_metrics`.
     """
 
     def __init__(self, model: nn.Module, compressor: Compressor) -> None:
@@ -55,7 +55,7 @@ class CompressedModel(nn.Module):
         check_place(compressor, self._family)
         self.inner: Any = model
         self.compressor = compressor
-        #: The weights of a method that has some, else `None`.
+        #: The module with the weights of the method; `None` for a method without weights.
         self.resampler: nn.Module | None = build_resampler(self._family, compressor)
         self._conversations = Conversations()
         self._detached = False
@@ -75,16 +75,16 @@ class CompressedModel(nn.Module):
         self.detach()
 
     def detach(self) -> nn.Module:
-        """End the façade and return the plain model. Detaching twice is harmless."""
+        """Remove the compressor and return the plain model. Calling this again is harmless."""
         self._detached = True
         self._hooks.remove()
         return self.inner
 
     def switch(self, compressor: Compressor) -> None:
-        """Go on with another compressor; parameters, and whatever is wrapped around this façade, stay as they are.
+        """Replace the compressor, for training in stages. Parameters and wrappers around this model stay the same.
 
-        For training in stages. What a KV cache has seen, it has seen: begin new ones. Raise `UserError` for a
-        compressor that has no place in the model, or that brings or needs other weights of its own.
+        KV caches filled before the switch cannot be continued. Raise `UserError` if the compressor has no place in the
+        model, or if its method with weights is not the attached one.
         """
         check_place(compressor, self._family)
         if resampling(compressor) != resampling(self.compressor):
@@ -97,7 +97,7 @@ class CompressedModel(nn.Module):
             self._put_hooks()
 
     def _put_hooks(self) -> None:
-        """Put hooks on the LLM if a compressor acts inside it; they go with `detach` or with the façade itself."""
+        """Put hooks on the LLM if a compressor acts inside it. `detach` or the end of the façade removes them."""
         inside = inside_the_llm(self.compressor) and not self._detached
         self._hooks = Hooks(self._family.llm, list(self._family.decoder_layers)) if inside else Hooks(None)
         weakref.finalize(self, self._hooks.remove).atexit = False
@@ -110,11 +110,11 @@ class CompressedModel(nn.Module):
 
     @property
     def report(self) -> Report:
-        """What the last `forward` or `generate` did: in this thread, or in any if there was none here.
+        """Return the report of the last call of `forward` or `generate` in this thread, else in any thread.
 
-        Calls that continue a KV cache without new images leave it as it is.
+        A call that continues a KV cache without new images does not replace the report.
 
-        Raises `UserError` before the first.
+        Raise `UserError` before the first call.
         """
         return last_report(self)
 
@@ -137,11 +137,11 @@ class CompressedModel(nn.Module):
     ) -> Any:
         """Run the model's own `forward` on the compressed inputs; logits cover the compressed sequence.
 
-        With `pack_rows`, for training, short rows stand side by side where they can: the same loss from less padding.
+        With `pack_rows`, which is for training, short rows are joined if possible: the same loss with less padding.
 
-        The named arguments are those that processors return and trainers look for; every other goes through as it is.
-        A KV cache filled here can be continued by `forward` (new tokens only) and by `generate`. It goes by
-        `past_key_values` or `cache`, whichever of the two this transformers uses.
+        The named arguments are those that processors return and trainers look for; all others pass through unchanged.
+        `forward` and `generate` can continue a KV cache that was filled here. Pass it as `past_key_values` or `cache`:
+        both names work with every supported version of transformers. The inputs of a later turn are as in `generate`.
         """
         named = dict(
             input_ids=input_ids, attention_mask=attention_mask, pixel_values=pixel_values, labels=labels,
@@ -153,7 +153,7 @@ class CompressedModel(nn.Module):
         call = self._compress(arguments, generating=False, pack_rows=pack_rows)
         out = self.inner(**call.inputs) if call.in_llm is None else self._forward_inside(call, call.in_llm)
         filled = cache_of(arguments)
-        filled = returned_cache(out) if filled is None else filled  # not `or`: an empty cache is false
+        filled = returned_cache(out) if filled is None else filled  # not `or`: an empty cache can be falsy
         if filled is not None:
             self._remember(filled, call)
         return out
@@ -162,8 +162,8 @@ class CompressedModel(nn.Module):
     def generate(self, inputs: Tensor | None = None, generation_config: object = None, **kwargs: object) -> Any:
         """Run the model's own `generate`; return the original prompt followed by the new tokens.
 
-        With a cache that this model has filled, the prompt is the whole conversation or its new part alone. Logits
-        processors and stopping criteria of your own see the compressed prompt.
+        To continue a cache that this model has filled, give the whole conversation or only its new part as the prompt.
+        Your logits processors and stopping criteria see the compressed prompt.
         """
         if inputs is not None:
             kwargs["input_ids"] = inputs
@@ -172,7 +172,7 @@ class CompressedModel(nn.Module):
         generation = Generation(self.inner, self._family, kwargs)
         call = self._compress(generation.arguments, generating=True)
         generation.refuse(call)
-        if generation.arguments.get("input_ids") is None:  # embeddings come back without a prompt
+        if generation.arguments.get("input_ids") is None:  # from embeddings, `generate` returns only new tokens
             return self.inner.generate(**call.inputs)
         generated = generation.run(call)
         self._report_inside(call.report, generated.in_llm)
@@ -181,21 +181,21 @@ class CompressedModel(nn.Module):
         generated.warn_beyond_positions(call)
         return generated.output
 
-    @torch.compiler.disable  # reads counts off the device and walks Python lists; what follows it is compiled
+    @torch.compiler.disable  # copies counts from the device and loops over lists; later code is compiled
     def _compress(self, arguments: Inputs, *, generating: bool, pack_rows: bool = False) -> CompressedCall:
         self._refuse_detached()
         call = compress_call(
             self.inner, self._family, self.compressor, self.resampler, self._conversations, arguments,
             generating=generating, pack_rows=pack_rows,
         )  # fmt: skip
-        # A loop over new tokens keeps the report of its images.
+        # Later calls in a loop over new tokens keep the report of the images.
         if call.report.images or call.later_turn is None:
             publish(self, call.report)
         return call
 
-    @torch.compiler.disable(recursive=False)  # what is around the LLM; its layers are compiled each for itself
+    @torch.compiler.disable(recursive=False)  # the code around the LLM; each layer is compiled separately
     def _forward_inside(self, call: CompressedCall, in_llm: InLLMState) -> object:
-        """Run `forward` with compressors inside the LLM; the loss is taken on the tokens of the last layer."""
+        """Run `forward` with compressors inside the LLM; compute the loss on the tokens that the last layer sees."""
         labels = call.inputs.pop("labels", None) if call.inputs.spans else None
         with running(in_llm):
             out = self.inner(**call.inputs)
@@ -203,14 +203,14 @@ class CompressedModel(nn.Module):
         return out if labels is None else loss_behind(in_llm, out, labels, call.inputs)
 
     def _report_inside(self, report: Report, states: Sequence[InLLMState]) -> None:
-        """Publish the report again with what happened inside the LLM, if images came in."""
+        """Publish the report again with the compression inside the LLM, if the LLM took in images."""
         steps = [state.first for state in states if state.first is not None]
         if steps:
             publish(self, extend(report, steps))
 
     @torch.compiler.disable  # as `_compress`
     def _remember(self, cache: object, call: CompressedCall, generated: Generated | None = None) -> None:
-        """Remember what the call has put into `cache`, if that is known."""
+        """Remember the state of `cache` after the call, if it is known."""
         if call.can_be_continued:
             state = call.cache_state()
             if generated is not None:
@@ -220,14 +220,15 @@ class CompressedModel(nn.Module):
     # --- saving -----------------------------------------------------------------------------------------------
 
     def save_pretrained(self, folder: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Write the inner model under its own names, so that transformers alone loads it, and `compressor.json`.
+        """Write the inner model, and the compressor as `compressor.json`.
 
-        The weights of a method that has some go into `resampler.safetensors`.
+        The inner model keeps its own names, so that transformers alone can load it. The weights of a method with
+        weights are written to `resampler.safetensors`.
         """
         if kwargs.get("push_to_hub"):
             self.push_to_hub()
         state = kwargs.get("state_dict")
-        if state is not None:  # trainers pass the façade's own
+        if state is not None:  # trainers pass the state dict of the façade
             kwargs["state_dict"] = {
                 name.removeprefix("inner."): value for name, value in state.items() if not name.startswith("resampler.")
             }
@@ -239,11 +240,14 @@ class CompressedModel(nn.Module):
         write_compressor(self.compressor, folder)
 
     def push_to_hub(self, *_args: object, **_kwargs: object) -> NoReturn:
-        """Refuse: transformers would upload the model without its compressor."""
+        """Raise `UserError`: transformers would upload the model without its compressor."""
         raise UserError("save_pretrained(folder) first, then upload the folder: huggingface_hub.upload_folder")
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the inner model's state under `inner.`; tied weights are copies: safetensors saves no shared ones."""
+        """Return the state dict, with the inner model's names under `inner.`.
+
+        Tied weights are copied, because safetensors does not save shared tensors.
+        """
         state = super().state_dict(*args, **kwargs)
         seen: set[int] = set()
         for name, value in state.items():
@@ -264,7 +268,7 @@ class CompressedModel(nn.Module):
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """The inner model's; setting it here sets it there."""
+        """Return the generation config of the inner model. Setting it here sets it there."""
         return self.inner.generation_config
 
     @generation_config.setter
@@ -272,7 +276,7 @@ class CompressedModel(nn.Module):
         self.inner.generation_config = config
 
     def _switch_checkpointing(self, name: str, *args: object, **kwargs: object) -> None:
-        """Switch it in the model and in what a resampler has of transformers, which alone knows these switches."""
+        """Switch gradient checkpointing in the model, and in the parts of the resampler that support it."""
         getattr(self.inner, name)(*args, **kwargs)
         for module in () if self.resampler is None else self.resampler.modules():
             if getattr(module, "supports_gradient_checkpointing", False):
@@ -289,7 +293,7 @@ class CompressedModel(nn.Module):
 
 
 def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the part of a state dict whose names begin with `prefix`, without it."""
+    """Return the entries of a state dict whose names begin with `prefix`, and remove it from the names."""
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 

@@ -1,7 +1,7 @@
-"""What `generate` promises although the model inside gets a shorter prompt: limits, padding, copies, streams.
+"""`generate` with the usual limits, padding, copies and streams, although the inner model gets a shorter prompt.
 
-transformers' `generate` returns the prompt with the answer behind it and counts its tokens. A `Generation` keeps this
-as the user sees it, and refuses what transformers would answer wrongly without an error.
+transformers' `generate` returns the prompt followed by the answer, and its length limits count the prompt. `Generation`
+does the same with the user's prompt, and refuses settings with which transformers would silently answer wrongly.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vlmzip.runtime.in_llm.hooks import running
 from vlmzip.runtime.in_llm.state import InLLMState
 from vlmzip.runtime.prompt import PER_TOKEN, pad_id
 
-#: Whether chunked prefill gives each chunk its own part of the images' features.
+#: True if chunked prefill gives each chunk its own part of the images' features.
 CAN_CUT_FEATURES = hasattr(transformers.generation.utils, "_slice_mm_encoder_output")
 
 #: Inputs with one row for each prompt.
@@ -33,20 +33,20 @@ ONE_A_ROW = {"input_ids", *PER_TOKEN}
 
 @dataclass
 class Generated:
-    """What came of a call of `generate`."""
+    """The result of a call of `generate`."""
 
     output: object
-    """What the user gets."""
+    """The value that the user gets."""
     new_tokens: Int[Tensor, "rows new"]
     filler: Bool[Tensor, "rows new"]
-    """What of it stands behind the end of rows that were done before the longest."""
+    """True for padding in `new_tokens` after the end of short answers."""
     in_llm: list[InLLMState]
-    """What acted inside the LLM: the call's state, or one for each row where rows ran one by one."""
+    """The states of compression inside the LLM: the call's, or one for each row if rows ran one by one."""
     cache: object = None
-    """A filled cache that can be continued: the user's, or one that was returned."""
+    """The filled cache that can be continued: the user's or the returned one; `None` if there is no such cache."""
 
     def warn_beyond_positions(self, call: CompressedCall) -> None:
-        """Warn where answers grow beyond the LLM's positions; the last token of each has not been through the LLM."""
+        """Warn if answers go beyond the LLM's positions. The LLM does not see the last token of an answer."""
         written = (~self.filler).sum(1).tolist()
         copies = len(written) // len(call.report.positions)
         taken = [call.report.positions[row // copies] + count - 1 for row, count in enumerate(written)]
@@ -54,15 +54,15 @@ class Generated:
 
 
 class Generation:
-    """One call of `generate`, before and after the inner model's."""
+    """One call of `generate`: the work before and after the inner model's own `generate`."""
 
     def __init__(self, model: Any, family: Family, arguments: Inputs) -> None:
-        """Raise `UserError` for arguments that give wrong answers with any compressor."""
+        """Read the arguments; raise `UserError` for those that do not work with any compressor."""
         self.model, self.family = model, family
         self.arguments = with_cache_named(arguments, cache_name(family.model))
         self.cache = cache_of(arguments)
         self.repeats = self.setting("num_beams", 1) > 1 or self.setting("num_return_sequences", 1) > 1
-        """Whether a prompt gets several rows: for beams, or for several sequences."""
+        """True if a prompt gets several rows, for beams or for several sequences."""
         if self.repeats and self.cache is not None:
             raise UserError("a cache can be neither filled nor continued with beams or several sequences a prompt")
         if self.cache is not None and self.setting("use_cache", True) is False:
@@ -74,25 +74,28 @@ class Generation:
     # --- settings ---------------------------------------------------------------------------------------------
 
     def setting(self, name: str, default: object = None) -> Any:
-        """Return a setting: the argument, or what the given generation config or the model's own says."""
+        """Return a setting from the arguments, else from the given generation config, else from the model's."""
         configs = (self.arguments.get("generation_config"), getattr(self.model, "generation_config", None))
         values = (self.arguments.get(name), *(getattr(config, name, None) for config in configs))
         return next((value for value in values if value is not None), default)
 
     @property
     def _ends(self) -> list[int]:
-        """The tokens that end an answer."""
+        """Return the tokens that end an answer."""
         ends = self.setting("eos_token_id")
         return [] if ends is None else torch.as_tensor(ends).flatten().tolist()
 
     @property
     def _pad(self) -> int:
-        """What `generate` writes behind the end of a row: without a pad token the first end, as transformers does."""
+        """Return the token that `generate` writes after the end of a row.
+
+        Without a pad token it is the first end token, as in transformers.
+        """
         pad = self.setting("pad_token_id")
         return pad if pad is not None else (*self._ends, pad_id(self.family))[0]
 
     def _infer_mask(self) -> None:
-        """Take pad tokens for padding where no `attention_mask` says more, as transformers does."""
+        """Treat pad tokens as padding if there is no `attention_mask`, as transformers does."""
         ids, pad = self.arguments.get("input_ids"), self.setting("pad_token_id")
         mask_is_known = self.arguments.get("attention_mask") is not None or self.cache is not None
         if ids is None or mask_is_known or pad is None or pad in self._ends:
@@ -101,23 +104,24 @@ class Generation:
             self.arguments["attention_mask"] = (ids != pad).long()
 
     def _filler(self, tokens: Int[Tensor, "rows new"]) -> Bool[Tensor, "rows new"]:
-        """Mark what `generate` wrote behind the end of rows that were done before the longest."""
+        """Mark the padding that `generate` wrote after the end of short answers."""
         pad = self._pad
         after = (tokens == pad).flip(1).cumprod(1).sum(1)
-        # Whatever ended a row, nothing is behind the row that ended last; a pad that is the end itself was generated.
+        # Not all trailing pads are padding. If the pad token ends answers, the first of them in a row was generated.
+        # Otherwise the longest answer has no padding, so all its trailing pads were generated.
         after = after - (after.clamp(max=1) if pad in self._ends else after.min())
         return torch.arange(tokens.shape[1], 0, -1, device=tokens.device) <= after[:, None]
 
     # --- refusals ---------------------------------------------------------------------------------------------
 
     def refuse(self, call: CompressedCall) -> None:
-        """Raise `UserError` for what transformers would do wrongly with the compressed prompt, without an error."""
+        """Raise `UserError` for settings with which transformers would silently answer wrongly or that do not work."""
         version = transformers.__version__
-        # Older transformers prefill in chunks without cutting the images' features to match.
+        # Older versions of transformers prefill in chunks without splitting the images' features to match.
         if self.setting("prefill_chunk_size") and "mm_encoder_outputs" in call.inputs and not CAN_CUT_FEATURES:
             raise UserError(f"prefill_chunk_size with images gives wrong answers in transformers {version}; update it")
         rows = [image.row for image in call.report.images]
-        # Before 5.19 transformers gives the copies of a row the images of its neighbours.
+        # Before version 5.19, transformers gives the copies of a row the images of other rows.
         if self.repeats and len(rows) != len(set(rows)) and Version(version) < Version("5.19"):
             raise UserError(
                 "beams and several sequences of prompts with several images give wrong answers in transformers"
@@ -127,18 +131,18 @@ class Generation:
             self._refuse_inside_the_llm()
 
     def _refuse_inside_the_llm(self) -> None:
-        """Raise `UserError` for what `generate` would do with a cache whose layers hold different tokens."""
+        """Raise `UserError` for settings that do not work if layers of the cache hold different tokens."""
         for name in ("prefill_chunk_size", "prompt_lookup_num_tokens"):
             if self.setting(name):
                 raise UserError(f"{name} does not go with a compressor inside the LLM; leave it out")
         if self.setting("guidance_scale", 1) != 1 and self.setting("use_cache", True) is False:
-            # Without a cache nothing tells the forwards of the answer from those of the negative prompt.
+            # Without a cache, calls for the answer cannot be distinguished from calls for the negative prompt.
             raise UserError("guidance_scale with a compressor inside the LLM needs use_cache=True")
 
     # --- running ----------------------------------------------------------------------------------------------
 
     def run(self, call: CompressedCall) -> Generated:
-        """Return the user's prompt with the answer of the model to the compressed one behind it."""
+        """Run the inner model on the compressed prompt; return its answer after the user's prompt."""
         prompt, inputs = self.arguments["input_ids"], call.inputs
         short = inputs["input_ids"].shape[1]
         self._keep_length_limits(inputs, prompt.shape[1], short)
@@ -162,7 +166,7 @@ class Generation:
         return Generated(output, new_tokens, self._filler(new_tokens), states, cache)
 
     def _keep_length_limits(self, inputs: InputDict, prompt: int, short: int) -> None:
-        """Let `max_length` and `min_length` count the prompt as the user sees it: `prompt` tokens, not `short`."""
+        """Make `max_length` and `min_length` count the `prompt` tokens of the user, not the `short` compressed ones."""
         for limit, new_tokens in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
             value = self.setting(limit)
             if value is not None and self.setting(new_tokens) is None:
@@ -174,9 +178,10 @@ class Generation:
                 inputs[limit] = max(value - prompt + short, 0)
 
     def _run_row_by_row(self, call: CompressedCall) -> Generated:
-        """Run each row alone, where `generate` itself would repeat images of different rows wrongly.
+        """Run each row alone, because `generate` would repeat the images of several rows wrongly.
 
-        It repeats rows for beams image by image; features that are one tensor have no images to tell apart.
+        For several rows per prompt, `generate` repeats the features image by image. This needs a list of features, one
+        for each image; here the features of all images are one tensor.
         """
         refused = ("return_dict_in_generate", "streamer", "prefix_allowed_tokens_fn")
         if any(self.setting(name) for name in refused):
@@ -206,24 +211,24 @@ class Generation:
 
 @runtime_checkable
 class Streamer(Protocol):
-    """Gets the tokens of an answer while `generate` writes them."""
+    """A receiver of the tokens of an answer while `generate` writes them."""
 
     def put(self, value: Tensor) -> object:
-        """Take the next tokens."""
+        """Receive the next tokens."""
 
     def end(self) -> object:
-        """Take note that the answer is complete."""
+        """Finish after the last token of the answer."""
 
 
 class PromptStreamer:
-    """Shows a streamer the prompt as the user gave it, then the new tokens."""
+    """A streamer that passes the user's prompt and then the new tokens to another streamer."""
 
     def __init__(self, streamer: Streamer, prompt: Int[Tensor, "rows length"]) -> None:
         self._streamer = streamer
         self._prompt: Tensor | None = prompt
 
     def put(self, value: Tensor) -> None:
-        # The first thing that `generate` streams is its own, shortened prompt, repeated for several sequences.
+        # `generate` first streams its shortened prompt, repeated for several sequences. Replace it with the user's.
         if self._prompt is not None:
             value = self._prompt.cpu().repeat_interleave(len(value) // len(self._prompt), dim=0)
         self._streamer.put(value)

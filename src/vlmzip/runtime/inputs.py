@@ -139,8 +139,8 @@ def contiguous_positions(
 ) -> tuple[Int[Tensor, "*axes batch length"], Int[Tensor, " batch"]]:
     """Return the positions of the compressed prompt, counted from 0, and the position of each row's next token.
 
-    Positions count up by one on every axis. Resized images still lie on a grid, so the family counts their positions as
-    for any image.
+    On every axis, each token's position is one more than that of the token before. With resized images, the family
+    counts the positions, because their tokens still lie on a grid.
     """
     if compressed.smaller is not None:
         return family.original_positions({**compressed.smaller, "input_ids": compressed["input_ids"]}, mask)
