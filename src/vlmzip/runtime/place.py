@@ -1,4 +1,4 @@
-"""Checks that a compressor fits a model, and that it drops anything there."""
+"""Checks that a compressor fits a model, and a warning if it changes nothing there."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ FILE = "resampler.safetensors"
 
 
 def resampling(compressor: Compressor) -> Resampler | None:
-    """Return the first stage of `compressor` if it is a resampler, the only kind with weights; otherwise `None`."""
+    """Return the first stage of `compressor` if it is a resampler, which has weights; otherwise `None`."""
     first = compressor.stages()[0]
     return first if isinstance(first, Resampler) else None
 

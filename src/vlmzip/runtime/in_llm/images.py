@@ -101,7 +101,7 @@ class Images:
         """
         kept = self.real.clone() if before is None else before.here >= 0
         slots_of = self.places if before is None else before.places
-        # Decide: parts of equal shape form one batch of visual tokens.
+        # Compress: parts of equal shape form one batch of visual tokens.
         parts = self._parts(compressor, slots_of)
         merges: list[Merge] = []
         for group in _alike(parts):

@@ -17,9 +17,10 @@ A token has an index in each of four spaces. Columns and slots also count paddin
 | `LayerCut.here` | each remaining token at the layer (slot) | column |
 | `LayerCut.keys` | each token in the layer's cache | conversation column |
 | `LayerCut.places` | each remaining token of an image (number) | slot |
-| `Choice.numbers` | each token that a compressor gets | number, before the layer acts |
-| `Part.slots` | each token that a compressor gets | slot among the tokens that entered the layer |
-| `Part.outputs` | each output token of the compressor | slot of its anchor, before the layer acts |
+| `Choice.numbers` | each token that a compressor gets | number, before the compressor acts |
+| `Part.image_slots` | each remaining token of an image (number) | slot among the tokens that entered the layer |
+| `Merge.slots` | each token that a compressor gets | slot among the tokens that entered the layer |
+| `Part.outputs` | each output token of the compressor | slot of its anchor, before the compressor acts |
 | `Question.columns` | each token of a row that may belong to a question (query) | column |
 | `Question.about` | each token of the question about an image | query |
 """

@@ -24,7 +24,7 @@ def shrink_mask(
 
     `here` has the column of each remaining token among the tokens that entered the LLM in this forward. Column 0 of the
     forward is column `past` of the conversation. `keys` has the conversation column of each token in the layer's cache.
-    -1 is padding, which no real token attends to. `padded` is True if `keys` has padding.
+    In both, -1 is padding, which no real token attends to. `padded` is True if `keys` has padding.
 
     `mask` is the mask that transformers gives a layer: [batch or 1, 1, length, all] with booleans or with values to add
     to the attention logits, [batch, all] for FlashAttention (`flash`), or `None` for a causal mask without padding.
