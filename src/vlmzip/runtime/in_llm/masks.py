@@ -28,7 +28,7 @@ def shrink_mask(
 
     `mask` is the mask that transformers gives a layer: [batch or 1, 1, length, all] with booleans or with values to add
     to the attention logits, [batch, all] for FlashAttention (`flash`), or `None` for a causal mask without padding.
-    Raise `UserError` for any other kind of mask.
+    Raise `UserError` for a mask that is neither a tensor nor `None`.
     """
     if mask is None and not padded:
         return None
