@@ -1,4 +1,4 @@
-"""The documentation of a dataclass's fields: the string below each, read from the source."""
+"""The documentation of a dataclass's fields: the string below each field in the source."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ast
 
 
 def field_docs(definition: ast.stmt) -> dict[str, str]:
-    """Return the fields that a dataclass declares, each with the string below it in one line."""
+    """Return the fields that a dataclass declares and the string below each, joined to one line, or ""."""
     docs: dict[str, str] = {}
     name = ""
     for statement in getattr(definition, "body", []):
@@ -21,5 +21,5 @@ def field_docs(definition: ast.stmt) -> dict[str, str]:
 
 
 def with_docs(inherited: dict[str, str], declared: dict[str, str]) -> dict[str, str]:
-    """Return the fields of a class with their documentation; one without a string below it keeps its base class's."""
+    """Return the fields of a class with their documentation. Fields without a string inherit that of the base class."""
     return inherited | {name: doc or inherited.get(name, "") for name, doc in declared.items()}

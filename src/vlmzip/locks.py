@@ -1,4 +1,4 @@
-"""Keep other runs out of a folder that a run writes."""
+"""Lock a folder, so that only one run writes to it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from vlmzip.errors import UserError
 
 #: The lock file of a folder. It stays when the run ends: removing it could let two runs in.
 LOCK = ".lock"
-#: What the system says where a file system has no locks.
+#: Error numbers of file systems without locks.
 UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 def hold(folder: Path, process: int = 0) -> BaseFileLock:
-    """Keep other runs out of a folder until nothing refers to the result any more, or the process dies.
+    """Keep other runs out of a folder until the returned lock is garbage-collected or the process ends.
 
-    Makes the folder if it is missing. `process` is the number of this process among those of the run, each of which has
-    a lock. Calls for the same lock within a process return the same object. Raises `UserError` if another run holds the
-    folder, or if it cannot be written. Where the file system has no locks, nobody is kept out.
+    The folder is created if it is missing. `process` is the number of this process in the run; each process has its own
+    lock. Calls for the same lock within a process return the same object. Raise `UserError` if another run holds the
+    folder or the lock cannot be written. File systems without locks keep no run out.
     """
     path = folder.resolve() / (f"{LOCK}.{process}" if process else LOCK)
     try:
@@ -40,7 +40,7 @@ def hold(folder: Path, process: int = 0) -> BaseFileLock:
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
-    """Return the error for a disk that refuses, which also says that a run can go on."""
+    """Return the error for a failed write. It also says that the same command resumes the run."""
     return UserError(
         f"cannot write {str(path)!r}: {error.strerror or error}; the records so far are kept, and the same"
         " command goes on from them"

@@ -1,4 +1,4 @@
-"""One process, or several that `accelerate launch` or `torchrun` started: their numbers, and what they agree on."""
+"""The processes of a run, which `accelerate launch` or `torchrun` started, and their communication."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from vlmzip.errors import UserError
 from vlmzip.locks import hold
 
 T = TypeVar("T")
-#: How long a process waits for the others: one may be busy for long after they have finished.
+#: How long a process waits for the others. Some processes may finish long before others.
 PATIENCE = timedelta(days=7)
 
 
 class Processes:
     """The processes that a launcher started, or this process alone.
 
-    As a context manager it opens the group that they talk in, and leaves it at the end. Inside a training run, Trainer
-    opens that group.
+    As a context manager, it opens the process group for communication and destroys it at the end. In a training run,
+    Trainer opens the group.
     """
 
     def __init__(self) -> None:
@@ -38,19 +38,19 @@ class Processes:
         return self.rank == 0
 
     def device(self, asked: str | None) -> str | None:
-        """Return the device of this process: the one that was asked for, else a GPU for each process."""
+        """Return `asked`. If it is `None`, several processes run and GPUs exist, return the GPU of this process."""
         if asked is not None or self.count == 1 or not torch.cuda.is_available():
             return asked
         return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
 
     def __enter__(self) -> Processes:
-        """Open the group. Raise `UserError` if there are several processes and accelerate is not installed."""
+        """Open the process group. Raise `UserError` if several processes run and accelerate is not installed."""
         if self.count > 1:
             try:
-                from accelerate import PartialState  # an extra, which a single process does not need
+                from accelerate import PartialState  # from an extra; a single process does not need it
             except ImportError:
                 raise UserError("several processes need accelerate: pip install 'vlmzip[eval]'") from None
-            self._state = PartialState(cpu=True, timeout=PATIENCE)  # they exchange a few words, never on a GPU
+            self._state = PartialState(cpu=True, timeout=PATIENCE)  # they exchange little data, never on a GPU
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -63,7 +63,7 @@ class Processes:
         self._held.append(hold(folder, self.rank))
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """Return what `make` returns in the first process, in all processes. Raise its `UserError` in all of them."""
+        """Call `make` in the first process and return its result, or raise its `UserError`, in all processes."""
         if self.count == 1:
             return make()
         box: list[Any] = [None, None]
@@ -79,7 +79,7 @@ class Processes:
         return made
 
     def together(self, mine: dict[str, str]) -> dict[str, str]:
-        """Wait for all processes, and return the entries of all of them."""
+        """Wait for all processes and return their entries in one dict."""
         if self.count == 1:
             return mine
         entries: list[dict[str, str]] = [{}] * self.count

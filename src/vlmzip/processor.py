@@ -1,4 +1,4 @@
-"""What goes into a model, and what makes it: the processor that every model family has."""
+"""Types for the inputs of a model and for the processor that makes them."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedTokenizerBase
 
-#: Arguments of a model's forward by name: token ids, masks, pixels and whatever else its family takes.
+#: Arguments of a model's forward by name: token ids, masks, pixels and others that its family takes.
 Inputs: TypeAlias = Mapping[str, Any]
-#: Such arguments in a dict of the caller, which may change them.
+#: The same arguments in a dict that the receiver may change.
 InputDict: TypeAlias = dict[str, Any]
 
 
 @runtime_checkable
 class ImageProcessor(Protocol):
-    """Turns images into the pixels that an encoder takes."""
+    """An image processor, which turns images into the pixels that an encoder takes."""
 
     image_mean: Sequence[float]
     image_std: Sequence[float]
 
     def __call__(self, images: object, **settings: object) -> BatchFeature:
-        """Return the inputs for images."""
+        """Return the image inputs of the model."""
         ...
 
     def to_dict(self) -> dict[str, Any]:
@@ -33,17 +33,17 @@ class ImageProcessor(Protocol):
 
 
 class Processor(Protocol):
-    """Turns texts and images into the inputs of a model, and token ids into text."""
+    """A processor, which turns texts and images into the inputs of a model, and token ids into text."""
 
     tokenizer: PreTrainedTokenizerBase
     image_processor: ImageProcessor
 
     def __call__(self, *args: object, **settings: object) -> BatchFeature:
-        """Return the inputs for texts and images."""
+        """Return the inputs of the model for texts and images."""
         ...
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, object]], **settings: object) -> str:
-        """Return a conversation as the model's template writes it."""
+        """Return the text of a conversation, formatted with the model's chat template."""
         ...
 
     def batch_decode(self, ids: Int[Tensor, "rows tokens"], **settings: object) -> list[str]:
@@ -51,7 +51,7 @@ class Processor(Protocol):
         ...
 
     def decode(self, ids: Int[Tensor, " tokens"], **settings: object) -> str:
-        """Return the text of token ids."""
+        """Return the text of a sequence of token ids."""
         ...
 
     def to_dict(self) -> dict[str, Any]:
@@ -59,5 +59,5 @@ class Processor(Protocol):
         ...
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> object:
-        """Write the files from which it can be loaded again."""
+        """Write the files from which the processor can be loaded again."""
         ...

@@ -1,4 +1,4 @@
-"""Attach one compressor after another to a model."""
+"""Attach a series of compressors to a model."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from vlmzip.runtime.saving import saved_weights
 
 @dataclass
 class Attacher:
-    """A model to which compressors are attached, with the code and weights that answers depend on."""
+    """A model that attaches compressors, with the fingerprints of the code and weights on which answers depend."""
 
     model: nn.Module
     name: str
-    """The model as the user wrote it. A compressor that was saved with it has trained weights."""
+    """The model as the user wrote it. If it was saved with a compressor, that compressor gets its trained weights."""
     _identities: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def attach(self, compressor: Compressor) -> CompressedModel:
-        """Return the model with a compressor. Untrained weights are the same each time."""
+        """Return the model with a compressor attached. Untrained weights are the same each time."""
         with torch.random.fork_rng(), collecting_warnings():  # the warnings were shown when the methods were configured
             torch.manual_seed(0)
             return attach(self.model, compressor, weights=saved_weights(compressor, self.name))
 
     def identity(self, one: Configuration) -> dict[str, str]:
-        """Return what the answers of a configuration depend on in addition to its settings: code and weights."""
+        """Return the fingerprints of the code and weights of a configuration's method, on which its answers depend."""
         if one.file_stem not in self._identities:
             compressed = self.attach(one.chosen)
             try:

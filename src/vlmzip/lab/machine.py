@@ -1,4 +1,4 @@
-"""What a number was measured on: device, versions, commit."""
+"""The device, versions and commit of a measurement."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def hardware(device: str | torch.device = "cpu") -> str:
 
 
 def commit() -> str:
-    """Return the commit of the running sources, with `-dirty` if they were changed, or the version without git."""
+    """Return the commit of the running sources, with `-dirty` if they were changed; without git, the version."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -34,7 +34,7 @@ def commit() -> str:
 
 
 def about(device: str | torch.device = "cpu") -> dict[str, str]:
-    """Return the last columns of every row of a results file."""
+    """Return the device, versions and commit, which are the last columns of every row of a results file."""
     return {
         "device": hardware(device),
         "torch": torch.__version__,
@@ -44,6 +44,6 @@ def about(device: str | torch.device = "cpu") -> dict[str, str]:
 
 
 def file_name(what: str, device: str | torch.device = "cpu", *settings: str) -> str:
-    """Return the name of a CSV: what was measured, the hardware, the versions and the settings."""
+    """Return the file name of a CSV, made of the subject `what`, the hardware, the versions and the settings."""
     words = [what, hardware(device), f"torch{torch.__version__}", f"transformers{transformers.__version__}", *settings]
     return re.sub(r"[^A-Za-z0-9.+]+", "-", " ".join(words)).strip("-") + ".csv"

@@ -1,4 +1,4 @@
-"""Make file names from texts and settings."""
+"""File names made from texts and settings."""
 
 from __future__ import annotations
 

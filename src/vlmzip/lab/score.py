@@ -1,4 +1,4 @@
-"""The score of a model on a task while it is trained."""
+"""The score of a model on a task during training."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from vlmzip.runtime.answering import Answerer
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.training.sharding import moves_together
 
-#: Questions answered together.
+#: Number of questions answered in a batch.
 BATCH = 32
 
 
 class TaskScore:
     """The score of a model on a task. Each process answers its share, and all processes get the same score.
 
-    If parameters are sharded, every process answers all questions: a process with more forwards would wait for the
-    others.
+    If parameters are sharded, every process answers all questions, because all processes must run the same number of
+    forward passes.
     """
 
     def __init__(self, answerer: Answerer, task: Task) -> None:

@@ -19,12 +19,12 @@ from vlmzip.models.vit import resized_views
 from vlmzip.processor import InputDict, Inputs
 from vlmzip.visual_tokens import Grid, Signal, Site
 
-#: Views of a common image: the base and 2 x 2 tiles, to which the papers' budgets for this model refer.
+#: Number of views of a common image: the base and 2 x 2 tiles. The papers' budgets for this model refer to it.
 COMMON_VIEWS = 5
 
 
 class LlavaNext(Llava):
-    """`LlavaNextForConditionalGeneration`: each view is encoded and projected as LLaVA's single one."""
+    """`LlavaNextForConditionalGeneration`. Each view is encoded and projected as LLaVA's single view is."""
 
     model_types = ("llava_next",)
     example = "llava-hf/llava-v1.6-vicuna-7b-hf"
@@ -46,9 +46,9 @@ class LlavaNext(Llava):
         return [layouts[size] for size in sizes]
 
     def view_pixels(self, inputs: Inputs) -> list[Float[Tensor, "3 height width"]]:
-        """The base image and the tiles of every image; those of images with few tiles are padded with empty ones."""
+        """Return the base image and the tiles of every image, without the empty tiles that pad some images."""
         counts, pixels = [len(layout.views) for layout in self.layouts(inputs)], inputs["pixel_values"]
-        if isinstance(pixels, Tensor):  # `downsample` makes lists of views
+        if isinstance(pixels, Tensor):  # not a list of views from `downsample`
             _check_pixels(pixels, counts)
         return [view for image, count in zip(pixels, counts, strict=True) for view in image[:count]]
 
@@ -58,7 +58,7 @@ class LlavaNext(Llava):
         return {"pixel_values": images, "interpolate_pos_encoding": True}
 
     def _layout(self, size: tuple[int, int]) -> Layout:
-        """The layout of an image of this height and width, by the model's own packing."""
+        """Return the layout of an image of this height and width, found with the model's own packing."""
         vision = self.model.config.vision_config
         height, width = select_best_resolution(size, self.model.config.image_grid_pinpoints)
         side = vision.image_size // vision.patch_size
@@ -73,7 +73,7 @@ class LlavaNext(Llava):
 
 
 def _check_pixels(pixels: Tensor, counts: Sequence[int]) -> None:
-    """Raise `UserError` for pixels that do not hold the views of every image; `counts` has the views of each."""
+    """Raise `UserError` if `pixels` does not hold the views of every image. `counts` is the number of views of each."""
     if pixels.ndim != 5 or len(pixels) != len(counts):
         raise UserError(
             "LLaVA-NeXT needs pixel_values of [images, views, 3, height, width], one entry for each of image_sizes:"

@@ -1,4 +1,4 @@
-"""Queries and keys of a decoder layer, by the kind of its attention: which projections make them, and their norms."""
+"""Queries and keys of a decoder layer, for the kinds of attention that differ in projections and norms."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vlmzip.errors import UserError
 from vlmzip.models.recording import rotate
 
-#: Projects hidden states to queries or keys, heads side by side.
+#: A function that projects hidden states to queries or keys, with heads concatenated.
 Projection = Callable[[Tensor], Tensor]
 
 
@@ -22,10 +22,10 @@ def queries_and_keys(
     positions: tuple[Float[Tensor, "_ length rotary_dim"], Float[Tensor, "_ length rotary_dim"]],
     rows: Int[Tensor, "batch queries"],
 ) -> tuple[Float[Tensor, "batch heads queries head_dim"], Float[Tensor, "batch key_heads length head_dim"]]:
-    """Return rotated queries of the tokens in `rows` and rotated keys of all, as the layer's attention has them.
+    """Return the rotated queries of the tokens in `rows` and the rotated keys of all tokens in a layer.
 
-    `hidden` is what the layer is given; `positions` are cosine and sine. Raise `UserError` for a kind of attention that
-    is not known.
+    `hidden` is the input of the layer; `positions` are cosine and sine. Raise `UserError` for an unknown kind of
+    attention.
     """
     attention: Any = layer.self_attn
     to_query, to_key = projections(attention)
@@ -36,11 +36,11 @@ def queries_and_keys(
 
 
 def projections(attention: Any) -> tuple[Projection, Projection]:
-    """Return what projects to queries and to keys."""
+    """Return the functions that project to queries and to keys. Raise `UserError` for an unknown kind of attention."""
     if hasattr(attention, "q_proj") and hasattr(attention, "k_proj"):
         return attention.q_proj, attention.k_proj
     if hasattr(attention, "qkv_proj") and hasattr(attention, "num_key_value_groups"):
-        # One matrix makes the queries, as many parts as share a key, then the keys and the values, one part each.
+        # The rows of the fused matrix are queries, keys, values. Queries take as many parts as query heads share a key.
         shares = attention.num_key_value_groups + 2
         size = attention.qkv_proj.weight.shape[0] // shares
         ends = (size * attention.num_key_value_groups, size * (attention.num_key_value_groups + 1))
@@ -52,7 +52,10 @@ def projections(attention: Any) -> tuple[Projection, Projection]:
 
 
 def _slice_of(projection: Any, start: int, end: int) -> Projection:
-    """A part of a fused projection, computed alone. Quantised or adapted ones are computed whole and cut."""
+    """Return a function for a part of a fused projection.
+
+    It computes only that part. Quantised or adapted projections are computed completely and then sliced.
+    """
 
     def project(states: Tensor) -> Tensor:
         if type(projection) is not nn.Linear:
@@ -71,7 +74,7 @@ def _rotated(
     cos: Float[Tensor, "batch length rotary_dim"],
     sin: Float[Tensor, "batch length rotary_dim"],
 ) -> Float[Tensor, "batch heads length head_dim"]:
-    """The states by head, behind the attention's own norm if it has one, with rotary positions on the leading part."""
+    """Return the states by head, after the attention's norm if it has one, with the leading part rotated."""
     heads = states.unflatten(-1, (-1, attention.head_dim))
     if (own := getattr(attention, norm, None)) is not None:
         heads = own(heads)

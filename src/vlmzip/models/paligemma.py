@@ -1,4 +1,4 @@
-"""PaliGemma: SigLIP without CLS, one linear layer as projector, prompts that see each other both ways."""
+"""PaliGemma: SigLIP without CLS, a linear layer as projector, and bidirectional attention in the prompt."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 class PaliGemma(Family):
     """`PaliGemmaForConditionalGeneration`.
 
-    SigLIP has no CLS: `cls_attention` is the attention received (VisionZip, A.2).
+    SigLIP has no CLS, so `cls_attention` is the attention received (VisionZip, A.2).
     """
 
     model_types = ("paligemma",)
@@ -33,7 +33,7 @@ class PaliGemma(Family):
             self.model.model.vision_tower, pixels, [last], needs,
             interpolate_pos_encoding=inputs.get("interpolate_pos_encoding", False),
         )  # fmt: skip
-        features = out.last_hidden_state  # behind the encoder's last norm
+        features = out.last_hidden_state  # after the encoder's last norm
         if site is Site.POST_PROJECTOR:
             features = self.project(features, Site.PRE_PROJECTOR)
         tokens = VisualTokens(features, grid_of(self.model.config.vision_config, pixels), **signals)
@@ -57,4 +57,4 @@ class PaliGemma(Family):
         return features if site is Site.POST_PROJECTOR else self.model.model.multi_modal_projector(features)
 
     def forward_positions(self, positions: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
-        return positions + 1  # counted from 1; `generate` adds the 1 itself
+        return positions + 1  # `forward` counts from 1; `generate` adds the 1 itself

@@ -1,4 +1,4 @@
-"""Images at another size."""
+"""Resize images."""
 
 from __future__ import annotations
 
@@ -10,5 +10,8 @@ from torch.nn.functional import interpolate
 def resized(
     pixels: Float[Tensor, "batch 3 height width"], height: int, width: int
 ) -> Float[Tensor, "batch 3 new_height new_width"]:
-    """Bicubic with antialiasing, computed in float32: there is no such kernel for half precision on CPUs."""
+    """Return images resized by antialiased bicubic interpolation.
+
+    It is computed in float32, because CPUs have no such kernel for half precision.
+    """
     return interpolate(pixels.float(), (height, width), mode="bicubic", antialias=True).to(pixels.dtype)

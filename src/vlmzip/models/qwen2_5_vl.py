@@ -1,4 +1,4 @@
-"""Qwen2.5-VL, images only: grids of any size, windows in the encoder, a merger, positions with three axes."""
+"""Qwen2.5-VL, images only: grids of any size, windows in the encoder, a merger, and positions with three axes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 class Qwen25VL(Family):
     """`Qwen2_5_VLForConditionalGeneration`.
 
-    One token becomes one LLM token behind the merger, so that is where compressors act. Score and keys follow
-    VisionZip's Qwen2.5-VL variant: attention received in the last vision block, with rotated queries and keys, mean
-    over heads and over the patches that the merger joins.
+    Compressors act after the merger, because each of its output tokens becomes one LLM token. Score and keys follow
+    VisionZip's Qwen2.5-VL variant. The score is the attention received in the last vision block, computed with rotated
+    queries and keys. Score and keys are means over heads and over the patches that the merger joins.
     """
 
     model_types = ("qwen2_5_vl",)
@@ -34,7 +34,7 @@ class Qwen25VL(Family):
     position_axes = (3,)
 
     def profile(self) -> Profile:
-        # Any size is native to this family; 448 x 448 pixels stand for a common image.
+        # This family takes images of any size; we assume 448 x 448 pixels as a common size.
         vision = self.model.config.vision_config
         side = 448 // vision.patch_size // vision.spatial_merge_size
         return Profile(Grid(1, side, side), self.llm_config.num_hidden_layers, first_layer=self.first_free_layer)
@@ -84,7 +84,7 @@ class Qwen25VL(Family):
 
     @property
     def vision_encoder(self) -> nn.Module:
-        encoder: nn.Module = self.model.model.visual  # the projector is a part of it
+        encoder: nn.Module = self.model.model.visual  # it includes the projector
         return encoder
 
     @property
@@ -93,12 +93,12 @@ class Qwen25VL(Family):
         return merger
 
     def project(self, features: Float[Tensor, "tokens dim"], site: Site) -> Float[Tensor, "tokens llm_dim"]:
-        return features  # the merger projects, and it comes before both sites
+        return features  # the merger has projected them already at both sites
 
     def original_positions(
         self, inputs: Inputs, mask: Int[Tensor, "batch length"]
     ) -> tuple[Int[Tensor, "3 batch length"], Int[Tensor, " batch"]]:
-        """Positions on three axes, computed for the full grids (the authors re-slice them likewise)."""
+        """Return positions on three axes for the full grids, which VisionZip's authors slice in the same way."""
         ids = inputs["input_ids"]
         positions, deltas = self.model.model.get_rope_index(
             ids,
@@ -110,8 +110,11 @@ class Qwen25VL(Family):
 
     @torch.no_grad()
     def encoder_attention(self, inputs: Inputs) -> EncoderAttention:
-        """The attention received in every block. In most of them a patch attends to its own window only, and each
-        window gets the same in all: what is concentrated there, is so inside of windows."""
+        """Return the attention received in every block.
+
+        In most blocks of Qwen2.5-VL, patches attend only inside their windows, and the scores of each window have the
+        same mean. In these blocks, scores show where attention concentrates inside windows, not between them.
+        """
         layers = range(self.tower.depth)
         _, recording, sizes = self.tower.run(inputs, layers)
         scores = self.tower.scores(recording, sizes).split([grid.size for grid in self.tower.grids(inputs)], dim=1)

@@ -1,4 +1,4 @@
-"""CLIP and SigLIP vision encoders, which several families share: features of some layers, signals of the deepest."""
+"""CLIP and SigLIP vision encoders: the features of some layers and the signals of the deepest of them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from vlmzip.models.recording import Recording, attention_received, cls_attention
 from vlmzip.processor import InputDict
 from vlmzip.visual_tokens import Grid, Signal
 
-#: Encoders of this form, and the tokens that they put before the patches.
+#: Supported encoders, and the number of tokens that each puts before the patches.
 PREFIX = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
-#: Mean and deviation of each color channel by which the processors of published checkpoints normalise images.
+#: Mean and standard deviation of each color channel that the processors of published checkpoints normalise with.
 NORMALISED_BY = {
     "clip_vision_model": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
     "siglip_vision_model": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
@@ -34,7 +34,7 @@ NORMALISED_BY = {
 
 
 def prefix_of(vision_config: Any) -> int:
-    """Tokens before the patches: 1 for CLIP's CLS. Raises `UserError` for other encoders."""
+    """Return the number of tokens before the patches: 1 for CLIP's CLS. Raise `UserError` for unsupported encoders."""
     if vision_config.model_type not in PREFIX:
         known = " and ".join(PREFIX)
         raise UserError(f"vision encoders of type {vision_config.model_type} are not supported yet; {known} are")
@@ -42,14 +42,14 @@ def prefix_of(vision_config: Any) -> int:
 
 
 def grid_of(vision_config: Any, pixels: Float[Tensor, "*batch 3 height width"]) -> Grid:
-    """The grid of each image in a batch of equal size."""
+    """Return the grid of patches that all images of a batch have."""
     return Grid(1, pixels.shape[-2] // vision_config.patch_size, pixels.shape[-1] // vision_config.patch_size)
 
 
 def views_of_equal_size(
     views: Pixels,
 ) -> list[tuple[Float[Tensor, "views 3 height width"], Sequence[int]]]:
-    """Return the pixels of views of equal size together, and which of all views they are."""
+    """Return one batch of pixels for each size of view, with the numbers of its views."""
     if isinstance(views, Tensor):
         return [(views, range(len(views)))]
     groups: dict[torch.Size, list[int]] = {}
@@ -59,7 +59,7 @@ def views_of_equal_size(
 
 
 def resized_views(vision_config: Any, views: Pixels, grids: Sequence[Grid]) -> list[Float[Tensor, "3 _ _"]]:
-    """Return the pixels of views at the sizes of some grids; those of that size already stay as they are."""
+    """Return the pixels of views, resized to fit `grids`. Views with the right grid stay unchanged."""
     patch = vision_config.patch_size
     return [
         view if grid == grid_of(vision_config, view) else resized(view[None], grid.rows * patch, grid.cols * patch)[0]
@@ -68,15 +68,18 @@ def resized_views(vision_config: Any, views: Pixels, grids: Sequence[Grid]) -> l
 
 
 def downsampled(vision_config: Any, pixels: Float[Tensor, "batch 3 height width"], grid: Grid) -> InputDict:
-    """The inputs of smaller images, one size for all, and the word to the encoder to interpolate its positions."""
+    """Return the inputs of images resized to one grid, and let the encoder interpolate its position embeddings."""
     patch = vision_config.patch_size
-    if grid == grid_of(vision_config, pixels):  # whose last pixels may fill no patch: they would be squeezed in
+    if grid == grid_of(vision_config, pixels):  # resizing would squeeze in pixels beyond the last patch
         return {"pixel_values": pixels}
     return {"pixel_values": resized(pixels, grid.rows * patch, grid.cols * patch), "interpolate_pos_encoding": True}
 
 
 def feature_layers(wanted: int | list[int], depth: int) -> list[int]:
-    """The encoder layers, 0-based, that put out `hidden_states[i]` for each i wanted; number 0 is before them all."""
+    """Return the 0-based encoder layers whose outputs are `hidden_states[i]` for each i in `wanted`.
+
+    Raise `UserError` for `hidden_states[0]`, the patch embeddings before all layers.
+    """
     layers = [index % (depth + 1) - 1 for index in hidden_states(wanted, depth)]
     if min(layers) < 0:
         raise UserError("vision_feature_layer points at the patch embeddings, where nothing has been attended to")
@@ -84,7 +87,7 @@ def feature_layers(wanted: int | list[int], depth: int) -> list[int]:
 
 
 def hidden_states(wanted: Any, depth: int) -> list[int]:
-    """`vision_feature_layer` as a list. Raises `UserError` for what an encoder of `depth` layers does not put out."""
+    """Return `vision_feature_layer` as a list. Raise `UserError` for layers that an encoder of `depth` layers lacks."""
     indices = list(wanted) if isinstance(wanted, list | tuple) else [wanted]
     if not indices or any(type(index) is not int or not -depth - 1 <= index <= depth for index in indices):
         raise UserError(
@@ -102,11 +105,11 @@ def run_vit(
     *,
     interpolate_pos_encoding: bool = False,
 ) -> tuple[Float[Tensor, "batch tokens dim"], dict[str, Any], Any]:
-    """Features of the layers side by side, the signals of the deepest of them, and what the encoder itself returned.
+    """Return the concatenated features of the layers, the signals of the deepest layer, and the encoder's own output.
 
-    `interpolate_pos_encoding` is for images of another size than the encoder's own, which it refuses otherwise. An
-    encoder that is frozen keeps nothing for a backward, also under gradient checkpointing, for which transformers lets
-    every model's embeddings ask for gradients.
+    Set `interpolate_pos_encoding` for images of another size than the encoder's own. A frozen encoder keeps no
+    activations for a backward pass. This also holds under gradient checkpointing, for which transformers makes the
+    embeddings of every model require gradients.
     """
     learns = pixels.requires_grad or any(parameter.requires_grad for parameter in tower.parameters())
     blocks = tower.encoder.layers
@@ -126,11 +129,11 @@ def run_vit(
 def image_of(
     vision_config: Any, pixels: Float[Tensor, "batch 3 height width"]
 ) -> Float[Tensor, "batch 3 rows_px cols_px"]:
-    """What the patches cover of the images, in [0, 1] and float32: the processor's normalisation undone.
+    """Return the area of the images that patches cover, in [0, 1] and float32, without the processor's normalisation.
 
-    A model does not know its processor. Assumed is what published checkpoints use: CLIP's own mean and deviation for
-    CLIP encoders, 0.5 for SigLIP. Where a processor differs (mini has CLIP's encoder and normalises by 0.5), brightness
-    and contrast come out on another scale, the same for all images of the model.
+    A model does not know its processor. We assume the values of published checkpoints: CLIP's mean and standard
+    deviation for CLIP encoders, 0.5 for SigLIP. If a processor uses other values (mini has a CLIP encoder and
+    normalises by 0.5), brightness and contrast are on another scale, the same for all images of the model.
     """
     mean, deviation = (
         torch.tensor(v, device=pixels.device)[:, None, None] for v in NORMALISED_BY[vision_config.model_type]
@@ -152,7 +155,7 @@ def _signals(recording: Recording, vision_config: Any, needs: frozenset[Signal])
 def _score(
     query: Float[Tensor, "batch tokens dim"], key: Float[Tensor, "batch tokens dim"], vision_config: Any
 ) -> Float[Tensor, "batch tokens"]:
-    """What VisionZip ranks tokens by: the row of CLS, or the attention received where there is none."""
+    """Return the scores by which VisionZip ranks tokens: attention from CLS, or without CLS attention received."""
     heads = vision_config.num_attention_heads
     scale = (vision_config.hidden_size // heads) ** -0.5
     rule = cls_attention_row if prefix_of(vision_config) else attention_received
@@ -163,9 +166,9 @@ def _score(
 def encoder_attention(
     tower: Any, pixels: Float[Tensor, "batch 3 height width"], scored: int, *, interpolate_pos_encoding: bool = False
 ) -> EncoderAttention:
-    """What VisionZip ranks patches by, in every layer; `scored` is the one that it reads.
+    """Return the scores by which VisionZip ranks patches, in every layer. `scored` is the layer that VisionZip uses.
 
-    Queries and keys of all layers are held at once: as much memory as two hidden states a layer.
+    Queries and keys of all layers are in memory at once, which takes as much as two hidden states per layer.
     """
     modules: dict[str, nn.Module] = {}
     for layer, block in enumerate(tower.encoder.layers):

@@ -1,4 +1,4 @@
-"""Qwen's vision encoder: grids of any size, whose squares a merger joins; queries and keys are one projection."""
+"""Qwen's vision encoder: grids of any size, a merger that joins squares of patches, and fused queries and keys."""
 
 from __future__ import annotations
 
@@ -19,31 +19,34 @@ from vlmzip.visual_tokens import Grid, Signal
 
 
 class QwenTower:
-    """Score and keys follow VisionZip's Qwen2.5-VL variant: attention received in the last block, with rotated queries
-    and keys, mean over heads and over the patches that the merger joins."""
+    """Qwen's vision encoder, with the score and the keys of VisionZip's Qwen2.5-VL variant.
+
+    The score is the attention received in the last block, computed with rotated queries and keys. Score and keys are
+    means over heads and over the patches that the merger joins.
+    """
 
     def __init__(self, visual: Any) -> None:
         self.visual = visual
 
     @property
     def depth(self) -> int:
-        """Blocks of the encoder."""
+        """The number of blocks of the encoder."""
         return len(self.visual.blocks)
 
     def run(self, inputs: Inputs, layers: Sequence[int]) -> tuple[Any, Recording, Int[Tensor, "images 3"]]:
-        """What the encoder returns, what `layers` were recorded, and the patches of each image."""
+        """Return the encoder's output, the recording of `layers`, and each image's frames, rows and columns of patches."""
         sizes = sizes_of(inputs)
         with self._record(layers) as recording:
             out = self.visual(inputs["pixel_values"].type(self.visual.dtype), grid_thw=sizes, return_dict=True)
         return out, recording, sizes
 
     def grids(self, inputs: Inputs) -> list[Grid]:
-        """The grid of merged tokens of each image."""
+        """Return the grid of merged tokens of each image."""
         merge = self.visual.spatial_merge_size
         return [Grid(t, rows // merge, cols // merge) for t, rows, cols in sizes_of(inputs).tolist()]
 
     def whose(self, layer: int) -> str:
-        """Who attends in a block, in a few words."""
+        """Return in a few words which tokens attend in a block."""
         everywhere = getattr(self.visual, "fullatt_block_indexes", None)
         windowed = everywhere is not None and layer not in everywhere
         return "all tokens of the same window" if windowed else "all tokens"
@@ -52,7 +55,7 @@ class QwenTower:
     def signals(
         self, recording: Recording, sizes: Int[Tensor, "images 3"], needs: frozenset[Signal]
     ) -> dict[str, Float[Tensor, " tokens *key_dim"]]:
-        """Score and keys of each merged token of all images, in raster order."""
+        """Return the score and keys in `needs` for each merged token of all images, in raster order."""
         if not needs:
             return {}
         last = self.depth - 1
@@ -68,12 +71,12 @@ class QwenTower:
 
     @torch.no_grad()
     def scores(self, recording: Recording, sizes: Int[Tensor, "images 3"]) -> Float[Tensor, "layers tokens"]:
-        """The attention received in every block, in raster order."""
+        """Return the attention that each merged token receives in every block, in raster order."""
         scores = torch.stack([self._received(recording, layer) for layer in range(self.depth)])
         return scores[:, self._raster_order(sizes).to(scores.device)]
 
     def downsample(self, inputs: Inputs, grids: Sequence[Grid]) -> InputDict:
-        """Patches to images, images resized, images to patches."""
+        """Return the image inputs with images resized to these grids of merged tokens."""
         config, sizes = self.visual.config, sizes_of(inputs)
         merge, side = config.spatial_merge_size, config.patch_size * config.spatial_merge_size
         parts = []
@@ -86,15 +89,18 @@ class QwenTower:
         return {"pixel_values": torch.cat(parts), "image_grid_thw": sizes.new_tensor(smaller)}
 
     def _record(self, layers: Sequence[int]) -> AbstractContextManager[Recording]:
-        """Queries and keys of some blocks, and what their attention is called with."""
+        """Record queries, keys and keyword arguments of the attention in some blocks."""
         blocks = {str(layer): self.visual.blocks[layer].attn for layer in layers}
         return record({name: block.qkv for name, block in blocks.items()}, blocks)
 
     def _received(self, recording: Recording, layer: int) -> Float[Tensor, " tokens"]:
-        """The attention that each merged token gets in a block, window by window as the encoder runs over them."""
+        """Return the attention that each merged token receives in a block, in the order in which the encoder runs.
+
+        Attention is multiplied by the length of its sequence, so that windows of different sizes are comparable.
+        """
         attention = self.visual.blocks[layer].attn
         query, key = self._rotated(recording, layer)
-        # The sequences of this block: whole images, or windows where it attends in windows.
+        # The sequences of this block: whole images, or windows if the block attends in windows.
         lengths = recording.arguments[str(layer)]["cu_seqlens"].diff().tolist()
         parts = zip(query.split(lengths), key.split(lengths), strict=True)
         scores = [
@@ -106,7 +112,7 @@ class QwenTower:
     def _rotated(
         self, recording: Recording, layer: int
     ) -> tuple[Float[Tensor, "patches dim"], Float[Tensor, "patches dim"]]:
-        """Queries and keys of a block with rotary positions, heads side by side."""
+        """Return the queries and keys of a block with rotary positions and concatenated heads."""
         heads = self.visual.blocks[layer].attn.num_heads
         query, key, _ = recording[str(layer)].float().unflatten(-1, (3, heads, -1)).unbind(1)
         cos, sin = (table.float()[:, None] for table in recording.arguments[str(layer)]["position_embeddings"])
@@ -114,7 +120,7 @@ class QwenTower:
         return query, key
 
     def _raster_order(self, thw: Int[Tensor, "images 3"]) -> Int[Tensor, " tokens"]:
-        """For each merged token of all images in raster order, its place in the encoder's window by window."""
+        """Return, for all merged tokens in raster order, their indices in the encoder's order, which goes by window."""
         visual = self.visual
         if getattr(visual, "window_size", None) is None:
             return torch.arange(int(thw.prod(-1).sum()) // visual.spatial_merge_unit)
@@ -127,7 +133,7 @@ class QwenTower:
 
 
 def sizes_of(inputs: Inputs) -> Int[Tensor, "images 3"]:
-    """`image_grid_thw`, which must say of every patch to which image it belongs."""
+    """Return `image_grid_thw`. Raise `UserError` if it is missing or does not cover all patches."""
     sizes: Tensor | None = inputs.get("image_grid_thw")
     patches = len(inputs["pixel_values"])
     if sizes is None:
@@ -140,9 +146,9 @@ def sizes_of(inputs: Inputs) -> Int[Tensor, "images 3"]:
 def images_of(
     patches: Float[Tensor, "patches values"], grid: Grid, vision_config: Any
 ) -> Float[Tensor, "frames 3 height width"]:
-    """The frames that the processor cut into patches: `temporal_patch_size` of them for each of the grid's."""
+    """Return the images that the processor cut into patches, `temporal_patch_size` of them per frame of the grid."""
     patch, merge, together = _patch_sizes(vision_config)
-    # The four patches that the merger joins lie one after another: rows and columns come in two steps each.
+    # The patches that the merger joins are consecutive, so rows and columns each have two dimensions here.
     cut = patches.reshape(grid.frames, grid.rows, grid.cols, merge, merge, -1, together, patch, patch)
     whole = cut.permute(0, 6, 5, 1, 3, 7, 2, 4, 8)
     return whole.reshape(grid.frames * together, -1, grid.rows * merge * patch, grid.cols * merge * patch)
@@ -151,7 +157,7 @@ def images_of(
 def patches_of(
     images: Float[Tensor, "frames 3 height width"], grid: Grid, vision_config: Any
 ) -> Float[Tensor, "patches values"]:
-    """The reverse of `images_of`."""
+    """Cut images into patches; the inverse of `images_of`."""
     patch, merge, together = _patch_sizes(vision_config)
     cut = images.reshape(grid.frames, together, -1, grid.rows, merge, patch, grid.cols, merge, patch)
     return cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(grid.size * merge**2, -1)
