@@ -204,9 +204,10 @@ class Family:
         return Encoded(groups)
 
     def encoder_attention(self, inputs: Inputs) -> EncoderAttention:
-        """Return the scores by which VisionZip ranks visual tokens, for every layer of the encoder, from one run.
+        """Return the scores by which VisionZip ranks visual tokens, for every layer of the encoder.
 
-        Override it if the encoder's queries and keys can be recorded. This method raises `UserError`.
+        The scores are [layers, tokens] for each view, in float32, from one run of the encoder. Override it if the
+        encoder's queries and keys can be recorded. This method raises `UserError`.
         """
         raise UserError(f"{type(self).__name__} does not tell what its encoder attends to, layer by layer")
 
@@ -262,9 +263,10 @@ class Family:
         return int(config.hidden_size)
 
     def project(self, features: Float[Tensor, "tokens dim"], site: Site) -> Float[Tensor, "tokens llm_dim"]:
-        """Return the inputs of the LLM for compressed tokens with the features that they have at `site`.
+        """Return the inputs of the LLM, [tokens, llm_dim], for compressed tokens with their features at `site`.
 
-        Override it to offer sites before the projector. This method returns the features unchanged.
+        `features` has the tokens of all images, one after another. Override it to offer sites before the projector.
+        This method returns the features unchanged.
         """
         return features
 
@@ -273,14 +275,16 @@ class Family:
     ) -> tuple[Int[Tensor, "*axes batch length"], Int[Tensor, " batch"]]:
         """Return the positions of the uncompressed prompt, counted from 0, and the position of each row's next token.
 
-        `mask` is the attention mask. Override it if positions have several axes.
+        Positions are [batch, length], with `position_axes` before them if there are several axes; next positions are
+        [batch]. `mask` is the attention mask, 0 for padding. Override it if positions have several axes.
         """
         return (mask.long().cumsum(-1) - 1).clamp(min=0), mask.sum(-1)
 
     def forward_positions(self, positions: Int[Tensor, "*axes batch length"]) -> Int[Tensor, "*axes batch length"]:
         """Return the `position_ids` that the model's `forward` takes for positions counted from 0.
 
-        Override it if `forward` counts from another number. `generate` always takes positions counted from 0.
+        The shape does not change. Override it if `forward` counts from another number. `generate` always takes
+        positions counted from 0.
         """
         return positions
 

@@ -68,7 +68,10 @@ def resized_views(vision_config: Any, views: Pixels, grids: Sequence[Grid]) -> l
 
 
 def downsampled(vision_config: Any, pixels: Float[Tensor, "batch 3 height width"], grid: Grid) -> InputDict:
-    """Return the inputs of images resized to one grid, and let the encoder interpolate its position embeddings."""
+    """Return image inputs resized to one grid, for which the encoder interpolates its position embeddings.
+
+    Return the pixels unchanged if they have this grid already.
+    """
     patch = vision_config.patch_size
     if grid == grid_of(vision_config, pixels):  # resizing would squeeze in pixels beyond the last patch
         return {"pixel_values": pixels}

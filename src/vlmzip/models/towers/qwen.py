@@ -34,7 +34,7 @@ class QwenTower:
         return len(self.visual.blocks)
 
     def run(self, inputs: Inputs, layers: Sequence[int]) -> tuple[Any, Recording, Int[Tensor, "images 3"]]:
-        """Return the encoder's output, the recording of `layers`, and each image's frames, rows and columns of patches."""
+        """Return the encoder's output, the recording of `layers`, and frames, rows and columns of patches per image."""
         sizes = sizes_of(inputs)
         with self._record(layers) as recording:
             out = self.visual(inputs["pixel_values"].type(self.visual.dtype), grid_thw=sizes, return_dict=True)
