@@ -61,7 +61,7 @@ def write_task(folder: Path, limit: int, task: str = "mini_exact") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for sample in asked.samples:
-        image = (folder / f"{sample.seed}.png").resolve()
+        image = (folder / f"{sample.image}.png").resolve()
         if not image.exists():
             sample.load().save(image)
         lines.append({"image": str(image), "question": sample.question, "answer": sample.answers[0]})
