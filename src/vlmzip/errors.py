@@ -54,6 +54,14 @@ def check_choice(name: str, value: object, choices: Iterable[str]) -> None:
         raise UserError(f"{name} must be {alternatives(names)}, got {value!r}{did_you_mean(str(value), names)}")
 
 
+def refuse_unknown(where: str, content: Iterable[object], known: Iterable[str]) -> None:
+    """Raise `UserError` for a key that is not `known`; the message has the closest one."""
+    known = list(known)
+    for key in content:
+        if key not in known:
+            raise UserError(f"{where}: there is no {key!r}{closest(str(key), known)}")
+
+
 def alternatives(names: Sequence[str]) -> str:
     """Return names as a sentence has them: "a, b or c"."""
     *others, last = names

@@ -26,7 +26,7 @@ from weakref import WeakKeyDictionary
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import ConfigDict, InstanceOf, TypeAdapter, ValidationError
 
-from vlmzip.errors import UserError, alternatives, closest, did_you_mean
+from vlmzip.errors import UserError, alternatives, did_you_mean, refuse_unknown
 from vlmzip.field_docs import field_docs, with_docs
 
 T = TypeVar("T")
@@ -60,14 +60,11 @@ def read(cls: type[T], content: object, where: str = "") -> T:
     if not isinstance(content, Mapping):
         raise UserError(f"{what} must be a mapping of settings such as {_example(cls)}, got {content!r}")
     types = types_of(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}  # type: ignore[arg-type]
-    for key in content:
-        if key not in fields:
-            raise UserError(f"{what}: there is no {key!r}{closest(str(key), fields)}")
+    refuse_unknown(what, content, types)
     prefix = f"{where}." if where else ""
-    for name, field in fields.items():
-        if name not in content and default_of(field) == REQUIRED:
-            raise UserError(f"{prefix}{name} is missing")
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if field.name not in content and default_of(field) == REQUIRED:
+            raise UserError(f"{prefix}{field.name} is missing")
     return cls(**{name: read_value(prefix + name, value, types[name]) for name, value in content.items()})
 
 

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 from vlmzip import catalogue, spec
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError, closest
+from vlmzip.errors import UserError, closest, refuse_unknown
 from vlmzip.methods import LLaVolta, NoCompression
 from vlmzip.outline import METHOD_FORMS
 
@@ -208,10 +208,3 @@ def read_share(content: object, what: str = "share") -> Fraction:
     if share < 0:
         raise UserError(f"{what} {content!r} is below 0")
     return share
-
-
-def refuse_unknown(where: str, content: Mapping[str, object], known: Sequence[str]) -> None:
-    """Raise `UserError` for a key that is not `known`; the message has the closest one."""
-    for key in content:
-        if key not in known:
-            raise UserError(f"{where}: there is no {key!r}{closest(str(key), known)}")
