@@ -52,9 +52,9 @@ def make(cls: type[Compressor], settings: Mapping[str, object]) -> Compressor:
     for name in settings:
         if name not in cls.field_names():
             raise UserError(f"{cls.name()} has no field {name!r}{closest(name, cls.field_names())}")
-    for field in dataclasses.fields(cls):
-        if field.name not in settings and schema.default_of(field) == schema.REQUIRED:
-            raise UserError(f"{cls.name()} needs a value for its field {field.name!r}")
+    for name in schema.required(cls):
+        if name not in settings:
+            raise UserError(f"{cls.name()} needs a value for its field {name!r}")
     if "site" in settings:
         check_choice("site", settings["site"], cls.sites)
     types = schema.types_of(cls)

@@ -62,9 +62,9 @@ def read(cls: type[T], content: object, where: str = "") -> T:
     types = types_of(cls)
     refuse_unknown(what, content, types)
     prefix = f"{where}." if where else ""
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if field.name not in content and default_of(field) == REQUIRED:
-            raise UserError(f"{prefix}{field.name} is missing")
+    for name in required(cls):
+        if name not in content:
+            raise UserError(f"{prefix}{name} is missing")
     return cls(**{name: read_value(prefix + name, value, types[name]) for name, value in content.items()})
 
 
@@ -170,6 +170,12 @@ def types_of(cls: type) -> dict[str, FieldType]:
     return _TYPES[cls]
 
 
+def required(cls: type) -> list[str]:
+    """Return the fields of the constructor that have no default."""
+    fields = [field for field in dataclasses.fields(cls) if field.init]
+    return [field.name for field in fields if field.default is field.default_factory is dataclasses.MISSING]
+
+
 def _adapter(hint: Any) -> TypeAdapter[object]:
     if dataclasses.is_dataclass(hint):  # pydantic accepts no configuration for them; `read` checks their fields
         return TypeAdapter(InstanceOf[hint])
@@ -269,7 +275,7 @@ def _described(cls: type) -> Iterator[FieldDescription]:
     types = types_of(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name in sorted(fields, key=lambda name: name not in own):
-        yield FieldDescription(name, in_words(types[name].hint), default_of(fields[name]), docs.get(name, ""))
+        yield FieldDescription(name, in_words(types[name].hint), _default_of(fields[name]), docs.get(name, ""))
         if (nested := types[name].settings) is not None:
             for part in describe(nested):
                 yield dataclasses.replace(part, name=f"{name}.{part.name}")
@@ -283,7 +289,7 @@ def _docs_of(owner: type) -> dict[str, str]:
     return field_docs(definition)
 
 
-def default_of(field: dataclasses.Field[object]) -> object:
+def _default_of(field: dataclasses.Field[object]) -> object:
     """Return a field's default as help texts show it, or `REQUIRED`."""
     if field.default_factory is not dataclasses.MISSING:
         return str(field.default_factory())
@@ -295,6 +301,5 @@ def default_of(field: dataclasses.Field[object]) -> object:
 
 def _example(cls: type) -> str:
     """Return an example in YAML of a dataclass's required settings, or of its first setting."""
-    fields = [field for field in dataclasses.fields(cls) if field.init]
-    needed = [field.name for field in fields if default_of(field) == REQUIRED] or [fields[0].name]
-    return "{" + ", ".join(f"{name}: …" for name in needed) + "}"
+    names = required(cls) or list(types_of(cls))[:1]
+    return "{" + ", ".join(f"{name}: …" for name in names) + "}"
