@@ -237,7 +237,8 @@ def _range_in_words(marks: tuple[object, ...]) -> str:
     if bounds.keys() == {Ge, Le}:
         return f" from {bounds[Ge]} to {bounds[Le]}"
     words = {Ge: "of at least", Gt: "above", Le: "of at most", Lt: "below"}
-    return "".join(f" {part}" for part in [" and ".join(f"{words[kind]} {bounds[kind]}" for kind in bounds)] if part)
+    text = " and ".join(f"{words[kind]} {bound}" for kind, bound in bounds.items())
+    return f" {text}" if text else ""
 
 
 def _bounds(marks: tuple[object, ...]) -> dict[type, str]:
