@@ -8,6 +8,7 @@ from vlmzip import LLaVolta, NoCompression
 from vlmzip.compressor import Profile
 from vlmzip.keep import A_NINTH, count_to_keep
 from vlmzip.lab.bench.presets import PRESETS, VOCABULARY, Preset, make_config, make_model
+from vlmzip.lab.table import markdown
 from vlmzip.models import family_of
 from vlmzip.models.family import Family
 from vlmzip.runtime.flops import flops_inside, llavolta_flops, prefill_flops, visionzip_flops
@@ -57,11 +58,6 @@ between tokens weigh more.
 """
 
 
-def markdown(columns: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
-
-
 def scheme(layer: int, stride: int) -> tuple[int, ...]:
     """Return the visual tokens of LLaVA-1.5-7B at each layer."""
     method = NoCompression() if stride == 1 else LLaVolta(layer=layer, stride=stride)
@@ -73,7 +69,7 @@ def adapter_of(name: str, scale: float = 1.0) -> Family:
     return family_of(make_model(make_config(PRESETS[name].scaled(scale)), "meta", torch.bfloat16))
 
 
-def printed_beside_ours() -> tuple[list[str], float]:
+def printed_beside_ours() -> tuple[str, float]:
     """Return the table, and the largest error of our reading of LLaVolta's count."""
     family, preset, rows, worst = adapter_of("llava-1.5-7b"), PRESETS["llava-1.5-7b"], [], 0.0
     for (layer, stride), printed in PRINTED.items():
@@ -138,7 +134,7 @@ def before_the_llm(family: Family, preset: Preset, projected: int) -> int:
         return flops_inside([tower, projector], lambda: (tower(pixels), projector(features)))
 
 
-def limits() -> list[str]:
+def limits() -> str:
     rows = []
     for name, preset in PRESETS.items():
         whole, eighth = scopes(name), scopes(name, 1 / 8)
@@ -153,7 +149,7 @@ def limits() -> list[str]:
 
 def page() -> str:
     table, worst = printed_beside_ours()
-    return "\n".join([HEAD, *table, differences(worst), *limits(), ""])
+    return "\n".join([HEAD, table + differences(worst), limits()])
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from vlmzip import FastV, Grid, LLaVolta, Profile, QFormer, SparseVLM, VisionZip
 from vlmzip.lab.papers import CERTAINTIES, Published, averages, papers, published
 from vlmzip.lab.papers.averages import AVERAGED, Average, every_column, sets_that_fit
 from vlmzip.lab.papers.published import tables
+from vlmzip.lab.table import markdown
 from vlmzip.methods.sparsevlm import PUBLISHED_LAYERS, SCHEDULES
 
 PAGE = Path(__file__).resolve().parents[1] / "papers.md"
@@ -424,8 +425,7 @@ def listed(values) -> str:
 
 
 def table(columns: list, rows: list[list]) -> str:
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return markdown(columns, [list(map(str, row)) for row in rows]).rstrip("\n")
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import torch
 
 from vlmzip.lab.bench.presets import PRESETS, make_config, make_model
 from vlmzip.lab.papers.llavolta import explain_beside_paper
+from vlmzip.lab.table import markdown
 from vlmzip.models import family_of
-from vlmzip.training.explain import COLUMNS, Cost, lines
+from vlmzip.training.explain import COLUMNS, lines
 from vlmzip.training.schedule import SCHEMES, scheme
 
 PAGE = Path(__file__).resolve().parents[1] / "schedules.md"
@@ -43,13 +44,9 @@ def page() -> str:
     family = family_of(make_model(make_config(PRESETS["llava-1.5-7b"]), "meta", torch.bfloat16))
     parts = [HEAD]
     for name in SCHEMES:
-        parts.append(f"## {name}\n\n{_table(explain_beside_paper(scheme(name), family, STEPS, TEXT))}\n")
+        cost = explain_beside_paper(scheme(name), family, STEPS, TEXT)
+        parts.append(f"## {name}\n\n{markdown(COLUMNS, lines(cost))}")
     return "\n".join(parts)
-
-
-def _table(cost: Cost) -> str:
-    rows = [list(COLUMNS), ["---"] * len(COLUMNS), *lines(cost)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def main() -> int:

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 from vlmzip import spec
 from vlmzip.lab.papers import published
 from vlmzip.lab.papers.llavolta import IN_THE_PAPER, explain_beside_paper
+from vlmzip.lab.table import markdown
 from vlmzip.mini import weights_folder
 from vlmzip.models import family_of
 from vlmzip.training.schedule import SCHEMES, scheme
@@ -276,7 +277,7 @@ def page(rows: Sequence[Row], differences: Sequence[Row], times: Mapping[str, Ro
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines)]
+    return markdown(head, lines).splitlines()
 
 
 def _claims(found: dict[str, Row], last_stage: Row) -> list[str]:
