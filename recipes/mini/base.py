@@ -13,8 +13,8 @@ from typing import Any
 from transformers import AutoModelForImageTextToText
 
 from recipes.mini.export import export
-from recipes.mini.instruct import Lessons
-from recipes.mini.loop import Run, train_stage
+from recipes.mini.instruct import Lessons, train_before_questions
+from recipes.mini.loop import Run
 from recipes.mini.model import make_model
 from recipes.mini.processes import default_count, join_processes, start
 from recipes.mini.recipe import Recipe
@@ -35,12 +35,7 @@ def write_base(out: Path, assets: Assets) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     run = Run(folder, recipe, processes)
     run.load_model(model)
-    lessons = Lessons(run, model, assets)
-    language = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
-    both = [*language, *model.model.multi_modal_projector.parameters()]
-    if not run.finished("text"):
-        train_stage(run, "text", {"model": model}, language, lessons.text_loss)
-    train_stage(run, "projector", {"model": model}, both, lessons.caption_loss)
+    train_before_questions(run, model, Lessons(run, model, assets))
     if processes.is_main_process:
         export(model, recipe.shape, folder / "model")
     processes.wait_for_everyone()

@@ -123,16 +123,26 @@ def _scenes(numbers: range) -> list[Scene]:
 def train_language(run: Run, model: LlavaForConditionalGeneration, assets: Assets, stop_at: int | None = None) -> None:
     """Run the stages after the encoder, without finished ones. `stop_at` ends the instruct stage early."""
     lessons = Lessons(run, model, assets)
-    language: list[nn.Parameter] = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
-    both = [*language, *model.model.multi_modal_projector.parameters()]
-    modules: dict[str, nn.Module] = {"model": model}
+    train_before_questions(run, model, lessons)
+    learning, report = _llm_and_projector(model), _reporter(lessons)
+    train_stage(run, "instruct", {"model": model}, learning, lessons.answer_loss, report, stop_at)
+
+
+def train_before_questions(run: Run, model: LlavaForConditionalGeneration, lessons: Lessons) -> None:
+    """Run the text and projector stages, without finished ones."""
     if not run.finished("text"):
-        train_stage(run, "text", modules, language, lessons.text_loss)
+        train_stage(run, "text", {"model": model}, _llm(model), lessons.text_loss)
     if not run.finished("projector"):
         # LLaVA freezes its LLM here. This LLM is new and must learn what to look for, together with the projector.
-        train_stage(run, "projector", modules, both, lessons.caption_loss)
-    report = _reporter(lessons)
-    train_stage(run, "instruct", modules, both, lessons.answer_loss, report, stop_at)
+        train_stage(run, "projector", {"model": model}, _llm_and_projector(model), lessons.caption_loss)
+
+
+def _llm(model: LlavaForConditionalGeneration) -> list[nn.Parameter]:
+    return [*model.model.language_model.parameters(), *model.lm_head.parameters()]
+
+
+def _llm_and_projector(model: LlavaForConditionalGeneration) -> list[nn.Parameter]:
+    return [*_llm(model), *model.model.multi_modal_projector.parameters()]
 
 
 def _reporter(lessons: Lessons) -> Callable[[int], str]:
