@@ -15,7 +15,6 @@ COLORS = ("red", "orange", "yellow", "green", "cyan", "blue", "purple", "pink")
 # Fashion-MNIST's coats and shirts are left out: at 28 x 28 grey pixels they look like pullovers and t-shirts.
 ITEMS = ("tshirt", "trousers", "pullover", "dress", "sandal", "sneaker", "bag", "boot")
 KINDS = ("shape", "number", "item")
-CORNERS = ("top left", "top right", "bottom left", "bottom right")
 RELATIONS = ("left", "right", "above", "below")
 LEVELS = ("flat", "patterned", "cluttered")
 TYPES = ("exist", "count", "color", "shape", "where", "relation", "read", "item", "kind")
