@@ -22,7 +22,7 @@ OF_WORDS = ("embed_tokens.weight", "weight")
 
 
 def put_together(llm: str, encoder: str, like: str, out: Path) -> None:
-    """Write the model and processor. Raises OSError for a missing checkpoint, ValueError for parts that do not fit."""
+    """Write the model and processor. Raise OSError for a missing checkpoint, ValueError for parts that do not fit."""
     processor = AutoProcessor.from_pretrained(like)
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(like), dtype=torch.float32)
@@ -35,7 +35,7 @@ def put_together(llm: str, encoder: str, like: str, out: Path) -> None:
 
 
 def whole(kind: Any, source: str) -> Any:
-    """Load a model. Raises ValueError if weights are missing; transformers would initialize them randomly."""
+    """Load a model. Raise ValueError if weights are missing; transformers would initialize them randomly."""
     model, about = kind.from_pretrained(source, output_loading_info=True)
     if about["missing_keys"]:
         raise ValueError(f"{source} has no weights for a {type(model).__name__}, such as {min(about['missing_keys'])}")

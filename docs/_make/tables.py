@@ -148,7 +148,7 @@ def tables(folder: Path) -> dict[str, dict[str, list[str]]]:
 
 
 def replaced(text: str, name: str, lines: list[str]) -> str:
-    """Replace the text between two comments. Raises `ValueError` unless each appears exactly once."""
+    """Replace the text between two comments. Raise `ValueError` unless each appears exactly once."""
     begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->"
     if text.count(begin) != 1 or text.count(end) != 1:
         raise ValueError(f"there should be one {begin.strip()} and one {end} after it")

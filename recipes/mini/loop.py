@@ -23,7 +23,7 @@ CHECKPOINT = "checkpoint.pt"
 class Run:
     """A training run: its folder, its recipe, its processes and the content of its last checkpoint.
 
-    Raises `UserError` if the folder has a run with another recipe.
+    Raise `UserError` if the folder has a run with another recipe.
     """
 
     folder: Path

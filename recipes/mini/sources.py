@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def training_assets(fashion_mnist: Path | None = None, cache_folder: Path | None = None) -> Assets:
     """Return Fashion-MNIST's training images, and crops from the left part of each photo.
 
-    Raises `UserError` if a source is missing and cannot be downloaded.
+    Raise `UserError` if a source is missing and cannot be downloaded.
     """
     images, labels = read_fashion_mnist(find_fashion_mnist(fashion_mnist, cache_folder), "train")
     items = {name: images[labels == label] for name, label in LABELS.items()}
@@ -61,7 +61,7 @@ def training_assets(fashion_mnist: Path | None = None, cache_folder: Path | None
 def find_fashion_mnist(given: Path | None, cache_folder: Path | None) -> Path:
     """Return the folder of the gz files: `given`, the installed Debian package's, or the unpacked one in the cache.
 
-    Raises `UserError` if there is none, and the package cannot be downloaded.
+    Raise `UserError` if there is none, and the package cannot be downloaded.
     """
     if given is not None:
         if not (given / "train-images-idx3-ubyte.gz").exists():

@@ -33,7 +33,7 @@ def _shipped() -> dict[str, type[Compressor]]:
 
 
 def find(name: str) -> type[Compressor]:
-    """Return the method called `name`, or the class `package.module:Class`. Raises `UserError` if there is none."""
+    """Return the method called `name`, or the class `package.module:Class`. Raise `UserError` if there is none."""
     if ":" in name:
         return _import(name)
     known = _shipped()
@@ -47,7 +47,7 @@ def find(name: str) -> type[Compressor]:
 def make(cls: type[Compressor], settings: Mapping[str, object]) -> Compressor:
     """Make a method from settings of the command line, YAML or JSON. Text is converted to the field's type.
 
-    Raises `UserError` for unknown fields, missing fields and invalid values.
+    Raise `UserError` for unknown fields, missing fields and invalid values.
     """
     for name in settings:
         if name not in cls.field_names():

@@ -51,7 +51,7 @@ def in_child(
     """Yield what `run(*arguments)` yields in a fresh process.
 
     `run`, the arguments and the results are pickled, `run` by its name. `environment` is added to the child's
-    environment. Raises `ChildFailed` if `run` raises or the child is killed. If memory runs out, Linux kills the child
+    environment. Raise `ChildFailed` if `run` raises or the child is killed. If memory runs out, Linux kills the child
     first.
     """
     context = multiprocessing.get_context("spawn")

@@ -78,7 +78,7 @@ def read_compressor(folder: str | os.PathLike[str], known: type[Compressor] | No
 
 
 def _read_file(path: Path) -> tuple[str, dict[str, object]]:
-    """Return the method and its fields. Raises `UserError` for invalid content or a file of a newer vlmzip."""
+    """Return the method and its fields. Raise `UserError` for invalid content or a file of a newer vlmzip."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise UserError(f"{str(path)!r} cannot be read: it must be a JSON object with {', '.join(KEYS)}")

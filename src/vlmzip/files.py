@@ -35,7 +35,7 @@ def is_there(path: PathText) -> bool:
 
 
 def open_to_read(path: PathText) -> io.BufferedReader:
-    """Open a file or a pipe. Raises `OSError` for a device: some, such as /dev/zero, never end."""
+    """Open a file or a pipe. Raise `OSError` for a device: some, such as /dev/zero, never end."""
     if is_there(path) and not (is_file(path) or is_folder(path) or stat.S_ISFIFO(os.stat(path).st_mode)):
         raise OSError("it is a device, not a file")
     try:
@@ -78,7 +78,7 @@ def replace_whole(path: Path, write: Callable[[str], object]) -> None:
 
 
 def write_whole(path: Path, write: Callable[[str], object]) -> None:
-    """Make the folder of `path` if needed and write the file by `replace_whole`. Raises `UserError` on disk errors."""
+    """Make the folder of `path` if needed and write the file by `replace_whole`. Raise `UserError` on disk errors."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_whole(path, write)

@@ -74,7 +74,7 @@ class Line(NamedTuple):
 
 
 def parse(text: str | bytes) -> Any:
-    """Return the JSON value in the text. Raises `JsonError` with a short reason."""
+    """Return the JSON value in the text. Raise `JsonError` with a short reason."""
     try:
         decoded = text.decode("utf-8-sig") if isinstance(text, bytes) else text.removeprefix("\ufeff")
         value = _DECODER.decode(decoded.rstrip())
@@ -93,7 +93,7 @@ def parse(text: str | bytes) -> Any:
 
 
 def read_json(path: Path, advice: str = "") -> Any:
-    """Return the content of a JSON file. Raises `UserError` with the path, the reason and the advice."""
+    """Return the content of a JSON file. Raise `UserError` with the path, the reason and the advice."""
     try:
         with open_json(path) as file:
             return parse(file.read())
@@ -102,7 +102,7 @@ def read_json(path: Path, advice: str = "") -> Any:
 
 
 def read_lines(path: Path, advice: str = "") -> Iterator[Line]:
-    """Yield the lines of a file that are not blank, unparsed. Raises `UserError` like `read_json`."""
+    """Yield the lines of a file that are not blank, unparsed. Raise `UserError` like `read_json`."""
     try:
         with open_json(path) as file:
             begin = 0
@@ -122,7 +122,7 @@ def write_line(content: object) -> str:
 
 
 def open_json(path: Path) -> BinaryIO:
-    """Open a file that should contain JSON. Raises `OSError` that names the format if the first bytes are another's."""
+    """Open a file that should contain JSON. Raise `OSError` that names the format if the first bytes are another's."""
     file = open_to_read(path)
     first = file.peek(64)[:64]
     other = next((kind for mark, kind in OTHER_FILES.items() if first.startswith(mark)), None)

@@ -49,7 +49,7 @@ _FINDER = _OwnFiles()
 def search_for(module: str) -> None:
     """Let `module` be imported from the current folder, unless an installed package has that name.
 
-    Raises `UserError` inside `left_alone` if the current folder has such a file.
+    Raise `UserError` inside `left_alone` if the current folder has such a file.
     """
     top = module.partition(".")[0]
     if not top or top in sys.modules or find_spec(top) is not None:

@@ -53,7 +53,7 @@ _WORDS: dict[object, str] = {int: "a whole number", float: "a number", bool: "tr
 def read(cls: type[T], content: object, where: str = "") -> T:
     """Make a dataclass from settings of a command line, YAML or JSON.
 
-    `where` is the key of the settings, such as "lora". Raises a one-line `UserError` for an unknown or missing key, or
+    `where` is the key of the settings, such as "lora". Raise a one-line `UserError` for an unknown or missing key, or
     an invalid value.
     """
     what = where or "the file"
@@ -71,7 +71,7 @@ def read(cls: type[T], content: object, where: str = "") -> T:
 def check(settings: object) -> None:
     """Check every field of a frozen dataclass during its construction, and convert it to the field's type.
 
-    `__post_init__` calls this. Raises `UserError` for an invalid value.
+    `__post_init__` calls this. Raise `UserError` for an invalid value.
     """
     for name, kind in types_of(type(settings)).items():
         given = getattr(settings, name)
@@ -83,7 +83,7 @@ def check(settings: object) -> None:
 def read_value(name: str, value: object, kind: FieldType) -> object:
     """Return a value converted to a field's type.
 
-    Raises `UserError`, with a message that starts with `name`, for an invalid value.
+    Raise `UserError`, with a message that starts with `name`, for an invalid value.
     """
     nested = kind.settings
     if nested is not None and (value is True or isinstance(value, Mapping)):

@@ -24,7 +24,7 @@ def read(text: str) -> Compressor:
     """Return the compressor of a spec.
 
     A spec is `NAME` or `package.module:Class`, optionally with settings in brackets. Several specs joined by `+` become
-    a `Chain`. A path refers to a saved `compressor.json` or its folder. Raises `UserError` for anything else.
+    a `Chain`. A path refers to a saved `compressor.json` or its folder. Raise `UserError` for anything else.
     """
     if is_saved(text):
         return read_compressor(saved_folder(text))
@@ -34,7 +34,7 @@ def read(text: str) -> Compressor:
 def saved_folder(text: str) -> Path:
     """Return the folder of a saved compressor, from the folder's or the file's path.
 
-    Raises `UserError` if there is none.
+    Raise `UserError` if there is none.
     """
     path = Path(text)
     if is_folder(path):
@@ -85,7 +85,7 @@ class Candidate:
     """Whether the user named the method; otherwise, all methods were requested."""
 
     def usable(self) -> Compressor:
-        """Return the method. Raises `UserError` with the reason if it cannot run."""
+        """Return the method. Raise `UserError` with the reason if it cannot run."""
         if self.method is None:
             raise UserError("left out: it needs settings; name it in --methods with them: name(field=value)")
         if self.method.trained_weights and not self.named:
@@ -98,7 +98,7 @@ class Candidate:
 def candidates(text: str | None) -> list[Candidate]:
     """Return the methods of a comma-separated list, or all methods, without the uncompressed model.
 
-    Raises `UserError` for an unknown method.
+    Raise `UserError` for an unknown method.
     """
     if text is None:
         return [

@@ -40,7 +40,7 @@ class Preprocessor:
     def __init__(self, processor: Processor, family: Family, max_length: int) -> None:
         """Try the processor out. `max_length` counts tokens, with visual tokens uncompressed.
 
-        Raises `UserError` for a processor whose conversations cannot be labelled, or that has no chat template, fast
+        Raise `UserError` for a processor whose conversations cannot be labelled, or that has no chat template, fast
         tokenizer or end-of-text token.
         """
         self.processor, self.tokenizer, self.max_length = processor, processor.tokenizer, max_length
@@ -60,7 +60,7 @@ class Preprocessor:
     def __call__(self, record: TrainingRecord, folder: Path) -> dict[str, Tensor]:
         """Return the inputs of one row and `labels` [tokens]. Only the inputs of images have a batch axis: the images.
 
-        Raises `BadRecord` if an image cannot be read, the processor refuses the record, or it is longer than
+        Raise `BadRecord` if an image cannot be read, the processor refuses the record, or it is longer than
         `max_length` or the LLM's positions.
         """
         self._refuse_reserved_words(record)
@@ -82,7 +82,7 @@ class Preprocessor:
     def _try_out(self) -> str:
         """Return the text to write after each answer: the end-of-text token, or nothing if the template writes it.
 
-        Raises `UserError` for a processor whose conversations cannot be labelled.
+        Raise `UserError` for a processor whose conversations cannot be labelled.
         """
         eos = self.tokenizer.eos_token
         try:
@@ -117,7 +117,7 @@ class Preprocessor:
     def _rendered(self, record: TrainingRecord, end: str) -> tuple[str, list[tuple[int, int]]]:
         """Return the conversation as text, and the span of each answer in it, including the answer's end of text.
 
-        Raises `BadRecord` if the template refuses the conversation, or changes earlier turns when it goes on.
+        Raise `BadRecord` if the template refuses the conversation, or changes earlier turns when it goes on.
         """
         messages: list[dict[str, object]] = []
         for turn in record.turns:
@@ -245,7 +245,7 @@ class Examples(Dataset[dict[str, Tensor]]):
     def look_at(self, count: int) -> tuple[int, Counter[str], str]:
         """Try up to `count` records, evenly spaced over the file, and note the bad ones.
 
-        Returns how many records were tried, the number of bad ones by reason, and the first error in full.
+        Return how many records were tried, the number of bad ones by reason, and the first error in full.
         """
         first = ""
         places = sorted({number * len(self) // count for number in range(count)})

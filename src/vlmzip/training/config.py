@@ -181,7 +181,7 @@ class Config:
     def steps_for(self, records: int) -> int:
         """Return the optimiser steps of a run on a file of `records` records: `steps`, or the steps of all epochs.
 
-        An epoch has as many steps as the chosen records fill; records that do not fill a step are left over. Raises
+        An epoch has as many steps as the chosen records fill; records that do not fill a step are left over. Raise
         `UserError` if the records do not fill a step, or if a fraction of an epoch has no whole step.
         """
         chosen = self.chosen(records)
@@ -205,7 +205,7 @@ class Config:
 def read_config(path: Path, changes: Sequence[str] = ()) -> Config:
     """Read a run from a YAML file and apply `changes` such as "steps=100" or "evaluation.every=50".
 
-    Raises `UserError` for a file that cannot be read, an unknown key or an invalid value.
+    Raise `UserError` for a file that cannot be read, an unknown key or an invalid value.
     """
     try:
         with open_to_read(path) as file:
@@ -249,7 +249,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _parse(where: str, text: str | bytes) -> object:
-    """Parse YAML text. Raises `UserError`, with a message that starts with `where`, for invalid YAML."""
+    """Parse YAML text. Raise `UserError`, with a message that starts with `where`, for invalid YAML."""
     try:
         return yaml.load(text, _Loader)
     except UserError as error:

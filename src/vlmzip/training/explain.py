@@ -61,7 +61,7 @@ class Cost:
 def explain(schedule: Schedule, family: Family, steps: int, text_tokens: int) -> Cost:
     """Return the cost of a schedule for images at the model's resolution, each with `text_tokens` text tokens.
 
-    The family's model needs no weights and can be on the "meta" device. Raises `UserError` for a stage whose layers
+    The family's model needs no weights and can be on the "meta" device. Raise `UserError` for a stage whose layers
     the LLM does not have.
     """
     profile, whole = family.profile(), schedule.ends
@@ -140,7 +140,7 @@ def as_json(cost: Cost) -> dict[str, object]:
 def draw_staircase(cost: Cost, title: str) -> Figure:
     """Draw the visual tokens over the course of training, in percent of those without compression.
 
-    Stages whose count depends on the images are hatched over the whole height. Raises `UserError` if matplotlib is not
+    Stages whose count depends on the images are hatched over the whole height. Raise `UserError` if matplotlib is not
     installed.
     """
     figure = new_figure(8, 4)

@@ -79,7 +79,7 @@ class RunFolder:
         """Read the folder of a run, or prepare it for a new run.
 
         `records` is the number of usable records in the file, `bad` lists the invalid ones, and `sources` has the
-        digests of everything that the run learns from. Raises `UserError` if another run is using the folder, if its
+        digests of everything that the run learns from. Raise `UserError` if another run is using the folder, if its
         run has other settings or sources, if it has files that are not from a run (they are not touched), or if the
         disk refuses to write.
         """

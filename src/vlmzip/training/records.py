@@ -59,7 +59,7 @@ class TrainingRecord:
     """Paths, in the order of the `PLACE`s."""
 
     def load_images(self, folder: Path) -> list[Image.Image]:
-        """Return the images, read as in every command. Raises `BadRecord` if one is missing or broken."""
+        """Return the images, read as in every command. Raise `BadRecord` if one is missing or broken."""
         try:
             return [load_image(folder / path) for path in self.images]
         except ImageError as error:
@@ -67,7 +67,7 @@ class TrainingRecord:
 
 
 def read_record(content: object) -> TrainingRecord:
-    """Return the record in parsed JSON. Raises `BadRecord` if it is not in LLaVA's format."""
+    """Return the record in parsed JSON. Raise `BadRecord` if it is not in LLaVA's format."""
     if not isinstance(content, dict):
         raise BadRecord("not an object")
     parts = content.get("conversations")
@@ -156,7 +156,7 @@ class Records:
     def __init__(self, path: Path) -> None:
         """Index the file.
 
-        Raises `UserError` if it cannot be read, ends in the middle of a record, or has no good record.
+        Raise `UserError` if it cannot be read, ends in the middle of a record, or has no good record.
         """
         self.path = path
         self.bad: list[tuple[int, str]] = []
@@ -227,7 +227,7 @@ def _elements(path: Path) -> Iterator[tuple[int, bytes]]:
     """Yield the offset and bytes of each value of one JSON list.
 
     A value is bad, and its bytes are empty, if it does not parse or no comma follows. It ends where the next object
-    begins that parses and has "conversations". Raises `UserError` if the file ends in the middle of a value.
+    begins that parses and has "conversations". Raise `UserError` if the file ends in the middle of a value.
     """
     with path.open("rb") as file:
         window = _Window(file)

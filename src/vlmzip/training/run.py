@@ -64,7 +64,7 @@ def train(
 
     `score` evaluates the model during the run if the configuration has an evaluation.
 
-    A stopped run continues from its last complete checkpoint. A finished run is left as it is. Raises `UserError` for a
+    A stopped run continues from its last complete checkpoint. A finished run is left as it is. Raise `UserError` for a
     model or setting that cannot be trained, for a folder that another run or another program has written to, and if
     writing to the disk fails. Earlier checkpoints stay.
     """
@@ -131,7 +131,7 @@ def _about(compressed: CompressedModel, config: Config, steps: int, records: int
 
 
 def _look_at(examples: Examples, config: Config) -> str:
-    """Return a line about records that are left out, or "". Raises `UserError` if too many are left out.
+    """Return a line about records that are left out, or "". Raise `UserError` if too many are left out.
 
     Invalid records, which are known from reading the file, count as left out.
     """
@@ -281,7 +281,7 @@ def _try_compiling(args: TrainingArguments) -> None:
 def arguments(config: Config, steps: int) -> TrainingArguments:
     """Return the configuration as TrainingArguments for a run of `steps` optimiser steps.
 
-    Raises `UserError` if the processes cannot share the batch evenly, or if transformers refuses a setting.
+    Raise `UserError` if the processes cannot share the batch evenly, or if transformers refuses a setting.
     """
     processes = Processes().count
     if os.environ.get("ACCELERATE_USE_FSDP") == "true":

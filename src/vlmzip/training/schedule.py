@@ -58,7 +58,7 @@ class Schedule:
         """Return the number of the stage, from 0, at a progress from 0 (no step taken) to 1 (all steps taken).
 
         A stage begins exactly where the previous one ends. For optimiser steps, give `Fraction(step, steps)`: a float
-        can fall on the wrong side of an end such as 1/3. Raises `UserError` for a progress outside [0, 1].
+        can fall on the wrong side of an end such as 1/3. Raise `UserError` for a progress outside [0, 1].
         """
         if not 0 <= progress <= 1:
             raise UserError(f"progress must be in [0, 1], got {progress}")
@@ -99,7 +99,7 @@ def scheme(name: str, depth: int = PUBLISHED_DEPTH) -> Schedule:
     """Return one of LLaVolta's seven schemes (section 3.3, Table 1) for an LLM of `depth` layers.
 
     The published layers 2 and 16 are those of 32 layers. They are scaled to `depth`, and are at least 1. The last
-    stage's compressor is also the one for afterwards; only `last-stage-compression` compresses there. Raises
+    stage's compressor is also the one for afterwards; only `last-stage-compression` compresses there. Raise
     `UserError` for an unknown name.
     """
     if name not in SCHEMES:
@@ -132,7 +132,7 @@ def read_schedule(content: object, depth: int = PUBLISHED_DEPTH) -> Schedule:
 
     `content` is a name of `SCHEMES`, a compressor in one line, or a mapping: `{name: two-stage, split: [25, 75]}` or
     `{stages: [{compressor: "llavolta(layer=2,stride=8)", share: 25%}, …]}`. Either mapping may have `afterwards`, a
-    compressor. Raises `UserError` that names the mistake.
+    compressor. Raise `UserError` that names the mistake.
     """
     if isinstance(content, str):
         if content in SCHEMES:
@@ -174,7 +174,7 @@ def _of_stages(content: object) -> Schedule:
 def read_compressor(content: object) -> Compressor:
     """Return a compressor from one line, `none`, or `random_factor`, which is only for training.
 
-    Raises `UserError` for anything else, and for `random_factor` in a chain.
+    Raise `UserError` for anything else, and for `random_factor` in a chain.
     """
     if content is None or content == NOTHING:
         return NoCompression()
@@ -186,7 +186,7 @@ def read_compressor(content: object) -> Compressor:
 def read_lasting(where: str, content: object) -> Compressor:
     """Return a compressor with which a model can be evaluated, saved and served.
 
-    Raises `UserError`, which begins with `where`, for random factors: they are only for training.
+    Raise `UserError`, which begins with `where`, for random factors: they are only for training.
     """
     compressor = read_compressor(content)
     if compressor.for_training_only:

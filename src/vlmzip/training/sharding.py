@@ -25,7 +25,7 @@ def shard(compressed: CompressedModel, device: torch.device, *, bf16: bool) -> N
     Each decoder layer and the projector are gathered when they run, and freed afterwards. The vision encoder stays
     gathered from its forward to the end of the backward; all else (embeddings, head, a method's weights) stays gathered
     for the whole step. With `bf16`, weights are gathered and used in bfloat16, and gradients are summed in float32.
-    Raises `UserError` if a parameter is not sharded.
+    Raise `UserError` if a parameter is not sharded.
     """
     family, mesh = family_of(compressed.inner), init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()

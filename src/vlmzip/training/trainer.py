@@ -124,7 +124,7 @@ class StagedTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, and add stage, retention and padding since the last log. Raises `UserError` for a loss of NaN."""
+        """Log, and add stage, retention and padding since the last log. Raise `UserError` for a loss of NaN."""
         if "loss" in logs:
             self._refuse_broken(logs)
             logs["stage"] = self._trained + 1
@@ -219,7 +219,7 @@ class StagedTrainer(Trainer):
     def gather(self) -> dict[str, object] | None:
         """Gather a sharded model in the first process, for saving. Every process must call this.
 
-        Returns the state dict if the model itself cannot hold the gathered weights (ZeRO-3, as accelerate documents).
+        Return the state dict if the model itself cannot hold the gathered weights (ZeRO-3, as accelerate documents).
         """
         if self.sharded:
             sharding.make_whole(self.compressed, keep=self.args.should_save)

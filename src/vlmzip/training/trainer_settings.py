@@ -305,7 +305,7 @@ RENAMED = {"gradient_checkpointing_kwargs": "activation_checkpointing_kwargs"}
 def read_trainer(given: Mapping[str, object], config: Run) -> dict[str, object]:
     """Return the arguments for Trainer from the settings under `trainer`.
 
-    Raises `UserError` for a setting that does not exist, that a run cannot have, that has an invalid value, or that has
+    Raise `UserError` for a setting that does not exist, that a run cannot have, that has an invalid value, or that has
     no effect with the other settings of `config`. Whether this machine supports a setting is not checked here.
     """
     for old, new in RENAMED.items():
