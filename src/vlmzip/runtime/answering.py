@@ -17,6 +17,7 @@ from vlmzip.processor import InputDict, Processor
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.flops import prefill_flops
 from vlmzip.runtime.prompts import chat_prompt, special_tokens
+from vlmzip.runtime.token_profile import TokenProfile
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,12 @@ class Answerer:
             ids = compressed.generate(**inputs, **generation)
         new = ids[:, inputs["input_ids"].shape[1] :]
         texts = self.processor.batch_decode(new, skip_special_tokens=True)
-        lengths, counts = inputs["attention_mask"].sum(1).tolist(), self._written(compressed, new)
+        profiles = TokenProfile.rows(compressed.report, inputs["attention_mask"].sum(1).tolist())
+        counts, taken = self._written(compressed, new), compressed.report.positions
         return [
-            self._answer(compressed, row, text.strip(), length, count)
-            for row, (text, length, count) in enumerate(zip(texts, lengths, counts, strict=True))
+            # The last token of an answer does not go through the LLM.
+            Answer(text.strip(), tokens.before, tokens.visual, tokens.text, count, positions + max(count - 1, 0))
+            for text, tokens, count, positions in zip(texts, profiles, counts, taken, strict=True)
         ]
 
     def _prompts(self, questions: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> list[str]:
@@ -101,14 +104,6 @@ class Answerer:
         special = special_tokens(self.processor.tokenizer, prompts[0])  # all prompts come from the same template
         inputs = self.processor(images=batch, text=list(prompts), padding=True, return_tensors="pt", **special)
         return dict(inputs.to(self.family.model.device, self.family.model.dtype))
-
-    def _answer(self, compressed: CompressedModel, row: int, text: str, length: int, count: int) -> Answer:
-        """Return the answer of a row, whose prompt has `length` uncompressed tokens and whose answer has `count`."""
-        images = [image for image in compressed.report.images if image.row == row]
-        before = sum(image.before for image in images)
-        by_layer = tuple(map(sum, zip(*(image.by_layer for image in images), strict=True)))
-        positions = compressed.report.positions[row] + max(count - 1, 0)  # the last token does not go through the LLM
-        return Answer(text, before, by_layer, length - before, count, positions)
 
     def _written(self, compressed: CompressedModel, new: Tensor) -> list[int]:
         """Count the tokens that were generated for each row, up to and including its first end token."""
