@@ -15,7 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmzip.compressor import Positions, Profile
 from vlmzip.errors import UserError
-from vlmzip.models.layout import Encoded, Layout, Pixels, Views
+from vlmzip.models.layout import Encoded, Layout, Pixels, Views, numbers_by_kind
 from vlmzip.models.llm_attention import queries_and_keys
 from vlmzip.processor import InputDict, Inputs
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
@@ -197,11 +197,12 @@ class Family:
         rows = torch.cat([one.flatten(0, -2) for one in features])
         grids = [layout.views[0] for layout in self.layouts(inputs)]
         images = rows.split([grid.size for grid in grids])
-        groups = []
-        for grid in dict.fromkeys(grids):
-            numbers = [number for number, own in enumerate(grids) if own == grid]
-            groups.append(Views(VisualTokens(torch.stack([images[number] for number in numbers]), grid), numbers))
-        return Encoded(groups)
+        return Encoded(
+            [
+                Views(VisualTokens(torch.stack([images[number] for number in numbers]), grid), numbers)
+                for grid, numbers in numbers_by_kind(grids).items()
+            ]
+        )
 
     def encoder_attention(self, inputs: Inputs) -> EncoderAttention:
         """Return the scores by which VisionZip ranks visual tokens, for every layer of the encoder.
@@ -220,7 +221,7 @@ class Family:
         for row in (inputs["input_ids"] == self.placeholder_id).long().cpu():
             edges = torch.nn.functional.pad(row, (1, 1)).diff().nonzero()[:, 0].view(-1, 2)
             counts += edges.diff(dim=1)[:, 0].tolist()
-        return [Layout.of_one_view(square_of(count)) for count in counts]
+        return Layout.of_single_views([square_of(count) for count in counts])
 
     def plain_counts(self, inputs: Inputs) -> list[int]:
         """Return the number of placeholders of each image: the visual tokens that the LLM gets without compression."""

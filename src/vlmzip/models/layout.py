@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from vlmzip.visual_tokens import Grid, VisualTokens
+
+Kind = TypeVar("Kind", bound=Hashable)
 
 #: The value in `Layout.slots` of a placeholder that holds no visual token, such as the newline after a row.
 SEPARATOR = -1
@@ -208,6 +211,17 @@ def layout_of(views: tuple[Grid, ...], pack: Pack, prefix: int = 0, pack_padded:
     packs = [pack] if pack_padded is None else [pack, pack_padded]
     slots, *padded = [one(numbers[..., None].to(torch.float32))[:, 0].round().long() for one in packs]
     return Layout(views, slots, prefix, *padded)
+
+
+def numbers_by_kind(kinds: Iterable[Kind]) -> dict[Kind, list[int]]:
+    """Return the 0-based numbers of equal values, by value, in the order in which the values first appear.
+
+    Views or images of one kind, such as those of equal grid, form a batch.
+    """
+    numbers: dict[Kind, list[int]] = {}
+    for number, kind in enumerate(kinds):
+        numbers.setdefault(kind, []).append(number)
+    return numbers
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vlmzip.compressor import Positions, Profile
 from vlmzip.errors import UserError
 from vlmzip.models.family import EncoderAttention, Family
-from vlmzip.models.layout import Encoded, Layout, Views
+from vlmzip.models.layout import Encoded, Layout, Views, numbers_by_kind
 from vlmzip.models.towers.qwen import QwenTower, sizes_of
 from vlmzip.processor import InputDict, Inputs
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
@@ -49,8 +49,7 @@ class Qwen25VL(Family):
         grids = self.tower.grids(inputs)
         ends = torch.tensor([grid.size for grid in grids]).cumsum(0).tolist()
         groups = []
-        for grid in dict.fromkeys(grids):
-            numbers = [number for number, own in enumerate(grids) if own == grid]
+        for grid, numbers in numbers_by_kind(grids).items():
             spans = [slice(ends[number] - grid.size, ends[number]) for number in numbers]
 
             def together(values: Tensor, spans: list[slice] = spans) -> Tensor:

@@ -17,7 +17,7 @@ from transformers.utils.constants import (
 
 from vlmzip.errors import UserError
 from vlmzip.models.family import EncoderAttention
-from vlmzip.models.layout import Pixels
+from vlmzip.models.layout import Pixels, numbers_by_kind
 from vlmzip.models.pixels import resized
 from vlmzip.models.recording import Recording, attention_received, cls_attention_row, mean_over_heads, record
 from vlmzip.processor import InputDict
@@ -52,10 +52,8 @@ def views_of_equal_size(
     """Return one batch of pixels for each size of view, with the numbers of its views."""
     if isinstance(views, Tensor):
         return [(views, range(len(views)))]
-    groups: dict[torch.Size, list[int]] = {}
-    for number, view in enumerate(views):
-        groups.setdefault(view.shape, []).append(number)
-    return [(torch.stack([views[number] for number in numbers]), numbers) for numbers in groups.values()]
+    groups = numbers_by_kind(view.shape for view in views).values()
+    return [(torch.stack([views[number] for number in numbers]), numbers) for numbers in groups]
 
 
 def resized_views(vision_config: Any, views: Pixels, grids: Sequence[Grid]) -> list[Float[Tensor, "3 _ _"]]:

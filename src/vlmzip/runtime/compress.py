@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vlmzip.compressor import Compressor, keep_all
 from vlmzip.errors import UserError
-from vlmzip.models.layout import SEPARATOR, Encoded, Layout, Views
+from vlmzip.models.layout import SEPARATOR, Encoded, Layout, Views, numbers_by_kind
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import VisualTokens
 
@@ -145,12 +145,12 @@ def _plans(
     Images are similar if they share a layout, their views were compressed together, and corresponding views have
     equally many outputs. A batch of them takes as many tensor operations as one image.
     """
-    groups: dict[tuple[object, ...], list[int]] = {}
     numbers = view_numbers(layouts)
-    for image, layout in enumerate(layouts):
-        kinds = [(maps[number].together, maps[number].length) for number in numbers[image]]
-        groups.setdefault((layout, *kinds), []).append(image)
-    for images in groups.values():
+    kinds = [
+        (layout, *((maps[number].together, maps[number].length) for number in of_image))
+        for layout, of_image in zip(layouts, numbers, strict=True)
+    ]
+    for images in numbers_by_kind(kinds).values():
         together = []
         for views in zip(*([maps[number] for number in numbers[image]] for image in images), strict=True):
             together.append(views[0].together.of([view.row for view in views], views[0].length))
@@ -221,8 +221,7 @@ def _decide(
         shares = [share for layout in layouts for share in compressor.shared(layout.views)]
     maps: dict[int, ViewMap] = {}
     for group in encoded.groups:
-        for share in dict.fromkeys(shares[number] for number in group.numbers):
-            rows = [row for row, number in enumerate(group.numbers) if shares[number] == share]
+        for share, rows in numbers_by_kind(shares[number] for number in group.numbers).items():
             some = group if len(rows) == len(group.numbers) else group.rows(rows)
             token_map = share(some.tokens)
             if compressor is not None and 0 in token_map.lengths:
@@ -251,10 +250,10 @@ def _as_seen(
         new_number += window is not None
     groups: list[Views] = []
     for group in encoded.groups:
-        for window in dict.fromkeys(windows[number] for number in group.numbers):
+        for window, rows in numbers_by_kind(windows[number] for number in group.numbers).items():
             if window is None:
                 continue
-            some = group.rows([row for row, number in enumerate(group.numbers) if windows[number] == window])
+            some = group.rows(rows)
             tokens = window.tokens(grids[some.numbers[0]], some.tokens.prefix).to(some.tokens.features.device)
             groups.append(
                 Views(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.models.family import Family
-from vlmzip.models.layout import Encoded, Layout, Views
+from vlmzip.models.layout import Encoded, Layout, Views, numbers_by_kind
 from vlmzip.processor import InputDict, Inputs
 from vlmzip.resampler import Resampler
 from vlmzip.runtime.compress import Kept, Plan, compress, encoded_again, in_order, plan_views, view_numbers
@@ -127,7 +127,7 @@ def _encode_smaller(
     with watch.time("encoder"):
         encoded = family.encode(smaller, Site.PRE_PROJECTOR, frozenset())
     with watch.time("bookkeeping"):
-        plans = plan_views(layouts, _without_features(layouts, grids, encoded), compressor, ascending=ascending)
+        plans = plan_views(layouts, _without_features(layouts, encoded), compressor, ascending=ascending)
         by_view = {
             number: [values[row] for values in (group.tokens.features, *group.streams)]
             for group in encoded.groups
@@ -149,13 +149,10 @@ def _encode_smaller(
     return images, encoded.separator, smaller
 
 
-def _without_features(layouts: Sequence[Layout], grids: Sequence[Grid], encoded: Encoded) -> Encoded:
+def _without_features(layouts: Sequence[Layout], encoded: Encoded) -> Encoded:
     """Return all views at full size, with features of width 0."""
     like = encoded.groups[0].tokens
-    groups: dict[tuple[Grid, int, bool], list[int]] = {}
-    kinds = [(layout.prefix, layout.passes_prefix) for layout in layouts for _ in layout.views]
-    for number, (grid, kind) in enumerate(zip(grids, kinds, strict=True)):
-        groups.setdefault((grid, *kind), []).append(number)
+    kinds = [(grid, layout.prefix, layout.passes_prefix) for layout in layouts for grid in layout.views]
     return Encoded(
         [
             Views(
@@ -164,7 +161,7 @@ def _without_features(layouts: Sequence[Layout], grids: Sequence[Grid], encoded:
                 ),
                 numbers,
             )
-            for (grid, prefix, passed), numbers in groups.items()
+            for (grid, prefix, passed), numbers in numbers_by_kind(kinds).items()
         ]
     )
 
