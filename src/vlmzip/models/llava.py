@@ -72,7 +72,7 @@ class Llava(Family):
     ) -> VisualTokens:
         layers = feature_layers(self._setting(inputs, "vision_feature_layer"), self._depth)
         features, signals, _ = run_vit(
-            self.model.model.vision_tower, pixels, layers, needs,
+            self.vision_encoder, pixels, layers, needs,
             interpolate_pos_encoding=inputs.get("interpolate_pos_encoding", False),
         )  # fmt: skip
         if site is Site.POST_PROJECTOR:
@@ -88,7 +88,7 @@ class Llava(Family):
         scored = max(feature_layers(self._setting(inputs, "vision_feature_layer"), self._depth))
         ((pixels, _),) = views_of_equal_size(self.view_pixels(inputs))
         return encoder_attention(
-            self.model.model.vision_tower, pixels, scored,
+            self.vision_encoder, pixels, scored,
             interpolate_pos_encoding=inputs.get("interpolate_pos_encoding", False),
         )  # fmt: skip
 
@@ -108,7 +108,7 @@ class Llava(Family):
         return super().feature_width(site) * (len(layers) if site is Site.PRE_PROJECTOR else 1)
 
     def project(self, features: Float[Tensor, "tokens dim"], site: Site) -> Float[Tensor, "tokens llm_dim"]:
-        return features if site is Site.POST_PROJECTOR else self.model.model.multi_modal_projector(features)
+        return features if site is Site.POST_PROJECTOR else self.projector(features)
 
     def _passes_prefix(self, inputs: Inputs) -> bool:
         """Return True if the LLM gets the tokens before the patches. Raise `UserError` for an unknown strategy."""

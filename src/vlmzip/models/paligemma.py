@@ -30,7 +30,7 @@ class PaliGemma(Family):
         pixels = inputs["pixel_values"]
         last = self.model.config.vision_config.num_hidden_layers - 1
         _, signals, out = run_vit(
-            self.model.model.vision_tower, pixels, [last], needs,
+            self.vision_encoder, pixels, [last], needs,
             interpolate_pos_encoding=inputs.get("interpolate_pos_encoding", False),
         )  # fmt: skip
         features = out.last_hidden_state  # after the encoder's last norm
@@ -41,7 +41,7 @@ class PaliGemma(Family):
 
     def encoder_attention(self, inputs: Inputs) -> EncoderAttention:
         return encoder_attention(
-            self.model.model.vision_tower, inputs["pixel_values"],
+            self.vision_encoder, inputs["pixel_values"],
             self.model.config.vision_config.num_hidden_layers - 1,
             interpolate_pos_encoding=inputs.get("interpolate_pos_encoding", False),
         )  # fmt: skip
@@ -54,7 +54,7 @@ class PaliGemma(Family):
         return downsampled(self.model.config.vision_config, inputs["pixel_values"], grids[0])
 
     def project(self, features: Float[Tensor, "*tokens dim"], site: Site) -> Float[Tensor, "*tokens llm_dim"]:
-        return features if site is Site.POST_PROJECTOR else self.model.model.multi_modal_projector(features)
+        return features if site is Site.POST_PROJECTOR else self.projector(features)
 
     def forward_positions(self, positions: Int[Tensor, "batch length"]) -> Int[Tensor, "batch length"]:
         return positions + 1  # `forward` counts from 1; `generate` adds the 1 itself

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from vlmzip.compressor import Positions, Profile
@@ -21,9 +21,8 @@ from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 class Qwen25VL(Family):
     """`Qwen2_5_VLForConditionalGeneration`.
 
-    Compressors act after the merger, because each of its output tokens becomes one LLM token. Score and keys follow
-    VisionZip's Qwen2.5-VL variant. The score is the attention received in the last vision block, computed with rotated
-    queries and keys. Score and keys are means over heads and over the patches that the merger joins.
+    Compressors act after the merger, because each of its output tokens becomes one LLM token. The features are thus
+    projected already, and `project` returns them unchanged. `QwenTower` describes score and keys.
     """
 
     model_types = ("qwen2_5_vl",)
@@ -90,9 +89,6 @@ class Qwen25VL(Family):
     def projector(self) -> nn.Module:
         merger: nn.Module = self.model.model.visual.merger
         return merger
-
-    def project(self, features: Float[Tensor, "tokens dim"], site: Site) -> Float[Tensor, "tokens llm_dim"]:
-        return features  # the merger has projected them already at both sites
 
     def original_positions(
         self, inputs: Inputs, mask: Int[Tensor, "batch length"]
