@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import TypeVar
 
 import torch
@@ -109,10 +109,7 @@ class Layout:
     @cached_property
     def is_seen_whole(self) -> bool:
         """True if the LLM sees every token of every grid."""
-        return all(
-            bool(self.has_placeholder[start + self.prefix : end].all())
-            for start, end in zip(self.starts, self.starts[1:], strict=False)
-        )
+        return all(bool(self.has_placeholder[start + self.prefix : end].all()) for start, end in pairwise(self.starts))
 
     @cached_property
     def as_seen(self) -> Layout:
@@ -131,7 +128,7 @@ class Layout:
         index = torch.arange(self.placeholders)
         holds = self.slots >= 0
         places = torch.zeros(self.tokens, dtype=torch.long)
-        for start, end in zip(self.starts, self.starts[1:], strict=False):
+        for start, end in pairwise(self.starts):
             mine = index[(self.slots >= start) & (self.slots < end)]
             places[start:end] = mine[0] if len(mine) else 0
         places[self.slots[holds]] = index[holds]
@@ -152,7 +149,7 @@ class Layout:
         """
         windows = [
             Window.of(self.has_placeholder[start + self.prefix : end].view(tuple(grid)))
-            for grid, start, end in zip(self.views, self.starts, self.starts[1:], strict=False)
+            for grid, (start, end) in zip(self.views, pairwise(self.starts), strict=True)
         ]
         numbers, views = torch.full((self.tokens,), SEPARATOR), []
         count = 0

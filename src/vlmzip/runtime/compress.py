@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -290,7 +290,7 @@ def encoded_again(
     """Return the remaining tokens of one image for a second compressor; the LLM sees all tokens of `layout`."""
     by_token = layout.slots[layout.slots >= 0].argsort()
     groups = []
-    for number, (grid, start, end) in enumerate(zip(layout.views, layout.starts, layout.starts[1:], strict=False)):
+    for number, (grid, (start, end)) in enumerate(zip(layout.views, pairwise(layout.starts), strict=True)):
         values, *others = (in_order([x], by_token)[None, start:end] for x in (features, *streams))
         tokens = VisualTokens(values, grid, layout.prefix, passes_prefix=True)
         groups.append(Views(tokens, [number], tuple(others)))

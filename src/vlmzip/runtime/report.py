@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -63,7 +63,7 @@ class ImageReport:
     def views(self) -> list[ViewReport]:
         """Return a report on each view: its grid, and its part of the map."""
         layout, parts = self.layout, []
-        for grid, start, end in zip(layout.views, layout.starts, layout.starts[1:], strict=False):
+        for grid, (start, end) in zip(layout.views, pairwise(layout.starts), strict=True):
             token_map = self.token_map and self.token_map.of_inputs(torch.arange(start, end))
             parts.append(ViewReport(grid, layout.prefix, token_map))
         return parts
@@ -78,8 +78,7 @@ class ImageReport:
         layout = self.layout
         # Treat all tokens of the image as one view: first the tokens outside the grids, then the grids, view by view.
         numbers = torch.arange(layout.tokens)
-        starts = zip(layout.starts, layout.starts[1:], strict=False)
-        on_grid = torch.cat([numbers[start + layout.prefix : end] for start, end in starts])
+        on_grid = torch.cat([numbers[start + layout.prefix : end] for start, end in pairwise(layout.starts)])
         outside = numbers[~torch.isin(numbers, on_grid)]
         order = torch.cat([outside, on_grid])
         features = in_order(self.view_features, order)[None]
