@@ -15,7 +15,7 @@ from vlmzip.models.family import Family
 from vlmzip.models.layout import Encoded, Layout, Views, numbers_by_kind
 from vlmzip.processor import InputDict, Inputs
 from vlmzip.resampler import Resampler
-from vlmzip.runtime.compress import Kept, Plan, compress, encoded_again, in_order, plan_views, view_numbers
+from vlmzip.runtime.compress import Plan, compress, encoded_again, in_order, plan_views, view_numbers
 from vlmzip.runtime.report import CompressedImage, ImageReport, Stopwatch
 from vlmzip.visual_tokens import Grid, Site, VisualTokens
 
@@ -70,8 +70,8 @@ def _encode_and_compress(
     features = _project(family, [image.features for image in kept], site, watch)
     with watch.time("bookkeeping"):
         images = [
-            CompressedImage(projected, image.streams, image.plan.slots, image.plan.places, report, image.plan.left)
-            for projected, image, report in zip(features, kept, _reports(family, layouts, kept), strict=True)
+            _compressed(family, layout, image.plan, projected, image.streams, image.seen)
+            for layout, image, projected in zip(layouts, kept, features, strict=True)
         ]
     return images, encoded.separator
 
@@ -84,14 +84,17 @@ def _project(
         return family.project(torch.cat(list(features)), site).split([len(values) for values in features])
 
 
-def _reports(family: Family, layouts: Sequence[Layout], kept: Sequence[Kept]) -> list[ImageReport]:
-    return [_report(family, layout, image.plan, image.seen) for layout, image in zip(layouts, kept, strict=True)]
-
-
-def _report(family: Family, layout: Layout, plan: Plan, seen: tuple[Float[Tensor, "_ dim"], ...] | None) -> ImageReport:
-    """Return the report on one image. Its row is -1 until its placeholders are found."""
+def _compressed(
+    family: Family,
+    layout: Layout,
+    plan: Plan,
+    features: Float[Tensor, "_ llm_dim"],
+    streams: Sequence[Tensor],
+    seen: tuple[Float[Tensor, "_ dim"], ...] | None,
+) -> CompressedImage:
+    """Return an image with its projected tokens. The row of its report is -1 until its placeholders are found."""
     after = len(plan.places)
-    return ImageReport(
+    report = ImageReport(
         row=-1,
         before=layout.placeholders,
         after=after,
@@ -100,6 +103,7 @@ def _report(family: Family, layout: Layout, plan: Plan, seen: tuple[Float[Tensor
         layout=plan.layout,
         view_features=seen,
     )
+    return CompressedImage(features, tuple(streams), plan.slots, plan.places, report, plan.left)
 
 
 def _encode_smaller(
@@ -143,8 +147,8 @@ def _encode_smaller(
             left.append([in_order(parts, plan.order) for parts in zip(*views, strict=True)])
     projected = _project(family, [features for features, *_ in left], Site.PRE_PROJECTOR, watch)
     images = [
-        CompressedImage(values, tuple(streams), plan.slots, plan.places, _report(family, layout, plan, None), plan.left)
-        for values, (_, *streams), plan, layout in zip(projected, left, plans, layouts, strict=True)
+        _compressed(family, layout, plan, features, streams, None)
+        for layout, plan, features, (_, *streams) in zip(layouts, plans, projected, left, strict=True)
     ]
     return images, encoded.separator, smaller
 
