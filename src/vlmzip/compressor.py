@@ -327,7 +327,7 @@ class BudgetedCompressor(Compressor):
     number for all views together."""
 
     def with_keep(self, keep: Keep) -> Compressor:
-        return dataclasses.replace(self, keep=keep, keep_per_view=None)
+        return self.with_fields(keep=keep, keep_per_view=None)
 
     @property
     def by_view(self) -> bool:

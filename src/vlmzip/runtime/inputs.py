@@ -17,6 +17,7 @@ from vlmzip.processor import Inputs
 from vlmzip.runtime.cache import cache_of
 from vlmzip.runtime.compressed_inputs import CompressedInputs
 from vlmzip.runtime.packing import pack
+from vlmzip.runtime.place import inside_the_llm
 from vlmzip.runtime.prompt import (
     PER_TOKEN,
     Span,
@@ -31,7 +32,6 @@ from vlmzip.runtime.prompt import (
 from vlmzip.runtime.report import CompressedImage, Report, Stopwatch
 from vlmzip.runtime.stages import compress_images
 from vlmzip.runtime.versions import check_takes
-from vlmzip.visual_tokens import Site
 
 
 def compress_inputs(
@@ -113,7 +113,7 @@ def compress_inputs(
         out["position_ids"] = contiguous_positions(family, out, out["attention_mask"])[0]
     reports = [replace(image.report, row=row) for image, (row, _) in zip(images, found, strict=True)]
     out.report = Report(compressor, reports, source, watch)
-    goes_on = any(stage.site is Site.IN_LLM for stage in compressor.stages())
+    goes_on = bool(inside_the_llm(compressor))
     out.spans = _spans(out["input_ids"], family.placeholder_id, images) if goes_on else []
     if pack_rows and not goes_on and not generating and cache_of(out) is None:
         pack(out, family, images, {"input_ids": pad_id(family), **PER_TOKEN})
