@@ -170,7 +170,7 @@ class Compressor(ABC):
         return token_map
 
     def grid_of(self, tokens: VisualTokens) -> Grid:
-        """Return the grid that the tokens lie on. Raises `UserError` after a method that leaves no grid."""
+        """Return the grid that the tokens lie on. Raise `UserError` after a method that leaves no grid."""
         if tokens.grid is None:
             raise UserError(f"{self.name()} needs tokens that lie on a grid; put it before the method that leaves none")
         return tokens.grid
@@ -178,7 +178,7 @@ class Compressor(ABC):
     def at_budget(self, keep: Keep, profile: Profile) -> tuple[Compressor, float]:
         """Return the configuration nearest to an average budget, and the retention ratio that it reaches.
 
-        Raises `BudgetError` with the reason if the method cannot meet the budget.
+        Raise `BudgetError` with the reason if the method cannot meet the budget.
         """
         if isinstance(self, Calibratable):
             raise self._content_decides()

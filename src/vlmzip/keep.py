@@ -13,7 +13,7 @@ from vlmzip.errors import UserError
 
 
 def is_keep(keep: int | float | str) -> bool:
-    """Return true for a valid budget. Raises `UserError` for an invalid one."""
+    """Return true for a valid budget. Raise `UserError` for an invalid one."""
     parse_keep(keep)
     return True
 
@@ -29,7 +29,7 @@ AS_SET = "as-set"
 def parse_keep(keep: Keep, option: str = "") -> int | float:
     """Read a budget as a count (int) or a fraction (float). `option` is the command-line option, for messages.
 
-    Raises `UserError` for a value that is neither a whole number of at least 1 nor a fraction in (0, 1].
+    Raise `UserError` for a value that is neither a whole number of at least 1 nor a fraction in (0, 1].
     """
     value = _number(keep, option or "keep")
     if isinstance(value, int):
@@ -59,7 +59,7 @@ def shared_out(count: int, sizes: Sequence[int]) -> list[int]:
     """Divide a count of tokens among the views of an image, in proportion to their sizes.
 
     Every view gets at least one token and at most all its tokens. The shares add up to `count`, or to all tokens if
-    `count` is larger. Shares of equally large views differ by at most one token; the first views get more. Raises
+    `count` is larger. Shares of equally large views differ by at most one token; the first views get more. Raise
     `UserError` if there are more views than tokens.
     """
     if count < len(sizes):

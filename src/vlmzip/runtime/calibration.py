@@ -71,7 +71,7 @@ def calibrate(
     checkpoint.
 
     The average is a step function of the threshold. The nearest step is chosen; it must lie within 5 % of the budget.
-    Raises `BudgetError`, with the averages that are possible, if no step does. Raises `UserError` for a compressor
+    Raise `BudgetError`, with the averages that are possible, if no step does. Raise `UserError` for a compressor
     without a threshold, for an image that cannot be read, for a model with several views of an image (LLaVA-NeXT), and
     if there are no images.
     """

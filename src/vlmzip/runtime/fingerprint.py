@@ -115,7 +115,7 @@ def of_images(images: Iterable[Image.Image | str]) -> str:
 
 
 def of_files(files: Iterable[Path]) -> str:
-    """Return the digest of the contents of files. Raises `UserError` for a file that cannot be read."""
+    """Return the digest of the contents of files. Raise `UserError` for a file that cannot be read."""
 
     def contents() -> Iterator[bytes]:
         for path in files:

@@ -43,7 +43,7 @@ class ImageError(UserError):
 def load_image(given: str | os.PathLike[str] | Image.Image) -> Image.Image:
     """Return the image at a path, or an image that Pillow has opened, as upright RGB.
 
-    Raises `ImageError` if it cannot be read as an image.
+    Raise `ImageError` if it cannot be read as an image.
     """
     if isinstance(given, Image.Image):
         return _finished(given, _name_of(given))

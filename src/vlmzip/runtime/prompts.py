@@ -25,7 +25,7 @@ def conversation_prompt(family: Family, processor: Processor, messages: Sequence
     """Return the prompt of a conversation like `chat_prompt`.
 
     The `content` of each message is a list of {"type": "image"} and {"type": "text", "text": …}. Without a chat
-    template, raises `UserError` for several turns and for images after text.
+    template, raise `UserError` for several turns and for images after text.
     """
     if getattr(processor, "chat_template", None):
         try:

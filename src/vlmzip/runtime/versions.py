@@ -47,7 +47,7 @@ def check_takes(model: nn.Module, name: str) -> None:
 def argument(arguments: Inputs, name: str, called: str) -> Any:
     """Return the argument `name` of a call that a hook sees.
 
-    Raises `UserError` if the call does not have it: a default would be a guess. `called` names the call in the message.
+    Raise `UserError` if the call does not have it: a default would be a guess. `called` names the call in the message.
     """
     if name not in arguments:
         raise unknown_interface(f"{called} was called without {name}")
