@@ -13,7 +13,6 @@ from typing import Any, NoReturn, TextIO
 
 from vlmzip import outline
 from vlmzip.children import end_with_launcher
-from vlmzip.cli._shared.console import log_on_stderr
 from vlmzip.errors import UserError, closest, telling_beyond_positions
 from vlmzip.version import __version__
 
@@ -144,6 +143,8 @@ def _run(arguments: list[str]) -> None:
         args, unknown = parser.parse_known_intermixed_args(arguments[1:])
         parser.refuse_unknown(unknown)
         end_with_launcher()
+        from vlmzip.cli._shared.console import log_on_stderr  # needs rich, which help texts do not
+
         command = import_module(f"vlmzip.cli.{name}")  # only now: most of them need torch, which takes seconds
         with log_on_stderr(), telling_beyond_positions(log.warning):
             try:
