@@ -10,7 +10,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from vlmzip.cli._options.common import check_answer_length
+from vlmzip.cli._options.common import check_counts
 from vlmzip.cli._shared.console import progress
 from vlmzip.cli._shared.images import check_target, load_image, save_image
 from vlmzip.cli._shared.loading import load
@@ -30,7 +30,7 @@ from vlmzip.methods import NoCompression
 
 def run(args: Namespace) -> None:
     paths, question = split_images_and_question(args.words, "ask")
-    check_answer_length(args)
+    check_counts(args, "max_new_tokens")
     check_method(args, draws=bool(args.overlay))
     if args.overlay:
         check_target(args.overlay, paths)

@@ -17,7 +17,7 @@ import torch
 from vlmzip import spec
 from vlmzip.children import ChildFailed
 from vlmzip.cli._options.bench import ATTENTION, CLOCKS, SMALL, WHOLE
-from vlmzip.cli._options.common import check_folder
+from vlmzip.cli._options.common import check_counts, check_folder
 from vlmzip.cli._shared.bench_progress import DUE, START, Progress
 from vlmzip.cli._shared.console import console, log_on_stderr
 from vlmzip.cli._shared.method import refuse_second_budgets
@@ -234,8 +234,7 @@ def _check(args: Namespace) -> None:
         if (value := getattr(args, name)) not in choices:
             raise UserError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")
     for name, _, least, _ in WHOLE:
-        if (value := getattr(args, name.replace("-", "_"))) < least:
-            raise UserError(f"--{name} {value}: give at least {least}")
+        check_counts(args, name.replace("-", "_"), least=least)
     check_dtype(args.dtype)
     if args.keep == AS_SET:
         args.keep = None

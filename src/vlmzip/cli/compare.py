@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from vlmzip import spec
-from vlmzip.cli._options.common import check_answer_length
+from vlmzip.cli._options.common import check_counts
 from vlmzip.cli._shared.console import progress
 from vlmzip.cli._shared.images import check_target, load_image, save_image
 from vlmzip.cli._shared.loading import load
@@ -80,9 +80,7 @@ def _check(args: Namespace, paths: list[str]) -> None:
         args.keep = None
     else:
         parse_keep(args.keep, "--keep")
-    check_answer_length(args)
-    if args.repeats < 1:
-        raise UserError(f"--repeats {args.repeats}: give at least 1")
+    check_counts(args, "max_new_tokens", "repeats")
     if args.sheet:
         check_target(args.sheet, paths)
     if args.html:

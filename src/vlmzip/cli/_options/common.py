@@ -34,11 +34,6 @@ def add_answer_length(parser: ArgumentParser) -> None:
     )
 
 
-def check_answer_length(args: Namespace) -> None:
-    if args.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens {args.max_new_tokens}: give at least 1")
-
-
 def check_counts(args: Namespace, *names: str, least: int = 1) -> None:
     """Raise `UserError` if one of the named options is given and less than `least`."""
     for name in names:
