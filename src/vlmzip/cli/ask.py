@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from dataclasses import asdict
 from typing import Any
@@ -24,7 +23,7 @@ from vlmzip.lab.asking import (
     plain_account,
     warn_about_detail,
 )
-from vlmzip.lab.table import Console, show_bytes, show_count, show_flops
+from vlmzip.lab.table import Console, print_json, show_bytes, show_count, show_flops
 from vlmzip.methods import NoCompression
 
 
@@ -69,7 +68,7 @@ def run(args: Namespace) -> None:
         out["plain_answer"] = plain.text
     if args.overlay:
         out["overlay"] = str(args.overlay)
-    print(json.dumps(out, indent=2)) if args.json else _print_account(out)
+    print_json(out) if args.json else _print_account(out)
     warn_about_detail(result.report, paths)
     if args.overlay:
         save_image(draw(loaded, inputs, result.report, paths), args.overlay, paths)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -31,7 +30,7 @@ from vlmzip.lab.bench.output import as_json, doubts, gaps, print_tables, rows
 from vlmzip.lab.bench.presets import PRESETS, Preset, make_config, make_inputs, make_model
 from vlmzip.lab.bench.timing import cpu_seconds, now
 from vlmzip.lab.machine import about, file_name
-from vlmzip.lab.table import show_bytes
+from vlmzip.lab.table import print_json, show_bytes
 from vlmzip.models import family_of
 from vlmzip.runtime.loading import DTYPES, check_dtype, find_device
 
@@ -99,7 +98,7 @@ def _show(
             _unfinished(path).unlink(missing_ok=True)
     finally:  # print the measurements even if the disk is full
         if args.json:
-            print(json.dumps(as_json(found, table, doubtful, target), indent=2))
+            print_json(as_json(found, table, doubtful, target))
         else:
             print_tables(found, args, preset, device, doubtful, target)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
@@ -19,7 +18,7 @@ from vlmzip.compressor import Calibratable, Compressor
 from vlmzip.errors import UserError
 from vlmzip.files import is_file, is_folder, is_there
 from vlmzip.keep import parse_keep
-from vlmzip.lab.table import print_table
+from vlmzip.lab.table import print_json, print_table
 from vlmzip.runtime.calibration import Calibration, calibrate
 from vlmzip.visualize.figure import import_matplotlib
 from vlmzip.visualize.histogram import draw_deviations
@@ -47,7 +46,7 @@ def run(args: Namespace) -> None:
     if args.histogram:
         save_image(draw_deviations(found.deviations, threshold, compressor.name()), args.histogram, paths)
         out["histogram"] = str(args.histogram)
-    print(json.dumps(out, indent=2)) if args.json else _print(out, found, threshold, args)
+    print_json(out) if args.json else _print(out, found, threshold, args)
 
 
 def _compressor(args: Namespace) -> Compressor:

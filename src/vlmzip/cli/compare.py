@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from argparse import Namespace
@@ -26,7 +25,7 @@ from vlmzip.keep import AS_SET, parse_keep
 from vlmzip.lab.asking import build_inputs, seen_images
 from vlmzip.lab.compare.compare import compare
 from vlmzip.lab.compare.output import OUTCOME, Comparison, Seen, as_json, page, sheet
-from vlmzip.lab.table import Console
+from vlmzip.lab.table import Console, print_json
 
 log = logging.getLogger(__name__)
 #: Characters per line. On a narrower terminal or pipe, answers and costs get a table each.
@@ -71,7 +70,7 @@ def _print(found: Comparison, args: Namespace) -> None:
         _print_tables(found)
         return
     files = {name: str(path) for name, path in (("sheet", args.sheet), ("html", args.html)) if path}
-    print(json.dumps(as_json(found) | files, indent=2))
+    print_json(as_json(found) | files)
 
 
 def _check(args: Namespace, paths: list[str]) -> None:

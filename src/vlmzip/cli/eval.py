@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 from argparse import Namespace
@@ -26,6 +25,7 @@ from vlmzip.lab.papers import against, published, show
 from vlmzip.lab.report import Chapter, notes, reasons, render_report, size
 from vlmzip.lab.results import Result
 from vlmzip.lab.study import Study
+from vlmzip.lab.table import print_json
 from vlmzip.lab.tasks.catalogue import read_tasks
 from vlmzip.lab.tasks.task import Task
 from vlmzip.lab.tasks.words import warn_of_unknown_words
@@ -128,7 +128,7 @@ def _print(folder: Path, args: Namespace, found: list[tuple[Task, list[Result]]]
     if args.json:
         rows = results.table([result for _, of_task in found for result in of_task]).as_json()
         content = {"model": args.model, "out": str(folder), "rows": rows}
-        print(json.dumps(content | ({"against": list(map(asdict, beside))} if beside else {}), indent=2))
+        print_json(content | ({"against": list(map(asdict, beside))} if beside else {}))
         return
     for task, of_task in found:
         print(f"{task.name}: {task.about}; {task.metric.about}; {size(task)}\n")

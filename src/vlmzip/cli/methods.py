@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import json
 from argparse import Namespace
 from dataclasses import asdict
 from typing import Any
 
 from vlmzip import outline
-from vlmzip.lab.table import print_table
+from vlmzip.lab.table import print_json, print_table
 
 
 def run(args: Namespace) -> None:
@@ -31,7 +30,7 @@ def _print_all(*, as_json: bool) -> None:
         for method in outline.methods()
     ]
     if as_json:
-        print(json.dumps(rows, indent=2))
+        print_json(rows)
         return
     print_table(
         ["method", "acts at", "looks at", "what it does", "from"],
@@ -48,17 +47,14 @@ def _print_one(name: str, *, as_json: bool) -> None:
     cls = catalogue.find(name)
     fields = catalogue.describe(cls)
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "name": cls.name(),
-                    "doc": inspect.getdoc(cls),
-                    "paper": cls.paper,
-                    "examples": [f"{cls.name()}({settings})" for settings in cls.examples],
-                    "fields": [asdict(f) for f in fields],
-                },
-                indent=2,
-            )
+        print_json(
+            {
+                "name": cls.name(),
+                "doc": inspect.getdoc(cls),
+                "paper": cls.paper,
+                "examples": [f"{cls.name()}({settings})" for settings in cls.examples],
+                "fields": [asdict(f) for f in fields],
+            }
         )
         return
     print(f"{cls.name()}\n\n{inspect.getdoc(cls)}\n")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from typing import Any
 
 from vlmzip import outline
-from vlmzip.lab.table import print_table
+from vlmzip.lab.table import print_json, print_table
 
 
 def run(args: Namespace) -> None:
@@ -21,7 +20,7 @@ def run(args: Namespace) -> None:
         for family in outline.families()
     ]
     if args.json:
-        print(json.dumps(rows, indent=2))
+        print_json(rows)
         return
     print_table(
         ["family", "model types", "sites", "example"],

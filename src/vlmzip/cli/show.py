@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from vlmzip.cli._shared.loading import load
 from vlmzip.cli._shared.method import check_method, make_method, without_budget
 from vlmzip.errors import UserError
 from vlmzip.lab.asking import attach_and_note, build_inputs, draw
+from vlmzip.lab.table import print_json
 from vlmzip.runtime.inputs import compress_inputs
 from vlmzip.sites import Site
 
@@ -38,12 +38,7 @@ def run(args: Namespace) -> None:
         {"path": path, "before": p.before, "after": p.after} for path, p in zip(args.images, report.images, strict=True)
     ]
     if args.json:
-        print(
-            json.dumps(
-                {"model": args.model, "compressor": compressor.to_dict(), "images": counts, "overlay": str(out)},
-                indent=2,
-            )
-        )
+        print_json({"model": args.model, "compressor": compressor.to_dict(), "images": counts, "overlay": str(out)})
         return
     for one in counts:
         print(f"{one['path']}: {one['before']} → {one['after']} visual tokens")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from argparse import Namespace
 from pathlib import Path
@@ -15,6 +14,7 @@ from vlmzip.lab.analyses import NAMES, about, find
 from vlmzip.lab.analyses.subject import Row, Subject, Unsuited
 from vlmzip.lab.curves import save_figure
 from vlmzip.lab.machine import about as machine
+from vlmzip.lab.table import print_json
 from vlmzip.lab.tasks.catalogue import read_one_task
 from vlmzip.lab.tasks.words import warn_of_unknown_words
 from vlmzip.processes import Processes
@@ -51,7 +51,7 @@ def run(args: Namespace) -> None:
                 if not args.json:
                     print("\n".join([f"{name}: {about(name)}", *analysis.findings(rows), ""]))
     if found and args.json:
-        print(json.dumps({"model": args.model, "task": task.name, "out": str(folder), "analyses": found}, indent=2))
+        print_json({"model": args.model, "task": task.name, "out": str(folder), "analyses": found})
     elif found:
         print(f"written to {folder}")
 

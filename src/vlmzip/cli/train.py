@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from argparse import Namespace
@@ -22,7 +21,7 @@ from vlmzip.files import refuse_place, refuse_source, write_whole
 from vlmzip.lab.bench.presets import PRESETS, make_config, make_model
 from vlmzip.lab.papers.llavolta import explain_beside_paper
 from vlmzip.lab.score import TaskScore
-from vlmzip.lab.table import print_table
+from vlmzip.lab.table import print_json, print_table
 from vlmzip.lab.tasks.catalogue import read_task
 from vlmzip.models import family_of
 from vlmzip.runtime.answering import Answerer
@@ -100,7 +99,7 @@ def _explain(config: Config, args: Namespace) -> None:
     cost = explain_beside_paper(schedule, family, steps, config.text_tokens)
     _note_unreached(cost, steps)
     if args.json:
-        print(json.dumps(as_json(cost), indent=2))
+        print_json(as_json(cost))
     else:
         print_table(list(COLUMNS), lines(cost))
         print(

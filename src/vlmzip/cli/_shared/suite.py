@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -20,7 +19,7 @@ from vlmzip.lab.lmms.scores import Column, columns, lines, measured, write_table
 from vlmzip.lab.lmms.suites import Suite, read_suite
 from vlmzip.lab.names import slug
 from vlmzip.lab.papers import against, show
-from vlmzip.lab.table import print_table
+from vlmzip.lab.table import print_json, print_table
 from vlmzip.lab.tasks.folder import UNCALIBRATED, calibration_on
 
 log = logging.getLogger(__name__)
@@ -78,7 +77,7 @@ def _print(suite: Suite, found: list[Column], folder: Path, args: Namespace) -> 
     if args.json:
         rows = [line for column in found for line in lines(suite, column)]
         content = {"model": args.model, "suite": suite.name, "out": str(folder), "rows": rows}
-        print(json.dumps(content | ({"against": list(map(asdict, beside))} if beside else {}), indent=2))
+        print_json(content | ({"against": list(map(asdict, beside))} if beside else {}))
         return
     print(f"{suite.about}, by lmms-eval" + (f"; the first {args.limit:,} questions of each" if args.limit else ""))
     for column in found:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from argparse import Namespace
@@ -22,7 +21,7 @@ from vlmzip.files import write_csv
 from vlmzip.lab.configurations import Configuration
 from vlmzip.lab.curves import save_figure
 from vlmzip.lab.stats import Estimate
-from vlmzip.lab.table import ABSENT, NOTHING, Column, Table
+from vlmzip.lab.table import ABSENT, NOTHING, Column, Table, print_json
 from vlmzip.lab.tune.curve import draw
 from vlmzip.lab.tune.search import LEAST_IMAGES, PLAIN, CandidateRow, Rejection, Tuning, Verdict
 from vlmzip.lab.tune.study import Cost, TunedStudy
@@ -127,12 +126,12 @@ def show(found: SearchOutcome, args: Namespace) -> None:
     """Write all results and print them. Print them even if the disk is full."""
     folder = found.asked.study.folder
     try:
-        write_csv(folder / "tune.csv", [*_csv(found)])
+        write_csv(folder / "tune.csv", _csv(found))
         _draw(found, folder)
         if found.chosen:
             write_compressor(found.compressor(found.chosen), folder)
     finally:
-        print(json.dumps(as_json(found, args), indent=2)) if args.json else _print(found, folder, args)
+        print_json(as_json(found, args)) if args.json else _print(found, folder, args)
 
 
 def _draw(found: SearchOutcome, folder: Path) -> None:
