@@ -125,12 +125,11 @@ def measured(result: Result, model: str) -> MeasuredScore:
     The name of the task, or of its folder, stands for the paper's name of the benchmark.
     """
     one = result.configuration
-    assert one.compressor is not None  # the caller has those that ran
-    assert result.score is not None
+    assert result.score is not None  # the caller has those that ran
     tokens = sum(record["visual_tokens"] * record["retention"] for record in result.records) / len(result.records)
     return MeasuredScore(
         model=model,
-        method=one.compressor.name(),
+        method=one.chosen.name(),
         benchmark=Path(one.task.partition(":")[0]).name,
         value=100 * result.score.value,
         tokens=tokens,

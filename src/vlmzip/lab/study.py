@@ -21,7 +21,7 @@ from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, reason
 from vlmzip.lab.answers import RECORDS, AnswerSeries, AnswerStore, question, wrong_layers
 from vlmzip.lab.attacher import Attacher
-from vlmzip.lab.configurations import Configuration, Configurator, plain_json, read_calibrated
+from vlmzip.lab.configurations import Configuration, Configurator, read_calibrated
 from vlmzip.lab.machine import about
 from vlmzip.lab.records import Record
 from vlmzip.lab.tasks.task import Sample, Task
@@ -42,7 +42,6 @@ FILE = "study.json"
 COSTS = ("method", "visual_tokens", "retention", "text_tokens", "prefill_flops", "beyond_positions")
 #: Fields that have one value in all records of a folder.
 SAME = ("dtype", "torch", "transformers")
-AGAIN = "delete the line and run the same command again: its question will be asked again"
 
 
 class MethodFailed(Exception):
@@ -184,7 +183,7 @@ class Study:
         }
 
     def _series(self, task: Task, one: Configuration) -> AnswerSeries:
-        settings = plain_json(one.chosen.to_dict())
+        settings = one.settings
         where = repr(str(self.folder / RECORDS / one.key))
         now = of_name(self.name) | {name: self.conditions[name] for name in SAME}
 

@@ -115,8 +115,7 @@ def _fits(what: str, tokens: int, room: int, between: int) -> Iterator[Row]:
 
 def _asked(study: Study, task: Task, configuration: Configuration, bootstrap: Bootstrap, most: int) -> Iterator[Row]:
     """Yield a method's rows for all numbers of images up to `most`, with the image of the question first and last."""
-    compressor = configuration.compressor
-    assert compressor is not None  # for the type checker; the caller has checked it
+    compressor = configuration.chosen
     images = {sample.image: sample for sample in task.samples}
     alone: np.ndarray | None = None
     for count in COUNTS:

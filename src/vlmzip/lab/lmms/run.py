@@ -23,7 +23,7 @@ from vlmzip import spec
 from vlmzip.errors import UserError, reason
 from vlmzip.lab.answers import AnswerStore
 from vlmzip.lab.attacher import Attacher
-from vlmzip.lab.configurations import Configuration, Configurator, plain_json, read_calibrated
+from vlmzip.lab.configurations import Configuration, Configurator, read_calibrated
 from vlmzip.lab.lmms.requests import NO_LIKELIHOODS, AnswerFailed
 from vlmzip.lab.lmms.suites import NO_JUDGE, Benchmark, Suite, has_judge, no_such_task
 from vlmzip.lab.machine import about
@@ -201,7 +201,7 @@ class SuiteRun:
         return {
             "task": benchmark.task,
             "method": written,
-            "compressor": plain_json(one.chosen.to_dict()),
+            "compressor": one.settings,
             **identity,
             "results": {key: float(value) for key, value in found.items() if _is_finite(value)},
             "questions": len(samples),

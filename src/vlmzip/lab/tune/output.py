@@ -92,15 +92,10 @@ class SearchOutcome:
         return self.asked.configurations[row.number].method
 
     def compressor(self, row: CandidateRow) -> Compressor:
-        return self._compressor(row.number)
+        return self.asked.configurations[row.number].chosen
 
     def _name(self, number: int) -> str:
-        return spec.write(self._compressor(number))
-
-    def _compressor(self, number: int) -> Compressor:
-        compressor = self.asked.configurations[number].compressor
-        assert compressor is not None
-        return compressor
+        return spec.write(self.asked.configurations[number].chosen)
 
     def fate(self, row: CandidateRow) -> str:
         """Return what became of a candidate."""

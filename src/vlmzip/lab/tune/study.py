@@ -126,7 +126,7 @@ class TunedStudy:
         }
 
     def _from_shape(self, one: Configuration, text: int) -> float:
-        counts = one.compressor.tokens_by_layer(self.profile) if one.compressor else None
+        counts = one.chosen.tokens_by_layer(self.profile)
         if counts is None:
             return 0.0
         if self.cost == "tokens":
@@ -150,9 +150,9 @@ def prefill_milliseconds(
     its figures. Another device or other versions make it measure again.
     """
     samples = list({sample.image: sample for sample in task.samples}.values())[:TIMED]
-    names = [spec.write(one.compressor) for one in configurations if one.compressor]
+    names = [spec.write(one.chosen) for one in configurations]
     asked = [[sample.id, sample.image, sample.pixels, sample.question] for sample in samples]
-    code = [of_method_code(one.compressor) for one in configurations if one.compressor]
+    code = [of_method_code(one.chosen) for one in configurations]
     of_study = {**study.conditions, "model": of_name(study.name)}
     conditions = {**of_study, "task": task.name, "samples": asked, "configurations": names, "code": code}
     path = study.folder / FILE
@@ -162,8 +162,7 @@ def prefill_milliseconds(
     inputs = [study.answerer.inputs([sample.load()], [sample.question]) for sample in samples]
 
     def run(one: Configuration) -> float:
-        assert one.compressor is not None
-        compressed = study.attach(one.compressor)
+        compressed = study.attach(one.chosen)
         try:
             return 1000 * statistics.fmean(time_answer(compressed, study.family, some, 2).prefill for some in inputs)
         finally:
@@ -171,7 +170,7 @@ def prefill_milliseconds(
 
     failures: dict[int, str] = {}
     for number, one in enumerate(configurations):  # the warm-up, which also finds out which configurations can run
-        log.info(f"warming up: {spec.write(one.compressor) if one.compressor else one.method}")
+        log.info(f"warming up: {spec.write(one.chosen)}")
         try:
             run(one)
         except Exception as error:
