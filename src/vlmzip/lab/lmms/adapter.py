@@ -30,8 +30,9 @@ from tqdm import tqdm
 from vlmzip import spec
 from vlmzip.compressor import Compressor
 from vlmzip.compressor_file import FILE, read_compressor
-from vlmzip.errors import UserError, collecting_warnings, reason, telling_beyond_positions
+from vlmzip.errors import UserError, reason, telling_beyond_positions
 from vlmzip.files import is_file
+from vlmzip.lab.asking import attach_with_notes
 from vlmzip.lab.lmms.requests import (
     NO_LIKELIHOODS,
     AnswerFailed,
@@ -46,16 +47,14 @@ from vlmzip.outline import METHOD_FORMS
 from vlmzip.processes import Processes
 from vlmzip.processor import Processor
 from vlmzip.runtime.answering import Answer, Answerer
-from vlmzip.runtime.attach import attach
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.loading import load
 from vlmzip.runtime.prompts import conversation_prompt
 from vlmzip.runtime.report import compact
-from vlmzip.runtime.saving import saved_weights
 
 
 def note(text: str) -> None:
-    """Say on stderr, in a line, what the user should know: lmms-eval's command line sets up no logging for it."""
+    """Print a note for the user on stderr. lmms-eval's command line sets up no logging for this package."""
     print(f"note: {text}", file=sys.stderr)
 
 
@@ -123,14 +122,12 @@ class CompressedForLmms(lmms):
 
     @classmethod
     def _load(cls, settings: Mapping[str, str]) -> CompressedForLmms:
-
         name = settings.get("pretrained", "mini")
         compressor = _compressor(name, settings.get("method"))
         device = Processes().device(settings.get("device"))
         loaded = load(name, device, settings.get("dtype"))
         compressor = compressor.placed(loaded.family.profile())
-        with collecting_warnings() as notes:
-            compressed = attach(loaded.model, compressor, weights=saved_weights(compressor, name))
+        compressed, notes = attach_with_notes(loaded, compressor)
         for text in notes:
             note(text)
         try:
@@ -187,7 +184,7 @@ class CompressedForLmms(lmms):
         for name in generation.unused:
             if name not in self._noted:
                 self._noted.add(name)
-                print(f"note: the task's generation setting {name!r} means nothing here", file=sys.stderr)
+                note(f"the task's generation setting {name!r} means nothing here")
         return generation
 
     def _answer(self, questions: Sequence[LmmsQuestion]) -> Iterator[tuple[int, GenerationResult]]:
