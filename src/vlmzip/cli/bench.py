@@ -113,12 +113,14 @@ def _measure(
 ) -> None:
     """Time the methods, then measure their memory; call `keep` with each result."""
     methods = [(name, method) for name, method in methods if name != PLAIN]
-    _refuse_what_cannot_run(args, make_config(preset, args.text_tokens, args.new_tokens), device, dtype)
+    config = make_config(preset, args.text_tokens, args.new_tokens)
+    _refuse_what_cannot_run(args, config, device, dtype)
     rounds = f"{args.repeats} rounds" if args.repeats > 1 else "one round"
     log.info(f"{len(methods) + 1} methods, {PLAIN} among them: {rounds} of each, after one to warm up")
     with console.status("making the model …") as status:
         progress = Progress(status, starting=START if device.type == "cpu" else 0)
-        model, inputs = _make(args, preset, device, dtype)
+        model = _make_model(args, config, device, dtype)
+        inputs = make_inputs(preset, args.batch, args.text_tokens, device, dtype)
         family = family_of(model)
         contenders = [_set_up(name, method, args.keep, family.profile()) for name, method in methods]
         found = bench(
@@ -158,12 +160,6 @@ def _measure_memory(found: list[Contender], recipe: tuple[Any, ...], keep: Calla
             one.without_peak = f"the memory was not measured: {error}"
 
 
-def _make(args: Namespace, preset: Preset, device: torch.device, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
-    """Return the model and its inputs."""
-    model = _make_model(args, make_config(preset, args.text_tokens, args.new_tokens), device, dtype)
-    return model, make_inputs(preset, args.batch, args.text_tokens, device, dtype)
-
-
 def _make_model(args: Namespace, config: Any, device: str | torch.device, dtype: torch.dtype) -> Any:
     try:
         return make_model(config, device, dtype, args.attention)
@@ -185,8 +181,9 @@ def _peaks(
         progress.say(f"measuring the memory: {done} of {len(compressors)} methods done", DUE)
 
     if model is None:
-        _refuse_what_cannot_run(args, make_config(preset, args.text_tokens, args.new_tokens), device, dtype)
-        model = _make(args, preset, device, dtype)[0]
+        config = make_config(preset, args.text_tokens, args.new_tokens)
+        _refuse_what_cannot_run(args, config, device, dtype)
+        model = _make_model(args, config, device, dtype)
     inputs = make_inputs(preset, args.batch, args.text_tokens, device, dtype)
     return peaks(model, inputs, compressors, args.new_tokens, telling)
 
