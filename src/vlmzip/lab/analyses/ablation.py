@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from vlmzip.keep import count_to_keep
-from vlmzip.lab.analyses.subject import Row, Subject, Unsuited, scored
+from vlmzip.lab.analyses.subject import Row, Subject, Unsuited, interval, scored
 from vlmzip.lab.results import Result, difference
 from vlmzip.methods import VisionZip
 from vlmzip.visualize.figure import new_figure
@@ -75,12 +75,7 @@ def _variant(size: int, share: str, merge: Literal["reference", "mean"], part: s
 
 def _against(result: Result, both: Result, seed: int) -> Row:
     """Return the paired difference from both kinds together, in points."""
-    against = difference(result.records, both.records, seed)
-    return {
-        "against_both": round(100 * against.value, 2),
-        "against_both_low": round(100 * against.low, 2),
-        "against_both_high": round(100 * against.high, 2),
-    }
+    return interval("against_both", difference(result.records, both.records, seed), 100)
 
 
 def draw(rows: Sequence[Row], title: str) -> Figure:

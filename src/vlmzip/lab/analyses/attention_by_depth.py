@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from vlmzip.lab.analyses.subject import Row, Subject, Unsuited
+from vlmzip.lab.analyses.subject import Row, Subject, Unsuited, interval
 from vlmzip.lab.analysis_answers import resumable_records
 from vlmzip.lab.records import Record, is_count, is_list, is_number
 from vlmzip.lab.stats import Bootstrap, estimate
@@ -60,9 +60,7 @@ def measure(subject: Subject) -> list[Row]:
         rows.append(
             {
                 "layer": layer,
-                "attention": round(share.value, 2),
-                "low": round(share.low, 2),
-                "high": round(share.high, 2),
+                **interval("attention", share),
                 "uniform": round(uniform, 2),
                 "times_uniform": round(share.value / uniform, 4),
                 "visual_tokens": round(float(np.mean([r["visual_tokens_by_layer"][layer] for r in records])), 2),

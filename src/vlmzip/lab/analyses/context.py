@@ -27,12 +27,12 @@ from PIL import Image
 from vlmzip import spec
 from vlmzip.compressor import Compressor
 from vlmzip.keep import count_to_keep
-from vlmzip.lab.analyses.subject import Row, Subject, Unsuited
+from vlmzip.lab.analyses.subject import Row, Subject, Unsuited, interval
 from vlmzip.lab.analysis_answers import resumable_records
 from vlmzip.lab.bench.presets import PRESETS
 from vlmzip.lab.configurations import WHOLE, Configuration
 from vlmzip.lab.records import Record
-from vlmzip.lab.stats import Bootstrap, Estimate, estimate
+from vlmzip.lab.stats import Bootstrap, estimate
 from vlmzip.lab.study import Study
 from vlmzip.lab.tasks.task import Sample, Task
 from vlmzip.processor import Processor
@@ -135,7 +135,7 @@ def _asked(study: Study, task: Task, configuration: Configuration, bootstrap: Bo
                 ASKED, what="this model's image", method=configuration.method, budget=configuration.budget,
                 tokens=round(float(tokens), 2), images=count, place=place,
                 stated="yes" if says_which(study.processor, count) else "no", questions=len(records),
-                **_columns("score", estimate(100 * drawn)), **_columns("difference", estimate(100 * (drawn - alone))),
+                **interval("score", estimate(100 * drawn)), **interval("difference", estimate(100 * (drawn - alone))),
             )  # fmt: skip
 
 
@@ -206,11 +206,6 @@ def _row(part: str, **values: object) -> Row:
     names = ["what", "method", "budget", "tokens", "images", "place", "stated", "questions"]
     names += ["score", "low", "high", "difference", "difference_low", "difference_high"]
     return {"part": part, **{name: values.get(name, "") for name in names}}
-
-
-def _columns(name: str, share: Estimate) -> Row:
-    prefix = "" if name == "score" else f"{name}_"
-    return {name: round(share.value, 2), f"{prefix}low": round(share.low, 2), f"{prefix}high": round(share.high, 2)}
 
 
 def draw(rows: Sequence[Row], title: str) -> Figure:

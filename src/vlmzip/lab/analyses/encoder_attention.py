@@ -26,7 +26,7 @@ from torch import Tensor
 from vlmzip.errors import UserError
 from vlmzip.files import write_whole
 from vlmzip.keep import AS_SET, count_to_keep
-from vlmzip.lab.analyses.subject import Row, Subject, Unsuited
+from vlmzip.lab.analyses.subject import Row, Subject, Unsuited, interval
 from vlmzip.lab.stats import Bootstrap, estimate
 from vlmzip.lab.tasks.task import Sample
 from vlmzip.models import family_of
@@ -113,16 +113,11 @@ def _rows(attention: EncoderAttention, values: np.ndarray, images: Sequence[str]
         row: Row = {"layer": layer, "attends": whose, "read_by_visionzip": "yes" if layer == attention.scored else ""}
         row["images"] = len(values)
         for column, (name, scale) in enumerate(scales.items()):
-            row |= _columns(name, bootstrap.share(scale * values[:, layer, column], ones))
+            row |= interval(name, estimate(bootstrap.share(scale * values[:, layer, column], ones)))
         beyond = values[:, layer, TOPS.index(10)] - values[:, attention.scored, TOPS.index(10)]
-        row |= _columns("top_10_beyond_read", bootstrap.share(100 * beyond, ones))
+        row |= interval("top_10_beyond_read", estimate(bootstrap.share(100 * beyond, ones)))
         rows.append(row)
     return rows
-
-
-def _columns(name: str, shares: np.ndarray) -> Row:
-    share = estimate(shares)
-    return {name: round(share.value, 2), f"{name}_low": round(share.low, 2), f"{name}_high": round(share.high, 2)}
 
 
 def _draw_image(

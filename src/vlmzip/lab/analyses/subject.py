@@ -14,6 +14,7 @@ from vlmzip.errors import UserError
 from vlmzip.keep import AS_SET
 from vlmzip.lab.configurations import Configurator
 from vlmzip.lab.results import Result, results
+from vlmzip.lab.stats import Estimate
 from vlmzip.lab.study import Study
 from vlmzip.lab.tasks.task import Task
 from vlmzip.models import family_of
@@ -23,6 +24,8 @@ from vlmzip.runtime.answering import Answerer
 
 #: A row of an analysis' CSV file. All rows of an analysis have the same columns.
 Row = dict[str, Any]
+#: The main numbers of rows. The columns of their bounds are `low` and `high`; those of others have the number's name.
+MAIN = ("score", "attention")
 
 
 class Unsuited(UserError):
@@ -74,6 +77,16 @@ class Subject:
         return measured
 
 
+def interval(name: str, estimate: Estimate, scale: float = 1) -> Row:
+    """Return the columns of an estimate: its value, rounded, and its bounds, such as `difference_low`.
+
+    The bounds of a row's main number, `score` or `attention`, are `low` and `high`.
+    """
+    prefix = "" if name in MAIN else f"{name}_"
+    values = (scale * estimate.value, scale * estimate.low, scale * estimate.high)
+    return {key: round(value, 2) for key, value in zip((name, f"{prefix}low", f"{prefix}high"), values, strict=True)}
+
+
 def scored(result: Result) -> Row:
     """Return the columns that analyses report for a result; scores and shares are in percent."""
     score, against = result.score, result.against_plain
@@ -81,12 +94,8 @@ def scored(result: Result) -> Row:
     assert against is not None
     return {
         "questions": len(result.records),
-        "score": round(100 * score.value, 2),
-        "low": round(100 * score.low, 2),
-        "high": round(100 * score.high, 2),
-        "difference": round(100 * against.value, 2),
-        "difference_low": round(100 * against.low, 2),
-        "difference_high": round(100 * against.high, 2),
+        **interval("score", score, 100),
+        **interval("difference", against, 100),
         "reached": round(100 * result.reached, 2),
         "prefill_flops": round(100 * result.flops, 2),
     }

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from vlmzip.lab.analyses.subject import Row, Subject, scored
+from vlmzip.lab.analyses.subject import Row, Subject, interval, scored
 from vlmzip.lab.records import Record
 from vlmzip.lab.results import difference
 from vlmzip.methods import DFMR
@@ -70,9 +70,7 @@ def _of_group(group: tuple[str, str], records: Sequence[Record], plain: Sequence
     return {
         f"questions_{name}_{value}": len(mine),
         f"score_{name}_{value}": round(100 * sum(record["score"] for record in mine) / len(mine), 2),
-        f"difference_{name}_{value}": round(100 * against.value, 2),
-        f"difference_{name}_{value}_low": round(100 * against.low, 2),
-        f"difference_{name}_{value}_high": round(100 * against.high, 2),
+        **interval(f"difference_{name}_{value}", against, 100),
         f"tokens_{name}_{value}": _tokens(mine)["tokens"],
     }
 

@@ -33,11 +33,11 @@ from transformers import DynamicCache
 
 from vlmzip import spec
 from vlmzip.compressor import Compressor
-from vlmzip.lab.analyses.subject import Row, Subject, Unsuited
+from vlmzip.lab.analyses.subject import Row, Subject, Unsuited, interval
 from vlmzip.lab.analysis_answers import resumable_records
 from vlmzip.lab.configurations import PLAIN
 from vlmzip.lab.records import Record, is_text
-from vlmzip.lab.stats import Bootstrap, Estimate, estimate
+from vlmzip.lab.stats import Bootstrap, estimate
 from vlmzip.lab.study import Study
 from vlmzip.lab.tasks.task import Sample, Task
 from vlmzip.methods import NoCompression
@@ -259,14 +259,9 @@ def _row(
     counts = np.array([record["visual_tokens_by_layer"] for record in by_place[SECOND]], float)
     row: Row = {"method": method, "budget": budget, "place": place, "questions": len(by_place[place])}
     row |= {"tokens": round(float(counts.mean()), 2)}
-    for name, share in {"": here, "difference": loss, "extra_loss": loss_first - loss}.items():
-        row |= _columns(name, estimate(100 * share))
+    for name, share in {"score": here, "difference": loss, "extra_loss": loss_first - loss}.items():
+        row |= interval(name, estimate(100 * share))
     return row
-
-
-def _columns(name: str, share: Estimate) -> Row:
-    names = (f"{name}_low", f"{name}_high") if name else ("low", "high")
-    return {name or "score": round(share.value, 2), names[0]: round(share.low, 2), names[1]: round(share.high, 2)}
 
 
 def draw(rows: Sequence[Row], title: str) -> Figure:
