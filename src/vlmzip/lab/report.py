@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +15,7 @@ from vlmzip.lab.results import Result
 from vlmzip.lab.stats import DRAWS
 from vlmzip.lab.table import Table
 from vlmzip.lab.tasks.task import Task
+from vlmzip.visualize.figure import as_image
 from vlmzip.visualize.page import Card, render_page
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Chapter:
     @property
     def curves(self) -> list[tuple[Image.Image, str]]:
         """Return the figures as images, with their titles."""
-        return [(_drawn(figure), figure.axes[0].get_title()) for figure in self.figures]
+        return [(as_image(figure, dpi=110), figure.axes[0].get_title()) for figure in self.figures]
 
     @property
     def groups(self) -> list[tuple[str, list[str], list[tuple[list[str], bool]]]]:
@@ -66,12 +66,6 @@ class Chapter:
 
 def render_report(title: str, facts: Sequence[str], chapters: Sequence[Chapter], notes: Sequence[str]) -> str:
     return render_page("report.html.j2", title, facts, "vlmzip.lab", chapters=chapters, notes=notes)
-
-
-def _drawn(figure: Figure) -> Image.Image:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return Image.open(buffer).convert("RGB")
 
 
 def notes(seed: int) -> list[str]:

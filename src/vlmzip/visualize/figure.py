@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING, Any
+
+from PIL import Image
 
 from vlmzip.errors import UserError
 
@@ -11,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def import_matplotlib() -> Any:
-    """Return the matplotlib module. Raises `UserError` if it is not installed."""
+    """Return the matplotlib module. Raise `UserError` if it is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -22,7 +25,7 @@ def import_matplotlib() -> Any:
 def new_figure(width: int | float, height: int | float) -> Figure:
     """Return an empty figure of the given size in inches that does not read `$` in text as mathematics.
 
-    Method names may contain `$`. Tick labels are excepted: matplotlib writes powers as mathematics. Raises `UserError`
+    Method names may contain `$`. Tick labels are excepted: matplotlib writes powers as mathematics. Raise `UserError`
     if matplotlib is not installed.
     """
     import_matplotlib()
@@ -34,6 +37,13 @@ def new_figure(width: int | float, height: int | float) -> Figure:
             super().draw(renderer)
 
     return Plain(figsize=(width, height), dpi=150, layout="constrained")
+
+
+def as_image(figure: Figure, dpi: float | None = None) -> Image.Image:
+    """Return a figure as an image, at its own resolution or at `dpi`."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    return Image.open(buffer).convert("RGB")
 
 
 def _write_plainly(part: Any) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 from PIL import Image
 
-from vlmzip.visualize.figure import new_figure
+from vlmzip.visualize.figure import as_image, new_figure
 
 BINS = 30
 
@@ -28,6 +27,4 @@ def draw_deviations(deviations: Sequence[dict[int, float]], threshold: float, ti
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return Image.open(buffer).convert("RGB")
+    return as_image(figure)
