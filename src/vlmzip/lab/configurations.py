@@ -115,7 +115,7 @@ class Configurator:
     def rows(self, task: Task, methods: Sequence[Candidate], budgets: Sequence[str]) -> Iterator[Configuration]:
         """Yield the uncompressed model, then every method at every budget, or the reason why it cannot run."""
         yield Configuration(task.name, PLAIN, WHOLE, NoCompression())
-        profile = self.profile(task)
+        profile = task_profile(self.answerer, task)
         for candidate in methods:
             for budget in budgets:
                 try:
@@ -161,19 +161,20 @@ class Configurator:
             self._digests[calibration.about] = calibration.digest
         return self._digests[calibration.about]
 
-    def profile(self, task: Task) -> Profile:
-        """Return the model's shape that budgets are set for, with the median grid of the task's first images.
 
-        For a task without known questions, return the model's own grid.
-        """
-        if not task.samples:
-            return self.answerer.family.profile()
-        first = {sample.image: sample for sample in task.samples[:LOOK_AT]}.values()
-        inputs = self.answerer.inputs([sample.load() for sample in first], [""] * len(first))
-        seen = [layout.unpadded()[0] for layout in self.answerer.family.layouts(inputs)]
-        layouts = sorted(seen, key=lambda layout: layout.size)
-        grid, *tiles = layouts[(len(layouts) - 1) // 2].views
-        return replace(self.answerer.family.profile(), grid=grid, tiles=tuple(tiles))
+def task_profile(answerer: Answerer, task: Task) -> Profile:
+    """Return the model's shape that budgets are set for, with the median grid of the task's first images.
+
+    For a task without known questions, return the model's own grid.
+    """
+    if not task.samples:
+        return answerer.family.profile()
+    first = {sample.image: sample for sample in task.samples[:LOOK_AT]}.values()
+    inputs = answerer.inputs([sample.load() for sample in first], [""] * len(first))
+    seen = [layout.unpadded()[0] for layout in answerer.family.layouts(inputs)]
+    layouts = sorted(seen, key=lambda layout: layout.size)
+    grid, *tiles = layouts[(len(layouts) - 1) // 2].views
+    return replace(answerer.family.profile(), grid=grid, tiles=tuple(tiles))
 
 
 def read_calibrated(path: Path, known: Mapping[str, object]) -> list[dict[str, object]]:

@@ -12,7 +12,7 @@ from vlmzip import spec
 from vlmzip.compressor import Compressor, Profile
 from vlmzip.errors import UserError
 from vlmzip.keep import AS_SET
-from vlmzip.lab.configurations import Configurator
+from vlmzip.lab.configurations import task_profile
 from vlmzip.lab.results import Result, results
 from vlmzip.lab.stats import Estimate
 from vlmzip.lab.study import Study
@@ -57,8 +57,7 @@ class Subject:
 
     def profile(self) -> Profile:
         """Return the depth of the LLM and the grid of the task's images: the median one if their grids differ."""
-        answerer = Answerer(family_of(self.model), self.processor)
-        return Configurator(self.model, answerer, self.name).profile(self.task)
+        return task_profile(Answerer(family_of(self.model), self.processor), self.task)
 
     def ask(self, compressors: Sequence[Compressor]) -> list[Result]:
         """Return the results of the uncompressed model and then of each compressor, as in `vlmzip eval`.

@@ -20,7 +20,7 @@ from vlmzip.errors import UserError, reason
 from vlmzip.files import write_text
 from vlmzip.json_text import read_json
 from vlmzip.lab.bench.timing import in_turns, time_answer
-from vlmzip.lab.configurations import Configuration, Configurator
+from vlmzip.lab.configurations import Configuration, task_profile
 from vlmzip.lab.records import Record
 from vlmzip.lab.study import Study
 from vlmzip.lab.tasks.task import Sample, Task
@@ -79,7 +79,7 @@ class TunedStudy:
         self.parts = {
             part: replace(self.task, samples=some) for part, some in halves(self.task.samples, self.seed).items()
         }
-        self.profile = Configurator(self.study.model, self.study.answerer, self.study.name).profile(self.task)
+        self.profile = task_profile(self.study.answerer, self.task)
         self._records: dict[tuple[int, Part], list[Record]] = {}
 
     def __call__(self, numbers: Sequence[int], part: Part, count: int) -> dict[int, Answers]:
