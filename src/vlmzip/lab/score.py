@@ -25,9 +25,8 @@ class TaskScore:
         self.answerer, self.task = answerer, task
 
     def __call__(self, compressed: CompressedModel) -> dict[str, float]:
-        rank, world = Processes().rank, Processes().count
-        if moves_together(compressed):
-            rank, world = 0, 1
+        processes = Processes()
+        rank, world = (0, 1) if moves_together(compressed) else (processes.rank, processes.count)
         starts = range(0, len(self.task.samples), BATCH)[rank::world]
         total, seen, of = 0.0, 0.0, 0.0
         for start in starts:

@@ -1,4 +1,4 @@
-"""What each view of an image shows, and several views beside each other."""
+"""Draw the views of an image as the encoder sees them, one or several beside each other."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def fates_of_views(seen: Sequence[Image.Image], report: ImageReport) -> Image.Im
 
 
 def _beside(panels: Sequence[Image.Image]) -> Image.Image:
-    """The panels in a square, row by row."""
+    """Return the panels in a square, row by row."""
     if len(panels) == 1:
         return panels[0]
     across = math.ceil(math.sqrt(len(panels)))
@@ -72,6 +72,6 @@ def _beside(panels: Sequence[Image.Image]) -> Image.Image:
 def _cropped(
     view: Image.Image, rows: int, cols: int, kept_rows: tuple[int, int], kept_cols: tuple[int, int]
 ) -> Image.Image:
-    """The part of a view that some of its rows and columns of tokens cover."""
+    """Return the part of a view that some of its rows and columns of tokens cover."""
     width, height = view.width // cols, view.height // rows
     return view.crop((kept_cols[0] * width, kept_rows[0] * height, kept_cols[1] * width, kept_rows[1] * height))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from argparse import Namespace
 from dataclasses import asdict
@@ -19,8 +18,9 @@ from vlmzip.lab.lmms.scores import Column, columns, lines, measured, write_table
 from vlmzip.lab.lmms.suites import Suite, read_suite
 from vlmzip.lab.names import slug
 from vlmzip.lab.papers import against, show
-from vlmzip.lab.table import print_json, print_table
+from vlmzip.lab.table import NOTHING, print_json, print_table
 from vlmzip.lab.tasks.folder import UNCALIBRATED, calibration_on
+from vlmzip.processes import Processes
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +40,12 @@ def check(args: Namespace) -> None:
             raise UserError(f"{option} is for vlmzip's own tasks and does not go with --suite; leave one of them out")
     if args.include_path is not None and not is_folder(args.include_path):
         raise UserError(f"--include-path {args.include_path!r} is not a folder")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if Processes().count > 1:
         raise UserError("--suite runs in one process; for several: accelerate launch -m lmms_eval --model vlmzip …")
 
 
 def run(args: Namespace) -> None:
     suite = read_suite(args.suite)
-
     methods, budgets = read_rows(args.methods, args.keep)
     calibration = calibration_on(args.calibrate_on, []) if args.calibrate_on else None
     import_lmms_eval()
@@ -61,14 +60,9 @@ def run(args: Namespace) -> None:
         sys.exit(1)
     found = columns(suite, configurations, study.result, study.left_out)
     try:
-        write_table(folder / f"{suite_file(suite)}.csv", suite, found)
+        write_table(folder / f"{slug(suite.name)}.csv", suite, found)
     finally:  # print the table even if the disk is full
         _print(suite, found, folder, args)
-
-
-def suite_file(suite: Suite) -> str:
-    """Return the name of a suite's table, without its suffix."""
-    return slug(suite.name)
 
 
 def _print(suite: Suite, found: list[Column], folder: Path, args: Namespace) -> None:
@@ -107,13 +101,13 @@ def _print_column(suite: Suite, column: Column) -> None:
 
 
 def _show(value: float | None) -> str:
-    return "—" if value is None else f"{value:.1f}" if abs(value) >= 2 else f"{value:.3f}"
+    return NOTHING if value is None else f"{value:.1f}" if abs(value) >= 2 else f"{value:.3f}"
 
 
 def _signed(value: float | None) -> str:
-    return "—" if value is None else f"{value:+.1f}" if abs(value) >= 2 else f"{value:+.3f}"
+    return NOTHING if value is None else f"{value:+.1f}" if abs(value) >= 2 else f"{value:+.3f}"
 
 
 def _share(found: object) -> str:
     kept = found.get("retention") if isinstance(found, dict) else None
-    return "—" if kept is None else f"{kept:.1%}"
+    return NOTHING if kept is None else f"{kept:.1%}"

@@ -16,7 +16,7 @@ from vlmzip import spec
 from vlmzip.lab.bench.bench import SCOPES, Compared, Contender, Scope, compare
 from vlmzip.lab.bench.presets import Preset
 from vlmzip.lab.bench.timing import Quartiles
-from vlmzip.lab.table import Console, show_bytes
+from vlmzip.lab.table import NOTHING, Console, show_bytes
 from vlmzip.runtime.report import compact
 
 WORDS: dict[Scope, str] = {"prefill": "LLM prefill", "ttft": "TTFT"}
@@ -180,9 +180,9 @@ def _block(found: list[Contender], scope: Scope | None, columns: tuple[str, ...]
     for one in found:
         name = one.name + (f" ({_noted(found).index(one) + 1})" if one.note else "")
         if not one.spans:
-            cells = ["—"] * len(columns)
+            cells = [NOTHING] * len(columns)
         elif scope is None:
-            peak = "—" if one.peak_bytes is None else show_bytes(one.peak_bytes)
+            peak = NOTHING if one.peak_bytes is None else show_bytes(one.peak_bytes)
             decoding = f"{one.tokens_per_second.median:.1f}"
             cells = [compact(one.profiles[0].visual), show_bytes(one.kv_bytes), peak, decoding]
         else:

@@ -17,8 +17,6 @@ from vlmzip.runtime.loading import Loaded
 from vlmzip.spec import Candidate
 
 PLAIN = NoCompression.name()
-
-
 #: Show the current work until the block ends, for instance with a spinner.
 Working = Callable[[str], AbstractContextManager[object]]
 
@@ -72,9 +70,7 @@ def compare(
     The runs of all methods are interleaved, so that other work on the machine affects all alike.
     """
     plain = MethodRow(PLAIN, compressed=attach_and_note(loaded, NoCompression()), working=working)
-    plain.first = plain.run(
-        loaded, inputs, max_new_tokens
-    )  # its errors are raised: without it there is nothing to compare
+    plain.first = plain.run(loaded, inputs, max_new_tokens)  # an error ends the command: nothing can be compared
     profile = image_profile(loaded, plain.first)
     rows = [
         plain,

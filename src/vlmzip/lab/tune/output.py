@@ -130,7 +130,6 @@ def show(found: SearchOutcome, args: Namespace) -> None:
 
 
 def _draw(found: SearchOutcome, folder: Path) -> None:
-
     try:
         import_matplotlib()
     except UserError as error:
