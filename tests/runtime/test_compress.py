@@ -20,7 +20,7 @@ from vlmzip import (
     VisualTokens,
 )
 from vlmzip.models.layout import Encoded, Layout, Views
-from vlmzip.runtime.compress import compress, encoded_again, plan_views
+from vlmzip.runtime.compress import compress, encoded_again
 
 GRID = Grid(1, 2, 2)
 #: A base image and two tiles side by side; behind each row of the tiles stands a newline.
@@ -149,9 +149,9 @@ def test_plans_need_no_features():
     bare = encoded(TILED)
     bare = Encoded([dataclasses.replace(g, tokens=g.tokens.replace(features=g.tokens.features[..., :0]))
                     for g in bare.groups])  # fmt: skip
-    (plan,), (kept,) = plan_views([TILED], bare, Pool2d(factor=2)), compress([TILED], encoded(TILED), Pool2d(factor=2))
-    assert torch.equal(plan.token_map.group, kept.plan.token_map.group)
-    assert plan.places == kept.plan.places
+    (planned,), (kept,) = (compress([TILED], views, Pool2d(factor=2)) for views in (bare, encoded(TILED)))
+    assert torch.equal(planned.plan.token_map.group, kept.plan.token_map.group)
+    assert planned.plan.places == kept.plan.places
 
 
 def test_nothing_left_is_an_error():

@@ -70,7 +70,7 @@ class ViewMaps:
     anchors: Int[Tensor, "views outputs"]
     """The index of each output's anchor in its view; -1 beyond a view's outputs. On the CPU."""
     outputs: tuple[Float[Tensor, "views outputs _"], ...]
-    """Features and streams after the map; empty if only a plan is needed."""
+    """Features and streams after the map."""
 
     def of(self, rows: Sequence[int], count: int) -> ViewMaps:
         """Return the same for some of the views, each of which has `count` outputs."""
@@ -105,15 +105,16 @@ def compress(
 ) -> list[Kept]:
     """Apply `compressor` to every view of the images, and return the remaining tokens of each image.
 
-    If `compressor` is `None`, keep all tokens. `encoded` holds all views of all images. A token count is divided among
-    the views of an image. The remaining tokens are in the compressor's order or, with `ascending`, in the order of
-    their anchors' placeholders, for tokens that keep their positions. Separators remain only if all tokens of their
-    image do: after tokens are dropped or merged, there are no rows to separate.
+    If `compressor` is `None`, keep all tokens. `encoded` holds all views of all images; if only plans are needed, their
+    features may have width 0. A token count is divided among the views of an image. The remaining tokens are in the
+    compressor's order or, with `ascending`, in the order of their anchors' placeholders, for tokens that keep their
+    positions. Separators remain only if all tokens of their image do: after tokens are dropped or merged, there are no
+    rows to separate.
 
     Raise `UserError` if no token of a view remains.
     """
     layouts, encoded = _as_seen(layouts, encoded, compressor)
-    maps = _decide(layouts, encoded, compressor, apply=True)
+    maps = _decide(layouts, encoded, compressor)
     numbers = view_numbers(layouts)
     kept: dict[int, Kept] = {}
     for images, views, plans in _plans(layouts, maps, compressor, ascending=ascending):
@@ -123,18 +124,6 @@ def compress(
             seen = tuple(maps[number].seen for number in numbers[image])
             kept[image] = Kept(features, tuple(streams), seen, plan)
     return [kept[image] for image in range(len(layouts))]
-
-
-def plan_views(
-    layouts: Sequence[Layout], encoded: Encoded, compressor: Compressor, *, ascending: bool = False
-) -> list[Plan]:
-    """Return the plan of each image as in `compress`, without computing features: theirs may have width 0."""
-    layouts, encoded = _as_seen(layouts, encoded, compressor)
-    maps = _decide(layouts, encoded, compressor, apply=False)
-    found: dict[int, Plan] = {}
-    for images, _, plans in _plans(layouts, maps, compressor, ascending=ascending):
-        found |= dict(zip(images, plans, strict=True))
-    return [found[image] for image in range(len(layouts))]
 
 
 def _plans(
@@ -212,10 +201,8 @@ def _joined(
     )
 
 
-def _decide(
-    layouts: Sequence[Layout], encoded: Encoded, compressor: Compressor | None, *, apply: bool
-) -> dict[int, ViewMap]:
-    """Return the token map of each view by view number; with `apply`, also compute the features and streams."""
+def _decide(layouts: Sequence[Layout], encoded: Encoded, compressor: Compressor | None) -> dict[int, ViewMap]:
+    """Return the token map of each view, and the features and streams after it, by view number."""
     shares: list[Callable[[VisualTokens], TokenMap]] = [keep_all] * sum(len(layout.views) for layout in layouts)
     if compressor is not None:
         shares = [share for layout in layouts for share in compressor.shared(layout.views)]
@@ -226,7 +213,7 @@ def _decide(
             token_map = share(some.tokens)
             if compressor is not None and 0 in token_map.lengths:
                 raise UserError(f"{compressor.name()} left no token of an image; it must keep at least one")
-            outputs = [token_map.apply(x) for x in (some.tokens.features, *some.streams)] if apply else []
+            outputs = [token_map.apply(x) for x in (some.tokens.features, *some.streams)]
             together = ViewMaps(token_map, token_map.anchor_index().cpu(), tuple(outputs))
             seen = some.tokens.features.detach().unbind()
             for row, number in enumerate(some.numbers):

@@ -15,7 +15,7 @@ from vlmzip.models.family import Family
 from vlmzip.models.layout import Encoded, Layout, Views, numbers_by_kind
 from vlmzip.processor import InputDict, Inputs
 from vlmzip.resampler import Resampler
-from vlmzip.runtime.compress import Plan, compress, encoded_again, in_order, plan_views, view_numbers
+from vlmzip.runtime.compress import Plan, compress, encoded_again, in_order, view_numbers
 from vlmzip.runtime.report import CompressedImage, ImageReport, Stopwatch
 from vlmzip.visual_tokens import Grid, Site, VisualTokens
 
@@ -131,7 +131,8 @@ def _encode_smaller(
     with watch.time("encoder"):
         encoded = family.encode(smaller, Site.PRE_PROJECTOR, frozenset())
     with watch.time("bookkeeping"):
-        plans = plan_views(layouts, _without_features(layouts, encoded), compressor, ascending=ascending)
+        kept = compress(layouts, _without_features(layouts, encoded), compressor, ascending=ascending)
+        plans = [image.plan for image in kept]
         by_view = {
             number: [values[row] for values in (group.tokens.features, *group.streams)]
             for group in encoded.groups
