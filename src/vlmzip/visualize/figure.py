@@ -39,7 +39,7 @@ def new_figure(width: int | float, height: int | float) -> Figure:
     return Plain(figsize=(width, height), dpi=150, layout="constrained")
 
 
-def as_image(figure: Figure, dpi: float | None = None) -> Image.Image:
+def as_image(figure: Figure, dpi: int | None = None) -> Image.Image:
     """Return a figure as an image, at its own resolution or at `dpi`."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)

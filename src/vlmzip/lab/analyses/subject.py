@@ -76,7 +76,7 @@ class Subject:
         return measured
 
 
-def interval(name: str, estimate: Estimate, scale: float = 1) -> Row:
+def interval(name: str, estimate: Estimate, scale: int = 1) -> Row:
     """Return the columns of an estimate: its value, rounded, and its bounds, such as `difference_low`.
 
     The bounds of a row's main number, `score` or `attention`, are `low` and `high`.
