@@ -7,16 +7,21 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from tests.tiny import IMAGE_TOKEN, LLM, SIDE, Family, noise, tiny_tokenizer
 
 
-class ImagesOnly(Qwen2_5_VLProcessor):
-    """Its part for videos needs torchvision."""
+class ImagesOnly:
+    """A processor without its part for videos, which needs torchvision."""
 
     def check_argument_for_proper_class(self, name, part):
         return type(part)
 
 
+class Qwen25Processor(ImagesOnly, Qwen2_5_VLProcessor):
+    pass
+
+
 class Qwen25VL(Family):
     name = "qwen2_5_vl"
     model_class = Qwen2_5_VLForConditionalGeneration
+    processor_class = Qwen25Processor
     grids = ((4, 6), (5, 3), (4, 6), (6, 7))
     one_size = False
     scored_by = "all tokens"
@@ -42,7 +47,7 @@ class Qwen25VL(Family):
     def processor(cls):
         limits = {"shortest_edge": 16 * 16, "longest_edge": SIDE * SIDE}
         images = Qwen2VLImageProcessorPil(size=limits, patch_size=4, merge_size=2, temporal_patch_size=2)
-        return ImagesOnly(images, tiny_tokenizer())
+        return cls.processor_class(images, tiny_tokenizer())
 
     def pixels(self, images):
         """Patches of 4 x 4 pixels, twice for a temporal patch; 2 x 2 of them make a token."""

@@ -2,20 +2,18 @@
 
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
 
-from tests.families.qwen2_5_vl import Qwen25VL
-from tests.tiny import IMAGE_TOKEN, LLM, tiny_tokenizer
+from tests.families.qwen2_5_vl import ImagesOnly, Qwen25VL
+from tests.tiny import IMAGE_TOKEN, LLM
 
 
-class Qwen3ImagesOnly(Qwen3VLProcessor):
-    """Its part for videos needs torchvision."""
-
-    def check_argument_for_proper_class(self, name, part):
-        return type(part)
+class Qwen3Processor(ImagesOnly, Qwen3VLProcessor):
+    pass
 
 
 class Qwen3VL(Qwen25VL):
     name = "qwen3_vl"
     model_class = Qwen3VLForConditionalGeneration
+    processor_class = Qwen3Processor
     windowed = False
     streams = (0,)
 
@@ -33,8 +31,3 @@ class Qwen3VL(Qwen25VL):
             ),
             image_token_id=IMAGE_TOKEN, video_token_id=98, vision_start_token_id=97, vision_end_token_id=96, **settings,
         )  # fmt: skip
-
-    @classmethod
-    def processor(cls):
-        images = super().processor().image_processor
-        return Qwen3ImagesOnly(images, tiny_tokenizer())
