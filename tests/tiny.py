@@ -89,8 +89,13 @@ class Family:
 
     # --- inputs ---
 
+    @staticmethod
+    def of_image(values: Sequence, image: int):
+        """Return the value for an image from one for image 0, 1, 2, …; the last repeats."""
+        return values[min(image, len(values) - 1)]
+
     def grid(self, image: int) -> tuple[int, int]:
-        return self.grids[min(image, len(self.grids) - 1)]
+        return self.of_image(self.grids, image)
 
     def tokens(self, image: int) -> int:
         """Return how many placeholders an image has in the prompt."""
@@ -113,9 +118,13 @@ class Family:
         """Return what the processor says about each token. Tokens behind `prompt_length` belong to later turns."""
         return {}
 
+    def pixels_of_views(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the pixels of all views, [view, 3, SIDE, SIDE]."""
+        return inputs["pixel_values"]
+
     def encoded(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         """Return what the encoder puts out, from transformers' own hidden states."""
-        out = self.model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
+        out = self.model.model.vision_tower(self.pixels_of_views(inputs), output_hidden_states=True)
         return torch.cat([out.hidden_states[layer] for layer in self.feature_layers], -1)
 
     def ids(self, *rows: list[int | str], first_image: int = 0) -> list[list[int]]:

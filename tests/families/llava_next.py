@@ -19,13 +19,14 @@ PINPOINTS = [[48, 96], [96, 48], [96, 96], [48, 144]]
 
 class LlavaNext(Llava):
     name = "llava_next"
-    every_case = False
     model_class = LlavaNextForConditionalGeneration
     one_size = False
     projects_padding = True
     seed = 2
     #: Height and width of image 0, 1, …; the last repeats. The padding of the second takes 2 of 3 rows of each tile.
     sizes = ((40, 90), (20, 120), (40, 90), (30, 110))
+    #: Rows and columns of their tiles.
+    tiles = ((1, 2), (1, 3), (1, 2), (1, 3))
     #: Rows and columns of the tiles' tokens that are left of the padding.
     seen = ((3, 6), (1, 9), (3, 6), (3, 9))
 
@@ -49,21 +50,21 @@ class LlavaNext(Llava):
 
     def tokens(self, image):
         """The base image's 9, those of the tiles, and a newline for each of their rows."""
-        rows, cols = self.seen[min(image, len(self.seen) - 1)]
+        rows, cols = self.of_image(self.seen, image)
         return (SIDE // PATCH) ** 2 + rows * (cols + 1)
 
     def views(self, image):
-        return (3, 4, 3, 4)[min(image, 3)]
+        rows, cols = self.of_image(self.tiles, image)
+        return 1 + rows * cols
 
     def separators(self, image):
-        rows, cols = self.seen[min(image, len(self.seen) - 1)]
+        rows, cols = self.of_image(self.seen, image)
         return [(SIDE // PATCH) ** 2 + row * (cols + 1) + cols for row in range(rows)]
 
-    def encoded(self, inputs):
-        views = torch.cat([pixels[: self.views(n)] for n, pixels in enumerate(inputs["pixel_values"])])
-        return super().encoded({"pixel_values": views})
+    def pixels_of_views(self, inputs):
+        return torch.cat([pixels[: self.views(n)] for n, pixels in enumerate(inputs["pixel_values"])])
 
     def pixels(self, images):
-        sizes = [self.sizes[min(image, len(self.sizes) - 1)] for image in images]
+        sizes = [self.of_image(self.sizes, image) for image in images]
         pixels = torch.stack([noise(image, 5, 3, SIDE, SIDE) for image in images])
         return {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}

@@ -1,16 +1,13 @@
 """LLaVA-NeXT: images of several views, with newlines and without the padding of the tiles."""
 
-import copy
 import dataclasses
 
 import pytest
 import torch
-from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration
 
 import vlmzip
-from tests.families import tiny_llava
+from tests.families.llava_next import LlavaNext
 from tests.references.visionzip import visionzip_tiles
-from tests.tiny import IMAGE_TOKEN, batch
 from vlmzip import (
     Chain,
     Downsample,
@@ -27,64 +24,35 @@ from vlmzip import (
 from vlmzip.models import family_of
 from vlmzip.visual_tokens import Grid
 
-#: Height and width of image 0, 1, …: 2 x 2, 1 x 2, 1 x 3 and 2 x 1 tiles of 48 pixels. The padding of the third takes
-#: two of the three rows of each tile.
-SIZES = ((96, 96), (40, 90), (20, 120), (60, 31))
 ROWS = ([1, "image", 5, 6], [1, "image", 4, "image", 7], [1, 2, 3], ["image", 8])
+
+
+class AllShapes(LlavaNext):
+    """The family with tiles in all shapes. The padding of the third image takes two of the three rows of each tile."""
+
+    sizes = ((96, 96), (40, 90), (20, 120), (60, 31))
+    tiles = ((2, 2), (1, 2), (1, 3), (2, 1))
+    seen = ((6, 6), (3, 6), (1, 9), (6, 3))
+
+
+FAMILY = AllShapes()
 
 
 @pytest.fixture(scope="module")
 def model():
     """3 x 3 tokens a view; four layers in the LLM."""
-    torch.manual_seed(0)
-    plain = tiny_llava()
-    vision = copy.deepcopy(plain.config.vision_config)
-    vision.patch_size = 16
-    config = LlavaNextConfig(
-        vision_config=vision, text_config=plain.config.text_config, image_token_index=IMAGE_TOKEN,
-        image_grid_pinpoints=[[48, 96], [96, 48], [96, 96], [48, 144]],
-    )  # fmt: skip
-    model = LlavaNextForConditionalGeneration(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim >= 2:
-                parameter.normal_(0, 0.3 if "vision" in name else 0.15)
-    return model
-
-
-def inputs_of(model, *rows, pad="left"):
-    layouts = family_of(model).layouts({"image_sizes": torch.tensor(SIZES)})
-    images, ids = 0, []
-    for row in rows:
-        ids.append([])
-        for part in row:
-            ids[-1] += [IMAGE_TOKEN] * layouts[images].placeholders if part == "image" else [part]
-            images += part == "image"
-    pixels = torch.randn(images, 5, 3, 48, 48, generator=torch.Generator().manual_seed(1))
-    return {**batch(*ids, pad=pad), "pixel_values": pixels, "image_sizes": torch.tensor(SIZES[:images])}
-
-
-def seen_by_the_llm(model, inputs):
-    """What enters the LLM, and the report."""
-    entered = []
-    hook = model.model.language_model.register_forward_pre_hook(
-        lambda _module, _args, kwargs: entered.append(kwargs["inputs_embeds"]), with_kwargs=True
-    )
-    with torch.no_grad():
-        model(**inputs)
-    hook.remove()
-    return entered[0]
+    return FAMILY.model
 
 
 @pytest.mark.parametrize("pad", ["left", "right"])
 @torch.no_grad()
 def test_without_compression_the_model_is_the_plain_one(model, pad):
-    inputs = inputs_of(model, *ROWS, pad=pad)
+    inputs = FAMILY.batch(*ROWS, pad=pad)
     assert torch.equal(vlmzip.attach(model, NoCompression())(**inputs).logits, model(**inputs).logits)
 
 
 def test_answers_without_compression_are_the_models_own(model):
-    inputs = inputs_of(model, *ROWS)
+    inputs = FAMILY.batch(*ROWS)
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(
         vlmzip.attach(model, NoCompression()).generate(**inputs, **options), model.generate(**inputs, **options)
@@ -110,7 +78,7 @@ def test_every_method_keeps_what_it_says(model, method):
     """Counts from shapes are the real ones, layer by layer; the map has a group for each token that the LLM gets."""
     profile = family_of(model).profile()
     method = method.placed(profile)
-    inputs = inputs_of(model, *ROWS)
+    inputs = FAMILY.batch(*ROWS)
     compressed = vlmzip.attach(model, method)
     logits = compressed(**inputs).logits
     assert logits.isfinite().all()
@@ -131,7 +99,7 @@ def test_every_method_keeps_what_it_says(model, method):
 
 
 def test_a_budget_belongs_to_the_image(model):
-    inputs = inputs_of(model, *ROWS)
+    inputs = FAMILY.batch(*ROWS)
     views = [5, 3, 4, 3]
 
     def after(method):
@@ -149,12 +117,12 @@ def test_a_budget_belongs_to_the_image(model):
 @pytest.mark.parametrize("merge", ["reference", "mean"])
 def test_the_authors_setting_equals_a_naive_reference(model, merge):
     """Each view by itself, in the authors' order, without newlines, the padding of tiles counted as image."""
-    inputs = inputs_of(model, [1, "image", 4, "image", "image", "image", 5])
+    inputs = FAMILY.batch([1, "image", 4, "image", "image", "image", 5])
     tower, projector = model.model.vision_tower, model.model.multi_modal_projector
     method = VisionZip(dominant=4, contextual=2, merge=merge, whole_views=True)
     small = vlmzip.compress_inputs(model, inputs, method)
     tower.set_attn_implementation("eager")
-    for image, (rows, cols) in enumerate([(2, 2), (1, 2), (1, 3), (2, 1)]):
+    for image, (rows, cols) in enumerate(FAMILY.tiles):
         views = []
         for pixels in inputs["pixel_values"][image, : 1 + rows * cols]:
             layer = len(tower.encoder.layers) - 2
@@ -175,7 +143,7 @@ def test_the_authors_setting_equals_a_naive_reference(model, merge):
 
 
 def test_original_positions_ascend(model):
-    inputs = inputs_of(model, *ROWS)
+    inputs = FAMILY.batch(*ROWS)
     small = vlmzip.compress_inputs(model, inputs, VisionZip(keep=10, positions="original"))
     for positions, mask in zip(small["position_ids"], small["attention_mask"].bool(), strict=True):
         assert (positions[mask].diff() >= 0).all()
@@ -183,7 +151,7 @@ def test_original_positions_ascend(model):
 
 def test_squares_of_tiles_can_be_pooled_inside_the_llm(model):
     """Each square of each tile becomes one token, also where rows of tiles interleave and newlines stand between."""
-    inputs = inputs_of(model, [1, "image", 5])
+    inputs = FAMILY.batch([1, "image", 5])
     compressed = vlmzip.attach(model, LLaVolta(stride=2, window="2d", layer=1, last="keep"))
     with torch.no_grad():
         compressed(**inputs)
@@ -198,7 +166,7 @@ def test_squares_of_tiles_can_be_pooled_inside_the_llm(model):
 
 
 def test_smaller_views_give_the_llm_all_that_they_have(model):
-    inputs = inputs_of(model, [1, "image", 5])
+    inputs = FAMILY.batch([1, "image", 5])
     small = vlmzip.compress_inputs(model, inputs, Downsample(keep="45%"))
     (image,) = small.report.images
     assert (image.before, image.after) == (51, 5 * 4)
@@ -207,7 +175,7 @@ def test_smaller_views_give_the_llm_all_that_they_have(model):
 
 def test_smaller_views_may_differ_in_size(model):
     """22 tokens are 5, 5, 4, 4 and 4 of five views; the nearest grids are not all the same."""
-    inputs = inputs_of(model, [1, "image", 5])
+    inputs = FAMILY.batch([1, "image", 5])
     small = vlmzip.compress_inputs(model, inputs, Downsample(keep=24))
     assert small.report.images[0].after == sum(
         share.smaller(Grid(1, 3, 3)).size for share in Downsample(keep=24).shared([Grid(1, 3, 3)] * 5)
@@ -215,21 +183,21 @@ def test_smaller_views_may_differ_in_size(model):
 
 
 def test_later_turns_choose_their_own_images(model):
-    inputs = inputs_of(model, [1, "image", 4, "image", 7])
+    inputs = FAMILY.batch([1, "image", 4, "image", 7])
     later = family_of(model).choose_images(inputs, [1])
-    assert later["image_sizes"].tolist() == [list(SIZES[1])]
+    assert later["image_sizes"].tolist() == [list(FAMILY.sizes[1])]
     assert torch.equal(later["pixel_values"], inputs["pixel_values"][1:])
 
 
 def test_strategies_that_the_model_cannot_pack_are_refused(model):
-    inputs = {**inputs_of(model, [1, "image"]), "vision_feature_select_strategy": "full"}
+    inputs = {**FAMILY.batch([1, "image"]), "vision_feature_select_strategy": "full"}
     with pytest.raises(UserError, match="cannot pack CLS"):
         vlmzip.compress_inputs(model, inputs, VisionZip(keep=10))
 
 
 def test_too_small_a_budget_is_refused(model):
     with pytest.raises(UserError, match="keep=4 is too few for an image of 5 views: give at least 5"):
-        vlmzip.compress_inputs(model, inputs_of(model, [1, "image"]), VisionZip(keep=4))
+        vlmzip.compress_inputs(model, FAMILY.batch([1, "image"]), VisionZip(keep=4))
 
 
 @pytest.mark.parametrize(
@@ -242,11 +210,11 @@ def test_too_small_a_budget_is_refused(model):
 )
 def test_inputs_that_do_not_fit_are_refused_in_one_line(model, changes, message):
     with pytest.raises(UserError, match=message):
-        vlmzip.compress_inputs(model, {**inputs_of(model, [1, "image"]), **changes}, NoCompression())
+        vlmzip.compress_inputs(model, {**FAMILY.batch([1, "image"]), **changes}, NoCompression())
 
 
 def test_sizes_may_be_a_list(model):
-    inputs = inputs_of(model, [1, "image"])
+    inputs = FAMILY.batch([1, "image"])
     listed = {**inputs, "image_sizes": inputs["image_sizes"].tolist()}
     plain, same = (vlmzip.compress_inputs(model, given, VisionZip(keep=10)) for given in (inputs, listed))
     assert torch.equal(plain["input_ids"], same["input_ids"])
@@ -263,5 +231,5 @@ def test_sizes_may_be_a_list(model):
 )
 def test_a_budget_of_each_view_holds_inside_the_llm(model, compressor):
     with vlmzip.attach(model, compressor) as compressed, torch.no_grad():
-        compressed(**inputs_of(model, *ROWS))
+        compressed(**FAMILY.batch(*ROWS))
     assert [image.by_layer[-1] for image in compressed.report.images] == [2 * views for views in (5, 3, 4, 3)]
