@@ -35,7 +35,6 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from tests.families import FAMILIES, tiny_llava  # noqa: E402
-from tests.tiny import IMAGE_TOKEN  # noqa: E402
 from vlmzip import UserError  # noqa: E402
 
 
@@ -55,11 +54,6 @@ def family(request):
 def fresh(family):
     """The family with a model of its own."""
     return type(family)()
-
-
-@pytest.fixture
-def image_token():
-    return IMAGE_TOKEN
 
 
 @pytest.fixture(autouse=True)

@@ -136,7 +136,7 @@ def test_the_authors_setting_equals_a_naive_reference(model, merge):
             attention = out.attentions[layer][0, :, 0]
             views.append((out.hidden_states[-2][0], attention, keys[0][0].unflatten(-1, (4, -1)).mean(1)))
         with torch.no_grad():
-            expected = projector(visionzip_tiles(views, 4, 2, rows, cols, merge))
+            expected = projector(visionzip_tiles(views, 4, 2, cols, merge))
         torch.testing.assert_close(small["mm_encoder_outputs"]["image"].pooler_output[image], expected)
     tower.set_attn_implementation("sdpa")
     assert "position_ids" not in small

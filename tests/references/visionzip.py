@@ -45,8 +45,8 @@ def placed(features, attention, keys, dominant, contextual, merge, cls):
     return out
 
 
-def visionzip_tiles(views, dominant, contextual, rows, cols, merge="reference"):
-    """The path for an image with tiles: the base image first, then `rows` x `cols` tiles, all with a CLS.
+def visionzip_tiles(views, dominant, contextual, cols, merge="reference"):
+    """Return the output tokens of an image with tiles: the base image first, then rows of `cols` tiles, all with a CLS.
 
     Each view is (features, attention, keys), as `placed` takes them. Behind the base image's tokens come the dominant
     patches of all tiles, in raster order over the whole image, then each tile's CLS, then each tile's contextual
