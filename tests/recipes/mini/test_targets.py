@@ -5,7 +5,6 @@ import pytest
 from recipes.mini.targets import IGNORE, NAMES, targets
 from vlmzip.mini.scene import make_dense_scene, make_scene
 
-SCENES = [make_scene(seed) for seed in range(600)]
 PATCH = 8
 
 
@@ -26,7 +25,9 @@ def test_targets_name_what_lies_on_a_patch(make) -> None:
 
 
 def test_targets_spell_the_number() -> None:
-    scene = next(scene for scene in SCENES if sum(thing.kind == "number" for thing in scene.things) == 1)
+    scene = next(
+        scene for scene in map(make_scene, range(600)) if sum(thing.kind == "number" for thing in scene.things) == 1
+    )
     name = next(thing.name for thing in scene.things if thing.kind == "number")
     taught = targets(scene, 12).digits
     rows = {tuple(row) for row in taught if row[0] != IGNORE}
