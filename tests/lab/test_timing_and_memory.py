@@ -103,18 +103,22 @@ def test_nothing_to_measure_is_refused():
         interleaved({"a": lambda: None}, repeats=0)
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
-def test_peak_memory_is_what_a_run_takes():
-    code = (
-        "import torch; from vlmzip.lab.bench.memory import peak_bytes\n"
-        "kept = torch.ones(30_000_000)\n"
-        "print(peak_bytes(lambda: torch.ones(10_000_000).sum()), peak_bytes(lambda: kept.sum()))"
-    )
+def peaks(*lines):
+    """Return the numbers that code prints in a fresh process."""
+    code = "\n".join(["import torch; from vlmzip.lab.bench.memory import peak_bytes", *lines])
     out = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | FRUGAL, capture_output=True, text=True, check=True
     )
-    large, none = map(int, out.stdout.split())
+    return [int(number) for number in out.stdout.split()]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_peak_memory_is_what_a_run_takes():
+    large, none = peaks(
+        "kept = torch.ones(30_000_000)",
+        "print(peak_bytes(lambda: torch.ones(10_000_000).sum()), peak_bytes(lambda: kept.sum()))",
+    )
     assert 39e6 <= large < 48e6  # Linux counts pages in batches
     assert none < 4e6
 
@@ -122,16 +126,12 @@ def test_peak_memory_is_what_a_run_takes():
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_peak_memory_in_a_process_that_has_used_much_before():
-    code = (
-        "import torch; from vlmzip.lab.bench.memory import peak_bytes\n"
+    (peak,) = peaks(
         # The tensors are small enough for the heap. The last one keeps it from shrinking when the others are freed.
-        "freed = [torch.ones(10_000) for _ in range(1000)]; pin = torch.ones(10_000); del freed\n"
-        "print(peak_bytes(lambda: [torch.ones(15_000) for _ in range(300)]))"
+        "freed = [torch.ones(10_000) for _ in range(1000)]; pin = torch.ones(10_000); del freed",
+        "print(peak_bytes(lambda: [torch.ones(15_000) for _ in range(300)]))",
     )
-    out = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | FRUGAL, capture_output=True, text=True, check=True
-    )
-    assert 17e6 <= int(out.stdout) < 24e6
+    assert 17e6 <= peak < 24e6
 
 
 def tell_of_the_process(name):
