@@ -68,10 +68,8 @@ def test_the_pages_agree_with_the_committed_results(tables, capsys):
 def test_a_study_becomes_a_table(tables, root):
     assert tables.main([], root) == 0
     text, methods = (root / "README.md").read_text().split(METHODS.partition("\n")[0])
-    assert (
-        "| `pool2d` | Average each `factor` x `factor` window of visual tokens into one. | baseline of [2412.08771]("
-        in (methods)
-    )
+    doc = "Average each `factor` x `factor` window of visual tokens into one."
+    assert f"| `pool2d` | {doc} | baseline of [2412.08771](" in methods
     assert text == (
         "above\n\n<!-- results -->\n"
         "| method | 50% | 25% |\n"

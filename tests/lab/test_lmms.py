@@ -102,11 +102,8 @@ def test_columns_have_scores_beside_the_plain_models_and_reasons():
     assert [row.score for row in compressed.rows] == [40.0, None, None]
     assert (compressed.rows[0].plain, compressed.rows[0].difference, compressed.rows[0].relative) == (50.0, -10.0, 80.0)
     assert (plain.average, plain.averaged) == (30.0, 2)
-    assert (compressed.average, compressed.plain_average, compressed.averaged) == (
-        40.0,
-        50.0,
-        1,
-    )  # over the same benchmarks
+    # Both averages are over the same benchmarks.
+    assert (compressed.average, compressed.plain_average, compressed.averaged) == (40.0, 50.0, 1)
     assert (none.rows, none.configuration.note) == ((), "cannot be")
 
 

@@ -166,10 +166,8 @@ class TestGoingOn:
         path.write_text("".join(lines[:4]) + lines[4][:50])
         heard = asked(monkeypatch)
         cut.run([task], cut.configure([task], candidates("pool2d"), ["25%"]))
-        assert heard == [
-            list(WORDS[3:6]),
-            list(WORDS[6:]),
-        ]  # whole batches, so that each question has the same neighbours
+        # Whole batches are asked, so that each question has the same neighbours.
+        assert heard == [list(WORDS[3:6]), list(WORDS[6:])]
         assert everything(whole) == everything(cut)
 
     def test_more_questions_than_before(self, model, task, tmp_path, monkeypatch):

@@ -5,7 +5,8 @@ from tests.families import FAMILIES
 from tests.methods.test_visionzip import tokens_of
 from tests.references import dfmr as naive
 from tests.tiny import batch, prompt
-from vlmzip import DFMR, Grid, UserError, VisualTokens, attach, catalogue
+from vlmzip import DFMR, Grid, Signal, Site, UserError, VisualTokens, attach, catalogue
+from vlmzip.models import family_of
 
 
 def smooth(tokens, strength):
@@ -86,19 +87,14 @@ def test_frames_are_not_mixed():
 def test_the_papers_counts():
     assert DFMR().counts_by_factor(Grid(1, 24, 24)) == {1: 576, 2: 144, 3: 64}
     assert DFMR(max_factor=2).counts_by_factor(Grid(1, 24, 24)) == {1: 576, 2: 144}
-    assert DFMR(max_factor=10**30).counts_by_factor(Grid(1, 4, 6)) == {
-        1: 24,
-        2: 6,
-    }  # larger factors than the sides are not tried
+    # Larger factors than the sides are not tried.
+    assert DFMR(max_factor=10**30).counts_by_factor(Grid(1, 4, 6)) == {1: 24, 2: 6}
     assert DFMR().token_count(Grid(1, 24, 24)) is None
     assert DFMR().token_count(Grid(1, 5, 7)) == 35
 
 
 def test_pixels_come_from_the_model_in_0_to_1(llava):
     """An image that is normalised as by CLIP's processor comes back unchanged."""
-    from vlmzip import Signal, Site
-    from vlmzip.models import family_of
-
     mean, deviation = (
         torch.tensor([0.48145466, 0.4578275, 0.40821073]),
         torch.tensor([0.26862954, 0.26130258, 0.27577711]),
@@ -115,7 +111,6 @@ def test_pixels_come_from_the_model_in_0_to_1(llava):
 
 
 def test_qwen_has_no_pixels_to_measure():
-
     family = FAMILIES["qwen2_5_vl"]()
     with pytest.raises(UserError, match="patches, not images"), torch.no_grad():
         attach(family.model, DFMR(measure="pixels"))(**family.batch([1, "image", 4]))
@@ -131,9 +126,6 @@ def test_without_pooling_the_logits_are_the_models(llava, fields):
 def test_images_of_different_factors_answer_in_one_batch_as_alone(llava):
     inputs = batch(prompt(1, "image", 5, 6), prompt(1, "image", 4), images=2)
     inputs["pixel_values"][1] = 0.1 * inputs["pixel_values"][1] + 1
-    from vlmzip import Site
-    from vlmzip.models import family_of
-
     (group,) = family_of(llava).encode(inputs, Site.PRE_PROJECTOR, frozenset()).groups
     tokens = group.tokens
     low, high = DFMR().deviations(tokens)[:, 0].sort().values.tolist()

@@ -217,7 +217,6 @@ def test_keeping_all_changes_nothing(family):
 
 @pytest.mark.filterwarnings("ignore:downsample keeps all")
 def test_a_cls_token_that_the_llm_gets_is_dropped_with_the_lost_grid():
-
     model = tiny_llava(vision_feature_select_strategy="full")
     inputs = batch([1] + [99] * 37 + [5], images=1)
     compressed = vlmzip.attach(model, Downsample(keep=9))

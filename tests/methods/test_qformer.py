@@ -39,9 +39,8 @@ TINY = QFormer(queries=5, depth=3, width=24, heads=4)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:qformer is untrained"),
-    pytest.mark.filterwarnings(
-        "ignore:.(is_)?gradient_checkpointing:FutureWarning"
-    ),  # the name before transformers 5.23
+    # The name before transformers 5.23.
+    pytest.mark.filterwarnings("ignore:.(is_)?gradient_checkpointing:FutureWarning"),
 ]
 
 

@@ -195,9 +195,8 @@ def test_prompt_lookup(family, compressed):
 
 @promise('generate: cache_implementation="static"')
 def test_static_cache(family):
-    compressed = vlmzip.attach(
-        copy.deepcopy(family.model), Ragged()
-    )  # transformers notes the cache's length on the model
+    model = copy.deepcopy(family.model)  # transformers notes the cache's length on the model
+    compressed = vlmzip.attach(model, Ragged())
     new = rows_equal_rows_alone(family, compressed, **GREEDY, cache_implementation="static")
     inputs = family.batch(*ROWS)
     assert torch.equal(new, compressed.generate(**inputs, **GREEDY)[:, inputs["input_ids"].shape[1] :])
@@ -395,15 +394,7 @@ def check_turns(family, positions, *, whole, every_image=False):
         out = model.generate(**inputs, **GREEDY, past_key_values=cache)
         encoded.append(len(runs))
         answer = out[:, inputs["input_ids"].shape[1] :]
-        fresh = model.generate(
-            **{
-                "input_ids": ids,
-                "attention_mask": mask,
-                **every,
-                **types(family, ids, first),
-            },
-            **GREEDY,
-        )
+        fresh = model.generate(input_ids=ids, attention_mask=mask, **every, **types(family, ids, first), **GREEDY)
         assert torch.equal(answer, fresh[:, ids.shape[1] :]), f"turn {turn + 2}"
         ids, mask = torch.cat([ids, answer], 1), torch.cat([mask, torch.ones_like(answer)], 1)
     assert encoded == [0, 1]  # the first images were encoded once, in the first turn
@@ -452,11 +443,7 @@ def test_turns_after_answers_of_different_lengths(family, positions, given):
     for row in range(2):
         one = family.batch(parts[row], first_image=row)
         conversation = torch.tensor([one["input_ids"][0].tolist() + answers[row] + [8, 9]])
-        fresh = {
-            "input_ids": conversation,
-            **family.images(row, 1),
-            **types(family, conversation, one),
-        }
+        fresh = {"input_ids": conversation, **family.images(row, 1), **types(family, conversation, one)}
         expected = model.generate(**fresh, attention_mask=torch.ones_like(conversation), **GREEDY)
         got = out[row, again["input_ids"].shape[1] :].tolist()
         assert without_padding(got) == without_padding(expected[0, conversation.shape[1] :].tolist())
@@ -511,12 +498,7 @@ def test_forward_after_generate(family, compressed, again):
         given = torch.cat([ids[:, -1:], new], 1) if again else new
         out = compressed(input_ids=given, attention_mask=mask, past_key_values=cache)
         whole = torch.cat([ids, new], 1)
-        fresh = {
-            "input_ids": whole,
-            "attention_mask": mask,
-            **family.images(0, 2),
-            **types(family, whole, first),
-        }
+        fresh = {"input_ids": whole, "attention_mask": mask, **family.images(0, 2), **types(family, whole, first)}
         torch.testing.assert_close(out.logits[:, -1], compressed(**fresh).logits[:, -1], atol=1e-4, rtol=0)
 
 

@@ -98,10 +98,8 @@ def runs(tmp_path_factory):
     (folder / "questions").mkdir()
     shutil.copy(folder / "0.png", folder / "questions")
     asked = [{"image": "0.png", "question": word, "answers": ["w50"]} for word in ("w9", "w10 w11", "w12")]
-    asked[1]["answers"], asked[2]["answers"] = (
-        ["w10 w11"],
-        ["w12"],
-    )  # correct if the answer is the question, as in worker.py
+    # These are correct if the answer is the question, as in worker.py.
+    asked[1]["answers"], asked[2]["answers"] = ["w10 w11"], ["w12"]
     (folder / "questions" / "q.jsonl").write_text("\n".join(map(json.dumps, asked)))
     configs = {}
     for name, settings in (ALONE | TOGETHER).items():
