@@ -243,7 +243,7 @@ def test_settings_with_commas_and_brackets_get_through(method):
     from lmms_eval.models import get_model
 
     made = get_model("vlmzip").create_from_arg_string(f"pretrained=mini,method={method}", {"batch_size": 3})
-    assert made.compressed.compressor == spec.read(method).placed(made.answerer.adapter.profile())
+    assert made.compressed.compressor == spec.read(method).placed(made.answerer.family.profile())
     assert (made.batch_size, made.rank, made.device) == (3, 0, torch.device("cpu"))
 
 
