@@ -84,7 +84,7 @@ def test_it_acts_on_images_alone():
 def test_is_the_plain_model_on_a_smaller_image(family, positions):
     """The reference resizes the image and interpolates position embeddings by hand, and runs the plain model."""
     if not family.one_size:
-        pytest.skip("its images have sizes: see the test of Qwen2.5-VL")
+        pytest.skip("its images have sizes: see the test of both Qwens, and tests/models/test_llava_next.py")
     inputs = family.batch(*ROWS)
     side = 4 * PATCH
     small_inputs = batch(*_ids_with(ROWS, 16), pad="left")
@@ -98,9 +98,10 @@ def test_is_the_plain_model_on_a_smaller_image(family, positions):
     assert torch.equal(new, plain.generate(**small_inputs, **GREEDY)[:, small_inputs["input_ids"].shape[1] :])
 
 
-def test_is_plain_qwen_on_a_smaller_image():
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+def test_is_plain_qwen_on_a_smaller_image(name):
     """The reference cuts the small image into patches with transformers' code and uses Qwen's positions."""
-    family = FAMILIES["qwen2_5_vl"]()
+    family = FAMILIES[name]()
     inputs = family.batch([1, "image", 5, 6, 7], [1, 3, "image", 4])  # grids of 4 x 6 and 5 x 3 tokens
     config = family.model.config.vision_config
     parts = inputs["pixel_values"].split(inputs["image_grid_thw"].prod(-1).tolist())

@@ -74,6 +74,7 @@ def test_the_loss_sees_each_row_alone():
     ("family", "compressor"),
     [
         ("qwen2_5_vl", Pool2d(factor=2, positions="contiguous")),  # positions on three axes
+        ("qwen3_vl", Pool2d(factor=2, positions="contiguous")),  # these, too
         ("paligemma", Pool2d(factor=2)),  # token types
         ("llava", Pool2d(factor=2, positions="original")),  # gaps
         ("llava", FastV(layer=1, keep=4)),  # acts on rows inside the LLM

@@ -24,32 +24,34 @@ from vlmzip.visual_tokens import Grid
 from vlmzip.visualize.attention import Map, draw_maps
 
 
-def assert_scores_are_of_matrices(model, whose):
-    """The model's own attention matrices, of two images of noise."""
-    inputs = {"pixel_values": torch.randn(2, 3, 48, 48)}
+def assert_scores_are_of_matrices(model, inputs, pixels, whose):
+    """The model's own attention matrices, of the `pixels` of all views of the inputs."""
     found = family_of(model).encoder_attention(inputs)
     tower = model.model.vision_tower
     tower.set_attn_implementation("eager")
     with torch.no_grad():
-        matrices = tower(inputs["pixel_values"], output_attentions=True).attentions
+        matrices = tower(pixels, output_attentions=True).attentions
     assert found.whose == [whose] * len(matrices)
-    assert len(found.by_view) == 2
-    for image, scores in enumerate(found.by_view):
-        assert scores.shape == (len(matrices), 36)
+    assert len(found.by_view) == len(pixels)
+    for view, scores in enumerate(found.by_view):
+        assert scores.shape == (len(matrices), (48 // tower.config.patch_size) ** 2)
         for layer, matrix in enumerate(matrices):
-            heads = matrix[image]
+            heads = matrix[view]
             expected = heads[:, 0, 1:].mean(0) if whose == "CLS" else heads.mean((0, 1))
             torch.testing.assert_close(scores[layer], expected, atol=1e-6, rtol=0)
 
 
 def test_every_layer_is_as_the_matrices_say(fresh):
-    if not fresh.one_size:
-        pytest.skip("its encoder gives no matrices: see the test of Qwen2.5-VL")
-    assert_scores_are_of_matrices(fresh.model, fresh.scored_by)
+    if not hasattr(fresh.model.model, "vision_tower"):
+        pytest.skip("its encoder gives no matrices: see the tests of Qwen2.5-VL and Qwen3-VL")
+    inputs = fresh.batch(["image", "image"])
+    assert_scores_are_of_matrices(fresh.model, inputs, fresh.pixels_of_views(inputs), fresh.scored_by)
 
 
 def test_every_layer_of_an_encoder_without_cls_is_as_the_matrices_say():
-    assert_scores_are_of_matrices(llava_on_siglip(side=48, vision_feature_layer=-2), "all tokens")
+    pixels = torch.randn(2, 3, 48, 48)
+    model = llava_on_siglip(side=48, vision_feature_layer=-2)
+    assert_scores_are_of_matrices(model, {"pixel_values": pixels}, pixels, "all tokens")
 
 
 def assert_encode_reads_the_layer(model, inputs):
@@ -74,8 +76,8 @@ def test_without_cls_too_the_layer_that_is_read_is_the_one_that_encode_reads():
     assert_encode_reads_the_layer(model, {"pixel_values": torch.randn(2, 3, 48, 48)})
 
 
-def test_qwens_windows_are_windows():
-    """The model's own attention, caught in every block: in windows of 2 x 2 merged tokens, then of whole images."""
+def attention_in_every_block(family, inputs):
+    """Return what merged tokens receive in each block of a Qwen's encoder, by window or image, caught in the model."""
     seen = []
 
     def catch(module, query, key, value, attention_mask, scaling, **kwargs):
@@ -84,21 +86,38 @@ def test_qwens_windows_are_windows():
         return (weights @ value).transpose(1, 2), None
 
     AttentionInterface.register("catching every block", catch)
-    family = FAMILIES["qwen2_5_vl"]()
-    inputs = family.batch([1, "image", "image", 4])
-    found = family_of(family.model).encoder_attention(inputs)
-    assert (found.whose, found.scored) == (["all tokens of the same window", "all tokens"], 1)
     model = copy.deepcopy(family.model)
     model.set_attn_implementation({"vision_config": "catching every block"})
     with torch.no_grad():
         model.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+    return [
+        [received.unflatten(0, (-1, 4)).mean(1) for module, received in seen if module is block.attn]
+        for block in model.model.visual.blocks
+    ]
+
+
+def test_qwens_windows_are_windows():
+    """The model's own attention is in windows of 2 x 2 merged tokens, then of whole images."""
+    family = FAMILIES["qwen2_5_vl"]()
+    inputs = family.batch([1, "image", "image", 4])
+    found = family_of(family.model).encoder_attention(inputs)
+    assert (found.whose, found.scored) == (["all tokens of the same window", "all tokens"], 1)
     order = torch.tensor(window_order(4, 6) + [24 + place for place in window_order(5, 3)])
-    for layer, block in enumerate(model.model.visual.blocks):
-        parts = [received for module, received in seen if module is block.attn]
-        assert len(parts) == (2 if layer == 1 else 6 + 6)
-        expected = torch.cat(parts).unflatten(0, (-1, 4)).mean(1)
+    blocks = attention_in_every_block(family, inputs)
+    assert [len(parts) for parts in blocks] == [6 + 6, 2]
+    for layer, parts in enumerate(blocks):
         together = torch.cat([scores[layer] for scores in found.by_view])
-        torch.testing.assert_close(together[order], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together[order], torch.cat(parts), atol=1e-5, rtol=1e-5)
+
+
+def test_qwen3_attends_to_whole_images_in_every_layer():
+    family = FAMILIES["qwen3_vl"]()
+    inputs = family.batch([1, "image", "image", 4])
+    found = family_of(family.model).encoder_attention(inputs)
+    assert (found.whose, found.scored) == (["all tokens"] * 4, 3)
+    blocks = attention_in_every_block(family, inputs)
+    for image, scores in enumerate(found.by_view):
+        torch.testing.assert_close(scores, torch.stack([parts[image] for parts in blocks]), atol=1e-5, rtol=1e-5)
 
 
 def window_order(rows, cols):
