@@ -7,6 +7,7 @@ import torch
 
 import vlmzip
 from tests.families.llava_next import LlavaNext
+from tests.references.smaller_model import model_for, smaller_image
 from tests.references.visionzip import visionzip_tiles
 from vlmzip import (
     Chain,
@@ -171,6 +172,20 @@ def test_smaller_views_give_the_llm_all_that_they_have(model):
     (image,) = small.report.images
     assert (image.before, image.after) == (51, 5 * 4)
     assert image.token_map.lengths == [20]
+
+
+@torch.no_grad()
+def test_smaller_views_are_those_of_a_smaller_encoder(model):
+    """The LLM gets the base image, then the 2 x 2 tiles in raster order over the whole image, without newlines."""
+    inputs = FAMILY.batch([1, "image", 5])
+    small = vlmzip.compress_inputs(model, inputs, Downsample(keep="45%"))
+    plain = model_for(model, 32).model  # 2 x 2 tokens a view
+    views = torch.stack([smaller_image(view, 32, 32) for view in FAMILY.pixels_of_views(inputs)])
+    features = plain.vision_tower(views, output_hidden_states=True).hidden_states[-2][:, 1:]
+    base, *tiles = plain.multi_modal_projector(features)
+    expected = torch.cat([base, torch.stack(tiles).view(2, 2, 2, 2, -1).transpose(1, 2).flatten(0, 3)])
+    got = small["mm_encoder_outputs"]["image"].pooler_output[0]
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=0)
 
 
 def test_smaller_views_may_differ_in_size(model):
