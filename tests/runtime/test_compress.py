@@ -41,24 +41,34 @@ class Backwards(Compressor):
         return kept.rearranged(torch.arange(self.last).flip(0).expand(batch, -1))
 
 
+def numbered(layout, hundred):
+    """Return the features of each view: each token's number in the image plus 100 times `hundred`."""
+    return [
+        100.0 * hundred + torch.arange(start, end)[:, None]
+        for start, end in zip(layout.starts, layout.starts[1:], strict=False)
+    ]
+
+
+def grouped(layouts, images):
+    """Return, as an encoder groups views, the shape, the numbers and the contents of all views of equal shape."""
+    groups, number = {}, 0
+    for layout, image in zip(layouts, images, strict=True):
+        for grid, view in zip(layout.views, image, strict=True):
+            numbers, views = groups.setdefault((grid, layout.prefix, layout.passes_prefix), ([], []))
+            numbers.append(number)
+            views.append(view)
+            number += 1
+    return [(shape, numbers, views) for shape, (numbers, views) in groups.items()]
+
+
 def encoded(*layouts, streams=0):
     """Each token's feature is its number in its image plus 100 times the image's; stream s adds 1000 (s + 1)."""
-    groups, number = {}, 0
-    for image, layout in enumerate(layouts):
-        for grid, start, end in zip(layout.views, layout.starts, layout.starts[1:], strict=False):
-            values = 100.0 * image + torch.arange(start, end)[:, None]
-            groups.setdefault((grid, layout.prefix, layout.passes_prefix), []).append((number, values))
-            number += 1
-    return Encoded(
-        [
-            Views(
-                VisualTokens(torch.stack([values for _, values in some]), grid, prefix, passes_prefix=passed),
-                [n for n, _ in some],
-                tuple(torch.stack([v + 1000 * (s + 1) for _, v in some]) for s in range(streams)),
-            )
-            for (grid, prefix, passed), some in groups.items()
-        ]
-    )
+    groups = []
+    for (grid, prefix, passed), numbers, views in grouped(layouts, [numbered(x, n) for n, x in enumerate(layouts)]):
+        features = torch.stack(views)
+        tokens = VisualTokens(features, grid, prefix, passes_prefix=passed)
+        groups.append(Views(tokens, numbers, tuple(features + 1000 * (s + 1) for s in range(streams))))
+    return Encoded(groups)
 
 
 @pytest.mark.parametrize("layout", [TILED, PADDED], ids=["tiles", "padding"])
@@ -85,8 +95,7 @@ def test_the_map_gives_features_and_streams(method, ascending):
         before = torch.cat([*kept.seen, torch.zeros(kept.plan.layout.separators, 1)])
         torch.testing.assert_close(kept.plan.token_map.apply(before[None])[0], kept.features)
         for s, stream in enumerate(kept.streams):
-            shifted = torch.cat([*kept.seen, torch.zeros(kept.plan.layout.separators, 1)]) + 1000 * (s + 1)
-            torch.testing.assert_close(kept.plan.token_map.apply(shifted[None])[0], stream)
+            torch.testing.assert_close(kept.plan.token_map.apply(before[None] + 1000 * (s + 1))[0], stream)
         assert kept.plan.left is None
         assert (kept.plan.slots >= 0).all(), "separators go with the first token that goes"
         assert kept.plan.places == sorted(kept.plan.places) or not ascending
@@ -184,10 +193,9 @@ def test_an_image_in_a_batch_is_the_image_alone(method, ascending):
     hundreds = [0, 1, 2, 1, 3, 4, 6, 0, 2]  # of the tiled images those at 0, 2, 5 and 6 keep one token of each view
     generator = torch.Generator().manual_seed(0)
     images = [
-        [(100.0 * hundred + torch.arange(start, end)[:, None], torch.rand(2, end - start, generator=generator))
-         for start, end in zip(layout.starts, layout.starts[1:], strict=False)]
+        [(features, torch.rand(2, len(features), generator=generator)) for features in numbered(layout, hundred)]
         for layout, hundred in zip(layouts, hundreds, strict=True)
-    ]  # fmt: skip
+    ]
     together = compress(layouts, views_of(layouts, images), method, ascending=ascending)
     for layout, image, kept in zip(layouts, images, together, strict=True):
         (alone,) = compress([layout], views_of([layout], [image]), method, ascending=ascending)
@@ -203,21 +211,11 @@ def test_an_image_in_a_batch_is_the_image_alone(method, ascending):
 
 def views_of(layouts, images):
     """The views of images, each with its features, scores and keys, batched by grid and prefix."""
-    groups, number = {}, 0
-    for layout, image in zip(layouts, images, strict=True):
-        for grid, view in zip(layout.views, image, strict=True):
-            groups.setdefault((grid, layout.prefix, layout.passes_prefix), []).append((number, view))
-            number += 1
-    return Encoded(
-        [
-            Views(
-                VisualTokens(
-                    torch.stack([features for _, (features, _) in some]), grid, prefix, passes_prefix=passed,
-                    cls_attention=torch.stack([signals[0] for _, (_, signals) in some]),
-                    keys=torch.stack([signals[1:].T for _, (_, signals) in some]),
-                ),
-                [n for n, _ in some],
-            )
-            for (grid, prefix, passed), some in groups.items()
-        ]
-    )  # fmt: skip
+    groups = []
+    for (grid, prefix, passed), numbers, views in grouped(layouts, images):
+        features = torch.stack([features for features, _ in views])
+        scores = torch.stack([signals[0] for _, signals in views])
+        keys = torch.stack([signals[1:].T for _, signals in views])
+        tokens = VisualTokens(features, grid, prefix, passes_prefix=passed, cls_attention=scores, keys=keys)
+        groups.append(Views(tokens, numbers))
+    return Encoded(groups)
