@@ -61,3 +61,11 @@ class Qwen25VL(Family):
 
     def encoded(self, inputs):
         return self.model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output[None]
+
+
+def window_order(rows, cols):
+    """Return raster numbers of merged tokens, window by window of 2 x 2, as the encoder runs over them."""
+    windows = [(r, c) for r in range(0, rows, 2) for c in range(0, cols, 2)]
+    return [
+        r * cols + c for top, left in windows for r in range(rows)[top : top + 2] for c in range(cols)[left : left + 2]
+    ]

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, LlavaConfig, LlavaForConditionalGeneration, SiglipVisionConfig
 
 from tests.families import FAMILIES, tiny_llava
+from tests.families.qwen2_5_vl import window_order
 from tests.tiny import with_large_weights
 from vlmzip import Signal, Site, UserError
 from vlmzip.models import family_of
@@ -141,15 +142,9 @@ class TestQwen:
         for (weights, key), (score, keys, grid) in zip(last, self.signals(family.model, inputs), strict=True):
             received = weights[0].mean(0).sum(0).unflatten(0, (-1, 4)).mean(1)
             merged = key[0].mean(0).unflatten(0, (-1, 4)).mean(1)
-            order = self.window_order(grid)
+            order = window_order(grid.rows, grid.cols)
             torch.testing.assert_close(score[order], received, atol=1e-5, rtol=1e-5)
             torch.testing.assert_close(keys[order], merged, atol=1e-5, rtol=1e-5)
-
-    def window_order(self, grid):
-        """Raster numbers of merged tokens, window by window of 2 x 2, as the encoder runs over them."""
-        rows, cols = range(grid.rows), range(grid.cols)
-        windows = [(r, c) for r in range(0, grid.rows, 2) for c in range(0, grid.cols, 2)]
-        return [r * grid.cols + c for top, left in windows for r in rows[top : top + 2] for c in cols[left : left + 2]]
 
     def test_images_of_equal_grid_come_together(self, family):
         encoded = family_of(family.model).encode(

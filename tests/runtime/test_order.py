@@ -7,6 +7,7 @@ import torch
 from transformers import AttentionInterface, DynamicCache
 
 from tests.families import FAMILIES
+from tests.families.qwen2_5_vl import window_order
 from tests.references.kmeans import kmeans
 from tests.references.visionzip import visionzip_in_place
 from tests.runtime.ragged import Ragged
@@ -175,14 +176,6 @@ def encoded(model, inputs):
         raster = torch.tensor(window_order(rows // 2, cols // 2)).argsort()
         received = weights[0].mean(0).sum(0).unflatten(0, (-1, 4)).mean(1)
         yield own, received[raster], key[0].mean(0).unflatten(0, (-1, 4)).mean(1)[raster]
-
-
-def window_order(rows, cols):
-    """Raster numbers of merged tokens, window by window of 2 x 2, as the encoder runs over them."""
-    windows = [(r, c) for r in range(0, rows, 2) for c in range(0, cols, 2)]
-    return [
-        r * cols + c for top, left in windows for r in range(rows)[top : top + 2] for c in range(cols)[left : left + 2]
-    ]
 
 
 def visionzip_rule(features, received, keys):

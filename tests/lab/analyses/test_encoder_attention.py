@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
 from tests.families import FAMILIES, tiny_llava
+from tests.families.qwen2_5_vl import window_order
 from tests.lab.analyses.subjects import make_subject
 from tests.models.test_signals import llava_on_siglip
 from vlmzip import Signal, Site, UserError
@@ -118,17 +119,6 @@ def test_qwen3_attends_to_whole_images_in_every_layer():
     blocks = attention_in_every_block(family, inputs)
     for image, scores in enumerate(found.by_view):
         torch.testing.assert_close(scores, torch.stack([parts[image] for parts in blocks]), atol=1e-5, rtol=1e-5)
-
-
-def window_order(rows, cols):
-    """Raster numbers of merged tokens, window by window of 2 x 2, as the encoder runs over them."""
-    windows = [(r, c) for r in range(0, rows, 2) for c in range(0, cols, 2)]
-    return [
-        r * cols + c
-        for top, left in windows
-        for r in range(top, min(top + 2, rows))
-        for c in range(left, min(left + 2, cols))
-    ]
 
 
 def test_no_square_of_the_tokens_and_no_hook_left():
