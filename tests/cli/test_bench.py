@@ -32,10 +32,8 @@ QUICK = ("--repeats", "2", "--new-tokens", "2", "--text-tokens", "6", "--device"
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     """Two images of 36 visual tokens, an LLM of 4 layers."""
-    compressed = Preset(
-        images=2, side=84, layers=4, heads=1, mlp=64, vision_layers=2, vision_heads=1, vision_mlp=32
-    )  # fmt: skip
-    monkeypatch.setitem(presets.PRESETS, "llava-1.5-7b", compressed)
+    preset = Preset(images=2, side=84, layers=4, heads=1, mlp=64, vision_layers=2, vision_heads=1, vision_mlp=32)
+    monkeypatch.setitem(presets.PRESETS, "llava-1.5-7b", preset)
     monkeypatch.setattr(presets, "VOCABULARY", 32_064)
 
 

@@ -108,14 +108,14 @@ def test_is_plain_qwen_on_a_smaller_image(name):
     # The image is repeated: the processor fills a temporal patch with the same image twice.
     first = [images_of(p, Grid(1, *g), config)[:1] for p, g in zip(parts, [(4, 6), (5, 3)], strict=True)]
     whole = [_cut_by_transformers(image) for image in first]
-    compressed = [
+    smaller = [
         _cut_by_transformers(smaller_image(p[0], 8 * r, 8 * c)[None])
         for p, (r, c) in zip(first, [(2, 3), (4, 2)], strict=True)
     ]
     inputs["pixel_values"] = torch.cat(whole)
     ids = _ids_with([[1, "image", 5, 6, 7]], 6) + _ids_with([[1, 3, "image", 4]], 8)
     small_inputs = batch(*ids)
-    small_inputs |= {"pixel_values": torch.cat(compressed), "image_grid_thw": torch.tensor([[1, 4, 6], [1, 8, 4]])}
+    small_inputs |= {"pixel_values": torch.cat(smaller), "image_grid_thw": torch.tensor([[1, 4, 6], [1, 8, 4]])}
     small_inputs["mm_token_type_ids"] = (small_inputs["input_ids"] == 99).int()
     downsampled = vlmzip.attach(family.model, Downsample(keep=8))
     with torch.no_grad():
@@ -159,13 +159,13 @@ def test_is_resizing_the_image_before_the_processor():
     smooth = torch.nn.functional.interpolate(noise[None], (48, 48), mode="bicubic")[0].clamp(0.05, 0.95)
     image = Image.fromarray((smooth * 255).byte().permute(1, 2, 0).numpy())
     sizes = [{"height": side, "width": side} for side in (48, 32)]
-    whole, compressed = (
+    whole, smaller = (
         CLIPImageProcessor(size=size, do_center_crop=False)(image, return_tensors="pt")["pixel_values"]
         for size in sizes
     )
     model_family = vlmzip.models.family_of(FAMILIES["llava"]().model)
     got = model_family.downsample({"pixel_values": whole}, [Grid(1, 4, 4)])["pixel_values"]
-    assert (got - compressed).abs().max() < 1.5 / 255 / 0.26  # the smallest standard deviation of CLIP's normalisation
+    assert (got - smaller).abs().max() < 1.5 / 255 / 0.26  # the smallest standard deviation of CLIP's normalisation
 
 
 def test_pixels_that_fill_no_patch_stay_where_they_are():
