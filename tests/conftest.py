@@ -65,13 +65,13 @@ def _seed():
 
 
 def family_of(item):
-    """The family that a test runs over, by name, if it does."""
+    """Return the name of the family that a test runs over, or None."""
     name = item.callspec.params.get("family") if hasattr(item, "callspec") else None
     return name if name in FAMILIES else None
 
 
 def is_further(item):
-    """Whether quick runs leave out this family, since another stands for it, or this case in this family."""
+    """Return whether quick runs leave out this family, since another stands for it, or this case in this family."""
     name = family_of(item)
     if name is None:
         return False
@@ -85,7 +85,7 @@ def is_further(item):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """What takes longest begins first, so that parallel processes end together; tests of a file stay in its order."""
+    """Let slow files begin first, so that parallel processes end together; the order within a file stays."""
     for item in items:
         if is_further(item):
             item.add_marker("further")
@@ -125,7 +125,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Notes the cell that a test proves: "works" or "refused", or what the test itself recorded as its `cell`."""
+    """Note the cell that a test proves: "works" or "refused", or what the test itself recorded as its `cell`."""
     report = (yield).get_result()
     promise = item.get_closest_marker("promise")
     if promise is None or (report.when != "call" and report.passed):

@@ -200,7 +200,7 @@ def named_in_runtime(plan: Plan) -> set[tuple[str, str]]:
 
 
 def check_list(found: set, listed: dict, advice: str) -> None:
-    """Fails for what is not listed, and for what is listed but no longer found."""
+    """Fail for what is not listed, and for what is listed but no longer found."""
     new, gone = sorted(found - listed.keys()), sorted(listed.keys() - found)
     assert not new, f"{advice}: {new}"
     assert not gone, f"mended: remove it from the list in tests/test_house.py: {gone}"

@@ -43,7 +43,7 @@ PEAK = 2**20
 
 @pytest.fixture(autouse=True)
 def memory_is_known(monkeypatch, request):
-    """Saves the process that measures it, which takes seconds; tests that ask for `real_memory` have it."""
+    """Spare tests the process that measures the memory, which takes seconds, unless they ask for `real_memory`."""
     if "real_memory" not in request.fixturenames:
         monkeypatch.setattr("vlmzip.cli.bench.in_frugal_process", lambda peaks, *recipe: [PEAK] * len(recipe[-1]))
 

@@ -56,7 +56,7 @@ def score(doc, results):
 
 
 def write_task(folder: Path, limit: int, task: str = "mini_exact") -> None:
-    """Writes the first `limit` questions as a task of that name."""
+    """Write the first `limit` questions as a task of that name."""
     asked = mini_task(limit)
     folder.mkdir(parents=True, exist_ok=True)
     lines = []

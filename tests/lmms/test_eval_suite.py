@@ -22,7 +22,7 @@ BROKEN = "tests.lmms.broken:Broken"
 
 @pytest.fixture
 def suite(capsys, tasks, tmp_path):
-    """Runs `eval --suite mini_exact` unless told otherwise; returns the exit code, and what was printed."""
+    """Return a function that runs `eval --suite mini_exact` by default and returns the exit code and the output."""
 
     def run(*arguments, name="mini_exact", methods="visionzip", batch="8", folder="out"):
         fixed = ["eval", "--suite", name, "--include-path", str(tasks), "--methods", methods, "--keep", "25%"]

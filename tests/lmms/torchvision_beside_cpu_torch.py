@@ -30,7 +30,7 @@ class BeforeTorchvision(importlib.abc.MetaPathFinder):
 
 
 def operators_load(torch, folder):
-    """Whether the compiled operators of the torchvision in `folder` fit this torch."""
+    """Return whether the compiled operators of the torchvision in `folder` fit this torch."""
     try:
         for library in folder.glob("_C*.so"):
             torch.ops.load_library(str(library))

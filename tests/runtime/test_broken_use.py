@@ -225,7 +225,7 @@ def test_five_times_as_many_leave_nothing_behind():
 
 
 def soak(family, model, many):
-    """Asks about many images: memory held by tensors, and hooks, are flat after the first few.
+    """Ask about many images: memory held by tensors, and hooks, are flat after the first few.
 
     Nothing waits for the garbage collector: it runs once, before the first count.
     """

@@ -70,7 +70,7 @@ def seen_by_the_llm(family, method, inputs):
 
 
 def ascends(positions):
-    """Whether positions, on one axis or on several, never go back."""
+    """Return whether positions, on one axis or on several, never go back."""
     axes = positions.reshape(-1, positions.shape[-1]).T.tolist()
     return axes == sorted(axes)
 

@@ -20,7 +20,7 @@ GREEDY = {"do_sample": False}
 
 
 def limit(model, positions):
-    """Gives the model's LLM so many positions; weights and rotary embeddings stay as they are."""
+    """Give the model's LLM so many positions; weights and rotary embeddings stay as they are."""
     model.config.get_text_config().max_position_embeddings = positions
 
 

@@ -36,7 +36,7 @@ REMOVED = object()
 
 
 def change(path, *keys, to=REMOVED):
-    """Sets a setting of a JSON file, or removes it."""
+    """Set a setting of a JSON file, or remove it."""
     content = inner = json.loads(path.read_text())
     for key in keys[:-1]:
         inner = inner[key]
