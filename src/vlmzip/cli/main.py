@@ -152,11 +152,9 @@ def _run(arguments: list[str]) -> None:
             except (UserError, OSError):
                 raise
             except Exception as error:
-                from vlmzip.cli._shared.loading import refuse_too_much_at_once  # these need torch
-                from vlmzip.runtime.loading import refuse_model_at_fault
+                from vlmzip.cli._shared.loading import refuse_known_cause  # needs torch
 
-                refuse_too_much_at_once(error, args)
-                refuse_model_at_fault(error)
+                refuse_known_cause(error, args)
                 raise
 
 

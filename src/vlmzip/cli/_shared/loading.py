@@ -20,6 +20,12 @@ def load(name: str, device: str | None = None, dtype: str | None = None, *, allo
         return loading.load(name, device, dtype, allow_pickle=allow_pickle)
 
 
+def refuse_known_cause(error: Exception, args: Namespace) -> None:
+    """Raise `UserError` if the memory is full or the model is at fault. Return for all other errors."""
+    refuse_too_much_at_once(error, args)
+    loading.refuse_model_at_fault(error)
+
+
 def refuse_too_much_at_once(error: Exception, args: Namespace) -> None:
     """Raise `UserError` if the error says that the memory is full. Return for all other errors.
 
