@@ -184,10 +184,11 @@ class Compressor(ABC):
             raise self._content_decides()
         if "keep" not in self.field_names():
             raise BudgetError(f"{self.name()} has no budget to set")
-        self.check_layers(profile.layers, profile.first_layer)
-        if self.layers:
-            keep = self._count_inside(keep, profile)
-        chosen = self.with_keep(keep)
+        method = self.placed(profile)
+        method.check_layers(profile.layers, profile.first_layer)
+        if method.layers:
+            keep = method._count_inside(keep, profile)
+        chosen = method.with_keep(keep)
         return chosen, chosen.reached(profile)
 
     def with_keep(self, keep: Keep) -> Compressor:
@@ -207,7 +208,10 @@ class Compressor(ABC):
         return self
 
     def placed(self, profile: Profile) -> Compressor:
-        """Return the same method at layers that this LLM has, if its default layers do not fit this LLM."""
+        """Return the same method at layers that this LLM can use, if it is at default layers that this LLM cannot use.
+
+        Layers that differ from the default stay, so that `check_layers` can refuse them.
+        """
         default = {field.name: field.default for field in fields(self)}.get("layer")
         if self.layers != (default,) or self.layers[0] >= profile.first_layer:
             return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from vlmzip.errors import UserError
 from vlmzip.files import is_file, is_folder
 from vlmzip.methods import Chain
 from vlmzip.outline import METHOD_FORMS
+
+#: What a user can give as a compressor: an object, a spec, or the path of a saved `compressor.json` or its folder.
+CompressorLike = Compressor | str | os.PathLike[str]
 
 _STAGE = re.compile(r"\s*([^()+]+?)\s*(?:\(([^()]*)\))?\s*")
 _BETWEEN_FIELDS = re.compile(r",(?=\s*[A-Za-z_]\w*\s*=)")  # values may have commas themselves: stride=2,4
@@ -29,6 +33,27 @@ def read(text: str) -> Compressor:
     if is_saved(text):
         return read_compressor(saved_folder(text))
     return _joined([_stage(part, text) for part in text.split("+")])
+
+
+def as_compressor(compressor: CompressorLike) -> Compressor:
+    """Return the compressor that a user gave as an object, a spec or a path. Raise `UserError` for anything else."""
+    if isinstance(compressor, Compressor):
+        return compressor
+    if isinstance(compressor, os.PathLike):
+        return read_compressor(saved_folder(os.fspath(compressor)))
+    if isinstance(compressor, str):
+        return read(compressor)
+    raise UserError(
+        f"compressor must be a compressor, a spec or a path, got {compressor!r};"
+        " give vlmzip.VisionZip(keep=64) or 'visionzip(keep=64)'"
+    )
+
+
+def folder_of(compressor: CompressorLike) -> Path | None:
+    """Return the folder of a compressor that was given as a path; `None` for an object or another spec."""
+    if isinstance(compressor, os.PathLike) or (isinstance(compressor, str) and is_saved(compressor)):
+        return saved_folder(os.fspath(compressor))
+    return None
 
 
 def saved_folder(text: str) -> Path:

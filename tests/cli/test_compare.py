@@ -215,7 +215,7 @@ class TestRowsThatCannotBe:
         monkeypatch.setattr("vlmzip.models.llava.Llava.sites", (Site.PRE_PROJECTOR,))
         code, out, _ = run(capsys, IMAGE, QUESTION, "--methods", odd("Elsewhere"), "--json", *QUICK)
         assert code == 0
-        assert "has no site" in rows_of(out)["odd_methods:Elsewhere"]["note"]
+        assert "cannot be compressed at site 'post_projector'" in rows_of(out)["odd_methods:Elsewhere"]["note"]
 
 
 def test_json_has_what_the_table_has_and_more(capsys, tmp_path):

@@ -319,8 +319,11 @@ def test_wrong_settings_are_refused(fields, message):
 
 
 def test_layers_beyond_the_llm_are_refused():
-    with pytest.raises(UserError, match="layer must be from 1 to 7 in this LLM of 8 layers, got 16"):
-        vlmzip.attach(vlmzip.mini.load()[0], SparseVLM())
+    model = vlmzip.mini.load()[0]
+    with pytest.raises(UserError, match="layer must be from 1 to 7 in this LLM of 8 layers, got 17"):
+        vlmzip.attach(model, SparseVLM(layer=(3, 7, 17)))
+    with vlmzip.attach(model, SparseVLM()) as compressed:  # default layers move, as for commands
+        assert compressed.compressor.layers == (1, 2, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

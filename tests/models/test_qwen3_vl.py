@@ -1,5 +1,7 @@
 """Qwen3-VL with three streams of deepstack: features that the LLM adds behind its first three layers."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -42,8 +44,8 @@ def test_streams_follow_the_map(family):
 
 @pytest.mark.parametrize(
     "method",
-    [FastV(layer=2), LLaVolta(layer=(1, 3), stride=2), SparseVLM(counts=(5, 3), layer=(2, 3)),
-     Chain(compressors=(Pool2d(factor=2), KMeans(keep=2, site=Site.IN_LLM)))],
+    [FastV(layer=1), LLaVolta(layer=(1, 3), stride=2), SparseVLM(counts=(5, 3), layer=(2, 3)),
+     Chain(compressors=(Pool2d(factor=2), KMeans(keep=2, site=Site.IN_LLM, layer=1)))],
     ids=lambda method: method.name(),
 )  # fmt: skip
 def test_layers_that_still_get_features_are_refused(family, method):
@@ -63,6 +65,26 @@ def test_default_layers_move_to_the_first_free_one(family):
     assert FastV(layer=1).placed(profile).layer == 1
     assert RandomTokens().placed(profile) == RandomTokens()
     assert RandomTokens(site=Site.IN_LLM).placed(profile).layer == 3
+    assert SparseVLM().placed(profile).layer == (3,)
+    assert SparseVLM().placed(dataclasses.replace(profile, layers=36, first_layer=5)).layer == (5, 7, 16)
+
+
+@pytest.mark.parametrize(
+    ("method", "layers"),
+    [("fastv(keep=5)", (3,)), (LLaVolta(), (3,)), (SparseVLM(), (3,)), (Chain(), (3,)),
+     (KMeans(keep=2, site=Site.IN_LLM), (3,))],
+    ids=["fastv", "llavolta", "sparsevlm", "chain", "kmeans"],
+)  # fmt: skip
+def test_attach_and_budgets_move_default_layers_too(family, method, layers):
+    with vlmzip.attach(family.model, method) as compressed:
+        assert compressed.compressor.layers == layers
+        compressed.switch(vlmzip.NoCompression())
+        compressed.switch(method)
+        assert compressed.compressor.layers == layers
+        profile = family_of(family.model).profile()
+    method = vlmzip.spec.read(method) if isinstance(method, str) else method
+    if not isinstance(method, Chain):
+        assert method.at_budget("90%", profile)[0].layers == layers
 
 
 @torch.no_grad()

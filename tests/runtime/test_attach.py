@@ -1,12 +1,17 @@
 """`attach`: what it takes for a compressor, and how long the result lasts."""
 
 import copy
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import vlmzip
-from tests.tiny import batch, prompt
+from tests.families import FAMILIES
+from tests.tiny import SIDE, batch, prompt
 from vlmzip import DFMR, Chain, FastV, QFormer, UserError, VisionZip
 from vlmzip.compressor_file import write_compressor
 
@@ -79,6 +84,31 @@ def test_a_saved_compressor_brings_its_weights(llava, inputs, tmp_path, file):
     again = vlmzip.attach(llava, str(tmp_path / file))
     assert again.compressor == QFORMER
     torch.testing.assert_close(again(**inputs).logits, trained(**inputs).logits)
+
+
+@pytest.mark.parametrize("file", ["", "compressor.json"])
+def test_a_path_is_an_object_or_a_text(llava, tmp_path, file):
+    write_compressor(VisionZip(keep=8), tmp_path)
+    for path in (tmp_path / file, str(tmp_path / file)):
+        with vlmzip.attach(llava, path) as compressed:
+            assert compressed.compressor == VisionZip(keep=8)
+    with pytest.raises(UserError, match=r"there is no folder or compressor.json at 'visionzip'"):
+        vlmzip.attach(llava, Path("visionzip"))
+
+
+def test_every_entry_takes_a_spec(llava, inputs, tmp_path):
+    write_compressor(VisionZip(keep=8), tmp_path)
+    expected = vlmzip.compress_inputs(llava, inputs, VisionZip(keep=8))["input_ids"]
+    for compressor in ("visionzip(keep=8)", tmp_path):
+        assert torch.equal(vlmzip.compress_inputs(llava, inputs, compressor)["input_ids"], expected)
+    vlmzip.attach(llava, DFMR()).save_pretrained(tmp_path)
+    assert vlmzip.from_pretrained(tmp_path, tmp_path).compressor == DFMR()
+    image = Image.fromarray(np.zeros((SIDE, SIDE, 3), np.uint8))
+    processor = SimpleNamespace(image_processor=FAMILIES["llava"].processor().image_processor)
+    assert vlmzip.calibrate(llava, [image], "dfmr(max_factor=2)", "25%", processor=processor).factors == [2]
+    for entry in (vlmzip.attach, lambda model, wrong: vlmzip.calibrate(model, [], wrong, "25%")):
+        with pytest.raises(UserError, match="compressor must be a compressor, a spec or a path, got 8"):
+            entry(llava, 8)
 
 
 def test_weights_come_from_the_folder_that_is_given(llava, tmp_path):

@@ -35,7 +35,7 @@ def unchanged(family):
 
 
 def test_what_is_no_model_is_refused(family, unchanged):
-    with pytest.raises(UserError, match="'some/name' is no model: load it first"):
+    with pytest.raises(UserError, match="must be a loaded model, got 'some/name'; load it first"):
         vlmzip.attach("some/name", VisionZip())
     with pytest.raises(UserError, match="has no head that answers"):
         vlmzip.attach(unchanged.model, VisionZip())
@@ -201,7 +201,7 @@ def test_attach_inside_on(family, unchanged):
 
 def test_a_site_the_model_has_not(unchanged, monkeypatch):
     monkeypatch.setattr(type(family_of(unchanged)), "sites", (vlmzip.Site.PRE_PROJECTOR,))
-    with pytest.raises(UserError, match="has no site 'in_llm'"):
+    with pytest.raises(UserError, match="cannot be compressed at site 'in_llm'; choose one of pre_projector"):
         vlmzip.attach(unchanged, vlmzip.FastV())
 
 

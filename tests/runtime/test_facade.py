@@ -223,7 +223,7 @@ def test_mistakes_are_refused(llava):
     with pytest.raises(UserError, match="already has a compressor"):
         vlmzip.attach(compressed, VisionZip(keep=8))
     for wrong in (VisionZip, 64, None):
-        with pytest.raises(UserError, match="is no compressor"):
+        with pytest.raises(UserError, match="must be a compressor, a spec or a path, got"):
             vlmzip.attach(llava, wrong)
     with pytest.raises(UserError, match="no report yet"):
         compressed.report  # noqa: B018

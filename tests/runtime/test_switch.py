@@ -7,6 +7,7 @@ from transformers import DynamicCache
 from tests.families import tiny_llava
 from tests.tiny import batch, prompt
 from vlmzip import FastV, LLaVolta, NoCompression, Pool2d, QFormer, VisionZip, attach
+from vlmzip.compressor_file import write_compressor
 from vlmzip.errors import UserError
 
 STAGES = (LLaVolta(layer=1, stride=4), Pool2d(factor=2), NoCompression(), FastV(layer=2, keep=9), VisionZip(keep=9))
@@ -57,12 +58,23 @@ def test_caches_of_the_compressor_before_are_not_continued(inputs):
         compressed(input_ids=torch.tensor([[5], [6]]), past_key_values=cache)
 
 
+def test_a_spec_or_a_path_can_replace_the_compressor(inputs, tmp_path):
+    write_compressor(VisionZip(keep=5), tmp_path)
+    compressed = attach(tiny_llava(), NoCompression())
+    for compressor, after in (("pool2d(factor=2)", 9), (tmp_path, 5), (str(tmp_path / "compressor.json"), 5)):
+        compressed.switch(compressor)
+        compressed(**inputs)
+        assert [image.after for image in compressed.report.images] == [after] * 2
+    assert compressed.compressor == VisionZip(keep=5)
+
+
 def test_what_has_no_place_is_refused_and_nothing_changes(inputs):
     model = tiny_llava()
     compressed = attach(model, Pool2d(factor=2))
     before = compressed(**inputs).logits
-    for wrong, said in ((FastV(layer=40), "got 40"), ("pool2d", "no compressor"), (QFormer(), "weights of its own")):
-        with pytest.raises(UserError, match=said):
+    untrained = "with weights cannot be switched on"
+    for wrong, message in ((FastV(layer=40), "got 40"), (3, "must be a compressor"), (QFormer(), untrained)):
+        with pytest.raises(UserError, match=message):
             compressed.switch(wrong)
     assert compressed.compressor == Pool2d(factor=2)
     assert hooks_on(model) == 0

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.families import FAMILIES
 from vlmzip.errors import UserError
 from vlmzip.lab.bench.presets import PRESETS, make_config, make_model
 from vlmzip.lab.papers.llavolta import explain_beside_paper as explain
@@ -87,6 +88,13 @@ def test_random_factors_give_a_mean_and_dfmr_no_number(llava_7b):
     assert dfmr.stages[1].tokens == 18432
     assert "the images decide" in lines(dfmr)[0]
     draw_staircase(dfmr, "dfmr")
+
+
+def test_default_layers_move_as_in_training():
+    family = family_of(FAMILIES["qwen3_vl"].build(streams=(0, 1, 2)))
+    (stage,) = explain(read_schedule("fastv"), family, 10, 62).stages
+    assert stage.compressor == "fastv(layer=3)"
+    assert stage.tokens == family.profile().size * 3.5
 
 
 def test_layers_beyond_the_llm_are_refused(llava_7b):

@@ -101,7 +101,7 @@ class Chain(Compressor):
 
     def at_budget(self, keep: Keep, profile: Profile) -> tuple[Chain, float]:
         """Fit the first compressor to the budget and leave the others unchanged."""
-        first, *others = self.compressors
+        first, *others = self.placed(profile).compressors
         target = count_to_keep(keep, profile.size) / profile.size
         best: tuple[float, Chain] | None = None
         for count in range(1, profile.size + 1):

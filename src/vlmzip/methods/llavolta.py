@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -98,17 +97,18 @@ class LLaVolta(Compressor):
             counts.append(sum(grid.size for grid in grids))
         return counts
 
-    def at_budget(self, keep: Keep, profile: Profile) -> tuple[LLaVolta, float]:
-        """Return the configuration with the nearest stride. Layers stay as they are and share one stride."""
-        self.check_layers(profile.layers, profile.first_layer)
+    def at_budget(self, keep: Keep, profile: Profile) -> tuple[Compressor, float]:
+        """Return the configuration with the nearest stride. All layers share one stride."""
+        method = self.placed(profile)
+        method.check_layers(profile.layers, profile.first_layer)
         target = count_to_keep(keep, profile.size) / profile.size
-        if self.layers and self.layers[0] / profile.layers >= target:
+        if method.layers and method.layers[0] / profile.layers >= target:
             raise BudgetError(
-                f"{self.layers[0]} of {profile.layers} layers see all tokens before llavolta acts: on average more than"
-                f" {self.layers[0] / profile.layers:.1%}"
+                f"{method.layers[0]} of {profile.layers} layers see all tokens before llavolta acts: on average more"
+                f" than {method.layers[0] / profile.layers:.1%}"
             )
         strides = range(1, profile.size + 1)
-        candidates = [dataclasses.replace(self, stride=stride) for stride in strides]
+        candidates = [method.with_fields(stride=stride) for stride in strides]
         nearest = min(candidates, key=lambda c: (abs(c.reached(profile) - target), c.reached(profile)))
         return nearest, nearest.reached(profile)
 

@@ -135,8 +135,8 @@ class SparseVLM(Compressor):
         return nearest, nearest.reached(profile)
 
     def placed(self, profile: Profile) -> SparseVLM:
-        moves = self.layer == PUBLISHED_LAYERS and self.layer[-1] >= profile.layers
-        return self._scaled(0.5, profile) if moves else self
+        fits = profile.first_layer <= self.layer[0] and self.layer[-1] < profile.layers
+        return self if fits or self.layer != PUBLISHED_LAYERS else self._scaled(0.5, profile)
 
     @property
     def _published(self) -> tuple[int, ...]:
@@ -171,6 +171,7 @@ class SparseVLM(Compressor):
     def _scaled(self, scale: float, profile: Profile) -> SparseVLM:
         """Return this compressor with scaled counts: 0 is one token per layer, 0.5 its own counts, 1 all tokens."""
         depth, size = profile.layers, profile.size
+        too_deep = self.layer[-1] >= depth
         if depth < 2:
             raise BudgetError("in-LLM compression needs at least 2 decoder layers")
         counts, left = {}, size
@@ -178,8 +179,11 @@ class SparseVLM(Compressor):
             count = self._count(layer, left)
             left = self._left(count, left)
             scaled = 2 * scale * count if scale < 0.5 else count + (2 * scale - 1) * (size - count)
-            if self.layer[-1] >= depth:  # move layers proportionally; of several that meet, the last one counts
-                layer = min(max(round_half_up(layer * depth / PUBLISHED_DEPTH), 1), depth - 1)
+            # Move layers that this LLM cannot use. Of several that meet, the last one counts.
+            if too_deep:
+                layer = min(round_half_up(layer * depth / PUBLISHED_DEPTH), depth - 1)
+            if too_deep or self.layer == PUBLISHED_LAYERS:
+                layer = max(layer, profile.first_layer)
             counts[layer] = max(round_half_up(scaled), 1)
         return dataclasses.replace(self, layer=tuple(counts), counts=tuple(counts.values()))
 

@@ -1,4 +1,4 @@
-"""`attach`: put a compressor, given as an object or as text, on a model, and load the weights of the method."""
+"""`attach`: put a compressor on a model, and load the weights of the method."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import warnings
 from torch import nn
 
 from vlmzip import spec
-from vlmzip.compressor import Compressor
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.resample import read_weights, resampling
 from vlmzip.runtime.versions import warn_if_untested
 
 
 def attach(
-    model: nn.Module, compressor: Compressor | str, *, weights: str | os.PathLike[str] | None = None
+    model: nn.Module, compressor: spec.CompressorLike, *, weights: str | os.PathLike[str] | None = None
 ) -> CompressedModel:
     """Return a model that wraps `model` and answers with fewer visual tokens.
 
@@ -26,17 +25,17 @@ def attach(
     result, and `detach` removes them.
 
     `compressor` may be text, as on the command line: `"visionzip(keep=64)"`, `"dfmr(tau=0.3)+fastv(layer=3)"`, or the
-    path of a saved `compressor.json` or of its folder. `weights` is a folder that `save_pretrained` wrote. A method
-    with weights loads them from there. By default they come from the folder of a compressor given as a path; for any
-    other compressor they are untrained.
+    path of a saved `compressor.json` or of its folder. A method at its default layers moves to later ones if the LLM
+    cannot drop tokens there (deepstack); other layers that the LLM cannot use are an error.
+
+    `weights` is a folder that `save_pretrained` wrote. A method with weights loads them from there. By default they
+    come from the folder of a compressor given as a path; for any other compressor they are untrained.
 
     Raise `UserError` if vlmzip cannot compress the model, if the compressor has no place in it, or if weights are
     missing or do not fit.
     """
-    if isinstance(compressor, str):
-        if weights is None and spec.is_saved(compressor):
-            weights = spec.saved_folder(compressor)
-        compressor = spec.read(compressor)
+    if weights is None:
+        weights = spec.folder_of(compressor)
     compressed = CompressedModel(model, compressor)
     warn_if_untested()
     if compressed.resampler is not None:

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from vlmzip import spec
 from vlmzip.compressor import BudgetError, Calibratable, Compressor
 from vlmzip.errors import UserError
 from vlmzip.keep import Keep, count_to_keep, parse_keep
@@ -57,7 +58,7 @@ class Calibration:
 def calibrate(
     model: nn.Module,
     images: Iterable[ImageLike],
-    compressor: Compressor,
+    compressor: spec.CompressorLike,
     keep: Keep,
     *,
     processor: Processor | None = None,
@@ -75,6 +76,7 @@ def calibrate(
     without a threshold, for an image that cannot be read, for a model with several views of an image (LLaVA-NeXT), and
     if there are no images.
     """
+    compressor = spec.as_compressor(compressor)
     _calibratable(compressor)
     parse_keep(keep)
     return meet(compressor, measure(model, images, compressor, processor=processor, batch=batch), keep)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from vlmzip.compressor import Compressor
+from vlmzip import spec
 from vlmzip.compressor_file import write_compressor
 from vlmzip.errors import UserError
 from vlmzip.models import family_of
@@ -26,7 +26,7 @@ from vlmzip.runtime.in_llm.hooks import Hooks, running
 from vlmzip.runtime.in_llm.outcome import extend, loss_behind
 from vlmzip.runtime.in_llm.state import InLLMState
 from vlmzip.runtime.last_report import last_report, publish
-from vlmzip.runtime.place import check_place, inside_the_llm, warn_if_nothing_to_do
+from vlmzip.runtime.place import fitted, inside_the_llm, warn_if_nothing_to_do
 from vlmzip.runtime.report import Report
 from vlmzip.runtime.resample import build_resampler, resampling, write_weights
 from vlmzip.runtime.signature import names_image_inputs
@@ -45,14 +45,17 @@ class CompressedModel(nn.Module):
     labels for the prompt. To align them, call `report.lined_up` in `preprocess_logits_for_metrics`.
     """
 
-    def __init__(self, model: nn.Module, compressor: Compressor) -> None:
+    def __init__(self, model: nn.Module, compressor: spec.CompressorLike) -> None:
         super().__init__()
         if not isinstance(model, nn.Module):
-            raise UserError(f"{model!r} is no model: load it first, or use vlmzip.from_pretrained(folder, compressor)")
+            raise UserError(
+                f"model must be a loaded model, got {model!r}; load it first, or use"
+                " vlmzip.from_pretrained(folder, compressor)"
+            )
         if any(isinstance(module, CompressedModel) for module in model.modules()):
             raise UserError("this model already has a compressor: detach() it first, or attach to the plain model")
         self._family = family_of(model)
-        check_place(compressor, self._family)
+        compressor = fitted(compressor, self._family)
         self.inner: Any = model
         self.compressor = compressor
         #: The module with the weights of the method; `None` for a method without weights.
@@ -80,15 +83,16 @@ class CompressedModel(nn.Module):
         self._hooks.remove()
         return self.inner
 
-    def switch(self, compressor: Compressor) -> None:
+    def switch(self, compressor: spec.CompressorLike) -> None:
         """Replace the compressor, for training in stages. Parameters and wrappers around this model stay the same.
 
-        KV caches filled before the switch cannot be continued. Raise `UserError` if the compressor has no place in the
-        model, or if its method with weights is not the attached one.
+        `compressor` is as in `attach`, but no weights are loaded. KV caches filled before the switch cannot be
+        continued. Raise `UserError` if the compressor cannot act in the model, or if its method with weights is not the
+        attached one.
         """
-        check_place(compressor, self._family)
+        compressor = fitted(compressor, self._family)
         if resampling(compressor) != resampling(self.compressor):
-            raise UserError("a method with weights of its own cannot be switched on or off: attach it anew")
+            raise UserError("a method with weights cannot be switched on or off; detach the model, then attach it")
         moved = bool(inside_the_llm(compressor)) != bool(inside_the_llm(self.compressor))
         self.compressor = compressor
         self._conversations = Conversations()

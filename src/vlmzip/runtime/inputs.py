@@ -9,6 +9,7 @@ from dataclasses import replace
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from vlmzip import spec
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.models import family_of
@@ -37,7 +38,7 @@ from vlmzip.runtime.versions import check_takes
 def compress_inputs(
     model: nn.Module,
     inputs: Inputs,
-    compressor: Compressor,
+    compressor: spec.CompressorLike,
     *,
     generating: bool = False,
     family: Family | None = None,
@@ -47,8 +48,9 @@ def compress_inputs(
     """Replace the images in `inputs` with their compressed visual tokens, and shorten the prompt to match.
 
     `inputs` are the processor's outputs, optionally with labels or generation arguments. Inputs that do not belong to
-    the prompt or the images pass through unchanged. Call the plain model on the result: `model(**...)`, or
-    `model.generate(**...)` after `generating=True`, because a family may count positions differently there.
+    the prompt or the images pass through unchanged. `compressor` may be text or a path, as in `attach`. Call the plain
+    model on the result: `model(**...)`, or `model.generate(**...)` after `generating=True`, because a family may count
+    positions differently there.
 
     In the result, `mm_encoder_outputs` replaces the images. Its `["image"].pooler_output` holds the projected tokens: a
     list with `[after, llm_dim]` for each image, or `[1, all, llm_dim]` in families that take one tensor. `input_ids`,
@@ -71,7 +73,7 @@ def compress_inputs(
 
     Raise `UserError` if placeholders and images do not match.
     """
-    family = family or family_of(model)
+    family, compressor = family or family_of(model), spec.as_compressor(compressor)
     out = CompressedInputs(inputs)
     watch = Stopwatch(next(model.parameters()).device)
     if inputs.get("pixel_values_videos") is not None:

@@ -1,9 +1,10 @@
-"""Checks that a compressor fits a model, and a warning if it changes nothing there."""
+"""Fit a compressor to a model: read it, check its site, place its layers, and warn if it changes nothing there."""
 
 from __future__ import annotations
 
 import warnings
 
+from vlmzip import spec
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, closest
 from vlmzip.models.family import Family
@@ -19,28 +20,34 @@ def inside_the_llm(compressor: Compressor) -> list[Compressor]:
     return [stage for stage in compressor.stages() if stage.site is Site.IN_LLM]
 
 
-def check_place(compressor: Compressor, family: Family) -> None:
-    """Raise `UserError` if `compressor` is not a compressor, or if one of its stages cannot act in the model."""
-    if not isinstance(compressor, Compressor):
-        raise UserError(f"{compressor!r} is no compressor; try vlmzip.VisionZip(keep=64)")
+def fitted(compressor: spec.CompressorLike, family: Family) -> Compressor:
+    """Return the compressor as it acts in the model: default layers that the LLM cannot use move to layers that it can.
+
+    Raise `UserError` if `compressor` is not a compressor, or if one of its stages cannot act in the model.
+    """
+    compressor = spec.as_compressor(compressor)
     for stage in compressor.stages():
         if stage.site not in family.sites:
             known = closest(stage.site, family.sites)
-            raise UserError(f"{type(family.model).__name__} has no site {stage.site.value!r}{known}")
+            raise UserError(f"{type(family.model).__name__} cannot be compressed at site {stage.site.value!r}{known}")
     cache_name(family.model)
-    for stage in inside_the_llm(compressor):
-        _check_place_inside(stage, family)
+    if inside := inside_the_llm(compressor):
+        for stage in inside:
+            _check_inside(stage, family)
+        compressor = compressor.placed(family.profile())
+        for stage in inside_the_llm(compressor):
+            stage.check_layers(len(family.decoder_layers), family.first_free_layer)
+    return compressor
 
 
-def _check_place_inside(compressor: Compressor, family: Family) -> None:
-    """Raise `UserError` if a compressor cannot act inside this LLM."""
+def _check_inside(compressor: Compressor, family: Family) -> None:
+    """Raise `UserError` if a compressor cannot act inside this LLM at any layer."""
     if has_sliding_windows(family):
         raise UserError(SLIDING)
     if compressor.positions == "contiguous":
         raise UserError("inside the LLM tokens keep their positions: positions='contiguous' is not possible there")
     if not compressor.layers:
         raise UserError(f"{compressor.name()} inside the LLM needs a layer to act at")
-    compressor.check_layers(len(family.decoder_layers), family.first_free_layer)
 
 
 def has_sliding_windows(family: Family) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from vlmzip import spec
 from vlmzip.compressor import Compressor
 from vlmzip.compressor_file import FILE, NotInstalled, read_compressor, refuse_lora
 from vlmzip.errors import UserError
@@ -15,14 +16,14 @@ from vlmzip.runtime.pretrained import load_model
 
 
 def from_pretrained(
-    folder: str | os.PathLike[str], compressor: Compressor | str | None = None, **kwargs: object
+    folder: str | os.PathLike[str], compressor: spec.CompressorLike | None = None, **kwargs: object
 ) -> CompressedModel:
     """Load a model with its compressor, as saved by `save_pretrained`. `kwargs` go to transformers.
 
-    `compressor` replaces the saved compressor; it may be text, as for `attach`. If the method has weights, they are
-    read from `resampler.safetensors`. Raise `UserError` for a folder without a model, an unknown method or
-    field, and weights that are missing or do not fit. Without the argument `compressor`, also raise it if
-    `compressor.json` is missing or written by a newer vlmzip.
+    `compressor` replaces the saved compressor; it is as in `attach`. If the method has weights, they are read from
+    `resampler.safetensors` in `folder`. Raise `UserError` for a folder without a model, an unknown method or field, and
+    weights that are missing or do not fit. Without the argument `compressor`, also raise it if `compressor.json` is
+    missing or written by a newer vlmzip.
     """
     if compressor is None:
         compressor = read_compressor(folder)

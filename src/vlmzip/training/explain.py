@@ -68,14 +68,15 @@ def explain(schedule: Schedule, family: Family, steps: int, text_tokens: int) ->
     plain = prefill_flops(family, profile.size + text_tokens)
     stages = []
     for number, (stage, count) in enumerate(zip(schedule.stages, schedule.steps(steps), strict=True)):
-        by_layer = stage.compressor.cases_by_layer(profile)
+        compressor = stage.compressor.placed(profile)  # as `attach` does
+        by_layer = compressor.cases_by_layer(profile)
         flops = None
         if by_layer is not None:
             cases = [prefill_flops(family, [text_tokens + n for n in counts]) for counts in by_layer]
             flops = sum(cases) / len(cases) / plain
         stages.append(
             StageCost(
-                written(stage.compressor, label=True),
+                written(compressor, label=True),
                 whole[number - 1] if number else Fraction(),
                 whole[number],
                 count,
