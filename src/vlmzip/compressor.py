@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vlmzip import own_files, schema
+from vlmzip.errors import BudgetError as BudgetError
 from vlmzip.errors import UserError, check_choice
-from vlmzip.keep import Keep, count_to_keep, parse_keep, round_half_up, shared_out
+from vlmzip.keep import A_NINTH, Keep, count_to_keep, parse_keep, round_half_up, shared_out
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
@@ -46,10 +47,6 @@ class Profile:
     def size(self) -> int:
         """Return the number of visual tokens of the image."""
         return sum(grid.size for grid in self.grids)
-
-
-class BudgetError(UserError):
-    """A method cannot reach the budget; the message says why."""
 
 
 def missed(keep: Keep, reached: float, profile: Profile) -> str:
@@ -330,6 +327,19 @@ class BudgetedCompressor(Compressor):
     """Tokens per view (int) of an image with several views, such as tiles. Give it instead of `keep`, which is the
     number for all views together."""
 
+    @property
+    def budget(self) -> Keep:
+        """Return the budget of the tokens on which it acts together: `keep_per_view` if it is set, otherwise `keep`."""
+        keep = self.keep if self.keep_per_view is None else self.keep_per_view
+        return A_NINTH if keep is None else keep
+
+    def count(self, available: int) -> int:
+        """Return the number of tokens to keep out of `available`."""
+        return count_to_keep(self.budget, available)
+
+    def token_count(self, grid: Grid) -> int:
+        return self.count(grid.size)
+
     def with_keep(self, keep: Keep) -> Compressor:
         return self.with_fields(keep=keep, keep_per_view=None)
 
@@ -351,7 +361,7 @@ class BudgetedCompressor(Compressor):
         default = next(field.default for field in fields(self) if field.name == "keep")
         if self.keep not in (default, self.keep_per_view):
             raise UserError("give either keep (per image) or keep_per_view (per view), not both")
-        object.__setattr__(self, "keep", self.keep_per_view)
+        object.__setattr__(self, "keep", default)  # files of older versions have `keep_per_view` in both fields
 
 
 def keep_all(tokens: VisualTokens) -> TokenMap:

@@ -16,6 +16,10 @@ class UserError(ValueError):
     """Wrong input. The message gives the mistake and the remedy in one line."""
 
 
+class BudgetError(UserError):
+    """A method cannot reach the budget; the message says why."""
+
+
 class BeyondPositions(UserWarning):
     """A warning that a prompt, with or without its answer, takes more positions than the LLM has."""
 

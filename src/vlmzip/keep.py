@@ -9,7 +9,7 @@ from typing import Annotated
 
 from annotated_types import Predicate
 
-from vlmzip.errors import UserError
+from vlmzip.errors import BudgetError, UserError
 
 
 def is_keep(keep: int | float | str) -> bool:
@@ -60,10 +60,10 @@ def shared_out(count: int, sizes: Sequence[int]) -> list[int]:
 
     Every view gets at least one token and at most all its tokens. The shares add up to `count`, or to all tokens if
     `count` is larger. Shares of equally large views differ by at most one token; the first views get more. Raise
-    `UserError` if there are more views than tokens.
+    `BudgetError` if there are more views than tokens.
     """
     if count < len(sizes):
-        raise UserError(f"keep={count} is too few for an image of {len(sizes)} views: give at least {len(sizes)}")
+        raise BudgetError(f"keep={count} is too few for an image of {len(sizes)} views: give at least {len(sizes)}")
     total = min(count, sum(sizes))
     exact = [total * size / sum(sizes) for size in sizes]
     shares = [min(max(math.floor(share), 1), size) for share, size in zip(exact, sizes, strict=True)]

@@ -10,6 +10,7 @@ from tests.families.llava_next import LlavaNext
 from tests.references.smaller_model import model_for, smaller_image
 from tests.references.visionzip import visionzip_tiles
 from vlmzip import (
+    BudgetError,
     Chain,
     Downsample,
     FastV,
@@ -18,9 +19,11 @@ from vlmzip import (
     NoCompression,
     Pool2d,
     QFormer,
+    RandomTokens,
     Site,
     UserError,
     VisionZip,
+    catalogue,
 )
 from vlmzip.models import family_of
 from vlmzip.visual_tokens import Grid
@@ -228,6 +231,18 @@ def test_inputs_that_do_not_fit_are_refused_in_one_line(model, changes, message)
         vlmzip.compress_inputs(model, {**FAMILY.batch([1, "image"]), **changes}, NoCompression())
 
 
+@pytest.mark.parametrize("method", [VisionZip(), FastV(layer=1), KMeans(), Downsample()], ids=lambda m: m.name())
+def test_a_budget_below_the_views_is_out_of_reach(model, method):
+    profile = family_of(model).profile()
+    with pytest.raises(BudgetError, match="keep=4 is too few for an image of 5 views: give at least 5"):
+        VisionZip(keep=4).reached(profile)
+    if method.by_view:
+        with pytest.raises(BudgetError, match="is too few for an image of 5 views"):
+            method.at_budget(4, profile)
+    chain = Chain(compressors=(VisionZip(), FastV(layer=1)))
+    assert chain.at_budget("60%", profile)[1] == pytest.approx(0.6, abs=0.05)
+
+
 def test_sizes_may_be_a_list(model):
     inputs = FAMILY.batch([1, "image"])
     listed = {**inputs, "image_sizes": inputs["image_sizes"].tolist()}
@@ -248,3 +263,17 @@ def test_a_budget_of_each_view_holds_inside_the_llm(model, compressor):
     with vlmzip.attach(model, compressor) as compressed, torch.no_grad():
         compressed(**FAMILY.batch(*ROWS))
     assert [image.by_layer[-1] for image in compressed.report.images] == [2 * views for views in (5, 3, 4, 3)]
+
+
+@pytest.mark.parametrize("cls", [VisionZip, FastV, KMeans, RandomTokens, Downsample])
+def test_the_budget_of_a_view_can_be_replaced(cls):
+    method = cls(keep_per_view=4)
+    assert dataclasses.replace(method, keep_per_view=2) == cls(keep_per_view=2)
+    assert dataclasses.replace(method, keep_per_view=None) == cls()
+    assert method.with_keep(7) == cls(keep=7)
+    assert method.token_count(Grid(1, 6, 6)) == 4
+    assert vlmzip.spec.write(method) == f"{cls.name()}(keep_per_view=4)"
+    # Files of older versions have the number in both fields.
+    assert catalogue.from_dict({**method.to_dict(), "keep": 4}) == method
+    with pytest.raises(UserError, match="give either keep"):
+        dataclasses.replace(method, keep=7)

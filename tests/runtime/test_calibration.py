@@ -13,7 +13,7 @@ from vlmzip.mini.assets import shipped_assets
 from vlmzip.mini.drawing import draw
 from vlmzip.mini.scene import make_scene
 from vlmzip.mini.splits import VALIDATION
-from vlmzip.runtime.calibration import MeasuredImage, _Steps
+from vlmzip.runtime.calibration import MeasuredImage, MeasuredView, _Steps
 
 
 @pytest.fixture(scope="module")
@@ -129,12 +129,10 @@ def test_the_nearest_step_is_the_best_of_all_thresholds():
     """Against trying every threshold there is: 40 images, three factors, deviations that need not rise with them."""
     rng = np.random.default_rng(0)
     images = [
-        MeasuredImage(
-            36, {1: 36, 2: 9, 3: 4}, dict(zip((2, 3), rng.random(2).astype(np.float32).tolist(), strict=True))
-        )
+        MeasuredView(36, {1: 36, 2: 9, 3: 4}, dict(zip((2, 3), rng.random(2).astype(np.float32).tolist(), strict=True)))
         for _ in range(40)
     ]
-    steps = _Steps(images)
+    steps = _Steps([MeasuredImage((view,)) for view in images])
 
     def average(tau):
         return np.mean([one.counts[max([1, *(f for f, d in one.deviations.items() if d < tau)])] for one in images])
@@ -147,8 +145,26 @@ def test_the_nearest_step_is_the_best_of_all_thresholds():
         assert abs(steps.average(step) - wanted) == pytest.approx(min(abs(one - wanted) for one in possible))
 
 
-def test_images_of_several_views_are_refused(images):
-    """A budget belongs to the image, and a threshold for its views is not measured yet."""
+@pytest.mark.parametrize("method", [DFMR(), DFMR(measure="pixels"), AdaptiveVisionZip()])
+def test_a_budget_counts_the_tokens_of_all_views_of_an_image(images, method):
+    """Each view chooses a factor, without the padding that the LLM does not see; windows of 3 fit 3 x 3 tokens."""
     family = FAMILIES["llava_next"]()
-    with pytest.raises(UserError, match=r"several views of an image.*give dfmr its tau yourself"):
-        calibrate(family.model, images[:2], DFMR(), "50%", processor=family.processor())
+    processor = family.processor()
+    images = [
+        image.resize(size) for image, size in zip(images, [(90, 40), (120, 20), (96, 96), (40, 90)], strict=False)
+    ]
+    calibration = calibrate(family.model, images, method, "60%", processor=processor)
+    assert calibration.before == [9 + 18, 9 + 9, 9 + 36, 9 + 18]
+    views = [3, 4, 5, 3]
+    assert len(calibration.factors) == len(calibration.deviations) == sum(views)
+    prompts = ["<image> w5"] * len(images)
+    compressed = attach(family.model, calibration.compressor)
+    with torch.no_grad():
+        compressed(**processor(images=images, text=prompts, padding=True, return_tensors="pt"))
+    after = [
+        image.after - image.layout.separators * (image.after == image.before) for image in compressed.report.images
+    ]
+    assert calibration.after == after
+    assert len(set(calibration.factors)) == 2
+    assert calibration.average == pytest.approx(0.6 * np.mean(calibration.before), rel=0.05)
+    assert sum(calibration.after_by_view) == sum(after)

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 import torch
 
-from vlmzip import Grid, Pool2d, VisualTokens
+from vlmzip import Grid, Pool2d, Profile, VisualTokens
 from vlmzip.errors import UserError
 from vlmzip.training.random_factor import RandomFactor
 from vlmzip.training.schedule import read_compressor
@@ -58,6 +58,12 @@ def test_counts_before_anything_runs():
     assert RandomFactor().counts(GRID) == [144, 36, 16]
     assert RandomFactor().token_count(GRID) is None
     assert RandomFactor(factors=(2,)).token_count(GRID) == 36
+
+
+def test_an_image_of_several_views_counts_all_of_them():
+    profile = Profile(Grid(1, 6, 6), 2, tiles=(Grid(1, 6, 6),))
+    assert RandomFactor(factors=(1, 3), per="step").cases_by_layer(profile) == [[72, 72], [8, 8]]
+    assert RandomFactor(factors=(1, 3)).cases_by_layer(profile) == [[72, 72], [40, 40], [40, 40], [8, 8]]
 
 
 def test_it_can_be_written_in_one_line():

@@ -89,13 +89,13 @@ def _print(out: dict[str, Any], found: Calibration, threshold: float, args: Name
     name = _threshold(found.compressor)
     print(f"{name} {threshold}: {out['average']:.4g} visual tokens per image on average, {out['reached']:.1%} of all\n")
     after: dict[int, set[int]] = {}
-    for factor, count in zip(found.factors, found.after, strict=True):
+    for factor, count in zip(found.factors, found.after_by_view, strict=True):
         after.setdefault(factor, set()).add(count)
     rows = [
-        [str(factor), str(images), " to ".join(str(n) for n in sorted({min(after[factor]), max(after[factor])}))]
-        for factor, images in out["by_factor"].items()
+        [str(factor), str(views), " to ".join(str(n) for n in sorted({min(after[factor]), max(after[factor])}))]
+        for factor, views in out["by_factor"].items()
     ]
-    print_table(["factor", "images", "visual tokens"], rows)
+    print_table(["factor", "images" if len(found.factors) == out["images"] else "views", "visual tokens"], rows)
     print(f'\nuse it: vlmzip ask IMAGE QUESTION --method "{spec.write(found.compressor)}"')
     if "histogram" in out:
         print(f"deviations drawn in {out['histogram']}")

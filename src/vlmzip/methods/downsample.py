@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from vlmzip.compressor import BudgetedCompressor
-from vlmzip.keep import A_NINTH, Keep, count_to_keep, round_half_up
+from vlmzip.keep import A_NINTH, Keep, round_half_up
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Site, VisualTokens
 
@@ -41,7 +41,7 @@ class Downsample(BudgetedCompressor):
 
     def smaller(self, grid: Grid) -> Grid:
         """Return the grid of the smaller image: among grids of nearly its shape, the one nearest to the budget."""
-        target = count_to_keep(self.keep, grid.size)
+        target = self.count(grid.size)
         candidates = {Grid(grid.frames, side, _scaled(grid.cols, side, grid.rows)) for side in range(1, grid.rows + 1)}
         candidates |= {Grid(grid.frames, _scaled(grid.rows, side, grid.cols), side) for side in range(1, grid.cols + 1)}
         # Of two equally near grids take the one with fewer tokens, as pool2d does, and then the squarer one.

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from vlmzip.compressor import BudgetedCompressor
-from vlmzip.keep import Keep, count_to_keep
+from vlmzip.keep import Keep
 from vlmzip.token_map import TokenMap
-from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
+from vlmzip.visual_tokens import Signal, Site, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +41,8 @@ class FastV(BudgetedCompressor):
     layer: int = 2
     """K, the first layer that sees fewer tokens, 0-based; at least 1."""
 
-    def token_count(self, grid: Grid) -> int:
-        return count_to_keep(self.keep, grid.size)
-
     def assign(self, tokens: VisualTokens) -> TokenMap:
         score = tokens.text_attention[:, -1]
-        count = count_to_keep(self.keep, score.shape[1] - tokens.prefix)
+        count = self.count(score.shape[1] - tokens.prefix)
         top = score[:, tokens.prefix :].topk(count, dim=1, sorted=False).indices + tokens.prefix
         return TokenMap.keep(torch.zeros_like(score, dtype=torch.bool).scatter(1, top, True))

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from vlmzip.compressor import BudgetedCompressor
-from vlmzip.keep import A_NINTH, Keep, count_to_keep
+from vlmzip.keep import A_NINTH, Keep
 from vlmzip.token_map import TokenMap
-from vlmzip.visual_tokens import Grid, Site, VisualTokens
+from vlmzip.visual_tokens import Site, VisualTokens
 
 #: Number of tokens that are compared with the centroids at a time.
 CHUNK = 1024
@@ -51,15 +51,12 @@ class KMeans(BudgetedCompressor):
     layer: Annotated[int, Ge(0)] = 2
     """K, the first LLM layer that sees fewer tokens, 0-based; used at site in_llm."""
 
-    def token_count(self, grid: Grid) -> int:
-        return count_to_keep(self.keep, grid.size)
-
     def assign(self, tokens: VisualTokens) -> TokenMap:
         x = tokens.features[:, tokens.prefix :].float()
         x = normalize(x, dim=-1) if self.metric == "cosine" else x
         x = x - x.mean(dim=1, keepdim=True)  # distances stay the same; small values lose fewer digits to rounding
         size = x.shape[1]
-        clusters = count_to_keep(self.keep, size)
+        clusters = self.count(size)
         start = (2 * torch.arange(clusters, device=x.device) + 1) * size // (2 * clusters)
         centroids = x[:, start]
         for _ in range(self.iterations):

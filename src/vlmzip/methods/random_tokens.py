@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from vlmzip.compressor import BudgetedCompressor
-from vlmzip.keep import A_NINTH, Keep, count_to_keep
+from vlmzip.keep import A_NINTH, Keep
 from vlmzip.schema import Seed
 from vlmzip.seeds import mixed
 from vlmzip.token_map import TokenMap
-from vlmzip.visual_tokens import Grid, Site, VisualTokens
+from vlmzip.visual_tokens import Site, VisualTokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +38,11 @@ class RandomTokens(BudgetedCompressor):
     def at_step(self, step: int, salt: int = 0) -> RandomTokens:
         return dataclasses.replace(self, seed=mixed(self.seed, step, salt))
 
-    def token_count(self, grid: Grid) -> int:
-        return count_to_keep(self.keep, grid.size)
-
     def assign(self, tokens: VisualTokens) -> TokenMap:
         batch, count, _ = tokens.features.shape
         size = count - tokens.prefix
         # Draw on the CPU: with the same seed, other devices draw different numbers.
         order = torch.randperm(size, generator=torch.Generator().manual_seed(self.seed))
         kept = torch.zeros(count, dtype=torch.bool)
-        kept[tokens.prefix + order[: count_to_keep(self.keep, size)]] = True
+        kept[tokens.prefix + order[: self.count(size)]] = True
         return TokenMap.keep(kept.to(tokens.features.device).expand(batch, count))

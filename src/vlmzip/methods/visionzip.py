@@ -15,7 +15,7 @@ from torch.nn.functional import normalize
 
 from vlmzip.compressor import BudgetedCompressor
 from vlmzip.errors import UserError
-from vlmzip.keep import A_NINTH, Keep, count_to_keep, round_half_up
+from vlmzip.keep import Keep, round_half_up
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Signal, VisualTokens
 
@@ -68,20 +68,17 @@ class VisionZip(BudgetedCompressor):
     def __post_init__(self) -> None:
         super().__post_init__()
         split = (self.dominant, self.contextual)
-        if split != (None, None) and (None in split or self.keep is not None):
+        budget = (self.keep, self.keep_per_view)
+        if split != (None, None) and (None in split or budget != (None, None)):
             raise UserError("visionzip takes keep alone, or dominant and contextual together")
         if split == (0, 0):
             raise UserError("dominant and contextual must not both be 0; give at least 1 of one of them")
-
-    @property
-    def budget(self) -> Keep:
-        return A_NINTH if self.keep is None else self.keep
 
     def split(self, size: int) -> tuple[int, int]:
         """Return the numbers of dominant tokens (including CLS) and contextual tokens for `size` grid tokens."""
         if self.dominant is not None and self.contextual is not None:
             return self.dominant, self.contextual
-        count = count_to_keep(self.budget, size)
+        count = self.count(size)
         contextual = round_half_up(count / TOKENS_PER_CONTEXTUAL)
         return count - contextual, contextual
 

@@ -21,6 +21,7 @@ from vlmzip.keep import Keep, count_to_keep, parse_keep
 from vlmzip.models import family_of
 from vlmzip.models.family import Family
 from vlmzip.processor import Processor
+from vlmzip.runtime.compress import view_numbers, without_padding
 from vlmzip.runtime.images import load_image
 
 #: The largest deviation of the average from the budget, as a fraction of the budget.
@@ -31,18 +32,23 @@ ImageLike = Image.Image | str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Calibration:
-    """A calibrated compressor and its effect on the images. Each list has one entry per image."""
+    """A calibrated compressor and its effect on the images.
+
+    Separators between the rows of tiles (LLaVA-NeXT) are not counted. They remain only in images that keep all tokens.
+    """
 
     compressor: Compressor
     """The given compressor with its threshold set."""
     before: list[int]
-    """Visual tokens on the grid."""
+    """Visual tokens on the grids of each image."""
     after: list[int]
-    """Output tokens."""
+    """Output tokens of each image."""
+    after_by_view: list[int]
+    """Output tokens of each view, image by image. In most models, an image has one view."""
     factors: list[int]
-    """The factor chosen for the image."""
+    """The factor chosen for each view, image by image."""
     deviations: list[dict[int, float]]
-    """The values that are compared with the threshold, by factor."""
+    """The values that are compared with the threshold, by factor, for each view, image by image."""
 
     @property
     def average(self) -> float:
@@ -67,14 +73,14 @@ def calibrate(
     """Set a compressor's threshold so that images like `images` keep `keep` visual tokens on average.
 
     `compressor` must decide by content and a threshold (`DFMR`, `AdaptiveVisionZip`); its other fields are unchanged.
-    `images` are images or their paths, which are read and encoded in batches of `batch`. `keep` is tokens per image or
-    a fraction of them, as everywhere. `processor` is the model's processor; by default it is loaded from the model's
-    checkpoint.
+    It may be text or a path, as in `attach`. `images` are images or their paths, which are read and encoded in batches
+    of `batch`. `keep` is tokens per image or a fraction of them, as everywhere. If an image has several views
+    (LLaVA-NeXT), the compressor decides about each view, and the budget counts the tokens of all views. `processor` is
+    the model's processor; by default it is loaded from the model's checkpoint.
 
     The average is a step function of the threshold. The nearest step is chosen; it must lie within 5 % of the budget.
     Raise `BudgetError`, with the averages that are possible, if no step does. Raise `UserError` for a compressor
-    without a threshold, for an image that cannot be read, for a model with several views of an image (LLaVA-NeXT), and
-    if there are no images.
+    without a threshold, for an image that cannot be read, and if there are no images.
     """
     compressor = spec.as_compressor(compressor)
     _calibratable(compressor)
@@ -83,8 +89,8 @@ def calibrate(
 
 
 @dataclass(frozen=True)
-class MeasuredImage:
-    """The measurements of one image."""
+class MeasuredView:
+    """The measurements of one view of an image."""
 
     size: int
     """Visual tokens on the grid."""
@@ -92,6 +98,18 @@ class MeasuredImage:
     """Output tokens by factor, ascending from 1."""
     deviations: dict[int, float]
     """Deviation inside windows by factor, without factor 1."""
+
+
+@dataclass(frozen=True)
+class MeasuredImage:
+    """The measurements of one image."""
+
+    views: tuple[MeasuredView, ...]
+
+    @property
+    def size(self) -> int:
+        """Return the number of visual tokens on the grids of all views."""
+        return sum(view.size for view in self.views)
 
 
 def measure(
@@ -127,8 +145,9 @@ def meet(compressor: Compressor, images: Sequence[MeasuredImage], keep: Keep) ->
         compressor.with_fields(**{_calibratable(compressor).threshold: steps.threshold(number)}),
         before=[image.size for image in images],
         after=steps.tokens(choice).tolist(),
+        after_by_view=steps.tokens_by_view(choice).tolist(),
         factors=[steps.factors[index] for index in choice],
-        deviations=[image.deviations for image in images],
+        deviations=[view.deviations for image in images for view in image.views],
     )
 
 
@@ -141,53 +160,56 @@ def _calibratable(compressor: Compressor) -> Any:
 def _measure_together(
     family: Family, processor: Processor, compressor: Any, images: list[ImageLike]
 ) -> list[MeasuredImage]:
+    """Measure the views as the compressor will see them: without the padding of tiles."""
     loaded = [load_image(image) for image in images]
     inputs = processor.image_processor(loaded, return_tensors="pt").to(family.model.device, family.model.dtype)
-    measured: dict[int, MeasuredImage] = {}
+    measured: dict[int, MeasuredView] = {}
     with torch.no_grad():
-        groups = family.encode(inputs, compressor.site, compressor.needs).groups
-        if sum(len(group.numbers) for group in groups) != len(images):
-            raise UserError(
-                f"{type(family.model).__name__} has several views of an image, for which vlmzip cannot set a threshold"
-                f" yet: give {compressor.name()} its {compressor.threshold} yourself"
-            )
-        for group in groups:
-            tokens, indices = group.tokens, group.numbers
-            assert tokens.grid is not None  # encoders have grids
-            counts = compressor.counts_by_factor(tokens.grid)
+        encoded = family.encode(inputs, compressor.site, compressor.needs)
+        layouts, encoded = without_padding(family.layouts(inputs), encoded, compressor)
+        for group in encoded.groups:
+            grid = compressor.grid_of(group.tokens)
+            counts = compressor.counts_by_factor(grid)
             beyond = list(counts)[1:]
-            for index, row in zip(indices, compressor.deviations(tokens).tolist(), strict=True):
-                measured[index] = MeasuredImage(tokens.grid.size, counts, dict(zip(beyond, row, strict=True)))
-    return [measured[index] for index in sorted(measured)]
+            for number, row in zip(group.numbers, compressor.deviations(group.tokens).tolist(), strict=True):
+                measured[number] = MeasuredView(grid.size, counts, dict(zip(beyond, row, strict=True)))
+    return [MeasuredImage(tuple(measured[number] for number in numbers)) for numbers in view_numbers(layouts)]
 
 
 class _Steps:
     """The average as a function of the threshold: it is constant between the deviations, and falls at each of them.
 
-    Step 0 is every threshold up to the smallest deviation. Step i is every threshold above exactly i deviations.
+    Step 0 is every threshold up to the smallest deviation. Step i is every threshold above exactly i deviations. Arrays
+    have one row per view, image by image.
     """
 
     def __init__(self, images: Sequence[MeasuredImage]) -> None:
-        self.factors = sorted({factor for image in images for factor in image.counts})
-        never = float("inf")  # a factor that does not divide an image's grid is never below a threshold
+        views = [view for image in images for view in image.views]
+        self._first_views = np.cumsum([0, *(len(image.views) for image in images)])[:-1]
+        self.factors = sorted({factor for view in views for factor in view.counts})
+        never = float("inf")  # a factor that does not divide a view's grid is never below a threshold
         beyond = self.factors[1:]
-        self._deviations = np.array([[image.deviations.get(factor, never) for factor in beyond] for image in images])
-        self._deviations = self._deviations.reshape(len(images), len(beyond)).astype(np.float32)
-        self._counts = np.array([[image.counts.get(factor, 0) for factor in self.factors] for image in images])
+        self._deviations = np.array([[view.deviations.get(factor, never) for factor in beyond] for view in views])
+        self._deviations = self._deviations.reshape(len(views), len(beyond)).astype(np.float32)
+        self._counts = np.array([[view.counts.get(factor, 0) for factor in self.factors] for view in views])
         self._edges = np.unique(self._deviations[np.isfinite(self._deviations)])
 
     def __len__(self) -> int:
         return len(self._edges) + 1
 
     def choice(self, step: int) -> np.ndarray:
-        """Return the index of each image's factor: the largest factor whose deviation is below the threshold."""
+        """Return the index of each view's factor: the largest factor whose deviation is below the threshold."""
         if step == 0:
             return np.zeros(len(self._counts), dtype=int)
         below = self._deviations <= self._edges[step - 1]
         return (below * np.arange(1, len(self.factors))).max(axis=1)
 
-    def tokens(self, choice: np.ndarray) -> np.ndarray:
+    def tokens_by_view(self, choice: np.ndarray) -> np.ndarray:
         return self._counts[np.arange(len(self._counts)), choice]
+
+    def tokens(self, choice: np.ndarray) -> np.ndarray:
+        """Return the output tokens of each image."""
+        return np.add.reduceat(self.tokens_by_view(choice), self._first_views)
 
     def average(self, step: int) -> float:
         return float(self.tokens(self.choice(step)).mean())

@@ -113,7 +113,7 @@ def compress(
 
     Raise `UserError` if no token of a view remains.
     """
-    layouts, encoded = _as_seen(layouts, encoded, compressor)
+    layouts, encoded = without_padding(layouts, encoded, compressor)
     maps = _decide(layouts, encoded, compressor)
     numbers = view_numbers(layouts)
     kept: dict[int, Kept] = {}
@@ -221,10 +221,10 @@ def _decide(layouts: Sequence[Layout], encoded: Encoded, compressor: Compressor 
     return maps
 
 
-def _as_seen(
+def without_padding(
     layouts: Sequence[Layout], encoded: Encoded, compressor: Compressor | None
 ) -> tuple[Sequence[Layout], Encoded]:
-    """Cut off the tokens in the padding of tiles, unless the compressor needs whole views."""
+    """Return layouts and views as the compressor sees them: without the padding of tiles, unless it needs that."""
     if (compressor and compressor.whole_views) or all(layout.is_seen_whole for layout in layouts):
         return layouts, encoded
     unpadded = {layout: layout.unpadded() for layout in dict.fromkeys(layouts)}

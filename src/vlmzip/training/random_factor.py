@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import product
 from typing import Annotated, Literal
 
 import torch
@@ -34,8 +35,8 @@ class RandomFactor(Compressor):
     factors: tuple[Annotated[int, Ge(1)], ...] = (1, 2, 3)
     """Sides of the windows, in tokens."""
     per: Literal["image", "step"] = "image"
-    """What shares a factor: "image" draws a factor for each image, "step" one for all images of an optimiser step, in
-    all processes."""
+    """What shares a factor: "image" draws a factor for each image, or for each of its views, "step" one for all images
+    of an optimiser step, in all processes."""
     seed: Seed = 0
 
     def __post_init__(self) -> None:
@@ -49,12 +50,14 @@ class RandomFactor(Compressor):
         return dataclasses.replace(self, seed=mixed(self.seed, step, salt))
 
     def counts(self, grid: Grid) -> list[int]:
-        """Return the number of output tokens of an image for each of `factors`."""
+        """Return the number of output tokens of a view for each of `factors`."""
         return [self._pool(factor).token_count(grid) for factor in self.factors]
 
     def cases_by_layer(self, profile: Profile) -> list[list[int]]:
         self.check_layers(profile.layers, profile.first_layer)
-        return [[count] * profile.layers for count in self.counts(profile.grid)]
+        by_view = [self.counts(grid) for grid in profile.grids]
+        outcomes = zip(*by_view, strict=True) if self.per == "step" else product(*by_view)
+        return [[sum(counts)] * profile.layers for counts in outcomes]
 
     def token_count(self, grid: Grid) -> int | None:
         counts = set(self.counts(grid))
