@@ -15,7 +15,7 @@ from vlmzip.errors import UserError
 from vlmzip.lab.lmms.requests import read_chat, read_generation, read_settings
 from vlmzip.lab.lmms.run import _check_judged as check_judged
 from vlmzip.lab.lmms.run import task_files, wrong_result
-from vlmzip.lab.lmms.scores import columns, measured
+from vlmzip.lab.lmms.scores import measured, suite_scores, table
 from vlmzip.lab.lmms.suites import LLAVOLTA, SUITES, VISIONZIP, Benchmark, Suite, read_suite
 from vlmzip.lab.papers import against, averages, published
 
@@ -82,7 +82,7 @@ def test_an_answer_without_a_verdict_is_no_wrong_answer(verdict, counts):
 
 
 class Configured:
-    """The part of a configuration that `columns` uses."""
+    """The part of a configuration that `suite_scores` uses."""
 
     def __init__(self, method, compressor="some", note=""):
         self.method, self.budget, self.compressor, self.note = method, "25%", compressor, note
@@ -97,7 +97,7 @@ def test_columns_have_scores_beside_the_plain_models_and_reasons():
         return None if value is None else {"results": {"m,none": value}, "retention": 0.25}
 
     every = [Configured("plain"), Configured("small"), Configured("none", None, "cannot be")]
-    plain, compressed, none = columns(suite, every, look, lambda one: "no judge" if one.name == "C" else "")
+    plain, compressed, none = suite_scores(suite, every, look, lambda one: "no judge" if one.name == "C" else "")
     assert [row.note for row in compressed.rows] == ["", "not run yet", "no judge"]
     assert [row.score for row in compressed.rows] == [40.0, None, None]
     assert (compressed.rows[0].plain, compressed.rows[0].difference, compressed.rows[0].relative) == (50.0, -10.0, 80.0)
@@ -105,6 +105,29 @@ def test_columns_have_scores_beside_the_plain_models_and_reasons():
     # Both averages are over the same benchmarks.
     assert (compressed.average, compressed.plain_average, compressed.averaged) == (40.0, 50.0, 1)
     assert (none.rows, none.configuration.note) == ((), "cannot be")
+
+
+def test_the_rows_of_a_suite_leave_out_what_they_do_not_have():
+    suite = Suite("s", "", (Benchmark("A", "a", ("m",), 100), Benchmark("B", "b")), "scores")
+    result = {"results": {"m,none": 0.5}, "retention": 0.25, "questions": 3, "model": "mini"}
+    every = [Configured("plain", note="odd"), Configured("none", None, "cannot be")]
+    scores = suite_scores(suite, every, lambda benchmark, one: result if benchmark.task == "a" else None, lambda _: "")
+    rows = table(suite, scores)
+    a, b, average, none = rows.as_json()
+    assert (a["task"], a["score"], a["relative"], a["questions"], a["note"]) == ("a", 50, 100, 3, "odd")
+    assert (b["score"], b["difference"], b["retention"], b["note"]) == (None, None, None, "odd; not run yet")
+    costs = {"score": 50, "plain": 50, "difference": 0}
+    assert average == {"suite": "s", "method": "plain", "budget": "25%", "benchmark": "average of 1", **costs}
+    assert none == {"suite": "s", "method": "none", "budget": "25%", "note": "cannot be"}
+    assert [row["retention"] for row in rows.as_csv()] == ["0.2500", "", "", ""]
+    assert [row["difference"] for row in rows.as_csv()] == ["0.0000", "", "0.0000", ""]
+    text = [line.split() for line in table(suite, scores[:1]).text().splitlines()]
+    assert text == [
+        ["benchmark", "score", "plain", "difference", "tokens", "kept"],
+        ["A", "50.0", "50.0", "+0.000", "25.0%"],
+        ["B", "—", "—", "—", "—"],
+        ["average", "of", "1", "50.0", "50.0", "+0.000", "—"],
+    ]
 
 
 def test_a_suite_stands_beside_what_the_paper_prints():
@@ -125,7 +148,9 @@ def test_a_suite_stands_beside_what_the_paper_prints():
 
     every = [Configured("no_compression", NoCompression()), Configured("visionzip", VisionZip(keep=64))]
     model = "llava-hf/llava-1.5-7b-hf"
-    mine = [m for column in columns(VISIONZIP, every, look, lambda _: "") for m in measured(VISIONZIP, column, model)]
+    mine = [
+        m for column in suite_scores(VISIONZIP, every, look, lambda _: "") for m in measured(VISIONZIP, column, model)
+    ]
     beside = [one for one in against("visionzip", mine) if one.published and one.published.setting == ""]
     own = [one for one in beside if one.published.table == "Table 1" and one.measured.metric == "score"]
     assert len(own) == len(scores)

@@ -4,7 +4,7 @@ import csv
 import json
 from dataclasses import dataclass
 
-from vlmzip.lab.table import ABSENT, Column, Table
+from vlmzip.lab.table import ABSENT, Column, Table, table_of
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,21 @@ def test_people_see_headings_and_a_dash_where_there_is_nothing(capsys):
 def test_people_can_see_some_columns_in_another_order():
     table = Table(COLUMNS, ROWS, shown=["tokens", "method"])
     assert (table.headings, table.texts(ROWS[0])) == (["tokens", "method"], ["1,234", "a_b"])
+
+
+def test_numbers_stand_on_the_right_and_never_wrap(monkeypatch, capsys):
+    columns = [Column(lambda row: row, "text"), Column(len, "number", align="right", wraps=False)]
+    Table(columns, ["a" * 300, "b"]).print()
+    head, *_, last = capsys.readouterr().out.splitlines()
+    assert (head.endswith("  number"), last.split(), len(last)) == (True, ["b", "1"], len(head))
+    assert Table(columns, ["a", "b"]).text() == "text  number\na          1\nb          1\n"
+
+
+def test_dictionaries_are_rows_too():
+    rows = [{"layer": "", "score": 61.5}, {"layer": 2, "score": None}]
+    table = table_of(rows, {"model": "mini"})
+    assert table.as_json() == rows
+    assert table.as_csv() == [{"layer": "", "score": 61.5, "model": "mini"}, {"layer": 2, "score": "", "model": "mini"}]
 
 
 def test_json_leaves_out_what_a_row_does_not_have():

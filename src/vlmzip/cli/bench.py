@@ -22,15 +22,14 @@ from vlmzip.cli._shared.console import console, log_on_stderr
 from vlmzip.cli._shared.method import refuse_second_budgets
 from vlmzip.compressor import BudgetError, Compressor, Profile, missed
 from vlmzip.errors import UserError, closest
-from vlmzip.files import write_csv
 from vlmzip.keep import AS_SET, parse_keep
 from vlmzip.lab.bench.bench import PLAIN, Contender, bench, peaks
 from vlmzip.lab.bench.memory import available_bytes, in_frugal_process
-from vlmzip.lab.bench.output import as_json, doubts, gaps, print_tables, rows
+from vlmzip.lab.bench.output import Measurement, as_json, doubts, gaps, print_tables, table
 from vlmzip.lab.bench.presets import PRESETS, Preset, make_config, make_inputs, make_model
 from vlmzip.lab.bench.timing import cpu_seconds, now
 from vlmzip.lab.machine import about, file_name
-from vlmzip.lab.table import print_json, show_bytes
+from vlmzip.lab.table import Table, print_json, show_bytes
 from vlmzip.models import family_of
 from vlmzip.runtime.loading import DTYPES, check_dtype, find_device
 
@@ -65,13 +64,13 @@ def run(args: Namespace) -> None:
         contenders[:] = measured
         if path is not None:
             with suppress(UserError):  # `_show` reports a disk error
-                write_csv(_unfinished(path), rows(contenders, args, preset, machine))
+                table(contenders, args, preset, machine).write_csv(_unfinished(path))
 
     try:
         _measure(args, preset, methods, device, DTYPES[args.dtype], keep)
     finally:  # show and write the measurements even if an error ends the run
         if contenders:
-            _show(contenders, rows(contenders, args, preset, machine), args, preset, device, path)
+            _show(contenders, table(contenders, args, preset, machine), args, preset, device, path)
 
 
 def _unfinished(path: Path) -> Path:
@@ -81,7 +80,7 @@ def _unfinished(path: Path) -> Path:
 
 def _show(
     found: list[Contender],
-    table: list[dict[str, Any]],
+    measurements: Table[Measurement],
     args: Namespace,
     preset: Preset,
     device: torch.device,
@@ -93,12 +92,12 @@ def _show(
     target = path if path is None or whole else _unfinished(path)
     try:
         if target is not None:
-            write_csv(target, table)
+            measurements.write_csv(target)
         if path is not None and whole:
             _unfinished(path).unlink(missing_ok=True)
     finally:  # print the measurements even if the disk is full
         if args.json:
-            print_json(as_json(found, table, doubtful, target))
+            print_json(as_json(found, measurements, doubtful, target))
         else:
             print_tables(found, args, preset, device, doubtful, target)
 

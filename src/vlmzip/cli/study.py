@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import logging
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from vlmzip.cli._options.common import check_counts, check_folder
 from vlmzip.cli._shared.loading import load
 from vlmzip.errors import UserError
-from vlmzip.files import write_csv
 from vlmzip.lab.analyses import NAMES, about, find
-from vlmzip.lab.analyses.subject import Row, Subject, Unsuited
+from vlmzip.lab.analyses.subject import Subject, Unsuited
 from vlmzip.lab.curves import save_figure
 from vlmzip.lab.machine import about as machine
-from vlmzip.lab.table import print_json
+from vlmzip.lab.table import Table, print_json, table_of
 from vlmzip.lab.tasks.catalogue import read_one_task
 from vlmzip.lab.tasks.words import warn_of_unknown_words
 from vlmzip.processes import Processes
@@ -29,7 +30,7 @@ def run(args: Namespace) -> None:
     _check(args)
     task = read_one_task(args.task, args.limit, None)
     folder = args.out or Path("runs", "study", Path(args.model).name)
-    found: dict[str, list[Row]] = {}
+    tables: dict[str, Table[Mapping[str, Any]]] = {}
     with Processes() as processes:
         loaded = load(args.model, processes.device(args.device), args.dtype, allow_pickle=args.allow_pickle)
         if processes.first:
@@ -46,13 +47,14 @@ def run(args: Namespace) -> None:
                 log.warning(f"there is no {name}: {error}")
                 continue
             if processes.first:
-                found[name] = rows
-                _write(subject, name, rows)
+                tables[name] = table_of(rows, _conditions(subject))
+                _write(subject, name, tables[name])
                 if not args.json:
                     print("\n".join([f"{name}: {about(name)}", *analysis.findings(rows), ""]))
-    if found and args.json:
-        print_json({"model": args.model, "task": task.name, "out": str(folder), "analyses": found})
-    elif found:
+    if tables and args.json:
+        analyses_rows = {name: table.as_json() for name, table in tables.items()}
+        print_json({"model": args.model, "task": task.name, "out": str(folder), "analyses": analyses_rows})
+    elif tables:
         print(f"written to {folder}")
 
 
@@ -63,14 +65,18 @@ def _check(args: Namespace) -> None:
     check_folder(args)
 
 
-def _write(subject: Subject, name: str, rows: list[Row]) -> None:
-    """Write the table, with model, task and machine in each row, and the figure if matplotlib is installed."""
-    conditions = {"model": subject.name, "task": subject.task.name, **machine(subject.model.device)}
-    write_csv(subject.folder / f"{name}.csv", [{**row, **conditions} for row in rows])
+def _conditions(subject: Subject) -> dict[str, str]:
+    """Return model, task and machine, which are columns of every table."""
+    return {"model": subject.name, "task": subject.task.name, **machine(subject.model.device)}
+
+
+def _write(subject: Subject, name: str, table: Table[Mapping[str, Any]]) -> None:
+    """Write the table, and the figure if matplotlib is installed."""
+    table.write_csv(subject.folder / f"{name}.csv")
     try:
         import_matplotlib()
     except UserError as error:
         log.warning(f"there is no figure of {name}: {error}")
         return
     title = f"{subject.name} on {subject.task.name}, {len(subject.task.samples):,} questions"
-    save_figure(find(name).draw(rows, title), subject.folder / f"{name}.png")
+    save_figure(find(name).draw(table.rows, title), subject.folder / f"{name}.png")

@@ -5,16 +5,18 @@ names for CSV."""
 
 from __future__ import annotations
 
+import io
 import json
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, Literal, NoReturn, TypeVar
 
 from rich import console
-from rich.markup import escape
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from vlmzip.files import write_csv
 
@@ -42,6 +44,10 @@ class Column(Generic[R]):
     """The names in CSV. For several names, `cells` returns as many values."""
     cells: Callable[[Any], object] = lambda value: value
     """Return the CSV value, or a tuple of values."""
+    align: Literal["left", "right"] = "left"
+    """The alignment in print."""
+    wraps: bool = True
+    """Whether a long value may continue in the next line of its cell."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +65,7 @@ class Table(Generic[R]):
 
     def texts(self, row: R) -> list[str]:
         """Return a row for people, a text for each heading."""
-        by_heading = {column.heading: column for column in self.columns}
-        return [_text(by_heading[heading], row) for heading in self.headings]
+        return [_text(column, row) for column in self._shown()]
 
     def as_json(self) -> list[dict[str, object]]:
         """Return the rows with plain values by key."""
@@ -79,15 +84,40 @@ class Table(Generic[R]):
         """Write the rows, whole or not at all. Raise `UserError` if the disk refuses."""
         write_csv(path, self.as_csv())
 
+    def rich(self) -> RichTable:
+        """Return a table for a rich console, without lines between columns."""
+        return _rich(self._shown(), map(self.texts, self.rows))
+
     def print(self) -> None:
         """Print the rows, without lines between columns."""
-        print_table(self.headings, [self.texts(row) for row in self.rows])
+        _print(self.rich())
+
+    def text(self) -> str:
+        """Return what `print` prints without a terminal."""
+        file = io.StringIO()
+        Console(file=file, width=WIDE).print(self.rich())
+        return "".join(f"{line.rstrip()}\n" for line in file.getvalue().splitlines())
 
     def markdown(self) -> str:
         return markdown(self.headings, [self.texts(row) for row in self.rows])
 
     def latex(self) -> str:
         return latex(self.headings, [self.texts(row) for row in self.rows])
+
+    def _shown(self) -> list[Column[R]]:
+        by_heading = {column.heading: column for column in self.columns}
+        return [by_heading[heading] for heading in self.headings]
+
+
+def table_of(rows: Sequence[Mapping[str, Any]], conditions: Mapping[str, object]) -> Table[Mapping[str, Any]]:
+    """Return dictionaries with equal keys as a table for JSON and CSV. `conditions` are further columns in CSV."""
+    values: list[Column[Mapping[str, Any]]] = [Column(itemgetter(name), key=name, csv=(name,)) for name in rows[0]]
+    return Table([*values, *(same(name, value) for name, value in conditions.items())], rows)
+
+
+def same(name: str, value: object, key: str = "") -> Column[Any]:
+    """Return a column in CSV, and in JSON if there is a `key`, whose value is the same in every row."""
+    return Column(lambda row: value, key=key, csv=(name,))
 
 
 class Console(console.Console):
@@ -97,13 +127,22 @@ class Console(console.Console):
         raise BrokenPipeError
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print columns side by side, without lines between them."""
+    _print(_rich([Column(str, heading) for heading in headings], rows))
+
+
+def _rich(columns: Sequence[Column[Any]], rows: Iterable[Sequence[str]]) -> RichTable:
     table = RichTable(box=None, pad_edge=False)
     for column in columns:
-        table.add_column(column, overflow="fold")
+        overflow: Literal["fold", "ellipsis"] = "fold" if column.wraps else "ellipsis"
+        table.add_column(Text(column.heading), justify=column.align, overflow=overflow, no_wrap=not column.wraps)
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _print(table: RichTable) -> None:
     Console(highlight=False, width=None if sys.stdout.isatty() else WIDE).print(table)
 
 

@@ -14,11 +14,11 @@ from vlmzip.files import is_folder
 from vlmzip.lab.configurations import read_rows
 from vlmzip.lab.lmms.requests import AnswerFailed
 from vlmzip.lab.lmms.run import SuiteRun, import_lmms_eval
-from vlmzip.lab.lmms.scores import Column, columns, lines, measured, write_table
+from vlmzip.lab.lmms.scores import ConfigurationScores, measured, suite_scores, table
 from vlmzip.lab.lmms.suites import Suite, read_suite
 from vlmzip.lab.names import slug
 from vlmzip.lab.papers import against, show
-from vlmzip.lab.table import NOTHING, print_json, print_table
+from vlmzip.lab.table import print_json
 from vlmzip.lab.tasks.folder import UNCALIBRATED, calibration_on
 from vlmzip.processes import Processes
 
@@ -58,56 +58,36 @@ def run(args: Namespace) -> None:
     except AnswerFailed as error:
         log.info(f"vlmzip: {error}; what is finished is kept in {folder}")
         sys.exit(1)
-    found = columns(suite, configurations, study.result, study.left_out)
+    scores = suite_scores(suite, configurations, study.result, study.left_out)
     try:
-        write_table(folder / f"{slug(suite.name)}.csv", suite, found)
+        table(suite, scores).write_csv(folder / f"{slug(suite.name)}.csv")
     finally:  # print the table even if the disk is full
-        _print(suite, found, folder, args)
+        _print(suite, scores, folder, args)
 
 
-def _print(suite: Suite, found: list[Column], folder: Path, args: Namespace) -> None:
-    mine = [one for column in found for one in measured(suite, column, args.model)]
+def _print(suite: Suite, scores: list[ConfigurationScores], folder: Path, args: Namespace) -> None:
+    mine = [score for of_one in scores for score in measured(suite, of_one, args.model)]
     beside = against(args.against, mine) if args.against else []
     if args.json:
-        rows = [line for column in found for line in lines(suite, column)]
+        rows = table(suite, scores).as_json()
         content = {"model": args.model, "suite": suite.name, "out": str(folder), "rows": rows}
         print_json(content | ({"against": list(map(asdict, beside))} if beside else {}))
         return
     print(f"{suite.about}, by lmms-eval" + (f"; the first {args.limit:,} questions of each" if args.limit else ""))
-    for column in found:
-        _print_column(suite, column)
-    for note in dict.fromkeys(f"{row.benchmark.name}: {row.note}" for one in found for row in one.rows if row.note):
+    for of_one in scores:
+        _print_scores(suite, of_one)
+    notes = (f"{row.benchmark.name}: {row.note}" for of_one in scores for row in of_one.rows if row.note)
+    for note in dict.fromkeys(notes):
         print(note)
     if beside:
         print(f"\n{show(beside)}\n")
     print(f"written to {folder}")
 
 
-def _print_column(suite: Suite, column: Column) -> None:
-    one = column.configuration
-    print(f"\n{one.method} at {one.budget}" + (f": {one.note}" if one.note else ""))
-    if not column.rows:
-        return
-    cells = [
-        [row.benchmark.name, *map(_show, (row.score, row.plain)), _signed(row.difference), _share(row.found)]
-        for row in column.rows
-    ]
-    if column.average is not None:
-        difference = None if column.plain_average is None else column.average - column.plain_average
-        head = f"average of {column.averaged}"
-        cells.append([head, _show(column.average), _show(column.plain_average), _signed(difference), ""])
-    print_table(["benchmark", "score", "plain", "difference", "tokens kept"], cells)
-    print()
-
-
-def _show(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:.1f}" if abs(value) >= 2 else f"{value:.3f}"
-
-
-def _signed(value: float | None) -> str:
-    return NOTHING if value is None else f"{value:+.1f}" if abs(value) >= 2 else f"{value:+.3f}"
-
-
-def _share(found: object) -> str:
-    kept = found.get("retention") if isinstance(found, dict) else None
-    return NOTHING if kept is None else f"{kept:.1%}"
+def _print_scores(suite: Suite, scores: ConfigurationScores) -> None:
+    configuration = scores.configuration
+    note = f": {configuration.note}" if configuration.note else ""
+    print(f"\n{configuration.method} at {configuration.budget}{note}")
+    if scores.rows:
+        table(suite, [scores]).print()
+        print()

@@ -4,84 +4,99 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from rich.text import Text
 
 from vlmzip import spec
 from vlmzip.lab.bench.bench import SCOPES, Compared, Contender, Scope, compare
 from vlmzip.lab.bench.presets import Preset
 from vlmzip.lab.bench.timing import Quartiles
-from vlmzip.lab.table import NOTHING, Console, show_bytes
+from vlmzip.lab.table import ABSENT, Column, Console, Table, same, show_bytes
 from vlmzip.runtime.report import compact
+from vlmzip.runtime.token_profile import TokenProfile
 
 WORDS: dict[Scope, str] = {"prefill": "LLM prefill", "ttft": "TTFT"}
-#: Blocks of the table: a heading, and the columns after the method's name.
-BLOCKS: tuple[tuple[Scope | None, str, tuple[str, ...]], ...] = (
-    ("prefill", "LLM prefill, with output head", ("ms", "speed-up", "limit", "share of limit")),
-    ("ttft", "TTFT: from the call to the first token", ("ms", "speed-up", "limit", "share of limit")),
-    (None, "Memory and decoding", ("visual tokens", "KV cache", "peak memory", "tokens/s")),
-)
+#: The dimensions of a preset that are columns in CSV and JSON.
+SIZES = ("layers", "width", "mlp", "vision_layers", "vision_width", "vision_mlp")
 #: The width of a block, and of a method's name in it, in characters per line.
 WIDTH, NAME = 80, 30
 #: Third over first quartile of the plain model's times. Above this, other work probably shares the processor.
 BUSY = 1.25
 
 
-def rows(found: list[Contender], args: Namespace, preset: Preset, machine: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Return two rows for each method that ran, one per scope."""
-    plain = found[0]
-    table = []
-    for one in found:
-        for scope in SCOPES if one.spans else ():
-            table.append(_row(one, scope, compare(one, plain, scope), args, preset) | {**machine})
-    return table
+@dataclass(frozen=True)
+class Measurement:
+    """A scope of a method that ran."""
+
+    contender: Contender
+    scope: Scope
+    compared: Compared
 
 
-def _row(one: Contender, scope: Scope, measured: Compared, args: Namespace, preset: Preset) -> dict[str, object]:
-    first = one.profiles[0]
-    return {
-        "preset": args.preset,
-        "scale": args.scale,
-        "method": one.name,
-        "compressor": spec.write(one.compressor) if one.compressor is not None else "",
-        "scope": WORDS[scope],
-        "visual_tokens_before": first.before,
-        "visual_tokens": compact(first.visual),
-        "text_tokens": first.text,
-        "retention": f"{first.retention:.4f}",
-        "compression_ratio": f"{first.compression_ratio:.3f}",
-        **_quartiles("ms", measured.milliseconds, 2),
-        **_quartiles("speed_up", measured.speed_up, 3),
-        "flops": one.flops[scope],
-        "flops_limit": f"{measured.limit:.3f}",
-        **_quartiles("share_of_limit", measured.share, 3),
-        **_quartiles("tokens_per_second", one.tokens_per_second, 2),
-        "kv_bytes": one.kv_bytes,
-        "peak_bytes": one.peak_bytes,
-        "layers": preset.layers,
-        "width": preset.width,
-        "mlp": preset.mlp,
-        "vision_layers": preset.vision_layers,
-        "vision_width": preset.vision_width,
-        "vision_mlp": preset.vision_mlp,
-        "batch": args.batch,
-        "new_tokens": args.new_tokens,
-        "repeats": len(one.spans),
-        "clock": args.clock,
-        "dtype": args.dtype,
-        "attention": args.attention,
-        "note": "; ".join(filter(None, (one.note, one.without_peak))),
-    }
+def table(
+    contenders: Sequence[Contender], args: Namespace, preset: Preset, machine: Mapping[str, str]
+) -> Table[Measurement]:
+    """Return the measurements for CSV and JSON: two rows for each method that ran, one per scope."""
+    ran = [one for one in contenders if one.spans]
+    rows = [Measurement(one, scope, compare(one, contenders[0], scope)) for one in ran for scope in SCOPES]
+    columns: list[Column[Measurement]] = [
+        *_same({"preset": args.preset, "scale": args.scale}),
+        _column("method", lambda row: row.contender.name),
+        _column("compressor", lambda row: spec.write(row.contender.compressor) if row.contender.compressor else ""),
+        _column("scope", lambda row: WORDS[row.scope]),
+        _column("visual_tokens_before", lambda row: _first(row).before),
+        _column("visual_tokens", lambda row: compact(_first(row).visual)),
+        _column("text_tokens", lambda row: _first(row).text),
+        _column("retention", lambda row: _first(row).retention, "{:.4f}".format),
+        _column("compression_ratio", lambda row: _first(row).compression_ratio, "{:.3f}".format),
+        *_quartiles("ms", lambda row: row.compared.milliseconds, "{:.2f}".format),
+        *_quartiles("speed_up", lambda row: row.compared.speed_up, "{:.3f}".format),
+        _column("flops", lambda row: row.contender.flops[row.scope]),
+        _column("flops_limit", lambda row: row.compared.limit, "{:.3f}".format),
+        *_quartiles("share_of_limit", lambda row: row.compared.share, "{:.3f}".format),
+        *_quartiles("tokens_per_second", lambda row: row.contender.tokens_per_second, "{:.2f}".format),
+        _column("kv_bytes", lambda row: row.contender.kv_bytes),
+        _column("peak_bytes", lambda row: row.contender.peak_bytes),
+        *_same({name: getattr(preset, name) for name in SIZES}),
+        *_same({"batch": args.batch, "new_tokens": args.new_tokens}),
+        _column("repeats", lambda row: len(row.contender.spans)),
+        *_same({"clock": args.clock, "dtype": args.dtype, "attention": args.attention}),
+        _column("note", lambda row: "; ".join(filter(None, (row.contender.note, row.contender.without_peak)))),
+        *_same(machine),
+    ]
+    return Table(columns, rows)
 
 
-def _quartiles(name: str, values: Quartiles, digits: int) -> dict[str, str]:
-    texts = (f"{value:.{digits}f}" for value in values)
-    return dict(zip((name, f"{name}_q1", f"{name}_q3"), texts, strict=True))
+def _column(
+    name: str, value: Callable[[Measurement], Any], cell: Callable[[Any], object] = lambda value: value
+) -> Column[Measurement]:
+    """Return a column with one name for JSON and CSV."""
+    return Column(value, key=name, csv=(name,), cells=cell)
+
+
+def _quartiles(
+    name: str, value: Callable[[Measurement], Quartiles], cell: Callable[[float], str]
+) -> list[Column[Measurement]]:
+    return [
+        _column(name, lambda row: value(row).median, cell),
+        _column(f"{name}_q1", lambda row: value(row).first, cell),
+        _column(f"{name}_q3", lambda row: value(row).third, cell),
+    ]
+
+
+def _same(values: Mapping[str, object]) -> list[Column[Measurement]]:
+    """Return columns whose value is the same in every row."""
+    return [same(name, value, key=name) for name, value in values.items()]
+
+
+def _first(row: Measurement) -> TokenProfile:
+    """Return the token profile of the batch's first row."""
+    return row.contender.profiles[0]
 
 
 def doubts(found: list[Contender], args: Namespace, device: torch.device, *, narrow: bool) -> list[str]:
@@ -124,10 +139,10 @@ def gaps(found: list[Contender], repeats: int) -> list[str]:
 
 
 def as_json(
-    found: list[Contender], table: list[dict[str, object]], doubtful: list[str], path: Path | None
+    found: list[Contender], table: Table[Measurement], doubtful: list[str], path: Path | None
 ) -> dict[str, object]:
     missing = [{"method": one.name, "note": one.note} for one in found if not one.spans]
-    return {"rows": table, "not_measured": missing, "notes": doubtful, "csv": str(path) if path else None}
+    return {"rows": table.as_json(), "not_measured": missing, "notes": doubtful, "csv": str(path) if path else None}
 
 
 def print_tables(
@@ -141,8 +156,12 @@ def print_tables(
     console, repeats = Console(highlight=False), len(found[0].spans)
     console.width = max(console.width, WIDTH)  # a narrower window wraps lines; truncated numbers would mislead
     console.print(Text(_title(args, preset, device), style="bold"), "", sep="\n")
-    for scope, heading, columns in BLOCKS:
-        console.print(Text(heading), _block(found, scope, columns, spread=repeats > 1), "", sep="\n")
+    for heading, block in (
+        ("LLM prefill, with output head", _speed(found, "prefill", spread=repeats > 1)),
+        ("TTFT: from the call to the first token", _speed(found, "ttft", spread=repeats > 1)),
+        ("Memory and decoding", _memory(found)),
+    ):
+        console.print(Text(heading), block.rich(), "", sep="\n")
     for number, one in enumerate(_noted(found), 1):
         console.print(Text(f"({number}) {one.name}: {one.note}"))
     clock = ", in seconds that the CPU computed" if args.clock == "cpu" else ""
@@ -169,31 +188,56 @@ def _title(args: Namespace, preset: Preset, device: torch.device) -> str:
     return f"{args.preset}{scaled} ({size}), {tokens}, batch {args.batch}, {args.dtype}, {args.attention}, {device}"
 
 
-def _block(found: list[Contender], scope: Scope | None, columns: tuple[str, ...], *, spread: bool) -> Table:
-    """Return a table of some measurements, a row for each method. Names and numbers never wrap."""
-    table = Table(box=None, pad_edge=False)
-    table.add_column("method", no_wrap=True)
-    for column in columns:
-        words = column == "visual tokens"  # counts by layer may wrap between numbers
-        header = Text(column.replace(" ", "\n"))
-        table.add_column(header, justify="left" if words else "right", no_wrap=not words)
-    for one in found:
-        name = one.name + (f" ({_noted(found).index(one) + 1})" if one.note else "")
-        if not one.spans:
-            cells = [NOTHING] * len(columns)
-        elif scope is None:
-            peak = NOTHING if one.peak_bytes is None else show_bytes(one.peak_bytes)
-            decoding = f"{one.tokens_per_second.median:.1f}"
-            cells = [compact(one.profiles[0].visual), show_bytes(one.kv_bytes), peak, decoding]
-        else:
-            cells = _speed(compare(one, found[0], scope), spread)
-        table.add_row(Text(_in_lines(name)), *map(Text, cells))
-    return table
+def _speed(contenders: list[Contender], scope: Scope, *, spread: bool) -> Table[Contender]:
+    """Return the times of a scope as a table for people, a row for each method."""
+
+    def compared(one: Contender) -> Compared:
+        return compare(one, contenders[0], scope)
+
+    with_quartiles = "{:.2f}x ({:.2f}-{:.2f})" if spread else "{:.2f}x"
+    columns = [
+        _names(contenders),
+        _number("ms", lambda one: compared(one).milliseconds.median, "{:.1f}".format),
+        _number("speed-up", lambda one: compared(one).speed_up, lambda ratios: with_quartiles.format(*ratios)),
+        _number("limit", lambda one: compared(one).limit, "{:.2f}x".format),
+        _number("share of limit", lambda one: compared(one).share.median, "{:.0%}".format),
+    ]
+    return Table(columns, contenders)
 
 
-def _speed(measured: Compared, spread: bool) -> list[str]:
-    speed_up = ("{:.2f}x ({:.2f}-{:.2f})" if spread else "{:.2f}x").format(*measured.speed_up)
-    return [f"{measured.milliseconds.median:.1f}", speed_up, f"{measured.limit:.2f}x", f"{measured.share.median:.0%}"]
+def _memory(contenders: list[Contender]) -> Table[Contender]:
+    """Return tokens, memory and decoding speed as a table for people, a row for each method."""
+    tokens: Column[Contender] = Column(  # counts by layer may wrap between numbers
+        lambda one: compact(one.profiles[0].visual) if one.spans else ABSENT, _in_words("visual tokens")
+    )
+    columns = [
+        _names(contenders),
+        tokens,
+        _number("KV cache", lambda one: one.kv_bytes, show_bytes),
+        _number("peak memory", lambda one: one.peak_bytes, show_bytes),
+        _number("tokens/s", lambda one: one.tokens_per_second.median, "{:.1f}".format),
+    ]
+    return Table(columns, contenders)
+
+
+def _names(contenders: list[Contender]) -> Column[Contender]:
+    """Return the column of the methods' names, with the number of a footnote."""
+    noted = _noted(contenders)
+
+    def name(one: Contender) -> str:
+        return _in_lines(one.name + (f" ({noted.index(one) + 1})" if one.note else ""))
+
+    return Column(name, "method", wraps=False)
+
+
+def _number(heading: str, value: Callable[[Contender], Any], text: Callable[[Any], str]) -> Column[Contender]:
+    """Return a column of numbers for methods that ran. Numbers never wrap."""
+    return Column(lambda one: value(one) if one.spans else ABSENT, _in_words(heading), text, align="right", wraps=False)
+
+
+def _in_words(heading: str) -> str:
+    """Return a heading with a word per line, so that columns stay narrow."""
+    return heading.replace(" ", "\n")
 
 
 def _in_lines(name: str) -> str:

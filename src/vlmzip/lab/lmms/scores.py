@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from vlmzip.files import write_csv
 from vlmzip.lab.configurations import Configuration
 from vlmzip.lab.lmms.suites import GUESSES, Benchmark, Suite, has_judge
 from vlmzip.lab.papers import MeasuredScore
+from vlmzip.lab.table import ABSENT, Column, Table
 
 
 @dataclass(frozen=True)
@@ -22,13 +21,13 @@ class ScoreRow:
     """The score in the papers' unit: percent, or MME's points."""
     plain: float | None = None
     """The uncompressed model's score."""
-    found: Mapping[str, Any] = field(default_factory=dict)
+    result: Mapping[str, Any] = field(default_factory=dict)
     """The content of the result file."""
     note: str = ""
 
     @property
     def difference(self) -> float | None:
-        return None if self.score is None or self.plain is None else self.score - self.plain
+        return _difference(self.score, self.plain)
 
     @property
     def relative(self) -> float | None:
@@ -37,7 +36,7 @@ class ScoreRow:
 
 
 @dataclass(frozen=True)
-class Column:
+class ConfigurationScores:
     """A configuration with all its benchmarks."""
 
     configuration: Configuration
@@ -55,104 +54,165 @@ class Column:
 Look = Callable[[Benchmark, Configuration], Mapping[str, Any] | None]
 
 
-def columns(
+def suite_scores(
     suite: Suite, configurations: Sequence[Configuration], look: Look, left_out: Callable[[Benchmark], str]
-) -> list[Column]:
-    """Return a column for each configuration, the uncompressed model's first.
+) -> list[ConfigurationScores]:
+    """Return the scores of each configuration, the uncompressed model's first.
 
     `look` returns a result; `left_out` returns why a benchmark was not run.
     """
-    plain = {one.name: _score(one, look(one, configurations[0])) for one in suite.benchmarks if not left_out(one)}
-    return [_column(suite, one, look, left_out, plain) for one in configurations]
+    plain = {
+        benchmark.name: _score(benchmark, look(benchmark, configurations[0]))
+        for benchmark in suite.benchmarks
+        if not left_out(benchmark)
+    }
+    return [_scores(suite, configuration, look, left_out, plain) for configuration in configurations]
 
 
-def _score(benchmark: Benchmark, found: Mapping[str, Any] | None) -> float | None:
-    return None if found is None else benchmark.score(found["results"])
+def _difference(score: float | None, plain: float | None) -> float | None:
+    return None if score is None or plain is None else score - plain
 
 
-def _column(
+def _score(benchmark: Benchmark, result: Mapping[str, Any] | None) -> float | None:
+    return None if result is None else benchmark.score(result["results"])
+
+
+def _scores(
     suite: Suite,
-    one: Configuration,
+    configuration: Configuration,
     look: Look,
     left_out: Callable[[Benchmark], str],
     plain: Mapping[str, float | None],
-) -> Column:
-    if one.compressor is None:
-        return Column(one)
+) -> ConfigurationScores:
+    if configuration.compressor is None:
+        return ConfigurationScores(configuration)
     rows = []
     for benchmark in suite.benchmarks:
         reason = left_out(benchmark)
-        found = None if reason else look(benchmark, one)
-        score = _score(benchmark, found)
-        rows.append(
-            ScoreRow(benchmark, score, plain.get(benchmark.name), found or {}, reason or _note(benchmark, found))
-        )
+        result = None if reason else look(benchmark, configuration)
+        score = _score(benchmark, result)
+        note = reason or _note(benchmark, result)
+        rows.append(ScoreRow(benchmark, score, plain.get(benchmark.name), result or {}, note))
     scores = {row.benchmark.name: row.score for row in rows if row.score is not None}
     base = {name: score for name, score in plain.items() if score is not None and name in scores}
-    return Column(one, rows, suite.mean(scores, base), suite.mean(base, base))
+    return ConfigurationScores(configuration, rows, suite.mean(scores, base), suite.mean(base, base))
 
 
-def _note(benchmark: Benchmark, found: Mapping[str, Any] | None) -> str:
-    if found is None:
+def _note(benchmark: Benchmark, result: Mapping[str, Any] | None) -> str:
+    if result is None:
         return "not run yet"
-    if benchmark.score(found["results"]) is None:
-        wanted = " and ".join(benchmark.metrics) or "number"
-        return f"lmms-eval gave no {wanted}; with --limit, there may be no question of that kind"
+    if benchmark.score(result["results"]) is None:
+        metric = " and ".join(benchmark.metrics) or "number"
+        return f"lmms-eval gave no {metric}; with --limit, there may be no question of that kind"
     guessed = GUESSES if benchmark.judge == "sometimes" and not has_judge() else ""
     return "; ".join(filter(None, [benchmark.note, guessed]))
 
 
-def measured(suite: Suite, column: Column, model: str) -> list[MeasuredScore]:
-    """Return a column as papers print it: each benchmark, and the suite's average."""
-    if column.configuration.compressor is None:
+def measured(suite: Suite, scores: ConfigurationScores, model: str) -> list[MeasuredScore]:
+    """Return scores as papers print them: each benchmark, and the suite's average."""
+    if scores.configuration.compressor is None:
         return []
-    method = column.configuration.compressor.name()
-    ran = [row for row in column.rows if row.score is not None and row.found.get("retention") is not None]
-    found = [MeasuredScore(model, method, row.benchmark.name, row.score or 0.0, *_kept([row])) for row in ran]
-    if column.average is not None and ran:
+    method = scores.configuration.compressor.name()
+    ran = [row for row in scores.rows if row.score is not None and row.result.get("retention") is not None]
+    printed = [MeasuredScore(model, method, row.benchmark.name, row.score or 0.0, *_kept([row])) for row in ran]
+    if scores.average is not None and ran:
         metric = "relative score" if suite.average == "relative scores" else "score"
-        name = f"average of {column.averaged}"
-        found.append(MeasuredScore(model, method, name, column.average, *_kept(ran), metric=metric))
-    return found
+        name = f"average of {scores.averaged}"
+        printed.append(MeasuredScore(model, method, name, scores.average, *_kept(ran), metric=metric))
+    return printed
 
 
 def _kept(rows: Sequence[ScoreRow]) -> tuple[float, float]:
     """Return the number of visual tokens kept per question and their share, as means over benchmarks."""
-    shares = [row.found["retention"] for row in rows]
-    tokens = [row.found["visual_tokens"] * row.found["retention"] for row in rows]
+    shares = [row.result["retention"] for row in rows]
+    tokens = [row.result["visual_tokens"] * row.result["retention"] for row in rows]
     return sum(tokens) / len(rows), sum(shares) / len(rows)
 
 
-def write_table(path: Path, suite: Suite, found: Sequence[Column]) -> None:
-    """Write a CSV row for each benchmark under each configuration, then the averages. Missing values are empty."""
-    rows = [line for column in found for line in lines(suite, column)]
-    names = dict.fromkeys(name for row in rows for name in row)
-    write_csv(path, [{name: _cell(row.get(name)) for name in names} for row in rows])
+# ---------------------------------------------------------------- as rows
+
+#: Keys of the result file that are columns, before and after the note.
+COUNTS = ("questions", "visual_tokens", "retention")
+CONDITIONS = ("model", "dtype", "device", "vlmzip", "lmms_eval", "commit")
+
+
+@dataclass(frozen=True)
+class SuiteRow:
+    """A row of the table: a benchmark, the average, or a configuration that cannot run."""
+
+    configuration: Configuration
+    name: str = ""
+    """The benchmark, or "average of 11". Empty if the configuration cannot run."""
+    score: float | None = None
+    plain: float | None = None
+    benchmark: ScoreRow | None = None
+    """`None` unless the row is a benchmark's."""
+
+    @property
+    def note(self) -> str:
+        return "; ".join(filter(None, [self.configuration.note, self.benchmark.note if self.benchmark else ""]))
+
+
+def table(suite: Suite, scores: Sequence[ConfigurationScores]) -> Table[SuiteRow]:
+    """Return a row for each benchmark under each configuration, followed by the configuration's average."""
+    columns: list[Column[SuiteRow]] = [
+        _column("suite", lambda row: suite.name),
+        _column("method", lambda row: row.configuration.method),
+        _column("budget", lambda row: row.configuration.budget),
+        _column("benchmark", lambda row: row.name or ABSENT, "benchmark"),
+        _of_benchmark("task", lambda row: row.benchmark.task),
+        _column("score", lambda row: row.score if row.name else ABSENT, "score", _show),
+        _column("plain", lambda row: row.plain if row.name else ABSENT, "plain", _show),
+        _column(
+            "difference", lambda row: _difference(row.score, row.plain) if row.name else ABSENT, "difference", _signed
+        ),
+        _of_benchmark("relative", lambda row: row.relative),
+        *map(_of_result, COUNTS),
+        _column("note", lambda row: ABSENT if row.name and not row.benchmark else row.note),
+        _of_benchmark("compressor", lambda row: row.result.get("method")),
+        *map(_of_result, CONDITIONS),
+    ]
+    rows = [row for of_one in scores for row in _rows(of_one)]
+    return Table(columns, rows, ["benchmark", "score", "plain", "difference", "tokens kept"])
+
+
+def _rows(scores: ConfigurationScores) -> list[SuiteRow]:
+    configuration = scores.configuration
+    if configuration.compressor is None:
+        return [SuiteRow(configuration)]
+    rows = [SuiteRow(configuration, row.benchmark.name, row.score, row.plain, row) for row in scores.rows]
+    if scores.average is not None:
+        rows.append(SuiteRow(configuration, f"average of {scores.averaged}", scores.average, scores.plain_average))
+    return rows
+
+
+def _column(
+    name: str, value: Callable[[SuiteRow], Any], heading: str = "", text: Callable[[Any], str] = str
+) -> Column[SuiteRow]:
+    """Return a column with one name for JSON and CSV."""
+    return Column(value, heading, text, name, (name,), _cell)
+
+
+def _of_benchmark(
+    name: str, value: Callable[[ScoreRow], Any], heading: str = "", text: Callable[[Any], str] = str
+) -> Column[SuiteRow]:
+    """Return a column that only benchmarks have."""
+    return _column(name, lambda row: value(row.benchmark) if row.benchmark else ABSENT, heading, text)
+
+
+def _of_result(name: str) -> Column[SuiteRow]:
+    """Return a column with a value of the result file."""
+    heading = "tokens kept" if name == "retention" else ""
+    return _of_benchmark(name, lambda row: row.result.get(name), heading, "{:.1%}".format)
 
 
 def _cell(value: object) -> object:
-    return "" if value is None else f"{value:.4f}" if isinstance(value, float) else value
+    return f"{value:.4f}" if isinstance(value, float) else value
 
 
-def lines(suite: Suite, column: Column) -> list[dict[str, Any]]:
-    """Return a column as rows of a table, one for each benchmark and one for the average."""
-    one = column.configuration
-    head = {"suite": suite.name, "method": one.method, "budget": one.budget}
-    if one.compressor is None:
-        return [head | {"note": one.note}]
-    out = []
-    for row in column.rows:
-        found = row.found
-        out.append(
-            head
-            | {"benchmark": row.benchmark.name, "task": row.benchmark.task, "score": row.score, "plain": row.plain}
-            | {"difference": row.difference, "relative": row.relative}
-            | {name: found.get(name) for name in ("questions", "visual_tokens", "retention")}
-            | {"note": "; ".join(filter(None, [one.note, row.note])), "compressor": found.get("method")}
-            | {name: found.get(name) for name in ("model", "dtype", "device", "vlmzip", "lmms_eval", "commit")}
-        )
-    if column.average is not None:
-        average = {"score": column.average, "plain": column.plain_average}
-        average["difference"] = column.average - (column.plain_average or 0.0)
-        out.append(head | {"benchmark": f"average of {column.averaged}"} | average)
-    return out
+def _show(value: float) -> str:
+    return f"{value:.1f}" if abs(value) >= 2 else f"{value:.3f}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f}" if abs(value) >= 2 else f"{value:+.3f}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from vlmzip.errors import UserError
 from vlmzip.lab.papers.published import Published, published
+from vlmzip.lab.table import Column, Table
 
 #: Budgets that differ by at most this fraction count as equal: 11 % of 576 tokens is 63, the papers have 64.
 SAME_BUDGET = 0.02
@@ -76,12 +77,12 @@ def against(paper: str, measured: Iterable[MeasuredScore]) -> list[PaperComparis
 
 def show(comparisons: Sequence[PaperComparison], markdown: bool = False) -> str:
     """Return a table of published and measured numbers, followed by the measured ones without a published number."""
-    columns = ["model", "method", "setting", "tokens", "benchmark", "paper", "measured", "difference", "source"]
-    matched = [_cells(c, c.published) for c in comparisons if c.published is not None]
-    lines = _table(columns, matched, markdown) if matched else []
-    if unmatched := [c for c in comparisons if c.published is None]:
+    matched = [comparison for comparison in comparisons if comparison.published is not None]
+    table = Table(COLUMNS, matched)
+    lines = (table.markdown() if markdown else table.text()).splitlines() if matched else []
+    if unmatched := [comparison for comparison in comparisons if comparison.published is None]:
         lines += [*([""] if matched else []), "Without a published number:", *([""] if markdown else [])]
-        lines += [f"- {_named(c.measured)}: {c.reason}" for c in unmatched]
+        lines += [f"- {_named(comparison.measured)}: {comparison.reason}" for comparison in unmatched]
     return "\n".join(lines)
 
 
@@ -140,31 +141,45 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def _cells(comparison: PaperComparison, row: Published) -> list[str]:
-    mine, places = comparison.measured, max(row.decimals, 1)
-    return [
-        row.model,
-        row.method,
-        row.setting,
-        row.keep,
-        row.benchmark,
-        f"{row.value:.{row.decimals}f}",
-        f"{mine.value:.{places}f}",
-        f"{comparison.difference:+.{places}f}",
-        f"{row.source} ({'; '.join(filter(None, (row.certainty, row.note)))})",
-    ]
+def _printed(name: str) -> Column[PaperComparison]:
+    """Return a column with a field of the published number."""
+    return Column(lambda comparison: getattr(comparison.published, name), "tokens" if name == "keep" else name)
+
+
+def _paper(comparison: PaperComparison) -> str:
+    assert comparison.published is not None  # `show` lists the others below the table
+    return f"{comparison.published.value:.{comparison.published.decimals}f}"
+
+
+def _mine(comparison: PaperComparison) -> str:
+    return f"{comparison.measured.value:.{_places(comparison)}f}"
+
+
+def _difference(comparison: PaperComparison) -> str:
+    return f"{comparison.difference:+.{_places(comparison)}f}"
+
+
+def _places(comparison: PaperComparison) -> int:
+    """Return the decimals of a measured number: those of the paper, but at least 1."""
+    return max(comparison.published.decimals if comparison.published else 0, 1)
+
+
+def _source(comparison: PaperComparison) -> str:
+    row = comparison.published
+    assert row is not None
+    return f"{row.source} ({'; '.join(filter(None, (row.certainty, row.note)))})"
+
+
+#: The table of comparisons that have a published number.
+COLUMNS: list[Column[PaperComparison]] = [
+    *map(_printed, ("model", "method", "setting", "keep", "benchmark")),
+    Column(_paper, "paper"),
+    Column(_mine, "measured"),
+    Column(_difference, "difference"),
+    Column(_source, "source"),
+]
 
 
 def _named(mine: MeasuredScore) -> str:
     budget = f"{mine.tokens:g} tokens" if mine.tokens is not None else f"{mine.retention:.1%}"
     return f"{mine.model}, {mine.method}, {budget}, {mine.benchmark} = {mine.value:g}"
-
-
-def _table(columns: list[str], rows: list[list[str]], markdown: bool) -> list[str]:
-    if markdown:
-        return [f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *rows]]
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in [columns, *rows]
-    ]
