@@ -146,7 +146,7 @@ def test_a_second_compressor_goes_on_where_nothing_is_gone(layout):
     (once,) = compress([layout], encoded(layout), Pool2d(factor=2))
     (plain,) = compress([layout], encoded(layout), NoCompression())
     left = plain.plan.left
-    (twice,) = compress([left], encoded_again(plain.features, plain.streams, left), Pool2d(factor=2))
+    (twice,) = compress(*encoded_again([plain.features], [plain.streams], [left]), Pool2d(factor=2))
     assert torch.equal(once.features, twice.features)
     assert [plain.plan.places[place] for place in twice.plan.places] == once.plan.places
     both = plain.plan.token_map.then(twice.plan.token_map.of_inputs(left.numbers))

@@ -6,7 +6,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlmzip
 from tests.families import FAMILIES
-from vlmzip import DFMR, Downsample, FastV, KMeans, LLaVolta, NoCompression, Pool2d, SparseVLM, VisionZip
+from vlmzip import (
+    DFMR,
+    Chain,
+    Downsample,
+    FastV,
+    KMeans,
+    LLaVolta,
+    NoCompression,
+    Pool2d,
+    RandomTokens,
+    Site,
+    SparseVLM,
+    VisionZip,
+)
 
 #: Images of a batch. Beyond the first few, the images of all families have the same size.
 FEW, MANY = 4, 8
@@ -66,3 +79,13 @@ def test_before_the_llm_one_more_image_adds_few_operations(family):
 )
 def test_methods_before_the_llm_add_no_operations_image_by_image(compressor):
     assert compressed_operations_for_one_more(FAMILIES["llava"](), compressor) <= 10
+
+
+@pytest.mark.filterwarnings("ignore:.*changes nothing")
+@pytest.mark.parametrize("family_name", ["llava", "llava_next", "qwen3_vl"])
+@pytest.mark.parametrize("first", [VisionZip(keep=12), Pool2d(factor=1), DFMR(tau=0.3)], ids=name)
+def test_a_second_compressor_before_the_llm_adds_few_operations(family_name, first):
+    family = FAMILIES[family_name]()
+    second = RandomTokens(keep=6, site=Site.POST_PROJECTOR)
+    alone = compressed_operations_for_one_more(family, first)
+    assert compressed_operations_for_one_more(family, Chain(compressors=(first, second))) - alone <= 4

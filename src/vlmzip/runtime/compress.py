@@ -26,7 +26,7 @@ from vlmzip.compressor import Compressor, keep_all
 from vlmzip.errors import UserError
 from vlmzip.models.layout import SEPARATOR, Encoded, Layout, Views, numbers_by_kind
 from vlmzip.token_map import TokenMap
-from vlmzip.visual_tokens import VisualTokens
+from vlmzip.visual_tokens import Grid, VisualTokens
 
 
 @dataclass(frozen=True)
@@ -272,13 +272,26 @@ def in_order(
 
 
 def encoded_again(
-    features: Float[Tensor, "features dim"], streams: Sequence[Float[Tensor, "features _"]], layout: Layout
-) -> Encoded:
-    """Return the remaining tokens of one image for a second compressor; the LLM sees all tokens of `layout`."""
-    by_token = layout.slots[layout.slots >= 0].argsort()
-    groups = []
-    for number, (grid, (start, end)) in enumerate(zip(layout.views, pairwise(layout.starts), strict=True)):
-        values, *others = (in_order([x], by_token)[None, start:end] for x in (features, *streams))
-        tokens = VisualTokens(values, grid, layout.prefix, passes_prefix=True)
-        groups.append(Views(tokens, [number], tuple(others)))
-    return Encoded(groups)
+    features: Sequence[Float[Tensor, "_ dim"]],
+    streams: Sequence[Sequence[Float[Tensor, "_ stream_dim"]]],
+    left: Sequence[Layout | None],
+) -> tuple[list[Layout], Encoded]:
+    """Return the layouts and the views of the remaining tokens of images, for a further compressor.
+
+    `left` has the layout of each image's remaining tokens. If it is `None`, they form one view without a grid. Images
+    that share a layout form a batch.
+    """
+    counts = {len(tokens) for tokens, layout in zip(features, left, strict=True) if layout is None}
+    without_grid = {count: Layout.of_one_view(Grid(1, 1, count)) for count in counts}
+    layouts = [layout or without_grid[len(tokens)] for tokens, layout in zip(features, left, strict=True)]
+    first_views, groups = [numbers[0] for numbers in view_numbers(layouts)], []
+    for layout, images in numbers_by_kind(layouts).items():
+        by_token = layout.slots[layout.slots >= 0].argsort().expand(len(images), -1)
+        kinds = zip(*([features[image], *streams[image]] for image in images), strict=True)
+        values, *others = (in_order([torch.stack(tensors)], by_token) for tensors in kinds)
+        has_grid = left[images[0]] is not None
+        for view, (grid, (start, end)) in enumerate(zip(layout.views, pairwise(layout.starts), strict=True)):
+            tokens = VisualTokens(values[:, start:end], grid if has_grid else None, layout.prefix, passes_prefix=True)
+            numbers = [first_views[image] + view for image in images]
+            groups.append(Views(tokens, numbers, tuple(stream[:, start:end] for stream in others)))
+    return layouts, Encoded(groups)

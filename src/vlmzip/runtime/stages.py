@@ -17,7 +17,8 @@ from vlmzip.processor import InputDict, Inputs
 from vlmzip.resampler import Resampler
 from vlmzip.runtime.compress import Plan, compress, encoded_again, in_order, view_numbers
 from vlmzip.runtime.report import CompressedImage, ImageReport, Stopwatch
-from vlmzip.visual_tokens import Grid, Site, VisualTokens
+from vlmzip.token_map import TokenMap
+from vlmzip.visual_tokens import Site, VisualTokens
 
 
 def compress_images(
@@ -47,7 +48,7 @@ def compress_images(
         images, separator = _encode_and_compress(family, inputs, layouts, first, watch, ascending=ascending)
     for stage in later:
         with watch.time("selection"):
-            images = [_compress_projected(stage, image, ascending=ascending) for image in images]
+            images = _compress_projected(stage, images, ascending=ascending)
     with watch.time("bookkeeping"):
         return [image.with_separators(separator) for image in images], smaller
 
@@ -171,23 +172,43 @@ def _without_features(layouts: Sequence[Layout], encoded: Encoded) -> Encoded:
     )
 
 
-def _compress_projected(compressor: Compressor, image: CompressedImage, *, ascending: bool) -> CompressedImage:
-    """Return one image after a second compressor, which acts after the projector."""
-    layout = image.left or Layout.of_one_view(Grid(1, 1, len(image.features)))
-    encoded = encoded_again(image.features, image.streams, layout)
-    if image.left is None:
-        encoded = Encoded([replace(group, tokens=group.tokens.replace(grid=None)) for group in encoded.groups])
-    (kept,) = compress([layout], encoded, compressor, ascending=ascending)
-    plan, count = kept.plan, len(kept.plan.places)
-    before = image.report.token_map
-    report = replace(
-        image.report,
-        after=count,
-        by_layer=(count,) * len(image.report.by_layer),
-        token_map=before and before.then(plan.token_map.of_inputs(layout.numbers)),
+def _compress_projected(
+    compressor: Compressor, images: Sequence[CompressedImage], *, ascending: bool
+) -> list[CompressedImage]:
+    """Return the images after a further compressor, which acts after the projector."""
+    layouts, encoded = encoded_again(
+        [image.features for image in images], [image.streams for image in images], [image.left for image in images]
     )
-    places = [image.places[place] for place in plan.places]
-    return CompressedImage(kept.features, kept.streams, plan.slots, places, report, image.left and plan.left)
+    kept = compress(layouts, encoded, compressor, ascending=ascending)
+    token_maps = _followed(images, [image.plan for image in kept], layouts)
+    compressed = []
+    for image, after, token_map in zip(images, kept, token_maps, strict=True):
+        plan, count = after.plan, len(after.plan.places)
+        report = replace(image.report, after=count, by_layer=(count,) * len(image.report.by_layer), token_map=token_map)
+        places = [image.places[place] for place in plan.places]
+        compressed.append(
+            CompressedImage(after.features, after.streams, plan.slots, places, report, image.left and plan.left)
+        )
+    return compressed
+
+
+def _followed(
+    images: Sequence[CompressedImage], plans: Sequence[Plan], layouts: Sequence[Layout]
+) -> list[TokenMap | None]:
+    """Return the map of each image followed by the map of its plan; `None` after a resampler, which has no map.
+
+    Images with equally many tokens before and after the first compressor take as many tensor operations as one.
+    """
+    followed: list[TokenMap | None] = [None] * len(images)
+    befores = [image.report.token_map for image in images]
+    kinds = [(layout, before and before.group.shape[1]) for layout, before in zip(layouts, befores, strict=True)]
+    for (layout, _), numbers in numbers_by_kind(kinds).items():
+        maps = [before for number in numbers if (before := befores[number]) is not None]
+        if maps:
+            second = TokenMap.stack([plans[number].token_map for number in numbers]).of_inputs(layout.numbers)
+            for number, token_map in zip(numbers, TokenMap.stack(maps).then(second).split(), strict=True):
+                followed[number] = token_map
+    return followed
 
 
 def _resample(
