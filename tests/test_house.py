@@ -30,7 +30,7 @@ ROOMS = {
     ),
     "vocabulary": ("schema", "keep", "processor", "visual_tokens", "token_map", "compressor", "resampler"),
     "methods": ("methods",),
-    "catalogue": ("outline", "catalogue", "compressor_file", "spec"),
+    "catalogue": ("outline", "blueprint", "catalogue", "compressor_file", "spec"),
     "models": ("models",),
     "runtime": ("runtime",),
     "visualize": ("visualize",),

@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 
 import vlmzip
-from vlmzip import catalogue, outline
+from vlmzip import blueprint, catalogue, outline, schema
+from vlmzip.cli.main import COMMANDS
 from vlmzip.models import FAMILIES
+from vlmzip.training.config import Config
+from vlmzip.training.random_factor import RandomFactor
 
 #: Packages that take long to import.
 SLOW = ("torch", "transformers", "numpy", "PIL", "jaxtyping", "yaml", "matplotlib", "pydantic")
@@ -44,19 +47,40 @@ def imported_by(*statements):
 
 def test_quick_commands_import_nothing_slow():
     commands = [f"from vlmzip.cli.main import main; main({arguments})" for arguments in QUICK]
-    fields = "main(['methods', 'visionzip'])"
-    found = imported_by("import vlmzip", *commands, fields)
-    assert {"torch", "numpy"} <= set(found.pop(fields)), "this test must see what is imported"
+    slow = "import vlmzip.compressor"
+    found = imported_by("import vlmzip", *commands, slow)
+    assert {"torch", "numpy"} <= set(found.pop(slow)), "this test must see what is imported"
     assert {statement: names for statement, names in found.items() if names} == {}
     assert len(found) == len(QUICK) + 1
 
 
-def test_the_fields_of_a_method_need_no_transformers():
-    commands = [
-        f"from vlmzip.cli.main import main; main({arguments})"
-        for arguments in (["methods", "visionzip"], ["ask", "--help"], ["show", "--help"], ["calibrate", "--help"])
-    ]
-    assert not any({"transformers", "PIL"} & set(names) for names in imported_by(*commands).values())
+def test_no_help_imports_torch():
+    commands = [[name, "--help"] for name in COMMANDS]
+    commands += [["ask", "--method", "adaptive_visionzip", "--help"], ["methods", "visionzip"]]
+    found = imported_by(*(f"from vlmzip.cli.main import main; main({arguments})" for arguments in commands))
+    assert set().union(*found.values()) == {"pydantic"}
+
+
+def shown(described):
+    """Methods inside a default are other classes in the source than those that are imported."""
+    return [{**vars(field), "default": str(field.default)} for field in described]
+
+
+@pytest.mark.parametrize("name", outline.shipped())
+def test_fields_are_the_same_in_the_source_and_in_the_class(name):
+    method, fields = blueprint.method(name)
+    cls = catalogue.find(name)
+    assert shown(fields) == shown(catalogue.describe(cls))
+    assert (method.doc, method.values["examples"]) == (inspect.getdoc(cls), cls.examples)
+
+
+def test_settings_of_a_run_are_the_same_in_the_source_and_in_the_class():
+    assert blueprint.describe("vlmzip.training.config", "Config") == schema.describe(Config)
+
+
+def test_fields_of_a_method_from_elsewhere_are_those_of_its_class():
+    method, fields = blueprint.method("vlmzip.training.random_factor:RandomFactor")
+    assert (method.name, fields) == (RandomFactor.name(), catalogue.describe(RandomFactor))
 
 
 @pytest.mark.parametrize("name", vlmzip.__all__)
@@ -101,7 +125,8 @@ def test_what_comes_from_the_package_can_be_pickled(thing):
 def test_outlines_say_what_the_classes_say():
     for of_source, (name, cls) in zip(outline.methods(), vlmzip.available().items(), strict=True):
         assert (of_source.name, of_source.doc) == (name, inspect.getdoc(cls))
-        assert of_source.values == {"paper": cls.paper, "sites": cls.sites, "needs": cls.needs}
+        values = {"paper": cls.paper, "sites": cls.sites, "needs": cls.needs, "examples": cls.examples}
+        assert of_source.values == values
         assert of_source.fields == {field.name: field.doc for field in catalogue.describe(cls)}
     for of_source, family in zip(outline.families(), FAMILIES, strict=True):
         assert family.__module__ == f"vlmzip.models.{of_source.name}"

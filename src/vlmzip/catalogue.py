@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import inspect
 import warnings
@@ -12,7 +11,7 @@ from typing import Any, TypeGuard
 
 from vlmzip import methods, own_files, schema
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError, alternatives, check_choice, closest
+from vlmzip.errors import UserError, check_choice, closest
 from vlmzip.own_files import ENTRY_POINTS
 
 
@@ -76,8 +75,7 @@ def from_dict(content: Mapping[str, object], find: Callable[[str], type[Compress
 
 def describe(cls: type[Compressor]) -> list[schema.FieldDescription]:
     """Describe the fields of a method: first its own, then the shared ones. The field `site` lists its sites only."""
-    fields, sites = schema.describe(cls), alternatives(cls.sites)
-    return [dataclasses.replace(field, type=sites) if field.name == "site" else field for field in fields]
+    return schema.with_choices(schema.describe(cls), "site", cls.sites)
 
 
 def _import(path: str) -> type[Compressor]:

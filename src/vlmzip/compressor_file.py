@@ -11,10 +11,9 @@ from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, closest
 from vlmzip.files import is_file, is_folder, replace_whole
 from vlmzip.json_text import read_json
+from vlmzip.outline import FILE
 from vlmzip.version import __version__
 
-#: The file's name.
-FILE = "compressor.json"
 #: The version of the file's layout. Increase it if older versions of vlmzip would misread the file.
 FORMAT = 1
 #: The file's keys; `vlmzip` is the version that wrote it.

@@ -14,13 +14,16 @@ from importlib.resources import files
 from typing import Any
 
 from vlmzip.field_docs import field_docs, with_docs
+from vlmzip.files import is_folder
 from vlmzip.own_files import ENTRY_POINTS
 from vlmzip.sites import Signal, Site
 
 #: How a user can write a method, for help texts and messages.
 METHOD_FORMS = 'a name from `vlmzip methods`, "visionzip(merge=mean)", "dfmr+fastv(layer=3)" or a saved compressor.json'
+#: The file of a saved compressor.
+FILE = "compressor.json"
 #: The class attributes to read, in addition to docstring and fields.
-VALUES = ("paper", "sites", "needs", "model_types", "example")
+VALUES = ("paper", "sites", "needs", "examples", "model_types", "example")
 #: The names that the expressions of these attributes may use.
 WORDS = {"Site": Site, "Signal": Signal, "frozenset": frozenset, "tuple": tuple}
 
@@ -48,20 +51,46 @@ def methods() -> list[Outline]:
     """Return every method, sorted by name. If installed packages offer methods, all methods are imported."""
     if not entry_points(group=ENTRY_POINTS):
         return sorted(_of_package("vlmzip.methods"), key=lambda outline: outline.name)
-    from vlmzip import catalogue
+    from vlmzip import catalogue  # needs torch
 
     outlines = []
     for name, cls in catalogue.available().items():
         fields = {field.name: field.doc for field in catalogue.describe(cls)}
-        values = {"paper": cls.paper, "sites": cls.sites, "needs": cls.needs}
-        outlines.append(Outline(name, inspect.getdoc(cls) or "", values, fields))
+        outlines.append(of_class(name, cls, fields))
     return outlines
+
+
+def of_class(name: str, cls: type, fields: dict[str, str]) -> Outline:
+    """Return the outline of an imported method, whose fields have this documentation."""
+    values = {value: getattr(cls, value) for value in VALUES if hasattr(cls, value)}
+    return Outline(name, inspect.getdoc(cls) or "", values, fields)
+
+
+def method(name: str) -> Outline:
+    """Return a method of `vlmzip.methods`."""
+    return _outline(f"vlmzip.methods.{name}", shipped()[name])
+
+
+def is_name(spec: str) -> bool:
+    """Return whether a spec is a single method without settings, so that command-line options can set its fields."""
+    return not is_saved(spec) and not set("+()") & set(spec)
+
+
+def is_saved(spec: str) -> bool:
+    """Return whether a spec is the path of a saved compressor."""
+    names_folder = is_folder(spec) and spec not in ("", *(outline.name for outline in methods()))
+    return spec.endswith(".json") or "/" in spec or names_folder
 
 
 def method_classes() -> list[str]:
     """Return the class names of the methods in `vlmzip.methods`."""
-    homes = _homes(_parsed("vlmzip.methods", "__init__"))
-    return [name for name, module in homes.items() if module.startswith("vlmzip.methods.")]
+    return list(shipped().values())
+
+
+def shipped() -> dict[str, str]:
+    """Return the class names of the methods in `vlmzip.methods`, by the names of the methods."""
+    modules = homes(parsed("vlmzip.methods", "__init__"))
+    return {module.rpartition(".")[2]: name for name, module in modules.items() if module.startswith("vlmzip.methods.")}
 
 
 def families() -> list[Outline]:
@@ -71,23 +100,23 @@ def families() -> list[Outline]:
 
 def summary(package: str, file: str) -> str:
     """Return the first line of a module's docstring."""
-    return (ast.get_docstring(_parsed(package, file)) or "").partition("\n")[0]
+    return (ast.get_docstring(parsed(package, file)) or "").partition("\n")[0]
 
 
 def _of_package(package: str) -> list[Outline]:
     """Return the classes that a package's `__init__` imports from its own modules."""
-    homes = _homes(_parsed(package, "__init__"))
-    return [_outline(module, name) for name, module in homes.items() if module.startswith(f"{package}.")]
+    modules = homes(parsed(package, "__init__"))
+    return [_outline(module, name) for name, module in modules.items() if module.startswith(f"{package}.")]
 
 
 def _outline(module: str, name: str) -> Outline:
-    tree = _parsed(*module.rsplit(".", 1))
-    homes = {node.name: module for node in tree.body if isinstance(node, ast.ClassDef)} | _homes(tree)
+    tree = parsed(*module.rsplit(".", 1))
+    modules = {node.name: module for node in tree.body if isinstance(node, ast.ClassDef)} | homes(tree)
     (definition,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
     outline = Outline(module.rpartition(".")[2], ast.get_docstring(definition) or "")
     for base in map(ast.unparse, definition.bases):
-        if homes.get(base, "").startswith("vlmzip."):
-            inherited = _outline(homes[base], base)
+        if modules.get(base, "").startswith("vlmzip."):
+            inherited = _outline(modules[base], base)
             outline.values |= inherited.values
             outline.fields |= inherited.fields
     outline.fields = with_docs(outline.fields, field_docs(definition))
@@ -103,13 +132,13 @@ def _outline(module: str, name: str) -> Outline:
     return outline
 
 
-def _homes(tree: ast.Module) -> dict[str, str]:
+def homes(tree: ast.Module) -> dict[str, str]:
     """Return the module of every name that a file imports by `from module import name`."""
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
     return {alias.name: node.module or "" for node in imports for alias in node.names}
 
 
 @cache
-def _parsed(package: str, file: str) -> ast.Module:
+def parsed(package: str, file: str) -> ast.Module:
     folder = files("vlmzip").joinpath(*package.split(".")[1:])
     return ast.parse(folder.joinpath(f"{file}.py").read_text(encoding="utf-8"))

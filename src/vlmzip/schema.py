@@ -18,7 +18,7 @@ import enum
 import inspect
 import numbers
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 from weakref import WeakKeyDictionary
@@ -261,24 +261,33 @@ class FieldDescription:
     doc: str
 
 
-def describe(cls: type) -> list[FieldDescription]:
-    """Describe the fields of a dataclass: first its own, then those of its base classes."""
-    return list(_described(cls))
+def describe(cls: type, docs_of: Callable[[type], dict[str, str]] | None = None) -> list[FieldDescription]:
+    """Describe the fields of a dataclass: first its own, then those of its base classes.
+
+    `docs_of` returns the documentation of the fields that a class declares; by default, it is read from the source.
+    """
+    return list(_described(cls, docs_of or _docs_of))
 
 
-def _described(cls: type) -> Iterator[FieldDescription]:
+def with_choices(fields: list[FieldDescription], name: str, choices: Sequence[str]) -> list[FieldDescription]:
+    """Return the descriptions, with `choices` as the only values of the field `name`."""
+    words = alternatives(choices)
+    return [dataclasses.replace(field, type=words) if field.name == name else field for field in fields]
+
+
+def _described(cls: type, docs_of: Callable[[type], dict[str, str]]) -> Iterator[FieldDescription]:
     docs: dict[str, str] = {}
     own: list[str] = []
     for owner in cls.__mro__[::-1]:
         if dataclasses.is_dataclass(owner):
-            declared = _docs_of(owner)
+            declared = docs_of(owner)
             docs, own = with_docs(docs, declared), list(declared)
     types = types_of(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name in sorted(fields, key=lambda name: name not in own):
         yield FieldDescription(name, in_words(types[name].hint), _default_of(fields[name]), docs.get(name, ""))
         if (nested := types[name].settings) is not None:
-            for part in describe(nested):
+            for part in describe(nested, docs_of):
                 yield dataclasses.replace(part, name=f"{name}.{part.name}")
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from vlmzip import catalogue
 from vlmzip.compressor import Compressor
-from vlmzip.compressor_file import FILE, read_compressor
+from vlmzip.compressor_file import read_compressor
 from vlmzip.errors import UserError
 from vlmzip.files import is_file, is_folder
 from vlmzip.methods import Chain
-from vlmzip.outline import METHOD_FORMS
+from vlmzip.outline import FILE, METHOD_FORMS, is_saved
 
 #: What a user can give as a compressor: an object, a spec, or the path of a saved `compressor.json` or its folder.
 CompressorLike = Compressor | str | os.PathLike[str]
@@ -142,16 +142,6 @@ def _with_defaults(cls: type[Compressor]) -> Compressor | None:
         return catalogue.make(cls, {})
     except UserError:
         return None
-
-
-def is_name(text: str) -> bool:
-    """Return whether a spec is a single method without settings, so that command-line options can set its fields."""
-    return not is_saved(text) and not set("+()") & set(text)
-
-
-def is_saved(text: str) -> bool:
-    """Return whether a spec is the path of a saved compressor."""
-    return text.endswith(".json") or "/" in text or (is_folder(text) and text not in ("", *catalogue.available()))
 
 
 def write(compressor: Compressor, *, label: bool = False) -> str:

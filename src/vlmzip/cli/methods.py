@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from argparse import Namespace
 from dataclasses import asdict
 from typing import Any
@@ -42,25 +41,26 @@ def _print_all(*, as_json: bool) -> None:
 
 
 def _print_one(name: str, *, as_json: bool) -> None:
-    from vlmzip import catalogue  # needs torch, which the list of all methods does not
+    from vlmzip import blueprint  # needs pydantic, which the list of all methods does not
 
-    cls = catalogue.find(name)
-    fields = catalogue.describe(cls)
+    method, fields = blueprint.method(name)
+    examples = [f"{method.name}({settings})" for settings in method.values["examples"]]
     if as_json:
         print_json(
             {
-                "name": cls.name(),
-                "doc": inspect.getdoc(cls),
-                "paper": cls.paper,
-                "examples": [f"{cls.name()}({settings})" for settings in cls.examples],
-                "fields": [asdict(f) for f in fields],
+                "name": method.name,
+                "doc": method.doc,
+                "paper": method.values["paper"],
+                "examples": examples,
+                "fields": [asdict(field) for field in fields],
             }
         )
         return
-    print(f"{cls.name()}\n\n{inspect.getdoc(cls)}\n")
+    print(f"{method.name}\n\n{method.doc}\n")
     print_table(
-        ["field", "value", "default", "meaning"], [[f"--{f.name}", f.type, str(f.default), f.doc] for f in fields]
+        ["field", "value", "default", "meaning"],
+        [[f"--{field.name}", field.type, str(field.default), field.doc] for field in fields],
     )
-    if cls.examples:
+    if examples:
         print("\nfor example:")
-        print("\n".join(f'  --method "{cls.name()}({settings})"' for settings in cls.examples))
+        print("\n".join(f'  --method "{example}"' for example in examples))

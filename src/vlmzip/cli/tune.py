@@ -12,7 +12,6 @@ from pathlib import Path
 from vlmzip import spec
 from vlmzip.cli._options.common import check_counts, check_folder
 from vlmzip.cli._shared.loading import load
-from vlmzip.compressor_file import FILE
 from vlmzip.errors import UserError
 from vlmzip.keep import count_to_keep, parse_keep
 from vlmzip.lab.configurations import TOO_FAR, Configuration, read_rows
@@ -23,6 +22,7 @@ from vlmzip.lab.tasks.words import warn_of_unknown_words
 from vlmzip.lab.tune.output import SearchOutcome, show
 from vlmzip.lab.tune.search import Target, Tuning
 from vlmzip.lab.tune.study import Cost, TunedStudy, halves, prefill_milliseconds
+from vlmzip.outline import FILE
 from vlmzip.processes import Processes
 
 log = logging.getLogger(__name__)

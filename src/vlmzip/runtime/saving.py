@@ -7,9 +7,10 @@ from pathlib import Path
 
 from vlmzip import spec
 from vlmzip.compressor import Compressor
-from vlmzip.compressor_file import FILE, NotInstalled, read_compressor, refuse_lora
+from vlmzip.compressor_file import NotInstalled, read_compressor, refuse_lora
 from vlmzip.errors import UserError
 from vlmzip.files import is_file, is_folder
+from vlmzip.outline import FILE
 from vlmzip.runtime.attach import attach
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.pretrained import load_model

@@ -11,7 +11,7 @@ from vlmzip import catalogue, spec
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, closest, refuse_unknown
 from vlmzip.methods import LLaVolta, NoCompression
-from vlmzip.outline import METHOD_FORMS
+from vlmzip.outline import METHOD_FORMS, is_name
 
 #: Layers of the LLM for which LLaVolta publishes its layers (Vicuna-7B).
 PUBLISHED_DEPTH = 32
@@ -139,7 +139,7 @@ def read_schedule(content: object, depth: int = PUBLISHED_DEPTH) -> Schedule:
             return scheme(content, depth)
         # `read_compressor` has the better message for a missing file of the user's own.
         elsewhere = ":" in content or RANDOM.match(content)
-        if spec.is_name(content) and not elsewhere and content not in catalogue.available():
+        if is_name(content) and not elsewhere and content not in catalogue.available():
             known = (*SCHEMES, "random_factor", *catalogue.available())
             raise UserError(f"schedule: there is no {content!r}{closest(content, known)}")
         return constant(read_compressor(content))

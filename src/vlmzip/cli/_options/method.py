@@ -5,11 +5,10 @@ from __future__ import annotations
 from argparse import SUPPRESS, ArgumentParser
 from pathlib import Path
 
-from vlmzip import catalogue, spec
-from vlmzip.compressor_file import FILE
+from vlmzip import blueprint
 from vlmzip.errors import UserError
 from vlmzip.files import is_file
-from vlmzip.outline import METHOD_FORMS
+from vlmzip.outline import FILE, METHOD_FORMS, is_name
 
 DEFAULT_METHOD = "visionzip"
 #: Options of the commands that take `--method`. The fields of a method cannot have these names.
@@ -38,13 +37,13 @@ def add_method(parser: ArgumentParser, arguments: list[str], default: str = DEFA
     default = given.model if saved else default
     chosen = given.method or default
     parser.set_defaults(method=default)
-    if not spec.is_name(chosen):
+    if not is_name(chosen):
         return
-    cls = catalogue.find(chosen)
-    fields = parser.add_argument_group(f"fields of {cls.name()}")
-    for field in catalogue.describe(cls):
+    method, descriptions = blueprint.method(chosen)
+    fields = parser.add_argument_group(f"fields of {method.name}")
+    for field in descriptions:
         if field.name in OWN_OPTIONS:
-            raise UserError(f"{cls.name()} has a field {field.name!r}, which is an option of vlmzip itself: rename it")
+            raise UserError(f"{method.name} has a field {field.name!r}, which is an option of vlmzip itself: rename it")
         if field.name != "keep":
             fields.add_argument(
                 f"--{field.name.replace('_', '-')}",

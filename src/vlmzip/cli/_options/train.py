@@ -5,6 +5,9 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from pathlib import Path
 
+from vlmzip import blueprint
+from vlmzip.schema import REQUIRED
+
 EXAMPLES = """  vlmzip train configs/llava-1.5-7b-llavolta.yaml --explain --shape llava-1.5-7b --set steps=5196
   vlmzip train configs/mini.yaml --set steps=200 --set schedule=two-stage
   torchrun --nproc-per-node 8 -m vlmzip.cli.main train configs/llava-1.5-7b-llavolta.yaml
@@ -25,11 +28,8 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
 
 def _settings() -> str:
     """Return a list of the file's settings, with their defaults and meanings."""
-    from vlmzip.schema import REQUIRED, describe  # these need torch, and only the help needs them
-    from vlmzip.training.config import Config
-
     lines = ["settings, in the file or by --set:"]
-    for field in describe(Config):
+    for field in blueprint.describe("vlmzip.training.config", "Config"):
         default = "" if field.default in (REQUIRED, None, "{}") else f" = {field.default}"
         lines.append(f"  {field.name + default:<32} {field.doc}")
     return "\n".join(lines)

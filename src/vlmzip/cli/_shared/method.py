@@ -11,6 +11,7 @@ from vlmzip import catalogue, spec
 from vlmzip.compressor import Calibratable, Compressor, Profile, missed
 from vlmzip.errors import UserError
 from vlmzip.keep import parse_keep
+from vlmzip.outline import is_name
 from vlmzip.runtime.resample import resampling
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def make_method(args: Namespace, profile: Profile) -> Compressor:
 
 def without_budget(args: Namespace) -> Compressor:
     """Return the compressor that the options ask for. Ignore `--keep` if the method has no such field."""
-    if not spec.is_name(args.method):
+    if not is_name(args.method):
         if args.keep is not None:
             spec.refuse_second_budget(args.method, args.keep, "give one of them")
         method = spec.read(args.method)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from vlmzip import spec
 from vlmzip.compressor import Compressor
-from vlmzip.compressor_file import FILE, read_compressor
+from vlmzip.compressor_file import read_compressor
 from vlmzip.errors import UserError, reason, telling_beyond_positions
 from vlmzip.files import is_file
 from vlmzip.lab.asking import attach_with_notes
@@ -43,7 +43,7 @@ from vlmzip.lab.lmms.requests import (
     read_settings,
 )
 from vlmzip.models import family_of
-from vlmzip.outline import METHOD_FORMS
+from vlmzip.outline import FILE, METHOD_FORMS
 from vlmzip.processes import Processes
 from vlmzip.processor import Processor
 from vlmzip.runtime.answering import Answer, Answerer

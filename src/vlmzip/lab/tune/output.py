@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vlmzip import spec
 from vlmzip.compressor import Compressor
-from vlmzip.compressor_file import FILE, write_compressor
+from vlmzip.compressor_file import write_compressor
 from vlmzip.errors import UserError
 from vlmzip.files import write_csv
 from vlmzip.lab.configurations import Configuration
@@ -25,6 +25,7 @@ from vlmzip.lab.table import ABSENT, NOTHING, Column, Table, print_json
 from vlmzip.lab.tune.curve import draw
 from vlmzip.lab.tune.search import LEAST_IMAGES, PLAIN, CandidateRow, Rejection, Tuning, Verdict
 from vlmzip.lab.tune.study import Cost, TunedStudy
+from vlmzip.outline import FILE
 from vlmzip.visualize.figure import import_matplotlib
 
 log = logging.getLogger(__name__)
