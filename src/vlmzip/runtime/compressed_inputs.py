@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from vlmzip.processor import Inputs
 from vlmzip.runtime.prompt import Span
 from vlmzip.runtime.report import Report
@@ -19,4 +21,9 @@ class CompressedInputs(dict[str, Any]):
     """The inputs with the images that the encoder saw, if the compressor resizes images before the encoder.
 
     `None` otherwise, and in later turns of a conversation.
+    """
+    counted: tuple[Tensor, Tensor] | None = None
+    """The positions that were counted for `position_ids`, and the position of each row's next token, both from 0.
+
+    If tokens keep their positions, these are the positions of the uncompressed prompt. `None` if none were counted.
     """

@@ -109,14 +109,15 @@ def first_turn(
     if source is None:
         source = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     short_mask = gather(mask, source, 0)
-    original, next_position = family.original_positions(inputs, mask)
     if positions_of(compressor, family) == "original":
+        original, next_position = compressed.counted or family.original_positions(inputs, mask)
         positions = gather(original, source, 0)
     elif generating or (compressed.smaller is not None and family.position_axes):
-        positions, next_position = contiguous_positions(family, compressed, short_mask)
+        positions, next_position = compressed.counted or contiguous_positions(family, compressed, short_mask)
     else:  # a model's `forward` counts padding too
-        positions = torch.arange(source.shape[1], device=ids.device).expand_as(gather(original, source, 0))
-        next_position = torch.full_like(next_position, source.shape[1])
+        length = source.shape[1]
+        positions = torch.arange(length, device=ids.device).expand(*family.position_axes, len(ids), length)
+        next_position = torch.full((len(ids),), length, device=ids.device)
     return CacheState(
         ids, mask.bool(), source, short_mask, positions, source.shape[1], next_position,
         [sum(image.row == row for image in compressed.report.images) for row in range(len(ids))],

@@ -102,7 +102,7 @@ def compress_inputs(
     out["input_ids"] = gather(ids, source, pad_id(family))
     out["attention_mask"] = gather(mask, source, PER_TOKEN["attention_mask"])
     if original and not given:
-        positions, _ = family.original_positions({**inputs, "input_ids": ids}, mask)
+        out.counted = positions, _ = family.original_positions({**inputs, "input_ids": ids}, mask)
         out["position_ids"] = positions if generating else family.forward_positions(positions)
     counted = out.get("position_ids") is None
     for name in PER_TOKEN.keys() - {"attention_mask"}:
@@ -112,7 +112,8 @@ def compress_inputs(
             out[name] = gather(out[name], source, PER_TOKEN[name])
     if counted and family.position_axes and (generating or out.smaller is not None):
         # Without `position_ids`, `generate` would store position offsets on the model, which could affect later calls.
-        out["position_ids"] = contiguous_positions(family, out, out["attention_mask"])[0]
+        out.counted = contiguous_positions(family, out, out["attention_mask"])
+        out["position_ids"] = out.counted[0]
     reports = [replace(image.report, row=row) for image, (row, _) in zip(images, found, strict=True)]
     out.report = Report(compressor, reports, source, watch)
     goes_on = bool(inside_the_llm(compressor))
