@@ -17,7 +17,6 @@ from vlmzip.errors import UserError
 from vlmzip.files import open_to_read
 from vlmzip.schema import Count
 from vlmzip.training.schedule import Schedule, read_lasting, read_schedule, read_share
-from vlmzip.training.trainer_settings import read_trainer
 
 #: The largest size of a configuration file in bytes; a larger file is probably a model's weights.
 LARGEST = 1 << 20
@@ -158,7 +157,11 @@ class Config:
 
     def for_trainer(self) -> dict[str, object]:
         """Return the settings under `trainer`, as TrainingArguments takes them."""
-        return read_trainer(self.trainer, self) if self.trainer else {}
+        if not self.trainer:
+            return {}
+        from vlmzip.training.trainer_settings import read_trainer  # imports TrainingArguments, which takes a second
+
+        return read_trainer(self.trainer, self)
 
     def schedule_for(self, depth: int) -> Schedule:
         """Return the schedule for an LLM of `depth` layers."""

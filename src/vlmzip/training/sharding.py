@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import StateDict
+from transformers.integrations import deepspeed
 
 from vlmzip.errors import UserError
 from vlmzip.models import family_of
@@ -49,9 +50,7 @@ def check_sharded(model: nn.Module) -> None:
 
 def moves_together(compressed: nn.Module) -> bool:
     """Return whether parameters are sharded, so that all processes must run the same modules equally often."""
-    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-
-    return isinstance(compressed, FSDPModule) or is_deepspeed_zero3_enabled()
+    return isinstance(compressed, FSDPModule) or deepspeed.is_deepspeed_zero3_enabled()
 
 
 def whole(value: object, keep: bool) -> object:

@@ -11,6 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
+from torch.distributed import Backend
+from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
+
 from vlmzip.errors import UserError, closest, nearest
 
 #: TrainingArguments that vlmzip sets, and the setting of the run that each comes from.
@@ -181,41 +187,18 @@ RECOMPUTE = Kind(
 BY_SCORE = ("reduce_lr_on_plateau", "greedy")
 
 
-def _schedules() -> Kind:
-    from transformers.trainer_utils import SchedulerType
-
-    return _choice(*(name.value for name in SchedulerType if name.value not in BY_SCORE))
-
-
-def _optimisers() -> Kind:
-    from transformers.training_args import OptimizerNames
-
-    return _choice(*(name.value for name in OptimizerNames))
+def _reporters(value: object) -> object:
+    names = [value] if isinstance(value, str) else value
+    return value if isinstance(names, list) and all(name in REPORTERS for name in names) else None
 
 
-def _reporters() -> Kind:
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-
-    known = ("all", "none", *INTEGRATION_TO_CALLBACK)
-
-    def read(value: object) -> object:
-        names = [value] if isinstance(value, str) else value
-        return value if isinstance(names, list) and all(name in known for name in names) else None
-
-    return Kind(f"one or a list of {', '.join(known)}", read)
-
-
-def _backends() -> Kind:
-    from torch.distributed import Backend
-
-    return _choice(*(name for name in Backend.backend_list if name != "undefined"))
-
-
-#: Settings that are passed to Trainer, and their valid values; a function makes those that transformers lists.
-PASSED: dict[str, Kind | Callable[[], Kind]] = {
-    "lr_scheduler_type": _schedules,
+#: The programs that transformers can report to.
+REPORTERS = ("all", "none", *INTEGRATION_TO_CALLBACK)
+#: Settings that are passed to Trainer, and their valid values.
+PASSED: dict[str, Kind] = {
+    "lr_scheduler_type": _choice(*(name.value for name in SchedulerType if name.value not in BY_SCORE)),
     "lr_scheduler_kwargs": MAPPING,
-    "optim": _optimisers,
+    "optim": _choice(*(name.value for name in OptimizerNames)),
     "optim_args": OPTIM_ARGS,
     "optim_target_modules": TEXTS,
     "adam_beta1": BELOW_1,
@@ -236,7 +219,7 @@ PASSED: dict[str, Kind | Callable[[], Kind]] = {
     "log_level": LOG_LEVEL,
     "log_level_replica": LOG_LEVEL,
     "disable_tqdm": TRUTH,
-    "report_to": _reporters,
+    "report_to": Kind(f"one or a list of {', '.join(REPORTERS)}", _reporters),
     "run_name": TEXT,
     "project": TEXT,
     "trackio_space_id": TEXT,
@@ -253,7 +236,7 @@ PASSED: dict[str, Kind | Callable[[], Kind]] = {
     "ddp_find_unused_parameters": TRUTH,
     "ddp_bucket_cap_mb": _whole(1, 10**6),
     "ddp_broadcast_buffers": TRUTH,
-    "ddp_backend": _backends,
+    "ddp_backend": _choice(*(name for name in Backend.backend_list if name != "undefined")),
     "ddp_timeout": _whole(1),
     "deepspeed": FILE,
     "skip_memory_metrics": TRUTH,
@@ -319,8 +302,6 @@ def read_trainer(given: Mapping[str, object], config: Run) -> dict[str, object]:
 
 def in_this_version() -> set[str]:
     """Return the names of the settings of the installed transformers' TrainingArguments."""
-    from transformers import TrainingArguments
-
     return {field.name for field in fields(TrainingArguments) if field.init}
 
 
@@ -341,7 +322,6 @@ def _read(key: object, value: object, config: Run) -> object:
         raise UserError(f"trainer: {key} changes nothing without {other}; set that too")
     _refuse_alone(key, config.trainer)
     kind = PASSED[key]
-    kind = kind if isinstance(kind, Kind) else kind()
     read = kind.read(value)
     if read is None:
         raise UserError(f"trainer: {key} cannot be {value!r}; give {kind.description}")

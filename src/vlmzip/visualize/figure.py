@@ -12,6 +12,8 @@ from vlmzip.errors import UserError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from vlmzip.visualize.plain_figure import PlainFigure
+
 
 def import_matplotlib() -> Any:
     """Return the matplotlib module. Raise `UserError` if it is not installed."""
@@ -22,21 +24,12 @@ def import_matplotlib() -> Any:
     return matplotlib
 
 
-def new_figure(width: int | float, height: int | float) -> Figure:
-    """Return an empty figure of the given size in inches that does not read `$` in text as mathematics.
-
-    Method names may contain `$`. Tick labels are excepted: matplotlib writes powers as mathematics. Raise `UserError`
-    if matplotlib is not installed.
-    """
+def new_figure(width: int | float, height: int | float) -> PlainFigure:
+    """Return an empty figure of the given size in inches. Raise `UserError` if matplotlib is not installed."""
     import_matplotlib()
-    from matplotlib.figure import Figure  # not pyplot, which opens windows and keeps global state
+    from vlmzip.visualize.plain_figure import PlainFigure  # needs matplotlib, an extra
 
-    class Plain(Figure):
-        def draw(self, renderer: Any) -> None:
-            _write_plainly(self)
-            super().draw(renderer)
-
-    return Plain(figsize=(width, height), dpi=150, layout="constrained")
+    return PlainFigure(figsize=(width, height), dpi=150, layout="constrained")
 
 
 def as_image(figure: Figure, dpi: int | None = None) -> Image.Image:
@@ -44,14 +37,3 @@ def as_image(figure: Figure, dpi: int | None = None) -> Image.Image:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi)
     return Image.open(buffer).convert("RGB")
-
-
-def _write_plainly(part: Any) -> None:
-    """Turn off mathematics in every text inside `part`, except tick labels."""
-    from matplotlib.axis import Axis
-    from matplotlib.text import Text
-
-    if isinstance(part, Text):
-        part.set_parse_math(False)
-    for inner in [part.label] if isinstance(part, Axis) else part.get_children():
-        _write_plainly(inner)

@@ -186,8 +186,6 @@ def reading(family: Family, visual: Bool[Tensor, "batch prompt"]) -> Iterator[Re
 
 def draw(rows: Sequence[Row], title: str) -> Figure:
     figure = new_figure(7, 4)
-    from matplotlib.ticker import MaxNLocator
-
     axes = figure.subplots()
     layers = [row["layer"] for row in rows]
     axes.plot(layers, [row["attention"] for row in rows], marker="o", label="attention to visual tokens")
@@ -195,7 +193,7 @@ def draw(rows: Sequence[Row], title: str) -> Figure:
     axes.plot(layers, [row["uniform"] for row in rows], color="0.5", linestyle="--", label="if it were uniform")
     axes.set(xlabel="layer of the LLM", ylabel="share of the answer's attention, %\n(95 % intervals)", title=title)
     axes.set_ylim(0, 100)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.tick_whole_numbers(axes.xaxis)
     axes.legend(frameon=False, fontsize="small")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)

@@ -141,8 +141,6 @@ def _draw_image(
 
 def draw(rows: Sequence[Row], title: str) -> Figure:
     figure = new_figure(7, 7)
-    from matplotlib.ticker import MaxNLocator
-
     above, below = figure.subplots(2, sharex=True)
     layers = [row["layer"] for row in rows]
     for number, top in enumerate(TOPS):
@@ -153,7 +151,7 @@ def draw(rows: Sequence[Row], title: str) -> Figure:
     _line(below, rows, "effective_tokens", "C3", "")
     above.set(ylabel="share of the attention, %", title=title, ylim=(0, None))
     below.set(xlabel="layer of the vision encoder, from 0", ylabel="effective number of tokens", ylim=(0, None))
-    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    figure.tick_whole_numbers(below.xaxis)
     for axes in (above, below):
         _mark_layers(axes, rows)
         axes.set_xlim(layers[0] - 0.5, layers[-1] + 0.5)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from lmms_eval.models.registry_v2 import ModelManifest
 
 
-def manifest() -> Any:
+def manifest() -> ModelManifest:
     """Return which class lmms-eval uses for the model name `vlmzip`. lmms-eval calls this when it starts."""
-    from lmms_eval.models.registry_v2 import ModelManifest
-
     return ModelManifest(model_id="vlmzip", chat_class_path="vlmzip.lab.lmms.adapter.CompressedForLmms")
