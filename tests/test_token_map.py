@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmzip.token_map import TokenMap
+from vlmzip.token_map import TokenMap, highest
 
 seeds = st.integers(0, 10**6)
 
@@ -185,3 +185,15 @@ def test_lengths_that_are_known_already_are_those_on_the_device(seed):
     assert first.lengths + second.lengths
     for m in (first.then(second), first.in_anchor_order(), first.rows(slice(1, 3))):
         assert m.lengths == m.length.tolist()
+
+
+@given(seeds)
+@settings(deadline=None, max_examples=50)
+def test_the_first_of_equal_scores_win(seed):
+    generator = torch.Generator().manual_seed(seed)
+    score = torch.randint(0, 6, (3, 20), generator=generator).float()
+    score[0, 3], score[0, 5], score[1, 7] = torch.inf, torch.nan, -torch.inf
+    for count in (0, 1, 7, 20):
+        ranking = score.nan_to_num(nan=torch.inf, posinf=torch.inf).argsort(dim=1, descending=True, stable=True)
+        expected = torch.zeros(3, 20, dtype=torch.bool).scatter(1, ranking[:, :count], True)
+        assert torch.equal(highest(score, count), expected)

@@ -172,6 +172,20 @@ class TokenMap:
             raise ValueError("every output token needs exactly one anchor among its members")
 
 
+def highest(score: Float[Tensor, "batch tokens"], count: int) -> Bool[Tensor, "batch tokens"]:
+    """Mark the `count` tokens of each row with the highest scores. Of equal scores, the first tokens win.
+
+    `torch.topk` alone breaks ties differently on different devices. A stable sort would take longer: 1.4 instead of
+    0.2 ms for 8 x 2880 scores on one CPU core.
+    """
+    if count == 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    score = score.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)  # NaN is the highest, as in topk
+    least = score.topk(count, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    above, equal = score > least, score == least
+    return above | (equal & (equal.cumsum(dim=1) <= count - above.sum(dim=1, keepdim=True)))
+
+
 def _per_group(group: Int[Tensor, "batch tokens"], value: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch g"]:
     """Sum `value` over the members of each group. The result has one column per token; unused groups are 0."""
     batch, tokens = group.shape

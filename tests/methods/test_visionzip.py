@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests.references.visionzip import visionzip as naive
-from vlmzip import Grid, UserError, VisionZip, VisualTokens, catalogue
+from vlmzip import FastV, Grid, UserError, VisionZip, VisualTokens, catalogue
 
 
 def tokens_of(batch=3, rows=6, cols=6, dim=20, key_dim=8, prefix=1, seed=0) -> VisualTokens:
@@ -115,6 +115,15 @@ def test_no_dominant_tokens_leaves_cls_out():
 def test_wrong_fields_are_refused(fields):
     with pytest.raises(UserError):
         catalogue.make(VisionZip, fields)
+
+
+@pytest.mark.parametrize("method", [VisionZip(dominant=9, contextual=0), FastV(keep=8)], ids=lambda m: m.name())
+def test_of_equally_attended_tokens_the_first_stay(method):
+    attention = torch.arange(37).div(12, rounding_mode="floor").float().expand(2, -1)
+    tokens = tokens_of(2).replace(cls_attention=attention, text_attention=attention[:, None])
+    kept = (method(tokens).group[0] >= 0).nonzero()[:, 0].tolist()
+    best = [*range(24, 31), 36]
+    assert kept == ([0, *best] if method.name() == "visionzip" else best)
 
 
 def test_memory_has_no_square_of_the_tokens():

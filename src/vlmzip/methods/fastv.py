@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from vlmzip.compressor import BudgetedCompressor
 from vlmzip.keep import Keep
-from vlmzip.token_map import TokenMap
+from vlmzip.token_map import TokenMap, highest
 from vlmzip.visual_tokens import Signal, Site, VisualTokens
 
 
@@ -17,7 +15,8 @@ class FastV(BudgetedCompressor):
     """Keep the visual tokens that the last question token attends to most in layer K-1.
 
     Chen et al., ECCV 2024 (arXiv:2403.06764), section 4. Visual tokens are ranked by attention, mean over heads. As in
-    the paper, K=2 and half of the tokens (R=50 %) remain by default, and tokens keep their positions.
+    the paper, K=2 and half of the tokens (R=50 %) remain by default, and tokens keep their positions. Of tokens with
+    equal attention, the first in raster order stay.
 
     Differences from the authors' code:
 
@@ -42,7 +41,5 @@ class FastV(BudgetedCompressor):
     """K, the first layer that sees fewer tokens, 0-based; at least 1."""
 
     def assign(self, tokens: VisualTokens) -> TokenMap:
-        score = tokens.text_attention[:, -1]
-        count = self.count(score.shape[1] - tokens.prefix)
-        top = score[:, tokens.prefix :].topk(count, dim=1, sorted=False).indices + tokens.prefix
-        return TokenMap.keep(torch.zeros_like(score, dtype=torch.bool).scatter(1, top, True))
+        score = tokens.text_attention[:, -1, tokens.prefix :]
+        return TokenMap.keep(highest(score, self.count(score.shape[1]))).after_dropping(tokens.prefix)

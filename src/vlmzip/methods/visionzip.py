@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from vlmzip.compressor import BudgetedCompressor
 from vlmzip.errors import UserError
 from vlmzip.keep import Keep, round_half_up
-from vlmzip.token_map import TokenMap
+from vlmzip.token_map import TokenMap, highest
 from vlmzip.visual_tokens import Grid, Signal, VisualTokens
 
 #: The paper's settings (54+10, 108+20, 162+30) all have 5.4 dominant tokens per contextual token.
@@ -44,8 +44,8 @@ class VisionZip(BudgetedCompressor):
     tiles, and the contextual tokens tile by tile, without newlines. The authors count tokens per view; their setting
     for 320 tokens is `VisionZip(dominant=54, contextual=10, whole_views=True)`. A `keep` is shared out over the views.
 
-    Differences from the authors' code: any batch size and `contextual=0` work. If several tokens have exactly the same
-    attention, a different one of them may be dominant.
+    Differences from the authors' code: any batch size and `contextual=0` work. Of patches with equal attention, the
+    first in raster order are dominant; the authors' choice depends on the device.
     """
 
     paper = "arXiv:2412.04467"
@@ -141,9 +141,9 @@ class VisionZip(BudgetedCompressor):
 
 def _most_attended(score: Float[Tensor, "batch tokens"], prefix: int, dominant: int) -> Tensor:
     """Mark `dominant` tokens: first the prefix (CLS), then the patches with the highest scores."""
-    top = score[:, prefix:].topk(max(dominant - prefix, 0), dim=1, sorted=False).indices + prefix
-    marked = torch.zeros_like(score, dtype=torch.bool).scatter(1, top, True)
+    marked = torch.zeros_like(score, dtype=torch.bool)
     marked[:, : min(prefix, dominant)] = True
+    marked[:, prefix:] = highest(score[:, prefix:], max(dominant - prefix, 0))
     return marked
 
 
