@@ -16,8 +16,8 @@ from vlmzip import spec
 from vlmzip.compressor_file import write_compressor
 from vlmzip.errors import UserError
 from vlmzip.models import family_of
+from vlmzip.noise import silence_pipeline
 from vlmzip.processor import Inputs
-from vlmzip.runtime import pipelines
 from vlmzip.runtime.cache import cache_name, cache_of, returned_cache, with_cache_named
 from vlmzip.runtime.call import CompressedCall, compress_call
 from vlmzip.runtime.conversation import Conversations
@@ -25,9 +25,8 @@ from vlmzip.runtime.generation import Generated, Generation
 from vlmzip.runtime.in_llm.hooks import Hooks, running
 from vlmzip.runtime.in_llm.outcome import extend, loss_behind
 from vlmzip.runtime.in_llm.state import InLLMState
-from vlmzip.runtime.last_report import last_report, publish
 from vlmzip.runtime.place import fitted, inside_the_llm, warn_if_nothing_to_do
-from vlmzip.runtime.report import Report
+from vlmzip.runtime.report import Report, last_report, publish
 from vlmzip.runtime.resample import build_resampler, resampling, write_weights
 from vlmzip.runtime.signature import names_image_inputs
 
@@ -301,4 +300,4 @@ def _under(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
-pipelines.expect(CompressedModel.__name__)
+silence_pipeline(CompressedModel.__name__)

@@ -1,17 +1,19 @@
-"""A report on the images of one call: token counts, token maps and times."""
+"""A report on the images of one call: token counts, token maps and times. Also the last report of each façade."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby, pairwise
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
@@ -235,3 +237,31 @@ def compact(counts: Iterable[int]) -> str:
     """Return the visual tokens by layer as short text: "64", or "576×2 → 64×30" for 576 in 2 layers, then 64 in 30."""
     runs = [(count, len(list(run))) for count, run in groupby(counts)]
     return str(runs[0][0]) if len(runs) == 1 else " → ".join(f"{count}×{layers}" for count, layers in runs)
+
+
+# --- the last report of each façade ----------------------------------------------------------------------------------
+
+_in_this_thread = threading.local()
+_in_any_thread: WeakKeyDictionary[nn.Module, Report] = WeakKeyDictionary()
+
+
+def publish(facade: nn.Module, report: Report) -> None:
+    """Store `report` as the last report of `facade`, in this thread and in any thread."""
+    _reports()[facade] = _in_any_thread[facade] = report
+
+
+def last_report(facade: nn.Module) -> Report:
+    """Return the last report of `facade` in this thread, or in any thread if this one has not called it.
+
+    Raise `UserError` before the first call.
+    """
+    report = _reports().get(facade) or _in_any_thread.get(facade)
+    if report is None:
+        raise UserError("there is no report yet; call the model first")
+    return report
+
+
+def _reports() -> WeakKeyDictionary[nn.Module, Report]:
+    if not hasattr(_in_this_thread, "reports"):
+        _in_this_thread.reports = WeakKeyDictionary()
+    return _in_this_thread.reports
