@@ -15,7 +15,7 @@ from vlmzip.methods import FastV, VisionZip
 from vlmzip.models import family_of
 from vlmzip.runtime.answering import Answerer
 from vlmzip.runtime.loading import Loaded, load
-from vlmzip.runtime.prompts import chat_prompt, conversation_prompt
+from vlmzip.runtime.prompt_text import chat_prompt, conversation_prompt
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.flops import kv_cache_bytes, prefill_flops
 from vlmzip.runtime.images import load_image
 from vlmzip.runtime.loading import Loaded
-from vlmzip.runtime.prompts import chat_prompt, special_tokens, unknown_words
+from vlmzip.runtime.prompt_text import chat_prompt, special_tokens, unknown_words
 from vlmzip.runtime.report import Report
 from vlmzip.runtime.saving import saved_weights
 from vlmzip.visualize.overlay import draw_tokens, stack

@@ -16,7 +16,7 @@ from vlmzip.models.family import Family
 from vlmzip.processor import InputDict, Processor
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.flops import prefill_flops
-from vlmzip.runtime.prompts import chat_prompt, special_tokens
+from vlmzip.runtime.prompt_text import chat_prompt, special_tokens
 from vlmzip.runtime.token_profile import TokenProfile
 
 

@@ -27,7 +27,7 @@ from vlmzip.models import FAMILIES
 from vlmzip.models.family import Family
 from vlmzip.noise import silence_bitsandbytes
 from vlmzip.processor import Processor
-from vlmzip.runtime.prompts import chat_prompt, special_tokens
+from vlmzip.runtime.prompt_text import chat_prompt, special_tokens
 from vlmzip.runtime.resample import FILE as RESAMPLER
 
 Source = str | os.PathLike[str]

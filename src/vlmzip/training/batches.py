@@ -19,7 +19,7 @@ from vlmzip.models.family import Family
 from vlmzip.processor import Processor
 from vlmzip.runtime.position_limit import llm_positions
 from vlmzip.runtime.prompt import PER_TOKEN
-from vlmzip.runtime.prompts import special_tokens
+from vlmzip.runtime.prompt_text import special_tokens
 from vlmzip.training.records import PLACE, BadRecord, Records, TrainingRecord, Turn
 
 #: The label that the loss ignores.

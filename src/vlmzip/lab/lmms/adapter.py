@@ -49,7 +49,7 @@ from vlmzip.processor import Processor
 from vlmzip.runtime.answering import Answer, Answerer
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.loading import load
-from vlmzip.runtime.prompts import conversation_prompt
+from vlmzip.runtime.prompt_text import conversation_prompt
 from vlmzip.runtime.report import compact
 
 

@@ -6,7 +6,7 @@ import logging
 
 from vlmzip.lab.tasks.task import Task
 from vlmzip.runtime.loading import Loaded
-from vlmzip.runtime.prompts import unknown_words
+from vlmzip.runtime.prompt_text import unknown_words
 
 log = logging.getLogger(__name__)
 
