@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from vlmzip.errors import UserError as UserError
     from vlmzip.keep import Keep as Keep
     from vlmzip.methods import *  # noqa: F403
+    from vlmzip.models.layout import Layout as Layout
     from vlmzip.resampler import Resampler as Resampler
     from vlmzip.runtime.attach import attach as attach
     from vlmzip.runtime.calibration import Calibration as Calibration
     from vlmzip.runtime.calibration import calibrate as calibrate
+    from vlmzip.runtime.compressed_inputs import CompressedInputs as CompressedInputs
     from vlmzip.runtime.facade import CompressedModel as CompressedModel
     from vlmzip.runtime.inputs import compress_inputs as compress_inputs
     from vlmzip.runtime.report import Report as Report
@@ -42,9 +44,11 @@ _NAMES = {
     "compressor": ["BudgetError", "Compressor", "Profile"],
     "errors": ["UserError"],
     "keep": ["Keep"],
+    "models.layout": ["Layout"],
     "resampler": ["Resampler"],
     "runtime.attach": ["attach"],
     "runtime.calibration": ["Calibration", "calibrate"],
+    "runtime.compressed_inputs": ["CompressedInputs"],
     "runtime.facade": ["CompressedModel"],
     "runtime.inputs": ["compress_inputs"],
     "runtime.report": ["Report"],

@@ -1,8 +1,11 @@
 """Families without code: the model is asked for its features, and answers without compression as it does alone."""
 
+import copy
+
 import pytest
 import torch
 from transformers import (
+    AttentionInterface,
     AyaVisionConfig,
     AyaVisionForConditionalGeneration,
     Gemma3Config,
@@ -13,10 +16,28 @@ from transformers import (
     Mistral3ForConditionalGeneration,
 )
 
+import vlmzip
 from tests.tiny import IMAGE_TOKEN, LLM, batch
-from vlmzip import Grid, NoCompression, Pool2d, RandomTokens, Site, UserError, VisionZip, compress_inputs
+from vlmzip import (
+    FastV,
+    Grid,
+    KMeans,
+    NoCompression,
+    Pool2d,
+    RandomTokens,
+    Signal,
+    Site,
+    UserError,
+    VisionZip,
+    compress_inputs,
+)
+from vlmzip.models import family_of
 from vlmzip.models.family import Family as ModelFamily
 from vlmzip.models.family import square_of
+from vlmzip.models.towers.tower import Tower
+from vlmzip.runtime.place import has_sliding_windows
+
+PROJECTS_EACH_TOKEN = ("InternVLForConditionalGeneration",)
 
 VIT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, patch_size=8)
 SIGLIP = dict(model_type="siglip_vision_model", **VIT, image_size=32, vision_use_head=False)
@@ -106,9 +127,88 @@ def test_fewer_tokens_change_the_answer(asked):
     assert set(family.image_inputs) == inputs.keys() & {"pixel_values", "image_sizes"}
 
 
-def test_what_the_encoder_attends_to_cannot_be_asked(asked):
+def attention_in_the_last_layer(model, inputs):
+    """Return the attention matrices that the model itself computes, caught where it computes them."""
+    matrices = {}
+
+    def catch(module, query, key, value, attention_mask, scaling, **kwargs):
+        scores = query @ key.transpose(2, 3) * scaling
+        weights = (scores if attention_mask is None else scores + attention_mask).softmax(-1)
+        matrices[module] = weights
+        return (weights @ value).transpose(1, 2), None
+
+    AttentionInterface.register("catching the last layer", catch)
+    model = copy.deepcopy(model)
+    model.set_attn_implementation({"vision_config": "catching the last layer"})
+    with torch.no_grad():
+        model.get_image_features(inputs["pixel_values"], **{k: v for k, v in inputs.items() if k == "image_sizes"})
+    return list(matrices.values())[-1].mean(1)
+
+
+@torch.no_grad()
+def test_tokens_are_scored_by_the_attention_that_the_model_computes(asked):
     model, inputs = asked
-    with pytest.raises(UserError, match=f"what the encoder of {type(model).__name__} attends to is not known yet"):
+    needs = frozenset({Signal.CLS_ATTENTION, Signal.KEYS})
+    (group,) = ModelFamily(model).encode(inputs, Site.PRE_PROJECTOR, needs).groups
+    matrix = attention_in_the_last_layer(model, inputs)
+    if len(matrix) == 1:  # one sequence of all images: each attends to itself
+        matrix = torch.stack([matrix[0, start : start + 16, start : start + 16] for start in (0, 16, 32)])
+    scores = matrix[:, 0, 1:] if matrix.shape[-1] == 17 else matrix.mean(1)  # CLS, or all patches
+    expected = scores.view(3, 2, 2, 2, 2).mean((2, 4)).flatten(1)
+    torch.testing.assert_close(group.tokens.cls_attention, expected, atol=1e-6, rtol=0)
+    assert expected.std() > 1e-3
+    assert group.tokens.keys.shape == (3, 4, 8)
+
+
+@torch.no_grad()
+def test_the_projector_gets_only_the_tokens_that_remain(asked):
+    model, inputs = asked
+    family = ModelFamily(model)
+    compress_inputs(model, inputs, VisionZip(keep=2), family=family)  # the first call asks
+    rows = []
+    handle = family.projector.register_forward_hook(lambda _m, args, out: rows.append(out.flatten(0, -2).shape[0]))
+    compress_inputs(model, inputs, VisionZip(keep=2), family=family)
+    handle.remove()
+    assert rows == [6 if family.projects_each_token else 12]
+    assert family.projects_each_token == (type(model).__name__ in PROJECTS_EACH_TOKEN)
+
+
+@pytest.mark.parametrize("compressor", [VisionZip(keep=2), KMeans(keep=2), Pool2d(factor=2), FastV(keep=2, layer=1)])
+def test_methods_answer_through_attach(asked, compressor):
+    model, inputs = asked
+    if isinstance(compressor, FastV) and has_sliding_windows(family_of(model)):
+        with pytest.raises(UserError, match="sliding-window layers"):
+            vlmzip.attach(model, compressor)
+        return
+    with vlmzip.attach(model, compressor) as compressed:
+        answer = compressed.generate(**inputs, max_new_tokens=3, do_sample=False, pad_token_id=0)
+        left = compressor.token_count(Grid(1, 2, 2))
+        assert [image.by_layer[-1] for image in compressed.report.images] == [left] * 3
+    assert answer.shape == (3, inputs["input_ids"].shape[1] + 3)
+
+
+def test_other_counts_of_placeholders_are_refused(asked):
+    """In one image too few; the sum would fit, if images were not told apart."""
+    model, inputs = asked
+    fewer = {**inputs, "input_ids": inputs["input_ids"].clone()}
+    fewer["input_ids"][0, -2] = 5
+    with pytest.raises(UserError, match=r"the prompt has 11 image placeholders, but .* makes 12 visual tokens"):
+        vlmzip.attach(model, VisionZip(keep=2))(**fewer)
+
+
+def test_an_attention_that_turns_its_queries_in_another_way_is_refused(asked, monkeypatch):
+    """The recorded queries and keys would give other scores than the model's own."""
+    model, inputs = asked
+    monkeypatch.setattr(Tower, "queries_and_keys", lambda *_: (torch.randn(3, 16, 32), torch.randn(3, 16, 32)))
+    with pytest.raises(UserError, match="is of a kind that vlmzip does not know"):
+        compress_inputs(model, inputs, VisionZip(keep=2), family=ModelFamily(model))
+
+
+def test_other_patches_of_a_token_are_refused(asked, monkeypatch):
+    model, inputs = asked
+    by_token = Tower.by_token
+    monkeypatch.setattr(Tower, "by_token", lambda *args: by_token(*args).flip(0))
+    with pytest.raises(UserError, match=r"which patches of .* make a visual token"):
         compress_inputs(model, inputs, VisionZip(keep=2), family=ModelFamily(model))
 
 

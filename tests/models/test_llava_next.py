@@ -207,6 +207,23 @@ def test_later_turns_choose_their_own_images(model):
     assert torch.equal(later["pixel_values"], inputs["pixel_values"][1:])
 
 
+@torch.no_grad()
+def test_views_of_all_images_may_come_one_after_another(model):
+    """[views, 3, height, width], as the model itself takes them: without the empty tiles that pad some images."""
+    inputs = FAMILY.batch(*ROWS)
+    joined = {**inputs, "pixel_values": FAMILY.pixels_of_views(inputs)}
+    assert torch.equal(vlmzip.attach(model, NoCompression())(**joined).logits, model(**joined).logits)
+    for method in (VisionZip(keep=10), Downsample(keep=24)):
+        padded, same = (vlmzip.compress_inputs(model, batch, method) for batch in (inputs, joined))
+        features = zip(*(out["mm_encoder_outputs"]["image"].pooler_output for out in (padded, same)), strict=True)
+        assert all(torch.equal(a, b) for a, b in features)
+    later = family_of(model).choose_images(joined, [1, 3])
+    chosen = family_of(model).choose_images(inputs, [1, 3])
+    assert len(later["pixel_values"]) == FAMILY.views(1) + FAMILY.views(3)
+    assert torch.equal(later["pixel_values"][: FAMILY.views(1)], inputs["pixel_values"][1, : FAMILY.views(1)])
+    assert torch.equal(later["image_sizes"], chosen["image_sizes"])
+
+
 def test_strategies_that_the_model_cannot_pack_are_refused(model):
     inputs = {**FAMILY.batch([1, "image"]), "vision_feature_select_strategy": "full"}
     with pytest.raises(UserError, match="cannot pack CLS"):
@@ -222,7 +239,10 @@ def test_too_small_a_budget_is_refused(model):
     ("changes", "message"),
     [
         ({"image_sizes": None}, "needs image_sizes"),
-        ({"pixel_values": torch.zeros(5, 3, 48, 48)}, r"needs pixel_values of \[images, views, 3"),
+        (
+            {"pixel_values": torch.zeros(4, 3, 48, 48)},
+            r"needs pixel_values of \[images, views, 3.*got \[4, 3, 48, 48\]",
+        ),
         ({"pixel_values": torch.zeros(1, 3, 3, 48, 48)}, "asks for 5 views of an image; pixel_values has 3"),
     ],
 )

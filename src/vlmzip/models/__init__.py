@@ -1,4 +1,4 @@
-"""The supported families of models, one per file."""
+"""The families of models, one per file. Models of other families get the default family."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ FAMILIES: tuple[type[Family], ...] = (Llava, LlavaNext, PaliGemma, Qwen25VL, Qwe
 
 
 def family_of(model: nn.Module) -> Family:
-    """Return the family object for a model. Raise `UserError` if vlmzip cannot compress the model."""
+    """Return the family object for a model; the default `Family` for a model of another family.
+
+    Raise `UserError` if vlmzip cannot compress the model.
+    """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    for cls in FAMILIES:
-        if model_type in cls.model_types:
-            family = cls(model)
-            if family.model.get_output_embeddings() is None:
-                raise UserError(f"{type(model).__name__} has no head that answers: load AutoModelForImageTextToText")
-            return family
-    supported = ", ".join(name for cls in FAMILIES for name in cls.model_types)
-    raise UserError(
-        f"vlmzip cannot compress {type(model).__name__} (model type {model_type!r}); it supports: {supported}"
-    )
+    known = next((family for family in FAMILIES if model_type in family.model_types), None)
+    if known is None and (missing := Family.missing_in(model)):
+        supported = ", ".join(name for family in FAMILIES for name in family.model_types)
+        raise UserError(
+            f"vlmzip cannot compress {type(model).__name__} (model type {model_type!r}): it has no {missing};"
+            f' "Add a family of models" in CONTRIBUTING.md tells what to do. It supports: {supported}'
+        )
+    family = Family(model) if known is None else known(model)
+    if family.model.get_output_embeddings() is None:
+        raise UserError(f"{type(model).__name__} has no head that answers: load AutoModelForImageTextToText")
+    return family

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -15,11 +17,25 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmzip.compressor import Positions, Profile
 from vlmzip.errors import UserError
+from vlmzip.models.confirm import check_tower, maps_each_token
 from vlmzip.models.layout import Encoded, Layout, Pixels, Views, numbers_by_kind
 from vlmzip.models.llm_attention import queries_and_keys
+from vlmzip.models.recording import Recording, record
+from vlmzip.models.towers import tower_of
+from vlmzip.models.towers.qwen import grids_of, sizes_of
+from vlmzip.models.towers.tower import Tower
+from vlmzip.models.towers.vit import feature_layers, image_of
 from vlmzip.processor import InputDict, Inputs
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
+#: Names of projectors in transformers' models.
+PROJECTORS = (
+    "multi_modal_projector", "connector", "aligner", "projector", "embed_vision", "language_projection", "merger",
+)  # fmt: skip
+#: Names in configs of the number of patches per side that become one token. Some give the ratio of the sides, below 1.
+MERGES = ("spatial_merge_size", "scale_factor", "downsample_factor", "downsample_ratio", "pixel_shuffle_factor")
+#: The side in pixels of a common image, for encoders that take images of any size.
+COMMON_SIDE = 448
 #: Attention implementations for which transformers builds masks that keep packed rows from attending to each other.
 MASKED_ATTENTION = ("sdpa", "eager")
 #: LLMs for which we have checked that packed rows stay apart. Others ignore packing (gpt_oss) or carry a state along.
@@ -52,21 +68,54 @@ class WithStreams(BaseModelOutputWithPooling):
     """Features to add after each of the first layers of the LLM: a list per layer, one entry per image."""
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Views that go through the vision encoder in one call of `get_image_features`."""
+
+    arguments: InputDict
+    """The arguments of `get_image_features`."""
+    grids: Sequence[Grid]
+    """The grid of each view."""
+    numbers: Sequence[int]
+    """The number of each view, counted through all views of all images."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of `get_image_features`, up to the projector if the projector maps each token by itself."""
+
+    output: Any
+    """The output of `get_image_features`; `None` if the run ended at the projector."""
+    recording: Recording
+    """The recorded attention of the vision encoder, and for some families the outputs of its layers."""
+    projector_input: Tensor | None
+    """The input of the projector; `None` if the projector does not map each token by itself."""
+
+
 class Family:
     """The interface between vlmzip and a family of vision-language models. It does not change the model.
 
-    This class suffices for compressors after the projector and inside the LLM. It takes the tokens of an image from the
-    model's own `get_image_features`. It treats each run of placeholders in the prompt as one image with one view, whose
-    grid is a square if the tokens fill one. A subclass adds what the model's public methods do not provide: features
-    before the projector and the signals that score them, images of several views, and positions with several axes.
+    This class asks the model. It runs the model's own `get_image_features` and takes from that one run the features
+    before the projector, the projected tokens, and the attention of the encoder. If the projector maps each token by
+    itself, compressors before the projector get its input, and the projector gets only the tokens that remain. Other
+    projectors join patches into tokens. Compressors "before" them get the projected tokens, with the signals of the
+    encoder.
+
+    Each run of placeholders in the prompt is one image with one view, whose grid is a square if the tokens fill one,
+    unless the inputs tell the size of the image. A subclass adds what the model's public methods do not provide: images
+    of several views, positions with several axes, and smaller images.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
     """The values of `config.model_type` that belong to the family."""
     example: ClassVar[str] = ""
     """A checkpoint of the family, shown by `vlmzip models`."""
-    sites: ClassVar[tuple[Site, ...]] = (Site.POST_PROJECTOR, Site.IN_LLM)
+    sites: ClassVar[tuple[Site, ...]] = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
     """Where compressors can act in this family."""
+    projects_each_token: bool | None = None
+    """True if the projector maps each token by itself. `None`: the first run tells."""
+    prefix: int = 0
+    """The number of tokens, such as CLS, before the grid of each view that have features as the grid's tokens have."""
     image_inputs: tuple[str, ...] = ()
     """The model inputs that describe images. The first is present if there is an image.
 
@@ -88,10 +137,28 @@ class Family:
         # Adapters such as LoRA's wrap the model. The modules inside are those that run.
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self.model: Any = inner  # a type checker does not know the attributes of each family's model
+        self.is_confirmed = type(self) is not Family
+        """True if the attention of the encoder is known to be as `tower` takes it."""
+        get_features: Any = self.model.get_image_features
+        self._feature_arguments = tuple(inspect.signature(get_features).parameters)
         if not self.image_inputs:
-            features: Any = inner.get_image_features
-            arguments = inspect.signature(features).parameters
-            self.image_inputs = tuple(name for name in arguments if name.startswith(("pixel_", "image_")))
+            self.image_inputs = tuple(n for n in self._feature_arguments if n.startswith(("pixel_", "image_")))
+
+    @staticmethod
+    def missing_in(model: nn.Module) -> str | None:
+        """Return what a model lacks for the default family, in a few words, or `None` if it has everything."""
+        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        if not callable(getattr(inner, "get_image_features", None)):
+            return "get_image_features"
+        if "mm_encoder_outputs" not in inspect.signature(inner.forward).parameters:
+            return "mm_encoder_outputs among the arguments of forward"
+        if not isinstance(getattr(inner.config, "image_token_id", None), int):
+            return "image_token_id in its config"
+        if not isinstance(getattr(inner.get_decoder(), "layers", None), nn.ModuleList):
+            return "LLM with layers that get_decoder returns"
+        if inner.get_encoder(modality="image") is inner:
+            return "vision encoder that get_encoder returns"
+        return None
 
     @property
     def placeholder_id(self) -> int:
@@ -104,11 +171,8 @@ class Family:
 
     @property
     def llm(self) -> nn.Module:
-        """The decoder, without vision encoder, projector and LM head.
-
-        Override it if it is not `model.model.language_model`.
-        """
-        llm: nn.Module = self.model.model.language_model
+        """The decoder, without vision encoder, projector and LM head. Override it if `get_decoder` returns another."""
+        llm: nn.Module = self.model.get_decoder()
         return llm
 
     @property
@@ -136,18 +200,27 @@ class Family:
 
     @property
     def vision_encoder(self) -> nn.Module:
-        """The vision encoder. Override it if it is not `model.model.vision_tower`."""
-        encoder: nn.Module = self.model.model.vision_tower
+        """The vision encoder. Override it if `get_encoder` returns another module for images."""
+        encoder: nn.Module = self.model.get_encoder(modality="image")
         return encoder
 
     @property
     def projector(self) -> nn.Module:
-        """The module that turns the encoder's features into visual tokens of the LLM.
+        """The module that turns the encoder's features into visual tokens of the LLM. It may be a part of the encoder.
 
-        Override it if it is not `model.model.multi_modal_projector`.
+        Override it if it has a name that is not in `PROJECTORS`.
         """
-        projector: nn.Module = self.model.model.multi_modal_projector
-        return projector
+        owners = (self.model.base_model, self.model, self.vision_encoder)
+        for owner in owners:
+            for name in PROJECTORS:
+                if isinstance(projector := getattr(owner, name, None), nn.Module):
+                    return projector
+        raise UserError(f"vlmzip does not know the projector of {type(self.model).__name__}")
+
+    @cached_property
+    def tower(self) -> Tower:
+        """The vision encoder with its attention."""
+        return tower_of(self.vision_encoder)
 
     @property
     def llm_config(self) -> Any:
@@ -165,14 +238,26 @@ class Family:
         masks = llm._attn_implementation in MASKED_ATTENTION and llm.model_type in LLMS_THAT_MASK_PACKED_ROWS
         return masks and not self.position_axes
 
+    @property
+    def patches_per_side(self) -> int:
+        """The number of patches per side that become one token, by the model's config."""
+        configs = (self.model.config.vision_config, self.model.config)
+        factor = next((v for name in MERGES for config in configs if (v := getattr(config, name, None))), 1)
+        return round(factor if factor >= 1 else 1 / factor)
+
     def profile(self) -> Profile:
         """Return the grid of one image at the model's own resolution and the number of layers of the LLM.
 
-        Override it if images have several views, any size, or tokens that each cover several patches.
+        Override it if images have several views.
         """
-        vision = self.model.config.vision_config
-        side = vision.image_size // vision.patch_size
-        return Profile(Grid(1, side, side), self.llm_config.num_hidden_layers, first_layer=self.first_free_layer)
+        vision, config = self.model.config.vision_config, self.model.config
+        if tokens := getattr(config, "mm_tokens_per_image", None):
+            grid = square_of(tokens)
+        else:
+            image, patch = _side(getattr(vision, "image_size", None) or COMMON_SIDE), _side(vision.patch_size)
+            side = max(image // patch // self.patches_per_side, 1)
+            grid = Grid(1, side, side)
+        return Profile(grid, self.llm_config.num_hidden_layers, first_layer=self.first_free_layer)
 
     def prompt(self, question: str, images: int) -> str:
         """Return the text of a prompt about a number of images, for checkpoints without a chat template.
@@ -185,43 +270,166 @@ class Family:
         """Return the visual tokens of all images in `inputs` at `site`, with the signals in `needs`.
 
         Features are [views, tokens, dim], one batch for each grid, where dim is `feature_width(site)`. Each view holds
-        all its tokens; `layouts` tells which of them the LLM sees. Override it to offer signals or sites before the
-        projector: this method provides projected tokens without signals, and raises `UserError` if signals are needed
-        at another site than after the projector.
+        all its tokens; `layouts` tells which of them the LLM sees. Raise `UserError` if the model does not provide a
+        signal, or if the number of placeholders is not the number of visual tokens.
         """
-        if site is not Site.POST_PROJECTOR and needs:
-            raise UserError(f"what the encoder of {type(self.model).__name__} attends to is not known yet")
-        given = {name: inputs[name] for name in self.image_inputs if inputs.get(name) is not None}
-        features = self.model.get_image_features(**given, return_dict=True).pooler_output
-        self.features_as_list = not isinstance(features, Tensor)
-        rows = torch.cat([one.flatten(0, -2) for one in features])
-        grids = [layout.views[0] for layout in self.layouts(inputs)]
-        images = rows.split([grid.size for grid in grids])
-        return Encoded(
-            [
-                Views(VisualTokens(torch.stack([images[number] for number in numbers]), grid), numbers)
-                for grid, numbers in numbers_by_kind(grids).items()
-            ]
-        )
+        passes_prefix = self.passes_prefix(inputs)
+        groups = []
+        for batch in self.batches(inputs):
+            layers = [self.scored_layer(inputs)] if needs & {Signal.CLS_ATTENTION, Signal.KEYS} else []
+            run = self.run(batch, layers)
+            values = {"features": self.features(batch, run)}
+            streams = [_flat(stream) for stream in getattr(run.output, "deepstack_features", None) or ()]
+            if site is Site.POST_PROJECTOR:
+                values["features"] = self.project(values["features"], Site.PRE_PROJECTOR)
+            self._check_count(len(values["features"]), batch)
+            for layer in layers:
+                if not self.is_confirmed:
+                    check_tower(self.model, self.tower, batch.arguments, batch.grids, layer)
+                    self.is_confirmed = True
+                values |= self.tower.signals(run.recording, layer, batch.grids, self.prefix, needs)
+            for grid, rows in numbers_by_kind(batch.grids).items():
+                by_view: dict[str, Any] = {
+                    name: self._of_views(flat, batch.grids, rows) for name, flat in values.items()
+                }
+                if Signal.PIXELS in needs:
+                    by_view["pixels"] = self._pixels(batch, rows)
+                tokens = VisualTokens(grid=grid, prefix=self.prefix, passes_prefix=passes_prefix, **by_view)
+                further = tuple(self._of_views(stream, batch.grids, rows) for stream in streams)
+                groups.append(Views(tokens, [batch.numbers[row] for row in rows], further))
+        return Encoded(groups)
 
+    def batches(self, inputs: Inputs) -> list[Batch]:
+        """Return the views of all images, in batches that `get_image_features` takes.
+
+        Override it if the views after `downsample` do not fit into one call.
+        """
+        grids = self.grids(inputs)
+        return [Batch(self.feature_arguments(inputs), grids, range(len(grids)))]
+
+    def feature_arguments(self, inputs: Inputs) -> InputDict:
+        """Return the arguments of `get_image_features` in `inputs`."""
+        names = (*self._feature_arguments, "interpolate_pos_encoding")
+        return {name: inputs[name] for name in names if inputs.get(name) is not None}
+
+    def run(self, batch: Batch, layers: Iterable[int]) -> Run:
+        """Run `get_image_features`, and record the attention of these layers of the encoder.
+
+        The run ends at a projector that maps each token by itself.
+        """
+        outputs, called = self.tower.modules(layers) if layers else ({}, {})
+        trained = [self.vision_encoder]
+        if self.projects_each_token is not False:
+            called = {**called, "projector": self.projector}
+        if not self.projects_each_token:
+            trained.append(self.projector)
+        output = None
+        stop_at = "projector" if self.projects_each_token else None
+        with record(outputs, called, stop_at=stop_at) as recording, self.learning(batch, trained):
+            output = self.model.get_image_features(**batch.arguments, return_dict=True)
+        run = Run(output, recording, recording.inputs.get("projector"))
+        if output is not None:
+            self.features_as_list = not isinstance(output.pooler_output, Tensor)
+        if self.projects_each_token is None and output is not None:
+            self.projects_each_token = maps_each_token(self.projector, run.projector_input, _flat(output.pooler_output))
+        return run
+
+    def learning(self, batch: Batch, modules: Iterable[nn.Module]) -> AbstractContextManager[object]:
+        """Return a context that turns gradients off unless these modules or the pixels learn.
+
+        A frozen encoder then keeps no activations for a backward pass. This also holds under gradient checkpointing,
+        for which transformers makes the embeddings of every model require gradients.
+        """
+        pixels = batch.arguments[self.image_inputs[0]]
+        learns = pixels.requires_grad or any(p.requires_grad for module in modules for p in module.parameters())
+        return torch.set_grad_enabled(learns and torch.is_grad_enabled())
+
+    def features(self, batch: Batch, run: Run) -> Float[Tensor, "tokens dim"]:
+        """Return the features of all tokens of all views at the site before the projector."""
+        if self.projects_each_token and run.projector_input is not None:
+            features: Tensor = run.projector_input.flatten(0, -2)
+            return features
+        projected: Tensor = _flat(run.output.pooler_output)
+        return projected
+
+    def _check_count(self, tokens: int, batch: Batch) -> None:
+        """Raise `UserError` if the encoder returned another number of tokens than the layouts have."""
+        expected = sum(self.prefix + grid.size for grid in batch.grids)
+        if tokens != expected:
+            raise UserError(
+                f"the prompt has {expected} image placeholders, but {type(self.model).__name__} makes {tokens} visual"
+                " tokens of its images; use the model's own processor"
+            )
+
+    def _of_views(self, values: Tensor, grids: Sequence[Grid], rows: Sequence[int]) -> Tensor:
+        """Return [views, tokens, ...] for the views in `rows`, from values of all tokens of all views."""
+        sizes = [self.prefix + grid.size for grid in grids]
+        if len(rows) == len(grids):  # all views have one grid
+            whole: Tensor = values.unflatten(0, (len(rows), sizes[0]))
+            return whole
+        parts = values.split(sizes)
+        return torch.stack([parts[row] for row in rows])
+
+    def _pixels(self, batch: Batch, rows: Sequence[int]) -> Tensor:
+        pixels = batch.arguments[self.image_inputs[0]]
+        if pixels.ndim != 4 or len(pixels) != len(batch.grids):
+            raise UserError("this family's inputs are patches, not images, so pixels cannot be looked at")
+        return image_of(self.model.config.vision_config, pixels[list(rows)])
+
+    def passes_prefix(self, inputs: Inputs) -> bool:
+        """Return True if the LLM gets the prefix of each view."""
+        return False
+
+    def scored_layer(self, inputs: Inputs) -> int:
+        """Return the encoder layer, 0-based, whose attention scores the tokens: the deepest that gives features."""
+        setting = self.setting(inputs, "vision_feature_layer")
+        depth = self.tower.depth
+        return depth - 1 if setting is None else max(feature_layers(setting, depth))
+
+    def setting(self, inputs: Inputs, name: str, default: Any = None) -> Any:
+        """Return a forward argument, or the config's value if there is none, as `get_image_features` does."""
+        value = inputs.get(name)
+        return getattr(self.model.config, name, default) if value is None else value
+
+    @torch.no_grad()
     def encoder_attention(self, inputs: Inputs) -> EncoderAttention:
         """Return the scores by which VisionZip ranks visual tokens, for every layer of the encoder.
 
-        The scores are [layers, tokens] for each view, in float32, from one run of the encoder. Override it if the
-        encoder's queries and keys can be recorded. This method raises `UserError`.
+        The scores are [layers, tokens] for each view, in float32, from one run of the encoder. Queries and keys of all
+        layers are in memory at once. If patches attend only inside windows, the scores of each window have the same
+        mean: they show where attention concentrates inside windows, not between them.
         """
-        raise UserError(f"{type(self).__name__} does not tell what its encoder attends to, layer by layer")
+        (batch,), layers = self.batches(inputs), range(self.tower.depth)
+        recording = self.run(batch, layers).recording
+        scores = [self.tower.scores(recording, layer, batch.grids, self.prefix) for layer in layers]
+        views = torch.stack(scores).split([self.prefix + grid.size for grid in batch.grids], dim=1)
+        cls = self.tower.has_cls(recording, batch.grids, self.prefix)
+        return EncoderAttention(
+            [view[:, self.prefix :] for view in views],
+            [self.tower.whose(layer, cls=cls) for layer in layers],
+            self.scored_layer(inputs),
+        )
 
     def layouts(self, inputs: Inputs) -> list[Layout]:
         """Return the layout of each image in `inputs`, from shapes alone, without running the encoder.
 
-        Override it if images have several views, separators, a prefix such as CLS, or grids that are not square.
+        Override it if images have several views, separators, or a prefix such as CLS.
         """
-        counts = []
-        for row in (inputs["input_ids"] == self.placeholder_id).long().cpu():
-            edges = torch.nn.functional.pad(row, (1, 1)).diff().nonzero()[:, 0].view(-1, 2)
-            counts += edges.diff(dim=1)[:, 0].tolist()
-        return Layout.of_single_views([square_of(count) for count in counts])
+        if "image_grid_thw" in self.image_inputs:
+            return Layout.of_single_views(grids_of(sizes_of(inputs), self.patches_per_side))
+        rows = (inputs["input_ids"] == self.placeholder_id).long().cpu()
+        edges = [torch.nn.functional.pad(row, (1, 1)).diff().nonzero()[:, 0].tolist() for row in rows]
+        counts = [end - start for row in edges for start, end in zip(row[::2], row[1::2], strict=True)]
+        return Layout.of_single_views(self._grids_of_sizes(inputs, sum(counts)) or [square_of(n) for n in counts])
+
+    def _grids_of_sizes(self, inputs: Inputs, placeholders: int) -> list[Grid]:
+        """Return the grids by `image_sizes`, height and width in pixels; empty if the placeholders do not fill them."""
+        if "image_sizes" not in self.image_inputs or inputs.get("image_sizes") is None:
+            return []
+        side = _side(self.model.config.vision_config.patch_size) * self.patches_per_side
+        sizes = torch.as_tensor(inputs["image_sizes"]).tolist()
+        grids = [Grid(1, height // side, width // side) for height, width in sizes]
+        return grids if sum(grid.size for grid in grids) == placeholders else []
 
     def plain_counts(self, inputs: Inputs) -> list[int]:
         """Return the number of placeholders of each image: the visual tokens that the LLM gets without compression."""
@@ -251,25 +459,33 @@ class Family:
     def choose_images(self, inputs: Inputs, chosen: list[int]) -> InputDict:
         """Return the image inputs of the images whose 0-based numbers are in `chosen`.
 
-        Override it if an image input does not have one row per image.
+        Override it if an image input has neither one row per image nor the patches of all images.
         """
-        return {name: inputs[name][chosen] for name in self.image_inputs if inputs.get(name) is not None}
+        names = [name for name in self.image_inputs if inputs.get(name) is not None]
+        if "image_grid_thw" not in names:
+            return {name: inputs[name][chosen] for name in names}
+        first, *others = names
+        patches = inputs[first].split(sizes_of(inputs).prod(-1).tolist())
+        return {first: torch.cat([patches[n] for n in chosen]), **{name: inputs[name][chosen] for name in others}}
 
     def feature_width(self, site: Site) -> int:
         """Return the number of features of a visual token at `site`.
 
         Override it if the encoder's features are wider than its hidden states, such as those of several layers.
         """
-        config = self.llm_config if site is Site.POST_PROJECTOR else self.model.config.vision_config
-        return int(config.hidden_size)
+        if site is Site.POST_PROJECTOR or not self.projects_each_token:
+            return int(self.llm_config.hidden_size)
+        return int(self.model.config.vision_config.hidden_size)
 
     def project(self, features: Float[Tensor, "tokens dim"], site: Site) -> Float[Tensor, "tokens llm_dim"]:
         """Return the inputs of the LLM, [tokens, llm_dim], for compressed tokens with their features at `site`.
 
-        `features` has the tokens of all images, one after another. Override it to offer sites before the projector.
-        This method returns the features unchanged.
+        `features` has the tokens of all images, one after another.
         """
-        return features
+        if site is Site.POST_PROJECTOR or not self.projects_each_token:
+            return features
+        projected: Tensor = self.projector(features)
+        return projected
 
     def original_positions(
         self, inputs: Inputs, mask: Int[Tensor, "batch length"]
@@ -323,3 +539,15 @@ def square_of(tokens: int) -> Grid:
     """Return the square grid of this number of tokens, or a grid of one row if the number is not a square."""
     side = math.isqrt(tokens)
     return Grid(1, side, side) if side * side == tokens else Grid(1, 1, tokens)
+
+
+def _flat(features: Tensor | Sequence[Tensor]) -> Float[Tensor, "tokens dim"]:
+    """Return the features of all images, one tensor or one per image, one after another."""
+    if isinstance(features, Tensor):
+        return features.flatten(0, -2)
+    return torch.cat([image.flatten(0, -2) for image in features])
+
+
+def _side(size: int | Sequence[int]) -> int:
+    """Return the height of a size that a config gives as one number, or as height and width."""
+    return size if isinstance(size, int) else int(size[0])

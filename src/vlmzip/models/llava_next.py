@@ -15,7 +15,7 @@ from vlmzip.compressor import Profile
 from vlmzip.errors import UserError
 from vlmzip.models.layout import SEPARATOR, Encoded, Layout, layout_of
 from vlmzip.models.llava import Llava
-from vlmzip.models.vit import resized_views
+from vlmzip.models.towers.vit import resized_views
 from vlmzip.processor import InputDict, Inputs
 from vlmzip.visual_tokens import Grid, Signal, Site
 
@@ -37,7 +37,7 @@ class LlavaNext(Llava):
         return replace(super().encode(inputs, site, needs), separator=self.model.model.image_newline)
 
     def layouts(self, inputs: Inputs) -> list[Layout]:
-        if self._passes_prefix(inputs) and self.prefix:
+        if self.passes_prefix(inputs):
             raise UserError("LLaVA-NeXT cannot pack CLS: leave vision_feature_select_strategy at 'default'")
         if inputs.get("image_sizes") is None:
             raise UserError("LLaVA-NeXT needs image_sizes, the height and width of each image: use its own processor")
@@ -47,10 +47,23 @@ class LlavaNext(Llava):
 
     def view_pixels(self, inputs: Inputs) -> list[Float[Tensor, "3 height width"]]:
         """Return the base image and the tiles of every image, without the empty tiles that pad some images."""
+        return [view for image in self._images(inputs) for view in image]
+
+    def _images(self, inputs: Inputs) -> list[list[Float[Tensor, "3 height width"]]]:
+        """Return the views of each image. Raise `UserError` if `pixel_values` does not hold those of all images."""
         counts, pixels = [len(layout.views) for layout in self.layouts(inputs)], inputs["pixel_values"]
         if isinstance(pixels, Tensor):  # not a list of views from `downsample`
             _check_pixels(pixels, counts)
-        return [view for image, count in zip(pixels, counts, strict=True) for view in image[:count]]
+            if pixels.ndim == 4:
+                pixels = pixels.split(counts)
+        return [list(image[:count]) for image, count in zip(pixels, counts, strict=True)]
+
+    def choose_images(self, inputs: Inputs, chosen: list[int]) -> InputDict:
+        images = self._images(inputs)
+        if inputs["pixel_values"].ndim == 5:
+            return super().choose_images(inputs, chosen)
+        pixels = [view for number in chosen for view in images[number]]
+        return {"pixel_values": torch.stack(pixels), "image_sizes": inputs["image_sizes"][chosen]}
 
     def downsample(self, inputs: Inputs, grids: Sequence[Grid]) -> InputDict:
         smaller = iter(resized_views(self.model.config.vision_config, self.view_pixels(inputs), grids))
@@ -74,9 +87,12 @@ class LlavaNext(Llava):
 
 def _check_pixels(pixels: Tensor, counts: Sequence[int]) -> None:
     """Raise `UserError` if `pixels` does not hold the views of every image. `counts` is the number of views of each."""
+    if pixels.ndim == 4 and len(pixels) == sum(counts):
+        return
     if pixels.ndim != 5 or len(pixels) != len(counts):
         raise UserError(
-            "LLaVA-NeXT needs pixel_values of [images, views, 3, height, width], one entry for each of image_sizes:"
+            "LLaVA-NeXT needs pixel_values of [images, views, 3, height, width], one entry for each of image_sizes,"
+            f" or of [{sum(counts)}, 3, height, width], the views of all images; got {list(pixels.shape)}:"
             " use its own processor"
         )
     if (most := max(counts)) > pixels.shape[1]:

@@ -16,22 +16,30 @@ from torch import Tensor, nn
 _recording: ContextVar[Recording | None] = ContextVar("vlmzip_recording", default=None)
 
 
+class _Stopped(Exception):
+    """A private signal that ends a recorded block."""
+
+
 @dataclass
 class Recording:
-    """The recorded outputs and keyword arguments of modules, by the names given to `record`."""
+    """The recorded outputs, first inputs and keyword arguments of modules, by the names given to `record`."""
 
-    outputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
     arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Any:
         return self.outputs[name]
 
 
 @contextmanager
-def record(modules: dict[str, nn.Module], arguments: dict[str, nn.Module] | None = None) -> Iterator[Recording]:
-    """Record the outputs of `modules` and the keyword arguments of `arguments` inside the block.
+def record(
+    modules: dict[str, nn.Module], called: dict[str, nn.Module] | None = None, *, stop_at: str | None = None
+) -> Iterator[Recording]:
+    """Record the outputs of `modules`, and the first input and the keyword arguments of `called`, inside the block.
 
-    Only this thread's calls are recorded. A later call replaces an earlier one. All hooks are removed at the end.
+    The block ends where the module of `called` with the name `stop_at` is called; that module does not run. Only this
+    thread's calls are recorded. A later call replaces an earlier one. All hooks are removed at the end.
     """
     recording = Recording()
 
@@ -42,19 +50,25 @@ def record(modules: dict[str, nn.Module], arguments: dict[str, nn.Module] | None
 
         return keep
 
-    def argument_hook(name: str) -> Callable[[nn.Module, object, Any], None]:
-        def keep(_module: nn.Module, _args: object, keywords: Any) -> None:
+    def call_hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def keep(_module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             if _recording.get() is recording:
+                recording.inputs[name] = next(iter((*args, *keywords.values())), None)
                 recording.arguments[name] = dict(keywords)
+                if name == stop_at:
+                    raise _Stopped
 
         return keep
 
     handles = [module.register_forward_hook(output_hook(name)) for name, module in modules.items()]
-    for name, module in (arguments or {}).items():
-        handles.append(module.register_forward_pre_hook(argument_hook(name), with_kwargs=True))
+    for name, module in (called or {}).items():
+        # Before the hooks of others, which may prepare a call that will not come.
+        handles.append(module.register_forward_pre_hook(call_hook(name), prepend=True, with_kwargs=True))
     token = _recording.set(recording)
     try:
         yield recording
+    except _Stopped:
+        pass  # a recording inside this block has been left, so the hook was this recording's
     finally:
         _recording.reset(token)
         for handle in handles:
@@ -79,17 +93,24 @@ def attention_received(
     heads: int,
     scale: float,
     chunk: int = 256,
+    mask: Float[Tensor, "_ _ tokens tokens"] | None = None,
 ) -> Float[Tensor, "batch tokens"]:
     """Return the attention that each token receives, mean over heads and over all attending tokens (VisionZip, A.2).
 
-    This is the score for encoders without CLS. It processes `chunk` queries at a time, so that memory grows with the
-    number of tokens and not with its square. Computed in float32.
+    This is the score for encoders without CLS. `mask` is what the encoder adds to its scores; the mean is over the
+    tokens that may attend. The function processes `chunk` queries at a time, so that memory grows with the number of
+    tokens and not with its square. Computed in float32.
     """
     queries, keys = _by_head(query.float(), heads), _by_head(key.float(), heads).transpose(2, 3)
     total = torch.zeros(key.shape[:2], device=key.device)
-    for part in queries.split(chunk, dim=2):
-        total += (part @ keys * scale).softmax(dim=-1).sum(dim=2).mean(dim=1)
-    return total / key.shape[1]
+    for start, part in enumerate(queries.split(chunk, dim=2)):
+        scores = part @ keys * scale
+        if mask is not None:
+            scores = scores + mask[:, :, start * chunk : (start + 1) * chunk]
+        total += scores.softmax(dim=-1).sum(dim=2).mean(dim=1)
+    if mask is None:
+        return total / key.shape[1]
+    return total / (mask > torch.finfo(mask.dtype).min / 2).sum(2)[:, 0].clamp(min=1)
 
 
 def attention_rows(

@@ -15,7 +15,7 @@ class VipLlava(Llava):
     example = "llava-hf/vip-llava-7b-hf"
     features_as_list = False
 
-    def _setting(self, inputs: Inputs, name: str, default: Any = None) -> Any:
+    def setting(self, inputs: Inputs, name: str, default: Any = None) -> Any:
         if name == "vision_feature_layer" and not hasattr(self.model.config, name):
             name = "vision_feature_layers"  # the name of the setting up to transformers 5.21
-        return super()._setting(inputs, name, default)
+        return super().setting(inputs, name, default)

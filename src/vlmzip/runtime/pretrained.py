@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from vlmzip.errors import UserError, reason
 from vlmzip.models import FAMILIES
@@ -84,8 +85,8 @@ def _check_family(name: str, raw: Mapping[str, object]) -> None:
     """Raise `UserError` for an unsupported family, before transformers looks for code in the checkpoint."""
     supported = [model_type for family in FAMILIES for model_type in family.model_types]
     model_type = raw.get("model_type")
-    if model_type in supported:
-        return
+    if model_type in supported or model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return  # `family_of` tells whether a model of another family has what the default family needs
     if "vision_config" not in raw:
         raise UserError(f"{name!r} is not a vision-language model: its model type is {model_type!r}")
     raise UserError(f"vlmzip does not support the model type {model_type!r} yet; it supports: {', '.join(supported)}")

@@ -19,7 +19,6 @@ from vlmzip.lab.analyses import encoder_attention
 from vlmzip.lab.analyses.encoder_attention import concentration, draw, findings, measure
 from vlmzip.lab.analyses.subject import Unsuited
 from vlmzip.models import family_of
-from vlmzip.models.family import Family as ModelFamily
 from vlmzip.models.llava import Llava
 from vlmzip.visual_tokens import Grid
 from vlmzip.visualize.attention import Map, draw_maps
@@ -138,9 +137,10 @@ def test_no_square_of_the_tokens_and_no_hook_left():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_a_family_that_does_not_tell_is_refused():
-    with pytest.raises(UserError, match="does not tell what its encoder attends to"):
-        ModelFamily.encoder_attention(family_of(tiny_llava()), {})
+def test_an_encoder_without_attention_is_refused(monkeypatch):
+    monkeypatch.setattr(Llava, "vision_encoder", torch.nn.Conv2d(3, 8, 8))
+    with pytest.raises(UserError, match="vlmzip does not know the attention of Conv2d"):
+        family_of(tiny_llava()).encoder_attention({"pixel_values": torch.zeros(1, 3, 48, 48)})
 
 
 def test_concentration_is_what_a_loop_says():
@@ -190,9 +190,9 @@ class TestStudy:
         assert measure(subject) == []
         assert not list(subject.folder.glob("*.png"))
 
-    def test_what_the_family_does_not_tell_does_not_suit_it(self, tmp_path, monkeypatch):
-        monkeypatch.delattr(Llava, "encoder_attention")
-        with pytest.raises(Unsuited, match="does not tell what its encoder attends to"):
+    def test_an_encoder_without_attention_does_not_suit_it(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(Llava, "vision_encoder", torch.nn.Conv2d(3, 8, 8))
+        with pytest.raises(Unsuited, match="vlmzip does not know the attention of Conv2d"):
             measure(make_subject(tmp_path))
 
     @pytest.mark.filterwarnings("ignore:__array__ implementation")  # PaliGemma's processor and NumPy's newest

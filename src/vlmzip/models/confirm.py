@@ -1,0 +1,114 @@
+"""Checks, by running it, that an unknown model is what the default family takes it for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vlmzip.errors import UserError
+from vlmzip.models.recording import Recording, record
+from vlmzip.models.towers.tower import Tower
+from vlmzip.processor import InputDict
+from vlmzip.visual_tokens import Grid
+
+#: Number of queries whose attention is compared.
+QUERIES = 8
+
+
+def maps_each_token(projector: nn.Module, features: Any, projected: Float[Tensor, "tokens llm_dim"]) -> bool:
+    """Return True if the projector maps each token of `features`, its recorded input, by itself to `projected`.
+
+    The projector runs on every other token and must return what the model computed from all.
+    """
+    if not isinstance(features, Tensor) or features.ndim < 2:
+        return False
+    features = features.flatten(0, -2)
+    if len(features) != len(projected) or len(features) < 2:
+        return False
+    some = slice(1, None, 2)
+    try:
+        with torch.no_grad():
+            alone = projector(features[some])
+    except Exception:  # the projector takes whole images or further arguments
+        return False
+    return isinstance(alone, Tensor) and _are_close(alone, projected[some])
+
+
+def check_tower(model: Any, tower: Tower, arguments: InputDict, grids: Sequence[Grid], layer: int) -> None:
+    """Raise `UserError` unless queries, keys and patches of a layer are those that the model itself uses.
+
+    One run of `get_image_features` shows both. The attention computed from recorded queries and keys must be what the
+    layer computes. Behind the layer, gradients show on which patches each visual token depends.
+    """
+    attention = tower.attentions[layer]
+    outputs, called = tower.modules([layer], values=True)
+    if attention.output is not None:
+        called["after"] = attention.output
+    states: list[Tensor] = []
+
+    def cut(_module: nn.Module, _args: object, output: Any) -> Any:
+        whole = isinstance(output, Tensor)
+        states[:] = [(output if whole else output[0]).detach().requires_grad_()]
+        torch.set_grad_enabled(True)  # from here on; the context below turns it off
+        return states[0] if whole else (states[0], *output[1:])
+
+    handle = attention.layer.register_forward_hook(cut, prepend=True)  # before hooks that keep hidden states
+    try:
+        # Tensors made in inference mode take no part in gradients, but their copies do.
+        with torch.inference_mode(False), torch.no_grad(), record(outputs, called) as recording:
+            copies = {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
+            pooled = model.get_image_features(**copies, return_dict=True).pooler_output
+            features = torch.cat([image.flatten(0, -2) for image in pooled])
+            generator = torch.Generator().manual_seed(0)
+            chosen = torch.rand(len(features), generator=generator) < 0.5
+            weights = torch.randn(features.shape, generator=generator) * chosen[:, None]
+            (gradient,) = torch.autograd.grad((features * weights.to(features)).sum(), states)
+    finally:
+        handle.remove()
+    if not _computes_the_same(tower, recording, layer):
+        raise UserError(
+            f"the attention of {type(tower.encoder).__name__} is of a kind that vlmzip does not know:"
+            " choose a method that does not look at the encoder's attention"
+        )
+    touched = gradient.abs().amax(-1).gt(0).float()
+    by_token = tower.by_token(touched if touched.ndim == 2 else touched[None], grids, 0).cpu()
+    if not torch.equal(by_token, chosen.float()):
+        raise UserError(
+            f"vlmzip does not know which patches of {type(tower.encoder).__name__} make a visual token:"
+            " choose a method that does not look at the encoder's attention"
+        )
+
+
+def _computes_the_same(tower: Tower, recording: Recording, layer: int) -> bool:
+    """Return True if queries, keys, values and mask give the recorded input of the projection after the attention."""
+    attention = tower.attentions[layer]
+    if "after" not in recording.inputs:
+        return False
+    query, key = tower.queries_and_keys(recording, layer)
+    length = tower.sequences(recording, layer, key.shape[1])[0]
+    queries = min(length, QUERIES)
+    by_head = (
+        states[:, :count].float().unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+        for states, count in ((query, queries), (key, length), (tower.part(recording, layer, 2), length))
+    )
+    query, key, value = by_head
+    scores = query @ key.transpose(2, 3) * attention.scale
+    mask = tower.mask(recording, layer)
+    if mask is not None:
+        scores = scores + mask[..., :queries, :length]
+    expected = recording.inputs["after"]
+    expected = (expected if expected.ndim == 3 else expected[None])[:, :queries]
+    computed = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+    return _are_close(computed.to(expected.dtype), expected)
+
+
+def _are_close(computed: Tensor, expected: Tensor) -> bool:
+    """Return True if two results differ only by rounding."""
+    if computed.shape != expected.shape:
+        return False
+    tolerance = 32 * torch.finfo(expected.dtype).eps * expected.abs().max().item()
+    return torch.allclose(computed, expected, rtol=0, atol=tolerance)

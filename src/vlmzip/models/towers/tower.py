@@ -1,0 +1,245 @@
+"""Vision encoders: queries and keys of their attention, and the scores and keys of visual tokens made from them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vlmzip.errors import UserError
+from vlmzip.models.recording import Recording, attention_received, cls_attention_row, mean_over_heads, rotate
+from vlmzip.visual_tokens import Grid, Signal
+
+#: Names of the projections to queries, keys and values, by kind of attention. A fused projection returns all three.
+PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("qkv",))
+#: Names of the projection after the attention.
+OUTPUTS = ("out_proj", "o_proj", "proj", "projection_layer", "projection", "dense")
+#: Names of the norms that some attentions apply to queries and keys.
+NORMS = ("q_norm", "k_norm")
+#: Names of the number of heads and of the factor of the scores, on the attention or its config.
+HEADS = ("num_heads", "num_attention_heads", "n_heads")
+SCALES = ("scale", "scaling")
+#: The most tokens, such as CLS and registers, that encoders put before the patches of a view.
+MOST_LEADING = 16
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The attention of one encoder layer: the modules that give queries, keys and values, its heads, and its scale."""
+
+    layer: nn.Module
+    module: nn.Module
+    parts: tuple[nn.Module, ...]
+    """The modules whose outputs are queries, keys and values, or the fused projection."""
+    heads: int
+    head_dim: int
+    scale: float
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> Attention | None:
+        """Return the attention of a layer, or `None` if it has none of a known kind."""
+        for module in layer.modules():
+            heads = _first(module, HEADS) or _first(getattr(module, "config", None), HEADS)
+            for names in PROJECTIONS:
+                parts = [getattr(module, name, None) for name in names]
+                if not heads or not all(isinstance(part, nn.Module) for part in parts):
+                    continue
+                norms = [getattr(module, name, None) for name in NORMS]
+                if all(isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity) for norm in norms):
+                    if len(parts) == 1:
+                        return None  # the recorded output of the projection lacks the norm
+                    parts = [*norms, parts[2]]
+                width = getattr(module, "head_dim", None) or _width(module) // heads
+                modules = tuple(part for part in parts if isinstance(part, nn.Module))
+                return cls(layer, module, modules, heads, width, float(_first(module, SCALES) or width**-0.5))
+        return None
+
+    @property
+    def output(self) -> nn.Module | None:
+        """The projection after the attention."""
+        module = _first(self.module, OUTPUTS)
+        return module if isinstance(module, nn.Module) else None
+
+
+class Tower:
+    """A vision encoder of several layers with attention, which runs over views or over a sequence of all patches.
+
+    A score is the attention from CLS, or in encoders without CLS the attention received. Scores and keys of a visual
+    token are means over heads and over the square of patches that the token is made from.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        self.encoder: Any = encoder
+
+    @cached_property
+    def attentions(self) -> list[Attention]:
+        """The attention of each layer. Raise `UserError` if the layers have no attention of a known kind."""
+        lists = [module for module in self.encoder.modules() if isinstance(module, nn.ModuleList)]
+        for layers in sorted(lists, key=len, reverse=True):
+            attentions = [Attention.of(layer) for layer in layers]
+            if attentions and None not in attentions:
+                return [attention for attention in attentions if attention is not None]
+        raise UserError(
+            f"vlmzip does not know the attention of {type(self.encoder).__name__}:"
+            " choose a method that does not look at the encoder's attention"
+        )
+
+    @property
+    def depth(self) -> int:
+        """The number of layers."""
+        return len(self.attentions)
+
+    def has_cls(self, recording: Recording, grids: Sequence[Grid], prefix: int) -> bool:
+        """Return True if CLS precedes the patches of each view."""
+        return prefix > 0 or self._leading(self.queries_and_keys(recording, 0)[1].shape[:2], grids) > 0
+
+    def whose(self, layer: int, *, cls: bool) -> str:
+        """Return in a few words which tokens attend in a layer."""
+        return "CLS" if cls else "all tokens"
+
+    def modules(
+        self, layers: Iterable[int], *, values: bool = False
+    ) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+        """Return the modules for `record`: those whose outputs, and those whose arguments give queries and keys."""
+        attentions = {layer: self.attentions[layer] for layer in layers}
+        count = 3 if values else 2
+        outputs = {f"{layer}.{n}": m for layer, each in attentions.items() for n, m in enumerate(each.parts[:count])}
+        return outputs, {str(layer): attention.module for layer, attention in attentions.items()}
+
+    @torch.no_grad()
+    def signals(
+        self, recording: Recording, layer: int, grids: Sequence[Grid], prefix: int, needs: frozenset[Signal]
+    ) -> dict[str, Float[Tensor, " tokens *key_dim"]]:
+        """Return the scores and keys in `needs` for all tokens of all views, from a recorded layer.
+
+        `prefix` tokens of each view precede its grid. They are tokens of the encoder and have scores, too.
+        """
+        signals = {}
+        if Signal.CLS_ATTENTION in needs:
+            signals["cls_attention"] = self.scores(recording, layer, grids, prefix)
+        if Signal.KEYS in needs:
+            _, key = self.queries_and_keys(recording, layer)
+            keys = mean_over_heads(key, self.attentions[layer].heads)
+            signals["keys"] = self.by_token(keys, grids, prefix)
+        return signals
+
+    @torch.no_grad()
+    def scores(self, recording: Recording, layer: int, grids: Sequence[Grid], prefix: int) -> Float[Tensor, " tokens"]:
+        """Return the score of all tokens of all views, from a recorded layer."""
+        query, key = self.queries_and_keys(recording, layer)
+        attention, lengths = self.attentions[layer], self.sequences(recording, layer, key.shape[1])
+        if prefix or self._leading(key.shape[:2], grids):
+            scores = cls_attention_row(query, key, attention.heads, attention.scale)
+        elif recording.arguments[str(layer)].get("cu_seqlens") is not None:
+            # Multiply by the length of the sequence, so that windows and images of different sizes are comparable.
+            parts = zip(query.split(lengths, 1), key.split(lengths, 1), strict=True)
+            received = [attention_received(q, k, attention.heads, attention.scale) * k.shape[1] for q, k in parts]
+            scores = torch.cat(received, 1)
+        else:
+            mask = self.mask(recording, layer)
+            if mask is None and len(key) < len(grids):
+                raise UserError(
+                    f"{type(self.encoder).__name__} joins images into one sequence in a way that vlmzip does not know:"
+                    " give one image per call, or load the model with attn_implementation='sdpa'"
+                )
+            scores = attention_received(query, key, attention.heads, attention.scale, mask=mask)
+        return self.by_token(scores, grids, prefix)
+
+    def by_token(
+        self, values: Float[Tensor, "rows length *key_dim"], grids: Sequence[Grid], prefix: int
+    ) -> Float[Tensor, " tokens *key_dim"]:
+        """Return the mean of `values` over the patches of each token, for all views.
+
+        `values` has a row for each view, or one row for all patches of all views in raster order.
+        """
+        leading = 0 if prefix else self._leading(values.shape[:2], grids)
+        side = self.patches_per_side(values.shape[:2], grids, prefix)
+        patches = values[:, leading:].flatten(0, 1)
+        if side == 1:
+            return patches
+        parts = patches.split([grid.size * side**2 for grid in grids])
+        return torch.cat([self._merged(part, grid, side) for part, grid in zip(parts, grids, strict=True)])
+
+    def _merged(self, patches: Tensor, grid: Grid, side: int) -> Tensor:
+        """Return the mean over the squares of patches of one view."""
+        squares = patches.unflatten(0, (grid.frames, grid.rows, side, grid.cols, side))
+        merged: Tensor = squares.mean((2, 4)).flatten(0, 2)
+        return merged
+
+    def patches_per_side(self, shape: Sequence[int], grids: Sequence[Grid], prefix: int = 0) -> int:
+        """Return the side of the square of patches that makes a token. Raise `UserError` if it is not known."""
+        rows, length = shape
+        tokens = sum(prefix + grid.size for grid in grids)
+        patches = rows * (length - (0 if prefix else self._leading(shape, grids)))
+        side = math.isqrt(patches // tokens)
+        if side**2 * tokens != patches or (prefix and side > 1):
+            raise UserError(
+                f"vlmzip does not know which patches of {type(self.encoder).__name__} make a visual token"
+                f" ({patches} patches, {tokens} tokens): choose a method that does not look at the encoder's attention"
+            )
+        return side
+
+    def _leading(self, shape: Sequence[int], grids: Sequence[Grid]) -> int:
+        """Return the number of tokens, such as CLS, before the patches of each view."""
+        rows, length = shape
+        if rows == len(grids) and len({grid.size for grid in grids}) == 1:
+            for leading in range(min(MOST_LEADING, length)):
+                ratio, rest = divmod(length - leading, grids[0].size)
+                if not rest and math.isqrt(ratio) ** 2 == ratio:
+                    return leading
+        return 0
+
+    def queries_and_keys(
+        self, recording: Recording, layer: int
+    ) -> tuple[Float[Tensor, "rows length dim"], Float[Tensor, "rows length dim"]]:
+        """Return the queries and keys of a recorded layer, with concatenated heads, as the encoder compares them."""
+        attention = self.attentions[layer]
+        query, key = (self.part(recording, layer, number) for number in (0, 1))
+        positions = recording.arguments[str(layer)].get("position_embeddings")
+        if positions is not None:
+            cos, sin = (table.float()[..., None, :] for table in positions)
+            by_head = (states.float().unflatten(-1, (attention.heads, -1)) for states in (query, key))
+            query, key = (rotate(x, cos.expand_as(x), sin.expand_as(x)).flatten(-2) for x in by_head)
+        return query, key
+
+    def part(self, recording: Recording, layer: int, number: int) -> Float[Tensor, "rows length dim"]:
+        """Return the queries (0), keys (1) or values (2) of a recorded layer as they were projected."""
+        attention = self.attentions[layer]
+        fused = len(attention.parts) == 1
+        states: Tensor = recording[f"{layer}.0" if fused else f"{layer}.{number}"]
+        if fused:
+            states = states.chunk(3, dim=-1)[number]
+        if states.ndim == 4:  # a norm by head
+            states = (states if states.shape[2] == attention.heads else states.transpose(1, 2)).flatten(2)
+        shared = attention.heads * attention.head_dim // states.shape[-1]
+        if shared > 1:  # several query heads share a key
+            states = states.unflatten(-1, (-1, attention.head_dim)).repeat_interleave(shared, -2).flatten(-2)
+        return states if states.ndim == 3 else states[None]
+
+    def sequences(self, recording: Recording, layer: int, length: int) -> list[int]:
+        """Return the lengths of the sequences that a row of `length` tokens consists of."""
+        ends: Tensor | None = recording.arguments[str(layer)].get("cu_seqlens")
+        return [length] if ends is None else ends.diff().tolist()
+
+    def mask(self, recording: Recording, layer: int) -> Tensor | None:
+        """Return what the attention of a recorded layer adds to its scores."""
+        mask: Tensor | None = recording.arguments[str(layer)].get("attention_mask")
+        if mask is None or mask.dtype != torch.bool:
+            return mask
+        return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+
+
+def _first(owner: object, names: Sequence[str]) -> Any:
+    """Return the first attribute that is set, or `None`."""
+    return next((value for name in names if (value := getattr(owner, name, None)) is not None), None)
+
+
+def _width(module: nn.Module) -> int:
+    """Return the width of the features that an attention takes."""
+    return int(next(parameter for parameter in module.parameters() if parameter.ndim == 2).shape[-1])
