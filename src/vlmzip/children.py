@@ -55,8 +55,8 @@ def in_child(
     first.
     """
     context = multiprocessing.get_context("spawn")
-    results, ours = context.Pipe(duplex=False)
-    child = context.Process(target=_hand_over, args=(ours, run, arguments), daemon=True)
+    results, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_hand_over, args=(sender, run, arguments), daemon=True)
     before = dict(os.environ)
     os.environ.update(environment)
     try:
@@ -64,7 +64,7 @@ def in_child(
     finally:
         os.environ.clear()
         os.environ.update(before)
-    ours.close()  # the child now holds the only sending end, so `recv` raises EOFError when the child ends
+    sender.close()  # the child now holds the only sending end, so `recv` raises EOFError when the child ends
     try:
         while (received := _receive(results, child)) is not None:
             yield received[0]

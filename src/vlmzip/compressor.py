@@ -281,10 +281,10 @@ class Compressor(ABC):
 
     def _content_decides(self) -> BudgetError:
         if not isinstance(self, Calibratable):
-            return BudgetError(f"what {self.name()} keeps depends on the image")
+            return BudgetError(f"the number of tokens that {self.name()} keeps depends on the image")
         return BudgetError(
-            f"what {self.name()} keeps depends on the images; set its threshold from your images with"
-            " `vlmzip calibrate`"
+            f"the number of tokens that {self.name()} keeps depends on the images; set its threshold from your images"
+            " with `vlmzip calibrate`"
         )
 
     @classmethod
@@ -298,8 +298,8 @@ class Compressor(ABC):
 
     def to_dict(self) -> dict[str, object]:
         """Return the method's name and fields as JSON values. An outside method's name is its module and class."""
-        own = type(self).__module__.startswith("vlmzip.methods.")
-        method = self.name() if own else f"{type(self).__module__}:{type(self).__qualname__}"
+        is_shipped = type(self).__module__.startswith("vlmzip.methods.")
+        method = self.name() if is_shipped else f"{type(self).__module__}:{type(self).__qualname__}"
         return {"method": method, **{name: getattr(self, name) for name in self.field_names()}}
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> str | tuple[object, ...]:

@@ -37,10 +37,10 @@ class Processes:
     def first(self) -> bool:
         return self.rank == 0
 
-    def device(self, asked: str | None) -> str | None:
-        """Return `asked`. If it is `None`, several processes run and GPUs exist, return the GPU of this process."""
-        if asked is not None or self.count == 1 or not torch.cuda.is_available():
-            return asked
+    def device(self, name: str | None) -> str | None:
+        """Return `name`. If it is `None`, several processes run and GPUs exist, return the GPU of this process."""
+        if name is not None or self.count == 1 or not torch.cuda.is_available():
+            return name
         return f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
 
     def __enter__(self) -> Processes:
@@ -75,8 +75,8 @@ class Processes:
         distributed.broadcast_object_list(box)
         if box[1] is not None:
             raise box[1]
-        made: T = box[0]
-        return made
+        result: T = box[0]
+        return result
 
     def together(self, mine: dict[str, str]) -> dict[str, str]:
         """Wait for all processes and return their entries in one dict."""
@@ -84,4 +84,4 @@ class Processes:
             return mine
         entries: list[dict[str, str]] = [{}] * self.count
         distributed.all_gather_object(entries, mine)
-        return {key: value for one in entries for key, value in one.items()}
+        return {key: value for entry in entries for key, value in entry.items()}

@@ -74,10 +74,10 @@ def check(settings: object) -> None:
     `__post_init__` calls this. Raise `UserError` for an invalid value.
     """
     for name, kind in types_of(type(settings)).items():
-        given = getattr(settings, name)
-        value = read_value(name, given, kind)
-        if value is not given:
-            object.__setattr__(settings, name, value)
+        value = getattr(settings, name)
+        converted = read_value(name, value, kind)
+        if converted is not value:
+            object.__setattr__(settings, name, converted)
 
 
 def read_value(name: str, value: object, kind: FieldType) -> object:
@@ -277,14 +277,14 @@ def with_choices(fields: list[FieldDescription], name: str, choices: Sequence[st
 
 def _described(cls: type, docs_of: Callable[[type], dict[str, str]]) -> Iterator[FieldDescription]:
     docs: dict[str, str] = {}
-    own: list[str] = []
+    last: list[str] = []  # the fields that the class itself declares
     for owner in cls.__mro__[::-1]:
         if dataclasses.is_dataclass(owner):
             declared = docs_of(owner)
-            docs, own = with_docs(docs, declared), list(declared)
+            docs, last = with_docs(docs, declared), list(declared)
     types = types_of(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    for name in sorted(fields, key=lambda name: name not in own):
+    for name in sorted(fields, key=lambda name: name not in last):
         yield FieldDescription(name, in_words(types[name].hint), _default_of(fields[name]), docs.get(name, ""))
         if (nested := types[name].settings) is not None:
             for part in describe(nested, docs_of):

@@ -138,12 +138,12 @@ class TokenMap:
         if len(maps) == 1:
             return maps[0]
         stacked = cls(
-            torch.cat([one.group for one in maps]),
-            torch.cat([one.weight for one in maps]),
-            torch.cat([one.anchor for one in maps]),
-            torch.cat([one.length for one in maps]),
+            torch.cat([token_map.group for token_map in maps]),
+            torch.cat([token_map.weight for token_map in maps]),
+            torch.cat([token_map.anchor for token_map in maps]),
+            torch.cat([token_map.length for token_map in maps]),
         )
-        return stacked._with_lengths([length for one in maps for length in one.lengths])
+        return stacked._with_lengths([length for token_map in maps for length in token_map.lengths])
 
     def after_dropping(self, front: int) -> TokenMap:
         """Return the same map for rows with `front` more tokens at the front, all of which it drops."""

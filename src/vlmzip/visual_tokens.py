@@ -12,7 +12,7 @@ from vlmzip.errors import UserError
 from vlmzip.sites import Signal as Signal
 from vlmzip.sites import Site as Site
 
-#: Attributes without a signal of their own, and the signal that provides each.
+#: Attributes that come with a signal of another name, and that signal.
 COMES_WITH = {"query_mask": Signal.TEXT_ATTENTION, "llm_input": Signal.TEXT_FEATURES}
 
 

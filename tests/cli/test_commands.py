@@ -260,7 +260,7 @@ MISTAKES = [
     (["ask", "{image}", "w4", "--dominant", "3", "--contextual", "1", "--keep", "8"], "keep alone"),
     (["ask", "{image}", "w4", "--max-new-tokens", "0"], "at least 1"),
     (["ask", "{image}", "w4", "--max-new-tokens", "x"], "invalid int"),
-    (["ask", "{image}", "w4", "--model", "{empty}"], "no checkpoint"),
+    (["ask", "{image}", "w4", "--model", "{empty}"], "is not a checkpoint"),
     (["ask", "{image}", "w4", "--model", "./nowhere"], "no folder './nowhere'"),
     (["ask", "{image}", "w4", "--model", "{image}"], "is a file"),
     (["ask", "{image}", "w4", "--model", "{text_model}"], "not a vision-language model"),

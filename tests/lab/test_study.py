@@ -255,7 +255,7 @@ class TestGoingOn:
         known = json.loads(path.read_text())
         del known[name]
         path.write_text(json.dumps(known))
-        with pytest.raises(UserError, match=f"an earlier vlmzip: it does not say its {name}; give another --out"):
+        with pytest.raises(UserError, match=f"an earlier vlmzip: it lacks {name!r}; give another --out"):
             make_study(study.model, study.folder).configure([task], [], ["as-set"])
 
     def test_a_method_of_ones_own_whose_code_has_changed_is_refused(self, study, task, tmp_path, monkeypatch):

@@ -77,7 +77,7 @@ def without(inputs, name):
     [
         (lambda f: f.batch([1, IMAGE_TOKEN, 4]) | f.images(0, 1), "1 image placeholders, but its 1 image"),
         (lambda f: f.batch([1, 4, 5]) | f.images(0, 1), "has 0 image placeholders"),
-        (lambda f: without(f.batch(ONE), "pixel_values"), "has image placeholders, but there is no pixel_values"),
+        (lambda f: without(f.batch(ONE), "pixel_values"), "has image placeholders, but pixel_values is missing"),
         (lambda f: f.batch(ONE, ONE) | f.images(0, 1), r"image placeholders, but its 1 image\(s\) have"),
         (lambda f: f.batch(ONE) | {"attention_mask": torch.ones(1, 1, 38, 38)}, "attention_mask must be"),
         (lambda f: f.batch(ONE) | {"token_type_ids": torch.ones(38).long()}, "token_type_ids must be"),
@@ -85,7 +85,10 @@ def without(inputs, name):
         (lambda f: f.batch(ONE) | {"input_ids": f.batch(ONE)["input_ids"][0]}, r"input_ids must be a tensor \[batch"),
         (lambda f: f.batch(ONE) | {"attention_mask": torch.ones(1, 5)}, "attention_mask must be"),
         (lambda f: f.batch(ONE) | {"pixel_values": f.batch(ONE)["pixel_values"][:0]}, "pixel_values is empty"),
-        (lambda f: f.batch(ONE) | {"logits_to_keep": torch.tensor([3])}, "logits_to_keep as a tensor"),
+        (
+            lambda f: f.batch(ONE) | {"logits_to_keep": torch.tensor([3])},
+            "logits_to_keep must be a number",
+        ),
     ],
 )
 def test_inputs_that_do_not_match(family, unchanged, wrong, message):

@@ -118,7 +118,7 @@ def test_embeddings_do_not_continue_a_cache(family, compressed):
     _, cache, _, _ = first_turn(family, compressed)
     embeddings = family.model.get_input_embeddings()(torch.tensor([[8, 9]] * 2))
     for call in (compressed, compressed.generate):
-        with pytest.raises(UserError, match="is continued by input_ids"):
+        with pytest.raises(UserError, match="give input_ids to continue a filled KV cache"):
             call(inputs_embeds=embeddings, past_key_values=cache)
 
 

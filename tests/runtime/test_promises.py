@@ -153,7 +153,7 @@ def test_beams_with_extras(family, compressed, repeats, extra, record_property):
     how = {"max_new_tokens": 4, **repeats, extra: given[extra]}
     inputs = family.batch(*ROWS)
     if not family_of(family.model).features_as_list:
-        with pytest.raises(UserError, match=f"sequences a prompt do not go with .*{extra}.* in this family"):
+        with pytest.raises(UserError, match=f"sequences per prompt do not work with .*{extra}.* in this family"):
             compressed.generate(**inputs, **how)
         record_property("cell", "refused")
         return
@@ -504,7 +504,7 @@ def test_forward_after_generate(family, compressed, again):
 
 @promise("turns: beams on a cache", refused=True)
 def test_beams_on_a_cache(family, compressed):
-    with pytest.raises(UserError, match="neither filled nor continued with beams"):
+    with pytest.raises(UserError, match="beams and several sequences per prompt do not work with a KV cache"):
         compressed.generate(**family.batch(*ROWS), num_beams=2, past_key_values=DynamicCache())
 
 
@@ -512,7 +512,7 @@ def test_beams_on_a_cache(family, compressed):
 def test_own_positions_on_a_cache(family, compressed):
     cache = DynamicCache()
     out = compressed.generate(**alone(family, 0), **GREEDY, past_key_values=cache)
-    with pytest.raises(UserError, match="position_ids cannot be given with a filled cache"):
+    with pytest.raises(UserError, match="leave out position_ids with a filled KV cache"):
         compressed.generate(input_ids=out, position_ids=torch.zeros_like(out), past_key_values=cache)
 
 
@@ -520,7 +520,7 @@ def test_own_positions_on_a_cache(family, compressed):
 def test_foreign_caches(family, compressed):
     with torch.no_grad():
         cache = family.model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=True).past_key_values
-    with pytest.raises(UserError, match="what is in this KV cache is not known"):
+    with pytest.raises(UserError, match="the content of this KV cache is unknown"):
         compressed.generate(input_ids=torch.tensor([[1, 2, 3, 4]]), past_key_values=cache, **GREEDY)
     own = DynamicCache()
     one = alone(family, 0)
@@ -676,7 +676,7 @@ def test_predictions_line_up_with_the_labels(family, tmp_path):
             torch.testing.assert_close(loss, compressed(**inputs).loss, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
         compressed(**second)
-    with pytest.raises(UserError, match="not of the call that this report is about"):
+    with pytest.raises(UserError, match=r"predictions must be \[2, .*\], as in the call of this report, got"):
         compressed.report.lined_up(logits, labels.shape[1])
 
 

@@ -38,10 +38,10 @@ def cache_of(values: Mapping[str, object]) -> Any:
     Raise `UserError` if both names are given.
     """
     # Do not use `values.get`: an output of transformers 5.24 warns if it is read under the old name.
-    found = {name: value for name, value in values.items() if name in NAMES and value is not None}
-    if len(found) > 1:
+    caches = {name: value for name, value in values.items() if name in NAMES and value is not None}
+    if len(caches) > 1:
         raise UserError(f"{' and '.join(NAMES)} are two names of the KV cache: give one of them")
-    return next(iter(found.values()), None)
+    return next(iter(caches.values()), None)
 
 
 def returned_cache(out: Any) -> Any:

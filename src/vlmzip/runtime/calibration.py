@@ -122,7 +122,7 @@ def measure(
 ) -> list[MeasuredImage]:
     """Encode and measure the images: the first half of `calibrate`, which serves any number of budgets."""
     if batch < 1:
-        raise UserError(f"batch={batch}: give at least 1")
+        raise UserError(f"batch must be at least 1, got {batch}")
     family = family_of(model)
     processor = processor or _processor_of(model)
     remaining, measured = iter(images), []
@@ -134,7 +134,7 @@ def measure(
 def meet(compressor: Compressor, images: Sequence[MeasuredImage], keep: Keep) -> Calibration:
     """Set the threshold that comes nearest to the budget: the second half of `calibrate`."""
     if not images:
-        raise UserError("there is no image to calibrate on")
+        raise UserError("there is no image to calibrate on; give at least one")
     steps = _Steps(images)
     budget = sum(count_to_keep(keep, image.size) for image in images) / len(images)
     number = steps.nearest(budget)

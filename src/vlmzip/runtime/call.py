@@ -50,8 +50,8 @@ class CompressedCall:
 
         It is unknown if the call has no `input_ids`, or if `forward` starts a conversation with given `position_ids`.
         """
-        own_positions = not self.generating and self.arguments.get("position_ids") is not None
-        return self.later_turn is not None or (self.arguments.get("input_ids") is not None and not own_positions)
+        has_positions = not self.generating and self.arguments.get("position_ids") is not None
+        return self.later_turn is not None or (self.arguments.get("input_ids") is not None and not has_positions)
 
     def cache_state(self) -> CacheState:
         """Return the state of a cache after the model has processed the prompt.
@@ -106,8 +106,8 @@ def compress_call(
 def _refuse(arguments: Inputs, before: CacheState | None) -> None:
     """Raise `UserError` for arguments that do not work with a compressed prompt or a filled cache."""
     if before is not None and arguments.get("input_ids") is None:
-        raise UserError("a filled KV cache is continued by input_ids: embeddings do not tell what was said")
+        raise UserError("give input_ids to continue a filled KV cache; embeddings do not show the conversation so far")
     if isinstance(arguments.get("logits_to_keep"), Tensor):
-        raise UserError("logits_to_keep as a tensor names tokens of the uncompressed prompt: give a number")
+        raise UserError("logits_to_keep must be a number, got a tensor, which indexes the uncompressed prompt")
     if before is not None and arguments.get("position_ids") is not None:
-        raise UserError("position_ids cannot be given with a filled cache: this model counts positions itself")
+        raise UserError("leave out position_ids with a filled KV cache; vlmzip counts the positions of later turns")

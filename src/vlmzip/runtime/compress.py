@@ -209,14 +209,14 @@ def _decide(layouts: Sequence[Layout], encoded: Encoded, compressor: Compressor 
     maps: dict[int, ViewMap] = {}
     for group in encoded.groups:
         for share, rows in numbers_by_kind(shares[number] for number in group.numbers).items():
-            some = group if len(rows) == len(group.numbers) else group.rows(rows)
-            token_map = share(some.tokens)
+            views = group if len(rows) == len(group.numbers) else group.rows(rows)
+            token_map = share(views.tokens)
             if compressor is not None and 0 in token_map.lengths:
                 raise UserError(f"{compressor.name()} left no token of an image; it must keep at least one")
-            outputs = [token_map.apply(x) for x in (some.tokens.features, *some.streams)]
+            outputs = [token_map.apply(x) for x in (views.tokens.features, *views.streams)]
             together = ViewMaps(token_map, token_map.anchor_index().cpu(), tuple(outputs))
-            seen = some.tokens.features.detach().unbind()
-            for row, number in enumerate(some.numbers):
+            seen = views.tokens.features.detach().unbind()
+            for row, number in enumerate(views.numbers):
                 maps[number] = ViewMap(together, row, seen[row])
     return maps
 
@@ -229,7 +229,7 @@ def without_padding(
         return layouts, encoded
     unpadded = {layout: layout.unpadded() for layout in dict.fromkeys(layouts)}
     both = [unpadded[layout] for layout in layouts]
-    windows = [window for _, own in both for window in own]
+    windows = [window for _, of_image in both for window in of_image]
     grids = [grid for layout in layouts for grid in layout.views]
     new_number, numbers = 0, []
     for window in windows:
@@ -240,13 +240,13 @@ def without_padding(
         for window, rows in numbers_by_kind(windows[number] for number in group.numbers).items():
             if window is None:
                 continue
-            some = group.rows(rows)
-            tokens = window.tokens(grids[some.numbers[0]], some.tokens.prefix).to(some.tokens.features.device)
+            views = group.rows(rows)
+            tokens = window.tokens(grids[views.numbers[0]], views.tokens.prefix).to(views.tokens.features.device)
             groups.append(
                 Views(
-                    some.tokens.window(window.rows, window.cols),
-                    [new for number in some.numbers if (new := numbers[number]) is not None],
-                    tuple(stream[:, tokens] for stream in some.streams),
+                    views.tokens.window(window.rows, window.cols),
+                    [new for number in views.numbers if (new := numbers[number]) is not None],
+                    tuple(stream[:, tokens] for stream in views.streams),
                 )
             )
     return [layout for layout, _ in both], Encoded(groups, encoded.separator)

@@ -81,9 +81,9 @@ class Conversations:
         seen = self._seen.get(cache)
         if seen is None:
             raise UserError(
-                "what is in this KV cache is not known: another model or compressor filled it, or a call with"
-                " inputs_embeds or position_ids of your own, or it is a copy (deepcopy, pickle); start with an empty"
-                " cache and the whole conversation"
+                "the content of this KV cache is unknown: another model or compressor filled it, or a call with"
+                " inputs_embeds or position_ids, or it is a copy (deepcopy, pickle); start with an empty cache and the"
+                " whole conversation"
             )
         short = seen.source.shape[1]
         if length not in (short, short - 1):  # the model has not processed the last generated token yet
@@ -266,16 +266,17 @@ def _new_images(
     whole: bool,
 ) -> InputDict:
     """Return the inputs of the images in the new part; `inputs` has all images of the conversation or only these."""
-    wanted = int((new_ids == family.placeholder_id).sum())
+    placeholders = int((new_ids == family.placeholder_id).sum())
     if inputs.get(family.image_inputs[0]) is None:
         return {}
     counts = family.plain_counts(inputs)
     conversation = torch.cat([seen.ids, new_ids], 1)
-    if sum(counts) == int((conversation == family.placeholder_id).sum()) and (whole or wanted):
-        return _later_images(family, inputs, conversation, counts, seen.images) if wanted else {}
-    if sum(counts) != wanted:
+    if sum(counts) == int((conversation == family.placeholder_id).sum()) and (whole or placeholders):
+        return _later_images(family, inputs, conversation, counts, seen.images) if placeholders else {}
+    if sum(counts) != placeholders:
         raise UserError(
-            f"the new part of the prompt has {wanted} image placeholders; its images have {sum(counts)} visual tokens"
+            f"the new part of the prompt has {placeholders} image placeholders, but its images have {sum(counts)}"
+            " visual tokens; use the model's own processor, and one <image> for each image"
         )
     return {name: inputs[name] for name in family.image_inputs if inputs.get(name) is not None}
 

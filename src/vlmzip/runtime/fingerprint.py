@@ -136,7 +136,7 @@ def of_json(content: object) -> str:
 def refuse_changed(what: str, known: Mapping[str, object], now: Mapping[str, object]) -> None:
     """Raise `UserError`, which begins with `what` and names the differences, if fingerprints are not as `known`."""
     if missing := [name for name in now if name not in known]:
-        raise UserError(f"{what}, or of an earlier vlmzip: it does not say its {missing[0]}; give another --out")
+        raise UserError(f"{what}, or of an earlier vlmzip: it lacks {missing[0]!r}; give another --out")
     changes = [f"{name} is {known[name]!r} there and {now[name]!r} here" for name in now if known[name] != now[name]]
     if changes:
         raise UserError(f"{what}: {'; '.join(changes)}; give another --out")

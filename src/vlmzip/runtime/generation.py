@@ -64,7 +64,9 @@ class Generation:
         self.repeats = self.setting("num_beams", 1) > 1 or self.setting("num_return_sequences", 1) > 1
         """True if a prompt gets several rows, for beams or for several sequences."""
         if self.repeats and self.cache is not None:
-            raise UserError("a cache can be neither filled nor continued with beams or several sequences a prompt")
+            raise UserError(
+                "beams and several sequences per prompt do not work with a KV cache; leave one of the two out"
+            )
         if self.cache is not None and self.setting("use_cache", True) is False:
             raise UserError("use_cache=False with a KV cache gives wrong answers: leave one of the two out")
         if self.arguments.get("assistant_model") is not None or self.setting("assistant_early_exit"):
@@ -134,7 +136,7 @@ class Generation:
         """Raise `UserError` for settings that do not work if layers of the cache hold different tokens."""
         for name in ("prefill_chunk_size", "prompt_lookup_num_tokens"):
             if self.setting(name):
-                raise UserError(f"{name} does not go with a compressor inside the LLM; leave it out")
+                raise UserError(f"{name} does not work with a compressor inside the LLM; leave it out")
         if self.setting("guidance_scale", 1) != 1 and self.setting("use_cache", True) is False:
             # Without a cache, calls for the answer cannot be distinguished from calls for the negative prompt.
             raise UserError("guidance_scale with a compressor inside the LLM needs use_cache=True")
@@ -186,7 +188,7 @@ class Generation:
         refused = ("return_dict_in_generate", "streamer", "prefix_allowed_tokens_fn")
         if any(self.setting(name) for name in refused):
             raise UserError(
-                f"beams and several sequences a prompt do not go with {' or '.join(refused)} in this family"
+                f"beams and several sequences per prompt do not work with {' or '.join(refused)} in this family"
             )
         prompt, inputs, images = self.arguments["input_ids"], call.inputs, call.report.images
         features = inputs["mm_encoder_outputs"]["image"].pooler_output[0] if images else None

@@ -40,17 +40,17 @@ class ImageError(UserError):
         """The reason in a few words, the same text for all errors of one kind."""
 
 
-def load_image(given: str | os.PathLike[str] | Image.Image) -> Image.Image:
+def load_image(image: str | os.PathLike[str] | Image.Image) -> Image.Image:
     """Return the image at a path, or an image that Pillow has opened, as upright RGB.
 
     Raise `ImageError` if it cannot be read as an image.
     """
-    if isinstance(given, Image.Image):
-        return _finished(given, _name_of(given))
-    if not os.fspath(given):
-        raise ImageError("the path of an image is empty")
-    name = repr(_shortened(os.fspath(given)))
-    path = Path(given)
+    if isinstance(image, Image.Image):
+        return _finished(image, _name_of(image))
+    if not os.fspath(image):
+        raise ImageError("the path of an image is empty; give an image file")
+    name = repr(_shortened(os.fspath(image)))
+    path = Path(image)
     _check_file(path, name)
     with _errors_in_one_line(name), Image.open(path) as opened:
         return _finished(opened, name)

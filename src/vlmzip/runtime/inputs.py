@@ -87,11 +87,11 @@ def compress_inputs(
     refuse_unknown_tokens(family, ids)
     if len(inputs[family.image_inputs[0]]) == 0:
         raise UserError(f"{family.image_inputs[0]} is empty; leave it out where there are no images")
-    given = inputs.get("position_ids") is not None
-    original = given or positions_of(compressor, family) == "original"
+    has_positions = inputs.get("position_ids") is not None
+    original = has_positions or positions_of(compressor, family) == "original"
     images, out.smaller = compress_images(family, inputs, compressor, watch, resampler, ascending=original)
-    found = find_placeholders(ids, family.placeholder_id, [image.report.before for image in images])
-    source = shorten(mask, found, [image.places for image in images], ascending=original)
+    places = find_placeholders(ids, family.placeholder_id, [image.report.before for image in images])
+    source = shorten(mask, places, [image.places for image in images], ascending=original)
 
     for name in family.image_inputs:
         out.pop(name, None)
@@ -101,7 +101,7 @@ def compress_inputs(
     )
     out["input_ids"] = gather(ids, source, pad_id(family))
     out["attention_mask"] = gather(mask, source, PER_TOKEN["attention_mask"])
-    if original and not given:
+    if original and not has_positions:
         out.counted = positions, _ = family.original_positions({**inputs, "input_ids": ids}, mask)
         out["position_ids"] = positions if generating else family.forward_positions(positions)
     counted = out.get("position_ids") is None
@@ -114,7 +114,7 @@ def compress_inputs(
         # Without `position_ids`, `generate` would store position offsets on the model, which could affect later calls.
         out.counted = contiguous_positions(family, out, out["attention_mask"])
         out["position_ids"] = out.counted[0]
-    reports = [replace(image.report, row=row) for image, (row, _) in zip(images, found, strict=True)]
+    reports = [replace(image.report, row=row) for image, (row, _) in zip(images, places, strict=True)]
     out.report = Report(compressor, reports, source, watch)
     goes_on = bool(inside_the_llm(compressor))
     out.spans = _spans(out["input_ids"], family.placeholder_id, images) if goes_on else []
@@ -125,10 +125,10 @@ def compress_inputs(
 
 def _spans(ids: Int[Tensor, "batch length"], placeholder_id: int, images: Sequence[CompressedImage]) -> list[Span]:
     """Return the places of the images in the shortened prompt."""
-    found = find_placeholders(ids, placeholder_id, [image.report.after for image in images])
+    places = find_placeholders(ids, placeholder_id, [image.report.after for image in images])
     return [
         Span(row, columns, image.left, len(image.report.layout.views))
-        for (row, columns), image in zip(found, images, strict=True)
+        for (row, columns), image in zip(places, images, strict=True)
     ]
 
 

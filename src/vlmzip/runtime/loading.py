@@ -97,7 +97,9 @@ def source_of(name: str) -> str:
     if is_folder(path):
         if not is_file(path / "config.json"):
             refuse_lora(path)
-            raise UserError(f"{name!r} is no checkpoint: there is no config.json in it")
+            raise UserError(
+                f"{name!r} is not a checkpoint (it has no config.json); give one that save_pretrained wrote"
+            )
     elif is_file(path):
         raise UserError(f"{name!r} is a file; a model is a checkpoint folder or a hub id")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or name.count(os.sep) > 1 or "/" not in name:

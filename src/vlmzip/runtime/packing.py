@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Int
@@ -51,7 +52,7 @@ def pack(
     compressed.report = replace(
         compressed.report, source=source.flatten()[index.clamp(min=0)].masked_fill(index < 0, -1), packed=True
     )
-    order = {row: place for place, row in enumerate(row for one in bins for row in one)}
+    order = {row: place for place, row in enumerate(row for rows in bins for row in rows)}
     by_row = sorted(zip(images, compressed.report.images, strict=True), key=lambda both: order[both[1].row])
     compressed["mm_encoder_outputs"] = family.encoder_outputs(
         [image.features for image, _ in by_row], [image.streams for image, _ in by_row]
@@ -69,7 +70,7 @@ def cheapest(lengths: Sequence[int], token_per_pair: float) -> list[list[int]]:
     """
 
     def cost(bins: list[list[int]]) -> float:
-        width = max(sum(lengths[row] for row in one) for one in bins)
+        width = max(sum(lengths[row] for row in rows) for rows in bins)
         return len(bins) * width * (1 + width * token_per_pair)
 
     apart = [[row] for row in range(len(lengths))]
@@ -81,11 +82,11 @@ def bins_of(lengths: Sequence[int], width: int) -> list[list[int]]:
     """Return the rows of each bin of `width` tokens: longest rows first, each in the first bin with enough room."""
     bins: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        room = (one for one in bins if sum(lengths[other] for other in one) + lengths[row] <= width)
-        one = next(room, None)
-        if one is None:
-            bins.append(one := [])
-        one.append(row)
+        fitting = (rows for rows in bins if sum(lengths[other] for other in rows) + lengths[row] <= width)
+        rows = next(fitting, None)
+        if rows is None:
+            bins.append(rows := [])
+        rows.append(row)
     return bins
 
 
@@ -95,9 +96,7 @@ def _places(mask: Tensor, bins: Sequence[Sequence[int]]) -> tuple[Int[Tensor, "b
     For padding the index is -1 and the position is 0.
     """
     tokens = [row.nonzero()[:, 0] + number * mask.shape[1] for number, row in enumerate(mask)]
-    joined = [torch.cat([tokens[row] for row in one]) for one in bins]
-    counted = [torch.cat([torch.arange(len(tokens[row]), device=mask.device) for row in one]) for one in bins]
-    width = max(len(one) for one in joined)
-    index = torch.stack([torch.nn.functional.pad(one, (0, width - len(one)), value=-1) for one in joined])
-    positions = torch.stack([torch.nn.functional.pad(one, (0, width - len(one)), value=0) for one in counted])
-    return index, positions
+    joined = [torch.cat([tokens[row] for row in rows]) for rows in bins]
+    counted = [torch.cat([torch.arange(len(tokens[row]), device=mask.device) for row in rows]) for rows in bins]
+    pad = partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    return pad(joined, padding_value=-1), pad(counted, padding_value=0)

@@ -70,10 +70,10 @@ def warn_beyond(
     limit, most = llm_positions(family), max(taken, default=0)
     if limit is None or most <= limit:
         return
-    told = _warned.setdefault(family.model, set())
-    if repr(compressor) in told:
+    warned = _warned.setdefault(family.model, set())
+    if repr(compressor) in warned:
         return
-    told.add(repr(compressor))
+    warned.add(repr(compressor))
     plain = compressor.changes_nothing
     before = any(stage.site is not Site.IN_LLM for stage in compressor.stages())
     advice = ["ask for a shorter answer"] if answered else []

@@ -130,8 +130,8 @@ def prompt_in(inputs: Inputs) -> tuple[Int[Tensor, "batch length"], Int[Tensor, 
     if not isinstance(ids, Tensor) or ids.ndim != 2:
         raise UserError(f"input_ids must be a tensor [batch, length]; got {getattr(ids, 'shape', type(ids).__name__)}")
     if mask is not None and mask.shape != ids.shape:
-        wanted = f"{list(ids.shape)} as input_ids"
-        raise UserError(f"attention_mask must be [batch, length] with images: {wanted}; got {list(mask.shape)}")
+        shapes = f"{list(ids.shape)} as input_ids; got {list(mask.shape)}"
+        raise UserError(f"attention_mask must be [batch, length] with images: {shapes}")
     return ids, torch.ones_like(ids) if mask is None else mask
 
 
@@ -141,7 +141,9 @@ def refuse_placeholders_without_images(family: Family, inputs: Inputs) -> None:
     if ids is None or inputs.get("mm_encoder_outputs"):
         return
     if bool((ids == family.placeholder_id).any()):
-        raise UserError(f"the prompt has image placeholders, but there is no {family.image_inputs[0]}")
+        raise UserError(
+            f"the prompt has image placeholders, but {family.image_inputs[0]} is missing; give the images, too"
+        )
     refuse_unknown_tokens(family, ids)
 
 

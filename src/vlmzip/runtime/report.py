@@ -203,7 +203,8 @@ class Report:
         if self.packed:
             raise UserError("the rows of this call were packed; leave out pack_rows to line predictions up")
         if predictions.shape[:2] != self.source.shape:
-            raise UserError("these predictions are not of the call that this report is about")
+            shapes = list(self.source.shape), list(predictions.shape[:2])
+            raise UserError(f"predictions must be {shapes[0]}, as in the call of this report, got {shapes[1]}")
         if int(self.source.max()) >= length:
             raise UserError(f"the prompt of this call had more than {length} tokens")
         after = torch.nn.functional.pad(self.source[:, 1:], (0, 1), value=-1)

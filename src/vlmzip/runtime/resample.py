@@ -53,13 +53,13 @@ def read_weights(resampler: nn.Module, folder: str | os.PathLike[str]) -> None:
     if not is_file(path):
         raise UserError(f"there is no {FILE} in {str(folder)!r}; without it the resampler would be untrained")
     try:
-        found = load_file(path)
+        weights = load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{str(path)!r} cannot be read: {error}") from None
     expected = resampler.state_dict()
-    for name in sorted(expected.keys() | found.keys()):
-        shapes = [tuple(state[name].shape) if name in state else "none" for state in (found, expected)]
+    for name in sorted(expected.keys() | weights.keys()):
+        shapes = [tuple(state[name].shape) if name in state else "none" for state in (weights, expected)]
         if shapes[0] != shapes[1]:
             raise UserError(f"{str(path)!r} does not fit compressor.json: {name} is {shapes[0]}, not {shapes[1]}")
-    places = {name: found[name].to(expected[name].device) for name in expected}
+    places = {name: weights[name].to(expected[name].device) for name in expected}
     resampler.load_state_dict(places, assign=True)

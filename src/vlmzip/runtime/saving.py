@@ -46,4 +46,4 @@ def _check_model(folder: Path) -> None:
     """Raise `UserError` for a folder without a model. A path that is not a folder may be a hub id."""
     if is_folder(folder) and not is_file(folder / "config.json"):
         refuse_lora(folder)
-        raise UserError(f"{str(folder)!r} holds no model (config.json is missing)")
+        raise UserError(f"{str(folder)!r} has no config.json; give a folder that save_pretrained wrote")

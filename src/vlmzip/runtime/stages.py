@@ -123,12 +123,12 @@ def _encode_smaller(
     grids = [grid for layout in layouts for grid in layout.views]
     shares = [share for layout in layouts for share in compressor.shared(layout.views)]
     with watch.time("selection"):
-        wanted = [share.smaller(grid) for share, grid in zip(shares, grids, strict=True)]
-    if wanted == grids:
+        targets = [share.smaller(grid) for share, grid in zip(shares, grids, strict=True)]
+    if targets == grids:
         images, separator = _encode_and_compress(family, inputs, layouts, None, watch, ascending=ascending)
         return images, separator, dict(inputs)
     with watch.time("selection"):
-        smaller = {**inputs, **family.downsample(inputs, wanted)}
+        smaller = {**inputs, **family.downsample(inputs, targets)}
     with watch.time("encoder"):
         encoded = family.encode(smaller, Site.PRE_PROJECTOR, frozenset())
     with watch.time("bookkeeping"):

@@ -67,6 +67,6 @@ class LayerCut:
             self._short["position_ids"] = ids, None if ids is None else ids.expand(len(column), -1).gather(1, column)
         arguments |= {name: short for name, (_, short) in self._short.items()}
 
-    def _changed(self, name: str, given: object) -> bool:
+    def _changed(self, name: str, value: object) -> bool:
         """Return True if an argument is not the object that was last shortened under this name."""
-        return name not in self._short or self._short[name][0] is not given
+        return name not in self._short or self._short[name][0] is not value

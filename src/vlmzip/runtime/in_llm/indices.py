@@ -63,7 +63,7 @@ def row_and_slot(
 
     `rows` has the row of each image, and `slots` has the slots of its tokens.
     """
-    counts = torch.tensor([len(some) for some in slots])
+    counts = torch.tensor([len(image_slots) for image_slots in slots])
     return torch.tensor(rows).repeat_interleave(counts).to(slots[0].device), torch.cat(list(slots))
 
 

@@ -104,6 +104,6 @@ def _refuse_part_of_another_cache(cache: Any) -> None:
         return
     if len({cache.get_seq_length(layer) for layer in range(len(cache.layers))}) > 1:
         raise UserError(
-            "a compressor inside the LLM goes on with the KV cache that it has filled, not with a copy of it:"
+            "a compressor inside the LLM can only continue the KV cache that it filled, not a copy of it:"
             " use generate without custom_generate, or a compressor before the LLM"
         )
