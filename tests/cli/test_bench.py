@@ -183,7 +183,7 @@ def test_timings_of_a_busy_machine_are_called_unreliable(device, clock, said):
 def test_how_far_it_is_is_said_without_a_terminal(capsys):
     _, out, err = run(capsys, "--methods", "pool2d,visionzip", "--keep", 9, "--json")
     first, second, third = err.splitlines()
-    assert first == "3 methods, no_compression among them: 2 rounds of each, after one to warm up"
+    assert first == "3 methods, no_compression among them: 2 rounds of each, after a warm-up round"
     assert re.fullmatch(r"warmed up; 2 rounds and the memory will take about \d+ s", second)
     assert re.fullmatch(r"measuring the memory, about \d+ s left", third)
     json.loads(out)

@@ -279,7 +279,7 @@ MISTAKES = [
     (["calibrate", "{checkpoint}/config.json", "--keep", "25%", "--model", "{checkpoint}"], "is not an image"),
     (["calibrate", "{image}", "--keep", "1", "--model", "{checkpoint}"], "it can average 4 to 36"),
     (["calibrate", "{image}", "--keep", "25%", "--method", "pool2d"], "these methods do: adaptive_visionzip, dfmr"),
-    (["calibrate", "{image}", "--keep", "25%", "--tau", "1"], "leave it out"),
+    (["calibrate", "{image}", "--keep", "25%", "--tau", "1"], "leave out --tau: calibrate sets it"),
     (["calibrate", "{image}", "--keep", "25%", "--histogram", "x.txt"], "no suffix"),
     (["calibrate", "{image}", "--keep", "25%", "--factor", "2"], "did you mean '--max-factor'"),
     (["shoe", "{image}"], "did you mean 'show'"),
@@ -363,5 +363,5 @@ def test_a_resampler_has_nothing_to_draw(capsys, checkpoint, image, tmp_path, co
     target = tmp_path / "tokens.png"
     code, out, err = run(capsys, name, image, *words, "--model", checkpoint, *QFORMER, option, str(target))
     assert (code, out) == (2, "")
-    assert err == "vlmzip: each token of qformer comes from the whole image: there is no token map to draw\n"
+    assert err == "vlmzip: qformer makes each token from the whole image, so there is no token map to draw\n"
     assert not target.exists()

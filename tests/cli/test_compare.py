@@ -156,7 +156,7 @@ class TestRowsThatCannotBe:
             run(capsys, IMAGE, QUESTION, "--methods", methods, "--sheet", sheet, "--html", page, *QUICK)
         assert ended.value.code == 1  # a defect, though the table is there
         out, err = capsys.readouterr()
-        assert "odd_methods:Broken broke; the note says how" in err
+        assert "odd_methods:Broken failed; the notes below the table say why" in err
         assert re.search(r"^odd_methods:Broken \(1\) +— ", out, re.M)
         assert re.search(r"^odd_methods:Unreachable \(2\) +— ", out, re.M)
         assert "(1) odd_methods:Broken: failed with RuntimeError: [red]boom" in out

@@ -133,7 +133,7 @@ class TestReport:
             if method == "no_compression" and record["given"] != records["pool2d(factor=2)", sample]["given"]
         }
         assert len(changed) > 2
-        assert f"pool2d at 25%: {len(changed)} of 10 answers changed, 2 of them drawn by chance" in page
+        assert f"pool2d at 25%: {len(changed)} of 10 answers changed, 2 of them chosen at random" in page
         shown = re.findall(r'<p class="answer">(.*?)</p>', page)
         assert len(shown) == 2
         assert set(shown) < {f"{before} → {after}" for before, after in changed.values()}
@@ -211,7 +211,7 @@ def test_without_matplotlib_there_is_a_table(evaluate, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     code, _, err = evaluate("--report")
     assert code == 0
-    assert "there are no curves: figures need matplotlib: pip install 'vlmzip[eval]'" in err
+    assert "no curves are drawn: figures need matplotlib: pip install 'vlmzip[eval]'" in err
     assert not list((tmp_path / "out").glob("*.svg"))
     assert (tmp_path / "out" / "report.html").exists()
 
@@ -291,7 +291,7 @@ def test_papers_numbers_stand_beside_what_was_measured(capsys, checkpoint, asked
 def test_an_unknown_paper_is_refused_before_anything_is_asked(evaluate, tmp_path):
     code, _, err = evaluate("--against", "visonzip")
     assert code == 2
-    assert err == "vlmzip: no published numbers of 'visonzip' are here; did you mean 'visionzip'?\n"
+    assert err == "vlmzip: vlmzip has no published numbers of 'visonzip'; did you mean 'visionzip'?\n"
     assert not (tmp_path / "out").exists()
 
 
@@ -300,7 +300,7 @@ def test_few_images_and_unknown_words_are_told(evaluate, capsys):
     assert code == 0
     assert "10 questions about 3 images: too few for the intervals to be trusted" in out
     assert "note: 1 of 10 questions of " in err
-    assert "'[bold]' for one" in err
+    assert "such as '[bold]'" in err
 
 
 def test_a_report_of_an_earlier_run_is_not_taken_for_this_ones(evaluate):

@@ -109,8 +109,8 @@ def test_all_go_without_one_that_does_not_suit_the_task(study, monkeypatch):
     code, out, err = study("all")
     assert (code, out.count("was run")) == (0, len(NAMES) - 1)
     unknown_word, refused = err.splitlines()
-    assert "'[bold]' for one" in unknown_word  # said once, not for each analysis
-    assert refused == "note: there is no turns: turns needs more"
+    assert "such as '[bold]'" in unknown_word  # said once, not for each analysis
+    assert refused == "note: turns is skipped: turns needs more"
     assert study("turns")[0] == 2
     suited = set()
     code, out, err = study("all")
@@ -138,7 +138,7 @@ def test_corrupt_records_end_the_command(study, tmp_path):
     code, _, err = study("all")
     assert code == 2
     assert f"{path}:1 is not a record of this run" in err
-    assert "there is no layer_stride" not in err
+    assert "layer_stride is skipped" not in err
 
 
 def test_a_full_disk_ends_the_command(study, tmp_path, monkeypatch):
@@ -177,7 +177,7 @@ def test_without_matplotlib_the_table_is_kept(study, tmp_path, monkeypatch):
     code, out, err = study("encoder_attention")
     assert code == 0
     assert "In layer 1 of 3" in out
-    said = "note: there is no figure of encoder_attention: figures need matplotlib: pip install 'vlmzip[eval]'\n"
+    said = "note: no figure of encoder_attention is drawn: figures need matplotlib: pip install 'vlmzip[eval]'\n"
     assert err.endswith(said)
     assert len(table(tmp_path / "out" / "encoder_attention.csv")) == 3
     assert not (tmp_path / "out" / "encoder_attention.png").exists()

@@ -177,7 +177,7 @@ def test_the_table_says_what_is_certain_and_what_is_not(tune, checkpoint, tmp_pa
     assert re.search(r"^pool2d\(factor=2\) +9\.0 +\d+\.\d% +12 +0\.0 +0\.0 \[0\.0, 0\.0\] +", out, re.M)
     impossible = "3 combinations of method and budget cannot run (1 of pool2d, 2 of dfmr); tune.csv says why"
     assert f"\n{impossible}\n" in out
-    assert "The estimate is within 5 points, but 6 images cannot tell: at least 20 have to confirm." in out
+    assert "The estimate is within 5 points, but 6 images are too few to confirm it; at least 20 are needed." in out
     use = f"use it: vlmzip ask IMAGE QUESTION --model {checkpoint} --method {tmp_path}/out/compressor.json"
     assert use in out
     assert spec.read(str(tmp_path / "out" / "compressor.json")) == Pool2d(factor=2)
@@ -194,7 +194,8 @@ def test_what_costs_too_much_is_one_line_and_not_in_the_table(tune):
     code, out, _ = tune("--max-tokens", "9")
     assert code == 0
     assert (
-        "\n1 candidate was not asked, being too costly (1 of visionzip); the cheapest: visionzip(keep=50%), 18 " in out
+        "\n1 candidate was not asked because of the cost (1 of visionzip); the cheapest: visionzip(keep=50%), 18 "
+        in out
     )
     assert not re.search(r"^visionzip\(keep=50%\)", out, re.M)
     assert re.search(r"kept to the end, not chosen *$", out, re.M)
@@ -218,7 +219,7 @@ def test_without_matplotlib_there_is_a_choice(tune, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     code, _, err = tune("--max-loss", "5")
     assert code == 0
-    assert "there is no curve: figures need matplotlib" in err
+    assert "no curve is drawn: figures need matplotlib" in err
     assert (tmp_path / "out" / "compressor.json").exists()
 
 

@@ -219,7 +219,7 @@ def test_an_average_meets_only_one_over_as_many_benchmarks():
 
 
 def test_an_unknown_paper_names_the_closest():
-    with pytest.raises(UserError, match="no published numbers of 'visonzip' are here; did you mean 'visionzip'"):
+    with pytest.raises(UserError, match="vlmzip has no published numbers of 'visonzip'; did you mean 'visionzip'"):
         against("visonzip", [])
 
 

@@ -260,7 +260,7 @@ def test_a_saved_compressor_is_a_setting_too(compressed, tmp_path):
         ("pretrained=mini", "--model_args needs method="),
         ("pretrained=mini,method=visionzap", "did you mean 'visionzip'"),
         ("pretrained=nowhere,method=pool2d", "there is no folder 'nowhere'"),
-        ("pretrained=mini,method=pool2d,batch_size=auto", "give a number"),
+        ("pretrained=mini,method=pool2d,batch_size=auto", "batch_size must be a number, got 'auto'"),
         ("pretrained=mini,method=pool2d,batch_size=0", "give at least 1"),
         ("pretrain=mini", "did you mean 'pretrained'"),
     ],

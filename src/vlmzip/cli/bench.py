@@ -79,7 +79,7 @@ def _unfinished(path: Path) -> Path:
 
 
 def _show(
-    found: list[Contender],
+    contenders: list[Contender],
     measurements: Table[Measurement],
     args: Namespace,
     preset: Preset,
@@ -87,8 +87,10 @@ def _show(
     path: Path | None,
 ) -> None:
     """Print the measurements and write them. Results of a run that was stopped stay in the unfinished file."""
-    doubtful = doubts(found, args, device, narrow=_number(args.scale) < _number(SMALL)) + gaps(found, args.repeats)
-    whole = len(found[0].spans) == args.repeats
+    doubtful = doubts(contenders, args, device, narrow=_number(args.scale) < _number(SMALL)) + gaps(
+        contenders, args.repeats
+    )
+    whole = len(contenders[0].spans) == args.repeats
     target = path if path is None or whole else _unfinished(path)
     try:
         if target is not None:
@@ -97,9 +99,9 @@ def _show(
             _unfinished(path).unlink(missing_ok=True)
     finally:  # print the measurements even if the disk is full
         if args.json:
-            print_json(as_json(found, measurements, doubtful, target))
+            print_json(as_json(contenders, measurements, doubtful, target))
         else:
-            print_tables(found, args, preset, device, doubtful, target)
+            print_tables(contenders, args, preset, device, doubtful, target)
 
 
 def _measure(
@@ -115,14 +117,14 @@ def _measure(
     config = make_config(preset, args.text_tokens, args.new_tokens)
     _refuse_what_cannot_run(args, config, device, dtype)
     rounds = f"{args.repeats} rounds" if args.repeats > 1 else "one round"
-    log.info(f"{len(methods) + 1} methods, {PLAIN} among them: {rounds} of each, after one to warm up")
+    log.info(f"{len(methods) + 1} methods, {PLAIN} among them: {rounds} of each, after a warm-up round")
     with console.status("making the model …") as status:
         progress = Progress(status, starting=START if device.type == "cpu" else 0)
         model = _make_model(args, config, device, dtype)
         inputs = make_inputs(preset, args.batch, args.text_tokens, device, dtype)
         family = family_of(model)
         contenders = [_set_up(name, method, args.keep, family.profile()) for name, method in methods]
-        found = bench(
+        contenders = bench(
             model,
             family,
             inputs,
@@ -134,16 +136,18 @@ def _measure(
             keeping=keep,
         )
         progress.memory()
-        recipe = (args, preset, device, dtype, [one.compressor for one in found])
+        recipe = (args, preset, device, dtype, [contender.compressor for contender in contenders])
         if device.type == "cpu":
             del model, family, inputs  # the other process makes its own model, and both may not fit
-            _measure_memory(found, recipe, keep)
+            _measure_memory(contenders, recipe, keep)
         else:
-            for one, peak in zip(found, _peaks(*recipe, model=model), strict=True):
-                one.peak_bytes = peak
+            for contender, peak in zip(contenders, _peaks(*recipe, model=model), strict=True):
+                contender.peak_bytes = peak
 
 
-def _measure_memory(found: list[Contender], recipe: tuple[Any, ...], keep: Callable[[list[Contender]], None]) -> None:
+def _measure_memory(
+    contenders: list[Contender], recipe: tuple[Any, ...], keep: Callable[[list[Contender]], None]
+) -> None:
     """Measure the memory in another process.
 
     The system may kill that process if the memory is full; the timings survive.
@@ -151,12 +155,12 @@ def _measure_memory(found: list[Contender], recipe: tuple[Any, ...], keep: Calla
     gc.collect()  # a model and its hooks refer to each other
     measured = 0
     try:
-        for one, peak in zip(found, in_frugal_process(_peaks_in_child, *recipe), strict=True):
-            one.peak_bytes, measured = peak, measured + 1
-            keep(found)
+        for contender, peak in zip(contenders, in_frugal_process(_peaks_in_child, *recipe), strict=True):
+            contender.peak_bytes, measured = peak, measured + 1
+            keep(contenders)
     except ChildFailed as error:
-        for one in found[measured:]:
-            one.without_peak = f"the memory was not measured: {error}"
+        for contender in contenders[measured:]:
+            contender.without_peak = f"the memory was not measured: {error}"
 
 
 def _make_model(args: Namespace, config: Any, device: str | torch.device, dtype: torch.dtype) -> Any:

@@ -32,21 +32,21 @@ def run(args: Namespace) -> None:
         check_target(args.histogram, paths)
     loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)
     with progress(f"measuring {len(paths)} images"):
-        found = calibrate(loaded.model, paths, compressor, args.keep, processor=loaded.processor)
-    threshold = getattr(found.compressor, _threshold(compressor))
+        calibration = calibrate(loaded.model, paths, compressor, args.keep, processor=loaded.processor)
+    threshold = getattr(calibration.compressor, _threshold(compressor))
     out: dict[str, object] = {
         "model": args.model,
-        "compressor": found.compressor.to_dict(),
+        "compressor": calibration.compressor.to_dict(),
         "keep": args.keep,
         "images": len(paths),
-        "average": found.average,
-        "reached": found.reached,
-        "by_factor": dict(sorted(Counter(found.factors).items())),
+        "average": calibration.average,
+        "reached": calibration.reached,
+        "by_factor": dict(sorted(Counter(calibration.factors).items())),
     }
     if args.histogram:
-        save_image(draw_deviations(found.deviations, threshold, compressor.name()), args.histogram, paths)
+        save_image(draw_deviations(calibration.deviations, threshold, compressor.name()), args.histogram, paths)
         out["histogram"] = str(args.histogram)
-    print_json(out) if args.json else _print(out, found, threshold, args)
+    print_json(out) if args.json else _print(out, calibration, threshold, args)
 
 
 def _compressor(args: Namespace) -> Compressor:
@@ -59,7 +59,7 @@ def _compressor(args: Namespace) -> Compressor:
         able = [name for name, cls in catalogue.available().items() if hasattr(cls, "threshold")]
         raise UserError(f"{compressor.name()} has no threshold to calibrate; these methods do: {', '.join(able)}")
     if compressor.threshold in settings(args):
-        raise UserError(f"--{compressor.threshold} is what calibrate finds: leave it out")
+        raise UserError(f"leave out --{compressor.threshold}: calibrate sets it")
     return compressor
 
 
@@ -85,17 +85,17 @@ def _images(words: list[str]) -> list[str]:
     return paths
 
 
-def _print(out: dict[str, Any], found: Calibration, threshold: float, args: Namespace) -> None:
-    name = _threshold(found.compressor)
+def _print(out: dict[str, Any], calibration: Calibration, threshold: float, args: Namespace) -> None:
+    name = _threshold(calibration.compressor)
     print(f"{name} {threshold}: {out['average']:.4g} visual tokens per image on average, {out['reached']:.1%} of all\n")
     after: dict[int, set[int]] = {}
-    for factor, count in zip(found.factors, found.after_by_view, strict=True):
+    for factor, count in zip(calibration.factors, calibration.after_by_view, strict=True):
         after.setdefault(factor, set()).add(count)
     rows = [
         [str(factor), str(views), " to ".join(str(n) for n in sorted({min(after[factor]), max(after[factor])}))]
         for factor, views in out["by_factor"].items()
     ]
-    print_table(["factor", "images" if len(found.factors) == out["images"] else "views", "visual tokens"], rows)
-    print(f'\nuse it: vlmzip ask IMAGE QUESTION --method "{spec.write(found.compressor)}"')
+    print_table(["factor", "images" if len(calibration.factors) == out["images"] else "views", "visual tokens"], rows)
+    print(f'\nuse it: vlmzip ask IMAGE QUESTION --method "{spec.write(calibration.compressor)}"')
     if "histogram" in out:
         print(f"deviations drawn in {out['histogram']}")

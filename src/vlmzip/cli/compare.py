@@ -47,30 +47,30 @@ def run(args: Namespace) -> None:
         loaded, inputs, methods, args.keep, repeats=args.repeats, max_new_tokens=args.max_new_tokens, working=progress
     )
     device, dtype = loaded.model.device, loaded.model.dtype
-    found = Comparison(rows, args.model, question, paths, args.keep, args.repeats, device, dtype)
+    comparison = Comparison(rows, args.model, question, paths, args.keep, args.repeats, device, dtype)
     try:
-        _write(found, partial(seen_images, loaded, inputs, paths), args.sheet, args.html)
+        _write(comparison, partial(seen_images, loaded, inputs, paths), args.sheet, args.html)
     finally:  # print the answers even if the disk is full; the files precede a closed pipe (`| head -5`)
-        _print(found, args)
+        _print(comparison, args)
     if broken := [row.method for row in rows if row.broke]:
-        log.info(f"{', '.join(broken)} broke; the note says how")
+        log.info(f"{', '.join(broken)} failed; the notes below the table say why")
         sys.exit(1)
 
 
-def _write(found: Comparison, seen: Seen, sheet_file: Path | None, html_file: Path | None) -> None:
+def _write(comparison: Comparison, seen: Seen, sheet_file: Path | None, html_file: Path | None) -> None:
     if sheet_file:
-        save_image(sheet(found, seen), sheet_file, found.paths)
+        save_image(sheet(comparison, seen), sheet_file, comparison.paths)
     if html_file:
-        text = page(found, seen)
+        text = page(comparison, seen)
         write_text(html_file, text)
 
 
-def _print(found: Comparison, args: Namespace) -> None:
+def _print(comparison: Comparison, args: Namespace) -> None:
     if not args.json:
-        _print_tables(found)
+        _print_tables(comparison)
         return
     files = {name: str(path) for name, path in (("sheet", args.sheet), ("html", args.html)) if path}
-    print_json(as_json(found) | files)
+    print_json(as_json(comparison) | files)
 
 
 def _check(args: Namespace, paths: list[str]) -> None:
@@ -88,27 +88,27 @@ def _check(args: Namespace, paths: list[str]) -> None:
             raise UserError(f"{str(args.html)!r} would not open in a browser; try {args.html.stem}.html")
 
 
-def _print_tables(found: Comparison) -> None:
+def _print_tables(comparison: Comparison) -> None:
     console = Console(highlight=False)
-    console.print(Text(found.title, style="bold"), Text(found.budget), "", sep="\n")
-    everything = range(len(found.table.headings))
+    console.print(Text(comparison.title, style="bold"), Text(comparison.budget), "", sep="\n")
+    everything = range(len(comparison.table.headings))
     parts = [everything] if console.width >= WIDE else [everything[:OUTCOME], [0, *everything[OUTCOME:]]]
     for columns in parts:
-        console.print(_table(found, columns), "", sep="\n")
-    for note in found.notes:
+        console.print(_table(comparison, columns), "", sep="\n")
+    for note in comparison.notes:
         console.print(Text(note))
 
 
-def _table(found: Comparison, columns: Sequence[int]) -> Table:
+def _table(comparison: Comparison, columns: Sequence[int]) -> Table:
     """Return a table of some columns. Answers may wrap; numbers never do."""
     table = Table(box=None, pad_edge=False)
     for column in columns:
-        heading = found.table.headings[column]
+        heading = comparison.table.headings[column]
         words = heading in ("method", "answer", "visual tokens")
         header = Text(heading.replace(" ", "\n"))
         table.add_column(header, justify="left" if words else "right", no_wrap=not words, overflow="fold")
-    for row in found.rows:
-        cells = found.table.texts(row)
+    for row in comparison.rows:
+        cells = comparison.table.texts(row)
         styles = {1: "yellow"} if row.differs else {}
         table.add_row(*(Text(cells[column], style=styles.get(column, "")) for column in columns))
     return table

@@ -61,11 +61,11 @@ def run(args: Namespace) -> None:
         if not processes.first:
             return
 
-        found = [(task, list(results.results(study, task, configurations, args.seed))) for task in tasks]
+        by_task = [(task, list(results.results(study, task, configurations, args.seed))) for task in tasks]
         try:
-            _write(study, found, args)
+            _write(study, by_task, args)
         finally:  # print the table even if the disk is full
-            _print(folder, args, found)
+            _print(folder, args, by_task)
     if study.failures:
         log.info(f"{len(study.failures)} configurations broke; see the notes above")
         sys.exit(1)
@@ -81,39 +81,41 @@ def _check(args: Namespace) -> None:
     suite.check(args)
 
 
-def _write(study: Study, found: list[tuple[Task, list[Result]]], args: Namespace) -> None:
+def _write(study: Study, by_task: list[tuple[Task, list[Result]]], args: Namespace) -> None:
     """Write the table as CSV, the curves and, with --report, the report."""
-    results.table([result for _, of_task in found for result in of_task]).write_csv(study.folder / "results.csv")
-    figures = [_curves(study, task, of_task) for task, of_task in found]
+    results.table([result for _, of_task in by_task for result in of_task]).write_csv(study.folder / "results.csv")
+    figures = [_curves(study, task, of_task) for task, of_task in by_task]
     if args.report:
-        _write_report(study, found, figures, args)
+        _write_report(study, by_task, figures, args)
     elif (study.folder / REPORT).exists():
         log.warning(f"{study.folder / REPORT} is from an earlier run; give --report to write it again")
 
 
-def _curves(study: Study, task: Task, found: list[Result]) -> list[Figure]:
+def _curves(study: Study, task: Task, of_task: list[Result]) -> list[Figure]:
     try:
         import_matplotlib()
     except UserError as error:
-        log.warning(f"there are no curves: {error}")
+        log.warning(f"no curves are drawn: {error}")
         return []
     figures = []
     for cost in COSTS:
         title = f"{study.name} on {task.name}, {len(task.samples):,} questions"
-        figures.append(draw_curve(found, cost, title))
+        figures.append(draw_curve(of_task, cost, title))
         save_figure(figures[-1], study.folder / f"{slug(task.name)}-{cost}.png")
     return figures
 
 
 def _write_report(
-    study: Study, found: list[tuple[Task, list[Result]]], figures: list[list[Figure]], args: Namespace
+    study: Study, by_task: list[tuple[Task, list[Result]]], figures: list[list[Figure]], args: Namespace
 ) -> None:
     chapters = []
     with progress("drawing what was dropped"):
-        for (task, of_task), curves in zip(found, figures, strict=True):
+        for (task, of_task), curves in zip(by_task, figures, strict=True):
             changed = [result for result in of_task if result.changed]
-            some = [(one, examples(study, task, of_task[0], one, args.examples, args.seed)) for one in changed]
-            chapters.append(Chapter(task, of_task, curves, some))
+            chosen = [
+                (result, examples(study, task, of_task[0], result, args.examples, args.seed)) for result in changed
+            ]
+            chapters.append(Chapter(task, of_task, curves, chosen))
     conditions = study.conditions
     facts = [f"{conditions['model']}, {conditions['dtype']}", conditions["device"], f"vlmzip {conditions['vlmzip']}"]
     facts += [f"commit {conditions['commit']}", f"torch {conditions['torch']}"]
@@ -122,15 +124,15 @@ def _write_report(
     write_text(study.folder / REPORT, text)
 
 
-def _print(folder: Path, args: Namespace, found: list[tuple[Task, list[Result]]]) -> None:
-    ran = [result for _, of_task in found for result in of_task if result.score is not None]
+def _print(folder: Path, args: Namespace, by_task: list[tuple[Task, list[Result]]]) -> None:
+    ran = [result for _, of_task in by_task for result in of_task if result.score is not None]
     beside = against(args.against, [results.measured(result, args.model) for result in ran]) if args.against else []
     if args.json:
-        rows = results.table([result for _, of_task in found for result in of_task]).as_json()
+        rows = results.table([result for _, of_task in by_task for result in of_task]).as_json()
         content = {"model": args.model, "out": str(folder), "rows": rows}
         print_json(content | ({"against": list(map(asdict, beside))} if beside else {}))
         return
-    for task, of_task in found:
+    for task, of_task in by_task:
         print(f"{task.name}: {task.about}; {task.metric.about}; {size(task)}\n")
         results.table(of_task).print()
         print("".join(f"\n{reason}" for reason in reasons(of_task)) + "\n")

@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
         return _end(" ".join(str(error).split()), 2)
     except KeyboardInterrupt:
         return _end("interrupted", 130)
-    except BrokenPipeError:  # the reader closed the pipe (`vlmzip methods | head -1`), which is no error
+    except BrokenPipeError:  # the reader closed the pipe (`vlmzip methods | head -1`), which is not an error
         _drop(sys.stdout)
     except OSError as error:
         _drop(sys.stdout)

@@ -40,6 +40,6 @@ def run(args: Namespace) -> None:
     if args.json:
         print_json({"model": args.model, "compressor": compressor.to_dict(), "images": counts, "overlay": str(out)})
         return
-    for one in counts:
-        print(f"{one['path']}: {one['before']} → {one['after']} visual tokens")
+    for image in counts:
+        print(f"{image['path']}: {image['before']} → {image['after']} visual tokens")
     print(f"tokens drawn in {out}")

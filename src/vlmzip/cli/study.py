@@ -44,7 +44,7 @@ def run(args: Namespace) -> None:
                 refused.append(error)
                 if "all" not in args.names or len(refused) == len(analyses):
                     raise
-                log.warning(f"there is no {name}: {error}")
+                log.warning(f"{name} is skipped: {error}")
                 continue
             if processes.first:
                 tables[name] = table_of(rows, _conditions(subject))
@@ -76,7 +76,7 @@ def _write(subject: Subject, name: str, table: Table[Mapping[str, Any]]) -> None
     try:
         import_matplotlib()
     except UserError as error:
-        log.warning(f"there is no figure of {name}: {error}")
+        log.warning(f"no figure of {name} is drawn: {error}")
         return
     title = f"{subject.name} on {subject.task.name}, {len(subject.task.samples):,} questions"
     save_figure(find(name).draw(table.rows, title), subject.folder / f"{name}.png")

@@ -71,8 +71,8 @@ def _train(config: Config) -> None:
 
     refuse_place(Path(config.out), "out:")
     try_out(config)
-    asked = config.evaluation
-    task = None if asked is None else read_task(asked.task, asked.limit, None)
+    evaluation = config.evaluation
+    task = None if evaluation is None else read_task(evaluation.task, evaluation.limit, None)
     loaded = load(config.model, "cpu", config.weights)  # the Trainer moves it to its device
     _set_attention(loaded.model, config.attention)
     with warnings.catch_warnings():

@@ -60,22 +60,22 @@ def _search(
     study: Study, task: Task, rows: list[Configuration], args: Namespace, processes: Processes
 ) -> SearchOutcome:
     configurations = _distinct(rows)
-    asked = TunedStudy(study, task, configurations, _cost(args), args.seed)
-    if asked.cost == "ms":
-        asked.milliseconds, asked.failures = processes.from_first(
+    tuned_study = TunedStudy(study, task, configurations, _cost(args), args.seed)
+    if tuned_study.cost == "ms":
+        tuned_study.milliseconds, tuned_study.failures = processes.from_first(
             lambda: prefill_milliseconds(study, task, configurations)
         )
     loss = None if args.max_loss is None else args.max_loss / 100
     tuning = Tuning(
-        asked,
-        asked.expected(),
-        {part: [sample.image for sample in some.samples] for part, some in asked.parts.items()},
-        Target(_most(args, asked), loss),
+        tuned_study,
+        tuned_study.expected(),
+        {part: [sample.image for sample in half.samples] for part, half in tuned_study.parts.items()},
+        Target(_most(args, tuned_study), loss),
         study.batch,
         args.seed,
-        margin=0.0 if asked.cost == "ms" else TOO_FAR,
+        margin=0.0 if tuned_study.cost == "ms" else TOO_FAR,
     )
-    return SearchOutcome(asked, tuning, tuning.run(), [row for row in rows if row.compressor is None])
+    return SearchOutcome(tuned_study, tuning, tuning.run(), [row for row in rows if row.compressor is None])
 
 
 def _distinct(rows: list[Configuration]) -> list[Configuration]:
@@ -91,13 +91,13 @@ def _cost(args: Namespace) -> Cost:
     return "ms" if args.max_prefill_ms is not None else "flops" if args.max_flops is not None else "tokens"
 
 
-def _most(args: Namespace, asked: TunedStudy) -> float | None:
+def _most(args: Namespace, tuned_study: TunedStudy) -> float | None:
     """Return the limit on the cost, in the unit of the cost.
 
     A share of the visual tokens becomes a count by the median image.
     """
     if args.max_tokens is not None:
-        return float(count_to_keep(args.max_tokens, asked.profile.size))
+        return float(count_to_keep(args.max_tokens, tuned_study.profile.size))
     return args.max_prefill_ms if args.max_flops is None else float(parse_keep(args.max_flops))
 
 

@@ -31,12 +31,12 @@ class Attacher:
             torch.manual_seed(0)
             return attach(self.model, compressor, weights=saved_weights(compressor, self.name))
 
-    def identity(self, one: Configuration) -> dict[str, str]:
+    def identity(self, configuration: Configuration) -> dict[str, str]:
         """Return the fingerprints of the code and weights of a configuration's method, on which its answers depend."""
-        if one.file_stem not in self._identities:
-            compressed = self.attach(one.chosen)
+        if configuration.file_stem not in self._identities:
+            compressed = self.attach(configuration.chosen)
             try:
-                self._identities[one.file_stem] = of_method(compressed)
+                self._identities[configuration.file_stem] = of_method(compressed)
             finally:
                 compressed.detach()
-        return self._identities[one.file_stem]
+        return self._identities[configuration.file_stem]

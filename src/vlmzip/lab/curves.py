@@ -22,16 +22,16 @@ COSTS = {
 MARKERS = "osD^vP*Xhd<>"
 
 
-def draw_curve(found: Sequence[Result], cost: str, title: str) -> Figure:
+def draw_curve(results: Sequence[Result], cost: str, title: str) -> Figure:
     """Draw one task's results. `cost` is one of `COSTS`. Raise `UserError` if matplotlib is not installed."""
     label, attribute = COSTS[cost]
-    ran = [result for result in found if result.score is not None]
+    ran = [result for result in results if result.score is not None]
     figure = new_figure(8, 5)
     axes = figure.subplots()
     for number, method in enumerate(dict.fromkeys(result.configuration.method for result in ran)):
-        mine = [result for result in ran if result.configuration.method == method]
-        mine.sort(key=lambda result: getattr(result, attribute))
-        _line(axes, mine, attribute, method, number)
+        of_method = [result for result in ran if result.configuration.method == method]
+        of_method.sort(key=lambda result: getattr(result, attribute))
+        _line(axes, of_method, attribute, method, number)
     points = [_point(result, attribute) for result in ran]
     front = [points[place] for place in pareto(points)]
     axes.plot(*zip(*front, strict=True), color="0.6", linewidth=6, alpha=0.4, zorder=0, label="Pareto front")
@@ -48,10 +48,10 @@ def save_figure(figure: Figure, path: Path) -> None:
         write_whole(path.with_suffix(suffix), lambda name: figure.savefig(name))
 
 
-def _line(axes: Any, mine: Sequence[Result], attribute: str, method: str, number: int) -> None:
+def _line(axes: Any, of_method: Sequence[Result], attribute: str, method: str, number: int) -> None:
     colour = "black" if method == PLAIN else f"C{number % 10}"
-    points = [_point(result, attribute) for result in mine]
-    errors = [[100 * gap for gap in gaps] for gaps in zip(*(_gaps(result) for result in mine), strict=True)]
+    points = [_point(result, attribute) for result in of_method]
+    errors = [[100 * gap for gap in gaps] for gaps in zip(*(_gaps(result) for result in of_method), strict=True)]
     axes.errorbar(
         *zip(*points, strict=True), yerr=errors, label=method, color=colour, marker=MARKERS[number % len(MARKERS)],
         markersize=5, linewidth=1.2, elinewidth=0.8, capsize=2, linestyle="-" if number < 10 else "--",

@@ -27,10 +27,10 @@ def commit() -> str:
     """Return the commit of the running sources, with `-dirty` if they were changed; without git, the version."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        found = ""
-    return found or f"vlmzip {__version__}"
+        commit = ""
+    return commit or f"vlmzip {__version__}"
 
 
 def about(device: str | torch.device = "cpu") -> dict[str, str]:

@@ -75,7 +75,7 @@ def notes(seed: int) -> list[str]:
         " against plain: paired, on the same questions",
         "reached: visual tokens over all layers of the LLM, as a share of those without compression; prefill FLOPs: of"
         " the LLM alone, likewise",
-        "changed: answers that are other ones than without compression, right or wrong",
+        "changed: answers that differ from those without compression, right or wrong",
     ]
 
 
@@ -88,42 +88,43 @@ def size(task: Task) -> str:
     return counts if images >= FEW else f"{counts}: too few for the intervals to be trusted"
 
 
-def reasons(found: Sequence[Result]) -> list[str]:
+def reasons(results_of_task: Sequence[Result]) -> list[str]:
     """Return notes about rows: why some are empty, what is unusual, which images set a threshold."""
     budgets_by_note: dict[tuple[str, str], list[str]] = {}
-    for result in found:
-        one = result.configuration
-        calibrated = one.calibrated_on and result.score is not None
-        for reason in (result.note, f"threshold set from {one.calibrated_on}" if calibrated else ""):
+    for result in results_of_task:
+        configuration = result.configuration
+        calibrated = configuration.calibrated_on and result.score is not None
+        for reason in (result.note, f"threshold set from {configuration.calibrated_on}" if calibrated else ""):
             if reason:
-                budgets_by_note.setdefault((one.method, reason), []).append(one.budget)
+                budgets_by_note.setdefault((configuration.method, reason), []).append(configuration.budget)
     return [f"{method} at {', '.join(budgets)}: {reason}" for (method, reason), budgets in budgets_by_note.items()]
 
 
-def _groups(found: Sequence[Result]) -> list[tuple[str, list[str], list[tuple[list[str], bool]]]]:
+def _groups(results_of_task: Sequence[Result]) -> list[tuple[str, list[str], list[tuple[list[str], bool]]]]:
     """Return scores by group, a table for each way to group: its name, columns and rows."""
-    ran = [result for result in found if result.score is not None]
+    ran = [result for result in results_of_task if result.score is not None]
     tables = []
     for name in dict.fromkeys(name for result in ran for name, _ in result.groups):
         groups = [group for group in ran[0].groups if group[0] == name]
         counts = [f"{value} ({ran[0].groups[name, value][1]:,})" for name, value in groups]
-        rows = [(_group_cells(one, groups), False) for one in ran]
+        rows = [(_group_cells(result, groups), False) for result in ran]
         tables.append((name, ["method", "budget", *counts], rows))
     return tables
 
 
 def _group_cells(result: Result, groups: Sequence[tuple[str, str]]) -> list[str]:
-    one = result.configuration
-    return [one.method, one.budget, *(f"{100 * result.groups[group][0]:.1f}" for group in groups)]
+    configuration = result.configuration
+    return [configuration.method, configuration.budget, *(f"{100 * result.groups[group][0]:.1f}" for group in groups)]
 
 
-def _changed(result: Result, some: Sequence[Example]) -> tuple[str, list[Card]]:
+def _changed(result: Result, examples: Sequence[Example]) -> tuple[str, list[Card]]:
     """Return the heading of the changed answers, and their cards."""
-    one = result.configuration
-    head = f"{one.method} at {one.budget}: {len(result.changed):,} of {len(result.records):,} answers changed"
-    if len(some) < len(result.changed):
-        head += f", {len(some)} of them drawn by chance"
-    return head, [_card(example) for example in some]
+    configuration = result.configuration
+    changed = f"{len(result.changed):,} of {len(result.records):,} answers changed"
+    head = f"{configuration.method} at {configuration.budget}: {changed}"
+    if len(examples) < len(result.changed):
+        head += f", {len(examples)} of them chosen at random"
+    return head, [_card(example) for example in examples]
 
 
 def _card(example: Example) -> Card:

@@ -56,24 +56,26 @@ class Result:
 
 def results(study: Study, task: Task, configurations: Sequence[Configuration], seed: int) -> Iterator[Result]:
     """Yield a result for each configuration of a task, the uncompressed model's first."""
-    mine = [one for one in configurations if one.task == task.name]
-    plain = next(one for one in mine if one.is_plain)
+    of_task = [configuration for configuration in configurations if configuration.task == task.name]
+    plain = next(configuration for configuration in of_task if configuration.is_plain)
     base = study.records(task, plain)
     bootstrap = Bootstrap([record["image"] for record in base], seed)
-    for one in mine:
-        if one.compressor is None:
-            yield Result(one, note=one.note)
+    for configuration in of_task:
+        if configuration.compressor is None:
+            yield Result(configuration, note=configuration.note)
             continue
-        records = base if one is plain else study.records(task, one)
+        records = base if configuration is plain else study.records(task, configuration)
         if len(records) < len(task.samples):
-            reason = study.failure(one) or "unfinished"
-            yield Result(one, note=f"{reason} ({len(records):,} of {len(task.samples):,} questions were answered)")
+            reason = study.failure(configuration) or "unfinished"
+            yield Result(
+                configuration, note=f"{reason} ({len(records):,} of {len(task.samples):,} questions were answered)"
+            )
             continue
-        yield _result(task, one, records, base, bootstrap)
+        yield _result(task, configuration, records, base, bootstrap)
 
 
 def _result(
-    task: Task, one: Configuration, records: Sequence[Record], base: Sequence[Record], bootstrap: Bootstrap
+    task: Task, configuration: Configuration, records: Sequence[Record], base: Sequence[Record], bootstrap: Bootstrap
 ) -> Result:
     scores, ones = bootstrap.share(_scores(records), np.ones(len(records))), np.ones(len(base))
     plain = bootstrap.share(_scores(base), ones)
@@ -82,9 +84,9 @@ def _result(
         for name, share in task.metric.shares.items()
     }
     return Result(
-        one,
+        configuration,
         records,
-        "; ".join(filter(None, [one.note, _beyond_positions(records)])),
+        "; ".join(filter(None, [configuration.note, _beyond_positions(records)])),
         estimate(scores),
         estimate(scores - plain),
         shares,
@@ -112,11 +114,11 @@ def _scores(records: Sequence[Record]) -> np.ndarray:
 
 
 def _groups(records: Sequence[Record]) -> dict[tuple[str, str], tuple[float, int]]:
-    found: dict[tuple[str, str], list[float]] = {}
+    scores_by_group: dict[tuple[str, str], list[float]] = {}
     for record in records:
         for group in record["groups"].items():
-            found.setdefault(group, []).append(record["score"])
-    return {group: (sum(scores) / len(scores), len(scores)) for group, scores in found.items()}
+            scores_by_group.setdefault(group, []).append(record["score"])
+    return {group: (sum(scores) / len(scores), len(scores)) for group, scores in scores_by_group.items()}
 
 
 def measured(result: Result, model: str) -> MeasuredScore:
@@ -124,13 +126,13 @@ def measured(result: Result, model: str) -> MeasuredScore:
 
     The name of the task, or of its folder, stands for the paper's name of the benchmark.
     """
-    one = result.configuration
+    configuration = result.configuration
     assert result.score is not None  # the caller has those that ran
     tokens = sum(record["visual_tokens"] * record["retention"] for record in result.records) / len(result.records)
     return MeasuredScore(
         model=model,
-        method=one.chosen.name(),
-        benchmark=Path(one.task.partition(":")[0]).name,
+        method=configuration.chosen.name(),
+        benchmark=Path(configuration.task.partition(":")[0]).name,
         value=100 * result.score.value,
         tokens=tokens,
         retention=result.reached,
@@ -164,24 +166,24 @@ def table(all_results: Sequence[Result], *, short: bool = True) -> Table[Result]
     flops = "FLOPs" if short else "prefill FLOPs"
     groups = sorted({group for result in all_results for group in result.groups})
     columns: list[Column[Result]] = [
-        Column(lambda one: one.configuration.task, key="task", csv=("task",)),
-        Column(lambda one: one.configuration.budget, "budget", key="budget", csv=("budget",)),
-        Column(lambda one: one.configuration.method, "method", key="method", csv=("method",)),
-        _estimates(lambda one: one.score, "score %", "score", ("score", "low", "high"), short),
-        _estimates(lambda one: one.against_plain, "", "against_plain", _bounds("difference"), short),
+        Column(lambda result: result.configuration.task, key="task", csv=("task",)),
+        Column(lambda result: result.configuration.budget, "budget", key="budget", csv=("budget",)),
+        Column(lambda result: result.configuration.method, "method", key="method", csv=("method",)),
+        _estimates(lambda result: result.score, "score %", "score", ("score", "low", "high"), short),
+        _estimates(lambda result: result.against_plain, "", "against_plain", _bounds("difference"), short),
         _estimates(_unless_plain, "vs plain" if short else "against plain", "", (), short, "+"),
         *(_estimates(_share(name), name, name, _bounds(name), short) for name in shares),
-        _ran(lambda one: one.reached, "reached", "{:.1%}".format, "reached", "{:.4f}".format),
-        _ran(lambda one: one.tokens, "visual tokens", str, "tokens"),
-        _ran(lambda one: one.flops, flops, "{:.1%}".format, "prefill_flops_share", "{:.4f}".format),
-        _ran(lambda one: len(one.changed), "changed", "{:,}".format, "changed"),
-        _ran(lambda one: len(one.records), key="questions"),
+        _ran(lambda result: result.reached, "reached", "{:.1%}".format, "reached", "{:.4f}".format),
+        _ran(lambda result: result.tokens, "visual tokens", str, "tokens"),
+        _ran(lambda result: result.flops, flops, "{:.1%}".format, "prefill_flops_share", "{:.4f}".format),
+        _ran(lambda result: len(result.changed), "changed", "{:,}".format, "changed"),
+        _ran(lambda result: len(result.records), key="questions"),
         *(Column(_group(group), csv=(" ".join(group),), cells=_percent) for group in groups),
         Column(_all_groups, key="groups"),
-        Column(lambda one: one.note or None, key="note", csv=("note",)),
-        _ran(lambda one: one.configuration.calibrated_on or None, key="calibrated_on"),
-        Column(lambda one: one.configuration.settings if one.ran else ABSENT, key="compressor"),
-        Column(lambda one: spec.write(one.configuration.chosen) if one.ran else ABSENT, csv=("compressor",)),
+        Column(lambda result: result.note or None, key="note", csv=("note",)),
+        _ran(lambda result: result.configuration.calibrated_on or None, key="calibrated_on"),
+        Column(lambda result: result.configuration.settings if result.ran else ABSENT, key="compressor"),
+        Column(lambda result: spec.write(result.configuration.chosen) if result.ran else ABSENT, csv=("compressor",)),
         *(Column(_condition(name), csv=(name,)) for name in CONDITIONS),
     ]
     return Table(columns, all_results, [*(SHORT_COLUMNS if short else COLUMNS), *shares])
@@ -195,7 +197,7 @@ def _ran(
     cell: Callable[[Any], object] = lambda value: value,
 ) -> Column[Result]:
     """Return a column for configurations that answered all questions, with one name for JSON and CSV."""
-    return Column(lambda one: value(one) if one.ran else ABSENT, heading, text, key, (key,), cell)
+    return Column(lambda result: value(result) if result.ran else ABSENT, heading, text, key, (key,), cell)
 
 
 def _estimates(
@@ -208,27 +210,27 @@ def _estimates(
     def cells(estimate: Estimate) -> tuple[str, ...]:
         return tuple(map(_percent, (estimate.value, estimate.low, estimate.high)))
 
-    return Column(lambda one: value(one) if one.ran else ABSENT, heading, text, key, csv, cells)
+    return Column(lambda result: value(result) if result.ran else ABSENT, heading, text, key, csv, cells)
 
 
-def _unless_plain(one: Result) -> Estimate | None:
-    return None if one.configuration.is_plain else one.against_plain
+def _unless_plain(result: Result) -> Estimate | None:
+    return None if result.configuration.is_plain else result.against_plain
 
 
 def _share(name: str) -> Value:
-    return lambda one: one.shares.get(name, ABSENT)
+    return lambda result: result.shares.get(name, ABSENT)
 
 
 def _group(group: tuple[str, str]) -> Value:
-    return lambda one: one.groups[group][0] if group in one.groups else ABSENT
+    return lambda result: result.groups[group][0] if group in result.groups else ABSENT
 
 
-def _all_groups(one: Result) -> object:
-    return {f"{name} {value}": score for (name, value), (score, _) in one.groups.items()} if one.ran else ABSENT
+def _all_groups(result: Result) -> object:
+    return {f"{name} {value}": score for (name, value), (score, _) in result.groups.items()} if result.ran else ABSENT
 
 
 def _condition(name: str) -> Value:
-    return lambda one: one.records[-1][name] if one.ran else ABSENT
+    return lambda result: result.records[-1][name] if result.ran else ABSENT
 
 
 def _bounds(name: str) -> tuple[str, ...]:

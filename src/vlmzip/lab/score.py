@@ -30,10 +30,12 @@ class TaskScore:
         starts = range(0, len(self.task.samples), BATCH)[rank::world]
         total, seen, of = 0.0, 0.0, 0.0
         for start in starts:
-            some = self.task.samples[start : start + BATCH]
-            images = [sample.load() for sample in some]
-            answers = self.answerer.answer(compressed, images, [one.question for one in some], self.task.max_new_tokens)
-            total += sum(self.task.metric.score(a.text, s.answers) for a, s in zip(answers, some, strict=True))
+            samples = self.task.samples[start : start + BATCH]
+            images = [sample.load() for sample in samples]
+            answers = self.answerer.answer(
+                compressed, images, [sample.question for sample in samples], self.task.max_new_tokens
+            )
+            total += sum(self.task.metric.score(a.text, s.answers) for a, s in zip(answers, samples, strict=True))
             seen += sum(sum(answer.by_layer) for answer in answers)
             of += sum(answer.visual_tokens * len(answer.by_layer) for answer in answers)
         sums = torch.tensor([total, seen, of], dtype=torch.float64)

@@ -96,20 +96,20 @@ class Study:
         self, tasks: Sequence[Task], methods: Sequence[Candidate], budgets: Sequence[str]
     ) -> list[Configuration]:
         known = self.store.open(self.identity, "answers of another model")
-        asked = {task.name: {"metric": task.metric.name, "max_new_tokens": task.max_new_tokens} for task in tasks}
-        for name, how in asked.items():
+        settings = {task.name: {"metric": task.metric.name, "max_new_tokens": task.max_new_tokens} for task in tasks}
+        for name, how in settings.items():
             if known.get("tasks", {}).get(name, how) != how:
                 raise UserError(f"in {str(self.folder)!r} {name} was asked with {known['tasks'][name]}, not {how}")
         configurator = Configurator(self.model, self.answerer, self.name, read_calibrated(self.folder / FILE, known))
-        found = [row for task in tasks for row in configurator.rows(task, methods, budgets)]
+        configurations = [row for task in tasks for row in configurator.rows(task, methods, budgets)]
         content = {
             "model": self.name,
             **self.identity,
-            "tasks": known.get("tasks", {}) | asked,
+            "tasks": known.get("tasks", {}) | settings,
             "calibrated": configurator.calibrated,
         }
         self.store.note(content)
-        return found
+        return configurations
 
     def run(self, tasks: Sequence[Task], configurations: Sequence[Configuration]) -> None:
         """Ask every question without a record. Return when all processes are done; `failures` then has the errors.
@@ -117,62 +117,72 @@ class Study:
         Raise `UserError` for records that cannot be read or written, and for images that can no longer be read.
         """
         by_name = {task.name: task for task in tasks}
-        runs = {one.key: one for one in configurations if one.compressor is not None}
-        mine = {}
-        for number, (key, one) in enumerate(runs.items(), 1):
+        runs = {
+            configuration.key: configuration for configuration in configurations if configuration.compressor is not None
+        }
+        failures = {}
+        for number, (key, configuration) in enumerate(runs.items(), 1):
             start = time.perf_counter()
             try:
-                count = self._ask_all(by_name[one.task], one)
+                count = self._ask_all(by_name[configuration.task], configuration)
             except MethodFailed as failure:
-                mine[key] = str(failure)
+                failures[key] = str(failure)
                 continue
             if count and self.processes.first:
                 spent = time.perf_counter() - start
-                progress = f"{one.task}, {spec.write(one.chosen)}: {count:,} questions in {spent:.0f} s"
+                progress = (
+                    f"{configuration.task}, {spec.write(configuration.chosen)}: {count:,} questions in {spent:.0f} s"
+                )
                 log.info(f"[{number}/{len(runs)}] {progress}")
-        self.failures = self.processes.together(mine)
+        self.failures = self.processes.together(failures)
 
-    def records(self, task: Task, one: Configuration) -> list[Record]:
+    def records(self, task: Task, configuration: Configuration) -> list[Record]:
         """Return the existing records of a configuration, in the order of the task's questions."""
-        found = self._series(task, one).read(task.samples)
-        return [found[sample.id] for sample in task.samples if sample.id in found]
+        by_id = self._series(task, configuration).read(task.samples)
+        return [by_id[sample.id] for sample in task.samples if sample.id in by_id]
 
-    def failure(self, one: Configuration) -> str:
+    def failure(self, configuration: Configuration) -> str:
         """Return why a configuration could not be finished, or ""."""
-        return self.failures.get(one.key, "") if one.compressor else ""
+        return self.failures.get(configuration.key, "") if configuration.compressor else ""
 
     def attach(self, compressor: Compressor) -> CompressedModel:
         return self.attacher.attach(compressor)
 
-    def _ask_all(self, task: Task, one: Configuration) -> int:
+    def _ask_all(self, task: Task, configuration: Configuration) -> int:
         """Ask this process's share of the questions without a record, and return their number."""
-        series = self._series(task, one)
+        series = self._series(task, configuration)
         if not series.is_open(task.samples, self.batch):
             return 0
-        compressed = _guarded(one, lambda: self.attach(one.chosen))
+        compressed = _guarded(configuration, lambda: self.attach(configuration.chosen))
         try:
-            return series.fill(task.samples, self.batch, lambda places: self._answer(task, one, compressed, places))
+            return series.fill(
+                task.samples, self.batch, lambda places: self._answer(task, configuration, compressed, places)
+            )
         finally:
             compressed.detach()
 
-    def _answer(self, task: Task, one: Configuration, compressed: CompressedModel, places: range) -> list[Record]:
+    def _answer(
+        self, task: Task, configuration: Configuration, compressed: CompressedModel, places: range
+    ) -> list[Record]:
         samples = [task.samples[place] for place in places]
         images, questions = [sample.load() for sample in samples], [sample.question for sample in samples]
         pixels = [of_image(image) for image in images]  # of the images as asked, in case a file changes during the run
-        answers = _guarded(one, lambda: self.answerer.answer(compressed, images, questions, task.max_new_tokens))
+        answers = _guarded(
+            configuration, lambda: self.answerer.answer(compressed, images, questions, task.max_new_tokens)
+        )
         return [
-            self._record(task, one, sample, answer) | {"pixels": digest}
+            self._record(task, configuration, sample, answer) | {"pixels": digest}
             for sample, answer, digest in zip(samples, answers, pixels, strict=True)
         ]
 
-    def _record(self, task: Task, one: Configuration, sample: Sample, answer: Answer) -> Record:
+    def _record(self, task: Task, configuration: Configuration, sample: Sample, answer: Answer) -> Record:
         return {
             **question(task, sample),
             "given": answer.text,
             "score": task.metric.score(answer.text, sample.answers),
-            "method": spec.write(one.chosen),
-            "compressor": one.settings,
-            **self.attacher.identity(one),
+            "method": spec.write(configuration.chosen),
+            "compressor": configuration.settings,
+            **self.attacher.identity(configuration),
             "visual_tokens": answer.visual_tokens,
             "visual_tokens_by_layer": list(answer.by_layer),
             "retention": round(answer.retention, 6),
@@ -182,19 +192,19 @@ class Study:
             **self.conditions,
         }
 
-    def _series(self, task: Task, one: Configuration) -> AnswerSeries:
-        settings = one.settings
-        where = repr(str(self.folder / RECORDS / one.key))
+    def _series(self, task: Task, configuration: Configuration) -> AnswerSeries:
+        settings = configuration.settings
+        where = repr(str(self.folder / RECORDS / configuration.key))
         now = of_name(self.name) | {name: self.conditions[name] for name in SAME}
 
         def check(_: Sample, record: Record) -> str:
             if record["compressor"] != settings:
                 raise UserError(f"the records in {where} are of other settings than {settings}")
-            known = self.attacher.identity(one) | now
+            known = self.attacher.identity(configuration) | now
             refuse_changed(f"{where} holds answers of another {record['method']}", record, known)
             return wrong_layers(record, self.family.profile().layers) or self._disagreeing(record)
 
-        return self.store.series(task, one.file_stem, (*COSTS, *self.conditions), check)
+        return self.store.series(task, configuration.file_stem, (*COSTS, *self.conditions), check)
 
     def _disagreeing(self, record: Record) -> str:
         """Return which number of a record does not follow from its other numbers, or ""."""
@@ -206,11 +216,11 @@ class Study:
         return f"its {wrong[0]} is {record[wrong[0]]}, not {now[wrong[0]]}" if wrong else ""
 
 
-def _guarded(one: Configuration, work: Callable[[], Any]) -> Any:
+def _guarded(configuration: Configuration, work: Callable[[], Any]) -> Any:
     """Return the result of `work`. Raise `MethodFailed` if a method breaks; without compression, raise the error."""
     try:
         return work()
     except Exception as error:
-        if one.is_plain:
+        if configuration.is_plain:
             raise
         raise MethodFailed(reason(error)) from error

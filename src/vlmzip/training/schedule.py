@@ -147,7 +147,7 @@ def read_schedule(content: object, depth: int = PUBLISHED_DEPTH) -> Schedule:
         raise UserError(f"schedule: {content!r} is not a schedule; give a name, a compressor, or stages")
     refuse_unknown("schedule", content, ("name", "split", "stages", "afterwards"))
     if ("name" in content) == ("stages" in content):
-        raise UserError("schedule: give name or stages, one of them")
+        raise UserError("schedule: give name or stages, and not both")
     schedule = read_schedule(str(content["name"]), depth) if "name" in content else _of_stages(content["stages"])
     if "split" in content:
         if not isinstance(content["split"], list):

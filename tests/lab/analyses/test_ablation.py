@@ -78,7 +78,7 @@ class TestOnATinyModel:
 
     def test_budgets_without_tokens_of_both_kinds_are_left_out_and_said(self, measured):
         (said,) = [line for line in measured[1] if line.startswith("ablation")]
-        assert said == "ablation leaves 5.6% out: of 36 tokens that is too few for both kinds"
+        assert said == "ablation leaves out 5.6% of 36 tokens, too few for both dominant and contextual ones"
 
     def test_nothing_is_asked_twice(self, measured):
         rows, told, subject = measured

@@ -16,11 +16,15 @@ Run the same command again to go on from the last checkpoint."""
 
 
 def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
-    parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="what the run is; see configs/")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="instead of what the file says")
+    parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="the settings of the run; see configs/")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting that replaces the file's"
+    )
     parser.add_argument("--explain", action="store_true", help="print what the schedule costs, and train nothing")
-    parser.add_argument("--shape", metavar="NAME", help="with --explain: a published model's, such as llava-1.5-7b")
-    parser.add_argument("--staircase", type=Path, metavar="FILE.png", help="with --explain: draw it")
+    parser.add_argument(
+        "--shape", metavar="NAME", help="with --explain: the shape of a published model, such as llava-1.5-7b"
+    )
+    parser.add_argument("--staircase", type=Path, metavar="FILE.png", help="with --explain: draw the schedule")
     parser.add_argument("--json", action="store_true", help="with --explain: print JSON")
     if {"-h", "--help"} & set(arguments):
         parser.epilog = f"{parser.epilog}\n\n{_settings()}"

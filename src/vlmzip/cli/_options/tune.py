@@ -25,12 +25,14 @@ KEEP = "75%,50%,36%,25%,18%,11%,8%,5.6%"
 
 def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     add_model(parser)
-    limits = parser.add_argument_group("limits, one of the costs or --max-loss or both")
+    limits = parser.add_argument_group("limits: one of the costs, --max-loss, or both")
     costs = limits.add_mutually_exclusive_group()
     costs.add_argument(
         "--max-tokens", metavar="Y", help="visual tokens per image, the mean over all layers of the LLM: 64 or 11%%"
     )
-    costs.add_argument("--max-flops", metavar="SHARE", help="prefill FLOPs of the LLM, of the uncompressed: 30%%")
+    costs.add_argument(
+        "--max-flops", metavar="SHARE", help="prefill FLOPs of the LLM, as a share of those without compression: 30%%"
+    )
     costs.add_argument(
         "--max-prefill-ms",
         type=float,
@@ -38,7 +40,10 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
         help="milliseconds of the LLM's prefill on this machine, one question at a time, measured at the beginning",
     )
     limits.add_argument(
-        "--max-loss", type=float, metavar="Z", help="points of a hundred below the uncompressed model's score"
+        "--max-loss",
+        type=float,
+        metavar="Z",
+        help="points, of 100, that the score may be below that without compression",
     )
     parser.add_argument(
         "--task", "--tasks", dest="task", default="mini", metavar="T", help=f"{TASKS}; default: %(default)s"

@@ -31,7 +31,7 @@ def check_method(args: Namespace, *, draws: bool = False) -> None:
     if args.keep is not None and fields:
         raise UserError(f"give --keep or --{fields[0].replace('_', '-')}, not both")
     if draws and resampling(method) is not None:
-        raise UserError(f"each token of {method.name()} comes from the whole image: there is no token map to draw")
+        raise UserError(f"{method.name()} makes each token from the whole image, so there is no token map to draw")
 
 
 def refuse_second_budgets(methods: Iterable[tuple[str, Compressor | None]], keep: object, otherwise: str) -> None:

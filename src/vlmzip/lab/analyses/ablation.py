@@ -41,8 +41,8 @@ def measure(subject: Subject) -> list[Row]:
     if len(shares) < len(SHARES):
         less = ", ".join(share for share in SHARES if share not in shares)
         if not shares:
-            raise Unsuited(f"ablation needs budgets with both kinds of tokens, and {less} of {size} are too few")
-        log.info(f"ablation leaves {less} out: of {size} tokens that is too few for both kinds")
+            raise Unsuited(f"ablation needs dominant and contextual tokens, and {less} of {size} are too few for both")
+        log.info(f"ablation leaves out {less} of {size} tokens, too few for both dominant and contextual ones")
     variants = [
         (share, merge, part, _variant(size, share, merge, part))
         for share in shares

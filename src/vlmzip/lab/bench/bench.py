@@ -125,36 +125,36 @@ def bench(
     """
     plain = Contender(PLAIN, None)
     running = []
-    for one in (plain, *contenders):
-        telling(BenchStep(one.name))
+    for contender in (plain, *contenders):
+        telling(BenchStep(contender.name))
         try:
-            with one.on(model) as compressed:
-                _count(one, compressed, family, inputs)
-            running.append(one)
+            with contender.on(model) as compressed:
+                _count(contender, compressed, family, inputs)
+            running.append(contender)
         except Exception as error:  # an error in one method must not stop the others
-            if one is plain:
+            if contender is plain:
                 raise
-            one.note = reason(error)
+            contender.note = reason(error)
 
     begun = count()
 
-    def run(one: Contender) -> Spans:
-        telling(BenchStep(one.name, next(begun) // len(running), repeats))
-        with one.on(model) as compressed:
+    def run(contender: Contender) -> Spans:
+        telling(BenchStep(contender.name, next(begun) // len(running), repeats))
+        with contender.on(model) as compressed:
             return time_answer(compressed, family, inputs, new_tokens, clock)
 
     everyone = [plain, *contenders]
 
-    def keep(found: dict[str, list[Spans]]) -> None:
-        for one, spans in zip(running, found.values(), strict=True):
-            one.spans = list(spans)
+    def keep(spans_by_number: dict[str, list[Spans]]) -> None:
+        for contender, spans in zip(running, spans_by_number.values(), strict=True):
+            contender.spans = list(spans)
         keeping(everyone)
 
-    in_turns({str(number): partial(run, one) for number, one in enumerate(running)}, repeats, keeping=keep)
+    in_turns({str(number): partial(run, contender) for number, contender in enumerate(running)}, repeats, keeping=keep)
     return everyone
 
 
-def _count(one: Contender, compressed: Any, family: Family, inputs: Mapping[str, Tensor]) -> None:
+def _count(contender: Contender, compressed: Any, family: Family, inputs: Mapping[str, Tensor]) -> None:
     """Set the tokens, FLOPs and KV-cache bytes of one run."""
     ids = inputs["input_ids"]
     vision = [family.vision_encoder]
@@ -164,15 +164,15 @@ def _count(one: Contender, compressed: Any, family: Family, inputs: Mapping[str,
     before_llm = flops_inside(
         vision, lambda: compressed.generate(**inputs, do_sample=False, max_new_tokens=1, min_new_tokens=1)
     )
-    if one.compressor is None:
+    if contender.compressor is None:
         visual = (ids == family.placeholder_id).sum(1).tolist()
         layers = len(family.decoder_layers)
-        one.profiles = [TokenProfile(count, (count,) * layers, ids.shape[1] - count) for count in visual]
+        contender.profiles = [TokenProfile(count, (count,) * layers, ids.shape[1] - count) for count in visual]
     else:
-        one.profiles = TokenProfile.rows(compressed.report, inputs["attention_mask"].sum(1).tolist())
-    prefill = sum(profile.prefill_flops(family) for profile in one.profiles)
-    one.flops = {"prefill": prefill, "ttft": before_llm + prefill}
-    one.kv_bytes = sum(profile.kv_bytes(family) for profile in one.profiles)
+        contender.profiles = TokenProfile.rows(compressed.report, inputs["attention_mask"].sum(1).tolist())
+    prefill = sum(profile.prefill_flops(family) for profile in contender.profiles)
+    contender.flops = {"prefill": prefill, "ttft": before_llm + prefill}
+    contender.kv_bytes = sum(profile.kv_bytes(family) for profile in contender.profiles)
 
 
 def peaks(

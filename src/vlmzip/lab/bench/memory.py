@@ -69,7 +69,7 @@ def _trim() -> None:
 
 
 def _resident(field: str) -> int:
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    if found is None:
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if match is None:
         raise OSError(f"/proc/self/status does not tell {field}")
-    return 1024 * int(found.group(1))
+    return 1024 * int(match.group(1))

@@ -42,8 +42,10 @@ def table(
     contenders: Sequence[Contender], args: Namespace, preset: Preset, machine: Mapping[str, str]
 ) -> Table[Measurement]:
     """Return the measurements for CSV and JSON: two rows for each method that ran, one per scope."""
-    ran = [one for one in contenders if one.spans]
-    rows = [Measurement(one, scope, compare(one, contenders[0], scope)) for one in ran for scope in SCOPES]
+    ran = [contender for contender in contenders if contender.spans]
+    rows = [
+        Measurement(contender, scope, compare(contender, contenders[0], scope)) for contender in ran for scope in SCOPES
+    ]
     columns: list[Column[Measurement]] = [
         *_same({"preset": args.preset, "scale": args.scale}),
         _column("method", lambda row: row.contender.name),
@@ -99,14 +101,14 @@ def _first(row: Measurement) -> TokenProfile:
     return row.contender.profiles[0]
 
 
-def doubts(found: list[Contender], args: Namespace, device: torch.device, *, narrow: bool) -> list[str]:
+def doubts(contenders: list[Contender], args: Namespace, device: torch.device, *, narrow: bool) -> list[str]:
     """Return why the numbers may be unreliable or misleading.
 
     `narrow` says that the model is scaled down more than by default.
     """
     notes = []
-    milliseconds = [compare(found[0], found[0], scope).milliseconds for scope in SCOPES]
-    widest = max(milliseconds, key=lambda one: one.third / one.first)
+    milliseconds = [compare(contenders[0], contenders[0], scope).milliseconds for scope in SCOPES]
+    widest = max(milliseconds, key=lambda quartiles: quartiles.third / quartiles.first)
     if widest.third / widest.first > BUSY:
         what = WORDS[SCOPES[milliseconds.index(widest)]]
         if device.type == "cuda":
@@ -127,43 +129,43 @@ def doubts(found: list[Contender], args: Namespace, device: torch.device, *, nar
     return notes
 
 
-def gaps(found: list[Contender], repeats: int) -> list[str]:
+def gaps(contenders: list[Contender], repeats: int) -> list[str]:
     """Return the requested figures that were not measured."""
     notes = []
-    done = len(found[0].spans)
+    done = len(contenders[0].spans)
     if done < repeats:
         notes.append(f"the run was stopped after {done} of {repeats} rounds")
-    if unmeasured := [one for one in found if one.without_peak]:
-        notes.append(f"{unmeasured[0].without_peak} ({', '.join(one.name for one in unmeasured)})")
+    if unmeasured := [contender for contender in contenders if contender.without_peak]:
+        notes.append(f"{unmeasured[0].without_peak} ({', '.join(contender.name for contender in unmeasured)})")
     return notes
 
 
 def as_json(
-    found: list[Contender], table: Table[Measurement], doubtful: list[str], path: Path | None
+    contenders: list[Contender], table: Table[Measurement], doubtful: list[str], path: Path | None
 ) -> dict[str, object]:
-    missing = [{"method": one.name, "note": one.note} for one in found if not one.spans]
+    missing = [{"method": contender.name, "note": contender.note} for contender in contenders if not contender.spans]
     return {"rows": table.as_json(), "not_measured": missing, "notes": doubtful, "csv": str(path) if path else None}
 
 
 def print_tables(
-    found: list[Contender],
+    contenders: list[Contender],
     args: Namespace,
     preset: Preset,
     device: torch.device,
     doubtful: list[str],
     path: Path | None,
 ) -> None:
-    console, repeats = Console(highlight=False), len(found[0].spans)
+    console, repeats = Console(highlight=False), len(contenders[0].spans)
     console.width = max(console.width, WIDTH)  # a narrower window wraps lines; truncated numbers would mislead
     console.print(Text(_title(args, preset, device), style="bold"), "", sep="\n")
     for heading, block in (
-        ("LLM prefill, with output head", _speed(found, "prefill", spread=repeats > 1)),
-        ("TTFT: from the call to the first token", _speed(found, "ttft", spread=repeats > 1)),
-        ("Memory and decoding", _memory(found)),
+        ("LLM prefill, with output head", _speed(contenders, "prefill", spread=repeats > 1)),
+        ("TTFT: from the call to the first token", _speed(contenders, "ttft", spread=repeats > 1)),
+        ("Memory and decoding", _memory(contenders)),
     ):
         console.print(Text(heading), block.rich(), "", sep="\n")
-    for number, one in enumerate(_noted(found), 1):
-        console.print(Text(f"({number}) {one.name}: {one.note}"))
+    for number, contender in enumerate(_noted(contenders), 1):
+        console.print(Text(f"({number}) {contender.name}: {contender.note}"))
     clock = ", in seconds that the CPU computed" if args.clock == "cpu" else ""
     if repeats > 1:
         how = f"Medians of {repeats} interleaved rounds{clock}; speed-ups: ratios within a round, with quartiles."
@@ -191,16 +193,18 @@ def _title(args: Namespace, preset: Preset, device: torch.device) -> str:
 def _speed(contenders: list[Contender], scope: Scope, *, spread: bool) -> Table[Contender]:
     """Return the times of a scope as a table for people, a row for each method."""
 
-    def compared(one: Contender) -> Compared:
-        return compare(one, contenders[0], scope)
+    def compared(contender: Contender) -> Compared:
+        return compare(contender, contenders[0], scope)
 
     with_quartiles = "{:.2f}x ({:.2f}-{:.2f})" if spread else "{:.2f}x"
     columns = [
         _names(contenders),
-        _number("ms", lambda one: compared(one).milliseconds.median, "{:.1f}".format),
-        _number("speed-up", lambda one: compared(one).speed_up, lambda ratios: with_quartiles.format(*ratios)),
-        _number("limit", lambda one: compared(one).limit, "{:.2f}x".format),
-        _number("share of limit", lambda one: compared(one).share.median, "{:.0%}".format),
+        _number("ms", lambda contender: compared(contender).milliseconds.median, "{:.1f}".format),
+        _number(
+            "speed-up", lambda contender: compared(contender).speed_up, lambda ratios: with_quartiles.format(*ratios)
+        ),
+        _number("limit", lambda contender: compared(contender).limit, "{:.2f}x".format),
+        _number("share of limit", lambda contender: compared(contender).share.median, "{:.0%}".format),
     ]
     return Table(columns, contenders)
 
@@ -208,14 +212,15 @@ def _speed(contenders: list[Contender], scope: Scope, *, spread: bool) -> Table[
 def _memory(contenders: list[Contender]) -> Table[Contender]:
     """Return tokens, memory and decoding speed as a table for people, a row for each method."""
     tokens: Column[Contender] = Column(  # counts by layer may wrap between numbers
-        lambda one: compact(one.profiles[0].visual) if one.spans else ABSENT, _in_words("visual tokens")
+        lambda contender: compact(contender.profiles[0].visual) if contender.spans else ABSENT,
+        _in_words("visual tokens"),
     )
     columns = [
         _names(contenders),
         tokens,
-        _number("KV cache", lambda one: one.kv_bytes, show_bytes),
-        _number("peak memory", lambda one: one.peak_bytes, show_bytes),
-        _number("tokens/s", lambda one: one.tokens_per_second.median, "{:.1f}".format),
+        _number("KV cache", lambda contender: contender.kv_bytes, show_bytes),
+        _number("peak memory", lambda contender: contender.peak_bytes, show_bytes),
+        _number("tokens/s", lambda contender: contender.tokens_per_second.median, "{:.1f}".format),
     ]
     return Table(columns, contenders)
 
@@ -224,15 +229,21 @@ def _names(contenders: list[Contender]) -> Column[Contender]:
     """Return the column of the methods' names, with the number of a footnote."""
     noted = _noted(contenders)
 
-    def name(one: Contender) -> str:
-        return _in_lines(one.name + (f" ({noted.index(one) + 1})" if one.note else ""))
+    def name(contender: Contender) -> str:
+        return _in_lines(contender.name + (f" ({noted.index(contender) + 1})" if contender.note else ""))
 
     return Column(name, "method", wraps=False)
 
 
 def _number(heading: str, value: Callable[[Contender], Any], text: Callable[[Any], str]) -> Column[Contender]:
     """Return a column of numbers for methods that ran. Numbers never wrap."""
-    return Column(lambda one: value(one) if one.spans else ABSENT, _in_words(heading), text, align="right", wraps=False)
+    return Column(
+        lambda contender: value(contender) if contender.spans else ABSENT,
+        _in_words(heading),
+        text,
+        align="right",
+        wraps=False,
+    )
 
 
 def _in_words(heading: str) -> str:
@@ -250,5 +261,5 @@ def _in_lines(name: str) -> str:
     return "\n".join(lines)
 
 
-def _noted(found: list[Contender]) -> list[Contender]:
-    return [one for one in found if one.note]
+def _noted(contenders: list[Contender]) -> list[Contender]:
+    return [contender for contender in contenders if contender.note]

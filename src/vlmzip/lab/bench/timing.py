@@ -55,15 +55,15 @@ def in_turns(
     """
     if repeats < 1:
         raise ValueError(f"{repeats} repeats measure nothing")
-    found: dict[str, list[T]] = {name: [] for name in runs}
+    by_name: dict[str, list[T]] = {name: [] for name in runs}
     for turn in range(-warmup, repeats):
         names = list(runs) if (turn + warmup) % 2 == 0 else list(runs)[::-1]
         results = {name: runs[name]() for name in names}
         if turn >= 0:
             for name, result in results.items():
-                found[name].append(result)
-            keeping(found)
-    return found
+                by_name[name].append(result)
+            keeping(by_name)
+    return by_name
 
 
 def interleaved(

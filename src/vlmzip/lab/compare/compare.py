@@ -75,8 +75,10 @@ def compare(
     rows = [
         plain,
         *(
-            _first_run(loaded, inputs, MethodRow(one.name, working=working), one, keep, profile, max_new_tokens)
-            for one in methods
+            _first_run(
+                loaded, inputs, MethodRow(candidate.name, working=working), candidate, keep, profile, max_new_tokens
+            )
+            for candidate in methods
         ),
     ]
     for _ in range(repeats):
@@ -124,14 +126,14 @@ def _first_run(
     loaded: Loaded,
     inputs: dict[str, object],
     row: MethodRow,
-    one: Candidate,
+    candidate: Candidate,
     keep: Keep | None,
     profile: Profile,
     max_new_tokens: int,
 ) -> MethodRow:
     """Set a method up and run it once, for the answer and as a warm-up."""
     try:
-        compressor, note = configure(one, keep, profile)
+        compressor, note = configure(candidate, keep, profile)
         row.compressed, notes = attach_with_notes(loaded, compressor)
         row.note = "; ".join(filter(None, [note, *notes]))
         row.first = row.run(loaded, inputs, max_new_tokens)

@@ -121,22 +121,22 @@ class Comparison:
         )
 
 
-def as_json(found: Comparison) -> dict[str, object]:
-    asked = None if found.keep is None else parse_keep(found.keep)
+def as_json(comparison: Comparison) -> dict[str, object]:
+    keep = None if comparison.keep is None else parse_keep(comparison.keep)
     return {
-        "model": found.model,
-        "question": found.question,
-        "keep": asked,
+        "model": comparison.model,
+        "question": comparison.question,
+        "keep": keep,
         "images": [
             {"path": path, "visual_tokens": image.before}
-            for path, image in zip(found.paths, found.plain.report.images, strict=True)
+            for path, image in zip(comparison.paths, comparison.plain.report.images, strict=True)
         ],
-        "rows": found.table.as_json(),
+        "rows": comparison.table.as_json(),
         "timing": {
-            "repeats": found.repeats,
+            "repeats": comparison.repeats,
             "statistic": "median",
-            "device": str(found.device),
-            "dtype": str(found.dtype).removeprefix("torch."),
+            "device": str(comparison.device),
+            "dtype": str(comparison.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
         },
     }
@@ -157,10 +157,10 @@ def _counted(image: ImageReport) -> dict[str, object]:
     return {"before": image.before, "after": image.after, "by_layer": list(image.by_layer)}
 
 
-def sheet(found: Comparison, seen: Seen) -> Image.Image:
+def sheet(comparison: Comparison, seen: Seen) -> Image.Image:
     """Return one page with every image under every method that ran."""
     panels = []
-    for row in found.rows:
+    for row in comparison.rows:
         if row.first is None:
             continue
         images = _images(row, row.first, seen)
@@ -169,21 +169,21 @@ def sheet(found: Comparison, seen: Seen) -> Image.Image:
             ratio = counted.before * len(counted.by_layer) / sum(counted.by_layer)
             counts = _counts(ratio, counted.by_layer)
             panels.append(Panel(image, title, counts, printable(row.first.text), row.differs))
-    absent = [f"{row.method}: {printable(row.note)}" for row in found.rows if row.first is None]
-    return contact_sheet(f"{found.title}   ({found.budget})", panels, absent, together=len(found.paths))
+    absent = [f"{row.method}: {printable(row.note)}" for row in comparison.rows if row.first is None]
+    return contact_sheet(f"{comparison.title}   ({comparison.budget})", panels, absent, together=len(comparison.paths))
 
 
-def page(found: Comparison, seen: Seen) -> str:
+def page(comparison: Comparison, seen: Seen) -> str:
     """Return the whole comparison as HTML."""
     cards = []
-    for row in found.rows:
+    for row in comparison.rows:
         if row.first is not None:
             report = row.first.report
             caption = _counts(1 / report.retention, report.by_layer)
-            cards.append(Card(row.method, found.answer(row), caption, row.differs, _images(row, row.first, seen)))
-    facts = [found.budget, ", ".join(map(printable, found.paths)), f"vlmzip {__version__}"]
-    rows = [(found.table.texts(row), row.differs) for row in found.rows]
-    return render(found.title, facts, cards, found.table.headings, rows, found.notes)
+            cards.append(Card(row.method, comparison.answer(row), caption, row.differs, _images(row, row.first, seen)))
+    facts = [comparison.budget, ", ".join(map(printable, comparison.paths)), f"vlmzip {__version__}"]
+    rows = [(comparison.table.texts(row), row.differs) for row in comparison.rows]
+    return render(comparison.title, facts, cards, comparison.table.headings, rows, comparison.notes)
 
 
 def printable(text: str) -> str:

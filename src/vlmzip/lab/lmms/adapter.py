@@ -110,10 +110,10 @@ class CompressedForLmms(lmms):
         End the process with code 2 on an error, because lmms-eval's command line catches every exception and then ends
         with 0.
         """
-        given = {name: str(value) for name, value in (additional_config or {}).items() if value is not None}
+        config = {name: str(value) for name, value in (additional_config or {}).items() if value is not None}
         try:
             written = dict(arg_string) if isinstance(arg_string, Mapping) else read_settings(arg_string)
-            family = cls._load(given | written)
+            family = cls._load(config | written)
         except UserError as error:
             print(f"vlmzip: {reason(error)}", file=sys.stderr)
             raise SystemExit(2) from error
@@ -134,7 +134,7 @@ class CompressedForLmms(lmms):
             batch_size = int(settings.get("batch_size", 1))
         except ValueError:
             raise UserError(
-                f"batch_size={settings['batch_size']!r}: give a number, there are no automatic ones"
+                f"batch_size must be a number, got {settings['batch_size']!r}; vlmzip does not choose it by itself"
             ) from None
         return cls(compressed, loaded.processor, batch_size)
 
@@ -144,12 +144,12 @@ class CompressedForLmms(lmms):
         start = time.perf_counter()
         with self._stopping(), tqdm(total=len(requests), desc="answering", disable=self.rank != 0) as bar:
             for begin in range(0, len(requests), self.batch_size):
-                some = requests[begin : begin + self.batch_size]
-                with _naming(some):
-                    questions = [self._question(place, one) for place, one in enumerate(some, begin)]
+                together = requests[begin : begin + self.batch_size]
+                with _naming(together):
+                    questions = [self._question(place, request) for place, request in enumerate(together, begin)]
                     for place, result in self._answer(questions):
                         results[place] = result
-                bar.update(len(some))
+                bar.update(len(together))
         self._log(results, time.perf_counter() - start)
         return results
 
@@ -193,11 +193,11 @@ class CompressedForLmms(lmms):
         for _, alike in groupby(order, key=_kind):
             group = list(alike)
             how = group[0].generation
-            prompts = [self._prompt(one.chat) for one in group]
-            images = [one.chat.images for one in group]
+            prompts = [self._prompt(question.chat) for question in group]
+            images = [question.chat.images for question in group]
             answers = self.answerer.answer_prompts(self.compressed, prompts, images, **how.arguments)
-            for one, answer in zip(group, answers, strict=True):
-                yield one.place, GenerationResult(how.cut(answer.text), _costs(answer))
+            for question, answer in zip(group, answers, strict=True):
+                yield question.place, GenerationResult(how.cut(answer.text), _costs(answer))
 
     def _prompt(self, chat: Chat) -> str:
         return conversation_prompt(self.answerer.family, self.answerer.processor, chat.messages)

@@ -35,7 +35,7 @@ def read_settings(text: str) -> dict[str, str]:
     Commas inside brackets or quotes do not separate settings; lmms-eval's parser does not know round brackets. Raise
     `UserError` for an unknown setting.
     """
-    found: dict[str, str] = {}
+    written: dict[str, str] = {}
     for part in _split(text):
         name, equals, value = part.partition("=")
         name, value = name.strip(), value.strip()
@@ -43,11 +43,11 @@ def read_settings(text: str) -> dict[str, str]:
             raise UserError(f"{part!r} in --model_args is not a setting; write name=value")
         if name not in SETTINGS:
             raise UserError(f"--model_args has no setting {name!r}{closest(name, SETTINGS)}")
-        if name in found:
+        if name in written:
             raise UserError(f"--model_args sets {name} twice")
         quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-        found[name] = value[1:-1] if quoted else value
-    return found
+        written[name] = value[1:-1] if quoted else value
+    return written
 
 
 def _split(text: str) -> list[str]:
@@ -90,14 +90,14 @@ def read_generation(settings: Mapping[str, Any] | None) -> Generation:
 
     Decoding is greedy unless `do_sample` is true, or is absent and the temperature is above 0.
     """
-    given = {name: value for name, value in (settings or {}).items() if value is not None}
-    until = given.pop("until", ())
+    settings_set = {name: value for name, value in (settings or {}).items() if value is not None}
+    until = settings_set.pop("until", ())
     until = (until,) if isinstance(until, str) else tuple(until)
-    temperature = float(given.pop("temperature", 0))
-    samples = bool(given.pop("do_sample", temperature > 0)) and temperature > 0
+    temperature = float(settings_set.pop("temperature", 0))
+    samples = bool(settings_set.pop("do_sample", temperature > 0)) and temperature > 0
     known = GenerationConfig().to_dict()
     arguments: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": samples}
-    arguments |= {name: value for name, value in given.items() if name in known}
+    arguments |= {name: value for name, value in settings_set.items() if name in known}
     if samples:
         arguments["temperature"] = temperature
     else:
@@ -105,7 +105,7 @@ def read_generation(settings: Mapping[str, Any] | None) -> Generation:
             arguments.pop(name, None)
     if arguments.get("num_return_sequences", 1) != 1:
         raise UserError("num_return_sequences: there is one answer to a request; lmms-eval's --repeats asks again")
-    return Generation(arguments, tuple(end for end in until if end), tuple(sorted(given.keys() - known.keys())))
+    return Generation(arguments, tuple(end for end in until if end), tuple(sorted(settings_set.keys() - known.keys())))
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def _part(part: Mapping[str, Any], images: list[Image.Image], placeholders: Sequ
     return {"type": "text", "text": part["text"]}
 
 
-def _image(given: object) -> Image.Image:
-    if isinstance(given, Image.Image | str | PathLike):
-        return load_image(given)
-    raise UserError(f"{type(given).__name__} is not an image: a task must give Pillow images or paths")
+def _image(image: object) -> Image.Image:
+    if isinstance(image, Image.Image | str | PathLike):
+        return load_image(image)
+    raise UserError(f"{type(image).__name__} is not an image: a task must give Pillow images or paths")

@@ -46,7 +46,7 @@ INSTALL = "--suite needs lmms-eval, which is large: pip install 'vlmzip[lmms]'"
 #: A task's value for a question that its judge did not answer. lmms-eval would count it as a wrong answer.
 UNJUDGED = ("", "Failed Request")
 
-Found = dict[str, Any]
+Content = dict[str, Any]
 
 
 def import_lmms_eval() -> None:
@@ -90,9 +90,9 @@ class SuiteRun:
         from lmms_eval.tasks import TaskManager
 
         if self.include is not None:  # reading all of lmms-eval's task files is slow
-            own = TaskManager("ERROR", include_path=self.include, include_defaults=False, model_name="vlmzip")
-            if all(benchmark.task in own.task_index for benchmark in self.suite.benchmarks):
-                return own
+            included = TaskManager("ERROR", include_path=self.include, include_defaults=False, model_name="vlmzip")
+            if all(benchmark.task in included.task_index for benchmark in self.suite.benchmarks):
+                return included
         return TaskManager("ERROR", include_path=self.include, model_name="vlmzip")
 
     @property
@@ -128,10 +128,10 @@ class SuiteRun:
             read_calibrated(self.folder / FILE, known),
         )
         every = Task("suite", self.suite.about, METRICS["exact"], (), 0, calibration, uncalibrated)
-        found = list(configurator.rows(every, methods, budgets))
+        configurations = list(configurator.rows(every, methods, budgets))
         content = {"model": self.loaded.name, **self._identity, "calibrated": configurator.calibrated}
         self._store.note(content)
-        return found
+        return configurations
 
     @cached_property
     def _identity(self) -> dict[str, object]:
@@ -150,49 +150,55 @@ class SuiteRun:
         Raise `UserError` with the benchmark that cannot be fetched or scored, and `AnswerFailed` if the model or the
         method breaks. Results so far are kept in both cases.
         """
-        runs = {one.file_stem: one for one in configurations if one.compressor is not None}
-        wanted = {benchmark.task: benchmark for benchmark in self.suite.benchmarks if not self.left_out(benchmark)}
-        total, number = len(runs) * len(wanted), 0
-        for one in runs.values():
-            for task, benchmark in wanted.items():
+        runs = {
+            configuration.file_stem: configuration
+            for configuration in configurations
+            if configuration.compressor is not None
+        }
+        benchmarks = {benchmark.task: benchmark for benchmark in self.suite.benchmarks if not self.left_out(benchmark)}
+        total, number = len(runs) * len(benchmarks), 0
+        for configuration in runs.values():
+            for task, benchmark in benchmarks.items():
                 number += 1
-                if self.result(benchmark, one) is not None:
+                if self.result(benchmark, configuration) is not None:
                     continue
                 start = time.perf_counter()
-                found = self._evaluate(benchmark, one)
-                self._store.write_json(self._file(task, one), found)
+                result = self._evaluate(benchmark, configuration)
+                self._store.write_json(self._file(task, configuration), result)
                 spent = time.perf_counter() - start
-                log.info(f"[{number}/{total}] {task}, {found['method']}: {found['questions']:,} in {spent:.0f} s")
+                log.info(f"[{number}/{total}] {task}, {result['method']}: {result['questions']:,} in {spent:.0f} s")
 
     def left_out(self, benchmark: Benchmark) -> str:
         """Return why a benchmark is not run, or ""."""
         return NO_JUDGE if benchmark.judge == "always" and not has_judge() else ""
 
-    def result(self, benchmark: Benchmark, one: Configuration) -> Found | None:
+    def result(self, benchmark: Benchmark, configuration: Configuration) -> Content | None:
         """Return the stored result, or `None`. Raise `UserError` for a file that is not this configuration's."""
-        path = self.folder / self._file(benchmark.task, one)
+        path = self.folder / self._file(benchmark.task, configuration)
         if not path.exists():
             return None
-        found = self._store.read_json(self._file(benchmark.task, one), "move it away")
-        if found.get("task") != benchmark.task or found.get("compressor") != one.settings:
+        stored = self._store.read_json(self._file(benchmark.task, configuration), "move it away")
+        if stored.get("task") != benchmark.task or stored.get("compressor") != configuration.settings:
             raise UserError(f"{str(path)!r} is not a result of {benchmark.task} with these settings; move it away")
-        if wrong := wrong_result(found):
+        if wrong := wrong_result(stored):
             raise UserError(f"{str(path)!r} is not a result of vlmzip: {wrong}; move it away")
-        refuse_changed(f"{str(path)!r} is a result of another {found['method']}", found, self._attacher.identity(one))
-        return found
+        refuse_changed(
+            f"{str(path)!r} is a result of another {stored['method']}", stored, self._attacher.identity(configuration)
+        )
+        return stored
 
-    def _file(self, task: str, one: Configuration) -> str:
+    def _file(self, task: str, configuration: Configuration) -> str:
         """Return the path of a result in the folder."""
-        return f"{RESULTS}/{slug(task)}/{one.file_stem}.json"
+        return f"{RESULTS}/{slug(task)}/{configuration.file_stem}.json"
 
-    def _evaluate(self, benchmark: Benchmark, one: Configuration) -> Found:
+    def _evaluate(self, benchmark: Benchmark, configuration: Configuration) -> Content:
         from vlmzip.lab.lmms.adapter import CompressedForLmms
 
-        written, identity = spec.write(one.chosen), self._attacher.identity(one)
-        compressed = self._attacher.attach(one.chosen)
+        written, identity = spec.write(configuration.chosen), self._attacher.identity(configuration)
+        compressed = self._attacher.attach(configuration.chosen)
         try:
             model = CompressedForLmms(compressed, self.loaded.processor, self.batch)
-            found, samples = self._ask(benchmark.task, model)
+            scores, samples = self._ask(benchmark.task, model)
         except AnswerFailed as error:
             raise AnswerFailed(f"{written} broke on {error}") from error
         finally:
@@ -201,9 +207,9 @@ class SuiteRun:
         return {
             "task": benchmark.task,
             "method": written,
-            "compressor": one.settings,
+            "compressor": configuration.settings,
             **identity,
-            "results": {key: float(value) for key, value in found.items() if _is_finite(value)},
+            "results": {key: float(value) for key, value in scores.items() if _is_finite(value)},
             "questions": len(samples),
             **_costs(samples),
             "batch": self.batch,
@@ -211,7 +217,7 @@ class SuiteRun:
             "requests": [_request(sample) for sample in samples],
         }
 
-    def _ask(self, task: str, model: Any) -> tuple[Found, list[dict[str, object]]]:
+    def _ask(self, task: str, model: Any) -> tuple[Content, list[dict[str, object]]]:
         """Return lmms-eval's results of one task and its samples, sorted by document."""
         from lmms_eval.evaluator import simple_evaluate
 
@@ -237,16 +243,16 @@ class SuiteRun:
         log.info(f"fetching {task}")
         try:
             with _quietly():
-                found = self._manager.load_task_or_group([task], task_type="chat")[task]
+                loaded = self._manager.load_task_or_group([task], task_type="chat")[task]
         except Exception as error:  # no network, no access, or an invalid task file
             raise UserError(
                 f"lmms-eval cannot get the benchmark {task}: {_why(error)}; what is finished is kept, and the same"
                 " command goes on from there"
             ) from error
-        if not str(found.OUTPUT_TYPE).startswith("generate_until"):
+        if not str(loaded.OUTPUT_TYPE).startswith("generate_until"):
             raise UserError(f"{task} {NO_LIKELIHOODS}")
-        self._loaded_tasks[task] = found
-        return found
+        self._loaded_tasks[task] = loaded
+        return loaded
 
 
 @contextlib.contextmanager
@@ -263,12 +269,12 @@ def _why(error: BaseException) -> str:
     return _why(behind) if behind is not None else reason(error) if isinstance(error, Exception) else str(error)
 
 
-def _check_judged(benchmark: Benchmark, samples: Sequence[Found]) -> None:
+def _check_judged(benchmark: Benchmark, samples: Sequence[Content]) -> None:
     """Raise `UserError` if the judge left answers without a score: lmms-eval counts them as 0."""
     if benchmark.judge != "always":
         return
     judged = [sample.get(metric) for sample in samples for metric in benchmark.metrics]
-    failed = [one for one in judged if isinstance(one, dict) and _unjudged(one)]
+    failed = [verdict for verdict in judged if isinstance(verdict, dict) and _unjudged(verdict)]
     if failed:
         raise UserError(
             f"the judge of {benchmark.task} gave no score for {len(failed)} of {len(samples)} answers, which would"
@@ -276,19 +282,19 @@ def _check_judged(benchmark: Benchmark, samples: Sequence[Found]) -> None:
         )
 
 
-def _unjudged(one: Found) -> bool:
-    scores = one.get("scores")
-    return one.get("eval_model") in UNJUDGED or (isinstance(scores, list) and -1 in scores)
+def _unjudged(verdict: Content) -> bool:
+    scores = verdict.get("scores")
+    return verdict.get("eval_model") in UNJUDGED or (isinstance(scores, list) and -1 in scores)
 
 
-def _request(sample: Found) -> Found:
+def _request(sample: Content) -> Content:
     """Return the stored part of a question: the answer and its costs."""
     costs = sample["token_counts"][0] if sample["token_counts"] else None
-    given = sample["filtered_resps"]
-    return {"document": sample["doc_id"], "given": given[0] if len(given) == 1 else given, **(costs or {})}
+    answers = sample["filtered_resps"]
+    return {"document": sample["doc_id"], "given": answers[0] if len(answers) == 1 else answers, **(costs or {})}
 
 
-def _costs(samples: Sequence[Found]) -> Found:
+def _costs(samples: Sequence[Content]) -> Content:
     """Return the mean costs of the questions with an image; `None` for unknown costs, as in several rounds."""
     costs = [sample["token_counts"][0] for sample in samples if sample["token_counts"] and sample["token_counts"][0]]
     costs = [cost for cost in costs if cost["visual_tokens"]]
@@ -302,16 +308,16 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def wrong_result(found: Found) -> str:
+def wrong_result(result: Content) -> str:
     """Return what is wrong with a result that was read; an empty text if nothing is."""
-    scores = found.get("results")
+    scores = result.get("results")
     if not isinstance(scores, dict) or not all(map(is_number, scores.values())):
         return "its results are not numbers by name"
-    if not is_text(found.get("method")):
+    if not is_text(result.get("method")):
         return "its method is not a text"
-    if not is_count(found.get("questions")):
+    if not is_count(result.get("questions")):
         return "its questions is not a whole number"
-    costs: list[Any] = [found.get(name) for name in ("visual_tokens", "retention")]
+    costs: list[Any] = [result.get(name) for name in ("visual_tokens", "retention")]
     known = all(is_number(cost) and cost >= 0 for cost in costs)
     return "" if known or costs == [None, None] else "its visual_tokens and retention are not numbers from 0"
 

@@ -31,19 +31,19 @@ class Benchmark:
     note: str = ""
     """The difference from the papers' measurement."""
 
-    def score(self, found: Mapping[str, object]) -> float | None:
+    def score(self, numbers: Mapping[str, object]) -> float | None:
         """Return the benchmark's score from lmms-eval's numbers by "metric,filter", or `None` if one is missing."""
-        names = self.metrics or tuple(_numbers(found))[:1]
-        parts = [_numbers(found).get(name) for name in names]
+        names = self.metrics or tuple(_numbers(numbers))[:1]
+        parts = [_numbers(numbers).get(name) for name in names]
         if not parts or any(part is None for part in parts):
             return None
         return self.scale * sum(part for part in parts if part is not None)
 
 
-def _numbers(found: Mapping[str, object]) -> dict[str, float]:
+def _numbers(numbers: Mapping[str, object]) -> dict[str, float]:
     """Return the numbers by metric, from the first filter, without standard errors."""
     out: dict[str, float] = {}
-    for key, value in found.items():
+    for key, value in numbers.items():
         metric, comma, _ = key.partition(",")
         if comma and isinstance(value, int | float) and "_stderr" not in metric:
             out.setdefault(metric, float(value))

@@ -82,7 +82,7 @@ def published(paper: str) -> list[Published]:
     name = ALIASES.get(name, name)
     numbers = [row for rows in tables().values() for row in rows if row.paper == name]
     if not numbers:
-        raise UserError(f"no published numbers of {paper!r} are here{closest(name, papers())}")
+        raise UserError(f"vlmzip has no published numbers of {paper!r}{closest(name, papers())}")
     return numbers
 
 

@@ -51,5 +51,5 @@ def read_task(text: str, limit: int | None, calibrate_on: str | None) -> Task:
 
 
 def _calibrated_on(task: Task, folder: str | None) -> Task:
-    """Return the task with a folder's images for calibration, if there is a folder, instead of its own ones."""
+    """Return the task, with the images of `folder` as its calibration set if a folder is given."""
     return task if folder is None else replace(task, calibration=calibration_on(folder, []))

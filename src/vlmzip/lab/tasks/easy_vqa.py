@@ -20,7 +20,7 @@ from vlmzip.runtime.images import load_image
 NAME = "easy-vqa"
 RELATIONS = {
     "transfer": "the model was not trained on it",
-    "tuned": "the model was fine-tuned on its training split, says who runs this",
+    "tuned": "the model was fine-tuned on its training split, as the user says",
 }
 #: Number of images to calibrate on: the first of the 4,000 training images.
 CALIBRATE_ON = 200

@@ -18,5 +18,5 @@ def warn_of_unknown_words(loaded: Loaded, task: Task) -> None:
     if strange:
         log.warning(
             f"{len(strange):,} of {len(task.samples):,} questions of {task.name} have words that {loaded.name}"
-            f" does not know, {words[strange[0]][0]!r} for one"
+            f" does not know, such as {words[strange[0]][0]!r}"
         )

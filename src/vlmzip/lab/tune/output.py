@@ -118,124 +118,130 @@ class SearchOutcome:
         return self.asked.means(row.number) if row.asked else {self.asked.cost: row.cost} if row.cost else {}
 
 
-def show(found: SearchOutcome, args: Namespace) -> None:
+def show(outcome: SearchOutcome, args: Namespace) -> None:
     """Write all results and print them. Print them even if the disk is full."""
-    folder = found.asked.study.folder
+    folder = outcome.asked.study.folder
     try:
-        write_csv(folder / "tune.csv", _csv(found))
-        _draw(found, folder)
-        if found.chosen:
-            write_compressor(found.compressor(found.chosen), folder)
+        write_csv(folder / "tune.csv", _csv(outcome))
+        _draw(outcome, folder)
+        if outcome.chosen:
+            write_compressor(outcome.compressor(outcome.chosen), folder)
     finally:
-        print_json(as_json(found, args)) if args.json else _print(found, folder, args)
+        print_json(as_json(outcome, args)) if args.json else _print(outcome, folder, args)
 
 
-def _draw(found: SearchOutcome, folder: Path) -> None:
+def _draw(outcome: SearchOutcome, folder: Path) -> None:
     try:
         import_matplotlib()
     except UserError as error:
-        log.warning(f"there is no curve: {error}")
+        log.warning(f"no curve is drawn: {error}")
         return
-    names = {number: found.method(row) for number, row in found.tuning.rows.items()}
-    title = f"{found.asked.study.name} on {found.asked.task.name}, {len(found.asked.task.samples):,} questions"
-    save_figure(draw(found.tuning, found.chosen, names, found.asked.cost, title), folder / "curve.png")
+    names = {number: outcome.method(row) for number, row in outcome.tuning.rows.items()}
+    title = f"{outcome.asked.study.name} on {outcome.asked.task.name}, {len(outcome.asked.task.samples):,} questions"
+    save_figure(draw(outcome.tuning, outcome.chosen, names, outcome.asked.cost, title), folder / "curve.png")
 
 
 # ---------------------------------------------------------------- in words
 
 
-def sentences(found: SearchOutcome) -> list[str]:
+def sentences(outcome: SearchOutcome) -> list[str]:
     """Return the verdict in sentences."""
-    row, target = found.verdict.row, found.tuning.target
-    if found.verdict.kind == "nothing":
-        return [_nothing(found)]
+    row, target = outcome.verdict.row, outcome.tuning.target
+    if outcome.verdict.kind == "nothing":
+        return [_nothing(outcome)]
     assert row is not None
     assert row.held is not None
-    held, confirming = row.held, len(found.tuning.images["confirm"])
+    held, confirming = row.held, len(outcome.tuning.images["confirm"])
     where = f"on {confirming:,} questions that chose nothing ({100 * held.score:.1f} % for {100 * held.plain:.1f} %)"
-    verdict_lines = [f"{found.name(row)}: {_cost(held.cost, found.asked.cost)}, loses {_interval(row)} points {where}"]
-    if found.verdict.kind == "certified":
+    verdict_lines = [
+        f"{outcome.name(row)}: {_cost(held.cost, outcome.asked.cost)}, loses {_interval(row)} points {where}"
+    ]
+    if outcome.verdict.kind == "certified":
+        most = f"{100 * held.bound:.1f}, with all tries considered"
+        verdict_lines.append(f"The loss is within {_points(target.loss)}: it is at most {most}.")
+    elif outcome.verdict.kind == "likely":
+        verdict_lines.append(_unsure(outcome, row))
+    if held.attempt > 1 or (outcome.verdict.kind == "certified" and len(outcome.tuning.tries) > 1):
         verdict_lines.append(
-            f"The loss is within {_points(target.loss)}: with all tries considered at most {100 * held.bound:.1f}."
+            f"{len(outcome.tuning.tries)} candidates were tried on these questions, the cheapest first."
         )
-    elif found.verdict.kind == "likely":
-        verdict_lines.append(_unsure(found, row))
-    if held.attempt > 1 or (found.verdict.kind == "certified" and len(found.tuning.tries) > 1):
-        verdict_lines.append(f"{len(found.tuning.tries)} candidates were tried there, the cheapest first.")
     return verdict_lines
 
 
-def _unsure(found: SearchOutcome, row: CandidateRow) -> str:
+def _unsure(outcome: SearchOutcome, row: CandidateRow) -> str:
     assert row.held is not None
-    count, images = len(found.tuning.images["confirm"]), len(set(found.tuning.images["confirm"]))
-    within = f"The estimate is within {_points(found.tuning.target.loss)}, but"
+    count, images = len(outcome.tuning.images["confirm"]), len(set(outcome.tuning.images["confirm"]))
+    within = f"The estimate is within {_points(outcome.tuning.target.loss)}, but"
     if math.isinf(row.held.bound):
-        return f"{within} {images} images cannot tell: at least {LEAST_IMAGES} have to confirm."
-    return (
-        f"{within} {count:,} questions cannot tell: the loss may reach {100 * row.held.bound:.1f}. Ask more questions."
-    )
+        return f"{within} {images} images are too few to confirm it; at least {LEAST_IMAGES} are needed."
+    reach = f"the loss may reach {100 * row.held.bound:.1f}"
+    return f"{within} {count:,} questions are too few to confirm it: {reach}. Ask more questions."
 
 
-def _nothing(found: SearchOutcome) -> str:
-    row, target = found.verdict.row, found.tuning.target
+def _nothing(outcome: SearchOutcome) -> str:
+    row, target = outcome.verdict.row, outcome.tuning.target
     if row is None:
         return "Nothing meets it: no candidate can run; tune.csv says why."
     if row.out and row.out.why == "cost":
-        most, what = _cost(target.most, found.asked.cost), "Nothing that runs" if found.broken else "Nothing"
-        return f"{what} costs at most {most}; the cheapest is {found.name(row)}, {_cost(row.cost, found.asked.cost)}."
-    within = f" at {_cost(target.most, found.asked.cost)}" if target.most is not None else ""
-    return _lossy(found, row, f"{_points(target.loss)}{within}")
+        most, what = _cost(target.most, outcome.asked.cost), "Nothing that runs" if outcome.broken else "Nothing"
+        return (
+            f"{what} costs at most {most}; the cheapest is {outcome.name(row)}, {_cost(row.cost, outcome.asked.cost)}."
+        )
+    within = f" at {_cost(target.most, outcome.asked.cost)}" if target.most is not None else ""
+    return _lossy(outcome, row, f"{_points(target.loss)}{within}")
 
 
-def _lossy(found: SearchOutcome, row: CandidateRow, wished: str) -> str:
+def _lossy(outcome: SearchOutcome, row: CandidateRow, wished: str) -> str:
     """Return that no candidate is known to lose so little, and the nearest candidate.
 
     Also say whether the intervals rule the target out or only the estimates miss it.
     """
-    loss, doubtful = found.tuning.target.loss, found.tuning.in_doubt()
+    loss, doubtful = outcome.tuning.target.loss, outcome.tuning.in_doubt()
     assert loss is not None
     half, cost = ("confirms", row.held.cost) if row.held else ("chooses", row.cost)
     loses = f"loses {_interval(row)} points on the half that {half}"
-    nearest = f"the nearest, {found.name(row)}, {_cost(cost, found.asked.cost)}, {loses}"
+    nearest = f"the nearest, {outcome.name(row)}, {_cost(cost, outcome.asked.cost)}, {loses}"
     if row.lost <= loss:
         return f"No loss within {wished} is confirmed; {nearest}, which alone is not enough: ask more questions."
     if not doubtful:
         return f"Nothing is within {wished}: {nearest}, so {100 * loss:g} is ruled out."
-    estimates = f"No estimate within {wished} is confirmed" if found.tuning.tries else f"No estimate is within {wished}"
-    whom = "" if row in doubtful else f" for {found.name(doubtful[0])}"
+    estimates = (
+        f"No estimate within {wished} is confirmed" if outcome.tuning.tries else f"No estimate is within {wished}"
+    )
+    whom = "" if row in doubtful else f" for {outcome.name(doubtful[0])}"
     return f"{estimates}; {nearest}, so {100 * loss:g} is not ruled out{whom}: ask more questions."
 
 
-def _print(found: SearchOutcome, folder: Path, args: Namespace) -> None:
-    task = found.asked.task
+def _print(outcome: SearchOutcome, folder: Path, args: Namespace) -> None:
+    task = outcome.asked.task
     print(f"{task.name}: {task.about}; {task.metric.about}; {len(task.samples):,} questions\n")
-    if asked := [row for row in found.rows if not found.too_dear(row)]:
-        table(found, asked).print()
-    for name, why in found.broken.items():
+    if asked := [row for row in outcome.rows if not outcome.too_dear(row)]:
+        table(outcome, asked).print()
+    for name, why in outcome.broken.items():
         print(f"\n{name} {why}")
-    if lines := _left_out(found):
+    if lines := _left_out(outcome):
         print("\n" + "\n".join(lines))
-    print("\n" + "\n".join(sentences(found)))
-    print(f"{found.tuning.answers:,} of the {found.grid:,} answers that the whole grid would take")
-    if found.chosen:
+    print("\n" + "\n".join(sentences(outcome)))
+    print(f"{outcome.tuning.answers:,} of the {outcome.grid:,} answers that the whole grid would take")
+    if outcome.chosen:
         print(f"use it: vlmzip ask IMAGE QUESTION --model {args.model} --method {folder / FILE}")
     print(f"written to {folder}")
 
 
-def _left_out(found: SearchOutcome) -> list[str]:
+def _left_out(outcome: SearchOutcome) -> list[str]:
     """Return a line for each reason why candidates are missing from the table."""
-    dear = [row for row in found.rows if found.too_dear(row)]  # the cheapest first
+    dear = [row for row in outcome.rows if outcome.too_dear(row)]  # the cheapest first
     lines = []
     if dear:
-        methods = _by_method([found.method(row) for row in dear])
-        cheapest = f"{found.name(dear[0])}, {_cost(dear[0].cost, found.asked.cost)}"
+        methods = _by_method([outcome.method(row) for row in dear])
+        cheapest = f"{outcome.name(dear[0])}, {_cost(dear[0].cost, outcome.asked.cost)}"
         were = "candidate was" if len(dear) == 1 else "candidates were"
-        lines.append(f"{len(dear):,} {were} not asked, being too costly ({methods}); the cheapest: {cheapest}")
-    if found.impossible:
-        methods = _by_method([one.method for one in found.impossible])
-        pairs = "combination" if len(found.impossible) == 1 else "combinations"
+        lines.append(f"{len(dear):,} {were} not asked because of the cost ({methods}); the cheapest: {cheapest}")
+    if outcome.impossible:
+        methods = _by_method([configuration.method for configuration in outcome.impossible])
+        pairs = "combination" if len(outcome.impossible) == 1 else "combinations"
         lines.append(
-            f"{len(found.impossible):,} {pairs} of method and budget cannot run ({methods}); tune.csv says why"
+            f"{len(outcome.impossible):,} {pairs} of method and budget cannot run ({methods}); tune.csv says why"
         )
     return lines
 
@@ -268,38 +274,41 @@ def _estimate(loss: Estimate | None) -> str:
 # ---------------------------------------------------------------- as data
 
 
-def as_json(found: SearchOutcome, args: Namespace) -> dict[str, object]:
+def as_json(outcome: SearchOutcome, args: Namespace) -> dict[str, object]:
     """Return the results for JSON. Scores, losses and shares are from 0 to 1; an unknown bound is null."""
-    folder, target = found.asked.study.folder, found.tuning.target
+    folder, target = outcome.asked.study.folder, outcome.tuning.target
     return {
         "model": args.model,
-        "task": found.asked.task.name,
+        "task": outcome.asked.task.name,
         "out": str(folder),
-        "cost": found.asked.cost,
+        "cost": outcome.asked.cost,
         "most": target.most,
         "loss": target.loss,
-        "verdict": found.verdict.kind,
-        "said": sentences(found),
-        "chosen": table(found, [found.chosen]).as_json()[0] if found.chosen else None,
-        "compressor": str(folder / FILE) if found.chosen else None,
-        "tries": len(found.tuning.tries),
-        "answers": found.tuning.answers,
-        "grid": found.grid,
-        "questions": {part: len(images) for part, images in found.tuning.images.items()},
-        "candidates": table(found, found.rows).as_json(),
-        "broken": found.broken,
-        "impossible": [{"method": one.method, "budget": one.budget, "note": one.note} for one in found.impossible],
+        "verdict": outcome.verdict.kind,
+        "said": sentences(outcome),
+        "chosen": table(outcome, [outcome.chosen]).as_json()[0] if outcome.chosen else None,
+        "compressor": str(folder / FILE) if outcome.chosen else None,
+        "tries": len(outcome.tuning.tries),
+        "answers": outcome.tuning.answers,
+        "grid": outcome.grid,
+        "questions": {part: len(images) for part, images in outcome.tuning.images.items()},
+        "candidates": table(outcome, outcome.rows).as_json(),
+        "broken": outcome.broken,
+        "impossible": [
+            {"method": configuration.method, "budget": configuration.budget, "note": configuration.note}
+            for configuration in outcome.impossible
+        ],
     }
 
 
-def table(found: SearchOutcome, rows: Sequence[CandidateRow]) -> Table[CandidateRow]:
+def table(outcome: SearchOutcome, rows: Sequence[CandidateRow]) -> Table[CandidateRow]:
     """Return candidates as rows. CSV has scores in percent, JSON from 0 to 1."""
-    configurations, costs = found.asked.configurations, ["tokens", "flops", *["ms"] * (found.asked.cost == "ms")]
+    configurations, costs = outcome.asked.configurations, ["tokens", "flops", *["ms"] * (outcome.asked.cost == "ms")]
     columns: list[Column[CandidateRow]] = [
         Column(lambda row: configurations[row.number].method, key="method", csv=("method",)),
         Column(lambda row: configurations[row.number].budget, key="budget", csv=("budget",)),
-        Column(found.name, "candidate", key="compressor", csv=("compressor",)),
-        *(_cost_column(found, name) for name in COST_TEXTS),
+        Column(outcome.name, "candidate", key="compressor", csv=("compressor",)),
+        *(_cost_column(outcome, name) for name in COST_TEXTS),
         Column(lambda row: row.asked, "asked", "{:,}".format, "asked", ("asked",)),
         Column(lambda row: row.round, key="rounds", csv=("rounds",)),
         Column(
@@ -316,22 +325,24 @@ def table(found: SearchOutcome, rows: Sequence[CandidateRow]) -> Table[Candidate
             csv=("confirmed_loss", "confirmed_low", "confirmed_high", "confirmed_bound"),
             cells=lambda held: (*_percents(held.loss), _percent(held.bound)),
         ),
-        Column(found.fate, FATE, key="fate", csv=("fate",)),
-        Column(lambda row: found.detail(row) or None, key="detail", csv=("detail",)),
-        *(_condition_column(found, name) for name in found.asked.study.conditions),
+        Column(outcome.fate, FATE, key="fate", csv=("fate",)),
+        Column(lambda row: outcome.detail(row) or None, key="detail", csv=("detail",)),
+        *(_condition_column(outcome, name) for name in outcome.asked.study.conditions),
     ]  # fmt: skip
     return Table(
         columns, rows, ["candidate", *(COST_TEXTS[name][0] for name in costs), "asked", "score %", "loss", FATE]
     )
 
 
-def _cost_column(found: SearchOutcome, name: str) -> Column[CandidateRow]:
+def _cost_column(outcome: SearchOutcome, name: str) -> Column[CandidateRow]:
     heading, text = COST_TEXTS[name]
-    return Column(lambda row: found.costs(row).get(name, ABSENT), heading, text.format, name, (name,), "{:.4f}".format)
+    return Column(
+        lambda row: outcome.costs(row).get(name, ABSENT), heading, text.format, name, (name,), "{:.4f}".format
+    )
 
 
-def _condition_column(found: SearchOutcome, name: str) -> Column[CandidateRow]:
-    return Column(lambda row: found.asked.study.conditions[name] if row is found.chosen else ABSENT, csv=(name,))
+def _condition_column(outcome: SearchOutcome, name: str) -> Column[CandidateRow]:
+    return Column(lambda row: outcome.asked.study.conditions[name] if row is outcome.chosen else ABSENT, csv=(name,))
 
 
 def _confirmed(row: CandidateRow) -> object:
@@ -342,32 +353,45 @@ def _confirmed(row: CandidateRow) -> object:
     return row.held._asdict() | {"loss": vars(row.held.loss), "bound": bound}
 
 
-def _csv(found: SearchOutcome) -> list[dict[str, object]]:
+def _csv(outcome: SearchOutcome) -> list[dict[str, object]]:
     """Return the rows of the CSV.
 
     They are the uncompressed model, the candidates, methods that broke, and combinations that cannot run, with the
     reasons.
     """
-    rows = [_plain_line(found), *table(found, found.rows).as_csv()]
-    rows += [_broken_line(found, number) for number in found.asked.failures if number not in found.tuning.rows]
-    rows += [{"method": one.method, "budget": one.budget, "detail": one.note} for one in found.impossible]
+    rows = [_plain_line(outcome), *table(outcome, outcome.rows).as_csv()]
+    rows += [_broken_line(outcome, number) for number in outcome.asked.failures if number not in outcome.tuning.rows]
+    rows += [
+        {"method": configuration.method, "budget": configuration.budget, "detail": configuration.note}
+        for configuration in outcome.impossible
+    ]
     columns = dict.fromkeys(name for row in rows for name in row)
     return [{name: row.get(name, "") for name in columns} for row in rows]
 
 
-def _plain_line(found: SearchOutcome) -> dict[str, object]:
-    one, plain = found.asked.configurations[PLAIN], found.tuning.plain
-    line: dict[str, object] = {"method": one.method, "budget": one.budget, "compressor": one.method}
+def _plain_line(outcome: SearchOutcome) -> dict[str, object]:
+    configuration, plain = outcome.asked.configurations[PLAIN], outcome.tuning.plain
+    line: dict[str, object] = {
+        "method": configuration.method,
+        "budget": configuration.budget,
+        "compressor": configuration.method,
+    }
     if not plain.asked:
         return line
-    costs = {name: f"{value:.4f}" for name, value in found.asked.means(PLAIN).items()}
+    costs = {name: f"{value:.4f}" for name, value in outcome.asked.means(PLAIN).items()}
     return line | costs | {"asked": plain.asked, "score": _percent(plain.score)}
 
 
-def _broken_line(found: SearchOutcome, number: int) -> dict[str, object]:
+def _broken_line(outcome: SearchOutcome, number: int) -> dict[str, object]:
     """Return the row of a method that broke when it was timed and so never became a candidate."""
-    one, (name, why) = found.asked.configurations[number], found.broke(number)
-    return {"method": one.method, "budget": one.budget, "compressor": name, "fate": FATES["broke"], "detail": why}
+    configuration, (name, why) = outcome.asked.configurations[number], outcome.broke(number)
+    return {
+        "method": configuration.method,
+        "budget": configuration.budget,
+        "compressor": name,
+        "fate": FATES["broke"],
+        "detail": why,
+    }
 
 
 def _percents(estimate: Estimate) -> tuple[str, ...]:

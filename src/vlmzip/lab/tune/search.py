@@ -219,16 +219,16 @@ class Tuning:
             self._round(next(count for count in self.counts if count > min(asked)))
 
     def _round(self, count: int) -> None:
-        asked = [row for row in self._active() if row.asked < count]
-        found = self.ask([PLAIN, *(row.number for row in asked)], "choose", count)
+        rows = [row for row in self._active() if row.asked < count]
+        answers = self.ask([PLAIN, *(row.number for row in rows)], "choose", count)
         if self.plain.asked < count:
-            self.plain.scores = found[PLAIN].scores
-        for row in asked:
-            self._take(row, found.get(row.number))
+            self.plain.scores = answers[PLAIN].scores
+        for row in rows:
+            self._take(row, answers.get(row.number))
             row.round = self.counts.index(count) + 1
-        self._judge([row for row in asked if row.out is None], count)
-        gone = sum(row.out is not None for row in asked)
-        log.info(f"{count:,} questions to {len(asked):,} candidates: {gone:,} dropped")
+        self._judge([row for row in rows if row.out is None], count)
+        gone = sum(row.out is not None for row in rows)
+        log.info(f"{count:,} questions to {len(rows):,} candidates: {gone:,} dropped")
 
     def _take(self, row: CandidateRow, answered: Answers | None) -> None:
         if answered is None:
@@ -244,16 +244,16 @@ class Tuning:
             return False
         return True
 
-    def _judge(self, asked: Sequence[CandidateRow], count: int) -> None:
+    def _judge(self, rows: Sequence[CandidateRow], count: int) -> None:
         """Compare candidates that have just answered `count` questions with all that have answered these."""
         known = [row for row in self.rows.values() if row.out is None and row.asked >= count]
         scores = np.stack([row.scores[:count] for row in [self.plain, *known]], axis=1)
         drawn = self._bootstrap(count).means(scores)
         of = {row.number: column for row, column in zip(known, drawn.T[1:], strict=True)}
-        for row in asked:
+        for row in rows:
             row.loss = estimate(drawn[:, 0] - of[row.number])
             row.bound = self._bound(row, count)
-        for row in asked:
+        for row in rows:
             low = np.percentile(drawn[1:, 0] - of[row.number][1:], CLEARLY[0])
             rival = self._rival(row, known, of)
             if self.target.loss is not None and low > self.target.loss:
@@ -267,7 +267,7 @@ class Tuning:
         With a target loss, these must not cost more.
         """
         dear = math.inf if self.target.loss is None else row.cost * (1 + ALIKE)
-        return max((one for one in known if one.cost <= dear), key=lambda one: of[one.number][0])
+        return max((rival for rival in known if rival.cost <= dear), key=lambda rival: of[rival.number][0])
 
     def _bound(self, row: CandidateRow, count: int) -> float:
         assert row.loss is not None
@@ -300,34 +300,34 @@ class Tuning:
     def _order(self, rows: Sequence[CandidateRow]) -> list[CandidateRow]:
         """Sort candidates, best first: by score, or with a target loss by cost, and by score among similar costs."""
 
-        def by_score(some: Sequence[CandidateRow]) -> list[CandidateRow]:
-            return sorted(some, key=lambda row: (-row.score, row.cost, row.number))
+        def by_score(alike: Sequence[CandidateRow]) -> list[CandidateRow]:
+            return sorted(alike, key=lambda row: (-row.score, row.cost, row.number))
 
         if self.target.loss is None:
             return by_score(rows)
-        left, found = sorted(rows, key=lambda row: row.cost), []
+        left, ordered = sorted(rows, key=lambda row: row.cost), []
         while left:
             alike = [row for row in left if row.cost <= left[0].cost * (1 + ALIKE)]
-            found += by_score(alike)
+            ordered += by_score(alike)
             left = left[len(alike) :]
-        return found
+        return ordered
 
     # ------------------------------------------------------------ the confirming half
 
     def _confirm(self, row: CandidateRow) -> Confirmation | None:
         """Measure a candidate on the confirming half, whose images chose nothing. Return `None` if it breaks."""
         images = self.images["confirm"]
-        found = self.ask([PLAIN, row.number], "confirm", len(images))
-        if row.number not in found:
+        answers = self.ask([PLAIN, row.number], "confirm", len(images))
+        if row.number not in answers:
             row.out = Rejection("broke")
             return None
         self.tries.append(row)
-        scores = np.stack([found[PLAIN].scores, found[row.number].scores], axis=1)
+        scores = np.stack([answers[PLAIN].scores, answers[row.number].scores], axis=1)
         drawn = Bootstrap(images, self.seed, self.draws).means(scores)
         highest = bound(scores[:, 0] - scores[:, 1], images, error_of(len(self.tries)), self.seed, FAR_OUT * self.draws)
         plain, score = map(float, scores.mean(0))
         loss = estimate(drawn[:, 0] - drawn[:, 1])
-        row.held = Confirmation(score, plain, loss, highest, found[row.number].cost, len(self.tries))
+        row.held = Confirmation(score, plain, loss, highest, answers[row.number].cost, len(self.tries))
         log.info(f"confirming, try {len(self.tries)}: {len(images):,} questions")
         return row.held
 

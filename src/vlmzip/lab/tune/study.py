@@ -58,7 +58,7 @@ def halves(samples: Sequence[Sample], seed: int) -> dict[Part, list[Sample]]:
         sample = samples[place]
         parts["choose" if sample.image in choosing else "confirm"].append((seen[sample.image], sample))
         seen[sample.image] += 1
-    return {part: [sample for _, sample in sorted(some, key=lambda one: one[0])] for part, some in parts.items()}
+    return {part: [sample for _, sample in sorted(pairs, key=lambda pair: pair[0])] for part, pairs in parts.items()}
 
 
 @dataclass
@@ -77,7 +77,7 @@ class TunedStudy:
 
     def __post_init__(self) -> None:
         self.parts = {
-            part: replace(self.task, samples=some) for part, some in halves(self.task.samples, self.seed).items()
+            part: replace(self.task, samples=task) for part, task in halves(self.task.samples, self.seed).items()
         }
         self.profile = task_profile(self.study.answerer, self.task)
         self._records: dict[tuple[int, Part], list[Record]] = {}
@@ -88,29 +88,29 @@ class TunedStudy:
         Batches are cut from all questions of the part. `count` must be whole batches or all questions, so that a
         question shares its batch with the same questions in every round.
         """
-        some = replace(self.parts[part], samples=self.parts[part].samples[:count])
-        self.study.run([some], [self.configurations[number] for number in numbers])
-        found = {}
+        task = replace(self.parts[part], samples=self.parts[part].samples[:count])
+        self.study.run([task], [self.configurations[number] for number in numbers])
+        answers = {}
         for number in numbers:
             if failure := self.study.failure(self.configurations[number]):
                 self.failures[number] = failure
                 continue
-            records = self.study.records(some, self.configurations[number])
+            records = self.study.records(task, self.configurations[number])
             if len(records) > len(self._records.get((number, part), ())):
                 self._records[number, part] = records
             scores = np.array([record["score"] for record in records], dtype=float)
-            found[number] = Answers(scores, self.means(number, part)[self.cost])
-        return found
+            answers[number] = Answers(scores, self.means(number, part)[self.cost])
+        return answers
 
     def means(self, number: int, part: Part = "choose") -> dict[str, float]:
         """Return the mean costs of a configuration that was asked: visual tokens, FLOPs and, if timed, milliseconds."""
         records = self._records[number, part]
         plain = self._records[PLAIN, part][: len(records)]
-        found = {
+        costs = {
             "tokens": statistics.fmean(statistics.fmean(record["visual_tokens_by_layer"]) for record in records),
             "flops": sum(r["prefill_flops"] for r in records) / sum(r["prefill_flops"] for r in plain),
         }
-        return found | ({"ms": self.milliseconds[number]} if number in self.milliseconds else {})
+        return costs | ({"ms": self.milliseconds[number]} if number in self.milliseconds else {})
 
     def expected(self) -> dict[int, float]:
         """Return the cost of each candidate before it is asked.
@@ -122,11 +122,13 @@ class TunedStudy:
             return {number: ms for number, ms in self.milliseconds.items() if number != PLAIN}
         text = self._text_tokens()
         return {
-            number: self._from_shape(one, text) for number, one in enumerate(self.configurations) if number != PLAIN
+            number: self._from_shape(configuration, text)
+            for number, configuration in enumerate(self.configurations)
+            if number != PLAIN
         }
 
-    def _from_shape(self, one: Configuration, text: int) -> float:
-        counts = one.chosen.tokens_by_layer(self.profile)
+    def _from_shape(self, configuration: Configuration, text: int) -> float:
+        counts = configuration.chosen.tokens_by_layer(self.profile)
         if counts is None:
             return 0.0
         if self.cost == "tokens":
@@ -150,39 +152,45 @@ def prefill_milliseconds(
     its figures. Another device or other versions make it measure again.
     """
     samples = list({sample.image: sample for sample in task.samples}.values())[:TIMED]
-    names = [spec.write(one.chosen) for one in configurations]
-    asked = [[sample.id, sample.image, sample.pixels, sample.question] for sample in samples]
-    code = [of_method_code(one.chosen) for one in configurations]
+    names = [spec.write(configuration.chosen) for configuration in configurations]
+    questions = [[sample.id, sample.image, sample.pixels, sample.question] for sample in samples]
+    code = [of_method_code(configuration.chosen) for configuration in configurations]
     of_study = {**study.conditions, "model": of_name(study.name)}
-    conditions = {**of_study, "task": task.name, "samples": asked, "configurations": names, "code": code}
+    conditions = {**of_study, "task": task.name, "samples": questions, "configurations": names, "code": code}
     path = study.folder / FILE
     known = _read_prefill(path, conditions, len(configurations)) if path.exists() else None
     if known is not None:
         return known
     inputs = [study.answerer.inputs([sample.load()], [sample.question]) for sample in samples]
 
-    def run(one: Configuration) -> float:
-        compressed = study.attach(one.chosen)
+    def run(configuration: Configuration) -> float:
+        compressed = study.attach(configuration.chosen)
         try:
-            return 1000 * statistics.fmean(time_answer(compressed, study.family, some, 2).prefill for some in inputs)
+            return 1000 * statistics.fmean(
+                time_answer(compressed, study.family, inputs_of_one, 2).prefill for inputs_of_one in inputs
+            )
         finally:
             compressed.detach()
 
     failures: dict[int, str] = {}
-    for number, one in enumerate(configurations):  # the warm-up, which also finds out which configurations can run
-        log.info(f"warming up: {spec.write(one.chosen)}")
+    for number, configuration in enumerate(
+        configurations
+    ):  # the warm-up, which also finds out which configurations can run
+        log.info(f"warming up: {spec.write(configuration.chosen)}")
         try:
-            run(one)
+            run(configuration)
         except Exception as error:
-            if one.is_plain:
+            if configuration.is_plain:
                 raise
             failures[number] = reason(error)
     log.info("timing the prefill")
-    running = {str(n): partial(run, one) for n, one in enumerate(configurations) if n not in failures}
-    found = {int(n): statistics.median(times) for n, times in in_turns(running, REPEATS, warmup=0).items()}
-    text = json.dumps({"conditions": conditions, "ms": found, "failures": failures}, indent=1) + "\n"
+    running = {
+        str(n): partial(run, configuration) for n, configuration in enumerate(configurations) if n not in failures
+    }
+    medians = {int(n): statistics.median(times) for n, times in in_turns(running, REPEATS, warmup=0).items()}
+    text = json.dumps({"conditions": conditions, "ms": medians, "failures": failures}, indent=1) + "\n"
     write_text(path, text)
-    return found, failures
+    return medians, failures
 
 
 def _read_prefill(
@@ -196,11 +204,13 @@ def _read_prefill(
     try:
         if known["conditions"] != conditions:
             return None
-        found = {int(number): float(ms) for number, ms in known["ms"].items()}
+        medians = {int(number): float(ms) for number, ms in known["ms"].items()}
         failures = {int(number): str(why) for number, why in known["failures"].items()}
-        if found.keys() | failures.keys() != set(range(count)) or not all(0 < ms < math.inf for ms in found.values()):
+        if medians.keys() | failures.keys() != set(range(count)) or not all(
+            0 < ms < math.inf for ms in medians.values()
+        ):
             raise ValueError("times are missing or impossible")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         cause = error if isinstance(error, ValueError) else "it is not what tune writes there"
         raise UserError(f"{str(path)!r} cannot be read: {cause}; {advice}") from None
-    return found, failures
+    return medians, failures
