@@ -52,8 +52,7 @@ DIFFERENCES = """
 ## The limits of a ninth
 
 The table gives what `vlmzip bench` could reach with {bench} tokens of text and a ninth of the visual tokens before
-the LLM, if time were proportional to FLOPs: TFLOPs of one prompt, without and with
-compression, and their ratio as the limit. *TTFT* adds
+the LLM, if time were proportional to FLOPs: TFLOPs of one prompt, and plain over compressed as the limit. *TTFT* adds
 vision encoder and projector, but not the selection. *at 1/8*: the preset's limits with `--scale 1/8`, where products
 between tokens weigh more.
 """

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.families import FAMILIES, save_checkpoint
+from tests.families import save_checkpoint
 from vlmzip import RandomTokens, Resampler, available
 from vlmzip.cli.main import main
 from vlmzip.compressor_file import write_compressor
@@ -201,22 +201,6 @@ def test_calibrate_finds_a_threshold_that_ask_takes(capsys, checkpoint, folder, 
     for name, after in (("07.PNG", 9), ("08.PNG", 36)):
         arguments = [f"{folder}/{name}", "w4", "--model", checkpoint, "--method", method, "--json"]
         assert json.loads(run(capsys, "ask", *arguments)[1])["images"][0]["after"] == after
-
-
-def test_calibrate_counts_the_views_of_images_with_tiles(capsys, folder, tmp_path):
-    family = FAMILIES["llava_next"]
-    family.processor().save_pretrained(tmp_path)
-    family.build().save_pretrained(tmp_path)
-    arguments = [folder, "--model", str(tmp_path), "--keep", "60%"]
-    code, out, _ = run(capsys, "calibrate", *arguments, "--json")
-    assert code == 0
-    by_factor = json.loads(out)["by_factor"]
-    assert json.loads(out)["images"] == 12 < sum(by_factor.values())
-    _, text, _ = run(capsys, "calibrate", *arguments, "--histogram", str(tmp_path / "deviations.png"))
-    assert [line.split()[:2] for line in text.split("\n")[2:5]] == [
-        ["factor", "views"],
-        *map(list, zip(by_factor, map(str, by_factor.values()), strict=True)),
-    ]
 
 
 def test_a_histogram_without_matplotlib_is_refused_before_anything_slow(capsys, folder, tmp_path, monkeypatch):

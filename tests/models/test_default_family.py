@@ -1,19 +1,31 @@
 """Families without code: the model is asked for its features, and answers without compression as it does alone."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import (
     AttentionInterface,
     AyaVisionConfig,
     AyaVisionForConditionalGeneration,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
+    Glm4vConfig,
+    Glm4vForConditionalGeneration,
     InternVLConfig,
     InternVLForConditionalGeneration,
+    JanusConfig,
+    JanusForConditionalGeneration,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
 
 import vlmzip
@@ -24,6 +36,7 @@ from vlmzip import (
     KMeans,
     NoCompression,
     Pool2d,
+    QFormer,
     RandomTokens,
     Signal,
     Site,
@@ -37,7 +50,7 @@ from vlmzip.models.family import square_of
 from vlmzip.models.towers.tower import Tower
 from vlmzip.runtime.place import has_sliding_windows
 
-PROJECTS_EACH_TOKEN = ("InternVLForConditionalGeneration",)
+PROJECTS_EACH_TOKEN = tuple(f"{name}ForConditionalGeneration" for name in ("InternVL", "Janus", "Glm4v"))
 
 VIT = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, patch_size=8)
 SIGLIP = dict(model_type="siglip_vision_model", **VIT, image_size=32, vision_use_head=False)
@@ -78,19 +91,82 @@ def mistral3():
     )  # fmt: skip
 
 
-#: Makers, and what describes images beside their pixels.
-MODELS = {
-    "internvl": (internvl, {}),
-    "gemma3": (gemma3, {}),
-    "aya_vision": (aya_vision, {}),
-    "mistral3": (mistral3, {"image_sizes": torch.tensor([[32, 32]] * 3)}),
+def smolvlm():
+    text = dict(model_type="llama", **LLM)
+    return SmolVLMForConditionalGeneration(
+        SmolVLMConfig(
+            vision_config=dict(**VIT, image_size=32), text_config=text, image_token_id=IMAGE_TOKEN, scale_factor=2,
+            pad_token_id=0,
+        )
+    )  # fmt: skip
+
+
+def janus():
+    """`get_image_features` is only on the model without its head."""
+    codes = dict(
+        embed_dim=8, num_embeddings=8, base_channels=32, channel_multiplier=[1, 1], image_token_embed_dim=8,
+        num_patches=4, latent_channels=8, z_channels=8,
+    )  # fmt: skip
+    vision = dict(**{**VIT, "patch_size": 16}, image_size=32, projection_dim=48)
+    text = dict(model_type="llama", **LLM)
+    return JanusForConditionalGeneration(
+        JanusConfig(vision_config=vision, text_config=text, vq_config=codes, image_token_id=IMAGE_TOKEN)
+    )
+
+
+#: Positions with three axes, from the model's own `get_rope_index`.
+ROTARY = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
+PATCHES = dict(depth=2, num_heads=4, patch_size=4, spatial_merge_size=2, temporal_patch_size=2)
+
+
+def qwen2_vl():
+    return Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(
+            vision_config=dict(**PATCHES, embed_dim=32, mlp_ratio=2, hidden_size=48),
+            text_config=dict(**LLM, rope_parameters=ROTARY),
+            image_token_id=IMAGE_TOKEN, video_token_id=98, vision_start_token_id=97, vision_end_token_id=96,
+        )
+    )  # fmt: skip
+
+
+def glm4v():
+    return Glm4vForConditionalGeneration(
+        Glm4vConfig(
+            vision_config=dict(**PATCHES, hidden_size=32, intermediate_size=64, out_hidden_size=48, image_size=16),
+            text_config=dict(**LLM, head_dim=8, rope_parameters={**ROTARY, "partial_rotary_factor": 1.0}),
+            image_token_id=IMAGE_TOKEN, video_token_id=98, image_start_token_id=97, image_end_token_id=96,
+        )
+    )  # fmt: skip
+
+
+IMAGES = {"pixel_values": torch.randn(3, 3, 32, 32)}
+SIZED = {**IMAGES, "image_sizes": torch.tensor([[32, 32]] * 3)}
+#: Images of each row, and an empty one that pads the second.
+BY_ROW = {"pixel_values": torch.cat([torch.randn(3, 3, 32, 32), torch.zeros(3, 3, 32, 32)]).view(3, 2, 3, 32, 32)}
+CUT = {"pixel_values": torch.randn(3 * 16, 2 * 3 * 4 * 4), "image_grid_thw": torch.tensor([[1, 4, 4]] * 3)}
+
+#: Makers, and the inputs that describe three images of four tokens each.
+VITS = {
+    "internvl": (internvl, IMAGES),
+    "gemma3": (gemma3, IMAGES),
+    "aya_vision": (aya_vision, IMAGES),
+    "mistral3": (mistral3, SIZED),
 }
+MODELS = {
+    **VITS,
+    "smolvlm": (smolvlm, BY_ROW),
+    "janus": (janus, IMAGES),
+    "qwen2_vl": (qwen2_vl, CUT),
+    "glm4v": (glm4v, CUT),
+}
+if Version(transformers.__version__) < Version("5.23"):
+    del MODELS["smolvlm"]  # its features are one tensor there, [views, tokens, width], and tell rows apart by its shape
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def asked(request):
-    """A model, and inputs with two images in one row and one in another; four tokens each."""
-    maker, beside = MODELS[request.param]
+@cache
+def made(name):
+    """A model, and inputs with two images in one row and one in another."""
+    maker, images = MODELS[name]
     torch.manual_seed(0)
     model = maker().eval()
     with torch.no_grad():
@@ -98,11 +174,24 @@ def asked(request):
             if parameter.ndim > 1:
                 parameter.normal_(0, 0.15)
     image = [IMAGE_TOKEN] * 4
-    inputs = batch([1, *image, 5, *image, 6], [1, *image, 7], [1, 2])
-    inputs |= {"pixel_values": torch.randn(3, 3, 32, 32), **beside}
-    if request.param == "gemma3":
-        inputs["token_type_ids"] = (inputs["input_ids"] == IMAGE_TOKEN).long()
+    inputs = batch([1, *image, 5, *image, 6], [1, *image, 7], [1, 2]) | images
+    is_image = (inputs["input_ids"] == IMAGE_TOKEN).long()
+    if name == "gemma3":
+        inputs["token_type_ids"] = is_image
+    if "image_grid_thw" in images:
+        inputs["mm_token_type_ids"] = is_image
     return model, inputs
+
+
+@pytest.fixture(params=MODELS)
+def asked(request):
+    return made(request.param)
+
+
+@pytest.fixture(params=VITS)
+def vit(request):
+    """A model whose encoder sees 4 x 4 patches of each image."""
+    return made(request.param)
 
 
 @torch.no_grad()
@@ -124,7 +213,9 @@ def test_fewer_tokens_change_the_answer(asked):
         logits = model(**small).logits
         assert logits.isfinite().all()
         assert logits.shape[1] == inputs["input_ids"].shape[1] - 6
-    assert set(family.image_inputs) == inputs.keys() & {"pixel_values", "image_sizes"}
+    per_token = {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"}
+    assert inputs.keys() - per_token <= set(family.image_inputs)
+    assert family.image_inputs[0] == "pixel_values"
 
 
 def attention_in_the_last_layer(model, inputs):
@@ -146,8 +237,8 @@ def attention_in_the_last_layer(model, inputs):
 
 
 @torch.no_grad()
-def test_tokens_are_scored_by_the_attention_that_the_model_computes(asked):
-    model, inputs = asked
+def test_tokens_are_scored_by_the_attention_that_the_model_computes(vit):
+    model, inputs = vit
     needs = frozenset({Signal.CLS_ATTENTION, Signal.KEYS})
     (group,) = ModelFamily(model).encode(inputs, Site.PRE_PROJECTOR, needs).groups
     matrix = attention_in_the_last_layer(model, inputs)
@@ -192,24 +283,70 @@ def test_other_counts_of_placeholders_are_refused(asked):
     model, inputs = asked
     fewer = {**inputs, "input_ids": inputs["input_ids"].clone()}
     fewer["input_ids"][0, -2] = 5
-    with pytest.raises(UserError, match=r"the prompt has 11 image placeholders, but .* makes 12 visual tokens"):
+    with pytest.raises(UserError, match=r"the prompt has 11 image placeholders, but .* 12 visual tokens"):
         vlmzip.attach(model, VisionZip(keep=2))(**fewer)
 
 
-def test_an_attention_that_turns_its_queries_in_another_way_is_refused(asked, monkeypatch):
+def test_an_attention_that_turns_its_queries_in_another_way_is_refused(vit, monkeypatch):
     """The recorded queries and keys would give other scores than the model's own."""
-    model, inputs = asked
+    model, inputs = vit
     monkeypatch.setattr(Tower, "queries_and_keys", lambda *_: (torch.randn(3, 16, 32), torch.randn(3, 16, 32)))
     with pytest.raises(UserError, match="is of a kind that vlmzip does not know"):
         compress_inputs(model, inputs, VisionZip(keep=2), family=ModelFamily(model))
 
 
-def test_other_patches_of_a_token_are_refused(asked, monkeypatch):
-    model, inputs = asked
+def test_other_patches_of_a_token_are_refused(vit, monkeypatch):
+    model, inputs = vit
     by_token = Tower.by_token
     monkeypatch.setattr(Tower, "by_token", lambda *args: by_token(*args).flip(0))
     with pytest.raises(UserError, match=r"which patches of .* make a visual token"):
         compress_inputs(model, inputs, VisionZip(keep=2), family=ModelFamily(model))
+
+
+class WithoutEncoderOutputs(InternVLForConditionalGeneration):
+    def forward(self, input_ids=None, pixel_values=None):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("change", "missing"),
+    [
+        ({"__class__": WithoutEncoderOutputs}, "it has no mm_encoder_outputs among the arguments of forward"),
+        ({"get_decoder": torch.nn.Identity}, "it has no LLM with layers that get_decoder returns"),
+        ({"pack_image_features": print}, "it has no family file, and it packs several views"),
+    ],
+)
+def test_what_the_default_family_needs_is_named(change, missing):
+    model = internvl()
+    for name, value in change.items():
+        object.__setattr__(model, name, value)
+    with pytest.raises(UserError, match=missing) as error:
+        vlmzip.attach(model, VisionZip(keep=2))
+    assert "\n" not in str(error.value)
+
+
+def test_models_without_an_image_token_are_refused():
+    model = internvl()
+    model.config.__dict__["image_token_id"] = None
+    with pytest.raises(UserError, match="it has no image_token_id in its config"):
+        family_of(model)
+
+
+def test_resamplers_before_an_unknown_projector_are_refused():
+    with pytest.raises(UserError, match="does not know the width of features before the projector"):
+        vlmzip.attach(internvl(), QFormer(queries=2, depth=1, width=16, heads=2))
+
+
+def test_two_threads_may_ask_at_once():
+    model, inputs = made("internvl")
+
+    def scores(_):
+        (group,) = ModelFamily(model).encode(inputs, Site.PRE_PROJECTOR, frozenset({Signal.CLS_ATTENTION})).groups
+        return group.tokens.cls_attention
+
+    alone = scores(0)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.allclose(together, alone, atol=1e-6) for together in pool.map(scores, range(12)))
 
 
 @pytest.mark.parametrize(("tokens", "grid"), [(1, (1, 1, 1)), (16, (1, 4, 4)), (15, (1, 1, 15)), (256, (1, 16, 16))])

@@ -44,8 +44,7 @@ def run(args: Namespace) -> None:
         "by_factor": dict(sorted(Counter(calibration.factors).items())),
     }
     if args.histogram:
-        histogram = draw_deviations(calibration.deviations, threshold, compressor.name(), _unit(calibration))
-        save_image(histogram, args.histogram, paths)
+        save_image(draw_deviations(calibration.deviations, threshold, compressor.name()), args.histogram, paths)
         out["histogram"] = str(args.histogram)
     print_json(out) if args.json else _print(out, calibration, threshold, args)
 
@@ -86,11 +85,6 @@ def _images(words: list[str]) -> list[str]:
     return paths
 
 
-def _unit(calibration: Calibration) -> str:
-    """Return what chooses a factor: "images", or "views" if an image has several."""
-    return "images" if len(calibration.factors) == len(calibration.after) else "views"
-
-
 def _print(out: dict[str, Any], calibration: Calibration, threshold: float, args: Namespace) -> None:
     name = _threshold(calibration.compressor)
     print(f"{name} {threshold}: {out['average']:.4g} visual tokens per image on average, {out['reached']:.1%} of all\n")
@@ -101,7 +95,7 @@ def _print(out: dict[str, Any], calibration: Calibration, threshold: float, args
         [str(factor), str(views), " to ".join(str(n) for n in sorted({min(after[factor]), max(after[factor])}))]
         for factor, views in out["by_factor"].items()
     ]
-    print_table(["factor", _unit(calibration), "visual tokens"], rows)
+    print_table(["factor", "images" if len(calibration.factors) == out["images"] else "views", "visual tokens"], rows)
     print(f'\nuse it: vlmzip ask IMAGE QUESTION --method "{spec.write(calibration.compressor)}"')
     if "histogram" in out:
         print(f"deviations drawn in {out['histogram']}")

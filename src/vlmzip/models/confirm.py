@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def maps_each_token(projector: nn.Module, features: Any, projected: Float[Tensor
     return isinstance(alone, Tensor) and _are_close(alone, projected[some])
 
 
-def check_tower(model: Any, tower: Tower, arguments: InputDict, grids: Sequence[Grid], layer: int) -> None:
+def check_tower(get_image_features: Any, tower: Tower, arguments: InputDict, grids: Sequence[Grid], layer: int) -> None:
     """Raise `UserError` unless queries, keys and patches of a layer are those that the model itself uses.
 
     One run of `get_image_features` shows both. The attention computed from recorded queries and keys must be what the
@@ -49,8 +50,11 @@ def check_tower(model: Any, tower: Tower, arguments: InputDict, grids: Sequence[
     if attention.output is not None:
         called["after"] = attention.output
     states: list[Tensor] = []
+    thread = get_ident()
 
     def cut(_module: nn.Module, _args: object, output: Any) -> Any:
+        if get_ident() != thread:
+            return None
         whole = isinstance(output, Tensor)
         states[:] = [(output if whole else output[0]).detach().requires_grad_()]
         torch.set_grad_enabled(True)  # from here on; the context below turns it off
@@ -61,10 +65,11 @@ def check_tower(model: Any, tower: Tower, arguments: InputDict, grids: Sequence[
         # Tensors made in inference mode take no part in gradients, but their copies do.
         with torch.inference_mode(False), torch.no_grad(), record(outputs, called) as recording:
             copies = {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
-            pooled = model.get_image_features(**copies, return_dict=True).pooler_output
+            pooled = get_image_features(**copies, return_dict=True).pooler_output
             features = torch.cat([image.flatten(0, -2) for image in pooled])
             generator = torch.Generator().manual_seed(0)
             chosen = torch.rand(len(features), generator=generator) < 0.5
+            chosen[0] = True
             weights = torch.randn(features.shape, generator=generator) * chosen[:, None]
             (gradient,) = torch.autograd.grad((features * weights.to(features)).sum(), states)
     finally:

@@ -30,10 +30,13 @@ from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 #: Names of projectors in transformers' models.
 PROJECTORS = (
-    "multi_modal_projector", "connector", "aligner", "projector", "embed_vision", "language_projection", "merger",
+    "multi_modal_projector", "connector", "aligner", "projector", "embed_vision", "language_projection",
+    "vision_projection", "merger",
 )  # fmt: skip
 #: Names in configs of the number of patches per side that become one token. Some give the ratio of the sides, below 1.
 MERGES = ("spatial_merge_size", "scale_factor", "downsample_factor", "downsample_ratio", "pixel_shuffle_factor")
+#: How the names of parameters of `get_image_features` begin that are settings, and do not describe images.
+SETTINGS = ("vision_", "interpolate_", "downsample_")
 #: The side in pixels of a common image, for encoders that take images of any size.
 COMMON_SIDE = 448
 #: Attention implementations for which transformers builds masks that keep packed rows from attending to each other.
@@ -119,17 +122,15 @@ class Family:
     image_inputs: tuple[str, ...] = ()
     """The model inputs that describe images. The first is present if there is an image.
 
-    By default, the parameters of `get_image_features` whose names start with `pixel_` or `image_`.
+    By default, the parameters of `get_image_features` without its settings (`SETTINGS`).
     """
-    default_positions: ClassVar[Positions] = "contiguous"
+    default_positions: Positions = "contiguous"
     """The value that stands for `positions=None`. VisionZip and DFMR use contiguous positions before LLaVA's LLM.
 
     Families whose positions have several axes set "original".
     """
-    position_axes: ClassVar[tuple[int, ...]] = ()
+    position_axes: tuple[int, ...] = ()
     """Axes of `position_ids` before batch and length: (3,) if positions are temporal, height and width."""
-    has_streams: ClassVar[bool] = False
-    """True if layers of the LLM add further features to the visual tokens (deepstack)."""
     features_as_list: bool = True
     """True if the model takes a list of features, one entry per image; False if it takes one tensor for all images."""
 
@@ -139,16 +140,19 @@ class Family:
         self.model: Any = inner  # a type checker does not know the attributes of each family's model
         self.is_confirmed = type(self) is not Family
         """True if the attention of the encoder is known to be as `tower` takes it."""
-        get_features: Any = self.model.get_image_features
-        self._feature_arguments = tuple(inspect.signature(get_features).parameters)
+        self.get_image_features = _method(self.model, "get_image_features")
+        parameters = inspect.signature(self.get_image_features).parameters.values()
+        self._feature_arguments = tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
         if not self.image_inputs:
-            self.image_inputs = tuple(n for n in self._feature_arguments if n.startswith(("pixel_", "image_")))
+            self.image_inputs = tuple(n for n in self._feature_arguments if not n.startswith(SETTINGS))
+        if type(self) is Family and _method(self.model, "get_rope_index"):
+            self.default_positions, self.position_axes = "original", (3,)
 
     @staticmethod
     def missing_in(model: nn.Module) -> str | None:
         """Return what a model lacks for the default family, in a few words, or `None` if it has everything."""
         inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-        if not callable(getattr(inner, "get_image_features", None)):
+        if getattr(inner, "config", None) is None or not _method(inner, "get_image_features"):
             return "get_image_features"
         if "mm_encoder_outputs" not in inspect.signature(inner.forward).parameters:
             return "mm_encoder_outputs among the arguments of forward"
@@ -158,6 +162,8 @@ class Family:
             return "LLM with layers that get_decoder returns"
         if inner.get_encoder(modality="image") is inner:
             return "vision encoder that get_encoder returns"
+        if _method(inner, "pack_image_features"):
+            return "family file, and it packs several views of an image in its own way"
         return None
 
     @property
@@ -190,13 +196,17 @@ class Family:
         return rf".*{name.rpartition('.')[2]}.*\.(q|k|v|o|qkv|gate|up|down|gate_up)_proj"
 
     @property
-    def first_free_layer(self) -> int:
-        """The first layer of the LLM, 0-based, before which tokens may be dropped.
+    def stream_count(self) -> int:
+        """The number of first layers of the LLM after which it adds further features to the visual tokens (deepstack).
 
-        Override it if layers of the LLM add features to all visual tokens (deepstack): tokens stay until the last such
-        layer has run.
+        We call these features streams. They are compressed with the token map of the visual tokens.
         """
-        return 1
+        return len(getattr(self.model.config.vision_config, "deepstack_visual_indexes", None) or ())
+
+    @property
+    def first_free_layer(self) -> int:
+        """The first layer of the LLM, 0-based, before which tokens may be dropped: after it has added all streams."""
+        return max(1, self.stream_count)
 
     @property
     def vision_encoder(self) -> nn.Module:
@@ -210,12 +220,17 @@ class Family:
 
         Override it if it has a name that is not in `PROJECTORS`.
         """
+        if (projector := self._find_projector()) is None:
+            raise UserError(f"vlmzip does not know the projector of {type(self.model).__name__}")
+        return projector
+
+    def _find_projector(self) -> nn.Module | None:
         owners = (self.model.base_model, self.model, self.vision_encoder)
         for owner in owners:
             for name in PROJECTORS:
                 if isinstance(projector := getattr(owner, name, None), nn.Module):
                     return projector
-        raise UserError(f"vlmzip does not know the projector of {type(self.model).__name__}")
+        return None
 
     @cached_property
     def tower(self) -> Tower:
@@ -285,7 +300,7 @@ class Family:
             self._check_count(len(values["features"]), batch)
             for layer in layers:
                 if not self.is_confirmed:
-                    check_tower(self.model, self.tower, batch.arguments, batch.grids, layer)
+                    check_tower(self.get_image_features, self.tower, batch.arguments, batch.grids, layer)
                     self.is_confirmed = True
                 values |= self.tower.signals(run.recording, layer, batch.grids, self.prefix, needs)
             for grid, rows in numbers_by_kind(batch.grids).items():
@@ -319,14 +334,16 @@ class Family:
         """
         outputs, called = self.tower.modules(layers) if layers else ({}, {})
         trained = [self.vision_encoder]
+        if self.projects_each_token is None and self._find_projector() is None:
+            self.projects_each_token = False
         if self.projects_each_token is not False:
             called = {**called, "projector": self.projector}
         if not self.projects_each_token:
-            trained.append(self.projector)
+            trained.append(self._find_projector() or self.model.base_model)
         output = None
         stop_at = "projector" if self.projects_each_token else None
         with record(outputs, called, stop_at=stop_at) as recording, self.learning(batch, trained):
-            output = self.model.get_image_features(**batch.arguments, return_dict=True)
+            output = self.get_image_features(**batch.arguments, return_dict=True)
         run = Run(output, recording, recording.inputs.get("projector"))
         if output is not None:
             self.features_as_list = not isinstance(output.pooler_output, Tensor)
@@ -463,7 +480,13 @@ class Family:
         """
         names = [name for name in self.image_inputs if inputs.get(name) is not None]
         if "image_grid_thw" not in names:
-            return {name: inputs[name][chosen] for name in names}
+            images = len(self.layouts(inputs))
+            if other := [name for name in names if len(inputs[name]) != images]:
+                raise UserError(
+                    f"vlmzip does not know which part of {other[0]} belongs to which image:"
+                    " continue a conversation with the new images alone"
+                )
+            return {name: torch.as_tensor(inputs[name])[chosen] for name in names}
         first, *others = names
         patches = inputs[first].split(sizes_of(inputs).prod(-1).tolist())
         return {first: torch.cat([patches[n] for n in chosen]), **{name: inputs[name][chosen] for name in others}}
@@ -473,6 +496,11 @@ class Family:
 
         Override it if the encoder's features are wider than its hidden states, such as those of several layers.
         """
+        if type(self) is Family and site is Site.PRE_PROJECTOR:
+            raise UserError(
+                f"vlmzip does not know the width of features before the projector of {type(self.model).__name__};"
+                f" give site={Site.POST_PROJECTOR}"
+            )
         if site is Site.POST_PROJECTOR or not self.projects_each_token:
             return int(self.llm_config.hidden_size)
         return int(self.model.config.vision_config.hidden_size)
@@ -493,9 +521,23 @@ class Family:
         """Return the positions of the uncompressed prompt, counted from 0, and the position of each row's next token.
 
         Positions are [batch, length], with `position_axes` before them if there are several axes; next positions are
-        [batch]. `mask` is the attention mask, 0 for padding. Override it if positions have several axes.
+        [batch]. `mask` is the attention mask, 0 for padding. If positions have several axes, the model's own
+        `get_rope_index` gives those of the full grids, which VisionZip's authors slice in the same way.
         """
-        return (mask.long().cumsum(-1) - 1).clamp(min=0), mask.sum(-1)
+        if not self.position_axes:
+            return (mask.long().cumsum(-1) - 1).clamp(min=0), mask.sum(-1)
+        rope_index: Any = _method(self.model, "get_rope_index")
+        ids = inputs["input_ids"]
+        known = {**inputs, "mm_token_type_ids": (ids == self.placeholder_id).int(), "attention_mask": mask}
+        # Videos, which no family supports yet, keep the positions that the prompt alone gives them.
+        names = [name for name in inspect.signature(rope_index).parameters if "video" not in name]
+        positions, deltas = rope_index(**{name: known[name] for name in names if name in known})
+        if positions.shape[:-2] != self.position_axes:
+            raise UserError(
+                f"vlmzip does not know the positions of {type(self.model).__name__}, which have"
+                f" {list(positions.shape[:-2])} axes; it knows {list(self.position_axes)}"
+            )
+        return positions, deltas.view(-1) + mask.sum(-1)
 
     def forward_positions(self, positions: Int[Tensor, "*axes batch length"]) -> Int[Tensor, "*axes batch length"]:
         """Return the `position_ids` that the model's `forward` takes for positions counted from 0.
@@ -515,7 +557,7 @@ class Family:
         """
         # The model scatters a tensor over all placeholders at once, so one row can hold images of different lengths.
         form: Any = features if self.features_as_list else torch.cat(features)[None]
-        if self.has_streams:
+        if self.stream_count:
             by_layer = [list(layer) for layer in zip(*streams, strict=True)]
             return {"image": WithStreams(pooler_output=form, deepstack_features=by_layer)}
         return {"image": BaseModelOutputWithPooling(pooler_output=form)}
@@ -539,6 +581,11 @@ def square_of(tokens: int) -> Grid:
     """Return the square grid of this number of tokens, or a grid of one row if the number is not a square."""
     side = math.isqrt(tokens)
     return Grid(1, side, side) if side * side == tokens else Grid(1, 1, tokens)
+
+
+def _method(model: Any, name: str) -> Any:
+    """Return a method of the model or of the model inside it without the head, or `None` if both lack it."""
+    return getattr(model, name, None) or getattr(model.base_model, name, None)
 
 
 def _flat(features: Tensor | Sequence[Tensor]) -> Float[Tensor, "tokens dim"]:

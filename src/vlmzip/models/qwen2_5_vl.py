@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
-
-from jaxtyping import Int
-from torch import Tensor
 
 from vlmzip.compressor import Positions
 from vlmzip.errors import UserError
@@ -28,7 +24,7 @@ class Qwen25VL(Family):
     sites = (Site.PIXELS, Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
     projects_each_token = False
     image_inputs = ("pixel_values", "image_grid_thw")
-    default_positions: ClassVar[Positions] = "original"
+    default_positions: Positions = "original"
     position_axes = (3,)
 
     def batches(self, inputs: Inputs) -> list[Batch]:
@@ -41,16 +37,3 @@ class Qwen25VL(Family):
 
     def downsample(self, inputs: Inputs, grids: Sequence[Grid]) -> InputDict:
         return downsampled_patches(self.model.config.vision_config, inputs, grids)
-
-    def original_positions(
-        self, inputs: Inputs, mask: Int[Tensor, "batch length"]
-    ) -> tuple[Int[Tensor, "3 batch length"], Int[Tensor, " batch"]]:
-        """Return positions on three axes for the full grids, which VisionZip's authors slice in the same way."""
-        ids = inputs["input_ids"]
-        positions, deltas = self.model.model.get_rope_index(
-            ids,
-            mm_token_type_ids=(ids == self.placeholder_id).int(),
-            image_grid_thw=inputs.get("image_grid_thw"),
-            attention_mask=mask,
-        )
-        return positions, deltas[:, 0] + mask.sum(-1)

@@ -8,15 +8,9 @@ from vlmzip.models.qwen2_5_vl import Qwen25VL
 class Qwen3VL(Qwen25VL):
     """`Qwen3VLForConditionalGeneration`.
 
-    After each of its first layers, the LLM adds features of earlier vision blocks to the visual tokens. We call these
-    features streams and compress them with the token map of the visual tokens. Inside the LLM, tokens can be dropped
-    after the layer that adds the last stream.
+    After each of its first layers, the LLM adds features of earlier vision blocks to the visual tokens. Inside the LLM,
+    tokens can be dropped after the layer that adds the last of them.
     """
 
     model_types = ("qwen3_vl",)
     example = "Qwen/Qwen3-VL-8B-Instruct"
-    has_streams = True
-
-    @property
-    def first_free_layer(self) -> int:
-        return max(1, len(self.model.config.vision_config.deepstack_visual_indexes))

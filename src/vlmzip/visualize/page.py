@@ -16,10 +16,7 @@ from PIL import Image
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 LEGEND = (
     ("#fff", "kept, framed"),
-    (
-        "linear-gradient(90deg, #f2672b 34%, #2bb26f 34% 67%, #7a4be0 67%)",
-        "merged, one colour per group, anchor framed",
-    ),
+    ("linear-gradient(90deg, #f2672b 34%, #2bb26f 34% 67%, #7a4be0 67%)", "merged, one colour a group, anchor framed"),
     ("#343434", "dropped"),
 )
 

@@ -18,7 +18,7 @@ ACROSS = 4
 """Panels per line."""
 MARGIN, LINE = 16, 24
 MARKED = (168, 56, 0)
-LEGEND = "white frame: kept · tinted: merged, one colour per group, its anchor framed · dark: dropped"
+LEGEND = "white frame: kept · tinted: merged, one colour a group, its anchor framed · dark: dropped"
 #: Fonts to try in order. Pillow's own font covers little beyond ASCII, and answers come in many scripts.
 FONTS = ("DejaVuSans.ttf", "NotoSans-Regular.ttf", "Arial Unicode.ttf", "arial.ttf")
 
