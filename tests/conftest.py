@@ -1,5 +1,6 @@
 """Shapes and types in signatures are executed: a wrong one fails the test that runs the code."""
 
+import gc
 import json
 import os
 from collections import Counter
@@ -7,7 +8,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-from jaxtyping import install_import_hook
+from tests.shapes import check_signatures
 
 CHECKED = [
     "visual_tokens",
@@ -29,7 +30,7 @@ CHECKED = [
     "lab.bench",
     "visualize",
 ]
-install_import_hook([f"vlmzip.{name}" for name in CHECKED], "beartype.beartype")
+check_signatures(CHECKED)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -94,6 +95,12 @@ def pytest_collection_modifyitems(items):
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     count = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path not in slow, -count[item.path]))
+
+
+def pytest_collection_finish():
+    """Spare the garbage collector the objects of imports and collection, which live until the end."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)
