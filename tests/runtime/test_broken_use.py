@@ -46,7 +46,7 @@ def test_patches_without_or_with_other_sizes_are_refused():
     inputs, compressed = family.batch(ONE), vlmzip.attach(family.model, VisionZip(keep=8))
     with pytest.raises(UserError, match="image_grid_thw is missing"):
         compressed(**without(inputs, "image_grid_thw"))
-    with pytest.raises(UserError, match="image_grid_thw tells of"):
+    with pytest.raises(UserError, match="image_grid_thw describes"):
         compressed(**inputs | {"image_grid_thw": inputs["image_grid_thw"] * 2})
 
 

@@ -27,7 +27,7 @@ def family_of(model: nn.Module) -> Family:
         supported = ", ".join(name for family in FAMILIES for name in family.model_types)
         raise UserError(
             f"vlmzip cannot compress {type(model).__name__} (model type {model_type!r}): it has no {missing};"
-            f' "Add a family of models" in CONTRIBUTING.md tells what to do. It supports: {supported}'
+            f' see "Add a family of models" in CONTRIBUTING.md. It supports: {supported}'
         )
     family = Family(model) if known is None else known(model)
     if family.model.get_output_embeddings() is None:

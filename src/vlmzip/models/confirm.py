@@ -30,13 +30,13 @@ def maps_each_token(projector: nn.Module, features: Any, projected: Float[Tensor
     features = features.flatten(0, -2)
     if len(features) != len(projected) or len(features) < 2:
         return False
-    some = slice(1, None, 2)
+    every_other = slice(1, None, 2)
     try:
         with torch.no_grad():
-            alone = projector(features[some])
+            alone = projector(features[every_other])
     except Exception:  # the projector takes whole images or further arguments
         return False
-    return isinstance(alone, Tensor) and _are_close(alone, projected[some])
+    return isinstance(alone, Tensor) and _are_close(alone, projected[every_other])
 
 
 def check_tower(get_image_features: Any, tower: Tower, arguments: InputDict, grids: Sequence[Grid], layer: int) -> None:

@@ -106,7 +106,7 @@ class Family:
 
     Each run of placeholders in the prompt is one image with one view, whose grid is a square if the tokens fill one,
     unless the inputs tell the size of the image. A subclass adds what the model's public methods do not provide: images
-    of several views, positions with several axes, and smaller images.
+    of several views, and smaller images.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
@@ -390,7 +390,9 @@ class Family:
     def _pixels(self, batch: Batch, rows: Sequence[int]) -> Tensor:
         pixels = batch.arguments[self.image_inputs[0]]
         if pixels.ndim != 4 or len(pixels) != len(batch.grids):
-            raise UserError("this family's inputs are patches, not images, so pixels cannot be looked at")
+            raise UserError(
+                "this family's inputs are patches, not images: choose a method that does not look at pixels"
+            )
         return image_of(self.model.config.vision_config, pixels[list(rows)])
 
     def passes_prefix(self, inputs: Inputs) -> bool:
@@ -471,7 +473,7 @@ class Family:
         antialiased bicubic interpolation in float32, as their processors do, so the result equals the smaller image
         that the processor would have made, except for rounding to 8 bits.
         """
-        raise UserError(f"{type(self.model).__name__} cannot be shown smaller images")
+        raise UserError(f"vlmzip cannot make smaller images for {type(self.model).__name__}: choose another method")
 
     def choose_images(self, inputs: Inputs, chosen: list[int]) -> InputDict:
         """Return the image inputs of the images whose 0-based numbers are in `chosen`.

@@ -98,8 +98,8 @@ class Layout:
 
     def placeholders_of(self, view: int) -> Int[Tensor, " tokens"]:
         """Return the placeholders of a view, in the order of its tokens."""
-        mine = ((self.slots >= self.starts[view]) & (self.slots < self.starts[view + 1])).nonzero()[:, 0]
-        return mine[self.slots[mine].argsort()]
+        placeholders = ((self.slots >= self.starts[view]) & (self.slots < self.starts[view + 1])).nonzero()[:, 0]
+        return placeholders[self.slots[placeholders].argsort()]
 
     @cached_property
     def passes_prefix(self) -> bool:
@@ -206,7 +206,7 @@ def layout_of(views: tuple[Grid, ...], pack: Pack, prefix: int = 0, pack_padded:
     numbers = torch.arange(len(views) * (prefix + size)).view(len(views), prefix + size)[:, prefix:]
     # float32, which every packing accepts, represents integers below 2**24 exactly.
     packs = [pack] if pack_padded is None else [pack, pack_padded]
-    slots, *padded = [one(numbers[..., None].to(torch.float32))[:, 0].round().long() for one in packs]
+    slots, *padded = [each(numbers[..., None].to(torch.float32))[:, 0].round().long() for each in packs]
     return Layout(views, slots, prefix, *padded)
 
 

@@ -76,8 +76,8 @@ def _rotated(
 ) -> Float[Tensor, "batch heads length head_dim"]:
     """Return the states by head, after the attention's norm if it has one, with the leading part rotated."""
     heads = states.unflatten(-1, (-1, attention.head_dim))
-    if (own := getattr(attention, norm, None)) is not None:
-        heads = own(heads)
+    if (head_norm := getattr(attention, norm, None)) is not None:
+        heads = head_norm(heads)
     heads = heads.transpose(1, 2)
     width = cos.shape[-1]
     turned = heads[..., :width]

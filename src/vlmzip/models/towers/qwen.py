@@ -72,7 +72,7 @@ def sizes_of(inputs: Inputs) -> Int[Tensor, "images 3"]:
     if sizes is None:
         raise UserError("image_grid_thw is missing: give the model everything that its processor returns")
     if int(sizes.prod(-1).sum()) != patches:
-        raise UserError(f"image_grid_thw tells of {int(sizes.prod(-1).sum())} patches, pixel_values has {patches}")
+        raise UserError(f"image_grid_thw describes {int(sizes.prod(-1).sum())} patches, pixel_values has {patches}")
     return sizes
 
 
