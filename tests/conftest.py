@@ -72,15 +72,19 @@ def family_of(item):
 
 
 def is_further(item):
-    """Return whether quick runs leave out this family, since another stands for it, or this case in this family."""
+    """Return whether quick runs leave out a test, because of its family or of its case in this family.
+
+    Quick runs have `every_family` tests of all families, and the others of families that lead. Of a `crossed` test they
+    have all cases in the family with `every_case`, and the cases that the marker names in the others.
+    """
     name = family_of(item)
     if name is None:
         return False
-    said = vars(FAMILIES[name])  # not of the family that it derives from
-    if said.get("like") and not item.get_closest_marker("every_family"):
+    facts = vars(FAMILIES[name])  # without those that it inherits
+    if not facts.get("leads") and not item.get_closest_marker("every_family"):
         return True
     crossed = item.get_closest_marker("crossed")
-    few = {} if crossed is None or said.get("every_case") else crossed.kwargs
+    few = {} if crossed is None or facts.get("every_case") else crossed.kwargs
     return any(item.callspec.params.get(argument, cases[0]) not in cases for argument, cases in few.items())
 
 

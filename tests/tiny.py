@@ -35,10 +35,12 @@ class Family:
 
     name: ClassVar[str]
     """What its file is called."""
-    like: ClassVar[str | None] = None
-    """The family that stands for this one in quick runs, since encoder, layout and positions are alike."""
+    leads: ClassVar[bool] = False
+    """Quick runs have every test of this family, since its encoder, layout or positions differ from those of the others
+    that lead. Of a family that does not lead they have the tests marked `every_family`. A subclass does not inherit it.
+    """
     every_case: ClassVar[bool] = False
-    """Quick runs have this family with every case of a `crossed` test."""
+    """Quick runs have every case of a `crossed` test with this family. A subclass does not inherit it."""
     model_class: ClassVar[type[PreTrainedModel]]
     grids: ClassVar[tuple[tuple[int, int], ...]] = ((SIDE // PATCH, SIDE // PATCH),)
     """Rows and columns of the visual tokens of image 0, 1, 2, …; the last repeats."""

@@ -1,8 +1,8 @@
 """The families that the tests run over: each file here is one, and is found by being here.
 
 A file has a class that derives from `tests.tiny.Family` and whose `name` is the file's. Tests take the fixture
-`family`. In quick runs (`-m "not slow"`) they run over the families that no other stands for, and what is marked
-`every_family` over all.
+`family`. In quick runs (`-m "not slow"`) they run over the families that lead, and those marked `every_family` run over
+all. So a new file costs quick runs about a second, until its class says `leads = True`.
 """
 
 from importlib import import_module
@@ -12,7 +12,7 @@ from tests.tiny import Family
 
 
 def _in(module: str) -> type[Family]:
-    """The class of the file that is called like it."""
+    """Return the class whose `name` is that of the module."""
     classes = vars(import_module(f"{__name__}.{module}")).values()
     (family,) = (cls for cls in classes if isinstance(cls, type) and getattr(cls, "name", None) == module)
     return family

@@ -14,6 +14,7 @@ from tests.tiny import IMAGE_TOKEN, LLM, PATCH, SIDE, TOKENS, VIT, Family, tiny_
 
 class Llava(Family):
     name = "llava"
+    leads = True
     every_case = True
     model_class = LlavaForConditionalGeneration
 

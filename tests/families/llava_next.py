@@ -19,6 +19,7 @@ PINPOINTS = [[48, 96], [96, 48], [96, 96], [48, 144]]
 
 class LlavaNext(Llava):
     name = "llava_next"
+    leads = True
     model_class = LlavaNextForConditionalGeneration
     one_size = False
     projects_padding = True

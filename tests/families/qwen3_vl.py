@@ -12,6 +12,7 @@ class Qwen3Processor(ImagesOnly, Qwen3VLProcessor):
 
 class Qwen3VL(Qwen25VL):
     name = "qwen3_vl"
+    leads = True
     model_class = Qwen3VLForConditionalGeneration
     processor_class = Qwen3Processor
     windowed = False

@@ -8,7 +8,6 @@ from tests.tiny import IMAGE_TOKEN, LLM, VIT
 
 class VipLlava(Llava):
     name = "vipllava"
-    like = "llava"
     model_class = VipLlavaForConditionalGeneration
     feature_layers = (-2, 1)
     seed = 2

@@ -16,6 +16,8 @@ from vlmzip.runtime.cache import NAMES, cache_name, cache_of
 ROWS = ([1, "image", 5, 6, 7], ["image", 8])
 GREEDY = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
 COMPRESSORS = [VisionZip(keep=8), FastV(keep=0.3), LLaVolta(stride=5, layer=1), NoCompression()]
+#: In quick runs: one before the LLM and one inside.
+pytestmark = pytest.mark.crossed(compressed=COMPRESSORS[:2])
 
 
 @pytest.fixture(params=COMPRESSORS, ids=lambda compressor: compressor.name())
@@ -91,6 +93,7 @@ class Renaming:
         ("layer", "position_ids"),
     ],
 )
+@pytest.mark.crossed(compressor=[FastV(keep=0.3)])
 @pytest.mark.parametrize("compressor", [FastV(keep=0.3), LLaVolta(stride=5, layer=1)], ids=lambda c: c.name())
 def test_hooks_refuse_a_call_that_lacks_an_argument(family, compressor, module, name):
     """A default would be a guess, such as "no padding" for a mask under a new name."""

@@ -146,6 +146,7 @@ def traces(model):
 
 
 class TestNoTrace:
+    @pytest.mark.crossed(positions=["contiguous"])
     @pytest.mark.parametrize("positions", ["contiguous", "original"])
     @pytest.mark.parametrize("broken", [False, True])
     def test_after_detach_the_model_is_as_it_was(self, fresh, positions, broken):

@@ -240,6 +240,7 @@ def checkpoint(model):
     (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
 
 
+@pytest.mark.crossed(case=["fastv", "ragged merging"], checkpointing=[True])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_loss_and_gradients(family, case, checkpointing):
     """The loss is taken on the tokens left; checkpointing computes layers again and must decide nothing anew."""
@@ -273,6 +274,7 @@ def test_loss_and_gradients(family, case, checkpointing):
             torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.crossed(case=["fastv", "ragged merging"], how=[{"num_beams": 3}])
 @pytest.mark.parametrize("how", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True, "num_beams": 2}])
 def test_beams(family, case, how):
     compressed = vlmzip.attach(family.model, case[0])

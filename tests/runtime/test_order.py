@@ -36,8 +36,11 @@ class Backwards(Compressor):
         return TokenMap(group, kept.float(), kept, kept.sum(1))
 
 
+THREE_STAGES = Chain(compressors=(VisionZip(keep=12), KMeans(keep=5, site=Site.POST_PROJECTOR), FastV(keep=3, layer=2)))
+
+
 def every_method():
-    """Every method at every site that it has, some that leave tokens in an order of their own, and chains."""
+    """Yield every method at each of its sites, some that leave tokens in another order, and chains."""
     for name, cls in available().items():
         if cls is Chain or issubclass(cls, Resampler):  # a resampler's tokens have no places in the image
             continue
@@ -50,14 +53,14 @@ def every_method():
         yield pytest.param(method, id=f"{type(method).__name__}-{method.site}")
     for stages in (
         (VisionZip(keep=12), FastV(keep=0.5, layer=2)),
-        (VisionZip(keep=12), KMeans(keep=5, site=Site.POST_PROJECTOR), FastV(keep=3, layer=2)),
+        THREE_STAGES.compressors,
         (Backwards(), Backwards(site=Site.POST_PROJECTOR)),
     ):
         yield pytest.param(Chain(compressors=stages), id="+".join(stage.name() for stage in stages))
 
 
 def seen_by_the_llm(family, method, inputs):
-    """The report of a forward, and the positions and embeddings that entered the LLM."""
+    """Return the report of a forward, and the positions and embeddings that entered the LLM."""
     seen: dict = {}
     llm = family_of(family.model).llm
     handle = llm.register_forward_pre_hook(lambda _module, _args, kwargs: seen.update(kwargs), with_kwargs=True)
@@ -75,6 +78,7 @@ def ascends(positions):
     return axes == sorted(axes)
 
 
+@pytest.mark.crossed(method=[Backwards(), Ragged(), THREE_STAGES])
 @pytest.mark.parametrize("method", list(every_method()))
 def test_positions_ascend_in_every_row(family, method):
     method = dataclasses.replace(method, positions="original")

@@ -39,6 +39,7 @@ def loss_and_gradients(compressed, inputs, **settings):
     return out, {name: value.grad.clone() for name, value in compressed.named_parameters() if value.grad is not None}
 
 
+@pytest.mark.crossed(attention=["sdpa"], compressor=[Ragged()])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("pad", ["right", "left"])
 @pytest.mark.parametrize("compressor", [Ragged(), Pool2d(factor=2), NoCompression()])

@@ -92,6 +92,7 @@ METHODS = {
 }
 
 
+@pytest.mark.crossed(method=[METHODS["contiguous"], METHODS["in the LLM"]], generating=[True])
 @pytest.mark.parametrize("generating", [False, True], ids=["forward", "generate"])
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_the_report_counts_what_the_llm_counts(fresh, method, generating):
@@ -119,6 +120,7 @@ def test_the_report_counts_what_the_llm_counts(fresh, method, generating):
 # --- what is said -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.crossed(method=[METHODS["contiguous"], METHODS["in the LLM"]])
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_one_position_too_many_is_said(fresh, method):
     inputs = fresh.batch(*ROWS)

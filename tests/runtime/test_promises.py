@@ -140,6 +140,7 @@ def test_several_sequences(family, compressed):
 
 
 @pytest.mark.skipif(WRONG_COPIES, reason="refused before 5.19: see test_beams")
+@pytest.mark.crossed(repeats=[{"num_beams": 2}])
 @promise("generate: beams and several sequences with dicts and prefix functions; several with streamers")
 @pytest.mark.parametrize("repeats", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True, "top_k": 1}])
 @pytest.mark.parametrize("extra", ["return_dict_in_generate", "streamer", "prefix_allowed_tokens_fn"])
@@ -360,6 +361,7 @@ def one_character_a_token():
 # --- several turns ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.crossed(positions=["contiguous"])
 @promise("turns: the whole conversation again")
 @pytest.mark.parametrize("positions", ["contiguous", "original"])
 @pytest.mark.parametrize("images", ["new", "all"])
@@ -367,6 +369,8 @@ def test_turns_as_whole(family, positions, images):
     check_turns(family, positions, whole=True, every_image=images == "all")
 
 
+@pytest.mark.every_family
+@pytest.mark.crossed(positions=["contiguous"])
 @promise("turns: new tokens only")
 @pytest.mark.parametrize("positions", ["contiguous", "original"])
 def test_turns_as_new_tokens(family, positions):
@@ -418,6 +422,7 @@ def types(family, ids, first):
     return family.token_types(ids, first["input_ids"].shape[1])
 
 
+@pytest.mark.crossed(positions=["contiguous"])
 @promise("turns: answers that end at different lengths")
 @pytest.mark.parametrize("positions", ["contiguous", "original"])
 @pytest.mark.parametrize("given", ["whole", "new with mask of whole", "new"])
@@ -710,6 +715,7 @@ def test_lora_around(family):
 # --- save, load, copy, share ------------------------------------------------------------------------------------
 
 
+@pytest.mark.every_family
 @promise("save_pretrained, from_pretrained; plain transformers loads it too")
 def test_save_and_load(family, tmp_path):
     compressed = vlmzip.attach(family.model, VisionZip(keep=8, merge="mean"))

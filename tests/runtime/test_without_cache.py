@@ -10,7 +10,7 @@ import vlmzip
 from tests.runtime.test_in_llm import CASES, ROWS
 from vlmzip import FastV, NoCompression, UserError, VisionZip
 
-pytestmark = pytest.mark.crossed(compressed=[("fastv", "sdpa"), ("ragged merging", "sdpa"), ("visionzip", "sdpa")])
+pytestmark = pytest.mark.crossed(compressed=[("ragged merging", "sdpa"), ("visionzip", "sdpa")])
 
 HOW = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True}
 SETTINGS = {**{name: case[0] for name, case in CASES.items()}, "visionzip": VisionZip(keep=8), "none": NoCompression()}
