@@ -89,7 +89,7 @@ def test_text_alone_is_left_alone(llava):
         ([prompt(1, "image")], 2, "36 image placeholders, but its 2 image"),
         ([prompt(1, "image", "image")], 1, "72 image placeholders"),
         ([[1, 2, 3]], 1, "0 image placeholders"),
-        ([prompt(1, "image")], 0, "no pixel_values"),
+        ([prompt(1, "image")], 0, "but pixel_values is missing"),
         ([[1, *[IMAGE_TOKEN] * 40], [1, *[IMAGE_TOKEN] * 32]], 2, "row 0 of the prompt ends in the middle"),
         ([[1, IMAGE_TOKEN, 4]], 1, "1 image placeholders"),
     ],

@@ -122,6 +122,6 @@ def test_a_copy_of_the_cache_is_refused(family):
         model(input_ids=input_ids[:, -1:], **{name: copy.deepcopy(prepared[name])})
 
     compressed = vlmzip.attach(family.model, FastV(keep=0.3))
-    with pytest.raises(UserError, match="not with a copy of it"):
+    with pytest.raises(UserError, match="not a copy of it"):
         compressed.generate(**family.batch(*ROWS), custom_generate=fork, max_new_tokens=3)
     compressed.detach()
