@@ -48,7 +48,7 @@ from vlmzip.models import family_of
 from vlmzip.models.family import Family as ModelFamily
 from vlmzip.models.family import square_of
 from vlmzip.models.towers.tower import Tower
-from vlmzip.runtime.place import has_sliding_windows
+from vlmzip.runtime.fitting import has_sliding_windows
 
 PROJECTS_EACH_TOKEN = tuple(f"{name}ForConditionalGeneration" for name in ("InternVL", "Janus", "Glm4v"))
 

@@ -22,7 +22,7 @@ from tests.runtime.ragged import Ragged
 from tests.tiny import IMAGE_TOKEN, PAD, WRONG_COPIES, batch, wider, wrong_copies
 from vlmzip import NoCompression, UserError, VisionZip
 from vlmzip.models import family_of
-from vlmzip.runtime.cache import NAMES
+from vlmzip.runtime.cache_names import NAMES
 
 ROWS = ([1, "image", 5, 6, 7], [1, "image", 4, "image", 5], [1, 2, 3, 4], ["image", 8])
 GREEDY = {"max_new_tokens": 6, "do_sample": False}

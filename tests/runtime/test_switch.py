@@ -72,7 +72,7 @@ def test_what_has_no_place_is_refused_and_nothing_changes(inputs):
     model = tiny_llava()
     compressed = attach(model, Pool2d(factor=2))
     before = compressed(**inputs).logits
-    untrained = "with weights cannot be switched on"
+    untrained = "cannot add, remove or replace a method with weights"
     for wrong, message in ((FastV(layer=40), "got 40"), (3, "must be a compressor"), (QFormer(), untrained)):
         with pytest.raises(UserError, match=message):
             compressed.switch(wrong)

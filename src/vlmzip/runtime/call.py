@@ -11,13 +11,13 @@ from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.models.family import Family
 from vlmzip.processor import Inputs
-from vlmzip.runtime.cache import cache_of
+from vlmzip.runtime.cache_names import cache_of
 from vlmzip.runtime.compressed_inputs import CompressedInputs
 from vlmzip.runtime.conversation import CacheState, Conversations, first_turn, next_turn
+from vlmzip.runtime.fitting import inside_the_llm
 from vlmzip.runtime.in_llm.prompt import prompt_of
 from vlmzip.runtime.in_llm.state import InLLMState
 from vlmzip.runtime.inputs import compress_inputs, positions_of
-from vlmzip.runtime.place import inside_the_llm
 from vlmzip.runtime.position_limit import positions_taken, warn_beyond
 from vlmzip.runtime.report import Report
 

@@ -15,7 +15,7 @@ from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.models.family import Family
 from vlmzip.processor import InputDict, Inputs
-from vlmzip.runtime.cache import cache_of
+from vlmzip.runtime.cache_names import cache_of
 from vlmzip.runtime.compressed_inputs import CompressedInputs
 from vlmzip.runtime.inputs import compress_inputs, contiguous_positions, positions_of
 from vlmzip.runtime.prompt import PER_TOKEN, find_placeholders, gather, pad_id

@@ -18,14 +18,14 @@ from vlmzip.errors import UserError
 from vlmzip.models import family_of
 from vlmzip.noise import silence_pipeline
 from vlmzip.processor import Inputs
-from vlmzip.runtime.cache import cache_name, cache_of, returned_cache, with_cache_named
+from vlmzip.runtime.cache_names import cache_name, cache_of, returned_cache, with_cache_named
 from vlmzip.runtime.call import CompressedCall, compress_call
 from vlmzip.runtime.conversation import Conversations
+from vlmzip.runtime.fitting import fitted, inside_the_llm, warn_if_nothing_to_do
 from vlmzip.runtime.generation import Generated, Generation
 from vlmzip.runtime.in_llm.hooks import Hooks, running
 from vlmzip.runtime.in_llm.outcome import extend, loss_behind
 from vlmzip.runtime.in_llm.state import InLLMState
-from vlmzip.runtime.place import fitted, inside_the_llm, warn_if_nothing_to_do
 from vlmzip.runtime.report import Report, last_report, publish
 from vlmzip.runtime.resample import build_resampler, resampling, write_weights
 from vlmzip.runtime.signature import names_image_inputs
@@ -91,7 +91,9 @@ class CompressedModel(nn.Module):
         """
         compressor = fitted(compressor, self._family)
         if resampling(compressor) != resampling(self.compressor):
-            raise UserError("a method with weights cannot be switched on or off; detach the model, then attach it")
+            raise UserError(
+                "switch cannot add, remove or replace a method with weights; detach the model, then attach the new one"
+            )
         moved = bool(inside_the_llm(compressor)) != bool(inside_the_llm(self.compressor))
         self.compressor = compressor
         self._conversations = Conversations()
@@ -244,7 +246,7 @@ class CompressedModel(nn.Module):
 
     def push_to_hub(self, *_args: object, **_kwargs: object) -> NoReturn:
         """Raise `UserError`: transformers would upload the model without its compressor."""
-        raise UserError("save_pretrained(folder) first, then upload the folder: huggingface_hub.upload_folder")
+        raise UserError("call save_pretrained(folder) first, then upload the folder with huggingface_hub.upload_folder")
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """Return the state dict, with the inner model's names under `inner.`.

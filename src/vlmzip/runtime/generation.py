@@ -18,7 +18,7 @@ from torch import Tensor
 from vlmzip.errors import UserError
 from vlmzip.models.family import Family
 from vlmzip.processor import InputDict, Inputs
-from vlmzip.runtime.cache import cache_name, cache_of, with_cache_named
+from vlmzip.runtime.cache_names import cache_name, cache_of, with_cache_named
 from vlmzip.runtime.call import CompressedCall
 from vlmzip.runtime.in_llm.hooks import running
 from vlmzip.runtime.in_llm.state import InLLMState

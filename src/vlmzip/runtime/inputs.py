@@ -15,10 +15,10 @@ from vlmzip.errors import UserError
 from vlmzip.models import family_of
 from vlmzip.models.family import Family
 from vlmzip.processor import Inputs
-from vlmzip.runtime.cache import cache_of
+from vlmzip.runtime.cache_names import cache_of
 from vlmzip.runtime.compressed_inputs import CompressedInputs
+from vlmzip.runtime.fitting import inside_the_llm
 from vlmzip.runtime.packing import pack
-from vlmzip.runtime.place import inside_the_llm
 from vlmzip.runtime.prompt import (
     PER_TOKEN,
     Span,

@@ -32,8 +32,8 @@ from vlmzip.lab.tasks.task import Task
 from vlmzip.methods import NoCompression
 from vlmzip.models.family import Family
 from vlmzip.models.recording import attention_rows
-from vlmzip.runtime.cache import cache_argument
-from vlmzip.runtime.place import has_sliding_windows
+from vlmzip.runtime.cache_names import cache_argument
+from vlmzip.runtime.fitting import has_sliding_windows
 from vlmzip.runtime.position_limit import warn_beyond
 from vlmzip.runtime.versions import argument
 from vlmzip.visualize.figure import new_figure

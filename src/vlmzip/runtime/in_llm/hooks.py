@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from vlmzip.runtime.cache import cache_argument
+from vlmzip.runtime.cache_names import cache_argument
 from vlmzip.runtime.in_llm.state import InLLMState
 from vlmzip.runtime.in_llm.step import Step
 from vlmzip.runtime.versions import argument

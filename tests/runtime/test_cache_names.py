@@ -11,7 +11,7 @@ from transformers import DynamicCache
 import vlmzip
 from vlmzip import FastV, LLaVolta, NoCompression, UserError, VisionZip
 from vlmzip.runtime import versions
-from vlmzip.runtime.cache import NAMES, cache_name, cache_of
+from vlmzip.runtime.cache_names import NAMES, cache_name, cache_of
 
 ROWS = ([1, "image", 5, 6, 7], ["image", 8])
 GREEDY = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}

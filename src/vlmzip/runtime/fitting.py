@@ -8,7 +8,7 @@ from vlmzip import spec
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, closest
 from vlmzip.models.family import Family
-from vlmzip.runtime.cache import cache_name
+from vlmzip.runtime.cache_names import cache_name
 from vlmzip.runtime.resample import resampling
 from vlmzip.visual_tokens import Site
 
