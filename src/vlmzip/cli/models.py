@@ -26,5 +26,6 @@ def run(args: Namespace) -> None:
         ["family", "model types", "sites", "example"],
         [[row["family"], ", ".join(row["model_types"]), ", ".join(row["sites"]), row["example"]] for row in rows],
     )
-    print("\nin_llm: not in LLMs with sliding-window layers, such as PaliGemma 2's.")
+    print("\nOther models that have get_image_features, such as InternVL and Gemma 3, go through a default family.")
+    print("in_llm: not in LLMs with sliding-window layers, such as PaliGemma 2's.")
     print("mini, the small model that ships with vlmzip, is a llava; --model takes any checkpoint of these families.")

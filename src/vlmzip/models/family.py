@@ -432,7 +432,9 @@ class Family:
     def layouts(self, inputs: Inputs) -> list[Layout]:
         """Return the layout of each image in `inputs`, from shapes alone, without running the encoder.
 
-        Override it if images have several views, separators, or a prefix such as CLS.
+        Override it if images have several views, separators, or a prefix such as CLS. Override it
+        together with `downsample` also if the inputs have no `image_grid_thw`: this method then counts placeholders,
+        and smaller images do not change the prompt.
         """
         if "image_grid_thw" in self.image_inputs:
             return Layout.of_single_views(grids_of(sizes_of(inputs), self.patches_per_side))
@@ -469,9 +471,10 @@ class Family:
     def downsample(self, inputs: Inputs, grids: Sequence[Grid]) -> InputDict:
         """Return image inputs with the views resized to `grids`, one grid per view. They are for `encode` only.
 
-        Override it to support compressors at the site `pixels`; this method raises `UserError`. The families use
-        antialiased bicubic interpolation in float32, as their processors do, so the result equals the smaller image
-        that the processor would have made, except for rounding to 8 bits.
+        Override it to support compressors at the site `pixels`; this method raises `UserError`. `layouts` must then
+        follow from the image inputs, not from the prompt. The families use antialiased bicubic interpolation in
+        float32, as their processors do, so the result equals the smaller image that the processor would have made,
+        except for rounding to 8 bits.
         """
         raise UserError(f"vlmzip cannot make smaller images for {type(self.model).__name__}: choose another method")
 
