@@ -40,8 +40,8 @@ def hold(folder: Path, process: int = 0) -> BaseFileLock:
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
-    """Return the error for a failed write. It also says that the same command resumes the run."""
+    """Return the error for a failed write. Its message says how to resume the run."""
     return UserError(
-        f"cannot write {str(path)!r}: {error.strerror or error}; the records so far are kept, and the same"
-        " command goes on from them"
+        f"cannot write {str(path)!r}: {error.strerror or error}; the records so far are kept: run the same"
+        " command again to resume"
     )

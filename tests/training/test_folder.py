@@ -11,7 +11,7 @@ import pytest
 from tests.training.runs import write_config
 from vlmzip import UserError
 from vlmzip.training.config import read_config
-from vlmzip.training.folder import RunFolder, goes_on, refused_by_disk
+from vlmzip.training.folder import RunFolder, how_to_resume, refused_by_disk
 from vlmzip.training.trainer import whole_checkpoints
 
 
@@ -201,9 +201,9 @@ def test_another_run_is_kept_out(tmp_path, config, monkeypatch):
 
 def test_how_to_go_on(tmp_path, config):
     out = begun(tmp_path, config)
-    assert goes_on(out) == "there is no checkpoint yet; the same command starts again"
+    assert how_to_resume(out) == "there is no checkpoint yet; run the same command again to start over"
     checkpoint(out, 2)
-    assert f"goes on from {out / 'checkpoint-2'}" in goes_on(out)
+    assert f"resume from {out / 'checkpoint-2'}" in how_to_resume(out)
 
 
 def test_only_disk_errors_are_reported_as_disk_errors():

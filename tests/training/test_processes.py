@@ -194,7 +194,7 @@ def test_one_process_resumes_the_run_of_two(runs, tmp_path, capsys, name):
     cut_short(runs / name, tmp_path / "out")
     settings = USUAL | TOGETHER[name] | {"out": str(tmp_path / "out")}
     assert main(["train", str(write_config(runs, f"{name}-again.yaml", **settings))]) == 0
-    assert "going on from" in capsys.readouterr().err
+    assert "resuming from" in capsys.readouterr().err
     assert losses(tmp_path / "out") == pytest.approx(losses(runs / "one"), rel=1e-6)
     same_weights(tmp_path / "out", runs / "one")
 

@@ -2,7 +2,7 @@
 
 Along the path of the data: `tasks` defines questions and metrics. `configurations` sets methods to budgets. `study`
 asks the questions and shares them among `processes`. `answers` stores what was answered in files of `records`, so that
-an interrupted run can go on. `stats` and `results` summarise the records. `curves`, `examples` and `report` show the
+an interrupted run can resume. `stats` and `results` summarise the records. `curves`, `examples` and `report` show the
 results, and `table` lays out tables for the terminal, CSV and JSON.
 
 Next to this path: `asking` answers one question and counts its cost, for `vlmzip ask` and `vlmzip show`. `compare`

@@ -1,6 +1,6 @@
 """Fingerprints of everything that an answer depends on, stored with the answers.
 
-A resumed run reuses a stored answer only if all fingerprints are the same. `docs/going_on.md` lists what is included,
+A resumed run reuses a stored answer only if all fingerprints are the same. `docs/resuming.md` lists what is included,
 what is left out, and why.
 """
 

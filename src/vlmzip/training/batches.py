@@ -117,7 +117,7 @@ class Preprocessor:
     def _rendered(self, record: TrainingRecord, end: str) -> tuple[str, list[tuple[int, int]]]:
         """Return the conversation as text, and the span of each answer in it, including the answer's end of text.
 
-        Raise `BadRecord` if the template refuses the conversation, or changes earlier turns when it goes on.
+        Raise `BadRecord` if the template refuses the conversation, or changes earlier turns when another turn is added.
         """
         messages: list[dict[str, object]] = []
         for turn in record.turns:

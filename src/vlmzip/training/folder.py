@@ -154,7 +154,8 @@ def _notes(before: dict[str, object], asked: dict[str, object]) -> list[str]:
     """Return lines about what has changed, or may have changed, since the run began."""
     changed = [name for name in TOLD if name in asked and name in before and before[name] != asked[name]]
     lines = [
-        f"{name} has changed since the run began ({before[name]}, now {asked[name]}); the run goes on with the new one"
+        f"{name} has changed since the run began ({before[name]}, now {asked[name]}); the run continues with the new"
+        " one"
         for name in changed
     ]
     if missing := [name for name in asked if name not in before]:
@@ -167,12 +168,12 @@ def _short(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:40]}…"
 
 
-def goes_on(out: Path) -> str:
+def how_to_resume(out: Path) -> str:
     """Return a short text that says how to resume the run after a stop."""
     whole = whole_checkpoints(out)
     if not whole:
-        return "there is no checkpoint yet; the same command starts again"
-    return f"the same command goes on from {whole[-1]}, the last complete checkpoint"
+        return "there is no checkpoint yet; run the same command again to start over"
+    return f"run the same command again to resume from {whole[-1]}, the last complete checkpoint"
 
 
 def fill_whole(folder: Path) -> Path:

@@ -35,7 +35,7 @@ from vlmzip.runtime.fingerprint import of_code, of_files, of_json, of_method_cod
 from vlmzip.runtime.prompt import pad_id
 from vlmzip.training.batches import BAD, Collator, Examples, Preprocessor, count_bad
 from vlmzip.training.config import Config, Lora
-from vlmzip.training.folder import RunFolder, fill_whole, goes_on, refused_by_disk, take_name
+from vlmzip.training.folder import RunFolder, fill_whole, how_to_resume, refused_by_disk, take_name
 from vlmzip.training.records import Records
 from vlmzip.training.schedule import Schedule, read_compressor
 from vlmzip.training.sharding import moves_together
@@ -97,7 +97,7 @@ def train(
     if left_out := processes.from_first(lambda: _look_at(examples, config)):
         log.warning(left_out)
     if folder.checkpoint is not None:
-        log.info(f"going on from {folder.checkpoint}")
+        log.info(f"resuming from {folder.checkpoint}")
         for note in folder.notes:
             log.warning(note)
     try:
@@ -107,12 +107,12 @@ def train(
             _save(compressed, schedule.afterwards, processor, folder.model, state)
     except KeyboardInterrupt:
         if processes.first:
-            log.info(f"stopped; {goes_on(out)}")
+            log.info(f"stopped; {how_to_resume(out)}")
         raise
     except Exception as error:
         if (reason := refused_by_disk(error)) is None:
             raise
-        raise UserError(f"cannot write into {str(out)!r}: {reason}; {goes_on(out)}") from None
+        raise UserError(f"cannot write into {str(out)!r}: {reason}; {how_to_resume(out)}") from None
     if trainer.args.should_save:
         for reason, count in count_bad(out / BAD).most_common():
             log.warning(f"{count:,} of {len(records) + len(records.bad):,} records left out: {reason}")

@@ -153,7 +153,7 @@ class StagedTrainer(Trainer):
         for name in ("loss",) if scaled else ("loss", "grad_norm"):
             if not math.isfinite(logs.get(name, 0)):
                 raise UserError(
-                    f"the {name} is {logs[name]} at step {self.state.global_step:,}, so the training cannot go on;"
+                    f"the {name} is {logs[name]} at step {self.state.global_step:,}, so training cannot continue;"
                     " lower learning_rate and give another out (checkpoints saved so far are unchanged)"
                 )
 

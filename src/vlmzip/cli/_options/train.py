@@ -12,7 +12,7 @@ EXAMPLES = """  vlmzip train configs/llava-1.5-7b-llavolta.yaml --explain --shap
   vlmzip train configs/mini.yaml --set steps=200 --set schedule=two-stage
   torchrun --nproc-per-node 8 -m vlmzip.cli.main train configs/llava-1.5-7b-llavolta.yaml
 
-Run the same command again to go on from the last checkpoint."""
+Run the same command again to resume from the last checkpoint."""
 
 
 def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:

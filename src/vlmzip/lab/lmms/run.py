@@ -246,8 +246,8 @@ class SuiteRun:
                 loaded = self._manager.load_task_or_group([task], task_type="chat")[task]
         except Exception as error:  # no network, no access, or an invalid task file
             raise UserError(
-                f"lmms-eval cannot get the benchmark {task}: {_why(error)}; what is finished is kept, and the same"
-                " command goes on from there"
+                f"lmms-eval cannot get the benchmark {task}: {_why(error)}; finished benchmarks are kept:"
+                " run the same command again to resume"
             ) from error
         if not str(loaded.OUTPUT_TYPE).startswith("generate_until"):
             raise UserError(f"{task} {NO_LIKELIHOODS}")
@@ -278,7 +278,7 @@ def _check_judged(benchmark: Benchmark, samples: Sequence[Content]) -> None:
     if failed:
         raise UserError(
             f"the judge of {benchmark.task} gave no score for {len(failed)} of {len(samples)} answers, which would"
-            " count as wrong; look at OPENAI_API_KEY, MODEL_VERSION and your quota"
+            " count as wrong; check OPENAI_API_KEY, MODEL_VERSION and your quota"
         )
 
 

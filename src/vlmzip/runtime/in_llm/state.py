@@ -81,7 +81,7 @@ class InLLMState:
         new = length - self.prompt.real.shape[1]
         if new < 0:
             raise UserError(
-                "the KV cache was not filled, so this answer cannot go on: call model.eval() before generate, or"
+                "the KV cache was not filled, so this answer cannot continue: call model.eval() before generate, or"
                 " switch off gradient checkpointing"
             )
         return replace(self.prompt, real=nn.functional.pad(self.prompt.real, (0, new), value=True))
