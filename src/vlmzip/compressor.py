@@ -205,9 +205,9 @@ class Compressor(ABC):
         return self
 
     def placed(self, profile: Profile) -> Compressor:
-        """Return the same method at layers that this LLM can use, if it is at default layers that this LLM cannot use.
+        """Return the method with its default layer moved to the first layer that this LLM can use, if it is too early.
 
-        Layers that differ from the default stay, so that `check_layers` can refuse them.
+        Layers that differ from the default do not move: `check_layers` refuses them.
         """
         default = {field.name: field.default for field in fields(self)}.get("layer")
         if self.layers != (default,) or self.layers[0] >= profile.first_layer:
@@ -382,7 +382,7 @@ class Calibratable(Protocol):
     """The name of the field that calibration sets, a number of at least 0."""
 
     def counts_by_factor(self, grid: Grid) -> dict[int, int]:
-        """Return the output tokens of an image of this grid for each possible factor, in ascending order from 1."""
+        """Return the number of output tokens of an image of this grid for each possible factor, ascending from 1."""
         ...
 
     def deviations(self, tokens: VisualTokens) -> Float[Tensor, "batch factors"]:

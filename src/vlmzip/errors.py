@@ -106,6 +106,9 @@ def _shares(word: str, name: str) -> bool:
 
 
 def reason(error: BaseException) -> str:
-    """Return an error's message on one line; unless it is a `UserError`, after its type, cut at 300 characters."""
+    """Return an error's message on one line.
+
+    For errors that are not a `UserError`, put the type before it, and cut the text at 300 characters.
+    """
     message = " ".join(str(error).split())
     return message if isinstance(error, UserError) else f"failed with {type(error).__name__}: {message}"[:300]

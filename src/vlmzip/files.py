@@ -57,7 +57,7 @@ def refuse_place(path: Path, option: str = "") -> None:
 
 
 def refuse_source(path: Path, sources: list[str]) -> None:
-    """Raise `UserError` if `path` is a folder or one of the result's `sources`."""
+    """Raise `UserError` if a result must not be written to `path`: a folder, or one of the input files `sources`."""
     refuse_place(path)
     if path.is_dir():
         raise UserError(f"{str(path)!r} is a folder; give the result a name inside it")

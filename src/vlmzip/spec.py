@@ -112,7 +112,7 @@ class Candidate:
     def usable(self) -> Compressor:
         """Return the method. Raise `UserError` with the reason if it cannot run."""
         if self.method is None:
-            raise UserError("left out: it needs settings; name it in --methods with them: name(field=value)")
+            raise UserError("left out: it needs settings; give them in --methods: name(field=value)")
         if self.method.trained_weights and not self.named:
             raise UserError(
                 "left out: its weights have to be trained first; name it in --methods to run it all the same"

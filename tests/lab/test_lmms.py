@@ -187,8 +187,8 @@ def test_settings_keep_what_is_in_brackets_together(method, quote):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("method=visionzip(keep=16", "without its other half"),
-        ("method='visionzip", "without its other half"),
+        ("method=visionzip(keep=16", "unclosed bracket or quote"),
+        ("method='visionzip", "unclosed bracket or quote"),
         ("pretrained", "'pretrained' in --model_args is not a setting"),
         ("pretraind=x", "did you mean 'pretrained'"),
         ("method=a,method=b", "sets method twice"),

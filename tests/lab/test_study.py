@@ -302,7 +302,7 @@ class TestGoingOn:
             ("text_tokens", 400, "its prefill_flops is"),
             ("model", "mini", "model is 'mini' there and 'tiny' here"),
             ("device", None, "its device is a text, not null"),
-            ("compressor", {}, "are of other settings than"),
+            ("compressor", {}, "were made with other settings than"),
             ("task", "mini", "another task: sample"),
         ],
     )

@@ -43,7 +43,7 @@ def test_tokens_without_an_embedding_are_refused(llava, ids):
     inputs = batch(prompt(*ids), images=images)
     if not images:
         inputs.pop("pixel_values", None)
-    with pytest.raises(UserError, match=r"has the token (100|-3), and the model knows tokens 0 to 99: use the model's"):
+    with pytest.raises(UserError, match=r"has the token (100|-3), but the model knows tokens 0 to 99: use the model's"):
         compress_inputs(llava, inputs, VisionZip(keep=8))
 
 

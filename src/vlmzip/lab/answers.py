@@ -61,7 +61,10 @@ class AnswerStore:
         self.write_json(self.header, header)
 
     def read_json(self, name: str, advice: str) -> dict[str, Any]:
-        """Return an object of JSON in the folder. Raise `UserError` with the advice if the file holds anything else."""
+        """Return the JSON object in a file of the folder.
+
+        Raise `UserError`, which ends in `advice`, if the file contains anything else.
+        """
         path = self.folder / name
         content = read_json(path, advice)
         if not isinstance(content, dict):
@@ -69,7 +72,7 @@ class AnswerStore:
         return content
 
     def write_json(self, name: str, content: Mapping[str, object]) -> None:
-        """Write an object of JSON into the folder, whole or not at all."""
+        """Write a JSON object into a file of the folder, completely or not at all."""
         write_text(self.folder / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     def series(

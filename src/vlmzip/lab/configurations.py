@@ -163,9 +163,9 @@ class Configurator:
 
 
 def task_profile(answerer: Answerer, task: Task) -> Profile:
-    """Return the model's shape that budgets are set for, with the median grid of the task's first images.
+    """Return the profile for which budgets are set: that of the model, with the grid of the task's median image.
 
-    For a task without known questions, return the model's own grid.
+    The median is over the task's first images. For a task whose questions are not known, return the model's own grid.
     """
     if not task.samples:
         return answerer.family.profile()

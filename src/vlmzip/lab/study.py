@@ -199,7 +199,7 @@ class Study:
 
         def check(_: Sample, record: Record) -> str:
             if record["compressor"] != settings:
-                raise UserError(f"the records in {where} are of other settings than {settings}")
+                raise UserError(f"the records in {where} were made with other settings than {settings}")
             known = self.attacher.identity(configuration) | now
             refuse_changed(f"{where} holds answers of another {record['method']}", record, known)
             return wrong_layers(record, self.family.profile().layers) or self._disagreeing(record)

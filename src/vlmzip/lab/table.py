@@ -31,7 +31,7 @@ WIDE = 240
 
 @dataclass(frozen=True)
 class Column(Generic[R]):
-    """A column: how to get its value from a row, and how to show it."""
+    """A column of a table. It gets a value from each row and formats it."""
 
     value: Callable[[R], Any]
     heading: str = ""

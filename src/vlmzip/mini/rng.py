@@ -19,15 +19,15 @@ class Rng:
         self._random = random.Random(seed).random
 
     def below(self, end: int) -> int:
-        """Return an integer with 0 <= result < end."""
+        """Return a random integer from 0 to `end` - 1."""
         return int(self._random() * end)
 
     def between(self, low: int, high: int) -> int:
-        """Return an integer with low <= result <= high."""
+        """Return a random integer from `low` to `high`, both included."""
         return low + self.below(high - low + 1)
 
     def chance(self, percent: int) -> bool:
-        """Return True with the given probability."""
+        """Return True with a probability of `percent` in 100."""
         return self.below(100) < percent
 
     def pick(self, options: Sequence[T]) -> T:

@@ -256,4 +256,4 @@ def _processor_of(model: nn.Module) -> Processor:
     try:
         return load_processor(source, config)
     except UserError as error:
-        raise UserError(f"there is no processor at {source!r}: give one, calibrate(…, processor=…)") from error
+        raise UserError(f"there is no processor at {source!r}; give one: calibrate(…, processor=…)") from error

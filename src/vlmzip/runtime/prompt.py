@@ -156,6 +156,6 @@ def refuse_unknown_tokens(family: Family, ids: Int[Tensor, "batch length"]) -> N
     unknown = ids[(ids != family.placeholder_id) & ((ids < 0) | (ids >= rows))]
     if len(unknown):
         raise UserError(
-            f"the prompt has the token {int(unknown[0])}, and the model knows tokens 0 to {rows - 1}:"
+            f"the prompt has the token {int(unknown[0])}, but the model knows tokens 0 to {rows - 1}:"
             " use the model's own tokenizer"
         )

@@ -118,7 +118,7 @@ def bench(
     telling: Callable[[BenchStep], object] = lambda _: None,
     keeping: Callable[[list[Contender]], object] = lambda _: None,
 ) -> list[Contender]:
-    """Time the plain model and the contenders in turns. A contender that fails gets a note and stops; the others go on.
+    """Time the plain model and the contenders in turns. A contender that fails gets a note and drops out.
 
     Raise what the plain model raises. `telling` is called before each run, and `keeping` with all contenders after each
     round.

@@ -71,5 +71,5 @@ def _trim() -> None:
 def _resident(field: str) -> int:
     match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     if match is None:
-        raise OSError(f"/proc/self/status does not tell {field}")
+        raise OSError(f"/proc/self/status has no {field}")
     return 1024 * int(match.group(1))

@@ -64,7 +64,7 @@ def _split(text: str) -> list[str]:
         else:
             parts[-1] += char
     if depth or quote:
-        raise UserError(f"--model_args {text!r} has a bracket or a quote without its other half")
+        raise UserError(f"--model_args {text!r} has an unclosed bracket or quote")
     return [part.strip() for part in parts if part.strip()]
 
 

@@ -68,8 +68,8 @@ class SearchOutcome:
 
         return sorted(self.tuning.rows.values(), key=place)
 
-    def too_dear(self, row: CandidateRow) -> bool:
-        """Return whether a candidate was not asked because of its cost."""
+    def too_costly(self, row: CandidateRow) -> bool:
+        """Return whether a candidate was skipped, without asking a question, because it costs too much."""
         return row.out == Rejection("cost") and not row.asked
 
     @property
@@ -103,7 +103,9 @@ class SearchOutcome:
         if row is self.chosen:
             return "chosen"
         if row.out is None:
-            return "dearer than what meets it" if row in self.tuning.waiting() else "kept to the end, not chosen"
+            return (
+                "costs more than one that meets it" if row in self.tuning.waiting() else "kept to the end, not chosen"
+            )
         return FATES[row.out.why]
 
     def detail(self, row: CandidateRow) -> str:
@@ -215,7 +217,7 @@ def _lossy(outcome: SearchOutcome, row: CandidateRow, wished: str) -> str:
 def _print(outcome: SearchOutcome, folder: Path, args: Namespace) -> None:
     task = outcome.asked.task
     print(f"{task.name}: {task.about}; {task.metric.about}; {len(task.samples):,} questions\n")
-    if asked := [row for row in outcome.rows if not outcome.too_dear(row)]:
+    if asked := [row for row in outcome.rows if not outcome.too_costly(row)]:
         table(outcome, asked).print()
     for name, why in outcome.broken.items():
         print(f"\n{name} {why}")
@@ -230,7 +232,7 @@ def _print(outcome: SearchOutcome, folder: Path, args: Namespace) -> None:
 
 def _left_out(outcome: SearchOutcome) -> list[str]:
     """Return a line for each reason why candidates are missing from the table."""
-    dear = [row for row in outcome.rows if outcome.too_dear(row)]  # the cheapest first
+    dear = [row for row in outcome.rows if outcome.too_costly(row)]  # the cheapest first
     lines = []
     if dear:
         methods = _by_method([outcome.method(row) for row in dear])
