@@ -287,6 +287,45 @@ def test_other_counts_of_placeholders_are_refused(asked):
         vlmzip.attach(model, VisionZip(keep=2))(**fewer)
 
 
+def tiled():
+    """InternVL's inputs: an image of four tiles, whose placeholders are one run, and an image of one view."""
+    inputs = batch([1, *[IMAGE_TOKEN] * 16, 5, *[IMAGE_TOKEN] * 4, 6])
+    return made("internvl")[0], inputs | {"pixel_values": torch.randn(5, 3, 32, 32)}
+
+
+@torch.no_grad()
+def test_tiles_in_one_run_of_placeholders_are_views():
+    model, inputs = tiled()
+    small = compress_inputs(model, inputs, Pool2d(factor=2, site=Site.POST_PROJECTOR), family=ModelFamily(model))
+    assert [[view.grid for view in image.views] for image in small.report.images] == [
+        [Grid(1, 2, 2)] * n for n in (4, 1)
+    ]
+    tiles = torch.stack(list(model.get_image_features(inputs["pixel_values"]).pooler_output))
+    torch.testing.assert_close(torch.cat(list(small["mm_encoder_outputs"]["image"].pooler_output)), tiles.mean(1))
+
+
+@torch.no_grad()
+def test_a_conversation_with_tiles_goes_on():
+    """The whole conversation is given again, with the pixels of all views."""
+    model, inputs = tiled()
+    with vlmzip.attach(model, VisionZip(keep_per_view=2, positions="original")) as compressed:
+        whole = compressed(**inputs)
+        first = {name: inputs[name][:, :18] for name in ("input_ids", "attention_mask")}
+        cache = compressed(**first, pixel_values=inputs["pixel_values"][:4], use_cache=True).past_key_values
+        later = compressed(**inputs, past_key_values=cache)
+    torch.testing.assert_close(later.logits, whole.logits[:, -later.logits.shape[1] :], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("compressor", [NoCompression(), VisionZip(keep=2)])
+def test_images_with_the_placeholders_of_others_are_refused(compressor):
+    """The sum fits. The first image has three placeholders of four, and the second five."""
+    model, _ = made("internvl")
+    inputs = batch([1, *[IMAGE_TOKEN] * 3, 5, *[IMAGE_TOKEN] * 5, 6]) | {"pixel_values": torch.randn(2, 3, 32, 32)}
+    for family in (known := ModelFamily(model), known):  # a second call stops at the projector
+        with pytest.raises(UserError, match=r"not those of the images: .* makes \[4, 4\] visual tokens"):
+            compress_inputs(model, inputs, compressor, family=family)
+
+
 def test_an_attention_that_turns_its_queries_in_another_way_is_refused(vit, monkeypatch):
     """The recorded queries and keys would give other scores than the model's own."""
     model, inputs = vit

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
@@ -104,9 +105,10 @@ class Family:
     projectors join patches into tokens. Compressors "before" them get the projected tokens, with the signals of the
     encoder.
 
-    Each run of placeholders in the prompt is one image with one view, whose grid is a square if the tokens fill one,
-    unless the inputs tell the size of the image. A subclass adds what the model's public methods do not provide: images
-    of several views, and smaller images.
+    Each run of placeholders in the prompt is one image. It has several views if the pixels are a batch of more views
+    than there are images. The grid of a view is a square if its tokens fill one, unless the inputs tell the size of the
+    image. A subclass adds what the model's public methods do not provide: other images of several views, and smaller
+    images.
     """
 
     model_types: ClassVar[tuple[str, ...]] = ()
@@ -298,6 +300,7 @@ class Family:
             if site is Site.POST_PROJECTOR:
                 values["features"] = self.project(values["features"], Site.PRE_PROJECTOR)
             self._check_count(len(values["features"]), batch)
+            self._check_views(run, batch)
             for layer in layers:
                 if not self.is_confirmed:
                     check_tower(self.get_image_features, self.tower, batch.arguments, batch.grids, layer)
@@ -378,6 +381,23 @@ class Family:
                 " tokens of its images; use the model's own processor"
             )
 
+    def _check_views(self, run: Run, batch: Batch) -> None:
+        """Raise `UserError` if an entry of the encoder's output does not end where a view of the layouts ends.
+
+        The sum of the tokens can be right although two images of a prompt have too few and too many placeholders, or
+        although several images have one run of placeholders.
+        """
+        features = run.projector_input if run.output is None else run.output.pooler_output
+        if features is None or (isinstance(features, Tensor) and features.ndim < 3):
+            return  # the tokens of all views are one entry
+        ends = set(accumulate(entry.shape[:-1].numel() for entry in features))
+        if not ends <= set(accumulate(self.prefix + grid.size for grid in batch.grids)):
+            raise UserError(
+                f"the image placeholders of the prompt are not those of the images: {type(self.model).__name__} makes"
+                f" {[entry.shape[:-1].numel() for entry in features]} visual tokens of them; use the model's own"
+                " processor"
+            )
+
     def _of_views(self, values: Tensor, grids: Sequence[Grid], rows: Sequence[int]) -> Tensor:
         """Return [views, tokens, ...] for the views in `rows`, from values of all tokens of all views."""
         sizes = [self.prefix + grid.size for grid in grids]
@@ -441,7 +461,22 @@ class Family:
         rows = (inputs["input_ids"] == self.placeholder_id).long().cpu()
         edges = [torch.nn.functional.pad(row, (1, 1)).diff().nonzero()[:, 0].tolist() for row in rows]
         counts = [end - start for row in edges for start, end in zip(row[::2], row[1::2], strict=True)]
-        return Layout.of_single_views(self._grids_of_sizes(inputs, sum(counts)) or [square_of(n) for n in counts])
+        if grids := self._grids_of_sizes(inputs, sum(counts)):
+            return Layout.of_single_views(grids)
+        tokens = self._tokens_of_view(inputs, counts)
+        return Layout.of_equal_views([(square_of(tokens or n), n // (tokens or n)) for n in counts])
+
+    def _tokens_of_view(self, inputs: Inputs, counts: Sequence[int]) -> int | None:
+        """Return the number of tokens of each view if the pixels are a batch of views that can fill the placeholders.
+
+        `counts` has the placeholders of each image. Some models, such as InternVL, put those of all tiles of an image
+        in one run. Return `None` if the pixels are not such a batch, or if views do not fill whole images.
+        """
+        pixels = inputs[self.image_inputs[0]]
+        if not isinstance(pixels, Tensor) or pixels.ndim != 4:
+            return None
+        tokens, rest = divmod(sum(counts), len(pixels))
+        return tokens if tokens and not rest and not any(n % tokens for n in counts) else None
 
     def _grids_of_sizes(self, inputs: Inputs, placeholders: int) -> list[Grid]:
         """Return the grids by `image_sizes`, height and width in pixels; empty if the placeholders do not fill them."""
@@ -481,17 +516,22 @@ class Family:
     def choose_images(self, inputs: Inputs, chosen: list[int]) -> InputDict:
         """Return the image inputs of the images whose 0-based numbers are in `chosen`.
 
-        Override it if an image input has neither one row per image nor the patches of all images.
+        Override it if an image input has neither a row for each image or view nor the patches of all images.
         """
         names = [name for name in self.image_inputs if inputs.get(name) is not None]
         if "image_grid_thw" not in names:
-            images = len(self.layouts(inputs))
-            if other := [name for name in names if len(inputs[name]) != images]:
-                raise UserError(
-                    f"vlmzip does not know which part of {other[0]} belongs to which image:"
-                    " continue a conversation with the new images alone"
-                )
-            return {name: torch.as_tensor(inputs[name])[chosen] for name in names}
+            counts = [len(layout.views) for layout in self.layouts(inputs)]
+            image_of_view = [image for image, count in enumerate(counts) for _ in range(count)]
+            rows = {}
+            for name in names:
+                images = image_of_view if len(inputs[name]) == len(image_of_view) else range(len(counts))
+                if len(inputs[name]) != len(images):
+                    raise UserError(
+                        f"vlmzip does not know which part of {name} belongs to which image:"
+                        " continue a conversation with the new images alone"
+                    )
+                rows[name] = [row for row, image in enumerate(images) if image in chosen]
+            return {name: torch.as_tensor(inputs[name])[rows[name]] for name in names}
         first, *others = names
         patches = inputs[first].split(sizes_of(inputs).prod(-1).tolist())
         return {first: torch.cat([patches[n] for n in chosen]), **{name: inputs[name][chosen] for name in others}}

@@ -55,8 +55,17 @@ class Layout:
     @classmethod
     def of_single_views(cls, grids: Sequence[Grid]) -> list[Layout]:
         """Return the layouts of images of one view each. Images of equal grid share one layout and its cache."""
-        layouts = {grid: cls.of_one_view(grid) for grid in dict.fromkeys(grids)}
-        return [layouts[grid] for grid in grids]
+        return cls.of_equal_views([(grid, 1) for grid in grids])
+
+    @classmethod
+    def of_equal_views(cls, images: Sequence[tuple[Grid, int]]) -> list[Layout]:
+        """Return the layouts of images whose views follow one after another, without separators.
+
+        `images` has the grid of each view and the number of views. Equal images share one layout and its cache.
+        """
+        kinds = dict.fromkeys(images)
+        layouts = {(grid, count): cls((grid,) * count, torch.arange(count * grid.size)) for grid, count in kinds}
+        return [layouts[image] for image in images]
 
     @cached_property
     def starts(self) -> list[int]:
