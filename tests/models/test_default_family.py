@@ -353,6 +353,7 @@ class WithoutEncoderOutputs(InternVLForConditionalGeneration):
         ({"__class__": WithoutEncoderOutputs}, "it has no mm_encoder_outputs among the arguments of forward"),
         ({"get_decoder": torch.nn.Identity}, "it has no LLM with layers that get_decoder returns"),
         ({"pack_image_features": print}, "it has no family file, and it packs several views"),
+        ({"image_newline": torch.zeros(48)}, "it has no family file, and it packs several views"),
     ],
 )
 def test_what_the_default_family_needs_is_named(change, missing):
@@ -374,6 +375,38 @@ def test_models_without_an_image_token_are_refused():
 def test_resamplers_before_an_unknown_projector_are_refused():
     with pytest.raises(UserError, match="does not know the width of features before the projector"):
         vlmzip.attach(internvl(), QFormer(queries=2, depth=1, width=16, heads=2))
+
+
+@pytest.mark.parametrize("where", ["vision_encoder", "projector"])
+def test_dropout_in_training_does_not_change_what_is_known(where):
+    """Dropout changes results from run to run, which says nothing about attention and projector."""
+    model = copy.deepcopy(made("internvl")[0]).train()
+    inputs, family = made("internvl")[1], ModelFamily(model)
+    module = getattr(family, where)
+    if where == "projector":
+        module.act = torch.nn.Sequential(module.act, torch.nn.Dropout(0.5))
+    else:
+        for attention in family.tower.attentions:
+            attention.module.attention_dropout = 0.5
+    compress_inputs(model, inputs, VisionZip(keep=2), family=family)
+    assert family.projects_each_token
+    assert family.is_confirmed
+    assert all(part.training for part in model.modules())
+
+
+def test_modules_beside_encoder_and_projector_learn():
+    """The encoder is frozen, and the run stops at the projector, which stands behind an adapter."""
+    model, inputs = copy.deepcopy(made("internvl")[0]), made("internvl")[1]
+    inner, family = model.base_model, ModelFamily(model)
+    family.vision_encoder.requires_grad_(False)
+    inner.adapter, shuffle = torch.nn.Linear(128, 128), inner.pixel_shuffle
+    inner.pixel_shuffle = lambda *args, **settings: inner.adapter(shuffle(*args, **settings))
+    for _ in range(2):
+        model.zero_grad()
+        small = compress_inputs(model, inputs, RandomTokens(keep=2), family=family)
+        model(**small).logits.sum().backward()
+        assert inner.adapter.weight.grad.abs().sum() > 0
+    assert family.projects_each_token
 
 
 def test_two_threads_may_ask_at_once():

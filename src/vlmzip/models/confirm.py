@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from threading import get_ident
 from typing import Any
 
@@ -20,23 +21,25 @@ from vlmzip.visual_tokens import Grid
 QUERIES = 8
 
 
-def maps_each_token(projector: nn.Module, features: Any, projected: Float[Tensor, "tokens llm_dim"]) -> bool:
-    """Return True if the projector maps each token of `features`, its recorded input, by itself to `projected`.
+def maps_each_token(projector: nn.Module, recording: Recording, projected: Float[Tensor, "tokens llm_dim"]) -> bool:
+    """Return True if the projector maps each token by itself, and its output is what the model returns, `projected`.
 
-    The projector runs on every other token and must return what the model computed from all.
+    `recording` has input and output of the projector. The projector must compute the same for every other token alone
+    as for all tokens.
     """
-    if not isinstance(features, Tensor) or features.ndim < 2:
+    features, output = recording.inputs.get("projector"), recording.outputs.get("projector")
+    if not isinstance(features, Tensor) or not isinstance(output, Tensor) or min(features.ndim, output.ndim) < 2:
         return False
-    features = features.flatten(0, -2)
-    if len(features) != len(projected) or len(features) < 2:
+    features, output = features.flatten(0, -2), output.flatten(0, -2)
+    if len(features) != len(projected) or len(features) < 2 or not _are_close(output, projected):
         return False
     every_other = slice(1, None, 2)
     try:
-        with torch.no_grad():
-            alone = projector(features[every_other])
+        with torch.no_grad(), evaluating(projector):
+            together, alone = projector(features), projector(features[every_other])
     except Exception:  # the projector takes whole images or further arguments
         return False
-    return isinstance(alone, Tensor) and _are_close(alone, projected[every_other])
+    return isinstance(alone, Tensor) and _are_close(alone, together[every_other])
 
 
 def check_tower(get_image_features: Any, tower: Tower, arguments: InputDict, grids: Sequence[Grid], layer: int) -> None:
@@ -63,7 +66,12 @@ def check_tower(get_image_features: Any, tower: Tower, arguments: InputDict, gri
     handle = attention.layer.register_forward_hook(cut, prepend=True)  # before hooks that keep hidden states
     try:
         # Tensors made in inference mode take no part in gradients, but their copies do.
-        with torch.inference_mode(False), torch.no_grad(), record(outputs, called) as recording:
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            evaluating(tower.encoder),
+            record(outputs, called) as recording,
+        ):
             copies = {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
             pooled = get_image_features(**copies, return_dict=True).pooler_output
             features = torch.cat([image.flatten(0, -2) for image in pooled])
@@ -86,6 +94,19 @@ def check_tower(get_image_features: Any, tower: Tower, arguments: InputDict, gri
             f"vlmzip does not know which patches of {type(tower.encoder).__name__} make a visual token:"
             " choose a method that does not look at the encoder's attention"
         )
+
+
+@contextmanager
+def evaluating(*modules: nn.Module) -> Iterator[None]:
+    """Turn off dropout and gradient checkpointing in these modules, whose results could not be compared otherwise."""
+    training = [part for module in modules for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
 
 
 def _computes_the_same(tower: Tower, recording: Recording, layer: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,6 +36,8 @@ PROJECTORS = (
 )  # fmt: skip
 #: Names in configs of the number of patches per side that become one token. Some give the ratio of the sides, below 1.
 MERGES = ("spatial_merge_size", "scale_factor", "downsample_factor", "downsample_ratio", "pixel_shuffle_factor")
+#: Names in models that pack the views of an image with separators.
+PACKING = ("pack_image_features", "image_newline", "view_separator")
 #: How the names of parameters of `get_image_features` begin that are settings, and do not describe images.
 SETTINGS = ("vision_", "interpolate_", "downsample_")
 #: The side in pixels of a common image, for encoders that take images of any size.
@@ -164,7 +166,7 @@ class Family:
             return "LLM with layers that get_decoder returns"
         if inner.get_encoder(modality="image") is inner:
             return "vision encoder that get_encoder returns"
-        if _method(inner, "pack_image_features"):
+        if any(hasattr(owner, name) for owner in (inner, inner.base_model) for name in PACKING):
             return "family file, and it packs several views of an image in its own way"
         return None
 
@@ -336,33 +338,42 @@ class Family:
         The run ends at a projector that maps each token by itself.
         """
         outputs, called = self.tower.modules(layers) if layers else ({}, {})
-        trained = [self.vision_encoder]
         if self.projects_each_token is None and self._find_projector() is None:
             self.projects_each_token = False
         if self.projects_each_token is not False:
             called = {**called, "projector": self.projector}
-        if not self.projects_each_token:
-            trained.append(self._find_projector() or self.model.base_model)
+            outputs = {**outputs, "projector": self.projector}
         output = None
         stop_at = "projector" if self.projects_each_token else None
-        with record(outputs, called, stop_at=stop_at) as recording, self.learning(batch, trained):
+        with record(outputs, called, stop_at=stop_at) as recording, self.learning(batch, self._parameters_of_run()):
             output = self.get_image_features(**batch.arguments, return_dict=True)
         run = Run(output, recording, recording.inputs.get("projector"))
         if output is not None:
             self.features_as_list = not isinstance(output.pooler_output, Tensor)
         if self.projects_each_token is None and output is not None:
-            self.projects_each_token = maps_each_token(self.projector, run.projector_input, _flat(output.pooler_output))
+            self.projects_each_token = maps_each_token(self.projector, recording, _flat(output.pooler_output))
         return run
 
-    def learning(self, batch: Batch, modules: Iterable[nn.Module]) -> AbstractContextManager[object]:
-        """Return a context that turns gradients off unless these modules or the pixels learn.
+    def _parameters_of_run(self) -> Iterator[nn.Parameter]:
+        """Return the parameters on which the features of `run` depend, and others that are not of the LLM.
+
+        Some models have modules beside encoder and projector, such as an adapter or a second encoder.
+        """
+        after = [self.llm, self.model.get_output_embeddings()]
+        if self.projects_each_token:
+            after.append(self.projector)
+        others = {id(parameter) for module in after for parameter in module.parameters()}
+        return (parameter for parameter in self.model.parameters() if id(parameter) not in others)
+
+    def learning(self, batch: Batch, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[object]:
+        """Return a context that turns gradients off unless these parameters or the pixels learn.
 
         A frozen encoder then keeps no activations for a backward pass. This also holds under gradient checkpointing,
         for which transformers makes the embeddings of every model require gradients.
         """
         pixels = batch.arguments[self.image_inputs[0]]
-        learns = pixels.requires_grad or any(p.requires_grad for module in modules for p in module.parameters())
-        return torch.set_grad_enabled(learns and torch.is_grad_enabled())
+        learns = torch.is_grad_enabled() and (pixels.requires_grad or any(p.requires_grad for p in parameters))
+        return torch.set_grad_enabled(learns)
 
     def features(self, batch: Batch, run: Run) -> Float[Tensor, "tokens dim"]:
         """Return the features of all tokens of all views at the site before the projector."""
@@ -384,8 +395,8 @@ class Family:
     def _check_views(self, run: Run, batch: Batch) -> None:
         """Raise `UserError` if an entry of the encoder's output does not end where a view of the layouts ends.
 
-        The sum of the tokens can be right although two images of a prompt have too few and too many placeholders, or
-        although several images have one run of placeholders.
+        The sum of the tokens can be right although one image has too few placeholders and another too many, or although
+        several images have one run of placeholders.
         """
         features = run.projector_input if run.output is None else run.output.pooler_output
         if features is None or (isinstance(features, Tensor) and features.ndim < 3):

@@ -64,7 +64,7 @@ class Llava(Family):
         # cannot be pickled or compiled. So run the encoder alone, and record its layers.
         outputs, called = self.tower.modules(layers) if layers else ({}, {})
         blocks = {f"layer.{layer}": self.tower.attentions[layer].layer for layer in self._layers(batch)}
-        with record({**outputs, **blocks}, called) as recording, self.learning(batch, [self.vision_encoder]):
+        with record({**outputs, **blocks}, called) as recording, self.learning(batch, self.vision_encoder.parameters()):
             self.vision_encoder(
                 pixel_values=batch.arguments["pixel_values"],
                 interpolate_pos_encoding=batch.arguments.get("interpolate_pos_encoding", False),
