@@ -181,6 +181,7 @@ def folder(tmp_path_factory):
     return str(path)
 
 
+@pytest.mark.draws
 def test_calibrate_finds_a_threshold_that_ask_takes(capsys, checkpoint, folder, tmp_path):
     histogram = tmp_path / "deviations.png"
     arguments = [folder, "--model", checkpoint, "--keep", "50%", "--max-factor", "2", "--measure", "pixels"]

@@ -52,6 +52,7 @@ def evaluate(capsys, checkpoint, asked, tmp_path):
     return run
 
 
+@pytest.mark.draws
 def test_the_table_and_the_files(evaluate, tmp_path, asked):
     code, out, err = evaluate()
     assert code == 0

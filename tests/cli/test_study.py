@@ -56,6 +56,7 @@ def table(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.draws
 def test_findings_table_and_figures(study, tmp_path, place):
     code, out, err = study("tau", "encoder_attention")
     assert code == 0

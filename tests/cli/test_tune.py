@@ -58,6 +58,7 @@ def on_mini(tmp_path_factory):
     return run
 
 
+@pytest.mark.draws
 def test_what_is_chosen_keeps_to_the_limit_and_can_be_used(on_mini, capsys):
     code, found, _, folder = on_mini(capsys, "--max-tokens", "20")
     assert (code, found["verdict"], found["most"]) == (0, "best", 20)
@@ -110,25 +111,22 @@ def test_milliseconds_are_measured_once(tune, monkeypatch):
     assert said.startswith("Nothing costs at most ")
 
 
-@pytest.mark.parametrize("content", ["{broken", "[]", '{"conditions": 1}', "without a time", "with a wrong time"])
-def test_corrupt_times_are_named(tune, tmp_path, monkeypatch, content):
+def test_corrupt_times_are_named(tune, tmp_path, monkeypatch):
     monkeypatch.setattr("vlmzip.lab.tune.study.TIMED", 1)
     monkeypatch.setattr("vlmzip.lab.tune.study.REPEATS", 1)
     tune("--max-prefill-ms", "0.001")
     path = tmp_path / "out" / "prefill.json"
-    known = json.loads(path.read_text())
-    if content == "without a time":
-        del known["ms"]["1"]
-    elif content == "with a wrong time":
-        known["ms"]["1"] = "soon"
-    path.write_text(json.dumps(known) if "time" in content else content)
-    if content == '{"conditions": 1}':  # measured under others: that is no fault
-        assert tune("--max-prefill-ms", "0.001")[0] == 0
-        return
-    code, out, err = tune("--max-prefill-ms", "0.001")
-    assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith(f"vlmzip: '{path}' cannot be read: ")
-    assert "delete it, and the prefill is timed again" in err
+    without_a_time, with_a_wrong_time = (json.loads(path.read_text()) for _ in range(2))
+    del without_a_time["ms"]["1"]
+    with_a_wrong_time["ms"]["1"] = "soon"
+    for content in ("{broken", "[]", json.dumps(without_a_time), json.dumps(with_a_wrong_time)):
+        path.write_text(content)
+        code, out, err = tune("--max-prefill-ms", "0.001")
+        assert (code, out, err.count("\n")) == (2, "", 1), content
+        assert err.startswith(f"vlmzip: '{path}' cannot be read: ")
+        assert "delete it, and the prefill is timed again" in err
+    path.write_text('{"conditions": 1}')  # measured under others, which is not an error
+    assert tune("--max-prefill-ms", "0.001")[0] == 0
 
 
 def test_what_breaks_while_it_is_timed_is_reported_too(tune, tmp_path, monkeypatch):
