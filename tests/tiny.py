@@ -11,7 +11,8 @@ import transformers
 from packaging.version import Version
 from transformers import PreTrainedModel
 
-from vlmzip import UserError
+from vlmzip import Site, UserError
+from vlmzip.models import family_of
 
 IMAGE_TOKEN, PAD, VOCABULARY, SIDE, PATCH = 99, 0, 100, 48, 8
 TOKENS = (SIDE // PATCH) ** 2
@@ -152,6 +153,12 @@ class Family:
         inputs = batch(*self.ids(*rows, first_image=first_image), pad=pad)
         inputs |= self.images(first_image, sum(row.count("image") for row in rows))
         return inputs | self.token_types(inputs["input_ids"], inputs["input_ids"].shape[1])
+
+
+def skip_without(family: Family, site: Site) -> None:
+    """Skip a test about compressors at a site that the family does not have."""
+    if site not in family_of(family.model).sites:
+        pytest.skip(f"{family.name} has no site {site}")
 
 
 def noise(image: int, *shape: int) -> torch.Tensor:

@@ -8,7 +8,7 @@ import vlmzip
 from tests.families import FAMILIES, tiny_llava
 from tests.methods.test_visionzip import tokens_of
 from tests.references.smaller_model import model_for, smaller_image
-from tests.tiny import PATCH, batch
+from tests.tiny import PATCH, batch, skip_without
 from vlmzip import Downsample, Grid, Profile, Site, UserError
 from vlmzip.methods.downsample import cell_of_each
 from vlmzip.models.towers.qwen import images_of, patches_of
@@ -184,6 +184,7 @@ def alone(family, row):
 
 @pytest.mark.parametrize("positions", ["contiguous", "original"])
 def test_a_row_of_a_ragged_batch_is_that_row_alone(family, positions):
+    skip_without(family, Site.PIXELS)
     compressed = vlmzip.attach(family.model, Downsample(keep=8, positions=positions))
     inputs = family.batch(*ROWS)
     with torch.no_grad():
@@ -209,6 +210,7 @@ def test_original_positions_are_those_of_the_middle_of_each_cell(llava):
 
 @pytest.mark.filterwarnings("ignore:downsample keeps all")
 def test_keeping_all_changes_nothing(family):
+    skip_without(family, Site.PIXELS)
     inputs = family.batch(*ROWS)
     compressed = vlmzip.attach(family.model, Downsample(keep=42))
     with torch.no_grad():
@@ -230,6 +232,7 @@ def test_a_cls_token_that_the_llm_gets_is_dropped_with_the_lost_grid():
 
 @pytest.mark.parametrize("positions", ["contiguous", "original"])
 def test_later_turns_on_a_cache(family, positions):
+    skip_without(family, Site.PIXELS)
     compressed, cache = vlmzip.attach(family.model, Downsample(keep=8, positions=positions)), DynamicCache()
     first = family.batch([1, "image", 5, 6], [1, 3, "image", 7, 5, 6])
     ids = compressed.generate(**first, **GREEDY, min_new_tokens=6, past_key_values=cache)
@@ -244,6 +247,7 @@ def test_later_turns_on_a_cache(family, positions):
 
 
 def test_loss_has_gradients_for_pixels_and_encoder(family):
+    skip_without(family, Site.PIXELS)
     model = copy.deepcopy(family.model)
     inputs = family.batch(*ROWS)
     inputs["labels"] = inputs["input_ids"].masked_fill(
@@ -258,6 +262,7 @@ def test_loss_has_gradients_for_pixels_and_encoder(family):
 
 
 def test_bfloat16(family):
+    skip_without(family, Site.PIXELS)
     inputs = family.batch(*ROWS)
     inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
     compressed = vlmzip.attach(copy.deepcopy(family.model).bfloat16(), Downsample(keep=8))

@@ -156,7 +156,8 @@ def test_a_frozen_encoder_keeps_nothing_for_a_backward(fresh, frozen):
     for site in (Site.PRE_PROJECTOR, Site.POST_PROJECTOR):
         (group,) = model_family.encode(inputs, site, frozenset()).groups
         tokens = group.tokens
-        learns = not frozen or site is Site.POST_PROJECTOR  # the projector's own weights do
+        is_projected = site is Site.POST_PROJECTOR or not model_family.projects_each_token
+        learns = not frozen or is_projected  # the projector's own weights do
         assert tokens.features.requires_grad == learns
         if site is Site.POST_PROJECTOR:
             tokens.features.sum().backward()

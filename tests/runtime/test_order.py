@@ -11,7 +11,7 @@ from tests.families.qwen2_5_vl import window_order
 from tests.references.kmeans import kmeans
 from tests.references.visionzip import visionzip_in_place
 from tests.runtime.ragged import Ragged
-from tests.tiny import IMAGE_TOKEN
+from tests.tiny import IMAGE_TOKEN, skip_without
 from vlmzip import Chain, FastV, KMeans, Resampler, Site, VisionZip, attach, available, compress_inputs
 from vlmzip.compressor import Calibratable, Compressor, Profile
 from vlmzip.models import family_of
@@ -81,6 +81,7 @@ def ascends(positions):
 @pytest.mark.crossed(method=[Backwards(), Ragged(), THREE_STAGES])
 @pytest.mark.parametrize("method", list(every_method()))
 def test_positions_ascend_in_every_row(family, method):
+    skip_without(family, method.site)
     method = dataclasses.replace(method, positions="original")
     report, positions, _ = seen_by_the_llm(family, method, family.batch(*ROWS, pad="left"))
     for source in report.source:

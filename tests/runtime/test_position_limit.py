@@ -10,6 +10,7 @@ from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig, Qwen2Confi
 import vlmzip
 from tests.families import FAMILIES
 from tests.runtime.ragged import Ragged
+from tests.tiny import skip_without
 from vlmzip import Downsample, FastV, NoCompression, VisionZip
 from vlmzip.errors import BeyondPositions, telling_beyond_positions
 from vlmzip.models import family_of
@@ -97,6 +98,7 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_the_report_counts_what_the_llm_counts(fresh, method, generating):
     """Each row alone: the positions that enter the LLM are caught, and the last of them is the count."""
+    skip_without(fresh, method.site)
     llm, seen = family_of(fresh.model).llm, []
 
     def catch(_module, _args, kwargs):
@@ -123,6 +125,7 @@ def test_the_report_counts_what_the_llm_counts(fresh, method, generating):
 @pytest.mark.crossed(method=[METHODS["contiguous"], METHODS["in the LLM"]])
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 def test_one_position_too_many_is_said(fresh, method):
+    skip_without(fresh, method.site)
     inputs = fresh.batch(*ROWS)
     compressed = vlmzip.attach(fresh.model, method)
     compressed(**inputs)

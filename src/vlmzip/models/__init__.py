@@ -8,12 +8,23 @@ from vlmzip.errors import UserError
 from vlmzip.models.family import Family
 from vlmzip.models.llava import Llava
 from vlmzip.models.llava_next import LlavaNext
+from vlmzip.models.llava_next_video import LlavaNextVideo
+from vlmzip.models.llava_onevision import LlavaOnevision
 from vlmzip.models.paligemma import PaliGemma
 from vlmzip.models.qwen2_5_vl import Qwen25VL
 from vlmzip.models.qwen3_vl import Qwen3VL
 from vlmzip.models.vipllava import VipLlava
 
-FAMILIES: tuple[type[Family], ...] = (Llava, LlavaNext, PaliGemma, Qwen25VL, Qwen3VL, VipLlava)
+FAMILIES: tuple[type[Family], ...] = (
+    Llava,
+    LlavaNext,
+    LlavaNextVideo,
+    LlavaOnevision,
+    PaliGemma,
+    Qwen25VL,
+    Qwen3VL,
+    VipLlava,
+)
 
 
 def family_of(model: nn.Module) -> Family:

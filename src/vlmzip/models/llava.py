@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -37,7 +38,7 @@ class Llava(Family):
 
     model_types = ("llava",)
     example = "llava-hf/llava-1.5-7b-hf"
-    sites = (Site.PIXELS, Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
+    sites: ClassVar[tuple[Site, ...]] = (Site.PIXELS, Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
     projects_each_token = True
     image_inputs: tuple[str, ...] = ("pixel_values",)
 
@@ -92,7 +93,8 @@ class Llava(Family):
 
     def feature_width(self, site: Site) -> int:
         layers = hidden_states(self.setting({}, "vision_feature_layer"), self._depth)
-        return super().feature_width(site) * (len(layers) if site is Site.PRE_PROJECTOR else 1)
+        is_encoded = site is Site.PRE_PROJECTOR and self.projects_each_token
+        return super().feature_width(site) * (len(layers) if is_encoded else 1)
 
     def passes_prefix(self, inputs: Inputs) -> bool:
         return self._passes_all(inputs) and self.prefix > 0

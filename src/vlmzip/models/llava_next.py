@@ -28,7 +28,7 @@ class LlavaNext(Llava):
 
     model_types = ("llava_next",)
     example = "llava-hf/llava-v1.6-vicuna-7b-hf"
-    image_inputs = ("pixel_values", "image_sizes")
+    image_inputs: tuple[str, ...] = ("pixel_values", "image_sizes")
 
     def profile(self) -> Profile:
         return replace(plain := super().profile(), tiles=(plain.grid,) * (COMMON_VIEWS - 1))
@@ -39,11 +39,19 @@ class LlavaNext(Llava):
     def layouts(self, inputs: Inputs) -> list[Layout]:
         if self.passes_prefix(inputs):
             raise UserError("LLaVA-NeXT cannot pack CLS: leave vision_feature_select_strategy at 'default'")
-        if inputs.get("image_sizes") is None:
-            raise UserError("LLaVA-NeXT needs image_sizes, the height and width of each image: use its own processor")
-        sizes = [tuple(size) for size in torch.as_tensor(inputs["image_sizes"]).tolist()]
+        sizes = self._sizes(inputs)
         layouts = {size: self._layout(size) for size in dict.fromkeys(sizes)}
         return [layouts[size] for size in sizes]
+
+    def _sizes(self, inputs: Inputs) -> list[tuple[int, int]]:
+        """Return the height and width of each image in pixels."""
+        if inputs.get("image_sizes") is None:
+            raise UserError("LLaVA-NeXT needs image_sizes, the height and width of each image: use its own processor")
+        return [tuple(size) for size in torch.as_tensor(inputs["image_sizes"]).tolist()]
+
+    def encoded_views(self, inputs: Inputs) -> list[int]:
+        """Return the number of views of each image that go through the encoder."""
+        return [len(layout.views) for layout in self.layouts(inputs)]
 
     def view_pixels(self, inputs: Inputs) -> list[Float[Tensor, "3 height width"]]:
         """Return the base image and the tiles of every image, without the empty tiles that pad some images."""
@@ -51,7 +59,7 @@ class LlavaNext(Llava):
 
     def _images(self, inputs: Inputs) -> list[list[Float[Tensor, "3 height width"]]]:
         """Return the views of each image. Raise `UserError` if `pixel_values` does not hold those of all images."""
-        counts, pixels = [len(layout.views) for layout in self.layouts(inputs)], inputs["pixel_values"]
+        counts, pixels = self.encoded_views(inputs), inputs["pixel_values"]
         if isinstance(pixels, Tensor):  # not a list of views from `downsample`
             _check_pixels(pixels, counts)
             if pixels.ndim == 4:
@@ -63,7 +71,8 @@ class LlavaNext(Llava):
         if inputs["pixel_values"].ndim == 5:
             return super().choose_images(inputs, chosen)
         pixels = [view for number in chosen for view in images[number]]
-        return {"pixel_values": torch.stack(pixels), "image_sizes": inputs["image_sizes"][chosen]}
+        others = {name: torch.as_tensor(inputs[name])[chosen] for name in self.image_inputs[1:] if name in inputs}
+        return {"pixel_values": torch.stack(pixels), **others}
 
     def downsample(self, inputs: Inputs, grids: Sequence[Grid]) -> InputDict:
         smaller = iter(resized_views(self.model.config.vision_config, self.view_pixels(inputs), grids))
@@ -72,17 +81,27 @@ class LlavaNext(Llava):
 
     def _layout(self, size: tuple[int, int]) -> Layout:
         """Return the layout of an image of this height and width, found with the model's own packing."""
-        vision = self.model.config.vision_config
+        resolution, tiles = self._tiles(size)
+        views = (self.model_grid,) * (1 + tiles)
+        return layout_of(views, partial(self._pack, size), self.prefix, partial(self._pack, resolution))
+
+    @property
+    def model_grid(self) -> Grid:
+        """The grid of a view at the model's own resolution."""
+        side = self.model.config.vision_config.image_size // self.model.config.vision_config.patch_size
+        return Grid(1, side, side)
+
+    def _tiles(self, size: tuple[int, int]) -> tuple[tuple[int, int], int]:
+        """Return the height and width of the area that an image of this size is cut from, and its number of tiles."""
+        side = self.model.config.vision_config.image_size
         height, width = select_best_resolution(size, self.model.config.image_grid_pinpoints)
-        side = vision.image_size // vision.patch_size
-        views = (Grid(1, side, side),) * (1 + (height // vision.image_size) * (width // vision.image_size))
-        return layout_of(views, partial(self._pack, size), self.prefix, partial(self._pack, (height, width)))
+        return (height, width), (height // side) * (width // side)
 
     def _pack(self, size: tuple[int, int], numbers: Float[Tensor, "views tokens 1"]) -> Float[Tensor, "placeholders 1"]:
         newline = torch.tensor([float(SEPARATOR)])
-        packed: list[Tensor]
-        packed, _ = self.model.model.pack_image_features([numbers], [list(size)], "default", image_newline=newline)
-        return packed[0]
+        packed = self.model.model.pack_image_features([numbers], [list(size)], "default", image_newline=newline)
+        images: list[Tensor] = packed[0] if isinstance(packed, tuple) else packed  # some models return lengths, too
+        return images[0]
 
 
 def _check_pixels(pixels: Tensor, counts: Sequence[int]) -> None:
