@@ -2,6 +2,8 @@
 
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -332,6 +334,33 @@ def test_an_attention_that_turns_its_queries_in_another_way_is_refused(vit, monk
     monkeypatch.setattr(Tower, "queries_and_keys", lambda *_: (torch.randn(3, 16, 32), torch.randn(3, 16, 32)))
     with pytest.raises(UserError, match="is of a kind that vlmzip does not know"):
         compress_inputs(model, inputs, VisionZip(keep=2), family=ModelFamily(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("factor", "is_right"), [(1, True), (1.2, False)])
+def test_another_scale_of_scores_is_refused_in_every_precision(vit, dtype, factor, is_right):
+    model, inputs = vit
+    model = copy.deepcopy(model).to(dtype)
+    inputs = {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+    family = ModelFamily(model)
+    family.tower.attentions = [replace(each, scale=factor * each.scale) for each in family.tower.attentions]
+    with nullcontext() if is_right else pytest.raises(UserError, match="is of a kind that vlmzip does not know"):
+        compress_inputs(model, inputs, VisionZip(keep=2), family=family)
+
+
+@pytest.mark.parametrize(("precision", "is_right"), [("high", True), ("highest", False)])
+def test_the_rounding_of_tf32_is_allowed_where_it_is_on(precision, is_right, monkeypatch):
+    """GPUs round factors to 10 bits, which changes scores by parts in a thousand."""
+    model, inputs = made("internvl")
+    queries_and_keys = Tower.queries_and_keys
+    rounded = lambda *args: [x.bfloat16().float() / 8 + x * 7 / 8 for x in queries_and_keys(*args)]  # noqa: E731
+    monkeypatch.setattr(Tower, "queries_and_keys", rounded)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        with nullcontext() if is_right else pytest.raises(UserError, match="is of a kind that vlmzip does not know"):
+            compress_inputs(model, inputs, VisionZip(keep=2), family=ModelFamily(model))
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_other_patches_of_a_token_are_refused(vit, monkeypatch):

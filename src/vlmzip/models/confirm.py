@@ -19,6 +19,8 @@ from vlmzip.visual_tokens import Grid
 
 #: Number of queries whose attention is compared.
 QUERIES = 8
+#: The rounding of TF32, in which GPUs may multiply float32 (`torch.set_float32_matmul_precision("high")`).
+TF32_EPS = 2.0**-10
 
 
 def maps_each_token(projector: nn.Module, recording: Recording, projected: Float[Tensor, "tokens llm_dim"]) -> bool:
@@ -136,5 +138,18 @@ def _are_close(computed: Tensor, expected: Tensor) -> bool:
     """Return True if two results differ only by rounding."""
     if computed.shape != expected.shape:
         return False
-    tolerance = 32 * torch.finfo(expected.dtype).eps * expected.abs().max().item()
+    tolerance = _rounding(expected.dtype) * expected.abs().max().item()
     return torch.allclose(computed, expected, rtol=0, atol=tolerance)
+
+
+def _rounding(dtype: torch.dtype) -> float:
+    """Return how far results in `dtype` may be apart, relative to the largest.
+
+    In half precision, the last rounding is larger than all others together. Sums in float32 differ by their order.
+    """
+    if dtype != torch.float32:
+        return 4 * torch.finfo(dtype).eps
+    matmul: Any = torch.backends.cuda.matmul
+    has_precision = hasattr(matmul, "fp32_precision")  # since torch 2.9, where the old name warns beside the new one
+    uses_tf32 = matmul.fp32_precision == "tf32" if has_precision else matmul.allow_tf32
+    return 4 * TF32_EPS if uses_tf32 else 32 * torch.finfo(dtype).eps
