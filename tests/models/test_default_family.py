@@ -48,7 +48,7 @@ from vlmzip import (
 )
 from vlmzip.models import family_of
 from vlmzip.models.family import Family as ModelFamily
-from vlmzip.models.family import square_of
+from vlmzip.models.family import WithStreams, square_of
 from vlmzip.models.towers.tower import Tower
 from vlmzip.runtime.fitting import has_sliding_windows
 
@@ -392,6 +392,21 @@ def test_what_the_default_family_needs_is_named(change, missing):
     with pytest.raises(UserError, match=missing) as error:
         vlmzip.attach(model, VisionZip(keep=2))
     assert "\n" not in str(error.value)
+
+
+def test_streams_that_the_config_does_not_name_are_refused():
+    """They would be lost without an error."""
+    model, inputs = made("internvl")
+    family = ModelFamily(model)
+    features = family.get_image_features
+
+    def with_streams(**arguments):
+        out = features(**arguments)
+        return WithStreams(pooler_output=out.pooler_output, deepstack_features=[out.pooler_output])
+
+    family.get_image_features = with_streams
+    with pytest.raises(UserError, match="after 1 layers of its LLM, and vlmzip expects 0"):
+        compress_inputs(model, inputs, NoCompression(), family=family)
 
 
 def test_models_without_an_image_token_are_refused():

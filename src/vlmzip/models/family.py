@@ -338,7 +338,7 @@ class Family:
         The run ends at a projector that maps each token by itself.
         """
         outputs, called = self.tower.modules(layers) if layers else ({}, {})
-        if self.projects_each_token is None and self._find_projector() is None:
+        if self.projects_each_token is None and (self._find_projector() is None or self.stream_count):
             self.projects_each_token = False
         if self.projects_each_token is not False:
             called = {**called, "projector": self.projector}
@@ -350,6 +350,7 @@ class Family:
         run = Run(output, recording, recording.inputs.get("projector"))
         if output is not None:
             self.features_as_list = not isinstance(output.pooler_output, Tensor)
+            self._check_streams(len(getattr(output, "deepstack_features", None) or ()))
         if self.projects_each_token is None and output is not None:
             self.projects_each_token = maps_each_token(self.projector, recording, _flat(output.pooler_output))
         return run
@@ -390,6 +391,14 @@ class Family:
             raise UserError(
                 f"the prompt has {expected} image placeholders, but {type(self.model).__name__} makes {tokens} visual"
                 " tokens of its images; use the model's own processor"
+            )
+
+    def _check_streams(self, streams: int) -> None:
+        """Raise `UserError` if the encoder returned another number of streams than the LLM is known to add."""
+        if streams != self.stream_count:
+            raise UserError(
+                f"{type(self.model).__name__} adds image features after {streams} layers of its LLM, and vlmzip expects"
+                f' {self.stream_count}; see "Add a family of models" in CONTRIBUTING.md'
             )
 
     def _check_views(self, run: Run, batch: Batch) -> None:
