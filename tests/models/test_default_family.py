@@ -402,7 +402,7 @@ def test_streams_that_the_config_does_not_name_are_refused():
 
     def with_streams(**arguments):
         out = features(**arguments)
-        return WithStreams(pooler_output=out.pooler_output, deepstack_features=[out.pooler_output])
+        return WithStreams(pooler_output=out.pooler_output, deepstack_features=[list(out.pooler_output)])
 
     family.get_image_features = with_streams
     with pytest.raises(UserError, match="after 1 layers of its LLM, and vlmzip expects 0"):
