@@ -468,3 +468,26 @@ def test_two_threads_may_ask_at_once():
 @pytest.mark.parametrize(("tokens", "grid"), [(1, (1, 1, 1)), (16, (1, 4, 4)), (15, (1, 1, 15)), (256, (1, 16, 16))])
 def test_tokens_lie_on_a_square_if_they_fill_one(tokens, grid):
     assert square_of(tokens) == Grid(*grid)
+
+
+@pytest.mark.parametrize("name", ["smolvlm", "mistral3"])
+def test_trainer_hands_over_all_inputs_of_images(name, tmp_path):
+    """It drops the columns of a data set that the signature of the façade's `forward` does not name."""
+    if name not in MODELS:
+        pytest.skip("this model needs transformers 5.23")
+    model, inputs = made(name)
+    model, seen = copy.deepcopy(model), []
+    rows = [{key: value[:1] for key, value in inputs.items()} | {"labels": inputs["input_ids"][:1]}]
+    if name == "smolvlm":
+        rows[0]["pixel_attention_mask"] = torch.ones(1, 2, 32, 32, dtype=torch.bool)
+    else:
+        rows[0] |= {"pixel_values": inputs["pixel_values"][:2], "image_sizes": inputs["image_sizes"][:2]}
+    arguments = transformers.TrainingArguments(
+        tmp_path, max_steps=1, per_device_train_batch_size=1, report_to=[], use_cpu=True, save_strategy="no"
+    )
+    compressed = vlmzip.attach(model, RandomTokens(keep=2, site=Site.POST_PROJECTOR))
+    compressed.register_forward_pre_hook(lambda _module, _args, given: seen.append(given), with_kwargs=True)
+    trainer = transformers.Trainer(compressed, arguments, train_dataset=rows, data_collator=lambda parts: parts[0])
+    trainer.train()
+    assert rows[0].keys() <= seen[0].keys()
+    assert [image.after for image in compressed.report.images] == [2, 2]

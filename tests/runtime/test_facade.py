@@ -207,16 +207,16 @@ def test_it_can_be_used_like_the_model(llava):
         compressed.no_such_thing  # noqa: B018
 
 
-def test_the_signature_names_what_any_family_takes(llava):
+@pytest.mark.every_family
+def test_the_signature_names_what_the_model_takes(family):
     """`Trainer` drops the columns of a data set that it does not find in the signature of `forward`."""
-    compressed = vlmzip.attach(llava, VisionZip(keep=8))
+    compressed = vlmzip.attach(family.model, VisionZip(keep=8))
     *named, others = inspect.signature(compressed.forward).parameters.values()
     assert others.kind is inspect.Parameter.VAR_KEYWORD
-    assert {name for family in vlmzip.models.FAMILIES for name in family.image_inputs} <= {
-        parameter.name for parameter in named
-    }
-    assert {"input_ids", "attention_mask", "labels", "pack_rows"} <= {parameter.name for parameter in named}
-    assert inspect.signature(compressed.forward).bind(torch.ones(1, 1), image_grid_thw=None, anything=3)
+    names = [parameter.name for parameter in named]
+    assert len(set(names)) == len(names)
+    assert {*family.batch([1, "image", 5]), "input_ids", "attention_mask", "labels", "pack_rows"} <= set(names)
+    assert inspect.signature(compressed.forward).bind(torch.ones(1, 1), pixel_values=None, anything=3)
 
 
 def test_mistakes_are_refused(llava):

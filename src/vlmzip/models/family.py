@@ -152,6 +152,12 @@ class Family:
         if type(self) is Family and _method(self.model, "get_rope_index"):
             self.default_positions, self.position_axes = "original", (3,)
 
+    @property
+    def input_methods(self) -> list[Any]:
+        """The model's own methods whose parameters are its inputs."""
+        methods = (self.model.forward, self.get_image_features, _method(self.model, "get_video_features"))
+        return [method for method in methods if method is not None]
+
     @staticmethod
     def missing_in(model: nn.Module) -> str | None:
         """Return what a model lacks for the default family, in a few words, or `None` if it has everything."""

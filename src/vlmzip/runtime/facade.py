@@ -28,7 +28,7 @@ from vlmzip.runtime.in_llm.outcome import extend, loss_behind
 from vlmzip.runtime.in_llm.state import InLLMState
 from vlmzip.runtime.report import Report, last_report, publish
 from vlmzip.runtime.resample import build_resampler, resampling, write_weights
-from vlmzip.runtime.signature import names_image_inputs
+from vlmzip.runtime.signature import names_inputs
 
 #: The methods that switch gradient checkpointing, which transformers 5.23 calls "activation checkpointing".
 CHECKPOINTING = {f"{kind}_checkpointing_{to}" for kind in ("gradient", "activation") for to in ("enable", "disable")}
@@ -123,7 +123,7 @@ class CompressedModel(nn.Module):
         """
         return last_report(self)
 
-    @names_image_inputs
+    @names_inputs
     def forward(
         self,
         input_ids: Tensor | None = None,
