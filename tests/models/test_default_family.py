@@ -6,10 +6,12 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from packaging.version import Version
+from PIL import Image
 from transformers import (
     AttentionInterface,
     AyaVisionConfig,
@@ -31,8 +33,9 @@ from transformers import (
 )
 
 import vlmzip
-from tests.tiny import IMAGE_TOKEN, LLM, batch
+from tests.tiny import IMAGE_TOKEN, LLM, batch, tiny_tokenizer
 from vlmzip import (
+    DFMR,
     FastV,
     Grid,
     KMeans,
@@ -416,41 +419,43 @@ def test_models_without_an_image_token_are_refused():
         family_of(model)
 
 
-def test_resamplers_before_an_unknown_projector_are_refused():
-    with pytest.raises(UserError, match="does not know the width of features before the projector"):
-        vlmzip.attach(internvl(), QFormer(queries=2, depth=1, width=16, heads=2))
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*is untrained")
+def test_resamplers_are_built_before_the_first_run(asked):
+    """Their input is as wide as the projector's, or as its output if the projector joins patches."""
+    model, inputs = asked
+    with vlmzip.attach(model, QFormer(queries=2, depth=1, width=16, heads=2)) as compressed:
+        assert compressed(**inputs).logits.isfinite().all()
+        assert [image.after for image in compressed.report.images] == [2] * 3
 
 
-@pytest.mark.parametrize("where", ["vision_encoder", "projector"])
-def test_dropout_in_training_does_not_change_what_is_known(where):
-    """Dropout changes results from run to run, which says nothing about attention and projector."""
-    model = copy.deepcopy(made("internvl")[0]).train()
-    inputs, family = made("internvl")[1], ModelFamily(model)
-    module = getattr(family, where)
-    if where == "projector":
-        module.act = torch.nn.Sequential(module.act, torch.nn.Dropout(0.5))
-    else:
-        for attention in family.tower.attentions:
-            attention.module.attention_dropout = 0.5
-    compress_inputs(model, inputs, VisionZip(keep=2), family=family)
-    assert family.projects_each_token
-    assert family.is_confirmed
-    assert all(part.training for part in model.modules())
+@pytest.mark.filterwarnings("ignore:.*is untrained")
+def test_features_of_another_width_than_the_projector_suggests_are_refused():
+    model, inputs = made("internvl")
+    compressed = vlmzip.attach(model, QFormer(queries=2, depth=1, width=16, heads=2))
+    vars(compressed._family)["_width_before_projector"] = 5
+    with pytest.raises(UserError, match=r"have width 128, not 5 as its weights suggest"):
+        compressed(**inputs)
 
 
-def test_modules_beside_encoder_and_projector_learn():
-    """The encoder is frozen, and the run stops at the projector, which stands behind an adapter."""
-    model, inputs = copy.deepcopy(made("internvl")[0]), made("internvl")[1]
-    inner, family = model.base_model, ModelFamily(model)
-    family.vision_encoder.requires_grad_(False)
-    inner.adapter, shuffle = torch.nn.Linear(128, 128), inner.pixel_shuffle
-    inner.pixel_shuffle = lambda *args, **settings: inner.adapter(shuffle(*args, **settings))
-    for _ in range(2):
-        model.zero_grad()
-        small = compress_inputs(model, inputs, RandomTokens(keep=2), family=family)
-        model(**small).logits.sum().backward()
-        assert inner.adapter.weight.grad.abs().sum() > 0
-    assert family.projects_each_token
+class Words:
+    """A processor of a default family: four placeholders for each image."""
+
+    chat_template, tokenizer = None, tiny_tokenizer()
+
+    def __call__(self, images, text, padding, return_tensors):
+        pixels = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 for image in images])
+        ids = self.tokenizer([words.replace("<image>", "<image> " * 4) for words in text], return_tensors="pt")
+        return transformers.BatchFeature({**ids, "pixel_values": pixels})
+
+
+@pytest.mark.parametrize("name", ["internvl", "gemma3"])
+def test_thresholds_are_calibrated_without_a_family_file(name):
+    model, _ = made(name)
+    images = [Image.effect_noise((32, 32), sigma).convert("RGB") for sigma in (1, 10, 20, 40, 80, 120)]
+    calibration = vlmzip.calibrate(model, images, DFMR(max_factor=2), 3, processor=Words())
+    assert calibration.before == [4] * 6
+    assert sorted(calibration.after) == [1, 1, 4, 4, 4, 4]
 
 
 def test_two_threads_may_ask_at_once():

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmzip.compressor import Positions, Profile
 from vlmzip.errors import UserError
-from vlmzip.models.confirm import check_tower, maps_each_token
+from vlmzip.models.confirm import check_tower, evaluating, maps_each_token
 from vlmzip.models.layout import Encoded, Layout, Pixels, Views, numbers_by_kind
 from vlmzip.models.llm_attention import queries_and_keys
 from vlmzip.models.recording import Recording, record
@@ -40,6 +40,8 @@ MERGES = ("spatial_merge_size", "scale_factor", "downsample_factor", "downsample
 PACKING = ("pack_image_features", "image_newline", "view_separator")
 #: How the names of parameters of `get_image_features` begin that are settings, and do not describe images.
 SETTINGS = ("vision_", "interpolate_", "downsample_")
+#: The number of tokens with which a projector is tried.
+PROBED = 16
 #: The side in pixels of a common image, for encoders that take images of any size.
 COMMON_SIDE = 448
 #: Attention implementations for which transformers builds masks that keep packed rows from attending to each other.
@@ -307,6 +309,7 @@ class Family:
             streams = [_flat(stream) for stream in getattr(run.output, "deepstack_features", None) or ()]
             if site is Site.POST_PROJECTOR:
                 values["features"] = self.project(values["features"], Site.PRE_PROJECTOR)
+            self._check_width(values["features"], site)
             self._check_count(len(values["features"]), batch)
             self._check_views(run, batch)
             for layer in layers:
@@ -389,6 +392,15 @@ class Family:
             return features
         projected: Tensor = _flat(run.output.pooler_output)
         return projected
+
+    def _check_width(self, features: Float[Tensor, "tokens dim"], site: Site) -> None:
+        """Raise `UserError` if features before the projector do not have the width that a resampler was built for."""
+        known = self.__dict__.get("_width_before_projector", features.shape[-1])
+        if site is Site.PRE_PROJECTOR and features.shape[-1] != known:
+            raise UserError(
+                f"features before the projector of {type(self.model).__name__} have width {features.shape[-1]},"
+                f" not {known} as its weights suggest: choose a method without trained weights"
+            )
 
     def _check_count(self, tokens: int, batch: Batch) -> None:
         """Raise `UserError` if the encoder returned another number of tokens than the layouts have."""
@@ -513,6 +525,11 @@ class Family:
         grids = [Grid(1, height // side, width // side) for height, width in sizes]
         return grids if sum(grid.size for grid in grids) == placeholders else []
 
+    @property
+    def layouts_need_prompt(self) -> bool:
+        """True if `layouts` counts the placeholders of a prompt."""
+        return type(self).layouts is Family.layouts and "image_grid_thw" not in self.image_inputs
+
     def plain_counts(self, inputs: Inputs) -> list[int]:
         """Return the number of placeholders of each image: the visual tokens that the LLM gets without compression."""
         return [layout.placeholders for layout in self.layouts(inputs)]
@@ -567,14 +584,31 @@ class Family:
 
         Override it if the encoder's features are wider than its hidden states, such as those of several layers.
         """
-        if type(self) is Family and site is Site.PRE_PROJECTOR:
-            raise UserError(
-                f"vlmzip does not know the width of features before the projector of {type(self.model).__name__};"
-                f" give site={Site.POST_PROJECTOR}"
-            )
+        if site is Site.PRE_PROJECTOR and type(self) is Family:
+            return self._width_before_projector
         if site is Site.POST_PROJECTOR or not self.projects_each_token:
             return int(self.llm_config.hidden_size)
         return int(self.model.config.vision_config.hidden_size)
+
+    @cached_property
+    def _width_before_projector(self) -> int:
+        """The width of features at the site before the projector, found without a run of the encoder.
+
+        If the projector maps each token by itself, it is the width of the projector's input, else that of its output.
+        """
+        projector = self._find_projector()
+        weights = None if projector is None else next(projector.parameters(), None)
+        if projector is None or weights is None or self.stream_count:
+            return int(self.llm_config.hidden_size)
+        features = torch.randn(1, PROBED, weights.shape[-1]).to(weights)
+        recording = Recording(inputs={"projector": features})
+        try:
+            with torch.no_grad(), evaluating(projector):
+                recording.outputs["projector"] = output = projector(features)
+        except Exception:  # the projector takes whole images or further arguments
+            return int(self.llm_config.hidden_size)
+        is_each = isinstance(output, Tensor) and maps_each_token(projector, recording, output.flatten(0, -2))
+        return int(weights.shape[-1] if is_each else self.llm_config.hidden_size)
 
     def project(self, features: Float[Tensor, "tokens dim"], site: Site) -> Float[Tensor, "tokens llm_dim"]:
         """Return the inputs of the LLM, [tokens, llm_dim], for compressed tokens with their features at `site`.

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from transformers import BatchFeature
 
 from vlmzip import spec
 from vlmzip.compressor import BudgetError, Calibratable, Compressor
@@ -23,6 +24,7 @@ from vlmzip.models.family import Family
 from vlmzip.processor import Processor
 from vlmzip.runtime.compress import view_numbers, without_padding
 from vlmzip.runtime.images import load_image
+from vlmzip.runtime.prompt_text import chat_prompt, special_tokens
 
 #: The largest deviation of the average from the budget, as a fraction of the budget.
 TOLERANCE = 0.05
@@ -162,7 +164,7 @@ def _measure_together(
 ) -> list[MeasuredImage]:
     """Measure the views as the compressor will see them: without the padding of tiles."""
     loaded = [load_image(image) for image in images]
-    inputs = processor.image_processor(loaded, return_tensors="pt").to(family.model.device, family.model.dtype)
+    inputs = _inputs_of(family, processor, loaded).to(family.model.device, family.model.dtype)
     measured: dict[int, MeasuredView] = {}
     with torch.no_grad():
         encoded = family.encode(inputs, compressor.site, compressor.needs)
@@ -174,6 +176,15 @@ def _measure_together(
             for number, row in zip(group.numbers, compressor.deviations(group.tokens).tolist(), strict=True):
                 measured[number] = MeasuredView(grid.size, counts, dict(zip(beyond, row, strict=True)))
     return [MeasuredImage(tuple(measured[number] for number in numbers)) for numbers in view_numbers(layouts)]
+
+
+def _inputs_of(family: Family, processor: Processor, images: list[Image.Image]) -> BatchFeature:
+    """Return the image inputs, with prompts of one image each if the family counts placeholders."""
+    if not family.layouts_need_prompt:
+        return processor.image_processor(images, return_tensors="pt")
+    prompt = chat_prompt(family, processor, "", images=1)
+    special = special_tokens(processor.tokenizer, prompt)
+    return processor(images=images, text=[prompt] * len(images), padding=True, return_tensors="pt", **special)
 
 
 class _Steps:

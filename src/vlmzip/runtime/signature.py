@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 
-class names_inputs:  # noqa: N801, a decorator
+class names_inputs:
     """A `forward` whose signature on a façade names all inputs of the model inside.
 
     `Trainer` drops data set columns that are not in the signature. The names are those of the model's own `forward`,
