@@ -121,7 +121,7 @@ def test_mistakes_are_said(loaded, images, method, keep, message):
 
 def test_a_model_without_processor_asks_for_one(llava, images):
     model = copy.copy(llava)
-    with pytest.raises(UserError, match="give one, calibrate"):
+    with pytest.raises(UserError, match="give one: calibrate"):
         calibrate(model, images, DFMR(), "50%")
 
 
