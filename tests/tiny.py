@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from vlmzip import Site, UserError
 from vlmzip.models import family_of
 
-IMAGE_TOKEN, PAD, VOCABULARY, SIDE, PATCH = 99, 0, 100, 48, 8
+IMAGE_TOKEN, VIDEO_TOKEN, PAD, VOCABULARY, SIDE, PATCH = 99, 98, 0, 100, 48, 8
 TOKENS = (SIDE // PATCH) ** 2
 
 #: For configs: a ViT of 3 layers and width 32 that makes 36 tokens, and an LLM of 4 layers and width 48.
@@ -48,6 +48,11 @@ class Family:
 
     seed: ClassVar[int] = 0
     """Of the weights. Several tests need answers that differ from image to image and end at different lengths."""
+
+    clips: ClassVar[tuple[tuple[int, int, int], ...]] = ()
+    """Frames, rows and columns of the visual tokens of video 0, 1, 2, …; the last repeats. Empty: it takes no video."""
+    clip_prefix: ClassVar[int] = 0
+    """Tokens before the grid of each frame of a video that the LLM sees."""
 
     # Facts about the family, which tests compare with what happens.
     one_size: ClassVar[bool] = True
@@ -117,6 +122,19 @@ class Family:
         """Return the encoder's inputs for some images. Image n always looks the same."""
         return {"pixel_values": torch.stack([noise(image, 3, SIDE, SIDE) for image in images])}
 
+    def clip(self, video: int) -> tuple[int, int, int]:
+        return self.of_image(self.clips, video)
+
+    def video_ids(self, video: int) -> list[int]:
+        """Return the part of a prompt that stands for a video."""
+        frames, rows, cols = self.clip(video)
+        return [VIDEO_TOKEN] * (frames * (self.clip_prefix + rows * cols))
+
+    def videos(self, videos: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Return the encoder's inputs for some videos. Video n always looks the same."""
+        frames = [noise(50 + video, self.clip(video)[0], 3, SIDE, SIDE) for video in videos]
+        return {"pixel_values_videos": torch.stack(frames)}
+
     def token_types(self, ids: torch.Tensor, prompt_length: int) -> dict[str, torch.Tensor]:
         """Return what the processor says about each token. Tokens behind `prompt_length` belong to later turns."""
         return {}
@@ -130,15 +148,18 @@ class Family:
         out = self.model.model.vision_tower(self.pixels_of_views(inputs), output_hidden_states=True)
         return torch.cat([out.hidden_states[layer] for layer in self.feature_layers], -1)
 
-    def ids(self, *rows: list[int | str], first_image: int = 0) -> list[list[int]]:
-        """Token ids of prompts; "image" stands for the placeholders of the next image."""
-        out, image = [], first_image
+    def ids(self, *rows: list[int | str], first_image: int = 0, first_video: int = 0) -> list[list[int]]:
+        """Token ids of prompts; "image" and "video" stand for the placeholders of the next one."""
+        out, image, video = [], first_image, first_video
         for row in rows:
             ids: list[int] = []
             for part in row:
                 if part == "image":
                     ids += [IMAGE_TOKEN] * self.tokens(image)
                     image += 1
+                elif part == "video":
+                    ids += self.video_ids(video)
+                    video += 1
                 else:
                     ids.append(int(part))
             out.append(ids)
@@ -148,10 +169,14 @@ class Family:
         """Return the inputs of `count` images from `first` on."""
         return self.pixels(range(first, first + count)) if count else {}
 
-    def batch(self, *rows: list[int | str], pad: str = "left", first_image: int = 0) -> dict[str, torch.Tensor]:
-        """Return padded model inputs for prompts with images."""
-        inputs = batch(*self.ids(*rows, first_image=first_image), pad=pad)
+    def batch(
+        self, *rows: list[int | str], pad: str = "left", first_image: int = 0, first_video: int = 0
+    ) -> dict[str, torch.Tensor]:
+        """Return padded model inputs for prompts with images and videos."""
+        inputs = batch(*self.ids(*rows, first_image=first_image, first_video=first_video), pad=pad)
         inputs |= self.images(first_image, sum(row.count("image") for row in rows))
+        if videos := sum(row.count("video") for row in rows):
+            inputs |= self.videos(range(first_video, first_video + videos))
         return inputs | self.token_types(inputs["input_ids"], inputs["input_ids"].shape[1])
 
 
@@ -229,7 +254,7 @@ def with_large_weights(model: PreTrainedModel, attention: str, seed: int = 0) ->
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2:
-                vision = "vision_tower" in name or "visual" in name
+                vision = "_tower" in name or "visual" in name
                 parameter.normal_(0, 0.3 if vision else 0.15, generator=generator)
         # No trained model answers with a placeholder or a marker of images.
         model.get_output_embeddings().weight[96:] = 0

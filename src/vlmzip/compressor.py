@@ -81,6 +81,8 @@ class Compressor(ABC):
     """The fields that a table of stages shows even at their defaults, because stages differ in them."""
     for_training_only: ClassVar[bool] = False
     """Whether it is for training only: a model cannot be evaluated, saved or served with it."""
+    sees_clip: ClassVar[bool] = False
+    """Whether it sees all frames of a video at once, as one view. Otherwise it sees each frame as a view."""
     default_positions: ClassVar[Positions | None] = None
     """The meaning of `positions=None` for this method. If this is `None`, the model's family decides."""
 
@@ -324,8 +326,8 @@ class BudgetedCompressor(Compressor):
     keep: Keep | None = None
     """Tokens per image (int), or a fraction of them (float, "25%")."""
     keep_per_view: Keep | None = None
-    """Tokens per view (int) of an image with several views, such as tiles. Give it instead of `keep`, which is the
-    number for all views together."""
+    """Tokens per view (int) of an image with several views, such as tiles, or per frame of a video. Give it instead of
+    `keep`, which is the number for all views together."""
 
     @property
     def budget(self) -> Keep:
@@ -348,7 +350,9 @@ class BudgetedCompressor(Compressor):
         return super().by_view or self.keep_per_view is not None
 
     def shared(self, views: Sequence[Grid]) -> Sequence[Self]:
-        return super().shared(views) if self.keep_per_view is None else (self,) * len(views)
+        if self.keep_per_view is None:
+            return super().shared(views)
+        return [self.together(grid.frames) for grid in views]
 
     def together(self, views: int) -> Self:
         per_view = None if self.keep_per_view is None or views == 1 else parse_keep(self.keep_per_view)

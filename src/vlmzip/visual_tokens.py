@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from vlmzip.errors import UserError
@@ -14,6 +14,9 @@ from vlmzip.sites import Site as Site
 
 #: Attributes that come with a signal of another name, and that signal.
 COMES_WITH = {"query_mask": Signal.TEXT_ATTENTION, "llm_input": Signal.TEXT_FEATURES}
+
+#: Signals of the vision encoder with one value, or one vector, for each token of a view.
+BY_TOKEN = {"cls_attention", "keys"}
 
 
 class Grid(NamedTuple):
@@ -150,8 +153,7 @@ class VisualTokens:
         numbers = torch.arange(self.features.shape[1], device=self.features.device)
         inside = numbers[self.prefix :].view(tuple(self.grid))[:, slice(*rows), slice(*cols)]
         chosen = torch.cat([numbers[: self.prefix], inside.flatten()])
-        by_token = self.signals & {"cls_attention", "keys"}
-        changes: dict[str, object] = {name: self._signals[name][:, chosen] for name in by_token}
+        changes: dict[str, object] = {name: self._signals[name][:, chosen] for name in self.signals & BY_TOKEN}
         if "pixels" in self.signals:
             height, width = self.pixels.shape[-2] // self.grid.rows, self.pixels.shape[-1] // self.grid.cols
             down, across = slice(rows[0] * height, rows[1] * height), slice(cols[0] * width, cols[1] * width)
@@ -159,8 +161,33 @@ class VisualTokens:
         changes["grid"] = Grid(self.grid.frames, *inside.shape[1:])
         return self.replace(features=self.features[:, chosen], **changes)
 
+    def clips(self, frames: Int[Tensor, "clips frames"]) -> VisualTokens:
+        """Return the tokens of videos as one view each; `frames` has the rows of each video's frames.
+
+        The prefixes of all frames come first. Of the signals, those with one value per token remain.
+        """
+        if self.grid is None:
+            raise ValueError("tokens without a grid form no frames")
+        count = frames.shape[1]
+        by_token = {name: frames_joined(self._signals[name][frames], self.prefix) for name in self.signals & BY_TOKEN}
+        return VisualTokens(
+            frames_joined(self.features[frames], self.prefix),
+            Grid(count * self.grid.frames, self.grid.rows, self.grid.cols),
+            count * self.prefix,
+            layer=self.layer,
+            passes_prefix=self.passes_prefix,
+            **by_token,
+        )
+
     def rows(self, index: Int[Tensor, " rows"]) -> VisualTokens:
         """Return the visual tokens of some images of the batch."""
         return self.replace(
             features=self.features[index], **{name: value[index] for name, value in self._signals.items()}
         )
+
+
+def frames_joined(
+    values: Shaped[Tensor, "clips frames tokens *rest"], prefix: int
+) -> Shaped[Tensor, "clips all *rest"]:
+    """Return values of the tokens of several frames as those of one clip: first all prefixes, then all grids."""
+    return torch.cat([values[:, :, :prefix].flatten(1, 2), values[:, :, prefix:].flatten(1, 2)], 1)

@@ -22,6 +22,7 @@ class LlavaNext(Llava):
     leads = True
     model_class = LlavaNextForConditionalGeneration
     one_size = False
+    patch = PATCH
     projects_padding = True
     seed = 2
     #: Height and width of image 0, 1, …; the last repeats. The padding of the second takes 2 of 3 rows of each tile.
@@ -34,7 +35,7 @@ class LlavaNext(Llava):
     @classmethod
     def config(cls, **settings):
         return LlavaNextConfig(
-            vision_config=CLIPVisionConfig(**{**VIT, "patch_size": PATCH}),
+            vision_config=CLIPVisionConfig(**{**VIT, "patch_size": cls.patch}),
             text_config=LlamaConfig(**LLM, bos_token_id=1, eos_token_id=2),
             image_token_index=IMAGE_TOKEN,
             image_grid_pinpoints=PINPOINTS,
@@ -47,12 +48,12 @@ class LlavaNext(Llava):
         images = LlavaNextImageProcessorPil(
             size=size, crop_size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=PINPOINTS
         )
-        return LlavaNextProcessor(images, tiny_tokenizer(), PATCH, "default", num_additional_image_tokens=1)
+        return LlavaNextProcessor(images, tiny_tokenizer(), cls.patch, "default", num_additional_image_tokens=1)
 
     def tokens(self, image):
         """The base image's 9, those of the tiles, and a newline for each of their rows."""
         rows, cols = self.of_image(self.seen, image)
-        return (SIDE // PATCH) ** 2 + rows * (cols + 1)
+        return (SIDE // self.patch) ** 2 + rows * (cols + 1)
 
     def views(self, image):
         rows, cols = self.of_image(self.tiles, image)
@@ -60,7 +61,7 @@ class LlavaNext(Llava):
 
     def separators(self, image):
         rows, cols = self.of_image(self.seen, image)
-        return [(SIDE // PATCH) ** 2 + row * (cols + 1) + cols for row in range(rows)]
+        return [(SIDE // self.patch) ** 2 + row * (cols + 1) + cols for row in range(rows)]
 
     def pixels_of_views(self, inputs):
         return torch.cat([pixels[: self.views(n)] for n, pixels in enumerate(inputs["pixel_values"])])

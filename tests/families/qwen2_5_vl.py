@@ -4,7 +4,7 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from tests.tiny import IMAGE_TOKEN, LLM, SIDE, Family, noise, tiny_tokenizer
+from tests.tiny import IMAGE_TOKEN, LLM, SIDE, VIDEO_TOKEN, Family, noise, tiny_tokenizer
 
 
 class ImagesOnly:
@@ -23,6 +23,7 @@ class Qwen25VL(Family):
     model_class = Qwen2_5_VLForConditionalGeneration
     processor_class = Qwen25Processor
     grids = ((4, 6), (5, 3), (4, 6), (6, 7))
+    clips = ((3, 4, 3), (2, 3, 5), (4, 4, 3))
     one_size = False
     scored_by = "all tokens"
     windowed = True
@@ -40,7 +41,8 @@ class Qwen25VL(Family):
                 **LLM, bos_token_id=1, eos_token_id=2,
                 rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
             ),
-            image_token_id=IMAGE_TOKEN, video_token_id=98, vision_start_token_id=97, vision_end_token_id=96, **settings,
+            image_token_id=IMAGE_TOKEN, video_token_id=VIDEO_TOKEN, vision_start_token_id=97, vision_end_token_id=96,
+            **settings,
         )  # fmt: skip
 
     @classmethod
@@ -56,8 +58,18 @@ class Qwen25VL(Family):
         thw = torch.tensor([[1, 2 * rows, 2 * cols] for rows, cols in grids])
         return {"pixel_values": torch.cat(patches), "image_grid_thw": thw}
 
+    def videos(self, videos):
+        grids = [self.clip(video) for video in videos]
+        patches = [noise(50 + n, 4 * t * h * w, 3 * 2 * 4 * 4) for n, (t, h, w) in zip(videos, grids, strict=True)]
+        thw = torch.tensor([[frames, 2 * rows, 2 * cols] for frames, rows, cols in grids])
+        return {"pixel_values_videos": torch.cat(patches), "video_grid_thw": thw} | self.seconds(videos)
+
+    def seconds(self, videos):
+        """The seconds between the frames of each video."""
+        return {"second_per_grid_ts": torch.tensor([1.5 - n % 2 for n in videos])}
+
     def token_types(self, ids, prompt_length):
-        return {"mm_token_type_ids": (ids == IMAGE_TOKEN).int()}
+        return {"mm_token_type_ids": (ids == IMAGE_TOKEN).int() + 2 * (ids == VIDEO_TOKEN).int()}
 
     def encoded(self, inputs):
         return self.model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output[None]

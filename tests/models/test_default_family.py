@@ -401,13 +401,13 @@ def test_streams_that_the_config_does_not_name_are_refused():
     """They would be lost without an error."""
     model, inputs = made("internvl")
     family = ModelFamily(model)
-    features = family.get_image_features
+    features = family.get_features
 
     def with_streams(**arguments):
         out = features(**arguments)
         return WithStreams(pooler_output=out.pooler_output, deepstack_features=[list(out.pooler_output)])
 
-    family.get_image_features = with_streams
+    family.get_features = with_streams
     with pytest.raises(UserError, match="after 1 layers of its LLM, and vlmzip expects 0"):
         compress_inputs(model, inputs, NoCompression(), family=family)
 

@@ -154,11 +154,6 @@ class TestQwen:
         assert found == [((1, 4, 6), [0, 2]), ((1, 5, 3), [1])]
         assert "cls_attention" not in encoded.groups[0].tokens.signals
 
-    def test_videos_are_refused(self, family):
-        inputs = {**family.batch(["image"]), "pixel_values_videos": torch.zeros(1)}
-        with pytest.raises(UserError, match="videos are not supported"):
-            family_of(family.model).encode(inputs, Site.PRE_PROJECTOR, frozenset())
-
     def test_positions_are_those_of_the_full_grid(self, family):
         """Kept tokens keep their three axes, and the text goes on where the full grid says."""
         from vlmzip import RandomTokens, compress_inputs

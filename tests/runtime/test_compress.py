@@ -219,3 +219,40 @@ def views_of(layouts, images):
         tokens = VisualTokens(features, grid, prefix, passes_prefix=passed, cls_attention=scores, keys=keys)
         groups.append(Views(tokens, numbers))
     return Encoded(groups)
+
+
+#: Two videos of two and three frames, with a CLS in each frame that the LLM sees.
+VIDEOS = [Layout.of_frames(GRID, frames, 1, passes_prefix=True) for frames in (2, 3)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LastOfClip(Backwards):
+    """Keep, in reverse, the last tokens of all frames; it sees whole videos."""
+
+    sees_clip = True
+
+
+@pytest.mark.parametrize("ascending", [False, True])
+def test_the_frames_of_a_video_follow_each_other(ascending):
+    short, long = compress(VIDEOS, encoded(*VIDEOS, streams=1), Backwards(), ascending=ascending)
+    places = [3, 4, 8, 9, 13, 14] if ascending else [4, 3, 9, 8, 14, 13]
+    assert short.features[:, 0].tolist() == places[:4]
+    assert long.features[:, 0].tolist() == [100 + n for n in places]
+    assert long.streams[0][:, 0].tolist() == [1100 + n for n in places]
+    assert long.plan.places == places
+
+
+@pytest.mark.parametrize("ascending", [False, True])
+def test_a_method_that_sees_the_clip_gets_all_frames_as_one_view(ascending):
+    """All CLS come first in the view, so the last three tokens lie in the last frame; their places are the prompt's."""
+    image = Layout.of_one_view(Grid(1, 2, 3))
+    kept = compress([*VIDEOS, image], encoded(*VIDEOS, image, streams=1), LastOfClip(last=5), ascending=ascending)
+    # The last token of the frame before, then those of the last frame.
+    for video, (frames, hundred) in zip(kept, ((2, 0), (3, 100)), strict=False):
+        last = 5 * (frames - 1)
+        own = range(last + 1, last + 5) if ascending else range(last + 4, last, -1)
+        assert video.plan.layout.views == (Grid(frames, 2, 2),)
+        assert video.features[:, 0].tolist() == [hundred + n for n in (last - 1, *own)]
+        assert video.streams[0][:, 0].tolist() == [1000 + hundred + n for n in (last - 1, *own)]
+        assert video.plan.places == [last - 1, *own]
+    assert kept[2].plan.layout is image

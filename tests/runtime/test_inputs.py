@@ -111,5 +111,5 @@ def test_images_side_by_side_are_told_apart():
 
 def test_tokens_between_placeholders_of_one_image_stay():
     """Families that write row separators among the placeholders keep them."""
-    source = shorten(torch.ones(1, 6, dtype=torch.long), [(0, [1, 2, 4])], [[2]])
+    source = shorten(torch.ones(1, 6, dtype=torch.long), [(0, [1, 2, 4])], [[2]], [False])
     assert source.tolist() == [[0, 4, 3, 5]]

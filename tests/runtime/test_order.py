@@ -154,7 +154,7 @@ def test_contiguous_positions_keep_the_order_of_the_map(llava):
 
 
 def test_separators_keep_their_places_among_the_placeholders():
-    source = shorten(torch.ones(1, 6, dtype=torch.long), [(0, [1, 2, 4])], [[0, 2]], ascending=True)
+    source = shorten(torch.ones(1, 6, dtype=torch.long), [(0, [1, 2, 4])], [[0, 2]], [True])
     assert source.tolist() == [[0, 1, 3, 4, 5]]
 
 

@@ -7,6 +7,7 @@ from vlmzip.methods.adaptive_visionzip import AdaptiveVisionZip as AdaptiveVisio
 from vlmzip.methods.chain import Chain as Chain
 from vlmzip.methods.dfmr import DFMR as DFMR
 from vlmzip.methods.downsample import Downsample as Downsample
+from vlmzip.methods.evs import EVS as EVS
 from vlmzip.methods.fastv import FastV as FastV
 from vlmzip.methods.kmeans import KMeans as KMeans
 from vlmzip.methods.llavolta import LLaVolta as LLaVolta

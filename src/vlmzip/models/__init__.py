@@ -13,6 +13,7 @@ from vlmzip.models.llava_onevision import LlavaOnevision
 from vlmzip.models.paligemma import PaliGemma
 from vlmzip.models.qwen2_5_vl import Qwen25VL
 from vlmzip.models.qwen3_vl import Qwen3VL
+from vlmzip.models.video_llava import VideoLlava
 from vlmzip.models.vipllava import VipLlava
 
 FAMILIES: tuple[type[Family], ...] = (
@@ -23,6 +24,7 @@ FAMILIES: tuple[type[Family], ...] = (
     PaliGemma,
     Qwen25VL,
     Qwen3VL,
+    VideoLlava,
     VipLlava,
 )
 

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -29,6 +29,8 @@ from vlmzip.models.towers.vit import feature_layers, image_of
 from vlmzip.processor import InputDict, Inputs
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
+#: A kind of visual input, as keys of `mm_encoder_outputs` name it.
+Modality = Literal["image", "video"]
 #: Names of projectors in transformers' models.
 PROJECTORS = (
     "multi_modal_projector", "connector", "aligner", "projector", "embed_vision", "language_projection",
@@ -128,8 +130,13 @@ class Family:
     image_inputs: tuple[str, ...] = ()
     """The model inputs that describe images. The first is present if there is an image.
 
-    By default, the parameters of `get_image_features` without its settings (`SETTINGS`).
+    By default, the parameters of `get_image_features` without its settings (`SETTINGS`). An object that serves videos
+    has `video_inputs` here.
     """
+    video_inputs: tuple[str, ...] = ()
+    """The model inputs that describe videos, the pixels first; empty if the family does not know its videos."""
+    video_family: ClassVar[type[Family] | None] = None
+    """The class for videos, if they go through the model in another way than images. Default: the same class."""
     default_positions: Positions = "contiguous"
     """The value that stands for `positions=None`. VisionZip and DFMR use contiguous positions before LLaVA's LLM.
 
@@ -140,15 +147,19 @@ class Family:
     features_as_list: bool = True
     """True if the model takes a list of features, one entry per image; False if it takes one tensor for all images."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, modality: Modality = "image") -> None:
         # Adapters such as LoRA's wrap the model. The modules inside are those that run.
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         self.model: Any = inner  # a type checker does not know the attributes of each family's model
         self.is_confirmed = type(self) is not Family
         """True if the attention of the encoder is known to be as `tower` takes it."""
-        self.get_image_features = _method(self.model, "get_image_features")
-        parameters = inspect.signature(self.get_image_features).parameters.values()
+        self.modality = modality
+        """The kind of visual input that this object serves. `modalities` has the objects for all kinds of a model."""
+        self.get_features = _method(self.model, f"get_{modality}_features")
+        parameters = inspect.signature(self.get_features).parameters.values()
         self._feature_arguments = tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
+        if modality == "video":
+            self.image_inputs = self.video_inputs
         if not self.image_inputs:
             self.image_inputs = tuple(n for n in self._feature_arguments if not n.startswith(SETTINGS))
         if type(self) is Family and _method(self.model, "get_rope_index"):
@@ -157,7 +168,8 @@ class Family:
     @property
     def input_methods(self) -> list[Any]:
         """The model's own methods whose parameters are its inputs."""
-        methods = (self.model.forward, self.get_image_features, _method(self.model, "get_video_features"))
+        names = ("get_image_features", "get_video_features")
+        methods = (self.model.forward, *(_method(self.model, name) for name in names))
         return [method for method in methods if method is not None]
 
     @staticmethod
@@ -178,13 +190,19 @@ class Family:
             return "family file, and it packs several views of an image in its own way"
         return None
 
+    @cached_property
+    def modalities(self) -> tuple[Family, ...]:
+        """This family for images and, if it knows the videos of the model, the same family for videos."""
+        knows = self.video_inputs or (type(self) is Family and _has_known_videos(self.model))
+        return (self, (self.video_family or type(self))(self.model, "video")) if knows else (self,)
+
     @property
     def placeholder_id(self) -> int:
         """The token id that stands for one visual token in `input_ids`.
 
-        Override it if the config has no `image_token_id`.
+        Override it if the config has no `image_token_id` or `video_token_id`.
         """
-        token: int = self.model.config.image_token_id
+        token: int = getattr(self.model.config, f"{self.modality}_token_id")
         return token
 
     @property
@@ -223,7 +241,7 @@ class Family:
     @property
     def vision_encoder(self) -> nn.Module:
         """The vision encoder. Override it if `get_encoder` returns another module for images."""
-        encoder: nn.Module = self.model.get_encoder(modality="image")
+        encoder: nn.Module = self.model.get_encoder(modality=self.modality)
         return encoder
 
     @property
@@ -314,7 +332,7 @@ class Family:
             self._check_views(run, batch)
             for layer in layers:
                 if not self.is_confirmed:
-                    check_tower(self.get_image_features, self.tower, batch.arguments, batch.grids, layer)
+                    check_tower(self.get_features, self.tower, batch.arguments, batch.grids, layer)
                     self.is_confirmed = True
                 values |= self.tower.signals(run.recording, layer, batch.grids, self.prefix, needs)
             for grid, rows in numbers_by_kind(batch.grids).items():
@@ -355,7 +373,7 @@ class Family:
         output = None
         stop_at = "projector" if self.projects_each_token else None
         with record(outputs, called, stop_at=stop_at) as recording, self.learning(batch, self._parameters_of_run()):
-            output = self.get_image_features(**batch.arguments, return_dict=True)
+            output = self.get_features(**batch.arguments, return_dict=True)
         run = Run(output, recording, recording.inputs.get("projector"))
         if output is not None:
             self.features_as_list = not isinstance(output.pooler_output, Tensor)
@@ -407,8 +425,8 @@ class Family:
         expected = sum(self.prefix + grid.size for grid in batch.grids)
         if tokens != expected:
             raise UserError(
-                f"the prompt has {expected} image placeholders, but {type(self.model).__name__} makes {tokens} visual"
-                " tokens of its images; use the model's own processor"
+                f"the prompt has {expected} {self.modality} placeholders, but {type(self.model).__name__} makes"
+                f" {tokens} visual tokens of its {self.modality}s; use the model's own processor"
             )
 
     def _check_streams(self, streams: int) -> None:
@@ -431,7 +449,8 @@ class Family:
         ends = set(accumulate(entry.shape[:-1].numel() for entry in features))
         if not ends <= set(accumulate(self.prefix + grid.size for grid in batch.grids)):
             raise UserError(
-                f"the image placeholders of the prompt are not those of the images: {type(self.model).__name__} makes"
+                f"the {self.modality} placeholders of the prompt are not those of the {self.modality}s:"
+                f" {type(self.model).__name__} makes"
                 f" {[entry.shape[:-1].numel() for entry in features]} visual tokens of them; use the model's own"
                 " processor"
             )
@@ -494,8 +513,12 @@ class Family:
         together with `downsample` also if the inputs have no `image_grid_thw`: this method then counts placeholders,
         and smaller images do not change the prompt.
         """
-        if "image_grid_thw" in self.image_inputs:
-            return Layout.of_single_views(grids_of(sizes_of(inputs), self.patches_per_side))
+        if self._has_grids:
+            grids = grids_of(sizes_of(inputs, *self.image_inputs[:2]), self.patches_per_side)
+            if self.modality == "image":
+                return Layout.of_single_views(grids)
+            layouts = {grid: Layout.of_frames(grid._replace(frames=1), grid.frames) for grid in dict.fromkeys(grids)}
+            return [layouts[grid] for grid in grids]
         rows = (inputs["input_ids"] == self.placeholder_id).long().cpu()
         edges = [torch.nn.functional.pad(row, (1, 1)).diff().nonzero()[:, 0].tolist() for row in rows]
         counts = [end - start for row in edges for start, end in zip(row[::2], row[1::2], strict=True)]
@@ -515,6 +538,11 @@ class Family:
             return None
         tokens, rest = divmod(sum(counts), len(pixels))
         return tokens if tokens and not rest and not any(n % tokens for n in counts) else None
+
+    @property
+    def _has_grids(self) -> bool:
+        """True if the inputs are the patches of all images, and the grid of each (`image_grid_thw`)."""
+        return f"{self.modality}_grid_thw" in self.image_inputs
 
     def _grids_of_sizes(self, inputs: Inputs, placeholders: int) -> list[Grid]:
         """Return the grids by `image_sizes`, height and width in pixels; empty if the placeholders do not fill them."""
@@ -562,7 +590,7 @@ class Family:
         Override it if an image input has neither a row for each image or view nor the patches of all images.
         """
         names = [name for name in self.image_inputs if inputs.get(name) is not None]
-        if "image_grid_thw" not in names:
+        if not self._has_grids:
             counts = [len(layout.views) for layout in self.layouts(inputs)]
             image_of_view = [image for image, count in enumerate(counts) for _ in range(count)]
             rows = {}
@@ -576,8 +604,9 @@ class Family:
                 rows[name] = [row for row, image in enumerate(images) if image in chosen]
             return {name: torch.as_tensor(inputs[name])[rows[name]] for name in names}
         first, *others = names
-        patches = inputs[first].split(sizes_of(inputs).prod(-1).tolist())
-        return {first: torch.cat([patches[n] for n in chosen]), **{name: inputs[name][chosen] for name in others}}
+        patches = inputs[first].split(sizes_of(inputs, *self.image_inputs[:2]).prod(-1).tolist())
+        others_chosen = {name: torch.as_tensor(inputs[name])[chosen] for name in others}
+        return {first: torch.cat([patches[n] for n in chosen]), **others_chosen}
 
     def feature_width(self, site: Site) -> int:
         """Return the number of features of a visual token at `site`.
@@ -633,9 +662,10 @@ class Family:
             return (mask.long().cumsum(-1) - 1).clamp(min=0), mask.sum(-1)
         rope_index: Any = _method(self.model, "get_rope_index")
         ids = inputs["input_ids"]
-        known = {**inputs, "mm_token_type_ids": (ids == self.placeholder_id).int(), "attention_mask": mask}
-        # Videos, which no family supports yet, keep the positions that the prompt alone gives them.
-        names = [name for name in inspect.signature(rope_index).parameters if "video" not in name]
+        # The type of text is 0, of images 1, of videos 2.
+        types = sum(number * (ids == each.placeholder_id).int() for number, each in enumerate(self.modalities, start=1))
+        known = {**inputs, "mm_token_type_ids": types, "attention_mask": mask}
+        names = inspect.signature(rope_index).parameters
         positions, deltas = rope_index(**{name: known[name] for name in names if name in known})
         if positions.shape[:-2] != self.position_axes:
             raise UserError(
@@ -664,8 +694,8 @@ class Family:
         form: Any = features if self.features_as_list else torch.cat(features)[None]
         if self.stream_count:
             by_layer = [list(layer) for layer in zip(*streams, strict=True)]
-            return {"image": WithStreams(pooler_output=form, deepstack_features=by_layer)}
-        return {"image": BaseModelOutputWithPooling(pooler_output=form)}
+            return {self.modality: WithStreams(pooler_output=form, deepstack_features=by_layer)}
+        return {self.modality: BaseModelOutputWithPooling(pooler_output=form)}
 
     def queries_and_keys(
         self,
@@ -686,6 +716,15 @@ def square_of(tokens: int) -> Grid:
     """Return the square grid of this number of tokens, or a grid of one row if the number is not a square."""
     side = math.isqrt(tokens)
     return Grid(1, side, side) if side * side == tokens else Grid(1, 1, tokens)
+
+
+def _has_known_videos(model: Any) -> bool:
+    """Return True if videos become tokens as in Qwen's models: patches with a grid, and placeholders for videos."""
+    features, ids = _method(model, "get_video_features"), model.config
+    if features is None or not isinstance(getattr(ids, "video_token_id", None), int):
+        return False
+    names = [p.name for p in inspect.signature(features).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    return names == ["pixel_values_videos", "video_grid_thw"] and ids.video_token_id != ids.image_token_id
 
 
 def _method(model: Any, name: str) -> Any:

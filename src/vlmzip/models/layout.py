@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import TypeVar
@@ -45,12 +45,21 @@ class Layout:
     """Number of tokens of each view before its grid."""
     padded_slots: Int[Tensor, " padded_placeholders"] | None = None
     """The value of `slots` if padding had placeholders, too. `None` for images without padding."""
+    is_video: bool = field(default=False, kw_only=True)
+    """True if the views are the frames of a video, in order of time."""
 
     @classmethod
     def of_one_view(cls, grid: Grid, prefix: int = 0, *, passes_prefix: bool = False) -> Layout:
         """Return the layout of a single view without separators. The LLM sees the prefix if `passes_prefix` is set."""
         first = 0 if passes_prefix else prefix
         return cls((grid,), torch.arange(first, prefix + grid.size), prefix)
+
+    @classmethod
+    def of_frames(cls, frame: Grid, frames: int, prefix: int = 0, *, passes_prefix: bool = False) -> Layout:
+        """Return the layout of a video without separators: the placeholders of a frame follow those of the last."""
+        first = 0 if passes_prefix else prefix
+        numbers = torch.arange(frames * (prefix + frame.size)).view(frames, -1)
+        return cls((frame,) * frames, numbers[:, first:].flatten(), prefix, is_video=True)
 
     @classmethod
     def of_single_views(cls, grids: Sequence[Grid]) -> list[Layout]:
@@ -126,7 +135,28 @@ class Layout:
         if self.prefix == 0 or self.passes_prefix:
             return self
         numbers = self.has_placeholder.cumsum(0) - 1
-        return Layout(self.views, torch.where(self.slots < 0, SEPARATOR, numbers[self.slots]))
+        slots = torch.where(self.slots < 0, SEPARATOR, numbers[self.slots])
+        return Layout(self.views, slots, is_video=self.is_video)
+
+    @cached_property
+    def as_clip(self) -> Layout:
+        """The layout of a video as one view of all frames; the prefixes of all frames come first.
+
+        Images, and videos of one frame, are left as they are.
+        """
+        if not self.is_video or len(self.views) == 1:
+            return self
+        frames, (_, rows, cols), size = len(self.views), self.views[0], self.views[0].size
+        frame, token = self.slots // (self.prefix + size), self.slots % (self.prefix + size)
+        on_grid = frames * self.prefix + frame * size + token - self.prefix
+        numbers = torch.where(token < self.prefix, frame * self.prefix + token, on_grid)
+        slots = torch.where(self.slots < 0, SEPARATOR, numbers)
+        return Layout((Grid(frames, rows, cols),), slots, frames * self.prefix, is_video=True)
+
+    def frame_of(self, placeholders: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+        """Return the frame of each of these placeholders of a video without separators."""
+        frames = sum(grid.frames for grid in self.views)
+        return placeholders * frames // self.placeholders
 
     @cached_property
     def places(self) -> Int[Tensor, " tokens_and_separators"]:
@@ -170,7 +200,7 @@ class Layout:
             count += len(tokens)
             views.append(window.grid(grid))
         slots = torch.where(self.slots < 0, SEPARATOR, numbers[self.slots])
-        return Layout(tuple(views), slots, self.prefix), windows
+        return Layout(tuple(views), slots, self.prefix, is_video=self.is_video), windows
 
 
 @dataclass(frozen=True)

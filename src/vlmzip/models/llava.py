@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vlmzip.errors import UserError
-from vlmzip.models.family import Batch, Family, Run
+from vlmzip.models.family import Batch, Family, Modality, Run
 from vlmzip.models.layout import Layout, Pixels
+from vlmzip.models.pixels import SAME_SIZE_IN_VIDEO
 from vlmzip.models.recording import record
 from vlmzip.models.towers.vit import (
     downsampled,
@@ -42,22 +43,24 @@ class Llava(Family):
     projects_each_token = True
     image_inputs: tuple[str, ...] = ("pixel_values",)
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__(model)
-        self.prefix = prefix_of(self.model.config.vision_config)
+    def __init__(self, model: nn.Module, modality: Modality = "image") -> None:
+        super().__init__(model, modality)
+        self.prefix = self.leading = prefix_of(self.model.config.vision_config)
+        """`leading` is the number of tokens that the encoder puts before the patches of a view."""
         hidden_states(self.setting({}, "vision_feature_layer"), self._depth)
         self.passes_prefix({})
 
     def batches(self, inputs: Inputs) -> list[Batch]:
-        if not self.prefix and not self._passes_all(inputs):
+        if not self.leading and not self._passes_all(inputs):
             raise UserError(
                 "this model drops the first patch of an encoder that has no CLS;"
                 ' set vision_feature_select_strategy="full"'
             )
         batches = []
         for pixels, numbers in views_of_equal_size(self.view_pixels(inputs)):
-            grids = [grid_of(self.model.config.vision_config, pixels)] * len(pixels)
-            batches.append(Batch({**self.feature_arguments(inputs), "pixel_values": pixels}, grids, numbers))
+            grids = [self.view_grid(pixels)] * len(pixels)
+            arguments = {**self.feature_arguments(inputs), self.image_inputs[0]: pixels}
+            batches.append(Batch(arguments, grids, numbers))
         return batches
 
     def run(self, batch: Batch, layers: Iterable[int]) -> Run:
@@ -67,7 +70,7 @@ class Llava(Family):
         blocks = {f"layer.{layer}": self.tower.attentions[layer].layer for layer in self._layers(batch)}
         with record({**outputs, **blocks}, called) as recording, self.learning(batch, self.vision_encoder.parameters()):
             self.vision_encoder(
-                pixel_values=batch.arguments["pixel_values"],
+                pixel_values=batch.arguments[self.image_inputs[0]],
                 interpolate_pos_encoding=batch.arguments.get("interpolate_pos_encoding", False),
                 return_dict=True,
             )
@@ -77,19 +80,23 @@ class Llava(Family):
         return torch.cat([run.recording[f"layer.{layer}"] for layer in self._layers(batch)], dim=-1).flatten(0, 1)
 
     def view_pixels(self, inputs: Inputs) -> Pixels:
-        pixels: Pixels = inputs["pixel_values"]
+        pixels: Pixels = inputs[self.image_inputs[0]]
         return pixels
 
     def prompt(self, question: str, images: int) -> str:
         return f"USER: {'<image>' * images}\n{question} ASSISTANT:"
 
     def layouts(self, inputs: Inputs) -> list[Layout]:
-        pixels = inputs["pixel_values"]
-        grid = grid_of(self.model.config.vision_config, pixels)
+        pixels = inputs[self.image_inputs[0]]
+        grid = self.view_grid(pixels)
         return [Layout.of_one_view(grid, self.prefix, passes_prefix=self.passes_prefix(inputs))] * len(pixels)
 
     def downsample(self, inputs: Inputs, grids: Sequence[Grid]) -> InputDict:
-        return downsampled(self.model.config.vision_config, inputs["pixel_values"], grids[0])
+        return downsampled(self.model.config.vision_config, inputs[self.image_inputs[0]], grids[0])
+
+    def view_grid(self, pixels: Float[Tensor, "*batch 3 height width"]) -> Grid:
+        """Return the grid of visual tokens of each view in `pixels`."""
+        return grid_of(self.model.config.vision_config, pixels)
 
     def feature_width(self, site: Site) -> int:
         layers = hidden_states(self.setting({}, "vision_feature_layer"), self._depth)
@@ -113,3 +120,29 @@ class Llava(Family):
     @property
     def _depth(self) -> int:
         return int(self.model.config.vision_config.num_hidden_layers)
+
+
+class LlavaFrames(Llava):
+    """The videos of models of LLaVA's kind: `pixel_values_videos` is [videos, frames, 3, height, width]."""
+
+    video_inputs = ("pixel_values_videos",)
+
+    def view_pixels(self, inputs: Inputs) -> Pixels:
+        """Return the pixels of the frames of all videos."""
+        pixels: Tensor = inputs["pixel_values_videos"]
+        return pixels.flatten(0, 1)
+
+    def layouts(self, inputs: Inputs) -> list[Layout]:
+        videos, frames = (pixels := inputs["pixel_values_videos"]).shape[:2]
+        grid, passes = self.view_grid(pixels), self.passes_prefix(inputs)
+        return [Layout.of_frames(grid, frames, self.prefix, passes_prefix=passes)] * videos
+
+    def choose_images(self, inputs: Inputs, chosen: list[int]) -> InputDict:
+        return {"pixel_values_videos": inputs["pixel_values_videos"][chosen]}
+
+    def downsample(self, inputs: Inputs, grids: Sequence[Grid]) -> InputDict:
+        if len(set(grids)) > 1:
+            raise UserError(SAME_SIZE_IN_VIDEO)
+        pixels: Tensor = inputs["pixel_values_videos"]
+        smaller = downsampled(self.model.config.vision_config, pixels.flatten(0, 1), grids[0])
+        return {"pixel_values_videos": smaller.pop("pixel_values").unflatten(0, pixels.shape[:2]), **smaller}

@@ -6,6 +6,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+#: The message for frames of different sizes, where a family encodes all frames of a video in one batch.
+SAME_SIZE_IN_VIDEO = "all frames of a video need the same size: give keep_per_view or factor instead of keep"
+
 
 def resized(
     pixels: Float[Tensor, "batch 3 height width"], height: int, width: int

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL, images only: grids of any size, windows in the encoder, a merger, and positions with three axes."""
+"""Qwen2.5-VL: grids of any size, windows in the encoder, a merger, and positions with three axes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from vlmzip.compressor import Positions
 from vlmzip.errors import UserError
-from vlmzip.models.family import Batch, Family
+from vlmzip.models.family import Family
+from vlmzip.models.pixels import SAME_SIZE_IN_VIDEO
 from vlmzip.models.towers.qwen import downsampled_patches
 from vlmzip.processor import InputDict, Inputs
 from vlmzip.visual_tokens import Grid, Site
@@ -24,16 +25,17 @@ class Qwen25VL(Family):
     sites = (Site.PIXELS, Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
     projects_each_token = False
     image_inputs = ("pixel_values", "image_grid_thw")
+    video_inputs: tuple[str, ...] = ("pixel_values_videos", "video_grid_thw", "second_per_grid_ts")
     default_positions: Positions = "original"
     position_axes = (3,)
-
-    def batches(self, inputs: Inputs) -> list[Batch]:
-        if inputs.get("pixel_values_videos") is not None:
-            raise UserError("videos are not supported in this family yet; images are")
-        return super().batches(inputs)
 
     def view_pixels(self, inputs: Inputs) -> None:
         return None
 
     def downsample(self, inputs: Inputs, grids: Sequence[Grid]) -> InputDict:
-        return downsampled_patches(self.model.config.vision_config, inputs, grids)
+        views = iter(grids)
+        frames = [[next(views) for _ in layout.views] for layout in self.layouts(inputs)]
+        if any(len(set(of_video)) > 1 for of_video in frames):
+            raise UserError(SAME_SIZE_IN_VIDEO)
+        new_grids = [of_video[0]._replace(frames=len(of_video)) for of_video in frames]
+        return downsampled_patches(self.model.config.vision_config, inputs, new_grids, self.image_inputs[:2])

@@ -26,7 +26,7 @@ from vlmzip.compressor import Compressor, keep_all
 from vlmzip.errors import UserError
 from vlmzip.models.layout import SEPARATOR, Encoded, Layout, Views, numbers_by_kind
 from vlmzip.token_map import TokenMap
-from vlmzip.visual_tokens import Grid, VisualTokens
+from vlmzip.visual_tokens import Grid, VisualTokens, frames_joined
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,14 @@ def compress(
     If `compressor` is `None`, keep all tokens. `encoded` holds all views of all images; if only plans are needed, their
     features may have width 0. A token count is divided among the views of an image. The remaining tokens are in the
     compressor's order or, with `ascending`, in the order of their anchors' placeholders, for tokens that keep their
-    positions. Separators remain only if all tokens of their image do: after tokens are dropped or merged, there are no
-    rows to separate.
+    positions. In both cases, the tokens of a video's later frames follow those of earlier ones. Separators remain only
+    if all tokens of their image do: after tokens are dropped or merged, there are no rows to separate.
 
     Raise `UserError` if no token of a view remains.
     """
     layouts, encoded = without_padding(layouts, encoded, compressor)
+    if compressor is not None and compressor.sees_clip:
+        layouts, encoded = as_clips(layouts, encoded)
     maps = _decide(layouts, encoded, compressor)
     numbers = view_numbers(layouts)
     kept: dict[int, Kept] = {}
@@ -153,6 +155,8 @@ def _plan(layout: Layout, views: Sequence[ViewMaps], compressor: Compressor | No
     whole = layout.is_seen_whole and at.shape[1] == layout.placeholders - layout.separators
     if compressor is None or ascending or (whole and len(views) > 1):
         order = at.argsort(dim=1, stable=True)
+    elif layout.is_video:
+        order = layout.frame_of(at).argsort(dim=1, stable=True)
     else:
         ranks = zip(*(layout.ranks[numbers].unbind() for numbers in anchors), strict=True)
         order = torch.stack([compressor.arrange(layout.views, layout.prefix, of_image) for of_image in ranks])
@@ -250,6 +254,29 @@ def without_padding(
                 )
             )
     return [layout for layout, _ in both], Encoded(groups, encoded.separator)
+
+
+def as_clips(layouts: Sequence[Layout], encoded: Encoded) -> tuple[Sequence[Layout], Encoded]:
+    """Return layouts and views in which each video is one view of all its frames."""
+    clips = [layout.as_clip for layout in layouts]
+    # The numbers of the views that form each view of the result.
+    numbers_of = {
+        clip: range(start, start + len(before) // len(after))
+        for before, after in zip(view_numbers(layouts), view_numbers(clips), strict=True)
+        for clip, start in zip(after, range(before.start, before.stop, len(before) // len(after)), strict=True)
+    }
+    groups = []
+    for group in encoded.groups:
+        row_of = {number: row for row, number in enumerate(group.numbers)}
+        inside = [clip for clip, numbers in numbers_of.items() if numbers[0] in row_of]
+        for places in numbers_by_kind(len(numbers_of[clip]) for clip in inside).values():
+            chosen = [inside[place] for place in places]
+            rows = [[row_of[number] for number in numbers_of[clip]] for clip in chosen]
+            index = torch.tensor(rows, device=group.tokens.features.device)
+            prefix = group.tokens.prefix
+            streams = tuple(frames_joined(stream[index], prefix) for stream in group.streams)
+            groups.append(Views(group.tokens.clips(index), chosen, streams))
+    return clips, Encoded(groups, encoded.separator)
 
 
 def view_numbers(layouts: Sequence[Layout]) -> list[range]:

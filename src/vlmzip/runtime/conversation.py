@@ -39,8 +39,8 @@ class CacheState:
     """The number of compressed columns up to the end of the last prompt; later columns were generated."""
     next_position: Int[Tensor, " batch"]
     """The position that follows the last prompt."""
-    images: list[int]
-    """The number of images so far in each row."""
+    images: dict[str, list[int]]
+    """The number of images and of videos so far in each row, by modality."""
     keys: dict[int, Tensor] = field(default_factory=dict)
     """The conversation column of each token in the cache of a compressing layer, by layer (`LayerCut.keys`)."""
 
@@ -120,7 +120,13 @@ def first_turn(
         next_position = torch.full((len(ids),), length, device=ids.device)
     return CacheState(
         ids, mask.bool(), source, short_mask, positions, source.shape[1], next_position,
-        [sum(image.row == row for image in compressed.report.images) for row in range(len(ids))],
+        {
+            each.modality: [
+                sum(image.row == row and image.modality == each.modality for image in compressed.report.images)
+                for row in range(len(ids))
+            ]
+            for each in family.modalities
+        },
     )  # fmt: skip
 
 
@@ -145,7 +151,7 @@ def next_turn(
     pending = seen.source.shape[1] - cache_of(inputs).get_seq_length()
     new, seen_mask = _new_part(family, inputs, seen, 0 if generating else pending)
     out = CompressedInputs(inputs)
-    for name in (*family.image_inputs, *PER_TOKEN):
+    for name in (*(name for each in family.modalities for name in each.image_inputs), *PER_TOKEN):
         out.pop(name, None)
     whole = replace(seen, mask=seen_mask)
     if new["input_ids"].shape[1]:
@@ -180,7 +186,10 @@ def _joined(seen: CacheState, new: CacheState) -> CacheState:
         positions=torch.cat([seen.positions, new.positions + offset[:, None]], -1),
         prompt_length=mask.shape[1],
         next_position=new.next_position + offset,
-        images=[before + added for before, added in zip(seen.images, new.images, strict=True)],
+        images={
+            modality: [before + added for before, added in zip(counts, new.images[modality], strict=True)]
+            for modality, counts in seen.images.items()
+        },
     )
 
 
@@ -220,7 +229,8 @@ def _new_part(
         )
     if inputs.get("labels") is not None:
         new["labels"] = inputs["labels"][:, inputs["labels"].shape[1] - new_ids.shape[1] :]
-    new |= _new_images(family, inputs, new_ids, seen, whole=whole)
+    for each in family.modalities:
+        new |= _new_images(each, inputs, new_ids, seen, whole=whole)
     return new, seen_mask
 
 
@@ -265,18 +275,22 @@ def _new_images(
     *,
     whole: bool,
 ) -> InputDict:
-    """Return the inputs of the images in the new part; `inputs` has all images of the conversation or only these."""
-    placeholders = int((new_ids == family.placeholder_id).sum())
+    """Return the inputs of the images in the new part; `inputs` has all images of the conversation or only these.
+
+    `family` serves images or videos; a video is an image here.
+    """
+    placeholders, kind = int((new_ids == family.placeholder_id).sum()), family.modality
     if inputs.get(family.image_inputs[0]) is None:
         return {}
     counts = family.plain_counts(inputs)
     conversation = torch.cat([seen.ids, new_ids], 1)
     if sum(counts) == int((conversation == family.placeholder_id).sum()) and (whole or placeholders):
-        return _later_images(family, inputs, conversation, counts, seen.images) if placeholders else {}
+        seen_images = seen.images[family.modality]
+        return _later_images(family, inputs, conversation, counts, seen_images) if placeholders else {}
     if sum(counts) != placeholders:
         raise UserError(
-            f"the new part of the prompt has {placeholders} image placeholders, but its images have {sum(counts)}"
-            " visual tokens; use the model's own processor, and one <image> for each image"
+            f"the new part of the prompt has {placeholders} {kind} placeholders, but its {kind}s have {sum(counts)}"
+            f" visual tokens; use the model's own processor, and one <{kind}> for each {kind}"
         )
     return {name: inputs[name] for name in family.image_inputs if inputs.get(name) is not None}
 

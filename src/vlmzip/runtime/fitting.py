@@ -61,6 +61,8 @@ def warn_if_nothing_to_do(compressor: Compressor, family: Family) -> None:
     """Warn if a method keeps all tokens of a common image, unless it is a resampler or is meant to change nothing."""
     if compressor.changes_nothing or resampling(compressor) is not None:
         return
+    if len(family.modalities) > 1 and any(stage.sees_clip for stage in compressor.stages()):
+        return  # methods for videos keep all of an image
     profile = family.profile()
     try:
         counts = compressor.tokens_by_layer(profile)

@@ -190,17 +190,13 @@ class Generation:
             raise UserError(
                 f"beams and several sequences per prompt do not work with {' or '.join(refused)} in this family"
             )
-        prompt, inputs, images = self.arguments["input_ids"], call.inputs, call.report.images
-        features = inputs["mm_encoder_outputs"]["image"].pooler_output[0] if images else None
-        rows, first, states = [], 0, []
+        prompt, inputs = self.arguments["input_ids"], call.inputs
+        rows, states = [], []
         for row in range(len(prompt)):
             row_inputs = {name: value[row : row + 1] if name in ONE_A_ROW else value for name, value in inputs.items()}
-            if features is not None:
-                count = sum(image.after for image in images if image.row == row)
-                row_inputs["mm_encoder_outputs"] = self.family.encoder_outputs([features[first : first + count]])
-                first += count
-                if count == 0:
-                    del row_inputs["mm_encoder_outputs"]
+            row_inputs.pop("mm_encoder_outputs", None)
+            if outputs := self._outputs_of_row(call, row):
+                row_inputs["mm_encoder_outputs"] = outputs
             state = None if call.in_llm is None else call.in_llm.row(row)
             with running(state):
                 answers = self.model.generate(**row_inputs)[:, inputs["input_ids"].shape[1] :]
@@ -209,6 +205,18 @@ class Generation:
         whole = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self._pad)
         new_tokens = whole[:, prompt.shape[1] :]
         return Generated(whole, new_tokens, self._filler(new_tokens), states)
+
+    def _outputs_of_row(self, call: CompressedCall, row: int) -> dict[str, Any]:
+        """Return the `mm_encoder_outputs` of one row of the prompt; empty for a row without images and videos."""
+        of_row: dict[str, Any] = {}
+        for each in self.family.modalities:
+            images = [image for image in call.report.images if image.modality == each.modality]
+            if images:
+                features = call.inputs["mm_encoder_outputs"][each.modality].pooler_output[0]
+                parts = zip(images, features.split([image.after for image in images]), strict=True)
+                mine = [part for image, part in parts if image.row == row]
+                of_row |= each.encoder_outputs(mine) if mine else {}
+        return of_row
 
 
 @runtime_checkable

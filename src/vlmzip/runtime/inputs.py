@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -27,11 +26,10 @@ from vlmzip.runtime.prompt import (
     pad_id,
     prompt_in,
     refuse_placeholders_without_images,
-    refuse_unknown_tokens,
     shorten,
 )
 from vlmzip.runtime.report import CompressedImage, Report, Stopwatch
-from vlmzip.runtime.stages import compress_images
+from vlmzip.runtime.stages import compress_images, encoder_outputs
 from vlmzip.runtime.versions import check_takes
 
 
@@ -45,15 +43,16 @@ def compress_inputs(
     resampler: nn.Module | None = None,
     pack_rows: bool = False,
 ) -> CompressedInputs:
-    """Replace the images in `inputs` with their compressed visual tokens, and shorten the prompt to match.
+    """Replace images and videos in `inputs` with their compressed visual tokens, and shorten the prompt to match.
 
     `inputs` are the processor's outputs, optionally with labels or generation arguments. Inputs that do not belong to
     the prompt or the images pass through unchanged. `compressor` may be text or a path, as in `attach`. Call the plain
     model on the result: `model(**...)`, or `model.generate(**...)` after `generating=True`, because a family may count
     positions differently there.
 
-    In the result, `mm_encoder_outputs` replaces the images. Its `["image"].pooler_output` holds the projected tokens: a
-    list with `[after, llm_dim]` for each image, or `[1, all, llm_dim]` in families that take one tensor. `input_ids`,
+    In the result, `mm_encoder_outputs` replaces the images and videos. Its `["image"].pooler_output` (and `["video"]`)
+    holds the projected tokens: a list with `[after, llm_dim]` for each image, or `[1, all, llm_dim]` in families that
+    take one tensor. `input_ids`,
     `attention_mask`, labels and token types are `[batch, new_length]`, with one placeholder for each remaining token.
     Rows of different lengths are padded, on the right if the prompt was padded there, else on the left.
 
@@ -76,29 +75,38 @@ def compress_inputs(
     family, compressor = family or family_of(model), spec.as_compressor(compressor)
     out = CompressedInputs(inputs)
     watch = Stopwatch(next(model.parameters()).device)
-    if inputs.get("pixel_values_videos") is not None:
-        warnings.warn("videos go through uncompressed: this version compresses images", stacklevel=2)
-    if inputs.get(family.image_inputs[0]) is None:
+    if inputs.get("pixel_values_videos") is not None and len(family.modalities) == 1:
+        raise UserError(f"vlmzip cannot compress videos of {type(family.model).__name__} yet: give it images")
+    present = [each for each in family.modalities if inputs.get(each.image_inputs[0]) is not None]
+    if not present:
         refuse_placeholders_without_images(family, inputs)
         out.report, out.spans = Report(compressor, [], None, watch), []
         return out
 
     ids, mask = prompt_in(inputs)
-    refuse_unknown_tokens(family, ids)
-    if len(inputs[family.image_inputs[0]]) == 0:
-        raise UserError(f"{family.image_inputs[0]} is empty; leave it out where there are no images")
+    refuse_placeholders_without_images(family, inputs)
+    for each in present:
+        if len(inputs[name := each.image_inputs[0]]) == 0:
+            raise UserError(f"{name} is empty; leave it out where there are no {each.modality}s")
     has_positions = inputs.get("position_ids") is not None
     original = has_positions or positions_of(compressor, family) == "original"
-    images, out.smaller = compress_images(family, inputs, compressor, watch, resampler, ascending=original)
-    places = find_placeholders(ids, family.placeholder_id, [image.report.before for image in images])
-    source = shorten(mask, places, [image.places for image in images], ascending=original)
+    images = []
+    for each in present:
+        of_kind, smaller = compress_images(
+            each, out.smaller or inputs, compressor, watch, resampler, ascending=original
+        )
+        images += of_kind
+        out.smaller = smaller or out.smaller
+    places = _places(present, ids, images, [image.report.before for image in images])
+    in_order = sorted(range(len(images)), key=lambda n: (places[n][0], places[n][1][0]))
+    images, places = [images[n] for n in in_order], [places[n] for n in in_order]
+    in_place = [original or image.report.layout.is_video for image in images]
+    source = shorten(mask, places, [image.places for image in images], in_place)
 
-    for name in family.image_inputs:
+    for name in (name for each in present for name in each.image_inputs):
         out.pop(name, None)
     check_takes(family.model, "mm_encoder_outputs")
-    out["mm_encoder_outputs"] = family.encoder_outputs(
-        [image.features for image in images], [image.streams for image in images]
-    )
+    out["mm_encoder_outputs"] = encoder_outputs(family, images)
     out["input_ids"] = gather(ids, source, pad_id(family))
     out["attention_mask"] = gather(mask, source, PER_TOKEN["attention_mask"])
     if original and not has_positions:
@@ -117,15 +125,29 @@ def compress_inputs(
     reports = [replace(image.report, row=row) for image, (row, _) in zip(images, places, strict=True)]
     out.report = Report(compressor, reports, source, watch)
     goes_on = bool(inside_the_llm(compressor))
-    out.spans = _spans(out["input_ids"], family.placeholder_id, images) if goes_on else []
+    out.spans = _spans(present, out["input_ids"], images) if goes_on else []
     if pack_rows and not goes_on and not generating and cache_of(out) is None:
         pack(out, family, images, {"input_ids": pad_id(family), **PER_TOKEN})
     return out
 
 
-def _spans(ids: Int[Tensor, "batch length"], placeholder_id: int, images: Sequence[CompressedImage]) -> list[Span]:
+def _places(
+    families: Sequence[Family], ids: Int[Tensor, "batch length"], images: Sequence[CompressedImage], counts: list[int]
+) -> list[tuple[int, list[int]]]:
+    """Return the row and the placeholder columns of each image and video; each has `counts` placeholders in `ids`."""
+    places: dict[int, tuple[int, list[int]]] = {}
+    for family in families:
+        mine = [n for n, image in enumerate(images) if image.report.modality == family.modality]
+        of_kind = find_placeholders(ids, family.placeholder_id, [counts[n] for n in mine], family.modality)
+        places |= dict(zip(mine, of_kind, strict=True))
+    return [places[n] for n in range(len(images))]
+
+
+def _spans(
+    families: Sequence[Family], ids: Int[Tensor, "batch length"], images: Sequence[CompressedImage]
+) -> list[Span]:
     """Return the places of the images in the shortened prompt."""
-    places = find_placeholders(ids, placeholder_id, [image.report.after for image in images])
+    places = _places(families, ids, images, [image.report.after for image in images])
     return [
         Span(row, columns, image.left, len(image.report.layout.views))
         for (row, columns), image in zip(places, images, strict=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from vlmzip.models.family import Family
 from vlmzip.runtime.compressed_inputs import CompressedInputs
 from vlmzip.runtime.report import CompressedImage
+from vlmzip.runtime.stages import encoder_outputs
 
 #: Number of steps between the two extreme bin lengths to try: that of the longest row, and twice that.
 TRIED = 16
@@ -54,9 +55,7 @@ def pack(
     )
     order = {row: place for place, row in enumerate(row for rows in bins for row in rows)}
     by_row = sorted(zip(images, compressed.report.images, strict=True), key=lambda both: order[both[1].row])
-    compressed["mm_encoder_outputs"] = family.encoder_outputs(
-        [image.features for image, _ in by_row], [image.streams for image, _ in by_row]
-    )
+    compressed["mm_encoder_outputs"] = encoder_outputs(family, [image for image, _ in by_row])
     compressed |= {"position_ids": positions, "use_cache": False}
     del compressed["attention_mask"]  # with a mask, transformers would not look for the starts of rows
 

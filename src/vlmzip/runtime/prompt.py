@@ -5,6 +5,7 @@ This file handles token ids and the inputs with one value per token. It never ha
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -14,7 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from vlmzip.errors import UserError
-from vlmzip.models.family import Family
+from vlmzip.models.family import Family, Modality
 from vlmzip.models.layout import Layout
 from vlmzip.processor import Inputs
 
@@ -35,12 +36,12 @@ class Span:
 
 
 def find_placeholders(
-    ids: Int[Tensor, "batch length"], placeholder_id: int, counts: Sequence[int]
+    ids: Int[Tensor, "batch length"], placeholder_id: int, counts: Sequence[int], kind: Modality = "image"
 ) -> list[tuple[int, list[int]]]:
     """Return the row and the placeholder columns of each image, in order of appearance.
 
-    `counts` has the number of visual tokens of each image. Raise `UserError` if they do not match the placeholders of
-    the rows.
+    `counts` has the number of visual tokens of each image. In messages, an image is a `kind`. Raise `UserError` if the
+    counts do not match the placeholders of the rows.
     """
     is_placeholder = ids.cpu() == placeholder_id
     all_columns = is_placeholder.nonzero()[:, 1].tolist()
@@ -49,8 +50,8 @@ def find_placeholders(
     total = len(all_columns)
     if total != sum(counts):
         raise UserError(
-            f"the prompt has {total} image placeholders, but its {len(counts)} image(s) have {sum(counts)} visual"
-            " tokens; use the model's own processor, and one <image> for each image"
+            f"the prompt has {total} {kind} placeholders, but its {len(counts)} {kind}(s) have {sum(counts)} visual"
+            f" tokens; use the model's own processor, and one <{kind}> for each {kind}"
         )
     places: list[tuple[int, list[int]]] = []
     row = used = 0
@@ -60,7 +61,7 @@ def find_placeholders(
         columns = columns_of[row][used : used + count]
         if len(columns) < count:
             raise UserError(
-                f"row {row} of the prompt ends in the middle of an image: {len(columns)} of {count} placeholders"
+                f"row {row} of the prompt ends in the middle of its {kind}: {len(columns)} of {count} placeholders"
             )
         places.append((row, columns))
         used += count
@@ -71,14 +72,14 @@ def shorten(
     mask: Int[Tensor, "batch length"],
     places: Sequence[tuple[int, list[int]]],
     offsets: Sequence[Sequence[int]],
-    *,
-    ascending: bool = False,
+    in_place: Sequence[bool],
 ) -> Int[Tensor, "batch new_length"]:
     """Return the column in the original prompt of each token of the shortened prompt; -1 for padding.
 
     `places` has the row and the placeholder columns of each image. `offsets` has, for each remaining token of an image,
     the index of the placeholder that it takes. The remaining tokens start at the image's first placeholder, and other
-    tokens between its placeholders follow them. With `ascending`, both keep the order of the prompt.
+    tokens between its placeholders follow them. If `in_place` is true for an image, these others stay before the tokens
+    of later columns, as timestamps do between the frames of a video.
     """
     attended = mask.cpu().bool()
     # The first and the last token of each row; 0 and -1 for a row without tokens.
@@ -88,13 +89,13 @@ def shorten(
     for row, (first, last) in enumerate(zip(firsts, lasts, strict=True)):
         kept: list[int] = []
         at = first
-        for (place_row, placeholders), image_offsets in zip(places, offsets, strict=True):
+        for (place_row, placeholders), image_offsets, stay in zip(places, offsets, in_place, strict=True):
             if place_row == row:
                 dropped = set(placeholders)
                 kept += range(at, placeholders[0])
                 left = [placeholders[offset] for offset in image_offsets]
-                left += [column for column in range(placeholders[0], placeholders[-1]) if column not in dropped]
-                kept += sorted(left) if ascending else left
+                others = [column for column in range(placeholders[0], placeholders[-1]) if column not in dropped]
+                kept += _merged(left, others) if stay else left + others
                 at = placeholders[-1] + 1
         kept_rows.append(kept + list(range(at, last + 1)))
     longest = max(map(len, kept_rows))
@@ -103,6 +104,16 @@ def shorten(
         row + [-1] * (longest - len(row)) if pad_right else [-1] * (longest - len(row)) + row for row in kept_rows
     ]
     return torch.tensor(padded, dtype=torch.long, device=mask.device)
+
+
+def _merged(left: Sequence[int], others: Sequence[int]) -> list[int]:
+    """Return both sequences of columns as one. Each of `others`, in order, precedes the first larger of `left`."""
+    merged, waiting = [], deque(others)
+    for column in left:
+        while waiting and waiting[0] < column:
+            merged.append(waiting.popleft())
+        merged.append(column)
+    return merged + list(waiting)
 
 
 def gather(
@@ -136,14 +147,14 @@ def prompt_in(inputs: Inputs) -> tuple[Int[Tensor, "batch length"], Int[Tensor, 
 
 
 def refuse_placeholders_without_images(family: Family, inputs: Inputs) -> None:
-    """Raise `UserError` if a prompt without images has image placeholders or unknown tokens."""
+    """Raise `UserError` if a prompt has placeholders of absent images or videos, or unknown tokens."""
     ids = inputs.get("input_ids")
     if ids is None or inputs.get("mm_encoder_outputs"):
         return
-    if bool((ids == family.placeholder_id).any()):
-        raise UserError(
-            f"the prompt has image placeholders, but {family.image_inputs[0]} is missing; give the images, too"
-        )
+    for each in family.modalities:
+        name, kind = each.image_inputs[0], each.modality
+        if inputs.get(name) is None and bool((ids == each.placeholder_id).any()):
+            raise UserError(f"the prompt has {kind} placeholders, but {name} is missing; give the {kind}s, too")
     refuse_unknown_tokens(family, ids)
 
 
@@ -153,7 +164,8 @@ def refuse_unknown_tokens(family: Family, ids: Int[Tensor, "batch length"]) -> N
     Placeholders need none: families replace them before they look up embeddings.
     """
     rows = family.model.get_input_embeddings().num_embeddings
-    unknown = ids[(ids != family.placeholder_id) & ((ids < 0) | (ids >= rows))]
+    is_placeholder = torch.stack([ids == each.placeholder_id for each in family.modalities]).any(0)
+    unknown = ids[~is_placeholder & ((ids < 0) | (ids >= rows))]
     if len(unknown):
         raise UserError(
             f"the prompt has the token {int(unknown[0])}, but the model knows tokens 0 to {rows - 1}:"

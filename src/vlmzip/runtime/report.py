@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
+from vlmzip.models.family import Modality
 from vlmzip.models.layout import Layout
 from vlmzip.runtime.compress import in_order
 from vlmzip.runtime.detail import detail_lost
@@ -26,7 +27,7 @@ from vlmzip.visual_tokens import Grid, VisualTokens
 
 @dataclass(frozen=True)
 class ImageReport:
-    """The report on one image: its row in the batch, and the fate of its visual tokens."""
+    """The report on one image or video: its row in the batch, and the fate of its visual tokens."""
 
     row: int
     before: int
@@ -45,6 +46,8 @@ class ImageReport:
     """The visual tokens of each view before compression, without gradients; `detail_lost` needs them.
 
     `None` if there is nothing to compare: only a smaller image was encoded, or the tokens were resampled."""
+    modality: Modality = "image"
+    """"video" if this is the report on a video, whose views are its frames."""
 
     @property
     def features(self) -> Float[Tensor, "tokens dim"] | None:
@@ -90,7 +93,7 @@ class ImageReport:
 
 @dataclass(frozen=True)
 class ViewReport:
-    """One view of an image: a base image, a tile, or the frames of a video."""
+    """One view: a base image, a tile, a frame of a video, or all frames for a method that sees the whole clip."""
 
     grid: Grid
     prefix: int
@@ -162,7 +165,7 @@ class Stopwatch:
 
 @dataclass(frozen=True, repr=False)
 class Report:
-    """The report on one call: every image in order of appearance, and the origin of every position."""
+    """The report on one call: every image and video in order of appearance, and the origin of every position."""
 
     compressor: Compressor
     images: list[ImageReport]

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
@@ -32,7 +33,8 @@ def compress_images(
 ) -> tuple[list[CompressedImage], Inputs | None]:
     """Encode, compress and project the images; the projector gets only the remaining tokens.
 
-    Return the images in order of appearance. Also return the inputs of the encoder if a compressor at the pixel site
+    `family` serves images or videos; a video is an image here, with its frames as views. Return the images in order of
+    appearance. Also return the inputs of the encoder if a compressor at the pixel site
     made the images smaller, otherwise `None`. `ascending`: tokens keep their positions, so the output tokens of each
     compressor are in the order of their anchors.
     """
@@ -51,6 +53,16 @@ def compress_images(
             images = _compress_projected(stage, images, ascending=ascending)
     with watch.time("bookkeeping"):
         return [image.with_separators(separator) for image in images], smaller
+
+
+def encoder_outputs(family: Family, images: Sequence[CompressedImage]) -> dict[str, BaseModelOutputWithPooling]:
+    """Return `mm_encoder_outputs` for images and videos in order of appearance."""
+    outputs: dict[str, BaseModelOutputWithPooling] = {}
+    for each in family.modalities:
+        mine = [image for image in images if image.report.modality == each.modality]
+        if mine:
+            outputs |= each.encoder_outputs([image.features for image in mine], [image.streams for image in mine])
+    return outputs
 
 
 def _encode_and_compress(
@@ -103,6 +115,7 @@ def _compressed(
         token_map=plan.token_map,
         layout=plan.layout,
         view_features=seen,
+        modality=family.modality,
     )
     return CompressedImage(features, tuple(streams), plan.slots, plan.places, report, plan.left)
 
@@ -202,10 +215,11 @@ def _followed(
     followed: list[TokenMap | None] = [None] * len(images)
     befores = [image.report.token_map for image in images]
     kinds = [(layout, before and before.group.shape[1]) for layout, before in zip(layouts, befores, strict=True)]
-    for (layout, _), numbers in numbers_by_kind(kinds).items():
+    for numbers in numbers_by_kind(kinds).values():
         maps = [before for number in numbers if (before := befores[number]) is not None]
         if maps:
-            second = TokenMap.stack([plans[number].token_map for number in numbers]).of_inputs(layout.numbers)
+            second = TokenMap.stack([plans[number].token_map for number in numbers])
+            second = second.of_inputs(plans[numbers[0]].layout.numbers)  # the plan's layout may join frames to a clip
             for number, token_map in zip(numbers, TokenMap.stack(maps).then(second).split(), strict=True):
                 followed[number] = token_map
     return followed
@@ -235,7 +249,9 @@ def _resample(
         before, after = layout.placeholders, len(features)
         # Spread the tokens evenly over the placeholders, so that `report.source` is defined. Positions ignore it.
         places = [n * before // after for n in range(after)]
-        report = ImageReport(-1, before, after, (after,) * len(family.decoder_layers), None, layout, None)
+        report = ImageReport(
+            -1, before, after, (after,) * len(family.decoder_layers), None, layout, None, family.modality
+        )
         nothing = tuple(features.new_zeros(after, width) for width in widths)  # later layers of the LLM add these zeros
         images.append(CompressedImage(features, nothing, torch.arange(after), places, report, None))
     return images

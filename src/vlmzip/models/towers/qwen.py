@@ -46,18 +46,20 @@ class QwenTower(Tower):
         return merged[order.to(merged.device)]
 
 
-def downsampled_patches(vision_config: Any, inputs: Inputs, new_grids: Sequence[Grid]) -> InputDict:
-    """Return the image inputs with images resized to these grids of merged tokens."""
+def downsampled_patches(
+    vision_config: Any, inputs: Inputs, new_grids: Sequence[Grid], names: tuple[str, str]
+) -> InputDict:
+    """Return the inputs `names`, patches and their grids, with images resized to these grids of merged tokens."""
     patch, merge, _ = _patch_sizes(vision_config)
-    sizes, side = sizes_of(inputs), patch * merge
+    sizes, side = sizes_of(inputs, *names), patch * merge
     parts = []
     for patches, old, new in zip(
-        inputs["pixel_values"].split(sizes.prod(-1).tolist()), grids_of(sizes, merge), new_grids, strict=True
+        inputs[names[0]].split(sizes.prod(-1).tolist()), grids_of(sizes, merge), new_grids, strict=True
     ):
         images = resized(images_of(patches, old, vision_config), new.rows * side, new.cols * side)
         parts.append(patches_of(images, new, vision_config))
     smaller = [(grid.frames, grid.rows * merge, grid.cols * merge) for grid in new_grids]
-    return {"pixel_values": torch.cat(parts), "image_grid_thw": sizes.new_tensor(smaller)}
+    return {names[0]: torch.cat(parts), names[1]: sizes.new_tensor(smaller)}
 
 
 def grids_of(sizes: Int[Tensor, "images 3"], merge: int) -> list[Grid]:
@@ -65,14 +67,14 @@ def grids_of(sizes: Int[Tensor, "images 3"], merge: int) -> list[Grid]:
     return [Grid(frames, rows // merge, cols // merge) for frames, rows, cols in sizes.tolist()]
 
 
-def sizes_of(inputs: Inputs) -> Int[Tensor, "images 3"]:
-    """Return `image_grid_thw`. Raise `UserError` if it is missing or does not cover all patches."""
-    sizes: Tensor | None = inputs.get("image_grid_thw")
-    patches = len(inputs["pixel_values"])
+def sizes_of(inputs: Inputs, pixels: str = "pixel_values", grids: str = "image_grid_thw") -> Int[Tensor, "images 3"]:
+    """Return the input `grids`. Raise `UserError` if it is missing or does not cover all patches in `pixels`."""
+    sizes: Tensor | None = inputs.get(grids)
+    patches = len(inputs[pixels])
     if sizes is None:
-        raise UserError("image_grid_thw is missing: give the model everything that its processor returns")
+        raise UserError(f"{grids} is missing: give the model everything that its processor returns")
     if int(sizes.prod(-1).sum()) != patches:
-        raise UserError(f"image_grid_thw describes {int(sizes.prod(-1).sum())} patches, pixel_values has {patches}")
+        raise UserError(f"{grids} describes {int(sizes.prod(-1).sum())} patches, {pixels} has {patches}")
     return sizes
 
 

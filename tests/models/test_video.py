@@ -1,0 +1,272 @@
+"""Videos on tiny models: frames are views, beside images, in batches, with a cache and over several turns."""
+
+import inspect
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, DynamicCache, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+import vlmzip
+from tests.families import FAMILIES
+from tests.families.qwen2_5_vl import Qwen25VL
+from tests.tiny import IMAGE_TOKEN, LLM, VIDEO_TOKEN
+from vlmzip import Grid, UserError
+from vlmzip.models import family_of
+
+
+class Qwen2VL(Qwen25VL):
+    """Qwen2-VL, which goes through the default family."""
+
+    name = "qwen2_vl"
+    model_class = Qwen2VLForConditionalGeneration
+
+    @classmethod
+    def config(cls, **settings):
+        return Qwen2VLConfig(
+            vision_config=dict(
+                depth=2, embed_dim=32, hidden_size=48, num_heads=4, patch_size=4, spatial_merge_size=2,
+                temporal_patch_size=2, mlp_ratio=2,
+            ),
+            text_config=dict(
+                **LLM, bos_token_id=1, eos_token_id=2,
+                rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
+            ),
+            image_token_id=IMAGE_TOKEN, video_token_id=VIDEO_TOKEN, vision_start_token_id=97, vision_end_token_id=96,
+            **settings,
+        )  # fmt: skip
+
+    def seconds(self, videos):
+        return {}
+
+
+#: Quick runs have `test_no_compression_is_the_plain_model` of all of them, and the other tests of qwen3_vl.
+WITH_VIDEO = {name: cls for name, cls in FAMILIES.items() if cls.clips} | {"qwen2_vl": Qwen2VL}
+#: Quick runs have the first two.
+SPECS = (
+    "visionzip(keep_per_view=3)",
+    "evs(keep=50%)+fastv(layer=2,keep=50%)",
+    "no_compression",
+    "random_tokens(keep_per_view=3)",
+    "kmeans(keep_per_view=2,positions=contiguous)",
+    "pool2d(factor=2)",
+    "dfmr(tau=0.7)",
+    "evs(keep=50%)",
+    "fastv(layer=2,keep=50%)",
+    "fastv(layer=2,keep_per_view=2)",
+)
+#: An image row, video rows, rows of both, and text alone. Numbers of images and videos rise from row to row.
+ROWS = (
+    [5, "image", 6],
+    [5, "video", 7, 8, 9],
+    ["video", 4, 5, "image", 3],
+    ["image", 4, "video", 7, "video", 8],
+    [4, 5, 6],
+)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name == "qwen3_vl" else pytest.mark.further) for name in WITH_VIDEO],
+)
+def video_family(request):
+    return WITH_VIDEO[request.param]()
+
+
+over_specs = pytest.mark.parametrize(
+    "spec", [pytest.param(spec, marks=() if spec in SPECS[:2] else pytest.mark.further) for spec in SPECS]
+)
+
+
+def alone(family, row):
+    """Return the inputs of one of `ROWS`."""
+    before = ROWS[:row]
+    return family.batch(
+        ROWS[row],
+        first_image=sum(parts.count("image") for parts in before),
+        first_video=sum(parts.count("video") for parts in before),
+    )
+
+
+@pytest.mark.parametrize("name", WITH_VIDEO)
+@torch.no_grad()
+def test_no_compression_is_the_plain_model(name):
+    video_family = WITH_VIDEO[name]()
+    inputs = video_family.batch(*ROWS)
+    plain = video_family.model(**inputs).logits
+    with vlmzip.attach(video_family.model, "no_compression") as same:
+        logits = same(**inputs).logits
+        assert [image.modality for image in same.report.images] == [
+            part for row in ROWS for part in row if part in ("image", "video")
+        ]
+        assert [image.row for image in same.report.images] == [0, 1, 2, 2, 3, 3, 3]
+    real = inputs["attention_mask"].bool()
+    assert torch.equal(logits[real], plain[real])
+
+
+@over_specs
+@torch.no_grad()
+def test_a_ragged_batch_equals_its_rows_alone(video_family, spec):
+    with vlmzip.attach(video_family.model, spec) as small:
+        together = small(**video_family.batch(*ROWS)).logits
+        counts = [(image.modality, image.after) for image in small.report.images]
+        single = []
+        for row in range(len(ROWS)):
+            logits = small(**alone(video_family, row)).logits[0]
+            single += [(image.modality, image.after) for image in small.report.images]
+            torch.testing.assert_close(together[row, -1], logits[-1], atol=1e-4, rtol=1e-4)
+        assert counts == single
+
+
+@over_specs
+def test_cached_equals_uncached(video_family, spec):
+    inputs = video_family.batch(*ROWS)
+    with vlmzip.attach(video_family.model, spec) as small:
+        arguments = dict(max_new_tokens=4, min_new_tokens=4, do_sample=False)
+        cached = small.generate(**inputs, **arguments)
+        assert torch.equal(cached, small.generate(**inputs, **arguments, use_cache=False))
+        assert len({tuple(row[-4:].tolist()) for row in cached}) > 1
+
+
+@over_specs
+def test_a_second_turn_equals_the_whole_conversation(video_family, spec):
+    """With a new video in it. Text after the first video is longer than its time, so that positions go on from it."""
+    first, later = [5, "image", 6, "video", *range(30, 46)], [8, "video", 9, 11]
+    arguments = dict(max_new_tokens=3, do_sample=False)
+    with vlmzip.attach(video_family.model, spec) as small:
+        cache = DynamicCache(config=video_family.model.config.get_text_config())
+        answer = small.generate(**video_family.batch(first), **arguments, past_key_values=cache)[0].tolist()
+        (new,) = video_family.ids(later, first_video=1)
+        whole = video_family.batch(first, later)
+        ids = torch.tensor([answer + new])
+        whole |= dict(input_ids=ids, attention_mask=torch.ones_like(ids)) | video_family.token_types(ids, 0)
+        second = small.generate(**whole, **arguments, past_key_values=cache)
+        assert [image.modality for image in small.report.images] == ["video"]
+        if "fastv" in spec:  # its question ends at the end of the prompt, which is another one in each turn
+            return
+        assert torch.equal(second, small.generate(**whole, **arguments))
+
+
+@torch.no_grad()
+def test_beams_equal_a_row_alone(video_family):
+    arguments = dict(max_new_tokens=3, num_beams=2, do_sample=False)
+    with vlmzip.attach(video_family.model, "visionzip(keep_per_view=3)") as small:
+        together = small.generate(**video_family.batch(*ROWS), **arguments)
+        for row in range(len(ROWS)):
+            inputs = alone(video_family, row)
+            length = inputs["input_ids"].shape[1]
+            new = small.generate(**inputs, **arguments)[0, length:].tolist()
+            assert together[row, -3:].tolist()[: len(new)] == new
+
+
+@torch.no_grad()
+def test_save_and_load(video_family, tmp_path):
+    inputs = video_family.batch([5, "video", 6])
+    with vlmzip.attach(video_family.model, "evs(keep=50%)") as small:
+        small.save_pretrained(tmp_path)
+        before = small(**inputs).logits
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    with vlmzip.attach(loaded, tmp_path) as again:
+        torch.testing.assert_close(again(**inputs).logits, before, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_gradients_reach_the_llm_and_labels_line_up(video_family):
+    inputs = video_family.batch([5, "video", 6, 7], ["image", 8, 9])
+    labels = inputs["input_ids"].clone()
+    labels[(labels >= 96) | (inputs["attention_mask"] == 0)] = -100
+    with torch.enable_grad(), vlmzip.attach(video_family.model, "no_compression") as same:
+        loss = same(**inputs, labels=labels).loss
+        torch.testing.assert_close(loss, video_family.model(**inputs, labels=labels).loss)
+        loss.backward()
+    assert video_family.model.get_input_embeddings().weight.grad.abs().sum() > 0
+    video_family.model.zero_grad()
+
+
+def test_frames_share_keep_and_each_has_keep_per_view(video_family):
+    frames, rows, cols = video_family.clip(0)
+    inputs = video_family.batch([5, "video", 6])
+    for spec, expected in (
+        (f"random_tokens(keep={2 * frames + 1})", 2 * frames + 1),
+        ("random_tokens(keep_per_view=2)", 2 * frames),
+    ):
+        (image,) = vlmzip.compress_inputs(video_family.model, inputs, spec).report.images
+        assert image.layout.views == (Grid(1, rows, cols),) * frames
+        assert image.after == expected
+        assert min((view.token_map.group >= 0).sum() for view in image.views) == 2
+
+
+def test_evs_sees_the_clip(video_family):
+    frames, rows, cols = video_family.clip(0)
+    inputs = video_family.batch([5, "video", 6])
+    (image,) = vlmzip.compress_inputs(video_family.model, inputs, "evs(keep=50%)").report.images
+    assert image.layout.views == (Grid(frames, rows, cols),)
+    kept = image.token_map.group[0, frames * video_family.clip_prefix :] >= 0
+    assert kept[: rows * cols].all()
+    assert image.after == kept.sum() == max(rows * cols, frames * rows * cols // 2)
+
+
+def test_original_positions_are_those_of_the_whole_video(video_family):
+    if not video_family.position_axes:
+        pytest.skip("positions have one axis")
+    inputs = video_family.batch(ROWS[3], [4, "video", 5])
+    core = video_family.model.model
+    names = inspect.signature(core.get_rope_index).parameters
+    expected, _ = core.get_rope_index(**{name: inputs[name] for name in names if name in inputs})
+    compressed = vlmzip.compress_inputs(video_family.model, inputs, "visionzip(keep_per_view=2)")
+    source = compressed.report.source
+    for row in range(2):
+        real = source[row] >= 0
+        assert torch.equal(compressed["position_ids"][:, row, real], expected[:, row, source[row, real]])
+        assert source[row, real].diff().min() > 0
+
+
+def test_contiguous_tokens_stay_between_the_markers_of_their_frame():
+    family = WITH_VIDEO["qwen3_vl"]()
+    inputs = family.batch([5, "video", 6])
+    compressed = vlmzip.compress_inputs(family.model, inputs, "visionzip(keep_per_view=3,positions=contiguous)")
+    frames = [part for n in range(3) for part in (20 + n, 21, 97, *[VIDEO_TOKEN] * 3, 96)]
+    assert compressed["input_ids"][0].tolist() == [5, *frames, 6]
+    assert "position_ids" not in compressed
+
+
+def test_video_llava_keeps_17_tokens_of_each_frame():
+    family = WITH_VIDEO["video_llava"]()
+    inputs = family.batch([5, "video", 6])
+    (video,) = vlmzip.compress_inputs(family.model, inputs, "visionzip(keep_per_view=17)").report.images
+    assert (video.before, video.after) == (3 * 37, 3 * 17)
+    for view in video.views:
+        group = view.token_map.group[0]
+        sizes = group[group >= 0].unique(return_counts=True)[1]
+        assert group[0] >= 0  # CLS is the first of 14 dominant tokens; the other 22 patches make 3 contextual ones
+        assert sorted(sizes.tolist())[:14] == [1] * 14
+        assert len(sizes) == 17
+
+
+def test_placeholders_of_missing_videos_are_refused(video_family):
+    inputs = video_family.batch([5, "video", 6, "image"])
+    for name in family_of(video_family.model).modalities[1].image_inputs:
+        inputs.pop(name, None)
+    with pytest.raises(UserError, match="the prompt has video placeholders, but pixel_values_videos is missing"):
+        vlmzip.compress_inputs(video_family.model, inputs, "no_compression")
+
+
+def test_a_wrong_number_of_placeholders_is_refused(video_family):
+    inputs = video_family.batch([5, "video", VIDEO_TOKEN, 6])
+    with pytest.raises(UserError, match=r"\d+ video placeholders, but its 1 video\(s\) have"):
+        vlmzip.compress_inputs(video_family.model, inputs, "no_compression")
+
+
+def test_models_whose_videos_are_unknown_refuse_them():
+    family = FAMILIES["llava"]()
+    with pytest.raises(UserError, match="cannot compress videos of LlavaForConditionalGeneration yet: give it images"):
+        vlmzip.compress_inputs(family.model, {"pixel_values_videos": torch.zeros(1)}, "no_compression")
+
+
+def test_smaller_frames_go_through_the_encoder():
+    for name in ("qwen2_5_vl", "video_llava"):
+        family = WITH_VIDEO[name]()
+        inputs = family.batch([5, "video", 6, "image"])
+        compressed = vlmzip.compress_inputs(family.model, inputs, "downsample(keep_per_view=4)")
+        video, image = compressed.report.images
+        assert (video.after, image.modality) == (4 * family.clip(0)[0], "image")
+        assert compressed.smaller["pixel_values_videos"].numel() < inputs["pixel_values_videos"].numel()
