@@ -12,7 +12,7 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 
 from tests.families.llava_next import PATCH, PINPOINTS, LlavaNext
 from tests.families.qwen2_5_vl import ImagesOnly
-from tests.tiny import IMAGE_TOKEN, LLM, SIDE, VIT, tiny_tokenizer
+from tests.tiny import IMAGE_TOKEN, LLM, SIDE, VIDEO_TOKEN, VIT, tiny_tokenizer
 
 LIMIT = "anyres_max_2"
 
@@ -26,6 +26,7 @@ class LlavaOnevision(LlavaNext):
     model_class = LlavaOnevisionForConditionalGeneration
     scored_by = "all tokens"
     feature_layers = (-1,)
+    clips = ((3, 2, 2),)
     #: As LlavaNext's, but the fourth image's 3 x 9 tokens are interpolated.
     seen = ((3, 6), (1, 9), (3, 6), (2, 7))
 
@@ -35,7 +36,7 @@ class LlavaOnevision(LlavaNext):
             vision_config=SiglipVisionConfig(**{**VIT, "patch_size": PATCH}, vision_use_head=False),
             text_config=Qwen2Config(**LLM, bos_token_id=1, eos_token_id=2),
             image_token_index=IMAGE_TOKEN,
-            video_token_index=98,
+            video_token_index=VIDEO_TOKEN,
             image_grid_pinpoints=PINPOINTS,
             vision_aspect_ratio=LIMIT,
             **settings,
@@ -52,6 +53,10 @@ class LlavaOnevision(LlavaNext):
     def pixels(self, images):
         """With the number of images of each row, as if no row had several."""
         return {**super().pixels(images), "batch_num_images": torch.tensor([1] * len(images))}
+
+    def video_ids(self, video):
+        """A newline follows each video."""
+        return [*super().video_ids(video), VIDEO_TOKEN]
 
     def views(self, image):
         """The interpolated tiles are one view."""

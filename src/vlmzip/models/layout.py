@@ -154,9 +154,9 @@ class Layout:
         return Layout((Grid(frames, rows, cols),), slots, frames * self.prefix, is_video=True)
 
     def frame_of(self, placeholders: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-        """Return the frame of each of these placeholders of a video without separators."""
+        """Return the frame of each of these placeholders of a video. Separators, if any, stand after all frames."""
         frames = sum(grid.frames for grid in self.views)
-        return placeholders * frames // self.placeholders
+        return placeholders * frames // (self.placeholders - self.separators)
 
     @cached_property
     def places(self) -> Int[Tensor, " tokens_and_separators"]:

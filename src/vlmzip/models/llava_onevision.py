@@ -1,4 +1,4 @@
-"""LLaVA-OneVision, images only: LLaVA-NeXT with SigLIP, many tiles, and packing that may shrink the tokens of tiles."""
+"""LLaVA-OneVision: LLaVA-NeXT with SigLIP, many tiles, packing that may shrink the tokens of tiles, and videos."""
 
 from __future__ import annotations
 
@@ -11,14 +11,59 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vlmzip.errors import UserError
-from vlmzip.models.family import Batch, Run
+from vlmzip.models.family import Batch, Family, Run
 from vlmzip.models.layout import SEPARATOR, Encoded, Layout, Views, layout_of, numbers_by_kind
+from vlmzip.models.llava import LlavaFrames
 from vlmzip.models.llava_next import LlavaNext
 from vlmzip.processor import InputDict, Inputs
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
+#: The message for methods that compare tokens with the pixels below them.
+NO_PIXELS = (
+    "LLaVA-OneVision shrinks the visual tokens of an image, so that they do not lie on its pixels: choose a method that"
+    " does not look at pixels"
+)
 #: A packing that never shrinks.
 UNLIMITED = "anyres_max_1000000"
+
+
+class LlavaOnevisionFrames(LlavaFrames):
+    """The videos of LLaVA-OneVision, each followed by one newline.
+
+    The model projects all tokens of a frame, and then shrinks the frame to half its sides by bilinear interpolation.
+    Score and keys are interpolated with the features. Compressors "before" the projector get projected tokens.
+    """
+
+    projects_each_token = False
+    features_as_list = False
+
+    def features(self, batch: Batch, run: Run) -> Float[Tensor, "tokens dim"]:
+        projected: Tensor = self.projector(super().features(batch, run))
+        return projected
+
+    def encode(self, inputs: Inputs, site: Site, needs: frozenset[Signal]) -> Encoded:
+        encoded = super().encode(inputs, site, needs)
+        grid = self.layouts(inputs)[0].views[0]
+        groups = [Views(self._shrunk(views.tokens, grid), views.numbers) for views in encoded.groups]
+        return Encoded(groups, separator=self.model.base_model.image_newline)
+
+    def _shrunk(self, frames: VisualTokens, grid: Grid) -> VisualTokens:
+        if "pixels" in frames.signals:
+            raise UserError(NO_PIXELS)
+        changes = {}
+        for name in ("features", *frames.signals):
+            value: Tensor = getattr(frames, name)
+            shrunk = self.model.base_model.apply_pooling(value if value.ndim == 3 else value[..., None])
+            changes[name] = shrunk if value.ndim == 3 else shrunk[..., 0]
+        return VisualTokens(grid=grid, **changes)
+
+    def layouts(self, inputs: Inputs) -> list[Layout]:
+        videos, frames = (pixels := inputs["pixel_values_videos"]).shape[:2]
+        layout = Layout.of_frames(_half(self.view_grid(pixels)), frames)
+        return [replace(layout, slots=torch.cat([layout.slots, torch.tensor([SEPARATOR])]))] * videos
+
+    def downsample(self, inputs: Inputs, grids: Sequence[Grid]) -> InputDict:
+        return Family.downsample(self, inputs, grids)  # refuses: the model shrinks frames of one size only
 
 
 class LlavaOnevision(LlavaNext):
@@ -35,6 +80,8 @@ class LlavaOnevision(LlavaNext):
     sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
     projects_each_token = False
     image_inputs = ("pixel_values", "image_sizes", "batch_num_images")
+    video_inputs = LlavaOnevisionFrames.video_inputs
+    video_family = LlavaOnevisionFrames
 
     def features(self, batch: Batch, run: Run) -> Float[Tensor, "tokens dim"]:
         views = super().features(batch, run).unflatten(0, (len(batch.grids), -1))
@@ -65,10 +112,7 @@ class LlavaOnevision(LlavaNext):
     def _shrunk(self, views: VisualTokens, images: int, size: tuple[int, int], grid: Grid) -> VisualTokens:
         """Return the tokens of the tiles of several images of one size, each image's on one shrunk grid."""
         if "pixels" in views.signals:
-            raise UserError(
-                "LLaVA-OneVision shrinks the visual tokens of an image, so that they do not lie on its pixels:"
-                " choose a method that does not look at pixels"
-            )
+            raise UserError(NO_PIXELS)
         base, changes = views.features.shape[1], {}
         for name in ("features", *views.signals):
             value: Tensor = getattr(views, name)
@@ -148,6 +192,11 @@ class LlavaOnevision(LlavaNext):
             [views], [list(size)], image_newline=newline, vision_aspect_ratio=limit
         )
         return packed[0]
+
+
+def _half(grid: Grid) -> Grid:
+    """Return the grid of a frame after the model has shrunk it: half the rows and columns, rounded up."""
+    return Grid(1, -(-grid.rows // 2), -(-grid.cols // 2))
 
 
 def _ranges(counts: Sequence[int]) -> list[range]:

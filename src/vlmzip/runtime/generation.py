@@ -150,7 +150,9 @@ class Generation:
         self._keep_length_limits(inputs, prompt.shape[1], short)
         if inputs.get("streamer") is not None:
             inputs["streamer"] = PromptStreamer(inputs["streamer"], prompt)
-        if self.repeats and not self.family.features_as_list:
+        outputs = inputs.get("mm_encoder_outputs") or {}
+        by_modality = {each.modality: each.features_as_list for each in self.family.modalities}
+        if self.repeats and not all(by_modality[modality] for modality in outputs):
             return self._run_row_by_row(call)
         with running(call.in_llm):
             output = self.model.generate(**inputs)
@@ -212,9 +214,10 @@ class Generation:
         for each in self.family.modalities:
             images = [image for image in call.report.images if image.modality == each.modality]
             if images:
-                features = call.inputs["mm_encoder_outputs"][each.modality].pooler_output[0]
-                parts = zip(images, features.split([image.after for image in images]), strict=True)
-                mine = [part for image, part in parts if image.row == row]
+                features = call.inputs["mm_encoder_outputs"][each.modality].pooler_output
+                if isinstance(features, Tensor):
+                    features = features[0].split([image.after for image in images])
+                mine = [part for image, part in zip(images, features, strict=True) if image.row == row]
                 of_row |= each.encoder_outputs(mine) if mine else {}
         return of_row
 
