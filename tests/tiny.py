@@ -46,6 +46,8 @@ class Family:
     grids: ClassVar[tuple[tuple[int, int], ...]] = ((SIDE // PATCH, SIDE // PATCH),)
     """Rows and columns of the visual tokens of image 0, 1, 2, …; the last repeats."""
 
+    since: ClassVar[str] = "5.18"
+    """The first version of transformers that the tests run it with."""
     seed: ClassVar[int] = 0
     """Of the weights. Several tests need answers that differ from image to image and end at different lengths."""
 

@@ -20,6 +20,7 @@ class Processor(ImagesOnly, VideoLlavaProcessor):
 
 class VideoLlava(Llava):
     name = "video_llava"
+    since = "5.23"  # before it, pixel_values had another name in this model
     every_case = False
     model_class = VideoLlavaForConditionalGeneration
     clips = ((3, SIDE // PATCH, SIDE // PATCH),)

@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText, DynamicCache, Qwen2VLConfi
 import vlmzip
 from tests.families import FAMILIES
 from tests.families.qwen2_5_vl import Qwen25VL
-from tests.tiny import IMAGE_TOKEN, LLM, VIDEO_TOKEN
+from tests.tiny import IMAGE_TOKEN, LLM, VIDEO_TOKEN, wrong_copies
 from vlmzip import Grid, UserError
 from vlmzip.models import family_of
 
@@ -146,6 +146,7 @@ def test_a_second_turn_equals_the_whole_conversation(video_family, spec):
         assert torch.equal(second, small.generate(**whole, **arguments))
 
 
+@wrong_copies
 @torch.no_grad()
 def test_beams_equal_a_row_alone(video_family):
     arguments = dict(max_new_tokens=3, num_beams=2, do_sample=False)
@@ -229,6 +230,7 @@ def test_contiguous_tokens_stay_between_the_markers_of_their_frame():
     assert "position_ids" not in compressed
 
 
+@pytest.mark.skipif("video_llava" not in WITH_VIDEO, reason="it is tested from transformers 5.23 on")
 def test_video_llava_keeps_17_tokens_of_each_frame():
     family = WITH_VIDEO["video_llava"]()
     inputs = family.batch([5, "video", 6])
@@ -263,7 +265,7 @@ def test_models_whose_videos_are_unknown_refuse_them():
 
 
 def test_smaller_frames_go_through_the_encoder():
-    for name in ("qwen2_5_vl", "video_llava"):
+    for name in {"qwen2_5_vl", "video_llava"} & WITH_VIDEO.keys():
         family = WITH_VIDEO[name]()
         inputs = family.batch([5, "video", 6, "image"])
         compressed = vlmzip.compress_inputs(family.model, inputs, "downsample(keep_per_view=4)")
