@@ -17,7 +17,8 @@ Look up here whether a feature works with your model and your transformers. `mak
 ({versions}).
 
 - *works*: in every listed version, unless the cell names versions. The tests' compressors act before the LLM. Inside
-  it, static caches, chunked prefill, prompt lookup and LLMs with sliding-window layers are refused.
+  it, static caches, chunked prefill, prompt lookup and LLMs with sliding-window, linear-attention or convolution layers
+  are refused.
 - *refused*: a `UserError` says in one sentence why, and what to do instead.
 - *plain model fails*: transformers itself cannot do this here, with or without vlmzip.
   [What may surprise](using.md#what-may-surprise) lists more such cases.

@@ -27,5 +27,5 @@ def run(args: Namespace) -> None:
         [[row["family"], ", ".join(row["model_types"]), ", ".join(row["sites"]), row["example"]] for row in rows],
     )
     print("\nOther models that have get_image_features, such as InternVL and Gemma 3, go through a default family.")
-    print("in_llm: not in LLMs with sliding-window layers, such as PaliGemma 2's.")
+    print("in_llm: not in LLMs with sliding windows (PaliGemma 2), linear attention or convolutions.")
     print("mini, the small model that ships with vlmzip, is a llava; --model takes any checkpoint of these families.")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import get_ident
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlmzip.errors import UserError
+from vlmzip.models.llm_attention import Recorded
 from vlmzip.models.recording import Recording, record
 from vlmzip.models.towers.tower import Tower
 from vlmzip.processor import InputDict
@@ -19,6 +22,8 @@ from vlmzip.visual_tokens import Grid
 
 #: Number of queries whose attention is compared.
 QUERIES = 8
+#: The largest difference of a decoder layer's attention that rounding explains, as a share of the largest value.
+TOLERANCE = 0.01
 #: The rounding of TF32, in which GPUs may multiply float32 (`torch.set_float32_matmul_precision("high")`).
 TF32_EPS = 2.0**-10
 
@@ -96,6 +101,59 @@ def check_tower(get_image_features: Any, tower: Tower, arguments: InputDict, gri
             f"vlmzip does not know which patches of {type(tower.encoder).__name__} make a visual token:"
             " choose a method that does not look at the encoder's attention"
         )
+
+
+def check_llm_attention(layer: nn.Module, record: Recorded, mask: Tensor | None) -> None:
+    """Raise `UserError` unless a layer computes its attention from recorded queries and keys, and from `mask`, alone.
+
+    The layer's own attention function gets what was recorded. Some add terms to the scores, or take fewer tokens than
+    the mask allows. `mask` is the mask that the layer gets. Run this without tokens in the KV cache.
+    """
+    attention: Any = layer.self_attn
+    source, implementation = vars(sys.modules[type(attention).__module__]), attention.config._attn_implementation
+    known = source.get("ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+    function = known.get_interface(implementation, source.get("eager_attention_forward"))
+    query, key, value = record.query, record.key, record.value
+    is_flash = "flash" in (implementation or "")
+    if not is_flash:  # only FlashAttention needs half precision
+        query, key, value = query.float(), key.float(), value.float()
+    options = {**record.options, "dropout": 0.0}
+    try:
+        with torch.autocast(query.device.type, enabled=False):
+            expected = function(attention, query, key, value, record.mask, scaling=record.scale, **options)[0]
+    except torch.OutOfMemoryError:
+        raise
+    except (LookupError, RuntimeError, TypeError, ValueError):
+        expected = None
+    if expected is not None:
+        computed, real = _last_queries(query.float(), key.float(), value.float(), mask, record.scale)
+        expected = expected[:, -QUERIES:].float()
+        bound = (10 if is_flash else 1) * TOLERANCE * expected.abs().amax()
+        if expected.shape == computed.shape and bool(((computed - expected).abs()[real] <= bound).all()):
+            return
+    raise UserError(
+        f"the attention of {type(layer).__name__} is more than a softmax of queries and keys: choose a method that does"
+        " not look at the question's attention, or a site before the LLM"
+    )
+
+
+def _last_queries(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Float[Tensor, "batch queries heads dim"], Bool[Tensor, "batch queries"]]:
+    """Return the attention outputs of the last queries, and True for the queries that may attend to a token."""
+    length = key.shape[2]
+    causal = torch.ones(length, length, dtype=torch.bool, device=key.device).tril()[-QUERIES:]
+    if mask is None:
+        allowed = causal.expand(len(key), 1, -1, -1)
+    elif mask.ndim == 2:  # FlashAttention's mask of padding
+        allowed = causal & mask.bool()[:, None, None]
+    else:
+        mask = mask.expand(len(key), -1, -1, -1)[:, :, -QUERIES:]
+        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    shared = query.shape[1] // key.shape[1]
+    keys, values = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+    scores = (query[:, :, -QUERIES:] @ keys.transpose(2, 3) * scale).masked_fill(~allowed, -torch.inf)
+    return (scores.softmax(-1).nan_to_num() @ values).transpose(1, 2), allowed.any(-1).all(1)
 
 
 @contextmanager

@@ -18,9 +18,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmzip.compressor import Positions, Profile
 from vlmzip.errors import UserError
-from vlmzip.models.confirm import check_tower, evaluating, maps_each_token
+from vlmzip.models.confirm import check_llm_attention, check_tower, evaluating, maps_each_token
 from vlmzip.models.layout import Encoded, Layout, Pixels, Views, numbers_by_kind
-from vlmzip.models.llm_attention import queries_and_keys
+from vlmzip.models.llm_attention import QueriesAndKeys, is_direct, queries_and_keys, queries_in, recorded
 from vlmzip.models.recording import Recording, record
 from vlmzip.models.towers import tower_of
 from vlmzip.models.towers.qwen import grids_of, sizes_of
@@ -153,6 +153,8 @@ class Family:
         self.model: Any = inner  # a type checker does not know the attributes of each family's model
         self.is_confirmed = type(self) is not Family
         """True if the attention of the encoder is known to be as `tower` takes it."""
+        self._confirmed_layers: set[nn.Module] = set()
+        """The decoder layers whose attention is known to follow from queries and keys."""
         self.modality = modality
         """The kind of visual input that this object serves. `modalities` has the objects for all kinds of a model."""
         self.get_features = _method(self.model, f"get_{modality}_features")
@@ -701,15 +703,23 @@ class Family:
         self,
         layer: nn.Module,
         hidden: Float[Tensor, "batch length dim"],
-        positions: tuple[Float[Tensor, "_ length head_dim"], Float[Tensor, "_ length head_dim"]],
+        arguments: dict[str, Any],
         rows: Int[Tensor, "batch queries"],
-    ) -> tuple[Float[Tensor, "batch heads queries head_dim"], Float[Tensor, "batch key_heads length head_dim"]]:
+    ) -> QueriesAndKeys:
         """Return the rotated queries of the tokens in `rows` and the rotated keys of all tokens in a decoder layer.
 
-        `hidden` is the input of the layer; `positions` are the cosine and sine of the rotary embedding. Override it if
-        the layer's attention is of a kind that `llm_attention` does not support.
+        `hidden` is the input of the layer, and `arguments` has its keyword arguments. Raise `UserError` if the layer's
+        attention does not follow from queries and keys. Override it for attention that is of such a kind.
         """
-        return queries_and_keys(layer, hidden, positions, rows)
+        if is_direct(layer):
+            return queries_and_keys(layer, hidden, arguments, rows)
+        record = recorded(layer, hidden, arguments)
+        mask, length = arguments.get("attention_mask"), record.key.shape[2]
+        knows_all_keys = length > 1 and (mask is None or mask.shape[-1] == length)  # none are in the KV cache
+        if knows_all_keys and layer not in self._confirmed_layers:
+            check_llm_attention(layer, record, mask)
+            self._confirmed_layers.add(layer)
+        return queries_in(record, rows)
 
 
 def square_of(tokens: int) -> Grid:

@@ -1,70 +1,147 @@
-"""Queries and keys of a decoder layer, for the kinds of attention that differ in projections and norms."""
+"""Queries and keys of a decoder layer, as its attention compares them."""
 
 from __future__ import annotations
 
+import copy
+from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from transformers import AttentionInterface, Cache
 
 from vlmzip.errors import UserError
 from vlmzip.models.recording import rotate
 
-#: A function that projects hidden states to queries or keys, with heads concatenated.
-Projection = Callable[[Tensor], Tensor]
+#: Attentions of transformers that norm and rotate the outputs of `q_proj` and `k_proj` in the same way. The tests
+#: compare them with the attention of the models. For these, we compute only the queries that are asked for.
+DIRECT = (
+    "LlamaAttention", "MistralAttention", "GemmaAttention", "Qwen2Attention", "Qwen3Attention", "Qwen2VLAttention",
+    "Qwen2_5_VLAttention", "Qwen3VLTextAttention",
+)  # fmt: skip
+#: The name of the attention function that records its arguments.
+RECORDING = "vlmzip_recording"
+
+
+class QueriesAndKeys(NamedTuple):
+    """Rotated queries of some tokens, rotated keys of all tokens, and the factor of their products."""
+
+    query: Float[Tensor, "batch heads queries head_dim"]
+    key: Float[Tensor, "batch key_heads length head_dim"]
+    scale: float
+
+
+class Recorded(Exception):
+    """The arguments of a layer's attention function. The function raises it, so that the layer ends there."""
+
+    def __init__(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float | None, options: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.mask, self.options = query, key, value, mask, options
+        self.scale = query.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _record(
+    _module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    scaling: float | None = None,
+    **options: Any,
+) -> Any:
+    raise Recorded(query, key, value, attention_mask, scaling, options)
+
+
+AttentionInterface.register(RECORDING, _record)
+
+
+def is_direct(layer: nn.Module) -> bool:
+    """Return True if the attention of a layer is one of `DIRECT`."""
+    kind = type(getattr(layer, "self_attn", None))
+    return kind.__name__ in DIRECT and kind.__module__.startswith("transformers.")
 
 
 def queries_and_keys(
     layer: nn.Module,
     hidden: Float[Tensor, "batch length dim"],
-    positions: tuple[Float[Tensor, "_ length rotary_dim"], Float[Tensor, "_ length rotary_dim"]],
+    arguments: dict[str, Any],
     rows: Int[Tensor, "batch queries"],
-) -> tuple[Float[Tensor, "batch heads queries head_dim"], Float[Tensor, "batch key_heads length head_dim"]]:
-    """Return the rotated queries of the tokens in `rows` and the rotated keys of all tokens in a layer.
+) -> QueriesAndKeys:
+    """Return the rotated queries of the tokens in `rows` and the rotated keys of all tokens, for one of `DIRECT`.
 
-    `hidden` is the input of the layer; `positions` are cosine and sine. Raise `UserError` for an unknown kind of
-    attention.
+    `hidden` is the input of the layer, and `arguments` has its keyword arguments.
     """
     attention: Any = layer.self_attn
-    to_query, to_key = projections(attention)
     normed = layer.input_layernorm(hidden)  # type: ignore[operator]
-    cos, sin = (table.expand(len(hidden), -1, -1) for table in positions)
-    query = _rotated(to_query(_rows(normed, rows)), attention, "q_norm", _rows(cos, rows), _rows(sin, rows))
-    return query, _rotated(to_key(normed), attention, "k_norm", cos, sin)
+    cos, sin = (table.expand(len(hidden), -1, -1) for table in arguments["position_embeddings"])
+    query = _rotated(attention.q_proj(_rows(normed, rows)), attention, "q_norm", _rows(cos, rows), _rows(sin, rows))
+    key = _rotated(attention.k_proj(normed), attention, "k_norm", cos, sin)
+    return QueriesAndKeys(query, key, attention.scaling)
 
 
-def projections(attention: Any) -> tuple[Projection, Projection]:
-    """Return the functions that project to queries and to keys. Raise `UserError` for an unknown kind of attention."""
-    if hasattr(attention, "q_proj") and hasattr(attention, "k_proj"):
-        return attention.q_proj, attention.k_proj
-    if hasattr(attention, "qkv_proj") and hasattr(attention, "num_key_value_groups"):
-        # The rows of the fused matrix are queries, keys, values. Queries take as many parts as query heads share a key.
-        shares = attention.num_key_value_groups + 2
-        size = attention.qkv_proj.weight.shape[0] // shares
-        ends = (size * attention.num_key_value_groups, size * (attention.num_key_value_groups + 1))
-        return _slice_of(attention.qkv_proj, 0, ends[0]), _slice_of(attention.qkv_proj, *ends)
+def recorded(layer: nn.Module, hidden: Float[Tensor, "batch length dim"], arguments: dict[str, Any]) -> Recorded:
+    """Return what a layer passes to its attention function for these tokens, without the tokens in the KV cache.
+
+    A shallow copy of the layer runs up to the attention function. The layer, its cache and its config stay as they are.
+    Raise `UserError` for a layer whose attention does not call a function of transformers' `AttentionInterface`.
+    """
+    attention = getattr(layer, "self_attn", None)
+    config = getattr(attention, "config", None)
+    if attention is not None and config is not None:
+        config = copy.copy(config)
+        config._attn_implementation_internal = RECORDING  # the public setter would change parts that copies share
+        twin = _twin(layer, self_attn=_twin(attention, config=config))
+        call: Callable[..., Any] = type(layer).forward
+        known = {name: None if isinstance(value, Cache) else value for name, value in arguments.items()}
+        try:
+            call(twin, _on_device_of(layer, hidden), **_on_device_of(layer, known))
+        except Recorded as record:
+            return record
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            pass  # a layer that needs its cache, or further positional arguments
     raise UserError(
-        f"the attention of {type(attention).__name__} is of a kind whose queries and keys are not known:"
-        " choose a method that does not look at the question's attention"
+        f"the attention of {type(layer).__name__} is of a kind whose queries and keys are not known: choose a method"
+        " that does not look at the question's attention, or a site before the LLM"
     )
 
 
-def _slice_of(projection: Any, start: int, end: int) -> Projection:
-    """Return a function for a part of a fused projection.
+def queries_in(record: Recorded, rows: Int[Tensor, "batch queries"]) -> QueriesAndKeys:
+    """Return the recorded queries of the tokens in `rows`, and all recorded keys."""
+    index = rows[:, None, :, None].expand(-1, record.query.shape[1], -1, record.query.shape[-1])
+    return QueriesAndKeys(record.query.gather(2, index), record.key, record.scale)
 
-    It computes only that part. Quantised or adapted projections are computed completely and then sliced.
+
+def _twin(module: nn.Module, **changes: Any) -> nn.Module:
+    """Return a shallow copy of a module with other attributes or children, and without the hooks of the module.
+
+    Its children keep their hooks. accelerate, for example, loads offloaded weights in them.
     """
+    twin = copy.copy(module)
+    state = twin.__dict__
+    state |= {name: OrderedDict() for name in state if name.endswith("_hooks")}
+    state.pop("forward", None)  # accelerate's, which calls the original module
+    state["_modules"] = dict(module._modules)
+    for name, value in changes.items():
+        (state["_modules"] if isinstance(value, nn.Module) else state)[name] = value
+    return twin
 
-    def project(states: Tensor) -> Tensor:
-        if type(projection) is not nn.Linear:
-            whole: Tensor = projection(states)
-            return whole[..., start:end]
-        bias = None if projection.bias is None else projection.bias[start:end]
-        return nn.functional.linear(states, projection.weight[start:end], bias)
 
-    return project
+def _on_device_of(layer: nn.Module, value: Any) -> Any:
+    """Return tensors on the device to which accelerate moves the inputs of `layer`; other values as they are."""
+    device = getattr(getattr(layer, "_hf_hook", None), "execution_device", None)
+    if device is None:
+        return value
+    if isinstance(value, dict):
+        return {name: _on_device_of(layer, part) for name, part in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_on_device_of(layer, part) for part in value)
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def _rotated(
@@ -74,15 +151,12 @@ def _rotated(
     cos: Float[Tensor, "batch length rotary_dim"],
     sin: Float[Tensor, "batch length rotary_dim"],
 ) -> Float[Tensor, "batch heads length head_dim"]:
-    """Return the states by head, after the attention's norm if it has one, with the leading part rotated."""
+    """Return the states by head, after the attention's norm if it has one, rotated."""
     heads = states.unflatten(-1, (-1, attention.head_dim))
     if (head_norm := getattr(attention, norm, None)) is not None:
         heads = head_norm(heads)
     heads = heads.transpose(1, 2)
-    width = cos.shape[-1]
-    turned = heads[..., :width]
-    turned = rotate(turned, cos[:, None].expand_as(turned), sin[:, None].expand_as(turned))
-    return turned if width == heads.shape[-1] else torch.cat([turned, heads[..., width:]], dim=-1)
+    return rotate(heads, cos[:, None].expand_as(heads), sin[:, None].expand_as(heads))
 
 
 def _rows(

@@ -14,6 +14,9 @@ from vlmzip.visual_tokens import Site
 
 SLIDING = "this LLM has sliding-window layers, inside which tokens cannot be dropped yet; choose a site before the LLM"
 
+#: Kinds of layers, in configs, before which tokens can be dropped. Attention alone has no state that runs over tokens.
+ATTENTION = ("full_attention", "attention", "chunked_attention", "indexed_attention")
+
 
 def inside_the_llm(compressor: Compressor) -> list[Compressor]:
     """Return the stages of `compressor` that act inside the LLM."""
@@ -44,6 +47,12 @@ def _check_inside(compressor: Compressor, family: Family) -> None:
     """Raise `UserError` if a compressor cannot act inside this LLM at any layer."""
     if has_sliding_windows(family):
         raise UserError(SLIDING)
+    kinds = dict.fromkeys(getattr(family.llm_config, "layer_types", None) or ())
+    if others := [repr(kind) for kind in kinds if kind not in ATTENTION]:
+        raise UserError(
+            f"this LLM has layers of kind {' and '.join(others)}, whose results for a token depend on the number of"
+            " tokens before it, so that none can be dropped inside; choose a site before the LLM"
+        )
     if compressor.positions == "contiguous":
         raise UserError("inside the LLM tokens keep their positions: positions='contiguous' is not possible there")
     if not compressor.layers:
@@ -54,7 +63,7 @@ def has_sliding_windows(family: Family) -> bool:
     """Return True if some layers of the LLM attend only to the most recent tokens."""
     kinds = getattr(family.llm_config, "layer_types", None)
     window = getattr(family.llm_config, "sliding_window", None)
-    return "sliding_attention" in kinds if kinds else bool(window)
+    return any("sliding" in kind for kind in kinds) if kinds else bool(window)
 
 
 def warn_if_nothing_to_do(compressor: Compressor, family: Family) -> None:

@@ -142,14 +142,14 @@ class Read:
         """Read the newest token's attention row at layer `index`, which is about to run with these arguments."""
         hidden = args[0] if args else arguments["hidden_states"]
         last = torch.full((len(hidden), 1), hidden.shape[1] - 1, device=hidden.device)
-        query, key = family.queries_and_keys(layer, hidden, arguments["position_embeddings"], last)
+        query, key, scale = family.queries_and_keys(layer, hidden, arguments, last)
         cache = cache_argument(arguments, "a decoder layer")
         if cache is not None and cache.get_seq_length(index):
             key = torch.cat([cache.layers[index].keys, key], 2)
         allowed = _allowed(argument(arguments, "attention_mask", "a decoder layer"), len(hidden), key.shape[2]).to(
             key.device
         )
-        rows = attention_rows(query, key, allowed, query.shape[-1] ** -0.5)
+        rows = attention_rows(query, key, allowed, scale)
         visual = nn.functional.pad(self.visual, (0, key.shape[2] - self.visual.shape[1])).to(key.device)
         self.shares[index].append((rows[:, 0] * visual).sum(-1).cpu())
         if index == 0:

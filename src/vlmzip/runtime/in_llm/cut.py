@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
+from vlmzip.errors import UserError
 from vlmzip.runtime.in_llm.masks import shrink_mask
 from vlmzip.runtime.versions import argument
 from vlmzip.token_map import TokenMap
+
+#: The names under which decoder layers take positions: tables of cosines and sines, and numbers.
+POSITIONS = ("position_embeddings", "position_ids")
+
+
+@cache
+def _positions_of(forward: Callable[..., Any]) -> list[str]:
+    """Return the names under which the `forward` of a layer takes positions."""
+    names = [name for name in POSITIONS if name in inspect.signature(forward).parameters]
+    return names or [POSITIONS[0]]
 
 
 class Merge(NamedTuple):
@@ -36,7 +50,7 @@ class LayerCut:
     """The slots of the remaining tokens of each image."""
     padded: bool
     _short: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    """The original and the shortened value of layer arguments, by name. All layers get the same, so we shorten once."""
+    """The original and the shortened value of layer arguments, by name. Layers get the same, so we shorten once."""
 
     def merge_and_drop(self, hidden: Float[Tensor, "batch length dim"]) -> Float[Tensor, "batch kept dim"]:
         """Write merged states at their anchors, and remove the tokens that are not kept."""
@@ -49,23 +63,44 @@ class LayerCut:
         index = self.source.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1])
         return hidden.gather(1, index)
 
-    def shorten(self, arguments: dict[str, Any], *, past: int, flash: bool) -> None:
-        """Replace the mask and positions in a decoder layer's `arguments` by those of the remaining tokens."""
+    def shorten(
+        self, layer: type[nn.Module], arguments: dict[str, Any], *, length: int, past: int, flash: bool
+    ) -> None:
+        """Replace what a decoder layer's `arguments` have for each token by that of the remaining tokens.
+
+        `layer` is the class of the layer, and `length` is the number of tokens that entered the LLM. Raise `UserError`
+        if a mask or positions are missing, or if an argument has values for each token in a form that vlmzip does not
+        know.
+        """
         mask = argument(arguments, "attention_mask", "a decoder layer")
+        for name in _positions_of(layer.forward):
+            argument(arguments, name, "a decoder layer")
         if self._changed("attention_mask", mask):
             short = shrink_mask(mask, self.here, self.keys, past, self.padded, flash=flash)
             self._short["attention_mask"] = mask, short
-        tables = argument(arguments, "position_embeddings", "a decoder layer")
-        if self._changed("position_embeddings", tables):
-            column = self.here.clamp(min=0)
-            short = tuple(
-                table.expand(len(column), -1, -1).gather(1, column[..., None].expand(-1, -1, table.shape[-1]))
-                for table in tables
-            )
-            self._short["position_embeddings"] = tables, short
-            ids = argument(arguments, "position_ids", "a decoder layer")
-            self._short["position_ids"] = ids, None if ids is None else ids.expand(len(column), -1).gather(1, column)
-        arguments |= {name: short for name, (_, short) in self._short.items()}
+        for name, value in arguments.items():
+            if name != "attention_mask" and isinstance(value, Tensor | tuple) and self._changed(name, value):
+                self._short[name] = value, self._shortened(name, value, length)
+        arguments |= {name: short for name, (_, short) in self._short.items() if name in arguments}
+
+    def _shortened(self, name: str, value: Any, length: int) -> Any:
+        """Return an argument of a decoder layer for the remaining tokens."""
+        if isinstance(value, tuple):
+            return tuple(self._shortened(name, part, length) for part in value)
+        if not isinstance(value, Tensor) or length not in value.shape:
+            return value
+        batch, column = len(self.here), self.here.clamp(min=0)
+        if name == "position_embeddings" and value.shape[-2] == length:  # a table of cosines, sines, or both
+            axes, width = value.shape[:-3], value.shape[-1]
+            index = column[..., None].expand(*axes, -1, -1, width)
+            return value.expand(*axes, batch, -1, -1).gather(-2, index)
+        if value.shape[-1] == length and (name == "position_ids" or value.ndim == 2):  # a value for each token
+            axes = value.shape[:-2]
+            return value.expand(*axes, batch, -1).gather(-1, column.expand(*axes, -1, -1))
+        raise UserError(
+            f"the layers of this LLM get {name} for each token in a form that vlmzip does not know;"
+            " choose a site before the LLM"
+        )
 
     def _changed(self, name: str, value: object) -> bool:
         """Return True if an argument is not the object that was last shortened under this name."""

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from vlmzip.errors import UserError
 from vlmzip.runtime.cache_names import cache_argument
 from vlmzip.runtime.in_llm.state import InLLMState
 from vlmzip.runtime.in_llm.step import Step
@@ -47,7 +48,13 @@ class LLMHook:
         inside = _running.get()
         if inside is None or inside.plan.family.llm is not llm:
             return None
-        step = inside.step(argument(kwargs, "inputs_embeds", "the LLM"), cache_argument(kwargs, "the LLM"))
+        embeddings = argument(kwargs, "inputs_embeds", "the LLM")
+        if embeddings is None:
+            raise UserError(
+                f"{type(llm).__name__} puts images into the prompt itself, so that compressors inside it cannot find"
+                " them; choose a site before the LLM"
+            )
+        step = inside.step(embeddings, cache_argument(kwargs, "the LLM"))
         return None if step is None else (args, {**kwargs, STEP: step})
 
 
@@ -63,10 +70,16 @@ class LayerHook:
         if step is None:
             return None
         kwargs = dict(kwargs)
+        hidden = args[0] if args else argument(kwargs, "hidden_states", "a decoder layer")
+        if hidden.ndim != 3:
+            raise UserError(
+                "the layers of this LLM pass several hidden states for each token, which cannot be dropped or merged"
+                " yet; choose a site before the LLM"
+            )
+        hidden = step.enter(self.index, layer, hidden, kwargs)
         if args:
-            return (step.enter(self.index, layer, args[0], kwargs), *args[1:]), kwargs
-        hidden = argument(kwargs, "hidden_states", "a decoder layer")
-        kwargs["hidden_states"] = step.enter(self.index, layer, hidden, kwargs)
+            return (hidden, *args[1:]), kwargs
+        kwargs["hidden_states"] = hidden
         return args, kwargs
 
 

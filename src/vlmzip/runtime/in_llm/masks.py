@@ -32,10 +32,7 @@ def shrink_mask(
     """
     if mask is None and not padded:
         return None
-    if mask is not None and not isinstance(mask, Tensor):
-        raise UserError(
-            f"compressors inside the LLM cannot shorten a {type(mask).__name__}: use SDPA or eager attention"
-        )
+    mask = known_mask(mask)
     real = keys >= 0
     if mask is None:
         return real.long() if flash else _open_for_padding(_causal(here, keys, past), here, keys)
@@ -49,6 +46,13 @@ def shrink_mask(
     closed = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     out = out.masked_fill(~real[:, None, None], closed)
     return _open_for_padding(out, here, keys)
+
+
+def known_mask(mask: object) -> Tensor | None:
+    """Return a layer's mask. Raise `UserError` for a mask that is neither a tensor nor `None`."""
+    if mask is None or isinstance(mask, Tensor):
+        return mask
+    raise UserError(f"compressors inside the LLM cannot shorten a {type(mask).__name__}: use SDPA or eager attention")
 
 
 def _causal(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vlmzip.models.family import Family
 from vlmzip.models.recording import attention_rows
 from vlmzip.runtime.in_llm.indices import compact, look_up, row_and_slot
+from vlmzip.runtime.in_llm.masks import known_mask
 from vlmzip.runtime.versions import argument
 
 
@@ -96,10 +97,10 @@ class Question:
         slot = torch.arange(here.shape[1], device=here.device)
         up_to = (here >= 0)[:, None] & (here[:, None] <= self.columns.clamp(min=0)[..., None])
         slots = torch.where(up_to, slot, 0).amax(-1)
-        query, key = family.queries_and_keys(layer, hidden, arguments["position_embeddings"], slots)
+        mask = known_mask(argument(arguments, "attention_mask", "a decoder layer"))
+        query, key, scale = family.queries_and_keys(layer, hidden, arguments, slots)
         if cached is not None:
             key = torch.cat([cached.to(key.device), key], dim=2)
-        mask = argument(arguments, "attention_mask", "a decoder layer")
         if mask is None or mask.ndim == 2:  # causal, except for padding
             real = (keys >= 0) if mask is None else mask.bool()
             column = look_up(here, slots) + past
@@ -108,5 +109,5 @@ class Question:
             mask = mask.expand(len(here), 1, -1, -1)[:, 0]
             mask = mask.gather(1, slots[..., None].expand(-1, -1, mask.shape[-1]))
             allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        rows = attention_rows(query, key, allowed, query.shape[-1] ** -0.5)
+        rows = attention_rows(query, key, allowed, scale)
         return rows[..., -hidden.shape[1] :]

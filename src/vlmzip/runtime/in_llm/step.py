@@ -52,7 +52,7 @@ class Step:
         # 2. Shorten mask and positions to the tokens that the latest compressor kept.
         cut = self._latest(index)
         if cut is not None:
-            cut.shorten(arguments, past=self.past, flash=self.plan.flash)
+            cut.shorten(type(layer), arguments, length=self.length, past=self.past, flash=self.plan.flash)
         # 3. Compute this layer's attention if the compressor before the next layer needs it.
         if self.images is not None and index in self.plan.watched and index + 1 not in self._cuts:
             with torch.no_grad(), self._timed():
