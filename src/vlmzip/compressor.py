@@ -55,6 +55,47 @@ def missed(keep: Keep, reached: float, profile: Profile) -> str:
     return "" if abs(reached - target) <= NEAR * target else f"the nearest to {target:.1%} that it has is {reached:.1%}"
 
 
+@dataclass(frozen=True)
+class Measured:
+    """The measurements of a view, or of several views of an image that get one factor."""
+
+    size: int
+    """Visual tokens on the grid."""
+    counts: dict[int, int]
+    """Output tokens by factor, ascending from 1."""
+    deviations: dict[int, float]
+    """Deviation inside windows by factor, without factor 1."""
+
+    @classmethod
+    def of(cls, method: Calibratable, tokens: VisualTokens) -> list[Measured]:
+        """Return the measurements of each view of a batch."""
+        grid = tokens.grid or Grid(1, 1, tokens.features.shape[1] - tokens.prefix)
+        counts = method.counts_by_factor(grid)
+        deviations = method.deviations(tokens).tolist()
+        return [cls(grid.size, counts, dict(zip(list(counts)[1:], row, strict=True))) for row in deviations]
+
+    @staticmethod
+    def parts(views: Sequence[Measured]) -> list[Sequence[Measured]]:
+        """Return the first view of an image, and its other views if it has any."""
+        return [views[:1], views[1:]] if len(views) > 1 else [views]
+
+    @classmethod
+    def joined(cls, views: Sequence[Measured]) -> Measured:
+        """Return the measurements of several views that get one factor, which must divide the grids of all.
+
+        The deviation is the mean over views, weighted by their sizes.
+        """
+        size = sum(view.size for view in views)
+        factors = [factor for factor in views[0].counts if all(factor in view.counts for view in views)]
+        counts = {factor: sum(view.counts[factor] for view in views) for factor in factors}
+        deviations = {f: sum(view.deviations[f] * view.size for view in views) / size for f in factors if f > 1}
+        return cls(size, counts, deviations)
+
+    def factor_below(self, threshold: float) -> int:
+        """Return the largest factor with a deviation below the threshold, or 1."""
+        return max((factor for factor, deviation in self.deviations.items() if deviation < threshold), default=1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Compressor(ABC):
     """A compression method. It maps each visual token to an output token and a weight, and knows no model.
@@ -127,6 +168,14 @@ class Compressor(ABC):
         known = [count for count in counts if count is not None]
         return sum(known) if len(known) == len(counts) else None
 
+    def upper_count(self, profile: Profile) -> int | None:
+        """Return the number of output tokens of a common image, by which papers call a budget.
+
+        VisionZip's "160" for LLaVA-NeXT is 32 tokens of each of 5 views. Images with fewer tiles keep fewer tokens, so
+        the average is lower. `None` if the number depends on the content.
+        """
+        return self.image_count(profile.grids)
+
     def shared(self, views: Sequence[Grid]) -> Sequence[Self]:
         """Return the compressor for each view of an image. A count to keep is divided among the views."""
         keep = getattr(self, "keep", None)
@@ -134,6 +183,22 @@ class Compressor(ABC):
         if not isinstance(count, int):
             return (self,) * len(views)
         return [self.with_fields(keep=share) for share in shared_out(count, [grid.size for grid in views])]
+
+    @property
+    def compares_views(self) -> bool:
+        """Return whether what it does to a view depends on the content of other views of the image.
+
+        `shared_by_content` then replaces `shared`.
+        """
+        return False
+
+    def measured(self, tokens: VisualTokens) -> list[Measured]:
+        """Return a measurement of each view. Only used if it compares views."""
+        raise NotImplementedError
+
+    def shared_by_content(self, views: Sequence[Measured]) -> Sequence[Compressor]:
+        """Return the compressor for each view of an image, from the measurements of all its views."""
+        raise NotImplementedError
 
     def together(self, views: int) -> Self:
         """Return the compressor for an image whose tokens lie on no grids any more and come from so many views."""

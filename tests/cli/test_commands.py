@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.families import save_checkpoint
+from tests.families import FAMILIES, save_checkpoint
 from vlmzip import RandomTokens, Resampler, available
 from vlmzip.cli.main import main
 from vlmzip.compressor_file import write_compressor
@@ -366,3 +366,17 @@ def test_a_resampler_has_nothing_to_draw(capsys, checkpoint, image, tmp_path, co
     assert (code, out) == (2, "")
     assert err == "vlmzip: qformer makes each token from the whole image, so there is no token map to draw\n"
     assert not target.exists()
+
+
+def test_show_tells_average_and_upper_count_where_images_have_tiles(capsys, tmp_path):
+    family = FAMILIES["llava_next"]()
+    family.model.save_pretrained(tmp_path / "model")
+    family.processor().save_pretrained(tmp_path / "model")
+    Image.new("RGB", (90, 40), "red").save(tmp_path / "a.png")
+    arguments = ["show", str(tmp_path / "a.png"), "--model", str(tmp_path / "model"), "--out", str(tmp_path / "s.png")]
+    arguments += ["--method", "visionzip", "--keep-per-view", "4"]
+    code, text, _ = run(capsys, *arguments)
+    assert code == 0
+    assert "12 per image on average; upper count 20, for an image of 5 views" in text
+    code, text, _ = run(capsys, *arguments, "--json")
+    assert (json.loads(text)["average"], json.loads(text)["upper_count"]) == (12, 20)

@@ -10,6 +10,8 @@ from tests.families.llava_next import LlavaNext
 from tests.references.smaller_model import model_for, smaller_image
 from tests.references.visionzip import visionzip_tiles
 from vlmzip import (
+    DFMR,
+    AdaptiveVisionZip,
     BudgetError,
     Chain,
     Downsample,
@@ -18,6 +20,7 @@ from vlmzip import (
     LLaVolta,
     NoCompression,
     Pool2d,
+    Profile,
     QFormer,
     RandomTokens,
     Site,
@@ -26,6 +29,7 @@ from vlmzip import (
     catalogue,
 )
 from vlmzip.models import family_of
+from vlmzip.runtime.compress import view_numbers, without_padding
 from vlmzip.visual_tokens import Grid
 
 ROWS = ([1, "image", 5, 6], [1, "image", 4, "image", 7], [1, 2, 3], ["image", 8])
@@ -297,3 +301,48 @@ def test_the_budget_of_a_view_can_be_replaced(cls):
     assert catalogue.from_dict({**method.to_dict(), "keep": 4}) == method
     with pytest.raises(UserError, match="give either keep"):
         dataclasses.replace(method, keep=7)
+
+
+@pytest.mark.parametrize("cls", [DFMR, AdaptiveVisionZip])
+@torch.no_grad()
+def test_tiles_may_get_one_factor_together(model, cls):
+    """By the mean of their deviations, weighted by size; the base image keeps its own factor."""
+    family, inputs = family_of(model), FAMILY.batch(*ROWS)
+    encoded = family.encode(inputs, Site.PRE_PROJECTOR, cls.needs)
+    layouts, encoded = without_padding(family.layouts(inputs), encoded, cls())
+    deviations = {}
+    for group in encoded.groups:
+        grid = group.tokens.grid
+        if cls().counts_by_factor(grid).keys() >= {3}:
+            deviations |= dict(zip(group.numbers, cls().deviations(group.tokens)[:, -1].tolist(), strict=True))
+    taus = sorted(deviations.values())
+    choices = set()
+    for tau in [0.0, *taus, 10.0]:
+        with vlmzip.attach(model, cls(tau=tau, tiles="together")) as small:
+            small(**inputs)
+        for image, layout, numbers in zip(small.report.images, layouts, view_numbers(layouts), strict=True):
+            base, *tiles = numbers
+            one_factor = all(number in deviations for number in tiles)  # 3 does not divide tiles of one row
+            mean = sum(deviations[n] for n in tiles) / len(tiles) if one_factor else 10.0
+            wholes = [deviations[base] < tau, mean < tau]
+            sizes = [layout.views[0].size, sum(grid.size for grid in layout.views[1:])]
+            expected = sum(size // 9 if pooled else size for size, pooled in zip(sizes, wholes, strict=True))
+            assert image.after == expected + layout.separators * (expected == sum(sizes))
+            choices.add(tuple(wholes))
+    assert len(choices) == 4
+
+
+@pytest.mark.parametrize("budget", [160, 320, 640])
+@torch.no_grad()
+def test_the_papers_counts_are_upper_counts(model, budget):
+    """VisionZip counts five views of 576 tokens. Images with fewer tiles keep fewer tokens, so the average is lower."""
+    grid = Grid(1, 24, 24)
+    profile = Profile(grid, layers=32, tiles=(grid,) * 4)
+    for method in (VisionZip(keep=budget), VisionZip(keep_per_view=budget // 5), FastV(keep_per_view=budget // 5)):
+        assert method.upper_count(profile) == budget
+    patches, contextual = 27 * budget // 160, 5 * budget // 160
+    assert VisionZip(dominant=patches, contextual=contextual).upper_count(profile) == budget
+    small = vlmzip.compress_inputs(model, FAMILY.batch(*ROWS), VisionZip(keep_per_view=3))
+    assert small.report.average == 3 * (5 + 3 + 4 + 3) / 4
+    assert VisionZip(keep_per_view=3).upper_count(family_of(model).profile()) == 15
+    assert DFMR().upper_count(profile) is None

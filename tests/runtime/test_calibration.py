@@ -9,11 +9,12 @@ from PIL import Image
 
 from tests.families import FAMILIES
 from vlmzip import DFMR, AdaptiveVisionZip, BudgetError, Site, UserError, VisionZip, attach, calibrate, mini
+from vlmzip.compressor import Measured
 from vlmzip.mini.assets import shipped_assets
 from vlmzip.mini.drawing import draw
 from vlmzip.mini.scene import make_scene
 from vlmzip.mini.splits import VALIDATION
-from vlmzip.runtime.calibration import MeasuredImage, MeasuredView, _Steps
+from vlmzip.runtime.calibration import MeasuredImage, _Steps
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +130,7 @@ def test_the_nearest_step_is_the_best_of_all_thresholds():
     """Against trying every threshold there is: 40 images, three factors, deviations that need not rise with them."""
     rng = np.random.default_rng(0)
     images = [
-        MeasuredView(36, {1: 36, 2: 9, 3: 4}, dict(zip((2, 3), rng.random(2).astype(np.float32).tolist(), strict=True)))
+        Measured(36, {1: 36, 2: 9, 3: 4}, dict(zip((2, 3), rng.random(2).astype(np.float32).tolist(), strict=True)))
         for _ in range(40)
     ]
     steps = _Steps([MeasuredImage((view,)) for view in images])
@@ -145,17 +146,20 @@ def test_the_nearest_step_is_the_best_of_all_thresholds():
         assert abs(steps.average(step) - wanted) == pytest.approx(min(abs(one - wanted) for one in possible))
 
 
-@pytest.mark.parametrize("method", [DFMR(), DFMR(measure="pixels"), AdaptiveVisionZip()])
-def test_a_budget_counts_the_tokens_of_all_views_of_an_image(images, method):
+@pytest.mark.parametrize(
+    ("method", "share"),
+    [(DFMR(), 0.6), (DFMR(tiles="together"), 0.66), (DFMR(measure="pixels"), 0.6), (AdaptiveVisionZip(), 0.6)],
+)
+def test_a_budget_counts_the_tokens_of_all_views_of_an_image(images, method, share):
     """Each view chooses a factor, without the padding that the LLM does not see; windows of 3 fit 3 x 3 tokens."""
     family = FAMILIES["llava_next"]()
     processor = family.processor()
     images = [
         image.resize(size) for image, size in zip(images, [(90, 40), (120, 20), (96, 96), (40, 90)], strict=False)
     ]
-    calibration = calibrate(family.model, images, method, "60%", processor=processor)
+    calibration = calibrate(family.model, images, method, share, processor=processor)
     assert calibration.before == [9 + 18, 9 + 9, 9 + 36, 9 + 18]
-    views = [3, 4, 5, 3]
+    views = [2] * 4 if getattr(method, "tiles", "") == "together" else [3, 4, 5, 3]
     assert len(calibration.factors) == len(calibration.deviations) == sum(views)
     prompts = ["<image> w5"] * len(images)
     compressed = attach(family.model, calibration.compressor)
@@ -165,6 +169,7 @@ def test_a_budget_counts_the_tokens_of_all_views_of_an_image(images, method):
         image.after - image.layout.separators * (image.after == image.before) for image in compressed.report.images
     ]
     assert calibration.after == after
+    assert calibration.upper == max(after)
     assert len(set(calibration.factors)) == 2
-    assert calibration.average == pytest.approx(0.6 * np.mean(calibration.before), rel=0.05)
+    assert calibration.average == pytest.approx(share * np.mean(calibration.before), rel=0.05)
     assert sum(calibration.after_by_view) == sum(after)

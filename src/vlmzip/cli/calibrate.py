@@ -40,6 +40,7 @@ def run(args: Namespace) -> None:
         "keep": args.keep,
         "images": len(paths),
         "average": calibration.average,
+        "upper": calibration.upper,
         "reached": calibration.reached,
         "by_factor": dict(sorted(Counter(calibration.factors).items())),
     }
@@ -87,7 +88,10 @@ def _images(words: list[str]) -> list[str]:
 
 def _print(out: dict[str, Any], calibration: Calibration, threshold: float, args: Namespace) -> None:
     name = _threshold(calibration.compressor)
-    print(f"{name} {threshold}: {out['average']:.4g} visual tokens per image on average, {out['reached']:.1%} of all\n")
+    print(
+        f"{name} {threshold}: {out['average']:.4g} visual tokens per image on average, {out['reached']:.1%} of all;"
+        f" at most {out['upper']}\n"
+    )
     after: dict[int, set[int]] = {}
     for factor, count in zip(calibration.factors, calibration.after_by_view, strict=True):
         after.setdefault(factor, set()).add(count)

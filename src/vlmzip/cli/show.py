@@ -37,9 +37,17 @@ def run(args: Namespace) -> None:
     counts = [
         {"path": path, "before": p.before, "after": p.after} for path, p in zip(args.images, report.images, strict=True)
     ]
+    profile = loaded.family.profile()
+    stages = compressor.stages()
+    upper = stages[-1].upper_count(profile) if len(stages) == 1 else None
     if args.json:
-        print_json({"model": args.model, "compressor": compressor.to_dict(), "images": counts, "overlay": str(out)})
+        totals = {"average": report.average, "upper_count": upper}
+        named = {"model": args.model, "compressor": compressor.to_dict(), "images": counts}
+        print_json({**named, **totals, "overlay": str(out)})
         return
     for image in counts:
         print(f"{image['path']}: {image['before']} → {image['after']} visual tokens")
+    if upper is not None and profile.tiles:
+        views = len(profile.grids)
+        print(f"{report.average:.4g} per image on average; upper count {upper}, for an image of {views} views")
     print(f"tokens drawn in {out}")

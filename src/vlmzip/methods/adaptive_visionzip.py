@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -10,8 +11,8 @@ from annotated_types import Ge
 from jaxtyping import Float
 from torch import Tensor
 
-from vlmzip.compressor import Compressor
-from vlmzip.methods.dfmr import DFMR
+from vlmzip.compressor import Compressor, Measured
+from vlmzip.methods.dfmr import DFMR, with_one_factor
 from vlmzip.methods.visionzip import VisionZip
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Signal, VisualTokens
@@ -43,6 +44,8 @@ class AdaptiveVisionZip(Compressor):
     """Measure the deviation of the visual tokens' features or of the image's pixels; see `dfmr`."""
     windows: Literal["mean", "max"] = DFMR.windows
     """Take the "mean" or the "max" of the deviations of all windows; see `dfmr`."""
+    tiles: Literal["each", "together"] = DFMR.tiles
+    """Choose a factor for "each" view of an image, or one for all tiles "together"; see `dfmr`."""
     merge: Literal["reference", "mean"] = VisionZip.merge
     """How VisionZip merges contextual tokens: as in the authors' code, or as in their paper; see `visionzip`."""
 
@@ -63,6 +66,16 @@ class AdaptiveVisionZip(Compressor):
 
     def counts_by_factor(self, grid: Grid) -> dict[int, int]:
         return self.chooser.counts_by_factor(grid)
+
+    @property
+    def compares_views(self) -> bool:
+        return self.chooser.compares_views
+
+    def measured(self, tokens: VisualTokens) -> list[Measured]:
+        return self.chooser.measured(tokens)
+
+    def shared_by_content(self, views: Sequence[Measured]) -> list[Compressor]:
+        return with_one_factor(self, self.tau, views)
 
     def deviations(self, tokens: VisualTokens) -> Float[Tensor, "batch factors"]:
         return self.chooser.deviations(tokens)

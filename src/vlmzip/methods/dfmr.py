@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -11,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import layer_norm, normalize, pad
 
-from vlmzip.compressor import Compressor
+from vlmzip.compressor import Compressor, Measured
 from vlmzip.methods.pool2d import output_of_each
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
@@ -55,6 +57,11 @@ class DFMR(Compressor):
     windows: Literal["mean", "max"] = "mean"
     """Take the "mean" deviation of all windows, or the "max": then one detailed window suffices to keep tokens."""
 
+    tiles: Literal["each", "together"] = "each"
+    """Choose the factor of "each" view of an image by itself, or one for the first view (LLaVA-NeXT's base image) and
+    one for all tiles "together", by their mean deviation. Together, the tokens of tiles stay on one regular grid, but
+    plain and detailed tiles are pooled alike. No paper says which; the default treats a tile as an image."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.measure == "pixels":
@@ -66,6 +73,16 @@ class DFMR(Compressor):
 
     def token_count(self, grid: Grid) -> int | None:
         return grid.size if len(self.counts_by_factor(grid)) == 1 else None
+
+    @property
+    def compares_views(self) -> bool:
+        return self.tiles == "together"
+
+    def measured(self, tokens: VisualTokens) -> list[Measured]:
+        return Measured.of(self, tokens)
+
+    def shared_by_content(self, views: Sequence[Measured]) -> list[Compressor]:
+        return with_one_factor(self, self.tau, views)
 
     def deviations(self, tokens: VisualTokens) -> Float[Tensor, "batch factors"]:
         """Return the deviation of each factor above 1, in ascending order of factors, in float32."""
@@ -100,3 +117,15 @@ class DFMR(Compressor):
         inside: Tensor = values.unflatten(3, (-1, side)).unflatten(2, (-1, side))
         by_window = inside.var(dim=(3, 5), correction=0).sqrt().mean(-1).flatten(1)
         return by_window.mean(1) if self.windows == "mean" else by_window.amax(1)
+
+
+def with_one_factor(method: Compressor, tau: float, views: Sequence[Measured]) -> list[Compressor]:
+    """Return the method for each view of an image: the first view has its own factor, the others share one.
+
+    No deviation reaches the new threshold, so a view gets the largest factor that is allowed: the one chosen here.
+    """
+    shares: list[Compressor] = []
+    for part in Measured.parts(views):
+        factor = Measured.joined(part).factor_below(tau)
+        shares += [method.with_fields(tau=sys.float_info.max, max_factor=factor, tiles="each")] * len(part)
+    return shares

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import BatchFeature
 
 from vlmzip import spec
-from vlmzip.compressor import BudgetError, Calibratable, Compressor
+from vlmzip.compressor import BudgetError, Calibratable, Compressor, Measured
 from vlmzip.errors import UserError
 from vlmzip.keep import Keep, count_to_keep, parse_keep
 from vlmzip.models import family_of
@@ -58,6 +58,11 @@ class Calibration:
         return sum(self.after) / len(self.after)
 
     @property
+    def upper(self) -> int:
+        """Return the most output tokens of an image."""
+        return max(self.after)
+
+    @property
     def reached(self) -> float:
         """Return the retention ratio over all images."""
         return sum(self.after) / sum(self.before)
@@ -91,22 +96,11 @@ def calibrate(
 
 
 @dataclass(frozen=True)
-class MeasuredView:
-    """The measurements of one view of an image."""
-
-    size: int
-    """Visual tokens on the grid."""
-    counts: dict[int, int]
-    """Output tokens by factor, ascending from 1."""
-    deviations: dict[int, float]
-    """Deviation inside windows by factor, without factor 1."""
-
-
-@dataclass(frozen=True)
 class MeasuredImage:
     """The measurements of one image."""
 
-    views: tuple[MeasuredView, ...]
+    views: tuple[Measured, ...]
+    """The views, or their parts that get one factor."""
 
     @property
     def size(self) -> int:
@@ -165,17 +159,17 @@ def _measure_together(
     """Measure the views as the compressor will see them: without the padding of tiles."""
     loaded = [load_image(image) for image in images]
     inputs = _inputs_of(family, processor, loaded).to(family.model.device, family.model.dtype)
-    measured: dict[int, MeasuredView] = {}
+    measured: dict[int, Measured] = {}
     with torch.no_grad():
         encoded = family.encode(inputs, compressor.site, compressor.needs)
         layouts, encoded = without_padding(family.layouts(inputs), encoded, compressor)
         for group in encoded.groups:
-            grid = compressor.grid_of(group.tokens)
-            counts = compressor.counts_by_factor(grid)
-            beyond = list(counts)[1:]
-            for number, row in zip(group.numbers, compressor.deviations(group.tokens).tolist(), strict=True):
-                measured[number] = MeasuredView(grid.size, counts, dict(zip(beyond, row, strict=True)))
-    return [MeasuredImage(tuple(measured[number] for number in numbers)) for numbers in view_numbers(layouts)]
+            compressor.grid_of(group.tokens)
+            measured.update(zip(group.numbers, Measured.of(compressor, group.tokens), strict=True))
+    images_of_views = [[measured[number] for number in numbers] for numbers in view_numbers(layouts)]
+    if compressor.compares_views:
+        images_of_views = [[Measured.joined(part) for part in Measured.parts(views)] for views in images_of_views]
+    return [MeasuredImage(tuple(views)) for views in images_of_views]
 
 
 def _inputs_of(family: Family, processor: Processor, images: list[Image.Image]) -> BatchFeature:

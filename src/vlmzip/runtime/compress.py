@@ -208,7 +208,11 @@ def _joined(
 def _decide(layouts: Sequence[Layout], encoded: Encoded, compressor: Compressor | None) -> dict[int, ViewMap]:
     """Return the token map of each view, and the features and streams after it, by view number."""
     shares: list[Callable[[VisualTokens], TokenMap]] = [keep_all] * sum(len(layout.views) for layout in layouts)
-    if compressor is not None:
+    if compressor is not None and compressor.compares_views:
+        measured = {n: m for g in encoded.groups for n, m in zip(g.numbers, compressor.measured(g.tokens), strict=True)}
+        images = ([measured[number] for number in numbers] for numbers in view_numbers(layouts))
+        shares = [share for views in images for share in compressor.shared_by_content(views)]
+    elif compressor is not None:
         shares = [share for layout in layouts for share in compressor.shared(layout.views)]
     maps: dict[int, ViewMap] = {}
     for group in encoded.groups:

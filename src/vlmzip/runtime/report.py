@@ -191,6 +191,11 @@ class Report:
         """Return the number of visual tokens of all images that entered the LLM."""
         return sum(image.after for image in self.images)
 
+    @property
+    def average(self) -> float:
+        """Return the mean number of visual tokens per image that entered the LLM; 0 without images."""
+        return self.after / len(self.images) if self.images else 0.0
+
     def lined_up(
         self, predictions: Shaped[Tensor, "batch new_length *rest"], length: int, fill: float = -100
     ) -> Shaped[Tensor, "batch {length} *rest"]:
