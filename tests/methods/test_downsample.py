@@ -83,6 +83,7 @@ def test_it_acts_on_images_alone():
 @pytest.mark.parametrize("positions", [None, "contiguous"])
 def test_is_the_plain_model_on_a_smaller_image(family, positions):
     """The reference resizes the image and interpolates position embeddings by hand, and runs the plain model."""
+    skip_without(family, Site.PIXELS)
     if not family.one_size:
         pytest.skip("its images have sizes: see the test of both Qwens, and tests/models/test_llava_next.py")
     inputs = family.batch(*ROWS)

@@ -10,6 +10,7 @@ from vlmzip.models.llava import Llava
 from vlmzip.models.llava_next import LlavaNext
 from vlmzip.models.llava_next_video import LlavaNextVideo
 from vlmzip.models.llava_onevision import LlavaOnevision
+from vlmzip.models.ovis2 import Ovis2
 from vlmzip.models.paligemma import PaliGemma
 from vlmzip.models.qwen2_5_vl import Qwen25VL
 from vlmzip.models.qwen3_vl import Qwen3VL
@@ -21,6 +22,7 @@ FAMILIES: tuple[type[Family], ...] = (
     LlavaNext,
     LlavaNextVideo,
     LlavaOnevision,
+    Ovis2,
     PaliGemma,
     Qwen25VL,
     Qwen3VL,
