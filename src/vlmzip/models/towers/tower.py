@@ -40,6 +40,8 @@ class Attention:
     heads: int
     head_dim: int
     scale: float
+    norms: tuple[Any, ...] = ()
+    """The norms of queries and keys by head that follow a fused projection."""
 
     @classmethod
     def of(cls, layer: nn.Module) -> Attention | None:
@@ -51,13 +53,14 @@ class Attention:
                 if not heads or not all(isinstance(part, nn.Module) for part in parts):
                     continue
                 norms = [getattr(module, name, None) for name in NORMS]
-                if all(isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity) for norm in norms):
-                    if len(parts) == 1:
-                        return None  # the recorded output of the projection lacks the norm
-                    parts = [*norms, parts[2]]
-                width = getattr(module, "head_dim", None) or _width(module) // heads
+                if not all(isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity) for norm in norms):
+                    norms = []
+                elif len(parts) == 3:  # the norms' outputs are recorded instead of the projections'
+                    parts, norms = [*norms, parts[2]], []
+                width = getattr(module, "head_dim", None) or _width(parts[-1]) // heads
                 modules = tuple(part for part in parts if isinstance(part, nn.Module))
-                return cls(layer, module, modules, heads, width, float(_first(module, SCALES) or width**-0.5))
+                scale = float(_first(module, SCALES) or width**-0.5)
+                return cls(layer, module, modules, heads, width, scale, tuple(norms))
         return None
 
     @property
@@ -205,7 +208,7 @@ class Tower:
         if positions is not None:
             cos, sin = (table.float()[..., None, :] for table in positions)
             by_head = (states.float().unflatten(-1, (attention.heads, -1)) for states in (query, key))
-            query, key = (rotate(x, cos.expand_as(x), sin.expand_as(x)).flatten(-2) for x in by_head)
+            query, key = (_rotated(x, cos, sin).flatten(-2) for x in by_head)
         return query, key
 
     def part(self, recording: Recording, layer: int, number: int) -> Float[Tensor, "rows length dim"]:
@@ -214,7 +217,11 @@ class Tower:
         fused = len(attention.parts) == 1
         states: Tensor = recording[f"{layer}.0" if fused else f"{layer}.{number}"]
         if fused:
-            states = states.chunk(3, dim=-1)[number]
+            queries = attention.heads * attention.head_dim
+            keys = (states.shape[-1] - queries) // 2  # several query heads may share a key
+            states = states.split([queries, keys, keys], dim=-1)[number]
+            if attention.norms and number < 2:
+                states = attention.norms[number](states.unflatten(-1, (-1, attention.head_dim))).flatten(-2)
         if states.ndim == 4:  # a norm by head
             states = (states if states.shape[2] == attention.heads else states.transpose(1, 2)).flatten(2)
         shared = attention.heads * attention.head_dim // states.shape[-1]
@@ -235,11 +242,19 @@ class Tower:
         return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
 
 
+def _rotated(heads: Tensor, cos: Float[Tensor, "*batch rotary_dim"], sin: Float[Tensor, "*batch rotary_dim"]) -> Tensor:
+    """Return queries or keys by head, with the leading entries rotated that `cos` and `sin` have angles for."""
+    turned, rest = heads.split([cos.shape[-1], heads.shape[-1] - cos.shape[-1]], dim=-1)
+    return torch.cat([rotate(turned, cos.expand_as(turned), sin.expand_as(turned)), rest], dim=-1)
+
+
 def _first(owner: object, names: Sequence[str]) -> Any:
     """Return the first attribute that is set, or `None`."""
     return next((value for name in names if (value := getattr(owner, name, None)) is not None), None)
 
 
-def _width(module: nn.Module) -> int:
-    """Return the width of the features that an attention takes."""
-    return int(next(parameter for parameter in module.parameters() if parameter.ndim == 2).shape[-1])
+def _width(projection: Any) -> int:
+    """Return the width of the features that a projection takes."""
+    if (width := getattr(projection, "in_features", None)) is not None:
+        return int(width)
+    return int(next(parameter for parameter in projection.parameters() if parameter.ndim == 2).shape[-1])
