@@ -269,6 +269,19 @@ def test_the_projector_gets_only_the_tokens_that_remain(asked):
     assert family.projects_each_token == (type(model).__name__ in PROJECTS_EACH_TOKEN)
 
 
+@torch.no_grad()
+def test_an_image_of_one_token_decides_nothing():
+    """Whether tokens are projected by themselves, and which patches make a token, is decided with the next image."""
+    model, inputs = made("internvl")
+    family, one = ModelFamily(model), batch([1, IMAGE_TOKEN, 5]) | {"pixel_values": torch.randn(1, 3, 16, 16)}
+    for _ in range(2):
+        small = compress_inputs(model, one, VisionZip(keep=1), family=family)
+        assert torch.equal(model(**small).logits, model(**one).logits)
+        assert (family.projects_each_token, family.is_confirmed) == (None, False)
+    compress_inputs(model, inputs, VisionZip(keep=2), family=family)
+    assert (family.projects_each_token, family.is_confirmed) == (True, True)
+
+
 @pytest.mark.parametrize("compressor", [VisionZip(keep=2), KMeans(keep=2), Pool2d(factor=2), FastV(keep=2, layer=1)])
 def test_methods_answer_through_attach(asked, compressor):
     model, inputs = asked

@@ -28,18 +28,22 @@ TOLERANCE = 0.01
 TF32_EPS = 2.0**-10
 
 
-def maps_each_token(projector: nn.Module, recording: Recording, projected: Float[Tensor, "tokens llm_dim"]) -> bool:
+def maps_each_token(
+    projector: nn.Module, recording: Recording, projected: Float[Tensor, "tokens llm_dim"]
+) -> bool | None:
     """Return True if the projector maps each token by itself, and its output is what the model returns, `projected`.
 
     `recording` has input and output of the projector. The projector must compute the same for every other token alone
-    as for all tokens.
+    as for all tokens. Return `None` if there is only one token, with which this cannot be checked.
     """
     features, output = recording.inputs.get("projector"), recording.outputs.get("projector")
     if not isinstance(features, Tensor) or not isinstance(output, Tensor) or min(features.ndim, output.ndim) < 2:
         return False
     features, output = features.flatten(0, -2), output.flatten(0, -2)
-    if len(features) != len(projected) or len(features) < 2 or not _are_close(output, projected):
+    if len(features) != len(projected) or not _are_close(output, projected):
         return False
+    if len(features) == 1:
+        return None
     every_other = slice(1, None, 2)
     try:
         with torch.no_grad(), evaluating(projector):

@@ -124,7 +124,7 @@ class Family:
     sites: ClassVar[tuple[Site, ...]] = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
     """Where compressors can act in this family."""
     projects_each_token: bool | None = None
-    """True if the projector maps each token by itself. `None`: the first run tells."""
+    """True if the projector maps each token by itself. `None` until the first run with several tokens."""
     prefix: int = 0
     """The number of tokens, such as CLS, before the grid of each view that have features as the grid's tokens have."""
     image_inputs: tuple[str, ...] = ()
@@ -335,7 +335,8 @@ class Family:
             for layer in layers:
                 if not self.is_confirmed:
                     check_tower(self.get_features, self.tower, batch.arguments, batch.grids, layer)
-                    self.is_confirmed = True
+                    # With one token, all patches make this token, in whatever order.
+                    self.is_confirmed = any(grid.size > 1 for grid in batch.grids)
                 values |= self.tower.signals(run.recording, layer, batch.grids, self.prefix, needs)
             for grid, rows in numbers_by_kind(batch.grids).items():
                 by_view: dict[str, Any] = {
