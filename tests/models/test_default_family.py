@@ -1,6 +1,7 @@
 """Families without code: the model is asked for its features, and answers without compression as it does alone."""
 
 import copy
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -36,6 +37,7 @@ import vlmzip
 from tests.tiny import IMAGE_TOKEN, LLM, batch, tiny_tokenizer
 from vlmzip import (
     DFMR,
+    Downsample,
     FastV,
     Grid,
     KMeans,
@@ -481,6 +483,48 @@ def test_two_threads_may_ask_at_once():
     alone = scores(0)
     with ThreadPoolExecutor(4) as pool:
         assert all(torch.allclose(together, alone, atol=1e-6) for together in pool.map(scores, range(12)))
+
+
+class CountsPlaceholders(ModelFamily):
+    """A family whose author has defined `downsample` and left `layouts`, which counts placeholders."""
+
+    sites = (Site.PIXELS, *ModelFamily.sites)
+
+    def downsample(self, inputs, grids):
+        return {"pixel_values": inputs["pixel_values"][..., :16, :16]}
+
+
+@torch.no_grad()
+def test_layouts_that_do_not_follow_resized_images_are_named():
+    model, inputs = made("internvl")
+    with pytest.raises(UserError, match=r"CountsPlaceholders\.layouts .* must follow the shapes of the pixels"):
+        compress_inputs(model, inputs, Downsample(keep=1), family=CountsPlaceholders(model))
+
+
+def hooks_of(model):
+    """Return the module and the name of each hook, and whether transformers takes its own as installed."""
+    return [
+        (name, [getattr(hook, "__qualname__", hook) for hooks in (part._forward_hooks, part._forward_pre_hooks)
+                for hook in hooks.values()], getattr(part, "_output_capturing_hooks_installed", False))
+        for name, part in model.named_modules()
+    ]  # fmt: skip
+
+
+@torch.no_grad()
+def test_a_call_leaves_only_the_hooks_of_the_plain_call(asked):
+    """If `get_image_features` asks the encoder for hidden states, transformers' hooks stay and cannot be pickled.
+
+    We do not remove them, because the plain model may run in another thread and use them.
+    """
+    model, inputs = asked
+    plain, inner = copy.deepcopy(model), copy.deepcopy(model)
+    plain(**inputs)
+    compressed = vlmzip.attach(inner, VisionZip(keep=2))
+    expected = compressed(**inputs).logits
+    assert torch.equal(copy.deepcopy(compressed)(**inputs).logits, expected)
+    assert hooks_of(inner) == hooks_of(plain)
+    if not any(hooks for _, hooks, _ in hooks_of(plain)):
+        assert torch.equal(pickle.loads(pickle.dumps(compressed))(**inputs).logits, expected)
 
 
 @pytest.mark.parametrize(("tokens", "grid"), [(1, (1, 1, 1)), (16, (1, 4, 4)), (15, (1, 1, 15)), (256, (1, 16, 16))])

@@ -142,6 +142,12 @@ def _encode_smaller(
         return images, separator, dict(inputs)
     with watch.time("selection"):
         smaller = {**inputs, **family.downsample(inputs, targets)}
+    if family.grids(smaller) != targets:
+        raise UserError(
+            f"{type(family).__name__}.layouts returns other grids than those to which {type(family).__name__}.downsample"
+            " resized the images: it must follow the shapes of the pixels, not the placeholders of the prompt; see"
+            ' "Add a family of models" in CONTRIBUTING.md'
+        )
     with watch.time("encoder"):
         encoded = family.encode(smaller, Site.PRE_PROJECTOR, frozenset())
     with watch.time("bookkeeping"):
