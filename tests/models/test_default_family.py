@@ -56,6 +56,7 @@ from vlmzip.models.family import Family as ModelFamily
 from vlmzip.models.family import WithStreams, square_of
 from vlmzip.models.towers.tower import Tower
 from vlmzip.runtime.fitting import has_sliding_windows
+from vlmzip.runtime.generation import COPIES_WHOLE_ROWS
 
 PROJECTS_EACH_TOKEN = tuple(f"{name}ForConditionalGeneration" for name in ("InternVL", "Janus", "Glm4v"))
 
@@ -483,6 +484,27 @@ def test_two_threads_may_ask_at_once():
     alone = scores(0)
     with ThreadPoolExecutor(4) as pool:
         assert all(torch.allclose(together, alone, atol=1e-6) for together in pool.map(scores, range(12)))
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not COPIES_WHOLE_ROWS, reason="transformers before 5.19 gives copies of a row other images")
+def test_copies_of_a_row_see_its_images(asked):
+    """Rows have two images, one and none. With one candidate, each sampled copy is the greedy answer of its row."""
+    model, inputs = asked
+    settings = {"max_new_tokens": 4, "pad_token_id": 0, "eos_token_id": 0}
+    copies = {"do_sample": True, "top_k": 1, "num_return_sequences": 2}
+
+    def generate(**how):
+        small = compress_inputs(model, inputs, VisionZip(keep=3), generating=True, family=ModelFamily(model))
+        return model.generate(**small, **settings, **how)
+
+    greedy = generate(do_sample=False)
+    with vlmzip.attach(model, VisionZip(keep=3)) as compressed:
+        answers = compressed.generate(**inputs, **settings, **copies)
+    assert torch.equal(answers[:, -4:], greedy[:, -4:].repeat_interleave(2, 0))
+    if not isinstance(model, Glm4vForConditionalGeneration):  # its own `generate` mixes the images of a row's copies
+        assert torch.equal(generate(**copies), greedy.repeat_interleave(2, 0))
+    assert len(set(map(tuple, greedy[:, -4:].tolist()))) > 1
 
 
 class CountsPlaceholders(ModelFamily):

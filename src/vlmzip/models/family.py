@@ -694,7 +694,9 @@ class Family:
         the LLM add to the same tokens, one tensor per layer (deepstack). It is empty in families without deepstack.
         """
         # The model scatters a tensor over all placeholders at once, so one row can hold images of different lengths.
-        form: Any = features if self.features_as_list else torch.cat(features)[None]
+        # `generate` takes the first axis for images when it copies rows for beams or several sequences. With one token
+        # per entry, it finds the tokens of each row: [all, 1, llm_dim].
+        form: Any = features if self.features_as_list else torch.cat(features)[:, None]
         if self.stream_count:
             by_layer = [list(layer) for layer in zip(*streams, strict=True)]
             return {self.modality: WithStreams(pooler_output=form, deepstack_features=by_layer)}

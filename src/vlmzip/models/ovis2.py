@@ -55,4 +55,4 @@ class Ovis2(Family):
         table = self.model.model.visual_embeddings_table
         count, end = self.model.config.vision_config.num_visual_indicator_tokens, table.num_embeddings
         marks = table(torch.arange(end - count, end, device=features[0].device))
-        return {"image": WithMarks(pooler_output=torch.cat(features)[None], visual_indicator_features=marks)}
+        return {"image": WithMarks(pooler_output=torch.cat(features)[:, None], visual_indicator_features=marks)}

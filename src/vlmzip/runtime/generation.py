@@ -6,6 +6,7 @@ does the same with the user's prompt, and refuses settings with which transforme
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,6 +15,7 @@ import transformers
 from jaxtyping import Bool, Int
 from packaging.version import Version
 from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmzip.errors import UserError
 from vlmzip.models.family import Family
@@ -26,6 +28,9 @@ from vlmzip.runtime.prompt import PER_TOKEN, pad_id
 
 #: True if chunked prefill gives each chunk its own part of the images' features.
 CAN_CUT_FEATURES = hasattr(transformers.generation.utils, "_slice_mm_encoder_output")
+
+#: True if `generate` gives the copies of a row, for beams or several sequences, the images of this row in order.
+COPIES_WHOLE_ROWS = Version(transformers.__version__) >= Version("5.19")
 
 #: Inputs with one row for each prompt.
 ONE_A_ROW = {"input_ids", *PER_TOKEN}
@@ -123,8 +128,7 @@ class Generation:
         if self.setting("prefill_chunk_size") and "mm_encoder_outputs" in call.inputs and not CAN_CUT_FEATURES:
             raise UserError(f"prefill_chunk_size with images gives wrong answers in transformers {version}; update it")
         rows = [image.row for image in call.report.images]
-        # Before version 5.19, transformers gives the copies of a row the images of other rows.
-        if self.repeats and len(rows) != len(set(rows)) and Version(version) < Version("5.19"):
+        if self.repeats and len(rows) != len(set(rows)) and not COPIES_WHOLE_ROWS:
             raise UserError(
                 "beams and several sequences of prompts with several images give wrong answers in transformers"
                 f" {version}; update it"
@@ -151,9 +155,11 @@ class Generation:
         if inputs.get("streamer") is not None:
             inputs["streamer"] = PromptStreamer(inputs["streamer"], prompt)
         outputs = inputs.get("mm_encoder_outputs") or {}
-        by_modality = {each.modality: each.features_as_list for each in self.family.modalities}
-        if self.repeats and not all(by_modality[modality] for modality in outputs):
+        as_tensor = [each for each in self.family.modalities if not each.features_as_list and each.modality in outputs]
+        if self.repeats and as_tensor and not COPIES_WHOLE_ROWS:
             return self._run_row_by_row(call)
+        if self.repeats and outputs:
+            inputs["mm_encoder_outputs"] = outputs | self._joined_by_row(call)
         with running(call.in_llm):
             output = self.model.generate(**inputs)
         sequences = output if isinstance(output, Tensor) else output.sequences
@@ -181,16 +187,31 @@ class Generation:
                     )
                 inputs[limit] = max(value - prompt + short, 0)
 
-    def _run_row_by_row(self, call: CompressedCall) -> Generated:
-        """Run each row alone, because `generate` would repeat the images of several rows wrongly.
+    def _joined_by_row(self, call: CompressedCall) -> dict[str, BaseModelOutputWithPooling]:
+        """Return features that are a list with one entry for each row, in place of one for each image.
 
-        For several rows per prompt, `generate` repeats the features image by image. This needs a list of features, one
-        for each image; here the features of all images are one tensor.
+        Some models, such as GLM-4V, copy each entry by itself, which would mix the images of a row.
+        """
+        joined = {}
+        for each in self.family.modalities:
+            rows = [image.row for image in call.report.images if image.modality == each.modality]
+            if rows and each.features_as_list:
+                outputs = call.inputs["mm_encoder_outputs"][each.modality]
+                streams = [_by_row(layer, rows) for layer in getattr(outputs, "deepstack_features", None) or ()]
+                joined |= each.encoder_outputs(_by_row(outputs.pooler_output, rows), list(zip(*streams, strict=True)))
+        return joined
+
+    def _run_row_by_row(self, call: CompressedCall) -> Generated:
+        """Run each row alone, for versions of transformers that copy the features of several rows wrongly.
+
+        These versions copy each entry of the features by itself. This needs one entry for each image. Here all images
+        are one tensor, which may only have a single entry with the tokens of a single row: [1, tokens, llm_dim].
         """
         refused = ("return_dict_in_generate", "streamer", "prefix_allowed_tokens_fn")
         if any(self.setting(name) for name in refused):
             raise UserError(
-                f"beams and several sequences per prompt do not work with {' or '.join(refused)} in this family"
+                f"beams and several sequences per prompt do not work with {' or '.join(refused)} in this family in"
+                f" transformers {transformers.__version__}; update it"
             )
         prompt, inputs = self.arguments["input_ids"], call.inputs
         rows, states = [], []
@@ -216,10 +237,21 @@ class Generation:
             if images:
                 features = call.inputs["mm_encoder_outputs"][each.modality].pooler_output
                 if isinstance(features, Tensor):
-                    features = features[0].split([image.after for image in images])
+                    features = features[:, 0].split([image.after for image in images])
                 mine = [part for image, part in zip(images, features, strict=True) if image.row == row]
-                of_row |= each.encoder_outputs(mine) if mine else {}
+                if mine:
+                    (outputs,) = each.encoder_outputs(mine).values()
+                    if isinstance(outputs.pooler_output, Tensor):
+                        outputs.pooler_output = outputs.pooler_output.transpose(0, 1)  # a single entry
+                    of_row[each.modality] = outputs
         return of_row
+
+
+def _by_row(entries: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:
+    """Join the entries of images in the same row; `rows` has the row of each image, in ascending order."""
+    return [
+        torch.cat([entry for row, entry in zip(rows, entries, strict=True) if row == each]) for each in dict.fromkeys(rows)
+    ]
 
 
 @runtime_checkable

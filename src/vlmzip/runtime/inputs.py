@@ -48,10 +48,11 @@ def compress_inputs(
     `inputs` are the processor's outputs, optionally with labels or generation arguments. Inputs that do not belong to
     the prompt or the images pass through unchanged. `compressor` may be text or a path, as in `attach`. Call the plain
     model on the result: `model(**...)`, or `model.generate(**...)` after `generating=True`, because a family may count
-    positions differently there.
+    positions differently there. Beams and several sequences per prompt need transformers 5.19: older versions give copies
+    of a row wrong images.
 
     In the result, `mm_encoder_outputs` replaces the images and videos. Its `["image"].pooler_output` (and `["video"]`)
-    holds the projected tokens: a list with `[after, llm_dim]` for each image, or `[1, all, llm_dim]` in families that
+    holds the projected tokens: a list with `[after, llm_dim]` for each image, or `[all, 1, llm_dim]` in families that
     take one tensor. `input_ids`,
     `attention_mask`, labels and token types are `[batch, new_length]`, with one placeholder for each remaining token.
     Rows of different lengths are padded, on the right if the prompt was padded there, else on the left.
@@ -124,9 +125,9 @@ def compress_inputs(
         out["position_ids"] = out.counted[0]
     reports = [replace(image.report, row=row) for image, (row, _) in zip(images, places, strict=True)]
     out.report = Report(compressor, reports, source, watch)
-    goes_on = bool(inside_the_llm(compressor))
-    out.spans = _spans(present, out["input_ids"], images) if goes_on else []
-    if pack_rows and not goes_on and not generating and cache_of(out) is None:
+    acts_inside = bool(inside_the_llm(compressor))
+    out.spans = _spans(present, out["input_ids"], images) if acts_inside else []
+    if pack_rows and not acts_inside and not generating and cache_of(out) is None:
         pack(out, family, images, {"input_ids": pad_id(family), **PER_TOKEN})
     return out
 
