@@ -14,12 +14,12 @@ ENDLESS = """
 import os, sys, time
 from vlmzip.children import in_child
 
-def go_on():
+def work():
     yield os.getpid()
     time.sleep(600)
 
 if __name__ == "__main__":
-    for process in in_child(go_on):
+    for process in in_child(work):
         print(process, flush=True)
 """
 LAUNCHED = """
@@ -53,7 +53,7 @@ def leave():
     os._exit(3)
 
 
-def go_on():
+def work():
     yield os.getpid()
     time.sleep(600)
 
@@ -78,7 +78,7 @@ def test_what_came_before_an_end_is_kept(run, why):
 
 
 def test_a_child_ends_when_its_results_are_no_longer_wanted():
-    results = in_child(go_on)
+    results = in_child(work)
     process = next(results)
     results.close()
     assert not is_running(process)

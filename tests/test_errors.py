@@ -1,4 +1,4 @@
-"""What is suggested in place of a name that there is not."""
+"""Suggestions in place of unknown names."""
 
 import pytest
 

@@ -151,10 +151,10 @@ def test_what_a_field_refuses_is_named_in_a_line(name, given, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"cuont": 1}, "the file: there is no 'cuont'; did you mean 'count'?"),
-        ({"kinds": 1}, "the file: there is no 'kinds'"),
-        ({5: 1}, "the file: there is no 5"),
-        ({"part": {"sise": 1}}, "part: there is no 'sise'; did you mean 'size'?"),
+        ({"cuont": 1}, "the file: unknown key 'cuont'; did you mean 'count'?"),
+        ({"kinds": 1}, "the file: unknown key 'kinds'"),
+        ({5: 1}, "the file: unknown key 5"),
+        ({"part": {"sise": 1}}, "part: unknown key 'sise'; did you mean 'size'?"),
         ({"part": {}}, "part.size is missing"),
         ({"part": True}, "part.size is missing"),
         ({"part": {"size": 0}}, "part.size must be a whole number of at least 1, got 0"),

@@ -62,7 +62,7 @@ def test_a_label_has_what_stages_differ_in_even_at_its_default():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("visionzap", "there is no method 'visionzap'; did you mean 'visionzip'"),
+        ("visionzap", "unknown method 'visionzap'; did you mean 'visionzip'"),
         ("visionzip(kep=64)", "has no field 'kep'"),
         ("visionzip(64)", "a setting in .* must be field=value, got '64'"),
         ("visionzip(keep=1,keep=2)", "sets keep twice"),

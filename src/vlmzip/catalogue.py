@@ -39,7 +39,7 @@ def find(name: str) -> type[Compressor]:
     if name not in known:
         known = available()  # slower: it looks through all installed packages
     if name not in known:
-        raise UserError(f"there is no method {name!r}{closest(name, known)}")
+        raise UserError(f"unknown method {name!r}{closest(name, known)}")
     return known[name]
 
 

@@ -63,7 +63,7 @@ def refuse_unknown(where: str, content: Iterable[object], known: Iterable[str]) 
     known = list(known)
     for key in content:
         if key not in known:
-            raise UserError(f"{where}: there is no {key!r}{closest(str(key), known)}")
+            raise UserError(f"{where}: unknown key {key!r}{closest(str(key), known)}")
 
 
 def alternatives(names: Sequence[str]) -> str:

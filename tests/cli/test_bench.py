@@ -256,7 +256,7 @@ def test_a_budget_out_of_reach_is_measured_as_set_and_said():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--preset", "llava-7b"], "no preset 'llava-7b'; did you mean 'llava-1.5-7b'?"),
+        (["--preset", "llava-7b"], "unknown preset 'llava-7b'; did you mean 'llava-1.5-7b'?"),
         (["--scale", "2"], "scale 2: give a number above 0 and up to 1"),
         (["--scale", "1/0"], "--scale '1/0' is not a number"),
         (["--scale", "nan"], "--scale 'nan' is not a number"),
@@ -268,7 +268,7 @@ def test_a_budget_out_of_reach_is_measured_as_set_and_said():
         (["--attention", "flash"], "unknown attention 'flash'; choose one of"),
         (["--clock", "sun"], "unknown clock 'sun'; choose one of"),
         (["--methods", ","], "--methods names no method"),
-        (["--methods", "visonzip"], "no method 'visonzip'; did you mean 'visionzip'?"),
+        (["--methods", "visonzip"], "unknown method 'visonzip'; did you mean 'visionzip'?"),
         (["--device", "tpu"], "--device 'tpu' cannot be used"),
         (["--out", __file__], "is a file; give a folder"),
         (["--attention", "flash_attention_2"], "--attention flash_attention_2 cannot be used"),

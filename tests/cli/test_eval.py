@@ -163,7 +163,7 @@ class TestReport:
 
 
 class TestFullDisk:
-    def test_records_are_kept_and_the_same_command_goes_on(self, evaluate, tmp_path, monkeypatch):
+    def test_records_are_kept_and_the_same_command_resumes(self, evaluate, tmp_path, monkeypatch):
         real, left = os.write, [2]
 
         def write(file, data):
@@ -232,7 +232,7 @@ MISTAKES = [
     (["--keep", ","], "names no budget"),
     (["--methods", "visionsip"], "did you mean 'visionzip'"),
     (["--methods", ","], "names no method"),
-    (["--tasks", "nowhere:exact"], "no task and no folder 'nowhere'"),
+    (["--tasks", "nowhere:exact"], "unknown task or folder 'nowhere'"),
     (["--tasks", "{folder}"], "needs a metric"),
     (["--limit", "0"], "--limit 0: give at least 1"),
     (["--batch", "0"], "--batch 0: give at least 1"),

@@ -162,7 +162,7 @@ def test_the_same_command_again_asks_nothing(study, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_stopped_goes_on_where_it_was(study, monkeypatch, tmp_path):
+def test_a_stopped_run_resumes_where_it_was(study, monkeypatch, tmp_path):
     study("tau")
     (path,) = (tmp_path / "out" / "records").rglob("dfmr-tau=0.8*.jsonl")
     lines = path.read_text().splitlines(keepends=True)
@@ -208,14 +208,14 @@ def row_key(row):
 
 
 MISTAKES = [
-    (["taw"], "no analysis 'taw'; did you mean 'tau'"),
+    (["taw"], "unknown analysis 'taw'; did you mean 'tau'"),
     ([], "the following arguments are required: NAME"),
     (["tau", "--limit", "0"], "--limit 0: give at least 1"),
     (["tau", "--batch", "0"], "--batch 0: give at least 1"),
     (["tau", "--seed", "-1"], "--seed -1: give at least 0"),
     (["tau", "--out", "{folder}/asked/a.png"], "is a file; give a folder"),
-    (["tau", "--task", "nowhere:exact"], "no task and no folder 'nowhere'"),
-    (["tau", "--tasks", "nowhere:exact"], "no task and no folder 'nowhere'"),
+    (["tau", "--task", "nowhere:exact"], "unknown task or folder 'nowhere'"),
+    (["tau", "--tasks", "nowhere:exact"], "unknown task or folder 'nowhere'"),
     (["tau", "--task", "mini,easy-vqa"], "--task takes exactly one task, got 'mini,easy-vqa'"),
     (["tau", "--keep", "25%"], "vlmzip study has no option --keep"),
 ]

@@ -145,7 +145,7 @@ def test_costs_need_neither_model_nor_records(tmp_path, capsys):
     assert main([*explained, "--shape", "llava-1.5-7b"]) == 2
     assert "for costs alone: --set steps=1000" in capsys.readouterr().err
     assert main([*explained, "--shape", "llava-7b", "--set", "steps=10"]) == 2
-    assert "--shape: there is no 'llava-7b'; did you mean 'llava-1.5-7b'" in capsys.readouterr().err
+    assert "--shape: unknown preset 'llava-7b'; did you mean 'llava-1.5-7b'" in capsys.readouterr().err
 
 
 def test_an_image_that_cannot_be_is_refused_before_the_table(tmp_path, capsys):

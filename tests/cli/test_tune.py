@@ -236,7 +236,7 @@ MISTAKES = [
     (["--max-loss", "1", "--methods", "visionsip"], "did you mean 'visionzip'"),
     (["--max-loss", "1", "--tasks", "mini,{folder}:exact"], "--task takes exactly one task, got 'mini,"),
     (["--max-loss", "1", "--task", ""], "--task takes exactly one task, got ''"),
-    (["--max-loss", "1", "--task", "nowhere:exact"], "no task and no folder 'nowhere'"),
+    (["--max-loss", "1", "--task", "nowhere:exact"], "unknown task or folder 'nowhere'"),
     (["--max-loss", "1", "--limit", "1"], "questions about at least 2 images"),
     (["--max-loss", "1", "--batch", "0"], "--batch 0: give at least 1"),
     (["--max-loss", "1", "--seed", "-1"], "--seed -1: give at least 0"),

@@ -29,7 +29,7 @@ def subject(tmp_path):
     return numbered_subject(tmp_path)
 
 
-def test_it_goes_on_where_it_was_stopped(subject):
+def test_it_resumes_where_it_was_stopped(subject):
     study, task, first, then = subject.study(), subject.task, Asked(breaks_at=4), Asked()
     settings = {"compressor": {"method": "no_compression"}}
     with pytest.raises(RuntimeError):

@@ -51,7 +51,7 @@ def undisturbed(tmp_path_factory):
     return folder
 
 
-def test_a_run_that_is_killed_goes_on_where_it_was(undisturbed, tmp_path, capsys):
+def test_a_killed_run_resumes_where_it_was(undisturbed, tmp_path, capsys):
     process = start(folder=tmp_path)
     shards, deadline = [], time.monotonic() + 120
     while not any(path.stat().st_size for path in shards) and time.monotonic() < deadline:

@@ -143,7 +143,7 @@ class TestFolder:
     ("text", "message"),
     [
         (" ,", "names no task"),
-        ("mimi", "no task and no folder 'mimi'; did you mean 'mini'"),
+        ("mimi", "unknown task or folder 'mimi'; did you mean 'mini'"),
         ("easy-vqa:tunde", "did you mean 'tuned'"),
         ("{folder}", "needs a metric after a colon"),
         ("{folder}:exakt", "unknown metric 'exakt'; did you mean 'exact'"),

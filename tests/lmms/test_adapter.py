@@ -186,7 +186,7 @@ def test_an_answer_ends_before_what_it_ends_with(adapter, images):
     assert result.text == "or"
 
 
-def test_rounds_go_on_until_the_task_says_stop(adapter, images):
+def test_rounds_continue_until_the_task_says_stop(adapter, images):
     asked = []
 
     def conversation(round_idx=0, previous_output=(), previous_round_info=None):

@@ -403,7 +403,7 @@ def every_third(hidden, *_):
 CHAIN = Chain(compressors=(QFormer(queries=9, depth=2, width=24, heads=4), LLaVolta(stride=3, layer=2)))
 
 
-def test_a_chain_goes_on_inside_the_llm(family):
+def test_a_chain_continues_inside_the_llm(family):
     """Compare a batch with the naive loop over layers, on the plain model with the Q-Former's tokens in its prompt."""
     with torch.no_grad():
         compressed = attached(family.model, CHAIN)
@@ -420,7 +420,7 @@ def test_a_chain_goes_on_inside_the_llm(family):
             torch.testing.assert_close(together[row, -int(left.sum()) :], expected[left], atol=3e-5, rtol=0)
 
 
-def test_a_chain_goes_on_behind_the_projector(llava):
+def test_a_chain_continues_behind_the_projector(llava):
     chain = Chain(compressors=(TINY, RandomTokens(keep=2, site=Site.POST_PROJECTOR)))
     compressed, inputs = attached(llava, chain), FAMILIES["llava"]().batch([1, "image", 5])
     with torch.no_grad():

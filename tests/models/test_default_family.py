@@ -326,7 +326,7 @@ def test_tiles_in_one_run_of_placeholders_are_views():
 
 
 @torch.no_grad()
-def test_a_conversation_with_tiles_goes_on():
+def test_a_conversation_with_tiles_continues():
     """The whole conversation is given again, with the pixels of all views."""
     model, inputs = tiled()
     with vlmzip.attach(model, VisionZip(keep_per_view=2, positions="original")) as compressed:

@@ -155,7 +155,7 @@ class TestQwen:
         assert "cls_attention" not in encoded.groups[0].tokens.signals
 
     def test_positions_are_those_of_the_full_grid(self, family):
-        """Kept tokens keep their three axes, and the text goes on where the full grid says."""
+        """Kept tokens keep their three axes, and the text continues where the full grid ends."""
         from vlmzip import RandomTokens, compress_inputs
 
         inputs = family.batch([1, 2, "image", 5, 6])

@@ -141,7 +141,7 @@ def test_a_count_must_reach_for_one_token_of_each_view():
 
 
 @pytest.mark.parametrize("layout", [TILED, PADDED], ids=["tiles", "padding"])
-def test_a_second_compressor_goes_on_where_nothing_is_gone(layout):
+def test_a_second_compressor_continues_where_nothing_is_gone(layout):
     """Behind the identity a second compressor sees the same views, and its map fits the placeholders left."""
     (once,) = compress([layout], encoded(layout), Pool2d(factor=2))
     (plain,) = compress([layout], encoded(layout), NoCompression())

@@ -64,7 +64,7 @@ class AfterThree(StoppingCriteria):
 
 @pytest.mark.parametrize("ends", [[95], [95, PAD]], ids=["", "pad ends too"])
 def test_answers_that_a_criterion_ended(family, ends):
-    """Row 0 goes on behind its own three tokens, without the filler that `generate` put behind them."""
+    """Row 0 continues behind its three tokens, without the filler that `generate` put behind them."""
     compressed = vlmzip.attach(family.model, NoCompression())  # the criterion sees the prompt that it was made for
     first = family.batch([1, "image", 5, 6], [1, 3, "image", 7, 5, 6])
     width, cache = first["input_ids"].shape[1], DynamicCache()

@@ -139,7 +139,7 @@ def test_one_position_too_many_is_said(fresh, method):
     compressed.detach()
 
 
-def test_axes_that_go_on_slowly_count_less_than_tokens():
+def test_axes_that_advance_slowly_count_less_than_tokens():
     family = FAMILIES["qwen2_5_vl"]()
     inputs = family.batch([1, "image", 4, "image", 5])
     whole = vlmzip.attach(family.model, NoCompression())

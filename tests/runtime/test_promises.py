@@ -468,7 +468,7 @@ def test_forward_with_a_cache(family, positions):
 
 @promise("turns: padded in another way, or continued where the answer was cut")
 def test_turns_given_in_other_forms(family, compressed):
-    """The whole conversation in wider padding, and an answer that ran into its limit and goes on."""
+    """The whole conversation in wider padding, and an answer that ran into its limit and is continued."""
     first = family.batch([1, "image", 5, 6], [1, 3, "image", 7, 5, 6])
     long = compressed.generate(**first, max_new_tokens=8, min_new_tokens=8, do_sample=False)
     cache = DynamicCache()

@@ -1,4 +1,4 @@
-"""`switch`: the same façade goes on with another compressor, as training in stages does."""
+"""`switch`: the same façade continues with another compressor, as training in stages does."""
 
 import pytest
 import torch

@@ -113,7 +113,7 @@ def test_beams_without_a_cache(family, how):
 
 
 def test_a_copy_of_the_cache_is_refused(family):
-    """A decoding loop of the user's that forks the cache would go on with layers of different lengths."""
+    """A decoding loop of the user's that forks the cache would continue with layers of different lengths."""
 
     def fork(model, input_ids, logits_processor, stopping_criteria, generation_config, **inputs):
         prepared = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **inputs)

@@ -57,7 +57,7 @@ def test_changes_win_over_the_file(read):
     ("text", "said"),
     [
         ("model: mini\n", "records is missing"),
-        (LEAST + "stepps: 3\n", "there is no 'stepps'; did you mean 'steps'"),
+        (LEAST + "stepps: 3\n", "unknown key 'stepps'; did you mean 'steps'"),
         (LEAST + "steps: many\n", "steps must be a whole number from 1 to 1,000,000,000, got 'many'"),
         (LEAST + "steps: true\n", "steps must be a whole number .*, got True"),
         (LEAST + "steps: 0\n", "steps must be a whole number from 1 to 1,000,000,000, got 0"),
@@ -69,7 +69,7 @@ def test_changes_win_over_the_file(read):
             "learn must be .* projector, llm or vision, .* did you mean 'projector'",
         ),
         (LEAST + "learn: projector\nlora: {}\n", "lora trains the LLM, so learn must include llm"),
-        (LEAST + "lora: {rank: 3}\n", "lora: there is no 'rank'"),
+        (LEAST + "lora: {rank: 3}\n", "lora: unknown key 'rank'"),
         (LEAST + "evaluation: {}\n", "evaluation.every is missing"),
         (LEAST + "evaluation: 5\n", "evaluation must be a mapping of settings such as {every: …}, got 5"),
         (LEAST + "trainer: 5\n", "trainer must be a mapping, got 5"),

@@ -86,7 +86,7 @@ def test_only_incomplete_checkpoints_of_a_run_are_removed(tmp_path, config):
     "changed",
     [{"steps": 4}, {"schedule": "none"}, {"learn": "projector"}, {"lora": {"r": 4}}, {"batch": 2}, {"seed": 1}],
 )
-def test_a_run_goes_on_only_with_the_settings_it_was_begun_with(tmp_path, config, changed):
+def test_a_run_resumes_only_with_the_settings_it_was_begun_with(tmp_path, config, changed):
     out = begun(tmp_path, config, 2)
     with pytest.raises(UserError, match=f"begun with other settings \\({next(iter(changed))}: .*give another out"):
         begin(out, config(**changed))
@@ -199,7 +199,7 @@ def test_another_run_is_kept_out(tmp_path, config, monkeypatch):
     assert found.hold is not None
 
 
-def test_how_to_go_on(tmp_path, config):
+def test_how_to_resume(tmp_path, config):
     out = begun(tmp_path, config)
     assert how_to_resume(out) == "there is no checkpoint yet; run the same command again to start over"
     checkpoint(out, 2)

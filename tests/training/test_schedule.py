@@ -92,11 +92,11 @@ def test_any_method_at_any_site_from_yaml():
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("three-stage", "there is no 'three-stage'; did you mean 'three-stage-wider'"),
+        ("three-stage", "unknown schedule or method 'three-stage'; did you mean 'three-stage-wider'"),
         (3, "3 is not a schedule"),
         ({}, "give name or stages"),
         ({"name": "none", "stages": []}, "give name or stages"),
-        ({"name": "two-stage", "splits": [1, 2]}, "no 'splits'; did you mean 'split'"),
+        ({"name": "two-stage", "splits": [1, 2]}, "unknown key 'splits'; did you mean 'split'"),
         ({"name": "two-stage", "split": 25}, "split must be a list of shares such as .*, got 25"),
         ({"name": "two-stage", "split": [1, "a"]}, "share 'a' is not a number"),
         ({"name": "two-stage", "split": [1, -1]}, "below 0"),
@@ -105,7 +105,7 @@ def test_any_method_at_any_site_from_yaml():
         ({"stages": ["none"]}, "stages must be a list"),
         ({"stages": [{"share": 1}]}, "stage 1 has no compressor"),
         ({"stages": [{"compressor": "none"}, {"compressor": 5}]}, "5 is not a compressor"),
-        ({"stages": [{"compressor": "none", "shares": 1}]}, "stage 1: there is no 'shares'; did you mean 'share'"),
+        ({"stages": [{"compressor": "none", "shares": 1}]}, "stage 1: unknown key 'shares'; did you mean 'share'"),
         ({"stages": [{"compressor": "none", "share": 0}]}, "stage 1 has a share of 0"),
         ("random_factor(per=step)+fastv(layer=1)", "random_factor cannot be chained"),
         ("random_factor+fastv(layer=1)", "random_factor cannot be chained"),

@@ -88,7 +88,7 @@ def questions(start):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(start, again):
+def test_a_stopped_run_resumes_as_if_it_had_not_been_stopped(start, again):
     """The run stops in the middle of stage two, whose steps are the third and the fourth."""
     out, _ = again(save_every=3)
     subprocess.run(["rm", "-r", out / "checkpoint-6", out / "model"], check=True)
@@ -303,7 +303,7 @@ def test_a_mistake_in_a_worker_is_a_line_too(again):
 
 
 @pytest.mark.slow
-def test_ctrl_c_says_how_to_go_on(again, monkeypatch):
+def test_ctrl_c_says_how_to_resume(again, monkeypatch):
     step = StagedTrainer.training_step
 
     def interrupted(trainer, *args, **kwargs):
@@ -390,7 +390,7 @@ def test_varying_lengths_train_and_resume(again, schedule):
     assert len(retained) > 1 or schedule == "dfmr"
 
 
-def test_bad_records_are_reported_and_training_goes_on(start, again, tmp_path):
+def test_bad_records_are_reported_and_training_continues(start, again, tmp_path):
     content = json.loads((start / "data.json").read_text())
     content[0]["image"] = "missing.png"
     content[1]["conversations"][1]["value"] = "w9 " * 300
@@ -596,7 +596,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(start, again, monkeypatch, who
         ({"trainer": {"lr_scheduler_kwargs": {"nonsense": 1}}}, "trainer: .*nonsense"),
         ({"trainer": {"optim": "galore_adamw"}}, "trainer: .*galore_torch"),
         ({"trainer": {"torch_compile_backend": "nonsense"}}, "trainer: .*NONSENSE"),
-        ({"evaluation": {"every": 1, "task": "nothing"}}, "no task and no folder 'nothing'"),
+        ({"evaluation": {"every": 1, "task": "nothing"}}, "unknown task or folder 'nothing'"),
     ],
 )
 def test_runs_that_cannot_be_trained_are_refused_in_a_line(again, settings, said):

@@ -228,7 +228,7 @@ def _refuse_what_cannot_run(args: Namespace, config: object, device: torch.devic
 def _check(args: Namespace) -> None:
     """Raise `UserError` for invalid options before the model is made, and set `args.keep` to None for `as-set`."""
     if args.preset not in PRESETS:
-        raise UserError(f"there is no preset {args.preset!r}{closest(args.preset, PRESETS)}")
+        raise UserError(f"unknown preset {args.preset!r}{closest(args.preset, PRESETS)}")
     for name, choices in (("attention", ATTENTION), ("clock", CLOCKS)):
         if (value := getattr(args, name)) not in choices:
             raise UserError(f"unknown {name} {value!r}; choose one of {', '.join(choices)}")

@@ -135,7 +135,7 @@ def _run(arguments: list[str]) -> None:
     elif name == "--version":
         print(f"vlmzip {__version__}")
     elif name not in COMMANDS:
-        raise UserError(f"there is no command {name!r}{closest(name, COMMANDS)}")
+        raise UserError(f"unknown command {name!r}{closest(name, COMMANDS)}")
     else:
         options = import_module(f"vlmzip.cli._options.{name}")
         parser = Parser(prog=f"vlmzip {name}", description=COMMANDS[name], epilog=f"examples:\n{options.EXAMPLES}")

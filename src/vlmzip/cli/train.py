@@ -129,7 +129,7 @@ def _on_paper(config: Config, preset: str | None) -> Any:
     """
     if preset is not None:
         if preset not in PRESETS:
-            raise UserError(f"--shape: there is no {preset!r}{closest(preset, PRESETS)}")
+            raise UserError(f"--shape: unknown preset {preset!r}{closest(preset, PRESETS)}")
         return family_of(make_model(make_config(PRESETS[preset]), "meta", torch.bfloat16))
     try:
         shape = load_config(source_of(config.model))

@@ -48,8 +48,8 @@ def compress_inputs(
     `inputs` are the processor's outputs, optionally with labels or generation arguments. Inputs that do not belong to
     the prompt or the images pass through unchanged. `compressor` may be text or a path, as in `attach`. Call the plain
     model on the result: `model(**...)`, or `model.generate(**...)` after `generating=True`, because a family may count
-    positions differently there. Beams and several sequences per prompt need transformers 5.19: older versions give copies
-    of a row wrong images.
+    positions differently there. Beams and several sequences per prompt need transformers 5.19 or later: older versions
+    give copies of a row wrong images.
 
     In the result, `mm_encoder_outputs` replaces the images and videos. Its `["image"].pooler_output` (and `["video"]`)
     holds the projected tokens: a list with `[after, llm_dim]` for each image, or `[all, 1, llm_dim]` in families that

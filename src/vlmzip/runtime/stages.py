@@ -144,8 +144,8 @@ def _encode_smaller(
         smaller = {**inputs, **family.downsample(inputs, targets)}
     if family.grids(smaller) != targets:
         raise UserError(
-            f"{type(family).__name__}.layouts returns other grids than those to which {type(family).__name__}.downsample"
-            " resized the images: it must follow the shapes of the pixels, not the placeholders of the prompt; see"
+            f"{type(family).__name__}.layouts does not return the grids to which its downsample resized the images:"
+            " it must follow the shapes of the pixels, not the placeholders of the prompt; see"
             ' "Add a family of models" in CONTRIBUTING.md'
         )
     with watch.time("encoder"):

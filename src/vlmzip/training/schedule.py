@@ -141,7 +141,7 @@ def read_schedule(content: object, depth: int = PUBLISHED_DEPTH) -> Schedule:
         elsewhere = ":" in content or RANDOM.match(content)
         if is_name(content) and not elsewhere and content not in catalogue.available():
             known = (*SCHEMES, "random_factor", *catalogue.available())
-            raise UserError(f"schedule: there is no {content!r}{closest(content, known)}")
+            raise UserError(f"schedule: unknown schedule or method {content!r}{closest(content, known)}")
         return constant(read_compressor(content))
     if not isinstance(content, Mapping):
         raise UserError(f"schedule: {content!r} is not a schedule; give a name, a compressor, or stages")

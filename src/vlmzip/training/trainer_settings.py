@@ -363,5 +363,7 @@ def _unknown(key: object, known: set[str]) -> str:
     passed = known & PASSED.keys()
     near = nearest(str(key), passed | MADE_FROM.keys() | set(MADE_FROM.values()))
     if near is not None and near not in passed:
-        return f"there is no {key!r}; did you mean the run's own setting {MADE_FROM.get(near, near)}, outside trainer?"
-    return f"there is no {key!r}{closest(str(key), passed)}"
+        return (
+            f"unknown setting {key!r}; did you mean the run's own setting {MADE_FROM.get(near, near)}, outside trainer?"
+        )
+    return f"unknown setting {key!r}{closest(str(key), passed)}"

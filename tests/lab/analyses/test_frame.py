@@ -25,5 +25,5 @@ def test_each_has_its_functions_and_a_line_about_it(name):
 
 
 def test_an_unknown_name_gets_the_closest():
-    with pytest.raises(UserError, match="no analysis 'encoder_attenton'; did you mean 'encoder_attention'"):
+    with pytest.raises(UserError, match="unknown analysis 'encoder_attenton'; did you mean 'encoder_attention'"):
         find("encoder_attenton")

@@ -1,4 +1,4 @@
-"""The table of methods on mini goes on where it was stopped, and measures again what other code gave."""
+"""The table of methods on mini resumes where it was stopped, and measures again what other code gave."""
 
 import csv
 

@@ -71,7 +71,7 @@ def test_a_half_written_checkpoint_is_never_read(tmp_path: Path) -> None:
     assert run.saved["step"] == 2
 
 
-def test_another_recipe_does_not_go_on_in_the_same_folder(tmp_path: Path) -> None:
+def test_another_recipe_does_not_resume_in_the_same_folder(tmp_path: Path) -> None:
     trained(tmp_path, stop_encoder=1)
     other = replace(tiny_recipe(), encoder=RecipeStage(steps=9, learning_rate=1e-3, batch=2))
     with pytest.raises(UserError, match="another encoder"):

@@ -25,7 +25,7 @@ NAMES = ("ablation", "attention_by_depth", "context", "encoder_attention", "laye
 def find(name: str) -> ModuleType:
     """Return the module of an analysis. Raise `UserError` with the closest name if there is no such analysis."""
     if name not in NAMES:
-        raise UserError(f"there is no analysis {name!r}{closest(name, (*NAMES, 'all'))}")
+        raise UserError(f"unknown analysis {name!r}{closest(name, (*NAMES, 'all'))}")
     return import_module(f"{__name__}.{name}")
 
 

@@ -40,7 +40,7 @@ def read_task(text: str, limit: int | None, calibrate_on: str | None) -> Task:
         return _calibrated_on(easy_vqa.easy_vqa_task(limit, relation), calibrate_on)
     if not is_there(name):
         known = (mini.NAME, easy_vqa.NAME)
-        raise UserError(f"there is no task and no folder {name!r}{closest(name, known)}, FOLDER:METRIC")
+        raise UserError(f"unknown task or folder {name!r}{closest(name, known)}, FOLDER:METRIC")
     if suffix and suffix not in METRICS:
         raise UserError(f"unknown metric {suffix!r}{closest(suffix, METRICS)}")
     if not suffix:
