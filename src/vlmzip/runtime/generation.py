@@ -192,7 +192,7 @@ class Generation:
 
         Some models, such as GLM-4V, copy each entry by itself, which would mix the images of a row.
         """
-        joined = {}
+        joined: dict[str, BaseModelOutputWithPooling] = {}
         for each in self.family.modalities:
             rows = [image.row for image in call.report.images if image.modality == each.modality]
             if rows and each.features_as_list:
@@ -250,7 +250,8 @@ class Generation:
 def _by_row(entries: Sequence[Tensor], rows: Sequence[int]) -> list[Tensor]:
     """Join the entries of images in the same row; `rows` has the row of each image, in ascending order."""
     return [
-        torch.cat([entry for row, entry in zip(rows, entries, strict=True) if row == each]) for each in dict.fromkeys(rows)
+        torch.cat([entry for row, entry in zip(rows, entries, strict=True) if row == each])
+        for each in dict.fromkeys(rows)
     ]
 
 

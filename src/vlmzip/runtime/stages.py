@@ -142,7 +142,8 @@ def _encode_smaller(
         return images, separator, dict(inputs)
     with watch.time("selection"):
         smaller = {**inputs, **family.downsample(inputs, targets)}
-    if family.grids(smaller) != targets:
+    grid_of = {n: grid for batch in family.batches(smaller) for n, grid in zip(batch.numbers, batch.grids, strict=True)}
+    if [grid_of[number] for number in sorted(grid_of)] != targets:
         raise UserError(
             f"{type(family).__name__}.layouts does not return the grids to which its downsample resized the images:"
             " it must follow the shapes of the pixels, not the placeholders of the prompt; see"
