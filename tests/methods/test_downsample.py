@@ -213,7 +213,7 @@ def test_original_positions_are_those_of_the_middle_of_each_cell(llava):
 def test_keeping_all_changes_nothing(family):
     skip_without(family, Site.PIXELS)
     inputs = family.batch(*ROWS)
-    compressed = vlmzip.attach(family.model, Downsample(keep=42))
+    compressed = vlmzip.attach(family.model, Downsample(keep=200))  # no image has so many tokens
     with torch.no_grad():
         torch.testing.assert_close(compressed(**inputs).logits, family.model(**inputs).logits, atol=1e-5, rtol=0)
     assert torch.equal(compressed.generate(**inputs, **GREEDY), family.model.generate(**inputs, **GREEDY))
@@ -256,7 +256,8 @@ def test_loss_has_gradients_for_pixels_and_encoder(family):
     )
     inputs["pixel_values"].requires_grad_()
     vlmzip.attach(model, Downsample(keep=8))(**inputs).loss.backward()
-    patch = next(p for name, p in model.named_parameters() if "patch_emb" in name)
+    encoder = vlmzip.models.family_of(model).vision_encoder
+    patch = next(p for name, p in encoder.named_parameters() if "patch_emb" in name)
     for gradient in (inputs["pixel_values"].grad, patch.grad):
         assert gradient.isfinite().all()
         assert gradient.abs().sum() > 0

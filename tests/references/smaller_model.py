@@ -16,7 +16,8 @@ def smaller_image(pixels, height, width):
 def model_for(model, side):
     """Return a copy of a model whose CLIP or SigLIP encoder has a resolution of `side` x `side` pixels."""
     model = copy.deepcopy(model)
-    embeddings = model.model.vision_tower.embeddings
+    encoder = model.model.image_tower if hasattr(model.model, "image_tower") else model.model.vision_tower
+    embeddings = encoder.embeddings
     old = embeddings.position_embedding.weight
     grid, new = int(old.shape[0] ** 0.5), side // embeddings.patch_size
     front, patches = old[: -grid * grid], old[-grid * grid :]
