@@ -28,7 +28,7 @@ SECONDS ?= 60
 SEED ?= 0
 
 .PHONY: help demo test test-slow test-transformers test-newest test-lmms test-extras fuzz check fmt lint types tables bench bench-gpu \
-	flops figures support papers mini mini-data always extras-beside-tests
+	flops figures support papers conformance mini mini-data always extras-beside-tests
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -128,6 +128,10 @@ runs/support-%.json: .venv-transformers-%/.installed always
 
 papers: $(INSTALLED) ## recompute the papers' printed numbers; writes docs/papers.md
 	$(BIN)/python docs/_make/papers.py
+
+conformance: $(INSTALLED) ## try every model folder of transformers with every method, on tiny models; writes docs/models.md
+	$(BIN)/vlmzip models --check --jobs $(JOBS) --out src/vlmzip/lab/conformance/results.json
+	$(BIN)/python docs/_make/models.py
 
 mini-data: $(INSTALLED) ## draw the images and make the base model for configs/mini*.yaml, in runs/mini-data
 	$(BIN)/python -m recipes.mini.conversations --out runs/mini-data

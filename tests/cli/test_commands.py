@@ -232,7 +232,7 @@ def test_methods_models_and_help(capsys):
         1
     ].items()
     assert "2412.04467" in run(capsys, "methods", "visionzip")[1]
-    assert json.loads(run(capsys, "models", "--json")[1])[0]["family"] == "llava"
+    assert json.loads(run(capsys, "models", "llava", "--json")[1])[0]["family"] == "llava"
     for arguments in ([], ["--help"], ["--version"]):
         assert run(capsys, *arguments)[0] == 0
     for command in ("ask", "calibrate", "show", "methods", "models"):

@@ -37,15 +37,24 @@ PROJECTORS = (
     "vision_projection", "merger",
 )  # fmt: skip
 #: Names in configs of the number of patches per side that become one token. Some give the ratio of the sides, below 1.
-MERGES = ("spatial_merge_size", "scale_factor", "downsample_factor", "downsample_ratio", "pixel_shuffle_factor")
+MERGES = (
+    "spatial_merge_size", "merge_size", "merge_kernel_size", "scale_factor", "downsample_factor", "downsample_ratio",
+    "pixel_shuffle_factor",
+)  # fmt: skip
 #: Names in models that pack the views of an image with separators.
 PACKING = ("pack_image_features", "image_newline", "view_separator")
 #: How the names of parameters of `get_image_features` begin that are settings, and do not describe images.
 SETTINGS = ("vision_", "interpolate_", "downsample_")
+#: The fields of an encoder's output that no `forward` reads beside the visual tokens.
+ENCODER_FIELDS = ("last_hidden_state", "pooler_output", "hidden_states", "attentions", "deepstack_features")
+#: The most tokens between two parts of one image in a prompt.
+MOST_BETWEEN = 8
 #: The number of tokens with which a projector is tried.
 PROBED = 16
 #: The side in pixels of a common image, for encoders that take images of any size.
 COMMON_SIDE = 448
+#: The side in pixels of a common patch, for encoders whose config has none.
+COMMON_PATCH = 14
 #: Attention implementations for which transformers builds masks that keep packed rows from attending to each other.
 MASKED_ATTENTION = ("sdpa", "eager")
 #: LLMs for which we have checked that packed rows stay apart. Others ignore packing (gpt_oss) or carry a state along.
@@ -158,14 +167,19 @@ class Family:
         self.modality = modality
         """The kind of visual input that this object serves. `modalities` has the objects for all kinds of a model."""
         self.get_features = _method(self.model, f"get_{modality}_features")
-        parameters = inspect.signature(self.get_features).parameters.values()
-        self._feature_arguments = tuple(p.name for p in parameters if p.kind is not p.VAR_KEYWORD)
+        # Some heads pass arguments on to the model inside without naming them.
+        named = (self.get_features, getattr(self.model.base_model, f"get_{modality}_features", None))
+        parameters = [p for method in named if method for p in inspect.signature(method).parameters.values()]
+        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        self._feature_arguments = tuple(dict.fromkeys(p.name for p in parameters if p.kind not in variable))
+        self._output_class: type[Any] = BaseModelOutputWithPooling
+        self._further_fields: dict[str, Any] = {}
         if modality == "video":
             self.image_inputs = self.video_inputs
         if not self.image_inputs:
             self.image_inputs = tuple(n for n in self._feature_arguments if not n.startswith(SETTINGS))
         if type(self) is Family and _method(self.model, "get_rope_index"):
-            self.default_positions, self.position_axes = "original", (3,)
+            self.default_positions, self.position_axes = "original", self._axes_of_rope_index()
 
     @property
     def input_methods(self) -> list[Any]:
@@ -173,6 +187,16 @@ class Family:
         names = ("get_image_features", "get_video_features")
         methods = (self.model.forward, *(_method(self.model, name) for name in names))
         return [method for method in methods if method is not None]
+
+    def _axes_of_rope_index(self) -> tuple[int, ...]:
+        """Return the axes of the positions that the model's `get_rope_index` gives for a prompt of one token."""
+        rope_index = _method(self.model, "get_rope_index")
+        token = torch.zeros(1, 1, dtype=torch.long)
+        try:
+            positions, _ = rope_index(input_ids=token, mm_token_type_ids=token, attention_mask=token + 1)
+        except TypeError:  # it has other parameters
+            return (3,)
+        return tuple(positions.shape[:-2])
 
     @staticmethod
     def missing_in(model: nn.Module) -> str | None:
@@ -184,10 +208,8 @@ class Family:
             return "mm_encoder_outputs among the arguments of forward"
         if not isinstance(getattr(inner.config, "image_token_id", None), int):
             return "image_token_id in its config"
-        if not isinstance(getattr(inner.get_decoder(), "layers", None), nn.ModuleList):
+        if _with_layers(inner.get_decoder()) is None:
             return "LLM with layers that get_decoder returns"
-        if inner.get_encoder(modality="image") is inner:
-            return "vision encoder that get_encoder returns"
         if any(hasattr(owner, name) for owner in (inner, inner.base_model) for name in PACKING):
             return "family file, and it packs several views of an image in its own way"
         return None
@@ -210,8 +232,8 @@ class Family:
     @property
     def llm(self) -> nn.Module:
         """The decoder, without vision encoder, projector and LM head. Override it if `get_decoder` returns another."""
-        llm: nn.Module = self.model.get_decoder()
-        return llm
+        decoder: nn.Module = self.model.get_decoder()
+        return _with_layers(decoder) or decoder
 
     @property
     def decoder_layers(self) -> nn.ModuleList:
@@ -233,7 +255,7 @@ class Family:
 
         We call these features streams. They are compressed with the token map of the visual tokens.
         """
-        return len(getattr(self.model.config.vision_config, "deepstack_visual_indexes", None) or ())
+        return len(getattr(self.vision_config, "deepstack_visual_indexes", None) or ())
 
     @property
     def first_free_layer(self) -> int:
@@ -266,8 +288,19 @@ class Family:
 
     @cached_property
     def tower(self) -> Tower:
-        """The vision encoder with its attention."""
+        """The vision encoder with its attention. Raise `UserError` if the model has no encoder."""
+        if self.vision_encoder is self.model:
+            raise UserError(
+                f"{type(self.model).__name__} has no vision encoder with attention:"
+                " choose a method that does not look at the encoder's attention"
+            )
         return tower_of(self.vision_encoder)
+
+    @property
+    def vision_config(self) -> Any:
+        """The config of the vision encoder, or of the model if it has no other."""
+        config = self.model.config
+        return getattr(config, "vision_config", None) or getattr(config, "vq_config", None) or config
 
     @property
     def llm_config(self) -> Any:
@@ -288,8 +321,9 @@ class Family:
     @property
     def patches_per_side(self) -> int:
         """The number of patches per side that become one token, by the model's config."""
-        configs = (self.model.config.vision_config, self.model.config)
+        configs = (self.vision_config, self.model.config)
         factor = next((v for name in MERGES for config in configs if (v := getattr(config, name, None))), 1)
+        factor = factor[0] if isinstance(factor, Sequence) else factor
         return round(factor if factor >= 1 else 1 / factor)
 
     def profile(self) -> Profile:
@@ -297,11 +331,12 @@ class Family:
 
         Override it if images have several views.
         """
-        vision, config = self.model.config.vision_config, self.model.config
+        vision, config = self.vision_config, self.model.config
         if tokens := getattr(config, "mm_tokens_per_image", None):
             grid = square_of(tokens)
         else:
-            image, patch = _side(getattr(vision, "image_size", None) or COMMON_SIDE), _side(vision.patch_size)
+            image = _side(getattr(vision, "image_size", None) or COMMON_SIDE)
+            patch = _side(getattr(vision, "patch_size", None) or COMMON_PATCH)
             side = max(image // patch // self.patches_per_side, 1)
             grid = Grid(1, side, side)
         return Profile(grid, self.llm_config.num_hidden_layers, first_layer=self.first_free_layer)
@@ -379,11 +414,29 @@ class Family:
             output = self.get_features(**batch.arguments, return_dict=True)
         run = Run(output, recording, recording.inputs.get("projector"))
         if output is not None:
+            if output.pooler_output is None:
+                raise UserError(
+                    f"{type(self.model).__name__} gives its visual tokens in a field other than pooler_output;"
+                    ' see "Add a family of models" in CONTRIBUTING.md'
+                )
             self.features_as_list = not isinstance(output.pooler_output, Tensor)
+            self._keep_further_fields(output)
             self._check_streams(len(getattr(output, "deepstack_features", None) or ()))
         if self.projects_each_token is None and output is not None:
             self.projects_each_token = maps_each_token(self.projector, recording, _flat(output.pooler_output))
         return run
+
+    def _keep_further_fields(self, output: Any) -> None:
+        """Keep what `forward` of some models reads beside the visual tokens, such as the logits of an encoder's router.
+
+        The projector then does not end a run, because the model makes its output behind it.
+        """
+        fields = vars(output)
+        self._further_fields = {name: fields[name] for name in fields if name not in ENCODER_FIELDS}
+        if self._further_fields:
+            self._output_class = type(output)
+        if any(value is not None for value in self._further_fields.values()):
+            self.projects_each_token = False
 
     def _parameters_of_run(self) -> Iterator[nn.Parameter]:
         """Return the parameters on which the features of `run` depend, and others that are not of the LLM.
@@ -449,13 +502,14 @@ class Family:
         features = run.projector_input if run.output is None else run.output.pooler_output
         if features is None or (isinstance(features, Tensor) and features.ndim < 3):
             return  # the tokens of all views are one entry
-        ends = set(accumulate(entry.shape[:-1].numel() for entry in features))
+        sizes = [entry.shape[:-1].numel() for entry in features]
+        if set(sizes) == {1}:
+            return  # each token is an entry
+        ends = set(accumulate(sizes))
         if not ends <= set(accumulate(self.prefix + grid.size for grid in batch.grids)):
             raise UserError(
                 f"the {self.modality} placeholders of the prompt are not those of the {self.modality}s:"
-                f" {type(self.model).__name__} makes"
-                f" {[entry.shape[:-1].numel() for entry in features]} visual tokens of them; use the model's own"
-                " processor"
+                f" {type(self.model).__name__} makes {sizes} visual tokens of them; use the model's own processor"
             )
 
     def _of_views(self, values: Tensor, grids: Sequence[Grid], rows: Sequence[int]) -> Tensor:
@@ -473,7 +527,7 @@ class Family:
             raise UserError(
                 "this family's inputs are patches, not images: choose a method that does not look at pixels"
             )
-        return image_of(self.model.config.vision_config, pixels[list(rows)])
+        return image_of(self.vision_config, pixels[list(rows)])
 
     def passes_prefix(self, inputs: Inputs) -> bool:
         """Return True if the LLM gets the prefix of each view."""
@@ -517,18 +571,51 @@ class Family:
         and smaller images do not change the prompt.
         """
         if self._has_grids:
-            grids = grids_of(sizes_of(inputs, *self.image_inputs[:2]), self.patches_per_side)
-            if self.modality == "image":
+            grids, placeholders = self._grids_of_patches(inputs)
+            if self.modality == "video":
+                layouts = {
+                    grid: Layout.of_frames(grid._replace(frames=1), grid.frames) for grid in dict.fromkeys(grids)
+                }
+                return [layouts[grid] for grid in grids]
+            if type(self) is not Family or placeholders in (None, sum(grid.size for grid in grids)):
                 return Layout.of_single_views(grids)
-            layouts = {grid: Layout.of_frames(grid._replace(frames=1), grid.frames) for grid in dict.fromkeys(grids)}
-            return [layouts[grid] for grid in grids]
-        rows = (inputs["input_ids"] == self.placeholder_id).long().cpu()
-        edges = [torch.nn.functional.pad(row, (1, 1)).diff().nonzero()[:, 0].tolist() for row in rows]
-        counts = [end - start for row in edges for start, end in zip(row[::2], row[1::2], strict=True)]
+        counts = self._placeholders_of_images(inputs)
         if grids := self._grids_of_sizes(inputs, sum(counts)):
             return Layout.of_single_views(grids)
         tokens = self._tokens_of_view(inputs, counts)
         return Layout.of_equal_views([(square_of(tokens or n), n // (tokens or n)) for n in counts])
+
+    def _grids_of_patches(self, inputs: Inputs) -> tuple[list[Grid], int | None]:
+        """Return the grid of each image by `image_grid_thw`, and the number of placeholders if there is a prompt.
+
+        If the config does not name the number of patches that become one token, the prompt shows it.
+        """
+        sizes, side = sizes_of(inputs, *self.image_inputs[:2]), self.patches_per_side
+        if (ids := inputs.get("input_ids")) is None:
+            return grids_of(sizes, side), None
+        placeholders, patches = int((ids == self.placeholder_id).sum()), int(sizes.prod(-1).sum())
+        by_prompt = math.isqrt(patches // max(placeholders, 1))
+        return grids_of(sizes, by_prompt if by_prompt**2 * placeholders == patches else side), placeholders
+
+    def _placeholders_of_images(self, inputs: Inputs) -> list[int]:
+        """Return the number of placeholders of each image in the prompt.
+
+        A run of placeholders is one image. If other inputs describe fewer images, each of them has several runs: a
+        token ends each row or surrounds each view. Images are further apart than the parts of an image.
+        """
+        rows = (inputs["input_ids"] == self.placeholder_id).long().cpu()
+        edges = [torch.nn.functional.pad(row, (1, 1)).diff().nonzero()[:, 0].tolist() for row in rows]
+        runs = [list(zip(row[::2], row[1::2], strict=True)) for row in edges]
+        described = {len(value) for name in self.image_inputs[1:] if (value := inputs.get(name)) is not None}
+        if inputs[self.image_inputs[0]].ndim == 5:
+            described = set()  # each entry has the images of a row of the prompt
+        parts = [[end - start for start, end in row] for row in runs]
+        if len(described) == 1 and sum(map(len, parts)) > min(described):
+            for between in range(1, MOST_BETWEEN + 1):
+                joined = [_joined(row, between) for row in runs]
+                if sum(map(len, joined)) == min(described):
+                    parts = joined
+        return [count for row in parts for count in row]
 
     def _tokens_of_view(self, inputs: Inputs, counts: Sequence[int]) -> int | None:
         """Return the number of tokens of each view if the pixels are a batch of views that can fill the placeholders.
@@ -549,9 +636,10 @@ class Family:
 
     def _grids_of_sizes(self, inputs: Inputs, placeholders: int) -> list[Grid]:
         """Return the grids by `image_sizes`, height and width in pixels; empty if the placeholders do not fill them."""
-        if "image_sizes" not in self.image_inputs or inputs.get("image_sizes") is None:
+        patch = getattr(self.vision_config, "patch_size", None)
+        if patch is None or "image_sizes" not in self.image_inputs or inputs.get("image_sizes") is None:
             return []
-        side = _side(self.model.config.vision_config.patch_size) * self.patches_per_side
+        side = _side(patch) * self.patches_per_side
         sizes = torch.as_tensor(inputs["image_sizes"]).tolist()
         grids = [Grid(1, height // side, width // side) for height, width in sizes]
         return grids if sum(grid.size for grid in grids) == placeholders else []
@@ -620,7 +708,7 @@ class Family:
             return self._width_before_projector
         if site is Site.POST_PROJECTOR or not self.projects_each_token:
             return int(self.llm_config.hidden_size)
-        return int(self.model.config.vision_config.hidden_size)
+        return int(self.vision_config.hidden_size)
 
     @cached_property
     def _width_before_projector(self) -> int:
@@ -697,10 +785,12 @@ class Family:
         # `generate` takes the first axis for images when it copies rows for beams or several sequences. With one token
         # per entry, it finds the tokens of each row: [all, 1, llm_dim].
         form: Any = features if self.features_as_list else torch.cat(features)[:, None]
+        fields = dict(self._further_fields)
+        output_class = self._output_class
         if self.stream_count:
-            by_layer = [list(layer) for layer in zip(*streams, strict=True)]
-            return {self.modality: WithStreams(pooler_output=form, deepstack_features=by_layer)}
-        return {self.modality: BaseModelOutputWithPooling(pooler_output=form)}
+            fields["deepstack_features"] = [list(layer) for layer in zip(*streams, strict=True)]
+            output_class = output_class if self._further_fields else WithStreams
+        return {self.modality: output_class(pooler_output=form, **fields)}
 
     def queries_and_keys(
         self,
@@ -745,11 +835,31 @@ def _method(model: Any, name: str) -> Any:
     return getattr(model, name, None) or getattr(model.base_model, name, None)
 
 
+def _with_layers(module: nn.Module) -> nn.Module | None:
+    """Return the outermost module that has a list of layers, `module` itself or one inside it, or `None`."""
+    return next(
+        (inner for inner in module.modules() if isinstance(getattr(inner, "layers", None), nn.ModuleList)), None
+    )
+
+
 def _flat(features: Tensor | Sequence[Tensor]) -> Float[Tensor, "tokens dim"]:
     """Return the features of all images, one tensor or one per image, one after another."""
     if isinstance(features, Tensor):
         return features.flatten(0, -2)
     return torch.cat([image.flatten(0, -2) for image in features])
+
+
+def _joined(runs: Sequence[tuple[int, int]], between: int) -> list[int]:
+    """Return the number of placeholders in each group of runs that have at most `between` tokens between them."""
+    counts: list[int] = []
+    last_end = -math.inf
+    for start, end in runs:
+        if start - last_end <= between:
+            counts[-1] += end - start
+        else:
+            counts.append(end - start)
+        last_end = end
+    return counts
 
 
 def _side(size: int | Sequence[int]) -> int:

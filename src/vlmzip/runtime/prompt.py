@@ -79,7 +79,7 @@ def shorten(
     `places` has the row and the placeholder columns of each image. `offsets` has, for each remaining token of an image,
     the index of the placeholder that it takes. The remaining tokens start at the image's first placeholder, and other
     tokens between its placeholders follow them. If `in_place` is true for an image, these others stay before the tokens
-    of later columns, as timestamps do between the frames of a video.
+    of later columns, as timestamps do between the frames of a video. If no token is dropped, they stay where they are.
     """
     attended = mask.cpu().bool()
     # The first and the last token of each row; 0 and -1 for a row without tokens.
@@ -91,11 +91,16 @@ def shorten(
         at = first
         for (place_row, placeholders), image_offsets, stay in zip(places, offsets, in_place, strict=True):
             if place_row == row:
-                dropped = set(placeholders)
+                is_placeholder = set(placeholders)
                 kept += range(at, placeholders[0])
                 left = [placeholders[offset] for offset in image_offsets]
-                others = [column for column in range(placeholders[0], placeholders[-1]) if column not in dropped]
-                kept += _merged(left, others) if stay else left + others
+                columns = range(placeholders[0], placeholders[-1] + 1)
+                if len(left) == len(placeholders):
+                    tokens = iter(left)
+                    kept += [next(tokens) if column in is_placeholder else column for column in columns]
+                else:
+                    others = [column for column in columns if column not in is_placeholder]
+                    kept += _merged(left, others) if stay else left + others
                 at = placeholders[-1] + 1
         kept_rows.append(kept + list(range(at, last + 1)))
     longest = max(map(len, kept_rows))
