@@ -21,10 +21,10 @@ SOME = "(+)"
 
 HEAD = """# Which models work
 
-Look up here which methods work with your model. transformers {transformers} has {folders} model folders whose models
-take `mm_encoder_outputs`, the interface that vlmzip uses. `make conformance` builds a tiny model with random weights of
-each, asks it with every method, and writes this page (vlmzip {vlmzip}, torch {torch}, {minutes} minutes). `vlmzip
-models NAME` prints a model's cells with their reasons.
+Look up here which methods work with your model. transformers {transformers} has {folders} model folders whose models take
+`mm_encoder_outputs`, the interface that vlmzip uses. `make conformance` builds a tiny model with random weights of
+each, asks it with every method, and writes this page (vlmzip {vlmzip}, torch {torch}, {minutes} minutes).
+`vlmzip models NAME` prints a model's cells with their reasons.
 
 {counts}
 
@@ -37,7 +37,7 @@ models NAME` prints a model's cells with their reasons.
 Each cell asks about one image, about several images, and with a batch of rows of two images, one image and text alone.
 An answer must be the same with and without a cache, a row in a batch the same as alone, and `no_compression` the same
 as the plain model. Methods run with half of the tokens or, if they have no budget, with their default settings. Videos
-are not part of the page.
+are not part of the page; `evs` keeps all tokens of an image.
 
 `+` works; `(+)` works in some of these cases and is refused in others; `–` refused.
 """
@@ -60,7 +60,7 @@ def page() -> str:
     results = committed()
     models = models_of(results)
     minutes = round(results["seconds"] / 60)
-    numbers = ", ".join(f"{count} {status}" for status, count in counts(models).items())
+    numbers = "; ".join(f"{status}: {count}" for status, count in counts(models).items())
     head = HEAD.format(folders=len(models), minutes=minutes, counts=f"**{numbers}.**", **results["versions"])
     return "\n".join(part.strip() + "\n" for part in (head, table(models), untried(models), reasons(models)))
 
@@ -111,7 +111,8 @@ def without_names(model: Checked, reason: str) -> str:
     """Return a reason without names of classes and counts of tokens, so that equal reasons read the same."""
     reason = re.sub(r" \(\d+ patches, \d+ tokens\)", "", reason)
     reason = reason.replace(model.model, "the model") if model.model else reason
-    return re.sub(r"\b[A-Z]\w*(Model|Transformer|Encoder|Attention|DecoderLayer)\b", r"its \1", reason)
+    reason = re.sub(r"\b[A-Z]\w*Vision\w*\b", "the encoder", reason)
+    return re.sub(r"\b[A-Z]\w*[a-z](Model|Attention)\b", lambda name: f"the {name[1].lower()}", reason)
 
 
 if __name__ == "__main__":

@@ -44,13 +44,12 @@ def run(args: Namespace) -> None:
 
 
 def _check(args: Namespace) -> dict[str, Any]:
-    # These import torch and transformers, which the committed results do not need.
-    from vlmzip.lab.conformance.run import check_all
-    from vlmzip.lab.conformance.tiny import folders
+    # They import torch and transformers, which the committed results do not need.
+    from vlmzip.lab.conformance import run, tiny
 
-    known = folders()
+    known = tiny.folders()
     _refuse_unknown(args.name, known)
-    results = check_all(args.name or known, args.jobs, _report)
+    results = run.check_all(args.name or known, args.jobs, _report)
     if args.out:
         conformance.write(Path(args.out), results)
         print(f"results written to {args.out}", file=sys.stderr)
@@ -72,8 +71,8 @@ def _summary(model: Checked) -> str:
     if model.untried:
         return f"{model.untried}: {model.reason}"
     statuses = [model.status_of(method) for method in model.cells]
-    words = {"works": "work", "refused": "are refused", "fails": "fail"}
-    return ", ".join(f"{statuses.count(status)} methods {word}" for status, word in words.items() if status in statuses)
+    words = {"works": "methods work", "refused": "refused", "fails": "fail"}
+    return ", ".join(f"{statuses.count(status)} {word}" for status, word in words.items() if status in statuses)
 
 
 def _overview(models: Sequence[Checked]) -> Table[Checked]:
