@@ -21,8 +21,8 @@ SOME = "(+)"
 
 HEAD = """# Which models work
 
-Look up here which methods work with your model. transformers {transformers} has {folders} model folders whose models take
-`mm_encoder_outputs`, the interface that vlmzip uses. `make conformance` builds a tiny model with random weights of
+Look up here which methods work with your model. transformers {transformers} has {folders} model folders whose models
+take `mm_encoder_outputs`, the interface that vlmzip uses. `make conformance` builds a tiny model with random weights of
 each, asks it with every method, and writes this page (vlmzip {vlmzip}, torch {torch}, {minutes} minutes).
 `vlmzip models NAME` prints a model's cells with their reasons.
 
