@@ -53,7 +53,7 @@ from vlmzip import (
 )
 from vlmzip.models import family_of
 from vlmzip.models.family import Family as ModelFamily
-from vlmzip.models.family import WithStreams, square_of
+from vlmzip.models.family import WithStreams, placeholders_of_groups, square_of
 from vlmzip.models.towers.tower import Tower
 from vlmzip.runtime.fitting import has_sliding_windows
 from vlmzip.runtime.generation import COPIES_WHOLE_ROWS
@@ -575,3 +575,8 @@ def test_trainer_hands_over_all_inputs_of_images(name, tmp_path):
     trainer.train()
     assert rows[0].keys() <= seen[0].keys()
     assert [image.after for image in compressed.report.images] == [2, 2]
+
+
+@pytest.mark.parametrize(("between", "counts"), [(0, [2, 2, 3, 1]), (1, [4, 3, 1]), (2, [4, 4])])
+def test_runs_of_placeholders_are_parts_of_one_image_if_few_tokens_are_between_them(between, counts):
+    assert placeholders_of_groups([(1, 3), (4, 6), (10, 13), (15, 16)], between) == counts

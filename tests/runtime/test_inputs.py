@@ -113,3 +113,8 @@ def test_tokens_between_placeholders_of_one_image_stay():
     """Families that write row separators among the placeholders keep them."""
     source = shorten(torch.ones(1, 6, dtype=torch.long), [(0, [1, 2, 4])], [[2]], [False])
     assert source.tolist() == [[0, 4, 3, 5]]
+
+
+def test_tokens_between_placeholders_keep_their_place_if_no_token_is_dropped():
+    source = shorten(torch.ones(1, 7, dtype=torch.long), [(0, [1, 2, 4, 5])], [[0, 1, 2, 3]], [False])
+    assert source.tolist() == [[0, 1, 2, 3, 4, 5, 6]]

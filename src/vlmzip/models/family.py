@@ -612,7 +612,7 @@ class Family:
         parts = [[end - start for start, end in row] for row in runs]
         if len(described) == 1 and sum(map(len, parts)) > min(described):
             for between in range(1, MOST_BETWEEN + 1):
-                joined = [_joined(row, between) for row in runs]
+                joined = [placeholders_of_groups(row, between) for row in runs]
                 if sum(map(len, joined)) == min(described):
                     parts = joined
         return [count for row in parts for count in row]
@@ -849,7 +849,7 @@ def _flat(features: Tensor | Sequence[Tensor]) -> Float[Tensor, "tokens dim"]:
     return torch.cat([image.flatten(0, -2) for image in features])
 
 
-def _joined(runs: Sequence[tuple[int, int]], between: int) -> list[int]:
+def placeholders_of_groups(runs: Sequence[tuple[int, int]], between: int) -> list[int]:
     """Return the number of placeholders in each group of runs that have at most `between` tokens between them."""
     counts: list[int] = []
     last_end = -math.inf
