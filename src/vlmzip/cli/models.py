@@ -7,7 +7,6 @@ from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from vlmzip import outline
 from vlmzip.errors import UserError, did_you_mean
@@ -43,7 +42,7 @@ def run(args: Namespace) -> None:
     print("mini, the small model that ships with vlmzip, is a llava; --model takes any checkpoint of these models.")
 
 
-def _check(args: Namespace) -> dict[str, Any]:
+def _check(args: Namespace) -> conformance.Results:
     # They import torch and transformers, which the committed results do not need.
     from vlmzip.lab.conformance import run, tiny
 

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformers import PreTrainedModel
 
 from vlmzip.lab.conformance import images
+from vlmzip.lab.conformance.images import Inputs
+from vlmzip.lab.conformance.tiny import Settings
 
 
 @dataclass(frozen=True)
 class Tiny:
     """What differs from the default tiny model."""
 
-    changes: Mapping[str, Any] = field(default_factory=dict)
+    changes: Settings = field(default_factory=dict)
     """Fields of the config by dotted name."""
-    images: Callable[[PreTrainedModel, list[int]], dict[str, Any]] | None = None
+    images: Callable[[PreTrainedModel, list[int]], Inputs] | None = None
     """The function that makes image inputs. By default it follows from the parameters of `get_image_features`."""
-    placeholders: Callable[[PreTrainedModel, dict[str, Any], int], list[int]] | None = None
+    placeholders: Callable[[PreTrainedModel, Inputs, int], list[int]] | None = None
     """The function that writes the tokens of one image, if not all are placeholders: from the model, the inputs of the
     image and the number of its visual tokens."""
     package: str = ""

@@ -244,7 +244,7 @@ def local_views_between_marks(model: PreTrainedModel, inputs: Inputs, count: int
     return [*(token for _ in range(views) for token in (120, *view, 121)), 122, *view, 123]
 
 
-def first_of(config: Any, *names: str) -> Any:
+def first_of(config: object, *names: str) -> Any:
     """Return the first value that a config has by one of these names, or `None`."""
     return next((value for name in names if (value := getattr(config, name, None)) is not None), None)
 
@@ -289,6 +289,6 @@ def grids_of(images: list[int], sizes: tuple[tuple[int, int], tuple[int, int]]) 
     return [sizes[number % 2] for number in images]
 
 
-def channels(config: Any) -> int:
+def channels(config: object) -> int:
     """Return the number of channels of an image."""
     return int(first_of(config, "in_channels", "in_chans", "num_channels") or 3)

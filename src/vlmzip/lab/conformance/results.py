@@ -11,6 +11,8 @@ from typing import Any
 
 from vlmzip.files import write_text
 
+#: The results of a run as JSON: versions, seconds and models.
+Results = dict[str, Any]
 #: The committed results.
 RESULTS = "results.json"
 #: Statuses of a method or a model, the worst first.
@@ -55,20 +57,20 @@ class Checked:
         return "works" if compresses and statuses[BASELINE] == "works" else "refused"
 
 
-def write(path: Path, results: dict[str, Any]) -> None:
+def write(path: Path, results: Results) -> None:
     """Write results as JSON, a line for each model."""
     models = ",\n".join(f"  {json.dumps(model)}" for model in results["models"])
     head = json.dumps({name: value for name, value in results.items() if name != "models"})
     write_text(path, f'{head[:-1]}, "models": [\n{models}\n]}}\n')
 
 
-def committed() -> dict[str, Any]:
+def committed() -> Results:
     """Return the committed results."""
-    content: dict[str, Any] = json.loads((files("vlmzip.lab.conformance") / RESULTS).read_text())
+    content: Results = json.loads((files("vlmzip.lab.conformance") / RESULTS).read_text())
     return content
 
 
-def models_of(results: dict[str, Any]) -> list[Checked]:
+def models_of(results: Results) -> list[Checked]:
     """Return the results of each model."""
     return [Checked(**model) for model in results["models"]]
 

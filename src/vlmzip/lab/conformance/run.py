@@ -8,17 +8,16 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from typing import Any
 
 from vlmzip.children import ChildFailed, in_child
 from vlmzip.lab.conformance.cells import check, versions
-from vlmzip.lab.conformance.results import Checked
+from vlmzip.lab.conformance.results import Checked, Results
 
 #: Seconds after which the check of a model folder is ended.
 LIMIT = 300
 
 
-def check_all(folders: Sequence[str], jobs: int, report: Callable[[Checked], None]) -> dict[str, Any]:
+def check_all(folders: Sequence[str], jobs: int, report: Callable[[Checked], None]) -> Results:
     """Check model folders in `jobs` processes. Return the results as JSON, in the order of the folders."""
     start, lock = time.monotonic(), threading.Lock()
     results: dict[str, Checked] = {}

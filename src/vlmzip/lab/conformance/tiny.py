@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -12,6 +12,8 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
+#: Fields of a config, by name.
+Settings = dict[str, Any]
 #: Values for the fields of every config, by the field's name. Fields that are no whole numbers keep their defaults.
 SMALL: dict[str, int] = {
     **dict.fromkeys(
@@ -92,7 +94,7 @@ def _answers_about_images(cls: type) -> TypeGuard[type[PreTrainedModel]]:
     return takes_images and hasattr(cls, "prepare_inputs_for_generation") and not cls.__name__.endswith("Model")
 
 
-def tiny_config(cls: type[PretrainedConfig], changes: Mapping[str, Any]) -> PretrainedConfig:
+def tiny_config(cls: type[PretrainedConfig], changes: Settings) -> PretrainedConfig:
     """Return a config of a few thousand weights. `changes` has dotted names, such as `vision_config.depth`."""
     settings = _shrunk(cls())
     for name, value in changes.items():
@@ -106,7 +108,7 @@ def tiny_config(cls: type[PretrainedConfig], changes: Mapping[str, Any]) -> Pret
     return config
 
 
-def tiny_model(cls: type[PreTrainedModel], changes: Mapping[str, Any]) -> PreTrainedModel:
+def tiny_model(cls: type[PreTrainedModel], changes: Settings) -> PreTrainedModel:
     """Return a model with random weights that are large enough for answers to depend on images."""
     torch.manual_seed(0)
     config = tiny_config(cls.config_class, changes)  # type: ignore[arg-type]
@@ -119,8 +121,8 @@ def tiny_model(cls: type[PreTrainedModel], changes: Mapping[str, Any]) -> PreTra
     return model
 
 
-def _shrunk(config: PretrainedConfig) -> dict[str, Any]:
-    settings: dict[str, Any] = {}
+def _shrunk(config: PretrainedConfig) -> Settings:
+    settings: Settings = {}
     values = config.to_dict()
     depth = next((values[name] for name in DEPTHS if type(values.get(name)) is int), 0)
     for name, value in values.items():
@@ -152,7 +154,7 @@ def _shrunk_list(name: str, values: list[Any], depth: int) -> list[Any]:
     return values[:layers] if len(values) == depth else values
 
 
-def _with_three_axes(settings: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
+def _with_three_axes(settings: Settings, rope: Settings) -> Settings:
     """Return rope parameters with parts for time, height and width. LLMs with one axis do not look at the parts."""
     head = settings.get("qk_rope_head_dim") or settings.get("head_dim") or SMALL["head_dim"]
     share = max(rope.get("partial_rotary_factor", 1), 0.75)  # three axes need three pairs of dimensions
@@ -163,7 +165,7 @@ def _with_three_axes(settings: Mapping[str, Any], rope: Mapping[str, Any]) -> di
 
 def _number_special_tokens(config: PretrainedConfig, keep: Collection[str]) -> None:
     """Give each special token another id within the small vocabulary. Fields in `keep` stay."""
-    numbers: dict[str, Any] = {
+    numbers: Settings = {
         "pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS, "decoder_start_token_id": BOS
     }  # fmt: skip
     count = 0
