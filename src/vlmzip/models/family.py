@@ -591,7 +591,9 @@ class Family:
         If the config does not name the number of patches that become one token, the prompt shows it.
         """
         sizes, side = sizes_of(inputs, *self.image_inputs[:2]), self.patches_per_side
-        if (ids := inputs.get("input_ids")) is None:
+        ids = inputs.get("input_ids")
+        # The config of a family with a file is known. Resized images would not fit the prompt.
+        if ids is None or type(self) is not Family:
             return grids_of(sizes, side), None
         placeholders, patches = int((ids == self.placeholder_id).sum()), int(sizes.prod(-1).sum())
         by_prompt = math.isqrt(patches // max(placeholders, 1))
