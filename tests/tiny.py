@@ -221,8 +221,8 @@ def tiny_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = {"<pad>": PAD, "<s>": 1, "</s>": 2, "<unk>": 3, "<image>": IMAGE_TOKEN}
-    words |= {f"w{n}": n for n in range(4, IMAGE_TOKEN)}
+    words = {"<pad>": PAD, "<s>": 1, "</s>": 2, "<unk>": 3, "<video>": VIDEO_TOKEN, "<image>": IMAGE_TOKEN}
+    words |= {f"w{n}": n for n in range(4, VIDEO_TOKEN)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(

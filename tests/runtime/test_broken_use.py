@@ -152,7 +152,9 @@ def test_attach_around_peft_around_a_facade(unchanged):
 
 def test_attach_leaves_the_mode_of_every_part(unchanged):
     unchanged.train()
-    tower = next(module for name, module in unchanged.named_modules() if name.endswith(("vision_tower", "visual")))
+    tower = next(
+        module for name, module in unchanged.named_modules() if name.endswith(("vision_tower", "image_tower", "visual"))
+    )
     tower.eval()
     compressed = vlmzip.attach(unchanged, VisionZip(keep=8))
     assert compressed.training

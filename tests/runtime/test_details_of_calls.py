@@ -68,7 +68,7 @@ def test_no_graph_is_held_by_the_report_or_by_generate(family):
     compressed(**inputs)
     assert all(not image.features.requires_grad for image in compressed.report.images)
     seen = []
-    tower = next(m for n, m in family.model.named_modules() if n.endswith(("vision_tower", "visual")))
+    tower = next(m for n, m in family.model.named_modules() if n.endswith(("vision_tower", "image_tower", "visual")))
     handle = tower.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
     compressed.generate(**inputs, **GREEDY)
     handle.remove()
