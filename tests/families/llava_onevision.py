@@ -47,7 +47,7 @@ class LlavaOnevision(LlavaNext):
         images = LlavaOnevisionImageProcessorPil(size={"height": SIDE, "width": SIDE}, image_grid_pinpoints=PINPOINTS)
         return Processor(
             images, tiny_tokenizer(), num_image_tokens=(SIDE // PATCH) ** 2, vision_feature_select_strategy="full",
-            vision_aspect_ratio=LIMIT, video_token="w98",
+            vision_aspect_ratio=LIMIT,
         )  # fmt: skip
 
     def pixels(self, images):

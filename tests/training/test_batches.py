@@ -59,7 +59,7 @@ def qwen_conversations():
 
     made = FAMILIES["qwen2_5_vl"].processor()
     words = made.tokenizer.backend_tokenizer.to_str()
-    words = words.replace("<image>", "<|image_pad|>").replace('"w98"', '"<|video_pad|>"')
+    words = words.replace("<image>", "<|image_pad|>").replace('"<video>"', '"<|video_pad|>"')
     special = {"image_token": "<|image_pad|>", "video_token": "<|video_pad|>"}
     named = {f"{name}_token": f"<{text}>" for name, text in (("pad", "pad"), ("eos", "/s"), ("unk", "unk"))}
     tokenizer = PreTrainedTokenizerFast(
