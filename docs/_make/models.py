@@ -6,10 +6,11 @@ python docs/_make/models.py --check    exits with 1 if the page is not what this
 `make conformance` checks the models again first.
 """
 
-import argparse
 import re
 import sys
 from pathlib import Path
+
+from checked_page import write_or_check
 
 from vlmzip.lab.conformance.results import Checked, committed, counts, models_of
 from vlmzip.lab.table import markdown
@@ -44,16 +45,7 @@ are not part of the page; `evs` keeps all tokens of an image.
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is out of date")
-    text = page()
-    if parser.parse_args().check:
-        current = PAGE.exists() and PAGE.read_text(encoding="utf-8") == text
-        if not current:
-            print(f"{PAGE.name} is out of date: run python docs/_make/models.py", file=sys.stderr)
-        return 0 if current else 1
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
+    return write_or_check(PAGE, page, __doc__)
 
 
 def page() -> str:

@@ -4,11 +4,12 @@ python docs/_make/papers.py            writes the page
 python docs/_make/papers.py --check    exits with 1 if the page is not what this would write
 """
 
-import argparse
 import sys
 import textwrap
 from collections import Counter
 from pathlib import Path
+
+from checked_page import write_or_check
 
 from vlmzip import FastV, Grid, LLaVolta, Profile, QFormer, SparseVLM, VisionZip
 from vlmzip.lab.papers import CERTAINTIES, Published, averages, papers, published
@@ -34,16 +35,7 @@ check it.
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if the page is out of date")
-    text = page()
-    if parser.parse_args().check:
-        current = PAGE.exists() and PAGE.read_text(encoding="utf-8") == text
-        if not current:
-            print(f"{PAGE.name} is out of date: run python docs/_make/papers.py", file=sys.stderr)
-        return 0 if current else 1
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
+    return write_or_check(PAGE, page, __doc__)
 
 
 def page() -> str:

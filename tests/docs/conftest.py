@@ -7,8 +7,10 @@ MAKERS = Path(__file__).parents[2] / "docs" / "_make"
 
 
 @pytest.fixture
-def maker():
+def maker(monkeypatch):
     """Return a function that imports a script of docs/_make afresh."""
+
+    monkeypatch.syspath_prepend(MAKERS)  # scripts import their neighbours
 
     def load(name):
         spec = importlib.util.spec_from_file_location(f"make_{name}", MAKERS / f"{name}.py")
