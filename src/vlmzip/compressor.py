@@ -184,22 +184,6 @@ class Compressor(ABC):
             return (self,) * len(views)
         return [self.with_fields(keep=share) for share in shared_out(count, [grid.size for grid in views])]
 
-    @property
-    def compares_views(self) -> bool:
-        """Return whether what it does to a view depends on the content of other views of the image.
-
-        `shared_by_content` then replaces `shared`.
-        """
-        return False
-
-    def measured(self, tokens: VisualTokens) -> list[Measured]:
-        """Return a measurement of each view. Only used if it compares views."""
-        raise NotImplementedError
-
-    def shared_by_content(self, views: Sequence[Measured]) -> Sequence[Compressor]:
-        """Return the compressor for each view of an image, from the measurements of all its views."""
-        raise NotImplementedError
-
     def together(self, views: int) -> Self:
         """Return the compressor for an image whose tokens lie on no grids any more and come from so many views."""
         return self
@@ -456,4 +440,25 @@ class Calibratable(Protocol):
 
     def deviations(self, tokens: VisualTokens) -> Float[Tensor, "batch factors"]:
         """Return the values to compare with the threshold, for each factor of `counts_by_factor` above 1."""
+        ...
+
+
+@runtime_checkable
+class ComparesViews(Protocol):
+    """A compressor that can look at all views of an image before it decides what to do to each of them."""
+
+    @property
+    def compares_views(self) -> bool:
+        """Return whether what it does to a view depends on the content of other views, by its settings.
+
+        `shared_by_content` then replaces `Compressor.shared`.
+        """
+        ...
+
+    def measured(self, tokens: VisualTokens) -> list[Measured]:
+        """Return a measurement of each view."""
+        ...
+
+    def shared_by_content(self, views: Sequence[Measured]) -> Sequence[Compressor]:
+        """Return the compressor for each view of an image, from the measurements of all its views."""
         ...

@@ -4,8 +4,9 @@ import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
+from threading import Barrier
 
 import numpy as np
 import pytest
@@ -32,6 +33,7 @@ from transformers import (
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import vlmzip
 from tests.tiny import IMAGE_TOKEN, LLM, batch, tiny_tokenizer
@@ -52,8 +54,9 @@ from vlmzip import (
     compress_inputs,
 )
 from vlmzip.models import family_of
+from vlmzip.models.encoder_run import WithStreams
 from vlmzip.models.family import Family as ModelFamily
-from vlmzip.models.family import WithStreams, placeholders_of_groups, square_of
+from vlmzip.models.prompt_layout import placeholders_of_groups, square_of
 from vlmzip.models.towers.tower import Tower
 from vlmzip.runtime.fitting import has_sliding_windows
 from vlmzip.runtime.generation import COPIES_WHOLE_ROWS
@@ -484,6 +487,36 @@ def test_two_threads_may_ask_at_once():
     alone = scores(0)
     with ThreadPoolExecutor(4) as pool:
         assert all(torch.allclose(together, alone, atol=1e-6) for together in pool.map(scores, range(12)))
+
+
+@dataclass
+class Routed(BaseModelOutputWithPooling):
+    """The encoder output of a model whose `forward` reads more than visual tokens."""
+
+    router_logits: torch.Tensor | None = None
+
+
+def test_threads_keep_the_further_fields_of_their_own_images():
+    """Both runs of the encoder end before either thread writes its output."""
+    model, inputs = made("internvl")
+    family, both_ran = ModelFamily(model), Barrier(2, timeout=60)
+    features = family.get_features
+
+    def routed(pixel_values, **arguments):
+        out = features(pixel_values, **arguments)
+        both_ran.wait()
+        return Routed(pooler_output=out.pooler_output, router_logits=pixel_values.mean())
+
+    def logits_of(scale):
+        images = {**inputs, "pixel_values": inputs["pixel_values"] + scale}
+        small = compress_inputs(model, images, Pool2d(factor=2), family=family)
+        return small["mm_encoder_outputs"]["image"].router_logits
+
+    family.get_features = routed
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(logits_of, (0.0, 5.0))
+    assert first == inputs["pixel_values"].mean()
+    assert second == (inputs["pixel_values"] + 5).mean()
 
 
 @torch.no_grad()

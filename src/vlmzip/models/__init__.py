@@ -12,6 +12,7 @@ from vlmzip.models.llava_next_video import LlavaNextVideo
 from vlmzip.models.llava_onevision import LlavaOnevision
 from vlmzip.models.ovis2 import Ovis2
 from vlmzip.models.paligemma import PaliGemma
+from vlmzip.models.parts import missing_in
 from vlmzip.models.qwen2_5_vl import Qwen25VL
 from vlmzip.models.qwen3_vl import Qwen3VL
 from vlmzip.models.video_llava import VideoLlava
@@ -38,7 +39,7 @@ def family_of(model: nn.Module) -> Family:
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     known = next((family for family in FAMILIES if model_type in family.model_types), None)
-    if known is None and (missing := Family.missing_in(model)):
+    if known is None and (missing := missing_in(model)):
         supported = ", ".join(name for family in FAMILIES for name in family.model_types)
         raise UserError(
             f"vlmzip cannot compress {type(model).__name__} (model type {model_type!r}): it has no {missing};"

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -18,10 +15,41 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmzip.compressor import Positions, Profile
 from vlmzip.errors import UserError
-from vlmzip.models.confirm import check_llm_attention, check_tower, evaluating, maps_each_token
+from vlmzip.models.confirm import check_llm_attention, check_tower, maps_each_token
+from vlmzip.models.encoder_run import (
+    ENCODER_FIELDS,
+    Batch,
+    EncoderAttention,
+    Run,
+    WithStreams,
+    ends_with_views,
+    flat,
+    further_fields,
+    learning,
+    of_views,
+)
 from vlmzip.models.layout import Encoded, Layout, Pixels, Views, numbers_by_kind
 from vlmzip.models.llm_attention import QueriesAndKeys, is_direct, queries_and_keys, queries_in, recorded
-from vlmzip.models.recording import Recording, record
+from vlmzip.models.parts import (
+    axes_of_positions,
+    feature_arguments,
+    has_known_videos,
+    merge_in,
+    method_of,
+    projector_of,
+    side_in,
+    width_before,
+    with_layers,
+    without_adapters,
+)
+from vlmzip.models.prompt_layout import (
+    grids_by_prompt,
+    grids_by_sizes,
+    placeholders_of_images,
+    square_of,
+    tokens_of_view,
+)
+from vlmzip.models.recording import record
 from vlmzip.models.towers import tower_of
 from vlmzip.models.towers.qwen import grids_of, sizes_of
 from vlmzip.models.towers.tower import Tower
@@ -31,26 +59,8 @@ from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 #: A kind of visual input, as keys of `mm_encoder_outputs` name it.
 Modality = Literal["image", "video"]
-#: Names of projectors in transformers' models.
-PROJECTORS = (
-    "multi_modal_projector", "connector", "aligner", "projector", "embed_vision", "language_projection",
-    "vision_projection", "merger",
-)  # fmt: skip
-#: Names in configs of the number of patches per side that become one token. Some give the ratio of the sides, below 1.
-MERGES = (
-    "spatial_merge_size", "merge_size", "merge_kernel_size", "scale_factor", "downsample_factor", "downsample_ratio",
-    "pixel_shuffle_factor",
-)  # fmt: skip
-#: Names in models that pack the views of an image with separators.
-PACKING = ("pack_image_features", "image_newline", "view_separator")
 #: How the names of parameters of `get_image_features` begin that are settings, and do not describe images.
 SETTINGS = ("vision_", "interpolate_", "downsample_")
-#: The fields of an encoder's output that no `forward` reads beside the visual tokens.
-ENCODER_FIELDS = ("last_hidden_state", "pooler_output", "hidden_states", "attentions", "deepstack_features")
-#: The most tokens between two parts of one image in a prompt.
-MOST_BETWEEN = 8
-#: The number of tokens with which a projector is tried.
-PROBED = 16
 #: The side in pixels of a common image, for encoders that take images of any size.
 COMMON_SIDE = 448
 #: The side in pixels of a common patch, for encoders whose config has none.
@@ -59,56 +69,6 @@ COMMON_PATCH = 14
 MASKED_ATTENTION = ("sdpa", "eager")
 #: LLMs for which we have checked that packed rows stay apart. Others ignore packing (gpt_oss) or carry a state along.
 LLMS_THAT_MASK_PACKED_ROWS = ("llama", "mistral", "qwen2", "gemma2")
-
-
-@dataclass(frozen=True)
-class EncoderAttention:
-    """The attention scores by which VisionZip ranks visual tokens, in every layer of a vision encoder."""
-
-    by_view: Sequence[Float[Tensor, "layers _"]]
-    """One tensor for each view of all images: a score for each token of its grid, mean over heads.
-
-    The scores of a layer need not sum to 1.
-    """
-    whose: Sequence[str]
-    """The attending tokens in each layer, in a few words, such as "CLS"."""
-    scored: int
-    """The 0-based layer whose scores VisionZip uses."""
-
-
-@dataclass
-class WithStreams(BaseModelOutputWithPooling):
-    """The encoder output of models with deepstack: tokens, and the features that layers of the LLM add to them."""
-
-    last_hidden_state: Any = None  # first, because accelerate rebuilds outputs from one dict
-    pooler_output: Any = None
-    """Projected tokens, one entry per image."""
-    deepstack_features: list[list[Tensor]] | None = None
-    """Features to add after each of the first layers of the LLM: a list per layer, one entry per image."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Views that go through the vision encoder in one call of `get_image_features`."""
-
-    arguments: InputDict
-    """The arguments of `get_image_features`."""
-    grids: Sequence[Grid]
-    """The grid of each view."""
-    numbers: Sequence[int]
-    """The number of each view, counted through all views of all images."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of `get_image_features`, up to the projector if the projector maps each token by itself."""
-
-    output: Any
-    """The output of `get_image_features`; `None` if the run ended at the projector."""
-    recording: Recording
-    """The recorded attention of the vision encoder, and for some families the outputs of its layers."""
-    projector_input: Tensor | None
-    """The input of the projector; `None` if the projector does not map each token by itself."""
 
 
 class Family:
@@ -157,67 +117,34 @@ class Family:
     """True if the model takes a list of features, one entry per image; False if it takes one tensor for all images."""
 
     def __init__(self, model: nn.Module, modality: Modality = "image") -> None:
-        # Adapters such as LoRA's wrap the model. The modules inside are those that run.
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-        self.model: Any = inner  # a type checker does not know the attributes of each family's model
+        self.model: Any = without_adapters(model)  # a type checker does not know the attributes of each family's model
         self.is_confirmed = type(self) is not Family
         """True if the attention of the encoder is known to be as `tower` takes it."""
         self._confirmed_layers: set[nn.Module] = set()
         """The decoder layers whose attention is known to follow from queries and keys."""
         self.modality = modality
         """The kind of visual input that this object serves. `modalities` has the objects for all kinds of a model."""
-        self.get_features = _method(self.model, f"get_{modality}_features")
-        # Some heads pass arguments on to the model inside without naming them.
-        named = (self.get_features, getattr(self.model.base_model, f"get_{modality}_features", None))
-        parameters = [p for method in named if method for p in inspect.signature(method).parameters.values()]
-        variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-        self._feature_arguments = tuple(dict.fromkeys(p.name for p in parameters if p.kind not in variable))
+        self.get_features = method_of(self.model, f"get_{modality}_features")
+        self._feature_arguments = feature_arguments(self.model, modality)
         self._output_class: type[Any] = BaseModelOutputWithPooling
-        self._further_fields: dict[str, Any] = {}
         if modality == "video":
             self.image_inputs = self.video_inputs
         if not self.image_inputs:
             self.image_inputs = tuple(n for n in self._feature_arguments if not n.startswith(SETTINGS))
-        if type(self) is Family and _method(self.model, "get_rope_index"):
-            self.default_positions, self.position_axes = "original", self._axes_of_rope_index()
+        if type(self) is Family and (rope_index := method_of(self.model, "get_rope_index")):
+            self.default_positions, self.position_axes = "original", axes_of_positions(rope_index)
 
     @property
     def input_methods(self) -> list[Any]:
         """The model's own methods whose parameters are its inputs."""
         names = ("get_image_features", "get_video_features")
-        methods = (self.model.forward, *(_method(self.model, name) for name in names))
+        methods = (self.model.forward, *(method_of(self.model, name) for name in names))
         return [method for method in methods if method is not None]
-
-    def _axes_of_rope_index(self) -> tuple[int, ...]:
-        """Return the axes of the positions that the model's `get_rope_index` gives for a prompt of one token."""
-        rope_index = _method(self.model, "get_rope_index")
-        token = torch.zeros(1, 1, dtype=torch.long)
-        try:
-            positions, _ = rope_index(input_ids=token, mm_token_type_ids=token, attention_mask=token + 1)
-        except TypeError:  # it has other parameters
-            return (3,)
-        return tuple(positions.shape[:-2])
-
-    @staticmethod
-    def missing_in(model: nn.Module) -> str | None:
-        """Return what a model lacks for the default family, in a few words, or `None` if it has everything."""
-        inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-        if getattr(inner, "config", None) is None or not _method(inner, "get_image_features"):
-            return "get_image_features"
-        if "mm_encoder_outputs" not in inspect.signature(inner.forward).parameters:
-            return "mm_encoder_outputs among the arguments of forward"
-        if not isinstance(getattr(inner.config, "image_token_id", None), int):
-            return "image_token_id in its config"
-        if _with_layers(inner.get_decoder()) is None:
-            return "LLM with layers that get_decoder returns"
-        if any(hasattr(owner, name) for owner in (inner, inner.base_model) for name in PACKING):
-            return "family file, and it packs several views of an image in its own way"
-        return None
 
     @cached_property
     def modalities(self) -> tuple[Family, ...]:
         """This family for images and, if it knows the videos of the model, the same family for videos."""
-        knows = self.video_inputs or (type(self) is Family and _has_known_videos(self.model))
+        knows = self.video_inputs or (type(self) is Family and has_known_videos(self.model))
         return (self, (self.video_family or type(self))(self.model, "video")) if knows else (self,)
 
     @property
@@ -233,7 +160,7 @@ class Family:
     def llm(self) -> nn.Module:
         """The decoder, without vision encoder, projector and LM head. Override it if `get_decoder` returns another."""
         decoder: nn.Module = self.model.get_decoder()
-        return _with_layers(decoder) or decoder
+        return with_layers(decoder) or decoder
 
     @property
     def decoder_layers(self) -> nn.ModuleList:
@@ -279,12 +206,7 @@ class Family:
         return projector
 
     def _find_projector(self) -> nn.Module | None:
-        owners = (self.model.base_model, self.model, self.vision_encoder)
-        for owner in owners:
-            for name in PROJECTORS:
-                if isinstance(projector := getattr(owner, name, None), nn.Module):
-                    return projector
-        return None
+        return projector_of((self.model.base_model, self.model, self.vision_encoder))
 
     @cached_property
     def tower(self) -> Tower:
@@ -321,10 +243,7 @@ class Family:
     @property
     def patches_per_side(self) -> int:
         """The number of patches per side that become one token, by the model's config."""
-        configs = (self.vision_config, self.model.config)
-        factor = next((v for name in MERGES for config in configs if (v := getattr(config, name, None))), 1)
-        factor = factor[0] if isinstance(factor, Sequence) else factor
-        return round(factor if factor >= 1 else 1 / factor)
+        return merge_in((self.vision_config, self.model.config))
 
     def profile(self) -> Profile:
         """Return the grid of one image at the model's own resolution and the number of layers of the LLM.
@@ -335,8 +254,8 @@ class Family:
         if tokens := getattr(config, "mm_tokens_per_image", None):
             grid = square_of(tokens)
         else:
-            image = _side(getattr(vision, "image_size", None) or COMMON_SIDE)
-            patch = _side(getattr(vision, "patch_size", None) or COMMON_PATCH)
+            image = side_in(getattr(vision, "image_size", None) or COMMON_SIDE)
+            patch = side_in(getattr(vision, "patch_size", None) or COMMON_PATCH)
             side = max(image // patch // self.patches_per_side, 1)
             grid = Grid(1, side, side)
         return Profile(grid, self.llm_config.num_hidden_layers, first_layer=self.first_free_layer)
@@ -356,33 +275,33 @@ class Family:
         signal, or if the number of placeholders is not the number of visual tokens.
         """
         passes_prefix = self.passes_prefix(inputs)
-        groups = []
+        groups: list[Views] = []
+        further: dict[str, Any] = {}
         for batch in self.batches(inputs):
             layers = [self.scored_layer(inputs)] if needs & {Signal.CLS_ATTENTION, Signal.KEYS} else []
             run = self.run(batch, layers)
             values = {"features": self.features(batch, run)}
-            streams = [_flat(stream) for stream in getattr(run.output, "deepstack_features", None) or ()]
+            streams, further = run.streams, run.further
             if site is Site.POST_PROJECTOR:
                 values["features"] = self.project(values["features"], Site.PRE_PROJECTOR)
             self._check_width(values["features"], site)
             self._check_count(len(values["features"]), batch)
-            self._check_views(run, batch)
+            self._check_views(run.sizes, batch)
             for layer in layers:
                 if not self.is_confirmed:
                     check_tower(self.get_features, self.tower, batch.arguments, batch.grids, layer)
                     # With one token, all patches make this token, in whatever order.
                     self.is_confirmed = any(grid.size > 1 for grid in batch.grids)
                 values |= self.tower.signals(run.recording, layer, batch.grids, self.prefix, needs)
+            sizes = self._sizes_of(batch)
             for grid, rows in numbers_by_kind(batch.grids).items():
-                by_view: dict[str, Any] = {
-                    name: self._of_views(flat, batch.grids, rows) for name, flat in values.items()
-                }
+                by_view: dict[str, Any] = {name: of_views(value, sizes, rows) for name, value in values.items()}
                 if Signal.PIXELS in needs:
                     by_view["pixels"] = self._pixels(batch, rows)
                 tokens = VisualTokens(grid=grid, prefix=self.prefix, passes_prefix=passes_prefix, **by_view)
-                further = tuple(self._of_views(stream, batch.grids, rows) for stream in streams)
-                groups.append(Views(tokens, [batch.numbers[row] for row in rows], further))
-        return Encoded(groups)
+                added = tuple(of_views(stream, sizes, rows) for stream in streams)
+                groups.append(Views(tokens, [batch.numbers[row] for row in rows], added))
+        return Encoded(groups, further=further)
 
     def batches(self, inputs: Inputs) -> list[Batch]:
         """Return the views of all images, in batches that `get_image_features` takes.
@@ -410,7 +329,7 @@ class Family:
             outputs = {**outputs, "projector": self.projector}
         output = None
         stop_at = "projector" if self.projects_each_token else None
-        with record(outputs, called, stop_at=stop_at) as recording, self.learning(batch, self._parameters_of_run()):
+        with record(outputs, called, stop_at=stop_at) as recording, self._learning(batch):
             output = self.get_features(**batch.arguments, return_dict=True)
         run = Run(output, recording, recording.inputs.get("projector"))
         if output is not None:
@@ -420,51 +339,41 @@ class Family:
                     ' see "Add a family of models" in CONTRIBUTING.md'
                 )
             self.features_as_list = not isinstance(output.pooler_output, Tensor)
-            self._keep_further_fields(output)
+            self._note_further_fields(output)
             self._check_streams(len(getattr(output, "deepstack_features", None) or ()))
         if self.projects_each_token is None and output is not None:
-            self.projects_each_token = maps_each_token(self.projector, recording, _flat(output.pooler_output))
+            self.projects_each_token = maps_each_token(self.projector, recording, flat(output.pooler_output))
         return run
 
-    def _keep_further_fields(self, output: Any) -> None:
-        """Keep what `forward` of some models reads beside the visual tokens, such as the logits of an encoder's router.
+    def _note_further_fields(self, output: Any) -> None:
+        """Note that `forward` reads more in an output of this class than the visual tokens.
 
-        The projector then does not end a run, because the model makes its output behind it.
+        The projector then does not end a run, because the model makes the further fields behind it.
         """
-        fields = vars(output)
-        self._further_fields = {name: fields[name] for name in fields if name not in ENCODER_FIELDS}
-        if self._further_fields:
+        if vars(output).keys() - set(ENCODER_FIELDS):
             self._output_class = type(output)
-        if any(value is not None for value in self._further_fields.values()):
+        if further_fields(output):
             self.projects_each_token = False
 
-    def _parameters_of_run(self) -> Iterator[nn.Parameter]:
-        """Return the parameters on which the features of `run` depend, and others that are not of the LLM.
+    def _learning(self, batch: Batch) -> AbstractContextManager[object]:
+        """Return a context that turns gradients off unless the pixels or parameters learn on which a run depends.
 
-        Some models have modules beside encoder and projector, such as an adapter or a second encoder.
+        These are all parameters before the LLM: some models have modules beside encoder and projector, such as an
+        adapter or a second encoder.
         """
         after = [self.llm, self.model.get_output_embeddings()]
         if self.projects_each_token:
             after.append(self.projector)
         others = {id(parameter) for module in after for parameter in module.parameters()}
-        return (parameter for parameter in self.model.parameters() if id(parameter) not in others)
-
-    def learning(self, batch: Batch, parameters: Iterable[nn.Parameter]) -> AbstractContextManager[object]:
-        """Return a context that turns gradients off unless these parameters or the pixels learn.
-
-        A frozen encoder then keeps no activations for a backward pass. This also holds under gradient checkpointing,
-        for which transformers makes the embeddings of every model require gradients.
-        """
-        pixels = batch.arguments[self.image_inputs[0]]
-        learns = torch.is_grad_enabled() and (pixels.requires_grad or any(p.requires_grad for p in parameters))
-        return torch.set_grad_enabled(learns)
+        before = (parameter for parameter in self.model.parameters() if id(parameter) not in others)
+        return learning(batch.arguments[self.image_inputs[0]], before)
 
     def features(self, batch: Batch, run: Run) -> Float[Tensor, "tokens dim"]:
         """Return the features of all tokens of all views at the site before the projector."""
         if self.projects_each_token and run.projector_input is not None:
             features: Tensor = run.projector_input.flatten(0, -2)
             return features
-        projected: Tensor = _flat(run.output.pooler_output)
+        projected: Tensor = flat(run.output.pooler_output)
         return projected
 
     def _check_width(self, features: Float[Tensor, "tokens dim"], site: Site) -> None:
@@ -478,7 +387,7 @@ class Family:
 
     def _check_count(self, tokens: int, batch: Batch) -> None:
         """Raise `UserError` if the encoder returned another number of tokens than the layouts have."""
-        expected = sum(self.prefix + grid.size for grid in batch.grids)
+        expected = sum(self._sizes_of(batch))
         if tokens != expected:
             raise UserError(
                 f"the prompt has {expected} {self.modality} placeholders, but {type(self.model).__name__} makes"
@@ -493,33 +402,18 @@ class Family:
                 f' {self.stream_count}; see "Add a family of models" in CONTRIBUTING.md'
             )
 
-    def _check_views(self, run: Run, batch: Batch) -> None:
-        """Raise `UserError` if an entry of the encoder's output does not end where a view of the layouts ends.
-
-        The sum of the tokens can be right although one image has too few placeholders and another too many, or although
-        several images have one run of placeholders.
-        """
-        features = run.projector_input if run.output is None else run.output.pooler_output
-        if features is None or (isinstance(features, Tensor) and features.ndim < 3):
-            return  # the tokens of all views are one entry
-        sizes = [entry.shape[:-1].numel() for entry in features]
-        if set(sizes) == {1}:
-            return  # each token is an entry
-        ends = set(accumulate(sizes))
-        if not ends <= set(accumulate(self.prefix + grid.size for grid in batch.grids)):
+    def _check_views(self, entries: Sequence[int] | None, batch: Batch) -> None:
+        """Raise `UserError` if an entry of the encoder's output does not end where a view of the layouts ends."""
+        if entries is not None and not ends_with_views(entries, self._sizes_of(batch)):
             raise UserError(
                 f"the {self.modality} placeholders of the prompt are not those of the {self.modality}s:"
-                f" {type(self.model).__name__} makes {sizes} visual tokens of them; use the model's own processor"
+                f" {type(self.model).__name__} makes {list(entries)} visual tokens of them;"
+                " use the model's own processor"
             )
 
-    def _of_views(self, values: Tensor, grids: Sequence[Grid], rows: Sequence[int]) -> Tensor:
-        """Return [views, tokens, ...] for the views in `rows`, from values of all tokens of all views."""
-        sizes = [self.prefix + grid.size for grid in grids]
-        if len(rows) == len(grids):  # all views have one grid
-            whole: Tensor = values.unflatten(0, (len(rows), sizes[0]))
-            return whole
-        parts = values.split(sizes)
-        return torch.stack([parts[row] for row in rows])
+    def _sizes_of(self, batch: Batch) -> list[int]:
+        """Return the number of tokens of each view."""
+        return [self.prefix + grid.size for grid in batch.grids]
 
     def _pixels(self, batch: Batch, rows: Sequence[int]) -> Tensor:
         pixels = batch.arguments[self.image_inputs[0]]
@@ -555,7 +449,7 @@ class Family:
         (batch,), layers = self.batches(inputs), range(self.tower.depth)
         recording = self.run(batch, layers).recording
         scores = [self.tower.scores(recording, layer, batch.grids, self.prefix) for layer in layers]
-        views = torch.stack(scores).split([self.prefix + grid.size for grid in batch.grids], dim=1)
+        views = torch.stack(scores).split(self._sizes_of(batch), dim=1)
         cls = self.tower.has_cls(recording, batch.grids, self.prefix)
         return EncoderAttention(
             [view[:, self.prefix :] for view in views],
@@ -579,11 +473,18 @@ class Family:
                 return [layouts[grid] for grid in grids]
             if type(self) is not Family or placeholders in (None, sum(grid.size for grid in grids)):
                 return Layout.of_single_views(grids)
-        counts = self._placeholders_of_images(inputs)
+        counts = placeholders_of_images(inputs["input_ids"] == self.placeholder_id, self._described(inputs))
         if grids := self._grids_of_sizes(inputs, sum(counts)):
             return Layout.of_single_views(grids)
-        tokens = self._tokens_of_view(inputs, counts)
+        tokens = tokens_of_view(inputs[self.image_inputs[0]], counts)
         return Layout.of_equal_views([(square_of(tokens or n), n // (tokens or n)) for n in counts])
+
+    def _described(self, inputs: Inputs) -> int | None:
+        """Return the number of images that inputs beside the pixels describe; `None` if they do not agree on one."""
+        if inputs[self.image_inputs[0]].ndim == 5:
+            return None  # each entry has the images of a row of the prompt
+        counts = {len(value) for name in self.image_inputs[1:] if (value := inputs.get(name)) is not None}
+        return counts.pop() if len(counts) == 1 else None
 
     def _grids_of_patches(self, inputs: Inputs) -> tuple[list[Grid], int | None]:
         """Return the grid of each image by `image_grid_thw`, and the number of placeholders if there is a prompt.
@@ -595,41 +496,8 @@ class Family:
         # The config of a family with a file is known. Resized images would not fit the prompt.
         if ids is None or type(self) is not Family:
             return grids_of(sizes, side), None
-        placeholders, patches = int((ids == self.placeholder_id).sum()), int(sizes.prod(-1).sum())
-        by_prompt = math.isqrt(patches // max(placeholders, 1))
-        return grids_of(sizes, by_prompt if by_prompt**2 * placeholders == patches else side), placeholders
-
-    def _placeholders_of_images(self, inputs: Inputs) -> list[int]:
-        """Return the number of placeholders of each image in the prompt.
-
-        A run of placeholders is one image. If other inputs describe fewer images, each of them has several runs: a
-        token ends each row or surrounds each view. Images are further apart than the parts of an image.
-        """
-        rows = (inputs["input_ids"] == self.placeholder_id).long().cpu()
-        edges = [torch.nn.functional.pad(row, (1, 1)).diff().nonzero()[:, 0].tolist() for row in rows]
-        runs = [list(zip(row[::2], row[1::2], strict=True)) for row in edges]
-        described = {len(value) for name in self.image_inputs[1:] if (value := inputs.get(name)) is not None}
-        if inputs[self.image_inputs[0]].ndim == 5:
-            described = set()  # each entry has the images of a row of the prompt
-        parts = [[end - start for start, end in row] for row in runs]
-        if len(described) == 1 and sum(map(len, parts)) > min(described):
-            for between in range(1, MOST_BETWEEN + 1):
-                joined = [placeholders_of_groups(row, between) for row in runs]
-                if sum(map(len, joined)) == min(described):
-                    parts = joined
-        return [count for row in parts for count in row]
-
-    def _tokens_of_view(self, inputs: Inputs, counts: Sequence[int]) -> int | None:
-        """Return the number of tokens of each view if the pixels are a batch of views that can fill the placeholders.
-
-        `counts` has the placeholders of each image. Some models, such as InternVL, put those of all tiles of an image
-        in one run. Return `None` if the pixels are not such a batch, or if views do not fill whole images.
-        """
-        pixels = inputs[self.image_inputs[0]]
-        if not isinstance(pixels, Tensor) or pixels.ndim != 4:
-            return None
-        tokens, rest = divmod(sum(counts), len(pixels))
-        return tokens if tokens and not rest and not any(n % tokens for n in counts) else None
+        placeholders = int((ids == self.placeholder_id).sum())
+        return grids_by_prompt(sizes, side, placeholders), placeholders
 
     @property
     def _has_grids(self) -> bool:
@@ -641,10 +509,8 @@ class Family:
         patch = getattr(self.vision_config, "patch_size", None)
         if patch is None or "image_sizes" not in self.image_inputs or inputs.get("image_sizes") is None:
             return []
-        side = _side(patch) * self.patches_per_side
-        sizes = torch.as_tensor(inputs["image_sizes"]).tolist()
-        grids = [Grid(1, height // side, width // side) for height, width in sizes]
-        return grids if sum(grid.size for grid in grids) == placeholders else []
+        sizes = torch.as_tensor(inputs["image_sizes"])
+        return grids_by_sizes(sizes, side_in(patch) * self.patches_per_side, placeholders)
 
     @property
     def layouts_need_prompt(self) -> bool:
@@ -719,18 +585,8 @@ class Family:
         If the projector maps each token by itself, it is the width of the projector's input, else that of its output.
         """
         projector = self._find_projector()
-        weights = None if projector is None else next(projector.parameters(), None)
-        if projector is None or weights is None or self.stream_count:
-            return int(self.llm_config.hidden_size)
-        features = torch.randn(1, PROBED, weights.shape[-1]).to(weights)
-        recording = Recording(inputs={"projector": features})
-        try:
-            with torch.no_grad(), evaluating(projector):
-                recording.outputs["projector"] = output = projector(features)
-        except Exception:  # the projector takes whole images or further arguments
-            return int(self.llm_config.hidden_size)
-        is_each = isinstance(output, Tensor) and maps_each_token(projector, recording, output.flatten(0, -2))
-        return int(weights.shape[-1] if is_each else self.llm_config.hidden_size)
+        width = None if projector is None or self.stream_count else width_before(projector)
+        return int(self.llm_config.hidden_size) if width is None else width
 
     def project(self, features: Float[Tensor, "tokens dim"], site: Site) -> Float[Tensor, "tokens llm_dim"]:
         """Return the inputs of the LLM, [tokens, llm_dim], for compressed tokens with their features at `site`.
@@ -753,7 +609,7 @@ class Family:
         """
         if not self.position_axes:
             return (mask.long().cumsum(-1) - 1).clamp(min=0), mask.sum(-1)
-        rope_index: Any = _method(self.model, "get_rope_index")
+        rope_index: Any = method_of(self.model, "get_rope_index")
         ids = inputs["input_ids"]
         # The type of text is 0, of images 1, of videos 2.
         types = sum(number * (ids == each.placeholder_id).int() for number, each in enumerate(self.modalities, start=1))
@@ -776,22 +632,25 @@ class Family:
         return positions
 
     def encoder_outputs(
-        self, features: list[Float[Tensor, "_ llm_dim"]], streams: Sequence[tuple[Tensor, ...]] = ()
+        self,
+        features: list[Float[Tensor, "_ llm_dim"]],
+        streams: Sequence[tuple[Tensor, ...]] = (),
+        further: Mapping[str, Any] | None = None,
     ) -> dict[str, BaseModelOutputWithPooling]:
         """Return `mm_encoder_outputs` for the model's `forward` and `generate`.
 
         `features` has the projected tokens of each image. `streams` has, for each image, the features that layers of
         the LLM add to the same tokens, one tensor per layer (deepstack). It is empty in families without deepstack.
+        `further` has what else `forward` reads in the output (`Encoded.further`).
         """
         # The model scatters a tensor over all placeholders at once, so one row can hold images of different lengths.
         # `generate` takes the first axis for images when it copies rows for beams or several sequences. With one token
         # per entry, it finds the tokens of each row: [all, 1, llm_dim].
         form: Any = features if self.features_as_list else torch.cat(features)[:, None]
-        fields = dict(self._further_fields)
-        output_class = self._output_class
+        fields, output_class = dict(further or {}), self._output_class
         if self.stream_count:
             fields["deepstack_features"] = [list(layer) for layer in zip(*streams, strict=True)]
-            output_class = output_class if self._further_fields else WithStreams
+            output_class = WithStreams if output_class is BaseModelOutputWithPooling else output_class
         return {self.modality: output_class(pooler_output=form, **fields)}
 
     def queries_and_keys(
@@ -815,55 +674,3 @@ class Family:
             check_llm_attention(layer, record, mask)
             self._confirmed_layers.add(layer)
         return queries_in(record, rows)
-
-
-def square_of(tokens: int) -> Grid:
-    """Return the square grid of this number of tokens, or a grid of one row if the number is not a square."""
-    side = math.isqrt(tokens)
-    return Grid(1, side, side) if side * side == tokens else Grid(1, 1, tokens)
-
-
-def _has_known_videos(model: Any) -> bool:
-    """Return True if videos become tokens as in Qwen's models: patches with a grid, and placeholders for videos."""
-    features, ids = _method(model, "get_video_features"), model.config
-    if features is None or not isinstance(getattr(ids, "video_token_id", None), int):
-        return False
-    names = [p.name for p in inspect.signature(features).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    return names == ["pixel_values_videos", "video_grid_thw"] and ids.video_token_id != ids.image_token_id
-
-
-def _method(model: Any, name: str) -> Any:
-    """Return a method of the model or of the model inside it without the head, or `None` if both lack it."""
-    return getattr(model, name, None) or getattr(model.base_model, name, None)
-
-
-def _with_layers(module: nn.Module) -> nn.Module | None:
-    """Return the outermost module that has a list of layers, `module` itself or one inside it, or `None`."""
-    return next(
-        (inner for inner in module.modules() if isinstance(getattr(inner, "layers", None), nn.ModuleList)), None
-    )
-
-
-def _flat(features: Tensor | Sequence[Tensor]) -> Float[Tensor, "tokens dim"]:
-    """Return the features of all images, one tensor or one per image, one after another."""
-    if isinstance(features, Tensor):
-        return features.flatten(0, -2)
-    return torch.cat([image.flatten(0, -2) for image in features])
-
-
-def placeholders_of_groups(runs: Sequence[tuple[int, int]], between: int) -> list[int]:
-    """Return the number of placeholders in each group of runs that have at most `between` tokens between them."""
-    counts: list[int] = []
-    last_end = -math.inf
-    for start, end in runs:
-        if start - last_end <= between:
-            counts[-1] += end - start
-        else:
-            counts.append(end - start)
-        last_end = end
-    return counts
-
-
-def _side(size: int | Sequence[int]) -> int:
-    """Return the height of a size that a config gives as one number, or as height and width."""
-    return size if isinstance(size, int) else int(size[0])

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vlmzip.errors import UserError
-from vlmzip.models.family import Batch, Family, Modality, Run
+from vlmzip.models.encoder_run import Batch, Run, learning
+from vlmzip.models.family import Family, Modality
 from vlmzip.models.layout import Layout, Pixels
 from vlmzip.models.pixels import SAME_SIZE_IN_VIDEO
 from vlmzip.models.recording import record
@@ -68,9 +69,11 @@ class Llava(Family):
         # cannot be pickled or compiled. So run the encoder alone, and record its layers.
         outputs, called = self.tower.modules(layers) if layers else ({}, {})
         blocks = {f"layer.{layer}": self.tower.attentions[layer].layer for layer in self._layers(batch)}
-        with record({**outputs, **blocks}, called) as recording, self.learning(batch, self.vision_encoder.parameters()):
+        pixels = batch.arguments[self.image_inputs[0]]
+        learns = learning(pixels, self.vision_encoder.parameters())
+        with record({**outputs, **blocks}, called) as recording, learns:
             self.vision_encoder(
-                pixel_values=batch.arguments[self.image_inputs[0]],
+                pixel_values=pixels,
                 interpolate_pos_encoding=batch.arguments.get("interpolate_pos_encoding", False),
                 return_dict=True,
             )

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vlmzip.models.family import Batch, Family, Modality, Run
+from vlmzip.models.encoder_run import Batch, Run
+from vlmzip.models.family import Family, Modality
 from vlmzip.models.llava import LlavaFrames
 from vlmzip.models.llava_next import LlavaNext
 from vlmzip.processor import InputDict, Inputs

@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vlmzip.errors import UserError
-from vlmzip.models.family import Batch, Family, Run
+from vlmzip.models.encoder_run import Batch, Run
+from vlmzip.models.family import Family
 from vlmzip.models.layout import SEPARATOR, Encoded, Layout, Views, layout_of, numbers_by_kind
 from vlmzip.models.llava import LlavaFrames
 from vlmzip.models.llava_next import LlavaNext

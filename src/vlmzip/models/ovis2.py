@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,7 +50,10 @@ class Ovis2(Family):
         return Layout.of_single_views([Grid(1, rows, cols)] * len(pixels))
 
     def encoder_outputs(
-        self, features: list[Float[Tensor, "_ llm_dim"]], streams: Sequence[tuple[Tensor, ...]] = ()
+        self,
+        features: list[Float[Tensor, "_ llm_dim"]],
+        streams: Sequence[tuple[Tensor, ...]] = (),
+        further: Mapping[str, Any] | None = None,
     ) -> dict[str, BaseModelOutputWithPooling]:
         table = self.model.model.visual_embeddings_table
         count, end = self.model.config.vision_config.num_visual_indicator_tokens, table.num_embeddings

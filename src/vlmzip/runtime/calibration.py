@@ -16,7 +16,7 @@ from torch import nn
 from transformers import BatchFeature
 
 from vlmzip import spec
-from vlmzip.compressor import BudgetError, Calibratable, Compressor, Measured
+from vlmzip.compressor import BudgetError, Calibratable, ComparesViews, Compressor, Measured
 from vlmzip.errors import UserError
 from vlmzip.keep import Keep, count_to_keep, parse_keep
 from vlmzip.models import family_of
@@ -167,7 +167,7 @@ def _measure_together(
             compressor.grid_of(group.tokens)
             measured.update(zip(group.numbers, Measured.of(compressor, group.tokens), strict=True))
     images_of_views = [[measured[number] for number in numbers] for numbers in view_numbers(layouts)]
-    if compressor.compares_views:
+    if isinstance(compressor, ComparesViews) and compressor.compares_views:
         images_of_views = [[Measured.joined(part) for part in Measured.parts(views)] for views in images_of_views]
     return [MeasuredImage(tuple(views)) for views in images_of_views]
 

@@ -14,7 +14,7 @@ It uses four index spaces. Each belongs to one image and starts at 0:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vlmzip.compressor import Compressor, keep_all
+from vlmzip.compressor import ComparesViews, Compressor, keep_all
 from vlmzip.errors import UserError
 from vlmzip.models.layout import SEPARATOR, Encoded, Layout, Views, numbers_by_kind
 from vlmzip.token_map import TokenMap
@@ -208,7 +208,7 @@ def _joined(
 def _decide(layouts: Sequence[Layout], encoded: Encoded, compressor: Compressor | None) -> dict[int, ViewMap]:
     """Return the token map of each view, and the features and streams after it, by view number."""
     shares: list[Callable[[VisualTokens], TokenMap]] = [keep_all] * sum(len(layout.views) for layout in layouts)
-    if compressor is not None and compressor.compares_views:
+    if isinstance(compressor, ComparesViews) and compressor.compares_views:
         measured = {n: m for g in encoded.groups for n, m in zip(g.numbers, compressor.measured(g.tokens), strict=True)}
         images = ([measured[number] for number in numbers] for numbers in view_numbers(layouts))
         shares = [share for views in images for share in compressor.shared_by_content(views)]
@@ -257,7 +257,7 @@ def without_padding(
                     tuple(stream[:, tokens] for stream in views.streams),
                 )
             )
-    return [layout for layout, _ in both], Encoded(groups, encoded.separator)
+    return [layout for layout, _ in both], replace(encoded, groups=groups)
 
 
 def as_clips(layouts: Sequence[Layout], encoded: Encoded) -> tuple[Sequence[Layout], Encoded]:
@@ -280,7 +280,7 @@ def as_clips(layouts: Sequence[Layout], encoded: Encoded) -> tuple[Sequence[Layo
             prefix = group.tokens.prefix
             streams = tuple(frames_joined(stream[index], prefix) for stream in group.streams)
             groups.append(Views(group.tokens.clips(index), chosen, streams))
-    return clips, Encoded(groups, encoded.separator)
+    return clips, replace(encoded, groups=groups)
 
 
 def view_numbers(layouts: Sequence[Layout]) -> list[range]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmzip.errors import UserError
+from vlmzip.models.encoder_run import further_fields
 from vlmzip.models.family import Family
 from vlmzip.processor import InputDict, Inputs
 from vlmzip.runtime.cache_names import cache_name, cache_of, with_cache_named
@@ -198,7 +199,8 @@ class Generation:
             if rows and each.features_as_list:
                 outputs = call.inputs["mm_encoder_outputs"][each.modality]
                 streams = [_by_row(layer, rows) for layer in getattr(outputs, "deepstack_features", None) or ()]
-                joined |= each.encoder_outputs(_by_row(outputs.pooler_output, rows), list(zip(*streams, strict=True)))
+                features, further = _by_row(outputs.pooler_output, rows), further_fields(outputs)
+                joined |= each.encoder_outputs(features, list(zip(*streams, strict=True)), further)
         return joined
 
     def _run_row_by_row(self, call: CompressedCall) -> Generated:
@@ -235,12 +237,13 @@ class Generation:
         for each in self.family.modalities:
             images = [image for image in call.report.images if image.modality == each.modality]
             if images:
-                features = call.inputs["mm_encoder_outputs"][each.modality].pooler_output
+                all_rows = call.inputs["mm_encoder_outputs"][each.modality]
+                features = all_rows.pooler_output
                 if isinstance(features, Tensor):
                     features = features[:, 0].split([image.after for image in images])
                 mine = [part for image, part in zip(images, features, strict=True) if image.row == row]
                 if mine:
-                    (outputs,) = each.encoder_outputs(mine).values()
+                    (outputs,) = each.encoder_outputs(mine, further=further_fields(all_rows)).values()
                     if isinstance(outputs.pooler_output, Tensor):
                         outputs.pooler_output = outputs.pooler_output.transpose(0, 1)  # a single entry
                     of_row[each.modality] = outputs

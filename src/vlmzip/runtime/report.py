@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby, pairwise
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -117,6 +118,8 @@ class CompressedImage:
     report: ImageReport
     left: Layout | None
     """The layout of the remaining placeholders; `None` if they no longer form grids."""
+    further: Mapping[str, Any]
+    """What the model's `forward` reads beside the tokens of all images, from the run that encoded them."""
 
     def with_separators(self, separator: Float[Tensor, " llm_dim"] | None) -> CompressedImage:
         """Return the image with a feature for every remaining placeholder; the `streams` of separators are 0."""

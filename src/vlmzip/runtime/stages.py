@@ -61,7 +61,8 @@ def encoder_outputs(family: Family, images: Sequence[CompressedImage]) -> dict[s
     for each in family.modalities:
         mine = [image for image in images if image.report.modality == each.modality]
         if mine:
-            outputs |= each.encoder_outputs([image.features for image in mine], [image.streams for image in mine])
+            features, streams = [image.features for image in mine], [image.streams for image in mine]
+            outputs |= each.encoder_outputs(features, streams, mine[0].further)
     return outputs
 
 
@@ -83,7 +84,7 @@ def _encode_and_compress(
     features = _project(family, [image.features for image in kept], site, watch)
     with watch.time("bookkeeping"):
         images = [
-            _compressed(family, layout, image.plan, projected, image.streams, image.seen)
+            _compressed(family, layout, image.plan, projected, image.streams, image.seen, encoded)
             for layout, image, projected in zip(layouts, kept, features, strict=True)
         ]
     return images, encoded.separator
@@ -104,6 +105,7 @@ def _compressed(
     features: Float[Tensor, "_ llm_dim"],
     streams: Sequence[Tensor],
     seen: tuple[Float[Tensor, "_ dim"], ...] | None,
+    encoded: Encoded,
 ) -> CompressedImage:
     """Return an image with its projected tokens. The row of its report is -1 until its placeholders are found."""
     after = len(plan.places)
@@ -117,7 +119,7 @@ def _compressed(
         view_features=seen,
         modality=family.modality,
     )
-    return CompressedImage(features, tuple(streams), plan.slots, plan.places, report, plan.left)
+    return CompressedImage(features, tuple(streams), plan.slots, plan.places, report, plan.left, encoded.further)
 
 
 def _encode_smaller(
@@ -169,7 +171,7 @@ def _encode_smaller(
             left.append([in_order(parts, plan.order) for parts in zip(*views, strict=True)])
     projected = _project(family, [features for features, *_ in left], Site.PRE_PROJECTOR, watch)
     images = [
-        _compressed(family, layout, plan, features, streams, None)
+        _compressed(family, layout, plan, features, streams, None, encoded)
         for layout, plan, features, (_, *streams) in zip(layouts, plans, projected, left, strict=True)
     ]
     return images, encoded.separator, smaller
@@ -207,7 +209,9 @@ def _compress_projected(
         report = replace(image.report, after=count, by_layer=(count,) * len(image.report.by_layer), token_map=token_map)
         places = [image.places[place] for place in plan.places]
         compressed.append(
-            CompressedImage(after.features, after.streams, plan.slots, places, report, image.left and plan.left)
+            CompressedImage(
+                after.features, after.streams, plan.slots, places, report, image.left and plan.left, image.further
+            )
         )
     return compressed
 
@@ -260,5 +264,5 @@ def _resample(
             -1, before, after, (after,) * len(family.decoder_layers), None, layout, None, family.modality
         )
         nothing = tuple(features.new_zeros(after, width) for width in widths)  # later layers of the LLM add these zeros
-        images.append(CompressedImage(features, nothing, torch.arange(after), places, report, None))
+        images.append(CompressedImage(features, nothing, torch.arange(after), places, report, None, encoded.further))
     return images

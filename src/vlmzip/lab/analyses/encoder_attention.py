@@ -30,7 +30,7 @@ from vlmzip.lab.analyses.subject import Row, Subject, Unsuited, interval
 from vlmzip.lab.stats import Bootstrap, estimate
 from vlmzip.lab.tasks.task import Sample
 from vlmzip.models import family_of
-from vlmzip.models.family import EncoderAttention
+from vlmzip.models.encoder_run import EncoderAttention
 from vlmzip.runtime.answering import Answerer
 from vlmzip.runtime.compress import view_numbers
 from vlmzip.visualize.attention import Map, draw_maps
