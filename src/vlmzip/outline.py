@@ -105,14 +105,19 @@ def summary(package: str, file: str) -> str:
 
 def _of_package(package: str) -> list[Outline]:
     """Return the classes that a package's `__init__` imports from its own modules."""
-    modules = homes(parsed(package, "__init__"))
-    return [_outline(module, name) for name, module in modules.items() if module.startswith(f"{package}.")]
+    modules = {n: m for n, m in homes(parsed(package, "__init__")).items() if m.startswith(f"{package}.")}
+    return [_outline(module, name) for name, module in modules.items() if name in _classes(module)]
+
+
+def _classes(module: str) -> dict[str, ast.ClassDef]:
+    """Return the classes that a module defines, by name."""
+    return {node.name: node for node in parsed(*module.rsplit(".", 1)).body if isinstance(node, ast.ClassDef)}
 
 
 def _outline(module: str, name: str) -> Outline:
-    tree = parsed(*module.rsplit(".", 1))
-    modules = {node.name: module for node in tree.body if isinstance(node, ast.ClassDef)} | homes(tree)
-    (definition,) = (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == name)
+    classes = _classes(module)
+    modules = dict.fromkeys(classes, module) | homes(parsed(*module.rsplit(".", 1)))
+    definition = classes[name]
     outline = Outline(module.rpartition(".")[2], ast.get_docstring(definition) or "")
     for base in map(ast.unparse, definition.bases):
         if modules.get(base, "").startswith("vlmzip."):
