@@ -31,6 +31,7 @@ ROOMS = {
     "vocabulary": ("schema", "keep", "processor", "visual_tokens", "token_map", "compressor", "resampler"),
     "methods": ("methods",),
     "catalogue": ("outline", "blueprint", "catalogue", "compressor_file", "spec"),
+    "mini_gemini": ("mini_gemini",),
     "models": ("models",),
     "runtime": ("runtime",),
     "visualize": ("visualize",),

@@ -1,0 +1,36 @@
+"""The config of Mini-Gemini."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from transformers import ConvNextConfig, LlavaConfig, PreTrainedConfig
+
+#: The trunk of OpenCLIP's `convnext_large_d_320`, the second encoder of the published checkpoints.
+CONVNEXT_LARGE: dict[str, Any] = {"hidden_sizes": [192, 384, 768, 1536], "depths": [3, 3, 27, 3]}
+
+
+class MiniGeminiConfig(LlavaConfig):
+    """LLaVA's config with a second encoder.
+
+    `vision_config` is CLIP's. `aux_config` describes the ConvNeXt that sees each image at a high resolution.
+    `image_grid` is 1, or 2 for the HD models, which encode 2 x 2 crops of each image and a global view with CLIP.
+    """
+
+    model_type = "mini_gemini"
+    sub_configs: ClassVar[dict[str, Any]] = {**LlavaConfig.sub_configs, "aux_config": ConvNextConfig}
+
+    aux_config: dict[str, Any] | PreTrainedConfig | None = None
+    image_grid: int = 1
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.aux_config is None:
+            self.aux_config = ConvNextConfig(**CONVNEXT_LARGE)
+        elif isinstance(self.aux_config, dict):
+            self.aux_config = ConvNextConfig(**self.aux_config)
+        super().__post_init__(**kwargs)
+
+    @property
+    def views(self) -> int:
+        """The number of images that CLIP sees of one image: the image, or a global view and its crops."""
+        return 1 if self.image_grid == 1 else 1 + self.image_grid**2
