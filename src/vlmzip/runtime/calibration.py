@@ -24,6 +24,7 @@ from vlmzip.models.family import Family
 from vlmzip.processor import Processor
 from vlmzip.runtime.compress import view_numbers, without_padding
 from vlmzip.runtime.images import load_image
+from vlmzip.runtime.pretrained import load_processor
 from vlmzip.runtime.prompt_text import chat_prompt, special_tokens
 
 #: The largest deviation of the average from the budget, as a fraction of the budget.
@@ -254,8 +255,6 @@ def _out_of_reach(name: str, budget: float, steps: _Steps) -> BudgetError:
 
 
 def _processor_of(model: nn.Module) -> Processor:
-    from vlmzip.runtime.pretrained import load_processor
-
     config: Any = getattr(model, "config", None)
     source = getattr(config, "_name_or_path", "")
     try:
