@@ -272,3 +272,13 @@ def test_smaller_frames_go_through_the_encoder():
         video, image = compressed.report.images
         assert (video.after, image.modality) == (4 * family.clip(0)[0], "image")
         assert compressed.smaller["pixel_values_videos"].numel() < inputs["pixel_values_videos"].numel()
+
+
+@pytest.mark.skipif("video_llava" not in FAMILIES, reason="its inputs have other names before transformers 5.23")
+def test_video_llavas_processor_may_name_images_as_it_did():
+    family = FAMILIES["video_llava"]()
+    inputs = family.batch([1, "image", "video", 9])
+    named = {"pixel_values_images" if name == "pixel_values" else name: value for name, value in inputs.items()}
+    with vlmzip.attach(family.model, vlmzip.VisionZip(keep=8)) as small:
+        assert torch.equal(small(**named).logits, small(**inputs).logits)
+    assert family_of(family.model).image_inputs == ("pixel_values",)

@@ -102,6 +102,8 @@ class Family:
     By default, the parameters of `get_image_features` without its settings (`SETTINGS`). An object that serves videos
     has `video_inputs` here.
     """
+    former_names: ClassVar[Mapping[str, str]] = {}
+    """Former names of model inputs, which processors still use, and the names that the model has for them now."""
     video_inputs: tuple[str, ...] = ()
     """The model inputs that describe videos, the pixels first; empty if the family does not know its videos."""
     video_family: ClassVar[type[Family] | None] = None
@@ -130,7 +132,8 @@ class Family:
         if modality == "video":
             self.image_inputs = self.video_inputs
         if not self.image_inputs:
-            self.image_inputs = tuple(n for n in self._feature_arguments if not n.startswith(SETTINGS))
+            names = (name for name in self._feature_arguments if not name.startswith(SETTINGS))
+            self.image_inputs = tuple(n for n in names if self.former_names.get(n) not in self._feature_arguments)
         if type(self) is Family and (rope_index := method_of(self.model, "get_rope_index")):
             self.default_positions, self.position_axes = "original", axes_of_positions(rope_index)
 
@@ -260,12 +263,12 @@ class Family:
             grid = Grid(1, side, side)
         return Profile(grid, self.llm_config.num_hidden_layers, first_layer=self.first_free_layer)
 
-    def prompt(self, question: str, images: int, videos: int = 0) -> str:
-        """Return the text of a prompt about some images and videos, for checkpoints without a chat template.
+    def prompt(self, question: str, images: int) -> str:
+        """Return the text of a prompt about a number of images, for checkpoints without a chat template.
 
         Override it if the family was trained with a format of this kind, such as LLaVA's "USER: ... ASSISTANT:".
         """
-        return "<image>" * images + "<video>" * videos + question
+        return "<image>" * images + question
 
     def encode(self, inputs: Inputs, site: Site, needs: frozenset[Signal]) -> Encoded:
         """Return the visual tokens of all images in `inputs` at `site`, with the signals in `needs`.
@@ -457,6 +460,11 @@ class Family:
             self.scored_layer(inputs),
         )
 
+    def with_names_of_model(self, inputs: Inputs) -> Inputs:
+        """Return a processor's outputs with the names that the model has for them now."""
+        names = {old: new for old, new in self.former_names.items() if old in inputs and new in self._feature_arguments}
+        return {names.get(name, name): value for name, value in inputs.items()} if names else inputs
+
     def layouts(self, inputs: Inputs) -> list[Layout]:
         """Return the layout of each image in `inputs`, from shapes alone, without running the encoder.
 
@@ -528,14 +536,10 @@ class Family:
     def view_pixels(self, inputs: Inputs) -> Pixels | None:
         """Return the normalised pixels of each view, [views, 3, height, width] or a list of [3, height, width].
 
-        Override it if the first of `image_inputs` is not such a batch, nor one for each row of the prompt. Return
-        `None` if the inputs are patches.
+        Override it if `pixel_values` is not such a batch. Return `None` if the inputs are patches.
         """
-        pixels: Any = inputs[self.image_inputs[0]]
-        if self._has_grids or (isinstance(pixels, Tensor) and pixels.ndim < 4):
-            return None
-        of_views: Pixels = pixels.flatten(0, 1) if isinstance(pixels, Tensor) and pixels.ndim == 5 else pixels
-        return of_views
+        pixels: Pixels = inputs["pixel_values"]
+        return pixels
 
     def downsample(self, inputs: Inputs, grids: Sequence[Grid]) -> InputDict:
         """Return image inputs with the views resized to `grids`, one grid per view. They are for `encode` only.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from torch import nn
 
 from vlmzip.models.llava import Llava, LlavaFrames
@@ -33,6 +36,7 @@ class VideoLlava(Llava):
     model_types = ("video_llava",)
     example = "LanguageBind/Video-LLaVA-7B-hf"
     image_inputs = ()  # the name depends on the version of transformers
+    former_names: ClassVar[Mapping[str, str]] = {"pixel_values_images": "pixel_values"}
     video_inputs = VideoLlavaFrames.video_inputs
     video_family = VideoLlavaFrames
     features_as_list = False

@@ -159,7 +159,8 @@ def _measure_together(
 ) -> list[MeasuredImage]:
     """Measure the views as the compressor will see them: without the padding of tiles."""
     loaded = [load_image(image) for image in images]
-    inputs = _inputs_of(family, processor, loaded).to(family.model.device, family.model.dtype)
+    outputs = _inputs_of(family, processor, loaded).to(family.model.device, family.model.dtype)
+    inputs = family.with_names_of_model(outputs)
     measured: dict[int, Measured] = {}
     with torch.no_grad():
         encoded = family.encode(inputs, compressor.site, compressor.needs)

@@ -74,6 +74,7 @@ def compress_inputs(
     Raise `UserError` if placeholders and images do not match.
     """
     family, compressor = family or family_of(model), spec.as_compressor(compressor)
+    inputs = family.with_names_of_model(inputs)
     out = CompressedInputs(inputs)
     watch = Stopwatch(next(model.parameters()).device)
     if inputs.get("pixel_values_videos") is not None and len(family.modalities) == 1:

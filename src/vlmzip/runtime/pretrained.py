@@ -95,14 +95,7 @@ def _check_family(name: str, raw: Mapping[str, object]) -> None:
 def load_processor(source: Source, config: PreTrainedConfig) -> Processor:
     """Return the processor of a checkpoint, with a pad token. Raise `UserError` if it is missing or broken."""
     with refusing(f"cannot load the processor of {str(source)!r}"):
-        try:
-            processor: Processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
-        except ImportError as error:
-            if "torchvision" not in str(error).lower():
-                raise
-            raise UserError(
-                f"{str(source)!r} takes videos, and its processor needs torchvision: pip install 'vlmzip[video]'"
-            ) from error
+        processor: Processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
     for part in ("tokenizer", "image_processor"):
         if getattr(processor, part, None) is None:
             raise UserError(
@@ -253,7 +246,7 @@ def _refuse_unknown_tokens(name: str, model: PreTrainedModel) -> None:
 
 def try_out(name: str, processor: Processor, family: Family) -> None:
     """Raise `UserError` if the processor's inputs for an image do not fit the model."""
-    inputs = _trial(name, processor, family)
+    inputs = family.with_names_of_model(_trial(name, processor, family))
     rows = family.model.get_input_embeddings().weight.shape[0]
     if (largest := int(inputs["input_ids"].max())) >= rows:
         raise UserError(

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from os import SEEK_END
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -20,12 +21,24 @@ from vlmzip.processor import Processor
 from vlmzip.runtime.position_limit import llm_positions
 from vlmzip.runtime.prompt import PER_TOKEN
 from vlmzip.runtime.prompt_text import special_tokens
-from vlmzip.training.records import PLACE, BadRecord, Records, TrainingRecord, Turn
+from vlmzip.training.records import (
+    PLACE,
+    USUAL_FRAMES,
+    VIDEO,
+    BadRecord,
+    Records,
+    TrainingRecord,
+    Turn,
+    evenly_spaced,
+    load_frames,
+)
 
 #: The label that the loss ignores.
 IGNORE = -100
 #: Width and height, in pixels, of the blank image for a batch without images.
 BLANK = (336, 336)
+#: Frames per second of videos that are given as frames: as many as Qwen's processors take from a video file.
+RATE = 2.0
 #: The file that lists each record that was left out, with the reason.
 BAD = "bad_records.jsonl"
 
@@ -37,15 +50,17 @@ class Preprocessor:
     which is added if the template has none: a model that never saw the token would not know when to stop.
     """
 
-    def __init__(self, processor: Processor, family: Family, max_length: int) -> None:
+    def __init__(self, processor: Processor, family: Family, max_length: int, frames: int | None = None) -> None:
         """Try the processor out. `max_length` counts tokens, with visual tokens uncompressed.
 
-        Raise `UserError` for a processor whose conversations cannot be labelled, or that has no chat template, fast
-        tokenizer or end-of-text token.
+        `frames` is the number of frames of each video; see `TrainingRecord.frames`. Raise `UserError` for a processor
+        whose conversations cannot be labelled, or that has no chat template, fast tokenizer or end-of-text token.
         """
         self.processor, self.tokenizer, self.max_length = processor, processor.tokenizer, max_length
+        self.family, self.frames = family, frames
         self.positions = llm_positions(family)
-        self.placeholder = family.placeholder_id
+        self.takes_videos = len(family.modalities) > 1 and getattr(processor, "video_processor", None) is not None
+        self.placeholders = [each.placeholder_id for each in family.modalities]
         if not getattr(processor, "chat_template", None):
             raise UserError(
                 "the checkpoint's processor has no chat template: save one with it (processor.chat_template)"
@@ -54,7 +69,7 @@ class Preprocessor:
             raise UserError("the checkpoint has no fast tokenizer, which is needed to tell answers from questions")
         if self.tokenizer.eos_token is None:
             raise UserError("the checkpoint's tokenizer has no end-of-text token for the ends of answers")
-        self._reserved = _reserved_words(processor, str(self.tokenizer.convert_ids_to_tokens(self.placeholder)))
+        self._reserved = _reserved_words(processor, self.tokenizer.convert_ids_to_tokens(self.placeholders))
         self._end = self._try_out()
 
     def __call__(self, record: TrainingRecord, folder: Path) -> dict[str, Tensor]:
@@ -64,19 +79,42 @@ class Preprocessor:
         `max_length` or the LLM's positions.
         """
         self._refuse_reserved_words(record)
+        video = None
+        if record.video is not None:
+            frames = record.frames(folder, self.frames)
+            if self.takes_videos:
+                frames = evenly_spaced(frames, self.frames or USUAL_FRAMES) if self._stacks_videos else frames
+                video = load_frames(folder, frames)
+            else:
+                record = record.with_frames_as_images(frames)
         images = record.load_images(folder)
         text, answers = self._rendered(record, self._end)
         try:
-            row = self._row(text, images)
+            row = self._row(text, images, video)
         except (TypeError, ValueError) as error:  # the record's fault, not the processor's, which was tried out
             raise BadRecord(f"the processor refuses it: {_beginning(str(error))}") from error
         self._refuse_long(len(row["input_ids"]))
-        return {**row, "labels": self._labels(row["input_ids"], text, answers)}
+        return {**row, "labels": self._labels(row["input_ids"], text, answers, has_video=video is not None)}
+
+    @property
+    def _stacks_videos(self) -> bool:
+        """Return whether all videos of a batch are one tensor, so that they need equally many frames."""
+        return "video_grid_thw" not in self.family.modalities[-1].image_inputs
 
     def blank(self) -> dict[str, Tensor]:
         """Return a row with a black image and no labels, so that nothing is learned from it."""
-        text, _ = self._rendered(TrainingRecord("", (Turn(f"{PLACE}\n?", "!"),), ()), self._end)
-        row = self._row(text, [Image.new("RGB", BLANK)])
+        return self._unlearned(PLACE, [Image.new("RGB", BLANK)])
+
+    def blank_video(self) -> dict[str, Tensor]:
+        """Return a row with a black video and no labels."""
+        frames = self.frames or USUAL_FRAMES if self._stacks_videos else 2
+        return self._unlearned(VIDEO, [], np.zeros((frames, *BLANK, 3), np.uint8))
+
+    def _unlearned(
+        self, place: str, images: Sequence[Image.Image], video: np.ndarray | None = None
+    ) -> dict[str, Tensor]:
+        text, _ = self._rendered(TrainingRecord("", (Turn(f"{place}\n?", "!"),), ()), self._end)
+        row = self._row(text, images, video)
         return {**row, "labels": torch.full_like(row["input_ids"], IGNORE)}
 
     def _try_out(self) -> str:
@@ -109,9 +147,12 @@ class Preprocessor:
         if self.positions is not None and length > self.positions:
             raise BadRecord(f"longer than the LLM's {self.positions} positions")
 
-    def _row(self, text: str, images: Sequence[Image.Image]) -> dict[str, Tensor]:
-        special = special_tokens(self.tokenizer, text)
-        inputs = self.processor(images=list(images) or None, text=[text], return_tensors="pt", **special)
+    def _row(self, text: str, images: Sequence[Image.Image], video: np.ndarray | None = None) -> dict[str, Tensor]:
+        settings: dict[str, object] = dict(special_tokens(self.tokenizer, text))
+        if video is not None:
+            settings |= {"videos": [video], "videos_kwargs": _as_sampled(len(video))}
+        outputs = self.processor(images=list(images) or None, text=[text], return_tensors="pt", **settings)
+        inputs = self.family.with_names_of_model(outputs)
         return {name: value[0] if name in ("input_ids", *PER_TOKEN) else value for name, value in inputs.items()}
 
     def _rendered(self, record: TrainingRecord, end: str) -> tuple[str, list[tuple[int, int]]]:
@@ -141,16 +182,20 @@ class Preprocessor:
             answers.append((begin, stop if eos < 0 else eos + len(self.tokenizer.eos_token)))
         return whole, answers
 
-    def _labels(self, ids: Tensor, text: str, answers: Sequence[tuple[int, int]]) -> Tensor:
+    def _labels(self, ids: Tensor, text: str, answers: Sequence[tuple[int, int]], *, has_video: bool = False) -> Tensor:
         """Return the ids of tokens that contain a part of an answer, `IGNORE` elsewhere.
 
         The processor replaces each placeholder in the text by many. All other tokens must be those of the text, in
-        order; `BadRecord` is raised if they are not.
+        order; `BadRecord` is raised if they are not. With a video, there may be more tokens at one place: markers and
+        times of its frames.
         """
         plain, spans = self._tokens(text)
         # Indices into the tokens of the text, and into `ids`; both skip the placeholders.
-        words = [n for n, token in enumerate(plain) if token != self.placeholder]
-        places = (ids != self.placeholder).nonzero()[:, 0].tolist()
+        words = [n for n, token in enumerate(plain) if token not in self.placeholders]
+        places = [n for n, token in enumerate(ids.tolist()) if token not in self.placeholders]
+        if has_video and len(places) > len(words):
+            before = _equal_first([plain[n] for n in words], ids[places].tolist())
+            places = places[:before] + places[len(places) - len(words) + before :]
         if [plain[n] for n in words] != ids[places].tolist():
             raise BadRecord(f"{type(self.processor).__name__} rewrites it: answers cannot be told from questions")
         labels = torch.full_like(ids, IGNORE)
@@ -178,6 +223,19 @@ class Preprocessor:
                     raise BadRecord(f"its chat template joins the answer to the prompt: {merged!r} is one token")
 
 
+def _equal_first(these: Sequence[int], those: Sequence[int]) -> int:
+    """Return how many values at the beginning of two sequences are equal."""
+    return next((n for n, (one, other) in enumerate(zip(these, those, strict=False)) if one != other), len(these))
+
+
+def _as_sampled(frames: int) -> dict[str, object]:
+    """Return the settings with which a processor takes all frames of a video, as if they were `RATE` a second."""
+    metadata = {
+        "fps": RATE, "total_num_frames": frames, "frames_indices": list(range(frames)), "duration": frames / RATE
+    }  # fmt: skip
+    return {"do_sample_frames": False, "video_metadata": [metadata]}
+
+
 def _overlap(token: tuple[int, int], answer: tuple[int, int]) -> bool:
     """Return whether a token's span and an answer's span overlap.
 
@@ -187,23 +245,23 @@ def _overlap(token: tuple[int, int], answer: tuple[int, int]) -> bool:
 
 
 def _parts(question: str) -> list[dict[str, str]]:
-    """Return a question as a chat template takes it: its images and texts, in order."""
+    """Return a question as a chat template takes it: its images, video and texts, in order."""
     parts: list[dict[str, str]] = []
-    for number, text in enumerate(question.split(PLACE)):
-        if number:
-            parts.append({"type": "image"})
-        if text := text.strip("\n" if text.strip() else None):
+    for part in re.split(f"({PLACE}|{VIDEO})", question):
+        if part in (PLACE, VIDEO):
+            parts.append({"type": "image" if part == PLACE else "video"})
+        elif text := part.strip("\n" if part.strip() else None):
             parts.append({"type": "text", "text": text})
     return parts
 
 
-def _reserved_words(processor: Processor, placeholder: str) -> list[str]:
+def _reserved_words(processor: Processor, placeholders: Sequence[str]) -> list[str]:
     """Return the words that a processor takes for an image or video wherever they occur in a text.
 
-    `PLACE` is left out: `records` counts it as an image.
+    `PLACE` and `VIDEO` are left out: `records` counts them as an image and a video.
     """
-    words = [placeholder, *(getattr(processor, name, None) for name in ("image_token", "video_token"))]
-    return [word for word in dict.fromkeys(words) if word and word != PLACE]
+    words = [*placeholders, *(getattr(processor, name, None) for name in ("image_token", "video_token"))]
+    return [word for word in dict.fromkeys(words) if word and word not in (PLACE, VIDEO)]
 
 
 def _beginning(message: str) -> str:
@@ -308,16 +366,16 @@ class Collator:
     """A collator that pads rows on the right to the longest one and concatenates their images.
 
     A batch without images gets the row `blank` in addition, as in LLaVA's code, so that encoder and projector run in
-    every forward. With several processes they must: the others would wait forever for a process that skips them.
+    every forward. With several processes they must: the others would wait forever for a process that skips them. If
+    some records have videos, `blanks` has a row with a video, too: videos go through the encoder in a run of their own.
     """
 
-    def __init__(self, pad_id: int, blank: Mapping[str, Tensor] | None = None) -> None:
-        self._blank = blank
+    def __init__(self, pad_id: int, *blanks: Mapping[str, Tensor]) -> None:
+        self._blanks = blanks
         self._fill = {"input_ids": pad_id, "labels": IGNORE}
 
     def __call__(self, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        if self._blank is not None and not any(self._blank.keys() <= row.keys() for row in rows):
-            rows = [*rows, self._blank]
+        rows = [*rows, *(blank for blank in self._blanks if not any(blank.keys() <= row.keys() for row in rows))]
         longest = max(len(row["input_ids"]) for row in rows)
         batch = {}
         for name in dict.fromkeys(name for row in rows for name in row):
@@ -325,8 +383,20 @@ class Collator:
             if name in ("input_ids", *PER_TOKEN):
                 batch[name] = torch.stack([self._padded(name, value, longest) for value in values])
             else:
-                batch[name] = torch.cat(values)
+                batch[name] = _joined(values)
         return batch
 
     def _padded(self, name: str, value: Tensor, length: int) -> Tensor:
         return torch.nn.functional.pad(value, (0, length - len(value)), value=self._fill.get(name, 0))
+
+
+def _joined(values: Sequence[Tensor]) -> Tensor:
+    """Return the images of several rows as one tensor, with zeros where an image has fewer tiles or pixels.
+
+    Processors fill up the images of a batch in the same way, and models leave the filling out.
+    """
+    sizes = torch.tensor([value.shape[1:] for value in values]).amax(0).tolist()
+    edges = [
+        [edge for have, need in zip(v.shape[1:], sizes, strict=True) for edge in (need - have, 0)][::-1] for v in values
+    ]
+    return torch.cat([torch.nn.functional.pad(v, edge) for v, edge in zip(values, edges, strict=True)])

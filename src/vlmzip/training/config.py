@@ -76,6 +76,8 @@ class Config:
     """The folder for checkpoints, logs and the trained model."""
     images: str | None = None
     """The folder from which image paths start; default: the folder of the records file."""
+    frames: Count | None = None
+    """Frames of each video, evenly spaced. Default: all frames of a list, 8 of a folder."""
     schedule: object = "none"
     """A scheme's name, a compressor, or stages; see docs/training.md."""
     learn: tuple[Part, ...] = ("projector", "llm")

@@ -5,9 +5,9 @@ A file is a JSON list, or JSON Lines, of records
     {"id": …, "image": "a.jpg" or ["a.jpg", …] or nothing, "conversations": [{"from": "human", "value": "<image>\\n…"},
      {"from": "gpt", "value": "…"}, …]}
 
-with one `<image>` per image, anywhere in the human turns. `images` is another name for `image`. A video is a list of
-its frames, `"video": ["1.jpg", "2.jpg", …]`, with one `<video>` in the text. Anything else is counted as a bad record
-and not used.
+with one `<image>` per image, anywhere in the human turns. `images` is another name for `image`. A record can have one
+video, with one `<video>` in the text: `"video": ["1.jpg", "2.jpg", …]` is a list of its frames, `"video": "frames"` a
+folder of them. Anything else is counted as a bad record and not used.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, TypeGuard
 
+import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from vlmzip.errors import UserError
@@ -30,6 +32,10 @@ PLACE, VIDEO = "<image>", "<video>"
 HUMAN, MODEL = ("human", "user"), ("gpt", "assistant")
 #: Endings of video files, which are not images.
 VIDEO_FILES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
+#: The number of frames of a folder, if the configuration gives none.
+USUAL_FRAMES = 8
+#: The most digits of a number in the name of a frame.
+LONGEST_NUMBER = 20
 #: Bytes to read at once while searching for the beginnings and ends of records.
 CHUNK = 1 << 20
 #: The longest record of a list, in bytes. One that seems to be longer has an unclosed bracket or quote.
@@ -45,25 +51,82 @@ class Turn:
     """A question and its answer."""
 
     question: str
-    """The question, with `PLACE` in the place of each image."""
+    """The question, with `PLACE` in the place of each image and `VIDEO` in the place of the video."""
     answer: str
 
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """A conversation, with or without images."""
+    """A conversation, with or without images and a video."""
 
     id: str
     turns: tuple[Turn, ...]
     images: tuple[str, ...]
     """Paths, in the order of the `PLACE`s."""
+    video: str | tuple[str, ...] | None = None
+    """The paths of the frames of the video, or the path of a folder of them."""
+
+    @property
+    def listed(self) -> int:
+        """Return the number of images and frames, without a look at the folder of a video."""
+        frames = USUAL_FRAMES if isinstance(self.video, str) else len(self.video or ())
+        return len(self.images) + frames
 
     def load_images(self, folder: Path) -> list[Image.Image]:
         """Return the images, read as in every command. Raise `BadRecord` if one is missing or broken."""
-        try:
-            return [load_image(folder / path) for path in self.images]
-        except ImageError as error:
-            raise BadRecord(f"an image {error.kind}") from error
+        return _load_images(folder, self.images)
+
+    def frames(self, folder: Path, most: int | None) -> list[str]:
+        """Return the paths of at most `most` frames of the video, evenly spaced.
+
+        With `None`, return all frames of a list, and at most `USUAL_FRAMES` of a folder. Raise `BadRecord` if a folder
+        has no frames.
+        """
+        if isinstance(self.video, str):
+            paths, most = _frames_in(folder, self.video), most or USUAL_FRAMES
+        else:
+            paths = list(self.video or ())
+        return evenly_spaced(paths, min(most or len(paths), len(paths)))
+
+    def with_frames_as_images(self, frames: Sequence[str]) -> TrainingRecord:
+        """Return the record with images, the frames, in the place of its video, for models without videos."""
+        before = "\n".join(turn.question for turn in self.turns).partition(VIDEO)[0].count(PLACE)
+        images = [*self.images[:before], *frames, *self.images[before:]]
+        turns = [Turn(turn.question.replace(VIDEO, PLACE * len(frames)), turn.answer) for turn in self.turns]
+        return TrainingRecord(self.id, tuple(turns), tuple(images))
+
+
+def load_frames(folder: Path, paths: Sequence[str]) -> UInt8[np.ndarray, "frames height width 3"]:
+    """Return the frames of a video. Raise `BadRecord` if one is missing or broken, or if their sizes differ."""
+    frames = _load_images(folder, paths)
+    if len({frame.size for frame in frames}) > 1:
+        raise BadRecord("a video with frames of different sizes")
+    return np.stack([np.asarray(frame) for frame in frames])
+
+
+def _load_images(folder: Path, paths: Sequence[str]) -> list[Image.Image]:
+    try:
+        return [load_image(folder / path) for path in paths]
+    except ImageError as error:
+        raise BadRecord(f"an image {error.kind}") from error
+
+
+def _frames_in(folder: Path, video: str) -> list[str]:
+    """Return the paths of the files in the folder of a video, by name. Numbers in names are compared as numbers."""
+    try:
+        names = [path.name for path in (folder / video).iterdir() if path.is_file() and path.name[0] != "."]
+    except OSError:
+        raise BadRecord("a folder of frames is missing") from None
+    if not names:
+        raise BadRecord("a folder of frames is empty")
+    names.sort(key=lambda name: re.sub(r"\d+", lambda digits: digits[0].zfill(LONGEST_NUMBER), name))
+    return [f"{video}/{name}" for name in names]
+
+
+def evenly_spaced(paths: Sequence[str], count: int) -> list[str]:
+    """Return `count` of the paths in order, from the first to the last. Some repeat if there are fewer."""
+    gaps = max(count - 1, 1)
+    return [paths[((len(paths) - 1) * n + gaps // 2) // gaps] for n in range(count)]
 
 
 def read_record(content: object) -> TrainingRecord:
@@ -74,16 +137,12 @@ def read_record(content: object) -> TrainingRecord:
     if not isinstance(parts, list) or not parts:
         raise BadRecord("no conversations")
     turns = tuple(_turns(parts))
-    images, frames = _images(content), _frames(content)
+    images, video = _images(content), _video(content)
     if sum(turn.question.count(PLACE) for turn in turns) != len(images):
         raise BadRecord(f"not as many {PLACE} as images")
-    if sum(turn.question.count(VIDEO) for turn in turns) != bool(frames):
+    if sum(turn.question.count(VIDEO) for turn in turns) != bool(video):
         raise BadRecord(f"not as many {VIDEO} as videos")
-    if frames:  # from here on a video is images: its frames, in the place of <video>
-        before = "\n".join(turn.question for turn in turns).partition(VIDEO)[0].count(PLACE)
-        images[before:before] = frames
-        turns = tuple(Turn(turn.question.replace(VIDEO, PLACE * len(frames)), turn.answer) for turn in turns)
-    return TrainingRecord(str(content.get("id", "")), turns, tuple(images))
+    return TrainingRecord(str(content.get("id", "")), turns, tuple(images), video)
 
 
 def _images(content: dict[str, object]) -> list[str]:
@@ -98,18 +157,17 @@ def _images(content: dict[str, object]) -> list[str]:
     return list(paths)
 
 
-def _frames(content: dict[str, object]) -> list[str]:
-    """Return the paths of a record's video frames."""
+def _video(content: dict[str, object]) -> str | tuple[str, ...] | None:
+    """Return the paths of the frames of a record's video, or the path of a folder of them."""
     if content.get("videos") is not None:
         raise BadRecord("videos: only one video can be given, as video")
-    frames = content.get("video")
-    frames = [] if frames is None else frames
-    paths: object = [frames] if isinstance(frames, str) else frames
+    value = content.get("video")
+    paths: object = [value] if isinstance(value, str) else value or []
     if not _are_paths(paths):
         raise BadRecord("video is not a list of image paths")
-    if isinstance(frames, str) or any(path.lower().endswith(VIDEO_FILES) for path in paths):
+    if any(path.lower().endswith(VIDEO_FILES) for path in paths):
         raise BadRecord("a video file; give its frames as a list of images")
-    return list(paths)
+    return value if isinstance(value, str) else tuple(paths) or None
 
 
 def _are_paths(paths: object) -> TypeGuard[list[str]]:
@@ -162,14 +220,15 @@ class Records:
         self.bad: list[tuple[int, str]] = []
         self.numbers = array("Q")
         self._begins, self._ends, self._images = array("Q"), array("Q"), array("Q")
+        self._videos = array("B")
         try:
             for number, (begin, text) in enumerate(_texts(path)):
                 try:
-                    images = len(read_record(_parsed(text)).images)
+                    record = read_record(_parsed(text))
                 except BadRecord as reason:
                     self.bad.append((number, str(reason)))
                     continue
-                columns = (number, begin, begin + len(text), images)
+                columns = (number, begin, begin + len(text), record.listed, record.video is not None)
                 for values, value in zip(self._columns(), columns, strict=True):
                     values.append(value)
         except OSError as error:
@@ -186,15 +245,20 @@ class Records:
             return read_record(_parsed(file.read(self.size(number))))
 
     def images(self, number: int) -> int:
-        """Return the number of images of a record."""
+        """Return the number of images of a record, and of frames of its video."""
         return self._images[number]
+
+    @property
+    def have_videos(self) -> bool:
+        """Return whether any record has a video."""
+        return any(self._videos)
 
     def size(self, number: int) -> int:
         """Return the bytes of a record in the file, a rough measure of its length."""
         return self._ends[number] - self._begins[number]
 
     def _columns(self) -> tuple[array[int], ...]:
-        return self.numbers, self._begins, self._ends, self._images
+        return self.numbers, self._begins, self._ends, self._images, self._videos
 
     def _first_bad(self) -> str:
         if not self.bad:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import TorchDynamoPlugin
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments, get_scheduler, set_seed
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
@@ -192,7 +192,7 @@ def make_trainer(
         "args": arguments(config, steps),
         "train_dataset": examples,
         "eval_dataset": examples if evaluation else None,  # makes Trainer evaluate; `score` asks other questions
-        "data_collator": Collator(pad_id(family), examples.conversations.blank()),
+        "data_collator": Collator(pad_id(family), *_blanks(examples)),
         "callbacks": [JsonLog(Path(config.out) / LOG, schedule), *([Sharded()] if sharded else [])],
     }
     try:
@@ -206,6 +206,13 @@ def make_trainer(
     except (RuntimeError, ImportError, TypeError, ValueError) as error:
         # A setting under `trainer` needs something that is not installed, or has an invalid value.
         raise UserError(f"trainer: {' '.join(str(error).split())[:200]}") from None
+
+
+def _blanks(examples: Examples) -> list[dict[str, Tensor]]:
+    """Return a row with a blank image and, if some records have videos, one with a blank video."""
+    rows = examples.conversations
+    has_videos = examples.records.have_videos and rows.takes_videos
+    return [rows.blank(), *([rows.blank_video()] if has_videos else [])]
 
 
 def _try_optimiser(args: TrainingArguments, model: nn.Module, steps: int) -> None:
@@ -348,7 +355,7 @@ def _examples(config: Config, records: Records, processor: Processor, family: Fa
     folder = Path(config.images) if config.images is not None else records.path.parent
     if not is_folder(folder):
         raise UserError(f"images: there is no folder {str(folder)!r}")
-    conversations = Preprocessor(processor, family, config.max_length)
+    conversations = Preprocessor(processor, family, config.max_length, config.frames)
     return Examples(records, folder, conversations, Path(config.out) / BAD, _subset(len(records), config))
 
 
@@ -378,7 +385,8 @@ def _choose_what_learns(compressed: CompressedModel, family: Family, learn: Sequ
     if lora is None:
         for module in (family.llm, family.model.get_output_embeddings()):
             module.requires_grad_("llm" in learn)
-    family.vision_encoder.requires_grad_("vision" in learn)
+    for each in family.modalities:  # some models have an encoder of their own for videos
+        each.vision_encoder.requires_grad_("vision" in learn)
     family.projector.requires_grad_("projector" in learn)  # last: in some families the encoder holds it
 
 

@@ -1,0 +1,152 @@
+"""Training on families with tiles, grids of any size and videos: rows, labels, losses and gradients."""
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.families import FAMILIES
+from tests.tiny import IMAGE_TOKEN, VIDEO_TOKEN
+from tests.training.test_records import film, record, said
+from tests.training.videos import processor_with_videos
+from vlmzip import DFMR, LLaVolta, NoCompression, VisionZip, attach
+from vlmzip.models import family_of
+from vlmzip.runtime.prompt import pad_id
+from vlmzip.training.batches import IGNORE, Collator, Preprocessor
+from vlmzip.training.records import read_record
+
+NAMES = [n for n in ("llava_next", "qwen2_5_vl", "qwen3_vl", "video_llava", "llava_onevision") if n in FAMILIES]
+WITH_VIDEOS = [name for name in NAMES if FAMILIES[name].clips]
+USER, MODEL, END = 4, 5, 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("images")
+    rng = torch.Generator().manual_seed(0)
+    for name, size in {"a": (90, 40), "b": (30, 64), **dict.fromkeys("123", (60, 40))}.items():
+        pixels = torch.randint(256, (size[1], size[0], 3), generator=rng, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(path / f"{name}.png")
+    return path
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def rows_of(request):
+    """Return the name of a family and its function from records to rows."""
+    made = Preprocessor(processor_with_videos(request.param), family_of(FAMILIES[request.param].build()), 900, frames=3)
+    return request.param, made
+
+
+def contents(name):
+    """Return records of all kinds: several images, none, a video, images and a video."""
+    frames = ["1.png", "2.png", "3.png"]
+    some = [
+        record("<image> w10 w11", "w20 w21"),
+        {"conversations": said("w9", "w20 w30")},
+        record("<image> w9 <image>", "w22", "w7", "w23 w24", image=["b.png", "a.png"]),
+    ]
+    films = [
+        film("<video> w9", "w25", "w8", "w26", video=frames),
+        film("w12 <image> w13", "w27", "<video> w14 <image>", "w28 w29", video=frames[:2], image=["a.png", "b.png"]),
+    ]
+    return some + (films if FAMILIES[name].clips else [])
+
+
+def inputs_of(rows_of, folder):
+    name, made = rows_of
+    return [made(read_record(content), folder) for content in contents(name)]
+
+
+def test_labels_are_the_answers_whatever_the_processor_writes_for_a_video(rows_of, folder):
+    for row, content in zip(inputs_of(rows_of, folder), contents(rows_of[0]), strict=True):
+        answers = [part["value"].split() for part in content["conversations"][1::2]]
+        expected = [number for answer in answers for number in (*(int(word[1:]) for word in answer), END)]
+        assert row["labels"][row["labels"] != IGNORE].tolist() == expected
+        assert torch.equal(row["labels"][row["labels"] != IGNORE], row["input_ids"][row["labels"] != IGNORE])
+        assert (row["input_ids"] == IMAGE_TOKEN).any() == ("image" in content)
+        assert (row["input_ids"] == VIDEO_TOKEN).any() == ("video" in content)
+
+
+def gradients(model):
+    return [parameter.grad.clone() for parameter in family_of(model).projector.parameters()]
+
+
+def test_without_compression_loss_and_gradients_are_the_plain_models(rows_of, folder):
+    batch = Collator(0)(inputs_of(rows_of, folder))
+    model = FAMILIES[rows_of[0]].build()
+    plain = model(**batch).loss
+    plain.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    loss = attach(model, NoCompression())(**batch).loss
+    loss.backward()
+    torch.testing.assert_close(loss, plain, rtol=1e-5, atol=0)
+    for gradient, other in zip(gradients(model), expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "compressor", [VisionZip(keep=8), DFMR(tau=0.9), LLaVolta(layer=2, stride=2)], ids=lambda made: made.name()
+)
+def test_a_compressed_batch_learns_what_its_rows_alone_do(rows_of, folder, compressor):
+    """Images, videos and text alone in one batch: the mean loss over all labels, and gradients in the projector."""
+    rows = inputs_of(rows_of, folder)
+    model = attach(FAMILIES[rows_of[0]].build(), compressor)
+    total = sum(int((row["labels"] != IGNORE).sum()) for row in rows)
+    for row in rows:
+        alone = Collator(0)([row])
+        (model(**alone).loss * int((alone["labels"] != IGNORE).sum()) / total).backward()
+    expected = gradients(model.inner)
+    assert all(gradient.abs().max() > 0 for gradient in expected if gradient.ndim > 1)
+    model.zero_grad()
+    together = model(**Collator(pad_id(family_of(model.inner)))(rows), pack_rows=True).loss
+    together.backward()
+    for gradient, other in zip(gradients(model.inner), expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", WITH_VIDEOS)
+def test_a_batch_without_images_or_videos_gets_blank_ones_without_gradients(name, folder):
+    made = Preprocessor(processor_with_videos(name), family_of(FAMILIES[name].build()), 900, frames=3)
+    text = made(read_record({"conversations": said("w9 w8", "w7")}), folder)
+    seen = made(read_record(record("<image> w10", "w20")), folder)
+    pad = Collator(0, made.blank(), made.blank_video())
+    assert len(pad([seen])["input_ids"]) == 2
+    batch = pad([text])
+    assert len(batch["input_ids"]) == 3
+    compressed = attach(FAMILIES[name].build(), VisionZip(keep=8))
+    loss = compressed(**batch).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(compressed(**Collator(0)([text])).loss.item(), rel=1e-5)
+    assert not any(gradient.any() for gradient in gradients(compressed.inner))
+
+
+def test_records_of_several_image_sizes_are_joined_as_the_processor_joins_them(folder):
+    """An image of LLaVA-NeXT with fewer tiles is filled up with zeros."""
+    processor, family = processor_with_videos("llava_next"), family_of(FAMILIES["llava_next"].build())
+    made = Preprocessor(processor, family, 900)
+    records = [record("<image> w9", "w20", image=name) for name in ("a.png", "b.png")]
+    batch = Collator(0)([made(read_record(content), folder) for content in records])
+    images = [Image.open(folder / name) for name in ("a.png", "b.png")]
+    together = processor(images=images, text=["<image>", "<image>"], padding=True, return_tensors="pt")
+    assert torch.equal(batch["pixel_values"], together["pixel_values"])
+    assert torch.equal(batch["image_sizes"], together["image_sizes"])
+
+
+def test_the_frames_of_a_folder_are_spread_evenly(tmp_path):
+    frames = tmp_path / "clip"
+    frames.mkdir()
+    for n in range(11):
+        Image.new("RGB", (8, 8)).save(frames / f"frame{n}.png")
+    clip = read_record(film("<video>", "a", video="clip"))
+    assert clip.frames(tmp_path, 3) == ["clip/frame0.png", "clip/frame5.png", "clip/frame10.png"]
+    assert len(clip.frames(tmp_path, None)) == 8
+    assert clip.frames(tmp_path, 99) == [f"clip/frame{n}.png" for n in range(11)]
+
+
+def test_a_short_video_repeats_frames_where_all_need_equally_many(folder):
+    made = Preprocessor(processor_with_videos("video_llava"), family_of(FAMILIES["video_llava"].build()), 900, 4)
+    row = made(read_record(film("<video> w9", "w20", video=["1.png", "2.png"])), folder)
+    first, second, third, fourth = row["pixel_values_videos"][0]
+    assert torch.equal(first, second)
+    assert torch.equal(third, fourth)
+    assert not torch.equal(second, third)
