@@ -385,12 +385,22 @@ def test_the_rounding_of_tf32_is_allowed_where_it_is_on(precision, is_right, mon
         torch.set_float32_matmul_precision("highest")
 
 
-def test_other_patches_of_a_token_are_refused(vit, monkeypatch):
+def test_other_patches_of_a_token_than_expected_are_found_by_asking(vit, monkeypatch):
     model, inputs = vit
-    by_token = Tower.by_token
+    needs = frozenset({Signal.CLS_ATTENTION, Signal.KEYS})
+
+    def signals(family):
+        (group,) = family.encode(inputs, Site.PRE_PROJECTOR, needs).groups
+        return group.tokens.cls_attention, group.tokens.keys
+
+    expected, by_token = signals(ModelFamily(model)), Tower.by_token
     monkeypatch.setattr(Tower, "by_token", lambda *args: by_token(*args).flip(0))
-    with pytest.raises(UserError, match=r"which patches of .* make a visual token"):
-        compress_inputs(model, inputs, VisionZip(keep=2), family=ModelFamily(model))
+    family, runs = ModelFamily(model), []
+    handle = family.vision_encoder.register_forward_hook(lambda *_: runs.append(1))
+    for _ in range(2):
+        torch.testing.assert_close(signals(family), expected, atol=1e-6, rtol=1e-5)
+    handle.remove()
+    assert len(runs) == 3  # the model is asked once, in a run of its own
 
 
 class WithoutEncoderOutputs(InternVLForConditionalGeneration):

@@ -5,18 +5,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import get_ident
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlmzip.errors import UserError
 from vlmzip.models.llm_attention import Recorded
 from vlmzip.models.recording import Recording, record
-from vlmzip.models.towers.tower import Tower
+from vlmzip.models.towers.tower import OTHER_METHODS, Tower
 from vlmzip.processor import InputDict
 from vlmzip.visual_tokens import Grid
 
@@ -53,12 +54,35 @@ def maps_each_token(
     return isinstance(alone, Tensor) and _are_close(alone, together[every_other])
 
 
-def check_tower(get_image_features: Any, tower: Tower, arguments: InputDict, grids: Sequence[Grid], layer: int) -> None:
-    """Raise `UserError` unless queries, keys and patches of a layer are those that the model itself uses.
+@dataclass(frozen=True)
+class Behind:
+    """A run of the model's own `get_image_features`, whose part behind one layer of the encoder has gradients."""
 
-    One run of `get_image_features` shows both. The attention computed from recorded queries and keys must be what the
-    layer computes. Behind the layer, gradients show on which patches each visual token depends.
-    """
+    recording: Recording
+    """The queries, keys, values and arguments of the layer."""
+    states: Tensor
+    """The output of the layer: the features of patches."""
+    features: Float[Tensor, "tokens llm_dim"]
+    """The visual tokens of all images."""
+
+    def touched(self, chosen: Bool[Tensor, " tokens"]) -> Bool[Tensor, "rows length"]:
+        """Return True for the patches on which one of the chosen visual tokens depends."""
+        weights = torch.randn(self.features.shape, generator=torch.Generator().manual_seed(0)) * chosen[:, None]
+        total = (self.features * weights.to(self.features)).sum()
+        (gradient,) = torch.autograd.grad(total, self.states, retain_graph=True)
+        marks = gradient.abs().amax(-1).gt(0)
+        return marks if marks.ndim == 2 else marks[None]
+
+    def some(self) -> Bool[Tensor, " tokens"]:
+        """Return a random half of the visual tokens, the first among them."""
+        chosen = torch.rand(len(self.features), generator=torch.Generator().manual_seed(0)) < 0.5
+        chosen[0] = True
+        return chosen
+
+
+@contextmanager
+def run_behind(get_image_features: Any, tower: Tower, arguments: InputDict, layer: int) -> Iterator[Behind]:
+    """Run `get_image_features` with gradients from the output of a layer on, inside the block."""
     attention = tower.attentions[layer]
     outputs, called = tower.modules([layer], values=True)
     if attention.output is not None:
@@ -86,25 +110,52 @@ def check_tower(get_image_features: Any, tower: Tower, arguments: InputDict, gri
             copies = {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
             pooled = get_image_features(**copies, return_dict=True).pooler_output
             features = torch.cat([image.flatten(0, -2) for image in pooled])
-            generator = torch.Generator().manual_seed(0)
-            chosen = torch.rand(len(features), generator=generator) < 0.5
-            chosen[0] = True
-            weights = torch.randn(features.shape, generator=generator) * chosen[:, None]
-            (gradient,) = torch.autograd.grad((features * weights.to(features)).sum(), states)
+            yield Behind(recording, states[0], features)
     finally:
         handle.remove()
+
+
+def check_attention(tower: Tower, recording: Recording, layer: int) -> None:
+    """Raise `UserError` unless queries, keys, values and mask of a layer, as recorded, give what the layer computes."""
     if not _computes_the_same(tower, recording, layer):
         raise UserError(
-            f"the attention of {type(tower.encoder).__name__} is of a kind that vlmzip does not know:"
-            " choose a method that does not look at the encoder's attention"
+            f"the attention of {type(tower.encoder).__name__} is of a kind that vlmzip does not know: {OTHER_METHODS}"
         )
-    touched = gradient.abs().amax(-1).gt(0).float()
-    by_token = tower.by_token(touched if touched.ndim == 2 else touched[None], grids, 0).cpu()
-    if not torch.equal(by_token, chosen.float()):
+
+
+def makes_squares(behind: Behind, tower: Tower, grids: Sequence[Grid]) -> bool:
+    """Return True if the patches of each visual token are those that `tower.by_token` takes."""
+    chosen = behind.some()
+    by_token = tower.by_token(behind.touched(chosen).float(), grids, 0).cpu()
+    return torch.equal(by_token, chosen.float())
+
+
+def tokens_of_patches(behind: Behind, tower: Tower) -> Int[Tensor, "rows length"]:
+    """Return the number of the visual token that each patch makes, or -1 for CLS, registers and padding.
+
+    Gradients show it. The numbers of the tokens are written in bits, and for each bit the tokens that have it are
+    chosen: a patch gets the bits of its token. Raise `UserError` if a patch makes several tokens, or if no patch makes
+    a token.
+    """
+    count = len(behind.features)
+    numbers = torch.arange(count)
+    of_patch = behind.touched(torch.ones(count, dtype=torch.bool)).long() - 1  # 0 for patches of some token
+    for bit in range((count - 1).bit_length()):
+        of_patch += behind.touched((numbers >> bit) % 2 == 1).long() << bit
+    made = of_patch[of_patch >= 0]
+    lacking = count - len(made.unique())
+    chosen = behind.some().to(of_patch.device)
+    if int(made.max()) >= count or not torch.equal((of_patch >= 0) & chosen[of_patch], behind.touched(chosen.cpu())):
         raise UserError(
-            f"vlmzip does not know which patches of {type(tower.encoder).__name__} make a visual token:"
-            " choose a method that does not look at the encoder's attention"
+            f"{type(tower.encoder).__name__} gives patches that make several visual tokens each, as cross-attention"
+            f" does: {OTHER_METHODS}"
         )
+    if lacking:
+        raise UserError(
+            f"{lacking} of {count} visual tokens are made of no patch of {type(tower.encoder).__name__}, such as the"
+            f" ends of rows: {OTHER_METHODS}"
+        )
+    return of_patch
 
 
 def check_llm_attention(layer: nn.Module, record: Recorded, mask: Tensor | None) -> None:

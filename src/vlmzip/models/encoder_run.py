@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -125,6 +125,16 @@ def of_views(values: Tensor, sizes: Sequence[int], rows: Sequence[int]) -> Tenso
         return whole
     parts = values.split(list(sizes))
     return torch.stack([parts[row] for row in rows])
+
+
+def shape_of(arguments: InputDict, pixels: str) -> Hashable:
+    """Return a value that is equal for arguments of equal shapes of images: the shape of `pixels`, and all others."""
+    others = {name: value for name, value in arguments.items() if name != pixels}
+    return arguments[pixels].shape, *((name, _content(value)) for name, value in others.items())
+
+
+def _content(value: Any) -> Hashable:
+    return (value.shape, value.cpu().numpy().tobytes()) if isinstance(value, Tensor) else repr(value)
 
 
 def ends_with_views(entries: Sequence[int], views: Sequence[int]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -11,11 +11,19 @@ from typing import Any, ClassVar, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmzip.compressor import Positions, Profile
 from vlmzip.errors import UserError
-from vlmzip.models.confirm import check_llm_attention, check_tower, maps_each_token
+from vlmzip.models.confirm import (
+    check_attention,
+    check_llm_attention,
+    makes_squares,
+    maps_each_token,
+    run_behind,
+    tokens_of_patches,
+)
 from vlmzip.models.encoder_run import (
     ENCODER_FIELDS,
     Batch,
@@ -27,6 +35,7 @@ from vlmzip.models.encoder_run import (
     further_fields,
     learning,
     of_views,
+    shape_of,
 )
 from vlmzip.models.layout import Encoded, Layout, Pixels, Views, numbers_by_kind
 from vlmzip.models.llm_attention import QueriesAndKeys, is_direct, queries_and_keys, queries_in, recorded
@@ -44,15 +53,15 @@ from vlmzip.models.parts import (
 )
 from vlmzip.models.prompt_layout import (
     grids_by_prompt,
-    grids_by_sizes,
     placeholders_of_images,
     square_of,
     tokens_of_view,
+    views_of_images,
 )
 from vlmzip.models.recording import record
 from vlmzip.models.towers import tower_of
 from vlmzip.models.towers.qwen import grids_of, sizes_of
-from vlmzip.models.towers.tower import Tower
+from vlmzip.models.towers.tower import OTHER_METHODS, Merge, Tower
 from vlmzip.models.towers.vit import feature_layers, image_of
 from vlmzip.processor import InputDict, Inputs
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
@@ -61,6 +70,10 @@ from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 Modality = Literal["image", "video"]
 #: How the names of parameters of `get_image_features` begin that are settings, and do not describe images.
 SETTINGS = ("vision_", "interpolate_", "downsample_")
+#: Names of inputs with the rows and columns of patches of each view.
+PATCH_SIZES = ("spatial_shapes", "target_sizes", "image_grid_hw")
+#: The number of shapes of images for which we remember which patches make which token.
+MOST_ASKED = 64
 #: The side in pixels of a common image, for encoders that take images of any size.
 COMMON_SIDE = 448
 #: The side in pixels of a common patch, for encoders whose config has none.
@@ -122,6 +135,10 @@ class Family:
         self.model: Any = without_adapters(model)  # a type checker does not know the attributes of each family's model
         self.is_confirmed = type(self) is not Family
         """True if the attention of the encoder is known to be as `tower` takes it."""
+        self._merge: Merge | None = None
+        """The squares of patches that are known to make visual tokens."""
+        self._asked: dict[Hashable, Tensor | None] = {}
+        """The token of each patch, for images of shapes that do not follow `_merge`; see `_tokens_of_patches`."""
         self._confirmed_layers: set[nn.Module] = set()
         """The decoder layers whose attention is known to follow from queries and keys."""
         self.modality = modality
@@ -215,10 +232,7 @@ class Family:
     def tower(self) -> Tower:
         """The vision encoder with its attention. Raise `UserError` if the model has no encoder."""
         if self.vision_encoder is self.model:
-            raise UserError(
-                f"{type(self.model).__name__} has no vision encoder with attention:"
-                " choose a method that does not look at the encoder's attention"
-            )
+            raise UserError(f"{type(self.model).__name__} has no vision encoder with attention: {OTHER_METHODS}")
         return tower_of(self.vision_encoder)
 
     @property
@@ -291,11 +305,8 @@ class Family:
             self._check_count(len(values["features"]), batch)
             self._check_views(run.sizes, batch)
             for layer in layers:
-                if not self.is_confirmed:
-                    check_tower(self.get_features, self.tower, batch.arguments, batch.grids, layer)
-                    # With one token, all patches make this token, in whatever order.
-                    self.is_confirmed = any(grid.size > 1 for grid in batch.grids)
-                values |= self.tower.signals(run.recording, layer, batch.grids, self.prefix, needs)
+                of_patch = self._tokens_of_patches(run, batch, layer)
+                values |= self.tower.signals(run.recording, layer, batch.grids, self.prefix, needs, of_patch)
             sizes = self._sizes_of(batch)
             for grid, rows in numbers_by_kind(batch.grids).items():
                 by_view: dict[str, Any] = {name: of_views(value, sizes, rows) for name, value in values.items()}
@@ -305,6 +316,32 @@ class Family:
                 added = tuple(of_views(stream, sizes, rows) for stream in streams)
                 groups.append(Views(tokens, [batch.numbers[row] for row in rows], added))
         return Encoded(groups, further=further)
+
+    def _tokens_of_patches(self, run: Run, batch: Batch, layer: int) -> Int[Tensor, "rows length"] | None:
+        """Return the token that each patch of a layer makes, or `None` if it follows from the grids.
+
+        The model itself shows it, in a further run of the encoder. The first call asks. If squares of patches make the
+        tokens, later calls do not ask again; otherwise, they ask for images of other shapes.
+        """
+        merge = self.tower.merge(self.tower.shape(run.recording, layer), batch.grids, self.prefix)
+        if self.is_confirmed and (type(self) is not Family or (merge is not None and merge == self._merge)):
+            return None
+        key = (layer, shape_of(batch.arguments, self.image_inputs[0]))
+        if key in self._asked:
+            return self._asked[key]
+        with run_behind(self.get_features, self.tower, batch.arguments, layer) as behind:
+            check_attention(self.tower, behind.recording, layer)
+            squares = merge is not None and makes_squares(behind, self.tower, batch.grids)
+            of_patch = None if squares else tokens_of_patches(behind, self.tower)
+        # In one column of tokens, squares are the same in every order of the patches.
+        if any(grid.cols > 1 for grid in batch.grids):
+            self.is_confirmed = True
+            if squares and self._merge is None:
+                self._merge = merge
+            if len(self._asked) >= MOST_ASKED:
+                self._asked.clear()
+            self._asked[key] = of_patch
+        return of_patch
 
     def batches(self, inputs: Inputs) -> list[Batch]:
         """Return the views of all images, in batches that `get_image_features` takes.
@@ -482,8 +519,8 @@ class Family:
             if type(self) is not Family or placeholders in (None, sum(grid.size for grid in grids)):
                 return Layout.of_single_views(grids)
         counts = placeholders_of_images(inputs["input_ids"] == self.placeholder_id, self._described(inputs))
-        if grids := self._grids_of_sizes(inputs, sum(counts)):
-            return Layout.of_single_views(grids)
+        if views := views_of_images(self._grids_of_sizes(inputs, sum(counts)), counts):
+            return Layout.of_views(views)
         tokens = tokens_of_view(inputs[self.image_inputs[0]], counts)
         return Layout.of_equal_views([(square_of(tokens or n), n // (tokens or n)) for n in counts])
 
@@ -513,12 +550,16 @@ class Family:
         return f"{self.modality}_grid_thw" in self.image_inputs
 
     def _grids_of_sizes(self, inputs: Inputs, placeholders: int) -> list[Grid]:
-        """Return the grids by `image_sizes`, height and width in pixels; empty if the placeholders do not fill them."""
+        """Return the grid of each view by its height and width; empty if no input has them."""
+        for name in PATCH_SIZES:
+            if name in self.image_inputs and inputs.get(name) is not None:
+                return grids_by_prompt(pad(torch.as_tensor(inputs[name]), (1, 0), value=1), 1, placeholders)
         patch = getattr(self.vision_config, "patch_size", None)
         if patch is None or "image_sizes" not in self.image_inputs or inputs.get("image_sizes") is None:
             return []
         sizes = torch.as_tensor(inputs["image_sizes"])
-        return grids_by_sizes(sizes, side_in(patch) * self.patches_per_side, placeholders)
+        side = side_in(patch) * self.patches_per_side
+        return [Grid(1, height // side, width // side) for height, width in sizes.tolist()]
 
     @property
     def layouts_need_prompt(self) -> bool:

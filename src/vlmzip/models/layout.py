@@ -72,9 +72,16 @@ class Layout:
 
         `images` has the grid of each view and the number of views. Equal images share one layout and its cache.
         """
-        kinds = dict.fromkeys(images)
-        layouts = {(grid, count): cls((grid,) * count, torch.arange(count * grid.size)) for grid, count in kinds}
-        return [layouts[image] for image in images]
+        return cls.of_views([(grid,) * count for grid, count in images])
+
+    @classmethod
+    def of_views(cls, images: Sequence[tuple[Grid, ...]]) -> list[Layout]:
+        """Return the layouts of images with these views, which follow one after another, without separators.
+
+        Equal images share one layout and its cache.
+        """
+        layouts = {views: cls(views, torch.arange(sum(grid.size for grid in views))) for views in dict.fromkeys(images)}
+        return [layouts[views] for views in images]
 
     @cached_property
     def starts(self) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from jaxtyping import Int
@@ -32,13 +33,22 @@ def grids_by_prompt(sizes: Int[Tensor, "images 3"], side: int, placeholders: int
     return grids_of(sizes, by_prompt if by_prompt**2 * placeholders == patches else side)
 
 
-def grids_by_sizes(sizes: Int[Tensor, "images 2"], side: int, placeholders: int) -> list[Grid]:
-    """Return the grid of each image by its height and width in pixels, of which `side` become a token.
+def views_of_images(grids: Sequence[Grid], counts: Sequence[int]) -> list[tuple[Grid, ...]]:
+    """Return the grids of the views of each image, from those of all views.
 
-    It is empty if the placeholders of the prompt do not fill the grids.
+    `counts` has the placeholders of each image, which the views fill one after another. The result is empty if the
+    views do not fill whole images.
     """
-    grids = [Grid(1, height // side, width // side) for height, width in sizes.tolist()]
-    return grids if sum(grid.size for grid in grids) == placeholders else []
+    images: list[tuple[Grid, ...]] = []
+    left = list(grids)
+    for count in counts:
+        ends = list(accumulate(grid.size for grid in left))
+        if count not in ends:
+            return []
+        views = ends.index(count) + 1
+        images.append(tuple(left[:views]))
+        left = left[views:]
+    return [] if left else images
 
 
 def placeholders_of_images(is_placeholder: Tensor, images: int | None) -> list[int]:

@@ -98,19 +98,22 @@ def attention_received(
     """Return the attention that each token receives, mean over heads and over all attending tokens (VisionZip, A.2).
 
     This is the score for encoders without CLS. `mask` is what the encoder adds to its scores; the mean is over the
-    tokens that may attend. The function processes `chunk` queries at a time, so that memory grows with the number of
-    tokens and not with its square. Computed in float32.
+    tokens that may attend, without padding, which no token may attend to. The function processes `chunk` queries at a
+    time, so that memory grows with the number of tokens and not with its square. Computed in float32.
     """
     queries, keys = _by_head(query.float(), heads), _by_head(key.float(), heads).transpose(2, 3)
     total = torch.zeros(key.shape[:2], device=key.device)
-    for start, part in enumerate(queries.split(chunk, dim=2)):
-        scores = part @ keys * scale
-        if mask is not None:
-            scores = scores + mask[:, :, start * chunk : (start + 1) * chunk]
-        total += scores.softmax(dim=-1).sum(dim=2).mean(dim=1)
     if mask is None:
+        for part in queries.split(chunk, dim=2):
+            total += (part @ keys * scale).softmax(dim=-1).sum(dim=2).mean(dim=1)
         return total / key.shape[1]
-    return total / (mask > torch.finfo(mask.dtype).min / 2).sum(2)[:, 0].clamp(min=1)
+    allowed = mask > torch.finfo(mask.dtype).min / 2
+    allowed = allowed & allowed.any(2)[..., None]  # no attention from padding
+    for start in range(0, queries.shape[2], chunk):
+        rows = slice(start, start + chunk)
+        attention = (queries[:, :, rows] @ keys * scale + mask[:, :, rows]).softmax(dim=-1)
+        total += (attention * allowed[:, :, rows].any(-1, keepdim=True)).sum(dim=2).mean(dim=1)
+    return total / allowed.sum(2)[:, 0].clamp(min=1)
 
 
 def attention_rows(

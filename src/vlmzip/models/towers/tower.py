@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vlmzip.errors import UserError
@@ -17,7 +17,7 @@ from vlmzip.models.recording import Recording, attention_received, cls_attention
 from vlmzip.visual_tokens import Grid, Signal
 
 #: Names of the projections to queries, keys and values, by kind of attention. A fused projection returns all three.
-PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("qkv",))
+PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"), ("qkv",))
 #: Names of the projection after the attention.
 OUTPUTS = ("out_proj", "o_proj", "proj", "projection_layer", "projection", "dense")
 #: Names of the norms that some attentions apply to queries and keys.
@@ -25,6 +25,8 @@ NORMS = ("q_norm", "k_norm")
 #: Names of the number of heads and of the factor of the scores, on the attention or its config.
 HEADS = ("num_heads", "num_attention_heads", "n_heads")
 SCALES = ("scale", "scaling")
+#: What a message offers where the attention of an encoder cannot be read.
+OTHER_METHODS = "choose a method that does not look at the encoder's attention"
 #: The most tokens, such as CLS and registers, that encoders put before the patches of a view.
 MOST_LEADING = 16
 
@@ -52,12 +54,12 @@ class Attention:
                 parts = [getattr(module, name, None) for name in names]
                 if not heads or not all(isinstance(part, nn.Module) for part in parts):
                     continue
+                width = getattr(module, "head_dim", None) or _width(parts[-1]) // heads
                 norms = [getattr(module, name, None) for name in NORMS]
                 if not all(isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity) for norm in norms):
                     norms = []
                 elif len(parts) == 3:  # the norms' outputs are recorded instead of the projections'
-                    parts, norms = [*norms, parts[2]], []
-                width = getattr(module, "head_dim", None) or _width(parts[-1]) // heads
+                    parts, norms = [*norms, getattr(module, "v_norm", parts[2])], []
                 modules = tuple(part for part in parts if isinstance(part, nn.Module))
                 scale = float(_first(module, SCALES) or width**-0.5)
                 return cls(layer, module, modules, heads, width, scale, tuple(norms))
@@ -68,6 +70,15 @@ class Attention:
         """The projection after the attention."""
         module = _first(self.module, OUTPUTS)
         return module if isinstance(module, nn.Module) else None
+
+
+class Merge(NamedTuple):
+    """How squares of patches make visual tokens."""
+
+    leading: int
+    """The number of tokens, such as CLS, before the patches of each view."""
+    side: int
+    """The number of patches per side of a token's square."""
 
 
 class Tower:
@@ -88,10 +99,7 @@ class Tower:
             attentions = [Attention.of(layer) for layer in layers]
             if attentions and None not in attentions:
                 return [attention for attention in attentions if attention is not None]
-        raise UserError(
-            f"vlmzip does not know the attention of {type(self.encoder).__name__}:"
-            " choose a method that does not look at the encoder's attention"
-        )
+        raise UserError(f"vlmzip does not know the attention of {type(self.encoder).__name__}: {OTHER_METHODS}")
 
     @property
     def depth(self) -> int:
@@ -117,27 +125,42 @@ class Tower:
 
     @torch.no_grad()
     def signals(
-        self, recording: Recording, layer: int, grids: Sequence[Grid], prefix: int, needs: frozenset[Signal]
+        self,
+        recording: Recording,
+        layer: int,
+        grids: Sequence[Grid],
+        prefix: int,
+        needs: frozenset[Signal],
+        of_patch: Int[Tensor, "rows length"] | None = None,
     ) -> dict[str, Float[Tensor, " tokens *key_dim"]]:
         """Return the scores and keys in `needs` for all tokens of all views, from a recorded layer.
 
-        `prefix` tokens of each view precede its grid. They are tokens of the encoder and have scores, too.
+        `prefix` tokens of each view precede its grid. They are tokens of the encoder and have scores, too. `of_patch`
+        has the number of the token that each patch makes, -1 for none, if it does not follow from the grids.
         """
         signals = {}
         if Signal.CLS_ATTENTION in needs:
-            signals["cls_attention"] = self.scores(recording, layer, grids, prefix)
+            signals["cls_attention"] = self.scores(recording, layer, grids, prefix, of_patch)
         if Signal.KEYS in needs:
             _, key = self.queries_and_keys(recording, layer)
             keys = mean_over_heads(key, self.attentions[layer].heads)
-            signals["keys"] = self.by_token(keys, grids, prefix)
+            signals["keys"] = self._of_tokens(keys, grids, prefix, of_patch)
         return signals
 
     @torch.no_grad()
-    def scores(self, recording: Recording, layer: int, grids: Sequence[Grid], prefix: int) -> Float[Tensor, " tokens"]:
+    def scores(
+        self,
+        recording: Recording,
+        layer: int,
+        grids: Sequence[Grid],
+        prefix: int,
+        of_patch: Int[Tensor, "rows length"] | None = None,
+    ) -> Float[Tensor, " tokens"]:
         """Return the score of all tokens of all views, from a recorded layer."""
         query, key = self.queries_and_keys(recording, layer)
         attention, lengths = self.attentions[layer], self.sequences(recording, layer, key.shape[1])
-        if prefix or self._leading(key.shape[:2], grids):
+        leads = self._leading(key.shape[:2], grids) if of_patch is None else bool((of_patch[:, 0] < 0).all())
+        if prefix or leads:
             scores = cls_attention_row(query, key, attention.heads, attention.scale)
         elif recording.arguments[str(layer)].get("cu_seqlens") is not None:
             # Multiply by the length of the sequence, so that windows and images of different sizes are comparable.
@@ -146,13 +169,23 @@ class Tower:
             scores = torch.cat(received, 1)
         else:
             mask = self.mask(recording, layer)
-            if mask is None and len(key) < len(grids):
+            if mask is None and of_patch is None and len(key) < len(grids):
                 raise UserError(
                     f"{type(self.encoder).__name__} joins images into one sequence in a way that vlmzip does not know:"
-                    " give one image per call, or load the model with attn_implementation='sdpa'"
+                    f" load the model with attn_implementation='sdpa', or {OTHER_METHODS}"
                 )
             scores = attention_received(query, key, attention.heads, attention.scale, mask=mask)
-        return self.by_token(scores, grids, prefix)
+        return self._of_tokens(scores, grids, prefix, of_patch)
+
+    def _of_tokens(
+        self,
+        values: Float[Tensor, "rows length *key_dim"],
+        grids: Sequence[Grid],
+        prefix: int,
+        of_patch: Int[Tensor, "rows length"] | None,
+    ) -> Float[Tensor, " tokens *key_dim"]:
+        """Return the mean of `values` over the patches of each token, for all views."""
+        return self.by_token(values, grids, prefix) if of_patch is None else means(values, of_patch)
 
     def by_token(
         self, values: Float[Tensor, "rows length *key_dim"], grids: Sequence[Grid], prefix: int
@@ -177,16 +210,23 @@ class Tower:
 
     def patches_per_side(self, shape: Sequence[int], grids: Sequence[Grid], prefix: int = 0) -> int:
         """Return the side of the square of patches that makes a token. Raise `UserError` if it is not known."""
-        rows, length = shape
-        tokens = sum(prefix + grid.size for grid in grids)
-        patches = rows * (length - (0 if prefix else self._leading(shape, grids)))
-        side = math.isqrt(patches // tokens)
-        if side**2 * tokens != patches or (prefix and side > 1):
+        if (merge := self.merge(shape, grids, prefix)) is None:
             raise UserError(
                 f"vlmzip does not know which patches of {type(self.encoder).__name__} make a visual token"
-                f" ({patches} patches, {tokens} tokens): choose a method that does not look at the encoder's attention"
+                f" ({math.prod(shape)} patches, {sum(grid.size for grid in grids)} tokens): {OTHER_METHODS}"
             )
-        return side
+        return merge.side
+
+    def merge(self, shape: Sequence[int], grids: Sequence[Grid], prefix: int = 0) -> Merge | None:
+        """Return how squares of patches make the tokens of these grids, or `None` if they do not fill them.
+
+        `shape` is the number of rows of the encoder, one for each view or one for all, and the length of a row.
+        """
+        rows, length = shape
+        leading = 0 if prefix else self._leading(shape, grids)
+        tokens, patches = sum(prefix + grid.size for grid in grids), rows * (length - leading)
+        side = math.isqrt(patches // tokens)
+        return None if side**2 * tokens != patches or (prefix and side > 1) else Merge(leading, side)
 
     def _leading(self, shape: Sequence[int], grids: Sequence[Grid]) -> int:
         """Return the number of tokens, such as CLS, before the patches of each view."""
@@ -204,11 +244,14 @@ class Tower:
         """Return the queries and keys of a recorded layer, with concatenated heads, as the encoder compares them."""
         attention = self.attentions[layer]
         query, key = (self.part(recording, layer, number) for number in (0, 1))
-        positions = recording.arguments[str(layer)].get("position_embeddings")
-        if positions is not None:
-            cos, sin = (table.float()[..., None, :] for table in positions)
-            by_head = (states.float().unflatten(-1, (attention.heads, -1)) for states in (query, key))
-            query, key = (_rotated(x, cos, sin).flatten(-2) for x in by_head)
+        arguments = recording.arguments[str(layer)]
+        if (angles := arguments.get("position_embeddings")) is not None:
+            # Each axis of the positions, such as columns and rows, may rotate a part of its own.
+            positions = arguments.get("position_ids")
+            axes = positions.shape[-1] if positions is not None and positions.ndim == 3 else 1
+            cos, sin = (table.float()[..., None, :].chunk(axes, -1) for table in angles)
+            by_head = (states.float().unflatten(-1, (attention.heads, -1)).chunk(axes, -1) for states in (query, key))
+            query, key = (torch.cat(list(map(_rotated, parts, cos, sin)), -1).flatten(-2) for parts in by_head)
         return query, key
 
     def part(self, recording: Recording, layer: int, number: int) -> Float[Tensor, "rows length dim"]:
@@ -229,6 +272,10 @@ class Tower:
             states = states.unflatten(-1, (-1, attention.head_dim)).repeat_interleave(shared, -2).flatten(-2)
         return states if states.ndim == 3 else states[None]
 
+    def shape(self, recording: Recording, layer: int) -> Sequence[int]:
+        """Return the number of rows and the length of a row in a recorded layer."""
+        return self.part(recording, layer, 1).shape[:2]
+
     def sequences(self, recording: Recording, layer: int, length: int) -> list[int]:
         """Return the lengths of the sequences that a row of `length` tokens consists of."""
         ends: Tensor | None = recording.arguments[str(layer)].get("cu_seqlens")
@@ -240,6 +287,16 @@ class Tower:
         if mask is None or mask.dtype != torch.bool:
             return mask
         return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+
+
+def means(
+    values: Float[Tensor, "rows length *key_dim"], of_patch: Int[Tensor, "rows length"]
+) -> Float[Tensor, " tokens *key_dim"]:
+    """Return the mean of `values` over the patches of each token; `of_patch` has the token of each patch, or -1."""
+    of_patch = of_patch.to(values.device)
+    used, tokens = of_patch >= 0, int(of_patch.max()) + 1
+    total = values.new_zeros(tokens, *values.shape[2:]).index_add_(0, of_patch[used], values[used])
+    return total / of_patch[used].bincount().view(-1, *[1] * (values.ndim - 2))
 
 
 def _rotated(heads: Tensor, cos: Float[Tensor, "*batch rotary_dim"], sin: Float[Tensor, "*batch rotary_dim"]) -> Tensor:
