@@ -42,6 +42,32 @@ def eval(folder):
     vlmzip("eval", "--tasks", "mini,easy-vqa", *usual)
 
 
+def video(folder):
+    import transformers
+
+    from tests.clips import write_clip
+    from vlmzip.lab.conformance.tiny import tiny_model
+
+    write_clip(folder / "clip.mp4")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "src" / "vlmzip" / "mini" / "weights")
+    tokenizer.add_tokens(["<|video_pad|>"], special_tokens=True)
+    image_id, video_id = tokenizer.convert_tokens_to_ids([tokenizer.image_token, "<|video_pad|>"])
+    changes = {"text_config.vocab_size": len(tokenizer), "image_token_id": image_id, "video_token_id": video_id}
+    size = dict(patch_size=4, merge_size=2, size={"shortest_edge": 32 * 32, "longest_edge": 32 * 32})
+    processor = transformers.Qwen2_5_VLProcessor(
+        transformers.Qwen2VLImageProcessor(**size),
+        tokenizer,
+        transformers.Qwen2VLVideoProcessor(**size),
+        chat_template="{% for part in messages[0].content %}"
+        "{{ {'image': '<image>', 'video': '<|video_pad|>', 'text': part.text}[part.type] }} {% endfor %}",
+    )
+    for part in (processor, tiny_model(transformers.Qwen2_5_VLForConditionalGeneration, changes)):
+        part.save_pretrained(folder / "model")
+    usual = ["--model", str(folder / "model"), "--frames", "6", "--keep-per-view", "4"]
+    vlmzip("ask", "clip.mp4", QUESTION, *usual, "--overlay", "tokens.png", within=folder)
+    vlmzip("show", "clip.mp4", "--method", "visionzip", *usual, within=folder)
+
+
 def lmms(folder):
     from tests.lmms.mini_as_task import write_task
 
@@ -57,7 +83,7 @@ def dev(folder):
 
 
 #: `base` is an installation without extras.
-USES = {"base": [base], "train": [train], "eval": [eval], "lmms": [lmms], "dev": [train, eval, dev]}
+USES = {"base": [base], "train": [train], "eval": [eval], "lmms": [lmms], "video": [video], "dev": [train, eval, dev]}
 
 
 def vlmzip(*arguments, within=ROOT):

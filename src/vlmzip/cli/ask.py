@@ -1,4 +1,4 @@
-"""`vlmzip ask IMAGE… QUESTION`: answer a question about images, and show what compression saves."""
+"""`vlmzip ask IMAGE|VIDEO… QUESTION`: answer a question about images and videos, and show what compression saves."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from rich.table import Table
 
 from vlmzip.cli._options.common import check_counts
 from vlmzip.cli._shared.console import progress
-from vlmzip.cli._shared.images import check_target, load_image, save_image
+from vlmzip.cli._shared.images import check_target, check_visuals, save_image
 from vlmzip.cli._shared.loading import load
 from vlmzip.cli._shared.method import check_method, make_method
 from vlmzip.cli._shared.words import split_images_and_question
 from vlmzip.lab.asking import (
+    account_of,
     answer,
     attach_and_note,
     build_inputs,
+    by_visual,
     draw,
     plain_account,
+    read_visuals,
     warn_about_detail,
 )
 from vlmzip.lab.table import Console, print_json, show_bytes, show_count, show_flops
@@ -29,15 +32,15 @@ from vlmzip.methods import NoCompression
 
 def run(args: Namespace) -> None:
     paths, question = split_images_and_question(args.words, "ask")
-    check_counts(args, "max_new_tokens")
+    check_counts(args, "max_new_tokens", "frames")
     check_method(args, draws=bool(args.overlay))
     if args.overlay:
         check_target(args.overlay, paths)
-    for path in paths:
-        load_image(path)
+    check_visuals(paths, args.frames)
     loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)
     compressed = attach_and_note(loaded, make_method(args, loaded.family.profile()))
-    inputs = build_inputs(loaded, paths, question)
+    visuals = read_visuals(loaded, paths, args.frames)
+    inputs = build_inputs(loaded, visuals, question)
     with progress("answering"):
         plain = None
         if args.baseline:
@@ -50,16 +53,7 @@ def run(args: Namespace) -> None:
         "compressor": compressed.compressor.to_dict(),
         "question": question,
         "answer": result.text,
-        "images": [
-            {
-                "path": path,
-                "before": p.before,
-                "after": p.after,
-                "by_layer": p.by_layer,
-                "detail_lost": p.detail_lost and round(p.detail_lost, 3),
-            }
-            for path, p in zip(paths, result.report.images, strict=True)
-        ],
+        "images": list(map(account_of, visuals, by_visual(visuals, result.report))),
         "compressed": asdict(result.account),
         "plain": plain_account(loaded, inputs, result.report),
     }
@@ -69,9 +63,9 @@ def run(args: Namespace) -> None:
     if args.overlay:
         out["overlay"] = str(args.overlay)
     print_json(out) if args.json else _print_account(out)
-    warn_about_detail(result.report, paths)
+    warn_about_detail(result.report, visuals)
     if args.overlay:
-        save_image(draw(loaded, inputs, result.report, paths), args.overlay, paths)
+        save_image(draw(loaded, inputs, result.report, visuals), args.overlay, paths)
         if not args.json:
             print(f"tokens drawn in {args.overlay}")
 

@@ -1,4 +1,4 @@
-"""`vlmzip show IMAGE`: draw which visual tokens of an image are kept, merged and dropped."""
+"""`vlmzip show IMAGE|VIDEO`: draw which visual tokens of an image or video are kept, merged and dropped."""
 
 from __future__ import annotations
 
@@ -7,15 +7,19 @@ from pathlib import Path
 
 import torch
 
+from vlmzip.cli._options.common import check_counts
 from vlmzip.cli._shared.console import progress
-from vlmzip.cli._shared.images import check_target, load_image, save_image
+from vlmzip.cli._shared.images import check_target, check_visuals, save_image
 from vlmzip.cli._shared.loading import load
 from vlmzip.cli._shared.method import check_method, make_method, without_budget
 from vlmzip.errors import UserError
-from vlmzip.lab.asking import attach_and_note, build_inputs, draw
+from vlmzip.lab.asking import account_of, attach_and_note, build_inputs, by_visual, draw, read_visuals
 from vlmzip.lab.table import print_json
 from vlmzip.runtime.inputs import compress_inputs
 from vlmzip.sites import Site
+
+#: The parts of an image's account that do not need the LLM.
+SHOWN = ("path", "before", "after", "frames", "seconds")
 
 
 def run(args: Namespace) -> None:
@@ -25,18 +29,18 @@ def run(args: Namespace) -> None:
         raise UserError(f"{method.name()} chooses inside the LLM, by the question; use vlmzip ask … --overlay FILE")
     if args.out:
         check_target(args.out, args.images)
-    for path in args.images:
-        load_image(path)
+    check_counts(args, "frames")
+    check_visuals(args.images, args.frames)
     loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)
     compressor = attach_and_note(loaded, make_method(args, loaded.family.profile())).compressor
     with progress("encoding"), torch.no_grad():
-        inputs = build_inputs(loaded, args.images, "")
+        visuals = read_visuals(loaded, args.images, args.frames)
+        inputs = build_inputs(loaded, visuals, "")
         report = compress_inputs(loaded.model, inputs, compressor).report
     out = args.out or Path(f"{Path(args.images[0]).stem}_{compressor.name()}.png")
-    save_image(draw(loaded, inputs, report, args.images), out, args.images)
-    counts = [
-        {"path": path, "before": p.before, "after": p.after} for path, p in zip(args.images, report.images, strict=True)
-    ]
+    save_image(draw(loaded, inputs, report, visuals), out, args.images)
+    accounts = map(account_of, visuals, by_visual(visuals, report))
+    counts = [{key: value for key, value in account.items() if key in SHOWN} for account in accounts]
     profile = loaded.family.profile()
     stages = compressor.stages()
     upper = stages[-1].upper_count(profile) if len(stages) == 1 else None
@@ -45,8 +49,9 @@ def run(args: Namespace) -> None:
         named = {"model": args.model, "compressor": compressor.to_dict(), "images": counts}
         print_json({**named, **totals, "overlay": str(out)})
         return
-    for image in counts:
-        print(f"{image['path']}: {image['before']} → {image['after']} visual tokens")
+    for image, visual in zip(counts, visuals, strict=True):
+        frames = "" if isinstance(visual, str) else f" in {len(visual.frames)} frames"
+        print(f"{image['path']}: {image['before']} → {image['after']} visual tokens{frames}")
     if upper is not None and profile.tiles:
         views = len(profile.grids)
         print(f"{report.average:.4g} per image on average; upper count {upper}, for an image of {views} views")

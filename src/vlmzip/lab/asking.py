@@ -1,9 +1,12 @@
-"""Answer one question about images and count the cost, for `ask`, `show` and `compare`."""
+"""Answer one question about images and videos and count the cost, for `ask`, `show` and `compare`."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from itertools import islice
 from typing import Any
 
 from PIL import Image
@@ -11,6 +14,8 @@ from PIL import Image
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, collecting_warnings
 from vlmzip.lab.bench.timing import now
+from vlmzip.models import FAMILIES
+from vlmzip.models.family import Modality
 from vlmzip.processor import InputDict
 from vlmzip.runtime.attach import attach
 from vlmzip.runtime.detail import WORRYING
@@ -18,9 +23,12 @@ from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.flops import kv_cache_bytes, prefill_flops
 from vlmzip.runtime.images import load_image
 from vlmzip.runtime.loading import Loaded
-from vlmzip.runtime.prompt_text import chat_prompt, special_tokens, unknown_words
-from vlmzip.runtime.report import Report
+from vlmzip.runtime.pretrained import refusing
+from vlmzip.runtime.prompt_text import special_tokens, unknown_words, visual_prompt
+from vlmzip.runtime.report import ImageReport, Report
 from vlmzip.runtime.saving import saved_weights
+from vlmzip.runtime.videos import Clip, evenly_spaced, expected_frames, is_video, read_clip
+from vlmzip.visualize.frames import draw_frames, first_frames
 from vlmzip.visualize.overlay import draw_tokens, stack
 from vlmzip.visualize.views import seen_views
 
@@ -46,17 +54,84 @@ class TimedAnswer:
     report: Report
 
 
-def build_inputs(loaded: Loaded, paths: list[str], question: str) -> dict[str, object]:
-    """Return model inputs for one conversation turn with all images before the question."""
-    images = [load_image(path) for path in paths]
-    if "<image>" in question or getattr(loaded.processor, "image_token", "<image>") in question:
-        raise UserError("the question must not contain <image>: images are placed before it")
+#: What a question is about: the path of an image, or the frames of a video.
+Visual = str | Clip
+
+
+def read_visuals(loaded: Loaded, paths: Sequence[str], frames: int | None = None) -> list[Visual]:
+    """Return the paths of images as they are, and read the videos among them.
+
+    `frames` is the number of frames of each video, evenly spaced; by default as many as the model's processor expects.
+    Raise `UserError` for a video that cannot be read, and for a model that takes none.
+    """
+    if not any(map(is_video, paths)):
+        return list(paths)
+    processor = getattr(loaded.processor, "video_processor", None)
+    if processor is None:
+        able = ", ".join(family.example for family in FAMILIES if family.video_inputs)
+        raise UserError(f"{loaded.name} takes no video; models that take videos are {able}")
+
+    def choose(total: int, fps: float | None) -> list[int]:
+        return evenly_spaced(total, frames or expected_frames(processor, total, fps))
+
+    visuals = [read_clip(path, choose) if is_video(path) else path for path in paths]
+    for clip in visuals:
+        if isinstance(clip, Clip) and frames and len(clip.frames) < frames:
+            log.warning(f"{clip.path} has only {len(clip.frames)} frames")
+    return visuals
+
+
+def build_inputs(loaded: Loaded, visuals: Sequence[Visual], question: str) -> dict[str, object]:
+    """Return model inputs for one conversation turn with all images and videos before the question."""
+    images = [load_image(path) for path in visuals if isinstance(path, str)]
+    clips = [clip for clip in visuals if isinstance(clip, Clip)]
+    for kind in ("image", "video"):
+        if f"<{kind}>" in question or getattr(loaded.processor, f"{kind}_token", f"<{kind}>") in question:
+            raise UserError(f"the question must not contain <{kind}>: {kind}s are placed before it")
     if words := unknown_words(loaded.processor, question):
         log.warning(f"{loaded.name} does not know {', '.join(map(repr, dict.fromkeys(words)))}")
-    prompt = chat_prompt(loaded.family, loaded.processor, question, len(images))
-    special = special_tokens(loaded.processor.tokenizer, prompt)
-    inputs = loaded.processor(images=images or None, text=prompt, return_tensors="pt", **special)
+    prompt = visual_prompt(loaded.family, loaded.processor, question, [kind_of(visual) for visual in visuals])
+    settings: dict[str, object] = dict(special_tokens(loaded.processor.tokenizer, prompt))
+    if clips:
+        settings["videos"] = [clip.as_array() for clip in clips]
+        settings |= {"video_metadata": [clip.metadata for clip in clips], "do_sample_frames": False}
+    with refusing(f"{loaded.name}'s processor refuses the video") if clips else nullcontext():
+        inputs = loaded.processor(images=images or None, text=prompt, return_tensors="pt", **settings)
     return dict(inputs.to(loaded.model.device, loaded.model.dtype))
+
+
+def kind_of(visual: Visual) -> Modality:
+    return "video" if isinstance(visual, Clip) else "image"
+
+
+def by_visual(visuals: Sequence[Visual], report: Report) -> list[list[ImageReport]]:
+    """Return the reports on each image or video. Some models take the frames of a video as images."""
+    remaining, parts = iter(report.images), []
+    for visual in visuals:
+        first = next(remaining)
+        more = len(visual.frames) - 1 if isinstance(visual, Clip) and first.modality == "image" else 0
+        parts.append([first, *islice(remaining, more)])
+    return parts
+
+
+def account_of(visual: Visual, reports: Sequence[ImageReport]) -> dict[str, object]:
+    """Return the counts of an image or video for JSON, and the frames of a video."""
+    lost = [report.detail_lost for report in reports]
+    worst = None if None in lost else max(filter(None, lost), default=0.0)
+    counts: dict[str, object] = {
+        "path": path_of(visual),
+        "before": sum(report.before for report in reports),
+        "after": sum(report.after for report in reports),
+        "by_layer": tuple(map(sum, zip(*(report.by_layer for report in reports), strict=True))),
+        "detail_lost": worst and round(worst, 3),
+    }
+    if isinstance(visual, Clip):
+        counts |= {"frames": visual.numbers, "seconds": visual.seconds}
+    return counts
+
+
+def path_of(visual: Visual) -> str:
+    return visual.path if isinstance(visual, Clip) else visual
 
 
 def attach_and_note(loaded: Loaded, compressor: Compressor) -> CompressedModel:
@@ -103,30 +178,58 @@ def plain_account(loaded: Loaded, inputs: InputDict, report: Report) -> dict[str
     return counted
 
 
-def warn_about_detail(report: Report, paths: list[str]) -> None:
-    """Log a warning for each image that lost more detail than reading text allows."""
-    for image, path in zip(report.images, paths, strict=True):
-        if (image.detail_lost or 0) > WORRYING:
-            count = image.by_layer[-1]
+def warn_about_detail(report: Report, visuals: Sequence[Visual]) -> None:
+    """Log a warning for each image and video that lost more detail than reading text allows."""
+    for visual, reports in zip(visuals, by_visual(visuals, report), strict=True):
+        worst = max(reports, key=lambda image: image.detail_lost or 0)
+        if (worst.detail_lost or 0) > WORRYING:
+            count = sum(image.by_layer[-1] for image in reports)
             log.warning(
-                f"{count} token{'s leave' if count > 1 else ' leaves'} out {image.detail_lost:.0%} of the detail in"
-                f" {path}; dense text and small print need more (--keep 50%)"
+                f"{count} token{'s leave' if count > 1 else ' leaves'} out {worst.detail_lost:.0%} of the detail in"
+                f" {path_of(visual)}; dense text and small print need more (--keep 50%)"
             )
 
 
-def draw(loaded: Loaded, inputs: dict[str, object], report: Report, paths: list[str]) -> Image.Image:
-    """Draw the token maps of all images, one below the other."""
-    pages = []
-    for views, image in zip(seen_images(loaded, inputs, paths, report), report.images, strict=True):
-        counts = f"{report.compressor.name()}: {image.before} to {image.after} visual tokens"
-        for number, (seen, view) in enumerate(zip(views, image.views, strict=True), 1):
-            assert view.token_map is not None  # methods without a map are refused earlier, see `check_method`
-            title = counts if len(views) == 1 else f"{counts}, view {number} of {len(views)}"
-            pages.append(draw_tokens(seen, view.token_map, view.grid, view.prefix, title))
+def draw(loaded: Loaded, inputs: dict[str, object], report: Report, visuals: Sequence[Visual]) -> Image.Image:
+    """Draw the token maps of all images and videos, one below the other."""
+    seen = iter(seen_images(loaded, inputs, visuals, report))
+    pages: list[Image.Image] = []
+    for visual, reports in zip(visuals, by_visual(visuals, report), strict=True):
+        before, after = (sum(getattr(image, name) for image in reports) for name in ("before", "after"))
+        counts = f"{report.compressor.name()}: {before} to {after} visual tokens"
+        views = [view for of_image in islice(seen, len(reports)) for view in of_image]
+        if isinstance(visual, Clip):
+            pages.append(draw_frames(f"{visual.path}, {counts}", views, reports, visual))
+        else:
+            pages += _pages_of_views(counts, views, reports[0])
     return stack(pages)
 
 
-def seen_images(loaded: Loaded, inputs: dict[str, object], paths: list[str], report: Report) -> list[list[Image.Image]]:
-    """Return the views of the images, cropped to the areas that their grids cover."""
-    images = [load_image(path) for path in paths]
-    return seen_views(loaded.family, loaded.processor.image_processor, inputs, report.images, images)
+def _pages_of_views(counts: str, seen: Sequence[Image.Image], image: ImageReport) -> list[Image.Image]:
+    pages = []
+    for number, (view_seen, view) in enumerate(zip(seen, image.views, strict=True), 1):
+        assert view.token_map is not None  # methods without a map are refused earlier, see `check_method`
+        title = counts if len(seen) == 1 else f"{counts}, view {number} of {len(seen)}"
+        pages.append(draw_tokens(view_seen, view.token_map, view.grid, view.prefix, title))
+    return pages
+
+
+def seen_images(
+    loaded: Loaded, inputs: dict[str, object], visuals: Sequence[Visual], report: Report
+) -> list[list[Image.Image]]:
+    """Return what each view covers of the image or video of each report, and each frame of it for videos."""
+    originals: list[list[Image.Image]] = []
+    for visual, reports in zip(visuals, by_visual(visuals, report), strict=True):
+        if isinstance(visual, Clip) and len(reports) == 1:
+            originals.append(first_frames(visual, len(reports[0].frames)))
+        else:
+            originals += [[frame] for frame in (visual.frames if isinstance(visual, Clip) else [load_image(visual)])]
+    seen: dict[int, list[Image.Image]] = {}
+    for family in loaded.family.modalities:
+        numbers = [number for number, image in enumerate(report.images) if image.modality == family.modality]
+        if numbers:
+            processor = getattr(loaded.processor, f"{family.modality}_processor")
+            reports = [report.images[number] for number in numbers]
+            views = seen_views(family, processor, inputs, reports, [originals[number] for number in numbers])
+            seen |= dict(zip(numbers, views, strict=True))
+    return [seen[number] for number in range(len(report.images))]

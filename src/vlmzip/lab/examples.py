@@ -64,7 +64,7 @@ def _drawn(study: Study, compressed: CompressedModel, sample: Sample) -> tuple[I
     with torch.inference_mode():
         compressed.generate(**inputs, max_new_tokens=1, do_sample=False)
     (report,) = compressed.report.images
-    (views,) = seen_views(study.family, study.processor.image_processor, inputs, [report], [image])
+    (views,) = seen_views(study.family, study.processor.image_processor, inputs, [report], [[image]])
     return _side_by_side(plain_views(views, report), fates_of_views(views, report)), report.by_layer
 
 

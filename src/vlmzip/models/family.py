@@ -277,12 +277,12 @@ class Family:
             grid = Grid(1, side, side)
         return Profile(grid, self.llm_config.num_hidden_layers, first_layer=self.first_free_layer)
 
-    def prompt(self, question: str, images: int) -> str:
-        """Return the text of a prompt about a number of images, for checkpoints without a chat template.
+    def prompt(self, question: str, images: int, videos: int = 0) -> str:
+        """Return the text of a prompt about some images and videos, for checkpoints without a chat template.
 
         Override it if the family was trained with a format of this kind, such as LLaVA's "USER: ... ASSISTANT:".
         """
-        return "<image>" * images + question
+        return "<image>" * images + "<video>" * videos + question
 
     def encode(self, inputs: Inputs, site: Site, needs: frozenset[Signal]) -> Encoded:
         """Return the visual tokens of all images in `inputs` at `site`, with the signals in `needs`.
@@ -577,10 +577,14 @@ class Family:
     def view_pixels(self, inputs: Inputs) -> Pixels | None:
         """Return the normalised pixels of each view, [views, 3, height, width] or a list of [3, height, width].
 
-        Override it if `pixel_values` is not such a batch. Return `None` if the inputs are patches.
+        Override it if the first of `image_inputs` is not such a batch, nor one for each row of the prompt. Return
+        `None` if the inputs are patches.
         """
-        pixels: Pixels = inputs["pixel_values"]
-        return pixels
+        pixels: Any = inputs[self.image_inputs[0]]
+        if self._has_grids or (isinstance(pixels, Tensor) and pixels.ndim < 4):
+            return None
+        of_views: Pixels = pixels.flatten(0, 1) if isinstance(pixels, Tensor) and pixels.ndim == 5 else pixels
+        return of_views
 
     def downsample(self, inputs: Inputs, grids: Sequence[Grid]) -> InputDict:
         """Return image inputs with the views resized to `grids`, one grid per view. They are for `encode` only.

@@ -86,8 +86,8 @@ class Llava(Family):
         pixels: Pixels = inputs[self.image_inputs[0]]
         return pixels
 
-    def prompt(self, question: str, images: int) -> str:
-        return f"USER: {'<image>' * images}\n{question} ASSISTANT:"
+    def prompt(self, question: str, images: int, videos: int = 0) -> str:
+        return f"USER: {'<image>' * images}{'<video>' * videos}\n{question} ASSISTANT:"
 
     def layouts(self, inputs: Inputs) -> list[Layout]:
         pixels = inputs[self.image_inputs[0]]

@@ -49,9 +49,9 @@ def load_image(image: str | os.PathLike[str] | Image.Image) -> Image.Image:
         return _finished(image, _name_of(image))
     if not os.fspath(image):
         raise ImageError("the path of an image is empty; give an image file")
-    name = repr(_shortened(os.fspath(image)))
+    name = repr(shortened(os.fspath(image)))
     path = Path(image)
-    _check_file(path, name)
+    check_file(path, name)
     with _errors_in_one_line(name), Image.open(path) as opened:
         return _finished(opened, name)
 
@@ -60,11 +60,13 @@ def _name_of(image: Image.Image) -> str:
     return repr(name) if isinstance(name := getattr(image, "filename", None), str) and name else "an image"
 
 
-def _shortened(text: str) -> str:
+def shortened(text: str) -> str:
+    """Return the text for a message, without the rest of a very long one."""
     return text if len(text) <= 200 else f"{text[:100]}…"
 
 
-def _check_file(path: Path, name: str) -> None:
+def check_file(path: Path, name: str) -> None:
+    """Raise `ImageError` unless there is a file with content at `path`; `name` stands for it in the message."""
     try:
         status = path.stat()
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name

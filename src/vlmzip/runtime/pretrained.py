@@ -95,7 +95,14 @@ def _check_family(name: str, raw: Mapping[str, object]) -> None:
 def load_processor(source: Source, config: PreTrainedConfig) -> Processor:
     """Return the processor of a checkpoint, with a pad token. Raise `UserError` if it is missing or broken."""
     with refusing(f"cannot load the processor of {str(source)!r}"):
-        processor: Processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+        try:
+            processor: Processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)
+        except ImportError as error:
+            if "torchvision" not in str(error).lower():
+                raise
+            raise UserError(
+                f"{str(source)!r} takes videos, and its processor needs torchvision: pip install 'vlmzip[video]'"
+            ) from error
     for part in ("tokenizer", "image_processor"):
         if getattr(processor, part, None) is None:
             raise UserError(

@@ -8,8 +8,11 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from vlmzip.errors import UserError, reason
-from vlmzip.models.family import Family
+from vlmzip.models.family import Family, Modality
 from vlmzip.processor import Processor
+
+#: The order of the parts of a prompt without a chat template.
+ORDER = ("image", "video", "text")
 
 
 def chat_prompt(family: Family, processor: Processor, question: str, images: int) -> str:
@@ -17,15 +20,20 @@ def chat_prompt(family: Family, processor: Processor, question: str, images: int
 
     The processor's chat template writes it, or the family if the checkpoint has no template.
     """
-    content = [{"type": "image"} for _ in range(images)] + [{"type": "text", "text": question}]
+    return visual_prompt(family, processor, question, ["image"] * images)
+
+
+def visual_prompt(family: Family, processor: Processor, question: str, kinds: Sequence[Modality]) -> str:
+    """Return the prompt of a question about images and videos, in this order. It is made as by `chat_prompt`."""
+    content = [{"type": kind} for kind in kinds] + [{"type": "text", "text": question}]
     return conversation_prompt(family, processor, [{"role": "user", "content": content}])
 
 
 def conversation_prompt(family: Family, processor: Processor, messages: Sequence[Mapping[str, Any]]) -> str:
     """Return the prompt of a conversation like `chat_prompt`.
 
-    The `content` of each message is a list of {"type": "image"} and {"type": "text", "text": …}. Without a chat
-    template, raise `UserError` for several turns and for images after text.
+    The `content` of each message is a list of {"type": "image"}, {"type": "video"} and {"type": "text", "text": …}.
+    Without a chat template, raise `UserError` for several turns, for images after videos, and for both after text.
     """
     if getattr(processor, "chat_template", None):
         try:
@@ -33,13 +41,13 @@ def conversation_prompt(family: Family, processor: Processor, messages: Sequence
         except Exception as error:  # templates are code, and may raise anything
             raise UserError(f"the chat template cannot be used: {reason(error)}") from error
     kinds = [part["type"] for message in messages for part in message["content"]]
-    if [message["role"] for message in messages] != ["user"] or kinds != sorted(kinds):  # "image" before "text"
+    if [message["role"] for message in messages] != ["user"] or kinds != sorted(kinds, key=ORDER.index):
         raise UserError(
             "this checkpoint has no chat template: only one question with all images before it can be asked, no"
-            " conversation and no image after text"
+            " conversation, no image after text and none after a video"
         )
     texts = [part["text"] for part in messages[0]["content"] if part["type"] == "text"]
-    return family.prompt("\n".join(texts), kinds.count("image"))
+    return family.prompt("\n".join(texts), kinds.count("image"), kinds.count("video"))
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, bool]:

@@ -74,6 +74,19 @@ class ImageReport:
             parts.append(ViewReport(grid, layout.prefix, token_map))
         return parts
 
+    @property
+    def frames(self) -> list[ViewReport]:
+        """Return a report on each view. A view of all frames of a video is divided into its frames."""
+        parts = []
+        for grid, start in zip(self.layout.views, self.layout.starts, strict=False):
+            size, prefix = grid.rows * grid.cols, self.layout.prefix // grid.frames
+            for frame in range(grid.frames):
+                before = start + frame * prefix + torch.arange(prefix)
+                on_grid = start + self.layout.prefix + frame * size + torch.arange(size)
+                token_map = self.token_map and self.token_map.of_inputs(torch.cat([before, on_grid]))
+                parts.append(ViewReport(Grid(1, grid.rows, grid.cols), prefix, token_map))
+        return parts
+
     @cached_property
     def detail_lost(self) -> float | None:
         """Return the share of the image's detail that the remaining tokens do not explain, 0 to 1 (see `detail.py`).

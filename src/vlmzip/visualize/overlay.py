@@ -119,6 +119,17 @@ def _caption(sizes: Counter[int], token_map: TokenMap, prefix: int) -> str:
     return ", ".join(parts) + (f", and {outside} from outside the grid (CLS)" if outside else "")
 
 
+def counts_of(token_map: TokenMap, prefix: int) -> str:
+    """Return how many tokens of a frame are kept, merged and dropped, in the few words for which a panel has space."""
+    sizes = _sizes(token_map, prefix)
+    kept = sum(1 for g, size in sizes.items() if g >= 0 and size == 1)
+    merged = [size for g, size in sizes.items() if g >= 0 and size > 1]
+    outside = int((token_map.group[0, :prefix] >= 0).sum())
+    parts = [f"{kept} kept" + (f" and {outside} CLS" if outside else "")]
+    parts += [f"{sum(merged)} merged into {len(merged)}"] if merged else []
+    return ", ".join([*parts, f"{sizes[-1]} dropped"])
+
+
 def enlarged(image: Image.Image, grid: Grid, cell: int) -> Image.Image:
     """Return a copy with `cell` pixels per token. Enlarging does not smooth, so that small images keep their pixels."""
     size = (cell * grid.cols, cell * grid.rows)

@@ -1,4 +1,4 @@
-"""A contact sheet: the token maps of many methods on one page, each with its name, counts and answer."""
+"""A contact sheet: many token maps on one page, of many methods with their answers or of the frames of a video."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vlmzip.visual_tokens import Grid
 from vlmzip.visualize.overlay import INK, PAPER, draw_fates, enlarged
 
 SIDE = 312
-"""Approximate width of one panel, in pixels."""
+"""Approximate longer side of one panel, in pixels."""
 ACROSS = 4
 """Panels per line."""
 MARGIN, LINE = 16, 24
@@ -27,12 +27,12 @@ Font = ImageFont.ImageFont | ImageFont.FreeTypeFont
 
 @dataclass(frozen=True)
 class Panel:
-    """The panel of one image under one method."""
+    """The panel of one image under one method, or of one frame of a video."""
 
     image: Image.Image
     title: str
     counts: str
-    answer: str
+    answer: str | None = None
     marked: bool = False
     """Whether to highlight the answer."""
 
@@ -84,7 +84,9 @@ def _put(page: Image.Image, panel: Panel, at: tuple[int, int], width: int) -> No
 
 
 def _answer(panel: Panel, width: int) -> list[str]:
-    """Return the answer as one or two lines."""
+    """Return the answer as one or two lines, or nothing if there is no answer."""
+    if panel.answer is None:
+        return []
     font = _font(16)
     first, *rest = _wrapped(f"“{panel.answer}”", width, font)
     return [first, _cut(" ".join(rest), width, font)] if rest else [first]

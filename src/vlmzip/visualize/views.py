@@ -23,20 +23,21 @@ def seen_views(
     processor: ImageProcessor,
     inputs: Mapping[str, object],
     reports: Sequence[ImageReport],
-    images: Sequence[Image.Image],
+    images: Sequence[Sequence[Image.Image]],
 ) -> list[list[Image.Image]]:
-    """Return for each image what the tokens of each of its views cover, as the encoder sees it.
+    """Return for each image or video what the tokens of each of its views cover, as the encoder sees it.
 
-    `processor` is the image processor. The grid of a family whose inputs are patches covers the whole of `images`.
+    `processor` is the processor of images or videos. `images` has the original of each view, for families whose inputs
+    are patches: their grids cover the whole of it.
     """
     pixels = family.view_pixels(inputs)
     if pixels is None:
-        return [[image] for image in images]
+        return [list(of_image) for of_image in images]
     layouts = family.layouts(inputs)
     out = []
     for layout, numbers, report in zip(layouts, view_numbers(layouts), reports, strict=True):
         views = [seen_image(pixels[number], processor.image_mean, processor.image_std) for number in numbers]
-        if report.layout.views != layout.views:  # the compressor did not see the padding
+        if report.layout.views != layout.views and not layout.is_video:  # the compressor did not see the padding
             views = [
                 _cropped(view, grid.rows, grid.cols, window.rows, window.cols)
                 for view, grid, window in zip(views, layout.views, layout.unpadded()[1], strict=True)

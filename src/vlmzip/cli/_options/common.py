@@ -28,6 +28,15 @@ def add_model(parser: ArgumentParser) -> None:
     )
 
 
+def add_frames(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--frames",
+        type=int,
+        metavar="N",
+        help="take N evenly spaced frames of each video; default: as many as the model's processor expects",
+    )
+
+
 def add_answer_length(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--max-new-tokens", type=int, default=32, metavar="N", help="length of the answer; default: %(default)s"

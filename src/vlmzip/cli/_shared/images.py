@@ -1,4 +1,4 @@
-"""Read and write the images of commands. Results never replace an image that they are about."""
+"""Check and write the images of commands. Results never replace an image that they are about."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from PIL import Image
 from vlmzip.errors import UserError
 from vlmzip.files import refuse_source, write_whole
 from vlmzip.runtime.images import load_image as load_image
+from vlmzip.runtime.videos import check_video, is_video
 
 
 def check_target(path: Path, sources: list[str]) -> None:
@@ -22,3 +23,11 @@ def save_image(image: Image.Image, path: Path, sources: list[str]) -> None:
     """Write an image whole or not at all, in the format of the suffix. Raise `UserError` as `check_target` does."""
     check_target(path, sources)
     write_whole(path, image.save)
+
+
+def check_visuals(paths: list[str], frames: int | None) -> None:
+    """Raise `UserError` for an image or video that cannot be read, and for `--frames` without a video."""
+    if frames is not None and not any(map(is_video, paths)):
+        raise UserError("--frames is the number of frames of a video, and there is only an image")
+    for path in paths:
+        check_video(path) if is_video(path) else load_image(path)

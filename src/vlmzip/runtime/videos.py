@@ -1,0 +1,177 @@
+"""Read frames of videos with PyAV, and refuse anything else with a one-line message.
+
+A video is a file with one of the endings in `VIDEO_FILES`. An animated image is an image.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlmzip.errors import UserError, reason
+from vlmzip.runtime.images import check_file, shortened, squeeze
+
+#: Endings of video files, in lower case.
+VIDEO_FILES = (
+    ".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ogv", ".wmv", ".flv", ".3gp",
+)  # fmt: skip
+#: The number of frames for models whose processor names neither a number nor a rate, as Video-LLaVA's.
+USUAL_FRAMES = 8
+
+#: Return the 0-based numbers of the frames to read, in ascending order. The arguments are the number of frames of the
+#: video and its frames per second.
+Choose = Callable[[int, float | None], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Some frames of a video."""
+
+    path: str
+    frames: list[Image.Image]
+    """The frames, as upright RGB."""
+    numbers: list[int]
+    """The 0-based number of each frame in the video."""
+    total: int
+    """The number of frames of the video."""
+    fps: float | None
+    """Frames per second of the video; `None` if the file does not say it."""
+
+    @property
+    def seconds(self) -> list[float] | None:
+        """Return the time of each frame; `None` if it is unknown."""
+        return [number / self.fps for number in self.numbers] if self.fps else None
+
+    @property
+    def metadata(self) -> dict[str, object]:
+        """Return what processors of transformers take as `video_metadata`."""
+        return {
+            "total_num_frames": self.total,
+            "fps": self.fps,
+            "duration": self.total / self.fps if self.fps else None,
+            "frames_indices": list(self.numbers),
+        }
+
+    def as_array(self) -> np.ndarray:
+        """Return the pixels, [frames, height, width, 3], from 0 to 255."""
+        return np.stack([np.asarray(frame) for frame in self.frames])
+
+
+def is_video(path: str | os.PathLike[str]) -> bool:
+    """Return True if the name of a file ends as those of videos do."""
+    return os.fspath(path).lower().endswith(VIDEO_FILES)
+
+
+def evenly_spaced(total: int, count: int) -> list[int]:
+    """Return the numbers of `count` of `total` frames at even distances, from the first to the last.
+
+    A single frame is the middle one. Return all if there are fewer.
+    """
+    if count == 1:
+        return [(total - 1) // 2]
+    return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
+
+
+def expected_frames(video_processor: object, total: int, fps: float | None) -> int:
+    """Return the number of frames that a model's processor expects of a video of `total` frames.
+
+    The processor has a number of frames (`num_frames`) or a rate (`fps`), within `min_frames` and `max_frames`. Without
+    them it is `USUAL_FRAMES`. The number is rounded down to whole temporal patches.
+    """
+    settings = {
+        name: getattr(video_processor, name, None) for name in ("num_frames", "fps", "min_frames", "max_frames")
+    }
+    if settings["num_frames"]:
+        count = int(settings["num_frames"])
+    elif settings["fps"] and fps:
+        count = max(int(total / fps * settings["fps"]), settings["min_frames"] or 1)
+    else:
+        count = USUAL_FRAMES
+    count = min(count, settings["max_frames"] or count, total)
+    patch = getattr(video_processor, "temporal_patch_size", None) or 1
+    return count - count % patch if count > patch else count
+
+
+def check_video(path: str | os.PathLike[str]) -> None:
+    """Raise `UserError` if a file is not a video, without decoding it."""
+    with _opened(path):
+        pass
+
+
+def read_clip(path: str | os.PathLike[str], choose: Choose) -> Clip:
+    """Return the frames of a video that `choose` returns the numbers of. Raise `UserError` if it cannot be read.
+
+    A broken video is read up to where it breaks.
+    """
+    frames: dict[int, Image.Image] = {}
+    decoded = 0
+    with _opened(path) as (container, stream):
+        rate = stream.average_rate or stream.guessed_rate
+        fps = float(rate) if rate else None
+        total = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
+    while total and len(frames) < len(numbers := list(choose(total, fps))):
+        wanted, decoded, frames = set(numbers), 0, {}
+        with _opened(path) as (container, stream):
+            stream.thread_type = "AUTO"
+            for decoded, frame in enumerate(_decoded(container, stream), start=1):
+                if decoded - 1 in wanted:
+                    frames[decoded - 1] = squeeze(_upright(frame))
+                if len(frames) == len(wanted):
+                    break
+        if len(frames) < len(wanted):  # the file has fewer frames than it says
+            total = min(decoded, total - 1)
+    if not frames:
+        raise UserError(f"{_name(path)} has no frame that can be decoded")
+    return Clip(os.fspath(path), [frames[number] for number in numbers], numbers, total, fps)
+
+
+def _decoded(container: Any, stream: Any) -> Iterator[Any]:
+    """Yield the frames of a stream until it ends or breaks."""
+    av = _import_av()
+    try:
+        yield from container.decode(stream)
+    except av.error.FFmpegError:
+        return
+
+
+def _upright(frame: Any) -> Image.Image:
+    """Return a frame as an image, turned as players turn it."""
+    image: Image.Image = frame.to_image()
+    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Any]]:
+    """Open a video, and return its container and its first video stream."""
+    av, name = _import_av(), _name(path)
+    check_file(Path(path), name)
+    try:
+        container = av.open(os.fspath(path))
+    except av.error.FFmpegError as error:
+        cause = "" if isinstance(error, av.error.InvalidDataError) else f": {error.strerror}"
+        raise UserError(f"{name} is not a video that PyAV can read{cause}") from None
+    with container:
+        if not container.streams.video:
+            raise UserError(f"{name} has no images, only sound or text; give a video")
+        yield container, container.streams.video[0]
+
+
+def _name(path: str | os.PathLike[str]) -> str:
+    return repr(shortened(os.fspath(path)))
+
+
+def _import_av() -> Any:
+    try:
+        import av  # an optional package, which takes a while to import
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError)
+        cause = "" if missing else f" ({reason(error)})"
+        raise UserError(f"reading videos needs PyAV{cause}: pip install 'vlmzip[video]'") from None
+    return av

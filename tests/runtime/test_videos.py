@@ -1,0 +1,130 @@
+"""Frames of videos: which are read, and what is refused."""
+
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vlmzip import UserError
+from vlmzip.runtime.videos import Clip, check_video, evenly_spaced, expected_frames, is_video, read_clip
+
+av = pytest.importorskip("av")
+from tests.clips import write_clip  # noqa: E402
+
+
+def five(total, fps):
+    return evenly_spaced(total, 5)
+
+
+def brightness(clip):
+    return [float(np.asarray(frame).mean()) for frame in clip.frames]
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "avi", "mkv"])
+def test_frames_are_evenly_spaced(tmp_path, suffix):
+    clip = read_clip(write_clip(tmp_path / f"clip.{suffix}", 21), five)
+    assert (clip.numbers, clip.total, clip.fps) == ([0, 5, 10, 15, 20], 21, 10)
+    assert clip.seconds == [0, 0.5, 1, 1.5, 2]
+    assert brightness(clip) == pytest.approx([0, 60, 120, 180, 240], abs=6)
+    assert clip.as_array().shape == (5, 48, 64, 3)
+    assert clip.metadata == {"total_num_frames": 21, "fps": 10, "duration": 2.1, "frames_indices": clip.numbers}
+
+
+def test_a_short_clip_gives_all_its_frames(tmp_path):
+    assert read_clip(write_clip(tmp_path / "clip.mp4", 3), five).numbers == [0, 1, 2]
+
+
+def test_a_clip_with_fewer_frames_than_it_says_is_read_up_to_its_end(tmp_path):
+    whole = write_clip(tmp_path / "clip.mkv", 21, size=(320, 240))
+    content = (tmp_path / "clip.mkv").read_bytes()
+    (tmp_path / "cut.mkv").write_bytes(content[: len(content) * 2 // 3])
+    clip = read_clip(tmp_path / "cut.mkv", five)
+    assert 5 < clip.total < read_clip(whole, five).total
+    assert clip.numbers == evenly_spaced(clip.total, 5)
+    assert brightness(clip) == pytest.approx([12 * number for number in clip.numbers], abs=6)
+
+
+def test_frames_that_a_header_counts_and_the_file_lacks(tmp_path, monkeypatch):
+    import vlmzip.runtime.videos as videos
+
+    path = write_clip(tmp_path / "clip.mp4", 21)
+    decoded = videos._decoded
+    monkeypatch.setattr(videos, "_decoded", lambda *opened: [*decoded(*opened)][:9])
+    clip = read_clip(path, five)
+    assert (clip.total, clip.numbers) == (9, [0, 2, 4, 6, 8])
+    monkeypatch.setattr(videos, "_decoded", lambda *opened: [])
+    with pytest.raises(UserError, match=r"clip.mp4' has no frame that can be decoded"):
+        read_clip(path, five)
+
+
+def test_one_frame_is_the_middle_one():
+    assert [evenly_spaced(total, 1) for total in (1, 4, 9)] == [[0], [1], [4]]
+    assert evenly_spaced(10, 4) == [0, 3, 6, 9]
+
+
+class Settings:
+    def __init__(self, **settings):
+        vars(self).update(settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "total", "fps", "expected"),
+    [
+        ({}, 100, 10, 8),
+        ({}, 5, 10, 5),
+        ({"num_frames": 32}, 100, 10, 32),
+        ({"num_frames": 32}, 20, 10, 20),
+        ({"fps": 2}, 100, 10, 20),
+        ({"fps": 2, "min_frames": 4}, 10, 10, 4),
+        ({"fps": 2, "max_frames": 12}, 100, 10, 12),
+        ({"fps": 2}, 100, None, 8),
+        ({"fps": 2, "temporal_patch_size": 2}, 105, 10, 20),
+        ({"temporal_patch_size": 2}, 1, 10, 1),
+    ],
+)
+def test_the_processor_says_how_many_frames(settings, total, fps, expected):
+    assert expected_frames(Settings(**settings), total, fps) == expected
+
+
+def test_files_that_are_no_videos(tmp_path):
+    (tmp_path / "text.mp4").write_text("text")
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "folder.mp4").mkdir()
+    with av.open(str(tmp_path / "sound.mkv"), "w") as out:
+        stream = out.add_stream("pcm_s16le", rate=8000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+        frame.sample_rate = 8000
+        out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    for name, message in (
+        ("missing.mp4", "there is no file"),
+        ("text.mp4", "is not a video that PyAV can read"),
+        ("empty.mp4", "is empty"),
+        ("folder.mp4", "is a folder"),
+        ("sound.mkv", "has no images, only sound or text; give a video"),
+    ):
+        for read in (check_video, lambda path: read_clip(path, five)):
+            with pytest.raises(UserError, match=message) as error:
+                read(tmp_path / name)
+            assert "\n" not in str(error.value)
+
+
+def test_videos_are_known_by_their_names():
+    assert [is_video(name) for name in ("a.mp4", "A.MOV", "a.webm", "a.gif", "a.png", "mp4", "frames")] == [
+        *[True] * 3,
+        *[False] * 4,
+    ]
+
+
+def test_without_pyav_the_message_says_how_to_install_it(tmp_path, monkeypatch):
+    path = write_clip(tmp_path / "clip.mp4", 2)
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(UserError, match=r"^reading videos needs PyAV: pip install 'vlmzip\[video\]'$"):
+        check_video(path)
+
+
+def test_without_a_rate_the_times_are_unknown():
+    clip = Clip("a.mp4", [Image.new("RGB", (4, 4))], [0], 1, None)
+    assert clip.seconds is None
+    assert clip.metadata["duration"] is None
