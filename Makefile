@@ -15,8 +15,8 @@ NEWEST ?= .venv-newest
 TORCH ?= torch==2.13.0
 # Another version can break the tests that touch models. The rest is the same Python in both.
 TESTS ?= tests/models tests/runtime tests/methods tests/training tests/cli/test_commands.py
-# Slow tests that are neither a promise nor `further`, such as killed runs, are the same Python too; MARKED= runs all.
-MARKED ?= -m "promise or further or not slow"
+# Of the slow tests it has only the promises, in all families; MARKED= runs all.
+MARKED ?= -m "promise or not slow"
 # Tests run in several processes of one thread each; tests/conftest.py keeps some together.
 JOBS ?= 2
 IN_PARALLEL := -n $(JOBS) --no-loadscope-reorder

@@ -68,6 +68,7 @@ def each_until_a_crash(folders):
         yield works(folder)
 
 
+@pytest.mark.slow
 def test_a_folder_that_ends_its_process_does_not_lose_the_others(monkeypatch):
     monkeypatch.setattr(run, "check_each", each_until_a_crash)
     checked = check_all(["a", "crashes", "b"], 1, lambda model: None)
