@@ -1,58 +1,81 @@
-"""Draw the figures of README and docs: `make figures`."""
+"""Draw the figures of README and docs: `make figures`.
+
+The first figure shows test questions of mini that a rule chooses: at a quarter of the tokens, the first question about
+the first image of each level; at a ninth, the first question about a number in each level, because digits are the
+smallest things in the images. The first image whose level is not yet in the row has its turn.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import vlmzip
-from vlmzip import NoCompression, Pool2d, RandomTokens, VisionZip
+from vlmzip import NoCompression, VisionZip
 from vlmzip.compressor import Compressor
 from vlmzip.mini import load
+from vlmzip.mini.questions import ImageQuestion
+from vlmzip.mini.splits import test_split
 from vlmzip.visualize.overlay import INK, PAPER, draw_fates, draw_tokens, seen_image
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES, EXAMPLES = ROOT / "docs" / "figures", ROOT / "examples"
-SHOWN: list[tuple[str, Compressor]] = [
-    ("all 144 tokens", NoCompression()),
-    ("random_tokens, 16", RandomTokens(keep=16)),
-    ("pool2d, 16", Pool2d(factor=3)),
-    ("visionzip, 16", VisionZip(keep=16)),
-]
+LEVELS = ("flat", "patterned", "cluttered")
+CELL, MARGIN, LINE = 20, 16, 24
+SEARCHED = 600  # test questions; the first of each level are among them
 
 
 def main() -> None:
     model, processor = load()
+    questions = test_split(SEARCHED)
+    typical = [pair(model, processor, question, 36) for question in first_of_each_level(questions, lambda _: True)]
+    lost = [pair(model, processor, q, 16) for q in first_of_each_level(questions, lambda q: q.type == "read")]
+    titles = (
+        "Typical: VisionZip keeps 36 of 144 visual tokens (25 %). First test question of each level.",
+        "Limit: VisionZip keeps 16 of 144 (11 %). First test question about a number in each level.",
+    )
+    page([(titles[0], typical), (titles[1], lost)]).save(FIGURES / "first.png")
     for name in ("flat", "cluttered"):
-        question = (EXAMPLES / f"{name}.txt").read_text().strip()
-        inputs = processor(
-            images=Image.open(EXAMPLES / f"{name}.png").convert("RGB"),
-            text=f"USER: <image>\n{question} ASSISTANT:",
-            return_tensors="pt",
-        )
-        panels = [panel(model, processor, inputs, title, method) for title, method in SHOWN]
-        side_by_side(panels, question).save(FIGURES / f"methods_{name}.png")
-        compressed = vlmzip.attach(model, VisionZip(keep=16))
-        with torch.no_grad():
-            compressed(**inputs)
+        draw_example(model, processor, name)
+
+
+def first_of_each_level(
+    questions: Iterable[ImageQuestion], fits: Callable[[ImageQuestion], bool]
+) -> list[ImageQuestion]:
+    """Return the first question that fits in each level, in the order of `LEVELS`."""
+    first: dict[str, ImageQuestion] = {}
+    for question in questions:
+        if fits(question):
+            first.setdefault(question.level, question)
+    return [first[level] for level in LEVELS]
+
+
+def pair(model, processor, question: ImageQuestion, keep: int) -> tuple[list[Image.Image], list[str]]:
+    """Return the image and its kept tokens, and the lines below: question, expected answer, answers."""
+    inputs = inputs_of(processor, question.image, question.question)
+    plain, plain_answer = answered(model, processor, inputs, NoCompression())
+    tokens, answer = answered(model, processor, inputs, VisionZip(keep=keep))
+    lines = [question.question, f"expected: {question.answer}", f"144 tokens: {plain_answer}", f"{keep} tokens: {answer}"]
+    return [plain, tokens], lines
+
+
+def inputs_of(processor, image: Image.Image, question: str):
+    return processor(images=image, text=f"USER: <image>\n{question} ASSISTANT:", return_tensors="pt")
+
+
+def answered(model, processor, inputs, method: Compressor) -> tuple[Image.Image, str]:
+    """Return the drawing of the tokens' fates under a method, and the answer."""
+    with vlmzip.attach(model, method) as compressed:
+        out = compressed.generate(**inputs, max_new_tokens=8, do_sample=False)
+        answer = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         image = compressed.report.images[0]
-        page = draw_tokens(seen(processor, inputs), image.token_map, image.grid, image.prefix, "visionzip: 144 to 16")
-        page.save(FIGURES / f"tokens_{name}.png")
-
-
-def panel(model, processor, inputs, title: str, method: Compressor) -> tuple[Image.Image, str, str]:
-    """Return the drawing of the tokens' fates under one method, its title, and the answer."""
-    compressed = vlmzip.attach(model, method)
-    out = compressed.generate(**inputs, max_new_tokens=8, do_sample=False)
-    answer = processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    image = compressed.report.images[0]
     if method.changes_nothing:
-        fates = seen(processor, inputs).resize((360, 360), Image.Resampling.NEAREST)
-    else:
-        fates = draw_fates(seen(processor, inputs), image.token_map, image.grid, image.prefix, cell=30)
-    return fates, title, answer
+        side = CELL * image.grid.cols
+        return seen(processor, inputs).resize((side, side), Image.Resampling.NEAREST), answer
+    return draw_fates(seen(processor, inputs), image.token_map, image.grid, image.prefix, cell=CELL), answer
 
 
 def seen(processor, inputs) -> Image.Image:
@@ -60,19 +83,38 @@ def seen(processor, inputs) -> Image.Image:
     return seen_image(inputs["pixel_values"][0], images.image_mean, images.image_std)
 
 
-def side_by_side(panels: list[tuple[Image.Image, str, str]], question: str) -> Image.Image:
-    margin, line = 16, 30
-    width = sum(image.width + margin for image, _, _ in panels) + margin
-    page = Image.new("RGB", (width, panels[0][0].height + 3 * line + 2 * margin), PAPER)
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=18)
-    draw.text((margin, margin - 6), question, fill=INK, font=font)
-    left = margin
-    for image, title, answer in panels:
-        page.paste(image, (left, margin + line))
-        draw.text((left, margin + line + image.height + 6), title, fill=INK, font=font)
-        draw.text((left, margin + 2 * line + image.height), f"“{answer}”", fill=INK, font=font)
-        left += image.width + margin
-    return page
+def page(rows: list[tuple[str, list[tuple[list[Image.Image], list[str]]]]]) -> Image.Image:
+    """Draw rows of pairs, each row below its title, each pair above its lines."""
+    side = rows[0][1][0][0][0].width
+    width = len(LEVELS) * (2 * side + 6 + 2 * MARGIN)
+    height = sum(2 * MARGIN + 5 * LINE + side + MARGIN for _ in rows)
+    sheet = Image.new("RGB", (width, height), PAPER)
+    draw, font, bold = ImageDraw.Draw(sheet), ImageFont.load_default(size=17), ImageFont.load_default(size=20)
+    top = MARGIN
+    for title, pairs in rows:
+        draw.text((MARGIN, top), title, fill=INK, font=bold)
+        for number, (images, lines) in enumerate(pairs):
+            left = MARGIN + number * (2 * side + 6 + 2 * MARGIN)
+            for place, image in enumerate(images):
+                sheet.paste(image, (left + place * (side + 6), top + LINE + MARGIN))
+            below = top + LINE + MARGIN + side + 6
+            draw.text((left, below), f"{lines[0]}   {lines[1]}", fill=INK, font=font)
+            draw.text((left, below + LINE), lines[2], fill=INK, font=font)
+            draw.text((left + side + 6, below + LINE), lines[3], fill=INK, font=font)
+        top += LINE + MARGIN + side + 6 + 2 * LINE + 2 * MARGIN
+    return sheet.crop((0, 0, width, top))
+
+
+def draw_example(model, processor, name: str) -> None:
+    """Draw the tokens of an example image under VisionZip at a ninth."""
+    inputs = inputs_of(
+        processor, Image.open(EXAMPLES / f"{name}.png").convert("RGB"), (EXAMPLES / f"{name}.txt").read_text().strip()
+    )
+    with vlmzip.attach(model, VisionZip(keep=16)) as compressed, torch.no_grad():
+        compressed(**inputs)
+        image = compressed.report.images[0]
+    drawing = draw_tokens(seen(processor, inputs), image.token_map, image.grid, image.prefix, "visionzip: 144 to 16")
+    drawing.save(FIGURES / f"tokens_{name}.png")
 
 
 if __name__ == "__main__":
