@@ -58,7 +58,12 @@ def pair(model, processor, question: ImageQuestion, keep: int) -> tuple[list[Ima
     inputs = inputs_of(processor, question.image, question.question)
     plain, plain_answer = answered(model, processor, inputs, NoCompression())
     tokens, answer = answered(model, processor, inputs, VisionZip(keep=keep))
-    lines = [question.question, f"expected: {question.answer}", f"144 tokens: {plain_answer}", f"{keep} tokens: {answer}"]
+    lines = [
+        question.question,
+        f"expected: {question.answer}",
+        f"144 tokens: {plain_answer}",
+        f"{keep} tokens: {answer}",
+    ]
     return [plain, tokens], lines
 
 

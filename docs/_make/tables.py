@@ -1,14 +1,15 @@
 """Make tables from committed results and from the methods: `python docs/_make/tables.py`, or `--check` in CI.
 
-Each table stands between two comments, such as `<!-- results -->` and `<!-- end of results -->`. The README's results
+Each table stands between two comments, such as `<!-- results -->` and `<!-- end of results -->`. The results on mini
 come from benchmarks/results/mini-study.csv, the results.csv of the full study on mini:
 
     vlmzip eval --methods METHODS --keep 75%,50%,25%,11%,5.6% --batch 60 --out runs/eval/mini
     cp runs/eval/mini/results.csv benchmarks/results/mini-study.csv
 
 with METHODS as in docs/results.md. The GPU tables of docs/results.md (speed, memory, cost of the selection) come from
-the files that gpu.sh, selection_cost.py (recipes/benchmarks/) and `vlmzip bench` wrote on the GPU. The README's table
-of methods comes from the methods' files.
+the files that gpu.sh, selection_cost.py (recipes/benchmarks/) and `vlmzip bench` wrote on the GPU. The README takes its
+measured table from them, too, the published one from vlmzip.lab.papers, the models from the results of
+`make conformance`, and the methods from the methods' files.
 """
 
 import argparse
@@ -19,12 +20,15 @@ import sys
 from pathlib import Path
 
 from vlmzip import outline
+from vlmzip.lab.conformance.results import Checked, committed, models_of
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTHING = "—"
 NEAR = 0.05
 GPU = "NVIDIA-H200"
 MIB = 2**20
+MEASURED = {"llava-1.5-7b": "LLaVA-1.5-7B, 576", "llava-next-7b": "LLaVA-NeXT-7B, 2,880"}
+PAPERS = ROOT / "src" / "vlmzip" / "lab" / "papers"
 
 
 def study_table(rows: list[dict[str, str]]) -> list[str]:
@@ -96,12 +100,56 @@ def selection_table(files: list[list[dict[str, str]]]) -> list[str]:
 
 
 def methods_table() -> list[str]:
-    """Return every method with the first sentence of its documentation, its source and its file."""
-    lines = ["| name | what it does | from | file |", "| --- " * 4 + "|"]
+    """Return every method with the first sentence of its documentation and its source."""
+    lines = ["| method | what it does | paper |", "| --- " * 3 + "|"]
     for method in outline.methods():
         paper = re.sub(r"arXiv:(\S+?)(?=,|$)", r"[\1](https://arxiv.org/abs/\1)", method.values["paper"])
-        file = f"[{method.name}.py](src/vlmzip/methods/{method.name}.py)"
-        lines.append(f"| `{method.name}` | {method.summary} | {paper or 'no paper'} | {file} |")
+        name = f"[`{method.name}`](src/vlmzip/methods/{method.name}.py)"
+        lines.append(f"| {name} | {method.summary} | {paper or 'none'} |")
+    return lines
+
+
+def published_table(rows: list[dict[str, str]]) -> list[str]:
+    """Return methods down, kept tokens across: VisionZip's Table 1, in percent of the uncompressed score."""
+    rows = [row for row in rows if row["benchmark"] == "average of 11"]
+    budgets = sorted({row["keep"] for row in rows}, key=int, reverse=True)
+    lines = [f"| method | {' | '.join(f'{keep} of 576' for keep in budgets)} |", "| --- " * (len(budgets) + 1) + "|"]
+    for method, setting in dict.fromkeys((row["method"], row["setting"]) for row in rows):
+        scores = {row["keep"]: row["value"] for row in rows if (row["method"], row["setting"]) == (method, setting)}
+        name = f"`{method}`, {setting}" if setting else f"`{method}`"
+        lines.append(f"| {name} | {' | '.join(scores[keep] for keep in budgets)} |")
+    return lines
+
+
+def measured_table(runs: list[dict[str, list[dict[str, str]]]]) -> list[str]:
+    """Return a few of the GPU runs: prefill in ms, speed-up by method with its limit, and KV cache."""
+    lines = [
+        "| tokens of | prompts | prefill, plain | `visionzip` (limit) | `fastv` (limit) | KV cache | `visionzip` |",
+        "| --- " * 7 + "|",
+    ]
+    for run in runs:
+        plain, visionzip, fastv = (run[method][0] for method in ("no_compression", "visionzip", "fastv"))
+        if plain["attention"] != "sdpa" or plain["preset"] not in MEASURED or plain["batch"] == "32":
+            continue
+        speed = " | ".join(f"{float(r['speed_up']):.1f}x ({float(r['flops_limit']):.1f}x)" for r in (visionzip, fastv))
+        memory = " | ".join(f"{int(row['kv_bytes']) / MIB:,.0f} MiB" for row in (plain, visionzip))
+        lines.append(
+            f"| {MEASURED[plain['preset']]} | {plain['batch']} | {float(plain['ms']):.0f} ms | {speed} | {memory} |"
+        )
+    return lines
+
+
+def models_table(models: list[Checked]) -> list[str]:
+    """Return a row for each group of models that work with the same methods, the most methods first."""
+    columns = {"pooling, clustering, random": "kmeans", "VisionZip": "visionzip", "inside the LLM": "fastv"}
+    groups: dict[tuple[bool, ...], list[str]] = {}
+    for model in models:
+        if model.status == "works":
+            works = tuple(model.status_of(method) == "works" for method in columns.values())
+            groups.setdefault(works, []).append(f"`{model.folder}`")
+    lines = [f"| models, as transformers names them | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
+    for works in sorted(groups, key=sum, reverse=True):
+        lines.append(f"| {', '.join(groups[works])} | {' | '.join('✓' if it else '–' for it in works)} |")
     return lines
 
 
@@ -143,8 +191,14 @@ def tables(folder: Path) -> dict[str, dict[str, list[str]]]:
         "first token on a GPU": speed_table(runs, "TTFT"),
         "memory on a GPU": memory_table(runs),
     }
-    readme = {"results": study_table(read(folder / "mini-study.csv")), "methods": methods_table()}
-    return {"README.md": readme, "docs/results.md": gpu}
+    readme = {
+        "published": published_table(read(PAPERS / "visionzip_table_01.csv")),
+        "measured": measured_table(runs),
+        "models": models_table(models_of(committed())),
+        "methods": methods_table(),
+    }
+    results = {"results": study_table(read(folder / "mini-study.csv")), **gpu}
+    return {"README.md": readme, "docs/results.md": results}
 
 
 def replaced(text: str, name: str, lines: list[str]) -> str:

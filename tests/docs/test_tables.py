@@ -4,6 +4,8 @@ import csv
 
 import pytest
 
+from vlmzip.lab.conformance.results import Checked
+
 COLUMNS = ("task", "method", "budget", "score", "low", "high", "reached", "note")
 STUDY = [
     ("mini", "no_compression", "100%", "88.00", "86.90", "89.10", "1.0000", ""),
@@ -22,7 +24,7 @@ PLAIN = BENCH | {"method": "no_compression", "speed_up": "1.000", "share_of_limi
 SMALL = BENCH | {"speed_up": "4.683", "share_of_limit": "0.918"}
 COST = {"dtype": "bfloat16", "batch": "1", "median_ms": "7.0", "time_ratio": "1.2329", "time_ratio_q1": "1.2084"}
 COST |= {"time_ratio_q3": "1.2569", "selection_over_encoder": "0.20557", "memory_ratio": "1.166", "peak_mib": "21.7"}
-METHODS = "<!-- methods -->\n<!-- end of methods -->\n"
+README = ("published", "measured", "models", "methods")
 BLOCKS = ("selection on a GPU", "prefill on a GPU", "first token on a GPU", "memory on a GPU")
 
 
@@ -34,18 +36,19 @@ def tables(maker):
 @pytest.fixture
 def root(tmp_path):
     """A repository with two pages, a full study, and two runs and one selection on a GPU."""
-    (tmp_path / "README.md").write_text("above\n\n<!-- results -->\nold\n<!-- end of results -->\n\nbelow\n" + METHODS)
+    (tmp_path / "README.md").write_text("".join(f"<!-- {name} -->\nold\n<!-- end of {name} -->\n" for name in README))
     results = tmp_path / "benchmarks" / "results"
     results.mkdir(parents=True)
     with (results / "mini-study.csv").open("w", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *STUDY])
     (tmp_path / "docs").mkdir()
     blocks = (f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in BLOCKS)
-    (tmp_path / "docs" / "results.md").write_text("".join(blocks))
+    study = "above\n\n<!-- results -->\nold\n<!-- end of results -->\n\nbelow\n"
+    (tmp_path / "docs" / "results.md").write_text(study + "".join(blocks))
     for name, changed in {"batch8": {}, "batch32": {"batch": "32"}, "eager": {"attention": "eager"}}.items():
         rows = [
             row | {"scope": scope, "ms": ms} | changed
-            for row in (PLAIN, *(SMALL | {"method": method} for method in ("visionzip", "sparsevlm")))
+            for row in (PLAIN, *(SMALL | {"method": method} for method in ("visionzip", "fastv", "sparsevlm")))
             for scope, ms in (("LLM prefill", "142.31"), ("TTFT", "154.67"))
         ]
         write(results / f"bench-{name}-NVIDIA-H200-x.csv", rows)
@@ -65,11 +68,35 @@ def test_the_pages_agree_with_the_committed_results(tables, capsys):
     assert tables.main(["--check"]) == 0, capsys.readouterr().out
 
 
+def test_the_readme_has_methods_models_and_two_tables_of_numbers(tables, root):
+    assert tables.main([], root) == 0
+    lines = (root / "README.md").read_text().splitlines()
+    doc = "Average each `factor` x `factor` window of visual tokens into one."
+    paper = "baseline of [2412.08771](https://arxiv.org/abs/2412.08771)"
+    pool2d = f"| [`pool2d`](src/vlmzip/methods/pool2d.py) | {doc} | {paper} |"
+    assert pool2d in lines
+    assert lines[lines.index("<!-- published -->") + 5] == "| `visionzip` | 98.5 | 97.6 | 94.0 |"  # the paper's Table 1
+    measured = lines.index("<!-- measured -->")
+    assert lines[measured + 3 : measured + 5] == [
+        "| LLaVA-1.5-7B, 576 | 8 | 142 ms | 4.7x (5.1x) | 4.7x (5.1x) | 256 MiB | 256 MiB |",
+        "<!-- end of measured -->",
+    ]
+
+
+def test_models_are_grouped_by_the_methods_that_work(tables):
+    def checked(folder, **statuses):
+        cells = {method: {"image": [statuses.get(method, "works"), ""]} for method in ("kmeans", "visionzip", "fastv")}
+        return Checked(folder, "", "", "", "", {"no_compression": {"image": ["works", ""]}} | cells)
+
+    refused = checked("c", no_compression="refused", kmeans="refused", visionzip="refused", fastv="refused")
+    untried = Checked("d", "", "", "refused", "why", {})
+    models = [checked("a", fastv="refused"), checked("b"), refused, untried, checked("e")]
+    assert tables.models_table(models)[2:] == ["| `b`, `e` | ✓ | ✓ | ✓ |", "| `a` | ✓ | ✓ | – |"]
+
+
 def test_a_study_becomes_a_table(tables, root):
     assert tables.main([], root) == 0
-    text, methods = (root / "README.md").read_text().split(METHODS.partition("\n")[0])
-    doc = "Average each `factor` x `factor` window of visual tokens into one."
-    assert f"| `pool2d` | {doc} | baseline of [2412.08771](" in methods
+    text = (root / "docs" / "results.md").read_text().partition("<!-- selection")[0]
     assert text == (
         "above\n\n<!-- results -->\n"
         "| method | 50% | 25% |\n"
@@ -86,35 +113,36 @@ def test_runs_on_a_gpu_become_tables(tables, root):
     tables.main([], root)
     lines = (root / "docs" / "results.md").read_text().splitlines()
     prefill, first, memory = (lines.index(f"<!-- {name} -->") for name in BLOCKS[1:])
-    assert lines[:5] == [
+    selection = lines.index(f"<!-- {BLOCKS[0]} -->")
+    assert lines[selection : selection + 5] == [
         "<!-- selection on a GPU -->",
         "| dtype | images | plain ms | visionzip, time (quartiles) | selection | peak | eager, time | peak |",
         "| --- " * 8 + "|",
         "| bfloat16 | 1 | 7.0 | 1.23x (1.21 to 1.26) | 20.6% | 1.17x (22 MiB) | 1.23x | 1.17x (22 MiB) |",
         "<!-- end of selection on a GPU -->",
     ]
-    assert lines[prefill + 1] == "| preset | batch | plain ms | limit | `visionzip` | `sparsevlm` |"
+    assert lines[prefill + 1] == "| preset | batch | plain ms | limit | `visionzip` | `fastv` | `sparsevlm` |"
     assert lines[prefill + 3 : prefill + 6] == [
-        "| `llava-1.5-7b` | 8 | 142.3 | 5.10x | 4.68x, 92% | 4.68x, 92% |",
-        "| `llava-1.5-7b` | 32 | 142.3 | 5.10x | 4.68x, 92% | 4.68x, 92% |",
-        "| `llava-1.5-7b`, eager | 8 | 142.3 | 5.10x | 4.68x, 92% | 4.68x, 92% |",
+        "| `llava-1.5-7b` | 8 | 142.3 | 5.10x | 4.68x, 92% | 4.68x, 92% | 4.68x, 92% |",
+        "| `llava-1.5-7b` | 32 | 142.3 | 5.10x | 4.68x, 92% | 4.68x, 92% | 4.68x, 92% |",
+        "| `llava-1.5-7b`, eager | 8 | 142.3 | 5.10x | 4.68x, 92% | 4.68x, 92% | 4.68x, 92% |",
     ]
-    assert lines[first + 3] == "| `llava-1.5-7b` | 8 | 154.7 | 5.10x | 4.68x, 92% | 4.68x, 92% |"
+    assert lines[first + 3] == "| `llava-1.5-7b` | 8 | 154.7 | 5.10x | 4.68x, 92% | 4.68x, 92% | 4.68x, 92% |"
     assert lines[memory + 3] == "| `llava-1.5-7b` | 8 | 256 | 256 | 256 | 512 | 512 | 512 | 48.0 | 48.0 | 48.0 |"
 
 
 def test_check_notices_a_difference_and_writes_nothing(tables, root, capsys):
     tables.main([], root)
-    text = (root / "README.md").read_text().replace("76.2", "79.2")
-    (root / "README.md").write_text(text)
+    text = (root / "docs" / "results.md").read_text().replace("76.2", "79.2")
+    (root / "docs" / "results.md").write_text(text)
     assert tables.main(["--check"], root) == 1
     out, err = capsys.readouterr()
     assert "-| `pool2d` | — | 79.2 ± 1.2 |" in out
-    assert "README.md differs from the committed results" in err
-    assert (root / "README.md").read_text() == text
+    assert "docs/results.md differs from the committed results" in err
+    assert (root / "docs" / "results.md").read_text() == text
 
 
-@pytest.mark.parametrize("text", ["nothing", "<!-- results -->\n<!-- results -->\n<!-- end of results -->"])
+@pytest.mark.parametrize("text", ["nothing", "<!-- models -->\n<!-- models -->\n<!-- end of models -->"])
 def test_a_readme_without_its_comments_is_an_error(tables, root, text):
     (root / "README.md").write_text(text)
     with pytest.raises(ValueError, match="there should be one"):
