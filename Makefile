@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# What running needs, without the developers' tools.
+RUNNABLE := $(VENV)/.runnable
 # Another version of transformers gets a separate environment: make test-transformers TRANSFORMERS=5.19
 TRANSFORMERS ?= 5.19
 OTHER := .venv-transformers-$(TRANSFORMERS)
@@ -34,14 +36,18 @@ SEED ?= 0
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s%s\n", $$1, $$2}'
 
-$(INSTALLED): pyproject.toml constraints.txt
+$(RUNNABLE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	@touch $@
+
+$(INSTALLED): $(RUNNABLE)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	@touch $@
 
-demo: $(INSTALLED) ## set up, then ask the small model about an image, with and without compression
-	$(BIN)/vlmzip ask examples/cluttered.png "$$(cat examples/cluttered.txt)" --baseline --overlay runs/demo.png
+demo: $(RUNNABLE) ## set up, then ask the small model about an image, with and without compression
+	$(BIN)/vlmzip ask examples/first.png "$$(cat examples/first.txt)" --keep 25% --baseline --overlay runs/demo.png
 
 test: $(INSTALLED) ## set up, then run the quick tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow"

@@ -1,6 +1,6 @@
-"""Draw the figures of README and docs: `make figures`.
+"""Draw the first figure of the README: `make figures`.
 
-The first figure shows test questions of mini that a rule chooses: at a quarter of the tokens, the first question about
+It shows test questions of mini that a rule chooses: at a quarter of the tokens, the first question about
 the first image of each level; at a ninth, the first question about a number in each level, because digits are the
 smallest things in the images. The first image whose level is not yet in the row has its turn.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw, ImageFont
 
 import vlmzip
@@ -19,10 +18,10 @@ from vlmzip.compressor import Compressor
 from vlmzip.mini import load
 from vlmzip.mini.questions import ImageQuestion
 from vlmzip.mini.splits import test_split
-from vlmzip.visualize.overlay import INK, PAPER, draw_fates, draw_tokens, seen_image
+from vlmzip.visualize.overlay import INK, PAPER, draw_fates, seen_image
 
 ROOT = Path(__file__).resolve().parents[2]
-FIGURES, EXAMPLES = ROOT / "docs" / "figures", ROOT / "examples"
+FIGURES = ROOT / "docs" / "figures"
 LEVELS = ("flat", "patterned", "cluttered")
 CELL, MARGIN, LINE = 20, 16, 24
 SEARCHED = 600  # test questions; the first of each level are among them
@@ -38,8 +37,6 @@ def main() -> None:
         "Limit: VisionZip keeps 16 of 144 (11 %). First test question about a number in each level.",
     )
     page([(titles[0], typical), (titles[1], lost)]).save(FIGURES / "first.png")
-    for name in ("flat", "cluttered"):
-        draw_example(model, processor, name)
 
 
 def first_of_each_level(
@@ -108,18 +105,6 @@ def page(rows: list[tuple[str, list[tuple[list[Image.Image], list[str]]]]]) -> I
             draw.text((left + side + 6, below + LINE), lines[3], fill=INK, font=font)
         top += LINE + MARGIN + side + 6 + 2 * LINE + 2 * MARGIN
     return sheet.crop((0, 0, width, top))
-
-
-def draw_example(model, processor, name: str) -> None:
-    """Draw the tokens of an example image under VisionZip at a ninth."""
-    inputs = inputs_of(
-        processor, Image.open(EXAMPLES / f"{name}.png").convert("RGB"), (EXAMPLES / f"{name}.txt").read_text().strip()
-    )
-    with vlmzip.attach(model, VisionZip(keep=16)) as compressed, torch.no_grad():
-        compressed(**inputs)
-        image = compressed.report.images[0]
-    drawing = draw_tokens(seen(processor, inputs), image.token_map, image.grid, image.prefix, "visionzip: 144 to 16")
-    drawing.save(FIGURES / f"tokens_{name}.png")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ from PIL import Image
 from vlmzip.mini.assets import shipped_assets
 from vlmzip.mini.drawing import draw
 from vlmzip.mini.scene import make_scene
-from vlmzip.mini.splits import EXAMPLES, questions_of
+from vlmzip.mini.splits import EXAMPLES, questions_of, test_split
 from vlmzip.mini.words import LEVELS
 
 # Chosen by hand among the first of EXAMPLES: a few things on a plain background, and many on a photo.
 CHOSEN = {"flat": 3_000_006, "cluttered": 3_000_014}
+SEARCHED = 60  # test questions, among which is the first of type "where"
 BORDER = 4
 IMAGES_PER_ROW = 6
 
@@ -25,9 +26,15 @@ def image(seed: int) -> Image.Image:
 
 
 def write_examples(folder: Path) -> None:
-    """Write the images at 96 x 96. The processor would blur larger copies slightly, which harms small digits."""
+    """Write the images at 96 x 96, and the question of the demo: the test split's first about a place.
+
+    The processor would blur larger copies slightly, which harms small digits.
+    """
     for name, seed in CHOSEN.items():
         image(seed).save(folder / f"{name}.png", optimize=True)
+    first = next(question for question in test_split(SEARCHED) if question.type == "where")
+    first.image.save(folder / "first.png", optimize=True)
+    (folder / "first.txt").write_text(f"{first.question}\n")
 
 
 def write_figure(path: Path) -> None:

@@ -1,6 +1,7 @@
 """The commands as a user runs them: output, exit codes, one line for each mistake."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -67,6 +68,24 @@ def test_ask_as_json_with_baseline_and_overlay(capsys, checkpoint, image, tmp_pa
     assert set(result["compressed"]["milliseconds"]) == {"vision encoder", "selection", "LLM"}
     assert "plain_answer" in result
     assert Image.open(overlay).height > 960
+
+
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [
+        (
+            ["--method", "visionzip", "--keep", "8"],
+            "with 8 of 36 visual tokens: prefill FLOPs 3.5x fewer, KV cache 3.2x",
+        ),
+        (["--method", "fastv", "--keep", "9"], "with 9 of 36 visual tokens at the last layer: prefill FLOPs "),
+    ],
+)
+def test_the_last_line_says_what_was_gained(capsys, checkpoint, image, method, sentence):
+    code, out, _ = run(capsys, "ask", image, "w4", "--model", checkpoint, "--baseline", *method)
+    *_, plain, compressed = re.findall(r"^(?:plain|visionzip|fastv) +(.*)$", out, flags=re.M)
+    last = out.splitlines()[-1]
+    assert code == 0
+    assert last.startswith(f"{'The same' if plain == compressed else 'Another'} answer {sentence}")
 
 
 def test_the_answer_is_that_of_the_model(capsys, checkpoint, image):

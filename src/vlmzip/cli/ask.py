@@ -68,6 +68,8 @@ def run(args: Namespace) -> None:
         save_image(draw(loaded, inputs, result.report, visuals), args.overlay, paths)
         if not args.json:
             print(f"tokens drawn in {args.overlay}")
+    if plain and not args.json:
+        print(_gain(out))
 
 
 def _print_account(out: dict[str, Any]) -> None:
@@ -95,3 +97,14 @@ def _print_account(out: dict[str, Any]) -> None:
         before = plain.get("milliseconds", {}).get(part)
         table.add_row(f"{part} ms", ("" if before is None else f"{before:.1f} → ") + f"{spent:.1f}")
     console.print(table)
+
+
+def _gain(out: dict[str, Any]) -> str:
+    """Return a sentence that says what the compressor saved, and whether the answer is the plain model's."""
+    plain, compressed = out["plain"], out["compressed"]
+    last = sum(image["by_layer"][-1] for image in out["images"])
+    where = " at the last layer" if last < compressed["visual_tokens"] else ""
+    flops, cache = (plain[key] / compressed[key] for key in ("prefill_flops", "kv_cache_bytes"))
+    answer = "The same answer" if out["answer"] == out["plain_answer"] else "Another answer"
+    tokens = f"{last} of {plain['visual_tokens']} visual tokens{where}"
+    return f"{answer} with {tokens}: prefill FLOPs {flops:.1f}x fewer, KV cache {cache:.1f}x smaller"
