@@ -4,6 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.clips import write_clip
 from tests.families import FAMILIES
 from tests.tiny import IMAGE_TOKEN, VIDEO_TOKEN
 from tests.training.test_records import film, record, said
@@ -132,15 +133,37 @@ def test_records_of_several_image_sizes_are_joined_as_the_processor_joins_them(f
     assert torch.equal(batch["image_sizes"], together["image_sizes"])
 
 
-def test_the_frames_of_a_folder_are_spread_evenly(tmp_path):
-    frames = tmp_path / "clip"
-    frames.mkdir()
+def numbers_of(row):
+    """Return the brightness of each frame that Video-LLaVA sees, as `write_clip` chose it: the frame's number."""
+    means = row["pixel_values_videos"][0].mean((1, 2, 3))
+    return (means - means.min()).div((means.max() - means.min()) / 10).round().int().tolist()
+
+
+@pytest.mark.parametrize(("frames", "expected"), [(3, [0, 5, 10]), (None, [0, 1, 3, 4, 6, 7, 9, 10])])
+@pytest.mark.parametrize("kind", ["a folder", "a list", "a file"])
+def test_frames_are_spread_evenly(tmp_path, kind, frames, expected):
+    made = Preprocessor(processor_with_videos("video_llava"), family_of(FAMILIES["video_llava"].build()), 900, frames)
+    clip = tmp_path / "clip"
+    clip.mkdir()
     for n in range(11):
-        Image.new("RGB", (8, 8)).save(frames / f"frame{n}.png")
-    clip = read_record(film("<video>", "a", video="clip"))
-    assert clip.frames(tmp_path, 3) == ["clip/frame0.png", "clip/frame5.png", "clip/frame10.png"]
-    assert len(clip.frames(tmp_path, None)) == 8
-    assert clip.frames(tmp_path, 99) == [f"clip/frame{n}.png" for n in range(11)]
+        Image.new("RGB", (8, 8), (n * 12,) * 3).save(clip / f"frame{n}.png")
+    video = {"a folder": "clip", "a list": [f"clip/frame{n}.png" for n in range(11)], "a file": "clip.mp4"}[kind]
+    if kind == "a file":
+        pytest.importorskip("av")
+        write_clip(tmp_path / "clip.mp4", frames=11)
+    row = made(read_record(film("<video> w9", "w20", video=video)), tmp_path)
+    assert numbers_of(row) == expected
+
+
+def test_models_without_videos_see_the_frames_as_images(tmp_path):
+    made = Preprocessor(processor_with_videos("llava_next"), family_of(FAMILIES["llava_next"].build()), 900)
+    for n in range(3):
+        Image.new("RGB", (40, 40), (n * 50,) * 3).save(tmp_path / f"{n}.png")
+    content = film("<image> <video> <image> w9", "w20", video=["1.png", "2.png", "1.png"], image=["0.png", "2.png"])
+    row = made(read_record(content), tmp_path)
+    means = [image[0].mean().item() for image in row["pixel_values"]]
+    black, grey, bright = sorted(set(means))
+    assert means == [black, grey, bright, grey, bright]
 
 
 def test_a_short_video_repeats_frames_where_all_need_equally_many(folder):

@@ -65,15 +65,14 @@ def test_conversations_of_all_kinds(tmp_path, lines):
         ({"conversations": said("?", "a"), "images": ["a.png"]}, "not as many <image> as images"),
         (record("?", "\ud83d"), "half a character"),
         (record("\ude00 <image>", "a"), "half a character"),
-        (film("<video>\n?", "a", video="a.mp4"), "a video file; give its frames as a list of images"),
-        (film("<video>\n?", "a", video=["a.MP4"]), "a video file; give its frames as a list of images"),
+        (film("<video>\n?", "a", video=["a.MP4"]), "a video file in a list; give it as the video"),
         (film("<video>\n?", "a", video=None), "not as many <video> as videos"),
         (film("<video>\n?", "a", video=[]), "not as many <video> as videos"),
         (film("?", "a"), "not as many <video> as videos"),
         (film("<video> <video>", "a"), "not as many <video> as videos"),
         (film("<image>\n?", "a"), "not as many <image> as images"),
         (film("<video>?", "<video>"), "an answer with <video>"),
-        (film("<video>?", "a", video={"1": "a.png"}), "video is not a list of image paths"),
+        (film("<video>?", "a", video={"1": "a.png"}), "video is not a path or a list of image paths"),
         (film("<video>?", "a", videos=[["1.png"]]), "only one video"),
     ],
 )
@@ -82,25 +81,50 @@ def test_a_bad_record_has_a_reason(content, reason):
         read_record(content)
 
 
-def test_the_frames_of_a_video_replace_its_placeholder(tmp_path):
+def test_a_record_has_one_video_beside_its_images(tmp_path):
     content = [
         film("<video>\nwhat ?", "this", "and ?", "that"),
-        film("<image> a", "b", "<image><video> <image>", "d", image=["a.png", "b.png", "c.png"]),
+        film("<image> a", "b", "<image><video> <image>", "d", image=["a.png", "b.png", "c.png"], video="clip"),
         {"conversations": said("<image> ?", "a"), "images": ["a.png"], "video": None},
+        film("<video> ?", "a", video="clip.mp4"),
     ]
     found = Records(write(tmp_path / "data.json", content, lines=True))
-    assert found.have_videos
-    seen = [one.with_frames_as_images(one.frames(tmp_path, None)) if one.video else one for one in found]
-    assert seen == [
-        TrainingRecord("", (Turn("<image><image>\nwhat ?", "this"), Turn("and ?", "that")), ("1.png", "2.png")),
-        TrainingRecord(
-            "",
-            (Turn("<image> a", "b"), Turn("<image><image><image> <image>", "d")),
-            ("a.png", "b.png", "1.png", "2.png", "c.png"),
-        ),
+    turns = (Turn("<image> a", "b"), Turn("<image><video> <image>", "d"))
+    assert list(found) == [
+        TrainingRecord("", (Turn("<video>\nwhat ?", "this"), Turn("and ?", "that")), (), ("1.png", "2.png")),
+        TrainingRecord("", turns, ("a.png", "b.png", "c.png"), "clip"),
         TrainingRecord("", (Turn("<image> ?", "a"),), ("a.png",)),
+        TrainingRecord("", (Turn("<video> ?", "a"),), (), "clip.mp4"),
     ]
-    assert [found.images(n) for n in range(3)] == [2, 5, 1]
+    assert [found.images(n) for n in range(4)] == [2, 3 + 8, 1, 8]
+    assert found.have_videos
+    assert found.have_video_files
+    assert not Records(write(tmp_path / "frames.json", content[:3], lines=True)).have_video_files
+
+
+def test_frames_take_the_place_of_a_video_in_models_without_videos():
+    content = film("<image> a", "b", "<image><video> <image>", "d", image=["a.png", "b.png", "c.png"])
+    both = read_record(content)
+    assert both.images_before_video == 2
+    assert both.with_frames_as_images(2).turns == (Turn("<image> a", "b"), Turn("<image><image><image> <image>", "d"))
+
+
+@pytest.mark.parametrize(
+    ("video", "reason"),
+    [
+        ("none", "a folder of frames is missing"),
+        ("empty", "a folder of frames is empty"),
+        ("none.mp4", "a video is missing"),
+        ("broken.mp4", "a video cannot be read"),
+        (["none.png"], "an image is missing"),
+    ],
+)
+def test_a_video_that_cannot_be_read_has_a_reason(tmp_path, video, reason):
+    pytest.importorskip("av")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    with pytest.raises(BadRecord, match=reason):
+        read_record(film("<video> ?", "a", video=video)).load_video(tmp_path, lambda total, fps: range(total))
 
 
 @pytest.mark.parametrize("lines", [True, False])

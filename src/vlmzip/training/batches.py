@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from os import SEEK_END
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -21,24 +21,15 @@ from vlmzip.processor import Processor
 from vlmzip.runtime.position_limit import llm_positions
 from vlmzip.runtime.prompt import PER_TOKEN
 from vlmzip.runtime.prompt_text import special_tokens
-from vlmzip.training.records import (
-    PLACE,
-    USUAL_FRAMES,
-    VIDEO,
-    BadRecord,
-    Records,
-    TrainingRecord,
-    Turn,
-    evenly_spaced,
-    load_frames,
-)
+from vlmzip.runtime.videos import Clip, evenly_spaced, expected_frames
+from vlmzip.training.records import PLACE, RATE, VIDEO, BadRecord, Records, TrainingRecord, Turn
 
 #: The label that the loss ignores.
 IGNORE = -100
 #: Width and height, in pixels, of the blank image for a batch without images.
 BLANK = (336, 336)
-#: Frames per second of videos that are given as frames: as many as Qwen's processors take from a video file.
-RATE = 2.0
+#: A number of frames that no processor expects.
+MANY_FRAMES = 10**9
 #: The file that lists each record that was left out, with the reason.
 BAD = "bad_records.jsonl"
 
@@ -53,13 +44,14 @@ class Preprocessor:
     def __init__(self, processor: Processor, family: Family, max_length: int, frames: int | None = None) -> None:
         """Try the processor out. `max_length` counts tokens, with visual tokens uncompressed.
 
-        `frames` is the number of frames of each video; see `TrainingRecord.frames`. Raise `UserError` for a processor
+        `frames` is the number of frames of each video; see `_choose_frames`. Raise `UserError` for a processor
         whose conversations cannot be labelled, or that has no chat template, fast tokenizer or end-of-text token.
         """
         self.processor, self.tokenizer, self.max_length = processor, processor.tokenizer, max_length
         self.family, self.frames = family, frames
         self.positions = llm_positions(family)
-        self.takes_videos = len(family.modalities) > 1 and getattr(processor, "video_processor", None) is not None
+        self._video_processor = getattr(processor, "video_processor", None)
+        self.takes_videos = len(family.modalities) > 1 and self._video_processor is not None
         self.placeholders = [each.placeholder_id for each in family.modalities]
         if not getattr(processor, "chat_template", None):
             raise UserError(
@@ -79,27 +71,38 @@ class Preprocessor:
         `max_length` or the LLM's positions.
         """
         self._refuse_reserved_words(record)
-        video = None
+        images, clip = record.load_images(folder), None
         if record.video is not None:
-            frames = record.frames(folder, self.frames)
-            if self.takes_videos:
-                frames = evenly_spaced(frames, self.frames or USUAL_FRAMES) if self._stacks_videos else frames
-                video = load_frames(folder, frames)
-            else:
-                record = record.with_frames_as_images(frames)
-        images = record.load_images(folder)
+            clip = record.load_video(folder, partial(self._choose_frames, listed=isinstance(record.video, tuple)))
+            if not self.takes_videos:
+                images[record.images_before_video : record.images_before_video] = clip.frames
+                record, clip = record.with_frames_as_images(len(clip.frames)), None
+            elif len({frame.size for frame in clip.frames}) > 1:
+                raise BadRecord("a video with frames of different sizes")
         text, answers = self._rendered(record, self._end)
         try:
-            row = self._row(text, images, video)
+            row = self._row(text, images, clip)
         except (TypeError, ValueError) as error:  # the record's fault, not the processor's, which was tried out
             raise BadRecord(f"the processor refuses it: {_beginning(str(error))}") from error
         self._refuse_long(len(row["input_ids"]))
-        return {**row, "labels": self._labels(row["input_ids"], text, answers, has_video=video is not None)}
+        return {**row, "labels": self._labels(row["input_ids"], text, answers, has_video=clip is not None)}
+
+    def _choose_frames(self, total: int, fps: float | None, *, listed: bool) -> list[int]:
+        """Return the numbers of the frames to take from a video of `total` frames: as many as `ask` takes, or `frames`.
+
+        All frames of a list are taken if `frames` is not given. If all videos of a batch are one tensor, each needs
+        equally many frames, so short videos repeat frames.
+        """
+        if not self._stacks_videos:
+            count = self.frames or (total if listed else expected_frames(self._video_processor, total, fps))
+            return evenly_spaced(total, count)
+        count = self.frames or expected_frames(self._video_processor, MANY_FRAMES, None)
+        return evenly_spaced(total, count) if total >= count else [number * total // count for number in range(count)]
 
     @property
     def _stacks_videos(self) -> bool:
-        """Return whether all videos of a batch are one tensor, so that they need equally many frames."""
-        return "video_grid_thw" not in self.family.modalities[-1].image_inputs
+        """Return whether all videos of a batch are one tensor."""
+        return self.takes_videos and "video_grid_thw" not in self.family.modalities[-1].image_inputs
 
     def blank(self) -> dict[str, Tensor]:
         """Return a row with a black image and no labels, so that nothing is learned from it."""
@@ -107,14 +110,12 @@ class Preprocessor:
 
     def blank_video(self) -> dict[str, Tensor]:
         """Return a row with a black video and no labels."""
-        frames = self.frames or USUAL_FRAMES if self._stacks_videos else 2
-        return self._unlearned(VIDEO, [], np.zeros((frames, *BLANK, 3), np.uint8))
+        numbers = self._choose_frames(2, None, listed=True)
+        return self._unlearned(VIDEO, [], Clip("", [Image.new("RGB", BLANK)] * len(numbers), numbers, 2, RATE))
 
-    def _unlearned(
-        self, place: str, images: Sequence[Image.Image], video: np.ndarray | None = None
-    ) -> dict[str, Tensor]:
+    def _unlearned(self, place: str, images: Sequence[Image.Image], clip: Clip | None = None) -> dict[str, Tensor]:
         text, _ = self._rendered(TrainingRecord("", (Turn(f"{place}\n?", "!"),), ()), self._end)
-        row = self._row(text, images, video)
+        row = self._row(text, images, clip)
         return {**row, "labels": torch.full_like(row["input_ids"], IGNORE)}
 
     def _try_out(self) -> str:
@@ -147,10 +148,10 @@ class Preprocessor:
         if self.positions is not None and length > self.positions:
             raise BadRecord(f"longer than the LLM's {self.positions} positions")
 
-    def _row(self, text: str, images: Sequence[Image.Image], video: np.ndarray | None = None) -> dict[str, Tensor]:
+    def _row(self, text: str, images: Sequence[Image.Image], clip: Clip | None = None) -> dict[str, Tensor]:
         settings: dict[str, object] = dict(special_tokens(self.tokenizer, text))
-        if video is not None:
-            settings |= {"videos": [video], "videos_kwargs": _as_sampled(len(video))}
+        if clip is not None:
+            settings |= {"videos": [clip.as_array()], "video_metadata": [clip.metadata], "do_sample_frames": False}
         outputs = self.processor(images=list(images) or None, text=[text], return_tensors="pt", **settings)
         inputs = self.family.with_names_of_model(outputs)
         return {name: value[0] if name in ("input_ids", *PER_TOKEN) else value for name, value in inputs.items()}
@@ -226,14 +227,6 @@ class Preprocessor:
 def _equal_first(these: Sequence[int], those: Sequence[int]) -> int:
     """Return how many values at the beginning of two sequences are equal."""
     return next((n for n, (one, other) in enumerate(zip(these, those, strict=False)) if one != other), len(these))
-
-
-def _as_sampled(frames: int) -> dict[str, object]:
-    """Return the settings with which a processor takes all frames of a video, as if they were `RATE` a second."""
-    metadata = {
-        "fps": RATE, "total_num_frames": frames, "frames_indices": list(range(frames)), "duration": frames / RATE
-    }  # fmt: skip
-    return {"do_sample_frames": False, "video_metadata": [metadata]}
 
 
 def _overlap(token: tuple[int, int], answer: tuple[int, int]) -> bool:

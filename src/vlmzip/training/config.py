@@ -77,7 +77,7 @@ class Config:
     images: str | None = None
     """The folder from which image paths start; default: the folder of the records file."""
     frames: Count | None = None
-    """Frames of each video, evenly spaced. Default: all frames of a list, 8 of a folder."""
+    """Frames of each video, evenly spaced. Default: as many as the model's processor takes; all of a list of frames."""
     schedule: object = "none"
     """A scheme's name, a compressor, or stages; see docs/training.md."""
     learn: tuple[Part, ...] = ("projector", "llm")

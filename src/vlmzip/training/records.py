@@ -6,8 +6,8 @@ A file is a JSON list, or JSON Lines, of records
      {"from": "gpt", "value": "…"}, …]}
 
 with one `<image>` per image, anywhere in the human turns. `images` is another name for `image`. A record can have one
-video, with one `<video>` in the text: `"video": ["1.jpg", "2.jpg", …]` is a list of its frames, `"video": "frames"` a
-folder of them. Anything else is counted as a bad record and not used.
+video, with one `<video>` in the text: `"video": "clip.mp4"`, `"video": "frames"` (a folder of its frames) or
+`"video": ["1.jpg", "2.jpg", …]` (a list of them). Anything else is counted as a bad record and not used.
 """
 
 from __future__ import annotations
@@ -16,24 +16,23 @@ import json
 import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, TypeGuard
 
-import numpy as np
-from jaxtyping import UInt8
 from PIL import Image
 
 from vlmzip.errors import UserError
 from vlmzip.json_text import JsonError, open_json, parse, read_lines
 from vlmzip.runtime.images import ImageError, load_image
+from vlmzip.runtime.videos import USUAL_FRAMES, Choose, Clip, is_video, read_clip
 
 PLACE, VIDEO = "<image>", "<video>"
 HUMAN, MODEL = ("human", "user"), ("gpt", "assistant")
-#: Endings of video files, which are not images.
-VIDEO_FILES = (".mp4", ".avi", ".mov", ".mkv", ".webm")
-#: The number of frames of a folder, if the configuration gives none.
-USUAL_FRAMES = 8
+#: Frames per second of videos that are given as frames: as many as Qwen's processors take from a video file.
+RATE = 2.0
+#: Kinds of videos in the index of records; 0 stands for no video.
+FRAMES, VIDEO_FILE = 1, 2
 #: The most digits of a number in the name of a frame.
 LONGEST_NUMBER = 20
 #: Bytes to read at once while searching for the beginnings and ends of records.
@@ -64,11 +63,11 @@ class TrainingRecord:
     images: tuple[str, ...]
     """Paths, in the order of the `PLACE`s."""
     video: str | tuple[str, ...] | None = None
-    """The paths of the frames of the video, or the path of a folder of them."""
+    """The paths of the frames of the video, or the path of a video file or of a folder of frames."""
 
     @property
     def listed(self) -> int:
-        """Return the number of images and frames, without a look at the folder of a video."""
+        """Return the number of images and of frames: `USUAL_FRAMES` for a video whose frames are not listed."""
         frames = USUAL_FRAMES if isinstance(self.video, str) else len(self.video or ())
         return len(self.images) + frames
 
@@ -76,32 +75,31 @@ class TrainingRecord:
         """Return the images, read as in every command. Raise `BadRecord` if one is missing or broken."""
         return _load_images(folder, self.images)
 
-    def frames(self, folder: Path, most: int | None) -> list[str]:
-        """Return the paths of at most `most` frames of the video, evenly spaced.
+    def load_video(self, folder: Path, choose: Choose) -> Clip:
+        """Return the chosen frames of the video. Frames without times are `RATE` a second.
 
-        With `None`, return all frames of a list, and at most `USUAL_FRAMES` of a folder. Raise `BadRecord` if a folder
-        has no frames.
+        `choose` gets no rate for a folder of frames or a list of them; all frames of a list are chosen. Raise
+        `BadRecord` if the video or one of its frames is missing or broken.
         """
-        if isinstance(self.video, str):
-            paths, most = _frames_in(folder, self.video), most or USUAL_FRAMES
-        else:
-            paths = list(self.video or ())
-        return evenly_spaced(paths, min(most or len(paths), len(paths)))
+        if isinstance(self.video, str) and is_video(self.video):
+            try:
+                return read_clip(folder / self.video, choose)
+            except UserError as error:
+                raise BadRecord(f"a video {getattr(error, 'kind', 'cannot be read')}") from error
+        paths = _frames_in(folder, self.video) if isinstance(self.video, str) else list(self.video or ())
+        numbers = list(choose(len(paths), None))
+        frames = _load_images(folder, [paths[number] for number in numbers])
+        return Clip(str(self.video), frames, numbers, len(paths), RATE)
 
-    def with_frames_as_images(self, frames: Sequence[str]) -> TrainingRecord:
-        """Return the record with images, the frames, in the place of its video, for models without videos."""
-        before = "\n".join(turn.question for turn in self.turns).partition(VIDEO)[0].count(PLACE)
-        images = [*self.images[:before], *frames, *self.images[before:]]
-        turns = [Turn(turn.question.replace(VIDEO, PLACE * len(frames)), turn.answer) for turn in self.turns]
-        return TrainingRecord(self.id, tuple(turns), tuple(images))
+    @property
+    def images_before_video(self) -> int:
+        """Return the number of images before the video in the text."""
+        return "\n".join(turn.question for turn in self.turns).partition(VIDEO)[0].count(PLACE)
 
-
-def load_frames(folder: Path, paths: Sequence[str]) -> UInt8[np.ndarray, "frames height width 3"]:
-    """Return the frames of a video. Raise `BadRecord` if one is missing or broken, or if their sizes differ."""
-    frames = _load_images(folder, paths)
-    if len({frame.size for frame in frames}) > 1:
-        raise BadRecord("a video with frames of different sizes")
-    return np.stack([np.asarray(frame) for frame in frames])
+    def with_frames_as_images(self, frames: int) -> TrainingRecord:
+        """Return the record with places of images, one for each frame, instead of that of the video."""
+        turns = [replace(turn, question=turn.question.replace(VIDEO, PLACE * frames)) for turn in self.turns]
+        return replace(self, turns=tuple(turns), video=None)
 
 
 def _load_images(folder: Path, paths: Sequence[str]) -> list[Image.Image]:
@@ -121,12 +119,6 @@ def _frames_in(folder: Path, video: str) -> list[str]:
         raise BadRecord("a folder of frames is empty")
     names.sort(key=lambda name: re.sub(r"\d+", lambda digits: digits[0].zfill(LONGEST_NUMBER), name))
     return [f"{video}/{name}" for name in names]
-
-
-def evenly_spaced(paths: Sequence[str], count: int) -> list[str]:
-    """Return `count` of the paths in order, from the first to the last. Some repeat if there are fewer."""
-    gaps = max(count - 1, 1)
-    return [paths[((len(paths) - 1) * n + gaps // 2) // gaps] for n in range(count)]
 
 
 def read_record(content: object) -> TrainingRecord:
@@ -158,15 +150,15 @@ def _images(content: dict[str, object]) -> list[str]:
 
 
 def _video(content: dict[str, object]) -> str | tuple[str, ...] | None:
-    """Return the paths of the frames of a record's video, or the path of a folder of them."""
+    """Return a record's video; see `TrainingRecord.video`."""
     if content.get("videos") is not None:
         raise BadRecord("videos: only one video can be given, as video")
     value = content.get("video")
     paths: object = [value] if isinstance(value, str) else value or []
     if not _are_paths(paths):
-        raise BadRecord("video is not a list of image paths")
-    if any(path.lower().endswith(VIDEO_FILES) for path in paths):
-        raise BadRecord("a video file; give its frames as a list of images")
+        raise BadRecord("video is not a path or a list of image paths")
+    if not isinstance(value, str) and any(map(is_video, paths)):
+        raise BadRecord("a video file in a list; give it as the video, or give its frames as a list of images")
     return value if isinstance(value, str) else tuple(paths) or None
 
 
@@ -228,7 +220,9 @@ class Records:
                 except BadRecord as reason:
                     self.bad.append((number, str(reason)))
                     continue
-                columns = (number, begin, begin + len(text), record.listed, record.video is not None)
+                is_file = isinstance(record.video, str) and is_video(record.video)
+                kind = VIDEO_FILE if is_file else FRAMES if record.video is not None else 0
+                columns = (number, begin, begin + len(text), record.listed, kind)
                 for values, value in zip(self._columns(), columns, strict=True):
                     values.append(value)
         except OSError as error:
@@ -252,6 +246,11 @@ class Records:
     def have_videos(self) -> bool:
         """Return whether any record has a video."""
         return any(self._videos)
+
+    @property
+    def have_video_files(self) -> bool:
+        """Return whether the video of any record is a video file."""
+        return VIDEO_FILE in self._videos
 
     def size(self, number: int) -> int:
         """Return the bytes of a record in the file, a rough measure of its length."""

@@ -355,6 +355,8 @@ def _examples(config: Config, records: Records, processor: Processor, family: Fa
     folder = Path(config.images) if config.images is not None else records.path.parent
     if not is_folder(folder):
         raise UserError(f"images: there is no folder {str(folder)!r}")
+    if records.have_video_files and find_spec("av") is None:
+        raise UserError("records: reading video files needs PyAV: pip install 'vlmzip[video]'")
     conversations = Preprocessor(processor, family, config.max_length, config.frames)
     return Examples(records, folder, conversations, Path(config.out) / BAD, _subset(len(records), config))
 
