@@ -5,13 +5,12 @@ import shlex
 
 import pytest
 from PIL import Image
-from transformers import AutoProcessor, CLIPImageProcessor
+from transformers import AutoProcessor
 
-from tests.clips import FramesOfVideos, PatchesOfVideos, write_clip
+from tests.clips import with_videos, write_clip
 from tests.families import FAMILIES
-from tests.tiny import SIDE, VIDEO_TOKEN
 from vlmzip import UserError
-from vlmzip.cli import ask, show
+from vlmzip.cli import ask, calibrate, show
 from vlmzip.cli.main import main
 from vlmzip.models import family_of
 from vlmzip.runtime.loading import Loaded
@@ -21,17 +20,8 @@ pytest.importorskip("av")
 
 
 def loaded(name, **settings):
-    """Return a tiny model whose processor takes videos without torchvision."""
     family = FAMILIES[name]()
-    processor = family.processor()
-    if "qwen" in name:
-        videos = PatchesOfVideos(family.model.config.vision_config, **settings)
-    else:
-        images = CLIPImageProcessor(size={"height": SIDE, "width": SIDE}, do_center_crop=False)
-        videos = FramesOfVideos(images, **settings)
-    processor.video_processor, processor.video_token, processor.video_token_id = videos, "<video>", VIDEO_TOKEN
-    processor.tokenizer.add_tokens(["<video>"], special_tokens=True)  # not three words
-    return Loaded(name, family.model, processor, family_of(family.model))
+    return Loaded(name, family.model, with_videos(family, **settings), family_of(family.model))
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +41,7 @@ def vlmzip(capsys, monkeypatch):
     """Run a command line on a tiny model, and return its exit code, output and errors."""
 
     def run(line, name="qwen3_vl", **settings):
-        for command in (ask, show):
+        for command in (ask, show, calibrate):
             monkeypatch.setattr(command, "load", lambda *_, **__: loaded(name, **settings))
         code = main(shlex.split(line))
         return code, *capsys.readouterr()
@@ -163,3 +153,38 @@ def test_without_a_chat_template_videos_stand_after_images():
     assert visual_prompt(family, processor, "w9", ["image", "video"]) == "<image><video>w9"
     with pytest.raises(UserError, match="no image after text and none after a video"):
         visual_prompt(family, processor, "w9", ["video", "image"])
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """Return a folder of videos whose frames have little or much in them."""
+    folder = tmp_path_factory.mktemp("clips")
+    for number in range(4):
+        write_clip(folder / f"{number}.mp4", 12, step=5, noise=20 * number)
+    return folder
+
+
+@pytest.mark.parametrize(("option", "average"), [("--keep 50%", 24), ("--keep 24", 24), ("--keep-per-view 8", 24)])
+def test_calibrate_on_videos(vlmzip, clips, option, average):
+    line = f"calibrate {clips} {option} --max-factor 2 --frames 6"
+    code, out, err = vlmzip(f"{line} --json", grid=(4, 4))
+    assert code == 0, err
+    result = json.loads(out)
+    assert (result["images"], result["kinds"], sum(result["by_factor"].values())) == (4, "video", 4 * 3)
+    assert result["average"] == pytest.approx(average, rel=0.05)
+    code, out, _ = vlmzip(line, grid=(4, 4))
+    assert "24 visual tokens per video on average, 50.0% of all" in out
+    assert "frames" in out
+    assert "use it: vlmzip ask VIDEO QUESTION --method" in out
+
+
+def test_calibrate_needs_one_budget_and_images_or_videos(vlmzip, clips, tmp_path):
+    for line, message in (
+        (f"calibrate {clips} --keep 9 --keep-per-view 3", "give --keep or --keep-per-view, not both"),
+        (f"calibrate {clips}", "calibrate needs a budget"),
+        (f"calibrate {clips} --keep-per-view 0", "--keep-per-view 0 keeps nothing"),
+        (f"calibrate {tmp_path} --keep 9", "there is no image in the folder"),
+        (f"calibrate {clips} --keep 9 --frames 0", "--frames 0: give at least 1"),
+    ):
+        code, out, err = vlmzip(line)
+        assert (code, out, message in err) == (2, "", True), err

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.clips import grey, with_videos
 from tests.families import FAMILIES
 from vlmzip import DFMR, AdaptiveVisionZip, BudgetError, Site, UserError, VisionZip, attach, calibrate, mini
 from vlmzip.compressor import Measured
@@ -15,6 +16,7 @@ from vlmzip.mini.drawing import draw
 from vlmzip.mini.scene import make_scene
 from vlmzip.mini.splits import VALIDATION
 from vlmzip.runtime.calibration import MeasuredImage, _Steps
+from vlmzip.runtime.videos import Clip, clip_arguments
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +135,7 @@ def test_the_nearest_step_is_the_best_of_all_thresholds():
         Measured(36, {1: 36, 2: 9, 3: 4}, dict(zip((2, 3), rng.random(2).astype(np.float32).tolist(), strict=True)))
         for _ in range(40)
     ]
-    steps = _Steps([MeasuredImage((view,)) for view in images])
+    steps = _Steps([MeasuredImage((view,), (view.size,)) for view in images])
 
     def average(tau):
         return np.mean([one.counts[max([1, *(f for f, d in one.deviations.items() if d < tau)])] for one in images])
@@ -173,3 +175,46 @@ def test_a_budget_counts_the_tokens_of_all_views_of_an_image(images, method, sha
     assert len(set(calibration.factors)) == 2
     assert calibration.average == pytest.approx(share * np.mean(calibration.before), rel=0.05)
     assert sum(calibration.after_by_view) == sum(after)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [
+        ("qwen3_vl", DFMR(max_factor=2)),
+        ("qwen3_vl", AdaptiveVisionZip(max_factor=2)),
+        pytest.param("video_llava", DFMR(), marks=pytest.mark.further),
+    ],
+)
+def test_the_compressor_does_to_videos_what_was_said(name, method):
+    if name not in FAMILIES:
+        pytest.skip("it is tested from transformers 5.23 on")
+    family = FAMILIES[name]()
+    processor = with_videos(family, grid=(4, 4))
+    videos = [[grey(10 * n + 30 * m, (32, 32), 25 * n) for m in range(4)] for n in range(4)]
+    mixed = [videos[0], grey(90, (48, 48), 40), *videos[1:]]
+    calibration = calibrate(family.model, mixed, method, "50%", processor=processor)
+    views = 2 if "qwen" in name else 4
+    assert calibration.before[0] == views * 16 if views == 2 else views * 36
+    assert len(calibration.factors) == 4 * views + 1
+    assert calibration.average == pytest.approx(np.mean(calibration.before) / 2, rel=0.05)
+    each = [measured for n, measured in enumerate(calibration.after) if n != 1]
+    with torch.no_grad(), attach(family.model, calibration.compressor) as small:
+        for video, after in zip(videos, each, strict=True):
+            clip = Clip("", video, list(range(4)), 4, None)
+            small(**processor(text=["<video> w5"], return_tensors="pt", **clip_arguments([clip])))
+            (report,) = small.report.images
+            cls = sum(int((view.token_map.group[0, : view.prefix] >= 0).sum()) for view in report.views)
+            assert report.after - cls == after
+    assert calibrate(family.model, mixed, method, keep_per_view="50%", processor=processor) == calibration
+
+
+def test_videos_that_cannot_be_calibrated_on(loaded):
+    model, processor = loaded
+    with pytest.raises(UserError, match="takes no video; models that take videos are llava-hf/LLaVA-NeXT-Video"):
+        calibrate(model, [[grey(1, (4, 4))]], DFMR(), 9, processor=processor)
+    family = FAMILIES["qwen3_vl"]()
+    with pytest.raises(UserError, match="a video has no frames; give a list of images"):
+        calibrate(family.model, [[]], DFMR(), 9, processor=with_videos(family))
+    for budgets in ({}, {"keep": 9, "keep_per_view": 3}):
+        with pytest.raises(UserError, match="give either keep or keep_per_view"):
+            calibrate(model, [], DFMR(), processor=processor, **budgets)

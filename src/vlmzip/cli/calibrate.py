@@ -1,4 +1,4 @@
-"""`vlmzip calibrate FOLDER|IMAGE…`: find the threshold with which similar images meet a budget on average."""
+"""`vlmzip calibrate FOLDER|IMAGE|VIDEO…`: find the threshold with which similar ones meet a budget on average."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image
 
 from vlmzip import catalogue, spec
+from vlmzip.cli._options.common import check_counts
 from vlmzip.cli._shared.console import progress
 from vlmzip.cli._shared.images import check_target, save_image
 from vlmzip.cli._shared.loading import load
@@ -20,25 +21,37 @@ from vlmzip.files import is_file, is_folder, is_there
 from vlmzip.keep import parse_keep
 from vlmzip.lab.table import print_json, print_table
 from vlmzip.runtime.calibration import Calibration, calibrate
+from vlmzip.runtime.videos import VIDEO_FILES, is_video
 from vlmzip.visualize.figure import import_matplotlib
 from vlmzip.visualize.histogram import draw_deviations
 
 
 def run(args: Namespace) -> None:
+    check_counts(args, "frames")
     compressor = _compressor(args)
-    paths = _images(args.images)
+    paths = _visuals(args.images)
     if args.histogram:
         import_matplotlib()
         check_target(args.histogram, paths)
     loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)
-    with progress(f"measuring {len(paths)} images"):
-        calibration = calibrate(loaded.model, paths, compressor, args.keep, processor=loaded.processor)
+    with progress(f"measuring {len(paths)} {_kinds(paths)}s"):
+        calibration = calibrate(
+            loaded.model,
+            paths,
+            compressor,
+            args.keep,
+            keep_per_view=args.keep_per_view,
+            processor=loaded.processor,
+            frames=args.frames,
+        )
     threshold = getattr(calibration.compressor, _threshold(compressor))
     out: dict[str, object] = {
         "model": args.model,
         "compressor": calibration.compressor.to_dict(),
         "keep": args.keep,
+        "keep_per_view": args.keep_per_view,
         "images": len(paths),
+        "kinds": _kinds(paths),
         "average": calibration.average,
         "upper": calibration.upper,
         "reached": calibration.reached,
@@ -52,9 +65,14 @@ def run(args: Namespace) -> None:
 
 def _compressor(args: Namespace) -> Compressor:
     """Return the method without a budget. Raise `UserError` if it has no threshold to calibrate."""
-    if args.keep is None:
+    if args.keep is None and args.keep_per_view is None:
         raise UserError("calibrate needs a budget: --keep 64, --keep 0.25 or --keep 25%")
-    parse_keep(args.keep, "--keep")
+    if args.keep is not None and args.keep_per_view is not None:
+        raise UserError("give --keep or --keep-per-view, not both")
+    if args.keep is not None:
+        parse_keep(args.keep, "--keep")
+    else:
+        parse_keep(args.keep_per_view, "--keep-per-view")
     compressor = without_budget(args)
     if not isinstance(compressor, Calibratable):
         able = [name for name, cls in catalogue.available().items() if hasattr(cls, "threshold")]
@@ -69,19 +87,25 @@ def _threshold(compressor: Compressor) -> str:
     return compressor.threshold
 
 
-def _images(words: list[str]) -> list[str]:
-    """Return the paths of the images that `words` name and of those in the folders that `words` name."""
-    known = Image.registered_extensions()
+def _kinds(paths: list[str]) -> str:
+    """Return "image", "video", or "image or video"."""
+    kinds = {"video" if is_video(path) else "image" for path in paths}
+    return " or ".join(sorted(kinds))
+
+
+def _visuals(words: list[str]) -> list[str]:
+    """Return the paths of the images and videos that `words` name and of those in the folders that `words` name."""
+    known = (*Image.registered_extensions(), *VIDEO_FILES)
     paths: list[str] = []
     for word in words:
         if not is_there(word):
-            raise UserError(f"there is no image or folder {word!r}")
+            raise UserError(f"there is no image, video or folder {word!r}")
         if not is_folder(word):
             paths.append(word)
             continue
         inside = sorted(str(path) for path in Path(word).iterdir() if is_file(path) and path.suffix.lower() in known)
         if not inside:
-            raise UserError(f"there is no image in the folder {word!r} (subfolders are not searched)")
+            raise UserError(f"there is no image in the folder {word!r}, and no video (subfolders are not searched)")
         paths += inside
     return paths
 
@@ -89,8 +113,8 @@ def _images(words: list[str]) -> list[str]:
 def _print(out: dict[str, Any], calibration: Calibration, threshold: float, args: Namespace) -> None:
     name = _threshold(calibration.compressor)
     print(
-        f"{name} {threshold}: {out['average']:.4g} visual tokens per image on average, {out['reached']:.1%} of all;"
-        f" at most {out['upper']}\n"
+        f"{name} {threshold}: {out['average']:.4g} visual tokens per {out['kinds']} on average,"
+        f" {out['reached']:.1%} of all; at most {out['upper']}\n"
     )
     after: dict[int, set[int]] = {}
     for factor, count in zip(calibration.factors, calibration.after_by_view, strict=True):
@@ -99,7 +123,9 @@ def _print(out: dict[str, Any], calibration: Calibration, threshold: float, args
         [str(factor), str(views), " to ".join(str(n) for n in sorted({min(after[factor]), max(after[factor])}))]
         for factor, views in out["by_factor"].items()
     ]
-    print_table(["factor", "images" if len(calibration.factors) == out["images"] else "views", "visual tokens"], rows)
-    print(f'\nuse it: vlmzip ask IMAGE QUESTION --method "{spec.write(calibration.compressor)}"')
+    views = "images" if len(calibration.factors) == out["images"] else "views"
+    print_table(["factor", "frames" if out["kinds"] == "video" else views, "visual tokens"], rows)
+    kinds = out["kinds"].upper().replace(" OR ", "|")
+    print(f'\nuse it: vlmzip ask {kinds} QUESTION --method "{spec.write(calibration.compressor)}"')
     if "histogram" in out:
         print(f"deviations drawn in {out['histogram']}")

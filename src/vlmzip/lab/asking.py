@@ -14,7 +14,6 @@ from PIL import Image
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, collecting_warnings
 from vlmzip.lab.bench.timing import now
-from vlmzip.models import FAMILIES
 from vlmzip.models.family import Modality
 from vlmzip.processor import InputDict
 from vlmzip.runtime.attach import attach
@@ -27,7 +26,7 @@ from vlmzip.runtime.pretrained import refusing
 from vlmzip.runtime.prompt_text import special_tokens, unknown_words, visual_prompt
 from vlmzip.runtime.report import ImageReport, Report
 from vlmzip.runtime.saving import saved_weights
-from vlmzip.runtime.videos import Clip, evenly_spaced, expected_frames, is_video, read_clip
+from vlmzip.runtime.videos import Clip, clip_arguments, is_video, read_clip_for, video_processor_of
 from vlmzip.visualize.frames import draw_frames, first_frames
 from vlmzip.visualize.overlay import draw_tokens, stack
 from vlmzip.visualize.views import seen_views
@@ -66,15 +65,8 @@ def read_visuals(loaded: Loaded, paths: Sequence[str], frames: int | None = None
     """
     if not any(map(is_video, paths)):
         return list(paths)
-    processor = getattr(loaded.processor, "video_processor", None)
-    if processor is None:
-        able = ", ".join(family.example for family in FAMILIES if family.video_inputs)
-        raise UserError(f"{loaded.name} takes no video; models that take videos are {able}")
-
-    def choose(total: int, fps: float | None) -> list[int]:
-        return evenly_spaced(total, frames or expected_frames(processor, total, fps))
-
-    visuals = [read_clip(path, choose) if is_video(path) else path for path in paths]
+    processor = video_processor_of(loaded.processor, loaded.name)
+    visuals = [read_clip_for(processor, path, frames) if is_video(path) else path for path in paths]
     for clip in visuals:
         if isinstance(clip, Clip) and frames and len(clip.frames) < frames:
             log.warning(f"{clip.path} has only {len(clip.frames)} frames")
@@ -93,8 +85,7 @@ def build_inputs(loaded: Loaded, visuals: Sequence[Visual], question: str) -> di
     prompt = visual_prompt(loaded.family, loaded.processor, question, [kind_of(visual) for visual in visuals])
     settings: dict[str, object] = dict(special_tokens(loaded.processor.tokenizer, prompt))
     if clips:
-        settings["videos"] = [clip.as_array() for clip in clips]
-        settings |= {"video_metadata": [clip.metadata for clip in clips], "do_sample_frames": False}
+        settings |= clip_arguments(clips)
     with refusing(f"{loaded.name}'s processor refuses the video") if clips else nullcontext():
         inputs = loaded.processor(images=images or None, text=prompt, return_tensors="pt", **settings)
     return dict(inputs.to(loaded.model.device, loaded.model.dtype))

@@ -167,6 +167,15 @@ class Family:
         knows = self.video_inputs or (type(self) is Family and has_known_videos(self.model))
         return (self, (self.video_family or type(self))(self.model, "video")) if knows else (self,)
 
+    def present_in(self, inputs: Inputs) -> list[Family]:
+        """Return the objects of `modalities` whose images or videos are in `inputs`.
+
+        Raise `UserError` if videos are, and the family does not know them.
+        """
+        if inputs.get("pixel_values_videos") is not None and len(self.modalities) == 1:
+            raise UserError(f"vlmzip cannot compress videos of {type(self.model).__name__} yet: give it images")
+        return [each for each in self.modalities if inputs.get(each.image_inputs[0]) is not None]
+
     @property
     def placeholder_id(self) -> int:
         """The token id that stands for one visual token in `input_ids`.

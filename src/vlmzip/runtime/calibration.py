@@ -1,4 +1,4 @@
-"""Calibrate a compressor's threshold on images, so that the tokens kept on average meet a budget."""
+"""Calibrate a compressor's threshold on images and videos, so that the tokens kept on average meet a budget."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -24,20 +24,24 @@ from vlmzip.models.family import Family
 from vlmzip.processor import Processor
 from vlmzip.runtime.compress import view_numbers, without_padding
 from vlmzip.runtime.images import load_image
-from vlmzip.runtime.pretrained import load_processor
-from vlmzip.runtime.prompt_text import chat_prompt, special_tokens
+from vlmzip.runtime.pretrained import load_processor, refusing
+from vlmzip.runtime.prompt_text import chat_prompt, special_tokens, visual_prompt
+from vlmzip.runtime.videos import Clip, clip_arguments, is_video, read_clip_for, video_processor_of
 
 #: The largest deviation of the average from the budget, as a fraction of the budget.
 TOLERANCE = 0.05
 
 ImageLike = Image.Image | str | os.PathLike[str]
+#: An image or its path; a video's path, some frames of it, or its frames as a list of images.
+VisualLike = ImageLike | Clip | Sequence[ImageLike]
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A calibrated compressor and its effect on the images.
+    """A calibrated compressor and its effect on the images and videos. Below, a video counts as an image.
 
-    Separators between the rows of tiles (LLaVA-NeXT) are not counted. They remain only in images that keep all tokens.
+    Separators between the rows of tiles (LLaVA-NeXT) and CLS of frames (Video-LLaVA) are not counted. They remain only
+    in views that keep all tokens.
     """
 
     compressor: Compressor
@@ -47,7 +51,7 @@ class Calibration:
     after: list[int]
     """Output tokens of each image."""
     after_by_view: list[int]
-    """Output tokens of each view, image by image. In most models, an image has one view."""
+    """Output tokens of each view, image by image. In most models, an image has one view; a video's are its frames."""
     factors: list[int]
     """The factor chosen for each view, image by image."""
     deviations: list[dict[int, float]]
@@ -71,12 +75,14 @@ class Calibration:
 
 def calibrate(
     model: nn.Module,
-    images: Iterable[ImageLike],
+    images: Iterable[VisualLike],
     compressor: spec.CompressorLike,
-    keep: Keep,
+    keep: Keep | None = None,
     *,
+    keep_per_view: Keep | None = None,
     processor: Processor | None = None,
     batch: int = 16,
+    frames: int | None = None,
 ) -> Calibration:
     """Set a compressor's threshold so that images like `images` keep `keep` visual tokens on average.
 
@@ -86,22 +92,29 @@ def calibrate(
     (LLaVA-NeXT), the compressor decides about each view, and the budget counts the tokens of all views. `processor` is
     the model's processor; by default it is loaded from the model's checkpoint.
 
+    Videos may stand among the images: paths of video files, of which `frames` evenly spaced frames are read (by default
+    as many as the processor expects), `Clip`, or lists of frames. `keep` counts all frames of a video. Give
+    `keep_per_view` in its place for a budget of each frame or other view on average.
+
     The average is a step function of the threshold. The nearest step is chosen; it must lie within 5 % of the budget.
     Raise `BudgetError`, with the averages that are possible, if no step does. Raise `UserError` for a compressor
     without a threshold, for an image that cannot be read, and if there are no images.
     """
     compressor = spec.as_compressor(compressor)
     _calibratable(compressor)
-    parse_keep(keep)
-    return meet(compressor, measure(model, images, compressor, processor=processor, batch=batch), keep)
+    _check_budget(keep, keep_per_view)
+    measured = measure(model, images, compressor, processor=processor, batch=batch, frames=frames)
+    return meet(compressor, measured, keep, keep_per_view=keep_per_view)
 
 
 @dataclass(frozen=True)
 class MeasuredImage:
-    """The measurements of one image."""
+    """The measurements of one image or video."""
 
     views: tuple[Measured, ...]
     """The views, or their parts that get one factor."""
+    view_sizes: tuple[int, ...]
+    """The number of visual tokens on the grid of each view."""
 
     @property
     def size(self) -> int:
@@ -111,29 +124,40 @@ class MeasuredImage:
 
 def measure(
     model: nn.Module,
-    images: Iterable[ImageLike],
+    images: Iterable[VisualLike],
     compressor: Compressor,
     *,
     processor: Processor | None = None,
     batch: int = 16,
+    frames: int | None = None,
 ) -> list[MeasuredImage]:
-    """Encode and measure the images: the first half of `calibrate`, which serves any number of budgets."""
+    """Encode and measure images and videos: the first half of `calibrate`, which serves any number of budgets."""
     if batch < 1:
         raise UserError(f"batch must be at least 1, got {batch}")
     family = family_of(model)
     processor = processor or _processor_of(model)
-    remaining, measured = iter(images), []
-    while part := list(islice(remaining, batch)):
-        measured += _measure_together(family, processor, _calibratable(compressor), part)
+    measured: list[MeasuredImage] = []
+    for are_videos, visuals in groupby(images, _is_video):
+        if are_videos:
+            clips = (_clip(processor, type(family.model).__name__, video, frames) for video in visuals)
+            measured += [_measure_clip(family, processor, _calibratable(compressor), clip) for clip in clips]
+        while part := list(islice(visuals, batch)):
+            measured += _measure_together(family, processor, _calibratable(compressor), part)
     return measured
 
 
-def meet(compressor: Compressor, images: Sequence[MeasuredImage], keep: Keep) -> Calibration:
+def meet(
+    compressor: Compressor, images: Sequence[MeasuredImage], keep: Keep | None, *, keep_per_view: Keep | None = None
+) -> Calibration:
     """Set the threshold that comes nearest to the budget: the second half of `calibrate`."""
+    _check_budget(keep, keep_per_view)
     if not images:
         raise UserError("there is no image to calibrate on; give at least one")
     steps = _Steps(images)
-    budget = sum(count_to_keep(keep, image.size) for image in images) / len(images)
+    budgets = [count_to_keep(keep, image.size) for image in images] if keep is not None else []
+    if keep_per_view is not None:
+        budgets = [count_to_keep(keep_per_view, size) for image in images for size in image.view_sizes]
+    budget = sum(budgets) / len(images)
     number = steps.nearest(budget)
     if abs(steps.average(number) - budget) > TOLERANCE * budget:
         raise _out_of_reach(compressor.name(), budget, steps)
@@ -148,19 +172,57 @@ def meet(compressor: Compressor, images: Sequence[MeasuredImage], keep: Keep) ->
     )
 
 
+def _check_budget(keep: Keep | None, keep_per_view: Keep | None) -> None:
+    if (keep is None) == (keep_per_view is None):
+        raise UserError("give either keep or keep_per_view")
+    if keep is not None:
+        parse_keep(keep)
+    if keep_per_view is not None:
+        parse_keep(keep_per_view, "keep_per_view")
+
+
 def _calibratable(compressor: Compressor) -> Any:
     if not isinstance(compressor, Calibratable):
         raise UserError(f"{compressor.name()} has no threshold to calibrate; give keep to the method itself")
     return compressor
 
 
-def _measure_together(
-    family: Family, processor: Processor, compressor: Any, images: list[ImageLike]
-) -> list[MeasuredImage]:
-    """Measure the views as the compressor will see them: without the padding of tiles."""
+def _is_video(visual: VisualLike) -> bool:
+    return is_video(visual) if isinstance(visual, str | os.PathLike) else not isinstance(visual, Image.Image)
+
+
+def _clip(processor: Processor, model: str, video: VisualLike, frames: int | None) -> Clip:
+    video_processor = video_processor_of(processor, model)
+    if isinstance(video, Clip):
+        return video
+    if isinstance(video, str | os.PathLike):
+        return read_clip_for(video_processor, video, frames)
+    images: Any = video  # a list of frames
     loaded = [load_image(image) for image in images]
-    outputs = _inputs_of(family, processor, loaded).to(family.model.device, family.model.dtype)
-    inputs = family.with_names_of_model(outputs)
+    if not loaded:
+        raise UserError("a video has no frames; give a list of images")
+    same_size = [frame.resize(loaded[0].size) for frame in loaded]
+    return Clip("a list of frames", same_size, list(range(len(loaded))), len(loaded), None)
+
+
+def _measure_clip(family: Family, processor: Processor, compressor: Any, clip: Clip) -> MeasuredImage:
+    """Measure the frames of a video, also for models that take them as images."""
+    prompt = visual_prompt(family, processor, "", ["video"])
+    special = special_tokens(processor.tokenizer, prompt)
+    with refusing(f"the processor refuses {clip.path}"):
+        inputs = processor(text=[prompt], return_tensors="pt", **clip_arguments([clip]), **special)
+    (present,) = family.present_in(inputs)
+    return _joined(_measured(present, inputs, compressor), compressor)
+
+
+def _measure_together(family: Family, processor: Processor, compressor: Any, images: list[Any]) -> list[MeasuredImage]:
+    inputs = _inputs_of(family, processor, [load_image(image) for image in images])
+    return [_joined([views], compressor) for views in _measured(family, inputs, compressor)]
+
+
+def _measured(family: Family, outputs: BatchFeature, compressor: Any) -> list[list[Measured]]:
+    """Measure the views of each image as the compressor will see them: without the padding of tiles."""
+    inputs = family.with_names_of_model(outputs.to(family.model.device, family.model.dtype))
     measured: dict[int, Measured] = {}
     with torch.no_grad():
         encoded = family.encode(inputs, compressor.site, compressor.needs)
@@ -168,10 +230,15 @@ def _measure_together(
         for group in encoded.groups:
             compressor.grid_of(group.tokens)
             measured.update(zip(group.numbers, Measured.of(compressor, group.tokens), strict=True))
-    images_of_views = [[measured[number] for number in numbers] for numbers in view_numbers(layouts)]
+    return [[measured[number] for number in numbers] for numbers in view_numbers(layouts)]
+
+
+def _joined(images: Sequence[Sequence[Measured]], compressor: Any) -> MeasuredImage:
+    """Return images, such as the frames that a model takes as images, as one."""
+    sizes = tuple(view.size for views in images for view in views)
     if isinstance(compressor, ComparesViews) and compressor.compares_views:
-        images_of_views = [[Measured.joined(part) for part in Measured.parts(views)] for views in images_of_views]
-    return [MeasuredImage(tuple(views)) for views in images_of_views]
+        images = [[Measured.joined(part) for part in Measured.parts(views)] for views in images]
+    return MeasuredImage(tuple(view for views in images for view in views), sizes)
 
 
 def _inputs_of(family: Family, processor: Processor, images: list[Image.Image]) -> BatchFeature:

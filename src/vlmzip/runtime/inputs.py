@@ -77,9 +77,7 @@ def compress_inputs(
     inputs = family.with_names_of_model(inputs)
     out = CompressedInputs(inputs)
     watch = Stopwatch(next(model.parameters()).device)
-    if inputs.get("pixel_values_videos") is not None and len(family.modalities) == 1:
-        raise UserError(f"vlmzip cannot compress videos of {type(family.model).__name__} yet: give it images")
-    present = [each for each in family.modalities if inputs.get(each.image_inputs[0]) is not None]
+    present = family.present_in(inputs)
     if not present:
         refuse_placeholders_without_images(family, inputs)
         out.report, out.spans = Report(compressor, [], None, watch), []

@@ -16,6 +16,8 @@ import numpy as np
 from PIL import Image
 
 from vlmzip.errors import UserError, reason
+from vlmzip.models import FAMILIES
+from vlmzip.processor import Processor
 from vlmzip.runtime.images import check_file, shortened, squeeze
 
 #: Endings of video files, in lower case.
@@ -130,6 +132,31 @@ def read_clip(path: str | os.PathLike[str], choose: Choose) -> Clip:
     if not frames:
         raise UserError(f"{_name(path)} has no frame that can be decoded")
     return Clip(os.fspath(path), [frames[number] for number in numbers], numbers, total, fps)
+
+
+def video_processor_of(processor: Processor, name: str) -> Any:
+    """Return the part of a model's processor that takes videos. Raise `UserError` if the model, `name`, takes none."""
+    part = getattr(processor, "video_processor", None)
+    if part is None:
+        able = ", ".join(family.example for family in FAMILIES if family.video_inputs)
+        raise UserError(f"{name} takes no video; models that take videos are {able}")
+    return part
+
+
+def read_clip_for(video_processor: object, path: str | os.PathLike[str], frames: int | None = None) -> Clip:
+    """Return `frames` evenly spaced frames of a video; by default as many as the model's processor expects."""
+    return read_clip(
+        path, lambda total, fps: evenly_spaced(total, frames or expected_frames(video_processor, total, fps))
+    )
+
+
+def clip_arguments(clips: Sequence[Clip]) -> dict[str, object]:
+    """Return the arguments with which a processor of transformers takes these frames as they are."""
+    return {
+        "videos": [clip.as_array() for clip in clips],
+        "video_metadata": [clip.metadata for clip in clips],
+        "do_sample_frames": False,
+    }
 
 
 def _decoded(container: Any, stream: Any) -> Iterator[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Collection
 from pathlib import Path
 
 from vlmzip import blueprint
@@ -14,15 +15,21 @@ DEFAULT_METHOD = "visionzip"
 #: Options of the commands that take `--method`. The fields of a method cannot have these names.
 OWN_OPTIONS = {
     "model", "device", "dtype", "allow_pickle", "method", "baseline", "overlay", "max_new_tokens", "json", "out",
-    "histogram", "help"
+    "histogram", "help", "frames"
 }  # fmt: skip
 
 
-def add_method(parser: ArgumentParser, arguments: list[str], default: str = DEFAULT_METHOD) -> None:
+def add_method(
+    parser: ArgumentParser,
+    arguments: list[str],
+    default: str = DEFAULT_METHOD,
+    budgets: Collection[str] = ("keep",),
+) -> None:
     """Add `--method`, `--keep`, and an option for each field of the method that `arguments` name.
 
     A spec such as `visionzip(keep=16)` has its fields inside, so it gets no options. Without `--method`, the command
-    uses the compressor saved with the model, if there is one, and `default` otherwise.
+    uses the compressor saved with the model, if there is one, and `default` otherwise. `budgets` are the fields whose
+    options belong to the command.
     """
     parser.add_argument(
         "--method",
@@ -44,7 +51,7 @@ def add_method(parser: ArgumentParser, arguments: list[str], default: str = DEFA
     for field in descriptions:
         if field.name in OWN_OPTIONS:
             raise UserError(f"{method.name} has a field {field.name!r}, which is an option of vlmzip itself: rename it")
-        if field.name != "keep":
+        if field.name not in budgets:
             fields.add_argument(
                 f"--{field.name.replace('_', '-')}",
                 dest=f"field_{field.name}",
