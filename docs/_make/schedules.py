@@ -1,7 +1,6 @@
 """Count the cost of LLaVolta's training schemes, and show it beside the paper's numbers.
 
-`python docs/_make/schedules.py [--check]` writes docs/schedules.md. It needs only the shapes of LLaVA-1.5-7B, no
-weights.
+`python docs/_make/schedules.py [--check]` writes docs/schedules.md. It needs only the shapes of the models, no weights.
 """
 
 import argparse
@@ -11,10 +10,10 @@ from pathlib import Path
 import torch
 
 from vlmzip.lab.bench.presets import PRESETS, make_config, make_model
-from vlmzip.lab.papers.llavolta import explain_beside_paper
+from vlmzip.lab.papers.llavolta import FOUR_STAGES, explain_beside_paper
 from vlmzip.lab.table import markdown
 from vlmzip.models import family_of
-from vlmzip.training.explain import COLUMNS, lines
+from vlmzip.training.explain import COLUMNS, lines, profile_of
 from vlmzip.training.schedule import SCHEMES, scheme
 
 PAGE = Path(__file__).resolve().parents[1] / "schedules.md"
@@ -26,8 +25,9 @@ TEXT = 62
 HEAD = f"""# What training schedules cost
 
 See here what each training schedule saves. The tables show LLaVolta's schemes (arXiv:2406.20092, Table 1) on
-LLaVA-1.5-7B: visual tokens per image summed over all 32 layers, compression ratio (CR, Eq. 3), and FLOPs of the LLM's
-forward with {TEXT} tokens of text, as a share of those without compression. Forward and backward together have the
+LLaVA-1.5-7B, and further below on [LLaVA-1.5-13B](#llava-15-13b), [Video-LLaVA](#video-llava) and [MGM-2B](#mgm-2b):
+visual tokens per image summed over all layers, compression ratio (CR, Eq. 3), and FLOPs of the LLM's forward with
+{TEXT} tokens of text, as a share of those without compression. Forward and backward together have the
 same share. There are {STEPS:,} steps, which 2, 3 and 4 stages divide equally; an epoch of LLaVA-1.5's instruction
 data has one more. *paper*: as printed there. `python docs/_make/schedules.py` writes this page, and the tests check
 it.
@@ -39,14 +39,51 @@ The means of three stages are a little low, as if each weighed 0.33. We found no
 `two-stage`. Training times are the paper's, on its hardware; this repository has not measured them.
 """
 
+#: Further models of the paper: the shape, the schemes that were trained, and what differs from the paper.
+OTHERS = {
+    "LLaVA-1.5-13B": (
+        "llava-1.5-13b",
+        FOUR_STAGES,
+        """\
+Table 6 says "four stages" and prints neither their order nor their layers. Both orders are shown, with layers 2
+and 16 of 32 in proportion to this LLM's 40. The paper trains for 17.6 hours, and 21.1 without compression.
+[`llava-1.5-13b-llavolta.yaml`](../configs/llava-1.5-13b-llavolta.yaml)""",
+    ),
+    "Video-LLaVA": (
+        "video-llava-7b",
+        [name for name in SCHEMES if name != "last-stage-compression"],
+        """\
+A video is 8 frames. Table 8 counts 147,456 tokens without compression, which is 8 x 576 x 32, and pools each frame.
+Video-LLaVA's frames of 224 pixels have 256 tokens: 65,536 over all layers, as here; CLS of each frame, which its LLM
+also gets, is not counted. Without compression the paper trains for 40.7 hours.
+[`video-llava-7b-llavolta.yaml`](../configs/video-llava-7b-llavolta.yaml)""",
+    ),
+    "MGM-2B": (
+        "mgm-2b",
+        FOUR_STAGES,
+        """\
+Table 10 does not say which scheme was trained. Both of four stages are shown, with layers 2 and 16 of 32 in
+proportion to the 18 of Gemma-2B. The paper trains for 14.8 hours, and 18.1 without compression.
+[`mgm-2b-llavolta.yaml`](../configs/mgm-2b-llavolta.yaml)""",
+    ),
+}
+
 
 def page() -> str:
-    family = family_of(make_model(make_config(PRESETS["llava-1.5-7b"]), "meta", torch.bfloat16))
-    parts = [HEAD]
-    for name in SCHEMES:
-        cost = explain_beside_paper(scheme(name), family, STEPS, TEXT)
-        parts.append(f"## {name}\n\n{markdown(COLUMNS, lines(cost))}")
+    parts = [HEAD, *(f"## {name}\n\n{table('llava-1.5-7b', name)}" for name in SCHEMES)]
+    for model, (shape, names, text) in OTHERS.items():
+        parts.append(f"## {model}\n\n{text}\n")
+        parts += [f"### {model}, {name}\n\n{table(shape, name)}" for name in names]
     return "\n".join(parts)
+
+
+def table(shape: str, name: str) -> str:
+    """Return the costs of a scheme on a model of this shape."""
+    preset = PRESETS[shape]
+    family = family_of(make_model(make_config(preset), "meta", torch.bfloat16))
+    profile = profile_of(family, preset.images if preset.images > 1 else None)
+    cost = explain_beside_paper(scheme(name, profile.layers), family, STEPS, TEXT, profile)
+    return markdown(COLUMNS, lines(cost))
 
 
 def main() -> int:

@@ -61,6 +61,36 @@ def test_recipes_fit_mini(name, capsys):
     assert json.loads(capsys.readouterr().out)["tokens"] == TOKENS[name]
 
 
+#: The papers' recipes for other models: the preset of the model's shape, its tokens over all layers, computed by hand
+#: (a mean over four stages, or one), and what `--explain` shows beside the total.
+PAPERS = {
+    "llava-1.5-13b-llavolta": (
+        "llava-1.5-13b",
+        576 * (2 + 38 / 8 + 2 + 38 / 2 + 20 + 20 / 2 + 40) / 4,
+        ["17.6 h"],
+    ),
+    "video-llava-7b-llavolta": (
+        "video-llava-7b",
+        8 * 256 * (2 + 30 / 8 + 16 + 16 / 8 + 16 + 16 / 2 + 32) / 4,
+        ["37.1 h"],
+    ),
+    "mgm-2b-llavolta": ("mgm-2b", 576 * (1 + 17 / 8 + 1 + 17 / 2 + 9 + 9 / 2 + 18) / 4, ["14.8 h"]),
+    "llava-1.5-13b-visionzip-tuning": ("llava-1.5-13b", 40 * 64, []),
+    "llava-next-7b-visionzip-tuning": ("llava-next-7b", 32 * 160, []),
+    "mini-gemini-7b-visionzip-tuning": ("llava-1.5-7b", 32 * 64, []),
+}
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_recipes_of_the_papers_are_explained_beside_what_they_print(name, capsys):
+    shape, tokens, printed = PAPERS[name]
+    words = ["train", str(CONFIGS / f"{name}.yaml"), "--explain", "--json", "--shape", shape, "--set", "steps=400"]
+    assert main(words) == 0
+    cost = json.loads(capsys.readouterr().out)
+    assert cost["tokens"] == pytest.approx(tokens)
+    assert cost["printed"] == printed
+
+
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_configuration_says_how_to_run_it(path):
     assert f"-m vlmzip.cli.main train configs/{path.name}\n" in path.read_text()
@@ -97,7 +127,26 @@ def test_llavoltas_recipe_is_the_authors_script():
     ]  # fmt: skip
 
 
-def test_visionzips_tuning_is_the_projector_on_a_tenth_of_the_data():
-    config = read_config(CONFIGS / "llava-1.5-7b-visionzip-tuning.yaml")
+@pytest.mark.parametrize(
+    ("model", "compressor"),
+    [
+        ("llava-1.5-7b", VisionZip(keep=64)),
+        ("llava-1.5-13b", VisionZip(keep=64)),
+        ("llava-next-7b", VisionZip(keep_per_view=32)),
+        ("mini-gemini-7b", VisionZip(keep=64)),
+    ],
+)
+def test_visionzips_tuning_is_the_projector_on_a_tenth_of_the_data(model, compressor):
+    config = read_config(CONFIGS / f"{model}-visionzip-tuning.yaml")
     assert (config.learn, config.share) == (("projector",), Fraction(1, 10))
-    assert config.schedule_for(32).afterwards == VisionZip(keep=64)
+    assert config.schedule_for(32).afterwards == compressor
+
+
+@pytest.mark.parametrize(("model", "layers"), [("llava-1.5-13b", 40), ("video-llava-7b", 32), ("mgm-2b", 18)])
+def test_llavoltas_recipes_differ_in_model_data_and_order(model, layers):
+    usual, config = read_config(CONFIGS / "llava-1.5-7b-llavolta.yaml"), read_config(CONFIGS / f"{model}-llavolta.yaml")
+    same = ("learn", "batch", "learning_rate", "warmup", "weight_decay", "gradient_checkpointing", "trainer")
+    assert [getattr(config, name) for name in same] == [getattr(usual, name) for name in same]
+    stages = config.schedule_for(layers).stages
+    assert [stage.share for stage in stages] == [1] * 4
+    assert max(getattr(stage.compressor, "layer", 0) for stage in stages) == layers // 2

@@ -28,7 +28,7 @@ from vlmzip.runtime.answering import Answerer
 from vlmzip.runtime.loading import source_of
 from vlmzip.runtime.pretrained import load_config, refusing
 from vlmzip.training.config import Config, read_config
-from vlmzip.training.explain import COLUMNS, Cost, as_json, draw_staircase, lines
+from vlmzip.training.explain import COLUMNS, Cost, as_json, draw_staircase, lines, profile_of
 from vlmzip.training.records import Records
 
 log = logging.getLogger(__name__)
@@ -95,8 +95,10 @@ def _explain(config: Config, args: Namespace) -> None:
         _check_image(args.staircase)
     _note_what_is_missing(config)
     family, steps = _on_paper(config, args.shape), _steps(config)
-    schedule = config.schedule_for(family.profile().layers)
-    cost = explain_beside_paper(schedule, family, steps, config.text_tokens)
+    views = config.frames or (PRESETS[args.shape].images if args.shape else 1)
+    profile = profile_of(family, views if views > 1 else None)
+    schedule = config.schedule_for(profile.layers)
+    cost = explain_beside_paper(schedule, family, steps, config.text_tokens, profile)
     _note_unreached(cost, steps)
     if args.json:
         print_json(as_json(cost))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
+from vlmzip.compressor import Profile
 from vlmzip.models.family import Family
 from vlmzip.runtime.flops import prefill_flops
 from vlmzip.training.schedule import Schedule, written
@@ -58,13 +59,21 @@ class Cost:
         return None if self.tokens is None else self.stages[0].of / self.tokens
 
 
-def explain(schedule: Schedule, family: Family, steps: int, text_tokens: int) -> Cost:
+def profile_of(family: Family, views: int | None = None) -> Profile:
+    """Return the profile of an image or, if `views` is given, of a video or an image with so many equal views."""
+    if views is None:
+        return family.profile()
+    of_view = family.modalities[-1].profile()
+    return replace(of_view, tiles=(of_view.grid,) * (views - 1))
+
+
+def explain(schedule: Schedule, family: Family, steps: int, text_tokens: int, profile: Profile | None = None) -> Cost:
     """Return the cost of a schedule for images at the model's resolution, each with `text_tokens` text tokens.
 
-    The family's model needs no weights and can be on the "meta" device. Raise `UserError` for a stage whose layers
-    the LLM does not have.
+    With `profile`, it is the cost for such images or videos. The family's model needs no weights and can be on the
+    "meta" device. Raise `UserError` for a stage whose layers the LLM does not have.
     """
-    profile, whole = family.profile(), schedule.ends
+    profile, whole = profile or family.profile(), schedule.ends
     plain = prefill_flops(family, profile.size + text_tokens)
     stages = []
     for number, (stage, count) in enumerate(zip(schedule.stages, schedule.steps(steps), strict=True)):

@@ -30,6 +30,8 @@ class Preset:
     """The side of an image, in pixels."""
     layers: int = 32
     heads: int = 32
+    key_value_heads: int | None = None
+    """Heads of keys and values in the LLM; `None` for as many as `heads`."""
     mlp: int = 11_008
     vision_layers: int = 24
     vision_heads: int = 16
@@ -55,20 +57,24 @@ class Preset:
         """
         if not 0 < scale <= 1:
             raise UserError(f"scale {scale:g}: give a number above 0 and up to 1")
-        names = ("heads", "mlp", "vision_heads", "vision_mlp")
+        names = ["heads", "mlp", "vision_heads", "vision_mlp"] + ["key_value_heads"] * (
+            self.key_value_heads is not None
+        )
         return dataclasses.replace(self, **{n: max(1, round_half_up(getattr(self, n) * scale)) for n in names})
 
 
 _13B = {"layers": 40, "heads": 40, "mlp": 13_824}
 
 #: LLaVA-1.5's dimensions; "llava-next" and "video-llava" are these at the visual tokens of LLaVA-NeXT (an overview and
-#: four tiles: 2,880) and Video-LLaVA (8 frames of 256: 2,048). Other features of these families are not modelled.
+#: four tiles: 2,880) and Video-LLaVA (8 frames of 256: 2,048). "mgm-2b" has the dimensions of Mini-Gemini's Gemma-2B,
+#: as heads of 128 instead of 256. Other features of these families are not modelled.
 PRESETS = {
     "llava-1.5-7b": Preset(images=1, side=336),
     "llava-1.5-13b": Preset(images=1, side=336, **_13B),
     "llava-next-7b": Preset(images=5, side=336),
     "llava-next-13b": Preset(images=5, side=336, **_13B),
     "video-llava-7b": Preset(images=8, side=224),
+    "mgm-2b": Preset(images=1, side=336, layers=18, heads=16, key_value_heads=2, mlp=16_384),
 }
 
 
@@ -88,7 +94,7 @@ def make_config(preset: Preset, text_tokens: int = 64, new_tokens: int = 16) -> 
         intermediate_size=preset.mlp,
         num_hidden_layers=preset.layers,
         num_attention_heads=preset.heads,
-        num_key_value_heads=preset.heads,
+        num_key_value_heads=preset.key_value_heads or preset.heads,
         max_position_embeddings=max(4096, preset.visual_tokens + text_tokens + new_tokens),
         pad_token_id=PAD,
     )

@@ -19,39 +19,63 @@ IN_THE_PAPER = {
     "four-stage-deeper-then-wider": "deeper then wider",
     "last-stage-compression": "last stage",
 }
-#: Visual tokens per image in LLaVA-1.5, the model of the paper's numbers.
-PUBLISHED_TOKENS = 576
+#: The LLM's layers and the visual tokens per image or video of the models in the paper's tables.
+MODELS = {
+    (PUBLISHED_DEPTH, 576): "LLaVA-1.5-7B",
+    (40, 576): "LLaVA-1.5-13B",
+    (PUBLISHED_DEPTH, 8 * 256): "Video-LLaVA",
+    (18, 576): "MGM-2B",
+}
+#: The tables of models whose scheme the paper does not name. Table 6 says only that it has four stages.
+UNNAMED = {"LLaVA-1.5-13B": "Table 6", "MGM-2B": "Table 10"}
+FOUR_STAGES = ("four-stage-wider-then-deeper", "four-stage-deeper-then-wider")
+FORMS = {"tokens over all layers": "{:g} tokens", "compression ratio": "CR {:g} %", "training time": "{:g} h"}
 
 
-def explain_beside_paper(schedule: Schedule, family: Family, steps: int, text_tokens: int) -> Cost:
+def explain_beside_paper(
+    schedule: Schedule, family: Family, steps: int, text_tokens: int, profile: Profile | None = None
+) -> Cost:
     """Return `explain`'s cost, with the paper's numbers if it has any for the same scheme and model."""
-    cost, profile = explain(schedule, family, steps, text_tokens), family.profile()
+    profile = profile or family.profile()
+    cost = explain(schedule, family, steps, text_tokens, profile)
+    model = MODELS.get((profile.layers, profile.size))
     stages = tuple(
-        replace(stage, printed=_printed_of_stage(schedule, number, profile)) for number, stage in enumerate(cost.stages)
+        replace(stage, printed=_printed_of_stage(schedule, number, model)) for number, stage in enumerate(cost.stages)
     )
     whole = all(stage.steps for stage in stages)
-    return replace(cost, stages=stages, printed=_printed_in_all(schedule, profile) if whole else ())
+    return replace(cost, stages=stages, printed=_printed_in_all(schedule, model) if whole else ())
 
 
-def _printed_of_stage(schedule: Schedule, number: int, profile: Profile) -> tuple[str, ...]:
-    rows = [row for row in _paper_rows(schedule, profile, "Table 1") if row.settings.get("stage") == str(number + 1)]
+def _printed_of_stage(schedule: Schedule, number: int, model: str | None) -> tuple[str, ...]:
+    """Return what Table 1 prints for a stage of a scheme on LLaVA-1.5-7B."""
+    if model != "LLaVA-1.5-7B" or not _is_whole_scheme(schedule):
+        return ()
+    settings = {"scheme": IN_THE_PAPER[schedule.name], "stage": str(number + 1)}
+    rows = [row for row in published("llavolta") if row.table == "Table 1" and settings.items() <= row.settings.items()]
     return tuple(f"CR {row.value:g} %" for row in rows)
 
 
-def _printed_in_all(schedule: Schedule, profile: Profile) -> tuple[str, ...]:
-    """Return the paper's totals. They only apply to stages of equal length."""
-    if len({stage.share for stage in schedule.stages}) > 1:
+def _printed_in_all(schedule: Schedule, model: str | None) -> tuple[str, ...]:
+    """Return what the paper prints for a whole training: Tables 2, 6, 8 and 10. It had stages of equal length."""
+    if model is None or len({stage.share for stage in schedule.stages}) > 1:
         return ()
-    rows = _paper_rows(schedule, profile, "Table 2")
-    names = {"tokens over all layers": "{:g} tokens", "compression ratio": "CR {:g} %", "training time": "{:g} h"}
-    return tuple(form.format(row.value) for name, form in names.items() for row in rows if row.metric == name)
+    rows = [row for row in published("llavolta") if row.model == model and _is_about(row, schedule, model)]
+    return tuple(form.format(row.value) for name, form in FORMS.items() for row in rows if row.metric == name)
 
 
-def _paper_rows(schedule: Schedule, profile: Profile, table: str) -> list[Published]:
-    """Return the paper's rows for this scheme. There are none for a model of another size or a left-out stage."""
-    if (profile.layers, profile.size) != (PUBLISHED_DEPTH, PUBLISHED_TOKENS):
-        return []
-    if schedule.name not in IN_THE_PAPER or len(schedule.stages) != len(SCHEMES[schedule.name]):
-        return []
-    name = IN_THE_PAPER[schedule.name]
-    return [row for row in published("llavolta") if row.table == table and row.settings.get("scheme") == name]
+def _is_about(row: Published, schedule: Schedule, model: str) -> bool:
+    """Return whether a row of Table 2, 6, 8 or 10 is about a training with this schedule."""
+    if row.table != {"LLaVA-1.5-7B": "Table 2", "Video-LLaVA": "Table 8", **UNNAMED}[model]:
+        return False
+    if schedule.name == "none":
+        return not row.compressed
+    if not row.compressed or not _is_whole_scheme(schedule):
+        return False
+    if model in UNNAMED:
+        return schedule.name in FOUR_STAGES
+    return row.settings.get("scheme") == IN_THE_PAPER[schedule.name]
+
+
+def _is_whole_scheme(schedule: Schedule) -> bool:
+    """Return whether a schedule is a scheme of the paper, with all its stages."""
+    return schedule.name in IN_THE_PAPER and len(schedule.stages) == len(SCHEMES[schedule.name])
