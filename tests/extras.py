@@ -7,6 +7,7 @@ command that needs it fails.
 """
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -76,6 +77,13 @@ def lmms(folder):
     vlmzip("eval", *suite, "--methods", "visionzip", "--keep", "25%", "--out", str(folder / "lmms"))
 
 
+def completion(folder):
+    line = {"COMP_LINE": "vlmzip comp", "COMP_POINT": "11", "COMP_TYPE": "9"}
+    words = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(folder / "words")}
+    subprocess.run([beside_python("vlmzip")], env=os.environ | words | line, check=True)
+    assert (folder / "words").read_text().strip() == "compare"
+
+
 def dev(folder):
     call(sys.executable, "-m", "pytest", "-q", "-n", "1", "tests/test_spec.py")
     for tool in ("ruff", "mypy", "pre-commit"):
@@ -83,7 +91,15 @@ def dev(folder):
 
 
 #: `base` is an installation without extras.
-USES = {"base": [base], "train": [train], "eval": [eval], "lmms": [lmms], "video": [video], "dev": [train, eval, dev]}
+USES = {
+    "base": [base],
+    "train": [train],
+    "eval": [eval],
+    "lmms": [lmms],
+    "video": [video],
+    "completion": [completion],
+    "dev": [completion, train, eval, dev],
+}
 
 
 def vlmzip(*arguments, within=ROOT):
@@ -116,6 +132,9 @@ def main(extra):
     assert not beside, f"what belongs to the repository alone is installed too: {beside}"
     for module in brought(extra):
         import_module(module)
+    report = subprocess.run([beside_python("vlmzip"), "doctor", "--json"], capture_output=True, text=True, check=True)
+    lacking = {use["name"]: use["missing"] for use in json.loads(report.stdout)["uses"] if use["extra"] == extra}
+    assert not any(lacking.values()), f"`vlmzip doctor` misses packages: {lacking}"
     for use in USES[extra]:
         with tempfile.TemporaryDirectory() as folder:
             use(Path(folder))

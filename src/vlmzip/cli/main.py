@@ -24,6 +24,7 @@ COMMANDS = {
     "bench": "measure speed and memory at the dimensions of a large model, with random weights",
     "calibrate": "set a method's threshold so that your images meet a budget on average",
     "compare": "ask one question with every method at one budget, and show the answers side by side",
+    "doctor": "print versions and devices, and which commands miss a package",
     "eval": "score methods at several budgets on whole sets of questions, with intervals, curves and a report",
     "methods": "list the compression methods, or the fields of one",
     "models": "list the model families that vlmzip can compress",
@@ -63,6 +64,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     0: done; 1: an output cannot be written; 2: invalid input; 130: interrupted.
     """
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks which words can follow
+        import_module("vlmzip.cli._shared.completion").complete(COMMANDS)  # needs argcomplete, an extra
     arguments = sys.argv[1:] if arguments is None else arguments
     _open_streams()
     try:
