@@ -79,6 +79,8 @@ class Settings:
         ({"fps": 2, "min_frames": 4}, 10, 10, 4),
         ({"fps": 2, "max_frames": 12}, 100, 10, 12),
         ({"fps": 2}, 100, None, 8),
+        ({"fps": 1, "num_frames": 64}, 100, 10, 10),  # SmolVLM
+        ({"fps": 1, "num_frames": 64}, 1000, 10, 64),
         ({"fps": 2, "temporal_patch_size": 2}, 105, 10, 20),
         ({"temporal_patch_size": 2}, 1, 10, 1),
     ],

@@ -24,6 +24,7 @@ from vlmzip.lab.asking import (
     draw,
     plain_account,
     read_visuals,
+    refuse_methods_for_clips,
     warn_about_detail,
 )
 from vlmzip.lab.table import Console, print_json, show_bytes, show_count, show_flops
@@ -41,6 +42,7 @@ def run(args: Namespace) -> None:
     compressed = attach_and_note(loaded, make_method(args, loaded.family.profile()))
     visuals = read_visuals(loaded, paths, args.frames)
     inputs = build_inputs(loaded, visuals, question)
+    refuse_methods_for_clips(loaded, compressed.compressor, visuals, inputs)
     with progress("answering"):
         plain = None
         if args.baseline:

@@ -13,7 +13,15 @@ from vlmzip.cli._shared.images import check_target, check_visuals, save_image
 from vlmzip.cli._shared.loading import load
 from vlmzip.cli._shared.method import check_method, make_method, without_budget
 from vlmzip.errors import UserError
-from vlmzip.lab.asking import account_of, attach_and_note, build_inputs, by_visual, draw, read_visuals
+from vlmzip.lab.asking import (
+    account_of,
+    attach_and_note,
+    build_inputs,
+    by_visual,
+    draw,
+    read_visuals,
+    refuse_methods_for_clips,
+)
 from vlmzip.lab.table import print_json
 from vlmzip.runtime.inputs import compress_inputs
 from vlmzip.sites import Site
@@ -36,6 +44,7 @@ def run(args: Namespace) -> None:
     with progress("encoding"), torch.no_grad():
         visuals = read_visuals(loaded, args.images, args.frames)
         inputs = build_inputs(loaded, visuals, "")
+        refuse_methods_for_clips(loaded, compressor, visuals, inputs)
         report = compress_inputs(loaded.model, inputs, compressor).report
     out = args.out or Path(f"{Path(args.images[0]).stem}_{compressor.name()}.png")
     save_image(draw(loaded, inputs, report, visuals), out, args.images)

@@ -15,7 +15,7 @@ from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, collecting_warnings
 from vlmzip.lab.bench.timing import now
 from vlmzip.models.family import Modality
-from vlmzip.processor import InputDict
+from vlmzip.processor import InputDict, Inputs, Processor
 from vlmzip.runtime.attach import attach
 from vlmzip.runtime.detail import WORRYING
 from vlmzip.runtime.facade import CompressedModel
@@ -82,6 +82,10 @@ def build_inputs(loaded: Loaded, visuals: Sequence[Visual], question: str) -> di
             raise UserError(f"the question must not contain <{kind}>: {kind}s are placed before it")
     if words := unknown_words(loaded.processor, question):
         log.warning(f"{loaded.name} does not know {', '.join(map(repr, dict.fromkeys(words)))}")
+    if images and clips and (shared := _shared_inputs(loaded.processor)):
+        raise UserError(
+            f"the processor of {loaded.name} puts images and videos into the same {min(shared)}: ask about one kind"
+        )
     prompt = visual_prompt(loaded.family, loaded.processor, question, [kind_of(visual) for visual in visuals])
     settings: dict[str, object] = dict(special_tokens(loaded.processor.tokenizer, prompt))
     if clips:
@@ -89,6 +93,24 @@ def build_inputs(loaded: Loaded, visuals: Sequence[Visual], question: str) -> di
     with refusing(f"{loaded.name}'s processor refuses the video") if clips else nullcontext():
         inputs = loaded.processor(images=images or None, text=prompt, return_tensors="pt", **settings)
     return dict(inputs.to(loaded.model.device, loaded.model.dtype))
+
+
+def _shared_inputs(processor: Processor) -> set[str]:
+    """Return the inputs that hold images or videos; processors replace those of images with those of videos."""
+    parts = (processor.image_processor, getattr(processor, "video_processor", None))
+    image_names, video_names = (set(getattr(part, "model_input_names", ())) for part in parts)
+    return {name for name in image_names & video_names if name.startswith("pixel_values")}
+
+
+def refuse_methods_for_clips(loaded: Loaded, compressor: Compressor, visuals: Sequence[Visual], inputs: Inputs) -> None:
+    """Raise `UserError` if a method compares the frames of a video and the model takes them as images."""
+    are_images = any(isinstance(visual, Clip) for visual in visuals) and "pixel_values_videos" not in inputs
+    for stage in compressor.stages() if are_images else ():
+        if stage.sees_clip:
+            raise UserError(
+                f"{stage.name()} compares the frames of a video, and {loaded.name} takes each frame as an image:"
+                " choose another method"
+            )
 
 
 def kind_of(visual: Visual) -> Modality:

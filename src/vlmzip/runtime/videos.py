@@ -84,18 +84,16 @@ def evenly_spaced(total: int, count: int) -> list[int]:
 def expected_frames(video_processor: object, total: int, fps: float | None) -> int:
     """Return the number of frames that a model's processor expects of a video of `total` frames.
 
-    The processor has a number of frames (`num_frames`) or a rate (`fps`), within `min_frames` and `max_frames`. Without
-    them it is `USUAL_FRAMES`. The number is rounded down to whole temporal patches.
+    The processor has a number of frames (`num_frames`), or a rate (`fps`) within `min_frames` and `max_frames`. With
+    both, the smaller number counts. Without them it is `USUAL_FRAMES`. It is rounded down to whole temporal patches.
     """
     settings = {
         name: getattr(video_processor, name, None) for name in ("num_frames", "fps", "min_frames", "max_frames")
     }
-    if settings["num_frames"]:
-        count = int(settings["num_frames"])
-    elif settings["fps"] and fps:
-        count = max(int(total / fps * settings["fps"]), settings["min_frames"] or 1)
-    else:
-        count = USUAL_FRAMES
+    count = settings["num_frames"] or USUAL_FRAMES
+    if settings["fps"] and fps:
+        by_rate = max(int(total / fps * settings["fps"]), settings["min_frames"] or 1)
+        count = min(by_rate, settings["num_frames"] or by_rate)
     count = min(count, settings["max_frames"] or count, total)
     patch = getattr(video_processor, "temporal_patch_size", None) or 1
     return count - count % patch if count > patch else count
