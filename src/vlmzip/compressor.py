@@ -168,6 +168,17 @@ class Compressor(ABC):
         known = [count for count in counts if count is not None]
         return sum(known) if len(known) == len(counts) else None
 
+    def least_count(self, views: Sequence[Grid]) -> int:
+        """Return the fewest output tokens that an image with these views can have, whatever it shows."""
+        parts = self.acts_on(views)
+        return sum(share.least_of_view(grid) for share, grid in zip(self.shared(parts), parts, strict=True))
+
+    def least_of_view(self, grid: Grid) -> int:
+        """Return the fewest output tokens that a view with this grid can have."""
+        if (count := self.token_count(grid)) is not None:
+            return min(count, grid.size)
+        return min(self.counts_by_factor(grid).values()) if isinstance(self, Calibratable) else 1
+
     def upper_count(self, profile: Profile) -> int | None:
         """Return the number of output tokens of a common image, by which papers call a budget.
 

@@ -9,11 +9,12 @@ from tests.families import FAMILIES
 from tests.tiny import IMAGE_TOKEN, VIDEO_TOKEN
 from tests.training.test_records import film, record, said
 from tests.training.videos import processor_with_videos
-from vlmzip import DFMR, LLaVolta, NoCompression, VisionZip, attach
+from vlmzip import DFMR, EVS, Chain, FastV, LLaVolta, NoCompression, Pool2d, VisionZip, attach
 from vlmzip.models import family_of
 from vlmzip.runtime.prompt import pad_id
 from vlmzip.training.batches import IGNORE, Collator, Preprocessor
-from vlmzip.training.records import read_record
+from vlmzip.training.random_factor import RandomFactor
+from vlmzip.training.records import BadRecord, read_record
 
 NAMES = [n for n in ("llava_next", "qwen2_5_vl", "qwen3_vl", "video_llava", "llava_onevision") if n in FAMILIES]
 WITH_VIDEOS = [name for name in NAMES if FAMILIES[name].clips]
@@ -173,3 +174,58 @@ def test_a_short_video_repeats_frames_where_all_need_equally_many(folder):
     assert torch.equal(first, second)
     assert torch.equal(third, fourth)
     assert not torch.equal(second, third)
+
+
+@pytest.mark.parametrize(
+    "compressor",
+    [
+        NoCompression(), VisionZip(keep=5), VisionZip(keep_per_view=2), DFMR(tau=99.0), RandomFactor(factors=(2,)),
+        LLaVolta(layer=2, stride=2), Chain(compressors=(Pool2d(factor=2), FastV(keep=4, layer=2))), EVS(keep=0.5),
+    ],
+    ids=lambda made: made.name(),
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "video_llava"])
+def test_a_record_fits_by_the_tokens_that_remain(name, folder, compressor):
+    """At this threshold DFMR keeps as few tokens as it can."""
+    if name not in NAMES:
+        pytest.skip("not in this version of transformers")
+    content = contents(name)[-1]
+    model = attach(FAMILIES[name].build(), compressor)
+    row = Preprocessor(processor_with_videos(name), family_of(model.inner), 900, 3)(read_record(content), folder)
+    with torch.no_grad():
+        model(**Collator(0)([row]))
+    remaining = len(row["input_ids"]) - model.report.before + model.report.after
+    family, processor, stages = family_of(model.inner), processor_with_videos(name), [model.compressor]
+    Preprocessor(processor, family, remaining, 3, stages)(read_record(content), folder)
+    with pytest.raises(BadRecord, match=f"^longer than {remaining - 1} tokens$"):
+        Preprocessor(processor, family, remaining - 1, 3, stages)(read_record(content), folder)
+
+
+def test_a_record_must_fit_in_every_stage(folder):
+    content, family = contents("qwen3_vl")[-1], family_of(FAMILIES["qwen3_vl"].build())
+    processor, stages = processor_with_videos("qwen3_vl"), [VisionZip(keep=5), NoCompression()]
+    whole = len(Preprocessor(processor, family, 900, 3)(read_record(content), folder)["input_ids"])
+    Preprocessor(processor, family, whole - 1, 3, stages[:1])(read_record(content), folder)
+    with pytest.raises(BadRecord, match=f"longer than {whole - 1} tokens"):
+        Preprocessor(processor, family, whole - 1, 3, stages)(read_record(content), folder)
+
+
+def test_nothing_is_learned_from_a_row_that_its_images_make_too_long(folder):
+    """Whether an image of DFMR has 36 or 4 tokens shows only behind the encoder."""
+    processor = processor_with_videos("llava")
+    made = Preprocessor(processor, family_of(FAMILIES["llava"].build()), 900)
+    Image.new("RGB", (48, 48)).save(folder / "plain.png")
+    Image.effect_noise((48, 48), 200).convert("RGB").save(folder / "noisy.png")
+    rows = [made(read_record(record("<image> w9", "w20", image=f"{name}.png")), folder) for name in ("plain", "noisy")]
+    model = attach(FAMILIES["llava"].build(), DFMR(tau=0.5))
+    batch = Collator(0)(rows)
+    model(**batch)
+    short, long = [image.after for image in model.report.images]
+    assert short < long
+    text = len(rows[0]["input_ids"]) - model.report.images[0].before
+    alone = model(**Collator(0)(rows[:1])).loss
+    for pack_rows in (False, True):
+        assert torch.allclose(model(**batch, longest=text + long - 1, pack_rows=pack_rows).loss, alone, rtol=1e-5)
+        assert model.report.too_long == [1]
+    model(**batch, longest=text + long)
+    assert model.report.too_long == []

@@ -1,8 +1,7 @@
-"""Processors of tiny models for images and videos. transformers' own parts for videos need torchvision."""
+"""Processors of tiny models with a chat template for images and videos."""
 
-from tests.clips import FramesOfVideos, PatchesOfVideos
+from tests.clips import with_videos
 from tests.families import FAMILIES
-from tests.tiny import VIDEO_TOKEN
 
 #: A template without end of text that writes images and videos where they stand.
 TEMPLATE = (
@@ -13,18 +12,9 @@ TEMPLATE = (
 
 
 def processor_with_videos(name):
-    """Return the processor of a tiny family with a chat template and, if the family knows videos, a part for them."""
-    family = FAMILIES[name]
-    processor = family.processor()
+    """Return the processor of a tiny family, which takes videos if the family knows them."""
+    family = FAMILIES[name]()
+    processor = with_videos(family) if family.clips else family.processor()
     processor.chat_template = TEMPLATE
-    if family.clips:
-        if hasattr(processor.image_processor, "merge_size"):
-            processor.video_processor = PatchesOfVideos(family.config().vision_config)
-        else:
-            tiled = hasattr(processor.image_processor, "image_grid_pinpoints")
-            whole_image = FAMILIES["llava"] if tiled else family
-            processor.video_processor = FramesOfVideos(whole_image.processor().image_processor)
-        processor.tokenizer.add_tokens(["<video>"], special_tokens=True)
-        processor.video_token, processor.video_token_id = "<video>", VIDEO_TOKEN
-        processor.vision_start_token, processor.vision_end_token = "w97", "w96"
+    processor.vision_start_token, processor.vision_end_token = "w97", "w96"
     return processor

@@ -79,6 +79,7 @@ def compress_call(
     *,
     generating: bool,
     pack_rows: bool = False,
+    longest: int | None = None,
 ) -> CompressedCall:
     """Compress the prompt and return the call, which starts a conversation or continues a cache in `conversations`."""
     before = conversations.recall(cache_of(arguments))
@@ -87,7 +88,7 @@ def compress_call(
     if before is None:
         inputs = compress_inputs(
             model, arguments, compressor, generating=generating, family=family, resampler=resampler,
-            pack_rows=pack_rows,
+            pack_rows=pack_rows, longest=longest,
         )  # fmt: skip
     else:
         inputs, later_turn = next_turn(

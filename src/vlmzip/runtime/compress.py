@@ -26,7 +26,7 @@ from vlmzip.compressor import ComparesViews, Compressor, keep_all
 from vlmzip.errors import UserError
 from vlmzip.models.layout import SEPARATOR, Encoded, Layout, Views, numbers_by_kind
 from vlmzip.token_map import TokenMap
-from vlmzip.visual_tokens import Grid, VisualTokens, frames_joined
+from vlmzip.visual_tokens import Grid, Site, VisualTokens, frames_joined
 
 
 @dataclass(frozen=True)
@@ -227,6 +227,22 @@ def _decide(layouts: Sequence[Layout], encoded: Encoded, compressor: Compressor 
             for row, number in enumerate(views.numbers):
                 maps[number] = ViewMap(together, row, seen[row])
     return maps
+
+
+def least_counts(layouts: Sequence[Layout], compressor: Compressor) -> list[int]:
+    """Return for each image the fewest placeholders that can remain before the LLM, whatever the image shows."""
+    if compressor.stages()[0].site is Site.IN_LLM:
+        return [layout.placeholders for layout in layouts]
+    seen, _ = without_padding(layouts, Encoded([]), compressor)
+    if compressor.sees_clip:
+        seen, _ = as_clips(seen, Encoded([]))
+    counts = [compressor.least_count(layout.views) for layout in seen]
+    # A compressor that keeps all tokens leaves the separators, too.
+    whole = [sum(grid.size for grid in layout.views) for layout in seen]
+    return [
+        layout.placeholders if count >= size else min(count, layout.placeholders)
+        for layout, count, size in zip(layouts, counts, whole, strict=True)
+    ]
 
 
 def without_padding(

@@ -138,11 +138,13 @@ class CompressedModel(nn.Module):
         token_type_ids: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
         pack_rows: bool = False,
+        longest: int | None = None,
         **kwargs: object,
     ) -> Any:
         """Run the model's own `forward` on the compressed inputs; logits cover the compressed sequence.
 
         With `pack_rows`, which is for training, short rows are joined if possible: the same loss with less padding.
+        With `longest`, nothing is learned from rows that have more tokens after compression.
 
         The named arguments are those that processors return and trainers look for; all others pass through unchanged.
         `forward` and `generate` can continue a KV cache that was filled here. Pass it as `past_key_values` or `cache`:
@@ -155,7 +157,7 @@ class CompressedModel(nn.Module):
         )  # fmt: skip
         arguments = {**{name: value for name, value in named.items() if value is not None}, **kwargs}
         arguments = with_cache_named(arguments, cache_name(self._family.model))
-        call = self._compress(arguments, generating=False, pack_rows=pack_rows)
+        call = self._compress(arguments, generating=False, pack_rows=pack_rows, longest=longest)
         out = self.inner(**call.inputs) if call.in_llm is None else self._forward_inside(call, call.in_llm)
         filled = cache_of(arguments)
         filled = returned_cache(out) if filled is None else filled  # not `or`: an empty cache can be falsy
@@ -187,11 +189,13 @@ class CompressedModel(nn.Module):
         return generated.output
 
     @torch.compiler.disable  # copies counts from the device and loops over lists; later code is compiled
-    def _compress(self, arguments: Inputs, *, generating: bool, pack_rows: bool = False) -> CompressedCall:
+    def _compress(
+        self, arguments: Inputs, *, generating: bool, pack_rows: bool = False, longest: int | None = None
+    ) -> CompressedCall:
         self._refuse_detached()
         call = compress_call(
             self.inner, self._family, self.compressor, self.resampler, self._conversations, arguments,
-            generating=generating, pack_rows=pack_rows,
+            generating=generating, pack_rows=pack_rows, longest=longest,
         )  # fmt: skip
         # Later calls in a loop over new tokens keep the report of the images.
         if call.report.images or call.later_turn is None:

@@ -42,6 +42,7 @@ def compress_inputs(
     family: Family | None = None,
     resampler: nn.Module | None = None,
     pack_rows: bool = False,
+    longest: int | None = None,
 ) -> CompressedInputs:
     """Replace images and videos in `inputs` with their compressed visual tokens, and shorten the prompt to match.
 
@@ -68,6 +69,9 @@ def compress_inputs(
     `pack_rows` is for training without a cache. It joins short rows into one row where this saves computation (see
     `packing.py`) and sets `position_ids` in place of `attention_mask`. Loss and gradients stay the same; logits belong
     to the packed rows.
+
+    `longest` is for training, too: rows that are longer after compression lose their labels, so that nothing is learned
+    from them. `report.too_long` has their numbers.
 
     A method with weights needs `resampler`, the module that holds them, such as the façade's `resampler`.
 
@@ -122,13 +126,24 @@ def compress_inputs(
         # Without `position_ids`, `generate` would store position offsets on the model, which could affect later calls.
         out.counted = contiguous_positions(family, out, out["attention_mask"])
         out["position_ids"] = out.counted[0]
+    too_long = _without_labels_beyond(longest, out)
     reports = [replace(image.report, row=row) for image, (row, _) in zip(images, places, strict=True)]
-    out.report = Report(compressor, reports, source, watch)
+    out.report = Report(compressor, reports, source, watch, too_long=too_long)
     acts_inside = bool(inside_the_llm(compressor))
     out.spans = _spans(present, out["input_ids"], images) if acts_inside else []
     if pack_rows and not acts_inside and not generating and cache_of(out) is None:
         pack(out, family, images, {"input_ids": pad_id(family), **PER_TOKEN})
     return out
+
+
+def _without_labels_beyond(longest: int | None, compressed: CompressedInputs) -> list[int]:
+    """Remove the labels of rows with more than `longest` tokens, in place, and return the numbers of these rows."""
+    labels = compressed.get("labels")
+    if longest is None or labels is None:
+        return []
+    beyond = (compressed["attention_mask"].sum(1) > longest) & (labels != PER_TOKEN["labels"]).any(1)
+    compressed["labels"] = labels.masked_fill(beyond[:, None], PER_TOKEN["labels"])
+    return beyond.nonzero()[:, 0].tolist()
 
 
 def _places(

@@ -190,6 +190,8 @@ class Report:
     stopwatch: Stopwatch
     packed: bool = False
     """True if rows were packed for training; `source` then describes the packed rows."""
+    too_long: list[int] = field(default_factory=list)
+    """The rows that lost their labels in training, because they are too long after compression."""
     positions: list[int] = field(default_factory=list)
     """The number of the LLM's positions that each row of the prompt takes; models from `attach` fill it in."""
 

@@ -14,10 +14,14 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.json_text import JsonError, parse, read_lines, write_line
+from vlmzip.methods import NoCompression
 from vlmzip.models.family import Family
 from vlmzip.processor import Processor
+from vlmzip.runtime.compress import least_counts
+from vlmzip.runtime.inputs import positions_of
 from vlmzip.runtime.position_limit import llm_positions
 from vlmzip.runtime.prompt import PER_TOKEN
 from vlmzip.runtime.prompt_text import special_tokens
@@ -41,14 +45,22 @@ class Preprocessor:
     which is added if the template has none: a model that never saw the token would not know when to stop.
     """
 
-    def __init__(self, processor: Processor, family: Family, max_length: int, frames: int | None = None) -> None:
-        """Try the processor out. `max_length` counts tokens, with visual tokens uncompressed.
+    def __init__(
+        self,
+        processor: Processor,
+        family: Family,
+        max_length: int,
+        frames: int | None = None,
+        compressors: Sequence[Compressor] = (NoCompression(),),
+    ) -> None:
+        """Try the processor out. `max_length` counts the tokens that the LLM gets.
 
+        A record must fit with each of `compressors`, those of the stages, if its images keep as few tokens as they can.
         `frames` is the number of frames of each video; see `_choose_frames`. Raise `UserError` for a processor
         whose conversations cannot be labelled, or that has no chat template, fast tokenizer or end-of-text token.
         """
         self.processor, self.tokenizer, self.max_length = processor, processor.tokenizer, max_length
-        self.family, self.frames = family, frames
+        self.family, self.frames, self.compressors = family, frames, compressors
         self.positions = llm_positions(family)
         self._video_processor = getattr(processor, "video_processor", None)
         self.takes_videos = len(family.modalities) > 1 and self._video_processor is not None
@@ -84,7 +96,7 @@ class Preprocessor:
             row = self._row(text, images, clip)
         except (TypeError, ValueError) as error:  # the record's fault, not the processor's, which was tried out
             raise BadRecord(f"the processor refuses it: {_beginning(str(error))}") from error
-        self._refuse_long(len(row["input_ids"]))
+        self._refuse_long(row)
         return {**row, "labels": self._labels(row["input_ids"], text, answers, has_video=clip is not None)}
 
     def _choose_frames(self, total: int, fps: float | None, *, listed: bool) -> list[int]:
@@ -103,6 +115,11 @@ class Preprocessor:
     def _stacks_videos(self) -> bool:
         """Return whether all videos of a batch are one tensor."""
         return self.takes_videos and "video_grid_thw" not in self.family.modalities[-1].image_inputs
+
+    @property
+    def longest(self) -> int:
+        """Return the most tokens of a row that the LLM gets."""
+        return min(self.max_length, self.positions or self.max_length)
 
     def blank(self) -> dict[str, Tensor]:
         """Return a row with a black image and no labels, so that nothing is learned from it."""
@@ -142,11 +159,22 @@ class Preprocessor:
             if self.tokenizer.eos_token in turn.answer:
                 raise BadRecord(f"an answer with the end of text in it, {self.tokenizer.eos_token}")
 
-    def _refuse_long(self, length: int) -> None:
-        if length > self.max_length:
-            raise BadRecord(f"longer than {self.max_length} tokens")
-        if self.positions is not None and length > self.positions:
-            raise BadRecord(f"longer than the LLM's {self.positions} positions")
+    def _refuse_long(self, row: Mapping[str, Tensor]) -> None:
+        """Raise `BadRecord` for a row that does not fit, even if its images keep the fewest tokens that they can."""
+        length = len(row["input_ids"])
+        if length <= min(self.max_length, self.positions or length):
+            return
+        inputs = {**row, "input_ids": row["input_ids"][None]}
+        present = self.family.present_in(inputs)
+        layouts = [layout for each in present for layout in each.layouts(inputs)]
+        visual = sum(layout.placeholders for layout in layouts)
+        for compressor in self.compressors:
+            kept = length - visual + sum(least_counts(layouts, compressor))
+            if kept > self.max_length:
+                raise BadRecord(f"longer than {self.max_length} tokens")
+            taken = length if positions_of(compressor, self.family) == "original" else kept
+            if self.positions is not None and taken > self.positions:
+                raise BadRecord(f"longer than the LLM's {self.positions} positions")
 
     def _row(self, text: str, images: Sequence[Image.Image], clip: Clip | None = None) -> dict[str, Tensor]:
         settings: dict[str, object] = dict(special_tokens(self.tokenizer, text))

@@ -109,7 +109,7 @@ class Config:
     gradient_checkpointing: bool = False
     """Recompute layers in the backward pass instead of storing their outputs: less memory, more time."""
     max_length: Count = 2048
-    """Tokens per record, visual tokens uncompressed; longer records are left out and counted."""
+    """Tokens per record that the LLM gets, after compression before it; longer records are left out and counted."""
     max_left_out: str = "25%"
     """The largest fraction of the records to leave out, estimated from a sample before the first step."""
     group_by_length: bool = True

@@ -63,6 +63,9 @@ class RandomFactor(Compressor):
         counts = set(self.counts(grid))
         return counts.pop() if len(counts) == 1 else None
 
+    def least_of_view(self, grid: Grid) -> int:
+        return min(self.counts(grid))
+
     def assign(self, tokens: VisualTokens) -> TokenMap:
         grid = self.grid_of(tokens)
         outputs = {factor: output_of_each(tokens, grid, factor) for factor in self.factors}

@@ -22,7 +22,7 @@ from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
 from vlmzip import spec
-from vlmzip.compressor import Compressor
+from vlmzip.compressor import Compressor, Profile
 from vlmzip.errors import UserError
 from vlmzip.files import is_folder
 from vlmzip.models import family_of
@@ -32,6 +32,7 @@ from vlmzip.processor import Processor
 from vlmzip.runtime.attach import attach
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.fingerprint import of_code, of_files, of_json, of_method_code, of_model
+from vlmzip.runtime.fitting import fitted
 from vlmzip.runtime.prompt import pad_id
 from vlmzip.training.batches import BAD, Collator, Examples, Preprocessor, count_bad
 from vlmzip.training.config import Config, Lora
@@ -40,6 +41,7 @@ from vlmzip.training.records import Records
 from vlmzip.training.schedule import Schedule, read_compressor
 from vlmzip.training.sharding import moves_together
 from vlmzip.training.trainer import LOG, JsonLog, Score, Sharded, StagedTrainer, step_of
+from vlmzip.visual_tokens import Site
 
 log = logging.getLogger(__name__)
 NAMES = {field.name for field in dataclasses.fields(TrainingArguments)}
@@ -75,7 +77,7 @@ def train(
     schedule = config.schedule_for(family.profile().layers)
     records = Records(Path(config.records))
     steps = config.steps_for(len(records))
-    examples = _examples(config, records, processor, family)
+    examples = _examples(config, records, processor, family, schedule)
     sources = _sources(records, model, processor, schedule) if processes.first else {}
     compressed = attach(_with_lora(model, config.lora), schedule.stages[0].compressor)
     _choose_what_learns(compressed, family, config.learn, config.lora)
@@ -188,7 +190,7 @@ def make_trainer(
     sharded = config.sharding != "none" and Processes().count > 1
     settings: dict[str, Any] = {
         "score": score if evaluation else None,
-        "lengths": examples.lengths(family.profile().size) if config.group_by_length else None,
+        "lengths": examples.lengths(_visual_tokens(schedule, family.profile())) if config.group_by_length else None,
         "args": arguments(config, steps),
         "train_dataset": examples,
         "eval_dataset": examples if evaluation else None,  # makes Trainer evaluate; `score` asks other questions
@@ -199,13 +201,23 @@ def make_trainer(
         _try_optimiser(settings["args"], compressed, steps)
         return StagedTrainer(
             compressed, schedule, evaluated_with=evaluated_with, batch=config.batch, checkpoints=config.checkpoints,
-            sharded=sharded, **settings,
+            longest=examples.conversations.longest, sharded=sharded, **settings,
         )  # fmt: skip
     except OSError as error:
         raise UserError(f"out: cannot write into {config.out!r}: {error.strerror or error}") from None
     except (RuntimeError, ImportError, TypeError, ValueError) as error:
         # A setting under `trainer` needs something that is not installed, or has an invalid value.
         raise UserError(f"trainer: {' '.join(str(error).split())[:200]}") from None
+
+
+def _visual_tokens(schedule: Schedule, profile: Profile) -> int:
+    """Estimate the visual tokens of an image before the LLM, as a mean over the stages."""
+    counts = []
+    for compressor in (stage.compressor for stage in schedule.stages):
+        least, most = compressor.least_count(profile.grids), compressor.image_count(profile.grids)
+        inside = compressor.stages()[0].site is Site.IN_LLM
+        counts.append(profile.size if inside else (least + (profile.size if most is None else most)) / 2)
+    return round(sum(counts) / len(counts))
 
 
 def _blanks(examples: Examples) -> list[dict[str, Tensor]]:
@@ -351,13 +363,14 @@ def _sources(records: Records, model: nn.Module, processor: Processor, schedule:
     }
 
 
-def _examples(config: Config, records: Records, processor: Processor, family: Family) -> Examples:
+def _examples(config: Config, records: Records, processor: Processor, family: Family, schedule: Schedule) -> Examples:
     folder = Path(config.images) if config.images is not None else records.path.parent
     if not is_folder(folder):
         raise UserError(f"images: there is no folder {str(folder)!r}")
     if records.have_video_files and find_spec("av") is None:
         raise UserError("records: reading video files needs PyAV: pip install 'vlmzip[video]'")
-    conversations = Preprocessor(processor, family, config.max_length, config.frames)
+    compressors = [fitted(stage.compressor, family) for stage in schedule.stages]
+    conversations = Preprocessor(processor, family, config.max_length, config.frames, compressors)
     return Examples(records, folder, conversations, Path(config.out) / BAD, _subset(len(records), config))
 
 

@@ -62,6 +62,7 @@ class StagedTrainer(Trainer):
         evaluated_with: Compressor,
         score: Score | None = None,
         batch: int,
+        longest: int | None = None,
         checkpoints: int = 2,
         lengths: Sequence[int] | None = None,
         sharded: bool = False,
@@ -70,17 +71,19 @@ class StagedTrainer(Trainer):
         """Prepare the training; `settings` go to transformers' Trainer.
 
         `score` evaluates the model during training, with the compressor `evaluated_with`. `batch` is the number of
-        records per step over all processes. `checkpoints` is the number of checkpoints to keep. `lengths`, one per
+        records per step over all processes. `longest` is the most tokens of a row after compression; nothing is learned
+        from longer rows. `checkpoints` is the number of checkpoints to keep. `lengths`, one per
         record, group records of similar length. `sharded` shards the parameters among the processes.
         """
         self.sharded = sharded  # Trainer's constructor calls methods that read it
         super().__init__(compressed, **settings)
         self.compressed, self.schedule, self.evaluated_with = compressed, schedule, evaluated_with
+        self._longest = longest
         self._score, self._lengths, self._batch, self._checkpoints = score, lengths, batch, checkpoints
         self._forwards = (-1, 0)  # an optimiser step, and the number of its current forward, from 0
         # The stage of the last step; and sums since the last log: visual tokens over all layers, the same without
-        # compression, padding, and positions.
-        self._trained = self._seen = self._of = self._padding = self._positions = 0
+        # compression, padding, positions, rows that were too long, and rows.
+        self._trained = self._seen = self._of = self._padding = self._positions = self._too_long = self._rows = 0
 
     def stage(self) -> int:
         """Return the number of the current stage, from 0."""
@@ -92,12 +95,14 @@ class StagedTrainer(Trainer):
         self._trained = self.stage()  # the log after a step describes the step's own stage
         self.compressed.switch(self._compressor())
         learned_from = (inputs["labels"] != IGNORE).any(1).tolist()
-        loss = super().training_step(model, {**inputs, "pack_rows": True}, num_items_in_batch)
+        loss = super().training_step(model, {**inputs, "pack_rows": True, "longest": self._longest}, num_items_in_batch)
         for image in self.compressed.report.images:
             if not learned_from[image.row]:  # the blank image of a batch without images
                 continue
             self._seen += sum(image.by_layer)
             self._of += image.before * len(image.by_layer)
+        self._too_long += len(self.compressed.report.too_long)
+        self._rows += sum(learned_from)
         source = self.compressed.report.source  # None only for a batch without images; `Collator` adds a blank one
         if source is not None:
             self._padding += int((source < 0).sum())
@@ -128,13 +133,17 @@ class StagedTrainer(Trainer):
         if "loss" in logs:
             self._refuse_broken(logs)
             logs["stage"] = self._trained + 1
-            sums = torch.tensor([self._seen, self._of, self._padding, self._positions], device=self.args.device)
-            seen, of, padding, positions = self.accelerator.reduce(sums, "sum").tolist()  # over all processes
+            counts = [self._seen, self._of, self._padding, self._positions, self._too_long, self._rows]
+            sums = torch.tensor(counts, device=self.args.device)
+            sums = self.accelerator.reduce(sums, "sum")  # over all processes
+            seen, of, padding, positions, too_long, rows = sums.tolist()
             if of:
                 logs["retention"] = round(seen / of, 4)
             if positions:
                 logs["padding"] = round(padding / positions, 4)
-            self._seen = self._of = self._padding = self._positions = 0
+            if too_long:
+                logs["too_long"] = round(too_long / rows, 4)
+            self._seen = self._of = self._padding = self._positions = self._too_long = self._rows = 0
         if SUMMARY in logs:
             logs["train_loss"] = self._mean_loss()
         super().log(logs, start_time)
