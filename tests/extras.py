@@ -39,7 +39,17 @@ def train(folder):
 
 
 def eval(folder):
-    usual = ["--methods", "visionzip", "--keep", "25%", "--limit", "2", "--report", "--out", str(folder / "eval")]
+    usual = [
+        "--methods",
+        "visionzip",
+        "--average-keep",
+        "25%",
+        "--limit",
+        "2",
+        "--report",
+        "--out",
+        str(folder / "eval"),
+    ]
     vlmzip("eval", "--tasks", "mini,easy-vqa", *usual)
 
 
@@ -74,7 +84,7 @@ def lmms(folder):
 
     write_task(folder / "tasks", 2)
     suite = ["--suite", "mini_exact", "--include-path", str(folder / "tasks")]
-    vlmzip("eval", *suite, "--methods", "visionzip", "--keep", "25%", "--out", str(folder / "lmms"))
+    vlmzip("eval", *suite, "--methods", "visionzip", "--average-keep", "25%", "--out", str(folder / "lmms"))
 
 
 def completion(folder):

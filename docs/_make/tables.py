@@ -3,7 +3,7 @@
 Each table stands between two comments, such as `<!-- results -->` and `<!-- end of results -->`. The results on mini
 come from benchmarks/results/mini-study.csv, the results.csv of the full study on mini:
 
-    vlmzip eval --methods METHODS --keep 75%,50%,25%,11%,5.6% --batch 60 --out runs/eval/mini
+    vlmzip eval --methods METHODS --average-keep 75%,50%,25%,11%,5.6% --batch 60 --out runs/eval/mini
     cp runs/eval/mini/results.csv benchmarks/results/mini-study.csv
 
 with METHODS as in docs/results.md. The GPU tables of docs/results.md (speed, memory, cost of the selection) come from

@@ -123,7 +123,7 @@ def train(training: Training, out: Path, processes: int) -> None:
     methods = ",".join(training.answers_with) or "no_compression"
     if QFORMER in training.answers_with:  # load its trained weights, which are saved with the model
         methods = str(folder / "model" / "compressor.json")
-    options = ["--methods", methods, "--keep", "as-set", "--limit", str(QUESTIONS), "--batch", "64"]
+    options = ["--methods", methods, "--average-keep", "as-set", "--limit", str(QUESTIONS), "--batch", "64"]
     _start(["eval", "--model", str(folder / "model"), *options, "--out", str(folder / "eval")], processes)
 
 

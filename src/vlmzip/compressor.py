@@ -250,6 +250,18 @@ class Compressor(ABC):
         chosen = method.with_keep(keep)
         return chosen, chosen.reached(profile)
 
+    def at_keep(self, keep: Keep, profile: Profile) -> tuple[Compressor, float]:
+        """Return the configuration that leaves nearest to `keep` tokens, and the retention ratio after it acted.
+
+        For a method before the LLM this is its configuration at the average budget. Raise `BudgetError` as `at_budget`.
+        """
+        method = self.placed(profile)
+        if not method.layers or "keep" not in self.field_names():
+            return self.at_budget(keep, profile)
+        method.check_layers(profile.layers, profile.first_layer)
+        chosen = method.with_keep(keep)
+        return chosen, chosen.left(profile)
+
     def with_keep(self, keep: Keep) -> Compressor:
         """Return the same method with another budget per image."""
         return self.with_fields(keep=keep)
@@ -266,7 +278,7 @@ class Compressor(ABC):
         """
         return self
 
-    def placed(self, profile: Profile) -> Compressor:
+    def placed(self, profile: Profile) -> Self:
         """Return the method with its default layer moved to the first layer that this LLM can use, if it is too early.
 
         Layers that differ from the default do not move: `check_layers` refuses them.
@@ -340,6 +352,13 @@ class Compressor(ABC):
         if counts is None:
             raise self._content_decides()
         return sum(counts) / (profile.size * profile.layers)
+
+    def left(self, profile: Profile) -> float:
+        """Return the share of the tokens of an image of the profile that the last LLM layer sees."""
+        counts = self.tokens_by_layer(profile)
+        if counts is None:
+            raise self._content_decides()
+        return counts[-1] / profile.size
 
     def _content_decides(self) -> BudgetError:
         if not isinstance(self, Calibratable):

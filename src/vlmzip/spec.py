@@ -91,11 +91,11 @@ def budget_in(text: str) -> str:
     return ""
 
 
-def refuse_second_budget(text: str, keep: object, otherwise: str) -> None:
-    """Raise `UserError` if a method already sets a budget and `--keep` gives another."""
+def refuse_second_budget(text: str, keep: object, otherwise: str, option: str = "--keep") -> None:
+    """Raise `UserError` if a method already sets a budget and `option` gives another."""
     if budget := budget_in(text):
         shown = f"{keep:.3g}" if isinstance(keep, float) else keep
-        raise UserError(f"{text} sets {budget}, and --keep is {shown}: {otherwise}")
+        raise UserError(f"{text} sets {budget}, and {option} is {shown}: {otherwise}")
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ def run(capsys, *arguments):
 
 
 def test_two_rows_a_method_each_beside_its_limit(capsys):
-    code, out, _ = run(capsys, "--methods", "visionzip,llavolta(layer=1)", "--keep", "50%", "--json")
+    code, out, _ = run(capsys, "--methods", "visionzip,llavolta(layer=1)", "--average-keep", "50%", "--json")
     assert code == 0
     rows = json.loads(out)["rows"]
     assert [(row["method"], row["scope"]) for row in rows] == [
@@ -86,7 +86,7 @@ def test_two_rows_a_method_each_beside_its_limit(capsys):
 @pytest.mark.slow
 @pytest.mark.usefixtures("real_memory")
 def test_the_memory_is_measured_in_a_process_of_its_own(capsys):
-    code, out, _ = run(capsys, "--methods", "visionzip,llavolta(layer=1)", "--keep", "50%", "--json")
+    code, out, _ = run(capsys, "--methods", "visionzip,llavolta(layer=1)", "--average-keep", "50%", "--json")
     assert code == 0
     peaks = [row["peak_bytes"] for row in json.loads(out)["rows"]]
     assert peaks[0::2] == peaks[1::2]  # a method's two rows tell of the same run
@@ -96,7 +96,7 @@ def test_the_memory_is_measured_in_a_process_of_its_own(capsys):
 
 def test_a_batch_counts_all_of_its_rows(capsys):
     single, double = (
-        json.loads(run(capsys, "--methods", "pool2d", "--keep", 9, "--batch", batch, "--json")[1])["rows"]
+        json.loads(run(capsys, "--methods", "pool2d", "--average-keep", 9, "--batch", batch, "--json")[1])["rows"]
         for batch in (1, 2)
     )
     for one, two in zip(single, double, strict=True):
@@ -105,7 +105,7 @@ def test_a_batch_counts_all_of_its_rows(capsys):
 
 
 def test_a_smaller_image_saves_the_encoders_work_too(capsys):
-    rows = json.loads(run(capsys, "--methods", "downsample,pool2d", "--keep", 9, "--json")[1])["rows"]
+    rows = json.loads(run(capsys, "--methods", "downsample,pool2d", "--average-keep", 9, "--json")[1])["rows"]
     limits = {(row["method"], row["scope"]): row["flops_limit"] for row in rows}
     assert limits["downsample", "LLM prefill"] == limits["pool2d", "LLM prefill"]
     assert limits["downsample", "TTFT"] > limits["pool2d", "TTFT"]
@@ -113,14 +113,14 @@ def test_a_smaller_image_saves_the_encoders_work_too(capsys):
 
 def test_the_table_and_the_file(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
-    code, out, _ = run(capsys, "--methods", "pool2d", "--keep", "25%", "--out", tmp_path)
+    code, out, _ = run(capsys, "--methods", "pool2d", "--average-keep", "25%", "--out", tmp_path)
     assert code == 0
     assert "72 visual tokens and 6 of text, batch 1, float32, sdpa, cpu" in out
     assert "written to" in out
     [path] = tmp_path.iterdir()
     assert path.name.startswith("bench-llava-1.5-7b-")
     assert f"torch{torch.__version__}" in path.name
-    assert path.name.endswith("scale1-float32-sdpa-batch1-keep25pc.csv")
+    assert path.name.endswith("scale1-float32-sdpa-batch1-keep0.25.csv")
     rows = list(csv.DictReader(path.open()))
     assert len(rows) == 4
     assert rows[2]["compressor"] == "pool2d(factor=2)"
@@ -130,7 +130,7 @@ def test_the_table_and_the_file(capsys, tmp_path, monkeypatch):
 def test_it_fits_80_columns_and_nothing_is_broken(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "80")
     chain = "llavolta(layer=2,stride=8)+random_tokens(keep=4)"
-    _, out, _ = run(capsys, "--methods", f"random_tokens,{chain}", "--keep", "as-set", "--out", tmp_path)
+    _, out, _ = run(capsys, "--methods", f"random_tokens,{chain}", "--average-keep", "as-set", "--out", tmp_path)
     *lines, written = out.splitlines()
     assert max(map(len, lines)) <= 80
     assert written.startswith("written to ")
@@ -143,12 +143,12 @@ def test_it_fits_80_columns_and_nothing_is_broken(capsys, monkeypatch, tmp_path)
 
 def test_a_window_that_is_too_narrow_costs_no_digits(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
-    _, out, _ = run(capsys, "--methods", "pool2d", "--keep", 9)
+    _, out, _ = run(capsys, "--methods", "pool2d", "--average-keep", 9)
     assert len(re.findall(r"\d\.\d\dx \([\d.]+-[\d.]+\) +[\d.]+x +\d+%$", out, flags=re.M)) == 4
 
 
 def test_one_round_has_no_spread(capsys):
-    _, out, err = run(capsys, "--methods", "pool2d", "--keep", 9, "--repeats", 1)
+    _, out, err = run(capsys, "--methods", "pool2d", "--average-keep", 9, "--repeats", 1)
     assert re.search(r"^no_compression +[\d.]+ +1\.00x +1\.00x +100%$", out, flags=re.M)
     assert "One round: it has no spread" in out
     assert "one round of each" in err
@@ -156,7 +156,7 @@ def test_one_round_has_no_spread(capsys):
 
 def test_a_scale_at_which_overheads_rule_is_said(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "400")
-    quick = ("--methods", "pool2d", "--keep", 9)
+    quick = ("--methods", "pool2d", "--average-keep", 9)
     _, out, _ = run(capsys, *quick, "--scale", "1/64")
     assert "note: at --scale 1/64 most of the time is overhead" in out
     assert "most of the time is overhead" in json.loads(run(capsys, *quick, "--scale", "1/9", "--json")[1])["notes"][-1]
@@ -181,7 +181,7 @@ def test_timings_of_a_busy_machine_are_called_unreliable(device, clock, said):
 
 
 def test_how_far_it_is_is_said_without_a_terminal(capsys):
-    _, out, err = run(capsys, "--methods", "pool2d,visionzip", "--keep", 9, "--json")
+    _, out, err = run(capsys, "--methods", "pool2d,visionzip", "--average-keep", 9, "--json")
     first, second, third = err.splitlines()
     assert first == "3 methods, no_compression among them: 2 rounds of each, after a warm-up round"
     assert re.fullmatch(r"warmed up; 2 rounds and the memory will take about \d+ s", second)
@@ -222,7 +222,7 @@ def test_times_are_as_exact_as_an_estimate(seconds, words):
 
 def test_seconds_that_the_cpu_computed(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
-    code, out, _ = run(capsys, "--methods", "pool2d", "--keep", 9, "--clock", "cpu", "--out", tmp_path)
+    code, out, _ = run(capsys, "--methods", "pool2d", "--average-keep", 9, "--clock", "cpu", "--out", tmp_path)
     assert code == 0
     assert "in seconds that the CPU computed" in out
     [path] = tmp_path.iterdir()
@@ -235,7 +235,7 @@ def test_one_that_fails_costs_the_others_nothing(capsys, monkeypatch):
         raise RuntimeError("boom")
 
     monkeypatch.setattr(VisionZip, "assign", broken)
-    code, out, _ = run(capsys, "--methods", "visionzip,pool2d", "--keep", "25%", "--json")
+    code, out, _ = run(capsys, "--methods", "visionzip,pool2d", "--average-keep", "25%", "--json")
     assert code == 0
     found = json.loads(out)
     assert {row["method"] for row in found["rows"]} == {"no_compression", "pool2d"}
@@ -262,8 +262,8 @@ def test_a_budget_out_of_reach_is_measured_as_set_and_said():
         (["--scale", "nan"], "--scale 'nan' is not a number"),
         (["--batch", "0"], "--batch 0: give at least 1"),
         (["--new-tokens", "1"], "--new-tokens 1: give at least 2"),
-        (["--keep", "0"], "--keep 0 keeps nothing"),
-        (["--keep", "none"], "--keep must be a number, got 'none'"),
+        (["--average-keep", "0"], "--average-keep 0 keeps nothing"),
+        (["--average-keep", "none"], "--average-keep must be a number, got 'none'"),
         (["--dtype", "int8"], "unknown dtype 'int8'; choose one of"),
         (["--attention", "flash"], "unknown attention 'flash'; choose one of"),
         (["--clock", "sun"], "unknown clock 'sun'; choose one of"),
@@ -295,14 +295,14 @@ def test_a_full_disk_costs_nothing_that_was_measured(capsys, monkeypatch, tmp_pa
         raise UserError("no space left")
 
     monkeypatch.setattr("vlmzip.lab.table.write_csv", full)
-    code, out, err = run(capsys, "--methods", "pool2d", "--keep", 9, "--out", tmp_path, "--json")
+    code, out, err = run(capsys, "--methods", "pool2d", "--average-keep", 9, "--out", tmp_path, "--json")
     assert code == 2
     assert "no space left" in err
     assert len(json.loads(out)["rows"]) == 4
 
 
 class TestWhatIsMeasuredIsKept:
-    ASKED = ("--methods", "pool2d,visionzip", "--keep", 9)
+    ASKED = ("--methods", "pool2d,visionzip", "--average-keep", 9)
 
     def stop_in_round(self, monkeypatch, number):
         def telling(_self, step):
@@ -352,7 +352,7 @@ class TestWhatIsMeasuredIsKept:
 
         monkeypatch.setattr("vlmzip.cli.bench.make_model", remembered)
         monkeypatch.setattr("vlmzip.cli.bench.in_frugal_process", in_another_process)
-        code, _, _ = run(capsys, "--methods", "fastv(layer=1,keep=9),visionzip", "--keep", "as-set")
+        code, _, _ = run(capsys, "--methods", "fastv(layer=1,keep=9),visionzip", "--average-keep", "as-set")
         assert code == 0
         assert len(models) == 2
 

@@ -1,6 +1,7 @@
 """A budget is given once: in the method or by --keep. A row is never labelled with a budget that did not run."""
 
 import json
+from itertools import product
 
 import pytest
 from PIL import Image
@@ -72,15 +73,17 @@ ONE = [["ask", "a.png", "w"], ["show", "a.png"]]
 
 
 @pytest.mark.parametrize("command", LISTS, ids=" ".join)
-@pytest.mark.parametrize("text", WRITTEN)
-def test_lists_refuse_a_second_budget(refused, command, text):
-    err = refused(*command, "--methods", f"kmeans,{text}", "--keep", "25%")
-    assert f"{text} sets {WRITTEN[text]}, and --keep is 25%: take the budget out of the method, or give --keep " in err
+@pytest.mark.parametrize(("option", "text"), [*product(["--average-keep"], WRITTEN), ("--keep", "visionzip(keep=16)")])
+def test_lists_refuse_a_second_budget(refused, command, option, text):
+    err = refused(*command, "--methods", f"kmeans,{text}", option, "25%")
+    remedy = f"take the budget out of the method, or give {option} "
+    assert f"{text} sets {WRITTEN[text]}, and {option} is 25%: {remedy}" in err
 
 
 @pytest.mark.parametrize("command", LISTS, ids=" ".join)
 def test_the_usual_budget_is_no_exception(refused, command):
-    assert "visionzip(keep=16) sets keep=16, and --keep is " in refused(*command, "--methods", "visionzip(keep=16)")
+    err = refused(*command, "--methods", "visionzip(keep=16)")
+    assert "visionzip(keep=16) sets keep=16, and --average-keep is " in err
 
 
 @pytest.mark.parametrize("command", [["eval"], ["tune", "--max-loss", "5"]], ids=" ".join)
@@ -124,11 +127,12 @@ def test_other_options_go_with_keep(capsys, tmp_path):
 
 def test_compare_runs_methods_as_they_are_written(capsys, tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
-    methods = ["--methods", "visionzip(keep=16),pool2d(factor=4)", "--keep", "as-set"]
+    methods = ["--methods", "visionzip(keep=16),pool2d(factor=4)", "--average-keep", "as-set"]
     quick = ["--repeats", "1", "--max-new-tokens", "1"]
     assert main(["compare", str(tmp_path / "a.png"), "is there a star ?", *methods, *quick, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     kept = {row["method"]: row["visual_tokens_by_layer"][0] for row in found["rows"]}
-    assert (found["keep"], kept) == (None, {"no_compression": 144, "visionzip(keep=16)": 16, "pool2d(factor=4)": 9})
+    assert found["average_keep"] is None
+    assert kept == {"no_compression": 144, "visionzip(keep=16)": 16, "pool2d(factor=4)": 9}
     assert main(["compare", str(tmp_path / "a.png"), "is there a star ?", *methods, *quick]) == 0
     assert "methods with their own settings, 144 visual tokens per image, mini" in capsys.readouterr().out

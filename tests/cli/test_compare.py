@@ -107,7 +107,7 @@ def rows_of(out):
 class TestTables:
     def test_every_method_has_a_row_and_the_plain_model_the_first(self, capsys, monkeypatch):
         monkeypatch.setenv("COLUMNS", "120")
-        code, out, _ = run(capsys, IMAGE, QUESTION, "--keep", "25%", *QUICK)
+        code, out, _ = run(capsys, IMAGE, QUESTION, "--average-keep", "25%", *QUICK)
         assert code == 0
         lines = out.splitlines()
         names = [line.split()[0] for line in lines if re.match(r"\w+ .*\dx ", line)]
@@ -206,7 +206,7 @@ class TestRowsThatCannotBe:
         assert "is untrained" in page.read_text()
 
     def test_what_attaching_warns_of_is_a_footnote(self, capsys):
-        _, out, err = run(capsys, IMAGE, QUESTION, "--methods", "pool2d", "--keep", "100%", "--json", *QUICK)
+        _, out, err = run(capsys, IMAGE, QUESTION, "--methods", "pool2d", "--average-keep", "100%", "--json", *QUICK)
         assert (err, rows_of(out)["pool2d"]["note"]) == (
             "", "pool2d keeps all of an image's 144 visual tokens: it changes nothing"
         )  # fmt: skip
@@ -220,11 +220,12 @@ class TestRowsThatCannotBe:
 
 def test_json_has_what_the_table_has_and_more(capsys, tmp_path):
     sheet = tmp_path / "sheet.png"
-    arguments = ("--methods", "pool2d, visionzip,pool2d,no_compression", "--keep", "9", "--json", "--sheet", sheet)
-    code, out, _ = run(capsys, IMAGE, IMAGE, QUESTION, *arguments, *QUICK)
+    methods = ("--methods", "pool2d, visionzip,pool2d,no_compression", "--average-keep", "9")
+    code, out, _ = run(capsys, IMAGE, IMAGE, QUESTION, *methods, "--json", "--sheet", sheet, *QUICK)
     assert code == 0
     found = json.loads(out)
-    assert (found["model"], found["question"], found["keep"], found["sheet"]) == ("mini", QUESTION, 9, str(sheet))
+    assert (found["model"], found["question"], found["average_keep"]) == ("mini", QUESTION, 9)
+    assert found["sheet"] == str(sheet)
     assert [image["visual_tokens"] for image in found["images"]] == [144, 144]
     assert [row["method"] for row in found["rows"]] == ["no_compression", "pool2d", "visionzip"]
     row = found["rows"][1]
@@ -330,8 +331,8 @@ MISTAKES = [
     (["{image}"], "try: vlmzip compare"),
     (["{image}", "w", "--methods", "visionsip"], "did you mean 'visionzip'"),
     (["{image}", "w", "--methods", " ,"], "names no method"),
-    (["{image}", "w", "--keep", "0"], "--keep 0 keeps nothing"),
-    (["{image}", "w", "--keep", "as-is"], "--keep must be a number, got 'as-is'"),
+    (["{image}", "w", "--average-keep", "0"], "--average-keep 0 keeps nothing"),
+    (["{image}", "w", "--average-keep", "as-is"], "--average-keep must be a number, got 'as-is'"),
     (["{image}", "w", "--repeats", "0"], "at least 1"),
     (["{image}", "w", "--max-new-tokens", "0"], "at least 1"),
     (["{image}", "w", "--sheet", "{image}"], "choose another name"),

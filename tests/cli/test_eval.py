@@ -21,7 +21,7 @@ from vlmzip.errors import UserError
 from vlmzip.lab.tasks.catalogue import read_task
 from vlmzip.visualize.page import POLICY
 
-TINY = ("--methods", "pool2d,fastv(layer=1)", "--keep", "25%", "--batch", "4", "--max-new-tokens", "3")
+TINY = ("--methods", "pool2d,fastv(layer=1)", "--average-keep", "25%", "--batch", "4", "--max-new-tokens", "3")
 
 
 @pytest.fixture(scope="module")
@@ -228,8 +228,8 @@ def test_a_broken_method_gives_its_row_and_exit_code_1(evaluate, monkeypatch):
 
 
 MISTAKES = [
-    (["--keep", "75%,0"], "--keep 0 keeps nothing"),
-    (["--keep", ","], "names no budget"),
+    (["--average-keep", "75%,0"], "--average-keep 0 keeps nothing"),
+    (["--average-keep", ","], "names no budget"),
     (["--methods", "visionsip"], "did you mean 'visionzip'"),
     (["--methods", ","], "names no method"),
     (["--tasks", "nowhere:exact"], "unknown task or folder 'nowhere'"),
@@ -278,7 +278,8 @@ def test_papers_numbers_stand_beside_what_was_measured(capsys, checkpoint, asked
     module = sys.modules["vlmzip.lab.papers.against"]  # the package has a function of that name
     monkeypatch.setattr(module, "published", lambda name: made_up)
     run = ["eval", "--model", str(tmp_path / "llava-1.5-7b-hf"), "--tasks", f"{tmp_path / 'GQA'}:exact"]
-    run += ["--methods", "visionzip,pool2d", "--keep", "25%", "--max-new-tokens", "3", "--out", str(tmp_path / "out")]
+    run += ["--methods", "visionzip,pool2d", "--average-keep", "25%", "--max-new-tokens", "3"]
+    run += ["--out", str(tmp_path / "out")]
     assert main([*run, "--against", "visionzip"]) == 0
     out = capsys.readouterr().out
     assert re.search(r"LLaVA-1\.5-7B +no_compression +36 +GQA +61\.9 +0\.0 +-61\.9 ", out)

@@ -14,7 +14,7 @@ from tests.lab.test_tasks import question, write
 from vlmzip import Pool2d, spec
 from vlmzip.cli.main import main
 
-MINI = ("--limit", "24", "--methods", "pool2d,random_tokens", "--keep", "25%,11%")
+MINI = ("--limit", "24", "--methods", "pool2d,random_tokens", "--average-keep", "25%,11%")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,8 @@ def questions(tmp_path):
 @pytest.fixture
 def tune(capsys, checkpoint, questions, tmp_path):
     def run(*arguments, out="out"):
-        options = ["--methods", "pool2d,visionzip,dfmr", "--keep", "50%,25%", "--batch", "4", "--max-new-tokens", "3"]
+        options = ["--methods", "pool2d,visionzip,dfmr", "--average-keep", "50%,25%", "--batch", "4"]
+        options += ["--max-new-tokens", "3"]
         options += ["--model", checkpoint, "--tasks", questions + ":exact", "--out", str(tmp_path / out)]
         code = main(["tune", *options, *map(str, arguments)])
         return code, *capsys.readouterr()
@@ -231,8 +232,8 @@ MISTAKES = [
     (["--max-prefill-ms", "nan"], "--max-prefill-ms nan: give more than 0"),
     (["--max-loss", "-1"], "--max-loss -1: give points from 0 to 100"),
     (["--max-loss", "nan"], "--max-loss nan: give points from 0 to 100"),
-    (["--max-loss", "1", "--keep", ","], "names no budget"),
-    (["--max-loss", "1", "--keep", "0"], "--keep 0 keeps nothing"),
+    (["--max-loss", "1", "--average-keep", ","], "names no budget"),
+    (["--max-loss", "1", "--average-keep", "0"], "--average-keep 0 keeps nothing"),
     (["--max-loss", "1", "--methods", "visionsip"], "did you mean 'visionzip'"),
     (["--max-loss", "1", "--tasks", "mini,{folder}:exact"], "--task takes exactly one task, got 'mini,"),
     (["--max-loss", "1", "--task", ""], "--task takes exactly one task, got ''"),

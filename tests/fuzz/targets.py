@@ -83,7 +83,7 @@ COMMANDS = (
     ["show", "a.png", "--keep", "9", "--out", "s.png"],
     ["calibrate", "a.png", "--keep", "36", "--method", "dfmr", "--json", "--histogram", "h.png"],
     ["compare", "a.png", QUESTION, "--methods", "visionzip,pool2d", "--repeats", "1", "--max-new-tokens", "1"],
-    ["eval", *QUESTIONS, "--methods", "visionzip,pool2d", "--keep", "25%", "--report", "--seed", "1"],
+    ["eval", *QUESTIONS, "--methods", "visionzip,pool2d", "--average-keep", "25%", "--report", "--seed", "1"],
     [
         "tune",
         *QUESTIONS,

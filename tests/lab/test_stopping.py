@@ -16,7 +16,7 @@ from vlmzip.cli.main import main
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
-ASK = ["eval", "--methods", "pool2d", "--keep", "25%", "--limit", "18", "--batch", "3"]
+ASK = ["eval", "--methods", "pool2d", "--average-keep", "25%", "--limit", "18", "--batch", "3"]
 
 
 def start(*command, folder):

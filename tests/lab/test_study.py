@@ -13,11 +13,11 @@ from PIL import Image
 from tests.families import FAMILIES, tiny_llava
 from tests.lab.test_tasks import question, write
 from tests.test_locks import another_run
-from vlmzip import Pool2d, TokenMap
-from vlmzip.compressor import Compressor
+from vlmzip import Chain, FastV, Grid, LLaVolta, Pool2d, SparseVLM, TokenMap
+from vlmzip.compressor import Compressor, Profile
 from vlmzip.errors import UserError
 from vlmzip.lab.attacher import Attacher
-from vlmzip.lab.configurations import read_budgets
+from vlmzip.lab.budgets import fit, read_budgets
 from vlmzip.lab.results import results
 from vlmzip.lab.study import Study
 from vlmzip.lab.tasks.catalogue import read_task
@@ -449,11 +449,35 @@ class TestRows:
 
 
 def test_budgets_are_read_in_order_and_checked():
-    assert read_budgets("75%, 64,64,as-set") == ["75%", "64", "as-set"]
-    with pytest.raises(UserError, match="keeps nothing"):
-        read_budgets("75%,0")
-    with pytest.raises(UserError, match="names no budget"):
-        read_budgets(" ,")
+    assert read_budgets("75%, 64,64,as-set", None) == ["75%", "64", "as-set"]
+    assert read_budgets("75%", "64,10%") == ["keep=64", "keep=10%"]
+    with pytest.raises(UserError, match="--average-keep 0 keeps nothing"):
+        read_budgets("75%,0", None)
+    with pytest.raises(UserError, match="--keep 0 keeps nothing"):
+        read_budgets("75%", "64,0")
+    with pytest.raises(UserError, match="--average-keep names no budget"):
+        read_budgets(" ,", None)
+
+
+@pytest.mark.parametrize(
+    ("method", "least"),
+    [(FastV(layer=2), 1), (LLaVolta(layer=2), 1), (SparseVLM(), 2), (Pool2d(), 1)],  # SparseVLM recycles into one more
+)
+def test_a_budget_counts_what_remains_or_the_average(method, least):
+    profile = Profile(Grid(1, 12, 12), layers=4)
+    average, reached, _ = fit(method, "60%", profile)
+    assert reached == pytest.approx(sum(average.tokens_by_layer(profile)) / (4 * 144))
+    remaining, left, _ = fit(method, "keep=25%", profile)
+    assert remaining.tokens_by_layer(profile)[-1] == 36
+    assert left == 0.25
+    assert fit(method, "keep=1", profile)[0].tokens_by_layer(profile)[-1] == least
+
+
+def test_a_chain_leaves_the_tokens_of_its_budget():
+    profile = Profile(Grid(1, 12, 12), layers=4)
+    chain = Chain(compressors=(Pool2d(), FastV(layer=2, keep=0.5)))
+    assert fit(chain, "keep=18", profile)[0].tokens_by_layer(profile) == [36, 36, 18, 18]
+    assert "nearest to 9.7%" in fit(chain, "keep=14", profile)[2]
 
 
 def test_a_question_with_a_placeholder_is_refused_before_anything_is_asked(study, tmp_path):

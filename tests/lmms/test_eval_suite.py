@@ -25,7 +25,7 @@ def suite(capsys, tasks, tmp_path):
     """Return a function that runs `eval --suite mini_exact` by default and returns the exit code and the output."""
 
     def run(*arguments, name="mini_exact", methods="visionzip", batch="8", folder="out"):
-        fixed = ["eval", "--suite", name, "--include-path", str(tasks), "--methods", methods, "--keep", "25%"]
+        fixed = ["eval", "--suite", name, "--include-path", str(tasks), "--methods", methods, "--average-keep", "25%"]
         try:
             code = main([*fixed, "--batch", batch, "--out", str(tmp_path / folder), *arguments])
         except SystemExit as ended:
@@ -50,7 +50,7 @@ def test_the_scores_are_those_of_vlmzip_eval(suite, tmp_path, capsys):
     """The same questions, methods and batches: the same answers, so the same scores to the last digit."""
     code, out, _ = suite("--json")
     assert code == 0
-    ours = ["eval", "--limit", "24", "--methods", "visionzip", "--keep", "25%", "--batch", "8"]
+    ours = ["eval", "--limit", "24", "--methods", "visionzip", "--average-keep", "25%", "--batch", "8"]
     assert main([*ours, "--out", str(tmp_path / "ours"), "--json"]) == 0
     theirs, mine = json.loads(out)["rows"], json.loads(capsys.readouterr().out)["rows"]
     assert [row["score"] for row in theirs] == [row["score"]["value"] for row in mine]
@@ -107,7 +107,7 @@ def test_another_number_of_questions_needs_another_folder(suite):
 
 
 def test_a_method_that_breaks_stops_the_run(suite, tmp_path):
-    code, out, err = suite("--keep", "as-set", methods=f"{BROKEN},visionzip")
+    code, out, err = suite("--average-keep", "as-set", methods=f"{BROKEN},visionzip")
     assert (code, out) == (1, "")
     assert "broke on mini_exact, document 0 to mini_exact, document 7: failed with RuntimeError: no tokens today" in err
     assert list(read(tmp_path / "out")) == ["no_compression"]

@@ -18,9 +18,10 @@ from vlmzip.children import ChildFailed
 from vlmzip.cli._options.bench import ATTENTION, CLOCKS, SMALL, WHOLE
 from vlmzip.cli._options.common import check_counts, check_folder
 from vlmzip.cli._shared.bench_progress import DUE, START, Progress
+from vlmzip.cli._shared.budget import budget_of
 from vlmzip.cli._shared.console import console, log_on_stderr
 from vlmzip.cli._shared.method import refuse_second_budgets
-from vlmzip.compressor import BudgetError, Compressor, Profile, missed
+from vlmzip.compressor import BudgetError, Compressor, Profile
 from vlmzip.errors import UserError, closest
 from vlmzip.keep import AS_SET, parse_keep
 from vlmzip.lab.bench.bench import PLAIN, Contender, bench, peaks
@@ -28,6 +29,7 @@ from vlmzip.lab.bench.memory import available_bytes, in_frugal_process
 from vlmzip.lab.bench.output import Measurement, as_json, doubts, gaps, print_tables, table
 from vlmzip.lab.bench.presets import PRESETS, Preset, make_config, make_inputs, make_model
 from vlmzip.lab.bench.timing import cpu_seconds, now
+from vlmzip.lab.budgets import REMAINING, fit
 from vlmzip.lab.machine import about, file_name
 from vlmzip.lab.table import Table, print_json, show_bytes
 from vlmzip.models import family_of
@@ -41,8 +43,8 @@ def run(args: Namespace) -> None:
     methods = spec.read_several(args.methods)
     if not methods:
         raise UserError("--methods names no method; separate them with commas: --methods visionzip,pool2d")
-    if args.keep is not None:
-        refuse_second_budgets(methods, args.keep, f"take the budget out of the method, or give --keep {AS_SET}")
+    if args.budget is not None:
+        refuse_second_budgets(methods, args.budget)
 
     device = find_device(args.device)
     on_gpu = device.type == "cuda"
@@ -55,7 +57,7 @@ def run(args: Namespace) -> None:
     path = None
     if args.out:
         scaled = f"scale{_number(args.scale):g}"
-        settings = [scaled, args.dtype, args.attention, f"batch{args.batch}", f"keep{_keep_in_words(args.keep)}"]
+        settings = [scaled, args.dtype, args.attention, f"batch{args.batch}", _in_words(args.budget)]
         settings += ["cpu-seconds"] * (args.clock == "cpu")
         path = args.out / file_name(f"bench-{args.preset}", device, *settings)
     contenders: list[Contender] = []
@@ -123,7 +125,7 @@ def _measure(
         model = _make_model(args, config, device, dtype)
         inputs = make_inputs(preset, args.batch, args.text_tokens, device, dtype)
         family = family_of(model)
-        contenders = [_set_up(name, method, args.keep, family.profile()) for name, method in methods]
+        contenders = [_set_up(name, method, args.budget, family.profile()) for name, method in methods]
         contenders = bench(
             model,
             family,
@@ -197,17 +199,17 @@ def _peaks_in_child(*recipe: Any) -> Iterator[int | None]:
         yield from _peaks(*recipe)
 
 
-def _set_up(name: str, method: Compressor, keep: Any, profile: Profile) -> Contender:
+def _set_up(name: str, method: Compressor, budget: str | None, profile: Profile) -> Contender:
     """Return the method at the budget.
 
     If the method cannot reach the budget, it keeps its own settings and the row has a note: the row still shows its
     cost and limit.
     """
-    if keep is None:
+    if budget is None:
         return Contender(name, method.placed(profile))
     try:
-        chosen, reached = method.at_budget(keep, profile)
-        return Contender(name, chosen, missed(keep, reached, profile))
+        chosen, _, note = fit(method, budget, profile)
+        return Contender(name, chosen, note)
     except BudgetError as error:
         return Contender(name, method.placed(profile), f"runs with its own settings, not at this budget: {error}")
 
@@ -226,7 +228,7 @@ def _refuse_what_cannot_run(args: Namespace, config: object, device: torch.devic
 
 
 def _check(args: Namespace) -> None:
-    """Raise `UserError` for invalid options before the model is made, and set `args.keep` to None for `as-set`."""
+    """Raise `UserError` for invalid options before the model is made, and set `args.budget`."""
     if args.preset not in PRESETS:
         raise UserError(f"unknown preset {args.preset!r}{closest(args.preset, PRESETS)}")
     for name, choices in (("attention", ATTENTION), ("clock", CLOCKS)):
@@ -235,10 +237,7 @@ def _check(args: Namespace) -> None:
     for name, _, least, _ in WHOLE:
         check_counts(args, name.replace("-", "_"), least=least)
     check_dtype(args.dtype)
-    if args.keep == AS_SET:
-        args.keep = None
-    else:
-        parse_keep(args.keep, "--keep")
+    args.budget = budget_of(args)
     if args.scale is not None:
         _preset(args)
     check_folder(args)
@@ -255,5 +254,9 @@ def _number(text: str) -> float:
         raise UserError(f"--scale {text!r} is not a number; write 0.125 or 1/8") from None
 
 
-def _keep_in_words(keep: object) -> str:
-    return f"-{AS_SET}" if keep is None else f"{keep:.3g}" if isinstance(keep, float) else str(keep).replace("%", "pc")
+def _in_words(budget: str | None) -> str:
+    """Return the budget for a file name."""
+    if budget is None:
+        return f"keep-{AS_SET}"
+    keep = parse_keep(budget.removeprefix(REMAINING))
+    return f"{'left' if budget.startswith(REMAINING) else 'keep'}{keep:.3g}"

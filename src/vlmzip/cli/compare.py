@@ -14,6 +14,7 @@ from rich.text import Text
 
 from vlmzip import spec
 from vlmzip.cli._options.common import check_counts
+from vlmzip.cli._shared.budget import budget_of
 from vlmzip.cli._shared.console import progress
 from vlmzip.cli._shared.images import check_target, load_image, save_image
 from vlmzip.cli._shared.loading import load
@@ -21,7 +22,6 @@ from vlmzip.cli._shared.method import refuse_second_budgets
 from vlmzip.cli._shared.words import split_images_and_question
 from vlmzip.errors import UserError
 from vlmzip.files import refuse_source, write_text
-from vlmzip.keep import AS_SET, parse_keep
 from vlmzip.lab.asking import build_inputs, seen_images
 from vlmzip.lab.compare.compare import compare
 from vlmzip.lab.compare.output import OUTCOME, Comparison, Seen, as_json, page, sheet
@@ -35,19 +35,19 @@ WIDE = 112
 def run(args: Namespace) -> None:
     paths, question = split_images_and_question(args.words, "compare")
     _check(args, paths)
+    budget = budget_of(args)
     methods = spec.candidates(args.methods)
-    if args.keep is not None:
-        named = [(candidate.name, candidate.method) for candidate in methods]
-        refuse_second_budgets(named, args.keep, f"take the budget out of the method, or give --keep {AS_SET}")
+    if budget is not None:
+        refuse_second_budgets([(candidate.name, candidate.method) for candidate in methods], budget)
     for path in paths:
         load_image(path)
     loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)
     inputs = build_inputs(loaded, paths, question)
     rows = compare(
-        loaded, inputs, methods, args.keep, repeats=args.repeats, max_new_tokens=args.max_new_tokens, working=progress
+        loaded, inputs, methods, budget, repeats=args.repeats, max_new_tokens=args.max_new_tokens, working=progress
     )
     device, dtype = loaded.model.device, loaded.model.dtype
-    comparison = Comparison(rows, args.model, question, paths, args.keep, args.repeats, device, dtype)
+    comparison = Comparison(rows, args.model, question, paths, budget, args.repeats, device, dtype)
     try:
         _write(comparison, partial(seen_images, loaded, inputs, paths), args.sheet, args.html)
     finally:  # print the answers even if the disk is full; the files precede a closed pipe (`| head -5`)
@@ -74,11 +74,7 @@ def _print(comparison: Comparison, args: Namespace) -> None:
 
 
 def _check(args: Namespace, paths: list[str]) -> None:
-    """Raise `UserError` for invalid options before the model is loaded, and set `args.keep` to None for `as-set`."""
-    if args.keep == AS_SET:
-        args.keep = None
-    else:
-        parse_keep(args.keep, "--keep")
+    """Raise `UserError` for invalid options before the model is loaded."""
     check_counts(args, "max_new_tokens", "repeats")
     if args.sheet:
         check_target(args.sheet, paths)

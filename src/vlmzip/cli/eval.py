@@ -17,7 +17,7 @@ from vlmzip.cli._shared.loading import load
 from vlmzip.errors import UserError
 from vlmzip.files import write_text
 from vlmzip.lab import results
-from vlmzip.lab.configurations import read_rows
+from vlmzip.lab.budgets import read_rows
 from vlmzip.lab.curves import COSTS, draw_curve, save_figure
 from vlmzip.lab.examples import examples
 from vlmzip.lab.names import slug
@@ -46,7 +46,7 @@ def run(args: Namespace) -> None:
     if args.suite is not None:
         suite.run(args)
         return
-    methods, budgets = read_rows(args.methods, args.keep)
+    methods, budgets = read_rows(args.methods, args.average_keep, args.keep)
     tasks = read_tasks(DEFAULT_TASKS if args.tasks is None else args.tasks, args.limit, args.calibrate_on)
     if args.max_new_tokens is not None:
         tasks = [replace(task, max_new_tokens=args.max_new_tokens) for task in tasks]

@@ -14,7 +14,8 @@ from vlmzip.cli._options.common import check_counts, check_folder
 from vlmzip.cli._shared.loading import load
 from vlmzip.errors import UserError
 from vlmzip.keep import count_to_keep, parse_keep
-from vlmzip.lab.configurations import TOO_FAR, Configuration, read_rows
+from vlmzip.lab.budgets import read_rows
+from vlmzip.lab.configurations import TOO_FAR, Configuration
 from vlmzip.lab.study import Study
 from vlmzip.lab.tasks.catalogue import read_one_task
 from vlmzip.lab.tasks.task import Task
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 def run(args: Namespace) -> None:
     _check(args)
-    methods, budgets = read_rows(args.methods, args.keep)
+    methods, budgets = read_rows(args.methods, args.average_keep, args.keep)
     task = read_one_task(args.task, args.limit, args.calibrate_on)
     if args.max_new_tokens is not None:
         task = replace(task, max_new_tokens=args.max_new_tokens)

@@ -11,9 +11,10 @@ from typing import Any
 from torch import nn
 
 from vlmzip import catalogue, spec
-from vlmzip.compressor import Calibratable, Compressor, Profile, missed
+from vlmzip.compressor import Calibratable, Compressor, Profile
 from vlmzip.errors import UserError, collecting_warnings
-from vlmzip.keep import AS_SET, count_to_keep, parse_keep
+from vlmzip.keep import AS_SET, count_to_keep
+from vlmzip.lab.budgets import REMAINING, fit
 from vlmzip.lab.names import named, slug
 from vlmzip.lab.tasks.task import CalibrationSet, Task
 from vlmzip.methods import NoCompression
@@ -74,30 +75,6 @@ class Configuration:
         return None if self.compressor is None else plain_json(self.compressor.to_dict())
 
 
-def read_rows(methods: str | None, keep: str) -> tuple[list[Candidate], list[str]]:
-    """Read the comma-separated lists of `--methods` and `--keep`.
-
-    Raise `UserError` for an invalid method or budget, and for a method that sets a budget in addition to `--keep`.
-    """
-    candidates, budgets = spec.candidates(methods), read_budgets(keep)
-    if set(budgets) != {AS_SET}:
-        for candidate in candidates:
-            remedy = f"take the budget out of the method, or give --keep {AS_SET}"
-            spec.refuse_second_budget(candidate.name, keep, remedy)
-    return candidates, budgets
-
-
-def read_budgets(text: str) -> list[str]:
-    """Read a comma-separated list of budgets. Raise `UserError` for an invalid budget."""
-    budgets = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if not budgets:
-        raise UserError("--keep names no budget; separate them with commas: --keep 50%,25%")
-    for budget in budgets:
-        if budget != AS_SET:
-            parse_keep(budget, "--keep")
-    return budgets
-
-
 @dataclass
 class Configurator:
     """Fits methods to budgets on one model. Calibration measures its images once for all budgets."""
@@ -132,8 +109,8 @@ class Configurator:
             chosen, note = self._calibrated(task, method, budget), ""
             calibrated_on = task.calibration.about if task.calibration else ""
         else:
-            chosen, reached = method.at_budget(budget, profile)
-            note = _near(budget, reached, profile)
+            chosen, reached, note = fit(method, budget, profile)
+            note = _near(budget, reached, note, profile)
         with collecting_warnings() as warnings:  # attaching fails if the method does not fit the model
             attach(self.model, chosen, weights=saved_weights(chosen, self.name)).detach()
         notes = "; ".join(filter(None, [note, *warnings]))
@@ -152,7 +129,7 @@ class Configurator:
             self._measured[images] = measure(
                 self.model, task.calibration.images(), method, processor=self.answerer.processor
             )
-        compressor = meet(method, self._measured[images], budget).compressor
+        compressor = meet(method, self._measured[images], budget.removeprefix(REMAINING)).compressor
         self.calibrated.append({**key, "compressor": plain_json(compressor.to_dict())})
         return compressor
 
@@ -191,10 +168,9 @@ def read_calibrated(path: Path, known: Mapping[str, object]) -> list[dict[str, o
     return calibrations
 
 
-def _near(budget: str, reached: float, profile: Profile) -> str:
-    """Return a note about a missed budget, or "". Raise `UserError` if it is missed by more than `TOO_FAR`."""
-    target = count_to_keep(budget, profile.size) / profile.size
-    note = missed(budget, reached, profile)
+def _near(budget: str, reached: float, note: str, profile: Profile) -> str:
+    """Return the note. Raise `UserError` if the budget is missed by more than `TOO_FAR`."""
+    target = count_to_keep(budget.removeprefix(REMAINING), profile.size) / profile.size
     if abs(reached - target) > TOO_FAR * target:
         raise UserError(note)
     return note

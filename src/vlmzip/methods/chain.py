@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from vlmzip.compressor import BudgetError, Compressor, Profile
@@ -101,6 +102,16 @@ class Chain(Compressor):
 
     def at_budget(self, keep: Keep, profile: Profile) -> tuple[Chain, float]:
         """Fit the first compressor to the budget and leave the others unchanged."""
+        nearest = self._fit_first(keep, profile, lambda candidate: candidate.reached(profile))
+        return nearest, nearest.reached(profile)
+
+    def at_keep(self, keep: Keep, profile: Profile) -> tuple[Chain, float]:
+        """Fit the first compressor so that the chain leaves `keep` tokens. Leave the others unchanged."""
+        nearest = self._fit_first(keep, profile, lambda candidate: candidate.left(profile))
+        return nearest, nearest.left(profile)
+
+    def _fit_first(self, keep: Keep, profile: Profile, ratio: Callable[[Chain], float]) -> Chain:
+        """Return the chain whose first compressor's budget brings the ratio nearest to `keep`."""
         first, *others = self.placed(profile).compressors
         target = count_to_keep(keep, profile.size) / profile.size
         best: tuple[float, Chain] | None = None
@@ -109,14 +120,14 @@ class Chain(Compressor):
                 candidate = dataclasses.replace(self, compressors=(first.at_budget(count, profile)[0], *others))
             except BudgetError:
                 continue
-            miss = abs(candidate.reached(profile) - target)
+            miss = abs(ratio(candidate) - target)
             if best is None or miss < best[0]:
                 best = miss, candidate
         if best is None or best[0] > 0.5 * target:
             raise BudgetError(
                 f"no setting of {first.name()}, the chain's first compressor, brings the chain near {target:.1%}"
             )
-        return best[1], best[1].reached(profile)
+        return best[1]
 
     def at_step(self, step: int, salt: int = 0) -> Chain:
         return dataclasses.replace(self, compressors=tuple(stage.at_step(step, salt) for stage in self.compressors))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -107,10 +108,20 @@ class LLaVolta(Compressor):
                 f"{method.layers[0]} of {profile.layers} layers see all tokens before llavolta acts: on average more"
                 f" than {method.layers[0] / profile.layers:.1%}"
             )
-        strides = range(1, profile.size + 1)
-        candidates = [method.with_fields(stride=stride) for stride in strides]
-        nearest = min(candidates, key=lambda c: (abs(c.reached(profile) - target), c.reached(profile)))
+        nearest = method._nearest_stride(profile, target, lambda candidate: candidate.reached(profile))
         return nearest, nearest.reached(profile)
+
+    def at_keep(self, keep: Keep, profile: Profile) -> tuple[Compressor, float]:
+        """Return the configuration with the nearest stride. All layers share one stride."""
+        method = self.placed(profile)
+        method.check_layers(profile.layers, profile.first_layer)
+        target = count_to_keep(keep, profile.size) / profile.size
+        nearest = method._nearest_stride(profile, target, lambda candidate: candidate.left(profile))
+        return nearest, nearest.left(profile)
+
+    def _nearest_stride(self, profile: Profile, target: float, ratio: Callable[[LLaVolta], float]) -> LLaVolta:
+        candidates = [self.with_fields(stride=stride) for stride in range(1, profile.size + 1)]
+        return min(candidates, key=lambda candidate: (abs(ratio(candidate) - target), ratio(candidate)))
 
     def assign(self, tokens: VisualTokens) -> TokenMap:
         stride = self.stride_at(tokens.layer)

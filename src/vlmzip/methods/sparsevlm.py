@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -122,17 +122,26 @@ class SparseVLM(Compressor):
         The class docstring says which layers it uses.
         """
         target = count_to_keep(keep, profile.size) / profile.size
-        steps = range(8 * profile.size + 1)  # fine enough that each count changes by at most 1 per step
         least = self._scaled(0.0, profile)
         if target < least.reached(profile):
             raise BudgetError(
                 f"{least.layer[0]} of {profile.layers} layers see all tokens before sparsevlm acts:"
                 f" on average at least {least.reached(profile):.1%}"
             )
-        above = bisect_right(steps, target, key=lambda step: self._scaled(step / steps[-1], profile).reached(profile))
-        near = [self._scaled(step / steps[-1], profile) for step in steps[above - 1 : above + 1]]
-        nearest = min(near, key=lambda candidate: abs(candidate.reached(profile) - target))
+        nearest = self._nearest_scale(profile, target, lambda candidate: candidate.reached(profile))
         return nearest, nearest.reached(profile)
+
+    def at_keep(self, keep: Keep, profile: Profile) -> tuple[SparseVLM, float]:
+        """Return the configuration whose scaled counts leave nearest to `keep` tokens after its last layer."""
+        target = count_to_keep(keep, profile.size) / profile.size
+        nearest = self._nearest_scale(profile, target, lambda candidate: candidate.left(profile))
+        return nearest, nearest.left(profile)
+
+    def _nearest_scale(self, profile: Profile, target: float, ratio: Callable[[SparseVLM], float]) -> SparseVLM:
+        steps = range(8 * profile.size + 1)  # fine enough that each count changes by at most 1 per step
+        above = bisect_right(steps, target, key=lambda step: ratio(self._scaled(step / steps[-1], profile)))
+        near = [self._scaled(step / steps[-1], profile) for step in steps[max(above - 1, 0) : above + 1]]
+        return min(near, key=lambda candidate: abs(ratio(candidate) - target))
 
     def placed(self, profile: Profile) -> SparseVLM:
         fits = profile.first_layer <= self.layer[0] and self.layer[-1] < profile.layers

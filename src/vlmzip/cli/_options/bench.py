@@ -5,13 +5,14 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from pathlib import Path
 
+from vlmzip.cli._options.budget import add_budget
 from vlmzip.keep import A_NINTH
 from vlmzip.outline import METHOD_FORMS
 
 EXAMPLES = """  vlmzip bench
-  vlmzip bench --preset llava-next-7b --methods visionzip,pool2d --keep 11% --scale 1/16
+  vlmzip bench --preset llava-next-7b --methods visionzip,pool2d --average-keep 11% --scale 1/16
   vlmzip bench --preset llava-1.5-13b --device cuda --dtype bfloat16 --batch 8 --out benchmarks/results
-  vlmzip bench --methods "llavolta(layer=2,stride=8),fastv(layer=3,keep=50%)" --keep as-set --json"""
+  vlmzip bench --methods "llavolta(layer=2,stride=8),fastv(layer=3,keep=50%)" --average-keep as-set --json"""
 
 METHODS = "visionzip,pool2d,kmeans,downsample,random_tokens,llavolta,fastv,sparsevlm"
 ATTENTION = ("sdpa", "eager", "flash_attention_2")
@@ -36,12 +37,7 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
         f" head); layers, tokens and vocabulary stay; default: 1 on a GPU, {SMALL} on a CPU",
     )
     parser.add_argument("--methods", default=METHODS, metavar="A,B,…", help=f"each {METHOD_FORMS}; default: {METHODS}")
-    parser.add_argument(
-        "--keep",
-        default=A_NINTH,
-        help="visual tokens kept per image: 64, 0.25 or 25%%; as-set: methods with the budgets in their specs;"
-        " default: a ninth",
-    )
+    add_budget(parser, default=A_NINTH, in_words="a ninth", several=False)
     for name, usual, least, what in WHOLE:
         parser.add_argument(
             f"--{name}", type=int, metavar="N", default=usual, help=f"{what}, at least {least}; default: {usual}"

@@ -5,13 +5,14 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from pathlib import Path
 
+from vlmzip.cli._options.budget import add_budget
 from vlmzip.cli._options.common import add_answer_length, add_model
 from vlmzip.keep import A_NINTH
 from vlmzip.outline import METHOD_FORMS
 
-EXAMPLES = """  vlmzip compare examples/cluttered.png "what color is the ring ?" --keep 25%
+EXAMPLES = """  vlmzip compare examples/cluttered.png "what color is the ring ?" --average-keep 25%
   vlmzip compare photo.jpg "What is on the table?" --methods "visionzip(merge=mean),pool2d+fastv" --sheet tokens.png
-  vlmzip compare a.png b.png "What differs?" --keep 64 --html page.html --model llava-hf/llava-1.5-7b-hf"""
+  vlmzip compare a.png b.png "What differs?" --average-keep 64 --html page.html --model llava-hf/llava-1.5-7b-hf"""
 
 
 def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
@@ -19,12 +20,7 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     parser.add_argument("words", nargs="+", metavar="IMAGE… QUESTION", help="one or several images, then the question")
     add_model(parser)
     parser.add_argument("--methods", metavar="A,B,…", help=f"separated by commas, each {METHOD_FORMS}; default: all")
-    parser.add_argument(
-        "--keep",
-        default=A_NINTH,
-        help="visual tokens to keep per image: 64, 0.25 or 25%%; as-set: methods with the budgets in their specs;"
-        " default: a ninth",
-    )
+    add_budget(parser, default=A_NINTH, in_words="a ninth", several=False)
     parser.add_argument("--sheet", type=Path, metavar="FILE", help="draw the tokens of every method on one sheet")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write everything as one page for the browser")
     parser.add_argument(

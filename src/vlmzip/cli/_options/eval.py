@@ -6,14 +6,16 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 from vlmzip.cli._options import suite
+from vlmzip.cli._options.budget import add_budget
 from vlmzip.cli._options.common import TASKS, add_model
 from vlmzip.outline import METHOD_FORMS
 
 DEFAULT_TASKS = "mini"
-EXAMPLES = """  vlmzip eval --limit 300 --methods visionzip,pool2d --keep 25%,11% --report
-  vlmzip eval --tasks mini,easy-vqa --keep 75%,50%,25%,11%,5.6% --out runs/eval/all
+KEEP = "75%,50%,25%,11%"
+EXAMPLES = """  vlmzip eval --limit 300 --methods visionzip,pool2d --average-keep 25%,11% --report
+  vlmzip eval --tasks mini,easy-vqa --average-keep 75%,50%,25%,11%,5.6% --out runs/eval/all
   vlmzip eval --model llava-hf/llava-1.5-7b-hf --tasks my_questions:vqa --calibrate-on other_photos --keep 192,64
-  vlmzip eval --methods "dfmr(tau=0.3),tuned/compressor.json" --keep as-set
+  vlmzip eval --methods "dfmr(tau=0.3),tuned/compressor.json" --average-keep as-set
   vlmzip eval --tasks gqa:exact --model llava-hf/llava-1.5-7b-hf --methods visionzip --keep 64 --against visionzip
   vlmzip eval --suite llavolta13 --model llava-hf/llava-1.5-7b-hf --methods visionzip --keep 64
   accelerate launch --multi_gpu --num_processes 4 -m vlmzip.cli.main eval --model llava-hf/llava-1.5-7b-hf …
@@ -28,13 +30,7 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
         metavar="A,B,…",
         help=f"separated by commas, each {METHOD_FORMS}; default: all that need no training",
     )
-    parser.add_argument(
-        "--keep",
-        default="75%,50%,25%,11%",
-        metavar="K,K,…",
-        help="average budgets, tokens per image or shares of them, or as-set: methods with the budgets in their specs;"
-        " default: 75%%,50%%,25%%,11%%",
-    )
+    add_budget(parser, default=KEEP, in_words=KEEP, several=True)
     parser.add_argument("--tasks", metavar="T,T,…", help=f"{TASKS}; default: {DEFAULT_TASKS}")
     parser.add_argument("--limit", type=int, metavar="N", help="ask only the first questions of each task")
     parser.add_argument(

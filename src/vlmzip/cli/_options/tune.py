@@ -5,13 +5,14 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from pathlib import Path
 
+from vlmzip.cli._options.budget import add_budget
 from vlmzip.cli._options.common import TASKS, add_model
 from vlmzip.outline import METHOD_FORMS
 
 EXAMPLES = """  vlmzip tune --max-loss 5 --limit 1000
   vlmzip tune --max-tokens 16 --methods visionzip,kmeans,pool2d
   vlmzip tune --model llava-hf/llava-1.5-7b-hf --task my_questions:vqa --max-prefill-ms 60 --max-loss 2
-  vlmzip tune --task my_questions:exact --calibrate-on other_photos --max-flops 30% --keep 40%,30%,20%,10%
+  vlmzip tune --task my_questions:exact --calibrate-on other_photos --max-flops 30% --average-keep 40%,30%,20%,10%
 
 With a cost and a loss: the cheapest that meets both. With a cost alone: the best score within it. With a loss alone:
 the cheapest within it, in visual tokens. Half of the images choose the candidate, the other half confirms it. A loss is
@@ -53,12 +54,7 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
         metavar="A,B,…",
         help=f"separated by commas, each {METHOD_FORMS}; default: all that need no training",
     )
-    parser.add_argument(
-        "--keep",
-        default=KEEP,
-        metavar="K,K,…",
-        help=f"average budgets to try, tokens per image or shares of them; default: {KEEP}".replace("%", "%%"),
-    )
+    add_budget(parser, default=KEEP, in_words=KEEP, several=True)
     parser.add_argument("--limit", type=int, metavar="N", help="use only the first questions of the task")
     parser.add_argument(
         "--calibrate-on", metavar="FOLDER", help="images for the thresholds of methods that decide by content"

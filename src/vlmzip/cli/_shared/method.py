@@ -11,6 +11,7 @@ from vlmzip import catalogue, spec
 from vlmzip.compressor import Calibratable, Compressor, Profile, missed
 from vlmzip.errors import UserError
 from vlmzip.keep import parse_keep
+from vlmzip.lab.budgets import refuse_second
 from vlmzip.outline import is_name
 from vlmzip.runtime.resample import resampling
 
@@ -34,15 +35,15 @@ def check_method(args: Namespace, *, draws: bool = False) -> None:
         raise UserError(f"{method.name()} makes each token from the whole image, so there is no token map to draw")
 
 
-def refuse_second_budgets(methods: Iterable[tuple[str, Compressor | None]], keep: object, otherwise: str) -> None:
-    """Raise `UserError` if a method of a list has a budget in its spec and `keep` gives another one.
+def refuse_second_budgets(methods: Iterable[tuple[str, Compressor | None]], budget: str) -> None:
+    """Raise `UserError` if a method of a list has a budget in its spec and an option gives another one.
 
     Methods that decide by image content are accepted: uncalibrated, they run with the settings of their spec, and the
     note of their row says so.
     """
     for name, method in methods:
         if method is not None and not isinstance(method.stages()[0], Calibratable):
-            spec.refuse_second_budget(name, keep, otherwise)
+            refuse_second(name, budget)
 
 
 def make_method(args: Namespace, profile: Profile) -> Compressor:
@@ -56,7 +57,7 @@ def make_method(args: Namespace, profile: Profile) -> Compressor:
         return method.placed(profile)
     if "keep" in method.field_names():
         return method
-    chosen, reached = method.at_budget(args.keep, profile)
+    chosen, reached = method.at_keep(args.keep, profile)
     if note := missed(args.keep, reached, profile):
         log.warning(f"{method.name()}: {note}")
     return chosen

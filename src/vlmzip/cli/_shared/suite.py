@@ -11,7 +11,7 @@ from pathlib import Path
 from vlmzip.cli._shared.loading import load
 from vlmzip.errors import UserError
 from vlmzip.files import is_folder
-from vlmzip.lab.configurations import read_rows
+from vlmzip.lab.budgets import read_rows
 from vlmzip.lab.lmms.requests import AnswerFailed
 from vlmzip.lab.lmms.run import SuiteRun, import_lmms_eval
 from vlmzip.lab.lmms.scores import ConfigurationScores, measured, suite_scores, table
@@ -46,7 +46,7 @@ def check(args: Namespace) -> None:
 
 def run(args: Namespace) -> None:
     suite = read_suite(args.suite)
-    methods, budgets = read_rows(args.methods, args.keep)
+    methods, budgets = read_rows(args.methods, args.average_keep, args.keep)
     calibration = calibration_on(args.calibrate_on, []) if args.calibrate_on else None
     import_lmms_eval()
     folder = args.out or Path("runs", "lmms", Path(args.model).name)

@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import median
 
-from vlmzip.compressor import BudgetError, Compressor, Profile, missed
+from vlmzip.compressor import BudgetError, Compressor, Profile
 from vlmzip.errors import UserError, reason, telling_beyond_positions
-from vlmzip.keep import Keep
 from vlmzip.lab.asking import TimedAnswer, answer, attach_and_note, attach_with_notes
+from vlmzip.lab.budgets import fit
 from vlmzip.methods import NoCompression
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.loading import Loaded
@@ -59,13 +59,13 @@ def compare(
     loaded: Loaded,
     inputs: dict[str, object],
     methods: Iterable[Candidate],
-    keep: Keep | None,
+    budget: str | None,
     *,
     repeats: int,
     max_new_tokens: int,
     working: Working = nullcontext,
 ) -> list[MethodRow]:
-    """Return a row for each method, the plain model's first. Without `keep`, methods keep their own settings.
+    """Return a row for each method, the plain model's first. Without a budget, methods keep their own settings.
 
     The runs of all methods are interleaved, so that other work on the machine affects all alike.
     """
@@ -76,7 +76,7 @@ def compare(
         plain,
         *(
             _first_run(
-                loaded, inputs, MethodRow(candidate.name, working=working), candidate, keep, profile, max_new_tokens
+                loaded, inputs, MethodRow(candidate.name, working=working), candidate, budget, profile, max_new_tokens
             )
             for candidate in methods
         ),
@@ -105,17 +105,17 @@ def image_profile(loaded: Loaded, plain: TimedAnswer) -> Profile:
     return replace(usual, grid=first, tiles=tuple(tiles))
 
 
-def configure(candidate: Candidate, keep: Keep | None, profile: Profile) -> tuple[Compressor, str]:
+def configure(candidate: Candidate, budget: str | None, profile: Profile) -> tuple[Compressor, str]:
     """Return the method at the budget and a note. Without a budget, the method keeps its own settings.
 
     Raise `UserError` with the reason if it cannot run.
     """
     method = candidate.usable()
-    if keep is None:
+    if budget is None:
         return method.placed(profile), ""
     try:
-        chosen, reached = method.at_budget(keep, profile)
-        return chosen, missed(keep, reached, profile)
+        chosen, _, note = fit(method, budget, profile)
+        return chosen, note
     except BudgetError as error:
         if not candidate.named or method.tokens_by_layer(profile) is not None:
             raise
@@ -127,13 +127,13 @@ def _first_run(
     inputs: dict[str, object],
     row: MethodRow,
     candidate: Candidate,
-    keep: Keep | None,
+    budget: str | None,
     profile: Profile,
     max_new_tokens: int,
 ) -> MethodRow:
     """Set a method up and run it once, for the answer and as a warm-up."""
     try:
-        compressor, note = configure(candidate, keep, profile)
+        compressor, note = configure(candidate, budget, profile)
         row.compressed, notes = attach_with_notes(loaded, compressor)
         row.note = "; ".join(filter(None, [note, *notes]))
         row.first = row.run(loaded, inputs, max_new_tokens)

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vlmzip.keep import Keep, parse_keep
+from vlmzip.keep import parse_keep
 from vlmzip.lab.asking import TimedAnswer
+from vlmzip.lab.budgets import REMAINING
 from vlmzip.lab.compare.compare import PLAIN, MethodRow
 from vlmzip.lab.table import ABSENT, Column, Table, show_bytes, show_flops
 from vlmzip.runtime.report import ImageReport, Report, compact
@@ -37,8 +38,8 @@ class Comparison:
     model: str
     question: str
     paths: list[str]
-    keep: Keep | None
-    """The budget; `None`: methods keep their own settings."""
+    keep: str | None
+    """The budget, as `vlmzip.lab.budgets` writes it; `None`: methods keep their own settings."""
     repeats: int
     device: torch.device
     dtype: torch.dtype
@@ -58,9 +59,12 @@ class Comparison:
         before = " and ".join(dict.fromkeys(f"{image.before:,}" for image in self.plain.report.images))
         if self.keep is None:
             return f"methods with their own settings, {before} visual tokens per image, {self.model}"
-        asked = min(parse_keep(self.keep), max(image.before for image in self.plain.report.images))
-        share = str(asked) if isinstance(asked, int) else f"{100 * asked:.3g}%"
-        return f"{share} of {before} visual tokens per image, {self.model}"
+        keep = min(parse_keep(self.keep.removeprefix(REMAINING)), max(i.before for i in self.plain.report.images))
+        share = str(keep) if isinstance(keep, int) else f"{100 * keep:.3g}%"
+        counted = (
+            "remain after the method acts" if self.keep.startswith(REMAINING) else "on average over the LLM's layers"
+        )
+        return f"{share} of {before} visual tokens per image {counted}, {self.model}"
 
     @cached_property
     def noted(self) -> list[MethodRow]:
@@ -122,11 +126,13 @@ class Comparison:
 
 
 def as_json(comparison: Comparison) -> dict[str, object]:
-    keep = None if comparison.keep is None else parse_keep(comparison.keep)
+    budget = comparison.keep or ""
+    name = "keep" if budget.startswith(REMAINING) else "average_keep"
+    keep = parse_keep(budget.removeprefix(REMAINING)) if budget else None
     return {
         "model": comparison.model,
         "question": comparison.question,
-        "keep": keep,
+        name: keep,
         "images": [
             {"path": path, "visual_tokens": image.before}
             for path, image in zip(comparison.paths, comparison.plain.report.images, strict=True)
