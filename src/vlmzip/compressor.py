@@ -124,6 +124,8 @@ class Compressor(ABC):
     """Whether it is for training only: a model cannot be evaluated, saved or served with it."""
     sees_clip: ClassVar[bool] = False
     """Whether it sees all frames of a video at once, as one view. Otherwise it sees each frame as a view."""
+    by_frame: ClassVar[bool] = False
+    """Whether it acts on each frame of a video separately inside the LLM, too, where other methods see one sequence."""
     default_positions: ClassVar[Positions | None] = None
     """The meaning of `positions=None` for this method. If this is `None`, the model's family decides."""
 

@@ -53,6 +53,8 @@ SPECS = (
     "evs(keep=50%)",
     "fastv(layer=2,keep=50%)",
     "fastv(layer=2,keep_per_view=2)",
+    "llavolta(layer=2,stride=5)",
+    "visionzip(keep_per_view=3)+llavolta(layer=1,3,stride=2)",
 )
 #: An image row, video rows, rows of both, and text alone. Numbers of images and videos rise from row to row.
 ROWS = (
@@ -204,6 +206,46 @@ def test_evs_sees_the_clip(video_family):
     kept = image.token_map.group[0, frames * video_family.clip_prefix :] >= 0
     assert kept[: rows * cols].all()
     assert image.after == kept.sum() == max(rows * cols, frames * rows * cols // 2)
+
+
+@pytest.mark.parametrize("layer", ["-1", "1"])
+@torch.no_grad()
+def test_llavolta_pools_each_frame_in_raster_order(video_family, layer):
+    """CLS of a frame, which the LLM of Video-LLaVA sees, is dropped; the rest of each frame, too."""
+    frames, rows, cols = video_family.clip(0)
+    with vlmzip.attach(video_family.model, f"llavolta(layer={layer},stride=5)") as small:
+        small(**video_family.batch([5, "video", 6]))
+        (report,) = small.report.images
+    runs, expected = max(rows * cols // 5, 1), []
+    for first in range(0, frames * runs, runs):
+        groups = [first + place // 5 if place // 5 < runs else -1 for place in range(rows * cols)]
+        expected += [-1] * report.layout.prefix + groups
+    assert report.token_map.group[0, : len(expected)].tolist() == expected
+    assert report.by_layer[-1] == frames * runs
+
+
+@pytest.mark.parametrize(
+    ("spec", "counts"),
+    [  # tokens of each frame, by layer
+        ("llavolta(layer=1,3,stride=5,3)", [12, 2, 2, 1]),
+        ("visionzip(keep_per_view=5)+llavolta(layer=1,3,stride=2)", [5, 2, 2, 1]),
+        ("fastv(layer=1,keep_per_view=5)+llavolta(layer=2,stride=2)", [12, 5, 2, 2]),
+        ("evs(keep=100%)+llavolta(layer=1,stride=5)", [12, 2, 2, 2]),
+    ],
+)
+@torch.no_grad()
+def test_llavolta_pools_what_is_left_of_each_frame(spec, counts):
+    """In all of these the layouts of frames are gone, and what is left of a frame is not a multiple of the stride."""
+    family = WITH_VIDEO["qwen3_vl"]()
+    family.clips = ((3, 4, 3),)
+    with vlmzip.attach(family.model, spec) as small:
+        small(**family.batch(["image", 5, "video", 6, "video", 7], ["video", 8]))
+        videos = [report for report in small.report.images if report.modality == "video"]
+    assert [list(video.by_layer) for video in videos] == [[3 * count for count in counts]] * 3
+    for video in videos:
+        of_frames = [set(frame.token_map.group[0].tolist()) - {-1} for frame in video.frames]
+        assert [len(groups) for groups in of_frames] == [counts[-1]] * 3
+        assert len(set.union(*of_frames)) == 3 * counts[-1]
 
 
 def test_original_positions_are_those_of_the_whole_video(video_family):

@@ -28,6 +28,8 @@ class EVS(BudgetedCompressor):
 
     An image is a video of one frame, so it keeps all its tokens.
 
+    The paper compares the pixels of frames before the encoder. vLLM compares the visual tokens, and so do we.
+
     Differences from vLLM: changes are computed in float32 in every precision. A budget may be a number of tokens, too.
     Tokens outside the grid (CLS) are dropped.
     """

@@ -32,6 +32,9 @@ class LLaVolta(Compressor):
     Several layers give the paper's layer-wise variant (Table 7): each layer pools the tokens that the previous one
     left. `window="2d"` pools squares of stride x stride tokens instead; the authors did not try this.
 
+    A video is pooled frame by frame, as the paper does with the 8 frames of Video-LLaVA: no run crosses the border of a
+    frame, and CLS of a frame is dropped.
+
     Differences from the authors' code:
 
     - Any number of tokens and images, text-only rows, ragged batches and padding on either side work.
@@ -44,6 +47,7 @@ class LLaVolta(Compressor):
     sites = (Site.IN_LLM, Site.POST_PROJECTOR)
     budget_fields = ("stride",)
     label_fields = ("layer", "stride")
+    by_frame = True
 
     site: Site = Site.IN_LLM
     layer: int | tuple[int, ...] = 2

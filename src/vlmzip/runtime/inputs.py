@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
@@ -164,9 +165,15 @@ def _spans(
     """Return the places of the images in the shortened prompt."""
     places = _places(families, ids, images, [image.report.after for image in images])
     return [
-        Span(row, columns, image.left, len(image.report.layout.views))
+        Span(row, columns, image.left, len(image.report.layout.views), _frames_of(image))
         for (row, columns), image in zip(places, images, strict=True)
     ]
+
+
+def _frames_of(image: CompressedImage) -> list[int] | None:
+    """Return the frame of each remaining placeholder of a video; `None` for images."""
+    layout = image.report.layout
+    return layout.frame_of(torch.tensor(image.places)).tolist() if layout.is_video else None
 
 
 def positions_of(compressor: Compressor, family: Family) -> str:

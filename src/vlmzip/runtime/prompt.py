@@ -33,6 +33,8 @@ class Span:
     """The layout of these tokens on the grids of the image's views; `None` if they no longer form grids."""
     views: int = 1
     """The number of views of the image."""
+    frames: list[int] | None = None
+    """The frame of each of these tokens of a video; `None` for images."""
 
 
 def find_placeholders(

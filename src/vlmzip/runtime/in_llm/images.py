@@ -27,6 +27,8 @@ class Choice(NamedTuple):
     compressor: Compressor
     numbers: Int[Tensor, " tokens"]
     """The numbers of these tokens among the remaining tokens of the image."""
+    is_only: bool
+    """True if the compressor gets no other tokens of the image."""
     is_all: bool
     """True if these are all remaining tokens of the image, in order."""
     grid: Grid | None
@@ -85,6 +87,8 @@ class Images:
         """The number of views of each image."""
         self.layouts: list[Layout | None] = [span.layout for span in self.spans]
         """The layout of each image on the grids of its views; `None` if tokens were dropped or merged."""
+        self.frames = [None if s.frames is None else torch.tensor(s.frames, device=device) for s in self.spans]
+        """The frame of each remaining token of a video; `None` for images."""
         self.maps: list[list[tuple[int, TokenMap]]] = [[] for _ in self.spans]
         """The layers before which a compressor acted on each image, in order, with the map of each layer."""
 
@@ -116,7 +120,7 @@ class Images:
             anchors = slots.gather(1, token_map.anchor_index().clamp(min=0)).unbind()
             for part, part_map, outputs in zip(group, token_map.split(), anchors, strict=True):
                 part.token_map, part.outputs = part_map, outputs[: part_map.max_length]
-            if not group[0].choice.is_all and not compressor.by_view:
+            if group[0].choice.is_only and not group[0].choice.is_all:
                 _map_images(group, token_map)
             merges.append(Merge(rows, slots, token_map))
         # Collect the parts of each image, and mark its slots that are kept.
@@ -127,6 +131,8 @@ class Images:
         for image, (slots, image_parts) in enumerate(zip(slots_of, parts_of, strict=True)):
             image_map = self._join(image, image_parts, len(slots))
             self.maps[image].append((index, image_map))
+            if (frames := self.frames[image]) is not None:
+                self.frames[image] = frames[image_map.anchor_index()[0]]
             is_one = image_map in (image_parts[0].token_map, image_parts[0].image_map)
             outputs_of.append(image_parts[0].outputs if is_one else slots[image_map.anchor_index()[0]])
         kept[row_and_slot(self.rows, slots_of)] = False
@@ -139,9 +145,14 @@ class Images:
         choices: dict[tuple[Layout | None, int, int], list[Choice]] = {}  # images of equal layout share their choices
         for image, (slots, layout) in enumerate(zip(slots_of, self.layouts, strict=True)):
             alike = layout, len(slots), self.views[image]
-            if alike not in choices:
-                choices[alike] = _choices(compressor, layout, self.views[image], slots)
-            for choice in choices[alike]:
+            frames = self.frames[image]
+            if frames is not None and compressor.by_frame and not _has_frames(layout):
+                of_image = _choices_of_frames(compressor, frames)
+            elif alike in choices:
+                of_image = choices[alike]
+            else:
+                of_image = choices[alike] = _choices(compressor, layout, self.views[image], slots)
+            for choice in of_image:
                 parts.append(Part(image, choice, slots, len(self.places[image])))
         return parts
 
@@ -210,9 +221,9 @@ def _choices(compressor: Compressor, layout: Layout | None, count_of_views: int,
     """Return the choices of tokens for `compressor` in an image whose remaining tokens are in `slots`."""
     count, device = len(slots), slots.device
     if layout is None:
-        return [Choice(compressor.together(count_of_views), torch.arange(count, device=device), True, None, 0)]
+        return [Choice(compressor.together(count_of_views), torch.arange(count, device=device), True, True, None, 0)]
     views: list[tuple[Compressor, Tensor, Grid | None, int]]
-    if len(layout.views) > 1 and not compressor.by_view:
+    if len(layout.views) > 1 and not compressor.by_view and not (compressor.by_frame and layout.is_video):
         views = [(compressor, (layout.slots >= 0).nonzero()[:, 0], None, 0)]
     else:
         views = [
@@ -220,9 +231,21 @@ def _choices(compressor: Compressor, layout: Layout | None, count_of_views: int,
             for n, share in enumerate(compressor.shared(layout.views))
         ]
     return [
-        Choice(share, numbers.to(device), torch.equal(numbers, torch.arange(count)), grid, prefix)
+        Choice(share, numbers.to(device), len(views) == 1, torch.equal(numbers, torch.arange(count)), grid, prefix)
         for share, numbers, grid, prefix in views
     ]
+
+
+def _has_frames(layout: Layout | None) -> bool:
+    """Return True if the views of a layout are single frames."""
+    return layout is not None and all(grid.frames == 1 for grid in layout.views)
+
+
+def _choices_of_frames(compressor: Compressor, frames: Int[Tensor, " left"]) -> list[Choice]:
+    """Return a choice for each frame of a video whose remaining tokens lie on no grids; `frames` has their frames."""
+    numbers_of = [(frames == frame).nonzero()[:, 0] for frame in frames.unique()]
+    is_only = len(numbers_of) == 1
+    return [Choice(compressor, numbers, is_only, is_only, None, 0) for numbers in numbers_of]
 
 
 def _map_images(parts: list[Part], token_map: TokenMap) -> None:
