@@ -1,15 +1,20 @@
 """Training on families with tiles, grids of any size and videos: rows, labels, losses and gradients."""
 
+import json
+
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from tests.clips import write_clip
 from tests.families import FAMILIES
 from tests.tiny import IMAGE_TOKEN, VIDEO_TOKEN
+from tests.training.runs import write_config
 from tests.training.test_records import film, record, said
-from tests.training.videos import processor_with_videos
+from tests.training.videos import own_processor, processor_with_videos
 from vlmzip import DFMR, EVS, Chain, FastV, LLaVolta, NoCompression, Pool2d, VisionZip, attach
+from vlmzip.cli.main import main
 from vlmzip.models import family_of
 from vlmzip.runtime.prompt import pad_id
 from vlmzip.training.batches import IGNORE, Collator, Preprocessor
@@ -31,7 +36,13 @@ def folder(tmp_path_factory):
     return path
 
 
-@pytest.fixture(scope="module", params=NAMES)
+#: Quick runs have the families whose rows differ most.
+QUICK = ("llava_next", "qwen3_vl", "video_llava")
+
+
+@pytest.fixture(
+    scope="module", params=[name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
+)
 def rows_of(request):
     """Return the name of a family and its function from records to rows."""
     made = Preprocessor(processor_with_videos(request.param), family_of(FAMILIES[request.param].build()), 900, frames=3)
@@ -106,7 +117,9 @@ def test_a_compressed_batch_learns_what_its_rows_alone_do(rows_of, folder, compr
         torch.testing.assert_close(gradient, other, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", WITH_VIDEOS)
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in WITH_VIDEOS]
+)
 def test_a_batch_without_images_or_videos_gets_blank_ones_without_gradients(name, folder):
     made = Preprocessor(processor_with_videos(name), family_of(FAMILIES[name].build()), 900, frames=3)
     text = made(read_record({"conversations": said("w9 w8", "w7")}), folder)
@@ -184,7 +197,14 @@ def test_a_short_video_repeats_frames_where_all_need_equally_many(folder):
     ],
     ids=lambda made: made.name(),
 )  # fmt: skip
-@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "video_llava"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("llava_next", marks=pytest.mark.slow),
+        "qwen2_5_vl",
+        pytest.param("video_llava", marks=pytest.mark.slow),
+    ],
+)
 def test_a_record_fits_by_the_tokens_that_remain(name, folder, compressor):
     """At this threshold DFMR keeps as few tokens as it can."""
     if name not in NAMES:
@@ -229,3 +249,51 @@ def test_nothing_is_learned_from_a_row_that_its_images_make_too_long(folder):
         assert model.report.too_long == [1]
     model(**batch, longest=text + long)
     assert model.report.too_long == []
+
+
+def run(folder, images, name, processor, content, **settings):
+    """Train a tiny family on records from the command line; return its log and the names of weights that changed."""
+    model = FAMILIES[name].build()
+    for saved in (processor, model):
+        saved.save_pretrained(folder / "model")
+    (folder / "data.json").write_text(json.dumps(content))
+    path = write_config(folder, images=str(images), steps=3, learn="projector", **settings)
+    assert main(["train", str(path)]) == 0
+    before, after = (load_file(folder / part / "model.safetensors") for part in ("model", "out/model"))
+    assert before.keys() == after.keys()
+    log = [json.loads(line) for line in (folder / "out/log.jsonl").read_text().splitlines()]
+    return log, {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def test_training_on_images_of_different_tiles(folder, tmp_path):
+    """The longest record would fit if DFMR pooled its images, which it does not at this threshold."""
+    content, processor = contents("llava_next"), processor_with_videos("llava_next")
+    rows = [
+        Preprocessor(processor, family_of(FAMILIES["llava_next"].build()), 900)(read_record(c), folder) for c in content
+    ]
+    longest = max(len(row["input_ids"]) for row in rows)
+    settings = {"schedule": "dfmr(tau=0.0)", "max_length": longest - 1, "batch": 9}
+    log, learned = run(tmp_path, folder, "llava_next", processor, content * 3, **settings)
+    assert learned
+    assert all("multi_modal_projector" in name for name in learned)
+    assert [0 < line["loss"] < 20 for line in log if "loss" in line] == [True] * 3
+    assert sum(line.get("too_long", 0) for line in log) == pytest.approx(3 * 3 / 9, abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ("qwen2_5_vl", "qwen3_vl", "video_llava") if name in FAMILIES])
+def test_training_on_videos_with_the_processor_of_transformers(folder, tmp_path, name):
+    """A video file, a folder of frames, images and text, through stages before and inside the LLM."""
+    pytest.importorskip("torchvision")
+    pytest.importorskip("av")
+    write_clip(folder / "clip.mp4", frames=23)
+    (folder / "frames").mkdir(exist_ok=True)
+    for n in range(11):
+        Image.effect_noise((60, 40), 40).save(folder / "frames" / f"{n}.png")
+    content = [*contents(name), film("<video> w9", "w20", video="clip.mp4"), film("<video>", "w21", video="frames")]
+    stages = [{"compressor": text} for text in ("visionzip(keep=8)", "llavolta(layer=2,stride=2)", "random_factor")]
+    settings = {"schedule": {"stages": stages}, "max_length": 900, "batch": 7}
+    log, learned = run(tmp_path, folder, name, own_processor(name), content, **settings)
+    assert learned
+    assert all("multi_modal_projector" in weight or "visual.merger" in weight for weight in learned)
+    assert [line["stage"] for line in log if "loss" in line] == [1, 2, 3]
