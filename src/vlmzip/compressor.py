@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -47,6 +48,11 @@ class Profile:
     def size(self) -> int:
         """Return the number of visual tokens of the image."""
         return sum(grid.size for grid in self.grids)
+
+
+def at_least(share: float) -> str:
+    """Return the remedy for a budget below what a method can reach."""
+    return f"needs {math.ceil(100 * share)}%"
 
 
 def missed(keep: Keep, reached: float, profile: Profile) -> str:
@@ -314,7 +320,8 @@ class Compressor(ABC):
         if left < 1:
             least = (first + (depth - first) / size) / depth
             raise BudgetError(
-                f"{first} of {depth} layers see all tokens before {self.name()} acts: on average at least {least:.1%}"
+                f"{first} of {depth} layers see all tokens before {self.name()} acts: on average at least {least:.1%}",
+                remedy=at_least(least),
             )
         return min(round_half_up(left), size)
 
@@ -367,7 +374,8 @@ class Compressor(ABC):
             return BudgetError(f"the number of tokens that {self.name()} keeps depends on the image")
         return BudgetError(
             f"the number of tokens that {self.name()} keeps depends on the images; set its threshold from your images"
-            " with `vlmzip calibrate`"
+            " with `vlmzip calibrate`",
+            remedy="calibrate it",
         )
 
     @classmethod

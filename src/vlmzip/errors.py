@@ -13,7 +13,14 @@ SHORT = 4
 
 
 class UserError(ValueError):
-    """Wrong input. The message gives the mistake and the remedy in one line."""
+    """Wrong input. The message gives the mistake and the remedy in one line.
+
+    `remedy` says what to do in a few words, for a cell of a table.
+    """
+
+    def __init__(self, message: str = "", *, remedy: str = "") -> None:
+        super().__init__(message)
+        self.remedy = remedy
 
 
 class BudgetError(UserError):

@@ -115,7 +115,8 @@ class Candidate:
             raise UserError("left out: it needs settings; give them in --methods: name(field=value)")
         if self.method.trained_weights and not self.named:
             raise UserError(
-                "left out: its weights have to be trained first; name it in --methods to run it all the same"
+                "left out: its weights have to be trained first; name it in --methods to run it all the same",
+                remedy="train it",
             )
         return self.method
 

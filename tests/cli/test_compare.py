@@ -157,8 +157,8 @@ class TestRowsThatCannotBe:
         assert ended.value.code == 1  # a defect, though the table is there
         out, err = capsys.readouterr()
         assert "odd_methods:Broken failed; the notes below the table say why" in err
-        assert re.search(r"^odd_methods:Broken \(1\) +— ", out, re.M)
-        assert re.search(r"^odd_methods:Unreachable \(2\) +— ", out, re.M)
+        assert re.search(r"^odd_methods:Broken \(1\) +\(see the note\) +— ", out, re.M)
+        assert re.search(r"^odd_methods:Unreachable \(2\) +\(see the note\) +— ", out, re.M)
         assert "(1) odd_methods:Broken: failed with RuntimeError: [red]boom" in out
         assert "(2) odd_methods:Unreachable: half of them at least" in out
         assert re.search(r"^pool2d .*9\.0x", out, re.M)
@@ -216,6 +216,18 @@ class TestRowsThatCannotBe:
         code, out, _ = run(capsys, IMAGE, QUESTION, "--methods", odd("Elsewhere"), "--json", *QUICK)
         assert code == 0
         assert "cannot be compressed at site 'post_projector'" in rows_of(out)["odd_methods:Elsewhere"]["note"]
+
+
+def test_rows_without_an_answer_say_what_to_do(capsys):
+    methods = ("--methods", "evs,fastv,llavolta,sparsevlm", "--average-keep", "12%")
+    _, out, _ = run(capsys, IMAGE, QUESTION, *methods, *QUICK)
+    remedies = dict(re.findall(r"^(\w+) \(\d\) +\((.+?)\) +—", out, re.M))
+    assert remedies == {
+        "evs": "for videos",
+        "fastv": "needs 26%",
+        "llavolta": "needs 26%",
+        "sparsevlm": "needs 15%",
+    }
 
 
 def test_json_has_what_the_table_has_and_more(capsys, tmp_path):

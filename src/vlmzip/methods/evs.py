@@ -50,7 +50,9 @@ class EVS(BudgetedCompressor):
         return min(max(count, frame), grid.size)
 
     def at_budget(self, keep: Keep, profile: Profile) -> NoReturn:
-        raise BudgetError(f"{self.name()} keeps all tokens of an image: it drops tokens of videos only")
+        raise BudgetError(
+            f"{self.name()} keeps all tokens of an image: it drops tokens of videos only", remedy="for videos"
+        )
 
     def assign(self, tokens: VisualTokens) -> TokenMap:
         grid = self.grid_of(tokens)

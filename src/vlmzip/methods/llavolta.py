@@ -11,7 +11,7 @@ from annotated_types import Ge
 from jaxtyping import Int
 from torch import Tensor
 
-from vlmzip.compressor import BudgetError, Compressor, Profile
+from vlmzip.compressor import BudgetError, Compressor, Profile, at_least
 from vlmzip.errors import UserError
 from vlmzip.keep import Keep, count_to_keep
 from vlmzip.token_map import TokenMap
@@ -110,7 +110,8 @@ class LLaVolta(Compressor):
         if method.layers and method.layers[0] / profile.layers >= target:
             raise BudgetError(
                 f"{method.layers[0]} of {profile.layers} layers see all tokens before llavolta acts: on average more"
-                f" than {method.layers[0] / profile.layers:.1%}"
+                f" than {method.layers[0] / profile.layers:.1%}",
+                remedy=at_least(method.layers[0] / profile.layers + 1 / profile.size),
             )
         nearest = method._nearest_stride(profile, target, lambda candidate: candidate.reached(profile))
         return nearest, nearest.reached(profile)

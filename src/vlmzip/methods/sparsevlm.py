@@ -13,7 +13,7 @@ from annotated_types import Ge, Le
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vlmzip.compressor import BudgetError, Compressor, Profile, keep_all
+from vlmzip.compressor import BudgetError, Compressor, Profile, at_least, keep_all
 from vlmzip.errors import UserError, check_choice
 from vlmzip.keep import Keep, count_to_keep, round_half_up
 from vlmzip.token_map import TokenMap
@@ -126,7 +126,8 @@ class SparseVLM(Compressor):
         if target < least.reached(profile):
             raise BudgetError(
                 f"{least.layer[0]} of {profile.layers} layers see all tokens before sparsevlm acts:"
-                f" on average at least {least.reached(profile):.1%}"
+                f" on average at least {least.reached(profile):.1%}",
+                remedy=at_least(least.reached(profile)),
             )
         nearest = self._nearest_scale(profile, target, lambda candidate: candidate.reached(profile))
         return nearest, nearest.reached(profile)

@@ -28,6 +28,8 @@ class MethodRow:
     method: str
     note: str = ""
     """Why the answer is missing or unusual."""
+    remedy: str = ""
+    """What to do about a missing answer, in a few words."""
     compressed: CompressedModel | None = None
     first: TimedAnswer | None = None
     differs: bool = False
@@ -53,6 +55,7 @@ class MethodRow:
     def give_up(self, error: Exception) -> None:
         self.note, self.first, self.compressed, self.differs = reason(error), None, None, False
         self.broke = not isinstance(error, UserError)
+        self.remedy = (isinstance(error, UserError) and error.remedy) or "see the note"
 
 
 def compare(

@@ -79,7 +79,7 @@ class Comparison:
             Column(self._numbered, "method"),
             Column(lambda row: row.note or None, key="note"),
             Column(lambda row: row.first.text if row.first else None, key="answer"),
-            _ran(lambda row, first: self.answer(row), "answer"),
+            Column(self.answer, "answer"),
             _ran(lambda row, first: row.differs, key="differs"),
             _ran(lambda row, first: first.report.compressor.to_dict(), key="compressor"),
             _ran(lambda row, first: first.report.by_layer, "visual tokens", compact, "visual_tokens_by_layer"),
@@ -98,7 +98,9 @@ class Comparison:
         return row.method + (f" ({self.noted.index(row) + 1})" if row.note else "")
 
     def answer(self, row: MethodRow) -> str:
-        assert row.first is not None
+        """Return the answer, with a mark if it differs, or what to do about a missing one."""
+        if row.first is None:
+            return f"({row.remedy})"
         return (DIFFERS if row.differs else "") + (printable(row.first.text) or "(empty)")
 
     @property
