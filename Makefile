@@ -24,12 +24,14 @@ JOBS ?= 2
 IN_PARALLEL := -n $(JOBS) --no-loadscope-reorder
 # lmms-eval installs a hundred packages, 2.4 GB, and needs older versions of some, so it has a separate environment.
 LMMS ?= .venv-lmms
+# The docs site needs no torch, so its environment has only what the extra `docs` names.
+DOCS_ENV := .venv-docs
 # `base` is an installation without extras.
 EXTRAS = base $(shell $(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'])")
 SECONDS ?= 60
 SEED ?= 0
 
-.PHONY: help demo test test-slow test-transformers test-newest test-lmms test-extras fuzz check fmt lint types tables bench bench-gpu \
+.PHONY: help demo docs test test-slow test-transformers test-newest test-lmms test-extras fuzz check fmt lint types tables bench bench-gpu \
 	flops figures support papers conformance mini mini-data always extras-beside-tests
 .DEFAULT_GOAL := help
 
@@ -88,7 +90,7 @@ test-extras: ## install each extra alone, with the newest packages, and use it; 
 fuzz: $(INSTALLED) ## break the input of every command for SECONDS=; fails on a traceback, hang or wrong exit code
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED) --jobs $(JOBS)
 
-check: lint types tables extras-beside-tests test test-slow ## what CI runs
+check: lint types tables docs extras-beside-tests test test-slow ## what CI runs
 
 extras-beside-tests: # installing is mostly waiting
 	$(MAKE) --no-print-directory --jobs=2 --output-sync test-extras test-transformers
@@ -107,6 +109,15 @@ types: $(INSTALLED) ## check types
 tables: $(INSTALLED) ## check that README and docs/training_claims.md agree with the committed results
 	$(BIN)/python docs/_make/tables.py --check
 	$(BIN)/python docs/_make/training_claims.py --check
+
+$(DOCS_ENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  $$($(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs'])")
+	@touch $@
+
+docs: $(DOCS_ENV)/.installed ## build the docs site in build/site; fails on a broken link or a page that is not in the menu
+	NO_MKDOCS_2_WARNING=1 $(DOCS_ENV)/bin/mkdocs build --strict --quiet
 
 bench: $(INSTALLED) ## measure time and memory of encoder and selection; writes a CSV into benchmarks/results
 	$(BIN)/python -m recipes.benchmarks.selection_cost

@@ -100,6 +100,11 @@ def dev(folder):
         call(beside_python(tool), "--version")
 
 
+def docs(folder):
+    call(beside_python("mkdocs"), "build", "--strict", "--quiet", "--site-dir", str(folder / "site"))
+    assert (folder / "site" / "api" / "methods.html").exists()
+
+
 #: `base` is an installation without extras.
 USES = {
     "base": [base],
@@ -108,6 +113,7 @@ USES = {
     "lmms": [lmms],
     "video": [video],
     "completion": [completion],
+    "docs": [docs],
     "dev": [completion, train, eval, dev],
 }
 

@@ -21,7 +21,7 @@ Look up here whether a feature works with your model and your transformers. `mak
   are refused.
 - *refused*: a `UserError` says in one sentence why, and what to do instead.
 - *plain model fails*: transformers itself cannot do this here, with or without vlmzip.
-  [What may surprise](using.md#what-may-surprise) lists more such cases.
+  [What may surprise](surprises.md) lists more such cases.
 """
 
 

@@ -26,6 +26,9 @@ class AdaptiveVisionZip(Compressor):
     factor for each image from the variation of its tokens. The factor gives a token count: 576, 144 or 64 of
     LLaVA-1.5's 576. VisionZip (arXiv:2412.04467, see `visionzip`) then keeps that many dominant and contextual tokens.
     An image with factor 1 keeps all its tokens. The images of a batch can keep different numbers of tokens.
+
+    When it fails: on images whose small things lie on a plain ground, because plain images get the fewest tokens. On
+    mini it gains nothing over `visionzip` with the same number for every image (docs/results.md).
     """
 
     paper = "our own combination of dfmr and visionzip"

@@ -28,6 +28,9 @@ class Chain(Compressor):
 
     A method that needs a grid cannot follow a compressor whose tokens lie on none. A compressor with weights
     (`qformer`) must come first.
+
+    When it fails: if the first method drops what the second would keep. On mini, VisionZip and then FastV scores less
+    than `kmeans` alone at 25 and 11 % of the tokens: 76.5 against 79.8, 72.2 against 74.6 (docs/results.md).
     """
 
     paper = "our own combination"

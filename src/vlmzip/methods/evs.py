@@ -32,6 +32,8 @@ class EVS(BudgetedCompressor):
 
     Differences from vLLM: changes are computed in float32 in every precision. A budget may be a number of tokens, too.
     Tokens outside the grid (CLS) are dropped.
+
+    When it fails: at budgets below one frame, because the first frame stays whole. Its accuracy was not measured here.
     """
 
     paper = "arXiv:2510.14624"

@@ -27,6 +27,9 @@ class FastV(BudgetedCompressor):
 
     With labels, an image's question ends at the token before the first label after the image. Without labels, it ends
     at the last token of the prompt. In a conversation with answers, that is the last token of the last answer.
+
+    When it fails: at small budgets, because the layers before K see all tokens: on mini, with 8 layers, it cannot reach
+    25 % on average. Published for LLaVA-1.5-7B with 64 of 576 tokens: 75.6 % of the score, VisionZip 94.0 %.
     """
 
     paper = "arXiv:2403.06764"

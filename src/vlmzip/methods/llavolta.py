@@ -40,6 +40,9 @@ class LLaVolta(Compressor):
     - Any number of tokens and images, text-only rows, ragged batches and padding on either side work.
     - Positions are exact; theirs are averaged in float16.
     - An image with fewer tokens than the stride becomes one token; in their code it vanishes.
+
+    When it fails: in early layers and before the LLM, where a run of a row mixes small things with their surroundings.
+    At stride 4, mini loses 13 points from layer 1 on, and 0.3 from layer 4 on (docs/studies.md).
     """
 
     paper = "arXiv:2406.20092"

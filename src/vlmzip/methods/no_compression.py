@@ -11,7 +11,10 @@ from vlmzip.visual_tokens import Grid, VisualTokens
 
 @dataclass(frozen=True, kw_only=True)
 class NoCompression(Compressor):
-    """Keep every visual token. This is the baseline of every comparison."""
+    """Keep every visual token. This is the baseline of every comparison.
+
+    When it fails: never, but it saves nothing.
+    """
 
     changes_nothing = True
 

@@ -1,0 +1,151 @@
+"""Write docs/methods.md, the gallery of methods, from the methods' own docstrings and fields.
+
+python docs/_make/methods.py            writes the page, and draws its images into docs/figures/methods
+python docs/_make/methods.py --check    exits with 1 if the page is not what this would write; draws nothing
+
+The images show examples/first.png and its question on mini, with a quarter of the tokens. A method without a budget has
+its first example, or its defaults. The cost comes from benchmarks/results/selection-by-method.csv.
+"""
+
+import csv
+import re
+import sys
+from pathlib import Path
+
+from checked_page import write_or_check
+
+from vlmzip import blueprint, outline
+from vlmzip.lab.table import markdown
+from vlmzip.outline import Outline
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "methods.md"
+FIGURES = ROOT / "docs" / "figures" / "methods"
+COSTS = ROOT / "benchmarks" / "results" / "selection-by-method.csv"
+EXAMPLE = ROOT / "examples" / "first.png"
+FAILS = "When it fails: "
+SPECS = {"chain": ("visionzip(keep=50%)+fastv(keep=50%)",)}
+ACTS = {
+    "pixels": "on the pixels",
+    "pre_projector": "before the projector",
+    "post_projector": "after the projector",
+    "in_llm": "inside the LLM",
+}
+#: Every method has these options, or every method with a budget; the head of the page explains them.
+COMMON = ("positions", "keep_per_view")
+
+HEAD = """# Method gallery
+
+Each image shows what a method keeps of the visual tokens of one image: `examples/first.png` on [mini](mini.md), with a
+quarter of the tokens or, for methods without such a budget, an example setting. White frames: kept tokens. Tints:
+tokens merged into one, whose place is the small square. Dark: dropped tokens. Methods inside the LLM are drawn as its
+last layer sees the image.
+
+*Cost* is the time and peak memory of deciding and applying, as ratios to those of the encoder CLIP ViT-L/14-336 at 576
+tokens, for 576 and for 2,880 tokens; about a ninth of the tokens remain
+([measured](results.md#what-each-methods-selection-costs) on one CPU thread, without the signals that a method reads).
+Every method also has `--positions`: `contiguous` renumbers the remaining tokens, `original` keeps their positions.
+Methods with `keep` also have `keep_per_view`, a budget for each view (tile or frame) of an image or video.
+
+`python docs/_make/methods.py` writes this page from the methods' source. `vlmzip methods NAME` prints the same and the
+differences from the authors' code.
+"""
+
+
+def main() -> int:
+    if "--check" not in sys.argv:
+        draw_all()
+    return write_or_check(PAGE, page, __doc__ or "")
+
+
+def page() -> str:
+    methods = outline.methods()
+    costs = {
+        (row["method"], row["tokens"]): row for row in csv_rows() if not row["setting"] and row["keep"] != "64 tokens"
+    }
+    return "\n".join([HEAD, overview(methods), *(section(method, costs) for method in methods)])
+
+
+def csv_rows() -> list[dict[str, str]]:
+    with COSTS.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def overview(methods: list[Outline]) -> str:
+    rows = [[f"[`{m.name}`](#{m.name})", m.summary, sites(m)] for m in methods]
+    return markdown(["method", "what it does", "acts"], rows) + "\n"
+
+
+def section(method: Outline, costs: dict[tuple[str, str], dict[str, str]]) -> str:
+    """Return a method's part of the page: summary, image, facts, options."""
+    parts = [f"## {method.name}", method.summary]
+    if (FIGURES / f"{method.name}.png").exists():
+        parts.append(f"![What {method.name} keeps of an image](figures/methods/{method.name}.png)")
+    fails = re.search(rf"{FAILS}(.*?)(?:\n\n|\Z)", method.doc, flags=re.S)
+    if not fails:
+        raise ValueError(f"the docstring of {method.name} has no paragraph that begins with {FAILS!r}")
+    facts = [f"**Paper**: {paper(method)}.", f"**Acts** {sites(method)}; reads {reads(method)}."]
+    linked = re.sub(r"\(docs/((\w+)\.md)\)", r"([\2](\1))", " ".join(fails[1].split()))
+    facts.append(f"**When it fails**: {linked}")
+    if cost := [cell for tokens in ("576", "2880") if (cell := cost_cell(costs.get((method.name, tokens))))]:
+        facts.append(f"**Cost**: {'; '.join(cost)}.")
+    if examples := [f"`{method.name}({settings})`" for settings in method.values["examples"]]:
+        facts.append(f"**Try**: {', '.join(examples)}.")
+    parts.append("\n".join(f"- {fact}" for fact in facts))
+    _, fields = blueprint.method(method.name)
+    rows = [[f"`{f.name}`", f.type, default(f.default), f.doc] for f in fields if f.name not in COMMON]
+    parts.append(markdown(["option", "value", "default", "meaning"], rows).strip())
+    return "\n\n".join(parts) + "\n"
+
+
+def default(value: object) -> str:
+    """Return a default, or dots for one that is too long for a table."""
+    return str(value) if len(str(value)) < 60 else "…"
+
+
+def sites(method: Outline) -> str:
+    return ", ".join(ACTS[str(site)] for site in method.values["sites"])
+
+
+def reads(method: Outline) -> str:
+    return ", ".join(["the features", *(str(signal).replace("_", " ") for signal in sorted(method.values["needs"]))])
+
+
+def paper(method: Outline) -> str:
+    named = re.sub(r"arXiv:(\S+?)(?=,|$)", r"[arXiv:\1](https://arxiv.org/abs/\1)", method.values["paper"])
+    return named or "none"
+
+
+def cost_cell(row: dict[str, str] | None) -> str:
+    if row is None or not row["time_over_encoder"]:
+        return ""
+    time, memory = float(row["time_over_encoder"]), float(row["memory_over_encoder"])
+    return f"{int(row['tokens']):,} tokens: {time:.2%} of the encoder's time, {memory:.2f}x its memory"
+
+
+def draw_all() -> None:
+    """Draw what each method keeps of the example."""
+    from figures import answered, inputs_of  # torch, which `--check` does not need
+    from PIL import Image
+
+    from vlmzip import Grid, Profile, UserError, catalogue, spec
+    from vlmzip.mini import load
+
+    model, processor = load()
+    inputs = inputs_of(processor, Image.open(EXAMPLE), EXAMPLE.with_suffix(".txt").read_text().strip())
+    mini = Profile(grid=Grid(1, 12, 12), layers=8)
+    FIGURES.mkdir(exist_ok=True)
+    for name, cls in catalogue.available().items():
+        if cls.sees_clip or cls.trained_weights:  # needs a video, or training
+            continue
+        for text in SPECS.get(name, (f"{name}(keep=25%)", *(f"{name}({settings})" for settings in cls.examples), name)):
+            try:
+                image, _ = answered(model, processor, inputs, spec.read(text).placed(mini))
+            except UserError:  # the method has no such setting
+                continue
+            image.save(FIGURES / f"{name}.png", optimize=True)
+            break
+
+
+if __name__ == "__main__":
+    sys.exit(main())
