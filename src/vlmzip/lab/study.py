@@ -121,6 +121,7 @@ class Study:
             configuration.key: configuration for configuration in configurations if configuration.compressor is not None
         }
         failures = {}
+        times: list[float] = []
         for number, (key, configuration) in enumerate(runs.items(), 1):
             start = time.perf_counter()
             try:
@@ -129,11 +130,12 @@ class Study:
                 failures[key] = str(failure)
                 continue
             if count and self.processes.first:
-                spent = time.perf_counter() - start
-                progress = (
-                    f"{configuration.task}, {spec.write(configuration.chosen)}: {count:,} questions in {spent:.0f} s"
+                times.append(time.perf_counter() - start)
+                done = f"{count:,} questions in {times[-1]:.0f} s"
+                left = time_left(times, len(runs) - number)
+                log.info(
+                    f"[{number}/{len(runs)}] {configuration.task}, {spec.write(configuration.chosen)}: {done}{left}"
                 )
-                log.info(f"[{number}/{len(runs)}] {progress}")
         self.failures = self.processes.together(failures)
 
     def records(self, task: Task, configuration: Configuration) -> list[Record]:
@@ -214,6 +216,14 @@ class Study:
         now["prefill_flops"] = self.answerer.flops(answer.text_tokens, answer.by_layer)
         wrong = [name for name, value in now.items() if record[name] != value]
         return f"its {wrong[0]} is {record[wrong[0]]}, not {now[wrong[0]]}" if wrong else ""
+
+
+def time_left(times: Sequence[float], steps: int) -> str:
+    """Return a clause about the seconds that `steps` more take, by the mean of those done. Empty for no more steps."""
+    seconds = steps * sum(times) / len(times)
+    if not steps:
+        return ""
+    return f", about {seconds:.0f} s left" if seconds < 100 else f", about {seconds / 60:.0f} min left"
 
 
 def _guarded(configuration: Configuration, work: Callable[[], Any]) -> Any:
