@@ -58,5 +58,6 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
 def _presets_help() -> str:
     return (
         "llava-1.5-7b, llava-1.5-13b: 576 visual tokens; llava-next-7b, llava-next-13b: the same models at LLaVA-NeXT's"
-        " 2,880, as five images; video-llava-7b: at Video-LLaVA's 2,048, as eight; default: %(default)s"
+        " 2,880, as five images; video-llava-7b: at Video-LLaVA's 2,048, as eight;"
+        " mgm-2b: 576, with an LLM of Gemma-2B's dimensions; default: %(default)s"
     )
