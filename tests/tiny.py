@@ -245,6 +245,8 @@ def wider(model: PreTrainedModel) -> PreTrainedModel:
                 setattr(part, name, value)
     config.text_config.num_attention_heads, config.text_config.num_key_value_heads = 8, 4
     config.vision_config.out_hidden_size = 64
+    if "aux_config" in vars(config):  # a second encoder
+        config.aux_config.hidden_sizes = [64] * 4
     torch.manual_seed(0)
     return with_large_weights(type(model)(config), "sdpa")
 

@@ -38,7 +38,8 @@ each, asks it with every method, and writes this page (vlmzip {vlmzip}, torch {t
 Each cell asks about one image, about several images, and with a batch of rows of two images, one image and text alone.
 An answer must be the same with and without a cache, a row in a batch the same as alone, and `no_compression` the same
 as the plain model. Methods run with half of the tokens or, if they have no budget, with their default settings. Videos
-are not part of the page; `evs` keeps all tokens of an image.
+are not part of the page; `evs` keeps all tokens of an image. Mini-Gemini, which transformers lacks, has columns in
+[What works](support.md).
 
 `+` works; `(+)` works in some of these cases and is refused in others; `–` refused.
 """

@@ -119,3 +119,20 @@ def reason(error: BaseException) -> str:
     """
     message = " ".join(str(error).split())
     return message if isinstance(error, UserError) else f"failed with {type(error).__name__}: {message}"[:300]
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Turn every error of a library in the block into a `UserError` that begins with `what`.
+
+    The block must only call libraries: a defect of vlmzip must still show as a traceback.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        # Panics of the tokenizers library, which is written in Rust, are not an `Exception`.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise UserError(f"{what}: {reason(error)}") from error

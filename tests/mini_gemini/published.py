@@ -1,9 +1,19 @@
 """Tiny checkpoints in the layout in which Mini-Gemini, CLIP and OpenCLIP are published, with random weights."""
 
-import torch
-from transformers import CLIPVisionConfig, CLIPVisionModel
+import json
 
-from tests.tiny import SIDE, VIT
+import torch
+from safetensors.torch import load_file, save_file  # noqa: F401 (tests change files with them)
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from tests.tiny import LLM, SIDE, VIT
 
 WIDTHS, DEPTHS = (8, 12, 16, 20), (1, 1, 2, 1)
 #: Candidates per side of each patch's window.
@@ -64,3 +74,81 @@ def patches(model, views):
     """CLIP's patches of views, by `hidden_states`."""
     with torch.no_grad():
         return model(views, output_hidden_states=True).hidden_states[-2][:, 1:]
+
+
+# --- whole checkpoints ----------------------------------------------------------------------------------------------
+
+LLMS = {"Llama": (LlamaConfig, LlamaForCausalLM), "Gemma": (GemmaConfig, GemmaForCausalLM)}
+#: What the authors' config.json has beside the LLM's fields.
+FIELDS = {
+    "mm_vision_tower": "model_zoo/OpenAI/clip-vit-large-patch14-336",
+    "mm_vision_tower_aux": "model_zoo/OpenAI/openclip-convnext-large-d-320-laion2B-s29B-b131K-ft-soup",
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_vision_select_layer": -2,
+    "mm_vision_select_feature": "patch",
+    "mm_hidden_size": VIT["hidden_size"],
+    "mm_hidden_size_aux": sum(WIDTHS),
+    "image_aspect_ratio": "pad",
+    "image_size_aux": AUX_SIDE,
+    "tokenizer_padding_side": "right",
+    "use_mm_proj": True,
+}
+
+
+def llm(kind, seed=0):
+    """An LLM of 96 words, the tiny tokenizer's without those for images."""
+    config_class, model_class = LLMS[kind]
+    torch.manual_seed(seed)
+    return model_class(config_class(**{**LLM, "vocab_size": 96}, head_dim=8, bos_token_id=1, eos_token_id=2)).eval()
+
+
+def write(folder, kind="Llama", grid=1, tuned=None, pickled=False, fields=None):
+    """Write the three checkpoints into a folder, and return their paths: the authors' own, CLIP, and ConvNeXt.
+
+    With `tuned`, a seed, the first has encoders inside it.
+    """
+    own, clip_folder, convnext = (folder / name for name in ("MGM", "clip", "convnext"))
+    own.mkdir()
+    model = llm(kind)
+    state = {name: weight for name, weight in model.state_dict().items() if kind != "Gemma" or name != "lm_head.weight"}
+    state |= {f"model.{name}": weight for name, weight in modules(LLM["hidden_size"]).items()}
+    if tuned is not None:
+        prefix = "model.vision_tower.vision_tower.vision_model."
+        state |= {prefix + name.removeprefix("vision_model."): w for name, w in clip(tuned).state_dict().items()}
+        state |= {f"model.vision_tower_aux.vision_{name}": weight for name, weight in trunk(tuned).items()}
+    config = model.config.to_dict() | FIELDS | {"image_size_aux": AUX_SIDE * grid}
+    config |= {"architectures": [f"MGM{kind}ForCausalLM"], "model_type": "mgm" if kind == "Llama" else "mgm_gemma"}
+    config |= {"image_grid": 2, "image_global": True} if grid == 2 else {}
+    (own / "config.json").write_text(json.dumps({**config, **(fields or {})}))
+    visual = {f"visual.trunk.{name}": weight for name, weight in trunk().items()}
+    visual |= {"visual.trunk.head.norm.weight": torch.ones(WIDTHS[-1]), "text.ln_final.weight": torch.ones(4)}
+    convnext.mkdir()
+    if pickled:
+        torch.save(state, own / "pytorch_model.bin")
+        torch.save(visual, convnext / "open_clip_pytorch_model.bin")
+    else:
+        names = sorted(state)  # in two files
+        for number, part in enumerate((names[::2], names[1::2]), start=1):
+            save_file(
+                {name: state[name].clone() for name in part},
+                own / f"model-0000{number}-of-00002.safetensors",
+                {"format": "pt"},
+            )
+        index = {name: f"model-0000{1 + n % 2}-of-00002.safetensors" for n, name in enumerate(names)}
+        (own / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+        save_file(visual, convnext / "open_clip_model.safetensors")
+    words().save_pretrained(own)
+    clip().save_pretrained(clip_folder)
+    return own, clip_folder, convnext
+
+
+def words():
+    """A tokenizer of the LLM's words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3} | {f"w{n}": n for n in range(4, 96)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)

@@ -31,8 +31,8 @@ def model_of(grid, llm="llama"):
     inner = model.model
     inner.vision_tower.load_state_dict(published.clip().state_dict())
     inner.vision_tower_aux.load_state_dict(convnext_weights(published.trunk()))
-    missing = inner.load_state_dict(module_weights(published.modules(LLM["hidden_size"])), strict=False).missing_keys
-    assert not [name for name in missing if name.startswith(("multi_modal_projector", "patch_miner"))]
+    for name in ("multi_modal_projector", "patch_miner"):
+        getattr(inner, name).load_state_dict(module_weights(published.modules(LLM["hidden_size"]), name))
     return model
 
 
@@ -101,6 +101,13 @@ def test_answers_saved_and_loaded(grid, llm, tmp_path):
     assert torch.equal(loaded.generate(**prompt, **greedy), answer)
     beams = model.generate(**prompt, **greedy, num_beams=2)
     assert beams.shape[0] == 2
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_can_be_set(attention):
+    model = model_of(1)
+    model.set_attn_implementation(attention)
+    assert model.config.vision_config._attn_implementation == attention
 
 
 def test_the_loss_reaches_every_part_that_learns():

@@ -150,7 +150,9 @@ def test_a_frozen_encoder_keeps_nothing_for_a_backward(fresh, frozen):
     model_family = family_of(model)
     if model_family.projector in list(model_family.vision_encoder.modules()):
         pytest.skip("its projector is a part of the encoder")
-    model_family.vision_encoder.requires_grad_(not frozen)
+    model.requires_grad_(not frozen)  # some models have modules beside encoder and projector
+    for module in (model_family.llm, model_family.projector):
+        module.requires_grad_(True)
     model.enable_input_require_grads()
     inputs = fresh.batch(["image"])
     for site in (Site.PRE_PROJECTOR, Site.POST_PROJECTOR):

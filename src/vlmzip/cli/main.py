@@ -24,6 +24,7 @@ COMMANDS = {
     "bench": "measure speed and memory at the dimensions of a large model, with random weights",
     "calibrate": "set a method's threshold so that your images meet a budget on average",
     "compare": "ask one question with every method at one budget, and show the answers side by side",
+    "convert": "make a Mini-Gemini that transformers loads from the checkpoint of its authors",
     "doctor": "print versions and devices, and which commands miss a package",
     "eval": "score methods at several budgets on whole sets of questions, with intervals, curves and a report",
     "methods": "list the compression methods, or the fields of one",

@@ -39,6 +39,7 @@ def run(args: Namespace) -> None:
     print(f"\nTried on tiny models with random weights ({versions}).")
     print("in_llm: not in LLMs with sliding windows (PaliGemma 2), linear attention or convolutions.")
     print('A model without a row, or a refused one: see "Add a family of models" in CONTRIBUTING.md.')
+    print("Mini-Gemini is not in transformers: vlmzip convert --help tells how to get it.")
     print("mini, the small model that ships with vlmzip, is a llava; --model takes any checkpoint of these models.")
 
 

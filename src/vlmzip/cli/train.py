@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText
 
 from vlmzip import own_files
 from vlmzip.cli._shared.loading import load
-from vlmzip.errors import UserError, closest
+from vlmzip.errors import UserError, closest, refusing
 from vlmzip.files import refuse_place, refuse_source, write_whole
 from vlmzip.lab.bench.presets import PRESETS, make_config, make_model
 from vlmzip.lab.papers.llavolta import explain_beside_paper
@@ -26,7 +26,7 @@ from vlmzip.lab.tasks.catalogue import read_task
 from vlmzip.models import family_of
 from vlmzip.runtime.answering import Answerer
 from vlmzip.runtime.loading import source_of
-from vlmzip.runtime.pretrained import load_config, refusing
+from vlmzip.runtime.pretrained import load_config
 from vlmzip.training.config import Config, read_config
 from vlmzip.training.explain import COLUMNS, Cost, as_json, draw_staircase, lines, profile_of
 from vlmzip.training.records import Records

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import ConvNextConfig, LlavaConfig, PreTrainedConfig
 
@@ -18,12 +18,12 @@ class MiniGeminiConfig(LlavaConfig):
     """
 
     model_type = "mini_gemini"
-    sub_configs: ClassVar[dict[str, Any]] = {**LlavaConfig.sub_configs, "aux_config": ConvNextConfig}
 
     aux_config: dict[str, Any] | PreTrainedConfig | None = None
     image_grid: int = 1
 
     def __post_init__(self, **kwargs: Any) -> None:
+        # It is not among `sub_configs`, whose models all have attention.
         if self.aux_config is None:
             self.aux_config = ConvNextConfig(**CONVNEXT_LARGE)
         elif isinstance(self.aux_config, dict):

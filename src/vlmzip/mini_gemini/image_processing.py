@@ -38,6 +38,9 @@ class MiniGeminiImageProcessor(LlavaImageProcessorPil):
     view_size = 336
     image_grid = 1
 
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+
     def _preprocess(  # type: ignore[override]  # transformers calls it with keywords
         self, images: list[Any], *, view_size: int, image_grid: int, return_tensors: Any = None, **settings: Any
     ) -> BatchFeature:

@@ -15,27 +15,43 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from transformers import ConvNextConfig, ConvNextModel, LlavaForConditionalGeneration, LlavaModel
+from transformers import ConvNextConfig, LlavaForConditionalGeneration, LlavaModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.convnext.modeling_convnext import ConvNextEmbeddings, ConvNextLayer, ConvNextStage
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.utils.generic import can_return_tuple
 
 from vlmzip.mini_gemini.configuration import MiniGeminiConfig
 
 
-class MiniGeminiAuxTower(ConvNextModel):
-    """A ConvNeXt without head, which returns the features of all stages at the size of the first."""
+class MiniGeminiConvNextLayer(ConvNextLayer):
+    """ConvNeXt's block. Its linear layers get [images, pixels, channels], because those of bitsandbytes need this."""
+
+    def forward(self, features: Float[Tensor, "images dim rows cols"]) -> Float[Tensor, "images dim rows cols"]:
+        normed = self.layernorm(self.dwconv(features).permute(0, 2, 3, 1))
+        changes = self.pwconv2(self.act(self.pwconv1(normed.flatten(1, 2))))
+        if self.layer_scale_parameter is not None:
+            changes = self.layer_scale_parameter * changes
+        return features + changes.transpose(1, 2).unflatten(2, features.shape[2:])
+
+
+class MiniGeminiAuxTower(nn.Module):
+    """The stem and the stages of a ConvNeXt. It returns the features of all stages at the size of the first."""
 
     def __init__(self, config: ConvNextConfig) -> None:
-        super().__init__(config)
-        self.layernorm: Any = nn.Identity()  # instead of the norm of ConvNeXt's head
+        super().__init__()
+        widths: Any = config.hidden_sizes
+        depths: Any = config.depths
+        self.embeddings = ConvNextEmbeddings(config)
+        self.stages = nn.ModuleList()
+        for number, (before, width, depth) in enumerate(zip([widths[0], *widths], widths, depths, strict=False)):
+            stage = ConvNextStage(config, before, width, stride=2 if number else 1, depth=0)
+            stage.layers.extend(MiniGeminiConvNextLayer(config, width) for _ in range(depth))
+            self.stages.append(stage)
 
     def forward(self, pixel_values: Float[Tensor, "images 3 _ _"]) -> Float[Tensor, "images channels rows cols"]:
-        features = self.embeddings(pixel_values.to(self.dtype))
-        stages = []
-        for stage in self.encoder.stages:
-            features = stage(features)
-            stages.append(features)
-        first, *others = stages
+        features = self.embeddings(pixel_values.to(self.embeddings.patch_embeddings.weight.dtype))
+        first, *others = [features := stage(features) for stage in self.stages]
         return torch.cat([first, *(_resized(each, size=first.shape[-2:]) for each in others)], dim=1)
 
 
@@ -55,9 +71,13 @@ class MiniGeminiPatchMiner(nn.Module):
     ) -> Float[Tensor, "views patches dim"]:
         candidates = self.candidates(features, math.isqrt(patches.shape[1]))
         query = self.query_projector(patches)[:, :, None]
-        key = self.key_projector(candidates) / math.sqrt(query.shape[-1])
-        attention = (query @ key.transpose(-1, -2)).softmax(-1)
-        mined: Tensor = (attention @ self.value_projector(candidates))[:, :, 0]
+        # The linear layers get three axes, because those of bitsandbytes need this.
+        key, value = (
+            projector(candidates.flatten(1, 2)).unflatten(1, candidates.shape[1:3])
+            for projector in (self.key_projector, self.value_projector)
+        )
+        attention = (query @ (key / math.sqrt(key.shape[-1])).transpose(-1, -2)).softmax(-1)
+        mined: Tensor = (attention @ value)[:, :, 0]
         return mined
 
     @staticmethod
@@ -114,30 +134,36 @@ class MiniGeminiModel(LlavaModel):
         self.multi_modal_projector = MiniGeminiProjector(config)
         self.post_init()
 
+    @can_return_tuple
     def get_image_features(
         self,
         pixel_values: Float[Tensor, "*images 3 height width"],
         pixel_values_aux: Float[Tensor, "images 3 _ _"],
-        return_dict: bool | None = None,
-    ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
         """Return the visual tokens of each image in `pooler_output`.
 
         `pixel_values` is [images, 3, height, width]; for HD models [images, views, 3, height, width], the global view
         first, or the views of all images, one after another.
         """
-        config = self.config
         seen = self.vision_tower(pixel_values.flatten(0, -4), output_hidden_states=True, return_dict=True)
-        patches = seen.hidden_states[config.vision_feature_layer][:, 1:]
+        patches = seen.hidden_states[self.config.vision_feature_layer][:, 1:]
+        projected = self.multi_modal_projector(self.with_details(patches, pixel_values_aux))
+        images: Any = list(projected.unflatten(0, (-1, self.config.views)).flatten(1, 2))
+        return BaseModelOutputWithPooling(last_hidden_state=seen.last_hidden_state, pooler_output=images)
+
+    def with_details(
+        self, patches: Float[Tensor, "views patches dim"], pixel_values_aux: Float[Tensor, "images 3 _ _"]
+    ) -> Float[Tensor, "views patches dim"]:
+        """Return CLIP's patches of all views, each with the details that it looks up in the second encoder."""
         features = self.features_of_views(pixel_values_aux).to(patches)
         if len(patches) != len(features):
             raise ValueError(
                 f"pixel_values has {len(patches)} views, and pixel_values_aux {len(pixel_values_aux)} images of"
-                f" {config.views}: use the model's own processor"
+                f" {self.config.views}: use the model's own processor"
             )
-        projected = self.multi_modal_projector(patches + self.patch_miner(patches, features))
-        images: Any = list(projected.unflatten(0, (-1, config.views)).flatten(1, 2))
-        output = BaseModelOutputWithPooling(last_hidden_state=seen.last_hidden_state, pooler_output=images)
-        return output if return_dict is not False else output.to_tuple()
+        mined: Tensor = self.patch_miner(patches, features)
+        return patches + mined
 
     def features_of_views(
         self, pixel_values_aux: Float[Tensor, "images 3 _ _"]
@@ -189,9 +215,9 @@ class MiniGeminiForConditionalGeneration(LlavaForConditionalGeneration):
         self,
         pixel_values: Float[Tensor, "*images 3 height width"],
         pixel_values_aux: Float[Tensor, "images 3 _ _"],
-        return_dict: bool | None = None,
-    ) -> BaseModelOutputWithPooling | tuple[Any, ...]:
-        return self.model.get_image_features(pixel_values, pixel_values_aux, return_dict=return_dict)
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        return self.model.get_image_features(pixel_values, pixel_values_aux, **kwargs)
 
     def forward(self, *args: Any, pixel_values_aux: Tensor | None = None, **kwargs: Any) -> Any:
         return super().forward(*args, pixel_values_aux=pixel_values_aux, **kwargs)

@@ -21,12 +21,12 @@ MODULES = {
 #: The encoders that the authors' checkpoints of tuned encoders have inside them.
 TUNED_CLIP = "vision_tower.vision_tower."
 TUNED_CONVNEXT = "vision_tower_aux.vision_"
-#: Names in timm's ConvNeXt, and in transformers'.
+#: Names in timm's ConvNeXt, and in transformers' parts of it.
 CONVNEXT = (
     (r"^stem\.0\.", "embeddings.patch_embeddings."),
     (r"^stem\.1\.", "embeddings.layernorm."),
-    (r"^stages\.(\d+)\.downsample\.", r"encoder.stages.\1.downsampling_layer."),
-    (r"^stages\.(\d+)\.blocks\.(\d+)\.", r"encoder.stages.\1.layers.\2."),
+    (r"^stages\.(\d+)\.downsample\.", r"stages.\1.downsampling_layer."),
+    (r"^stages\.(\d+)\.blocks\.(\d+)\.", r"stages.\1.layers.\2."),
     (r"\.gamma$", ".layer_scale_parameter"),
     (r"\.conv_dw\.", ".dwconv."),
     (r"\.norm\.", ".layernorm."),
@@ -35,14 +35,14 @@ CONVNEXT = (
 )
 
 
-def module_weights(checkpoint: Weights) -> dict[str, Tensor]:
-    """Return the weights of miner and projector in a checkpoint of the authors."""
+def module_weights(checkpoint: Weights, module: str) -> dict[str, Tensor]:
+    """Return the weights of our module `patch_miner` or `multi_modal_projector` in a checkpoint of the authors."""
     return {
-        ours + name.removeprefix(theirs): weight
+        ours.removeprefix(f"{module}.") + name.removeprefix(theirs): weight
         for full, weight in checkpoint.items()
         for name in [full.removeprefix("model.")]
         for theirs, ours in MODULES.items()
-        if name.startswith(theirs)
+        if name.startswith(theirs) and ours.startswith(f"{module}.")
     }
 
 
@@ -59,12 +59,17 @@ def tuned_convnext_weights(checkpoint: Weights) -> dict[str, Tensor]:
 def convnext_weights(checkpoint: Weights) -> dict[str, Tensor]:
     """Return the weights of the stem and the stages of a ConvNeXt by OpenCLIP or timm; those of its head are left."""
     trunk = {name.removeprefix("visual.trunk."): weight for name, weight in checkpoint.items()}
-    return {_convnext_name(name): weight for name, weight in trunk.items() if name.startswith(("stem.", "stages."))}
+    return {_convnext_name(name): weight for name, weight in trunk.items() if is_convnext(name)}
+
+
+def is_convnext(name: str) -> bool:
+    """Return True for the name of a weight of a ConvNeXt's stem or stages, by OpenCLIP or timm."""
+    return name.removeprefix("visual.trunk.").startswith(("stem.", "stages."))
 
 
 def convnext_shape(weights: Weights) -> tuple[list[int], list[int]]:
     """Return the widths and depths of the stages of a ConvNeXt, from its weights."""
-    blocks = [re.match(r"encoder\.stages\.(\d+)\.layers\.(\d+)\.dwconv\.bias$", name) for name in weights]
+    blocks = [re.match(r"stages\.(\d+)\.layers\.(\d+)\.dwconv\.bias$", name) for name in weights]
     found = sorted((int(match[1]), int(match[2]), match[0]) for match in blocks if match)
     stages = sorted({stage for stage, _, _ in found})
     depths = [sum(stage == other for other, _, _ in found) for stage in stages]

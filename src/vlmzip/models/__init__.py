@@ -10,6 +10,7 @@ from vlmzip.models.llava import Llava
 from vlmzip.models.llava_next import LlavaNext
 from vlmzip.models.llava_next_video import LlavaNextVideo
 from vlmzip.models.llava_onevision import LlavaOnevision
+from vlmzip.models.mini_gemini import MiniGemini
 from vlmzip.models.ovis2 import Ovis2
 from vlmzip.models.paligemma import PaliGemma
 from vlmzip.models.parts import missing_in
@@ -23,6 +24,7 @@ FAMILIES: tuple[type[Family], ...] = (
     LlavaNext,
     LlavaNextVideo,
     LlavaOnevision,
+    MiniGemini,
     Ovis2,
     PaliGemma,
     Qwen25VL,

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from vlmzip.compressor_file import refuse_lora
-from vlmzip.errors import UserError
+from vlmzip.errors import UserError, refusing
 from vlmzip.files import is_file, is_folder
 from vlmzip.models import FAMILIES, family_of
 from vlmzip.models.family import Family
@@ -60,7 +60,7 @@ def load(name: str, device: str | None = None, dtype: str | None = None, *, allo
         config = pretrained.load_config(source)
         processor = pretrained.load_processor(source, config)
         model = pretrained.load_model(source, dtype=DTYPES.get(dtype or "", "auto"), **weights)
-        with pretrained.refusing(f"cannot move {name!r} to {target}"):
+        with refusing(f"cannot move {name!r} to {target}"):
             module: nn.Module = model  # mypy cannot call the `to` that transformers wraps
             module.to(target).eval()
         family = family_of(model)

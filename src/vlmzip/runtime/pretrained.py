@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -23,7 +22,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from vlmzip.errors import UserError, reason
+from vlmzip.errors import UserError, refusing
 from vlmzip.models import FAMILIES
 from vlmzip.models.family import Family
 from vlmzip.noise import silence_bitsandbytes
@@ -50,23 +49,6 @@ class LoadReport(TypedDict):
     mismatched_keys: set[tuple[str, Sequence[int], Sequence[int]]]
     """The name of each weight, its shape in the file, and its shape in the model."""
     error_msgs: list[str]
-
-
-@contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """Turn every error of a library in the block into a `UserError` that begins with `what`.
-
-    The block must only call libraries: a defect of vlmzip must still show as a traceback.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    except BaseException as error:
-        # Panics of the tokenizers library, which is written in Rust, are not an `Exception`.
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
-        raise UserError(f"{what}: {reason(error)}") from error
 
 
 def load_config(source: Source, **kwargs: object) -> PreTrainedConfig:
