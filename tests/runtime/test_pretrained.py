@@ -13,6 +13,7 @@ import vlmzip
 from tests.families import save_checkpoint, tiny_llava
 from vlmzip import UserError, VisionZip
 from vlmzip.cli.main import main
+from vlmzip.errors import refusing
 from vlmzip.runtime import pretrained
 from vlmzip.runtime.loading import find_device, load
 
@@ -250,10 +251,10 @@ class TestProcessors:
 
         with (
             pytest.raises(UserError, match="cannot load: failed with PanicException: boom"),
-            pretrained.refusing("cannot load"),
+            refusing("cannot load"),
         ):
             raise PanicException("boom")
-        with pytest.raises(KeyboardInterrupt), pretrained.refusing("cannot load"):
+        with pytest.raises(KeyboardInterrupt), refusing("cannot load"):
             raise KeyboardInterrupt
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError, collecting_warnings
+from vlmzip.errors import UserError, collecting_warnings, refusing
 from vlmzip.lab.bench.timing import now
 from vlmzip.models.family import Modality
 from vlmzip.processor import InputDict, Inputs, Processor
@@ -22,7 +22,6 @@ from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.flops import kv_cache_bytes, prefill_flops
 from vlmzip.runtime.images import load_image
 from vlmzip.runtime.loading import Loaded
-from vlmzip.runtime.pretrained import refusing
 from vlmzip.runtime.prompt_text import special_tokens, unknown_words, visual_prompt
 from vlmzip.runtime.report import ImageReport, Report
 from vlmzip.runtime.saving import saved_weights

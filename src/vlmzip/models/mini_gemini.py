@@ -8,8 +8,8 @@ from dataclasses import replace
 from jaxtyping import Float
 from torch import Tensor
 
+import vlmzip.mini_gemini  # noqa: F401 (it registers the Auto classes)
 from vlmzip.compressor import Profile
-from vlmzip.mini_gemini import MiniGeminiConfig
 from vlmzip.models.encoder_run import Batch, Run
 from vlmzip.models.family import Family
 from vlmzip.models.layout import Layout
@@ -27,7 +27,7 @@ class MiniGemini(Family):
     details, so it is no token: `VisionZip(dominant=54)` keeps 54 patches.
     """
 
-    model_types = (MiniGeminiConfig.model_type,)
+    model_types = ("mini_gemini",)
     example = "YanweiLi/MGM-2B"
     sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
     projects_each_token = True

@@ -17,14 +17,14 @@ from transformers import BatchFeature
 
 from vlmzip import spec
 from vlmzip.compressor import BudgetError, Calibratable, ComparesViews, Compressor, Measured
-from vlmzip.errors import UserError
+from vlmzip.errors import UserError, refusing
 from vlmzip.keep import Keep, count_to_keep, parse_keep
 from vlmzip.models import family_of
 from vlmzip.models.family import Family
 from vlmzip.processor import Processor
 from vlmzip.runtime.compress import view_numbers, without_padding
 from vlmzip.runtime.images import load_image
-from vlmzip.runtime.pretrained import load_processor, refusing
+from vlmzip.runtime.pretrained import load_processor
 from vlmzip.runtime.prompt_text import chat_prompt, special_tokens, visual_prompt
 from vlmzip.runtime.videos import Clip, clip_arguments, is_video, read_clip_for, video_processor_of
 
