@@ -120,7 +120,8 @@ def test_frames_take_the_place_of_a_video_in_models_without_videos():
     ],
 )
 def test_a_video_that_cannot_be_read_has_a_reason(tmp_path, video, reason):
-    pytest.importorskip("av")
+    if str(video).endswith(".mp4"):
+        pytest.importorskip("av")
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.mp4").write_bytes(b"no video")
     with pytest.raises(BadRecord, match=reason):
