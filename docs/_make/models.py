@@ -19,6 +19,7 @@ PAGE = Path(__file__).resolve().parents[1] / "models.md"
 #: The mark of each status of a method.
 MARKS = {"works": "+", "refused": "–", "fails": "fails"}
 SOME = "(+)"
+VIDEO = MARKS | {"plain model fails": "plain fails", "takes no video": "", "": ""}
 
 HEAD = """# Which models work
 
@@ -32,14 +33,17 @@ each, asks it with every method, and writes this page (vlmzip {vlmzip}, torch {t
 - A model *works* if it answers as without vlmzip when nothing is compressed, at least one method that compresses works,
   and none fails.
 - *refused*: a sentence says what is missing. Adding a family takes one file
-  ([Add a family of models](../CONTRIBUTING.md#add-a-family-of-models)).
+  ([Add a family](add_a_family.md)).
 - *plain model fails*: the model cannot be asked about images without vlmzip either.
 
 Each cell asks about one image, about several images, and with a batch of rows of two images, one image and text alone.
 An answer must be the same with and without a cache, a row in a batch the same as alone, and `no_compression` the same
-as the plain model. Methods run with half of the tokens or, if they have no budget, with their default settings. Videos
-are not part of the page; `evs` keeps all tokens of an image. Mini-Gemini, which transformers lacks, has columns in
-[What works](support.md).
+as the plain model. Methods run with half of the tokens or, if they have no budget, with their default settings. `evs`
+keeps all tokens of an image. Mini-Gemini, which transformers lacks, has columns in [What works](support.md).
+
+The column `video` asks about one video of two frames with `no_compression`, `random_tokens` and `evs`: `+` if
+`no_compression` is the same as the plain model and the others answer, `–` refused, `plain fails` if the plain model
+could not be asked about a video of this form; empty if the model takes no video.
 
 `+` works; `(+)` works in some of these cases and is refused in others; `–` refused.
 """
@@ -62,10 +66,13 @@ def table(models: list[Checked]) -> str:
     """Return a row for each model with which methods were tried."""
     tried = [model for model in models if not model.untried]
     methods = list(tried[0].cells)
-    rows = [[f"{model.folder} ({model.family})", *(mark(model, method) for method in methods)] for model in tried]
+    rows = [
+        [f"{model.folder} ({model.family})", *(mark(model, method) for method in methods), VIDEO[model.video[0]]]
+        for model in tried
+    ]
     return (
         "## Models and methods\n\nThe family in brackets is a file of `models/`; `family` is the default family.\n\n"
-        + (markdown(["model", *methods], rows))
+        + (markdown(["model", *methods, "video"], rows))
     )
 
 
@@ -90,6 +97,8 @@ def reasons(models: list[Checked]) -> str:
                     folders = places.setdefault(without_names(model, reason), {}).setdefault(method, [])
                     if model.folder not in folders:
                         folders.append(model.folder)
+        if model.video[0] in ("refused", "fails", "plain model fails"):
+            places.setdefault(without_names(model, model.video[1]), {}).setdefault("a video", []).append(model.folder)
     lines = []
     for reason, by_method in sorted(places.items(), key=lambda place: -sum(map(len, place[1].values()))):
         by_folders: dict[str, list[str]] = {}
@@ -102,6 +111,7 @@ def reasons(models: list[Checked]) -> str:
 
 def without_names(model: Checked, reason: str) -> str:
     """Return a reason without names of classes and counts of tokens, so that equal reasons read the same."""
+    reason = reason.partition("; these methods work")[0]
     reason = re.sub(r" \(\d+ patches, \d+ tokens\)", "", reason)
     reason = reason.replace(model.model, "the model") if model.model else reason
     reason = re.sub(r"\b[A-Z]\w*Vision\w*\b", "the encoder", reason)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 from difflib import SequenceMatcher, get_close_matches
 from typing import Any
 
+#: The end of messages about models that lack something.
+ADD_A_FAMILY = "see docs/add_a_family.md"
 #: Words of at most this many letters share letters with many names, so a near miss must share two thirds of them.
 SHORT = 4
 
@@ -21,6 +23,10 @@ class UserError(ValueError):
     def __init__(self, message: str = "", *, remedy: str = "") -> None:
         super().__init__(message)
         self.remedy = remedy
+
+
+class UnfitMethod(UserError):
+    """A method needs something that a model does not give. Other methods work with the model."""
 
 
 class BudgetError(UserError):

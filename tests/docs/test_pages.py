@@ -41,6 +41,19 @@ def run(page):
     return names
 
 
+def test_add_a_family(capsys):
+    """The file on the page is the family's, and each block prints what the page says."""
+    page = (ROOT / "docs" / "add_a_family.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, flags=re.S)
+    assert (PACKAGE / "models" / "paligemma.py").read_text() in blocks
+    names = {}
+    for block in blocks:
+        exec(compile(block, "docs/add_a_family.md", "exec"), names)
+    prose = re.sub(r"```python\n.*?```", "", page, flags=re.S)
+    printed = "\n".join(re.findall(r"^    (.*)", prose, flags=re.M) + re.findall(r"It prints `(.*?)`", prose))
+    assert capsys.readouterr().out.strip() == printed
+
+
 def test_an_image_goes_the_way_that_is_described():
     """Each function of the list is called for the first time after the one before it."""
     page = (ROOT / "CONTRIBUTING.md").read_text()

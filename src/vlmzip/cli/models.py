@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from vlmzip import outline
-from vlmzip.errors import UserError, did_you_mean
+from vlmzip.errors import ADD_A_FAMILY, UserError, did_you_mean
 from vlmzip.lab.conformance import results as conformance
 from vlmzip.lab.conformance.results import Checked
 from vlmzip.lab.table import Column, Table, print_json
@@ -38,7 +38,7 @@ def run(args: Namespace) -> None:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     print(f"\nTried on tiny models with random weights ({versions}).")
     print("in_llm: not in LLMs with sliding windows (PaliGemma 2), linear attention or convolutions.")
-    print('A model without a row, or a refused one: see "Add a family of models" in CONTRIBUTING.md.')
+    print(f"A model without a row, or a refused one: {ADD_A_FAMILY}.")
     print("Mini-Gemini is not in transformers: vlmzip convert --help tells how to get it.")
     print("mini, the small model that ships with vlmzip, is a llava; --model takes any checkpoint of these models.")
 
@@ -97,6 +97,9 @@ def _print_methods(model: Checked) -> None:
         for (status, reason), where in by_result.items():
             text = status if len(by_result) == 1 else f"{status} ({', '.join(where)})"
             print(f"  {method:20}{text}" + (f": {reason}" if reason else ""))
+    status, reason = model.video
+    if status:
+        print(f"  {'a video':20}{status}" + (f": {reason}" if reason else ""))
 
 
 def _example(model: Checked) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from vlmzip.errors import UserError
+from vlmzip.errors import ADD_A_FAMILY, UserError
 from vlmzip.models.family import Family
 from vlmzip.models.llava import Llava
 from vlmzip.models.llava_next import LlavaNext
@@ -45,7 +45,7 @@ def family_of(model: nn.Module) -> Family:
         supported = ", ".join(name for family in FAMILIES for name in family.model_types)
         raise UserError(
             f"vlmzip cannot compress {type(model).__name__} (model type {model_type!r}): it has no {missing};"
-            f' see "Add a family of models" in CONTRIBUTING.md. It supports: {supported}'
+            f" {ADD_A_FAMILY}. It supports: {supported}"
         )
     family = Family(model) if known is None else known(model)
     if family.model.get_output_embeddings() is None:

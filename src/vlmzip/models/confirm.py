@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vlmzip.errors import UserError
+from vlmzip.errors import UnfitMethod
 from vlmzip.models.llm_attention import Recorded
 from vlmzip.models.recording import Recording, record
 from vlmzip.models.towers.tower import OTHER_METHODS, Tower
@@ -118,7 +118,7 @@ def run_behind(get_image_features: Any, tower: Tower, arguments: InputDict, laye
 def check_attention(tower: Tower, recording: Recording, layer: int) -> None:
     """Raise `UserError` unless queries, keys, values and mask of a layer, as recorded, give what the layer computes."""
     if not _computes_the_same(tower, recording, layer):
-        raise UserError(
+        raise UnfitMethod(
             f"the attention of {type(tower.encoder).__name__} is of a kind that vlmzip does not know: {OTHER_METHODS}"
         )
 
@@ -146,12 +146,12 @@ def tokens_of_patches(behind: Behind, tower: Tower) -> Int[Tensor, "rows length"
     lacking = count - len(made.unique())
     chosen = behind.some().to(of_patch.device)
     if int(made.max()) >= count or not torch.equal((of_patch >= 0) & chosen[of_patch], behind.touched(chosen.cpu())):
-        raise UserError(
+        raise UnfitMethod(
             f"{type(tower.encoder).__name__} gives patches that make several visual tokens each, as cross-attention"
             f" does: {OTHER_METHODS}"
         )
     if lacking:
-        raise UserError(
+        raise UnfitMethod(
             f"{lacking} of {count} visual tokens are made of no patch of {type(tower.encoder).__name__}, such as the"
             f" ends of rows: {OTHER_METHODS}"
         )
@@ -186,7 +186,7 @@ def check_llm_attention(layer: nn.Module, record: Recorded, mask: Tensor | None)
         bound = (10 if is_flash else 1) * TOLERANCE * expected.abs().amax()
         if expected.shape == computed.shape and bool(((computed - expected).abs()[real] <= bound).all()):
             return
-    raise UserError(
+    raise UnfitMethod(
         f"the attention of {type(layer).__name__} is more than a softmax of queries and keys: choose a method that does"
         " not look at the question's attention, or a site before the LLM"
     )

@@ -57,7 +57,7 @@ class Run:
     @property
     def sizes(self) -> list[int] | None:
         """The number of tokens of each entry of the output; `None` if entries are not images or views."""
-        features = self.projector_input if self.output is None else self.output.pooler_output
+        features = self.projector_input if self.output is None else self.output[token_field(self.output)]
         if features is None or (isinstance(features, Tensor) and features.ndim < 3):
             return None  # the tokens of all views are one entry
         sizes = [entry.shape[:-1].numel() for entry in features]
@@ -106,6 +106,11 @@ def further_fields(output: Any) -> dict[str, Any]:
     Fields that are `None` are left out.
     """
     return {name: value for name, value in vars(output).items() if name not in ENCODER_FIELDS and value is not None}
+
+
+def token_field(output: Any) -> str:
+    """Return the field of an encoder's output that has the visual tokens: few models have them in the second one."""
+    return "last_hidden_state" if output.pooler_output is None else "pooler_output"
 
 
 def flat(features: Tensor | Sequence[Tensor]) -> Float[Tensor, "tokens dim"]:

@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmzip.compressor import Positions, Profile
-from vlmzip.errors import UserError
+from vlmzip.errors import ADD_A_FAMILY, UnfitMethod, UserError
 from vlmzip.models.confirm import (
     check_attention,
     check_llm_attention,
@@ -36,6 +36,7 @@ from vlmzip.models.encoder_run import (
     learning,
     of_views,
     shape_of,
+    token_field,
 )
 from vlmzip.models.layout import Encoded, Layout, Pixels, Views, numbers_by_kind
 from vlmzip.models.llm_attention import QueriesAndKeys, is_direct, queries_and_keys, queries_in, recorded
@@ -57,6 +58,7 @@ from vlmzip.models.prompt_layout import (
     square_of,
     tokens_of_view,
     views_of_images,
+    with_joined_frames,
 )
 from vlmzip.models.recording import record
 from vlmzip.models.towers import tower_of
@@ -146,6 +148,7 @@ class Family:
         self.get_features = method_of(self.model, f"get_{modality}_features")
         self._feature_arguments = feature_arguments(self.model, modality)
         self._output_class: type[Any] = BaseModelOutputWithPooling
+        self._token_field = "pooler_output"
         if modality == "video":
             self.image_inputs = self.video_inputs
         if not self.image_inputs:
@@ -241,7 +244,7 @@ class Family:
     def tower(self) -> Tower:
         """The vision encoder with its attention. Raise `UserError` if the model has no encoder."""
         if self.vision_encoder is self.model:
-            raise UserError(f"{type(self.model).__name__} has no vision encoder with attention: {OTHER_METHODS}")
+            raise UnfitMethod(f"{type(self.model).__name__} has no vision encoder with attention: {OTHER_METHODS}")
         return tower_of(self.vision_encoder)
 
     @property
@@ -382,16 +385,12 @@ class Family:
             output = self.get_features(**batch.arguments, return_dict=True)
         run = Run(output, recording, recording.inputs.get("projector"))
         if output is not None:
-            if output.pooler_output is None:
-                raise UserError(
-                    f"{type(self.model).__name__} gives its visual tokens in a field other than pooler_output;"
-                    ' see "Add a family of models" in CONTRIBUTING.md'
-                )
-            self.features_as_list = not isinstance(output.pooler_output, Tensor)
+            self._token_field = token_field(output)
+            self.features_as_list = not isinstance(output[self._token_field], Tensor)
             self._note_further_fields(output)
             self._check_streams(len(getattr(output, "deepstack_features", None) or ()))
         if self.projects_each_token is None and output is not None:
-            self.projects_each_token = maps_each_token(self.projector, recording, flat(output.pooler_output))
+            self.projects_each_token = maps_each_token(self.projector, recording, flat(output[self._token_field]))
         return run
 
     def _note_further_fields(self, output: Any) -> None:
@@ -422,7 +421,7 @@ class Family:
         if self.projects_each_token and run.projector_input is not None:
             features: Tensor = run.projector_input.flatten(0, -2)
             return features
-        projected: Tensor = flat(run.output.pooler_output)
+        projected: Tensor = flat(run.output[self._token_field])
         return projected
 
     def _check_width(self, features: Float[Tensor, "tokens dim"], site: Site) -> None:
@@ -448,7 +447,7 @@ class Family:
         if streams != self.stream_count:
             raise UserError(
                 f"{type(self.model).__name__} adds image features after {streams} layers of its LLM, and vlmzip expects"
-                f' {self.stream_count}; see "Add a family of models" in CONTRIBUTING.md'
+                f" {self.stream_count}; {ADD_A_FAMILY}"
             )
 
     def _check_views(self, entries: Sequence[int] | None, batch: Batch) -> None:
@@ -467,7 +466,7 @@ class Family:
     def _pixels(self, batch: Batch, rows: Sequence[int]) -> Tensor:
         pixels = batch.arguments[self.image_inputs[0]]
         if pixels.ndim != 4 or len(pixels) != len(batch.grids):
-            raise UserError(
+            raise UnfitMethod(
                 "this family's inputs are patches, not images: choose a method that does not look at pixels"
             )
         return image_of(self.vision_config, pixels[list(rows)])
@@ -521,6 +520,7 @@ class Family:
         if self._has_grids:
             grids, placeholders = self._grids_of_patches(inputs)
             if self.modality == "video":
+                grids = grids if placeholders is None else with_joined_frames(grids, placeholders)
                 layouts = {
                     grid: Layout.of_frames(grid._replace(frames=1), grid.frames) for grid in dict.fromkeys(grids)
                 }
@@ -537,6 +537,8 @@ class Family:
         """Return the number of images that inputs beside the pixels describe; `None` if they do not agree on one."""
         if inputs[self.image_inputs[0]].ndim == 5:
             return None  # each entry has the images of a row of the prompt
+        if inputs[self.image_inputs[0]].ndim == 3:
+            return len(inputs[self.image_inputs[0]])  # [images, patches, values]
         counts = {len(value) for name in self.image_inputs[1:] if (value := inputs.get(name)) is not None}
         return counts.pop() if len(counts) == 1 else None
 
@@ -603,7 +605,7 @@ class Family:
         float32, as their processors do, so the result equals the smaller image that the processor would have made,
         except for rounding to 8 bits.
         """
-        raise UserError(f"vlmzip cannot make smaller images for {type(self.model).__name__}: choose another method")
+        raise UnfitMethod(f"vlmzip cannot make smaller images for {type(self.model).__name__}: choose another method")
 
     def choose_images(self, inputs: Inputs, chosen: list[int]) -> InputDict:
         """Return the image inputs of the images whose 0-based numbers are in `chosen`.
@@ -713,7 +715,7 @@ class Family:
         if self.stream_count:
             fields["deepstack_features"] = [list(layer) for layer in zip(*streams, strict=True)]
             output_class = WithStreams if output_class is BaseModelOutputWithPooling else output_class
-        return {self.modality: output_class(pooler_output=form, **fields)}
+        return {self.modality: output_class(**{self._token_field: form}, **fields)}
 
     def queries_and_keys(
         self,

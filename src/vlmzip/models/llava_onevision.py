@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vlmzip.errors import UserError
+from vlmzip.errors import UnfitMethod, UserError
 from vlmzip.models.encoder_run import Batch, Run
 from vlmzip.models.family import Family
 from vlmzip.models.layout import SEPARATOR, Encoded, Layout, Views, layout_of, numbers_by_kind
@@ -50,7 +50,7 @@ class LlavaOnevisionFrames(LlavaFrames):
 
     def _shrunk(self, frames: VisualTokens, grid: Grid) -> VisualTokens:
         if "pixels" in frames.signals:
-            raise UserError(NO_PIXELS)
+            raise UnfitMethod(NO_PIXELS)
         changes = {}
         for name in ("features", *frames.signals):
             value: Tensor = getattr(frames, name)
@@ -113,7 +113,7 @@ class LlavaOnevision(LlavaNext):
     def _shrunk(self, views: VisualTokens, images: int, size: tuple[int, int], grid: Grid) -> VisualTokens:
         """Return the tokens of the tiles of several images of one size, each image's on one shrunk grid."""
         if "pixels" in views.signals:
-            raise UserError(NO_PIXELS)
+            raise UnfitMethod(NO_PIXELS)
         base, changes = views.features.shape[1], {}
         for name in ("features", *views.signals):
             value: Tensor = getattr(views, name)

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AttentionInterface, Cache
 
-from vlmzip.errors import UserError
+from vlmzip.errors import UnfitMethod
 from vlmzip.models.recording import rotate
 
 #: Attentions of transformers that norm and rotate the outputs of `q_proj` and `k_proj` in the same way. The tests
@@ -105,7 +105,7 @@ def recorded(layer: nn.Module, hidden: Float[Tensor, "batch length dim"], argume
             raise
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
             pass  # a layer that needs its cache, or further positional arguments
-    raise UserError(
+    raise UnfitMethod(
         f"the attention of {type(layer).__name__} is of a kind whose queries and keys are not known: choose a method"
         " that does not look at the question's attention, or a site before the LLM"
     )

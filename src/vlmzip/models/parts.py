@@ -45,6 +45,11 @@ def missing_in(model: nn.Module) -> str | None:
         return "get_image_features"
     if "mm_encoder_outputs" not in inspect.signature(inner.forward).parameters:
         return "mm_encoder_outputs among the arguments of forward"
+    if (
+        "generate" in vars(type(inner))
+        and not {"cache", "past_key_values"} & inspect.signature(inner.forward).parameters.keys()
+    ):
+        return "KV cache among the arguments of forward, because its own generate runs the LLM alone"
     if not isinstance(getattr(inner.config, "image_token_id", None), int):
         return "image_token_id in its config"
     if with_layers(inner.get_decoder()) is None:

@@ -33,6 +33,14 @@ def grids_by_prompt(sizes: Int[Tensor, "images 3"], side: int, placeholders: int
     return grids_of(sizes, by_prompt if by_prompt**2 * placeholders == patches else side)
 
 
+def with_joined_frames(grids: list[Grid], placeholders: int) -> list[Grid]:
+    """Return the grids of videos as the LLM sees them: some models join frames, as the number of placeholders shows."""
+    joined = sum(grid.size for grid in grids) // max(placeholders, 1)
+    if joined < 2 or any(grid.frames % joined for grid in grids):
+        return grids
+    return [grid._replace(frames=grid.frames // joined) for grid in grids]
+
+
 def views_of_images(grids: Sequence[Grid], counts: Sequence[int]) -> list[tuple[Grid, ...]]:
     """Return the grids of the views of each image, from those of all views.
 

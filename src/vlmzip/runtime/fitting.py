@@ -6,9 +6,10 @@ import warnings
 
 from vlmzip import spec
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError, closest
+from vlmzip.errors import UnfitMethod, UserError, closest
 from vlmzip.models.family import Family
 from vlmzip.runtime.cache_names import cache_name
+from vlmzip.runtime.other_methods import names_other_methods
 from vlmzip.runtime.resample import resampling
 from vlmzip.visual_tokens import Site
 
@@ -23,6 +24,7 @@ def inside_the_llm(compressor: Compressor) -> list[Compressor]:
     return [stage for stage in compressor.stages() if stage.site is Site.IN_LLM]
 
 
+@names_other_methods
 def fitted(compressor: spec.CompressorLike, family: Family) -> Compressor:
     """Return the compressor as it acts in the model: default layers that the LLM cannot use move to layers that it can.
 
@@ -32,7 +34,7 @@ def fitted(compressor: spec.CompressorLike, family: Family) -> Compressor:
     for stage in compressor.stages():
         if stage.site not in family.sites:
             known = closest(stage.site, family.sites)
-            raise UserError(f"{type(family.model).__name__} cannot be compressed at site {stage.site.value!r}{known}")
+            raise UnfitMethod(f"{type(family.model).__name__} cannot be compressed at site {stage.site.value!r}{known}")
     cache_name(family.model)
     if inside := inside_the_llm(compressor):
         for stage in inside:
@@ -46,10 +48,10 @@ def fitted(compressor: spec.CompressorLike, family: Family) -> Compressor:
 def _check_inside(compressor: Compressor, family: Family) -> None:
     """Raise `UserError` if a compressor cannot act inside this LLM at any layer."""
     if has_sliding_windows(family):
-        raise UserError(SLIDING)
+        raise UnfitMethod(SLIDING)
     kinds = dict.fromkeys(getattr(family.llm_config, "layer_types", None) or ())
     if others := [repr(kind) for kind in kinds if kind not in ATTENTION]:
-        raise UserError(
+        raise UnfitMethod(
             f"this LLM has layers of kind {' and '.join(others)}, whose results for a token depend on the number of"
             " tokens before it, so that none can be dropped inside; choose a site before the LLM"
         )

@@ -161,6 +161,11 @@ def refuse_placeholders_without_images(family: Family, inputs: Inputs) -> None:
     for each in family.modalities:
         name, kind = each.image_inputs[0], each.modality
         if inputs.get(name) is None and bool((ids == each.placeholder_id).any()):
+            if inputs.get("pixel_values_videos") is not None:
+                raise UserError(
+                    f"the prompt has {kind} placeholders, but {name} is missing: give the {kind}s, too, or if they"
+                    f" stand for a video, vlmzip cannot compress videos of {type(family.model).__name__} yet"
+                )
             raise UserError(f"the prompt has {kind} placeholders, but {name} is missing; give the {kind}s, too")
     refuse_unknown_tokens(family, ids)
 

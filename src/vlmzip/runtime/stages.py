@@ -11,17 +11,19 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError
+from vlmzip.errors import ADD_A_FAMILY, UserError
 from vlmzip.models.family import Family
 from vlmzip.models.layout import Encoded, Layout, Views, numbers_by_kind
 from vlmzip.processor import InputDict, Inputs
 from vlmzip.resampler import Resampler
 from vlmzip.runtime.compress import Plan, compress, encoded_again, in_order, view_numbers
+from vlmzip.runtime.other_methods import names_other_methods
 from vlmzip.runtime.report import CompressedImage, ImageReport, Stopwatch
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Site, VisualTokens
 
 
+@names_other_methods
 def compress_images(
     family: Family,
     inputs: Inputs,
@@ -149,7 +151,7 @@ def _encode_smaller(
         raise UserError(
             f"{type(family).__name__}.layouts does not return the grids to which its downsample resized the images:"
             " it must follow the shapes of the pixels, not the placeholders of the prompt; see"
-            ' "Add a family of models" in CONTRIBUTING.md'
+            f" {ADD_A_FAMILY}"
         )
     with watch.time("encoder"):
         encoded = family.encode(smaller, Site.PRE_PROJECTOR, frozenset())

@@ -20,6 +20,8 @@ from vlmzip.lab.conformance.images import Inputs
 from vlmzip.lab.conformance.prompts import Prompts, Row
 from vlmzip.lab.conformance.results import Checked
 from vlmzip.lab.conformance.tiny import model_class, tiny_model
+from vlmzip.lab.conformance.videos import check_video
+from vlmzip.methods import EVS, NoCompression, RandomTokens
 from vlmzip.models import family_of
 from vlmzip.runtime.attach import attach
 from vlmzip.version import __version__
@@ -65,7 +67,9 @@ def check(folder: str) -> Checked:
     except UserError as error:
         return Checked(folder, name, "", "refused", str(error).partition("; see")[0], {})
     cells = {method.name(): _check_method(model, prompts, plain, method) for method in methods()}
-    return Checked(folder, name, family, "", "", cells)
+    of_video = [NoCompression(), RandomTokens(keep=0.5), EVS(keep=0.5)]
+    video = check_video(model, prompts, of_video, TOLERANCE)
+    return Checked(folder, name, family, "", "", cells, video)
 
 
 def methods() -> Iterator[Compressor]:

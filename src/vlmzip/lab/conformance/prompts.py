@@ -32,7 +32,7 @@ class Prompts:
         """Return the tokens that stand for an image. The model's own encoder gives the number of placeholders."""
         inputs = self.form(self.encodes, [image])
         with torch.no_grad():
-            count = _count(self.encodes.get_image_features(**inputs, return_dict=True))
+            count = count_of_tokens(self.encodes.get_image_features(**inputs, return_dict=True))
         if self.tiny.placeholders:
             return self.tiny.placeholders(self.model, inputs, count)
         return [self.placeholder] * count
@@ -49,15 +49,20 @@ class Prompts:
                 else:
                     line.append(int(part))
             ids.append(line)
+        return self.of_ids(ids) | (self.form(self.encodes, list(range(first, number))) if number > first else {})
+
+    def of_ids(self, ids: list[list[int]], video: int | None = None) -> Inputs:
+        """Return inputs without pixels for rows of token ids. `video` is the placeholder of videos."""
         longest = max(map(len, ids))
         tokens = torch.tensor([[0] * (longest - len(line)) + line for line in ids])
         mask = torch.tensor([[0] * (longest - len(line)) + [1] * len(line) for line in ids])
-        inputs: Inputs = {"input_ids": tokens, "attention_mask": mask}
-        inputs |= {name: (tokens == self.placeholder).long() for name in self.type_names}
-        return inputs | (self.form(self.encodes, list(range(first, number))) if number > first else {})
+        types = (tokens == self.placeholder).long()
+        if video is not None:
+            types[tokens == video] = 2
+        return {"input_ids": tokens, "attention_mask": mask} | dict.fromkeys(self.type_names, types)
 
 
-def _count(output: Any) -> int:
+def count_of_tokens(output: Any) -> int:
     """Return the number of visual tokens in the output of `get_image_features`."""
     rows = output.pooler_output
     if rows is None:  # Llama 4 projects later. Granite 4 Vision adds features to the inputs of several layers.

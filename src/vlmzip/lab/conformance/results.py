@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,8 @@ class Checked:
     """The reason for `untried`."""
     cells: dict[str, dict[str, list[str]]]
     """By method and mode: the status and its reason."""
+    video: list[str] = field(default_factory=lambda: ["", ""])
+    """The status of a question about a video and its reason. Empty if no method was tried."""
 
     def status_of(self, method: str) -> str:
         """Return the worst status of a method over all modes."""
@@ -51,7 +53,7 @@ class Checked:
         if self.untried:
             return self.untried
         statuses = {method: self.status_of(method) for method in self.cells}
-        if "fails" in statuses.values():
+        if "fails" in (*statuses.values(), self.video[0]):
             return "fails"
         compresses = any(status == "works" for method, status in statuses.items() if method != BASELINE)
         return "works" if compresses and statuses[BASELINE] == "works" else "refused"

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vlmzip.errors import UserError
+from vlmzip.errors import UnfitMethod
 from vlmzip.models.recording import Recording, attention_received, cls_attention_row, mean_over_heads, rotate
 from vlmzip.visual_tokens import Grid, Signal
 
@@ -99,7 +99,7 @@ class Tower:
             attentions = [Attention.of(layer) for layer in layers]
             if attentions and None not in attentions:
                 return [attention for attention in attentions if attention is not None]
-        raise UserError(f"vlmzip does not know the attention of {type(self.encoder).__name__}: {OTHER_METHODS}")
+        raise UnfitMethod(f"vlmzip does not know the attention of {type(self.encoder).__name__}: {OTHER_METHODS}")
 
     @property
     def depth(self) -> int:
@@ -170,7 +170,7 @@ class Tower:
         else:
             mask = self.mask(recording, layer)
             if mask is None and of_patch is None and len(key) < len(grids):
-                raise UserError(
+                raise UnfitMethod(
                     f"{type(self.encoder).__name__} joins images into one sequence in a way that vlmzip does not know:"
                     f" load the model with attn_implementation='sdpa', or {OTHER_METHODS}"
                 )
@@ -211,7 +211,7 @@ class Tower:
     def patches_per_side(self, shape: Sequence[int], grids: Sequence[Grid], prefix: int = 0) -> int:
         """Return the side of the square of patches that makes a token. Raise `UserError` if it is not known."""
         if (merge := self.merge(shape, grids, prefix)) is None:
-            raise UserError(
+            raise UnfitMethod(
                 f"vlmzip does not know which patches of {type(self.encoder).__name__} make a visual token"
                 f" ({math.prod(shape)} patches, {sum(grid.size for grid in grids)} tokens): {OTHER_METHODS}"
             )

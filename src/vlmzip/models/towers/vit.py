@@ -15,7 +15,7 @@ from transformers.utils.constants import (
     OPENAI_CLIP_STD,
 )
 
-from vlmzip.errors import UserError
+from vlmzip.errors import UnfitMethod, UserError
 from vlmzip.models.layout import Pixels, numbers_by_kind
 from vlmzip.models.pixels import resized
 from vlmzip.processor import InputDict
@@ -107,7 +107,7 @@ def image_of(
     `UserError` for other encoders.
     """
     if vision_config.model_type not in NORMALISED_BY:
-        raise UserError(
+        raise UnfitMethod(
             f"vlmzip does not know how images are normalised for {vision_config.model_type}:"
             " choose a method that does not look at pixels"
         )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vlmzip.errors import UserError
+from vlmzip.errors import UnfitMethod
 from vlmzip.runtime.in_llm.masks import shrink_mask
 from vlmzip.runtime.versions import argument
 from vlmzip.token_map import TokenMap
@@ -97,7 +97,7 @@ class LayerCut:
         if value.shape[-1] == length and (name == "position_ids" or value.ndim == 2):  # a value for each token
             axes = value.shape[:-2]
             return value.expand(*axes, batch, -1).gather(-1, column.expand(*axes, -1, -1))
-        raise UserError(
+        raise UnfitMethod(
             f"the layers of this LLM get {name} for each token in a form that vlmzip does not know;"
             " choose a site before the LLM"
         )

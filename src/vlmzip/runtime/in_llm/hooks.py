@@ -17,10 +17,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from vlmzip.errors import UserError
+from vlmzip.errors import UnfitMethod
 from vlmzip.runtime.cache_names import cache_argument
 from vlmzip.runtime.in_llm.state import InLLMState
 from vlmzip.runtime.in_llm.step import Step
+from vlmzip.runtime.other_methods import names_other_methods
 from vlmzip.runtime.versions import argument
 
 #: The keyword argument that passes the state of a forward from the LLM to its layers.
@@ -44,13 +45,14 @@ class LLMHook:
     """A hook that passes the state of the running call to the layers, before the LLM runs."""
 
     @torch.compiler.disable
+    @names_other_methods
     def __call__(self, llm: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         inside = _running.get()
         if inside is None or inside.plan.family.llm is not llm:
             return None
         embeddings = argument(kwargs, "inputs_embeds", "the LLM")
         if embeddings is None:
-            raise UserError(
+            raise UnfitMethod(
                 f"{type(llm).__name__} puts images into the prompt itself, so that compressors inside it cannot find"
                 " them; choose a site before the LLM"
             )
@@ -65,6 +67,7 @@ class LayerHook:
         self.index = index
 
     @torch.compiler.disable
+    @names_other_methods
     def __call__(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         step: Step | None = kwargs.pop(STEP, None)
         if step is None:
@@ -72,7 +75,7 @@ class LayerHook:
         kwargs = dict(kwargs)
         hidden = args[0] if args else argument(kwargs, "hidden_states", "a decoder layer")
         if hidden.ndim != 3:
-            raise UserError(
+            raise UnfitMethod(
                 "the layers of this LLM pass several hidden states for each token, which cannot be dropped or merged"
                 " yet; choose a site before the LLM"
             )
