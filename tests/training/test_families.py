@@ -31,7 +31,7 @@ USER, MODEL, END = 4, 5, 2
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("images")
     rng = torch.Generator().manual_seed(0)
-    for name, size in {"a": (90, 40), "b": (30, 64), **dict.fromkeys("123", (60, 40))}.items():
+    for name, size in {"a": (90, 40), "b": (120, 20), **dict.fromkeys("123", (60, 40))}.items():
         pixels = torch.randint(256, (size[1], size[0], 3), generator=rng, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(path / f"{name}.png")
     return path

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.families import tiny_llava
+from tests.families import FAMILIES, tiny_llava
 from tests.training.runs import write_config
 from vlmzip import FastV, NoCompression, Pool2d, attach
 from vlmzip.compressor import Compressor
@@ -66,6 +66,15 @@ def test_the_chosen_parts_learn(fresh, learn):
     parts["vision"] = set(model_family.vision_encoder.parameters()) - inside
     for part, weights in parts.items():
         assert {one.requires_grad for one in weights} == {part in learn}, part
+
+
+@pytest.mark.skipif("video_llava" not in FAMILIES, reason="not in this version of transformers")
+@pytest.mark.parametrize("learn", [("projector",), ("vision",)])
+def test_an_encoder_for_videos_learns_with_the_one_for_images(learn):
+    compressed = attach(FAMILIES["video_llava"].build(), NoCompression())
+    _choose_what_learns(compressed, family_of(compressed.inner), learn, None)
+    for tower in (compressed.inner.model.video_tower, compressed.inner.model.image_tower):
+        assert {weights.requires_grad for weights in tower.parameters()} == {"vision" in learn}
 
 
 def test_random_tokens_differ_at_every_step_and_forward():
