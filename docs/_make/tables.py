@@ -7,9 +7,9 @@ come from benchmarks/results/mini-study.csv, the results.csv of the full study o
     cp runs/eval/mini/results.csv benchmarks/results/mini-study.csv
 
 with METHODS as in docs/results.md. The GPU tables of docs/results.md (speed, memory, cost of the selection) come from
-the files that gpu.sh, selection_cost.py (recipes/benchmarks/) and `vlmzip bench` wrote on the GPU. The README takes its
-measured table from them, too, the published one from vlmzip.lab.papers, the models from the results of
-`make conformance`, and the methods from the methods' files.
+the files that gpu.sh, selection_cost.py (recipes/benchmarks/) and `vlmzip bench` wrote on the GPU, the table of videos
+from the file of video_cost.py. The README takes its measured table from them, too, the published one from
+vlmzip.lab.papers, the models from the results of `make conformance`, and the methods from the methods' files.
 """
 
 import argparse
@@ -153,6 +153,28 @@ def models_table(models: list[Checked]) -> list[str]:
     return lines
 
 
+def video_table(rows: list[dict[str, str]]) -> list[str]:
+    """Return models and methods down: whole runs on the longest video, and the share of the selection by frames."""
+    frames = sorted({int(row["frames"]) for row in rows})
+    longest = str(frames[-1])
+    head = ["model", "method", f"tokens of {longest} frames", "time (quartiles)", "peak memory"]
+    head += [f"selection, {count} frames" for count in frames]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for model, method in dict.fromkeys((row["model"], row["method"]) for row in rows):
+        of_method = {row["frames"]: row for row in rows if (row["model"], row["method"]) == (model, method)}
+        last = of_method[longest]
+        cells = [f"`{model}`", f"`{method}`", last["tokens_after"]]
+        cells.append(f"{float(last['time_ratio']):.2f}x ({ends(last, 'time_ratio')})")
+        cells.append(f"{float(last['memory_ratio']):.2f}x ({float(last['peak_mib']):.0f} MiB)")
+        if method == "plain":
+            cells[1] = "plain encoder"
+            cells += [f"{float(of_method[str(count)]['median_ms']):.0f} ms" for count in frames]
+        else:
+            cells += [f"{float(of_method[str(count)]['selection_over_encoder']):.1%}" for count in frames]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
 def ends(row: dict[str, str], name: str) -> str:
     return f"{float(row[f'{name}_q1']):.2f} to {float(row[f'{name}_q3']):.2f}"
 
@@ -185,6 +207,7 @@ def tables(folder: Path) -> dict[str, dict[str, list[str]]]:
     """Return the lines of every table, by page and by the name in its comments."""
     runs = bench_runs(folder)
     costs = [read(path) for path in folder.glob(f"selection-cost-{GPU}-*.csv")]
+    (videos,) = [read(path) for path in folder.glob("video-cost-*.csv")]
     gpu = {
         "selection on a GPU": selection_table(costs),
         "prefill on a GPU": speed_table(runs, "LLM prefill"),
@@ -197,7 +220,8 @@ def tables(folder: Path) -> dict[str, dict[str, list[str]]]:
         "models": models_table(models_of(committed())),
         "methods": methods_table(),
     }
-    results = {"results": study_table(read(folder / "mini-study.csv")), **gpu}
+    study = study_table(read(folder / "mini-study.csv"))
+    results = {"results": study, "selection on videos": video_table(videos), **gpu}
     return {"README.md": readme, "docs/results.md": results}
 
 

@@ -114,7 +114,7 @@ def test_mistakes_give_one_line(vlmzip, clip, image, tmp_path):
         (f"ask {image} {clip}", "is a video: add a question after it"),
         (f'ask {clip} "w9 <video>"', "the question must not contain <video>: videos are placed before it"),
         (f"show {clip} --method fastv", "use vlmzip ask … --overlay FILE"),
-        (f"compare {clip} w9", "is not an image that Pillow can read"),
+        (f"compare {clip} w9", "is a video: use vlmzip ask for it"),
     ):
         code, out, err = vlmzip(line)
         assert (code, out) == (2, ""), line

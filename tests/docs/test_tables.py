@@ -25,7 +25,10 @@ SMALL = BENCH | {"speed_up": "4.683", "share_of_limit": "0.918"}
 COST = {"dtype": "bfloat16", "batch": "1", "median_ms": "7.0", "time_ratio": "1.2329", "time_ratio_q1": "1.2084"}
 COST |= {"time_ratio_q3": "1.2569", "selection_over_encoder": "0.20557", "memory_ratio": "1.166", "peak_mib": "21.7"}
 README = ("published", "measured", "models", "methods")
+VIDEO = {"time_ratio": "1.0500", "time_ratio_q1": "1.0100", "time_ratio_q3": "1.1000", "memory_ratio": "1.081"}
+VIDEO |= {"model": "qwen3_vl", "peak_mib": "30.2", "median_ms": "100.4", "tokens_after": "512"}
 BLOCKS = ("selection on a GPU", "prefill on a GPU", "first token on a GPU", "memory on a GPU")
+ON_VIDEOS = "selection on videos"
 
 
 @pytest.fixture
@@ -42,7 +45,7 @@ def root(tmp_path):
     with (results / "mini-study.csv").open("w", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *STUDY])
     (tmp_path / "docs").mkdir()
-    blocks = (f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in BLOCKS)
+    blocks = (f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in (*BLOCKS, ON_VIDEOS))
     study = "above\n\n<!-- results -->\nold\n<!-- end of results -->\n\nbelow\n"
     (tmp_path / "docs" / "results.md").write_text(study + "".join(blocks))
     for name, changed in {"batch8": {}, "batch32": {"batch": "32"}, "eager": {"attention": "eager"}}.items():
@@ -54,6 +57,13 @@ def root(tmp_path):
         write(results / f"bench-{name}-NVIDIA-H200-x.csv", rows)
     write(results / "bench-cpu.csv", [PLAIN])
     write(results / "selection-cost-NVIDIA-H200-x.csv", [COST] * 3)
+    of_methods = {"plain": "0.00000", "evs(keep=25%)": "0.03711"}
+    for_videos = [
+        VIDEO | {"frames": frames, "method": method, "selection_over_encoder": share}
+        for frames in (64, 8)
+        for method, share in of_methods.items()
+    ]
+    write(results / "video-cost-AMD-x.csv", for_videos)
     return tmp_path
 
 
@@ -129,6 +139,20 @@ def test_runs_on_a_gpu_become_tables(tables, root):
     ]
     assert lines[first + 3] == "| `llava-1.5-7b` | 8 | 154.7 | 5.10x | 4.68x, 92% | 4.68x, 92% | 4.68x, 92% |"
     assert lines[memory + 3] == "| `llava-1.5-7b` | 8 | 256 | 256 | 256 | 512 | 512 | 512 | 48.0 | 48.0 | 48.0 |"
+
+
+def test_costs_on_videos_become_a_table(tables, root):
+    tables.main([], root)
+    lines = (root / "docs" / "results.md").read_text().splitlines()
+    table = lines.index(f"<!-- {ON_VIDEOS} -->")
+    columns = "tokens of 64 frames | time (quartiles) | peak memory | selection, 8 frames | selection, 64 frames"
+    assert lines[table + 1 : table + 6] == [
+        f"| model | method | {columns} |",
+        "| --- " * 7 + "|",
+        "| `qwen3_vl` | plain encoder | 512 | 1.05x (1.01 to 1.10) | 1.08x (30 MiB) | 100 ms | 100 ms |",
+        "| `qwen3_vl` | `evs(keep=25%)` | 512 | 1.05x (1.01 to 1.10) | 1.08x (30 MiB) | 3.7% | 3.7% |",
+        f"<!-- end of {ON_VIDEOS} -->",
+    ]
 
 
 def test_check_notices_a_difference_and_writes_nothing(tables, root, capsys):

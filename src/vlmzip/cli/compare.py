@@ -26,6 +26,7 @@ from vlmzip.lab.asking import build_inputs, seen_images
 from vlmzip.lab.compare.compare import compare
 from vlmzip.lab.compare.output import OUTCOME, Comparison, Seen, as_json, page, sheet
 from vlmzip.lab.table import Console, print_json
+from vlmzip.runtime.videos import is_video
 
 log = logging.getLogger(__name__)
 #: Characters per line. On a narrower terminal or pipe, answers and costs get a table each.
@@ -40,6 +41,8 @@ def run(args: Namespace) -> None:
     if budget is not None:
         refuse_second_budgets([(candidate.name, candidate.method) for candidate in methods], budget)
     for path in paths:
+        if is_video(path):
+            raise UserError(f"compare takes images, and {path!r} is a video: use vlmzip ask for it")
         load_image(path)
     loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)
     inputs = build_inputs(loaded, paths, question)
