@@ -32,7 +32,7 @@ SECONDS ?= 60
 SEED ?= 0
 
 .PHONY: help demo docs test test-slow test-transformers test-newest test-lmms test-extras fuzz check fmt lint types tables bench bench-gpu \
-	flops figures support papers conformance mini mini-data always extras-beside-tests
+	flops figures notebooks support papers conformance mini mini-data always extras-beside-tests
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -96,12 +96,12 @@ extras-beside-tests: # installing is mostly waiting
 	$(MAKE) --no-print-directory --jobs=2 --output-sync test-extras test-transformers
 
 fmt: $(INSTALLED) ## format the code
-	$(BIN)/ruff format src tests docs recipes
-	$(BIN)/ruff check --fix src tests docs recipes
+	$(BIN)/ruff format src tests docs recipes examples
+	$(BIN)/ruff check --fix src tests docs recipes examples
 
 lint: $(INSTALLED) ## check style
-	$(BIN)/ruff format --check src tests docs recipes
-	$(BIN)/ruff check src tests docs recipes
+	$(BIN)/ruff format --check src tests docs recipes examples
+	$(BIN)/ruff check src tests docs recipes examples
 
 types: $(INSTALLED) ## check types
 	$(BIN)/mypy
@@ -130,6 +130,9 @@ flops: $(INSTALLED) ## count prefill FLOPs beside the papers'; writes docs/flops
 
 figures: $(INSTALLED) ## redraw the figures in docs/figures
 	$(BIN)/python docs/_make/figures.py
+
+notebooks: $(INSTALLED) ## run the notebooks in examples/ and write their outputs into them
+	$(BIN)/python docs/_make/notebooks.py
 
 CELLS = runs/support-newest.json $(SUPPORTED:%=runs/support-%.json)
 

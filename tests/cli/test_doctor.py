@@ -100,5 +100,5 @@ def test_a_package_that_cannot_be_imported():
 def test_uses_name_packages_of_their_extras():
     extras = PROJECT["optional-dependencies"]
     named = {extra: {Requirement(line).name for line in lines} for extra, lines in extras.items()}
-    assert {use.extra for use in doctor.USES} == set(extras) - {doctor.DEVELOPERS}
+    assert {use.extra for use in doctor.USES} == set(extras) - {*doctor.DEVELOPERS}
     assert [use.name for use in doctor.USES if not set(use.packages) <= named[use.extra]] == []

@@ -20,8 +20,8 @@ from vlmzip.version import __version__
 
 #: Packages that cannot work with each other's versions fail at the import. The others are imported when they are used.
 IMPORTED = ("torch", "transformers")
-#: The extra of those who develop vlmzip. No command needs it.
-DEVELOPERS = "dev"
+#: The extras of those who develop vlmzip. No command needs them.
+DEVELOPERS = ("dev", "docs")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def _packages() -> list[Package]:
     except PackageNotFoundError:
         raise UserError("vlmzip itself is not installed: pip install .") from None
     packages = [_package(requirement) for requirement in requirements]
-    packages = [package for package in packages if package.extra != DEVELOPERS]
+    packages = [package for package in packages if package.extra not in DEVELOPERS]
     return sorted(packages, key=lambda package: package.extra)
 
 
