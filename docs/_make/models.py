@@ -23,10 +23,10 @@ VIDEO = MARKS | {"plain model fails": "plain fails", "takes no video": "", "": "
 
 HEAD = """# Which models work
 
-Look up here which methods work with your model. transformers {transformers} has {folders} model folders whose models
-take `mm_encoder_outputs`, the interface that vlmzip uses. `make conformance` builds a tiny model with random weights of
-each, asks it with every method, and writes this page (vlmzip {vlmzip}, torch {torch}, {minutes} minutes).
-`vlmzip models NAME` prints a model's cells with their reasons.
+Look up here which methods work with your model. transformers {transformers} and vlmzip (`mini_gemini`) have {folders}
+model folders whose models take `mm_encoder_outputs`, the interface that vlmzip uses. `make conformance` builds a tiny
+model with random weights of each, asks it with every method, and writes this page (vlmzip {vlmzip}, torch {torch},
+{minutes} minutes). `vlmzip models NAME` prints a model's cells with their reasons.
 
 {counts}
 
@@ -39,7 +39,7 @@ each, asks it with every method, and writes this page (vlmzip {vlmzip}, torch {t
 Each cell asks about one image, about several images, and with a batch of rows of two images, one image and text alone.
 An answer must be the same with and without a cache, a row in a batch the same as alone, and `no_compression` the same
 as the plain model. Methods run with half of the tokens or, if they have no budget, with their default settings. `evs`
-keeps all tokens of an image. Mini-Gemini, which transformers lacks, has columns in [What works](support.md).
+keeps all tokens of an image. `vlmzip convert` [makes the checkpoints](using.md#mini-gemini) of `mini_gemini`.
 
 The column `video` asks about one video of two frames with `no_compression`, `random_tokens` and `evs`: `+` if
 `no_compression` is the same as the plain model and the others answer, `–` refused, `plain fails` if the plain model

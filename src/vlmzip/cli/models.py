@@ -39,7 +39,7 @@ def run(args: Namespace) -> None:
     print(f"\nTried on tiny models with random weights ({versions}).")
     print("in_llm: not in LLMs with sliding windows (PaliGemma 2), linear attention or convolutions.")
     print(f"A model without a row, or a refused one: {ADD_A_FAMILY}.")
-    print("Mini-Gemini is not in transformers: vlmzip convert --help tells how to get it.")
+    print("The model mini_gemini is part of vlmzip: `vlmzip convert` makes its checkpoints.")
     print("mini, the small model that ships with vlmzip, is a llava; --model takes any checkpoint of these models.")
 
 

@@ -181,6 +181,14 @@ FAMILIES: dict[str, Tiny] = {
     "llava_next": Tiny({"image_grid_pinpoints": PINPOINTS}),
     "llava_next_video": Tiny({"image_grid_pinpoints": PINPOINTS}),
     "llava_onevision": Tiny({"image_grid_pinpoints": PINPOINTS}),
+    "mini_gemini": Tiny(
+        {
+            "aux_config.hidden_sizes": [8, 12, 16, 20],
+            "aux_config.depths": [1, 1, 1, 1],
+            "aux_config.layer_scale_init_value": 1.0,
+        },
+        images=images.twice,
+    ),
     "minicpm_ocr": Tiny({"insert_layer_id": 1, "vision_config.insert_layer_id": 1}),
     "minicpmv4_6": Tiny({"insert_layer_id": 1, "vision_config.insert_layer_id": 1}),
     "minicpmv4_7": Tiny({"insert_layer_id": 1, "vision_config.insert_layer_id": 1}),

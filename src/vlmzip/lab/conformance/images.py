@@ -36,6 +36,13 @@ def pixels(model: PreTrainedModel, images: list[int]) -> Inputs:
     return {"pixel_values": torch.stack([noise(number, 3, side, side) for number in images])}
 
 
+def twice(model: PreTrainedModel, images: list[int]) -> Inputs:
+    """Return images at two resolutions, the higher one as `pixel_values_aux`, as Mini-Gemini takes them."""
+    side = 2 * side_of(model)
+    aux = torch.stack([noise(1000 + number, 3, side, side) for number in images])
+    return pixels(model, images) | {"pixel_values_aux": aux}
+
+
 def sized(model: PreTrainedModel, images: list[int]) -> Inputs:
     """Return images of one size with `image_sizes`, as Pixtral takes them."""
     inputs = pixels(model, images)

@@ -12,6 +12,8 @@ import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
+from vlmzip.mini_gemini import MiniGeminiForConditionalGeneration
+
 #: Fields of a config, by name.
 Settings = dict[str, Any]
 #: Values for the fields of every config, by the field's name. Fields that are no whole numbers keep their defaults.
@@ -67,18 +69,22 @@ DERIVED = (
 )  # fmt: skip
 #: Names of the number of layers.
 DEPTHS = ("num_hidden_layers", "depth", "num_layers", "n_layers", "encoder_layers")
+#: Models of vlmzip, by the name of their package.
+OURS: dict[str, type[PreTrainedModel]] = {"mini_gemini": MiniGeminiForConditionalGeneration}
 PAD, BOS, EOS, FIRST_SPECIAL = 0, 1, 2, 10
 
 
 def folders() -> list[str]:
-    """Return the model folders of the installed transformers whose models take `mm_encoder_outputs`."""
+    """Return the model folders whose models take `mm_encoder_outputs`: those of transformers, and ours."""
     models = Path(transformers.__file__).parent / "models"
     files = sorted(models.glob("*/modeling_*.py"))
-    return sorted({file.parent.name for file in files if "mm_encoder_outputs" in file.read_text()})
+    return sorted({file.parent.name for file in files if "mm_encoder_outputs" in file.read_text()} | OURS.keys())
 
 
 def model_class(folder: str) -> type[PreTrainedModel] | None:
     """Return the first class of a folder that generates text and takes `mm_encoder_outputs`, or `None`."""
+    if folder in OURS:
+        return OURS[folder]
     for file in sorted((Path(transformers.__file__).parent / "models" / folder).glob("modeling_*.py")):
         module = importlib.import_module(f"transformers.models.{folder}.{file.stem}")
         for cls in vars(module).values():
