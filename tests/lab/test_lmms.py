@@ -167,7 +167,7 @@ def test_tasks_can_be_named_in_place_of_a_suite():
         read_suite("llavolta13,pope")
     with pytest.raises(UserError, match="names nothing"):
         read_suite(",")
-    with pytest.raises(UserError, match=r"supports no video model yet; .* .no task for TGIF, MSVD or MSRVTT.$"):
+    with pytest.raises(UserError, match=r"gives lmms-eval no videos yet; .* .no task for TGIF, MSVD or MSRVTT.$"):
         read_suite("videollava4")
 
 
@@ -249,7 +249,7 @@ def test_a_chat_has_its_images_in_order_and_in_rgb():
         (["--suite", "pope", "--batch", "0"], "--batch 0: give at least 1"),
         (["--suite", "pope", "--include-path", "nowhere"], "--include-path 'nowhere' is not a folder"),
         (["--include-path", "tests"], "--include-path is for --suite"),
-        (["--suite", "videollava4"], "videollava4: vlmzip supports no video model yet"),
+        (["--suite", "videollava4"], "videollava4: vlmzip gives lmms-eval no videos yet"),
         (["--suite", "pope", "--methods", "visionzap"], "did you mean 'visionzip'"),
     ],
 )

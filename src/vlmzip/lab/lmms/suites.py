@@ -140,8 +140,8 @@ VIDEO_LLAVA = Suite(
     "videollava4",
     "Video-LLaVA's four (TGIF, MSVD, MSRVTT, ActivityNet)",
     (Benchmark("ActivityNet", "activitynetqa", ("gpt_eval_accuracy",), judge="always"),),
-    refused="vlmzip supports no video model yet; and of the four, lmms-eval 0.7.3 has activitynetqa alone (no task for"
-    " TGIF, MSVD or MSRVTT)",
+    refused="vlmzip gives lmms-eval no videos yet; and of the four, lmms-eval 0.7.3 has activitynetqa alone (no task"
+    " for TGIF, MSVD or MSRVTT)",
 )
 
 SUITES = {suite.name: suite for suite in (LLAVOLTA, VISIONZIP, VIDEO_LLAVA)}
