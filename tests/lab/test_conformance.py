@@ -1,5 +1,6 @@
 """Tests of the conformance run: checks give what the committed results say, and `vlmzip models` prints them."""
 
+import dataclasses
 import json
 import os
 import re
@@ -17,7 +18,19 @@ from vlmzip.lab.conformance.tiny import folders
 COMMITTED = {model.folder: model for model in results.models_of(results.committed())}
 #: A family with a file, a model of the default family, refused ones, and one whose placeholders stand in rows.
 QUICK = ["llava", "t5gemma2"]
-SAMPLE = ["gemma3", "internvl", "lfm2_vl", "mistral3", "qwen3_5", "emu3", "hunyuan_vl", "minicpmv4_6", "llama4"]
+SAMPLE = [
+    "qwen2_vl",
+    "glm4v",
+    "gemma3",
+    "internvl",
+    "lfm2_vl",
+    "mistral3",
+    "qwen3_5",
+    "emu3",
+    "hunyuan_vl",
+    "minicpmv4_6",
+    "llama4",
+]
 is_newest = pytest.mark.skipif(
     transformers.__version__ != results.committed()["versions"]["transformers"],
     reason="the results are those of another version of transformers",
@@ -27,6 +40,7 @@ is_newest = pytest.mark.skipif(
 def assert_as_committed(folder: str) -> None:
     model, committed = check(folder), COMMITTED[folder]
     assert (model.status, model.reason) == (committed.status, committed.reason)
+    assert model.video == committed.video
     statuses = {method: model.status_of(method) for method in model.cells}
     assert statuses == {method: committed.status_of(method) for method in committed.cells}
 
@@ -55,6 +69,14 @@ def test_at_least_sixty_models_work_and_every_refusal_has_a_reason():
         assert not model.untried or model.reason
         for modes in model.cells.values():
             assert all(reason for status, reason in modes.values() if status != "works")
+
+
+def test_each_model_says_whether_a_video_works():
+    statuses = [model.video[0] for model in COMMITTED.values() if not model.untried]
+    assert set(statuses) <= {"works", "refused", "plain model fails", "takes no video"}
+    assert statuses.count("works") >= 20
+    for model in COMMITTED.values():
+        assert model.untried or model.video[0] == "works" or model.video[1]
 
 
 def works(folder: str) -> Checked:
@@ -87,6 +109,7 @@ def test_a_model_works_if_it_does_uncompressed_and_with_a_method():
     assert (model.status, model.status_of("dfmr"), model.modes_of("dfmr")) == ("works", "refused", ["batch"])
     model.cells["fastv"] = {"image": ["fails", "why"]}
     assert model.status == "fails"
+    assert dataclasses.replace(works("a"), video=["fails", "why"]).status == "fails"
 
 
 def test_results_are_read_as_they_were_written(tmp_path):
@@ -101,6 +124,7 @@ def test_models_prints_the_committed_results(capsys):
     assert main(["models", "internvl", "t5gemma2"]) == 0
     output = capsys.readouterr().out
     assert re.search(r"random_tokens +works", output)
+    assert re.search(r"a video +takes no video: it has no get_video_features", output)
     assert "refused: only its encoder takes mm_encoder_outputs" in output
 
 
