@@ -1,3 +1,3 @@
-"""The version of vlmzip; it is written nowhere else."""
+"""The version of vlmzip; CITATION.cff repeats it."""
 
 __version__ = "0.1.0"
