@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
@@ -26,8 +28,9 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def made(name):
-    if name not in folders():
-        pytest.skip("this version of transformers has no such model")
+    is_old = Version(transformers.__version__) < Version("5.23")
+    if name not in folders() or (is_old and name == "gemma4"):
+        pytest.skip("this version of transformers has no such model, or another config")
     model, tiny = tiny_model(model_class(name), FAMILIES.get(name, Tiny()).changes), FAMILIES.get(name, Tiny())
     return model, Prompts(model, tiny)
 
