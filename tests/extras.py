@@ -140,12 +140,20 @@ def brought(extra):
             yield module
 
 
+def check_wheel():
+    """Compare what the wheel installed with the package's folder: no file is missing, and none is beside it."""
+    installed = {file.as_posix() for file in files("vlmzip") if file.suffix != ".pyc" and ".." not in file.parts}
+    installed = {name for name in installed if not name.partition("/")[0].endswith(".dist-info")}
+    source = [path for path in (ROOT / "src" / "vlmzip").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    differing = installed ^ {path.relative_to(ROOT / "src").as_posix() for path in source}
+    assert not differing, f"the wheel and src/vlmzip differ: {sorted(differing)}"
+
+
 def main(extra):
     call(sys.executable, "-m", "pip", "check")
     found = import_module("vlmzip").__file__
     assert Path(found).is_relative_to(sys.prefix), f"vlmzip comes from {found}, not from this environment"
-    beside = {file.parts[0] for file in files("vlmzip")} & {"benchmarks", "docs", "recipes", "tests"}
-    assert not beside, f"what belongs to the repository alone is installed too: {beside}"
+    check_wheel()
     for module in brought(extra):
         import_module(module)
     report = subprocess.run([beside_python("vlmzip"), "doctor", "--json"], capture_output=True, text=True, check=True)

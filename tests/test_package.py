@@ -20,6 +20,15 @@ from vlmzip.training.random_factor import RandomFactor
 
 #: Packages that take long to import.
 SLOW = ("torch", "transformers", "numpy", "PIL", "jaxtyping", "yaml", "matplotlib", "pydantic")
+#: The files that are no code, with their readers.
+DATA = {
+    "py.typed": "type checkers",
+    "mini/weights/*": "every command: the default of --model",
+    "mini/assets/*": "the task mini of eval, tune and study",
+    "lab/papers/*.csv": "eval --against and train --explain",
+    "lab/conformance/results.json": "models",
+    "templates/*.j2": "compare --html, eval --report",
+}
 RUN = f"""
 import contextlib, io, json, sys
 for statement in json.loads(sys.argv[1]):
@@ -108,6 +117,16 @@ def test_modules_are_attributes_and_other_names_are_not():
     for name in ("VisionZap", "_private", "torch"):
         with pytest.raises(AttributeError, match=f"module 'vlmzip' has no attribute {name!r}"):
             getattr(vlmzip, name)
+
+
+def test_the_wheel_has_only_the_data_that_commands_read():
+    """`make test-extras` compares the installed wheel with this folder."""
+    package = Path(vlmzip.__file__).parent
+    files = [path.relative_to(package) for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    data = [path for path in files if path.suffix != ".py"]
+    matched = {pattern: [path for path in data if path.match(pattern)] for pattern in DATA}
+    assert [pattern for pattern, paths in matched.items() if not paths] == []
+    assert set(data) - set().union(*matched.values()) == set()
 
 
 def test_type_checkers_of_users_read_the_package():
