@@ -7,18 +7,21 @@ python docs/_make/papers.py --check    exits with 1 if the page is not what this
 import sys
 import textwrap
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 from checked_page import write_or_check
 
 from vlmzip import FastV, Grid, LLaVolta, Profile, QFormer, SparseVLM, VisionZip
-from vlmzip.lab.papers import CERTAINTIES, Published, averages, papers, published
+from vlmzip.lab.papers import CERTAINTIES, Published, averages, papers
 from vlmzip.lab.papers.averages import AVERAGED, Average, every_column, sets_that_fit
-from vlmzip.lab.papers.published import tables
+from vlmzip.lab.papers.published import read, tables
 from vlmzip.lab.table import markdown
 from vlmzip.methods.sparsevlm import PUBLISHED_LAYERS, SCHEDULES
 
 PAGE = Path(__file__).resolve().parents[1] / "papers.md"
+#: Files without a score. No command reads them, so they are not part of the package.
+BESIDE = Path(__file__).with_name("published")
 #: LLaVA-1.5-7B, the model of the papers' counts: 24 x 24 patches, 32 layers.
 LLAVA = Profile(Grid(1, 24, 24), layers=32)
 FULL = LLAVA.grid.size * LLAVA.layers
@@ -28,9 +31,9 @@ SPARSEVLM_AUTHORS = tuple(layer - 1 for layer in PUBLISHED_LAYERS)
 HEAD = """# What the papers print
 
 Look up the papers' printed numbers here, and see where they do not add up. The published numbers are CSV files in
-`src/vlmzip/lab/papers/`. The computed ones come from the library's own classes, on LLaVA-1.5-7B: 576 visual tokens,
-32 layers. A dash is a number that the files do not have. `python docs/_make/papers.py` writes this page, and the tests
-check it.
+`src/vlmzip/lab/papers/`, and in `docs/_make/published/` if no command reads them. The computed ones come from the
+library's own classes, on LLaVA-1.5-7B: 576 visual tokens, 32 layers. A dash is a number that the files do not have.
+`python docs/_make/papers.py` writes this page, and the tests check it.
 """
 
 
@@ -43,13 +46,25 @@ def page() -> str:
     return "\n".join(part.strip() + "\n" for part in parts)
 
 
+@cache
+def every_table() -> dict[str, tuple[Published, ...]]:
+    """Return the rows of every file by its name: those of the package, and those beside it."""
+    beside = {path.name: read(path.read_text(encoding="utf-8")) for path in BESIDE.glob("*.csv")}
+    return dict(sorted((tables() | beside).items()))
+
+
+def published(paper: str) -> list[Published]:
+    """Return a paper's numbers, file by file."""
+    return [row for rows in every_table().values() for row in rows if row.paper == paper]
+
+
 # --- what is there ------------------------------------------------------------------------------------------------
 
 
 def files() -> str:
     kinds = list(CERTAINTIES)
     rows = []
-    for name, content in tables().items():
+    for name, content in every_table().items():
         count = Counter(row.certainty for row in content)
         rows.append([name, ", ".join(dict.fromkeys(row.table for row in content)), len(content)])
         rows[-1] += [count[kind] or "" for kind in kinds]

@@ -14,14 +14,17 @@ from vlmzip.methods.sparsevlm import SCHEDULES
 
 #: LLaVA-1.5-7B, as in the papers.
 PAPER = Profile(Grid(1, 24, 24), layers=32)
-EVERY = [row for rows in tables().values() for row in rows]
+#: Files that no command reads, beside the script that makes docs/papers.md from them.
+BESIDE = Path(__file__).parents[2] / "docs" / "_make" / "published"
+FILES = tables() | {path.name: read(path.read_text(encoding="utf-8")) for path in BESIDE.glob("*.csv")}
+EVERY = [row for rows in FILES.values() for row in rows]
 
 # --- the files ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", sorted(tables()))
+@pytest.mark.parametrize("file", sorted(FILES))
 def test_every_row_is_whole_and_says_where_it_is_from(file):
-    rows = tables()[file]
+    rows = FILES[file]
     assert rows
     for row in rows:
         assert all((row.paper, row.table, row.model, row.method, row.metric, row.unit, row.source)), row
@@ -35,7 +38,18 @@ def test_every_row_is_whole_and_says_where_it_is_from(file):
 def test_the_files_are_the_package_s_own_and_named_by_paper():
     folder = Path(importlib.util.find_spec("vlmzip.lab.papers").origin).parent
     assert set(tables()) == {path.name for path in folder.glob("*.csv")}
-    assert {"visionzip", "llavolta", "llava-zip", "sparsevlm", "fastv"} <= set(papers())
+    assert {"visionzip", "llavolta", "llava-zip", "fastv"} <= set(papers())
+    assert {*papers(), "sparsevlm", "diffprune"} == {row.paper for row in EVERY}
+
+
+def test_the_package_has_the_files_that_commands_show():
+    """`eval --against` compares scores; `train --explain` prints what LLaVolta's tables say of its schemes."""
+
+    def is_shown(row):
+        return row.metric in ("score", "relative score") or (row.paper, row.table) == ("llavolta", "Table 1")
+
+    assert [file for file, rows in FILES.items() if any(map(is_shown, rows)) != (file in tables())] == []
+    assert len(FILES) > len(tables())
 
 
 def test_no_number_stands_twice():
@@ -131,7 +145,7 @@ def test_llavoltas_ratios_are_equation_3s_except_in_tables_2_and_7():
 
 
 def test_sparsevlms_schedules_are_our_own():
-    rows = [r for r in published("sparsevlm") if r.metric == "kept tokens"]
+    rows = [r for r in EVERY if (r.paper, r.metric) == ("sparsevlm", "kept tokens")]
     found = {}
     for row in rows:
         found.setdefault(row.settings["schedule"], {}).setdefault(int(row.keep), []).append(int(row.value))
@@ -140,7 +154,7 @@ def test_sparsevlms_schedules_are_our_own():
 
 @pytest.mark.parametrize(("model", "crops"), [("LLaVA-1.5-7B", 1), ("Mini-Gemini-7B", 1), ("LLaVA-NeXT-7B", 5)])
 def test_visionzips_splits_are_our_own(model, crops):
-    rows = [r for r in published("visionzip") if r.model == model and r.metric.endswith("tokens") and r.keep]
+    rows = [r for r in EVERY if (r.paper, r.model) == ("visionzip", model) and r.metric.endswith("tokens") and r.keep]
     assert len(rows) == 6
     for row in rows:
         split = VisionZip(keep=int(row.keep) // crops).split(576)
