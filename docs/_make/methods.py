@@ -108,7 +108,12 @@ def sites(method: Outline) -> str:
 
 
 def reads(method: Outline) -> str:
-    return ", ".join(["the features", *(str(signal).replace("_", " ") for signal in sorted(method.values["needs"]))])
+    return ", ".join(
+        [
+            "the features",
+            *(str(signal).replace("_", " ").replace("cls", "CLS") for signal in sorted(method.values["needs"])),
+        ]
+    )
 
 
 def paper(method: Outline) -> str:

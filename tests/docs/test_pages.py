@@ -99,3 +99,9 @@ def test_numbers_come_from_committed_code():
     files = [*PAGES, *(ROOT / "benchmarks" / "results").rglob("*.csv")]
     assert len(files) > 20
     assert [path.name for path in files if "-dirty" in path.read_text(encoding="utf-8")] == []
+
+
+def test_every_page_is_in_the_menu():
+    menu = re.findall(r"^ +- .*?([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.M)
+    pages = [str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")]
+    assert sorted(menu) == sorted([*pages, "CHANGELOG.md", "CONTRIBUTING.md"])
