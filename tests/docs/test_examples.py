@@ -31,8 +31,15 @@ def test_the_readme_names_every_example():
     assert named == files
 
 
+def test_links_lead_somewhere():
+    texts = [path.read_text(encoding="utf-8") for path in EXAMPLES.iterdir() if path.suffix in (".md", ".ipynb")]
+    links = [link for text in texts for link in re.findall(r"\]\(([^)#:]+)", text)]
+    assert "../docs/add_a_method.md" in links
+    assert [link for link in links if not (EXAMPLES / link).exists()] == []
+
+
 @pytest.mark.slow
-def test_answer(run, tmp_path):
+def test_answer(run):
     assert run("answer") == "all visual tokens: orange\n36 of 144: orange\n"
     few = run("answer", "examples/flat.png", "what item is there ?", "--keep", "16")
     assert few.splitlines()[1].startswith("16 of 144: ")
