@@ -81,9 +81,9 @@ class Measured:
         return [cls(grid.size, counts, dict(zip(list(counts)[1:], row, strict=True))) for row in deviations]
 
     @staticmethod
-    def parts(views: Sequence[Measured]) -> list[Sequence[Measured]]:
-        """Return the first view of an image, and its other views if it has any."""
-        return [views[:1], views[1:]] if len(views) > 1 else [views]
+    def parts(views: Sequence[Measured], *, are_frames: bool) -> list[Sequence[Measured]]:
+        """Return the first view of an image, and its other views if it has any; the frames of a video are one part."""
+        return [views] if are_frames or len(views) == 1 else [views[:1], views[1:]]
 
     @classmethod
     def joined(cls, views: Sequence[Measured]) -> Measured:
@@ -499,6 +499,6 @@ class ComparesViews(Protocol):
         """Return a measurement of each view."""
         ...
 
-    def shared_by_content(self, views: Sequence[Measured]) -> Sequence[Compressor]:
-        """Return the compressor for each view of an image, from the measurements of all its views."""
+    def shared_by_content(self, views: Sequence[Measured], *, are_frames: bool) -> Sequence[Compressor]:
+        """Return the compressor for each view of an image, or each frame of a video, from the measurements of all."""
         ...

@@ -10,7 +10,7 @@ import vlmzip
 from tests.families import FAMILIES
 from tests.families.qwen2_5_vl import Qwen25VL
 from tests.tiny import IMAGE_TOKEN, LLM, VIDEO_TOKEN, wrong_copies
-from vlmzip import Grid, UserError
+from vlmzip import DFMR, AdaptiveVisionZip, Grid, Site, UserError
 from vlmzip.models import family_of
 
 
@@ -246,6 +246,28 @@ def test_llavolta_pools_what_is_left_of_each_frame(spec, counts):
         of_frames = [set(frame.token_map.group[0].tolist()) - {-1} for frame in video.frames]
         assert [len(groups) for groups in of_frames] == [counts[-1]] * 3
         assert len(set.union(*of_frames)) == 3 * counts[-1]
+
+
+@pytest.mark.parametrize("cls", [DFMR, AdaptiveVisionZip])
+@torch.no_grad()
+def test_together_all_frames_of_a_video_share_one_factor(cls):
+    """The first frame is no base image: the mean deviation of all frames decides."""
+    family = WITH_VIDEO["qwen3_vl"]()
+    family.clips = ((3, 4, 4), (2, 4, 4))
+    inputs = family.batch([5, "video", 6], ["video", 7])
+    encoded = family_of(family.model).modalities[1].encode(inputs, Site.PRE_PROJECTOR, cls.needs)
+    (group,) = encoded.groups
+    deviations = cls(max_factor=2).deviations(group.tokens)[:, 0]
+    means = [deviations[:3].mean().item(), deviations[3:].mean().item()]
+    for tau in (0.0, *deviations.tolist(), 10.0):
+        with vlmzip.attach(family.model, cls(tau=tau, max_factor=2, tiles="together")) as small:
+            small(**inputs)
+            reports = small.report.images
+            frames = [
+                [len(set(view.token_map.group[0].tolist()) - {-1}) for view in report.views] for report in reports
+            ]
+        factors = [2 if mean < tau else 1 for mean in means]
+        assert frames == [[16 // factors[0] ** 2] * 3, [16 // factors[1] ** 2] * 2]
 
 
 def test_original_positions_are_those_of_the_whole_video(video_family):

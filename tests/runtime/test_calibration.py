@@ -208,6 +208,20 @@ def test_the_compressor_does_to_videos_what_was_said(name, method):
     assert calibrate(family.model, mixed, method, keep_per_view="50%", processor=processor) == calibration
 
 
+def test_frames_of_a_video_are_calibrated_together():
+    family, method = FAMILIES["qwen3_vl"](), DFMR(max_factor=2, tiles="together")
+    processor = with_videos(family, grid=(4, 4))
+    videos = [[grey(10 * n + 30 * m, (32, 32), 25 * n) for m in range(6)] for n in range(4)]
+    calibration = calibrate(family.model, videos, method, "62.5%", processor=processor)
+    assert sorted(calibration.after) == [12, 12, 48, 48]
+    assert len(calibration.factors) == 4
+    with torch.no_grad(), attach(family.model, calibration.compressor) as small:
+        for video, after in zip(videos, calibration.after, strict=True):
+            clip = Clip("", video, list(range(6)), 6, None)
+            small(**processor(text=["<video> w5"], return_tensors="pt", **clip_arguments([clip])))
+            assert small.report.after == after
+
+
 def test_videos_that_cannot_be_calibrated_on(loaded):
     model, processor = loaded
     with pytest.raises(UserError, match="takes no video; models that take videos are llava-hf/LLaVA-NeXT-Video"):

@@ -77,8 +77,8 @@ class AdaptiveVisionZip(Compressor):
     def measured(self, tokens: VisualTokens) -> list[Measured]:
         return self.chooser.measured(tokens)
 
-    def shared_by_content(self, views: Sequence[Measured]) -> list[Compressor]:
-        return with_one_factor(self, self.tau, views)
+    def shared_by_content(self, views: Sequence[Measured], *, are_frames: bool) -> list[Compressor]:
+        return with_one_factor(self, self.tau, Measured.parts(views, are_frames=are_frames))
 
     def deviations(self, tokens: VisualTokens) -> Float[Tensor, "batch factors"]:
         return self.chooser.deviations(tokens)

@@ -63,7 +63,8 @@ class DFMR(Compressor):
     tiles: Literal["each", "together"] = "each"
     """Choose the factor of "each" view of an image by itself, or one for the first view (LLaVA-NeXT's base image) and
     one for all tiles "together", by their mean deviation. Together, the tokens of tiles stay on one regular grid, but
-    plain and detailed tiles are pooled alike. No paper says which; the default treats a tile as an image."""
+    plain and detailed tiles are pooled alike. No paper says which; the default treats a tile as an image. The frames of
+    a video are equal: together, all share one factor."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,8 +85,8 @@ class DFMR(Compressor):
     def measured(self, tokens: VisualTokens) -> list[Measured]:
         return Measured.of(self, tokens)
 
-    def shared_by_content(self, views: Sequence[Measured]) -> list[Compressor]:
-        return with_one_factor(self, self.tau, views)
+    def shared_by_content(self, views: Sequence[Measured], *, are_frames: bool) -> list[Compressor]:
+        return with_one_factor(self, self.tau, Measured.parts(views, are_frames=are_frames))
 
     def deviations(self, tokens: VisualTokens) -> Float[Tensor, "batch factors"]:
         """Return the deviation of each factor above 1, in ascending order of factors, in float32."""
@@ -122,13 +123,13 @@ class DFMR(Compressor):
         return by_window.mean(1) if self.windows == "mean" else by_window.amax(1)
 
 
-def with_one_factor(method: Compressor, tau: float, views: Sequence[Measured]) -> list[Compressor]:
-    """Return the method for each view of an image: the first view has its own factor, the others share one.
+def with_one_factor(method: Compressor, tau: float, parts: Sequence[Sequence[Measured]]) -> list[Compressor]:
+    """Return the method for each view of an image: the views of a part share one factor.
 
     No deviation reaches the new threshold, so a view gets the largest factor that is allowed: the one chosen here.
     """
     shares: list[Compressor] = []
-    for part in Measured.parts(views):
+    for part in parts:
         factor = Measured.joined(part).factor_below(tau)
         shares += [method.with_fields(tau=sys.float_info.max, max_factor=factor, tiles="each")] * len(part)
     return shares

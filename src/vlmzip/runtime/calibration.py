@@ -212,12 +212,13 @@ def _measure_clip(family: Family, processor: Processor, compressor: Any, clip: C
     with refusing(f"the processor refuses {clip.path}"):
         inputs = processor(text=[prompt], return_tensors="pt", **clip_arguments([clip]), **special)
     (present,) = family.present_in(inputs)
-    return _joined(_measured(present, inputs, compressor), compressor)
+    are_frames = present.modality == "video"
+    return _joined(_measured(present, inputs, compressor), compressor, are_frames=are_frames)
 
 
 def _measure_together(family: Family, processor: Processor, compressor: Any, images: list[Any]) -> list[MeasuredImage]:
     inputs = _inputs_of(family, processor, [load_image(image) for image in images])
-    return [_joined([views], compressor) for views in _measured(family, inputs, compressor)]
+    return [_joined([views], compressor, are_frames=False) for views in _measured(family, inputs, compressor)]
 
 
 def _measured(family: Family, outputs: BatchFeature, compressor: Any) -> list[list[Measured]]:
@@ -233,11 +234,12 @@ def _measured(family: Family, outputs: BatchFeature, compressor: Any) -> list[li
     return [[measured[number] for number in numbers] for numbers in view_numbers(layouts)]
 
 
-def _joined(images: Sequence[Sequence[Measured]], compressor: Any) -> MeasuredImage:
-    """Return images, such as the frames that a model takes as images, as one."""
+def _joined(images: Sequence[Sequence[Measured]], compressor: Any, *, are_frames: bool) -> MeasuredImage:
+    """Return images, such as the frames that a model takes as images, as one. Their views may be a video's frames."""
     sizes = tuple(view.size for views in images for view in views)
     if isinstance(compressor, ComparesViews) and compressor.compares_views:
-        images = [[Measured.joined(part) for part in Measured.parts(views)] for views in images]
+        parts = [Measured.parts(views, are_frames=are_frames) for views in images]
+        images = [[Measured.joined(part) for part in of_image] for of_image in parts]
     return MeasuredImage(tuple(view for views in images for view in views), sizes)
 
 

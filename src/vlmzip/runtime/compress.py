@@ -210,8 +210,10 @@ def _decide(layouts: Sequence[Layout], encoded: Encoded, compressor: Compressor 
     shares: list[Callable[[VisualTokens], TokenMap]] = [keep_all] * sum(len(layout.views) for layout in layouts)
     if isinstance(compressor, ComparesViews) and compressor.compares_views:
         measured = {n: m for g in encoded.groups for n, m in zip(g.numbers, compressor.measured(g.tokens), strict=True)}
-        images = ([measured[number] for number in numbers] for numbers in view_numbers(layouts))
-        shares = [share for views in images for share in compressor.shared_by_content(views)]
+        shares = []
+        for layout, numbers in zip(layouts, view_numbers(layouts), strict=True):
+            views = [measured[number] for number in numbers]
+            shares += compressor.shared_by_content(views, are_frames=layout.is_video)
     elif compressor is not None:
         shares = [share for layout in layouts for share in compressor.shared(layout.views)]
     maps: dict[int, ViewMap] = {}
