@@ -64,7 +64,7 @@ def test_versions_devices_and_what_is_missing(capsys, installed):
     assert uses["train"] == ([], "pip install 'vlmzip[train]'")
     assert uses["train with lora"] == (["peft"], "pip install 'vlmzip[train]'")
     assert uses["eval --suite"] == (["filelock<4"], "pip install 'vlmzip[lmms]'")
-    assert uses["ask and show with video files"] == (["av", "torchvision"], "pip install 'vlmzip[video]'")
+    assert uses["ask, show, calibrate on video files"] == (["av", "torchvision"], "pip install 'vlmzip[video]'")
 
 
 def test_text_says_the_same_in_100_columns(capsys, installed):

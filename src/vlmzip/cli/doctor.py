@@ -18,7 +18,7 @@ from vlmzip.errors import UserError
 from vlmzip.lab.table import NOTHING, print_json, print_table, show_bytes
 from vlmzip.version import __version__
 
-#: Packages that cannot work with each other's versions fail at the import. The others are imported when they are used.
+#: Packages whose import can fail although they are installed, because their versions do not fit together.
 IMPORTED = ("torch", "transformers")
 #: The extras of those who develop vlmzip. No command needs them.
 DEVELOPERS = ("dev", "docs")
@@ -34,7 +34,7 @@ class Use:
 
 
 USES = (
-    Use("ask and show with video files", "video", ("av", "torchvision")),
+    Use("ask, show, calibrate on video files", "video", ("av", "torchvision")),
     Use("train", "train", ("accelerate",)),
     Use("train with lora", "train", ("peft",)),
     Use("train on video files", "video", ("av", "torchvision")),
