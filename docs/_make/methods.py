@@ -125,7 +125,8 @@ def cost_cell(row: dict[str, str] | None) -> str:
     if row is None or not row["time_over_encoder"]:
         return ""
     time, memory = float(row["time_over_encoder"]), float(row["memory_over_encoder"])
-    return f"{int(row['tokens']):,} tokens: {time:.2%} of the encoder's time, {memory:.2f}x its memory"
+    shown = f"{time:.2%}" if time >= 0.0001 else "below 0.01%"
+    return f"{int(row['tokens']):,} tokens: {shown} of the encoder's time, {memory:.2f}x its memory"
 
 
 def draw_all() -> None:

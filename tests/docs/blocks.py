@@ -34,12 +34,16 @@ def python_blocks(page):
 
 
 def commands(page):
-    """Return the lines of a page's indented blocks, each with the block's mark; a backslash continues a line."""
-    text = FENCED.sub("", page.read_text(encoding="utf-8"))
+    """Return the lines of a page's indented blocks, each with the block's mark; a backslash continues a line.
+
+    An indented block after Python is what it prints.
+    """
+    text = FENCED.sub("```", page.read_text(encoding="utf-8"))
     return [
         Block(name(page), " ".join(line.split()), m["reason"] or "")
         for m in INDENTED.finditer(text)
-        if "\n\n" in text[max(0, m.start() - 2) : m.start()]  # else it continues a list
+        if text[: m.start()].endswith("\n\n")  # else it continues a list
+        and not text[: m.start()].rstrip().endswith("```")  # else it is what a block of Python prints
         for line in m["code"].replace("\\\n", " ").splitlines()
         if line.strip()
     ]
