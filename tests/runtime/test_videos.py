@@ -1,5 +1,6 @@
 """Frames of videos: which are read, and what is refused."""
 
+import struct
 import sys
 
 import numpy as np
@@ -61,6 +62,64 @@ def test_frames_that_a_header_counts_and_the_file_lacks(tmp_path, monkeypatch):
 def test_one_frame_is_the_middle_one():
     assert [evenly_spaced(total, 1) for total in (1, 4, 9)] == [[0], [1], [4]]
     assert evenly_spaced(10, 4) == [0, 3, 6, 9]
+
+
+def write_images(path, image, title=""):
+    with av.open(str(path), "w") as out:
+        out.metadata["title"] = title
+        stream = out.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = *image.size, "yuv420p"
+        for _ in range(2):
+            out.mux(stream.encode(av.VideoFrame.from_image(image)))
+        out.mux(stream.encode())
+
+
+@pytest.mark.parametrize(
+    ("across", "down"),
+    [
+        *(((1, 0), (0, 1)), ((0, 1), (-1, 0)), ((-1, 0), (0, -1)), ((0, -1), (1, 0))),  # turned, as phones film
+        *(((-1, 0), (0, 1)), ((1, 0), (0, -1)), ((0, 1), (1, 0)), ((0, -1), (-1, 0))),  # and mirrored
+    ],
+)
+def test_frames_are_shown_as_the_file_says(tmp_path, across, down):
+    """A step to the right, or down, in a frame of the file is the step `across`, or `down`, in what players show."""
+    quarters = np.array([[0, 80], [160, 240]], np.uint8)
+    write_images(tmp_path / "clip.mp4", Image.fromarray(quarters).resize((64, 48), Image.Resampling.NEAREST))
+    content = (tmp_path / "clip.mp4").read_bytes()
+    unit, last = 1 << 16, 1 << 30
+    before, after = (
+        struct.pack(">9i", a * unit, b * unit, 0, c * unit, d * unit, 0, 0, 0, last)
+        for (a, b), (c, d) in (((1, 0), (0, 1)), (across, down))
+    )
+    track = content.index(b"tkhd")
+    (tmp_path / "clip.mp4").write_bytes(content[:track] + content[track:].replace(before, after, 1))
+    shown = np.zeros((2, 2))
+    for row, col in np.ndindex(2, 2):
+        x, y = ((2 * col - 1) * a + (2 * row - 1) * b for a, b in zip(across, down, strict=True))
+        shown[(y + 1) // 2, (x + 1) // 2] = quarters[row, col]
+    frame = read_clip(tmp_path / "clip.mp4", five).frames[0]
+    assert frame.size == ((64, 48) if across[0] else (48, 64))
+    pixels = np.asarray(frame.convert("L"))
+    height, width = pixels.shape
+    seen = [[pixels[row * height // 4, col * width // 4] for col in (1, 3)] for row in (1, 3)]
+    assert np.abs(np.array(seen, float) - shown).max() < 12
+
+
+def test_titles_may_be_in_any_encoding(tmp_path):
+    write_images(tmp_path / "clip.avi", Image.new("RGB", (64, 48)), title="CafXYZ")
+    content = (tmp_path / "clip.avi").read_bytes()
+    assert b"CafXYZ" in content
+    (tmp_path / "clip.avi").write_bytes(content.replace(b"CafXYZ", "Café ".encode("latin-1") + b"\xff"))
+    assert read_clip(tmp_path / "clip.avi", five).numbers == [0, 1]
+
+
+def test_all_frames_get_the_size_of_the_first(tmp_path):
+    for name, size in (("a", (64, 48)), ("b", (96, 48))):
+        write_clip(tmp_path / f"{name}.mpg", 6, size=size, fps=25, codec="mpeg2video")
+    (tmp_path / "both.mpg").write_bytes(b"".join((tmp_path / f"{name}.mpg").read_bytes() for name in "ab"))
+    clip = read_clip(tmp_path / "both.mpg", five)
+    assert clip.total > 6
+    assert clip.as_array().shape == (5, 48, 64, 3)
 
 
 class Settings:

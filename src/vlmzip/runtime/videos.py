@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from vlmzip.errors import UserError, reason
 from vlmzip.models import FAMILIES
@@ -38,7 +38,7 @@ class Clip:
 
     path: str
     frames: list[Image.Image]
-    """The frames, as upright RGB."""
+    """The frames, as upright RGB, all of one size."""
     numbers: list[int]
     """The 0-based number of each frame in the video."""
     total: int
@@ -108,7 +108,7 @@ def check_video(path: str | os.PathLike[str]) -> None:
 def read_clip(path: str | os.PathLike[str], choose: Choose) -> Clip:
     """Return the frames of a video that `choose` returns the numbers of. Raise `UserError` if it cannot be read.
 
-    A broken video is read up to where it breaks.
+    A broken video is read up to where it breaks. If the size of frames changes in it, all get that of the first.
     """
     frames: dict[int, Image.Image] = {}
     decoded = 0
@@ -129,7 +129,9 @@ def read_clip(path: str | os.PathLike[str], choose: Choose) -> Clip:
             total = min(decoded, total - 1)
     if not frames:
         raise UserError(f"{_name(path)} has no frame that can be decoded")
-    return Clip(os.fspath(path), [frames[number] for number in numbers], numbers, total, fps)
+    size = frames[numbers[0]].size
+    images = [frames[number] if frames[number].size == size else frames[number].resize(size) for number in numbers]
+    return Clip(os.fspath(path), images, numbers, total, fps)
 
 
 def video_processor_of(processor: Processor, name: str) -> Any:
@@ -167,9 +169,15 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
 
 
 def _upright(frame: Any) -> Image.Image:
-    """Return a frame as an image, turned as players turn it."""
+    """Return a frame as an image, turned and mirrored as players do it."""
     image: Image.Image = frame.to_image()
-    return image.rotate(frame.rotation, expand=True) if frame.rotation else image
+    rotation = frame.rotation
+    for side_data in frame.side_data:
+        if side_data.type.name == "DISPLAYMATRIX":
+            (a, b, _), (c, d, _), _ = np.frombuffer(side_data, np.int32).reshape(3, 3).tolist()
+            if a * d < b * c:  # mirroring, then half a turn less
+                image, rotation = ImageOps.mirror(image), rotation + 180
+    return image.rotate(rotation, expand=True) if rotation % 360 else image
 
 
 @contextmanager
@@ -178,7 +186,7 @@ def _opened(path: str | os.PathLike[str]) -> Iterator[tuple[Any, Any]]:
     av, name = _import_av(), _name(path)
     check_file(Path(path), name)
     try:
-        container = av.open(os.fspath(path))
+        container = av.open(os.fspath(path), metadata_errors="replace")  # titles may be in any encoding
     except av.error.FFmpegError as error:
         cause = "" if isinstance(error, av.error.InvalidDataError) else f": {error.strerror}"
         raise UserError(f"{name} is not a video that PyAV can read{cause}") from None
