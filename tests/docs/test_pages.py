@@ -105,3 +105,8 @@ def test_every_page_is_in_the_menu():
     menu = re.findall(r"^ +- .*?([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.M)
     pages = [str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")]
     assert sorted(menu) == sorted([*pages, "CHANGELOG.md", "CONTRIBUTING.md"])
+
+
+def test_the_api_reference_has_every_public_name():
+    pages = "".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    assert sorted(re.findall(r"^::: vlmzip\.(\w+)$", pages, flags=re.M)) == sorted({*dir(vlmzip)} - {"__version__"})
