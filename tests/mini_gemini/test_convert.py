@@ -13,6 +13,7 @@ from tests.references import mini_gemini as reference
 from tests.tiny import LLM, SIDE
 from vlmzip import VisionZip
 from vlmzip.cli.main import main
+from vlmzip.mini_gemini.processing import MiniGeminiProcessor
 
 TOKENS = 36
 
@@ -125,6 +126,17 @@ def test_the_dtype_is_that_of_the_llm(tmp_path):
         ({"text_config": {}}, "has been converted already"),
         ({"image_size_aux": 80}, "image_size_aux=80 gives 20 features per side"),
         ({"hidden_size": "wide"}, "cannot read the config of"),
+        ({"architectures": [3]}, "the architecture '3'"),
+        ({"image_size_aux": "768"}, "has image_size_aux='768' in its config.json; it must be an integer of 1 or more"),
+        ({"image_size_aux": 0}, "has image_size_aux=0"),
+        ({"image_grid": None}, "has image_grid=None"),
+        ({"image_grid": 0}, "has image_grid=0"),
+        (
+            {"mm_vision_select_layer": 99},
+            "has mm_vision_select_layer=99 in its config.json; it must be an integer from",
+        ),
+        ({"mm_vision_select_layer": [-2]}, "has mm_vision_select_layer=[-2]"),
+        ({"num_hidden_layers": 2}, "weights that its config.json does not know: model.layers.2."),
     ],
 )
 def test_configs_that_cannot_be_converted(tmp_path, fields, message, capsys):
@@ -190,6 +202,20 @@ def test_an_encoder_of_another_width(tmp_path, capsys, monkeypatch):
     published.save_file(published.trunk(), other / "model.safetensors")
     assert main(arguments((*paths[:2], other), tmp_path / "out")) == 2
     assert "give the encoders that the checkpoint was trained with" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_leaves_nothing(tmp_path, capsys, monkeypatch):
+    def fail(self, folder, **_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(MiniGeminiProcessor, "save_pretrained", fail)
+    (tmp_path / "results").mkdir()
+    assert main(arguments(published.write(tmp_path), tmp_path / "results" / "out")) == 2
+    error = capsys.readouterr().err
+    assert "cannot write" in error
+    assert "No space left" in error
+    assert error.count("\n") == 1
+    assert not list((tmp_path / "results").iterdir())
 
 
 def test_nothing_is_overwritten(tmp_path, capsys):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -47,13 +48,14 @@ XXLARGE = 3072
 
 
 def convert(llm: Path, clip: Path, convnext: Path, out: Path) -> None:
-    """Write the checkpoint and its processor into the folder `out`.
+    """Write the checkpoint and its processor into the new folder `out`, or nothing if that fails.
 
     `llm` and `clip` are folders, and `convnext` is a folder or a file. Raise `UserError` if they are not what they
     should be, or do not fit together.
     """
     published = _published_config(llm)
     text_config, vision_config = _text_config(llm, published), _vision_config(clip)
+    _check_numbers(llm, published, vision_config)
     checkpoint = _read(llm, _is_beside_llm)
     trunk = _read(convnext, weights.is_convnext)
     trunk_weights = weights.convnext_weights(trunk) | weights.tuned_convnext_weights(checkpoint)
@@ -75,8 +77,13 @@ def convert(llm: Path, clip: Path, convnext: Path, out: Path) -> None:
     _as_one_dtype(model)
     _add_image_token(model, tokenizer)
     processor = _processor(config, published["image_size_aux"], tokenizer)
-    model.save_pretrained(out)
-    processor.save_pretrained(out)
+    with refusing(f"cannot write {str(out)!r}"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=out.parent, prefix=f"{out.name}-") as folder:
+            whole = Path(folder) / out.name
+            model.save_pretrained(whole)
+            processor.save_pretrained(whole)
+            whole.rename(out)
 
 
 # --- configs --------------------------------------------------------------------------------------------------------
@@ -97,14 +104,29 @@ def _published_config(llm: Path) -> Mapping[str, Any]:
     for name, value in known.items():
         if published.get(name, value) != value:
             raise UserError(f"{str(llm)!r} has {name}={published[name]!r}; only {value!r} can be converted")
-    if published.get("image_grid", 1) > 1 and not published.get("image_global"):
-        raise UserError(f"{str(llm)!r} has crops without a global view, which cannot be converted")
     return published
+
+
+def _check_numbers(llm: Path, published: Mapping[str, Any], vision: CLIPVisionConfig) -> None:
+    """Raise `UserError` for numbers in a config of the authors that no model has."""
+    depth, grid = vision.num_hidden_layers, published.get("image_grid", 1)
+    for name, least, most in (
+        ("image_size_aux", 1, None),
+        ("image_grid", 1, None),
+        ("mm_vision_select_layer", -depth - 1, depth),
+    ):
+        value = published.get(name, 1)
+        if type(value) is not int or value < least or (most is not None and value > most):
+            wanted = f"of {least} or more" if most is None else f"from {least} to {most}"
+            raise UserError(f"{str(llm)!r} has {name}={value!r} in its config.json; it must be an integer {wanted}")
+    if grid > 1 and not published.get("image_global"):
+        raise UserError(f"{str(llm)!r} has crops without a global view, which cannot be converted")
 
 
 def _text_config(llm: Path, published: Mapping[str, Any]) -> PreTrainedConfig:
     """Return the config of the LLM, whose kind is a part of the class's name, as in MGMGemmaForCausalLM."""
-    (architecture,) = published.get("architectures") or ("",)
+    listed = published.get("architectures") or [""]
+    architecture = str(listed[0] if isinstance(listed, list) else listed)
     kind = re.fullmatch(r"(?:MGM|MiniGemini)(Llama|Gemma)ForCausalLM", architecture)
     if kind is None:
         raise UserError(
@@ -165,6 +187,10 @@ def _loaded(kind: Any, folder: Path, config: PreTrainedConfig, **settings: Any) 
         model, report = kind.from_pretrained(folder, config=config, output_loading_info=True, **settings)
     if missing := sorted(report["missing_keys"]):
         raise UserError(f"{str(folder)!r} lacks {len(missing)} weights of {type(model).__name__}, such as {missing[0]}")
+    if further := sorted(name for name in report["unexpected_keys"] if re.search(r"^(?:model\.)?layers\.\d+\.", name)):
+        raise UserError(
+            f"{str(folder)!r} has {len(further)} weights that its config.json does not know: {further[0]} …"
+        )
     return model
 
 
