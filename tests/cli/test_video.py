@@ -92,6 +92,28 @@ def test_frames_of_one_encoder_are_drawn_as_it_sees_them(vlmzip, clip, tmp_path)
     assert any(max(abs(value - 120) for value in colour) < 8 for colour in colours)
 
 
+def test_the_upper_count_of_an_image_is_not_that_of_a_video(vlmzip, clip, tmp_path):
+    line = f"show {clip} --keep-per-view 2 --out {tmp_path}/tokens.png"
+    code, out, err = vlmzip(line, "llava_next_video")
+    assert code == 0, err
+    assert "upper count" not in out
+    assert json.loads(vlmzip(f"{line} --json", "llava_next_video")[1])["upper_count"] is None
+
+
+@pytest.mark.parametrize("name", ["llava_next_video", "qwen3_vl"])
+def test_videos_of_different_lengths(vlmzip, clip, tmp_path, name):
+    short = write_clip(tmp_path / "short.mp4", 2)
+    code, out, err = vlmzip(f"ask {short} {clip} w9 --max-new-tokens 2", name)
+    if name == "qwen3_vl":
+        assert code == 0, err
+        return
+    assert (code, out) == (2, "")
+    assert (
+        f"{name} takes videos of equally many frames, and these have 2 and 8: ask about one, or give --frames 2" in err
+    )
+    assert vlmzip(f"ask {short} {clip} w9 --max-new-tokens 2 --frames 2", name)[0] == 0
+
+
 @pytest.mark.parametrize("method", ["evs --keep 50%", "fastv --layer 2 --keep 50%", "downsample --keep-per-view 4"])
 def test_overlays_of_videos(vlmzip, clip, tmp_path, method):
     overlay = tmp_path / "tokens.png"

@@ -2,6 +2,7 @@
 
 import struct
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -120,6 +121,27 @@ def test_all_frames_get_the_size_of_the_first(tmp_path):
     clip = read_clip(tmp_path / "both.mpg", five)
     assert clip.total > 6
     assert clip.as_array().shape == (5, 48, 64, 3)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "avi", "mkv", "mpg"])
+def test_broken_files_are_read_or_refused(tmp_path, suffix):
+    """Copies that end early, lack a part, or have other bytes in twenty places."""
+    codec, fps = ("mpeg2video", 25) if suffix == "mpg" else ("mpeg4", 10)
+    content = Path(write_clip(tmp_path / f"clip.{suffix}", 12, noise=40, codec=codec, fps=fps)).read_bytes()
+    rng, broken, messages = np.random.default_rng(0), tmp_path / f"broken.{suffix}", []
+    for number in range(60):
+        place, length = rng.integers(len(content)), rng.integers(1, 400)
+        changed = np.frombuffer(content, np.uint8).copy()
+        changed[rng.integers(len(content), size=20)] = rng.integers(256, size=20)
+        versions = (content[:place], content[:place] + content[place + length :], changed.tobytes())
+        broken.write_bytes(versions[number % 3])
+        try:
+            clip = read_clip(broken, five)
+            assert len(clip.as_array()) == len(clip.numbers)
+        except UserError as error:
+            messages.append(str(error))
+    assert 0 < len(messages) < 60
+    assert not any("\n" in message for message in messages)
 
 
 class Settings:

@@ -24,6 +24,7 @@ from vlmzip.lab.asking import (
 )
 from vlmzip.lab.table import print_json
 from vlmzip.runtime.inputs import compress_inputs
+from vlmzip.runtime.videos import Clip
 from vlmzip.sites import Site
 
 #: The parts of an image's account that do not need the LLM.
@@ -52,7 +53,8 @@ def run(args: Namespace) -> None:
     counts = [{key: value for key, value in account.items() if key in SHOWN} for account in accounts]
     profile = loaded.family.profile()
     stages = compressor.stages()
-    upper = stages[-1].upper_count(profile) if len(stages) == 1 else None
+    only_images = not any(isinstance(visual, Clip) for visual in visuals)  # the count is that of a common image
+    upper = stages[-1].upper_count(profile) if only_images and len(stages) == 1 else None
     if args.json:
         totals = {"average": report.average, "upper_count": upper}
         named = {"model": args.model, "compressor": compressor.to_dict(), "images": counts}

@@ -85,6 +85,12 @@ def build_inputs(loaded: Loaded, visuals: Sequence[Visual], question: str) -> di
         raise UserError(
             f"the processor of {loaded.name} puts images and videos into the same {min(shared)}: ask about one kind"
         )
+    counts = sorted({len(clip.frames) for clip in clips})
+    if len(counts) > 1 and loaded.family.stacks_videos:
+        raise UserError(
+            f"{loaded.name} takes videos of equally many frames, and these have {' and '.join(map(str, counts))}:"
+            f" ask about one, or give --frames {counts[0]}"
+        )
     prompt = visual_prompt(loaded.family, loaded.processor, question, [kind_of(visual) for visual in visuals])
     settings: dict[str, object] = dict(special_tokens(loaded.processor.tokenizer, prompt))
     if clips:

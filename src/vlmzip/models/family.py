@@ -180,6 +180,11 @@ class Family:
         return [each for each in self.modalities if inputs.get(each.image_inputs[0]) is not None]
 
     @property
+    def stacks_videos(self) -> bool:
+        """True if all videos of a batch are one tensor, so that each needs equally many frames."""
+        return len(self.modalities) > 1 and "video_grid_thw" not in self.modalities[-1].image_inputs
+
+    @property
     def placeholder_id(self) -> int:
         """The token id that stands for one visual token in `input_ids`.
 

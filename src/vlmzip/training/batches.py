@@ -114,7 +114,7 @@ class Preprocessor:
     @property
     def _stacks_videos(self) -> bool:
         """Return whether all videos of a batch are one tensor."""
-        return self.takes_videos and "video_grid_thw" not in self.family.modalities[-1].image_inputs
+        return self.takes_videos and self.family.stacks_videos
 
     @property
     def longest(self) -> int:
