@@ -20,6 +20,8 @@ from vlmzip.errors import UserError
 from vlmzip.lab.analyses import NAMES, about
 from vlmzip.lab.analyses.subject import Unsuited
 
+pytestmark = pytest.mark.slow  # whole runs of an analysis
+
 ROOT = Path(__file__).parents[2]
 
 

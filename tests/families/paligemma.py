@@ -9,7 +9,6 @@ from tests.tiny import IMAGE_TOKEN, LLM, SIDE, TOKENS, VIT, Family, tiny_tokeniz
 
 class PaliGemma(Family):
     name = "paligemma"
-    leads = True
     model_class = PaliGemmaForConditionalGeneration
     scored_by = "all tokens"
     sees_prompt_both_ways = True

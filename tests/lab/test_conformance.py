@@ -46,6 +46,7 @@ def assert_as_committed(folder: str) -> None:
 
 
 @is_newest
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", QUICK)
 def test_checks_give_the_committed_statuses(folder):
     assert_as_committed(folder)

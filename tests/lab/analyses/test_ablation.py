@@ -20,6 +20,8 @@ from vlmzip.lab.analyses.subject import Unsuited
 from vlmzip.lab.results import Result
 from vlmzip.visual_tokens import Grid, VisualTokens
 
+pytestmark = pytest.mark.slow  # whole runs of an analysis
+
 
 @pytest.mark.parametrize(("share", "count", "split"), [("25%", 144, (121, 23)), ("11%", 63, (53, 10))])
 def test_all_parts_have_the_same_count(share, count, split):

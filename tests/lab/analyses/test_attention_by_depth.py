@@ -10,6 +10,8 @@ from vlmzip.lab.analyses import attention_by_depth as analysis
 from vlmzip.lab.analyses.subject import Unsuited
 from vlmzip.models import family_of
 
+pytestmark = pytest.mark.slow  # whole runs of an analysis
+
 STEPS = 5
 
 

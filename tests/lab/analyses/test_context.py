@@ -11,6 +11,8 @@ from vlmzip import NoCompression, Pool2d, attach
 from vlmzip.lab.analyses import context
 from vlmzip.runtime.answering import Answerer
 
+pytestmark = pytest.mark.slow  # whole runs of an analysis
+
 
 @pytest.fixture
 def subject(tmp_path):

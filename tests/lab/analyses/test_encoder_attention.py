@@ -23,6 +23,8 @@ from vlmzip.models.llava import Llava
 from vlmzip.visual_tokens import Grid
 from vlmzip.visualize.attention import Map, draw_maps
 
+pytestmark = pytest.mark.slow  # whole runs of an analysis
+
 
 def assert_scores_are_of_matrices(model, inputs, pixels, whose):
     """The model's own attention matrices, of the `pixels` of all views of the inputs."""

@@ -6,6 +6,8 @@ from tests.lab.analyses.numbered import numbered_subject
 from vlmzip import LLaVolta
 from vlmzip.lab.analyses import layer_stride
 
+pytestmark = pytest.mark.slow  # whole runs of an analysis
+
 
 @pytest.mark.parametrize(
     ("depth", "expected"),

@@ -7,6 +7,8 @@ from vlmzip.lab.analyses import tau
 from vlmzip.lab.analyses.tau import draw, findings, image_groups, measure
 from vlmzip.lab.records import read_records
 
+pytestmark = pytest.mark.slow  # whole runs of an analysis
+
 
 def record(image, **groups):
     return {"image": image, "groups": groups}

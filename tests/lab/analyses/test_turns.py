@@ -12,6 +12,8 @@ from vlmzip.lab.analyses import turns
 from vlmzip.lab.analyses.subject import Unsuited
 from vlmzip.lab.stats import Bootstrap
 
+pytestmark = pytest.mark.slow  # whole runs of an analysis
+
 
 def ending_tiny_llava():
     """Some of its answers end before the longest: their rows are padded, and their end is said."""
