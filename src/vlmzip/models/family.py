@@ -74,6 +74,8 @@ Modality = Literal["image", "video"]
 SETTINGS = ("vision_", "interpolate_", "downsample_")
 #: Names of inputs with the rows and columns of patches of each view.
 PATCH_SIZES = ("spatial_shapes", "target_sizes", "image_grid_hw")
+#: The input with the rows and columns of visual tokens of each view, one row for each image.
+VIEW_GRIDS = "image_grids"
 #: The number of shapes of images for which we remember which patches make which token.
 MOST_ASKED = 64
 #: The side in pixels of a common image, for encoders that take images of any size.
@@ -532,6 +534,9 @@ class Family:
                 return [layouts[grid] for grid in grids]
             if type(self) is not Family or placeholders in (None, sum(grid.size for grid in grids)):
                 return Layout.of_single_views(grids)
+        if VIEW_GRIDS in self.image_inputs and inputs.get(VIEW_GRIDS) is not None:
+            sides = torch.as_tensor(inputs[VIEW_GRIDS]).unflatten(1, (-1, 2)).tolist()  # rows and columns of each view
+            return Layout.of_views([tuple(Grid(1, *view) for view in image if all(view)) for image in sides])
         counts = placeholders_of_images(inputs["input_ids"] == self.placeholder_id, self._described(inputs))
         if views := views_of_images(self._grids_of_sizes(inputs, sum(counts)), counts):
             return Layout.of_views(views)
@@ -621,16 +626,20 @@ class Family:
         if not self._has_grids:
             counts = [len(layout.views) for layout in self.layouts(inputs)]
             image_of_view = [image for image, count in enumerate(counts) for _ in range(count)]
+            by_row = inputs[self.image_inputs[0]].ndim == 5  # [rows of the prompt, views, 3, height, width]
+            values = {name: torch.as_tensor(inputs[name]) for name in names}
+            values = {name: value.flatten(0, 1) for name, value in values.items()} if by_row else values
             rows = {}
-            for name in names:
-                images = image_of_view if len(inputs[name]) == len(image_of_view) else range(len(counts))
-                if len(inputs[name]) != len(images):
+            for name, value in values.items():
+                images = image_of_view if len(value) == len(image_of_view) else range(len(counts))
+                if len(value) != len(images):
                     raise UserError(
                         f"vlmzip does not know which part of {name} belongs to which image:"
                         " continue a conversation with the new images alone"
                     )
                 rows[name] = [row for row, image in enumerate(images) if image in chosen]
-            return {name: torch.as_tensor(inputs[name])[rows[name]] for name in names}
+            kept = {name: value[rows[name]] for name, value in values.items()}
+            return {name: value[None] for name, value in kept.items()} if by_row else kept
         first, *others = names
         patches = inputs[first].split(sizes_of(inputs, *self.image_inputs[:2]).prod(-1).tolist())
         others_chosen = {name: torch.as_tensor(inputs[name])[chosen] for name in others}
