@@ -9,8 +9,10 @@ from transformers import AutoModelForImageTextToText, DynamicCache, Qwen2VLConfi
 import vlmzip
 from tests.families import FAMILIES
 from tests.families.qwen2_5_vl import Qwen25VL
+from tests.models.test_named_families import masked_logits
+from tests.references.visionzip import visionzip
 from tests.tiny import IMAGE_TOKEN, LLM, VIDEO_TOKEN, wrong_copies
-from vlmzip import DFMR, AdaptiveVisionZip, Grid, Site, UserError
+from vlmzip import DFMR, AdaptiveVisionZip, Grid, Site, UserError, VisionZip
 from vlmzip.models import family_of
 
 
@@ -306,6 +308,45 @@ def test_video_llava_keeps_17_tokens_of_each_frame():
         assert group[0] >= 0  # CLS is the first of 14 dominant tokens; the other 22 patches make 3 contextual ones
         assert sorted(sizes.tolist())[:14] == [1] * 14
         assert len(sizes) == 17
+
+
+@pytest.mark.skipif("video_llava" not in WITH_VIDEO, reason="it is tested from transformers 5.23 on")
+@torch.no_grad()
+def test_tokens_of_video_llava_stand_frame_by_frame_in_the_order_of_the_reference():
+    """In each frame CLS and the dominant patches in raster order, then the contextual ones."""
+    family, method = WITH_VIDEO["video_llava"](), VisionZip(keep_per_view=17)
+    inputs = family.batch([5, "video", 6])
+    llava = family_of(family.model).modalities[1]
+    (group,) = llava.encode(inputs, Site.PRE_PROJECTOR, method.needs).groups
+    frames = [
+        visionzip(features, torch.cat([torch.zeros(1), scores])[None], keys, 14, 3, method.merge)
+        for features, scores, keys in zip(
+            group.tokens.features, group.tokens.cls_attention[:, -36:], group.tokens.keys, strict=True
+        )
+    ]
+    seen = {}
+    handle = llava.llm.register_forward_pre_hook(lambda _module, _args, given: seen.update(given), with_kwargs=True)
+    with vlmzip.attach(family.model, method) as small:
+        small(**inputs)
+    handle.remove()
+    torch.testing.assert_close(seen["inputs_embeds"][0, 1:-1], llava.projector(torch.cat(frames)), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_dropping_inside_the_llm_equals_masking(video_family):
+    """The plain model, whose layers from 2 on do not attend to the dropped tokens, gives the same next token."""
+    inputs, before = video_family.batch(ROWS[3]), video_family.model.config.get_text_config()._attn_implementation
+    video_family.model.set_attn_implementation("eager")
+    try:
+        with vlmzip.attach(video_family.model, "random_tokens(site=in_llm,layer=2,keep=50%)") as small:
+            logits = small(**inputs).logits[0, -1]
+            left = set(small.report.source[0].tolist())
+        dropped = [column for column in range(inputs["input_ids"].shape[1]) if column not in left]
+        assert len(dropped) > 10
+        expected = masked_logits(video_family.model, inputs, dropped)
+    finally:
+        video_family.model.set_attn_implementation(before)
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_placeholders_of_missing_videos_are_refused(video_family):
