@@ -300,3 +300,27 @@ def test_training_on_videos_with_the_processor_of_transformers(folder, tmp_path,
     assert learned
     assert all("multi_modal_projector" in weight or "visual.merger" in weight for weight in learned)
     assert [line["stage"] for line in log if "loss" in line] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "visionzip(keep=8)+llavolta(layer=2,stride=2)",
+        "evs(keep=50%)+fastv(layer=2,keep=50%)",
+        "random_tokens(keep=12)+kmeans(keep=6,site=post_projector)",
+    ],
+)
+def test_max_length_counts_what_a_chain_leaves_before_the_llm(spec, folder):
+    """It is the smallest with which the record is accepted."""
+    model, processor = FAMILIES["qwen3_vl"].build(), processor_with_videos("qwen3_vl")
+    family = family_of(model)
+    content = film("<image> w13", "w27", "<video> w14", "w28", video=["1.png", "2.png", "3.png"], image=["a.png"])
+    row = Preprocessor(processor, family, 900, frames=3)(read_record(content), folder)
+    with torch.no_grad(), attach(model, spec) as small:
+        small(**Collator(0)([row]))
+        visual = sum(image.before for image in small.report.images)
+        kept = len(row["input_ids"]) - visual + sum(image.by_layer[0] for image in small.report.images)
+        chain = small.compressor
+    Preprocessor(processor, family, kept, frames=3, compressors=[chain])(read_record(content), folder)
+    with pytest.raises(BadRecord, match=f"longer than {kept - 1} tokens"):
+        Preprocessor(processor, family, kept - 1, frames=3, compressors=[chain])(read_record(content), folder)

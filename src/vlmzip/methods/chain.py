@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from vlmzip.compressor import BudgetError, Compressor, Profile
@@ -89,6 +89,15 @@ class Chain(Compressor):
                     return None
                 grid = Grid(1, 1, counts[0])
         return grid.size
+
+    def least_count(self, views: Sequence[Grid]) -> int:
+        """Return the fewest tokens of an image that can enter the LLM."""
+        for stage in self.compressors:
+            if stage.site is not Site.IN_LLM:
+                count = stage.least_count(views)
+                if count < sum(grid.size for grid in views):
+                    views = (Grid(1, 1, count),)
+        return sum(grid.size for grid in views)
 
     def tokens_by_layer(self, profile: Profile) -> list[int] | None:
         counts = [profile.size] * profile.layers

@@ -236,7 +236,7 @@ def least_counts(layouts: Sequence[Layout], compressor: Compressor) -> list[int]
     if compressor.stages()[0].site is Site.IN_LLM:
         return [layout.placeholders for layout in layouts]
     seen, _ = without_padding(layouts, Encoded([]), compressor)
-    if compressor.sees_clip:
+    if compressor.stages()[0].sees_clip:
         seen, _ = as_clips(seen, Encoded([]))
     counts = [compressor.least_count(layout.views) for layout in seen]
     # A compressor that keeps all tokens leaves the separators, too.
