@@ -139,7 +139,7 @@ class MiniGeminiModel(LlavaModel):
         self,
         pixel_values: Float[Tensor, "*images 3 height width"],
         pixel_values_aux: Float[Tensor, "images 3 _ _"],
-        **kwargs: Any,
+        **kwargs: object,
     ) -> BaseModelOutputWithPooling:
         """Return the visual tokens of each image in `pooler_output`.
 
@@ -183,11 +183,11 @@ class MiniGeminiModel(LlavaModel):
 
     def forward(
         self,
-        *args: Any,
+        *args: object,
         pixel_values: Tensor | None = None,
         pixel_values_aux: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> Any:
         if pixel_values is not None:
             if mm_encoder_outputs is not None:
@@ -215,11 +215,11 @@ class MiniGeminiForConditionalGeneration(LlavaForConditionalGeneration):
         self,
         pixel_values: Float[Tensor, "*images 3 height width"],
         pixel_values_aux: Float[Tensor, "images 3 _ _"],
-        **kwargs: Any,
+        **kwargs: object,
     ) -> BaseModelOutputWithPooling:
         return self.model.get_image_features(pixel_values, pixel_values_aux, **kwargs)
 
-    def forward(self, *args: Any, pixel_values_aux: Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: object, pixel_values_aux: Tensor | None = None, **kwargs: object) -> Any:
         return super().forward(*args, pixel_values_aux=pixel_values_aux, **kwargs)
 
     _with_aux_pixels(forward, LlavaForConditionalGeneration.forward)

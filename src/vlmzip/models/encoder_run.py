@@ -50,7 +50,7 @@ class Run:
         return [flat(stream) for stream in getattr(self.output, "deepstack_features", None) or ()]
 
     @property
-    def further(self) -> dict[str, Any]:
+    def further(self) -> dict[str, object]:
         """What the model's `forward` reads in the output beside the visual tokens; see `further_fields`."""
         return {} if self.output is None else further_fields(self.output)
 
@@ -100,7 +100,7 @@ def learning(pixels: Tensor, parameters: Iterable[nn.Parameter]) -> AbstractCont
     return torch.set_grad_enabled(learns)
 
 
-def further_fields(output: Any) -> dict[str, Any]:
+def further_fields(output: Any) -> dict[str, object]:
     """Return what `forward` of some models reads beside the visual tokens, such as the logits of an encoder's router.
 
     Fields that are `None` are left out.
@@ -138,7 +138,7 @@ def shape_of(arguments: InputDict, pixels: str) -> Hashable:
     return arguments[pixels].shape, *((name, _content(value)) for name, value in others.items())
 
 
-def _content(value: Any) -> Hashable:
+def _content(value: object) -> Hashable:
     return (value.shape, value.cpu().numpy().tobytes()) if isinstance(value, Tensor) else repr(value)
 
 

@@ -6,7 +6,6 @@ import os
 from argparse import ArgumentParser
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import Any
 
 import argcomplete
 from argcomplete.completers import DirectoriesCompleter
@@ -43,17 +42,17 @@ def _add_options(parser: ArgumentParser, command: str, words: list[str]) -> None
             action.completer = completer  # type: ignore[attr-defined]  # argcomplete looks for this attribute
 
 
-def _methods(prefix: str, **more: Any) -> list[str]:
+def _methods(prefix: str, **more: object) -> list[str]:
     return [method.name for method in outline.methods()]
 
 
-def _several_methods(prefix: str, **more: Any) -> list[str]:
+def _several_methods(prefix: str, **more: object) -> list[str]:
     """Return the methods that may follow in a list with commas."""
     *done, _ = prefix.split(",")
     return [",".join([*done, name]) for name in _methods("") if name not in done]
 
 
-def _models(prefix: str, **more: Any) -> list[str]:
+def _models(prefix: str, **more: object) -> list[str]:
     return ["mini", *DirectoriesCompleter()(prefix)]
 
 
