@@ -39,6 +39,7 @@ help: ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-19s%s\n", $$1, $$2}'
 
 $(RUNNABLE): pyproject.toml constraints.txt
+	@echo "Installing vlmzip, torch and transformers into $(VENV). This can take minutes."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
@@ -118,6 +119,7 @@ $(DOCS_ENV)/.installed: pyproject.toml constraints.txt
 
 docs: $(DOCS_ENV)/.installed ## build the docs site in build/site; fails on a broken link or a page that is not in the menu
 	NO_MKDOCS_2_WARNING=1 $(DOCS_ENV)/bin/mkdocs build --strict --quiet
+	@echo "written to build/site; read and search it: $(PYTHON) -m http.server -d build/site, then http://localhost:8000"
 
 bench: $(INSTALLED) ## measure time and memory of encoder and selection; writes a CSV into benchmarks/results
 	$(BIN)/python -m recipes.benchmarks.selection_cost

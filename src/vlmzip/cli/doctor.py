@@ -121,7 +121,8 @@ def _imported() -> tuple[dict[str, Any], dict[str, Exception]]:
 
 def _devices(torch: Any) -> list[dict[str, str]]:
     """Return name and description of every device on which models can run."""
-    devices = [{"name": "cpu", "description": f"{torch.get_num_threads()} threads"}]
+    threads = torch.get_num_threads()
+    devices = [{"name": "cpu", "description": f"{threads} thread{'s' * (threads != 1)}"}]
     for number in range(torch.cuda.device_count()):
         card = torch.cuda.get_device_properties(number)
         devices.append({"name": f"cuda:{number}", "description": f"{card.name}, {show_bytes(card.total_memory)}"})
