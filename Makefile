@@ -17,8 +17,8 @@ NEWEST ?= .venv-newest
 TORCH ?= torch==2.13.0
 # Another version can break the tests that touch models. The rest is the same Python in both.
 TESTS ?= tests/models tests/runtime tests/methods tests/training tests/cli/test_commands.py
-# Of the slow tests it has only the promises, in all families; MARKED= runs all.
-MARKED ?= -m "promise or not slow"
+# Of the slow tests it has only the promises, in the families that lead; MARKED= runs all, and `make support` all promises.
+MARKED ?= -m "(promise and not further) or not slow"
 # Tests run in several processes of one thread each; tests/conftest.py keeps some together.
 JOBS ?= 2
 IN_PARALLEL := -n $(JOBS) --no-loadscope-reorder

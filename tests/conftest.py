@@ -90,15 +90,19 @@ def is_further(item):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Let slow files begin first, so that parallel processes end together; the order within a file stays."""
+    """Let slow files begin first, so that parallel processes end together; the order within a file stays.
+
+    Files that start processes or compile take minutes with a few tests. Further tests are quick, but many.
+    """
     for item in items:
         if is_further(item):
             item.add_marker("further")
         if item.get_closest_marker("further"):
             item.add_marker("slow")
+    further = {item.path for item in items if item.get_closest_marker("further")}
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     count = Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.path not in slow, -count[item.path]))
+    items.sort(key=lambda item: (item.path not in slow - further, item.path not in slow, -count[item.path]))
 
 
 def pytest_collection_finish():
