@@ -9,6 +9,8 @@ import pytest
 from vlmzip import outline
 from vlmzip.cli.main import COMMANDS
 
+pytestmark = pytest.mark.slow  # starts processes
+
 pytest.importorskip("argcomplete")
 
 

@@ -2,6 +2,8 @@
 
 import pytest
 
+pytestmark = pytest.mark.slow  # computes the whole page
+
 
 @pytest.fixture
 def flops(maker):

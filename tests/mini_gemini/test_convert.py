@@ -15,6 +15,8 @@ from vlmzip import VisionZip
 from vlmzip.cli.main import main
 from vlmzip.mini_gemini.processing import MiniGeminiProcessor
 
+pytestmark = pytest.mark.slow  # writes and reads whole checkpoints
+
 TOKENS = 36
 
 

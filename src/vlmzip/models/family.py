@@ -626,7 +626,9 @@ class Family:
         if not self._has_grids:
             counts = [len(layout.views) for layout in self.layouts(inputs)]
             image_of_view = [image for image, count in enumerate(counts) for _ in range(count)]
-            by_row = inputs[self.image_inputs[0]].ndim == 5  # [rows of the prompt, views, 3, height, width]
+            # SmolVLM has [rows of the prompt, views, 3, height, width], LLaVA-NeXT [images, views, 3, height, width].
+            pixels = inputs[self.image_inputs[0]]
+            by_row = pixels.ndim == 5 and len(pixels) != len(counts)
             values = {name: torch.as_tensor(inputs[name]) for name in names}
             values = {name: value.flatten(0, 1) for name, value in values.items()} if by_row else values
             rows = {}
