@@ -21,7 +21,8 @@ from vlmzip.training.batches import IGNORE, Collator, Preprocessor
 from vlmzip.training.random_factor import RandomFactor
 from vlmzip.training.records import BadRecord, read_record
 
-NAMES = [n for n in ("llava_next", "qwen2_5_vl", "qwen3_vl", "video_llava", "llava_onevision") if n in FAMILIES]
+TRAINED = ("llava_next", "qwen2_5_vl", "qwen3_vl", "video_llava", "llava_onevision", "mini_gemini", "mini_gemini_hd")
+NAMES = [name for name in TRAINED if name in FAMILIES]
 needs_video_llava = pytest.mark.skipif("video_llava" not in FAMILIES, reason="not in this version of transformers")
 WITH_VIDEOS = [name for name in NAMES if FAMILIES[name].clips]
 USER, MODEL, END = 4, 5, 2
@@ -281,6 +282,18 @@ def test_training_on_images_of_different_tiles(folder, tmp_path):
     assert all("multi_modal_projector" in name for name in learned)
     assert [0 < line["loss"] < 20 for line in log if "loss" in line] == [True] * 3
     assert sum(line.get("too_long", 0) for line in log) == pytest.approx(3 * 3 / 9, abs=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ("mini_gemini", "mini_gemini_hd") if name in FAMILIES])
+def test_training_mini_gemini_from_a_config(folder, tmp_path, name):
+    """Images and text, through stages before and inside the LLM; only the projector learns."""
+    stages = [{"compressor": text} for text in ("visionzip(keep=8)", "llavolta(layer=2,stride=2)", "none")]
+    settings = {"schedule": {"stages": stages}, "max_length": 900, "batch": 3}
+    log, learned = run(tmp_path, folder, name, processor_with_videos(name), contents(name) * 3, **settings)
+    assert learned
+    assert all("multi_modal_projector" in weight for weight in learned)
+    assert [line["stage"] for line in log if "loss" in line] == [1, 2, 3]
 
 
 @pytest.mark.slow
