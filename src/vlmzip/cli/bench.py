@@ -29,7 +29,7 @@ from vlmzip.lab.bench.memory import available_bytes, in_frugal_process
 from vlmzip.lab.bench.output import Measurement, as_json, doubts, gaps, print_tables, table
 from vlmzip.lab.bench.presets import PRESETS, Preset, make_config, make_inputs, make_model
 from vlmzip.lab.bench.timing import cpu_seconds, now
-from vlmzip.lab.budgets import REMAINING, fit
+from vlmzip.lab.budgets import counts_remaining, fit, keep_of
 from vlmzip.lab.machine import about, file_name
 from vlmzip.lab.table import Table, print_json, show_bytes
 from vlmzip.models import family_of
@@ -258,5 +258,4 @@ def _in_words(budget: str | None) -> str:
     """Return the budget for a file name."""
     if budget is None:
         return f"keep-{AS_SET}"
-    keep = parse_keep(budget.removeprefix(REMAINING))
-    return f"{'left' if budget.startswith(REMAINING) else 'keep'}{keep:.3g}"
+    return f"{'left' if counts_remaining(budget) else 'keep'}{parse_keep(keep_of(budget)):.3g}"

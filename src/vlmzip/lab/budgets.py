@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from vlmzip import spec
 from vlmzip.compressor import Compressor, Profile, missed
 from vlmzip.errors import UserError
 from vlmzip.keep import AS_SET, Keep, parse_keep
 from vlmzip.spec import Candidate
 
+T = TypeVar("T")
 #: What stands before the number in a budget that counts the remaining tokens.
 REMAINING = "keep="
 
 
-def read_rows(methods: str | None, average: str | None, keep: str | None) -> tuple[list[Candidate], list[str]]:
+def read_rows(methods: str | None, average: str, keep: str | None) -> tuple[list[Candidate], list[str]]:
     """Read the comma-separated lists of `--methods`, and of `--average-keep` or `--keep`.
 
     Raise `UserError` for an invalid method or budget, and for a method that sets a budget in addition to the option.
@@ -24,13 +27,18 @@ def read_rows(methods: str | None, average: str | None, keep: str | None) -> tup
     return candidates, budgets
 
 
-def read_budgets(average: str | None, keep: str | None) -> list[str]:
+def read_budgets(average: str, keep: str | None) -> list[str]:
     """Read the comma-separated budgets of `--average-keep` or `--keep`. Raise `UserError` for an invalid one."""
-    option, text, prefix = ("--average-keep", average, "") if keep is None else ("--keep", keep, REMAINING)
-    values = list(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))
+    option, text, prefix = option_of(average, keep)
+    values = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
     if not values:
         raise UserError(f"{option} names no budget; separate them with commas: {option} 50%,25%")
     return [read_budget(value, option, prefix) for value in values]
+
+
+def option_of(average: T, keep: T | None) -> tuple[str, T, str]:
+    """Return the option that gives the budget, its value, and what stands before the number in the budget."""
+    return ("--average-keep", average, "") if keep is None else ("--keep", keep, REMAINING)
 
 
 def read_budget(value: Keep, option: str, prefix: str) -> str:
@@ -43,10 +51,19 @@ def read_budget(value: Keep, option: str, prefix: str) -> str:
 
 def refuse_second(method: str, budget: str) -> None:
     """Raise `UserError` if the method sets a budget in addition to the option."""
-    option = "--keep" if budget.startswith(REMAINING) else "--average-keep"
-    spec.refuse_second_budget(
-        method, budget.removeprefix(REMAINING), f"take the budget out of the method, or give {option} {AS_SET}", option
-    )
+    option = "--keep" if counts_remaining(budget) else "--average-keep"
+    otherwise = f"take the budget out of the method, or give {option} {AS_SET}"
+    spec.refuse_second_budget(method, keep_of(budget), otherwise, option)
+
+
+def counts_remaining(budget: str) -> bool:
+    """Return whether a budget counts the tokens that remain after the method acts."""
+    return budget.startswith(REMAINING)
+
+
+def keep_of(budget: str) -> str:
+    """Return the number or share of a budget."""
+    return budget.removeprefix(REMAINING)
 
 
 def fit(method: Compressor, budget: str, profile: Profile) -> tuple[Compressor, float, str]:
@@ -55,6 +72,6 @@ def fit(method: Compressor, budget: str, profile: Profile) -> tuple[Compressor, 
     The share is an average over all layers, or that of the remaining tokens, as the budget counts. Raise `BudgetError`
     with the reason if the method cannot meet the budget.
     """
-    keep = budget.removeprefix(REMAINING)
-    chosen, reached = (method.at_keep if budget.startswith(REMAINING) else method.at_budget)(keep, profile)
+    keep = keep_of(budget)
+    chosen, reached = (method.at_keep if counts_remaining(budget) else method.at_budget)(keep, profile)
     return chosen, reached, missed(keep, reached, profile)

@@ -14,7 +14,7 @@ from vlmzip import catalogue, spec
 from vlmzip.compressor import Calibratable, Compressor, Profile
 from vlmzip.errors import UserError, collecting_warnings
 from vlmzip.keep import AS_SET, count_to_keep
-from vlmzip.lab.budgets import REMAINING, fit
+from vlmzip.lab.budgets import fit, keep_of
 from vlmzip.lab.names import named, slug
 from vlmzip.lab.tasks.task import CalibrationSet, Task
 from vlmzip.methods import NoCompression
@@ -129,7 +129,7 @@ class Configurator:
             self._measured[images] = measure(
                 self.model, task.calibration.images(), method, processor=self.answerer.processor
             )
-        compressor = meet(method, self._measured[images], budget.removeprefix(REMAINING)).compressor
+        compressor = meet(method, self._measured[images], keep_of(budget)).compressor
         self.calibrated.append({**key, "compressor": plain_json(compressor.to_dict())})
         return compressor
 
@@ -170,7 +170,7 @@ def read_calibrated(path: Path, known: Mapping[str, object]) -> list[dict[str, o
 
 def _near(budget: str, reached: float, note: str, profile: Profile) -> str:
     """Return the note. Raise `UserError` if the budget is missed by more than `TOO_FAR`."""
-    target = count_to_keep(budget.removeprefix(REMAINING), profile.size) / profile.size
+    target = count_to_keep(keep_of(budget), profile.size) / profile.size
     if abs(reached - target) > TOO_FAR * target:
         raise UserError(note)
     return note

@@ -5,13 +5,11 @@ from __future__ import annotations
 from argparse import Namespace
 
 from vlmzip.keep import AS_SET
-from vlmzip.lab.budgets import REMAINING, read_budget
+from vlmzip.lab.budgets import option_of, read_budget
 
 
 def budget_of(args: Namespace) -> str | None:
     """Return the budget of `--average-keep` or `--keep`, or None for `as-set`. Raise `UserError` if it is invalid."""
-    if args.keep is None:
-        budget = read_budget(args.average_keep, "--average-keep", "")
-    else:
-        budget = read_budget(args.keep, "--keep", REMAINING)
+    option, value, prefix = option_of(args.average_keep, args.keep)
+    budget = read_budget(value, option, prefix)
     return None if budget == AS_SET else budget

@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlmzip.keep import parse_keep
 from vlmzip.lab.asking import TimedAnswer
-from vlmzip.lab.budgets import REMAINING
+from vlmzip.lab.budgets import counts_remaining, keep_of
 from vlmzip.lab.compare.compare import PLAIN, MethodRow
 from vlmzip.lab.table import ABSENT, Column, Table, show_bytes, show_flops
 from vlmzip.runtime.report import ImageReport, Report, compact
@@ -59,11 +59,9 @@ class Comparison:
         before = " and ".join(dict.fromkeys(f"{image.before:,}" for image in self.plain.report.images))
         if self.keep is None:
             return f"methods with their own settings, {before} visual tokens per image, {self.model}"
-        keep = min(parse_keep(self.keep.removeprefix(REMAINING)), max(i.before for i in self.plain.report.images))
+        keep = min(parse_keep(keep_of(self.keep)), max(i.before for i in self.plain.report.images))
         share = str(keep) if isinstance(keep, int) else f"{100 * keep:.3g}%"
-        counted = (
-            "remain after the method acts" if self.keep.startswith(REMAINING) else "on average over the LLM's layers"
-        )
+        counted = "remain after the method acts" if counts_remaining(self.keep) else "on average over the LLM's layers"
         return f"{share} of {before} visual tokens per image {counted}, {self.model}"
 
     @cached_property
@@ -129,8 +127,8 @@ class Comparison:
 
 def as_json(comparison: Comparison) -> dict[str, object]:
     budget = comparison.keep or ""
-    name = "keep" if budget.startswith(REMAINING) else "average_keep"
-    keep = parse_keep(budget.removeprefix(REMAINING)) if budget else None
+    name = "keep" if counts_remaining(budget) else "average_keep"
+    keep = parse_keep(keep_of(budget)) if budget else None
     return {
         "model": comparison.model,
         "question": comparison.question,
