@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from vlmzip import UserError
-from vlmzip.runtime.videos import Clip, check_video, evenly_spaced, expected_frames, is_video, read_clip
+from vlmzip.runtime.videos import Clip, check_memory, check_video, evenly_spaced, expected_frames, is_video, read_clip
 
 av = pytest.importorskip("av")
 from tests.clips import write_clip  # noqa: E402
@@ -58,6 +58,36 @@ def test_frames_that_a_header_counts_and_the_file_lacks(tmp_path, monkeypatch):
     monkeypatch.setattr(videos, "_decoded", lambda *opened: [])
     with pytest.raises(UserError, match=r"clip.mp4' has no frame that can be decoded"):
         read_clip(path, five)
+
+
+def test_a_frame_may_be_taken_twice(tmp_path):
+    clip = read_clip(write_clip(tmp_path / "clip.mp4", 2), lambda total, fps: [0, 0, 1, 1])
+    assert clip.numbers == [0, 0, 1, 1]
+    assert brightness(clip) == pytest.approx([0, 0, 12, 12], abs=6)
+
+
+@pytest.mark.parametrize(("asked", "limit"), [(10**9, 20), (3, 2)])
+def test_frames_that_take_too_much_memory_are_refused_before_they_are_decoded(tmp_path, monkeypatch, asked, limit):
+    import vlmzip.runtime.videos as videos
+
+    path, decoded = write_clip(tmp_path / "clip.mp4", 21), []
+    decode = videos._decoded
+    monkeypatch.setattr(videos, "_decoded", lambda *opened: (decoded.append(0) or frame for frame in decode(*opened)))
+    monkeypatch.setattr(videos, "MOST_BYTES", limit * 4 * 64 * 48)
+    count = min(asked, 21)
+    with pytest.raises(UserError, match=rf"{count} frames of .*clip.mp4', 64x48 pixels each, take .*: take {limit} fr"):
+        videos.read_clip_for(object(), path, asked)
+    assert len(decoded) == 1
+    assert len(videos.read_clip_for(object(), path, limit).frames) == limit
+
+
+def test_the_limit_is_in_words():
+    message = (
+        "1,000,000,000 frames of a video, 336x336 pixels each, take 420,570.4 GiB of memory, and the limit is 6 GiB:"
+        " take 14,266 frames or fewer"
+    )
+    with pytest.raises(UserError, match=f"^{message}$"):
+        check_memory("a video", 10**9, (336, 336))
 
 
 def test_one_frame_is_the_middle_one():

@@ -13,7 +13,7 @@ from tests.tiny import IMAGE_TOKEN, VIDEO_TOKEN
 from tests.training.runs import write_config
 from tests.training.test_records import film, record, said
 from tests.training.videos import own_processor, processor_with_videos
-from vlmzip import DFMR, EVS, Chain, FastV, LLaVolta, NoCompression, Pool2d, VisionZip, attach
+from vlmzip import DFMR, EVS, Chain, FastV, LLaVolta, NoCompression, Pool2d, UserError, VisionZip, attach
 from vlmzip.cli.main import main
 from vlmzip.models import family_of
 from vlmzip.runtime.prompt import pad_id
@@ -191,6 +191,29 @@ def test_a_short_video_repeats_frames_where_all_need_equally_many(folder):
     assert torch.equal(first, second)
     assert torch.equal(third, fourth)
     assert not torch.equal(second, third)
+
+
+@needs_video_llava
+def test_a_short_video_file_repeats_frames_too(tmp_path):
+    pytest.importorskip("av")
+    made = Preprocessor(processor_with_videos("video_llava"), family_of(FAMILIES["video_llava"].build()), 900, 4)
+    write_clip(tmp_path / "clip.mp4", frames=2, step=120)
+    row = made(read_record(film("<video> w9", "w20", video="clip.mp4")), tmp_path)
+    dark, bright = sorted({frame.mean().round(decimals=2).item() for frame in row["pixel_values_videos"][0]})
+    assert bright > dark
+
+
+@needs_video_llava
+def test_frames_that_take_too_much_memory(folder, monkeypatch):
+    import vlmzip.runtime.videos as videos
+
+    processor, family = processor_with_videos("video_llava"), family_of(FAMILIES["video_llava"].build())
+    with pytest.raises(UserError, match=r"1,000,000,000 frames of a video, 336x336 pixels each, take .* or fewer"):
+        Preprocessor(processor, family, 900, 10**9)
+    made = Preprocessor(processor, family, 900, 2)
+    monkeypatch.setattr(videos, "MOST_BYTES", 4)
+    with pytest.raises(BadRecord, match="a video takes too much memory: take fewer frames"):
+        made(read_record(film("<video> w9", "w20", video=["1.png", "2.png"])), folder)
 
 
 @pytest.mark.parametrize(

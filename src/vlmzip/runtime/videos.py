@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from vlmzip.errors import UserError, reason
 from vlmzip.models import FAMILIES
 from vlmzip.processor import Processor
-from vlmzip.runtime.images import check_file, shortened, squeeze
+from vlmzip.runtime.images import ImageError, check_file, shortened, squeeze
 
 #: Endings of video files, in lower case.
 VIDEO_FILES = (
@@ -26,6 +26,10 @@ VIDEO_FILES = (
 )  # fmt: skip
 #: The number of frames for models whose processor names neither a number nor a rate, as Video-LLaVA's.
 USUAL_FRAMES = 8
+#: The most memory that the frames of one video may take: 768 frames of 1920x1080 fit, the most that Qwen2.5-VL takes.
+MOST_BYTES = 6 * 2**30
+#: The memory that Pillow takes for a pixel in RGB.
+BYTES_PER_PIXEL = 4
 
 #: Return the 0-based numbers of the frames to read, in ascending order. The arguments are the number of frames of the
 #: video and its frames per second.
@@ -108,30 +112,32 @@ def check_video(path: str | os.PathLike[str]) -> None:
 def read_clip(path: str | os.PathLike[str], choose: Choose) -> Clip:
     """Return the frames of a video that `choose` returns the numbers of. Raise `UserError` if it cannot be read.
 
-    A broken video is read up to where it breaks. If the size of frames changes in it, all get that of the first.
+    A broken video is read up to where it breaks. If the size of frames changes in it, all get that of the first. Only
+    the chosen frames are kept in memory. Raise `UserError`, too, if they take more than `MOST_BYTES`.
     """
-    frames: dict[int, Image.Image] = {}
-    decoded = 0
     with _opened(path) as (container, stream):
         rate = stream.average_rate or stream.guessed_rate
         fps = float(rate) if rate else None
         total = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
-    while total and len(frames) < len(numbers := list(choose(total, fps))):
-        wanted, decoded, frames = set(numbers), 0, {}
-        with _opened(path) as (container, stream):
-            stream.thread_type = "AUTO"
-            for decoded, frame in enumerate(_decoded(container, stream), start=1):
-                if decoded - 1 in wanted:
-                    frames[decoded - 1] = squeeze(_upright(frame))
-                if len(frames) == len(wanted):
-                    break
-        if len(frames) < len(wanted):  # the file has fewer frames than it says
-            total = min(decoded, total - 1)
-    if not frames:
-        raise UserError(f"{_name(path)} has no frame that can be decoded")
-    size = frames[numbers[0]].size
-    images = [frames[number] if frames[number].size == size else frames[number].resize(size) for number in numbers]
-    return Clip(os.fspath(path), images, numbers, total, fps)
+    while total:
+        numbers = list(choose(total, fps))
+        frames, decoded = _frames_at(path, numbers)
+        if all(number in frames for number in numbers):
+            return Clip(os.fspath(path), [frames[number] for number in numbers], numbers, total, fps)
+        total = min(decoded, total - 1)  # the file has fewer frames than it says
+    raise UserError(f"{_name(path)} has no frame that can be decoded")
+
+
+def check_memory(name: str, frames: int, size: tuple[int, int]) -> None:
+    """Raise `UserError` if frames of this width and height take more memory than `MOST_BYTES`."""
+    width, height = size
+    of_frame = BYTES_PER_PIXEL * width * height
+    if frames * of_frame > MOST_BYTES:
+        raise ImageError(
+            f"{frames:,} frames of {name}, {width}x{height} pixels each, take {frames * of_frame / 2**30:,.1f} GiB of"
+            f" memory, and the limit is {MOST_BYTES / 2**30:g} GiB: take {MOST_BYTES // of_frame:,} frames or fewer",
+            "takes too much memory: take fewer frames",
+        )
 
 
 def video_processor_of(processor: Processor, name: str) -> Any:
@@ -157,6 +163,27 @@ def clip_arguments(clips: Sequence[Clip]) -> dict[str, object]:
         "video_metadata": [clip.metadata for clip in clips],
         "do_sample_frames": False,
     }
+
+
+def _frames_at(path: str | os.PathLike[str], numbers: Sequence[int]) -> tuple[dict[int, Image.Image], int]:
+    """Return the frames with these numbers, as far as the video has them, and the count of decoded frames.
+
+    The decoder stops after the last of them.
+    """
+    wanted, decoded = set(numbers), 0
+    frames: dict[int, Image.Image] = {}
+    with _opened(path) as (container, stream):
+        stream.thread_type = "AUTO"
+        for decoded, frame in enumerate(_decoded(container, stream), start=1):
+            if decoded - 1 in wanted:
+                image = squeeze(_upright(frame))
+                if not frames:
+                    size = image.size
+                    check_memory(_name(path), len(numbers), size)
+                frames[decoded - 1] = image if image.size == size else image.resize(size)
+            if len(frames) == len(wanted):
+                break
+    return frames, decoded
 
 
 def _decoded(container: Any, stream: Any) -> Iterator[Any]:

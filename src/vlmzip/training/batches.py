@@ -25,7 +25,7 @@ from vlmzip.runtime.inputs import positions_of
 from vlmzip.runtime.position_limit import llm_positions
 from vlmzip.runtime.prompt import PER_TOKEN
 from vlmzip.runtime.prompt_text import special_tokens
-from vlmzip.runtime.videos import Clip, evenly_spaced, expected_frames
+from vlmzip.runtime.videos import Clip, check_memory, evenly_spaced, expected_frames
 from vlmzip.training.records import PLACE, RATE, VIDEO, BadRecord, Records, TrainingRecord, Turn
 
 #: The label that the loss ignores.
@@ -64,6 +64,8 @@ class Preprocessor:
         self.positions = llm_positions(family)
         self._video_processor = getattr(processor, "video_processor", None)
         self.takes_videos = len(family.modalities) > 1 and self._video_processor is not None
+        if frames and self._stacks_videos:  # short videos repeat frames
+            check_memory("a video", frames, BLANK)
         self.placeholders = [each.placeholder_id for each in family.modalities]
         if not getattr(processor, "chat_template", None):
             raise UserError(

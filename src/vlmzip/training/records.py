@@ -16,6 +16,7 @@ import json
 import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, TypeGuard
@@ -25,7 +26,7 @@ from PIL import Image
 from vlmzip.errors import UserError
 from vlmzip.json_text import JsonError, open_json, parse, read_lines
 from vlmzip.runtime.images import ImageError, load_image
-from vlmzip.runtime.videos import USUAL_FRAMES, Choose, Clip, is_video, read_clip
+from vlmzip.runtime.videos import USUAL_FRAMES, Choose, Clip, check_memory, is_video, read_clip
 
 PLACE, VIDEO = "<image>", "<video>"
 HUMAN, MODEL = ("human", "user"), ("gpt", "assistant")
@@ -79,15 +80,16 @@ class TrainingRecord:
         """Return the chosen frames of the video. Frames without times are `RATE` a second.
 
         `choose` gets no rate for a folder of frames or a list of them; all frames of a list are chosen. Raise
-        `BadRecord` if the video or one of its frames is missing or broken.
+        `BadRecord` if the video or one of its frames is missing or broken, or if the frames take too much memory.
         """
         if isinstance(self.video, str) and is_video(self.video):
-            try:
+            with _bad_videos():
                 return read_clip(folder / self.video, choose)
-            except UserError as error:
-                raise BadRecord(f"a video {getattr(error, 'kind', 'cannot be read')}") from error
         paths = _frames_in(folder, self.video) if isinstance(self.video, str) else list(self.video or ())
         numbers = list(choose(len(paths), None))
+        (first,) = _load_images(folder, [paths[numbers[0]]])
+        with _bad_videos():
+            check_memory(str(self.video), len(numbers), first.size)
         frames = _load_images(folder, [paths[number] for number in numbers])
         return Clip(str(self.video), frames, numbers, len(paths), RATE)
 
@@ -100,6 +102,15 @@ class TrainingRecord:
         """Return the record with places of images, one for each frame, instead of that of the video."""
         turns = [replace(turn, question=turn.question.replace(VIDEO, PLACE * frames)) for turn in self.turns]
         return replace(self, turns=tuple(turns), video=None)
+
+
+@contextmanager
+def _bad_videos() -> Iterator[None]:
+    """Raise `BadRecord` for a video that cannot be read."""
+    try:
+        yield
+    except UserError as error:
+        raise BadRecord(f"a video {getattr(error, 'kind', 'cannot be read')}") from error
 
 
 def _load_images(folder: Path, paths: Sequence[str]) -> list[Image.Image]:
