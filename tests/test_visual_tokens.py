@@ -28,12 +28,39 @@ def test_a_signal_that_is_not_there_is_an_error_that_says_how_to_get_it():
         tokens.cls_attention  # noqa: B018
     with pytest.raises(UserError, match=r"came without llm_input: name Signal.TEXT_FEATURES in"):
         tokens.llm_input  # noqa: B018
+    with pytest.raises(UserError, match=r"came without projector: name Signal.PROJECTOR in"):
+        tokens.projector  # noqa: B018
+
+
+def test_parts_of_an_image_keep_the_signals_of_their_tokens_and_the_projector():
+    numbers, project = torch.arange(9.0), torch.nn.Linear(1, 3)
+    received = torch.stack([numbers, -numbers], -1)[None]
+    tokens = VisualTokens(
+        numbers.view(1, 9, 1), Grid(1, 2, 4), 1, projector=project, attention_received=received,
+        last_cls_attention=numbers[None], last_keys=numbers.view(1, 9, 1), encoder_features=numbers.view(1, 9, 1),
+    )  # fmt: skip
+    window = tokens.window((1, 2), (0, 2))
+    assert window.last_cls_attention.tolist() == [[0, 5, 6]]
+    assert torch.equal(window.attention_received, received[:, [0, 5, 6]])
+    for name in ("last_keys", "encoder_features"):
+        assert getattr(window, name).flatten().tolist() == [0, 5, 6]
+    both = VisualTokens(
+        tokens.features.repeat(2, 1, 1), tokens.grid, 1, projector=project, keys=tokens.last_keys.repeat(2, 1, 1)
+    )
+    clip = both.clips(torch.tensor([[0, 1]]))
+    assert clip.keys.shape == (1, 18, 1)
+    assert window.projector is project
+    assert clip.projector is project
+    assert tokens.rows(torch.tensor([0])).projector is project
 
 
 def test_every_signal_can_be_given_and_read():
-    shapes = {"text_attention": (2, 3, 9), "text_features": (2, 3, 2), "pixels": (2, 3, 6, 6)}
+    shapes = {
+        "text_attention": (2, 3, 9), "text_features": (2, 3, 2), "pixels": (2, 3, 6, 6), "keys": (2, 9, 4),
+        "attention_received": (2, 9, 3), "last_keys": (2, 9, 8), "encoder_features": (2, 9, 5),
+    }  # fmt: skip
     for signal in Signal:
-        values = torch.rand(shapes.get(signal, (2, 9)) if signal != Signal.KEYS else (2, 9, 4))
+        values = torch.nn.Linear(2, 3) if signal == Signal.PROJECTOR else torch.rand(shapes.get(signal, (2, 9)))
         tokens = VisualTokens(torch.zeros(2, 9, 2), Grid(1, 3, 3), **{signal: values})
         assert getattr(tokens, signal) is values
 

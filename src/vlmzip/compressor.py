@@ -220,6 +220,13 @@ class Compressor(ABC):
             return torch.arange(len(ranks[0]))
         return torch.cat(list(ranks)).argsort(stable=True)
 
+    def encoder_layers(self, depth: int) -> tuple[int, ...]:
+        """Return the layers of a vision encoder of `depth` layers, 0-based, that `attention_received` begins with.
+
+        The layer that gives the features follows them in every case. Raise `UserError` for layers that do not exist.
+        """
+        return ()
+
     def smaller(self, grid: Grid) -> Grid:
         """Return the grid of the smaller image to encode instead of an image of `grid`. Only used at the pixel site."""
         return grid

@@ -19,6 +19,23 @@ class Signal(enum.StrEnum):
 
     CLS_ATTENTION = "cls_attention"
     KEYS = "keys"
+    ATTENTION_RECEIVED = "attention_received"
+    LAST_CLS_ATTENTION = "last_cls_attention"
+    LAST_KEYS = "last_keys"
+    ENCODER_FEATURES = "encoder_features"
+    PROJECTOR = "projector"
     TEXT_ATTENTION = "text_attention"
     TEXT_FEATURES = "text_features"
     PIXELS = "pixels"
+
+
+#: Signals that come from the attention of the vision encoder.
+ATTENTION_OF_ENCODERS = frozenset(
+    {
+        Signal.CLS_ATTENTION,
+        Signal.KEYS,
+        Signal.ATTENTION_RECEIVED,
+        Signal.LAST_CLS_ATTENTION,
+        Signal.LAST_KEYS,
+    }
+)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -16,7 +17,13 @@ from vlmzip.sites import Site as Site
 COMES_WITH = {"query_mask": Signal.TEXT_ATTENTION, "llm_input": Signal.TEXT_FEATURES}
 
 #: Signals of the vision encoder with one value, or one vector, for each token of a view.
-BY_TOKEN = {"cls_attention", "keys"}
+BY_TOKEN = {
+    "cls_attention", "keys", "attention_received", "last_cls_attention", "last_keys", "encoder_features",
+}  # fmt: skip
+
+
+#: A function from features before the projector, [..., encoder_dim], to projected tokens, [..., llm_dim].
+Projector: TypeAlias = Callable[[Float[Tensor, "*any encoder_dim"]], Float[Tensor, "*any llm_dim"]]
 
 
 class Grid(NamedTuple):
@@ -47,12 +54,17 @@ class VisualTokens:
         *,
         layer: int | None = None,
         passes_prefix: bool = False,
+        projector: Projector | None = None,
         cls_attention: Float[Tensor, "batch tokens"] | None = None,
         keys: Float[Tensor, "batch tokens key_dim"] | None = None,
+        attention_received: Float[Tensor, "batch tokens layers"] | None = None,
+        last_cls_attention: Float[Tensor, "batch tokens"] | None = None,
+        last_keys: Float[Tensor, "batch tokens wide_key_dim"] | None = None,
+        encoder_features: Float[Tensor, "batch tokens encoder_dim"] | None = None,
         text_attention: Float[Tensor, "batch queries tokens"] | None = None,
         query_mask: Bool[Tensor, "batch queries"] | None = None,
-        text_features: Float[Tensor, "batch queries dim"] | None = None,
-        llm_input: Float[Tensor, "batch entered dim"] | None = None,
+        text_features: Float[Tensor, "batch queries llm_dim"] | None = None,
+        llm_input: Float[Tensor, "batch entered llm_dim"] | None = None,
         pixels: Float[Tensor, "batch 3 height width"] | None = None,
     ) -> None:
         self.features = features
@@ -65,9 +77,14 @@ class VisualTokens:
         """The LLM layer that runs next, for compressors inside the LLM."""
         self.passes_prefix = passes_prefix
         """Whether the LLM gets the prefix without compression (not with LLaVA's "default" strategy)."""
+        self._projector = projector
         signals = {
             "cls_attention": cls_attention,
             "keys": keys,
+            "attention_received": attention_received,
+            "last_cls_attention": last_cls_attention,
+            "last_keys": last_keys,
+            "encoder_features": encoder_features,
             "text_attention": text_attention,
             "query_mask": query_mask,
             "text_features": text_features,
@@ -92,6 +109,39 @@ class VisualTokens:
         return self._signal("keys")
 
     @property
+    def attention_received(self) -> Float[Tensor, "batch tokens layers"]:
+        """Attention that each token receives from all tokens of its view, mean over heads and attending tokens.
+
+        The layers are those of `Compressor.encoder_layers`, followed by the layer that gives the features.
+        """
+        return self._signal("attention_received")
+
+    @property
+    def last_cls_attention(self) -> Float[Tensor, "batch tokens"]:
+        """`cls_attention` in the last layer of the encoder, with all heads joined to one of the layer's full width."""
+        return self._signal("last_cls_attention")
+
+    @property
+    def last_keys(self) -> Float[Tensor, "batch tokens wide_key_dim"]:
+        """Attention keys of the last layer of the encoder, with the heads joined."""
+        return self._signal("last_keys")
+
+    @property
+    def encoder_features(self) -> Float[Tensor, "batch tokens encoder_dim"]:
+        """Features before the projector, for compressors behind it.
+
+        If the projector joins patches, no features before it belong to one token. These are then the projected tokens.
+        """
+        return self._signal("encoder_features")
+
+    @property
+    def projector(self) -> Projector:
+        """The model's projector: it takes features before it, [..., encoder_dim], and returns [..., llm_dim]."""
+        if self._projector is None:
+            raise _missing("projector")
+        return self._projector
+
+    @property
     def text_attention(self) -> Float[Tensor, "batch queries tokens"]:
         """Attention of the question's tokens to the visual tokens in the layer before `layer`, mean over heads.
 
@@ -106,12 +156,12 @@ class VisualTokens:
         return self._signal("query_mask")
 
     @property
-    def text_features(self) -> Float[Tensor, "batch queries dim"]:
+    def text_features(self) -> Float[Tensor, "batch queries llm_dim"]:
         """Features of the question's tokens at the input of the LLM."""
         return self._signal("text_features")
 
     @property
-    def llm_input(self) -> Float[Tensor, "batch entered dim"]:
+    def llm_input(self) -> Float[Tensor, "batch entered llm_dim"]:
         """Features of all tokens of the image at the input of the LLM."""
         return self._signal("llm_input")
 
@@ -127,11 +177,7 @@ class VisualTokens:
 
     def _signal(self, name: str) -> Tensor:
         if name not in self._signals:
-            signal = COMES_WITH.get(name, name)
-            raise UserError(
-                f"these visual tokens came without {name}: name Signal.{signal.upper()} in the method's `needs`, and"
-                " use a model that gives it"
-            )
+            raise _missing(name)
         return self._signals[name]
 
     # --- counts and parts -------------------------------------------------------------------------------------
@@ -144,7 +190,8 @@ class VisualTokens:
     def replace(self, **changes: object) -> VisualTokens:
         """Return the same visual tokens with other values for some of the constructor's arguments."""
         names = ("features", "grid", "prefix", "layer", "passes_prefix")
-        return VisualTokens(**{**{name: getattr(self, name) for name in names}, **self._signals, **changes})
+        same = {name: getattr(self, name) for name in names}
+        return VisualTokens(**{**same, "projector": self._projector, **self._signals, **changes})
 
     def window(self, rows: tuple[int, int], cols: tuple[int, int]) -> VisualTokens:
         """Return the tokens in some rows and columns of the grid (half-open ranges), and the prefix."""
@@ -176,6 +223,7 @@ class VisualTokens:
             count * self.prefix,
             layer=self.layer,
             passes_prefix=self.passes_prefix,
+            projector=self._projector,
             **by_token,
         )
 
@@ -184,6 +232,14 @@ class VisualTokens:
         return self.replace(
             features=self.features[index], **{name: value[index] for name, value in self._signals.items()}
         )
+
+
+def _missing(name: str) -> UserError:
+    signal = COMES_WITH.get(name, name)
+    return UserError(
+        f"these visual tokens came without {name}: name Signal.{signal.upper()} in the method's `needs`, and"
+        " use a model that gives it"
+    )
 
 
 def frames_joined(

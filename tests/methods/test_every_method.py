@@ -50,6 +50,11 @@ def tokens_of():
         query_mask=torch.tensor([[False, True, True, True], [True] * 4, [True] * 4]),
         text_features=torch.randn(3, 4, features.shape[2], generator=noise),
         llm_input=torch.randn(features.shape, generator=noise),
+        attention_received=torch.rand(*features.shape[:2], 2, generator=noise),
+        last_cls_attention=torch.rand(features.shape[:2], generator=noise),
+        last_keys=torch.randn(*features.shape[:2], 16, generator=noise),
+        encoder_features=torch.randn(*features.shape[:2], 12, generator=noise),
+        projector=torch.nn.functional.gelu,
     )
 
 

@@ -12,7 +12,7 @@ from tests.families.qwen2_5_vl import window_order
 from tests.tiny import with_large_weights
 from vlmzip import Signal, Site, UserError
 from vlmzip.models import family_of
-from vlmzip.models.recording import attention_received
+from vlmzip.models.recording import attention_received, record
 
 NEEDS = frozenset({Signal.CLS_ATTENTION, Signal.KEYS})
 
@@ -69,6 +69,51 @@ def test_vipllava_takes_the_attention_of_its_deepest_feature_layer():
     torch.testing.assert_close(tokens.features, side_by_side, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(tokens.cls_attention, truth.attentions[1][:, :, 0].mean(1), atol=1e-6, rtol=0)
     assert (tokens.cls_attention - truth.attentions[0][:, :, 0].mean(1)).abs().max() > 1e-3
+
+
+class TestFurtherSignalsOfTheEncoder:
+    """LLaVA's encoder has CLS, 3 layers and 4 heads of width 8. The layer before the last gives the features."""
+
+    NEEDS = frozenset({Signal.ATTENTION_RECEIVED, Signal.LAST_CLS_ATTENTION, Signal.LAST_KEYS})
+
+    @pytest.fixture
+    def inputs(self):
+        return FAMILIES["llava"]().batch([1, "image"], ["image", 4])
+
+    @pytest.fixture
+    def tokens(self, inputs):
+        (group,) = family_of(tiny_llava()).encode(inputs, Site.PRE_PROJECTOR, self.NEEDS, lambda depth: (0,)).groups
+        return group.tokens
+
+    def test_attention_received_is_of_the_chosen_layers_and_then_of_that_of_the_features(self, tokens, inputs):
+        tower = FAMILIES["llava"].build("eager").model.vision_tower
+        with torch.no_grad():
+            matrices = tower(inputs["pixel_values"], output_attentions=True).attentions
+        truth = torch.stack([matrices[layer].mean((1, 2)) for layer in (0, 1)], -1)
+        torch.testing.assert_close(tokens.attention_received, truth, atol=1e-6, rtol=0)
+
+    def test_the_last_layer_is_read_with_joined_heads(self, tokens, inputs):
+        tower = tiny_llava().model.vision_tower
+        attention = tower.encoder.layers[-1].self_attn
+        with torch.no_grad(), record({"q": attention.q_proj, "k": attention.k_proj}) as seen:
+            tower(inputs["pixel_values"])
+        row = (seen["q"][:, :1] @ seen["k"].transpose(1, 2) / 32**0.5).softmax(-1)[:, 0]
+        torch.testing.assert_close(tokens.last_cls_attention, row, atol=1e-6, rtol=0)
+        torch.testing.assert_close(tokens.last_keys, seen["k"], atol=1e-6, rtol=0)
+
+    def test_features_before_the_projector_and_the_projector_give_the_projected_tokens(self, inputs):
+        family = family_of(tiny_llava())
+        needs = frozenset({Signal.ENCODER_FEATURES, Signal.PROJECTOR})
+        (group,) = family.encode(inputs, Site.POST_PROJECTOR, needs).groups
+        projected = group.tokens.projector(group.tokens.encoder_features)
+        torch.testing.assert_close(projected, group.tokens.features)
+        assert group.tokens.encoder_features.shape[-1] == 32
+
+    def test_a_projector_that_joins_patches_is_refused(self):
+        family = FAMILIES["qwen2_5_vl"]()
+        inputs = family.batch([1, "image"], ["image", 4])
+        with pytest.raises(UserError, match="joins patches into tokens: choose a method"):
+            family_of(family.model).encode(inputs, Site.POST_PROJECTOR, frozenset({Signal.PROJECTOR}))
 
 
 def test_signals_take_no_square_of_the_tokens():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -66,7 +66,8 @@ from vlmzip.models.towers.qwen import grids_of, sizes_of
 from vlmzip.models.towers.tower import OTHER_METHODS, Merge, Tower
 from vlmzip.models.towers.vit import feature_layers, image_of
 from vlmzip.processor import InputDict, Inputs
-from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
+from vlmzip.sites import ATTENTION_OF_ENCODERS
+from vlmzip.visual_tokens import Grid, Projector, Signal, Site, VisualTokens
 
 #: A kind of visual input, as keys of `mm_encoder_outputs` name it.
 Modality = Literal["image", "video"]
@@ -86,6 +87,14 @@ COMMON_PATCH = 14
 MASKED_ATTENTION = ("sdpa", "eager")
 #: LLMs for which we have checked that packed rows stay apart. Others ignore packing (gpt_oss) or carry a state along.
 LLMS_THAT_MASK_PACKED_ROWS = ("llama", "mistral", "qwen2", "gemma2")
+
+#: A function from the number of layers of a vision encoder to some of them, 0-based.
+EncoderLayers = Callable[[int], Sequence[int]]
+
+
+def no_layers(_depth: int) -> Sequence[int]:
+    """Return no layers."""
+    return ()
 
 
 class Family:
@@ -303,38 +312,91 @@ class Family:
         """
         return "<image>" * images + "<video>" * videos + question
 
-    def encode(self, inputs: Inputs, site: Site, needs: frozenset[Signal]) -> Encoded:
+    def encode(
+        self, inputs: Inputs, site: Site, needs: frozenset[Signal], encoder_layers: EncoderLayers = no_layers
+    ) -> Encoded:
         """Return the visual tokens of all images in `inputs` at `site`, with the signals in `needs`.
 
         Features are [views, tokens, dim], one batch for each grid, where dim is `feature_width(site)`. Each view holds
-        all its tokens; `layouts` tells which of them the LLM sees. Raise `UserError` if the model does not provide a
+        all its tokens; `layouts` tells which of them the LLM sees. `encoder_layers` chooses further layers for
+        `attention_received`, as `Compressor.encoder_layers` does. Raise `UserError` if the model does not provide a
         signal, or if the number of placeholders is not the number of visual tokens.
         """
         passes_prefix = self.passes_prefix(inputs)
         groups: list[Views] = []
         further: dict[str, Any] = {}
         for batch in self.batches(inputs):
-            layers = [self.scored_layer(inputs)] if needs & {Signal.CLS_ATTENTION, Signal.KEYS} else []
-            run = self.run(batch, layers)
+            layers = self._layers_for(needs, encoder_layers, inputs)
+            run = self.run(batch, {layer for of_signals in layers.values() for layer in of_signals})
             values = {"features": self.features(batch, run)}
             streams, further = run.streams, run.further
+            if Signal.ENCODER_FEATURES in needs:
+                values["encoder_features"] = values["features"]
             if site is Site.POST_PROJECTOR:
                 values["features"] = self.project(values["features"], Site.PRE_PROJECTOR)
             self._check_width(values["features"], site)
             self._check_count(len(values["features"]), batch)
             self._check_views(run.sizes, batch)
-            for layer in layers:
-                of_patch = self._tokens_of_patches(run, batch, layer)
-                values |= self.tower.signals(run.recording, layer, batch.grids, self.prefix, needs, of_patch)
+            values |= self._signals(run, batch, layers)
+            projector = self._projector_of_tokens() if Signal.PROJECTOR in needs else None
             sizes = self._sizes_of(batch)
             for grid, rows in numbers_by_kind(batch.grids).items():
                 by_view: dict[str, Any] = {name: of_views(value, sizes, rows) for name, value in values.items()}
                 if Signal.PIXELS in needs:
                     by_view["pixels"] = self._pixels(batch, rows)
-                tokens = VisualTokens(grid=grid, prefix=self.prefix, passes_prefix=passes_prefix, **by_view)
+                tokens = VisualTokens(
+                    grid=grid, prefix=self.prefix, passes_prefix=passes_prefix, projector=projector, **by_view
+                )
                 added = tuple(of_views(stream, sizes, rows) for stream in streams)
                 groups.append(Views(tokens, [batch.numbers[row] for row in rows], added))
         return Encoded(groups, further=further)
+
+    def _layers_for(
+        self, needs: frozenset[Signal], encoder_layers: EncoderLayers, inputs: Inputs
+    ) -> dict[Signal, Sequence[int]]:
+        """Return the layers of the encoder that each of the signals in `needs` comes from."""
+        if not needs & ATTENTION_OF_ENCODERS:
+            return {}
+        scored, last = self.scored_layer(inputs), self.tower.depth - 1
+        layers = {
+            Signal.CLS_ATTENTION: (scored,),
+            Signal.KEYS: (scored,),
+            Signal.ATTENTION_RECEIVED: (*encoder_layers(self.tower.depth), scored),
+            Signal.LAST_CLS_ATTENTION: (last,),
+            Signal.LAST_KEYS: (last,),
+        }
+        return {signal: layers[signal] for signal in sorted(needs & ATTENTION_OF_ENCODERS)}
+
+    def _signals(
+        self, run: Run, batch: Batch, layers: Mapping[Signal, Sequence[int]]
+    ) -> dict[str, Float[Tensor, " tokens *rest"]]:
+        """Return the signals of the encoder's attention for all tokens of all views of a batch."""
+        of_patch = {n: self._tokens_of_patches(run, batch, n) for of_signal in layers.values() for n in of_signal}
+        signals = {}
+        for signal, of_signal in layers.items():
+            values = [
+                self.tower.signal(signal, run.recording, layer, batch.grids, self.prefix, of_patch[layer])
+                for layer in of_signal
+            ]
+            signals[signal.value] = torch.stack(values, -1) if signal is Signal.ATTENTION_RECEIVED else values[0]
+        return signals
+
+    def _projector_of_tokens(self) -> Projector:
+        """Return the projector as a function of features of any leading axes.
+
+        Raise `UserError` if it does not map each token by itself.
+        """
+        if not self.projects_each_token:
+            raise UnfitMethod(
+                f"the projector of {type(self.model).__name__} joins patches into tokens: choose a method that does not"
+                " run it on single tokens"
+            )
+
+        def project(features: Float[Tensor, "*any encoder_dim"]) -> Float[Tensor, "*any llm_dim"]:
+            projected = self.project(features.flatten(0, -2), Site.PRE_PROJECTOR)
+            return projected.view(*features.shape[:-1], -1)
+
+        return project
 
     def _tokens_of_patches(self, run: Run, batch: Batch, layer: int) -> Int[Tensor, "rows length"] | None:
         """Return the token that each patch of a layer makes, or `None` if it follows from the grids.
@@ -375,7 +437,7 @@ class Family:
         names = (*self._feature_arguments, "interpolate_pos_encoding")
         return {name: inputs[name] for name in names if inputs.get(name) is not None}
 
-    def run(self, batch: Batch, layers: Iterable[int]) -> Run:
+    def run(self, batch: Batch, layers: Collection[int]) -> Run:
         """Run `get_image_features`, and record the attention of these layers of the encoder.
 
         The run ends at a projector that maps each token by itself.

@@ -13,6 +13,7 @@ from transformers.image_processing_utils import select_best_resolution
 
 from vlmzip.compressor import Profile
 from vlmzip.errors import UserError
+from vlmzip.models.family import EncoderLayers, no_layers
 from vlmzip.models.layout import SEPARATOR, Encoded, Layout, layout_of
 from vlmzip.models.llava import Llava
 from vlmzip.models.towers.vit import resized_views
@@ -33,8 +34,10 @@ class LlavaNext(Llava):
     def profile(self) -> Profile:
         return replace(plain := super().profile(), tiles=(plain.grid,) * (COMMON_VIEWS - 1))
 
-    def encode(self, inputs: Inputs, site: Site, needs: frozenset[Signal]) -> Encoded:
-        return replace(super().encode(inputs, site, needs), separator=self.model.model.image_newline)
+    def encode(
+        self, inputs: Inputs, site: Site, needs: frozenset[Signal], encoder_layers: EncoderLayers = no_layers
+    ) -> Encoded:
+        return replace(super().encode(inputs, site, needs, encoder_layers), separator=self.model.model.image_newline)
 
     def layouts(self, inputs: Inputs) -> list[Layout]:
         if self.passes_prefix(inputs):

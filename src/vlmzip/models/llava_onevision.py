@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlmzip.errors import UnfitMethod, UserError
 from vlmzip.models.encoder_run import Batch, Run
-from vlmzip.models.family import Family
+from vlmzip.models.family import EncoderLayers, Family, no_layers
 from vlmzip.models.layout import SEPARATOR, Encoded, Layout, Views, layout_of, numbers_by_kind
 from vlmzip.models.llava import LlavaFrames
 from vlmzip.models.llava_next import LlavaNext
@@ -42,8 +42,10 @@ class LlavaOnevisionFrames(LlavaFrames):
         projected: Tensor = self.projector(super().features(batch, run))
         return projected
 
-    def encode(self, inputs: Inputs, site: Site, needs: frozenset[Signal]) -> Encoded:
-        encoded = super().encode(inputs, site, needs)
+    def encode(
+        self, inputs: Inputs, site: Site, needs: frozenset[Signal], encoder_layers: EncoderLayers = no_layers
+    ) -> Encoded:
+        encoded = super().encode(inputs, site, needs, encoder_layers)
         grid = self.layouts(inputs)[0].views[0]
         groups = [Views(self._shrunk(views.tokens, grid), views.numbers) for views in encoded.groups]
         return Encoded(groups, separator=self.model.base_model.image_newline)
@@ -89,8 +91,10 @@ class LlavaOnevision(LlavaNext):
         projected: Tensor = self.projector(views[:, self.prefix :])
         return projected.flatten(0, 1)
 
-    def encode(self, inputs: Inputs, site: Site, needs: frozenset[Signal]) -> Encoded:
-        encoded, layouts = super().encode(inputs, site, needs), self.layouts(inputs)
+    def encode(
+        self, inputs: Inputs, site: Site, needs: frozenset[Signal], encoder_layers: EncoderLayers = no_layers
+    ) -> Encoded:
+        encoded, layouts = super().encode(inputs, site, needs, encoder_layers), self.layouts(inputs)
         counts = self.encoded_views(inputs)
         shrunk = [image for image, layout in enumerate(layouts) if len(layout.views) < counts[image]]
         if not shrunk:

@@ -226,7 +226,7 @@ def _measured(family: Family, outputs: BatchFeature, compressor: Any) -> list[li
     inputs = family.with_names_of_model(outputs.to(family.model.device, family.model.dtype))
     measured: dict[int, Measured] = {}
     with torch.no_grad():
-        encoded = family.encode(inputs, compressor.site, compressor.needs)
+        encoded = family.encode(inputs, compressor.site, compressor.needs, compressor.encoder_layers)
         layouts, encoded = without_padding(family.layouts(inputs), encoded, compressor)
         for group in encoded.groups:
             compressor.grid_of(group.tokens)

@@ -10,13 +10,14 @@ from vlmzip import schema
 from vlmzip.catalogue import available
 from vlmzip.compressor import Compressor
 from vlmzip.errors import ADD_A_FAMILY, UnfitMethod
+from vlmzip.sites import ATTENTION_OF_ENCODERS
 from vlmzip.visual_tokens import Signal, Site
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 #: What a method may need that some models lack.
-SIGNALS_OF_ENCODERS = {Signal.CLS_ATTENTION, Signal.KEYS, Signal.PIXELS}
+SIGNALS_OF_ENCODERS = ATTENTION_OF_ENCODERS | {Signal.PIXELS, Signal.PROJECTOR}
 
 
 def names_other_methods(function: Callable[P, T]) -> Callable[P, T]:

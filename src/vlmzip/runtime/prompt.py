@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from vlmzip.errors import UserError
@@ -68,6 +68,25 @@ def find_placeholders(
         places.append((row, columns))
         used += count
     return places
+
+
+def question_ends(
+    images: Sequence[tuple[int, int]], mask: Shaped[Tensor, "batch length"], labels: Int[Tensor, "batch new"] | None
+) -> list[int]:
+    """Return the last column of the question about each image: the last token of its row.
+
+    `images` has the row and the last column of each image. In training, the question ends before the first answer that
+    follows the image. Labels may cover only the new part of a conversation, which is its end.
+    """
+    last = (mask.long() * torch.arange(1, mask.shape[1] + 1, device=mask.device)).argmax(1).tolist()
+    ends = [last[row] for row, _ in images]
+    if labels is not None:
+        known = mask.shape[1] - labels.shape[1]
+        answers = [(of_row != PER_TOKEN["labels"]).nonzero()[:, 0] + known for of_row in labels.cpu()]
+        for n, (row, column) in enumerate(images):
+            following = answers[row][answers[row] > column]
+            ends[n] = int(following[0]) - 1 if len(following) else ends[n]
+    return ends
 
 
 def shorten(

@@ -18,9 +18,10 @@ from vlmzip.processor import InputDict, Inputs
 from vlmzip.resampler import Resampler
 from vlmzip.runtime.compress import Plan, compress, encoded_again, in_order, view_numbers
 from vlmzip.runtime.other_methods import names_other_methods
+from vlmzip.runtime.questions import with_questions
 from vlmzip.runtime.report import CompressedImage, ImageReport, Stopwatch
 from vlmzip.token_map import TokenMap
-from vlmzip.visual_tokens import Site, VisualTokens
+from vlmzip.visual_tokens import Signal, Site, VisualTokens
 
 
 @names_other_methods
@@ -57,6 +58,16 @@ def compress_images(
         return [image.with_separators(separator) for image in images], smaller
 
 
+def encode(
+    family: Family, inputs: Inputs, site: Site, compressor: Compressor | None, layouts: Sequence[Layout]
+) -> Encoded:
+    """Return the visual tokens of all images at `site`, with the signals that `compressor` needs."""
+    if compressor is None:
+        return family.encode(inputs, site, frozenset())
+    encoded = family.encode(inputs, site, compressor.needs, compressor.encoder_layers)
+    return with_questions(encoded, family, inputs, layouts) if Signal.TEXT_FEATURES in compressor.needs else encoded
+
+
 def encoder_outputs(family: Family, images: Sequence[CompressedImage]) -> dict[str, BaseModelOutputWithPooling]:
     """Return `mm_encoder_outputs` for images and videos in order of appearance."""
     outputs: dict[str, BaseModelOutputWithPooling] = {}
@@ -80,7 +91,7 @@ def _encode_and_compress(
     """Return the images after the first compressor and the projector, and the feature of a separator."""
     site = Site.PRE_PROJECTOR if compressor is None else compressor.site
     with watch.time("encoder"):
-        encoded = family.encode(inputs, site, frozenset() if compressor is None else compressor.needs)
+        encoded = encode(family, inputs, site, compressor, layouts)
     with watch.time("selection"):
         kept = compress(layouts, encoded, compressor, ascending=ascending)
     features = _project(family, [image.features for image in kept], site, watch)

@@ -124,28 +124,29 @@ class Tower:
         return outputs, {str(layer): attention.module for layer, attention in attentions.items()}
 
     @torch.no_grad()
-    def signals(
+    def signal(
         self,
+        signal: Signal,
         recording: Recording,
         layer: int,
         grids: Sequence[Grid],
         prefix: int,
-        needs: frozenset[Signal],
         of_patch: Int[Tensor, "rows length"] | None = None,
-    ) -> dict[str, Float[Tensor, " tokens *key_dim"]]:
-        """Return the scores and keys in `needs` for all tokens of all views, from a recorded layer.
+    ) -> Float[Tensor, " tokens *key_dim"]:
+        """Return a signal of the encoder's attention for all tokens of all views, from a recorded layer.
 
         `prefix` tokens of each view precede its grid. They are tokens of the encoder and have scores, too. `of_patch`
         has the number of the token that each patch makes, -1 for none, if it does not follow from the grids.
         """
-        signals = {}
-        if Signal.CLS_ATTENTION in needs:
-            signals["cls_attention"] = self.scores(recording, layer, grids, prefix, of_patch)
-        if Signal.KEYS in needs:
-            _, key = self.queries_and_keys(recording, layer)
-            keys = mean_over_heads(key, self.attentions[layer].heads)
-            signals["keys"] = self._of_tokens(keys, grids, prefix, of_patch)
-        return signals
+        if signal is Signal.CLS_ATTENTION:
+            return self.scores(recording, layer, grids, prefix, of_patch)
+        if signal is Signal.LAST_CLS_ATTENTION:
+            return self.scores(recording, layer, grids, prefix, of_patch, joined=True)
+        if signal is Signal.ATTENTION_RECEIVED:
+            return self.received(recording, layer, grids, prefix, of_patch)
+        _, key = self.queries_and_keys(recording, layer)
+        keys = key if signal is Signal.LAST_KEYS else mean_over_heads(key, self.attentions[layer].heads)
+        return self._of_tokens(keys, grids, prefix, of_patch)
 
     @torch.no_grad()
     def scores(
@@ -155,18 +156,39 @@ class Tower:
         grids: Sequence[Grid],
         prefix: int,
         of_patch: Int[Tensor, "rows length"] | None = None,
+        *,
+        joined: bool = False,
     ) -> Float[Tensor, " tokens"]:
-        """Return the score of all tokens of all views, from a recorded layer."""
+        """Return the score of all tokens of all views, from a recorded layer.
+
+        With `joined`, all heads count as one head of the layer's full width.
+        """
         query, key = self.queries_and_keys(recording, layer)
-        attention, lengths = self.attentions[layer], self.sequences(recording, layer, key.shape[1])
         leads = self._leading(key.shape[:2], grids) if of_patch is None else bool((of_patch[:, 0] < 0).all())
         if prefix or leads:
-            scores = cls_attention_row(query, key, attention.heads, attention.scale)
-        elif recording.arguments[str(layer)].get("cu_seqlens") is not None:
+            scores = cls_attention_row(query, key, *self._heads(layer, joined=joined))
+            return self._of_tokens(scores, grids, prefix, of_patch)
+        return self.received(recording, layer, grids, prefix, of_patch, joined=joined)
+
+    @torch.no_grad()
+    def received(
+        self,
+        recording: Recording,
+        layer: int,
+        grids: Sequence[Grid],
+        prefix: int,
+        of_patch: Int[Tensor, "rows length"] | None = None,
+        *,
+        joined: bool = False,
+    ) -> Float[Tensor, " tokens"]:
+        """Return the attention that all tokens of all views receive from their view, in a recorded layer."""
+        query, key = self.queries_and_keys(recording, layer)
+        heads, scale = self._heads(layer, joined=joined)
+        if recording.arguments[str(layer)].get("cu_seqlens") is not None:
             # Multiply by the length of the sequence, so that windows and images of different sizes are comparable.
+            lengths = self.sequences(recording, layer, key.shape[1])
             parts = zip(query.split(lengths, 1), key.split(lengths, 1), strict=True)
-            received = [attention_received(q, k, attention.heads, attention.scale) * k.shape[1] for q, k in parts]
-            scores = torch.cat(received, 1)
+            scores = torch.cat([attention_received(q, k, heads, scale) * k.shape[1] for q, k in parts], 1)
         else:
             mask = self.mask(recording, layer)
             if mask is None and of_patch is None and len(key) < len(grids):
@@ -174,8 +196,13 @@ class Tower:
                     f"{type(self.encoder).__name__} joins images into one sequence in a way that vlmzip does not know:"
                     f" load the model with attn_implementation='sdpa', or {OTHER_METHODS}"
                 )
-            scores = attention_received(query, key, attention.heads, attention.scale, mask=mask)
+            scores = attention_received(query, key, heads, scale, mask=mask)
         return self._of_tokens(scores, grids, prefix, of_patch)
+
+    def _heads(self, layer: int, *, joined: bool) -> tuple[int, float]:
+        """Return the number of heads of a layer and the factor of its scores."""
+        attention = self.attentions[layer]
+        return (1, (attention.heads * attention.head_dim) ** -0.5) if joined else (attention.heads, attention.scale)
 
     def _of_tokens(
         self,

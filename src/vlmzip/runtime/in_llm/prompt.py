@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from vlmzip.processor import Inputs
-from vlmzip.runtime.prompt import PER_TOKEN, Span
+from vlmzip.runtime.prompt import Span, question_ends
 
 
 @dataclass(frozen=True)
@@ -35,14 +34,5 @@ def prompt_of(spans: list[Span], compressed: Inputs) -> Prompt | None:
     if not spans:
         return None
     real = compressed["attention_mask"].bool()
-    last = (real.long() * torch.arange(1, real.shape[1] + 1, device=real.device)).argmax(1).tolist()
-    ends = [last[span.row] for span in spans]
-    labels = compressed.get("labels")
-    if labels is not None:
-        # In training, the question about an image ends before the first answer that follows the image.
-        known = real.shape[1] - labels.shape[1]  # labels cover the new part of a conversation
-        answers = [(row != PER_TOKEN["labels"]).nonzero()[:, 0] + known for row in labels.cpu()]
-        for n, span in enumerate(spans):
-            following = answers[span.row][answers[span.row] > span.columns[-1]]
-            ends[n] = int(following[0]) - 1 if len(following) else ends[n]
+    ends = question_ends([(span.row, span.columns[-1]) for span in spans], real, compressed.get("labels"))
     return Prompt(spans, real, ends)
