@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, Protocol, Self, SupportsIndex, runtime_checkable
 
@@ -21,6 +21,8 @@ from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 Positions = Literal["contiguous", "original"]
+Kind = Literal["prune", "merge", "prune and merge", "pool", "none"]
+Cost = Literal["1", "N", "N·log N", "N·k", "N²", "k·N²"]
 
 #: A budget counts as met if the reached retention ratio differs from it by at most this fraction.
 NEAR = 0.05
@@ -112,6 +114,14 @@ class Compressor(ABC):
 
     paper: ClassVar[str] = ""
     """The method's source, such as "arXiv:2412.04467" or "baseline of arXiv:2406.20092"."""
+    kind: ClassVar[Kind] = "prune"
+    """What it does to tokens: keep some ("prune"), join some ("merge"), both, or join windows of the grid ("pool")."""
+    cost: ClassVar[Cost] = "N"
+    """How its time grows with the number of tokens N of a view and the number k that it keeps."""
+    published: ClassVar[Mapping[int, float]] = {}
+    """The published share of LLaVA-1.5-7B's score that remains, in percent, by visual tokens kept of 576."""
+    published_in: ClassVar[str] = ""
+    """The source of `published`. Values of different sources cannot be compared: their benchmarks differ."""
     examples: ClassVar[tuple[str, ...]] = ()
     """Settings to start with, such as "keep=64": `vlmzip methods NAME` shows them, and the shared tests run them."""
     needs: ClassVar[frozenset[Signal]] = frozenset()
