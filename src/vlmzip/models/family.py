@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -61,6 +61,7 @@ from vlmzip.models.prompt_layout import (
     with_joined_frames,
 )
 from vlmzip.models.recording import record
+from vlmzip.models.rope import rope_positions
 from vlmzip.models.towers import tower_of
 from vlmzip.models.towers.qwen import grids_of, sizes_of
 from vlmzip.models.towers.tower import OTHER_METHODS, Merge, Tower
@@ -751,19 +752,31 @@ class Family:
         """
         if not self.position_axes:
             return (mask.long().cumsum(-1) - 1).clamp(min=0), mask.sum(-1)
-        rope_index: Any = method_of(self.model, "get_rope_index")
         ids = inputs["input_ids"]
         # The type of text is 0, of images 1, of videos 2.
         types = sum(number * (ids == each.placeholder_id).int() for number, each in enumerate(self.modalities, start=1))
-        known = {**inputs, "mm_token_type_ids": types, "attention_mask": mask}
-        names = inspect.signature(rope_index).parameters
-        positions, deltas = rope_index(**{name: known[name] for name in names if name in known})
+        rope_index = method_of(self.model, "get_rope_index")
+        positions, next_positions = rope_positions(rope_index, inputs, types, mask, self._adjacent(inputs))
         if positions.shape[:-2] != self.position_axes:
             raise UserError(
                 f"vlmzip does not know the positions of {type(self.model).__name__}, which have"
                 f" {list(positions.shape[:-2])} axes; it knows {list(self.position_axes)}"
             )
-        return positions, deltas.view(-1) + mask.sum(-1)
+        return positions, next_positions
+
+    def _adjacent(self, inputs: Inputs) -> list[tuple[int, int]]:
+        """Return row and column of the first token of each image that directly follows another one of its kind."""
+        adjacent = []
+        for each in self.present_in(inputs):
+            is_placeholder = inputs["input_ids"] == each.placeholder_id
+            follows = pad(is_placeholder, (1, 0))[:, :-1]
+            firsts = list(accumulate(each.plain_counts(inputs), initial=0))
+            places = is_placeholder.nonzero().tolist()
+            if firsts.pop() == len(places):
+                adjacent += [
+                    (row, column) for row, column in (places[first] for first in firsts) if follows[row, column]
+                ]
+        return adjacent
 
     def forward_positions(self, positions: Int[Tensor, "*axes batch length"]) -> Int[Tensor, "*axes batch length"]:
         """Return the `position_ids` that the model's `forward` takes for positions counted from 0.
