@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from importlib import import_module
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlmzip.version import __version__ as __version__
 
@@ -72,7 +72,7 @@ def _all() -> list[str]:
 
 if not TYPE_CHECKING:  # with __getattr__, type checkers would accept any name
 
-    def __getattr__(name: str) -> Any:
+    def __getattr__(name: str) -> object:
         """Import a public name, or a module of this package, on first use."""
         if name == "__all__":
             value = _all()

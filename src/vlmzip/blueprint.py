@@ -55,14 +55,14 @@ def _names(module: str) -> _Names:
     return _Names(module)
 
 
-class _Names(dict[str, Any]):
+class _Names(dict[str, object]):
     """The names in a module of vlmzip. Each is evaluated when it is needed."""
 
     def __init__(self, module: str) -> None:
         self.tree = outline.parsed(*module.rsplit(".", 1))
         self.homes = outline.homes(self.tree)
 
-    def __missing__(self, name: str) -> Any:
+    def __missing__(self, name: str) -> object:
         self[name] = value = self._imported(name) if name in self.homes else self._defined(name)
         return value
 
@@ -74,7 +74,7 @@ class _Names(dict[str, Any]):
         is_read = home.startswith("vlmzip.") and home not in QUICK
         return _names(home)[name] if is_read else getattr(import_module(home), name)
 
-    def _defined(self, name: str) -> Any:
+    def _defined(self, name: str) -> object:
         for statement in self.tree.body:
             if isinstance(statement, ast.ClassDef) and statement.name == name:
                 return self._class(statement)
@@ -84,7 +84,7 @@ class _Names(dict[str, Any]):
         raise KeyError(name)  # Python then looks among the built-in names
 
     def _class(self, definition: ast.ClassDef) -> type:
-        fields: list[tuple[str, Any, Any]] = []
+        fields: list[tuple[str, object, object]] = []
         attributes: dict[str, Any] = {"field_docs": field_docs(definition)}
         for name, annotation, value in _annotated(definition):
             if name in attributes["field_docs"]:
@@ -96,7 +96,7 @@ class _Names(dict[str, Any]):
             definition.name, fields, bases=bases, namespace=attributes, frozen=True, kw_only=True
         )
 
-    def _default(self, value: ast.expr | None) -> Any:
+    def _default(self, value: ast.expr | None) -> object:
         given = dataclasses.field() if value is None else self.evaluate(value)
         return given if isinstance(given, dataclasses.Field) else dataclasses.field(default=given)
 

@@ -84,7 +84,7 @@ def _receive(results: Connection, child: BaseProcess) -> list[Any] | None:
         raise ChildFailed(f"its process was ended {why}") from None
     if isinstance(received, str):
         raise ChildFailed(received)
-    values: list[Any] | None = received
+    values: list[object] | None = received
     return values
 
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import SequenceMatcher, get_close_matches
-from typing import Any
+from typing import TextIO
 
 #: The end of messages about models that lack something.
 ADD_A_FAMILY = "see docs/add_a_family.md"
@@ -42,11 +42,18 @@ def telling_beyond_positions(say: Callable[[str], None]) -> Iterator[None]:
     """Pass the text of every `BeyondPositions` warning in the block to `say`; other warnings are shown as before."""
     shown = warnings.showwarning
 
-    def show(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         if issubclass(category, BeyondPositions):
             say(str(message))
         else:
-            shown(message, category, *where, **more)
+            shown(message, category, filename, lineno, file, line)
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", BeyondPositions)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from filelock import BaseFileLock
@@ -14,6 +14,9 @@ from torch import distributed
 
 from vlmzip.errors import UserError
 from vlmzip.locks import hold
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 T = TypeVar("T")
 #: How long a process waits for the others. Some processes may finish long before others.
@@ -31,7 +34,7 @@ class Processes:
         self.rank = int(os.environ.get("RANK", "0"))
         self.count = int(os.environ.get("WORLD_SIZE", "1"))
         self._held: list[BaseFileLock] = []
-        self._state: Any = None
+        self._state: PartialState | None = None
 
     @property
     def first(self) -> bool:

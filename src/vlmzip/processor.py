@@ -27,7 +27,7 @@ class ImageProcessor(Protocol):
         """Return the image inputs of the model."""
         ...
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return all settings."""
         ...
 
@@ -54,7 +54,7 @@ class Processor(Protocol):
         """Return the text of a sequence of token ids."""
         ...
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return all settings."""
         ...
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from vlmzip import spec
 from vlmzip.children import ChildFailed
@@ -165,7 +166,9 @@ def _measure_memory(
             contender.without_peak = f"the memory was not measured: {error}"
 
 
-def _make_model(args: Namespace, config: Any, device: str | torch.device, dtype: torch.dtype) -> Any:
+def _make_model(
+    args: Namespace, config: LlavaConfig, device: str | torch.device, dtype: torch.dtype
+) -> LlavaForConditionalGeneration:
     try:
         return make_model(config, device, dtype, args.attention)
     except (ImportError, ValueError) as error:  # FlashAttention is not installed or does not support this dtype
@@ -178,7 +181,7 @@ def _peaks(
     device: torch.device,
     dtype: torch.dtype,
     compressors: list[Compressor | None],
-    model: Any = None,
+    model: LlavaForConditionalGeneration | None = None,
 ) -> Iterator[int | None]:
     progress = Progress()  # without a spinner: on a CPU, the spinner belongs to the parent process
 
@@ -214,7 +217,7 @@ def _set_up(name: str, method: Compressor, budget: str | None, profile: Profile)
         return Contender(name, method.placed(profile), f"runs with its own settings, not at this budget: {error}")
 
 
-def _refuse_what_cannot_run(args: Namespace, config: object, device: torch.device, dtype: torch.dtype) -> None:
+def _refuse_what_cannot_run(args: Namespace, config: LlavaConfig, device: torch.device, dtype: torch.dtype) -> None:
     """Raise `UserError` if the attention implementation is unavailable or the weights exceed the free memory.
 
     Without this check, the system would kill the process.

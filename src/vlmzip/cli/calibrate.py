@@ -5,7 +5,6 @@ from __future__ import annotations
 from argparse import Namespace
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
@@ -60,7 +59,7 @@ def run(args: Namespace) -> None:
     if args.histogram:
         save_image(draw_deviations(calibration.deviations, threshold, compressor.name()), args.histogram, paths)
         out["histogram"] = str(args.histogram)
-    print_json(out) if args.json else _print(out, calibration, threshold, args)
+    print_json(out) if args.json else _print(paths, calibration, threshold, args)
 
 
 def _compressor(args: Namespace) -> Compressor:
@@ -110,22 +109,22 @@ def _visuals(words: list[str]) -> list[str]:
     return paths
 
 
-def _print(out: dict[str, Any], calibration: Calibration, threshold: float, args: Namespace) -> None:
-    name = _threshold(calibration.compressor)
+def _print(paths: list[str], calibration: Calibration, threshold: float, args: Namespace) -> None:
+    name, kinds = _threshold(calibration.compressor), _kinds(paths)
     print(
-        f"{name} {threshold}: {out['average']:.4g} visual tokens per {out['kinds']} on average,"
-        f" {out['reached']:.1%} of all; at most {out['upper']}\n"
+        f"{name} {threshold}: {calibration.average:.4g} visual tokens per {kinds} on average,"
+        f" {calibration.reached:.1%} of all; at most {calibration.upper}\n"
     )
     after: dict[int, set[int]] = {}
     for factor, count in zip(calibration.factors, calibration.after_by_view, strict=True):
         after.setdefault(factor, set()).add(count)
     rows = [
         [str(factor), str(views), " to ".join(str(n) for n in sorted({min(after[factor]), max(after[factor])}))]
-        for factor, views in out["by_factor"].items()
+        for factor, views in sorted(Counter(calibration.factors).items())
     ]
-    views = "images" if len(calibration.factors) == out["images"] else "views"
-    print_table(["factor", "frames" if out["kinds"] == "video" else views, "visual tokens"], rows)
-    kinds = out["kinds"].upper().replace(" OR ", "|")
-    print(f'\nuse it: vlmzip ask {kinds} QUESTION --method "{spec.write(calibration.compressor)}"')
-    if "histogram" in out:
-        print(f"deviations drawn in {out['histogram']}")
+    views = "images" if len(calibration.factors) == len(paths) else "views"
+    print_table(["factor", "frames" if kinds == "video" else views, "visual tokens"], rows)
+    visual = kinds.upper().replace(" OR ", "|")
+    print(f'\nuse it: vlmzip ask {visual} QUESTION --method "{spec.write(calibration.compressor)}"')
+    if args.histogram:
+        print(f"deviations drawn in {args.histogram}")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
-from typing import Any
+from types import ModuleType
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
@@ -108,7 +108,7 @@ def _broken(packages: Iterable[Package], failures: Mapping[str, Exception]) -> l
     return reasons
 
 
-def _imported() -> tuple[dict[str, Any], dict[str, Exception]]:
+def _imported() -> tuple[dict[str, ModuleType], dict[str, Exception]]:
     """Return the modules of `IMPORTED` by name, and the errors of those that cannot be imported."""
     modules, failures = {}, {}
     for name in IMPORTED:
@@ -119,7 +119,7 @@ def _imported() -> tuple[dict[str, Any], dict[str, Exception]]:
     return modules, failures
 
 
-def _devices(torch: Any) -> list[dict[str, str]]:
+def _devices(torch: ModuleType) -> list[dict[str, str]]:
     """Return name and description of every device on which models can run."""
     threads = torch.get_num_threads()
     devices = [{"name": "cpu", "description": f"{threads} thread{'s' * (threads != 1)}"}]

@@ -9,12 +9,15 @@ import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from importlib import import_module
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from vlmzip import outline
 from vlmzip.children import end_with_launcher
 from vlmzip.errors import UserError, closest, telling_beyond_positions
 from vlmzip.version import __version__
+
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
 
 log = logging.getLogger("vlmzip.cli.main")  # not __name__, which is __main__ for `python -m vlmzip.cli.main`
 #: The commands and their descriptions. A command has a module in `_options`, with `EXAMPLES` and
@@ -44,7 +47,7 @@ class Parser(ArgumentParser):
             prog, None, description, epilog, allow_abbrev=False, formatter_class=RawDescriptionHelpFormatter
         )
 
-    def print_help(self, file: Any = None) -> None:
+    def print_help(self, file: SupportsWrite[str] | None = None) -> None:
         print(self.format_help(), end="", file=file)  # argparse ignores a failing write
 
     def error(self, message: str) -> NoReturn:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import Namespace
 from dataclasses import asdict
-from typing import Any
 
 from vlmzip import outline
 from vlmzip.lab.table import print_json, print_table
@@ -18,24 +17,29 @@ def run(args: Namespace) -> None:
 
 
 def _print_all(*, as_json: bool) -> None:
-    rows: list[dict[str, Any]] = [
-        {
-            "name": method.name,
-            "sites": [str(site) for site in method.values["sites"]],
-            "needs": sorted(map(str, method.values["needs"])),
-            "paper": method.values["paper"],
-            "summary": method.summary,
-        }
+    rows = [
+        (
+            method.name,
+            [str(site) for site in method.values["sites"]],
+            sorted(map(str, method.values["needs"])),
+            method.summary,
+            method.values["paper"],
+        )
         for method in outline.methods()
     ]
     if as_json:
-        print_json(rows)
+        print_json(
+            [
+                {"name": name, "sites": sites, "needs": needs, "paper": paper, "summary": summary}
+                for name, sites, needs, summary, paper in rows
+            ]
+        )
         return
     print_table(
         ["method", "acts at", "looks at", "what it does", "from"],
         [
-            [row["name"], ", ".join(row["sites"]), ", ".join(["features", *row["needs"]]), row["summary"], row["paper"]]
-            for row in rows
+            [name, ", ".join(sites), ", ".join(["features", *needs]), summary, paper]
+            for name, sites, needs, summary, paper in rows
         ],
     )
 

@@ -6,7 +6,6 @@ import logging
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from vlmzip.cli._options.common import check_counts, check_folder
 from vlmzip.cli._shared.loading import load
@@ -30,7 +29,7 @@ def run(args: Namespace) -> None:
     _check(args)
     task = read_one_task(args.task, args.limit, None)
     folder = args.out or Path("runs", "study", Path(args.model).name)
-    tables: dict[str, Table[Mapping[str, Any]]] = {}
+    tables: dict[str, Table[Mapping[str, object]]] = {}
     with Processes() as processes:
         loaded = load(args.model, processes.device(args.device), args.dtype, allow_pickle=args.allow_pickle)
         if processes.first:
@@ -70,7 +69,7 @@ def _conditions(subject: Subject) -> dict[str, str]:
     return {"model": subject.name, "task": subject.task.name, **machine(subject.model.device)}
 
 
-def _write(subject: Subject, name: str, table: Table[Mapping[str, Any]]) -> None:
+def _write(subject: Subject, name: str, table: Table[Mapping[str, object]]) -> None:
     """Write the table, and the figure if matplotlib is installed."""
     table.write_csv(subject.folder / f"{name}.csv")
     try:

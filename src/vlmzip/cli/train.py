@@ -9,10 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from vlmzip import own_files
 from vlmzip.cli._shared.loading import load
@@ -24,6 +23,7 @@ from vlmzip.lab.score import TaskScore
 from vlmzip.lab.table import print_json, print_table
 from vlmzip.lab.tasks.catalogue import read_task
 from vlmzip.models import family_of
+from vlmzip.models.family import Family
 from vlmzip.runtime.answering import Answerer
 from vlmzip.runtime.loading import source_of
 from vlmzip.runtime.pretrained import load_config
@@ -82,7 +82,7 @@ def _train(config: Config) -> None:
     log.info(f"the trained model is in {folder}")
 
 
-def _set_attention(model: Any, name: str) -> None:
+def _set_attention(model: PreTrainedModel, name: str) -> None:
     try:
         model.set_attn_implementation(name)
     except (ImportError, ValueError) as error:
@@ -124,7 +124,7 @@ def _note_what_is_missing(config: Config) -> None:
         log.warning(f"on this machine the run would be refused: {error}")
 
 
-def _on_paper(config: Config, preset: str | None) -> Any:
+def _on_paper(config: Config, preset: str | None) -> Family:
     """Return the family of the model or of a preset, without its weights.
 
     Costs depend only on shapes.

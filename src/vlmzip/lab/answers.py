@@ -60,7 +60,7 @@ class AnswerStore:
         """Write the header."""
         self.write_json(self.header, header)
 
-    def read_json(self, name: str, advice: str) -> dict[str, Any]:
+    def read_json(self, name: str, advice: str) -> dict[str, object]:
         """Return the JSON object in a file of the folder.
 
         Raise `UserError`, which ends in `advice`, if the file contains anything else.

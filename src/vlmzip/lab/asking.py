@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import islice
-from typing import Any
 
 from PIL import Image
 
@@ -185,7 +184,7 @@ def answer(loaded: Loaded, compressed: CompressedModel, inputs: InputDict, max_n
     return TimedAnswer(text, account, report)
 
 
-def plain_account(loaded: Loaded, inputs: InputDict, report: Report) -> dict[str, Any]:
+def plain_account(loaded: Loaded, inputs: InputDict, report: Report) -> dict[str, object]:
     """Return the cost of the same prompt without compression. It is computed, not measured."""
     prompt = inputs["input_ids"].shape[1]
     account = Account(

@@ -70,7 +70,7 @@ class Configuration:
         return f"{slug(self.task)}/{self.file_stem}"
 
     @property
-    def settings(self) -> dict[str, Any] | None:
+    def settings(self) -> dict[str, object] | None:
         """Return the compressor's settings as JSON values."""
         return None if self.compressor is None else plain_json(self.compressor.to_dict())
 
@@ -159,9 +159,10 @@ def read_calibrated(path: Path, known: Mapping[str, object]) -> list[dict[str, o
     calibrations = known.get("calibrated", [])
     names = ("task", "method", "budget", "on", "code", "images")
 
-    def is_valid(entry: Any) -> bool:
-        texts = isinstance(entry, dict) and all(isinstance(entry.get(name), str) for name in names)
-        return texts and isinstance(entry.get("compressor"), dict) and "method" in entry["compressor"]
+    def is_valid(entry: object) -> bool:
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in names):
+            return False
+        return isinstance(entry.get("compressor"), dict) and "method" in entry["compressor"]
 
     if not isinstance(calibrations, list) or not all(map(is_valid, calibrations)):
         raise UserError(f"{str(path)!r} cannot be read: calibrated is not what vlmzip writes; give another --out")
@@ -176,6 +177,6 @@ def _near(budget: str, reached: float, note: str, profile: Profile) -> str:
     return note
 
 
-def plain_json(content: dict[str, Any]) -> dict[str, Any]:
+def plain_json(content: Mapping[str, object]) -> dict[str, Any]:
     """Return the content as JSON values: lists for tuples, text for enumeration members."""
     return json.loads(json.dumps(content))

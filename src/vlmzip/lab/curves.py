@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlmzip.files import write_whole
 from vlmzip.lab.configurations import PLAIN
@@ -12,6 +12,7 @@ from vlmzip.lab.results import Result, pareto
 from vlmzip.visualize.figure import new_figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 #: The label of the x axis and the attribute of a result, by cost.
@@ -48,12 +49,13 @@ def save_figure(figure: Figure, path: Path) -> None:
         write_whole(path.with_suffix(suffix), lambda name: figure.savefig(name))
 
 
-def _line(axes: Any, of_method: Sequence[Result], attribute: str, method: str, number: int) -> None:
+def _line(axes: Axes, of_method: Sequence[Result], attribute: str, method: str, number: int) -> None:
     colour = "black" if method == PLAIN else f"C{number % 10}"
     points = [_point(result, attribute) for result in of_method]
     errors = [[100 * gap for gap in gaps] for gaps in zip(*(_gaps(result) for result in of_method), strict=True)]
+    costs, scores = zip(*points, strict=True)
     axes.errorbar(
-        *zip(*points, strict=True), yerr=errors, label=method, color=colour, marker=MARKERS[number % len(MARKERS)],
+        costs, scores, yerr=errors, label=method, color=colour, marker=MARKERS[number % len(MARKERS)],
         markersize=5, linewidth=1.2, elinewidth=0.8, capsize=2, linestyle="-" if number < 10 else "--",
     )  # fmt: skip
 

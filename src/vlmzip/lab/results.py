@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from vlmzip.lab.papers import MeasuredScore
 from vlmzip.lab.records import Record
 from vlmzip.lab.stats import Bootstrap, Estimate, estimate
 from vlmzip.lab.study import Study
-from vlmzip.lab.table import ABSENT, Column, Table
+from vlmzip.lab.table import ABSENT, Absent, Column, Table, V
 from vlmzip.lab.tasks.task import Task
 from vlmzip.runtime.report import compact
 
@@ -157,7 +156,7 @@ CONDITIONS = ("model", "dtype", "device", "vlmzip", "torch", "transformers", "co
 #: Headings in a page, and on the terminal, which has no room for the tokens by layer.
 COLUMNS = ("method", "budget", "reached", "visual tokens", "prefill FLOPs", "score %", "against plain", "changed")
 SHORT_COLUMNS = ("method", "budget", "reached", "FLOPs", "score %", "vs plain", "changed")
-Value = Callable[[Result], Any]
+Value = Callable[[Result], V | Absent | None]
 
 
 def table(all_results: Sequence[Result], *, short: bool = True) -> Table[Result]:
@@ -190,18 +189,18 @@ def table(all_results: Sequence[Result], *, short: bool = True) -> Table[Result]
 
 
 def _ran(
-    value: Value,
+    value: Value[V],
     heading: str = "",
-    text: Callable[[Any], str] = str,
+    text: Callable[[V], str] = str,
     key: str = "",
-    cell: Callable[[Any], object] = lambda value: value,
+    cell: Callable[[V], object] = lambda value: value,
 ) -> Column[Result]:
     """Return a column for configurations that answered all questions, with one name for JSON and CSV."""
     return Column(lambda result: value(result) if result.ran else ABSENT, heading, text, key, (key,), cell)
 
 
 def _estimates(
-    value: Value, heading: str, key: str, csv: tuple[str, ...], short: bool, sign: str = ""
+    value: Value[Estimate], heading: str, key: str, csv: tuple[str, ...], short: bool, sign: str = ""
 ) -> Column[Result]:
     def text(estimate: Estimate) -> str:
         middle, low, high = (f"{100 * share:{sign}.1f}" for share in (estimate.value, estimate.low, estimate.high))
@@ -217,11 +216,11 @@ def _unless_plain(result: Result) -> Estimate | None:
     return None if result.configuration.is_plain else result.against_plain
 
 
-def _share(name: str) -> Value:
+def _share(name: str) -> Value[Estimate]:
     return lambda result: result.shares.get(name, ABSENT)
 
 
-def _group(group: tuple[str, str]) -> Value:
+def _group(group: tuple[str, str]) -> Value[float]:
     return lambda result: result.groups[group][0] if group in result.groups else ABSENT
 
 
@@ -229,7 +228,7 @@ def _all_groups(result: Result) -> object:
     return {f"{name} {value}": score for (name, value), (score, _) in result.groups.items()} if result.ran else ABSENT
 
 
-def _condition(name: str) -> Value:
+def _condition(name: str) -> Value[str]:
     return lambda result: result.records[-1][name] if result.ran else ABSENT
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from torch import nn
 
@@ -34,6 +34,8 @@ from vlmzip.runtime.fingerprint import of_image, of_model, of_name, refuse_chang
 from vlmzip.runtime.position_limit import llm_positions
 from vlmzip.spec import Candidate
 from vlmzip.version import __version__
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
@@ -226,7 +228,7 @@ def time_left(times: Sequence[float], steps: int) -> str:
     return f", about {seconds:.0f} s left" if seconds < 100 else f", about {seconds / 60:.0f} min left"
 
 
-def _guarded(configuration: Configuration, work: Callable[[], Any]) -> Any:
+def _guarded(configuration: Configuration, work: Callable[[], T]) -> T:
     """Return the result of `work`. Raise `MethodFailed` if a method breaks; without compression, raise the error."""
     try:
         return work()

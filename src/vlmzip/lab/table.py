@@ -21,10 +21,21 @@ from rich.text import Text
 from vlmzip.files import write_csv
 
 R = TypeVar("R")
+#: The type of a column's values.
+V = TypeVar("V")
+
+
+class Absent:
+    """The class of `ABSENT`."""
+
+    def __repr__(self) -> str:
+        return "ABSENT"
+
+
 #: Printed if a row has no value.
 NOTHING = "—"
 #: The value of a column that does not apply to a row: JSON omits the key, and the CSV cell is empty.
-ABSENT: Any = type("Absent", (), {"__repr__": lambda self: "ABSENT"})()
+ABSENT = Absent()
 #: Line width without a terminal.
 WIDE = 240
 
@@ -33,7 +44,7 @@ WIDE = 240
 class Column(Generic[R]):
     """A column of a table. It gets a value from each row and formats it."""
 
-    value: Callable[[R], Any]
+    value: Callable[[R], object]
     heading: str = ""
     """The heading for people. Without one, the column is only in files."""
     text: Callable[[Any], str] = str
@@ -109,13 +120,13 @@ class Table(Generic[R]):
         return [by_heading[heading] for heading in self.headings]
 
 
-def table_of(rows: Sequence[Mapping[str, Any]], conditions: Mapping[str, object]) -> Table[Mapping[str, Any]]:
+def table_of(rows: Sequence[Mapping[str, object]], conditions: Mapping[str, object]) -> Table[Mapping[str, object]]:
     """Return dictionaries with equal keys as a table for JSON and CSV. `conditions` are further columns in CSV."""
-    values: list[Column[Mapping[str, Any]]] = [Column(itemgetter(name), key=name, csv=(name,)) for name in rows[0]]
+    values: list[Column[Mapping[str, object]]] = [Column(itemgetter(name), key=name, csv=(name,)) for name in rows[0]]
     return Table([*values, *(same(name, value) for name, value in conditions.items())], rows)
 
 
-def same(name: str, value: object, key: str = "") -> Column[Any]:
+def same(name: str, value: object, key: str = "") -> Column[R]:
     """Return a column in CSV, and in JSON if there is a `key`, whose value is the same in every row."""
     return Column(lambda row: value, key=key, csv=(name,))
 
@@ -132,7 +143,7 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     _print(_rich([Column(str, heading) for heading in headings], rows))
 
 
-def _rich(columns: Sequence[Column[Any]], rows: Iterable[Sequence[str]]) -> RichTable:
+def _rich(columns: Sequence[Column[R]], rows: Iterable[Sequence[str]]) -> RichTable:
     table = RichTable(box=None, pad_edge=False)
     for column in columns:
         overflow: Literal["fold", "ellipsis"] = "fold" if column.wraps else "ellipsis"

@@ -6,9 +6,6 @@ from typing import Any
 
 from transformers import ConvNextConfig, LlavaConfig, PreTrainedConfig
 
-#: The trunk of OpenCLIP's `convnext_large_d_320`, the second encoder of the published checkpoints.
-CONVNEXT_LARGE: dict[str, Any] = {"hidden_sizes": [192, 384, 768, 1536], "depths": [3, 3, 27, 3]}
-
 
 class MiniGeminiConfig(LlavaConfig):
     """LLaVA's config with a second encoder.
@@ -22,10 +19,10 @@ class MiniGeminiConfig(LlavaConfig):
     aux_config: dict[str, Any] | PreTrainedConfig | None = None
     image_grid: int = 1
 
-    def __post_init__(self, **kwargs: Any) -> None:
+    def __post_init__(self, **kwargs: object) -> None:
         # It is not among `sub_configs`, whose models all have attention.
-        if self.aux_config is None:
-            self.aux_config = ConvNextConfig(**CONVNEXT_LARGE)
+        if self.aux_config is None:  # OpenCLIP's `convnext_large_d_320`, the one of the published checkpoints
+            self.aux_config = ConvNextConfig(hidden_sizes=[192, 384, 768, 1536], depths=[3, 3, 27, 3])
         elif isinstance(self.aux_config, dict):
             self.aux_config = ConvNextConfig(**self.aux_config)
         super().__post_init__(**kwargs)

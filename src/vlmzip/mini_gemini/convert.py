@@ -7,7 +7,7 @@ tuned are inside their checkpoint, and replace those of the others.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,7 +23,9 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     ConvNextConfig,
+    LlamaForCausalLM,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -123,7 +125,7 @@ def _check_numbers(llm: Path, published: Mapping[str, Any], vision: CLIPVisionCo
         raise UserError(f"{str(llm)!r} has crops without a global view, which cannot be converted")
 
 
-def _text_config(llm: Path, published: Mapping[str, Any]) -> PreTrainedConfig:
+def _text_config(llm: Path, published: Mapping[str, object]) -> PreTrainedConfig:
     """Return the config of the LLM, whose kind is a part of the class's name, as in MGMGemmaForCausalLM."""
     listed = published.get("architectures") or [""]
     architecture = str(listed[0] if isinstance(listed, list) else listed)
@@ -165,7 +167,7 @@ def _is_beside_llm(name: str) -> bool:
     return re.search(r"mm_projector|vlm_uni|vision_tower", name) is not None
 
 
-def _read(source: Path, wanted: Any) -> dict[str, Tensor]:
+def _read(source: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     """Return the wanted weights of a file, or of a folder's safetensors files, or else its pickled ones."""
     if not is_file(source):
         _check_folder(source)
@@ -204,13 +206,13 @@ def _clip(folder: Path, config: CLIPVisionConfig, checkpoint: Weights) -> nn.Mod
     return model
 
 
-def _fill(model: Any, llm: Any, clip: nn.Module) -> None:
+def _fill(model: MiniGeminiForConditionalGeneration, llm: LlamaForCausalLM, clip: nn.Module) -> None:
     """Put an LLM and CLIP into a model."""
     model.model.language_model, model.lm_head, model.model.vision_tower = llm.model, llm.lm_head, clip
     model.generation_config = llm.generation_config
 
 
-def _as_one_dtype(model: Any) -> None:
+def _as_one_dtype(model: PreTrainedModel) -> None:
     """Give all parts the dtype of the LLM, in which the authors run the encoders."""
     model.to(model.lm_head.weight.dtype).eval()
 
@@ -251,7 +253,7 @@ def _add_image_token(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
             layer.weight[rows:] = layer.weight[:rows].float().mean(0).to(layer.weight)
 
 
-def _processor(config: Any, side: int, tokenizer: PreTrainedTokenizerBase) -> MiniGeminiProcessor:
+def _processor(config: PreTrainedConfig, side: int, tokenizer: PreTrainedTokenizerBase) -> MiniGeminiProcessor:
     """Return the processor for images that the second encoder sees with `side` pixels per side."""
     vision, grid = config.vision_config, config.image_grid
     features, patches = side // config.aux_config.patch_size // grid, vision.image_size // vision.patch_size

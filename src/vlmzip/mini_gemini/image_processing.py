@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -42,7 +43,13 @@ class MiniGeminiImageProcessor(LlavaImageProcessorPil):
         super().__init__(**kwargs)
 
     def _preprocess(  # type: ignore[override]  # transformers calls it with keywords
-        self, images: list[Any], *, view_size: int, image_grid: int, return_tensors: Any = None, **settings: Any
+        self,
+        images: list[np.ndarray],
+        *,
+        view_size: int,
+        image_grid: int,
+        return_tensors: str | None = None,
+        **settings: Any,
     ) -> BatchFeature:
         batch = super()._preprocess(images, return_tensors="pt", **settings)
         aux = batch["pixel_values"].float()

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from transformers import ConvNextConfig, LlavaForConditionalGeneration, LlavaModel
+from transformers import LlavaForConditionalGeneration, LlavaModel, PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.convnext.modeling_convnext import ConvNextEmbeddings, ConvNextLayer, ConvNextStage
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.utils.generic import can_return_tuple
 
 from vlmzip.mini_gemini.configuration import MiniGeminiConfig
+
+F = TypeVar("F", bound=Callable[..., object])
 
 
 class MiniGeminiConvNextLayer(ConvNextLayer):
@@ -38,10 +40,10 @@ class MiniGeminiConvNextLayer(ConvNextLayer):
 class MiniGeminiAuxTower(nn.Module):
     """The stem and the stages of a ConvNeXt. It returns the features of all stages at the size of the first."""
 
-    def __init__(self, config: ConvNextConfig) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
-        widths: Any = config.hidden_sizes
-        depths: Any = config.depths
+        widths = config.hidden_sizes
+        depths = config.depths
         self.embeddings = ConvNextEmbeddings(config)
         self.stages = nn.ModuleList()
         for number, (before, width, depth) in enumerate(zip([widths[0], *widths], widths, depths, strict=False)):
@@ -58,7 +60,7 @@ class MiniGeminiAuxTower(nn.Module):
 class MiniGeminiPatchMiner(nn.Module):
     """The paper's patch info mining: each patch of CLIP attends to the features of the second encoder below it."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__()
         vision, aux = config.vision_config, config.aux_config
         dim, aux_dim = vision.hidden_size, sum(aux.hidden_sizes)
@@ -113,7 +115,7 @@ class MiniGeminiProjector(LlavaMultiModalProjector):
         return projected if self.factor is None else projected * projected.new_tensor(self.factor)
 
 
-def _with_aux_pixels(forward: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+def _with_aux_pixels(forward: F, plain: Callable[..., object]) -> F:
     """Give `forward` the parameters of `plain` and `pixel_values_aux`. `generate` looks for their names."""
     signature = inspect.signature(plain)
     aux = inspect.Parameter("pixel_values_aux", inspect.Parameter.KEYWORD_ONLY, default=None)
@@ -186,7 +188,7 @@ class MiniGeminiModel(LlavaModel):
         *args: object,
         pixel_values: Tensor | None = None,
         pixel_values_aux: Tensor | None = None,
-        mm_encoder_outputs: dict[str, Any] | None = None,
+        mm_encoder_outputs: dict[str, object] | None = None,
         **kwargs: object,
     ) -> Any:
         if pixel_values is not None:
@@ -205,7 +207,7 @@ class MiniGeminiForConditionalGeneration(LlavaForConditionalGeneration):
 
     config_class = MiniGeminiConfig
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         super(LlavaForConditionalGeneration, self).__init__(config)  # LLaVA's own would build a LlavaModel
         self.model = MiniGeminiModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
@@ -229,6 +231,8 @@ def _normalized_linear(width: int, dim: int) -> nn.Sequential:
     return nn.Sequential(nn.LayerNorm(width, eps=1e-5), nn.Linear(width, dim))
 
 
-def _resized(features: Float[Tensor, "images channels _ _"], **size: Any) -> Float[Tensor, "images channels _ _"]:
+def _resized(
+    features: Float[Tensor, "images channels _ _"], size: Sequence[int] | None = None, scale_factor: float | None = None
+) -> Float[Tensor, "images channels _ _"]:
     """Return features resized by bilinear interpolation in float32, without antialiasing."""
-    return interpolate(features.float(), **size, mode="bilinear", align_corners=False).to(features.dtype)
+    return interpolate(features.float(), size, scale_factor, mode="bilinear", align_corners=False).to(features.dtype)

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmzip.compressor import Positions, Profile
@@ -265,15 +266,17 @@ class Family:
         return tower_of(self.vision_encoder)
 
     @property
-    def vision_config(self) -> Any:
+    def vision_config(self) -> PreTrainedConfig:
         """The config of the vision encoder, or of the model if it has no other."""
-        config = self.model.config
-        return getattr(config, "vision_config", None) or getattr(config, "vq_config", None) or config
+        whole = self.model.config
+        config: PreTrainedConfig = getattr(whole, "vision_config", None) or getattr(whole, "vq_config", None) or whole
+        return config
 
     @property
-    def llm_config(self) -> Any:
+    def llm_config(self) -> PreTrainedConfig:
         """The config of the LLM."""
-        return self.model.config.get_text_config()
+        config: PreTrainedConfig = self.model.config.get_text_config()
+        return config
 
     @property
     def keeps_packed_rows_apart(self) -> bool:

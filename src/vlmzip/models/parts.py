@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from vlmzip.models.confirm import evaluating, maps_each_token
 from vlmzip.models.recording import Recording
@@ -120,7 +121,7 @@ def width_before(projector: nn.Module) -> int | None:
     return int(weights.shape[-1]) if is_each else None
 
 
-def merge_in(configs: Sequence[Any]) -> int:
+def merge_in(configs: Sequence[PreTrainedConfig]) -> int:
     """Return the number of patches per side that become one token, by the first config that names it; else 1."""
     factor = next((v for name in MERGES for config in configs if (v := getattr(config, name, None))), 1)
     factor = factor[0] if isinstance(factor, Sequence) else factor

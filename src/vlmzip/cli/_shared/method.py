@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from argparse import Namespace
 from collections.abc import Iterable
-from typing import Any
 
 from vlmzip import catalogue, spec
 from vlmzip.compressor import Calibratable, Compressor, Profile, missed
@@ -18,7 +17,7 @@ from vlmzip.runtime.resample import resampling
 log = logging.getLogger(__name__)
 
 
-def settings(args: Namespace) -> dict[str, Any]:
+def settings(args: Namespace) -> dict[str, object]:
     """Return the method's fields that were given as options."""
     return {name.removeprefix("field_"): value for name, value in vars(args).items() if name.startswith("field_")}
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from vlmzip.lab.tasks.task import Task
 from vlmzip.methods import NoCompression
 from vlmzip.models.family import Family
 from vlmzip.models.recording import attention_rows
+from vlmzip.processor import InputDict
 from vlmzip.runtime.cache_names import cache_argument
 from vlmzip.runtime.fitting import has_sliding_windows
 from vlmzip.runtime.position_limit import warn_beyond
@@ -109,7 +110,7 @@ def _wrong(layers: int, record: Record) -> str:
     return "" if is_count(record.get("answer_tokens")) else "its answer_tokens is not a whole number"
 
 
-def _is_about_a_share(value: Any) -> bool:
+def _is_about_a_share(value: object) -> bool:
     return is_number(value) and 0 <= value < 1.001  # rounding can bring it above 1
 
 
@@ -138,7 +139,9 @@ class Read:
         uniform, among = torch.stack(self.uniform, -1), counts.sum(-1)
         return (shares * counts[:, None]).sum(-1) / among[:, None], (uniform * counts).sum(-1) / among
 
-    def look(self, index: int, family: Family, layer: nn.Module, args: Any, arguments: dict[str, Any]) -> None:
+    def look(
+        self, index: int, family: Family, layer: nn.Module, args: tuple[Tensor, ...], arguments: InputDict
+    ) -> None:
         """Read the newest token's attention row at layer `index`, which is about to run with these arguments."""
         hidden = args[0] if args else arguments["hidden_states"]
         last = torch.full((len(hidden), 1), hidden.shape[1] - 1, device=hidden.device)
@@ -171,7 +174,7 @@ def reading(family: Family, visual: Bool[Tensor, "batch prompt"]) -> Iterator[Re
     layers = family.decoder_layers
     read = Read(visual, [[] for _ in layers])
 
-    def hook(index: int, layer: nn.Module, args: Any, arguments: dict[str, object]) -> None:
+    def hook(index: int, layer: nn.Module, args: tuple[Tensor, ...], arguments: InputDict) -> None:
         read.look(index, family, layer, args, arguments)
 
     handles = [

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from vlmzip import spec
 from vlmzip.compressor import Compressor, Profile
 from vlmzip.errors import UserError
@@ -36,7 +38,7 @@ class Unsuited(UserError):
 class Subject:
     """One model on one task."""
 
-    model: Any
+    model: PreTrainedModel
     processor: Processor
     name: str
     """The model as the user wrote it: mini, a folder or a hub id."""

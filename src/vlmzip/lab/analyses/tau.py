@@ -10,7 +10,7 @@ patterned, cluttered) has separate columns and lines. Tasks without such groups 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlmzip.lab.analyses.subject import Row, Subject, interval, scored
 from vlmzip.lab.records import Record
@@ -19,6 +19,7 @@ from vlmzip.methods import DFMR
 from vlmzip.visualize.figure import new_figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 #: From a threshold at which no image is pooled to one at which every image is pooled by the largest factor.
@@ -99,7 +100,7 @@ def _groups(rows: Sequence[Row]) -> list[str]:
     return [name.removeprefix("score_") for name in rows[0] if name.startswith("score_")]
 
 
-def _thin_lines(above: Any, below: Any, rows: Sequence[Row], group: str, colour: str) -> None:
+def _thin_lines(above: Axes, below: Axes, rows: Sequence[Row], group: str, colour: str) -> None:
     for axes, name in ((above, "score"), (below, "tokens")):
         values = [row[f"{name}_{group}"] for row in rows]
         axes.plot([row["tau"] for row in rows], values, color=colour, linewidth=1, label=group.replace("_", ": ", 1))

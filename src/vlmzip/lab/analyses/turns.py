@@ -23,7 +23,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -159,12 +159,14 @@ def converse(
 ) -> list[Record]:
     """Return the answers to the second questions of pairs. Each record has the first question's answer as `first`."""
     inputs = study.answerer.inputs([first.load() for first, _ in some], [first.question for first, _ in some])
-    generate: dict[str, Any] = {"max_new_tokens": task.max_new_tokens, "do_sample": False, "cache": DynamicCache()}
+    cache, length = DynamicCache(), task.max_new_tokens
     with torch.inference_mode():
-        first_ids = compressed.generate(**inputs, **generate)[:, inputs["input_ids"].shape[1] :]
+        first_ids = compressed.generate(**inputs, max_new_tokens=length, do_sample=False, cache=cache)
+        first_ids = first_ids[:, inputs["input_ids"].shape[1] :]
         images = {image.row: image for image in compressed.report.images}
         new = _second_prompts(study, first_ids, [second.question for _, second in some])
-        second_ids = compressed.generate(**new, **generate)[:, new["input_ids"].shape[1] :]
+        second_ids = compressed.generate(**new, max_new_tokens=length, do_sample=False, cache=cache)
+        second_ids = second_ids[:, new["input_ids"].shape[1] :]
     records = []
     answers = [study.processor.batch_decode(ids, skip_special_tokens=True) for ids in (first_ids, second_ids)]
     for row, (pair, first_answer, second_answer) in enumerate(zip(some, *answers, strict=True)):

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration
 
 from vlmzip.compressor import Compressor
 from vlmzip.errors import reason
@@ -20,6 +21,7 @@ from vlmzip.lab.bench.timing import Quartiles, Spans, in_turns, now, quartiles, 
 from vlmzip.methods import NoCompression
 from vlmzip.models.family import Family
 from vlmzip.runtime.attach import attach
+from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.flops import flops_inside
 from vlmzip.runtime.token_profile import TokenProfile
 
@@ -50,7 +52,7 @@ class Contender:
     spans: list[Spans] = field(default_factory=list)
 
     @contextmanager
-    def on(self, model: nn.Module) -> Iterator[Any]:
+    def on(self, model: LlavaForConditionalGeneration) -> Iterator[LlavaForConditionalGeneration | CompressedModel]:
         """Provide the model as this contender uses it, and restore it after the block."""
         if self.compressor is None:
             yield model
@@ -107,7 +109,7 @@ def compare(contender: Contender, plain: Contender, scope: Scope) -> Compared:
 
 
 def bench(
-    model: nn.Module,
+    model: LlavaForConditionalGeneration,
     family: Family,
     inputs: Mapping[str, Tensor],
     contenders: Sequence[Contender],
@@ -154,7 +156,12 @@ def bench(
     return everyone
 
 
-def _count(contender: Contender, compressed: Any, family: Family, inputs: Mapping[str, Tensor]) -> None:
+def _count(
+    contender: Contender,
+    compressed: LlavaForConditionalGeneration | CompressedModel,
+    family: Family,
+    inputs: Mapping[str, Tensor],
+) -> None:
     """Set the tokens, FLOPs and KV-cache bytes of one run."""
     ids = inputs["input_ids"]
     vision = [family.vision_encoder]
@@ -164,19 +171,19 @@ def _count(contender: Contender, compressed: Any, family: Family, inputs: Mappin
     before_llm = flops_inside(
         vision, lambda: compressed.generate(**inputs, do_sample=False, max_new_tokens=1, min_new_tokens=1)
     )
-    if contender.compressor is None:
+    if isinstance(compressed, CompressedModel):
+        contender.profiles = TokenProfile.rows(compressed.report, inputs["attention_mask"].sum(1).tolist())
+    else:
         visual = (ids == family.placeholder_id).sum(1).tolist()
         layers = len(family.decoder_layers)
         contender.profiles = [TokenProfile(count, (count,) * layers, ids.shape[1] - count) for count in visual]
-    else:
-        contender.profiles = TokenProfile.rows(compressed.report, inputs["attention_mask"].sum(1).tolist())
     prefill = sum(profile.prefill_flops(family) for profile in contender.profiles)
     contender.flops = {"prefill": prefill, "ttft": before_llm + prefill}
     contender.kv_bytes = sum(profile.kv_bytes(family) for profile in contender.profiles)
 
 
 def peaks(
-    model: Any,
+    model: LlavaForConditionalGeneration,
     inputs: Mapping[str, Tensor],
     compressors: Sequence[Compressor | None],
     new_tokens: int,

@@ -7,7 +7,6 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.text import Text
@@ -16,7 +15,7 @@ from vlmzip import spec
 from vlmzip.lab.bench.bench import SCOPES, Compared, Contender, Scope, compare
 from vlmzip.lab.bench.presets import Preset
 from vlmzip.lab.bench.timing import Quartiles
-from vlmzip.lab.table import ABSENT, Column, Console, Table, same, show_bytes
+from vlmzip.lab.table import ABSENT, Column, Console, Table, V, same, show_bytes
 from vlmzip.runtime.report import compact
 from vlmzip.runtime.token_profile import TokenProfile
 
@@ -75,7 +74,7 @@ def table(
 
 
 def _column(
-    name: str, value: Callable[[Measurement], Any], cell: Callable[[Any], object] = lambda value: value
+    name: str, value: Callable[[Measurement], V], cell: Callable[[V], object] = lambda value: value
 ) -> Column[Measurement]:
     """Return a column with one name for JSON and CSV."""
     return Column(value, key=name, csv=(name,), cells=cell)
@@ -235,7 +234,7 @@ def _names(contenders: list[Contender]) -> Column[Contender]:
     return Column(name, "method", wraps=False)
 
 
-def _number(heading: str, value: Callable[[Contender], Any], text: Callable[[Any], str]) -> Column[Contender]:
+def _number(heading: str, value: Callable[[Contender], V | None], text: Callable[[V], str]) -> Column[Contender]:
     """Return a column of numbers for methods that ran. Numbers never wrap."""
     return Column(
         lambda contender: value(contender) if contender.spans else ABSENT,

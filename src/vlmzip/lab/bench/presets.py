@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -107,11 +106,13 @@ def make_config(preset: Preset, text_tokens: int = 64, new_tokens: int = 16) -> 
     )
 
 
-def make_model(config: LlavaConfig, device: str | torch.device, dtype: torch.dtype, attention: str = "sdpa") -> Any:
+def make_model(
+    config: LlavaConfig, device: str | torch.device, dtype: torch.dtype, attention: str = "sdpa"
+) -> LlavaForConditionalGeneration:
     """Return a model with random weights, made on the device. On "meta" it has no weights."""
     torch.manual_seed(0)
     with torch.device(device):
-        model: Any = LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=attention)
+        model = LlavaForConditionalGeneration._from_config(config, dtype=dtype, attn_implementation=attention)
     return model.eval()
 
 

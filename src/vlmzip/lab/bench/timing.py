@@ -6,12 +6,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationMixin
 
 from vlmzip.models.family import Family
+from vlmzip.runtime.facade import CompressedModel
 
 T = TypeVar("T")
 
@@ -91,7 +93,7 @@ class Spans(NamedTuple):
 
 
 def time_answer(
-    model: Any,
+    model: GenerationMixin | CompressedModel,
     family: Family,
     inputs: Mapping[str, Tensor],
     new_tokens: int,
@@ -122,10 +124,15 @@ def time_answer(
         family.llm.register_forward_pre_hook(partial(mark, begun), prepend=True),
         head.register_forward_hook(partial(mark, done)),
     ]
-    length = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     try:
         start = clock(device)
-        model.generate(**inputs, do_sample=False, stopping_criteria=[each_token], **length)
+        model.generate(
+            **inputs,
+            do_sample=False,
+            stopping_criteria=[each_token],
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+        )
     finally:
         for handle in handles:
             handle.remove()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from PIL import Image
@@ -14,7 +13,7 @@ from vlmzip.keep import parse_keep
 from vlmzip.lab.asking import TimedAnswer
 from vlmzip.lab.budgets import counts_remaining, keep_of
 from vlmzip.lab.compare.compare import PLAIN, MethodRow
-from vlmzip.lab.table import ABSENT, Column, Table, show_bytes, show_flops
+from vlmzip.lab.table import ABSENT, Column, Table, V, show_bytes, show_flops
 from vlmzip.runtime.report import ImageReport, Report, compact
 from vlmzip.version import __version__
 from vlmzip.visualize.page import Card, render
@@ -149,7 +148,10 @@ def as_json(comparison: Comparison) -> dict[str, object]:
 
 
 def _ran(
-    value: Callable[[MethodRow, TimedAnswer], Any], heading: str = "", text: Callable[[Any], str] = str, key: str = ""
+    value: Callable[[MethodRow, TimedAnswer], V | None],
+    heading: str = "",
+    text: Callable[[V], str] = str,
+    key: str = "",
 ) -> Column[MethodRow]:
     """Return a column that only methods which ran have."""
     return Column(lambda row: value(row, row.first) if row.first else ABSENT, heading, text, key)

@@ -24,6 +24,7 @@ from vlmzip.lab.conformance.videos import check_video
 from vlmzip.methods import EVS, NoCompression, RandomTokens
 from vlmzip.models import family_of
 from vlmzip.runtime.attach import attach
+from vlmzip.runtime.facade import CompressedModel
 from vlmzip.version import __version__
 
 #: Rows of prompts by mode. Numbers are token ids; "image" stands for the placeholders of the next image.
@@ -150,7 +151,9 @@ def _check_method(model: nn.Module, prompts: Prompts, plain: Answers, method: Co
     return cells
 
 
-def _fault(compressed: Any, prompts: Prompts, plain: Answers, mode: str, rows: list[Row], *, is_plain: bool) -> str:
+def _fault(
+    compressed: CompressedModel, prompts: Prompts, plain: Answers, mode: str, rows: list[Row], *, is_plain: bool
+) -> str:
     """Return what is wrong with the answers of a compressed model, or an empty text."""
     logits = Answers._logits(compressed, prompts.batch(*rows))
     if not logits.isfinite().all():

@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 Inputs = dict[str, Any]
@@ -18,7 +19,7 @@ SIDE = 24
 SEPARATOR = 120
 
 
-def vision_config(model: PreTrainedModel) -> Any:
+def vision_config(model: PreTrainedModel) -> PreTrainedConfig:
     """Return the config that has the encoder's patch size."""
     config = first_of(model.config, "vision_config", "vq_config") or model.config
     return getattr(config, "sam_config", config)
@@ -263,7 +264,7 @@ def parameters_of(model: Any) -> Collection[str]:
     return names if "args" not in names else inspect.signature(model.base_model.get_image_features).parameters
 
 
-def form_of(model: Any) -> Callable[[Any, list[int]], Inputs]:
+def form_of(model: nn.Module) -> Callable[[PreTrainedModel, list[int]], Inputs]:
     """Return the function of this module that fits the parameters of the model's `get_image_features`."""
     names = parameters_of(model)
     if "image_grid_thw" in names:

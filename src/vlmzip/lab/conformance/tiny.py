@@ -150,7 +150,7 @@ def _shrunk(config: PretrainedConfig) -> Settings:
     return settings
 
 
-def _shrunk_list(name: str, values: list[Any], depth: int) -> list[Any]:
+def _shrunk_list(name: str, values: list[Any], depth: int) -> list[object]:
     """Return a list that holds a value per layer, or indexes of layers, for fewer layers."""
     layers = SMALL["num_hidden_layers"]
     if name in SMALL and all(type(value) is int for value in values):

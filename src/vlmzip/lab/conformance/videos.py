@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
@@ -37,7 +38,9 @@ def check_video(model: PreTrainedModel, prompts: Prompts, methods: list[Compress
 
     It works if `no_compression` gives the plain model's logits, and all `methods` answer.
     """
-    features: Any = getattr(model, "get_video_features", None) or getattr(model.base_model, "get_video_features", None)
+    features: Callable[..., BaseModelOutputWithPooling] | None = getattr(model, "get_video_features", None) or getattr(
+        model.base_model, "get_video_features", None
+    )
     if features is None:
         return [NO_VIDEO, "it has no get_video_features"]
     if len(family_of(model).modalities) == 1:
@@ -73,7 +76,9 @@ def _logits(model: nn.Module, inputs: Inputs, method: Compressor | None) -> Tens
             return logits
 
 
-def _asked(model: PreTrainedModel, features: Any, prompts: Prompts) -> tuple[Inputs, Tensor]:
+def _asked(
+    model: PreTrainedModel, features: Callable[..., BaseModelOutputWithPooling], prompts: Prompts
+) -> tuple[Inputs, Tensor]:
     """Return inputs with a video that the plain model takes, and its logits."""
     pixels = _pixels(model, features, prompts)
     with torch.no_grad():
@@ -93,7 +98,7 @@ def _asked(model: PreTrainedModel, features: Any, prompts: Prompts) -> tuple[Inp
     raise errors[0]
 
 
-def _pixels(model: PreTrainedModel, features: Any, prompts: Prompts) -> Inputs:
+def _pixels(model: PreTrainedModel, features: Callable[..., BaseModelOutputWithPooling], prompts: Prompts) -> Inputs:
     """Return the encoder's inputs for a video: patches with their grid, or frames."""
     config, names = vision_config(model), set(inspect.signature(features).parameters)
     if inside := getattr(model.base_model, "get_video_features", None):

@@ -20,7 +20,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
@@ -38,6 +37,7 @@ from vlmzip.lab.lmms.requests import (
     AnswerFailed,
     Chat,
     Generation,
+    Message,
     read_chat,
     read_generation,
     read_settings,
@@ -103,7 +103,9 @@ class CompressedForLmms(lmms):
         self._noted: set[str] = set()
 
     @classmethod
-    def create_from_arg_string(cls, arg_string: Any, additional_config: Mapping[str, object] | None = None) -> Any:
+    def create_from_arg_string(
+        cls, arg_string: str | Mapping[str, str], additional_config: Mapping[str, object] | None = None
+    ) -> CompressedForLmms:
         """Return the adapter for `--model_args`: `pretrained` (default mini), `method`, `device`, `dtype`,
         `batch_size`.
 
@@ -175,7 +177,7 @@ class CompressedForLmms(lmms):
         chat = self._read(doc_to_messages(self.task_dict[task][split][doc_id]))
         return LmmsQuestion(place, chat, self._generation(settings))
 
-    def _read(self, messages: Any) -> Chat:
+    def _read(self, messages: Sequence[Message]) -> Chat:
         placeholders = {"<image>", getattr(self.answerer.processor, "image_token", "<image>")}
         return read_chat(messages, sorted(placeholders))
 

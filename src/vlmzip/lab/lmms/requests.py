@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
-from typing import Any
+from typing import Any, Required, TypedDict
 
 from PIL import Image
 from transformers import GenerationConfig
@@ -23,6 +23,22 @@ NO_LIKELIHOODS = (
     " not give: take a task that has answers generated"
 )
 _OPEN, _CLOSE = "([{", ")]}"
+
+
+class Part(TypedDict, total=False):
+    """A part of a message of lmms-eval. The other fields depend on the type."""
+
+    type: Required[str]
+    text: str
+    url: object
+    image: object
+
+
+class Message(TypedDict):
+    """A message of lmms-eval."""
+
+    role: str
+    content: str | Sequence[Part]
 
 
 class AnswerFailed(Exception):
@@ -96,7 +112,7 @@ def read_generation(settings: Mapping[str, Any] | None) -> Generation:
     temperature = float(settings_set.pop("temperature", 0))
     samples = bool(settings_set.pop("do_sample", temperature > 0)) and temperature > 0
     known = GenerationConfig().to_dict()
-    arguments: dict[str, Any] = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": samples}
+    arguments: dict[str, object] = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": samples}
     arguments |= {name: value for name, value in settings_set.items() if name in known}
     if samples:
         arguments["temperature"] = temperature
@@ -116,22 +132,22 @@ class Chat:
     images: list[Image.Image]
 
 
-def read_chat(messages: Sequence[Mapping[str, Any]], placeholders: Sequence[str]) -> Chat:
+def read_chat(messages: Sequence[Message], placeholders: Sequence[str]) -> Chat:
     """Return what a task's `doc_to_messages` returns: turns with texts and images in any order.
 
     Raise `UserError` for video, for audio, for invalid images, and for text that contains a placeholder, which would
     stand for an image that does not exist.
     """
-    turns: list[dict[str, Any]] = []
+    turns: list[dict[str, object]] = []
     images: list[Image.Image] = []
     for message in messages:
         content = message["content"]
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        parts: Sequence[Part] = [{"type": "text", "text": content}] if isinstance(content, str) else content
         turns.append({"role": message["role"], "content": [_part(part, images, placeholders) for part in parts]})
     return Chat(turns, images)
 
 
-def _part(part: Mapping[str, Any], images: list[Image.Image], placeholders: Sequence[str]) -> dict[str, Any]:
+def _part(part: Part, images: list[Image.Image], placeholders: Sequence[str]) -> dict[str, str]:
     kind = part["type"]
     if kind == "image":
         images.append(_image(part.get("url", part.get("image"))))

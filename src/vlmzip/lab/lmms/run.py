@@ -17,7 +17,7 @@ from functools import cached_property
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict, TypeGuard, cast
 
 from vlmzip import spec
 from vlmzip.errors import UserError, reason
@@ -38,6 +38,11 @@ from vlmzip.runtime.loading import Loaded
 from vlmzip.spec import Candidate
 from vlmzip.version import __version__
 
+if TYPE_CHECKING:  # lmms-eval is an extra
+    from lmms_eval.tasks import TaskManager
+
+    from vlmzip.lab.lmms.adapter import CompressedForLmms
+
 log = logging.getLogger(__name__)
 
 FILE = "suite.json"
@@ -46,7 +51,34 @@ INSTALL = "--suite needs lmms-eval, which is large: pip install 'vlmzip[lmms]'"
 #: A task's value for a question that its judge did not answer. lmms-eval would count it as a wrong answer.
 UNJUDGED = ("", "Failed Request")
 
-Content = dict[str, Any]
+Content = dict[str, object]
+
+
+class StoredResult(TypedDict, total=False):
+    """The content of a result file. There are further fields, such as the conditions."""
+
+    task: str
+    method: str
+    results: dict[str, float]
+    questions: int
+    visual_tokens: float
+    retention: float
+
+
+class RequestCosts(TypedDict):
+    """The costs of a round, as the adapter gave them to lmms-eval. There are further fields."""
+
+    visual_tokens: int
+    retention: float
+
+
+class LmmsSample(TypedDict):
+    """A question of lmms-eval with its answer. There are further fields, such as a verdict by each metric's name."""
+
+    doc_id: int
+    filtered_resps: list[object]
+    token_counts: list[RequestCosts | None]
+    """The costs that the adapter gave for each round; `None` for unknown costs."""
 
 
 def import_lmms_eval() -> None:
@@ -86,7 +118,7 @@ class SuiteRun:
                 raise UserError(f"{benchmark.task!r} is a {kind} of tasks in lmms-eval: name the tasks that you want")
 
     @cached_property
-    def _manager(self) -> Any:
+    def _manager(self) -> TaskManager:
         from lmms_eval.tasks import TaskManager
 
         if self.include is not None:  # reading all of lmms-eval's task files is slow
@@ -172,7 +204,7 @@ class SuiteRun:
         """Return why a benchmark is not run, or ""."""
         return NO_JUDGE if benchmark.judge == "always" and not has_judge() else ""
 
-    def result(self, benchmark: Benchmark, configuration: Configuration) -> Content | None:
+    def result(self, benchmark: Benchmark, configuration: Configuration) -> StoredResult | None:
         """Return the stored result, or `None`. Raise `UserError` for a file that is not this configuration's."""
         path = self.folder / self._file(benchmark.task, configuration)
         if not path.exists():
@@ -185,7 +217,7 @@ class SuiteRun:
         refuse_changed(
             f"{str(path)!r} is a result of another {stored['method']}", stored, self._attacher.identity(configuration)
         )
-        return stored
+        return cast(StoredResult, stored)
 
     def _file(self, task: str, configuration: Configuration) -> str:
         """Return the path of a result in the folder."""
@@ -217,7 +249,7 @@ class SuiteRun:
             "requests": [_request(sample) for sample in samples],
         }
 
-    def _ask(self, task: str, model: Any) -> tuple[Content, list[dict[str, object]]]:
+    def _ask(self, task: str, model: CompressedForLmms) -> tuple[dict[str, object], list[LmmsSample]]:
         """Return lmms-eval's results of one task and its samples, sorted by document."""
         from lmms_eval.evaluator import simple_evaluate
 
@@ -236,7 +268,7 @@ class SuiteRun:
         first = {sample["doc_id"]: sample for sample in reversed(out["samples"][task])}
         return out["results"][task], [first[number] for number in sorted(first)]
 
-    def _load(self, task: str) -> Any:
+    def _load(self, task: str) -> object:
         """Return lmms-eval's task with its questions. Raise `UserError` if it is unavailable or needs likelihoods."""
         if task in self._loaded_tasks:
             return self._loaded_tasks[task]
@@ -269,7 +301,7 @@ def _why(error: BaseException) -> str:
     return _why(behind) if behind is not None else reason(error) if isinstance(error, Exception) else str(error)
 
 
-def _check_judged(benchmark: Benchmark, samples: Sequence[Content]) -> None:
+def _check_judged(benchmark: Benchmark, samples: Sequence[LmmsSample]) -> None:
     """Raise `UserError` if the judge left answers without a score: lmms-eval counts them as 0."""
     if benchmark.judge != "always":
         return
@@ -287,24 +319,26 @@ def _unjudged(verdict: Content) -> bool:
     return verdict.get("eval_model") in UNJUDGED or (isinstance(scores, list) and -1 in scores)
 
 
-def _request(sample: Content) -> Content:
+def _request(sample: LmmsSample) -> Content:
     """Return the stored part of a question: the answer and its costs."""
     costs = sample["token_counts"][0] if sample["token_counts"] else None
     answers = sample["filtered_resps"]
     return {"document": sample["doc_id"], "given": answers[0] if len(answers) == 1 else answers, **(costs or {})}
 
 
-def _costs(samples: Sequence[Content]) -> Content:
+def _costs(samples: Sequence[LmmsSample]) -> Content:
     """Return the mean costs of the questions with an image; `None` for unknown costs, as in several rounds."""
-    costs = [sample["token_counts"][0] for sample in samples if sample["token_counts"] and sample["token_counts"][0]]
-    costs = [cost for cost in costs if cost["visual_tokens"]]
+    firsts = [sample["token_counts"][0] for sample in samples if sample["token_counts"]]
+    costs = [cost for cost in firsts if cost and cost["visual_tokens"]]
     if not costs:
         return {"visual_tokens": None, "retention": None}
-    names = ("visual_tokens", "retention")
-    return {name: round(sum(cost[name] for cost in costs) / len(costs), 6) for name in names}
+    return {
+        "visual_tokens": round(sum(cost["visual_tokens"] for cost in costs) / len(costs), 6),
+        "retention": round(sum(cost["retention"] for cost in costs) / len(costs), 6),
+    }
 
 
-def _is_finite(value: object) -> bool:
+def _is_finite(value: object) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
@@ -317,7 +351,7 @@ def wrong_result(result: Content) -> str:
         return "its method is not a text"
     if not is_count(result.get("questions")):
         return "its questions is not a whole number"
-    costs: list[Any] = [result.get(name) for name in ("visual_tokens", "retention")]
+    costs = [result.get(name) for name in ("visual_tokens", "retention")]
     known = all(is_number(cost) and cost >= 0 for cost in costs)
     return "" if known or costs == [None, None] else "its visual_tokens and retention are not numbers from 0"
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from vlmzip.lab.configurations import Configuration
+from vlmzip.lab.lmms.run import StoredResult
 from vlmzip.lab.lmms.suites import GUESSES, Benchmark, Suite, has_judge
 from vlmzip.lab.papers import MeasuredScore
-from vlmzip.lab.table import ABSENT, Column, Table
+from vlmzip.lab.table import ABSENT, Absent, Column, Table, V
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class ScoreRow:
     """The score in the papers' unit: percent, or MME's points."""
     plain: float | None = None
     """The uncompressed model's score."""
-    result: Mapping[str, Any] = field(default_factory=dict)
+    result: StoredResult = field(default_factory=StoredResult)
     """The content of the result file."""
     note: str = ""
 
@@ -51,7 +51,7 @@ class ConfigurationScores:
         return sum(row.score is not None for row in self.rows)
 
 
-Look = Callable[[Benchmark, Configuration], Mapping[str, Any] | None]
+Look = Callable[[Benchmark, Configuration], StoredResult | None]
 
 
 def suite_scores(
@@ -73,7 +73,7 @@ def _difference(score: float | None, plain: float | None) -> float | None:
     return None if score is None or plain is None else score - plain
 
 
-def _score(benchmark: Benchmark, result: Mapping[str, Any] | None) -> float | None:
+def _score(benchmark: Benchmark, result: StoredResult | None) -> float | None:
     return None if result is None else benchmark.score(result["results"])
 
 
@@ -98,7 +98,7 @@ def _scores(
     return ConfigurationScores(configuration, rows, suite.mean(scores, base), suite.mean(base, base))
 
 
-def _note(benchmark: Benchmark, result: Mapping[str, Any] | None) -> str:
+def _note(benchmark: Benchmark, result: StoredResult | None) -> str:
     if result is None:
         return "not run yet"
     if benchmark.score(result["results"]) is None:
@@ -187,14 +187,14 @@ def _rows(scores: ConfigurationScores) -> list[SuiteRow]:
 
 
 def _column(
-    name: str, value: Callable[[SuiteRow], Any], heading: str = "", text: Callable[[Any], str] = str
+    name: str, value: Callable[[SuiteRow], V | Absent | None], heading: str = "", text: Callable[[V], str] = str
 ) -> Column[SuiteRow]:
     """Return a column with one name for JSON and CSV."""
     return Column(value, heading, text, name, (name,), _cell)
 
 
 def _of_benchmark(
-    name: str, value: Callable[[ScoreRow], Any], heading: str = "", text: Callable[[Any], str] = str
+    name: str, value: Callable[[ScoreRow], V | Absent | None], heading: str = "", text: Callable[[V], str] = str
 ) -> Column[SuiteRow]:
     """Return a column that only benchmarks have."""
     return _column(name, lambda row: value(row.benchmark) if row.benchmark else ABSENT, heading, text)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from functools import cache, partial
-from typing import Any
+from types import ModuleType
 
 from vlmzip.errors import UserError
 from vlmzip.lab.tasks.metrics import METRICS
@@ -56,7 +56,7 @@ def easy_vqa_task(limit: int | None, relation: str) -> Task:
     )
 
 
-def _package() -> Any:
+def _package() -> ModuleType:
     try:
         import easy_vqa
     except ImportError:
@@ -64,7 +64,7 @@ def _package() -> Any:
     return easy_vqa
 
 
-def _training(package: Any) -> list[str]:
+def _training(package: ModuleType) -> list[str]:
     paths = package.get_train_image_paths()
     return [paths[number] for number in sorted(paths)[:CALIBRATE_ON]]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlmzip.lab.curves import MARKERS
 from vlmzip.lab.stats import Estimate
@@ -12,6 +12,7 @@ from vlmzip.lab.tune.study import Cost
 from vlmzip.visualize.figure import new_figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 LABELS: dict[Cost, str] = {
@@ -46,20 +47,23 @@ def draw(tuning: Tuning, chosen: CandidateRow | None, methods: Mapping[int, str]
     return figure
 
 
-def _points(axes: Any, rows: Sequence[CandidateRow], method: str, number: int, scale: float, whole: int) -> None:
+def _points(axes: Axes, rows: Sequence[CandidateRow], method: str, number: int, scale: float, whole: int) -> None:
     """Draw a method's candidates: filled, with an interval, if they answered the whole choosing half, else hollow."""
-    look = {"color": f"C{number % 10}", "marker": MARKERS[number % len(MARKERS)], "linestyle": "none"}
+    colour, marker = f"C{number % 10}", MARKERS[number % len(MARKERS)]
     asked = [row for row in rows if row.asked == whole]
     fewer = [row for row in rows if row.asked < whole]
     if fewer:
         label = None if asked else method
-        axes.plot(*_places(fewer, scale), **look, markersize=4, fillstyle="none", alpha=0.5, label=label)
+        axes.plot(
+            *_places(fewer, scale), color=colour, marker=marker, linestyle="none", markersize=4, fillstyle="none",
+            alpha=0.5, label=label,
+        )  # fmt: skip
     if asked:
         errors = _errors([row.loss for row in asked if row.loss])
         # Intervals of methods with equal costs overlap, so the caps of each method have another width.
         axes.errorbar(
-            *_places(asked, scale), yerr=errors, **look, markersize=6, markeredgecolor="white", markeredgewidth=0.5,
-            elinewidth=0.8, capsize=2 + 1.5 * (number % 5), label=method,
+            *_places(asked, scale), yerr=errors, color=colour, marker=marker, linestyle="none", markersize=6,
+            markeredgecolor="white", markeredgewidth=0.5, elinewidth=0.8, capsize=2 + 1.5 * (number % 5), label=method,
         )  # fmt: skip
 
 
@@ -76,15 +80,15 @@ def _errors(losses: Sequence[Estimate]) -> list[list[float]]:
     return [below, [max(100 * (loss.value - loss.low), 0.0) for loss in losses]]
 
 
-def _limits(axes: Any, tuning: Tuning, scale: float) -> None:
-    look = {"color": "crimson", "linestyle": ":", "linewidth": 1.2}
+def _limits(axes: Axes, tuning: Tuning, scale: float) -> None:
     if tuning.target.most is not None:
-        axes.axvline(scale * tuning.target.most, **look, label="limits")
+        axes.axvline(scale * tuning.target.most, label="limits", color="crimson", linestyle=":", linewidth=1.2)
     if tuning.target.loss is not None:
-        axes.axhline(-100 * tuning.target.loss, **look, label="limits" if tuning.target.most is None else None)
+        label = "limits" if tuning.target.most is None else None
+        axes.axhline(-100 * tuning.target.loss, label=label, color="crimson", linestyle=":", linewidth=1.2)
 
 
-def _choice(axes: Any, chosen: CandidateRow, scale: float) -> None:
+def _choice(axes: Axes, chosen: CandidateRow, scale: float) -> None:
     """Draw the choice at its cost and loss on the confirming half."""
     assert chosen.held is not None
     place = scale * chosen.held.cost, -100 * chosen.held.loss.value

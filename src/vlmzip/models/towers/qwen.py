@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.vision_utils import get_vision_window_index
 
 from vlmzip.errors import UserError
@@ -47,7 +47,7 @@ class QwenTower(Tower):
 
 
 def downsampled_patches(
-    vision_config: Any, inputs: Inputs, new_grids: Sequence[Grid], names: tuple[str, str]
+    vision_config: PreTrainedConfig, inputs: Inputs, new_grids: Sequence[Grid], names: tuple[str, str]
 ) -> InputDict:
     """Return the inputs `names`, patches and their grids, with images resized to these grids of merged tokens."""
     patch, merge, _ = _patch_sizes(vision_config)
@@ -79,7 +79,7 @@ def sizes_of(inputs: Inputs, pixels: str = "pixel_values", grids: str = "image_g
 
 
 def images_of(
-    patches: Float[Tensor, "patches values"], grid: Grid, vision_config: Any
+    patches: Float[Tensor, "patches values"], grid: Grid, vision_config: PreTrainedConfig
 ) -> Float[Tensor, "frames 3 height width"]:
     """Return the images that the processor cut into patches, `temporal_patch_size` of them per frame of the grid."""
     patch, merge, together = _patch_sizes(vision_config)
@@ -90,7 +90,7 @@ def images_of(
 
 
 def patches_of(
-    images: Float[Tensor, "frames 3 height width"], grid: Grid, vision_config: Any
+    images: Float[Tensor, "frames 3 height width"], grid: Grid, vision_config: PreTrainedConfig
 ) -> Float[Tensor, "patches values"]:
     """Cut images into patches; the inverse of `images_of`."""
     patch, merge, together = _patch_sizes(vision_config)
@@ -98,5 +98,5 @@ def patches_of(
     return cut.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(grid.size * merge**2, -1)
 
 
-def _patch_sizes(vision_config: Any) -> tuple[int, int, int]:
+def _patch_sizes(vision_config: PreTrainedConfig) -> tuple[int, int, int]:
     return vision_config.patch_size, vision_config.spatial_merge_size, vision_config.temporal_patch_size

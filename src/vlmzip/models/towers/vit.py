@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.utils.constants import (
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
@@ -31,7 +32,7 @@ NORMALISED_BY = {
 }
 
 
-def prefix_of(vision_config: Any) -> int:
+def prefix_of(vision_config: PreTrainedConfig) -> int:
     """Return the number of tokens before the patches: 1 for CLIP's CLS. Raise `UserError` for unsupported encoders."""
     if vision_config.model_type not in PREFIX:
         known = " and ".join(PREFIX)
@@ -39,7 +40,7 @@ def prefix_of(vision_config: Any) -> int:
     return PREFIX[vision_config.model_type]
 
 
-def grid_of(vision_config: Any, pixels: Float[Tensor, "*batch 3 height width"]) -> Grid:
+def grid_of(vision_config: PreTrainedConfig, pixels: Float[Tensor, "*batch 3 height width"]) -> Grid:
     """Return the grid of patches that all images of a batch have."""
     return Grid(1, pixels.shape[-2] // vision_config.patch_size, pixels.shape[-1] // vision_config.patch_size)
 
@@ -54,7 +55,9 @@ def views_of_equal_size(
     return [(torch.stack([views[number] for number in numbers]), numbers) for numbers in groups]
 
 
-def resized_views(vision_config: Any, views: Pixels, grids: Sequence[Grid]) -> list[Float[Tensor, "3 _ _"]]:
+def resized_views(
+    vision_config: PreTrainedConfig, views: Pixels, grids: Sequence[Grid]
+) -> list[Float[Tensor, "3 _ _"]]:
     """Return the pixels of views, resized to fit `grids`. Views with the right grid stay unchanged."""
     patch = vision_config.patch_size
     return [
@@ -63,7 +66,9 @@ def resized_views(vision_config: Any, views: Pixels, grids: Sequence[Grid]) -> l
     ]
 
 
-def downsampled(vision_config: Any, pixels: Float[Tensor, "batch 3 height width"], grid: Grid) -> InputDict:
+def downsampled(
+    vision_config: PreTrainedConfig, pixels: Float[Tensor, "batch 3 height width"], grid: Grid
+) -> InputDict:
     """Return image inputs resized to one grid, for which the encoder interpolates its position embeddings.
 
     Return the pixels unchanged if they have this grid already.
@@ -97,7 +102,7 @@ def hidden_states(setting: Any, depth: int) -> list[int]:
 
 
 def image_of(
-    vision_config: Any, pixels: Float[Tensor, "batch 3 height width"]
+    vision_config: PreTrainedConfig, pixels: Float[Tensor, "batch 3 height width"]
 ) -> Float[Tensor, "batch 3 rows_px cols_px"]:
     """Return the area of the images that patches cover, in [0, 1] and float32, without the processor's normalisation.
 
