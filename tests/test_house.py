@@ -22,6 +22,7 @@ ROOMS = {
         "children",
         "locks",
         "processes",
+        "progress",
         "noise",
         "sites",
         "field_docs",

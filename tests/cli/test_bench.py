@@ -13,7 +13,7 @@ import torch
 
 from vlmzip import LLaVolta, VisionZip
 from vlmzip.children import in_child
-from vlmzip.cli._shared.bench_progress import Progress, in_words
+from vlmzip.cli._shared.bench_progress import Progress
 from vlmzip.cli._shared.console import log_on_stderr
 from vlmzip.cli.bench import _set_up
 from vlmzip.cli.main import main
@@ -24,6 +24,7 @@ from vlmzip.lab.bench.bench import BenchStep, Contender, compare
 from vlmzip.lab.bench.output import doubts
 from vlmzip.lab.bench.presets import PRESETS, Preset, make_config, make_inputs, make_model
 from vlmzip.lab.bench.timing import Spans
+from vlmzip.progress import in_words
 from vlmzip.visual_tokens import Grid
 
 QUICK = ("--repeats", "2", "--new-tokens", "2", "--text-tokens", "6", "--device", "cpu", "--scale", "1")

@@ -47,7 +47,7 @@ def test_a_run_that_was_stopped_asks_whole_batches_again_and_nothing_twice(task,
     path.write_text("".join(lines[:2]) + lines[2][:20])  # cut short, as by a kill
     assert series.fill(task.samples, BATCH, answering(task, asked)) == 6
     assert asked == [[0, 1, 2], [0, 1, 2], [3, 4, 5], [6, 7]]
-    assert not series.is_open(task.samples, BATCH)
+    assert series.open_questions(task.samples, BATCH) == 0
     assert series.fill(task.samples, BATCH, answering(task, asked)) == 0
     assert list(series.read(task.samples)) == [sample.id for sample in task.samples]
 
@@ -59,7 +59,7 @@ def test_processes_ask_the_batches_that_one_process_asks(task, tmp_path):
             task.samples, BATCH, answering(task, asked.setdefault(rank, []))
         )
     assert asked == {0: [[0, 1, 2], [6, 7]], 1: [[3, 4, 5]]}
-    assert not make_series(task, tmp_path / "out").is_open(task.samples, BATCH)
+    assert make_series(task, tmp_path / "out").open_questions(task.samples, BATCH) == 0
 
 
 def test_what_is_wrong_with_a_record_is_said(task, tmp_path):

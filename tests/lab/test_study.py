@@ -19,7 +19,7 @@ from vlmzip.errors import UserError
 from vlmzip.lab.attacher import Attacher
 from vlmzip.lab.budgets import fit, read_budgets
 from vlmzip.lab.results import results
-from vlmzip.lab.study import Study, time_left
+from vlmzip.lab.study import Study
 from vlmzip.lab.tasks.catalogue import read_task
 from vlmzip.locks import LOCK
 from vlmzip.processes import Processes
@@ -446,12 +446,6 @@ class TestRows:
         noise(3).save(tmp_path / "others" / "20.png")
         with pytest.raises(pytest.fail.Exception, match="measured again"):  # one image has been replaced
             make_study(model, study.folder).configure([task], candidates("dfmr"), ["40%"])
-
-
-def test_the_time_left_is_the_mean_of_what_was_done():
-    assert time_left([10, 20], 2) == ", about 30 s left"
-    assert time_left([100], 4) == ", about 7 min left"
-    assert time_left([100], 0) == ""
 
 
 def test_budgets_are_read_in_order_and_checked():

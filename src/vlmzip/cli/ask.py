@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vlmzip.cli._options.common import check_counts
-from vlmzip.cli._shared.console import progress
+from vlmzip.cli._shared.console import spinner
 from vlmzip.cli._shared.images import check_target, check_visuals, save_image
 from vlmzip.cli._shared.loading import load
 from vlmzip.cli._shared.method import check_method, make_method
@@ -43,7 +43,7 @@ def run(args: Namespace) -> None:
     visuals = read_visuals(loaded, paths, args.frames)
     inputs = build_inputs(loaded, visuals, question)
     refuse_methods_for_clips(loaded, compressed.compressor, visuals, inputs)
-    with progress("answering"):
+    with spinner("answering"):
         plain = None
         if args.baseline:
             whole = attach_and_note(loaded, NoCompression())

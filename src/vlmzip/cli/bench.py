@@ -18,9 +18,9 @@ from vlmzip import spec
 from vlmzip.children import ChildFailed
 from vlmzip.cli._options.bench import ATTENTION, CLOCKS, SMALL, WHOLE
 from vlmzip.cli._options.common import check_counts, check_folder
-from vlmzip.cli._shared.bench_progress import DUE, START, Progress
+from vlmzip.cli._shared.bench_progress import DUE, MEMORY_ROUNDS, START, Progress
 from vlmzip.cli._shared.budget import budget_of
-from vlmzip.cli._shared.console import console, log_on_stderr
+from vlmzip.cli._shared.console import bar, log_on_stderr, spinner
 from vlmzip.cli._shared.method import refuse_second_budgets
 from vlmzip.compressor import BudgetError, Compressor, Profile
 from vlmzip.errors import UserError, closest
@@ -34,6 +34,7 @@ from vlmzip.lab.budgets import counts_remaining, fit, keep_of
 from vlmzip.lab.machine import about, file_name
 from vlmzip.lab.table import Table, print_json, show_bytes
 from vlmzip.models import family_of
+from vlmzip.progress import Work
 from vlmzip.runtime.loading import DTYPES, check_dtype, find_device
 
 log = logging.getLogger(__name__)
@@ -121,12 +122,14 @@ def _measure(
     _refuse_what_cannot_run(args, config, device, dtype)
     rounds = f"{args.repeats} rounds" if args.repeats > 1 else "one round"
     log.info(f"{len(methods) + 1} methods, {PLAIN} among them: {rounds} of each, after a warm-up round")
-    with console.status("making the model …") as status:
-        progress = Progress(status, starting=START if device.type == "cpu" else 0)
+    with spinner("making the model"):
         model = _make_model(args, config, device, dtype)
         inputs = make_inputs(preset, args.batch, args.text_tokens, device, dtype)
         family = family_of(model)
         contenders = [_set_up(name, method, args.budget, family.profile()) for name, method in methods]
+    runs = Work("warming up", (1 + len(contenders)) * (1 + args.repeats + MEMORY_ROUNDS))
+    with bar(runs) as runs.changed:
+        progress = Progress(runs, starting=START if device.type == "cpu" else 0)
         contenders = bench(
             model,
             family,
@@ -183,7 +186,7 @@ def _peaks(
     compressors: list[Compressor | None],
     model: LlavaForConditionalGeneration | None = None,
 ) -> Iterator[int | None]:
-    progress = Progress()  # without a spinner: on a CPU, the spinner belongs to the parent process
+    progress = Progress()  # without a bar: on a CPU, the bar belongs to the parent process
 
     def telling(done: int) -> None:
         progress.say(f"measuring the memory: {done} of {len(compressors)} methods done", DUE)

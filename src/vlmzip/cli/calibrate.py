@@ -10,7 +10,6 @@ from PIL import Image
 
 from vlmzip import catalogue, spec
 from vlmzip.cli._options.common import check_counts
-from vlmzip.cli._shared.console import progress
 from vlmzip.cli._shared.images import check_target, save_image
 from vlmzip.cli._shared.loading import load
 from vlmzip.cli._shared.method import settings, without_budget
@@ -33,16 +32,15 @@ def run(args: Namespace) -> None:
         import_matplotlib()
         check_target(args.histogram, paths)
     loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)
-    with progress(f"measuring {len(paths)} {_kinds(paths)}s"):
-        calibration = calibrate(
-            loaded.model,
-            paths,
-            compressor,
-            args.keep,
-            keep_per_view=args.keep_per_view,
-            processor=loaded.processor,
-            frames=args.frames,
-        )
+    calibration = calibrate(
+        loaded.model,
+        paths,
+        compressor,
+        args.keep,
+        keep_per_view=args.keep_per_view,
+        processor=loaded.processor,
+        frames=args.frames,
+    )
     threshold = getattr(calibration.compressor, _threshold(compressor))
     out: dict[str, object] = {
         "model": args.model,

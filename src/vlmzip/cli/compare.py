@@ -15,7 +15,6 @@ from rich.text import Text
 from vlmzip import spec
 from vlmzip.cli._options.common import check_counts
 from vlmzip.cli._shared.budget import budget_of
-from vlmzip.cli._shared.console import progress
 from vlmzip.cli._shared.images import check_target, load_image, save_image
 from vlmzip.cli._shared.loading import load
 from vlmzip.cli._shared.method import refuse_second_budgets
@@ -46,9 +45,7 @@ def run(args: Namespace) -> None:
         load_image(path)
     loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)
     inputs = build_inputs(loaded, paths, question)
-    rows = compare(
-        loaded, inputs, methods, budget, repeats=args.repeats, max_new_tokens=args.max_new_tokens, working=progress
-    )
+    rows = compare(loaded, inputs, methods, budget, repeats=args.repeats, max_new_tokens=args.max_new_tokens)
     device, dtype = loaded.model.device, loaded.model.dtype
     comparison = Comparison(rows, args.model, question, paths, budget, args.repeats, device, dtype)
     try:

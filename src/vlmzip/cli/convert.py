@@ -7,7 +7,7 @@ from argparse import Namespace
 
 from transformers.utils import logging
 
-from vlmzip.cli._shared.console import progress
+from vlmzip.cli._shared.console import spinner
 from vlmzip.errors import UserError
 from vlmzip.files import is_there, refuse_place
 from vlmzip.mini_gemini.convert import convert
@@ -19,7 +19,7 @@ def run(args: Namespace) -> None:
         raise UserError(f"--out {str(args.out)!r} exists already; give a new folder")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    with progress("converting"), warnings.catch_warnings():
+    with spinner("converting"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         convert(args.checkpoint, args.clip, args.convnext, args.out)
     print(f"the model and its processor are in {args.out}; use them with --model ./{args.out}")

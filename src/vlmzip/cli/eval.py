@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from vlmzip.cli._options.common import check_counts, check_folder
 from vlmzip.cli._options.eval import DEFAULT_TASKS
 from vlmzip.cli._shared import suite
-from vlmzip.cli._shared.console import progress
+from vlmzip.cli._shared.console import spinner
 from vlmzip.cli._shared.loading import load
 from vlmzip.errors import UserError
 from vlmzip.files import write_text
@@ -109,7 +109,7 @@ def _write_report(
     study: Study, by_task: list[tuple[Task, list[Result]]], figures: list[list[Figure]], args: Namespace
 ) -> None:
     chapters = []
-    with progress("drawing what was dropped"):
+    with spinner("drawing what was dropped"):
         for (task, of_task), curves in zip(by_task, figures, strict=True):
             changed = [result for result in of_task if result.changed]
             chosen = [

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 from vlmzip import outline
 from vlmzip.children import end_with_launcher
 from vlmzip.errors import UserError, closest, telling_beyond_positions
+from vlmzip.progress import showing
 from vlmzip.version import __version__
 
 if TYPE_CHECKING:
@@ -150,10 +151,10 @@ def _run(arguments: list[str]) -> None:
         args, unknown = parser.parse_known_intermixed_args(arguments[1:])
         parser.refuse_unknown(unknown)
         end_with_launcher()
-        from vlmzip.cli._shared.console import log_on_stderr  # needs rich, which help texts do not
+        from vlmzip.cli._shared.console import log_on_stderr, show_work  # needs rich, which help texts do not
 
         command = import_module(f"vlmzip.cli.{name}")  # only now: most of them need torch, which takes seconds
-        with log_on_stderr(), telling_beyond_positions(log.warning):
+        with log_on_stderr(), showing(show_work), telling_beyond_positions(log.warning):
             try:
                 command.run(args)
             except (UserError, OSError):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from vlmzip.cli._options.common import check_counts
-from vlmzip.cli._shared.console import progress
+from vlmzip.cli._shared.console import spinner
 from vlmzip.cli._shared.images import check_target, check_visuals, save_image
 from vlmzip.cli._shared.loading import load
 from vlmzip.cli._shared.method import check_method, make_method, without_budget
@@ -42,7 +42,7 @@ def run(args: Namespace) -> None:
     check_visuals(args.images, args.frames)
     loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)
     compressor = attach_and_note(loaded, make_method(args, loaded.family.profile())).compressor
-    with progress("encoding"), torch.no_grad():
+    with spinner("encoding"), torch.no_grad():
         visuals = read_visuals(loaded, args.images, args.frames)
         inputs = build_inputs(loaded, visuals, "")
         refuse_methods_for_clips(loaded, compressor, visuals, inputs)

@@ -12,6 +12,7 @@ from vlmzip.lab.names import named
 from vlmzip.lab.records import Record
 from vlmzip.lab.study import Study
 from vlmzip.lab.tasks.task import Sample, Task
+from vlmzip.progress import working
 
 #: Answer the samples at the given indices. Returned records have at least `given` and `visual_tokens_by_layer`.
 Answerer = Callable[[Sequence[int]], Sequence[Record]]
@@ -53,11 +54,14 @@ def resumable_records(
 
     def ask(places: range) -> list[Record]:
         answers = zip(places, answer(places), strict=True)
-        return [_record(study, task, settings, samples[place], beside[place], record) for place, record in answers]
+        records = [_record(study, task, settings, samples[place], beside[place], record) for place, record in answers]
+        work.advance(len(places))
+        return records
 
     series = study.store.series(task, named(name, settings), ("beside",), check_record)
-    if series.is_open(samples, study.batch):
-        series.fill(samples, study.batch, ask)
+    if count := series.open_questions(samples, study.batch):
+        with working(f"asking {task.name}: {name}", count) as work:
+            series.fill(samples, study.batch, ask)
     study.processes.together({})
     records = series.read(samples)
     return [records[sample.id] for sample in samples]

@@ -112,9 +112,9 @@ class AnswerSeries:
                 raise UserError(f"{str(self.folder)!r}, sample {sample.id!r}: {wrong}; {AGAIN}")
         return records
 
-    def is_open(self, samples: Sequence[Sample], batch: int) -> bool:
-        """Return whether this process has something left to ask."""
-        return bool(self._open_batches(samples, batch, self.read(samples)))
+    def open_questions(self, samples: Sequence[Sample], batch: int) -> int:
+        """Return how many questions this process has left to ask."""
+        return sum(map(len, self._open_batches(samples, batch, self.read(samples))))
 
     def fill(self, samples: Sequence[Sample], batch: int, answer: Callable[[range], Sequence[Record]]) -> int:
         """Ask this process's share of the questions without a record, and return the number of added records.

@@ -28,6 +28,7 @@ from vlmzip.lab.tasks.task import Sample, Task
 from vlmzip.models import family_of
 from vlmzip.processes import Processes
 from vlmzip.processor import Processor
+from vlmzip.progress import Work, working
 from vlmzip.runtime.answering import Answer, Answerer
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.fingerprint import of_image, of_model, of_name, refuse_changed
@@ -123,21 +124,28 @@ class Study:
             configuration.key: configuration for configuration in configurations if configuration.compressor is not None
         }
         failures = {}
-        times: list[float] = []
-        for number, (key, configuration) in enumerate(runs.items(), 1):
-            start = time.perf_counter()
-            try:
-                count = self._ask_all(by_name[configuration.task], configuration)
-            except MethodFailed as failure:
-                failures[key] = str(failure)
-                continue
-            if count and self.processes.first:
-                times.append(time.perf_counter() - start)
-                done = f"{count:,} questions in {times[-1]:.0f} s"
-                left = time_left(times, len(runs) - number)
-                log.info(
-                    f"[{number}/{len(runs)}] {configuration.task}, {spec.write(configuration.chosen)}: {done}{left}"
-                )
+        open_questions = {
+            key: self._series(by_name[run.task], run).open_questions(by_name[run.task].samples, self.batch)
+            for key, run in runs.items()
+        }
+        with working("asking", sum(open_questions.values())) as work:
+            for number, (key, configuration) in enumerate(runs.items(), 1):
+                if not open_questions[key]:
+                    continue
+                start, end = time.perf_counter(), work.done + open_questions[key]
+                work.begin(f"asking {configuration.task}, {spec.write(configuration.chosen)}")
+                try:
+                    count = self._ask_all(by_name[configuration.task], configuration, work)
+                except MethodFailed as failure:
+                    failures[key] = str(failure)
+                    work.leave_out(end - work.done)
+                    continue
+                if count and self.processes.first:
+                    done = f"{count:,} questions in {time.perf_counter() - start:.0f} s"
+                    left = f", {work.left}" if work.left else ""
+                    log.info(
+                        f"[{number}/{len(runs)}] {configuration.task}, {spec.write(configuration.chosen)}: {done}{left}"
+                    )
         self.failures = self.processes.together(failures)
 
     def records(self, task: Task, configuration: Configuration) -> list[Record]:
@@ -152,21 +160,19 @@ class Study:
     def attach(self, compressor: Compressor) -> CompressedModel:
         return self.attacher.attach(compressor)
 
-    def _ask_all(self, task: Task, configuration: Configuration) -> int:
+    def _ask_all(self, task: Task, configuration: Configuration, work: Work) -> int:
         """Ask this process's share of the questions without a record, and return their number."""
         series = self._series(task, configuration)
-        if not series.is_open(task.samples, self.batch):
-            return 0
         compressed = _guarded(configuration, lambda: self.attach(configuration.chosen))
         try:
             return series.fill(
-                task.samples, self.batch, lambda places: self._answer(task, configuration, compressed, places)
+                task.samples, self.batch, lambda places: self._answer(task, configuration, compressed, places, work)
             )
         finally:
             compressed.detach()
 
     def _answer(
-        self, task: Task, configuration: Configuration, compressed: CompressedModel, places: range
+        self, task: Task, configuration: Configuration, compressed: CompressedModel, places: range, work: Work
     ) -> list[Record]:
         samples = [task.samples[place] for place in places]
         images, questions = [sample.load() for sample in samples], [sample.question for sample in samples]
@@ -174,6 +180,7 @@ class Study:
         answers = _guarded(
             configuration, lambda: self.answerer.answer(compressed, images, questions, task.max_new_tokens)
         )
+        work.advance(len(places))
         return [
             self._record(task, configuration, sample, answer) | {"pixels": digest}
             for sample, answer, digest in zip(samples, answers, pixels, strict=True)
@@ -218,14 +225,6 @@ class Study:
         now["prefill_flops"] = self.answerer.flops(answer.text_tokens, answer.by_layer)
         wrong = [name for name, value in now.items() if record[name] != value]
         return f"its {wrong[0]} is {record[wrong[0]]}, not {now[wrong[0]]}" if wrong else ""
-
-
-def time_left(times: Sequence[float], steps: int) -> str:
-    """Return a clause about the seconds that `steps` more take, by the mean of those done. Empty for no more steps."""
-    seconds = steps * sum(times) / len(times)
-    if not steps:
-        return ""
-    return f", about {seconds:.0f} s left" if seconds < 100 else f", about {seconds / 60:.0f} min left"
 
 
 def _guarded(configuration: Configuration, work: Callable[[], T]) -> T:

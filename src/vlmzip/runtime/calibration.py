@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
 from itertools import groupby, islice
 from typing import Any
@@ -22,6 +22,7 @@ from vlmzip.keep import Keep, count_to_keep, parse_keep
 from vlmzip.models import family_of
 from vlmzip.models.family import Family
 from vlmzip.processor import Processor
+from vlmzip.progress import working
 from vlmzip.runtime.compress import view_numbers, without_padding
 from vlmzip.runtime.images import load_image
 from vlmzip.runtime.pretrained import load_processor
@@ -137,12 +138,15 @@ def measure(
     family = family_of(model)
     processor = processor or _processor_of(model)
     measured: list[MeasuredImage] = []
-    for are_videos, visuals in groupby(images, _is_video):
-        if are_videos:
-            clips = (_clip(processor, type(family.model).__name__, video, frames) for video in visuals)
-            measured += [_measure_clip(family, processor, _calibratable(compressor), clip) for clip in clips]
-        while part := list(islice(visuals, batch)):
-            measured += _measure_together(family, processor, _calibratable(compressor), part)
+    with working("measuring images", len(images) if isinstance(images, Sized) else 0) as work:
+        for are_videos, visuals in groupby(images, _is_video):
+            while part := list(islice(visuals, 1 if are_videos else batch)):
+                if are_videos:
+                    clip = _clip(processor, type(family.model).__name__, part[0], frames)
+                    measured.append(_measure_clip(family, processor, _calibratable(compressor), clip))
+                else:
+                    measured += _measure_together(family, processor, _calibratable(compressor), part)
+                work.advance(len(part))
     return measured
 
 

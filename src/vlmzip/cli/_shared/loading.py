@@ -7,7 +7,7 @@ from argparse import Namespace
 
 import torch
 
-from vlmzip.cli._shared.console import progress
+from vlmzip.cli._shared.console import spinner
 from vlmzip.errors import UserError
 from vlmzip.lab.table import show_bytes
 from vlmzip.runtime import loading
@@ -16,7 +16,7 @@ from vlmzip.runtime.loading import Loaded
 
 def load(name: str, device: str | None = None, dtype: str | None = None, *, allow_pickle: bool = False) -> Loaded:
     """Load a model with a spinner. See `vlmzip.runtime.loading.load`."""
-    with progress(f"loading {name}"):
+    with spinner(f"loading {name}"):
         return loading.load(name, device, dtype, allow_pickle=allow_pickle)
 
 

@@ -31,6 +31,7 @@ from vlmzip.lab.stats import Bootstrap, estimate
 from vlmzip.lab.tasks.task import Sample
 from vlmzip.models import family_of
 from vlmzip.models.encoder_run import EncoderAttention
+from vlmzip.progress import working
 from vlmzip.runtime.answering import Answerer
 from vlmzip.runtime.compress import view_numbers
 from vlmzip.visualize.attention import Map, draw_maps
@@ -61,12 +62,14 @@ def measure(subject: Subject) -> list[Row]:
     answerer = Answerer(family_of(subject.model), subject.processor)
     samples = list({sample.image: sample for sample in subject.task.samples}.values())
     values, last = [], None
-    for number, (attention, images, views_of) in enumerate(_encoded(answerer, samples)):
-        by_view = [concentration(scores) for scores in attention.by_view]
-        values += [np.mean([by_view[view] for view in views], axis=0) for views in views_of]
-        if number == 0:
-            _draw_image(subject, answerer, images, attention)
-        last = attention
+    with working("encoding images", len(samples)) as work:
+        for number, (attention, images, views_of) in enumerate(_encoded(answerer, samples)):
+            by_view = [concentration(scores) for scores in attention.by_view]
+            values += [np.mean([by_view[view] for view in views], axis=0) for views in views_of]
+            if number == 0:
+                _draw_image(subject, answerer, images, attention)
+            last = attention
+            work.advance(len(images))
     assert last is not None  # a task has questions
     return _rows(last, np.stack(values), [sample.image for sample in samples], subject.seed)
 

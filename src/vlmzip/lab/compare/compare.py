@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from statistics import median
 
@@ -12,13 +11,12 @@ from vlmzip.errors import UserError, reason, telling_beyond_positions
 from vlmzip.lab.asking import TimedAnswer, answer, attach_and_note, attach_with_notes
 from vlmzip.lab.budgets import fit
 from vlmzip.methods import NoCompression
+from vlmzip.progress import working
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.loading import Loaded
 from vlmzip.spec import Candidate
 
 PLAIN = NoCompression.name()
-#: Show the current work until the block ends, for instance with a spinner.
-Working = Callable[[str], AbstractContextManager[object]]
 
 
 @dataclass
@@ -37,7 +35,6 @@ class MethodRow:
     broke: bool = False
     """Whether the method failed with an error other than `UserError`."""
     spent: list[dict[str, float]] = field(default_factory=list)
-    working: Working = nullcontext
 
     @property
     def milliseconds(self) -> dict[str, float]:
@@ -46,7 +43,7 @@ class MethodRow:
 
     def run(self, loaded: Loaded, inputs: dict[str, object], max_new_tokens: int) -> TimedAnswer:
         assert self.compressed is not None
-        with self.working(self.method), telling_beyond_positions(self._add_note):
+        with telling_beyond_positions(self._add_note):
             return answer(loaded, self.compressed, inputs, max_new_tokens)
 
     def _add_note(self, text: str) -> None:
@@ -66,33 +63,33 @@ def compare(
     *,
     repeats: int,
     max_new_tokens: int,
-    working: Working = nullcontext,
 ) -> list[MethodRow]:
     """Return a row for each method, the plain model's first. Without a budget, methods keep their own settings.
 
     The runs of all methods are interleaved, so that other work on the machine affects all alike.
     """
-    plain = MethodRow(PLAIN, compressed=attach_and_note(loaded, NoCompression()), working=working)
-    plain.first = plain.run(loaded, inputs, max_new_tokens)  # an error ends the command: nothing can be compared
-    profile = image_profile(loaded, plain.first)
-    rows = [
-        plain,
-        *(
-            _first_run(
-                loaded, inputs, MethodRow(candidate.name, working=working), candidate, budget, profile, max_new_tokens
-            )
-            for candidate in methods
-        ),
-    ]
-    for _ in range(repeats):
-        for row in rows:
-            if row.compressed is not None:
-                try:
-                    row.spent.append(row.run(loaded, inputs, max_new_tokens).account.milliseconds)
-                except Exception as error:
-                    if row is plain:
-                        raise
-                    row.give_up(error)
+    methods = list(methods)
+    plain = MethodRow(PLAIN, compressed=attach_and_note(loaded, NoCompression()))
+    with working(PLAIN, (1 + len(methods)) * (1 + repeats)) as work:
+        plain.first = plain.run(loaded, inputs, max_new_tokens)  # an error ends the command: nothing can be compared
+        work.advance()
+        profile = image_profile(loaded, plain.first)
+        rows = [plain]
+        for candidate in methods:
+            work.begin(candidate.name)
+            rows.append(_first_run(loaded, inputs, candidate, budget, profile, max_new_tokens))
+            work.advance()
+        for _ in range(repeats):
+            for row in rows:
+                work.begin(row.method)
+                if row.compressed is not None:
+                    try:
+                        row.spent.append(row.run(loaded, inputs, max_new_tokens).account.milliseconds)
+                    except Exception as error:
+                        if row is plain:
+                            raise
+                        row.give_up(error)
+                work.advance()
     for row in rows:
         row.differs = row.first is not None and row.first.text != plain.first.text
     return rows
@@ -128,13 +125,13 @@ def configure(candidate: Candidate, budget: str | None, profile: Profile) -> tup
 def _first_run(
     loaded: Loaded,
     inputs: dict[str, object],
-    row: MethodRow,
     candidate: Candidate,
     budget: str | None,
     profile: Profile,
     max_new_tokens: int,
 ) -> MethodRow:
     """Set a method up and run it once, for the answer and as a warm-up."""
+    row = MethodRow(candidate.name)
     try:
         compressor, note = configure(candidate, budget, profile)
         row.compressed, notes = attach_with_notes(loaded, compressor)

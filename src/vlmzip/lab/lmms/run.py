@@ -32,6 +32,7 @@ from vlmzip.lab.records import is_count, is_number, is_text
 from vlmzip.lab.tasks.metrics import METRICS
 from vlmzip.lab.tasks.task import CalibrationSet, Task
 from vlmzip.processes import Processes
+from vlmzip.progress import Work
 from vlmzip.runtime.answering import Answerer
 from vlmzip.runtime.fingerprint import of_files, of_model, of_name, refuse_changed
 from vlmzip.runtime.loading import Loaded
@@ -188,17 +189,19 @@ class SuiteRun:
             if configuration.compressor is not None
         }
         benchmarks = {benchmark.task: benchmark for benchmark in self.suite.benchmarks if not self.left_out(benchmark)}
-        total, number = len(runs) * len(benchmarks), 0
-        for configuration in runs.values():
-            for task, benchmark in benchmarks.items():
-                number += 1
-                if self.result(benchmark, configuration) is not None:
-                    continue
-                start = time.perf_counter()
-                result = self._evaluate(benchmark, configuration)
-                self._store.write_json(self._file(task, configuration), result)
-                spent = time.perf_counter() - start
-                log.info(f"[{number}/{total}] {task}, {result['method']}: {result['questions']:,} in {spent:.0f} s")
+        pairs = [(configuration, benchmark) for configuration in runs.values() for benchmark in benchmarks.values()]
+        missing = [self.result(benchmark, configuration) is None for configuration, benchmark in pairs]
+        work = Work("answering", sum(missing))  # within a benchmark, the adapter shows a bar
+        for number, (configuration, benchmark) in enumerate(pairs, 1):
+            if not missing[number - 1]:
+                continue
+            start = time.perf_counter()
+            result = self._evaluate(benchmark, configuration)
+            self._store.write_json(self._file(benchmark.task, configuration), result)
+            work.advance()
+            done = f"{result['questions']:,} in {time.perf_counter() - start:.0f} s"
+            left = f", {work.left}" if work.left else ""
+            log.info(f"[{number}/{len(pairs)}] {benchmark.task}, {result['method']}: {done}{left}")
 
     def left_out(self, benchmark: Benchmark) -> str:
         """Return why a benchmark is not run, or ""."""
