@@ -8,6 +8,7 @@ from vlmzip.methods.chain import Chain as Chain
 from vlmzip.methods.dfmr import DFMR as DFMR
 from vlmzip.methods.downsample import Downsample as Downsample
 from vlmzip.methods.evs import EVS as EVS
+from vlmzip.methods.fastervlm import FasterVLM as FasterVLM
 from vlmzip.methods.fastv import FastV as FastV
 from vlmzip.methods.kmeans import KMeans as KMeans
 from vlmzip.methods.llavolta import LLaVolta as LLaVolta
