@@ -90,13 +90,14 @@ def run_behind(get_image_features: Any, tower: Tower, arguments: InputDict, laye
     states: list[Tensor] = []
     thread = get_ident()
 
-    def cut(_module: nn.Module, _args: object, output: Any) -> Any:
+    def cut(
+        _module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]
+    ) -> Tensor | tuple[Tensor, ...] | None:
         if get_ident() != thread:
             return None
-        whole = isinstance(output, Tensor)
-        states[:] = [(output if whole else output[0]).detach().requires_grad_()]
+        states[:] = [(output if isinstance(output, Tensor) else output[0]).detach().requires_grad_()]
         torch.set_grad_enabled(True)  # from here on; the context below turns it off
-        return states[0] if whole else (states[0], *output[1:])
+        return states[0] if isinstance(output, Tensor) else (states[0], *output[1:])
 
     handle = attention.layer.register_forward_hook(cut, prepend=True)  # before hooks that keep hidden states
     try:
@@ -262,7 +263,7 @@ def _rounding(dtype: torch.dtype) -> float:
     """
     if dtype != torch.float32:
         return 4 * torch.finfo(dtype).eps
-    matmul: Any = torch.backends.cuda.matmul
+    matmul = torch.backends.cuda.matmul
     has_precision = hasattr(matmul, "fp32_precision")  # since torch 2.9, where the old name warns beside the new one
     uses_tf32 = matmul.fp32_precision == "tf32" if has_precision else matmul.allow_tf32
     return 4 * TF32_EPS if uses_tf32 else 32 * torch.finfo(dtype).eps

@@ -100,7 +100,7 @@ def learning(pixels: Tensor, parameters: Iterable[nn.Parameter]) -> AbstractCont
     return torch.set_grad_enabled(learns)
 
 
-def further_fields(output: Any) -> dict[str, object]:
+def further_fields(output: object) -> dict[str, object]:
     """Return what `forward` of some models reads beside the visual tokens, such as the logits of an encoder's router.
 
     Fields that are `None` are left out.
@@ -108,7 +108,7 @@ def further_fields(output: Any) -> dict[str, object]:
     return {name: value for name, value in vars(output).items() if name not in ENCODER_FIELDS and value is not None}
 
 
-def token_field(output: Any) -> str:
+def token_field(output: BaseModelOutputWithPooling) -> str:
     """Return the field of an encoder's output that has the visual tokens: few models have them in the second one."""
     return "last_hidden_state" if output.pooler_output is None else "pooler_output"
 

@@ -160,7 +160,7 @@ class Family:
         """The kind of visual input that this object serves. `modalities` has the objects for all kinds of a model."""
         self.get_features = method_of(self.model, f"get_{modality}_features")
         self._feature_arguments = feature_arguments(self.model, modality)
-        self._output_class: type[Any] = BaseModelOutputWithPooling
+        self._output_class: type[BaseModelOutputWithPooling] = BaseModelOutputWithPooling
         self._token_field = "pooler_output"
         if modality == "video":
             self.image_inputs = self.video_inputs
@@ -171,7 +171,7 @@ class Family:
             self.default_positions, self.position_axes = "original", axes_of_positions(rope_index)
 
     @property
-    def input_methods(self) -> list[Any]:
+    def input_methods(self) -> list[Callable[..., object]]:
         """The model's own methods whose parameters are its inputs."""
         names = ("get_image_features", "get_video_features")
         methods = (self.model.forward, *(method_of(self.model, name) for name in names))
@@ -328,7 +328,7 @@ class Family:
         """
         passes_prefix = self.passes_prefix(inputs)
         groups: list[Views] = []
-        further: dict[str, Any] = {}
+        further: dict[str, object] = {}
         for batch in self.batches(inputs):
             layers = self._layers_for(needs, encoder_layers, inputs)
             run = self.run(batch, {layer for of_signals in layers.values() for layer in of_signals})
@@ -466,7 +466,7 @@ class Family:
             self.projects_each_token = maps_each_token(self.projector, recording, flat(output[self._token_field]))
         return run
 
-    def _note_further_fields(self, output: Any) -> None:
+    def _note_further_fields(self, output: BaseModelOutputWithPooling) -> None:
         """Note that `forward` reads more in an output of this class than the visual tokens.
 
         The projector then does not end a run, because the model makes the further fields behind it.
@@ -667,7 +667,7 @@ class Family:
         Override it if the first of `image_inputs` is not such a batch, nor one for each row of the prompt. Return
         `None` if the inputs are patches.
         """
-        pixels: Any = inputs[self.image_inputs[0]]
+        pixels = inputs[self.image_inputs[0]]
         if self._has_grids or (isinstance(pixels, Tensor) and pixels.ndim < 4):
             return None
         of_views: Pixels = pixels.flatten(0, 1) if isinstance(pixels, Tensor) and pixels.ndim == 5 else pixels
@@ -815,7 +815,7 @@ class Family:
         self,
         layer: nn.Module,
         hidden: Float[Tensor, "batch length dim"],
-        arguments: dict[str, Any],
+        arguments: InputDict,
         rows: Int[Tensor, "batch queries"],
     ) -> QueriesAndKeys:
         """Return the rotated queries of the tokens in `rows` and the rotated keys of all tokens in a decoder layer.

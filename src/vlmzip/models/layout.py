@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -291,5 +291,5 @@ class Encoded:
     groups: Sequence[Views]
     separator: Float[Tensor, " llm_dim"] | None = None
     """The input of the LLM at a placeholder that is a separator."""
-    further: Mapping[str, Any] = field(default_factory=dict)
+    further: Mapping[str, object] = field(default_factory=dict)
     """What the model's `forward` reads beside the visual tokens, such as the logits of an encoder's router."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from jaxtyping import Float, Int
@@ -14,6 +14,7 @@ from transformers import AttentionInterface, Cache
 
 from vlmzip.errors import UnfitMethod
 from vlmzip.models.recording import rotate
+from vlmzip.processor import InputDict
 
 #: Attentions of transformers that norm and rotate the outputs of `q_proj` and `k_proj` in the same way. The tests
 #: compare them with the attention of the models. For these, we compute only the queries that are asked for.
@@ -37,7 +38,7 @@ class Recorded(Exception):
     """The arguments of a layer's attention function. The function raises it, so that the layer ends there."""
 
     def __init__(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: Any, scale: float | None, options: dict[str, Any]
+        self, query: Tensor, key: Tensor, value: Tensor, mask: object, scale: float | None, options: dict[str, object]
     ) -> None:
         super().__init__()
         self.query, self.key, self.value, self.mask, self.options = query, key, value, mask, options
@@ -49,10 +50,10 @@ def _record(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Any,
+    attention_mask: object,
     scaling: float | None = None,
-    **options: Any,
-) -> Any:
+    **options: object,
+) -> NoReturn:
     raise Recorded(query, key, value, attention_mask, scaling, options)
 
 
@@ -68,7 +69,7 @@ def is_direct(layer: nn.Module) -> bool:
 def queries_and_keys(
     layer: nn.Module,
     hidden: Float[Tensor, "batch length dim"],
-    arguments: dict[str, Any],
+    arguments: InputDict,
     rows: Int[Tensor, "batch queries"],
 ) -> QueriesAndKeys:
     """Return the rotated queries of the tokens in `rows` and the rotated keys of all tokens, for one of `DIRECT`.
@@ -83,7 +84,7 @@ def queries_and_keys(
     return QueriesAndKeys(query, key, attention.scaling)
 
 
-def recorded(layer: nn.Module, hidden: Float[Tensor, "batch length dim"], arguments: dict[str, Any]) -> Recorded:
+def recorded(layer: nn.Module, hidden: Float[Tensor, "batch length dim"], arguments: InputDict) -> Recorded:
     """Return what a layer passes to its attention function for these tokens, without the tokens in the KV cache.
 
     A shallow copy of the layer runs up to the attention function. The layer, its cache and its config stay as they are.
@@ -95,7 +96,7 @@ def recorded(layer: nn.Module, hidden: Float[Tensor, "batch length dim"], argume
         config = copy.copy(config)
         config._attn_implementation_internal = RECORDING  # the public setter would change parts that copies share
         twin = _twin(layer, self_attn=_twin(attention, config=config))
-        call: Callable[..., Any] = type(layer).forward
+        call: Callable[..., object] = type(layer).forward
         known = {name: None if isinstance(value, Cache) else value for name, value in arguments.items()}
         try:
             call(twin, _on_device_of(layer, hidden), **_on_device_of(layer, known))
@@ -117,7 +118,7 @@ def queries_in(record: Recorded, rows: Int[Tensor, "batch queries"]) -> QueriesA
     return QueriesAndKeys(record.query.gather(2, index), record.key, record.scale)
 
 
-def _twin(module: nn.Module, **changes: Any) -> nn.Module:
+def _twin(module: nn.Module, **changes: object) -> nn.Module:
     """Return a shallow copy of a module with other attributes or children, and without the hooks of the module.
 
     Its children keep their hooks. accelerate, for example, loads offloaded weights in them.

@@ -53,7 +53,7 @@ class Ovis2(Family):
         self,
         features: list[Float[Tensor, "_ llm_dim"]],
         streams: Sequence[tuple[Tensor, ...]] = (),
-        further: Mapping[str, Any] | None = None,
+        further: Mapping[str, object] | None = None,
     ) -> dict[str, BaseModelOutputWithPooling]:
         table = self.model.model.visual_embeddings_table
         count, end = self.model.config.vision_config.num_visual_indicator_tokens, table.num_embeddings

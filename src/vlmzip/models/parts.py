@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from vlmzip.models.confirm import evaluating, maps_each_token
 from vlmzip.models.recording import Recording
@@ -34,7 +34,7 @@ def without_adapters(model: nn.Module) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
-def method_of(model: Any, name: str) -> Any:
+def method_of(model: nn.Module, name: str) -> Any:
     """Return a method of the model or of the model inside it without the head, or `None` if both lack it."""
     return getattr(model, name, None) or getattr(model.base_model, name, None)
 
@@ -60,7 +60,7 @@ def missing_in(model: nn.Module) -> str | None:
     return None
 
 
-def has_known_videos(model: Any) -> bool:
+def has_known_videos(model: PreTrainedModel) -> bool:
     """Return True if videos become tokens as in Qwen's models: patches with a grid, and placeholders for videos."""
     features, ids = method_of(model, "get_video_features"), model.config
     if features is None or not isinstance(getattr(ids, "video_token_id", None), int):
@@ -69,7 +69,7 @@ def has_known_videos(model: Any) -> bool:
     return names == ["pixel_values_videos", "video_grid_thw"] and ids.video_token_id != ids.image_token_id
 
 
-def feature_arguments(model: Any, modality: str) -> tuple[str, ...]:
+def feature_arguments(model: nn.Module, modality: str) -> tuple[str, ...]:
     """Return the names of the parameters of `get_image_features` or `get_video_features`."""
     name = f"get_{modality}_features"
     # Some heads pass arguments on to the model inside without naming them.
@@ -79,7 +79,7 @@ def feature_arguments(model: Any, modality: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(p.name for p in parameters if p.kind not in variable))
 
 
-def axes_of_positions(rope_index: Any) -> tuple[int, ...]:
+def axes_of_positions(rope_index: Callable[..., tuple[Tensor, Tensor]]) -> tuple[int, ...]:
     """Return the axes of the positions that a model's `get_rope_index` gives for a prompt of one token."""
     token = torch.zeros(1, 1, dtype=torch.long)
     try:

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from vlmzip.processor import InputDict
+
 #: The recording of the current thread. Hooks run in every thread's forward, so each writes only to its own recording.
 _recording: ContextVar[Recording | None] = ContextVar("vlmzip_recording", default=None)
 
@@ -27,7 +29,7 @@ class Recording:
 
     outputs: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
-    arguments: dict[str, dict[str, Any]] = field(default_factory=dict)
+    arguments: dict[str, InputDict] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Any:
         return self.outputs[name]
@@ -44,15 +46,15 @@ def record(
     """
     recording = Recording()
 
-    def output_hook(name: str) -> Callable[[nn.Module, object, Any], None]:
-        def keep(_module: nn.Module, _args: object, output: Any) -> None:
+    def output_hook(name: str) -> Callable[[nn.Module, object, object], None]:
+        def keep(_module: nn.Module, _args: object, output: object) -> None:
             if _recording.get() is recording:
                 recording.outputs[name] = output[0] if isinstance(output, tuple) else output
 
         return keep
 
-    def call_hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        def keep(_module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    def call_hook(name: str) -> Callable[[nn.Module, tuple[object, ...], dict[str, object]], None]:
+        def keep(_module: nn.Module, args: tuple[object, ...], keywords: dict[str, object]) -> None:
             if _recording.get() is recording:
                 recording.inputs[name] = next(iter((*args, *keywords.values())), None)
                 recording.arguments[name] = dict(keywords)

@@ -231,9 +231,9 @@ class Generation:
         new_tokens = whole[:, prompt.shape[1] :]
         return Generated(whole, new_tokens, self._filler(new_tokens), states)
 
-    def _outputs_of_row(self, call: CompressedCall, row: int) -> dict[str, Any]:
+    def _outputs_of_row(self, call: CompressedCall, row: int) -> dict[str, object]:
         """Return the `mm_encoder_outputs` of one row of the prompt; empty for a row without images and videos."""
-        of_row: dict[str, Any] = {}
+        of_row: dict[str, object] = {}
         for each in self.family.modalities:
             images = [image for image in call.report.images if image.modality == each.modality]
             if images:

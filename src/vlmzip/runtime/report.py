@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import groupby, pairwise
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -131,7 +130,7 @@ class CompressedImage:
     report: ImageReport
     left: Layout | None
     """The layout of the remaining placeholders; `None` if they no longer form grids."""
-    further: Mapping[str, Any]
+    further: Mapping[str, object]
     """What the model's `forward` reads beside the tokens of all images, from the run that encoded them."""
 
     def with_separators(self, separator: Float[Tensor, " llm_dim"] | None) -> CompressedImage:

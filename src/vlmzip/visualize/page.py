@@ -6,7 +6,6 @@ import base64
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -48,7 +47,7 @@ def render(
     return render_page("comparison.html.j2", title, facts, cards=cards, columns=columns, rows=rows, notes=notes)
 
 
-def render_page(template: str, title: str, facts: Sequence[str], *packages: str, **content: Any) -> str:
+def render_page(template: str, title: str, facts: Sequence[str], *packages: str, **content: object) -> str:
     """Return the HTML of a template that extends `page.html.j2`, from this room or from one of `packages`."""
     loaders = [PackageLoader(package) for package in ("vlmzip.visualize", *packages)]
     environment = Environment(

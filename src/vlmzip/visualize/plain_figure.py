@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+from matplotlib.artist import Artist
 from matplotlib.axis import Axis
+from matplotlib.backend_bases import RendererBase
 from matplotlib.figure import Figure  # not pyplot, which opens windows and keeps global state
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
@@ -16,7 +16,7 @@ class PlainFigure(Figure):
     Tick labels are excepted: matplotlib writes powers as mathematics.
     """
 
-    def draw(self, renderer: Any) -> None:
+    def draw(self, renderer: RendererBase) -> None:
         _write_plainly(self)
         super().draw(renderer)
 
@@ -25,7 +25,7 @@ class PlainFigure(Figure):
         axis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _write_plainly(part: Any) -> None:
+def _write_plainly(part: Artist) -> None:
     """Turn off mathematics in every text inside `part`, except tick labels."""
     if isinstance(part, Text):
         part.set_parse_math(False)

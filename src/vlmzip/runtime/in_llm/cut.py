@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vlmzip.errors import UnfitMethod
+from vlmzip.processor import InputDict
 from vlmzip.runtime.in_llm.masks import shrink_mask
 from vlmzip.runtime.versions import argument
 from vlmzip.token_map import TokenMap
@@ -21,7 +22,7 @@ POSITIONS = ("position_embeddings", "position_ids")
 
 
 @cache
-def _positions_of(forward: Callable[..., Any]) -> list[str]:
+def _positions_of(forward: Callable[..., object]) -> list[str]:
     """Return the names under which the `forward` of a layer takes positions."""
     names = [name for name in POSITIONS if name in inspect.signature(forward).parameters]
     return names or [POSITIONS[0]]
@@ -63,9 +64,7 @@ class LayerCut:
         index = self.source.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1])
         return hidden.gather(1, index)
 
-    def shorten(
-        self, layer: type[nn.Module], arguments: dict[str, Any], *, length: int, past: int, flash: bool
-    ) -> None:
+    def shorten(self, layer: type[nn.Module], arguments: InputDict, *, length: int, past: int, flash: bool) -> None:
         """Replace what a decoder layer's `arguments` have for each token by that of the remaining tokens.
 
         `layer` is the class of the layer, and `length` is the number of tokens that entered the LLM. Raise `UserError`

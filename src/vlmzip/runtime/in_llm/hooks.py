@@ -97,7 +97,7 @@ class Hooks:
         self._modules = [] if llm is None else [llm, *layers]
         with _lock:
             for number, module in enumerate(self._modules):
-                hook: Any = LayerHook(number - 1) if number else LLMHook()
+                hook: LayerHook | LLMHook = LayerHook(number - 1) if number else LLMHook()
                 if not _ours(module):  # a copied model already has the hooks of the original
                     module.register_forward_pre_hook(hook, with_kwargs=True)
                 _users[module] = _users.get(module, 0) + 1

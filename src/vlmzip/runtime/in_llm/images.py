@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -268,7 +268,7 @@ def _map_images(parts: list[Part], token_map: TokenMap) -> None:
 
 def _alike(parts: list[Part]) -> list[list[Part]]:
     """Return groups of parts with equal compressor and shape. Each group forms one `VisualTokens`."""
-    groups: dict[Any, list[Part]] = {}
+    groups: dict[Hashable, list[Part]] = {}
     for part in parts:
         choice = part.choice
         kind = (

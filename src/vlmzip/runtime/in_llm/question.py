@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vlmzip.models.family import Family
 from vlmzip.models.recording import attention_rows
+from vlmzip.processor import InputDict
 from vlmzip.runtime.in_llm.indices import compact, look_up, row_and_slot
 from vlmzip.runtime.in_llm.masks import known_mask
 from vlmzip.runtime.versions import argument
@@ -81,7 +82,7 @@ class Question:
         family: Family,
         layer: nn.Module,
         hidden: Float[Tensor, "batch kept dim"],
-        arguments: dict[str, Any],
+        arguments: InputDict,
         here: Int[Tensor, "batch kept"],
         keys: Int[Tensor, "batch all_kept"],
         past: int,

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from vlmzip.processor import InputDict
 from vlmzip.runtime.in_llm.cut import LayerCut
 from vlmzip.runtime.in_llm.images import Images
 from vlmzip.runtime.in_llm.indices import compact, follow, look_up
@@ -39,7 +40,7 @@ class Step:
         self._cuts: dict[int, LayerCut | None] = {}
 
     def enter(
-        self, index: int, layer: nn.Module, hidden: Float[Tensor, "batch length dim"], arguments: dict[str, Any]
+        self, index: int, layer: nn.Module, hidden: Float[Tensor, "batch length dim"], arguments: InputDict
     ) -> Float[Tensor, "batch kept dim"]:
         """Return the hidden states for layer `index`; shorten mask and positions in `arguments` to match."""
         # 1. Run the compressor before this layer. A recomputation reuses the cut of the first run.
@@ -96,7 +97,7 @@ class Step:
         index: int,
         layer: nn.Module,
         hidden: Tensor,
-        arguments: dict[str, Any],
+        arguments: InputDict,
         cut: LayerCut | None,
     ) -> Float[Tensor, "batch queries kept"]:
         """Return the attention of the queries at layer `index` to the tokens that enter it."""
