@@ -132,6 +132,7 @@ flops: $(INSTALLED) ## count prefill FLOPs beside the papers'; writes docs/flops
 
 figures: $(INSTALLED) ## redraw the figures in docs/figures
 	$(BIN)/python docs/_make/figures.py
+	$(BIN)/python docs/_make/plots.py
 
 notebooks: $(INSTALLED) ## run the notebooks in examples/ and write their outputs into them
 	$(BIN)/python docs/_make/notebooks.py

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections import Counter
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from PIL import Image
 
@@ -55,7 +55,8 @@ def run(args: Namespace) -> None:
         "by_factor": dict(sorted(Counter(calibration.factors).items())),
     }
     if args.histogram:
-        save_image(draw_deviations(calibration.deviations, threshold, compressor.name()), args.histogram, paths)
+        title = f"{compressor.name()} on {PurePath(args.model).name}"
+        save_image(draw_deviations(calibration.deviations, threshold, title), args.histogram, paths)
         out["histogram"] = str(args.histogram)
     print_json(out) if args.json else _print(paths, calibration, threshold, args)
 

@@ -18,7 +18,7 @@ from vlmzip.errors import UserError
 from vlmzip.files import write_text
 from vlmzip.lab import results
 from vlmzip.lab.budgets import read_rows
-from vlmzip.lab.curves import COSTS, draw_curve, save_figure
+from vlmzip.lab.curves import COSTS, TITLES, draw_curve, plot_title, save_figure
 from vlmzip.lab.examples import examples
 from vlmzip.lab.names import slug
 from vlmzip.lab.papers import against, published, show
@@ -99,8 +99,7 @@ def _curves(study: Study, task: Task, of_task: list[Result]) -> list[Figure]:
         return []
     figures = []
     for cost in COSTS:
-        title = f"{study.name} on {task.name}, {len(task.samples):,} questions"
-        figures.append(draw_curve(of_task, cost, title))
+        figures.append(draw_curve(of_task, cost, plot_title(TITLES[cost], study.name, task)))
         save_figure(figures[-1], study.folder / f"{slug(task.name)}-{cost}.png")
     return figures
 

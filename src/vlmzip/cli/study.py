@@ -12,7 +12,7 @@ from vlmzip.cli._shared.loading import load
 from vlmzip.errors import UserError
 from vlmzip.lab.analyses import NAMES, about, find
 from vlmzip.lab.analyses.subject import Subject, Unsuited
-from vlmzip.lab.curves import save_figure
+from vlmzip.lab.curves import plot_title, save_figure
 from vlmzip.lab.machine import about as machine
 from vlmzip.lab.table import Table, print_json, table_of
 from vlmzip.lab.tasks.catalogue import read_one_task
@@ -77,5 +77,6 @@ def _write(subject: Subject, name: str, table: Table[Mapping[str, object]]) -> N
     except UserError as error:
         log.warning(f"no figure of {name} is drawn: {error}")
         return
-    title = f"{subject.name} on {subject.task.name}, {len(subject.task.samples):,} questions"
-    save_figure(find(name).draw(table.rows, title), subject.folder / f"{name}.png")
+    analysis = find(name)
+    title = plot_title(analysis.TITLE, subject.name, subject.task)
+    save_figure(analysis.draw(table.rows, title), subject.folder / f"{name}.png")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING
 
 from vlmzip.files import write_whole
 from vlmzip.lab.configurations import PLAIN
 from vlmzip.lab.results import Result, pareto
+from vlmzip.lab.tasks.task import Task
 from vlmzip.visualize.figure import new_figure
 
 if TYPE_CHECKING:
@@ -20,7 +21,21 @@ COSTS = {
     "tokens": ("visual tokens kept, mean over all layers of the LLM, %", "reached"),
     "flops": ("prefill FLOPs of the LLM, % of the uncompressed model's", "flops"),
 }
+#: What the figures show, by cost.
+TITLES = {
+    "tokens": "Score against visual tokens kept",
+    "flops": "Score against prefill FLOPs",
+}
 MARKERS = "osD^vP*Xhd<>"
+
+
+def plot_title(what: str, model: str, task: Task) -> str:
+    """Return the title of a plot: what it shows, and below that the model and the task in words.
+
+    `model` is a name or a path as the user wrote it; its last part names the model.
+    """
+    name = PurePath(model).name or model
+    return f"{what}\n{name} on {len(task.samples):,} {task.title or 'questions'}"
 
 
 def draw_curve(results: Sequence[Result], cost: str, title: str) -> Figure:

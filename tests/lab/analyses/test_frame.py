@@ -22,6 +22,7 @@ def test_each_has_its_functions_and_a_line_about_it(name):
         assert list(inspect.signature(getattr(find(name), function)).parameters) == wanted
     assert about(name).endswith(".")
     assert 20 < len(about(name)) < 121
+    assert 20 < len(find(name).TITLE) < 90
 
 
 def test_an_unknown_name_gets_the_closest():

@@ -1,6 +1,7 @@
 """The papers' analyses, for any model and task. Each has one file; run it with `vlmzip study NAME`.
 
-The first line of a file's docstring says what the analysis measures. A file has three functions:
+The first line of a file's docstring says what the analysis measures. A file has three
+functions, and `TITLE`, which says what the figure shows:
 
     measure(subject: Subject) -> list[Row]                      the rows of the CSV file
     draw(rows: Sequence[Row], title: str) -> Figure             the figure, drawn from the rows alone

@@ -21,6 +21,7 @@ from vlmzip.lab.results import Result, difference
 from vlmzip.methods import VisionZip
 from vlmzip.visualize.figure import new_figure
 
+TITLE = "What VisionZip's dominant and contextual tokens are worth, each kind alone and both"
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:

@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+TITLE = "How much of an answer's attention goes to visual tokens"
+
+
 def measure(subject: Subject) -> list[Row]:
     study = subject.study()
     if has_sliding_windows(study.family):

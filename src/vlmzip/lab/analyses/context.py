@@ -39,6 +39,7 @@ from vlmzip.processor import Processor
 from vlmzip.runtime.position_limit import llm_positions
 from vlmzip.visualize.figure import new_figure
 
+TITLE = "How many images fit the context, and the score of questions about one of them"
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:

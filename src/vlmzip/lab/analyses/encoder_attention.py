@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+TITLE = "How concentrated the vision encoder's attention is"
 #: Percentages of the most attended tokens whose share of the attention is reported.
 TOPS = (5, 10, 20)
 #: Number of images to encode at a time; the queries and keys of all layers are in memory at once.

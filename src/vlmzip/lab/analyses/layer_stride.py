@@ -20,6 +20,7 @@ from vlmzip.visualize.figure import new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+TITLE = "Score by LLaVolta's layer and stride"
 STRIDES = (2, 4, 8, 16)
 
 

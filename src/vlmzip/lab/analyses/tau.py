@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+TITLE = "Score and visual tokens by DFMR's threshold tau"
 #: From a threshold at which no image is pooled to one at which every image is pooled by the largest factor.
 TAUS = (0.0, 0.1, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.8)
 #: A group with more values than this does not state complexity, and would overload the figure.

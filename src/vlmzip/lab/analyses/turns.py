@@ -49,6 +49,7 @@ from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Site, VisualTokens
 from vlmzip.visualize.figure import new_figure
 
+TITLE = "What compressing for one question costs the next one about the same image"
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:

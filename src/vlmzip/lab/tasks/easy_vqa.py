@@ -48,6 +48,7 @@ def easy_vqa_task(limit: int | None, relation: str) -> Task:
         seen[image] += 1
     return Task(
         name=f"{NAME}:{relation}",
+        title="questions of easy-VQA's test split",
         about=f"easy-VQA's test split; {relation}: {RELATIONS[relation]}",
         metric=METRICS["exact"],
         samples=samples,

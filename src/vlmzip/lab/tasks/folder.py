@@ -42,6 +42,7 @@ def folder_task(place: str, metric: str, limit: int | None, calibrate_on: str | 
     samples = [replace(sample, pixels=pixels[sample.image]) for sample in samples]
     return Task(
         name=place,
+        title=f"questions of {Path(place).name}",
         about=f"{len(samples):,} questions of {path.name}",
         metric=scoring,
         samples=samples,

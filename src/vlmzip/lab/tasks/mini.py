@@ -24,6 +24,7 @@ def mini_task(limit: int | None) -> Task:
     questions = test_split() if limit is None else samples(TEST, shipped_assets("test"), limit)
     return Task(
         name=NAME,
+        title="questions of mini's test split",
         about="mini's test split: images and photos that mini has not seen",
         metric=METRICS["exact"],
         samples=[

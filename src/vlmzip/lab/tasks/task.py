@@ -57,3 +57,5 @@ class Task:
     calibration: CalibrationSet | None = None
     uncalibrated: str = ""
     """Why there is no calibration set, for the rows of methods that need one."""
+    title: str = ""
+    """The task's questions in words, for the titles of plots, such as "questions of mini's test split"."""

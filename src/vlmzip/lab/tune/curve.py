@@ -21,6 +21,13 @@ LABELS: dict[Cost, str] = {
     "ms": "prefill of the LLM, milliseconds",
 }
 
+#: What the figure shows, by cost.
+TITLES: dict[Cost, str] = {
+    "tokens": "Loss of each candidate against visual tokens kept",
+    "flops": "Loss of each candidate against prefill FLOPs",
+    "ms": "Loss of each candidate against the time of prefill",
+}
+
 
 def draw(tuning: Tuning, chosen: CandidateRow | None, methods: Mapping[int, str], cost: Cost, title: str) -> Figure:
     """Draw score against cost. `methods` has the method of each candidate. Raise `UserError` without matplotlib.

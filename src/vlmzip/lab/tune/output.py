@@ -19,10 +19,10 @@ from vlmzip.compressor_file import write_compressor
 from vlmzip.errors import UserError
 from vlmzip.files import write_csv
 from vlmzip.lab.configurations import Configuration
-from vlmzip.lab.curves import save_figure
+from vlmzip.lab.curves import plot_title, save_figure
 from vlmzip.lab.stats import Estimate
 from vlmzip.lab.table import ABSENT, NOTHING, Column, Table, print_json
-from vlmzip.lab.tune.curve import draw
+from vlmzip.lab.tune.curve import TITLES, draw
 from vlmzip.lab.tune.search import LEAST_IMAGES, PLAIN, CandidateRow, Rejection, Tuning, Verdict
 from vlmzip.lab.tune.study import Cost, TunedStudy
 from vlmzip.outline import FILE
@@ -139,8 +139,9 @@ def _draw(outcome: SearchOutcome, folder: Path) -> None:
         log.warning(f"no curve is drawn: {error}")
         return
     names = {number: outcome.method(row) for number, row in outcome.tuning.rows.items()}
-    title = f"{outcome.asked.study.name} on {outcome.asked.task.name}, {len(outcome.asked.task.samples):,} questions"
-    save_figure(draw(outcome.tuning, outcome.chosen, names, outcome.asked.cost, title), folder / "curve.png")
+    asked = outcome.asked
+    title = plot_title(TITLES[asked.cost], asked.study.name, asked.task)
+    save_figure(draw(outcome.tuning, outcome.chosen, names, asked.cost, title), folder / "curve.png")
 
 
 # ---------------------------------------------------------------- in words
