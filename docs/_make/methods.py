@@ -4,7 +4,8 @@ python docs/_make/methods.py            writes the page, and draws its images in
 python docs/_make/methods.py --check    exits with 1 if the page is not what this would write; draws nothing
 
 The images show examples/first.png and its question on mini, with a quarter of the tokens. A method without a budget has
-its first example, or its defaults. The cost comes from benchmarks/results/selection-by-method.csv.
+its first example, or its defaults. A method that compares frames has a drawn clip. The cost comes from
+benchmarks/results/selection-by-method.csv.
 """
 
 import csv
@@ -24,6 +25,8 @@ FIGURES = ROOT / "docs" / "figures" / "methods"
 COSTS = ROOT / "benchmarks" / "results" / "selection-by-method.csv"
 EXAMPLE = ROOT / "examples" / "first.png"
 FAILS = "When it fails: "
+#: Frames of the clip, in which a circle moves by `STEP` pixels, two visual tokens, from frame to frame.
+FRAMES, STEP = 4, 16
 SPECS = {"chain": ("visionzip(keep=50%)+fastv(keep=50%)",)}
 ACTS = {
     "pixels": "on the pixels",
@@ -39,7 +42,7 @@ HEAD = """# Method gallery
 Each image shows what a method keeps of the visual tokens of one image: `examples/first.png` on [mini](mini.md), with a
 quarter of the tokens or, for methods without such a budget, an example setting. White frames: kept tokens. Tints:
 tokens merged into one, whose place is the small square. Dark: dropped tokens. Methods inside the LLM are drawn as its
-last layer sees the image.
+last layer sees the image. Methods that compare frames have four frames of a drawn clip.
 
 *Cost* is the time and peak memory of deciding and applying, as ratios to those of the encoder CLIP ViT-L/14-336 at 576
 tokens, for 576 and for 2,880 tokens; about a ninth of the tokens remain
@@ -80,7 +83,10 @@ def section(method: Outline, costs: dict[tuple[str, str], dict[str, str]]) -> st
     """Return a method's part of the page: summary, image, facts, options."""
     parts = [f"## {method.name}", method.summary]
     if (FIGURES / f"{method.name}.png").exists():
-        parts.append(f"![What {method.name} keeps of an image](figures/methods/{method.name}.png)")
+        seen = "frames of a video, in which a circle moves" if method.name in clip_methods() else "an image"
+        parts.append(f"![What {method.name} keeps of {seen}](figures/methods/{method.name}.png)")
+    else:
+        parts.append("No image: its tokens are learned queries, which have no place in the image.")
     fails = re.search(rf"{FAILS}(.*?)(?:\n\n|\Z)", method.doc, flags=re.S)
     if not fails:
         raise ValueError(f"the docstring of {method.name} has no paragraph that begins with {FAILS!r}")
@@ -129,6 +135,50 @@ def cost_cell(row: dict[str, str] | None) -> str:
     return f"{int(row['tokens']):,} tokens: {shown} of the encoder's time, {memory:.2f}x its memory"
 
 
+def clip_methods() -> set[str]:
+    """Return the names of the methods that compare the frames of a video."""
+    from vlmzip import catalogue  # slow: it imports torch
+
+    return {name for name, cls in catalogue.available().items() if cls.sees_clip}
+
+
+def clip() -> list:
+    """Draw the frames of a clip in the style of mini's images."""
+    from PIL import Image
+
+    from vlmzip.mini.drawing import draw
+    from vlmzip.mini.scene import Scene, Thing
+
+    still = Thing("shape", "square", "blue", 22, 22, 0, (0, 0, 0), left=58, top=60)
+    frames = []
+    for number in range(FRAMES):
+        moving = Thing("shape", "circle", "red", 22, 22, 0, (0, 0, 0), left=6 + STEP * number, top=14)
+        frames.append(Image.fromarray(draw(Scene(3, "flat", "plain", (still, moving), "circle"), None)))
+    return frames
+
+
+def draw_clip(model, processor, name: str, cls) -> None:
+    """Draw, frame by frame, what a method keeps of the clip with 40 % of the tokens."""
+    import torch
+    from figures import CELL
+    from PIL import Image
+
+    from vlmzip import Grid, VisualTokens
+    from vlmzip.visualize.overlay import PAPER, draw_fates
+
+    frames, grid = clip(), Grid(FRAMES, 12, 12)
+    pixels = processor.image_processor(frames, return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        features = torch.stack(list(model.get_image_features(pixel_values=pixels).pooler_output))
+    token_map = cls(keep="40%").assign(VisualTokens(features.flatten(0, 1)[None], grid, prefix=0))
+    side, gap = 12 * CELL, 6
+    page = Image.new("RGB", (FRAMES * (side + gap) - gap, side), PAPER)
+    for number, frame in enumerate(frames):
+        of_frame = token_map.of_inputs(torch.arange(144) + 144 * number)
+        page.paste(draw_fates(frame, of_frame, Grid(1, 12, 12), 0, CELL), (number * (side + gap), 0))
+    page.save(FIGURES / f"{name}.png", optimize=True)
+
+
 def draw_all() -> None:
     """Draw what each method keeps of the example."""
     from figures import answered, inputs_of  # torch, which `--check` does not need
@@ -142,7 +192,10 @@ def draw_all() -> None:
     mini = Profile(grid=Grid(1, 12, 12), layers=8)
     FIGURES.mkdir(exist_ok=True)
     for name, cls in catalogue.available().items():
-        if cls.sees_clip or cls.trained_weights:  # needs a video, or training
+        if cls.trained_weights:  # its tokens are learned queries, which have no place in the image
+            continue
+        if cls.sees_clip:
+            draw_clip(model, processor, name, cls)
             continue
         for text in SPECS.get(name, (f"{name}(keep=25%)", *(f"{name}({settings})" for settings in cls.examples), name)):
             try:
