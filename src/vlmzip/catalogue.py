@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import entry_points
 from typing import Any, TypeGuard
 
@@ -13,10 +13,46 @@ from vlmzip import methods, own_files, schema
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, check_choice, closest
 from vlmzip.own_files import ENTRY_POINTS
+from vlmzip.sites import KINDS, SIGNALS_OF_TEXT, Kind, Signal, Site
 
 
-def available() -> dict[str, type[Compressor]]:
-    """Return all methods by name: those of `vlmzip.methods`, and the entry points of installed packages."""
+def available(
+    *,
+    kind: Kind | None = None,
+    site: Site | str | None = None,
+    text_aware: bool | None = None,
+    trained_weights: bool | None = None,
+    videos_only: bool | None = None,
+    without: Collection[Signal | str] = (),
+) -> dict[str, type[Compressor]]:
+    """Return all methods by name: those of `vlmzip.methods`, and the entry points of installed packages.
+
+    Filters leave only the methods of a kind, those that can act at a site, those that read the question (or do not),
+    and so on. `without` has signals that your model does not give: methods that need one of them are left out. Raise
+    `UserError` for an unknown kind, site or signal.
+
+        vlmzip.available(kind="prune", site="pre_projector", text_aware=False, without=["cls_attention"])
+    """
+    if kind is not None:
+        check_choice("kind", kind, KINDS)
+    if site is not None:
+        check_choice("site", site, Site)
+    for signal in without:
+        check_choice("signal", signal, Signal)
+    return {
+        name: cls
+        for name, cls in _all().items()
+        if kind in (None, cls.kind)
+        and (site is None or site in cls.sites)
+        and text_aware in (None, bool(cls.needs & SIGNALS_OF_TEXT))
+        and trained_weights in (None, cls.trained_weights)
+        and videos_only in (None, cls.videos_only)
+        and not cls.needs & set(without)
+    }
+
+
+def _all() -> dict[str, type[Compressor]]:
+    """Return all methods by name."""
     classes = _shipped()
     for entry in entry_points(group=ENTRY_POINTS):
         try:
@@ -37,7 +73,7 @@ def find(name: str) -> type[Compressor]:
         return _import(name)
     known = _shipped()
     if name not in known:
-        known = available()  # slower: it looks through all installed packages
+        known = _all()  # slower: it looks through all installed packages
     if name not in known:
         raise UserError(f"unknown method {name!r}{closest(name, known)}")
     return known[name]

@@ -17,12 +17,11 @@ from vlmzip import own_files, schema
 from vlmzip.errors import BudgetError as BudgetError
 from vlmzip.errors import UserError, check_choice
 from vlmzip.keep import A_NINTH, Keep, count_to_keep, parse_keep, round_half_up, shared_out
+from vlmzip.sites import SIGNALS_OF_TEXT, Cost, Kind
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 Positions = Literal["contiguous", "original"]
-Kind = Literal["prune", "merge", "prune and merge", "pool", "none"]
-Cost = Literal["1", "N", "N·log N", "N·k", "N²", "k·N²"]
 
 #: A budget counts as met if the reached retention ratio differs from it by at most this fraction.
 NEAR = 0.05
@@ -115,7 +114,7 @@ class Compressor(ABC):
     paper: ClassVar[str] = ""
     """The method's source, such as "arXiv:2412.04467" or "baseline of arXiv:2406.20092"."""
     kind: ClassVar[Kind] = "prune"
-    """What it does to tokens: keep some ("prune"), join some ("merge"), both, or join windows of the grid ("pool")."""
+    """Whether it drops tokens ("prune"), joins similar ones ("merge"), does both, or joins neighbours ("pool")."""
     cost: ClassVar[Cost] = "N"
     """How its time grows with the number of tokens N of a view and the number k that it keeps."""
     published: ClassVar[Mapping[int, float]] = {}
@@ -140,6 +139,8 @@ class Compressor(ABC):
     """Whether it is for training only: a model cannot be evaluated, saved or served with it."""
     sees_clip: ClassVar[bool] = False
     """Whether it sees all frames of a video at once, as one view. Otherwise it sees each frame as a view."""
+    videos_only: ClassVar[bool] = False
+    """Whether it leaves single images as they are."""
     by_frame: ClassVar[bool] = False
     """Whether it acts on each frame of a video separately inside the LLM, too, where other methods see one sequence."""
     default_positions: ClassVar[Positions | None] = None
@@ -351,7 +352,7 @@ class Compressor(ABC):
     @property
     def text_aware(self) -> bool:
         """Return whether the kept tokens depend on the question."""
-        return bool(self.needs & {Signal.TEXT_ATTENTION, Signal.TEXT_FEATURES})
+        return bool(self.needs & SIGNALS_OF_TEXT)
 
     def stages(self) -> tuple[Compressor, ...]:
         """Return the compressors that it consists of, in the order in which tokens pass them."""

@@ -16,14 +16,17 @@ from typing import Any
 from vlmzip.field_docs import field_docs, with_docs
 from vlmzip.files import is_folder
 from vlmzip.own_files import ENTRY_POINTS
-from vlmzip.sites import Signal, Site
+from vlmzip.sites import SIGNALS_OF_TEXT, Signal, Site
 
 #: How a user can write a method, for help texts and messages.
 METHOD_FORMS = 'a name from `vlmzip methods`, "visionzip(merge=mean)", "dfmr+fastv(layer=3)" or a saved compressor.json'
 #: The file of a saved compressor.
 FILE = "compressor.json"
 #: The class attributes to read, in addition to docstring and fields.
-VALUES = ("paper", "sites", "needs", "examples", "model_types", "example")
+VALUES = (
+    "paper", "sites", "needs", "examples", "model_types", "example", "kind", "cost", "published", "published_in",
+    "trained_weights", "videos_only",
+)  # fmt: skip
 #: The names that the expressions of these attributes may use.
 WORDS = {"Site": Site, "Signal": Signal, "frozenset": frozenset, "tuple": tuple}
 
@@ -45,6 +48,11 @@ class Outline:
     def summary(self) -> str:
         """Return the first line of the docstring."""
         return self.doc.partition("\n")[0]
+
+    @property
+    def text_aware(self) -> bool:
+        """Return whether a method reads the question."""
+        return bool(self.values["needs"] & SIGNALS_OF_TEXT)
 
 
 def methods() -> list[Outline]:

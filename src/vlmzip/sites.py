@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import enum
+from typing import Literal, get_args
+
+#: The kinds of methods; see `Compressor.kind`.
+Kind = Literal["prune", "merge", "prune and merge", "pool", "chain", "none"]
+KINDS: tuple[str, ...] = get_args(Kind)
+#: Orders of growth of a method's time; see `Compressor.cost`.
+Cost = Literal["1", "N", "N·log N", "N·k", "N²", "k·N²"]
 
 
 class Site(enum.StrEnum):
@@ -29,6 +36,8 @@ class Signal(enum.StrEnum):
     PIXELS = "pixels"
 
 
+#: Signals that depend on the question.
+SIGNALS_OF_TEXT = frozenset({Signal.TEXT_ATTENTION, Signal.TEXT_FEATURES})
 #: Signals that come from the attention of the vision encoder.
 ATTENTION_OF_ENCODERS = frozenset(
     {

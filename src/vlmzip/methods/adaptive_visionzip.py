@@ -32,6 +32,8 @@ class AdaptiveVisionZip(Compressor):
     """
 
     paper = "our own combination of dfmr and visionzip"
+    kind = "prune and merge"
+    cost = "N·k"
     examples = ("tau=0.5", "tau=0.2,merge=mean")
     needs = frozenset({Signal.CLS_ATTENTION, Signal.KEYS})
     threshold: ClassVar[str] = DFMR.threshold

@@ -34,6 +34,7 @@ class Chain(Compressor):
     """
 
     paper = "our own combination"
+    kind = "chain"
     sites = tuple(Site)
     budget_fields = ("compressors",)
 

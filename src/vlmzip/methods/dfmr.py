@@ -43,6 +43,7 @@ class DFMR(Compressor):
     """
 
     paper = "arXiv:2412.08771, our reading"
+    kind = "pool"
     examples = ("tau=0.5", "tau=0.1,measure=pixels,windows=max")
     sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR)
     threshold: ClassVar[str] = "tau"

@@ -30,6 +30,8 @@ class Downsample(BudgetedCompressor):
     than with any other method (docs/results.md).
     """
 
+    kind = "pool"
+    cost = "1"
     examples = ("keep=25%",)
     sites = (Site.PIXELS,)
     default_positions = "contiguous"

@@ -37,6 +37,7 @@ class EVS(BudgetedCompressor):
     """
 
     paper = "arXiv:2510.14624"
+    videos_only = True
     examples = ("keep=50%", "keep=64")
     sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR)
     sees_clip = True

@@ -42,6 +42,8 @@ class KMeans(BudgetedCompressor):
     """
 
     paper = "baseline of arXiv:2406.20092"
+    kind = "merge"
+    cost = "N·k"
     examples = ("keep=64", "keep=25%,metric=cosine")
     sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
 

@@ -46,6 +46,7 @@ class LLaVolta(Compressor):
     """
 
     paper = "arXiv:2406.20092"
+    kind = "pool"
     examples = ("layer=2,stride=8", "layer=2,16,stride=8,2", "layer=-1,stride=4,window=2d")
     sites = (Site.IN_LLM, Site.POST_PROJECTOR)
     budget_fields = ("stride",)

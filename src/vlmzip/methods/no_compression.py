@@ -16,6 +16,8 @@ class NoCompression(Compressor):
     When it fails: never, but it saves nothing.
     """
 
+    kind = "none"
+    cost = "1"
     changes_nothing = True
 
     def token_count(self, grid: Grid) -> int:

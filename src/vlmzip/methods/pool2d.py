@@ -28,6 +28,7 @@ class Pool2d(Compressor):
     """
 
     paper = "baseline of arXiv:2412.08771"
+    kind = "pool"
     examples = ("factor=2",)
     sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR)
     budget_fields = ("factor",)

@@ -41,6 +41,8 @@ class QFormer(Resampler):
     """
 
     paper = "arXiv:2301.12597"
+    kind = "merge"
+    cost = "N·k"
     examples = ("queries=64",)
     budget_fields = ("queries",)
 

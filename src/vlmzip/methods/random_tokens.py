@@ -28,6 +28,7 @@ class RandomTokens(BudgetedCompressor):
     """
 
     paper = "baseline of arXiv:2406.20092"
+    cost = "1"
     examples = ("keep=64", "keep=25%,seed=1")
     sites = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
 

@@ -80,6 +80,10 @@ class SparseVLM(Compressor):
     """
 
     paper = "arXiv:2410.04417"
+    kind = "prune and merge"
+    cost = "N²"
+    published = {192: 95.5, 128: 92.9, 64: 86.9}
+    published_in = "MMTok (arXiv:2508.18264)"
     examples = ("budget=64", "schedule=v2,budget=64", "counts=300,200,110,recycle=0.3")
     needs = frozenset({Signal.TEXT_ATTENTION, Signal.TEXT_FEATURES})
     sites = (Site.IN_LLM,)
