@@ -144,7 +144,8 @@ def test_what_comes_from_the_package_can_be_pickled(thing):
 def test_outlines_say_what_the_classes_say():
     for of_source, (name, cls) in zip(outline.methods(), vlmzip.available().items(), strict=True):
         assert (of_source.name, of_source.doc) == (name, inspect.getdoc(cls))
-        values = {"paper": cls.paper, "sites": cls.sites, "needs": cls.needs, "examples": cls.examples}
+        values = {name: getattr(cls, name) for name in outline.VALUES if hasattr(cls, name)}
+        assert len(values) == 10
         assert of_source.values == values
         assert of_source.fields == {field.name: field.doc for field in catalogue.describe(cls)}
     for of_source, family in zip(outline.families(), FAMILIES, strict=True):

@@ -17,7 +17,7 @@ from checked_page import write_or_check
 
 from vlmzip import blueprint, outline
 from vlmzip.lab.table import markdown
-from vlmzip.outline import Outline
+from vlmzip.outline import Facts, Outline
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "methods.md"
@@ -50,6 +50,11 @@ tokens, for 576 and for 2,880 tokens; about a ninth of the tokens remain
 Every method also has `--positions`: `contiguous` renumbers the remaining tokens, `original` keeps their positions.
 Methods with `keep` also have `keep_per_view`, a budget for each view (tile or frame) of an image or video.
 
+In the table, *cost* is how a method's time grows with N visual tokens, of which k remain, and *192 / 128 / 64* is the
+published share of LLaVA-1.5-7B's score, in percent, at these numbers of its 576 tokens. Sources differ in their
+benchmarks, so compare values of one source only; each method's section names it. `vlmzip methods --kind prune
+--no-text-aware` filters this list, and `vlmzip.available(kind="prune", text_aware=False)` does in Python.
+
 `python docs/_make/methods.py` writes this page from the methods' source. `vlmzip methods NAME` prints the same and the
 differences from the authors' code.
 """
@@ -75,8 +80,20 @@ def csv_rows() -> list[dict[str, str]]:
 
 
 def overview(methods: list[Outline]) -> str:
-    rows = [[f"[`{m.name}`](#{m.name})", m.summary, sites(m)] for m in methods]
-    return markdown(["method", "what it does", "acts"], rows) + "\n"
+    rows = [
+        [
+            f"[`{m.name}`](#{m.name})",
+            facts.kind,
+            m.summary,
+            sites(m),
+            "yes" if facts.text_aware else "no",
+            facts.cost,
+            facts.scores,
+        ]
+        for m, facts in ((m, Facts.of(m)) for m in methods)
+    ]
+    heads = ["method", "kind", "what it does", "acts", "reads the question", "cost", "192 / 128 / 64"]
+    return markdown(heads, rows) + "\n"
 
 
 def section(method: Outline, costs: dict[tuple[str, str], dict[str, str]]) -> str:
@@ -92,6 +109,11 @@ def section(method: Outline, costs: dict[tuple[str, str], dict[str, str]]) -> st
         raise ValueError(f"the docstring of {method.name} has no paragraph that begins with {FAILS!r}")
     facts = [f"**Paper**: {paper(method)}.", f"**Acts** {sites(method)}; reads {reads(method)}."]
     linked = re.sub(r"\(docs/((\w+)\.md)\)", r"([\2](\1))", " ".join(fails[1].split()))
+    known = Facts.of(method)
+    trained = "; **it must be trained**" if known.trained_weights else ""
+    facts.append(f"**Kind**: {known.kind}; time grows as {known.cost}{trained}.")
+    if known.published:
+        facts.append(f"**Published** at 192 / 128 / 64 of 576 tokens: {known.scores} % ({known.published_in}).")
     facts.append(f"**When it fails**: {linked}")
     if cost := [cell for tokens in ("576", "2880") if (cell := cost_cell(costs.get((method.name, tokens))))]:
         facts.append(f"**Cost**: {'; '.join(cost)}.")

@@ -101,11 +101,11 @@ def selection_table(files: list[list[dict[str, str]]]) -> list[str]:
 
 def methods_table() -> list[str]:
     """Return every method with the first sentence of its documentation and its source."""
-    lines = ["| method | what it does | paper |", "| --- " * 3 + "|"]
+    lines = ["| method | kind | what it does | paper |", "| --- " * 4 + "|"]
     for method in outline.methods():
         paper = re.sub(r"arXiv:(\S+?)(?=,|$)", r"[\1](https://arxiv.org/abs/\1)", method.values["paper"])
         name = f"[`{method.name}`](src/vlmzip/methods/{method.name}.py)"
-        lines.append(f"| {name} | {method.summary} | {paper or 'none'} |")
+        lines.append(f"| {name} | {method.values['kind']} | {method.summary} | {paper or 'none'} |")
     return lines
 
 

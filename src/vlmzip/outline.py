@@ -49,10 +49,48 @@ class Outline:
         """Return the first line of the docstring."""
         return self.doc.partition("\n")[0]
 
+
+@dataclass(frozen=True)
+class Facts:
+    """A method's entry in the catalogue."""
+
+    name: str
+    kind: str
+    sites: list[str]
+    needs: list[str]
+    text_aware: bool
+    cost: str
+    trained_weights: bool
+    videos_only: bool
+    paper: str
+    published: dict[str, float]
+    """The published percentage of LLaVA-1.5-7B's score that remains, by kept tokens of 576."""
+    published_in: str
+    summary: str
+
+    @classmethod
+    def of(cls, method: Outline) -> Facts:
+        values = method.values
+        return cls(
+            name=method.name,
+            kind=values["kind"],
+            sites=[str(site) for site in values["sites"]],
+            needs=sorted(map(str, values["needs"])),
+            text_aware=bool(values["needs"] & SIGNALS_OF_TEXT),
+            cost=values["cost"],
+            trained_weights=values["trained_weights"],
+            videos_only=values["videos_only"],
+            paper=values["paper"],
+            published={str(kept): score for kept, score in values["published"].items()},
+            published_in=values["published_in"],
+            summary=method.summary,
+        )
+
     @property
-    def text_aware(self) -> bool:
-        """Return whether a method reads the question."""
-        return bool(self.values["needs"] & SIGNALS_OF_TEXT)
+    def scores(self) -> str:
+        """Return the published scores at 192, 128 and 64 tokens, "-" for an unknown one; "" if there are none."""
+        scores = [str(self.published.get(kept, "-")) for kept in ("192", "128", "64")]
+        return " / ".join(scores) if self.published else ""
 
 
 def methods() -> list[Outline]:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
 from dataclasses import asdict
 
 from vlmzip import outline
 from vlmzip.errors import UserError
 from vlmzip.lab.table import print_json, print_table
-from vlmzip.outline import Outline
+from vlmzip.outline import Facts
 
 
 def run(args: Namespace) -> None:
@@ -20,65 +19,38 @@ def run(args: Namespace) -> None:
 
 
 def _print_all(args: Namespace) -> None:
-    rows = [_facts(method) for method in outline.methods() if _is_chosen(method, args)]
+    methods = [facts for facts in map(Facts.of, outline.methods()) if _is_chosen(facts, args)]
     if args.json:
-        print_json(rows)
+        print_json([asdict(facts) for facts in methods])
         return
-    if not rows:
+    if not methods:
         raise UserError("no method has all these properties; leave out one of the filters")
     print_table(
         ["method", "kind", "acts at", "reads", "cost", "192 / 128 / 64", "what it does"],
         [
             [
-                row["name"],
-                row["kind"],
-                ", ".join(row["sites"]),
-                ", ".join(["features", *row["needs"]]),
-                row["cost"],
-                _scores(row["published"]),
-                f"{row['summary']} [{row['paper']}]" if row["paper"] else row["summary"],
+                facts.name,
+                facts.kind,
+                ", ".join(facts.sites),
+                ", ".join(["features", *facts.needs]),
+                facts.cost,
+                facts.scores,
+                f"{facts.summary} [{facts.paper}]" if facts.paper else facts.summary,
             ]
-            for row in rows
+            for facts in methods
         ],
     )
-    print(
-        "cost: growth with N visual tokens and k kept ones. 192 / 128 / 64: published percent of LLaVA-1.5-7B's score;"
-    )
-    print("sources differ, see `vlmzip methods NAME`.")
+    print("cost: how time grows with N visual tokens, of which k remain")
+    print("192 / 128 / 64: published percent of LLaVA-1.5-7B's score; `vlmzip methods NAME` names the source")
 
 
-def _facts(method: Outline) -> dict[str, object]:
-    """Return what the catalogue says of a method, as JSON values."""
-    values = method.values
-    return {
-        "name": method.name,
-        "kind": values["kind"],
-        "sites": [str(site) for site in values["sites"]],
-        "needs": sorted(map(str, values["needs"])),
-        "text_aware": method.text_aware,
-        "cost": values["cost"],
-        "trained_weights": values["trained_weights"],
-        "videos_only": values["videos_only"],
-        "paper": values["paper"],
-        "published": {str(kept): score for kept, score in values["published"].items()},
-        "published_in": values["published_in"],
-        "summary": method.summary,
-    }
-
-
-def _is_chosen(method: Outline, args: Namespace) -> bool:
-    values = method.values
+def _is_chosen(facts: Facts, args: Namespace) -> bool:
     return (
-        args.kind in (None, values["kind"])
-        and (args.site is None or args.site in values["sites"])
-        and args.text_aware in (None, method.text_aware)
-        and not set(values["needs"]) & set(args.without)
+        args.kind in (None, facts.kind)
+        and (args.site is None or args.site in facts.sites)
+        and args.text_aware in (None, facts.text_aware)
+        and not set(facts.needs) & set(args.without)
     )
-
-
-def _scores(published: Mapping[str, float]) -> str:
-    """Return the published scores at 192, 128 and 64 tokens, "-" for an unknown one; "" if there are none."""
-    return " / ".join(str(published.get(kept, "-")) for kept in ("192", "128", "64")) if published else ""
 
 
 def _print_one(name: str, *, as_json: bool) -> None:
@@ -90,18 +62,19 @@ def _print_one(name: str, *, as_json: bool) -> None:
         print_json(
             {
                 "doc": method.doc,
-                **_facts(method),
+                **asdict(Facts.of(method)),
                 "examples": examples,
                 "fields": [asdict(field) for field in fields],
             }
         )
         return
     print(f"{method.name}\n\n{method.doc}\n")
-    facts = _facts(method)
-    print(f"kind: {facts['kind']}; cost: {facts['cost']}; reads: {', '.join(['features', *facts['needs']])}")
-    if facts["published"]:
-        print(f"published on LLaVA-1.5-7B at 192 / 128 / 64 tokens: {_scores(facts['published'])} % of the score")
-        print(f"source: {facts['published_in']}")
+    facts = Facts.of(method)
+    print(f"kind: {facts.kind}; cost: {facts.cost}; reads: {', '.join(['features', *facts.needs])}")
+    if facts.published:
+        print(
+            f"published on LLaVA-1.5-7B at 192 / 128 / 64 tokens: {facts.scores} % of the score ({facts.published_in})"
+        )
     print()
     print_table(
         ["field", "value", "default", "meaning"],
