@@ -29,7 +29,7 @@ ROOMS = {
         "seeds",
         "own_files",
     ),
-    "vocabulary": ("schema", "keep", "processor", "visual_tokens", "token_map", "compressor", "resampler"),
+    "vocabulary": ("schema", "keep", "processor", "visual_tokens", "token_map", "selection", "compressor", "resampler"),
     "methods": ("methods",),
     "catalogue": ("outline", "blueprint", "catalogue", "compressor_file", "spec"),
     "mini_gemini": ("mini_gemini",),
