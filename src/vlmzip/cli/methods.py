@@ -72,9 +72,8 @@ def _print_one(name: str, *, as_json: bool) -> None:
     facts = Facts.of(method)
     print(f"kind: {facts.kind}; cost: {facts.cost}; reads: {', '.join(['features', *facts.needs])}")
     if facts.published:
-        print(
-            f"published on LLaVA-1.5-7B at 192 / 128 / 64 tokens: {facts.scores} % of the score ({facts.published_in})"
-        )
+        print(f"published on LLaVA-1.5-7B at 192 / 128 / 64 tokens: {facts.scores} % of the score")
+        print(f"source: {facts.published_in}")
     print()
     print_table(
         ["field", "value", "default", "meaning"],
