@@ -7,7 +7,7 @@ import torch
 from vlmzip import LLaVolta, NoCompression
 from vlmzip.compressor import Profile
 from vlmzip.keep import A_NINTH, count_to_keep
-from vlmzip.lab.bench.presets import PRESETS, VOCABULARY, Preset, make_config, make_model
+from vlmzip.lab.bench.presets import PRESETS, Preset, make_model
 from vlmzip.lab.table import markdown
 from vlmzip.models import family_of
 from vlmzip.models.family import Family
@@ -66,7 +66,7 @@ def scheme(layer: int, stride: int) -> tuple[int, ...]:
 
 def adapter_of(name: str, scale: float = 1.0) -> Family:
     """Return the family of a model without weights."""
-    return family_of(make_model(make_config(PRESETS[name].scaled(scale)), "meta", torch.bfloat16))
+    return family_of(make_model(PRESETS[name].scaled(scale).config(), "meta", torch.bfloat16, "eager"))
 
 
 def printed_beside_ours() -> tuple[str, float]:
@@ -92,7 +92,7 @@ def differences(worst: float) -> str:
     zip_flops = visionzip_flops(plain, preset.width, preset.mlp)
     third = 2 * zip_flops + 2 * preset.width * preset.mlp * sum(plain)
     visual, with_text = prefill_flops(family, 576), prefill_flops(family, 576 + LLAVOLTA_TEXT)
-    assert third + 2 * preset.width * VOCABULARY == visual  # the page's steps must add up
+    assert third + 2 * preset.width * family.llm_config.vocab_size == visual  # the page's steps must add up
     pooled_with_text = prefill_flops(family, TokenProfile(576, pooled, LLAVOLTA_TEXT).all)
     figures = dict(
         zip=zip_flops,
@@ -116,22 +116,34 @@ def differences(worst: float) -> str:
 def scopes(name: str, scale: float = 1.0) -> list[tuple[float, float]]:
     """Return the FLOPs of LLM prefill and of TTFT, plain and at a ninth."""
     preset = PRESETS[name].scaled(scale)
-    family, each = adapter_of(name, scale), preset.visual_tokens // preset.images
-    kept = preset.images * count_to_keep(A_NINTH, each)
+    inputs = on_meta(preset)
+    (family,) = adapter_of(name, scale).present_in(inputs)
+    kept = preset.images * count_to_keep(A_NINTH, preset.grid.size)
     out = []
     for tokens in (preset.visual_tokens, kept):
         prefill = prefill_flops(family, tokens + BENCH_TEXT)
-        out.append((prefill, prefill + before_the_llm(family, preset, tokens)))
+        out.append((prefill, prefill + before_the_llm(family, inputs, tokens)))
     return out
 
 
-def before_the_llm(family: Family, preset: Preset, projected: int) -> int:
-    tower, projector = family.model.model.vision_tower, family.model.model.multi_modal_projector
-    pixels = torch.empty(preset.images, 3, preset.side, preset.side, device="meta", dtype=torch.bfloat16)
-    features = torch.empty(projected, preset.vision_width, device="meta", dtype=torch.bfloat16)
-    tower.set_attn_implementation("eager")  # the counter sees eager attention's products on every device
-    with torch.no_grad():
-        return flops_inside([tower, projector], lambda: (tower(pixels), projector(features)))
+def on_meta(preset: Preset) -> dict[str, torch.Tensor]:
+    """Return a prompt without values, except for the sizes of images, which a model reads."""
+    inputs = preset.inputs(1, BENCH_TEXT, "cpu", torch.bfloat16)
+    return {name: value if name.endswith("_grid_thw") else value.to("meta") for name, value in inputs.items()}
+
+
+def before_the_llm(family: Family, inputs: dict[str, torch.Tensor], projected: int) -> int:
+    """Return the FLOPs of encoder and projector; a projector that joins patches works on all tokens."""
+    encoder, projector = family.vision_encoder, family.projector
+    for module in encoder.modules():
+        if hasattr(module, "inv_freq"):  # its positions come from the sizes, which are on the CPU
+            module.register_forward_pre_hook(lambda _, arguments: tuple(each.to("meta") for each in arguments))
+    with torch.no_grad():  # eager attention: the counter sees its products on every device
+        flops = flops_inside([encoder], lambda: family.get_features(**family.feature_arguments(inputs)))
+        if projector in encoder.modules():
+            return flops
+        features = torch.empty(projected, family.vision_config.hidden_size, device="meta", dtype=torch.bfloat16)
+        return flops + flops_inside([projector], lambda: projector(features))
 
 
 def limits() -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from vlmzip.lab.bench.presets import PRESETS, make_config, make_model
+from vlmzip.lab.bench.presets import PRESETS, make_model
 from vlmzip.lab.papers.llavolta import FOUR_STAGES, explain_beside_paper
 from vlmzip.lab.table import markdown
 from vlmzip.models import family_of
@@ -80,7 +80,7 @@ def page() -> str:
 def table(shape: str, name: str) -> str:
     """Return the costs of a scheme on a model of this shape."""
     preset = PRESETS[shape]
-    family = family_of(make_model(make_config(preset), "meta", torch.bfloat16))
+    family = family_of(make_model(preset.config(), "meta", torch.bfloat16))
     profile = profile_of(family, preset.images if preset.images > 1 else None)
     cost = explain_beside_paper(scheme(name, profile.layers), family, STEPS, TEXT, profile)
     return markdown(COLUMNS, lines(cost))

@@ -17,7 +17,7 @@ import torch
 
 from vlmzip import attach, spec
 from vlmzip.keep import A_NINTH
-from vlmzip.lab.bench.presets import PRESETS, make_config, make_inputs, make_model
+from vlmzip.lab.bench.presets import PRESETS, make_model
 from vlmzip.lab.bench.timing import cpu_seconds, in_turns, time_answer
 from vlmzip.lab.machine import about
 from vlmzip.models import family_of
@@ -34,8 +34,8 @@ def main() -> None:
     args = parser.parse_args()
 
     preset = PRESETS["llava-1.5-7b"].scaled(1 / 8)
-    model = make_model(make_config(preset), "cpu", torch.float32)
-    family, inputs = family_of(model), make_inputs(preset, 1, args.text_tokens, "cpu", torch.float32)
+    model = make_model(preset.config(), "cpu", torch.float32)
+    family, inputs = family_of(model), preset.inputs(1, args.text_tokens, "cpu", torch.float32)
     profile = family.profile()
     methods = {name: method.at_budget(A_NINTH, profile)[0] for name, method in spec.read_several(args.methods)}
     by_layer = {n: [count + args.text_tokens for count in m.tokens_by_layer(profile)] for n, m in methods.items()}

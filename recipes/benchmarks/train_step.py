@@ -17,7 +17,7 @@ from torch import nn
 from recipes.benchmarks import RESULTS
 from vlmzip import LLaVolta, NoCompression, attach
 from vlmzip.files import write_csv
-from vlmzip.lab.bench.presets import PRESETS, make_config, make_inputs, make_model
+from vlmzip.lab.bench.presets import PRESETS, make_model
 from vlmzip.lab.bench.timing import cpu_seconds, in_turns, now, quartiles, ratios
 from vlmzip.lab.machine import about
 from vlmzip.methods import Pool2d, VisionZip
@@ -49,10 +49,10 @@ def main() -> None:
 
     dtype = torch.float32 if args.device == "cpu" else torch.bfloat16
     preset = PRESETS["llava-1.5-7b"].scaled(args.scale)
-    model = make_model(make_config(preset), args.device, dtype).train()
+    model = make_model(preset.config(), args.device, dtype).train()
     model.model.vision_tower.requires_grad_(False)
     family = family_of(model)
-    inputs = make_inputs(preset, args.batch, args.text_tokens, args.device, dtype)
+    inputs = preset.inputs(args.batch, args.text_tokens, args.device, dtype)
     labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == family.placeholder_id, -100)
     compressed = attach(model, NoCompression())
     clock = {"wall": now, "cpu": cpu_seconds}[args.clock]

@@ -22,7 +22,7 @@ from vlmzip.errors import UserError
 from vlmzip.lab.bench import presets
 from vlmzip.lab.bench.bench import BenchStep, Contender, compare
 from vlmzip.lab.bench.output import doubts
-from vlmzip.lab.bench.presets import PRESETS, Preset, make_config, make_inputs, make_model
+from vlmzip.lab.bench.presets import PRESETS, Llava, Qwen25VL, make_model
 from vlmzip.lab.bench.timing import Spans
 from vlmzip.progress import in_words
 from vlmzip.visual_tokens import Grid
@@ -33,9 +33,10 @@ QUICK = ("--repeats", "2", "--new-tokens", "2", "--text-tokens", "6", "--device"
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
     """Two images of 36 visual tokens, an LLM of 4 layers."""
-    preset = Preset(images=2, side=84, layers=4, heads=1, mlp=64, vision_layers=2, vision_heads=1, vision_mlp=32)
+    preset = Llava(
+        images=2, grid=Grid(1, 6, 6), layers=4, heads=1, mlp=64, vision_layers=2, vision_heads=1, vision_mlp=32
+    )
     monkeypatch.setitem(presets.PRESETS, "llava-1.5-7b", preset)
-    monkeypatch.setattr(presets, "VOCABULARY", 32_064)
 
 
 #: Peaks of a method's run, where no test needs real ones.
@@ -363,6 +364,53 @@ def one_and_a_kill():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+class TestQwen:
+    """A model whose images have a grid of any size, and which takes videos by other inputs."""
+
+    @pytest.fixture(autouse=True)
+    def tiny_qwen(self, monkeypatch):
+        sizes = dict(layers=4, heads=2, key_value_heads=1, mlp=64, vision_layers=2, vision_heads=1, vision_mlp=32)
+        sizes |= dict(vocabulary=151_936, ties_head=True)
+        image = Qwen25VL(images=1, grid=Grid(1, 2, 8), **sizes)
+        monkeypatch.setitem(presets.PRESETS, "qwen2.5-vl-3b", image)
+        video = Qwen25VL(images=2, grid=Grid(1, 2, 4), is_video=True, **sizes)
+        monkeypatch.setitem(presets.PRESETS, "qwen2.5-vl-3b-video", video)
+
+    @pytest.mark.parametrize("preset", ["qwen2.5-vl-3b", "qwen2.5-vl-3b-video"])
+    def test_budgets_are_shares_of_the_tokens_in_the_prompt(self, capsys, preset):
+        methods = "visionzip,pool2d,fastv(layer=1)"
+        asked = ("--preset", preset, "--methods", methods, "--average-keep", "50%", "--repeats", "1")
+        code, out, _ = run(capsys, *asked, "--json")
+        assert code == 0
+        rows = {row["method"]: row for row in json.loads(out)["rows"] if row["scope"] == "LLM prefill"}
+        plain = rows["no_compression"]
+        assert (plain["visual_tokens"], plain["text_tokens"]) == ("16", 6)
+        assert plain["kv_bytes"] == 2 * 128 * 4 * 4 * 22  # one head of keys and values, of two heads of queries
+        assert rows["visionzip"]["visual_tokens"] == "8"
+        assert rows["fastv(layer=1)"]["visual_tokens"] == "16×1 → 5×3"
+        assert all(row["flops_limit"] >= 1 for row in rows.values())
+
+    def test_a_method_that_the_model_refuses_gets_one_line(self, capsys):
+        asked = (
+            "--preset",
+            "qwen2.5-vl-3b",
+            "--methods",
+            "fastv(layer=9),pool2d(factor=2)",
+            "--average-keep",
+            "as-set",
+        )
+        code, out, _ = run(capsys, *asked, "--repeats", "1", "--json")
+        assert code == 0
+        [refused] = json.loads(out)["not_measured"]
+        assert refused["method"] == "fastv(layer=9)"
+        assert "4 layers" in refused["note"]
+        assert "\n" not in refused["note"]
+
+    def test_scaling_keeps_the_grid(self):
+        preset = PRESETS["qwen2.5-vl-7b-video"].scaled(1 / 8)
+        assert (preset.width, preset.key_value_heads, preset.vision_width, preset.visual_tokens) == (512, 1, 160, 1008)
+
+
 class TestPresets:
     @pytest.mark.parametrize(
         ("name", "tokens", "parameters"),
@@ -371,11 +419,15 @@ class TestPresets:
             ("llava-next-7b", 2880, 7.06e9),
             ("llava-next-13b", 2880, 13.4e9),
             ("video-llava-7b", 2048, 7.06e9),
+            ("qwen2.5-vl-3b", 972, 3.755e9),
+            ("qwen2.5-vl-3b-video", 1008, 3.755e9),
+            ("qwen2.5-vl-7b", 972, 8.292e9),
+            ("qwen2.5-vl-7b-video", 1008, 8.292e9),
         ],
     )
     def test_published_sizes(self, name, tokens, parameters):
         preset = PRESETS[name]
-        model = make_model(make_config(preset), "meta", torch.bfloat16)
+        model = make_model(preset.config(), "meta", torch.bfloat16)
         assert preset.visual_tokens == tokens
         assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.01)
 
@@ -388,10 +440,16 @@ class TestPresets:
         assert preset.scaled(1.0) == preset
         assert preset.scaled(0.001).heads == 1
 
+    @pytest.mark.parametrize("scale", [0.9, 0.8, 0.5, 1 / 8, 0.01])
+    def test_heads_of_keys_divide_those_of_queries_at_every_scale(self, scale):
+        for preset in (PRESETS["mgm-2b"], PRESETS["qwen2.5-vl-7b"]):
+            compressed = preset.scaled(scale)
+            assert compressed.heads % compressed.key_value_heads == 0
+
     def test_prompts_have_text_on_both_sides_of_the_images(self):
         preset = PRESETS["llava-1.5-7b"]  # the tiny one
-        inputs = make_inputs(preset, 3, 7, "cpu", torch.float32)
-        image = inputs["input_ids"] == presets.PLACEHOLDER
+        inputs = preset.inputs(3, 7, "cpu", torch.float32)
+        image = inputs["input_ids"] == preset.placeholder
         assert inputs["input_ids"].shape == (3, 79)
         assert image[:, 3:75].all()
         assert not image[:, :3].any()

@@ -7,7 +7,7 @@ import pytest
 from tests.families import save_checkpoint, tiny_llava
 from tests.lab.test_tasks import question, write
 from vlmzip.cli.main import main
-from vlmzip.lab.bench.presets import PRESETS, make_config
+from vlmzip.lab.bench.presets import PRESETS
 
 #: With an image's 36 tokens a prompt takes more, with 8 of them fewer.
 LIMIT = 30
@@ -107,5 +107,5 @@ def test_study_says_it(run, asked, tmp_path, name):
 @pytest.mark.parametrize("name", PRESETS)
 def test_bench_makes_its_llm_large_enough(name):
     preset = PRESETS[name]
-    config = make_config(preset, text_tokens=5000, new_tokens=300)
+    config = preset.config(text_tokens=5000, new_tokens=300)
     assert config.text_config.max_position_embeddings >= preset.visual_tokens + 5300

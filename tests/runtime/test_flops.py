@@ -5,9 +5,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from tests.families import tiny_llava
 from tests.tiny import batch, prompt
 from vlmzip import QFormer, VisionZip, attach, mini
-from vlmzip.lab.bench.presets import PRESETS, make_config, make_model
+from vlmzip.lab.bench.presets import PRESETS, Qwen25VL, make_model
 from vlmzip.models import family_of
 from vlmzip.runtime.flops import flops_inside, kv_cache_bytes, prefill_flops
+from vlmzip.visual_tokens import Grid
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 50])
@@ -50,7 +51,7 @@ def test_within_a_percent_of_torchs_counter_on_mini(tokens):
 @pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-1.5-13b"])
 @pytest.mark.parametrize("tokens", [128, 640])
 def test_within_a_percent_of_torchs_counter_at_published_dimensions(name, tokens):
-    model = make_model(make_config(PRESETS[name]), "meta", torch.bfloat16, "eager")
+    model = make_model(PRESETS[name].config(), "meta", torch.bfloat16, "eager")
     counted = counted_by_torch(model, tokens, "meta")
     assert prefill_flops(family_of(model), tokens) == pytest.approx(counted, rel=0.01)
 
@@ -81,3 +82,37 @@ def test_flops_inside_a_resampler_count_and_the_llms_do_not(llava):
     reading = 2 * 37 * 2 * 32 * 8 + 2 * 4 * 2 * 8 * 8 + 4 * 4 * 37 * 8  # keys and values; queries, output; products
     itself = 2 * 4 * 4 * 8 * 8 + 4 * 4 * 4 * 8  # self-attention
     assert found == reading + itself + 2 * 4 * 2 * 8 * 32 + 2 * 4 * 8 * 48  # MLP, to the LLM
+
+
+class TestQwen:
+    """An encoder that attends in windows, and an LLM with fewer heads of keys than of queries."""
+
+    PRESET = Qwen25VL(
+        images=1, grid=Grid(1, 6, 5), layers=2, heads=4, key_value_heads=1, mlp=48, vision_layers=9, vision_heads=2,
+        vision_mlp=32, vocabulary=151_936, ties_head=True,
+    )  # fmt: skip
+
+    @pytest.mark.parametrize("attention", ["eager", "sdpa"])
+    def test_tokens_of_other_windows_do_not_count(self, attention):
+        model = make_model(self.PRESET.config(), "cpu", torch.float32, attention)
+        inputs = self.PRESET.inputs(1, 4, "cpu", torch.float32)
+        encoder, width = family_of(model).vision_encoder, 160
+        with torch.no_grad():
+            counted = flops_inside([encoder], lambda: model(**inputs, logits_to_keep=1))
+        patches = 6 * 5 * 4
+        linear = 2 * patches * (4 * width**2 + 3 * width * 32)
+        windows = [64, 16, 32, 8]  # 4 x 4 tokens of 4 patches, and what is left at the right and at the bottom
+        products = [4 * width * sum(size**2 for size in sizes) for sizes in (windows, [patches])]
+        embedding = 2 * patches * 3 * 2 * 14**2 * width
+        merger = 2 * 30 * (640 * 640 + 640 * 512)
+        # Block 7 of the nine attends to all patches.
+        assert counted == embedding + 9 * linear + 8 * products[0] + products[1] + merger
+
+    def test_few_heads_of_keys_make_small_projections_and_whole_products(self):
+        model = make_model(self.PRESET.config(), "cpu", torch.float32, "eager")
+        family = family_of(model)
+        layer = 2 * (2 * 512 * 512 + 2 * 512 * 128 + 3 * 512 * 48) * 34 + 4 * 34**2 * 512
+        assert prefill_flops(family, 34) == 2 * layer + 2 * 512 * 151_936
+        rotary = 2 * 3 * 64 * 34
+        assert counted_by_torch(model, 34) - prefill_flops(family, 34) in (0, rotary)
+        assert kv_cache_bytes(family, 34) == 2 * 2 * 128 * 4 * 34

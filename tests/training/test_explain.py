@@ -5,7 +5,7 @@ import torch
 
 from tests.families import FAMILIES
 from vlmzip.errors import UserError
-from vlmzip.lab.bench.presets import PRESETS, make_config, make_model
+from vlmzip.lab.bench.presets import PRESETS, make_model
 from vlmzip.lab.papers.llavolta import explain_beside_paper as explain
 from vlmzip.models import family_of
 from vlmzip.training.explain import COLUMNS, draw_staircase, lines
@@ -25,7 +25,7 @@ TOKENS = {
 
 @pytest.fixture(scope="module")
 def llava_7b():
-    return family_of(make_model(make_config(PRESETS["llava-1.5-7b"]), "meta", torch.bfloat16))
+    return family_of(make_model(PRESETS["llava-1.5-7b"].config(), "meta", torch.bfloat16))
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from vlmzip import spec
 from vlmzip.children import ChildFailed
@@ -25,10 +25,10 @@ from vlmzip.cli._shared.method import refuse_second_budgets
 from vlmzip.compressor import BudgetError, Compressor, Profile
 from vlmzip.errors import UserError, closest
 from vlmzip.keep import AS_SET, parse_keep
-from vlmzip.lab.bench.bench import PLAIN, Contender, bench, peaks
+from vlmzip.lab.bench.bench import PLAIN, Contender, bench, peaks, profile_of
 from vlmzip.lab.bench.memory import available_bytes, in_frugal_process
 from vlmzip.lab.bench.output import Measurement, as_json, doubts, gaps, print_tables, table
-from vlmzip.lab.bench.presets import PRESETS, Preset, make_config, make_inputs, make_model
+from vlmzip.lab.bench.presets import PRESETS, Preset, make_model
 from vlmzip.lab.bench.timing import cpu_seconds, now
 from vlmzip.lab.budgets import counts_remaining, fit, keep_of
 from vlmzip.lab.machine import about, file_name
@@ -118,15 +118,16 @@ def _measure(
 ) -> None:
     """Time the methods, then measure their memory; call `keep` with each result."""
     methods = [(name, method) for name, method in methods if name != PLAIN]
-    config = make_config(preset, args.text_tokens, args.new_tokens)
+    config = preset.config(args.text_tokens, args.new_tokens)
     _refuse_what_cannot_run(args, config, device, dtype)
     rounds = f"{args.repeats} rounds" if args.repeats > 1 else "one round"
     log.info(f"{len(methods) + 1} methods, {PLAIN} among them: {rounds} of each, after a warm-up round")
     with spinner("making the model"):
         model = _make_model(args, config, device, dtype)
-        inputs = make_inputs(preset, args.batch, args.text_tokens, device, dtype)
-        family = family_of(model)
-        contenders = [_set_up(name, method, args.budget, family.profile()) for name, method in methods]
+        inputs = preset.inputs(args.batch, args.text_tokens, device, dtype)
+        (family,) = family_of(model).present_in(inputs)
+        profile = profile_of(family, inputs)
+        contenders = [_set_up(name, method, args.budget, profile) for name, method in methods]
     runs = Work("warming up", (1 + len(contenders)) * (1 + args.repeats + MEMORY_ROUNDS))
     with bar(runs) as runs.changed:
         progress = Progress(runs, starting=START if device.type == "cpu" else 0)
@@ -170,8 +171,8 @@ def _measure_memory(
 
 
 def _make_model(
-    args: Namespace, config: LlavaConfig, device: str | torch.device, dtype: torch.dtype
-) -> LlavaForConditionalGeneration:
+    args: Namespace, config: PreTrainedConfig, device: str | torch.device, dtype: torch.dtype
+) -> PreTrainedModel:
     try:
         return make_model(config, device, dtype, args.attention)
     except (ImportError, ValueError) as error:  # FlashAttention is not installed or does not support this dtype
@@ -184,7 +185,7 @@ def _peaks(
     device: torch.device,
     dtype: torch.dtype,
     compressors: list[Compressor | None],
-    model: LlavaForConditionalGeneration | None = None,
+    model: PreTrainedModel | None = None,
 ) -> Iterator[int | None]:
     progress = Progress()  # without a bar: on a CPU, the bar belongs to the parent process
 
@@ -192,10 +193,10 @@ def _peaks(
         progress.say(f"measuring the memory: {done} of {len(compressors)} methods done", DUE)
 
     if model is None:
-        config = make_config(preset, args.text_tokens, args.new_tokens)
+        config = preset.config(args.text_tokens, args.new_tokens)
         _refuse_what_cannot_run(args, config, device, dtype)
         model = _make_model(args, config, device, dtype)
-    inputs = make_inputs(preset, args.batch, args.text_tokens, device, dtype)
+    inputs = preset.inputs(args.batch, args.text_tokens, device, dtype)
     return peaks(model, inputs, compressors, args.new_tokens, telling)
 
 
@@ -220,7 +221,9 @@ def _set_up(name: str, method: Compressor, budget: str | None, profile: Profile)
         return Contender(name, method.placed(profile), f"runs with its own settings, not at this budget: {error}")
 
 
-def _refuse_what_cannot_run(args: Namespace, config: LlavaConfig, device: torch.device, dtype: torch.dtype) -> None:
+def _refuse_what_cannot_run(
+    args: Namespace, config: PreTrainedConfig, device: torch.device, dtype: torch.dtype
+) -> None:
     """Raise `UserError` if the attention implementation is unavailable or the weights exceed the free memory.
 
     Without this check, the system would kill the process.

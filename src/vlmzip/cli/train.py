@@ -7,6 +7,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from vlmzip import own_files
 from vlmzip.cli._shared.loading import load
 from vlmzip.errors import UserError, closest, refusing
 from vlmzip.files import refuse_place, refuse_source, write_whole
-from vlmzip.lab.bench.presets import PRESETS, make_config, make_model
+from vlmzip.lab.bench.presets import PRESETS, make_model
 from vlmzip.lab.papers.llavolta import explain_beside_paper
 from vlmzip.lab.score import TaskScore
 from vlmzip.lab.table import print_json, print_table
@@ -95,8 +96,11 @@ def _explain(config: Config, args: Namespace) -> None:
         _check_image(args.staircase)
     _note_what_is_missing(config)
     family, steps = _on_paper(config, args.shape), _steps(config)
-    views = config.frames or (PRESETS[args.shape].images if args.shape else 1)
+    shape = PRESETS[args.shape] if args.shape else None
+    views = config.frames or (shape.images if shape else 1)
     profile = profile_of(family, views if views > 1 else None)
+    if shape is not None:
+        profile = replace(profile, grid=shape.grid, tiles=(shape.grid,) * len(profile.tiles))
     schedule = config.schedule_for(profile.layers)
     cost = explain_beside_paper(schedule, family, steps, config.text_tokens, profile)
     _note_unreached(cost, steps)
@@ -132,7 +136,7 @@ def _on_paper(config: Config, preset: str | None) -> Family:
     if preset is not None:
         if preset not in PRESETS:
             raise UserError(f"--shape: unknown preset {preset!r}{closest(preset, PRESETS)}")
-        return family_of(make_model(make_config(PRESETS[preset]), "meta", torch.bfloat16))
+        return family_of(make_model(PRESETS[preset].config(), "meta", torch.bfloat16))
     try:
         shape = load_config(source_of(config.model))
         with refusing(f"cannot read the shape of {config.model!r}"), torch.device("meta"):

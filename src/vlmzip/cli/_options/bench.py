@@ -59,5 +59,7 @@ def _presets_help() -> str:
     return (
         "llava-1.5-7b, llava-1.5-13b: 576 visual tokens; llava-next-7b, llava-next-13b: the same models at LLaVA-NeXT's"
         " 2,880, as five images; video-llava-7b: at Video-LLaVA's 2,048, as eight;"
-        " mgm-2b: 576, with an LLM of Gemma-2B's dimensions; default: %(default)s"
+        " mgm-2b: 576, with an LLM of Gemma-2B's dimensions; qwen2.5-vl-3b, qwen2.5-vl-7b: 972, an image of 1008 x 756"
+        " pixels; qwen2.5-vl-3b-video, qwen2.5-vl-7b-video: 1,008, a clip of 8 frames of 588 x 336 pixels;"
+        " default: %(default)s"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from typing import Literal
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from vlmzip.compressor import Compressor
+from vlmzip.compressor import Compressor, Profile
 from vlmzip.errors import reason
 from vlmzip.lab.bench.memory import peak_bytes
 from vlmzip.lab.bench.timing import Quartiles, Spans, in_turns, now, quartiles, ratios, time_answer
@@ -108,6 +108,12 @@ def compare(contender: Contender, plain: Contender, scope: Scope) -> Compared:
     )
 
 
+def profile_of(family: Family, inputs: Mapping[str, Tensor]) -> Profile:
+    """Return the profile of the first image or video of `inputs`, which may have another size than the model's own."""
+    first, *others = family.layouts(inputs)[0].views
+    return replace(family.profile(), grid=first, tiles=tuple(others))
+
+
 def bench(
     model: LlavaForConditionalGeneration,
     family: Family,
@@ -122,8 +128,8 @@ def bench(
 ) -> list[Contender]:
     """Time the plain model and the contenders in turns. A contender that fails gets a note and drops out.
 
-    Raise what the plain model raises. `telling` is called before each run, and `keeping` with all contenders after each
-    round.
+    Raise what the plain model raises. `family` is that of the images or videos in `inputs`. `telling` is called
+    before each run, and `keeping` with all contenders after each round.
     """
     plain = Contender(PLAIN, None)
     running = []
