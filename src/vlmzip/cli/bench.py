@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from vlmzip import spec
 from vlmzip.children import ChildFailed
@@ -28,7 +28,7 @@ from vlmzip.keep import AS_SET, parse_keep
 from vlmzip.lab.bench.bench import PLAIN, Contender, bench, peaks, profile_of
 from vlmzip.lab.bench.memory import available_bytes, in_frugal_process
 from vlmzip.lab.bench.output import Measurement, as_json, doubts, gaps, print_tables, table
-from vlmzip.lab.bench.presets import PRESETS, Preset, make_model
+from vlmzip.lab.bench.presets import PRESETS, Model, Preset, make_model
 from vlmzip.lab.bench.timing import cpu_seconds, now
 from vlmzip.lab.budgets import counts_remaining, fit, keep_of
 from vlmzip.lab.machine import about, file_name
@@ -170,9 +170,7 @@ def _measure_memory(
             contender.without_peak = f"the memory was not measured: {error}"
 
 
-def _make_model(
-    args: Namespace, config: PreTrainedConfig, device: str | torch.device, dtype: torch.dtype
-) -> PreTrainedModel:
+def _make_model(args: Namespace, config: PreTrainedConfig, device: str | torch.device, dtype: torch.dtype) -> Model:
     try:
         return make_model(config, device, dtype, args.attention)
     except (ImportError, ValueError) as error:  # FlashAttention is not installed or does not support this dtype
@@ -185,7 +183,7 @@ def _peaks(
     device: torch.device,
     dtype: torch.dtype,
     compressors: list[Compressor | None],
-    model: PreTrainedModel | None = None,
+    model: Model | None = None,
 ) -> Iterator[int | None]:
     progress = Progress()  # without a bar: on a CPU, the bar belongs to the parent process
 

@@ -12,11 +12,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import LlavaForConditionalGeneration
 
 from vlmzip.compressor import Compressor, Profile
 from vlmzip.errors import reason
 from vlmzip.lab.bench.memory import peak_bytes
+from vlmzip.lab.bench.presets import Model
 from vlmzip.lab.bench.timing import Quartiles, Spans, in_turns, now, quartiles, ratios, time_answer
 from vlmzip.methods import NoCompression
 from vlmzip.models.family import Family
@@ -52,7 +52,7 @@ class Contender:
     spans: list[Spans] = field(default_factory=list)
 
     @contextmanager
-    def on(self, model: LlavaForConditionalGeneration) -> Iterator[LlavaForConditionalGeneration | CompressedModel]:
+    def on(self, model: Model) -> Iterator[Model | CompressedModel]:
         """Provide the model as this contender uses it, and restore it after the block."""
         if self.compressor is None:
             yield model
@@ -115,7 +115,7 @@ def profile_of(family: Family, inputs: Mapping[str, Tensor]) -> Profile:
 
 
 def bench(
-    model: LlavaForConditionalGeneration,
+    model: Model,
     family: Family,
     inputs: Mapping[str, Tensor],
     contenders: Sequence[Contender],
@@ -164,7 +164,7 @@ def bench(
 
 def _count(
     contender: Contender,
-    compressed: LlavaForConditionalGeneration | CompressedModel,
+    compressed: Model | CompressedModel,
     family: Family,
     inputs: Mapping[str, Tensor],
 ) -> None:
@@ -189,7 +189,7 @@ def _count(
 
 
 def peaks(
-    model: LlavaForConditionalGeneration,
+    model: Model,
     inputs: Mapping[str, Tensor],
     compressors: Sequence[Compressor | None],
     new_tokens: int,

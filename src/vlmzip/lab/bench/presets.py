@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,15 +14,18 @@ from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedConfig,
-    PreTrainedModel,
     Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
 )
 
 from vlmzip.errors import UserError
 from vlmzip.keep import round_half_up
 from vlmzip.visual_tokens import Grid
 
+#: The models of all presets.
+Model: TypeAlias = LlavaForConditionalGeneration | Qwen2_5_VLForConditionalGeneration
 #: Width of an attention head in the LLM of every preset.
 LLM_HEAD = 128
 #: Tokens of text are drawn from here: no preset has a special token among them.
@@ -260,11 +263,9 @@ PRESETS: dict[str, Preset] = {
 
 def make_model(
     config: PreTrainedConfig, device: str | torch.device, dtype: torch.dtype, attention: str = "sdpa"
-) -> PreTrainedModel:
+) -> Model:
     """Return a model with random weights, made on the device. On "meta" it has no weights."""
     torch.manual_seed(0)
     with torch.device(device):
-        model: PreTrainedModel = AutoModelForImageTextToText.from_config(
-            config, dtype=dtype, attn_implementation=attention
-        )
+        model: Model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation=attention)
     return model.eval()
