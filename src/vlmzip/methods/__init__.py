@@ -19,3 +19,4 @@ from vlmzip.methods.qformer import QFormer as QFormer
 from vlmzip.methods.random_tokens import RandomTokens as RandomTokens
 from vlmzip.methods.sparsevlm import SparseVLM as SparseVLM
 from vlmzip.methods.visionzip import VisionZip as VisionZip
+from vlmzip.methods.vispruner import VisPruner as VisPruner
