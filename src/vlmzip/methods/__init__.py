@@ -11,6 +11,7 @@ from vlmzip.methods.downsample import Downsample as Downsample
 from vlmzip.methods.evs import EVS as EVS
 from vlmzip.methods.fastervlm import FasterVLM as FasterVLM
 from vlmzip.methods.fastv import FastV as FastV
+from vlmzip.methods.hiprune import HiPrune as HiPrune
 from vlmzip.methods.kmeans import KMeans as KMeans
 from vlmzip.methods.llavolta import LLaVolta as LLaVolta
 from vlmzip.methods.no_compression import NoCompression as NoCompression
