@@ -42,3 +42,22 @@ def test_spread_is_the_same_without_a_matrix(features, small_chunks):
 
 def test_a_single_token_has_no_neighbour():
     assert Cosines(torch.randn(2, 1, 4)).nearest().tolist() == [[-1], [-1]]
+
+
+def test_gains_shrink_by_what_changed_rows_lose(monkeypatch):
+    """On a CPU only changed rows are read, on other devices the whole matrix: the whole numbers are equal."""
+    draw = torch.Generator().manual_seed(0)
+    matrix = torch.randint(-(2**20), 2**20, (3, 40, 30), generator=draw, dtype=torch.int32)
+    before = torch.randint(0, 2**19, (3, 40), generator=draw, dtype=torch.int32)
+    after = torch.maximum(before, matrix[..., 7])
+    truth = (matrix.long() - after[..., None]).clamp(min=0).sum(1)
+    for entries in (1, 1000, 2**21):
+        monkeypatch.setattr(selection, "READ", entries)
+        assert torch.equal(selection.gains_at(matrix, after), truth)
+        assert torch.equal(selection.gains_at(matrix, before) - selection.gains_lost(matrix, before, after), truth)
+
+
+def test_views_take_turns_only_as_far_as_they_must(monkeypatch):
+    monkeypatch.setattr(selection, "KEPT_TO_COVER", 100)
+    assert [list(range(5))[views] for views in selection.views_at_once(5, 50)] == [[0, 1], [2, 3], [4]]
+    assert [list(range(2))[views] for views in selection.views_at_once(2, 500)] == [[0], [1]]

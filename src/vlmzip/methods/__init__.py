@@ -18,6 +18,7 @@ from vlmzip.methods.no_compression import NoCompression as NoCompression
 from vlmzip.methods.pool2d import Pool2d as Pool2d
 from vlmzip.methods.qformer import QFormer as QFormer
 from vlmzip.methods.random_tokens import RandomTokens as RandomTokens
+from vlmzip.methods.scope import SCOPE as SCOPE
 from vlmzip.methods.sparsevlm import SparseVLM as SparseVLM
 from vlmzip.methods.visionzip import VisionZip as VisionZip
 from vlmzip.methods.vispruner import VisPruner as VisPruner
