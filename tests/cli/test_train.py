@@ -72,6 +72,13 @@ def test_with_steps_given_the_records_need_not_be_there(explain):
     assert steps(explain(steps=9, records="nowhere.json", batch=64)[0]) == [3, 3, 3]
 
 
+@pytest.mark.parametrize(("shape", "tokens"), [("qwen2.5-vl-3b", 972), ("qwen2.5-vl-3b-video", 1008)])
+def test_a_shape_brings_the_tokens_of_its_prompts(data, capsys, shape, tokens):
+    path = write_config(data, name="shape.yaml")
+    assert main(["train", str(path), "--explain", "--json", "--shape", shape]) == 0
+    assert json.loads(capsys.readouterr().out)["stages"][-1]["of"] == 36 * tokens  # over all layers
+
+
 def test_text_is_counted_as_many_tokens_as_the_configuration_says(explain):
     by_text = [explain(text_tokens=count)[0]["flops"] for count in (0, 62, 1000)]
     assert by_text == sorted(by_text)
