@@ -111,7 +111,7 @@ def reasons(models: list[Checked]) -> str:
 
 def without_names(model: Checked, reason: str) -> str:
     """Return a reason without names of classes and counts of tokens, so that equal reasons read the same."""
-    reason = reason.partition("; these methods work")[0]
+    reason = reason.partition("; these methods work")[0].partition("; see docs/")[0]
     reason = re.sub(r"^\d+ of \d+ visual tokens", "some visual tokens", reason)
     reason = re.sub(r" \(\d+ patches, \d+ tokens\)", "", reason)
     reason = reason.replace(model.model, "the model") if model.model else reason

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vlmzip.errors import UnfitMethod
+from vlmzip.models.encoder_run import flat, token_field
 from vlmzip.models.llm_attention import Recorded
 from vlmzip.models.recording import Recording, record
 from vlmzip.models.towers.tower import OTHER_METHODS, Tower
@@ -109,9 +110,8 @@ def run_behind(get_image_features: Any, tower: Tower, arguments: InputDict, laye
             record(outputs, called) as recording,
         ):
             copies = {name: value.clone() if isinstance(value, Tensor) else value for name, value in arguments.items()}
-            pooled = get_image_features(**copies, return_dict=True).pooler_output
-            features = torch.cat([image.flatten(0, -2) for image in pooled])
-            yield Behind(recording, states[0], features)
+            output = get_image_features(**copies, return_dict=True)
+            yield Behind(recording, states[0], flat(output[token_field(output)]))
     finally:
         handle.remove()
 

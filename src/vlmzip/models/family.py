@@ -189,7 +189,9 @@ class Family:
         Raise `UserError` if videos are, and the family does not know them.
         """
         if inputs.get("pixel_values_videos") is not None and len(self.modalities) == 1:
-            raise UserError(f"vlmzip cannot compress videos of {type(self.model).__name__} yet: give it images")
+            raise UserError(
+                f"vlmzip cannot compress videos of {type(self.model).__name__} yet: give it images; {ADD_A_FAMILY}"
+            )
         return [each for each in self.modalities if inputs.get(each.image_inputs[0]) is not None]
 
     @property
@@ -593,11 +595,7 @@ class Family:
         if self._has_grids:
             grids, placeholders = self._grids_of_patches(inputs)
             if self.modality == "video":
-                grids = grids if placeholders is None else with_joined_frames(grids, placeholders)
-                layouts = {
-                    grid: Layout.of_frames(grid._replace(frames=1), grid.frames) for grid in dict.fromkeys(grids)
-                }
-                return [layouts[grid] for grid in grids]
+                return self._layouts_of_videos(inputs, grids, placeholders)
             if type(self) is not Family or placeholders in (None, sum(grid.size for grid in grids)):
                 return Layout.of_single_views(grids)
         if VIEW_GRIDS in self.image_inputs and inputs.get(VIEW_GRIDS) is not None:
@@ -608,6 +606,20 @@ class Family:
             return Layout.of_views(views)
         tokens = tokens_of_view(inputs[self.image_inputs[0]], counts)
         return Layout.of_equal_views([(square_of(tokens or n), n // (tokens or n)) for n in counts])
+
+    def _layouts_of_videos(self, inputs: Inputs, grids: list[Grid], placeholders: int | None) -> list[Layout]:
+        """Return the layout of each video with a grid of frames, rows and columns.
+
+        If the prompt has other numbers of placeholders, for example for the ends of rows, each frame has an equal part.
+        """
+        videos = grids if placeholders is None else with_joined_frames(grids, placeholders)
+        if placeholders not in (None, sum(grid.size for grid in videos)):
+            counts = placeholders_of_images(inputs["input_ids"] == self.placeholder_id, len(grids))
+            if len(counts) == len(grids) and not any(n % grid.frames for n, grid in zip(counts, grids, strict=True)):
+                frames = [square_of(n // grid.frames) for n, grid in zip(counts, grids, strict=True)]
+                videos = [frame._replace(frames=grid.frames) for frame, grid in zip(frames, grids, strict=True)]
+        layouts = {grid: Layout.of_frames(grid._replace(frames=1), grid.frames) for grid in dict.fromkeys(videos)}
+        return [layouts[grid] for grid in videos]
 
     def _described(self, inputs: Inputs) -> int | None:
         """Return the number of images that inputs beside the pixels describe; `None` if they do not agree on one."""

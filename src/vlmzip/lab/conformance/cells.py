@@ -66,7 +66,7 @@ def check(folder: str) -> Checked:
     try:
         family = type(family_of(model)).__module__.rpartition(".")[2]
     except UserError as error:
-        return Checked(folder, name, "", "refused", str(error).partition("; see")[0], {})
+        return Checked(folder, name, "", "refused", str(error).partition(". It supports")[0], {})
     cells = {method.name(): _check_method(model, prompts, plain, method) for method in methods()}
     of_video = [NoCompression(), RandomTokens(keep=0.5), EVS(keep=0.5)]
     video = check_video(model, prompts, of_video, TOLERANCE)

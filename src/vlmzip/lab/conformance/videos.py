@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError
+from vlmzip.errors import ADD_A_FAMILY, UserError
 from vlmzip.lab.conformance.images import (
     SEPARATOR,
     Inputs,
@@ -44,7 +44,10 @@ def check_video(model: PreTrainedModel, prompts: Prompts, methods: list[Compress
     if features is None:
         return [NO_VIDEO, "it has no get_video_features"]
     if len(family_of(model).modalities) == 1:
-        return ["refused", f"vlmzip cannot compress videos of {type(model).__name__} yet: give it images"]
+        return [
+            "refused",
+            f"vlmzip cannot compress videos of {type(model).__name__} yet: give it images; {ADD_A_FAMILY}",
+        ]
     try:
         inputs, plain = _asked(model, features, prompts)
     except Exception as error:  # any code of transformers can run here
