@@ -11,9 +11,13 @@ import transformers
 from vlmzip.cli.main import main
 from vlmzip.lab.conformance import results, run
 from vlmzip.lab.conformance.cells import check
+from vlmzip.lab.conformance.families import FAMILIES, Tiny
+from vlmzip.lab.conformance.prompts import Prompts
 from vlmzip.lab.conformance.results import Checked
 from vlmzip.lab.conformance.run import check_all, check_each
-from vlmzip.lab.conformance.tiny import folders
+from vlmzip.lab.conformance.tiny import folders, model_class, tiny_model
+from vlmzip.lab.conformance.videos import check_video
+from vlmzip.methods import EVS, NoCompression, RandomTokens
 
 COMMITTED = {model.folder: model for model in results.models_of(results.committed())}
 #: A family with a file, a model of the default family, refused ones, and one whose placeholders stand in rows.
@@ -57,6 +61,32 @@ def test_checks_give_the_committed_statuses(folder):
 @pytest.mark.parametrize("folder", SAMPLE)
 def test_checks_of_further_models_give_the_committed_statuses(folder):
     assert_as_committed(folder)
+
+
+@is_newest
+def test_a_video_whose_rows_have_ends():
+    """The encoder of HY V4 makes a token for the end of each row, so a frame of 2 x 2 has 6 tokens."""
+    tiny = FAMILIES.get("hy_v4_vl", Tiny())
+    model = tiny_model(model_class("hy_v4_vl"), tiny.changes)
+    methods = [NoCompression(), RandomTokens(keep=0.5), EVS(keep=0.5)]
+    assert check_video(model, Prompts(model, tiny), methods, 1e-3) == ["works", ""]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(transformers.__version__ == "5.24.0", reason="Llama 4 itself fails in this version")
+@pytest.mark.skipif("llama4" not in folders(), reason="not in this version of transformers")
+def test_llama4_works():
+    """Its forward projects the tokens, so that the encoder's output has no others."""
+    model = check("llama4")
+    assert model.status == "works"
+    assert model.status_of("visionzip") == "refused"
+    assert model.status_of("dfmr") == "works"
+
+
+def test_refusals_of_models_link_to_the_page():
+    for model in COMMITTED.values():
+        if "has no family file" in model.reason or model.video[1].startswith("vlmzip cannot compress videos"):
+            assert (model.reason or model.video[1]).endswith("; see docs/add_a_family.md")
 
 
 @is_newest
