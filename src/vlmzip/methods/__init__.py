@@ -12,6 +12,7 @@ from vlmzip.methods.evs import EVS as EVS
 from vlmzip.methods.fastervlm import FasterVLM as FasterVLM
 from vlmzip.methods.fastv import FastV as FastV
 from vlmzip.methods.hiprune import HiPrune as HiPrune
+from vlmzip.methods.holov import HoloV as HoloV
 from vlmzip.methods.kmeans import KMeans as KMeans
 from vlmzip.methods.llavolta import LLaVolta as LLaVolta
 from vlmzip.methods.no_compression import NoCompression as NoCompression
