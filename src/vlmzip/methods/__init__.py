@@ -17,6 +17,7 @@ from vlmzip.methods.kmeans import KMeans as KMeans
 from vlmzip.methods.llavolta import LLaVolta as LLaVolta
 from vlmzip.methods.no_compression import NoCompression as NoCompression
 from vlmzip.methods.pool2d import Pool2d as Pool2d
+from vlmzip.methods.prunesid import PruneSID as PruneSID
 from vlmzip.methods.qformer import QFormer as QFormer
 from vlmzip.methods.random_tokens import RandomTokens as RandomTokens
 from vlmzip.methods.scope import SCOPE as SCOPE
