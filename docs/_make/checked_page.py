@@ -19,5 +19,5 @@ def write_or_check(page: Path, make: Callable[[], str], about: str) -> int:
         return 0
     if page.exists() and page.read_text(encoding="utf-8") == text:
         return 0
-    print(f"{page.name} is out of date: run python docs/_make/{page.stem}.py", file=sys.stderr)
+    print(f"{page} is out of date: run python docs/_make/{page.stem}.py", file=sys.stderr)
     return 1

@@ -1,7 +1,7 @@
-"""Write docs/methods.md, the gallery of methods, from the methods' own docstrings and fields.
+"""Write docs/methods.md, the gallery of methods, from the methods' own docstrings and fields, and docs/api/methods.md.
 
-python docs/_make/methods.py            writes the page, and draws its images into docs/figures/methods
-python docs/_make/methods.py --check    exits with 1 if the page is not what this would write; draws nothing
+python docs/_make/methods.py            writes the pages, and draws images into docs/figures/methods
+python docs/_make/methods.py --check    exits with 1 if a page is not what this would write; draws nothing
 
 The images show examples/first.png and its question on mini, with a quarter of the tokens. A method without a budget has
 its first example, or its defaults. A method that compares frames has a drawn clip. The cost comes from
@@ -21,6 +21,7 @@ from vlmzip.outline import Facts, Outline
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "methods.md"
+API = ROOT / "docs" / "api" / "methods.md"
 FIGURES = ROOT / "docs" / "figures" / "methods"
 COSTS = ROOT / "benchmarks" / "results" / "selection-by-method.csv"
 EXAMPLE = ROOT / "examples" / "first.png"
@@ -36,6 +37,11 @@ ACTS = {
 }
 #: Every method has these options, or every method with a budget; the head of the page explains them.
 COMMON = ("positions", "keep_per_view")
+
+API_HEAD = """# API: methods
+
+Each method is a frozen dataclass. Its fields are also its options on the command line and the keys of
+`compressor.json`. [The gallery](../methods.md) shows what each method does."""
 
 HEAD = """# Method gallery
 
@@ -63,7 +69,12 @@ differences from the authors' code.
 def main() -> int:
     if "--check" not in sys.argv:
         draw_all()
-    return write_or_check(PAGE, page, __doc__ or "")
+    return max(write_or_check(PAGE, page, __doc__ or ""), write_or_check(API, api_page, __doc__ or ""))
+
+
+def api_page() -> str:
+    """Return the API reference of all methods."""
+    return "\n\n".join([API_HEAD, *(f"::: vlmzip.{name}" for name in sorted(outline.method_classes()))]) + "\n"
 
 
 def page() -> str:

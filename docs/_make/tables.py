@@ -15,12 +15,14 @@ vlmzip.lab.papers, the models from the results of `make conformance`, and the me
 import argparse
 import csv
 import difflib
-import re
 import sys
+from itertools import product
 from pathlib import Path
 
 from vlmzip import outline
 from vlmzip.lab.conformance.results import Checked, committed, models_of
+from vlmzip.outline import Facts
+from vlmzip.sites import ATTENTION_OF_ENCODERS
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTHING = "—"
@@ -28,6 +30,11 @@ NEAR = 0.05
 GPU = "NVIDIA-H200"
 MIB = 2**20
 MEASURED = {"llava-1.5-7b": "LLaVA-1.5-7B, 576", "llava-next-7b": "LLaVA-NeXT-7B, 2,880"}
+ACTS = {"pixels": "on the pixels", "encoder": "inside the vision encoder", "in_llm": "inside the LLM"}
+#: The groups of the README's methods, in order: where they act, and what they read.
+READS = ("the visual tokens", "the encoder's attention", "the question")
+PLACES = ("on the pixels", "inside the vision encoder", "before the LLM", "inside the LLM", "on videos")
+GROUPS = [*product(PLACES, READS), ("at several places", "what its parts read")]
 PAPERS = ROOT / "src" / "vlmzip" / "lab" / "papers"
 
 
@@ -100,13 +107,22 @@ def selection_table(files: list[list[dict[str, str]]]) -> list[str]:
 
 
 def methods_table() -> list[str]:
-    """Return every method with the first sentence of its documentation and its source."""
-    lines = ["| method | kind | what it does | paper |", "| --- " * 4 + "|"]
-    for method in outline.methods():
-        paper = re.sub(r"arXiv:(\S+?)(?=,|$)", r"[\1](https://arxiv.org/abs/\1)", method.values["paper"])
-        name = f"[`{method.name}`](src/vlmzip/methods/{method.name}.py)"
-        lines.append(f"| {name} | {method.values['kind']} | {method.summary} | {paper or 'none'} |")
-    return lines
+    """Return a row of methods for each place where they act and each thing that they read, linked to the gallery."""
+    groups: dict[tuple[str, str], list[str]] = {group: [] for group in GROUPS}
+    for facts in map(Facts.of, outline.methods()):
+        groups[group_of(facts)].append(f"[`{facts.name}`](docs/methods.md#{facts.name})")
+    lines = ["| acts | reads | methods |", "| --- " * 3 + "|"]
+    return lines + [f"| {acts} | {reads} | {', '.join(names)} |" for (acts, reads), names in groups.items() if names]
+
+
+def group_of(facts: Facts) -> tuple[str, str]:
+    """Return where a method acts by default, and what it reads."""
+    if facts.kind == "chain":
+        return GROUPS[-1]
+    acts = "on videos" if facts.videos_only else ACTS.get(facts.sites[0], "before the LLM")
+    if facts.text_aware:
+        return acts, "the question"
+    return acts, "the encoder's attention" if set(facts.needs) & ATTENTION_OF_ENCODERS else "the visual tokens"
 
 
 def published_table(rows: list[dict[str, str]]) -> list[str]:

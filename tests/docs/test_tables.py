@@ -4,6 +4,7 @@ import csv
 
 import pytest
 
+import vlmzip
 from vlmzip.lab.conformance.results import Checked
 
 COLUMNS = ("task", "method", "budget", "score", "low", "high", "reached", "note")
@@ -81,10 +82,15 @@ def test_the_pages_agree_with_the_committed_results(tables, capsys):
 def test_the_readme_has_methods_models_and_two_tables_of_numbers(tables, root):
     assert tables.main([], root) == 0
     lines = (root / "README.md").read_text().splitlines()
-    doc = "Average each `factor` x `factor` window of visual tokens into one."
-    paper = "baseline of [2412.08771](https://arxiv.org/abs/2412.08771)"
-    pool2d = f"| [`pool2d`](src/vlmzip/methods/pool2d.py) | {doc} | {paper} |"
-    assert pool2d in lines
+    pool2d, fastv, evs = (f"[`{name}`](docs/methods.md#{name})" for name in ("pool2d", "fastv", "evs"))
+    groups = [line.split(" | ") for line in lines[lines.index("<!-- methods -->") + 3 :]]
+    place_of = {
+        name: tuple(group[:2]) for group in groups if len(group) == 3 for name in group[2].strip(" |").split(", ")
+    }
+    assert place_of[pool2d] == ("| before the LLM", "the visual tokens")
+    assert place_of[fastv] == ("| inside the LLM", "the question")
+    assert place_of[evs] == ("| on videos", "the visual tokens")
+    assert len(place_of) == len(vlmzip.available())
     assert lines[lines.index("<!-- published -->") + 5] == "| `visionzip` | 98.5 | 97.6 | 94.0 |"  # the paper's Table 1
     measured = lines.index("<!-- measured -->")
     assert lines[measured + 3 : measured + 5] == [
