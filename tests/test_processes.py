@@ -3,9 +3,10 @@
 import sys
 
 import pytest
+from torch import distributed
 
 from vlmzip.errors import UserError
-from vlmzip.processes import Processes
+from vlmzip.processes import Processes, leave_group
 
 
 def test_several_processes_need_accelerate(monkeypatch):
@@ -21,3 +22,24 @@ def test_one_process_needs_nothing(monkeypatch):
         assert (processes.first, processes.count) == (True, 1)
         assert processes.from_first(lambda: 3) == 3
         assert processes.together({"a": "b"}) == {"a": "b"}
+
+
+def test_leaving_the_group_closes_it_once(tmp_path):
+    leave_group()  # no group: nothing to do
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    leave_group()
+    assert not distributed.is_initialized()
+    leave_group()
+
+
+def test_the_train_command_leaves_the_group_after_an_error_too(tmp_path, monkeypatch):
+    from vlmzip.cli import train
+
+    left = []
+    monkeypatch.setattr(train, "leave_group", lambda: left.append(True))
+    monkeypatch.setattr("vlmzip.training.run.train", lambda *_: (_ for _ in ()).throw(UserError("broken")))
+    monkeypatch.setattr("vlmzip.training.run.try_out", lambda _: None)
+    config = train.Config(model="mini", records="records.json", images=".", out=str(tmp_path / "out"))
+    with pytest.raises(UserError, match="broken"):
+        train._train(config)
+    assert left == [True]

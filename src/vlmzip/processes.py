@@ -88,3 +88,12 @@ class Processes:
         entries: list[dict[str, str]] = [{}] * self.count
         distributed.all_gather_object(entries, mine)
         return {key: value for entry in entries for key, value in entry.items()}
+
+
+def leave_group() -> None:
+    """Leave the process group that Trainer opened, if there is one.
+
+    A process that ends with an open group can crash, because threads of the backend outlive the interpreter.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -25,6 +25,7 @@ from vlmzip.lab.table import print_json, print_table
 from vlmzip.lab.tasks.catalogue import read_task
 from vlmzip.models import family_of
 from vlmzip.models.family import Family
+from vlmzip.processes import leave_group
 from vlmzip.runtime.answering import Answerer
 from vlmzip.runtime.loading import source_of
 from vlmzip.runtime.pretrained import load_config
@@ -79,7 +80,10 @@ def _train(config: Config) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is untrained")  # here it is trained
         score = None if task is None else TaskScore(Answerer(loaded.family, loaded.processor), task)
-        folder = train(config, loaded.model, loaded.processor, loaded.family, score)
+        try:
+            folder = train(config, loaded.model, loaded.processor, loaded.family, score)
+        finally:
+            leave_group()
     log.info(f"the trained model is in {folder}")
 
 
