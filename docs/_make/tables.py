@@ -7,7 +7,8 @@ come from benchmarks/results/mini-study.csv, the results.csv of the full study o
     cp runs/eval/mini/results.csv benchmarks/results/mini-study.csv
 
 with METHODS as in docs/results.md. The GPU tables of docs/results.md (speed, memory, cost of the selection) come from
-the files that gpu.sh, selection_cost.py (recipes/benchmarks/) and `vlmzip bench` wrote on the GPU, the table of videos
+the files that gpu.sh, selection_cost.py (recipes/benchmarks/) and `vlmzip bench` wrote on the GPU, the table of a CPU
+from those that `vlmzip bench --scale 1` wrote on one thread, the table of videos
 from the file of video_cost.py. The README takes its measured table from them, too, the published one from
 vlmzip.lab.papers, the models from the results of `make conformance`, and the methods from the methods' files.
 """
@@ -26,8 +27,10 @@ from vlmzip.sites import ATTENTION_OF_ENCODERS
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTHING = "—"
+PLAIN = "no_compression"
 NEAR = 0.05
 GPU = "NVIDIA-H200"
+CPU = "1-thread"
 MIB = 2**20
 MEASURED = {"llava-1.5-7b": "LLaVA-1.5-7B, 576", "llava-next-7b": "LLaVA-NeXT-7B, 2,880"}
 ACTS = {"pixels": "on the pixels", "encoder": "inside the vision encoder", "in_llm": "inside the LLM"}
@@ -73,6 +76,24 @@ def speed_table(runs: list[dict[str, list[dict[str, str]]]], scope: str) -> list
         plain, limit = of["no_compression"], of["visionzip"]["flops_limit"]
         cells = (f"{float(of[m]['speed_up']):.2f}x, {float(of[m]['share_of_limit']):.0%}" for m in methods)
         lines.append(f"| {named(plain)} | {float(plain['ms']):.1f} | {float(limit):.2f}x | {' | '.join(cells)} |")
+    return lines
+
+
+def cpu_table(runs: list[dict[str, list[dict[str, str]]]]) -> list[str]:
+    """Return a row for each method of each run: both scopes with speed-up, limit and its share, and the KV cache."""
+    head = ["preset", "method", "visual tokens by layer"]
+    head += [f"{scope} {name}" for scope in ("prefill", "TTFT") for name in ("s", "speed-up", "limit", "share")]
+    head += ["KV MiB", "rounds"]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for run in runs:
+        for method, rows in run.items():
+            cells = [f"`{rows[0]['preset']}`", f"`{method}`", rows[0]["visual_tokens"]]
+            for row in rows:
+                cells.append(f"{float(row['ms']) / 1000:.1f}")
+                faster = f"{float(row['speed_up']):.2f}x ({ends(row, 'speed_up')})"
+                limit, share = f"{float(row['flops_limit']):.2f}x", f"{float(row['share_of_limit']):.0%}"
+                cells += [""] * 3 if method == PLAIN else [faster, limit, share]
+            lines.append(f"| {' | '.join(cells)} | {int(rows[0]['kv_bytes']) / MIB:.0f} | {rows[0]['repeats']} |")
     return lines
 
 
@@ -201,17 +222,19 @@ def named(row: dict[str, str]) -> str:
     return f"`{row['preset']}`{attention} | {row['batch']}"
 
 
-def bench_runs(folder: Path) -> list[dict[str, list[dict[str, str]]]]:
-    """Return rows by method of every GPU run of `vlmzip bench`: smaller models, fewer tokens, smaller batches first."""
+def bench_runs(folder: Path, device: str) -> list[dict[str, list[dict[str, str]]]]:
+    """Return rows by method of every full-width run of `vlmzip bench` on a device.
+
+    Smaller models come first, then fewer tokens and smaller batches.
+    """
     runs = []
-    for rows in map(read, folder.glob(f"bench-*-{GPU}-*.csv")):
+    for rows in map(read, folder.glob(f"bench-*-{device}-*-scale1-*.csv")):
         run: dict[str, list[dict[str, str]]] = {}
         for row in rows:
             run.setdefault(row["method"], []).append(row)
         runs.append(run)
     order = ("layers", "visual_tokens_before", "batch")
-    plain = "no_compression"
-    return sorted(runs, key=lambda run: (run[plain][0]["attention"] != "sdpa", *(int(run[plain][0][n]) for n in order)))
+    return sorted(runs, key=lambda run: (run[PLAIN][0]["attention"] != "sdpa", *(int(run[PLAIN][0][n]) for n in order)))
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -221,7 +244,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def tables(folder: Path) -> dict[str, dict[str, list[str]]]:
     """Return the lines of every table, by page and by the name in its comments."""
-    runs = bench_runs(folder)
+    runs = bench_runs(folder, GPU)
     costs = [read(path) for path in folder.glob(f"selection-cost-{GPU}-*.csv")]
     (videos,) = [read(path) for path in folder.glob("video-cost-*.csv")]
     gpu = {
@@ -238,6 +261,7 @@ def tables(folder: Path) -> dict[str, dict[str, list[str]]]:
     }
     study = study_table(read(folder / "mini-study.csv"))
     results = {"results": study, "selection on videos": video_table(videos), **gpu}
+    results["full width on a CPU"] = cpu_table(bench_runs(folder, CPU))
     return {"README.md": readme, "docs/results.md": results}
 
 

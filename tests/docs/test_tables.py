@@ -30,6 +30,7 @@ VIDEO = {"time_ratio": "1.0500", "time_ratio_q1": "1.0100", "time_ratio_q3": "1.
 VIDEO |= {"model": "qwen3_vl", "peak_mib": "30.2", "median_ms": "100.4", "tokens_after": "512"}
 BLOCKS = ("selection on a GPU", "prefill on a GPU", "first token on a GPU", "memory on a GPU")
 ON_VIDEOS = "selection on videos"
+ON_A_CPU = "full width on a CPU"
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def root(tmp_path):
     with (results / "mini-study.csv").open("w", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *STUDY])
     (tmp_path / "docs").mkdir()
-    blocks = (f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in (*BLOCKS, ON_VIDEOS))
+    blocks = (f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in (*BLOCKS, ON_VIDEOS, ON_A_CPU))
     study = "above\n\n<!-- results -->\nold\n<!-- end of results -->\n\nbelow\n"
     (tmp_path / "docs" / "results.md").write_text(study + "".join(blocks))
     for name, changed in {"batch8": {}, "batch32": {"batch": "32"}, "eager": {"attention": "eager"}}.items():
@@ -55,8 +56,15 @@ def root(tmp_path):
             for row in (PLAIN, *(SMALL | {"method": method} for method in ("visionzip", "fastv", "sparsevlm")))
             for scope, ms in (("LLM prefill", "142.31"), ("TTFT", "154.67"))
         ]
-        write(results / f"bench-{name}-NVIDIA-H200-x.csv", rows)
-    write(results / "bench-cpu.csv", [PLAIN])
+        write(results / f"bench-{name}-NVIDIA-H200-x-scale1-x.csv", rows)
+    write(results / "bench-a-AMD-1-thread-x-scale0.125-x.csv", [PLAIN])
+    quartiles = {"speed_up_q1": "4.6", "speed_up_q3": "4.7", "visual_tokens": "64", "repeats": "3"}
+    rows = [
+        row | quartiles | {"scope": scope, "ms": ms}
+        for row in (PLAIN, SMALL | {"method": "pool2d"})
+        for scope, ms in (("LLM prefill", "44690.26"), ("TTFT", "47965.85"))
+    ]
+    write(results / "bench-a-AMD-1-thread-x-scale1-x.csv", rows)
     write(results / "selection-cost-NVIDIA-H200-x.csv", [COST] * 3)
     of_methods = {"plain": "0.00000", "evs(keep=25%)": "0.03711"}
     for_videos = [
@@ -145,6 +153,18 @@ def test_runs_on_a_gpu_become_tables(tables, root):
     ]
     assert lines[first + 3] == "| `llava-1.5-7b` | 8 | 154.7 | 5.10x | 4.68x, 92% | 4.68x, 92% | 4.68x, 92% |"
     assert lines[memory + 3] == "| `llava-1.5-7b` | 8 | 256 | 256 | 256 | 512 | 512 | 512 | 48.0 | 48.0 | 48.0 |"
+
+
+def test_runs_of_full_width_on_a_cpu_become_a_table(tables, root):
+    tables.main([], root)
+    lines = (root / "docs" / "results.md").read_text().splitlines()
+    table = lines.index(f"<!-- {ON_A_CPU} -->")
+    faster = "4.68x (4.60 to 4.70) | 5.10x | 92%"
+    assert lines[table + 3 : table + 6] == [
+        "| `llava-1.5-7b` | `no_compression` | 64 | 44.7 |  |  |  | 48.0 |  |  |  | 256 | 3 |",
+        f"| `llava-1.5-7b` | `pool2d` | 64 | 44.7 | {faster} | 48.0 | {faster} | 256 | 3 |",
+        f"<!-- end of {ON_A_CPU} -->",
+    ]
 
 
 def test_costs_on_videos_become_a_table(tables, root):
