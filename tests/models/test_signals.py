@@ -109,6 +109,19 @@ class TestFurtherSignalsOfTheEncoder:
         torch.testing.assert_close(projected, group.tokens.features)
         assert group.tokens.encoder_features.shape[-1] == 32
 
+    def test_the_projector_computes_in_the_type_of_its_input(self, inputs):
+        model = copy.deepcopy(tiny_llava()).bfloat16()
+        needs = frozenset({Signal.PROJECTOR})
+        half = {**inputs, "pixel_values": inputs["pixel_values"].bfloat16()}
+        (group,) = family_of(model).encode(half, Site.POST_PROJECTOR, needs).groups
+        features = torch.randn(2, 5, 32)
+        with torch.no_grad():
+            exact = copy.deepcopy(model.model.multi_modal_projector).float()(features)
+            projected = group.tokens.projector(features)
+            half_projected = group.tokens.projector(features.bfloat16())
+        torch.testing.assert_close(projected, exact)
+        assert half_projected.dtype is torch.bfloat16
+
     def test_a_projector_that_joins_patches_is_refused(self):
         family = FAMILIES["qwen2_5_vl"]()
         inputs = family.batch([1, "image"], ["image", 4])

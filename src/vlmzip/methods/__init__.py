@@ -25,3 +25,4 @@ from vlmzip.methods.scope import SCOPE as SCOPE
 from vlmzip.methods.sparsevlm import SparseVLM as SparseVLM
 from vlmzip.methods.visionzip import VisionZip as VisionZip
 from vlmzip.methods.vispruner import VisPruner as VisPruner
+from vlmzip.methods.zoo_prune import ZOOPrune as ZOOPrune

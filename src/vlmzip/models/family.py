@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.functional import pad
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -388,7 +389,7 @@ class Family:
         return signals
 
     def _projector_of_tokens(self) -> Projector:
-        """Return the projector as a function of features of any leading axes.
+        """Return the projector as a function of features of any leading axes, which computes in their type.
 
         Raise `UserError` if it does not map each token by itself.
         """
@@ -397,9 +398,11 @@ class Family:
                 f"the projector of {type(self.model).__name__} joins patches into tokens: choose a method that does not"
                 " run it on single tokens"
             )
+        values = [*self.projector.named_parameters(), *self.projector.named_buffers()]
 
         def project(features: Float[Tensor, "*any encoder_dim"]) -> Float[Tensor, "*any llm_dim"]:
-            projected = self.project(features.flatten(0, -2), Site.PRE_PROJECTOR)
+            parameters = {name: value.to(features.dtype) for name, value in values if value.dtype.is_floating_point}
+            projected: Tensor = functional_call(self.projector, parameters, (features.flatten(0, -2),))
             return projected.view(*features.shape[:-1], -1)
 
         return project
