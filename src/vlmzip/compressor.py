@@ -143,6 +143,9 @@ class Compressor(ABC):
     """Whether it leaves single images as they are."""
     by_frame: ClassVar[bool] = False
     """Whether it acts on each frame of a video separately inside the LLM, too, where other methods see one sequence."""
+    asks_next_layer: ClassVar[bool] = False
+    """Whether its `text_attention` is that of the layer that runs next, on the tokens that enter it. Otherwise it is
+    that of the layer before."""
     default_positions: ClassVar[Positions | None] = None
     """The meaning of `positions=None` for this method. If this is `None`, the model's family decides."""
 

@@ -145,6 +145,8 @@ class VisualTokens:
     def text_attention(self) -> Float[Tensor, "batch queries tokens"]:
         """Attention of the question's tokens to the visual tokens in the layer before `layer`, mean over heads.
 
+        For a method with `asks_next_layer`, it is the attention in `layer`.
+
         The question is the text after the image. It ends at the token before the first label after the image, or at the
         last token of the prompt if there are no labels.
         """

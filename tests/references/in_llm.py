@@ -27,7 +27,8 @@ def logits_of(model, inputs, new_tokens, placeholder, images, rules, bidirection
     `images` has the columns of each image. `separators` has the columns of newlines among them; they remain as long as
     all of the image's tokens do. `rules` has a function for each layer with a compressor. It gets the hidden states of
     an image's remaining tokens, the question's attention to them in the layer before, and the image and the question at
-    the input of the LLM. It returns groups, which are lists of (index, weight) with the anchor first.
+    the input of the LLM. It returns groups, which are lists of (index, weight) with the anchor first. A rule that has
+    `asks_next_layer` gets the attention of the layer itself, before its compressor drops tokens.
     """
     seen = {}
 
@@ -59,6 +60,8 @@ def logits_of(model, inputs, new_tokens, placeholder, images, rules, bidirection
     for number, layer in enumerate(llm.layers):
         if number in rules:
             hidden = hidden.clone()
+            if getattr(rules[number], "asks_next_layer", False):
+                attention = attention_of(layer, hidden, cos, sin, closed(allowed, alive))
             for image, columns in enumerate(places):
                 last = int(alive[:prompt].nonzero()[-1])
                 questions = [q for q in range(images[image][0], prompt) if q not in visual] or [last]
@@ -72,7 +75,7 @@ def logits_of(model, inputs, new_tokens, placeholder, images, rules, bidirection
                     hidden[anchor] = state
                 places[image] = sorted([*states, *newlines])
                 alive[places[image]] = True
-        mask = torch.zeros(length, length).masked_fill(~(allowed & (alive | torch.eye(length).bool())), -torch.inf)
+        mask = closed(allowed, alive)
         attention = attention_of(layer, hidden, cos, sin, mask)
         out = layer(hidden[None], attention_mask=mask[None, None], position_embeddings=(cos[None], sin[None]))
         hidden = (out if isinstance(out, torch.Tensor) else out[0])[0]
@@ -81,6 +84,12 @@ def logits_of(model, inputs, new_tokens, placeholder, images, rules, bidirection
             hidden = hidden.clone()
             hidden[:prompt][seen["visual_pos_masks"][0]] += streams[number]
     return model.lm_head(llm.norm(hidden[None]))[0], alive
+
+
+def closed(allowed, alive):
+    """Return the values to add to attention logits. Tokens that are gone only see themselves and what remains."""
+    seen = allowed & (alive | torch.eye(len(alive)).bool())
+    return torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
 
 
 def embedding_scale(model, inputs, hidden):

@@ -4,6 +4,7 @@ import copy
 import pickle
 import time
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -15,8 +16,22 @@ from tests.references.in_llm import logits_of
 from tests.references.kmeans import kmeans
 from tests.references.sparsevlm import raters, sparsevlm
 from tests.tiny import IMAGE_TOKEN, batch, prompt
-from vlmzip import Chain, FastV, KMeans, LLaVolta, Pool2d, RandomTokens, Site, SparseVLM, TokenMap, UserError, VisionZip
-from vlmzip.compressor import Compressor
+from vlmzip import (
+    Chain,
+    FastV,
+    KMeans,
+    LLaVolta,
+    Pool2d,
+    PyramidDrop,
+    RandomTokens,
+    Signal,
+    Site,
+    SparseVLM,
+    TokenMap,
+    UserError,
+    VisionZip,
+)
+from vlmzip.compressor import Compressor, keep_all
 from vlmzip.runtime.in_llm.hooks import LayerHook, LLMHook
 
 #: In quick runs: one that drops and one that merges.
@@ -52,6 +67,15 @@ def fastv_rule(keep):
         ranking = sorted(range(len(hidden)), key=lambda i: -float(attention[-1, i]))
         return [[(i, 1.0)] for i in ranking[: max(1, int(keep * len(hidden) + 0.5))]]
 
+    return rule
+
+
+def pyramiddrop_rule(share):
+    def rule(hidden, attention, *_):
+        ranking = sorted(range(len(hidden)), key=lambda i: -float(attention[-1, i]))
+        return [[(i, 1.0)] for i in ranking[: max(1, int(share * len(hidden)))]]
+
+    rule.asks_next_layer = True
     return rule
 
 
@@ -130,6 +154,11 @@ CASES = {
         {1: pooling_rule(2), 3: fastv_rule(0.5)},
     ),
     "random_tokens": (RandomTokens(keep=0.25, site=Site.IN_LLM, layer=3, seed=7), {3: random_rule(0.25, 7)}),
+    "pyramiddrop": (PyramidDrop(share=0.6, layer=(1, 2, 3)), {layer: pyramiddrop_rule(0.6) for layer in (1, 2, 3)}),
+    "pyramiddrop between others": (
+        Chain(compressors=(RaggedInside(layer=1), PyramidDrop(layer=(2,)), FastV(keep=0.5, layer=3))),
+        {1: ragged_rule, 2: pyramiddrop_rule(0.5), 3: fastv_rule(0.5)},
+    ),
     "ragged merging": (RaggedInside(), {1: ragged_rule}),
     "chain of two layers": (
         Chain(compressors=(RaggedInside(layer=1), FastV(keep=0.5, layer=3))), {1: ragged_rule, 3: fastv_rule(0.5)},
@@ -334,6 +363,47 @@ def test_a_turn_without_images_sees_what_the_first_left(family, case):
         assert torch.equal(again[0, -3:], out[row, -3:])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Watching(Compressor):
+    """Keeps all tokens, and notes the attention of the question's last token to those of the last image."""
+
+    sites = (Site.IN_LLM,)
+    needs = frozenset({Signal.TEXT_ATTENTION})
+    site: Site = Site.IN_LLM
+    layer: int = 2
+    seen: ClassVar[list[torch.Tensor]] = []
+
+    def assign(self, tokens):
+        self.seen.append(tokens.text_attention[-1, -1])
+        return keep_all(tokens)
+
+
+class WatchingNext(Watching):
+    """Notes the attention of the layer that runs next."""
+
+    asks_next_layer = True
+
+
+@pytest.mark.parametrize("watching", [Watching(), WatchingNext()], ids=lambda method: type(method).__name__)
+def test_an_image_in_a_second_turn_is_asked_about_as_in_one_run(family, watching):
+    """Labels end the questions of one run where the turns end. Layer 1 drops tokens, which the cache then lacks."""
+    if family.sees_prompt_both_ways:
+        pytest.skip("its first turn sees the prompt both ways, which one run over both turns would not")
+    dropping = RandomTokens(keep=0.3, site=Site.IN_LLM, layer=1)
+    compressed = vlmzip.attach(family.model, Chain(compressors=(dropping, watching)))
+    first, second = [1, "image", 5, 6], [7, "image", 8, 9]
+    cache, how = DynamicCache(), {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    answered = compressed.generate(**family.batch(first), past_key_values=cache, **how)
+    together = family.batch([*first, *answered[0, -4:].tolist(), *second])
+    labels = torch.full_like(together["input_ids"], -100)
+    labels[:, answered.shape[1] - 4 : answered.shape[1]] = answered[:, -4:]
+    watching.seen.clear()
+    compressed.generate(**together, past_key_values=cache, **how)
+    with torch.no_grad():
+        compressed(**together, labels=labels)
+    torch.testing.assert_close(watching.seen[0], watching.seen[-1], atol=1e-6, rtol=1e-5)
+
+
 class TestHooks:
     """Hooks stand on the model as long as a façade needs them, and no longer."""
 
@@ -478,6 +548,7 @@ def test_in_training_every_image_is_asked_about_by_the_question_before_its_answe
     [
         (VisionZip(keep=12), FastV(keep=5, layer=2), {2: fastv_rule(5 / 12)}),
         (Pool2d(factor=2), LLaVolta(stride=2, layer=1), {1: pooling_rule(2)}),
+        (VisionZip(keep=12), PyramidDrop(layer=(1, 3)), {1: pyramiddrop_rule(0.5), 3: pyramiddrop_rule(0.5)}),
     ],
 )
 def test_a_chain_from_before_the_llm_into_it(family, before, inside, rules):

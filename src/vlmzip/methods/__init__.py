@@ -19,6 +19,7 @@ from vlmzip.methods.mmtok import MMTok as MMTok
 from vlmzip.methods.no_compression import NoCompression as NoCompression
 from vlmzip.methods.pool2d import Pool2d as Pool2d
 from vlmzip.methods.prunesid import PruneSID as PruneSID
+from vlmzip.methods.pyramiddrop import PyramidDrop as PyramidDrop
 from vlmzip.methods.qformer import QFormer as QFormer
 from vlmzip.methods.random_tokens import RandomTokens as RandomTokens
 from vlmzip.methods.scope import SCOPE as SCOPE

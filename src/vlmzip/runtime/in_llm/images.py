@@ -82,7 +82,7 @@ class Images:
         ]
         self.question = Question(self.rows, self.places, bounds, self.real)
         self.attention: dict[int, Float[Tensor, "rows queries kept"]] = {}
-        """The question's attention to the tokens that entered a watched layer, by layer."""
+        """The question's attention to the tokens that enter a compressing layer, by layer."""
         self.views = [span.views for span in self.spans]
         """The number of views of each image."""
         self.layouts: list[Layout | None] = [span.layout for span in self.spans]
@@ -173,7 +173,7 @@ class Images:
             query = asks.clamp(min=0)
             signals["query_mask"] = asks >= 0
         if Signal.TEXT_ATTENTION in needs:
-            attention = self.attention[index - 1][rows[:, None], query]
+            attention = self.attention[index][rows[:, None], query]
             signals["text_attention"] = attention.gather(2, slots[:, None].expand(-1, asks.shape[1], -1))
         if Signal.TEXT_FEATURES in needs:
             signals["text_features"] = self.embeddings[rows[:, None], self.question.columns[rows].gather(1, query)]

@@ -16,8 +16,11 @@ class Plan:
     def __init__(self, family: Family, compressors: Sequence[Compressor], watch: Stopwatch) -> None:
         self.family, self.watch = family, watch
         self.at = {layer: compressor for compressor in compressors for layer in compressor.layers}
-        self.watched = {layer - 1 for layer, c in self.at.items() if Signal.TEXT_ATTENTION in c.needs}
+        asks = {layer: c for layer, c in self.at.items() if Signal.TEXT_ATTENTION in c.needs}
+        self.watched = {layer - 1 for layer, c in asks.items() if not c.asks_next_layer}
         """The layers whose attention the compressor before the next layer needs."""
+        self.asked = {layer for layer, c in asks.items() if c.asks_next_layer}
+        """The layers whose attention the compressor before them needs."""
 
     @property
     def flash(self) -> bool:

@@ -47,6 +47,10 @@ class Step:
         if index in self.plan.at:
             if index not in self._cuts:
                 with torch.no_grad(), self._timed():
+                    if self.images is not None and index in self.plan.asked:
+                        self.images.attention[index] = self._attention_before_cut(
+                            self.images, index, layer, hidden, arguments
+                        )
                     self._cuts[index] = self._decide(index, hidden)
             cut = self._cuts[index]
             hidden = hidden if cut is None else cut.merge_and_drop(hidden)
@@ -57,7 +61,8 @@ class Step:
         # 3. Compute this layer's attention if the compressor before the next layer needs it.
         if self.images is not None and index in self.plan.watched and index + 1 not in self._cuts:
             with torch.no_grad(), self._timed():
-                self.images.attention[index] = self._attention(self.images, index, layer, hidden, arguments, cut)
+                attention = self._attention(self.images, index, layer, hidden, arguments, cut)
+                self.images.attention[index + 1] = attention
         return hidden
 
     def _timed(self) -> AbstractContextManager[None]:
@@ -72,8 +77,7 @@ class Step:
     def _decide(self, index: int, hidden: Float[Tensor, "batch length dim"]) -> LayerCut | None:
         """Return the cut before layer `index`; `None` if there is nothing to do."""
         before = self._latest(index)
-        cached = self._keys.get(index)
-        if self.images is None and cached is None:
+        if self.images is None and index not in self._keys:
             return None
         length, device = hidden.shape[1], hidden.device
         if self.images is None:  # text after compressed images: all of it is kept
@@ -85,11 +89,30 @@ class Step:
             source = compact(compressed.kept, pad_right=self.images.pad_right)
             places = follow(compressed.outputs, self.images.rows, source, length)
         here = source if before is None else look_up(before.here, source)
-        if cached is None:  # earlier forwards kept all tokens
-            cached = torch.arange(self.past, device=device).expand(self.batch, -1)
-        keys = torch.cat([cached, torch.where(here < 0, -1, here + self.past)], 1)
-        self._keys[index] = keys
+        self._keys[index] = keys = self._keys_with(index, here)
         return LayerCut(merges, source, here, keys, places, padded=bool((keys < 0).any()))
+
+    def _keys_with(self, index: int, here: Int[Tensor, "batch kept"]) -> Int[Tensor, "batch all_kept"]:
+        """Return the conversation columns in the cache of layer `index` after it ran on the tokens `here`."""
+        cached = self._keys.get(index)
+        if cached is None:  # earlier forwards kept all tokens
+            cached = torch.arange(self.past, device=here.device).expand(self.batch, -1)
+        return torch.cat([cached, torch.where(here < 0, -1, here + self.past)], 1)
+
+    def _attention_before_cut(
+        self, images: Images, index: int, layer: nn.Module, hidden: Tensor, arguments: InputDict
+    ) -> Float[Tensor, "batch queries length"]:
+        """Return the attention of the queries at layer `index` as if the compressor before it kept all tokens."""
+        before = self._latest(index)
+        if before is None and index not in self._keys:
+            return self._attention(images, index, layer, hidden, arguments, None)
+        slots = torch.arange(hidden.shape[1], device=hidden.device).expand(self.batch, -1)
+        here = slots if before is None else before.here
+        keys = self._keys_with(index, here)
+        whole = LayerCut([], slots, here, keys, [], padded=bool((keys < 0).any()))
+        shortened = dict(arguments)
+        whole.shorten(type(layer), shortened, length=self.length, past=self.past, flash=self.plan.flash)
+        return self._attention(images, index, layer, hidden, shortened, whole)
 
     def _attention(
         self,
