@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -21,6 +21,8 @@ from vlmzip.visual_tokens import Signal, Site, VisualTokens
 
 #: Number of tokens that are compared with all others at a time.
 CHUNK = 1024
+#: Distances between points that are kept in memory instead of being computed twice: 128 MiB in float32.
+STORED = 2**25
 #: Similarities, and mean squared distances, that differ by at most this fraction count as equal.
 SAME = 1e-5
 #: Visual tokens and LLM layers of LLaVA-1.5-7B, for which the schedules were published, and the schedules' layers.
@@ -258,29 +260,31 @@ def _density_peaks(
     nearest centre. Squared distances are means over `dim`. Products are compared by their logarithms, because a density
     can round to 0.
     """
-    batch, points, _ = x.shape
     x = x.float()
     x = x - x.mean(dim=1, keepdim=True)  # distances stay the same; small values lose fewer digits to rounding
-    parts = [d.topk(clusters, largest=False).values.mean(dim=-1) for _, d in _distances(x)]
-    order = _ascending(spread := torch.cat(parts, dim=1))  # densest first; below, denser points have lower indices
-    x, log_density = x.gather(1, order[..., None].expand_as(x)), -spread.gather(1, order)
+    batch, points, _ = x.shape
+    chunks: Iterable[tuple[int, Tensor]] = _Distances(x)
+    if batch * points**2 <= STORED:
+        chunks = list(chunks)
+    parts = [d.topk(clusters, largest=False, sorted=False).values.mean(dim=-1) for _, d in chunks]
+    order = _ascending(spread := torch.cat(parts, dim=1))  # densest first
+    rank = order.argsort(dim=1)
 
-    index = torch.arange(points, device=x.device)
     nearest, farthest = [], x.new_zeros(batch)
-    for start, d in _distances(x):
-        denser = index < index[start : start + d.shape[1], None]
+    for start, d in chunks:
+        denser = rank[:, None] < rank[:, start : start + d.shape[1], None]
         nearest.append(d.masked_fill(~denser, torch.inf).amin(dim=-1))
         farthest = torch.maximum(farthest, d.amax(dim=(1, 2)))
-    gap = torch.cat(nearest, dim=1)
-    gap[:, 0] = farthest  # the densest point has no denser neighbour
-    centre = (log_density + gap.log() / 2).argsort(dim=1, descending=True, stable=True)[:, :clusters]
+    # The densest point has no denser neighbour.
+    gap = torch.cat(nearest, dim=1).scatter(1, order[:, :1], farthest[:, None])
+    score = (gap.log() / 2 - spread).gather(1, order)  # of equal points, the densest comes first
+    centre = order.gather(1, score.argsort(dim=1, descending=True, stable=True)[:, :clusters])
 
+    columns = centre[:, None]
+    nearest_centre = [d.gather(2, columns.expand(-1, d.shape[1], -1)).argmin(dim=-1) for _, d in chunks]
     number = torch.arange(clusters, device=x.device).expand(batch, -1)
-    centres = x.gather(1, centre[..., None].expand(-1, -1, x.shape[-1]))
-    cluster = torch.cat([d.argmin(dim=-1) for _, d in _distances(x, centres)], dim=1).scatter(1, centre, number)
-    is_centre = torch.zeros_like(cluster, dtype=torch.bool).scatter(1, centre, True)
-    back = order.argsort(dim=1)
-    return cluster.gather(1, back), is_centre.gather(1, back)
+    cluster = torch.cat(nearest_centre, dim=1).scatter(1, centre, number)
+    return cluster, torch.zeros_like(cluster, dtype=torch.bool).scatter(1, centre, True)
 
 
 def _ascending(value: Float[Tensor, "batch points"]) -> Int[Tensor, "batch points"]:
@@ -295,18 +299,20 @@ def _ascending(value: Float[Tensor, "batch points"]) -> Int[Tensor, "batch point
     return level.argsort(dim=1, stable=True)
 
 
-def _distances(
-    x: Float[Tensor, "batch points dim"], others: Float[Tensor, "batch others dim"] | None = None
-) -> Iterator[tuple[int, Float[Tensor, "batch chunk others"]]]:
-    """Yield, for `CHUNK` points of `x` at a time, the first point's index and their squared distances to `others`.
+class _Distances:
+    """The squared distances between all points, means over `dim`, in chunks with the number of their first point.
 
-    Squared distances are means over `dim`. Without `others`, they are distances to all points of `x`.
+    Each iteration computes them anew.
     """
-    y = x if others is None else others
-    squares, directions = y.square().sum(dim=-1)[:, None], y.transpose(1, 2)
-    for start in range(0, x.shape[1], CHUNK):
-        part = x[:, start : start + CHUNK]
-        squared = part.square().sum(dim=-1, keepdim=True) + squares - 2 * part @ directions
-        if others is None:
+
+    def __init__(self, x: Float[Tensor, "batch points dim"]) -> None:
+        self._x = x
+
+    def __iter__(self) -> Iterator[tuple[int, Float[Tensor, "batch chunk points"]]]:
+        x = self._x
+        squares, directions = x.square().sum(dim=-1)[:, None], x.transpose(1, 2)
+        for start in range(0, x.shape[1], CHUNK):
+            part = x[:, start : start + CHUNK]
+            squared = part.square().sum(dim=-1, keepdim=True) + squares - 2 * part @ directions
             squared.diagonal(start, 1, 2).zero_()  # a point's distance to itself is 0, also after rounding
-        yield start, squared.clamp(min=0) / x.shape[-1]
+            yield start, squared.clamp(min=0) / x.shape[-1]
