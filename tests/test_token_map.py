@@ -10,8 +10,11 @@ from vlmzip.token_map import TokenMap, highest
 seeds = st.integers(0, 10**6)
 
 
-def random_map(seed: int, batch: int, lengths: list[int]) -> TokenMap:
-    """Any valid map over inputs padded to the longest of `lengths`, built without the class's own helpers."""
+def random_map(seed: int, batch: int, lengths: list[int], *, adds: bool = False) -> TokenMap:
+    """Any valid map over inputs padded to the longest of `lengths`, built without the class's own helpers.
+
+    With `adds`, tokens also enter output tokens that are not their group's.
+    """
     generator = torch.Generator().manual_seed(seed)
     tokens = max(lengths)
     group = torch.full((batch, tokens), -1)
@@ -26,7 +29,13 @@ def random_map(seed: int, batch: int, lengths: list[int]) -> TokenMap:
         anchor[row, chosen] = True
         outputs.append(count)
     weight = torch.rand(batch, tokens, generator=generator) * (group >= 0)
-    return TokenMap(group, weight, anchor, torch.tensor(outputs))
+    if not adds:
+        return TokenMap(group, weight, anchor, torch.tensor(outputs))
+    added = torch.rand(batch, tokens, tokens, generator=generator)
+    for row in range(batch):
+        added[row, outputs[row] :] = 0
+        added[row, :, lengths[row] :] = 0
+    return TokenMap(group, weight, anchor, torch.tensor(outputs), added)
 
 
 def chain_of_maps(seed: int, count: int) -> list[TokenMap]:
@@ -44,7 +53,7 @@ def as_matrix(m: TokenMap) -> torch.Tensor:
         for i, g in enumerate(row):
             if g >= 0:
                 dense[b, g, i] = m.weight[b, i]
-    return dense
+    return dense if m.added is None else dense + m.added[:, : m.max_length]
 
 
 @given(seeds)
@@ -53,6 +62,31 @@ def test_apply_is_the_weighted_sum(seed):
     m = random_map(seed, 3, [9, 7, 12])
     x = torch.randn(3, 12, 5)
     torch.testing.assert_close(m.apply(x), as_matrix(m) @ x)
+
+
+@given(seeds, st.booleans(), st.booleans())
+@settings(deadline=None, max_examples=50)
+def test_tokens_that_are_added_to_several_outputs_pass_every_step(seed, first_adds, second_adds):
+    first = random_map(seed, 3, [9, 7, 12], adds=first_adds)
+    second = random_map(seed + 1, 3, first.lengths, adds=second_adds)
+    x, order = torch.randn(3, 12, 5), torch.randperm(12)
+    torch.testing.assert_close(first.then(second).apply(x), as_matrix(second) @ as_matrix(first) @ x)
+    torch.testing.assert_close(as_matrix(first.of_inputs(order)), as_matrix(first)[..., order])
+    torch.testing.assert_close(as_matrix(first.after_dropping(2))[..., 2:], as_matrix(first))
+    place = torch.stack([torch.randperm(first.max_length) for _ in range(3)])
+    moved = as_matrix(first.rearranged(place))
+    torch.testing.assert_close(moved.gather(1, place[..., None].expand_as(moved)), as_matrix(first))
+    torch.testing.assert_close(as_matrix(TokenMap.stack(first.split())), as_matrix(first))
+    torch.testing.assert_close(first.rows(torch.tensor([2])).apply(x[2:])[0], first.apply(x)[2, : first.lengths[2]])
+    mixed = TokenMap.stack([first.rows(slice(0, 1)), random_map(seed + 2, 2, [12, 4])])
+    torch.testing.assert_close(mixed.rows(slice(0, 1)).apply(x[:1]), first.rows(slice(0, 1)).apply(x[:1]))
+
+
+def test_an_infinity_that_is_not_added_does_not_spread():
+    added = torch.tensor([[[0.0, 0.5, 0.0]]])
+    kept = torch.tensor([[True, False, False]])
+    m = TokenMap(torch.tensor([[0, -1, -1]]), kept.float(), kept, torch.tensor([1]), added)
+    assert m.apply(torch.tensor([[[1.0], [4.0], [torch.inf]]])).tolist() == [[[3.0]]]
 
 
 @given(seeds)

@@ -449,7 +449,7 @@ class BudgetedCompressor(Compressor):
         """Return the number of tokens to keep out of `available`."""
         return count_to_keep(self.budget, available)
 
-    def token_count(self, grid: Grid) -> int:
+    def token_count(self, grid: Grid) -> int | None:
         return self.count(grid.size)
 
     def with_keep(self, keep: Keep) -> Compressor:

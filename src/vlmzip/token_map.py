@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +30,9 @@ class TokenMap:
     """True for one member of each group, which gives the output token its position and label."""
     length: Int[Tensor, " batch"]
     """Output tokens of each row."""
+    added: Float[Tensor, "batch outputs tokens"] | None = None
+    """Weights with which tokens also enter output tokens that are not their group's, if the method adds a token to
+    several. It has a row for each output token, and may have further rows of zeros. Only for maps before the LLM."""
 
     # --- constructors -----------------------------------------------------------------------------------------
 
@@ -85,7 +89,11 @@ class TokenMap:
         weighted = x[row, token].to(wide) * self.weight[row, token].to(wide)[:, None]
         place = row * self.max_length + self.group[row, token]
         out = torch.zeros(batch * self.max_length, dim, dtype=wide, device=x.device).index_add(0, place, weighted)
-        return out.view(batch, self.max_length, dim).to(x.dtype)
+        out = out.view(batch, self.max_length, dim)
+        if (added := self._added()) is not None:
+            used = (added != 0).any(dim=1)[..., None]
+            out = out + added.to(wide) @ torch.where(used, x, 0).to(wide)
+        return out.to(x.dtype)
 
     def anchor_index(self) -> Int[Tensor, "batch max_out"]:
         """Return the index of each output token's anchor among the input tokens; -1 beyond a row's length."""
@@ -103,7 +111,9 @@ class TokenMap:
     def rearranged(self, place: Int[Tensor, "batch max_out"]) -> TokenMap:
         """Return the same map with output token `g` of each row at `place[row, g]`."""
         group = torch.where(self.group < 0, -1, _look_up(place, self.group))
-        return TokenMap(group, self.weight, self.anchor, self.length)._with_lengths(vars(self).get("lengths"))
+        if (added := self._added()) is not None:
+            added = torch.zeros_like(added).scatter(1, place[..., None].expand_as(added), added)
+        return TokenMap(group, self.weight, self.anchor, self.length, added)._with_lengths(vars(self).get("lengths"))
 
     def then(self, second: TokenMap) -> TokenMap:
         """Return this map followed by `second`, whose inputs are this map's (padded) output tokens. Associative."""
@@ -114,23 +124,26 @@ class TokenMap:
         group = torch.where(dropped, -1, _look_up(second.group, self.group))
         weight = torch.where(group >= 0, self.weight * _look_up(second.weight, self.group), 0.0)
         anchor = self.anchor & _look_up(second.anchor, self.group) & (group >= 0)
-        return TokenMap(group, weight, anchor, second.length)._with_lengths(vars(second).get("lengths"))
+        added = self._added_before(second)
+        return TokenMap(group, weight, anchor, second.length, added)._with_lengths(vars(second).get("lengths"))
 
     def of_inputs(self, index: Int[Tensor, " tokens"]) -> TokenMap:
         """Return the map of some inputs, or of all in another order: input `n` is this map's `index[n]`."""
         index = index.to(self.group.device)
-        return TokenMap(self.group[:, index], self.weight[:, index], self.anchor[:, index], self.length)
+        added = None if self.added is None else self.added[..., index]
+        return TokenMap(self.group[:, index], self.weight[:, index], self.anchor[:, index], self.length, added)
 
     def rows(self, index: Int[Tensor, " rows"] | slice) -> TokenMap:
         """Return the map of the selected rows of the batch."""
-        chosen = TokenMap(self.group[index], self.weight[index], self.anchor[index], self.length[index])
+        added = None if self.added is None else self.added[index]
+        chosen = TokenMap(self.group[index], self.weight[index], self.anchor[index], self.length[index], added)
         lengths = vars(self).get("lengths")
         return chosen._with_lengths(lengths[index]) if lengths and isinstance(index, slice) else chosen
 
     def split(self) -> list[TokenMap]:
         """Return the map of each row. The lengths are read from the device once for all of them."""
-        parts = zip(*(values.split(1) for values in (self.group, self.weight, self.anchor, self.length)), strict=True)
-        return [TokenMap(*part)._with_lengths([length]) for part, length in zip(parts, self.lengths, strict=True)]
+        rows = [self.rows(slice(row, row + 1)) for row in range(len(self.group))]
+        return [row._with_lengths([length]) for row, length in zip(rows, self.lengths, strict=True)]
 
     @classmethod
     def stack(cls, maps: Sequence[TokenMap]) -> TokenMap:
@@ -142,6 +155,7 @@ class TokenMap:
             torch.cat([token_map.weight for token_map in maps]),
             torch.cat([token_map.anchor for token_map in maps]),
             torch.cat([token_map.length for token_map in maps]),
+            cls._stacked([token_map._added() for token_map in maps], maps),
         )
         return stacked._with_lengths([length for token_map in maps for length in token_map.lengths])
 
@@ -154,7 +168,45 @@ class TokenMap:
             torch.cat([zeros.to(self.weight.dtype), self.weight], 1),
             torch.cat([zeros.bool(), self.anchor], 1),
             self.length,
+            None if self.added is None else pad(self.added, (front, 0)),
         )
+
+    def _added(self) -> Float[Tensor, "batch max_out tokens"] | None:
+        """Return `added` without rows beyond the longest row."""
+        return None if self.added is None else self.added[:, : self.max_length]
+
+    def _added_before(self, second: TokenMap) -> Float[Tensor, "batch max_out tokens"] | None:
+        """Return the added weights of this map followed by `second`."""
+        if self.added is None and second.added is None:
+            return None
+        added = torch.zeros(len(self.group), second.max_length, self.group.shape[1], device=self.group.device)
+        if (first := self._added()) is not None:
+            added = added + second._matrix()[..., : self.max_length] @ first
+        if (then := second._added()) is not None:
+            first = self._matrix() if first is None else self._matrix() + first
+            added = added + then[..., : self.max_length] @ first
+        return added
+
+    def _matrix(self) -> Float[Tensor, "batch max_out tokens"]:
+        """Return the weight of each token in each output token, without `added`."""
+        shape = (len(self.group), self.max_length + 1, self.group.shape[1])
+        slot = torch.where(self.group < 0, self.max_length, self.group)[:, None]
+        return torch.zeros(shape, device=self.group.device).scatter(1, slot, self.weight[:, None].float())[:, :-1]
+
+    @staticmethod
+    def _stacked(
+        added: Sequence[Float[Tensor, "rows _ tokens"] | None], maps: Sequence[TokenMap]
+    ) -> Float[Tensor, "batch max_out tokens"] | None:
+        """Return the added weights of several maps of equally many tokens, or `None` if no map has any."""
+        if all(values is None for values in added):
+            return None
+        longest = max(token_map.max_length for token_map in maps)
+        return torch.cat([
+            token_map.weight.new_zeros(len(token_map.group), longest, token_map.group.shape[1])
+            if values is None
+            else pad(values, (0, 0, 0, longest - values.shape[1]))
+            for values, token_map in zip(added, maps, strict=True)
+        ])  # fmt: skip
 
     def _with_lengths(self, lengths: list[int] | None) -> TokenMap:
         """Return this map, which takes `lengths` from here instead of reading them from the device."""

@@ -1,6 +1,7 @@
 """Mistakes, exceptions and interruptions, in every family: a clear sentence, and the model afterwards as before."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 import vlmzip
 from tests.families import FAMILIES
 from tests.tiny import IMAGE_TOKEN
-from vlmzip import FastV, UserError, VisionZip
+from vlmzip import FastV, Site, UserError, VisionZip
 from vlmzip.compressor import Compressor
 from vlmzip.models import family_of
 
@@ -179,6 +180,21 @@ def test_a_method_that_keeps_nothing(family, unchanged):
 
     with pytest.raises(UserError, match="left no token"):
         vlmzip.attach(unchanged, Nothing())(**family.batch(ONE))
+
+
+def test_a_method_that_adds_a_token_to_several_outputs_inside_the_llm(family, unchanged):
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Adds(Compressor):
+        sites = (Site.IN_LLM,)
+        site: Site = Site.IN_LLM
+        layer: int = 2
+
+        def assign(self, tokens):
+            token_map = vlmzip.TokenMap.keep((torch.arange(tokens.features.shape[1]) < 3)[None])
+            return dataclasses.replace(token_map, added=torch.zeros(1, 3, tokens.features.shape[1]))
+
+    with pytest.raises(UserError, match="adds a token to several outputs, which works before the LLM only"):
+        vlmzip.attach(unchanged, Adds().placed(family_of(unchanged).profile()))(**family.batch(ONE))
 
 
 def test_a_generation_config_set_on_the_facade_counts(family, unchanged):

@@ -41,6 +41,17 @@ class Backwards(Compressor):
         return kept.rearranged(torch.arange(self.last).flip(0).expand(batch, -1))
 
 
+class Spread(Compressor):
+    """Keep the first two tokens of each view, and add half of the last token to both of them."""
+
+    def assign(self, tokens):
+        batch, count, _ = tokens.features.shape
+        kept = (torch.arange(count) < 2).expand(batch, count)
+        added = torch.zeros(batch, 2, count)
+        added[..., -1] = 0.5
+        return dataclasses.replace(TokenMap.keep(kept), added=added)
+
+
 def numbered(layout, hundred):
     """Return the features of each view: each token's number in the image plus 100 times `hundred`."""
     return [
@@ -152,6 +163,17 @@ def test_a_second_compressor_continues_where_nothing_is_gone(layout):
     both = plain.plan.token_map.then(twice.plan.token_map.of_inputs(left.numbers))
     assert torch.equal(both.group, once.plan.token_map.group)
     assert torch.equal(both.weight, once.plan.token_map.weight)
+
+
+@pytest.mark.parametrize("ascending", [False, True])
+@pytest.mark.parametrize("layout", [TILED, PADDED], ids=["tiles", "padding"])
+def test_the_map_of_an_image_has_the_weights_that_its_views_added(layout, ascending):
+    views = encoded(layout)
+    (kept,) = compress([layout], views, Spread(), ascending=ascending)
+    tokens = torch.cat([*kept.seen, torch.zeros(kept.plan.layout.separators, 1)])
+    out = kept.plan.token_map.apply(tokens[None])[0]
+    assert torch.equal(out[kept.plan.slots.argsort()], kept.features)
+    assert kept.plan.token_map.added.any()
 
 
 def test_plans_need_no_features():

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 from vlmzip.compressor import ComparesViews, Compressor, keep_all
 from vlmzip.errors import UserError
@@ -194,6 +195,7 @@ def _joined(
     output = torch.cat([torch.where(m.group < 0, -1, m.group + s) for m, s in zip(maps, starts, strict=False)], 1)
     group = torch.where(output < 0, -1, fills.to(device).gather(1, output.clamp(min=0)))
     weight, anchor = torch.cat([m.weight for m in maps], 1), torch.cat([m.anchor for m in maps], 1)
+    added = _added(maps, [view.anchors.shape[1] for view in views], fills.to(device), layout.separators)
     # Separators: all remain, each in a group of one, or none does.
     stay = left.expand_as(slots)[slots < 0].view(images, -1).to(device)
     standing = stay if stay.shape[1] else torch.full((images, layout.separators), -1, device=device)
@@ -202,7 +204,30 @@ def _joined(
         torch.cat([weight, (standing >= 0).to(weight.dtype)], 1),
         torch.cat([anchor, standing >= 0], 1),
         torch.full((images,), len(left), device=device),
+        added,
     )
+
+
+def _added(
+    maps: Sequence[TokenMap], outputs: Sequence[int], fills: Int[Tensor, "images features"], separators: int
+) -> Float[Tensor, "images left tokens"] | None:
+    """Return the added weights of the views' maps for an image's tokens and separators, or `None` if there are none.
+
+    `outputs` has the number of outputs of each view, `fills` the remaining placeholder that each output fills.
+    """
+    if all(token_map.added is None for token_map in maps):
+        return None
+    left = int(fills.max()) + 1
+    joined, output = [], 0
+    for token_map, count in zip(maps, outputs, strict=True):
+        values = maps[0].weight.new_zeros(len(fills), left, token_map.group.shape[1])
+        if token_map.added is not None:
+            of_outputs = token_map.added[:, :count]
+            place = fills[:, output : output + count, None].expand_as(of_outputs)
+            values = values.scatter(1, place, of_outputs)
+        joined.append(values)
+        output += count
+    return pad(torch.cat(joined, 2), (0, separators))
 
 
 def _decide(layouts: Sequence[Layout], encoded: Encoded, compressor: Compressor | None) -> dict[int, ViewMap]:

@@ -117,6 +117,8 @@ class Images:
             token_map = group[0].choice.compressor(tokens).in_anchor_order()
             if 0 in token_map.lengths:
                 raise UserError(f"{compressor.name()} left no token of an image; it must keep at least one")
+            if token_map.added is not None:
+                raise UserError(f"{compressor.name()} adds a token to several outputs, which works before the LLM only")
             anchors = slots.gather(1, token_map.anchor_index().clamp(min=0)).unbind()
             for part, part_map, outputs in zip(group, token_map.split(), anchors, strict=True):
                 part.token_map, part.outputs = part_map, outputs[: part_map.max_length]
