@@ -18,6 +18,7 @@ from vlmzip.methods.llavolta import LLaVolta as LLaVolta
 from vlmzip.methods.mmtok import MMTok as MMTok
 from vlmzip.methods.no_compression import NoCompression as NoCompression
 from vlmzip.methods.pool2d import Pool2d as Pool2d
+from vlmzip.methods.prumerge import PruMerge as PruMerge
 from vlmzip.methods.prunesid import PruneSID as PruneSID
 from vlmzip.methods.pyramiddrop import PyramidDrop as PyramidDrop
 from vlmzip.methods.qformer import QFormer as QFormer
