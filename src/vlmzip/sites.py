@@ -9,7 +9,7 @@ from typing import Literal, get_args
 Kind = Literal["prune", "merge", "prune and merge", "pool", "chain", "none"]
 KINDS: tuple[str, ...] = get_args(Kind)
 #: Orders of growth of a method's time; see `Compressor.cost`.
-Cost = Literal["1", "N", "N·log N", "N·k", "N²", "k·N²", "N³"]
+Cost = Literal["1", "N", "N·log N", "N·k", "N·k²", "N²", "k·N²", "N³"]
 
 
 class Site(enum.StrEnum):

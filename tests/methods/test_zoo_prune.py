@@ -7,6 +7,7 @@ from tests.methods.test_divprune import kept_by
 from tests.methods.test_divprune import tokens_of as spread_tokens
 from tests.references.zoo_prune import zoo_prune as naive
 from vlmzip import Grid, ZOOPrune
+from vlmzip.selection import Cosines, spread
 
 
 @pytest.fixture(scope="module")
@@ -83,3 +84,12 @@ def test_the_directions_depend_on_the_seed_and_on_the_step_of_training(projector
     assert kept_by(method, tokens) == kept_by(ZOOPrune(keep=6, directions=1), tokens)
     assert kept_by(method, tokens) != kept_by(ZOOPrune(keep=6, directions=1, seed=1), tokens)
     assert kept_by(method, tokens) != kept_by(method.at_step(1), tokens)
+
+
+def test_a_linear_projector_is_equally_sensitive_to_all_tokens(projector):
+    tokens = tokens_of(projector, 6, 6, prefix=0)
+    linear = torch.nn.Linear(12, 9)
+    with torch.no_grad():
+        tokens = tokens.replace(features=linear(tokens.encoder_features), projector=linear)
+    marked = spread(Cosines(tokens.features), torch.ones(3, 36), 8)
+    assert kept_by(ZOOPrune(keep=8), tokens) == [row.nonzero()[:, 0].tolist() for row in marked]

@@ -21,6 +21,9 @@ from vlmzip.selection import Cosines, spread
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Projector, Signal, Site, VisualTokens
 
+#: Sensitivities of a view that differ by at most this fraction count as equal, because rounding explains it.
+SAME = 1e-3
+
 
 @dataclass(frozen=True, kw_only=True)
 class ZOOPrune(BudgetedCompressor):
@@ -45,7 +48,7 @@ class ZOOPrune(BudgetedCompressor):
       and do not publish what that changes.
     - Features and projector are in float32: in half precision, a step of 0.01 is lost. Any batch size works.
     - Of equal scores, the first in raster order wins, and equal cosines are those that differ by less than a millionth.
-    - A view whose tokens are all equally sensitive keeps the tokens that are farthest apart.
+    - If all tokens are equally sensitive, as in a linear projector, those remain that are far from the first and apart.
 
     It runs the projector 2 x `directions` times on all tokens. With 64 directions, this takes several times as long as
     encoding the image in LLaVA-1.5, whose projector is large; one direction takes about a seventh of the encoder's
@@ -83,7 +86,7 @@ class ZOOPrune(BudgetedCompressor):
         before = tokens.encoder_features[:, tokens.prefix :].float()
         sensitivity = self._sensitivity(before, tokens.projector)
         least, most = sensitivity.amin(1, keepdim=True), sensitivity.amax(1, keepdim=True)
-        weight = torch.where(most > least, (sensitivity - least) / (most - least), 1.0)
+        weight = torch.where(most - least > SAME * most, (sensitivity - least) / (most - least), 1.0)
         kept = spread(Cosines(projected), weight, self.count(projected.shape[1]), weight)
         return TokenMap.keep(kept).after_dropping(tokens.prefix)
 
