@@ -135,6 +135,9 @@ class Compressor(ABC):
     """Whether it keeps every token on purpose, so that no warning is needed."""
     label_fields: ClassVar[tuple[str, ...]] = ()
     """The fields that a table of stages shows even at their defaults, because stages differ in them."""
+    restores: ClassVar[bool] = False
+    """Whether all tokens come back after each layer. Such a method acts on every layer from K on, inside the LLM. The
+    layer sees the output tokens; every token then gets the layer's change of the output token that it joined."""
     for_training_only: ClassVar[bool] = False
     """Whether it is for training only: a model cannot be evaluated, saved or served with it."""
     sees_clip: ClassVar[bool] = False
@@ -159,6 +162,14 @@ class Compressor(ABC):
     @abstractmethod
     def assign(self, tokens: VisualTokens) -> TokenMap:
         """Return the token map. It is only called to keep fewer than all tokens, and runs without gradients."""
+
+    def candidates(self, tokens: VisualTokens) -> TokenMap:
+        """Return the map whose output tokens the question attends to in `VisualTokens.candidate_attention`.
+
+        It is called before `assign`, on tokens without this signal. By default these are all tokens.
+        """
+        batch, count, _ = tokens.features.shape
+        return TokenMap.identity(batch, count, tokens.features.device)
 
     def token_count(self, grid: Grid) -> int | None:
         """Return the number of output tokens of a view with this grid, or `None` if it depends on the content."""

@@ -32,12 +32,13 @@ class Signal(enum.StrEnum):
     ENCODER_FEATURES = "encoder_features"
     PROJECTOR = "projector"
     TEXT_ATTENTION = "text_attention"
+    CANDIDATE_ATTENTION = "candidate_attention"
     TEXT_FEATURES = "text_features"
     PIXELS = "pixels"
 
 
 #: Signals that depend on the question.
-SIGNALS_OF_TEXT = frozenset({Signal.TEXT_ATTENTION, Signal.TEXT_FEATURES})
+SIGNALS_OF_TEXT = frozenset({Signal.TEXT_ATTENTION, Signal.CANDIDATE_ATTENTION, Signal.TEXT_FEATURES})
 #: Signals that come from the attention of the vision encoder.
 ATTENTION_OF_ENCODERS = frozenset(
     {

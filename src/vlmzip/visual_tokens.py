@@ -62,6 +62,7 @@ class VisualTokens:
         last_keys: Float[Tensor, "batch tokens wide_key_dim"] | None = None,
         encoder_features: Float[Tensor, "batch tokens encoder_dim"] | None = None,
         text_attention: Float[Tensor, "batch queries tokens"] | None = None,
+        candidate_attention: Float[Tensor, "batch queries outputs"] | None = None,
         query_mask: Bool[Tensor, "batch queries"] | None = None,
         text_features: Float[Tensor, "batch queries llm_dim"] | None = None,
         llm_input: Float[Tensor, "batch entered llm_dim"] | None = None,
@@ -86,6 +87,7 @@ class VisualTokens:
             "last_keys": last_keys,
             "encoder_features": encoder_features,
             "text_attention": text_attention,
+            "candidate_attention": candidate_attention,
             "query_mask": query_mask,
             "text_features": text_features,
             "llm_input": llm_input,
@@ -151,6 +153,14 @@ class VisualTokens:
         last token of the prompt if there are no labels.
         """
         return self._signal("text_attention")
+
+    @property
+    def candidate_attention(self) -> Float[Tensor, "batch queries outputs"]:
+        """Attention of the question's tokens to the output tokens of `Compressor.candidates` in layer `layer`.
+
+        It is the mean over heads. The softmax is over these output tokens alone, without the rest of the prompt.
+        """
+        return self._signal("candidate_attention")
 
     @property
     def query_mask(self) -> Bool[Tensor, "batch queries"]:

@@ -29,8 +29,11 @@ from vlmzip.keep import count_to_keep
 METHODS = available()
 
 
-def tokens_of():
-    """Return three images that vary between tokens, between 2 x 2 windows only, and between 3 x 3 windows only."""
+def tokens_of(method=None):
+    """Return three images that vary between tokens, between 2 x 2 windows only, and between 3 x 3 windows only.
+
+    A question attends to the tokens that `method` asks for.
+    """
     tokens = test_visionzip.tokens_of()
     features, pixels = tokens.features.clone(), torch.rand(3, 3, 24, 24, generator=torch.Generator().manual_seed(0))
     for row, factor in ((1, 2), (2, 3)):
@@ -43,10 +46,12 @@ def tokens_of():
         )
     features += 0.01 * tokens.features
     noise = torch.Generator().manual_seed(1)
+    outputs = features.shape[1] if method is None else method.candidates(tokens).max_length
     return tokens.replace(
         features=features,
         pixels=pixels,
         text_attention=torch.rand(3, 4, features.shape[1], generator=noise),
+        candidate_attention=torch.rand(3, 4, outputs, generator=torch.Generator().manual_seed(2)),
         query_mask=torch.tensor([[False, True, True, True], [True] * 4, [True] * 4]),
         text_features=torch.randn(3, 4, features.shape[2], generator=noise),
         llm_input=torch.randn(features.shape, generator=noise),
@@ -105,14 +110,14 @@ def test_the_folder_and_the_list_agree():
 @pytest.mark.parametrize("method", CONFIGURED)
 class TestEveryMethod:
     def test_count_is_what_was_promised(self, method):
-        tokens = tokens_of()
+        tokens = tokens_of(method)
         token_map = method(tokens)
         token_map.check()
         promised = method.token_count(tokens.grid)
         assert promised is None or token_map.lengths == [min(promised, tokens.grid.size)] * 3
 
     def test_a_row_alone_equals_that_row_in_a_batch(self, method):
-        tokens = tokens_of()
+        tokens = tokens_of(method)
         whole = method(tokens).apply(tokens.features)
         for row in range(3):
             alone = tokens.rows(torch.tensor([row]))
@@ -121,12 +126,12 @@ class TestEveryMethod:
             assert not whole[row, len(out) :].any()
 
     def test_permuting_the_batch_permutes_the_result(self, method):
-        tokens = tokens_of()
+        tokens = tokens_of(method)
         swapped = tokens.rows(torch.tensor([2, 0, 1]))
         assert torch.equal(method(swapped).group, method(tokens).group[[2, 0, 1]])
 
     def test_bfloat16_decides_like_float32(self, method):
-        tokens = tokens_of()
+        tokens = tokens_of(method)
         # Scores and keys differ clearly, so that rounding them does not change a decision. Features have values that
         # both types can represent, so that only rounding in intermediate results could change a decision.
         separated = torch.rand(3, 37).argsort(1).float() + 1
@@ -140,14 +145,14 @@ class TestEveryMethod:
         assert torch.equal(method(tokens).group, method(half).group)
 
     def test_gradients_are_finite(self, method):
-        tokens = tokens_of()
+        tokens = tokens_of(method)
         features = tokens.features.clone().requires_grad_()
         method(tokens.replace(features=features)).apply(features).square().sum().backward()
         assert features.grad.isfinite().all()
         assert features.grad.abs().sum() > 0
 
     def test_deterministic(self, method):
-        assert torch.equal(method(tokens_of()).group, method(tokens_of()).group)
+        assert torch.equal(method(tokens_of(method)).group, method(tokens_of(method)).group)
 
     def test_pickle_and_json_round_trip(self, method):
         assert pickle.loads(pickle.dumps(method)) == method
@@ -161,7 +166,7 @@ class TestEveryMethod:
         except BudgetError:
             return  # the message is tested with each method
         by_layer = chosen.tokens_by_layer(PROFILE)
-        assert left_by(chosen, tokens_of()) == by_layer[-1]
+        assert left_by(chosen, tokens_of(chosen)) == by_layer[-1]
         assert reached == pytest.approx(sum(by_layer) / (36 * PROFILE.layers))
         if "keep" in method.field_names() and type(method) is not Downsample:  # it can only reach whole grids
             # Inside the LLM, a token counts in some of the layers only.

@@ -30,26 +30,8 @@ def logits_of(model, inputs, new_tokens, placeholder, images, rules, bidirection
     the input of the LLM. It returns groups, which are lists of (index, weight) with the anchor first. A rule that has
     `asks_next_layer` gets the attention of the layer itself, before its compressor drops tokens.
     """
-    seen = {}
-
-    def capture(_module, _args, kwargs):
-        seen.update(kwargs)
-
-    llm = model.model.language_model
-    handle = llm.register_forward_pre_hook(capture, with_kwargs=True)
-    model(**inputs)
-    handle.remove()
-    entered, positions = seen["inputs_embeds"][0], seen["position_ids"]
-    hidden = entered
-    prompt = len(hidden)
-    if positions is None:
-        positions = torch.arange(prompt)[None]
-    if len(new_tokens):
-        hidden = torch.cat([hidden, model.get_input_embeddings()(new_tokens) * embedding_scale(model, inputs, hidden)])
-        further = positions[..., -1:] + torch.arange(1, len(new_tokens) + 1)
-        positions = torch.cat([positions, further], -1)
-    cos, sin = (table[0] for table in llm.rotary_emb(hidden[None], position_ids=positions))
-    length = len(hidden)
+    hidden, entered, cos, sin, seen = start(model, inputs, new_tokens)
+    prompt, length = len(entered), len(hidden)
     allowed = torch.ones(length, length).tril().bool()
     if bidirectional:
         allowed[:prompt, :prompt] = True
@@ -57,6 +39,7 @@ def logits_of(model, inputs, new_tokens, placeholder, images, rules, bidirection
     places = [list(columns) for columns in images]
     visual = {column for columns in images for column in columns}
     attention = None
+    llm = model.model.language_model
     for number, layer in enumerate(llm.layers):
         if number in rules:
             hidden = hidden.clone()
@@ -79,10 +62,7 @@ def logits_of(model, inputs, new_tokens, placeholder, images, rules, bidirection
         attention = attention_of(layer, hidden, cos, sin, mask)
         out = layer(hidden[None], attention_mask=mask[None, None], position_embeddings=(cos[None], sin[None]))
         hidden = (out if isinstance(out, torch.Tensor) else out[0])[0]
-        streams = seen.get("deepstack_visual_embeds") or []
-        if number < len(streams):  # features of an earlier layer of the encoder, for the visual tokens
-            hidden = hidden.clone()
-            hidden[:prompt][seen["visual_pos_masks"][0]] += streams[number]
+        hidden = with_stream(hidden, seen, number, prompt)
     return model.lm_head(llm.norm(hidden[None]))[0], alive
 
 
@@ -90,6 +70,39 @@ def closed(allowed, alive):
     """Return the values to add to attention logits. Tokens that are gone only see themselves and what remains."""
     seen = allowed & (alive | torch.eye(len(alive)).bool())
     return torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)
+
+
+def start(model, inputs, new_tokens):
+    """Return the input of the LLM for a row with and without `new_tokens`, position tables, and the LLM's arguments."""
+    seen = {}
+
+    def capture(_module, _args, kwargs):
+        seen.update(kwargs)
+
+    llm = model.model.language_model
+    handle = llm.register_forward_pre_hook(capture, with_kwargs=True)
+    model(**inputs)
+    handle.remove()
+    entered, positions = seen["inputs_embeds"][0], seen["position_ids"]
+    hidden = entered
+    if positions is None:
+        positions = torch.arange(len(hidden))[None]
+    if len(new_tokens):
+        hidden = torch.cat([hidden, model.get_input_embeddings()(new_tokens) * embedding_scale(model, inputs, hidden)])
+        further = positions[..., -1:] + torch.arange(1, len(new_tokens) + 1)
+        positions = torch.cat([positions, further], -1)
+    cos, sin = (table[0] for table in llm.rotary_emb(hidden[None], position_ids=positions))
+    return hidden, entered, cos, sin, seen
+
+
+def with_stream(hidden, seen, number, prompt):
+    """Return hidden states after layer `number` with what deepstack adds to the visual tokens there."""
+    streams = seen.get("deepstack_visual_embeds") or []
+    if number >= len(streams):
+        return hidden
+    hidden = hidden.clone()
+    hidden[:prompt][seen["visual_pos_masks"][0]] += streams[number]  # features of an earlier layer of the encoder
+    return hidden
 
 
 def embedding_scale(model, inputs, hidden):

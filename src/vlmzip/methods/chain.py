@@ -56,6 +56,13 @@ class Chain(Compressor):
             raise UserError(
                 f"after {stages[0].name()}, a chain can compress inside the LLM only; choose methods with site=in_llm"
             )
+        inside = [stage for stage in stages if stage.site is Site.IN_LLM]
+        alone = next((stage for stage in inside if stage.restores), None)
+        if alone is not None and len(inside) > 1:
+            raise UserError(
+                f"{alone.name()} restores the tokens after each layer, so no other method can act inside the LLM with"
+                " it; choose methods before the LLM"
+            )
         for stage in stages:
             if stage.for_training_only:
                 raise UserError(

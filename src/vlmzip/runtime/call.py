@@ -61,7 +61,7 @@ class CompressedCall:
         state = self.later_turn or first_turn(
             self.family, self.arguments, self.inputs, self.compressor, generating=self.generating
         )
-        return state if self.in_llm is None else replace(state, keys=self.in_llm.keys)
+        return state if self.in_llm is None else replace(state, keys=self.in_llm.keys, sizes=self.in_llm.sizes)
 
     def warn_beyond_positions(self, taken: Sequence[int], *, answered: bool = False) -> None:
         """Warn if a row takes more positions than the LLM has; with `answered`, `taken` includes the answers."""
@@ -97,8 +97,9 @@ def compress_call(
     inputs.report = replace(inputs.report, positions=positions_taken(family, inputs, generating=generating))
     in_llm = None
     if compressors := inside_the_llm(compressor):
-        keys = None if before is None else before.keys
-        in_llm = InLLMState(family, compressors, prompt_of(inputs.spans, inputs), inputs.report.stopwatch, keys)
+        keys, sizes = (None, None) if before is None else (before.keys, before.sizes)
+        prompt, watch = prompt_of(inputs.spans, inputs), inputs.report.stopwatch
+        in_llm = InLLMState(family, compressors, prompt, watch, keys, sizes)
     call = CompressedCall(family, compressor, arguments, inputs, generating, later_turn, in_llm)
     call.warn_beyond_positions(call.report.positions)
     return call

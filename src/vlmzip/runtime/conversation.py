@@ -43,6 +43,8 @@ class CacheState:
     """The number of images and of videos so far in each row, by modality."""
     keys: dict[int, Tensor] = field(default_factory=dict)
     """The conversation column of each token in the cache of a compressing layer, by layer (`LayerCut.keys`)."""
+    sizes: dict[int, Tensor] = field(default_factory=dict)
+    """The number of tokens that each of these stands for, if tokens are restored after layers."""
 
     def and_generated(self, tokens: Int[Tensor, "batch new"], filler: Bool[Tensor, "batch new"]) -> CacheState:
         """Return the state after the model has answered with `tokens`; `filler` marks padding after short answers."""

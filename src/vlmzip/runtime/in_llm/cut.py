@@ -50,6 +50,11 @@ class LayerCut:
     places: list[Int[Tensor, " _"]]
     """The slots of the remaining tokens of each image."""
     padded: bool
+    stand_in: Int[Tensor, "batch length"] | None = None
+    """The slot of the token that stands in for each token that entered the layer; -1 for none. `None` if the tokens are
+    not restored after the layer."""
+    added: Float[Tensor, "batch all_kept"] | None = None
+    """The value to add to the attention logits of each token in the layer's cache; `None` if it is 0 for all."""
     _short: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     """The original and the shortened value of layer arguments, by name. Layers get the same, so we shorten once."""
 
@@ -75,32 +80,50 @@ class LayerCut:
         for name in _positions_of(layer.forward):
             argument(arguments, name, "a decoder layer")
         if self._changed("attention_mask", mask):
-            short = shrink_mask(mask, self.here, self.keys, past, self.padded, flash=flash)
+            short = shrink_mask(mask, self.here, self.keys, past, self.padded, flash=flash, added=self.added)
             self._short["attention_mask"] = mask, short
         for name, value in arguments.items():
             if name != "attention_mask" and isinstance(value, Tensor | tuple) and self._changed(name, value):
-                self._short[name] = value, self._shortened(name, value, length)
+                self._short[name] = value, of_tokens(name, value, self.here, length)
         arguments |= {name: short for name, (_, short) in self._short.items() if name in arguments}
-
-    def _shortened(self, name: str, value: Any, length: int) -> Any:
-        """Return an argument of a decoder layer for the remaining tokens."""
-        if isinstance(value, tuple):
-            return tuple(self._shortened(name, part, length) for part in value)
-        if not isinstance(value, Tensor) or length not in value.shape:
-            return value
-        batch, column = len(self.here), self.here.clamp(min=0)
-        if name == "position_embeddings" and value.shape[-2] == length:  # a table of cosines, sines, or both
-            axes, width = value.shape[:-3], value.shape[-1]
-            index = column[..., None].expand(*axes, -1, -1, width)
-            return value.expand(*axes, batch, -1, -1).gather(-2, index)
-        if value.shape[-1] == length and (name == "position_ids" or value.ndim == 2):  # a value for each token
-            axes = value.shape[:-2]
-            return value.expand(*axes, batch, -1).gather(-1, column.expand(*axes, -1, -1))
-        raise UnfitMethod(
-            f"the layers of this LLM get {name} for each token in a form that vlmzip does not know;"
-            " choose a site before the LLM"
-        )
+        if self.added is not None:  # the cut of one layer only
+            self._short = {}
 
     def _changed(self, name: str, value: object) -> bool:
         """Return True if an argument is not the object that was last shortened under this name."""
         return name not in self._short or self._short[name][0] is not value
+
+
+def of_tokens(
+    name: str,
+    value: Any,
+    columns: Int[Tensor, "parts tokens"],
+    length: int,
+    rows: Int[Tensor, " parts"] | None = None,
+) -> Any:
+    """Return an argument of a decoder layer for the tokens at `columns`, where -1 is padding.
+
+    `length` is the number of tokens that entered the LLM. `rows` has the row of each part, if parts are not rows. Raise
+    `UserError` if the argument has values for each token in a form that vlmzip does not know.
+    """
+    if isinstance(value, tuple):
+        return tuple(of_tokens(name, part, columns, length, rows) for part in value)
+    if not isinstance(value, Tensor) or length not in value.shape:
+        return value
+    parts, column = len(columns), columns.clamp(min=0)
+    if name == "position_embeddings" and value.shape[-2] == length:  # a table of cosines, sines, or both
+        axes, width = value.shape[:-3], value.shape[-1]
+        index = column[..., None].expand(*axes, -1, -1, width)
+        return _of_rows(value, rows, -3).expand(*axes, parts, -1, -1).gather(-2, index)
+    if value.shape[-1] == length and (name == "position_ids" or value.ndim == 2):  # a value for each token
+        axes = value.shape[:-2]
+        return _of_rows(value, rows, -2).expand(*axes, parts, -1).gather(-1, column.expand(*axes, -1, -1))
+    raise UnfitMethod(
+        f"the layers of this LLM get {name} for each token in a form that vlmzip does not know;"
+        " choose a site before the LLM"
+    )
+
+
+def _of_rows(value: Tensor, rows: Int[Tensor, " parts"] | None, axis: int) -> Tensor:
+    """Return the rows of a value along `axis`. A single row is for all rows."""
+    return value if rows is None or value.shape[axis] == 1 else value.index_select(axis, rows)

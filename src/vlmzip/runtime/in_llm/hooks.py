@@ -19,6 +19,7 @@ from torch import nn
 
 from vlmzip.errors import UnfitMethod
 from vlmzip.runtime.cache_names import cache_argument
+from vlmzip.runtime.in_llm.restore import aside_of
 from vlmzip.runtime.in_llm.state import InLLMState
 from vlmzip.runtime.in_llm.step import Step
 from vlmzip.runtime.other_methods import names_other_methods
@@ -26,6 +27,9 @@ from vlmzip.runtime.versions import argument
 
 #: The keyword argument that passes the state of a forward from the LLM to its layers.
 STEP = "vlmzip_step"
+
+#: The attributes of modules in which torch keeps these hooks.
+HOOKS = ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs")
 
 _running: ContextVar[InLLMState | None] = ContextVar("vlmzip_inside", default=None)
 _lock = threading.Lock()
@@ -86,6 +90,19 @@ class LayerHook:
         return args, kwargs
 
 
+class RestoreHook:
+    """A hook that restores the tokens after a decoder layer, if `LayerHook` set them aside."""
+
+    @torch.compiler.disable
+    def __call__(self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        aside = aside_of(args[0] if args else kwargs.get("hidden_states"))
+        if aside is None:
+            return None
+        if isinstance(output, tuple):
+            return (aside.restored(output[0]), *output[1:])
+        return aside.restored(output)
+
+
 #: The number of façades that use the hooks of a module.
 _users: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
@@ -100,6 +117,8 @@ class Hooks:
                 hook: LayerHook | LLMHook = LayerHook(number - 1) if number else LLMHook()
                 if not _ours(module):  # a copied model already has the hooks of the original
                     module.register_forward_pre_hook(hook, with_kwargs=True)
+                    if number:
+                        module.register_forward_hook(RestoreHook(), with_kwargs=True)
                 _users[module] = _users.get(module, 0) + 1
 
     def remove(self) -> None:
@@ -109,10 +128,11 @@ class Hooks:
                 _users[module] -= 1
                 if _users[module] == 0:
                     for number in _ours(module):
-                        del module._forward_pre_hooks[number]
-                        module._forward_pre_hooks_with_kwargs.pop(number, None)
+                        for hooks in HOOKS:
+                            getattr(module, hooks).pop(number, None)
             self._modules = []
 
 
 def _ours(module: nn.Module) -> list[int]:
-    return [number for number, hook in module._forward_pre_hooks.items() if isinstance(hook, LLMHook | LayerHook)]
+    hooks = {**module._forward_pre_hooks, **module._forward_hooks}
+    return [number for number, hook in hooks.items() if isinstance(hook, LLMHook | LayerHook | RestoreHook)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -16,9 +16,12 @@ from vlmzip.models.layout import Layout
 from vlmzip.runtime.in_llm.cut import LayerCut, Merge
 from vlmzip.runtime.in_llm.indices import row_and_slot, tensors
 from vlmzip.runtime.in_llm.prompt import Prompt
-from vlmzip.runtime.in_llm.question import Bounds, Question
+from vlmzip.runtime.in_llm.question import Bounds, Candidates, Question
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Signal, VisualTokens
+
+#: A function that returns the attention of questions to output tokens in the layer that runs next.
+CandidateAttention = Callable[[Candidates], Float[Tensor, "images asking outputs"]]
 
 
 class Choice(NamedTuple):
@@ -97,11 +100,17 @@ class Images:
         return bool((~self.real[:, -1]).any())
 
     def compress(
-        self, index: int, compressor: Compressor, hidden: Float[Tensor, "rows length dim"], before: LayerCut | None
+        self,
+        index: int,
+        compressor: Compressor,
+        hidden: Float[Tensor, "rows length dim"],
+        before: LayerCut | None,
+        candidate_attention: CandidateAttention,
     ) -> Compressed:
         """Return the result of `compressor` before layer `index`, on the tokens that enter the layer.
 
-        Raise `UserError` if the compressor keeps no token of an image.
+        `candidate_attention` computes this layer's attention for compressors that need it. Raise `UserError` if the
+        compressor keeps no token of an image.
         """
         kept = self.real.clone() if before is None else before.here >= 0
         slots_of = self.places if before is None else before.places
@@ -113,8 +122,9 @@ class Images:
             slots = torch.stack([part.image_slots for part in group])
             if not group[0].choice.is_all:
                 slots = slots.gather(1, torch.stack([part.choice.numbers for part in group]))
-            tokens = self._tokens(index, compressor.needs, group, rows, slots, hidden)
-            token_map = group[0].choice.compressor(tokens).in_anchor_order()
+            acting = group[0].choice.compressor
+            tokens = self._tokens(index, acting, group, rows, slots, hidden, candidate_attention)
+            token_map = acting(tokens).in_anchor_order()
             if 0 in token_map.lengths:
                 raise UserError(f"{compressor.name()} left no token of an image; it must keep at least one")
             if token_map.added is not None:
@@ -133,13 +143,20 @@ class Images:
         for image, (slots, image_parts) in enumerate(zip(slots_of, parts_of, strict=True)):
             image_map = self._join(image, image_parts, len(slots))
             self.maps[image].append((index, image_map))
-            if (frames := self.frames[image]) is not None:
-                self.frames[image] = frames[image_map.anchor_index()[0]]
+            if not compressor.restores:
+                self._shorten(image, image_map)
             is_one = image_map in (image_parts[0].token_map, image_parts[0].image_map)
             outputs_of.append(image_parts[0].outputs if is_one else slots[image_map.anchor_index()[0]])
         kept[row_and_slot(self.rows, slots_of)] = False
         kept[row_and_slot(self.rows, outputs_of)] = True
         return Compressed(merges, kept, outputs_of)
+
+    def _shorten(self, image: int, image_map: TokenMap) -> None:
+        """Let later compressors see the frames and the layout of the output tokens of an image."""
+        if (frames := self.frames[image]) is not None:
+            self.frames[image] = frames[image_map.anchor_index()[0]]
+        if image_map.max_length < image_map.group.shape[1]:
+            self.layouts[image] = None
 
     def _parts(self, compressor: Compressor, slots_of: Sequence[Int[Tensor, " _"]]) -> list[Part]:
         """Return the parts that the compressor acts on: views of images, or whole images."""
@@ -161,13 +178,15 @@ class Images:
     def _tokens(
         self,
         index: int,
-        needs: frozenset[Signal],
+        compressor: Compressor,
         parts: list[Part],
         rows: Int[Tensor, " parts"],
         slots: Int[Tensor, "parts tokens"],
         hidden: Float[Tensor, "rows length dim"],
+        candidate_attention: CandidateAttention,
     ) -> VisualTokens:
         """Return the input of the compressor before layer `index`, for parts of equal shape."""
+        needs = compressor.needs
         images = [part.image for part in parts]
         signals: dict[str, Any] = {}
         if needs:
@@ -182,7 +201,14 @@ class Images:
             signals["llm_input"] = self.embeddings[rows[:, None], torch.stack([self.places[n] for n in images])]
         features = hidden[rows[:, None], slots].detach()
         grid, prefix = parts[0].choice.grid, parts[0].choice.prefix
-        return VisualTokens(features, grid, prefix, layer=index, passes_prefix=True, **signals)
+        tokens = VisualTokens(features, grid, prefix, layer=index, passes_prefix=True, **signals)
+        if Signal.CANDIDATE_ATTENTION not in needs:
+            return tokens
+        candidates = compressor.candidates(tokens)
+        index_of = candidates.anchor_index()
+        anchors = torch.where(index_of < 0, -1, slots.gather(1, index_of.clamp(min=0)))
+        attention = candidate_attention(Candidates(rows, asks, candidates.apply(features), anchors))
+        return tokens.replace(candidate_attention=attention)
 
     def _join(self, image: int, parts: list[Part], count: int) -> TokenMap:
         """Return the map of the `count` remaining tokens of an image, joined from the maps of its parts.
@@ -191,8 +217,6 @@ class Images:
         all other tokens are kept.
         """
         is_whole = sum(part.token_map.lengths[0] for part in parts) == sum(len(part.choice.numbers) for part in parts)
-        if not is_whole:
-            self.layouts[image] = None
         (first, *others) = parts
         if first.image_map is not None:
             return first.image_map

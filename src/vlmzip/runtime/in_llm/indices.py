@@ -16,11 +16,13 @@ A token has an index in each of four spaces. Columns and slots also count paddin
 | `LayerCut.source` | each remaining token at the layer (slot) | slot among the tokens that entered the layer |
 | `LayerCut.here` | each remaining token at the layer (slot) | column |
 | `LayerCut.keys` | each token in the layer's cache | conversation column |
+| `LayerCut.stand_in` | each token that entered the layer | slot of the token that stands in for it |
 | `LayerCut.places` | each remaining token of an image (number) | slot |
 | `Choice.numbers` | each token that a compressor gets | number, before the compressor acts |
 | `Part.image_slots` | each remaining token of an image (number) | slot among the tokens that entered the layer |
 | `Merge.slots` | each token that a compressor gets | slot among the tokens that entered the layer |
 | `Part.outputs` | each output token of the compressor | slot of its anchor, before the compressor acts |
+| `Candidates.anchors` | each token that a question may attend to | slot of its anchor, before the compressor acts |
 | `Question.columns` | each token of a row that may belong to a question (query) | column |
 | `Question.about` | each token of the question about an image | query |
 """

@@ -25,7 +25,9 @@ def extend(report: Report, steps: Sequence[Step]) -> Report:
     the tokens of the last layer.
     """
     maps = [image_maps for step in steps for image_maps in step.maps()]
-    token_maps = _followed([image.token_map for image in report.images], maps)
+    # Tokens that are restored after each layer enter the last layer as they entered the LLM.
+    followed = [image_maps[-1:] for image_maps in maps] if steps[0].plan.restores else maps
+    token_maps = _followed([image.token_map for image in report.images], followed)
     images = []
     for image, token_map, image_maps in zip(report.images, token_maps, maps, strict=True):
         by_layer = list(image.by_layer)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from vlmzip.models.family import Family
 from vlmzip.models.recording import attention_rows
 from vlmzip.processor import InputDict
+from vlmzip.runtime.in_llm.cut import of_tokens
 from vlmzip.runtime.in_llm.indices import compact, look_up, row_and_slot
 from vlmzip.runtime.in_llm.masks import known_mask
 from vlmzip.runtime.versions import argument
@@ -26,6 +27,17 @@ class Bounds(NamedTuple):
     """The column of the last token of the image."""
     end: int
     """The column of the last token of the question."""
+
+
+class Candidates(NamedTuple):
+    """Output tokens of a compressor, and the questions about their images."""
+
+    rows: Int[Tensor, " images"]
+    asks: Int[Tensor, "images asking"]
+    """The queries about each image (see `Question.about`)."""
+    states: Float[Tensor, "images outputs dim"]
+    anchors: Int[Tensor, "images outputs"]
+    """The slots of the anchors, before the compressor acts; -1 for padding."""
 
 
 class Question:
@@ -93,11 +105,7 @@ class Question:
         `hidden` and `arguments` are the inputs of the layer. `here` and `keys` are those of `LayerCut`. `cached` has
         the attention keys of earlier forwards in the layer's cache.
         """
-        # Find the slots of the queries. Text is never dropped, but an end that is an image token can be. Then take the
-        # last remaining token before it.
-        slot = torch.arange(here.shape[1], device=here.device)
-        up_to = (here >= 0)[:, None] & (here[:, None] <= self.columns.clamp(min=0)[..., None])
-        slots = torch.where(up_to, slot, 0).amax(-1)
+        slots = self._slots(here)
         mask = known_mask(argument(arguments, "attention_mask", "a decoder layer"))
         query, key, scale = family.queries_and_keys(layer, hidden, arguments, slots)
         if cached is not None:
@@ -112,3 +120,44 @@ class Question:
             allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         rows = attention_rows(query, key, allowed, scale)
         return rows[..., -hidden.shape[1] :]
+
+    def attention_to(
+        self,
+        family: Family,
+        layer: nn.Module,
+        hidden: Float[Tensor, "batch kept dim"],
+        arguments: InputDict,
+        here: Int[Tensor, "batch kept"],
+        length: int,
+        outputs: Candidates,
+    ) -> Float[Tensor, "images asking outputs"]:
+        """Return the attention of the questions about some images to `outputs` alone, averaged over heads.
+
+        `hidden` enters the layer, but is not shortened yet. `arguments` are those of the layer for all `length` tokens
+        that entered the LLM. `here` has the columns of the tokens of `hidden`.
+        """
+        rows, asks, states, anchors = outputs
+        query = self._slots(here)[rows].gather(1, asks.clamp(min=0))
+        # Let the layer see a sequence for each image: the outputs, then the question.
+        states = torch.cat([states, hidden[rows[:, None], query]], 1)
+        columns = here[rows].gather(1, torch.cat([anchors.clamp(min=0), query], 1))
+        short = {
+            name: of_tokens(name, value, columns, length, rows)
+            for name, value in arguments.items()
+            if name != "attention_mask"
+        }
+        closed = torch.full((states.shape[1],) * 2, torch.finfo(states.dtype).min, device=states.device).triu(1)
+        short["attention_mask"] = closed.to(states.dtype).expand(len(rows), 1, -1, -1)
+        place = torch.arange(anchors.shape[1], states.shape[1], device=states.device).expand(len(rows), -1)
+        query_states, key, scale = family.queries_and_keys(layer, states, short, place)
+        allowed = (asks >= 0)[..., None] & (anchors >= 0)[:, None]
+        return attention_rows(query_states, key[:, :, : anchors.shape[1]], allowed, scale)
+
+    def _slots(self, here: Int[Tensor, "batch kept"]) -> Int[Tensor, "batch queries"]:
+        """Return the slots of the queries.
+
+        Text is never dropped, but an end that is an image token can be. Then it is the last remaining token before it.
+        """
+        slot = torch.arange(here.shape[1], device=here.device)
+        up_to = (here >= 0)[:, None] & (here[:, None] <= self.columns.clamp(min=0)[..., None])
+        return torch.where(up_to, slot, 0).amax(-1)

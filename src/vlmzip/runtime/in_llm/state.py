@@ -30,11 +30,14 @@ class InLLMState:
         prompt: Prompt | None,
         watch: Stopwatch,
         keys: dict[int, Int[Tensor, "batch _"]] | None = None,
+        sizes: dict[int, Int[Tensor, "batch _"]] | None = None,
     ) -> None:
         self.plan = Plan(family, compressors, watch)
         self.prompt = prompt
         self.keys = dict(keys or {})
         """The conversation columns in the cache of each compressing layer (see `LayerCut.keys`)."""
+        self.sizes = dict(sizes or {})
+        """The number of tokens that each of these stands for, if tokens are restored after layers."""
         self.first: Step | None = None
         """The first step with images."""
         self._started = False
@@ -45,8 +48,8 @@ class InLLMState:
         """Return the state of a call with only one row of the prompt."""
         prompt = None if self.prompt is None else self.prompt.row(row)
         keys = {layer: held[row : row + 1] for layer, held in self.keys.items()}
-        compressors = list(dict.fromkeys(self.plan.at.values()))
-        return InLLMState(self.plan.family, compressors, prompt, self.plan.watch, keys)
+        sizes = {layer: held[row : row + 1] for layer, held in self.sizes.items()}
+        return InLLMState(self.plan.family, self.plan.compressors, prompt, self.plan.watch, keys, sizes)
 
     def step(self, embeddings: Float[Tensor, "batch length dim"], cache: Any) -> Step | None:
         """Return the state of one forward of the LLM; `None` if no layer has anything to do.
@@ -60,11 +63,11 @@ class InLLMState:
         prompt = self._prompt_for(embeddings.shape[1], past)
         self._started, self._cache = True, cache
         if past == 0:
-            self.keys = {}
+            self.keys, self.sizes = {}, {}
         if prompt is None and not self.keys:
             return None
         _refuse_other_caches(cache)
-        step = Step(self.plan, self.keys, prompt, embeddings.detach(), cache, past)
+        step = Step(self.plan, self.keys, self.sizes, prompt, embeddings.detach(), cache, past)
         if step.images is not None and self.first is None:
             self.first = step
         return step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from vlmzip.runtime.in_llm.images import Images
 from vlmzip.runtime.in_llm.indices import compact, follow, look_up
 from vlmzip.runtime.in_llm.plan import Plan
 from vlmzip.runtime.in_llm.prompt import Prompt
+from vlmzip.runtime.in_llm.restore import set_aside, stand_ins
 from vlmzip.token_map import TokenMap
 
 
@@ -25,6 +27,7 @@ class Step:
         self,
         plan: Plan,
         keys: dict[int, Int[Tensor, "batch _"]],
+        sizes: dict[int, Int[Tensor, "batch _"]],
         prompt: Prompt | None,
         embeddings: Float[Tensor, "batch length dim"],
         cache: Any,
@@ -33,6 +36,8 @@ class Step:
         self.plan, self.cache, self.past = plan, cache, past
         self._keys = keys
         """The conversation columns in each compressing layer's cache (see `LayerCut.keys`); shared with the call."""
+        self._sizes = sizes
+        """The number of tokens that each of these stands for, if tokens are restored after layers."""
         self.batch, self.length = embeddings.shape[:2]
         self.copies = self.batch // (self.batch if prompt is None else len(prompt.real))
         """The number of copies of each prompt row: `generate` repeats rows for beams and for several sequences."""
@@ -51,9 +56,12 @@ class Step:
                         self.images.attention[index] = self._attention_before_cut(
                             self.images, index, layer, hidden, arguments
                         )
-                    self._cuts[index] = self._decide(index, hidden)
+                    self._cuts[index] = self._decide(index, layer, hidden, arguments)
             cut = self._cuts[index]
-            hidden = hidden if cut is None else cut.merge_and_drop(hidden)
+            if cut is not None:
+                whole, hidden = hidden, cut.merge_and_drop(hidden)
+                if cut.stand_in is not None:
+                    set_aside(hidden, whole, cut.stand_in)
         # 2. Shorten mask and positions to the tokens that the latest compressor kept.
         cut = self._latest(index)
         if cut is not None:
@@ -70,11 +78,16 @@ class Step:
         return nullcontext() if self.images is None else self.plan.watch.time("selection")
 
     def _latest(self, index: int) -> LayerCut | None:
-        """Return the cut that applies to layer `index`: that of the last compressing layer up to and including it."""
-        layers = [layer for layer in self._cuts if layer <= index]
+        """Return the cut that applies to layer `index`: that of the last compressing layer up to and including it.
+
+        If tokens are restored after each layer, only the cut of the layer itself applies.
+        """
+        layers = [layer for layer in self._cuts if layer == index or (layer < index and not self.plan.restores)]
         return self._cuts[max(layers)] if layers else None
 
-    def _decide(self, index: int, hidden: Float[Tensor, "batch length dim"]) -> LayerCut | None:
+    def _decide(
+        self, index: int, layer: nn.Module, hidden: Float[Tensor, "batch length dim"], arguments: InputDict
+    ) -> LayerCut | None:
         """Return the cut before layer `index`; `None` if there is nothing to do."""
         before = self._latest(index)
         if self.images is None and index not in self._keys:
@@ -84,13 +97,36 @@ class Step:
             merges, places = [], []
             source = torch.arange(length, device=device).expand(self.batch, -1)
         else:
-            compressed = self.images.compress(index, self.plan.at[index], hidden, before)
+            entered = torch.arange(length, device=device).expand(self.batch, -1) if before is None else before.here
+            candidate_attention = partial(
+                self.images.question.attention_to, self.plan.family, layer, hidden, arguments, entered, self.length
+            )
+            compressed = self.images.compress(index, self.plan.at[index], hidden, before, candidate_attention)
             merges = compressed.merges
             source = compact(compressed.kept, pad_right=self.images.pad_right)
             places = follow(compressed.outputs, self.images.rows, source, length)
         here = source if before is None else look_up(before.here, source)
         self._keys[index] = keys = self._keys_with(index, here)
-        return LayerCut(merges, source, here, keys, places, padded=bool((keys < 0).any()))
+        if not self.plan.restores:
+            return LayerCut(merges, source, here, keys, places, padded=bool((keys < 0).any()))
+        # A mask is made in any case, with or without padding. Do not make the CPU wait for the device at each layer.
+        cut = LayerCut(merges, source, here, keys, places, padded=True)
+        self._restore_after(index, cut, hidden)
+        return cut
+
+    def _restore_after(self, index: int, cut: LayerCut, hidden: Float[Tensor, "batch length dim"]) -> None:
+        """Prepare the cut before layer `index`, which `hidden` enters, to restore the tokens after the layer.
+
+        A token that stands for m tokens gets log m more on its attention logits.
+        """
+        sizes = torch.ones_like(cut.source)
+        if cut.merges:
+            cut.stand_in, sizes = stand_ins(cut.merges, cut.source, hidden.shape[1])
+        cached = self._sizes.get(index)
+        if cached is None:
+            cached = sizes.new_ones(self.batch, cut.keys.shape[1] - sizes.shape[1])
+        self._sizes[index] = torch.cat([cached, sizes], 1)
+        cut.added = self._sizes[index].log().to(hidden.dtype)
 
     def _keys_with(self, index: int, here: Int[Tensor, "batch kept"]) -> Int[Tensor, "batch all_kept"]:
         """Return the conversation columns in the cache of layer `index` after it ran on the tokens `here`."""
