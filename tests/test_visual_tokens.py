@@ -59,6 +59,7 @@ def test_every_signal_can_be_given_and_read():
         "text_attention": (2, 3, 9), "text_features": (2, 3, 2), "pixels": (2, 3, 6, 6), "keys": (2, 9, 4),
         "attention_received": (2, 9, 3), "candidate_attention": (2, 3, 5), "last_keys": (2, 9, 8),
         "encoder_features": (2, 9, 5),
+        "llm_keys": (2, 9, 8), "llm_states": (2, 9, 2),
     }  # fmt: skip
     for signal in Signal:
         values = torch.nn.Linear(2, 3) if signal == Signal.PROJECTOR else torch.rand(shapes.get(signal, (2, 9)))

@@ -34,11 +34,21 @@ class Signal(enum.StrEnum):
     TEXT_ATTENTION = "text_attention"
     CANDIDATE_ATTENTION = "candidate_attention"
     TEXT_FEATURES = "text_features"
+    LLM_KEYS = "llm_keys"
+    LLM_STATES = "llm_states"
     PIXELS = "pixels"
 
 
 #: Signals that depend on the question.
-SIGNALS_OF_TEXT = frozenset({Signal.TEXT_ATTENTION, Signal.CANDIDATE_ATTENTION, Signal.TEXT_FEATURES})
+SIGNALS_OF_TEXT = frozenset(
+    {
+        Signal.TEXT_ATTENTION,
+        Signal.CANDIDATE_ATTENTION,
+        Signal.TEXT_FEATURES,
+        Signal.LLM_KEYS,
+        Signal.LLM_STATES,
+    }
+)
 #: Signals that come from the attention of the vision encoder.
 ATTENTION_OF_ENCODERS = frozenset(
     {

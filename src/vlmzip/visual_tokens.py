@@ -14,7 +14,10 @@ from vlmzip.sites import Signal as Signal
 from vlmzip.sites import Site as Site
 
 #: Attributes that come with a signal of another name, and that signal.
-COMES_WITH = {"query_mask": Signal.TEXT_ATTENTION, "llm_input": Signal.TEXT_FEATURES}
+COMES_WITH = {
+    "query_mask": Signal.TEXT_ATTENTION, "llm_input": Signal.TEXT_FEATURES, "text_keys": Signal.LLM_KEYS,
+    "text_states": Signal.LLM_STATES,
+}  # fmt: skip
 
 #: Signals of the vision encoder with one value, or one vector, for each token of a view.
 BY_TOKEN = {
@@ -66,6 +69,10 @@ class VisualTokens:
         query_mask: Bool[Tensor, "batch queries"] | None = None,
         text_features: Float[Tensor, "batch queries llm_dim"] | None = None,
         llm_input: Float[Tensor, "batch entered llm_dim"] | None = None,
+        llm_keys: Float[Tensor, "batch tokens llm_key_dim"] | None = None,
+        text_keys: Float[Tensor, "batch queries llm_key_dim"] | None = None,
+        llm_states: Float[Tensor, "batch tokens llm_dim"] | None = None,
+        text_states: Float[Tensor, "batch queries llm_dim"] | None = None,
         pixels: Float[Tensor, "batch 3 height width"] | None = None,
     ) -> None:
         self.features = features
@@ -91,6 +98,10 @@ class VisualTokens:
             "query_mask": query_mask,
             "text_features": text_features,
             "llm_input": llm_input,
+            "llm_keys": llm_keys,
+            "text_keys": text_keys,
+            "llm_states": llm_states,
+            "text_states": text_states,
             "pixels": pixels,
         }
         self._signals = {name: value for name, value in signals.items() if value is not None}
@@ -176,6 +187,26 @@ class VisualTokens:
     def llm_input(self) -> Float[Tensor, "batch entered llm_dim"]:
         """Features of all tokens of the image at the input of the LLM."""
         return self._signal("llm_input")
+
+    @property
+    def llm_keys(self) -> Float[Tensor, "batch tokens llm_key_dim"]:
+        """Attention keys of the visual tokens in the LLM layer before `layer`, rotated, with the heads joined."""
+        return self._signal("llm_keys")
+
+    @property
+    def text_keys(self) -> Float[Tensor, "batch queries llm_key_dim"]:
+        """The same keys of the question's tokens."""
+        return self._signal("text_keys")
+
+    @property
+    def llm_states(self) -> Float[Tensor, "batch tokens llm_dim"]:
+        """Hidden states of the visual tokens that enter `layer`, after the LLM's final norm."""
+        return self._signal("llm_states")
+
+    @property
+    def text_states(self) -> Float[Tensor, "batch queries llm_dim"]:
+        """The same states of the question's tokens."""
+        return self._signal("text_states")
 
     @property
     def pixels(self) -> Float[Tensor, "batch 3 height width"]:

@@ -60,6 +60,10 @@ def tokens_of(method=None):
         last_keys=torch.randn(*features.shape[:2], 16, generator=noise),
         encoder_features=torch.randn(*features.shape[:2], 12, generator=noise),
         projector=torch.nn.functional.gelu,
+        llm_keys=torch.randn(*features.shape[:2], 8, generator=noise),
+        text_keys=torch.randn(3, 4, 8, generator=noise),
+        llm_states=torch.randn(features.shape, generator=noise),
+        text_states=torch.randn(3, 4, features.shape[2], generator=noise),
     )
 
 
@@ -136,7 +140,9 @@ class TestEveryMethod:
         # both types can represent, so that only rounding in intermediate results could change a decision.
         separated = torch.rand(3, 37).argsort(1).float() + 1
         keys = torch.eye(37)[None].repeat(3, 1, 1) + 0.3 * torch.eye(37).roll(1, 0)
-        names = ("features", "text_features", "llm_input")
+        names = (
+            "features", "text_features", "llm_input", "llm_keys", "text_keys", "llm_states", "text_states",
+        )  # fmt: skip
         exact = {name: getattr(tokens, name).bfloat16().float() for name in names}
         tokens = tokens.replace(**exact, cls_attention=separated, keys=keys)
         tokens = tokens.replace(text_attention=separated[:, None].expand(-1, 4, -1))

@@ -9,8 +9,8 @@ import torch
 import vlmzip
 from tests.references.in_llm import logits_of
 from tests.references.visionzip import visionzip
-from tests.runtime.test_in_llm import fastv_rule, pooling_rule, pyramiddrop_rule, random_rule, sparsevlm_rule
-from vlmzip import FastV, LLaVolta, Pool2d, PyramidDrop, RandomTokens, Site, SparseVLM, VisionZip, mini
+from tests.runtime.test_in_llm import dart_rule, fastv_rule, pooling_rule, pyramiddrop_rule, random_rule, sparsevlm_rule
+from vlmzip import DART, FastV, LLaVolta, Pool2d, PyramidDrop, RandomTokens, Site, SparseVLM, VisionZip, mini
 
 QUESTIONS = ("what color is the ring ?", "where is the star ?", "is there a red circle to the left of the word ?")
 STEPS = 4
@@ -52,6 +52,7 @@ def test_random_tokens(mini_tokens):
 INSIDE = {
     "fastv": (FastV(keep=0.25, layer=2), {2: fastv_rule(0.25)}),
     "llavolta": (LLaVolta(stride=8, layer=2), {2: pooling_rule(8)}),
+    "dart": (DART(keep=0.25, layer=2), {2: dart_rule(36)}),
     "pyramiddrop": (PyramidDrop(layer=(2, 4, 6)), {layer: pyramiddrop_rule(0.5) for layer in (2, 4, 6)}),
     "random_tokens": (RandomTokens(keep=0.25, site=Site.IN_LLM, layer=1, seed=7), {1: random_rule(0.25, 7)}),
     "sparsevlm": (

@@ -8,16 +8,21 @@ def rotated(x, cos, sin):
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 
 
-def attention_of(layer, hidden, cos, sin, mask):
-    """Return the attention matrix of a layer, mean over heads, shape [length, length]."""
+def queries_and_keys(layer, hidden, cos, sin):
+    """Return the rotated queries and keys of a layer, shape [heads, length, head_dim]."""
     attention = layer.self_attn
     x = layer.input_layernorm(hidden[None])[0]
     query, key = (proj(x).unflatten(-1, (-1, attention.head_dim)) for proj in (attention.q_proj, attention.k_proj))
     if hasattr(attention, "q_norm"):
         query, key = attention.q_norm(query), attention.k_norm(key)
-    query, key = rotated(query.transpose(0, 1), cos, sin), rotated(key.transpose(0, 1), cos, sin)
+    return rotated(query.transpose(0, 1), cos, sin), rotated(key.transpose(0, 1), cos, sin)
+
+
+def attention_of(layer, hidden, cos, sin, mask):
+    """Return the attention matrix of a layer, mean over heads, shape [length, length]."""
+    query, key = queries_and_keys(layer, hidden, cos, sin)
     key = key.repeat_interleave(len(query) // len(key), 0)
-    return ((query @ key.transpose(1, 2)) * attention.head_dim**-0.5 + mask).softmax(-1).mean(0)
+    return ((query @ key.transpose(1, 2)) * layer.self_attn.head_dim**-0.5 + mask).softmax(-1).mean(0)
 
 
 @torch.no_grad()
@@ -26,8 +31,9 @@ def logits_of(model, inputs, new_tokens, placeholder, images, rules, bidirection
 
     `images` has the columns of each image. `separators` has the columns of newlines among them; they remain as long as
     all of the image's tokens do. `rules` has a function for each layer with a compressor. It gets the hidden states of
-    an image's remaining tokens, the question's attention to them in the layer before, and the image and the question at
-    the input of the LLM. It returns groups, which are lists of (index, weight) with the anchor first. A rule that has
+    an image's remaining tokens, the question's attention to them in the layer before, the image and the question at the
+    input of the LLM, and then for both the keys in the layer before, with positions from 0, and the states after the
+    LLM's norm. It returns groups, which are lists of (index, weight) with the anchor first. A rule that has
     `asks_next_layer` gets the attention of the layer itself, before its compressor drops tokens.
     """
     hidden, entered, cos, sin, seen = start(model, inputs, new_tokens)
@@ -38,11 +44,14 @@ def logits_of(model, inputs, new_tokens, placeholder, images, rules, bidirection
     alive = torch.ones(length, dtype=torch.bool)
     places = [list(columns) for columns in images]
     visual = {column for columns in images for column in columns}
-    attention = None
+    attention = keys = None
     llm = model.model.language_model
+    positions = seen["all_positions"]
+    from_zero = [table[0] for table in llm.rotary_emb(hidden[None], position_ids=positions - positions[..., :1])]
     for number, layer in enumerate(llm.layers):
         if number in rules:
             hidden = hidden.clone()
+            states = llm.norm(hidden)
             if getattr(rules[number], "asks_next_layer", False):
                 attention = attention_of(layer, hidden, cos, sin, closed(allowed, alive))
             for image, columns in enumerate(places):
@@ -50,16 +59,20 @@ def logits_of(model, inputs, new_tokens, placeholder, images, rules, bidirection
                 questions = [q for q in range(images[image][0], prompt) if q not in visual] or [last]
                 whole = entered[list(images[image])]
                 tokens = [column for column in columns if column not in separators]
-                groups = rules[number](hidden[tokens], attention[questions][:, tokens], whole, entered[questions])
-                states = {tokens[g[0][0]]: sum(w * hidden[tokens[i]] for i, w in g) for g in groups}
-                newlines = [] if len(states) < len(tokens) else [c for c in columns if c in separators]
+                groups = rules[number](
+                    hidden[tokens], attention[questions][:, tokens], whole, entered[questions],
+                    keys[tokens], states[tokens], keys[questions], states[questions],
+                )  # fmt: skip
+                merged = {tokens[g[0][0]]: sum(w * hidden[tokens[i]] for i, w in g) for g in groups}
+                newlines = [] if len(merged) < len(tokens) else [c for c in columns if c in separators]
                 alive[columns] = False
-                for anchor, state in states.items():
+                for anchor, state in merged.items():
                     hidden[anchor] = state
-                places[image] = sorted([*states, *newlines])
+                places[image] = sorted([*merged, *newlines])
                 alive[places[image]] = True
         mask = closed(allowed, alive)
         attention = attention_of(layer, hidden, cos, sin, mask)
+        keys = queries_and_keys(layer, hidden, *from_zero)[1].transpose(0, 1).flatten(1)
         out = layer(hidden[None], attention_mask=mask[None, None], position_embeddings=(cos[None], sin[None]))
         hidden = (out if isinstance(out, torch.Tensor) else out[0])[0]
         hidden = with_stream(hidden, seen, number, prompt)
@@ -92,6 +105,7 @@ def start(model, inputs, new_tokens):
         further = positions[..., -1:] + torch.arange(1, len(new_tokens) + 1)
         positions = torch.cat([positions, further], -1)
     cos, sin = (table[0] for table in llm.rotary_emb(hidden[None], position_ids=positions))
+    seen["all_positions"] = positions
     return hidden, entered, cos, sin, seen
 
 

@@ -12,11 +12,13 @@ from transformers import DynamicCache
 
 import vlmzip
 from tests.families import FAMILIES, tiny_llava
+from tests.references.dart import dart
 from tests.references.in_llm import logits_of
 from tests.references.kmeans import kmeans
 from tests.references.sparsevlm import raters, sparsevlm
 from tests.tiny import IMAGE_TOKEN, batch, prompt
 from vlmzip import (
+    DART,
     Chain,
     FastV,
     KMeans,
@@ -79,6 +81,14 @@ def pyramiddrop_rule(share):
     return rule
 
 
+def dart_rule(count):
+    def rule(hidden, attention, image, question, *keys_and_states):
+        lists = (values.tolist() for values in keys_and_states)
+        return [[(n, 1.0)] for n in dart(*lists, min(count, len(hidden)))]
+
+    return rule
+
+
 def pooling_rule(stride):
     def rule(hidden, *_):
         runs = [list(range(start, start + stride)) for start in range(0, len(hidden) - stride + 1, stride)]
@@ -101,7 +111,7 @@ def random_rule(keep, seed):
 
 
 def sparsevlm_rule(count, recycle):
-    def rule(hidden, attention, image, question):
+    def rule(hidden, attention, image, question, *_):
         return sparsevlm(hidden, attention, raters(image, question), min(count, len(hidden)), recycle)
 
     return rule
@@ -159,6 +169,10 @@ CASES = {
         Chain(compressors=(RaggedInside(layer=1), PyramidDrop(layer=(2,)), FastV(keep=0.5, layer=3))),
         {1: ragged_rule, 2: pyramiddrop_rule(0.5), 3: fastv_rule(0.5)},
     ),
+    "dart": (DART(keep=14, layer=2), {2: dart_rule(14)}),
+    "dart after merging": (
+        Chain(compressors=(RaggedInside(layer=1), DART(keep=5, layer=2))), {1: ragged_rule, 2: dart_rule(5)},
+    ),
     "ragged merging": (RaggedInside(), {1: ragged_rule}),
     "chain of two layers": (
         Chain(compressors=(RaggedInside(layer=1), FastV(keep=0.5, layer=3))), {1: ragged_rule, 3: fastv_rule(0.5)},
@@ -168,8 +182,10 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def family(family):
-    """Logits below 3, of which float32 rounds off less than the 1e-5 that the oracle allows."""
+    """Logits below 3, of which float32 rounds off less than the 1e-5 that the oracle allows; a norm with weights."""
     with torch.no_grad():
+        weight = family.model.model.language_model.norm.weight
+        weight.mul_(torch.linspace(0.1, 1, len(weight)))
         family.model.get_output_embeddings().weight.mul_(0.4)
     return family
 
@@ -548,6 +564,7 @@ def test_in_training_every_image_is_asked_about_by_the_question_before_its_answe
     [
         (VisionZip(keep=12), FastV(keep=5, layer=2), {2: fastv_rule(5 / 12)}),
         (Pool2d(factor=2), LLaVolta(stride=2, layer=1), {1: pooling_rule(2)}),
+        (VisionZip(keep=12), DART(keep=7, layer=1), {1: dart_rule(7)}),
         (VisionZip(keep=12), PyramidDrop(layer=(1, 3)), {1: pyramiddrop_rule(0.5), 3: pyramiddrop_rule(0.5)}),
     ],
 )

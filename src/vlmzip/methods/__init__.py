@@ -6,6 +6,7 @@ To add a method, write its file and add one line here.
 from vlmzip.methods.adaptive_visionzip import AdaptiveVisionZip as AdaptiveVisionZip
 from vlmzip.methods.cdpruner import CDPruner as CDPruner
 from vlmzip.methods.chain import Chain as Chain
+from vlmzip.methods.dart import DART as DART
 from vlmzip.methods.dfmr import DFMR as DFMR
 from vlmzip.methods.divprune import DivPrune as DivPrune
 from vlmzip.methods.downsample import Downsample as Downsample

@@ -221,6 +221,14 @@ class Family:
         return self.llm.layers  # type: ignore[return-value]
 
     @property
+    def final_norm(self) -> Callable[[Float[Tensor, "*batch dim"]], Float[Tensor, "*batch dim"]]:
+        """The norm between the last decoder layer and the LM head. Override it if it is not `llm.norm`."""
+        norm = getattr(self.llm, "norm", None)
+        if norm is None:
+            raise UnfitMethod(f"{type(self.llm).__name__} has no final norm that is known: choose another method")
+        return lambda states: norm(states).to(states.device)  # accelerate can move the norm to another device
+
+    @property
     def lora_targets(self) -> str:
         """A regular expression that matches the names of the LLM's linear layers, for low-rank adapters.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +22,8 @@ DIRECT = (
     "LlamaAttention", "MistralAttention", "GemmaAttention", "Qwen2Attention", "Qwen3Attention", "Qwen2VLAttention",
     "Qwen2_5_VLAttention", "Qwen3VLTextAttention",
 )  # fmt: skip
+#: Cosines and sines of the angles by which attention rotates queries and keys: [batch, length, rotary_dim].
+Tables: TypeAlias = tuple[Tensor, Tensor]
 #: The name of the attention function that records its arguments.
 RECORDING = "vlmzip_recording"
 
@@ -58,6 +60,16 @@ def _record(
 
 
 AttentionInterface.register(RECORDING, _record)
+
+
+def counted_from(tables: Tables, origin: Tables) -> Tables:
+    """Return the tables of cosines and sines for positions that are smaller by the position of `origin`.
+
+    `origin` has one position for each row of the batch. At position 0 the tables stay as they are.
+    """
+    (cos, sin), (cos_first, sin_first) = tables, origin
+    factor = (cos_first.square() + sin_first.square()).sqrt()  # that of RoPE variants which scale their tables
+    return (cos * cos_first + sin * sin_first) / factor, (sin * cos_first - cos * sin_first) / factor
 
 
 def is_direct(layer: nn.Module) -> bool:

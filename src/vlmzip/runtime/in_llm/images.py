@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
+from vlmzip.models.family import Family
 from vlmzip.models.layout import Layout
 from vlmzip.runtime.in_llm.cut import LayerCut, Merge
 from vlmzip.runtime.in_llm.indices import row_and_slot, tensors
@@ -70,8 +71,10 @@ class Compressed:
 class Images:
     """The images that enter the LLM in one forward. `generate` repeats each row of the prompt `copies` times."""
 
-    def __init__(self, prompt: Prompt, embeddings: Float[Tensor, "rows length dim"], past: int, copies: int) -> None:
-        self.embeddings = embeddings
+    def __init__(
+        self, family: Family, prompt: Prompt, embeddings: Float[Tensor, "rows length dim"], past: int, copies: int
+    ) -> None:
+        self.family, self.embeddings = family, embeddings
         device, length = embeddings.device, embeddings.shape[1]
         self.spans = [replace(s, row=s.row * copies + copy) for s in prompt.spans for copy in range(copies)]
         self.rows = [span.row for span in self.spans]
@@ -86,6 +89,8 @@ class Images:
         self.question = Question(self.rows, self.places, bounds, self.real)
         self.attention: dict[int, Float[Tensor, "rows queries kept"]] = {}
         """The question's attention to the tokens that enter a compressing layer, by layer."""
+        self.keys: dict[int, Float[Tensor, "rows kept key_dim"]] = {}
+        """The attention keys of the tokens that enter a compressing layer, in the layer before it, by layer."""
         self.views = [span.views for span in self.spans]
         """The number of views of each image."""
         self.layouts: list[Layout | None] = [span.layout for span in self.spans]
@@ -123,7 +128,7 @@ class Images:
             if not group[0].choice.is_all:
                 slots = slots.gather(1, torch.stack([part.choice.numbers for part in group]))
             acting = group[0].choice.compressor
-            tokens = self._tokens(index, acting, group, rows, slots, hidden, candidate_attention)
+            tokens = self._tokens(index, acting, group, rows, slots, hidden, before, candidate_attention)
             token_map = acting(tokens).in_anchor_order()
             if 0 in token_map.lengths:
                 raise UserError(f"{compressor.name()} left no token of an image; it must keep at least one")
@@ -183,6 +188,7 @@ class Images:
         rows: Int[Tensor, " parts"],
         slots: Int[Tensor, "parts tokens"],
         hidden: Float[Tensor, "rows length dim"],
+        before: LayerCut | None,
         candidate_attention: CandidateAttention,
     ) -> VisualTokens:
         """Return the input of the compressor before layer `index`, for parts of equal shape."""
@@ -200,6 +206,16 @@ class Images:
             signals["text_features"] = self.embeddings[rows[:, None], self.question.columns[rows].gather(1, query)]
             signals["llm_input"] = self.embeddings[rows[:, None], torch.stack([self.places[n] for n in images])]
         features = hidden[rows[:, None], slots].detach()
+        if needs & {Signal.LLM_KEYS, Signal.LLM_STATES}:
+            here = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
+            here = here if before is None else before.here
+            asking = self.question.slots(here)[rows].gather(1, query)
+            if Signal.LLM_KEYS in needs:
+                signals["llm_keys"] = self.keys[index][rows[:, None], slots]
+                signals["text_keys"] = self.keys[index][rows[:, None], asking]
+            if Signal.LLM_STATES in needs:
+                signals["llm_states"] = self.family.final_norm(features)
+                signals["text_states"] = self.family.final_norm(hidden[rows[:, None], asking])
         grid, prefix = parts[0].choice.grid, parts[0].choice.prefix
         tokens = VisualTokens(features, grid, prefix, layer=index, passes_prefix=True, **signals)
         if Signal.CANDIDATE_ATTENTION not in needs:

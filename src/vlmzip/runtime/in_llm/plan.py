@@ -23,6 +23,8 @@ class Plan:
         """The layers whose attention the compressor before the next layer needs."""
         self.asked = {layer for layer, c in asks.items() if c.asks_next_layer}
         """The layers whose attention the compressor before them needs."""
+        self.keyed = {layer - 1 for layer, c in self.at.items() if Signal.LLM_KEYS in c.needs}
+        """The layers whose attention keys the compressor before the next layer needs."""
         if self.restores and self.flash:
             raise UnfitMethod(
                 f"{compressors[0].name()} gives tokens weights in attention, which FlashAttention cannot do: load the"

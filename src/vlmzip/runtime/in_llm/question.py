@@ -89,6 +89,16 @@ class Question:
         asks |= (queries == ends) & ~asks.any(1, keepdim=True)
         return compact(asks, pad_right=False)
 
+    def slots(self, here: Int[Tensor, "batch kept"]) -> Int[Tensor, "batch queries"]:
+        """Return the slots of the queries at a layer. `here` is that of `LayerCut`.
+
+        Text is never dropped, but an end that is an image token can be. Then its slot is that of the last remaining
+        token before it.
+        """
+        slot = torch.arange(here.shape[1], device=here.device)
+        up_to = (here >= 0)[:, None] & (here[:, None] <= self.columns.clamp(min=0)[..., None])
+        return torch.where(up_to, slot, 0).amax(-1)
+
     def attention(
         self,
         family: Family,
@@ -105,7 +115,7 @@ class Question:
         `hidden` and `arguments` are the inputs of the layer. `here` and `keys` are those of `LayerCut`. `cached` has
         the attention keys of earlier forwards in the layer's cache.
         """
-        slots = self._slots(here)
+        slots = self.slots(here)
         mask = known_mask(argument(arguments, "attention_mask", "a decoder layer"))
         query, key, scale = family.queries_and_keys(layer, hidden, arguments, slots)
         if cached is not None:
@@ -137,7 +147,7 @@ class Question:
         that entered the LLM. `here` has the columns of the tokens of `hidden`.
         """
         rows, asks, states, anchors = outputs
-        query = self._slots(here)[rows].gather(1, asks.clamp(min=0))
+        query = self.slots(here)[rows].gather(1, asks.clamp(min=0))
         # Let the layer see a sequence for each image: the outputs, then the question.
         states = torch.cat([states, hidden[rows[:, None], query]], 1)
         columns = here[rows].gather(1, torch.cat([anchors.clamp(min=0), query], 1))
@@ -152,12 +162,3 @@ class Question:
         query_states, key, scale = family.queries_and_keys(layer, states, short, place)
         allowed = (asks >= 0)[..., None] & (anchors >= 0)[:, None]
         return attention_rows(query_states, key[:, :, : anchors.shape[1]], allowed, scale)
-
-    def _slots(self, here: Int[Tensor, "batch kept"]) -> Int[Tensor, "batch queries"]:
-        """Return the slots of the queries.
-
-        Text is never dropped, but an end that is an image token can be. Then it is the last remaining token before it.
-        """
-        slot = torch.arange(here.shape[1], device=here.device)
-        up_to = (here >= 0)[:, None] & (here[:, None] <= self.columns.clamp(min=0)[..., None])
-        return torch.where(up_to, slot, 0).amax(-1)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from vlmzip.models.llm_attention import counted_from
 from vlmzip.processor import InputDict
 from vlmzip.runtime.in_llm.cut import LayerCut
 from vlmzip.runtime.in_llm.images import Images
@@ -41,7 +42,9 @@ class Step:
         self.batch, self.length = embeddings.shape[:2]
         self.copies = self.batch // (self.batch if prompt is None else len(prompt.real))
         """The number of copies of each prompt row: `generate` repeats rows for beams and for several sequences."""
-        self.images = Images(prompt, embeddings, past, self.copies) if prompt is not None and prompt.spans else None
+        self.images: Images | None = None
+        if prompt is not None and prompt.spans:
+            self.images = Images(plan.family, prompt, embeddings, past, self.copies)
         self._cuts: dict[int, LayerCut | None] = {}
 
     def enter(
@@ -63,14 +66,19 @@ class Step:
                 if cut.stand_in is not None:
                     set_aside(hidden, whole, cut.stand_in)
         # 2. Shorten mask and positions to the tokens that the latest compressor kept.
+        tables = arguments.get("position_embeddings")
         cut = self._latest(index)
         if cut is not None:
             cut.shorten(type(layer), arguments, length=self.length, past=self.past, flash=self.plan.flash)
-        # 3. Compute this layer's attention if the compressor before the next layer needs it.
-        if self.images is not None and index in self.plan.watched and index + 1 not in self._cuts:
-            with torch.no_grad(), self._timed():
-                attention = self._attention(self.images, index, layer, hidden, arguments, cut)
-                self.images.attention[index + 1] = attention
+        # 3. Compute what the compressor before the next layer needs of this layer's attention.
+        if self.images is not None and index + 1 not in self._cuts:
+            if index in self.plan.watched:
+                with torch.no_grad(), self._timed():
+                    attention = self._attention(self.images, index, layer, hidden, arguments, cut)
+                    self.images.attention[index + 1] = attention
+            if index in self.plan.keyed:
+                with torch.no_grad(), self._timed():
+                    self.images.keys[index + 1] = self._keys_at(self.images, layer, hidden, arguments, tables)
         return hidden
 
     def _timed(self) -> AbstractContextManager[None]:
@@ -167,6 +175,21 @@ class Step:
             here, keys = cut.here, cut.keys
         cached = self.cache.layers[index].keys if self.past else None
         return images.question.attention(self.plan.family, layer, hidden, arguments, here, keys, self.past, cached)
+
+    def _keys_at(
+        self, images: Images, layer: nn.Module, hidden: Tensor, arguments: InputDict, tables: Any
+    ) -> Float[Tensor, "batch kept key_dim"]:
+        """Return the attention keys of a layer, with the heads joined. `tables` has the angles of all columns.
+
+        Positions count from 0 at the first token of a prompt. Those of `forward` can count the padding on its left.
+        """
+        if self.past == 0 and isinstance(tables, tuple) and tables[0].ndim == 3:
+            row, first = torch.arange(self.batch, device=hidden.device), images.real.int().argmax(1)
+            cos, sin = (table.expand(self.batch, -1, -1)[row, first, None] for table in tables)
+            arguments = {**arguments, "position_embeddings": counted_from(arguments["position_embeddings"], (cos, sin))}
+        no_rows = torch.empty(self.batch, 0, dtype=torch.long, device=hidden.device)
+        keys = self.plan.family.queries_and_keys(layer, hidden, arguments, no_rows).key
+        return keys.transpose(1, 2).flatten(2)
 
     # --- results ----------------------------------------------------------------------------------------------
 
