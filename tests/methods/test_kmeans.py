@@ -96,6 +96,14 @@ def test_memory_is_chunked(monkeypatch):
     assert max(sizes) <= 3 * 50 * 288  # all at once would be 3 * 576 * 288
 
 
+def test_iterations_end_where_nothing_moves(monkeypatch):
+    tokens = tokens_of(rows=6, cols=6, dim=6)
+    nearest, calls = module._nearest, []
+    monkeypatch.setattr(module, "_nearest", lambda *args: calls.append(1) or nearest(*args))
+    check_against_loop(tokens, KMeans(keep=9, iterations=100))
+    assert len(calls) < 50
+
+
 @pytest.mark.parametrize(
     "fields",
     [

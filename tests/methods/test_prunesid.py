@@ -45,6 +45,14 @@ def test_equals_the_naive_loop(rows, cols, keep, prefix):
         assert order_of(PruneSID(keep=keep), tokens, row) == [*range(prefix), *(prefix + n for n in expected)]
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 36])
+def test_chunks_choose_the_same(monkeypatch, chunk):
+    tokens, method = correlated(), PruneSID(keep=9)
+    whole = method(tokens)
+    monkeypatch.setattr(prunesid, "CHUNK", chunk)
+    assert torch.equal(method(tokens).group, whole.group)
+
+
 def test_components_are_the_singular_vectors_of_a_matrix_of_low_rank():
     x = correlated(2, 5, 8, dim=64, prefix=0, rank=4).features
     x = x + 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3))

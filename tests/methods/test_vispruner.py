@@ -46,6 +46,15 @@ def test_chunks_choose_the_same_as_the_matrix(monkeypatch):
     assert torch.equal(method(tokens).group, whole.group)
 
 
+@pytest.mark.parametrize("listed", [1, 5, 32, 1000])
+def test_lists_choose_the_same_as_the_matrix(monkeypatch, listed):
+    tokens, method = tokens_of(rows=24, cols=24), VisPruner(keep=20)
+    whole = method(tokens)
+    monkeypatch.setattr(vispruner, "SHORT", 0)
+    monkeypatch.setattr(vispruner, "LISTED", listed)
+    assert torch.equal(method(tokens).group, whole.group)
+
+
 @pytest.mark.parametrize("keep", [192, 128, 64])
 def test_the_published_counts(keep):
     assert len(kept_by(VisPruner(keep=keep), tokens_of(rows=24, cols=24))) == keep

@@ -64,8 +64,12 @@ class KMeans(BudgetedCompressor):
         clusters = self.count(size)
         start = (2 * torch.arange(clusters, device=x.device) + 1) * size // (2 * clusters)
         centroids = x[:, start]
+        cluster = torch.full(x.shape[:2], -1, device=x.device)
         for _ in range(self.iterations):
-            cluster = _fill_empty(*_nearest(x, centroids), clusters)
+            before, cluster = cluster, _fill_empty(*_nearest(x, centroids), clusters)
+            # If no token moves, no later iteration moves one. Other devices would have to wait for the comparison.
+            if x.device.type == "cpu" and torch.equal(cluster, before):
+                break
             centroids = _means(x, cluster, clusters)
         distance = (x - centroids.gather(1, cluster[..., None].expand_as(x))).square().sum(-1)
         anchor = _first_smallest(distance, cluster, clusters)

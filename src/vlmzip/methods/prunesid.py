@@ -16,8 +16,8 @@ from vlmzip.schema import Seed
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Signal, Site, VisualTokens
 
-#: Number of tokens whose similarities to all tokens are computed at a time.
-CHUNK = 1024
+#: Number of patches whose similarities to the later patches of their groups are computed at a time.
+CHUNK = 64
 #: Power iterations of the randomised analysis, as in `torch.pca_lowrank`.
 ITERATIONS = 2
 #: Halvings of the range of a step that is searched for: enough for groups of up to 2**24 patches.
@@ -49,7 +49,7 @@ class PruneSID(BudgetedCompressor):
       new numbers for each batch.
     - Budgets below 4 work, with one group. Any batch size works without a loop over its groups.
     - Of patches with equal attention, the first in raster order comes first.
-    - Similarities take N² bytes, one for each pair, instead of k·N² numbers.
+    - Similarities are computed inside groups only, and memory is linear in the patches, instead of k·N² numbers.
 
     Not here: the paper's variant in which the budget depends on the image.
 
@@ -117,15 +117,18 @@ def _survivors(
     pairs = max(size * (size - 1), 1)
     threshold = ratio * (x.sum(dim=1).square().sum(dim=-1) - x.square().sum(dim=(1, 2))) / pairs
     order = attention.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))  # by group, in it by attention
     x, group = x.gather(1, order[..., None].expand_as(x)), group.gather(1, order)
-    conflicts = []
-    for part, own in zip(x.split(CHUNK, dim=1), group.split(CHUNK, dim=1), strict=True):
-        similar = part @ x.transpose(1, 2) > threshold[:, None, None]
-        conflicts.append(similar & (own[..., None] == group[:, None]))
-    conflict = torch.cat(conflicts, dim=1).unbind(dim=1)
     suppressed = torch.zeros_like(group, dtype=torch.bool)
-    for number, similar in enumerate(conflict):  # by attention; a patch suppresses later ones only
-        suppressed[:, number + 1 :] |= similar[:, number + 1 :] & ~suppressed[:, number, None]
+    # A chunk needs the patches up to the end of the group of its last patch, in the view where that comes last.
+    stops = torch.searchsorted(group, group[:, CHUNK - 1 :: CHUNK].contiguous(), right=True).amax(dim=0).tolist()
+    for start, stop in zip(range(0, size, CHUNK), [*stops, size], strict=False):
+        some, later = slice(start, start + CHUNK), slice(start, stop)
+        conflict = (group[:, some, None] == group[:, None, later]) & (
+            x[:, some] @ x[:, later].transpose(1, 2) > threshold[:, None, None]
+        )
+        for number, similar in enumerate(conflict.unbind(dim=1), start + 1):  # a patch suppresses later ones only
+            suppressed[:, number:stop] |= similar[:, number - start :] & ~suppressed[:, number - 1, None]
     return torch.empty_like(suppressed).scatter(1, order, ~suppressed)
 
 

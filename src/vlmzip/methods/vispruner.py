@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import torch
 from annotated_types import Ge, Le
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -20,8 +22,12 @@ from vlmzip.visual_tokens import Signal, Site, VisualTokens
 ROUND = 8
 #: The largest matrix of similarities that is computed once for all rounds, in numbers: 2 GiB.
 LARGEST_MATRIX = 2**29
-#: Number of patches that a round compares at a time, where there is no such matrix.
+#: Number of patches that are compared at a time, and of which the most similar others are listed.
 CHUNK = 1024
+#: How many of the most similar others are listed for each patch.
+LISTED = 32
+#: The most patches for which reading whole rows of similarities is faster than lists.
+SHORT = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +48,8 @@ class VisPruner(BudgetedCompressor):
 
     The N/8 rounds each compare half of the patches with the other half, so time grows with the cube of the tokens. The
     similarities of all pairs are computed once, which is faster than computing those of each round and takes N² memory.
-    Above `LARGEST_MATRIX` numbers, each round computes its similarities in chunks.
+    On a CPU, a list of the `LISTED` most similar others of each patch then answers nearly all comparisons, so that time
+    grows with the square. Above `LARGEST_MATRIX` numbers, each round computes its similarities in chunks.
 
     Differences from the authors' code: any budget works; theirs fails if the number of patches of a round is odd. Of
     equal scores, the first patch wins; the authors' choice depends on the device.
@@ -83,14 +90,46 @@ def _most_diverse(x: Float[Tensor, "batch patches dim"], count: int) -> Int[Tens
     if count == 0:
         return left[:, :0]
     x = normalize(x, dim=-1)
-    similarity = x @ x.transpose(1, 2) if batch * size**2 <= LARGEST_MATRIX else None
+    nearest_of: Callable[[Tensor, Tensor], Tensor] = partial(_nearest, x)
+    if batch * size**2 <= LARGEST_MATRIX:
+        similarity = x @ x.transpose(1, 2)
+        nearest_of = (
+            _Listed(similarity) if x.device.type == "cpu" and size > SHORT else partial(_nearest_of, similarity)
+        )
     while left.shape[1] > count:
         even, odd = left[:, ::2], left[:, 1::2]
         dropped = min(ROUND, left.shape[1] - count, even.shape[1])
-        nearest = _nearest(x, even, odd) if similarity is None else _nearest_of(similarity, even, odd)
-        distinct = nearest.argsort(dim=1, descending=True, stable=True)[:, dropped:]
+        distinct = nearest_of(even, odd).argsort(dim=1, descending=True, stable=True)[:, dropped:]
         left = torch.cat([even.gather(1, distinct), odd], dim=1)
     return left
+
+
+class _Listed:
+    """The highest similarity of each even patch to an odd one, from lists of the most similar others of each patch.
+
+    The first odd patch in an even patch's list is the nearest one. Only patches whose list has none need the whole row
+    of similarities. To find them, a device other than the CPU would have to stop.
+    """
+
+    def __init__(self, similarity: Float[Tensor, "batch patches patches"]) -> None:
+        self._similarity = similarity
+        size = similarity.shape[1]
+        listed = min(LISTED, size)
+        chunks = [part.topk(listed, dim=-1) for part in similarity.split(CHUNK, dim=1)]
+        self._value = torch.cat([values for values, _ in chunks], dim=1)
+        first = torch.arange(len(similarity), device=similarity.device)[:, None, None] * size
+        self._place = torch.cat([places for _, places in chunks], dim=1) + first
+
+    def __call__(
+        self, even: Int[Tensor, "batch evens"], odd: Int[Tensor, "batch odds"]
+    ) -> Float[Tensor, "batch evens"]:
+        is_odd = torch.zeros(self._similarity.shape[:2], dtype=torch.bool).scatter(1, odd, True)
+        listed = is_odd.flatten()[_of(self._place, even)]
+        nearest = _of(self._value, even).masked_fill_(~listed, -torch.inf).amax(dim=-1)
+        view, row = nearest.isinf().nonzero(as_tuple=True)
+        rows = self._similarity[view, even[view, row]]
+        nearest[view, row] = rows.masked_fill_(~is_odd[view], -torch.inf).amax(dim=-1)
+        return nearest
 
 
 def _nearest_of(
@@ -112,7 +151,7 @@ def _nearest(
     return torch.cat([(_of(x, part) @ directions).amax(dim=-1) for part in even.split(CHUNK, dim=1)], dim=1)
 
 
-def _of(x: Float[Tensor, "batch patches dim"], index: Int[Tensor, "batch some"]) -> Float[Tensor, "batch some dim"]:
+def _of(x: Shaped[Tensor, "batch patches dim"], index: Int[Tensor, "batch some"]) -> Shaped[Tensor, "batch some dim"]:
     """Return the rows of `x` at `index`."""
     first = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
     rows: Tensor = x.flatten(0, 1).index_select(0, (first + index).flatten()).unflatten(0, index.shape)
