@@ -18,7 +18,7 @@ def test_a_method_from_anywhere():
     ("name", "message"),
     [
         ("visonzip", "did you mean 'visionzip'"),
-        ("xyz", "choose one of adaptive_visionzip, chain, dfmr"),
+        ("xyz", "choose one of adaptive_visionzip, cdpruner, chain, dart, dfmr"),
         ("no.such:Thing", "cannot import"),
         ("vlmzip.methods.pool2d:Nothing", "cannot import"),
         ("vlmzip:Compressor", "is not a method"),
