@@ -34,6 +34,7 @@ COMPRESSORS = {
     "random": ("random-in-llm", "random_tokens(site=in_llm,keep=18,layer=1)", "random_tokens"),
     "k-means": ("kmeans-in-llm", "kmeans(site=in_llm,keep=18,layer=1)", "kmeans"),
     "attention (FastV)": ("fastv-in-llm", "fastv(keep=18,layer=1)", "fastv"),
+    "VCC": ("vcc-in-llm", "vcc(block=12,fine=1,layer=1)", "vcc"),
     "pooling (LLaVolta)": ("heavy", HEAVY, "llavolta"),
 }
 LAST, WARM = "last-stage-compression", "data/warm"
@@ -86,8 +87,11 @@ with compression, not by answering with it. [docs/training.md](training.md) has 
 proportions.
 """
 IN_LLM = """
-18 of 144 tokens from layer 1 of 8 on (the paper: 72 of 576 from layer 2 of 32 on); seed 1. LLaVolta's VCC is not
-implemented. Its Table 4 has a Q-Former of 32 queries at 56.2, below pooling with 27 tokens per layer at 57.8. Here a
+18 of 144 tokens from layer 1 of 8 on (the paper: 72 of 576 from layer 2 of 32 on); seed 1. [VCC](api/methods.md) was
+added after these trainings, and has not been run. With a fine block its layers see at least 23 of 144 tokens; the
+paper's 3,582 tokens over 32 layers (CR 514 %) are 81 of 576 from layer 2 on.
+
+The paper's Table 4 has a Q-Former of 32 queries at 56.2, below pooling with 27 tokens per layer at 57.8. Here a
 Q-Former of 36 queries scores {qformer}, and pooling with 34 tokens per layer {pooling}. So few steps do not teach a
 Q-Former with random weights to read; more steps were not measured.
 """
@@ -187,9 +191,11 @@ CLAIMS = (
             ("before", "FastV", "fastv", "53.0 against 54.9", "less"),
             ("before", "k-means", "kmeans", "53.0 against 54.0", "less"),
             ("before", "random", "random", "53.0 against 47.3", "more"),
+            ("before", "VCC", "vcc", "53.0 against 54.7", "less"),
             ("after", "FastV", "fastv", "60.4 against 57.0", "more"),
             ("after", "k-means", "kmeans", "60.4 against 57.9", "more"),
             ("after", "random", "random", "60.4 against 50.8", "more"),
+            ("after", "VCC", "vcc", "60.4 against 58.5", "more"),
         )
     ],
     Claim("a Q-Former over pooling", "q-former over pooling", "56.2 against 57.8 (Table 4, at stride 64)"),
@@ -343,7 +349,7 @@ def _compressors(rows: Sequence[Row]) -> list[str]:
     lines = []
     for name, (training, answers_with, method) in COMPRESSORS.items():
         lines.append([name, _score(rows, "none", answers_with), _score(rows, training, answers_with)])
-        lines[-1] += [_average(method, "without retraining"), _average(method, "; retrained")]
+        lines[-1] += [_average(method, "without retraining"), _average(method, "retrained")]
     return _table(["compressor", "before", "after", "paper: before", "paper: after"], lines)
 
 
