@@ -31,6 +31,7 @@ FRAMES, STEP = 4, 16
 SPECS = {"chain": ("visionzip(keep=50%)+fastv(keep=50%)",)}
 ACTS = {
     "pixels": "on the pixels",
+    "encoder": "inside the vision encoder",
     "pre_projector": "before the projector",
     "post_projector": "after the projector",
     "in_llm": "inside the LLM",

@@ -516,6 +516,31 @@ class Calibratable(Protocol):
 
 
 @runtime_checkable
+class MergesInEncoder(Protocol):
+    """A compressor that can merge tokens inside the vision encoder, between attention and MLP of its layers.
+
+    A compressor at the site `encoder` must have these methods.
+    """
+
+    def counts_by_layer(self, size: int, left: int, layers: int) -> Sequence[int]:
+        """Return the tokens after each layer, from the first to the one that gives the features.
+
+        `size` tokens of a view enter the first of these `layers` layers, and `left` must leave the last one.
+        """
+        ...
+
+    def join(
+        self, keys: Float[Tensor, "batch tokens key_dim"], sizes: Float[Tensor, "batch tokens"], prefix: int, count: int
+    ) -> Int[Tensor, "batch tokens"]:
+        """Return the 0-based group that each token of a layer joins; each group becomes one token.
+
+        `keys` are the layer's attention keys, mean over heads, and `sizes` the number of patches in each token. The
+        `prefix` tokens in front, such as CLS, stay alone: they are the first groups. `count` groups follow.
+        """
+        ...
+
+
+@runtime_checkable
 class ComparesViews(Protocol):
     """A compressor that can look at all views of an image before it decides what to do to each of them."""
 

@@ -16,6 +16,7 @@ class Site(enum.StrEnum):
     """The point between image and answer at which a compressor acts."""
 
     PIXELS = "pixels"
+    ENCODER = "encoder"  #: between attention and MLP of the vision encoder's layers
     PRE_PROJECTOR = "pre_projector"  #: the last point at which each token becomes one LLM token
     POST_PROJECTOR = "post_projector"
     IN_LLM = "in_llm"

@@ -238,6 +238,25 @@ def highest(score: Float[Tensor, "batch tokens"], count: int) -> Bool[Tensor, "b
     return above | (equal & (equal.cumsum(dim=1) <= count - above.sum(dim=1, keepdim=True)))
 
 
+def means_by_size(
+    x: Float[Tensor, "batch tokens dim"],
+    group: Int[Tensor, "batch tokens"],
+    sizes: Float[Tensor, "batch tokens"],
+    count: int,
+) -> tuple[Float[Tensor, "batch count dim"], Float[Tensor, "batch count"]]:
+    """Return the mean of each of `count` groups, in which a token counts `sizes` times, and the groups' sizes.
+
+    Every group must have a member. Sums are computed in at least float32. Gradients flow to `x`.
+    """
+    batch, _, dim = x.shape
+    wide = torch.promote_types(x.dtype, torch.float32)
+    place = (torch.arange(batch, device=x.device)[:, None] * count + group).flatten()
+    weighted = (x.to(wide) * sizes.to(wide)[..., None]).flatten(0, 1)
+    total = torch.zeros(batch * count, dim, dtype=wide, device=x.device).index_add(0, place, weighted)
+    size = torch.zeros(batch * count, dtype=sizes.dtype, device=x.device).index_add(0, place, sizes.flatten())
+    return (total / size.to(wide)[:, None]).view(batch, count, dim).to(x.dtype), size.view(batch, count)
+
+
 def _per_group(group: Int[Tensor, "batch tokens"], value: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch g"]:
     """Sum `value` over the members of each group. The result has one column per token; unused groups are 0."""
     batch, tokens = group.shape

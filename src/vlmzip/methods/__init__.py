@@ -27,6 +27,7 @@ from vlmzip.methods.qformer import QFormer as QFormer
 from vlmzip.methods.random_tokens import RandomTokens as RandomTokens
 from vlmzip.methods.scope import SCOPE as SCOPE
 from vlmzip.methods.sparsevlm import SparseVLM as SparseVLM
+from vlmzip.methods.tome import ToMe as ToMe
 from vlmzip.methods.vcc import VCC as VCC
 from vlmzip.methods.vidcom2 import VidCom2 as VidCom2
 from vlmzip.methods.visionzip import VisionZip as VisionZip

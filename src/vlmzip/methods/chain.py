@@ -52,7 +52,7 @@ class Chain(Compressor):
                 where = place[0].value if place[1] is None else f"layer {place[1]}"
                 raise UserError(f"a chain has two compressors at {where}; give each a different site or layer")
         sites = {stage.site for stage in stages}
-        if Site.PIXELS in sites and sites & {Site.PRE_PROJECTOR, Site.POST_PROJECTOR}:
+        if Site.PIXELS in sites and sites & {Site.ENCODER, Site.PRE_PROJECTOR, Site.POST_PROJECTOR}:
             raise UserError(
                 f"after {stages[0].name()}, a chain can compress inside the LLM only; choose methods with site=in_llm"
             )
@@ -62,6 +62,11 @@ class Chain(Compressor):
             raise UserError(
                 f"{alone.name()} restores the tokens after each layer, so no other method can act inside the LLM with"
                 " it; choose methods before the LLM"
+            )
+        if {Site.ENCODER, Site.PRE_PROJECTOR} <= sites:
+            raise UserError(
+                f"after {stages[0].name()} inside the encoder, a chain can compress behind the projector or inside the"
+                " LLM only; choose methods with site=post_projector or site=in_llm"
             )
         for stage in stages:
             if stage.for_training_only:

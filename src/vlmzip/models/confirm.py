@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import get_ident
@@ -18,6 +18,7 @@ from vlmzip.errors import UnfitMethod
 from vlmzip.models.encoder_run import flat, token_field
 from vlmzip.models.llm_attention import Recorded
 from vlmzip.models.recording import Recording, record
+from vlmzip.models.towers.merging import BEHIND, Merging, layers_of, merging_inside
 from vlmzip.models.towers.tower import OTHER_METHODS, Tower
 from vlmzip.processor import InputDict
 from vlmzip.visual_tokens import Grid
@@ -122,6 +123,44 @@ def check_attention(tower: Tower, recording: Recording, layer: int) -> None:
         raise UnfitMethod(
             f"the attention of {type(tower.encoder).__name__} is of a kind that vlmzip does not know: {OTHER_METHODS}"
         )
+
+
+def check_merging(tower: Tower, run: Callable[[], object], tokens: int) -> None:
+    """Raise `UserError` unless the layers of the encoder work as `Merging` takes them.
+
+    `run` runs the encoder on one view, which has `tokens` tokens. The first layer must add to the scores what it gets
+    as a mask, and must return the input of the norm before the MLP plus the output of the MLP. All layers must be of
+    its kind.
+    """
+    layers = layers_of(tower, tower.depth)
+    first = layers[0]
+    outputs, called = tower.modules([0], values=True)
+    outputs |= {"mlp": first.mlp, "layer": first.module}
+    called |= {"between": first.between}
+    if first.attention.output is not None:
+        called["after"] = first.attention.output
+    if len(layers) > 1:
+        called["second"] = layers[1].module  # the run ends here
+    # Sizes of 1 and 2, but nothing is merged.
+    sizes = torch.arange(tokens, dtype=torch.float32)[None] % 2 + 1
+    merging = Merging([tokens], _join_none, torch.arange(tokens), sizes=sizes)
+    with (
+        torch.no_grad(),
+        evaluating(tower.encoder),
+        record(outputs, called, stop_at="second") as recording,
+        merging_inside(tower, merging),
+    ):
+        run()
+    check_attention(tower, recording, 0)
+    expected = recording.inputs["between"] + recording["mlp"]
+    if any(type(layer.module) is not type(first.module) for layer in layers) or not _are_close(
+        expected, recording["layer"]
+    ):
+        raise UnfitMethod(f"vlmzip does not know the layers of {type(tower.encoder).__name__}: {BEHIND}")
+
+
+def _join_none(keys: Tensor, sizes: Tensor, prefix: int, count: int) -> Tensor:
+    return torch.arange(keys.shape[1], device=keys.device).expand(keys.shape[:2])
 
 
 def makes_squares(behind: Behind, tower: Tower, grids: Sequence[Grid]) -> bool:

@@ -32,6 +32,11 @@ class Batch:
     numbers: Sequence[int]
     """The number of each view, counted through all views of all images."""
 
+    def rows(self, rows: Sequence[int], pixels: str) -> Batch:
+        """Return some of the views, for inputs with one row of `pixels` for each view."""
+        arguments = {**self.arguments, pixels: self.arguments[pixels][list(rows)]}
+        return Batch(arguments, [self.grids[row] for row in rows], [self.numbers[row] for row in rows])
+
 
 @dataclass(frozen=True)
 class Run:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from typing import Any, ClassVar, Literal
 
@@ -16,11 +16,12 @@ from torch.nn.functional import pad
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlmzip.compressor import Positions, Profile
+from vlmzip.compressor import MergesInEncoder, Positions, Profile
 from vlmzip.errors import ADD_A_FAMILY, UnfitMethod, UserError
 from vlmzip.models.confirm import (
     check_attention,
     check_llm_attention,
+    check_merging,
     makes_squares,
     maps_each_token,
     run_behind,
@@ -40,7 +41,7 @@ from vlmzip.models.encoder_run import (
     shape_of,
     token_field,
 )
-from vlmzip.models.layout import Encoded, Layout, Pixels, Views, numbers_by_kind
+from vlmzip.models.layout import Encoded, Layout, MergedViews, MergeTarget, Pixels, Views, numbers_by_kind
 from vlmzip.models.llm_attention import QueriesAndKeys, is_direct, queries_and_keys, queries_in, recorded
 from vlmzip.models.parts import (
     axes_of_positions,
@@ -65,6 +66,7 @@ from vlmzip.models.prompt_layout import (
 from vlmzip.models.recording import record
 from vlmzip.models.rope import rope_positions
 from vlmzip.models.towers import tower_of
+from vlmzip.models.towers.merging import BEHIND, Merging, alone_first, merging_inside
 from vlmzip.models.towers.qwen import grids_of, sizes_of
 from vlmzip.models.towers.tower import OTHER_METHODS, Merge, Tower
 from vlmzip.models.towers.vit import feature_layers, image_of
@@ -155,6 +157,8 @@ class Family:
         """The squares of patches that are known to make visual tokens."""
         self._asked: dict[Hashable, Tensor | None] = {}
         """The token of each patch, for images of shapes that do not follow `_merge`; see `_tokens_of_patches`."""
+        self._merging_is_confirmed = False
+        """True if the encoder is known to work while tokens are merged inside it."""
         self._confirmed_layers: set[nn.Module] = set()
         """The decoder layers whose attention is known to follow from queries and keys."""
         self.modality = modality
@@ -365,6 +369,52 @@ class Family:
                 added = tuple(of_views(stream, sizes, rows) for stream in streams)
                 groups.append(Views(tokens, [batch.numbers[row] for row in rows], added))
         return Encoded(groups, further=further)
+
+    def encode_merging(self, inputs: Inputs, method: MergesInEncoder, targets: Sequence[MergeTarget | None]) -> Encoded:
+        """Return the visual tokens before the projector, merged inside the encoder.
+
+        `targets` tells what to leave of each view of all images; views without one are left out. Raise `UserError` if
+        tokens cannot be merged inside this encoder.
+        """
+        setting = self.setting(inputs, "vision_feature_layer")
+        if isinstance(setting, list | tuple) and len(setting) > 1:
+            raise UnfitMethod(
+                f"the features of {type(self.model).__name__} come from several layers of its encoder, which would have"
+                f" different numbers of tokens: {BEHIND}"
+            )
+        passes_prefix, layers = self.passes_prefix(inputs), self.scored_layer(inputs) + 1
+        groups: list[Views] = []
+        for batch in self.batches(inputs):
+            kinds = ((grid, targets[number]) for grid, number in zip(batch.grids, batch.numbers, strict=True))
+            for (grid, target), rows in numbers_by_kind(kinds).items():
+                if target is None:
+                    continue
+                part, merged = batch.rows(rows, self.image_inputs[0]), None
+                order = alone_first(target.window.tokens(grid, self.prefix), self.prefix, self.prefix + grid.size)
+                front = self.prefix + grid.size - target.size
+                if target.left < target.size:
+                    counts = method.counts_by_layer(target.size, target.left, layers)
+                    merged = self._run_merging(part, Merging(counts, method.join, order, front))
+                    features = merged.features.new_zeros(len(rows), len(order), 0)
+                else:
+                    features = self.features(part, self.run(part, ())).unflatten(0, (len(rows), -1))
+                tokens = VisualTokens(features, grid, self.prefix, passes_prefix=passes_prefix)
+                groups.append(Views(tokens, part.numbers, merged=merged))
+        return Encoded(groups)
+
+    def _run_merging(self, batch: Batch, merging: Merging) -> MergedViews:
+        """Run the encoder on views of one grid, with tokens merged inside it."""
+        if not self._merging_is_confirmed:
+            one = batch.rows([0], self.image_inputs[0])
+            check_merging(self.tower, partial(self.run_encoder, one), len(merging.order))
+            self._merging_is_confirmed = True
+        with merging_inside(self.tower, merging):
+            features = self.features(batch, self.run(batch, ())).unflatten(0, (len(batch.grids), -1))
+        return MergedViews(*merging.result(features))
+
+    def run_encoder(self, batch: Batch) -> object:
+        """Run the vision encoder, for recordings."""
+        return self.get_features(**batch.arguments, return_dict=True)
 
     def _layers_for(
         self, needs: frozenset[Signal], encoder_layers: EncoderLayers, inputs: Inputs

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, VisualTokens
 
 Kind = TypeVar("Kind", bound=Hashable)
@@ -268,6 +269,33 @@ def numbers_by_kind(kinds: Iterable[Kind]) -> dict[Kind, list[int]]:
 
 
 @dataclass(frozen=True)
+class MergeTarget:
+    """The part of a view whose tokens the encoder merges, and the number of tokens to leave of it."""
+
+    window: Window
+    size: int
+    """The number of tokens in the window."""
+    left: int
+
+
+@dataclass(frozen=True)
+class MergedViews:
+    """The tokens of a batch of views that were merged inside the encoder."""
+
+    token_map: TokenMap
+    """The map from the tokens that the encoder would make to those that it made."""
+    features: Float[Tensor, "batch left dim"]
+
+    def rows(self, index: Int[Tensor, " rows"]) -> MergedViews:
+        """Return the same for some of the views."""
+        return MergedViews(self.token_map.rows(index), self.features[index])
+
+    def of_inputs(self, tokens: Int[Tensor, " tokens"]) -> MergedViews:
+        """Return the same without the tokens beside `tokens`, which the map must have dropped."""
+        return MergedViews(self.token_map.of_inputs(tokens), self.features)
+
+
+@dataclass(frozen=True)
 class Views:
     """A batch of views of equal grid."""
 
@@ -276,12 +304,15 @@ class Views:
     """The number of each row's view, counted through all views of all images."""
     streams: tuple[Float[Tensor, "batch tokens stream_dim"], ...] = ()
     """Further features of the same tokens, which layers of the LLM add to them (deepstack)."""
+    merged: MergedViews | None = None
+    """The result if the encoder merged the tokens. `tokens` then has features of width 0."""
 
     def rows(self, rows: Sequence[int]) -> Views:
         """Return the views with these row numbers."""
         index = torch.tensor(rows, device=self.tokens.features.device)
         streams = tuple(stream[index] for stream in self.streams)
-        return Views(self.tokens.rows(index), [self.numbers[row] for row in rows], streams)
+        merged = self.merged and self.merged.rows(index)
+        return Views(self.tokens.rows(index), [self.numbers[row] for row in rows], streams, merged)
 
 
 @dataclass(frozen=True)

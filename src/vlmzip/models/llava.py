@@ -40,7 +40,7 @@ class Llava(Family):
 
     model_types = ("llava",)
     example = "llava-hf/llava-1.5-7b-hf"
-    sites: ClassVar[tuple[Site, ...]] = (Site.PIXELS, Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
+    sites: ClassVar[tuple[Site, ...]] = tuple(Site)
     projects_each_token = True
     image_inputs: tuple[str, ...] = ("pixel_values",)
 
@@ -72,12 +72,13 @@ class Llava(Family):
         pixels = batch.arguments[self.image_inputs[0]]
         learns = learning(pixels, self.vision_encoder.parameters())
         with record({**outputs, **blocks}, called) as recording, learns:
-            self.vision_encoder(
-                pixel_values=pixels,
-                interpolate_pos_encoding=batch.arguments.get("interpolate_pos_encoding", False),
-                return_dict=True,
-            )
+            self.run_encoder(batch)
         return Run(None, recording, None)
+
+    def run_encoder(self, batch: Batch) -> object:
+        interpolates = batch.arguments.get("interpolate_pos_encoding", False)
+        pixels = batch.arguments[self.image_inputs[0]]
+        return self.vision_encoder(pixel_values=pixels, interpolate_pos_encoding=interpolates, return_dict=True)
 
     def features(self, batch: Batch, run: Run) -> Float[Tensor, "tokens dim"]:
         return torch.cat([run.recording[f"layer.{layer}"] for layer in self._layers(batch)], dim=-1).flatten(0, 1)

@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.image_processing_utils import select_best_resolution
 
-from vlmzip.compressor import Profile
+from vlmzip.compressor import MergesInEncoder, Profile
 from vlmzip.errors import UserError
 from vlmzip.models.family import EncoderLayers, no_layers
-from vlmzip.models.layout import SEPARATOR, Encoded, Layout, layout_of
+from vlmzip.models.layout import SEPARATOR, Encoded, Layout, MergeTarget, layout_of
 from vlmzip.models.llava import Llava
 from vlmzip.models.towers.vit import resized_views
 from vlmzip.processor import InputDict, Inputs
@@ -38,6 +38,9 @@ class LlavaNext(Llava):
         self, inputs: Inputs, site: Site, needs: frozenset[Signal], encoder_layers: EncoderLayers = no_layers
     ) -> Encoded:
         return replace(super().encode(inputs, site, needs, encoder_layers), separator=self.model.model.image_newline)
+
+    def encode_merging(self, inputs: Inputs, method: MergesInEncoder, targets: Sequence[MergeTarget | None]) -> Encoded:
+        return replace(super().encode_merging(inputs, method, targets), separator=self.model.model.image_newline)
 
     def layouts(self, inputs: Inputs) -> list[Layout]:
         if self.passes_prefix(inputs):

@@ -22,7 +22,7 @@ class PaliGemma(Family):
 
     model_types = ("paligemma",)
     example = "google/paligemma-3b-mix-224"
-    sites = (Site.PIXELS, Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
+    sites = tuple(Site)
     projects_each_token = True
     image_inputs = ("pixel_values",)
     features_as_list = False

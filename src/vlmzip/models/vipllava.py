@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from vlmzip.models.llava import Llava
 from vlmzip.processor import Inputs
+from vlmzip.visual_tokens import Site
 
 
 class VipLlava(Llava):
@@ -13,6 +14,7 @@ class VipLlava(Llava):
 
     model_types = ("vipllava",)
     example = "llava-hf/vip-llava-7b-hf"
+    sites: ClassVar[tuple[Site, ...]] = (Site.PIXELS, Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
     features_as_list = False
 
     def setting(self, inputs: Inputs, name: str, default: Any = None) -> Any:

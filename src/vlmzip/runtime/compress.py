@@ -58,8 +58,8 @@ class Kept:
     """Features in the order in which the LLM gets them, without separators."""
     streams: tuple[Float[Tensor, "features stream_dim"], ...]
     """Further features of the same tokens."""
-    seen: tuple[Float[Tensor, "_ dim"], ...]
-    """The features of each view before compression, without gradients."""
+    seen: tuple[Float[Tensor, "_ dim"], ...] | None
+    """The features of each view before compression, without gradients; `None` if the encoder merged its tokens."""
     plan: Plan
 
 
@@ -92,8 +92,8 @@ class ViewMap(NamedTuple):
 
     together: ViewMaps
     row: int
-    seen: Float[Tensor, "tokens dim"]
-    """The features of the view before compression, without gradients."""
+    seen: Float[Tensor, "tokens dim"] | None
+    """The features of the view before compression, without gradients; `None` if the encoder merged its tokens."""
 
     @property
     def length(self) -> int:
@@ -124,8 +124,9 @@ def compress(
         order = torch.stack([plan.order for plan in plans])
         by_kind = [in_order(parts, order).unbind() for parts in zip(*(view.outputs for view in views), strict=True)]
         for image, plan, (features, *streams) in zip(images, plans, zip(*by_kind, strict=True), strict=True):
-            seen = tuple(maps[number].seen for number in numbers[image])
-            kept[image] = Kept(features, tuple(streams), seen, plan)
+            seen = tuple(view for number in numbers[image] if (view := maps[number].seen) is not None)
+            all_seen = seen if len(seen) == len(numbers[image]) else None
+            kept[image] = Kept(features, tuple(streams), all_seen, plan)
     return [kept[image] for image in range(len(layouts))]
 
 
@@ -245,14 +246,17 @@ def _decide(layouts: Sequence[Layout], encoded: Encoded, compressor: Compressor 
     for group in encoded.groups:
         for share, rows in numbers_by_kind(shares[number] for number in group.numbers).items():
             views = group if len(rows) == len(group.numbers) else group.rows(rows)
-            token_map = share(views.tokens)
+            token_map = share(views.tokens) if views.merged is None else views.merged.token_map
             if compressor is not None and 0 in token_map.lengths:
                 raise UserError(f"{compressor.name()} left no token of an image; it must keep at least one")
-            outputs = [token_map.apply(x) for x in (views.tokens.features, *views.streams)]
+            if views.merged is None:
+                outputs = [token_map.apply(x) for x in (views.tokens.features, *views.streams)]
+            else:
+                outputs = [views.merged.features]
             together = ViewMaps(token_map, token_map.anchor_index().cpu(), tuple(outputs))
             seen = views.tokens.features.detach().unbind()
             for row, number in enumerate(views.numbers):
-                maps[number] = ViewMap(together, row, seen[row])
+                maps[number] = ViewMap(together, row, seen[row] if views.merged is None else None)
     return maps
 
 
@@ -298,6 +302,7 @@ def without_padding(
                     views.tokens.window(window.rows, window.cols),
                     [new for number in views.numbers if (new := numbers[number]) is not None],
                     tuple(stream[:, tokens] for stream in views.streams),
+                    views.merged and views.merged.of_inputs(tokens),
                 )
             )
     return [layout for layout, _ in both], replace(encoded, groups=groups)

@@ -33,7 +33,7 @@ def fitted(compressor: spec.CompressorLike, family: Family) -> Compressor:
     compressor = spec.as_compressor(compressor)
     for stage in compressor.stages():
         if stage.site not in family.sites:
-            known = closest(stage.site, family.sites)
+            known = closest(stage.site, [site for site in family.sites if site in stage.sites] or family.sites)
             raise UnfitMethod(f"{type(family.model).__name__} cannot be compressed at site {stage.site.value!r}{known}")
     cache_name(family.model)
     if inside := inside_the_llm(compressor):

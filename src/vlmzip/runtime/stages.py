@@ -10,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlmzip.compressor import Compressor
+from vlmzip.compressor import Compressor, MergesInEncoder
 from vlmzip.errors import ADD_A_FAMILY, UserError
 from vlmzip.models.family import Family
-from vlmzip.models.layout import Encoded, Layout, Views, numbers_by_kind
+from vlmzip.models.layout import Encoded, Layout, MergeTarget, Views, numbers_by_kind
 from vlmzip.processor import InputDict, Inputs
 from vlmzip.resampler import Resampler
 from vlmzip.runtime.compress import Plan, compress, encoded_again, in_order, view_numbers
@@ -64,8 +64,30 @@ def encode(
     """Return the visual tokens of all images at `site`, with the signals that `compressor` needs."""
     if compressor is None:
         return family.encode(inputs, site, frozenset())
+    if site is Site.ENCODER:
+        if not isinstance(compressor, MergesInEncoder):
+            raise UserError(
+                f"{compressor.name()} cannot act at site 'encoder': it lacks the methods counts_by_layer and join"
+            )
+        return family.encode_merging(inputs, compressor, _merge_targets(compressor, layouts))
     encoded = family.encode(inputs, site, compressor.needs, compressor.encoder_layers)
     return with_questions(encoded, family, inputs, layouts) if Signal.TEXT_FEATURES in compressor.needs else encoded
+
+
+def _merge_targets(compressor: Compressor, layouts: Sequence[Layout]) -> list[MergeTarget | None]:
+    """Return what the encoder is to leave of each view of all images; `None` for views that are padding."""
+    targets: list[MergeTarget | None] = []
+    for layout in layouts:
+        seen, windows = layout.unpadded()
+        both = zip(compressor.shared(seen.views), seen.views, strict=True)
+        counts = ((grid.size, share.token_count(grid)) for share, grid in both)
+        for window in windows:
+            if window is None:
+                targets.append(None)
+                continue
+            size, left = next(counts)
+            targets.append(MergeTarget(window, size, size if left is None else min(left, size)))
+    return targets
 
 
 def encoder_outputs(family: Family, images: Sequence[CompressedImage]) -> dict[str, BaseModelOutputWithPooling]:
