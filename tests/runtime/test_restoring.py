@@ -11,7 +11,7 @@ import vlmzip
 from tests.families import FAMILIES
 from tests.references.vcc import logits_of, scores_of
 from tests.runtime.test_in_llm import ROWS, RaggedInside, alone, checkpoint, separators_of
-from tests.tiny import IMAGE_TOKEN
+from tests.tiny import IMAGE_TOKEN, VIDEO_TOKEN
 from vlmzip import VCC, Chain, FastV, Signal, Site, TokenMap, UserError, VisionZip
 from vlmzip.compressor import Compressor
 from vlmzip.models import family_of
@@ -240,6 +240,24 @@ def test_after_a_method_before_the_llm(family):
         )
     family.model.set_attn_implementation("sdpa")
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_onevision", "video_llava"])
+def test_the_frames_of_a_video_are_one_sequence(name):
+    """A newline ends LLaVA-OneVision's videos, and skips the layers. Video-LLaVA's LLM sees a CLS for each frame."""
+    family, method = FAMILIES[name](), VCC(block=5, fine=1, layer=1)
+    one = family.batch([1, "video", 5, 6])
+    with vlmzip.attach(family.model, method) as compressed, torch.no_grad():
+        got = compressed(**one).logits[0]
+        together = compressed(**family.batch([1, "video", 5, 6], [3, "video", 7])).logits[0]
+    columns = (one["input_ids"][0] == VIDEO_TOKEN).nonzero()[:, 0].tolist()
+    newlines = columns[-1:] if name == "llava_onevision" else []
+    family.model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected, saw = logits_of(family.model, one, [], [columns], newlines, method)
+    assert saw[-1] < len(expected)
+    torch.testing.assert_close(got, expected, atol=2e-5, rtol=0)
+    torch.testing.assert_close(together[-len(got) :], got, atol=2e-5, rtol=0)
 
 
 def test_nothing_else_acts_inside_the_llm():

@@ -49,8 +49,8 @@ class VCC(Compressor):
       stays whole.
     - A coarse token gets log b on its logits and other tokens nothing; theirs get log(b + 1e-4) and log(1 + 1e-4). The
       logits differ by less than 1e-4.
-    - h counts blocks of each image of a prompt. Tokens of an image outside its grids (newlines, CLS) skip these layers,
-      unless all blocks are fine.
+    - h counts blocks of each image or video of a prompt. Tokens outside the grids (newlines, CLS beside a single grid)
+      skip these layers, unless all blocks are fine.
     - Their training tricks are left out: random blocks with probability 0.1, and factors that pass gradients to the
       scores.
 
@@ -58,7 +58,7 @@ class VCC(Compressor):
     then those with the b that is set, then the nearest.
 
     No other method can act inside the LLM beside it. It needs SDPA or eager attention: FlashAttention cannot add to
-    logits. Combined with several views (tiles) or frames, blocks run on from one view to the next.
+    logits. The tiles of an image and the frames of a video are one sequence: blocks run on from one to the next.
 
     When it fails: on details inside a coarse block, because no layer from K on sees its tokens one by one. It also
     saves less time than dropping tokens, because every layer scores, gathers and restores all of them.
