@@ -142,8 +142,10 @@ class TokenMap:
 
     def split(self) -> list[TokenMap]:
         """Return the map of each row. The lengths are read from the device once for all of them."""
-        rows = [self.rows(slice(row, row + 1)) for row in range(len(self.group))]
-        return [row._with_lengths([length]) for row, length in zip(rows, self.lengths, strict=True)]
+        values = (self.group, self.weight, self.anchor, self.length)
+        added = [None] * len(self.group) if self.added is None else self.added.split(1)
+        parts = zip(*(value.split(1) for value in values), added, strict=True)
+        return [TokenMap(*part)._with_lengths([length]) for part, length in zip(parts, self.lengths, strict=True)]
 
     @classmethod
     def stack(cls, maps: Sequence[TokenMap]) -> TokenMap:
