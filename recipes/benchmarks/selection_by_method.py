@@ -1,22 +1,29 @@
 """Measure the cost of each method's selection at 576, 2,880 and 18,432 visual tokens, relative to CLIP ViT-L/14-336.
 
-    python -m recipes.benchmarks.selection_by_method
+    OMP_NUM_THREADS=1 python -m recipes.benchmarks.selection_by_method
 
-Inputs are random visual tokens of CLIP ViT-L's width (1,024) and random signals, for an image of 1, 5 or 32 frames of
+Inputs are random visual tokens of CLIP ViT-L's width (1,024) and random signals, for 1, 5 or 32 views or frames of
 24 x 24 tokens. The script times `method(tokens).apply(features)`; computing the signals has separate rows
-("signal: ..."). Each method keeps 64 tokens, and then a ninth. All variants and the encoder take turns in one run;
-ratios are medians of the ratios within each round. Peak memory is measured in a new process for each. It writes
-benchmarks/results/selection-by-method.csv. --check fails if a cost that should be linear in the tokens grows faster.
+("signal: ..."). Each method keeps 64 tokens, and then a ninth.
+
+Times are the CPU time of the process, because other processes may use the same cores. All variants of a size and the
+encoder, on one image, take turns; ratios are medians of the ratios within each round. The encoder works on each view
+separately, so its time for the same input is that of one image times the views. A run that takes longer than `LONG`
+seconds is not repeated. A run is stopped after `LIMIT` seconds, and not begun if the next smaller input shows that it
+would take longer. Peak memory is measured in a fresh process for each size.
+
+It writes benchmarks/results/selection-by-method.csv after each size. --check fails if a time grows faster than the
+method's cost.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-import os
-import subprocess
+import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,32 +31,51 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from recipes.benchmarks import RESULTS
-from vlmzip import Grid, KMeans, LLaVolta, RandomTokens, Site, VisionZip, VisualTokens, catalogue
+from vlmzip import (
+    Grid,
+    KMeans,
+    LLaVolta,
+    PruMerge,
+    RandomTokens,
+    Signal,
+    Site,
+    VisionZip,
+    VisualTokens,
+    ZOOPrune,
+    catalogue,
+)
 from vlmzip.compressor import Compressor, Profile
 from vlmzip.errors import UserError
 from vlmzip.files import write_csv
-from vlmzip.lab.bench.memory import FRUGAL, peak_bytes
-from vlmzip.lab.bench.timing import interleaved, quartiles
+from vlmzip.lab.bench.memory import in_frugal_process, peak_bytes
+from vlmzip.lab.bench.timing import cpu_seconds, interleaved, quartiles
 from vlmzip.lab.machine import about
 from vlmzip.models.recording import attention_received, attention_rows, cls_attention_row, mean_over_heads
 
-WIDTH, HEADS, QUESTION, LAYERS = 1024, 16, 20, 32
+WIDTH, LLM_WIDTH, HEADS, QUESTION, LAYERS = 1024, 4096, 16, 20, 32
 SIZES = {576: Grid(1, 24, 24), 2880: Grid(5, 24, 24), 18432: Grid(32, 24, 24)}
+REPEATS = {576: 5, 2880: 3, 18432: 2}
+#: CPU seconds: a longer run is not repeated, and a run that exceeds the limit is stopped.
+LONG, LIMIT = 3, 60
 KEEPS = {"64 tokens": 64, "a ninth": 1 / 9}
 #: Not here: chain is the sum of its parts, downsample and no_compression select nothing, and resamplers are networks.
 LEFT_OUT = ("chain", "downsample", "no_compression")
 VARIANTS: list[Compressor] = [VisionZip(merge="mean"), LLaVolta(window="2d"), RandomTokens(site=Site.IN_LLM, layer=2)]
-VARIANTS += [KMeans(site=Site.IN_LLM)]
+VARIANTS += [KMeans(site=Site.IN_LLM), PruMerge(plus=True), ZOOPrune(directions=1)]
+#: The power of the tokens with which a cost grows, for a fixed number of kept tokens and for a share of them. Applying
+#: the map is linear.
+ORDERS = {
+    "1": (1, 1), "N": (1, 1), "N·log N": (1, 1), "N·k": (1, 2), "N·k²": (1, 3), "N²": (2, 2), "k·N²": (2, 3),
+    "N³": (3, 3),
+}  # fmt: skip
+Key = tuple[str, str, str]
 Run = Callable[[], object]
 
 
 def visual_tokens(size: int) -> VisualTokens:
-    """Return random tokens with all signals.
-
-    The projector is one layer. LLaVA-1.5-7B's is 20 times as large, and methods that run it take as much longer there.
-    """
+    """Return random tokens with all signals. The projector has the size of LLaVA-1.5-7B's."""
     torch.manual_seed(0)
-    projector = nn.Linear(WIDTH, WIDTH)
+    projector = nn.Sequential(nn.Linear(WIDTH, LLM_WIDTH), nn.GELU(), nn.Linear(LLM_WIDTH, LLM_WIDTH))
     attention = torch.randn(1, QUESTION, size).softmax(-1)
     return VisualTokens(
         features=torch.randn(1, size, WIDTH), grid=SIZES[size], passes_prefix=True,
@@ -58,6 +84,8 @@ def visual_tokens(size: int) -> VisualTokens:
         text_features=torch.randn(1, QUESTION, WIDTH), llm_input=torch.randn(1, size, WIDTH),
         attention_received=torch.rand(1, size, 2), last_cls_attention=torch.randn(1, size).softmax(-1),
         last_keys=torch.randn(1, size, WIDTH), encoder_features=torch.randn(1, size, WIDTH), projector=projector,
+        llm_keys=torch.randn(1, size, WIDTH), text_keys=torch.randn(1, QUESTION, WIDTH),
+        llm_states=torch.randn(1, size, WIDTH), text_states=torch.randn(1, QUESTION, WIDTH),
     )  # fmt: skip
 
 
@@ -72,21 +100,30 @@ def methods() -> Iterator[tuple[str, str, Compressor]]:
         yield method.name(), " ".join(f"{f}={getattr(method, f)}" for f in told), method
 
 
-def selections(size: int) -> Iterator[tuple[tuple[str, str, str], Run]]:
+def applied(method: Compressor, tokens: VisualTokens) -> object:
+    return method(tokens).apply(tokens.features)
+
+
+def selections(size: int) -> Iterator[tuple[Key, Run]]:
     tokens = visual_tokens(size)
     for name, setting, method in methods():
+        budgets: dict[str, Compressor] = {}
         for keep_name, keep in KEEPS.items():
+            if keep_name == "64 tokens" and isinstance(method, ZOOPrune):
+                continue  # running the projector takes the time, whatever the budget
             try:
-                chosen = method.at_budget(keep, Profile(SIZES[size], LAYERS))[0]
-            except UserError:  # no such budget, or its threshold decides: once, as it comes
-                if keep_name != "64 tokens":
-                    continue
-                chosen, keep_name = method, ""
+                budgets[keep_name] = method.at_budget(keep, Profile(SIZES[size], LAYERS))[0]
+            except UserError:  # no such budget at this size
+                continue
+        for keep_name, chosen in (budgets or {"": method}).items():  # without any, as it comes
             own = tokens.replace(layer=min(chosen.layers, default=None))
-            yield (name, setting, keep_name), lambda chosen=chosen, own=own: chosen(own).apply(own.features)
+            if Signal.CANDIDATE_ATTENTION in chosen.needs:
+                outputs = chosen.candidates(own).max_length
+                own = own.replace(candidate_attention=torch.randn(1, QUESTION, outputs).softmax(-1))
+            yield (name, setting, keep_name), partial(applied, chosen, own)
 
 
-def signals(size: int) -> Iterator[tuple[tuple[str, str, str], Run]]:
+def signals(size: int) -> Iterator[tuple[Key, Run]]:
     torch.manual_seed(0)
     query, key = torch.randn(2, 1, size, WIDTH)
     asking = torch.randn(1, HEADS, QUESTION, WIDTH // HEADS)
@@ -94,8 +131,6 @@ def signals(size: int) -> Iterator[tuple[tuple[str, str, str], Run]]:
     yield ("signal: attention of CLS", "", ""), lambda: cls_attention_row(query, key, HEADS, 0.125)
     yield ("signal: keys", "", ""), lambda: mean_over_heads(key, HEADS)
     yield ("signal: attention of the question", "", ""), lambda: attention_rows(asking, by_head, allowed, 0.125)
-    if size == max(SIZES):
-        return  # attention received is a sum over all pairs: minutes, and nothing new
     yield ("signal: attention received", "", ""), lambda: attention_received(query, key, HEADS, 0.125)
 
 
@@ -109,88 +144,145 @@ def encoder() -> Run:
     return lambda: model(pixels)
 
 
-def runs_at(size: int) -> dict[str, Run]:
-    return {" | ".join((*key, str(size))): run for key, run in (*selections(size), *signals(size))}
+def runs_at(size: int) -> dict[Key, Run]:
+    return dict((*selections(size), *signals(size)))
 
 
-def memory_of(variant: str) -> int:
-    command = [sys.executable, "-m", "recipes.benchmarks.selection_by_method", "--memory-of", variant]
-    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | FRUGAL)
-    return int(out.stdout)
+class TooLong(Exception):
+    """A run exceeded the limit."""
 
 
-def print_memory_of(variant: str) -> None:
-    run = encoder() if variant == "encoder" else runs_at(int(variant.rpartition(" | ")[2]))[variant]
-    print(peak_bytes(torch.inference_mode()(run)))
+def first_run(run: Run) -> float | None:
+    """Return the CPU seconds of a run, or `None` if it was stopped at the limit."""
+    signal.setitimer(signal.ITIMER_PROF, LIMIT)
+    start = cpu_seconds()
+    try:
+        run()
+    except TooLong:
+        return None
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+    return cpu_seconds() - start
 
 
-def rows_of(seconds: dict[str, list[float]]) -> Iterator[dict[str, object]]:
-    base = memory_of("encoder")
-    machine = about()
-    for variant, own in seconds.items():
-        if variant == "encoder":
-            continue
-        name, setting, keep, size = variant.split(" | ")
-        ratio = quartiles([a / b for a, b in zip(own, seconds["encoder"], strict=True)])
-        memory = memory_of(variant)
-        yield {
-            "method": name, "setting": setting, "keep": keep, "tokens": int(size),
-            "time_over_encoder": f"{ratio.median:.5f}", "first_quartile": f"{ratio.first:.5f}",
-            "third_quartile": f"{ratio.third:.5f}", "milliseconds": f"{1000 * quartiles(own).median:.3f}",
-            "memory_over_encoder": f"{memory / base:.3f}", "peak_mib": f"{memory / 2**20:.1f}",
-            "encoder_milliseconds": f"{1000 * quartiles(seconds['encoder']).median:.1f}",
-            "encoder_peak_mib": f"{base / 2**20:.1f}", "repeats": len(own), **machine,
-        }  # fmt: skip
+def stop(*_: object) -> None:
+    raise TooLong
 
 
-def growth(rows: list[dict[str, object]], what: str) -> dict[tuple[str, str, str], float]:
-    """The power of the token count with which time or memory grows from 2,880 to 18,432 tokens."""
-    at = {(r["method"], r["setting"], r["keep"], r["tokens"]): float(str(r[what])) for r in rows}
+def times_at(
+    size: int, encode: Run, smaller: Mapping[Key, float | None]
+) -> tuple[list[float], dict[Key, list[float]], dict[Key, float | None]]:
+    """Return the seconds of the encoder's runs and of each variant's, and those of each variant's first run.
+
+    `smaller` has the first runs at the next smaller size, times the ratio of the sizes.
+    """
+    runs = runs_at(size)
+    first: dict[Key, float | None] = {}
+    for key, run in runs.items():
+        expected = smaller.get(key, 0.0)
+        first[key] = None if expected is None or expected > LIMIT else first_run(run)
+        print(f"{size:,} tokens: {' '.join(key)}: {first[key]} s", file=sys.stderr)
+    short = {key: runs[key] for key, seconds in first.items() if seconds is not None and seconds <= LONG}
+    encode()
+    named: dict[str, Run] = {"encoder": encode} | {" | ".join(key): run for key, run in short.items()}
+    seconds = interleaved(named, REPEATS[size], warmup=0, clock=cpu_seconds)
+    own = {key: seconds[" | ".join(key)] if key in short else [s] for key, s in first.items() if s is not None}
+    return seconds["encoder"], own, first
+
+
+def peak_of_encoder() -> Iterator[int]:
+    with torch.inference_mode():
+        yield peak_bytes(encoder())
+
+
+def peaks(size: int, keys: list[Key], long: set[Key]) -> Iterator[int]:
+    """Yield the peak memory of each variant."""
+    with torch.inference_mode():
+        runs = runs_at(size)
+        for key in keys:
+            yield peak_bytes(runs[key], warm_up=key not in long)
+
+
+def rows_at(
+    size: int, plain: list[float], base: int, seconds: dict[Key, list[float]], skipped: list[Key]
+) -> list[dict[str, str]]:
+    """Return the rows of a size. `plain` and `base` are the times and the peak memory of the encoder."""
+    long = {key for key, own in seconds.items() if own[0] > LONG}
+    memory = in_frugal_process(peaks, size, list(seconds), long)
+    always = {
+        "encoder_milliseconds": f"{1000 * quartiles(plain).median:.1f}",
+        "encoder_peak_mib": f"{base / 2**20:.1f}",
+    }
+    always |= {"clock": "CPU seconds of the process", **about()}
+    rows = []
+    for (key, own), peak in zip(seconds.items(), memory, strict=True):
+        paired = plain if len(own) == len(plain) else [quartiles(plain).median] * len(own)
+        ratio = quartiles([a / b for a, b in zip(own, paired, strict=True)])
+        rows.append(
+            columns(key, size) | {
+                "time_over_encoder": f"{ratio.median:.5f}", "first_quartile": f"{ratio.first:.5f}",
+                "third_quartile": f"{ratio.third:.5f}",
+                "time_over_encoder_of_input": f"{ratio.median / SIZES[size].frames:.5f}",
+                "milliseconds": f"{1000 * quartiles(own).median:.3f}", "memory_over_encoder": f"{peak / base:.3f}",
+                "peak_mib": f"{peak / 2**20:.1f}", "repeats": str(len(own)),
+            } | always
+        )  # fmt: skip
+    return rows + [columns(key, size) | {"repeats": "0", "note": f"more than {LIMIT} s"} | always for key in skipped]
+
+
+def columns(key: Key, size: int) -> dict[str, str]:
+    """Return all columns of a row, those for measurements empty."""
+    named = dict(zip(("method", "setting", "keep"), key, strict=True)) | {"tokens": str(size)}
+    named["views"] = str(SIZES[size].frames)
+    measured = (
+        "time_over_encoder", "first_quartile", "third_quartile", "time_over_encoder_of_input", "milliseconds",
+        "memory_over_encoder", "peak_mib", "encoder_milliseconds", "encoder_peak_mib", "repeats", "note",
+    )  # fmt: skip
+    return named | dict.fromkeys(measured, "")
+
+
+def growth(rows: list[dict[str, str]], what: str) -> dict[Key, float]:
+    """Return the power of the tokens with which time or memory grows from 2,880 to 18,432 tokens."""
+    at = {(r["method"], r["setting"], r["keep"], int(r["tokens"])): float(r[what]) for r in rows if r[what]}
     grown = math.log(18432 / 2880)
-    keys = dict.fromkeys((str(r["method"]), str(r["setting"]), str(r["keep"])) for r in rows)
+    keys = dict.fromkeys((r["method"], r["setting"], r["keep"]) for r in rows)
     both = [key for key in keys if (*key, 2880) in at and (*key, 18432) in at]
     return {key: math.log(max(at[*key, 18432], 1e-9) / max(at[*key, 2880], 1e-9)) / grown for key in both}
 
 
-def may_exceed_linear(name: str, keep: str) -> bool:
-    """Return whether the method's cost grows faster than the tokens; a ninth of them grows with them."""
+def order(key: Key) -> int:
+    """Return the power of the tokens with which a variant's time should grow."""
+    name, _, keep = key
     methods = catalogue.available()
-    cost = methods[name].cost if name in methods else "N"
-    return cost in ("N²", "k·N²", "N³") or (keep == "a ninth" and "k" in cost)
+    if name not in methods:
+        return 2 if name == "signal: attention received" else 1
+    return ORDERS[methods[name].cost][keep == "a ninth"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS / "selection-by-method.csv")
     parser.add_argument("--check", action="store_true", help="fail if something grows faster than it should")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.memory_of:
-        print_memory_of(args.memory_of)
-        return
-    variants = {"encoder": encoder()} | {name: run for size in SIZES for name, run in runs_at(size).items()}
-    with torch.inference_mode():
-        rows = list(rows_of(interleaved(variants, args.repeats)))
-    write_csv(args.out, rows)
-    times, memories = growth(rows, "milliseconds"), growth(rows, "peak_mib")
-    print(
-        "| method | setting | keep | 576 | 2,880 | 18,432 | grows with tokens to the power |",
-        "| --- " * 7 + "|",
-        sep="\n",
-    )
-    for key in dict.fromkeys((str(r["method"]), str(r["setting"]), str(r["keep"])) for r in rows):
-        mine = {r["tokens"]: r for r in rows if (r["method"], r["setting"], r["keep"]) == key}
-        cells = [
-            f"{float(str(mine[n]['time_over_encoder'])):.2%} / {mine[n]['memory_over_encoder']}" if n in mine else ""
-            for n in SIZES
-        ]
-        power = f"{times[key]:.2f} / {memories[key]:.2f}" if key in times else ""
-        print(f"| {' | '.join((*key, *cells))} | {power} |")
+    signal.signal(signal.SIGPROF, stop)
+    encode, rows = encoder(), []
+    (base,) = in_frugal_process(peak_of_encoder)
+    smaller: dict[Key, float | None] = {}
+    for size in SIZES:
+        smaller = {key: s and s * size / before for key, s in smaller.items()} if (before := previous(size)) else {}
+        with torch.inference_mode():
+            plain, seconds, smaller = times_at(size, encode, smaller)
+        rows += rows_at(size, plain, base, seconds, [key for key in smaller if key not in seconds])
+        write_csv(args.out, rows)
     print(f"written to {args.out}")
-    wrong = [key for key, power in times.items() if power > 1.5 and not may_exceed_linear(key[0], key[2])]
+    wrong = {key: power for key, power in growth(rows, "milliseconds").items() if power > order(key) + 0.5}
     if args.check and wrong:
-        sys.exit(f"grows faster than the tokens: {wrong}")
+        sys.exit(f"grows faster than its cost: {wrong}")
+
+
+def previous(size: int) -> int | None:
+    """Return the next smaller size."""
+    return max((other for other in SIZES if other < size), default=None)
 
 
 if __name__ == "__main__":

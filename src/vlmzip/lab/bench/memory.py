@@ -37,13 +37,15 @@ def in_frugal_process(run: Callable[..., Iterable[T]], *arguments: object) -> It
     return in_child(run, *arguments, environment=FRUGAL)  # a process reads it once, when it starts
 
 
-def peak_bytes(run: Callable[[], object], device: str | torch.device = "cpu") -> int:
+def peak_bytes(run: Callable[[], object], device: str | torch.device = "cpu", *, warm_up: bool = True) -> int:
     """Return the peak memory of a run in bytes.
 
-    A first run is not counted, because libraries keep what they allocate at first use. On a CPU this is the process's
-    resident memory (Linux only): measure in a fresh process with `FRUGAL` set.
+    A first run is not counted, because libraries keep what they allocate at first use. `warm_up=False` leaves it out,
+    for a long run in a process that did similar work before. On a CPU this is the process's resident memory (Linux
+    only): measure in a fresh process with `FRUGAL` set.
     """
-    run()
+    if warm_up:
+        run()
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)

@@ -69,14 +69,19 @@ def in_turns(
 
 
 def interleaved(
-    runs: Mapping[str, Callable[[], object]], repeats: int, *, warmup: int = 1, device: str | torch.device = "cpu"
+    runs: Mapping[str, Callable[[], object]],
+    repeats: int,
+    *,
+    warmup: int = 1,
+    device: str | torch.device = "cpu",
+    clock: Callable[[str | torch.device], float] = now,
 ) -> dict[str, list[float]]:
     """Return the seconds of each run of each variant, run as in `in_turns`."""
 
     def timed(run: Callable[[], object]) -> float:
-        start = now(device)
+        start = clock(device)
         run()
-        return now(device) - start
+        return clock(device) - start
 
     return in_turns({name: partial(timed, run) for name, run in runs.items()}, repeats, warmup=warmup)
 
