@@ -4,8 +4,8 @@ python docs/_make/methods.py            writes the pages, and draws images into 
 python docs/_make/methods.py --check    exits with 1 if a page is not what this would write; draws nothing
 
 The images show examples/first.png and its question on mini, with a quarter of the tokens. A method without a budget has
-its first example, or its defaults. A method that compares frames has a drawn clip. The cost comes from
-benchmarks/results/selection-by-method.csv.
+its first example, or its defaults. A method that compares frames has a drawn clip, and one that compares patches has
+its first frame. The cost comes from benchmarks/results/selection-by-method.csv.
 """
 
 import csv
@@ -49,7 +49,8 @@ HEAD = """# Method gallery
 Each image shows what a method keeps of the visual tokens of one image: `examples/first.png` on [mini](mini.md), with a
 quarter of the tokens or, for methods without such a budget, an example setting. White frames: kept tokens. Tints:
 tokens merged into one, whose place is the small square. Dark: dropped tokens. Methods inside the LLM are drawn as its
-last layer sees the image. Methods that compare frames have four frames of a drawn clip.
+last layer sees the image. Methods that compare frames have four frames of a drawn clip, and methods that compare
+patches its first frame.
 
 *Cost* is the time and peak memory of deciding and applying, as ratios to those of the encoder CLIP ViT-L/14-336 at 576
 tokens, for 576 and for 2,880 tokens; about a ninth of the tokens remain
@@ -213,6 +214,20 @@ def draw_clip(model, processor, name: str, cls) -> None:
     page.save(FIGURES / f"{name}.png", optimize=True)
 
 
+def draw_patches(name: str, cls) -> None:
+    """Draw what a method keeps of a drawn image by its pixels, on mini's grid. mini's encoder takes whole images."""
+    import torch
+    from figures import CELL
+
+    from vlmzip import Grid, VisualTokens
+    from vlmzip.visualize.overlay import draw_fates
+
+    image, grid = clip()[0], Grid(1, 12, 12)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(12, 8, 12, 8, 3) / 255
+    tokens = VisualTokens(pixels.transpose(1, 2).reshape(1, grid.size, -1), grid)
+    draw_fates(image, cls().assign(tokens), grid, 0, CELL).save(FIGURES / f"{name}.png", optimize=True)
+
+
 def draw_all() -> None:
     """Draw what each method keeps of the example."""
     from figures import answered, inputs_of  # torch, which `--check` does not need
@@ -230,6 +245,9 @@ def draw_all() -> None:
             continue
         if cls.sees_clip:
             draw_clip(model, processor, name, cls)
+            continue
+        if cls.drops_patches:
+            draw_patches(name, cls)
             continue
         for text in SPECS.get(name, (f"{name}(keep=25%)", *(f"{name}({settings})" for settings in cls.examples), name)):
             try:

@@ -64,7 +64,7 @@ def mini() -> tuple[nn.Module, Any]:
 def settings() -> Iterator[Compressor]:
     """Return every method with its defaults. Methods before the LLM are also run with original positions."""
     for cls in catalogue.available().values():
-        if cls is NoCompression or cls.trained_weights:
+        if cls is NoCompression or cls.trained_weights or cls.drops_patches:  # mini's encoder takes whole images
             continue
         method = catalogue.make(cls, {})
         yield method

@@ -146,6 +146,9 @@ class Compressor(ABC):
     """Whether it leaves single images as they are."""
     by_frame: ClassVar[bool] = False
     """Whether it acts on each frame of a video separately inside the LLM, too, where other methods see one sequence."""
+    drops_patches: ClassVar[bool] = False
+    """Whether it drops visual tokens at the pixel site, before the vision encoder. Its features are then the pixels, in
+    [0, 1], of the patches that make each token, and the encoder gets only the patches of the remaining tokens."""
     asks_next_layer: ClassVar[bool] = False
     """Whether its `text_attention` is that of the layer that runs next, on the tokens that enter it. Otherwise it is
     that of the layer before."""

@@ -106,7 +106,11 @@ def in_the_llm(cls):
     return any(stage.site == "in_llm" for stage in cls().stages())
 
 
-DRAWN = [name for name, cls in available().items() if not issubclass(cls, Resampler) and not in_the_llm(cls)]
+DRAWN = [
+    name
+    for name, cls in available().items()
+    if not issubclass(cls, Resampler) and not cls.drops_patches and not in_the_llm(cls)  # LLaVA encodes whole images
+]
 
 
 @pytest.mark.parametrize("method", DRAWN)

@@ -82,6 +82,8 @@ def ascends(positions):
 @pytest.mark.parametrize("method", list(every_method()))
 def test_positions_ascend_in_every_row(family, method):
     skip_without(family, method.site)
+    if method.drops_patches and not family_of(family.model).encodes_parts:
+        pytest.skip(f"the encoder of {family.name} takes whole images")
     if Signal.PROJECTOR in method.needs and family_of(family.model).projects_each_token is False:
         pytest.skip(f"the projector of {family.name} joins patches into tokens")
     method = dataclasses.replace(method, positions="original")

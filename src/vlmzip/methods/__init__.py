@@ -19,6 +19,7 @@ from vlmzip.methods.kmeans import KMeans as KMeans
 from vlmzip.methods.llavolta import LLaVolta as LLaVolta
 from vlmzip.methods.mmtok import MMTok as MMTok
 from vlmzip.methods.no_compression import NoCompression as NoCompression
+from vlmzip.methods.pixelprune import PixelPrune as PixelPrune
 from vlmzip.methods.pool2d import Pool2d as Pool2d
 from vlmzip.methods.prumerge import PruMerge as PruMerge
 from vlmzip.methods.prunesid import PruneSID as PruneSID

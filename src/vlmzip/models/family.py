@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import pad
@@ -93,6 +93,9 @@ MASKED_ATTENTION = ("sdpa", "eager")
 #: LLMs for which we have checked that packed rows stay apart. Others ignore packing (gpt_oss) or carry a state along.
 LLMS_THAT_MASK_PACKED_ROWS = ("llama", "mistral", "qwen2", "gemma2")
 
+#: The message for methods that drop patches before the encoder, with the name of the model's class.
+NO_PARTS = "vlmzip cannot run the vision encoder of {} on a part of an image: choose another method"
+
 #: A function from the number of layers of a vision encoder to some of them, 0-based.
 EncoderLayers = Callable[[int], Sequence[int]]
 
@@ -123,6 +126,8 @@ class Family:
     """A checkpoint of the family, shown by `vlmzip models`."""
     sites: ClassVar[tuple[Site, ...]] = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR, Site.IN_LLM)
     """Where compressors can act in this family."""
+    encodes_parts: ClassVar[bool] = False
+    """True if the vision encoder can run on some of an image's patches: `token_pixels` and `encode_part` work."""
     projects_each_token: bool | None = None
     """True if the projector maps each token by itself. `None` until the first run with several tokens."""
     prefix: int = 0
@@ -755,6 +760,22 @@ class Family:
         except for rounding to 8 bits.
         """
         raise UnfitMethod(f"vlmzip cannot make smaller images for {type(self.model).__name__}: choose another method")
+
+    def token_pixels(self, inputs: Inputs) -> Encoded:
+        """Return all views, with the pixels in [0, 1] of the patches that make each visual token as its features.
+
+        Override it, `encode_part` and `encodes_parts` to support compressors that drop patches before the encoder; both
+        methods raise `UserError` here.
+        """
+        raise UnfitMethod(NO_PARTS.format(type(self.model).__name__))
+
+    def encode_part(self, inputs: Inputs, kept: Bool[Tensor, " tokens"]) -> Encoded:
+        """Return the visual tokens marked in `kept` after the projector, from a run of the encoder on their patches.
+
+        `kept` marks tokens of all images, one image after another. The result has one view for each image, a row of its
+        kept tokens. A token is as if the encoder had run on all patches, with attention to those of kept tokens only.
+        """
+        raise UnfitMethod(NO_PARTS.format(type(self.model).__name__))
 
     def choose_images(self, inputs: Inputs, chosen: list[int]) -> InputDict:
         """Return the image inputs of the images whose 0-based numbers are in `chosen`.

@@ -7,7 +7,7 @@ import warnings
 from vlmzip import spec
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UnfitMethod, UserError, closest
-from vlmzip.models.family import Family
+from vlmzip.models.family import NO_PARTS, Family
 from vlmzip.runtime.cache_names import cache_name
 from vlmzip.runtime.other_methods import names_other_methods
 from vlmzip.runtime.resample import resampling
@@ -35,6 +35,8 @@ def fitted(compressor: spec.CompressorLike, family: Family) -> Compressor:
         if stage.site not in family.sites:
             known = closest(stage.site, [site for site in family.sites if site in stage.sites] or family.sites)
             raise UnfitMethod(f"{type(family.model).__name__} cannot be compressed at site {stage.site.value!r}{known}")
+        if stage.drops_patches and not family.encodes_parts:
+            raise UnfitMethod(NO_PARTS.format(type(family.model).__name__))
     cache_name(family.model)
     if inside := inside_the_llm(compressor):
         for stage in inside:

@@ -45,7 +45,8 @@ class ImageReport:
     view_features: tuple[Float[Tensor, "_ dim"], ...] | None
     """The visual tokens of each view before compression, without gradients; `detail_lost` needs them.
 
-    `None` if there is nothing to compare: only a smaller image was encoded, or the tokens were resampled."""
+    `None` if there is nothing to compare: only a smaller image or a part of it was encoded, or the tokens were
+    resampled."""
     modality: Modality = "image"
     """"video" if this is the report on a video, whose views are its frames."""
 
@@ -90,7 +91,7 @@ class ImageReport:
     def detail_lost(self) -> float | None:
         """Return the share of the image's detail that the remaining tokens do not explain, 0 to 1 (see `detail.py`).
 
-        Return `None` if it is unknown: after a resampler, or if only a smaller image was encoded."""
+        Return `None` if it is unknown: after a resampler, or if only a smaller image or a part of it was encoded."""
         if self.view_features is None or self.token_map is None:
             return None
         layout = self.layout

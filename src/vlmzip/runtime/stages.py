@@ -47,6 +47,8 @@ def compress_images(
     layouts = family.layouts(inputs)
     if isinstance(first, Resampler):
         images, separator = _resample(family, inputs, layouts, first, resampler, watch), None
+    elif first is not None and first.drops_patches:
+        images, separator = _encode_part(family, inputs, layouts, first, watch, ascending=ascending), None
     elif first is not None and first.site is Site.PIXELS:
         images, separator, smaller = _encode_smaller(family, inputs, layouts, first, watch, ascending=ascending)
     else:
@@ -210,6 +212,35 @@ def _encode_smaller(
         for layout, plan, features, (_, *streams) in zip(layouts, plans, projected, left, strict=True)
     ]
     return images, encoded.separator, smaller
+
+
+def _encode_part(
+    family: Family,
+    inputs: Inputs,
+    layouts: Sequence[Layout],
+    compressor: Compressor,
+    watch: Stopwatch,
+    *,
+    ascending: bool,
+) -> list[CompressedImage]:
+    """Return the projected tokens that remain by their pixels. The encoder gets only their patches."""
+    with watch.time("selection"):
+        kept = compress(layouts, family.token_pixels(inputs), compressor, ascending=ascending)
+        plans = [image.plan for image in kept]
+        marks = [plan.token_map.anchor[0] for plan in plans]
+    with watch.time("encoder"):
+        encoded = family.encode_part(inputs, torch.cat(marks))
+    with watch.time("bookkeeping"):
+        left = []
+        for plan, mark, group in zip(plans, marks, encoded.groups, strict=True):
+            # The encoder returns the kept tokens in the order of their places; put them into that of the plan.
+            order = (mark.cumsum(0) - 1)[plan.token_map.anchor_index()[0]]
+            left.append([values[0, order] for values in (group.tokens.features, *group.streams)])
+    projected = _project(family, [features for features, *_ in left], Site.PRE_PROJECTOR, watch)
+    return [
+        _compressed(family, layout, plan, features, streams, None, encoded)
+        for layout, plan, features, (_, *streams) in zip(layouts, plans, projected, left, strict=True)
+    ]
 
 
 def _without_features(layouts: Sequence[Layout], encoded: Encoded) -> Encoded:

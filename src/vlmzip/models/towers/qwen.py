@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import PreTrainedConfig
-from transformers.vision_utils import get_vision_window_index
+from transformers.utils.constants import (
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 from vlmzip.errors import UserError
 from vlmzip.models.pixels import resized
 from vlmzip.models.towers.tower import Tower
 from vlmzip.processor import InputDict, Inputs
 from vlmzip.visual_tokens import Grid
+
+#: Mean and standard deviation of each color channel that the processors of published checkpoints normalise with.
+NORMALISED_BY = {
+    "qwen2_vl_vision": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "qwen2_5_vl_vision": (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+    "qwen3_vl_vision": (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD),
+}
 
 
 class QwenTower(Tower):
@@ -60,6 +80,59 @@ def downsampled_patches(
         parts.append(patches_of(images, new, vision_config))
     smaller = [(grid.frames, grid.rows * merge, grid.cols * merge) for grid in new_grids]
     return {names[0]: torch.cat(parts), names[1]: sizes.new_tensor(smaller)}
+
+
+def pixels_of_tokens(
+    vision_config: PreTrainedConfig, patches: Float[Tensor, "patches values"]
+) -> Float[Tensor, "tokens token_values"]:
+    """Return the pixels, in [0, 1] and float32, of the patches that make each token."""
+    _, merge, _ = _patch_sizes(vision_config)
+    mean, deviation = (
+        torch.tensor(values, device=patches.device)[:, None] for values in NORMALISED_BY[vision_config.model_type]
+    )
+    pixels = patches.float().unflatten(-1, (len(mean), -1)) * deviation + mean
+    of_tokens: Tensor = pixels.flatten(1).unflatten(0, (-1, merge**2)).flatten(1)
+    return of_tokens
+
+
+def arguments_of_part(encoder: nn.Module, sizes: Int[Tensor, "images 3"], kept: Bool[Tensor, " tokens"]) -> InputDict:
+    """Return the arguments with which the encoder takes the patches of the tokens marked in `kept` as it would all.
+
+    They are what it otherwise computes from `sizes`, the grids of patches of whole images: the positions of the patches
+    and the ends of the sequences that attend together. The encoders of transformers take them in place of their own.
+    """
+    tower: Any = encoder
+    merge = tower.spatial_merge_size
+    patches = kept.repeat_interleave(merge**2)
+    sequences = get_vision_cu_seqlens(sizes).to(kept.device)
+    arguments: InputDict = {
+        "position_ids": get_vision_position_ids(sizes, merge).to(kept.device)[patches],
+        "cu_seqlens": _ends_of_part(sequences, patches),
+    }
+    if getattr(tower, "window_size", None) is not None:
+        order, windows = get_vision_window_index(sizes, merge, tower.window_size, tower.patch_size)
+        order, windows = order.to(kept.device), windows.to(kept.device)
+        inside = kept[order]  # the marks of the tokens in the order of the windows
+        arguments["window_index"] = (kept.cumsum(0) - 1)[order[inside]]
+        arguments["cu_window_seqlens"] = _ends_of_part(windows, inside.repeat_interleave(merge**2))
+    if hasattr(tower, "num_grid_per_side"):  # position embeddings, which the encoder interpolates to the grid
+        indices, weights = get_vision_interpolation_indices_and_weights(
+            sizes,
+            tower.num_grid_per_side,
+            mode=tower.interpolation_mode,
+            align_corners=tower.interpolation_align_corners,
+            spatial_merge_size=merge,
+        )
+        arguments["interp_indices"] = indices.to(kept.device)[patches]
+        arguments["interp_weights"] = weights.to(kept.device)[patches]
+    return arguments
+
+
+def _ends_of_part(ends: Int[Tensor, " ends"], kept: Bool[Tensor, " patches"]) -> Int[Tensor, " ends_left"]:
+    """Return the ends of sequences after patches were dropped, without sequences that are empty then."""
+    before = pad(kept.cumsum(0), (1, 0))  # the number of kept patches before each patch, and of all
+    left: Tensor = before[ends.long()].unique_consecutive()
+    return left.to(ends.dtype)
 
 
 def grids_of(sizes: Int[Tensor, "images 3"], merge: int) -> list[Grid]:
