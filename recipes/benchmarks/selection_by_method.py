@@ -10,21 +10,24 @@ Times are the CPU time of the process, because other processes may use the same 
 encoder, on one image, take turns; ratios are medians of the ratios within each round. The encoder works on each view
 separately, so its time for the same input is that of one image times the views. A run that takes longer than `LONG`
 seconds is not repeated. A run is stopped after `LIMIT` seconds, and not begun if the next smaller input shows that it
-would take longer. Peak memory is measured in a fresh process for each size.
+would take longer. Peak memory is that of the same run for long ones, and of a run in a fresh process for others.
 
-It writes benchmarks/results/selection-by-method.csv after each size. --check fails if a time grows faster than the
-method's cost.
+It writes benchmarks/results/selection-by-method.csv after each size. With --tokens it measures only some sizes, and
+leaves the other rows of the file. --check fails if a time grows faster than the method's cost.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import gc
 import math
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -33,7 +36,6 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from recipes.benchmarks import RESULTS
 from vlmzip import (
     Grid,
-    KMeans,
     LLaVolta,
     PruMerge,
     RandomTokens,
@@ -54,14 +56,16 @@ from vlmzip.models.recording import attention_received, attention_rows, cls_atte
 
 WIDTH, LLM_WIDTH, HEADS, QUESTION, LAYERS = 1024, 4096, 16, 20, 32
 SIZES = {576: Grid(1, 24, 24), 2880: Grid(5, 24, 24), 18432: Grid(32, 24, 24)}
-REPEATS = {576: 5, 2880: 3, 18432: 2}
+REPEATS = {576: 4, 2880: 2, 18432: 1}
 #: CPU seconds: a longer run is not repeated, and a run that exceeds the limit is stopped.
-LONG, LIMIT = 3, 60
+LONG, LIMIT = 3, 50
+#: Shorter runs are repeated before their memory is measured: the first use of a library shows in small numbers.
+SHORT = 0.5
 KEEPS = {"64 tokens": 64, "a ninth": 1 / 9}
 #: Not here: chain is the sum of its parts, downsample and no_compression select nothing, and resamplers are networks.
 LEFT_OUT = ("chain", "downsample", "no_compression")
 VARIANTS: list[Compressor] = [VisionZip(merge="mean"), LLaVolta(window="2d"), RandomTokens(site=Site.IN_LLM, layer=2)]
-VARIANTS += [KMeans(site=Site.IN_LLM), PruMerge(plus=True), ZOOPrune(directions=1)]
+VARIANTS += [PruMerge(plus=True), ZOOPrune(directions=1)]
 #: The power of the tokens with which a cost grows, for a fixed number of kept tokens and for a share of them. Applying
 #: the map is linear.
 ORDERS = {
@@ -152,70 +156,92 @@ class TooLong(Exception):
     """A run exceeded the limit."""
 
 
-def first_run(run: Run) -> float | None:
-    """Return the CPU seconds of a run, or `None` if it was stopped at the limit."""
-    signal.setitimer(signal.ITIMER_PROF, LIMIT)
-    start = cpu_seconds()
-    try:
+class First(NamedTuple):
+    """The CPU seconds and the peak memory of a variant's first run."""
+
+    seconds: float
+    peak: int
+
+    @property
+    def long(self) -> bool:
+        return self.seconds > LONG
+
+
+def first_run(run: Run) -> First | None:
+    """Return what a first run took, or `None` if it was stopped at the limit."""
+    seconds = []
+
+    def timed() -> None:
+        start = cpu_seconds()
         run()
+        seconds.append(cpu_seconds() - start)
+
+    signal.setitimer(signal.ITIMER_PROF, LIMIT)
+    try:
+        peak = peak_bytes(timed, warm_up=False)
     except TooLong:
         return None
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-    return cpu_seconds() - start
+    return First(seconds[0], peak)
 
 
 def stop(*_: object) -> None:
     raise TooLong
 
 
-def times_at(
-    size: int, encode: Run, smaller: Mapping[Key, float | None]
-) -> tuple[list[float], dict[Key, list[float]], dict[Key, float | None]]:
-    """Return the seconds of the encoder's runs and of each variant's, and those of each variant's first run.
-
-    `smaller` has the first runs at the next smaller size, times the ratio of the sizes.
-    """
-    runs = runs_at(size)
-    first: dict[Key, float | None] = {}
+def first_runs(runs: Mapping[Key, Run], size: int, smaller: Mapping[Key, First | None]) -> dict[Key, First | None]:
+    """Return the first run of each variant. `smaller` has those of the next smaller size."""
+    first: dict[Key, First | None] = {}
     for key, run in runs.items():
-        expected = smaller.get(key, 0.0)
-        first[key] = None if expected is None or expected > LIMIT else first_run(run)
-        print(f"{size:,} tokens: {' '.join(key)}: {first[key]} s", file=sys.stderr)
-    short = {key: runs[key] for key, seconds in first.items() if seconds is not None and seconds <= LONG}
+        before = smaller.get(key, First(0, 0))
+        too_long = before is None or before.seconds * size / (previous(size) or size) > LIMIT
+        first[key] = None if too_long else first_run(run)
+        print(f"{size:,} tokens: {' '.join(key)}: {first[key] or 'not measured'}", file=sys.stderr)
+    return first
+
+
+def times_at(
+    runs: Mapping[Key, Run], size: int, first: Mapping[Key, First | None], encode: Run
+) -> tuple[list[float], dict[Key, list[float]]]:
+    """Return the seconds of the encoder's runs, and of each variant's."""
+    short = {key: runs[key] for key, measured in first.items() if measured and not measured.long}
     encode()
     named: dict[str, Run] = {"encoder": encode} | {" | ".join(key): run for key, run in short.items()}
     seconds = interleaved(named, REPEATS[size], warmup=0, clock=cpu_seconds)
-    own = {key: seconds[" | ".join(key)] if key in short else [s] for key, s in first.items() if s is not None}
-    return seconds["encoder"], own, first
+    own = {
+        key: seconds[" | ".join(key)] if key in short else [measured.seconds]
+        for key, measured in first.items()
+        if measured
+    }
+    return seconds["encoder"], own
 
 
-def peak_of_encoder() -> Iterator[int]:
+def peaks(size: int, first: Mapping[Key, First]) -> Iterator[int]:
+    """Yield the peak memory of the encoder on one image, and of the variants."""
+    gc.freeze()
     with torch.inference_mode():
-        yield peak_bytes(encoder())
-
-
-def peaks(size: int, keys: list[Key], long: set[Key]) -> Iterator[int]:
-    """Yield the peak memory of each variant."""
-    with torch.inference_mode():
+        yield peak_bytes(encoder(), warm_up=False)
         runs = runs_at(size)
-        for key in keys:
-            yield peak_bytes(runs[key], warm_up=key not in long)
+        for key, measured in first.items():
+            yield measured.peak if measured.long else peak_bytes(runs[key], warm_up=measured.seconds < SHORT)
 
 
 def rows_at(
-    size: int, plain: list[float], base: int, seconds: dict[Key, list[float]], skipped: list[Key]
+    size: int, first: Mapping[Key, First | None], plain: list[float], seconds: Mapping[Key, list[float]]
 ) -> list[dict[str, str]]:
-    """Return the rows of a size. `plain` and `base` are the times and the peak memory of the encoder."""
-    long = {key for key, own in seconds.items() if own[0] > LONG}
-    memory = in_frugal_process(peaks, size, list(seconds), long)
+    """Return the rows of a size. `plain` has the times of the encoder."""
+    ran = {key: measured for key, measured in first.items() if measured}
+    base, *memory = in_frugal_process(peaks, size, ran)
     always = {
         "encoder_milliseconds": f"{1000 * quartiles(plain).median:.1f}",
         "encoder_peak_mib": f"{base / 2**20:.1f}",
+        "clock": "CPU seconds of the process",
+        **about(),
     }
-    always |= {"clock": "CPU seconds of the process", **about()}
-    rows = []
-    for (key, own), peak in zip(seconds.items(), memory, strict=True):
+    rows = [columns(key, size) | {"repeats": "0", "note": f"more than {LIMIT} s"} for key in first if key not in ran]
+    for key, peak in zip(ran, memory, strict=True):
+        own = seconds[key]
         paired = plain if len(own) == len(plain) else [quartiles(plain).median] * len(own)
         ratio = quartiles([a / b for a, b in zip(own, paired, strict=True)])
         rows.append(
@@ -225,9 +251,13 @@ def rows_at(
                 "time_over_encoder_of_input": f"{ratio.median / SIZES[size].frames:.5f}",
                 "milliseconds": f"{1000 * quartiles(own).median:.3f}", "memory_over_encoder": f"{peak / base:.3f}",
                 "peak_mib": f"{peak / 2**20:.1f}", "repeats": str(len(own)),
-            } | always
+            }
         )  # fmt: skip
-    return rows + [columns(key, size) | {"repeats": "0", "note": f"more than {LIMIT} s"} | always for key in skipped]
+    return [row | always for row in sorted(rows, key=lambda row: list(first).index(key_of(row)))]
+
+
+def key_of(row: Mapping[str, str]) -> Key:
+    return row["method"], row["setting"], row["keep"]
 
 
 def columns(key: Key, size: int) -> dict[str, str]:
@@ -243,9 +273,9 @@ def columns(key: Key, size: int) -> dict[str, str]:
 
 def growth(rows: list[dict[str, str]], what: str) -> dict[Key, float]:
     """Return the power of the tokens with which time or memory grows from 2,880 to 18,432 tokens."""
-    at = {(r["method"], r["setting"], r["keep"], int(r["tokens"])): float(r[what]) for r in rows if r[what]}
+    at = {(*key_of(row), int(row["tokens"])): float(row[what]) for row in rows if row[what]}
     grown = math.log(18432 / 2880)
-    keys = dict.fromkeys((r["method"], r["setting"], r["keep"]) for r in rows)
+    keys = dict.fromkeys(map(key_of, rows))
     both = [key for key in keys if (*key, 2880) in at and (*key, 18432) in at]
     return {key: math.log(max(at[*key, 18432], 1e-9) / max(at[*key, 2880], 1e-9)) / grown for key in both}
 
@@ -262,22 +292,33 @@ def order(key: Key) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "selection-by-method.csv")
+    parser.add_argument("--tokens", type=int, choices=SIZES, nargs="+", default=list(SIZES))
     parser.add_argument("--check", action="store_true", help="fail if something grows faster than it should")
     args = parser.parse_args()
     signal.signal(signal.SIGPROF, stop)
-    encode, rows = encoder(), []
-    (base,) = in_frugal_process(peak_of_encoder)
-    smaller: dict[Key, float | None] = {}
-    for size in SIZES:
-        smaller = {key: s and s * size / before for key, s in smaller.items()} if (before := previous(size)) else {}
+    gc.freeze()  # collecting the garbage before each measurement of memory is then fast
+    encode = encoder()
+    rows: list[dict[str, str]] = others(args.out, args.tokens)
+    first: dict[Key, First | None] = {}
+    for size in args.tokens:
         with torch.inference_mode():
-            plain, seconds, smaller = times_at(size, encode, smaller)
-        rows += rows_at(size, plain, base, seconds, [key for key in smaller if key not in seconds])
-        write_csv(args.out, rows)
+            runs = runs_at(size)
+            first = first_runs(runs, size, first)
+            plain, seconds = times_at(runs, size, first, encode)
+        rows += rows_at(size, first, plain, seconds)
+        write_csv(args.out, sorted(rows, key=lambda row: int(row["tokens"])))
     print(f"written to {args.out}")
     wrong = {key: power for key, power in growth(rows, "milliseconds").items() if power > order(key) + 0.5}
     if args.check and wrong:
         sys.exit(f"grows faster than its cost: {wrong}")
+
+
+def others(path: Path, sizes: list[int]) -> list[dict[str, str]]:
+    """Return the rows of a file that are not of these sizes."""
+    if set(sizes) == set(SIZES) or not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if int(row["tokens"]) not in sizes]
 
 
 def previous(size: int) -> int | None:

@@ -30,6 +30,11 @@ def test_seconds_are_seconds():
     assert min(seconds["long"]) >= 0.05 > max(seconds["short"])
 
 
+def test_variants_are_timed_by_any_clock():
+    seconds = interleaved({"a": lambda: time.sleep(0.05)}, repeats=2, clock=cpu_seconds)
+    assert max(seconds["a"]) < 0.05
+
+
 def test_what_variants_return_is_kept_in_order():
     numbers = iter(range(100))
     kept = []
