@@ -240,7 +240,7 @@ def wider(model: PreTrainedModel) -> PreTrainedModel:
     """A model like this one whose widths are multiples of 64, as 4-bit weights need them; its weights are others."""
     config = copy.deepcopy(model.config)
     for part in (config, config.vision_config, config.text_config):
-        for name, value in {"hidden_size": 64, "intermediate_size": 128, "projection_dim": 64}.items():
+        for name, value in {"hidden_size": 64, "embed_dim": 64, "intermediate_size": 128, "projection_dim": 64}.items():
             if name in vars(part):
                 setattr(part, name, value)
     config.text_config.num_attention_heads, config.text_config.num_key_value_heads = 8, 4

@@ -99,7 +99,7 @@ def test_is_the_plain_model_on_a_smaller_image(family, positions):
     assert torch.equal(new, plain.generate(**small_inputs, **GREEDY)[:, small_inputs["input_ids"].shape[1] :])
 
 
-@pytest.mark.parametrize("name", ["qwen2_5_vl", "qwen3_vl"])
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_is_plain_qwen_on_a_smaller_image(name):
     """The reference cuts the small image into patches with transformers' code and uses Qwen's positions."""
     family = FAMILIES[name]()

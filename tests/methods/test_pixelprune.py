@@ -14,7 +14,7 @@ from vlmzip.models import family_of
 
 ROWS = ([1, "image", 5, 6, 7], [1, "image", 4, "image", 5], [1, 2, 3, 4], ["image", 8])
 GREEDY = {"max_new_tokens": 4, "do_sample": False}
-QWENS = ("qwen2_5_vl", "qwen3_vl")
+QWENS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
 # --- the decision -----------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def test_tokens_without_any_kept_neighbour_in_their_window(qwen):
 def test_features_are_the_pixels_in_0_1(name):
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    scale = {"qwen2_5_vl": {}, "qwen3_vl": {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}}[name]
+    scale = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} if name == "qwen3_vl" else {}
     processor = Qwen2VLImageProcessorPil(do_resize=False, patch_size=4, merge_size=2, temporal_patch_size=2, **scale)
     image = torch.randint(256, (3, 24, 40), generator=torch.Generator().manual_seed(0)).byte()
     inputs = processor(images=[image.numpy()], input_data_format="channels_first", return_tensors="pt")

@@ -4,45 +4,18 @@ import inspect
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, DynamicCache, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, DynamicCache
 
 import vlmzip
 from tests.families import FAMILIES
-from tests.families.qwen2_5_vl import Qwen25VL
 from tests.models.test_named_families import masked_logits
 from tests.references.visionzip import visionzip
-from tests.tiny import IMAGE_TOKEN, LLM, VIDEO_TOKEN, wrong_copies
+from tests.tiny import VIDEO_TOKEN, wrong_copies
 from vlmzip import DFMR, AdaptiveVisionZip, Grid, Site, UserError, VisionZip
 from vlmzip.models import family_of
 
-
-class Qwen2VL(Qwen25VL):
-    """Qwen2-VL, which goes through the default family."""
-
-    name = "qwen2_vl"
-    model_class = Qwen2VLForConditionalGeneration
-
-    @classmethod
-    def config(cls, **settings):
-        return Qwen2VLConfig(
-            vision_config=dict(
-                depth=2, embed_dim=32, hidden_size=48, num_heads=4, patch_size=4, spatial_merge_size=2,
-                temporal_patch_size=2, mlp_ratio=2,
-            ),
-            text_config=dict(
-                **LLM, bos_token_id=1, eos_token_id=2,
-                rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]},
-            ),
-            image_token_id=IMAGE_TOKEN, video_token_id=VIDEO_TOKEN, vision_start_token_id=97, vision_end_token_id=96,
-            **settings,
-        )  # fmt: skip
-
-    def seconds(self, videos):
-        return {}
-
-
 #: Quick runs have `test_no_compression_is_the_plain_model` of all of them, and the other tests of qwen3_vl.
-WITH_VIDEO = {name: cls for name, cls in FAMILIES.items() if cls.clips} | {"qwen2_vl": Qwen2VL}
+WITH_VIDEO = {name: cls for name, cls in FAMILIES.items() if cls.clips}
 #: Quick runs have the first two.
 SPECS = (
     "visionzip(keep_per_view=3)",

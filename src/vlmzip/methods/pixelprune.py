@@ -33,7 +33,7 @@ class PixelPrune(Compressor):
        other inside their image or, in Qwen2.5-VL, inside their window.
 
     The image decides how many tokens remain. In a video, each frame is an image. Only encoders that take any number of
-    patches can do this: those of Qwen2.5-VL and Qwen3-VL.
+    patches can do this: those of Qwen2-VL, Qwen2.5-VL and Qwen3-VL.
 
     Differences from the authors' code:
 
@@ -44,7 +44,7 @@ class PixelPrune(Compressor):
       is the same as the others.
     - Similarity is by the largest difference only. Their code can also take the mean or the root mean square.
     - Values in [0, 1] are those of the published checkpoints, because a model does not know its processor: the
-      normalisation undone is CLIP's for Qwen2.5-VL, and 0.5 for Qwen3-VL, as theirs.
+      normalisation undone is CLIP's for Qwen2-VL and Qwen2.5-VL, and 0.5 for Qwen3-VL, as theirs.
 
     Not confirmed: the values of `tau` above 0 in the paper, and its scores.
 

@@ -15,6 +15,7 @@ from vlmzip.models.ovis2 import Ovis2
 from vlmzip.models.paligemma import PaliGemma
 from vlmzip.models.parts import missing_in
 from vlmzip.models.qwen2_5_vl import Qwen25VL
+from vlmzip.models.qwen2_vl import Qwen2VL
 from vlmzip.models.qwen3_vl import Qwen3VL
 from vlmzip.models.video_llava import VideoLlava
 from vlmzip.models.vipllava import VipLlava
@@ -28,6 +29,7 @@ FAMILIES: tuple[type[Family], ...] = (
     Ovis2,
     PaliGemma,
     Qwen25VL,
+    Qwen2VL,
     Qwen3VL,
     VideoLlava,
     VipLlava,
