@@ -47,7 +47,8 @@ class ToMe(BudgetedCompressor):
     order, too. If half of the tokens of every layer is not enough for the budget, which happens in encoders of a few
     layers, the last layer merges in several rounds, by the means of the keys; so does `pre_projector`.
 
-    Not confirmed: how the papers that compare with ToMe in LLaVA place it, and in which layers.
+    Not confirmed: where the papers that compare with ToMe in LLaVA place it, and in which layers. Their scores are
+    therefore not given here.
 
     When it fails: at small budgets, because half of the layers then see means of many patches, with which the encoder
     was not trained, and on small things beside a surface of a similar kind, whose mean they join.
@@ -56,8 +57,6 @@ class ToMe(BudgetedCompressor):
     paper = "arXiv:2210.09461"
     kind = "merge"
     cost = "N²"
-    published = {192: 88.5, 64: 59.7}
-    published_in = "tables of later papers, which do not say where ToMe merges"
     examples = ("keep=64", "keep=25%,site=pre_projector")
     needs = frozenset({Signal.KEYS})
     sites = (Site.ENCODER, Site.PRE_PROJECTOR)
