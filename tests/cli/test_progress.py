@@ -18,8 +18,9 @@ from vlmzip.cli._shared import console
 from vlmzip.cli._shared.console import log_on_stderr, show_work
 from vlmzip.cli.main import main
 from vlmzip.lab.bench import presets
-from vlmzip.lab.bench.presets import Preset
+from vlmzip.lab.bench.presets import Llava
 from vlmzip.progress import Work, showing, working
+from vlmzip.visual_tokens import Grid
 
 #: What a terminal is told to do, such as to move the cursor.
 CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -84,9 +85,10 @@ def place(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch):
-    preset = Preset(images=1, side=56, layers=2, heads=1, mlp=32, vision_layers=2, vision_heads=1, vision_mlp=32)
+    preset = Llava(
+        images=1, grid=Grid(1, 4, 4), layers=2, heads=1, mlp=32, vision_layers=2, vision_heads=1, vision_mlp=32
+    )
     monkeypatch.setitem(presets.PRESETS, "llava-1.5-7b", preset)
-    monkeypatch.setattr(presets, "VOCABULARY", 32_064)
     monkeypatch.setattr("vlmzip.lab.analyses.encoder_attention.TOGETHER", 2)
     monkeypatch.setattr("vlmzip.cli.bench.in_frugal_process", lambda peaks, *recipe: [2**20] * len(recipe[-1]))
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from matplotlib.artist import Artist
 from matplotlib.axis import Axis
-from matplotlib.backend_bases import RendererBase
 from matplotlib.figure import Figure  # not pyplot, which opens windows and keeps global state
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
@@ -16,7 +17,8 @@ class PlainFigure(Figure):
     Tick labels are excepted: matplotlib writes powers as mathematics.
     """
 
-    def draw(self, renderer: RendererBase) -> None:
+    def draw(self, renderer: Any) -> None:
+        # `Any`: some of matplotlib's renderers, such as that of SVG files, are of no common class.
         _write_plainly(self)
         super().draw(renderer)
 
