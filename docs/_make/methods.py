@@ -52,8 +52,8 @@ tokens merged into one, whose place is the small square. Dark: dropped tokens. M
 last layer sees the image. Methods that compare frames have four frames of a drawn clip, and methods that compare
 patches its first frame.
 
-*Cost* is the time and peak memory of deciding and applying, as ratios to those of the encoder CLIP ViT-L/14-336 at 576
-tokens, for 576 and for 2,880 tokens; about a ninth of the tokens remain
+*Cost* is the time of deciding and applying, as a share of what the encoder CLIP ViT-L/14-336 takes for the same input,
+and the peak memory: for one view of 576 tokens, and for five, 2,880 tokens. About a ninth of the tokens remain
 ([measured](results.md#what-each-methods-selection-costs) on one CPU thread, without the signals that a method reads).
 Every method also has `--positions`: `contiguous` renumbers the remaining tokens, `original` keeps their positions.
 Methods with `keep` also have `keep_per_view`, a budget for each view (tile or frame) of an image or video.
@@ -163,11 +163,11 @@ def paper(method: Outline) -> str:
 
 
 def cost_cell(row: dict[str, str] | None) -> str:
-    if row is None or not row["time_over_encoder"]:
+    if row is None or not row["milliseconds"]:
         return ""
-    time, memory = float(row["time_over_encoder"]), float(row["memory_over_encoder"])
+    time = float(row["time_over_encoder_of_input"])
     shown = f"{time:.2%}" if time >= 0.0001 else "below 0.01%"
-    return f"{int(row['tokens']):,} tokens: {shown} of the encoder's time, {memory:.2f}x its memory"
+    return f"{int(row['tokens']):,} tokens: {shown} of the encoder's time, {float(row['peak_mib']):,.0f} MiB"
 
 
 def clip_methods() -> set[str]:

@@ -8,9 +8,10 @@ come from benchmarks/results/mini-study.csv, the results.csv of the full study o
 
 with METHODS as in docs/results.md. The GPU tables of docs/results.md (speed, memory, cost of the selection) come from
 the files that gpu.sh, selection_cost.py (recipes/benchmarks/) and `vlmzip bench` wrote on the GPU, the table of a CPU
-from those that `vlmzip bench --scale 1` wrote on one thread, the table of videos
-from the file of video_cost.py. The README takes its measured table from them, too, the published one from
-vlmzip.lab.papers, the models from the results of `make conformance`, and the methods from the methods' files.
+from those that `vlmzip bench --scale 1` wrote on one thread, the table of videos from the file of video_cost.py, and
+that of each method's selection from the file of selection_by_method.py. The README takes its measured table from them,
+too, the published one from vlmzip.lab.papers, the models from the results of `make conformance`, and the methods from
+the methods' files.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import csv
 import difflib
 import sys
 from itertools import product
+from math import log
 from pathlib import Path
 
 from vlmzip import outline
@@ -212,6 +214,40 @@ def video_table(rows: list[dict[str, str]]) -> list[str]:
     return lines
 
 
+def methods_cost_table(rows: list[dict[str, str]]) -> list[str]:
+    """Return variants of methods down, sizes across: time relative to the encoder's for the same input, and memory.
+
+    The last column is the power of the tokens with which time and memory grow between the two largest sizes, unless
+    they are below 1 ms and 1 MiB.
+    """
+    sizes = sorted({int(row["tokens"]) for row in rows})
+    head = ["method", "keep", *(f"{size:,}" for size in sizes), "grows with tokens to the power"]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for method, setting, keep in dict.fromkeys((row["method"], row["setting"], row["keep"]) for row in rows):
+        of = {int(r["tokens"]): r for r in rows if (r["method"], r["setting"], r["keep"]) == (method, setting, keep)}
+        name = method if method.startswith("signal") else f"`{method}({', '.join(setting.split())})`"
+        cells = [name.replace("()", ""), keep, *(cost_cell(of.get(size)) for size in sizes)]
+        before, after = (of.get(size, {}) for size in sizes[-2:])
+        powers = " / ".join(power(before, after, what) for what in ("milliseconds", "peak_mib"))
+        lines.append(f"| {' | '.join(cells)} | {powers if before and after else ''} |")
+    return lines
+
+
+def power(before: dict[str, str], after: dict[str, str], what: str) -> str:
+    """Return the power of the tokens with which a value grows between two rows, for values of at least 1."""
+    values = [float(row.get(what) or 0) for row in (before, after)]
+    if min(values) < 1:
+        return NOTHING
+    return f"{log(values[1] / values[0]) / log(int(after['tokens']) / int(before['tokens'])):.1f}"
+
+
+def cost_cell(row: dict[str, str] | None) -> str:
+    """Return the time, as a share of the encoder's for the same input, and the peak memory."""
+    if row is None or not row["milliseconds"]:
+        return row["note"] if row else ""
+    return f"{float(row['time_over_encoder_of_input']):.2%} / {float(row['peak_mib']):,.0f} MiB"
+
+
 def ends(row: dict[str, str], name: str) -> str:
     return f"{float(row[f'{name}_q1']):.2f} to {float(row[f'{name}_q3']):.2f}"
 
@@ -261,6 +297,7 @@ def tables(folder: Path) -> dict[str, dict[str, list[str]]]:
     }
     study = study_table(read(folder / "mini-study.csv"))
     results = {"results": study, "selection on videos": video_table(videos), **gpu}
+    results["selection of each method"] = methods_cost_table(read(folder / "selection-by-method.csv"))
     results["full width on a CPU"] = cpu_table(bench_runs(folder, CPU))
     return {"README.md": readme, "docs/results.md": results}
 

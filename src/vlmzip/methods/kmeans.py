@@ -38,7 +38,7 @@ class KMeans(BudgetedCompressor):
     Time is proportional to tokens times clusters, memory to `CHUNK` times clusters.
 
     When it fails: on videos and other long inputs, if the clusters are a share of the tokens. A ninth of 18,432 tokens
-    takes twice as long as encoding one image of 576 (docs/results.md).
+    takes 2.5 times as long as encoding one of their 32 views (docs/results.md).
     """
 
     paper = "baseline of arXiv:2406.20092"
