@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from vlmzip.compressor import BudgetedCompressor
 from vlmzip.keep import A_NINTH, Keep
-from vlmzip.selection import CHUNK, STEPS, cover, views_at_once
+from vlmzip.selection import CHUNK, STEPS, cosine_matrix, cover, views_at_once
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Signal, Site, VisualTokens
 
@@ -78,7 +78,7 @@ class MMTok(BudgetedCompressor):
 
     def assign(self, tokens: VisualTokens) -> TokenMap:
         projected = normalize(tokens.features[:, tokens.prefix :].float(), dim=-1)
-        vision = normalize(tokens.encoder_features[:, tokens.prefix :].float(), dim=-1)
+        vision = tokens.encoder_features[:, tokens.prefix :]
         text, is_word = normalize(tokens.text_features.float(), dim=-1), tokens.query_mask
         batch, size, _ = projected.shape
         kept = [
@@ -94,8 +94,9 @@ class MMTok(BudgetedCompressor):
         text: Float[Tensor, "batch words llm_dim"],
         is_word: Bool[Tensor, "batch words"],
     ) -> Bool[Tensor, "batch tokens"]:
-        of_words = _shares(text, projected, self.text_temperature) * is_word[..., None]
-        of_tokens = _shares(vision, vision, self.vision_temperature)
+        to_words = (text @ projected.transpose(1, 2)).mul_(STEPS).round_().int()
+        of_words = _shares(to_words, self.text_temperature) * is_word[..., None]
+        of_tokens = _shares(cosine_matrix(vision), self.vision_temperature)
         words, size = is_word.sum(1, keepdim=True), vision.shape[1]
 
         def score(gains: list[Int[Tensor, "batch tokens"]]) -> Float[Tensor, "batch tokens"]:
@@ -104,13 +105,13 @@ class MMTok(BudgetedCompressor):
         return cover([of_words, of_tokens], self.count(size), score)
 
 
-def _shares(
-    targets: Float[Tensor, "batch targets dim"], tokens: Float[Tensor, "batch tokens dim"], temperature: float
-) -> Int[Tensor, "batch targets tokens"]:
-    """Return the softmax over tokens of their cosines to each target, as whole numbers of `1 / STEPS_OF_SHARES`."""
-    shares = targets.new_empty(*targets.shape[:2], tokens.shape[1], dtype=torch.int32)
-    for start in range(0, targets.shape[1], CHUNK):
-        cosines = (targets[:, start : start + CHUNK] @ tokens.transpose(1, 2)).mul_(STEPS).round_()
-        parts = cosines.div_(STEPS * temperature).softmax(dim=-1)
-        shares[:, start : start + CHUNK] = parts.mul_(STEPS_OF_SHARES).round_()
-    return shares
+def _shares(cosines: Int[Tensor, "batch targets tokens"], temperature: float) -> Int[Tensor, "batch targets tokens"]:
+    """Return the softmax over tokens of their cosines to each target, as whole numbers of `1 / STEPS_OF_SHARES`.
+
+    The cosines are whole numbers of `1 / STEPS`. The shares take their place.
+    """
+    for start in range(0, cosines.shape[1], CHUNK):
+        part = cosines[:, start : start + CHUNK]
+        shares = part.float().div_(STEPS * temperature).softmax(dim=-1)
+        part.copy_(shares.mul_(STEPS_OF_SHARES).round_())
+    return cosines
