@@ -86,23 +86,27 @@ def left_by(method, tokens):
 
 
 def configured(cls):
-    """Yield the tested settings of a method: defaults, budgets, its examples and thresholds between the images."""
-    yield cls()
+    """Yield the tested settings of a method: defaults, budgets, its examples and thresholds between the images.
+
+    Settings are slow tests if others are like them.
+    """
+    yield cls(), ()
     if "keep" in cls.field_names():
-        yield from (cls(keep=keep) for keep in (1, 5, "50%"))
-    yield from (spec.read(f"{cls.name()}({settings})") for settings in cls.examples)
+        yield cls(keep=1), ()
+        yield from ((cls(keep=keep), pytest.mark.slow) for keep in (5, "50%"))
+    yield from ((spec.read(f"{cls.name()}({settings})"), ()) for settings in cls.examples)
     if isinstance(cls(), Calibratable):
-        yield from (cls(**{cls.threshold: 0.1, "measure": measure}) for measure in ("features", "pixels"))
+        yield from ((cls(**{cls.threshold: 0.1, "measure": measure}), ()) for measure in ("features", "pixels"))
 
 
 PROFILE = Profile(tokens_of().grid, layers=4)
 CONFIGURED = [
-    pytest.param(method, id=f"{name}-{i}")
+    pytest.param(method, id=f"{name}-{i}", marks=marks)
     for name, cls in METHODS.items()
     # Chains are tested in tests/runtime/test_in_llm.py, because they act at several sites. Resamplers have no token map
     # and are tested in a model.
     if cls is not Chain and not issubclass(cls, Resampler)
-    for i, method in enumerate(configured(cls))
+    for i, (method, marks) in enumerate(configured(cls))
 ]
 
 

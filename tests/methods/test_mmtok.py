@@ -43,7 +43,7 @@ def test_equals_the_naive_loop_at_every_budget(rows, cols, prefix, copies, setti
         assert kept_by(MMTok(keep=keep, **settings), tokens) == expected(tokens, keep, **settings)
 
 
-@pytest.mark.parametrize("keep", [64, 128, 192])
+@pytest.mark.parametrize("keep", [pytest.param(64, marks=pytest.mark.slow), 128, 192])
 def test_the_published_counts(keep):
     tokens = tokens_of(24, 24, batch=1)
     kept = kept_by(MMTok(keep=keep), tokens)

@@ -27,7 +27,7 @@ def test_equals_the_naive_loop_at_every_budget(rows, cols, prefix, copies, alpha
         assert kept_by(SCOPE(keep=keep, alpha=alpha), tokens) == expected
 
 
-@pytest.mark.parametrize("keep", [64, 128, 192])
+@pytest.mark.parametrize("keep", [pytest.param(64, marks=pytest.mark.slow), 128, 192])
 def test_the_published_counts(keep):
     tokens = tokens_of(24, 24, batch=1)
     (kept,) = kept_by(SCOPE(keep=keep), tokens)

@@ -51,7 +51,7 @@ def test_equals_the_naive_loop_at_every_budget(projector, rows, cols, prefix, co
         assert kept_by(method, tokens) == expected(tokens, projector, method)
 
 
-@pytest.mark.parametrize("keep", [64, 128, 192])
+@pytest.mark.parametrize("keep", [pytest.param(64, marks=pytest.mark.slow), 128, 192])
 def test_the_published_counts(projector, keep):
     tokens = tokens_of(projector, 24, 24, batch=1)
     method = ZOOPrune(keep=keep, directions=2)
