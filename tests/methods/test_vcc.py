@@ -8,8 +8,9 @@ from tests.references.vcc import blocks_of, chosen, coarse
 from vlmzip import VCC, BudgetError, Grid, Profile
 from vlmzip.lab.papers import published
 
-#: An image of LLaVA-1.5-7B, and one of mini.
+#: An image of LLaVA-1.5-7B, one of mini, and one of 2,880 tokens.
 LLAVA, MINI = Profile(Grid(1, 24, 24), layers=32), Profile(Grid(1, 12, 12), layers=8)
+BIG = Profile(Grid(1, 48, 60), layers=32)
 
 
 def asked(rows, cols, method, prefix=0, seed=0, levels=None):
@@ -105,12 +106,48 @@ def test_budgets_are_met(profile, keep):
     assert reached == sum(method.tokens_by_layer(profile)) / (profile.size * profile.layers)
 
 
-@pytest.mark.parametrize("keep", [300, 192, 128, 64, 30, 5, 1])
+@pytest.mark.parametrize("keep", [300, 192, 128, 64, 30, 6, 1])
 def test_counts_are_met(keep):
     method, left = VCC().at_keep(keep, LLAVA)
     assert left == method.token_count(LLAVA.grid) / 576
     assert abs(576 * left - keep) <= 0.05 * keep
     assert (method.fine > 0) == (keep > 47)  # one fine block among coarse ones takes at least 23 + 24 tokens
+
+
+@pytest.mark.parametrize(
+    ("profile", "target", "block", "left"),
+    [
+        (LLAVA, 29, 22, 26 + 4),  # not 1 coarse token for 548 tokens and 28 that stay as they are
+        (LLAVA, 23, 24, 24),
+        (LLAVA, 28, 22, 26 + 4),  # 7 % off: 28 itself is 4 coarse tokens and 24 others
+        (LLAVA, 5, 96, 6),
+        (BIG, 23, 120, 24),
+        (MINI, 10, 16, 9),
+        (Profile(Grid(1, 1, 1), layers=8), 1, 16, 1),
+    ],
+)
+def test_few_tokens_are_mostly_coarse(profile, target, block, left):
+    method, share = VCC().at_keep(target, profile)
+    assert (method.block, round(share * profile.size)) == (block, left)
+
+
+@pytest.mark.parametrize(
+    ("keep", "profile", "block", "left"), [(0.11, LLAVA, 22, 30), (0.10, LLAVA, 24, 24), (0.07, BIG, 120, 24)]
+)
+def test_small_budgets_are_mostly_coarse(keep, profile, block, left):
+    method, reached = VCC().at_budget(keep, profile)
+    assert method.tokens_by_layer(profile)[-1] == left
+    assert method == VCC(block=block, fine=0)
+    assert abs(reached - keep) <= 0.05 * keep
+
+
+@pytest.mark.parametrize("size", [2, 36, 95, 144, 575, 576, 729])
+def test_the_tokens_after_the_last_block_are_never_more_than_the_blocks(size):
+    profile = Profile(Grid(1, 1, size), layers=8)
+    for keep in range(1, size + 1, 1 + size // 60):
+        method, left = VCC().at_keep(keep, profile)
+        assert size % method.block <= size // method.block
+        assert abs(size * left - keep) <= max(1, 0.2 * keep)
 
 
 def test_the_set_block_stays_if_it_can():

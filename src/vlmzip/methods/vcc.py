@@ -54,8 +54,10 @@ class VCC(Compressor):
     - Their training tricks are left out: random blocks with probability 0.1, and factors that pass gradients to the
       scores.
 
-    **Budgets.** `at_budget` changes h and b. Of the pairs within 5 % of the budget it takes those with h > 0 first,
-    then those with the b that is set, then the nearest.
+    **Budgets.** `at_budget` changes h and b. It only takes a b that leaves at most as many tokens after the last block
+    as there are blocks; other pairs would reach a small budget with the image's last tokens alone. Of the pairs within
+    5 % of the budget it takes those with h > 0 first, then those with the b that is set, then the nearest. If no pair
+    is within 5 %, it takes the nearest.
 
     No other method can act inside the LLM beside it. It needs SDPA or eager attention: FlashAttention cannot add to
     logits. The tiles of an image and the frames of a video are one sequence: blocks run on from one to the next.
@@ -105,13 +107,16 @@ class VCC(Compressor):
         """Return the configuration whose layers see near to `target` tokens of an image."""
         size = profile.size
 
-        def order(pair: tuple[int, int]) -> tuple[bool, bool, bool, int]:
+        def order(pair: tuple[int, int]) -> tuple[int, bool, bool, int]:
             block, fine = pair
             miss = abs(_count(size, block, fine) - target)
-            return miss > NEAR * target, fine == 0, block != self.block, miss
+            far = miss if miss > NEAR * target else 0
+            return far, fine == 0, block != self.block, miss
 
         pairs = []
         for block in range(2, size + 1):
+            if size % block > size // block:
+                continue  # more tokens after the last block than blocks
             # As many fine blocks as fit, or one more, or none.
             fits = (target - _count(size, block, 0)) // (block - 1)
             pairs += [(block, min(max(fine, 0), size // block)) for fine in (0, fits, fits + 1)]
