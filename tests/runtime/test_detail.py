@@ -7,7 +7,7 @@ import torch
 from recipes.benchmarks import RESULTS
 from recipes.benchmarks.detail_lost import threshold
 from tests.methods.test_visionzip import tokens_of
-from vlmzip import NoCompression, Pool2d, RandomTokens, TokenMap, VisionZip
+from vlmzip import VCC, Chain, NoCompression, Pool2d, RandomTokens, TokenMap, VisionZip
 from vlmzip.lab.asking import warn_about_detail
 from vlmzip.runtime.detail import WORRYING, detail_lost
 
@@ -77,5 +77,14 @@ def test_the_threshold_of_the_warning_is_the_measured_one():
 @pytest.mark.parametrize(("lost", "warns"), [(WORRYING + 0.01, True), (WORRYING - 0.01, False), (None, False)])
 def test_ask_warns_above_the_threshold(lost, warns, caplog):
     image = SimpleNamespace(detail_lost=lost, by_layer=(64, 16))
-    warn_about_detail(SimpleNamespace(images=[image]), ["letter.png"])
+    warn_about_detail(SimpleNamespace(images=[image], compressor=VisionZip()), ["letter.png"])
     assert ("16 tokens leave out" in caplog.text and "letter.png" in caplog.text) is warns
+
+
+@pytest.mark.parametrize(
+    ("compressor", "warns"), [(VCC(), False), (Chain(compressors=(VisionZip(), VCC())), True)], ids=["vcc", "chain"]
+)
+def test_ask_does_not_warn_about_tokens_that_come_back(compressor, warns, caplog):
+    image = SimpleNamespace(detail_lost=WORRYING + 0.01, by_layer=(64, 16))
+    warn_about_detail(SimpleNamespace(images=[image], compressor=compressor), ["letter.png"])
+    assert ("leave out" in caplog.text) is warns

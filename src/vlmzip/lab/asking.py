@@ -196,7 +196,13 @@ def plain_account(loaded: Loaded, inputs: InputDict, report: Report) -> dict[str
 
 
 def warn_about_detail(report: Report, visuals: Sequence[Visual]) -> None:
-    """Log a warning for each image and video that lost more detail than reading text allows."""
+    """Log a warning for each image and video that lost more detail than reading text allows.
+
+    A method that restores all tokens after each layer gets no warning: its token map describes single layers only. A
+    chain with such a method does, because the methods before it lose detail for good.
+    """
+    if report.compressor.restores:
+        return
     for visual, reports in zip(visuals, by_visual(visuals, report), strict=True):
         worst = max(reports, key=lambda image: image.detail_lost or 0)
         if (worst.detail_lost or 0) > WORRYING:
