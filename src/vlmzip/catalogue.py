@@ -23,13 +23,13 @@ def available(
     text_aware: bool | None = None,
     trained_weights: bool | None = None,
     videos_only: bool | None = None,
-    without: Collection[Signal | str] = (),
+    without: Signal | str | Collection[Signal | str] = (),
 ) -> dict[str, type[Compressor]]:
     """Return all methods by name: those of `vlmzip.methods`, and the entry points of installed packages.
 
     Filters leave only the methods of a kind, those that can act at a site, those that read the question (or do not),
-    and so on. `without` has signals that your model does not give: methods that need one of them are left out. Raise
-    `UserError` for an unknown kind, site or signal.
+    and so on. `without` has signals that your model does not give, or a single one: methods that need one of them are
+    left out. Raise `UserError` for an unknown kind, site or signal, and for a filter that must be true or false.
 
         vlmzip.available(kind="prune", site="pre_projector", text_aware=False, without=["cls_attention"])
     """
@@ -37,8 +37,14 @@ def available(
         check_choice("kind", kind, KINDS)
     if site is not None:
         check_choice("site", site, Site)
-    for signal in without:
+    signals = {without} if isinstance(without, str) else set(without)
+    for signal in signals:
         check_choice("signal", signal, Signal)
+    for filter_name, value in (
+        ("text_aware", text_aware), ("trained_weights", trained_weights), ("videos_only", videos_only)
+    ):  # fmt: skip
+        if value is not None and not isinstance(value, bool):
+            raise UserError(f"{filter_name} must be True, False or None, got {value!r}")
     return {
         name: cls
         for name, cls in _all().items()
@@ -47,7 +53,7 @@ def available(
         and text_aware in (None, bool(cls.needs & SIGNALS_OF_TEXT))
         and trained_weights in (None, cls.trained_weights)
         and videos_only in (None, cls.videos_only)
-        and not cls.needs & set(without)
+        and not cls.needs & signals
     }
 
 

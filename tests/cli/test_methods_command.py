@@ -24,7 +24,12 @@ def listed(capsys, *arguments):
         (["--site", "in_llm"], {"site": "in_llm"}),
         (["--text-aware"], {"text_aware": True}),
         (["--no-text-aware", "--kind", "prune"], {"text_aware": False, "kind": "prune"}),
+        (["--trained-weights"], {"trained_weights": True}),
+        (["--no-trained-weights"], {"trained_weights": False}),
+        (["--videos-only"], {"videos_only": True}),
+        (["--no-videos-only", "--kind", "prune"], {"videos_only": False, "kind": "prune"}),
         (["--without", "cls_attention", "keys"], {"without": ["cls_attention", "keys"]}),
+        (["--without", "cls_attention"], {"without": "cls_attention"}),
     ],
 )
 def test_the_command_and_the_library_filter_alike(capsys, arguments, filters):
@@ -48,11 +53,18 @@ def test_filters_leave_what_they_name():
         ({"kind": "prun"}, "did you mean 'prune'"),
         ({"site": "in_lm"}, "did you mean 'in_llm'"),
         ({"without": ["key"]}, "did you mean 'keys'"),
+        ({"without": "key"}, "got 'key'; did you mean 'keys'"),
     ],
 )
 def test_unknown_filters_are_refused_with_the_closest(filters, message):
     with pytest.raises(UserError, match=message):
         vlmzip.available(**filters)
+
+
+@pytest.mark.parametrize("name", ["text_aware", "trained_weights", "videos_only"])
+def test_a_filter_that_is_neither_true_nor_false_is_refused(name):
+    with pytest.raises(UserError, match=f"{name} must be True, False or None, got 'yes'"):
+        vlmzip.available(**{name: "yes"})
 
 
 def test_a_filter_without_methods_says_so(capsys):

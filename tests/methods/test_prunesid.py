@@ -108,3 +108,17 @@ def test_a_suppressed_patch_comes_after_the_survivors():
 def test_of_equally_attended_equal_patches_the_first_stay():
     equal = tokens_of(2).replace(features=torch.ones(2, 37, 8), cls_attention=torch.ones(2, 37))
     assert order_of(PruneSID(keep=3), equal) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("rows", [0, slice(None)])
+def test_features_that_are_no_numbers_still_leave_the_budget(value, rows):
+    """float16 can overflow. Images of the batch without such features keep the same tokens."""
+    tokens = correlated(2)
+    broken = tokens.features.clone()
+    broken[rows] = value
+    token_map = PruneSID(keep=9)(tokens.replace(features=broken))
+    token_map.check()
+    assert token_map.lengths == [9, 9]
+    if rows == 0:
+        assert torch.equal(token_map.group[1], PruneSID(keep=9)(tokens).group[1])

@@ -308,3 +308,12 @@ def test_half_precision_merges():
         assert compressed(**inputs).logits.isfinite().all()
     assert isinstance(compressed.inner, nn.Module)
     assert compressed.report.images[0].after == 6
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_encoder_whose_values_are_no_numbers_is_refused_in_a_line(value):
+    """float16 can overflow."""
+    family = FAMILIES["llava"]()
+    inputs = family.batch([1, "image", 5])
+    inputs["pixel_values"] = torch.full_like(inputs["pixel_values"], value)
+    refused(family.model, inputs, r"values that are infinite or not a number, .* load the model in bfloat16 or float32")

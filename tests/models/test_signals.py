@@ -122,10 +122,11 @@ class TestFurtherSignalsOfTheEncoder:
         torch.testing.assert_close(projected, exact)
         assert half_projected.dtype is torch.bfloat16
 
-    def test_a_projector_that_joins_patches_is_refused(self):
-        family = FAMILIES["qwen2_5_vl"]()
+    @pytest.mark.parametrize("name", ["qwen2_5_vl", "llava_onevision"])  # LLaVA-OneVision shrinks projected tokens
+    def test_a_projector_that_makes_no_token_of_each_feature_is_refused(self, name):
+        family = FAMILIES[name]()
         inputs = family.batch([1, "image"], ["image", 4])
-        with pytest.raises(UserError, match="joins patches into tokens: choose a method"):
+        with pytest.raises(UserError, match="does not make one visual token of each feature of the encoder: choose a"):
             family_of(family.model).encode(inputs, Site.POST_PROJECTOR, frozenset({Signal.PROJECTOR}))
 
 

@@ -49,6 +49,8 @@ def _is_chosen(facts: Facts, args: Namespace) -> bool:
         args.kind in (None, facts.kind)
         and (args.site is None or args.site in facts.sites)
         and args.text_aware in (None, facts.text_aware)
+        and args.trained_weights in (None, facts.trained_weights)
+        and args.videos_only in (None, facts.videos_only)
         and not set(facts.needs) & set(args.without)
     )
 

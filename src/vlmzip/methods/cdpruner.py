@@ -53,8 +53,9 @@ class CDPruner(BudgetedCompressor):
     to 8,192 tokens in a batch of one, all cosines are kept. Beyond, they are computed for each selected token.
 
     When it fails: in conversations, because tokens are selected for the first question and later ones find no others,
-    and if similarity to embeddings says nothing about relevance, because the least relevant tokens are almost never
-    selected.
+    if similarity to embeddings says nothing about relevance, because the least relevant tokens are almost never
+    selected, and in prompts with the question before the image: the text behind the image is then only the rest of the
+    prompt.
     """
 
     paper = "arXiv:2506.10967"

@@ -54,7 +54,8 @@ class MMTok(BudgetedCompressor):
     tokens; views of a batch take turns beyond 2 GiB.
 
     When it fails: in conversations, because tokens are selected for the first question and later ones find no others,
-    and where embeddings of words and projected tokens are not aligned, because then the words choose tokens by chance.
+    where embeddings of words and projected tokens are not aligned, because then the words choose tokens by chance, and
+    in prompts with the question before the image: the text behind the image is then only the rest of the prompt.
     """
 
     paper = "arXiv:2508.18264"

@@ -11,7 +11,9 @@ from annotated_types import Ge
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vlmzip.compressor import Compressor
+from vlmzip.compressor import Compressor, Profile
+from vlmzip.errors import BudgetError
+from vlmzip.keep import Keep
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Site, VisualTokens
 
@@ -68,6 +70,13 @@ class PixelPrune(Compressor):
         frames = pixels.unflatten(1, (grid.frames, -1)).flatten(0, 1)
         kept = unpredicted(frames, grid, self.tau)
         return TokenMap.keep(kept.view(len(pixels), -1)).after_dropping(tokens.prefix)
+
+    def at_budget(self, keep: Keep, profile: Profile) -> tuple[Compressor, float]:
+        raise BudgetError(
+            f"{self.name()} has no budget to set, because the image decides how many tokens remain: set tau, the"
+            " largest difference in [0, 1] between pixels that count as equal",
+            remedy="set tau",
+        )
 
 
 def unpredicted(pixels: Float[Tensor, "images cells values"], grid: Grid, tau: float) -> Bool[Tensor, "images cells"]:

@@ -75,7 +75,8 @@ class PruneSID(BudgetedCompressor):
         patches = max(count - tokens.prefix, 0)
         features = tokens.features[:, tokens.prefix :].float()
         groups = min(max(count // 4, 1), *features.shape[1:])
-        group = _components(features.sigmoid(), groups, self.seed).argmax(dim=-1)
+        # Features that are not numbers, such as those of an overflow in float16, have no components: they count as 0.
+        group = _components(features.sigmoid().nan_to_num(nan=0.5), groups, self.seed).argmax(dim=-1)
         survives = _survivors(normalize(features, dim=-1), attention, group, count / 32)
 
         sizes, survivors = _per_group(torch.ones_like(group), group, groups), _per_group(survives.long(), group, groups)

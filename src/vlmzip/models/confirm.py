@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vlmzip.errors import UnfitMethod
+from vlmzip.errors import UnfitMethod, UserError
 from vlmzip.models.encoder_run import flat, token_field
 from vlmzip.models.llm_attention import Recorded
 from vlmzip.models.recording import Recording, record
@@ -288,10 +289,15 @@ def _computes_the_same(tower: Tower, recording: Recording, layer: int) -> bool:
 
 
 def _are_close(computed: Tensor, expected: Tensor) -> bool:
-    """Return True if two results differ only by rounding."""
+    """Return True if two results differ only by rounding. Raise `UserError` if the expected one is not finite."""
     if computed.shape != expected.shape:
         return False
     tolerance = _rounding(expected.dtype) * expected.abs().max().item()
+    if not math.isfinite(tolerance):
+        raise UserError(
+            "the vision encoder gives values that are infinite or not a number, so vlmzip cannot check what it"
+            " computes: check the pixels, and load the model in bfloat16 or float32"
+        )
     return torch.allclose(computed, expected, rtol=0, atol=tolerance)
 
 

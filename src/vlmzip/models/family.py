@@ -458,8 +458,8 @@ class Family:
         """
         if not self.projects_each_token:
             raise UnfitMethod(
-                f"the projector of {type(self.model).__name__} joins patches into tokens: choose a method that does not"
-                " run it on single tokens"
+                f"the projector of {type(self.model).__name__} does not make one visual token of each feature of the"
+                " encoder: choose a method that does not run it on single features"
             )
         values = [*self.projector.named_parameters(), *self.projector.named_buffers()]
 

@@ -1,4 +1,4 @@
-"""Messages about a method that does not fit a model name those that fit every model."""
+"""Messages about a method that does not fit a model name methods that fit every model."""
 
 from __future__ import annotations
 
@@ -21,21 +21,24 @@ SIGNALS_OF_ENCODERS = ATTENTION_OF_ENCODERS | {Signal.PIXELS, Signal.PROJECTOR}
 
 
 def names_other_methods(function: Callable[P, T]) -> Callable[P, T]:
-    """Return `function` with the methods that work added to the message of its `UnfitMethod` errors."""
+    """Return `function` with methods that work added to the message of its `UnfitMethod` errors."""
 
     @wraps(function)
     def named(*args: P.args, **kwargs: P.kwargs) -> T:
         try:
             return function(*args, **kwargs)
         except UnfitMethod as error:
-            raise UnfitMethod(f"{error}; these methods work: {', '.join(fit_every_model())}; {ADD_A_FAMILY}") from None
+            names = ", ".join(fit_every_model())
+            raise UnfitMethod(f"{error}; these methods work, among others: {names}; {ADD_A_FAMILY}") from None
 
     return named
 
 
 def fit_every_model() -> list[str]:
-    """Return the names of the methods that need nothing but the visual tokens before the LLM."""
-    return [name for name, method in available().items() if not schema.required(method) and _fits(method())]
+    """Return the names of the methods for images that need nothing but the visual tokens before the LLM."""
+    return [
+        name for name, method in available(videos_only=False).items() if not schema.required(method) and _fits(method())
+    ]
 
 
 def _fits(method: Compressor) -> bool:

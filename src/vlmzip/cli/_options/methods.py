@@ -20,6 +20,12 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
         "--text-aware", action=BooleanOptionalAction, help="list methods that read the question, or that do not"
     )
     parser.add_argument(
+        "--trained-weights", action=BooleanOptionalAction, help="list methods that need training first, or that do not"
+    )
+    parser.add_argument(
+        "--videos-only", action=BooleanOptionalAction, help="list methods that leave images alone, or all others"
+    )
+    parser.add_argument(
         "--without", nargs="+", default=[], choices=[str(signal) for signal in Signal], metavar="SIGNAL",
         help="leave out methods that need these signals, such as cls_attention",
     )  # fmt: skip
