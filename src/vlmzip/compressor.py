@@ -377,11 +377,31 @@ class Compressor(ABC):
 
     def tokens_by_layer(self, profile: Profile) -> list[int] | None:
         """Return an image's visual tokens at each LLM layer, or `None` if they depend on the content."""
-        count = self.image_count(profile.grids)
-        if count is None:
-            return None
-        first = min(self.layers, default=0)
-        return [profile.size] * first + [min(count, profile.size)] * (profile.layers - first)
+        steps = [(layer, stage) for stage in self.stages() for layer in stage.layers or (None,)]
+        steps.sort(key=lambda step: step[0] or 0)  # stages before the LLM come first, in their order
+        views: Sequence[Grid] = profile.grids
+        size, counts = profile.size, list[int]()
+        for layer, stage in steps:
+            if layer is not None:
+                if layer >= profile.layers:
+                    break
+                counts += [size] * (layer - len(counts))
+                if size != profile.size:  # the grids of the views are lost
+                    stage = stage.together(len(profile.grids))
+            count = stage.count_at(layer, views)
+            if count is None:
+                return None
+            if count != size:
+                views, size = (Grid(1, 1, count),), count
+        return counts + [size] * (profile.layers - len(counts))
+
+    def count_at(self, layer: int | None, views: Sequence[Grid]) -> int | None:
+        """Return the number of an image's tokens after it acts at an LLM layer; `None` if it depends on the content.
+
+        `layer` is `None` for a method before the LLM. `views` are the grids of the tokens that reach the method.
+        """
+        count = self.image_count(views)
+        return None if count is None else min(count, sum(grid.size for grid in views))
 
     def cases_by_layer(self, profile: Profile) -> list[list[int]] | None:
         """Return `tokens_by_layer` for each equally likely outcome of the method's randomness."""

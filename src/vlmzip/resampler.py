@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
-from vlmzip.compressor import Compressor, Profile
+from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
-from vlmzip.visual_tokens import VisualTokens
+from vlmzip.visual_tokens import Grid, VisualTokens
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,9 +48,8 @@ class Resampler(Compressor):
     def assign(self, tokens: VisualTokens) -> NoReturn:
         raise UserError(f"{self.name()} has no token map: each of its tokens comes from all visual tokens")
 
-    def tokens_by_layer(self, profile: Profile) -> list[int] | None:
-        count = self.image_count(profile.grids)
-        return None if count is None else [count] * profile.layers
+    def count_at(self, layer: int | None, views: Sequence[Grid]) -> int | None:
+        return self.image_count(views)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -102,14 +102,16 @@ def test_the_answer_is_that_of_the_model(capsys, checkpoint, image):
     assert json.loads(printed)["answer"] == expected
 
 
-def in_the_llm(cls):
-    return any(stage.site == "in_llm" for stage in cls().stages())
+def reads_the_question(cls):
+    return any(stage.site == "in_llm" or stage.text_aware for stage in cls().stages())
 
 
 DRAWN = [
     name
     for name, cls in available().items()
-    if not issubclass(cls, Resampler) and not cls.drops_patches and not in_the_llm(cls)  # LLaVA encodes whole images
+    if not issubclass(cls, Resampler)
+    and not cls.drops_patches  # LLaVA encodes whole images
+    and not reads_the_question(cls)
 ]
 
 
@@ -122,11 +124,21 @@ def test_show_draws_every_method(capsys, checkpoint, image, tmp_path, method):
     assert Image.open(out).width > 900
 
 
-@pytest.mark.parametrize("method", ["fastv", "chain", "pool2d+fastv", "random_tokens(site=in_llm)"])
-def test_show_refuses_what_the_question_decides(capsys, checkpoint, image, method):
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("fastv", "fastv chooses inside the LLM, by the question; use vlmzip ask"),
+        ("chain", "fastv chooses inside the LLM, by the question"),
+        ("pool2d+fastv", "fastv chooses inside the LLM, by the question"),
+        ("random_tokens(site=in_llm)", "random_tokens chooses inside the LLM, by the question"),
+        ("mmtok", "mmtok chooses by the question; use vlmzip ask"),
+        ("cdpruner", "cdpruner chooses by the question"),
+    ],
+)
+def test_show_refuses_what_the_question_decides(capsys, checkpoint, image, method, message):
     code, _, err = run(capsys, "show", image, "--method", method, "--model", checkpoint)
     assert code == 2
-    assert "chooses inside the LLM, by the question" in err
+    assert message in err
 
 
 def test_methods_in_one_line(capsys, checkpoint, image):

@@ -21,6 +21,7 @@ from vlmzip import (
     NoCompression,
     Pool2d,
     Profile,
+    PyramidDrop,
     QFormer,
     RandomTokens,
     Site,
@@ -79,6 +80,10 @@ def configured():
     yield pytest.param(Pool2d(factor=2, site=Site.POST_PROJECTOR), id="behind the projector")
     yield pytest.param(Chain(compressors=(NoCompression(), Pool2d(factor=2, site=Site.POST_PROJECTOR))), id="whole, 2d")
     yield pytest.param(VisionZip(keep_per_view=2, positions="original"), id="original positions")
+    stages = (VisionZip(keep_per_view=3), FastV(keep_per_view=2, layer=1))
+    yield pytest.param(Chain(compressors=stages), id="a count per view, in and before the LLM")
+    stages = (PyramidDrop(layer=(1, 3)), FastV(keep_per_view=1, layer=2))
+    yield pytest.param(Chain(compressors=stages), id="interleaved layers")
 
 
 @pytest.mark.filterwarnings("ignore:.*changes nothing", "ignore:.*is untrained")

@@ -34,6 +34,7 @@ from vlmzip import (
     VisionZip,
 )
 from vlmzip.compressor import Compressor, keep_all
+from vlmzip.models import family_of
 from vlmzip.runtime.in_llm.hooks import LayerHook, LLMHook
 
 #: In quick runs: one that drops and one that merges.
@@ -487,6 +488,44 @@ def test_two_compressors_at_one_place_are_refused():
         Chain(compressors=(FastV(layer=2), LLaVolta(layer=(1, 2), stride=2)))
     with pytest.raises(UserError, match="two compressors at pre_projector"):
         Chain(compressors=(vlmzip.VisionZip(), RandomTokens()))
+
+
+@pytest.mark.parametrize(
+    ("chain", "last"),
+    [
+        ("visionzip(keep=50%)+cdpruner(keep=10)", "cdpruner"),
+        ("cdpruner(keep=10)+visionzip(keep=50%)", "cdpruner"),
+        ("pool2d(factor=2)+zoo_prune", "zoo_prune"),
+        ("scope+holov", "holov"),
+        ("kmeans+dfmr(measure=pixels,site=post_projector)+fastv", "dfmr"),
+    ],
+)
+def test_a_later_stage_before_the_llm_that_needs_more_than_the_visual_tokens_is_refused(chain, last):
+    with pytest.raises(UserError, match=f"^{last} must come first before the LLM: later stages get only the visual"):
+        vlmzip.spec.read(chain)
+
+
+@pytest.mark.parametrize(
+    ("chain", "by_layer"),
+    [
+        ("pyramiddrop(layer=1,3)+fastv(layer=2,keep=50%)", [36, 18, 9, 4]),
+        ("pyramiddrop(layer=1,3)+divprune(site=in_llm,layer=2,keep=10)", [36, 18, 10, 5]),
+        ("dart(layer=2,keep=50%)+pyramiddrop(layer=1,3)", [36, 18, 9, 4]),
+        ("sparsevlm(layer=1,3,counts=20,50%,recycle=0.3)+fastv(layer=2,keep=50%)", [36, 21, 11, 7]),
+        ("llavolta(layer=1,3,stride=2,3)+kmeans(site=in_llm,layer=2,keep=7)", [36, 18, 7, 2]),
+        (
+            "scope(keep=24)+kmeans(site=post_projector,keep=20)+pyramiddrop(layer=1,3)+fastv(layer=2,keep=3)",
+            [20, 10, 3, 1],
+        ),
+    ],
+)
+def test_stages_inside_the_llm_act_in_the_order_of_their_layers(llava, chain, by_layer):
+    """The counts that a chain promises are those that run, also where the layers of its stages interleave."""
+    method = vlmzip.spec.read(chain)
+    with vlmzip.attach(llava, method) as compressed, torch.no_grad():
+        compressed(**FAMILIES["llava"]().batch(ROWS[0]))
+    assert list(compressed.report.images[0].by_layer) == by_layer
+    assert method.tokens_by_layer(family_of(llava).profile()) == by_layer
 
 
 @pytest.mark.parametrize(

@@ -34,8 +34,10 @@ SHOWN = ("path", "before", "after", "frames", "seconds")
 def run(args: Namespace) -> None:
     check_method(args, draws=True)
     method = without_budget(args)
-    if any(stage.site is Site.IN_LLM for stage in method.stages()):
-        raise UserError(f"{method.name()} chooses inside the LLM, by the question; use vlmzip ask … --overlay FILE")
+    for stage in method.stages():
+        if stage.site is Site.IN_LLM or stage.text_aware:
+            where = "inside the LLM, " if stage.site is Site.IN_LLM else ""
+            raise UserError(f"{stage.name()} chooses {where}by the question; use vlmzip ask … --overlay FILE")
     if args.out:
         check_target(args.out, args.images)
     check_counts(args, "frames")

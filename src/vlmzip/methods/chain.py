@@ -27,7 +27,8 @@ class Chain(Compressor):
     The compressors are sorted in the order in which tokens pass their sites and layers.
 
     A method that needs a grid cannot follow a compressor whose tokens lie on none. A compressor with weights
-    (`qformer`) must come first.
+    (`qformer`) must come first. Before the LLM, so must a method that needs more than the visual tokens, such as the
+    encoder's attention or the question.
 
     When it fails: if the first method drops what the second would keep. On mini, VisionZip and then FastV scores less
     than `kmeans` alone at 25 and 11 % of the tokens: 76.5 against 79.8, 72.2 against 74.6 (docs/results.md).
@@ -76,6 +77,11 @@ class Chain(Compressor):
         for stage in stages[1:]:
             if isinstance(stage, Resampler):
                 raise UserError(f"{stage.name()} must come first in a chain: it needs all tokens of the vision encoder")
+            if stage.site is not Site.IN_LLM and stage.needs:
+                raise UserError(
+                    f"{stage.name()} must come first before the LLM: later stages get only the visual tokens;"
+                    " choose methods with site=in_llm to follow it"
+                )
         positions = {self.positions, *(stage.positions for stage in stages)} - {None}
         if len(positions) > 1:
             raise UserError("the compressors of a chain have different positions; give all of them the same")
@@ -95,13 +101,8 @@ class Chain(Compressor):
 
     def token_count(self, grid: Grid) -> int | None:
         """Return the number of tokens that enter the LLM."""
-        for stage in self.compressors:
-            if stage.site is not Site.IN_LLM:
-                counts = stage.tokens_by_layer(Profile(grid, layers=1))
-                if counts is None:
-                    return None
-                grid = Grid(1, 1, counts[0])
-        return grid.size
+        counts = self.tokens_by_layer(Profile(grid, layers=1))
+        return None if counts is None else counts[0]
 
     def least_count(self, views: Sequence[Grid]) -> int:
         """Return the fewest tokens of an image that can enter the LLM."""
@@ -111,19 +112,6 @@ class Chain(Compressor):
                 if count < sum(grid.size for grid in views):
                     views = (Grid(1, 1, count),)
         return sum(grid.size for grid in views)
-
-    def tokens_by_layer(self, profile: Profile) -> list[int] | None:
-        counts = [profile.size] * profile.layers
-        reaching = profile
-        for stage in self.compressors:
-            stage_counts = stage.tokens_by_layer(reaching)
-            if stage_counts is None:
-                return None
-            first = min(stage.layers, default=0)
-            counts[first:] = stage_counts[first:]
-            if counts[-1] != reaching.size:
-                reaching = Profile(Grid(1, 1, counts[-1]), profile.layers)
-        return counts
 
     def at_budget(self, keep: Keep, profile: Profile) -> tuple[Chain, float]:
         """Fit the first compressor to the budget and leave the others unchanged."""

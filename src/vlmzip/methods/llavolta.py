@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -96,15 +96,8 @@ class LLaVolta(Compressor):
     def token_count(self, grid: Grid) -> int | None:
         return self._count(grid, _several(self.stride)[0]) if len(self.layers) < 2 else None
 
-    def tokens_by_layer(self, profile: Profile) -> list[int]:
-        grids, counts = self.acts_on(profile.grids), []
-        if not self.layers:
-            return [sum(self._count(grid, self.stride_at(None)) for grid in grids)] * profile.layers
-        for layer in range(profile.layers):
-            if layer in self.layers:
-                grids = [Grid(1, 1, sum(self._count(grid, self.stride_at(layer)) for grid in grids))]
-            counts.append(sum(grid.size for grid in grids))
-        return counts
+    def count_at(self, layer: int | None, views: Sequence[Grid]) -> int:
+        return sum(self._count(grid, self.stride_at(layer)) for grid in self.acts_on(views))
 
     def at_budget(self, keep: Keep, profile: Profile) -> tuple[Compressor, float]:
         """Return the configuration with the nearest stride. All layers share one stride."""

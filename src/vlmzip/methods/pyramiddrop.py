@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -83,13 +83,8 @@ class PyramidDrop(Compressor):
     def token_count(self, grid: Grid) -> int | None:
         return self._left(grid.size) if len(self.layer) == 1 else None
 
-    def tokens_by_layer(self, profile: Profile) -> list[int]:
-        left, counts = profile.size, []
-        for layer in range(profile.layers):
-            if layer in self.layer:
-                left = self._left(left)
-            counts.append(left)
-        return counts
+    def count_at(self, layer: int | None, views: Sequence[Grid]) -> int:
+        return self._left(sum(grid.size for grid in views))
 
     def at_budget(self, keep: Keep, profile: Profile) -> tuple[PyramidDrop, float]:
         """Return the configuration with the share that meets the average budget best."""

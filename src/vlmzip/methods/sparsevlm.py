@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -17,7 +17,7 @@ from vlmzip.compressor import BudgetError, Compressor, Profile, at_least, keep_a
 from vlmzip.errors import UserError, check_choice
 from vlmzip.keep import Keep, count_to_keep, round_half_up
 from vlmzip.token_map import TokenMap
-from vlmzip.visual_tokens import Signal, Site, VisualTokens
+from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 #: Number of tokens that are compared with all others at a time.
 CHUNK = 1024
@@ -118,13 +118,9 @@ class SparseVLM(Compressor):
     def layers(self) -> tuple[int, ...]:
         return self.layer
 
-    def tokens_by_layer(self, profile: Profile) -> list[int]:
-        left, counts = profile.size, []
-        for layer in range(profile.layers):
-            if layer in self.layer:
-                left = self._left(self._count(layer, left), left)
-            counts.append(left)
-        return counts
+    def count_at(self, layer: int | None, views: Sequence[Grid]) -> int:
+        available = sum(grid.size for grid in views)
+        return self._left(self._count(layer, available), available)
 
     def at_budget(self, keep: Keep, profile: Profile) -> tuple[SparseVLM, float]:
         """Return the configuration with all counts scaled down towards 1, or up towards the whole image.
