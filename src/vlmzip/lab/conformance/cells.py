@@ -168,8 +168,9 @@ def _fault(
             return f"rows in a batch differ from the same rows alone by {_distance(logits, alone):.1e}"
     if mode == "image":
         tokens = Answers.cached(compressed, prompts.batch(*rows))
-        # Inside the LLM, a method may look at the last tokens of the prompt: an answer that grows changes its choice.
-        length = 1 if compressed.compressor.layers else ANSWER
+        # A method inside the LLM, or one that reads the question, may look at the last tokens of the prompt: an answer
+        # that grows changes its choice.
+        length = 1 if compressed.compressor.layers or compressed.compressor.text_aware else ANSWER
         if plain.is_cached_uncached and not torch.equal(
             tokens[:, :length], Answers.uncached(compressed, prompts, length)
         ):
