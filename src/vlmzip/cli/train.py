@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import warnings
 from argparse import Namespace
@@ -80,10 +81,8 @@ def _train(config: Config) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*is untrained")  # here it is trained
         score = None if task is None else TaskScore(Answerer(loaded.family, loaded.processor), task)
-        try:
-            folder = train(config, loaded.model, loaded.processor, loaded.family, score)
-        finally:
-            leave_group()
+        atexit.register(leave_group)  # not before: a later run in this process uses the same group
+        folder = train(config, loaded.model, loaded.processor, loaded.family, score)
     log.info(f"the trained model is in {folder}")
 
 
