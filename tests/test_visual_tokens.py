@@ -79,3 +79,8 @@ def test_rows_and_replacing_keep_everything_else():
         assert (made.grid, made.prefix, made.layer, made.passes_prefix) == (Grid(1, 2, 4), 1, 3, True)
     assert other.keys is tokens.keys
     assert torch.equal(other.features, tokens.features + 1)
+
+
+def test_tokens_without_a_grid_form_no_clip():
+    with pytest.raises(UserError, match="put a method that compares frames before the method that leaves no grid"):
+        VisualTokens(torch.zeros(2, 9, 2), None).clips(torch.tensor([[0, 1]]))

@@ -257,7 +257,10 @@ class VisualTokens:
         The prefixes of all frames come first. Of the signals, those with one value per token remain.
         """
         if self.grid is None:
-            raise ValueError("tokens without a grid form no frames")
+            raise UserError(
+                "these tokens no longer lie on the grids of frames: put a method that compares frames before the method"
+                " that leaves no grid"
+            )
         count = frames.shape[1]
         by_token = {name: frames_joined(self._signals[name][frames], self.prefix) for name in self.signals & BY_TOKEN}
         return VisualTokens(
