@@ -17,6 +17,8 @@ from vlmzip.selection import Cosines
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Signal, Site, VisualTokens
 
+#: Gains that differ by at most this fraction count as equal.
+SAME = 1e-5
 #: Added to relevance, so that the least relevant token has some.
 LEAST = 1e-6
 #: A token of which the selected tokens leave less than this unexplained adds nothing, as a copy of one of them would.
@@ -111,7 +113,9 @@ def _diverse(cosines: Cosines, relevance: Float[Tensor, "batch tokens"], count: 
     factor, left = relevance.new_zeros(batch, count, tokens), torch.ones_like(relevance)
     marked = torch.zeros_like(relevance, dtype=torch.bool)
     for step in range(count):
-        token = (relevance.square() * left).masked_fill(marked, -torch.inf).argmax(dim=1)
+        gain = (relevance.square() * left).masked_fill(marked, -torch.inf)
+        # The first of the best: rounding, which depends on the batch, must not decide between equal tokens.
+        token = (gain >= (1 - SAME) * gain.amax(1, keepdim=True)).to(torch.uint8).argmax(dim=1)
         marked.scatter_(1, token[:, None], True)
         if step == count - 1:
             break

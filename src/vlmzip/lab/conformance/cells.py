@@ -96,7 +96,9 @@ class Answers:
             self.is_batch_alone = False
         inputs = prompts.batch(*MODES["image"])
         self.tokens = self.cached(model, inputs)
-        self.is_cached_uncached = torch.equal(self.tokens, self.uncached(model, prompts))
+        self.is_cached_uncached = self.is_causal(model, prompts) and torch.equal(
+            self.tokens, self.uncached(model, prompts)
+        )
 
     @staticmethod
     @torch.no_grad()
@@ -104,6 +106,18 @@ class Answers:
         """Return the logits of the last token of each row."""
         logits: Tensor = model(**inputs).logits[:, -1].float()
         return logits
+
+    @classmethod
+    def is_causal(cls, model: nn.Module, prompts: Prompts) -> bool:
+        """Return whether the prompt is the same to the model if an answer follows it.
+
+        PaliGemma's `forward` lets the tokens of a prompt see later ones, which an answer without a cache changes.
+        """
+        (row,) = MODES["image"]
+        inputs = prompts.batch([*row, SUPPRESSED[-1] + 1])
+        with torch.no_grad():
+            before_last = model(**inputs).logits[:, -2].float()
+        return _close(before_last, cls._logits(model, prompts.batch(row)))
 
     @classmethod
     def rows_alone(cls, model: nn.Module, prompts: Prompts) -> Tensor:
