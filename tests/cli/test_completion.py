@@ -39,7 +39,7 @@ def test_options_of_a_command_and_of_its_method(tmp_path):
 def test_values(tmp_path):
     (tmp_path / "minis").mkdir()
     (tmp_path / "minimal.png").touch()
-    assert completed("vlmzip ask a.png what --method vis", tmp_path) == ["visionzip"]
+    assert completed("vlmzip ask a.png what --method vis", tmp_path) == ["visionzip", "vispruner"]
     assert {method.name for method in outline.methods()} <= set(completed("vlmzip methods ", tmp_path))
     assert completed("vlmzip eval --methods visionzip,pool", tmp_path) == ["visionzip,pool2d"]
     assert "pool2d,pool2d" not in completed("vlmzip eval --methods pool2d,", tmp_path)
