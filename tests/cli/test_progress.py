@@ -55,7 +55,9 @@ class Terminal:
         reader.start()
         with open(writing, "w") as stderr:
             monkeypatch.setattr(sys, "stderr", stderr)
-            monkeypatch.setattr(console.console, "is_interactive", True)  # rich asks when the console is made
+            # rich asks for these when the console is made.
+            monkeypatch.setattr(console.console, "is_interactive", True)
+            monkeypatch.setattr(console.console, "_width", width)
             try:
                 yield
             finally:
