@@ -119,7 +119,7 @@ def selections(size: int) -> Iterator[tuple[Key, Run]]:
                 budgets[keep_name] = method.at_budget(keep, Profile(SIZES[size], LAYERS))[0]
             except UserError:  # no such budget at this size
                 continue
-        for keep_name, chosen in (budgets or {"": method}).items():  # without any, as it comes
+        for keep_name, chosen in (budgets or {"": method}).items():  # without a budget: its default settings
             own = tokens.replace(layer=min(chosen.layers, default=None))
             if Signal.CANDIDATE_ATTENTION in chosen.needs:
                 outputs = chosen.candidates(own).max_length

@@ -13,7 +13,7 @@ from vlmzip import methods, own_files, schema
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, check_choice, closest
 from vlmzip.own_files import ENTRY_POINTS
-from vlmzip.sites import KINDS, SIGNALS_OF_TEXT, Kind, Signal, Site
+from vlmzip.sites import KINDS, Filters, Kind, Signal, Site
 
 
 def available(
@@ -45,16 +45,8 @@ def available(
     ):  # fmt: skip
         if value is not None and not isinstance(value, bool):
             raise UserError(f"{filter_name} must be True, False or None, got {value!r}")
-    return {
-        name: cls
-        for name, cls in _all().items()
-        if kind in (None, cls.kind)
-        and (site is None or site in cls.sites)
-        and text_aware in (None, bool(cls.needs & SIGNALS_OF_TEXT))
-        and trained_weights in (None, cls.trained_weights)
-        and videos_only in (None, cls.videos_only)
-        and not cls.needs & signals
-    }
+    filters = Filters(kind, site, text_aware, trained_weights, videos_only, signals)
+    return {name: cls for name, cls in _all().items() if filters.allow(cls)}
 
 
 def _all() -> dict[str, type[Compressor]]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal, Protocol, Self, SupportsIndex, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, Self, SupportsIndex, TypeVar, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -22,6 +23,8 @@ from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 Positions = Literal["contiguous", "original"]
+
+Method = TypeVar("Method", bound="Compressor")
 
 #: A budget counts as met if the reached retention ratio differs from it by at most this fraction.
 NEAR = 0.05
@@ -54,6 +57,21 @@ class Profile:
 def at_least(share: float) -> str:
     """Return the remedy for a budget below what a method can reach."""
     return f"needs {math.ceil(100 * share)}%"
+
+
+def nearest_to(
+    target: float, make: Callable[[int], Method], ratio: Callable[[Method], float], steps: Sequence[int]
+) -> Method:
+    """Return the configuration whose ratio is nearest to `target`. Ratios rise with the step from which it is made."""
+    above = bisect_right(steps, target, key=lambda step: ratio(make(step)))
+    near = map(make, steps[max(above - 1, 0) : above + 1])
+    return min(near, key=lambda method: abs(ratio(method) - target))
+
+
+def check_ascending(layer: Sequence[int], example: str) -> None:
+    """Raise `UserError` unless the layers are in ascending order, as those of `example` are."""
+    if not layer or list(layer) != sorted(set(layer)):
+        raise UserError(f"layer must be in ascending order, such as {example}, got {layer!r}")
 
 
 def missed(keep: Keep, reached: float, profile: Profile) -> str:
@@ -282,6 +300,10 @@ class Compressor(ABC):
 
         Raise `BudgetError` with the reason if the method cannot meet the budget.
         """
+        if self.videos_only:
+            raise BudgetError(
+                f"{self.name()} keeps all tokens of an image: it drops tokens of videos only", remedy="for videos"
+            )
         if isinstance(self, Calibratable):
             raise self._content_decides()
         if "keep" not in self.field_names():
@@ -354,11 +376,16 @@ class Compressor(ABC):
         left = (count_to_keep(keep, size) * depth - size * first) / (depth - first)
         if left < 1:
             least = (first + (depth - first) / size) / depth
-            raise BudgetError(
-                f"{first} of {depth} layers see all tokens before {self.name()} acts: on average at least {least:.1%}",
-                remedy=at_least(least),
-            )
+            raise self._too_small(least, depth)
         return min(round_half_up(left), size)
+
+    def _too_small(self, least: float, depth: int) -> BudgetError:
+        """Return the error for an average budget below `least`, the share that it keeps at best."""
+        return BudgetError(
+            f"{min(self.layers)} of {depth} layers see all tokens before {self.name()} acts:"
+            f" on average at least {least:.1%}",
+            remedy=at_least(least),
+        )
 
     @property
     def layers(self) -> tuple[int, ...]:

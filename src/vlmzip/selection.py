@@ -40,7 +40,7 @@ class Cosines:
         """Return the similarity of all tokens to one token of each view."""
         if self.whole is not None:
             return at(self.whole, token) / STEPS
-        return _rounded(self.x @ at(self.x, token)[..., None])[..., 0] / STEPS
+        return in_steps(self.x @ at(self.x, token)[..., None])[..., 0] / STEPS
 
     def nearest(self) -> Float[Tensor, "batch tokens"]:
         """Return each token's largest similarity to another token; -1 for a single token."""
@@ -170,8 +170,9 @@ def _matrix(x: Float[Tensor, "batch tokens dim"]) -> Int[Tensor, "batch tokens t
 
 def _from_diagonal(x: Float[Tensor, "batch tokens dim"], start: int) -> Int[Tensor, "batch chunk rest"]:
     """Return the similarities of a chunk of tokens to themselves and to all tokens behind them."""
-    return _rounded(x[:, start : start + CHUNK] @ x[:, start:].transpose(1, 2))
+    return in_steps(x[:, start : start + CHUNK] @ x[:, start:].transpose(1, 2))
 
 
-def _rounded(cosines: Float[Tensor, "batch some others"]) -> Int[Tensor, "batch some others"]:
+def in_steps(cosines: Float[Tensor, "batch some others"]) -> Int[Tensor, "batch some others"]:
+    """Return cosines as whole numbers of `1 / STEPS`. It changes `cosines`."""
     return cosines.mul_(STEPS).round_().int()

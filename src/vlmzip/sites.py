@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import enum
-from typing import Literal, get_args
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Literal, Protocol, get_args
 
 #: The kinds of methods; see `Compressor.kind`.
 Kind = Literal["prune", "merge", "prune and merge", "pool", "chain", "none"]
@@ -38,6 +40,45 @@ class Signal(enum.StrEnum):
     LLM_KEYS = "llm_keys"
     LLM_STATES = "llm_states"
     PIXELS = "pixels"
+
+
+class Described(Protocol):
+    """What the catalogue says of a method: its class, or its entry read from the source."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def sites(self) -> Collection[str]: ...
+    @property
+    def needs(self) -> Collection[str]: ...
+    @property
+    def trained_weights(self) -> bool: ...
+    @property
+    def videos_only(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Filters:
+    """The properties that a method must have to be listed. `None` allows everything."""
+
+    kind: str | None = None
+    site: str | None = None
+    text_aware: bool | None = None
+    trained_weights: bool | None = None
+    videos_only: bool | None = None
+    without: Collection[str] = ()
+    """Signals that the method must not need."""
+
+    def allow(self, method: Described) -> bool:
+        needs = set(method.needs)
+        return (
+            self.kind in (None, method.kind)
+            and (self.site is None or self.site in method.sites)
+            and self.text_aware in (None, bool(needs & SIGNALS_OF_TEXT))
+            and self.trained_weights in (None, method.trained_weights)
+            and self.videos_only in (None, method.videos_only)
+            and not needs & set(self.without)
+        )
 
 
 #: Signals that depend on the question.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -257,6 +257,13 @@ def means_by_size(
     total = torch.zeros(batch * count, dim, dtype=wide, device=x.device).index_add(0, place, weighted)
     size = torch.zeros(batch * count, dtype=sizes.dtype, device=x.device).index_add(0, place, sizes.flatten())
     return (total / size.to(wide)[:, None]).view(batch, count, dim).to(x.dtype), size.view(batch, count)
+
+
+def rows_at(
+    values: Shaped[Tensor, "batch tokens dim"], index: Int[Tensor, "batch some"]
+) -> Shaped[Tensor, "batch some dim"]:
+    """Return the tokens at the indices of each row of the batch."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 
 
 def _per_group(group: Int[Tensor, "batch tokens"], value: Float[Tensor, "batch tokens"]) -> Float[Tensor, "batch g"]:

@@ -9,6 +9,7 @@ from vlmzip import outline
 from vlmzip.errors import UserError
 from vlmzip.lab.table import print_json, print_table
 from vlmzip.outline import Facts
+from vlmzip.sites import Filters
 
 
 def run(args: Namespace) -> None:
@@ -19,7 +20,10 @@ def run(args: Namespace) -> None:
 
 
 def _print_all(args: Namespace) -> None:
-    methods = [facts for facts in map(Facts.of, outline.methods()) if _is_chosen(facts, args)]
+    filters = Filters(
+        args.kind, args.site, args.text_aware, args.trained_weights, args.videos_only, without=args.without
+    )
+    methods = [facts for facts in map(Facts.of, outline.methods()) if filters.allow(facts)]
     if args.json:
         print_json([asdict(facts) for facts in methods])
         return
@@ -42,17 +46,6 @@ def _print_all(args: Namespace) -> None:
     )
     print("cost: how time grows with N visual tokens, of which k remain")
     print("192 / 128 / 64: published percent of LLaVA-1.5-7B's score; `vlmzip methods NAME` names the source")
-
-
-def _is_chosen(facts: Facts, args: Namespace) -> bool:
-    return (
-        args.kind in (None, facts.kind)
-        and (args.site is None or args.site in facts.sites)
-        and args.text_aware in (None, facts.text_aware)
-        and args.trained_weights in (None, facts.trained_weights)
-        and args.videos_only in (None, facts.videos_only)
-        and not set(facts.needs) & set(args.without)
-    )
 
 
 def _print_one(name: str, *, as_json: bool) -> None:

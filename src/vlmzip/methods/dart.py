@@ -16,7 +16,7 @@ from vlmzip.compressor import BudgetedCompressor
 from vlmzip.errors import UserError
 from vlmzip.keep import A_NINTH, Keep
 from vlmzip.selection import STEPS
-from vlmzip.token_map import TokenMap
+from vlmzip.token_map import TokenMap, rows_at
 from vlmzip.visual_tokens import Signal, Site, VisualTokens
 
 
@@ -51,8 +51,8 @@ class DART(BudgetedCompressor):
 
     Not confirmed: the score for 64 of 576 tokens. The published scores count tokens as the authors do.
 
-    When it fails: at small budgets, because the layers before K see all tokens. It seeks what is unlike the pivots, not
-    what the question asks about.
+    When it fails: at small budgets, because the layers before K see all tokens, and on small things that the question
+    asks about, because it keeps what differs from the pivots.
     """
 
     paper = "arXiv:2502.11494"
@@ -87,7 +87,9 @@ class DART(BudgetedCompressor):
         text = _strongest(tokens.text_keys, min(self.text_pivots, mask.shape[1]), mask)
         pivots = visual.shape[1] + mask.sum(dim=1).clamp(max=self.text_pivots)
         # 2. Measure the similarity of every visual token to each pivot.
-        of_pivots = torch.cat([_rows(states, visual), normalize(_rows(tokens.text_states.float(), text), dim=-1)], 1)
+        of_pivots = torch.cat(
+            [rows_at(states, visual), normalize(rows_at(tokens.text_states.float(), text), dim=-1)], 1
+        )
         similarity = (of_pivots @ states.transpose(1, 2) * STEPS).round()
         # 3. Let each pivot add its share of the tokens.
         kept = torch.zeros(states.shape[:2], dtype=torch.bool, device=states.device).scatter(1, visual, True)
@@ -109,7 +111,3 @@ def _strongest(
     if real is not None:
         norm = norm.masked_fill(~real, -torch.inf)
     return norm.argsort(dim=1, descending=True, stable=True)[:, :count]
-
-
-def _rows(values: Float[Tensor, "batch tokens dim"], index: Int[Tensor, "batch count"]) -> Tensor:
-    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))

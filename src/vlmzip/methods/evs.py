@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
 from torch.nn.functional import cosine_similarity
 
-from vlmzip.compressor import BudgetedCompressor, BudgetError, Profile
+from vlmzip.compressor import BudgetedCompressor
 from vlmzip.keep import Keep, parse_keep
 from vlmzip.token_map import TokenMap, highest
 from vlmzip.visual_tokens import Grid, Site, VisualTokens
@@ -51,11 +50,6 @@ class EVS(BudgetedCompressor):
         # Subtract twice, as vLLM does, so that both round the same number down.
         count = budget if isinstance(budget, int) else int(grid.size * (1 - (1 - budget)))
         return min(max(count, frame), grid.size)
-
-    def at_budget(self, keep: Keep, profile: Profile) -> NoReturn:
-        raise BudgetError(
-            f"{self.name()} keeps all tokens of an image: it drops tokens of videos only", remedy="for videos"
-        )
 
     def assign(self, tokens: VisualTokens) -> TokenMap:
         grid = self.grid_of(tokens)

@@ -14,7 +14,7 @@ from torch.nn.functional import normalize
 
 from vlmzip.compressor import BudgetedCompressor
 from vlmzip.keep import A_NINTH, Keep
-from vlmzip.selection import CHUNK, STEPS, cosine_matrix, cover, views_at_once
+from vlmzip.selection import CHUNK, STEPS, cosine_matrix, cover, in_steps, views_at_once
 from vlmzip.token_map import TokenMap
 from vlmzip.visual_tokens import Signal, Site, VisualTokens
 
@@ -95,7 +95,7 @@ class MMTok(BudgetedCompressor):
         text: Float[Tensor, "batch words llm_dim"],
         is_word: Bool[Tensor, "batch words"],
     ) -> Bool[Tensor, "batch tokens"]:
-        to_words = (text @ projected.transpose(1, 2)).mul_(STEPS).round_().int()
+        to_words = in_steps(text @ projected.transpose(1, 2))
         of_words = _shares(to_words, self.text_temperature) * is_word[..., None]
         of_tokens = _shares(cosine_matrix(vision), self.vision_temperature)
         words, size = is_word.sum(1, keepdim=True), vision.shape[1]

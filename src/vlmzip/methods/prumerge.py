@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from vlmzip.compressor import BudgetedCompressor
 from vlmzip.keep import Keep, round_half_up
-from vlmzip.token_map import TokenMap, highest
+from vlmzip.token_map import TokenMap, highest, rows_at
 from vlmzip.visual_tokens import Grid, Signal, VisualTokens
 
 
@@ -149,7 +149,7 @@ def _added(
     most = int(outputs.amax()) + 1
     # The patch of each output. The sum of the rest, and outputs that an image does not have, get no weights below.
     centre = torch.zeros(batch, size + 1, dtype=torch.long, device=output.device).scatter(1, output, number)[:, :most]
-    similarity = keys.gather(1, centre[..., None].expand(-1, -1, keys.shape[-1])) @ keys.transpose(1, 2)
+    similarity = rows_at(keys, centre) @ keys.transpose(1, 2)
     similarity = similarity.masked_fill(number[:, None] == centre[..., None], -torch.inf)
     near = highest(similarity.flatten(0, 1), min(neighbours, size - 1)).view_as(similarity)
     exists = torch.arange(most, device=output.device) < outputs

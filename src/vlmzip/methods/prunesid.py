@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from vlmzip.compressor import BudgetedCompressor
 from vlmzip.keep import A_NINTH, Keep
 from vlmzip.schema import Seed
-from vlmzip.token_map import TokenMap
+from vlmzip.token_map import TokenMap, rows_at
 from vlmzip.visual_tokens import Signal, Site, VisualTokens
 
 #: Number of patches whose similarities to the later patches of their groups are computed at a time.
@@ -119,7 +119,7 @@ def _survivors(
     threshold = ratio * (x.sum(dim=1).square().sum(dim=-1) - x.square().sum(dim=(1, 2))) / pairs
     order = attention.argsort(dim=1, descending=True, stable=True)
     order = order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))  # by group, in it by attention
-    x, group = x.gather(1, order[..., None].expand_as(x)), group.gather(1, order)
+    x, group = rows_at(x, order), group.gather(1, order)
     suppressed = torch.zeros_like(group, dtype=torch.bool)
     # A chunk needs the patches up to the end of the group of its last patch, in the view where that comes last.
     stops = torch.searchsorted(group, group[:, CHUNK - 1 :: CHUNK].contiguous(), right=True).amax(dim=0).tolist()

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
 from annotated_types import Gt, Le
 
-from vlmzip.compressor import BudgetError, Compressor, Profile, at_least, keep_all
-from vlmzip.errors import UserError
+from vlmzip.compressor import BudgetError, Compressor, Profile, check_ascending, keep_all, nearest_to
 from vlmzip.keep import Keep, count_to_keep, round_half_up
 from vlmzip.token_map import TokenMap, highest
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
@@ -71,8 +69,7 @@ class PyramidDrop(Compressor):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.layer or list(self.layer) != sorted(set(self.layer)):
-            raise UserError(f"layer must be in ascending order, such as 8,16,24, got {self.layer!r}")
+        check_ascending(self.layer, "8,16,24")
 
     # --- how many ---------------------------------------------------------------------------------------------
 
@@ -91,11 +88,7 @@ class PyramidDrop(Compressor):
         placed = self.placed(profile)
         least = placed.with_fields(share=STEP).reached(profile)
         if count_to_keep(keep, profile.size) / profile.size < least:
-            raise BudgetError(
-                f"{placed.layer[0]} of {profile.layers} layers see all tokens before pyramiddrop acts:"
-                f" on average at least {least:.1%}",
-                remedy=at_least(least),
-            )
+            raise placed._too_small(least, profile.layers)
         nearest = placed._nearest_share(keep, profile, lambda candidate: candidate.reached(profile))
         return nearest, nearest.reached(profile)
 
@@ -120,13 +113,7 @@ class PyramidDrop(Compressor):
         """Return the configuration whose ratio is nearest to `keep`. Ratios rise with the share."""
         target = count_to_keep(keep, profile.size) / profile.size
         shares = range(1, round(1 / STEP) + 1)
-
-        def candidate(step: int) -> PyramidDrop:
-            return self.with_fields(share=round(step * STEP, 5))
-
-        above = bisect_right(shares, target, key=lambda step: ratio(candidate(step)))
-        near = [candidate(step) for step in shares[max(above - 1, 0) : above + 1]]
-        return min(near, key=lambda method: abs(ratio(method) - target))
+        return nearest_to(target, lambda step: self.with_fields(share=round(step * STEP, 5)), ratio, shares)
 
     def _left(self, available: int) -> int:
         """Return how many of the available tokens a layer keeps."""

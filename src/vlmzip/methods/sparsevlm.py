@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -13,10 +12,10 @@ from annotated_types import Ge, Le
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from vlmzip.compressor import BudgetError, Compressor, Profile, at_least, keep_all
+from vlmzip.compressor import BudgetError, Compressor, Profile, check_ascending, keep_all, nearest_to
 from vlmzip.errors import UserError, check_choice
 from vlmzip.keep import Keep, count_to_keep, round_half_up
-from vlmzip.token_map import TokenMap
+from vlmzip.token_map import TokenMap, rows_at
 from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 #: Number of tokens that are compared with all others at a time.
@@ -106,8 +105,7 @@ class SparseVLM(Compressor):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("budget", self.budget, map(str, SCHEDULES[self.schedule]))
-        if not self.layer or list(self.layer) != sorted(set(self.layer)):
-            raise UserError(f"layer must be in ascending order, such as 3,7,16, got {self.layer!r}")
+        check_ascending(self.layer, "3,7,16")
         counts = self._published if self.counts is None else self.counts
         if len(counts) != len(self.layer):
             raise UserError(f"got {len(counts)} counts for {len(self.layer)} layers; give one count per layer")
@@ -130,11 +128,7 @@ class SparseVLM(Compressor):
         target = count_to_keep(keep, profile.size) / profile.size
         least = self._scaled(0.0, profile)
         if target < least.reached(profile):
-            raise BudgetError(
-                f"{least.layer[0]} of {profile.layers} layers see all tokens before sparsevlm acts:"
-                f" on average at least {least.reached(profile):.1%}",
-                remedy=at_least(least.reached(profile)),
-            )
+            raise least._too_small(least.reached(profile), profile.layers)
         nearest = self._nearest_scale(profile, target, lambda candidate: candidate.reached(profile))
         return nearest, nearest.reached(profile)
 
@@ -146,9 +140,7 @@ class SparseVLM(Compressor):
 
     def _nearest_scale(self, profile: Profile, target: float, ratio: Callable[[SparseVLM], float]) -> SparseVLM:
         steps = range(8 * profile.size + 1)  # fine enough that each count changes by at most 1 per step
-        above = bisect_right(steps, target, key=lambda step: ratio(self._scaled(step / steps[-1], profile)))
-        near = [self._scaled(step / steps[-1], profile) for step in steps[max(above - 1, 0) : above + 1]]
-        return min(near, key=lambda candidate: abs(ratio(candidate) - target))
+        return nearest_to(target, lambda step: self._scaled(step / steps[-1], profile), ratio, steps)
 
     def placed(self, profile: Profile) -> SparseVLM:
         fits = profile.first_layer <= self.layer[0] and self.layer[-1] < profile.layers
@@ -219,9 +211,7 @@ class SparseVLM(Compressor):
             return kept.after_dropping(tokens.prefix)
         place = ranking[:, count : count + recycled].sort(dim=1).values
         features = tokens.features[:, tokens.prefix :]
-        cluster, centre = _density_peaks(
-            features.gather(1, place[..., None].expand(-1, -1, features.shape[-1])), clusters
-        )
+        cluster, centre = _density_peaks(rows_at(features, place), clusters)
         group = kept.group.scatter(1, place, count + cluster)
         return TokenMap.merge(group, anchor=best.scatter(1, place, centre)).after_dropping(tokens.prefix)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from vlmzip.compressor import BudgetedCompressor, BudgetError, Profile
+from vlmzip.compressor import BudgetedCompressor
 from vlmzip.keep import Keep, parse_keep
 from vlmzip.selection import STEPS
 from vlmzip.token_map import TokenMap, highest
@@ -51,8 +50,8 @@ class VidCom2(BudgetedCompressor):
 
     Not confirmed: that vLLM's version decides as the authors' code in all cases. Its accuracy was not measured here.
 
-    When it fails: on small things that move slowly through a busy scene: what decides is the distance from the average
-    of a frame, and neither the frame before nor the question.
+    When it fails: on small things that move slowly through a busy scene, because it compares tokens with the average of
+    a frame, and reads neither the frame before nor the question.
     """
 
     paper = "arXiv:2505.14454"
@@ -77,11 +76,6 @@ class VidCom2(BudgetedCompressor):
         budget = parse_keep(self.budget)
         # Subtract twice, as vLLM does, so that both round the same number.
         return budget / grid.size if isinstance(budget, int) else 1 - (1 - budget)
-
-    def at_budget(self, keep: Keep, profile: Profile) -> NoReturn:
-        raise BudgetError(
-            f"{self.name()} keeps all tokens of an image: it drops tokens of videos only", remedy="for videos"
-        )
 
     def assign(self, tokens: VisualTokens) -> TokenMap:
         grid = self.grid_of(tokens)

@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from vlmzip.compressor import BudgetedCompressor
 from vlmzip.errors import UserError
 from vlmzip.keep import Keep, round_half_up
-from vlmzip.token_map import TokenMap, highest
+from vlmzip.token_map import TokenMap, highest, rows_at
 from vlmzip.visual_tokens import Grid, Signal, VisualTokens
 
 #: The paper's settings (54+10, 108+20, 162+30) all have 5.4 dominant tokens per contextual token.
@@ -167,6 +167,6 @@ def _nearest_target(
         return torch.full_like(rest, -1), torch.zeros_like(rest, dtype=torch.bool)
     step = max(1, rest.shape[1] // contextual)
     target = (place % step == 0) & (place < step * contextual)
-    metric = normalize(keys.float().gather(1, rest[..., None].expand(-1, -1, keys.shape[-1])), dim=-1)
+    metric = normalize(rows_at(keys.float(), rest), dim=-1)
     cosine = metric @ metric[:, : step * contextual : step].transpose(1, 2)
     return torch.where(target, place // step, cosine.argmax(dim=-1)), target

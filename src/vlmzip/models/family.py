@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import accumulate
 from typing import Any, ClassVar, Literal
 
@@ -463,9 +463,12 @@ class Family:
             )
         values = [*self.projector.named_parameters(), *self.projector.named_buffers()]
 
+        @cache  # a method may call the projector many times
+        def parameters(dtype: torch.dtype) -> dict[str, Tensor]:
+            return {name: value.to(dtype) for name, value in values if value.dtype.is_floating_point}
+
         def project(features: Float[Tensor, "*any encoder_dim"]) -> Float[Tensor, "*any llm_dim"]:
-            parameters = {name: value.to(features.dtype) for name, value in values if value.dtype.is_floating_point}
-            projected: Tensor = functional_call(self.projector, parameters, (features.flatten(0, -2),))
+            projected: Tensor = functional_call(self.projector, parameters(features.dtype), (features.flatten(0, -2),))
             return projected.view(*features.shape[:-1], -1)
 
         return project
@@ -863,16 +866,16 @@ class Family:
 
     def _adjacent(self, inputs: Inputs) -> list[tuple[int, int]]:
         """Return row and column of the first token of each image that directly follows another one of its kind."""
-        adjacent = []
+        adjacent: list[tuple[int, int]] = []
         for each in self.present_in(inputs):
             is_placeholder = inputs["input_ids"] == each.placeholder_id
             follows = pad(is_placeholder, (1, 0))[:, :-1]
             firsts = list(accumulate(each.plain_counts(inputs), initial=0))
-            places = is_placeholder.nonzero().tolist()
+            places = is_placeholder.nonzero()
             if firsts.pop() == len(places):
-                adjacent += [
-                    (row, column) for row, column in (places[first] for first in firsts) if follows[row, column]
-                ]
+                row, column = places[firsts].unbind(1)
+                is_adjacent = follows[row, column]
+                adjacent += zip(row[is_adjacent].tolist(), column[is_adjacent].tolist(), strict=True)
         return adjacent
 
     def forward_positions(self, positions: Int[Tensor, "*axes batch length"]) -> Int[Tensor, "*axes batch length"]:

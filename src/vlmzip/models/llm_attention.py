@@ -15,6 +15,7 @@ from transformers import AttentionInterface, Cache
 from vlmzip.errors import UnfitMethod
 from vlmzip.models.recording import rotate
 from vlmzip.processor import InputDict
+from vlmzip.token_map import rows_at
 
 #: Attentions of transformers that norm and rotate the outputs of `q_proj` and `k_proj` in the same way. The tests
 #: compare them with the attention of the models. For these, we compute only the queries that are asked for.
@@ -91,7 +92,9 @@ def queries_and_keys(
     attention: Any = layer.self_attn
     normed = layer.input_layernorm(hidden)  # type: ignore[operator]
     cos, sin = (table.expand(len(hidden), -1, -1) for table in arguments["position_embeddings"])
-    query = _rotated(attention.q_proj(_rows(normed, rows)), attention, "q_norm", _rows(cos, rows), _rows(sin, rows))
+    query = _rotated(
+        attention.q_proj(rows_at(normed, rows)), attention, "q_norm", rows_at(cos, rows), rows_at(sin, rows)
+    )
     key = _rotated(attention.k_proj(normed), attention, "k_norm", cos, sin)
     return QueriesAndKeys(query, key, attention.scaling)
 
@@ -170,9 +173,3 @@ def _rotated(
         heads = head_norm(heads)
     heads = heads.transpose(1, 2)
     return rotate(heads, cos[:, None].expand_as(heads), sin[:, None].expand_as(heads))
-
-
-def _rows(
-    values: Float[Tensor, "batch length _"], rows: Int[Tensor, "batch queries"]
-) -> Float[Tensor, "batch queries _"]:
-    return values.gather(1, rows[..., None].expand(-1, -1, values.shape[-1]))

@@ -40,12 +40,12 @@ def questions(family: Family, inputs: Inputs, layouts: Sequence[Layout]) -> list
     is_text = mask.bool()
     for each in family.modalities:
         is_text = is_text & (ids != each.placeholder_id)
-    found = []
+    word_ids = []
     for (row, columns), end in zip(places, ends, strict=True):
         asked = slice(columns[-1] + 1, end + 1)
         words = ids[row, asked][is_text[row, asked]]
-        found.append(words if len(words) else ids[row, end : end + 1])
-    return found
+        word_ids.append(words if len(words) else ids[row, end : end + 1])
+    return word_ids
 
 
 def _embedded(family: Family, ids: Int[Tensor, " words"]) -> Float[Tensor, "words dim"]:

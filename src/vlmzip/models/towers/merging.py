@@ -17,7 +17,7 @@ from vlmzip.errors import UnfitMethod
 from vlmzip.models.recording import mean_over_heads
 from vlmzip.models.towers.tower import Attention, Tower
 from vlmzip.processor import InputDict
-from vlmzip.token_map import TokenMap, means_by_size
+from vlmzip.token_map import TokenMap, means_by_size, rows_at
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -139,7 +139,7 @@ class Merging:
         """Return what the MLP returned for the token that each of the layer's tokens has joined."""
         if self._step is None:
             return states
-        return states.gather(1, self._step[..., None].expand(-1, -1, states.shape[-1]))
+        return rows_at(states, self._step)
 
     def end(self, states: Float[Tensor, "rows tokens dim"], number: int) -> Float[Tensor, "rows left dim"]:
         """Return the result of a layer with its tokens merged."""
@@ -163,7 +163,7 @@ class Merging:
         assert self.group is not None
         token_map = TokenMap.merge(torch.where(self.group < self.front, -1, self.group - self.front))
         order = token_map.anchor_index().argsort(dim=1)
-        features = states[:, self.front :].gather(1, order[..., None].expand(-1, -1, states.shape[-1]))
+        features = rows_at(states[:, self.front :], order)
         return token_map.in_anchor_order(), features
 
 
