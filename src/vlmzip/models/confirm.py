@@ -281,7 +281,7 @@ def _computes_the_same(tower: Tower, recording: Recording, layer: int) -> bool:
     scores = query @ key.transpose(2, 3) * attention.scale
     mask = tower.mask(recording, layer)
     if mask is not None:
-        scores = scores + mask[..., :queries, :length]
+        scores = scores + mask[..., :queries, :length].to(scores.dtype)
     expected = recording.inputs["after"]
     expected = (expected if expected.ndim == 3 else expected[None])[:, :queries]
     computed = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
@@ -305,10 +305,11 @@ def _rounding(dtype: torch.dtype) -> float:
     """Return how far results in `dtype` may be apart, relative to the largest.
 
     In half precision, the last rounding is larger than all others together. Sums in float32 differ by their order.
+    Results in float64 are compared with ours in float32.
     """
-    if dtype != torch.float32:
+    if dtype.itemsize < torch.float32.itemsize:
         return 4 * torch.finfo(dtype).eps
     matmul = torch.backends.cuda.matmul
     has_precision = hasattr(matmul, "fp32_precision")  # since torch 2.9, where the old name warns beside the new one
     uses_tf32 = matmul.fp32_precision == "tf32" if has_precision else matmul.allow_tf32
-    return 4 * TF32_EPS if uses_tf32 else 32 * torch.finfo(dtype).eps
+    return 4 * TF32_EPS if uses_tf32 else 32 * torch.finfo(torch.float32).eps

@@ -156,8 +156,8 @@ class Question:
             for name, value in arguments.items()
             if name != "attention_mask"
         }
-        closed = torch.full((states.shape[1],) * 2, torch.finfo(states.dtype).min, device=states.device).triu(1)
-        short["attention_mask"] = closed.to(states.dtype).expand(len(rows), 1, -1, -1)
+        closed = states.new_full((states.shape[1],) * 2, torch.finfo(states.dtype).min).triu(1)
+        short["attention_mask"] = closed.expand(len(rows), 1, -1, -1)
         place = torch.arange(anchors.shape[1], states.shape[1], device=states.device).expand(len(rows), -1)
         query_states, key, scale = family.queries_and_keys(layer, states, short, place)
         allowed = (asks >= 0)[..., None] & (anchors >= 0)[:, None]
