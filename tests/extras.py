@@ -87,6 +87,24 @@ def lmms(folder):
     vlmzip("eval", *suite, "--methods", "visionzip", "--average-keep", "25%", "--out", str(folder / "lmms"))
 
 
+def serve(folder):
+    from urllib.request import Request, urlopen
+
+    from tests.serving.server.running import asking, serving
+    from vlmzip.methods import VisionZip
+    from vlmzip.runtime.loading import load
+    from vlmzip.serving.server.metrics import Metrics
+    from vlmzip.serving.server.settings import Settings
+    from vlmzip.serving.server.worker import HuggingFaceEngine
+
+    settings, metrics = Settings(), Metrics()
+    with serving(HuggingFaceEngine(load("mini"), VisionZip(), settings, metrics), settings, metrics) as address:
+        body = json.dumps(asking()).encode()
+        request = Request(f"{address}/v1/chat/completions", body, {"Content-Type": "application/json"})
+        with urlopen(request) as answer:
+            assert json.load(answer)["choices"][0]["message"]["content"] == "orange"
+
+
 def completion(folder):
     line = {"COMP_LINE": "vlmzip comp", "COMP_POINT": "11", "COMP_TYPE": "9"}
     words = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(folder / "words")}
@@ -113,8 +131,9 @@ USES = {
     "lmms": [lmms],
     "video": [video],
     "completion": [completion],
+    "serve": [serve],
     "docs": [docs],
-    "dev": [completion, train, eval, dev],
+    "dev": [completion, train, eval, serve, dev],
 }
 
 

@@ -37,6 +37,7 @@ ROOMS = {
     "runtime": ("runtime",),
     "visualize": ("visualize",),
     "training": ("training",),
+    "serving": ("serving",),
     "mini": ("mini",),
     "lab": ("lab",),
     "cli": ("cli",),

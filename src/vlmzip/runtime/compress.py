@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vlmzip.compressor import ComparesViews, Compressor, keep_all
+from vlmzip.compressor import ComparesViews, Compressor, Profile, keep_all
 from vlmzip.errors import UserError
 from vlmzip.models.layout import SEPARATOR, Encoded, Layout, Views, numbers_by_kind
 from vlmzip.token_map import TokenMap
@@ -264,16 +264,40 @@ def least_counts(layouts: Sequence[Layout], compressor: Compressor) -> list[int]
     """Return for each image the fewest placeholders that can remain before the LLM, whatever the image shows."""
     if compressor.stages()[0].site is Site.IN_LLM:
         return [layout.placeholders for layout in layouts]
+    both = zip(layouts, _seen_by(compressor, layouts), strict=True)
+    return [_with_separators(layout, seen, compressor.least_count(seen.views)) for layout, seen in both]
+
+
+def counts_by_layer(
+    layouts: Sequence[Layout], compressor: Compressor, layers: int, first_layer: int = 1
+) -> list[list[int] | None]:
+    """Return for each image its visual tokens at each LLM layer; `None` if they depend on what the image shows.
+
+    `first_layer` is the first layer that may see fewer tokens.
+    """
+    counts: list[list[int] | None] = []
+    for layout, seen in zip(layouts, _seen_by(compressor, layouts), strict=True):
+        first, *others = seen.views
+        by_layer = compressor.tokens_by_layer(Profile(first, layers, tuple(others), first_layer))
+        counts.append(by_layer and [_with_separators(layout, seen, count) for count in by_layer])
+    return counts
+
+
+def _seen_by(compressor: Compressor, layouts: Sequence[Layout]) -> Sequence[Layout]:
+    """Return the layouts as the compressor sees them."""
     seen, _ = without_padding(layouts, Encoded([]), compressor)
     if compressor.stages()[0].sees_clip:
         seen, _ = as_clips(seen, Encoded([]))
-    counts = [compressor.least_count(layout.views) for layout in seen]
-    # A compressor that keeps all tokens leaves the separators, too.
-    whole = [sum(grid.size for grid in layout.views) for layout in seen]
-    return [
-        layout.placeholders if count >= size else min(count, layout.placeholders)
-        for layout, count, size in zip(layouts, counts, whole, strict=True)
-    ]
+    return seen
+
+
+def _with_separators(layout: Layout, seen: Layout, count: int) -> int:
+    """Return the placeholders that remain for `count` tokens: a compressor that keeps all leaves separators, too.
+
+    `seen` is the layout as the compressor sees it.
+    """
+    whole = sum(grid.size for grid in seen.views)
+    return layout.placeholders if count >= whole else min(count, layout.placeholders)
 
 
 def without_padding(

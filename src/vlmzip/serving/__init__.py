@@ -1,0 +1,4 @@
+"""Serving: what answers other programs with compressed images.
+
+`server` answers over HTTP as OpenAI's API does.
+"""

@@ -1,0 +1,209 @@
+"""The routes of the server."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from time import monotonic, time
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+
+from vlmzip.serving.server.body import Bodies
+from vlmzip.serving.server.engine import Engine
+from vlmzip.serving.server.errors import CLIENT_GONE, RequestError, overloaded
+from vlmzip.serving.server.guard import Guard
+from vlmzip.serving.server.metrics import Metrics
+from vlmzip.serving.server.progress import Progress
+from vlmzip.serving.server.responses import Answer, token_counts
+from vlmzip.serving.server.schema import ChatRequest, read_request
+from vlmzip.serving.server.settings import Settings
+from vlmzip.serving.server.stream import EventStream, first_of, gone
+from vlmzip.version import __version__
+
+log = logging.getLogger(__name__)
+
+#: Threads that decode images and prepare the inputs of the model.
+PREPARERS = 2
+
+
+def create_app(
+    engine: Engine,
+    settings: Settings | None = None,
+    metrics: Metrics | None = None,
+    died: Callable[[], None] = lambda: None,
+) -> FastAPI:
+    """Return the application. It starts and stops the engine.
+
+    `died` is called if the engine ends by itself. Further pages can be mounted on the result.
+    """
+    service = Service(engine, settings or Settings(), metrics or Metrics(), died)
+    app = FastAPI(title="vlmzip", version=__version__, lifespan=service.lifespan, docs_url=None, redoc_url=None)
+    app.state.service = service
+    app.add_api_route("/v1/chat/completions", service.chat, methods=["POST"])
+    app.add_api_route("/v1/tokens", service.tokens, methods=["POST"])
+    app.add_api_route("/v1/models", service.models, methods=["GET"])
+    app.add_api_route("/v1/models/{name:path}", service.one_model, methods=["GET"])
+    app.add_api_route("/health", service.health, methods=["GET"])
+    app.add_api_route("/metrics", service.read_metrics, methods=["GET"])
+    app.add_exception_handler(RequestError, _refused)
+    app.add_exception_handler(HTTPException, _not_found)
+    app.add_exception_handler(Exception, _failed)
+    paths = [getattr(route, "path", "") for route in app.routes]
+    app.add_middleware(Guard, api_key=service.settings.api_key, metrics=service.metrics, paths=paths)
+    return app
+
+
+class Service:
+    """The routes, and what they share."""
+
+    def __init__(self, engine: Engine, settings: Settings, metrics: Metrics, died: Callable[[], None]) -> None:
+        self.engine, self.settings, self.metrics = engine, settings, metrics
+        self._died = died
+        self._bodies = Bodies(settings)
+        self._pool = ThreadPoolExecutor(PREPARERS, thread_name_prefix="vlmzip-prepare")
+        self._preparing = 0
+        self._created = int(time())
+        metrics.queue.set_function(lambda: self._preparing + engine.waiting)
+
+    @asynccontextmanager
+    async def lifespan(self, _app: FastAPI) -> AsyncIterator[None]:
+        self.engine.start(self._died)
+        yield
+        await asyncio.to_thread(self.engine.stop)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    # --- answers ----------------------------------------------------------------------------------------------------
+
+    async def chat(self, request: Request) -> Response:
+        """Answer POST /v1/chat/completions."""
+        body, prepared = await self._prepare(request)
+        progress = Progress(asyncio.get_running_loop())
+        deadline = progress.arrived + self.settings.max_seconds
+        answer = Answer(self.engine.model, prepared.count)
+        self.engine.submit(prepared, progress)
+        try:
+            async with asyncio.timeout(self.settings.max_seconds):
+                ready = progress.begun() if body.stream else progress.ended()
+                if not await first_of(ready, gone(request.receive)):
+                    raise RequestError("the client has gone", CLIENT_GONE)
+        except TimeoutError:
+            progress.cancel()
+            message = f"the request was not answered within {self.settings.max_seconds:g} seconds"
+            raise RequestError(message, 504, code="timeout") from None
+        except BaseException:
+            progress.cancel()
+            raise
+        if body.stream:
+            include = body.stream_options is not None and bool(body.stream_options.include_usage)
+            events = self._events(answer, prepared, progress, include)
+            return EventStream(events, max(deadline - monotonic(), 0.0), self._end_of(progress))
+        assert progress.reason is not None
+        assert progress.usage is not None
+        self._count(prepared, progress)
+        return JSONResponse(answer.whole(progress.text, progress.reason, progress.usage))
+
+    async def _events(
+        self, answer: Answer, prepared: Any, progress: Progress, include_usage: bool
+    ) -> AsyncIterator[dict[str, object]]:
+        yield answer.chunk({"role": "assistant", "content": ""})
+        try:
+            async for piece in progress.pieces():
+                yield answer.chunk({"content": piece})
+        except RequestError as error:  # the status has been sent
+            yield error.content()
+            return
+        yield answer.chunk({}, progress.reason)
+        self._count(prepared, progress)
+        if include_usage and progress.usage is not None:
+            yield answer.last_chunk(progress.usage)
+
+    def _end_of(self, progress: Progress) -> Callable[[str | None], None]:
+        def ended(reason: str | None) -> None:
+            progress.cancel()
+            reason = "error" if reason is None and progress.error is not None else reason
+            if reason is not None:
+                self.metrics.broken_streams.labels(reason).inc()
+
+        return ended
+
+    def _count(self, prepared: Any, progress: Progress) -> None:
+        if progress.usage is not None:
+            self.metrics.count_answer(prepared.count.name, progress, progress.usage)
+
+    async def tokens(self, request: Request) -> Response:
+        """Answer POST /v1/tokens: the tokens of a request to /v1/chat/completions, without answering it."""
+        _, prepared = await self._prepare(request)
+        return JSONResponse(token_counts(prepared.count))
+
+    async def _prepare(self, request: Request) -> tuple[ChatRequest, Any]:
+        """Read a request, and return it with what the engine made of it."""
+        if (trouble := self.engine.trouble()) is not None:
+            raise RequestError(trouble, 503, code="engine_stopped")
+        async with self._bodies.read(request) as body:
+            waiting = self._preparing + self.engine.waiting
+            if waiting >= self.settings.max_queue:
+                raise overloaded(f"{waiting} requests are waiting; try again later")
+            self._preparing += 1
+            try:
+                return await asyncio.get_running_loop().run_in_executor(self._pool, self._read, body)
+            finally:
+                self._preparing -= 1
+
+    def _read(self, body: bytes) -> tuple[ChatRequest, Any]:
+        """Do the blocking part of `_prepare`."""
+        request = read_request(body)
+        if request.model != self.engine.model:
+            raise _unknown_model(request.model, self.engine.model)
+        return request, self.engine.prepare(request)
+
+    # --- about the server -------------------------------------------------------------------------------------------
+
+    async def models(self) -> Response:
+        """Answer GET /v1/models."""
+        return JSONResponse({"object": "list", "data": [self._model()]})
+
+    async def one_model(self, name: str) -> Response:
+        """Answer GET /v1/models/NAME."""
+        if name != self.engine.model:
+            raise _unknown_model(name, self.engine.model)
+        return JSONResponse(self._model())
+
+    async def health(self) -> Response:
+        """Answer GET /health: 200 if requests can be answered."""
+        trouble = self.engine.trouble()
+        content = {"status": trouble or "ok", "waiting": self._preparing + self.engine.waiting}
+        return JSONResponse(content, 200 if trouble is None else 503)
+
+    async def read_metrics(self) -> Response:
+        """Answer GET /metrics."""
+        return Response(self.metrics.text_format(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def _model(self) -> dict[str, object]:
+        return {"id": self.engine.model, "object": "model", "created": self._created, "owned_by": "vlmzip"}
+
+
+def _unknown_model(name: str, known: str) -> RequestError:
+    message = f"there is no model {name[:100]!r} here; this server has {known!r}"
+    return RequestError(message, 404, code="model_not_found", param="model")
+
+
+async def _refused(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return JSONResponse(error.content(), error.status, error.headers)
+
+
+async def _not_found(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = f"{request.method} {request.url.path[:100]}: {str(error.detail).lower()}"
+    return JSONResponse(RequestError(message, error.status_code).content(), error.status_code, error.headers)
+
+
+async def _failed(_request: Request, _error: Exception) -> Response:
+    """Answer a request that met a defect. The server writes the traceback to its log."""
+    return JSONResponse(RequestError("the server failed on this request", 500, code="internal_error").content(), 500)

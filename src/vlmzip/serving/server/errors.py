@@ -1,0 +1,39 @@
+"""Errors that a client gets, in the JSON shape of OpenAI's API."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+#: The `type` of an error by its status; other statuses below 500 are "invalid_request_error".
+TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+#: The status of a request whose client has gone. Nobody receives it; metrics count it.
+CLIENT_GONE = 499
+#: The longest message. Parts of a request in a message are cut before that.
+LONGEST = 500
+
+
+class RequestError(Exception):
+    """A request that gets an error as its answer."""
+
+    def __init__(
+        self,
+        message: str,
+        status: int = 400,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message, self.status, self.code, self.param = message[:LONGEST], status, code, param
+        self.headers = dict(headers or {})
+
+    def content(self) -> dict[str, object]:
+        """Return the JSON of the answer."""
+        kind = "server_error" if self.status >= 500 else TYPES.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def overloaded(message: str, seconds: int = 1) -> RequestError:
+    """Return the error for a request that the server has no room for now."""
+    return RequestError(message, 429, code="overloaded", headers={"Retry-After": str(seconds)})

@@ -1,0 +1,140 @@
+"""Fetch an image from an address that the operator allows, and never from a private network."""
+
+from __future__ import annotations
+
+import http.client
+import ipaddress
+import socket
+import ssl
+import threading
+import time
+from contextlib import suppress
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+from vlmzip.serving.server.errors import RequestError
+from vlmzip.serving.server.settings import Settings
+from vlmzip.version import __version__
+
+#: The number of redirects that are followed. Each target is checked as the first address is.
+MOST_REDIRECTS = 3
+REDIRECTS = (301, 302, 303, 307, 308)
+PORTS = {"http": 80, "https": 443}
+
+
+def fetch(url: str, name: str, settings: Settings) -> bytes:
+    """Return the content at an address. Raise `RequestError` if it is not allowed, too large or too slow."""
+    if not settings.allow_hosts:
+        raise _refused(f"{name} must be a URL like data:image/png;base64,…; this server fetches no addresses")
+    deadline = time.monotonic() + settings.fetch_seconds
+    for _ in range(MOST_REDIRECTS + 1):
+        parts = _checked(url, name, settings)
+        try:
+            content = _answer_of(parts, public_address(parts, name), name, settings, deadline)
+        except (OSError, http.client.HTTPException) as error:
+            if isinstance(error, TimeoutError) or time.monotonic() > deadline:
+                raise _refused(f"{name} was not fetched within {settings.fetch_seconds:g} seconds") from None
+            raise _refused(f"{name} cannot be fetched: {type(error).__name__}") from None
+        if isinstance(content, bytes):
+            return content
+        url = urljoin(url, content)
+    raise _refused(f"{name} redirects more than {MOST_REDIRECTS} times")
+
+
+def _checked(url: str, name: str, settings: Settings) -> SplitResult:
+    """Return the parts of an address of an allowed host."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise _refused(f"{name} has an invalid URL") from None
+    if parts.scheme not in PORTS:
+        raise _refused(f"{name} must be a data, https or http URL")
+    if not url.isascii() or any(letter <= " " or letter == "\x7f" for letter in url):
+        raise _refused(f"{name} has a URL with spaces or letters that must be escaped")
+    if parts.username is not None or parts.password is not None:
+        raise _refused(f"{name} has a URL with a user name; leave it out")
+    if (parts.hostname or "") not in settings.allow_hosts:
+        raise _refused(f"{name} is on the host {(parts.hostname or '')[:100]!r}, which is not allowed here")
+    if port not in (None, PORTS[parts.scheme]):
+        raise _refused(f"{name} has a URL with port {port}; only {PORTS[parts.scheme]} is allowed for {parts.scheme}")
+    return parts
+
+
+def public_address(parts: SplitResult, name: str) -> str:
+    """Return an address of the host. Raise `RequestError` if any of its addresses is not public."""
+    try:
+        answers = socket.getaddrinfo(parts.hostname, PORTS[parts.scheme], type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        raise _refused(f"{name} is on a host that has no address") from None
+    addresses = [str(answer[4][0]) for answer in answers]
+    if not addresses or not all(map(is_public, addresses)):
+        raise _refused(f"{name} is on a host inside a private network")
+    return addresses[0]
+
+
+def is_public(address: str) -> bool:
+    """Return whether an address is on the public internet: not private, loopback, link-local or reserved."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(found, ipaddress.IPv6Address):
+        # Addresses that carry an IPv4 address must not lead into a private network either.
+        inside = found.ipv4_mapped or found.sixtofour or (found.teredo or (None, None))[1]
+        if inside is not None:
+            return is_public(str(inside))
+        if found in ipaddress.ip_network("64:ff9b::/96"):
+            return is_public(str(ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)))
+        if found.is_site_local:
+            return False
+    return found.is_global and not found.is_multicast
+
+
+def _answer_of(parts: SplitResult, address: str, name: str, settings: Settings, deadline: float) -> bytes | str:
+    """Return the content at an address, or the target of a redirect. The connection goes to `address` alone."""
+    connection = _connection(parts, address, _left(deadline))
+    # A timeout of the socket starts anew with every byte, and a host could send one byte at a time.
+    watchdog = threading.Timer(_left(deadline), _end, [connection.sock])
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+        headers = {"Host": parts.hostname or "", "User-Agent": f"vlmzip/{__version__}", "Accept": "image/*"}
+        connection.request("GET", target, headers=headers)
+        answer = connection.getresponse()
+        if answer.status in REDIRECTS and (location := answer.getheader("Location")):
+            return location
+        if answer.status != 200:
+            raise _refused(f"{name} cannot be fetched: the host answers {answer.status}")
+        content = answer.read(settings.fetch_bytes + 1)
+        if len(content) > settings.fetch_bytes:
+            raise _refused(f"{name} has more than {settings.fetch_bytes:,} bytes")
+        _left(deadline)
+        return content
+    finally:
+        watchdog.cancel()
+        connection.close()
+
+
+def _end(connected: socket.socket) -> None:
+    with suppress(OSError):  # it is closed already
+        connected.shutdown(socket.SHUT_RDWR)
+
+
+def _connection(parts: SplitResult, address: str, seconds: float) -> http.client.HTTPConnection:
+    """Return a connection to one address, so that a second look-up of the name cannot lead elsewhere."""
+    host, port = parts.hostname or "", PORTS[parts.scheme]
+    connection = http.client.HTTPConnection(host, port, timeout=seconds)
+    connection.sock = socket.create_connection((address, port), timeout=seconds)
+    if parts.scheme == "https":
+        connection.sock = ssl.create_default_context().wrap_socket(connection.sock, server_hostname=host)
+    return connection
+
+
+def _left(deadline: float) -> float:
+    """Return the seconds until the deadline. Raise `TimeoutError` if there are none."""
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError
+    return seconds
+
+
+def _refused(message: str) -> RequestError:
+    return RequestError(message, code="invalid_image_url", param="messages")

@@ -1,0 +1,72 @@
+"""What happens to every request before and after its route: the API key, the content type, and the count by status."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Collection
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from vlmzip.serving.server.errors import CLIENT_GONE, RequestError
+from vlmzip.serving.server.metrics import Metrics
+
+#: Paths that need no key, so that a load balancer can ask.
+OPEN = ("/health",)
+
+
+class Guard:
+    """Refuses requests without the key or with another content type, and counts answers."""
+
+    def __init__(self, app: ASGIApp, *, api_key: str | None, metrics: Metrics, paths: Collection[str]) -> None:
+        self._app, self._metrics, self._paths = app, metrics, frozenset(paths)
+        self._digest = None if api_key is None else _digest(api_key.encode())
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = CLIENT_GONE
+
+        async def count(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            refusal = self._refusal(scope)
+            if refusal is None:
+                await self._app(scope, receive, count)
+            else:
+                await _answer(refusal, count)
+        finally:
+            path = scope["path"] if scope["path"] in self._paths else "other"
+            self._metrics.requests.labels(path, str(status)).inc()
+
+    def _refusal(self, scope: Scope) -> RequestError | None:
+        headers = dict(scope["headers"])
+        if self._digest is not None and scope["path"] not in OPEN:
+            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+            # Digests have equal lengths, so the time of the comparison tells nothing about the key.
+            if scheme.lower() != b"bearer" or not hmac.compare_digest(_digest(key.strip()), self._digest):
+                message = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
+                return RequestError(message, 401, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
+        # Pages of other sites can send forms and plain text to this server without asking; JSON they cannot.
+        if scope["method"] == "POST" and scope["path"].startswith("/v1/") and kind != b"application/json":
+            return RequestError("the body must be JSON: send Content-Type: application/json", 415)
+        return None
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+async def _answer(error: RequestError, send: Send) -> None:
+    body = json.dumps(error.content()).encode()
+    headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **error.headers}
+    encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": encoded})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,91 @@
+"""Images of a request: bytes of a data URL or of an allowed address, checked before they are decoded."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+import warnings
+from collections.abc import Sequence
+
+from PIL import Image
+
+from vlmzip.errors import UserError
+from vlmzip.runtime.images import load_image
+from vlmzip.serving.server.errors import RequestError
+from vlmzip.serving.server.fetch import fetch
+from vlmzip.serving.server.settings import Settings
+
+#: The formats that are read. Pillow knows others, whose decoders start programs or are rarely used.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+_DATA = re.compile(r"data:image/[\w.+-]{1,40};base64,", re.ASCII | re.IGNORECASE)
+
+
+def read_images(urls: Sequence[str], settings: Settings) -> list[Image.Image]:
+    """Return the images as upright RGB. Raise `RequestError` for any that cannot be used, before decoding the first.
+
+    This can take long: call it in a thread.
+    """
+    if len(urls) > settings.max_images:
+        raise RequestError(
+            f"the request has {len(urls)} images; at most {settings.max_images} are allowed",
+            code="too_many_images",
+            param="messages",
+        )
+    opened, pixels = [], 0
+    for number, url in enumerate(urls, 1):
+        name = f"image {number}"
+        image = _open(_bytes_of(url, name, settings), name)
+        pixels += image.width * image.height
+        if pixels > settings.max_pixels:
+            size = f"{image.width} x {image.height} pixels"
+            raise RequestError(
+                f"{name} has {size}; all images of a request may have {settings.max_pixels:,} together: scale it down",
+                code="image_too_large",
+                param="messages",
+            )
+        opened.append(image)
+    return [_decoded(image, f"image {number}") for number, image in enumerate(opened, 1)]
+
+
+def _bytes_of(url: str, name: str, settings: Settings) -> bytes:
+    match = _DATA.match(url)
+    if match is None:
+        if url[:5].lower() == "data:":
+            raise RequestError(
+                f"{name} must be a URL like data:image/png;base64,…", code="invalid_image_url", param="messages"
+            )
+        return fetch(url, name, settings)
+    try:
+        content = base64.b64decode(url[match.end() :], validate=True)
+    except (binascii.Error, ValueError):
+        raise RequestError(f"{name} is not valid base64", code="invalid_base64", param="messages") from None
+    if not content:
+        raise RequestError(f"{name} is empty", code="invalid_image", param="messages")
+    return content
+
+
+def _open(content: bytes, name: str) -> Image.Image:
+    """Read the header of an image."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `max_pixels` is checked next
+            return Image.open(io.BytesIO(content), formats=FORMATS)
+    except Image.DecompressionBombError:
+        message = f"{name} would unpack to more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; scale it down"
+        raise RequestError(message, code="image_too_large", param="messages") from None
+    except Exception:  # Pillow's plugins raise many types
+        raise RequestError(
+            f"{name} is not an image; send {', '.join(FORMATS[:-1])} or {FORMATS[-1]}",
+            code="invalid_image",
+            param="messages",
+        ) from None
+
+
+def _decoded(image: Image.Image, name: str) -> Image.Image:
+    try:
+        return load_image(image)
+    except UserError as error:
+        message = str(error).removeprefix("an image").strip()
+        raise RequestError(f"{name} {message}", code="invalid_image", param="messages") from None

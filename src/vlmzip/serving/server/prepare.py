@@ -1,0 +1,194 @@
+"""From a request to the inputs of the model for one row, and the number of its tokens, which follows from shapes."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlmzip import spec
+from vlmzip.compressor import Compressor
+from vlmzip.errors import UserError, refusing
+from vlmzip.models.family import Family
+from vlmzip.processor import InputDict, Processor
+from vlmzip.runtime.compress import counts_by_layer, least_counts
+from vlmzip.runtime.loading import Loaded
+from vlmzip.runtime.position_limit import llm_positions
+from vlmzip.runtime.prompt import PER_TOKEN
+from vlmzip.runtime.prompt_text import conversation_prompt, special_tokens
+from vlmzip.serving.server.choose import Methods
+from vlmzip.serving.server.engine import Sampling, TokenCount
+from vlmzip.serving.server.errors import RequestError
+from vlmzip.serving.server.images import read_images
+from vlmzip.serving.server.schema import ChatRequest, ImagePart, TextPart
+from vlmzip.serving.server.settings import Settings
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request with the inputs of its row."""
+
+    inputs: InputDict
+    """The outputs of the processor, on the CPU."""
+    compressor: Compressor
+    count: TokenCount
+    sampling: Sampling
+
+    @property
+    def kind(self) -> Hashable:
+        """Return what requests of one batch have in common: the compressor, and the shapes that must be equal."""
+        shapes = [(name, _shape_of(value)) for name, value in sorted(self.inputs.items()) if not is_per_token(name)]
+        return self.compressor, tuple(shapes)
+
+
+def is_per_token(name: str) -> bool:
+    """Return whether an input has one value for each token of the prompt."""
+    return name == "input_ids" or name in PER_TOKEN
+
+
+def _shape_of(value: object) -> Hashable:
+    """Return what must be equal in inputs that can be joined. An input of an unknown type is joined with no other."""
+    if isinstance(value, Tensor):
+        return value.dtype, value.shape[1:]
+    return "list" if isinstance(value, list) else id(value)
+
+
+def joined(rows: Sequence[InputDict], pad: int) -> InputDict:
+    """Return the inputs of a batch, with prompts padded on the left. The rows are of one kind."""
+    longest = max(row["input_ids"].shape[1] for row in rows)
+    batch: InputDict = {}
+    for name, first in rows[0].items():
+        values = [row[name] for row in rows]
+        if is_per_token(name):
+            fill = pad if name == "input_ids" else PER_TOKEN[name]
+            short = (longest - value.shape[1] for value in values)
+            values = [torch.nn.functional.pad(v, (n, 0), value=fill) for v, n in zip(values, short, strict=True)]
+        batch[name] = torch.cat(values) if isinstance(first, Tensor) else [part for value in values for part in value]
+    return batch
+
+
+class Preparer:
+    """Prepares requests for a model. Several threads can use it."""
+
+    def __init__(self, loaded: Loaded, methods: Methods, settings: Settings) -> None:
+        self._family, self._processor = loaded.family, loaded.processor
+        self._methods, self._settings = methods, settings
+        self._one_at_a_time = threading.Lock()  # tokenizers refuse to be used by two threads at once
+        self._positions = llm_positions(loaded.family)
+        self._placeholders = _placeholders(loaded.family, loaded.processor)
+
+    def prepare(self, request: ChatRequest) -> Request:
+        """Return the request with the inputs of its row. Raise `RequestError` if it cannot be answered."""
+        if len(request.messages) > self._settings.max_messages:
+            raise RequestError(
+                f"the request has {len(request.messages)} messages; at most {self._settings.max_messages} are allowed",
+                code="too_many_messages",
+                param="messages",
+            )
+        compressor = self._methods.choose(request.vlmzip.method, request.vlmzip.keep)
+        self._refuse_placeholders(request)
+        parts = [part for message in request.messages for part in message.content]
+        images = read_images([part.image_url.url for part in parts if isinstance(part, ImagePart)], self._settings)
+        inputs = self._inputs(request, images)
+        count = self.count(inputs, compressor)
+        return Request(inputs, compressor, count, self._sampling(request, count))
+
+    def count(self, inputs: InputDict, compressor: Compressor) -> TokenCount:
+        """Return the tokens of a prompt. They follow from shapes: no model runs."""
+        layouts = [] if not self._family.present_in(inputs) else self._family.layouts(inputs)
+        before = sum(layout.placeholders for layout in layouts)
+        layers, first = len(self._family.decoder_layers), self._family.first_free_layer
+        exact = counts_by_layer(layouts, compressor, layers, first)
+        least = [a if b is None else b[0] for a, b in zip(least_counts(layouts, compressor), exact, strict=True)]
+        most = [a.placeholders if b is None else b[0] for a, b in zip(layouts, exact, strict=True)]
+        last = None if None in exact else sum(counts[-1] for counts in exact if counts is not None)
+        return TokenCount(
+            method=spec.write(compressor, label=True),
+            name=compressor.name(),
+            images=len(layouts),
+            text=inputs["input_ids"].shape[1] - before,
+            before=before,
+            least=sum(least),
+            most=sum(most),
+            last_layer=last,
+        )
+
+    def _refuse_placeholders(self, request: ChatRequest) -> None:
+        """Refuse texts with the placeholder of an image, for which the processor would look for an image."""
+        for number, message in enumerate(request.messages):
+            for part in message.content:
+                if isinstance(part, TextPart):
+                    for placeholder in self._placeholders:
+                        if placeholder in part.text:
+                            message_text = f"messages.{number}: text must not contain {placeholder}"
+                            raise RequestError(message_text, code="invalid_value", param=f"messages.{number}.content")
+
+    def _inputs(self, request: ChatRequest, images: Sequence[Image.Image]) -> InputDict:
+        messages = [
+            {
+                "role": "system" if message.role == "developer" else message.role,
+                "content": [
+                    {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
+                    for part in message.content
+                ],
+            }
+            for message in request.messages
+        ]
+        try:
+            with self._one_at_a_time, warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of prompts beyond the tokenizer's length, which are checked below
+                prompt = conversation_prompt(self._family, self._processor, messages)
+                self._refuse_long(prompt)
+                special = special_tokens(self._processor.tokenizer, prompt)
+                with refusing("the processor refuses the request"):
+                    inputs = self._processor(images=list(images) or None, text=[prompt], return_tensors="pt", **special)
+        except UserError as error:
+            raise RequestError(str(error), code="invalid_prompt", param="messages") from None
+        return dict(inputs)
+
+    def _refuse_long(self, prompt: str) -> None:
+        """Refuse a prompt whose text alone is longer than the LLM allows, before any image is prepared."""
+        if self._positions is not None and len(prompt) > self._positions:  # a token has at least one letter
+            count = len(self._processor.tokenizer(prompt, add_special_tokens=False)["input_ids"])
+            if count > self._positions:
+                raise self._too_long(f"the text has {count:,} tokens")
+
+    def _sampling(self, request: ChatRequest, count: TokenCount) -> Sampling:
+        asked, limit = request.asked_tokens, self._settings.max_new_tokens
+        if asked is not None and asked > limit:
+            message = f"max_tokens is at most {limit} here, got {asked}"
+            raise RequestError(message, code="invalid_value", param="max_tokens")
+        prompt = count.text + count.most
+        room = limit if self._positions is None else self._positions - prompt
+        if room < (asked or 1):
+            answer = "" if asked is None else f" and max_tokens is {asked}"
+            raise self._too_long(f"the request has {prompt:,} tokens after compression{answer}")
+        seed = torch.seed() if request.seed is None else request.seed
+        return Sampling(
+            max_tokens=asked or min(limit, room),
+            temperature=request.temperature or 0.0,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            seed=seed % 2**63,
+            stop=tuple(request.stop or ()),
+        )
+
+    def _too_long(self, what: str) -> RequestError:
+        return RequestError(
+            f"{what}, and the model has {self._positions:,} positions: send less text, fewer images or a smaller keep",
+            code="context_length_exceeded",
+            param="messages",
+        )
+
+
+def _placeholders(family: Family, processor: Processor) -> set[str]:
+    """Return the texts that stand for images and videos in prompts of a processor."""
+    tokens: set[Any] = {getattr(processor, f"{kind}_token", None) for kind in ("image", "video")}
+    for each in family.modalities:
+        tokens.add(processor.tokenizer.convert_ids_to_tokens(each.placeholder_id))
+    return {token for token in tokens if isinstance(token, str) and token} | {"<image>"}

@@ -1,0 +1,182 @@
+"""The fields of a request to /v1/chat/completions. Fields that would change the answer and cannot are refused."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from vlmzip.errors import closest
+from vlmzip.serving.server.errors import RequestError
+
+#: Fields that are accepted only with a value that changes nothing: `None` or one of these.
+NEUTRAL: dict[str, tuple[object, ...]] = {
+    "audio": (),
+    "frequency_penalty": (0,),
+    "function_call": ("none",),
+    "functions": ([],),
+    "logit_bias": ({},),
+    "logprobs": (False,),
+    "modalities": (["text"],),
+    "presence_penalty": (0,),
+    "response_format": ({"type": "text"},),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "top_logprobs": (0,),
+}
+#: Fields about the client, which do not change the answer.
+IGNORED = ("metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user")
+
+
+class Strict(BaseModel):
+    """An object of which every field must be known and of the right type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class TextPart(Strict):
+    type: Literal["text"]
+    text: str
+
+
+class ImageURL(Strict):
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(Strict):
+    type: Literal["image_url"]
+    image_url: ImageURL
+
+
+def _as_parts(content: object) -> object:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _as_list(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+Texts = Annotated[list[TextPart], BeforeValidator(_as_parts), Field(min_length=1)]
+Parts = Annotated[
+    list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], BeforeValidator(_as_parts), Field(min_length=1)
+]
+
+
+class SystemMessage(Strict):
+    role: Literal["system", "developer"]
+    content: Texts
+    name: str | None = None
+
+
+class UserMessage(Strict):
+    role: Literal["user"]
+    content: Parts
+    name: str | None = None
+
+
+class AssistantMessage(Strict):
+    """An earlier answer. Clients send back what they got, with its empty fields."""
+
+    role: Literal["assistant"]
+    content: Texts
+    name: str | None = None
+    refusal: None = None
+    annotations: list[Any] | None = Field(None, max_length=0)
+    audio: None = None
+    function_call: None = None
+    tool_calls: list[Any] | None = Field(None, max_length=0)
+
+
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
+
+
+class Choice(Strict):
+    """The method and budget of a request."""
+
+    method: Annotated[str, Field(max_length=300)] | None = None
+    keep: int | float | Annotated[str, Field(max_length=20)] | None = None
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+
+
+class ChatRequest(Strict):
+    """The body of a request."""
+
+    model: str
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=200)]] | None,
+        BeforeValidator(_as_list),
+        Field(max_length=4),
+    ] = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: int | None = None
+    vlmzip: Choice = Choice()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral_fields(cls, body: object) -> object:
+        """Drop fields that change nothing, and refuse other values of them."""
+        if not isinstance(body, dict):
+            return body
+        for name, accepted in NEUTRAL.items():
+            value = body.get(name)
+            # `True == 1` in Python, so compare types of booleans, too.
+            same = any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in accepted)
+            if value is not None and not same:
+                raise RequestError(f"{name} is not supported; leave it out", code="unsupported_parameter", param=name)
+        return {name: value for name, value in body.items() if name not in (*NEUTRAL, *IGNORED)}
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        if self.n not in (None, 1):
+            message = f"n must be 1, got {self.n}: send one request for each answer; they are answered together"
+            raise RequestError(message, code="unsupported_value", param="n")
+        if self.stream_options is not None and not self.stream:
+            raise RequestError("stream_options needs stream=true", param="stream_options")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise RequestError("give max_completion_tokens or max_tokens, not both", param="max_tokens")
+        return self
+
+    @property
+    def asked_tokens(self) -> int | None:
+        """Return the longest answer that the request allows; `None` if it does not say."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+def read_request(body: bytes) -> ChatRequest:
+    """Return the request in a body. Raise `RequestError` for invalid JSON, unknown fields and wrong types."""
+    try:
+        return ChatRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise _refusal(error) from None
+
+
+def _refusal(error: ValidationError) -> RequestError:
+    """Return the error for the first wrong field."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    roles = ("system", "developer", "user", "assistant", "text", "image_url")
+    path = [str(part) for part in first["loc"]]
+    # The names of the alternatives stand in the path, too: messages.0.user.content.1.image_url.image_url.url
+    param = ".".join(part for at, part in enumerate(path) if not (part in roles and at and path[at - 1].isdigit()))
+    if first["type"] == "json_invalid":
+        return RequestError(f"the body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
+    if first["type"] == "extra_forbidden":
+        name = path[-1][:50]
+        known = ChatRequest.model_fields if len(path) == 1 else ()
+        hint = closest(name, known) if known else ""
+        hint = '; write it as {"vlmzip": {"method": …, "keep": …}}' if name in Choice.model_fields else hint
+        return RequestError(f"unknown field {name!r}{hint}", code="unknown_parameter", param=param[:100])
+    if first["type"] == "missing":
+        return RequestError(f"{param} is missing", code="missing_required_parameter", param=param[:100])
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return RequestError(f"{param or 'the body'}: {message}"[:300], code="invalid_value", param=param[:100] or None)

@@ -1,0 +1,247 @@
+"""The embedded engine: a queue, and one thread that answers it in batches with a Hugging Face model."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import threading
+import traceback
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from time import monotonic
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from vlmzip.compressor import Compressor
+from vlmzip.errors import UserError
+from vlmzip.runtime.attach import attach
+from vlmzip.runtime.facade import CompressedModel
+from vlmzip.runtime.loading import Loaded
+from vlmzip.runtime.prompt import pad_id
+from vlmzip.runtime.saving import saved_weights
+from vlmzip.serving.server.batch import Batch
+from vlmzip.serving.server.choose import Methods
+from vlmzip.serving.server.errors import RequestError, overloaded
+from vlmzip.serving.server.metrics import Metrics
+from vlmzip.serving.server.prepare import Preparer, Request
+from vlmzip.serving.server.progress import Progress
+from vlmzip.serving.server.schema import ChatRequest
+from vlmzip.serving.server.settings import Settings
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+#: Compressors that stay attached, those that were used last.
+MOST_ATTACHED = 16
+#: The model counts as stuck if it makes no token for this many times the longest time of a request.
+STUCK = 2
+
+
+class Waiting(NamedTuple):
+    request: Request
+    progress: Progress
+
+
+class HuggingFaceEngine:
+    """Answers with a loaded model. Requests of one kind that wait at the same time are answered together."""
+
+    def __init__(
+        self, loaded: Loaded, default: Compressor, settings: Settings, metrics: Metrics, name: str | None = None
+    ) -> None:
+        self.loaded, self.model = loaded, name or loaded.name
+        self.methods = Methods(loaded.family, default)
+        self._preparer = Preparer(loaded, self.methods, settings)
+        self._settings, self._metrics = settings, metrics
+        self._attached: OrderedDict[Compressor, CompressedModel] = OrderedDict()
+        self._queue: deque[Waiting] = deque()
+        self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._change = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._beat_at: float | None = None
+        """When the model last made a token; `None` while it is idle."""
+
+    # --- called by the server -------------------------------------------------------------------------------------
+
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
+
+    def prepare(self, request: ChatRequest) -> Request:
+        return self._preparer.prepare(request)
+
+    def submit(self, prepared: Request, progress: Progress) -> None:
+        """Put a request in the queue. Raise `RequestError` if it is full or the engine has stopped."""
+        with self._change:
+            self._refuse_if_stopped()
+            if len(self._queue) >= self._settings.max_queue:
+                raise overloaded(f"{len(self._queue)} requests are waiting; try again later")
+            self._queue.append(Waiting(prepared, progress))
+            self._change.notify()
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run a function in the thread of the model, between batches. Errors of it reach the future only."""
+        future: Future[T] = Future()
+        with self._change:
+            self._refuse_if_stopped()
+            self._calls.append((function, future))
+            self._change.notify()
+        return future
+
+    def start(self, died: Callable[[], None]) -> None:
+        self._thread = threading.Thread(target=self._live, args=[died], name="vlmzip-engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        with self._change:
+            self._stopping = True
+            self._change.notify()
+        if self._thread is not None:
+            self._thread.join(self._settings.max_seconds)
+        self._fail_all("the server is shutting down")
+
+    def trouble(self) -> str | None:
+        if self._thread is None or not self._thread.is_alive():
+            return "the engine has stopped"
+        beat, limit = self._beat_at, STUCK * self._settings.max_seconds
+        if beat is not None and monotonic() - beat > limit:
+            return f"the model has made no token for {limit:g} seconds"
+        return None
+
+    def _refuse_if_stopped(self) -> None:
+        if self._stopping or self._thread is None or not self._thread.is_alive():
+            raise RequestError("the engine has stopped", 503, code="engine_stopped")
+
+    # --- in the thread of the model -------------------------------------------------------------------------------
+
+    def _live(self, died: Callable[[], None]) -> None:
+        try:
+            while (work := self._next()) is not None:
+                self._beat()
+                work()
+                self._beat_at = None
+        except BaseException as error:
+            log.critical("the engine has stopped: %s", error, exc_info=error)
+        finally:
+            with self._change:
+                expected, self._stopping = self._stopping, True
+            self._fail_all("the engine has stopped")
+            if not expected:
+                died()
+
+    def _next(self) -> Callable[[], None] | None:
+        """Wait for work, and return it; `None` at the end."""
+        with self._change:
+            while not (self._stopping or self._queue or self._calls):
+                self._change.wait()
+            if self._stopping:
+                return None
+            if self._calls:
+                function, future = self._calls.popleft()
+                return lambda: _run(function, future)
+            if self._beat_at is None and len(self._queue) < self._settings.max_batch:
+                # Requests that arrive together should not be divided into the first and the rest.
+                self._change.wait_for(
+                    lambda: self._stopping or len(self._queue) >= self._settings.max_batch, self._settings.batch_wait
+                )
+            batch = self._take_batch()
+        return lambda: self._answer(batch)
+
+    def _take_batch(self) -> list[Waiting]:
+        """Take the request that waits longest and those of its kind out of the queue."""
+        batch: list[Waiting] = []
+        left: deque[Waiting] = deque()
+        kind = None
+        for waiting in self._queue:
+            if waiting.progress.cancelled:
+                continue
+            if kind is None:
+                kind = waiting.request.kind
+            if len(batch) < self._settings.max_batch and waiting.request.kind == kind:
+                batch.append(waiting)
+            else:
+                left.append(waiting)
+        self._queue = left
+        return batch
+
+    def _answer(self, batch: list[Waiting]) -> None:
+        """Answer a batch. If it fails, answer each of its requests alone, so that only those at fault fail."""
+        now = monotonic()
+        for waiting in batch:
+            waiting.progress.started = now
+        if batch:
+            self._metrics.batch_size.observe(len(batch))
+        error = self._try(batch)
+        if error is not None and len(batch) > 1:
+            log.warning("a batch of %d failed (%s); its requests are answered alone", len(batch), error)
+            for waiting in batch:
+                if not (waiting.progress.is_over or waiting.progress.cancelled):
+                    self._finish([waiting], self._try([waiting]))
+        else:
+            self._finish(batch, error)
+
+    def _finish(self, batch: list[Waiting], error: Exception | None) -> None:
+        """Report the error of a batch, or the lack of an answer, to those whose answer is not complete."""
+        if isinstance(error, UserError):
+            answer = RequestError(str(error), code="invalid_request")
+        elif isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            answer = RequestError("the memory is full; send fewer or smaller images", 503, code="out_of_memory")
+        else:
+            answer = RequestError("the model failed on this request", 500, code="internal_error")
+            if error is not None:
+                log.error("a request failed", exc_info=error)
+        for waiting in batch:
+            waiting.progress.fail(answer)
+
+    def _try(self, batch: list[Waiting]) -> Exception | None:
+        """Answer a batch, and return its error. Raise errors after which no call can succeed."""
+        if not batch:
+            return None
+        try:
+            requests = [waiting.request for waiting in batch]
+            progress = [waiting.progress for waiting in batch]
+            compressed = self._facade(requests[0].compressor)
+            pad = pad_id(self.loaded.family)
+            Batch(compressed, self.loaded.processor, requests, progress, pad, self._beat).run()
+        except Exception as error:
+            if "CUDA error" in str(error):  # the device is lost to this process
+                raise
+            traceback.clear_frames(error.__traceback__)  # its frames hold tensors
+            if isinstance(error, torch.OutOfMemoryError):
+                gc.collect()
+                torch.cuda.empty_cache()
+            return error
+        return None
+
+    def _facade(self, compressor: Compressor) -> CompressedModel:
+        """Return the model with a compressor. Those used last stay attached."""
+        if compressor not in self._attached:
+            weights = saved_weights(compressor, self.loaded.name)
+            self._attached[compressor] = attach(self.loaded.model, compressor, weights=weights)
+        self._attached.move_to_end(compressor)
+        while len(self._attached) > MOST_ATTACHED:
+            self._attached.popitem(last=False)[1].detach()
+        return self._attached[compressor]
+
+    def _beat(self) -> None:
+        self._beat_at = monotonic()
+
+    def _fail_all(self, reason: str) -> None:
+        with self._change:
+            waiting, self._queue = self._queue, deque()
+            calls, self._calls = self._calls, deque()
+        for each in waiting:
+            each.progress.fail(RequestError(reason, 503, code="engine_stopped"))
+        for _, future in calls:
+            future.cancel()
+
+
+def _run(function: Callable[[], T], future: Future[T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(function())
+    except Exception as error:
+        future.set_exception(error)
