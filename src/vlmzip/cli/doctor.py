@@ -42,6 +42,7 @@ USES = (
     Use("eval in several processes", "eval", ("accelerate",)),
     Use("tasks easy-vqa and easy-vqa:tuned", "eval", ("easy-vqa",)),
     Use("eval --suite", "lmms", ("filelock", "lmms-eval")),
+    Use("serve", "serve", ("fastapi", "prometheus-client", "uvicorn")),
     Use("completion of words in the shell", "completion", ("argcomplete",)),
 )
 
