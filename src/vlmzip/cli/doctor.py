@@ -42,7 +42,8 @@ USES = (
     Use("eval in several processes", "eval", ("accelerate",)),
     Use("tasks easy-vqa and easy-vqa:tuned", "eval", ("easy-vqa",)),
     Use("eval --suite", "lmms", ("filelock", "lmms-eval")),
-    Use("serve", "serve", ("fastapi", "prometheus-client", "uvicorn")),
+    Use("serve", "serve", ("fastapi", "uvicorn")),
+    Use("serve: the figures at /metrics", "serve", ("prometheus-client",)),
     Use("completion of words in the shell", "completion", ("argcomplete",)),
 )
 
