@@ -132,6 +132,7 @@ USES = {
     "video": [video],
     "completion": [completion],
     "serve": [serve],
+    "vllm": [],  # `make test-vllm` installs a build for the CPU
     "docs": [docs],
     "dev": [completion, train, eval, serve, dev],
 }

@@ -1,4 +1,4 @@
 """Serving: what answers other programs with compressed images.
 
-`server` answers over HTTP as OpenAI's API does.
+`server` answers over HTTP as OpenAI's API does, and `vllm` is a plugin for vLLM.
 """

@@ -1,0 +1,78 @@
+"""The model's part: encode the images of a batch, compress their tokens, and project what remains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from vllm.config import VllmConfig
+
+from vlmzip import spec
+from vlmzip.compressor import Compressor
+from vlmzip.models.family import Family
+from vlmzip.processor import Inputs
+from vlmzip.runtime.report import Stopwatch
+from vlmzip.runtime.stages import compress_images
+from vlmzip.serving.vllm import setting
+from vlmzip.serving.vllm.engine import of_images
+from vlmzip.serving.vllm.processor import field_of
+from vlmzip.serving.vllm.setting import KEY
+
+#: The most views that go through the vision encoder in one call. vLLM counts the tokens that remain, so few tokens per
+#: image would let it send hundreds of images at once.
+MOST_VIEWS = 64
+
+
+class CompressingModel(nn.Module):
+    """A mixin for a model of vLLM. It goes before the stock class, and acts only if a compressor is configured."""
+
+    family_class: ClassVar[Any]
+    """A function from the checkpoint's config and this model to the family."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        config = vllm_config.model_config.hf_config
+        self.compresses = hasattr(config, KEY)
+        if self.compresses:
+            # LoRA of the vision encoder counts the tokens that leave it, and we encode more than remain.
+            self.supports_tower_connector_lora = False
+            self._families = [self.family_class(config, self).modalities]  # in a list: not a submodule
+
+    @property
+    def families(self) -> Sequence[Family]:
+        """The family for images, and for videos if it knows them."""
+        return self._families[0]
+
+    def embed_multimodal(self, **kwargs: Any) -> Any:
+        """Return the remaining tokens of each image, in order. Precomputed embeddings stay as they are."""
+        if self.compresses:
+            for family in self.families:
+                if (text := kwargs.pop(field_of(family.modality), None)) is not None:
+                    return self._compressed(family, kwargs, setting.from_tensor(text))
+        return super().embed_multimodal(**kwargs)  # type: ignore[misc]
+
+    def _compressed(self, family: Family, kwargs: Inputs, text: str) -> list[Tensor]:
+        compressor = spec.read(text)
+        inputs = {name: kwargs[name] for name in family.image_inputs if kwargs.get(name) is not None}
+        return [features for part in self._parts(family, inputs) for features in compressed(family, part, compressor)]
+
+    def _parts(self, family: Family, inputs: Inputs) -> Iterator[Inputs]:
+        """Yield the inputs of some images at a time, with at most `MOST_VIEWS` views unless one image has more."""
+        views = [len(layout.views) for layout in family.layouts(inputs)]
+        start, total = 0, 0
+        for number, count in enumerate(views):
+            if number > start and total + count > MOST_VIEWS:
+                yield of_images(inputs, start, number)
+                start, total = number, 0
+            total += count
+        yield inputs if start == 0 else of_images(inputs, start, len(views))
+
+
+def compressed(family: Family, inputs: Inputs, compressor: Compressor) -> list[Tensor]:
+    """Return the projected tokens that remain of each image."""
+    device = inputs[family.image_inputs[0]][0].device
+    watch = Stopwatch(torch.device("cpu") if device.type == "cuda" else device)  # its times are not read
+    images, _ = compress_images(family, inputs, compressor, watch, None)
+    return [image.features for image in images]

@@ -1,0 +1,134 @@
+"""The processor's part: how many placeholders remain of each image, and the setting that goes to the model with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, ClassVar
+
+from transformers import BatchFeature
+from vllm.inputs import MultiModalInput
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+from vllm.multimodal.parse import EmbeddingItems, MultiModalDataItems
+from vllm.multimodal.processing import (
+    BaseMultiModalProcessor,
+    ProcessorInputs,
+    PromptReplacement,
+    PromptUpdate,
+    TimingContext,
+)
+
+from vlmzip import spec
+from vlmzip.compressor import Compressor
+from vlmzip.errors import UserError
+from vlmzip.models.family import Family, Modality
+from vlmzip.serving.vllm import setting
+from vlmzip.serving.vllm.engine import batch_of_one
+from vlmzip.serving.vllm.setting import KEY
+
+
+def field_of(modality: Modality) -> str:
+    """Return the name of the model input with the setting for images or videos."""
+    return f"{KEY}_{modality}"
+
+
+class CompressingProcessor(BaseMultiModalProcessor):
+    """A mixin for a processor of vLLM. It goes before the stock class.
+
+    The setting is part of the keyword arguments from which vLLM computes the key of an image in all of its caches, so
+    no cache mixes settings. It is also an input of the model, shared by the images of a batch: vLLM puts images with
+    other settings into another batch.
+    """
+
+    family_class: ClassVar[Any]
+    """A function from the checkpoint's config to the family, without weights."""
+
+    def __init__(self, info: Any, dummy_inputs: Any) -> None:
+        super().__init__(info, dummy_inputs)
+        self.default = spec.read(getattr(info.get_hf_config(), KEY))
+        """The compressor of the engine."""
+        setting.check_count(self.default, self.families[0].profile())
+
+    @cached_property
+    def families(self) -> Sequence[Family]:
+        """The family for images, and for videos if it knows them. They know shapes only."""
+        modalities: Sequence[Family] = self.family_class(self.info.get_hf_config()).modalities
+        return modalities
+
+    def compressor_of(self, kwargs: Mapping[str, object]) -> Compressor:
+        """Return the compressor of a request with these keyword arguments. Raise `UserError` if it cannot run."""
+        text = kwargs.get(KEY)
+        if text is None:
+            return self.default
+        if not isinstance(text, str):
+            raise UserError(f"{KEY} must be a text, such as 'visionzip(keep=64)', got {text!r}")
+        compressor = setting.read_request(text)
+        setting.check_count(compressor, self.families[0].profile())
+        return compressor
+
+    def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
+        text = spec.write(self.compressor_of(inputs.hf_processor_mm_kwargs))
+        kwargs = {**inputs.hf_processor_mm_kwargs, KEY: text}
+        return super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
+
+    def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]) -> BatchFeature:
+        processed = super()._apply_hf_processor_main(mm_items, _without_setting(hf_kwargs))
+        for family in self.families:
+            if family.image_inputs[0] in processed:
+                processed[field_of(family.modality)] = setting.to_tensor(str(hf_kwargs[KEY]))
+        return processed
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        fields = dict(super()._get_mm_fields_config(hf_inputs, _without_setting(hf_processor_mm_kwargs)))
+        for family in self.families:
+            if (field := field_of(family.modality)) in hf_inputs:
+                count = self.item_count(hf_inputs, family)
+                fields[field] = MultiModalFieldConfig.shared(family.modality, count, keep_on_cpu=True)
+        return fields
+
+    def item_count(self, hf_inputs: Mapping[str, Any], family: Family) -> int:
+        """Return the number of images or videos among the outputs of the processor.
+
+        Override it if the first of `image_inputs` does not have one entry for each.
+        """
+        return len(hf_inputs[family.image_inputs[0]])
+
+    def _get_prompt_updates(
+        self,
+        mm_items: MultiModalDataItems,
+        hf_processor_mm_kwargs: Mapping[str, object],
+        out_mm_kwargs: MultiModalKwargsItems,
+    ) -> Sequence[PromptUpdate]:
+        updates = super()._get_prompt_updates(mm_items, _without_setting(hf_processor_mm_kwargs), out_mm_kwargs)
+        compressor = spec.read(str(hf_processor_mm_kwargs[KEY]))
+        families = {family.modality: family for family in self.families}
+        return [
+            self._shortened(update, families[update.modality], compressor, out_mm_kwargs.get(update.modality, ()))
+            if update.modality in families and not isinstance(mm_items.get(update.modality), EmbeddingItems)
+            else update
+            for update in updates
+        ]
+
+    def _shortened(
+        self, update: PromptUpdate, family: Family, compressor: Compressor, items: Sequence[Any]
+    ) -> PromptUpdate:
+        """Return a replacement with the placeholders that remain of each image."""
+        return PromptReplacement(
+            modality=update.modality,
+            target=update.target,
+            replacement=lambda item: [family.placeholder_id] * self.count(family, compressor, items[item]),
+        )
+
+    def count(self, family: Family, compressor: Compressor, item: Mapping[str, Any]) -> int:
+        """Return the number of placeholders that remain of an image, from the outputs of the processor for it."""
+        inputs = {name: item[name].data for name in family.image_inputs if name in item}
+        (count,) = setting.counts(family.layouts(batch_of_one(inputs)), compressor)
+        return count
+
+
+def _without_setting(kwargs: Mapping[str, object]) -> dict[str, object]:
+    """Return keyword arguments for the stock processor, which does not know the setting."""
+    return {name: value for name, value in kwargs.items() if name != KEY}

@@ -1,0 +1,100 @@
+"""A compressor as a setting of the engine or of a request: its text form, and the check that the engine can run it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import lru_cache
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from vlmzip import catalogue, spec
+from vlmzip.compressor import Compressor, Profile
+from vlmzip.errors import UserError, alternatives
+from vlmzip.models.layout import Layout
+from vlmzip.resampler import Resampler
+from vlmzip.runtime.compress import least_counts
+from vlmzip.sites import Signal, Site
+
+#: The key of the setting in `--hf-overrides`, in `mm_processor_kwargs` and among the inputs of the model.
+KEY = "vlmzip"
+#: The longest spec that a request may give.
+LONGEST = 1000
+#: Sites that vLLM has. At each other site: the reason why it has none, and what to use.
+SITES = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR)
+ELSEWHERE = {
+    Site.PIXELS: "vLLM's vision encoders take images of one size",
+    Site.ENCODER: "vLLM's vision encoders cannot merge tokens between their layers",
+    Site.IN_LLM: "all layers of vLLM's LLM share one table of KV cache blocks, so no layer can drop tokens",
+}
+USE = "use a method before the LLM, such as visionzip, divprune, kmeans or pool2d"
+#: Signals of the last encoder layer. vLLM loads the layers only up to the one that gives the features.
+OF_LAST_LAYER = frozenset({Signal.LAST_CLS_ATTENTION, Signal.LAST_KEYS})
+
+
+@lru_cache(maxsize=256)
+def read_request(text: str) -> Compressor:
+    """Return the compressor of a request, whose spec names installed methods with their budgets.
+
+    Other fields are the operator's: some make a method slow. Raise `UserError` for a spec that gives them.
+    """
+    if len(text) > LONGEST:
+        raise UserError(f"{KEY} must have at most {LONGEST} characters, got {len(text)}")
+    compressor = spec.read_named(text, catalogue.available())
+    for stage in compressor.stages():
+        allowed = (*stage.budget_fields, "site")
+        changed = [field.name for field in fields(stage) if getattr(stage, field.name) != field.default]
+        if refused := [name for name in changed if name not in allowed]:
+            raise UserError(
+                f"a request can set {alternatives(allowed)} of {stage.name()}, not {refused[0]}, which is set when the"
+                " server starts"
+            )
+    check(compressor)
+    return compressor
+
+
+def check(compressor: Compressor) -> None:
+    """Raise `UserError` with the reason if no model in vLLM can run this compressor."""
+    for stage in compressor.stages():
+        name = stage.name()
+        if stage.site not in SITES:
+            raise UserError(f"{name} acts at site {stage.site.value!r}: {ELSEWHERE[stage.site]}; {USE}")
+        if stage.text_aware:
+            raise UserError(
+                f"{name} reads the question, and vLLM encodes an image once for all questions about it: {USE}"
+            )
+        if isinstance(stage, Resampler):
+            raise UserError(f"{name} has trained weights, and the plugin for vLLM loads none: {USE}")
+        if stage.for_training_only:
+            raise UserError(f"{name} is for training only: {USE}")
+    if compressor.positions == "original":
+        raise UserError(
+            'positions="original" leaves gaps between positions, and vLLM counts the tokens of this model from 0:'
+            ' give positions="contiguous", or leave it out'
+        )
+
+
+def check_count(compressor: Compressor, profile: Profile) -> None:
+    """Raise `UserError` if the number of tokens that remain depends on what an image shows."""
+    if compressor.tokens_by_layer(profile) is None:
+        raise UserError(
+            f"the number of tokens that {compressor.name()} keeps depends on the image, and vLLM must know it before it"
+            f" encodes the image: {USE}"
+        )
+
+
+def counts(layouts: Sequence[Layout], compressor: Compressor) -> list[int]:
+    """Return the number of placeholders that remain of each image, which must follow from shapes."""
+    return least_counts(layouts, compressor)
+
+
+def to_tensor(text: str) -> UInt8[Tensor, " bytes"]:
+    """Return a text as a tensor, because vLLM hands only tensors from the processor to the model."""
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def from_tensor(values: UInt8[Tensor, " bytes"]) -> str:
+    """Return the text of such a tensor."""
+    return bytes(values.tolist()).decode()

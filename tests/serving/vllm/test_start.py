@@ -1,0 +1,113 @@
+"""What vLLM refuses when it starts, and what a request may not ask for."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from vlmzip import UserError, VisionZip
+from vlmzip.compressor_file import write_compressor
+from vlmzip.serving.vllm import setting, start
+
+ARCHITECTURES = {"LlavaForConditionalGeneration": "module:Class"}
+
+
+def model_config(model="mini", architecture="LlavaForConditionalGeneration", overrides=None, **hf):
+    """A stand-in for vLLM's `ModelConfig`; vLLM puts overrides into the checkpoint's config."""
+    hf_config = SimpleNamespace(architectures=[architecture], vision_config=object(), **hf, **(overrides or {}))
+    return SimpleNamespace(
+        model=str(model), revision=None, model_impl="auto", hf_overrides=overrides or {}, hf_config=hf_config
+    )
+
+
+def resolved(config, version="0.32.0"):
+    start.resolve(config, ARCHITECTURES, version)
+    return getattr(config.hf_config, "vlmzip", None)
+
+
+def test_without_a_compressor_nothing_changes(tmp_path):
+    config = model_config(tmp_path)
+    before = dict(vars(config.hf_config))
+    assert resolved(config, version="9.9") is None
+    assert vars(config.hf_config) == before
+
+
+def test_a_compressor_comes_from_the_overrides_the_config_or_the_file(tmp_path):
+    assert resolved(model_config(overrides={"vlmzip": "visionzip(keep=0064)"})) == "visionzip(keep=64)"
+    assert resolved(model_config(vlmzip="visionzip( keep = 32 )")) == "visionzip(keep=32)"
+    write_compressor(VisionZip(keep=16), tmp_path)
+    assert resolved(model_config(tmp_path)) == "visionzip(keep=16)"
+    assert resolved(model_config(overrides={"vlmzip": str(tmp_path)})) == "visionzip(keep=16)"
+    assert resolved(model_config(tmp_path, overrides={"vlmzip": "pool2d"})) == "pool2d"  # the overrides come first
+
+
+def test_a_checkpoint_cannot_name_code(tmp_path):
+    with pytest.raises(UserError, match=r"unknown method 'os\.path:Class'"):
+        resolved(model_config(vlmzip="os.path:Class"))
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0"])
+def test_another_version_is_refused(version):
+    with pytest.raises(UserError, match=rf"works with vLLM 0\.32 and 0\.33, and this is {version}"):
+        resolved(model_config(overrides={"vlmzip": "visionzip"}), version)
+
+
+def test_a_model_that_the_plugin_lacks_is_refused(tmp_path):
+    with pytest.raises(UserError, match="does not have InternVLChatModel; it has LlavaForConditionalGeneration"):
+        resolved(model_config(architecture="InternVLChatModel", overrides={"vlmzip": "visionzip"}))
+    write_compressor(VisionZip(), tmp_path)
+    with pytest.raises(UserError, match=r"Start without vlmzip and without compressor\.json"):
+        resolved(model_config(tmp_path, architecture="InternVLChatModel"))
+
+
+def test_transformers_classes_are_refused():
+    config = model_config(overrides={"vlmzip": "visionzip"})
+    config.model_impl = "transformers"
+    with pytest.raises(UserError, match="needs vLLM's own model class, got model_impl='transformers'"):
+        resolved(config)
+
+
+@pytest.mark.parametrize(
+    ("compressor", "reason"),
+    [
+        ("fastv(keep=64)", "acts at site 'in_llm': all layers"),
+        ("visionzip(keep=64)+fastv(keep=9)", "fastv acts at site 'in_llm'"),
+        ("downsample(keep=25%)", "acts at site 'pixels': vLLM's vision encoders take images of one size"),
+        ("tome(keep=64)", "acts at site 'encoder'"),
+        ("cdpruner(keep=64)", "reads the question"),
+        ("mmtok(keep=64)", "reads the question"),
+        ("qformer(queries=64)", "has trained weights"),
+        ("visionzip(keep=64,positions=original)", 'positions="original" leaves gaps'),
+    ],
+)
+def test_what_vllm_cannot_run_is_refused_with_the_reason(compressor, reason):
+    with pytest.raises(UserError, match=reason.replace("(", r"\(")):
+        resolved(model_config(overrides={"vlmzip": compressor}))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("nonsense", "unknown method 'nonsense'"),
+        ("visionzip(keep=-1)", "keep"),
+        ("visionzip(keep=", "cannot be read as a method"),
+        ("/etc/passwd", "unknown method '/etc/passwd'"),
+        ("runs/compressor.json", "unknown method"),
+        ("os.path:join", "unknown method 'os.path:join'"),
+        ("visionzip+os.path:join", "unknown method 'os.path:join'"),
+        ("kmeans(keep=9,iterations=1000000000)", "of kmeans, not iterations, which is set when the server starts"),
+        ("fastv(keep=9)", "acts at site 'in_llm'"),
+        ("visionzip" * 1000, "must have at most 1000 characters"),
+    ],
+)
+def test_a_request_names_methods_and_budgets_only(text, reason):
+    with pytest.raises(UserError, match=reason):
+        setting.read_request(text)
+
+
+def test_a_request_can_set_a_budget():
+    assert setting.read_request("visionzip(keep=32)") == VisionZip(keep=32)
+    assert setting.read_request("pool2d(factor=3,site=post_projector)").name() == "pool2d"
+
+
+def test_a_text_survives_as_a_tensor():
+    assert setting.from_tensor(setting.to_tensor("visionzip(keep=11%)")) == "visionzip(keep=11%)"
