@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from transformers import BatchFeature
+from vllm.exceptions import VLLMValidationError
 from vllm.inputs import MultiModalInput
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import EmbeddingItems, MultiModalDataItems
@@ -26,6 +27,10 @@ from vlmzip.models.family import Family, Modality
 from vlmzip.serving.vllm import setting
 from vlmzip.serving.vllm.engine import batch_of_one
 from vlmzip.serving.vllm.setting import KEY
+from vlmzip.serving.vllm.trial import try_out
+
+#: The number of settings, each with a number of views, that we remember to have tried.
+MOST_TRIED = 4096
 
 
 def field_of(modality: Modality) -> str:
@@ -49,6 +54,7 @@ class CompressingProcessor(BaseMultiModalProcessor):
         self.default = spec.read(getattr(info.get_hf_config(), KEY))
         """The compressor of the engine."""
         setting.check_count(self.default, self.families[0].profile())
+        self._tried: set[tuple[Compressor, Modality, int]] = set()
 
     @cached_property
     def families(self) -> Sequence[Family]:
@@ -68,9 +74,12 @@ class CompressingProcessor(BaseMultiModalProcessor):
         return compressor
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
-        text = spec.write(self.compressor_of(inputs.hf_processor_mm_kwargs))
-        kwargs = {**inputs.hf_processor_mm_kwargs, KEY: text}
-        return super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
+        try:
+            text = spec.write(self.compressor_of(inputs.hf_processor_mm_kwargs))
+            kwargs = {**inputs.hf_processor_mm_kwargs, KEY: text}
+            return super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
+        except UserError as error:  # vLLM's server answers 400 to its own class
+            raise VLLMValidationError(str(error), parameter=KEY) from error
 
     def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]) -> BatchFeature:
         processed = super()._apply_hf_processor_main(mm_items, _without_setting(hf_kwargs))
@@ -123,9 +132,19 @@ class CompressingProcessor(BaseMultiModalProcessor):
         )
 
     def count(self, family: Family, compressor: Compressor, item: Mapping[str, Any]) -> int:
-        """Return the number of placeholders that remain of an image, from the outputs of the processor for it."""
+        """Return the number of placeholders that remain of an image, from the outputs of the processor for it.
+
+        Raise `UserError` if the compressor cannot act on the image.
+        """
         inputs = {name: item[name].data for name in family.image_inputs if name in item}
-        (count,) = setting.counts(family.layouts(batch_of_one(inputs)), compressor)
+        (layout,) = layouts = family.layouts(batch_of_one(inputs))
+        tried = (compressor, family.modality, len(layout.views))
+        if tried not in self._tried:
+            try_out(compressor, layout)
+            if len(self._tried) >= MOST_TRIED:
+                self._tried.clear()
+            self._tried.add(tried)
+        (count,) = setting.counts(layouts, compressor)
         return count
 
 
