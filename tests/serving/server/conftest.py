@@ -4,12 +4,9 @@ import httpx
 import openai
 import pytest
 
-from tests.serving.server.running import serving
-from vlmzip.methods import VisionZip
+from tests.serving.server.running import engine_of, serving
 from vlmzip.runtime.loading import load
-from vlmzip.serving.server.metrics import Metrics
 from vlmzip.serving.server.settings import Settings
-from vlmzip.serving.server.worker import HuggingFaceEngine
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +16,7 @@ def mini():
 
 @pytest.fixture(scope="module")
 def engine(mini):
-    return HuggingFaceEngine(mini, VisionZip(keep=16), Settings(), Metrics())
+    return engine_of(mini, Settings())
 
 
 @pytest.fixture(scope="module")

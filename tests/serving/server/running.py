@@ -10,7 +10,10 @@ from pathlib import Path
 import uvicorn
 from PIL import Image
 
+from vlmzip.methods import VisionZip
 from vlmzip.serving.server.app import create_app
+from vlmzip.serving.server.metrics import Metrics
+from vlmzip.serving.server.worker import HuggingFaceEngine
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 QUESTION = "what color is the ring ?"
@@ -30,6 +33,10 @@ def serving(engine, settings, metrics=None):
     finally:
         server.should_exit = True
         thread.join()
+
+
+def engine_of(mini, settings, metrics=None):
+    return HuggingFaceEngine(mini, VisionZip(keep=16), settings, metrics or Metrics())
 
 
 def data_url(content, kind="png"):

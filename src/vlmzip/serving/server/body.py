@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from vlmzip.serving.server.errors import CLIENT_GONE, RequestError, overloaded
 from vlmzip.serving.server.settings import Settings
@@ -29,47 +29,51 @@ class Bodies:
         try:
             try:
                 async with asyncio.timeout(self._settings.upload_seconds):
-                    self._refuse_large(_announced(request))
-                    async for chunk in request.stream():
+                    async for chunk in self._chunks(request):
                         size += len(chunk)
                         self._held += len(chunk)
                         chunks.append(chunk)
-                        self._refuse_large(size)
-                        if self._held > self._settings.max_held:
-                            raise overloaded("too many large requests at once; try again later")
             except TimeoutError:
                 message = f"the request did not arrive within {self._settings.upload_seconds:g} seconds"
                 raise RequestError(message, 408, code="upload_timeout", headers={"Connection": "close"}) from None
-            except ClientDisconnect:
-                raise RequestError("the client has gone", CLIENT_GONE) from None
-            except RequestError:
-                chunks.clear()
-                await _drain(request)
-                raise
             body = b"".join(chunks)
             chunks.clear()
             yield body
         finally:
             self._held -= size
 
-    def _refuse_large(self, size: int) -> None:
+    async def _chunks(self, request: Request) -> AsyncIterator[bytes]:
+        """Yield the parts of a body. After a refusal, read the rest without keeping it."""
+        size, more = 0, True
+        length = request.headers.get("content-length", "")
+        refusal = self._refusal(int(length) if length.isdecimal() and len(length) < 20 else 0)
+        while more and refusal is None:
+            chunk, more = await _next(request)
+            size += len(chunk)
+            refusal = self._refusal(size)
+            if refusal is None:
+                yield chunk
+        with suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN):
+                while more and refusal is not None:
+                    _, more = await _next(request)
+        if refusal is not None:
+            raise refusal
+
+    def _refusal(self, size: int) -> RequestError | None:
+        """Return the error for a body of which `size` bytes are known; `None` if it is within the limits."""
         limit = self._settings.max_body
         if size > limit:
-            raise RequestError(
-                f"the request has more than {limit:,} bytes; send fewer or smaller images",
-                413,
-                code="request_too_large",
-                headers={"Connection": "close"},
-            )
+            message = f"the request has more than {limit:,} bytes; send fewer or smaller images"
+            return RequestError(message, 413, code="request_too_large", headers={"Connection": "close"})
+        if self._held > self._settings.max_held:
+            return overloaded("too many large requests at once; try again later")
+        return None
 
 
-def _announced(request: Request) -> int:
-    length = request.headers.get("content-length", "")
-    return int(length) if length.isdecimal() and len(length) < 20 else 0
-
-
-async def _drain(request: Request) -> None:
-    with suppress(TimeoutError, ClientDisconnect, RuntimeError):  # RuntimeError: the stream was read to its end
-        async with asyncio.timeout(DRAIN):
-            while (message := await request.receive())["type"] == "http.request" and message.get("more_body"):
-                pass
+async def _next(request: Request) -> tuple[bytes, bool]:
+    """Return the next part of a body, and whether more follows."""
+    message = await request.receive()
+    if message["type"] == "http.disconnect":
+        raise RequestError("the client has gone", CLIENT_GONE)
+    return message.get("body", b""), message.get("more_body", False)

@@ -113,9 +113,8 @@ class ChatRequest(Strict):
     top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=200)]] | None,
+        Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=4)] | None,
         BeforeValidator(_as_list),
-        Field(max_length=4),
     ] = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

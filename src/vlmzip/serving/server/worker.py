@@ -35,6 +35,9 @@ T = TypeVar("T")
 
 #: Compressors that stay attached, those that were used last.
 MOST_ATTACHED = 16
+#: Seconds that the end of the server waits for the model's current step.
+LONGEST_STEP = 30.0
+STOPPED = "the engine has stopped"
 #: The model counts as stuck if it makes no token for this many times the longest time of a request.
 STUCK = 2
 
@@ -56,6 +59,8 @@ class HuggingFaceEngine:
         self._settings, self._metrics = settings, metrics
         self._attached: OrderedDict[Compressor, CompressedModel] = OrderedDict()
         self._queue: deque[Waiting] = deque()
+        self._current: list[Waiting] = []
+        """The batch that is being answered."""
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._change = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -98,13 +103,15 @@ class HuggingFaceEngine:
         with self._change:
             self._stopping = True
             self._change.notify()
+        for waiting in self._current:
+            waiting.progress.cancel()  # their answers end with the next token
         if self._thread is not None:
-            self._thread.join(self._settings.max_seconds)
+            self._thread.join(LONGEST_STEP)
         self._fail_all("the server is shutting down")
 
     def trouble(self) -> str | None:
         if self._thread is None or not self._thread.is_alive():
-            return "the engine has stopped"
+            return STOPPED
         beat, limit = self._beat_at, STUCK * self._settings.max_seconds
         if beat is not None and monotonic() - beat > limit:
             return f"the model has made no token for {limit:g} seconds"
@@ -112,7 +119,7 @@ class HuggingFaceEngine:
 
     def _refuse_if_stopped(self) -> None:
         if self._stopping or self._thread is None or not self._thread.is_alive():
-            raise RequestError("the engine has stopped", 503, code="engine_stopped")
+            raise RequestError(STOPPED, 503, code="engine_stopped")
 
     # --- in the thread of the model -------------------------------------------------------------------------------
 
@@ -121,13 +128,14 @@ class HuggingFaceEngine:
             while (work := self._next()) is not None:
                 self._beat()
                 work()
-                self._beat_at = None
+                del work  # it has the requests that were answered
+                self._current, self._beat_at = [], None
         except BaseException as error:
             log.critical("the engine has stopped: %s", error, exc_info=error)
         finally:
             with self._change:
                 expected, self._stopping = self._stopping, True
-            self._fail_all("the engine has stopped")
+            self._fail_all(STOPPED)
             if not expected:
                 died()
 
@@ -168,19 +176,26 @@ class HuggingFaceEngine:
 
     def _answer(self, batch: list[Waiting]) -> None:
         """Answer a batch. If it fails, answer each of its requests alone, so that only those at fault fail."""
+        if not batch:
+            return
+        self._current = batch
         now = monotonic()
         for waiting in batch:
             waiting.progress.started = now
-        if batch:
-            self._metrics.batch_size.observe(len(batch))
-        error = self._try(batch)
-        if error is not None and len(batch) > 1:
+        self._metrics.batch_size.observe(len(batch))
+        try:
+            error = self._try(batch)
+            if error is None or len(batch) == 1:
+                self._finish(batch, error)
+                return
             log.warning("a batch of %d failed (%s); its requests are answered alone", len(batch), error)
             for waiting in batch:
                 if not (waiting.progress.is_over or waiting.progress.cancelled):
                     self._finish([waiting], self._try([waiting]))
-        else:
-            self._finish(batch, error)
+        except BaseException:  # this thread ends
+            for waiting in batch:
+                waiting.progress.fail(RequestError(STOPPED, 503, code="engine_stopped"))
+            raise
 
     def _finish(self, batch: list[Waiting], error: Exception | None) -> None:
         """Report the error of a batch, or the lack of an answer, to those whose answer is not complete."""
@@ -197,8 +212,6 @@ class HuggingFaceEngine:
 
     def _try(self, batch: list[Waiting]) -> Exception | None:
         """Answer a batch, and return its error. Raise errors after which no call can succeed."""
-        if not batch:
-            return None
         try:
             requests = [waiting.request for waiting in batch]
             progress = [waiting.progress for waiting in batch]

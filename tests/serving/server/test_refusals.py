@@ -1,0 +1,201 @@
+"""Requests that cannot be answered: a status, and one line with the reason in OpenAI's error shape."""
+
+import io
+import struct
+import time
+import zlib
+
+import httpx
+import openai
+import pytest
+from PIL import Image
+
+from tests.serving.server.running import (
+    QUESTION,
+    asking,
+    data_url,
+    encoded,
+    engine_of,
+    image_url,
+    plain_image,
+    serving,
+    user,
+)
+from vlmzip.serving.server.settings import Settings
+
+
+def bomb(side=60_000):
+    """A PNG of a few bytes whose header announces billions of pixels."""
+
+    def part(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = part(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + part(b"IDAT", zlib.compress(b"\0" * 100)) + part(b"IEND", b"")
+
+
+def deep(depth):
+    return b'{"model": ' + b"[" * depth + b"]" * depth + b"}"
+
+
+def with_content(*parts):
+    return asking() | {"messages": [{"role": "user", "content": list(parts)}]}
+
+
+def with_image(url):
+    return asking(QUESTION, url)
+
+
+TRUNCATED = encoded(Image.effect_noise((64, 64), 50))[:-200]
+
+#: What is wrong: the body, the status, and a part of the message.
+BODIES = {
+    "no model": ({"messages": []}, 400, "model is missing"),
+    "another model": (asking(model="gpt-4"), 404, "there is no model 'gpt-4' here; this server has 'mini'"),
+    "a model that is no text": (asking(model=7), 400, "model: input should be a valid string"),
+    "no messages": (asking(messages=[]), 400, "messages: list should have at least 1 item"),
+    "an unknown role": (asking(messages=[{"role": "tool", "content": "a"}]), 400, "messages.0: input tag 'tool'"),
+    "content that is a number": (asking(messages=[{"role": "user", "content": 5}]), 400, "messages.0.content: input"),
+    "an unknown part": (with_content({"type": "video_url"}), 400, "messages.0.content.0: input tag 'video_url'"),
+    "an image in a system message": (
+        asking(messages=[{**user("a", image_url()), "role": "system"}]), 400, "messages.0.content.0.type",
+    ),
+    "a URL that is a number": (with_image(5), 400, "messages.0.content.0.image_url.url: input should be a valid"),
+    "text for an object": (with_content({"type": "image_url", "image_url": "x"}), 400, "messages.0.content.0.image"),
+    "bad base64": (with_image("data:image/png;base64,$$$$"), 400, "image 1 is not valid base64"),
+    "base64 cut short": (with_image("data:image/png;base64,iVBORw0KG"), 400, "image 1 is not valid base64"),
+    "no base64": (with_image("data:image/png,abc"), 400, "image 1 must be a URL like data:image/png;base64,…"),
+    "no bytes": (with_image("data:image/png;base64,"), 400, "image 1 is empty"),
+    "text for an image": (with_image(data_url(b"hello")), 400, "image 1 is not an image"),
+    "a script for an image": (with_image(data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n")), 400, "image 1 is not an image"),
+    "a truncated image": (with_image(data_url(TRUNCATED)), 400, "image 1 cannot be read"),
+    "a bomb": (with_image(data_url(bomb())), 400, "image 1 would unpack to more than"),
+    "a smaller bomb": (with_image(data_url(bomb(10_000))), 400, "image 1 has 10000 x 10000 pixels; all images"),
+    "a second image that is too large": (
+        asking(QUESTION, image_url(), data_url(bomb(8_000))), 400, "image 2 has 8000 x 8000 pixels",
+    ),
+    "too many images": (asking(QUESTION, *[plain_image("red")] * 17), 400, "has 17 images; at most 16 are allowed"),
+    "too many messages": (asking(messages=[user("a")] * 65), 400, "has 65 messages; at most 64 are allowed"),
+    "a remote image": (with_image("https://example.org/a.png"), 400, "this server fetches no addresses"),
+    "a file": (with_image("file:///etc/passwd"), 400, "this server fetches no addresses"),
+    "a placeholder": (asking("what is <image> ?"), 400, "messages.0: text must not contain <image>"),
+    "a long text": (asking("what " * 20_000), 400, "the model has 1,024 positions"),
+    "many visual tokens": (
+        asking(QUESTION, *[plain_image("red")] * 8, vlmzip={"method": "no_compression"}), 400, "1,024 positions",
+    ),
+    "no room for the answer": (
+        asking(QUESTION, *[plain_image("red")] * 6, vlmzip={"method": "no_compression"}, max_tokens=200),
+        400,
+        "and max_tokens is 200",
+    ),
+    "a long answer": (asking(max_tokens=100_000), 400, "max_tokens is at most 512 here, got 100000"),
+    "no answer": (asking(max_tokens=0), 400, "max_tokens: input should be greater than or equal to 1"),
+    "text for a number": (asking(max_tokens="12"), 400, "max_tokens: input should be a valid integer"),
+    "two lengths": (asking(max_tokens=1, max_completion_tokens=2), 400, "not both"),
+    "two answers": (asking(n=2), 400, "n must be 1, got 2"),
+    "a hot temperature": (asking(temperature=3), 400, "temperature: input should be less than or equal to 2"),
+    "no top_p": (asking(top_p=0), 400, "top_p: input should be greater than 0"),
+    "a huge seed": (asking(seed=2**80), 400, "seed: "),
+    "many stops": (asking(stop=["a"] * 5), 400, "stop: list should have at most 4 items"),
+    "an empty stop": (asking(stop=[""]), 400, "stop.0: string should have at least 1 character"),
+    "stream options alone": (asking(stream_options={"include_usage": True}), 400, "stream_options needs stream=true"),
+    "tools": (asking(tools=[{"type": "function"}]), 400, "tools is not supported"),
+    "logprobs": (asking(logprobs=True), 400, "logprobs is not supported"),
+    "a penalty": (asking(presence_penalty=1), 400, "presence_penalty is not supported"),
+    "a format": (asking(response_format={"type": "json_object"}), 400, "response_format is not supported"),
+    "an unknown field": (asking(max_token=5), 400, "unknown field 'max_token'; did you mean 'max_tokens'?"),
+    "a field at the wrong place": (asking(keep=5), 400, 'write it as {"vlmzip": {"method": …, "keep": …}}'),
+    "an unknown method": (asking(vlmzip={"method": "visonzip"}), 400, "did you mean 'visionzip'?"),
+    "a method that cannot be read": (asking(vlmzip={"method": "visionzip(keep"}), 400, "cannot be read as a method"),
+    "an unknown setting": (asking(vlmzip={"method": "visionzip(kep=1)"}), 400, "visionzip has no field 'kep'"),
+    "a setting of a wrong type": (asking(vlmzip={"method": "pool2d(factor=x)"}), 400, "factor"),
+    "a setting that takes long": (asking(vlmzip={"method": "kmeans(iterations=99999999)"}), 400, "at most 4096"),
+    "a method in a file": (asking(vlmzip={"method": "/etc/passwd"}), 400, "unknown method '/etc/passwd'"),
+    "a method in this folder": (asking(vlmzip={"method": "tests"}), 400, "unknown method 'tests'"),
+    "a method in a module": (asking(vlmzip={"method": "os:system"}), 400, "unknown method 'os:system'"),
+    "a method with weights": (asking(vlmzip={"method": "qformer"}), 400, "has trained weights"),
+    "a negative keep": (asking(vlmzip={"keep": -1}), 400, "keep=-1 keeps nothing"),
+    "a keep above 1": (asking(vlmzip={"keep": 1.5}), 400, "keep must be a fraction in (0, 1], got 1.5"),
+    "a keep of text": (asking(vlmzip={"keep": "many"}), 400, "keep must be a number, got 'many'"),
+    "a keep that is true": (asking(vlmzip={"keep": True}), 400, "vlmzip.keep"),
+    "two budgets": (asking(vlmzip={"method": "visionzip(keep=4)", "keep": 8}), 400, "give one of them"),
+    "a budget that decides nothing": (asking(vlmzip={"method": "dfmr", "keep": 8}), 400, "depends on the images"),
+    "a layer that is not there": (asking(vlmzip={"method": "fastv(layer=99)"}), 400, "layer must be from 1 to 7"),
+    "an unknown choice": (asking(vlmzip={"budget": 8}), 400, "unknown field 'budget'"),
+    "nested lists": (deep(100_000), 400, "the body is not valid JSON"),
+    "no JSON": (b"hello", 400, "the body is not valid JSON"),
+    "a list": (b"[]", 400, "the body: "),
+    "nothing": (b"", 400, "the body is not valid JSON"),
+    "bytes that are no text": (b"\xff\xfe", 400, "the body is not valid JSON"),
+    "no finite temperature": (
+        b'{"model": "mini", "messages": [{"role": "user", "content": "a"}], "temperature": NaN}', 400, "temperature: ",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BODIES)
+def test_a_wrong_request_gets_a_reason(http, case):
+    body, status, message = BODIES[case]
+    how = {"content": body} if isinstance(body, bytes) else {"json": body}
+    answer = http.post("/v1/chat/completions", headers={"Content-Type": "application/json"}, **how)
+    error = answer.json()["error"]
+    assert (answer.status_code, message in error["message"]) == (status, True), error
+    assert error["type"] == "invalid_request_error"
+    assert set(error) == {"message", "type", "param", "code"}
+    assert len(answer.content) < 1000
+    assert "Traceback" not in answer.text
+
+
+def test_the_server_still_answers(http):
+    assert http.post("/v1/chat/completions", json=asking()).json()["choices"][0]["message"]["content"] == "orange"
+
+
+def test_the_client_raises_its_own_error(client):
+    with pytest.raises(openai.BadRequestError, match="n must be 1") as error:
+        client.chat.completions.create(model="mini", messages=[user(QUESTION)], n=2)
+    assert (error.value.param, error.value.code) == ("n", "unsupported_value")
+
+
+def test_what_changes_nothing_is_accepted(http):
+    fields = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "tools": [], "logprobs": False, "user": "me"}
+    fields |= {"response_format": {"type": "text"}, "stop": None, "stream": False, "store": True, "vlmzip": {}}
+    assert http.post("/v1/chat/completions", json=asking(**fields)).status_code == 200
+
+
+def test_paths_and_kinds(http):
+    assert http.get("/v1/nothing").json()["error"]["message"] == "GET /v1/nothing: not found"
+    assert http.get("/v1/chat/completions").status_code == 405
+    plain = http.post("/v1/chat/completions", content=b"{}", headers={"Content-Type": "text/plain"})
+    assert (plain.status_code, "must be JSON" in plain.json()["error"]["message"]) == (415, True)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])
+def test_formats(http, kind):
+    flat = Image.open(io.BytesIO(encoded(Image.new("RGB", (60, 40), "red")))).convert("RGB")
+    answer = http.post("/v1/chat/completions", json=with_image(data_url(encoded(flat, kind), kind.lower())))
+    assert answer.status_code == 200
+
+
+def test_limits_of_the_operator(mini):
+    limits = Settings(max_body=5_000, api_key="secret", upload_seconds=0.5)
+    with serving(engine_of(mini, limits), limits) as address, httpx.Client(base_url=address, timeout=10) as http:
+        assert http.get("/health").status_code == 200
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "secret"}):
+            answer = http.post("/v1/chat/completions", json=asking("a"), headers=headers)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (401, "invalid_api_key")
+            assert http.get("/metrics", headers=headers).status_code == 401
+        http.headers["Authorization"] = "Bearer secret"
+        assert http.get("/v1/models").status_code == 200
+        large = http.post("/v1/chat/completions", json=asking("a" * 6_000, plain_image("red")))
+        assert (large.status_code, "more than 5,000 bytes" in large.json()["error"]["message"]) == (413, True)
+        chunks = (b"a" * 1000 for _ in range(9))  # without a Content-Length
+        large = http.post("/v1/chat/completions", content=chunks, headers={"Content-Type": "application/json"})
+        assert large.status_code == 413
+        slow = http.post("/v1/chat/completions", content=slowly(), headers={"Content-Type": "application/json"})
+        assert (slow.status_code, "did not arrive" in slow.json()["error"]["message"]) == (408, True)
+
+
+def slowly():
+    yield b"{"
+    time.sleep(1)
+    yield b"}"
