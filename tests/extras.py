@@ -112,6 +112,19 @@ def completion(folder):
     assert (folder / "words").read_text().strip() == "compare"
 
 
+def store(folder):
+    vlmzip("encode", "examples", "--out", str(folder / "store"), "--keep", "36")
+    vlmzip("ask", "--store", str(folder / "store"), "flat.png", QUESTION)
+    vlmzip("encode", "--verify", str(folder / "store"))
+
+
+def ray(folder):
+    usual = ["--out", str(folder / "store"), "--shard", "1", "--batch", "1"]
+    vlmzip("encode", "examples", *usual, "--workers", "2")
+    vlmzip("encode", "examples", *usual)
+    vlmzip("encode", "--verify", str(folder / "store"))
+
+
 def dev(folder):
     call(sys.executable, "-m", "pytest", "-q", "-n", "1", "tests/test_spec.py")
     for tool in ("ruff", "mypy", "pre-commit"):
@@ -133,8 +146,10 @@ USES = {
     "completion": [completion],
     "serve": [serve],
     "vllm": [],  # `make test-vllm` installs a build for the CPU
+    "store": [store],
+    "ray": [store, ray],
     "docs": [docs],
-    "dev": [completion, train, eval, serve, dev],
+    "dev": [completion, train, eval, serve, store, dev],
 }
 
 

@@ -32,7 +32,7 @@ def read(text: str) -> Compressor:
     """
     if is_saved(text):
         return read_compressor(saved_folder(text))
-    return _joined([_stage(part, text) for part in text.split("+")])
+    return joined([_stage(part, text) for part in text.split("+")])
 
 
 def read_named(text: str, names: Collection[str]) -> Compressor:
@@ -45,7 +45,7 @@ def read_named(text: str, names: Collection[str]) -> Compressor:
     for part in parts:
         if (name := _settings(part, text)[0]) not in names:
             raise UserError(f"unknown method {name!r}{closest(name, names)}")
-    return _joined([_stage(part, text) for part in parts])
+    return joined([_stage(part, text) for part in parts])
 
 
 def as_compressor(compressor: CompressorLike) -> Compressor:
@@ -96,7 +96,7 @@ def budget_in(text: str) -> str:
     if is_saved(text):
         return ""
     stages = [_stage(part, text) for part in text.split("+")]
-    first = _joined(stages).stages()[0]
+    first = joined(stages).stages()[0]
     for part, stage in zip(text.split("+"), stages, strict=True):
         if stage is first:
             written = _settings(part, text)[1]
@@ -183,7 +183,8 @@ def _defaults(cls: type[Compressor]) -> dict[str, object]:
     return {} if method is None else {name: getattr(method, name) for name in cls.field_names()}
 
 
-def _joined(stages: list[Compressor]) -> Compressor:
+def joined(stages: Sequence[Compressor]) -> Compressor:
+    """Return a chain of several methods, or the only one."""
     return stages[0] if len(stages) == 1 else Chain(compressors=tuple(stages))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from argparse import Namespace
 from dataclasses import asdict
 from typing import Any
@@ -9,18 +10,22 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from vlmzip import spec
 from vlmzip.cli._options.common import check_counts
 from vlmzip.cli._shared.console import spinner
 from vlmzip.cli._shared.images import check_target, check_visuals, save_image
 from vlmzip.cli._shared.loading import load
-from vlmzip.cli._shared.method import check_method, make_method
+from vlmzip.cli._shared.method import check_method, make_method, settings, without_budget
 from vlmzip.cli._shared.words import split_images_and_question
+from vlmzip.compressor import Compressor
+from vlmzip.errors import UserError, collecting_warnings
 from vlmzip.lab.asking import (
     account_of,
     answer,
     attach_and_note,
     build_inputs,
     by_visual,
+    check_question,
     draw,
     plain_account,
     read_visuals,
@@ -29,9 +34,16 @@ from vlmzip.lab.asking import (
 )
 from vlmzip.lab.table import Console, print_json, show_bytes, show_count, show_flops
 from vlmzip.methods import NoCompression
+from vlmzip.runtime.fitting import before_the_llm
+from vlmzip.runtime.prompt_text import chat_prompt
+
+log = logging.getLogger(__name__)
 
 
 def run(args: Namespace) -> None:
+    if args.store is not None:
+        _ask_store(args)
+        return
     paths, question = split_images_and_question(args.words, "ask")
     check_counts(args, "max_new_tokens", "frames")
     check_method(args, draws=bool(args.overlay))
@@ -72,6 +84,67 @@ def run(args: Namespace) -> None:
             print(f"tokens drawn in {args.overlay}")
     if plain and not args.json:
         print(_gain(out))
+
+
+def _ask_store(args: Namespace) -> None:
+    """Answer about images of a store, without the vision encoder."""
+    from vlmzip.serving.store.reading import Store  # needs pyarrow, an extra
+
+    names, question = args.words[:-1], args.words[-1]
+    if not names or not question.strip():
+        raise UserError('give images of the store and a question: vlmzip ask --store STORE cat.jpg "What is there?"')
+    check_counts(args, "max_new_tokens")
+    for option in ("baseline", "overlay", "frames"):
+        if getattr(args, option):
+            raise UserError(f"--{option} needs the image itself; leave it out, or leave out --store")
+    store = Store(args.store)
+    for name in names:
+        store.row(name)
+    acts_inside = _acts_inside(args, store.compressor)
+    loaded = load(
+        args.model or store.manifest.model, args.device, args.dtype or store.manifest.dtype,
+        allow_pickle=args.allow_pickle,
+    )  # fmt: skip
+    inside = [make_method(args, loaded.family.profile())] if acts_inside else []
+    with collecting_warnings() as notes:
+        compressed = store.attach(loaded, inside)
+    for note in notes:
+        log.warning(note)
+    check_question(loaded, question)
+    prompt = chat_prompt(loaded.family, loaded.processor, question, len(names))
+    inputs = store.inputs(loaded, [prompt], [names])
+    with spinner("answering"):
+        result = answer(loaded, compressed, inputs, args.max_new_tokens)
+    out: dict[str, object] = {
+        "model": loaded.name,
+        "store": str(args.store),
+        "compressor": compressed.compressor.to_dict(),
+        "question": question,
+        "answer": result.text,
+        "images": list(map(account_of, names, by_visual(names, result.report))),
+        "compressed": asdict(result.account),
+        "plain": plain_account(loaded, inputs, result.report),
+    }
+    if args.json:
+        print_json(out)
+    else:
+        _print_account(out)
+        print(f"from {args.store}: the vision encoder did not run")
+
+
+def _acts_inside(args: Namespace, stored: Compressor) -> bool:
+    """Return whether a method was given. Raise `UserError` if it acts before the LLM, where stored images are done."""
+    if not args.has_method:
+        if args.keep is not None or settings(args):
+            raise UserError(f"the images of the store were compressed by {spec.write(stored)}; leave out its options")
+        return False
+    check_method(args)
+    if before := before_the_llm(without_budget(args)):
+        raise UserError(
+            f"the images of the store were compressed by {spec.write(stored)}, and {before[0].name()} acts before the"
+            " LLM, too; give a method that acts inside it, or leave out --method"
+        )
+    return True
 
 
 def _print_account(out: dict[str, Any]) -> None:

@@ -30,6 +30,7 @@ COMMANDS = {
     "compare": "ask one question with every method at one budget, and show the answers side by side",
     "convert": "make a Mini-Gemini that transformers loads from the checkpoint of its authors",
     "doctor": "print versions and devices, and which commands miss a package",
+    "encode": "write the compressed visual tokens of many images to a store, to ask about them often",
     "eval": "score methods at several budgets on whole sets of questions, with intervals, curves and a report",
     "methods": "list the compression methods, or the fields of one",
     "models": "list the model families that vlmzip can compress",

@@ -75,11 +75,7 @@ def build_inputs(loaded: Loaded, visuals: Sequence[Visual], question: str) -> di
     """Return model inputs for one conversation turn with all images and videos before the question."""
     images = [load_image(path) for path in visuals if isinstance(path, str)]
     clips = [clip for clip in visuals if isinstance(clip, Clip)]
-    for kind in ("image", "video"):
-        if f"<{kind}>" in question or getattr(loaded.processor, f"{kind}_token", f"<{kind}>") in question:
-            raise UserError(f"the question must not contain <{kind}>: {kind}s are placed before it")
-    if words := unknown_words(loaded.processor, question):
-        log.warning(f"{loaded.name} does not know {', '.join(map(repr, dict.fromkeys(words)))}")
+    check_question(loaded, question)
     if images and clips and (shared := _shared_inputs(loaded.processor)):
         raise UserError(
             f"the processor of {loaded.name} puts images and videos into the same {min(shared)}: ask about one kind"
@@ -97,6 +93,15 @@ def build_inputs(loaded: Loaded, visuals: Sequence[Visual], question: str) -> di
     with refusing(f"{loaded.name}'s processor refuses the video") if clips else nullcontext():
         inputs = loaded.processor(images=images or None, text=prompt, return_tensors="pt", **settings)
     return dict(inputs.to(loaded.model.device, loaded.model.dtype))
+
+
+def check_question(loaded: Loaded, question: str) -> None:
+    """Raise `UserError` for a question with a placeholder; log a warning for words that the model does not know."""
+    for kind in ("image", "video"):
+        if f"<{kind}>" in question or getattr(loaded.processor, f"{kind}_token", f"<{kind}>") in question:
+            raise UserError(f"the question must not contain <{kind}>: {kind}s are placed before it")
+    if words := unknown_words(loaded.processor, question):
+        log.warning(f"{loaded.name} does not know {', '.join(map(repr, dict.fromkeys(words)))}")
 
 
 def _shared_inputs(processor: Processor) -> set[str]:
@@ -174,7 +179,8 @@ def answer(loaded: Loaded, compressed: CompressedModel, inputs: InputDict, max_n
     new = out[0, inputs["input_ids"].shape[1] :]
     text = loaded.processor.decode(new, skip_special_tokens=True).strip()
     parts = compressed.report.milliseconds
-    spent = {"vision encoder": parts["encoder"], "selection": parts["selection"]}
+    # Stored images need neither.
+    spent = {"vision encoder": parts.get("encoder", 0.0), "selection": parts.get("selection", 0.0)}
     spent["LLM"] = total - sum(spent.values()) - parts.get("bookkeeping", 0.0)
     report = compressed.report
     text_tokens = inputs["input_ids"].shape[1] - report.before

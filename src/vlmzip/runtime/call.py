@@ -14,6 +14,7 @@ from vlmzip.processor import Inputs
 from vlmzip.runtime.cache_names import cache_of
 from vlmzip.runtime.compressed_inputs import CompressedInputs
 from vlmzip.runtime.conversation import CacheState, Conversations, first_turn, next_turn
+from vlmzip.runtime.earlier_images import ARGUMENT as EARLIER
 from vlmzip.runtime.fitting import inside_the_llm
 from vlmzip.runtime.in_llm.prompt import prompt_of
 from vlmzip.runtime.in_llm.state import InLLMState
@@ -109,6 +110,8 @@ def _refuse(arguments: Inputs, before: CacheState | None) -> None:
     """Raise `UserError` for arguments that do not work with a compressed prompt or a filled cache."""
     if before is not None and arguments.get("input_ids") is None:
         raise UserError("give input_ids to continue a filled KV cache; embeddings do not show the conversation so far")
+    if before is not None and arguments.get(EARLIER) is not None:
+        raise UserError(f"a filled KV cache does not take {EARLIER}: give the whole conversation without the cache")
     if isinstance(arguments.get("logits_to_keep"), Tensor):
         raise UserError("logits_to_keep must be a number, got a tensor, which indexes the uncompressed prompt")
     if before is not None and arguments.get("position_ids") is not None:

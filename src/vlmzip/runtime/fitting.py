@@ -24,6 +24,11 @@ def inside_the_llm(compressor: Compressor) -> list[Compressor]:
     return [stage for stage in compressor.stages() if stage.site is Site.IN_LLM]
 
 
+def before_the_llm(compressor: Compressor) -> list[Compressor]:
+    """Return the stages of `compressor` that act before the LLM."""
+    return [stage for stage in compressor.stages() if stage.site is not Site.IN_LLM]
+
+
 @names_other_methods
 def fitted(compressor: spec.CompressorLike, family: Family) -> Compressor:
     """Return the compressor as it acts in the model: default layers that the LLM cannot use move to layers that it can.

@@ -17,6 +17,8 @@ from vlmzip.models.family import Family
 from vlmzip.processor import Inputs
 from vlmzip.runtime.cache_names import cache_of
 from vlmzip.runtime.compressed_inputs import CompressedInputs
+from vlmzip.runtime.earlier_images import ARGUMENT as EARLIER
+from vlmzip.runtime.earlier_images import EarlierImages
 from vlmzip.runtime.fitting import inside_the_llm
 from vlmzip.runtime.packing import pack
 from vlmzip.runtime.prompt import (
@@ -76,11 +78,17 @@ def compress_inputs(
 
     A method with weights needs `resampler`, the module that holds them, such as the façade's `resampler`.
 
+    `inputs` can have images that were compressed earlier (`EarlierImages`) as `compressed_images` in place of pixels.
+    The prompt has their uncompressed placeholders, and the vision encoder does not run.
+
     Raise `UserError` if placeholders and images do not match.
     """
     family, compressor = family or family_of(model), spec.as_compressor(compressor)
     inputs = family.with_names_of_model(inputs)
     out = CompressedInputs(inputs)
+    earlier: EarlierImages | None = out.pop(EARLIER, None)
+    if earlier is not None:
+        inputs = earlier.described_in(inputs, family, compressor)
     watch = Stopwatch(next(model.parameters()).device)
     present = family.present_in(inputs)
     if not present:
@@ -95,8 +103,10 @@ def compress_inputs(
             raise UserError(f"{name} is empty; leave it out where there are no {each.modality}s")
     has_positions = inputs.get("position_ids") is not None
     original = has_positions or positions_of(compressor, family) == "original"
-    images = []
-    for each in present:
+    images: list[CompressedImage] = []
+    if earlier is not None:
+        images, out.smaller = list(earlier.images), earlier.smaller
+    for each in present if earlier is None else ():
         of_kind, smaller = compress_images(
             each, out.smaller or inputs, compressor, watch, resampler, ascending=original
         )

@@ -17,6 +17,7 @@ from vlmzip.models.layout import Encoded, Layout, MergeTarget, Views, numbers_by
 from vlmzip.processor import InputDict, Inputs
 from vlmzip.resampler import Resampler
 from vlmzip.runtime.compress import Plan, compress, encoded_again, in_order, view_numbers
+from vlmzip.runtime.fitting import before_the_llm
 from vlmzip.runtime.other_methods import names_other_methods
 from vlmzip.runtime.questions import with_questions
 from vlmzip.runtime.report import CompressedImage, ImageReport, Stopwatch
@@ -41,7 +42,7 @@ def compress_images(
     made the images smaller, otherwise `None`. `ascending`: tokens keep their positions, so the output tokens of each
     compressor are in the order of their anchors.
     """
-    stages = [stage for stage in compressor.stages() if stage.site is not Site.IN_LLM]
+    stages = before_the_llm(compressor)
     first, later = stages[0] if stages else None, stages[1:]
     smaller = None
     layouts = family.layouts(inputs)

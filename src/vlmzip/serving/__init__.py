@@ -1,4 +1,5 @@
 """Serving: what answers other programs with compressed images.
 
-`server` answers over HTTP as OpenAI's API does, and `vllm` is a plugin for vLLM.
+`server` answers over HTTP as OpenAI's API does, `store` keeps compressed images in files, and `vllm` is a plugin for
+vLLM.
 """

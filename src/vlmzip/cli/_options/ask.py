@@ -12,6 +12,7 @@ EXAMPLES = """  vlmzip ask examples/flat.png "what color is the ring ?"
   vlmzip ask street.jpg "What does the sign say?" --model llava-hf/llava-1.5-7b-hf --keep 64
   vlmzip ask a.png b.png "What differs?" --method pool2d --factor 2 --overlay tokens.png
   vlmzip ask clip.mp4 "What happens?" --model Qwen/Qwen2.5-VL-7B-Instruct --frames 16 --keep-per-view 24
+  vlmzip ask --store store cat.jpg "What is the cat doing?"
   vlmzip ask a.png "How many?" --dominant 13 --contextual 3 --merge mean --baseline --json"""
 
 
@@ -21,6 +22,15 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     add_model(parser)
     add_frames(parser)
     add_method(parser, arguments)
+    parser.set_defaults(has_method=any(word.partition("=")[0] == "--method" for word in arguments))
+    parser.add_argument(
+        "--store",
+        type=Path,
+        metavar="STORE",
+        help="answer about images that `vlmzip encode` stored there, by their names; --method acts inside the LLM",
+    )
+    if any(word.partition("=")[0] == "--store" for word in arguments):
+        parser.set_defaults(model=None)  # the store's
     parser.add_argument("--baseline", action="store_true", help="also answer without compression, and compare")
     parser.add_argument("--overlay", type=Path, metavar="FILE", help="draw the tokens kept, merged and dropped")
     add_answer_length(parser)

@@ -1,0 +1,112 @@
+"""`vlmzip encode FOLDER --out STORE`: write the compressed visual tokens of many images, to ask about them often."""
+
+from __future__ import annotations
+
+import logging
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from vlmzip import spec
+from vlmzip.cli._options.common import check_counts, check_folder
+from vlmzip.cli._shared.loading import load
+from vlmzip.cli._shared.method import check_method, make_method, without_budget
+from vlmzip.compressor import Compressor
+from vlmzip.errors import UserError
+from vlmzip.lab.table import print_json, show_bytes
+from vlmzip.progress import working
+from vlmzip.runtime.loading import Loaded
+from vlmzip.serving.store.encoding import refuse_unfit
+from vlmzip.serving.store.manifest import Manifest
+from vlmzip.serving.store.parts import Part
+from vlmzip.serving.store.reading import Damage, Store
+from vlmzip.serving.store.writing import EncodeParts, Written, write_store
+
+log = logging.getLogger(__name__)
+#: The most images that a message names.
+MOST_NAMED = 5
+
+
+def run(args: Namespace) -> None:
+    if args.verify is not None:
+        if args.folder is not None or args.out is not None:
+            raise UserError("--verify takes a store alone: vlmzip encode --verify STORE")
+        _verify(args.verify, as_json=args.json)
+        return
+    if args.folder is None or args.out is None:
+        raise UserError("give a folder of images and a store: vlmzip encode FOLDER --out STORE")
+    check_counts(args, "batch", "shard", "workers")
+    check_folder(args)
+    check_method(args)
+    refuse_unfit(without_budget(args))
+    loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)
+    compressor = make_method(args, loaded.family.profile())
+    start = time.monotonic()
+    in_processes = _workers(args, compressor) if args.workers > 1 else None
+    written = write_store(
+        args.folder, args.out, loaded, compressor, batch=args.batch, shard=args.shard, in_processes=in_processes
+    )
+    _print(args, loaded, compressor, written, time.monotonic() - start)
+    for name, reason in written.failed.items():
+        log.warning(f"{name} is not in the store: {reason}")
+    if failed := written.failed:
+        raise UserError(
+            f"{len(failed)} of {len(failed) + written.stored} images could not be stored: {_some(list(failed))}"
+        )
+
+
+def _workers(args: Namespace, compressor: Compressor) -> Callable[[Manifest], EncodeParts]:
+    """Return the function with which `write_store` encodes parts in other processes."""
+    from vlmzip.serving.store.ray_workers import Job, encode_with_workers  # needs ray, an extra
+
+    def in_processes(manifest: Manifest) -> EncodeParts:
+        job = Job.of(
+            args.folder, args.out, args.model, args.device, args.dtype, allow_pickle=args.allow_pickle,
+            compressor=compressor, manifest=manifest,
+        )  # fmt: skip
+
+        def encode(parts: Sequence[Part]) -> Iterator[int]:
+            return encode_with_workers(job, parts, args.workers)
+
+        return encode
+
+    return in_processes
+
+
+def _print(args: Namespace, loaded: Loaded, compressor: Compressor, written: Written, seconds: float) -> None:
+    rate = written.encoded / seconds if written.encoded else None
+    if args.json:
+        out = {"store": str(args.out), "model": loaded.name, "compressor": compressor.to_dict(), **asdict(written)}
+        print_json({**out, "seconds": seconds, "images_per_second": rate})
+        return
+    speed = "" if rate is None else f", {rate:.1f} images/s"
+    print(f"{written.encoded:,} images encoded with {spec.write(compressor)}{speed}")
+    tokens, files = show_bytes(written.token_bytes), show_bytes(written.file_bytes)
+    print(f"{args.out} has {written.stored:,} images: {tokens} of tokens for {files} of image files")
+
+
+def _verify(path: Path, *, as_json: bool) -> None:
+    store = Store(path)
+    damaged: list[Damage] = []
+    with working("verifying", len(store)) as work:
+        for damage in store.damaged():
+            damaged += [] if damage is None else [damage]
+            work.advance()
+    if as_json:
+        print_json({"store": str(path), "images": len(store), "damaged": [asdict(damage) for damage in damaged]})
+    for damage in damaged:
+        log.warning(damage.reason)
+    if damaged:
+        raise UserError(
+            f"{len(damaged)} of {len(store)} images are damaged: {_some([damage.path for damage in damaged])}"
+        )
+    if not as_json:
+        print(f"all {len(store):,} images of {path} are whole")
+
+
+def _some(names: list[str]) -> str:
+    """Return the first names, and the number of the others."""
+    more = f" and {len(names) - MOST_NAMED:,} more" if len(names) > MOST_NAMED else ""
+    return f"{', '.join(names[:MOST_NAMED])}{more}"

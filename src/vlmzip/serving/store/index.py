@@ -1,0 +1,71 @@
+"""The index of a store: a Parquet file with a row for each image of the folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vlmzip.errors import UserError, refusing
+from vlmzip.files import write_whole
+
+try:
+    import pyarrow
+    from pyarrow import parquet
+except ImportError:
+    raise UserError("stores need pyarrow: pip install 'vlmzip[store]'") from None
+
+FILE = "index.parquet"
+#: A row of the index by column.
+Row = dict[str, Any]
+#: The columns and their types. A row with an `error` stands for an image that is not in the store; the columns that
+#: describe tokens are null there.
+SCHEMA = pyarrow.schema(
+    {
+        "path": pyarrow.string(),
+        "sha256": pyarrow.string(),
+        "bytes": pyarrow.int64(),
+        "width": pyarrow.int32(),
+        "height": pyarrow.int32(),
+        "tokens_before": pyarrow.int32(),
+        "tokens_after": pyarrow.int32(),
+        "token_bytes": pyarrow.int64(),
+        "shard": pyarrow.string(),
+        "name": pyarrow.string(),
+        "checksum": pyarrow.string(),
+        "error": pyarrow.string(),
+    }
+)
+
+
+def write_rows(path: Path, rows: Iterable[Row]) -> None:
+    """Write rows in the order of their paths, whole or not at all."""
+    table = pyarrow.Table.from_pylist(sorted(rows, key=lambda row: row["path"]), schema=SCHEMA)
+    write_whole(path, lambda name: parquet.write_table(table, name, write_page_checksum=True))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a file. Raise `UserError` if it is damaged."""
+    with refusing(f"{str(path)!r} is damaged, or it is no index of a store"):
+        table = parquet.read_table(path, page_checksum_verification=True)
+        if table.schema.names != SCHEMA.names:
+            raise UserError(f"{str(path)!r} has other columns than the index of a store: restore it from a copy")
+        return list(table.cast(SCHEMA).to_pylist())
+
+
+def newest(rows: Iterable[Row]) -> dict[str, Row]:
+    """Return the row of each path: the last one without an error, else the last one."""
+    chosen: dict[str, Row] = {}
+    for row in rows:
+        if row["error"] is None or row["path"] not in chosen:
+            chosen[row["path"]] = row
+    return chosen
+
+
+def signed(row: Mapping[str, object]) -> Row:
+    """Return the part of a row that its checksum covers."""
+    return {name: value for name, value in row.items() if name != "checksum"}
+
+
+def shards_of(rows: Sequence[Row]) -> set[str]:
+    return {row["shard"] for row in rows if row["shard"] is not None}

@@ -1,0 +1,136 @@
+"""Read a store: the images by their paths, and prompts about them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vlmzip import spec
+from vlmzip.compressor import Compressor
+from vlmzip.errors import UserError, did_you_mean
+from vlmzip.files import PathText, is_file
+from vlmzip.processor import InputDict
+from vlmzip.runtime.attach import attach
+from vlmzip.runtime.facade import CompressedModel
+from vlmzip.runtime.loading import Loaded
+from vlmzip.runtime.saving import saved_weights
+from vlmzip.serving.store import index
+from vlmzip.serving.store.image import StoredImage, checksum
+from vlmzip.serving.store.index import Row
+from vlmzip.serving.store.manifest import Manifest, require_manifest
+from vlmzip.serving.store.prompt import stored_inputs
+
+
+class UnknownImage(UserError, KeyError):
+    """An image that is not in a store."""
+
+    __str__ = Exception.__str__  # that of KeyError puts quotes around the message
+
+
+class Damaged(UserError):
+    """A file of a store, or an image in it, whose content has changed."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """An image of a store whose tokens are damaged."""
+
+    path: str
+    reason: str
+
+
+class Store(Mapping[str, StoredImage]):
+    """A store of compressed images: `store["cat.jpg"]` has the tokens of an image.
+
+    Images are read when they are asked for, and each time their checksum is compared. The index is read once.
+    """
+
+    def __init__(self, path: PathText) -> None:
+        """Open the store. Raise `UserError` if there is none, or if it is unfinished or damaged."""
+        self.path = Path(path)
+        self.manifest: Manifest = require_manifest(self.path)
+        self.compressor: Compressor = self.manifest.read_compressor()
+        """The compressor that made the tokens."""
+        if not is_file(self.path / index.FILE):
+            raise UserError(f"{str(path)!r} is unfinished; run the same vlmzip encode again")
+        self._all_rows = {row["path"]: row for row in index.read_rows(self.path / index.FILE)}
+        self._rows = {name: row for name, row in self._all_rows.items() if row["error"] is None}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
+    def __getitem__(self, name: str) -> StoredImage:
+        """Return an image by its path below the folder that was encoded.
+
+        Raise `UnknownImage` if the store does not have it, and `Damaged` if its content has changed.
+        """
+        return StoredImage.from_tensors(self._read(self.row(name)))
+
+    def row(self, name: str) -> Row:
+        """Return an image's row of the index. Raise `UnknownImage` if the store does not have it."""
+        if name not in self._rows:
+            row = self._all_rows.get(name)
+            if row is not None:
+                raise UnknownImage(f"{name!r} is not in the store: {row['error']}")
+            raise UnknownImage(f"the store {str(self.path)!r} has no image {name!r}{did_you_mean(name, self._rows)}")
+        return self._rows[name]
+
+    def damaged(self) -> Iterator[Damage | None]:
+        """Compare the checksum of every image; yield its damage, or `None` if it is whole."""
+        for name, row in self._rows.items():
+            try:
+                self._read(row)
+                yield None
+            except Damaged as error:
+                yield Damage(name, str(error))
+
+    def attach(self, loaded: Loaded, inside: Sequence[Compressor] = ()) -> CompressedModel:
+        """Return the model with the compressor of the store, and with methods that act `inside` the LLM.
+
+        Raise `UserError` if the tokens come from another model.
+        """
+        compressor = spec.joined([self.compressor, *inside])
+        compressed = attach(loaded.model, compressor, weights=saved_weights(self.compressor, loaded.name))
+        mine = Manifest.of(loaded, compressed, 0, 0, takes_several=True)
+        mine.refuse_other_model(self.manifest, self.path, "give the model of the store")
+        return compressed
+
+    def inputs(self, loaded: Loaded, prompts: Sequence[str], names: Sequence[Sequence[str]]) -> InputDict:
+        """Return the inputs of prompts about images of the store, for the model with the store's compressor attached.
+
+        `prompts` come from the model's chat template, and `names` has the images of each prompt.
+        """
+        if not self.manifest.takes_several and any(len(of_prompt) > 1 for of_prompt in names):
+            raise UserError(f"{loaded.name} encodes an image in another way beside others: ask about one stored image")
+        images = [[self[name] for name in of_prompt] for of_prompt in names]
+        return stored_inputs(loaded.family, loaded.processor, self.compressor, prompts, images)
+
+    def _read(self, row: Row) -> dict[str, Tensor]:
+        """Return the tensors of an image. Raise `Damaged` if they or the row are not as they were written."""
+        name = row["path"]
+        with _reading(name, row["shard"]), safe_open(self.path / row["shard"], "pt") as shard:
+            prefix = f"{row['name']}."
+            keys = [key for key in shard.keys() if key.startswith(prefix)]  # noqa: SIM118
+            tensors: dict[str, Tensor] = {key.removeprefix(prefix): shard.get_tensor(key) for key in keys}
+        if checksum(index.signed(row), tensors) != row["checksum"]:
+            raise Damaged(f"{name!r} is damaged: its checksum is wrong; encode it into another store")
+        return tensors
+
+
+@contextmanager
+def _reading(name: str, shard: str) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise Damaged(f"{name!r} is damaged: {shard} cannot be read ({' '.join(str(error).split())[:100]})") from None

@@ -1,0 +1,164 @@
+"""Make a store, or continue one: encode the images of a folder that it does not have yet."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from vlmzip.compressor import Compressor
+from vlmzip.errors import UserError
+from vlmzip.files import is_file
+from vlmzip.locks import hold
+from vlmzip.progress import working
+from vlmzip.runtime.attach import attach
+from vlmzip.runtime.images import load_image
+from vlmzip.runtime.loading import Loaded
+from vlmzip.runtime.saving import saved_weights
+from vlmzip.serving.store import index
+from vlmzip.serving.store.encoding import Encoder
+from vlmzip.serving.store.folder import image_names
+from vlmzip.serving.store.index import Row
+from vlmzip.serving.store.manifest import Manifest, read_manifest
+from vlmzip.serving.store.parts import SHARDS, UNFINISHED, Part, parts_of, write_part
+
+log = logging.getLogger(__name__)
+#: Encode parts of a store, and yield the number of images of each part that is done.
+EncodeParts = Callable[[Sequence[Part]], Iterator[int]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """The state of a store after a run."""
+
+    stored: int
+    """Images in the store."""
+    encoded: int
+    """Images that this run encoded."""
+    failed: dict[str, str]
+    """The reason for each image that could not be stored."""
+    token_bytes: int
+    """The bytes of all tokens."""
+    file_bytes: int
+    """The bytes of the image files."""
+
+
+def write_store(
+    folder: Path,
+    store: Path,
+    loaded: Loaded,
+    compressor: Compressor,
+    *,
+    batch: int = 8,
+    shard: int = 64,
+    in_processes: Callable[[Manifest], EncodeParts] | None = None,
+) -> Written:
+    """Write the compressed tokens of all images below `folder` to `store`; continue the store if it exists.
+
+    `batch` images go through the encoder together, and `shard` images form a file. A run that was stopped at any moment
+    can be continued: the files are then the same as without the stop. `in_processes` returns a function that encodes
+    parts in other processes; by default this process encodes them.
+
+    Raise `UserError` if another run is writing the store, if it comes from another model or method, if an image has
+    changed since it was stored, or if the tokens of this model or method cannot be stored.
+    """
+    names = image_names(folder)
+    lock = hold(store)
+    try:
+        encoder = Encoder(loaded, attach(loaded.model, compressor, weights=saved_weights(compressor, loaded.name)))
+        _remove_unfinished(store)
+        manifest = _begin(folder, store, encoder, names, batch, shard)
+        rows = _rows(store)
+        before = index.newest(rows)
+        missing = _missing(folder, names, before)
+        parts = parts_of(missing, shard, index.shards_of(rows))
+        encode = in_processes(manifest) if in_processes else _in_this_process(store, folder, encoder, batch)
+        with working("encoding", len(missing)) as work:
+            for count in encode(parts) if parts else ():
+                work.advance(count)
+        return _finish(store, names, missing)
+    finally:
+        lock.release()
+
+
+def _begin(folder: Path, store: Path, encoder: Encoder, names: Sequence[str], batch: int, shard: int) -> Manifest:
+    """Return the manifest of the store, and write it if the store is new."""
+    made = read_manifest(store)
+    if made is None:
+        first = next(_readable(folder, names), None)
+        if first is None:
+            raise UserError(f"none of the {len(names)} images in {str(folder)!r} can be read")
+        encoder.check(first)
+    takes_several = encoder.takes_several if made is None else made.takes_several
+    manifest = Manifest.of(encoder.loaded, encoder.compressed, batch, shard, takes_several=takes_several)
+    if made is None:
+        manifest.write(store)
+        return manifest
+    manifest.refuse_other(made, store)
+    if changes := manifest.rounding_changes(made):
+        log.warning(f"tokens may be rounded differently from those that the store has: {', '.join(changes)}")
+    return made
+
+
+def _readable(folder: Path, names: Sequence[str]) -> Iterator[Image.Image]:
+    for name in names:
+        try:
+            yield load_image(folder / name)
+        except UserError:
+            continue
+
+
+def _rows(store: Path) -> list[Row]:
+    """Return the rows of the index, followed by those of parts that it does not have yet."""
+    files = [store / index.FILE] if is_file(store / index.FILE) else []
+    files += sorted((store / UNFINISHED).glob("*.parquet"))
+    return [row for file in files for row in index.read_rows(file)]
+
+
+def _missing(folder: Path, names: Sequence[str], rows: dict[str, Row]) -> list[str]:
+    """Return the images to encode: those without a row, and those that could not be read before and can now."""
+    missing = []
+    for name in names:
+        row = rows.get(name)
+        if row is None:
+            missing.append(name)
+        elif row["error"] is not None:
+            missing += [name] if next(_readable(folder, [name]), None) is not None else []
+        elif (folder / name).stat().st_size != row["bytes"]:
+            raise UserError(f"{str(folder / name)!r} has changed since it was stored; give another --out")
+    return missing
+
+
+def _in_this_process(store: Path, folder: Path, encoder: Encoder, batch: int) -> EncodeParts:
+    def encode(parts: Sequence[Part]) -> Iterator[int]:
+        for part in parts:
+            write_part(store, folder, part, encoder, batch)
+            yield len(part.names)
+
+    return encode
+
+
+def _finish(store: Path, names: Sequence[str], missing: Sequence[str]) -> Written:
+    """Write the index, and remove the files that it replaces."""
+    rows = index.newest(_rows(store))
+    _remove_unfinished(store)
+    if (store / UNFINISHED).is_dir():
+        index.write_rows(store / index.FILE, rows.values())
+        for path in (store / UNFINISHED).iterdir():
+            path.unlink()
+        (store / UNFINISHED).rmdir()
+    stored = [row for row in rows.values() if row["error"] is None]
+    failed = {name: rows[name]["error"] for name in names if rows[name]["error"] is not None}
+    sizes = (sum(row[column] for row in stored) for column in ("token_bytes", "bytes"))
+    return Written(len(stored), len(set(missing) - failed.keys()), failed, *sizes)
+
+
+def _remove_unfinished(store: Path) -> None:
+    """Remove the temporary files of processes that were stopped while they wrote."""
+    for folder in (store, store / SHARDS, store / UNFINISHED):
+        for pattern in (".*.safetensors", ".*.parquet", ".*.json"):
+            for path in folder.glob(pattern):
+                path.unlink()

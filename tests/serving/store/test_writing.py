@@ -1,0 +1,271 @@
+"""Stores are written whole, continued after any stop, and refuse to mix; damage is found."""
+
+import hashlib
+import json
+import shutil
+from contextlib import suppress
+
+import pytest
+import torch
+from PIL import Image
+from pyarrow import parquet
+from safetensors.torch import load_file
+
+from tests.families import FAMILIES
+from tests.serving.store.stores import contents, loaded_of, write, write_images
+from vlmzip import UserError, locks
+from vlmzip.serving.store import Store, parts
+from vlmzip.serving.store.reading import Damaged, UnknownImage
+
+COUNT = 9
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return loaded_of(FAMILIES["llava"]())
+
+
+@pytest.fixture
+def images(tmp_path):
+    folder = tmp_path / "images"
+    write_images(folder, COUNT)
+    (folder / "3.png").write_bytes(b"no image")
+    (folder / "notes.txt").write_text("no image either")
+    (folder / ".hidden.png").write_bytes(b"")
+    return folder
+
+
+@pytest.fixture
+def whole(images, tmp_path, loaded):
+    """A store that was written without a stop."""
+    write(images, tmp_path / "whole", loaded)
+    return tmp_path / "whole"
+
+
+def stop_at(monkeypatch, stop):
+    """Let the write number `stop` of a run end it before the file is there; what was begun stays, as after a kill."""
+    writes = iter(range(stop + 1))
+
+    def interrupted(path, write):
+        if next(writes) == stop:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            (path.parent / f".{path.stem}-cut{path.suffix}").write_bytes(b"cut")
+            raise KeyboardInterrupt
+        whole(path, write)
+
+    whole = parts.write_whole
+    monkeypatch.setattr("vlmzip.serving.store.parts.write_whole", interrupted)
+    monkeypatch.setattr("vlmzip.serving.store.index.write_whole", interrupted)
+
+
+@pytest.mark.parametrize("stop", range(11))
+def test_a_run_that_was_stopped_anywhere_continues(images, whole, tmp_path, loaded, monkeypatch, stop):
+    """Five parts make ten files, and the index is the last."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, stop)
+        with pytest.raises(KeyboardInterrupt):
+            write(images, tmp_path / "store", loaded)
+    if stop < 10:
+        with pytest.raises(UserError, match="is unfinished; run the same vlmzip encode again"):
+            Store(tmp_path / "store")
+    written = write(images, tmp_path / "store", loaded)
+    assert contents(tmp_path / "store") == contents(whole)
+    assert (written.stored, list(written.failed)) == (COUNT - 1, ["3.png"])
+
+
+def test_a_second_run_changes_nothing_and_encodes_nothing(images, whole, loaded):
+    before = contents(whole)
+    written = write(images, whole, loaded)
+    assert contents(whole) == before
+    assert (written.stored, written.encoded) == (COUNT - 1, 0)
+
+
+def test_parts_that_were_finished_in_another_order_give_the_same_store(images, whole, tmp_path, loaded, monkeypatch):
+    store = tmp_path / "store"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 8)  # of five parts, four are done
+        with pytest.raises(KeyboardInterrupt):
+            write(images, store, loaded)
+    (store / "unfinished" / "000001.parquet").unlink()  # as if other processes had been quicker
+    write(images, store, loaded)
+    assert contents(store) == contents(whole)
+
+
+def test_new_images_are_added_and_mended_ones_tried_again(images, whole, loaded):
+    before = contents(whole)
+    Image.new("RGB", (48, 48), "red").save(images / "3.png")
+    Image.new("RGB", (48, 48), "blue").save(images / "new.png")
+    written = write(images, whole, loaded)
+    assert (written.stored, written.encoded, written.failed) == (COUNT + 1, 2, {})
+    after = contents(whole)
+    assert {name for name in before if before[name] != after[name]} == {"index.parquet"}
+    assert {"3.png", "new.png"} < set(Store(whole))
+
+
+def test_an_image_that_changed_is_refused(images, whole, loaded):
+    Image.new("RGB", (50, 50)).save(images / "1.png")
+    with pytest.raises(UserError, match=r"1\.png' has changed since it was stored; give another --out"):
+        write(images, whole, loaded)
+
+
+def test_the_index_is_read_by_other_tools(images, whole):
+    rows = {row["path"]: row for row in parquet.read_table(whole / "index.parquet").to_pylist()}
+    assert sorted(rows) == list(rows)
+    assert len(rows) == COUNT
+    assert "Pillow" in rows["3.png"]["error"]
+    name = f"more/{COUNT - 1}.png"
+    row = rows[name]
+    assert row["sha256"] == hashlib.sha256((images / name).read_bytes()).hexdigest()
+    assert row["bytes"] == (images / name).stat().st_size
+    assert (row["width"], row["height"]) == Image.open(images / name).size
+    assert (row["tokens_before"], row["tokens_after"], row["error"]) == (36, 8, None)
+    features = load_file(whole / row["shard"])[f"{row['name']}.features"]
+    assert features.nbytes == row["token_bytes"]
+    assert torch.equal(features, Store(whole)[name].features)
+
+
+@pytest.mark.parametrize("method", ["visionzip(keep=9)", "kmeans(keep=8)"])
+def test_another_method_is_refused(images, whole, loaded, method):
+    with pytest.raises(UserError, match=r"was made with visionzip\(keep=8\), not with .*; give another --out"):
+        write(images, whole, loaded, method)
+
+
+def test_another_model_is_refused(images, whole, tmp_path):
+    other = FAMILIES["llava"]()
+    other.model.get_input_embeddings().weight.data[0] += 1
+    with pytest.raises(UserError, match="made with another version of the model, not with llava: weights differ"):
+        write(images, whole, loaded_of(other))
+    with pytest.raises(UserError, match="weights differ; give the model of the store"):
+        Store(whole).attach(loaded_of(other))
+
+
+@pytest.mark.parametrize(("setting", "message"), [({"batch": 3}, "--batch 2"), ({"shard": 4}, "--shard 2")])
+def test_other_groups_of_images_are_refused(images, whole, loaded, setting, message):
+    with pytest.raises(UserError, match=f"was made with {message}; give it, or another --out"):
+        write(images, whole, loaded, **setting)
+
+
+def test_a_second_process_is_refused(images, whole, loaded, monkeypatch):
+    monkeypatch.setattr(locks.FileLock, "acquire", lambda self: (_ for _ in ()).throw(locks.Timeout("")))
+    with pytest.raises(UserError, match="another run is writing"):
+        write(images, whole, loaded)
+
+
+def test_images_that_the_method_refuses_are_left_out(tmp_path, images, loaded, monkeypatch):
+    """One of the images of a batch cannot be encoded: the others can."""
+    encode = parts.Encoder.encode
+
+    def picky(self, of_batch):
+        if any(image.size == (60, 40) for image in of_batch) and len(of_batch) != 1:
+            raise UserError("too wide")
+        if of_batch[0].size == (60, 40) and hasattr(self, "checked"):
+            raise UserError("too wide")
+        self.checked = True
+        return encode(self, of_batch)
+
+    monkeypatch.setattr(parts.Encoder, "encode", picky)
+    written = write(images, tmp_path / "store", loaded)
+    assert written.failed == {"0.png": "too wide", "5.png": "too wide", "3.png": written.failed["3.png"]}
+    assert written.stored == COUNT - 3
+
+
+def test_no_image_that_can_be_read(tmp_path, loaded):
+    (tmp_path / "images").mkdir()
+    with pytest.raises(UserError, match="there are no images in"):
+        write(tmp_path / "images", tmp_path / "store", loaded)
+    (tmp_path / "images" / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match="none of the 1 images in"):
+        write(tmp_path / "images", tmp_path / "store", loaded)
+    with pytest.raises(UserError, match="there is no folder"):
+        write(tmp_path / "nothing", tmp_path / "store", loaded)
+
+
+# --- damage ------------------------------------------------------------------------------------------------------
+
+
+def damage(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def damaged(store):
+    return [damage.path for damage in Store(store).damaged() if damage is not None]
+
+
+def test_a_flipped_byte_of_an_image_is_found(whole):
+    assert damaged(whole) == []
+    row = Store(whole).row("4.png")
+    shard = whole / row["shard"]
+    place = shard.read_bytes().index(load_file(shard)[f"{row['name']}.features"].numpy().tobytes())
+    damage(shard, place + row["token_bytes"] // 2)
+    assert damaged(whole) == ["4.png"]
+    store = Store(whole)
+    with pytest.raises(Damaged, match=r"'4.png' is damaged: its checksum is wrong"):
+        store["4.png"]
+    assert len(store["5.png"].places) == 8
+
+
+def test_a_flipped_byte_anywhere_in_a_shard_is_found_or_harmless(whole, tmp_path):
+    """Header, numbers and tokens: an image is as before, or damaged."""
+    before = {name: image.tensors() for name, image in Store(whole).items()}
+    shard = whole / "shards" / "000000.safetensors"
+    content, found = shard.read_bytes(), 0
+    for place in range(0, len(content), 37):
+        damage(shard, place)
+        store = Store(whole)
+        bad = damaged(whole)
+        found += bool(bad)
+        for name in ("0.png", "1.png"):
+            if name not in bad:
+                assert all(torch.equal(value, before[name][key]) for key, value in store[name].tensors().items())
+        shard.write_bytes(content)
+    assert found > len(content) / 37 * 0.9
+
+
+def test_a_flipped_byte_of_the_index_is_found_or_harmless(whole):
+    index = whole / "index.parquet"
+    content, before = index.read_bytes(), Store(whole)
+    for place in range(4, len(content), 61):
+        damage(index, place)
+        with suppress(UserError):
+            after = Store(whole)
+            assert damaged(whole) or [after.row(name) for name in after] == [before.row(name) for name in before]
+        index.write_bytes(content)
+
+
+def test_a_shard_that_is_cut_or_missing_damages_its_images(whole):
+    shard = whole / "shards" / "000001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    assert damaged(whole) == ["2.png"]
+    shard.unlink()
+    assert damaged(whole) == ["2.png"]
+
+
+def test_a_damaged_description_is_refused(whole, images, loaded):
+    path = whole / "store.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "batch": 3}))
+    for use in (lambda: Store(whole), lambda: write(images, whole, loaded)):
+        with pytest.raises(UserError, match=r"store\.json' is damaged"):
+            use()
+    path.write_text(json.dumps({**content, "format": 2}))
+    with pytest.raises(UserError, match=r"newer than .*; update vlmzip"):
+        Store(whole)
+
+
+def test_names_that_the_store_does_not_have(whole, tmp_path):
+    store = Store(whole)
+    for name, message in {
+        "4.pn": "did you mean '4.png'",
+        "3.png": "is not in the store: ",
+        "../x.png": "has no",
+    }.items():
+        assert name not in store
+        with pytest.raises(UnknownImage, match=message):
+            store[name]
+        assert store.get(name) is None
+    with pytest.raises(UserError, match=r"there is no folder .*; make a store with vlmzip encode"):
+        Store(tmp_path / "nothing")
+    shutil.rmtree(whole / "shards")
+    assert len(store) == COUNT - 1
