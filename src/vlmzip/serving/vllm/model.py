@@ -60,6 +60,12 @@ class CompressingModel(nn.Module):
 
     def _parts(self, family: Family, inputs: Inputs) -> Iterator[Inputs]:
         """Yield the inputs of some images at a time, with at most `MOST_VIEWS` views unless one image has more."""
+        if family.modality == "video" and isinstance(
+            inputs[family.image_inputs[0]], list
+        ):  # of unequal numbers of frames
+            for video in range(len(inputs[family.image_inputs[0]])):
+                yield {name: value[video][None] for name, value in inputs.items()}
+            return
         views = [len(layout.views) for layout in family.layouts(inputs)]
         start, total = 0, 0
         for number, count in enumerate(views):

@@ -19,6 +19,10 @@ logger = init_logger(f"vllm.{__name__}")
 #: does. vLLM imports a class when a checkpoint has its architecture.
 ARCHITECTURES = {
     "LlavaForConditionalGeneration": "vlmzip.serving.vllm.llava:LlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration": "vlmzip.serving.vllm.llava_next:LlavaNextForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration": (
+        "vlmzip.serving.vllm.llava_onevision:LlavaOnevisionForConditionalGeneration"
+    ),
 }
 #: The method of `ModelConfig` that vLLM calls as soon as the checkpoint's config and `--hf-overrides` are read.
 CHECKED_AT = "get_model_arch_config"
