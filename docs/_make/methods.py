@@ -17,7 +17,7 @@ from checked_page import write_or_check
 
 from vlmzip import blueprint, outline
 from vlmzip.lab.table import markdown
-from vlmzip.outline import Facts, Outline
+from vlmzip.outline import Facts, Outline, source_letters
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "methods.md"
@@ -59,8 +59,8 @@ Every method also has `--positions`: `contiguous` renumbers the remaining tokens
 Methods with `keep` also have `keep_per_view`, a budget for each view (tile or frame) of an image or video.
 
 In the table, *cost* is how a method's time grows with N visual tokens, of which k remain, and *192 / 128 / 64* is the
-published share of LLaVA-1.5-7B's score, in percent, at these numbers of its 576 tokens. Sources differ in their
-benchmarks, so compare values of one source only; each method's section names it. `vlmzip methods --kind prune
+published share of LLaVA-1.5-7B's score, in percent, at these numbers of its 576 tokens. A letter names the source.
+Sources differ in their benchmarks, so compare only values with the same letter. `vlmzip methods --kind prune
 --no-text-aware` filters this list, and `vlmzip.available(kind="prune", text_aware=False)` does in Python.
 
 `python docs/_make/methods.py` writes this page from the methods' source. `vlmzip methods NAME` prints the same and the
@@ -93,6 +93,7 @@ def csv_rows() -> list[dict[str, str]]:
 
 
 def overview(methods: list[Outline]) -> str:
+    letters = source_letters(Facts.of(m) for m in methods)
     rows = [
         [
             f"[`{m.name}`](#{m.name})",
@@ -101,12 +102,13 @@ def overview(methods: list[Outline]) -> str:
             sites(m),
             "yes" if facts.text_aware else "no",
             facts.cost,
-            facts.scores,
+            facts.scores_from(letters),
         ]
         for m, facts in ((m, Facts.of(m)) for m in methods)
     ]
     heads = ["method", "kind", "what it does", "acts", "reads the question", "cost", "192 / 128 / 64"]
-    return markdown(heads, rows) + "\n"
+    sources = "".join(f"- {letter}: {source}\n" for source, letter in letters.items())
+    return f"{markdown(heads, rows)}\nSources of the published scores:\n\n{sources}"
 
 
 def section(method: Outline, costs: dict[tuple[str, str], dict[str, str]]) -> str:

@@ -45,6 +45,10 @@ The column `video` asks about one video of two frames with `no_compression`, `ra
 `no_compression` is the same as the plain model and the others answer, `–` refused, `plain fails` if the plain model
 could not be asked about a video of this form; empty if the model takes no video.
 
+A tiny model stands for all checkpoints of its folder. Some of them differ: PaliGemma 2 refuses methods inside the LLM,
+which `paligemma` takes, because its LLM has sliding windows. In `qwen3_vl`, methods inside the LLM begin at the fourth
+layer or later ([more](surprises.md)).
+
 `+` works; `(+)` works in some of these cases and is refused in others; `–` refused.
 """
 

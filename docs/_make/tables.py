@@ -35,6 +35,17 @@ GPU = "NVIDIA-H200"
 CPU = "1-thread"
 MIB = 2**20
 MEASURED = {"llava-1.5-7b": "LLaVA-1.5-7B, 576", "llava-next-7b": "LLaVA-NeXT-7B, 2,880"}
+#: Well-known models by folder, in the order of the README. The README counts the others.
+KNOWN = {
+    "llava": "LLaVA-1.5", "llava_next": "LLaVA-NeXT", "llava_onevision": "LLaVA-OneVision",
+    "mini_gemini": "Mini-Gemini", "video_llava": "Video-LLaVA", "qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL",
+    "qwen3_vl": "Qwen3-VL", "qwen3_5": "Qwen3.5", "internvl": "InternVL", "smolvlm": "SmolVLM",
+    "idefics2": "Idefics2", "idefics3": "Idefics3", "paligemma": "PaliGemma", "gemma3": "Gemma 3",
+    "gemma4": "Gemma 4", "mistral3": "Mistral 3", "molmo2": "Molmo 2", "glm4v": "GLM-4V", "kimi_k25": "Kimi K2.5",
+    "minicpmv4_6": "MiniCPM-V 4.6", "deepseek_vl": "DeepSeek-VL", "janus": "Janus", "ovis2": "Ovis2",
+    "lfm2_vl": "LFM2-VL", "aya_vision": "Aya Vision", "hunyuan_vl": "Hunyuan-VL", "aria": "Aria", "emu3": "Emu3",
+    "fuyu": "Fuyu", "chameleon": "Chameleon",
+}  # fmt: skip
 ACTS = {"pixels": "on the pixels", "encoder": "inside the vision encoder", "in_llm": "inside the LLM"}
 #: The groups of the README's methods, in order: where they act, and what they read.
 READS = ("the visual tokens", "the encoder's attention", "the question")
@@ -163,7 +174,8 @@ def published_table(rows: list[dict[str, str]]) -> list[str]:
 def measured_table(runs: list[dict[str, list[dict[str, str]]]]) -> list[str]:
     """Return a few of the GPU runs: prefill in ms, speed-up by method with its limit, and KV cache."""
     lines = [
-        "| tokens of | prompts | prefill, plain | `visionzip` (limit) | `fastv` (limit) | KV cache | `visionzip` |",
+        "| model, visual tokens | prompts | prefill, plain | `visionzip` (limit) | `fastv` (limit) | KV cache, plain |"
+        " `visionzip` |",
         "| --- " * 7 + "|",
     ]
     for run in runs:
@@ -179,16 +191,22 @@ def measured_table(runs: list[dict[str, list[dict[str, str]]]]) -> list[str]:
 
 
 def models_table(models: list[Checked]) -> list[str]:
-    """Return a row for each group of models that work with the same methods, the most methods first."""
+    """Return a row for each group of models that work with the same methods, the most methods first.
+
+    A row names the well-known models and counts the others.
+    """
     columns = {"pooling, clustering, random": "kmeans", "VisionZip": "visionzip", "inside the LLM": "fastv"}
     groups: dict[tuple[bool, ...], list[str]] = {}
     for model in models:
         if model.status == "works":
             works = tuple(model.status_of(method) == "works" for method in columns.values())
-            groups.setdefault(works, []).append(f"`{model.folder}`")
-    lines = [f"| models, as transformers names them | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
+            groups.setdefault(works, []).append(model.folder)
+    lines = [f"| models | {' | '.join(columns)} |", "| --- " * (len(columns) + 1) + "|"]
     for works in sorted(groups, key=sum, reverse=True):
-        lines.append(f"| {', '.join(groups[works])} | {' | '.join('✓' if it else '–' for it in works)} |")
+        known = [name for folder, name in KNOWN.items() if folder in groups[works]]
+        others = len(groups[works]) - len(known)
+        listed = [*known, f"{others} more"] if others else known
+        lines.append(f"| {', '.join(listed)} | {' | '.join('✓' if it else '–' for it in works)} |")
     return lines
 
 

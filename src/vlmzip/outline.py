@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ast
 import inspect
+import string
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
@@ -91,6 +93,16 @@ class Facts:
         """Return the published scores at 192, 128 and 64 tokens, "-" for an unknown one; "" if there are none."""
         scores = [str(self.published.get(kept, "-")) for kept in ("192", "128", "64")]
         return " / ".join(scores) if self.published else ""
+
+    def scores_from(self, letters: Mapping[str, str]) -> str:
+        """Return the published scores with the letter of their source."""
+        return f"{self.scores} {letters[self.published_in]}" if self.published else ""
+
+
+def source_letters(methods: Iterable[Facts]) -> dict[str, str]:
+    """Return a letter for each source of published scores. Scores of different sources cannot be compared."""
+    sources = dict.fromkeys(facts.published_in for facts in methods if facts.published)
+    return dict(zip(sources, string.ascii_lowercase, strict=False))
 
 
 def methods() -> list[Outline]:

@@ -88,6 +88,14 @@ def test_the_last_line_says_what_was_gained(capsys, checkpoint, image, method, s
     assert last.startswith(f"{'The same' if plain == compressed else 'Another'} answer {sentence}")
 
 
+def test_a_method_inside_the_llm_shows_the_first_and_the_last_layer(capsys, checkpoint, image):
+    arguments = ["--model", checkpoint, "--baseline", "--method", "fastv", "--keep", "9"]
+    _, out, _ = run(capsys, "ask", image, "w4", *arguments)
+    rows = re.findall(r"^visual tokens, (first|last) layer +(36 → \d+) +([\d.]+x)$", out, flags=re.M)
+    assert rows == [("first", "36 → 36", "1.0x"), ("last", "36 → 9", "4.0x")]
+    assert re.search(r"^selection ms +[\d.]+ *$", out, flags=re.M)  # of the method alone
+
+
 def test_the_answer_is_that_of_the_model(capsys, checkpoint, image):
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

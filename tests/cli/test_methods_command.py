@@ -1,6 +1,7 @@
 """`vlmzip methods` and `vlmzip.available`: the catalogue and its filters."""
 
 import json
+import re
 from typing import get_args
 
 import pytest
@@ -89,3 +90,15 @@ def test_every_method_has_a_known_kind_and_cost_and_a_source_for_its_scores():
         assert facts.cost in get_args(Cost), facts.name
         assert bool(facts.published) == bool(facts.published_in), facts.name
         assert set(facts.published) <= {"192", "128", "64"}, facts.name
+
+
+def test_published_scores_have_the_letter_of_their_source(capsys):
+    main(["methods"])
+    out = capsys.readouterr().out
+    table, legend = out.split("Compare only values with the same letter:\n")
+    sources = dict(line.strip().split(": ", 1) for line in legend.strip().splitlines())
+    assert set(re.findall(r"/ \S+ / \S+ ([a-z]) ", table.replace("-", "0"))) == set(sources)
+    for facts in map(outline.Facts.of, outline.methods()):
+        if facts.published:
+            (letter,) = (letter for letter, source in sources.items() if source == facts.published_in)
+            assert f"{facts.scores} {letter} " in table

@@ -5,7 +5,7 @@ import csv
 import pytest
 
 import vlmzip
-from vlmzip.lab.conformance.results import Checked
+from vlmzip.lab.conformance.results import Checked, committed, models_of
 
 COLUMNS = ("task", "method", "budget", "score", "low", "high", "reached", "note")
 STUDY = [
@@ -124,8 +124,15 @@ def test_models_are_grouped_by_the_methods_that_work(tables):
 
     refused = checked("c", no_compression="refused", kmeans="refused", visionzip="refused", fastv="refused")
     untried = Checked("d", "", "", "refused", "why", {})
-    models = [checked("a", fastv="refused"), checked("b"), refused, untried, checked("e")]
-    assert tables.models_table(models)[2:] == ["| `b`, `e` | ✓ | ✓ | ✓ |", "| `a` | ✓ | ✓ | – |"]
+    models = [checked("a"), checked("qwen3_vl"), refused, untried, checked("llava"), checked("gemma3", fastv="refused")]
+    assert tables.models_table(models)[2:] == [
+        "| LLaVA-1.5, Qwen3-VL, 1 more | ✓ | ✓ | ✓ |",
+        "| Gemma 3 | ✓ | ✓ | – |",
+    ]
+
+
+def test_every_well_known_model_is_in_the_table(tables):
+    assert tables.KNOWN.keys() <= {model.folder for model in models_of(committed()) if model.status == "works"}
 
 
 def test_a_study_becomes_a_table(tables, root):

@@ -156,20 +156,21 @@ def _print_account(out: dict[str, Any]) -> None:
     else:
         console.print(f"[bold]{escape(out['answer'])}[/bold]\n")
     table = Table(box=None, pad_edge=False, show_header=False)
+    last = sum(image["by_layer"][-1] for image in out["images"])
+    inside = last < compressed["visual_tokens"]
     for name, key, show in (
-        ("visual tokens", "visual_tokens", show_count),
+        ("visual tokens, first layer" if inside else "visual tokens", "visual_tokens", show_count),
         ("prompt tokens", "prompt_tokens", show_count),
         ("prefill FLOPs", "prefill_flops", show_flops),
         ("KV cache", "kv_cache_bytes", show_bytes),
     ):
         table.add_row(name, f"{show(plain[key])} → {show(compressed[key])}", f"{plain[key] / compressed[key]:.1f}x")
-    last = sum(image["by_layer"][-1] for image in out["images"])
-    if last < compressed["visual_tokens"]:
-        table.add_row(
-            "at the last layer", f"{plain['visual_tokens']} → {last}", f"{plain['visual_tokens'] / last:.1f}x"
-        )
+        if inside and key == "visual_tokens":
+            before = plain[key]
+            table.add_row("visual tokens, last layer", f"{before} → {last}", f"{before / last:.1f}x")
     for part, spent in compressed["milliseconds"].items():
-        before = plain.get("milliseconds", {}).get(part)
+        # The plain model selects nothing.
+        before = None if part == "selection" else plain.get("milliseconds", {}).get(part)
         table.add_row(f"{part} ms", ("" if before is None else f"{before:.1f} → ") + f"{spent:.1f}")
     console.print(table)
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from vlmzip import outline
 from vlmzip.errors import UserError
 from vlmzip.lab.table import print_json, print_table
-from vlmzip.outline import Facts
+from vlmzip.outline import Facts, source_letters
 from vlmzip.sites import Filters
 
 
@@ -29,6 +29,7 @@ def _print_all(args: Namespace) -> None:
         return
     if not methods:
         raise UserError("no method has all these properties; leave out one of the filters")
+    letters = source_letters(methods)
     print_table(
         ["method", "kind", "acts at", "reads", "cost", "192 / 128 / 64", "what it does"],
         [
@@ -38,14 +39,20 @@ def _print_all(args: Namespace) -> None:
                 ", ".join(facts.sites),
                 ", ".join(["features", *facts.needs]),
                 facts.cost,
-                facts.scores,
+                facts.scores_from(letters),
                 f"{facts.summary} [{facts.paper}]" if facts.paper else facts.summary,
             ]
             for facts in methods
         ],
     )
+    print(
+        "acts at: on the pixels, inside the vision encoder, before the LLM (pre_projector, post_projector: before or"
+        "\n  after the projector), or inside the LLM (in_llm)"
+    )
     print("cost: how time grows with N visual tokens, of which k remain")
-    print("192 / 128 / 64: published percent of LLaVA-1.5-7B's score; `vlmzip methods NAME` names the source")
+    print("192 / 128 / 64: published percent of LLaVA-1.5-7B's score. Compare only values with the same letter:")
+    for source, letter in letters.items():
+        print(f"  {letter}: {source}")
 
 
 def _print_one(name: str, *, as_json: bool) -> None:

@@ -64,7 +64,10 @@ class CDPruner(BudgetedCompressor):
     kind = "prune"
     cost = "N·k²"
     published: ClassVar[Mapping[int, float]] = {128: 97.3, 64: 96.3}
-    published_in = "rerun of the authors' code, with CLIP's text tower, with 11 benchmarks of lmms-eval (Cen-Prune)"
+    published_in = (
+        "rerun of the authors' code with 11 benchmarks of lmms-eval (Cen-Prune), with CLIP's text tower, in whose place"
+        " vlmzip uses the LLM's embeddings: expect other scores here"
+    )
     examples = ("keep=64", "keep=25%,relevance=dissimilar")
     needs = frozenset({Signal.TEXT_FEATURES})
     sites = (Site.POST_PROJECTOR,)

@@ -49,7 +49,7 @@ class SCOPE(BudgetedCompressor):
     kind = "prune"
     cost = "k·N²"
     published: ClassVar[Mapping[int, float]] = {64: 96.0}
-    published_in = "the authors' paper"
+    published_in = "SCOPE (arXiv:2510.24214)"
     examples = ("keep=64", "keep=25%,alpha=0.5")
     needs = frozenset({Signal.CLS_ATTENTION})
 

@@ -56,7 +56,7 @@ class VisionZip(BudgetedCompressor):
     kind = "prune and merge"
     cost = "N·k"
     published = {192: 98.5, 128: 97.6, 64: 94.0}
-    published_in = "its paper, 11 benchmarks"
+    published_in = "VisionZip (arXiv:2412.04467), Table 1, 11 benchmarks"
     examples = ("keep=64", "keep=11%,merge=mean", "dominant=54,contextual=10")
     needs = frozenset({Signal.CLS_ATTENTION, Signal.KEYS})
     budget_fields = ("keep", "keep_per_view", "dominant", "contextual")

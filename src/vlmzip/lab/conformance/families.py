@@ -180,6 +180,8 @@ FAMILIES: dict[str, Tiny] = {
     "instructblip": Tiny(images=images.with_question),
     "instructblipvideo": Tiny(refused="it takes only videos: it has no get_image_features"),
     "kimi_k25": Tiny(images=images.square_patches),
+    # By default all layers attend; published models have convolutions between attention layers.
+    "lfm2_vl": Tiny({"text_config.layer_types": ["conv", "full_attention", "conv", "full_attention"]}),
     "llama4": Tiny(
         {"vision_config.intermediate_size": 128},
         plain_fails=LLAMA4_FAILS if transformers.__version__ == "5.24.0" else "",
