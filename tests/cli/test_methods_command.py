@@ -78,7 +78,7 @@ def test_one_method_shows_its_published_scores_and_their_source(capsys):
     out = capsys.readouterr().out
     assert "kind: prune and merge; cost: N·k; reads: features, cls_attention, keys" in out
     assert (
-        "published on LLaVA-1.5-7B at 192 / 128 / 64 tokens: 98.5 / 97.6 / 94.0 % of the score\nsource: its paper"
+        "published on LLaVA-1.5-7B at 192 / 128 / 64 tokens: 98.5 / 97.6 / 94.0 % of the score\nsource: VisionZip"
         in out
     )
 
