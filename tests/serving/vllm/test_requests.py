@@ -112,7 +112,7 @@ BAD = [
     ("nonsense", "unknown method 'nonsense'"),
     ("visionzip(keep=-1)", "keep"),
     ("fastv(keep=9)", "acts at site 'in_llm'"),
-    ("dfmr(tau=0.1)", "keeps depends on the image"),
+    ("dfmr(tau=0.1)", "dfmr needs the vision encoder in the processor"),
     ("visionzip(keep=64)+pool2d(site=post_projector)", "needs tokens that lie on a grid"),
     (5, "must be a text"),
 ]

@@ -17,7 +17,7 @@ from vlmzip.runtime.report import Stopwatch
 from vlmzip.runtime.stages import compress_images
 from vlmzip.serving.vllm import setting
 from vlmzip.serving.vllm.engine import of_images
-from vlmzip.serving.vllm.processor import field_of
+from vlmzip.serving.vllm.processor import features_of, field_of
 from vlmzip.serving.vllm.setting import KEY
 
 #: The most views that go through the vision encoder in one call. vLLM counts the tokens that remain, so few tokens per
@@ -49,6 +49,8 @@ class CompressingModel(nn.Module):
         """Return the remaining tokens of each image, in order. Precomputed embeddings stay as they are."""
         if self.compresses:
             for family in self.families:
+                if (features := kwargs.pop(features_of(family.modality), None)) is not None:
+                    return list(features)
                 if (text := kwargs.pop(field_of(family.modality), None)) is not None:
                     return self._compressed(family, kwargs, setting.from_tensor(text))
         return super().embed_multimodal(**kwargs)  # type: ignore[misc]

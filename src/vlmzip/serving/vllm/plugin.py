@@ -10,7 +10,7 @@ from vllm import ModelRegistry
 from vllm.config import ModelConfig
 from vllm.logger import init_logger
 
-from vlmzip.serving.vllm.start import resolve
+from vlmzip.serving.vllm.start import VERSIONS, check_version, is_known, resolve
 from vlmzip.version import __version__
 
 logger = init_logger(f"vllm.{__name__}")
@@ -29,13 +29,21 @@ CHECKED_AT = "get_model_arch_config"
 
 
 def register() -> None:
-    """Register the plugin's models. vLLM calls this in each of its processes, perhaps more than once."""
+    """Register the plugin's models. vLLM calls this in each of its processes, perhaps more than once.
+
+    In a version of vLLM that the plugin was not checked on, replace no class, and refuse a compressor.
+    """
+    original = getattr(ModelConfig, CHECKED_AT, None)
+    if original is None:
+        check_version(vllm.__version__)
+    elif not hasattr(original, "checks_compressor"):
+        setattr(ModelConfig, CHECKED_AT, _with_check(original))
+    if not is_known(vllm.__version__):
+        logger.warning("vlmzip's plugin works with vLLM %s; this is %s", " and ".join(VERSIONS), vllm.__version__)
+        return
     for architecture, path in ARCHITECTURES.items():
         ModelRegistry.register_model(architecture, path)
-    original = getattr(ModelConfig, CHECKED_AT)
-    if not hasattr(original, "checks_compressor"):
-        setattr(ModelConfig, CHECKED_AT, _with_check(original))
-    logger.info("vlmzip %s compresses images for %s", __version__, ", ".join(ARCHITECTURES))
+    logger.info("vlmzip %s can compress images in %s", __version__, ", ".join(ARCHITECTURES))
 
 
 def _with_check(original: Any) -> Any:

@@ -25,9 +25,11 @@ from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.models.family import Family, Modality
 from vlmzip.serving.vllm import setting
+from vlmzip.serving.vllm.encoder import Encoder
 from vlmzip.serving.vllm.engine import batch_of_one
-from vlmzip.serving.vllm.setting import KEY
+from vlmzip.serving.vllm.setting import KEY, VERSION_KEY
 from vlmzip.serving.vllm.trial import try_out
+from vlmzip.version import __version__
 
 #: The number of settings, each with a number of views, that we remember to have tried.
 MOST_TRIED = 4096
@@ -36,6 +38,11 @@ MOST_TRIED = 4096
 def field_of(modality: Modality) -> str:
     """Return the name of the model input with the setting for images or videos."""
     return f"{KEY}_{modality}"
+
+
+def features_of(modality: Modality) -> str:
+    """Return the name of the model input with the tokens that the processor has encoded and compressed."""
+    return f"{KEY}_{modality}_features"
 
 
 class CompressingProcessor(BaseMultiModalProcessor):
@@ -51,9 +58,12 @@ class CompressingProcessor(BaseMultiModalProcessor):
 
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)
+        if KEY in (info.ctx.get_mm_config().mm_processor_kwargs or {}):
+            raise UserError(f"{KEY} in --mm-processor-kwargs is for requests: give the engine's to --hf-overrides")
         self.default = spec.read(getattr(info.get_hf_config(), KEY))
         """The compressor of the engine."""
-        setting.check_count(self.default, self.families[0].profile())
+        self.encoder = Encoder(info.ctx.model_config) if self._needs_encoder(self.default) else None
+        """The vision encoder of transformers, if the engine's compressor counts tokens by content."""
         self._tried: set[tuple[Compressor, Modality, int]] = set()
 
     @cached_property
@@ -70,21 +80,42 @@ class CompressingProcessor(BaseMultiModalProcessor):
         if not isinstance(text, str):
             raise UserError(f"{KEY} must be a text, such as 'visionzip(keep=64)', got {text!r}")
         compressor = setting.read_request(text)
-        setting.check_count(compressor, self.families[0].profile())
+        if self.encoder is None and self._needs_encoder(compressor):
+            raise UserError(
+                f"{compressor.name()} needs the vision encoder in the processor, and a server has it there that was"
+                f" started with such a method; {setting.USE}"
+            )
         return compressor
+
+    def _needs_encoder(self, compressor: Compressor) -> bool:
+        return setting.needs_processor(compressor, self.families[0].profile())
+
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
+        """Return the inputs that tell vLLM the largest number of tokens of an image."""
+        inputs = super().get_dummy_inputs(*args, **kwargs)
+        if self.encoder is None:
+            return inputs
+        return replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, KEY: "no_compression"})
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
         try:
             text = spec.write(self.compressor_of(inputs.hf_processor_mm_kwargs))
-            kwargs = {**inputs.hf_processor_mm_kwargs, KEY: text}
+            kwargs = {**inputs.hf_processor_mm_kwargs, KEY: text, VERSION_KEY: __version__}
             return super().apply(replace(inputs, hf_processor_mm_kwargs=kwargs), timing_ctx)
         except UserError as error:  # vLLM's server answers 400 to its own class
             raise VLLMValidationError(str(error), parameter=KEY) from error
 
     def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]) -> BatchFeature:
         processed = super()._apply_hf_processor_main(mm_items, _without_setting(hf_kwargs))
+        compressor = spec.read(str(hf_kwargs[KEY]))
         for family in self.families:
-            if family.image_inputs[0] in processed:
+            if (pixels := family.image_inputs[0]) not in processed:
+                continue
+            if self.encoder is not None and self._needs_encoder(compressor):
+                features = self.encoder.features(family.modality, processed, compressor)
+                processed[features_of(family.modality)] = features
+                del processed[pixels]
+            else:
                 processed[field_of(family.modality)] = setting.to_tensor(str(hf_kwargs[KEY]))
         return processed
 
@@ -96,6 +127,7 @@ class CompressingProcessor(BaseMultiModalProcessor):
             if (field := field_of(family.modality)) in hf_inputs:
                 count = self.item_count(hf_inputs, family)
                 fields[field] = MultiModalFieldConfig.shared(family.modality, count, keep_on_cpu=True)
+            fields[features_of(family.modality)] = MultiModalFieldConfig.batched(family.modality)
         return fields
 
     def item_count(self, hf_inputs: Mapping[str, Any], family: Family) -> int:
@@ -136,6 +168,8 @@ class CompressingProcessor(BaseMultiModalProcessor):
 
         Raise `UserError` if the compressor cannot act on the image.
         """
+        if (features := item.get(features_of(family.modality))) is not None:
+            return len(features.data)
         inputs = {name: item[name].data for name in family.image_inputs if name in item}
         (layout,) = layouts = family.layouts(batch_of_one(inputs))
         tried = (compressor, family.modality, len(layout.views))
@@ -150,4 +184,4 @@ class CompressingProcessor(BaseMultiModalProcessor):
 
 def _without_setting(kwargs: Mapping[str, object]) -> dict[str, object]:
     """Return keyword arguments for the stock processor, which does not know the setting."""
-    return {name: value for name, value in kwargs.items() if name != KEY}
+    return {name: value for name, value in kwargs.items() if name not in (KEY, VERSION_KEY)}

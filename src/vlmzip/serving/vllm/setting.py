@@ -20,6 +20,8 @@ from vlmzip.sites import Signal, Site
 
 #: The key of the setting in `--hf-overrides`, in `mm_processor_kwargs` and among the inputs of the model.
 KEY = "vlmzip"
+#: The key of vlmzip's version, which is part of the keys of vLLM's caches: some outlive a process.
+VERSION_KEY = f"{KEY}_version"
 #: The longest spec that a request may give.
 LONGEST = 1000
 #: Sites that vLLM has. At each other site: the reason why it has none, and what to use.
@@ -76,13 +78,13 @@ def check(compressor: Compressor) -> None:
         )
 
 
-def check_count(compressor: Compressor, profile: Profile) -> None:
-    """Raise `UserError` if the number of tokens that remain depends on what an image shows."""
-    if compressor.tokens_by_layer(profile) is None:
-        raise UserError(
-            f"the number of tokens that {compressor.name()} keeps depends on the image, and vLLM must know it before it"
-            f" encodes the image: {USE}"
-        )
+def needs_processor(compressor: Compressor, profile: Profile) -> bool:
+    """Return whether the encoder must run in the processor.
+
+    It must if the number of tokens depends on what an image shows, and for signals of the encoder's last layer.
+    """
+    first = compressor.stages()[0]
+    return compressor.tokens_by_layer(profile) is None or bool(first.needs & OF_LAST_LAYER)
 
 
 def counts(layouts: Sequence[Layout], compressor: Compressor) -> list[int]:

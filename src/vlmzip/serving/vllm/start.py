@@ -23,9 +23,14 @@ VERSIONS = ("0.32", "0.33")
 OWN_CLASSES = ("auto", "vllm")
 
 
+def is_known(version: str) -> bool:
+    """Return whether the plugin was checked on a version of vLLM."""
+    return ".".join(version.split(".")[:2]) in VERSIONS
+
+
 def check_version(version: str) -> None:
     """Raise `UserError` for a version of vLLM that the plugin was not checked on."""
-    if ".".join(version.split(".")[:2]) not in VERSIONS:
+    if not is_known(version):
         raise UserError(
             f"vlmzip's plugin works with vLLM {' and '.join(VERSIONS)}, and this is {version}: install one of them, or"
             f" start without {KEY}"

@@ -1,0 +1,56 @@
+"""The vision encoder in vLLM's processor, for methods that count tokens by what an image shows.
+
+vLLM places an image's tokens in the prompt before its own encoder runs. So for such a method, the processor encodes and
+compresses the image with the model of transformers, and hands the projected tokens to the engine. Counts are exact, and
+vLLM keeps the tokens in the cache of its processor.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+from transformers.utils import logging
+
+from vlmzip.compressor import Compressor
+from vlmzip.errors import refusing
+from vlmzip.models import family_of
+from vlmzip.models.family import Family, Modality
+from vlmzip.processor import Inputs
+from vlmzip.runtime.report import Stopwatch
+from vlmzip.runtime.stages import compress_images
+
+
+class Encoder:
+    """A checkpoint's vision encoder and projector, without the layers of its LLM."""
+
+    def __init__(self, model_config: Any) -> None:
+        """Load them. `model_config` is vLLM's `ModelConfig`."""
+        config = copy.deepcopy(model_config.hf_config)
+        text = config.get_text_config()
+        text.num_hidden_layers = 0
+        if getattr(text, "layer_types", None) is not None:
+            text.layer_types = []
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # it would warn of the weights of the LLM's layers
+        try:
+            with refusing(f"cannot load the vision encoder of {model_config.model!r}"):
+                model = AutoModelForImageTextToText.from_pretrained(
+                    model_config.model, revision=model_config.revision, config=config, dtype=model_config.dtype
+                )
+        finally:
+            logging.set_verbosity(verbosity)
+        model.get_input_embeddings().to("meta")  # words are the engine's
+        self.families: dict[Modality, Family] = {each.modality: each for each in family_of(model.eval()).modalities}
+
+    @torch.no_grad()
+    def features(self, modality: Modality, inputs: Inputs, compressor: Compressor) -> list[Float[Tensor, "_ llm_dim"]]:
+        """Return the projected tokens that remain of each image."""
+        family = self.families[modality]
+        given = {name: inputs[name] for name in family.image_inputs if inputs.get(name) is not None}
+        images, _ = compress_images(family, given, compressor, Stopwatch(torch.device("cpu")), None)
+        return [image.features for image in images]

@@ -1,0 +1,42 @@
+"""Methods that count tokens by content: the processor runs the vision encoder, and answers are those of the façade."""
+
+import pytest
+
+from tests.serving.vllm.asking import generate, of_facade, of_vllm, questions, request
+
+pytest.importorskip("vllm")
+
+from tests.serving.vllm import tiny
+from tests.serving.vllm.test_tiles import SIZES, TEXT, check
+
+DFMR = "dfmr(tau=0.5)"
+
+
+@pytest.fixture(scope="module")
+def by_content(start):
+    return start(DFMR)
+
+
+@pytest.mark.parametrize("compressor", [DFMR, "adaptive_visionzip(tau=0.5)"])
+def test_answers_are_those_of_the_facade(by_content, compressor):
+    asked = questions(200)
+    assert of_vllm(by_content, asked, compressor) == of_facade(compressor, asked)
+
+
+def test_counts_depend_on_the_image(by_content):
+    lengths = {len(output.prompt_token_ids) for output in generate(by_content, list(map(request, questions(40))))}
+    assert len(lengths) > 1
+
+
+@pytest.mark.parametrize("compressor", ["prumerge(keep=20)", "visionzip(keep=36)", "no_compression"])
+def test_other_methods_work_beside_them(by_content, compressor):
+    asked = questions(20)
+    assert of_vllm(by_content, asked, compressor) == of_facade(compressor, asked)
+
+
+@pytest.mark.parametrize("make", [tiny.llava_next, tiny.llava_onevision])
+def test_tiles(start, tmp_path, make):
+    model, processor = make(tmp_path)
+    case = model, processor, start(DFMR, model=tmp_path, max_model_len=2048)
+    for seed, size in enumerate(SIZES[:3]):
+        check(case, f"USER: <image>{TEXT}", {"image": tiny.image(seed, *size)}, "dfmr(tau=1.0)")

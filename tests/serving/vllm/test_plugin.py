@@ -1,0 +1,59 @@
+"""Registration, versions, and attention heads that several processes share."""
+
+import pytest
+import torch
+
+vllm = pytest.importorskip("vllm")
+
+from vllm.config import ModelConfig  # noqa: E402
+
+from vlmzip import UserError  # noqa: E402
+from vlmzip.models.recording import Recording  # noqa: E402
+from vlmzip.models.towers.tower import Attention  # noqa: E402
+from vlmzip.serving.vllm import engine, plugin  # noqa: E402
+from vlmzip.visual_tokens import Grid, Signal  # noqa: E402
+
+
+def test_registering_twice_is_registering_once():
+    plugin.register()
+    checked = ModelConfig.get_model_arch_config
+    plugin.register()
+    assert ModelConfig.get_model_arch_config is checked
+    for architecture, path in plugin.ARCHITECTURES.items():
+        registered = vllm.ModelRegistry.models[architecture]
+        assert f"{registered.module_name}:{registered.class_name}" == path
+
+
+def test_in_another_version_no_class_is_replaced(monkeypatch):
+    registered = []
+    monkeypatch.setattr(plugin.ModelRegistry, "register_model", lambda *names: registered.append(names))
+    plugin.register()
+    assert len(registered) == len(plugin.ARCHITECTURES)
+    monkeypatch.setattr(plugin.vllm, "__version__", "0.40.1")
+    plugin.register()
+    assert len(registered) == len(plugin.ARCHITECTURES)
+    monkeypatch.setattr(plugin, "CHECKED_AT", "a_method_that_is_gone")
+    with pytest.raises(UserError, match=r"works with vLLM 0\.32 and 0\.33, and this is 0\.40\.1"):
+        plugin.register()
+
+
+@pytest.mark.parametrize("signal", [Signal.CLS_ATTENTION, Signal.KEYS, Signal.ATTENTION_RECEIVED])
+def test_processes_that_share_the_heads_get_the_signal_of_all(monkeypatch, signal):
+    """Two processes with half of the heads each. The sum over processes is the other's signal added to one's own."""
+    heads, width, grid = 4, 8, Grid(1, 3, 3)
+    parts = [torch.randn(2, 1 + grid.size, heads, width) for _ in range(3)]
+
+    def of(chosen, processes):
+        states = torch.cat([part[:, :, chosen].flatten(2) for part in parts], -1)
+        tower = engine.EngineTower(torch.nn.Identity(), 1)
+        module = torch.nn.Identity()
+        module.tp_size = processes
+        tower.attentions = [Attention(module, module, (module,), states.shape[-1] // 3 // width, width, 0.5)]
+        recording = Recording({"0.0": states}, {}, {"0": {}})
+        return tower.signal(signal, recording, 0, [grid, grid], 1)
+
+    halves = [slice(0, 2), slice(2, 4)]
+    monkeypatch.setattr(engine, "tensor_model_parallel_all_reduce", lambda values: values)
+    other = 2 * of(halves[1], 2)  # not divided by the number of processes
+    monkeypatch.setattr(engine, "tensor_model_parallel_all_reduce", lambda values: values + other)
+    assert torch.allclose(of(halves[0], 2), of(slice(0, 4), 1), atol=1e-6)
