@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ for variable, value in {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_DEDUP_LOGS": "0",
 }.items():
     os.environ.setdefault(variable, value)
 
@@ -104,20 +106,20 @@ def encode_with_workers(job: Job, parts: Sequence[Part], workers: int) -> Iterat
 def _ray(workers: int) -> Iterator[None]:
     """Connect to a cluster, or start Ray on this machine, and leave it as it was."""
     started = not ray.is_initialized()
-    if started:
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if "RAY_ADDRESS" not in os.environ:
-            # One more CPU than workers: Ray Data's own tasks need one.
-            quiet |= {"num_cpus": workers + 1, "include_dashboard": False, "object_store_memory": OBJECT_STORE}
-        ray.init(**quiet)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
+    with redirect_stdout(sys.stderr):  # Ray prints there that it starts a worker again, also when it ends
         if started:
-            ray.shutdown()
+            quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+            if "RAY_ADDRESS" not in os.environ:
+                # One more CPU than workers: Ray Data's own tasks need one.
+                quiet |= {"num_cpus": workers + 1, "include_dashboard": False, "object_store_memory": OBJECT_STORE}
+            ray.init(**quiet)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            if started:
+                ray.shutdown()
 
 
 @contextmanager
