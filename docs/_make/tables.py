@@ -9,7 +9,8 @@ come from benchmarks/results/mini-study.csv, the results.csv of the full study o
 with METHODS as in docs/results.md. The GPU tables of docs/results.md (speed, memory, cost of the selection) come from
 the files that gpu.sh, selection_cost.py (recipes/benchmarks/) and `vlmzip bench` wrote on the GPU, the table of a CPU
 from those that `vlmzip bench --scale 1` wrote on one thread, the table of videos from the file of video_cost.py, and
-that of each method's selection from the file of selection_by_method.py. The README takes its measured table from them,
+that of each method's selection from the file of selection_by_method.py. The table of docs/store.md comes from the files
+of recipes/serving/store.py. The README takes its measured table from them,
 too, the published one from vlmzip.lab.papers, the models from the results of `make conformance`, and the methods from
 the methods' files.
 """
@@ -137,6 +138,22 @@ def selection_table(files: list[list[dict[str, str]]]) -> list[str]:
             f"| {plain['dtype']} | {plain['batch']} | {plain['median_ms']} | {times} | {selection} | {memory[0]}"
             f" | {float(eager['time_ratio']):.2f}x | {memory[1]} |"
         )
+    return lines
+
+
+def store_table(rows: list[dict[str, str]]) -> list[str]:
+    """Return a row for each model that store.py measured, with the fastest first."""
+    lines = [
+        "| model | tokens | answers/s, files | from the store | speed-up (quartiles) | images/s, encoding | JPEG | store"
+        " | all tokens |",
+        "| --- " * 9 + "|",
+    ]
+    for row in sorted(rows, key=lambda row: -float(row["answers/s, store"])):
+        kept = row["compressor"].partition("keep=")[2].rstrip(")")
+        speed_up = f"{row['speed-up']}x ({row['first quartile']} to {row['third quartile']})"
+        sizes = [f"{int(row[f'bytes per image, {name}']) / 1024:.0f} KiB" for name in ("JPEG", "store", "all tokens")]
+        cells = [row["model"], f"{row['visual tokens']} → {kept}", row["answers/s, files"], row["answers/s, store"]]
+        lines.append(f"| {' | '.join([*cells, speed_up, row['images/s, encoding'], *sizes])} |")
     return lines
 
 
@@ -317,7 +334,10 @@ def tables(folder: Path) -> dict[str, dict[str, list[str]]]:
     results = {"results": study, "selection on videos": video_table(videos), **gpu}
     results["selection of each method"] = methods_cost_table(read(folder / "selection-by-method.csv"))
     results["full width on a CPU"] = cpu_table(bench_runs(folder, CPU))
-    return {"README.md": readme, "docs/results.md": results}
+    pages = {"README.md": readme, "docs/results.md": results}
+    if stores := [row for path in sorted(folder.glob("store-*.csv")) for row in read(path)]:
+        pages["docs/store.md"] = {"store": store_table(stores)}
+    return pages
 
 
 def replaced(text: str, name: str, lines: list[str]) -> str:
