@@ -144,8 +144,8 @@ def selection_table(files: list[list[dict[str, str]]]) -> list[str]:
 def store_table(rows: list[dict[str, str]]) -> list[str]:
     """Return a row for each model that store.py measured, with the fastest first."""
     lines = [
-        "| model | tokens | answers/s, files | from the store | speed-up (quartiles) | images/s, encoding | JPEG | store"
-        " | all tokens |",
+        "| model | tokens | answers/s, files | from the store | speed-up (quartiles) | images/s, encoding | JPEG"
+        " | store | all tokens |",
         "| --- " * 9 + "|",
     ]
     for row in sorted(rows, key=lambda row: -float(row["answers/s, store"])):
