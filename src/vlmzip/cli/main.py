@@ -34,8 +34,10 @@ COMMANDS = {
     "eval": "score methods at several budgets on whole sets of questions, with intervals, curves and a report",
     "methods": "list the compression methods, or the fields of one",
     "models": "list the model families that vlmzip can compress",
+    "serve": "answer requests of OpenAI's API about images, with compressed visual tokens",
     "show": "draw which visual tokens of images are kept, merged and dropped",
     "study": "repeat the papers' analyses on a model: what attends to what, which tokens matter, at which layer",
+    "tokens": "count the tokens of a request before it is sent, without running the model",
     "train": "train a model with compression, in stages that a YAML file describes",
     "tune": "find the method and budget that stay within a cost and a loss on your questions",
 }

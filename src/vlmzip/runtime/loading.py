@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from huggingface_hub.utils import logging as hub_logging
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging
 
 from vlmzip.compressor_file import refuse_lora
@@ -68,6 +68,22 @@ def load(name: str, device: str | None = None, dtype: str | None = None, *, allo
     loaded = Loaded(name, model, processor, family)
     _latest[:] = [loaded]
     return loaded
+
+
+def load_without_weights(name: str) -> Loaded:
+    """Load a model like `load`, but with shapes only: it can count tokens and needs neither weights nor memory."""
+    source = source_of(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.set_verbosity_error()
+        hub_logging.set_verbosity_error()
+        config = pretrained.load_config(source)
+        processor = pretrained.load_processor(source, config)
+        with refusing(f"cannot read the shape of {name!r}"), torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+        family = family_of(model.eval())
+        pretrained.try_out(name, processor, family)
+    return Loaded(name, model, processor, family)
 
 
 def refuse_model_at_fault(error: Exception) -> None:

@@ -14,8 +14,9 @@ from vlmzip.outline import FILE, METHOD_FORMS, is_name
 DEFAULT_METHOD = "visionzip"
 #: Options of the commands that take `--method`. The fields of a method cannot have these names.
 OWN_OPTIONS = {
-    "model", "device", "dtype", "allow_pickle", "method", "baseline", "overlay", "max_new_tokens", "json", "out",
-    "histogram", "help", "frames"
+    "model", "device", "dtype", "allow_pickle", "method", "baseline", "overlay", "json", "out",
+    "histogram", "help", "frames", "engine", "host", "port", "name", "api_key_file", "allow_hosts", "size", "question",
+    "max_new_tokens", "max_batch", "max_queue", "max_seconds", "max_images", "max_pixels", "max_body",
 }  # fmt: skip
 
 

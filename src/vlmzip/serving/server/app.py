@@ -20,7 +20,7 @@ from vlmzip.serving.server.errors import CLIENT_GONE, RequestError, overloaded
 from vlmzip.serving.server.guard import Guard
 from vlmzip.serving.server.metrics import Metrics
 from vlmzip.serving.server.progress import Progress
-from vlmzip.serving.server.responses import Answer, token_counts
+from vlmzip.serving.server.responses import Answer
 from vlmzip.serving.server.schema import ChatRequest, read_request
 from vlmzip.serving.server.settings import Settings
 from vlmzip.serving.server.stream import EventStream, first_of, gone
@@ -139,7 +139,7 @@ class Service:
     async def tokens(self, request: Request) -> Response:
         """Answer POST /v1/tokens: the tokens of a request to /v1/chat/completions, without answering it."""
         _, prepared = await self._prepare(request)
-        return JSONResponse(token_counts(prepared.count))
+        return JSONResponse(prepared.count.content())
 
     async def _prepare(self, request: Request) -> tuple[ChatRequest, Any]:
         """Read a request, and return it with what the engine made of it."""

@@ -17,6 +17,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from vlmzip.processor import Processor
 from vlmzip.runtime.facade import CompressedModel
+from vlmzip.runtime.fitting import inside_the_llm
 from vlmzip.runtime.report import Report
 from vlmzip.serving.server.prepare import Request, joined
 from vlmzip.serving.server.progress import Progress, Usage, VisualTokens
@@ -110,8 +111,8 @@ def visual_tokens(report: Report, requests: Sequence[Request]) -> list[VisualTok
     for row, request in enumerate(requests):
         images = [image for image in report.images if image.row == row]
         before, after = sum(image.before for image in images), sum(image.after for image in images)
-        last = request.count.last_layer
-        if last is None and not report.compressor.layers:
+        last = request.count.visual.last_layer
+        if last is None and not inside_the_llm(report.compressor):
             last = after
         counts.append(VisualTokens(before, after, last))
     return counts

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from vlmzip.serving.server.counting import TokenCount
 from vlmzip.serving.server.progress import Progress
 from vlmzip.serving.server.schema import ChatRequest
 
@@ -21,27 +22,6 @@ class Sampling:
     seed: int = 0
     stop: tuple[str, ...] = ()
     """Texts before which the answer ends."""
-
-
-@dataclass(frozen=True)
-class TokenCount:
-    """The tokens of a request, known before the model runs."""
-
-    method: str
-    """The method with its settings, as a spec."""
-    name: str
-    """The name of the method, without settings."""
-    images: int
-    text: int
-    """Text tokens of the prompt."""
-    before: int
-    """Visual tokens without compression."""
-    least: int
-    """The fewest visual tokens that can enter the LLM."""
-    most: int
-    """The most visual tokens that can enter the LLM; equal to `least` if the number follows from shapes."""
-    last_layer: int | None
-    """Visual tokens at the last layer of the LLM; `None` if they depend on the content of the images."""
 
 
 class Prepared(Protocol):

@@ -12,18 +12,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from vlmzip import spec
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, refusing
 from vlmzip.models.family import Family
 from vlmzip.processor import InputDict, Processor
-from vlmzip.runtime.compress import counts_by_layer, least_counts
 from vlmzip.runtime.loading import Loaded
 from vlmzip.runtime.position_limit import llm_positions
 from vlmzip.runtime.prompt import PER_TOKEN
 from vlmzip.runtime.prompt_text import conversation_prompt, special_tokens
 from vlmzip.serving.server.choose import Methods
-from vlmzip.serving.server.engine import Sampling, TokenCount
+from vlmzip.serving.server.counting import TokenCount, count_tokens
+from vlmzip.serving.server.engine import Sampling
 from vlmzip.serving.server.errors import RequestError
 from vlmzip.serving.server.images import read_images
 from vlmzip.serving.server.schema import ChatRequest, ImagePart, TextPart
@@ -96,28 +95,8 @@ class Preparer:
         parts = [part for message in request.messages for part in message.content]
         images = read_images([part.image_url.url for part in parts if isinstance(part, ImagePart)], self._settings)
         inputs = self._inputs(request, images)
-        count = self.count(inputs, compressor)
+        count = count_tokens(self._family, inputs, compressor)
         return Request(inputs, compressor, count, self._sampling(request, count))
-
-    def count(self, inputs: InputDict, compressor: Compressor) -> TokenCount:
-        """Return the tokens of a prompt. They follow from shapes: no model runs."""
-        layouts = [] if not self._family.present_in(inputs) else self._family.layouts(inputs)
-        before = sum(layout.placeholders for layout in layouts)
-        layers, first = len(self._family.decoder_layers), self._family.first_free_layer
-        exact = counts_by_layer(layouts, compressor, layers, first)
-        least = [a if b is None else b[0] for a, b in zip(least_counts(layouts, compressor), exact, strict=True)]
-        most = [a.placeholders if b is None else b[0] for a, b in zip(layouts, exact, strict=True)]
-        last = None if None in exact else sum(counts[-1] for counts in exact if counts is not None)
-        return TokenCount(
-            method=spec.write(compressor, label=True),
-            name=compressor.name(),
-            images=len(layouts),
-            text=inputs["input_ids"].shape[1] - before,
-            before=before,
-            least=sum(least),
-            most=sum(most),
-            last_layer=last,
-        )
 
     def _refuse_placeholders(self, request: ChatRequest) -> None:
         """Refuse texts with the placeholder of an image, for which the processor would look for an image."""
@@ -164,7 +143,7 @@ class Preparer:
         if asked is not None and asked > limit:
             message = f"max_tokens is at most {limit} here, got {asked}"
             raise RequestError(message, code="invalid_value", param="max_tokens")
-        prompt = count.text + count.most
+        prompt = count.text + count.visual.most
         room = limit if self._positions is None else self._positions - prompt
         if room < (asked or 1):
             answer = "" if asked is None else f" and max_tokens is {asked}"

@@ -6,7 +6,7 @@ import time
 import uuid
 from dataclasses import asdict
 
-from vlmzip.serving.server.engine import TokenCount
+from vlmzip.serving.server.counting import TokenCount
 from vlmzip.serving.server.progress import Reason, Usage
 
 
@@ -41,25 +41,10 @@ class Answer:
             "total_tokens": prompt + usage.new_tokens,
             "vlmzip": {
                 "method": self._count.method,
-                "images": self._count.images,
+                "images": len(self._count.images),
                 "visual_tokens": asdict(usage.visual),
             },
         }
 
     def _head(self, kind: str) -> dict[str, object]:
         return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
-
-
-def token_counts(count: TokenCount) -> dict[str, object]:
-    """Return the JSON of /v1/tokens and `vlmzip tokens --json`."""
-    exact = count.least == count.most
-    after = count.least if exact else {"least": count.least, "most": count.most}
-    prompt = count.text + count.least if exact else {"least": count.text + count.least, "most": count.text + count.most}
-    return {
-        "method": count.method,
-        "images": count.images,
-        "text_tokens": count.text,
-        "visual_tokens": {"before": count.before, "after": after, "last_layer": count.last_layer},
-        "prompt_tokens": {"before": count.text + count.before, "after": prompt},
-        "exact": exact,
-    }

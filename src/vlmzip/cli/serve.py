@@ -1,0 +1,97 @@
+"""`vlmzip serve`: answer requests of OpenAI's API about images with compressed visual tokens."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import sys
+from argparse import Namespace
+from importlib.util import find_spec
+from pathlib import Path
+
+from vlmzip.cli._options.common import check_counts
+from vlmzip.cli._options.serve import ENGINES, KEY, LIMITS
+from vlmzip.cli._shared.loading import load
+from vlmzip.cli._shared.method import check_method, make_method, without_budget
+from vlmzip.compressor import Compressor
+from vlmzip.errors import UserError, check_choice
+from vlmzip.serving.server.settings import Settings
+from vlmzip.serving.server.vllm_command import Served, choose_engine, vllm_command, vllm_environment
+
+log = logging.getLogger(__name__)
+
+
+def run(args: Namespace) -> None:
+    check_choice("--engine", args.engine, ENGINES)
+    check_counts(args, *LIMITS)
+    check_method(args)
+    settings = _settings(args)
+    _warn_if_open(args.host, settings)
+    if choose_engine(args.engine, args.model, without_budget(args)) == "vllm":
+        served = Served(args.model, _for_vllm(args), args.host, args.port, args.name, args.dtype)
+        command = vllm_command(served, settings)
+        os.execve(command[0], command, vllm_environment(settings, os.environ))
+    missing = [package for package in ("fastapi", "uvicorn", "prometheus_client") if find_spec(package) is None]
+    if missing:
+        raise UserError(f"serve needs {missing[0].replace('_', '-')}: pip install 'vlmzip[serve]'")
+    from vlmzip.serving.server import run as server  # its packages are an extra
+
+    with server.listen(args.host, args.port) as listening:  # before the model, which takes long to load
+        loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)
+        compressor = make_method(args, loaded.family.profile())
+        name = args.name or args.model
+
+        def ready(address: str) -> None:
+            print(f"{name} with {compressor.name()} at {address}/v1", flush=True)
+
+        lived = server.run(loaded, compressor, settings, listening, name, ready)
+    if not lived:
+        sys.exit(1)
+
+
+def _settings(args: Namespace) -> Settings:
+    limits = {name: value for name in LIMITS if (value := getattr(args, name)) is not None}
+    hosts = {host.strip().lower() for host in (args.allow_hosts or "").split(",") if host.strip()}
+    for host in hosts:
+        if any(letter in host for letter in "/:@ *"):
+            raise UserError(f"--allow-hosts takes names such as images.example.org, got {host!r}")
+    return Settings(api_key=_key(args.api_key_file), allow_hosts=frozenset(hosts), **limits)
+
+
+def _key(file: Path | None) -> str | None:
+    """Return the API key of the file or the environment; `None` if there is none."""
+    if file is None:
+        key = os.environ.get(KEY)
+        source = f"${KEY}"
+    else:
+        source = f"--api-key-file {str(file)!r}"
+        try:
+            key = file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(
+                f"{source} cannot be read: {getattr(error, 'strerror', None) or 'it is not text'}"
+            ) from None
+    if key is None:
+        return None
+    if not key.strip() or not key.strip().isascii() or any(letter.isspace() for letter in key.strip()):
+        raise UserError(f"{source} must have one key of ASCII letters without spaces")
+    return key.strip()
+
+
+def _warn_if_open(host: str, settings: Settings) -> None:
+    """Warn if other machines can send requests and need no key."""
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    if not local and settings.api_key is None:
+        log.warning(f"other machines can use this server without a key: set ${KEY}, or listen on 127.0.0.1")
+
+
+def _for_vllm(args: Namespace) -> Compressor:
+    """Return the method for vLLM, which gets it as text before a model is loaded."""
+    method = without_budget(args)
+    if args.keep is not None and "keep" not in method.field_names():
+        raise UserError(f"--keep with {method.name()} needs --engine hf; give the fields of {method.name()} for vLLM")
+    return method

@@ -1,0 +1,73 @@
+"""The command line of vLLM's own server with vlmzip's plugin, for models that the plugin supports."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from vlmzip import spec
+from vlmzip.compressor import Compressor
+from vlmzip.errors import UserError
+from vlmzip.runtime.fitting import inside_the_llm
+from vlmzip.runtime.loading import source_of
+from vlmzip.runtime.pretrained import load_config
+from vlmzip.serving.server.settings import Settings
+
+#: A host that does not exist. vLLM fetches images from any host unless it is given at least one.
+NO_HOST = "none.invalid"
+
+
+@dataclass(frozen=True)
+class Served:
+    """What to serve, and where."""
+
+    model: str
+    compressor: Compressor
+    host: str
+    port: int
+    name: str | None = None
+    dtype: str | None = None
+
+
+def vllm_command(served: Served, settings: Settings) -> list[str]:
+    """Return the command line of vLLM's server. The API key is not in it: see `vllm_environment`."""
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", source_of(served.model)]
+    command += ["--served-model-name", served.name or served.model, "--host", served.host, "--port", str(served.port)]
+    command += ["--hf-overrides", json.dumps({"vlmzip": spec.write(served.compressor)})]
+    command += ["--limit-mm-per-prompt", json.dumps({"image": settings.max_images})]
+    command += ["--allowed-media-domains", *(sorted(settings.allow_hosts) or [NO_HOST])]
+    command += [] if served.dtype is None else ["--dtype", served.dtype]
+    return command
+
+
+def vllm_environment(settings: Settings, environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of that command, with the API key and without redirects to other hosts."""
+    key = {} if settings.api_key is None else {"VLLM_API_KEY": settings.api_key}
+    return {**environment, "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0", **key}
+
+
+def reason_against_vllm(model: str, compressor: Compressor) -> str | None:
+    """Return why vLLM cannot serve a model with a method; `None` if it can. It needs no weights."""
+    if find_spec("vllm") is None:
+        return "vLLM is not installed: pip install 'vlmzip[vllm]'"
+    from vlmzip.serving.vllm.plugin import ARCHITECTURES  # it imports vLLM, which is an extra
+
+    architectures = load_config(source_of(model)).architectures or ["of no known class"]
+    if architectures[0] not in ARCHITECTURES:
+        return f"the plugin for vLLM does not know {architectures[0]}; it knows {', '.join(sorted(ARCHITECTURES))}"
+    if inside := inside_the_llm(compressor):
+        return f"{inside[0].name()} acts inside the LLM, where vLLM cannot drop tokens"
+    return None
+
+
+def choose_engine(engine: str, model: str, compressor: Compressor) -> str:
+    """Return "hf" or "vllm". `engine` is "auto" or one of both. Raise `UserError` if vLLM is asked for and cannot."""
+    if engine == "hf":
+        return "hf"
+    against = reason_against_vllm(model, compressor)
+    if engine == "vllm" and against is not None:
+        raise UserError(f"--engine vllm: {against}")
+    return "hf" if against is not None else "vllm"

@@ -1,0 +1,123 @@
+"""`vlmzip serve` and `vlmzip tokens` as a user runs them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+
+import pytest
+
+from tests.serving.server.running import EXAMPLES, asking
+from vlmzip.cli.main import main
+from vlmzip.methods import VisionZip
+from vlmzip.serving.server import vllm_command
+from vlmzip.serving.server.settings import Settings
+from vlmzip.serving.server.vllm_command import Served
+
+FLAT = str(EXAMPLES / "flat.png")
+
+
+def ran(capsys, *arguments):
+    code = main(list(arguments))
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_tokens_of_images_and_sizes(capsys):
+    code, out, _ = ran(
+        capsys, "tokens", FLAT, "--size", "200x100", "--question", "what color", "--keep", "16", "--json"
+    )
+    count = json.loads(out)
+    assert code == 0
+    assert [image["image"] for image in count["images"]] == [FLAT, "200x100"]
+    assert [image["after"] for image in count["images"]] == [16, 16]
+    assert count["visual_tokens"] == {"before": 288, "after": 32, "last_layer": 32}
+    assert count["prompt_tokens"]["after"] == count["text_tokens"] + 32
+    code, out, _ = ran(capsys, "tokens", FLAT, "--method", "dfmr")
+    assert ["the", "prompt", "148", "20", "to", "148", "–"] in [line.split() for line in out.splitlines()]
+    assert "dfmr decides by what an image shows; the numbers are limits." in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["tokens"], "give an image, or its size: vlmzip tokens image.png, vlmzip tokens --size 640x480"),
+        (["tokens", "--size", "640"], "--size must be WIDTHxHEIGHT up to 20000 pixels, such as 640x480, got '640'"),
+        (["tokens", "--size", "0x4"], "--size must be WIDTHxHEIGHT up to 20000 pixels, such as 640x480, got '0x4'"),
+        (["tokens", "nothing.png"], "there is no file 'nothing.png'"),
+        (
+            ["tokens", FLAT, "--keep", "-1"],
+            "--keep -1 keeps nothing; give at least 1 token, or a fraction such as 0.25",
+        ),
+        (["serve", "--engine", "trt"], "--engine must be auto, hf or vllm, got 'trt'"),
+        (["serve", "--port", "99999"], "--port must be from 0 to 65535, got 99999"),
+        (["serve", "--port", "1", "--host", "203.0.113.7"], "cannot listen on 203.0.113.7:1: "),
+        (["serve", "--max-batch", "0"], "--max-batch 0: give at least 1"),
+        (["serve", "--keep", "2.5"], "--keep must be a fraction in (0, 1], got '2.5'"),
+        (
+            ["serve", "--allow-hosts", "https://example.org"],
+            "--allow-hosts takes names such as images.example.org, got",
+        ),
+        (["serve", "--api-key-file", "nothing.txt"], "--api-key-file 'nothing.txt' cannot be read: No such file"),
+    ],
+)
+def test_mistakes(capsys, arguments, message):
+    code, _, err = ran(capsys, *arguments)
+    assert code == 2
+    assert err.splitlines()[-1].startswith(f"vlmzip: {message}")
+
+
+def test_a_key_that_cannot_be_sent(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("VLMZIP_API_KEY", " ")
+    assert "$VLMZIP_API_KEY must have one key" in ran(capsys, "serve")[2]
+    (tmp_path / "key").write_text("two keys")
+    assert "must have one key of ASCII letters" in ran(capsys, "serve", "--api-key-file", str(tmp_path / "key"))[2]
+
+
+def test_the_command_line_of_vllm():
+    served = Served("mini", VisionZip(keep=64), "127.0.0.1", 8080, "small", "float32")
+    command = vllm_command.vllm_command(served, Settings(api_key="secret", max_images=3))
+    assert command[:4] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+    assert command[4].endswith("mini/weights")
+    options = dict(zip(command[5::2], command[6::2], strict=True))
+    assert options == {
+        "--served-model-name": "small", "--host": "127.0.0.1", "--port": "8080", "--dtype": "float32",
+        "--hf-overrides": '{"vlmzip": "visionzip(keep=64)"}', "--limit-mm-per-prompt": '{"image": 3}',
+        "--allowed-media-domains": "none.invalid",
+    }  # fmt: skip
+    assert "secret" not in str(command)
+    environment = vllm_command.vllm_environment(Settings(api_key="secret"), {"PATH": "/bin"})
+    assert environment == {"PATH": "/bin", "VLLM_API_KEY": "secret", "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0"}
+    hosts = vllm_command.vllm_command(served, Settings(allow_hosts=frozenset(["b.org", "a.org"])))
+    at = hosts.index("--allowed-media-domains")
+    assert hosts[at : at + 3] == ["--allowed-media-domains", "a.org", "b.org"]
+
+
+def test_vllm_serves_where_it_can(monkeypatch):
+    choose = vllm_command.choose_engine
+    monkeypatch.setattr(vllm_command, "find_spec", lambda name: None)
+    assert choose("auto", "mini", VisionZip()) == choose("hf", "mini", VisionZip()) == "hf"
+    with pytest.raises(ValueError, match=r"--engine vllm: vLLM is not installed: pip install 'vlmzip\[vllm\]'"):
+        choose("vllm", "mini", VisionZip())
+
+
+@pytest.mark.slow  # it starts a process
+def test_a_server_runs_until_a_signal(tmp_path):
+    """It says when it is ready, answers, and ends well."""
+    command = [sys.executable, "-m", "vlmzip.cli.main", "serve", "--port", "0", "--keep", "16", "--engine", "hf"]
+    environment = os.environ | {"VLMZIP_API_KEY": "secret"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as server:
+        ready = server.stdout.readline()
+        address = ready.split()[-1]
+        assert ready == f"mini with visionzip at {address}\n"
+        headers = {"Content-Type": "application/json", "Authorization": "Bearer secret"}
+        request = urllib.request.Request(f"{address}/chat/completions", json.dumps(asking()).encode(), headers)
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            assert json.load(answer)["choices"][0]["message"]["content"] == "orange"
+        server.send_signal(signal.SIGTERM)
+        out, err = server.communicate(timeout=30)
+    assert (server.returncode, out, err) == (0, "", "")
