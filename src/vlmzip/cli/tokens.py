@@ -43,9 +43,7 @@ def run(args: Namespace) -> None:
     rows = [_row(name, image) for (name, _), image in zip(named, count.images, strict=True)]
     visual, text = count.visual, show_count(count.text)
     rows += [["text", text, text, text]]
-    last = None if visual.last_layer is None else count.text + visual.last_layer
-    whole = [count.text + number for number in (visual.before, visual.least, visual.most)]
-    rows += [_row("the prompt", ImageCount(*whole, last))]
+    rows += [_row("the prompt", visual.plus(count.text))]
     print_table(["", "before", count.method, "at the last layer"], rows)
     if visual.least != visual.most or visual.last_layer is None:
         print(f"\n{count.name} decides by what an image shows; the numbers are limits.")

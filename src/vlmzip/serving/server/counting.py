@@ -24,6 +24,11 @@ class ImageCount:
     last_layer: int | None
     """Those at the last layer of the LLM; `None` if they depend on the content of the image."""
 
+    def plus(self, text: int) -> ImageCount:
+        """Return the tokens of a prompt with these visual tokens and `text` text tokens."""
+        last = None if self.last_layer is None else self.last_layer + text
+        return ImageCount(self.before + text, self.least + text, self.most + text, last)
+
     def content(self) -> dict[str, object]:
         """Return the JSON of these counts."""
         after = self.least if self.least == self.most else {"least": self.least, "most": self.most}
@@ -52,16 +57,12 @@ class TokenCount:
     def content(self) -> dict[str, object]:
         """Return the JSON of /v1/tokens and of `vlmzip tokens`. The prompt has the tokens that enter the LLM."""
         visual = self.visual
-        prompt = ImageCount(
-            self.text + visual.before, self.text + visual.least, self.text + visual.most, None
-        ).content()
-        del prompt["last_layer"]
         return {
             "method": self.method,
             "exact": visual.least == visual.most,
             "text_tokens": self.text,
             "visual_tokens": visual.content(),
-            "prompt_tokens": prompt,
+            "prompt_tokens": visual.plus(self.text).content(),
             "images": [image.content() for image in self.images],
         }
 
