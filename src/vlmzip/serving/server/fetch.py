@@ -18,6 +18,8 @@ from vlmzip.version import __version__
 #: The number of redirects that are followed. Each target is checked as the first address is.
 MOST_REDIRECTS = 3
 REDIRECTS = (301, 302, 303, 307, 308)
+#: The IPv6 addresses that are given out, and those that stand for IPv4 addresses.
+GLOBAL_UNICAST, NAT64 = ipaddress.ip_network("2000::/3"), ipaddress.ip_network("64:ff9b::/96")
 PORTS = {"http": 80, "https": 443}
 
 
@@ -74,17 +76,17 @@ def public_address(parts: SplitResult, name: str) -> str:
 
 def is_public(address: str) -> bool:
     """Return whether an address is on the public internet: not private, loopback, link-local or reserved."""
-    found = ipaddress.ip_address(address.partition("%")[0])
-    if isinstance(found, ipaddress.IPv6Address):
+    parsed = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(parsed, ipaddress.IPv6Address):
         # Addresses that carry an IPv4 address must not lead into a private network either.
-        inside = found.ipv4_mapped or found.sixtofour or (found.teredo or (None, None))[1]
-        if inside is not None:
-            return is_public(str(inside))
-        if found in ipaddress.ip_network("64:ff9b::/96"):
-            return is_public(str(ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)))
-        if found.is_site_local:
+        carried = parsed.ipv4_mapped or parsed.sixtofour or (parsed.teredo or (None, None))[1]
+        if parsed in NAT64:
+            carried = ipaddress.IPv4Address(int(parsed) & 0xFFFFFFFF)
+        if carried is not None:
+            return is_public(str(carried))
+        if parsed not in GLOBAL_UNICAST:
             return False
-    return found.is_global and not found.is_multicast
+    return parsed.is_global and not parsed.is_multicast
 
 
 def _answer_of(parts: SplitResult, address: str, name: str, settings: Settings, deadline: float) -> bytes | str:
