@@ -1,12 +1,14 @@
 """Measure vLLM with and without the plugin: requests per second, time to first token, and peak use of the KV cache.
 
     make test-vllm                                          # installs vLLM for the CPU in .venv-vllm
-    .venv-vllm/bin/python -m recipes.serving.vllm_speed     # about 25 minutes on one core
+    .venv-vllm/bin/python -m recipes.serving.vllm_speed     # about 10 minutes on one idle core
     .venv-vllm/bin/python -m recipes.serving.vllm_speed --concurrency 1,4 --requests 4 --rounds 1    # a short trial
+    .venv-vllm/bin/python -m recipes.serving.vllm_speed --method "pool2d(factor=3)" "dfmr(tau=99)"   # equal counts
 
 The model has LLaVA-1.5's 576 visual tokens, random weights, a small encoder, and an LLM that is wide and deep enough
-that its prefill dominates. Both engines run in this process and take turns: the same requests at each concurrency, each
-with another image, so that no cache helps. As soon as a request ends, the next one starts.
+that its prefill dominates. An engine for each method, and one without the plugin, run in this process and take turns:
+the same requests at each concurrency, each with another image, so that no cache helps. As soon as a request ends, the
+next one starts. On a machine with other work, `--clock cpu` counts the seconds of this process.
 
 The limit is the ratio of the FLOPs of both, encoder, projector and the products of attention included; see
 `vlmzip.runtime.flops`. It does not count the selection, the processor and the scheduler.
@@ -31,7 +33,7 @@ os.environ |= {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
-} | {name: os.environ.get(name, value) for name, value in {"VLLM_CPU_KVCACHE_SPACE": "2"}.items()}
+} | {name: os.environ.get(name, value) for name, value in {"VLLM_CPU_KVCACHE_SPACE": "1"}.items()}
 
 import numpy as np
 import torch
@@ -57,6 +59,10 @@ from vlmzip.serving.vllm.checkpoint import write_checkpoint
 
 PROMPT = "USER: <image>\nwhat color is the ring left of the star ? ASSISTANT:"
 SIDE, PATCH = 336, 14
+VISUAL = (SIDE // PATCH) ** 2
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+#: The row of vLLM without the plugin's compression.
+STOCK = "stock"
 
 
 def build(args: argparse.Namespace) -> LlavaForConditionalGeneration:
@@ -71,7 +77,7 @@ def build(args: argparse.Namespace) -> LlavaForConditionalGeneration:
         bos_token_id=1, eos_token_id=2, max_position_embeddings=2048,
     )  # fmt: skip
     torch.manual_seed(0)
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=4, image_seq_length=576)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=4, image_seq_length=VISUAL)
     return LlavaForConditionalGeneration(config).to(getattr(torch, args.dtype)).eval()
 
 
@@ -85,11 +91,11 @@ def processor() -> LlavaProcessor:
     )
 
 
-def flops(model: LlavaForConditionalGeneration, visual: int, text: int, projected: int) -> int:
-    """Return the FLOPs of a request: encoder, projector and the prefill of the LLM."""
+def flops(model: LlavaForConditionalGeneration, visual: int, text: int) -> int:
+    """Return the FLOPs of a request: encoder, projector and the prefill of the LLM, with so many tokens."""
     family = family_of(model)
     pixels = torch.zeros(1, 3, SIDE, SIDE, dtype=model.dtype)
-    features = torch.zeros(projected, model.config.vision_config.hidden_size, dtype=model.dtype)
+    features = torch.zeros(visual, model.config.vision_config.hidden_size, dtype=model.dtype)
     tower, projector = family.vision_encoder, family.projector
     with torch.inference_mode():
         encoder = flops_inside([tower], lambda: tower(pixels))
@@ -133,16 +139,16 @@ def seeing_peak(scheduler: Any, result: Run) -> Iterator[None]:
         scheduler.schedule = schedule
 
 
-def run(engine: LLM, asked: Sequence[dict[str, object]], concurrency: int, new_tokens: int) -> Run:
+def run(engine: LLM, asked: Sequence[dict[str, object]], concurrency: int, args: argparse.Namespace) -> Run:
     """Send the requests, so many at a time, and measure."""
-    inner, result = engine.llm_engine, Run()
-    params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
-    waiting, sent, started = list(asked), {}, time.perf_counter()
+    inner, result, now = engine.llm_engine, Run(), CLOCKS[args.clock]
+    params = SamplingParams(temperature=0, max_tokens=args.new_tokens, ignore_eos=True)
+    waiting, sent, started = list(asked), {}, now()
     number = 0
     while waiting or inner.has_unfinished_requests():
         while waiting and len(sent) < concurrency:
             name = f"{id(result)}-{number}"
-            sent[name] = time.perf_counter()
+            sent[name] = now()
             inner.add_request(name, waiting.pop(0), params)
             number += 1
         with seeing_peak(inner.engine_core.engine_core.scheduler, result):
@@ -150,17 +156,17 @@ def run(engine: LLM, asked: Sequence[dict[str, object]], concurrency: int, new_t
         for output in outputs:
             start = sent[output.request_id]
             if start is not None and output.outputs[0].token_ids:
-                result.ttft.append(time.perf_counter() - start)
+                result.ttft.append(now() - start)
                 sent[output.request_id] = None
             if output.finished:
                 result.prompt = len(output.prompt_token_ids)
                 del sent[output.request_id]
-    result.seconds = time.perf_counter() - started
+    result.seconds = now() - started
     return result
 
 
 def engines(folder: Path, args: argparse.Namespace) -> dict[str, LLM]:
-    """Start vLLM on the checkpoint, without and with the plugin's compression."""
+    """Start vLLM on the checkpoint, without compression and with each method."""
     usual = {
         "dtype": args.dtype,
         "max_model_len": 1024,
@@ -171,22 +177,20 @@ def engines(folder: Path, args: argparse.Namespace) -> dict[str, LLM]:
         "limit_mm_per_prompt": {"image": 1},
         "seed": 0,
     }
-    methods = {"stock": {}, "plugin": {"vlmzip": args.method}}
-    return {name: LLM(str(folder), **usual, hf_overrides=overrides) for name, overrides in methods.items()}
+    overrides = {STOCK: {}, **{method: {"vlmzip": method} for method in args.method}}
+    return {name: LLM(str(folder), **usual, hf_overrides=of_engine) for name, of_engine in overrides.items()}
 
 
 def row(name: str, concurrency: int, runs: dict[str, list[Run]], engine: LLM, limit: float, args: argparse.Namespace):
-    """Return a row of the table. Ratios are medians of the ratios to `stock` within each round."""
+    """Return a row of the table. Ratios are medians of the ratios to stock vLLM within each round."""
     speedup = statistics.median(
-        stock.seconds / mine.seconds for stock, mine in zip(runs["stock"], runs[name], strict=True)
+        stock.seconds / mine.seconds for stock, mine in zip(runs[STOCK], runs[name], strict=True)
     )
     mine, config = runs[name], engine.llm_engine.vllm_config.cache_config
     ttft = sorted(value for each in mine for value in each.ttft)
-    stock_ttft = statistics.median(value for each in runs["stock"] for value in each.ttft)
-    limit = limit if name != "stock" else 1.0
+    stock_ttft = statistics.median(value for each in runs[STOCK] for value in each.ttft)
     return {
-        "variant": name,
-        "method": args.method if name != "stock" else "",
+        "method": name,
         "concurrency": concurrency,
         "prompt_tokens": mine[0].prompt,
         "requests_per_second": f"{statistics.median(len(each.ttft) / each.seconds for each in mine):.3f}",
@@ -206,6 +210,7 @@ def row(name: str, concurrency: int, runs: dict[str, list[Run]], engine: LLM, li
         "vision_layers": args.vision_layers,
         "batched_tokens": args.batched_tokens,
         "dtype": args.dtype,
+        "clock": args.clock,
         "vllm": __version__,
         **about(),
     }
@@ -213,11 +218,12 @@ def row(name: str, concurrency: int, runs: dict[str, list[Run]], engine: LLM, li
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--method", default="visionzip(keep=64)")
+    parser.add_argument("--method", nargs="+", default=["visionzip(keep=64)"])
     parser.add_argument("--concurrency", default="1,4,16,32")
     parser.add_argument("--requests", type=int, help="per run; default: twice the concurrency, at least 8")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--new-tokens", type=int, default=1)
+    parser.add_argument("--clock", default="wall", choices=CLOCKS)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--mlp", type=int, default=2816)
     parser.add_argument("--layers", type=int, default=8)
@@ -231,21 +237,23 @@ def main() -> None:
         model = build(args)
         write_checkpoint(model, processor(), folder)
         variants = engines(Path(folder), args)
-    prompts = {name: run(engine, list(requests(1, 0)), 1, args.new_tokens).prompt for name, engine in variants.items()}
-    text = prompts["stock"] - 576
-    kept = prompts["plugin"] - text
-    limit = flops(model, 576, text, 576) / flops(model, kept, text, kept)
+    prompts = {name: run(engine, list(requests(1, 0)), 1, args).prompt for name, engine in variants.items()}
+    text = prompts[STOCK] - VISUAL
+    kept = {name: length - text for name, length in prompts.items()}
+    limits = {name: flops(model, VISUAL, text) / flops(model, count, text) for name, count in kept.items()}
     rows = []
     for concurrency in map(int, args.concurrency.split(",")):
         count, runs = args.requests or max(8, 2 * concurrency), {name: [] for name in variants}
         for number in range(args.rounds):
             asked = list(requests(count, 1000 * concurrency + number))
             for name, engine in variants.items():
-                runs[name].append(run(engine, asked, concurrency, args.new_tokens))
+                runs[name].append(run(engine, asked, concurrency, args))
         for name, engine in variants.items():
-            rows.append(row(name, concurrency, runs, engine, limit, args))
-            print(", ".join(f"{key} {value}" for key, value in list(rows[-1].items())[:12]), flush=True)
-    path = args.out / file_name("vllm-speed", "cpu", args.dtype)
+            rows.append(row(name, concurrency, runs, engine, limits[name], args))
+            print(", ".join(f"{key} {value}" for key, value in list(rows[-1].items())[:11]), flush=True)
+    path = args.out / file_name(
+        "vllm-speed", "cpu", f"vllm{__version__}", args.dtype, f"{args.new_tokens}-new", f"{args.clock}-seconds"
+    )
     write_csv(path, rows)
     print(f"written to {path}")
 
