@@ -105,6 +105,15 @@ def serve(folder):
             assert json.load(answer)["choices"][0]["message"]["content"] == "orange"
 
 
+def playground(folder):
+    from tests.serving.playground.running import serving_page, submit
+    from tests.serving.server.running import image_url
+    from vlmzip.runtime.loading import load
+
+    with serving_page(load("mini")) as (address, _):
+        assert '<p class="vz-answer">orange' in submit(address, image_url(), ["visionzip"])
+
+
 def completion(folder):
     line = {"COMP_LINE": "vlmzip comp", "COMP_POINT": "11", "COMP_TYPE": "9"}
     words = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(folder / "words")}
@@ -145,6 +154,7 @@ USES = {
     "video": [video],
     "completion": [completion],
     "serve": [serve],
+    "playground": [playground],
     "vllm": [],  # `make test-vllm` installs a build for the CPU
     "store": [store],
     "ray": [store, ray],

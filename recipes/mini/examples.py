@@ -7,22 +7,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vlmzip.mini.assets import shipped_assets
-from vlmzip.mini.drawing import draw
+from vlmzip.mini.examples import CHOSEN, image
 from vlmzip.mini.scene import make_scene
 from vlmzip.mini.splits import EXAMPLES, questions_of, test_split
 from vlmzip.mini.words import LEVELS
 
-# Chosen by hand among the first of EXAMPLES: a few things on a plain background, and many on a photo.
-CHOSEN = {"flat": 3_000_006, "cluttered": 3_000_014}
 SEARCHED = 60  # test questions, among which is the first of type "where"
 BORDER = 4
 IMAGES_PER_ROW = 6
-
-
-def image(seed: int) -> Image.Image:
-    """Return an example image of 96 x 96 pixels."""
-    return Image.fromarray(draw(make_scene(seed), shipped_assets("test")))
 
 
 def write_examples(folder: Path) -> None:

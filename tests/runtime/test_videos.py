@@ -77,7 +77,7 @@ def test_frames_that_take_too_much_memory_are_refused_before_they_are_decoded(tm
     count = min(asked, 21)
     with pytest.raises(UserError, match=rf"{count} frames of .*clip.mp4', 64x48 pixels each, take .*: take {limit} fr"):
         videos.read_clip_for(object(), path, asked)
-    assert len(decoded) == 1
+    assert not decoded
     assert len(videos.read_clip_for(object(), path, limit).frames) == limit
 
 

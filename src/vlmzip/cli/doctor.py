@@ -44,6 +44,7 @@ USES = (
     Use("eval --suite", "lmms", ("filelock", "lmms-eval")),
     Use("serve", "serve", ("fastapi", "uvicorn")),
     Use("serve: the figures at /metrics", "serve", ("prometheus-client",)),
+    Use("serve: the playground", "playground", ("gradio",)),
     Use("encode, ask --store", "store", ("pyarrow",)),
     Use("encode --workers", "ray", ("ray",)),
     Use("completion of words in the shell", "completion", ("argcomplete",)),

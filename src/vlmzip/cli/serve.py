@@ -16,6 +16,8 @@ from vlmzip.cli._shared.loading import load
 from vlmzip.cli._shared.method import check_method, make_method, without_budget
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, check_choice
+from vlmzip.mini.examples import asked
+from vlmzip.serving.playground.examples import Example
 from vlmzip.serving.server.settings import Settings
 from vlmzip.serving.server.vllm_command import Served, choose_engine, vllm_command, vllm_environment
 
@@ -28,13 +30,17 @@ def run(args: Namespace) -> None:
     check_method(args)
     settings = _settings(args)
     _warn_if_open(args.host, settings)
-    if choose_engine(args.engine, args.model, without_budget(args)) == "vllm":
+    if args.playground and args.engine == "vllm":
+        raise UserError("the playground needs --engine hf: vLLM does not say what became of each token")
+    engine = "hf" if args.playground else args.engine
+    if choose_engine(engine, args.model, without_budget(args)) == "vllm":
         served = Served(args.model, _for_vllm(args), args.host, args.port, args.name, args.dtype)
         command = vllm_command(served, settings)
         os.execve(command[0], command, vllm_environment(settings, os.environ))
     missing = [package for package in ("fastapi", "uvicorn", "prometheus_client") if find_spec(package) is None]
     if missing:
         raise UserError(f"serve needs {missing[0].replace('_', '-')}: pip install 'vlmzip[serve]'")
+    examples = _examples(args.playground)
     from vlmzip.serving.server import run as server  # its packages are an extra
 
     with server.listen(args.host, args.port) as listening:  # before the model, which takes long to load
@@ -44,10 +50,22 @@ def run(args: Namespace) -> None:
 
         def ready(address: str) -> None:
             print(f"{name} with {compressor.name()} at {address}/v1", flush=True)
+            if examples is not None:
+                print(f"playground at {address}/playground", flush=True)
 
-        lived = server.run(loaded, compressor, settings, listening, name, ready)
+        lived = server.run(loaded, compressor, settings, listening, name, ready, examples)
     if not lived:
         sys.exit(1)
+
+
+def _examples(playground: bool | None) -> list[Example] | None:
+    """Return the examples of the playground, or `None` for a server without it. By default Gradio decides."""
+    installed = find_spec("gradio") is not None
+    if playground and not installed:
+        raise UserError("the playground needs Gradio: pip install 'vlmzip[playground]'")
+    if not (installed if playground is None else playground):
+        return None
+    return [Example(image, question) for image, question in asked()]
 
 
 def _settings(args: Namespace) -> Settings:

@@ -109,11 +109,12 @@ def check_video(path: str | os.PathLike[str]) -> None:
         pass
 
 
-def read_clip(path: str | os.PathLike[str], choose: Choose) -> Clip:
+def read_clip(path: str | os.PathLike[str], choose: Choose, most_bytes: int | None = None) -> Clip:
     """Return the frames of a video that `choose` returns the numbers of. Raise `UserError` if it cannot be read.
 
     A broken video is read up to where it breaks. If the size of frames changes in it, all get that of the first. Only
-    the chosen frames are kept in memory. Raise `UserError`, too, if they take more than `MOST_BYTES`.
+    the chosen frames are kept in memory. Raise `UserError`, too, if they take more than `most_bytes`, by default
+    `MOST_BYTES`.
     """
     with _opened(path) as (container, stream):
         rate = stream.average_rate or stream.guessed_rate
@@ -121,21 +122,22 @@ def read_clip(path: str | os.PathLike[str], choose: Choose) -> Clip:
         total = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
     while total:
         numbers = list(choose(total, fps))
-        frames, decoded = _frames_at(path, numbers)
+        frames, decoded = _frames_at(path, numbers, most_bytes)
         if all(number in frames for number in numbers):
             return Clip(os.fspath(path), [frames[number] for number in numbers], numbers, total, fps)
         total = min(decoded, total - 1)  # the file has fewer frames than it says
     raise UserError(f"{_name(path)} has no frame that can be decoded")
 
 
-def check_memory(name: str, frames: int, size: tuple[int, int]) -> None:
-    """Raise `UserError` if frames of this width and height take more memory than `MOST_BYTES`."""
+def check_memory(name: str, frames: int, size: tuple[int, int], most_bytes: int | None = None) -> None:
+    """Raise `UserError` if frames of this width and height take more than `most_bytes`, by default `MOST_BYTES`."""
     width, height = size
     of_frame = BYTES_PER_PIXEL * width * height
-    if frames * of_frame > MOST_BYTES:
+    limit = MOST_BYTES if most_bytes is None else most_bytes
+    if frames * of_frame > limit:
         raise ImageError(
             f"{frames:,} frames of {name}, {width}x{height} pixels each, take {frames * of_frame / 2**30:,.1f} GiB of"
-            f" memory, and the limit is {MOST_BYTES / 2**30:g} GiB: take {MOST_BYTES // of_frame:,} frames or fewer",
+            f" memory, and the limit is {limit / 2**30:.3g} GiB: take {limit // of_frame:,} frames or fewer",
             "takes too much memory: take fewer frames",
         )
 
@@ -165,7 +167,9 @@ def clip_arguments(clips: Sequence[Clip]) -> dict[str, object]:
     }
 
 
-def _frames_at(path: str | os.PathLike[str], numbers: Sequence[int]) -> tuple[dict[int, Image.Image], int]:
+def _frames_at(
+    path: str | os.PathLike[str], numbers: Sequence[int], most_bytes: int | None
+) -> tuple[dict[int, Image.Image], int]:
     """Return the frames with these numbers, as far as the video has them, and the count of decoded frames.
 
     The decoder stops after the last of them.
@@ -174,12 +178,15 @@ def _frames_at(path: str | os.PathLike[str], numbers: Sequence[int]) -> tuple[di
     frames: dict[int, Image.Image] = {}
     with _opened(path) as (container, stream):
         stream.thread_type = "AUTO"
+        # The size of a broken file may be unknown before a frame is decoded.
+        announced = getattr(stream, "width", 0), getattr(stream, "height", 0)
+        check_memory(_name(path), len(numbers), announced, most_bytes)
         for decoded, frame in enumerate(_decoded(container, stream), start=1):
             if decoded - 1 in wanted:
                 image = squeeze(_upright(frame))
                 if not frames:
                     size = image.size
-                    check_memory(_name(path), len(numbers), size)
+                    check_memory(_name(path), len(numbers), size, most_bytes)
                 frames[decoded - 1] = image if image.size == size else image.resize(size)
             if len(frames) == len(wanted):
                 break

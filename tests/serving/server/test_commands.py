@@ -106,7 +106,19 @@ def test_vllm_serves_where_it_can(monkeypatch):
 @pytest.mark.slow  # it starts a process
 def test_a_server_runs_until_a_signal(tmp_path):
     """It says when it is ready, answers, and ends well."""
-    command = [sys.executable, "-m", "vlmzip.cli.main", "serve", "--port", "0", "--keep", "16", "--engine", "hf"]
+    command = [
+        sys.executable,
+        "-m",
+        "vlmzip.cli.main",
+        "serve",
+        "--port",
+        "0",
+        "--keep",
+        "16",
+        "--engine",
+        "hf",
+        "--no-playground",
+    ]
     environment = os.environ | {"VLMZIP_API_KEY": "secret"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, BooleanOptionalAction
 from pathlib import Path
 
 from vlmzip.cli._options.common import add_model
@@ -37,6 +37,11 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     )
     parser.add_argument(
         "--allow-hosts", metavar="HOST,HOST", help="hosts to fetch images from; default: none, images come in requests"
+    )
+    parser.add_argument(
+        "--playground",
+        action=BooleanOptionalAction,
+        help="a page at /playground to try methods in a browser; default: if Gradio is installed",
     )
     limits = parser.add_argument_group("limits, also of what requests can ask for")
     for name, text in LIMITS.items():

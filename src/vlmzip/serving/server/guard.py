@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import hmac
 import json
@@ -12,6 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vlmzip.serving.server.errors import CLIENT_GONE, RequestError
 from vlmzip.serving.server.metrics import Metrics
 
+#: Where the playground is, if the server has one. A browser asks its visitor for the key and sends it as a password.
+PLAYGROUND = "/playground"
 #: Paths that need no key, so that a load balancer can ask.
 OPEN = ("/health",)
 
@@ -48,15 +52,30 @@ class Guard:
     def _refusal(self, scope: Scope) -> RequestError | None:
         headers = dict(scope["headers"])
         if self._digest is not None and scope["path"] not in OPEN:
-            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+            is_page = scope["path"].partition("/")[2].partition("/")[0] == PLAYGROUND.strip("/")
+            key = _key(headers.get(b"authorization", b""), b"basic" if is_page else b"bearer")
             # Digests have equal lengths, so the time of the comparison tells nothing about the key.
-            if scheme.lower() != b"bearer" or not hmac.compare_digest(_digest(key.strip()), self._digest):
+            if key is None or not hmac.compare_digest(_digest(key), self._digest):
                 message = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
-                return RequestError(message, 401, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+                scheme = 'Basic realm="vlmzip: any name, and the API key as password"' if is_page else "Bearer"
+                return RequestError(message, 401, code="invalid_api_key", headers={"WWW-Authenticate": scheme})
         kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
         # Pages of other sites can send forms and plain text to this server without asking; JSON they cannot.
         if scope["method"] == "POST" and scope["path"].startswith("/v1/") and kind != b"application/json":
             return RequestError("the body must be JSON: send Content-Type: application/json", 415)
+        return None
+
+
+def _key(header: bytes, expected: bytes) -> bytes | None:
+    """Return the key in a header of the `expected` scheme, bearer or basic; `None` if there is none."""
+    scheme, _, key = header.partition(b" ")
+    if scheme.lower() != expected:
+        return None
+    if expected == b"bearer":
+        return key.strip()
+    try:
+        return base64.b64decode(key.strip(), validate=True).partition(b":")[2]
+    except binascii.Error:
         return None
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import uvicorn
 
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.runtime.loading import Loaded
+from vlmzip.serving.playground.examples import Example
+from vlmzip.serving.playground.mount import mount
 from vlmzip.serving.server.app import create_app
 from vlmzip.serving.server.metrics import Metrics
 from vlmzip.serving.server.settings import Settings
@@ -46,10 +48,12 @@ def run(
     listening: socket.socket,
     name: str | None = None,
     ready: Callable[[str], None] = lambda address: None,
+    examples: Sequence[Example] | None = None,
 ) -> bool:
     """Serve a model until SIGINT or SIGTERM, and let begun answers end. Return whether the engine lived until then.
 
-    `ready` gets the address once requests are accepted.
+    `ready` gets the address once requests are accepted. With `examples`, which may be empty, the server has the
+    playground.
     """
     metrics = Metrics()
     engine = HuggingFaceEngine(loaded, compressor, settings, metrics, name)
@@ -60,6 +64,8 @@ def run(
         server.should_exit = True
 
     app = create_app(engine, settings, metrics, died)
+    if examples is not None:
+        mount(app, engine, settings, examples)
     server = _Server(
         uvicorn.Config(
             app,

@@ -1,0 +1,78 @@
+"""The methods that the page offers, and their configurations at a budget."""
+
+import pytest
+
+from tests.clips import with_videos
+from tests.families.qwen2_5_vl import Qwen25VL
+from vlmzip.errors import BudgetError
+from vlmzip.methods import DFMR, EVS, FastV, NoCompression, VisionZip
+from vlmzip.models import family_of
+from vlmzip.runtime.loading import Loaded
+from vlmzip.serving.playground.choices import configured, groups
+
+
+def names_of(offered):
+    return {choice.name for group in offered for choice in group.choices}
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    family = Qwen25VL()
+    return Loaded("tiny", family.model, with_videos(family, grid=(4, 4)), family_of(family.model))
+
+
+def test_mini_offers_what_works_on_it_without_training(mini):
+    names = names_of(groups(mini, NoCompression()))
+    assert {"visionzip", "fastv", "tome", "pool2d", "dfmr", "vcc"} <= names
+    assert not names & {"qformer", "no_compression", "evs", "vidcom2", "pixelprune"}
+
+
+def test_a_model_without_cls_that_takes_clips_offers_other_methods(qwen):
+    names = names_of(groups(qwen, NoCompression()))
+    assert {"visionzip", "evs", "vidcom2", "pixelprune", "fastv"} <= names
+    assert not names & {"tome", "qformer"}
+
+
+def test_groups_are_kinds_and_each_method_says_what_it_does(mini):
+    offered = groups(mini, NoCompression())
+    assert [group.heading.partition(":")[0] for group in offered] == [
+        "Prune", "Prune and merge", "Merge", "Pool", "Chain",
+    ]  # fmt: skip
+    labels = {choice.name: choice.label for group in offered for choice in group.choices}
+    assert labels["fastv"].startswith("fastv (inside the LLM): Keep the visual tokens")
+    assert labels["pool2d"].startswith("pool2d: Average each")
+
+
+def test_the_method_of_the_server_is_offered_with_its_settings(mini):
+    assert "visionzip(merge=mean)" in names_of(groups(mini, VisionZip(merge="mean")))
+
+
+@pytest.mark.parametrize(
+    ("method", "remaining", "expected"),
+    [
+        (VisionZip(), False, VisionZip(keep=48)),
+        (FastV(), False, FastV(keep=16)),
+        (FastV(), True, FastV(keep=48)),
+    ],
+)
+def test_a_budget_counts_the_average_or_the_remaining_tokens(mini, method, remaining, expected):
+    profile = mini.family.profile()
+    assert configured(method, 48, profile, remaining=remaining, is_clip=False) == (expected, "")
+
+
+def test_a_method_that_decides_by_content_keeps_its_settings_and_says_so(mini):
+    method, note = configured(DFMR(), 48, mini.family.profile(), remaining=False, is_clip=False)
+    assert method == DFMR()
+    assert note.startswith("runs with its own settings, not at this budget: the number of tokens")
+
+
+def test_a_budget_that_cannot_be_met_is_an_error(mini):
+    with pytest.raises(BudgetError, match="2 of 8 layers see all tokens before fastv acts"):
+        configured(FastV(), 20, mini.family.profile(), remaining=False, is_clip=False)
+
+
+def test_methods_for_videos_get_the_budget_of_a_clip_only(qwen):
+    profile = qwen.family.profile()
+    assert configured(EVS(), 8, profile, remaining=False, is_clip=True)[0].keep == 8
+    with pytest.raises(BudgetError, match="drops tokens of videos only"):
+        configured(EVS(), 8, profile, remaining=False, is_clip=False)
