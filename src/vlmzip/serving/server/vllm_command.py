@@ -6,15 +6,17 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 
 from vlmzip import spec
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
-from vlmzip.runtime.fitting import inside_the_llm
 from vlmzip.runtime.loading import source_of
 from vlmzip.runtime.pretrained import load_config
 from vlmzip.serving.server.settings import Settings
+from vlmzip.serving.vllm import setting
+from vlmzip.serving.vllm.start import check_version
 
 #: A host that does not exist. vLLM fetches images from any host unless it is given at least one.
 NO_HOST = "none.invalid"
@@ -55,11 +57,14 @@ def reason_against_vllm(model: str, compressor: Compressor) -> str | None:
         return "vLLM is not installed: pip install 'vlmzip[vllm]'"
     from vlmzip.serving.vllm.plugin import ARCHITECTURES  # it imports vLLM, which is an extra
 
-    architectures = load_config(source_of(model)).architectures or ["of no known class"]
+    architectures = load_config(source_of(model)).architectures or ["a model of no class"]
     if architectures[0] not in ARCHITECTURES:
-        return f"the plugin for vLLM does not know {architectures[0]}; it knows {', '.join(sorted(ARCHITECTURES))}"
-    if inside := inside_the_llm(compressor):
-        return f"{inside[0].name()} acts inside the LLM, where vLLM cannot drop tokens"
+        return f"vlmzip's plugin for vLLM does not have {architectures[0]}; it has {', '.join(sorted(ARCHITECTURES))}"
+    try:
+        check_version(version("vllm"))
+        setting.check(compressor)
+    except UserError as error:
+        return str(error)
     return None
 
 
