@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 
 import pytest
@@ -133,3 +134,21 @@ def test_a_server_runs_until_a_signal(tmp_path):
         server.send_signal(signal.SIGTERM)
         out, err = server.communicate(timeout=30)
     assert (server.returncode, out, err) == (0, "", "")
+
+
+@pytest.mark.slow  # it starts a process
+def test_a_server_whose_engine_ends_ends_too():
+    code = "import sys; from vlmzip.cli.main import main; from vlmzip.serving.server.batch import Batch;"
+    code += "Batch.run = lambda batch: sys.exit(3); sys.exit(main(['serve', '--port', '0', '--engine', 'hf']))"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        address = server.stdout.readline().split()[-1]
+        request = urllib.request.Request(
+            f"{address}/chat/completions", json.dumps(asking()).encode(), {"Content-Type": "application/json"}
+        )
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            urllib.request.urlopen(request, timeout=30)
+        _, err = server.communicate(timeout=30)
+    assert server.returncode == 1
+    assert "the engine has stopped" in err

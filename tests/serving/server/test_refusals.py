@@ -34,6 +34,12 @@ def bomb(side=60_000):
     return b"\x89PNG\r\n\x1a\n" + header + part(b"IDAT", zlib.compress(b"\0" * 100)) + part(b"IEND", b"")
 
 
+def jpeg(scans):
+    """A JPEG with more scans, each nearly empty."""
+    content = encoded(Image.new("L", (64, 64)), "JPEG")
+    return content[:-2] + content[content.index(b"\xff\xda") : -2] * scans + content[-2:]
+
+
 def deep(depth):
     return b'{"model": ' + b"[" * depth + b"]" * depth + b"}"
 
@@ -69,6 +75,7 @@ BODIES = {
     "text for an image": (with_image(data_url(b"hello")), 400, "image 1 is not an image"),
     "a script for an image": (with_image(data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n")), 400, "image 1 is not an image"),
     "a truncated image": (with_image(data_url(TRUNCATED)), 400, "image 1 cannot be read"),
+    "a JPEG of many scans": (with_image(data_url(jpeg(200))), 400, "image 1 is a JPEG of more than 100 scans"),
     "a bomb": (with_image(data_url(bomb())), 400, "image 1 would unpack to more than"),
     "a smaller bomb": (with_image(data_url(bomb(10_000))), 400, "image 1 has 10000 x 10000 pixels; all images"),
     "a second image that is too large": (

@@ -82,27 +82,23 @@ class Service:
 
     async def chat(self, request: Request) -> Response:
         """Answer POST /v1/chat/completions."""
-        body, prepared = await self._prepare(request)
-        progress = Progress(asyncio.get_running_loop())
-        deadline = progress.arrived + self.settings.max_seconds
+        arrived, body, prepared = await self._prepare(request)
+        progress = Progress(asyncio.get_running_loop(), arrived=arrived)
         answer = Answer(self.engine.model, prepared.count)
         self.engine.submit(prepared, progress)
         try:
-            async with asyncio.timeout(self.settings.max_seconds):
+            async with self._until(arrived):
                 ready = progress.begun() if body.stream else progress.ended()
                 if not await first_of(ready, gone(request.receive)):
                     raise RequestError("the client has gone", CLIENT_GONE)
-        except TimeoutError:
-            progress.cancel()
-            message = f"the request was not answered within {self.settings.max_seconds:g} seconds"
-            raise RequestError(message, 504, code="timeout") from None
         except BaseException:
             progress.cancel()
             raise
         if body.stream:
             include = body.stream_options is not None and bool(body.stream_options.include_usage)
             events = self._events(answer, prepared, progress, include)
-            return EventStream(events, max(deadline - monotonic(), 0.0), self._end_of(progress))
+            seconds = arrived + self.settings.max_seconds - monotonic()
+            return EventStream(events, max(seconds, 0.0), self._end_of(progress))
         assert progress.reason is not None
         assert progress.usage is not None
         self._count(prepared, progress)
@@ -138,22 +134,35 @@ class Service:
 
     async def tokens(self, request: Request) -> Response:
         """Answer POST /v1/tokens: the tokens of a request to /v1/chat/completions, without answering it."""
-        _, prepared = await self._prepare(request)
+        _, _, prepared = await self._prepare(request)
         return JSONResponse(prepared.count.content())
 
-    async def _prepare(self, request: Request) -> tuple[ChatRequest, Any]:
-        """Read a request, and return it with what the engine made of it."""
+    async def _prepare(self, request: Request) -> tuple[float, ChatRequest, Any]:
+        """Read a request. Return when it had arrived, and it with what the engine made of it."""
         if (trouble := self.engine.trouble()) is not None:
             raise RequestError(trouble, 503, code="engine_stopped")
         async with self._bodies.read(request) as body:
+            arrived = monotonic()
             waiting = self._preparing + self.engine.waiting
             if waiting >= self.settings.max_queue:
                 raise overloaded(f"{waiting} requests are waiting; try again later")
             self._preparing += 1
             try:
-                return await asyncio.get_running_loop().run_in_executor(self._pool, self._read, body)
+                async with self._until(arrived):
+                    return arrived, *await asyncio.get_running_loop().run_in_executor(self._pool, self._read, body)
             finally:
                 self._preparing -= 1
+
+    @asynccontextmanager
+    async def _until(self, arrived: float) -> AsyncIterator[None]:
+        """Raise `RequestError` if the block takes longer than a request may from its arrival on."""
+        limit = self.settings.max_seconds
+        try:
+            async with asyncio.timeout(max(arrived + limit - monotonic(), 0.0)):
+                yield
+        except TimeoutError:
+            message = f"the request was not answered within {limit:g} seconds"
+            raise RequestError(message, 504, code="timeout") from None
 
     def _read(self, body: bytes) -> tuple[ChatRequest, Any]:
         """Do the blocking part of `_prepare`."""

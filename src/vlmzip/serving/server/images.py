@@ -6,7 +6,6 @@ import base64
 import binascii
 import io
 import re
-import warnings
 from collections.abc import Sequence
 
 from PIL import Image
@@ -19,6 +18,8 @@ from vlmzip.serving.server.settings import Settings
 
 #: The formats that are read. Pillow knows others, whose decoders start programs or are rarely used.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+#: A progressive JPEG has about ten scans. Each takes as long to decode as the image, and they can be nearly empty.
+MOST_SCANS = 100
 _DATA = re.compile(r"data:image/[\w.+-]{1,40};base64,", re.ASCII | re.IGNORECASE)
 
 
@@ -69,18 +70,18 @@ def _bytes_of(url: str, name: str, settings: Settings) -> bytes:
 def _open(content: bytes, name: str) -> Image.Image:
     """Read the header of an image."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `max_pixels` is checked next
-            return Image.open(io.BytesIO(content), formats=FORMATS)
-    except Image.DecompressionBombError:
-        message = f"{name} would unpack to more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; scale it down"
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        message = f"{name} would unpack to more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale it down"
         raise RequestError(message, code="image_too_large", param="messages") from None
     except Exception:  # Pillow's plugins raise many types
-        raise RequestError(
-            f"{name} is not an image; send {', '.join(FORMATS[:-1])} or {FORMATS[-1]}",
-            code="invalid_image",
-            param="messages",
-        ) from None
+        message = f"{name} is not an image; send {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        raise RequestError(message, code="invalid_image", param="messages") from None
+    # Inside a scan, no other byte follows 0xFF than 0 and those of restarts, so this counts scans.
+    if image.format == "JPEG" and content.count(b"\xff\xda") > MOST_SCANS:
+        message = f"{name} is a JPEG of more than {MOST_SCANS} scans; save it anew"
+        raise RequestError(message, code="invalid_image", param="messages")
+    return image
 
 
 def _decoded(image: Image.Image, name: str) -> Image.Image:

@@ -34,8 +34,7 @@ class EventStream(Response):
                 if await first_of(self._send(send), gone(receive)):
                     reason = None
         except TimeoutError:
-            reason = "timeout"
-            raise
+            reason = "timeout"  # an answer without its end makes uvicorn close the connection
         finally:
             self._ended(reason)
 
