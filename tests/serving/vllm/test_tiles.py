@@ -98,3 +98,40 @@ def test_images_with_several_numbers_of_tiles_go_through_the_encoder_together(ll
     together = [output.outputs[0].token_ids for output in generate(engine, requests)]
     engine.reset_prefix_cache()
     assert together == [generate(engine, [request])[0].outputs[0].token_ids for request in requests]
+
+
+def test_videos_of_unequal_length_and_an_image_beside_a_video(onevision):
+    _, _, engine = onevision
+    method = {"mm_processor_kwargs": {"vlmzip": "visionzip(keep=20)"}}
+    videos = [
+        {
+            "prompt": f"USER: {tiny.VIDEO}{TEXT}",
+            "multi_modal_data": {"video": tiny.noise(50 + n, n, 60, 80, 3)},
+            **method,
+        }
+        for n in (3, 5, 4)
+    ]
+    both = {"image": tiny.image(7, 100, 60), "video": tiny.noise(60, 3, 60, 80, 3)}
+    requests = [*videos, {"prompt": f"USER: <image>{tiny.VIDEO}{TEXT}", "multi_modal_data": both, **method}]
+    together = [output.outputs[0].token_ids for output in generate(engine, requests)]
+    engine.reset_prefix_cache()
+    assert together == [generate(engine, [request])[0].outputs[0].token_ids for request in requests]
+    check(onevision, f"USER: <image>{tiny.VIDEO}{TEXT}", both, "visionzip(keep=20)")
+
+
+def test_an_encoder_call_has_a_bounded_number_of_views(llava_next):
+    from vlmzip.serving.vllm import llava_next as plugin
+    from vlmzip.serving.vllm.model import MOST_VIEWS, CompressingModel
+
+    model, _, _ = llava_next
+    family = plugin.family_of(model.config)
+    images = 40
+    inputs = {
+        "pixel_values": torch.zeros(images, 5, 3, tiny.SIDE, tiny.SIDE),
+        "image_sizes": torch.tensor([[128, 128], [64, 128]] * (images // 2)),  # 5 and 3 views
+    }
+    parts = list(CompressingModel._parts(None, family, inputs))
+    views = [sum(len(layout.views) for layout in family.layouts(part)) for part in parts]
+    assert sum(views) == images * 4
+    assert max(views) <= MOST_VIEWS
+    assert len(parts) == 3

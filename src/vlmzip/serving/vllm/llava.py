@@ -13,7 +13,7 @@ from vlmzip.models.llava import Llava
 from vlmzip.serving.vllm.engine import EngineModel, InEngine
 from vlmzip.serving.vllm.model import CompressingModel
 from vlmzip.serving.vllm.processor import CompressingProcessor
-from vlmzip.serving.vllm.setting import KEY
+from vlmzip.serving.vllm.setting import of_engine
 
 
 class EngineLlava(InEngine, Llava):
@@ -33,7 +33,7 @@ class LlavaProcessor(CompressingProcessor, stock.LlavaMultiModalProcessor):
 
 def processor(info: Any, dummy_inputs: Any) -> Any:
     """Return the processor with compression, or the stock one if no compressor is configured."""
-    if not hasattr(info.get_hf_config(), KEY):
+    if of_engine(info.get_hf_config()) is None:
         return stock._build_llava_or_pixtral_hf_processor(info, dummy_inputs)
     return LlavaProcessor(info, dummy_inputs)
 

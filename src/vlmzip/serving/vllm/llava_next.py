@@ -13,7 +13,7 @@ from vlmzip.models.llava_next import LlavaNext
 from vlmzip.serving.vllm.engine import EngineModel, InEngine
 from vlmzip.serving.vllm.model import CompressingModel
 from vlmzip.serving.vllm.processor import CompressingProcessor
-from vlmzip.serving.vllm.setting import KEY
+from vlmzip.serving.vllm.setting import of_engine
 
 
 class EngineLlavaNext(InEngine, LlavaNext):
@@ -33,7 +33,7 @@ class LlavaNextProcessor(CompressingProcessor, stock.LlavaNextMultiModalProcesso
 
 def processor(info: Any, dummy_inputs: Any) -> Any:
     """Return the processor with compression, or the stock one if no compressor is configured."""
-    compresses = hasattr(info.get_hf_config(), KEY)
+    compresses = of_engine(info.get_hf_config()) is not None
     return (LlavaNextProcessor if compresses else stock.LlavaNextMultiModalProcessor)(info, dummy_inputs)
 
 

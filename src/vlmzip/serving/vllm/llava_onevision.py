@@ -14,7 +14,7 @@ from vlmzip.processor import Inputs
 from vlmzip.serving.vllm.engine import EngineModel, InEngine
 from vlmzip.serving.vllm.model import CompressingModel
 from vlmzip.serving.vllm.processor import CompressingProcessor
-from vlmzip.serving.vllm.setting import KEY
+from vlmzip.serving.vllm.setting import of_engine
 
 
 class EngineFrames(InEngine, LlavaOnevisionFrames):
@@ -45,7 +45,7 @@ class LlavaOnevisionProcessor(CompressingProcessor, stock.LlavaOnevisionMultiMod
 
 def processor(info: Any, dummy_inputs: Any) -> Any:
     """Return the processor with compression, or the stock one if no compressor is configured."""
-    compresses = hasattr(info.get_hf_config(), KEY)
+    compresses = of_engine(info.get_hf_config()) is not None
     return (LlavaOnevisionProcessor if compresses else stock.LlavaOnevisionMultiModalProcessor)(info, dummy_inputs)
 
 

@@ -18,7 +18,6 @@ from vlmzip.runtime.stages import compress_images
 from vlmzip.serving.vllm import setting
 from vlmzip.serving.vllm.engine import of_images
 from vlmzip.serving.vllm.processor import features_of, field_of
-from vlmzip.serving.vllm.setting import KEY
 
 #: The most views that go through the vision encoder in one call. vLLM counts the tokens that remain, so few tokens per
 #: image would let it send hundreds of images at once.
@@ -34,7 +33,7 @@ class CompressingModel(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         config = vllm_config.model_config.hf_config
-        self.compresses = hasattr(config, KEY)
+        self.compresses = setting.of_engine(config) is not None
         if self.compresses:
             # LoRA of the vision encoder counts the tokens that leave it, and we encode more than remain.
             self.supports_tower_connector_lora = False

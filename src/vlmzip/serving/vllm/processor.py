@@ -60,7 +60,7 @@ class CompressingProcessor(BaseMultiModalProcessor):
         super().__init__(info, dummy_inputs)
         if KEY in (info.ctx.get_mm_config().mm_processor_kwargs or {}):
             raise UserError(f"{KEY} in --mm-processor-kwargs is for requests: give the engine's to --hf-overrides")
-        self.default = spec.read(getattr(info.get_hf_config(), KEY))
+        self.default = spec.read(str(setting.of_engine(info.get_hf_config())))
         """The compressor of the engine."""
         self.encoder = Encoder(info.ctx.model_config) if self._needs_encoder(self.default) else None
         """The vision encoder of transformers, if the engine's compressor counts tokens by content."""

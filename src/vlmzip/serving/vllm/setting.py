@@ -9,6 +9,7 @@ from functools import lru_cache
 import torch
 from jaxtyping import UInt8
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from vlmzip import catalogue, spec
 from vlmzip.compressor import Compressor, Profile
@@ -34,6 +35,12 @@ ELSEWHERE = {
 USE = "use a method before the LLM, such as visionzip, divprune, kmeans or pool2d"
 #: Signals of the last encoder layer. vLLM loads the layers only up to the one that gives the features.
 OF_LAST_LAYER = frozenset({Signal.LAST_CLS_ATTENTION, Signal.LAST_KEYS})
+
+
+def of_engine(config: PreTrainedConfig) -> str | None:
+    """Return the canonical spec of the engine's compressor, which `start.resolve` wrote into the config."""
+    text: str | None = getattr(config, KEY, None)
+    return text
 
 
 @lru_cache(maxsize=256)
