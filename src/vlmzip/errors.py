@@ -33,6 +33,16 @@ class BudgetError(UserError):
     """A method cannot reach the budget; the message says why."""
 
 
+class UnknownImage(UserError, KeyError):
+    """An image that is not in a store."""
+
+    __str__ = Exception.__str__  # that of KeyError puts quotes around the message
+
+
+class Damaged(UserError):
+    """A file of a store, or an image in it, whose content has changed."""
+
+
 class BeyondPositions(UserWarning):
     """A warning that a prompt, with or without its answer, takes more positions than the LLM has."""
 

@@ -134,7 +134,7 @@ def _ask_store(args: Namespace) -> None:
 
 def _acts_inside(args: Namespace, stored: Compressor) -> bool:
     """Return whether a method was given. Raise `UserError` if it acts before the LLM, where stored images are done."""
-    if not args.has_method:
+    if not args.method_is_given:
         if args.keep is not None or settings(args):
             raise UserError(f"the images of the store were compressed by {spec.write(stored)}; leave out its options")
         return False

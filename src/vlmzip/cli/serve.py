@@ -14,6 +14,7 @@ from vlmzip.cli._options.common import check_counts
 from vlmzip.cli._options.serve import ENGINES, KEY, LIMITS
 from vlmzip.cli._shared.loading import load
 from vlmzip.cli._shared.method import check_method, make_method, without_budget
+from vlmzip.cli._shared.method import settings as method_settings
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, check_choice
 from vlmzip.mini.examples import asked
@@ -30,10 +31,14 @@ def run(args: Namespace) -> None:
     check_method(args)
     settings = _settings(args)
     _warn_if_open(args.host, settings)
-    if args.playground and args.engine == "vllm":
-        raise UserError("the playground needs --engine hf: vLLM does not say what became of each token")
-    engine = "hf" if args.playground else args.engine
-    if choose_engine(engine, args.model, without_budget(args)) == "vllm":
+    for feature, wanted, reason in (
+        ("the playground", args.playground, "vLLM does not say what became of each token"),
+        ("--store", args.store, "vLLM does not take images from a store"),
+    ):
+        if wanted and args.engine == "vllm":
+            raise UserError(f"{feature} needs --engine hf: {reason}")
+    engine = "hf" if args.playground or args.store else args.engine
+    if choose_engine(engine, args.model or "", without_budget(args)) == "vllm":
         served = Served(args.model, _for_vllm(args), args.host, args.port, args.name, args.dtype)
         command = vllm_command(served, settings)
         os.execve(command[0], command, vllm_environment(settings, os.environ))
@@ -43,17 +48,27 @@ def run(args: Namespace) -> None:
     examples = _examples(args.playground)
     from vlmzip.serving.server import run as server  # its packages are an extra
 
+    store = None
+    if args.store is not None:
+        from vlmzip.serving.store.reading import Store  # needs pyarrow, an extra
+
+        store = Store(args.store)
+        args.model, args.dtype = args.model or store.manifest.model, args.dtype or store.manifest.dtype
     with server.listen(args.host, args.port) as listening:  # before the model, which takes long to load
         loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)
         compressor = make_method(args, loaded.family.profile())
+        if store is not None:
+            store.attach(loaded).detach()  # an error if the store comes from another model
+            compressor = compressor if _has_method(args) else store.compressor
         name = args.name or args.model
 
         def ready(address: str) -> None:
-            print(f"{name} with {compressor.name()} at {address}/v1", flush=True)
+            images = "" if store is None else f" and {len(store):,} stored images"
+            print(f"{name} with {compressor.name()}{images} at {address}/v1", flush=True)
             if examples is not None:
                 print(f"playground at {address}/playground", flush=True)
 
-        lived = server.run(loaded, compressor, settings, listening, name, ready, examples)
+        lived = server.run(loaded, compressor, settings, listening, name, ready, examples, store)
     if not lived:
         sys.exit(1)
 
@@ -66,6 +81,11 @@ def _examples(playground: bool | None) -> list[Example] | None:
     if not (installed if playground is None else playground):
         return None
     return [Example(image, question) for image, question in asked()]
+
+
+def _has_method(args: Namespace) -> bool:
+    """Return whether the options say how to compress images."""
+    return bool(args.method_is_given or args.keep is not None or method_settings(args))
 
 
 def _settings(args: Namespace) -> Settings:

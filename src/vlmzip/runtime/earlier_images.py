@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.models.family import Family
@@ -45,6 +47,19 @@ class EarlierImages:
         if inputs.get("position_ids") is not None:
             raise UserError(f"leave out position_ids with {ARGUMENT}; vlmzip counts the positions")
         return {**inputs, **self.inputs}
+
+    @classmethod
+    def joined(cls, parts: Sequence[EarlierImages]) -> EarlierImages:
+        """Return the images of several prompts, one after another, all from the same compressor."""
+        images = [image for part in parts for image in part.images]
+        smaller = [part.smaller for part in parts if part.smaller is not None]
+        inputs = _rows_of([part.inputs for part in parts])
+        return cls(images, inputs, parts[0].compressor, _rows_of(smaller) if smaller else None)
+
+
+def _rows_of(parts: Sequence[Inputs]) -> InputDict:
+    """Return the image inputs of all parts, one after another."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _compression(compressor: Compressor) -> tuple[object, ...]:

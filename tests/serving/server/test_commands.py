@@ -55,6 +55,8 @@ def test_tokens_of_images_and_sizes(capsys):
         (["serve", "--engine", "trt"], "--engine must be auto, hf or vllm, got 'trt'"),
         (["serve", "--port", "99999"], "--port must be from 0 to 65535, got 99999"),
         (["serve", "--port", "1", "--host", "203.0.113.7"], "cannot listen on 203.0.113.7:1: "),
+        (["serve", "--store", "nothing"], "there is no folder 'nothing'; make a store with vlmzip encode"),
+        (["serve", "--store", "nothing", "--engine", "vllm"], "--store needs --engine hf"),
         (["serve", "--max-batch", "0"], "--max-batch 0: give at least 1"),
         (["serve", "--keep", "2.5"], "--keep must be a fraction in (0, 1], got '2.5'"),
         (

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from tests.families import FAMILIES
 from tests.serving.store.stores import contents, loaded_of, write, write_images
 from vlmzip import UserError, locks
+from vlmzip.errors import Damaged, UnknownImage
 from vlmzip.serving.store import Store, parts
-from vlmzip.serving.store.reading import Damaged, UnknownImage
 
 COUNT = 9
 

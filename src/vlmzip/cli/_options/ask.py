@@ -7,6 +7,7 @@ from pathlib import Path
 
 from vlmzip.cli._options.common import add_answer_length, add_frames, add_model
 from vlmzip.cli._options.method import add_method
+from vlmzip.cli._options.store import add_store
 
 EXAMPLES = """  vlmzip ask examples/flat.png "what color is the ring ?"
   vlmzip ask street.jpg "What does the sign say?" --model llava-hf/llava-1.5-7b-hf --keep 64
@@ -22,15 +23,7 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     add_model(parser)
     add_frames(parser)
     add_method(parser, arguments)
-    parser.set_defaults(has_method=any(word.partition("=")[0] == "--method" for word in arguments))
-    parser.add_argument(
-        "--store",
-        type=Path,
-        metavar="STORE",
-        help="answer about images that `vlmzip encode` stored there, by their names; --method acts inside the LLM",
-    )
-    if any(word.partition("=")[0] == "--store" for word in arguments):
-        parser.set_defaults(model=None)  # the store's
+    add_store(parser, arguments, "answer about images that `vlmzip encode` stored there; --method acts inside the LLM")
     parser.add_argument("--baseline", action="store_true", help="also answer without compression, and compare")
     parser.add_argument("--overlay", type=Path, metavar="FILE", help="draw the tokens kept, merged and dropped")
     add_answer_length(parser)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from vlmzip.cli._options.common import add_model
 from vlmzip.cli._options.method import add_method
+from vlmzip.cli._options.store import add_store
 
 EXAMPLES = """  vlmzip serve --keep 16
   vlmzip serve --model llava-hf/llava-1.5-7b-hf --method visionzip --keep 64 --port 8080
+  vlmzip serve --store store
   VLMZIP_API_KEY=… vlmzip serve --host 0.0.0.0 --allow-hosts images.example.org"""
 #: The environment variable with the API key. Arguments can be read by other users of a machine.
 KEY = "VLMZIP_API_KEY"
@@ -19,6 +21,7 @@ ENGINES = ("auto", "hf", "vllm")
 def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     add_model(parser)
     add_method(parser, arguments)
+    add_store(parser, arguments, "let requests name images that `vlmzip encode` stored there, such as store:cat.jpg")
     parser.add_argument(
         "--engine", default="auto", help="hf, vllm or auto: vLLM where it is installed and can; default: %(default)s"
     )

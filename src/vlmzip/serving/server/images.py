@@ -28,12 +28,7 @@ def read_images(urls: Sequence[str], settings: Settings) -> list[Image.Image]:
 
     This can take long: call it in a thread.
     """
-    if len(urls) > settings.max_images:
-        raise RequestError(
-            f"the request has {len(urls)} images; at most {settings.max_images} are allowed",
-            code="too_many_images",
-            param="messages",
-        )
+    refuse_many(len(urls), settings)
     opened, pixels = [], 0
     for number, url in enumerate(urls, 1):
         name = f"image {number}"
@@ -48,6 +43,16 @@ def read_images(urls: Sequence[str], settings: Settings) -> list[Image.Image]:
             )
         opened.append(image)
     return [_decoded(image, f"image {number}") for number, image in enumerate(opened, 1)]
+
+
+def refuse_many(count: int, settings: Settings) -> None:
+    """Raise `RequestError` if a request has more images than are allowed."""
+    if count > settings.max_images:
+        raise RequestError(
+            f"the request has {count} images; at most {settings.max_images} are allowed",
+            code="too_many_images",
+            param="messages",
+        )
 
 
 def _bytes_of(url: str, name: str, settings: Settings) -> bytes:

@@ -16,6 +16,7 @@ from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, refusing
 from vlmzip.models.family import Family
 from vlmzip.processor import InputDict, Processor
+from vlmzip.runtime.earlier_images import EarlierImages
 from vlmzip.runtime.loading import Loaded
 from vlmzip.runtime.position_limit import llm_positions
 from vlmzip.runtime.prompt import PER_TOKEN
@@ -24,9 +25,10 @@ from vlmzip.serving.server.choose import Methods
 from vlmzip.serving.server.counting import TokenCount, count_tokens
 from vlmzip.serving.server.engine import Sampling
 from vlmzip.serving.server.errors import RequestError
-from vlmzip.serving.server.images import read_images
+from vlmzip.serving.server.images import read_images, refuse_many
 from vlmzip.serving.server.schema import ChatRequest, ImagePart, TextPart
 from vlmzip.serving.server.settings import Settings
+from vlmzip.serving.server.stored import ImageStore, compressor_for, count_stored, stored_inputs, stored_names
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ def is_per_token(name: str) -> bool:
 
 def _shape_of(value: object) -> Hashable:
     """Return what must be equal in inputs that can be joined. An input of an unknown type is joined with no other."""
+    if isinstance(value, EarlierImages):
+        return "compressed"
     if isinstance(value, Tensor):
         return value.dtype, value.shape[1:]
     return "list" if isinstance(value, list) else id(value)
@@ -68,14 +72,21 @@ def joined(rows: Sequence[InputDict], pad: int) -> InputDict:
             fill = pad if name == "input_ids" else PER_TOKEN[name]
             short = (longest - value.shape[1] for value in values)
             values = [torch.nn.functional.pad(v, (n, 0), value=fill) for v, n in zip(values, short, strict=True)]
-        batch[name] = torch.cat(values) if isinstance(first, Tensor) else [part for value in values for part in value]
+        if isinstance(first, EarlierImages):
+            batch[name] = EarlierImages.joined(values)
+        else:
+            batch[name] = (
+                torch.cat(values) if isinstance(first, Tensor) else [part for value in values for part in value]
+            )
     return batch
 
 
 class Preparer:
     """Prepares requests for a model. Several threads can use it."""
 
-    def __init__(self, loaded: Loaded, methods: Methods, settings: Settings) -> None:
+    def __init__(self, loaded: Loaded, methods: Methods, settings: Settings, store: ImageStore | None = None) -> None:
+        """Prepare requests for a loaded model, also about images of `store`."""
+        self._loaded, self._store = loaded, store
         self._family, self._processor = loaded.family, loaded.processor
         self._methods, self._settings = methods, settings
         self._one_at_a_time = threading.Lock()  # tokenizers refuse to be used by two threads at once
@@ -90,12 +101,22 @@ class Preparer:
                 code="too_many_messages",
                 param="messages",
             )
-        compressor = self._methods.choose(request.vlmzip.method, request.vlmzip.keep)
+        method, keep = request.vlmzip.method, request.vlmzip.keep
+        compressor = self._methods.choose(method, keep)
         self._refuse_placeholders(request)
         parts = [part for message in request.messages for part in message.content]
-        images = read_images([part.image_url.url for part in parts if isinstance(part, ImagePart)], self._settings)
-        inputs = self._inputs(request, images)
-        count = count_tokens(self._family, inputs, compressor)
+        urls = [part.image_url.url for part in parts if isinstance(part, ImagePart)]
+        refuse_many(len(urls), self._settings)
+        names = stored_names(urls, self._store)
+        if names is not None and self._store is not None:
+            is_default = method is None and keep is None
+            compressor = compressor_for(compressor, self._store, self._family, is_default=is_default)
+            with self._one_at_a_time:
+                inputs = stored_inputs(self._loaded, self._store, self._prompt(request), names)
+            count = count_stored(self._family, inputs, compressor)
+        else:
+            inputs = self._inputs(request, read_images(urls, self._settings))
+            count = count_tokens(self._family, inputs, compressor)
         return Request(inputs, compressor, count, self._sampling(request, count))
 
     def _refuse_placeholders(self, request: ChatRequest) -> None:
@@ -108,7 +129,8 @@ class Preparer:
                             message_text = f"messages.{number}: text must not contain {placeholder}"
                             raise RequestError(message_text, code="invalid_value", param=f"messages.{number}.content")
 
-    def _inputs(self, request: ChatRequest, images: Sequence[Image.Image]) -> InputDict:
+    def _prompt(self, request: ChatRequest) -> str:
+        """Return the text of the prompt. Raise `RequestError` if the chat template refuses the messages."""
         messages = [
             {
                 "role": "system" if message.role == "developer" else message.role,
@@ -120,15 +142,24 @@ class Preparer:
             for message in request.messages
         ]
         try:
-            with self._one_at_a_time, warnings.catch_warnings():
+            with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of prompts beyond the tokenizer's length, which are checked below
                 prompt = conversation_prompt(self._family, self._processor, messages)
                 self._refuse_long(prompt)
-                special = special_tokens(self._processor.tokenizer, prompt)
-                with refusing("the processor refuses the request"):
-                    inputs = self._processor(images=list(images) or None, text=[prompt], return_tensors="pt", **special)
         except UserError as error:
             raise RequestError(str(error), code="invalid_prompt", param="messages") from None
+        return prompt
+
+    def _inputs(self, request: ChatRequest, images: Sequence[Image.Image]) -> InputDict:
+        with self._one_at_a_time, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # as above
+            prompt = self._prompt(request)
+            special = special_tokens(self._processor.tokenizer, prompt)
+            try:
+                with refusing("the processor refuses the request"):
+                    inputs = self._processor(images=list(images) or None, text=[prompt], return_tensors="pt", **special)
+            except UserError as error:
+                raise RequestError(str(error), code="invalid_prompt", param="messages") from None
         return dict(inputs)
 
     def _refuse_long(self, prompt: str) -> None:

@@ -17,6 +17,7 @@ from vlmzip.serving.playground.mount import mount
 from vlmzip.serving.server.app import create_app
 from vlmzip.serving.server.metrics import Metrics
 from vlmzip.serving.server.settings import Settings
+from vlmzip.serving.server.stored import ImageStore
 from vlmzip.serving.server.worker import HuggingFaceEngine
 
 log = logging.getLogger(__name__)
@@ -49,14 +50,15 @@ def run(
     name: str | None = None,
     ready: Callable[[str], None] = lambda address: None,
     examples: Sequence[Example] | None = None,
+    store: ImageStore | None = None,
 ) -> bool:
     """Serve a model until SIGINT or SIGTERM, and let begun answers end. Return whether the engine lived until then.
 
     `ready` gets the address once requests are accepted. With `examples`, which may be empty, the server has the
-    playground.
+    playground. Requests can name the images of `store`.
     """
     metrics = Metrics()
-    engine = HuggingFaceEngine(loaded, compressor, settings, metrics, name)
+    engine = HuggingFaceEngine(loaded, compressor, settings, metrics, name, store)
     dead: list[bool] = []
 
     def died() -> None:

@@ -29,6 +29,7 @@ from vlmzip.serving.server.prepare import Preparer, Request
 from vlmzip.serving.server.progress import Progress
 from vlmzip.serving.server.schema import ChatRequest
 from vlmzip.serving.server.settings import Settings
+from vlmzip.serving.server.stored import ImageStore
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -51,11 +52,17 @@ class HuggingFaceEngine:
     """Answers with a loaded model. Requests of one kind that wait at the same time are answered together."""
 
     def __init__(
-        self, loaded: Loaded, default: Compressor, settings: Settings, metrics: Metrics, name: str | None = None
+        self,
+        loaded: Loaded,
+        default: Compressor,
+        settings: Settings,
+        metrics: Metrics,
+        name: str | None = None,
+        store: ImageStore | None = None,
     ) -> None:
         self.loaded, self.model = loaded, name or loaded.name
         self.methods = Methods(loaded.family, default)
-        self._preparer = Preparer(loaded, self.methods, settings)
+        self._preparer = Preparer(loaded, self.methods, settings, store)
         self._settings, self._metrics = settings, metrics
         self._attached: OrderedDict[Compressor, CompressedModel] = OrderedDict()
         self._queue: deque[Waiting] = deque()

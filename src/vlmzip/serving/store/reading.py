@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlmzip import spec
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError, did_you_mean
+from vlmzip.errors import Damaged, UnknownImage, UserError, did_you_mean
 from vlmzip.files import PathText, is_file
 from vlmzip.processor import InputDict
 from vlmzip.runtime.attach import attach
@@ -24,16 +24,6 @@ from vlmzip.serving.store.image import StoredImage, checksum
 from vlmzip.serving.store.index import Row
 from vlmzip.serving.store.manifest import Manifest, require_manifest
 from vlmzip.serving.store.prompt import stored_inputs
-
-
-class UnknownImage(UserError, KeyError):
-    """An image that is not in a store."""
-
-    __str__ = Exception.__str__  # that of KeyError puts quotes around the message
-
-
-class Damaged(UserError):
-    """A file of a store, or an image in it, whose content has changed."""
 
 
 @dataclass(frozen=True)
