@@ -9,6 +9,7 @@ import sys
 from argparse import Namespace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from vlmzip.cli._options.common import check_counts
 from vlmzip.cli._options.serve import ENGINES, KEY, LIMITS
@@ -21,6 +22,9 @@ from vlmzip.mini.examples import asked
 from vlmzip.serving.playground.examples import Example
 from vlmzip.serving.server.settings import Settings
 from vlmzip.serving.server.vllm_command import Served, choose_engine, vllm_command, vllm_environment
+
+if TYPE_CHECKING:
+    from vlmzip.serving.store.reading import Store
 
 log = logging.getLogger(__name__)
 
@@ -48,12 +52,7 @@ def run(args: Namespace) -> None:
     examples = _examples(args.playground)
     from vlmzip.serving.server import run as server  # its packages are an extra
 
-    store = None
-    if args.store is not None:
-        from vlmzip.serving.store.reading import Store  # needs pyarrow, an extra
-
-        store = Store(args.store)
-        args.model, args.dtype = args.model or store.manifest.model, args.dtype or store.manifest.dtype
+    store = _open_store(args)
     with server.listen(args.host, args.port) as listening:  # before the model, which takes long to load
         loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)
         compressor = make_method(args, loaded.family.profile())
@@ -81,6 +80,17 @@ def _examples(playground: bool | None) -> list[Example] | None:
     if not (installed if playground is None else playground):
         return None
     return [Example(image, question) for image, question in asked()]
+
+
+def _open_store(args: Namespace) -> Store | None:
+    """Return the store, if there is one. Model and dtype become the store's unless they are given."""
+    if args.store is None:
+        return None
+    from vlmzip.serving.store.reading import Store  # needs pyarrow, an extra
+
+    store = Store(args.store)
+    args.model, args.dtype = args.model or store.manifest.model, args.dtype or store.manifest.dtype
+    return store
 
 
 def _has_method(args: Namespace) -> bool:
