@@ -34,9 +34,19 @@ def test_other_methods_work_beside_them(by_content, compressor):
     assert of_vllm(by_content, asked, compressor) == of_facade(compressor, asked)
 
 
-@pytest.mark.parametrize("make", [tiny.llava_next, tiny.llava_onevision])
-def test_tiles(start, tmp_path, make):
-    model, processor = make(tmp_path)
-    case = model, processor, start(DFMR, model=tmp_path, max_model_len=2048)
+def test_tiles_and_videos(start, tmp_path):
+    model, processor = tiny.llava_onevision(tmp_path)
+    limits = {"image": 2, "video": 2}
+    case = model, processor, start(DFMR, model=tmp_path, max_model_len=2048, limit_mm_per_prompt=limits)
     for seed, size in enumerate(SIZES[:3]):
         check(case, f"USER: <image>{TEXT}", {"image": tiny.image(seed, *size)}, "dfmr(tau=1.0)")
+    clips = [tiny.noise(seed, frames, 60, 80, 3) for seed, frames in enumerate((3, 5))]
+    for clip in clips:
+        check(case, f"USER: {tiny.VIDEO}{TEXT}", {"video": clip}, "dfmr(tau=1.0)")
+    requests = [
+        {"prompt": f"USER: {tiny.VIDEO * len(videos)}{TEXT}", "multi_modal_data": {"video": videos}}
+        for videos in (clips, clips[:1], clips[1:])
+    ]
+    both, first, second = (len(output.prompt_token_ids) for output in generate(case[2], requests))
+    text = len(processor.tokenizer(f"USER: {TEXT}")["input_ids"])
+    assert both - text == first - text + second - text

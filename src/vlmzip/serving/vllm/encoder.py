@@ -21,8 +21,7 @@ from vlmzip.errors import refusing
 from vlmzip.models import family_of
 from vlmzip.models.family import Family, Modality
 from vlmzip.processor import Inputs
-from vlmzip.runtime.report import Stopwatch
-from vlmzip.runtime.stages import compress_images
+from vlmzip.serving.vllm.engine import batch_of_one, compressed
 
 
 class Encoder:
@@ -52,5 +51,7 @@ class Encoder:
         """Return the projected tokens that remain of each image."""
         family = self.families[modality]
         given = {name: inputs[name] for name in family.image_inputs if inputs.get(name) is not None}
-        images, _ = compress_images(family, given, compressor, Stopwatch(torch.device("cpu")), None)
-        return [image.features for image in images]
+        parts = [given]
+        if isinstance(pixels := given[family.image_inputs[0]], list):  # videos whose numbers of frames differ
+            parts = [batch_of_one({name: given[name][n] for name in given}) for n in range(len(pixels))]
+        return [features for part in parts for features in compressed(family, part, compressor)]

@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from vllm.distributed import tensor_model_parallel_all_reduce
 
+from vlmzip.compressor import Compressor
 from vlmzip.errors import UnfitMethod
 from vlmzip.models.encoder_run import Batch
 from vlmzip.models.family import Family
 from vlmzip.models.recording import Recording
 from vlmzip.models.towers.tower import Attention, Tower
 from vlmzip.processor import InputDict, Inputs
+from vlmzip.runtime.report import Stopwatch
+from vlmzip.runtime.stages import compress_images
 from vlmzip.visual_tokens import Grid, Projector, Signal
 
 
@@ -135,6 +138,12 @@ class InEngine(Family):
             return projected.to(features.dtype).view(*features.shape[:-1], -1)
 
         return project
+
+
+def compressed(family: Family, inputs: Inputs, compressor: Compressor) -> list[Tensor]:
+    """Return the projected tokens that remain of each image."""
+    images, _ = compress_images(family, inputs, compressor, Stopwatch(torch.device("cpu")), None)
+    return [image.features for image in images]
 
 
 def of_images(inputs: Inputs, start: int, end: int) -> dict[str, Any]:

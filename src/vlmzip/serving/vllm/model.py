@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 
 from vlmzip import spec
-from vlmzip.compressor import Compressor
 from vlmzip.models.family import Family
 from vlmzip.processor import Inputs
-from vlmzip.runtime.report import Stopwatch
-from vlmzip.runtime.stages import compress_images
 from vlmzip.serving.vllm import setting
-from vlmzip.serving.vllm.engine import of_images
+from vlmzip.serving.vllm.engine import batch_of_one, compressed, of_images
 from vlmzip.serving.vllm.processor import features_of, field_of
 
 #: The most views that go through the vision encoder in one call. vLLM counts the tokens that remain, so few tokens per
@@ -61,11 +57,9 @@ class CompressingModel(nn.Module):
 
     def _parts(self, family: Family, inputs: Inputs) -> Iterator[Inputs]:
         """Yield the inputs of some images at a time, with at most `MOST_VIEWS` views unless one image has more."""
-        if family.modality == "video" and isinstance(
-            inputs[family.image_inputs[0]], list
-        ):  # of unequal numbers of frames
-            for video in range(len(inputs[family.image_inputs[0]])):
-                yield {name: value[video][None] for name, value in inputs.items()}
+        pixels = inputs[family.image_inputs[0]]
+        if family.modality == "video" and isinstance(pixels, list):  # their numbers of frames differ
+            yield from (batch_of_one({name: inputs[name][n] for name in inputs}) for n in range(len(pixels)))
             return
         views = [len(layout.views) for layout in family.layouts(inputs)]
         start, total = 0, 0
@@ -75,11 +69,3 @@ class CompressingModel(nn.Module):
                 start, total = number, 0
             total += count
         yield inputs if start == 0 else of_images(inputs, start, len(views))
-
-
-def compressed(family: Family, inputs: Inputs, compressor: Compressor) -> list[Tensor]:
-    """Return the projected tokens that remain of each image."""
-    device = inputs[family.image_inputs[0]][0].device
-    watch = Stopwatch(torch.device("cpu") if device.type == "cuda" else device)  # its times are not read
-    images, _ = compress_images(family, inputs, compressor, watch, None)
-    return [image.features for image in images]
