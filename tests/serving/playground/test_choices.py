@@ -2,23 +2,13 @@
 
 import pytest
 
-from tests.clips import with_videos
-from tests.families.qwen2_5_vl import Qwen25VL
 from vlmzip.errors import BudgetError
 from vlmzip.methods import DFMR, EVS, FastV, NoCompression, VisionZip
-from vlmzip.models import family_of
-from vlmzip.runtime.loading import Loaded
 from vlmzip.serving.playground.choices import configured, groups
 
 
 def names_of(offered):
     return {choice.name for group in offered for choice in group.choices}
-
-
-@pytest.fixture(scope="module")
-def qwen():
-    family = Qwen25VL()
-    return Loaded("tiny", family.model, with_videos(family, grid=(4, 4)), family_of(family.model))
 
 
 def test_mini_offers_what_works_on_it_without_training(mini):

@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vlmzip.serving.playground.answering import PARTS, Answer
+from vlmzip.serving.playground.answering import MOST_RUNS, PARTS, Answer
 from vlmzip.visualize.page import render_page
 
 PLAIN = "uncompressed"
 #: What the numbers are.
 BY_LAYER = "by layer: tokens × layers of the LLM, in order"
 TIMING = (
-    "ms: one run of each method on {device}, {dtype}, one after another, after a warm-up; LLM: projector, prefill and"
-    " decoding. The time in the queue is not included; other work on the machine is."
+    f"ms: median of up to {MOST_RUNS} runs on {{device}}, {{dtype}}, after a warm-up; one run if it takes a second."
+    " LLM: projector, prefill and decoding. The time in the queue is not included; other work on the machine is."
 )
 
 
@@ -55,7 +55,7 @@ class Card:
         facts = [("visual tokens", tokens, share)]
         if answer.layers:
             facts.append(("by layer", answer.layers, ""))
-        fewer = "" if plain is None else f"{plain.flops / answer.flops:.1f}x fewer"
+        fewer = "" if plain is None or plain.flops == answer.flops else f"{plain.flops / answer.flops:.1f}x fewer"
         facts.append(("prefill FLOPs", flops, fewer))
         spent = answer.milliseconds
         parts = ", ".join(f"{part} {spent[part]:.0f}" for part in PARTS)

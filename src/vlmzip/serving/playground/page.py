@@ -55,7 +55,7 @@ def build(playground: Playground, settings: Settings, examples: Sequence[Example
     """Return the page."""
     total = playground.usual_tokens
     with gr.Blocks(title="vlmzip playground", analytics_enabled=False, fill_width=True) as blocks:
-        gr.HTML(_title(playground), elem_classes="vz-title")
+        gr.HTML(_title(playground), elem_id="title")
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 drop = _drop(playground, settings, examples)
@@ -65,7 +65,7 @@ def build(playground: Playground, settings: Settings, examples: Sequence[Example
                 ask = gr.Button("Answer", variant="primary")
                 with gr.Group():
                     keep = gr.Slider(1, total, round(SHARE * total), step=1, label="Budget in visual tokens")
-                    share = gr.HTML(_share(round(SHARE * total), total), elem_classes="vz-share", padding=True)
+                    share = gr.HTML(_share(round(SHARE * total), total), elem_id="share", padding=True)
                     counts = gr.Radio([AVERAGE, REMAINING], value=AVERAGE, label="The budget counts tokens")
                 known = gr.Number(total, visible=False)
                 methods = _methods(playground)

@@ -30,7 +30,7 @@ from vlmzip.runtime.videos import (
     read_clip,
     video_processor_of,
 )
-from vlmzip.serving.server.images import read_images
+from vlmzip.serving.server.images import FORMATS, read_images
 from vlmzip.serving.server.schema import ChatRequest
 from vlmzip.serving.server.settings import Settings
 from vlmzip.serving.server.worker import HuggingFaceEngine
@@ -82,8 +82,7 @@ class Reader:
         """Return what the page says about clips."""
         if self.takes_clips:
             return "This model takes images and short clips (MP4, MOV, WebM, MKV or AVI)."
-        able = ", ".join(family.example for family in FAMILIES if family.video_inputs)
-        return f"{self._engine.model} takes images only. Models that take clips, too, are {able}."
+        return f"{self._engine.model} takes images, no clips."
 
     def read(self, url: str, question: str) -> Asked:
         """Return a question about an image or a clip, which is a data URL.
@@ -94,7 +93,12 @@ class Reader:
             raise UserError("give an image first: drop one on the field, or choose an example")
         if len(question) > LONGEST:
             raise UserError(f"the question has {len(question):,} characters; at most {LONGEST:,} are allowed")
-        asked = self._clip(url, question) if url[:11].lower() == "data:video/" else self._image(url, question)
+        if url[:11].lower() == "data:video/":
+            asked = self._clip(url, question)
+        elif url[:11].lower() == "data:image/":
+            asked = self._image(url, question)
+        else:
+            raise UserError(f"the file is not an image; give {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
         return replace(asked, note=self._note(question))
 
     def _note(self, question: str) -> str:
@@ -119,7 +123,8 @@ class Reader:
 
     def _clip(self, url: str, question: str) -> Asked:
         if not self.takes_clips:
-            raise UserError(self.about_clips)
+            able = ", ".join(family.example for family in FAMILIES if family.video_inputs)
+            raise UserError(f"{self._engine.model} takes no clips; models that take them are {able}")
         clip = self._read_clip(_bytes_of_clip(url))
         loaded = self._engine.loaded
         if any(f"<{kind}>" in question or getattr(self._processor, f"{kind}_token", f"<{kind}>") in question
