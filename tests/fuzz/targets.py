@@ -190,6 +190,17 @@ def _results() -> list[Case]:
     return cases
 
 
+def _store() -> list[Case]:
+    """Return commands that read a store, with all its files."""
+    encode = ["encode", ".", "--out", "store", "--keep", "16"]
+    with run(Case(encode, dict(PHOTOS)), 120) as outcome:
+        assert outcome.code == 0, outcome.stderr
+        written = [path for path in (outcome.folder / "store").rglob("*") if path.is_file() and path.name != ".lock"]
+        files = {str(path.relative_to(outcome.folder)): path.read_bytes() for path in written}
+    ask = ["ask", "--store", "store", *ASK[1:]]
+    return [Case(words, PHOTOS | files) for words in (ask, ["encode", "--verify", "store"], encode)]
+
+
 def _model() -> list[Case]:
     files = {f"m/{path.name}": path for path in sorted(mini.weights_folder().iterdir()) if path.name != "README.md"}
     return [Case([*ASK, "--model", "m"], {"a.png": PHOTO, **files})]
@@ -257,4 +268,5 @@ TARGETS = (
     Target("questions", _questions, partial(_one_file, changes.json_lines)),
     Target("results", _results, _any_file),
     Target("model", _model, _any_file),
+    Target("store", _store, _any_file),
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TARGETS = ["words", "specs", "compressor.json", "images", "yaml", "questions", "model"]
+TARGETS = ["words", "specs", "compressor.json", "images", "yaml", "questions", "model", "store"]
 #: A script that replaces `main`; the first word of a case chooses what `main` does.
 WHAT_IS_A_FIND = """
 import sys, time
