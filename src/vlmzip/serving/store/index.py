@@ -44,13 +44,21 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
     write_whole(path, lambda name: parquet.write_table(table, name, write_page_checksum=True))
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a file. Raise `UserError` if it is damaged."""
+def read_table(path: Path) -> pyarrow.Table:
+    """Return the table of a file. Raise `UserError` if it is damaged."""
     with refusing(f"{str(path)!r} is damaged, or it is no index of a store"):
         table = parquet.read_table(path, page_checksum_verification=True)
         if table.schema.names != SCHEMA.names:
             raise UserError(f"{str(path)!r} has other columns than the index of a store: restore it from a copy")
-        return list(table.cast(SCHEMA).to_pylist())
+        table = table.cast(SCHEMA)
+        table.validate(full=True)
+        return table
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a file. Raise `UserError` if it is damaged."""
+    rows: list[Row] = read_table(path).to_pylist()
+    return rows
 
 
 def newest(rows: Iterable[Row]) -> dict[str, Row]:

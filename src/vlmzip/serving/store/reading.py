@@ -25,6 +25,9 @@ from vlmzip.serving.store.index import Row
 from vlmzip.serving.store.manifest import Manifest, require_manifest
 from vlmzip.serving.store.prompt import stored_inputs
 
+#: The most letters to compare for a similar name: the letters of a name times the names of a store.
+MOST_COMPARED = 100_000
+
 
 @dataclass(frozen=True)
 class Damage:
@@ -48,17 +51,20 @@ class Store(Mapping[str, StoredImage]):
         """The compressor that made the tokens."""
         if not is_file(self.path / index.FILE):
             raise UserError(f"{str(path)!r} is unfinished; run the same vlmzip encode again")
-        self._all_rows = {row["path"]: row for row in index.read_rows(self.path / index.FILE)}
-        self._rows = {name: row for name, row in self._all_rows.items() if row["error"] is None}
+        # A row as a dict takes ten times the memory of a row in the table.
+        self._table = index.read_table(self.path / index.FILE)
+        names, errors = (self._table[column].to_pylist() for column in ("path", "error"))
+        self._stored = {name: number for number, name in enumerate(names) if errors[number] is None}
+        self._failed = {name: error for name, error in zip(names, errors, strict=True) if error is not None}
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
+        return iter(self._stored)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._stored)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._rows
+        return name in self._stored
 
     def __getitem__(self, name: str) -> StoredImage:
         """Return an image by its path below the folder that was encoded.
@@ -69,18 +75,20 @@ class Store(Mapping[str, StoredImage]):
 
     def row(self, name: str) -> Row:
         """Return an image's row of the index. Raise `UnknownImage` if the store does not have it."""
-        if name not in self._rows:
-            row = self._all_rows.get(name)
-            if row is not None:
-                raise UnknownImage(f"{name!r} is not in the store: {row['error']}")
-            raise UnknownImage(f"the store {str(self.path)!r} has no image {name!r}{did_you_mean(name, self._rows)}")
-        return self._rows[name]
+        number = self._stored.get(name)
+        if number is None:
+            if name in self._failed:
+                raise UnknownImage(f"{name!r} is not in the store: {self._failed[name]}")
+            near = did_you_mean(name, self._stored) if len(name) * len(self) <= MOST_COMPARED else ""
+            raise UnknownImage(f"the store {str(self.path)!r} has no image {name[:200]!r}{near}")
+        row: Row = self._table.slice(number, 1).to_pylist()[0]
+        return row
 
     def damaged(self) -> Iterator[Damage | None]:
         """Compare the checksum of every image; yield its damage, or `None` if it is whole."""
-        for name, row in self._rows.items():
+        for name in self:
             try:
-                self._read(row)
+                self._read(self.row(name))
                 yield None
             except Damaged as error:
                 yield Damage(name, str(error))
