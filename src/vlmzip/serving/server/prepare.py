@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import secrets
 import threading
 import warnings
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,7 +44,7 @@ class Request:
     count: TokenCount
     sampling: Sampling
 
-    @property
+    @cached_property
     def kind(self) -> Hashable:
         """Return what requests of one batch have in common: the compressor, and the shapes that must be equal."""
         shapes = [(name, _shape_of(value)) for name, value in sorted(self.inputs.items()) if not is_per_token(name)]
@@ -86,12 +89,14 @@ class Preparer:
 
     def __init__(self, loaded: Loaded, methods: Methods, settings: Settings, store: ImageStore | None = None) -> None:
         """Prepare requests for a loaded model, also about images of `store`."""
+        # Tokenizers refuse to be used by two threads at once, and the thread of the model decodes.
+        loaded = replace(loaded, processor=copy.deepcopy(loaded.processor))
         self._loaded, self._store = loaded, store
         self._family, self._processor = loaded.family, loaded.processor
         self._methods, self._settings = methods, settings
-        self._one_at_a_time = threading.Lock()  # tokenizers refuse to be used by two threads at once
+        self._one_at_a_time = threading.Lock()
         self._positions = llm_positions(loaded.family)
-        self._placeholders = _placeholders(loaded.family, loaded.processor)
+        self._placeholders = _placeholders(loaded.family, self._processor)
 
     def prepare(self, request: ChatRequest) -> Request:
         """Return the request with the inputs of its row. Raise `RequestError` if it cannot be answered."""
@@ -179,7 +184,7 @@ class Preparer:
         if room < (asked or 1):
             answer = "" if asked is None else f" and max_tokens is {asked}"
             raise self._too_long(f"the request has {prompt:,} tokens after compression{answer}")
-        seed = torch.seed() if request.seed is None else request.seed
+        seed = secrets.randbits(63) if request.seed is None else request.seed
         return Sampling(
             max_tokens=asked or min(limit, room),
             temperature=request.temperature or 0.0,

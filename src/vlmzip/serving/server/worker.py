@@ -149,6 +149,7 @@ class HuggingFaceEngine:
     def _next(self) -> Callable[[], None] | None:
         """Wait for work, and return it; `None` at the end."""
         with self._change:
+            idle = not self._queue
             while not (self._stopping or self._queue or self._calls):
                 self._change.wait()
             if self._stopping:
@@ -156,8 +157,7 @@ class HuggingFaceEngine:
             if self._calls:
                 function, future = self._calls.popleft()
                 return lambda: _run(function, future)
-            if self._beat_at is None and len(self._queue) < self._settings.max_batch:
-                # Requests that arrive together should not be divided into the first and the rest.
+            if idle:  # requests that arrive together should not be divided into the first and the rest
                 self._change.wait_for(
                     lambda: self._stopping or len(self._queue) >= self._settings.max_batch, self._settings.batch_wait
                 )
