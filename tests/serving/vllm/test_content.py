@@ -14,7 +14,7 @@ DFMR = "dfmr(tau=0.5)"
 
 @pytest.fixture(scope="module")
 def by_content(start):
-    return start(DFMR)
+    return start(DFMR, max_num_batched_tokens=48, max_num_seqs=4)  # fewer than the tokens of a detailed image
 
 
 @pytest.mark.parametrize("compressor", [DFMR, "adaptive_visionzip(tau=0.5)"])
