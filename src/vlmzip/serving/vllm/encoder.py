@@ -54,4 +54,4 @@ class Encoder:
         parts = [given]
         if isinstance(pixels := given[family.image_inputs[0]], list):  # videos whose numbers of frames differ
             parts = [batch_of_one({name: given[name][n] for name in given}) for n in range(len(pixels))]
-        return [features for part in parts for features in compressed(family, part, compressor)]
+        return [image.features for part in parts for image in compressed(family, part, compressor)]

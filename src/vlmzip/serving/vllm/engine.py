@@ -20,7 +20,7 @@ from vlmzip.models.family import Family
 from vlmzip.models.recording import Recording
 from vlmzip.models.towers.tower import Attention, Tower
 from vlmzip.processor import InputDict, Inputs
-from vlmzip.runtime.report import Stopwatch
+from vlmzip.runtime.report import CompressedImage, Stopwatch
 from vlmzip.runtime.stages import compress_images
 from vlmzip.visual_tokens import Grid, Projector, Signal
 
@@ -54,11 +54,31 @@ class EngineModel(nn.Module):
         return SimpleNamespace(layers=range(self.config.get_text_config().num_hidden_layers))
 
 
-class EngineTower(Tower):
+class OverProcesses(Tower):
+    """A mixin for the tower of an encoder in vLLM. It goes before the tower's class.
+
+    With tensor parallelism, each process has some of the heads; the mean over heads is then the mean of the processes'
+    means.
+    """
+
+    def signal(
+        self,
+        signal: Signal,
+        recording: Recording,
+        layer: int,
+        grids: Sequence[Grid],
+        prefix: int,
+        of_patch: Int[Tensor, "rows length"] | None = None,
+    ) -> Float[Tensor, " tokens *key_dim"]:
+        values = super().signal(signal, recording, layer, grids, prefix, of_patch)
+        parts = getattr(self.attentions[layer].module, "tp_size", 1)
+        return values if parts == 1 else _mean_over_processes(values, parts)
+
+
+class EngineTower(OverProcesses):
     """A CLIP or SigLIP encoder of vLLM. One projection gives queries, keys and values.
 
-    vLLM loads the layers up to the deepest that gives features. With tensor parallelism, each process has some of the
-    heads; the mean over heads is then the mean of the processes' means.
+    vLLM loads the layers up to the deepest that gives features.
     """
 
     def __init__(self, encoder: nn.Module, depth: int) -> None:
@@ -79,19 +99,6 @@ class EngineTower(Tower):
     def _attention(self, layer: nn.Module, module: Any) -> Attention:
         heads = module.num_heads_per_partition
         return Attention(layer, module, (module.qkv_proj,), heads, module.head_dim, float(module.scale))
-
-    def signal(
-        self,
-        signal: Signal,
-        recording: Recording,
-        layer: int,
-        grids: Sequence[Grid],
-        prefix: int,
-        of_patch: Int[Tensor, "rows length"] | None = None,
-    ) -> Float[Tensor, " tokens *key_dim"]:
-        values = super().signal(signal, recording, layer, grids, prefix, of_patch)
-        parts = getattr(self.attentions[layer].module, "tp_size", 1)
-        return values if parts == 1 else _mean_over_processes(values, parts)
 
 
 def _mean_over_processes(values: Tensor, parts: int) -> Tensor:
@@ -140,10 +147,13 @@ class InEngine(Family):
         return project
 
 
-def compressed(family: Family, inputs: Inputs, compressor: Compressor) -> list[Tensor]:
-    """Return the projected tokens that remain of each image."""
-    images, _ = compress_images(family, inputs, compressor, Stopwatch(torch.device("cpu")), None)
-    return [image.features for image in images]
+def compressed(
+    family: Family, inputs: Inputs, compressor: Compressor, *, ascending: bool = False
+) -> list[CompressedImage]:
+    """Return the projected tokens that remain of each image. `ascending`: in the order of their places."""
+    watch = Stopwatch(torch.device("cpu"))  # its times are not read
+    images, _ = compress_images(family, inputs, compressor, watch, None, ascending=ascending)
+    return images
 
 
 def of_images(inputs: Inputs, start: int, end: int) -> dict[str, Any]:

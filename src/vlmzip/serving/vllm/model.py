@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from vllm.config import VllmConfig
 
 from vlmzip import spec
+from vlmzip.compressor import Compressor
 from vlmzip.models.family import Family
 from vlmzip.processor import Inputs
+from vlmzip.runtime.report import CompressedImage
 from vlmzip.serving.vllm import setting
 from vlmzip.serving.vllm.engine import batch_of_one, compressed, of_images
 from vlmzip.serving.vllm.processor import features_of, field_of
@@ -51,9 +53,15 @@ class CompressingModel(nn.Module):
         return super().embed_multimodal(**kwargs)  # type: ignore[misc]
 
     def _compressed(self, family: Family, kwargs: Inputs, text: str) -> list[Tensor]:
-        compressor = spec.read(text)
+        return [image.features for image in self.compressed(family, kwargs, spec.read(text))]
+
+    def compressed(
+        self, family: Family, kwargs: Inputs, compressor: Compressor, *, ascending: bool = False
+    ) -> list[CompressedImage]:
+        """Return the remaining tokens of each image, projected. `ascending`: in the order of their places."""
         inputs = {name: kwargs[name] for name in family.image_inputs if kwargs.get(name) is not None}
-        return [features for part in self._parts(family, inputs) for features in compressed(family, part, compressor)]
+        parts = self._parts(family, inputs)
+        return [image for part in parts for image in compressed(family, part, compressor, ascending=ascending)]
 
     def _parts(self, family: Family, inputs: Inputs) -> Iterator[Inputs]:
         """Yield the inputs of some images at a time, with at most `MOST_VIEWS` views unless one image has more."""

@@ -23,6 +23,8 @@ ARCHITECTURES = {
     "LlavaOnevisionForConditionalGeneration": (
         "vlmzip.serving.vllm.llava_onevision:LlavaOnevisionForConditionalGeneration"
     ),
+    "Qwen2_5_VLForConditionalGeneration": "vlmzip.serving.vllm.qwen2_5_vl:Qwen2_5_VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration": "vlmzip.serving.vllm.qwen3_vl:Qwen3VLForConditionalGeneration",
 }
 #: The method of `ModelConfig` that vLLM calls as soon as the checkpoint's config and `--hf-overrides` are read.
 CHECKED_AT = "get_model_arch_config"

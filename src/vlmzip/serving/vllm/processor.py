@@ -24,10 +24,11 @@ from vlmzip import spec
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.models.family import Family, Modality
+from vlmzip.processor import InputDict
 from vlmzip.serving.vllm import setting
 from vlmzip.serving.vllm.encoder import Encoder
 from vlmzip.serving.vllm.engine import batch_of_one
-from vlmzip.serving.vllm.setting import KEY, VERSION_KEY
+from vlmzip.serving.vllm.setting import DEFAULT, KEY, VERSION_KEY, Traits
 from vlmzip.serving.vllm.trial import try_out
 from vlmzip.version import __version__
 
@@ -55,6 +56,8 @@ class CompressingProcessor(BaseMultiModalProcessor):
 
     family_class: ClassVar[Any]
     """A function from the checkpoint's config to the family, without weights."""
+    traits: ClassVar[Traits] = DEFAULT
+    """What a compressor can do in the model."""
 
     def __init__(self, info: Any, dummy_inputs: Any) -> None:
         super().__init__(info, dummy_inputs)
@@ -79,7 +82,7 @@ class CompressingProcessor(BaseMultiModalProcessor):
             return self.default
         if not isinstance(text, str):
             raise UserError(f"{KEY} must be a text, such as 'visionzip(keep=64)', got {text!r}")
-        compressor = setting.read_request(text)
+        compressor = setting.read_request(text, self.traits)
         if self.encoder is None and self._needs_encoder(compressor):
             raise UserError(
                 f"{compressor.name()} needs the vision encoder in the processor, and a server has it there that was"
@@ -88,7 +91,7 @@ class CompressingProcessor(BaseMultiModalProcessor):
         return compressor
 
     def _needs_encoder(self, compressor: Compressor) -> bool:
-        return setting.needs_processor(compressor, self.families[0].profile())
+        return setting.needs_processor(compressor, self.families[0].profile(), self.traits)
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
         """Return the inputs that tell vLLM the largest number of tokens of an image."""
@@ -170,8 +173,7 @@ class CompressingProcessor(BaseMultiModalProcessor):
         """
         if (features := item.get(features_of(family.modality))) is not None:
             return len(features.data)
-        inputs = {name: item[name].data for name in family.image_inputs if name in item}
-        (layout,) = layouts = family.layouts(batch_of_one(inputs))
+        (layout,) = layouts = family.layouts(self.inputs_of(family, item))
         tried = (compressor, family.modality, len(layout.views))
         if tried not in self._tried:
             try_out(compressor, layout)
@@ -180,6 +182,10 @@ class CompressingProcessor(BaseMultiModalProcessor):
             self._tried.add(tried)
         (count,) = setting.counts(layouts, compressor)
         return count
+
+    def inputs_of(self, family: Family, item: Mapping[str, Any]) -> InputDict:
+        """Return the inputs of one image, as a batch, from the outputs of the processor for it."""
+        return batch_of_one({name: item[name].data for name in family.image_inputs if name in item})
 
 
 def _without_setting(kwargs: Mapping[str, object]) -> dict[str, object]:

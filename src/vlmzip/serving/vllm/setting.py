@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
 
 import torch
@@ -32,9 +32,34 @@ ELSEWHERE = {
     Site.ENCODER: "vLLM's vision encoders cannot merge tokens between their layers",
     Site.IN_LLM: "all layers of vLLM's LLM share one table of KV cache blocks, so no layer can drop tokens",
 }
+ELSEWHERE_OF_PATCHES = {
+    **ELSEWHERE,
+    Site.PIXELS: "vLLM's own processor makes images smaller, with max_pixels in mm_processor_kwargs",
+}
 USE = "use a method before the LLM, such as visionzip, divprune, kmeans or pool2d"
-#: Signals of the last encoder layer. vLLM loads the layers only up to the one that gives the features.
+#: Signals of the last encoder layer. For LLaVA, vLLM loads the layers only up to the one that gives the features.
 OF_LAST_LAYER = frozenset({Signal.LAST_CLS_ATTENTION, Signal.LAST_KEYS})
+#: Signals of images with a common size and a projector behind the encoder, and the reason why others lack them.
+OF_IMAGES = {
+    Signal.PIXELS: "the inputs of this model are patches, not images",
+    Signal.PROJECTOR: "the projector of this model does not map each token by itself",
+}
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What decides whether a compressor can act in a model of vLLM."""
+
+    takes_patches: bool = False
+    """True if images of any size go through the encoder as patches, which its last module joins to tokens."""
+    keeps_positions: bool = False
+    """True if the remaining tokens can have the positions that they have in the whole image."""
+
+
+#: A model whose inputs are images, and whose positions have one axis.
+DEFAULT = Traits()
+#: A model whose inputs are patches and whose positions have three axes.
+PATCHES = Traits(takes_patches=True, keeps_positions=True)
 
 
 def of_engine(config: PreTrainedConfig) -> str | None:
@@ -44,7 +69,7 @@ def of_engine(config: PreTrainedConfig) -> str | None:
 
 
 @lru_cache(maxsize=256)
-def read_request(text: str) -> Compressor:
+def read_request(text: str, traits: Traits = DEFAULT) -> Compressor:
     """Return the compressor of a request, whose spec names installed methods with their budgets.
 
     Other fields are the operator's: some make a method slow. Raise `UserError` for a spec that gives them.
@@ -60,16 +85,17 @@ def read_request(text: str) -> Compressor:
                 f"a request can set {alternatives(allowed)} of {stage.name()}, not {refused[0]}, which is set when the"
                 " server starts"
             )
-    check(compressor)
+    check(compressor, traits)
     return compressor
 
 
-def check(compressor: Compressor) -> None:
-    """Raise `UserError` with the reason if no model in vLLM can run this compressor."""
+def check(compressor: Compressor, traits: Traits = DEFAULT) -> None:
+    """Raise `UserError` with the reason if a model of vLLM with these traits cannot run this compressor."""
     for stage in compressor.stages():
         name = stage.name()
         if stage.site not in SITES:
-            raise UserError(f"{name} acts at site {stage.site.value!r}: {ELSEWHERE[stage.site]}; {USE}")
+            where = ELSEWHERE_OF_PATCHES if traits.takes_patches else ELSEWHERE
+            raise UserError(f"{name} acts at site {stage.site.value!r}: {where[stage.site]}; {USE}")
         if stage.text_aware:
             raise UserError(
                 f"{name} reads the question, and vLLM encodes an image once for all questions about it: {USE}"
@@ -78,20 +104,31 @@ def check(compressor: Compressor) -> None:
             raise UserError(f"{name} has trained weights, and the plugin for vLLM loads none: {USE}")
         if stage.for_training_only:
             raise UserError(f"{name} is for training only: {USE}")
-    if compressor.positions == "original":
+    first = compressor.stages()[0]
+    if traits.takes_patches and (lacking := sorted(first.needs & OF_IMAGES.keys())):
+        raise UserError(f"{first.name()} cannot run here: {OF_IMAGES[lacking[0]]}; {USE}")
+    if compressor.positions == "original" and not traits.keeps_positions:
         raise UserError(
             'positions="original" leaves gaps between positions, and vLLM counts the tokens of this model from 0:'
             ' give positions="contiguous", or leave it out'
         )
 
 
-def needs_processor(compressor: Compressor, profile: Profile) -> bool:
+def needs_processor(compressor: Compressor, profile: Profile, traits: Traits = DEFAULT) -> bool:
     """Return whether the encoder must run in the processor.
 
-    It must if the number of tokens depends on what an image shows, and for signals of the encoder's last layer.
+    It must if the number of tokens depends on what an image shows, and for signals of the encoder's last layer. Raise
+    `UserError` if it cannot, because tokens keep positions that only the engine knows.
     """
-    first = compressor.stages()[0]
-    return compressor.tokens_by_layer(profile) is None or bool(first.needs & OF_LAST_LAYER)
+    by_content = compressor.tokens_by_layer(profile) is None
+    if traits.keeps_positions:
+        if by_content:
+            raise UserError(
+                f"the number of tokens that {compressor.name()} keeps depends on the image, and vLLM must know it"
+                f" before it encodes the image: {USE}"
+            )
+        return False
+    return by_content or bool(compressor.stages()[0].needs & OF_LAST_LAYER)
 
 
 def counts(layouts: Sequence[Layout], compressor: Compressor) -> list[int]:

@@ -21,6 +21,13 @@ from vlmzip.serving.vllm.setting import KEY
 VERSIONS = ("0.32", "0.33")
 #: Values of `model_impl` with which vLLM runs its own model classes.
 OWN_CLASSES = ("auto", "vllm")
+#: A mark on vLLM's config of a model whose compressor was checked. A checkpoint cannot set it.
+CHECKED = "vlmzip_is_checked"
+#: The traits of architectures that differ from LLaVA's.
+TRAITS = {
+    "Qwen2_5_VLForConditionalGeneration": setting.PATCHES,
+    "Qwen3VLForConditionalGeneration": setting.PATCHES,
+}
 
 
 def is_known(version: str) -> bool:
@@ -46,6 +53,8 @@ def resolve(model_config: Any, architectures: Mapping[str, str], version: str) -
     hf_config = model_config.hf_config
     if getattr(hf_config, "vision_config", None) is None and not hasattr(hf_config, KEY):
         return  # vLLM also asks for the LLM's part of the config
+    if hasattr(model_config, CHECKED):
+        return  # the copy for the LLM, which has another architecture
     compressor = configured(model_config)
     if compressor is None:
         return
@@ -60,8 +69,9 @@ def resolve(model_config: Any, architectures: Mapping[str, str], version: str) -
         raise UserError(
             f"vlmzip's plugin needs vLLM's own model class, got model_impl={model_config.model_impl!r}: leave it out"
         )
-    setting.check(compressor)
+    setting.check(compressor, next((TRAITS[name] for name in names if name in TRAITS), setting.DEFAULT))
     setattr(hf_config, KEY, spec.write(compressor))
+    setattr(model_config, CHECKED, True)
 
 
 def configured(model_config: Any) -> Compressor | None:

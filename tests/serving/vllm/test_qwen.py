@@ -1,0 +1,169 @@
+"""Qwen2.5-VL and Qwen3-VL in vLLM answer as the façade does: images, videos, chunks, caches, budgets of requests."""
+
+import pytest
+
+from tests.serving.vllm import qwen
+from tests.serving.vllm.qwen import Asked, image, of_facade, of_vllm, video
+
+pytest.importorskip("vllm")
+
+NEAR = 1e-4
+#: The clips have frames after each two were joined.
+ASKED = [
+    Asked("w5w6", image(1), "w7w8"),
+    Asked("w5w6", video(1), "w7w8"),
+    Asked("w5", video(1), "w7", video(2, frames=3, rows=4, cols=3, fps=4.0), "w8"),
+    Asked(image(1), image(2, 4, 4), "w7w8"),
+    Asked("w5w6", image(2), video(3), "w9", image(3), "w7w8"),
+    Asked("w4w5"),
+]
+METHODS = [
+    "visionzip(keep=10)", "pool2d", "divprune(keep=11)", "random_tokens(keep=9)", "kmeans(keep=8)", "hiprune(keep=20)",
+    "evs(keep=40%)", "vidcom2(keep=50%)", "visionzip(keep=20)+divprune(keep=7,site=post_projector)",
+]  # fmt: skip
+
+CONTIGUOUS = "visionzip(keep=12,positions=contiguous)"
+#: All engines. One that ends would end what it shares with the others in this process.
+STARTED = []
+
+
+@pytest.fixture(scope="module", params=list(qwen.MAKERS))
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(name, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(name)
+    qwen.save(name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start_qwen(start, folder):
+    def start_qwen(compressor=None, **settings):
+        usual = {"max_num_batched_tokens": 1024, "block_size": 32, "kv_cache_memory_bytes": 2**25}
+        usual |= {"limit_mm_per_prompt": {"image": 3, "video": 2}}
+        STARTED.append(start(compressor, model=folder, **usual | settings))
+        return STARTED[-1]
+
+    return start_qwen
+
+
+@pytest.fixture(scope="module")
+def engine(start_qwen):
+    """An engine in which a request chooses its compressor."""
+    return start_qwen("no_compression")
+
+
+@pytest.fixture(scope="module")
+def small(start_qwen):
+    """An engine that takes a prompt in several chunks, with contiguous positions if a request chooses nothing."""
+    return start_qwen(CONTIGUOUS, max_num_batched_tokens=24, max_num_seqs=4)
+
+
+def assert_same(some, others):
+    """Assert that prompts and answers are equal, and that the log-probabilities of their tokens are near."""
+    assert [each[:2] for each in some] == [each[:2] for each in others]
+    for (_, _, some_values), (_, _, other_values) in zip(some, others, strict=True):
+        assert some_values == pytest.approx(other_values, abs=NEAR)
+
+
+def model_of(engine):
+    return engine.llm_engine.model_executor.driver_worker.worker.model_runner.model
+
+
+@pytest.mark.parametrize("compressor", METHODS)
+def test_answers_are_those_of_the_facade(name, engine, compressor):
+    assert_same(of_vllm(engine, ASKED, compressor), of_facade(name, ASKED, compressor))
+
+
+def test_without_a_compressor_all_is_that_of_vllm(name, engine, start_qwen):
+    stock = start_qwen()
+    assert type(stock.renderer.mm_processor).__module__.startswith("vllm.")
+    answers = of_vllm(stock, ASKED)
+    assert_same(answers, of_facade(name, ASKED, "no_compression"))
+    assert_same(of_vllm(engine, ASKED), answers)
+
+
+def test_prompts_in_chunks_with_budgets_of_requests(name, small):
+    budgets = [CONTIGUOUS, "divprune(keep=11)", "evs(keep=40%)"]
+    expected = [of_facade(name, ASKED, budget) for budget in budgets]
+    chosen = [number % 3 for number in range(2 * len(ASKED))]
+    asked = [ASKED[number // 2] for number in range(len(chosen))]
+    compressors = [None if number == 0 else budgets[number] for number in chosen]
+    assert_same(
+        of_vllm(small, asked, compressors), [expected[which][number // 2] for number, which in enumerate(chosen)]
+    )
+
+
+def test_prefixes_are_cached_apart_for_each_setting(name, engine):
+    asked = Asked("w5" * 40, video(7, frames=6), "w6" * 40, image(7), "w8")
+    settings = ["divprune(keep=10)", "visionzip(keep=10)"]
+    expected = [of_facade(name, [asked], setting)[0] for setting in settings]
+    assert abs(expected[0][2][0] - expected[1][2][0]) > 10 * NEAR, "the settings must give other answers"
+    for _ in range(2):
+        assert_same(of_vllm(engine, [asked] * 2, settings), expected)
+    (output,) = engine.generate([asked.for_vllm(settings[0])], use_tqdm=False)
+    assert output.num_cached_tokens > 64  # the prompt from the middle of the video on at most
+
+
+def test_a_prompt_continues_one_in_the_cache(name, engine):
+    setting = "visionzip(keep=10)"
+    first = Asked("w5" * 20, video(8, frames=6), "w6" * 20)
+    longer = Asked("w5" * 20, video(8, frames=6), "w6" * 21, image(8), "w9")
+    of_vllm(engine, [first], setting)
+    assert_same(of_vllm(engine, [longer], setting), of_facade(name, [longer], setting))
+
+
+def test_videos_of_a_batch_are_encoded_together(name, engine):
+    asked = [Asked("w5w6", video(20 + number), "w7") for number in range(4)]
+    model, calls = model_of(engine), []
+    handle = model.visual.register_forward_pre_hook(lambda *_: calls.append(1))
+    answers = of_vllm(engine, asked, "evs(keep=40%)")
+    assert len(calls) == 1
+    most, model._most_tokens = model._most_tokens, 100  # two videos have 96 tokens
+    engine.reset_mm_cache()
+    engine.reset_prefix_cache()
+    engine.llm_engine.reset_encoder_cache()
+    again = of_vllm(engine, asked, "evs(keep=40%)")
+    model._most_tokens = most
+    handle.remove()
+    assert len(calls) == 3
+    assert_same(again, answers)
+
+
+BAD = [
+    (Asked("w5", image(1), "w6<|image_pad|>"), None, "a placeholder without an image"),
+    (Asked("w5", image(1), "w6<|video_pad|>"), "divprune(keep=9)", "a placeholder without an image"),
+    (Asked("w5w6", image(1), "w7"), "pixelprune", "acts at site 'pixels'"),
+    (Asked("w5w6", image(1), "w7"), "downsample(keep=25%)", "max_pixels"),
+    (Asked("w5w6", image(1), "w7"), "fastv(keep=9)", "acts at site 'in_llm'"),
+    (Asked("w5w6", image(1), "w7"), "adaptive_visionzip", "keeps depends on the image"),
+    (Asked("w5w6", image(1), "w7"), "zoo_prune(keep=9)", "does not map each token by itself"),
+    (Asked("w5w6", image(1), "w7"), "divprune(keep=-1)", "keep"),
+]
+
+
+@pytest.mark.parametrize(("asked", "compressor", "reason"), BAD)
+def test_a_bad_request_fails_alone(name, engine, asked, compressor, reason):
+    from vllm.exceptions import VLLMValidationError
+
+    with pytest.raises(VLLMValidationError, match=reason):
+        of_vllm(engine, [asked], compressor)
+    assert_same(of_vllm(engine, ASKED[:1], "divprune(keep=11)"), of_facade(name, ASKED[:1], "divprune(keep=11)"))
+
+
+def test_images_need_text_between_and_after_them(engine):
+    from vllm.exceptions import VLLMValidationError
+
+    prompts = ("<|image_pad|><|image_pad|>w5", "w5<|image_pad|>w6<|image_pad|>")
+    for prompt in prompts:
+        request = {"prompt": prompt, "multi_modal_data": {"image": [image(1), image(2)]}}
+        with pytest.raises(VLLMValidationError, match="needs a token of text"):
+            engine.generate([request], use_tqdm=False)
+
+
+def test_a_rate_for_stock_pruning_is_refused(start_qwen):
+    with pytest.raises(Exception, match="leave out video_pruning_rate"):
+        start_qwen("visionzip(keep=10)", video_pruning_rate=0.5)
