@@ -46,12 +46,10 @@ def test_parts_of_letters_wait_for_the_rest(text):
 @given(st.text(LETTERS, max_size=20), st.lists(st.text(LETTERS, min_size=1, max_size=4), max_size=3))
 def test_an_answer_ends_before_the_first_stop_text(text, stop):
     row, texts = row_of(text, stop=tuple(stop))
-    ends = [at + len(each) for each in stop if (at := text.find(each)) >= 0]
-    # Stop texts that overlap: the one that is complete first ends the answer.
-    first = (
-        min((text.find(each), len(each)) for each in stop if text.find(each) + len(each) == min(ends)) if ends else None
-    )
-    assert row.text == (text[: first[0]] if first else text).strip()
+    found = [(at + len(each), at) for each in stop if (at := text.find(each)) >= 0]
+    # Of stop texts that overlap, the one that is complete first ends the answer; of those, the longest.
+    end = min(found)[1] if found else len(text)
+    assert row.text == text[:end].strip()
     assert row.reason == "stop"
     for before, after in pairwise(texts):
         assert after.startswith(before), "a text that was sent was taken back"
