@@ -28,6 +28,7 @@ CHECKED = [
     "runtime.flops",
     "runtime.token_profile",
     "lab.bench",
+    "serving.store.image",
     "visualize",
 ]
 check_signatures(CHECKED)

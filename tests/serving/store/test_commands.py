@@ -106,6 +106,8 @@ def test_encode_says_what_it_wrote(capsys, store, broken, tmp_path):
     assert written["images_per_second"] > 0
     code, out, _ = run(capsys, "encode", "examples", "--out", store, "--keep", "36", "--batch", "1")
     assert (code, out.splitlines()[0]) == (0, "0 images encoded with visionzip(keep=36)")
+    code, _, err = run(capsys, "encode", "examples", "--out", tmp_path / "all", "--keep", "144")
+    assert (code, err) == (0, "note: visionzip keeps all of an image's 144 visual tokens: it changes nothing\n")
     code, out, err = run(capsys, "encode", broken, "--out", tmp_path / "other")
     assert code == 2
     assert out.startswith("1 images encoded with visionzip, ")

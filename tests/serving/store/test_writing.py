@@ -169,6 +169,22 @@ def test_images_that_the_method_refuses_are_left_out(tmp_path, images, loaded, m
     assert written.stored == COUNT - 3
 
 
+def test_images_that_the_processor_refuses_are_left_out(tmp_path, images, loaded, monkeypatch):
+    process = type(loaded.processor).__call__
+
+    def narrow(self, images=None, **settings):
+        if any(image.size == (60, 40) for image in images):
+            raise ValueError("images must be narrow")
+        return process(self, images=images, **settings)
+
+    (images / "0.png").rename(images / "z.png")  # the first image is tried before the run
+    monkeypatch.setattr(type(loaded.processor), "__call__", narrow)
+    written = write(images, tmp_path / "store", loaded)
+    reason = "llava's processor refuses the image: failed with ValueError: images must be narrow"
+    assert {name: written.failed[name] for name in ("z.png", "5.png")} == {"z.png": reason, "5.png": reason}
+    assert written.stored == COUNT - 3
+
+
 def test_no_image_that_can_be_read(tmp_path, loaded):
     (tmp_path / "images").mkdir()
     with pytest.raises(UserError, match="there are no images in"):

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError
+from vlmzip.errors import UserError, refusing
 from vlmzip.models.family import Family
 from vlmzip.processor import InputDict, Inputs
 from vlmzip.runtime.answering import Answerer
@@ -76,8 +76,12 @@ class Encoder:
 
     @torch.inference_mode()
     def encode(self, images: Sequence[Image.Image]) -> list[StoredImage]:
-        """Return the stored image of each of these images, which go through the encoder together."""
-        inputs = self._answerer.inputs(images, [QUESTION] * len(images))
+        """Return the stored image of each of these images, which go through the encoder together.
+
+        Raise `UserError` if the processor or the method refuses one of them.
+        """
+        with refusing(f"{self.loaded.name}'s processor refuses the image"):
+            inputs = self._answerer.inputs(images, [QUESTION] * len(images))
         (each,) = self.family.present_in(inputs)
         compressed, smaller = compress_images(
             each, inputs, self.compressor, Stopwatch(self.family.model.device), self.compressed.resampler,

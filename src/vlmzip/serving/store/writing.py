@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError
+from vlmzip.errors import UserError, collecting_warnings
 from vlmzip.files import is_file
 from vlmzip.locks import hold
 from vlmzip.progress import working
@@ -68,7 +68,7 @@ def write_store(
     names = image_names(folder)
     lock = hold(store)
     try:
-        encoder = Encoder(loaded, attach(loaded.model, compressor, weights=saved_weights(compressor, loaded.name)))
+        encoder = _encoder(loaded, compressor)
         _remove_unfinished(store)
         manifest = _begin(folder, store, encoder, names, batch, shard)
         rows = _rows(store)
@@ -82,6 +82,15 @@ def write_store(
         return _finish(store, names, missing)
     finally:
         lock.release()
+
+
+def _encoder(loaded: Loaded, compressor: Compressor) -> Encoder:
+    """Attach the compressor, and log its warnings."""
+    with collecting_warnings() as notes:
+        compressed = attach(loaded.model, compressor, weights=saved_weights(compressor, loaded.name))
+    for note in notes:
+        log.warning(note)
+    return Encoder(loaded, compressed)
 
 
 def _begin(folder: Path, store: Path, encoder: Encoder, names: Sequence[str], batch: int, shard: int) -> Manifest:
