@@ -42,7 +42,7 @@ def folder(name, tmp_path_factory):
 @pytest.fixture(scope="module")
 def start_qwen(start, folder):
     def start_qwen(compressor=None, **settings):
-        usual = {"max_num_batched_tokens": 1024, "block_size": 32, "kv_cache_memory_bytes": 2**25}
+        usual = {"max_num_batched_tokens": 1024, "block_size": 32, "num_gpu_blocks_override": 256}
         usual |= {"limit_mm_per_prompt": {"image": 3, "video": 2}}
         STARTED.append(start(compressor, model=folder, **usual | settings))
         return STARTED[-1]

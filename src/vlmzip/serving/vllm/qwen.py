@@ -32,8 +32,9 @@ from vlmzip.runtime.report import CompressedImage
 from vlmzip.serving.vllm import setting
 from vlmzip.serving.vllm.engine import InEngine, OverProcesses
 from vlmzip.serving.vllm.model import CompressingModel
-from vlmzip.serving.vllm.positions import take_over_positions, updated_positions, with_positions
+from vlmzip.serving.vllm.positions import updated_positions, with_positions
 from vlmzip.serving.vllm.processor import CompressingProcessor, field_of
+from vlmzip.serving.vllm.runner import take_over_positions
 from vlmzip.serving.vllm.setting import KEY, PATCHES
 
 #: The model input with the token ids of a whole video: its placeholders and the text between its frames.
