@@ -1,5 +1,6 @@
 """`vlmzip serve` and `vlmzip tokens` as a user runs them."""
 
+import asyncio
 import json
 import os
 import signal
@@ -7,8 +8,12 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from importlib import import_module
 
+import httpx
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
 
 from tests.serving.server.running import EXAMPLES, asking
 from vlmzip.cli.main import main
@@ -89,6 +94,7 @@ def test_the_command_line_of_vllm():
         "--served-model-name": "small", "--host": "127.0.0.1", "--port": "8080", "--dtype": "float32",
         "--hf-overrides": '{"vlmzip": "visionzip(keep=64)"}', "--limit-mm-per-prompt": '{"image": 3}',
         "--allowed-media-domains": "none.invalid",
+        "--middleware": "vlmzip.serving.server.vllm_refusal.RefuseChoice",
     }  # fmt: skip
     assert "secret" not in str(command)
     environment = vllm_command.vllm_environment(Settings(api_key="secret"), {"PATH": "/bin"})
@@ -96,6 +102,39 @@ def test_the_command_line_of_vllm():
     hosts = vllm_command.vllm_command(served, Settings(allow_hosts=frozenset(["b.org", "a.org"])))
     at = hosts.index("--allowed-media-domains")
     assert hosts[at : at + 3] == ["--allowed-media-domains", "a.org", "b.org"]
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b'{"model": "mini", "vlmzip": {"keep": 4}}', 400),
+        (b'{"model": "mini", "messages": [{"content": "\\"vlmzip\\": "}]}', 200),
+        (b'{"mm_processor_kwargs": {"vlmzip": "visionzip(keep=4)"}}', 200),
+        (b'["vlmzip"]', 200),
+        (b'{"vlmzip"', 200),
+        (b"", 200),
+    ],
+)
+def test_with_vllm_a_request_that_chooses_a_method_is_refused(body, status):
+    """All other requests pass unchanged."""
+
+    async def echo(scope, receive, send):
+        content = b"".join([chunk async for chunk in Request(scope, receive).stream()])
+        await Response(content)(scope, receive, send)
+
+    module, _, name = vllm_command.MIDDLEWARE.rpartition(".")
+    app = getattr(import_module(module), name)(echo)
+
+    async def ask():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
+            return await client.post("/v1/chat/completions", content=body)
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == status
+    if status == 200:
+        assert answer.content == body
+    else:
+        assert "serve it with --engine hf" in answer.json()["error"]["message"]
 
 
 def test_vllm_serves_where_it_can(monkeypatch):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+
+from starlette.types import Send
 
 #: The `type` of an error by its status; other statuses below 500 are "invalid_request_error".
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
@@ -37,3 +40,12 @@ class RequestError(Exception):
 def overloaded(message: str, seconds: int = 1) -> RequestError:
     """Return the error for a request that the server has no room for now."""
     return RequestError(message, 429, code="overloaded", headers={"Retry-After": str(seconds)})
+
+
+async def send_error(error: RequestError, send: Send) -> None:
+    """Send an error as a whole answer."""
+    body = json.dumps(error.content()).encode()
+    headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **error.headers}
+    encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": encoded})
+    await send({"type": "http.response.body", "body": body})

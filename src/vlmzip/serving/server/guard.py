@@ -6,12 +6,11 @@ import base64
 import binascii
 import hashlib
 import hmac
-import json
 from collections.abc import Collection
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vlmzip.serving.server.errors import CLIENT_GONE, RequestError
+from vlmzip.serving.server.errors import CLIENT_GONE, RequestError, send_error
 from vlmzip.serving.server.metrics import Metrics
 
 #: Where the playground is, if the server has one. A browser asks its visitor for the key and sends it as a password.
@@ -44,7 +43,7 @@ class Guard:
             if refusal is None:
                 await self._app(scope, receive, count)
             else:
-                await _answer(refusal, count)
+                await send_error(refusal, count)
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.requests.labels(path, str(status)).inc()
@@ -81,11 +80,3 @@ def _key(header: bytes, expected: bytes) -> bytes | None:
 
 def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
-
-
-async def _answer(error: RequestError, send: Send) -> None:
-    body = json.dumps(error.content()).encode()
-    headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **error.headers}
-    encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": error.status, "headers": encoded})
-    await send({"type": "http.response.body", "body": body})

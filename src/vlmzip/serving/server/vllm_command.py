@@ -20,6 +20,8 @@ from vlmzip.serving.vllm.start import check_version
 
 #: A host that does not exist. vLLM fetches images from any host unless it is given at least one.
 NO_HOST = "none.invalid"
+#: What vLLM's server puts before its routes.
+MIDDLEWARE = "vlmzip.serving.server.vllm_refusal.RefuseChoice"
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ def vllm_command(served: Served, settings: Settings) -> list[str]:
     command += ["--hf-overrides", json.dumps({"vlmzip": spec.write(served.compressor)})]
     command += ["--limit-mm-per-prompt", json.dumps({"image": settings.max_images})]
     command += ["--allowed-media-domains", *(sorted(settings.allow_hosts) or [NO_HOST])]
+    command += ["--middleware", MIDDLEWARE]
     command += [] if served.dtype is None else ["--dtype", served.dtype]
     return command
 
