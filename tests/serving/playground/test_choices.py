@@ -2,8 +2,9 @@
 
 import pytest
 
+from vlmzip import spec
 from vlmzip.errors import BudgetError
-from vlmzip.methods import DFMR, EVS, FastV, NoCompression, VisionZip
+from vlmzip.methods import DFMR, EVS, FastV, NoCompression, QFormer, VisionZip
 from vlmzip.serving.playground.choices import configured, groups
 
 
@@ -33,8 +34,20 @@ def test_groups_are_kinds_and_each_method_says_what_it_does(mini):
     assert labels["pool2d"].startswith("pool2d: Average each")
 
 
-def test_the_method_of_the_server_is_offered_with_its_settings(mini):
-    assert "visionzip(merge=mean)" in names_of(groups(mini, VisionZip(merge="mean")))
+@pytest.mark.parametrize("method", [VisionZip(merge="mean"), QFormer(queries=9)])
+def test_the_method_of_the_server_is_offered_with_its_settings(mini, method):
+    assert spec.write(method) in names_of(groups(mini, method))
+
+
+@pytest.mark.parametrize("method", [VisionZip(), VisionZip(keep=36), NoCompression()])
+def test_a_budget_of_the_server_adds_no_method(mini, method):
+    assert names_of(groups(mini, method)) == names_of(groups(mini, NoCompression()))
+
+
+def test_a_method_with_trained_weights_keeps_its_settings(mini):
+    method, note = configured(QFormer(queries=9), 48, mini.family.profile(), remaining=False, is_clip=False)
+    assert method == QFormer(queries=9)
+    assert "weights were trained" in note
 
 
 @pytest.mark.parametrize(

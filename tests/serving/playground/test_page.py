@@ -76,7 +76,10 @@ def test_nothing_is_written_that_stays(served, image):
     assert [path for path in folder.rglob("*") if path.is_file()] == []
 
 
-def test_the_page_asks_for_the_key(mini, image):
-    with serving_page(mini, Settings(api_key="secret")) as (address, _):
+def test_the_page_asks_for_the_key_and_leaves_no_folder(mini):
+    with serving_page(mini, Settings(api_key="secret")) as (address, app):
+        folder = Path(app.state.playground_folder.name)
+        assert folder.exists()
         assert httpx.get(f"{address}/playground/").headers["www-authenticate"].startswith("Basic")
         assert "vlmzip playground" in httpx.get(f"{address}/playground/", auth=("me", "secret")).text
+    assert not folder.exists()

@@ -17,6 +17,7 @@ from vlmzip.runtime.fitting import fitted
 from vlmzip.runtime.inputs import compress_inputs
 from vlmzip.runtime.loading import Loaded
 from vlmzip.runtime.prompt_text import special_tokens, visual_prompt
+from vlmzip.runtime.resample import resampling
 from vlmzip.sites import Site
 
 #: The headings of the groups, by the kind of method.
@@ -55,13 +56,19 @@ def groups(loaded: Loaded, default: Compressor) -> list[Group]:
     Methods that need training are left out, and so are those for videos if the model takes none.
     """
     choices = {choice.name: choice for choice in _choices(loaded)}
-    name = spec.write(default)
-    if not default.changes_nothing and default not in [choice.method for choice in choices.values()]:
+    usual = choices.get(default.name())
+    if not default.changes_nothing and (usual is None or _without_budget(default, usual.method) != usual.method):
+        name = spec.write(default)
         choices[name] = Choice(name, default, f"{name}: the method of this server")
     by_heading: dict[str, list[Choice]] = {}
     for choice in sorted(choices.values(), key=lambda choice: list(HEADINGS).index(choice.method.kind)):
         by_heading.setdefault(HEADINGS[choice.method.kind], []).append(choice)
     return [Group(heading, of_kind) for heading, of_kind in by_heading.items()]
+
+
+def _without_budget(method: Compressor, usual: Compressor) -> Compressor:
+    """Return the method with the budget of another one of its class: the page sets the budget."""
+    return method.with_fields(**{name: getattr(usual, name) for name in method.budget_fields})
 
 
 def _choices(loaded: Loaded) -> Iterable[Choice]:
@@ -128,9 +135,11 @@ def configured(
     """Return the method at a budget, and a note if it misses the budget.
 
     `keep` counts the visual tokens that remain after the method acts, or the average over the layers of the LLM. A
-    method whose image decides how many tokens remain keeps its own settings. Raise `BudgetError` if the method cannot
-    meet the budget.
+    method whose image decides how many tokens remain keeps its own settings, and so does one with trained weights.
+    Raise `BudgetError` if the method cannot meet the budget.
     """
+    if resampling(method) is not None:
+        return method, "runs with its own settings, for which its weights were trained"
     if is_clip and method.videos_only:  # `at_budget` is about images, of which these methods keep all tokens
         return method.with_keep(keep), ""
     try:

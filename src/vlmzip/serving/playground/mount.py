@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from importlib.util import find_spec
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -23,9 +25,20 @@ def mount(app: FastAPI, engine: HuggingFaceEngine, settings: Settings, examples:
     """
     if find_spec("gradio") is None:
         raise UserError("the playground needs Gradio: pip install 'vlmzip[playground]'")
-    # Gradio reads both when it is imported. It makes an empty folder, which the end of the process removes.
+    # Gradio reads both when it is imported. It makes an empty folder, which the end of the server removes.
     app.state.playground_folder = folder = TemporaryDirectory(prefix="vlmzip-playground-")
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder.name}
     from vlmzip.serving.playground.page import put_on  # imports Gradio, an optional package that takes seconds
 
     put_on(app, Playground(engine, settings), settings, examples)
+    lifespan = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def removing(app: FastAPI) -> AsyncIterator[Any]:
+        try:
+            async with lifespan(app) as state:
+                yield state
+        finally:
+            folder.cleanup()
+
+    app.router.lifespan_context = removing

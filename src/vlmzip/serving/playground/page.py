@@ -22,6 +22,8 @@ from vlmzip.serving.server.settings import Settings
 from vlmzip.visualize.page import data_uri, render_page
 
 AVERAGE, REMAINING = "on average over the LLM's layers", "after the method has acted"
+#: Visitors whose form Gradio remembers, a tenth of a megabyte each.
+MOST_SESSIONS = 500
 #: The share of the budget, computed in the browser.
 SHOW_SHARE = "(keep, total) => `${keep} of ${total} visual tokens, ${(100 * keep / total).toFixed(1)}%`"
 
@@ -72,6 +74,7 @@ def build(playground: Playground, settings: Settings, examples: Sequence[Example
             with gr.Column(scale=5, min_width=320):
                 results = gr.HTML(elem_id="results")
         _connect(playground, examples, drop, question, ask, keep, share, counts, known, methods, results)
+    blocks.state_session_capacity = MOST_SESSIONS
     blocks.queue(max_size=_places(settings), default_concurrency_limit=1)
     return blocks
 
