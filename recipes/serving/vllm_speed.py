@@ -184,24 +184,24 @@ def engines(folder: Path, args: argparse.Namespace) -> dict[str, LLM]:
 def row(name: str, concurrency: int, runs: dict[str, list[Run]], engine: LLM, limit: float, args: argparse.Namespace):
     """Return a row of the table. Ratios are medians of the ratios to stock vLLM within each round."""
     speedup = statistics.median(
-        stock.seconds / mine.seconds for stock, mine in zip(runs[STOCK], runs[name], strict=True)
+        stock.seconds / measured.seconds for stock, measured in zip(runs[STOCK], runs[name], strict=True)
     )
-    mine, config = runs[name], engine.llm_engine.vllm_config.cache_config
-    ttft = sorted(value for each in mine for value in each.ttft)
+    measured, config = runs[name], engine.llm_engine.vllm_config.cache_config
+    ttft = sorted(value for each in measured for value in each.ttft)
     stock_ttft = statistics.median(value for each in runs[STOCK] for value in each.ttft)
     return {
         "method": name,
         "concurrency": concurrency,
-        "prompt_tokens": mine[0].prompt,
-        "requests_per_second": f"{statistics.median(len(each.ttft) / each.seconds for each in mine):.3f}",
+        "prompt_tokens": measured[0].prompt,
+        "requests_per_second": f"{statistics.median(len(each.ttft) / each.seconds for each in measured):.3f}",
         "ratio": f"{speedup:.3f}",
         "flops_limit": f"{limit:.3f}",
         "share_of_limit": f"{speedup / limit:.3f}",
         "ttft_median_ms": f"{1000 * statistics.median(ttft):.1f}",
         "ttft_p95_ms": f"{1000 * ttft[int(0.95 * (len(ttft) - 1))]:.1f}",
         "ttft_ratio": f"{stock_ttft / statistics.median(ttft):.3f}",
-        "peak_kv_tokens": round(max(each.peak for each in mine) * config.num_gpu_blocks * config.block_size),
-        "requests": len(mine[0].ttft),
+        "peak_kv_tokens": round(max(each.peak for each in measured) * config.num_gpu_blocks * config.block_size),
+        "requests": len(measured[0].ttft),
         "rounds": args.rounds,
         "new_tokens": args.new_tokens,
         "width": args.width,

@@ -50,8 +50,8 @@ class Encoder:
     def features(self, modality: Modality, inputs: Inputs, compressor: Compressor) -> list[Float[Tensor, "_ llm_dim"]]:
         """Return the projected tokens that remain of each image."""
         family = self.families[modality]
-        given = {name: inputs[name] for name in family.image_inputs if inputs.get(name) is not None}
-        parts = [given]
-        if isinstance(pixels := given[family.image_inputs[0]], list):  # videos whose numbers of frames differ
-            parts = [batch_of_one({name: given[name][n] for name in given}) for n in range(len(pixels))]
+        image_inputs = {name: inputs[name] for name in family.image_inputs if inputs.get(name) is not None}
+        parts = [image_inputs]
+        if isinstance(pixels := image_inputs[family.image_inputs[0]], list):  # videos whose numbers of frames differ
+            parts = [batch_of_one({name: image_inputs[name][n] for name in image_inputs}) for n in range(len(pixels))]
         return [image.features for part in parts for image in compressed(family, part, compressor)]

@@ -89,7 +89,7 @@ def folder_with_compressor(model: str, revision: str | None) -> Path | None:
     """Return the folder of the checkpoint if it has a `compressor.json`."""
     if is_folder(Path(model)):
         return Path(model) if is_file(Path(model) / FILE) else None
-    found = cached_file(
+    file = cached_file(
         model,
         FILE,
         revision=revision,
@@ -97,4 +97,4 @@ def folder_with_compressor(model: str, revision: str | None) -> Path | None:
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    return None if found is None else Path(found).parent
+    return None if file is None else Path(file).parent
