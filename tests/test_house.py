@@ -54,7 +54,7 @@ IMPORTS_NOT_YET_RIGHT: dict[tuple[str, str], str] = {
 #: (module, name): where `runtime/` names a method or a type of model.
 NAMED_IN_RUNTIME: dict[tuple[str, str], str] = {}
 #: Imports inside functions. Each needs a reason, such as a package that takes long to import.
-MOST_INSIDE_FUNCTIONS = 29
+MOST_INSIDE_FUNCTIONS = 31
 
 #: The modules of vlmzip by their path below it, with dots; the package itself is "".
 Plan = dict[str, ast.Module]
