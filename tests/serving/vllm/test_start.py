@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from vlmzip import UserError, VisionZip
+from vlmzip import Grid, UserError, VisionZip, spec
+from vlmzip.compressor import Profile
 from vlmzip.compressor_file import write_compressor
 from vlmzip.serving.vllm import setting, start
 
@@ -111,3 +112,52 @@ def test_a_request_can_set_a_budget():
 
 def test_a_text_survives_as_a_tensor():
     assert setting.from_tensor(setting.to_tensor("visionzip(keep=11%)")) == "visionzip(keep=11%)"
+
+
+QWEN = "Qwen3VLForConditionalGeneration"
+
+
+def resolved_for_qwen(compressor):
+    config = model_config(architecture=QWEN, overrides={"vlmzip": compressor})
+    start.resolve(config, {QWEN: "module:Class"}, "0.32.0")
+    return config
+
+
+def test_positions_can_be_original_in_qwen():
+    compressor = "visionzip(keep=64,positions=original)"
+    assert spec.read(resolved_for_qwen(compressor).hf_config.vlmzip) == spec.read(compressor)
+
+
+@pytest.mark.parametrize(
+    ("compressor", "reason"),
+    [
+        ("downsample(keep=25%)", "acts at site 'pixels': vLLM's own processor makes images smaller, with max_pixels"),
+        (
+            "zoo_prune(keep=9)",
+            "zoo_prune cannot run here: the projector of this model does not map each token by itself",
+        ),
+        ("fastv(keep=64)", "acts at site 'in_llm'"),
+    ],
+)
+def test_what_qwen_cannot_run_is_refused_with_the_reason(compressor, reason):
+    with pytest.raises(UserError, match=reason):
+        resolved_for_qwen(compressor)
+
+
+def test_the_copy_of_a_checked_config_for_the_llm_is_not_checked_again():
+    config = resolved_for_qwen("visionzip(keep=64)")
+    config.hf_config.architectures = ["Qwen3ForCausalLM"]
+    start.resolve(config, {QWEN: "module:Class"}, "0.32.0")
+    assert config.hf_config.vlmzip == "visionzip(keep=64)"
+    unchecked = model_config(architecture="Qwen3ForCausalLM", vlmzip="visionzip(keep=64)", vlmzip_is_checked=True)
+    with pytest.raises(UserError, match="does not have Qwen3ForCausalLM"):
+        start.resolve(unchecked, {QWEN: "module:Class"}, "0.32.0")
+
+
+def test_counts_by_content_are_refused_where_tokens_keep_positions():
+    profile = Profile(Grid(1, 8, 8), 4)
+    by_content, by_shapes = spec.read("adaptive_visionzip"), spec.read("prunesid(keep=9)")
+    assert setting.needs_processor(by_content, profile)
+    assert not setting.needs_processor(by_shapes, profile, setting.PATCHES)
+    with pytest.raises(UserError, match="keeps depends on the image"):
+        setting.needs_processor(by_content, profile, setting.PATCHES)
