@@ -1,5 +1,7 @@
 """Registration, versions, and attention heads that several processes share."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -10,7 +12,7 @@ from vllm.config import ModelConfig  # noqa: E402
 from vlmzip import UserError  # noqa: E402
 from vlmzip.models.recording import Recording  # noqa: E402
 from vlmzip.models.towers.tower import Attention  # noqa: E402
-from vlmzip.serving.vllm import engine, plugin  # noqa: E402
+from vlmzip.serving.vllm import engine, plugin, qwen  # noqa: E402
 from vlmzip.visual_tokens import Grid, Signal  # noqa: E402
 
 
@@ -57,3 +59,28 @@ def test_processes_that_share_the_heads_get_the_signal_of_all(monkeypatch, signa
     other = 2 * of(halves[1], 2)  # not divided by the number of processes
     monkeypatch.setattr(engine, "tensor_model_parallel_all_reduce", lambda values: values + other)
     assert torch.allclose(of(halves[0], 2), of(slice(0, 4), 1), atol=1e-6)
+
+
+SIGNALS = [Signal.CLS_ATTENTION, Signal.KEYS, Signal.ATTENTION_RECEIVED, Signal.LAST_CLS_ATTENTION, Signal.LAST_KEYS]
+
+
+@pytest.mark.parametrize("signal", SIGNALS)
+def test_qwen_gets_the_heads_of_all_processes(monkeypatch, signal):
+    heads, width, length = 4, 8, 24
+    parts = [torch.randn(length, 1, heads, width) for _ in range(3)]
+    tables = {f"rotary_pos_emb_{name}": torch.randn(length, width // 2) for name in ("cos", "sin")}
+    arguments = {"0": tables | {"cu_seqlens": torch.tensor([0, 8, length])}}
+
+    def of(chosen, processes):
+        states = torch.cat([part[:, :, chosen].flatten(2) for part in parts], -1)
+        module, block = torch.nn.Module(), torch.nn.Module()
+        module.num_attention_heads_per_partition, module.tp_size = heads // processes, processes
+        module.hidden_size_per_attention_head, module.qkv, block.attn = width, torch.nn.Identity(), module
+        encoder = torch.nn.Module()
+        encoder.blocks = torch.nn.ModuleList([block])
+        tower = qwen.EngineQwenTower(encoder)
+        return tower.signal(signal, Recording({"0.0": states}, {}, arguments), 0, [Grid(1, 1, 2), Grid(1, 2, 2)], 0)
+
+    second = itertools.cycle(part[:, :, 2:].flatten(2).transpose(0, 1) for part in parts[:2])  # queries, then keys
+    monkeypatch.setattr(qwen, "tensor_model_parallel_all_gather", lambda part: torch.cat([part, next(second)], -1))
+    assert torch.allclose(of(slice(0, 2), 2), of(slice(0, 4), 1), atol=1e-6)

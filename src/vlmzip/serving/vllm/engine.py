@@ -54,31 +54,11 @@ class EngineModel(nn.Module):
         return SimpleNamespace(layers=range(self.config.get_text_config().num_hidden_layers))
 
 
-class OverProcesses(Tower):
-    """A mixin for the tower of an encoder in vLLM. It goes before the tower's class.
-
-    With tensor parallelism, each process has some of the heads; the mean over heads is then the mean of the processes'
-    means.
-    """
-
-    def signal(
-        self,
-        signal: Signal,
-        recording: Recording,
-        layer: int,
-        grids: Sequence[Grid],
-        prefix: int,
-        of_patch: Int[Tensor, "rows length"] | None = None,
-    ) -> Float[Tensor, " tokens *key_dim"]:
-        values = super().signal(signal, recording, layer, grids, prefix, of_patch)
-        parts = getattr(self.attentions[layer].module, "tp_size", 1)
-        return values if parts == 1 else _mean_over_processes(values, parts)
-
-
-class EngineTower(OverProcesses):
+class EngineTower(Tower):
     """A CLIP or SigLIP encoder of vLLM. One projection gives queries, keys and values.
 
-    vLLM loads the layers up to the deepest that gives features.
+    vLLM loads the layers up to the deepest that gives features. With tensor parallelism, each process has some of the
+    heads; the mean over heads is then the mean of the processes' means.
     """
 
     def __init__(self, encoder: nn.Module, depth: int) -> None:
@@ -99,6 +79,19 @@ class EngineTower(OverProcesses):
     def _attention(self, layer: nn.Module, module: Any) -> Attention:
         heads = module.num_heads_per_partition
         return Attention(layer, module, (module.qkv_proj,), heads, module.head_dim, float(module.scale))
+
+    def signal(
+        self,
+        signal: Signal,
+        recording: Recording,
+        layer: int,
+        grids: Sequence[Grid],
+        prefix: int,
+        of_patch: Int[Tensor, "rows length"] | None = None,
+    ) -> Float[Tensor, " tokens *key_dim"]:
+        values = super().signal(signal, recording, layer, grids, prefix, of_patch)
+        parts = getattr(self.attentions[layer].module, "tp_size", 1)
+        return values if parts == 1 else _mean_over_processes(values, parts)
 
 
 def _mean_over_processes(values: Tensor, parts: int) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import MultiModalInput
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
@@ -30,7 +31,7 @@ from vlmzip.processor import InputDict, Inputs
 from vlmzip.runtime.inputs import positions_of
 from vlmzip.runtime.report import CompressedImage
 from vlmzip.serving.vllm import setting
-from vlmzip.serving.vllm.engine import InEngine, OverProcesses
+from vlmzip.serving.vllm.engine import InEngine
 from vlmzip.serving.vllm.model import CompressingModel
 from vlmzip.serving.vllm.positions import updated_positions, with_positions
 from vlmzip.serving.vllm.processor import CompressingProcessor, field_of
@@ -43,20 +44,30 @@ SPAN = f"{KEY}_span"
 read = lru_cache(maxsize=256)(spec.read)
 
 
-class EngineQwenTower(OverProcesses, QwenTower):
-    """The vision encoder of vLLM's Qwen models. One projection gives queries, keys and values."""
+class EngineQwenTower(QwenTower):
+    """The vision encoder of vLLM's Qwen models. One projection gives queries, keys and values.
+
+    With tensor parallelism, each process has some of the heads, and gets those of the others.
+    """
 
     @cached_property
     def attentions(self) -> list[Attention]:
         return [self._attention(block, block.attn) for block in self.encoder.blocks]
 
     def _attention(self, block: nn.Module, module: Any) -> Attention:
-        heads, head_dim = module.num_attention_heads_per_partition, module.hidden_size_per_attention_head
+        heads = module.num_attention_heads_per_partition * module.tp_size
+        head_dim = module.hidden_size_per_attention_head
         return Attention(block, module, (module.qkv,), heads, head_dim, head_dim**-0.5)
 
     def part(self, recording: Recording, layer: int, number: int) -> Float[Tensor, "1 length dim"]:
         states: Tensor = recording[f"{layer}.0"].transpose(0, 1)  # vLLM has [length, 1, dim]
-        return states.unflatten(-1, (3, -1))[..., number, :]
+        part = states.unflatten(-1, (3, -1))[..., number, :]
+        return part if part.shape[-1] == self._width(layer) else tensor_model_parallel_all_gather(part.contiguous())
+
+    def _width(self, layer: int) -> int:
+        """Return the width of all heads."""
+        attention = self.attentions[layer]
+        return attention.heads * attention.head_dim
 
     def queries_and_keys(
         self, recording: Recording, layer: int
