@@ -67,7 +67,7 @@ def sizes(answers):
 
 @pytest.fixture(scope="module")
 def questions():
-    return questions_of_mini(24)
+    return questions_of_mini(16)
 
 
 def test_a_batch_is_answered_as_each_request_alone(mini, questions):
@@ -84,9 +84,13 @@ def test_a_batch_is_answered_as_each_request_alone(mini, questions):
     assert len({each.text for each in alone}) > 5
 
 
-@pytest.mark.parametrize("method", ["dfmr", "fastv(layer=3,keep=20)", "pyramiddrop", "dfmr+fastv(layer=4)"])
+METHODS = ["dfmr", "fastv(layer=3,keep=20)"]
+FURTHER = [pytest.param(method, marks=pytest.mark.slow) for method in ("pyramiddrop", "dfmr+fastv(layer=4)")]
+
+
+@pytest.mark.parametrize("method", METHODS + FURTHER)
 def test_methods_in_a_batch(mini, questions, method):
-    bodies = [asking(q.question, data_url(encoded(q.image)), vlmzip={"method": method}) for q in questions[:8]]
+    bodies = [asking(q.question, data_url(encoded(q.image)), vlmzip={"method": method}) for q in questions[:6]]
     with running(mini) as (_, answers):
         together = answers(bodies)
         alone = [answers([body])[0] for body in bodies]

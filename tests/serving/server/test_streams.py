@@ -81,7 +81,7 @@ def test_a_client_that_leaves_costs_no_further_tokens(mini, endless, stream):
 
 def test_a_slow_client_starves_nobody(mini, endless):
     with served(mini) as (_, http, _):
-        slow = [raw(http, asking(stream=True, **{**ENDLESS, "max_tokens": 100})) for _ in range(8)]
+        slow = [raw(http, asking(stream=True, **{**ENDLESS, "max_tokens": 60})) for _ in range(4)]
         start = time.monotonic()
         for _ in range(3):
             answer = http.post("/v1/chat/completions", json=asking())
