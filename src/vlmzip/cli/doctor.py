@@ -45,9 +45,10 @@ USES = (
     Use("serve", "serve", ("fastapi", "uvicorn")),
     Use("serve: the figures at /metrics", "serve", ("prometheus-client",)),
     Use("serve: the playground", "playground", ("gradio",)),
+    Use("serve --engine vllm, and vLLM itself", "vllm", ("vllm",)),
     Use("encode, ask --store", "store", ("pyarrow",)),
     Use("encode --workers", "ray", ("ray",)),
-    Use("completion of words in the shell", "completion", ("argcomplete",)),
+    Use("shell completion", "completion", ("argcomplete",)),
 )
 
 
