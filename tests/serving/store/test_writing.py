@@ -58,6 +58,18 @@ def stop_at(monkeypatch, stop):
     monkeypatch.setattr("vlmzip.serving.store.index.write_whole", interrupted)
 
 
+def refuse_wide(monkeypatch, loaded):
+    """Let the processor refuse images 0 and 5."""
+    process = type(loaded.processor).__call__
+
+    def narrow(self, images=None, **settings):
+        if any(image.size == (60, 40) for image in images):
+            raise ValueError("images must be narrow")
+        return process(self, images=images, **settings)
+
+    monkeypatch.setattr(type(loaded.processor), "__call__", narrow)
+
+
 @pytest.mark.parametrize("stop", range(11))
 def test_a_run_that_was_stopped_anywhere_continues(images, whole, tmp_path, loaded, monkeypatch, stop):
     """Five parts make ten files, and the index is the last."""
@@ -71,6 +83,46 @@ def test_a_run_that_was_stopped_anywhere_continues(images, whole, tmp_path, load
     written = write(images, tmp_path / "store", loaded)
     assert contents(tmp_path / "store") == contents(whole)
     assert (written.stored, list(written.failed)) == (COUNT - 1, ["3.png"])
+
+
+@pytest.mark.parametrize("stop", range(6))
+def test_a_part_of_unreadable_images_keeps_its_number(images, tmp_path, loaded, monkeypatch, stop):
+    """Three parts make five files, because the second has no shard, and the index is the last."""
+    for number in range(6, COUNT):
+        next(images.rglob(f"{number}.png")).unlink()
+    (images / "2.png").write_bytes(b"no image")
+    write(images, tmp_path / "whole", loaded)
+    with monkeypatch.context() as patch:
+        stop_at(patch, stop)
+        with pytest.raises(KeyboardInterrupt):
+            write(images, tmp_path / "store", loaded)
+    written = write(images, tmp_path / "store", loaded)
+    assert contents(tmp_path / "store") == contents(tmp_path / "whole")
+    assert (written.stored, list(written.failed)) == (4, ["2.png", "3.png"])
+    shards = [path.name for path in sorted((tmp_path / "store" / "shards").iterdir())]
+    assert shards == ["000000.safetensors", "000002.safetensors"]
+
+
+@pytest.mark.parametrize("mended", [False, True])
+def test_an_image_that_was_refused_is_tried_again_after_the_others(images, tmp_path, loaded, monkeypatch, mended):
+    """A continued run tries it in a part of its own: the others are as without the stop."""
+    (images / "3.png").unlink()
+    with monkeypatch.context() as refusing:
+        refuse_wide(refusing, loaded)
+        (images / "0.png").rename(images / "1a.png")  # the first image is tried before the run
+        write(images, tmp_path / "whole", loaded)
+        with monkeypatch.context() as patch:
+            stop_at(patch, 4)
+            with pytest.raises(KeyboardInterrupt):
+                write(images, tmp_path / "store", loaded)
+        if not mended:
+            write(images, tmp_path / "store", loaded)
+            assert contents(tmp_path / "store") == contents(tmp_path / "whole")
+            return
+    assert write(images, tmp_path / "store", loaded).failed == {}
+    shards = [contents(tmp_path / name) for name in ("whole", "store")]
+    assert all(shards[1][name] == content for name, content in shards[0].items() if "000001" in name)
+    assert Store(tmp_path / "store").row("1a.png")["shard"] == "shards/000004.safetensors"
 
 
 def test_a_second_run_changes_nothing_and_encodes_nothing(images, whole, loaded):
@@ -170,15 +222,8 @@ def test_images_that_the_method_refuses_are_left_out(tmp_path, images, loaded, m
 
 
 def test_images_that_the_processor_refuses_are_left_out(tmp_path, images, loaded, monkeypatch):
-    process = type(loaded.processor).__call__
-
-    def narrow(self, images=None, **settings):
-        if any(image.size == (60, 40) for image in images):
-            raise ValueError("images must be narrow")
-        return process(self, images=images, **settings)
-
     (images / "0.png").rename(images / "z.png")  # the first image is tried before the run
-    monkeypatch.setattr(type(loaded.processor), "__call__", narrow)
+    refuse_wide(monkeypatch, loaded)
     written = write(images, tmp_path / "store", loaded)
     reason = "llava's processor refuses the image: failed with ValueError: images must be narrow"
     assert {name: written.failed[name] for name in ("z.png", "5.png")} == {"z.png": reason, "5.png": reason}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,3 @@ def newest(rows: Iterable[Row]) -> dict[str, Row]:
 def signed(row: Mapping[str, object]) -> Row:
     """Return the part of a row that its checksum covers."""
     return {name: value for name, value in row.items() if name != "checksum"}
-
-
-def shards_of(rows: Sequence[Row]) -> set[str]:
-    return {row["shard"] for row in rows if row["shard"] is not None}

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain, count
 from pathlib import Path
 
 from PIL import Image
@@ -42,19 +42,28 @@ class Part:
     """The paths of its images below the folder."""
 
     @property
+    def stem(self) -> str:
+        """Return the name of its files without their suffixes."""
+        return f"{self.number:06}"
+
+    @property
     def shard(self) -> str:
         """Return the path of its shard below the store."""
-        return f"{SHARDS}/{self.number:06}.safetensors"
+        return f"{SHARDS}/{self.stem}.safetensors"
 
     def rows_in(self, store: Path) -> Path:
         """Return the file of its rows."""
-        return store / UNFINISHED / f"{self.number:06}.parquet"
+        return store / UNFINISHED / f"{self.stem}.parquet"
 
 
-def parts_of(names: Sequence[str], shard: int, taken: set[str]) -> list[Part]:
-    """Divide images into parts of `shard` images. Their shards get the lowest numbers that are not `taken`."""
-    free = (number for number in count() if Part(number, ()).shard not in taken)
-    return [Part(number, of_part) for number, of_part in zip(free, _groups(names, shard), strict=False)]
+def parts_of(new: Sequence[str], again: Sequence[str], shard: int, taken: set[str]) -> list[Part]:
+    """Divide images into parts of `shard` images, with the lowest numbers whose stems are not `taken`.
+
+    The images to try `again` get parts after all others, so that they do not change which images share a part.
+    """
+    free = (number for number in count() if Part(number, ()).stem not in taken)
+    groups = chain(_groups(new, shard), _groups(again, shard))
+    return [Part(number, names) for number, names in zip(free, groups, strict=False)]
 
 
 def write_part(store: Path, folder: Path, part: Part, encoder: Encoder, batch: int) -> list[Row]:

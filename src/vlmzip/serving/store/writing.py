@@ -71,11 +71,9 @@ def write_store(
         encoder = _encoder(loaded, compressor)
         _remove_unfinished(store)
         manifest = _begin(folder, store, encoder, names, batch, shard)
-        rows = _rows(store)
-        before = index.newest(rows)
-        missing = _missing(folder, names, before)
-        parts = parts_of(missing, shard, index.shards_of(rows))
+        parts = _missing(store, folder, names, shard)
         encode = in_processes(manifest) if in_processes else _in_this_process(store, folder, encoder, batch)
+        missing = {name for part in parts for name in part.names}
         with working("encoding", len(missing)) as work:
             for count in encode(parts) if parts else ():
                 work.advance(count)
@@ -120,25 +118,34 @@ def _readable(folder: Path, names: Sequence[str]) -> Iterator[Image.Image]:
             continue
 
 
-def _rows(store: Path) -> list[Row]:
-    """Return the rows of the index, followed by those of parts that it does not have yet."""
-    files = [store / index.FILE] if is_file(store / index.FILE) else []
-    files += sorted((store / UNFINISHED).glob("*.parquet"))
-    return [row for file in files for row in index.read_rows(file)]
+def _unfinished(store: Path) -> list[Path]:
+    """Return the files with the rows of parts that the index does not have yet."""
+    return sorted((store / UNFINISHED).glob("*.parquet"))
 
 
-def _missing(folder: Path, names: Sequence[str], rows: dict[str, Row]) -> list[str]:
-    """Return the images to encode: those without a row, and those that could not be read before and can now."""
-    missing = []
+def _rows(files: Sequence[Path]) -> dict[str, Row]:
+    """Return the newest row of each image in files with rows, of which the index can be missing."""
+    return index.newest(row for file in files if is_file(file) for row in index.read_rows(file))
+
+
+def _missing(store: Path, folder: Path, names: Sequence[str], shard: int) -> list[Part]:
+    """Return the parts to make: of images without a row, and of those that could not be read before and can now."""
+    before, of_this_run = _rows([store / index.FILE]), _rows(_unfinished(store))
+    new: list[str] = []
+    again: list[str] = []
     for name in names:
-        row = rows.get(name)
+        row = of_this_run.get(name) or before.get(name)
         if row is None:
-            missing.append(name)
-        elif row["error"] is not None:
-            missing += [name] if next(_readable(folder, [name]), None) is not None else []
-        elif (folder / name).stat().st_size != row["bytes"]:
-            raise UserError(f"{str(folder / name)!r} has changed since it was stored; give another --out")
-    return missing
+            new.append(name)
+        elif row["error"] is None:
+            if (folder / name).stat().st_size != row["bytes"]:
+                raise UserError(f"{str(folder / name)!r} has changed since it was stored; give another --out")
+        elif next(_readable(folder, [name]), None) is not None:
+            (again if name in of_this_run else new).append(name)
+    shards = {row["shard"] for rows in (before, of_this_run) for row in rows.values()} - {None}
+    # A part without a readable image has no shard.
+    taken = {Path(file).stem for file in (*shards, *_unfinished(store))}
+    return parts_of(new, again, shard, taken)
 
 
 def _in_this_process(store: Path, folder: Path, encoder: Encoder, batch: int) -> EncodeParts:
@@ -150,9 +157,9 @@ def _in_this_process(store: Path, folder: Path, encoder: Encoder, batch: int) ->
     return encode
 
 
-def _finish(store: Path, names: Sequence[str], missing: Sequence[str]) -> Written:
+def _finish(store: Path, names: Sequence[str], missing: set[str]) -> Written:
     """Write the index, and remove the files that it replaces."""
-    rows = index.newest(_rows(store))
+    rows = _rows([store / index.FILE, *_unfinished(store)])
     _remove_unfinished(store)
     if (store / UNFINISHED).is_dir():
         index.write_rows(store / index.FILE, rows.values())
@@ -162,7 +169,7 @@ def _finish(store: Path, names: Sequence[str], missing: Sequence[str]) -> Writte
     stored = [row for row in rows.values() if row["error"] is None]
     failed = {name: rows[name]["error"] for name in names if rows[name]["error"] is not None}
     sizes = (sum(row[column] for row in stored) for column in ("token_bytes", "bytes"))
-    return Written(len(stored), len(set(missing) - failed.keys()), failed, *sizes)
+    return Written(len(stored), len(missing - failed.keys()), failed, *sizes)
 
 
 def _remove_unfinished(store: Path) -> None:
