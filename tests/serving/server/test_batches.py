@@ -223,6 +223,27 @@ def test_the_queue_is_bounded(mini):
     assert (error.value.status, error.value.headers) == (429, {"Retry-After": "1"})
 
 
+def test_the_memory_of_waiting_requests_is_bounded(mini):
+    """The inputs of one image can be a thousand times its body. One request alone is always taken."""
+    one = engine_of(mini, SETTINGS).prepare(read_request(json.dumps(asking()).encode())).nbytes
+    assert one > 4 * 96 * 96
+    with running(mini, Settings(max_inputs=2 * one + 1)) as (_, answers):
+        assert [each.text for each in answers([asking()] * 2)] == ["orange"] * 2
+        with pytest.raises(RequestError, match="too many large images are waiting") as error:
+            answers([asking()] * 3)
+        assert error.value.status == 429
+    with running(mini, Settings(max_inputs=1)) as (_, answers):
+        assert answers([asking()])[0].text == answers([asking()])[0].text == "orange"
+
+
+@pytest.mark.parametrize(("batch", "batches"), [(2.5, 2), (0, 4)])
+def test_the_memory_of_a_batch_is_bounded(mini, batch, batches):
+    one = engine_of(mini, SETTINGS).prepare(read_request(json.dumps(asking()).encode())).nbytes
+    with running(mini, Settings(batch_inputs=int(batch * one))) as (_, answers):
+        assert [each.text for each in answers([asking()] * 4)] == ["orange"] * 4
+        assert sizes(answers) == (batches, 4)
+
+
 def test_only_the_last_methods_stay_attached(mini, monkeypatch):
     monkeypatch.setattr(worker, "MOST_ATTACHED", 2)
     with running(mini) as (engine, answers):

@@ -79,3 +79,11 @@ def test_sampling_follows_temperature_and_top_p():
     assert set(sample(scores, 50, temperature=0.0)) == {0}
     cold = sample(scores, temperature=0.5)
     assert cold[0] / 4000 == pytest.approx(0.25 / (0.25 + 0.09 + 0.0225 + 0.0025), abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 1e-40}, {"temperature": 1e-5}, {"temperature": 5e-324}, {"temperature": 1.0, "top_p": 1e-320}],
+)
+def test_settings_close_to_0_take_the_most_probable_token(settings):
+    assert set(sample([-40.0, 90.0, 89.0, 3e4], 5, **settings)) == {3}

@@ -1,5 +1,6 @@
 """Clients that leave, read slowly or wait too long, and an engine that ends while they wait."""
 
+import gc
 import json
 import socket
 import threading
@@ -14,6 +15,7 @@ from tests.serving.server.running import asking, engine_of, serving
 from vlmzip.serving.server.batch import Batch
 from vlmzip.serving.server.metrics import Metrics
 from vlmzip.serving.server.row import Row
+from vlmzip.serving.server.schema import ImageURL
 from vlmzip.serving.server.settings import Settings
 
 #: Settings of an answer that the fixture `endless` repeats.
@@ -133,6 +135,37 @@ def test_overload_is_refused_with_a_time_to_retry(mini):
         refused = [answer for answer in answers if answer.status_code == 429]
         assert {answer.headers["retry-after"] for answer in refused} == {"1"}
         assert {answer.json()["error"]["type"] for answer in refused} == {"rate_limit_error"}
+
+
+def test_clients_that_have_gone_leave_the_queue(mini):
+    with served(mini, max_queue=2) as (engine, http, _):
+        held = threading.Event()
+        engine.call(held.wait)
+        connections = [raw(http, asking()) for _ in range(2)]
+        wait_until(lambda: engine.waiting == 2)
+        for connection in connections:
+            connection.close()
+        wait_until(lambda: http.get("/health").json()["waiting"] == 0)
+        threading.Timer(0.2, held.set).start()
+        assert http.post("/v1/chat/completions", json=asking()).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_request_leaves_its_images_to_the_engine(mini, endless, stream):
+    """Neither body nor inputs stay in memory until a slow client has read its answer."""
+    with served(mini) as (engine, http, _):
+        held = threading.Event()
+        engine.call(held.wait)
+        connection = raw(http, asking(stream=stream, **ENDLESS))
+        wait_until(lambda: engine.waiting == 1)
+        gc.collect()
+        body = [each for each in gc.get_objects() if isinstance(each, ImageURL)]
+        (waiting,) = engine._queue
+        assert gc.get_referrers(waiting.request) == [waiting]
+        assert body == []
+        del waiting
+        held.set()
+        connection.close()
 
 
 def test_an_engine_that_ends_is_told_to_all(mini, monkeypatch):

@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
 from vlmzip.serving.server.body import Bodies
+from vlmzip.serving.server.counting import TokenCount
 from vlmzip.serving.server.engine import Engine
 from vlmzip.serving.server.errors import CLIENT_GONE, RequestError, overloaded
 from vlmzip.serving.server.guard import Guard
@@ -84,8 +85,10 @@ class Service:
         """Answer POST /v1/chat/completions."""
         arrived, body, prepared = await self._prepare(request)
         progress = Progress(asyncio.get_running_loop(), arrived=arrived)
-        answer = Answer(self.engine.model, prepared.count)
+        count = prepared.count
+        answer = Answer(self.engine.model, count)
         self.engine.submit(prepared, progress)
+        del prepared  # its inputs are large, and a client can be slow to read
         try:
             async with self._until(arrived):
                 ready = progress.begun() if body.stream else progress.ended()
@@ -96,16 +99,16 @@ class Service:
             raise
         if body.stream:
             include = body.stream_options is not None and bool(body.stream_options.include_usage)
-            events = self._events(answer, prepared, progress, include)
+            events = self._events(answer, count, progress, include)
             seconds = arrived + self.settings.max_seconds - monotonic()
             return EventStream(events, max(seconds, 0.0), self._end_of(progress))
         assert progress.reason is not None
         assert progress.usage is not None
-        self._count(prepared, progress)
+        self._count(count, progress)
         return JSONResponse(answer.whole(progress.text, progress.reason, progress.usage))
 
     async def _events(
-        self, answer: Answer, prepared: Any, progress: Progress, include_usage: bool
+        self, answer: Answer, count: TokenCount, progress: Progress, include_usage: bool
     ) -> AsyncIterator[dict[str, object]]:
         yield answer.chunk({"role": "assistant", "content": ""})
         try:
@@ -115,7 +118,7 @@ class Service:
             yield error.content()
             return
         yield answer.chunk({}, progress.reason)
-        self._count(prepared, progress)
+        self._count(count, progress)
         if include_usage and progress.usage is not None:
             yield answer.last_chunk(progress.usage)
 
@@ -128,9 +131,9 @@ class Service:
 
         return ended
 
-    def _count(self, prepared: Any, progress: Progress) -> None:
+    def _count(self, count: TokenCount, progress: Progress) -> None:
         if progress.usage is not None:
-            self.metrics.count_answer(prepared.count.name, progress, progress.usage)
+            self.metrics.count_answer(count.name, progress, progress.usage)
 
     async def tokens(self, request: Request) -> Response:
         """Answer POST /v1/tokens: the tokens of a request to /v1/chat/completions, without answering it."""
@@ -138,7 +141,7 @@ class Service:
         return JSONResponse(prepared.count.content())
 
     async def _prepare(self, request: Request) -> tuple[float, ChatRequest, Any]:
-        """Read a request. Return when it had arrived, and it with what the engine made of it."""
+        """Read a request. Return when it had arrived, its settings, and what the engine made of it."""
         if (trouble := self.engine.trouble()) is not None:
             raise RequestError(trouble, 503, code="engine_stopped")
         async with self._bodies.read(request) as body:
@@ -169,7 +172,8 @@ class Service:
         request = read_request(body)
         if request.model != self.engine.model:
             raise _unknown_model(request.model, self.engine.model)
-        return request, self.engine.prepare(request)
+        prepared = self.engine.prepare(request)
+        return request.model_copy(update={"messages": []}), prepared  # the messages have megabytes of images
 
     # --- about the server -------------------------------------------------------------------------------------------
 

@@ -50,6 +50,11 @@ class Request:
         shapes = [(name, _shape_of(value)) for name, value in sorted(self.inputs.items()) if not is_per_token(name)]
         return self.compressor, tuple(shapes)
 
+    @cached_property
+    def nbytes(self) -> int:
+        """Return the memory of the inputs."""
+        return sum(map(_bytes_of, self.inputs.values()))
+
 
 def is_per_token(name: str) -> bool:
     """Return whether an input has one value for each token of the prompt."""
@@ -63,6 +68,14 @@ def _shape_of(value: object) -> Hashable:
     if isinstance(value, Tensor):
         return value.dtype, value.shape[1:]
     return "list" if isinstance(value, list) else id(value)
+
+
+def _bytes_of(value: object) -> int:
+    if isinstance(value, EarlierImages):
+        return sum(part.nbytes for image in value.images for part in (image.features, *image.streams))
+    if isinstance(value, list):
+        return sum(map(_bytes_of, value))
+    return value.nbytes if isinstance(value, Tensor) else 0
 
 
 def joined(rows: Sequence[InputDict], pad: int) -> InputDict:

@@ -14,6 +14,10 @@ from vlmzip.serving.server.progress import Reason
 INCOMPLETE = "\ufffd"
 
 
+#: Below this temperature, scores divided by it could exceed float32, and the most probable token is certain.
+COLDEST = 1e-5
+
+
 class Text:
     """The text of a growing sequence of tokens. Each token is decoded with its predecessor, not with all."""
 
@@ -58,7 +62,7 @@ class Row:
     @property
     def is_greedy(self) -> bool:
         """Return whether it always takes the most probable token."""
-        return self._sampling.temperature == 0
+        return self._sampling.temperature < COLDEST
 
     def choose(self, scores: Float[Tensor, " vocabulary"]) -> int:
         """Return the next token. Equal seeds give equal answers, alone and in any batch."""
@@ -68,7 +72,8 @@ class Row:
         probabilities = (scores.float().cpu() / sampling.temperature).softmax(-1)
         if sampling.top_p < 1:
             ordered, tokens = probabilities.sort(descending=True, stable=True)
-            beyond = ordered.cumsum(-1) - ordered >= sampling.top_p  # the most probable token always stays
+            beyond = ordered.cumsum(-1) - ordered >= sampling.top_p
+            beyond[0] = False  # the most probable token stays, even if float32 has no number as small as `top_p`
             probabilities = probabilities.index_fill(0, tokens[beyond], 0.0)
         return int(torch.multinomial(probabilities, 1, generator=self._rng))
 

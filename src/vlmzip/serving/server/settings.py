@@ -19,6 +19,8 @@ class Settings:
     """Bytes of a request."""
     max_held: int = 512 * MEGABYTE
     """Bytes of all requests that are read or wait to be decoded."""
+    max_inputs: int = 1024 * MEGABYTE
+    """Bytes of the model inputs of all requests that wait or are being answered. One request alone may have more."""
     max_messages: int = 64
     """Messages of a request."""
     max_images: int = 16
@@ -31,6 +33,8 @@ class Settings:
     """Requests that wait for the model. More are answered 429."""
     max_batch: int = 16
     """Requests that the model answers together."""
+    batch_inputs: int = 256 * MEGABYTE
+    """Bytes of the model inputs of requests that are answered together. One request alone may have more."""
     batch_wait: float = 0.005
     """Seconds for which an idle model waits for more requests to answer together."""
     max_seconds: float = 120.0

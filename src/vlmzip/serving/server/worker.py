@@ -69,7 +69,7 @@ class HuggingFaceEngine:
         self._current: list[Waiting] = []
         """The batch that is being answered."""
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._change = threading.Condition()
+        self._change = threading.Condition()  # of an `RLock`: a thread that has it can take it again
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._beat_at: float | None = None
@@ -79,7 +79,10 @@ class HuggingFaceEngine:
 
     @property
     def waiting(self) -> int:
-        return len(self._queue)
+        """Return the number of requests in the queue. Those of clients that have gone leave it here."""
+        with self._change:
+            self._queue = deque(waiting for waiting in self._queue if not waiting.progress.cancelled)
+            return len(self._queue)
 
     def prepare(self, request: ChatRequest) -> Request:
         return self._preparer.prepare(request)
@@ -88,8 +91,11 @@ class HuggingFaceEngine:
         """Put a request in the queue. Raise `RequestError` if it is full or the engine has stopped."""
         with self._change:
             self._refuse_if_stopped()
-            if len(self._queue) >= self._settings.max_queue:
-                raise overloaded(f"{len(self._queue)} requests are waiting; try again later")
+            if (count := self.waiting) >= self._settings.max_queue:
+                raise overloaded(f"{count} requests are waiting; try again later")
+            held = sum(waiting.request.nbytes for waiting in (*self._queue, *self._current))
+            if held and held + prepared.nbytes > self._settings.max_inputs:
+                raise overloaded("too many large images are waiting; try again later")
             self._queue.append(Waiting(prepared, progress))
             self._change.notify()
 
@@ -161,20 +167,21 @@ class HuggingFaceEngine:
                 self._change.wait_for(
                     lambda: self._stopping or len(self._queue) >= self._settings.max_batch, self._settings.batch_wait
                 )
-            batch = self._take_batch()
+            batch = self._current = self._take_batch()
         return lambda: self._answer(batch)
 
     def _take_batch(self) -> list[Waiting]:
         """Take the request that waits longest and those of its kind out of the queue."""
         batch: list[Waiting] = []
         left: deque[Waiting] = deque()
-        kind = None
+        kind, held = None, 0
         for waiting in self._queue:
             if waiting.progress.cancelled:
                 continue
-            if kind is None:
-                kind = waiting.request.kind
-            if len(batch) < self._settings.max_batch and waiting.request.kind == kind:
+            request = waiting.request
+            fits = len(batch) < self._settings.max_batch and held + request.nbytes <= self._settings.batch_inputs
+            if not batch or (fits and request.kind == kind):
+                kind, held = request.kind, held + request.nbytes
                 batch.append(waiting)
             else:
                 left.append(waiting)
@@ -185,7 +192,6 @@ class HuggingFaceEngine:
         """Answer a batch. If it fails, answer each of its requests alone, so that only those at fault fail."""
         if not batch:
             return
-        self._current = batch
         now = monotonic()
         for waiting in batch:
             waiting.progress.started = now
