@@ -5,6 +5,7 @@ import json
 import socket
 import threading
 import time
+import weakref
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
@@ -158,14 +159,15 @@ def test_a_request_leaves_its_images_to_the_engine(mini, endless, stream):
         engine.call(held.wait)
         connection = raw(http, asking(stream=stream, **ENDLESS))
         wait_until(lambda: engine.waiting == 1)
-        gc.collect()
-        body = [each for each in gc.get_objects() if isinstance(each, ImageURL)]
-        (waiting,) = engine._queue
-        assert gc.get_referrers(waiting.request) == [waiting]
-        assert body == []
-        del waiting
-        held.set()
-        connection.close()
+        kept = weakref.ref(engine._queue[0].request)
+        try:
+            gc.collect()
+            assert [each for each in gc.get_objects() if isinstance(each, ImageURL)] == []
+            engine._queue.clear()
+            assert kept() is None
+        finally:
+            held.set()
+            connection.close()
 
 
 def test_an_engine_that_ends_is_told_to_all(mini, monkeypatch):
