@@ -1,11 +1,18 @@
 """Qwen2.5-VL and Qwen3-VL in vLLM answer as the façade does: images, videos, chunks, caches, budgets of requests."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from tests.serving.vllm import qwen
 from tests.serving.vllm.qwen import Asked, image, of_facade, of_vllm, video
+from vlmzip import UserError, spec
+from vlmzip.methods import KMeans
 
 pytest.importorskip("vllm")
+
+from vlmzip.serving.vllm import processor as processor_module
 
 NEAR = 1e-4
 #: The clips have frames after each two were joined.
@@ -151,6 +158,39 @@ def test_a_bad_request_fails_alone(name, engine, asked, compressor, reason):
 
     with pytest.raises(VLLMValidationError, match=reason):
         of_vllm(engine, [asked], compressor)
+    assert_same(of_vllm(engine, ASKED[:1], "divprune(keep=11)"), of_facade(name, ASKED[:1], "divprune(keep=11)"))
+
+
+def test_a_setting_is_tried_on_each_size_of_images(name, engine):
+    """The first stage keeps all tokens of a small image, so its grid remains."""
+    from vllm.exceptions import VLLMValidationError
+
+    setting = "divprune(keep=20,site=pre_projector)+pool2d(site=post_projector)"
+    sizes = [Asked("w5", image(30, rows, rows), "w7") for rows in (3, 8)]
+    with pytest.raises(VLLMValidationError, match="needs tokens that lie on a grid"):
+        of_vllm(engine, sizes[:1], setting)
+    processor = engine.renderer.mm_processor
+    (family, *_), compressor = processor.families, spec.read(setting)
+    small, large = (
+        {
+            "pixel_values": SimpleNamespace(data=torch.zeros(4 * rows * rows, 1)),
+            "image_grid_thw": SimpleNamespace(data=torch.tensor([1, 2 * rows, 2 * rows])),
+        }
+        for rows in (3, 8)
+    )
+    processor.count(family, compressor, small)
+    with pytest.raises(UserError, match="needs tokens that lie on a grid"):
+        processor.count(family, compressor, large)
+    assert_same(of_vllm(engine, sizes, "divprune(keep=11)"), of_facade(name, sizes, "divprune(keep=11)"))
+
+
+def test_an_error_of_a_method_in_the_engine_ends_no_request(monkeypatch, name, engine):
+    asked = [Asked("w5", image(40 + number), "w7") for number in range(2)] + [Asked("w5", video(40), "w7")]
+    lengths = [count for count, *_ in of_facade(name, asked, "kmeans(keep=7)")]
+    monkeypatch.setattr(KMeans, "assign", lambda *_: [].pop())
+    monkeypatch.setattr(processor_module, "try_out", lambda *_: None)
+    assert [count for count, *_ in of_vllm(engine, asked, "kmeans(keep=7)")] == lengths
+    monkeypatch.undo()
     assert_same(of_vllm(engine, ASKED[:1], "divprune(keep=11)"), of_facade(name, ASKED[:1], "divprune(keep=11)"))
 
 

@@ -7,7 +7,9 @@ import pytest
 from vlmzip import Grid, UserError, VisionZip, spec
 from vlmzip.compressor import Profile
 from vlmzip.compressor_file import write_compressor
+from vlmzip.models.layout import Layout
 from vlmzip.serving.vllm import setting, start
+from vlmzip.serving.vllm.trial import for_trial, try_out
 
 ARCHITECTURES = {"LlavaForConditionalGeneration": "module:Class"}
 
@@ -78,6 +80,8 @@ def test_transformers_classes_are_refused():
         ("mmtok(keep=64)", "reads the question"),
         ("qformer(queries=64)", "has trained weights"),
         ("visionzip(keep=64,positions=original)", 'positions="original" leaves gaps'),
+        ("visionzip(keep=64)+pool2d(site=post_projector)", "pool2d needs tokens that lie on a grid"),
+        ("divprune(keep=64,site=pre_projector)+evs(keep=50%)", "evs needs tokens that lie on a grid"),
     ],
 )
 def test_what_vllm_cannot_run_is_refused_with_the_reason(compressor, reason):
@@ -97,6 +101,8 @@ def test_what_vllm_cannot_run_is_refused_with_the_reason(compressor, reason):
         ("visionzip+os.path:join", "unknown method 'os.path:join'"),
         ("kmeans(keep=9,iterations=1000000000)", "of kmeans, not iterations, which is set when the server starts"),
         ("fastv(keep=9)", "acts at site 'in_llm'"),
+        ("scope(keep=9)", "cannot choose scope, whose time grows with k·N² for N tokens, unless the server was"),
+        ("vispruner(keep=9)", "cannot choose vispruner, whose time grows with N³"),
         ("visionzip" * 1000, "must have at most 1000 characters"),
     ],
 )
@@ -108,6 +114,24 @@ def test_a_request_names_methods_and_budgets_only(text, reason):
 def test_a_request_can_set_a_budget():
     assert setting.read_request("visionzip(keep=32)") == VisionZip(keep=32)
     assert setting.read_request("pool2d(factor=3,site=post_projector)").name() == "pool2d"
+
+
+def test_a_request_can_set_the_budget_of_a_slow_method_that_the_server_was_started_with():
+    assert setting.read_request("vispruner(keep=9)", allowed_methods=frozenset({"vispruner"})).name() == "vispruner"
+
+
+@pytest.mark.parametrize("compressor", ["no_compression+pool2d(site=post_projector)", "visionzip(keep=64)+divprune"])
+def test_a_later_stage_may_act_on_tokens_with_or_without_a_grid(compressor):
+    setting.check(spec.read(compressor))
+
+
+def test_large_images_are_tried_with_fewer_tokens():
+    large = Layout.of_one_view(Grid(1, 128, 40), 1)
+    assert for_trial(large).views == (Grid(1, 32, 32),)
+    assert for_trial(Layout.of_frames(Grid(1, 64, 8), 3)).views == (Grid(1, 32, 8),) * 3
+    small = Layout.of_one_view(Grid(1, 24, 24))
+    assert for_trial(small) is small
+    try_out(VisionZip(keep=5), for_trial(large))
 
 
 def test_a_text_survives_as_a_tensor():

@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
+from vllm.logger import init_logger
 
 from vlmzip import spec
 from vlmzip.compressor import Compressor
+from vlmzip.methods import RandomTokens
 from vlmzip.models.family import Family
 from vlmzip.processor import Inputs
 from vlmzip.runtime.report import CompressedImage
 from vlmzip.serving.vllm import setting
 from vlmzip.serving.vllm.engine import batch_of_one, compressed, of_images
 from vlmzip.serving.vllm.processor import features_of, field_of
+
+logger = init_logger(f"vllm.{__name__}")
 
 #: The most views that go through the vision encoder in one call. vLLM counts the tokens that remain, so few tokens per
 #: image would let it send hundreds of images at once.
@@ -61,7 +66,31 @@ class CompressingModel(nn.Module):
         """Return the remaining tokens of each image, projected. `ascending`: in the order of their places."""
         inputs = {name: kwargs[name] for name in family.image_inputs if kwargs.get(name) is not None}
         parts = self._parts(family, inputs)
-        return [image for part in parts for image in compressed(family, part, compressor, ascending=ascending)]
+        return [image for part in parts for image in self._part(family, part, compressor, ascending=ascending)]
+
+    def _part(
+        self, family: Family, inputs: Inputs, compressor: Compressor, *, ascending: bool
+    ) -> Sequence[CompressedImage]:
+        """Return the remaining tokens of images of one call.
+
+        An error here would end the engine for all requests. So if the compressor raises one, each image keeps random
+        tokens, as many as its prompt has placeholders for.
+        """
+        try:
+            return compressed(family, inputs, compressor, ascending=ascending)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            logger.exception("%s failed: its images keep random tokens", spec.write(compressor))
+        images = []
+        for number, count in enumerate(setting.counts(family.layouts(inputs), compressor)):
+            image = self._image(family, inputs, number)
+            images += compressed(family, image, RandomTokens(keep=count), ascending=ascending)
+        return images
+
+    def _image(self, family: Family, inputs: Inputs, number: int) -> Inputs:
+        """Return the inputs of a single image."""
+        return of_images(inputs, number, number + 1)
 
     def _parts(self, family: Family, inputs: Inputs) -> Iterator[Inputs]:
         """Yield the inputs of some images at a time, with at most `MOST_VIEWS` views unless one image has more."""

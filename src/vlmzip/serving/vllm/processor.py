@@ -29,10 +29,11 @@ from vlmzip.serving.vllm import setting
 from vlmzip.serving.vllm.encoder import Encoder
 from vlmzip.serving.vllm.engine import batch_of_one
 from vlmzip.serving.vllm.setting import DEFAULT, KEY, VERSION_KEY, Traits
-from vlmzip.serving.vllm.trial import try_out
+from vlmzip.serving.vllm.trial import for_trial, try_out
 from vlmzip.version import __version__
+from vlmzip.visual_tokens import Grid
 
-#: The number of settings, each with a number of views, that we remember to have tried.
+#: The number of settings, each with a size of images, that we remember to have tried.
 MOST_TRIED = 4096
 
 
@@ -67,7 +68,7 @@ class CompressingProcessor(BaseMultiModalProcessor):
         """The compressor of the engine."""
         self.encoder = Encoder(info.ctx.model_config) if self._needs_encoder(self.default) else None
         """The vision encoder of transformers, if the engine's compressor counts tokens by content."""
-        self._tried: set[tuple[Compressor, Modality, int]] = set()
+        self._tried: set[tuple[Compressor, Modality, tuple[Grid, ...], int]] = set()
 
     @cached_property
     def families(self) -> Sequence[Family]:
@@ -82,7 +83,8 @@ class CompressingProcessor(BaseMultiModalProcessor):
             return self.default
         if not isinstance(text, str):
             raise UserError(f"{KEY} must be a text, such as 'visionzip(keep=64)', got {text!r}")
-        compressor = setting.read_request(text, self.traits)
+        named = frozenset(stage.name() for stage in self.default.stages())
+        compressor = setting.read_request(text, self.traits, named)
         if self.encoder is None and self._needs_encoder(compressor):
             raise UserError(
                 f"{compressor.name()} needs the vision encoder in the processor, and a server has it there that was"
@@ -174,9 +176,10 @@ class CompressingProcessor(BaseMultiModalProcessor):
         if (features := item.get(features_of(family.modality))) is not None:
             return len(features.data)
         (layout,) = layouts = family.layouts(self.inputs_of(family, item))
-        tried = (compressor, family.modality, len(layout.views))
+        trial = for_trial(layout)
+        tried = (compressor, family.modality, trial.views, trial.placeholders)
         if tried not in self._tried:
-            try_out(compressor, layout)
+            try_out(compressor, trial)
             if len(self._tried) >= MOST_TRIED:
                 self._tried.clear()
             self._tried.add(tried)

@@ -189,6 +189,9 @@ class QwenModel(CompressingModel):
         config = super().get_encoder_cudagraph_config()  # type: ignore[misc]
         return replace(config, modalities=[]) if self.compresses else config
 
+    def _image(self, family: Family, inputs: Inputs, number: int) -> Inputs:
+        return family.choose_images(inputs, [number])
+
     def _parts(self, family: Family, inputs: Inputs) -> Iterator[Inputs]:
         """Yield the inputs of some images at a time, with as many tokens as vLLM would encode in one call."""
         sizes = family.plain_counts(inputs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from jaxtyping import UInt8
@@ -17,7 +18,8 @@ from vlmzip.errors import UserError, alternatives
 from vlmzip.models.layout import Layout
 from vlmzip.resampler import Resampler
 from vlmzip.runtime.compress import least_counts
-from vlmzip.sites import Signal, Site
+from vlmzip.sites import Cost, Signal, Site
+from vlmzip.visual_tokens import VisualTokens
 
 #: The key of the setting in `--hf-overrides`, in `mm_processor_kwargs` and among the inputs of the model.
 KEY = "vlmzip"
@@ -25,6 +27,8 @@ KEY = "vlmzip"
 VERSION_KEY = f"{KEY}_version"
 #: The longest spec that a request may give.
 LONGEST = 1000
+#: The costs of methods that are slow for large images. Others grow with N² at most, as the attention of encoders does.
+SLOW: frozenset[Cost] = frozenset({"N·k²", "k·N²", "N³"})
 #: Sites that vLLM has. At each other site: the reason why it has none, and what to use.
 SITES = (Site.PRE_PROJECTOR, Site.POST_PROJECTOR)
 ELSEWHERE = {
@@ -69,15 +73,21 @@ def of_engine(config: PreTrainedConfig) -> str | None:
 
 
 @lru_cache(maxsize=256)
-def read_request(text: str, traits: Traits = DEFAULT) -> Compressor:
+def read_request(text: str, traits: Traits = DEFAULT, allowed_methods: frozenset[str] = frozenset()) -> Compressor:
     """Return the compressor of a request, whose spec names installed methods with their budgets.
 
-    Other fields are the operator's: some make a method slow. Raise `UserError` for a spec that gives them.
+    Other fields are the operator's: some make a method slow. So are methods that are slow for large images, unless
+    they are in `allowed_methods`. Raise `UserError` for a spec that has them.
     """
     if len(text) > LONGEST:
         raise UserError(f"{KEY} must have at most {LONGEST} characters, got {len(text)}")
     compressor = spec.read_named(text, catalogue.available())
     for stage in compressor.stages():
+        if stage.cost in SLOW and stage.name() not in allowed_methods:
+            raise UserError(
+                f"a request cannot choose {stage.name()}, whose time grows with {stage.cost} for N tokens, unless the"
+                f" server was started with it: {USE}"
+            )
         allowed = (*stage.budget_fields, "site")
         changed = [field.name for field in fields(stage) if getattr(stage, field.name) != field.default]
         if refused := [name for name in changed if name not in allowed]:
@@ -104,6 +114,7 @@ def check(compressor: Compressor, traits: Traits = DEFAULT) -> None:
             raise UserError(f"{name} has trained weights, and the plugin for vLLM loads none: {USE}")
         if stage.for_training_only:
             raise UserError(f"{name} is for training only: {USE}")
+    _check_grids(compressor.stages())
     first = compressor.stages()[0]
     if traits.takes_patches and (lacking := sorted(first.needs & OF_IMAGES.keys())):
         raise UserError(f"{first.name()} cannot run here: {OF_IMAGES[lacking[0]]}; {USE}")
@@ -112,6 +123,18 @@ def check(compressor: Compressor, traits: Traits = DEFAULT) -> None:
             'positions="original" leaves gaps between positions, and vLLM counts the tokens of this model from 0:'
             ' give positions="contiguous", or leave it out'
         )
+
+
+@torch.no_grad()
+def _check_grids(stages: Sequence[Compressor]) -> None:
+    """Raise `UserError` for a stage that needs a grid after one that leaves none.
+
+    Whether a stage leaves a grid depends on the size of an image: one that keeps all tokens does.
+    """
+    for before, stage in pairwise(stages):
+        if not before.changes_nothing:
+            smallest = stage.with_fields(keep=1) if "keep" in stage.field_names() else stage
+            smallest.assign(VisualTokens(torch.eye(9)[None], None, projector=lambda features: features))
 
 
 def needs_processor(compressor: Compressor, profile: Profile, traits: Traits = DEFAULT) -> bool:

@@ -19,6 +19,8 @@ from vlmzip.visual_tokens import Grid, Signal, Site, VisualTokens
 
 #: The width of the random features, the number of layers of the encoder, and the pixels per side of a token.
 WIDTH, DEPTH, PATCH = 8, 24, 2
+#: The most rows and columns of a view in a trial.
+MOST_SIDE = 32
 
 
 class RandomFeatures(Family):
@@ -64,6 +66,19 @@ def _random(signal: Signal, shape: tuple[int, int], layers: int, grid: Grid, rng
     if signal in (Signal.CLS_ATTENTION, Signal.LAST_CLS_ATTENTION):
         return torch.rand(*shape, generator=rng)
     return torch.rand(*shape, layers if signal is Signal.ATTENTION_RECEIVED else WIDTH, generator=rng)
+
+
+def for_trial(layout: Layout) -> Layout:
+    """Return the layout with smaller views if they are large: some methods take long for many tokens."""
+    first = layout.views[0]
+    small = Grid(first.frames, min(first.rows, MOST_SIDE), min(first.cols, MOST_SIDE))
+    if small == first or layout.separators or not layout.is_seen_whole:
+        return layout
+    if layout.is_video:
+        return Layout.of_frames(small, len(layout.views), layout.prefix, passes_prefix=layout.passes_prefix)
+    if len(layout.views) == 1:
+        return Layout.of_one_view(small, layout.prefix, passes_prefix=layout.passes_prefix)
+    return layout
 
 
 @torch.inference_mode()
