@@ -93,6 +93,7 @@ def _number(keep: Keep, name: str) -> int | float:
 def _from_text(text: str, name: str) -> int | float:
     stripped = text.strip()
     try:
+        stripped.encode("ascii")  # Python would read digits of other scripts, too
         if stripped.endswith("%"):
             return float(stripped[:-1]) / 100
         return int(stripped) if stripped.lstrip("+-").isdigit() else float(stripped)

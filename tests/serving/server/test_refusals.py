@@ -1,6 +1,7 @@
 """Requests that cannot be answered: a status, and one line with the reason in OpenAI's error shape."""
 
 import io
+import json
 import struct
 import time
 import zlib
@@ -21,7 +22,11 @@ from tests.serving.server.running import (
     serving,
     user,
 )
+from vlmzip.methods import KMeans
+from vlmzip.serving.server.metrics import Metrics
+from vlmzip.serving.server.schema import read_request
 from vlmzip.serving.server.settings import Settings
+from vlmzip.serving.server.worker import HuggingFaceEngine
 
 
 def bomb(side=60_000):
@@ -116,7 +121,17 @@ BODIES = {
     "a method that cannot be read": (asking(vlmzip={"method": "visionzip(keep"}), 400, "cannot be read as a method"),
     "an unknown setting": (asking(vlmzip={"method": "visionzip(kep=1)"}), 400, "visionzip has no field 'kep'"),
     "a setting of a wrong type": (asking(vlmzip={"method": "pool2d(factor=x)"}), 400, "factor"),
-    "a setting that takes long": (asking(vlmzip={"method": "kmeans(iterations=99999999)"}), 400, "at most 4096"),
+    "a setting that takes long": (asking(vlmzip={"method": "kmeans(iterations=20_000)"}), 400, "not iterations"),
+    "another that takes long": (asking(vlmzip={"method": "zoo_prune(directions=1_0_000)"}), 400, "not directions"),
+    "a large budget": (asking(vlmzip={"method": "visionzip(keep=9_999_999)"}), 400, "must be at most 4096"),
+    "a large budget in a chain": (asking(vlmzip={"method": "dfmr+fastv(keep=5000)"}), 400, "must be at most 4096"),
+    "a large factor": (asking(vlmzip={"method": "pool2d(factor=1_000_000)"}), 400, "must be at most 4096"),
+    "large counts": (asking(vlmzip={"method": "sparsevlm(counts=9999,1,1)"}), 400, "must be at most 4096"),
+    "a large keep": (asking(vlmzip={"keep": 10**400}), 400, "must be at most 4096"),
+    "a large keep of text": (asking(vlmzip={"keep": "99999"}), 400, "must be at most 4096"),
+    "a keep in other digits": (asking(vlmzip={"keep": "٣"}), 400, "keep must be a number, got '٣'"),
+    "a keep in wide digits": (asking(vlmzip={"keep": "１６"}), 400, "keep must be a number, got '１６'"),
+    "a huge number": (b'{"model": "mini", "vlmzip": {"keep": 1' + b"0" * 9000 + b"}}", 400, ""),
     "a method in a file": (asking(vlmzip={"method": "/etc/passwd"}), 400, "unknown method '/etc/passwd'"),
     "a method in this folder": (asking(vlmzip={"method": "tests"}), 400, "unknown method 'tests'"),
     "a method in a module": (asking(vlmzip={"method": "os:system"}), 400, "unknown method 'os:system'"),
@@ -155,6 +170,16 @@ def test_a_wrong_request_gets_a_reason(http, case):
 
 def test_the_server_still_answers(http):
     assert http.post("/v1/chat/completions", json=asking()).json()["choices"][0]["message"]["content"] == "orange"
+
+
+def test_a_method_of_an_answer_can_be_sent_back(mini):
+    """Budgets can have many digits, and settings of the server's own method can be repeated."""
+    engine = HuggingFaceEngine(mini, KMeans(keep=0.3333333, iterations=5000), Settings(), Metrics())
+    for choice in (None, "visionzip(keep=0.44444)", "fastv(keep=0.55556)", "random_tokens(seed=7,keep=9)"):
+        body = asking(vlmzip={"method": choice})
+        count = engine.prepare(read_request(json.dumps(body).encode())).count
+        body["vlmzip"]["method"] = count.method
+        assert engine.prepare(read_request(json.dumps(body).encode())).count == count
 
 
 def test_the_client_raises_its_own_error(client):

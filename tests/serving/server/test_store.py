@@ -107,8 +107,8 @@ def test_tokens_are_counted_before(http):
         (["STORE:flat.png"], {}, 400, "must be a URL like data:image/png"),
         (["store:flat.png", image_url()], {}, 400, "come all from the store, or none does"),
         (["store:flat.png"] * 5, {}, 400, "the request has 5 images; at most 4"),
-        (["store:flat.png"], {"vlmzip": {"keep": 9}}, 400, r"were compressed by visionzip(keep=36)"),
-        (["store:flat.png"], {"vlmzip": {"method": "dfmr"}}, 400, "or give visionzip(keep=36)+fastv"),
+        (["store:flat.png"], {"vlmzip": {"keep": 9}}, 400, r"by visionzip(keep=36): leave out method and keep"),
+        (["store:flat.png"], {"vlmzip": {"method": "dfmr"}}, 400, "give method visionzip(keep=36)+fastv"),
     ],
 )
 def test_refusals(http, urls, fields, status, message):

@@ -184,6 +184,18 @@ def test_an_engine_that_ends_is_told_to_all(mini, monkeypatch):
         assert http.post("/v1/chat/completions", json=asking()).status_code == 503
 
 
+def test_a_defect_is_counted_as_500(mini, monkeypatch):
+    def fail(*arguments):
+        raise ZeroDivisionError
+
+    with served(mini) as (engine, http, metrics):
+        monkeypatch.setattr(engine, "prepare", fail)
+        assert http.post("/v1/chat/completions", json=asking()).status_code == 500
+        for status, count in (("500", 1), ("499", 0)):
+            labels = dict(path="/v1/chat/completions", status=status)
+            assert value(metrics, "vlmzip_requests_total", **labels) == count
+
+
 def test_an_answer_that_fails_in_the_middle_of_a_stream(mini, endless, monkeypatch):
     take = Batch._take
 

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import re
+from collections.abc import Sequence
+from dataclasses import fields
 from functools import lru_cache
 
 from vlmzip import catalogue, spec
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError
+from vlmzip.errors import UserError, alternatives
 from vlmzip.keep import Keep, parse_keep
 from vlmzip.models.family import Family
 from vlmzip.runtime.fitting import fitted
 from vlmzip.runtime.resample import resampling
 from vlmzip.serving.server.errors import RequestError
 
-#: The largest number in a method of a request. Some settings are numbers of steps.
+#: The largest number in a budget of a request.
 LARGEST = 4096
+#: Fields of methods with whole numbers that cost no time, in addition to budgets. Others are numbers of steps.
+CHEAP = ("layer", "seed")
 
 
 class Methods:
     """The compressors that requests can choose."""
 
-    def __init__(self, family: Family, default: Compressor) -> None:
+    def __init__(self, family: Family, default: Compressor, stored: Sequence[Compressor] = ()) -> None:
+        """Requests can repeat all settings of `default` and of the `stored` images' methods."""
         self._family, self.default = family, fitted(default, family)
+        self._known = [stage for method in (self.default, *stored) for stage in method.stages()]
         self._names = set(catalogue.available())
         # `typed`: a keep of 1 is one token, and 1.0 is all of them.
         self._choose = lru_cache(maxsize=256, typed=True)(self._make)
@@ -37,6 +42,7 @@ class Methods:
 
     def _make(self, method: str | None, keep: Keep | None) -> Compressor:
         if keep is not None:
+            _refuse_large(keep)
             parse_keep(keep)
         compressor = self.default if method is None else self._read(method)
         if keep is not None and method is not None:
@@ -50,15 +56,39 @@ class Methods:
     def _read(self, method: str) -> Compressor:
         """Return the compressor of a spec from a request, which must not name files, modules or large numbers."""
         compressor = spec.read_named(method, self._names)
-        if any(float(number) > LARGEST for number in re.findall(r"\d+", method)):
-            raise UserError(f"a number in a method of a request must be at most {LARGEST}")
         for stage in compressor.stages():
+            self._refuse_costly(stage)
             if stage.for_training_only:
                 raise UserError(f"{stage.name()} is for training only; choose another method")
         return compressor
+
+    def _refuse_costly(self, stage: Compressor) -> None:
+        """Raise `UserError` for large budgets, and for other whole numbers that the server's methods do not have."""
+        allowed = (*stage.budget_fields, *(name for name in CHEAP if name in stage.field_names()))
+        for field in fields(stage):
+            value = getattr(stage, field.name)
+            known = [getattr(other, field.name) for other in self._known if type(other) is type(stage)]
+            if value is None or value in (field.default, *known):
+                continue
+            parts = value if isinstance(value, tuple) else (value,)
+            if field.name in stage.budget_fields:
+                for part in parts:
+                    _refuse_large(part)
+            elif field.name not in allowed and any(type(part) is int for part in parts):
+                raise UserError(
+                    f"a request can set {alternatives(allowed)} of {stage.name()}, not {field.name}, which is set when"
+                    " the server starts"
+                )
 
     def _with_keep(self, compressor: Compressor, keep: Keep) -> Compressor:
         """Return the compressor with another budget, or its configuration nearest to that."""
         if "keep" in compressor.field_names():
             return compressor.with_keep(keep)
         return compressor.at_keep(keep, self._family.profile())[0]
+
+
+def _refuse_large(budget: Keep) -> None:
+    """Raise `UserError` for a budget that is larger than requests may give, or that is not a number."""
+    number = parse_keep(budget) if isinstance(budget, str) else budget
+    if isinstance(number, int) and number > LARGEST:
+        raise UserError(f"a budget in a request must be at most {LARGEST}")

@@ -44,6 +44,10 @@ class Guard:
                 await self._app(scope, receive, count)
             else:
                 await send_error(refusal, count)
+        except Exception:  # a defect: a handler around this one answers 500
+            if status == CLIENT_GONE:
+                status = 500
+            raise
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.requests.labels(path, str(status)).inc()

@@ -50,7 +50,9 @@ def compressor_for(chosen: Compressor, store: ImageStore, family: Family, *, is_
     if is_default:
         return fitted(store.compressor, family)
     made = spec.write(store.compressor)
-    message = f"the images of the store were compressed by {made}: leave the method out, or give {made}+fastv"
+    message = (
+        f"the images of the store were compressed by {made}: leave out method and keep, or give method {made}+fastv"
+    )
     raise RequestError(message, code="invalid_method", param="vlmzip.method")
 
 

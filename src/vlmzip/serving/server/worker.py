@@ -61,7 +61,7 @@ class HuggingFaceEngine:
         store: ImageStore | None = None,
     ) -> None:
         self.loaded, self.model = loaded, name or loaded.name
-        self.methods = Methods(loaded.family, default)
+        self.methods = Methods(loaded.family, default, () if store is None else (store.compressor,))
         self._preparer = Preparer(loaded, self.methods, settings, store)
         self._settings, self._metrics = settings, metrics
         self._attached: OrderedDict[Compressor, CompressedModel] = OrderedDict()
