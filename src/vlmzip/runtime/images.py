@@ -6,6 +6,7 @@ read. Colour profiles are not applied, as in the code of the published models.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import stat
@@ -21,6 +22,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vlmzip.errors import UserError
 
+#: The formats in common use. Pillow knows others, whose decoders start programs or are rarely used.
+COMMON_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 #: The largest ratio of the sides; longer images are squeezed. A processor that scales the short side up would turn a
 #: 20000 x 3 image into gigabytes.
 LONGEST_TO_SHORTEST = 32
@@ -54,6 +57,22 @@ def load_image(image: str | os.PathLike[str] | Image.Image) -> Image.Image:
     check_file(path, name)
     with _errors_in_one_line(name), Image.open(path) as opened:
         return _finished(opened, name)
+
+
+def decode(content: bytes, name: str, formats: tuple[str, ...]) -> Image.Image:
+    """Return the image in the content of a file, like `load_image`; `name` stands for the file in messages."""
+    with _errors_in_one_line(name):
+        try:
+            opened = Image.open(io.BytesIO(content), formats=formats)
+        except UnidentifiedImageError:
+            raise ImageError(f"{name} is not a {in_words(formats)} image") from None
+        with opened:
+            return _finished(opened, name)
+
+
+def in_words(formats: tuple[str, ...]) -> str:
+    """Return the names of formats for a message, such as "PNG, JPEG or BMP"."""
+    return f"{', '.join(formats[:-1])} or {formats[-1]}"
 
 
 def _name_of(image: Image.Image) -> str:

@@ -112,7 +112,7 @@ def test_encode_says_what_it_wrote(capsys, store, broken, tmp_path):
     assert code == 2
     assert out.startswith("1 images encoded with visionzip, ")
     note, line = err.splitlines()
-    assert note == "note: b.jpg is not in the store: 'b.jpg' is not an image that Pillow can read"
+    assert note == "note: b.jpg is not in the store: 'b.jpg' is not a PNG, JPEG, WEBP, GIF or BMP image"
     assert line == "vlmzip: 1 of 2 images could not be stored: b.jpg"
 
 
@@ -141,7 +141,7 @@ def test_verify(capsys, store, tmp_path):
         (["examples"], "give a folder of images and a store: vlmzip encode FOLDER --out STORE"),
         (["--out", "store"], "give a folder of images and a store"),
         (["nothing", "--out", "store"], "there is no folder 'nothing'"),
-        (["src", "--out", "{tmp}/store"], "there are no images in 'src'"),
+        (["src", "--out", "{tmp}/store"], "there are no images in 'src'; give PNG, JPEG, WEBP, GIF or BMP files"),
         (["examples", "--out", "README.md"], "is a file; give a folder"),
         (["examples", "--out", "store", "--batch", "0"], "--batch 0: give at least 1"),
         (["examples", "--out", "store", "--workers", "0"], "--workers 0: give at least 1"),

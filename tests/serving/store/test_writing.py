@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import os
 import shutil
 from contextlib import suppress
 
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 from pyarrow import parquet
 from safetensors.torch import load_file
 
@@ -15,7 +16,7 @@ from tests.families import FAMILIES
 from tests.serving.store.stores import contents, loaded_of, write, write_images
 from vlmzip import UserError, locks
 from vlmzip.errors import Damaged, UnknownImage
-from vlmzip.serving.store import Store, parts
+from vlmzip.serving.store import Store, parts, writing
 
 COUNT = 9
 
@@ -154,17 +155,66 @@ def test_new_images_are_added_and_mended_ones_tried_again(images, whole, loaded)
     assert {"3.png", "new.png"} < set(Store(whole))
 
 
-def test_an_image_that_changed_is_refused(images, whole, loaded):
-    Image.new("RGB", (50, 50)).save(images / "1.png")
-    with pytest.raises(UserError, match=r"1\.png' has changed since it was stored; give another --out"):
+@pytest.mark.parametrize("size", [(60, 40), (50, 50)])
+def test_an_image_that_changed_is_refused(images, tmp_path, loaded, size):
+    """It is refused even if the file has the same length and the same time."""
+    path = images / "0.bmp"
+    Image.new("RGB", (60, 40), "red").save(path)
+    write(images, tmp_path / "store", loaded)
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    Image.new("RGB", size, "blue").save(path)
+    os.utime(path, ns=times)
+    with pytest.raises(UserError, match=r"0\.bmp' has changed since it was stored; give another --out"):
+        write(images, tmp_path / "store", loaded)
+
+
+@pytest.mark.parametrize("change", ["edit", "remove"])
+def test_an_image_that_changes_while_it_is_encoded(images, tmp_path, loaded, monkeypatch, change):
+    """The index describes the file whose tokens are stored."""
+    path, encode = images / "2.png", parts.Encoder.encode
+    before = path.read_bytes()
+
+    def changing(self, of_batch):
+        if of_batch[0].size == (30, 90):
+            path.unlink(missing_ok=True)
+            if change == "edit":
+                Image.new("RGB", (48, 48)).save(path)
+        return encode(self, of_batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts.Encoder, "encode", changing)
+        written = write(images, tmp_path / "store", loaded)
+    assert (written.stored, list(written.failed)) == (COUNT - 1, ["3.png"])
+    row = Store(tmp_path / "store").row("2.png")
+    assert (row["sha256"], row["bytes"]) == (hashlib.sha256(before).hexdigest(), len(before))
+
+
+def test_a_stored_image_that_cannot_be_read_any_more(images, whole, loaded, monkeypatch):
+    (images / "1.png").unlink()
+    monkeypatch.setattr(writing, "image_names", lambda folder: ["0.png", "1.png"])  # removed after this
+    with pytest.raises(UserError, match=r"1\.png' cannot be read: No such file or directory"):
         write(images, whole, loaded)
+
+
+def test_files_that_are_not_encoded(images, tmp_path, loaded, monkeypatch, caplog):
+    """Hidden files and folders are left out, and files that only rarely used decoders read."""
+    (images / "3.png").unlink()
+    for name in (".thumbs/t.png", "more/.thumbs/deep/t.png", "page.pdf", "scan.TIF"):
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (48, 48)).save(images / name)
+    Image.new("RGB", (48, 48)).save(images / "drawing.png", format="EPS")
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", None)  # a call would raise an error
+    written = write(images, tmp_path / "store", loaded)
+    assert written.failed == {"drawing.png": "'drawing.png' is not a PNG, JPEG, WEBP, GIF or BMP image"}
+    assert written.stored == COUNT - 1
+    assert "encode takes PNG, JPEG, WEBP, GIF or BMP files; others are left out, such as 'page.pdf'" in caplog.text
 
 
 def test_the_index_is_read_by_other_tools(images, whole):
     rows = {row["path"]: row for row in parquet.read_table(whole / "index.parquet").to_pylist()}
     assert sorted(rows) == list(rows)
     assert len(rows) == COUNT
-    assert "Pillow" in rows["3.png"]["error"]
+    assert rows["3.png"]["error"] == "'3.png' is not a PNG, JPEG, WEBP, GIF or BMP image"
     name = f"more/{COUNT - 1}.png"
     row = rows[name]
     assert row["sha256"] == hashlib.sha256((images / name).read_bytes()).hexdigest()

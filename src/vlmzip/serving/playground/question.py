@@ -20,6 +20,7 @@ from vlmzip.errors import UserError, refusing
 from vlmzip.models import FAMILIES
 from vlmzip.models.family import Family
 from vlmzip.processor import InputDict
+from vlmzip.runtime.images import COMMON_FORMATS, in_words
 from vlmzip.runtime.prompt_text import special_tokens, unknown_words, visual_prompt
 from vlmzip.runtime.videos import (
     BYTES_PER_PIXEL,
@@ -30,7 +31,7 @@ from vlmzip.runtime.videos import (
     read_clip,
     video_processor_of,
 )
-from vlmzip.serving.server.images import FORMATS, read_images
+from vlmzip.serving.server.images import read_images
 from vlmzip.serving.server.schema import ChatRequest
 from vlmzip.serving.server.settings import Settings
 from vlmzip.serving.server.worker import HuggingFaceEngine
@@ -98,7 +99,7 @@ class Reader:
         elif url[:11].lower() == "data:image/":
             asked = self._image(url, question)
         else:
-            raise UserError(f"the file is not an image; give {', '.join(FORMATS[:-1])} or {FORMATS[-1]}")
+            raise UserError(f"the file is not an image; give {in_words(COMMON_FORMATS)}")
         return replace(asked, note=self._note(question))
 
     def _note(self, question: str) -> str:

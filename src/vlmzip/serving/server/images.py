@@ -11,13 +11,11 @@ from collections.abc import Sequence
 from PIL import Image
 
 from vlmzip.errors import UserError
-from vlmzip.runtime.images import load_image
+from vlmzip.runtime.images import COMMON_FORMATS, in_words, load_image
 from vlmzip.serving.server.errors import RequestError
 from vlmzip.serving.server.fetch import fetch
 from vlmzip.serving.server.settings import Settings
 
-#: The formats that are read. Pillow knows others, whose decoders start programs or are rarely used.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 #: A progressive JPEG has about ten scans. Each takes as long to decode as the image, and they can be nearly empty.
 MOST_SCANS = 100
 _DATA = re.compile(r"data:image/[\w.+-]{1,40};base64,", re.ASCII | re.IGNORECASE)
@@ -75,12 +73,12 @@ def _bytes_of(url: str, name: str, settings: Settings) -> bytes:
 def _open(content: bytes, name: str) -> Image.Image:
     """Read the header of an image."""
     try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        image = Image.open(io.BytesIO(content), formats=COMMON_FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         message = f"{name} would unpack to more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale it down"
         raise RequestError(message, code="image_too_large", param="messages") from None
     except Exception:  # Pillow's plugins raise many types
-        message = f"{name} is not an image; send {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        message = f"{name} is not an image; send {in_words(COMMON_FORMATS)}"
         raise RequestError(message, code="invalid_image", param="messages") from None
     # Inside a scan, no other byte follows 0xFF than 0 and those of restarts, so this counts scans.
     if image.format == "JPEG" and content.count(b"\xff\xda") > MOST_SCANS:

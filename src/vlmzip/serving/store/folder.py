@@ -3,38 +3,68 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import os
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from vlmzip.errors import UserError
 from vlmzip.files import is_folder
+from vlmzip.runtime.images import COMMON_FORMATS, ImageError, check_file, decode, in_words, shortened
+
+log = logging.getLogger(__name__)
 
 
 def image_names(folder: Path) -> list[str]:
-    """Return the paths below `folder` of all files with the suffix of an image, sorted. Hidden files are left out.
+    """Return the paths below `folder` of all files with the suffix of a common format, sorted.
 
-    Raise `UserError` if there are none, or if a name is not UTF-8.
+    Hidden files and folders are left out. Images of other formats are, too, with a note. Raise `UserError` if there are
+    no images, or if a name is not UTF-8.
     """
     if not is_folder(folder):
         raise UserError(f"there is no folder {str(folder)!r}; give a folder of images")
-    known = Image.registered_extensions()
-    names = sorted(
-        path.relative_to(folder).as_posix()
-        for path in folder.rglob("*")
-        if path.suffix.lower() in known and not path.name.startswith(".") and path.is_file()
-    )
+    format_of = Image.registered_extensions()
+    names: list[str] = []
+    others: list[str] = []
+    for path in folder.rglob("*"):
+        below, suffix = path.relative_to(folder), path.suffix.lower()
+        if suffix in format_of and not any(part.startswith(".") for part in below.parts) and path.is_file():
+            (names if format_of[suffix] in COMMON_FORMATS else others).append(below.as_posix())
     if not names:
-        raise UserError(f"there are no images in {str(folder)!r}")
+        raise UserError(f"there are no images in {str(folder)!r}; give {in_words(COMMON_FORMATS)} files")
+    if others:
+        log.warning(f"encode takes {in_words(COMMON_FORMATS)} files; others are left out, such as {min(others)!r}")
     for name in names:
         try:
             name.encode()
         except UnicodeEncodeError:
             raise UserError(f"the name {name!r} is not UTF-8; rename the file") from None
-    return names
+    return sorted(names)
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def read_image(folder: Path, name: str) -> tuple[Image.Image, dict[str, Any]]:
+    """Return an image, and the columns of the index that describe its file. Raise `ImageError` if it cannot be read.
+
+    The file is read once, because another program may change it.
+    """
+    path, shown = folder / name, repr(shortened(name))
+    check_file(path, shown)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ImageError(f"{shown} cannot be read: {error.strerror or error}") from None
+    image = decode(content, shown, COMMON_FORMATS)
+    size = {"width": image.width, "height": image.height}
+    return image, {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content), **size}
+
+
+def has_changed(path: Path, size: int, sha256: str) -> bool:
+    """Return whether a file has other bytes than those of this size and SHA-256. Raise `UserError` on disk errors."""
+    try:
+        with path.open("rb") as file:
+            same_size = os.fstat(file.fileno()).st_size == size
+            return not same_size or hashlib.file_digest(file, "sha256").hexdigest() != sha256
+    except OSError as error:
+        raise UserError(f"{str(path)!r} cannot be read: {error.strerror or error}") from None

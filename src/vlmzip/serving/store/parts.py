@@ -19,10 +19,9 @@ from torch import Tensor
 
 from vlmzip.errors import UserError
 from vlmzip.files import write_whole
-from vlmzip.runtime.images import load_image
 from vlmzip.serving.store import index
 from vlmzip.serving.store.encoding import Encoder
-from vlmzip.serving.store.folder import sha256_of
+from vlmzip.serving.store.folder import read_image
 from vlmzip.serving.store.image import StoredImage, checksum
 from vlmzip.serving.store.index import Row
 
@@ -100,12 +99,13 @@ def _encoded(
 ) -> Iterator[tuple[str, str | tuple[StoredImage, Row]]]:
     """Yield each name with its image and the columns that describe its file, or with the reason why it is left out."""
     images: dict[str, Image.Image] = {}
+    described: dict[str, Row] = {}
     failed: dict[str, str] = {}
     for name in names:
         try:
-            images[name] = load_image(folder / name)
+            images[name], described[name] = read_image(folder, name)
         except UserError as error:
-            failed[name] = _without(folder, str(error))
+            failed[name] = str(error)
     stored: dict[str, StoredImage] = {}
     with suppress(UserError):  # it is the fault of one of the images
         stored = dict(zip(images, encoder.encode(list(images.values())), strict=True)) if images else {}
@@ -115,20 +115,10 @@ def _encoded(
         except UserError as error:
             failed[name] = str(error)
     for name in names:
-        if name in failed:
-            yield name, failed[name]
-            continue
-        path, image = folder / name, images[name]
-        size = {"width": image.width, "height": image.height}
-        yield name, (stored[name], {"sha256": sha256_of(path), "bytes": path.stat().st_size, **size})
+        yield name, failed[name] if name in failed else (stored[name], described[name])
 
 
 def _groups(names: Sequence[str], size: int) -> Iterator[tuple[str, ...]]:
     """Yield the names, `size` at a time; the last group may be smaller."""
     for start in range(0, len(names), size):
         yield tuple(names[start : start + size])
-
-
-def _without(folder: Path, reason: str) -> str:
-    """Return the reason without the path of the folder, which may differ when the run continues."""
-    return reason.replace(f"{folder.as_posix().rstrip('/')}/", "")

@@ -15,12 +15,11 @@ from vlmzip.files import is_file
 from vlmzip.locks import hold
 from vlmzip.progress import working
 from vlmzip.runtime.attach import attach
-from vlmzip.runtime.images import load_image
 from vlmzip.runtime.loading import Loaded
 from vlmzip.runtime.saving import saved_weights
 from vlmzip.serving.store import index
 from vlmzip.serving.store.encoding import Encoder
-from vlmzip.serving.store.folder import image_names
+from vlmzip.serving.store.folder import has_changed, image_names, read_image
 from vlmzip.serving.store.index import Row
 from vlmzip.serving.store.manifest import Manifest, read_manifest
 from vlmzip.serving.store.parts import SHARDS, UNFINISHED, Part, parts_of, write_part
@@ -113,7 +112,7 @@ def _begin(folder: Path, store: Path, encoder: Encoder, names: Sequence[str], ba
 def _readable(folder: Path, names: Sequence[str]) -> Iterator[Image.Image]:
     for name in names:
         try:
-            yield load_image(folder / name)
+            yield read_image(folder, name)[0]
         except UserError:
             continue
 
@@ -133,15 +132,17 @@ def _missing(store: Path, folder: Path, names: Sequence[str], shard: int) -> lis
     before, of_this_run = _rows([store / index.FILE]), _rows(_unfinished(store))
     new: list[str] = []
     again: list[str] = []
-    for name in names:
-        row = of_this_run.get(name) or before.get(name)
-        if row is None:
-            new.append(name)
-        elif row["error"] is None:
-            if (folder / name).stat().st_size != row["bytes"]:
-                raise UserError(f"{str(folder / name)!r} has changed since it was stored; give another --out")
-        elif next(_readable(folder, [name]), None) is not None:
-            (again if name in of_this_run else new).append(name)
+    with working("comparing", len(names)) as work:
+        for name in names:
+            row = of_this_run.get(name) or before.get(name)
+            if row is None:
+                new.append(name)
+            elif row["error"] is None:
+                if has_changed(folder / name, row["bytes"], row["sha256"]):
+                    raise UserError(f"{str(folder / name)!r} has changed since it was stored; give another --out")
+            elif next(_readable(folder, [name]), None) is not None:
+                (again if name in of_this_run else new).append(name)
+            work.advance()
     shards = {row["shard"] for rows in (before, of_this_run) for row in rows.values()} - {None}
     # A part without a readable image has no shard.
     taken = {Path(file).stem for file in (*shards, *_unfinished(store))}
