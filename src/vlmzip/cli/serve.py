@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import sys
@@ -20,7 +19,7 @@ from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, check_choice
 from vlmzip.mini.examples import asked
 from vlmzip.serving.playground.examples import Example
-from vlmzip.serving.server.settings import Settings
+from vlmzip.serving.server.settings import Settings, is_loopback
 from vlmzip.serving.server.vllm_command import Served, choose_engine, vllm_command, vllm_environment
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ def _settings(args: Namespace) -> Settings:
     for host in hosts:
         if any(letter in host for letter in "/:@ *"):
             raise UserError(f"--allow-hosts takes names such as images.example.org, got {host!r}")
-    return Settings(api_key=_key(args.api_key_file), allow_hosts=frozenset(hosts), **limits)
+    return Settings(host=args.host, api_key=_key(args.api_key_file), allow_hosts=frozenset(hosts), **limits)
 
 
 def _key(file: Path | None) -> str | None:
@@ -129,11 +128,7 @@ def _key(file: Path | None) -> str | None:
 
 def _warn_if_open(host: str, settings: Settings) -> None:
     """Warn if other machines can send requests and need no key."""
-    try:
-        local = ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        local = host == "localhost"
-    if not local and settings.api_key is None:
+    if not is_loopback(host) and settings.api_key is None:
         log.warning(f"other machines can use this server without a key: set ${KEY}, or listen on 127.0.0.1")
 
 

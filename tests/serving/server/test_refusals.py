@@ -1,5 +1,6 @@
 """Requests that cannot be answered: a status, and one line with the reason in OpenAI's error shape."""
 
+import asyncio
 import io
 import json
 import struct
@@ -23,6 +24,7 @@ from tests.serving.server.running import (
     user,
 )
 from vlmzip.methods import KMeans
+from vlmzip.serving.server.app import create_app
 from vlmzip.serving.server.metrics import Metrics
 from vlmzip.serving.server.schema import read_request
 from vlmzip.serving.server.settings import Settings
@@ -225,6 +227,25 @@ def test_limits_of_the_operator(mini):
         assert large.status_code == 413
         slow = http.post("/v1/chat/completions", content=slowly(), headers={"Content-Type": "application/json"})
         assert (slow.status_code, "did not arrive" in slow.json()["error"]["message"]) == (408, True)
+
+
+@pytest.mark.parametrize(
+    ("host", "key", "named", "status"),
+    [
+        ("127.0.0.1", None, "evil.example", 403), ("localhost", None, "evil.example:8000", 403),
+        ("127.0.0.1", None, "localhost", 200), ("::1", None, "[::1]:8000", 200), ("127.0.0.2", None, "127.0.0.2", 200),
+        ("127.0.0.1", "secret", "my.example", 401), ("0.0.0.0", None, "my.example", 200),
+    ],
+)  # fmt: skip
+def test_other_names_do_not_stand_for_this_machine(engine, host, key, named, status):
+    """A page of another site cannot use a server without a key by giving it the page's name."""
+    guard = create_app(engine, Settings(host=host, api_key=key))
+
+    async def ask():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(guard), base_url="http://x") as client:
+            return await client.get("/v1/models", headers={"Host": named, "Origin": f"http://{named}"})
+
+    assert asyncio.run(ask()).status_code == status
 
 
 def slowly():

@@ -56,7 +56,7 @@ def create_app(
     app.add_exception_handler(HTTPException, _not_found)
     app.add_exception_handler(Exception, _failed)
     paths = [getattr(route, "path", "") for route in app.routes]
-    app.add_middleware(Guard, api_key=service.settings.api_key, metrics=service.metrics, paths=paths)
+    app.add_middleware(Guard, settings=service.settings, metrics=service.metrics, paths=paths)
     return app
 
 

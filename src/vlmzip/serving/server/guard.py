@@ -12,19 +12,24 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vlmzip.serving.server.errors import CLIENT_GONE, RequestError, send_error
 from vlmzip.serving.server.metrics import Metrics
+from vlmzip.serving.server.settings import Settings, is_loopback
 
 #: Where the playground is, if the server has one. A browser asks its visitor for the key and sends it as a password.
 PLAYGROUND = "/playground"
 #: Paths that need no key, so that a load balancer can ask.
 OPEN = ("/health",)
+#: The names of this machine.
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class Guard:
-    """Refuses requests without the key or with another content type, and counts answers."""
+    """Refuses requests without the key, for another host or with another content type, and counts answers."""
 
-    def __init__(self, app: ASGIApp, *, api_key: str | None, metrics: Metrics, paths: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, *, settings: Settings, metrics: Metrics, paths: Collection[str]) -> None:
         self._app, self._metrics, self._paths = app, metrics, frozenset(paths)
-        self._digest = None if api_key is None else _digest(api_key.encode())
+        self._digest = None if settings.api_key is None else _digest(settings.api_key.encode())
+        is_private = settings.api_key is None and is_loopback(settings.host or "")
+        self._hosts = {(settings.host or "").lower(), *LOOPBACK} if is_private else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -54,6 +59,11 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> RequestError | None:
         headers = dict(scope["headers"])
+        # A page of another site can let its own name stand for this machine, and a browser then takes both for one.
+        host = _name_of(headers.get(b"host", b"").decode("latin-1"))
+        if self._hosts is not None and host not in self._hosts:
+            message = f"this server is for this machine only, and the request is for {host[:100]!r}; set an API key"
+            return RequestError(message, 403, code="host_not_allowed")
         if self._digest is not None and scope["path"] not in OPEN:
             is_page = scope["path"].partition("/")[2].partition("/")[0] == PLAYGROUND.strip("/")
             key = _key(headers.get(b"authorization", b""), b"basic" if is_page else b"bearer")
@@ -63,10 +73,16 @@ class Guard:
                 scheme = 'Basic realm="vlmzip: any name, and the API key as password"' if is_page else "Bearer"
                 return RequestError(message, 401, code="invalid_api_key", headers={"WWW-Authenticate": scheme})
         kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-        # Pages of other sites can send forms and plain text to this server without asking; JSON they cannot.
+        # Pages of other sites can send forms and plain text to this server without asking, but not JSON.
         if scope["method"] == "POST" and scope["path"].startswith("/v1/") and kind != b"application/json":
             return RequestError("the body must be JSON: send Content-Type: application/json", 415)
         return None
+
+
+def _name_of(host: str) -> str:
+    """Return the name or address in a `Host` header, without its port."""
+    name = host.partition("]")[0].removeprefix("[") if host.startswith("[") else host.partition(":")[0]
+    return name.strip().lower()
 
 
 def _key(header: bytes, expected: bytes) -> bytes | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass, field
 
 MEGABYTE = 2**20
@@ -13,6 +14,8 @@ class Settings:
 
     api_key: str | None = field(default=None, repr=False)
     """The key that every request must send, except to /health; `None` for no key."""
+    host: str | None = None
+    """Where the server listens. Without a key on this machine only, requests must name this host or `localhost`."""
     allow_hosts: frozenset[str] = frozenset()
     """The hosts from which images are fetched. Empty: images come as data URLs only."""
     max_body: int = 32 * MEGABYTE
@@ -45,3 +48,11 @@ class Settings:
     """Seconds in which an image must be fetched."""
     fetch_bytes: int = 20 * MEGABYTE
     """Bytes of a fetched image."""
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach the address that a server listens on."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
