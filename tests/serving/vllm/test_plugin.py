@@ -1,18 +1,22 @@
 """Registration, versions, and attention heads that several processes share."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AutoConfig, LlavaConfig, PixtralVisionConfig
 
 vllm = pytest.importorskip("vllm")
 
 from vllm.config import ModelConfig  # noqa: E402
 
-from vlmzip import UserError  # noqa: E402
+from tests.serving.vllm import qwen as qwen_models  # noqa: E402
+from vlmzip import UserError, spec  # noqa: E402
 from vlmzip.models.recording import Recording  # noqa: E402
 from vlmzip.models.towers.tower import Attention  # noqa: E402
-from vlmzip.serving.vllm import engine, plugin, qwen  # noqa: E402
+from vlmzip.serving.server import vllm_command  # noqa: E402
+from vlmzip.serving.vllm import engine, plugin, qwen, start  # noqa: E402
 from vlmzip.visual_tokens import Grid, Signal  # noqa: E402
 
 
@@ -24,6 +28,42 @@ def test_registering_twice_is_registering_once():
     for architecture, path in plugin.ARCHITECTURES.items():
         registered = vllm.ModelRegistry.models[architecture]
         assert f"{registered.module_name}:{registered.class_name}" == path
+
+
+PIXTRAL = LlavaConfig(vision_config=PixtralVisionConfig(), architectures=["LlavaForConditionalGeneration"])
+QWEN = qwen_models.qwen2_5_vl()[1]
+QWEN.architectures = ["Qwen2_5_VLForConditionalGeneration"]
+LLAVA = LlavaConfig(architectures=["LlavaForConditionalGeneration"])
+
+
+@pytest.mark.parametrize(
+    ("config", "compressor", "reason"),
+    [
+        (LLAVA, "dfmr", None),
+        (LLAVA, "visionzip(keep=10,positions=original)", "leaves gaps between positions"),
+        (QWEN, "visionzip(keep=10,positions=original)", None),
+        (QWEN, "dfmr", "keeps depends on the image"),
+        (QWEN, "adaptive_visionzip", "keeps depends on the image"),
+        (QWEN, "zoo_prune(keep=9)", "does not map each token by itself"),
+        (PIXTRAL, "visionzip(keep=10)", "vision encoders of type pixtral are not supported yet"),
+    ],
+)
+def test_serve_and_vllm_refuse_the_same(monkeypatch, tmp_path, config, compressor, reason):
+    monkeypatch.setattr(vllm_command, "version", lambda name: vllm.__version__)
+    config.save_pretrained(tmp_path)
+    against = vllm_command.reason_against_vllm(str(tmp_path), spec.read(compressor))
+    model_config = SimpleNamespace(
+        model=str(tmp_path), revision=None, model_impl="auto", hf_overrides={"vlmzip": compressor},
+        hf_config=AutoConfig.from_pretrained(tmp_path),
+    )  # fmt: skip
+    if reason is None:
+        assert against is None
+        start.resolve(model_config, plugin.ARCHITECTURES, vllm.__version__)
+        return
+    assert reason in against
+    with pytest.raises(UserError) as refused:
+        start.resolve(model_config, plugin.ARCHITECTURES, vllm.__version__)
+    assert str(refused.value) == against
 
 
 def test_in_another_version_no_class_is_replaced(monkeypatch):

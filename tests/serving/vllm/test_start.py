@@ -11,7 +11,16 @@ from vlmzip.models.layout import Layout
 from vlmzip.serving.vllm import setting, start
 from vlmzip.serving.vllm.trial import for_trial, try_out
 
-ARCHITECTURES = {"LlavaForConditionalGeneration": "module:Class"}
+
+class StandIn:
+    """A stand-in for a model class of the plugin, whose modules need vLLM."""
+
+    @staticmethod
+    def family_class(config):
+        return SimpleNamespace(profile=lambda: Profile(Grid(1, 24, 24), 4))
+
+
+ARCHITECTURES = {"LlavaForConditionalGeneration": f"{__name__}:StandIn"}
 
 
 def model_config(model="mini", architecture="LlavaForConditionalGeneration", overrides=None, **hf):
@@ -60,6 +69,27 @@ def test_a_model_that_the_plugin_lacks_is_refused(tmp_path):
     write_compressor(VisionZip(), tmp_path)
     with pytest.raises(UserError, match=r"Start without vlmzip and without compressor\.json"):
         resolved(model_config(tmp_path, architecture="InternVLChatModel"))
+
+
+@pytest.mark.parametrize("model", ["org/name:Q4_0", "s3://bucket/model", "/no/such.gguf", "nobody/has-this-model"])
+def test_a_model_that_the_hub_does_not_know_starts_without_a_compressor(model, caplog, monkeypatch):
+    monkeypatch.setattr(start, "cached_file", unknown_to_the_hub)
+    assert resolved(model_config(model)) is None
+    assert "does not find a compressor.json" in caplog.text
+    assert "this is no model" in caplog.text
+
+
+def unknown_to_the_hub(*args, **kwargs):
+    raise OSError("this is no model\nof the Hub")
+
+
+def test_the_hub_is_not_asked_about_a_model_that_the_plugin_lacks(monkeypatch):
+    asked = []
+    monkeypatch.setattr(start, "cached_file", lambda *args, **kwargs: asked.append(args))
+    assert resolved(model_config("org/name", architecture="InternVLChatModel")) is None
+    assert not asked
+    assert resolved(model_config("org/name")) is None
+    assert len(asked) == 1
 
 
 def test_transformers_classes_are_refused():
@@ -143,7 +173,7 @@ QWEN = "Qwen3VLForConditionalGeneration"
 
 def resolved_for_qwen(compressor):
     config = model_config(architecture=QWEN, overrides={"vlmzip": compressor})
-    start.resolve(config, {QWEN: "module:Class"}, "0.32.0")
+    start.resolve(config, {QWEN: f"{__name__}:StandIn"}, "0.32.0")
     return config
 
 
@@ -161,6 +191,7 @@ def test_positions_can_be_original_in_qwen():
             "zoo_prune cannot run here: the projector of this model does not map each token by itself",
         ),
         ("fastv(keep=64)", "acts at site 'in_llm'"),
+        ("adaptive_visionzip", "keeps depends on the image"),
     ],
 )
 def test_what_qwen_cannot_run_is_refused_with_the_reason(compressor, reason):
@@ -171,11 +202,11 @@ def test_what_qwen_cannot_run_is_refused_with_the_reason(compressor, reason):
 def test_the_copy_of_a_checked_config_for_the_llm_is_not_checked_again():
     config = resolved_for_qwen("visionzip(keep=64)")
     config.hf_config.architectures = ["Qwen3ForCausalLM"]
-    start.resolve(config, {QWEN: "module:Class"}, "0.32.0")
+    start.resolve(config, {QWEN: f"{__name__}:StandIn"}, "0.32.0")
     assert config.hf_config.vlmzip == "visionzip(keep=64)"
     unchecked = model_config(architecture="Qwen3ForCausalLM", vlmzip="visionzip(keep=64)", vlmzip_is_checked=True)
     with pytest.raises(UserError, match="does not have Qwen3ForCausalLM"):
-        start.resolve(unchecked, {QWEN: "module:Class"}, "0.32.0")
+        start.resolve(unchecked, {QWEN: f"{__name__}:StandIn"}, "0.32.0")
 
 
 def test_counts_by_content_are_refused_where_tokens_keep_positions():

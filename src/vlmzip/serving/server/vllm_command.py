@@ -15,8 +15,7 @@ from vlmzip.errors import UserError
 from vlmzip.runtime.loading import source_of
 from vlmzip.runtime.pretrained import load_config
 from vlmzip.serving.server.settings import Settings
-from vlmzip.serving.vllm import setting
-from vlmzip.serving.vllm.start import check_version
+from vlmzip.serving.vllm.start import check_model
 
 #: A host that does not exist. vLLM fetches images from any host unless it is given at least one.
 NO_HOST = "none.invalid"
@@ -60,12 +59,9 @@ def reason_against_vllm(model: str, compressor: Compressor) -> str | None:
         return "vLLM is not installed: pip install 'vlmzip[vllm]'"
     from vlmzip.serving.vllm.plugin import ARCHITECTURES  # it imports vLLM, which is an extra
 
-    architectures = load_config(source_of(model)).architectures or ["a model of no class"]
-    if architectures[0] not in ARCHITECTURES:
-        return f"vlmzip's plugin for vLLM does not have {architectures[0]}; it has {', '.join(sorted(ARCHITECTURES))}"
+    config = load_config(source_of(model))
     try:
-        check_version(version("vllm"))
-        setting.check(compressor)
+        check_model(config, compressor, ARCHITECTURES, version("vllm"))
     except UserError as error:
         return str(error)
     return None

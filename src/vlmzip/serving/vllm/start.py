@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig
 from transformers.utils.hub import cached_file
 
 from vlmzip import catalogue, spec
@@ -16,6 +19,8 @@ from vlmzip.files import is_file, is_folder
 from vlmzip.outline import FILE
 from vlmzip.serving.vllm import setting
 from vlmzip.serving.vllm.setting import KEY
+
+log = logging.getLogger(__name__)
 
 #: The versions of vLLM that the plugin was checked on.
 VERSIONS = ("0.32", "0.33")
@@ -55,32 +60,57 @@ def resolve(model_config: Any, architectures: Mapping[str, str], version: str) -
         return  # vLLM also asks for the LLM's part of the config
     if hasattr(model_config, CHECKED):
         return  # the copy for the LLM, which has another architecture
-    compressor = configured(model_config)
+    compressor = configured(model_config, architectures)
     if compressor is None:
         return
-    check_version(version)
-    names = getattr(hf_config, "architectures", None) or []
-    if not any(name in architectures for name in names):
-        raise UserError(
-            f"vlmzip's plugin for vLLM does not have {', '.join(names) or 'this architecture'}; it has"
-            f" {', '.join(sorted(architectures))}. Start without {KEY} and without {FILE}, or use `vlmzip serve`"
-        )
+    check_model(hf_config, compressor, architectures, version)
     if model_config.model_impl not in OWN_CLASSES:
         raise UserError(
             f"vlmzip's plugin needs vLLM's own model class, got model_impl={model_config.model_impl!r}: leave it out"
         )
-    setting.check(compressor, next((TRAITS[name] for name in names if name in TRAITS), setting.DEFAULT))
     setattr(hf_config, KEY, spec.write(compressor))
     setattr(model_config, CHECKED, True)
 
 
-def configured(model_config: Any) -> Compressor | None:
-    """Return the compressor of `--hf-overrides`, else of the checkpoint's config, else of its `compressor.json`."""
+def check_model(
+    config: PreTrainedConfig, compressor: Compressor, architectures: Mapping[str, str], version: str
+) -> None:
+    """Raise `UserError` with the reason if vLLM cannot run a compressor in a model with this config.
+
+    It needs no weights. It imports the plugin's class of the model, as vLLM does next.
+    """
+    check_version(version)
+    if (name := known_architecture(config, architectures)) is None:
+        names = getattr(config, "architectures", None) or ["this architecture"]
+        raise UserError(
+            f"vlmzip's plugin for vLLM does not have {', '.join(names)}; it has {', '.join(sorted(architectures))}."
+            f" Start without {KEY} and without {FILE}, or use `vlmzip serve --engine hf`"
+        )
+    traits = TRAITS.get(name, setting.DEFAULT)
+    setting.check(compressor, traits)
+    module, _, class_name = architectures[name].partition(":")
+    family = getattr(import_module(module), class_name).family_class(config)
+    setting.needs_processor(compressor, family.profile(), traits)
+
+
+def known_architecture(config: PreTrainedConfig, architectures: Mapping[str, str]) -> str | None:
+    """Return the first architecture of a config that the plugin has a class for."""
+    names = getattr(config, "architectures", None) or []
+    return next((name for name in names if name in architectures), None)
+
+
+def configured(model_config: Any, architectures: Mapping[str, str]) -> Compressor | None:
+    """Return the compressor of `--hf-overrides`, else of the checkpoint's config, else of its `compressor.json`.
+
+    The Hub is asked for that file only if the plugin has the architecture.
+    """
     overrides = model_config.hf_overrides
     if isinstance(overrides, dict) and KEY in overrides:
         return spec.as_compressor(overrides[KEY])
     if (text := getattr(model_config.hf_config, KEY, None)) is not None:
         return spec.read_named(str(text), catalogue.available())
+    if not is_folder(model_config.model) and known_architecture(model_config.hf_config, architectures) is None:
+        return None
     folder = folder_with_compressor(model_config.model, model_config.revision)
     return None if folder is None else read_compressor(folder)
 
@@ -89,12 +119,18 @@ def folder_with_compressor(model: str, revision: str | None) -> Path | None:
     """Return the folder of the checkpoint if it has a `compressor.json`."""
     if is_folder(Path(model)):
         return Path(model) if is_file(Path(model) / FILE) else None
-    file = cached_file(
-        model,
-        FILE,
-        revision=revision,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
+    try:
+        file = cached_file(
+            model,
+            FILE,
+            revision=revision,
+            _raise_exceptions_for_gated_repo=False,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+    except (OSError, ValueError) as error:  # vLLM also loads from places that the Hub does not know
+        log.warning(
+            "vlmzip does not find a %s of %r and does not compress: %s", FILE, model, str(error).partition("\n")[0]
+        )
+        return None
     return None if file is None else Path(file).parent
