@@ -8,6 +8,7 @@ pytest.importorskip("vllm")
 
 from tests.serving.vllm import tiny
 from tests.serving.vllm.test_tiles import SIZES, TEXT, check
+from vlmzip.serving.vllm import encoder
 
 DFMR = "dfmr(tau=0.5)"
 
@@ -32,6 +33,19 @@ def test_counts_depend_on_the_image(by_content):
 def test_other_methods_work_beside_them(by_content, compressor):
     asked = questions(20)
     assert of_vllm(by_content, asked, compressor) == of_facade(compressor, asked)
+
+
+def test_a_process_loads_the_encoder_once(by_content, monkeypatch):
+    loads, load = [], encoder.Encoder.__init__
+    monkeypatch.setattr(encoder, "_encoders", {})
+    monkeypatch.setattr(encoder.Encoder, "__init__", lambda self, config: loads.append(1) or load(self, config))
+    template = "{% for message in messages %}USER: {{ message['content'] }} ASSISTANT:{% endfor %}"
+    for question in questions(2):
+        content = [{"type": "image_pil", "image_pil": question.image}, {"type": "text", "text": question.question}]
+        messages = [{"role": "user", "content": content}]
+        by_content.reset_mm_cache()
+        by_content.chat(messages, chat_template=template, use_tqdm=False)
+    assert len(loads) == 1
 
 
 def test_tiles_and_videos(start, tmp_path):

@@ -8,6 +8,7 @@ vLLM keeps the tokens in the cache of its processor.
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class Encoder:
         finally:
             logging.set_verbosity(verbosity)
         model.get_input_embeddings().to("meta")  # words are the engine's
+        self._lock = threading.Lock()
         self.families: dict[Modality, Family] = {each.modality: each for each in family_of(model.eval()).modalities}
 
     @torch.no_grad()
@@ -54,4 +56,18 @@ class Encoder:
         parts = [image_inputs]
         if isinstance(pixels := image_inputs[family.image_inputs[0]], list):  # videos whose numbers of frames differ
             parts = [batch_of_one({name: image_inputs[name][n] for name in image_inputs}) for n in range(len(pixels))]
-        return [image.features for part in parts for image in compressed(family, part, compressor)]
+        with self._lock:  # a family records the outputs of its modules
+            return [image.features for part in parts for image in compressed(family, part, compressor)]
+
+
+_encoders: dict[tuple[object, ...], Encoder] = {}
+_loading = threading.Lock()
+
+
+def encoder_of(model_config: Any) -> Encoder:
+    """Return the encoder of a checkpoint, which a process loads once: vLLM makes a processor for each chat request."""
+    key = (model_config.model, model_config.revision, model_config.dtype)
+    with _loading:
+        if key not in _encoders:
+            _encoders[key] = Encoder(model_config)
+        return _encoders[key]

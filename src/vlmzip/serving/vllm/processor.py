@@ -26,7 +26,7 @@ from vlmzip.errors import UserError
 from vlmzip.models.family import Family, Modality
 from vlmzip.processor import InputDict
 from vlmzip.serving.vllm import setting
-from vlmzip.serving.vllm.encoder import Encoder
+from vlmzip.serving.vllm.encoder import encoder_of
 from vlmzip.serving.vllm.engine import batch_of_one
 from vlmzip.serving.vllm.setting import DEFAULT, KEY, VERSION_KEY, Traits
 from vlmzip.serving.vllm.trial import for_trial, try_out
@@ -66,8 +66,8 @@ class CompressingProcessor(BaseMultiModalProcessor):
             raise UserError(f"{KEY} in --mm-processor-kwargs is for requests: give the engine's to --hf-overrides")
         self.default = spec.read(str(setting.of_engine(info.get_hf_config())))
         """The compressor of the engine."""
-        self.encoder = Encoder(info.ctx.model_config) if self._needs_encoder(self.default) else None
-        """The vision encoder of transformers, if the engine's compressor counts tokens by content."""
+        self.encodes = self._needs_encoder(self.default)
+        """True if requests may use the vision encoder of transformers, because the engine's compressor needs it."""
         self._tried: set[tuple[Compressor, Modality, tuple[Grid, ...], int]] = set()
 
     @cached_property
@@ -85,7 +85,7 @@ class CompressingProcessor(BaseMultiModalProcessor):
             raise UserError(f"{KEY} must be a text, such as 'visionzip(keep=64)', got {text!r}")
         named = frozenset(stage.name() for stage in self.default.stages())
         compressor = setting.read_request(text, self.traits, named)
-        if self.encoder is None and self._needs_encoder(compressor):
+        if not self.encodes and self._needs_encoder(compressor):
             raise UserError(
                 f"{compressor.name()} needs the vision encoder in the processor, and a server has it there that was"
                 f" started with such a method; {setting.USE}"
@@ -98,7 +98,7 @@ class CompressingProcessor(BaseMultiModalProcessor):
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
         """Return the inputs that tell vLLM the largest number of tokens of an image."""
         inputs = super().get_dummy_inputs(*args, **kwargs)
-        if self.encoder is None:
+        if not self.encodes:
             return inputs
         return replace(inputs, hf_processor_mm_kwargs={**inputs.hf_processor_mm_kwargs, KEY: "no_compression"})
 
@@ -116,8 +116,9 @@ class CompressingProcessor(BaseMultiModalProcessor):
         for family in self.families:
             if (pixels := family.image_inputs[0]) not in processed:
                 continue
-            if self.encoder is not None and self._needs_encoder(compressor):
-                features = self.encoder.features(family.modality, processed, compressor)
+            if self._needs_encoder(compressor):
+                encoder = encoder_of(self.info.ctx.model_config)
+                features = encoder.features(family.modality, processed, compressor)
                 processed[features_of(family.modality)] = features
                 del processed[pixels]
             else:
