@@ -3,6 +3,7 @@
 import socket
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from tests.serving.server.running import encoded
 from vlmzip.serving.server import fetch as fetching
 from vlmzip.serving.server.errors import RequestError
-from vlmzip.serving.server.fetch import fetch, is_public
+from vlmzip.serving.server.fetch import Left, fetch, is_public
 from vlmzip.serving.server.images import read_images
 from vlmzip.serving.server.settings import Settings
 
@@ -21,6 +22,7 @@ PRIVATE = "10.0.0.1"
 #: What the host answers, by path: a status, a body, and a place for redirects.
 ANSWERS = {
     "/image.png": (200, IMAGE, None),
+    "/late.png": (200, IMAGE, None),
     "/there": (302, b"", "http://other.example/image.png"),
     "/beside": (301, b"", "/image.png"),
     "/to_bad": (302, b"", "http://bad.example/image.png"),
@@ -34,6 +36,8 @@ ANSWERS = {
 
 class Host(BaseHTTPRequestHandler):
     def do_GET(self):
+        if self.path == "/late.png":
+            time.sleep(0.7)
         if self.path == "/slow":  # a byte at a time
             for _ in range(40):
                 self.wfile.write(b"H")
@@ -71,14 +75,14 @@ def host(monkeypatch):
 
 
 def test_an_allowed_image(host):
-    assert fetch("http://good.example/image.png?size=1", "image 1", ALLOWED) == IMAGE
+    assert fetch("http://good.example/image.png?size=1", "image 1", ALLOWED, Left(ALLOWED)) == IMAGE
     assert host.asked == [("good.example", "/image.png?size=1")]
     assert read_images(["http://good.example/image.png"], ALLOWED)[0].size == (30, 20)
 
 
 @pytest.mark.parametrize("path", ["there", "beside"])
 def test_redirects_to_allowed_hosts(host, path):
-    assert fetch(f"http://good.example/{path}", "image 1", ALLOWED) == IMAGE
+    assert fetch(f"http://good.example/{path}", "image 1", ALLOWED, Left(ALLOWED)) == IMAGE
 
 
 @pytest.mark.parametrize(
@@ -107,21 +111,62 @@ def test_redirects_to_allowed_hosts(host, path):
 )
 def test_refused_addresses(host, url, message):
     with pytest.raises(RequestError) as error:
-        fetch(url, "image 1", ALLOWED)
+        fetch(url, "image 1", ALLOWED, Left(ALLOWED))
     assert message in error.value.message
     assert error.value.status == 400
+
+
+def test_the_images_of_a_request_share_their_limits(host):
+    few = Settings(allow_hosts=ALLOWED.allow_hosts, fetch_bytes=2 * len(IMAGE) - 1)
+    with pytest.raises(RequestError, match=rf"image 2 has more than {len(IMAGE) - 1} bytes; all fetched images"):
+        read_images(["http://good.example/image.png"] * 2, few)
+    with pytest.raises(RequestError, match="image 2 was not fetched within 1 seconds"):
+        read_images(["http://good.example/late.png"] * 2, ALLOWED)
+
+
+def test_a_slow_look_up_ends_at_the_deadline(host, monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(fetching.socket, "getaddrinfo", lambda *_, **__: ended.wait(5) and [])
+    with pytest.raises(RequestError, match="image 1 was not fetched within 1 seconds"):
+        fetch("http://good.example/", "image 1", ALLOWED, Left(ALLOWED))
+    assert not ended.is_set()
+    ended.set()
+
+
+def test_a_slow_handshake_ends_at_the_deadline(host, monkeypatch):
+    """The host sends the beginning of a TLS record, and then a byte at a time."""
+    sent = []
+
+    def drip():
+        connection, _ = listening.accept()
+        with suppress(OSError):
+            connection.sendall(b"\x16\x03\x03\x40\x00\x02")
+            for _ in range(40):
+                connection.sendall(b"\0")
+                sent.append(1)
+                time.sleep(0.1)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=drip)
+        thread.start()
+        monkeypatch.setattr(fetching, "PORTS", {"https": listening.getsockname()[1]})
+        with pytest.raises(RequestError, match="image 1 was not fetched within 1 seconds"):
+            fetch("https://good.example/", "image 1", ALLOWED, Left(ALLOWED))
+        count = len(sent)
+        thread.join()
+    assert count < 30
 
 
 def test_an_allowed_host_in_a_private_network(host):
     allowed = Settings(allow_hosts=frozenset(["private.example", "good.example"]))
     for url in ("http://private.example/image.png", "http://good.example/to_private"):
         with pytest.raises(RequestError, match="image 1 is on a host inside a private network"):
-            fetch(url, "image 1", allowed)
+            fetch(url, "image 1", allowed, Left(allowed))
 
 
 def test_without_allowed_hosts_nothing_is_looked_up(host):
     with pytest.raises(RequestError, match="this server fetches no addresses"):
-        fetch("http://good.example/image.png", "image 1", Settings())
+        fetch("http://good.example/image.png", "image 1", Settings(), Left(Settings()))
     assert host.asked == []
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from vlmzip.errors import UserError
 from vlmzip.runtime.images import COMMON_FORMATS, in_words, load_image
 from vlmzip.serving.server.errors import RequestError
-from vlmzip.serving.server.fetch import fetch
+from vlmzip.serving.server.fetch import Left, fetch
 from vlmzip.serving.server.settings import Settings
 
 #: A progressive JPEG has about ten scans. Each takes as long to decode as the image, and they can be nearly empty.
@@ -27,10 +27,10 @@ def read_images(urls: Sequence[str], settings: Settings) -> list[Image.Image]:
     This can take long: call it in a thread.
     """
     refuse_many(len(urls), settings)
-    opened, pixels = [], 0
+    opened, pixels, left = [], 0, Left(settings)
     for number, url in enumerate(urls, 1):
         name = f"image {number}"
-        image = _open(_bytes_of(url, name, settings), name)
+        image = _open(_bytes_of(url, name, settings, left), name)
         pixels += image.width * image.height
         if pixels > settings.max_pixels:
             size = f"{image.width} x {image.height} pixels"
@@ -53,14 +53,14 @@ def refuse_many(count: int, settings: Settings) -> None:
         )
 
 
-def _bytes_of(url: str, name: str, settings: Settings) -> bytes:
+def _bytes_of(url: str, name: str, settings: Settings, left: Left) -> bytes:
     match = _DATA.match(url)
     if match is None:
         if url[:5].lower() == "data:":
             raise RequestError(
                 f"{name} must be a URL like data:image/png;base64,…", code="invalid_image_url", param="messages"
             )
-        return fetch(url, name, settings)
+        return fetch(url, name, settings, left)
     try:
         content = base64.b64decode(url[match.end() :], validate=True)
     except (binascii.Error, ValueError):

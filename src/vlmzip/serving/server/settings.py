@@ -45,9 +45,9 @@ class Settings:
     upload_seconds: float = 30.0
     """Seconds in which a request must arrive."""
     fetch_seconds: float = 10.0
-    """Seconds in which an image must be fetched."""
-    fetch_bytes: int = 20 * MEGABYTE
-    """Bytes of a fetched image."""
+    """Seconds in which the images of a request must be fetched."""
+    fetch_bytes: int = 32 * MEGABYTE
+    """Bytes of all fetched images of a request."""
 
 
 def is_loopback(host: str) -> bool:
