@@ -3,8 +3,10 @@
 import hashlib
 import json
 import os
+import re
+import resource
 import shutil
-from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,8 @@ from tests.families import FAMILIES
 from tests.serving.store.stores import contents, loaded_of, write, write_images
 from vlmzip import UserError, locks
 from vlmzip.errors import Damaged, UnknownImage
-from vlmzip.serving.store import Store, parts, writing
+from vlmzip.serving.store import Store, index, parts, writing
+from vlmzip.serving.store.image import checksum
 
 COUNT = 9
 
@@ -291,6 +294,23 @@ def test_no_image_that_can_be_read(tmp_path, loaded):
         write(tmp_path / "nothing", tmp_path / "store", loaded)
 
 
+def test_a_full_disk_is_one_line_for_every_file(images, whole, tmp_path, loaded):
+    """The limit of a file's length grows from run to run; each file is once the one that does not fit."""
+    store, refused, sizes = tmp_path / "store", [], sorted({len(content) for content in contents(whole).values()})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for limit in (0, *sizes):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+            write(images, store, loaded)
+        except UserError as error:
+            refused.append(re.fullmatch(rf"cannot write '{store}/(.+)': .*File too large", str(error))[1])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert {Path(name).suffix for name in refused} == {".json", ".safetensors", ".parquet"}
+    assert "index.parquet" in refused
+    assert contents(store) == contents(whole)
+
+
 # --- damage ------------------------------------------------------------------------------------------------------
 
 
@@ -335,14 +355,55 @@ def test_a_flipped_byte_anywhere_in_a_shard_is_found_or_harmless(whole, tmp_path
 
 
 def test_a_flipped_byte_of_the_index_is_found_or_harmless(whole):
-    index = whole / "index.parquet"
-    content, before = index.read_bytes(), Store(whole)
-    for place in range(4, len(content), 61):
-        damage(index, place)
-        with suppress(UserError):
+    path = whole / "index.parquet"
+    content, before = path.read_bytes(), Store(whole)
+    rows = [before.row(name) for name in before]
+    found = 0
+    places = range(4, len(content), 61)
+    for place in places:
+        damage(path, place)
+        try:
             after = Store(whole)
-            assert damaged(whole) or [after.row(name) for name in after] == [before.row(name) for name in before]
-        index.write_bytes(content)
+        except UserError:
+            found += 1
+        else:
+            bad = bool(damaged(whole))
+            found += bad
+            assert bad or [after.row(name) for name in after] == rows
+        path.write_bytes(content)
+    assert len(places) / 2 < found < len(places)
+
+
+@pytest.mark.parametrize("content", [b"no index", None])
+def test_a_damaged_index_is_refused_with_advice(whole, content):
+    path = whole / "index.parquet"
+    if content is None:
+        parquet.write_table(parquet.read_table(path).drop_columns(["sha256"]), path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"index\.parquet' .* the index of a store; encode the images into another store"
+    ):
+        Store(whole)
+
+
+@pytest.mark.parametrize("place", ["{outside}", "../outside.safetensors", "shards/../../outside.safetensors"])
+def test_an_index_cannot_name_a_file_outside_the_store(whole, tmp_path, place):
+    """Even a file with the right tokens and a row with the right checksum are refused."""
+    outside = tmp_path / "outside.safetensors"
+    rows = index.read_rows(whole / "index.parquet")
+    row = next(row for row in rows if row["path"] == "4.png")
+    (whole / row["shard"]).rename(outside)
+    tensors = {
+        name.removeprefix(f"{row['name']}."): values
+        for name, values in load_file(outside).items()
+        if name.startswith(f"{row['name']}.")
+    }
+    row["shard"] = place.format(outside=outside)
+    row["checksum"] = checksum(index.signed(row), tensors)
+    index.write_rows(whole / "index.parquet", rows)
+    with pytest.raises(Damaged, match=r"'4.png' is damaged: its shard .* is not a file of the store; encode it into"):
+        Store(whole)["4.png"]
 
 
 def test_a_shard_that_is_cut_or_missing_damages_its_images(whole):
@@ -358,7 +419,7 @@ def test_a_damaged_description_is_refused(whole, images, loaded):
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "batch": 3}))
     for use in (lambda: Store(whole), lambda: write(images, whole, loaded)):
-        with pytest.raises(UserError, match=r"store\.json' is damaged"):
+        with pytest.raises(UserError, match=r"store\.json' is damaged: .* encode the images into another store"):
             use()
     path.write_text(json.dumps({**content, "format": 2}))
     with pytest.raises(UserError, match=r"newer than .*; update vlmzip"):

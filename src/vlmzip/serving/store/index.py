@@ -16,6 +16,8 @@ except ImportError:
     raise UserError("stores need pyarrow: pip install 'vlmzip[store]'") from None
 
 FILE = "index.parquet"
+#: The advice for a damaged file that describes the store.
+ADVICE = "encode the images into another store"
 #: A row of the index by column.
 Row = dict[str, Any]
 #: The columns and their types. A row with an `error` stands for an image that is not in the store; the columns that
@@ -46,10 +48,10 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 def read_table(path: Path) -> pyarrow.Table:
     """Return the table of a file. Raise `UserError` if it is damaged."""
-    with refusing(f"{str(path)!r} is damaged, or it is no index of a store"):
+    with refusing(f"{str(path)!r} is damaged, or it is not the index of a store; {ADVICE}"):
         table = parquet.read_table(path, page_checksum_verification=True)
         if table.schema.names != SCHEMA.names:
-            raise UserError(f"{str(path)!r} has other columns than the index of a store: restore it from a copy")
+            raise UserError(f"{str(path)!r} has other columns than the index of a store; {ADVICE}")
         table = table.cast(SCHEMA)
         table.validate(full=True)
         return table

@@ -114,7 +114,7 @@ def read_manifest(store: Path) -> Manifest | None:
     path = store / FILE
     if not is_file(path):
         return None
-    content = read_json(path, "it describes a store; restore it from a copy")
+    content = read_json(path, "it describes a store; encode the images into another one")
     version = content.get("format") if isinstance(content, Mapping) else None
     if type(version) is int and version > FORMAT:
         raise UserError(
@@ -123,7 +123,7 @@ def read_manifest(store: Path) -> Manifest | None:
     names = [*Manifest.__dataclass_fields__]
     whole = isinstance(content, dict) and {*names, "format", "vlmzip", "checksum"} == content.keys()
     if not whole or content.pop("checksum") != _checksum(content):
-        raise UserError(f"{str(path)!r} is damaged: its checksum is wrong; restore it from a copy")
+        raise UserError(f"{str(path)!r} is damaged: its checksum is wrong; encode the images into another store")
     return Manifest(**{name: content[name] for name in names})
 
 

@@ -14,6 +14,7 @@ from itertools import chain, count
 from pathlib import Path
 
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -89,9 +90,16 @@ def write_part(store: Path, folder: Path, part: Part, encoder: Encoder, batch: i
             rows.append(row)
             tensors |= {f"{number}.{kind}": values for kind, values in content.items()}
     if tensors:
-        write_whole(store / part.shard, lambda path: save_file(tensors, path))
+        write_whole(store / part.shard, lambda path: _save(tensors, path))
     index.write_rows(part.rows_in(store), rows)
     return rows
+
+
+def _save(tensors: dict[str, Tensor], path: str) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # safetensors raises it for a full disk, too
+        raise OSError(str(error).rpartition("I/O error: ")[2].partition(" (os error")[0]) from None
 
 
 def _encoded(

@@ -23,6 +23,7 @@ from vlmzip.serving.store import index
 from vlmzip.serving.store.image import StoredImage, checksum
 from vlmzip.serving.store.index import Row
 from vlmzip.serving.store.manifest import Manifest, require_manifest
+from vlmzip.serving.store.parts import SHARDS
 from vlmzip.serving.store.prompt import stored_inputs
 
 #: The most letters to compare for a similar name: the letters of a name times the names of a store.
@@ -117,6 +118,9 @@ class Store(Mapping[str, StoredImage]):
     def _read(self, row: Row) -> dict[str, Tensor]:
         """Return the tensors of an image. Raise `Damaged` if they or the row are not as they were written."""
         name = row["path"]
+        if Path(row["shard"]).parent != Path(SHARDS):
+            reason = f"its shard {row['shard']!r} is not a file of the store"
+            raise Damaged(f"{name!r} is damaged: {reason}; encode it into another store")
         with _reading(name, row["shard"]), safe_open(self.path / row["shard"], "pt") as shard:
             prefix = f"{row['name']}."
             keys = [key for key in shard.keys() if key.startswith(prefix)]  # noqa: SIM118
