@@ -75,6 +75,9 @@ def test_a_client_that_leaves_costs_no_further_tokens(mini, endless, stream):
         connection.close()
         engine.call(int).result(20)  # the batch has ended
         assert len(endless) < 300
+        # What was made counts, although nobody has read it.
+        wait_until(lambda: value(metrics, "vlmzip_time_to_first_token_seconds_count") == 1)
+        assert value(metrics, "vlmzip_generated_tokens_total") > 3
         if stream:
             wait_until(lambda: value(metrics, "vlmzip_broken_streams_total", reason="client gone") == 1)
         else:

@@ -96,19 +96,20 @@ class Service:
                     raise RequestError("the client has gone", CLIENT_GONE)
         except BaseException:
             progress.cancel()
+            self._count(count, progress)
             raise
         if body.stream:
             include = body.stream_options is not None and bool(body.stream_options.include_usage)
-            events = self._events(answer, count, progress, include)
+            events = self._events(answer, progress, include)
             seconds = arrived + self.settings.max_seconds - monotonic()
-            return EventStream(events, max(seconds, 0.0), self._end_of(progress))
+            return EventStream(events, max(seconds, 0.0), self._end_of(count, progress))
         assert progress.reason is not None
         assert progress.usage is not None
         self._count(count, progress)
         return JSONResponse(answer.whole(progress.text, progress.reason, progress.usage))
 
     async def _events(
-        self, answer: Answer, count: TokenCount, progress: Progress, include_usage: bool
+        self, answer: Answer, progress: Progress, include_usage: bool
     ) -> AsyncIterator[dict[str, object]]:
         yield answer.chunk({"role": "assistant", "content": ""})
         try:
@@ -118,13 +119,13 @@ class Service:
             yield error.content()
             return
         yield answer.chunk({}, progress.reason)
-        self._count(count, progress)
         if include_usage and progress.usage is not None:
             yield answer.last_chunk(progress.usage)
 
-    def _end_of(self, progress: Progress) -> Callable[[str | None], None]:
+    def _end_of(self, count: TokenCount, progress: Progress) -> Callable[[str | None], None]:
         def ended(reason: str | None) -> None:
             progress.cancel()
+            self._count(count, progress)
             reason = "error" if reason is None and progress.error is not None else reason
             if reason is not None:
                 self.metrics.broken_streams.labels(reason).inc()

@@ -73,9 +73,10 @@ class Batch:
             if progress.first is None:
                 progress.first = monotonic()
             row.add(token)
+            progress.usage = Usage(request.count.text, row.count, visual)
             progress.write(row.text)
             if row.reason is not None:
-                progress.finish(row.reason, Usage(request.count.text, row.count, visual))
+                progress.finish(row.reason)
         pairs = zip(self._rows, self._progress, strict=True)
         return [row.reason is not None or progress.cancelled for row, progress in pairs]
 

@@ -46,7 +46,7 @@ class Metrics:
         self.queue = Gauge("vlmzip_queue_length", "Requests that wait for the model", registry=registry)
 
     def count_answer(self, method: str, progress: Progress, usage: Usage) -> None:
-        """Count the tokens and times of a complete answer. `method` is a name without settings."""
+        """Count the tokens and times of an answer, complete or not. `method` is a name without settings."""
         self.visual.labels(method, "before").inc(usage.visual.before)
         self.visual.labels(method, "after").inc(usage.visual.after)
         self.text.inc(usage.text_tokens)

@@ -47,6 +47,7 @@ class Progress:
     text: str = ""
     reason: Reason | None = None
     usage: Usage | None = None
+    """The tokens so far; `None` before the first."""
     error: RequestError | None = None
     cancelled: bool = False
     """True once nobody waits for the answer."""
@@ -73,9 +74,9 @@ class Progress:
             self.text = text
             self.tell()
 
-    def finish(self, reason: Reason, usage: Usage) -> None:
+    def finish(self, reason: Reason) -> None:
         if not self.is_over:
-            self.usage, self.reason = usage, reason
+            self.reason = reason
             self.tell()
 
     def fail(self, error: RequestError) -> None:
