@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse
 from starlette.testclient import TestClient
 
 from vlmzip.serving.playground.guard import PageGuard
+from vlmzip.serving.server.body import Bodies
 from vlmzip.serving.server.guard import Guard
 from vlmzip.serving.server.metrics import Metrics
 from vlmzip.serving.server.settings import Settings
@@ -24,8 +25,8 @@ async def echo(scope, receive, send):
 
 def client(api_key=None, **settings):
     app = FastAPI()
-    app.mount("/playground", PageGuard(echo, settings=Settings(**settings)))
-    app.add_middleware(Guard, api_key=api_key, metrics=Metrics(), paths=[])
+    app.mount("/playground", PageGuard(echo, bodies=Bodies(Settings(**settings))))
+    app.add_middleware(Guard, settings=Settings(api_key=api_key), metrics=Metrics(), paths=[])
     return TestClient(app)
 
 

@@ -93,6 +93,18 @@ BODIES = {
     "a remote image": (with_image("https://example.org/a.png"), 400, "this server fetches no addresses"),
     "a file": (with_image("file:///etc/passwd"), 400, "this server fetches no addresses"),
     "a placeholder": (asking("what is <image> ?"), 400, "messages.0: text must not contain <image>"),
+    "a placeholder in two parts": (
+        with_content({"type": "text", "text": "<ima"}, {"type": "text", "text": "ge>"}), 400, "must not contain <ima",
+    ),
+    "a part that is text": (with_content("what"), 400, """messages.0.content.0: it must be an object such as {"type"""),
+    "a message that is text": (asking(messages=["what"]), 400, 'messages.0: it must be an object such as {"role"'),
+    "no content": (
+        asking(messages=[{"role": "assistant", "content": None, "refusal": "no"}]), 400, "content must be a text",
+    ),
+    "a detail": (
+        with_content({"type": "image_url", "image_url": {"url": "x", "detail": "low"}}), 400, 'detail must be "auto"',
+    ),
+    "an effort": (asking(reasoning_effort="low"), 400, "reasoning_effort is not supported"),
     "a long text": (asking("what " * 20_000), 400, "the model has 1,024 positions"),
     "many visual tokens": (
         asking(QUESTION, *[plain_image("red")] * 8, vlmzip={"method": "no_compression"}), 400, "1,024 positions",
@@ -110,7 +122,7 @@ BODIES = {
     "a hot temperature": (asking(temperature=3), 400, "temperature: input should be less than or equal to 2"),
     "no top_p": (asking(top_p=0), 400, "top_p: input should be greater than 0"),
     "a huge seed": (asking(seed=2**80), 400, "seed: "),
-    "many stops": (asking(stop=["a"] * 5), 400, "stop: list should have at most 4 items"),
+    "many stops": (asking(stop=["a"] * 5), 400, "stop: list should have at most 4 items, not 5"),
     "an empty stop": (asking(stop=[""]), 400, "stop.0: string should have at least 1 character"),
     "stream options alone": (asking(stream_options={"include_usage": True}), 400, "stream_options needs stream=true"),
     "tools": (asking(tools=[{"type": "function"}]), 400, "tools is not supported"),
@@ -141,7 +153,7 @@ BODIES = {
     "a negative keep": (asking(vlmzip={"keep": -1}), 400, "keep=-1 keeps nothing"),
     "a keep above 1": (asking(vlmzip={"keep": 1.5}), 400, "keep must be a fraction in (0, 1], got 1.5"),
     "a keep of text": (asking(vlmzip={"keep": "many"}), 400, "keep must be a number, got 'many'"),
-    "a keep that is true": (asking(vlmzip={"keep": True}), 400, "vlmzip.keep"),
+    "a keep that is true": (asking(vlmzip={"keep": True}), 400, "vlmzip.keep must be a number such as 64"),
     "two budgets": (asking(vlmzip={"method": "visionzip(keep=4)", "keep": 8}), 400, "give one of them"),
     "a budget that decides nothing": (asking(vlmzip={"method": "dfmr", "keep": 8}), 400, "depends on the images"),
     "a layer that is not there": (asking(vlmzip={"method": "fastv(layer=99)"}), 400, "layer must be from 1 to 7"),
@@ -193,6 +205,10 @@ def test_the_client_raises_its_own_error(client):
 def test_what_changes_nothing_is_accepted(http):
     fields = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "tools": [], "logprobs": False, "user": "me"}
     fields |= {"response_format": {"type": "text"}, "stop": None, "stream": False, "store": True, "vlmzip": {}}
+    fields |= {"reasoning_effort": None, "verbosity": None, "prediction": None, "web_search_options": None}
+    streamed = {"stream": True, "stream_options": {"include_obfuscation": False}}
+    assert http.post("/v1/chat/completions", json=asking(**streamed)).status_code == 200
+    assert http.head("/health").status_code == 200
     assert http.post("/v1/chat/completions", json=asking(**fields)).status_code == 200
 
 

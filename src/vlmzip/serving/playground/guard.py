@@ -13,7 +13,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vlmzip.serving.server.body import Bodies
 from vlmzip.serving.server.errors import RequestError
-from vlmzip.serving.server.settings import Settings
 
 READS = re.compile(
     r"/?|/(config|theme\.css|manifest\.json|favicon\.ico)|/(assets|static|svelte)/[\w./-]+"
@@ -36,8 +35,8 @@ HEADERS = {
 class PageGuard:
     """Passes on the requests that the page sends, with bodies within the limits of the server, and refuses others."""
 
-    def __init__(self, app: ASGIApp, *, settings: Settings) -> None:
-        self._app, self._bodies = app, Bodies(settings)
+    def __init__(self, app: ASGIApp, *, bodies: Bodies) -> None:
+        self._app, self._bodies = app, bodies
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

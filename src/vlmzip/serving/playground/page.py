@@ -50,7 +50,7 @@ def put_on(app: FastAPI, playground: Playground, settings: Settings, examples: S
     )  # fmt: skip
     (page,) = (route.app for route in app.routes if isinstance(route, Mount) and route.path == PLAYGROUND)
     assert isinstance(page, FastAPI)
-    page.add_middleware(PageGuard, settings=settings)
+    page.add_middleware(PageGuard, bodies=app.state.service.bodies)  # one limit for all bodies of the server
 
 
 def build(playground: Playground, settings: Settings, examples: Sequence[Example]) -> gr.Blocks:

@@ -50,7 +50,7 @@ def create_app(
     app.add_api_route("/v1/tokens", service.tokens, methods=["POST"])
     app.add_api_route("/v1/models", service.models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", service.one_model, methods=["GET"])
-    app.add_api_route("/health", service.health, methods=["GET"])
+    app.add_api_route("/health", service.health, methods=["GET", "HEAD"])
     app.add_api_route("/metrics", service.read_metrics, methods=["GET"])
     app.add_exception_handler(RequestError, _refused)
     app.add_exception_handler(HTTPException, _not_found)
@@ -66,7 +66,7 @@ class Service:
     def __init__(self, engine: Engine, settings: Settings, metrics: Metrics, died: Callable[[], None]) -> None:
         self.engine, self.settings, self.metrics = engine, settings, metrics
         self._died = died
-        self._bodies = Bodies(settings)
+        self.bodies = Bodies(settings)
         self._pool = ThreadPoolExecutor(PREPARERS, thread_name_prefix="vlmzip-prepare")
         self._preparing = 0
         self._created = int(time())
@@ -145,7 +145,7 @@ class Service:
         """Read a request. Return when it had arrived, its settings, and what the engine made of it."""
         if (trouble := self.engine.trouble()) is not None:
             raise RequestError(trouble, 503, code="engine_stopped")
-        async with self._bodies.read(request) as body:
+        async with self.bodies.read(request) as body:
             arrived = monotonic()
             waiting = self._preparing + self.engine.waiting
             if waiting >= self.settings.max_queue:

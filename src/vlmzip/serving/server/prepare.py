@@ -140,12 +140,12 @@ class Preparer:
     def _refuse_placeholders(self, request: ChatRequest) -> None:
         """Refuse texts with the placeholder of an image, for which the processor would look for an image."""
         for number, message in enumerate(request.messages):
-            for part in message.content:
-                if isinstance(part, TextPart):
-                    for placeholder in self._placeholders:
-                        if placeholder in part.text:
-                            message_text = f"messages.{number}: text must not contain {placeholder}"
-                            raise RequestError(message_text, code="invalid_value", param=f"messages.{number}.content")
+            # The prompt joins parts, so that a placeholder can begin in one and end in the next.
+            text = "".join(part.text if isinstance(part, TextPart) else "\n" for part in message.content)
+            for placeholder in self._placeholders:
+                if placeholder in text:
+                    message_text = f"messages.{number}: text must not contain {placeholder}"
+                    raise RequestError(message_text, code="invalid_value", param=f"messages.{number}.content")
 
     def _prompt(self, request: ChatRequest) -> str:
         """Return the text of the prompt. Raise `RequestError` if the chat template refuses the messages."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -18,14 +19,27 @@ NEUTRAL: dict[str, tuple[object, ...]] = {
     "logit_bias": ({},),
     "logprobs": (False,),
     "modalities": (["text"],),
+    "prediction": (),
     "presence_penalty": (0,),
+    "reasoning_effort": (),
     "response_format": ({"type": "text"},),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_logprobs": (0,),
+    "verbosity": (),
+    "web_search_options": (),
 }
 #: Fields about the client, which do not change the answer.
 IGNORED = ("metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier", "service_tier", "store", "user")
+
+
+#: What objects look like, by the end of their place.
+OBJECTS = {
+    r"content\.\d+$": ' such as {"type": "text", "text": …} or {"type": "image_url", "image_url": {"url": …}}',
+    r"messages\.\d+$": ' such as {"role": "user", "content": …}',
+    r"image_url$": ' such as {"url": …}',
+    r"vlmzip$": ' such as {"method": …, "keep": …}',
+}
 
 
 class Strict(BaseModel):
@@ -39,9 +53,16 @@ class TextPart(Strict):
     text: str
 
 
+def _auto(detail: object) -> object:
+    if detail not in (None, "auto"):
+        message = 'detail must be "auto": the budget is a number of tokens, in {"vlmzip": {"keep": …}}'
+        raise RequestError(message, code="unsupported_value", param="messages")
+    return detail
+
+
 class ImageURL(Strict):
     url: str
-    detail: Literal["auto", "low", "high"] | None = None
+    detail: Annotated[str | None, BeforeValidator(_auto)] = None
 
 
 class ImagePart(Strict):
@@ -50,6 +71,9 @@ class ImagePart(Strict):
 
 
 def _as_parts(content: object) -> object:
+    if content is None:
+        message = "content must be a text or a list of parts, got null; leave out messages without content"
+        raise RequestError(message, code="invalid_value", param="messages")
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
@@ -91,15 +115,24 @@ class AssistantMessage(Strict):
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
 
 
+def _as_budget(keep: object) -> object:
+    is_right = isinstance(keep, int | float | None) or (isinstance(keep, str) and len(keep) <= 20)
+    if isinstance(keep, bool) or not is_right:
+        message = "vlmzip.keep must be a number such as 64 or 0.25, or a text such as '25%'"
+        raise RequestError(message, code="invalid_value", param="vlmzip.keep")
+    return keep
+
+
 class Choice(Strict):
     """The method and budget of a request."""
 
     method: Annotated[str, Field(max_length=300)] | None = None
-    keep: int | float | Annotated[str, Field(max_length=20)] | None = None
+    keep: Annotated[int | float | str | None, BeforeValidator(_as_budget)] = None
 
 
 class StreamOptions(Strict):
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class ChatRequest(Strict):
@@ -177,5 +210,7 @@ def _refusal(error: ValidationError) -> RequestError:
         return RequestError(f"unknown field {name!r}{hint}", code="unknown_parameter", param=param[:100])
     if first["type"] == "missing":
         return RequestError(f"{param} is missing", code="missing_required_parameter", param=param[:100])
-    message = first["msg"][0].lower() + first["msg"][1:]
+    message = first["msg"][0].lower() + first["msg"][1:].replace(" after validation", "")
+    if message == "input should be an object" or first["type"] in ("model_type", "model_attributes_type"):
+        message = "it must be an object" + next((hint for end, hint in OBJECTS.items() if re.search(end, param)), "")
     return RequestError(f"{param or 'the body'}: {message}"[:300], code="invalid_value", param=param[:100] or None)
