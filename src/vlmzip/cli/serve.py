@@ -34,13 +34,18 @@ def run(args: Namespace) -> None:
     check_method(args)
     settings = _settings(args)
     _warn_if_open(args.host, settings)
-    for feature, wanted, reason in (
+    limits = [name for name in LIMITS if name != "max_images" and getattr(args, name) is not None]
+    features: list[tuple[str, object, str]] = [
         ("the playground", args.playground, "vLLM does not say what became of each token"),
         ("--store", args.store, "vLLM does not take images from a store"),
-    ):
+        ("--device", args.device, "vLLM chooses the device"),
+        ("--allow-pickle", args.allow_pickle, "vLLM loads the weights"),
+        *((f"--{name.replace('_', '-')}", True, "vLLM has limits of its own") for name in limits),
+    ]
+    for feature, wanted, reason in features:
         if wanted and args.engine == "vllm":
             raise UserError(f"{feature} needs --engine hf: {reason}")
-    engine = "hf" if args.playground or args.store else args.engine
+    engine = "hf" if any(wanted for _, wanted, _ in features) else args.engine
     if choose_engine(engine, args.model or "", without_budget(args)) == "vllm":
         served = Served(args.model, _for_vllm(args), args.host, args.port, args.name, args.dtype)
         command = vllm_command(served, settings)

@@ -62,6 +62,12 @@ def test_tokens_of_images_and_sizes(capsys):
         (["serve", "--port", "1", "--host", "203.0.113.7"], "cannot listen on 203.0.113.7:1: "),
         (["serve", "--store", "nothing"], "there is no folder 'nothing'; make a store with vlmzip encode"),
         (["serve", "--store", "nothing", "--engine", "vllm"], "--store needs --engine hf"),
+        (
+            ["serve", "--max-queue", "4", "--engine", "vllm"],
+            "--max-queue needs --engine hf: vLLM has limits of its own",
+        ),
+        (["serve", "--device", "cpu", "--engine", "vllm"], "--device needs --engine hf: vLLM chooses the device"),
+        (["serve", "--allow-pickle", "--engine", "vllm"], "--allow-pickle needs --engine hf: vLLM loads the weights"),
         (["serve", "--max-batch", "0"], "--max-batch 0: give at least 1"),
         (["serve", "--keep", "2.5"], "--keep must be a fraction in (0, 1], got '2.5'"),
         (

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 GRACE = 30
 #: Connections at once. Beyond them, uvicorn itself answers 503.
 MOST_CONNECTIONS = 1024
-#: Seconds for which a connection without a request stays open.
+#: Seconds for which a connection stays open after an answer. uvicorn has no limit for one that never sends a request.
 IDLE = 15
 
 
