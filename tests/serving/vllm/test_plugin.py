@@ -16,7 +16,7 @@ from vlmzip import UserError, spec  # noqa: E402
 from vlmzip.models.recording import Recording  # noqa: E402
 from vlmzip.models.towers.tower import Attention  # noqa: E402
 from vlmzip.serving.server import vllm_command  # noqa: E402
-from vlmzip.serving.vllm import engine, plugin, qwen, start  # noqa: E402
+from vlmzip.serving.vllm import engine, llava, plugin, qwen, start  # noqa: E402
 from vlmzip.visual_tokens import Grid, Signal  # noqa: E402
 
 
@@ -99,6 +99,21 @@ def test_processes_that_share_the_heads_get_the_signal_of_all(monkeypatch, signa
     other = 2 * of(halves[1], 2)  # not divided by the number of processes
     monkeypatch.setattr(engine, "tensor_model_parallel_all_reduce", lambda values: values + other)
     assert torch.allclose(of(halves[0], 2), of(slice(0, 4), 1), atol=1e-6)
+
+
+def test_a_projector_with_packed_weights_gets_the_dtype_of_the_model():
+    class Packed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(2, 4, dtype=torch.int32), requires_grad=False)
+
+        def forward(self, features):
+            return features @ self.weight.to(features.dtype).T if features.dtype is torch.bfloat16 else None
+
+    parts = torch.nn.Module()
+    parts.multi_modal_projector, parts.compute_dtype = Packed(), torch.bfloat16
+    projected = llava.family_of(LlavaConfig(), parts)._projector_of_tokens()(torch.ones(1, 3, 4))
+    assert torch.equal(projected, torch.full((1, 3, 2), 4.0))
 
 
 SIGNALS = [Signal.CLS_ATTENTION, Signal.KEYS, Signal.ATTENTION_RECEIVED, Signal.LAST_CLS_ATTENTION, Signal.LAST_KEYS]

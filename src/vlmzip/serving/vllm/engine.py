@@ -128,10 +128,10 @@ class InEngine(Family):
         return self.vision_encoder(batch.arguments[self.image_inputs[0]])
 
     def _projector_of_tokens(self) -> Projector:
-        """Return the projector as a function. It computes in the type of its weights, which vLLM may have packed."""
+        """Return the projector as a function. It takes the dtype of the model, which packed weights do not show."""
         if not self.projects_each_token:
             raise UnfitMethod("the projector of this model does not map each token by itself: choose another method")
-        dtype = next(self.projector.parameters()).dtype
+        dtype = self.model.compute_dtype
 
         def project(features: Float[Tensor, "*any encoder_dim"]) -> Float[Tensor, "*any llm_dim"]:
             projected: Tensor = self.projector(features.flatten(0, -2).to(dtype))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -22,6 +23,9 @@ from vlmzip.serving.vllm.processor import features_of, field_of
 
 logger = init_logger(f"vllm.{__name__}")
 
+#: Requests use few settings, and each batch has one.
+read = lru_cache(maxsize=256)(spec.read)
+
 #: The most views that go through the vision encoder in one call. vLLM counts the tokens that remain, so few tokens per
 #: image would let it send hundreds of images at once.
 MOST_VIEWS = 64
@@ -38,6 +42,7 @@ class CompressingModel(nn.Module):
         config = vllm_config.model_config.hf_config
         self.compresses = setting.of_engine(config) is not None
         if self.compresses:
+            self.compute_dtype = vllm_config.model_config.dtype
             # LoRA of the vision encoder counts the tokens that leave it, and we encode more than remain.
             self.supports_tower_connector_lora = False
             self._families = [self.family_class(config, self).modalities]  # in a list: not a submodule
@@ -58,7 +63,7 @@ class CompressingModel(nn.Module):
         return super().embed_multimodal(**kwargs)  # type: ignore[misc]
 
     def _compressed(self, family: Family, kwargs: Inputs, text: str) -> list[Tensor]:
-        return [image.features for image in self.compressed(family, kwargs, spec.read(text))]
+        return [image.features for image in self.compressed(family, kwargs, read(text))]
 
     def compressed(
         self, family: Family, kwargs: Inputs, compressor: Compressor, *, ascending: bool = False

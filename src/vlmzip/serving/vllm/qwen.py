@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +20,6 @@ from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import ProcessorInputs, TimingContext
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-from vlmzip import spec
 from vlmzip.errors import UserError
 from vlmzip.models.encoder_run import Batch, Run, WithStreams
 from vlmzip.models.family import Family
@@ -32,7 +31,7 @@ from vlmzip.runtime.inputs import positions_of
 from vlmzip.runtime.report import CompressedImage
 from vlmzip.serving.vllm import setting
 from vlmzip.serving.vllm.engine import InEngine
-from vlmzip.serving.vllm.model import CompressingModel
+from vlmzip.serving.vllm.model import CompressingModel, read
 from vlmzip.serving.vllm.positions import updated_positions, with_positions
 from vlmzip.serving.vllm.processor import CompressingProcessor, field_of
 from vlmzip.serving.vllm.runner import take_over_positions
@@ -40,8 +39,6 @@ from vlmzip.serving.vllm.setting import KEY, PATCHES
 
 #: The model input with the token ids of a whole video: its placeholders and the text between its frames.
 SPAN = f"{KEY}_span"
-
-read = lru_cache(maxsize=256)(spec.read)
 
 
 class EngineQwenTower(QwenTower):
