@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import vlmzip
 from tests.serving.vllm import qwen
 from tests.serving.vllm.qwen import Asked, image, of_facade, of_vllm, video
 from vlmzip import UserError, spec
@@ -202,6 +203,27 @@ def test_images_need_text_between_and_after_them(engine):
         request = {"prompt": prompt, "multi_modal_data": {"image": [image(1), image(2)]}}
         with pytest.raises(VLLMValidationError, match="needs a token of text"):
             engine.generate([request], use_tqdm=False)
+
+
+def test_positions_of_a_long_video_are_exact_in_bfloat16(monkeypatch, start, tmp_path):
+    """bfloat16 has whole numbers up to 256, and the frames of this video are 203 positions apart."""
+    qwen.save("qwen2_5_vl", tmp_path)
+    setting, asked = "random_tokens(keep=9)", Asked("w5w6", video(1, fps=4 / 203), "w7")
+    engine = start(setting, model=tmp_path, dtype="bfloat16", block_size=32, limit_mm_per_prompt={"video": 1})
+    STARTED.append(engine)
+    model, seen = model_of(engine), []
+    recompute = model.recompute_mrope_positions
+    monkeypatch.setattr(
+        model, "recompute_mrope_positions", lambda *args, **kw: seen.append(recompute(*args, **kw)) or seen[-1]
+    )
+    ((length, _, _),) = of_vllm(engine, [asked])
+    facade, processor = qwen.model_and_processor("qwen2_5_vl")
+    expected = vlmzip.compress_inputs(facade, asked.for_facade(processor), setting)
+    ids, positions = expected["input_ids"][0], expected["position_ids"][-3:, 0]
+    assert length == len(ids)
+    is_visual = ids == qwen.VIDEO
+    assert positions[:, is_visual].max() > 512
+    assert torch.equal(seen[0][1].cpu()[:, is_visual], positions[:, is_visual])
 
 
 def test_a_rate_for_stock_pruning_is_refused(start_qwen):

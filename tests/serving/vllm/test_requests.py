@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.serving.vllm.asking import generate, of_facade, of_vllm, prompt, questions, request
+from tests.serving.vllm.asking import generate, mini_model, of_facade, of_vllm, prompt, questions, request
 
 pytest.importorskip("vllm")
 
@@ -126,6 +126,30 @@ def test_a_request_with_a_bad_setting_fails_alone(engine, setting, reason):
     with pytest.raises(VLLMValidationError, match=reason):
         generate(engine, [request(question, setting)])
     assert of_vllm(engine, [question], ONE) == of_facade(ONE, [question])
+
+
+def test_the_server_answers_400_to_a_bad_setting(engine):
+    """vLLM's server answers with what `create_error_response` makes of an error of the processor."""
+    from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+    from vllm.exceptions import VLLMValidationError
+
+    (question,) = questions(1)
+    with pytest.raises(VLLMValidationError) as refused:
+        generate(engine, [request(question, "nonsense")])
+    response = create_error_response(refused.value)
+    assert response.error.code == 400
+    assert "unknown method 'nonsense'" in response.error.message
+
+
+def test_in_bfloat16_prompts_have_the_same_length_and_answers_come(start):
+    asked = questions(8)
+    requests = [request(question) for question in asked]
+    outputs = generate(start(ONE, dtype="bfloat16"), requests)
+    plain = len(mini_model()[1].tokenizer(prompt(asked[0].question))["input_ids"]) - 1
+    assert len(outputs[0].prompt_token_ids) == plain + 36
+    assert all(len(output.outputs[0].token_ids) > 0 for output in outputs)
+    expected = of_facade(ONE, asked)
+    assert sum(list(o.outputs[0].token_ids) == e for o, e in zip(outputs, expected, strict=True)) >= 6
 
 
 def test_a_budget_that_fits_no_cache_is_refused(small):

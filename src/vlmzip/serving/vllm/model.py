@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.logger import init_logger
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from vlmzip import spec
 from vlmzip.compressor import Compressor
@@ -59,7 +60,8 @@ class CompressingModel(nn.Module):
                 if (features := kwargs.pop(features_of(family.modality), None)) is not None:
                     return list(features)
                 if (text := kwargs.pop(field_of(family.modality), None)) is not None:
-                    return self._compressed(family, kwargs, setting.from_tensor(text))
+                    with gpu_sync_allowed():  # methods read numbers from the GPU
+                        return self._compressed(family, kwargs, setting.from_tensor(text))
         return super().embed_multimodal(**kwargs)  # type: ignore[misc]
 
     def _compressed(self, family: Family, kwargs: Inputs, text: str) -> list[Tensor]:

@@ -51,8 +51,8 @@ class CompressingProcessor(BaseMultiModalProcessor):
     """A mixin for a processor of vLLM. It goes before the stock class.
 
     The setting is part of the keyword arguments from which vLLM computes the key of an image in all of its caches, so
-    no cache mixes settings. It is also an input of the model, shared by the images of a batch: vLLM puts images with
-    other settings into another batch.
+    no cache mixes settings. It is also an input of the model, shared by the images of a batch: vLLM gives
+    each setting a batch of its own.
     """
 
     family_class: ClassVar[Any]

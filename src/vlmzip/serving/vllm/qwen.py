@@ -18,6 +18,7 @@ from vllm.inputs import MultiModalInput
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import ProcessorInputs, TimingContext
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from vlmzip.errors import UserError
@@ -225,10 +226,12 @@ class QwenModel(CompressingModel):
         left, is_visual = span.left(image.places)
         stock: Any = super()
         if not bool(is_visual.all()):
-            text = stock.get_language_model().embed_input_ids(span.ids[left[~is_visual]].to(features.device))
+            between, visual = (mask.nonzero()[:, 0] for mask in (~is_visual, is_visual))
+            text = stock.get_language_model().embed_input_ids(span.ids[left[between]].to(features.device))
             rows = features.new_zeros(len(left), features.shape[1])
-            rows[~is_visual, : text.shape[1]] = text.to(features)
-            rows[is_visual] = features
+            # Indices on the features' device: with a mask, a GPU would wait for the CPU.
+            rows[between.to(features.device), : text.shape[1]] = text.to(features)
+            rows[visual.to(features.device)] = features
             features = rows
         if original:
             feature = MultiModalFeatureSpec(item, span.modality, "", PlaceholderRange(0, len(span.ids)))
@@ -285,7 +288,10 @@ class QwenModel(CompressingModel):
             )
             return result
         placeholders = [family.placeholder_id for family in self.families]
-        return updated_positions(input_ids, placeholders, multimodal_embeddings, mrope_positions, num_computed_tokens)
+        with gpu_sync_allowed():
+            return updated_positions(
+                input_ids, placeholders, multimodal_embeddings, mrope_positions, num_computed_tokens
+            )
 
 
 class _Span:
