@@ -77,7 +77,8 @@ def good_bodies(count: int) -> list[Body]:
     bodies = []
     for number, sample in enumerate(test_split(count)):
         file = io.BytesIO()
-        sample.image.save(file, "PNG")
+        size = 2_000 if number % 10 == 9 else sample.image.width  # large images wait in the queue, too
+        sample.image.resize((size, size)).save(file, "PNG")
         image = {"type": "image_url", "image_url": {"url": data_url(file.getvalue())}}
         question = {"type": "text", "text": sample.question}
         messages: list[Body] = [{"role": "user", "content": [image] * (1 + number % 5 // 3) + [question]}]
@@ -87,7 +88,7 @@ def good_bodies(count: int) -> list[Body]:
         if (method := METHODS[number % len(METHODS)]) is not None:
             body["vlmzip"] = method
         if number % 7 == 6:
-            body |= {"temperature": 1.0, "seed": number}
+            body |= {"temperature": (1.0, 1e-40)[number % 2], "seed": number}
         bodies.append(body)
     return bodies
 

@@ -83,3 +83,7 @@ def test_the_page_asks_for_the_key_and_leaves_no_folder(mini):
         assert httpx.get(f"{address}/playground/").headers["www-authenticate"].startswith("Basic")
         assert "vlmzip playground" in httpx.get(f"{address}/playground/", auth=("me", "secret")).text
     assert not folder.exists()
+
+
+def test_a_number_above_the_slider_is_refused_in_words(address, image):
+    assert "the budget is 9,999 visual tokens; give 1 to 144" in submit(address, image, ["visionzip"], keep=9999)

@@ -113,3 +113,8 @@ def test_methods_are_detached_after_each_answer(playground, image, mini):
 
 def test_count_is_that_of_the_image(playground, image):
     assert playground.count(image) == playground.usual_tokens == 144
+
+
+def test_a_budget_above_the_tokens_of_the_image_is_refused(playground, image):
+    (card,) = cards_of(playground, image, ["visionzip"], Budget(145, remaining=True))
+    assert card.error == "the budget is 145 visual tokens; give 1 to 144, as the image has"

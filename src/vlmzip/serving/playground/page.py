@@ -67,6 +67,8 @@ def build(playground: Playground, settings: Settings, examples: Sequence[Example
                 ask = gr.Button("Answer", variant="primary")
                 with gr.Group():
                     keep = gr.Slider(1, total, round(SHARE * total), step=1, label="Budget in visual tokens")
+                    # Gradio would answer numbers outside with a message of its own; the playground says what is wrong.
+                    keep.preprocess = lambda tokens: tokens
                     share = gr.HTML(_share(round(SHARE * total), total), elem_id="share", padding=True)
                     counts = gr.Radio([AVERAGE, REMAINING], value=AVERAGE, label="The budget counts tokens")
                 known = gr.Number(total, visible=False)

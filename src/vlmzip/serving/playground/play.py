@@ -64,7 +64,7 @@ class Playground:
         """Yield the results so far: after each answer, those that are there, and empty cards for the others."""
         yield Results([Card(PLAIN), *map(Card, names)])
         try:
-            asked = self._read(url, question, names)
+            asked = self._read(url, question, budget, names)
             plain = self._answerer.answer(asked, NoCompression())
         except (UserError, RequestError) as error:
             yield Results([Card("nothing to show", error=str(error))])
@@ -77,7 +77,7 @@ class Playground:
             cards[place] = self._card(asked, self._choices[name], budget, plain)
             yield Results(list(cards), notes)
 
-    def _read(self, url: str, question: str, names: Sequence[str]) -> Asked:
+    def _read(self, url: str, question: str, budget: Budget, names: Sequence[str]) -> Asked:
         for name in names:
             if name not in self._choices:
                 raise UserError(f"there is no method {name[:100]!r} here")
@@ -85,7 +85,10 @@ class Playground:
             raise UserError(f"{len(names)} methods are chosen; choose at most {MOST_METHODS} at a time")
         if not question.strip():
             raise UserError("type a question first")
-        return self.reader.read(url, question)
+        asked = self.reader.read(url, question)
+        if not 1 <= budget.keep <= (most := asked.visual_tokens):
+            raise UserError(f"the budget is {budget.keep:,} visual tokens; give 1 to {most:,}, as the image has")
+        return asked
 
     def _card(self, asked: Asked, choice: Choice, budget: Budget, plain: Answer) -> Card:
         """Return the card of a method. An error in one method does not stop the others."""
