@@ -22,6 +22,11 @@ def stock(start):
     return start()
 
 
+@pytest.fixture(scope="module")
+def in_bfloat16(start):
+    return start(ONE, dtype="bfloat16")
+
+
 def likelihoods(engine, requests):
     """Return the log-probability of the first token of each answer."""
     from vllm import SamplingParams
@@ -141,10 +146,10 @@ def test_the_server_answers_400_to_a_bad_setting(engine):
     assert "unknown method 'nonsense'" in response.error.message
 
 
-def test_in_bfloat16_prompts_have_the_same_length_and_answers_come(start):
+def test_in_bfloat16_prompts_have_the_same_length_and_answers_come(in_bfloat16):
     asked = questions(8)
     requests = [request(question) for question in asked]
-    outputs = generate(start(ONE, dtype="bfloat16"), requests)
+    outputs = generate(in_bfloat16, requests)
     plain = len(mini_model()[1].tokenizer(prompt(asked[0].question))["input_ids"]) - 1
     assert len(outputs[0].prompt_token_ids) == plain + 36
     assert all(len(output.outputs[0].token_ids) > 0 for output in outputs)
