@@ -210,3 +210,10 @@ def test_calibrate_needs_one_budget_and_images_or_videos(vlmzip, clips, tmp_path
     ):
         code, out, err = vlmzip(line)
         assert (code, out, message in err) == (2, "", True), err
+
+
+def test_a_folder_without_common_images_has_none(vlmzip, tmp_path):
+    (tmp_path / "a.eps").write_text("%!PS")  # Pillow would start a program to read it
+    code, _, err = vlmzip(f"calibrate {tmp_path} --keep 9")
+    assert code == 2
+    assert "there is no image in the folder" in err

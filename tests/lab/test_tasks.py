@@ -135,6 +135,7 @@ class TestFolder:
     def test_no_calibration_images(self, tmp_path, calibrate_on):
         folder = write(tmp_path / "q", question())
         (tmp_path / "empty").mkdir()
+        (tmp_path / "empty" / "a.eps").write_text("%!PS")  # Pillow would start a program to read it
         with pytest.raises(UserError, match=r"must be a folder of images|no image in the folder"):
             read_task(f"{folder}:exact", None, str(tmp_path / calibrate_on))
 

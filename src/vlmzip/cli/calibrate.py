@@ -6,8 +6,6 @@ from argparse import Namespace
 from collections import Counter
 from pathlib import Path, PurePath
 
-from PIL import Image
-
 from vlmzip import catalogue, spec
 from vlmzip.cli._options.common import check_counts
 from vlmzip.cli._shared.images import check_target, save_image
@@ -19,6 +17,7 @@ from vlmzip.files import is_file, is_folder, is_there
 from vlmzip.keep import parse_keep
 from vlmzip.lab.table import print_json, print_table
 from vlmzip.runtime.calibration import Calibration, calibrate
+from vlmzip.runtime.images import common_suffixes
 from vlmzip.runtime.videos import VIDEO_FILES, is_video
 from vlmzip.visualize.figure import import_matplotlib
 from vlmzip.visualize.histogram import draw_deviations
@@ -93,7 +92,7 @@ def _kinds(paths: list[str]) -> str:
 
 def _visuals(words: list[str]) -> list[str]:
     """Return the paths of the images and videos that `words` name and of those in the folders that `words` name."""
-    known = (*Image.registered_extensions(), *VIDEO_FILES)
+    known = (*common_suffixes(), *VIDEO_FILES)
     paths: list[str] = []
     for word in words:
         if not is_there(word):

@@ -34,6 +34,11 @@ ALPHA, PREMULTIPLIED = ("RGBA", "LA", "PA"), {"RGBa": "RGBA", "La": "LA"}
 logging.getLogger("PIL").addHandler(logging.NullHandler())
 
 
+def common_suffixes() -> frozenset[str]:
+    """Return the suffixes of files in a common format, by which images are found in a folder."""
+    return frozenset(suffix for suffix, format in Image.registered_extensions().items() if format in COMMON_FORMATS)
+
+
 class ImageError(UserError):
     """An image that cannot be used."""
 

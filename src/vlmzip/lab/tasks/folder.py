@@ -15,15 +15,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from PIL import Image
-
 from vlmzip.errors import UserError, closest
 from vlmzip.files import is_folder, is_there
 from vlmzip.json_text import JsonError, parse, read_lines
 from vlmzip.lab.tasks.metrics import METRICS, Metric
 from vlmzip.lab.tasks.task import CalibrationSet, Sample, Task
 from vlmzip.runtime.fingerprint import of_image
-from vlmzip.runtime.images import load_image
+from vlmzip.runtime.images import common_suffixes, load_image
 
 FIELDS = ("image", "question", "answers", "id", "type")
 UNCALIBRATED = "its threshold must be set from images without questions in the task; give --calibrate-on FOLDER"
@@ -127,7 +125,7 @@ def calibration_on(folder: str, samples: Sequence[Sample]) -> CalibrationSet:
     """Return the images of a folder. Raise `UserError` if there are none, or if `samples` ask about one of them."""
     if not is_folder(folder):
         raise UserError(f"--calibrate-on must be a folder of images, got {folder!r}")
-    known = Image.registered_extensions()
+    known = common_suffixes()
     paths = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in known)
     if not paths:
         raise UserError(f"there is no image in the folder {folder!r} (subfolders are not searched)")
