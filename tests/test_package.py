@@ -27,7 +27,8 @@ DATA = {
     "mini/assets/*": "the task mini of eval, tune and study",
     "lab/papers/*.csv": "eval --against and train --explain",
     "lab/conformance/results.json": "models",
-    "templates/*.j2": "compare --html, eval --report",
+    "templates/*.j2": "compare --html, eval --report, the playground of serve",
+    "serving/playground/assets/*": "the playground of serve",
 }
 RUN = f"""
 import contextlib, io, json, sys

@@ -36,8 +36,9 @@ def running(mini, settings=SETTINGS, died=lambda: None):
 
     def answers(bodies, cancelled=(), leaving=()):
         async def all_answers():
-            held = threading.Event()
-            engine.call(held.wait)
+            begun, held = threading.Event(), threading.Event()
+            engine.call(lambda: (begun.set(), held.wait()))
+            begun.wait(60)  # until then, the engine may still hold the batch before
             progress = [Progress(asyncio.get_running_loop()) for _ in bodies]
             try:
                 for body, each in zip(bodies, progress, strict=True):
