@@ -233,10 +233,16 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
+    # Methods that count by content load their encoder from the folder with the first image.
     with tempfile.TemporaryDirectory() as folder:
-        model = build(args)
-        write_checkpoint(model, processor(), folder)
-        variants = engines(Path(folder), args)
+        measure(Path(folder), args)
+
+
+def measure(folder: Path, args: argparse.Namespace) -> None:
+    """Measure all engines in turns, and write the CSV."""
+    model = build(args)
+    write_checkpoint(model, processor(), folder)
+    variants = engines(folder, args)
     prompts = {name: run(engine, list(requests(1, 0)), 1, args).prompt for name, engine in variants.items()}
     text = prompts[STOCK] - VISUAL
     kept = {name: length - text for name, length in prompts.items()}
