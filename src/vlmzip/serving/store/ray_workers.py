@@ -90,9 +90,10 @@ def encode_with_workers(job: Job, parts: Sequence[Part], workers: int) -> Iterat
     """
     items = [{"number": part.number, "names": list(part.names)} for part in parts]
     gpus = 1 if job.manifest.made_with["device"] == "cuda" else 0
+    made_in_each_process: Any = Worker  # Ray's types ask for a function
     with _ray(workers), _own_errors():
         data = ray.data.from_items(items, override_num_blocks=len(items)).map(
-            Worker,  # type: ignore[arg-type]  # Ray makes one in each process
+            made_in_each_process,
             fn_constructor_args=(job,),
             compute=ray.data.ActorPoolStrategy(size=min(workers, len(items))),
             num_cpus=1,
