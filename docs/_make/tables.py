@@ -6,13 +6,13 @@ come from benchmarks/results/mini-study.csv, the results.csv of the full study o
     vlmzip eval --methods METHODS --average-keep 75%,50%,25%,11%,5.6% --batch 60 --out runs/eval/mini
     cp runs/eval/mini/results.csv benchmarks/results/mini-study.csv
 
-with METHODS as in docs/results.md. The GPU tables of docs/results.md (speed, memory, cost of the selection) come from
-the files that gpu.sh, selection_cost.py (recipes/benchmarks/) and `vlmzip bench` wrote on the GPU, the table of a CPU
-from those that `vlmzip bench --scale 1` wrote on one thread, the table of videos from the file of video_cost.py, and
-that of each method's selection from the file of selection_by_method.py. The table of docs/store.md comes from the files
-of recipes/serving/store.py. The README takes its measured table from them,
-too, the published one from vlmzip.lab.papers, the models from the results of `make conformance`, and the methods from
-the methods' files.
+with METHODS as in docs/results.md, and the table of every method on mini from the file of methods_on_mini.py
+(recipes/benchmarks/). The GPU tables of docs/results.md (speed, memory, cost of the selection) come from the files that
+gpu.sh, selection_cost.py and `vlmzip bench` wrote on the GPU, the table of a CPU from those that `vlmzip bench --scale
+1` wrote on one thread, the table of videos from the file of video_cost.py, and that of each method's selection from the
+file of selection_by_method.py. The table of docs/store.md comes from the files of recipes/serving/store.py. The README
+takes its measured table from them, too, the published one from vlmzip.lab.papers, the models from the results of `make
+conformance`, and the methods from the methods' files.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import csv
 import difflib
 import sys
 from itertools import product
-from math import log
+from math import log, sqrt
 from pathlib import Path
 
 from vlmzip import outline
@@ -52,6 +52,8 @@ ACTS = {"pixels": "on the pixels", "encoder": "inside the vision encoder", "in_l
 READS = ("the visual tokens", "the encoder's attention", "the question")
 PLACES = ("on the pixels", "inside the vision encoder", "before the LLM", "inside the LLM", "on videos")
 GROUPS = [*product(PLACES, READS), ("at several places", "what its parts read")]
+#: The simplest methods, by the letter that marks a method that beats them.
+SIMPLEST = {"r": "random_tokens", "p": "pool2d", "k": "kmeans"}
 PAPERS = ROOT / "src" / "vlmzip" / "lab" / "papers"
 
 
@@ -76,8 +78,61 @@ def score(row: dict[str, str]) -> str:
     if not row["score"]:
         return NOTHING
     shown = f"{float(row['score']):.1f} ± {(float(row['high']) - float(row['low'])) / 2:.1f}"
-    reached, wanted = float(row["reached"]), float(row["budget"].rstrip("%")) / 100
-    return shown if abs(reached - wanted) <= NEAR * wanted else f"{shown} ({reached:.1%})"
+    return f"{shown} ({float(row['reached']):.1%})" if misses(row) else shown
+
+
+def every_method_table(rows: list[dict[str, str]]) -> list[str]:
+    """Return methods with their settings and positions down, budgets across. Cells have the accuracy in percent.
+
+    ± are 1.96 standard errors. Letters mark the simplest methods that a method beats at the same budget.
+    """
+    plain = next(row for row in rows if row["method"] == PLAIN)
+    rows = [row for row in rows if row is not plain]
+    budgets = list(dict.fromkeys(row["budget"] for row in rows))
+    lines = [f"| method | positions | {' | '.join(budgets)} |", "| --- " * (len(budgets) + 2) + "|"]
+    lines.append(f"| `{PLAIN}`, all tokens | | {accuracy(plain)} |" + " |" * (len(budgets) - 1))
+    for method, setting, positions in sorted({(row["method"], row["setting"], row["positions"]) for row in rows}):
+        name = f"{method}({setting.replace(' ', ', ')})" if setting else method
+        cells = []
+        for budget in budgets:
+            at = [row for row in rows if row["budget"] == budget and row.get("accuracy")]
+            (row,) = [r for r in at if (r["method"], r["setting"], r["positions"]) == (method, setting, positions)] or [
+                {}
+            ]
+            shown = accuracy(row) if row else NOTHING
+            cells.append(shown if not row or misses(row) else shown + beaten(row, at))
+        lines.append(f"| `{name}` | {positions} | {' | '.join(cells)} |")
+    return lines
+
+
+def accuracy(row: dict[str, str]) -> str:
+    shown = f"{float(row['accuracy']):.1f} ± {1.96 * float(row['standard_error']):.1f}"
+    return f"{shown} ({float(row['reached']):.1%})" if misses(row) else shown
+
+
+def misses(row: dict[str, str]) -> bool:
+    """Return whether the tokens really kept miss the budget by more than a twentieth of it."""
+    wanted = float(row["budget"].rstrip("%")) / 100
+    return abs(float(row["reached"]) - wanted) > NEAR * wanted
+
+
+def beaten(row: dict[str, str], rows: list[dict[str, str]]) -> str:
+    """Return the letters of the simplest methods that a method beats, among rows with the same budget.
+
+    A method beats another one if it is ahead by two standard errors of the paired difference. Each of the simplest
+    methods has its default settings and its better positions. One that misses the budget is not compared.
+    """
+    letters = ""
+    for letter, name in SIMPLEST.items():
+        rivals = [r for r in rows if r["method"] == name and not r["setting"] and not misses(r)]
+        if row["method"] == name or not rivals:
+            continue
+        rival = max(rivals, key=lambda r: float(r["accuracy"]))
+        differences = [int(a) - int(b) for a, b in zip(row["right"], rival["right"], strict=True)]
+        mean = sum(differences) / len(differences)
+        error = sqrt(sum((each - mean) ** 2 for each in differences)) / len(differences)
+        letters += letter * (mean > 2 * error)
+    return f" {letters}" if letters else ""
 
 
 def speed_table(runs: list[dict[str, list[dict[str, str]]]], scope: str) -> list[str]:
@@ -332,6 +387,7 @@ def tables(folder: Path) -> dict[str, dict[str, list[str]]]:
     }
     study = study_table(read(folder / "mini-study.csv"))
     results = {"results": study, "selection on videos": video_table(videos), **gpu}
+    results["every method on mini"] = every_method_table(read(folder / "methods-on-mini.csv"))
     results["selection of each method"] = methods_cost_table(read(folder / "selection-by-method.csv"))
     results["full width on a CPU"] = cpu_table(bench_runs(folder, CPU))
     pages = {"README.md": readme, "docs/results.md": results}

@@ -32,6 +32,15 @@ BLOCKS = ("selection on a GPU", "prefill on a GPU", "first token on a GPU", "mem
 ON_VIDEOS = "selection on videos"
 ON_A_CPU = "full width on a CPU"
 OF_EACH = "selection of each method"
+ON_MINI = "every method on mini"
+#: Of methods_on_mini.py: which of 16 questions each method answers rightly at 25 %.
+RIGHT = {
+    ("no_compression", "contiguous"): "1" * 16,
+    ("kmeans", "contiguous"): "1" * 12 + "0" * 4,
+    ("kmeans", "original"): "1" * 14 + "0" * 2,
+    ("random_tokens", "original"): "1" * 6 + "0" * 10,
+    ("scope", "contiguous"): "1" * 13 + "0" * 3,
+}
 #: Of selection_by_method.py, a row for each method, setting, budget and size.
 SELECTION = {"method": "evs", "setting": "", "keep": "a ninth", "note": ""}
 UNMEASURED = {"milliseconds": "", "peak_mib": "", "time_over_encoder_of_input": ""}
@@ -51,7 +60,7 @@ def root(tmp_path):
     with (results / "mini-study.csv").open("w", newline="") as file:
         csv.writer(file).writerows([COLUMNS, *STUDY])
     (tmp_path / "docs").mkdir()
-    blocks = (f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in (*BLOCKS, ON_VIDEOS, ON_A_CPU, OF_EACH))
+    blocks = (f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in (*BLOCKS, ON_VIDEOS, ON_A_CPU, OF_EACH, ON_MINI))
     study = "above\n\n<!-- results -->\nold\n<!-- end of results -->\n\nbelow\n"
     (tmp_path / "docs" / "results.md").write_text(study + "".join(blocks))
     for name, changed in {"batch8": {}, "batch32": {"batch": "32"}, "eager": {"attention": "eager"}}.items():
@@ -83,6 +92,17 @@ def root(tmp_path):
     ]
     slow = {"setting": "k=2 n=3", "tokens": "1000", "note": "more than 60 s"}
     write(results / "selection-by-method.csv", [*of_each, SELECTION | UNMEASURED | slow])
+    on_mini = [
+        {
+            "budget": "100%" if method == "no_compression" else "25%", "method": method, "setting": "",
+            "positions": positions, "reached": "1.0" if method == "no_compression" else "0.2500",
+            "accuracy": f"{100 * right.count('1') / 16:.2f}", "standard_error": "10.00", "right": right,
+        }
+        for (method, positions), right in RIGHT.items()
+    ]  # fmt: skip
+    missed = [on_mini[4] | {"budget": "50%", "reached": "0.4000", "setting": "site=in_llm layer=1"}]
+    cannot = [on_mini[3] | {"budget": "50%", "accuracy": "", "standard_error": "", "reached": "", "right": ""}]
+    write(results / "methods-on-mini.csv", [*on_mini, *missed, *cannot])
     return tmp_path
 
 
@@ -114,6 +134,22 @@ def test_the_readme_has_methods_models_and_two_tables_of_numbers(tables, root):
     assert lines[measured + 3 : measured + 5] == [
         "| LLaVA-1.5-7B, 576 | 8 | 142 ms | 4.7x (5.1x) | 4.7x (5.1x) | 256 MiB | 256 MiB |",
         "<!-- end of measured -->",
+    ]
+
+
+def test_every_method_on_mini_with_the_simplest_that_it_beats(tables, root):
+    assert tables.main([], root) == 0
+    lines = (root / "docs" / "results.md").read_text().splitlines()
+    start = lines.index(f"<!-- {ON_MINI} -->")
+    assert lines[start + 1 : lines.index(f"<!-- end of {ON_MINI} -->")] == [
+        "| method | positions | 25% | 50% |",
+        "| --- | --- | --- | --- |",
+        "| `no_compression`, all tokens | | 100.0 ± 19.6 | |",
+        "| `kmeans` | contiguous | 75.0 ± 19.6 r | — |",
+        "| `kmeans` | original | 87.5 ± 19.6 r | — |",
+        "| `random_tokens` | original | 37.5 ± 19.6 | — |",
+        "| `scope` | contiguous | 81.2 ± 19.6 r | — |",
+        "| `scope(site=in_llm, layer=1)` | contiguous | — | 81.2 ± 19.6 (40.0%) |",
     ]
 
 
