@@ -10,9 +10,9 @@ with METHODS as in docs/results.md, and the table of every method on mini from t
 (recipes/benchmarks/). The GPU tables of docs/results.md (speed, memory, cost of the selection) come from the files that
 gpu.sh, selection_cost.py and `vlmzip bench` wrote on the GPU, the table of a CPU from those that `vlmzip bench --scale
 1` wrote on one thread, the table of videos from the file of video_cost.py, and that of each method's selection from the
-file of selection_by_method.py. The table of docs/store.md comes from the files of recipes/serving/store.py. The README
-takes its measured table from them, too, the published one from vlmzip.lab.papers, the models from the results of `make
-conformance`, and the methods from the methods' files.
+file of selection_by_method.py. The table of docs/store.md comes from the files of recipes/serving/store.py, that of
+docs/vllm.md from the file of vllm_speed.py. The README takes its measured table from them, too, the published one from
+vlmzip.lab.papers, the models from the results of `make conformance`, and the methods from the methods' files.
 """
 
 import argparse
@@ -338,6 +338,23 @@ def cost_cell(row: dict[str, str] | None) -> str:
     return f"{float(row['time_over_encoder_of_input']):.2%} / {float(row['peak_mib']):,.0f} MiB"
 
 
+def vllm_table(rows: list[dict[str, str]]) -> list[str]:
+    """Return methods in vLLM down, concurrency across: requests/s and time to the first token, relative to vLLM's own.
+
+    Brackets have the share of the FLOPs limit.
+    """
+    rows = [row for row in rows if row["method"] != "stock"]
+    levels = list(dict.fromkeys(row["concurrency"] for row in rows))
+    head = ["method", *(f"requests/s at {level}" for level in levels), *(f"first token at {level}" for level in levels)]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for method in dict.fromkeys(row["method"] for row in rows):
+        of = {row["concurrency"]: row for row in rows if row["method"] == method}
+        cells = [f"{float(of[n]['ratio']):.1f}x ({float(of[n]['share_of_limit']):.0%})" for n in levels]
+        cells += [f"{float(of[n]['ttft_ratio']):.1f}x sooner" for n in levels]
+        lines.append(f"| `{method}` | {' | '.join(cells)} |")
+    return lines
+
+
 def ends(row: dict[str, str], name: str) -> str:
     return f"{float(row[f'{name}_q1']):.2f} to {float(row[f'{name}_q3']):.2f}"
 
@@ -393,6 +410,8 @@ def tables(folder: Path) -> dict[str, dict[str, list[str]]]:
     pages = {"README.md": readme, "docs/results.md": results}
     if stores := [row for path in sorted(folder.glob("store-*.csv")) for row in read(path)]:
         pages["docs/store.md"] = {"store": store_table(stores)}
+    if speeds := [row for path in sorted(folder.glob("vllm-speed-*.csv")) for row in read(path)]:
+        pages["docs/vllm.md"] = {"speed in vLLM": vllm_table(speeds)}
     return pages
 
 

@@ -153,6 +153,17 @@ def test_every_method_on_mini_with_the_simplest_that_it_beats(tables, root):
     ]
 
 
+def test_speed_in_vllm_by_concurrency(tables):
+    row = {"method": "stock", "concurrency": "1", "ratio": "1.0", "share_of_limit": "1.0", "ttft_ratio": "1.0"}
+    zipped = row | {"method": "visionzip(keep=64)", "ratio": "5.683", "share_of_limit": "0.8346", "ttft_ratio": "5.71"}
+    busy = {"concurrency": "16", "ratio": "6.1", "share_of_limit": "0.9", "ttft_ratio": "4.6"}
+    assert tables.vllm_table([row, zipped, row | busy, zipped | busy]) == [
+        "| method | requests/s at 1 | requests/s at 16 | first token at 1 | first token at 16 |",
+        "| --- | --- | --- | --- | --- |",
+        "| `visionzip(keep=64)` | 5.7x (83%) | 6.1x (90%) | 5.7x sooner | 4.6x sooner |",
+    ]
+
+
 def test_models_are_grouped_by_the_methods_that_work(tables):
     def checked(folder, **statuses):
         cells = {method: {"image": [statuses.get(method, "works"), ""]} for method in ("kmeans", "visionzip", "fastv")}
