@@ -16,6 +16,7 @@ STAND_INS = {
     "photo.jpg": "examples/first.png",
     "FOLDER": "other_photos",
     "$(cat examples/cluttered.txt)": (ROOT / "examples" / "cluttered.txt").read_text().strip(),
+    "--calibrate-on other_photos --model": "--calibrate-on other_photos --methods visionzip,dfmr --model",
     "--max-prefill-ms 60": "--max-prefill-ms 6000 --methods visionzip",
 }
 LIMITED = ("eval", "study", "tune")
