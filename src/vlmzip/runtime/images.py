@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from vlmzip.errors import UserError
+from vlmzip.errors import UserError, alternatives
 
 #: The formats in common use. Pillow knows others, whose decoders start programs or are rarely used.
 COMMON_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -70,14 +70,9 @@ def decode(content: bytes, name: str, formats: tuple[str, ...]) -> Image.Image:
         try:
             opened = Image.open(io.BytesIO(content), formats=formats)
         except UnidentifiedImageError:
-            raise ImageError(f"{name} is not a {in_words(formats)} image") from None
+            raise ImageError(f"{name} is not a {alternatives(formats)} image") from None
         with opened:
             return _finished(opened, name)
-
-
-def in_words(formats: tuple[str, ...]) -> str:
-    """Return the names of formats for a message, such as "PNG, JPEG or BMP"."""
-    return f"{', '.join(formats[:-1])} or {formats[-1]}"
 
 
 def _name_of(image: Image.Image) -> str:

@@ -1,14 +1,11 @@
 """Run a server with the playground, and send its page's form as a browser does."""
 
 import json
-import threading
-import time
 from contextlib import contextmanager
 
 import httpx
-import uvicorn
 
-from tests.serving.server.running import QUESTION, engine_of
+from tests.serving.server.running import QUESTION, engine_of, running_app
 from vlmzip.mini.examples import asked
 from vlmzip.serving.playground.examples import Example
 from vlmzip.serving.playground.mount import mount
@@ -25,16 +22,8 @@ def serving_page(loaded, settings=None, examples=EXAMPLES):
     engine = engine_of(loaded, settings)
     app = create_app(engine, settings)
     mount(app, engine, settings, examples)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=1))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", app
-    finally:
-        server.should_exit = True
-        thread.join()
+    with running_app(app) as address:
+        yield address, app
 
 
 def submit(address, url, names, question=QUESTION, keep=48, session="visitor"):

@@ -22,7 +22,13 @@ QUESTION = "what color is the ring ?"
 @contextmanager
 def serving(engine, settings, metrics=None):
     """Yield the address of a server."""
-    app = create_app(engine, settings, metrics)
+    with running_app(create_app(engine, settings, metrics)) as address:
+        yield address
+
+
+@contextmanager
+def running_app(app):
+    """Yield the address of a server with an application."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run)
     thread.start()

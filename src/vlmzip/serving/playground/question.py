@@ -16,11 +16,11 @@ from PIL import Image
 from pydantic import ValidationError
 
 from vlmzip.compressor import Profile
-from vlmzip.errors import UserError, refusing
+from vlmzip.errors import UserError, alternatives, refusing
 from vlmzip.models import FAMILIES
 from vlmzip.models.family import Family
 from vlmzip.processor import InputDict
-from vlmzip.runtime.images import COMMON_FORMATS, in_words
+from vlmzip.runtime.images import COMMON_FORMATS
 from vlmzip.runtime.prompt_text import special_tokens, unknown_words, visual_prompt
 from vlmzip.runtime.videos import (
     BYTES_PER_PIXEL,
@@ -99,7 +99,7 @@ class Reader:
         elif url[:11].lower() == "data:image/":
             asked = self._image(url, question)
         else:
-            raise UserError(f"the file is not an image; give {in_words(COMMON_FORMATS)}")
+            raise UserError(f"the file is not an image; give {alternatives(COMMON_FORMATS)}")
         return replace(asked, note=self._note(question))
 
     def _note(self, question: str) -> str:

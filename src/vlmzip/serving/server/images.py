@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from vlmzip.errors import UserError
-from vlmzip.runtime.images import COMMON_FORMATS, in_words, load_image
+from vlmzip.errors import UserError, alternatives
+from vlmzip.runtime.images import COMMON_FORMATS, load_image
 from vlmzip.serving.server.errors import RequestError
 from vlmzip.serving.server.fetch import Left, fetch
 from vlmzip.serving.server.settings import Settings
@@ -78,7 +78,7 @@ def _open(content: bytes, name: str) -> Image.Image:
         message = f"{name} would unpack to more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale it down"
         raise RequestError(message, code="image_too_large", param="messages") from None
     except Exception:  # Pillow's plugins raise many types
-        message = f"{name} is not an image; send {in_words(COMMON_FORMATS)}"
+        message = f"{name} is not an image; send {alternatives(COMMON_FORMATS)}"
         raise RequestError(message, code="invalid_image", param="messages") from None
     # Inside a scan, no other byte follows 0xFF than 0 and those of restarts, so this counts scans.
     if image.format == "JPEG" and content.count(b"\xff\xda") > MOST_SCANS:

@@ -10,9 +10,9 @@ from typing import Any
 
 from PIL import Image
 
-from vlmzip.errors import UserError
+from vlmzip.errors import UserError, alternatives
 from vlmzip.files import is_folder
-from vlmzip.runtime.images import COMMON_FORMATS, ImageError, check_file, decode, in_words, shortened
+from vlmzip.runtime.images import COMMON_FORMATS, ImageError, check_file, common_suffixes, decode, shortened
 
 log = logging.getLogger(__name__)
 
@@ -25,17 +25,17 @@ def image_names(folder: Path) -> list[str]:
     """
     if not is_folder(folder):
         raise UserError(f"there is no folder {str(folder)!r}; give a folder of images")
-    format_of = Image.registered_extensions()
+    known, common = Image.registered_extensions(), common_suffixes()
     names: list[str] = []
     others: list[str] = []
     for path in folder.rglob("*"):
         below, suffix = path.relative_to(folder), path.suffix.lower()
-        if suffix in format_of and not any(part.startswith(".") for part in below.parts) and path.is_file():
-            (names if format_of[suffix] in COMMON_FORMATS else others).append(below.as_posix())
+        if suffix in known and not any(part.startswith(".") for part in below.parts) and path.is_file():
+            (names if suffix in common else others).append(below.as_posix())
     if not names:
-        raise UserError(f"there are no images in {str(folder)!r}; give {in_words(COMMON_FORMATS)} files")
+        raise UserError(f"there are no images in {str(folder)!r}; give {alternatives(COMMON_FORMATS)} files")
     if others:
-        log.warning(f"encode takes {in_words(COMMON_FORMATS)} files; others are left out, such as {min(others)!r}")
+        log.warning(f"encode takes {alternatives(COMMON_FORMATS)} files; others are left out, such as {min(others)!r}")
     for name in names:
         try:
             name.encode()
