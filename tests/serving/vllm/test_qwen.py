@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 import vlmzip
 from tests.serving.vllm import qwen
@@ -13,6 +14,7 @@ from vlmzip.methods import KMeans
 
 pytest.importorskip("vllm")
 
+from vlmzip.serving.vllm import encoder
 from vlmzip.serving.vllm import processor as processor_module
 
 NEAR = 1e-4
@@ -30,6 +32,16 @@ METHODS = [
     "evs(keep=40%)", "vidcom2(keep=50%)", "visionzip(keep=20)+divprune(keep=7,site=post_projector)",
 ]  # fmt: skip
 
+#: Grids that DFMR can pool, with and without detail.
+BY_CONTENT = [
+    Asked("w5w6", image(4, 6, 6), "w7w8"),
+    Asked("w5", Image.new("RGB", (48, 48), "teal"), "w7"),
+    Asked(
+        "w5", video(4, frames=3, rows=4, cols=6), "w7", image(5, 6, 4), "w8", video(5, frames=2, rows=6, cols=4), "w9"
+    ),
+    *ASKED,
+]
+DFMR = "dfmr(tau=0.5)"
 CONTIGUOUS = "visionzip(keep=12,positions=contiguous)"
 #: All engines. One that ends would end what it shares with the others in this process.
 STARTED = []
@@ -70,6 +82,12 @@ def small(start_qwen):
     return start_qwen(CONTIGUOUS, max_num_batched_tokens=24, max_num_seqs=4)
 
 
+@pytest.fixture(scope="module")
+def by_content(start_qwen):
+    """An engine that takes a prompt in several chunks, whose processor can run the vision encoder."""
+    return start_qwen("prumerge", max_num_batched_tokens=24, max_num_seqs=4)
+
+
 def assert_same(some, others):
     """Assert that prompts and answers are equal, and that the log-probabilities of their tokens are near."""
     assert [each[:2] for each in some] == [each[:2] for each in others]
@@ -103,6 +121,44 @@ def test_prompts_in_chunks_with_budgets_of_requests(name, small):
     assert_same(
         of_vllm(small, asked, compressors), [expected[which][number // 2] for number, which in enumerate(chosen)]
     )
+
+
+@pytest.mark.parametrize("compressor", ["prumerge", DFMR, "adaptive_visionzip(tau=0.5)", "prumerge(keep=9)"])
+def test_answers_are_those_of_the_facade_where_the_image_decides_the_count(name, by_content, compressor):
+    expected = of_facade(name, BY_CONTENT, compressor)
+    for _ in range(2):  # the second time with the tokens of the processor's cache
+        assert_same(of_vllm(by_content, BY_CONTENT, compressor), expected)
+        by_content.reset_prefix_cache()
+        by_content.llm_engine.reset_encoder_cache()
+
+
+def test_detail_decides_the_count(name, by_content):
+    detailed, plain = (count for count, *_ in of_vllm(by_content, BY_CONTENT[:2], DFMR))
+    assert detailed > plain + 20
+
+
+def test_images_that_the_processor_encoded_stand_beside_others(name, by_content):
+    budgets = ["prumerge", DFMR, "divprune(keep=11)"]
+    expected = [of_facade(name, BY_CONTENT, budget) for budget in budgets]
+    chosen = [number % 3 for number in range(2 * len(BY_CONTENT))]
+    asked = [BY_CONTENT[number // 2] for number in range(len(chosen))]
+    compressors = [None if number == 0 else budgets[number] for number in chosen]
+    assert_same(
+        of_vllm(by_content, asked, compressors), [expected[which][number // 2] for number, which in enumerate(chosen)]
+    )
+
+
+def test_contiguous_positions_and_pixels_that_vllm_normalises_in_its_processor(name, start_qwen):
+    compressor = "adaptive_visionzip(tau=0.5,positions=contiguous)"
+    engine = start_qwen(compressor, mm_device_do_normalize=False)
+    assert_same(of_vllm(engine, BY_CONTENT), of_facade(name, BY_CONTENT, compressor))
+
+
+def test_the_processor_loads_nothing_of_the_llm_but_a_norm(name, by_content):
+    of_vllm(by_content, BY_CONTENT[:1])
+    for family in (each for loaded in encoder._encoders.values() for each in loaded.families.values()):
+        loaded = {key for key, value in family.model.named_parameters() if value.device.type != "meta"}
+        assert {key for key in loaded if "visual." not in key} == {"model.language_model.norm.weight"}
 
 
 def test_prefixes_are_cached_apart_for_each_setting(name, engine):
@@ -147,7 +203,7 @@ BAD = [
     (Asked("w5w6", image(1), "w7"), "pixelprune", "acts at site 'pixels'"),
     (Asked("w5w6", image(1), "w7"), "downsample(keep=25%)", "max_pixels"),
     (Asked("w5w6", image(1), "w7"), "fastv(keep=9)", "acts at site 'in_llm'"),
-    (Asked("w5w6", image(1), "w7"), "adaptive_visionzip", "keeps depends on the image"),
+    (Asked("w5w6", image(1), "w7"), "adaptive_visionzip", "needs the vision encoder in the processor"),
     (Asked("w5w6", image(1), "w7"), "zoo_prune(keep=9)", "does not map each token by itself"),
     (Asked("w5w6", image(1), "w7"), "divprune(keep=-1)", "keep"),
 ]

@@ -177,8 +177,8 @@ def resolved_for_qwen(compressor):
     return config
 
 
-def test_positions_can_be_original_in_qwen():
-    compressor = "visionzip(keep=64,positions=original)"
+@pytest.mark.parametrize("compressor", ["visionzip(keep=64,positions=original)", "adaptive_visionzip"])
+def test_positions_can_be_original_in_qwen(compressor):
     assert spec.read(resolved_for_qwen(compressor).hf_config.vlmzip) == spec.read(compressor)
 
 
@@ -191,7 +191,6 @@ def test_positions_can_be_original_in_qwen():
             "zoo_prune cannot run here: the projector of this model does not map each token by itself",
         ),
         ("fastv(keep=64)", "acts at site 'in_llm'"),
-        ("adaptive_visionzip", "keeps depends on the image"),
     ],
 )
 def test_what_qwen_cannot_run_is_refused_with_the_reason(compressor, reason):
@@ -209,10 +208,13 @@ def test_the_copy_of_a_checked_config_for_the_llm_is_not_checked_again():
         start.resolve(unchecked, {QWEN: f"{__name__}:StandIn"}, "0.32.0")
 
 
-def test_counts_by_content_are_refused_where_tokens_keep_positions():
+@pytest.mark.parametrize(
+    ("compressor", "of_images", "of_patches"),
+    [("adaptive_visionzip", True, True), ("prunesid(keep=9)", False, False), ("prumerge(keep=9)", True, False)],
+)
+def test_the_encoder_runs_in_the_processor_for_counts_by_content_and_signals_that_the_engine_lacks(
+    compressor, of_images, of_patches
+):
     profile = Profile(Grid(1, 8, 8), 4)
-    by_content, by_shapes = spec.read("adaptive_visionzip"), spec.read("prunesid(keep=9)")
-    assert setting.needs_processor(by_content, profile)
-    assert not setting.needs_processor(by_shapes, profile, setting.PATCHES)
-    with pytest.raises(UserError, match="keeps depends on the image"):
-        setting.needs_processor(by_content, profile, setting.PATCHES)
+    for traits, expected in ((setting.DEFAULT, of_images), (setting.PATCHES, of_patches)):
+        assert setting.needs_processor(spec.read(compressor), profile, traits) == expected

@@ -12,8 +12,6 @@ import threading
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 from transformers import AutoModelForImageTextToText
 from transformers.utils import logging
 
@@ -22,7 +20,7 @@ from vlmzip.errors import refusing
 from vlmzip.models import family_of
 from vlmzip.models.family import Family, Modality
 from vlmzip.processor import Inputs
-from vlmzip.serving.vllm.engine import batch_of_one, compressed
+from vlmzip.serving.vllm.engine import Remaining, batch_of_one, compressed
 
 
 class Encoder:
@@ -44,20 +42,20 @@ class Encoder:
                 )
         finally:
             logging.set_verbosity(verbosity)
-        model.get_input_embeddings().to("meta")  # words are the engine's
+        for words in (model.get_input_embeddings(), model.get_output_embeddings()):
+            words.to("meta")  # they are the engine's
         self._lock = threading.Lock()
         self.families: dict[Modality, Family] = {each.modality: each for each in family_of(model.eval()).modalities}
 
     @torch.no_grad()
-    def features(self, modality: Modality, inputs: Inputs, compressor: Compressor) -> list[Float[Tensor, "_ llm_dim"]]:
+    def remaining(self, modality: Modality, inputs: Inputs, compressor: Compressor) -> list[Remaining]:
         """Return the projected tokens that remain of each image."""
         family = self.families[modality]
-        image_inputs = {name: inputs[name] for name in family.image_inputs if inputs.get(name) is not None}
-        parts = [image_inputs]
-        if isinstance(pixels := image_inputs[family.image_inputs[0]], list):  # videos whose numbers of frames differ
-            parts = [batch_of_one({name: image_inputs[name][n] for name in image_inputs}) for n in range(len(pixels))]
+        parts = [inputs]
+        if isinstance(pixels := inputs[family.image_inputs[0]], list):  # videos whose numbers of frames differ
+            parts = [batch_of_one({name: inputs[name][n] for name in inputs}) for n in range(len(pixels))]
         with self._lock:  # a family records the outputs of its modules
-            return [image.features for part in parts for image in compressed(family, part, compressor)]
+            return [image for part in parts for image in compressed(family, part, compressor)]
 
 
 _encoders: dict[tuple[object, ...], Encoder] = {}

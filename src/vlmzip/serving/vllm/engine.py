@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -20,7 +21,8 @@ from vlmzip.models.family import Family
 from vlmzip.models.recording import Recording
 from vlmzip.models.towers.tower import Attention, Tower
 from vlmzip.processor import InputDict, Inputs
-from vlmzip.runtime.report import CompressedImage, Stopwatch
+from vlmzip.runtime.inputs import positions_of
+from vlmzip.runtime.report import Stopwatch
 from vlmzip.runtime.stages import compress_images
 from vlmzip.visual_tokens import Grid, Projector, Signal
 
@@ -140,13 +142,22 @@ class InEngine(Family):
         return project
 
 
-def compressed(
-    family: Family, inputs: Inputs, compressor: Compressor, *, ascending: bool = False
-) -> list[CompressedImage]:
-    """Return the projected tokens that remain of each image. `ascending`: in the order of their places."""
+@dataclass(frozen=True)
+class Remaining:
+    """The projected tokens that remain of an image or video."""
+
+    features: Float[Tensor, "tokens dim"]
+    """The features of each token, and behind them those that layers of the LLM add to it (deepstack)."""
+    places: Int[Tensor, " tokens"]
+    """The 0-based index, for each token, of the image's placeholder whose position it takes."""
+
+
+def compressed(family: Family, inputs: Inputs, compressor: Compressor) -> list[Remaining]:
+    """Return the projected tokens that remain of each image, in ascending order of places if they keep positions."""
     watch = Stopwatch(torch.device("cpu"))  # its times are not read
-    images, _ = compress_images(family, inputs, compressor, watch, None, ascending=ascending)
-    return images
+    original = positions_of(compressor, family) == "original"
+    images, _ = compress_images(family, inputs, compressor, watch, None, ascending=original)
+    return [Remaining(torch.cat([image.features, *image.streams], -1), torch.tensor(image.places)) for image in images]
 
 
 def of_images(inputs: Inputs, start: int, end: int) -> dict[str, Any]:

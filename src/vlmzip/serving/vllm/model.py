@@ -17,10 +17,9 @@ from vlmzip.compressor import Compressor
 from vlmzip.methods import RandomTokens
 from vlmzip.models.family import Family
 from vlmzip.processor import Inputs
-from vlmzip.runtime.report import CompressedImage
 from vlmzip.serving.vllm import setting
-from vlmzip.serving.vllm.engine import batch_of_one, compressed, of_images
-from vlmzip.serving.vllm.processor import features_of, field_of
+from vlmzip.serving.vllm.engine import Remaining, batch_of_one, compressed, of_images
+from vlmzip.serving.vllm.processor import features_of, field_of, places_of
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -57,34 +56,31 @@ class CompressingModel(nn.Module):
         """Return the remaining tokens of each image, in order. Precomputed embeddings stay as they are."""
         if self.compresses:
             for family in self.families:
-                if (features := kwargs.pop(features_of(family.modality), None)) is not None:
-                    return list(features)
                 if (text := kwargs.pop(field_of(family.modality), None)) is not None:
                     with gpu_sync_allowed():  # methods read numbers from the GPU
-                        return self._compressed(family, kwargs, setting.from_tensor(text))
+                        return self._rows(family, kwargs, read(setting.from_tensor(text)))
         return super().embed_multimodal(**kwargs)  # type: ignore[misc]
 
-    def _compressed(self, family: Family, kwargs: Inputs, text: str) -> list[Tensor]:
-        return [image.features for image in self.compressed(family, kwargs, read(text))]
+    def _rows(self, family: Family, kwargs: Inputs, compressor: Compressor) -> list[Tensor]:
+        """Return for each image a row for each placeholder in the prompt."""
+        return [image.features for image in self.remaining(family, kwargs, compressor)]
 
-    def compressed(
-        self, family: Family, kwargs: Inputs, compressor: Compressor, *, ascending: bool = False
-    ) -> list[CompressedImage]:
-        """Return the remaining tokens of each image, projected. `ascending`: in the order of their places."""
+    def remaining(self, family: Family, kwargs: Inputs, compressor: Compressor) -> list[Remaining]:
+        """Return the projected tokens that remain of each image. The processor may have encoded and compressed it."""
+        if (features := kwargs.get(features_of(family.modality))) is not None:
+            return [Remaining(*both) for both in zip(features, kwargs[places_of(family.modality)], strict=True)]
         inputs = {name: kwargs[name] for name in family.image_inputs if kwargs.get(name) is not None}
         parts = self._parts(family, inputs)
-        return [image for part in parts for image in self._part(family, part, compressor, ascending=ascending)]
+        return [image for part in parts for image in self._part(family, part, compressor)]
 
-    def _part(
-        self, family: Family, inputs: Inputs, compressor: Compressor, *, ascending: bool
-    ) -> Sequence[CompressedImage]:
+    def _part(self, family: Family, inputs: Inputs, compressor: Compressor) -> Sequence[Remaining]:
         """Return the remaining tokens of images of one call.
 
         An error here would end the engine for all requests. So if the compressor raises one, each image keeps random
         tokens, as many as its prompt has placeholders for.
         """
         try:
-            return compressed(family, inputs, compressor, ascending=ascending)
+            return compressed(family, inputs, compressor)
         except torch.OutOfMemoryError:
             raise
         except Exception:
@@ -92,7 +88,7 @@ class CompressingModel(nn.Module):
         images = []
         for number, count in enumerate(setting.counts(family.layouts(inputs), compressor)):
             image = self._image(family, inputs, number)
-            images += compressed(family, image, RandomTokens(keep=count), ascending=ascending)
+            images += compressed(family, image, RandomTokens(keep=count, positions=compressor.positions))
         return images
 
     def _image(self, family: Family, inputs: Inputs, number: int) -> Inputs:

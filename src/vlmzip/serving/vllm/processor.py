@@ -47,6 +47,11 @@ def features_of(modality: Modality) -> str:
     return f"{KEY}_{modality}_features"
 
 
+def places_of(modality: Modality) -> str:
+    """Return the name of the model input with the placeholders whose positions these tokens take."""
+    return f"{KEY}_{modality}_places"
+
+
 class CompressingProcessor(BaseMultiModalProcessor):
     """A mixin for a processor of vLLM. It goes before the stock class.
 
@@ -118,12 +123,19 @@ class CompressingProcessor(BaseMultiModalProcessor):
                 continue
             if self._needs_encoder(compressor):
                 encoder = encoder_of(self.info.ctx.model_config)
-                features = encoder.features(family.modality, processed, compressor)
-                processed[features_of(family.modality)] = features
+                images = encoder.remaining(family.modality, self.encoder_inputs(family, processed), compressor)
+                processed[features_of(family.modality)] = [image.features for image in images]
+                processed[places_of(family.modality)] = [image.places for image in images]
                 del processed[pixels]
-            else:
-                processed[field_of(family.modality)] = setting.to_tensor(str(hf_kwargs[KEY]))
+            processed[field_of(family.modality)] = setting.to_tensor(str(hf_kwargs[KEY]))
         return processed
+
+    def encoder_inputs(self, family: Family, processed: InputDict) -> InputDict:
+        """Return the inputs of the vision encoder of transformers, from the outputs of the processor.
+
+        Override it if they lack a step that vLLM's model does.
+        """
+        return {name: processed[name] for name in family.image_inputs if processed.get(name) is not None}
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
@@ -134,6 +146,7 @@ class CompressingProcessor(BaseMultiModalProcessor):
                 count = self.item_count(hf_inputs, family)
                 fields[field] = MultiModalFieldConfig.shared(family.modality, count, keep_on_cpu=True)
             fields[features_of(family.modality)] = MultiModalFieldConfig.batched(family.modality)
+            fields[places_of(family.modality)] = MultiModalFieldConfig.batched(family.modality, keep_on_cpu=True)
         return fields
 
     def item_count(self, hf_inputs: Mapping[str, Any], family: Family) -> int:
@@ -141,7 +154,8 @@ class CompressingProcessor(BaseMultiModalProcessor):
 
         Override it if the first of `image_inputs` does not have one entry for each.
         """
-        return len(hf_inputs[family.image_inputs[0]])
+        features = features_of(family.modality)
+        return len(hf_inputs[features if features in hf_inputs else family.image_inputs[0]])
 
     def _get_prompt_updates(
         self,

@@ -9,18 +9,20 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import MultiModalInput
+from vllm.model_executor.layers.fusion.mm_input_norm import NormParams, _load_norm_params
 from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems
 from vllm.multimodal.processing import ProcessorInputs, TimingContext
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.models.encoder_run import Batch, Run, WithStreams
 from vlmzip.models.family import Family
@@ -29,9 +31,8 @@ from vlmzip.models.towers.qwen import QwenTower
 from vlmzip.models.towers.tower import Attention
 from vlmzip.processor import InputDict, Inputs
 from vlmzip.runtime.inputs import positions_of
-from vlmzip.runtime.report import CompressedImage
 from vlmzip.serving.vllm import setting
-from vlmzip.serving.vllm.engine import InEngine
+from vlmzip.serving.vllm.engine import InEngine, Remaining
 from vlmzip.serving.vllm.model import CompressingModel, read
 from vlmzip.serving.vllm.positions import updated_positions, with_positions
 from vlmzip.serving.vllm.processor import CompressingProcessor, field_of
@@ -124,12 +125,38 @@ class QwenProcessor(CompressingProcessor):
             raise VLLMValidationError(str(error), parameter=KEY) from error
         return result
 
+    def encoder_inputs(self, family: Family, processed: InputDict) -> InputDict:
+        """Return the inputs of the vision encoder of transformers, with normalised pixels: vLLM's model does that."""
+        inputs, patches = super().encoder_inputs(family, processed), family.image_inputs[0]
+        if inputs[patches].dtype == torch.uint8:
+            config = self.info.ctx.model_config
+            inputs[patches] = normalised(inputs[patches], norm_params(config)).to(config.dtype)
+        return inputs
+
     def inputs_of(self, family: Family, item: Mapping[str, Any]) -> InputDict:
         patches, *others = family.image_inputs
         return {patches: item[patches].data} | {name: item[name].data[None] for name in others if name in item}
 
     def item_count(self, hf_inputs: Mapping[str, Any], family: Family) -> int:
         return len(hf_inputs[family.image_inputs[1]])
+
+
+_norm_params: dict[tuple[str, str | None], NormParams] = {}
+
+
+def norm_params(model_config: Any) -> NormParams:
+    """Return mean, standard deviation and scale of a checkpoint's pixels. Its files are read once."""
+    key = (model_config.model, model_config.revision)
+    if key not in _norm_params:
+        _norm_params[key] = _load_norm_params(model_config)
+    return _norm_params[key]
+
+
+def normalised(patches: UInt8[Tensor, "patches values"], params: NormParams) -> Float[Tensor, "patches values"]:
+    """Return the values of patches as vLLM's model normalises them, in float32."""
+    mean, deviation = (torch.tensor(values)[:, None] for values in (params.image_mean, params.image_std))
+    pixels = patches.unflatten(1, (len(mean), -1)) * params.rescale_factor
+    return ((pixels - mean) / deviation).flatten(1)
 
 
 def dummy_text(info: Any, mm_counts: Mapping[str, int]) -> str:
@@ -201,12 +228,11 @@ class QwenModel(CompressingModel):
             chosen.append(number)
         yield inputs if len(chosen) == len(sizes) else family.choose_images(inputs, chosen)
 
-    def _compressed(self, family: Family, kwargs: Inputs, text: str) -> list[Tensor]:
-        compressor = read(text)
+    def _rows(self, family: Family, kwargs: Inputs, compressor: Compressor) -> list[Tensor]:
         original = positions_of(compressor, family) == "original"
-        images = self.compressed(family, kwargs, compressor, ascending=original)
+        images = self.remaining(family, kwargs, compressor)
         return [
-            self._rows(image, self._span(family, item), item, original=original)
+            self._rows_of(image, self._span(family, item), item, original=original)
             for image, item in zip(images, _items(family, kwargs), strict=True)
         ]
 
@@ -218,11 +244,11 @@ class QwenModel(CompressingModel):
             return _Span(family, torch.full((count,), family.placeholder_id))
         return _Span(family, ids.data.cpu().long())
 
-    def _rows(
-        self, image: CompressedImage, span: _Span, item: Mapping[str, Any], *, original: bool
+    def _rows_of(
+        self, image: Remaining, span: _Span, item: Mapping[str, Any], *, original: bool
     ) -> Float[Tensor, "tokens dim_and_columns"]:
         """Return the rows of an image or video, with those of the text between the frames."""
-        features = torch.cat([image.features, *image.streams], -1)
+        features = image.features
         left, is_visual = span.left(image.places)
         stock: Any = super()
         if not bool(is_visual.all()):
@@ -302,13 +328,13 @@ class _Span:
         self.modality = family.modality
         self.is_visual = ids == family.placeholder_id
 
-    def left(self, places: Sequence[int]) -> tuple[Int[Tensor, " left"], Tensor]:
+    def left(self, places: Int[Tensor, " tokens"]) -> tuple[Int[Tensor, " left"], Tensor]:
         """Return which tokens of the span remain, and a mask of the visual ones among them.
 
         `places` has the placeholders that remain.
         """
         stays = ~self.is_visual
-        stays[self.is_visual.nonzero()[:, 0][list(places)]] = True
+        stays[self.is_visual.nonzero()[:, 0][places]] = True
         return stays.nonzero()[:, 0], self.is_visual[stays]
 
 

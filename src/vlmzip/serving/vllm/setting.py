@@ -41,7 +41,7 @@ ELSEWHERE_OF_PATCHES = {
     Site.PIXELS: "vLLM's own processor makes images smaller, with max_pixels in mm_processor_kwargs",
 }
 USE = "use a method before the LLM, such as visionzip, divprune, kmeans or pool2d"
-#: Signals of the last encoder layer. For LLaVA, vLLM loads the layers only up to the one that gives the features.
+#: Signals of the last encoder layer.
 OF_LAST_LAYER = frozenset({Signal.LAST_CLS_ATTENTION, Signal.LAST_KEYS})
 #: Signals of images with a common size and a projector behind the encoder, and the reason why others lack them.
 OF_IMAGES = {
@@ -58,12 +58,14 @@ class Traits:
     """True if images of any size go through the encoder as patches, which its last module joins to tokens."""
     keeps_positions: bool = False
     """True if the remaining tokens can have the positions that they have in the whole image."""
+    loads_all_layers: bool = False
+    """True if vLLM loads all layers of the vision encoder, not only those up to the one that gives the features."""
 
 
 #: A model whose inputs are images, and whose positions have one axis.
 DEFAULT = Traits()
 #: A model whose inputs are patches and whose positions have three axes.
-PATCHES = Traits(takes_patches=True, keeps_positions=True)
+PATCHES = Traits(takes_patches=True, keeps_positions=True, loads_all_layers=True)
 
 
 def of_engine(config: PreTrainedConfig) -> str | None:
@@ -140,18 +142,11 @@ def _check_grids(stages: Sequence[Compressor]) -> None:
 def needs_processor(compressor: Compressor, profile: Profile, traits: Traits = DEFAULT) -> bool:
     """Return whether the encoder must run in the processor.
 
-    It must if the number of tokens depends on what an image shows, and for signals of the encoder's last layer. Raise
-    `UserError` if it cannot, because tokens keep positions that only the engine knows.
+    It must if the number of tokens depends on what an image shows, and for signals of a layer that vLLM does not load.
     """
-    by_content = compressor.tokens_by_layer(profile) is None
-    if traits.keeps_positions:
-        if by_content:
-            raise UserError(
-                f"the number of tokens that {compressor.name()} keeps depends on the image, and vLLM must know it"
-                f" before it encodes the image: {USE}"
-            )
-        return False
-    return by_content or bool(compressor.stages()[0].needs & OF_LAST_LAYER)
+    if compressor.tokens_by_layer(profile) is None:
+        return True
+    return not traits.loads_all_layers and bool(compressor.stages()[0].needs & OF_LAST_LAYER)
 
 
 def counts(layouts: Sequence[Layout], compressor: Compressor) -> list[int]:

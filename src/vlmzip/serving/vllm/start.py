@@ -86,11 +86,9 @@ def check_model(
             f"vlmzip's plugin for vLLM does not have {', '.join(names)}; it has {', '.join(sorted(architectures))}."
             f" Start without {KEY} and without {FILE}, or use `vlmzip serve --engine hf`"
         )
-    traits = TRAITS.get(name, setting.DEFAULT)
-    setting.check(compressor, traits)
+    setting.check(compressor, TRAITS.get(name, setting.DEFAULT))
     module, _, class_name = architectures[name].partition(":")
-    family = getattr(import_module(module), class_name).family_class(config)
-    setting.needs_processor(compressor, family.profile(), traits)
+    getattr(import_module(module), class_name).family_class(config)  # it refuses vision encoders that it does not know
 
 
 def known_architecture(config: PreTrainedConfig, architectures: Mapping[str, str]) -> str | None:
