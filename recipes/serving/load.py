@@ -168,10 +168,13 @@ async def streamed(
 async def gone(client: httpx.AsyncClient, body: Body, rng: random.Random) -> None:
     """Send a request, or a part of it, and close the connection."""
     content = json.dumps(body).encode()
-    head = (
-        f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
-    )
-    _, writer = await asyncio.open_connection(client.base_url.host, client.base_url.port)
+    host, port = client.base_url.host, client.base_url.port
+    lines = [
+        f"POST {CHAT} HTTP/1.1", f"Host: {host}:{port}", "Content-Type: application/json",
+        f"Content-Length: {len(content)}", "", "",
+    ]  # fmt: skip
+    head = "\r\n".join(lines)
+    _, writer = await asyncio.open_connection(host, port)
     writer.write(head.encode() + content[: rng.choice([len(content), len(content) // 2])])
     await writer.drain()
     await asyncio.sleep(rng.uniform(0, 0.2))

@@ -9,6 +9,8 @@ from vlmzip import mini
 from vlmzip.mini.questions import MOST_NEW_TOKENS
 from vlmzip.mini.splits import test_split
 
+#: Logits of both sides differ by less than this share of the largest: float32, and sums in another order.
+NEAR_LOGITS = 1e-4
 #: Rows of the façade's batches.
 ROWS = 20
 
@@ -63,3 +65,9 @@ def of_facade(compressor, asked):
 def without_padding(row):
     model, _ = mini_model()
     return [token for token in row if token != model.config.text_config.pad_token_id]
+
+
+def assert_near_logits(some, others):
+    """Assert that the logits of all words are near, at each of the same tokens."""
+    assert some.shape == others.shape
+    torch.testing.assert_close(some, others, atol=NEAR_LOGITS * others.abs().max().item(), rtol=0)

@@ -28,6 +28,8 @@ def start():
             "max_num_batched_tokens": 2048,
             "enforce_eager": True,
             "limit_mm_per_prompt": {"image": 4},
+            "logprobs_mode": "raw_logits",  # tests compare the logits of all words
+            "max_logprobs": -1,
         }
         model = settings.pop("model", mini.weights_folder())
         return vllm.LLM(str(model), **usual | settings, hf_overrides=overrides)

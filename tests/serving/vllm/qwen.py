@@ -147,19 +147,24 @@ NEW = 6
 
 
 def of_vllm(engine, asked, compressors=None):
-    """Return for each request the number of prompt tokens, the answer and the log-probabilities of its tokens."""
+    """Return for each request the number of prompt tokens, the answer, and the logits of all words at each token."""
     from vllm import SamplingParams
 
     compressors = compressors if isinstance(compressors, list) else [compressors] * len(asked)
     requests = [each.for_vllm(compressor) for each, compressor in zip(asked, compressors, strict=True)]
-    sampling = SamplingParams(temperature=0, max_tokens=NEW, min_tokens=NEW, logprobs=0)
+    sampling = SamplingParams(temperature=0, max_tokens=NEW, min_tokens=NEW, logprobs=-1)
     outputs = engine.generate(requests, sampling, use_tqdm=False)
-    return [(len(output.prompt_token_ids), *answer(output.outputs[0])) for output in outputs]
+    return [
+        (len(output.prompt_token_ids), list(answer.token_ids), torch.stack([logits(step) for step in answer.logprobs]))
+        for output in outputs
+        for answer in output.outputs
+    ]
 
 
-def answer(output):
-    tokens = list(output.token_ids)
-    return tokens, [step[token].logprob for step, token in zip(output.logprobs, tokens, strict=True)]
+def logits(step):
+    """Return the logits of all words at a token of an answer of vLLM."""
+    assert len(step) == LLM["vocab_size"]
+    return torch.tensor([step[word].logprob for word in range(len(step))])
 
 
 def of_facade(name, asked, compressor):
@@ -181,6 +186,5 @@ def of_facade(name, asked, compressor):
             images = small.report.images if each.images or each.videos else []
             count = plain - sum(image.before - image.after for image in images)
             tokens = out.sequences[0, plain:].tolist()
-            logits = [step[0].float().log_softmax(-1) for step in out.logits]
-            answers.append((count, tokens, [step[token].item() for step, token in zip(logits, tokens, strict=True)]))
+            answers.append((count, tokens, torch.cat(out.logits).float()))
     return answers

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import vlmzip
-from tests.serving.vllm.asking import generate
+from tests.serving.vllm.asking import assert_near_logits, generate
 
 pytest.importorskip("vllm")
 
@@ -38,14 +38,16 @@ def onevision(start, tmp_path_factory):
 
 
 def of_vllm(engine, prompt, data, method):
-    """Return the length of the prompt, the first tokens of the answer, and the log-probability of the first."""
+    """Return the length of the prompt, the first tokens of the answer, and the logits of all words at the first."""
     from vllm import SamplingParams
 
     request = {"prompt": prompt, "multi_modal_data": data, "mm_processor_kwargs": {"vlmzip": method}}
-    params = SamplingParams(temperature=0, max_tokens=4, min_tokens=4, logprobs=0)
+    params = SamplingParams(temperature=0, max_tokens=4, min_tokens=4, logprobs=-1)
     (output,) = engine.generate([request], params, use_tqdm=False)
     (answer,) = output.outputs
-    return len(output.prompt_token_ids), list(answer.token_ids), answer.logprobs[0][answer.token_ids[0]].logprob
+    first = answer.logprobs[0]
+    logits = torch.tensor([first[word].logprob for word in range(len(first))])
+    return len(output.prompt_token_ids), list(answer.token_ids), logits
 
 
 def of_facade(model, processor, prompt, data, method):
@@ -54,16 +56,18 @@ def of_facade(model, processor, prompt, data, method):
     with vlmzip.attach(model, method) as small, torch.inference_mode():
         length = int(vlmzip.compress_inputs(model, inputs, method)["input_ids"].shape[1])
         tokens = small.generate(**inputs, max_new_tokens=4, min_new_tokens=4, do_sample=False)
-        logits = small(**inputs).logits[0, -1].log_softmax(-1)
-    return length, tokens[0, inputs["input_ids"].shape[1] :].tolist(), float(logits.max())
+        logits = small(**inputs).logits[0, -1]
+    return length, tokens[0, inputs["input_ids"].shape[1] :].tolist(), logits
 
 
 def check(case, prompt, data, method):
     model, processor, engine = case
-    length, tokens, probability = of_vllm(engine, prompt, data, method)
-    expected_length, expected_tokens, expected_probability = of_facade(model, processor, prompt, data, method)
+    length, tokens, logits = of_vllm(engine, prompt, data, method)
+    expected_length, expected_tokens, expected_logits = of_facade(model, processor, prompt, data, method)
     assert length == expected_length
-    assert probability == pytest.approx(expected_probability, abs=CLOSE)
+    assert_near_logits(logits, expected_logits)
+    best, expected_best = (values.log_softmax(-1).max() for values in (logits, expected_logits))
+    torch.testing.assert_close(best, expected_best, atol=CLOSE, rtol=0)
     assert tokens == expected_tokens
 
 
