@@ -59,6 +59,16 @@ def test_pixels_are_measured_in_windows_of_patches():
             assert found[row, column].item() == pytest.approx(naive.deviation(values, 24, 24, side), abs=1e-6)
 
 
+@pytest.mark.parametrize("side", [2, 3, 6])
+def test_deviations_are_those_of_torch_to_the_last_bit(side):
+    features = 10 * torch.randn(2, 2 * 12 * 12, 33) + 3
+    tokens = VisualTokens(features, Grid(2, 12, 12))
+    method = DFMR(normalize="none", max_factor=side)
+    in_windows = features.view(2, 2, 12 // side, side, 12 // side, side, 33)
+    expected = in_windows.var(dim=(3, 5), correction=0).sqrt().mean(-1).flatten(1).mean(1)
+    assert method.deviations(tokens)[:, -1].tolist() == expected.tolist()
+
+
 def test_l2_measures_directions_only():
     tokens = tokens_of()
     louder = VisualTokens(tokens.features * 7, tokens.grid, 1)

@@ -42,6 +42,38 @@ def test_attention_row_features_and_keys_equal_eager(attention, layer):
     torch.testing.assert_close(tokens.keys, by_head, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("layer", "needs", "last"),
+    [
+        (1, (), 0),
+        (-2, (Signal.CLS_ATTENTION, Signal.KEYS), 1),
+        (-1, (), 2),
+        ([1, 2], (), 1),
+        (1, (Signal.LAST_KEYS,), 2),
+    ],
+)
+def test_layers_whose_output_nobody_reads_can_be_left_out(layer, needs, last):
+    model = tiny_llava("sdpa", vision_feature_layer=layer)
+    inputs = batch(prompt("image"), prompt("image"), images=2)
+    family, ran = family_of(model), []
+    for number, block in enumerate(model.model.vision_tower.encoder.layers):
+        block.register_forward_hook(lambda *_, number=number: ran.append(number))
+
+    def encoded(early):
+        ran.clear()
+        family.leaves_encoder_early = early
+        with torch.no_grad():
+            (group,) = family.encode(inputs, Site.PRE_PROJECTOR, frozenset(needs)).groups
+        return group.tokens, list(ran)
+
+    (whole, all_layers), (tokens, layers) = encoded(False), encoded(True)
+    assert all_layers == [0, 1, 2]
+    assert layers == list(range(last + 1))
+    assert tokens.signals == whole.signals
+    for name in ("features", *whole.signals):
+        assert torch.equal(getattr(tokens, name), getattr(whole, name))
+
+
 def test_the_attention_is_far_from_uniform():
     """Otherwise the comparison above would compare constants."""
     tower = tiny_llava("eager").model.vision_tower

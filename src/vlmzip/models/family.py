@@ -151,6 +151,12 @@ class Family:
     """
     position_axes: tuple[int, ...] = ()
     """Axes of `position_ids` before batch and length: (3,) if positions are temporal, height and width."""
+    leaves_encoder_early: bool = False
+    """True if a run may end before the first encoder layer whose output nobody reads.
+
+    The encoder then does not return. Set it only if nobody has hooks that need its return: accelerate, FSDP, DeepSpeed
+    and counters of FLOPs do.
+    """
     features_as_list: bool = True
     """True if the model takes a list of features, one entry per image; False if it takes one tensor for all images."""
 

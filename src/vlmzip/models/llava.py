@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import ClassVar
 
 import torch
@@ -64,14 +64,20 @@ class Llava(Family):
             batches.append(Batch(arguments, grids, numbers))
         return batches
 
-    def run(self, batch: Batch, layers: Iterable[int]) -> Run:
+    def run(self, batch: Batch, layers: Collection[int]) -> Run:
         # `get_image_features` asks its encoder for hidden states. transformers then leaves hooks on the encoder, which
         # cannot be pickled or compiled. So run the encoder alone, and record its layers.
         outputs, called = self.tower.modules(layers) if layers else ({}, {})
-        blocks = {f"layer.{layer}": self.tower.attentions[layer].layer for layer in self._layers(batch)}
+        attentions, of_features = self.tower.attentions, self._layers(batch)
+        blocks = {f"layer.{layer}": attentions[layer].layer for layer in of_features}
+        unread = max([*of_features, *layers]) + 1  # this layer and those after it
+        stop_at = None
+        if self.leaves_encoder_early and unread < len(attentions):
+            stop_at = f"unread.{unread}"
+            called = {**called, stop_at: attentions[unread].layer}
         pixels = batch.arguments[self.image_inputs[0]]
         learns = learning(pixels, self.vision_encoder.parameters())
-        with record({**outputs, **blocks}, called) as recording, learns:
+        with record({**outputs, **blocks}, called, stop_at=stop_at) as recording, learns:
             self.run_encoder(batch)
         return Run(None, recording, None)
 

@@ -48,6 +48,18 @@ def test_a_process_loads_the_encoder_once(by_content, monkeypatch):
     assert len(loads) == 1
 
 
+@pytest.mark.parametrize(("compressor", "runs"), [(DFMR, False), ("prumerge(keep=20)", True)])
+def test_the_last_layer_runs_only_for_methods_that_read_it(by_content, compressor, runs):
+    by_content.reset_mm_cache()
+    (question,) = questions(1)
+    family = encoder.encoder_of(by_content.llm_engine.model_config).families["image"]
+    calls = []
+    hook = family.tower.attentions[-1].layer.register_forward_hook(lambda *_: calls.append(1))
+    generate(by_content, [request(question, compressor)])
+    hook.remove()
+    assert bool(calls) is runs
+
+
 def test_tiles_and_videos(start, tmp_path):
     model, processor = tiny.llava_onevision(tmp_path)
     limits = {"image": 2, "video": 2}

@@ -46,6 +46,8 @@ class Encoder:
             words.to("meta")  # they are the engine's
         self._lock = threading.Lock()
         self.families: dict[Modality, Family] = {each.modality: each for each in family_of(model.eval()).modalities}
+        for family in self.families.values():
+            family.leaves_encoder_early = True  # nobody else uses this model
 
     @torch.no_grad()
     def remaining(self, modality: Modality, inputs: Inputs, compressor: Compressor) -> list[Remaining]:
