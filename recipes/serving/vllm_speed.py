@@ -11,7 +11,11 @@ the same requests at each concurrency, each with another image, so that no cache
 next one starts. On a machine with other work, `--clock cpu` counts the seconds of this process.
 
 The limit is the ratio of the FLOPs of both, encoder, projector and the products of attention included; see
-`vlmzip.runtime.flops`. It does not count the selection, the processor and the scheduler.
+`vlmzip.runtime.flops`. It does not count the selection, the processor and the scheduler. It takes each FLOP to cost the
+same time; on a CPU, those of a large batch can cost more.
+
+The time of a request is also split into parts: the pixels of the image, the encoder, the compression, the projector,
+the LLM, and the rest.
 """
 
 from __future__ import annotations
@@ -21,11 +25,13 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 # vLLM reads these when it is imported.
 os.environ |= {
@@ -42,18 +48,23 @@ from transformers import (
     AutoTokenizer,
     CLIPImageProcessor,
     CLIPVisionConfig,
+    CLIPVisionModel,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
 )
+from transformers.models.llava import modeling_llava
 from vllm import LLM, SamplingParams, __version__
+from vllm.model_executor.models import clip, llava
+from vllm.multimodal.processing import BaseMultiModalProcessor
 
 from recipes.benchmarks import RESULTS
 from vlmzip import mini
 from vlmzip.files import write_csv
 from vlmzip.lab.machine import about, file_name
 from vlmzip.models import family_of
+from vlmzip.runtime import stages
 from vlmzip.runtime.flops import flops_inside, prefill_flops
 from vlmzip.serving.vllm.checkpoint import write_checkpoint
 
@@ -61,6 +72,17 @@ PROMPT = "USER: <image>\nwhat color is the ring left of the star ? ASSISTANT:"
 SIDE, PATCH = 336, 14
 VISUAL = (SIDE // PATCH) ** 2
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+#: The parts of a request, and the functions of vLLM, transformers and vlmzip that do their work.
+PARTS: dict[str, tuple[tuple[Any, str], ...]] = {
+    "pixels": ((BaseMultiModalProcessor, "_apply_hf_processor_main"),),
+    "encoder": ((clip.CLIPVisionModel, "forward"), (CLIPVisionModel, "forward")),
+    "compression": ((stages, "compress"),),
+    "projector": (
+        (llava.LlavaMultiModalProjector, "forward"),
+        (modeling_llava.LlavaMultiModalProjector, "forward"),
+    ),
+    "llm": ((llava.LlavaForConditionalGeneration, "forward"),),
+}
 #: The row of vLLM without the plugin's compression.
 STOCK = "stock"
 
@@ -112,6 +134,13 @@ class Run:
     peak: float = 0.0
     """The largest share of the KV cache in use."""
     prompt: int = 0
+    parts: Counter[str] = field(default_factory=Counter)
+    """The seconds of each part of all requests."""
+
+    def milliseconds(self, part: str) -> float:
+        """Return the time of a part of a request, or of the rest."""
+        seconds = self.seconds - self.parts.total() if part == "rest" else self.parts[part]
+        return 1000 * seconds / len(self.ttft)
 
 
 def requests(count: int, seed: int) -> Iterator[dict[str, object]]:
@@ -139,28 +168,50 @@ def seeing_peak(scheduler: Any, result: Run) -> Iterator[None]:
         scheduler.schedule = schedule
 
 
+@contextmanager
+def timing_parts(now: Callable[[], float], result: Run) -> Iterator[None]:
+    """Add up the time of each part."""
+
+    def timed(function: Callable[..., object], part: str) -> Callable[..., object]:
+        def call(*args: object, **kwargs: object) -> object:
+            start = now()
+            try:
+                return function(*args, **kwargs)
+            finally:  # a run of the encoder may end before its last layers
+                result.parts[part] += now() - start
+
+        return call
+
+    with ExitStack() as stack:
+        for part, functions in PARTS.items():
+            for owner, name in functions:
+                stack.enter_context(patch.object(owner, name, timed(getattr(owner, name), part)))
+        yield
+
+
 def run(engine: LLM, asked: Sequence[dict[str, object]], concurrency: int, args: argparse.Namespace) -> Run:
     """Send the requests, so many at a time, and measure."""
     inner, result, now = engine.llm_engine, Run(), CLOCKS[args.clock]
     params = SamplingParams(temperature=0, max_tokens=args.new_tokens, ignore_eos=True)
     waiting, sent, started = list(asked), {}, now()
     number = 0
-    while waiting or inner.has_unfinished_requests():
-        while waiting and len(sent) < concurrency:
-            name = f"{id(result)}-{number}"
-            sent[name] = now()
-            inner.add_request(name, waiting.pop(0), params)
-            number += 1
-        with seeing_peak(inner.engine_core.engine_core.scheduler, result):
-            outputs = inner.step()
-        for output in outputs:
-            start = sent[output.request_id]
-            if start is not None and output.outputs[0].token_ids:
-                result.ttft.append(now() - start)
-                sent[output.request_id] = None
-            if output.finished:
-                result.prompt = len(output.prompt_token_ids)
-                del sent[output.request_id]
+    with timing_parts(now, result):
+        while waiting or inner.has_unfinished_requests():
+            while waiting and len(sent) < concurrency:
+                name = f"{id(result)}-{number}"
+                sent[name] = now()
+                inner.add_request(name, waiting.pop(0), params)
+                number += 1
+            with seeing_peak(inner.engine_core.engine_core.scheduler, result):
+                outputs = inner.step()
+            for output in outputs:
+                start = sent[output.request_id]
+                if start is not None and output.outputs[0].token_ids:
+                    result.ttft.append(now() - start)
+                    sent[output.request_id] = None
+                if output.finished:
+                    result.prompt = len(output.prompt_token_ids)
+                    del sent[output.request_id]
     result.seconds = now() - started
     return result
 
@@ -201,6 +252,8 @@ def row(name: str, concurrency: int, runs: dict[str, list[Run]], engine: LLM, li
         "ttft_p95_ms": f"{1000 * ttft[int(0.95 * (len(ttft) - 1))]:.1f}",
         "ttft_ratio": f"{stock_ttft / statistics.median(ttft):.3f}",
         "peak_kv_tokens": round(max(each.peak for each in measured) * config.num_gpu_blocks * config.block_size),
+        **{f"{part}_ms": f"{statistics.median(each.milliseconds(part) for each in measured):.1f}" for part in PARTS},
+        "rest_ms": f"{statistics.median(each.milliseconds('rest') for each in measured):.1f}",
         "requests": len(measured[0].ttft),
         "rounds": args.rounds,
         "new_tokens": args.new_tokens,
@@ -256,7 +309,7 @@ def measure(folder: Path, args: argparse.Namespace) -> None:
                 runs[name].append(run(engine, asked, concurrency, args))
         for name, engine in variants.items():
             rows.append(row(name, concurrency, runs, engine, limits[name], args))
-            print(", ".join(f"{key} {value}" for key, value in list(rows[-1].items())[:11]), flush=True)
+            print(", ".join(f"{key} {value}" for key, value in list(rows[-1].items())[:17]), flush=True)
     path = args.out / file_name(
         "vllm-speed", "cpu", f"vllm{__version__}", args.dtype, f"{args.new_tokens}-new", f"{args.clock}-seconds"
     )
