@@ -146,6 +146,15 @@ def test_detail_decides_the_count(name, by_content):
     assert detailed > plain + 20
 
 
+def test_the_processor_encodes_one_image_at_a_time(by_content):
+    family = encoder.encoder_of(by_content.llm_engine.model_config).families["image"]
+    calls = []
+    handle = family.vision_encoder.register_forward_pre_hook(lambda *_: calls.append(1))
+    of_vllm(by_content, [Asked("w5", image(50), "w6", image(51, 6, 6), "w7", video(52), "w8")], DFMR)
+    handle.remove()
+    assert len(calls) == 3
+
+
 def test_images_that_the_processor_encoded_stand_beside_others(name, by_content):
     budgets = ["prumerge", DFMR, "divprune(keep=11)"]
     expected = [of_facade(name, BY_CONTENT, budget) for budget in budgets]

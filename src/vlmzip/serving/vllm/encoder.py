@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from vlmzip.errors import refusing
 from vlmzip.models import family_of
 from vlmzip.models.family import Family, Modality
 from vlmzip.processor import Inputs
-from vlmzip.serving.vllm.engine import Remaining, batch_of_one, compressed
+from vlmzip.serving.vllm.engine import Remaining, compressed
 
 
 class Encoder:
@@ -50,12 +51,9 @@ class Encoder:
             family.leaves_encoder_early = True  # nobody else uses this model
 
     @torch.no_grad()
-    def remaining(self, modality: Modality, inputs: Inputs, compressor: Compressor) -> list[Remaining]:
-        """Return the projected tokens that remain of each image."""
+    def remaining(self, modality: Modality, parts: Iterable[Inputs], compressor: Compressor) -> list[Remaining]:
+        """Return the projected tokens that remain of each image. Each part goes through the encoder in one call."""
         family = self.families[modality]
-        parts = [inputs]
-        if isinstance(pixels := inputs[family.image_inputs[0]], list):  # videos whose numbers of frames differ
-            parts = [batch_of_one({name: inputs[name][n] for name in inputs}) for n in range(len(pixels))]
         with self._lock:  # a family records the outputs of its modules
             return [image for part in parts for image in compressed(family, part, compressor)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -130,12 +130,16 @@ class CompressingProcessor(BaseMultiModalProcessor):
             processed[field_of(family.modality)] = setting.to_tensor(str(hf_kwargs[KEY]))
         return processed
 
-    def encoder_inputs(self, family: Family, processed: InputDict) -> InputDict:
-        """Return the inputs of the vision encoder of transformers, from the outputs of the processor.
+    def encoder_inputs(self, family: Family, processed: InputDict) -> Iterator[InputDict]:
+        """Yield the inputs of each call of the vision encoder of transformers, from the outputs of the processor.
 
-        Override it if they lack a step that vLLM's model does.
+        Override it if they lack a step that vLLM's model does, or if images should go through the encoder one by one.
         """
-        return {name: processed[name] for name in family.image_inputs if processed.get(name) is not None}
+        inputs = {name: processed[name] for name in family.image_inputs if processed.get(name) is not None}
+        if isinstance(pixels := inputs[family.image_inputs[0]], list):  # videos whose numbers of frames differ
+            yield from (batch_of_one({name: inputs[name][n] for name in inputs}) for n in range(len(pixels)))
+        else:
+            yield inputs
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]

@@ -125,13 +125,17 @@ class QwenProcessor(CompressingProcessor):
             raise VLLMValidationError(str(error), parameter=KEY) from error
         return result
 
-    def encoder_inputs(self, family: Family, processed: InputDict) -> InputDict:
-        """Return the inputs of the vision encoder of transformers, with normalised pixels: vLLM's model does that."""
-        inputs, patches = super().encoder_inputs(family, processed), family.image_inputs[0]
-        if inputs[patches].dtype == torch.uint8:
-            config = self.info.ctx.model_config
-            inputs[patches] = normalised(inputs[patches], norm_params(config)).to(config.dtype)
-        return inputs
+    def encoder_inputs(self, family: Family, processed: InputDict) -> Iterator[InputDict]:
+        """Yield the inputs of each image or video, with normalised pixels: vLLM's model does that.
+
+        Large images need less memory one by one, and no more time.
+        """
+        config, (patches, grids, *_) = self.info.ctx.model_config, family.image_inputs
+        for number in range(len(processed[grids])):
+            inputs = family.choose_images(processed, [number])
+            if inputs[patches].dtype == torch.uint8:
+                inputs[patches] = normalised(inputs[patches], norm_params(config)).to(config.dtype)
+            yield inputs
 
     def inputs_of(self, family: Family, item: Mapping[str, Any]) -> InputDict:
         patches, *others = family.image_inputs
