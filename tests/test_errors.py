@@ -1,9 +1,11 @@
-"""Suggestions in place of unknown names."""
+"""Suggestions in place of unknown names, and the commands that install extras."""
+
+import re
 
 import pytest
 
 from vlmzip.cli.main import COMMANDS
-from vlmzip.errors import closest
+from vlmzip.errors import closest, how_to_install
 from vlmzip.schema import describe
 from vlmzip.training.config import Config
 
@@ -45,3 +47,11 @@ NAMES = {
 def test_a_near_miss_is_named_and_a_far_one_is_not(word, names, meant):
     said = closest(word, NAMES[names])
     assert said == (f"; did you mean {meant!r}?" if meant else f"; choose one of {', '.join(sorted(NAMES[names]))}")
+
+
+@pytest.mark.parametrize("page", ["serve", "store", "vllm", "video", "evaluate", "start"])
+def test_messages_install_extras_as_the_pages_do(page, request):
+    text = (request.config.rootpath / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    extras = re.findall(r"pip install .vlmzip\[(\w+)\]", text)
+    assert extras
+    assert all(how_to_install(extra) in text for extra in extras)

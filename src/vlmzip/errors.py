@@ -10,6 +10,8 @@ from typing import TextIO
 
 #: The end of messages about models that lack something.
 ADD_A_FAMILY = "see docs/add_a_family.md"
+#: Where pip finds vlmzip.
+SOURCE = "git+https://github.com/vlmzip/vlmzip"
 #: Words of at most this many letters share letters with many names, so a near miss must share two thirds of them.
 SHORT = 4
 
@@ -79,6 +81,11 @@ def collecting_warnings() -> Iterator[list[str]]:
         warnings.simplefilter("always")
         yield texts
     texts += [str(warning.message) for warning in caught]
+
+
+def how_to_install(extra: str) -> str:
+    """Return the command that installs vlmzip with an extra."""
+    return f'pip install "vlmzip[{extra}] @ {SOURCE}"'
 
 
 def check_choice(name: str, value: object, choices: Iterable[str]) -> None:

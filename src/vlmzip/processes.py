@@ -12,7 +12,7 @@ import torch
 from filelock import BaseFileLock
 from torch import distributed
 
-from vlmzip.errors import UserError
+from vlmzip.errors import UserError, how_to_install
 from vlmzip.locks import hold
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Processes:
             try:
                 from accelerate import PartialState  # from an extra; a single process does not need it
             except ImportError:
-                raise UserError("several processes need accelerate: pip install 'vlmzip[eval]'") from None
+                raise UserError(f"several processes need accelerate: {how_to_install('eval')}") from None
             self._state = PartialState(cpu=True, timeout=PATIENCE)  # they exchange little data, never on a GPU
         return self
 

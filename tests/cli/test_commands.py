@@ -14,6 +14,7 @@ from tests.families import FAMILIES, save_checkpoint
 from vlmzip import RandomTokens, Resampler, available
 from vlmzip.cli.main import main
 from vlmzip.compressor_file import write_compressor
+from vlmzip.errors import how_to_install
 
 
 @pytest.fixture(scope="session")
@@ -251,7 +252,7 @@ def test_a_histogram_without_matplotlib_is_refused_before_anything_slow(capsys, 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     arguments = [folder, "--model", "./nowhere", "--keep", "50%"]
     code, _, err = run(capsys, "calibrate", *arguments, "--histogram", str(tmp_path / "x.png"))
-    assert (code, err) == (2, "vlmzip: figures need matplotlib: pip install 'vlmzip[eval]'\n")
+    assert (code, err) == (2, f"vlmzip: figures need matplotlib: {how_to_install('eval')}\n")
 
 
 def test_odd_images_are_answered(capsys, checkpoint, tmp_path):

@@ -17,7 +17,7 @@ from tests.cli.test_compare import Elements
 from tests.families import save_checkpoint
 from tests.lab.test_tasks import question, write
 from vlmzip.cli.main import main
-from vlmzip.errors import UserError
+from vlmzip.errors import UserError, how_to_install
 from vlmzip.lab.tasks.catalogue import read_task
 from vlmzip.visualize.page import POLICY
 
@@ -212,7 +212,7 @@ def test_without_matplotlib_there_is_a_table(evaluate, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     code, _, err = evaluate("--report")
     assert code == 0
-    assert "no curves are drawn: figures need matplotlib: pip install 'vlmzip[eval]'" in err
+    assert f"no curves are drawn: figures need matplotlib: {how_to_install('eval')}" in err
     assert not list((tmp_path / "out").glob("*.svg"))
     assert (tmp_path / "out" / "report.html").exists()
 

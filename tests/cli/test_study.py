@@ -16,7 +16,7 @@ from tests.cli.test_eval import write_questions
 from tests.families import save_checkpoint, tiny_llava
 from tests.lab.test_study import asked as listen
 from vlmzip.cli.main import main
-from vlmzip.errors import UserError
+from vlmzip.errors import UserError, how_to_install
 from vlmzip.lab.analyses import NAMES, about
 from vlmzip.lab.analyses.subject import Unsuited
 
@@ -180,7 +180,7 @@ def test_without_matplotlib_the_table_is_kept(study, tmp_path, monkeypatch):
     code, out, err = study("encoder_attention")
     assert code == 0
     assert "In layer 1 of 3" in out
-    said = "note: no figure of encoder_attention is drawn: figures need matplotlib: pip install 'vlmzip[eval]'\n"
+    said = f"note: no figure of encoder_attention is drawn: figures need matplotlib: {how_to_install('eval')}\n"
     assert err.endswith(said)
     assert len(table(tmp_path / "out" / "encoder_attention.csv")) == 3
     assert not (tmp_path / "out" / "encoder_attention.png").exists()

@@ -12,6 +12,7 @@ from tests.families import FAMILIES
 from vlmzip import UserError
 from vlmzip.cli import ask, calibrate, show
 from vlmzip.cli.main import main
+from vlmzip.errors import how_to_install
 from vlmzip.models import family_of
 from vlmzip.runtime.loading import Loaded
 from vlmzip.runtime.prompt_text import visual_prompt
@@ -166,7 +167,7 @@ def test_without_torchvision_the_message_says_how_to_install_it(capsys, clip, tm
 
     monkeypatch.setattr(AutoProcessor, "from_pretrained", refuse)
     assert main(["ask", clip, "what ?", "--model", str(tmp_path)]) == 2
-    message = "takes videos, and its processor needs torchvision: pip install 'vlmzip[video]'"
+    message = f"takes videos, and its processor needs torchvision: {how_to_install('video')}"
     assert capsys.readouterr().err == f"vlmzip: '{tmp_path}' {message}\n"
 
 

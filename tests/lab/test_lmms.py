@@ -11,7 +11,7 @@ from PIL import Image
 
 from vlmzip import NoCompression, VisionZip
 from vlmzip.cli.main import main
-from vlmzip.errors import UserError
+from vlmzip.errors import UserError, how_to_install
 from vlmzip.lab.lmms.requests import read_chat, read_generation, read_settings
 from vlmzip.lab.lmms.run import _check_judged as check_judged
 from vlmzip.lab.lmms.run import task_files, wrong_result
@@ -269,7 +269,7 @@ def test_several_processes_are_sent_to_lmms_eval_itself(monkeypatch, capsys):
 @pytest.mark.skipif(find_spec("lmms_eval") is not None, reason="lmms-eval is installed here")
 def test_without_lmms_eval_one_line_says_what_to_install(capsys):
     assert main(["eval", "--suite", "llavolta13"]) == 2
-    assert capsys.readouterr().err == "vlmzip: --suite needs lmms-eval, which is large: pip install 'vlmzip[lmms]'\n"
+    assert capsys.readouterr().err == f"vlmzip: --suite needs lmms-eval, which is large: {how_to_install('lmms')}\n"
 
 
 # ---------------------------------------------------------------- what is kept

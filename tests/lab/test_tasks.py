@@ -1,13 +1,14 @@
 """Questions from files are read unchanged, or refused with file and line."""
 
 import json
+import re
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vlmzip.errors import UserError
+from vlmzip.errors import UserError, how_to_install
 from vlmzip.lab.tasks.catalogue import read_task, read_tasks
 from vlmzip.lab.tasks.mini import mini_task
 from vlmzip.mini.splits import test_split as mini_test_split
@@ -68,7 +69,7 @@ class TestEasyVqa:
 
 def test_easy_vqa_without_its_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "easy_vqa", None)
-    with pytest.raises(UserError, match=r"pip install 'vlmzip\[eval\]'"):
+    with pytest.raises(UserError, match=re.escape(how_to_install("eval"))):
         read_task("easy-vqa", None, None)
 
 

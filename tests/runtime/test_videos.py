@@ -1,5 +1,6 @@
 """Frames of videos: which are read, and what is refused."""
 
+import re
 import struct
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from vlmzip import UserError
+from vlmzip.errors import how_to_install
 from vlmzip.runtime.videos import Clip, check_memory, check_video, evenly_spaced, expected_frames, is_video, read_clip
 
 av = pytest.importorskip("av")
@@ -233,7 +235,7 @@ def test_videos_are_known_by_their_names():
 def test_without_pyav_the_message_says_how_to_install_it(tmp_path, monkeypatch):
     path = write_clip(tmp_path / "clip.mp4", 2)
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(UserError, match=r"^reading videos needs PyAV: pip install 'vlmzip\[video\]'$"):
+    with pytest.raises(UserError, match=re.escape(f"reading videos needs PyAV: {how_to_install('video')}") + "$"):
         check_video(path)
 
 

@@ -14,7 +14,7 @@ from types import ModuleType
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from vlmzip.errors import UserError
+from vlmzip.errors import UserError, how_to_install
 from vlmzip.lab.table import NOTHING, print_json, print_table, show_bytes
 from vlmzip.version import __version__
 
@@ -145,12 +145,8 @@ def _missing(use: Use, packages: Iterable[Package]) -> list[str]:
     return [package.lack for package in needed if not package.fits]
 
 
-def _install(extra: str) -> str:
-    return f"pip install 'vlmzip[{extra}]'"
-
-
 def _print_json(packages: list[Package], devices: list[dict[str, str]], broken: list[str]) -> None:
-    uses = [{**asdict(use), "missing": _missing(use, packages), "install": _install(use.extra)} for use in USES]
+    uses = [{**asdict(use), "missing": _missing(use, packages), "install": how_to_install(use.extra)} for use in USES]
     print_json(
         {
             "vlmzip": __version__,
@@ -175,11 +171,13 @@ def _print(packages: list[Package], devices: list[dict[str, str]], broken: list[
     )
     print()
     rows = [[use.name, *_state(use.extra, _missing(use, packages))] for use in USES]
-    print_table(["use", "state", "remedy"], [*rows, ["all else", "does not work" if broken else "works", ""]])
+    print_table(["use", "state", "extra"], [*rows, ["all else", "does not work" if broken else "works", ""]])
+    if any(extra for _, _, extra in rows):
+        print(f"\nTo install an extra: {how_to_install('EXTRA')}")
 
 
 def _state(extra: str, missing: list[str]) -> tuple[str, str]:
-    return (f"needs {', '.join(missing)}", _install(extra)) if missing else ("works", "")
+    return (f"needs {', '.join(missing)}", extra) if missing else ("works", "")
 
 
 def _needed_by(package: Package) -> str:

@@ -16,7 +16,7 @@ from vlmzip.cli._shared.loading import load
 from vlmzip.cli._shared.method import check_method, make_method, without_budget
 from vlmzip.cli._shared.method import settings as method_settings
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError, check_choice
+from vlmzip.errors import UserError, check_choice, how_to_install
 from vlmzip.mini.examples import asked
 from vlmzip.serving.playground.examples import Example
 from vlmzip.serving.server.settings import Settings, is_loopback
@@ -52,7 +52,7 @@ def run(args: Namespace) -> None:
         os.execve(command[0], command, vllm_environment(settings, os.environ))
     missing = [package for package in ("fastapi", "uvicorn", "prometheus_client") if find_spec(package) is None]
     if missing:
-        raise UserError(f"serve needs {missing[0].replace('_', '-')}: pip install 'vlmzip[serve]'")
+        raise UserError(f"serve needs {missing[0].replace('_', '-')}: {how_to_install('serve')}")
     examples = _examples(args.playground)
     from vlmzip.serving.server import run as server  # its packages are an extra
 
@@ -80,7 +80,7 @@ def _examples(playground: bool | None) -> list[Example] | None:
     """Return the examples of the playground, or `None` for a server without it. By default Gradio decides."""
     installed = find_spec("gradio") is not None
     if playground and not installed:
-        raise UserError("the playground needs Gradio: pip install 'vlmzip[playground]'")
+        raise UserError(f"the playground needs Gradio: {how_to_install('playground')}")
     if not (installed if playground is None else playground):
         return None
     return [Example(image, question) for image, question in asked()]

@@ -17,7 +17,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from vlmzip import own_files
 from vlmzip.cli._shared.loading import load
-from vlmzip.errors import UserError, closest, refusing
+from vlmzip.errors import UserError, closest, how_to_install, refusing
 from vlmzip.files import refuse_place, refuse_source, write_whole
 from vlmzip.lab.bench.presets import PRESETS, make_model
 from vlmzip.lab.papers.llavolta import explain_beside_paper
@@ -69,7 +69,7 @@ def _naming_the_head(path: Path, config: Config) -> Iterator[None]:
 
 def _train(config: Config) -> None:
     if find_spec("accelerate") is None:
-        raise UserError("training needs accelerate: pip install 'vlmzip[train]'")
+        raise UserError(f"training needs accelerate: {how_to_install('train')}")
     from vlmzip.training.run import train, try_out  # needs accelerate, an extra
 
     refuse_place(Path(config.out), "out:")

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from vlmzip.errors import UserError, refusing
+from vlmzip.errors import UserError, how_to_install, refusing
 from vlmzip.models import FAMILIES
 from vlmzip.models.family import Family
 from vlmzip.noise import silence_bitsandbytes
@@ -83,7 +83,7 @@ def load_processor(source: Source, config: PreTrainedConfig) -> Processor:
             if "torchvision" not in str(error).lower():
                 raise
             raise UserError(
-                f"{str(source)!r} takes videos, and its processor needs torchvision: pip install 'vlmzip[video]'"
+                f"{str(source)!r} takes videos, and its processor needs torchvision: {how_to_install('video')}"
             ) from error
     for part in ("tokenizer", "image_processor"):
         if getattr(processor, part, None) is None:

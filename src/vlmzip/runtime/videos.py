@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from vlmzip.errors import UserError, reason
+from vlmzip.errors import UserError, how_to_install, reason
 from vlmzip.models import FAMILIES
 from vlmzip.processor import Processor
 from vlmzip.runtime.images import ImageError, check_file, shortened, squeeze
@@ -240,5 +240,5 @@ def _import_av() -> Any:
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError)
         cause = "" if missing else f" ({reason(error)})"
-        raise UserError(f"reading videos needs PyAV{cause}: pip install 'vlmzip[video]'") from None
+        raise UserError(f"reading videos needs PyAV{cause}: {how_to_install('video')}") from None
     return av

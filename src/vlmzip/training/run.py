@@ -23,7 +23,7 @@ from transformers.training_args import OptimizerNames
 
 from vlmzip import spec
 from vlmzip.compressor import Compressor, Profile
-from vlmzip.errors import UserError
+from vlmzip.errors import UserError, how_to_install
 from vlmzip.files import is_folder
 from vlmzip.models import family_of
 from vlmzip.models.family import Family
@@ -368,7 +368,7 @@ def _examples(config: Config, records: Records, processor: Processor, family: Fa
     if not is_folder(folder):
         raise UserError(f"images: there is no folder {str(folder)!r}")
     if records.have_video_files and find_spec("av") is None:
-        raise UserError("records: reading video files needs PyAV: pip install 'vlmzip[video]'")
+        raise UserError(f"records: reading video files needs PyAV: {how_to_install('video')}")
     compressors = [fitted(stage.compressor, family) for stage in schedule.stages]
     conversations = Preprocessor(processor, family, config.max_length, config.frames, compressors)
     return Examples(records, folder, conversations, Path(config.out) / BAD, _subset(len(records), config))
@@ -387,7 +387,7 @@ def _with_lora(model: nn.Module, lora: Lora | None) -> nn.Module:
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
-        raise UserError("lora needs peft: pip install 'vlmzip[train]'") from None
+        raise UserError(f"lora needs peft: {how_to_install('train')}") from None
     targets = family_of(model).lora_targets
     lora_config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)
     return get_peft_model(model, lora_config)

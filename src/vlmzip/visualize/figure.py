@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from vlmzip.errors import UserError
+from vlmzip.errors import UserError, how_to_install
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,7 +20,7 @@ def import_matplotlib() -> Any:
     try:
         import matplotlib
     except ImportError:
-        raise UserError("figures need matplotlib: pip install 'vlmzip[eval]'") from None
+        raise UserError(f"figures need matplotlib: {how_to_install('eval')}") from None
     return matplotlib
 
 

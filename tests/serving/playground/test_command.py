@@ -11,6 +11,7 @@ import pytest
 
 from vlmzip.cli import serve
 from vlmzip.cli.main import main
+from vlmzip.errors import how_to_install
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def without_gradio(monkeypatch):
 
 def test_the_playground_needs_gradio(capsys, without_gradio):
     assert main(["serve", "--playground"]) == 2
-    assert capsys.readouterr().err == "vlmzip: the playground needs Gradio: pip install 'vlmzip[playground]'\n"
+    assert capsys.readouterr().err == f"vlmzip: the playground needs Gradio: {how_to_install('playground')}\n"
 
 
 def test_the_playground_needs_the_engine_that_knows_token_maps(capsys):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from starlette.responses import Response
 
 from tests.serving.server.running import EXAMPLES, asking
 from vlmzip.cli.main import main
+from vlmzip.errors import how_to_install
 from vlmzip.methods import VisionZip
 from vlmzip.serving.server import vllm_command
 from vlmzip.serving.server.settings import Settings
@@ -147,7 +149,7 @@ def test_vllm_serves_where_it_can(monkeypatch):
     choose = vllm_command.choose_engine
     monkeypatch.setattr(vllm_command, "find_spec", lambda name: None)
     assert choose("auto", "mini", VisionZip()) == choose("hf", "mini", VisionZip()) == "hf"
-    with pytest.raises(ValueError, match=r"--engine vllm: vLLM is not installed: pip install 'vlmzip\[vllm\]'"):
+    with pytest.raises(ValueError, match=re.escape(f"vLLM is not installed: {how_to_install('vllm')}")):
         choose("vllm", "mini", VisionZip())
 
 

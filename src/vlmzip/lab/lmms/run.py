@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, TypeGuard, cast
 
 from vlmzip import spec
-from vlmzip.errors import UserError, reason
+from vlmzip.errors import UserError, how_to_install, reason
 from vlmzip.lab.answers import AnswerStore
 from vlmzip.lab.attacher import Attacher
 from vlmzip.lab.configurations import Configuration, Configurator, read_calibrated
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 FILE = "suite.json"
 RESULTS = "results"
-INSTALL = "--suite needs lmms-eval, which is large: pip install 'vlmzip[lmms]'"
+INSTALL = f"--suite needs lmms-eval, which is large: {how_to_install('lmms')}"
 #: A task's value for a question that its judge did not answer. lmms-eval would count it as a wrong answer.
 UNJUDGED = ("", "Failed Request")
 

@@ -11,7 +11,7 @@ from collections import Counter
 from functools import cache, partial
 from types import ModuleType
 
-from vlmzip.errors import UserError
+from vlmzip.errors import UserError, how_to_install
 from vlmzip.lab.tasks.metrics import METRICS
 from vlmzip.lab.tasks.task import CalibrationSet, Sample, Task
 from vlmzip.runtime.fingerprint import of_image
@@ -61,7 +61,7 @@ def _package() -> ModuleType:
     try:
         import easy_vqa
     except ImportError:
-        raise UserError("the task easy-vqa needs its package: pip install 'vlmzip[eval]'") from None
+        raise UserError(f"the task easy-vqa needs its package: {how_to_install('eval')}") from None
     return easy_vqa
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from vlmzip.errors import UserError
+from vlmzip.errors import UserError, how_to_install
 from vlmzip.serving.playground.examples import Example
 from vlmzip.serving.playground.play import Playground
 from vlmzip.serving.server.settings import Settings
@@ -24,7 +24,7 @@ def mount(app: FastAPI, engine: HuggingFaceEngine, settings: Settings, examples:
     Raise `UserError` if Gradio is not installed.
     """
     if find_spec("gradio") is None:
-        raise UserError("the playground needs Gradio: pip install 'vlmzip[playground]'")
+        raise UserError(f"the playground needs Gradio: {how_to_install('playground')}")
     # Gradio reads both when it is imported. It makes an empty folder, which the end of the server removes.
     app.state.playground_folder = folder = TemporaryDirectory(prefix="vlmzip-playground-")
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder.name}

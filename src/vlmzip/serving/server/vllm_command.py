@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 from vlmzip import spec
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError
+from vlmzip.errors import UserError, how_to_install
 from vlmzip.runtime.loading import source_of
 from vlmzip.runtime.pretrained import load_config
 from vlmzip.serving.server.settings import Settings
@@ -56,7 +56,7 @@ def vllm_environment(settings: Settings, environment: Mapping[str, str]) -> dict
 def reason_against_vllm(model: str, compressor: Compressor) -> str | None:
     """Return why vLLM cannot serve a model with a method; `None` if it can. It needs no weights."""
     if find_spec("vllm") is None:
-        return "vLLM is not installed: pip install 'vlmzip[vllm]'"
+        return f"vLLM is not installed: {how_to_install('vllm')}"
     from vlmzip.serving.vllm.plugin import ARCHITECTURES  # it imports vLLM, which is an extra
 
     config = load_config(source_of(model))

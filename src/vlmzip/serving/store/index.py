@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vlmzip.errors import UserError, refusing
+from vlmzip.errors import UserError, how_to_install, refusing
 from vlmzip.files import write_whole
 
 try:
     import pyarrow
     from pyarrow import parquet
 except ImportError:
-    raise UserError("stores need pyarrow: pip install 'vlmzip[store]'") from None
+    raise UserError(f"stores need pyarrow: {how_to_install('store')}") from None
 
 FILE = "index.parquet"
 #: The advice for a damaged file that describes the store.

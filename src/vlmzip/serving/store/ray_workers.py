@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError
+from vlmzip.errors import UserError, how_to_install
 from vlmzip.files import is_folder
 from vlmzip.runtime.attach import attach
 from vlmzip.runtime.loading import load
@@ -38,7 +38,7 @@ try:
     import ray
     import ray.data
 except ImportError:
-    raise UserError("several workers need Ray Data: pip install 'vlmzip[ray]'") from None
+    raise UserError(f"several workers need Ray Data: {how_to_install('ray')}") from None
 
 #: Bytes of the store of objects of a Ray that this process starts. Only names and counts go through it.
 OBJECT_STORE = 100 * 2**20
