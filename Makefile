@@ -33,7 +33,7 @@ EXTRAS = base $(shell $(PYTHON) -c "import tomllib; print(*reversed(tomllib.load
 SECONDS ?= 60
 SEED ?= 0
 
-.PHONY: help demo docs test test-slow test-transformers test-newest test-lmms test-vllm test-extras fuzz check fmt lint types tables bench bench-gpu \
+.PHONY: help demo docs test test-slow test-exhaustive test-transformers test-newest test-lmms test-vllm test-extras fuzz check fmt lint types tables bench bench-gpu \
 	flops figures notebooks support papers conformance mini mini-data always extras-beside-tests extra-base
 .DEFAULT_GOAL := help
 
@@ -58,7 +58,10 @@ test: $(INSTALLED) ## set up, then run the quick tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL) -m "not slow"
 
 test-slow: $(INSTALLED) ## run the slow tests: compiled, quantised, killed and resumed runs, further families and cases
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL) -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL) -m "slow and not exhaustive"
+
+test-exhaustive: $(INSTALLED) ## run the rest: all cases of the slow tests in all families
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL) -m exhaustive
 
 .venv-transformers-%/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(@D)

@@ -72,21 +72,26 @@ def family_of(item):
     return name if name in FAMILIES else None
 
 
-def is_further(item):
-    """Return whether quick runs leave out a test, because of its family or of its case in this family.
+def tiers_of(item):
+    """Return the markers of a test that say which runs leave it out.
 
     Quick runs have `every_family` tests of all families, and the others of families that lead. Of a `crossed` test they
-    have all cases in the family with `every_case`, and the cases that the marker names in the others.
+    have all cases in the family with `every_case`, and the cases that the marker names in the others. What they leave
+    out is `further`. It is `exhaustive` if two reasons come together: the family does not lead, the case is not named,
+    the test is slow anyway.
     """
+    reasons = ["marked"] * len(list(item.iter_markers("further")))
     name = family_of(item)
-    if name is None:
-        return False
-    facts = vars(FAMILIES[name])  # without those that it inherits
-    if not facts.get("leads") and not item.get_closest_marker("every_family"):
-        return True
-    crossed = item.get_closest_marker("crossed")
-    few = {} if crossed is None or facts.get("every_case") else crossed.kwargs
-    return any(item.callspec.params.get(argument, cases[0]) not in cases for argument, cases in few.items())
+    if name is not None:
+        facts = vars(FAMILIES[name])  # without those that it inherits
+        crossed = item.get_closest_marker("crossed")
+        few = {} if crossed is None or facts.get("every_case") else crossed.kwargs
+        if any(item.callspec.params.get(argument, cases[0]) not in cases for argument, cases in few.items()):
+            reasons.append("case")
+        if not facts.get("leads") and (reasons or not item.get_closest_marker("every_family")):
+            reasons.append("family")
+    is_exhaustive = len(reasons) + bool(reasons and item.get_closest_marker("slow")) > 1
+    return ["further", "slow"] * bool(reasons) + ["exhaustive"] * is_exhaustive
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -96,10 +101,8 @@ def pytest_collection_modifyitems(items):
     Files that start processes or compile take minutes with a few tests. Further tests are quick, but many.
     """
     for item in items:
-        if is_further(item):
-            item.add_marker("further")
-        if item.get_closest_marker("further"):
-            item.add_marker("slow")
+        for tier in tiers_of(item):
+            item.add_marker(tier)
     further = {item.path for item in items if item.get_closest_marker("further")}
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     count = Counter(item.path for item in items)
