@@ -6,6 +6,7 @@ import json
 import struct
 import time
 import zlib
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -26,6 +27,7 @@ from tests.serving.server.running import (
 from vlmzip.methods import KMeans
 from vlmzip.serving.server.app import create_app
 from vlmzip.serving.server.metrics import Metrics
+from vlmzip.serving.server.prepare import placeholders_of
 from vlmzip.serving.server.schema import read_request
 from vlmzip.serving.server.settings import Settings
 from vlmzip.serving.server.worker import HuggingFaceEngine
@@ -268,3 +270,19 @@ def slowly():
     yield b"{"
     time.sleep(1)
     yield b"}"
+
+
+PLACEHOLDERS = {"<|image_pad|>", "<|7|>", "<|8|>"}
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"), [("a template", PLACEHOLDERS), (None, PLACEHOLDERS | {"<image>", "<video>"})]
+)
+def test_a_text_must_not_contain_what_stands_for_images(template, expected):
+    """`<image>` is plain text for a model whose template writes something else."""
+    tokenizer = SimpleNamespace(convert_ids_to_tokens=lambda number: f"<|{number}|>")
+    family = SimpleNamespace(modalities=[SimpleNamespace(placeholder_id=7), SimpleNamespace(placeholder_id=8)])
+    processor = SimpleNamespace(
+        tokenizer=tokenizer, chat_template=template, image_token="<|image_pad|>", video_token=None
+    )
+    assert placeholders_of(family, processor) == expected

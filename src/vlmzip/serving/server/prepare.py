@@ -109,7 +109,7 @@ class Preparer:
         self._methods, self._settings = methods, settings
         self._one_at_a_time = threading.Lock()
         self._positions = llm_positions(loaded.family)
-        self._placeholders = _placeholders(loaded.family, self._processor)
+        self._placeholders = placeholders_of(loaded.family, self._processor)
 
     def prepare(self, request: ChatRequest) -> Request:
         """Return the request with the inputs of its row. Raise `RequestError` if it cannot be answered."""
@@ -214,9 +214,11 @@ class Preparer:
         )
 
 
-def _placeholders(family: Family, processor: Processor) -> set[str]:
+def placeholders_of(family: Family, processor: Processor) -> set[str]:
     """Return the texts that stand for images and videos in prompts of a processor."""
-    tokens: set[Any] = {getattr(processor, f"{kind}_token", None) for kind in ("image", "video")}
+    texts: set[Any] = {getattr(processor, f"{kind}_token", None) for kind in ("image", "video")}
     for each in family.modalities:
-        tokens.add(processor.tokenizer.convert_ids_to_tokens(each.placeholder_id))
-    return {token for token in tokens if isinstance(token, str) and token} | {"<image>"}
+        texts.add(processor.tokenizer.convert_ids_to_tokens(each.placeholder_id))
+    if not getattr(processor, "chat_template", None):  # then the family writes prompts
+        texts |= {"<image>", "<video>"}
+    return {text for text in texts if isinstance(text, str) and text}
