@@ -355,6 +355,31 @@ def vllm_table(rows: list[dict[str, str]]) -> list[str]:
     return lines
 
 
+#: The parts of a request to vLLM, with the columns that have their times.
+VLLM_PARTS = {
+    "image to pixels": "pixels_ms",
+    "vision encoder": "encoder_ms",
+    "compression": "compression_ms",
+    "projector": "projector_ms",
+    "LLM": "llm_ms",
+    "rest": "rest_ms",
+}
+
+
+def vllm_parts_table(rows: list[dict[str, str]]) -> list[str]:
+    """Return methods in vLLM down, the parts of a request across, at the lowest and the highest concurrency."""
+    levels = list(dict.fromkeys(row["concurrency"] for row in rows))
+    head = ["method", "concurrency", *VLLM_PARTS, "together"]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for row in rows:
+        if row["concurrency"] in (levels[0], levels[-1]):
+            times = [float(row[column]) for column in VLLM_PARTS.values()]
+            cells = [*(f"{time:.1f}" for time in times), f"{sum(times):.0f}"]
+            method = "no compressor" if row["method"] == "stock" else f"`{row['method']}`"
+            lines.append(f"| {method} | {row['concurrency']} | {' | '.join(cells)} |")
+    return lines
+
+
 def ends(row: dict[str, str], name: str) -> str:
     return f"{float(row[f'{name}_q1']):.2f} to {float(row[f'{name}_q3']):.2f}"
 
@@ -411,7 +436,7 @@ def tables(folder: Path) -> dict[str, dict[str, list[str]]]:
     if stores := [row for path in sorted(folder.glob("store-*.csv")) for row in read(path)]:
         pages["docs/store.md"] = {"store": store_table(stores)}
     if speeds := [row for path in sorted(folder.glob("vllm-speed-*.csv")) for row in read(path)]:
-        pages["docs/vllm.md"] = {"speed in vLLM": vllm_table(speeds)}
+        pages["docs/vllm.md"] = {"speed in vLLM": vllm_table(speeds), "parts in vLLM": vllm_parts_table(speeds)}
     return pages
 
 

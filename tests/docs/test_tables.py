@@ -164,6 +164,21 @@ def test_speed_in_vllm_by_concurrency(tables):
     ]
 
 
+def test_parts_of_a_request_to_vllm_at_the_lowest_and_highest_concurrency(tables):
+    parts = {"pixels_ms": "1.9", "encoder_ms": "48.5", "compression_ms": "0.0", "projector_ms": "15.0"}
+    row = {"method": "stock", "concurrency": "1", **parts, "llm_ms": "1285.0", "rest_ms": "5.8"}
+    pooled = row | {"method": "pool2d(factor=3)", "llm_ms": "174.0"}
+    rows = [both | {"concurrency": level} for level in ("1", "4", "16") for both in (row, pooled)]
+    assert tables.vllm_parts_table(rows) == [
+        "| method | concurrency | image to pixels | vision encoder | compression | projector | LLM | rest | together |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| no compressor | 1 | 1.9 | 48.5 | 0.0 | 15.0 | 1285.0 | 5.8 | 1356 |",
+        "| `pool2d(factor=3)` | 1 | 1.9 | 48.5 | 0.0 | 15.0 | 174.0 | 5.8 | 245 |",
+        "| no compressor | 16 | 1.9 | 48.5 | 0.0 | 15.0 | 1285.0 | 5.8 | 1356 |",
+        "| `pool2d(factor=3)` | 16 | 1.9 | 48.5 | 0.0 | 15.0 | 174.0 | 5.8 | 245 |",
+    ]
+
+
 def test_models_are_grouped_by_the_methods_that_work(tables):
     def checked(folder, **statuses):
         cells = {method: {"image": [statuses.get(method, "works"), ""]} for method in ("kmeans", "visionzip", "fastv")}
