@@ -1,14 +1,49 @@
-"""Every extra installs something, and `make test-extras` uses it."""
+"""Every extra installs something, `make test-extras` uses it, and constraints.txt fits all extras at once."""
 
 import tomllib
+from importlib.metadata import distributions
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.extras import USES
 
-PROJECT = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
 def test_every_extra_installs_something_and_is_tried():
     extras = PROJECT["optional-dependencies"]
     assert set(USES) == {"base", *extras}
     assert all(extras.values())
+
+
+def test_constraints_fit_all_extras():
+    """One installation can have all extras except `lmms` and `vllm`, whose pins are in other files.
+
+    What installed packages require counts, too.
+    """
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    extras = PROJECT["optional-dependencies"]
+    needs = {f"vlmzip[{extra}]": extras[extra] for extra in extras.keys() - {"lmms", "vllm"}}
+    needs["vlmzip"] = PROJECT["dependencies"]
+    needs |= {package.name: package.requires or [] for package in distributions() if package.name != "vlmzip"}
+    misfits = [
+        f"{package} needs {text}, and constraints.txt has {version}"
+        for package, texts in needs.items()
+        for text in texts
+        if (version := misfit(text, pins)) is not None
+    ]
+    assert not misfits
+
+
+def misfit(text, pins):
+    """Return the pinned version of a required package if the requirement does not accept it."""
+    requirement = Requirement(text)
+    if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+        return None
+    version = pins.get(canonicalize_name(requirement.name))
+    return None if version is None or requirement.specifier.contains(version, prereleases=True) else version
