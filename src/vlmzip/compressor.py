@@ -455,9 +455,9 @@ class Compressor(ABC):
         if not isinstance(self, Calibratable):
             return BudgetError(f"the number of tokens that {self.name()} keeps depends on the image")
         return BudgetError(
-            f"the number of tokens that {self.name()} keeps depends on the images; set its threshold from your images"
-            " with `vlmzip calibrate`",
+            f"the number of tokens that {self.name()} keeps depends on the images",
             remedy="calibrate it",
+            advice="set its threshold from your images with `vlmzip calibrate`",
         )
 
     @classmethod

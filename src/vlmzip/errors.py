@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,17 +15,20 @@ ADD_A_FAMILY = "see docs/add_a_family.md"
 SOURCE = "git+https://github.com/vlmzip/vlmzip"
 #: Words of at most this many letters share letters with many names, so a near miss must share two thirds of them.
 SHORT = 4
+#: Kinds of warnings of a program that runs for long.
+MOST_KINDS = 100
 
 
 class UserError(ValueError):
     """Wrong input. The message gives the mistake and the remedy in one line.
 
-    `remedy` says what to do in a few words, for a cell of a table.
+    `remedy` says what to do in a few words, for a cell of a table. `advice` ends the message. What has no command line,
+    such as a server, can show `fact`, the message without the advice.
     """
 
-    def __init__(self, message: str = "", *, remedy: str = "") -> None:
-        super().__init__(message)
-        self.remedy = remedy
+    def __init__(self, message: str = "", *, remedy: str = "", advice: str = "") -> None:
+        super().__init__(f"{message}; {advice}" if advice else message)
+        self.fact, self.remedy = message, remedy
 
 
 class UnfitMethod(UserError):
@@ -69,6 +73,33 @@ def telling_beyond_positions(say: Callable[[str], None]) -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", BeyondPositions)
+        warnings.showwarning = show
+        yield
+
+
+@contextmanager
+def telling_once(say: Callable[[str], None]) -> Iterator[None]:
+    """Pass the text of each kind of warning in the block to `say` once. Texts that differ in numbers are one kind.
+
+    This is for programs that run for long, whose warnings would come again and again.
+    """
+    seen: set[str] = set()
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        text = " ".join(str(message).split())
+        kind = re.sub(r"\d+", "#", text)
+        if kind not in seen and len(seen) < MOST_KINDS:
+            seen.add(kind)
+            say(text)
+
+    with warnings.catch_warnings():
         warnings.showwarning = show
         yield
 

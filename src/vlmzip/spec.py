@@ -12,13 +12,16 @@ from pathlib import Path
 from vlmzip import catalogue
 from vlmzip.compressor import Compressor
 from vlmzip.compressor_file import read_compressor
-from vlmzip.errors import UserError, closest
+from vlmzip.errors import UserError, did_you_mean
 from vlmzip.files import is_file, is_folder
 from vlmzip.methods import Chain
 from vlmzip.outline import FILE, METHOD_FORMS, is_saved
 
 #: What a user can give as a compressor: an object, a spec, or the path of a saved `compressor.json` or its folder.
 CompressorLike = Compressor | str | os.PathLike[str]
+
+#: What `read_named` reads.
+NAMED_FORMS = 'a name, with settings or other methods if you like: visionzip, "visionzip(keep=16)", "visionzip+fastv"'
 
 _STAGE = re.compile(r"\s*([^()+]+?)\s*(?:\(([^()]*)\))?\s*")
 _BETWEEN_FIELDS = re.compile(r",(?=\s*[A-Za-z_]\w*\s*=)")  # values may have commas themselves: stride=2,4
@@ -35,16 +38,21 @@ def read(text: str) -> Compressor:
     return joined([_stage(part, text) for part in text.split("+")])
 
 
-def read_named(text: str, names: Collection[str]) -> Compressor:
+def read_named(text: str, names: Collection[str], shown: Collection[str] | None = None) -> Compressor:
     """Return the compressor of a spec in which every method is one of `names`, never a file or a class.
 
     This is for specs of people who must not make the program read files or import modules. Raise `UserError` for
-    anything else.
+    anything else; the message has the names of `shown`, by default all.
     """
+    shown = names if shown is None else shown
     parts = text.split("+")
     for part in parts:
+        if _STAGE.fullmatch(part) is None:
+            raise UserError(f"{text!r} cannot be read as a method; write {NAMED_FORMS}")
         if (name := _settings(part, text)[0]) not in names:
-            raise UserError(f"unknown method {name!r}{closest(name, names)}")
+            hint = did_you_mean(name, shown) if name.isidentifier() else ""
+            choices = f"; choose one of {', '.join(sorted(shown))}"
+            raise UserError(f"unknown method {name[:100]!r}{hint or choices}")
     return joined([_stage(part, text) for part in parts])
 
 

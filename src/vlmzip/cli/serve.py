@@ -10,13 +10,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vlmzip import spec
 from vlmzip.cli._options.common import check_counts
 from vlmzip.cli._options.serve import ENGINES, KEY, LIMITS
 from vlmzip.cli._shared.loading import load
 from vlmzip.cli._shared.method import check_method, make_method, without_budget
 from vlmzip.cli._shared.method import settings as method_settings
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError, check_choice, how_to_install
+from vlmzip.errors import UserError, check_choice, how_to_install, telling_once
 from vlmzip.mini.examples import asked
 from vlmzip.serving.playground.examples import Example
 from vlmzip.serving.server.settings import Settings, is_loopback
@@ -57,7 +58,9 @@ def run(args: Namespace) -> None:
     from vlmzip.serving.server import run as server  # its packages are an extra
 
     store = _open_store(args)
-    with server.listen(args.host, args.port) as listening:  # before the model, which takes long to load
+    # The socket comes before the model, which takes long to load.
+    with server.listen(args.host, args.port) as listening, telling_once(log.warning):
+        log.info(f"loading {args.model} …")
         loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)
         compressor = make_method(args, loaded.family.profile())
         if store is not None:
@@ -67,7 +70,7 @@ def run(args: Namespace) -> None:
 
         def ready(address: str) -> None:
             images = "" if store is None else f" and {len(store):,} stored images"
-            print(f"{name} with {compressor.name()}{images} at {address}/v1", flush=True)
+            print(f"{name} with {spec.write(compressor, label=True)}{images} at {address}/v1", flush=True)
             if examples is not None:
                 print(f"playground at {address}/playground", flush=True)
 
@@ -108,7 +111,13 @@ def _settings(args: Namespace) -> Settings:
     for host in hosts:
         if any(letter in host for letter in "/:@ *"):
             raise UserError(f"--allow-hosts takes names such as images.example.org, got {host!r}")
-    return Settings(host=args.host, api_key=_key(args.api_key_file), allow_hosts=frozenset(hosts), **limits)
+    return Settings(
+        host=args.host,
+        api_key=_key(args.api_key_file),
+        allow_hosts=frozenset(hosts),
+        log_requests=not args.quiet,
+        **limits,
+    )
 
 
 def _key(file: Path | None) -> str | None:

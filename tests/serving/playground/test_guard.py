@@ -110,4 +110,7 @@ def test_a_browser_sends_the_key_as_a_password():
     assert status(basic("me:key:1")) == 200
     assert [status(value) for value in (None, basic("me:key"), basic("key:1"), "Basic !", "Bearer key:1")] == [401] * 5
     assert status(basic("me:key:1"), "/v1/models") == 401
+    assert [status(value, "/") for value in (None, basic("me:key:1"), "Bearer key:1")] == [401, 404, 404]
+    assert "any name, and the key as the password" in server.get("/playground/").text
+    assert "Bearer KEY" in server.get("/v1/models").text
     assert status(basic("me:key:1"), "/playgrounds") == 401

@@ -35,7 +35,7 @@ def test_the_form_answers_with_numbers_and_drawings(address, image):
 
 def test_an_error_is_a_line_on_a_card(address, image):
     assert "2 of 8 layers see all tokens before fastv acts" in submit(address, image, ["fastv"], keep=20)
-    assert "image 1 is not an image" in submit(address, "data:image/png;base64,AAAA", ["fastv"])
+    assert "image 1 is not PNG, JPEG, WEBP, GIF or BMP" in submit(address, "data:image/png;base64,AAAA", ["fastv"])
 
 
 def test_visitors_at_once_get_their_own_answers(address, image):

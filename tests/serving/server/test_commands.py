@@ -109,6 +109,7 @@ def test_the_command_line_of_vllm():
     assert environment == {"PATH": "/bin", "VLLM_API_KEY": "secret", "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "0"}
     hosts = vllm_command.vllm_command(served, Settings(allow_hosts=frozenset(["b.org", "a.org"])))
     at = hosts.index("--allowed-media-domains")
+    assert "--disable-uvicorn-access-log" in vllm_command.vllm_command(served, Settings(log_requests=False))
     assert hosts[at : at + 3] == ["--allowed-media-domains", "a.org", "b.org"]
 
 
@@ -175,14 +176,21 @@ def test_a_server_runs_until_a_signal(tmp_path):
     ) as server:
         ready = server.stdout.readline()
         address = ready.split()[-1]
-        assert ready == f"mini with visionzip at {address}\n"
+        assert ready == f"mini with visionzip(keep=16) at {address}\n"
         headers = {"Content-Type": "application/json", "Authorization": "Bearer secret"}
         request = urllib.request.Request(f"{address}/chat/completions", json.dumps(asking()).encode(), headers)
         with urllib.request.urlopen(request, timeout=30) as answer:
             assert json.load(answer)["choices"][0]["message"]["content"] == "orange"
         server.send_signal(signal.SIGTERM)
         out, err = server.communicate(timeout=30)
-    assert (server.returncode, out, err) == (0, "", "")
+    assert (server.returncode, out) == (0, "")
+    loading, line = err.splitlines()
+    assert loading == "loading mini …"
+    assert re.fullmatch(
+        r"[\d-]+ [\d:]+ POST /v1/chat/completions 200 [\d.]+ s,"
+        r" visionzip\(keep=16\): 144 -> 16 visual tokens, 2 new tokens",
+        line,
+    )
 
 
 @pytest.mark.slow  # it starts a process

@@ -67,22 +67,38 @@ TRUNCATED = encoded(Image.effect_noise((64, 64), 50))[:-200]
 BODIES = {
     "no model": ({"messages": []}, 400, "model is missing"),
     "another model": (asking(model="gpt-4"), 404, "there is no model 'gpt-4' here; this server has 'mini'"),
-    "a model that is no text": (asking(model=7), 400, "model: input should be a valid string"),
-    "no messages": (asking(messages=[]), 400, "messages: list should have at least 1 item"),
-    "an unknown role": (asking(messages=[{"role": "tool", "content": "a"}]), 400, "messages.0: input tag 'tool'"),
-    "content that is a number": (asking(messages=[{"role": "user", "content": 5}]), 400, "messages.0.content: input"),
-    "an unknown part": (with_content({"type": "video_url"}), 400, "messages.0.content.0: input tag 'video_url'"),
-    "an image in a system message": (
-        asking(messages=[{**user("a", image_url()), "role": "system"}]), 400, "messages.0.content.0.type",
+    "a model that is no text": (asking(model=7), 400, "model must be a text"),
+    "no messages": (asking(messages=[]), 400, "messages must not be empty"),
+    "an unknown role": (asking(messages=[{"role": "tool", "content": "a"}]), 400, "got 'tool'; tools are not"),
+    "no role": (asking(messages=[{"content": "a"}]), 400, "messages.0.role is missing"),
+    "tool calls": (
+        asking(messages=[{"role": "assistant", "content": "a", "tool_calls": [{}]}]), 400, "tool_calls must be empty",
     ),
-    "a URL that is a number": (with_image(5), 400, "messages.0.content.0.image_url.url: input should be a valid"),
-    "text for an object": (with_content({"type": "image_url", "image_url": "x"}), 400, "messages.0.content.0.image"),
+    "content that is a number": (asking(messages=[{"role": "user", "content": 5}]), 400, "must be a text or a list of"),
+    "an unknown part": (
+        with_content({"type": "video_url"}),
+        400,
+        "messages.0.content.0.type must be text or image_url, got 'video_url'; videos are not supported",
+    ),
+    "a part of another API": (
+        with_content({"type": "input_image"}), 400, """got 'input_image'; send images as {"type": "image_url", "ima""",
+    ),
+    "a part without a type": (with_content({"text": "a"}), 400, "messages.0.content.0.type is missing"),
+    "no parts": (with_content(), 400, "messages.0.content must not be empty"),
+    "an image in a system message": (
+        asking(messages=[{**user("a", image_url()), "role": "system"}]), 400, "only messages of the user can",
+    ),
+    "a URL that is a number": (with_image(5), 400, "messages.0.content.0.image_url.url must be a text"),
+    "text for an object": (with_content({"type": "image_url", "image_url": "x"}), 400, "must be an object such as"),
     "bad base64": (with_image("data:image/png;base64,$$$$"), 400, "image 1 is not valid base64"),
     "base64 cut short": (with_image("data:image/png;base64,iVBORw0KG"), 400, "image 1 is not valid base64"),
     "no base64": (with_image("data:image/png,abc"), 400, "image 1 must be a URL like data:image/png;base64,…"),
     "no bytes": (with_image("data:image/png;base64,"), 400, "image 1 is empty"),
-    "text for an image": (with_image(data_url(b"hello")), 400, "image 1 is not an image"),
-    "a script for an image": (with_image(data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n")), 400, "image 1 is not an image"),
+    "text for an image": (with_image(data_url(b"hello")), 400, "image 1 is not PNG, JPEG, WEBP, GIF or BMP"),
+    "another format": (
+        with_image(data_url(encoded(Image.new("L", (9, 9)), "TIFF"), "tiff")), 400, "image 1 is not PNG, JPEG,",
+    ),
+    "a script for an image": (with_image(data_url(b"%!PS-Adobe-3.0 EPSF-3.0\n")), 400, "image 1 is not PNG"),
     "a truncated image": (with_image(data_url(TRUNCATED)), 400, "image 1 cannot be read"),
     "a JPEG of many scans": (with_image(data_url(jpeg(200))), 400, "image 1 is a JPEG of more than 100 scans"),
     "a bomb": (with_image(data_url(bomb())), 400, "image 1 would unpack to more than"),
@@ -98,13 +114,13 @@ BODIES = {
     "a placeholder in two parts": (
         with_content({"type": "text", "text": "<ima"}, {"type": "text", "text": "ge>"}), 400, "must not contain <ima",
     ),
-    "a part that is text": (with_content("what"), 400, """messages.0.content.0: it must be an object such as {"type"""),
-    "a message that is text": (asking(messages=["what"]), 400, 'messages.0: it must be an object such as {"role"'),
+    "a part that is text": (with_content("what"), 400, """messages.0.content.0 must be an object such as {"type"""),
+    "a message that is text": (asking(messages=["what"]), 400, 'messages.0 must be an object such as {"role"'),
     "no content": (
         asking(messages=[{"role": "assistant", "content": None, "refusal": "no"}]), 400, "content must be a text",
     ),
     "a detail": (
-        with_content({"type": "image_url", "image_url": {"url": "x", "detail": "low"}}), 400, 'detail must be "auto"',
+        with_content({"type": "image_url", "image_url": {"url": "x", "detail": "max"}}), 400, "detail must be 'auto', ",
     ),
     "an effort": (asking(reasoning_effort="low"), 400, "reasoning_effort is not supported"),
     "a long text": (asking("what " * 20_000), 400, "the model has 1,024 positions"),
@@ -117,15 +133,15 @@ BODIES = {
         "and max_tokens is 200",
     ),
     "a long answer": (asking(max_tokens=100_000), 400, "max_tokens is at most 512 here, got 100000"),
-    "no answer": (asking(max_tokens=0), 400, "max_tokens: input should be greater than or equal to 1"),
-    "text for a number": (asking(max_tokens="12"), 400, "max_tokens: input should be a valid integer"),
+    "no answer": (asking(max_tokens=0), 400, "max_tokens must be at least 1"),
+    "text for a number": (asking(max_tokens="12"), 400, "max_tokens must be a whole number"),
     "two lengths": (asking(max_tokens=1, max_completion_tokens=2), 400, "not both"),
     "two answers": (asking(n=2), 400, "n must be 1, got 2"),
-    "a hot temperature": (asking(temperature=3), 400, "temperature: input should be less than or equal to 2"),
-    "no top_p": (asking(top_p=0), 400, "top_p: input should be greater than 0"),
-    "a huge seed": (asking(seed=2**80), 400, "seed: "),
-    "many stops": (asking(stop=["a"] * 5), 400, "stop: list should have at most 4 items, not 5"),
-    "an empty stop": (asking(stop=[""]), 400, "stop.0: string should have at least 1 character"),
+    "a hot temperature": (asking(temperature=3), 400, "temperature must be at most 2"),
+    "no top_p": (asking(top_p=0), 400, "top_p must be above 0"),
+    "a huge seed": (asking(seed=2**80), 400, "seed must be below "),
+    "many stops": (asking(stop=["a"] * 5), 400, "stop has more than 4 entries"),
+    "an empty stop": (asking(stop=[""]), 400, "stop.0 must not be empty"),
     "stream options alone": (asking(stream_options={"include_usage": True}), 400, "stream_options needs stream=true"),
     "tools": (asking(tools=[{"type": "function"}]), 400, "tools is not supported"),
     "logprobs": (asking(logprobs=True), 400, "logprobs is not supported"),
@@ -143,6 +159,12 @@ BODIES = {
     "a large budget in a chain": (asking(vlmzip={"method": "dfmr+fastv(keep=5000)"}), 400, "must be at most 4096"),
     "a large factor": (asking(vlmzip={"method": "pool2d(factor=1_000_000)"}), 400, "must be at most 4096"),
     "large counts": (asking(vlmzip={"method": "sparsevlm(counts=9999,1,1)"}), 400, "must be at most 4096"),
+    "a method without a name": (
+        asking(vlmzip={"method": ""}), 400, 'method; write a name, with settings or other methods if you like: vis',
+    ),
+    "a saved method": (
+        asking(vlmzip={"method": "compressor.json"}), 400, "unknown method 'compressor.json'; choose one",
+    ),
     "a large keep": (asking(vlmzip={"keep": 10**400}), 400, "must be at most 4096"),
     "a large keep of text": (asking(vlmzip={"keep": "99999"}), 400, "must be at most 4096"),
     "a keep in other digits": (asking(vlmzip={"keep": "٣"}), 400, "keep must be a number, got '٣'"),
@@ -157,16 +179,20 @@ BODIES = {
     "a keep of text": (asking(vlmzip={"keep": "many"}), 400, "keep must be a number, got 'many'"),
     "a keep that is true": (asking(vlmzip={"keep": True}), 400, "vlmzip.keep must be a number such as 64"),
     "two budgets": (asking(vlmzip={"method": "visionzip(keep=4)", "keep": 8}), 400, "give one of them"),
-    "a budget that decides nothing": (asking(vlmzip={"method": "dfmr", "keep": 8}), 400, "depends on the images"),
+    "a budget that decides nothing": (
+        asking(vlmzip={"method": "dfmr", "keep": 8}),
+        400,
+        "depends on the images; leave out keep, or set tau in method: dfmr(tau=0.3)",
+    ),
     "a layer that is not there": (asking(vlmzip={"method": "fastv(layer=99)"}), 400, "layer must be from 1 to 7"),
     "an unknown choice": (asking(vlmzip={"budget": 8}), 400, "unknown field 'budget'"),
     "nested lists": (deep(100_000), 400, "the body is not valid JSON"),
     "no JSON": (b"hello", 400, "the body is not valid JSON"),
-    "a list": (b"[]", 400, "the body: "),
+    "a list": (b"[]", 400, "the body must be an object such as {\"model\": …"),
     "nothing": (b"", 400, "the body is not valid JSON"),
     "bytes that are no text": (b"\xff\xfe", 400, "the body is not valid JSON"),
     "no finite temperature": (
-        b'{"model": "mini", "messages": [{"role": "user", "content": "a"}], "temperature": NaN}', 400, "temperature: ",
+        b'{"model": "mini", "messages": [{"role": "user", "content": "a"}], "temperature": NaN}', 400, "be a finite",
     ),
 }  # fmt: skip
 
@@ -212,10 +238,22 @@ def test_what_changes_nothing_is_accepted(http):
     assert http.post("/v1/chat/completions", json=asking(**streamed)).status_code == 200
     assert http.head("/health").status_code == 200
     assert http.post("/v1/chat/completions", json=asking(**fields)).status_code == 200
+    body = asking(vlmzip=None)
+    for detail in (None, "auto", "low", "high", "original"):
+        body["messages"][0]["content"][0]["image_url"]["detail"] = detail
+        assert http.post("/v1/tokens", json=body).json()["visual_tokens"]["after"] == 16
+
+
+def test_methods_of_other_models_are_not_suggested(http):
+    message = http.post("/v1/tokens", json=asking(vlmzip={"method": "none"})).json()["error"]["message"]
+    assert " visionzip," in message
+    assert not any(f" {name}," in message for name in ("qformer", "evs", "vidcom2", "pixelprune"))
 
 
 def test_paths_and_kinds(http):
-    assert http.get("/v1/nothing").json()["error"]["message"] == "GET /v1/nothing: not found"
+    message = http.get("/v1/nothing").json()["error"]["message"]
+    assert message.startswith("GET /v1/nothing: not found; this server has POST /v1/chat/completions, POST")
+    assert http.get("/").json()["paths"][0] == "POST /v1/chat/completions"
     assert http.get("/v1/chat/completions").status_code == 405
     plain = http.post("/v1/chat/completions", content=b"{}", headers={"Content-Type": "text/plain"})
     assert (plain.status_code, "must be JSON" in plain.json()["error"]["message"]) == (415, True)

@@ -99,13 +99,13 @@ def test_tokens_are_counted_before(http):
     ("urls", "fields", "status", "message"),
     [
         (["store:dog.png"], {}, 404, "has no image 'dog.png'"),
-        (["store:flat.pgn"], {}, 404, "did you mean 'flat.png'?"),
+        (["store:flat.pgn"], {}, 404, "the store has no image 'flat.pgn'"),
         (["store:"], {}, 404, "has no image ''"),
         (["store:../examples/flat.png"], {}, 404, "has no image '../examples/flat.png'"),
         (["store:/etc/passwd"], {}, 404, "has no image '/etc/passwd'"),
         (["store:index.parquet"], {}, 404, "has no image"),
         (["STORE:flat.png"], {}, 400, "must be a URL like data:image/png"),
-        (["store:flat.png", image_url()], {}, 400, "come all from the store, or none does"),
+        (["store:flat.png", image_url()], {}, 400, "stored images and others; send them in separate requests"),
         (["store:flat.png"] * 5, {}, 400, "the request has 5 images; at most 4"),
         (["store:flat.png"], {"vlmzip": {"keep": 9}}, 400, r"by visionzip(keep=36): leave out method and keep"),
         (["store:flat.png"], {"vlmzip": {"method": "dfmr"}}, 400, "give method visionzip(keep=36)+fastv"),
@@ -142,7 +142,7 @@ def test_the_command_serves_a_store(folder, options, after):
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         ready = server.stdout.readline()
         address = ready.split()[-1]
-        assert ready == f"mini with visionzip and 3 stored images at {address}\n"
+        assert ready == f"mini with visionzip(keep={after}) and 3 stored images at {address}\n"
         client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
         assert asked(client, NAMES[:1]).usage.vlmzip["visual_tokens"]["after"] == 36
         direct = client.chat.completions.create(model="mini", messages=[user(QUESTION, image_url())])

@@ -17,7 +17,7 @@ OWN_OPTIONS = {
     "model", "device", "dtype", "allow_pickle", "method", "baseline", "overlay", "json", "out",
     "histogram", "help", "frames", "engine", "host", "port", "name", "api_key_file", "allow_hosts", "size", "question",
     "max_new_tokens", "max_batch", "max_queue", "max_seconds", "max_images", "max_pixels", "max_body",
-    "store", "verify", "batch", "shard", "workers",
+    "quiet", "store", "verify", "batch", "shard", "workers",
 }  # fmt: skip
 
 

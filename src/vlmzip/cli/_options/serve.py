@@ -20,6 +20,7 @@ ENGINES = ("auto", "hf", "vllm")
 
 def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
     add_model(parser)
+    limits = parser.add_argument_group("limits, also of what requests can ask for")  # before the fields of the method
     add_method(parser, arguments)
     add_store(parser, arguments, "let requests name images that `vlmzip encode` stored there, such as store:cat.jpg")
     parser.add_argument(
@@ -46,7 +47,7 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
         action=BooleanOptionalAction,
         help="a page at /playground to try methods in a browser; default: if Gradio is installed",
     )
-    limits = parser.add_argument_group("limits, also of what requests can ask for")
+    parser.add_argument("--quiet", action="store_true", help="log no line for each request")
     for name, text in LIMITS.items():
         limits.add_argument(f"--{name.replace('_', '-')}", type=int, metavar="N", help=text)
 

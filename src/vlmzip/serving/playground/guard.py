@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vlmzip.serving.server.access import notes_of
 from vlmzip.serving.server.body import Bodies
 from vlmzip.serving.server.errors import RequestError
 
@@ -51,6 +52,7 @@ class PageGuard:
         try:
             await self._pass_on(scope, receive, with_headers)
         except RequestError as error:
+            notes_of(scope).reason = error.logged
             await JSONResponse(error.content(), error.status, error.headers)(scope, receive, with_headers)
 
     async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:

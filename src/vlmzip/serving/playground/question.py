@@ -99,7 +99,7 @@ class Reader:
         elif url[:11].lower() == "data:image/":
             asked = self._image(url, question)
         else:
-            raise UserError(f"the file is not an image; give {alternatives(COMMON_FORMATS)}")
+            raise UserError(f"the file is not {alternatives(COMMON_FORMATS)}")
         return replace(asked, note=self._note(question))
 
     def _note(self, question: str) -> str:

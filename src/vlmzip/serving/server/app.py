@@ -11,14 +11,16 @@ from time import monotonic, time
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, RedirectResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Mount
 
+from vlmzip.serving.server.access import Notes, notes_of
 from vlmzip.serving.server.body import Bodies
 from vlmzip.serving.server.counting import TokenCount
 from vlmzip.serving.server.engine import Engine
 from vlmzip.serving.server.errors import CLIENT_GONE, RequestError, overloaded
-from vlmzip.serving.server.guard import Guard
+from vlmzip.serving.server.guard import PLAYGROUND, Guard
 from vlmzip.serving.server.metrics import Metrics
 from vlmzip.serving.server.progress import Progress
 from vlmzip.serving.server.responses import Answer
@@ -29,6 +31,14 @@ from vlmzip.version import __version__
 
 log = logging.getLogger(__name__)
 
+#: The paths of the API.
+PATHS = [
+    "POST /v1/chat/completions",
+    "POST /v1/tokens",
+    "GET /v1/models",
+    "GET /health",
+    "GET /metrics",
+]
 #: Threads that decode images and prepare the inputs of the model.
 PREPARERS = 2
 
@@ -50,6 +60,7 @@ def create_app(
     app.add_api_route("/v1/tokens", service.tokens, methods=["POST"])
     app.add_api_route("/v1/models", service.models, methods=["GET"])
     app.add_api_route("/v1/models/{name:path}", service.one_model, methods=["GET"])
+    app.add_api_route("/", service.home, methods=["GET", "HEAD"])
     app.add_api_route("/health", service.health, methods=["GET", "HEAD"])
     app.add_api_route("/metrics", service.read_metrics, methods=["GET"])
     app.add_exception_handler(RequestError, _refused)
@@ -85,7 +96,8 @@ class Service:
         """Answer POST /v1/chat/completions."""
         arrived, body, prepared = await self._prepare(request)
         progress = Progress(asyncio.get_running_loop(), arrived=arrived)
-        count = prepared.count
+        count, notes = prepared.count, notes_of(request.scope)
+        notes.tokens = count.method
         answer = Answer(self.engine.model, count)
         self.engine.submit(prepared, progress)
         del prepared  # its inputs are large, and a client can be slow to read
@@ -96,16 +108,16 @@ class Service:
                     raise RequestError("the client has gone", CLIENT_GONE)
         except BaseException:
             progress.cancel()
-            self._count(count, progress)
+            self._count(count, progress, notes)
             raise
         if body.stream:
             include = body.stream_options is not None and bool(body.stream_options.include_usage)
             events = self._events(answer, progress, include)
             seconds = arrived + self.settings.max_seconds - monotonic()
-            return EventStream(events, max(seconds, 0.0), self._end_of(count, progress))
+            return EventStream(events, max(seconds, 0.0), self._end_of(count, progress, notes))
         assert progress.reason is not None
         assert progress.usage is not None
-        self._count(count, progress)
+        self._count(count, progress, notes)
         return JSONResponse(answer.whole(progress.text, progress.reason, progress.usage))
 
     async def _events(
@@ -122,19 +134,24 @@ class Service:
         if include_usage and progress.usage is not None:
             yield answer.last_chunk(progress.usage)
 
-    def _end_of(self, count: TokenCount, progress: Progress) -> Callable[[str | None], None]:
+    def _end_of(self, count: TokenCount, progress: Progress, notes: Notes) -> Callable[[str | None], None]:
         def ended(reason: str | None) -> None:
             progress.cancel()
-            self._count(count, progress)
+            self._count(count, progress, notes)
             reason = "error" if reason is None and progress.error is not None else reason
             if reason is not None:
                 self.metrics.broken_streams.labels(reason).inc()
+                notes.reason = f"the stream ended early: {reason if progress.error is None else progress.error.logged}"
 
         return ended
 
-    def _count(self, count: TokenCount, progress: Progress) -> None:
+    def _count(self, count: TokenCount, progress: Progress, notes: Notes) -> None:
+        """Put the tokens of an answer, complete or not, into metrics and log."""
         if progress.usage is not None:
             self.metrics.count_answer(count.name, progress, progress.usage)
+            visual = progress.usage.visual
+            notes.tokens = f"{count.method}: {visual.before} -> {visual.after} visual tokens"
+            notes.tokens += f", {progress.usage.new_tokens} new tokens"
 
     async def tokens(self, request: Request) -> Response:
         """Answer POST /v1/tokens: the tokens of a request to /v1/chat/completions, without answering it."""
@@ -178,6 +195,12 @@ class Service:
 
     # --- about the server -------------------------------------------------------------------------------------------
 
+    async def home(self, request: Request) -> Response:
+        """Answer GET /: send browsers to the playground, if there is one; otherwise name the paths."""
+        if any(isinstance(route, Mount) and route.path == PLAYGROUND for route in request.app.routes):
+            return RedirectResponse(f"{PLAYGROUND.strip('/')}/")
+        return JSONResponse({"vlmzip": __version__, "model": self.engine.model, "paths": PATHS})
+
     async def models(self) -> Response:
         """Answer GET /v1/models."""
         return JSONResponse({"object": "list", "data": [self._model()]})
@@ -207,14 +230,17 @@ def _unknown_model(name: str, known: str) -> RequestError:
     return RequestError(message, 404, code="model_not_found", param="model")
 
 
-async def _refused(_request: Request, error: Exception) -> Response:
+async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
+    notes_of(request.scope).reason = error.logged
     return JSONResponse(error.content(), error.status, error.headers)
 
 
 async def _not_found(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = f"{request.method} {request.url.path[:100]}: {str(error.detail).lower()}"
+    if error.status_code == 404:
+        message += f"; this server has {', '.join(PATHS)}"
     return JSONResponse(RequestError(message, error.status_code).content(), error.status_code, error.headers)
 
 

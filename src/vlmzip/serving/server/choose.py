@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from vlmzip import catalogue, spec
-from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError, alternatives
+from vlmzip.compressor import Calibratable, Compressor
+from vlmzip.errors import BudgetError, UserError, alternatives
 from vlmzip.keep import Keep, parse_keep
 from vlmzip.models.family import Family
 from vlmzip.runtime.fitting import fitted
@@ -40,6 +40,20 @@ class Methods:
             param = "vlmzip.keep" if method is None else "vlmzip.method"
             raise RequestError(str(error), code="invalid_method", param=param) from None
 
+    @cached_property
+    def _offered(self) -> list[str]:
+        """Return the names of the methods that a request can choose on this model."""
+        return [candidate.name for candidate in spec.candidates(None) if self._fits(candidate.method)]
+
+    def _fits(self, method: Compressor | None) -> bool:
+        if method is None or method.trained_weights or (method.videos_only and len(self._family.modalities) < 2):
+            return False
+        try:
+            fitted(method, self._family)
+        except UserError:
+            return False
+        return True
+
     def _make(self, method: str | None, keep: Keep | None) -> Compressor:
         if keep is not None:
             _refuse_large(keep)
@@ -55,7 +69,7 @@ class Methods:
 
     def _read(self, method: str) -> Compressor:
         """Return the compressor of a spec from a request, which must not name files, modules or large numbers."""
-        compressor = spec.read_named(method, self._names)
+        compressor = spec.read_named(method, self._names, self._offered)
         for stage in compressor.stages():
             self._refuse_costly(stage)
             if stage.for_training_only:
@@ -84,7 +98,15 @@ class Methods:
         """Return the compressor with another budget, or its configuration nearest to that."""
         if "keep" in compressor.field_names():
             return compressor.with_keep(keep)
-        return compressor.at_keep(keep, self._family.profile())[0]
+        try:
+            return compressor.at_keep(keep, self._family.profile())[0]
+        except BudgetError as error:
+            advice = "leave out keep"
+            for stage in compressor.stages():
+                if isinstance(stage, Calibratable):
+                    value = getattr(stage, stage.threshold)
+                    advice += f", or set {stage.threshold} in method: {stage.name()}({stage.threshold}={value})"
+            raise UserError(error.fact, advice=advice) from None
 
 
 def _refuse_large(budget: Keep) -> None:

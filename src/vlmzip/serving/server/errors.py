@@ -26,10 +26,13 @@ class RequestError(Exception):
         code: str | None = None,
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
+        logged: str | None = None,
     ) -> None:
+        """Say `message` to the client, and `logged` to the operator, by default the same."""
         super().__init__(message)
         self.message, self.status, self.code, self.param = message[:LONGEST], status, code, param
         self.headers = dict(headers or {})
+        self.logged = logged or self.message
 
     def content(self) -> dict[str, object]:
         """Return the JSON of the answer."""

@@ -1,4 +1,4 @@
-"""What happens to every request before and after its route: the API key, the content type, and the count by status."""
+"""What happens to every request before and after its route: the API key, the content type, the count and the log."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import binascii
 import hashlib
 import hmac
 from collections.abc import Collection
+from time import monotonic
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from vlmzip.serving.server.access import log_request, notes_of
 from vlmzip.serving.server.errors import CLIENT_GONE, RequestError, send_error
 from vlmzip.serving.server.metrics import Metrics
 from vlmzip.serving.server.settings import Settings, is_loopback
@@ -23,10 +25,11 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class Guard:
-    """Refuses requests without the key, for another host or with another content type, and counts answers."""
+    """Refuses requests without the key, for another host or with another content type; counts and logs answers."""
 
     def __init__(self, app: ASGIApp, *, settings: Settings, metrics: Metrics, paths: Collection[str]) -> None:
         self._app, self._metrics, self._paths = app, metrics, frozenset(paths)
+        self._log_requests = settings.log_requests
         self._digest = None if settings.api_key is None else _digest(settings.api_key.encode())
         is_private = settings.api_key is None and is_loopback(settings.host or "")
         self._hosts = {(settings.host or "").lower(), *LOOPBACK} if is_private else None
@@ -35,7 +38,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = CLIENT_GONE
+        status, start, notes = CLIENT_GONE, monotonic(), notes_of(scope)
 
         async def count(message: Message) -> None:
             nonlocal status
@@ -48,14 +51,18 @@ class Guard:
             if refusal is None:
                 await self._app(scope, receive, count)
             else:
+                notes.reason = refusal.logged
                 await send_error(refusal, count)
-        except Exception:  # a defect: a handler around this one answers 500
+        except Exception as error:  # a defect: a handler around this one answers 500
             if status == CLIENT_GONE:
                 status = 500
+            notes.reason = f"failed with {type(error).__name__}"
             raise
         finally:
             path = scope["path"] if scope["path"] in self._paths else "other"
             self._metrics.requests.labels(path, str(status)).inc()
+            if self._log_requests:
+                log_request(scope, status, monotonic() - start)
 
     def _refusal(self, scope: Scope) -> RequestError | None:
         headers = dict(scope["headers"])
@@ -65,11 +72,15 @@ class Guard:
             message = f"this server is for this machine only, and the request is for {host[:100]!r}; set an API key"
             return RequestError(message, 403, code="host_not_allowed")
         if self._digest is not None and scope["path"] not in OPEN:
-            is_page = scope["path"].partition("/")[2].partition("/")[0] == PLAYGROUND.strip("/")
-            key = _key(headers.get(b"authorization", b""), b"basic" if is_page else b"bearer")
+            first = scope["path"].partition("/")[2].partition("/")[0]
+            is_page = first in ("", PLAYGROUND.strip("/"))
+            schemes = {"": (b"basic", b"bearer"), PLAYGROUND.strip("/"): (b"basic",)}.get(first, (b"bearer",))
+            key = _key(headers.get(b"authorization", b""), schemes)
             # Digests have equal lengths, so the time of the comparison tells nothing about the key.
             if key is None or not hmac.compare_digest(_digest(key), self._digest):
-                message = "the API key is missing or wrong; send it as Authorization: Bearer KEY"
+                how = "send it as Authorization: Bearer KEY"
+                how = "enter any name, and the key as the password" if is_page else how
+                message = f"the API key is missing or wrong; {how}"
                 scheme = 'Basic realm="vlmzip: any name, and the API key as password"' if is_page else "Bearer"
                 return RequestError(message, 401, code="invalid_api_key", headers={"WWW-Authenticate": scheme})
         kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
@@ -85,12 +96,12 @@ def _name_of(host: str) -> str:
     return name.strip().lower()
 
 
-def _key(header: bytes, expected: bytes) -> bytes | None:
-    """Return the key in a header of the `expected` scheme, bearer or basic; `None` if there is none."""
+def _key(header: bytes, schemes: Collection[bytes]) -> bytes | None:
+    """Return the key in a header of one of the schemes, basic or bearer; `None` if there is none."""
     scheme, _, key = header.partition(b" ")
-    if scheme.lower() != expected:
+    if scheme.lower() not in schemes:
         return None
-    if expected == b"bearer":
+    if scheme.lower() == b"bearer":
         return key.strip()
     try:
         return base64.b64decode(key.strip(), validate=True).partition(b":")[2]

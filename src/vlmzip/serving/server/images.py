@@ -78,7 +78,7 @@ def _open(content: bytes, name: str) -> Image.Image:
         message = f"{name} would unpack to more than {Image.MAX_IMAGE_PIXELS:,} pixels; scale it down"
         raise RequestError(message, code="image_too_large", param="messages") from None
     except Exception:  # Pillow's plugins raise many types
-        message = f"{name} is not an image; send {alternatives(COMMON_FORMATS)}"
+        message = f"{name} is not {alternatives(COMMON_FORMATS)}"
         raise RequestError(message, code="invalid_image", param="messages") from None
     # Inside a scan, no other byte follows 0xFF than 0 and those of restarts, so this counts scans.
     if image.format == "JPEG" and content.count(b"\xff\xda") > MOST_SCANS:

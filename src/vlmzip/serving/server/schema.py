@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from vlmzip.errors import closest
+from vlmzip.errors import alternatives, closest
 from vlmzip.serving.server.errors import RequestError
 
 #: Fields that are accepted only with a value that changes nothing: `None` or one of these.
@@ -39,6 +39,44 @@ OBJECTS = {
     r"messages\.\d+$": ' such as {"role": "user", "content": …}',
     r"image_url$": ' such as {"url": …}',
     r"vlmzip$": ' such as {"method": …, "keep": …}',
+    r"^$": ' such as {"model": …, "messages": […]}',
+}
+#: What is wrong with a value, by pydantic's type of the error. The names in braces are those of the error's context.
+WRONG = {
+    "string_type": "must be a text",
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "list_type": "must be a list",
+    "none_required": "must be null or left out",
+    "literal_error": "must be {expected}",
+    "greater_than": "must be above {gt:g}",
+    "greater_than_equal": "must be at least {ge:,g}",
+    "less_than": "must be below {lt:,g}",
+    "less_than_equal": "must be at most {le:,g}",
+    "string_too_short": "must not be empty",
+    "string_too_long": "has more than {max_length} characters",
+    "too_long": "has more than {max_length} entries",
+    "too_short": "must not be empty",
+}
+#: The same for lists that can be a text, by the name of the field.
+LISTS = {"content": "must be a text or a list of parts", "stop": "must be a text or a list of texts"}
+#: What clients of other servers send and this one does not take, by the tag.
+UNSUPPORTED = {
+    "tool": "tools are not supported",
+    "function": "tools are not supported",
+    "video_url": "videos are not supported",
+    "input_video": "videos are not supported",
+    "video": "videos are not supported",
+    "input_audio": "sound is not supported",
+    "audio_url": "sound is not supported",
+    "file": "files are not supported",
+    "input_file": "files are not supported",
+    "image": 'send images as {"type": "image_url", "image_url": {"url": …}}',
+    "input_image": 'send images as {"type": "image_url", "image_url": {"url": …}}',
+    "input_text": 'send texts as {"type": "text", "text": …}',
 }
 
 
@@ -53,16 +91,11 @@ class TextPart(Strict):
     text: str
 
 
-def _auto(detail: object) -> object:
-    if detail not in (None, "auto"):
-        message = 'detail must be "auto": the budget is a number of tokens, in {"vlmzip": {"keep": …}}'
-        raise RequestError(message, code="unsupported_value", param="messages")
-    return detail
-
-
 class ImageURL(Strict):
+    """An image. `detail` changes nothing: clients send it as a matter of course, and the budget is in `vlmzip`."""
+
     url: str
-    detail: Annotated[str | None, BeforeValidator(_auto)] = None
+    detail: Literal["auto", "low", "high", "original"] | None = None
 
 
 class ImagePart(Strict):
@@ -130,6 +163,10 @@ class Choice(Strict):
     keep: Annotated[int | float | str | None, BeforeValidator(_as_budget)] = None
 
 
+def _as_choice(choice: object) -> object:
+    return {} if choice is None else choice
+
+
 class StreamOptions(Strict):
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
@@ -152,7 +189,7 @@ class ChatRequest(Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = None
-    vlmzip: Choice = Choice()
+    vlmzip: Annotated[Choice, BeforeValidator(_as_choice)] = Choice()
 
     @model_validator(mode="before")
     @classmethod
@@ -195,22 +232,48 @@ def read_request(body: bytes) -> ChatRequest:
 
 def _refusal(error: ValidationError) -> RequestError:
     """Return the error for the first wrong field."""
-    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    first = error.errors(include_url=False)[0]
     roles = ("system", "developer", "user", "assistant", "text", "image_url")
     path = [str(part) for part in first["loc"]]
     # The names of the alternatives stand in the path, too: messages.0.user.content.1.image_url.image_url.url
     param = ".".join(part for at, part in enumerate(path) if not (part in roles and at and path[at - 1].isdigit()))
-    if first["type"] == "json_invalid":
+    kind, context = first["type"], first.get("ctx", {})
+    if kind == "json_invalid":
         return RequestError(f"the body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
-    if first["type"] == "extra_forbidden":
+    if kind == "extra_forbidden":
         name = path[-1][:50]
         known = ChatRequest.model_fields if len(path) == 1 else ()
         hint = closest(name, known) if known else ""
         hint = '; write it as {"vlmzip": {"method": …, "keep": …}}' if name in Choice.model_fields else hint
         return RequestError(f"unknown field {name!r}{hint}", code="unknown_parameter", param=param[:100])
-    if first["type"] == "missing":
+    if kind in ("missing", "union_tag_not_found"):
+        param += "" if kind == "missing" else f".{_tag_name(context)}"
         return RequestError(f"{param} is missing", code="missing_required_parameter", param=param[:100])
-    message = first["msg"][0].lower() + first["msg"][1:].replace(" after validation", "")
-    if message == "input should be an object" or first["type"] in ("model_type", "model_attributes_type"):
-        message = "it must be an object" + next((hint for end, hint in OBJECTS.items() if re.search(end, param)), "")
-    return RequestError(f"{param or 'the body'}: {message}"[:300], code="invalid_value", param=param[:100] or None)
+    if kind == "union_tag_invalid":
+        param += f".{_tag_name(context)}"
+        message = _wrong_tag(str(context["tag"]), str(context["expected_tags"]))
+    elif kind in ("model_type", "model_attributes_type"):
+        message = "must be an object" + next((hint for end, hint in OBJECTS.items() if re.search(end, param)), "")
+    elif kind == "too_long" and context["max_length"] == 0:
+        message = "must be empty or left out"
+    elif kind == "list_type" and path[-1] in LISTS:
+        message = LISTS[path[-1]]
+    elif kind in WRONG:
+        message = WRONG[kind].format(**context)
+        if kind == "literal_error" and param.endswith(".type"):
+            message += "; only messages of the user can have images"
+    else:
+        message = f"is not valid: {first['msg'][0].lower()}{first['msg'][1:]}"
+    return RequestError(f"{param or 'the body'} {message}"[:300], code="invalid_value", param=param[:100] or None)
+
+
+def _tag_name(context: dict[str, Any]) -> str:
+    """Return the name of the field that says what kind of object an object is."""
+    return str(context["discriminator"]).strip("'")
+
+
+def _wrong_tag(tag: str, expected: str) -> str:
+    """Return what is wrong with the kind of an object, and what is supported."""
+    tags = alternatives([each.strip("' ") for each in expected.split(",")])
+    hint = UNSUPPORTED.get(tag)
+    return f"must be {tags}, got {tag[:50]!r}{'' if hint is None else f'; {hint}'}"

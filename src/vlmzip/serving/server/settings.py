@@ -48,6 +48,8 @@ class Settings:
     """Seconds in which the images of a request must be fetched."""
     fetch_bytes: int = 32 * MEGABYTE
     """Bytes of all fetched images of a request."""
+    log_requests: bool = True
+    """Whether each request gets a line in the log."""
 
 
 def is_loopback(host: str) -> bool:

@@ -27,6 +27,8 @@ class ImageStore(Protocol):
     @property
     def compressor(self) -> Compressor: ...
 
+    def __contains__(self, name: object) -> bool: ...
+
     def inputs(self, loaded: Loaded, prompts: Sequence[str], names: Sequence[Sequence[str]]) -> InputDict:
         """Return the inputs of prompts. Raise `UnknownImage`, or `Damaged` for an image that cannot be read."""
 
@@ -39,7 +41,7 @@ def stored_names(urls: Sequence[str], store: ImageStore | None) -> list[str] | N
     if store is None:
         raise _refused("this server has no store of images: send them as URLs like data:image/png;base64,…")
     if len(names) < len(urls):
-        raise _refused("the images of a request come all from the store, or none does")
+        raise _refused("this request has stored images and others; send them in separate requests")
     return names
 
 
@@ -61,9 +63,13 @@ def stored_inputs(loaded: Loaded, store: ImageStore, prompt: str, names: Sequenc
     try:
         return store.inputs(loaded, [prompt], [names])
     except UnknownImage as error:
-        raise RequestError(str(error), 404, code="image_not_found", param="messages") from None
+        # The whole message can have paths and the names of other images: it is for the operator only.
+        missing = next((name for name in names if name not in store), "")
+        message = f"the store has no image {missing[:200]!r}"
+        raise RequestError(message, 404, code="image_not_found", param="messages", logged=str(error)) from None
     except Damaged as error:
-        raise RequestError(str(error), 500, code="image_damaged") from None
+        message = "a stored image of this request is damaged; the server's log says which"
+        raise RequestError(message, 500, code="image_damaged", logged=str(error)) from None
     except UserError as error:
         raise _refused(str(error)) from None
 

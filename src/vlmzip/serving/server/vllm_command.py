@@ -43,6 +43,7 @@ def vllm_command(served: Served, settings: Settings) -> list[str]:
     command += ["--limit-mm-per-prompt", json.dumps({"image": settings.max_images})]
     command += ["--allowed-media-domains", *(sorted(settings.allow_hosts) or [NO_HOST])]
     command += ["--middleware", MIDDLEWARE]
+    command += [] if settings.log_requests else ["--disable-uvicorn-access-log"]
     command += [] if served.dtype is None else ["--dtype", served.dtype]
     return command
 

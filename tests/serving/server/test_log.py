@@ -1,0 +1,116 @@
+"""The log: a line for each request, and a note for each kind of warning."""
+
+import logging
+import warnings
+
+import httpx
+import pytest
+
+from tests.serving.server.running import QUESTION, asking, engine_of, image_url, serving
+from vlmzip.errors import telling_once
+from vlmzip.serving.server import access
+from vlmzip.serving.server.access import log_request
+from vlmzip.serving.server.settings import Settings
+
+SECRET = "a-secret-key"
+KEY = {"Authorization": f"Bearer {SECRET}"}
+
+
+@pytest.fixture(scope="module")
+def http(mini):
+    settings = Settings(api_key=SECRET)
+    with (
+        serving(engine_of(mini, settings), settings) as address,
+        httpx.Client(base_url=address, timeout=30, headers=KEY) as http,
+    ):
+        yield http
+
+
+@pytest.fixture
+def lines(caplog):
+    """The lines of the log so far, without time and seconds."""
+    caplog.set_level(logging.INFO, access.__name__)
+
+    def read():
+        texts = [record.getMessage() for record in caplog.records if record.name == access.__name__]
+        parts = [text.split(" ", 2)[2] for text in texts]
+        return [" ".join(part.split(" ")[:3]) + part.partition(" s")[2] for part in parts]
+
+    return read
+
+
+def test_an_answer_has_its_tokens(http, lines):
+    http.post("/v1/chat/completions", json=asking(max_tokens=1))
+    http.post("/v1/chat/completions", json=asking(max_tokens=1, stream=True, vlmzip={"keep": 9}))
+    http.post("/v1/tokens", json=asking())
+    assert lines() == [
+        "POST /v1/chat/completions 200, visionzip(keep=16): 144 -> 16 visual tokens, 1 new tokens",
+        "POST /v1/chat/completions 200, visionzip(keep=9): 144 -> 9 visual tokens, 1 new tokens",
+        "POST /v1/tokens 200",
+    ]
+
+
+def test_a_refusal_has_its_reason(http, lines):
+    http.post("/v1/chat/completions", json=asking(tools=[5]))
+    http.post("/v1/chat/completions", json=asking(), headers={"Authorization": "Bearer wrong"})
+    http.post("/v1/chat/completions", content=b"{}", headers={"Content-Type": "text/plain"})
+    http.get("/nothing")
+    assert lines() == [
+        "POST /v1/chat/completions 400: tools is not supported; leave it out",
+        "POST /v1/chat/completions 401: the API key is missing or wrong; send it as Authorization: Bearer KEY",
+        "POST /v1/chat/completions 415: the body must be JSON: send Content-Type: application/json",
+        "GET /nothing 404",
+    ]
+
+
+def test_reads_that_browsers_and_monitors_repeat_have_no_line(http, lines):
+    assert [http.get(path).status_code for path in ("/health", "/metrics", "/")] == [200] * 3
+    assert lines() == []
+
+
+def test_no_line_has_images_keys_or_texts(http, lines):
+    url = image_url()
+    bodies = [
+        asking(), asking("secret text"), asking("secret <image>"), asking(QUESTION, url[:-100]),
+        asking(QUESTION, url[5:]),
+        asking(messages=[{"role": "user", "content": [{"type": "text", "text": 5}, {"secret text": 1}]}]),
+        asking(messages=[{"role": "assistant", "content": "secret text", "refusal": "secret text"}]),
+    ]  # fmt: skip
+    for body in bodies:
+        http.post(f"/v1/chat/completions?key={SECRET}", json=body)
+    text = "\n".join(lines())
+    assert text.count("POST") == len(bodies)
+    assert not any(part in text for part in (SECRET, "secret <", "secret text", url[30:60], url[-160:-120]))
+
+
+def test_a_request_cannot_write_lines(http, lines):
+    """Paths and reasons have parts of requests."""
+    http.get("/v1/models/a%0A2026-01-01%20POST%20/v1/x%1B[31m%E2%80%AE")
+    http.post("/v1/chat/completions", json=asking(model="b\n2026 GET /\r\x1b[2J\u2028"))
+    text = "".join(lines())
+    assert all(letter.isprintable() for letter in text)
+    assert "GET /v1/models/a%0A2026-01-01%20POST%20/v1/x%1B%5B31m%E2%80%AE 404" in text
+
+
+def test_a_long_path_is_cut(lines):
+    log_request({"method": "GET", "path": "/v1/" + "a" * 9000}, 404, 0.1)
+    assert len(lines()[0]) < 300
+
+
+def test_the_operator_can_turn_it_off(mini, lines):
+    settings = Settings(log_requests=False)
+    with serving(engine_of(mini, settings), settings) as address:
+        assert httpx.post(f"{address}/v1/tokens", json=asking()).status_code == 200
+    assert lines() == []
+
+
+def test_a_kind_of_warning_is_told_once():
+    told = []
+    with telling_once(told.append):
+        for count in (144, 576):
+            warnings.warn(f"visionzip keeps all {count} tokens:\n it changes nothing", stacklevel=1)
+        warnings.warn("fastv keeps all 144 tokens", stacklevel=1)
+        for number in range(500):
+            warnings.warn("a" * number, stacklevel=1)
+    assert told[:2] == ["visionzip keeps all 144 tokens: it changes nothing", "fastv keeps all 144 tokens"]
+    assert len(told) <= 100
