@@ -12,7 +12,7 @@ from vlmzip.visual_tokens import Signal, Site, VisualTokens
 
 @dataclass(frozen=True, kw_only=True)
 class FastV(BudgetedCompressor):
-    """Keep the visual tokens that the last question token attends to most in layer K-1.
+    """Keep the visual tokens that the last question token attends to most, in the layer before this method acts.
 
     Chen et al., ECCV 2024 (arXiv:2403.06764), section 4. Visual tokens are ranked by attention, mean over heads. As in
     the paper, K=2 and half of the tokens (R=50 %) remain by default, and tokens keep their positions. Of tokens with

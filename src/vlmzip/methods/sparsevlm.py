@@ -37,7 +37,7 @@ RECYCLE = {"v1": 0.3, "v2": 0.0}
 
 @dataclass(frozen=True, kw_only=True)
 class SparseVLM(Compressor):
-    """Keep the visual tokens that the question's raters attend to, and merge the best of the rest into a few.
+    """Keep the visual tokens that the most visual words of the question attend to, and merge the best of the rest.
 
     Zhang et al., ICML 2025 (arXiv:2410.04417), section 3:
 

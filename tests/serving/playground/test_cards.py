@@ -34,6 +34,11 @@ def test_texts_are_escaped():
     assert "&lt;i&gt;" in html
 
 
+def test_a_note_stands_before_the_answer():
+    html = Results([Card("dfmr", answer(), note="ignores the budget")]).html()
+    assert html.index("ignores the budget") < html.index("orange")
+
+
 def test_an_error_stands_alone():
     html = Results([Card("fastv", error="2 of 8 layers see all tokens")]).html()
     assert "2 of 8 layers" in html

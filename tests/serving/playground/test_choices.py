@@ -31,7 +31,9 @@ def test_groups_are_kinds_and_each_method_says_what_it_does(mini):
     ]  # fmt: skip
     labels = {choice.name: choice.label for group in offered for choice in group.choices}
     assert labels["fastv"].startswith("fastv (inside the LLM): Keep the visual tokens")
-    assert labels["pool2d"].startswith("pool2d: Average each")
+    assert labels["pool2d"].startswith("pool2d: Average each factor x factor")
+    assert [name for name, label in labels.items() if "ignores the budget" in label] == ["adaptive_visionzip", "dfmr"]
+    assert labels["dfmr"].startswith("dfmr (ignores the budget): Average")
 
 
 @pytest.mark.parametrize("method", [VisionZip(merge="mean"), QFormer(queries=9)])
@@ -66,12 +68,14 @@ def test_a_budget_counts_the_average_or_the_remaining_tokens(mini, method, remai
 def test_a_method_that_decides_by_content_keeps_its_settings_and_says_so(mini):
     method, note = configured(DFMR(), 48, mini.family.profile(), remaining=False, is_clip=False)
     assert method == DFMR()
-    assert note.startswith("runs with its own settings, not at this budget: the number of tokens")
+    assert note == "ignores the budget: the image decides how many tokens remain"
 
 
 def test_a_budget_that_cannot_be_met_is_an_error(mini):
-    with pytest.raises(BudgetError, match="2 of 8 layers see all tokens before fastv acts"):
+    advice = "give a budget of 37 or more, or count the tokens after the method has acted"
+    with pytest.raises(BudgetError, match=f"2 of 8 layers see all tokens before fastv acts.*; {advice}$"):
         configured(FastV(), 20, mini.family.profile(), remaining=False, is_clip=False)
+    assert configured(FastV(), 37, mini.family.profile(), remaining=False, is_clip=False)[0].keep == 1
 
 
 def test_methods_for_videos_get_the_budget_of_a_clip_only(qwen):

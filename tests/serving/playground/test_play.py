@@ -27,7 +27,7 @@ def test_answers_and_costs_are_those_of_vlmzip_ask(playground, image, mini, requ
         assert card.answer.milliseconds.keys() == expected.account.milliseconds.keys()
     assert plain.answer.flops == plain_account(mini, inputs, expected.report)["prefill_flops"]
     assert (plain.answer.text, plain.answer.by_layer) == ("orange", [144] * 8)
-    assert visionzip.answer.fates == "39 kept, 105 merged into 8"
+    assert visionzip.answer.fates == "39 kept, CLS kept, 105 merged into 8"
     assert fastv.answer.fates == "16 kept, 128 dropped"
 
 
@@ -51,6 +51,12 @@ def test_a_budget_that_cannot_be_met_is_said_on_the_card_and_the_others_answer(p
     assert fastv.answer is None
     assert pool.answer.by_layer == [16] * 8
     assert pool.note == "the nearest to 13.9% that it has is 11.1%"
+
+
+@pytest.mark.parametrize("keep", [1, 9, 48])
+def test_all_methods_that_are_chosen_at_first_answer_at_the_first_kind_of_budget(playground, image, keep):
+    _, *cards = cards_of(playground, image, playground.chosen, Budget(keep, remaining=True))
+    assert [card.error for card in cards] == [""] * 2
 
 
 def test_a_defect_of_a_method_is_said_on_its_card(playground, image, monkeypatch):

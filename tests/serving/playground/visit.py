@@ -95,12 +95,18 @@ def visit(address, screen, folder):
         seen["share"] = page.locator("#share").inner_text()
         page.screenshot(path=folder / f"{screen}-uploaded.png", full_page=True)
         choose(page, "fastv", "pool2d", "dfmr", "vcc")
+        page.get_by_label("on average over the LLM's layers").check()
         seen["too small"] = ask(page, keep=9)
         page.screenshot(path=folder / f"{screen}-too-small.png", full_page=True)
         page.locator(".examples button").nth(1).click()
         expect(page.get_by_role("textbox", name="Question")).to_have_value(re.compile("how many"))
         expect(page.locator(".vz-answer").first).to_contain_text("2", timeout=30_000)
         seen["example"] = answered(page)
+        page.wait_for_timeout(500)  # scrolling is smooth
+        seen["top of the first card"] = page.locator(".vz-card").first.evaluate(
+            "card => card.getBoundingClientRect().top"
+        )
+        page.screenshot(path=folder / f"{screen}-example.png")
         seen["hosts"] = {url.split("/")[2] for url in page.requests if url.startswith("http")}
         seen["troubles"] = [text for text in page.troubles if "favicon" not in text and "404" not in text]
         seen["too wide"] = is_too_wide(page)

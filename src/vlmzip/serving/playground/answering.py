@@ -188,21 +188,26 @@ def _fates(report: Report) -> str:
     counts = [_counts(image) for image in report.images]
     if None in counts:
         return "each token comes from the whole image"
-    kept, merged, into, dropped = (sum(part) for part in zip(*filter(None, counts), strict=True))
+    kept, merged, into, dropped, prefix = (sum(part) for part in zip(*filter(None, counts), strict=True))
     counted = {
         f"{kept:,} kept": kept,
+        "CLS kept" if prefix == 1 else f"{prefix:,} CLS tokens kept": prefix,
         f"{merged:,} merged into {into:,}": merged,
         f"{dropped:,} dropped": dropped,
     }
     return ", ".join(text for text, count in counted.items() if count)
 
 
-def _counts(image: ImageReport) -> tuple[int, int, int, int] | None:
-    """Return the tokens on an image's grids that were kept, merged, left of those that were merged, and dropped."""
+def _counts(image: ImageReport) -> tuple[int, int, int, int, int] | None:
+    """Return the tokens of an image that were kept, merged, left of those that were merged, and dropped.
+
+    These are the tokens on its grids. The last number is that of output tokens from the prefixes of views (CLS) alone.
+    """
     if image.token_map is None:
         return None
     layout, group = image.layout, image.token_map.group[0].tolist()
     sizes = Counter(g for start, end in pairwise(layout.starts) for g in group[start + layout.prefix : end])
     dropped = sizes.pop(-1, 0)
     merged = [size for size in sizes.values() if size > 1]
-    return len(sizes) - len(merged), sum(merged), len(merged), dropped
+    prefix = len(set(group) - {-1}) - len(sizes)
+    return len(sizes) - len(merged), sum(merged), len(merged), dropped, prefix

@@ -15,7 +15,8 @@ PLAIN = "uncompressed"
 BY_LAYER = "by layer: tokens × layers of the LLM, in order"
 TIMING = (
     f"ms: median of up to {MOST_RUNS} runs on {{device}}, {{dtype}}, after a warm-up; one run if it takes a second."
-    " LLM: projector, prefill and decoding. The time in the queue is not included; other work on the machine is."
+    " LLM: projector, prefill and decoding. Time in the queue does not count. Other work on the machine makes the times"
+    " longer."
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,8 @@ HEADINGS = {
     "pool": "Pool: join neighbouring tokens",
     "chain": "Chain: several methods",
 }
+#: What a budget counts: the two choices on the page.
+REMAINING, AVERAGE = "after the method has acted", "on average over the LLM's layers"
 #: The size of the image on which methods are tried.
 TRIAL = (160, 120)
 
@@ -78,8 +81,21 @@ def _choices(loaded: Loaded) -> Iterable[Choice]:
         method = candidate.method
         if method is None or method.trained_weights or _key(method) in lacking or not _fits(method, loaded.family):
             continue
-        where = " (inside the LLM)" if method.layers else ""
-        yield Choice(candidate.name, method, f"{candidate.name}{where}: {summaries[candidate.name]}")
+        facts = ["inside the LLM"] if method.layers else []
+        facts += ["ignores the budget"] if _ignores_budget(method, loaded.family.profile()) else []
+        about = f" ({', '.join(facts)})" if facts else ""
+        yield Choice(candidate.name, method, f"{candidate.name}{about}: {summaries[candidate.name].replace('`', '')}")
+
+
+def _ignores_budget(method: Compressor, profile: Profile) -> bool:
+    """Return whether the image decides how many tokens remain, so that the method keeps its own settings."""
+    if method.videos_only or method.tokens_by_layer(profile) is not None:
+        return False
+    try:
+        method.at_keep(profile.size, profile)
+    except BudgetError:
+        return True
+    return False
 
 
 def _fits(method: Compressor, family: Family) -> bool:
@@ -136,7 +152,7 @@ def configured(
 
     `keep` counts the visual tokens that remain after the method acts, or the average over the layers of the LLM. A
     method whose image decides how many tokens remain keeps its own settings, and so does one with trained weights.
-    Raise `BudgetError` if the method cannot meet the budget.
+    Raise `BudgetError` if the method cannot meet the budget; the message says what to choose on the page.
     """
     if resampling(method) is not None:
         return method, "runs with its own settings, for which its weights were trained"
@@ -146,6 +162,24 @@ def configured(
         chosen, reached = (method.at_keep if remaining else method.at_budget)(keep, profile)
     except BudgetError as error:
         if method.videos_only or method.tokens_by_layer(profile) is not None:
-            raise
-        return method.placed(profile), f"runs with its own settings, not at this budget: {error}"
+            raise BudgetError(error.fact, advice=_advice(method, profile, remaining=remaining)) from None
+        return method.placed(profile), "ignores the budget: the image decides how many tokens remain"
     return chosen, missed(keep, reached, profile)
+
+
+def _advice(method: Compressor, profile: Profile, *, remaining: bool) -> str:
+    """Return which budgets the method can meet, in the words of the page."""
+
+    def is_met(keep: int) -> bool:
+        try:
+            (method.at_keep if remaining else method.at_budget)(keep, profile)
+        except BudgetError:
+            return False
+        return True
+
+    budgets = range(1, profile.size + 1)
+    least = bisect_left(budgets, True, key=is_met)
+    advice = [f"give a budget of {budgets[least]:,} or more"] if least < len(budgets) else []
+    if not remaining and _advice(method, profile, remaining=True):
+        advice.append(f"count the tokens {REMAINING}")
+    return ", or ".join(advice)

@@ -12,6 +12,7 @@ from starlette.routing import Mount
 
 from vlmzip.errors import UserError
 from vlmzip.serving.playground.cards import Card, Results
+from vlmzip.serving.playground.choices import AVERAGE, REMAINING
 from vlmzip.serving.playground.examples import Example
 from vlmzip.serving.playground.guard import PageGuard
 from vlmzip.serving.playground.play import SHARE, Budget, Playground
@@ -21,14 +22,22 @@ from vlmzip.serving.server.guard import PLAYGROUND
 from vlmzip.serving.server.settings import Settings
 from vlmzip.visualize.page import data_uri, render_page
 
-AVERAGE, REMAINING = "on average over the LLM's layers", "after the method has acted"
 #: Visitors whose form Gradio remembers, a tenth of a megabyte each.
 MOST_SESSIONS = 500
 #: The share of the budget, computed in the browser.
 SHOW_SHARE = "(keep, total) => `${keep} of ${total} visual tokens, ${(100 * keep / total).toFixed(1)}%`"
 
-#: On a narrow screen the results are below the form.
-SHOW_RESULTS = "() => { if (innerWidth < 768) document.querySelector('#results').scrollIntoView({behavior: 'smooth'}) }"
+#: On a narrow screen the results are below the form. The first card that is not of the results before goes to the top.
+SHOW_RESULTS = """() => {
+  if (innerWidth >= 768) return;
+  document.querySelectorAll('.vz-card').forEach((card) => { card.dataset.old = ''; });
+  const show = (tries) => {
+    const card = document.querySelector('.vz-card:not([data-old])');
+    if (card) card.scrollIntoView({behavior: 'smooth', block: 'start'});
+    else if (tries) setTimeout(show, 50, tries - 1);
+  };
+  show(400);
+}"""
 
 
 def asset(name: str) -> str:
@@ -70,7 +79,7 @@ def build(playground: Playground, settings: Settings, examples: Sequence[Example
                     # Gradio would answer numbers outside with a message of its own; the playground says what is wrong.
                     keep.preprocess = lambda tokens: tokens
                     share = gr.HTML(_share(round(SHARE * total), total), elem_id="share", padding=True)
-                    counts = gr.Radio([AVERAGE, REMAINING], value=AVERAGE, label="The budget counts tokens")
+                    counts = gr.Radio([REMAINING, AVERAGE], value=REMAINING, label="The budget counts the tokens")
                 known = gr.Number(total, visible=False)
                 methods = _methods(playground)
             with gr.Column(scale=5, min_width=320):
@@ -130,7 +139,7 @@ def _title(playground: Playground) -> str:
     loaded = playground.engine.loaded
     profile = loaded.family.profile()
     facts = [
-        f"{playground.engine.model}: {playground.usual_tokens:,} visual tokens of a common image",
+        f"{playground.engine.model}: {playground.usual_tokens:,} visual tokens for a typical image",
         f"{profile.layers} LLM layers",
         str(loaded.model.device),
     ]

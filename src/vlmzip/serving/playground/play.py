@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 MOST_METHODS = 8
 #: The methods that are chosen at first, where they work: one before the LLM and one inside.
 CHOSEN = (VisionZip.name(), FastV.name())
-#: The share of the tokens that the budget has at first. On `mini`, it leaves room for methods inside the LLM.
+#: The share of the tokens that the budget has at first.
 SHARE = 1 / 3
 
 

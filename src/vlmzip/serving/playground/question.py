@@ -83,7 +83,7 @@ class Reader:
         """Return what the page says about clips."""
         if self.takes_clips:
             return "This model takes images and short clips (MP4, MOV, WebM, MKV or AVI)."
-        return f"{self._engine.model} takes images, no clips."
+        return "This model takes images, not clips."
 
     def read(self, url: str, question: str) -> Asked:
         """Return a question about an image or a clip, which is a data URL.
