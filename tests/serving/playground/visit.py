@@ -87,6 +87,13 @@ def visit(address, screen, folder):
     """Ask with an example, an uploaded image, other budgets and methods; return what was seen."""
     seen = {}
     with visiting(address, screen) as page:
+        page.locator(".examples button").first.click()
+        expect(page.locator(".vz-answer")).to_have_count(3, timeout=60_000)
+        page.wait_for_timeout(500)  # scrolling is smooth
+        seen["top of the first card"] = page.locator(".vz-card").first.evaluate(
+            "card => card.getBoundingClientRect().top"
+        )
+        page.screenshot(path=folder / f"{screen}-example.png")
         seen["at first"] = ask(page)
         page.screenshot(path=folder / f"{screen}-first.png", full_page=True)
         page.locator("#drop input[type=file]").set_input_files(EXAMPLES / "cluttered.png")
@@ -102,11 +109,6 @@ def visit(address, screen, folder):
         expect(page.get_by_role("textbox", name="Question")).to_have_value(re.compile("how many"))
         expect(page.locator(".vz-answer").first).to_contain_text("2", timeout=30_000)
         seen["example"] = answered(page)
-        page.wait_for_timeout(500)  # scrolling is smooth
-        seen["top of the first card"] = page.locator(".vz-card").first.evaluate(
-            "card => card.getBoundingClientRect().top"
-        )
-        page.screenshot(path=folder / f"{screen}-example.png")
         seen["hosts"] = {url.split("/")[2] for url in page.requests if url.startswith("http")}
         seen["troubles"] = [text for text in page.troubles if "favicon" not in text and "404" not in text]
         seen["too wide"] = is_too_wide(page)
