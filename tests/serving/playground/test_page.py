@@ -56,6 +56,12 @@ def test_visitors_at_once_get_their_own_answers(address, image):
         assert f'<p class="vz-answer">{expected}' in pages[question]
 
 
+def test_the_first_page_leads_to_the_playground(address):
+    answer = httpx.get(address, follow_redirects=True)
+    assert answer.url.path == "/playground/"
+    assert "vlmzip playground" in answer.text
+
+
 def test_the_page_names_no_other_host(address):
     page = httpx.get(f"{address}/playground/").text
     style = httpx.get(f"{address}/playground/theme.css").text

@@ -111,10 +111,12 @@ def test_tokens_are_counted_before(http):
         (["store:flat.png"], {"vlmzip": {"method": "dfmr"}}, 400, "give method visionzip(keep=36)+fastv"),
     ],
 )
-def test_refusals(http, urls, fields, status, message):
+def test_refusals(http, folder, urls, fields, status, message):
     reply = http.post("/v1/chat/completions", json=asking(QUESTION, *urls, **fields))
     assert reply.status_code == status
     assert message in reply.json()["error"]["message"]
+    # Paths and the names of other images are for the operator only.
+    assert not any(part in reply.text for part in (str(folder), "did you mean", "first.png"))
 
 
 def test_a_damaged_image_is_the_fault_of_the_server(mini, folder, tmp_path):
