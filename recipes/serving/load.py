@@ -23,6 +23,7 @@ import statistics
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 import zlib
 from collections.abc import Awaitable, Callable
@@ -313,7 +314,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     command = [sys.executable, "-m", "vlmzip.cli.main", "serve", "--engine", "hf", "--port", "0", "--keep", "16"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ) as server:
+    with (
+        tempfile.NamedTemporaryFile("w", prefix="server-load-", suffix=".log", delete=False) as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=os.environ) as server,
+    ):
+        print(f"the server's log: {log.name}")
         assert server.stdout is not None
         try:
             address = server.stdout.readline().split()[-1].removesuffix("/v1")
