@@ -42,10 +42,12 @@ def lines(caplog):
 def test_an_answer_has_its_tokens(http, lines):
     http.post("/v1/chat/completions", json=asking(max_tokens=1))
     http.post("/v1/chat/completions", json=asking(max_tokens=1, stream=True, vlmzip={"keep": 9}))
+    http.post("/v1/chat/completions", json=asking(max_tokens=1, vlmzip={"method": "fastv(keep=8)"}))
     http.post("/v1/tokens", json=asking())
     assert lines() == [
         "POST /v1/chat/completions 200, visionzip(keep=16): 144 -> 16 visual tokens, 1 new tokens",
         "POST /v1/chat/completions 200, visionzip(keep=9): 144 -> 9 visual tokens, 1 new tokens",
+        "POST /v1/chat/completions 200, fastv(keep=8): 144 -> 144 visual tokens and 8 at the last layer, 1 new tokens",
         "POST /v1/tokens 200",
     ]
 

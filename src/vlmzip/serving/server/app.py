@@ -151,6 +151,8 @@ class Service:
             self.metrics.count_answer(count.name, progress, progress.usage)
             visual = progress.usage.visual
             notes.tokens = f"{count.method}: {visual.before} -> {visual.after} visual tokens"
+            if visual.last_layer not in (None, visual.after):
+                notes.tokens += f" and {visual.last_layer} at the last layer"
             notes.tokens += f", {progress.usage.new_tokens} new tokens"
 
     async def tokens(self, request: Request) -> Response:
