@@ -1,6 +1,7 @@
 """The log: a line for each request, and a note for each kind of warning."""
 
 import logging
+import time
 import warnings
 
 import httpx
@@ -28,10 +29,14 @@ def http(mini):
 
 @pytest.fixture
 def lines(caplog):
-    """The lines of the log so far, without time and seconds."""
+    """The lines of the log, without time and seconds, as soon as there are `count`."""
     caplog.set_level(logging.INFO, access.__name__)
 
-    def read():
+    def read(count):
+        for _ in range(200):  # a line comes after its answer
+            if sum(record.name == access.__name__ for record in caplog.records) >= count:
+                break
+            time.sleep(0.05)
         texts = [record.getMessage() for record in caplog.records if record.name == access.__name__]
         parts = [text.split(" ", 2)[2] for text in texts]
         return [" ".join(part.split(" ")[:3]) + part.partition(" s")[2] for part in parts]
@@ -44,7 +49,7 @@ def test_an_answer_has_its_tokens(http, lines):
     http.post("/v1/chat/completions", json=asking(max_tokens=1, stream=True, vlmzip={"keep": 9}))
     http.post("/v1/chat/completions", json=asking(max_tokens=1, vlmzip={"method": "fastv(keep=8)"}))
     http.post("/v1/tokens", json=asking())
-    assert lines() == [
+    assert lines(4) == [
         "POST /v1/chat/completions 200, visionzip(keep=16): 144 -> 16 visual tokens, 1 new tokens",
         "POST /v1/chat/completions 200, visionzip(keep=9): 144 -> 9 visual tokens, 1 new tokens",
         "POST /v1/chat/completions 200, fastv(keep=8): 144 -> 144 visual tokens and 8 at the last layer, 1 new tokens",
@@ -57,7 +62,7 @@ def test_a_refusal_has_its_reason(http, lines):
     http.post("/v1/chat/completions", json=asking(), headers={"Authorization": "Bearer wrong"})
     http.post("/v1/chat/completions", content=b"{}", headers={"Content-Type": "text/plain"})
     http.get("/nothing")
-    assert lines() == [
+    assert lines(4) == [
         "POST /v1/chat/completions 400: tools is not supported; leave it out",
         "POST /v1/chat/completions 401: the API key is missing or wrong; send it as Authorization: Bearer KEY",
         "POST /v1/chat/completions 415: the body must be JSON: send Content-Type: application/json",
@@ -67,7 +72,8 @@ def test_a_refusal_has_its_reason(http, lines):
 
 def test_reads_that_browsers_and_monitors_repeat_have_no_line(http, lines):
     assert [http.get(path).status_code for path in ("/health", "/metrics", "/")] == [200] * 3
-    assert lines() == []
+    http.get("/nothing")
+    assert lines(1) == ["GET /nothing 404"]
 
 
 def test_no_line_has_images_keys_or_texts(http, lines):
@@ -80,7 +86,7 @@ def test_no_line_has_images_keys_or_texts(http, lines):
     ]  # fmt: skip
     for body in bodies:
         http.post(f"/v1/chat/completions?key={SECRET}", json=body)
-    text = "\n".join(lines())
+    text = "\n".join(lines(len(bodies)))
     assert text.count("POST") == len(bodies)
     assert not any(part in text for part in (SECRET, "secret <", "secret text", url[30:60], url[-160:-120]))
 
@@ -89,21 +95,21 @@ def test_a_request_cannot_write_lines(http, lines):
     """Paths and reasons have parts of requests."""
     http.get("/v1/models/a%0A2026-01-01%20POST%20/v1/x%1B[31m%E2%80%AE")
     http.post("/v1/chat/completions", json=asking(model="b\n2026 GET /\r\x1b[2J\u2028"))
-    text = "".join(lines())
+    text = "".join(lines(2))
     assert all(letter.isprintable() for letter in text)
     assert "GET /v1/models/a%0A2026-01-01%20POST%20/v1/x%1B%5B31m%E2%80%AE 404" in text
 
 
 def test_a_long_path_is_cut(lines):
     log_request({"method": "GET", "path": "/v1/" + "a" * 9000}, 404, 0.1)
-    assert len(lines()[0]) < 300
+    assert len(lines(1)[0]) < 300
 
 
 def test_the_operator_can_turn_it_off(mini, lines):
     settings = Settings(log_requests=False)
     with serving(engine_of(mini, settings), settings) as address:
         assert httpx.post(f"{address}/v1/tokens", json=asking()).status_code == 200
-    assert lines() == []
+    assert lines(0) == []  # the server has ended
 
 
 def test_a_kind_of_warning_is_told_once():
