@@ -19,6 +19,7 @@ from vlmzip.lab.table import print_json, show_bytes
 from vlmzip.progress import working
 from vlmzip.runtime.loading import Loaded
 from vlmzip.serving.store.encoding import refuse_unfit
+from vlmzip.serving.store.index import left_out
 from vlmzip.serving.store.manifest import Manifest
 from vlmzip.serving.store.parts import Part
 from vlmzip.serving.store.reading import Damage, Store
@@ -46,14 +47,23 @@ def run(args: Namespace) -> None:
     start = time.monotonic()
     in_processes = _workers(args, compressor) if args.workers > 1 else None
     written = write_store(
-        args.folder, args.out, loaded, compressor, batch=args.batch, shard=args.shard, in_processes=in_processes
+        args.folder,
+        args.out,
+        loaded,
+        compressor,
+        batch=args.batch,
+        shard=args.shard,
+        update=args.update,
+        in_processes=in_processes,
     )
     _print(args, loaded, compressor, written, time.monotonic() - start)
     for name, reason in written.failed.items():
-        log.warning(f"{name} is not in the store: {reason}")
+        log.warning(left_out(name, reason))
+    if old := _old_tokens(written):
+        log.warning(old)
     if failed := written.failed:
         raise UserError(
-            f"{len(failed)} of {len(failed) + written.stored} images could not be stored: {_some(list(failed))}"
+            f"{len(failed):,} of {_images(len(failed) + written.stored)} could not be stored: {_some(list(failed))}"
         )
 
 
@@ -82,9 +92,21 @@ def _print(args: Namespace, loaded: Loaded, compressor: Compressor, written: Wri
         print_json({**out, "seconds": seconds, "images_per_second": rate})
         return
     speed = "" if rate is None else f", {rate:.1f} images/s"
-    print(f"{written.encoded:,} images encoded with {spec.write(compressor)}{speed}")
-    tokens, files = show_bytes(written.token_bytes), show_bytes(written.file_bytes)
-    print(f"{args.out} has {written.stored:,} images: {tokens} of tokens for {files} of image files")
+    print(f"{_images(written.encoded)} encoded with {spec.write(compressor)}{speed}")
+    tokens, files = _size(written.token_bytes), _size(written.file_bytes)
+    removed = f" ({written.removed:,} removed)" if written.removed else ""
+    print(f"{args.out} has {_images(written.stored)}{removed}: {tokens} of tokens for {files} of image files")
+    if written.unused_bytes:
+        print(f"{_size(written.unused_bytes)} of its shards are old tokens, which are not used any more")
+
+
+def _old_tokens(written: Written) -> str:
+    """Say which images have other tokens in the store than their files would give now, or return ""."""
+    groups = ((written.changed, "changed"), (written.gone, "gone"))
+    counts = [f"{_images(len(names))} {state} since stored: {_some(names)}" for names, state in groups if names]
+    if not counts:
+        return ""
+    return f"{'; '.join(counts)}. The store keeps their old tokens; --update brings it to the state of the folder"
 
 
 def _verify(path: Path, *, as_json: bool) -> None:
@@ -100,10 +122,21 @@ def _verify(path: Path, *, as_json: bool) -> None:
         log.warning(damage.reason)
     if damaged:
         raise UserError(
-            f"{len(damaged)} of {len(store)} images are damaged: {_some([damage.path for damage in damaged])}"
+            f"{len(damaged):,} of {_images(len(store))} {'is' if len(damaged) == 1 else 'are'} damaged:"
+            f" {_some([damage.path for damage in damaged])}"
         )
     if not as_json:
-        print(f"all {len(store):,} images of {path} are whole")
+        print(f"all {_images(len(store))} of {path} are whole")
+
+
+def _images(count: int) -> str:
+    return f"{count:,} image{'' if count == 1 else 's'}"
+
+
+def _size(count: int) -> str:
+    """Return bytes with one decimal place, so that sizes beside each other can be compared."""
+    number, unit = show_bytes(count).split()
+    return f"{count} B" if unit == "B" else f"{float(number):.1f} {unit}"
 
 
 def _some(names: list[str]) -> str:

@@ -110,9 +110,9 @@ def test_encode_says_what_it_wrote(capsys, store, broken, tmp_path):
     assert (code, err) == (0, "note: visionzip keeps all of an image's 144 visual tokens: it changes nothing\n")
     code, out, err = run(capsys, "encode", broken, "--out", tmp_path / "other")
     assert code == 2
-    assert out.startswith("1 images encoded with visionzip, ")
+    assert out.startswith("1 image encoded with visionzip, ")
     note, line = err.splitlines()
-    assert note == "note: b.jpg is not in the store: 'b.jpg' is not a PNG, JPEG, WEBP, GIF or BMP image"
+    assert note == "note: 'b.jpg' is not in the store: it is not a PNG, JPEG, WEBP, GIF or BMP image"
     assert line == "vlmzip: 1 of 2 images could not be stored: b.jpg"
 
 
@@ -126,8 +126,10 @@ def test_verify(capsys, store, tmp_path):
     code, out, err = run(capsys, "encode", "--verify", copy)
     assert (code, out) == (2, "")
     note, line = err.splitlines()
-    name = re.fullmatch(r"note: '(.+)' is damaged: its checksum is wrong; encode it into another store", note)[1]
-    assert line == f"vlmzip: 1 of 3 images are damaged: {name}"
+    name = re.fullmatch(
+        r"note: '(.+)' is damaged: its checksum is wrong; encode it again with vlmzip encode … --update", note
+    )[1]
+    assert line == f"vlmzip: 1 of 3 images is damaged: {name}"
     code, out, _ = run(capsys, "encode", "--verify", copy, "--json")
     assert (code, [each["path"] for each in json.loads(out)["damaged"]]) == (2, [name])
     code, _, err = run(capsys, "ask", "--store", copy, name, QUESTION)
@@ -147,6 +149,8 @@ def test_verify(capsys, store, tmp_path):
         (["examples", "--out", "store", "--workers", "0"], "--workers 0: give at least 1"),
         (["examples", "--out", "store", "--method", "cdpruner"], "cdpruner reads the question to choose tokens"),
         (["examples", "--out", "store", "--method", "fastv"], "fastv acts inside the LLM"),
+        (["examples", "--out", "examples"], "--out 'examples' has the images in it"),
+        (["examples", "--out", "."], "--out '.' has the images in it"),
         (["examples", "--verify", "store"], "--verify takes a store alone"),
         (["--verify", "examples"], "there is no store.json in 'examples'"),
     ],

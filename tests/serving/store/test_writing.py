@@ -165,16 +165,118 @@ def test_new_images_are_added_and_mended_ones_tried_again(images, whole, loaded)
 
 
 @pytest.mark.parametrize("size", [(60, 40), (50, 50)])
-def test_an_image_that_changed_is_refused(images, tmp_path, loaded, size):
-    """It is refused even if the file has the same length and the same time."""
+def test_an_image_that_changed_is_found(images, tmp_path, loaded, size):
+    """It is found even if the file has the same length and the same time."""
     path = images / "0.bmp"
     Image.new("RGB", (60, 40), "red").save(path)
     write(images, tmp_path / "store", loaded)
     times = path.stat().st_atime_ns, path.stat().st_mtime_ns
     Image.new("RGB", size, "blue").save(path)
     os.utime(path, ns=times)
-    with pytest.raises(UserError, match=r"0\.bmp' has changed since it was stored; give another --out"):
-        write(images, tmp_path / "store", loaded)
+    assert write(images, tmp_path / "store", loaded).changed == ["0.bmp"]
+
+
+def size(stored):
+    return sum(values.nbytes for values in stored.tensors().values())
+
+
+def change(images):
+    """Change two images, remove two, of which one is alone in its shard, and add one."""
+    for name in ("0.png", "4.png"):
+        Image.new("RGB", (48, 48), "red").save(images / name)
+    (images / "1.png").unlink()
+    (images / "more" / f"{COUNT - 1}.png").unlink()
+    Image.new("RGB", (48, 48), "blue").save(images / "new.png")
+
+
+def test_images_that_changed_or_are_gone_keep_their_tokens(images, whole, loaded):
+    before = {name: Store(whole).row(name) for name in Store(whole)}
+    change(images)
+    written = write(images, whole, loaded)
+    assert (written.changed, written.gone) == (["0.png", "4.png"], ["1.png", f"more/{COUNT - 1}.png"])
+    assert (written.encoded, written.removed, written.unused_bytes) == (1, 0, 0)
+    after = Store(whole)
+    assert {name: after.row(name) for name in before} == before
+    assert set(after) == {*before, "new.png"}
+
+
+def test_an_update_brings_the_store_to_the_state_of_the_folder(images, whole, tmp_path, loaded):
+    before = contents(whole)
+    unused = size(Store(whole)["4.png"])
+    change(images)
+    shard = whole / "shards" / "000002.safetensors"
+    assert Store(whole).row("4.png")["shard"] == "shards/000002.safetensors"
+    damage(whole / "shards" / "000003.safetensors", -1)
+    mended = damaged(whole)
+    assert len(mended) == 1
+    written = write(images, whole, loaded, update=True)
+    assert (written.changed, written.gone, written.encoded, written.removed) == ([], [], 4, 2)
+    unused += size(Store(whole)[mended[0]])
+    assert written.unused_bytes == unused
+    assert damaged(whole) == []
+    write(images, tmp_path / "fresh", loaded)
+    store, fresh = Store(whole), Store(tmp_path / "fresh")
+    assert set(store) == set(fresh)
+    for name in fresh:
+        assert store.row(name)["sha256"] == fresh.row(name)["sha256"]
+        assert torch.allclose(store[name].features, fresh[name].features, atol=1e-5)
+    assert shard.read_bytes() == before["shards/000002.safetensors"]  # its other image stays
+    for number in (0, 4):  # no image uses them
+        assert not (whole / "shards" / f"00000{number}.safetensors").exists()
+    after = contents(whole)
+    written = write(images, whole, loaded, update=True)
+    assert (contents(whole), written.encoded, written.unused_bytes) == (after, 0, unused)
+
+
+@pytest.mark.parametrize("stop", range(5))
+def test_an_update_that_was_stopped_anywhere_continues(images, whole, tmp_path, loaded, monkeypatch, stop):
+    """Two parts make four files, and the index is the last."""
+    change(images)
+    store = shutil.copytree(whole, tmp_path / "store")
+    write(images, whole, loaded, update=True)
+    with monkeypatch.context() as patch:
+        stop_at(patch, stop)
+        with pytest.raises(KeyboardInterrupt):
+            write(images, store, loaded, update=True)
+    assert set(Store(store)) == {f"{n}.png" for n in range(COUNT - 1) if n != 3} | {f"more/{COUNT - 1}.png"}
+    write(images, store, loaded, update=True)
+    assert contents(store) == contents(whole)
+
+
+@pytest.mark.parametrize("left", ["unfinished", "unused shard"])
+def test_an_update_that_was_stopped_after_the_index_continues(images, whole, tmp_path, loaded, monkeypatch, left):
+    change(images)
+    store = shutil.copytree(whole, tmp_path / "store")
+    write(images, whole, loaded, update=True)
+    unlink, wanted = Path.unlink, {"unfinished": "unfinished", "unused shard": "shards"}[left]
+
+    def interrupted(path, **settings):
+        if path.parent.name == wanted:
+            raise KeyboardInterrupt
+        unlink(path, **settings)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write(images, store, loaded, update=True)
+    assert contents(store) != contents(whole)
+    write(images, store, loaded, update=True)
+    assert contents(store) == contents(whole)
+
+
+def test_an_update_forgets_an_image_that_cannot_be_read_any_more(images, whole, loaded):
+    (images / "0.png").write_bytes(b"no image")
+    written = write(images, whole, loaded, update=True)
+    assert list(written.failed) == ["0.png", "3.png"]
+    assert "0.png" not in Store(whole)
+
+
+def test_a_store_below_the_images_is_allowed_and_one_around_them_is_not(images, loaded):
+    write(images, images / "store", loaded)
+    assert write(images, images / "store", loaded).encoded == 0
+    for store in (images, images.parent, images / "store" / ".."):
+        with pytest.raises(UserError, match="has the images in it"):
+            write(images, store, loaded)
 
 
 @pytest.mark.parametrize("change", ["edit", "remove"])
@@ -412,7 +514,7 @@ def test_an_index_cannot_name_a_file_outside_the_store(whole, tmp_path, place):
     row["shard"] = place.format(outside=outside)
     row["checksum"] = checksum(index.signed(row), tensors)
     index.write_rows(whole / "index.parquet", rows)
-    with pytest.raises(Damaged, match=r"'4.png' is damaged: its shard .* is not a file of the store; encode it into"):
+    with pytest.raises(Damaged, match=r"'4.png' is damaged: its shard .* is not a file of the store; encode it again"):
         Store(whole)["4.png"]
 
 

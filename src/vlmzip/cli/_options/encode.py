@@ -11,6 +11,7 @@ from vlmzip.cli._options.method import add_method
 EXAMPLES = """  vlmzip encode photos --out store --keep 36
   vlmzip encode photos --out store --model llava-hf/llava-1.5-7b-hf --method visionzip --keep 64 --dtype bfloat16
   vlmzip encode photos --out store --workers 8
+  vlmzip encode photos --out store --keep 36 --update
   vlmzip encode --verify store
 
 Run the same command again to continue a store that was stopped, or to add new images.
@@ -34,4 +35,9 @@ def add_arguments(parser: ArgumentParser, arguments: list[str]) -> None:
         "--workers", type=int, default=1, metavar="N",
         help="processes, by Ray Data if more than 1 (extra ray); on a cluster with RAY_ADDRESS; default: %(default)s",
     )  # fmt: skip
+    parser.add_argument(
+        "--update",
+        action="store_true",
+        help="also encode images again that have changed or are damaged in the store, and remove those that are gone",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")

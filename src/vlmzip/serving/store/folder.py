@@ -44,6 +44,14 @@ def image_names(folder: Path) -> list[str]:
     return sorted(names)
 
 
+def refuse_nesting(folder: Path, store: Path) -> None:
+    """Raise `UserError` if a store would put its files beside the images, or around them."""
+    if folder.resolve().is_relative_to(store.resolve()):
+        raise UserError(
+            f"--out {str(store)!r} has the images in it, and a store needs a folder for itself; give another one"
+        )
+
+
 def read_image(folder: Path, name: str) -> tuple[Image.Image, dict[str, Any]]:
     """Return an image, and the columns of the index that describe its file. Raise `ImageError` if it cannot be read.
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from vlmzip.errors import UserError, how_to_install, refusing
 from vlmzip.files import write_whole
+from vlmzip.runtime.images import shortened
 
 try:
     import pyarrow
@@ -70,6 +71,14 @@ def newest(rows: Iterable[Row]) -> dict[str, Row]:
         if row["error"] is None or row["path"] not in chosen:
             chosen[row["path"]] = row
     return chosen
+
+
+def left_out(name: str, reason: str) -> str:
+    """Say that an image is not in the store, and why. Many reasons begin with its name."""
+    named = f"{shortened(name)!r} "
+    if reason.startswith(named):
+        reason = f"it {reason.removeprefix(named)}"
+    return f"{name!r} is not in the store: {reason}"
 
 
 def signed(row: Mapping[str, object]) -> Row:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from vlmzip.runtime.loading import Loaded
 from vlmzip.runtime.saving import saved_weights
 from vlmzip.serving.store import index
 from vlmzip.serving.store.image import StoredImage, checksum
-from vlmzip.serving.store.index import Row
+from vlmzip.serving.store.index import Row, left_out
 from vlmzip.serving.store.manifest import Manifest, require_manifest
 from vlmzip.serving.store.parts import SHARDS
 from vlmzip.serving.store.prompt import stored_inputs
@@ -72,14 +72,14 @@ class Store(Mapping[str, StoredImage]):
 
         Raise `UnknownImage` if the store does not have it, and `Damaged` if its content has changed.
         """
-        return StoredImage.from_tensors(self._read(self.row(name)))
+        return StoredImage.from_tensors(read_tensors(self.path, self.row(name)))
 
     def row(self, name: str) -> Row:
         """Return an image's row of the index. Raise `UnknownImage` if the store does not have it."""
         number = self._stored.get(name)
         if number is None:
             if name in self._failed:
-                raise UnknownImage(f"{name!r} is not in the store: {self._failed[name]}")
+                raise UnknownImage(left_out(name, self._failed[name]))
             near = did_you_mean(name, self._stored) if len(name) * len(self) <= MOST_COMPARED else ""
             raise UnknownImage(f"the store {str(self.path)!r} has no image {name[:200]!r}{near}")
         row: Row = self._table.slice(number, 1).to_pylist()[0]
@@ -89,7 +89,7 @@ class Store(Mapping[str, StoredImage]):
         """Compare the checksum of every image; yield its damage, or `None` if it is whole."""
         for name in self:
             try:
-                self._read(self.row(name))
+                read_tensors(self.path, self.row(name))
                 yield None
             except Damaged as error:
                 yield Damage(name, str(error))
@@ -115,19 +115,33 @@ class Store(Mapping[str, StoredImage]):
         images = [[self[name] for name in of_prompt] for of_prompt in names]
         return stored_inputs(loaded.family, loaded.processor, self.compressor, prompts, images)
 
-    def _read(self, row: Row) -> dict[str, Tensor]:
-        """Return the tensors of an image. Raise `Damaged` if they or the row are not as they were written."""
-        name = row["path"]
-        if Path(row["shard"]).parent != Path(SHARDS):
-            reason = f"its shard {row['shard']!r} is not a file of the store"
-            raise Damaged(f"{name!r} is damaged: {reason}; encode it into another store")
-        with _reading(name, row["shard"]), safe_open(self.path / row["shard"], "pt") as shard:
-            prefix = f"{row['name']}."
-            keys = [key for key in shard.keys() if key.startswith(prefix)]  # noqa: SIM118
-            tensors: dict[str, Tensor] = {key.removeprefix(prefix): shard.get_tensor(key) for key in keys}
-        if checksum(index.signed(row), tensors) != row["checksum"]:
-            raise Damaged(f"{name!r} is damaged: its checksum is wrong; encode it into another store")
-        return tensors
+
+def read_tensors(store: Path, row: Row) -> dict[str, Tensor]:
+    """Return the tensors of an image. Raise `Damaged` if they or the row are not as they were written."""
+    name = row["path"]
+    if Path(row["shard"]).parent != Path(SHARDS):
+        raise _damaged(name, f"its shard {row['shard']!r} is not a file of the store")
+    with _reading(name, row["shard"]), safe_open(store / row["shard"], "pt") as shard:
+        prefix = f"{row['name']}."
+        keys = [key for key in shard.keys() if key.startswith(prefix)]  # noqa: SIM118
+        tensors: dict[str, Tensor] = {key.removeprefix(prefix): shard.get_tensor(key) for key in keys}
+    if checksum(index.signed(row), tensors) != row["checksum"]:
+        raise _damaged(name, "its checksum is wrong")
+    return tensors
+
+
+def unused_bytes(store: Path, rows: Iterable[Row]) -> int:
+    """Return the bytes of the tensors in the shards of these rows that no row names. Unreadable shards count 0."""
+    used: dict[str, set[str]] = {}
+    for row in rows:
+        used.setdefault(row["shard"], set()).add(row["name"])
+    unused = 0
+    for path, names in used.items():
+        with suppress(SafetensorError, OSError), safe_open(store / path, "pt") as shard:
+            for key in shard.keys():  # noqa: SIM118
+                if key.partition(".")[0] not in names:
+                    unused += shard.get_tensor(key).nbytes
+    return unused
 
 
 @contextmanager
@@ -135,4 +149,8 @@ def _reading(name: str, shard: str) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, OSError) as error:
-        raise Damaged(f"{name!r} is damaged: {shard} cannot be read ({' '.join(str(error).split())[:100]})") from None
+        raise _damaged(name, f"{shard} cannot be read ({' '.join(str(error).split())[:100]})") from None
+
+
+def _damaged(name: str, reason: str) -> Damaged:
+    return Damaged(f"{name!r} is damaged: {reason}; encode it again with vlmzip encode … --update")

@@ -1,16 +1,16 @@
-"""Make a store, or continue one: encode the images of a folder that it does not have yet."""
+"""Make a store, continue one, or bring it to the state of its folder."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError, collecting_warnings
+from vlmzip.errors import Damaged, UserError, collecting_warnings
 from vlmzip.files import is_file
 from vlmzip.locks import hold
 from vlmzip.progress import working
@@ -19,10 +19,11 @@ from vlmzip.runtime.loading import Loaded
 from vlmzip.runtime.saving import saved_weights
 from vlmzip.serving.store import index
 from vlmzip.serving.store.encoding import Encoder
-from vlmzip.serving.store.folder import has_changed, image_names, read_image
+from vlmzip.serving.store.folder import has_changed, image_names, read_image, refuse_nesting
 from vlmzip.serving.store.index import Row
 from vlmzip.serving.store.manifest import Manifest, read_manifest
 from vlmzip.serving.store.parts import SHARDS, UNFINISHED, Part, parts_of, write_part
+from vlmzip.serving.store.reading import read_tensors, unused_bytes
 
 log = logging.getLogger(__name__)
 #: Encode parts of a store, and yield the number of images of each part that is done.
@@ -43,6 +44,26 @@ class Written:
     """The bytes of all tokens."""
     file_bytes: int
     """The bytes of the image files."""
+    changed: list[str]
+    """Images whose files have changed since they were stored; the store has their old tokens."""
+    gone: list[str]
+    """Images whose files are gone from the folder; the store has their tokens."""
+    removed: int
+    """Images that this run removed from the store, because their files are gone."""
+    unused_bytes: int
+    """The bytes of tokens in shards that no image uses any more."""
+
+
+@dataclass
+class Comparison:
+    """What the folder and the store differ in."""
+
+    new: list[str] = field(default_factory=list)
+    """Images to encode: without a row, and those that could not be read before this run and can now."""
+    again: list[str] = field(default_factory=list)
+    """Images that an earlier process of this run could not encode."""
+    changed: list[str] = field(default_factory=list)
+    gone: list[str] = field(default_factory=list)
 
 
 def write_store(
@@ -53,6 +74,7 @@ def write_store(
     *,
     batch: int = 8,
     shard: int = 64,
+    update: bool = False,
     in_processes: Callable[[Manifest], EncodeParts] | None = None,
 ) -> Written:
     """Write the compressed tokens of all images below `folder` to `store`; continue the store if it exists.
@@ -61,22 +83,28 @@ def write_store(
     can be continued: the files are then the same as without the stop. `in_processes` returns a function that encodes
     parts in other processes; by default this process encodes them.
 
-    Raise `UserError` if another run is writing the store, if it comes from another model or method, if an image has
-    changed since it was stored, or if the tokens of this model or method cannot be stored.
+    Images whose files have changed or are gone keep their tokens. With `update`, changed images and those whose tokens
+    are damaged are encoded again, into further shards, and images whose files are gone are removed. The old tokens stay
+    in a shard that other images use.
+
+    Raise `UserError` if another run is writing the store, if it comes from another model or method, if the store would
+    have the images in its folder, or if the tokens of this model or method cannot be stored.
     """
+    refuse_nesting(folder, store)
     names = image_names(folder)
     lock = hold(store)
     try:
         encoder = _encoder(loaded, compressor)
         _remove_unfinished(store)
         manifest = _begin(folder, store, encoder, names, batch, shard)
-        parts = _missing(store, folder, names, shard)
+        compared = _compare(store, folder, names, update=update)
+        parts = _missing(store, compared, shard)
         encode = in_processes(manifest) if in_processes else _in_this_process(store, folder, encoder, batch)
         missing = {name for part in parts for name in part.names}
         with working("encoding", len(missing)) as work:
             for count in encode(parts) if parts else ():
                 work.advance(count)
-        return _finish(store, names, missing)
+        return _finish(store, names, missing, compared, update=update)
     finally:
         lock.release()
 
@@ -127,26 +155,42 @@ def _rows(files: Sequence[Path]) -> dict[str, Row]:
     return index.newest(row for file in files if is_file(file) for row in index.read_rows(file))
 
 
-def _missing(store: Path, folder: Path, names: Sequence[str], shard: int) -> list[Part]:
-    """Return the parts to make: of images without a row, and of those that could not be read before and can now."""
+def _compare(store: Path, folder: Path, names: Sequence[str], *, update: bool) -> Comparison:
+    """Compare the files of the folder with the rows of the store, and with `update` also the tokens with checksums."""
     before, of_this_run = _rows([store / index.FILE]), _rows(_unfinished(store))
-    new: list[str] = []
-    again: list[str] = []
+    rows = before | of_this_run
+    compared = Comparison(gone=sorted(name for name in rows.keys() - set(names) if rows[name]["error"] is None))
     with working("comparing", len(names)) as work:
         for name in names:
-            row = of_this_run.get(name) or before.get(name)
+            row = rows.get(name)
             if row is None:
-                new.append(name)
-            elif row["error"] is None:
-                if has_changed(folder / name, row["bytes"], row["sha256"]):
-                    raise UserError(f"{str(folder / name)!r} has changed since it was stored; give another --out")
-            elif next(_readable(folder, [name]), None) is not None:
-                (again if name in of_this_run else new).append(name)
+                compared.new.append(name)
+            elif row["error"] is not None:
+                if next(_readable(folder, [name]), None) is not None:
+                    (compared.again if name in of_this_run else compared.new).append(name)
+            elif has_changed(folder / name, row["bytes"], row["sha256"]):
+                (compared.new if update else compared.changed).append(name)
+            elif update and _is_damaged(store, row):
+                compared.new.append(name)
             work.advance()
-    shards = {row["shard"] for rows in (before, of_this_run) for row in rows.values()} - {None}
+    return compared
+
+
+def _is_damaged(store: Path, row: Row) -> bool:
+    try:
+        read_tensors(store, row)
+    except Damaged:
+        return True
+    return False
+
+
+def _missing(store: Path, compared: Comparison, shard: int) -> list[Part]:
+    """Return the parts to make."""
+    files = [store / index.FILE, *_unfinished(store)]
+    shards = {row["shard"] for file in files if is_file(file) for row in index.read_rows(file)} - {None}
     # A part without a readable image has no shard.
     taken = {Path(file).stem for file in (*shards, *_unfinished(store))}
-    return parts_of(new, again, shard, taken)
+    return parts_of(compared.new, compared.again, shard, taken)
 
 
 def _in_this_process(store: Path, folder: Path, encoder: Encoder, batch: int) -> EncodeParts:
@@ -158,19 +202,39 @@ def _in_this_process(store: Path, folder: Path, encoder: Encoder, batch: int) ->
     return encode
 
 
-def _finish(store: Path, names: Sequence[str], missing: set[str]) -> Written:
+def _finish(store: Path, names: Sequence[str], missing: set[str], compared: Comparison, *, update: bool) -> Written:
     """Write the index, and remove the files that it replaces."""
-    rows = _rows([store / index.FILE, *_unfinished(store)])
+    before = _rows([store / index.FILE])
+    rows = before | _rows(_unfinished(store))
+    if update:
+        present = set(names)
+        rows = {name: row for name, row in rows.items() if name in present}
     _remove_unfinished(store)
-    if (store / UNFINISHED).is_dir():
+    if rows != before or not is_file(store / index.FILE):
         index.write_rows(store / index.FILE, rows.values())
+    if (store / UNFINISHED).is_dir():
         for path in (store / UNFINISHED).iterdir():
             path.unlink()
         (store / UNFINISHED).rmdir()
     stored = [row for row in rows.values() if row["error"] is None]
+    if update:
+        shards = {row["shard"] for row in stored}
+        for path in (store / SHARDS).glob("*.safetensors"):
+            if f"{SHARDS}/{path.name}" not in shards:
+                path.unlink()
     failed = {name: rows[name]["error"] for name in names if rows[name]["error"] is not None}
-    sizes = (sum(row[column] for row in stored) for column in ("token_bytes", "bytes"))
-    return Written(len(stored), len(missing - failed.keys()), failed, *sizes)
+    token_bytes, file_bytes = (sum(row[column] for row in stored) for column in ("token_bytes", "bytes"))
+    return Written(
+        len(stored),
+        len(missing - failed.keys()),
+        failed,
+        token_bytes,
+        file_bytes,
+        compared.changed,
+        gone=[] if update else compared.gone,
+        removed=len(compared.gone) if update else 0,
+        unused_bytes=unused_bytes(store, stored),
+    )
 
 
 def _remove_unfinished(store: Path) -> None:
