@@ -40,7 +40,7 @@ ROOMS = {
     "serving": ("serving",),
     "mini": ("mini",),
     "lab": ("lab",),
-    "cli": ("cli",),
+    "cli": ("cli", "__main__"),
     "package": ("",),
 }
 #: (importer, imported): rooms that must not know each other, though the list above would let them.

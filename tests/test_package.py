@@ -55,6 +55,21 @@ def imported_by(*statements):
     return dict(map(json.loads, done.stdout.splitlines()))
 
 
+def test_python_runs_the_package_as_the_command(tmp_path):
+    """A file of the current folder does not shadow a library."""
+    (tmp_path / "difflib.py").write_text("raise SystemExit('shadowed')")
+    for arguments, code in ((["--version"], 0), (["shoe"], 2), (["eval", "--limt", "3"], 2)):
+        of_module, of_command = (
+            subprocess.run([sys.executable, *start, *arguments], capture_output=True, text=True, cwd=tmp_path)
+            for start in (
+                ["-m", "vlmzip"],
+                ["-P", "-c", "import sys; from vlmzip.cli.main import main; sys.exit(main())"],
+            )
+        )
+        assert of_module.returncode == of_command.returncode == code
+        assert (of_module.stdout, of_module.stderr) == (of_command.stdout, of_command.stderr)
+
+
 def test_quick_commands_import_nothing_slow():
     commands = [f"from vlmzip.cli.main import main; main({arguments})" for arguments in QUICK]
     slow = "import vlmzip.compressor"

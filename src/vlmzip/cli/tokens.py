@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from argparse import Namespace
+from collections.abc import Sequence
 
 from PIL import Image
 
@@ -16,6 +18,7 @@ from vlmzip.runtime.fitting import fitted
 from vlmzip.runtime.loading import load_without_weights
 from vlmzip.runtime.prompt_text import chat_prompt, special_tokens
 from vlmzip.serving.server.counting import ImageCount, count_tokens
+from vlmzip.serving.server.settings import Settings
 
 #: The largest side of an image of `--size`.
 LARGEST = 20_000
@@ -25,7 +28,7 @@ def run(args: Namespace) -> None:
     if not (args.images or args.size or args.question):
         raise UserError("give an image, or its size: vlmzip tokens image.png, vlmzip tokens --size 640x480")
     check_method(args)
-    named = [(path, load_image(path)) for path in args.images] + [(size, _blank(size)) for size in args.size]
+    named = [(path, load_image(path)) for path in args.images] + _blanks(args.size)
     with spinner(f"reading {args.model}"):
         loaded = load_without_weights(args.model)
         method = fitted(make_method(args, loaded.family.profile()), loaded.family)
@@ -49,12 +52,21 @@ def run(args: Namespace) -> None:
         print(f"\n{count.name} decides by what an image shows; the numbers are limits.")
 
 
-def _blank(size: str) -> Image.Image:
-    """Return an image of a size such as "640x480"."""
+def _blanks(sizes: Sequence[str]) -> list[tuple[str, Image.Image]]:
+    """Return sizes such as "640x480", each with an image of this size. Processors need pixels."""
+    sides = [_sides(size) for size in sizes]
+    pixels, most = sum(map(math.prod, sides)), Settings.max_pixels
+    if pixels > most:
+        together = " together" if len(sizes) > 1 else ""
+        raise UserError(f"--size: {pixels:,} pixels{together}; a request may have {most:,}, as in vlmzip serve")
+    return [(size, Image.new("RGB", each)) for size, each in zip(sizes, sides, strict=True)]
+
+
+def _sides(size: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,6})[x×](\d{1,6})", size)
     if match is None or not all(1 <= int(side) <= LARGEST for side in match.groups()):
         raise UserError(f"--size must be WIDTHxHEIGHT up to {LARGEST} pixels, such as 640x480, got {size!r}")
-    return Image.new("RGB", (int(match[1]), int(match[2])))
+    return int(match[1]), int(match[2])
 
 
 def _row(name: str, image: ImageCount) -> list[str]:

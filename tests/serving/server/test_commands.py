@@ -54,6 +54,8 @@ def test_tokens_of_images_and_sizes(capsys):
         (["tokens"], "give an image, or its size: vlmzip tokens image.png, vlmzip tokens --size 640x480"),
         (["tokens", "--size", "640"], "--size must be WIDTHxHEIGHT up to 20000 pixels, such as 640x480, got '640'"),
         (["tokens", "--size", "0x4"], "--size must be WIDTHxHEIGHT up to 20000 pixels, such as 640x480, got '0x4'"),
+        (["tokens", "--size", "20000x20000"], "--size: 400,000,000 pixels; a request may have 50,000,000"),
+        (["tokens", "--size", "9000x3000", "--size", "8000x3000"], "--size: 51,000,000 pixels together; a request may"),
         (["tokens", "nothing.png"], "there is no file 'nothing.png'"),
         (
             ["tokens", FLAT, "--keep", "-1"],

@@ -1,5 +1,6 @@
 """Requests about images of a store, by their names."""
 
+import re
 import shutil
 import subprocess
 import sys
@@ -60,6 +61,13 @@ def test_answers_are_those_about_the_images(client, mini, monkeypatch, names):
     count = 36 * len(names)
     assert reply.usage.prompt_tokens == expected.text_tokens + count
     assert reply.usage.vlmzip["visual_tokens"] == {"before": 144 * len(names), "after": count, "last_layer": count}
+
+
+def test_the_request_of_the_page_is_answered(http):
+    page = (EXAMPLES.parent / "docs" / "store.md").read_text()
+    (body,) = re.findall(r"<<'EOF'\n(.*?)\nEOF", page, flags=re.S)
+    reply = http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+    assert reply.json()["choices"][0]["message"]["content"] == "orange"
 
 
 def test_a_method_inside_the_llm_can_follow(client, mini):
