@@ -14,6 +14,7 @@ from vlmzip.compressor_file import write_compressor
         (" visionzip( keep = 64 , merge=mean ) ", VisionZip(keep=64, merge="mean")),
         ("visionzip(dominant=54,contextual=10)", VisionZip(dominant=54, contextual=10)),
         ("llavolta(stride=2,4,layer=1,3)", LLaVolta(stride=(2, 4), layer=(1, 3))),
+        (" pool2d ( factor=2 ) + fastv\t(layer=8)\n", Chain(compressors=(Pool2d(factor=2), FastV(layer=8)))),
         ("pool2d(factor=2)+fastv(layer=8)", Chain(compressors=(Pool2d(factor=2), FastV(layer=8)))),
         ("vlmzip.methods.fastv:FastV(keep=25%)", FastV(keep="25%")),
         ("random_tokens(site=in_llm,layer=3)", RandomTokens(site=Site.IN_LLM, layer=3)),
@@ -21,6 +22,14 @@ from vlmzip.compressor_file import write_compressor
 )
 def test_reading(text, expected):
     assert spec.read(text) == expected
+
+
+@pytest.mark.parametrize("text", ["{}(", "a{}(", "{}", "visionzip{}(keep=4){}x", "visionzip(keep=4,{}", "+{}"])
+def test_a_long_text_is_refused_at_once(text):
+    """A server reads the specs of requests. With an expression that backtracks, this test does not end."""
+    with pytest.raises(UserError) as refused:
+        spec.read_named(text.format(*[" " * 20_000] * 2), ["visionzip"])
+    assert len(str(refused.value)) < 500
 
 
 def test_a_saved_compressor_by_folder_or_file(tmp_path):

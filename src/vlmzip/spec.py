@@ -23,7 +23,11 @@ CompressorLike = Compressor | str | os.PathLike[str]
 #: What `read_named` reads.
 NAMED_FORMS = 'a name, with settings or other methods if you like: visionzip, "visionzip(keep=16)", "visionzip+fastv"'
 
-_STAGE = re.compile(r"\s*([^()+]+?)\s*(?:\(([^()]*)\))?\s*")
+#: A name with spaces around it, and settings in brackets. No two of its parts can take the same character: a text that
+#: does not match costs time that grows with its length, and servers read the specs of requests.
+_STAGE = re.compile(r"([^()]+)(?:\(([^()]*)\)\s*)?")
+#: Characters of a text in a message.
+_SHOWN = 100
 _BETWEEN_FIELDS = re.compile(r",(?=\s*[A-Za-z_]\w*\s*=)")  # values may have commas themselves: stride=2,4
 
 
@@ -47,12 +51,10 @@ def read_named(text: str, names: Collection[str], shown: Collection[str] | None 
     shown = names if shown is None else shown
     parts = text.split("+")
     for part in parts:
-        if _STAGE.fullmatch(part) is None:
-            raise UserError(f"{text!r} cannot be read as a method; write {NAMED_FORMS}")
-        if (name := _settings(part, text)[0]) not in names:
+        if (name := _settings(part, text, NAMED_FORMS)[0]) not in names:
             hint = did_you_mean(name, shown) if name.isidentifier() else ""
             choices = f"; choose one of {', '.join(sorted(shown))}"
-            raise UserError(f"unknown method {name[:100]!r}{hint or choices}")
+            raise UserError(f"unknown method {name[:_SHOWN]!r}{hint or choices}")
     return joined([_stage(part, text) for part in parts])
 
 
@@ -201,12 +203,12 @@ def _stage(part: str, whole: str) -> Compressor:
     return catalogue.make(catalogue.find(name), settings)
 
 
-def _settings(part: str, whole: str) -> tuple[str, dict[str, str]]:
+def _settings(part: str, whole: str, forms: str = METHOD_FORMS) -> tuple[str, dict[str, str]]:
     """Return the name of a compressor and the settings in its brackets."""
     match = _STAGE.fullmatch(part)
-    if match is None:
-        raise UserError(f"{whole!r} cannot be read as a method; write {METHOD_FORMS}")
-    name, inside = match.groups()
+    if match is None or not (name := match[1].strip()):
+        raise UserError(f"{whole[:_SHOWN]!r} cannot be read as a method; write {forms}")
+    inside = match[2]
     settings: dict[str, str] = {}
     for field in _BETWEEN_FIELDS.split(inside or ""):
         if not field.strip():

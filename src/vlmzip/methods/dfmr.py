@@ -135,7 +135,7 @@ def _variances(
     if values.device.type != "cpu":
         return inside.var(dim=(3, 5), correction=0)
     by_place = inside.permute(3, 5, 0, 1, 2, 4, 6).flatten(0, 1).double()  # the places in a window come first
-    return by_place.sub_(by_place.mean(0)).square_().mean(0).to(values.dtype)
+    return (by_place - by_place.mean(0)).square_().mean(0).to(values.dtype)
 
 
 def with_one_factor(method: Compressor, tau: float, parts: Sequence[Sequence[Measured]]) -> list[Compressor]:

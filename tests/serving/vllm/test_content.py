@@ -1,6 +1,10 @@
 """Methods that count tokens by content: the processor runs the vision encoder, and answers are those of the façade."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
+from transformers import LlavaConfig
 
 from tests.serving.vllm.asking import generate, of_facade, of_vllm, questions, request
 
@@ -58,6 +62,16 @@ def test_the_last_layer_runs_only_for_methods_that_read_it(by_content, compresso
     generate(by_content, [request(question, compressor)])
     hook.remove()
     assert bool(calls) is runs
+
+
+def test_each_config_of_a_checkpoint_has_an_encoder(monkeypatch):
+    """--hf-overrides can choose another layer of the encoder."""
+    monkeypatch.setattr(encoder, "_encoders", {})
+    monkeypatch.setattr(encoder, "Encoder", lambda config: config.hf_config.vision_feature_layer)
+    configs = [LlavaConfig(vision_feature_layer=layer) for layer in (-2, -3, -2)]
+    models = [SimpleNamespace(model="m", revision=None, dtype=torch.float32, hf_config=config) for config in configs]
+    assert [encoder.encoder_of(model) for model in models] == [-2, -3, -2]
+    assert len(encoder._encoders) == 2
 
 
 def test_tiles_and_videos(start, tmp_path):

@@ -64,7 +64,8 @@ _loading = threading.Lock()
 
 def encoder_of(model_config: Any) -> Encoder:
     """Return the encoder of a checkpoint, which a process loads once: vLLM makes a processor for each chat request."""
-    key = (model_config.model, model_config.revision, model_config.dtype)
+    # --hf-overrides may change the config: another layer of the encoder, say.
+    key = (model_config.model, model_config.revision, model_config.dtype, model_config.hf_config.to_json_string())
     with _loading:
         if key not in _encoders:
             _encoders[key] = Encoder(model_config)
