@@ -116,6 +116,25 @@ def test_encode_says_what_it_wrote(capsys, store, broken, tmp_path):
     assert line == "vlmzip: 1 of 2 images could not be stored: b.jpg"
 
 
+def test_changed_images_are_named_and_an_update_encodes_them(capsys, tmp_path):
+    images = shutil.copytree("examples", tmp_path / "images", ignore=shutil.ignore_patterns("*.py", "*.ipynb"))
+    words = ["encode", images, "--out", tmp_path / "store", "--keep", "36"]
+    assert run(capsys, *words)[0] == 0
+    shutil.copy(images / "first.png", images / "flat.png")
+    (images / "cluttered.png").unlink()
+    code, out, err = run(capsys, *words)
+    assert (code, out.splitlines()[0]) == (0, "0 images encoded with visionzip(keep=36)")
+    assert err == (
+        "note: 1 image changed since stored: flat.png; 1 image gone since stored: cluttered.png. The store keeps their old"
+        " tokens; --update brings it to the state of the folder\n"
+    )
+    code, out, err = run(capsys, *words, "--update")
+    assert (code, err) == (0, "")
+    assert out.startswith("1 image encoded with visionzip(keep=36), ")
+    assert re.search(r"store has 2 images \(1 removed\): 54\.0 KiB of tokens for \d+\.\d KiB of image files\n", out)
+    assert re.search(r"\n\d+\.\d KiB of its shards are old tokens, which are not used any more\n$", out)
+
+
 def test_verify(capsys, store, tmp_path):
     copy = shutil.copytree(store, tmp_path / "copy")
     assert run(capsys, "encode", "--verify", copy) == (0, f"all 3 images of {copy} are whole\n", "")
