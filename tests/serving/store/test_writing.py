@@ -555,3 +555,32 @@ def test_names_that_the_store_does_not_have(whole, tmp_path):
         Store(tmp_path / "nothing")
     shutil.rmtree(whole / "shards")
     assert len(store) == COUNT - 1
+
+
+def test_a_folder_with_other_files_does_not_become_a_store(images, tmp_path, loaded):
+    other = tmp_path / "model" / "shards" / "weights.safetensors"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(b"weights")
+    for update in (False, True):
+        with pytest.raises(UserError, match=r"model' is no store, and it has 'shards' in it; give a new folder"):
+            write(images, tmp_path / "model", loaded, update=update)
+    assert contents(tmp_path / "model") == {"shards/weights.safetensors": b"weights"}
+    (tmp_path / "empty").mkdir()
+    write(images, tmp_path / "empty", loaded)
+
+
+def test_an_open_store_says_that_another_run_has_changed_it(whole, images, loaded):
+    store = Store(whole)
+    for name in store:
+        Image.open(images / name).rotate(180).save(images / name)
+    write(images, whole, loaded, update=True)
+    with pytest.raises(Damaged, match="has changed the store since it was opened; open it again"):
+        store["4.png"]
+    assert Store(whole)["4.png"].features.ndim == 2
+
+
+def test_a_link_that_leads_nowhere_is_an_image_that_cannot_be_read(whole, images, loaded):
+    (images / "link.png").symlink_to(images / "nothing.png")
+    written = write(images, whole, loaded)
+    assert "link.png" in written.failed
+    assert "link.png" not in Store(whole)

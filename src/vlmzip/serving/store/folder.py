@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from vlmzip.errors import UserError, alternatives
-from vlmzip.files import is_folder
+from vlmzip.files import is_file, is_folder
 from vlmzip.runtime.images import COMMON_FORMATS, ImageError, check_file, common_suffixes, decode, shortened
 
 log = logging.getLogger(__name__)
@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 def image_names(folder: Path) -> list[str]:
     """Return the paths below `folder` of all files with the suffix of a common format, sorted.
 
-    Hidden files and folders are left out. Images of other formats are, too, with a note. Raise `UserError` if there are
-    no images, or if a name is not UTF-8.
+    Hidden files and folders are left out, and so are folders behind links. Images of other formats are, too, with a
+    note. Raise `UserError` if there are no images, or if a name is not UTF-8.
     """
     if not is_folder(folder):
         raise UserError(f"there is no folder {str(folder)!r}; give a folder of images")
@@ -30,7 +30,8 @@ def image_names(folder: Path) -> list[str]:
     others: list[str] = []
     for path in folder.rglob("*"):
         below, suffix = path.relative_to(folder), path.suffix.lower()
-        if suffix in known and not any(part.startswith(".") for part in below.parts) and path.is_file():
+        is_there = path.is_file() or (path.is_symlink() and not path.exists())  # reading says what is wrong with a link
+        if suffix in known and not any(part.startswith(".") for part in below.parts) and is_there:
             (names if suffix in common else others).append(below.as_posix())
     if not names:
         raise UserError(f"there are no images in {str(folder)!r}; give {alternatives(COMMON_FORMATS)} files")
@@ -44,12 +45,19 @@ def image_names(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def refuse_nesting(folder: Path, store: Path) -> None:
-    """Raise `UserError` if a store would put its files beside the images, or around them."""
+def refuse_place(folder: Path, store: Path, description: str) -> None:
+    """Raise `UserError` if a store would put its files beside the images, around them, or beside other files.
+
+    `description` is the name of the file that each store has.
+    """
     if folder.resolve().is_relative_to(store.resolve()):
         raise UserError(
             f"--out {str(store)!r} has the images in it, and a store needs a folder for itself; give another one"
         )
+    is_new = is_folder(store) and not is_file(store / description)
+    others = [path.name for path in store.iterdir() if not path.name.startswith(".")] if is_new else []
+    if others:
+        raise UserError(f"--out {str(store)!r} is no store, and it has {min(others)[:100]!r} in it; give a new folder")
 
 
 def read_image(folder: Path, name: str) -> tuple[Image.Image, dict[str, Any]]:

@@ -52,6 +52,7 @@ class Store(Mapping[str, StoredImage]):
         """The compressor that made the tokens."""
         if not is_file(self.path / index.FILE):
             raise UserError(f"{str(path)!r} is unfinished; run the same vlmzip encode again")
+        self._state = _state(self.path)
         # A row as a dict takes ten times the memory of a row in the table.
         self._table = index.read_table(self.path / index.FILE)
         names, errors = (self._table[column].to_pylist() for column in ("path", "error"))
@@ -72,7 +73,16 @@ class Store(Mapping[str, StoredImage]):
 
         Raise `UnknownImage` if the store does not have it, and `Damaged` if its content has changed.
         """
-        return StoredImage.from_tensors(read_tensors(self.path, self.row(name)))
+        row = self.row(name)
+        try:
+            return StoredImage.from_tensors(read_tensors(self.path, row))
+        except Damaged:
+            if _state(self.path) == self._state:
+                raise
+            raise Damaged(
+                f"{name!r} is not where it was: vlmzip encode has changed the store since it was opened; open it again,"
+                " or restart the server"
+            ) from None
 
     def row(self, name: str) -> Row:
         """Return an image's row of the index. Raise `UnknownImage` if the store does not have it."""
@@ -128,6 +138,14 @@ def read_tensors(store: Path, row: Row) -> dict[str, Tensor]:
     if checksum(index.signed(row), tensors) != row["checksum"]:
         raise _damaged(name, "its checksum is wrong")
     return tensors
+
+
+def _state(store: Path) -> object:
+    """Return a value that changes whenever an index is written."""
+    with suppress(OSError):
+        status = (store / index.FILE).stat()
+        return status.st_ino, status.st_mtime_ns, status.st_size
+    return None
 
 
 def unused_bytes(store: Path, rows: Iterable[Row]) -> int:

@@ -19,8 +19,9 @@ from vlmzip.runtime.loading import Loaded
 from vlmzip.runtime.saving import saved_weights
 from vlmzip.serving.store import index
 from vlmzip.serving.store.encoding import Encoder
-from vlmzip.serving.store.folder import has_changed, image_names, read_image, refuse_nesting
+from vlmzip.serving.store.folder import has_changed, image_names, read_image, refuse_place
 from vlmzip.serving.store.index import Row
+from vlmzip.serving.store.manifest import FILE as DESCRIPTION
 from vlmzip.serving.store.manifest import Manifest, read_manifest
 from vlmzip.serving.store.parts import SHARDS, UNFINISHED, Part, parts_of, write_part
 from vlmzip.serving.store.reading import read_tensors, unused_bytes
@@ -90,7 +91,7 @@ def write_store(
     Raise `UserError` if another run is writing the store, if it comes from another model or method, if the store would
     have the images in its folder, or if the tokens of this model or method cannot be stored.
     """
-    refuse_nesting(folder, store)
+    refuse_place(folder, store, DESCRIPTION)
     names = image_names(folder)
     lock = hold(store)
     try:
