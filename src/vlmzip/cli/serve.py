@@ -20,6 +20,7 @@ from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError, check_choice, how_to_install, telling_once
 from vlmzip.mini.examples import asked
 from vlmzip.serving.playground.examples import Example
+from vlmzip.serving.server.log_thread import logging_in_thread
 from vlmzip.serving.server.settings import Settings, is_loopback
 from vlmzip.serving.server.vllm_command import Served, choose_engine, vllm_command, vllm_environment
 
@@ -74,7 +75,10 @@ def run(args: Namespace) -> None:
             if examples is not None:
                 print(f"playground at {address}/playground", flush=True)
 
-        lived = server.run(loaded, compressor, settings, listening, name, ready, examples, store)
+        with logging_in_thread() as log_thread:
+            lived = server.run(loaded, compressor, settings, listening, name, ready, examples, store)
+    if log_thread.stuck:  # it holds the lock of stderr, and Python's own end would fail at that
+        os._exit(0 if lived else 1)
     if not lived:
         sys.exit(1)
 

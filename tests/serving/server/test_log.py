@@ -1,6 +1,7 @@
 """The log: a line for each request, and a note for each kind of warning."""
 
 import logging
+import threading
 import time
 import warnings
 
@@ -9,7 +10,7 @@ import pytest
 
 from tests.serving.server.running import QUESTION, asking, engine_of, image_url, serving
 from vlmzip.errors import telling_once
-from vlmzip.serving.server import access
+from vlmzip.serving.server import access, log_thread
 from vlmzip.serving.server.access import log_request
 from vlmzip.serving.server.settings import Settings
 
@@ -100,9 +101,58 @@ def test_a_request_cannot_write_lines(http, lines):
     assert "GET /v1/models/a%0A2026-01-01%20POST%20/v1/x%1B%5B31m%E2%80%AE 404" in text
 
 
-def test_a_long_path_is_cut(lines):
-    log_request({"method": "GET", "path": "/v1/" + "a" * 9000}, 404, 0.1)
+@pytest.mark.parametrize(("method", "path"), [("GET", "/v1/" + "a" * 9000), ("A" * 9000, "/v1/x")])
+def test_long_paths_and_methods_are_cut(lines, method, path):
+    log_request({"method": method, "path": path}, 404, 0.1)
     assert len(lines(1)[0]) < 300
+
+
+class Stuck(logging.Handler):
+    """A handler that waits, as one does whose pipe is full."""
+
+    def __init__(self):
+        super().__init__()
+        self.free, self.texts = threading.Event(), []
+
+    def emit(self, record):
+        self.free.wait(30)
+        self.texts.append(record.getMessage())
+
+
+@pytest.fixture
+def stuck(monkeypatch):
+    monkeypatch.setattr(log_thread, "LAST_LINES", 0.1)
+    handler, logger = Stuck(), logging.getLogger("vlmzip")
+    logger.addHandler(handler)
+    yield handler
+    handler.free.set()
+    logger.removeHandler(handler)
+
+
+def test_a_log_that_is_not_read_stops_nobody(stuck):
+    log = logging.getLogger("vlmzip.serving.x")
+    with log_thread.logging_in_thread() as thread:
+        for number in range(2 * log_thread.MOST_LINES):
+            log.warning("line %d", number)
+    assert thread.stuck
+    assert stuck.texts == []
+
+
+def test_dropped_lines_are_counted(stuck):
+    log = logging.getLogger("vlmzip.serving.x")
+    with log_thread.logging_in_thread() as thread:
+        for number in range(2 * log_thread.MOST_LINES):
+            log.warning("line %d", number)
+        logging.getLogger("uvicorn.error").warning("broken")
+        stuck.free.set()
+        while thread.queue.qsize():
+            time.sleep(0.01)
+    assert not thread.stuck
+    *lines, last = stuck.texts
+    assert lines == [f"line {number}" for number in range(len(lines))]
+    dropped = 2 * log_thread.MOST_LINES + 1 - len(lines)
+    assert dropped >= log_thread.MOST_LINES
+    assert last == f"{dropped:,} lines of the log were dropped, because stderr was not read in time"
 
 
 def test_the_operator_can_turn_it_off(mini, lines):

@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 #: Where the notes of a request are in its scope.
 NOTES = "vlmzip.notes"
-#: Characters of a path or reason in a line.
+#: Characters of an HTTP method, path or reason in a line.
 LONGEST = 200
 
 
@@ -38,8 +38,8 @@ def log_request(scope: Scope, status: int, seconds: float) -> None:
     if status < 400 and scope["method"] in ("GET", "HEAD") and not scope["path"].startswith("/v1/"):
         return
     notes = notes_of(scope)
-    path = quote(scope["path"][:LONGEST])
-    line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {scope['method']} {path} {status} {seconds:.3f} s"
+    method, path = (quote(scope[part][:LONGEST]) for part in ("method", "path"))
+    line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {method} {path} {status} {seconds:.3f} s"
     line += f", {notes.tokens}" if notes.tokens else ""
     log.info("%s", f"{line}: {_plain(notes.reason)}" if notes.reason else line)
 
