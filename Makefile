@@ -26,6 +26,8 @@ IN_PARALLEL := -n $(JOBS) --no-loadscope-reorder
 LMMS ?= .venv-lmms
 # vLLM needs other versions, and installs 3.4 GB.
 VLLM ?= .venv-vllm
+# Gradio needs an older Pillow.
+PLAYGROUND ?= .venv-playground
 # The docs site needs no torch, so its environment has only what the extra `docs` names.
 DOCS_ENV := .venv-docs
 # `base` is an installation without extras. The last of the others, `dev`, takes longest, so they begin with it.
@@ -33,7 +35,7 @@ EXTRAS = base $(shell $(PYTHON) -c "import tomllib; print(*reversed(tomllib.load
 SECONDS ?= 60
 SEED ?= 0
 
-.PHONY: help demo docs test test-slow test-exhaustive test-transformers test-newest test-lmms test-vllm test-extras fuzz check fmt lint types tables bench bench-gpu \
+.PHONY: help demo docs test test-slow test-exhaustive test-transformers test-newest test-lmms test-vllm test-playground test-extras fuzz check fmt lint types tables bench bench-gpu \
 	flops figures notebooks support papers conformance mini mini-data always extras-beside-tests extra-base
 .DEFAULT_GOAL := help
 
@@ -100,6 +102,15 @@ $(VLLM)/.installed: pyproject.toml constraints-vllm.txt tests/serving/vllm/insta
 
 test-vllm: $(VLLM)/.installed ## install vLLM for the CPU with vlmzip, then run the tests of both together
 	OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/serving/vllm
+
+$(PLAYGROUND)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet "$(TORCH)" playwright -e ".[dev,playground]"
+	@touch $@
+
+test-playground: $(PLAYGROUND)/.installed ## install the playground, then run its tests; those of the page use Chromium
+	OMP_NUM_THREADS=1 $(PLAYGROUND)/bin/python -m pytest tests/serving/playground
 
 test-extras: ## install each extra alone, with the newest packages, and use it; EXTRAS= for some
 	@$(MAKE) --no-print-directory --keep-going $(EXTRAS:%=extra-%); status=$$?; rm -rf .venv-extra-base; exit $$status
