@@ -14,7 +14,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -135,13 +135,41 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
+class _Ignoring:
+    """Ignores warnings while at least one thread is in a block.
+
+    Filters belong to the process, so threads that each save and restore them could restore those of another thread.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, ExitStack()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if self._inside == 0:
+                self._before.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    self._before.close()
+
+
+#: Ignores warnings in a block, of which several threads can be in one at once. Too large images are still errors.
+ignoring_warnings = _Ignoring()
+
+
 @contextmanager
 def _errors_in_one_line(name: str) -> Iterator[None]:
     """Raise `ImageError` for any error of Pillow's plugins, and suppress their warnings."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with ignoring_warnings():
             yield
     except ImageError:
         raise

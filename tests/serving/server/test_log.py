@@ -4,12 +4,14 @@ import logging
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
 from tests.serving.server.running import QUESTION, asking, engine_of, image_url, serving
 from vlmzip.errors import telling_once
+from vlmzip.runtime.images import ignoring_warnings
 from vlmzip.serving.server import access, log_thread
 from vlmzip.serving.server.access import log_request
 from vlmzip.serving.server.settings import Settings
@@ -172,3 +174,22 @@ def test_a_kind_of_warning_is_told_once():
             warnings.warn("a" * number, stacklevel=1)
     assert told[:2] == ["visionzip keeps all 144 tokens: it changes nothing", "fastv keeps all 144 tokens"]
     assert len(told) <= 100
+
+
+def test_requests_at_once_leave_the_filters_of_warnings(http):
+    before = warnings.filters[:]
+    with ThreadPoolExecutor(8) as pool:
+        statuses = pool.map(lambda _: http.post("/v1/tokens", json=asking()).status_code, range(200))
+        assert set(statuses) == {200}
+    assert warnings.filters == before
+
+
+def test_warnings_are_ignored_until_the_last_thread_has_ended():
+    before = warnings.filters[:]
+    first, second = ignoring_warnings(), ignoring_warnings()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    warnings.warn("still ignored", stacklevel=1)
+    second.__exit__(None, None, None)
+    assert warnings.filters == before

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import secrets
 import threading
-import warnings
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,6 +19,7 @@ from vlmzip.errors import UserError, refusing
 from vlmzip.models.family import Family
 from vlmzip.processor import InputDict, Processor
 from vlmzip.runtime.earlier_images import EarlierImages
+from vlmzip.runtime.images import ignoring_warnings
 from vlmzip.runtime.loading import Loaded
 from vlmzip.runtime.position_limit import llm_positions
 from vlmzip.runtime.prompt import PER_TOKEN
@@ -160,8 +160,7 @@ class Preparer:
             for message in request.messages
         ]
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of prompts beyond the tokenizer's length, which are checked below
+            with ignoring_warnings():  # of prompts beyond the tokenizer's length, which are checked below
                 prompt = conversation_prompt(self._family, self._processor, messages)
                 self._refuse_long(prompt)
         except UserError as error:
@@ -169,8 +168,7 @@ class Preparer:
         return prompt
 
     def _inputs(self, request: ChatRequest, images: Sequence[Image.Image]) -> InputDict:
-        with self._one_at_a_time, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # as above
+        with self._one_at_a_time, ignoring_warnings():  # as above
             prompt = self._prompt(request)
             special = special_tokens(self._processor.tokenizer, prompt)
             try:
