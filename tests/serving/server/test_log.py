@@ -53,9 +53,9 @@ def test_an_answer_has_its_tokens(http, lines):
     http.post("/v1/chat/completions", json=asking(max_tokens=1, vlmzip={"method": "fastv(keep=8)"}))
     http.post("/v1/tokens", json=asking())
     assert lines(4) == [
-        "POST /v1/chat/completions 200, visionzip(keep=16): 144 -> 16 visual tokens, 1 new tokens",
-        "POST /v1/chat/completions 200, visionzip(keep=9): 144 -> 9 visual tokens, 1 new tokens",
-        "POST /v1/chat/completions 200, fastv(keep=8): 144 -> 144 visual tokens and 8 at the last layer, 1 new tokens",
+        "POST /v1/chat/completions 200, visionzip(keep=16): 144 -> 16 visual tokens, 1 new token",
+        "POST /v1/chat/completions 200, visionzip(keep=9): 144 -> 9 visual tokens, 1 new token",
+        "POST /v1/chat/completions 200, fastv(keep=8): 144 -> 144 visual tokens and 8 at the last layer, 1 new token",
         "POST /v1/tokens 200",
     ]
 
@@ -69,14 +69,14 @@ def test_a_refusal_has_its_reason(http, lines):
         "POST /v1/chat/completions 400: tools is not supported; leave it out",
         "POST /v1/chat/completions 401: the API key is missing or wrong; send it as Authorization: Bearer KEY",
         "POST /v1/chat/completions 415: the body must be JSON: send Content-Type: application/json",
-        "GET /nothing 404",
+        "GET /nothing 404: not found",
     ]
 
 
 def test_reads_that_browsers_and_monitors_repeat_have_no_line(http, lines):
     assert [http.get(path).status_code for path in ("/health", "/metrics", "/")] == [200] * 3
     http.get("/nothing")
-    assert lines(1) == ["GET /nothing 404"]
+    assert lines(1) == ["GET /nothing 404: not found"]
 
 
 def test_no_line_has_images_keys_or_texts(http, lines):
@@ -86,6 +86,9 @@ def test_no_line_has_images_keys_or_texts(http, lines):
         asking(QUESTION, url[5:]),
         asking(messages=[{"role": "user", "content": [{"type": "text", "text": 5}, {"secret text": 1}]}]),
         asking(messages=[{"role": "assistant", "content": "secret text", "refusal": "secret text"}]),
+        asking(messages=[{"role": "secret text", "content": "a"}]),
+        asking(messages=[{"role": "user", "content": [{"type": "secret text"}]}]),
+        asking(messages=[{"role": "user", "content": "a", "secret text": 1}]), asking(**{"secret text": 1}),
     ]  # fmt: skip
     for body in bodies:
         http.post(f"/v1/chat/completions?key={SECRET}", json=body)
@@ -150,11 +153,13 @@ def test_dropped_lines_are_counted(stuck):
         while thread.queue.qsize():
             time.sleep(0.01)
     assert not thread.stuck
-    *lines, last = stuck.texts
+    *lines, last = [text for text in stuck.texts if "POST" not in text and "GET" not in text]  # of tests before
     assert lines == [f"line {number}" for number in range(len(lines))]
     dropped = 2 * log_thread.MOST_LINES + 1 - len(lines)
     assert dropped >= log_thread.MOST_LINES
-    assert last == f"{dropped:,} lines of the log were dropped, because stderr was not read in time"
+    count, _, text = last.partition(" ")
+    assert text == "lines of the log were dropped, because stderr was not read in time"
+    assert dropped <= int(count.replace(",", "")) <= dropped + 20  # other servers of this process log, too
 
 
 def test_the_operator_can_turn_it_off(mini, lines):

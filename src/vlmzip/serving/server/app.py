@@ -153,7 +153,8 @@ class Service:
             notes.tokens = f"{count.method}: {visual.before} -> {visual.after} visual tokens"
             if visual.last_layer not in (None, visual.after):
                 notes.tokens += f" and {visual.last_layer} at the last layer"
-            notes.tokens += f", {progress.usage.new_tokens} new tokens"
+            new = progress.usage.new_tokens
+            notes.tokens += f", {new} new token{'' if new == 1 else 's'}"
 
     async def tokens(self, request: Request) -> Response:
         """Answer POST /v1/tokens: the tokens of a request to /v1/chat/completions, without answering it."""
@@ -240,7 +241,8 @@ async def _refused(request: Request, error: Exception) -> Response:
 
 async def _not_found(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    message = f"{request.method} {request.url.path[:100]}: {str(error.detail).lower()}"
+    notes_of(request.scope).reason = str(error.detail).lower()
+    message = f"{request.method[:20]} {request.url.path[:100]}: {str(error.detail).lower()}"
     if error.status_code == 404:
         message += f"; this server has {', '.join(PATHS)}"
     return JSONResponse(RequestError(message, error.status_code).content(), error.status_code, error.headers)

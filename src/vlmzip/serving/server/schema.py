@@ -238,6 +238,7 @@ def _refusal(error: ValidationError) -> RequestError:
     # The names of the alternatives stand in the path, too: messages.0.user.content.1.image_url.image_url.url
     param = ".".join(part for at, part in enumerate(path) if not (part in roles and at and path[at - 1].isdigit()))
     kind, context = first["type"], first.get("ctx", {})
+    logged = None
     if kind == "json_invalid":
         return RequestError(f"the body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
     if kind == "extra_forbidden":
@@ -245,13 +246,16 @@ def _refusal(error: ValidationError) -> RequestError:
         known = ChatRequest.model_fields if len(path) == 1 else ()
         hint = closest(name, known) if known else ""
         hint = '; write it as {"vlmzip": {"method": …, "keep": …}}' if name in Choice.model_fields else hint
-        return RequestError(f"unknown field {name!r}{hint}", code="unknown_parameter", param=param[:100])
+        # The name can be a text, which the log must not have.
+        logged = f"unknown field in {param.removesuffix(path[-1]).rstrip('.') or 'the body'}"
+        return RequestError(f"unknown field {name!r}{hint}", code="unknown_parameter", param=param[:100], logged=logged)
     if kind in ("missing", "union_tag_not_found"):
         param += "" if kind == "missing" else f".{_tag_name(context)}"
         return RequestError(f"{param} is missing", code="missing_required_parameter", param=param[:100])
     if kind == "union_tag_invalid":
         param += f".{_tag_name(context)}"
         message = _wrong_tag(str(context["tag"]), str(context["expected_tags"]))
+        logged = f"{param} is unknown"
     elif kind in ("model_type", "model_attributes_type"):
         message = "must be an object" + next((hint for end, hint in OBJECTS.items() if re.search(end, param)), "")
     elif kind == "too_long" and context["max_length"] == 0:
@@ -264,7 +268,9 @@ def _refusal(error: ValidationError) -> RequestError:
             message += "; only messages of the user can have images"
     else:
         message = f"is not valid: {first['msg'][0].lower()}{first['msg'][1:]}"
-    return RequestError(f"{param or 'the body'} {message}"[:300], code="invalid_value", param=param[:100] or None)
+    return RequestError(
+        f"{param or 'the body'} {message}"[:300], code="invalid_value", param=param[:100] or None, logged=logged
+    )
 
 
 def _tag_name(context: dict[str, Any]) -> str:
