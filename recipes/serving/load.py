@@ -330,10 +330,11 @@ def main() -> None:
     quarter = len(memory) // 4
     second, last = memory[quarter : 2 * quarter], memory[-quarter:]
     growth = statistics.median(row["rss_mib"] for row in last) - statistics.median(row["rss_mib"] for row in second)
+    machine = about()  # before a file is written: the commit is then that of the code
     whole_run = {"wall_seconds": round(seconds, 1), "concurrency": args.concurrency, "rss_growth_mib": round(growth, 1)}
-    rows = [row_of(name, kind, {**whole_run, **about()}) for name, kind in kinds.items()]
+    rows = [row_of(name, kind, {**whole_run, **machine}) for name, kind in kinds.items()]
     write_csv(args.out / "server-load.csv", rows)
-    write_csv(args.out / "server-load-memory.csv", [{**each, **about()} for each in memory])
+    write_csv(args.out / "server-load-memory.csv", [{**each, **machine} for each in memory])
     for row in rows:
         print(f"{row['kind']:30}{row['requests']:6}  {row['statuses']:24} wrong {row['wrong']}  {row['p50_ms']} ms")
     print(f"{args.requests} requests in {seconds:.0f} s, exit code {code}")

@@ -22,8 +22,8 @@ MOST_KINDS = 100
 class UserError(ValueError):
     """Wrong input. The message gives the mistake and the remedy in one line.
 
-    `remedy` says what to do in a few words, for a cell of a table. `advice` ends the message. What has no command line,
-    such as a server, can show `fact`, the message without the advice.
+    `remedy` says what to do in a few words, for a cell of a table. `advice` ends the message. A server can show
+    `fact`, the message without the advice, where the advice is for the command line.
     """
 
     def __init__(self, message: str = "", *, remedy: str = "", advice: str = "") -> None:
@@ -54,8 +54,8 @@ class BeyondPositions(UserWarning):
 
 
 @contextmanager
-def telling_beyond_positions(say: Callable[[str], None]) -> Iterator[None]:
-    """Pass the text of every `BeyondPositions` warning in the block to `say`; other warnings are shown as before."""
+def _taking_warnings(take: Callable[[str, type[Warning]], bool]) -> Iterator[None]:
+    """Pass the text and category of each warning in the block to `take`. Show those for which it returns False."""
     shown = warnings.showwarning
 
     def show(
@@ -66,14 +66,26 @@ def telling_beyond_positions(say: Callable[[str], None]) -> Iterator[None]:
         file: TextIO | None = None,
         line: str | None = None,
     ) -> None:
-        if issubclass(category, BeyondPositions):
-            say(str(message))
-        else:
+        if not take(str(message), category):
             shown(message, category, filename, lineno, file, line)
 
     with warnings.catch_warnings():
-        warnings.simplefilter("always", BeyondPositions)
         warnings.showwarning = show
+        yield
+
+
+@contextmanager
+def telling_beyond_positions(say: Callable[[str], None]) -> Iterator[None]:
+    """Pass the text of every `BeyondPositions` warning in the block to `say`; other warnings are shown as before."""
+
+    def take(text: str, category: type[Warning]) -> bool:
+        is_ours = issubclass(category, BeyondPositions)
+        if is_ours:
+            say(text)
+        return is_ours
+
+    with _taking_warnings(take):
+        warnings.simplefilter("always", BeyondPositions)
         yield
 
 
@@ -85,22 +97,15 @@ def telling_once(say: Callable[[str], None]) -> Iterator[None]:
     """
     seen: set[str] = set()
 
-    def show(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        file: TextIO | None = None,
-        line: str | None = None,
-    ) -> None:
-        text = " ".join(str(message).split())
+    def take(text: str, category: type[Warning]) -> bool:
+        text = " ".join(text.split())
         kind = re.sub(r"\d+", "#", text)
         if kind not in seen and len(seen) < MOST_KINDS:
             seen.add(kind)
             say(text)
+        return True
 
-    with warnings.catch_warnings():
-        warnings.showwarning = show
+    with _taking_warnings(take):
         yield
 
 

@@ -104,6 +104,17 @@ def chosen(tokens, logits):
     return logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])
 
 
+def assert_budgets_of_requests(name, engine, prompts, budgets):
+    """Assert that requests with three budgets in turn get the façade's answers. The first is that of the engine."""
+    expected = [of_facade(name, prompts, budget) for budget in budgets]
+    chosen = [number % 3 for number in range(2 * len(prompts))]
+    asked = [prompts[number // 2] for number in range(len(chosen))]
+    compressors = [None if number == 0 else budgets[number] for number in chosen]
+    assert_same(
+        of_vllm(engine, asked, compressors), [expected[which][number // 2] for number, which in enumerate(chosen)]
+    )
+
+
 def model_of(engine):
     return engine.llm_engine.model_executor.driver_worker.worker.model_runner.model
 
@@ -122,14 +133,7 @@ def test_without_a_compressor_all_is_that_of_vllm(name, engine, start_qwen):
 
 
 def test_prompts_in_chunks_with_budgets_of_requests(name, small):
-    budgets = [CONTIGUOUS, "divprune(keep=11)", "evs(keep=40%)"]
-    expected = [of_facade(name, ASKED, budget) for budget in budgets]
-    chosen = [number % 3 for number in range(2 * len(ASKED))]
-    asked = [ASKED[number // 2] for number in range(len(chosen))]
-    compressors = [None if number == 0 else budgets[number] for number in chosen]
-    assert_same(
-        of_vllm(small, asked, compressors), [expected[which][number // 2] for number, which in enumerate(chosen)]
-    )
+    assert_budgets_of_requests(name, small, ASKED, [CONTIGUOUS, "divprune(keep=11)", "evs(keep=40%)"])
 
 
 @pytest.mark.parametrize("compressor", ["prumerge", DFMR, "adaptive_visionzip(tau=0.5)", "prumerge(keep=9)"])
@@ -156,14 +160,7 @@ def test_the_processor_encodes_one_image_at_a_time(by_content):
 
 
 def test_images_that_the_processor_encoded_stand_beside_others(name, by_content):
-    budgets = ["prumerge", DFMR, "divprune(keep=11)"]
-    expected = [of_facade(name, BY_CONTENT, budget) for budget in budgets]
-    chosen = [number % 3 for number in range(2 * len(BY_CONTENT))]
-    asked = [BY_CONTENT[number // 2] for number in range(len(chosen))]
-    compressors = [None if number == 0 else budgets[number] for number in chosen]
-    assert_same(
-        of_vllm(by_content, asked, compressors), [expected[which][number // 2] for number, which in enumerate(chosen)]
-    )
+    assert_budgets_of_requests(name, by_content, BY_CONTENT, ["prumerge", DFMR, "divprune(keep=11)"])
 
 
 def test_contiguous_positions_and_pixels_that_vllm_normalises_in_its_processor(name, start_qwen):

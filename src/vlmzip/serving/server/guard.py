@@ -72,14 +72,18 @@ class Guard:
             message = f"this server is for this machine only, and the request is for {host[:100]!r}; set an API key"
             return RequestError(message, 403, code="host_not_allowed")
         if self._digest is not None and scope["path"] not in OPEN:
-            first = scope["path"].partition("/")[2].partition("/")[0]
-            is_page = first in ("", PLAYGROUND.strip("/"))
-            schemes = {"": (b"basic", b"bearer"), PLAYGROUND.strip("/"): (b"basic",)}.get(first, (b"bearer",))
+            first, page = scope["path"].partition("/")[2].partition("/")[0], PLAYGROUND.strip("/")
+            is_page = first in ("", page)
+            # GET / is for browsers and for clients of the API.
+            schemes = [b"basic"] * is_page + [b"bearer"] * (first != page)
             key = _key(headers.get(b"authorization", b""), schemes)
             # Digests have equal lengths, so the time of the comparison tells nothing about the key.
             if key is None or not hmac.compare_digest(_digest(key), self._digest):
-                how = "send it as Authorization: Bearer KEY"
-                how = "enter any name, and the key as the password" if is_page else how
+                for_api, for_page = (
+                    "send it as Authorization: Bearer KEY",
+                    "enter any name, and the key as the password",
+                )
+                how = for_page if is_page else for_api
                 message = f"the API key is missing or wrong; {how}"
                 scheme = 'Basic realm="vlmzip: any name, and the API key as password"' if is_page else "Bearer"
                 return RequestError(message, 401, code="invalid_api_key", headers={"WWW-Authenticate": scheme})
@@ -97,7 +101,7 @@ def _name_of(host: str) -> str:
 
 
 def _key(header: bytes, schemes: Collection[bytes]) -> bytes | None:
-    """Return the key in a header of one of the schemes, basic or bearer; `None` if there is none."""
+    """Return the key in a header of one of the schemes, basic or bearer, or `None` for another header."""
     scheme, _, key = header.partition(b" ")
     if scheme.lower() not in schemes:
         return None

@@ -98,14 +98,15 @@ def write_store(
         encoder = _encoder(loaded, compressor)
         _remove_unfinished(store)
         manifest = _begin(folder, store, encoder, names, batch, shard)
-        compared = _compare(store, folder, names, update=update)
-        parts = _missing(store, compared, shard)
+        before = _rows([store / index.FILE])
+        compared = _compare(store, folder, names, before, update=update)
+        parts = _missing(store, before, compared, shard)
         encode = in_processes(manifest) if in_processes else _in_this_process(store, folder, encoder, batch)
         missing = {name for part in parts for name in part.names}
         with working("encoding", len(missing)) as work:
             for count in encode(parts) if parts else ():
                 work.advance(count)
-        return _finish(store, names, missing, compared, update=update)
+        return _finish(store, names, missing, before, compared, update=update)
     finally:
         lock.release()
 
@@ -156,9 +157,12 @@ def _rows(files: Sequence[Path]) -> dict[str, Row]:
     return index.newest(row for file in files if is_file(file) for row in index.read_rows(file))
 
 
-def _compare(store: Path, folder: Path, names: Sequence[str], *, update: bool) -> Comparison:
-    """Compare the files of the folder with the rows of the store, and with `update` also the tokens with checksums."""
-    before, of_this_run = _rows([store / index.FILE]), _rows(_unfinished(store))
+def _compare(store: Path, folder: Path, names: Sequence[str], before: dict[str, Row], *, update: bool) -> Comparison:
+    """Compare the files of the folder with the rows of the store, and with `update` also the tokens with checksums.
+
+    `before` has the rows of the index.
+    """
+    of_this_run = _rows(_unfinished(store))
     rows = before | of_this_run
     compared = Comparison(gone=sorted(name for name in rows.keys() - set(names) if rows[name]["error"] is None))
     with working("comparing", len(names)) as work:
@@ -185,12 +189,13 @@ def _is_damaged(store: Path, row: Row) -> bool:
     return False
 
 
-def _missing(store: Path, compared: Comparison, shard: int) -> list[Part]:
+def _missing(store: Path, before: dict[str, Row], compared: Comparison, shard: int) -> list[Part]:
     """Return the parts to make."""
-    files = [store / index.FILE, *_unfinished(store)]
-    shards = {row["shard"] for file in files if is_file(file) for row in index.read_rows(file)} - {None}
+    unfinished = _unfinished(store)
+    rows = [*before.values(), *(row for file in unfinished for row in index.read_rows(file))]
+    shards = {row["shard"] for row in rows} - {None}
     # A part without a readable image has no shard.
-    taken = {Path(file).stem for file in (*shards, *_unfinished(store))}
+    taken = {Path(file).stem for file in (*shards, *unfinished)}
     return parts_of(compared.new, compared.again, shard, taken)
 
 
@@ -203,9 +208,10 @@ def _in_this_process(store: Path, folder: Path, encoder: Encoder, batch: int) ->
     return encode
 
 
-def _finish(store: Path, names: Sequence[str], missing: set[str], compared: Comparison, *, update: bool) -> Written:
+def _finish(
+    store: Path, names: Sequence[str], missing: set[str], before: dict[str, Row], compared: Comparison, *, update: bool
+) -> Written:
     """Write the index, and remove the files that it replaces."""
-    before = _rows([store / index.FILE])
     rows = before | _rows(_unfinished(store))
     if update:
         present = set(names)
