@@ -8,6 +8,7 @@ from vlmzip.methods import NoCompression, VisionZip
 from vlmzip.runtime.answering import Answerer
 from vlmzip.runtime.attach import attach
 from vlmzip.runtime.images import load_image
+from vlmzip.runtime.prompt_text import conversation_prompt
 
 METHODS = ["no_compression", "pool2d", "dfmr", "fastv", "sparsevlm", "visionzip(keep=8)+fastv(layer=4,keep=4)"]
 
@@ -68,6 +69,49 @@ def test_images_of_several_turns(client, mini):
     assert reply.usage.vlmzip["images"] == 3
     assert reply.usage.vlmzip["visual_tokens"] == {"before": 3 * 144, "after": 3 * 16, "last_layer": 3 * 16}
     assert reply.choices[0].message.content
+
+
+TURNS = [
+    ("flat", "what color is the ring ?"), ("first", "how many shapes are there ?"),
+    ("cluttered", "what color is the square ?"),
+]  # fmt: skip
+
+
+def conversation_of_the_facade(mini, method, turns):
+    """The answers of the façade alone, each asked with those before it in the prompt."""
+    answerer = Answerer(mini.family, mini.processor)
+    messages, images, answers = [], [], []
+    with attach(mini.model, method) as compressed:
+        for name, question in turns:
+            images.append(load_image(EXAMPLES / f"{name}.png"))
+            content = [{"type": "image"}, {"type": "text", "text": question}]
+            messages.append({"role": "user", "content": content})
+            prompt = conversation_prompt(mini.family, mini.processor, messages)
+            (answer,) = answerer.answer_prompts(compressed, [prompt], [images], max_new_tokens=8, do_sample=False)
+            answers.append(answer)
+            messages.append({"role": "assistant", "content": [{"type": "text", "text": answer.text}]})
+    return answers
+
+
+@pytest.mark.parametrize("method", ["visionzip(keep=16)", "pool2d", "dfmr", "fastv(layer=3,keep=20)"])
+def test_streams_of_a_conversation_with_images_in_each_turn(client, mini, method):
+    """A stream, a whole answer and the façade say the same at each turn, and each turn sees the answers before it."""
+    expected = conversation_of_the_facade(mini, method, TURNS)
+    messages = []
+    for (name, question), alone in zip(TURNS, expected, strict=True):
+        messages.append(user(question, image_url(name)))
+        asked = dict(model="mini", messages=messages, max_tokens=8, extra_body={"vlmzip": {"method": method}})
+        whole = client.chat.completions.create(**asked)
+        chunks = list(client.chat.completions.create(**asked, stream=True, stream_options={"include_usage": True}))
+        streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+        assert streamed == whole.choices[0].message.content == alone.text
+        assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
+        assert chunks[-1].usage == whole.usage
+        assert whole.usage.vlmzip["images"] == len(messages) // 2 + 1
+        assert whole.usage.vlmzip["visual_tokens"]["after"] == alone.by_layer[0]
+        assert whole.usage.completion_tokens == alone.new_tokens
+        messages.append({"role": "assistant", "content": streamed})
+    assert len({answer.text for answer in expected}) > 1
 
 
 def test_models(client):
