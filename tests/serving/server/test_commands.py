@@ -189,7 +189,7 @@ def test_a_server_runs_until_a_signal(tmp_path):
     loading, line = err.splitlines()
     assert loading == "loading mini …"
     assert re.fullmatch(
-        r"[\d-]+ [\d:]+ POST /v1/chat/completions 200 [\d.]+ s,"
+        r"[\d-]+T[\d:]+[+-]\d\d:\d\d POST /v1/chat/completions 200 [\d.]+ s,"
         r" visionzip\(keep=16\): 144 -> 16 visual tokens, 2 new tokens",
         line,
     )

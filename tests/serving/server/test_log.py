@@ -5,6 +5,7 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 
 import httpx
 import pytest
@@ -41,7 +42,7 @@ def lines(caplog):
                 break
             time.sleep(0.05)
         texts = [record.getMessage() for record in caplog.records if record.name == access.__name__]
-        parts = [text.split(" ", 2)[2] for text in texts]
+        parts = [text.split(" ", 1)[1] for text in texts]
         return [" ".join(part.split(" ")[:3]) + part.partition(" s")[2] for part in parts]
 
     return read
@@ -104,6 +105,22 @@ def test_a_request_cannot_write_lines(http, lines):
     text = "".join(lines(2))
     assert all(letter.isprintable() for letter in text)
     assert "GET /v1/models/a%0A2026-01-01%20POST%20/v1/x%1B%5B31m%E2%80%AE 404" in text
+
+
+def test_the_time_has_its_zone(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, access.__name__)
+    try:
+        for zone, offset in (("<+0530>-5:30", "+05:30"), ("UTC0", "+00:00")):
+            monkeypatch.setenv("TZ", zone)
+            time.tzset()
+            before = datetime.now(UTC).replace(microsecond=0)
+            log_request({"method": "GET", "path": "/v1/x"}, 404, 0.1)
+            text = caplog.messages[-1].split(" ")[0]
+            assert text.endswith(offset)
+            assert before <= datetime.fromisoformat(text) <= datetime.now(UTC)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 @pytest.mark.parametrize(("method", "path"), [("GET", "/v1/" + "a" * 9000), ("A" * 9000, "/v1/x")])

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import time
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from urllib.parse import quote
 
 from starlette.types import Scope
@@ -39,7 +39,8 @@ def log_request(scope: Scope, status: int, seconds: float) -> None:
         return
     notes = notes_of(scope)
     method, path = (quote(scope[part][:LONGEST]) for part in ("method", "path"))
-    line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {method} {path} {status} {seconds:.3f} s"
+    now = datetime.now(UTC).astimezone().isoformat(timespec="seconds")
+    line = f"{now} {method} {path} {status} {seconds:.3f} s"
     line += f", {notes.tokens}" if notes.tokens else ""
     log.info("%s", f"{line}: {_plain(notes.reason)}" if notes.reason else line)
 
