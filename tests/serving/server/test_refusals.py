@@ -5,6 +5,7 @@ import io
 import json
 import struct
 import time
+import warnings
 import zlib
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ from tests.serving.server.running import (
     user,
 )
 from vlmzip.methods import KMeans
-from vlmzip.serving.server.app import create_app
+from vlmzip.serving.server.app import PATHS, create_app
 from vlmzip.serving.server.metrics import Metrics
 from vlmzip.serving.server.prepare import placeholders_of
 from vlmzip.serving.server.schema import read_request
@@ -254,9 +255,41 @@ def test_paths_and_kinds(http):
     message = http.get("/v1/nothing").json()["error"]["message"]
     assert message.startswith("GET /v1/nothing: not found; this server has POST /v1/chat/completions, POST")
     assert http.get("/").json()["paths"][0] == "POST /v1/chat/completions"
-    assert http.get("/v1/chat/completions").status_code == 405
     plain = http.post("/v1/chat/completions", content=b"{}", headers={"Content-Type": "text/plain"})
     assert (plain.status_code, "must be JSON" in plain.json()["error"]["message"]) == (415, True)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("GET", "/v1/chat/completions", "POST"), ("DELETE", "/v1/tokens", "POST"), ("POST", "/v1/models", "GET, HEAD"),
+        ("PUT", "/v1/models/mini", "GET, HEAD"), ("POST", "/health", "GET, HEAD"), ("OPTIONS", "/", "GET, HEAD"),
+        ("PATCH", "/metrics", "GET, HEAD"),
+    ],
+)  # fmt: skip
+def test_a_path_with_another_method(http, method, path, allowed):
+    answer = http.request(method, path, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+    message = f"{method} {path}: method not allowed; use {allowed.replace(', ', ' or ')}"
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+    assert answer.json() == {"error": error}
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/metrics", "/v1/models", "/v1/models/mini", "/v1/models/other"])
+def test_head_has_the_headers_of_get(http, path):
+    read, head = http.get(path), http.head(path)
+    assert (head.status_code, head.headers["content-type"]) == (read.status_code, read.headers["content-type"])
+    assert head.content == b""
+
+
+def test_operations_have_ids_of_their_own(engine):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        paths = create_app(engine).openapi()["paths"]
+    named = {f"{method.upper()} {path}" for path, operations in paths.items() for method in operations}
+    assert named == {*PATHS, "GET /", "GET /v1/models/{name}"}
+    ids = [operation["operationId"] for operations in paths.values() for operation in operations.values()]
+    assert len(ids) == len(set(ids)) == len(named)
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP"])

@@ -13,8 +13,9 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.routing import Mount
+from starlette.routing import Match, Mount, Route
 
+from vlmzip.errors import alternatives
 from vlmzip.serving.server.access import Notes, notes_of
 from vlmzip.serving.server.body import Bodies
 from vlmzip.serving.server.counting import TokenCount
@@ -58,13 +59,19 @@ def create_app(
     app.state.service = service
     app.add_api_route("/v1/chat/completions", service.chat, methods=["POST"])
     app.add_api_route("/v1/tokens", service.tokens, methods=["POST"])
-    app.add_api_route("/v1/models", service.models, methods=["GET"])
-    app.add_api_route("/v1/models/{name:path}", service.one_model, methods=["GET"])
-    app.add_api_route("/", service.home, methods=["GET", "HEAD"])
-    app.add_api_route("/health", service.health, methods=["GET", "HEAD"])
-    app.add_api_route("/metrics", service.read_metrics, methods=["GET"])
+    reads: dict[str, Callable[..., Any]] = {
+        "/v1/models": service.models,
+        "/v1/models/{name:path}": service.one_model,
+        "/": service.home,
+        "/health": service.health,
+        "/metrics": service.read_metrics,
+    }
+    for path, read in reads.items():
+        app.add_api_route(path, read, methods=["GET"])
+        # FastAPI gives both methods of one route the same id in /openapi.json.
+        app.add_api_route(path, read, methods=["HEAD"], include_in_schema=False)
     app.add_exception_handler(RequestError, _refused)
-    app.add_exception_handler(HTTPException, _not_found)
+    app.add_exception_handler(HTTPException, _no_route)
     app.add_exception_handler(Exception, _failed)
     paths = [getattr(route, "path", "") for route in app.routes]
     app.add_middleware(Guard, settings=service.settings, metrics=service.metrics, paths=paths)
@@ -239,13 +246,25 @@ async def _refused(request: Request, error: Exception) -> Response:
     return JSONResponse(error.content(), error.status, error.headers)
 
 
-async def _not_found(request: Request, error: Exception) -> Response:
+async def _no_route(request: Request, error: Exception) -> Response:
+    """Answer a request for an unknown path, or with a method that its path does not have."""
     assert isinstance(error, HTTPException)
-    notes_of(request.scope).reason = str(error.detail).lower()
-    message = f"{request.method[:20]} {request.url.path[:100]}: {str(error.detail).lower()}"
+    detail, headers = str(error.detail).lower(), dict(error.headers or {})
+    notes_of(request.scope).reason = detail
+    message = f"{request.method[:20]} {request.url.path[:100]}: {detail}"
     if error.status_code == 404:
         message += f"; this server has {', '.join(PATHS)}"
-    return JSONResponse(RequestError(message, error.status_code).content(), error.status_code, error.headers)
+    elif error.status_code == 405 and (methods := _methods_of(request)):
+        headers = {"Allow": ", ".join(methods)}
+        message += f"; use {alternatives(methods)}"
+    return JSONResponse(RequestError(message, error.status_code).content(), error.status_code, headers)
+
+
+def _methods_of(request: Request) -> list[str]:
+    """Return the HTTP methods of a path. A path can have several routes."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    found = [route.methods or () for route in routes if route.matches(request.scope)[0] is Match.PARTIAL]
+    return sorted(set().union(*found))
 
 
 async def _failed(_request: Request, _error: Exception) -> Response:
