@@ -7,6 +7,7 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 
 from vlmzip import spec
@@ -17,13 +18,13 @@ from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
 from vlmzip.lab.table import print_json, show_bytes
 from vlmzip.progress import working
-from vlmzip.runtime.loading import Loaded
+from vlmzip.runtime.loading import Loaded, check_dtype, source_of
 from vlmzip.serving.store.encoding import refuse_unfit
 from vlmzip.serving.store.index import left_out
 from vlmzip.serving.store.manifest import Manifest
 from vlmzip.serving.store.parts import Part
 from vlmzip.serving.store.reading import Damage, Store
-from vlmzip.serving.store.writing import EncodeParts, Written, write_store
+from vlmzip.serving.store.writing import EncodeParts, Written, check_before_load, write_store
 
 log = logging.getLogger(__name__)
 #: The most images that a message names.
@@ -41,7 +42,7 @@ def run(args: Namespace) -> None:
     check_counts(args, "batch", "shard", "workers")
     check_folder(args)
     check_method(args)
-    refuse_unfit(without_budget(args))
+    names = _check_before_load(args)
     loaded = load(args.model, args.device, args.dtype, allow_pickle=args.allow_pickle)
     compressor = make_method(args, loaded.family.profile())
     start = time.monotonic()
@@ -54,6 +55,7 @@ def run(args: Namespace) -> None:
         batch=args.batch,
         shard=args.shard,
         update=args.update,
+        names=names,
         in_processes=in_processes,
     )
     _print(args, loaded, compressor, written, time.monotonic() - start)
@@ -65,6 +67,19 @@ def run(args: Namespace) -> None:
         raise UserError(
             f"{len(failed):,} of {_images(len(failed) + written.stored)} could not be stored: {_some(list(failed))}"
         )
+
+
+def _check_before_load(args: Namespace) -> list[str]:
+    """Return the names of the images. Raise `UserError` for all that is wrong without the model, which loads slowly."""
+    method = without_budget(args)
+    refuse_unfit(method)
+    check_dtype(args.dtype)
+    source_of(args.model)
+    if args.workers > 1:
+        import_module("vlmzip.serving.store.ray_workers")  # needs ray, an extra
+    # The model decides how a method without a field `keep` reaches a budget.
+    known = args.keep is None or "keep" in method.field_names()
+    return check_before_load(args.folder, args.out, method if known else None, args.batch, args.shard, args.dtype)
 
 
 def _workers(args: Namespace, compressor: Compressor) -> Callable[[Manifest], EncodeParts]:

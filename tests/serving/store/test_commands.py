@@ -3,10 +3,15 @@
 import json
 import re
 import shutil
+import sys
 
 import pytest
+from filelock import FileLock
 
+from vlmzip.cli import encode
 from vlmzip.cli.main import main
+from vlmzip.errors import how_to_install
+from vlmzip.locks import LOCK
 
 QUESTION = "what color is the ring ?"
 
@@ -22,6 +27,12 @@ def store(tmp_path_factory):
     folder = tmp_path_factory.mktemp("store")
     assert main(["encode", "examples", "--out", str(folder), "--keep", "36", "--batch", "1"]) == 0
     return folder
+
+
+@pytest.fixture
+def no_load(monkeypatch):
+    """Let the test fail if the command loads a model."""
+    monkeypatch.setattr(encode, "load", lambda *arguments, **settings: pytest.fail("the model was loaded"))
 
 
 @pytest.fixture
@@ -172,10 +183,48 @@ def test_verify(capsys, store, tmp_path):
         (["examples", "--out", "."], "--out '.' has the images in it"),
         (["examples", "--verify", "store"], "--verify takes a store alone"),
         (["--verify", "examples"], "there is no store.json in 'examples'"),
+        (["examples", "--out", "src"], "--out 'src' is no store, and it has 'vlmzip' in it; give a new folder"),
+        (["examples", "--out", "README.md/store"], "'README.md/store' cannot be written: Not a directory"),
+        (["{tmp}/unreadable", "--out", "{tmp}/store"], "none of the 1 images in '{tmp}/unreadable' can be read"),
+        (["examples", "--out", "{tmp}/store", "--dtype", "int8"], "unknown dtype 'int8'"),
+        (["examples", "--out", "{tmp}/store", "--model", "minni"], "there is no folder 'minni'"),
     ],
 )
-def test_mistakes_in_encode(capsys, tmp_path, words, message):
+def test_mistakes_in_encode(capsys, tmp_path, no_load, words, message):
+    (tmp_path / "unreadable").mkdir()
+    (tmp_path / "unreadable" / "a.png").write_bytes(b"no image")
     code, out, err = run(capsys, "encode", *(word.format(tmp=tmp_path) for word in words))
+    assert (code, out) == (2, "")
+    assert message.format(tmp=tmp_path) in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--keep", "16", "--batch", "1"], "was made with visionzip(keep=36), not with visionzip(keep=16); give"),
+        (["--method", "kmeans", "--batch", "1"], "was made with visionzip(keep=36), not with kmeans; give"),
+        (["--keep", "36"], "was made with --batch 1; give it, or another --out"),
+        (["--keep", "36", "--batch", "1", "--shard", "9"], "was made with --shard 64; give it, or another --out"),
+        (["--keep", "36", "--batch", "1", "--dtype", "bfloat16"], "was made with --dtype float32, not bfloat16; give"),
+    ],
+)
+def test_other_settings_are_refused_before_the_model_is_loaded(capsys, store, no_load, options, message):
+    code, out, err = run(capsys, "encode", "examples", "--out", store, *options)
     assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_a_store_that_another_run_writes_is_refused_before_the_model_is_loaded(capsys, store, no_load):
+    with FileLock(store / LOCK):
+        code, _, err = run(capsys, "encode", "examples", "--out", store, "--keep", "36", "--batch", "1")
+    assert (code, err) == (2, f"vlmzip: another run is writing {str(store)!r}; wait for it, or give another --out\n")
+
+
+def test_workers_without_ray_are_refused_before_the_model_is_loaded(capsys, tmp_path, no_load, monkeypatch):
+    monkeypatch.delitem(sys.modules, "vlmzip.serving.store.ray_workers", raising=False)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    code, _, err = run(capsys, "encode", "examples", "--out", tmp_path / "store", "--workers", "2")
+    assert (code, err) == (2, f"vlmzip: several workers need Ray Data: {how_to_install('ray')}\n")
+    assert not (tmp_path / "store").exists()

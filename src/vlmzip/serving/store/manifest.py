@@ -57,7 +57,7 @@ class Manifest:
         model = of_model(loaded.model, loaded.processor)
         return cls(
             loaded.name,
-            json.loads(json.dumps(compressor.to_dict())),
+            _as_json(compressor),
             {name: model[name] for name in IDENTITY}
             | of_method(compressed)
             | {"method code": of_method_code(compressor)},
@@ -81,21 +81,32 @@ class Manifest:
         content = {"format": FORMAT, "vlmzip": __version__, **asdict(self)}
         write_text(store / FILE, json.dumps({**content, "checksum": _checksum(content)}, indent=2) + "\n")
 
+    def refuse_settings(
+        self, store: Path, compressor: Compressor | None, batch: int, shard: int, dtype: str | None
+    ) -> None:
+        """Raise `UserError` if a run with other settings is about to continue this store. `None` is not compared."""
+        advice = "give another --out"
+        if compressor is not None and _as_json(compressor) != self.compressor:
+            before, now = spec.write(self.read_compressor()), spec.write(compressor)
+            raise UserError(f"{str(store)!r} was made with {before}, not with {now}; {advice}")
+        for name, given, mine in (("batch", batch, self.batch), ("shard", shard, self.shard)):
+            if given != mine:
+                raise UserError(f"{str(store)!r} was made with --{name} {mine}; give it, or another --out")
+        self.refuse_dtype(dtype or self.dtype, store, advice)
+
+    def refuse_dtype(self, dtype: str, store: Path, advice: str) -> None:
+        """Raise `UserError` if the tokens of this store have another dtype."""
+        if dtype != self.dtype:
+            raise UserError(f"{str(store)!r} was made with --dtype {self.dtype}, not {dtype}; {advice}")
+
     def refuse_other(self, made: Manifest, store: Path) -> None:
         """Raise `UserError` if this manifest, of a run that is about to continue a store, differs from the store's."""
-        if made.compressor != self.compressor:
-            before, now = (spec.write(manifest.read_compressor()) for manifest in (made, self))
-            raise UserError(f"{str(store)!r} was made with {before}, not with {now}; give another --out")
-        for name in ("batch", "shard"):
-            before, now = getattr(made, name), getattr(self, name)
-            if before != now:
-                raise UserError(f"{str(store)!r} was made with --{name} {before}; give it, or another --out")
+        made.refuse_settings(store, self.read_compressor(), self.batch, self.shard, self.dtype)
         self.refuse_other_model(made, store, "give another --out")
 
     def refuse_other_model(self, made: Manifest, store: Path, advice: str) -> None:
         """Raise `UserError` if a store comes from another model or from a method with other code or weights."""
-        if made.dtype != self.dtype:
-            raise UserError(f"{str(store)!r} was made with --dtype {made.dtype}, not {self.dtype}; {advice}")
+        made.refuse_dtype(self.dtype, store, advice)
         changes = [name for name, value in self.identity.items() if made.identity.get(name) != value]
         if changes:
             model = made.model if made.model != self.model else "another version of the model"
@@ -134,6 +145,12 @@ def require_manifest(store: Path) -> Manifest:
         lacking = f"{FILE} in" if is_folder(store) else "folder"
         raise UserError(f"there is no {lacking} {str(store)!r}; make a store with vlmzip encode FOLDER --out STORE")
     return manifest
+
+
+def _as_json(compressor: Compressor) -> dict[str, Any]:
+    """Return the compressor's method and fields as JSON gives them back: with lists in place of tuples."""
+    content: dict[str, Any] = json.loads(json.dumps(compressor.to_dict()))
+    return content
 
 
 def _checksum(content: Mapping[str, object]) -> str:

@@ -67,6 +67,24 @@ class Comparison:
     gone: list[str] = field(default_factory=list)
 
 
+def check_before_load(
+    folder: Path, store: Path, compressor: Compressor | None, batch: int, shard: int, dtype: str | None
+) -> list[str]:
+    """Return the names of the images below `folder`. Raise `UserError` for all that is wrong without the model.
+
+    `compressor` and `dtype` are `None` if they depend on the model. Nothing but a new folder and its lock is written.
+    """
+    refuse_place(folder, store, DESCRIPTION)
+    names = image_names(folder)
+    hold(store).release()  # an error if another run is writing the store, or if it cannot be written
+    made = read_manifest(store)
+    if made is None:
+        _first_readable(folder, names)
+    else:
+        made.refuse_settings(store, compressor, batch, shard, dtype)
+    return names
+
+
 def write_store(
     folder: Path,
     store: Path,
@@ -76,13 +94,15 @@ def write_store(
     batch: int = 8,
     shard: int = 64,
     update: bool = False,
+    names: Sequence[str] | None = None,
     in_processes: Callable[[Manifest], EncodeParts] | None = None,
 ) -> Written:
     """Write the compressed tokens of all images below `folder` to `store`; continue the store if it exists.
 
     `batch` images go through the encoder together, and `shard` images form a file. A run that was stopped at any moment
-    can be continued: the files are then the same as without the stop. `in_processes` returns a function that encodes
-    parts in other processes; by default this process encodes them.
+    can be continued: the files are then the same as without the stop. `names` come from `check_before_load`, which is
+    called here by default. `in_processes` returns a function that encodes parts in other processes; by default this
+    process encodes them.
 
     Images whose files have changed or are gone keep their tokens. With `update`, changed images and those whose tokens
     are damaged are encoded again, into further shards, and images whose files are gone are removed. The old tokens stay
@@ -91,8 +111,8 @@ def write_store(
     Raise `UserError` if another run is writing the store, if it comes from another model or method, if the store would
     have the images in its folder, or if the tokens of this model or method cannot be stored.
     """
-    refuse_place(folder, store, DESCRIPTION)
-    names = image_names(folder)
+    if names is None:
+        names = check_before_load(folder, store, compressor, batch, shard, None)
     lock = hold(store)
     try:
         encoder = _encoder(loaded, compressor)
@@ -124,10 +144,7 @@ def _begin(folder: Path, store: Path, encoder: Encoder, names: Sequence[str], ba
     """Return the manifest of the store, and write it if the store is new."""
     made = read_manifest(store)
     if made is None:
-        first = next(_readable(folder, names), None)
-        if first is None:
-            raise UserError(f"none of the {len(names)} images in {str(folder)!r} can be read")
-        encoder.check(first)
+        encoder.check(_first_readable(folder, names))
     takes_several = encoder.takes_several if made is None else made.takes_several
     manifest = Manifest.of(encoder.loaded, encoder.compressed, batch, shard, takes_several=takes_several)
     if made is None:
@@ -137,6 +154,14 @@ def _begin(folder: Path, store: Path, encoder: Encoder, names: Sequence[str], ba
     if changes := manifest.rounding_changes(made):
         log.warning(f"tokens may be rounded differently from those that the store has: {', '.join(changes)}")
     return made
+
+
+def _first_readable(folder: Path, names: Sequence[str]) -> Image.Image:
+    """Return the first image that can be read. Raise `UserError` if there is none."""
+    first = next(_readable(folder, names), None)
+    if first is None:
+        raise UserError(f"none of the {len(names):,} images in {str(folder)!r} can be read")
+    return first
 
 
 def _readable(folder: Path, names: Sequence[str]) -> Iterator[Image.Image]:
