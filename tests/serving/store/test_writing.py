@@ -264,6 +264,29 @@ def test_an_update_that_was_stopped_after_the_index_continues(images, whole, tmp
     assert contents(store) == contents(whole)
 
 
+def test_an_image_that_changes_again_after_its_part_was_finished(images, whole, loaded, monkeypatch):
+    """The newer part gets a lower number, because an earlier update has removed a shard."""
+    change(images)
+    write(images, whole, loaded, update=True)
+    assert not (whole / "shards" / "000000.safetensors").exists()
+    kept = {name: (images / name).read_bytes() for name in ("2.png", "5.png")}
+    for name in ("2.png", "5.png", "6.png"):
+        Image.new("RGB", (48, 48), "green").save(images / name)
+    with monkeypatch.context() as patch:
+        stop_at(patch, 4)
+        with pytest.raises(KeyboardInterrupt):
+            write(images, whole, loaded, update=True)
+    (whole / "unfinished" / "000000.parquet").unlink()  # as if another process had been slower
+    for name, content in kept.items():
+        (images / name).write_bytes(content)
+    Image.new("RGB", (48, 48), "yellow").save(images / "6.png")
+    assert write(images, whole, loaded, update=True).encoded == 1
+    row = Store(whole).row("6.png")
+    assert row["sha256"] == hashlib.sha256((images / "6.png").read_bytes()).hexdigest()
+    assert row["shard"] == "shards/000000.safetensors"
+    assert damaged(whole) == []
+
+
 def test_an_update_forgets_an_image_that_cannot_be_read_any_more(images, whole, loaded):
     (images / "0.png").write_bytes(b"no image")
     written = write(images, whole, loaded, update=True)

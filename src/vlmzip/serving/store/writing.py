@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 from PIL import Image
@@ -119,8 +120,10 @@ def write_store(
         _remove_unfinished(store)
         manifest = _begin(folder, store, encoder, names, batch, shard)
         before = _rows([store / index.FILE])
-        compared = _compare(store, folder, names, before, update=update)
-        parts = _missing(store, before, compared, shard)
+        finished = {file: index.read_rows(file) for file in _unfinished(store)}
+        compared = _compare(store, folder, names, before, index.newest(chain(*finished.values())), update=update)
+        _forget(finished, compared.new)
+        parts = _missing(before, finished, compared, shard)
         encode = in_processes(manifest) if in_processes else _in_this_process(store, folder, encoder, batch)
         missing = {name for part in parts for name in part.names}
         with working("encoding", len(missing)) as work:
@@ -182,12 +185,19 @@ def _rows(files: Sequence[Path]) -> dict[str, Row]:
     return index.newest(row for file in files if is_file(file) for row in index.read_rows(file))
 
 
-def _compare(store: Path, folder: Path, names: Sequence[str], before: dict[str, Row], *, update: bool) -> Comparison:
+def _compare(
+    store: Path,
+    folder: Path,
+    names: Sequence[str],
+    before: dict[str, Row],
+    of_this_run: dict[str, Row],
+    *,
+    update: bool,
+) -> Comparison:
     """Compare the files of the folder with the rows of the store, and with `update` also the tokens with checksums.
 
-    `before` has the rows of the index.
+    `before` has the rows of the index, and `of_this_run` those that it does not have yet.
     """
-    of_this_run = _rows(_unfinished(store))
     rows = before | of_this_run
     compared = Comparison(gone=sorted(name for name in rows.keys() - set(names) if rows[name]["error"] is None))
     with working("comparing", len(names)) as work:
@@ -214,13 +224,22 @@ def _is_damaged(store: Path, row: Row) -> bool:
     return False
 
 
-def _missing(store: Path, before: dict[str, Row], compared: Comparison, shard: int) -> list[Part]:
+def _forget(finished: dict[Path, list[Row]], names: Sequence[str]) -> None:
+    """Remove images that are encoded again from the rows of finished parts, which a stopped run has left.
+
+    The rows of the new part could not be told from them otherwise: its number may be lower.
+    """
+    again = set(names)
+    for file, rows in finished.items():
+        if any(row["path"] in again for row in rows):
+            index.write_rows(file, [row for row in rows if row["path"] not in again])
+
+
+def _missing(before: dict[str, Row], finished: dict[Path, list[Row]], compared: Comparison, shard: int) -> list[Part]:
     """Return the parts to make."""
-    unfinished = _unfinished(store)
-    rows = [*before.values(), *(row for file in unfinished for row in index.read_rows(file))]
-    shards = {row["shard"] for row in rows} - {None}
+    shards = {row["shard"] for row in chain(before.values(), *finished.values())} - {None}
     # A part without a readable image has no shard.
-    taken = {Path(file).stem for file in (*shards, *unfinished)}
+    taken = {Path(file).stem for file in (*shards, *finished)}
     return parts_of(compared.new, compared.again, shard, taken)
 
 
