@@ -18,8 +18,9 @@ from tests.families import FAMILIES
 from tests.serving.store.stores import contents, loaded_of, write, write_images
 from vlmzip import UserError, locks
 from vlmzip.errors import Damaged, UnknownImage
-from vlmzip.serving.store import Store, index, parts, writing
+from vlmzip.serving.store import Store, index, parts, reading, writing
 from vlmzip.serving.store.image import checksum
+from vlmzip.serving.store.reading import unused_bytes
 
 COUNT = 9
 
@@ -226,6 +227,24 @@ def test_an_update_brings_the_store_to_the_state_of_the_folder(images, whole, tm
     after = contents(whole)
     written = write(images, whole, loaded, update=True)
     assert (contents(whole), written.encoded, written.unused_bytes) == (after, 0, unused)
+
+
+def test_shards_whose_images_are_all_in_use_are_not_opened_to_count_unused_bytes(whole, monkeypatch):
+    rows = [Store(whole).row(name) for name in Store(whole)]
+    opened, open_shard = [], reading.safe_open
+
+    def counting(path, framework):
+        opened.append(path.name)
+        return open_shard(path, framework)
+
+    monkeypatch.setattr(reading, "safe_open", counting)
+    assert unused_bytes(whole, rows, 2) == 0
+    assert opened == ["000001.safetensors", "000004.safetensors"]  # of 3.png, which cannot be read, and the last one
+    opened.clear()
+    (gone,) = (row for row in rows if row["path"] == "0.png")
+    rows.remove(gone)
+    assert unused_bytes(whole, rows, 2) == size(Store(whole)["0.png"])
+    assert sorted(set(opened)) == ["000000.safetensors", "000001.safetensors", "000004.safetensors"]
 
 
 @pytest.mark.parametrize("stop", range(5))

@@ -148,13 +148,18 @@ def _state(store: Path) -> object:
     return None
 
 
-def unused_bytes(store: Path, rows: Iterable[Row]) -> int:
-    """Return the bytes of the tensors in the shards of these rows that no row names. Unreadable shards count 0."""
+def unused_bytes(store: Path, rows: Iterable[Row], shard_size: int) -> int:
+    """Return the bytes of the tensors in the shards of these rows that no row names. Unreadable shards count 0.
+
+    A shard has at most `shard_size` images. One with so many rows is all in use, and is not opened.
+    """
     used: dict[str, set[str]] = {}
     for row in rows:
         used.setdefault(row["shard"], set()).add(row["name"])
     unused = 0
     for path, names in used.items():
+        if len(names) == shard_size:
+            continue
         with suppress(SafetensorError, OSError), safe_open(store / path, "pt") as shard:
             for key in shard.keys():  # noqa: SIM118
                 if key.partition(".")[0] not in names:

@@ -129,7 +129,7 @@ def write_store(
         with working("encoding", len(missing)) as work:
             for count in encode(parts) if parts else ():
                 work.advance(count)
-        return _finish(store, names, missing, before, compared, update=update)
+        return _finish(store, names, missing, before, compared, shard, update=update)
     finally:
         lock.release()
 
@@ -253,7 +253,14 @@ def _in_this_process(store: Path, folder: Path, encoder: Encoder, batch: int) ->
 
 
 def _finish(
-    store: Path, names: Sequence[str], missing: set[str], before: dict[str, Row], compared: Comparison, *, update: bool
+    store: Path,
+    names: Sequence[str],
+    missing: set[str],
+    before: dict[str, Row],
+    compared: Comparison,
+    shard: int,
+    *,
+    update: bool,
 ) -> Written:
     """Write the index, and remove the files that it replaces."""
     rows = before | _rows(_unfinished(store))
@@ -284,7 +291,7 @@ def _finish(
         compared.changed,
         gone=[] if update else compared.gone,
         removed=len(compared.gone) if update else 0,
-        unused_bytes=unused_bytes(store, stored),
+        unused_bytes=unused_bytes(store, stored, shard),
     )
 
 
