@@ -13,6 +13,7 @@ from PIL import Image
 from vlmzip.methods import VisionZip
 from vlmzip.serving.server.app import create_app
 from vlmzip.serving.server.metrics import Metrics
+from vlmzip.serving.server.run import config_of
 from vlmzip.serving.server.worker import HuggingFaceEngine
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
@@ -29,7 +30,9 @@ def serving(engine, settings, metrics=None):
 @contextmanager
 def running_app(app):
     """Yield the address of a server with an application."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=1))
+    config = config_of(app)
+    config.port, config.timeout_graceful_shutdown = 0, 1
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

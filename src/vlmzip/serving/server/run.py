@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Sequence
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from vlmzip.compressor import Compressor
 from vlmzip.errors import UserError
@@ -15,6 +16,7 @@ from vlmzip.runtime.loading import Loaded
 from vlmzip.serving.playground.examples import Example
 from vlmzip.serving.playground.mount import mount
 from vlmzip.serving.server.app import create_app
+from vlmzip.serving.server.connection import Connection
 from vlmzip.serving.server.metrics import Metrics
 from vlmzip.serving.server.settings import Settings
 from vlmzip.serving.server.stored import ImageStore
@@ -26,7 +28,7 @@ log = logging.getLogger(__name__)
 GRACE = 30
 #: Connections at once. Beyond them, uvicorn itself answers 503.
 MOST_CONNECTIONS = 1024
-#: Seconds for which a connection stays open after an answer. uvicorn has no limit for one that never sends a request.
+#: Seconds for which a connection without a next request stays open after an answer.
 IDLE = 15
 
 
@@ -68,21 +70,7 @@ def run(
     app = create_app(engine, settings, metrics, died)
     if examples is not None:
         mount(app, engine, settings, examples)
-    server = _Server(
-        uvicorn.Config(
-            app,
-            http="h11",
-            ws="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            limit_concurrency=MOST_CONNECTIONS,
-            timeout_keep_alive=IDLE,
-            timeout_graceful_shutdown=GRACE,
-        ),
-        lambda: ready(_address_of(listening)),
-    )
+    server = _Server(config_of(app), lambda: ready(_address_of(listening)))
     # uvicorn raises a signal again after it has ended well. Then there is nothing left to do.
     before = {each: signal.signal(each, lambda *_: None) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -91,6 +79,22 @@ def run(
         for each, handler in before.items():
             signal.signal(each, handler)
     return not dead
+
+
+def config_of(app: ASGIApp) -> uvicorn.Config:
+    """Return the settings of the web server."""
+    return uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        limit_concurrency=MOST_CONNECTIONS,
+        timeout_keep_alive=IDLE,
+        timeout_graceful_shutdown=GRACE,
+    )
 
 
 class _Server(uvicorn.Server):

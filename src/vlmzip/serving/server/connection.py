@@ -1,0 +1,47 @@
+"""Close connections that wait for ever: uvicorn itself limits only the pause between an answer and the next request."""
+
+from __future__ import annotations
+
+import asyncio
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+#: Seconds in which the line and headers of a request must arrive, from the start of its connection or the last answer.
+HEAD = 30.0
+#: Seconds for which a client may read nothing of an answer. The system takes a megabyte at once, so a client that reads
+#: slowly can seem to read nothing for a while.
+UNREAD = 60.0
+#: Seconds between two looks at a connection.
+EVERY = 1.0
+
+
+class Connection(H11Protocol):
+    """A connection that ends if its client sends no request or does not read the answer, so that others have room."""
+
+    _timer: asyncio.TimerHandle
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._free_since = self._read_at = self.loop.time()
+        self._unread = 0
+        self._watch()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._timer.cancel()
+        super().connection_lost(exc)
+
+    def on_response_complete(self) -> None:
+        self._free_since = self.loop.time()
+        super().on_response_complete()  # begins the next request, if the client has sent it already
+
+    def _watch(self) -> None:
+        """Look at the connection from time to time until it ends."""
+        self._timer = self.loop.call_later(EVERY, self._watch)
+        now, unread = self.loop.time(), self.transport.get_write_buffer_size()
+        if unread == 0 or unread != self._unread:
+            self._unread, self._read_at = unread, now
+        answering = self.cycle is not None and not self.cycle.response_complete
+        if now - self._read_at > UNREAD:
+            self.transport.abort()  # closing would wait until the client has read everything
+        elif not answering and now - self._free_since > HEAD and not self.transport.is_closing():
+            self.transport.close()
