@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.serving.playground.running import EXAMPLES
 from tests.serving.server.running import QUESTION, data_url, encoded, engine_of
 from vlmzip.lab.asking import answer, attach_and_note, build_inputs, plain_account
 from vlmzip.methods import FastV, VisionZip
-from vlmzip.serving.playground.play import Budget, Playground
+from vlmzip.serving.playground.play import SHARE, Budget, Playground
 from vlmzip.serving.server.settings import Settings
+from vlmzip.visualize.page import data_uri
 
 AVERAGE_48 = Budget(48, remaining=False)
 
@@ -29,6 +31,17 @@ def test_answers_and_costs_are_those_of_vlmzip_ask(playground, image, mini, requ
     assert (plain.answer.text, plain.answer.by_layer) == ("orange", [144] * 8)
     assert visionzip.answer.fates == "39 kept, CLS kept, 105 merged into 8"
     assert fastv.answer.fates == "16 kept, 128 dropped"
+
+
+def test_examples_are_different_images_that_are_answered_correctly_with_and_without_compression(playground):
+    budget = Budget(round(SHARE * playground.usual_tokens), remaining=True)
+    images = [example.image for example in EXAMPLES]
+    answers = [
+        [card.answer.text for card in cards_of(playground, url, playground.chosen, budget, example.question)]
+        for url, example in zip(map(data_uri, images), EXAMPLES, strict=True)
+    ]
+    assert answers == [["orange"] * 3, ["6"] * 3, ["5"] * 3]
+    assert len({image.tobytes() for image in images}) == len(images)
 
 
 def test_cards_fill_one_after_another(playground, image):

@@ -28,7 +28,7 @@ def test_a_visit(mini, tmp_path, screen):
     assert "144 → 16" in uploaded["visionzip"]
     assert "; give a budget of 37 or more, or count the tokens after the method has acted" in too_small["fastv"]
     assert too_small["dfmr"].startswith("dfmr\n\nignores the budget")
-    assert "\n2\n" in seen["example"]["uncompressed"]
+    assert "\n6\n" in seen["example"]["uncompressed"]
     assert seen["hosts"] == {address.removeprefix("http://")}
     assert seen["troubles"] == []
     assert not seen["too wide"]

@@ -106,8 +106,8 @@ def visit(address, screen, folder):
         seen["too small"] = ask(page, keep=9)
         page.screenshot(path=folder / f"{screen}-too-small.png", full_page=True)
         page.locator(".examples button").nth(1).click()
-        expect(page.get_by_role("textbox", name="Question")).to_have_value(re.compile("how many"))
-        expect(page.locator(".vz-answer").first).to_contain_text("2", timeout=30_000)
+        expect(page.get_by_role("textbox", name="Question")).to_have_value(re.compile("what number"))
+        expect(page.locator(".vz-answer").first).to_contain_text("6", timeout=30_000)
         seen["example"] = answered(page)
         seen["hosts"] = {url.split("/")[2] for url in page.requests if url.startswith("http")}
         seen["troubles"] = [text for text in page.troubles if "favicon" not in text and "404" not in text]
