@@ -1,11 +1,11 @@
-"""Suggestions in place of unknown names, and the commands that install extras."""
+"""Suggestions in place of unknown names, numbers with nouns, and the commands that install extras."""
 
 import re
 
 import pytest
 
 from vlmzip.cli.main import COMMANDS
-from vlmzip.errors import closest, how_to_install
+from vlmzip.errors import closest, counted, how_to_install
 from vlmzip.schema import describe
 from vlmzip.training.config import Config
 
@@ -55,3 +55,11 @@ def test_messages_install_extras_as_the_pages_do(page, request):
     extras = re.findall(r"pip install .vlmzip\[(\w+)\]", text)
     assert extras
     assert all(how_to_install(extra) in text for extra in extras)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 images"), (1, "1 image"), (2, "2 images"), (1_234_567, "1,234,567 images"), (1.0, "1 image")],
+)
+def test_a_number_has_its_noun(count, text):
+    assert counted(count, "image") == text

@@ -145,6 +145,12 @@ def alternatives(names: Sequence[str]) -> str:
     return f"{', '.join(others)} or {last}" if others else last
 
 
+def counted(count: float, noun: str) -> str:
+    """Return a number with its noun, such as "1 image" or "1,000 images"."""
+    number = f"{count:,}" if isinstance(count, int) else f"{count:g}"
+    return f"{number} {noun}{'' if count == 1 else 's'}"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'visionzip'?"` for a near miss, else nothing."""
     near = nearest(word, known)

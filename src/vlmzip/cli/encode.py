@@ -15,7 +15,7 @@ from vlmzip.cli._options.common import check_counts, check_folder
 from vlmzip.cli._shared.loading import load
 from vlmzip.cli._shared.method import check_method, make_method, without_budget
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError
+from vlmzip.errors import UserError, counted
 from vlmzip.lab.table import print_json, show_bytes
 from vlmzip.progress import working
 from vlmzip.runtime.loading import Loaded, check_dtype, source_of
@@ -141,11 +141,11 @@ def _verify(path: Path, *, as_json: bool) -> None:
             f" {_some([damage.path for damage in damaged])}"
         )
     if not as_json:
-        print(f"all {_images(len(store))} of {path} are whole")
+        print(f"{path}: {_images(len(store))}, none damaged")
 
 
 def _images(count: int) -> str:
-    return f"{count:,} image{'' if count == 1 else 's'}"
+    return counted(count, "image")
 
 
 def _size(count: int) -> str:

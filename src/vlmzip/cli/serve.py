@@ -17,7 +17,7 @@ from vlmzip.cli._shared.loading import load
 from vlmzip.cli._shared.method import check_method, make_method, without_budget
 from vlmzip.cli._shared.method import settings as method_settings
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError, check_choice, how_to_install, telling_once
+from vlmzip.errors import UserError, check_choice, counted, how_to_install, telling_once
 from vlmzip.mini.examples import asked
 from vlmzip.serving.playground.examples import Example
 from vlmzip.serving.server.log_thread import logging_in_thread
@@ -70,7 +70,7 @@ def run(args: Namespace) -> None:
         name = args.name or args.model
 
         def ready(address: str) -> None:
-            images = "" if store is None else f" and {len(store):,} stored images"
+            images = "" if store is None else f" and {counted(len(store), 'stored image')}"
             print(f"{name} with {spec.write(compressor, label=True)}{images} at {address}/v1", flush=True)
             if examples is not None:
                 print(f"playground at {address}/playground", flush=True)

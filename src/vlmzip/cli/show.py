@@ -12,7 +12,7 @@ from vlmzip.cli._shared.console import spinner
 from vlmzip.cli._shared.images import check_target, check_visuals, save_image
 from vlmzip.cli._shared.loading import load
 from vlmzip.cli._shared.method import check_method, make_method, without_budget
-from vlmzip.errors import UserError
+from vlmzip.errors import UserError, counted
 from vlmzip.lab.asking import (
     account_of,
     attach_and_note,
@@ -63,9 +63,11 @@ def run(args: Namespace) -> None:
         print_json({**named, **totals, "overlay": str(out)})
         return
     for image, visual in zip(counts, visuals, strict=True):
-        frames = "" if isinstance(visual, str) else f" in {len(visual.frames)} frames"
+        frames = "" if isinstance(visual, str) else f" in {counted(len(visual.frames), 'frame')}"
         print(f"{image['path']}: {image['before']} → {image['after']} visual tokens{frames}")
     if upper is not None and profile.tiles:
         views = len(profile.grids)
-        print(f"{report.average:.4g} per image on average; upper count {upper}, for an image of {views} views")
+        print(
+            f"{report.average:.4g} per image on average; upper count {upper}, for an image of {counted(views, 'view')}"
+        )
     print(f"tokens drawn in {out}")

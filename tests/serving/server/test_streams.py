@@ -71,7 +71,7 @@ def raw(http, body):
 def test_a_client_that_leaves_costs_no_further_tokens(mini, endless, stream):
     with served(mini) as (engine, http, metrics):
         connection = raw(http, asking(stream=stream, **ENDLESS))
-        wait_until(lambda: len(endless) > 3)
+        wait_until(lambda: len(endless) > 4)  # the last of them may not have been added to the answer yet
         connection.close()
         engine.call(int).result(20)  # the batch has ended
         assert len(endless) < 300
@@ -114,7 +114,7 @@ def test_a_request_that_takes_too_long(mini, endless):
         answer = http.post("/v1/chat/completions", json=asking())
         held.set()
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
-        assert "not answered within 1 seconds" in answer.json()["error"]["message"]
+        assert "not answered within 1 second" in answer.json()["error"]["message"]
         engine.call(int).result(20)
         assert not endless
 

@@ -148,7 +148,7 @@ def test_changed_images_are_named_and_an_update_encodes_them(capsys, tmp_path):
 
 def test_verify(capsys, store, tmp_path):
     copy = shutil.copytree(store, tmp_path / "copy")
-    assert run(capsys, "encode", "--verify", copy) == (0, f"all 3 images of {copy} are whole\n", "")
+    assert run(capsys, "encode", "--verify", copy) == (0, f"{copy}: 3 images, none damaged\n", "")
     shard = copy / "shards" / "000000.safetensors"
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vlmzip import spec
 from vlmzip.compressor import Compressor
+from vlmzip.errors import counted
 from vlmzip.processor import InputDict
 from vlmzip.runtime.attach import attach
 from vlmzip.runtime.facade import CompressedModel
@@ -88,7 +89,7 @@ class Answerer:
             run = future.result(seconds)
         except TimeoutError:
             future.cancel()
-            raise RequestError(f"not answered within {seconds:g} seconds", 504) from None
+            raise RequestError(f"not answered within {counted(seconds, 'second')}", 504) from None
         except CancelledError:
             raise RequestError("the engine has stopped", 503) from None
         except (torch.OutOfMemoryError, MemoryError):

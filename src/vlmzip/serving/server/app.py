@@ -15,7 +15,7 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Mount, Route
 
-from vlmzip.errors import alternatives
+from vlmzip.errors import alternatives, counted
 from vlmzip.serving.server.access import Notes, notes_of
 from vlmzip.serving.server.body import Bodies
 from vlmzip.serving.server.counting import TokenCount
@@ -160,8 +160,7 @@ class Service:
             notes.tokens = f"{count.method}: {visual.before} -> {visual.after} visual tokens"
             if visual.last_layer not in (None, visual.after):
                 notes.tokens += f" and {visual.last_layer} at the last layer"
-            new = progress.usage.new_tokens
-            notes.tokens += f", {new} new token{'' if new == 1 else 's'}"
+            notes.tokens += f", {counted(progress.usage.new_tokens, 'new token')}"
 
     async def tokens(self, request: Request) -> Response:
         """Answer POST /v1/tokens: the tokens of a request to /v1/chat/completions, without answering it."""
@@ -176,7 +175,7 @@ class Service:
             arrived = monotonic()
             waiting = self._preparing + self.engine.waiting
             if waiting >= self.settings.max_queue:
-                raise overloaded(f"{waiting} requests are waiting; try again later")
+                raise overloaded(f"too many requests are waiting ({waiting}); try again later")
             self._preparing += 1
             try:
                 async with self._until(arrived):
@@ -192,7 +191,7 @@ class Service:
             async with asyncio.timeout(max(arrived + limit - monotonic(), 0.0)):
                 yield
         except TimeoutError:
-            message = f"the request was not answered within {limit:g} seconds"
+            message = f"the request was not answered within {counted(limit, 'second')}"
             raise RequestError(message, 504, code="timeout") from None
 
     def _read(self, body: bytes) -> tuple[ChatRequest, Any]:

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager, suppress
 
 from starlette.requests import Request
 
+from vlmzip.errors import counted
 from vlmzip.serving.server.errors import CLIENT_GONE, RequestError, overloaded
 from vlmzip.serving.server.settings import Settings
 
@@ -34,7 +35,7 @@ class Bodies:
                         self._held += len(chunk)
                         chunks.append(chunk)
             except TimeoutError:
-                message = f"the request did not arrive within {self._settings.upload_seconds:g} seconds"
+                message = f"the request did not arrive within {counted(self._settings.upload_seconds, 'second')}"
                 raise RequestError(message, 408, code="upload_timeout", headers={"Connection": "close"}) from None
             body = b"".join(chunks)
             chunks.clear()

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from urllib.parse import SplitResult, urljoin, urlsplit
 
+from vlmzip.errors import counted
 from vlmzip.serving.server.errors import RequestError
 from vlmzip.serving.server.settings import Settings
 from vlmzip.version import __version__
@@ -55,7 +56,8 @@ def fetch(url: str, name: str, settings: Settings, left: Left) -> bytes:
             content = _answer_of(parts, public_address(parts, name, left), name, settings, left)
         except (OSError, http.client.HTTPException) as error:
             if isinstance(error, TimeoutError) or left.is_over:
-                message = f"{name} was not fetched within {settings.fetch_seconds:g} seconds of the request"
+                seconds = counted(settings.fetch_seconds, "second")
+                message = f"{name} was not fetched within {seconds} of the request"
                 raise _refused(message) from None
             raise _refused(f"{name} cannot be fetched: {type(error).__name__}") from None
         if isinstance(content, bytes):
