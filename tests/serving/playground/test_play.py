@@ -9,6 +9,7 @@ from tests.serving.server.running import QUESTION, data_url, encoded, engine_of
 from vlmzip.lab.asking import answer, attach_and_note, build_inputs, plain_account
 from vlmzip.methods import FastV, VisionZip
 from vlmzip.serving.playground.play import SHARE, Budget, Playground
+from vlmzip.serving.server.errors import RequestError
 from vlmzip.serving.server.settings import Settings
 from vlmzip.visualize.page import data_uri
 
@@ -78,8 +79,23 @@ def test_a_defect_of_a_method_is_said_on_its_card(playground, image, monkeypatch
 
     monkeypatch.setattr(VisionZip, "assign", broken)
     _, visionzip, pool = cards_of(playground, image, ["visionzip", "pool2d"])
-    assert visionzip.error == "failed with this image; the server's log says why"
+    assert visionzip.error == "failed with this image; the server's log says where"
     assert pool.answer is not None
+
+
+def test_a_defect_of_the_model_is_said_on_one_card(playground, image, monkeypatch):
+    """Otherwise Gradio would print its text."""
+
+    def broken(*arguments):
+        raise RuntimeError("secret path")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(playground._answerer, "answer", broken)
+        (card,) = cards_of(playground, image, ["pool2d"])
+    assert card.error == "failed with this image; the server's log says where"
+    monkeypatch.setattr(playground.reader, "read", broken)
+    with pytest.raises(RequestError, match="failed with this image"):
+        playground.count(image)
 
 
 @pytest.mark.parametrize(

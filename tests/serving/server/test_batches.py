@@ -221,6 +221,7 @@ def test_a_cancelled_answer_ends(mini, monkeypatch):
 def test_the_queue_is_bounded(mini):
     with running(mini, Settings(max_queue=2)) as (_, answers), pytest.raises(RequestError) as error:
         answers([asking()] * 3)
+    assert error.value.message == "too many requests are waiting (2); try again later"
     assert (error.value.status, error.value.headers) == (429, {"Retry-After": "1"})
 
 

@@ -210,6 +210,58 @@ def test_a_server_whose_stderr_is_not_read_answers_and_ends():
             server.kill()
 
 
+#: Before each answer, what libraries do writes more to stderr than a pipe holds.
+LOUD = """
+import sys, warnings
+from transformers.utils import logging
+from vlmzip.cli.main import main
+from vlmzip.serving.server.batch import Batch
+
+run = Batch.run
+
+def loud(batch):
+    for number in range(200):
+        logging.get_logger("transformers.models").warning("a" * 1000)
+        warnings.warn(f"{chr(97 + number % 26) * 1000}")
+        print("a" * 1000, file=sys.stderr, flush=True)
+    run(batch)
+
+Batch.run = loud
+sys.exit(main(["serve", "--port", "0", "--engine", "hf", "--no-playground"]))
+"""
+
+
+@pytest.mark.slow  # it starts a process
+def test_a_server_answers_while_libraries_fill_a_stderr_that_is_not_read():
+    command = [sys.executable, "-c", LOUD]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            address = server.stdout.readline().split()[-1]
+            with httpx.Client(base_url=address, timeout=30) as http:
+                for _ in range(3):
+                    assert http.post("/chat/completions", json=asking()).status_code == 200
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(timeout=30) == 0
+        finally:
+            server.kill()
+
+
+@pytest.mark.slow  # it starts a process
+def test_a_server_whose_log_is_no_longer_read_answers_and_ends():
+    command = [sys.executable, "-m", "vlmzip.cli.main", "serve", "--port", "0", "--engine", "hf", "--no-playground"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            address = server.stdout.readline().split()[-1]
+            server.stderr.close()
+            with httpx.Client(base_url=address, timeout=30) as http:
+                for _ in range(5):
+                    assert http.get("/nothing").status_code == 404
+            server.send_signal(signal.SIGTERM)
+            assert server.wait(timeout=30) == 0
+        finally:
+            server.kill()
+
+
 @pytest.mark.slow  # it starts a process
 def test_a_server_whose_engine_ends_ends_too():
     code = "import sys; from vlmzip.cli.main import main; from vlmzip.serving.server.batch import Batch;"

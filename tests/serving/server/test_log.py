@@ -1,6 +1,10 @@
 """The log: a line for each request, and a note for each kind of warning."""
 
+import asyncio
+import gc
+import io
 import logging
+import sys
 import threading
 import time
 import warnings
@@ -15,9 +19,12 @@ from vlmzip.errors import telling_once
 from vlmzip.runtime.images import ignoring_warnings
 from vlmzip.serving.server import access, log_thread
 from vlmzip.serving.server.access import log_request
+from vlmzip.serving.server.batch import Batch
 from vlmzip.serving.server.settings import Settings
 
 SECRET = "a-secret-key"
+#: What a library quotes of a request.
+QUOTED = "secret text"
 KEY = {"Authorization": f"Bearer {SECRET}"}
 
 
@@ -176,7 +183,182 @@ def test_dropped_lines_are_counted():
     assert numbers == sorted(set(numbers))
     assert log_thread.MOST_LINES <= len(lines) < count
     dropped = f"{count - len(lines):,}"
-    assert last == f"{dropped} lines of the log were dropped, because stderr was not read in time"
+    assert last == f"the log lacks {dropped} lines, because stderr was not read in time"
+
+
+def test_a_reader_of_the_log_may_go():
+    """Writing then fails, and rich raises `SystemExit`."""
+
+    class Closed(logging.Handler):
+        def emit(self, record):
+            written.append(record.getMessage())
+            raise errors.pop(0)
+
+    written, errors = [], [SystemExit(1), BrokenPipeError(), ValueError()]
+    thread = log_thread.LogThread(Closed())
+    thread.start()
+    for number in range(3):
+        thread.handler.handle(logging.LogRecord("x", logging.WARNING, __file__, 0, str(number), (), None))
+    thread.stop()
+    assert (written, errors, thread.stuck) == (["0", "1", "2"], [], False)
+
+
+class Kept(logging.Handler):
+    """A handler that keeps its lines."""
+
+    def __init__(self):
+        super().__init__()
+        self.texts = []
+
+    def emit(self, record):
+        self.texts.append(record.getMessage())
+
+    @property
+    def text(self):
+        return "\n".join(self.texts)
+
+
+@pytest.fixture
+def kept(monkeypatch):
+    """What `vlmzip serve` would write."""
+    handler, logger = Kept(), logging.getLogger("vlmzip")
+    monkeypatch.setattr(logger, "handlers", [handler])
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    with log_thread.logging_in_thread():
+        yield handler
+
+
+def wait_for(kept, text):
+    for _ in range(200):
+        if text in kept.text:
+            return
+        time.sleep(0.05)
+    pytest.fail(f"{text!r} is not in {kept.text!r}")
+
+
+def test_texts_of_errors_stay_out_of_the_log(http, kept, monkeypatch):
+    """Libraries quote what a request contains."""
+
+    def fail(batch):
+        try:
+            raise KeyError(QUOTED)
+        except KeyError as error:
+            raise ExceptionGroup(QUOTED, [RuntimeError(QUOTED)]) from error
+
+    monkeypatch.setattr(Batch, "run", fail)
+    answer = http.post("/v1/chat/completions", json=asking(QUOTED))
+    assert (answer.status_code, answer.json()["error"]["message"]) == (500, "the model failed on this request")
+    wait_for(kept, "/v1/chat/completions 500")
+    for part in ("a request failed", "ExceptionGroup", "RuntimeError", "KeyError", 'test_log.py", line ', "in fail"):
+        assert part in kept.text
+    assert "secret" not in kept.text
+
+
+def test_a_batch_that_fails_together_stays_out_of_the_log(mini, kept, monkeypatch):
+    def fail(batch):
+        raise RuntimeError(f"{QUOTED} with CUDA error") if len(batch._requests) > 1 else ValueError(QUOTED)
+
+    monkeypatch.setattr(Batch, "run", lambda batch: fail(batch))
+    settings = Settings(batch_wait=5, max_batch=2)
+    with (
+        serving(engine_of(mini, settings), settings) as address,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        answers = pool.map(lambda _: httpx.post(f"{address}/v1/chat/completions", json=asking(), timeout=30), range(2))
+        assert [answer.status_code for answer in answers] == [500, 500]
+        assert httpx.get(f"{address}/health").status_code == 200
+    assert "a batch of 2 failed (RuntimeError); its requests are answered alone" in kept.texts
+    assert "secret" not in kept.text
+
+
+def test_a_defect_stays_out_of_the_log(mini, kept, monkeypatch):
+    """The web server logs these, with a traceback."""
+    engine = engine_of(mini, Settings())
+
+    def fail(request):
+        raise ValueError(QUOTED)
+
+    monkeypatch.setattr(engine, "prepare", fail)
+    with serving(engine, Settings()) as address:
+        assert httpx.post(f"{address}/v1/chat/completions", json=asking()).status_code == 500
+    assert "Exception in ASGI application" in kept.text
+    assert ": failed with ValueError" in kept.text
+    assert "secret" not in kept.text
+
+
+def test_a_template_that_quotes_a_message_stays_out_of_the_log(mini, kept, monkeypatch):
+    engine = engine_of(mini, Settings())
+    template = "{{ raise_exception('I refuse ' ~ messages[0]['content'][0]['text']) }}"
+    monkeypatch.setattr(engine._preparer._processor, "chat_template", template)
+    with serving(engine, Settings()) as address:
+        body = asking(messages=[{"role": "user", "content": "secret text"}])
+        answer = httpx.post(f"{address}/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    assert "I refuse secret text" in answer.json()["error"]["message"]
+    assert "400 " in kept.text
+    assert kept.text.endswith(": no prompt can be made of the messages: failed with TemplateError")
+    assert "secret" not in kept.text
+
+
+def test_tasks_that_fail_stay_out_of_the_log(kept):
+    async def fail(text):
+        raise ValueError(text)
+
+    async def forget():
+        task = asyncio.ensure_future(fail("secret text"))
+        await asyncio.wait([task])
+        del task
+        gc.collect()
+        asyncio.get_running_loop().call_soon(int, "secret text")
+        await asyncio.sleep(0)
+
+    asyncio.run(forget())
+    wait_for(kept, "Exception in callback int")
+    assert "Task exception was never retrieved\n" in kept.text
+    assert "in fail" in kept.text
+    assert "secret" not in kept.text
+
+
+def test_an_error_that_another_handler_has_formatted_stays_out_of_the_log(kept):
+    for error in (ValueError("secret text"), None):
+        record = logging.LogRecord("x", logging.ERROR, __file__, 0, "failed", (), error and (type(error), error, None))
+        logging.Formatter().format(record)
+        logging.root.handle(record)
+    wait_for(kept, "ValueError")
+    assert "secret" not in kept.text
+
+
+def test_what_libraries_write_to_stderr_goes_through_the_thread(monkeypatch):
+    """Their own handlers, bars and texts, each once and in order; afterwards all is as before."""
+    real, ours, handler = io.StringIO(), logging.getLogger("vlmzip"), Kept()
+    monkeypatch.setattr(sys, "stderr", real)
+    library = logging.Logger("library")
+    monkeypatch.setitem(logging.root.manager.loggerDict, "library", library)
+    library.parent, library.propagate = logging.root, False
+    library.addHandler(own := logging.StreamHandler(real))
+    monkeypatch.setattr(ours, "handlers", [handler])
+    monkeypatch.setattr(ours, "level", logging.INFO)
+    with log_thread.logging_in_thread():
+        library.warning("from %s", "a library")
+        sys.stderr.write("50 %\r100 %\n" + "a" * 2500 + "\n\n")
+        print("two", "words", file=sys.stderr)
+        ours.info("from vlmzip")
+    assert handler.texts == [
+        "from a library", "50 %", "100 %", "a" * 2500, "two words", "from vlmzip",
+    ]  # fmt: skip
+    assert (real.getvalue(), sys.stderr) == ("", real)
+    assert (library.handlers, library.propagate, ours.handlers) == ([own], False, [handler])
+    library.warning("after")
+    assert real.getvalue() == "after\n"
+
+
+def test_a_line_without_an_end_takes_no_memory(monkeypatch):
+    handler = Kept()
+    monkeypatch.setattr(logging.getLogger("vlmzip"), "handlers", [handler])
+    with log_thread.logging_in_thread():
+        for _ in range(10):
+            sys.stderr.write("a" * 500)
+    assert [len(text) for text in handler.texts] == [1500, 1500, 1500, 500]
 
 
 def test_the_operator_can_turn_it_off(mini, lines):

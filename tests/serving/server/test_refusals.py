@@ -107,8 +107,8 @@ BODIES = {
     "a second image that is too large": (
         asking(QUESTION, image_url(), data_url(bomb(8_000))), 400, "image 2 has 8000 x 8000 pixels",
     ),
-    "too many images": (asking(QUESTION, *[plain_image("red")] * 17), 400, "has 17 images; at most 16 are allowed"),
-    "too many messages": (asking(messages=[user("a")] * 65), 400, "has 65 messages; at most 64 are allowed"),
+    "too many images": (asking(QUESTION, *[plain_image("red")] * 17), 400, "has 17 images; the limit is 16"),
+    "too many messages": (asking(messages=[user("a")] * 65), 400, "has 65 messages; the limit is 64"),
     "a remote image": (with_image("https://example.org/a.png"), 400, "this server fetches no addresses"),
     "a file": (with_image("file:///etc/passwd"), 400, "this server fetches no addresses"),
     "a placeholder": (asking("what is <image> ?"), 400, "messages.0: text must not contain <image>"),

@@ -25,6 +25,8 @@ MOST_METHODS = 8
 CHOSEN = (VisionZip.name(), FastV.name())
 #: The share of the tokens that the budget has at first.
 SHARE = 1 / 3
+#: What a visitor reads of a defect.
+FAILED = "failed with this image; the server's log says where"
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,13 @@ class Playground:
 
     def count(self, url: str) -> int:
         """Return the visual tokens of an image or a clip. Raise `UserError` or `RequestError` if it cannot be used."""
-        return self.reader.read(url, "").visual_tokens
+        try:
+            return self.reader.read(url, "").visual_tokens
+        except (UserError, RequestError):
+            raise
+        except Exception as error:  # Gradio would print its text, which can quote the request
+            log.error("counting failed in the playground", exc_info=error)
+            raise RequestError(FAILED, 500) from None
 
     def run(self, url: str, question: str, budget: Budget, names: Sequence[str]) -> Iterator[Results]:
         """Yield the results so far: after each answer, those that are there, and empty cards for the others."""
@@ -68,6 +76,10 @@ class Playground:
             plain = self._answerer.answer(asked, NoCompression())
         except (UserError, RequestError) as error:
             yield Results([Card("nothing to show", error=str(error))])
+            return
+        except Exception as error:  # as above
+            log.error("the model failed in the playground", exc_info=error)
+            yield Results([Card("nothing to show", error=FAILED)])
             return
         model = self.engine.loaded.model
         notes = [timing(model.device, model.dtype), *filter(None, [asked.note])]
@@ -100,7 +112,7 @@ class Playground:
             return replace(card, error=str(error))
         except Exception as error:
             log.error("%s failed in the playground", choice.name, exc_info=error)
-            return replace(card, error="failed with this image; the server's log says why")
+            return replace(card, error=FAILED)
 
     def _configured(self, asked: Asked, method: Compressor, budget: Budget) -> tuple[Compressor, str]:
         for stage in method.stages():

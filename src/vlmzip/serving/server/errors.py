@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 from starlette.types import Send
 
+from vlmzip.errors import UserError
+
 #: The `type` of an error by its status; other statuses below 500 are "invalid_request_error".
 TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 #: The status of a request whose client has gone. Nobody receives it; metrics count it.
@@ -38,6 +40,16 @@ class RequestError(Exception):
         """Return the JSON of the answer."""
         kind = "server_error" if self.status >= 500 else TYPES.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def from_user_error(error: UserError, what: str, code: str, param: str | None = None) -> RequestError:
+    """Return the error of a request for one of vlmzip, whose text can quote an error of a library.
+
+    Libraries quote what a request contains. So the log says only `what` and the type of their error.
+    """
+    cause = error.__cause__ or error.__context__
+    logged = None if cause is None else f"{what}: failed with {type(cause).__name__}"
+    return RequestError(str(error), code=code, param=param, logged=logged)
 
 
 def overloaded(message: str, seconds: int = 1) -> RequestError:

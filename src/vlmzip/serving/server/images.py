@@ -47,7 +47,7 @@ def refuse_many(count: int, settings: Settings) -> None:
     """Raise `RequestError` if a request has more images than are allowed."""
     if count > settings.max_images:
         raise RequestError(
-            f"the request has {count} images; at most {settings.max_images} are allowed",
+            f"the request has {count} images; the limit is {settings.max_images}",
             code="too_many_images",
             param="messages",
         )
@@ -92,4 +92,5 @@ def _decoded(image: Image.Image, name: str) -> Image.Image:
         return load_image(image)
     except UserError as error:
         message = str(error).removeprefix("an image").strip()
-        raise RequestError(f"{name} {message}", code="invalid_image", param="messages") from None
+        logged = f"{name} cannot be used"  # Pillow quotes parts of images
+        raise RequestError(f"{name} {message}", code="invalid_image", param="messages", logged=logged) from None

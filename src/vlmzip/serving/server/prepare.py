@@ -27,7 +27,7 @@ from vlmzip.runtime.prompt_text import conversation_prompt, special_tokens
 from vlmzip.serving.server.choose import Methods
 from vlmzip.serving.server.counting import TokenCount, count_tokens
 from vlmzip.serving.server.engine import Sampling
-from vlmzip.serving.server.errors import RequestError
+from vlmzip.serving.server.errors import RequestError, from_user_error
 from vlmzip.serving.server.images import read_images, refuse_many
 from vlmzip.serving.server.schema import ChatRequest, ImagePart, TextPart
 from vlmzip.serving.server.settings import Settings
@@ -115,7 +115,7 @@ class Preparer:
         """Return the request with the inputs of its row. Raise `RequestError` if it cannot be answered."""
         if len(request.messages) > self._settings.max_messages:
             raise RequestError(
-                f"the request has {len(request.messages)} messages; at most {self._settings.max_messages} are allowed",
+                f"the request has {len(request.messages)} messages; the limit is {self._settings.max_messages}",
                 code="too_many_messages",
                 param="messages",
             )
@@ -164,7 +164,7 @@ class Preparer:
                 prompt = conversation_prompt(self._family, self._processor, messages)
                 self._refuse_long(prompt)
         except UserError as error:
-            raise RequestError(str(error), code="invalid_prompt", param="messages") from None
+            raise self._no_prompt(error) from None
         return prompt
 
     def _inputs(self, request: ChatRequest, images: Sequence[Image.Image]) -> InputDict:
@@ -175,8 +175,12 @@ class Preparer:
                 with refusing("the processor refuses the request"):
                     inputs = self._processor(images=list(images) or None, text=[prompt], return_tensors="pt", **special)
             except UserError as error:
-                raise RequestError(str(error), code="invalid_prompt", param="messages") from None
+                raise self._no_prompt(error) from None
         return dict(inputs)
+
+    @staticmethod
+    def _no_prompt(error: UserError) -> RequestError:
+        return from_user_error(error, "no prompt can be made of the messages", code="invalid_prompt", param="messages")
 
     def _refuse_long(self, prompt: str) -> None:
         """Refuse a prompt whose text alone is longer than the LLM allows, before any image is prepared."""

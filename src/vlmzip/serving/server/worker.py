@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError
+from vlmzip.errors import UserError, counted
 from vlmzip.runtime.attach import attach
 from vlmzip.runtime.facade import CompressedModel
 from vlmzip.runtime.loading import Loaded
@@ -23,7 +23,7 @@ from vlmzip.runtime.prompt import pad_id
 from vlmzip.runtime.saving import saved_weights
 from vlmzip.serving.server.batch import Batch
 from vlmzip.serving.server.choose import Methods
-from vlmzip.serving.server.errors import RequestError, overloaded
+from vlmzip.serving.server.errors import RequestError, from_user_error, overloaded
 from vlmzip.serving.server.metrics import Metrics
 from vlmzip.serving.server.prepare import Preparer, Request
 from vlmzip.serving.server.progress import Progress
@@ -38,6 +38,8 @@ T = TypeVar("T")
 MOST_ATTACHED = 16
 #: Seconds that the end of the server waits for the model's current step.
 LONGEST_STEP = 30.0
+#: How errors begin after which the device is lost to this process.
+LOST = "CUDA error"
 STOPPED = "the engine has stopped"
 #: The model counts as stuck if it makes no token for this many times the longest time of a request.
 STUCK = 2
@@ -92,7 +94,7 @@ class HuggingFaceEngine:
         with self._change:
             self._refuse_if_stopped()
             if (count := self.waiting) >= self._settings.max_queue:
-                raise overloaded(f"{count} requests are waiting; try again later")
+                raise overloaded(f"too many requests are waiting ({count}); try again later")
             held = sum(waiting.request.nbytes for waiting in (*self._queue, *self._current))
             if held and held + prepared.nbytes > self._settings.max_inputs:
                 raise overloaded("too many large images are waiting; try again later")
@@ -127,7 +129,7 @@ class HuggingFaceEngine:
             return STOPPED
         beat, limit = self._beat_at, STUCK * self._settings.max_seconds
         if beat is not None and monotonic() - beat > limit:
-            return f"the model has made no token for {limit:g} seconds"
+            return f"the model has made no token for {counted(limit, 'second')}"
         return None
 
     def _refuse_if_stopped(self) -> None:
@@ -144,7 +146,7 @@ class HuggingFaceEngine:
                 del work  # it has the requests that were answered
                 self._current, self._beat_at = [], None
         except BaseException as error:
-            log.critical("the engine has stopped: %s", error, exc_info=error)
+            log.critical("the engine has stopped", exc_info=error)
         finally:
             with self._change:
                 expected, self._stopping = self._stopping, True
@@ -201,7 +203,8 @@ class HuggingFaceEngine:
             if error is None or len(batch) == 1:
                 self._finish(batch, error)
                 return
-            log.warning("a batch of %d failed (%s); its requests are answered alone", len(batch), error)
+            kind = type(error).__name__
+            log.warning("a batch of %d failed (%s); its requests are answered alone", len(batch), kind)
             for waiting in batch:
                 if not (waiting.progress.is_over or waiting.progress.cancelled):
                     self._finish([waiting], self._try([waiting]))
@@ -213,7 +216,7 @@ class HuggingFaceEngine:
     def _finish(self, batch: list[Waiting], error: Exception | None) -> None:
         """Report the error of a batch, or the lack of an answer, to those whose answer is not complete."""
         if isinstance(error, UserError):
-            answer = RequestError(str(error), code="invalid_request")
+            answer = from_user_error(error, "the model refused the request", code="invalid_request")
         elif isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             answer = RequestError("the memory is full; send fewer or smaller images", 503, code="out_of_memory")
         else:
@@ -232,7 +235,8 @@ class HuggingFaceEngine:
             pad = pad_id(self.loaded.family)
             Batch(compressed, self.loaded.processor, requests, progress, pad, self._beat).run()
         except Exception as error:
-            if "CUDA error" in str(error):  # the device is lost to this process
+            if isinstance(error, RuntimeError) and str(error).startswith(LOST):
+                log.critical("%s", str(error).partition("\n")[0])  # torch's own text, without parts of a request
                 raise
             traceback.clear_frames(error.__traceback__)  # its frames hold tensors
             if isinstance(error, torch.OutOfMemoryError):
