@@ -15,6 +15,7 @@ from vlmzip.errors import UserError, how_to_install
 from vlmzip.runtime.loading import source_of
 from vlmzip.runtime.pretrained import load_config
 from vlmzip.serving.server.settings import Settings
+from vlmzip.serving.server.vllm_process import GRACE
 from vlmzip.serving.vllm.start import check_model
 
 #: A host that does not exist. vLLM fetches images from any host unless it is given at least one.
@@ -36,13 +37,13 @@ class Served:
 
 
 def vllm_command(served: Served, settings: Settings) -> list[str]:
-    """Return the command line of vLLM's server. The API key is not in it: see `vllm_environment`."""
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", source_of(served.model)]
+    """Return the command line that runs vLLM's server. The API key is not in it: see `vllm_environment`."""
+    command = [sys.executable, "-m", "vlmzip.serving.server.vllm_process", "serve", source_of(served.model)]
     command += ["--served-model-name", served.name or served.model, "--host", served.host, "--port", str(served.port)]
     command += ["--hf-overrides", json.dumps({"vlmzip": spec.write(served.compressor)})]
     command += ["--limit-mm-per-prompt", json.dumps({"image": settings.max_images})]
     command += ["--allowed-media-domains", *(sorted(settings.allow_hosts) or [NO_HOST])]
-    command += ["--middleware", MIDDLEWARE]
+    command += ["--middleware", MIDDLEWARE, "--shutdown-timeout", str(GRACE)]
     command += [] if settings.log_requests else ["--disable-uvicorn-access-log"]
     command += [] if served.dtype is None else ["--dtype", served.dtype]
     return command
