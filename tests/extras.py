@@ -159,7 +159,7 @@ USES = {
     "store": [store],
     "ray": [store, ray],
     "docs": [docs],
-    "dev": [completion, train, eval, serve, store, dev],
+    "dev": [dev],  # the environments of the extras that it brings use those
 }
 
 
