@@ -221,7 +221,7 @@ run = Batch.run
 
 def loud(batch):
     for number in range(200):
-        logging.get_logger("transformers.models").warning("a" * 1000)
+        logging.get_logger("transformers.models").error("a" * 1000)
         warnings.warn(f"{chr(97 + number % 26) * 1000}")
         print("a" * 1000, file=sys.stderr, flush=True)
     run(batch)
@@ -254,7 +254,7 @@ def test_a_server_whose_log_is_no_longer_read_answers_and_ends():
             address = server.stdout.readline().split()[-1]
             server.stderr.close()
             with httpx.Client(base_url=address, timeout=30) as http:
-                for _ in range(5):
+                for _ in range(1500):  # more lines than may wait
                     assert http.get("/nothing").status_code == 404
             server.send_signal(signal.SIGTERM)
             assert server.wait(timeout=30) == 0

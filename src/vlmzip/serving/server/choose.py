@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import cached_property, lru_cache
 
 from vlmzip import catalogue, spec
 from vlmzip.compressor import Calibratable, Compressor
-from vlmzip.errors import BudgetError, UserError, alternatives
+from vlmzip.errors import BudgetError, UserError
 from vlmzip.keep import Keep, parse_keep
 from vlmzip.models.family import Family
 from vlmzip.runtime.fitting import fitted
 from vlmzip.runtime.resample import resampling
+from vlmzip.serving.request_fields import refuse_fields
 from vlmzip.serving.server.errors import RequestError
 
 #: The largest number in a budget of a request.
@@ -77,22 +77,18 @@ class Methods:
         return compressor
 
     def _refuse_costly(self, stage: Compressor) -> None:
-        """Raise `UserError` for large budgets, and for other whole numbers that the server's methods do not have."""
-        allowed = (*stage.budget_fields, *(name for name in CHEAP if name in stage.field_names()))
-        for field in fields(stage):
-            value = getattr(stage, field.name)
-            known = [getattr(other, field.name) for other in self._known if type(other) is type(stage)]
-            if value is None or value in (field.default, *known):
-                continue
-            parts = value if isinstance(value, tuple) else (value,)
-            if field.name in stage.budget_fields:
-                for part in parts:
+        """Raise `UserError` for large budgets, and for other whole numbers that the server's methods do not have.
+
+        vLLM permits less, because it has no limit of time for a request: see `serving.vllm.setting.read_request`.
+        """
+        for name in set(stage.budget_fields).intersection(stage.field_names()):
+            value = getattr(stage, name)
+            known = [getattr(other, name) for other in self._known if type(other) is type(stage)]
+            if value is not None and value not in known:
+                for part in value if isinstance(value, tuple) else (value,):
                     _refuse_large(part)
-            elif field.name not in allowed and any(type(part) is int for part in parts):
-                raise UserError(
-                    f"a request can set {alternatives(allowed)} of {stage.name()}, not {field.name}, which is set when"
-                    " the server starts"
-                )
+        further = [name for name in CHEAP if name in stage.field_names()]
+        refuse_fields(stage, further, known=self._known, is_costly=_has_whole_number)
 
     def _with_keep(self, compressor: Compressor, keep: Keep) -> Compressor:
         """Return the compressor with another budget, or its configuration nearest to that."""
@@ -107,6 +103,11 @@ class Methods:
                     value = getattr(stage, stage.threshold)
                     advice += f", or set {stage.threshold} in method: {stage.name()}({stage.threshold}={value})"
             raise UserError(error.fact, advice=advice) from None
+
+
+def _has_whole_number(value: object) -> bool:
+    """Return whether a value can be a number of steps. A boolean cannot."""
+    return any(type(part) is int for part in (value if isinstance(value, tuple) else (value,)))
 
 
 def _refuse_large(budget: Keep) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
@@ -14,10 +14,11 @@ from transformers import PreTrainedConfig
 
 from vlmzip import catalogue, spec
 from vlmzip.compressor import Compressor, Profile
-from vlmzip.errors import UserError, alternatives
+from vlmzip.errors import UserError
 from vlmzip.models.layout import Layout
 from vlmzip.resampler import Resampler
 from vlmzip.runtime.compress import least_counts
+from vlmzip.serving.request_fields import refuse_fields
 from vlmzip.sites import Cost, Signal, Site
 from vlmzip.visual_tokens import VisualTokens
 
@@ -79,7 +80,8 @@ def read_request(text: str, traits: Traits = DEFAULT, allowed_methods: frozenset
     """Return the compressor of a request, whose spec names installed methods with their budgets.
 
     Other fields are the operator's: some make a method slow. So are methods that are slow for large images, unless
-    they are in `allowed_methods`. Raise `UserError` for a spec that has them.
+    they are in `allowed_methods`. Raise `UserError` for a spec that has them. vlmzip's own server permits more: it has
+    a limit of time for each request. It also limits budgets. Here they have none, because clips can have many tokens.
     """
     if len(text) > LONGEST:
         raise UserError(f"{KEY} must have at most {LONGEST} characters, got {len(text)}")
@@ -90,13 +92,7 @@ def read_request(text: str, traits: Traits = DEFAULT, allowed_methods: frozenset
                 f"a request cannot choose {stage.name()}, whose time grows with {stage.cost} for N tokens, unless the"
                 f" server was started with it: {USE}"
             )
-        allowed = (*stage.budget_fields, "site")
-        changed = [field.name for field in fields(stage) if getattr(stage, field.name) != field.default]
-        if refused := [name for name in changed if name not in allowed]:
-            raise UserError(
-                f"a request can set {alternatives(allowed)} of {stage.name()}, not {refused[0]}, which is set when the"
-                " server starts"
-            )
+        refuse_fields(stage, ["site"])
     check(compressor, traits)
     return compressor
 
