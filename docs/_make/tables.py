@@ -31,6 +31,8 @@ from vlmzip.sites import ATTENTION_OF_ENCODERS
 ROOT = Path(__file__).resolve().parents[2]
 NOTHING = "—"
 PLAIN = "no_compression"
+#: vLLM without compression, in the files of vllm_speed.py.
+STOCK = "stock"
 NEAR = 0.05
 GPU = "NVIDIA-H200"
 CPU = "1-thread"
@@ -343,7 +345,7 @@ def vllm_table(rows: list[dict[str, str]]) -> list[str]:
 
     Brackets have the share of the FLOPs limit.
     """
-    rows = [row for row in rows if row["method"] != "stock"]
+    rows = [row for row in rows if row["method"] != STOCK]
     levels = list(dict.fromkeys(row["concurrency"] for row in rows))
     head = ["method", *(f"requests/s at {level}" for level in levels), *(f"first token at {level}" for level in levels)]
     lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
@@ -352,6 +354,18 @@ def vllm_table(rows: list[dict[str, str]]) -> list[str]:
         cells = [f"{float(of[n]['ratio']):.1f}x ({float(of[n]['share_of_limit']):.0%})" for n in levels]
         cells += [f"{float(of[n]['ttft_ratio']):.1f}x sooner" for n in levels]
         lines.append(f"| `{method}` | {' | '.join(cells)} |")
+    return lines
+
+
+def vllm_kv_table(rows: list[dict[str, str]]) -> list[str]:
+    """Return methods and lengths of answers down, concurrency across: the peak KV cache, relative to vLLM's own."""
+    levels = list(dict.fromkeys(row["concurrency"] for row in rows))
+    peaks = {(row["method"], row["new_tokens"], row["concurrency"]): int(row["peak_kv_tokens"]) for row in rows}
+    head = ["method", "tokens of an answer", *(f"KV cache at {level}" for level in levels)]
+    lines = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    for method, length in dict.fromkeys((method, length) for method, length, _ in peaks if method != STOCK):
+        cells = [f"{peaks[method, length, level] / peaks[STOCK, length, level]:.2f}x" for level in levels]
+        lines.append(f"| `{method}` | {length} | {' | '.join(cells)} |")
     return lines
 
 
@@ -375,7 +389,7 @@ def vllm_parts_table(rows: list[dict[str, str]]) -> list[str]:
         if row["concurrency"] in (levels[0], levels[-1]):
             times = [float(row[column]) for column in VLLM_PARTS.values()]
             cells = [*(f"{time:.1f}" for time in times), f"{sum(times):.0f}"]
-            method = "no compressor" if row["method"] == "stock" else f"`{row['method']}`"
+            method = "no compressor" if row["method"] == STOCK else f"`{row['method']}`"
             lines.append(f"| {method} | {row['concurrency']} | {' | '.join(cells)} |")
     return lines
 
@@ -435,8 +449,13 @@ def tables(folder: Path) -> dict[str, dict[str, list[str]]]:
     pages = {"README.md": readme, "docs/results.md": results}
     if stores := [row for path in sorted(folder.glob("store-*.csv")) for row in read(path)]:
         pages["docs/store.md"] = {"store": store_table(stores)}
-    if speeds := [row for path in sorted(folder.glob("vllm-speed-*.csv")) for row in read(path)]:
-        pages["docs/vllm.md"] = {"speed in vLLM": vllm_table(speeds), "parts in vLLM": vllm_parts_table(speeds)}
+    if in_vllm := [row for path in sorted(folder.glob("vllm-speed-*.csv")) for row in read(path)]:
+        prefills = [row for row in in_vllm if row["new_tokens"] == "1"]
+        pages["docs/vllm.md"] = {
+            "speed in vLLM": vllm_table(prefills),
+            "KV cache in vLLM": vllm_kv_table(in_vllm),
+            "parts in vLLM": vllm_parts_table(prefills),
+        }
     return pages
 
 

@@ -164,6 +164,24 @@ def test_speed_in_vllm_by_concurrency(tables):
     ]
 
 
+def test_the_kv_cache_at_its_peak_in_vllm_by_concurrency_and_length_of_answers(tables):
+    row = {"method": "stock", "new_tokens": "1", "concurrency": "1", "peak_kv_tokens": "640"}
+    stock = [row, row | {"concurrency": "32", "peak_kv_tokens": "5632"}]
+    longer = [stock[0] | {"new_tokens": "32"}, stock[1] | {"new_tokens": "32", "peak_kv_tokens": "20480"}]
+    zipped = {("1", "1"): "128", ("1", "32"): "3456", ("32", "1"): "128", ("32", "32"): "4096"}
+    rows = [*stock, *longer]
+    rows += [
+        {"method": "visionzip(keep=64)", "new_tokens": length, "concurrency": level, "peak_kv_tokens": peak}
+        for (length, level), peak in zipped.items()
+    ]
+    assert tables.vllm_kv_table(rows) == [
+        "| method | tokens of an answer | KV cache at 1 | KV cache at 32 |",
+        "| --- | --- | --- | --- |",
+        "| `visionzip(keep=64)` | 1 | 0.20x | 0.61x |",
+        "| `visionzip(keep=64)` | 32 | 0.20x | 0.20x |",
+    ]
+
+
 def test_parts_of_a_request_to_vllm_at_the_lowest_and_highest_concurrency(tables):
     parts = {"pixels_ms": "1.9", "encoder_ms": "48.5", "compression_ms": "0.0", "projector_ms": "15.0"}
     row = {"method": "stock", "concurrency": "1", **parts, "llm_ms": "1285.0", "rest_ms": "5.8"}
