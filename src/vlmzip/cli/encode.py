@@ -121,7 +121,7 @@ def _old_tokens(written: Written) -> str:
     counts = [f"{_images(len(names))} {state} since stored: {_some(names)}" for names, state in groups if names]
     if not counts:
         return ""
-    return f"{'; '.join(counts)}. The store keeps their old tokens; --update brings it to the state of the folder"
+    return f"{'; '.join(counts)}. The store keeps the old tokens; --update brings it to the state of the folder"
 
 
 def _verify(path: Path, *, as_json: bool) -> None:

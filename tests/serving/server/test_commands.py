@@ -97,9 +97,9 @@ def test_a_key_that_cannot_be_sent(capsys, monkeypatch, tmp_path):
 def test_the_command_line_of_vllm():
     served = Served("mini", VisionZip(keep=64), "127.0.0.1", 8080, "small", "float32")
     command = vllm_command.vllm_command(served, Settings(api_key="secret", max_images=3))
-    assert command[:4] == [sys.executable, "-m", "vlmzip.serving.server.vllm_process", "serve"]
-    assert command[4].endswith("mini/weights")
-    options = dict(zip(command[5::2], command[6::2], strict=True))
+    assert command[:5] == [sys.executable, "-P", "-m", "vlmzip.serving.server.vllm_process", "serve"]
+    assert command[5].endswith("mini/weights")
+    options = dict(zip(command[6::2], command[7::2], strict=True))
     assert options == {
         "--served-model-name": "small", "--host": "127.0.0.1", "--port": "8080", "--dtype": "float32",
         "--hf-overrides": '{"vlmzip": "visionzip(keep=64)"}', "--limit-mm-per-prompt": '{"image": 3}',

@@ -1,17 +1,18 @@
-"""Connections that wait for ever end, so that others have room; slow clients that do as they may are answered."""
+"""Connections that wait forever end, so that others have room; slow clients that do as they may are answered."""
 
 import asyncio
+import json
 import re
 import socket
 import time
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
 
 from tests.serving.server.running import running_app
-from vlmzip.serving.server import connection, run
+from vlmzip.serving.server import connection
 
 #: Seconds of the deadlines in these tests.
 LIMIT = 2.0
@@ -39,7 +40,7 @@ def address(monkeypatch):
     for name in ("HEAD", "UNREAD"):
         monkeypatch.setattr(connection, name, LIMIT)
     monkeypatch.setattr(connection, "EVERY", 0.05)
-    monkeypatch.setattr(run, "MOST_CONNECTIONS", 8)
+    monkeypatch.setattr(connection, "MOST", 8)
     with running_app(app) as address:
         yield address
 
@@ -118,15 +119,19 @@ def test_a_client_that_does_not_read_its_answer(address, path):
 
 
 def test_idle_connections_leave_room_for_others(address):
-    """There are as many as the server has room for."""
-    with httpx.Client(base_url=address, timeout=20) as http:
-        idle = [connected(address) for _ in range(8)]
-        clients = [each.__enter__() for each in idle]
-        assert http.get("/").status_code == 503
-        for client, each in zip(clients, idle, strict=True):
+    """Eight connections have room. Those that are open are answered, and a ninth is refused with a reason."""
+    with ExitStack() as stack:
+        first = stack.enter_context(httpx.Client(base_url=address, timeout=20))
+        assert first.get("/").text == "ook"
+        idle = [stack.enter_context(connected(address)) for _ in range(7)]
+        with connected(address) as ninth:
+            head, _, body = everything(ninth).partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 503 ")
+        assert json.loads(body)["error"]["message"] == "the server has 8 connections, its most; try again later"
+        assert first.get("/").text == "ook"
+        for client in idle:
             assert client.recv(1) == b""
-            each.__exit__(None, None, None)
-        assert http.get("/").text == "ook"
+        assert httpx.get(address).text == "ook"
 
 
 def test_a_slow_client_is_answered(address):

@@ -4,7 +4,6 @@ A stand-in is the server, so that these tests need no vLLM. tests/serving/vllm/t
 """
 
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -27,6 +26,7 @@ print(os.getpid(), engine.pid, flush=True)
 """
 WAITS = "time.sleep(600)"
 IGNORES = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(600)"
+FAILS = "import signal; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); print(flush=True); time.sleep(600)"
 SUPERVISOR = """
 import sys
 from vlmzip.serving.server import vllm_process
@@ -86,15 +86,36 @@ def test_a_server_that_ends_by_itself_is_named_and_leaves_no_engine(then, how):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("then", [WAITS, IGNORES])
-def test_a_signal_ends_the_server_well(number, then):
-    """A server that ignores the signal is killed after some patience."""
-    with supervised(then) as (supervisor, server, engine):
-        if then == IGNORES:
-            supervisor.stdout.readline()
+def test_a_signal_ends_the_server_well(number):
+    with supervised(WAITS) as (supervisor, server, engine):
         supervisor.send_signal(number)
         _, err = supervisor.communicate(timeout=30)
         assert (supervisor.returncode, err) == (0, "")
+        assert_ended(server, engine)
+
+
+@pytest.mark.parametrize(
+    ("then", "said"),
+    [
+        (IGNORES, "did not end within 1 seconds and was killed"),
+        (FAILS, "ended with exit code 7"),
+    ],
+)
+def test_a_server_that_does_not_end_well_after_a_signal_is_named(then, said):
+    with supervised(then) as (supervisor, server, engine):
+        supervisor.stdout.readline()
+        supervisor.send_signal(signal.SIGTERM)
+        _, err = supervisor.communicate(timeout=30)
+        assert supervisor.returncode == 1
+        assert said in err
+        assert_ended(server, engine)
+
+
+def test_a_stderr_that_nobody_reads_delays_the_end_by_seconds():
+    fill = "try:\n    while True: os.write(2, b'x' * 65536)\nexcept BlockingIOError: pass\n"
+    then = f"os.set_blocking(2, False)\n{fill}os.set_blocking(2, True); os.kill(os.getpid(), 9)"
+    with supervised(then) as (supervisor, server, engine):
+        assert supervisor.wait(timeout=30) == 1
         assert_ended(server, engine)
 
 
@@ -111,4 +132,3 @@ def test_the_process_that_waits_for_vllm_stays_small():
     code = f"import sys, {vllm_process.__name__}; print(*sys.modules)"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "transformers", "vllm", "numpy"} & set(modules)
-    assert re.search(r"vlmzip\.serving\.server\.vllm_process", " ".join(modules))

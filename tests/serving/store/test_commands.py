@@ -185,7 +185,7 @@ def test_verify(capsys, store, tmp_path):
         (["--verify", "examples"], "there is no store.json in 'examples'"),
         (["examples", "--out", "src"], "--out 'src' is no store, and it has 'vlmzip' in it; give a new folder"),
         (["examples", "--out", "README.md/store"], "'README.md/store' cannot be written: Not a directory"),
-        (["{tmp}/unreadable", "--out", "{tmp}/store"], "none of the 1 images in '{tmp}/unreadable' can be read"),
+        (["{tmp}/unreadable", "--out", "{tmp}/store"], "no image in '{tmp}/unreadable' can be read (1 image found)"),
         (["examples", "--out", "{tmp}/store", "--dtype", "int8"], "unknown dtype 'int8'"),
         (["examples", "--out", "{tmp}/store", "--model", "minni"], "there is no folder 'minni'"),
     ],

@@ -438,7 +438,7 @@ def test_no_image_that_can_be_read(tmp_path, loaded):
     with pytest.raises(UserError, match="there are no images in"):
         write(tmp_path / "images", tmp_path / "store", loaded)
     (tmp_path / "images" / "a.png").write_bytes(b"")
-    with pytest.raises(UserError, match="none of the 1 images in"):
+    with pytest.raises(UserError, match=r"can be read \(1 image found\)"):
         write(tmp_path / "images", tmp_path / "store", loaded)
     with pytest.raises(UserError, match="there is no folder"):
         write(tmp_path / "nothing", tmp_path / "store", loaded)

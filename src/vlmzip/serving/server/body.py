@@ -65,7 +65,7 @@ class Bodies:
         """Return the error for a body of which `size` bytes are known; `None` if it is within the limits."""
         limit = self._settings.max_body
         if size > limit:
-            message = f"the request has more than {limit:,} bytes; send fewer or smaller images"
+            message = f"the request has more than {counted(limit, 'byte')}; send fewer or smaller images"
             return RequestError(message, 413, code="request_too_large", headers={"Connection": "close"})
         if self._held > self._settings.max_held:
             return overloaded("too many large requests at once; try again later")

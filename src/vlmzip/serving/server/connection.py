@@ -1,11 +1,23 @@
-"""Close connections that wait for ever: uvicorn itself limits only the pause between an answer and the next request."""
+"""Close connections that wait forever, and refuse further ones.
+
+uvicorn limits only the pause between an answer and the next request. Beyond its limit of connections, it refuses the
+requests of all of them.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from vlmzip.serving.server.errors import RequestError
+
+log = logging.getLogger(__name__)
+
+#: Connections at once.
+MOST = 1024
 #: Seconds in which the line and headers of a request must arrive, from the start of its connection or the last answer.
 HEAD = 30.0
 #: Seconds for which a client may read nothing of an answer. The system takes a megabyte at once, so a client that reads
@@ -22,6 +34,10 @@ class Connection(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if len(self.connections) > MOST:
+            log.warning("refused a connection: %s are open", f"{MOST:,}")
+            transport.write(_refusal())
+            transport.close()
         self._free_since = self._read_at = self.loop.time()
         self._unread = 0
         self._watch()
@@ -45,3 +61,11 @@ class Connection(H11Protocol):
             self.transport.abort()  # closing would wait until the client has read everything
         elif not answering and now - self._free_since > HEAD and not self.transport.is_closing():
             self.transport.close()
+
+
+def _refusal() -> bytes:
+    """Return the answer to a connection for which there is no room."""
+    error = RequestError(f"the server has {MOST:,} connections, its most; try again later", 503)
+    body = json.dumps(error.content()).encode()
+    head = ["HTTP/1.1 503 Service Unavailable", "Content-Type: application/json", f"Content-Length: {len(body)}"]
+    return "\r\n".join([*head, "Retry-After: 1", "Connection: close", "", ""]).encode() + body

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from vlmzip.compressor import Compressor
-from vlmzip.errors import UserError, refusing
+from vlmzip.errors import UserError, counted, refusing
 from vlmzip.models.family import Family
 from vlmzip.processor import InputDict, Processor
 from vlmzip.runtime.earlier_images import EarlierImages
@@ -187,7 +187,7 @@ class Preparer:
         if self._positions is not None and len(prompt) > self._positions:  # a token has at least one letter
             count = len(self._processor.tokenizer(prompt, add_special_tokens=False)["input_ids"])
             if count > self._positions:
-                raise self._too_long(f"the text has {count:,} tokens")
+                raise self._too_long(f"the text has {counted(count, 'token')}")
 
     def _sampling(self, request: ChatRequest, count: TokenCount) -> Sampling:
         asked, limit = request.asked_tokens, self._settings.max_new_tokens

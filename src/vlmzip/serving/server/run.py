@@ -16,7 +16,7 @@ from vlmzip.runtime.loading import Loaded
 from vlmzip.serving.playground.examples import Example
 from vlmzip.serving.playground.mount import mount
 from vlmzip.serving.server.app import create_app
-from vlmzip.serving.server.connection import Connection
+from vlmzip.serving.server.connection import MOST, Connection
 from vlmzip.serving.server.metrics import Metrics
 from vlmzip.serving.server.settings import Settings
 from vlmzip.serving.server.stored import ImageStore
@@ -26,8 +26,6 @@ log = logging.getLogger(__name__)
 
 #: Seconds that the end of the server waits for answers that have begun.
 GRACE = 30
-#: Connections at once. Beyond them, uvicorn itself answers 503.
-MOST_CONNECTIONS = 1024
 #: Seconds for which a connection without a next request stays open after an answer.
 IDLE = 15
 
@@ -38,7 +36,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"--port must be from 0 to {2**16 - 1}, got {port}")
     try:
         kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        return socket.create_server(address[:2], family=kind, backlog=MOST_CONNECTIONS)
+        return socket.create_server(address[:2], family=kind, backlog=MOST)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"cannot listen on {host}:{port}: {reason}; give another --host or --port") from None
@@ -91,7 +89,6 @@ def config_of(app: ASGIApp) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=MOST_CONNECTIONS,
         timeout_keep_alive=IDLE,
         timeout_graceful_shutdown=GRACE,
     )

@@ -38,7 +38,8 @@ class Served:
 
 def vllm_command(served: Served, settings: Settings) -> list[str]:
     """Return the command line that runs vLLM's server. The API key is not in it: see `vllm_environment`."""
-    command = [sys.executable, "-m", "vlmzip.serving.server.vllm_process", "serve", source_of(served.model)]
+    # -P: modules in the current folder are not imported.
+    command = [sys.executable, "-P", "-m", "vlmzip.serving.server.vllm_process", "serve", source_of(served.model)]
     command += ["--served-model-name", served.name or served.model, "--host", served.host, "--port", str(served.port)]
     command += ["--hf-overrides", json.dumps({"vlmzip": spec.write(served.compressor)})]
     command += ["--limit-mm-per-prompt", json.dumps({"image": settings.max_images})]

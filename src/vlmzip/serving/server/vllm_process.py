@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from threading import Thread
 
 #: Seconds that begun answers have to end after a signal.
 GRACE = 30
@@ -19,6 +20,10 @@ GRACE = 30
 CLOSING = 10
 #: Seconds that vLLM has to end after a signal. Then it is killed.
 PATIENCE = GRACE + CLOSING + 5
+#: Seconds that the last line has to be written. A full pipe that nobody reads does not take it.
+LAST_LINE = 2
+#: Exit codes of a server that SIGINT or SIGTERM has ended: that of the signal itself, and that of a handler.
+BY_SIGNAL = {code for number in (signal.SIGINT, signal.SIGTERM) for code in (-number, 128 + number)}
 
 
 def supervise(command: Sequence[str]) -> int:
@@ -27,7 +32,12 @@ def supervise(command: Sequence[str]) -> int:
     The command gets a session of its own, so that all of its processes can be killed together. Its stdin is a pipe that
     closes when this process ends, for whatever reason.
     """
-    stopped = False
+    stopped = late = False
+
+    def end(*_: object) -> None:
+        nonlocal late
+        late = True
+        _kill(child.pid)
 
     def stop(*_: object) -> None:
         nonlocal stopped
@@ -37,17 +47,27 @@ def supervise(command: Sequence[str]) -> int:
         stopped = True
 
     with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as child:
-        signal.signal(signal.SIGALRM, lambda *_: _kill(child.pid))
+        signal.signal(signal.SIGALRM, end)
         for each in (signal.SIGINT, signal.SIGTERM):
             signal.signal(each, stop)
         code = child.wait()
         _kill(child.pid)  # what the server left behind, such as its engine
-    if stopped:
+    if late:
+        _say(f"vLLM's server did not end within {PATIENCE} seconds and was killed; its last answers are incomplete")
+        return 1
+    if stopped and code in {0, *BY_SIGNAL}:
         return 0
     how = f"was ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
-    reason = f"the engine has stopped: vLLM's server {how}; read its log above, and start vlmzip serve again"
-    print(f"\nvlmzip: {reason}", file=sys.stderr, flush=True)  # the log may end within a line
+    _say(f"the engine has stopped: vLLM's server {how}; read its log above, and start vlmzip serve again")
     return 1
+
+
+def _say(text: str) -> None:
+    """Write a line to stderr, and do not wait long for somebody to read it."""
+    line = f"\nvlmzip: {text}\n".encode()  # the log may end within a line
+    writing = Thread(target=os.write, args=(2, line), daemon=True)
+    writing.start()
+    writing.join(LAST_LINE)
 
 
 def _kill(group: int) -> None:
@@ -56,4 +76,4 @@ def _kill(group: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(supervise([sys.executable, "-m", "vlmzip.serving.server.vllm_child", *sys.argv[1:]]))
+    sys.exit(supervise([sys.executable, "-P", "-m", "vlmzip.serving.server.vllm_child", *sys.argv[1:]]))

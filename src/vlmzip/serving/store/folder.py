@@ -52,7 +52,7 @@ def refuse_place(folder: Path, store: Path, description: str) -> None:
     """
     if folder.resolve().is_relative_to(store.resolve()):
         raise UserError(
-            f"--out {str(store)!r} has the images in it, and a store needs a folder for itself; give another one"
+            f"--out {str(store)!r} has the images in it, and a store needs its own folder; give another one"
         )
     is_new = is_folder(store) and not is_file(store / description)
     others = [path.name for path in store.iterdir() if not path.name.startswith(".")] if is_new else []

@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from vlmzip.compressor import Compressor
-from vlmzip.errors import Damaged, UserError, collecting_warnings
+from vlmzip.errors import Damaged, UserError, collecting_warnings, counted
 from vlmzip.files import is_file
 from vlmzip.locks import hold
 from vlmzip.progress import working
@@ -163,7 +163,7 @@ def _first_readable(folder: Path, names: Sequence[str]) -> Image.Image:
     """Return the first image that can be read. Raise `UserError` if there is none."""
     first = next(_readable(folder, names), None)
     if first is None:
-        raise UserError(f"none of the {len(names):,} images in {str(folder)!r} can be read")
+        raise UserError(f"no image in {str(folder)!r} can be read ({counted(len(names), 'image')} found)")
     return first
 
 
