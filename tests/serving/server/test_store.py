@@ -114,7 +114,7 @@ def test_tokens_are_counted_before(http):
         (["store:index.parquet"], {}, 404, "has no image"),
         (["STORE:flat.png"], {}, 400, "must be a URL like data:image/png"),
         (["store:flat.png", image_url()], {}, 400, "stored images and others; send them in separate requests"),
-        (["store:flat.png"] * 5, {}, 400, "the request has 5 images; at most 4"),
+        (["store:flat.png"] * 5, {}, 400, "the request has 5 images; the limit is 4"),
         (["store:flat.png"], {"vlmzip": {"keep": 9}}, 400, r"by visionzip(keep=36): leave out method and keep"),
         (["store:flat.png"], {"vlmzip": {"method": "dfmr"}}, 400, "give method visionzip(keep=36)+fastv"),
     ],
