@@ -136,7 +136,7 @@ def test_changed_images_are_named_and_an_update_encodes_them(capsys, tmp_path):
     code, out, err = run(capsys, *words)
     assert (code, out.splitlines()[0]) == (0, "0 images encoded with visionzip(keep=36)")
     assert err == (
-        "note: 1 image changed since stored: flat.png; 1 image gone since stored: cluttered.png. The store keeps their"
+        "note: 1 image changed since stored: flat.png; 1 image gone since stored: cluttered.png. The store keeps the"
         " old tokens; --update brings it to the state of the folder\n"
     )
     code, out, err = run(capsys, *words, "--update")
