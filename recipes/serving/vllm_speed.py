@@ -251,7 +251,7 @@ def row(name: str, concurrency: int, runs: dict[str, list[Run]], engine: LLM, li
         "ttft_median_ms": f"{1000 * statistics.median(ttft):.1f}",
         "ttft_p95_ms": f"{1000 * ttft[int(0.95 * (len(ttft) - 1))]:.1f}",
         "ttft_ratio": f"{stock_ttft / statistics.median(ttft):.3f}",
-        # One block of the cache is no place for tokens, and vLLM's share does not count it.
+        # vLLM keeps one block of the cache empty, and does not count it in the share.
         "peak_kv_tokens": round(max(each.peak for each in measured) * (config.num_gpu_blocks - 1)) * config.block_size,
         **{f"{part}_ms": f"{statistics.median(each.milliseconds(part) for each in measured):.1f}" for part in PARTS},
         "rest_ms": f"{statistics.median(each.milliseconds('rest') for each in measured):.1f}",

@@ -64,9 +64,8 @@ def run(args: Namespace) -> None:
     if old := _old_tokens(written):
         log.warning(old)
     if failed := written.failed:
-        raise UserError(
-            f"{len(failed):,} of {_images(len(failed) + written.stored)} could not be stored: {_some(list(failed))}"
-        )
+        images = counted(len(failed) + written.stored, "image")
+        raise UserError(f"{len(failed):,} of {images} could not be stored: {_some(list(failed))}")
 
 
 def _check_before_load(args: Namespace) -> list[str]:
@@ -107,10 +106,10 @@ def _print(args: Namespace, loaded: Loaded, compressor: Compressor, written: Wri
         print_json({**out, "seconds": seconds, "images_per_second": rate})
         return
     speed = "" if rate is None else f", {rate:.1f} images/s"
-    print(f"{_images(written.encoded)} encoded with {spec.write(compressor)}{speed}")
+    print(f"{counted(written.encoded, 'image')} encoded with {spec.write(compressor)}{speed}")
     tokens, files = _size(written.token_bytes), _size(written.file_bytes)
     removed = f" ({written.removed:,} removed)" if written.removed else ""
-    print(f"{args.out} has {_images(written.stored)}{removed}: {tokens} of tokens for {files} of image files")
+    print(f"{args.out} has {counted(written.stored, 'image')}{removed}: {tokens} of tokens for {files} of image files")
     if written.unused_bytes:
         print(f"{_size(written.unused_bytes)} of its shards are old tokens, which are not used any more")
 
@@ -118,7 +117,9 @@ def _print(args: Namespace, loaded: Loaded, compressor: Compressor, written: Wri
 def _old_tokens(written: Written) -> str:
     """Say which images have other tokens in the store than their files would give now, or return ""."""
     groups = ((written.changed, "changed"), (written.gone, "gone"))
-    counts = [f"{_images(len(names))} {state} since stored: {_some(names)}" for names, state in groups if names]
+    counts = [
+        f"{counted(len(names), 'image')} {state} since stored: {_some(names)}" for names, state in groups if names
+    ]
     if not counts:
         return ""
     return f"{'; '.join(counts)}. The store keeps the old tokens; --update brings it to the state of the folder"
@@ -137,15 +138,11 @@ def _verify(path: Path, *, as_json: bool) -> None:
         log.warning(damage.reason)
     if damaged:
         raise UserError(
-            f"{len(damaged):,} of {_images(len(store))} {'is' if len(damaged) == 1 else 'are'} damaged:"
+            f"{len(damaged):,} of {counted(len(store), 'image')} {'is' if len(damaged) == 1 else 'are'} damaged:"
             f" {_some([damage.path for damage in damaged])}"
         )
     if not as_json:
-        print(f"{path}: {_images(len(store))}, none damaged")
-
-
-def _images(count: int) -> str:
-    return counted(count, "image")
+        print(f"{path}: {counted(len(store), 'image')}, none damaged")
 
 
 def _size(count: int) -> str:

@@ -57,7 +57,7 @@ def connected(address, buffer=4096):
 
 
 def everything(client):
-    """What is left to read until the server ends the connection."""
+    """Return what the server sends until it ends the connection."""
     parts = []
     while part := client.recv(2**20):
         parts.append(part)
@@ -127,7 +127,10 @@ def test_idle_connections_leave_room_for_others(address):
         with connected(address) as ninth:
             head, _, body = everything(ninth).partition(b"\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 503 ")
-        assert json.loads(body)["error"]["message"] == "the server has 8 connections, its most; try again later"
+        assert (
+            json.loads(body)["error"]["message"]
+            == "the server has no room for another connection (limit 8); try again later"
+        )
         assert first.get("/").text == "ook"
         for client in idle:
             assert client.recv(1) == b""

@@ -63,7 +63,7 @@ def is_alive(number):
         os.kill(number, 0)
     except ProcessLookupError:
         return False
-    # A zombie has ended. Whoever is the parent of orphans may let them wait.
+    # A zombie has ended. Its parent has not read the exit code yet.
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(number)], capture_output=True, text=True).stdout
     return not state.startswith("Z") and state != ""
 

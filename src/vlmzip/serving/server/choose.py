@@ -81,7 +81,7 @@ class Methods:
 
         vLLM permits less, because it has no limit of time for a request: see `serving.vllm.setting.read_request`.
         """
-        for name in set(stage.budget_fields).intersection(stage.field_names()):
+        for name in (name for name in stage.field_names() if name in stage.budget_fields):
             value = getattr(stage, name)
             known = [getattr(other, name) for other in self._known if type(other) is type(stage)]
             if value is not None and value not in known:

@@ -65,7 +65,7 @@ class Connection(H11Protocol):
 
 def _refusal() -> bytes:
     """Return the answer to a connection for which there is no room."""
-    error = RequestError(f"the server has {MOST:,} connections, its most; try again later", 503)
+    error = RequestError(f"the server has no room for another connection (limit {MOST:,}); try again later", 503)
     body = json.dumps(error.content()).encode()
     head = ["HTTP/1.1 503 Service Unavailable", "Content-Type: application/json", f"Content-Length: {len(body)}"]
     return "\r\n".join([*head, "Retry-After: 1", "Connection: close", "", ""]).encode() + body

@@ -144,6 +144,7 @@ class _Stderr(io.TextIOBase):
 
     def __init__(self, thread: LogThread, real: TextIO) -> None:
         self._thread, self._real, self._begun = thread, real, ""
+        self._lock = threading.RLock()  # a signal handler can write while its thread does
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
@@ -158,9 +159,10 @@ class _Stderr(io.TextIOBase):
     def write(self, text: str) -> int:
         if self._thread.is_current():
             return self._real.write(text)
-        *lines, self._begun = re.split(r"[\r\n]", self._begun + text)
-        if len(self._begun) > LONGEST:
-            lines, self._begun = [*lines, self._begun], ""
+        with self._lock:
+            *lines, self._begun = re.split(r"[\r\n]", self._begun + text)
+            if len(self._begun) > LONGEST:
+                lines, self._begun = [*lines, self._begun], ""
         for line in filter(str.strip, lines):
             self._thread.handler.handle(logging.LogRecord("stderr", logging.INFO, "", 0, line, (), None))
         return len(text)

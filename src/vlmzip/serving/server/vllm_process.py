@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from contextlib import suppress
 from threading import Thread
 
-#: Seconds that begun answers have to end after a signal.
+#: Seconds that answers in progress have to finish after a signal.
 GRACE = 30
 #: Seconds that open connections have to end after the engine.
 CLOSING = 10
 #: Seconds that vLLM has to end after a signal. Then it is killed.
 PATIENCE = GRACE + CLOSING + 5
-#: Seconds that the last line has to be written. A full pipe that nobody reads does not take it.
+#: Seconds to wait for the last line to be written. A full pipe that nobody reads never takes it.
 LAST_LINE = 2
 #: Exit codes of a server that SIGINT or SIGTERM has ended: that of the signal itself, and that of a handler.
 BY_SIGNAL = {code for number in (signal.SIGINT, signal.SIGTERM) for code in (-number, 128 + number)}
@@ -29,8 +29,8 @@ BY_SIGNAL = {code for number in (signal.SIGINT, signal.SIGTERM) for code in (-nu
 def supervise(command: Sequence[str]) -> int:
     """Run a command until it ends, or until SIGINT or SIGTERM ends it. Return the exit code for `vlmzip serve`.
 
-    The command gets a session of its own, so that all of its processes can be killed together. Its stdin is a pipe that
-    closes when this process ends, for whatever reason.
+    The command runs in a new session, so that all of its processes can be killed together. Its stdin is a pipe that
+    closes when this process ends, even by SIGKILL.
     """
     stopped = late = False
 

@@ -101,7 +101,7 @@ class Manifest:
 
     def refuse_other(self, made: Manifest, store: Path) -> None:
         """Raise `UserError` if this manifest, of a run that is about to continue a store, differs from the store's."""
-        made.refuse_settings(store, self.read_compressor(), self.batch, self.shard, self.dtype)
+        made.refuse_settings(store, self.read_compressor(), self.batch, self.shard, None)
         self.refuse_other_model(made, store, "give another --out")
 
     def refuse_other_model(self, made: Manifest, store: Path, advice: str) -> None:

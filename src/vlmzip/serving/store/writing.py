@@ -73,7 +73,7 @@ def check_before_load(
 ) -> list[str]:
     """Return the names of the images below `folder`. Raise `UserError` for all that is wrong without the model.
 
-    `compressor` and `dtype` are `None` if they depend on the model. Nothing but a new folder and its lock is written.
+    Give `None` for a `compressor` or `dtype` that depends on the model. Only a new folder and its lock are written.
     """
     refuse_place(folder, store, DESCRIPTION)
     names = image_names(folder)
@@ -160,7 +160,7 @@ def _begin(folder: Path, store: Path, encoder: Encoder, names: Sequence[str], ba
 
 
 def _first_readable(folder: Path, names: Sequence[str]) -> Image.Image:
-    """Return the first image that can be read. Raise `UserError` if there is none."""
+    """Return the first image that can be read. Raise `UserError` if no image can be read."""
     first = next(_readable(folder, names), None)
     if first is None:
         raise UserError(f"no image in {str(folder)!r} can be read ({counted(len(names), 'image')} found)")
