@@ -135,8 +135,12 @@ def _ask_store(args: Namespace) -> None:
 def _acts_inside(args: Namespace, stored: Compressor) -> bool:
     """Return whether a method was given. Raise `UserError` if it acts before the LLM, where stored images are done."""
     if not args.method_is_given:
-        if args.keep is not None or settings(args):
-            raise UserError(f"the images of the store were compressed by {spec.write(stored)}; leave out its options")
+        given = ["keep"] * (args.keep is not None) + [name.replace("_", "-") for name in settings(args)]
+        if given:
+            raise UserError(
+                f"the images of the store were compressed by {spec.write(stored)}; leave out --{given[0]}, or add a"
+                " method that acts inside the LLM with --method"
+            )
         return False
     check_method(args)
     if before := before_the_llm(without_budget(args)):

@@ -93,7 +93,12 @@ BODIES = {
     "text for an object": (with_content({"type": "image_url", "image_url": "x"}), 400, "must be an object such as"),
     "bad base64": (with_image("data:image/png;base64,$$$$"), 400, "image 1 is not valid base64"),
     "base64 cut short": (with_image("data:image/png;base64,iVBORw0KG"), 400, "image 1 is not valid base64"),
-    "no base64": (with_image("data:image/png,abc"), 400, "image 1 must be a URL like data:image/png;base64,…"),
+    "no base64": (with_image("data:image/png,abc"), 400, "image 1 must be PNG, JPEG, WEBP, GIF or BMP, in"),
+    "a document": (
+        with_image("data:application/pdf;base64,JVBE"),
+        400,
+        "image 1 must be PNG, JPEG, WEBP, GIF or BMP, in a URL like data:image/png;base64,…",
+    ),
     "no bytes": (with_image("data:image/png;base64,"), 400, "image 1 is empty"),
     "text for an image": (with_image(data_url(b"hello")), 400, "image 1 is not PNG, JPEG, WEBP, GIF or BMP"),
     "another format": (
@@ -147,6 +152,7 @@ BODIES = {
     "tools": (asking(tools=[{"type": "function"}]), 400, "tools is not supported"),
     "logprobs": (asking(logprobs=True), 400, "logprobs is not supported"),
     "a penalty": (asking(presence_penalty=1), 400, "presence_penalty is not supported"),
+    "a setting of other servers": (asking(top_k=40), 400, "top_k is not supported; leave it out"),
     "a format": (asking(response_format={"type": "json_object"}), 400, "response_format is not supported"),
     "an unknown field": (asking(max_token=5), 400, "unknown field 'max_token'; did you mean 'max_tokens'?"),
     "a field at the wrong place": (asking(keep=5), 400, 'write it as {"vlmzip": {"method": …, "keep": …}}'),
@@ -234,6 +240,7 @@ def test_the_client_raises_its_own_error(client):
 def test_what_changes_nothing_is_accepted(http):
     fields = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "tools": [], "logprobs": False, "user": "me"}
     fields |= {"response_format": {"type": "text"}, "stop": None, "stream": False, "store": True, "vlmzip": {}}
+    fields |= {"top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "best_of": 1}
     fields |= {"reasoning_effort": None, "verbosity": None, "prediction": None, "web_search_options": None}
     streamed = {"stream": True, "stream_options": {"include_obfuscation": False}}
     assert http.post("/v1/chat/completions", json=asking(**streamed)).status_code == 200
@@ -248,6 +255,7 @@ def test_what_changes_nothing_is_accepted(http):
 def test_methods_of_other_models_are_not_suggested(http):
     message = http.post("/v1/tokens", json=asking(vlmzip={"method": "none"})).json()["error"]["message"]
     assert " visionzip," in message
+    assert " no_compression," in message
     assert not any(f" {name}," in message for name in ("qformer", "evs", "vidcom2", "pixelprune"))
 
 
@@ -257,6 +265,7 @@ def test_paths_and_kinds(http):
     assert http.get("/").json()["paths"][0] == "POST /v1/chat/completions"
     plain = http.post("/v1/chat/completions", content=b"{}", headers={"Content-Type": "text/plain"})
     assert (plain.status_code, "must be JSON" in plain.json()["error"]["message"]) == (415, True)
+    assert http.post("/v1/completions", content=b"{}").status_code == 404
 
 
 @pytest.mark.parametrize(

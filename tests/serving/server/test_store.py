@@ -112,11 +112,18 @@ def test_tokens_are_counted_before(http):
         (["store:../examples/flat.png"], {}, 404, "has no image '../examples/flat.png'"),
         (["store:/etc/passwd"], {}, 404, "has no image '/etc/passwd'"),
         (["store:index.parquet"], {}, 404, "has no image"),
-        (["STORE:flat.png"], {}, 400, "must be a URL like data:image/png"),
+        (["STORE:flat.png"], {}, 400, "image 1 must be a URL like data:image/png"),
         (["store:flat.png", image_url()], {}, 400, "stored images and others; send them in separate requests"),
         (["store:flat.png"] * 5, {}, 400, "the request has 5 images; the limit is 4"),
         (["store:flat.png"], {"vlmzip": {"keep": 9}}, 400, r"by visionzip(keep=36): leave out method and keep"),
-        (["store:flat.png"], {"vlmzip": {"method": "dfmr"}}, 400, "give method visionzip(keep=36)+fastv"),
+        (["store://flat.png"], {}, 404, "the store has no image '//flat.png'; write store:flat.png, without //"),
+        (["store:flat.png"], {"vlmzip": {"method": "dfmr"}}, 400, '{"method": "visionzip(keep=36)+fastv(keep=9)"}'),
+        (
+            ["store:flat.png"],
+            {"vlmzip": {"method": "fastv(layer=3)", "keep": 12}},
+            400,
+            '{"method": "visionzip(keep=36)+fastv(keep=12,layer=3)"}',
+        ),
     ],
 )
 def test_refusals(http, folder, urls, fields, status, message):

@@ -86,8 +86,8 @@ def test_a_method_inside_the_llm_can_follow(capsys, store):
         (["flat.png"], "give images of the store and a question"),
         (["flat.png", " "], "give images of the store and a question"),
         (["flat.png", "<image> ?"], "the question must not contain <image>"),
-        (["flat.png", QUESTION, "--keep", "8"], "were compressed by visionzip(keep=36); leave out its options"),
-        (["flat.png", QUESTION, "--dominant", "8"], "were compressed by visionzip(keep=36); leave out its options"),
+        (["flat.png", QUESTION, "--keep", "8"], "were compressed by visionzip(keep=36); leave out --keep, or add a"),
+        (["flat.png", QUESTION, "--dominant", "8"], "were compressed by visionzip(keep=36); leave out --dominant,"),
         (
             ["flat.png", QUESTION, "--method", "kmeans"],
             "kmeans acts before the LLM, too; give a method",
@@ -197,13 +197,17 @@ def test_mistakes_in_encode(capsys, tmp_path, no_load, words, message):
     assert (code, out) == (2, "")
     assert message.format(tmp=tmp_path) in err
     assert err.count("\n") == 1
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--keep", "16", "--batch", "1"], "was made with visionzip(keep=36), not with visionzip(keep=16); give"),
-        (["--method", "kmeans", "--batch", "1"], "was made with visionzip(keep=36), not with kmeans; give"),
+        (
+            ["--method", "kmeans", "--batch", "1"],
+            "visionzip(keep=36), not with kmeans; give --method 'visionzip(keep=36)', or another --out",
+        ),
         (["--keep", "36"], "was made with --batch 1; give it, or another --out"),
         (["--keep", "36", "--batch", "1", "--shard", "9"], "was made with --shard 64; give it, or another --out"),
         (["--keep", "36", "--batch", "1", "--dtype", "bfloat16"], "was made with --dtype float32, not bfloat16; give"),

@@ -381,7 +381,10 @@ def test_the_index_is_read_by_other_tools(images, whole):
 
 @pytest.mark.parametrize("method", ["visionzip(keep=9)", "kmeans(keep=8)"])
 def test_another_method_is_refused(images, whole, loaded, method):
-    with pytest.raises(UserError, match=r"was made with visionzip\(keep=8\), not with .*; give another --out"):
+    with pytest.raises(
+        UserError,
+        match=r"was made with visionzip\(keep=8\), not with .*; give --method 'visionzip.*', or another --out",
+    ):
         write(images, whole, loaded, method)
 
 

@@ -9,6 +9,7 @@ from vlmzip import catalogue, spec
 from vlmzip.compressor import Calibratable, Compressor
 from vlmzip.errors import BudgetError, UserError
 from vlmzip.keep import Keep, parse_keep
+from vlmzip.methods import NoCompression
 from vlmzip.models.family import Family
 from vlmzip.runtime.fitting import fitted
 from vlmzip.runtime.resample import resampling
@@ -43,7 +44,8 @@ class Methods:
     @cached_property
     def _offered(self) -> list[str]:
         """Return the names of the methods that a request can choose on this model."""
-        return [candidate.name for candidate in spec.candidates(None) if self._fits(candidate.method)]
+        fitting = [candidate.name for candidate in spec.candidates(None) if self._fits(candidate.method)]
+        return [*fitting, NoCompression.name()]
 
     def _fits(self, method: Compressor | None) -> bool:
         if method is None or method.trained_weights or (method.videos_only and len(self._family.modalities) < 2):

@@ -89,7 +89,8 @@ class Guard:
                 return RequestError(message, 401, code="invalid_api_key", headers={"WWW-Authenticate": scheme})
         kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
         # Pages of other sites can send forms and plain text to this server without asking, but not JSON.
-        if scope["method"] == "POST" and scope["path"].startswith("/v1/") and kind != b"application/json":
+        is_known = scope["path"] in self._paths  # others get 404
+        if scope["method"] == "POST" and scope["path"].startswith("/v1/") and is_known and kind != b"application/json":
             return RequestError("the body must be JSON: send Content-Type: application/json", 415)
         return None
 

@@ -58,7 +58,9 @@ def _bytes_of(url: str, name: str, settings: Settings, left: Left) -> bytes:
     if match is None:
         if url[:5].lower() == "data:":
             raise RequestError(
-                f"{name} must be a URL like data:image/png;base64,…", code="invalid_image_url", param="messages"
+                f"{name} must be {alternatives(COMMON_FORMATS)}, in a URL like data:image/png;base64,…",
+                code="invalid_image_url",
+                param="messages",
             )
         return fetch(url, name, settings, left)
     try:

@@ -85,14 +85,15 @@ class Manifest:
         self, store: Path, compressor: Compressor | None, batch: int, shard: int, dtype: str | None
     ) -> None:
         """Raise `UserError` if a run with other settings is about to continue this store. `None` is not compared."""
-        advice = "give another --out"
         if compressor is not None and _as_json(compressor) != self.compressor:
             before, now = spec.write(self.read_compressor()), spec.write(compressor)
-            raise UserError(f"{str(store)!r} was made with {before}, not with {now}; {advice}")
+            raise UserError(
+                f"{str(store)!r} was made with {before}, not with {now}; give --method '{before}', or another --out"
+            )
         for name, given, mine in (("batch", batch, self.batch), ("shard", shard, self.shard)):
             if given != mine:
                 raise UserError(f"{str(store)!r} was made with --{name} {mine}; give it, or another --out")
-        self.refuse_dtype(dtype or self.dtype, store, advice)
+        self.refuse_dtype(dtype or self.dtype, store, "give another --out")
 
     def refuse_dtype(self, dtype: str, store: Path, advice: str) -> None:
         """Raise `UserError` if the tokens of this store have another dtype."""

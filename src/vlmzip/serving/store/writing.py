@@ -77,12 +77,12 @@ def check_before_load(
     """
     refuse_place(folder, store, DESCRIPTION)
     names = image_names(folder)
-    hold(store).release()  # an error if another run is writing the store, or if it cannot be written
     made = read_manifest(store)
     if made is None:
         _first_readable(folder, names)
     else:
         made.refuse_settings(store, compressor, batch, shard, dtype)
+    hold(store).release()  # an error if another run is writing the store, or if it cannot be written
     return names
 
 
