@@ -1,5 +1,9 @@
 """Answers of the server to OpenAI's own client, compared with those of the façade."""
 
+import json
+import re
+import subprocess
+
 import openai
 import pytest
 
@@ -9,6 +13,7 @@ from vlmzip.runtime.answering import Answerer
 from vlmzip.runtime.attach import attach
 from vlmzip.runtime.images import load_image
 from vlmzip.runtime.prompt_text import conversation_prompt
+from vlmzip.serving.server.schema import read_request
 
 METHODS = ["no_compression", "pool2d", "dfmr", "fastv", "sparsevlm", "visionzip(keep=8)+fastv(layer=4,keep=4)"]
 
@@ -28,6 +33,25 @@ def test_an_answer_is_that_of_the_facade(client, mini):
         expected.new_tokens,
     )
     assert reply.usage.vlmzip["visual_tokens"] == {"before": 144, "after": 16, "last_layer": 16}
+
+
+def test_the_request_with_curl_of_the_page_is_answered(http):
+    root = EXAMPLES.parent
+    (body,) = re.findall(r"<<EOF\n(.*?\nEOF)\n", (root / "docs" / "serve.md").read_text(), flags=re.S)
+    body = subprocess.run(
+        ["sh"], input=f"cat <<EOF\n{body}\n", capture_output=True, text=True, check=True, cwd=root
+    ).stdout
+    reply = http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}).json()
+    assert reply["choices"][0]["message"]["content"] == "orange"
+    assert reply["usage"]["vlmzip"]["visual_tokens"]["after"] == 16
+
+
+def test_a_message_of_the_assistant_at_the_end_is_a_finished_answer(mini, engine):
+    turns = [{"role": "user", "content": "what is there ?"}, {"role": "assistant", "content": "a ring"}]
+    body = json.dumps({"model": "mini", "messages": turns}).encode()
+    (row,) = engine.prepare(read_request(body)).inputs["input_ids"]
+    prompt = "USER: what is there ? ASSISTANT: a ring</s>ASSISTANT:"
+    assert row.tolist() == mini.processor.tokenizer(prompt)["input_ids"]
 
 
 @pytest.mark.parametrize("method", METHODS)
