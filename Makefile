@@ -38,7 +38,7 @@ SECONDS ?= 60
 SEED ?= 0
 
 .PHONY: help demo docs test test-slow test-exhaustive test-transformers test-newest test-lmms test-vllm test-playground test-extras fuzz check fmt lint types tables bench bench-gpu \
-	flops figures notebooks support papers conformance mini mini-data always extras-beside-tests extra-base
+	flops figures notebooks support papers conformance mini mini-data always side-by-side extra-base
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -67,10 +67,12 @@ test-slow: $(INSTALLED) ## run the slow tests: compiled, quantised, killed and r
 test-exhaustive: $(INSTALLED) ## run the rest: all cases of the slow tests in all families
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(IN_PARALLEL) -m exhaustive
 
-.venv-transformers-%/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(@D)
+# It begins with hard links to the packages of the main environment. pip replaces some of them, and changes no file.
+.venv-transformers-%/.installed: $(INSTALLED)
+	rm -rf $(@D)
+	$(PYTHON) -m venv --without-pip $(@D)
+	cp -Rl $(VENV)/lib $(@D)
 	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > $(@D)/constraints.txt
-	$(@D)/bin/python -m pip install --quiet --upgrade pip
 	$(@D)/bin/python -m pip install --quiet -c $(@D)/constraints.txt -e ".[dev]" "transformers==$*.*"
 	@touch $@
 
@@ -126,10 +128,10 @@ extra-%: extra-base
 fuzz: $(INSTALLED) ## break the input of every command for SECONDS=; fails on a traceback, hang or wrong exit code
 	$(BIN)/python -m tests.fuzz --seconds $(SECONDS) --seed $(SEED) --jobs $(JOBS)
 
-check: lint types tables docs extras-beside-tests test test-slow ## what CI runs
+check: side-by-side test test-slow ## what CI runs
 
-extras-beside-tests: # two extras at a time: installing is partly waiting
-	$(MAKE) --no-print-directory --jobs=3 --output-sync EXTRAS="$(IN_CI)" test-extras test-transformers
+side-by-side: # three at a time: installing is partly waiting
+	$(MAKE) --no-print-directory --jobs=3 --output-sync EXTRAS="$(IN_CI)" lint types tables docs test-transformers test-extras
 
 fmt: $(INSTALLED) ## format the code
 	$(BIN)/ruff format src tests docs recipes examples

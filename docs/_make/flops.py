@@ -1,5 +1,6 @@
 """Write docs/flops.md, our count of prefill FLOPs beside the papers': `python docs/_make/flops.py`."""
 
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -64,6 +65,7 @@ def scheme(layer: int, stride: int) -> tuple[int, ...]:
     return tuple(method.tokens_by_layer(Profile(adapter_of("llava-1.5-7b").profile().grid, 32)))
 
 
+@cache
 def adapter_of(name: str, scale: float = 1.0) -> Family:
     """Return the family of a model without weights."""
     return family_of(make_model(PRESETS[name].scaled(scale).config(), "meta", torch.bfloat16, "eager"))
@@ -119,10 +121,11 @@ def scopes(name: str, scale: float = 1.0) -> list[tuple[float, float]]:
     inputs = on_meta(preset)
     (family,) = adapter_of(name, scale).present_in(inputs)
     kept = preset.images * count_to_keep(A_NINTH, preset.grid.size)
+    encoder = encoder_flops(family, inputs)
     out = []
     for tokens in (preset.visual_tokens, kept):
         prefill = prefill_flops(family, tokens + BENCH_TEXT)
-        out.append((prefill, prefill + before_the_llm(family, inputs, tokens)))
+        out.append((prefill, prefill + encoder + projector_flops(family, tokens)))
     return out
 
 
@@ -132,18 +135,24 @@ def on_meta(preset: Preset) -> dict[str, torch.Tensor]:
     return {name: value if name.endswith("_grid_thw") else value.to("meta") for name, value in inputs.items()}
 
 
-def before_the_llm(family: Family, inputs: dict[str, torch.Tensor], projected: int) -> int:
-    """Return the FLOPs of encoder and projector; a projector that joins patches works on all tokens."""
-    encoder, projector = family.vision_encoder, family.projector
+def encoder_flops(family: Family, inputs: dict[str, torch.Tensor]) -> int:
+    """Return the FLOPs of the encoder, with its projector if that is a part of it."""
+    encoder = family.vision_encoder
     for module in encoder.modules():
         if hasattr(module, "inv_freq"):  # its positions come from the sizes, which are on the CPU
             module.register_forward_pre_hook(lambda _, arguments: tuple(each.to("meta") for each in arguments))
     with torch.no_grad():  # eager attention: the counter sees its products on every device
-        flops = flops_inside([encoder], lambda: family.get_features(**family.feature_arguments(inputs)))
-        if projector in encoder.modules():
-            return flops
-        features = torch.empty(projected, family.vision_config.hidden_size, device="meta", dtype=torch.bfloat16)
-        return flops + flops_inside([projector], lambda: projector(features))
+        return flops_inside([encoder], lambda: family.get_features(**family.feature_arguments(inputs)))
+
+
+def projector_flops(family: Family, tokens: int) -> int:
+    """Return the FLOPs of a projector behind the encoder. One that joins patches is a part of it: 0."""
+    projector = family.projector
+    if projector in family.vision_encoder.modules():
+        return 0
+    features = torch.empty(tokens, family.vision_config.hidden_size, device="meta", dtype=torch.bfloat16)
+    with torch.no_grad():
+        return flops_inside([projector], lambda: projector(features))
 
 
 def limits() -> str:
