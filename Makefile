@@ -32,8 +32,9 @@ PLAYGROUND ?= .venv-playground
 DOCS_ENV := .venv-docs
 # `base` is an installation without extras.
 EXTRAS = base $(shell $(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'])")
-# `lmms` installs gigabytes. weekly.yml tries it.
-IN_CI = $(filter-out lmms,$(EXTRAS))
+# CI tries some extras, and fewer tests with the other version of transformers. weekly.yml has all.
+EXTRAS_IN_CI = base train serve playground store
+TESTS_IN_CI = tests/models tests/runtime tests/cli/test_commands.py
 SECONDS ?= 60
 SEED ?= 0
 
@@ -131,7 +132,8 @@ fuzz: $(INSTALLED) ## break the input of every command for SECONDS=; fails on a 
 check: side-by-side test test-slow ## what CI runs
 
 side-by-side: # three at a time: installing is partly waiting
-	$(MAKE) --no-print-directory --jobs=3 --output-sync EXTRAS="$(IN_CI)" lint types tables docs test-transformers test-extras
+	$(MAKE) --no-print-directory --jobs=3 --output-sync EXTRAS="$(EXTRAS_IN_CI)" TESTS="$(TESTS_IN_CI)" \
+	  lint types tables docs test-transformers test-extras
 
 fmt: $(INSTALLED) ## format the code
 	$(BIN)/ruff format src tests docs recipes examples
