@@ -71,10 +71,19 @@ def store(stores, tmp_path):
     return shutil.copytree(stores / "old", tmp_path / "store")
 
 
-def kill(number, images, store):
-    """Run an update that is killed before a change; return its exit code."""
-    words = ["-m", "tests.serving.store.killed", str(number), str(store), *command(images, store, "--update")]
-    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300).returncode
+@pytest.fixture(scope="module")
+def kill():
+    """A function that runs an update, which is killed before a change, and returns its exit code."""
+    words = [sys.executable, "-m", "tests.serving.store.killed"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(words, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as runs:
+
+        def run(number, images, store):
+            print(json.dumps([number, str(store), command(images, store, "--update")]), file=runs.stdin, flush=True)
+            return int(runs.stdout.readline())
+
+        yield run
+        runs.stdin.close()
 
 
 def tokens(store):
@@ -99,7 +108,7 @@ def answer(store, capsys):
 
 
 @pytest.mark.parametrize("number", range(len(CHANGES)), ids=CHANGES)
-def test_a_killed_update_leaves_a_right_store_and_continues(stores, store, capsys, number):
+def test_a_killed_update_leaves_a_right_store_and_continues(stores, kill, store, capsys, number):
     assert kill(number, stores / "new images", store) == -signal.SIGKILL
     state, expected = ("old", OLD_ANSWER) if number <= INDEX else ("new", NEW_ANSWER)
     assert_same(tokens(store), tokens(stores / state))
@@ -111,7 +120,7 @@ def test_a_killed_update_leaves_a_right_store_and_continues(stores, store, capsy
     assert answer(store, capsys) == NEW_ANSWER
 
 
-def test_a_run_is_killed_before_each_change_above(stores, store):
+def test_a_run_is_killed_before_each_change_above(stores, kill, store):
     """No change is missing from the list: an update that is to be killed at the next one ends."""
     assert kill(len(CHANGES), stores / "new images", store) == 0
     assert contents(store) == contents(stores / "updated")
@@ -119,7 +128,7 @@ def test_a_run_is_killed_before_each_change_above(stores, store):
 
 @pytest.mark.parametrize("number", [INDEX, INDEX + 1])
 @pytest.mark.parametrize("more", [[], ["--update"]])
-def test_images_that_change_back_after_the_kill(stores, store, number, more):
+def test_images_that_change_back_after_the_kill(stores, kill, store, number, more):
     """Neither the finished parts of the killed run nor its index bring back what the folder does not have any more."""
     assert kill(number, stores / "new images", store) == -signal.SIGKILL
     assert main(command(stores / "old images", store, *more)) == 0
