@@ -71,7 +71,7 @@ test-exhaustive: $(INSTALLED) ## run the rest: all cases of the slow tests in al
 # It begins with hard links to the packages of the main environment. pip replaces some of them, and changes no file.
 .venv-transformers-%/.installed: $(INSTALLED)
 	rm -rf $(@D)
-	$(PYTHON) -m venv --without-pip $(@D)
+	$(BIN)/python -m venv --without-pip $(@D)
 	cp -Rl $(VENV)/lib $(@D)
 	grep -vE '^(transformers|huggingface_hub|tokenizers)==' constraints.txt > $(@D)/constraints.txt
 	$(@D)/bin/python -m pip install --quiet -c $(@D)/constraints.txt -e ".[dev]" "transformers==$*.*"
@@ -132,7 +132,7 @@ fuzz: $(INSTALLED) ## break the input of every command for SECONDS=; fails on a 
 check: side-by-side test test-slow ## what CI runs
 
 side-by-side: # three at a time: installing is partly waiting
-	$(MAKE) --no-print-directory --jobs=3 --output-sync EXTRAS="$(EXTRAS_IN_CI)" TESTS="$(TESTS_IN_CI)" \
+	$(MAKE) --no-print-directory --jobs=3 --keep-going --output-sync EXTRAS="$(EXTRAS_IN_CI)" TESTS="$(TESTS_IN_CI)" \
 	  lint types tables docs test-transformers test-extras
 
 fmt: $(INSTALLED) ## format the code

@@ -269,6 +269,17 @@ def test_paths_and_kinds(http):
 
 
 @pytest.mark.parametrize(
+    "path", ["chat/completions", "tokens", "chat/completions%0A", "tokens%0A", "tokens/", "%74okens"]
+)
+@pytest.mark.parametrize("kind", ["text/plain", "multipart/form-data", "application/x-www-form-urlencoded", ""])
+def test_no_path_takes_what_another_site_can_send(http, path, kind):
+    headers = {"Content-Type": kind, "Origin": "https://example.org"}
+    body = json.dumps(asking()).encode()
+    answer = http.post(f"/v1/{path}", content=body, headers=headers, follow_redirects=True)
+    assert answer.status_code in (404, 415)
+
+
+@pytest.mark.parametrize(
     ("method", "path", "allowed"),
     [
         ("GET", "/v1/chat/completions", "POST"), ("DELETE", "/v1/tokens", "POST"), ("POST", "/v1/models", "GET, HEAD"),

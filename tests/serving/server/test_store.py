@@ -120,6 +120,12 @@ def test_tokens_are_counted_before(http):
         (["store:flat.png"], {"vlmzip": {"method": "dfmr"}}, 400, '{"method": "visionzip(keep=36)+fastv(keep=9)"}'),
         (
             ["store:flat.png"],
+            {"vlmzip": {"method": "fastv(positions=original)"}},
+            400,
+            '{"method": "visionzip(keep=36)+fastv(keep=9)"}',
+        ),
+        (
+            ["store:flat.png"],
             {"vlmzip": {"method": "fastv(layer=3)", "keep": 12}},
             400,
             '{"method": "visionzip(keep=36)+fastv(keep=12,layer=3)"}',

@@ -206,7 +206,7 @@ def test_mistakes_in_encode(capsys, tmp_path, no_load, words, message):
         (["--keep", "16", "--batch", "1"], "was made with visionzip(keep=36), not with visionzip(keep=16); give"),
         (
             ["--method", "kmeans", "--batch", "1"],
-            "visionzip(keep=36), not with kmeans; give --method 'visionzip(keep=36)', or another --out",
+            "visionzip(keep=36), not with kmeans; give --method 'visionzip(keep=36)' and no --keep,",
         ),
         (["--keep", "36"], "was made with --batch 1; give it, or another --out"),
         (["--keep", "36", "--batch", "1", "--shard", "9"], "was made with --shard 64; give it, or another --out"),

@@ -383,7 +383,7 @@ def test_the_index_is_read_by_other_tools(images, whole):
 def test_another_method_is_refused(images, whole, loaded, method):
     with pytest.raises(
         UserError,
-        match=r"was made with visionzip\(keep=8\), not with .*; give --method 'visionzip.*', or another --out",
+        match=r"was made with visionzip\(keep=8\), not with .*; give --method 'visionzip.*' and no --keep, or",
     ):
         write(images, whole, loaded, method)
 

@@ -24,7 +24,14 @@ class Bodies:
 
     @asynccontextmanager
     async def read(self, request: Request) -> AsyncIterator[bytes]:
-        """Read a body; it counts as held until the end of the block. Raise `RequestError` beyond a limit."""
+        """Read a body; it counts as held until the end of the block.
+
+        Raise `RequestError` beyond a limit, and for another content type than JSON.
+        """
+        # Pages of other sites can send forms and plain text to this server without asking, but not JSON. The check is
+        # here and does not compare paths, because several paths lead to a route.
+        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
+            raise RequestError("the body must be JSON: send Content-Type: application/json", 415)
         chunks: list[bytes] = []
         size = 0
         try:

@@ -1,4 +1,4 @@
-"""What happens to every request before and after its route: the API key, the content type, the count and the log."""
+"""What happens to every request before and after its route: the API key, the count and the log."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 class Guard:
-    """Refuses requests without the key, for another host or with another content type; counts and logs answers."""
+    """Refuses requests without the key or for another host; counts and logs answers."""
 
     def __init__(self, app: ASGIApp, *, settings: Settings, metrics: Metrics, paths: Collection[str]) -> None:
         self._app, self._metrics, self._paths = app, metrics, frozenset(paths)
@@ -87,11 +87,6 @@ class Guard:
                 message = f"the API key is missing or wrong; {how}"
                 scheme = 'Basic realm="vlmzip: any name, and the API key as password"' if is_page else "Bearer"
                 return RequestError(message, 401, code="invalid_api_key", headers={"WWW-Authenticate": scheme})
-        kind = headers.get(b"content-type", b"").split(b";")[0].strip().lower()
-        # Pages of other sites can send forms and plain text to this server without asking, but not JSON.
-        is_known = scope["path"] in self._paths  # others get 404
-        if scope["method"] == "POST" and scope["path"].startswith("/v1/") and is_known and kind != b"application/json":
-            return RequestError("the body must be JSON: send Content-Type: application/json", 415)
         return None
 
 

@@ -51,7 +51,8 @@ def compressor_for(chosen: Compressor, store: ImageStore, family: Family, *, is_
         return chosen
     if is_default:
         return fitted(store.compressor, family)
-    made, inside = spec.write(store.compressor), inside_the_llm(chosen)
+    made = spec.write(store.compressor)
+    inside = [stage for stage in inside_the_llm(chosen) if stage.positions == store.compressor.positions]
     further = spec.write(spec.joined(inside)) if inside else "fastv(keep=9)"
     message = (
         f"the images of the store were compressed by {made}: leave out method and keep, or add a method inside the LLM:"
@@ -68,8 +69,8 @@ def stored_inputs(loaded: Loaded, store: ImageStore, prompt: str, names: Sequenc
         # The whole message can have paths and the names of other images: it is for the operator only.
         missing = next((name for name in names if name not in store), "")
         message = f"the store has no image {missing[:200]!r}"
-        if missing.startswith("//"):
-            message += f"; write {SCHEME}{missing.strip('/')[:200]}, without //"
+        if missing.startswith("//") and (name := missing.strip("/")) in store:
+            message += f"; write {SCHEME}{name}, without //"
         raise RequestError(message, 404, code="image_not_found", param="messages", logged=str(error)) from None
     except Damaged as error:
         message = "a stored image of this request is damaged; the server's log says which"

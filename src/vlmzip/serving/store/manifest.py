@@ -88,7 +88,8 @@ class Manifest:
         if compressor is not None and _as_json(compressor) != self.compressor:
             before, now = spec.write(self.read_compressor()), spec.write(compressor)
             raise UserError(
-                f"{str(store)!r} was made with {before}, not with {now}; give --method '{before}', or another --out"
+                f"{str(store)!r} was made with {before}, not with {now}; give --method '{before}' and no --keep,"
+                " or another --out"
             )
         for name, given, mine in (("batch", batch, self.batch), ("shard", shard, self.shard)):
             if given != mine:
