@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -5,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlmzip import VisionZip, spec
 from vlmzip.errors import UserError
 from vlmzip.keep import count_to_keep, parse_keep, round_half_up, shared_out
+from vlmzip.methods import SparseVLM
 
 
 @pytest.mark.parametrize(
@@ -99,3 +102,15 @@ def test_every_share_is_possible_and_they_add_up():
         shares = shared_out(count, [3, 17, 6])
         assert sum(shares) == min(count, 26)
         assert all(1 <= share <= size for share, size in zip(shares, [3, 17, 6], strict=True))
+
+
+@pytest.mark.parametrize("one", [1.0, np.float64(1.0), "1.0"])
+def test_all_tokens_and_one_token_are_different_compressors(one):
+    """In Python and JSON, 1.0 equals 1, so caches and records would take one for the other."""
+    for make in (lambda keep: VisionZip(keep=keep), lambda keep: VisionZip(keep_per_view=keep), VisionZip().with_keep):
+        every, single = make(one), make(1)
+        assert every != single
+        assert json.loads(json.dumps(every.to_dict())) != json.loads(json.dumps(single.to_dict()))
+        assert (every.count(144), single.count(144)) == (144, 1)
+        assert spec.read(spec.write(every)) == every
+    assert SparseVLM(counts=(one, 0.5, 1)) != SparseVLM(counts=(1, 0.5, 1))

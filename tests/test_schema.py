@@ -73,7 +73,7 @@ class Settings:
         ("colour", "none", None),
         ("keep", "64", 64),
         ("keep", "0.25", 0.25),
-        ("keep", "1.0", 1.0),
+        ("keep", "1.0", "100%"),
         ("keep", "25%", "25%"),
         ("keep", "none", None),
         ("keep", np.float32(0.5), 0.5),

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from tests.serving.server.running import QUESTION, asking, data_url, encoded, engine_of
+from tests.serving.server.running import QUESTION, asking, data_url, encoded, engine_of, image_url
 from vlmzip.errors import UserError
 from vlmzip.methods import VisionZip
 from vlmzip.mini.splits import test_split as questions_of_mini
@@ -265,3 +265,12 @@ def test_answers_leave_nothing_behind(mini):
         gc.collect()
         assert [ref() for ref in kept] == [None, None]
         assert engine.waiting == 0
+
+
+@pytest.mark.parametrize("method", ["visionzip", "divprune", "random_tokens"])
+def test_all_tokens_and_one_token_are_answered_apart(mini, method):
+    """In Python, 1.0 equals 1."""
+    bodies = [asking(QUESTION, image_url(), vlmzip={"method": method, "keep": keep}) for keep in (1, 1.0, 1, "100%")]
+    with running(mini) as (_, answers):
+        visual = [progress.usage.visual for progress in answers(bodies)]
+    assert [(each.after, each.last_layer) for each in visual] == [(1, 1), (144, 144)] * 2

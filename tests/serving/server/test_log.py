@@ -81,6 +81,13 @@ def test_a_refusal_has_its_reason(http, lines):
     ]
 
 
+def test_a_long_reason_is_cut_visibly(http, lines):
+    http.post("/v1/tokens", json=asking(vlmzip={"method": "magic"}))
+    (line,) = lines(1)
+    assert line.startswith("POST /v1/tokens 400: unknown method 'magic'; choose one of adaptive_visionzip, ")
+    assert line.endswith("…")
+
+
 def test_reads_that_browsers_and_monitors_repeat_have_no_line(http, lines):
     assert [http.get(path).status_code for path in ("/health", "/metrics", "/")] == [200] * 3
     http.get("/nothing")

@@ -192,7 +192,7 @@ BODIES = {
         "depends on the images; leave out keep, or set tau in method: dfmr(tau=0.3)",
     ),
     "a layer that is not there": (asking(vlmzip={"method": "fastv(layer=99)"}), 400, "layer must be from 1 to 7"),
-    "an unknown choice": (asking(vlmzip={"budget": 8}), 400, "unknown field 'budget'"),
+    "an unknown choice": (asking(vlmzip={"budget": 8}), 400, "unknown field 'budget'; choose one of keep, method"),
     "nested lists": (deep(100_000), 400, "the body is not valid JSON"),
     "no JSON": (b"hello", 400, "the body is not valid JSON"),
     "a list": (b"[]", 400, "the body must be an object such as {\"model\": …"),

@@ -179,6 +179,7 @@ def test_verify(capsys, store, tmp_path):
         (["examples", "--out", "store", "--workers", "0"], "--workers 0: give at least 1"),
         (["examples", "--out", "store", "--method", "cdpruner"], "cdpruner reads the question to choose tokens"),
         (["examples", "--out", "store", "--method", "fastv"], "fastv acts inside the LLM"),
+        (["examples/flat.png", "--out", "store"], "'examples/flat.png' is a file; give a folder of images"),
         (["examples", "--out", "examples"], "--out 'examples' has the images in it"),
         (["examples", "--out", "."], "--out '.' has the images in it"),
         (["examples", "--verify", "store"], "--verify takes a store alone"),

@@ -47,4 +47,5 @@ def log_request(scope: Scope, status: int, seconds: float) -> None:
 
 def _plain(text: str) -> str:
     """Return a text of a request on one line, without characters that a terminal would obey."""
-    return "".join(letter if letter.isprintable() else "?" for letter in text[:LONGEST])
+    shown = text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
+    return "".join(letter if letter.isprintable() else "?" for letter in shown)

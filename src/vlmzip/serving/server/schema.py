@@ -247,7 +247,7 @@ def _refusal(error: ValidationError) -> RequestError:
         return RequestError(f"the body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
     if kind == "extra_forbidden":
         name = path[-1][:50]
-        known = ChatRequest.model_fields if len(path) == 1 else ()
+        known = ChatRequest.model_fields if len(path) == 1 else Choice.model_fields if path[0] == "vlmzip" else ()
         hint = closest(name, known) if known else ""
         hint = '; write it as {"vlmzip": {"method": …, "keep": …}}' if name in Choice.model_fields else hint
         # The name can be a text, which the log must not have.

@@ -24,7 +24,8 @@ def image_names(folder: Path) -> list[str]:
     note. Raise `UserError` if there are no images, or if a name is not UTF-8.
     """
     if not is_folder(folder):
-        raise UserError(f"there is no folder {str(folder)!r}; give a folder of images")
+        what = f"{str(folder)!r} is a file" if is_file(folder) else f"there is no folder {str(folder)!r}"
+        raise UserError(f"{what}; give a folder of images")
     known, common = Image.registered_extensions(), common_suffixes()
     names: list[str] = []
     others: list[str] = []
