@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from annotated_types import Predicate
-from pydantic import AfterValidator
 
 from vlmzip.errors import BudgetError, UserError
+
+if TYPE_CHECKING:
+    from pydantic import GetCoreSchemaHandler
+    from pydantic_core import CoreSchema
 
 
 def is_keep(keep: int | float | str) -> bool:
@@ -19,17 +22,26 @@ def is_keep(keep: int | float | str) -> bool:
     return True
 
 
-def all_as_percent(keep: int | float | str) -> int | float | str:
-    """Return "100%" for 1.0, and any other budget as it is.
+class AllAsPercent:
+    """Let a field keep "100%" in place of 1.0.
 
     In Python, 1.0 == 1, and JSON and caches compare like that. But 1.0 keeps all tokens, and 1 keeps one.
     """
-    return "100%" if isinstance(keep, float) and keep == 1.0 else keep
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        from pydantic_core.core_schema import no_info_after_validator_function  # slow
+
+        return no_info_after_validator_function(self.converted, handler(source))
+
+    @staticmethod
+    def converted(keep: int | float | str) -> int | float | str:
+        """Return "100%" for 1.0, and any other budget as it is."""
+        return "100%" if isinstance(keep, float) and keep == 1.0 else keep
 
 
 #: A budget: an int is a number of tokens per image, a float in (0, 1] a fraction, a string either ("64", "11%"). A
 #: compressor keeps 1.0 as "100%".
-Keep = Annotated[int | float | str, "64, 0.25 or '25%'", Predicate(is_keep), AfterValidator(all_as_percent)]
+Keep = Annotated[int | float | str, "64, 0.25 or '25%'", Predicate(is_keep), AllAsPercent()]
 #: The default budget of methods: a ninth, as in VisionZip's 64 of 576 tokens and DFMR's 3 x 3 windows.
 A_NINTH = 1 / 9
 #: Used in place of a budget: methods keep their own settings.
