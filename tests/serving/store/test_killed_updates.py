@@ -83,7 +83,6 @@ def kill():
             return int(runs.stdout.readline())
 
         yield run
-        runs.stdin.close()
 
 
 def tokens(store):
